@@ -60,7 +60,7 @@ class ReplayOptions:
     pools: bool = _option(False, "Compare one pool with separate prefill and decode pools")
     ttft: float = _option(10.0, "With --pools: target of the time to first token, s")
     tpot: float = _option(0.1, "With --pools: target of the time per output token, s")
-    slo: float = _option(0.99, "With --pools: share in time that the tuned utilizations and the oracle keep")
+    slo: float = _option(0.99, "With --pools: share in time that the tuned rows and the oracle keep")
     copies: int = _option(1, "With --pools: replay the trace this many times at once, shifted")
 
     def config(self) -> ReplayConfig:
@@ -121,13 +121,14 @@ def _print_pools(document: dict[str, Any]) -> None:
         title=f"{document['trace']}, {document['requests']} requests, TTFT {document['ttft_s']:g} s, "
         f"TPOT {document['tpot_s']:g} s, load time {document['load_time_s']:g} s"
     )
-    table.caption = f"{_forecaster(document)}; rule slo; tuned and oracle: fixed u, chosen on this trace"
+    table.caption = f"{_forecaster(document)}; rule slo; tuned and oracle: chosen on this trace"
     for column in ("layout", "replica-hours", "SLO %", "TTFT %", "TPOT %", "cached %", "u"):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for name, row in document["layouts"].items():
         shares = [f"{100 * row[key]:.2f}" for key in ("slo", "ttft", "tpot", "cached")]
         used = ", ".join(f"{kind} {u:.2f}" for kind, u in row.get("utilization", {}).items())
-        table.add_row(name, f"{row['instance_hours']:.2f}", *shares, used or "by SLO")
+        rule = "schedule" if name.endswith("oracle") else "by SLO"
+        table.add_row(name, f"{row['instance_hours']:.2f}", *shares, used or rule)
     Console().print(table)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from farthing.cli.replay import app
-from farthing.fleet.replay.pools_load import Foresight, PoolsConfig
+from farthing.fleet.replay.pools_load import PoolsConfig
 from farthing.fleet.replay.servers import Decode, Job, Prefill, Server, Times, Whole
 
 TIMES = Times(prefill_s=0.001, base_s=0.01, share_s=0.002, max_batch=2, cache_blocks=8, transfer_s=0.0)
@@ -103,20 +103,6 @@ def test_two_pools_are_compared_with_one(tmp_path: Path) -> None:
         oracle = layouts[f"{layout}, oracle"]
         assert oracle["slo"] >= 0.99
         assert oracle["instance_hours"] <= tuned["instance_hours"]
-
-
-def test_oracle_has_replicas_ready_when_their_work_arrives() -> None:
-    """A burst of 30 s at 300 s: replicas are launched a load time before it and kept for a minute."""
-    times = Times(prefill_s=0.01, base_s=0.0, cache_blocks=8)
-    jobs = [Job(300.0 + 0.5 * i, 512, 1, blocks=(i // 2,)) for i in range(60)]
-    known = Foresight.of(jobs)
-    assert known.uncached == [512, 1] * 30  # the last token is always computed
-    config = PoolsConfig(times=times, tpot_s=5.0)
-    rule = known.rule("prefill", config, jobs, ticks=40, tick_s=15.0, load_time_s=60.0, utilization=0.5)
-    busy = 30 * 5.13 / 60  # replica-seconds per second, averaged over a minute
-    assert rule.plan[:, 0].max() == round(busy / 0.5 + 0.5)
-    raised = [15 * tick for tick in range(40) if rule.plan[tick, 0] > 1]
-    assert raised[0] == 300 - 60 and raised[-1] == 300 + 60
 
 
 def test_targets_below_an_iteration_are_refused() -> None:

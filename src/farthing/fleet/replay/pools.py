@@ -9,27 +9,36 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from farthing.fleet.replay.policies import FarthingRule
-from farthing.fleet.replay.pools_load import RECENT_S, Foresight, PoolsConfig, Recent, arrivals
-from farthing.fleet.replay.rate import Rule, View
+from farthing.fleet.replay.policies import FarthingRule, FixedRule
+from farthing.fleet.replay.pools_load import RECENT_S, PoolsConfig, Recent, arrivals
+from farthing.fleet.replay.rate import Ints, Rule, View
 from farthing.fleet.replay.requests import binned
 from farthing.fleet.replay.run import Progress, Replay, ReplayConfig
 from farthing.fleet.replay.servers import Decode, Job, Prefill, Server, Whole
 from farthing.fleet.replay.trace import RequestTrace
 
 GRID = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-ORACLE_GRID = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, *GRID)
+TRIMMED = 8  # ticks of the oracle's schedule that change together
 CHUNKS = (1.0, 1.5, 2.0, 4.0)  # iterations of one pool relative to the TPOT target, which is a mean
 LAYOUTS = {"one pool": ("whole",), "two pools": ("prefill", "decode")}
 
 Utilizations = dict[str, float]  # by kind of pool
 Rules = Callable[[str, Recent], Rule]  # by kind of pool; Recent: the requests that the fleet is sized for
+Plans = dict[str, Ints]  # by kind of pool: [T, 1] replicas requested at every tick
+
+
+@dataclass(frozen=True)
+class Run:
+    """Outcome of a simulation, and the schedules it followed."""
+
+    row: dict[str, float]
+    plans: Plans
+    start: dict[str, Ints]  # [1] replicas ready at the beginning
 
 
 class Pool:
@@ -39,6 +48,7 @@ class Pool:
         self.kind, self._config, self.rule, self._load_time_s = kind, config, rule, load_time_s
         self.servers = [self._make(0.0, 0.0) for _ in range(int(rule.start[0]))]
         self.unrouted: deque[Job] = deque()
+        self.plan: list[int] = []  # replicas requested at every tick
         self.billed_s = 0.0
         self.late = self.ended = 0  # since the last decision
 
@@ -99,7 +109,9 @@ class Pool:
         view = View(
             tick, now, *seen, np.array([float(self.backlog)]), np.array([wait]), late=np.array([late])
         )
-        self._scale(now, int(self.rule.decide(view)[0]), current)
+        target = int(self.rule.decide(view)[0])
+        self.plan.append(target)
+        self._scale(now, target, current)
 
     def _scale(self, now: float, target: int, current: int) -> None:
         for _ in range(current, target):
@@ -119,7 +131,7 @@ class Pool:
 def follow(config: PoolsConfig, made: Replay, utilization: Utilizations) -> Rules:
     """The controller's rule: fixed utilizations, or rule `slo` from the default one if there are none."""
 
-    def rule(kind: str, recent: Recent) -> Rule:
+    def rule(kind: str, recent: Recent) -> FarthingRule:
         used = np.array([utilization.get(kind, made.config.utilization)])
         base = made.rule("stabilized" if utilization else "farthing", used, made.span(None))
         assert isinstance(base, FarthingRule)
@@ -129,23 +141,7 @@ def follow(config: PoolsConfig, made: Replay, utilization: Utilizations) -> Rule
     return rule
 
 
-def foresee(config: PoolsConfig, made: Replay, jobs: list[Job], utilization: Utilizations) -> Rules:
-    """The oracle: it knows the work of every request, and the utilization that its unevenness needs."""
-    known, setting = Foresight.of(jobs), made.setting
-    each = partial(
-        known.rule,
-        config=config,
-        jobs=jobs,
-        ticks=made.ticks,
-        tick_s=setting.tick_s,
-        load_time_s=made.config.load_time_s,
-    )
-    return lambda kind, recent: each(kind, utilization=utilization[kind])
-
-
-def simulate(
-    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, rules: Rules
-) -> dict[str, float]:
+def simulate(jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, rules: Rules) -> Run:
     """Run the pools `kinds` through the requests."""
     jobs = [replace(job) for job in jobs]
     recent = Recent(config, [job for job in jobs if job.arrival < RECENT_S])
@@ -180,7 +176,7 @@ def simulate(
     first = np.array([job.ttft_s for job in jobs])
     slow = np.array([not job.tpot_s <= config.tpot_s for job in jobs])
     late = ~(first <= config.ttft_s)
-    return {
+    row = {
         **hours,
         "instance_hours": sum(hours.values()),
         "ttft": float(1 - late.mean()),
@@ -188,6 +184,8 @@ def simulate(
         "slo": float(1 - (late | slow).mean()),
         "cached": 1 - sum(job.uncached for job in jobs) / sum(job.prompt for job in jobs),
     }
+    plans = {pool.kind: np.array(pool.plan)[:, None] for pool in pools}
+    return Run(row, plans, {pool.kind: pool.rule.start for pool in pools})
 
 
 def compare(
@@ -208,18 +206,21 @@ def compare(
     rows: dict[str, dict[str, Any]] = {}
     for layout, kinds in LAYOUTS.items():
         progress(layout)
-        rows[layout] = simulate(jobs, kinds, config, made, follow(config, made, {}))
+        rows[layout] = dict(simulate(jobs, kinds, config, made, follow(config, made, {})).row)
         shares = CHUNKS if kinds == ("whole",) else CHUNKS[:1]
-        chunked = [replace(config, chunk_s=share * config.tpot_s) for share in shares]
         tuned = [
-            _tuned(jobs, kinds, one, made, partial(follow, one, made), GRID, progress) for one in chunked
+            _tuned(jobs, kinds, replace(config, chunk_s=share * config.tpot_s), made, progress)
+            for share in shares
         ]
-        rows[f"{layout}, tuned"] = _cheapest(tuned, config.slo)
-        known = [
-            _tuned(jobs, kinds, one, made, partial(foresee, one, made, jobs), ORACLE_GRID, progress)
-            for one in chunked
-        ]
-        rows[f"{layout}, oracle"] = _cheapest(known, config.slo)
+        best = _cheapest([row for row, _ in tuned], config.slo)
+        rows[f"{layout}, tuned"] = best
+        chunked, run = next(
+            (replace(config, chunk_s=share * config.tpot_s), run)
+            for share, (row, run) in zip(shares, tuned, strict=True)
+            if row is best
+        )
+        progress(f"{layout}, oracle")
+        rows[f"{layout}, oracle"] = {**_trimmed(jobs, kinds, chunked, made, run), "chunk": chunked.chunk}
     return {
         "trace": trace.name,
         "requests": len(jobs),
@@ -240,26 +241,48 @@ def _cheapest(rows: list[dict[str, Any]], slo: float) -> dict[str, Any]:
 
 
 def _tuned(
-    jobs: list[Job],
-    kinds: tuple[str, ...],
-    config: PoolsConfig,
-    made: Replay,
-    rules: Callable[[Utilizations], Rules],
-    grid: tuple[float, ...],
-    progress: Progress,
-) -> dict[str, Any]:
-    """The row with the highest utilizations of `grid` that keep the SLO, one pool after the other."""
+    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, progress: Progress
+) -> tuple[dict[str, Any], Run]:
+    """The run with the highest utilizations that keep the SLO, and its row; one pool after the other."""
     used = dict.fromkeys(kinds, 0.5)
-
-    def run(tried: Utilizations) -> dict[str, float]:
-        return simulate(jobs, kinds, config, made, rules(tried))
-
     for kind in kinds:
         progress(f"tuning {kind}, chunk {config.chunk}")
-        low, high = 0, len(grid)
+        low, high = 0, len(GRID)
         while high - low > 1:
             middle = (low + high) // 2
-            kept = run({**used, kind: grid[middle]})["slo"] >= config.slo
+            tried = follow(config, made, {**used, kind: GRID[middle]})
+            kept = simulate(jobs, kinds, config, made, tried).row["slo"] >= config.slo
             low, high = (middle, high) if kept else (low, middle)
-        used[kind] = grid[low]
-    return {**run(used), "utilization": used, "chunk": config.chunk}
+        used[kind] = GRID[low]
+    run = simulate(jobs, kinds, config, made, follow(config, made, used))
+    return {**run.row, "utilization": used, "chunk": config.chunk}, run
+
+
+def _trimmed(
+    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, run: Run
+) -> dict[str, float]:
+    """The run's schedule less every replica whose absence for two minutes keeps the SLO.
+
+    It knows every request in advance, so it is an oracle; it is feasible, and cheaper than the run.
+    """
+
+    def follow_plans(plans: Plans) -> Run:
+        def rule(kind: str, recent: Recent) -> Rule:
+            fixed = FixedRule(plans[kind])
+            fixed.start = run.start[kind]
+            return fixed
+
+        return simulate(jobs, kinds, config, made, rule)
+
+    best = run
+    for kind in kinds:
+        for begin in range(0, made.ticks, TRIMMED):
+            while (best.plans[kind][begin : begin + TRIMMED] > 1).any():
+                plan = best.plans[kind].copy()
+                plan[begin : begin + TRIMMED] = np.maximum(1, plan[begin : begin + TRIMMED] - 1)
+                tried = follow_plans({**best.plans, kind: plan})
+                cheaper = tried.row["instance_hours"] < best.row["instance_hours"]
+                if not cheaper or tried.row["slo"] < config.slo:
+                    break
+                best = tried
+    return best.row

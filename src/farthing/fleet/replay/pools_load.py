@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from farthing.fleet.forecast.growth import trailing_max, trailing_mean
-from farthing.fleet.replay.policies import FixedRule, needed
-from farthing.fleet.replay.rate import Floats
 from farthing.fleet.replay.servers import Job, Times
-from farthing.fleet.replay.trace import BLOCK, RequestTrace
+from farthing.fleet.replay.trace import RequestTrace
 
 RECENT_S = 300.0  # of the requests from which the capacity is computed
-FORESIGHT_S = 60.0  # over which an oracle averages the work
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,9 @@ class PoolsConfig:
             raise ValueError(f"copies: got {self.copies}; expected 1 or more")
 
 
-def cost_s(kind: str, config: PoolsConfig, job: Job, uncached: int | None = None) -> float:
-    """Replica-seconds that a request costs at full load; uncached: prompt tokens, default the job's."""
-    times = config.times
-    prompt = job.uncached if uncached is None else uncached
+def cost_s(kind: str, config: PoolsConfig, job: Job) -> float:
+    """Replica-seconds that a request costs at full load."""
+    times, prompt = config.times, job.uncached
     generate = job.output * times.step_s(times.max_batch) / times.max_batch
     if kind == "decode":
         return generate
@@ -90,49 +85,3 @@ def arrivals(trace: RequestTrace, copies: int, seed: int = 0) -> list[Job]:
             prompt, output = int(trace.prompt_tokens[index]), int(trace.output_tokens[index])
             jobs.append(Job(float(at) + shift, prompt, output, blocks, uncached=prompt))
     return sorted(jobs, key=lambda job: job.arrival)
-
-
-def least_uncached(jobs: Sequence[Job]) -> list[int]:
-    """Prompt tokens of each request that no earlier one had: what one unlimited cache leaves to compute."""
-    seen: set[int] = set()
-    left = []
-    for job in jobs:
-        depth = next((i for i, block in enumerate(job.blocks) if block not in seen), len(job.blocks))
-        seen.update(job.blocks)
-        left.append(job.prompt - min(depth * BLOCK, job.prompt - 1))
-    return left
-
-
-@dataclass(frozen=True)
-class Foresight:
-    """The work of every request, known in advance."""
-
-    arrival_s: Floats  # [R]
-    uncached: list[int]  # [R]
-
-    @classmethod
-    def of(cls, jobs: Sequence[Job]) -> Foresight:
-        return cls(np.array([job.arrival for job in jobs]), least_uncached(jobs))
-
-    def rule(
-        self,
-        kind: str,
-        config: PoolsConfig,
-        jobs: Sequence[Job],
-        *,
-        ticks: int,
-        tick_s: float,
-        load_time_s: float,
-        utilization: float,
-    ) -> FixedRule:
-        """The schedule whose replicas are ready when the work of the last minute needs them.
-
-        They are launched one load time ahead; one that is needed again within a load time is kept.
-        """
-        pairs = zip(jobs, self.uncached, strict=True)
-        work = [cost_s(kind, config, job, uncached) for job, uncached in pairs]
-        busy = np.bincount((self.arrival_s / tick_s).astype(int), weights=work, minlength=ticks)[:ticks, None]
-        mean = trailing_mean(busy / tick_s, max(1, round(FORESIGHT_S / tick_s)))
-        wanted = np.maximum(1, needed(mean, utilization, 1.0))
-        ahead = int(np.ceil(load_time_s / tick_s)) + 1
-        return FixedRule(trailing_max(wanted[::-1].astype(np.float64), ahead)[::-1].astype(np.int64))

@@ -93,9 +93,9 @@ export class GatewayView {
   }
 
   #forecasts(data, columns) {
-    const ends = Object.values(data.forecasts ?? {}).map((f) => f.start + f.p50.length * f.step_s);
-    const end = Math.max(data.now, Math.min(data.now + HORIZONS[this.horizon], Math.max(...ends)));
-    const start = Math.max(columns.t[0], data.now - HORIZONS[this.horizon] / 2);
+    const horizon = HORIZONS[this.horizon];
+    const start = Math.max(columns.t[0], data.now - horizon / 2);
+    const end = Math.min(data.now + horizon, Math.max(forecastEnd(data.forecasts ?? {}), data.now + (data.now - start) / 8));
     const tables = [[columns.t, columns.load ?? columns.requests_ps ?? columns.t.map(() => null)]];
     for (const name of Object.keys(FORECASTS)) tables.push(steps(data.forecasts?.[name], end));
     for (const series of this.forecast.series) {
@@ -122,6 +122,11 @@ export class GatewayView {
     if (!decisions.length) this.log.replaceChildren(h("li.empty", {}, "no decision yet"));
     else this.log.replaceChildren(...[...decisions].reverse().map(decision));
   }
+}
+
+/** When the last forecast ends; the current load is none. */
+function forecastEnd(forecasts) {
+  return Math.max(...["short", "mid"].map((name) => forecasts[name]).map((f) => (f ? f.start + f.p50.length * f.step_s : 0)));
 }
 
 /** A forecast's steps as [times, p90, p50]: one point where a step begins, one where the last ends. */
