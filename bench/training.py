@@ -40,6 +40,7 @@ ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and setti
     "fp8": ("fp8", []),
     "fp8-delayed": ("fp8", ['fp8_scaling="delayed"']),
 }
+EVERY = 250  # steps between evaluations
 KEPT = ("step", "tokens", "main", "eval_loss", "bits_per_byte", "minutes")
 PREFILL = 512
 PROMPT = 64
@@ -106,7 +107,7 @@ def precision(
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
             if (
-                train_mite(run, None, tokens, resume, None, device, 1, seed, batch + settings, kind, 2.0)
+                train_mite(run, None, tokens, resume, None, device, 1, seed, batch + settings, kind, EVERY)
                 is None
             ):
                 raise SystemExit("interrupted; run the same command to continue")
@@ -251,8 +252,8 @@ def main() -> None:
     one.add_argument("--gflops", type=float, default=455.0, help="bfloat16 GFLOP/s")
     one = commands.add_parser("precision")
     one.add_argument("--out", type=Path, default=Path("runs/precision"))
-    one.add_argument("--tokens", type=int, default=3_072_000)
-    one.add_argument("--batch-tokens", type=int, default=2048, help="per step")
+    one.add_argument("--tokens", type=int, default=768_000)
+    one.add_argument("--batch-tokens", type=int, default=512, help="per step")
     one.add_argument("--only", nargs="+", choices=list(ARITHMETIC), default=list(ARITHMETIC))
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--device", default="cpu", help="cpu (FP8 is emulated) or cuda")

@@ -42,6 +42,12 @@ def build(
     )
 
 
+def test_evaluations_at_steps_are_the_same_in_every_run(tiny: ModelConfig, tmp_path: Path) -> None:
+    trainer = build(tiny, tmp_path, eval_steps=5)
+    assert trainer.run()
+    assert [point["step"] for point in trainer.record] == [5, 10, 12]
+
+
 class StopAt(BaseHook):
     """Sends this process a signal, like Ctrl-C or kill."""
 

@@ -141,7 +141,7 @@ def provenance(settings: Settings, config: Any, text: Text) -> dict[str, Any]:
     """What determines a run: its settings, and hashes of the base weights and of the held-out tokens."""
     return {
         "settings": {
-            k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
+            k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
         },
         "config": dataclasses.asdict(config),
         "base_sha256": sha256(settings.model / "model.safetensors"),

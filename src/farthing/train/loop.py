@@ -79,6 +79,7 @@ class LoopConfig:
     clip: float = 1.0
     save_minutes: float = 3.0
     eval_minutes: float = 6.0
+    eval_steps: int | None = None  # evaluate after every so many steps instead, at points that runs share
     threads: int = 1
     wall_clock: bool = False
 
@@ -154,7 +155,7 @@ class Trainer:
             while self.progress < 1 and self._stop is None:
                 self.train_step()
                 update()
-                if self.active_seconds - self._evaluated_at > 60 * self.config.eval_minutes:
+                if self._evaluation_due() and self.progress < 1:
                     self.record_point()
                 if self.active_seconds - self._saved_at > 60 * self.config.save_minutes:
                     self.save()
@@ -194,6 +195,11 @@ class Trainer:
         self._each(lambda h: h.after_step(self))
         for name, number in self.metrics.items():
             self._smooth[name] = 0.95 * self._smooth.get(name, number) + 0.05 * number
+
+    def _evaluation_due(self) -> bool:
+        if self.config.eval_steps is not None:
+            return self.step % self.config.eval_steps == 0
+        return self.active_seconds - self._evaluated_at > 60 * self.config.eval_minutes
 
     def record_point(self) -> None:
         """Evaluate (not counted as training time) and append to the record."""

@@ -298,7 +298,7 @@ def train_mite(
     seed: int,
     settings: list[str],
     precision: str = "bf16",
-    eval_minutes: float = 6.0,
+    eval_steps: int | None = None,
 ) -> dict[str, Any] | None:
     """Train the embedded model. Returns the summary, or None if interrupted (state is saved)."""
     if device not in ("auto", "cpu", "cuda"):
@@ -312,7 +312,7 @@ def train_mite(
         raise ValueError(f"{out} already has a run; use --resume to continue it or choose another --out")
     recipe = apply_settings(Recipe(precision=precision), settings)
     config = LoopConfig(
-        out, minutes, tokens, schedule=recipe.schedule, eval_minutes=eval_minutes, threads=threads,
+        out, minutes, tokens, schedule=recipe.schedule, eval_steps=eval_steps, threads=threads,
         wall_clock=device != "cpu",
     )  # fmt: skip
     corpus = prepare_corpus(recipe, out, root, console)

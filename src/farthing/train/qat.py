@@ -94,7 +94,7 @@ class StageHook(BaseHook):
         batch = batch.to(self.settings.device)
         if student.config.gptq and before > precision.weights == 4:
             round_by_gptq(student, batch, precision)
-        if student.config.block_steps:
+        if student.config.block_steps and precision != Precision(16, 16):
             errors = learn_blocks(student, self.teacher, batch, precision)
             self.console.print(f"{precision}: error by layer " + " ".join(f"{e:.4f}" for e in errors))
         else:
