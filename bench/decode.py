@@ -243,9 +243,12 @@ def main() -> None:
     a = p.parse_args()
     torch.set_num_threads(1)
     result = run(a)
+    possible = [r for r in result["rows"] if r["share_of_limit"] <= 1]
     if a.into:
-        keep(result, a.into)
+        keep(result | {"rows": possible}, a.into)
     print(json.dumps(result)) if a.json else show(result)
+    if len(possible) < len(result["rows"]):
+        raise SystemExit("a row is above 100 % of its limit: the count or a ceiling is wrong")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,28 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+IMPORTED = """
+import sys
+from importlib import import_module
+for name in ("farthing.cli.serve", "farthing.server.run", "farthing.server.app", "farthing.llm"):
+    import_module(name)
+for module in list(sys.modules.values()):
+    print(*(f for name in ("__file__", "__cached__") if (f := getattr(module, name, None))))
+print(*{line.split()[-1] for line in open("/proc/self/maps") if " /" in line})
+"""
 
-def files_of_python() -> Iterator[Path]:
-    """Every file that this interpreter could import or load."""
-    for directory in map(Path, sys.path):
-        if directory.is_dir():
-            yield from (f for f in directory.rglob("*") if f.suffix in (".py", ".pyc", ".so", ".json"))
+
+def files_of_python() -> list[Path]:
+    """The files that a server's imports read, and the libraries that they map."""
+    found = subprocess.run([sys.executable, "-c", IMPORTED], check=True, capture_output=True, text=True)
+    return [Path(name) for name in found.stdout.split()]
 
 
 def evict(paths: Iterable[Path]) -> None:

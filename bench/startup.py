@@ -81,6 +81,19 @@ def launch(command: list[Any], starts: str) -> tuple[float, int]:
     return seconds, used.ru_maxrss * 1024
 
 
+def _answers(request: urllib.request.Request) -> bool:
+    """Whether the server is up and answers with a first byte; 503 while it loads the model."""
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return bool(answer.read(1))
+    except urllib.error.HTTPError as error:
+        if error.code != 503:
+            raise
+    except (ConnectionError, urllib.error.URLError):
+        pass
+    return False
+
+
 def over_http(model: Path, file: Path, threads: int) -> tuple[float, int]:
     """Like `launch`: (seconds until `farthing serve` answers with a token, peak resident bytes)."""
     with socket.socket() as free:
@@ -94,16 +107,9 @@ def over_http(model: Path, file: Path, threads: int) -> tuple[float, int]:
         [str(c) for c in [*command, "--threads", threads, "--max-model-len", 1024]],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while True:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as answer:
-                answer.read(1)
-            break
-        except ConnectionError:
-            pass
-        except urllib.error.URLError as error:
-            if not isinstance(error.reason, ConnectionError) or process.poll() is not None:
-                raise
+    while not _answers(urllib.request.Request(url, body, headers)):
+        if process.poll() is not None:
+            raise SystemExit(f"{' '.join(map(str, command))} failed with status {process.returncode}")
         time.sleep(0.002)
     seconds = time.perf_counter() - began
     process.terminate()

@@ -103,4 +103,4 @@ def _print(planned: Planned, machine: Machine, sources: dict[str, str], found: C
         f"prompts of {o.prompt:,} tokens, {o.output:,} output tokens, {o.kv_cache_dtype} cache; random "
         "routing",
     ):
-        console.print(f"- {line}", highlight=False)
+        console.print(f"- {line}", highlight=False, soft_wrap=True)
