@@ -33,7 +33,7 @@ def test_functions_of_rows() -> None:
 
 def test_bfloat16_is_widened_exactly() -> None:
     value = torch.from_numpy(ARRAY).bfloat16()
-    bits: Any = value.view(torch.int16).numpy().view(arrays.BFLOAT16)
+    bits: Any = value.view(torch.int16).numpy().view(arrays.numpy_dtype("bfloat16"))
     assert arrays.dtype_name(bits.dtype) == arrays.dtype_name(value.dtype) == "bfloat16"
     assert np.array_equal(arrays.as_float32(bits), value.float().numpy())
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import mmap
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.header import diagnose
-from farthing.ops.arrays import BFLOAT16
+from farthing.lazy import np
+from farthing.ops.arrays import numpy_dtype
 
-DTYPES: dict[str, Any] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": BFLOAT16,
-    "I64": np.dtype("<i8"),
-}
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "I64": "<i8"}
 _SMALL = 64 << 10  # tensors up to this size are copied: a view would keep the file mapped
 
 
@@ -40,14 +36,19 @@ class ArrayFile:
         """The tensors in the file."""
         return self._header.keys() - {"__metadata__"}
 
+    def entry(self, name: str) -> dict[str, Any]:
+        """A tensor's dtype, shape and place, as the header stores them."""
+        found: dict[str, Any] = self._header[name]
+        return found
+
     def read(self, name: str) -> NDArray[Any]:
         """A tensor as stored: a view of the mapped file, or a copy if it is small."""
         entry = self._header[name]
-        dtype = DTYPES.get(entry["dtype"])
-        if dtype is None:
+        if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"{self._path}: {name}: found {entry['dtype']}; expected one of {', '.join(DTYPES)}"
             )
+        dtype = numpy_dtype(DTYPES[entry["dtype"]])
         begin, end = (self._start + offset for offset in entry["data_offsets"])
         # A misaligned tensor is copied, because kernels read whole elements.
         copied = begin % dtype.itemsize or end - begin <= _SMALL

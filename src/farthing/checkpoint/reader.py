@@ -14,8 +14,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.fp8 import ACTIVATION_SCALES, SCALES, block_scales
@@ -28,6 +26,7 @@ from farthing.ops.arrays import dtype_name
 from farthing.ops.weights import InputRounding, Weight
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 CONFIG, PARAMS = "config.json", "params.json"

@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from farthing.checkpoint.arrays import ArrayFile
@@ -16,6 +15,7 @@ from farthing.checkpoint.error import CheckpointError
 from farthing.checkpoint.header import DTYPE_BITS, diagnose
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 SINGLE = "model.safetensors"
@@ -68,7 +68,7 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: dict[tuple[str, str], Any] = {}
+        self._open: dict[str, Any] = {}
         self._names: dict[str, set[str]] = {}
         self._arrays: dict[str, ArrayFile] = {}
         self._handed_out = 0
@@ -103,27 +103,20 @@ class Shards:
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a numpy array; torch is not imported."""
-        file = self.file_of[name]
-        if file not in self._arrays:
-            if not (self.path / file).is_file():
-                raise CheckpointError(f"{self.path / file}: the file is missing, but {INDEX} names it")
-            self._arrays[file] = ArrayFile(self.path / file)
-        if name not in self._arrays[file].names():
-            raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
-        return self._arrays[file].read(name)
+        return self._array_file(name).read(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header only."""
-        return tuple(self._header(name).get_shape())
+        return tuple(self._array_file(name).entry(name)["shape"])
 
     def nbytes(self, name: str) -> int:
         """Bytes on disk, from the header only."""
-        part = self._header(name)
-        return -(-int(prod(part.get_shape())) * DTYPE_BITS[part.get_dtype()] // 8)
+        entry = self._array_file(name).entry(name)
+        return -(-int(prod(entry["shape"])) * DTYPE_BITS[entry["dtype"]] // 8)
 
     def dtype(self, name: str) -> str:
         """The dtype as safetensors names it, such as 'F8_E4M3', from the header only."""
-        return str(self._header(name).get_dtype())
+        return str(self._array_file(name).entry(name)["dtype"])
 
     def tail(self, file: str) -> bytes:
         """A file's size (8 bytes) and its last 4096 bytes; only the size if the file is missing."""
@@ -141,27 +134,34 @@ class Shards:
         self._arrays.clear()
         self._handed_out = 0
 
-    def _header(self, name: str) -> Any:
-        """Shape and dtype of a tensor; read without torch."""
-        return self._holder(name, "np").get_slice(name)
+    def _array_file(self, name: str) -> ArrayFile:
+        """The file with a tensor, read without torch. Raises CheckpointError if the tensor is missing."""
+        file = self.file_of[name]
+        if file not in self._arrays:
+            if not (self.path / file).is_file():
+                raise CheckpointError(f"{self.path / file}: the file is missing, but {INDEX} names it")
+            self._arrays[file] = ArrayFile(self.path / file)
+        if name not in self._arrays[file].names():
+            raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
+        return self._arrays[file]
 
-    def _holder(self, name: str, framework: str = "pt") -> Any:
+    def _holder(self, name: str) -> Any:
         """The open file with a tensor. Raises CheckpointError if the tensor is missing."""
         file = self.file_of[name]
-        handle = self._handle(file, framework)
+        handle = self._handle(file)
         if name not in self._names[file]:
             raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
         return handle
 
-    def _handle(self, file: str, framework: str) -> Any:
-        if (file, framework) not in self._open:
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
             path = self.path / file
             if not path.is_file():
                 raise CheckpointError(f"{path}: the file is missing, but {INDEX} names it")
             try:
-                handle: Any = safe_open(path, framework=framework)
+                handle: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: {diagnose(path) or error}") from error
-            self._open[file, framework] = handle
+            self._open[file] = handle
             self._names[file] = set(handle.keys())
-        return self._open[file, framework]
+        return self._open[file]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from farthing.lazy import np
 from farthing.model.config import ModelConfig
 from farthing.model.indexer import Indexer
 from farthing.model.rope import score_scale

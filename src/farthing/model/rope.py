@@ -6,11 +6,13 @@ Legend: r rotary head size.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from farthing.lazy import np
 from farthing.model.config import ModelConfig, RopeConfig
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 def rope_table(rope: RopeConfig, dim: int, length: int) -> NDArray[np.float32]:

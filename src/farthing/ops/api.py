@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from numpy.typing import NDArray
-
 from farthing.lazy import torch
 from farthing.ops.arrays import all_finite
 from farthing.ops.sampling import Filters, sample
@@ -25,6 +23,7 @@ from farthing.ops.shared_sum import SharedSum
 from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Handle = Any  # a backend's packed weight; opaque to other modules

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from farthing.lazy import torch
+from farthing.lazy import np, torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
-BFLOAT16 = np.dtype([("bfloat16", "<u2")])
-FLOAT8 = np.dtype([("float8_e4m3fn", "u1")])
+BITS = {"bfloat16": "<u2", "float8_e4m3fn": "u1"}  # dtypes that numpy lacks
+
+
+def numpy_dtype(name: str) -> Any:
+    """The inverse of `dtype_name` for arrays."""
+    return np.dtype([(name, BITS[name])] if name in BITS else name)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -41,7 +43,7 @@ def as_float32(x: Tensor) -> Tensor:
     x_: Any = x
     if not isinstance(x_, np.ndarray):
         return x.float()
-    if x_.dtype == BFLOAT16:
+    if dtype_name(x_.dtype) == "bfloat16":
         return (x_.view("<u2").astype(np.uint32) << 16).view(np.float32)  # type: ignore[return-value]
     return x_.astype(np.float32, copy=False)  # type: ignore[return-value]
 

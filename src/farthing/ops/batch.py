@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from farthing.lazy import torch
+from farthing.lazy import np, torch
 from farthing.ops.api import Batch
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
-from farthing.ops.cpu.backend import CpuOps
+
+if TYPE_CHECKING:
+    from farthing.ops.cpu.backend import CpuOps
 
 __all__ = ["CpuOps", "create"]
+
+
+def __getattr__(name: str) -> Any:
+    """CpuOps on first use: `farthing plan` needs only the sizes of packed matrices, and no numpy."""
+    if name != "CpuOps":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from farthing.ops.cpu.backend import CpuOps
+
+    return CpuOps
 
 
 def create(
@@ -29,6 +41,8 @@ def create(
     the latter also selects kernels whose results do not depend on the batch. Raises ImportError if
     `farthing._native` is not built, ValueError for a bad argument.
     """
+    from farthing.ops.cpu.backend import CpuOps
+
     kind = None if dtype is None else dtype_name(dtype)
     if kind not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype: got {dtype} with backend 'cpu'; expected float32 or bfloat16")

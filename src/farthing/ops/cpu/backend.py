@@ -26,13 +26,12 @@ from farthing.ops.api import (
     RouterSpec,
 )
 from farthing.ops.arrays import (
-    BFLOAT16,
-    FLOAT8,
     address,
     as_float32,
     contiguous,
     dtype_name,
     empty,
+    numpy_dtype,
     row_stride,
 )
 from farthing.ops.cache import CACHE_DTYPES, CACHE_MAX
@@ -283,7 +282,7 @@ class CpuOps(PackingOps):
     def _lazy(self, dtype: str, *shape: int) -> Tensor:
         """Zeros in small pages that are allocated on first write. torch would write all of them now, and
         numpy would request huge pages, and each layer's last one would be mostly empty."""
-        kind = {"bfloat16": BFLOAT16, "float8_e4m3fn": FLOAT8}.get(dtype) or np.dtype(dtype)
+        kind = numpy_dtype(dtype)
         memory = mmap.mmap(-1, prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if self.arrays:
             return np.frombuffer(memory, kind).reshape(shape)  # type: ignore[return-value]
