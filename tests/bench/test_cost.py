@@ -156,7 +156,10 @@ def test_levers_are_calibrated_within_the_budget(tmp_path: Path) -> None:
         rows = levers(dense, tmp_path, 0.02, texts)
         found = dict(qualities(dense, rows, texts.judged))
     assert [row.options is None for row in rows] == [True] + [False] * (len(rows) - 1)
-    assert rows[-1].options == {"speculate": "mtp+ngram"} and rows[-1].model == rows[-2].model
+    assert (
+        rows[-1].options == {"quantization": "int8", "speculate": "mtp+ngram"}
+        and rows[-1].model == rows[-2].model
+    )
     kernels, last = found[rows[1].name], found[rows[-1].name]
     assert found[rows[0].name] is None and kernels is not None and last is not None
     assert abs(kernels.change) < 0.002, "our bfloat16 kernels compute the same model"

@@ -1,8 +1,9 @@
 """The rows of `farthing bench cost`: the original, then one more lever per row, calibrated within a budget.
 
-Weights are rounded by `int8-auto` and `int4-gptq`; the calibrated adaptive experts may then use the rest of
-the budget. Every row's quality is measured against the original on held-out text not used for calibration.
-Speculation changes no token, so its row has the quality of the previous one.
+Weights are rounded by `int8-auto` and `int4-gptq`, which leave the head alone; it is rounded to INT8 while
+loading. The calibrated adaptive experts may then use the rest of the budget. Every row's quality is measured
+against the original on held-out text not used for calibration. Speculation changes no token, so its row has
+the quality of the previous one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from farthing.compress.recipe import load_recipe
 from farthing.model import ModelConfig
 
 WINDOW = 1024
+HEAD: dict[str, Any] = {"quantization": "int8"}  # of what a calibrated checkpoint left dense
 ORIGINAL = "Hugging Face eager, bf16"
 Say = Callable[[str], None]
 
@@ -72,7 +74,7 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
     rows = [Lever(ORIGINAL), Lever("Farthing kernels and engine", {})]
     for recipe in ("int8-auto", "int4-gptq"):
         made = _calibrated(source, work / recipe, recipe, budget, say)
-        rows.append(Lever(f"+ {recipe} weights", {}, str(made)))
+        rows.append(Lever(f"+ {recipe} weights", HEAD, str(made)))
     if config.n_routed_experts:
         spent = quality(source, made, texts.calibration).change
         rest = (1 + budget) / (1 + max(0.0, spent)) - 1
@@ -82,14 +84,15 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
             )
         else:
             made = _calibrated(made, work / "adaptive", "adaptive-experts", rest, say)
-            rows.append(Lever("+ adaptive experts", {}, str(made)))
+            rows.append(Lever("+ adaptive experts", HEAD, str(made)))
     drafts = "mtp+ngram" if config.num_nextn_predict_layers else "ngram"
-    return [*rows, Lever("+ speculation: all together", {"speculate": drafts}, str(made))]
+    return [*rows, Lever("+ speculation: all together", HEAD | {"speculate": drafts}, str(made))]
 
 
 def quality(source: Path, model: Path, corpus: Corpus) -> Quality:
     """Quality of a checkpoint on the serving kernels relative to `source` in reference arithmetic."""
-    return _quality(compare_with(baseline(source, corpus, "reference"), load_for(model), corpus))
+    served = load_for(model, **HEAD)
+    return _quality(compare_with(baseline(source, corpus, "reference"), served, corpus))
 
 
 def qualities(source: Path, rows: Sequence[Lever], corpus: Corpus) -> Iterator[tuple[str, Quality | None]]:
@@ -102,7 +105,8 @@ def qualities(source: Path, rows: Sequence[Lever], corpus: Corpus) -> Iterator[t
             continue
         model = row.model or str(source)
         if model not in known:
-            known[model] = _quality(compare_with(base, load_for(Path(model)), corpus))
+            served = load_for(Path(model), quantization=row.options.get("quantization"))
+            known[model] = _quality(compare_with(base, served, corpus))
         yield row.name, known[model]
 
 

@@ -10,6 +10,7 @@ from farthing.checkpoint import Checkpoint
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import Baseline, Comparison, compare_with, remember
 from farthing.compress.simulate import SimulatedOps
+from farthing.config import Quantization
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import Ops, select
 
@@ -31,8 +32,13 @@ def parse_share(name: str, text: str) -> float:
     return share
 
 
-def load_for(path: Path, backend: str = "auto", simulate: bool = False) -> DeepseekModel:
-    """Load a model on a serving backend, or in float32 with simulated activation rounding."""
+def load_for(
+    path: Path, backend: str = "auto", simulate: bool = False, quantization: Quantization | None = None
+) -> DeepseekModel:
+    """Load a model on a serving backend, which may round dense weights, or in float32 with simulated
+    activation rounding."""
+    if quantization is not None:
+        return load(path, select(backend, quantization=quantization))
     return load(path, _ops(path, "simulate" if simulate else backend))
 
 
