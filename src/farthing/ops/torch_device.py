@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ from farthing.ops.weights import Weight
 
 log = logging.getLogger(__name__)
 
+COMPILER = "compile layers"  # name of the thread that does
+# On CPUs: loops over fewer elements per thread than this are faster on one thread.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.min_chunk_size": 16384}
 _COMPILE_AFTER = 32  # single-token steps: a short generation ends before compiled layers repay their time
 
 
@@ -249,7 +253,10 @@ class TorchOps(ReferenceOps):
         if stack.steps == self.compile_after:
             example = torch.zeros_like(h)
             self.compiling = threading.Thread(
-                target=self._compile, args=(stack, example, eps, self.compiling), daemon=True
+                target=self._compile,
+                args=(stack, example, eps, self.compiling),
+                name=COMPILER,
+                daemon=True,
             )
             self.compiling.start()
 
@@ -271,11 +278,8 @@ def compiled_step(layers: Sequence[LayerHandles], h: Tensor, eps: float) -> Step
 
     The number of cached tokens is dynamic, all other shapes are constants. Layers of one shape share code.
     """
-    step = Step(
-        torch.compile(queries, dynamic=False),
-        torch.compile(dense_output, dynamic=False),
-        torch.compile(expert_output, dynamic=False),
-    )
+    compiled = partial(torch.compile, dynamic=False, options=_OPTIONS)
+    step = Step(compiled(queries), compiled(dense_output), compiled(expert_output))
     with torch.inference_mode():  # guards distinguish its tensors from others
         position = torch.zeros(1, dtype=torch.int64, device=h.device)
         for layer in layers:
