@@ -32,11 +32,17 @@ def import_whole(name: str) -> ModuleType:
 
     Objects created during imports stay alive, so scanning them repeatedly is wasted.
     """
+    with no_collection(), _interrupts_deferred():
+        return import_module(name)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Run the block with garbage collection disabled."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with _interrupts_deferred():
-            return import_module(name)
+        yield
     finally:
         if collecting:
             gc.enable()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farthing import no_collection
 from farthing.cli.options import with_options
 from farthing.cli.plan_options import Planned, PlanOptions
 from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS
@@ -51,10 +52,11 @@ def plan(
     from farthing.planner.devices import load_devices
 
     try:
-        given = PlanOptions(**options)
-        devices, shares = load_devices(given.ceilings)
-        device = _device(given.gpu, devices)
-        planned = _plan(given, device)
+        with no_collection():  # most of the time is imports
+            given = PlanOptions(**options)
+            devices, shares = load_devices(given.ceilings)
+            device = _device(given.gpu, devices)
+            planned = _plan(given, device)
         if given.price is not None and device is not None:
             print_estimate(planned, device, shares, as_json)
             return

@@ -13,6 +13,7 @@ from farthing import extras
 from farthing.cli.errors import one_line_errors
 from farthing.cli.options import with_options
 from farthing.config import EngineConfig
+from farthing.page_in import page_in
 from farthing.server.auth import KeyRing
 from farthing.server.config import ServerConfig, gather_keys
 
@@ -66,6 +67,8 @@ def serve(
             admin_keys=KeyRing(admin_api_key or []),
             metrics_keys=KeyRing(metrics_api_key or []),
         )
+        if engine_config.packed is not None:
+            page_in(Path(engine_config.packed))
         from farthing.server.run import serve as run
 
         _suggest_extras()
