@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and setti
     "fp8": ("fp8", []),
     "fp8-delayed": ("fp8", ['fp8_scaling="delayed"']),
 }
-EVERY = 250  # steps between evaluations
+EVERY, FINAL = 125, 10_000  # steps between evaluations; held-out tokens of the stored checkpoint's score
 KEPT = ("step", "tokens", "main", "eval_loss", "bits_per_byte", "minutes")
 PREFILL = 512
 PROMPT = 64
@@ -106,10 +107,14 @@ def precision(
         done = (record.is_file() and json.loads(record.read_text())) or []
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
-            if (
-                train_mite(run, None, tokens, resume, None, device, 1, seed, batch + settings, kind, EVERY)
-                is None
-            ):
+            shared = out / names[0] / "tokenizer.json"
+            if name != names[0] and shared.is_file():
+                run.mkdir(parents=True, exist_ok=True)
+                shutil.copy(shared, run)
+            trained = train_mite(
+                run, None, tokens, resume, None, device, 1, seed, batch + settings, kind, EVERY, FINAL
+            )
+            if trained is None:
                 raise SystemExit("interrupted; run the same command to continue")
             done = json.loads(record.read_text())
         finals[name] = {k: done[-1][k] for k in KEPT}

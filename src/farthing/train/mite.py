@@ -182,8 +182,10 @@ def build_trainer(
     )
 
 
-def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
-    """Score the stored FP8 model on the held-out files; write training.json, loss.png and their sample."""
+def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe, max_tokens: int | None = None) -> dict[str, Any]:
+    """Score the stored FP8 model on the held-out files (or their first `max_tokens`); write training.json,
+    loss.png and their sample.
+    """
     from farthing.train.export import load_checkpoint
 
     out = trainer.config.out / "checkpoint"
@@ -192,7 +194,7 @@ def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe) -> dict[str, Any]:
     stored = load_checkpoint(out)
     stored.set_compute_dtype(torch.bfloat16)
     ids = data.encode(corpus.tokenizer, corpus.heldout)
-    result = evaluate(stored.eval(), ids, [d.text for d in corpus.heldout])
+    result = evaluate(stored.eval(), ids, [d.text for d in corpus.heldout], max_tokens=max_tokens)
     summary: dict[str, Any] = {
         "heldout": {k: round(v, 5) for k, v in result.items()},
         "window": recipe.model.max_position_embeddings,
@@ -299,6 +301,7 @@ def train_mite(
     settings: list[str],
     precision: str = "bf16",
     eval_steps: int | None = None,
+    final_tokens: int | None = None,
 ) -> dict[str, Any] | None:
     """Train the embedded model. Returns the summary, or None if interrupted (state is saved)."""
     if device not in ("auto", "cpu", "cuda"):
@@ -321,6 +324,6 @@ def train_mite(
         trainer.load()
     if not trainer.run():
         return None
-    summary = finish(trainer, corpus, recipe)
+    summary = finish(trainer, corpus, recipe, final_tokens)
     console.print(f"held-out: {summary['heldout']}; checkpoint in {out / 'checkpoint'}")
     return summary
