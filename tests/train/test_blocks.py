@@ -91,6 +91,8 @@ def test_pruned_checkpoint_has_the_zero_blocks(checkpoint: Path, tmp_path: Path,
     summary = train_qat(settings_of(checkpoint, out, sources), CONFIG, console=QUIET)
     assert summary is not None
     assert summary["zero_blocks"]["zero_share"] == pytest.approx(0.4, abs=0.02)
+    share = summary["needed_blocks"]["share"]
+    assert share["before"] == pytest.approx(0.7, abs=0.01) and share.keys() == {"before", "after", "random"}
     stored, kept, cells = Checkpoint.open(out / "checkpoint"), 0.0, 0
     for name in ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"):
         value = stored.weight(f"model.layers.1.{name}").dequantize()

@@ -94,12 +94,44 @@ def block_costs(w: Tensor, fisher: Tensor, keep: Tensor) -> Tensor:
     """Estimated loss of removing each block, [B, R / r, J / c]: zero for removed ones, infinite for those
     that a projection must keep.
     """
-    b, rows, columns = keep.shape
     fisher = fisher.reshape(w.shape)
-    cost = (w.square() * fisher).view(b, rows, w.shape[1] // rows, columns, w.shape[2] // columns).sum((2, 4))
+    cost = _by_block(w.square() * fisher, keep)
     cost = cost * keep
     least = cost.flatten().kthvalue(max(1, round(MOST * cost.numel()))).values
     return cost.masked_fill(cost > least, torch.inf)
+
+
+def _by_block(values: Tensor, keep: Tensor) -> Tensor:
+    """Sums of values [B, R, J] over the blocks of keep [B, R / r, J / c]."""
+    b, rows, columns = keep.shape
+    return values.view(b, rows, values.shape[1] // rows, columns, values.shape[2] // columns).sum((2, 4))
+
+
+def block_needs(student: QatModel, tokens: Tensor) -> Tensor:
+    """Estimated loss of removing each remaining block outside drafting layers, from windows [N, T + 1]."""
+    fisher, weights, found = squared_gradients(student.net, tokens), student.weights(), []
+    with torch.no_grad():
+        for name, keep in masked(student).items():
+            if not name.startswith("mtp."):
+                used = student.product_of(name).weight_quantizer(weights[name])
+                squares = used.square() * fisher[_parameter(name)].reshape(used.shape)
+                found.append(_by_block(squares, keep)[keep > 0])
+    return torch.cat(found)
+
+
+def needed_blocks(models: dict[str, QatModel], tokens: Tensor, typical: float = 0.7) -> dict[str, Any]:
+    """Share of each model's remaining blocks whose removal costs at least what that of a share `typical` of
+    the first model's blocks costs, and the deciles.
+    """
+    needs = {name: block_needs(model, tokens) for name, model in models.items()}
+    least = next(iter(needs.values())).quantile(1 - typical)
+    tenths = torch.linspace(0.1, 0.9, 9)
+    return {
+        "definition": "sum of w^2 F over the block, F the mean squared gradient of the text's loss",
+        "threshold": float(least),
+        "share": {name: float((found >= least).float().mean()) for name, found in needs.items()},
+        "deciles": {name: found.quantile(tenths).tolist() for name, found in needs.items()},
+    }
 
 
 def _parameter(product: str) -> str:

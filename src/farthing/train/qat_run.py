@@ -13,13 +13,25 @@ from torch import Tensor
 
 from farthing.files import replace, replace_json
 from farthing.train import blocks
-from farthing.train.finetune import Settings, curve, interval, provenance, resampled, sha256, window_nats
+from farthing.train.finetune import (
+    Settings,
+    Text,
+    curve,
+    interval,
+    provenance,
+    resampled,
+    sha256,
+    window_nats,
+)
 from farthing.train.gptq import round_by_gptq
 from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM
+from farthing.train.need import random_twin
 from farthing.train.qat import build
 from farthing.train.qat_export import save_quantized
 from farthing.train.qat_model import QatConfig, QatModel
+
+NEED_WINDOWS = 16  # of held-out text on which the need of blocks is measured
 
 
 def untrained(
@@ -78,7 +90,7 @@ def train_qat(
         "perplexity": {name: _perplexity(rows) for name, rows in found.items()},
         **gained(found),
         **provenance(settings, config, text),
-        **({} if config.block is None else {"zero_blocks": blocks.describe(student)}),
+        **({} if config.block is None else _zero_blocks(student, teacher, text, settings)),
         "checkpoint_sha256": sha256(settings.out / "checkpoint" / "model.safetensors"),
         "weights_bytes": size,
         "minutes": trainer.active_seconds / 60,
@@ -94,6 +106,24 @@ def train_qat(
         levels=levels,
     )
     return summary
+
+
+def _zero_blocks(
+    student: QatModel, teacher: DeepSeekLM, text: Text, settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Where the zero blocks are, and how much the others are needed on held-out text: after, before, and in
+    random weights.
+    """
+    rows = [d[: settings.window + 1].astype("int64") for d in text.heldout if len(d) > settings.window]
+    tokens = torch.stack([torch.from_numpy(ids) for ids in rows[:NEED_WINDOWS]]).to(settings.device)
+    models = {
+        "before": QatModel(copy.deepcopy(teacher), student.config),
+        "after": student,
+        "random": QatModel(random_twin(teacher, settings.seed), student.config),
+    }
+    for model in models.values():
+        model.to(settings.device).net.set_compute_dtype(torch.bfloat16)
+    return {"zero_blocks": blocks.describe(student), "needed_blocks": blocks.needed_blocks(models, tokens)}
 
 
 def _perplexity(rows: Tensor) -> float:
