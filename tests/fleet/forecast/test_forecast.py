@@ -13,7 +13,13 @@ from farthing.cli.forecast import app
 from farthing.fleet.forecast.backtest import Backtest, backtest, parse_horizon
 from farthing.fleet.forecast.base import LastValue, Seasonal
 from farthing.fleet.forecast.conformal import Conformal
-from farthing.fleet.forecast.growth import GrowthConfig, growth_bound, trailing_max, trailing_mean
+from farthing.fleet.forecast.growth import (
+    GrowthConfig,
+    growth_bound,
+    returning,
+    trailing_max,
+    trailing_mean,
+)
 from farthing.fleet.forecast.mix import Mix
 from farthing.fleet.forecast.names import make
 from farthing.fleet.forecast.ridge import AbsoluteAR, RidgeAR
@@ -88,6 +94,15 @@ def test_trailing_windows_match_their_definition() -> None:
         means = [values[max(0, i - steps + 1) : i + 1].mean(axis=0) for i in range(50)]
         assert np.allclose(trailing_max(values, steps), tops)
         assert np.allclose(trailing_mean(values, steps), means)
+
+
+def test_load_before_a_collapse_is_remembered_for_three_leads() -> None:
+    load = np.concatenate([np.full(60, 10.0), np.zeros(40), np.full(20, 9.0)])[:, None]
+    back = returning(load, 10, GrowthConfig())[:, 0]
+    assert not back[:60].any() and not back[100:].any()
+    assert (back[60:89] == 10.0).all() and not back[89:100].any()
+    dip = np.where(np.arange(120) < 60, 10.0, 4.0)[:, None]
+    assert not returning(dip, 10, GrowthConfig()).any()
 
 
 def test_growth_bound_has_its_nominal_coverage() -> None:

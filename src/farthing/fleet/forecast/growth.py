@@ -45,10 +45,12 @@ class GrowthConfig:
     ceiling_s: float = 172800.0  # window of the highest load
     ceiling_after_s: float = 21600.0  # the ceiling applies after this much history
     refresh_s: float = 600.0  # time between computations of the quantile
+    memory: float = 3.0  # leads for which a load that collapses is expected back
+    collapse: float = 0.3  # a collapse: the load is below this share of its highest in that time
 
     def __post_init__(self) -> None:
         _accept("quantile", self.quantile, 0.5 <= self.quantile < 1, "[0.5, 1)")
-        for name in ("reversion", "trend"):
+        for name in ("reversion", "trend", "collapse"):
             _accept(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "[0, 1]")
         for name in (
             "window_s",
@@ -60,6 +62,7 @@ class GrowthConfig:
             "slow_s",
             "ceiling_s",
             "refresh_s",
+            "memory",
         ):
             _accept(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
 
@@ -170,3 +173,12 @@ def ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
     highest = trailing_max(smooth, round(config.ceiling_s / step_s)) * config.ceiling
     highest[: min(len(load), round(config.ceiling_after_s / step_s))] = np.inf
     return highest
+
+
+def returning(load: Floats, lead: int, config: GrowthConfig) -> Floats:
+    """[N, B] the load before a collapse, for `memory` leads; 0 without a collapse.
+
+    Forecasts are relative to the current load, so after a gap in the traffic they are near zero.
+    """
+    highest = trailing_max(load, max(1, round(config.memory * lead)))
+    return np.where(load < config.collapse * highest, highest, 0.0)

@@ -19,7 +19,7 @@ import numpy as np
 
 from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.curve import Forecast
-from farthing.fleet.forecast.growth import GrowthConfig, ceiling
+from farthing.fleet.forecast.growth import GrowthConfig, ceiling, returning
 from farthing.fleet.forecast.history import History, memory
 from farthing.fleet.forecast.lstm import PRETRAINED, LSTMConfig, Pretrained
 from farthing.fleet.forecast.members import Blocks, Growth, LastValue, Member
@@ -147,15 +147,19 @@ class ShortLevel:
 
 
 def capped(bound: Floats, history: History) -> Floats:
-    """[o, B] the last origins' bounds for the policy: at most a share of the highest load.
+    """[o, B] the last origins' bounds for the policy: at most a share of the highest load, and at least the
+    load before a collapse.
 
     Records are rare, and the target utilization leaves headroom for one. The forecast itself, whose coverage
-    is measured, is not capped.
+    is measured, is not changed.
     """
-    if history.growth.ceiling <= 0:
-        return bound
-    highest = ceiling(history.level, history.step_s, history.growth)[-len(bound) :]
-    return np.asarray(np.minimum(bound, np.maximum(highest, history.level[-len(bound) :])), dtype=np.float64)
+    level, step_s, config = history.level, history.step_s, history.growth
+    if config.ceiling > 0:
+        highest = ceiling(level, step_s, config)[-len(bound) :]
+        bound = np.minimum(bound, np.maximum(highest, level[-len(bound) :]))
+    return np.asarray(
+        np.maximum(bound, returning(level, history.lead, config)[-len(bound) :]), dtype=np.float64
+    )
 
 
 def reach(history: History) -> int:
