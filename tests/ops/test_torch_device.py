@@ -172,6 +172,12 @@ def test_steps_stay_eager_where_torch_compile_fails(
     assert "torch.compile does not work on cpu: no C++ compiler" in caplog.messages
 
 
+def test_compilation_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TorchOps(CPU, torch.float32).compile_after is not None
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    assert TorchOps(CPU, torch.float32).compile_after is None
+
+
 def test_device_that_torch_cannot_use_is_named() -> None:
     with pytest.raises(ValueError, match=r"^device: got 'nonsense'; expected cpu"):
         select("torch/nonsense")

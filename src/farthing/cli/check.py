@@ -20,7 +20,7 @@ def check(
             "take more than 12 GiB in float32.",
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu.")] = "reference",
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gpu or torch.")] = "reference",
 ) -> None:
     """Check configuration, tokenizer and first layers; compare logits with transformers if installed."""
     import torch

@@ -37,7 +37,7 @@ def evaluate(
     ] = None,
     window: Annotated[int, typer.Option(help="Maximum context length in tokens.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Approximate number of tokens to evaluate.")] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gpu or torch.")] = "auto",
     simulate: Annotated[
         bool, typer.Option(help="Use reference ops with the checkpoint's activation rounding.")
     ] = False,

@@ -28,7 +28,9 @@ def inspect(
     prompts: Annotated[
         Path | None, typer.Option(help="Text to measure routing on, one prompt per line.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, reference, cpu or gpu (for --prompts).")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, reference, cpu, gpu or torch (for --prompts).")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Parameters, bytes and FLOPs per token, compared with a dense model of the same size."""

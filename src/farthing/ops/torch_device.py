@@ -9,6 +9,7 @@ Legend: see `farthing.ops.api`.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -90,7 +91,8 @@ class TorchOps(ReferenceOps):
         self.device = device
         self.name = f"torch/{device} {str(dtype).removeprefix('torch.')}"
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self.compile_after: int | None = _COMPILE_AFTER  # None: never compile
+        disabled = os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # torch's own variable
+        self.compile_after = None if disabled else _COMPILE_AFTER
         self.compiling: threading.Thread | None = None
 
     # -- packing
