@@ -129,3 +129,21 @@ def test_blocks_of_zeros_are_left_out_of_codes(isa: str) -> None:
     x, ones = torch.randn(5, 256), torch.ones(256)
     found = ops.mlp(x.clone(), handle, ones, 1e-6, residual=False)
     assert distance(found, ref.mlp(x, expected, ones, 1e-6, residual=False)) < 3 * BOUNDS["int4"]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_values_that_are_not_finite_are_not_rounded(
+    dtype: torch.dtype, value: float, quantization: str
+) -> None:
+    data = random_rows(16, 128, "normal").to(dtype)
+    data[3, 5] = value if dtype.itemsize > 1 else float("nan")  # E4M3 has no infinity
+    broken = Weight("dense", data) if dtype.itemsize > 1 else Weight("fp8", data, torch.ones(1, 1))
+    with pytest.raises(ValueError, match="w: got NaN or infinity; expected finite values"):
+        CpuOps(1, quantization)._pack("w", [broken], mlp=True)
+
+
+def test_finite_values_with_an_infinite_sum_are_rounded() -> None:
+    w = Weight("dense", torch.full((16, 128), 1e38))
+    assert CpuOps(1, "int4")._pack("w", [w], mlp=True).format == _native.Format.NL4

@@ -28,6 +28,7 @@ class Plan:
 
 
 F32 = Plan(PackedFormat.F32)
+_INTEGERS = (PackedFormat.Q8, PackedFormat.Q4, PackedFormat.NL4)
 
 
 def choose(stored: str, columns: int, group: int, quantization: str | None) -> Plan:
@@ -71,6 +72,14 @@ def _is_held(w: Weight, target: Plan) -> bool:
     return w.format != "dense" and HOLDING[w.format] == target.format
 
 
+def _finite(w: Weight) -> bool:
+    """Whether no float value is NaN or infinite; rounding would turn those into arbitrary integers."""
+    if w.format == "fp8":  # its scales are checked in native code
+        return bool(((w.data.view(torch.uint8) & 0x7F) != 0x7F).all())
+    # One NaN or infinity makes the sum one, and a sum needs no temporary matrix; finite values may overflow.
+    return w.format != "dense" or bool(w.data.sum().isfinite()) or bool(w.data.isfinite().all())
+
+
 def _source(w: Weight, target: Plan) -> tuple[tuple[Any, int, int, int, int, int, int], list[Tensor]]:
     """The native call's tuple (kind, data, scale, zero, n, k, group) and the tensors it points into."""
     n, k = w.shape
@@ -102,6 +111,8 @@ def pack(
     columns = {w.shape[1] for w in weights}
     if len(columns) != 1:
         raise ValueError(f"matrices with K = {sorted(columns)} cannot be stacked; expected one K")
+    if target.format in _INTEGERS and not all(_is_held(w, target) or _finite(w) for w in weights):
+        raise ValueError("got NaN or infinity; expected finite values, because they are rounded to integers")
     sources, alive = zip(*(_source(w, target) for w in weights), strict=True)
     zero = any(w.zero_point is not None and _is_held(w, target) for w in weights)
     measured = COSTS.get(HELD.get(target.format, ""), NEVER)

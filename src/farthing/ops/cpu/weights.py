@@ -143,7 +143,10 @@ class PackingOps(HostOps):
 
     def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False, mlp: bool = False) -> Any:
         target = plan(weights, loaded_as(self._quantization, mlp))
-        packed = pack(self._native, weights, target, interleave)
+        try:
+            packed = pack(self._native, weights, target, interleave)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         return self._keep(name, self._round_inputs(name, packed, inputs_of(weights)))
 
     def _round_inputs(self, name: str, packed: Any, inputs: InputRounding | None) -> Any:
