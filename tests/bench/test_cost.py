@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farthing.bench import cost
+from farthing.bench import cost, cost_probe
 from farthing.bench.cost import Probe, Row, Workload, claims, compare, prompts_for
 from farthing.bench.levers import Lever, Quality, Texts, levers, qualities
 from farthing.bench.original import bf16_checkpoint, tiny_checkpoint
@@ -32,6 +32,10 @@ def test_quality_is_met_when_its_whole_interval_is_within_the_budget() -> None:
         last = Row("b", 30, 700, 0.84, "rapl", 1.0, Quality(change, 0.0, high, 1000))
         found = claims(first, last, budget=0.01)["quality"]
         assert found == {"budget": 0.01, "measured": change, "interval": [0.0, high], "met": met}
+
+
+def test_cpu_time_is_finer_than_a_hundredth_of_a_second() -> None:
+    assert len({cost_probe._cpu() for _ in range(1000)}) > 100  # a row of 64 tokens takes 20 ms
 
 
 def test_rows_are_medians_priced_by_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ class Workload:
 class Probe:
     """One measurement of one row."""
 
-    latency_ms: float  # median time between two tokens of a request
+    latency_ms: float  # mean time between two tokens of a request, after the first
     seconds: float  # wall time of the whole workload
     cpu_seconds: float
     joules: float
