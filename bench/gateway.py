@@ -186,7 +186,7 @@ def request(tokens: int = 0, interval: float = 0.0) -> bytes:
         {"model": "m", "messages": [{"role": "user", "content": "x" * 1000}], "stream": bool(tokens)}
     )
     head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         f"x-tokens: {tokens}\r\nx-interval: {interval}\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body.encode()
@@ -206,7 +206,10 @@ class Connection:
         got = self.sock.recv(1 << 16)
         first = time.perf_counter() - began
         while not got.endswith(until):
-            got += self.sock.recv(1 << 16)
+            more = self.sock.recv(1 << 16)
+            if not more:
+                raise ConnectionError(f"the connection ended after {got[:200]!r}")
+            got += more
         return first, time.perf_counter() - began
 
 
