@@ -1,6 +1,7 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -86,7 +87,7 @@ void write_scales(uint8_t* record, const Matrix& m, const PanelScales& s) {
   }
 }
 
-// Number of scales stored in a source. Scales computed while packing are finite if the values are.
+// Number of scales stored in a source.
 size_t scale_count(const Source& s) {
   const size_t n = s.n, k = s.k;
   switch (s.kind) {
@@ -130,7 +131,8 @@ void require_roundable(const Matrix& m, const std::vector<Source>& sources) {
                                   " for float rows; expected 32 or 64");
 }
 
-void write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, int count, PanelScales& scales,
+// False if a value that is rounded is not finite.
+bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, int count, PanelScales& scales,
                  uint8_t* record) {
   PanelRows rows = {};
   for (int lane = 0; lane < count; ++lane) {
@@ -144,6 +146,8 @@ void write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, in
   for (int lane = 0; lane < kPanel; ++lane)
     read_scales(m, lane < count ? refs[lane] : RowRef{}, lane, scales);
   write_scales(record, m, scales);
+  return !m.quantized() || std::all_of(scales.scales.begin(), scales.scales.end(),
+                                       [](float scale) { return std::isfinite(scale); });
 }
 
 }  // namespace
@@ -159,14 +163,19 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
   m = Matrix::describe(format, count, sources[0].k, group, zero);
   require_roundable(m, sources);
   packed->reserve(pool, *arena);
+  std::atomic<bool> finite{true};
   pool.run([&](Team& team) {
     PanelScales scales(m);
     team.for_units(0, 1, m.panels, [&](int, int panel) {
       const int first = panel * kPanel;
-      write_panel(m, kernels, rows.data() + first, std::min(kPanel, count - first), scales,
-                  const_cast<uint8_t*>(m.record(panel)));
+      if (!write_panel(m, kernels, rows.data() + first, std::min(kPanel, count - first), scales,
+                       const_cast<uint8_t*>(m.record(panel))))
+        finite.store(false, std::memory_order_relaxed);
     });
   });
+  if (!finite)
+    throw std::invalid_argument(
+        "got NaN or infinity; expected finite values, because they are rounded to integers");
   if (has_cells(m)) {
     std::vector<uint8_t> cells;
     if (to_cells(m, costs, cells, packed->offsets_)) {

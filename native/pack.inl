@@ -29,6 +29,18 @@ inline void load_tile(const Matrix& w, const PanelRows& p, int at, float* tile) 
   transpose(rows, kTileColumns, kPanel, kTileColumns, tile, kPanel);
 }
 
+// Whether no value of a tile is NaN or infinite.
+inline bool is_finite(const float* tile) {
+  u32x16 most = {};
+  for (int i = 0; i < kTileColumns; ++i) {
+    const u32x16 bits = load<u32x16>(tile + 16 * i) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  bool finite = true;
+  for (int lane = 0; lane < 16; ++lane) finite &= most[lane] < 0x7f800000u;
+  return finite;
+}
+
 // The next 64 bytes of the rows stored as `kind`, as words [16][16]; zeros after `bytes`, `fill` for others.
 inline void load_words(const PanelRows& p, Source::Kind kind, size_t at, int bytes, uint8_t fill,
                        float* words) {
@@ -82,12 +94,14 @@ inline void pack_fp8(const Matrix& w, const PanelRows& p, uint8_t* data) {
 inline void round_rows(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
   alignas(64) float tile[kPanel * kTileColumns];
   f32x16 top = {};
+  bool finite = true;
   for (int at = 0; at < w.kp; at += kTileColumns) {
     load_tile(w, p, at, tile);
+    finite &= is_finite(tile);
     for (int i = 0; i < kTileColumns; ++i) top = max(top, abs(loadf(tile + 16 * i)));
   }
   const f32x16 scale = max(top / 127.0f, splat(kTiny));
-  store(scales, scale);
+  store(scales, finite ? scale : splat(__builtin_nanf("")));
   for (int at = 0; at < w.kp; at += kTileColumns) {
     load_tile(w, p, at, tile);
     for (int i = 0; i < kTileColumns; i += 4) {
@@ -254,10 +268,13 @@ struct CodeGrid {
 template <class Grid>
 void round_groups(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
   alignas(64) float tile[kPanel * kTileColumns];
+  bool finite = true;
   for (int k = 0; k < w.kp; k += w.group) {  // 32 or 64 columns
-    if (k % kTileColumns == 0) load_tile(w, p, k, tile);
+    if (k % kTileColumns == 0) load_tile(w, p, k, tile), finite &= is_finite(tile);
     const float* x = tile + static_cast<size_t>(k % kTileColumns) * 16;
-    const f32x16 step = Grid::find(x, w.group, scales + static_cast<size_t>(k / w.group) * 16);
+    float* found = scales + static_cast<size_t>(k / w.group) * 16;
+    const f32x16 step = Grid::find(x, w.group, found);
+    if (!finite) store(found, splat(__builtin_nanf("")));
     for (int i = 0; i < w.group; i += 8) {
       u32x16 word = {};
       for (int j = 0; j < 8; ++j)
@@ -300,7 +317,8 @@ inline void copy_int4(const Matrix& w, const PanelRows& p, u32x16 rounded, uint8
   }
 }
 
-// Writes the data of a panel, and the scales of rows that it rounds: [16] or [K / G][16].
+// Writes the data of a panel, and the scales of rows that it rounds: [16] or [K / G][16]. Some are NaN if a
+// value is not finite.
 void pack_panel(const Matrix& w, const PanelRows& p, float* scales, uint8_t* data) {
   if (w.format == Format::f32) return pack_f32(w, p, data);
   if (w.format == Format::bf16) return pack_bf16(w, p, data);

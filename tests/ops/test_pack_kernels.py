@@ -207,3 +207,16 @@ def test_wide_groups_of_floats_are_refused(native: Any) -> None:
     w = Weight("dense", floats(16, 256, "f32"))
     with pytest.raises(ValueError, match="group: got 128 for float rows; expected 32 or 64"):
         pack(native, [w], Plan(_native.Format.Q4, 128), blocks=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("plan", [Plan(_native.Format.Q8), Plan(_native.Format.Q4, 32)])
+def test_values_that_are_not_finite_are_refused(native: Any, plan: Plan, value: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        w = torch.ones(33, 96, dtype=dtype)
+        for row, column in ((0, 0), (32, 95), (17, 40)):
+            changed = w.clone()
+            changed[row, column] = value
+            with pytest.raises(ValueError, match="got NaN or infinity; expected finite values"):
+                pack(native, [Weight("dense", changed)], plan)
+        pack(native, [Weight("dense", w)], plan)
