@@ -35,13 +35,16 @@ def strict(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def changed(source: Path, out: Path, factor: float) -> Path:
-    """`source` with its head multiplied by `factor`."""
+def changed(source: Path, out: Path, factor: float, mtp: bool = True) -> Path:
+    """`source` with its head multiplied by `factor`, and without its MTP layer unless `mtp`."""
     checkpoint, writer = Checkpoint.open(source), CheckpointWriter(out)
+    drafting = f"model.layers.{checkpoint.config['num_hidden_layers']}."
     for name in checkpoint.names():
         tensor = checkpoint.tensor(name)
-        writer.add(name, tensor * factor if name == "lm_head.weight" else tensor)
-    writer.close(checkpoint.config, copy_from=source)
+        if mtp or not name.startswith(drafting):
+            writer.add(name, tensor * factor if name == "lm_head.weight" else tensor)
+    layers = checkpoint.config["num_nextn_predict_layers"] if mtp else 0
+    writer.close(checkpoint.config | {"num_nextn_predict_layers": layers}, copy_from=source)
     return out
 
 
@@ -90,7 +93,7 @@ def test_compress_exits_with_the_code_for_worse(model_dir: Path, tmp_path: Path)
 def test_broken_weights_are_named_and_json_stays_valid(
     value: float, model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
-    broken = changed(model_dir, tmp_path / "broken", value)
+    broken = changed(model_dir, tmp_path / "broken", value, mtp=False)
     alone = invoke(eval_app, broken, "--data", data, "--json")
     assert alone.exit_code == Exit.INPUT and "logits are NaN or infinite" in alone.stderr
     assert "the first output that is not finite is that of the head" in alone.stderr
@@ -101,6 +104,9 @@ def test_broken_weights_are_named_and_json_stays_valid(
     assert document["perplexity_b"] is None and document["verdict"] == "fail"
     first = invoke(eval_app, broken, "--against", model_dir, "--data", data, "--json")
     assert first.exit_code == Exit.INPUT and "A: " in first.stderr
+    drafting = invoke(eval_app, changed(model_dir, tmp_path / "drafting", value), "--data", data)
+    assert drafting.exit_code == Exit.INPUT  # the head that drafts is rounded while loading
+    assert "shared_head.head: got NaN or infinity; expected finite values" in drafting.stderr
 
 
 def test_calibration_ids_out_of_range_are_a_one_line_error(model_dir: Path, tmp_path: Path) -> None:
@@ -139,3 +145,10 @@ def test_full_disk_is_a_one_line_error_and_the_run_resumes(data: Path, tmp_path:
     resumed, straight = Checkpoint.open(tmp_path / "out"), Checkpoint.open(whole)
     assert set(resumed.names()) == set(straight.names())
     assert all(torch.equal(resumed.tensor(n), straight.tensor(n)) for n in straight.names())
+
+
+def test_rounding_while_loading_is_judged(model_dir: Path, data: Path) -> None:
+    pair = model_dir, "--against", model_dir, "--data", data, "--json"
+    same, rounded = (strict(invoke(eval_app, *pair, *q).stdout) for q in ((), ("--quantization", "int4")))
+    assert same["kl"] < 1e-6 < rounded["kl"]
+    assert invoke(eval_app, *pair, "--quantization", "int4", "--simulate").exit_code == Exit.INPUT

@@ -179,8 +179,9 @@ def test_compilation_can_be_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_device_that_torch_cannot_use_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^device: got 'nonsense'; expected cpu"):
-        select("torch/nonsense")
+    for device in ("nonsense", "meta"):
+        with pytest.raises(ValueError, match=rf"^device: got '{device}'; expected cpu"):
+            select(f"torch/{device}")
 
 
 def test_packed_file_is_refused() -> None:

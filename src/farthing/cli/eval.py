@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from farthing.cli.exits import errors_as_one_line, exit_on_verdict
+from farthing.config import Quantization
 
 if TYPE_CHECKING:
     from farthing.compress.evaluate import Verdict
@@ -16,10 +17,19 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How a model is loaded to be judged."""
+
+    backend: str
+    quantization: Quantization | None
+
+
 @app.command(
     name="eval",
     epilog="Examples:  farthing eval  |  farthing eval ./model --data text.jsonl --json  |  "
-    "farthing eval ./model --against ./model-int4 --max-drop 1.5%",
+    "farthing eval ./model --against ./model-int4 --max-drop 1.5%  |  "
+    "farthing eval ./model --against ./model --quantization int4",
 )
 def evaluate(
     model: Annotated[
@@ -38,6 +48,10 @@ def evaluate(
     window: Annotated[int, typer.Option(help="Maximum context length in tokens.")] = 1024,
     max_tokens: Annotated[int | None, typer.Option(help="Approximate number of tokens to evaluate.")] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, gpu or torch.")] = "auto",
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Round dense weights while loading, as `serve` does; with --against, those of B."),
+    ] = None,
     simulate: Annotated[
         bool, typer.Option(help="Use reference ops with the checkpoint's activation rounding.")
     ] = False,
@@ -56,8 +70,10 @@ def evaluate(
         if model.endswith(".onnx"):
             _vision(Path(model), against, data, limit, as_json)
             return
-        arithmetic = "simulate" if simulate else backend
-        document, verdict = _measure(model, against, data, limit, (window, max_tokens), arithmetic)
+        if quantization is not None and simulate:
+            raise ValueError(f"quantization: got {quantization!r} with --simulate; expected one of them")
+        served = Served("simulate" if simulate else backend, quantization)
+        document, verdict = _measure(model, against, data, limit, (window, max_tokens), served)
     _print(document, as_json)
     if verdict is not None:
         exit_on_verdict(verdict.answer, str(verdict))
@@ -69,7 +85,7 @@ def _measure(
     data: Path | None,
     limit: float | None,
     cut: tuple[int, int | None],
-    arithmetic: str,
+    served: Served,
 ) -> tuple[dict[str, object], Verdict | None]:
     """The document to print, and the verdict if a limit is set. cut: (window, maximum tokens)."""
     from farthing.cli.progress import token_progress
@@ -84,9 +100,11 @@ def _measure(
     corpus = load_corpus(data or held_out_sample(), path, config, cut[0], cut[1])
     if against is None:
         with token_progress("measuring", corpus.tokens) as advance:
-            return asdict(ev.evaluate(load_for(path, arithmetic), corpus, progress=advance)), None
+            judged = load_for(path, served.backend, quantization=served.quantization)
+            return asdict(ev.evaluate(judged, corpus, progress=advance)), None
     with token_progress("comparing", 2 * corpus.tokens) as advance:
-        result = compare_in_turn(path, resolve_model(against), corpus, (arithmetic, arithmetic), advance)
+        backends = (served.backend, served.backend)
+        result = compare_in_turn(path, resolve_model(against), corpus, backends, advance, served.quantization)
     verdict = result.verdict(limit) if limit is not None else None
     document: dict[str, object] = result.to_json()
     if verdict is not None:

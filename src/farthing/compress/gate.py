@@ -48,14 +48,16 @@ def compare_in_turn(
     corpus: Corpus,
     backends: tuple[str, str] = ("auto", "auto"),
     progress: Callable[[int], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> Comparison:
     """Compare B with A, with one model in memory at a time; A's hidden states, norm and head are kept.
 
     backends: of A and B; "simulate" is one. progress: called with tokens, twice the corpus in total.
+    quantization: of B's dense weights while loading.
     """
-    return compare_with(
-        baseline(a, corpus, backends[0], progress), load_for(b, backends[1]), corpus, progress=progress
-    )
+    base = baseline(a, corpus, backends[0], progress)
+    judged = load_for(b, backends[1], quantization=quantization)
+    return compare_with(base, judged, corpus, progress=progress)
 
 
 def baseline(

@@ -266,6 +266,7 @@ class TorchOps(ReferenceOps):
         if before is not None:
             before.join()
         started = time.monotonic()
+        log.info("compiling %d layers in the background", len(stack.layers))
         try:
             stack.compiled = compiled_step(stack.layers, h, eps)
         except Exception as error:  # torch and its compilers raise many kinds
@@ -340,7 +341,7 @@ def create(
     default = "cpu" if accelerator is None else accelerator.type
     try:
         found = torch.device(device or default)
-        torch.empty(1, device=found)
+        torch.ones(1, device=found).item()  # fails on `meta`, which has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         here = "cpu" if accelerator is None else f"cpu or {default}"
         raise ValueError(f"device: got {device!r}; expected {here}, which this torch can use here") from None
