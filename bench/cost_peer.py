@@ -4,8 +4,9 @@
     python bench/cost_peer.py mite --record DIR --llama-bench PATH/llama-bench --gguf A.gguf B.gguf
 
 One request of 128 tokens and 64 new ones. In every round, every checkpoint of DIR and every GGUF run once
-with one thread and once with all; the faster counts. llama-bench reports the decode rate; its CPU time per
-request is that of 21 requests less that of one. Its memory is the peak resident set of the process.
+with one thread and once with all, GGUFs also with and without repacking at load; the fastest counts.
+llama-bench reports the decode rate; its CPU time per request is that of 21 requests less that of one. Its
+memory is the peak resident set of the process.
 """
 
 from __future__ import annotations
@@ -38,20 +39,19 @@ class Reading:
     mj_per_token: float
 
 
-def peer(binary: Path, gguf: Path, threads: int, machine: Machine) -> Reading:
-    """A GGUF on `threads` threads; repacked at load where the build can (ik_llama.cpp)."""
-    seconds, cpu, peak = zip(*(_run(binary, gguf, threads, n) for n in (1, REPEATS + 1)), strict=True)
+def peer(binary: Path, gguf: Path, flags: list[str], machine: Machine) -> Reading:
+    """A GGUF with llama-bench's flags."""
+    seconds, cpu, peak = zip(*(_run(binary, gguf, flags, n) for n in (1, REPEATS + 1)), strict=True)
     per_request = (cpu[1] - cpu[0]) / REPEATS
     idle = max(0.0, (seconds[1] * NEW) * machine.count - per_request)
     watts, rest = machine.watts / machine.count, machine.idle_watts / machine.count
     return Reading(seconds[1] * 1e3, max(peak) / 1e6, (per_request * watts + idle * rest) / NEW * 1e3)
 
 
-def _run(binary: Path, gguf: Path, threads: int, repeats: int) -> tuple[float, float, int]:
+def _run(binary: Path, gguf: Path, flags: list[str], repeats: int) -> tuple[float, float, int]:
     """Seconds per new token, CPU seconds, and peak resident bytes of one process."""
-    repack = ["-rtr", "1"] if LlamaCpp("", binary.parent).repacks else []
-    command = [str(binary), "-m", str(gguf), "-t", str(threads), "-p", "0", "-n", "0", "-r", str(repeats)]
-    command += ["-gp", f"{PROMPT},{NEW}", *repack, "-o", "json"]
+    command = [str(binary), "-m", str(gguf), "-p", "0", "-n", "0", "-gp", f"{PROMPT},{NEW}"]
+    command += ["-r", str(repeats), "-o", "json", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     text = process.stdout.read()
@@ -80,7 +80,8 @@ def main() -> None:
     given = parser.parse_args()
     machine = Prices.load(None).machine("cpu", cpu_name(), usable_cpus(), None)
     path = resolve_model(given.model)
-    counts = sorted({1, usable_cpus()})
+    repacking = (["-rtr", "0"], ["-rtr", "1"]) if LlamaCpp("", given.llama_bench.parent).repacks else ([],)
+    ways = [["-t", str(n), *repack] for n in sorted({1, usable_cpus()}) for repack in repacking]
     with bf16_checkpoint(path) as dense:
         prompts = prompts_for(path, ModelConfig.from_directory(path).vocab_size, 1, PROMPT)
         tiny = str(given.record / "tiny")
@@ -95,7 +96,7 @@ def main() -> None:
             for lever in levers:
                 found.setdefault(lever.name, []).append(ours(lever, workload, machine))
             for gguf in given.gguf:
-                tries = [peer(given.llama_bench, gguf, n, machine) for n in counts]
+                tries = [peer(given.llama_bench, gguf, flags, machine) for flags in ways]
                 found.setdefault(gguf.name, []).append(min(tries, key=lambda r: r.ms_per_token))
     print(f"| {given.rounds} rounds | ms/token | least … most | memory, MB | mJ/token |")
     print("|---|---|---|---|---|")
