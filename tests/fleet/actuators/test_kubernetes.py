@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import kubernetes
 import pytest
+import yaml
 
 from farthing.fleet.actuators.base import ActuatorError
 from farthing.fleet.actuators.kubernetes import Access, connect, status_of
@@ -182,3 +185,53 @@ async def test_access_reviews_are_cached_for_a_while() -> None:
 def test_connect_errors_name_accepted_values() -> None:
     with pytest.raises(ActuatorError, match="expected auto, kubeconfig or a URL"):
         connect("cluster")
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No kubeconfig and no service account; the path where a kubeconfig would be."""
+    path = tmp_path / "kubeconfig"
+    monkeypatch.setattr(kubernetes.config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    monkeypatch.setattr(kubernetes.config.kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(path))
+    monkeypatch.setattr(kubernetes.config.incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(kubernetes.config.incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    for name in ("KUBERNETES_SERVICE_HOST", "KUBERNETES_SERVICE_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return path
+
+
+@pytest.fixture
+def pod(outside: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files and variables of a pod with a service account."""
+    (outside.parent / "token").write_text("secret")
+    (outside.parent / "ca.crt").write_text("certificate")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    return outside
+
+
+def write_kubeconfig(path: Path) -> None:
+    cluster = {"name": "home", "cluster": {"server": "https://home:6443"}}
+    context = {"name": "home", "context": {"cluster": "home", "user": "me"}}
+    user = {"name": "me", "user": {"token": "mine"}}
+    path.write_text(
+        yaml.safe_dump(
+            {"clusters": [cluster], "contexts": [context], "users": [user], "current-context": "home"}
+        )
+    )
+
+
+def test_a_pod_uses_its_service_account(pod: Path) -> None:
+    configuration = connect("auto").configuration
+    assert configuration.host == "https://10.0.0.1:443"
+    assert configuration.auth_settings()["BearerToken"]["value"].lower() == "bearer secret"
+    write_kubeconfig(pod)
+    assert connect("auto").configuration.host == "https://10.0.0.1:443"
+    assert connect("auto", "home").configuration.host == "https://home:6443"
+
+
+def test_outside_a_pod_the_kubeconfig_is_used(outside: Path) -> None:
+    with pytest.raises(ActuatorError, match="no Kubernetes API is configured"):
+        connect("auto")
+    write_kubeconfig(outside)
+    assert connect("auto").configuration.host == "https://home:6443"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,9 @@ TIMEOUT_S = 5.0  # per call
 
 
 def connect(api: str = "auto", context: str | None = None) -> ApiClient:
-    """A client. `api`: "auto" (the pod's service account, else the kubeconfig), "kubeconfig", or a URL.
+    """A client. `api`: "auto", "kubeconfig", or a URL.
+
+    auto: the pod's service account; the kubeconfig outside a pod, or if `context` is set.
 
     Raises ActuatorError with what is missing.
     """
@@ -33,16 +36,21 @@ def connect(api: str = "auto", context: str | None = None) -> ApiClient:
     try:
         if api.startswith(("http://", "https://")):
             configuration.host = api
-        elif api == "auto":
-            config.load_config(client_configuration=configuration, context=context)
-        elif api == "kubeconfig":
+        elif api == "kubeconfig" or (api == "auto" and (context is not None or not _in_pod())):
             config.load_kube_config(client_configuration=configuration, context=context)
+        elif api == "auto":
+            config.load_incluster_config(client_configuration=configuration)
         else:
             raise ActuatorError(f"kubernetes: got {api!r}; expected auto, kubeconfig or a URL")
     except config.ConfigException as problem:
         raise ActuatorError(f"no Kubernetes API is configured: {problem}") from problem
     configuration.retries = 0  # the controller retries at its next step
     return ApiClient(configuration)
+
+
+def _in_pod() -> bool:
+    """Whether the API server's address is in the environment, as in every pod."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
 
 
 def pod_namespace() -> str:
