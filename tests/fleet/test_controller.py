@@ -252,16 +252,16 @@ def test_configuration_is_read(tmp_path: Path) -> None:
         ({"policy": {"capacity": "two"}}, r"policy.capacity: got 'two'; expected a number"),
         (
             {"policy": {"capacity": 1, "target_utilization": 2}},
-            r"target_utilization: got 2.0; expected in \(0, 1\]",
+            r"policy.target_utilization: got 2.0; expected in \(0, 1\]",
         ),
         ({"policy": {}}, r"policy: .*capacity"),
         (
             {"policy": {"capacity": 1, "levels": ["shrt"]}},
             r"policy.levels\[0\]: got 'shrt'; expected one of 'short', 'mid'",
         ),
-        ({"signals": {"metrics": "tgi"}}, r"metrics: got 'tgi'; expected auto"),
+        ({"signals": {"metrics": "tgi"}}, r"signals.metrics: got 'tgi'; expected auto"),
         ({"signals": []}, r"signals: got \[\]; expected a mapping"),
-        ({"metrics": "9400"}, r"address: got '9400'; expected HOST:PORT"),
+        ({"metrics": "9400"}, r"^metrics: got '9400'; expected HOST:PORT"),
         ({"advise": "yes"}, r"advise: got 'yes'; expected true or false"),
     ],
 )
@@ -335,7 +335,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "f.yaml").write_text("policy: {capacity: 0}")
     result = CliRunner().invoke(app, ["run", str(tmp_path / "f.yaml")])
     assert result.exit_code == 2
-    assert "PolicyConfig.capacity: got 0.0" in result.output
+    assert "policy.capacity: got 0.0" in result.output
     assert "Traceback" not in result.output
 
 

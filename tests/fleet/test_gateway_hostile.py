@@ -246,6 +246,16 @@ async def test_unsupported_methods_are_rejected(line: bytes) -> None:
 
 
 @pytest.mark.anyio
+async def test_target_that_is_not_a_path_is_rejected() -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        writer.write(b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        assert replica.requests == []
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("host", "status"),
     [

@@ -52,7 +52,7 @@ class VariantConfig:
 class KubernetesConfig:
     """The API server and the scaled resources."""
 
-    api: str = "auto"  # the pod's service account, else the kubeconfig; or a URL
+    api: str = "auto"  # the pod's service account (outside a pod: the kubeconfig), or a URL
     context: str | None = None
     namespace: str | None = None  # default: the pod's own
     target: str | None = None  # KIND/NAME: deployment, statefulset, leaderworkerset
@@ -103,14 +103,14 @@ class FleetConfig:
     forecast: dict[str, Any] = field(default_factory=dict)  # forecasters, events and holidays
 
     def __post_init__(self) -> None:
-        split_address(self.metrics)
+        split_address(self.metrics, "metrics")
 
 
-def split_address(text: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT. Raises ValueError."""
+def split_address(text: str, field: str = "address") -> tuple[str, int]:
+    """(host, port) of HOST:PORT. Raises ValueError with the field."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"address: got {text!r}; expected HOST:PORT")
+        raise ValueError(f"{field}: got {text!r}; expected HOST:PORT")
     return host, int(port)
 
 

@@ -137,4 +137,4 @@ def _finite(value: float) -> bool:
 
 def _check(name: str, value: object, accepted: str, good: bool) -> None:
     if not good:
-        raise ValueError(f"PolicyConfig.{name}: got {value!r}; expected {accepted}")
+        raise ValueError(f"policy.{name}: got {value!r}; expected {accepted}")

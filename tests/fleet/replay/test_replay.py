@@ -239,6 +239,25 @@ def test_request_traces_are_recognized_and_replayed(tmp_path: Path, kind: str) -
     rows = json.loads(result.stdout)["policies"]
     assert rows["static"]["slo"] > 0.9
     assert rows["static"]["instance_hours"] > 0
+    assert {name: row["rule"] for name, row in rows.items()} == {
+        "static": "static",
+        "hpa": "hpa",
+        "farthing": "slo",
+    }
+
+
+@pytest.mark.parametrize("option", [["--second-half"], ["--failures", "1"]])
+def test_options_of_rate_traces_are_refused_for_requests(tmp_path: Path, option: list[str]) -> None:
+    path = requests_file(tmp_path / "trace.gz", "azure")
+    result = CliRunner().invoke(app, [str(path), "--policy", "static", *option])
+    assert result.exit_code != 0
+    assert f"expected a rate trace for {option[0]}" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("name", "value"), [("noise", float("inf")), ("price_per_hour", -1.0)])
+def test_settings_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{name}: got {value}; expected"):
+        ReplayConfig(**{name: value})
 
 
 def test_errors_for_unknown_formats_list_the_known_ones(tmp_path: Path) -> None:

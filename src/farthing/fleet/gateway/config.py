@@ -79,13 +79,13 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         for name in _COUNTS:
             if getattr(self, name) < 1:
-                raise ValueError(f"GatewayConfig.{name}: got {getattr(self, name)}; expected 1 or more")
+                raise ValueError(f"gateway.{name}: got {getattr(self, name)}; expected 1 or more")
         for name in _SECONDS:
             if not getattr(self, name) > 0:
-                raise ValueError(f"GatewayConfig.{name}: got {getattr(self, name)}; expected seconds above 0")
+                raise ValueError(f"gateway.{name}: got {getattr(self, name)}; expected seconds above 0")
         if self.max_head < 1024:
-            raise ValueError(f"GatewayConfig.max_head: got {self.max_head}; expected 1024 or more")
+            raise ValueError(f"gateway.max_head: got {self.max_head}; expected 1024 or more")
         if not self.health_path.startswith("/"):
             raise ValueError(
-                f"GatewayConfig.health_path: got {self.health_path!r}; expected a path starting with /"
+                f"gateway.health_path: got {self.health_path!r}; expected a path starting with /"
             )

@@ -260,6 +260,8 @@ class Gateway:
                 headers={"Allow": ", ".join(sorted(_METHODS))},
                 close=True,
             )
+        if not request.rel_url.raw_path.startswith("/"):  # OPTIONS * names no resource of a replica
+            raise Refused(400, f"request target is {request.path!r}; expected a path", close=True)
         host = request.headers.get("Host", "")
         if host and self._local_only and not _names_this_machine(host):
             raise Refused(

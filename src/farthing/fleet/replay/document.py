@@ -30,6 +30,9 @@ def replay_file(
     if isinstance(trace, RequestTrace):
         if picture is not None:
             raise ValueError(f"{trace.name}: got single requests; expected a rate trace for a picture")
+        if config.second_half or config.failures_per_day:
+            name = "--second-half" if config.second_half else "--failures"
+            raise ValueError(f"{trace.name}: got single requests; expected a rate trace for {name}")
         return replay_requests(trace, names, config, progress)
     document, runs, made = replay(trace, names, config, progress)
     if picture is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from farthing.fleet.replay.rate import Floats, View
-from farthing.fleet.replay.run import Progress, Replay, ReplayConfig, base_of
+from farthing.fleet.replay.run import RULE_OF, Progress, Replay, ReplayConfig, base_of
 from farthing.fleet.replay.trace import RequestTrace
 from farthing.fleet.series import Series
 
@@ -186,6 +186,7 @@ def replay_requests(
             **row,
             "cost": row["instance_hours"] * config.price_per_hour,
             "utilization": utilization,
+            "rule": RULE_OF.get(base, base),
         }
     return {
         "trace": trace.name,

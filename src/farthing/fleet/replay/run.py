@@ -65,8 +65,9 @@ class ReplayConfig:
             raise ValueError(f"capacity: got {self.capacity}; expected a number above 0")
         if self.seeds < 1:
             raise ValueError(f"seeds: got {self.seeds}; expected 1 or more")
-        if not self.noise >= 0:
-            raise ValueError(f"noise: got {self.noise}; expected 0 or more")
+        for name in ("noise", "price_per_hour"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a finite number, 0 or more")
 
 
 def base_of(name: str) -> str:

@@ -72,7 +72,7 @@ def dialect(name: str) -> Dialect | None:
     if name == "auto":
         return None
     if name not in DIALECTS:
-        raise ValueError(f"metrics: got {name!r}; expected auto or one of {', '.join(DIALECTS)}")
+        raise ValueError(f"signals.metrics: got {name!r}; expected auto or one of {', '.join(DIALECTS)}")
     return DIALECTS[name]
 
 
