@@ -122,7 +122,7 @@ def test_clip_is_learned() -> None:
     x = torch.randn(256, 64)
     quantizer = ActivationQuantizer("group")
     quantizer.start(4)
-    before = float((quantizer(x) - x).square().mean())
+    before = float((quantizer(x) - x).detach().square().mean())
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
     for _ in range(60):
         optimizer.zero_grad()
