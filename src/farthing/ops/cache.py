@@ -30,6 +30,14 @@ def cache_max(dtype: Any) -> float | None:
     return CACHE_MAX.get(dtype_name(dtype))
 
 
+def empty_cache(
+    shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device
+) -> LatentCache:
+    """Rows of zeros: shape (layers, blocks, block size); scales of 1 if the cache is 8-bit."""
+    scale = torch.ones(*shape, 2, device=device) if cache_max(dtype) else None
+    return LatentCache(torch.zeros(*shape, width, dtype=dtype, device=device), scale)
+
+
 def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
     """Store latent [T, c] and k_pe [T, r], quantized per token and part if the cache is 8-bit."""
     data = cache.data[layer].flatten(0, 1)
@@ -50,7 +58,11 @@ def read_cache(cache: LatentCache, layer: int, blocks: Tensor, length: int, late
     """The first `length` cached rows of a sequence, float32 [S, c + r]."""
     used = blocks[: (length + cache.block_size - 1) // cache.block_size].long()
     rows = cache.data[layer][used].flatten(0, 1)[:length].float()
-    if cache.scale is not None:
-        scale = cache.scale[layer][used].flatten(0, 1)[:length]
-        rows = torch.cat((rows[:, :latent_dim] * scale[:, :1], rows[:, latent_dim:] * scale[:, 1:]), -1)
-    return rows
+    if cache.scale is None:
+        return rows
+    return scaled(rows, cache.scale[layer][used].flatten(0, 1)[:length], latent_dim)
+
+
+def scaled(rows: Tensor, scale: Tensor, latent_dim: int) -> Tensor:
+    """Rows [..., c + r] of an 8-bit cache times the scales [..., 2] of their parts."""
+    return torch.cat((rows[..., :latent_dim] * scale[..., :1], rows[..., latent_dim:] * scale[..., 1:]), -1)

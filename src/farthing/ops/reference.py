@@ -25,7 +25,7 @@ from farthing.ops.api import (
     MoEWeights,
     RouterSpec,
 )
-from farthing.ops.cache import cache_max, read_cache, torch_dtype, write_cache
+from farthing.ops.cache import empty_cache, read_cache, torch_dtype, write_cache
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
@@ -111,10 +111,7 @@ class ReferenceOps(HostOps):
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
-        shape = (layers, num_blocks, block_size)
-        kind = torch_dtype(dtype)
-        scale = torch.ones(*shape, 2) if cache_max(kind) else None
-        return LatentCache(torch.zeros(*shape, width, dtype=kind), scale)
+        return empty_cache((layers, num_blocks, block_size), width, torch_dtype(dtype), self.device)
 
     # -- computing
 

@@ -24,14 +24,14 @@ from torch import Tensor
 from farthing.ops.api import (
     AttentionSpec,
     Batch,
-    CacheDtype,
     IndexerSpec,
     LatentCache,
     LayerHandles,
     MoEWeights,
     RouterSpec,
 )
-from farthing.ops.cache import cache_max, torch_dtype, write_cache
+from farthing.ops.cache import write_cache
+from farthing.ops.copies import DeviceCopies
 from farthing.ops.indexer import Indexer
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.selection import chosen, in_rows
@@ -90,7 +90,7 @@ class TorchOps(ReferenceOps):
         super().__init__(dtype, quantization)
         self.device = device
         self.name = f"torch/{device} {str(dtype).removeprefix('torch.')}"
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._here = DeviceCopies(device)
         disabled = os.environ.get("TORCH_COMPILE_DISABLE") == "1"  # torch's own variable
         self.compile_after = None if disabled else _COMPILE_AFTER
         self.compiling: threading.Thread | None = None
@@ -137,22 +137,6 @@ class TorchOps(ReferenceOps):
     ) -> Indexer:
         weight, bias = (part.float().to(self.device) for part in norm())
         return Indexer(spec, weight, bias, self._here(rope))
-
-    def new_cache(
-        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
-    ) -> LatentCache:
-        shape, kind = (layers, num_blocks, block_size), torch_dtype(dtype)
-        scale = torch.ones(*shape, 2, device=self.device) if cache_max(kind) else None
-        return LatentCache(torch.zeros(*shape, width, dtype=kind, device=self.device), scale)
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Device copy, made once, of a parameter kept by the model, such as a norm or the embedding."""
-        if tensor.device.type == self.device.type:
-            return tensor
-        kept = self._copies.get(id(tensor))
-        if kept is None:
-            kept = self._copies[id(tensor)] = (tensor, tensor.to(self.device))
-        return kept[1]
 
     # -- computing op by op
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, LayerHandles, RouterSpec
+from farthing.ops.cache import scaled
 from farthing.ops.reference import Gated, gated_mlp, identity_weight, route
 from farthing.ops.rotary import rotate
 
@@ -167,10 +168,7 @@ def absorbed(q_nope: Tensor, q_pe: Tensor, a: Heads) -> Tensor:
 def gathered(data: Tensor, scale: Tensor | None, slots: Tensor, latent_dim: int) -> Tensor:
     """Keys [B, S, c + r] float32 from cache rows data [*, c + r], with scale [*, 2] if it is 8-bit."""
     keys = data[slots].float()
-    if scale is None:
-        return keys
-    s = scale[slots]
-    return torch.cat((keys[..., :latent_dim] * s[..., :1], keys[..., latent_dim:] * s[..., 1:]), -1)
+    return keys if scale is None else scaled(keys, scale[slots], latent_dim)
 
 
 def attend(query: Tensor, keys: Tensor, seen: Tensor | None, s: AttentionSpec) -> Tensor:

@@ -24,7 +24,8 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.cache import cache_max, torch_dtype
+from farthing.ops.cache import empty_cache, torch_dtype
+from farthing.ops.copies import DeviceCopies
 from farthing.ops.gpu import gemm, normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, plan
 from farthing.ops.gpu.gemm import Part
@@ -82,7 +83,7 @@ class GpuOps(Ops):
         self.name = f"gpu/triton {str(dtype).removeprefix('torch.')}, {what}"
         self._quantization = quantization
         self._fp8 = INTERPRETED or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        self._here = DeviceCopies(device)
         self._planned: tuple[Batch, Plan] | None = None
         self._graphs = DecodeGraphs()
 
@@ -165,23 +166,12 @@ class GpuOps(Ops):
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
-        shape, kind = (layers, num_blocks, block_size), torch_dtype(dtype)
         if dtype == "fp8" and not self._fp8:
             raise ValueError(
                 f"the cache's dtype is 'fp8', which {self.name} does not have (Ada and Hopper do); "
                 f"expected 'bfloat16' or 'int8'"
             )
-        scale = torch.ones(*shape, 2, device=self.device) if cache_max(kind) else None
-        return LatentCache(torch.zeros(*shape, width, dtype=kind, device=self.device), scale)
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        """Device copy, made once, of a parameter kept by the model, such as a norm or the embedding."""
-        if tensor.device.type == self.device.type:
-            return tensor
-        kept = self._copies.get(id(tensor))
-        if kept is None:
-            kept = self._copies[id(tensor)] = (tensor, tensor.to(self.device))
-        return kept[1]
+        return empty_cache((layers, num_blocks, block_size), width, torch_dtype(dtype), self.device)
 
     def _vector(self, weight: Tensor) -> Tensor:
         """A norm's weight, float32 and contiguous."""
