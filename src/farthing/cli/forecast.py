@@ -11,6 +11,7 @@ from rich.console import Console
 
 from farthing.fleet.forecast.backtest import (
     MODELS,
+    UNDEFINED,
     Backtest,
     backtest,
     backtest_short,
@@ -64,4 +65,5 @@ def main(
         print(json.dumps(report))
         return
     for name, value in report.items():
-        Console().print(f"{name:>18} {value:.3f}" if isinstance(value, float) else f"{name:>18} {value}")
+        text = f"undefined ({UNDEFINED[name]})" if value is None else value
+        Console().print(f"{name:>18} {value:.3f}" if isinstance(value, float) else f"{name:>18} {text}")

@@ -11,6 +11,8 @@ import importlib
 import json
 import sys
 
+from farthing import launch
+
 PRELOAD = ("torch", "farthing.engine.engine", "farthing.server.app", "farthing.server.run", "uvicorn")
 
 
@@ -21,6 +23,7 @@ def main() -> None:
     line = sys.stdin.readline()
     if not line:
         return
+    launch.begin()
     from farthing.cli.app import main as farthing
 
     sys.argv = ["farthing", *json.loads(line)]

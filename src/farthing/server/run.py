@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import resource
 import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
+from farthing import launch
 from farthing.eventloop import loop_factory
 from farthing.server.accounts import Accounts, machine_of
 from farthing.server.app import create_app
@@ -165,7 +163,7 @@ async def _serve(
             loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server
             return
         gc.freeze()  # the model's objects are permanent: exclude them from GC
-        service.launch_to_ready = time.time() - process_start()
+        service.launch_to_ready = launch.seconds()
         service.engine = engine
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
             engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox
@@ -187,18 +185,4 @@ async def _serve(
     return 0
 
 
-def process_start() -> float:
-    """Start of the process in Unix seconds, from /proc; else the time of this module's import."""
-    with suppress(OSError, ValueError, IndexError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        boot = next(
-            int(line.split()[1])
-            for line in Path("/proc/stat").read_text().splitlines()
-            if line.startswith("btime")
-        )
-        return boot + ticks / os.sysconf("SC_CLK_TCK")
-    return _IMPORTED
-
-
-_IMPORTED = time.time()
 assert signal.SIGTERM in uvicorn.server.HANDLED_SIGNALS

@@ -81,6 +81,20 @@ def test_backtest_report_and_errors() -> None:
         make("oracle")
 
 
+def test_skill_against_a_faultless_reference_is_undefined(tmp_path: Path) -> None:
+    path = tmp_path / "load.csv"
+    for load in (5.0, 0.0):
+        path.write_text("t_s,total_rate_rps\n" + "\n".join(f"{600 * n},{load}" for n in range(200)))
+        for model in ("mixture", "ridge"):
+            result = CliRunner().invoke(app, [str(path), "--model", model, "--json"])
+            assert result.exit_code == 0, result.output
+            report = json.loads(result.stdout)
+            assert report["skill_vs_last"] is None and report["skill_vs_seasonal"] is None
+            assert (report["wape"] is None) == (load == 0)
+    result = CliRunner().invoke(app, [str(path), "--model", "naive"])
+    assert "skill_vs_last undefined (the last value's error is 0)" in result.stdout
+
+
 def test_horizons() -> None:
     assert [parse_horizon(t) for t in ("10m", "24h", "1d", "90", "30s")] == [600, 86400, 86400, 90, 30]
     with pytest.raises(ValueError, match="10m"):

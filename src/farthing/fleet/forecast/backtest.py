@@ -18,6 +18,13 @@ from farthing.fleet.series import DAY_S, Series
 
 MODELS = (*PATHS, *(name for name in SHORT_MODELS if name not in PATHS))
 Progress = Callable[[str], None]
+UNDEFINED = {  # why a figure of a report is None
+    "wape": "the load is 0",
+    "mape": "the load is 0",
+    "pinball": "the load is 0",
+    "skill_vs_last": "the last value's error is 0",
+    "skill_vs_seasonal": "the seasonal forecast's error is 0",
+}
 
 
 def parse_horizon(text: str) -> float:
@@ -58,7 +65,7 @@ def backtest(
 
     Returns wape and mape in percent (mape over values above 1 % of the mean), coverage of the 0.9 quantile in
     percent, skills in percent against the last value and the best seasonal naive, and the mean time of a fit
-    in seconds.
+    in seconds. What would divide by zero is None (`UNDEFINED`): a skill against a reference without errors.
     """
     plan = plan or Backtest()
     steps = max(1, round(horizon_s / series.step_s))
@@ -101,17 +108,25 @@ def backtest(
 def _report(truth: Floats, errors: Floats, covered: list[float], fit_seconds: list[float]) -> dict[str, Any]:
     total = errors.sum(axis=1)
     large = truth > 0.01 * truth.mean()
-    season = total[2:].min()
     return {
-        "wape": 100 * float(total[0] / truth.sum()),
-        "mape": 100 * float((errors[0][large] / truth[large]).mean()),
+        "wape": _percent(total[0], truth.sum()),
+        "mape": 100 * float((errors[0][large] / truth[large]).mean()) if large.any() else None,
         "coverage": 100 * float(np.mean(covered)),
-        "skill_vs_last": 100 * float(1 - total[0] / max(total[1], 1e-12)),
-        "skill_vs_seasonal": 100 * float(1 - total[0] / max(season, 1e-12)),
+        "skill_vs_last": _skill(total[0], total[1]),
+        "skill_vs_seasonal": _skill(total[0], total[2:].min()),
         "fit_seconds": float(np.mean(fit_seconds)),
         "origins": len(covered),
         "steps": len(truth) // max(1, len(covered)),
     }
+
+
+def _percent(part: float, whole: float) -> float | None:
+    return 100 * float(part / whole) if whole > 0 else None
+
+
+def _skill(error: float, reference: float) -> float | None:
+    """Percent by which `error` is below the reference's, if that is not 0."""
+    return 100 * float(1 - error / reference) if reference > 0 else None
 
 
 def backtest_short(
@@ -148,6 +163,6 @@ def backtest_short(
     weights = made.weights[origins, :, 0].mean(axis=0)
     return {
         **_report(truth, errors, covered.tolist(), [seconds]),
-        "pinball": 100 * float(pinball.mean() / truth.mean()),
+        "pinball": _percent(pinball.mean(), truth.mean()),
         "weights": dict(zip(names, weights.round(3).tolist(), strict=True)),
     }
