@@ -103,7 +103,8 @@ struct Kernels {
   void (*axpy)(float* y, const float* x, float a, int n);                         // y += a x
   void (*add)(float* y, const float* x, int n);                                   // y += x
   void (*blend)(float* y, float a, const float* x, float b, int n);               // y = a y + b x
-  void (*softmax)(const float* x, int n, float* out);
+  // next: the row that follows, to prefetch; scratch: [n] if out, aligned, is to bypass the caches, or null.
+  void (*softmax)(const float* x, const float* next, int n, float* scratch, float* out);
   void (*exp_sum)(const float* x, int n, float* max, float* sum);
   void (*attend)(const AttendBlock& b);
   // One cached row to float32; scale of latent and rotary, or null.

@@ -127,8 +127,18 @@ void Backend::linear(const Packed& packed, const LinearArgs& in) {
 }
 
 void Backend::softmax(Rows x, int rows, int n, Rows out) {
+  // Half of a large L3. Stores of less are faster through the caches, and their reader finds them there.
+  constexpr size_t kMostCached = size_t{16} << 20;
+  const size_t row_bytes = round_up(sizeof(float) * n, size_t{64});
+  const bool aligned = reinterpret_cast<uintptr_t>(out.at) % 64 == 0 && out.stride % 16 == 0;
+  const bool stream = aligned && rows * row_bytes >= kMostCached;
+  work_.reset();
+  float* scratch = stream ? work_.take<float>(pool.size() * row_bytes / sizeof(float)) : nullptr;
   pool.run([&](Team& team) {
-    team.for_units(0, 1, rows, [&](int, int r) { kernels.softmax(x.row(r), n, out.row(r)); });
+    float* own = stream ? scratch + team.id() * row_bytes / sizeof(float) : nullptr;
+    team.for_units(0, 1, rows, [&](int, int r) {
+      kernels.softmax(x.row(r), x.row(std::min(r + 1, rows - 1)), n, own, out.row(r));
+    });
   });
 }
 

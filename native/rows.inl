@@ -1,4 +1,4 @@
-// Row-wise arithmetic: norm, activations' quantization, SiLU, softmax. Included by kernels_*.cpp.
+// Row-wise arithmetic: norm, activations' quantization, SiLU. Included by kernels_*.cpp.
 namespace farthing {
 namespace {
 
@@ -172,34 +172,6 @@ void exp_sum(const float* x, int n, float* top, float* sum) {
   for_lanes(n, [&](int i) { total += exp(loadf(x + i) - *top); });
   if (whole < n) total += exp(load_tail(x + whole, n - whole, kLowest) - *top);
   *sum = reduce_add(total);
-}
-
-inline float largest(const float* x, int n) {
-  f32x16 best[4];
-  for (f32x16& b : best) b = splat(kLowest);
-  int i = 0;
-  for (; i + 64 <= n; i += 64)
-    for (int j = 0; j < 4; ++j) best[j] = max(best[j], loadf(x + i + 16 * j));
-  for (; i + 16 <= n; i += 16) best[0] = max(best[0], loadf(x + i));
-  if (i < n) best[1] = max(best[1], load_tail(x + i, n - i, kLowest));
-  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
-}
-
-void softmax(const float* x, int n, float* out) {
-  constexpr float kLog2e = 1.44269504f;
-  const float top = largest(x, n);
-  const int whole = n / 16 * 16;
-  f32x16 total = {}, tail = {};
-  for_lanes(n, [&](int i) {
-    const f32x16 e = exp2((loadf(x + i) - top) * kLog2e);
-    total += e;
-    store(out + i, e);
-  });
-  if (whole < n) total += tail = exp2((load_tail(x + whole, n - whole, kLowest) - top) * kLog2e);
-  const float inverse = 1.0f / reduce_add(total);
-  for_lanes(n, [&](int i) { store(out + i, loadf(out + i) * inverse); });
-  tail *= inverse;
-  memcpy(out + whole, &tail, sizeof(float) * (n - whole));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "vec.h"
 
 #include "rows.inl"
+#include "softmax.inl"
 #include "gemm.inl"
 #include "attend.inl"
 #include "keys.inl"
