@@ -262,6 +262,7 @@ def test_configuration_is_read(tmp_path: Path) -> None:
         ({"signals": {"metrics": "tgi"}}, r"signals.metrics: got 'tgi'; expected auto"),
         ({"signals": []}, r"signals: got \[\]; expected a mapping"),
         ({"metrics": "9400"}, r"^metrics: got '9400'; expected HOST:PORT"),
+        ({"keda": {"address": "foo"}}, r"^keda.address: got 'foo'; expected HOST:PORT"),
         ({"advise": "yes"}, r"advise: got 'yes'; expected true or false"),
     ],
 )
@@ -298,6 +299,22 @@ async def test_run_scales_a_deployment_by_replica_metrics(tmp_path: Path) -> Non
         stop.set()
         await task
         assert api.leases["prod", "farthing-fleet"]["spec"]["holderIdentity"] == ""  # released
+
+
+@pytest.mark.anyio
+async def test_targets_of_variants_are_named_in_errors() -> None:
+    async with FakeKubernetes() as api:
+        variants = [
+            {"name": "a", "target": "deployment/a", "price": 1},
+            {"name": "b", "target": "b", "price": 1},
+        ]
+        signals = {"replicas": ["http://127.0.0.1:1"]}
+        kubernetes = {"api": api.url, "namespace": "prod", "variants": variants}
+        config = read(FleetConfig, {"policy": {"capacity": 1}, "signals": signals, "kubernetes": kubernetes})
+        with pytest.raises(
+            ValueError, match=r"^kubernetes.variants\[1\].target: got 'b'; expected KIND/NAME"
+        ):
+            await run_controller(config, asyncio.Event())
 
 
 @pytest.mark.anyio

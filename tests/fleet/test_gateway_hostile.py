@@ -40,6 +40,18 @@ async def test_trailers_are_not_headers() -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("coding", [b"gzip, chunked", b"gzip\r\ntransfer-encoding: chunked"])
+async def test_codings_other_than_chunked_are_not_implemented(coding: bytes) -> None:
+    async with fleet(1) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        head = b"POST /v1/chat/completions HTTP/1.1\r\n" + HOST + b"transfer-encoding: " + coding
+        writer.write(head + b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+        assert (await reader.read()).startswith((b"HTTP/1.1 501 ", b"HTTP/1.1 400 "))
+        writer.close()
+        assert replica.requests == []
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     "fields",
     [

@@ -289,9 +289,9 @@ async def test_unresponsive_prometheus_and_missing_targets_make_snapshots_stale(
 
 @pytest.mark.anyio
 async def test_prometheus_errors_quote_the_server(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="http://prometheus:9090"):
+    with pytest.raises(ValueError, match=r"^signals.prometheus: got .*http://prometheus:9090"):
         PrometheusSource("prometheus:9090")
-    with pytest.raises(ValueError, match="selector"):
+    with pytest.raises(ValueError, match=r"^signals.selector: got"):
         PrometheusSource("http://p:9090", selector="model=x")
 
     manager = prometheus(tmp_path, [])

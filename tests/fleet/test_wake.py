@@ -207,6 +207,7 @@ def test_wake_counts_replicas_by_the_backlog_and_only_at_zero() -> None:
     for backlog, expected in ((1, 1), (60, 1), (61, 2), (300, 5), (10_000, 8)):
         decision = wake(0.0, 0, Snapshot(0.0, 0, backlog=backlog, stale=True), config)
         assert decision is not None and decision.target == expected
+        assert ("1 request waits" if backlog == 1 else f"{backlog:.4g} requests wait") in decision.reason
     assert wake(0.0, 1, Snapshot(0.0, 1, backlog=5.0), config) is None
     assert wake(0.0, 0, Snapshot(0.0, 0, backlog=0.0), config) is None
     assert wake(0.0, 0, None, config) is None

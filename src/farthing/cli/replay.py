@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,6 +38,9 @@ farthing replay mooncake.jsonl.gz --pools --load-time 60 --tpot 0.05"""
 
 
 _option = partial(option, group="Options")
+_OF_POOLS = ("ttft", "tpot", "slo", "copies")
+# --pools compares layouts under one policy, on single requests without noise
+_NOT_OF_POOLS = ("policy", "capacity", "seeds", "noise", "price", "failures", "second_half", "picture")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +81,19 @@ class ReplayOptions:
             plan=PlanConfig(enabled=self.plan),
         )
 
+    def _check(self) -> None:
+        """Raises ValueError with an option that this kind of replay would ignore."""
+        ignored = _NOT_OF_POOLS if self.pools else _OF_POOLS
+        for declared in fields(self):
+            value = getattr(self, declared.name)
+            if declared.name in ignored and value != declared.default:
+                flag = f"--{declared.name.replace('_', '-')}"
+                accepted = "the default with --pools" if self.pools else "--pools with it"
+                raise ValueError(f"{flag}: got {value}; expected {accepted}")
+
     def replay(self, progress: Progress) -> dict[str, Any]:
         """Replay the trace."""
+        self._check()
         if self.pools:
             pools = PoolsConfig(ttft_s=self.ttft, tpot_s=self.tpot, slo=self.slo, copies=self.copies)
             return replay_pools(self.trace, pools, self.config(), progress)
@@ -136,7 +150,8 @@ def _print(document: dict[str, Any]) -> None:
     table = Table(
         title=f"{document['trace']}, {document['hours']:.1f} h, load time {document['load_time_s']:g} s"
     )
-    table.caption = f"{_forecaster(document)}; policy `farthing`: rule slo"
+    ours = document["policies"].get("farthing")
+    table.caption = _forecaster(document) + (f"; policy `farthing`: rule {ours['rule']}" if ours else "")
     for column in ("policy", "instance-hours", "SLO %", "changes", "turns", "cost", "u"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name, row in document["policies"].items():

@@ -86,6 +86,9 @@ class KedaConfig:
 
     address: str = "0.0.0.0:6000"
 
+    def __post_init__(self) -> None:
+        split_address(self.address, "keda.address")
+
 
 @dataclass(frozen=True)
 class FleetConfig:

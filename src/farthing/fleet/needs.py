@@ -99,7 +99,8 @@ class Needs:
             if need > best.replicas:
                 best = Need(
                     need,
-                    f"backlog of {snapshot.backlog:.4g} requests to process in {drain:.0f} s needs {need}",
+                    f"backlog of {snapshot.backlog:.4g} request{'' if snapshot.backlog == 1 else 's'} "
+                    f"to process in {drain:.0f} s needs {need}",
                 )
         step = self._latency_step(now, snapshot)
         return step if step is not None and step.replicas > best.replicas else best

@@ -163,7 +163,10 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
     actuator: Actuator
     if kubernetes.variants:
         kinds = [Variant(v.name, v.price, v.size, v.spot, v.max_replicas) for v in kubernetes.variants]
-        places = [Target.parse(v.target, namespace) for v in kubernetes.variants]
+        places = [
+            Target.parse(v.target, namespace, f"kubernetes.variants[{i}].target")
+            for i, v in enumerate(kubernetes.variants)
+        ]
         scales = [ScalePatch(client, place, elector) for place in places]
         actuator = MixedScale(kinds, scales, kubernetes.spot_share)
     else:

@@ -63,6 +63,6 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
         levels=Levels(realtime=need),
         required=need,
         inputs={"snapshot": asdict(snapshot)} if snapshot is not None else {},
-        reason=f"wake: {backlog:.4g} requests wait without a replica; "
-        f"needs {need} to process them in {drain:.0f} s",
+        reason=("wake: 1 request waits" if backlog == 1 else f"wake: {backlog:.4g} requests wait")
+        + f" without a replica; needs {need} to process them in {drain:.0f} s",
     )

@@ -54,6 +54,15 @@ async def serving(protocol: Any) -> AsyncIterator[tuple[Any, Any, LastDecision]]
     await scaler.close()
 
 
+@pytest.mark.anyio
+async def test_an_address_in_use_is_one_line() -> None:
+    first = KedaScaler(LastDecision())
+    port = await first.start("127.0.0.1:0")
+    with pytest.raises(OSError, match=rf"^keda.address: cannot listen on 203.0.113.1:{port}$"):
+        await KedaScaler(LastDecision()).start(f"203.0.113.1:{port}")  # not an address of this machine
+    await first.close()
+
+
 def reference(messages: Any, **metadata: str) -> Any:
     return messages.ScaledObjectRef(name="deepseek", namespace="prod", scalerMetadata=metadata)
 

@@ -74,7 +74,7 @@ async def test_scale_errors_name_the_target() -> None:
             await actuator.current()
     with pytest.raises(ActuatorError, match="does not answer"):
         await actuator.current()
-    with pytest.raises(ValueError, match=r"'pod/x'.*deployment, statefulset, leaderworkerset"):
+    with pytest.raises(ValueError, match=r"^kubernetes.target: got 'pod/x'.*deployment, statefulset"):
         Target.parse("pod/x", "prod")
 
 

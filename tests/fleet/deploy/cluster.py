@@ -138,6 +138,11 @@ class Cluster:
 
     # ---- use ----
 
+    @property
+    def authority(self) -> Path:
+        """The certificate that signs the API server's."""
+        return self._ca.certificate_file
+
     def kubeconfig(self, token: str, name: str = "") -> Path:
         """A kubeconfig with this token."""
         path = self.folder / f"{name or token}.kubeconfig"

@@ -107,11 +107,35 @@ class Load:
 @contextmanager
 def controller(folder: Path, name: str, config: dict[str, Any], kubeconfig: Path) -> Iterator[Any]:
     """Run `farthing fleet run` as a process and yield it."""
+    with started(folder, name, config, ["-m", "farthing.cli.app"], KUBECONFIG=str(kubeconfig)) as process:
+        yield process
+
+
+# the files of a pod's service account, elsewhere
+IN_A_POD = """
+import sys
+from pathlib import Path
+from kubernetes.config import incluster_config
+from farthing.cli.app import main
+from farthing.fleet.actuators import kubernetes
+folder = Path(sys.argv.pop(1))
+incluster_config.SERVICE_TOKEN_FILENAME = str(folder / "token")
+incluster_config.SERVICE_CERT_FILENAME = str(folder / "ca.crt")
+kubernetes._NAMESPACE_FILE = folder / "namespace"
+main()
+"""
+
+
+@contextmanager
+def started(
+    folder: Path, name: str, config: dict[str, Any], program: list[str], **variables: str
+) -> Iterator[Any]:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "farthing.cli.app", "fleet", "run", str(path)]
+    command = [sys.executable, *program, "fleet", "run", str(path)]
     with (folder / f"{name}.log").open("wb") as log:
-        environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "OMP_NUM_THREADS": "1"}
+        kept = {key: value for key, value in os.environ.items() if key != "KUBECONFIG"}
+        environment = {**kept, "OMP_NUM_THREADS": "1", **variables}
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             yield process
@@ -224,3 +248,19 @@ def test_scale_patch_lease_handover_and_unavailable_control_plane(cluster: Clust
             cluster.start("etcd")
             cluster.start("kube-apiserver")
             cluster.until(lambda: cluster.replicas() == 12, 90, "it acts again")
+
+
+def test_controller_in_a_pod_uses_its_service_account(cluster: Cluster, tmp_path: Path) -> None:
+    _deploy(cluster, "kustomize/overlays/scale")
+    account = tmp_path / "serviceaccount"
+    account.mkdir()
+    (account / "token").write_text(cluster.token("farthing-fleet", "farthing"))
+    (account / "ca.crt").write_bytes(cluster.authority.read_bytes())
+    (account / "namespace").write_text("farthing")
+    variables = {"KUBERNETES_SERVICE_HOST": "127.0.0.1", "KUBERNETES_SERVICE_PORT": str(cluster.port)}
+    with Load() as load:
+        load.rate = 3.0
+        config = _config(load, tmp_path, "pod", kubernetes={"target": "deployment/farthing"})
+        program = ["-c", IN_A_POD, str(account)]
+        with started(tmp_path, "pod", config, program, HOME=str(tmp_path), **variables):
+            cluster.until(lambda: cluster.replicas() == 5, 60, "/scale is patched to 5")

@@ -254,6 +254,33 @@ def test_options_of_rate_traces_are_refused_for_requests(tmp_path: Path, option:
     assert f"expected a rate trace for {option[0]}" in " ".join(result.output.split())
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--pools --policy hpa",
+        "--pools --failures 1",
+        "--pools --price 2",
+        "--pools --second-half",
+        "--ttft 1",
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path, option: str) -> None:
+    path = requests_file(tmp_path / "trace.gz", "azure")
+    result = CliRunner().invoke(app, [str(path), *option.split()])
+    assert result.exit_code == 2
+    name, got = (option.removeprefix("--pools ") + " ").split(" ", 1)
+    assert f"{name}: got {got.strip() or 'True'}" in " ".join(result.output.split())
+
+
+def test_caption_names_the_rule_only_if_it_ran(tmp_path: Path) -> None:
+    path = requests_file(tmp_path / "trace.gz", "azure")
+    for policy, named in (("static", False), ("farthing", True)):
+        options = ["--policy", policy, "--seeds", "1", "--load-time", "60", "--model", "growth", "--no-plan"]
+        result = CliRunner().invoke(app, [str(path), *options])
+        assert result.exit_code == 0, result.output
+        assert ("rule slo" in " ".join(result.output.split())) == named
+
+
 @pytest.mark.parametrize(("name", "value"), [("noise", float("inf")), ("price_per_hour", -1.0)])
 def test_settings_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{name}: got {value}; expected"):

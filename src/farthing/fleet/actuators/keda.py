@@ -31,13 +31,19 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str, credentials: Any = None) -> int:
-        """Serve on HOST:PORT, with TLS if grpc server credentials are given. Returns the port."""
+        """Serve on HOST:PORT, with TLS if grpc server credentials are given. Returns the port.
+
+        Raises OSError if the address cannot be bound.
+        """
         self._server = grpc.aio.server()
         services.add_ExternalScalerServicer_to_server(self, self._server)
-        if credentials is None:
-            port = self._server.add_insecure_port(address)
-        else:
-            port = self._server.add_secure_port(address, credentials)
+        try:
+            if credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
+        except RuntimeError as problem:  # grpc's text is a page of status codes
+            raise OSError(f"keda.address: cannot listen on {address}") from problem
         await self._server.start()
         return int(port)
 

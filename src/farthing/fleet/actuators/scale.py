@@ -34,11 +34,11 @@ class Target:
     namespace: str
 
     @classmethod
-    def parse(cls, text: str, namespace: str) -> Target:
-        """Parse KIND/NAME. Raises ValueError with the accepted kinds."""
+    def parse(cls, text: str, namespace: str, field: str = "kubernetes.target") -> Target:
+        """Parse KIND/NAME. Raises ValueError with the field and the accepted kinds."""
         kind, slash, name = text.partition("/")
         if not slash or kind.lower() not in KINDS or not name:
-            raise ValueError(f"target: got {text!r}; expected KIND/NAME with KIND one of {', '.join(KINDS)}")
+            raise ValueError(f"{field}: got {text!r}; expected KIND/NAME with KIND one of {', '.join(KINDS)}")
         return cls(kind.lower(), name, namespace)
 
     def __str__(self) -> str:

@@ -42,7 +42,7 @@ class Hold:
         if self.waiting >= self._limit:
             raise Refused(
                 503,
-                f"no replica is ready and {self.waiting} requests are waiting (the limit); retry later",
+                f"no replica is ready and {self._limit} (the limit) already wait; retry later",
                 headers={"Retry-After": "1"},
             )
         loop = asyncio.get_running_loop()

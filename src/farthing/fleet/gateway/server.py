@@ -262,6 +262,11 @@ class Gateway:
             )
         if not request.rel_url.raw_path.startswith("/"):  # OPTIONS * names no resource of a replica
             raise Refused(400, f"request target is {request.path!r}; expected a path", close=True)
+        codings = ", ".join(request.headers.getall("Transfer-Encoding", ()))
+        if (
+            codings and codings.strip().lower() != "chunked"
+        ):  # the body would pass on without its coding's name
+            raise Refused(501, f"Transfer-Encoding is {codings[:100]!r}; expected chunked", close=True)
         host = request.headers.get("Host", "")
         if host and self._local_only and not _names_this_machine(host):
             raise Refused(

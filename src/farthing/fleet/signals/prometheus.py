@@ -52,9 +52,11 @@ class PrometheusSource:
         wall: Callable[[], float] = time.time,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"prometheus: got {url!r}; expected a URL such as http://prometheus:9090")
+            raise ValueError(
+                f"signals.prometheus: got {url!r}; expected a URL such as http://prometheus:9090"
+            )
         if selector and not (selector.startswith("{") and selector.endswith("}")):
-            raise ValueError(f'selector: got {selector!r}; expected {{label="value",…}}')
+            raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
         self._window, self._stale_after, self._leaving = window_s, stale_after_s, leaving
         self._ttft_s = ttft_s  # a first token after this is late
