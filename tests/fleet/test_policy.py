@@ -227,6 +227,16 @@ def test_never_below_the_need_and_never_down_without_signals(steps: list[tuple])
         current = decision.target
 
 
+@pytest.mark.parametrize(("rate", "target"), [(15.4, 20), (15.5, 23), (13.0, 20), (12.7, 20), (12.6, 18)])
+def test_small_changes_are_tolerated(rate: float, target: int) -> None:
+    policy = Policy(replace(CONFIG, rule="slo", stabilization_s=0.0))
+    decision = policy.decide(0, seen(0, 20, rate))
+    assert decision.target == target
+    assert "within 1.1 × 20" in decision.reason or rate != 15.4
+    spot = policy.decide(0, seen(0, 20, 13.9, leaving=1))  # 20 needed, one is lost
+    assert spot.target == 21
+
+
 def test_replicas_with_a_preemption_notice_are_replaced_early() -> None:
     decision = Policy(CONFIG).decide(0, replace(seen(0, 10, 7.0), leaving=2))
     assert decision.target == 12
@@ -256,6 +266,20 @@ def test_slo_lowers_the_utilization_on_late_requests_and_raises_it_again() -> No
     for now in range(0, 600, 15):
         fixed.decide(now, replace(seen(now, 10, 7.0), late_share=1.0))
     assert fixed.utilization == 0.7
+
+
+def test_lateness_within_a_cold_start_of_a_jump_does_not_count() -> None:
+    policy, used = Policy(PolicyConfig(capacity=1.0, cold_start_s=300.0)), []
+    for now in range(0, 7200, 15):
+        load, late = (1.0, 0.0) if now < 3600 else (9.0, 1.0)
+        policy.decide(now, replace(seen(now, 2, load), late_share=late))
+        used.append(policy.utilization)
+    jump = 3600 // 15
+    excused = (2 * 300 + 2 * 15 + 60) // 15  # while it is a jump, for a cold start and the drain after it
+    assert used[jump + excused - 1] >= used[jump - 1] >= 0.7
+    assert used[-1] < 0.7
+    again = PolicyState.from_json(policy.state.to_json())
+    assert again == policy.state
 
 
 def test_a_few_late_requests_lower_the_utilization_although_the_mean_is_low() -> None:

@@ -6,10 +6,11 @@ The levels are described in `farthing.fleet.policy`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from farthing.fleet.decisions import Level
 from farthing.fleet.forecast.curve import Forecast
+from farthing.fleet.jumps import Jumps
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.policy_state import PolicyState
 from farthing.fleet.snapshot import Snapshot
@@ -21,6 +22,7 @@ class Need:
 
     replicas: int
     reason: str
+    load: float = 0.0  # that it plans for
 
 
 class Needs:
@@ -28,6 +30,7 @@ class Needs:
 
     def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
         self.config, self.state = config, state
+        self._jumps = Jumps(config, state)
 
     @property
     def utilization(self) -> float:
@@ -36,8 +39,13 @@ class Needs:
         return moved if moved is not None else self.config.target_utilization
 
     def follow_slo(self, now: float, snapshot: Snapshot) -> None:
-        """Adjust the utilization by the share of late requests since the last decision."""
-        late = self._late(snapshot)
+        """Adjust the utilization by the share of late requests since the last decision.
+
+        Those that no utilization could have served in time do not count (`jumps`).
+        """
+        late, load = self._late(snapshot), snapshot.load(self.config.unit)
+        if load is not None and self._jumps.excused(now, load, self.lead(snapshot)):
+            late = 0.0 if late is not None else None
         since, self.state.slo_time = self.state.slo_time, now
         if not self.config.by_slo or late is None or since is None:
             return
@@ -77,17 +85,18 @@ class Needs:
                 reason = (
                     f"{forecast.source}{carried} forecasts {load} within {until - now:.0f} s, needs {need}"
                 )
-                answers[name] = Need(need, reason)
+                answers[name] = Need(need, reason, peak)
         realtime = self._realtime(now, snapshot, rate)
         if "realtime" in self.config.levels or not answers:  # at least one level must answer
             answers["realtime"] = realtime
+        self._jumps.planned(now, max(need.load for need in answers.values()), self.lead(snapshot))
         return answers
 
     def _realtime(self, now: float, snapshot: Snapshot, rate: float) -> Need:
         load = snapshot.load(self.config.unit)
         assert load is not None  # the policy holds if it is missing
         need = self._needed(load, rate)
-        best = Need(need, f"load is {load:.4g} {self.config.unit}/s, needs {need}")
+        best = Need(need, f"load is {load:.4g} {self.config.unit}/s, needs {need}", load)
         work = self._backlog_work(snapshot, load)
         if work > 0:
             if self.config.drains_fast:
@@ -101,9 +110,10 @@ class Needs:
                     need,
                     f"backlog of {snapshot.backlog:.4g} request{'' if snapshot.backlog == 1 else 's'} "
                     f"to process in {drain:.0f} s needs {need}",
+                    load,
                 )
         step = self._latency_step(now, snapshot)
-        return step if step is not None and step.replicas > best.replicas else best
+        return replace(step, load=load) if step is not None and step.replicas > best.replicas else best
 
     def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
         """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""

@@ -1,8 +1,8 @@
 """Computes the number of replicas from signals and forecasts.
 
     required = ceil(load / (utilization · capacity))   for each of three levels; the largest counts
-    up:   immediately to `required`
-    down: to the largest `required` of five minutes (rules "slo" and "stabilized"), or only if
+    up:   immediately to `required`, if that is more than 1.1 · current (rule "published": at once)
+    down: to the largest `required` of five minutes, if that is less than 0.95 · current, or only if
           required < 0.6 · current (rule "published"); never on missing or stale signals
     utilization: fixed, or adjusted by the SLO (`slo`)
 
@@ -82,7 +82,7 @@ class Policy:
             best = Need(best.replicas + snapshot.leaving, reason)
         alarms += tuple(f"forecast: {f.note}" for f in (short, mid) if f is not None and f.note)
         alarms += self._incomplete(snapshot)
-        target, held_by, why = self._bounded(now, best.replicas, count, bool(self._incomplete(snapshot)))
+        target, held_by, why = self._bounded(now, best.replicas, snapshot)
         if target != count:
             self.state.last_change = now
         levels = Levels(**{name: answer.replicas for name, answer in answers.items()})
@@ -101,14 +101,17 @@ class Policy:
 
     # ---- bounds: down rule, stabilization, cool-down, limits ----
 
-    def _bounded(self, now: float, required: int, current: int, incomplete: bool) -> tuple[int, str, str]:
+    def _bounded(self, now: float, required: int, snapshot: Snapshot) -> tuple[int, str, str]:
         """Target, the bound that applied ("" if none), and the reason in words."""
-        config, state = self.config, self.state
+        config, state, current = self.config, self.state, snapshot.current
         self._remember(now, required)
-        if required >= current:
+        above = 1.0 if snapshot.leaving > 0 else config.up_above  # every announced loss is replaced
+        if required > above * current or required == current:
             target, held_by, why = required, "", ""
+        elif required > current:
+            target, held_by, why = current, "tolerance", f"{required} is within {above:g} × {current}"
         else:
-            target, held_by, why = self._down(now, required, current, incomplete)
+            target, held_by, why = self._down(now, required, current, bool(self._incomplete(snapshot)))
         if config.max_step is not None and abs(target - current) > config.max_step:
             target = current + int(math.copysign(config.max_step, target - current))
             held_by, why = "limits", f"at most {config.max_step} replicas per step"
@@ -165,6 +168,8 @@ class Policy:
         state.settle_until = now + max(window, config.stale_after_s)
         state.breach_since = None
         state.history.clear()
+        state.planned.clear()
+        state.excused_until = None
         state.last_change = now if state.last_change is not None else None
         state.step_time = now if state.step_time is not None and now < state.step_time else state.step_time
         return (f"clock: {now - last:+.0f} s since the last decision; windows restart",)

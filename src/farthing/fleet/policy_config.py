@@ -16,12 +16,13 @@ class PolicyRule:
     scale_down_below: float  # down only when required < this · current; 1: always
     stabilization_s: float  # scale down only to the largest `required` of this window
     by_slo: bool = False  # the SLO adjusts the utilization
+    scale_up_above: float = 1.0  # scale up only when required > this · current
     drains_fast: bool = True  # a backlog within drain_s at the target utilization, else within a cold start
 
 
 RULES = {
-    "slo": PolicyRule(1.0, 300.0, by_slo=True),
-    "stabilized": PolicyRule(1.0, 300.0),
+    "slo": PolicyRule(0.95, 300.0, by_slo=True, scale_up_above=1.1),
+    "stabilized": PolicyRule(0.95, 300.0, scale_up_above=1.1),
     "published": PolicyRule(0.6, 0.0, drains_fast=False),
 }
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
@@ -36,7 +37,8 @@ class PolicyConfig:
 
     `rule` selects the scale-down behavior and the utilization: "slo" (down to the largest need of five
     minutes, utilization adjusted by the SLO), "stabilized" (the same with a fixed utilization), "published"
-    (down only below 0.6 of the current replicas, fixed utilization). Fields that are None come from the rule.
+    (down only below 0.6 of the current replicas, fixed utilization). The first two ignore changes up to 10 %
+    up and 5 % down, which are noise. Fields that are None come from the rule.
     """
 
     capacity: float  # load units per second of one replica within its latency targets
@@ -45,6 +47,7 @@ class PolicyConfig:
     target_utilization: float = 0.7  # the initial one if the SLO adjusts it
     slo: SloConfig = field(default_factory=SloConfig)
     scale_down_below: float | None = None  # down only when required < this · current; 1.0: always
+    scale_up_above: float | None = None  # up only when required > this · current; 1.0: always
     stabilization_s: float | None = None  # scale down only to the largest `required` of this window
     min_replicas: int = 1
     max_replicas: int = 1000
@@ -83,6 +86,7 @@ class PolicyConfig:
         _check("unit", self.unit, f"one of {UNITS}", self.unit in UNITS)
         _check("target_utilization", self.target_utilization, "in (0, 1]", 0 < self.target_utilization <= 1)
         _check("scale_down_below", self.scale_down_below, "in (0, 1]", 0 < self.down_below <= 1)
+        _check("scale_up_above", self.scale_up_above, "in [1, 2]", 1 <= self.up_above <= 2)
         _check("min_replicas", self.min_replicas, "0 or more", self.min_replicas >= 0)
         _check(
             "max_replicas",
@@ -112,6 +116,12 @@ class PolicyConfig:
         return below if below is not None else RULES[self.rule].scale_down_below
 
     @property
+    def up_above(self) -> float:
+        """Scale up only when required > this · current; 1 means always."""
+        above = self.scale_up_above
+        return above if above is not None else RULES[self.rule].scale_up_above
+
+    @property
     def window_s(self) -> float:
         """Seconds of the stabilization window; 0 if there is none."""
         return self.stabilization_s if self.stabilization_s is not None else RULES[self.rule].stabilization_s
@@ -128,7 +138,7 @@ class PolicyConfig:
 
     def with_rule(self, rule: str) -> PolicyConfig:
         """The same settings under another rule."""
-        return replace(self, rule=rule, scale_down_below=None, stabilization_s=None)
+        return replace(self, rule=rule, scale_down_below=None, scale_up_above=None, stabilization_s=None)
 
 
 def _finite(value: float) -> bool:

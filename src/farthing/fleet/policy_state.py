@@ -19,6 +19,8 @@ class PolicyState:
     step_target: int = 0
     utilization: float | None = None  # as adjusted by the SLO
     slo_time: float | None = None  # time of the last adjustment
+    excused_until: float | None = None  # end of the lateness that a jump of the load causes
+    planned: list[tuple[float, float]] = field(default_factory=list)  # (time, load planned for)
     history: list[tuple[float, int]] = field(
         default_factory=list
     )  # (time, required) of the stabilization window
@@ -30,6 +32,7 @@ class PolicyState:
     def from_json(cls, text: str) -> PolicyState:
         try:
             data: dict[str, Any] = json.loads(text)
+            data["planned"] = [(float(t), float(n)) for t, n in data.get("planned", [])]
             data["history"] = [(float(t), int(n)) for t, n in data.get("history", [])]
             return cls(**data)
         except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from farthing.cli.replay import app
+from farthing.fleet.forecast.short import ShortConfig
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.replay.oracle import cost_hours
@@ -99,6 +100,17 @@ def test_failures_are_replaced_and_cost_slo() -> None:
 )
 def test_vectorized_rule_equals_the_policy(loads: list[float], name: str, seed: int) -> None:
     """FarthingRule and Policy decide the same for equal loads, backlogs, waits and late shares."""
+    compare_rules(loads, name, seed)
+
+
+@pytest.mark.parametrize("gap", [0.0, 2.0, 8.0])
+def test_both_excuse_lateness_after_a_jump(gap: float) -> None:
+    jump, steady = [gap] * 70 + [10.0] * 30, [10.0] * 100
+    assert (compare_rules(jump, "slo", 1) > compare_rules(steady, "slo", 1)) == (gap < 5)
+
+
+def compare_rules(loads: list[float], name: str, seed: int) -> float:
+    """Run both; returns the utilization at the end."""
     config = PolicyConfig(capacity=1.0, levels=("realtime",), max_replicas=1000, rule=name)
     random = np.random.default_rng(seed)
     load = np.array(loads)[:, None]
@@ -110,6 +122,7 @@ def test_vectorized_rule_equals_the_policy(loads: list[float], name: str, seed: 
         600.0,
         15.0,
         scale_down_below=config.down_below,
+        scale_up_above=config.up_above,
         stabilization_s=config.window_s,
         max_replicas=1000,
         drains_fast=config.drains_fast,
@@ -136,6 +149,7 @@ def test_vectorized_rule_equals_the_policy(loads: list[float], name: str, seed: 
         lane = int(rule.decide(view)[0])
         assert lane == policy.decide(tick * 15.0, snapshot).target
         current = lane
+    return policy.utilization
 
 
 def test_hpa_ignores_ten_percent_and_delays_scale_down() -> None:
@@ -152,6 +166,17 @@ def test_hpa_ignores_ten_percent_and_delays_scale_down() -> None:
         seen.append(current)
     assert set(seen[:50]) == {10}
     assert seen[-1] == 5
+
+
+def test_noise_on_a_constant_load_hardly_scales() -> None:
+    series = Series(0.0, 600.0, np.full(72, 10.0), "constant")
+    made = Replay(
+        series, ReplayConfig(seeds=2, short=ShortConfig(model="growth"), plan=PlanConfig(enabled=False))
+    )
+    for name in ("farthing", "stabilized"):
+        result = made.run(name, [0.7])
+        assert result.slo.min() == 1.0
+        assert result.changes.max() <= 20  # in twelve hours; without a tolerance about 140
 
 
 def test_forecasts_use_no_future_data() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from farthing.fleet.forecast.growth import trailing_max
 from farthing.fleet.replay.rate import Floats, Ints, View
 from farthing.fleet.slo import SloConfig
 
@@ -34,6 +35,7 @@ class FarthingRule:
     lead_s: float
     tick_s: float
     scale_down_below: float = 0.6
+    scale_up_above: float = 1.0
     stabilization_s: float = 0.0
     min_replicas: int = 1
     max_replicas: int = 1_000_000
@@ -54,10 +56,21 @@ class FarthingRule:
         self._step_target = np.zeros(lanes, np.int64)
         self._recent: deque[Ints] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
         self._calm = True  # no lane has a breach or an active step
+        self._excused_until = np.full(lanes, -np.inf)
+        self._reach = self._reachable() if self.slo is not None else self.planned
+
+    def _reachable(self) -> Floats:
+        """[T, B] load above which requests are late whatever the utilization; see `fleet.jumps`."""
+        assert self.slo is not None
+        lead, window = int(self.lead_s // self.tick_s) + 1, int(self.stabilization_s // self.tick_s) + 1
+        largest = trailing_max(self.planned, min(window, len(self.planned))) / self.slo.lowest
+        unknown = np.full((min(lead, len(largest)), largest.shape[1]), np.inf)
+        least = self.min_replicas * self.capacity
+        return np.concatenate([unknown, np.maximum(largest, least)])[: len(largest)]
 
     def decide(self, view: View) -> Ints:
-        if self.slo is not None and view.tick > 0:
-            self.u = self.slo.moved(self.u, view.late, self.tick_s)
+        if self.slo is not None:
+            self._follow_slo(view, self.slo)
         required = needed(self.planned[view.tick], self.u, self.capacity)
         if self.realtime and (not self._calm or view.backlog.any()):
             required = np.maximum(required, self._from_queue(view))
@@ -71,8 +84,17 @@ class FarthingRule:
             down = np.minimum(wanted, view.current)
         if view.now < self.stabilization_s:  # no scale-down before a whole window
             down = view.current
-        target = np.where(required >= view.current, required, down)
+        down = np.where(required < view.current, down, view.current)
+        target = np.where(required > self.scale_up_above * view.current, required, down)
         return np.asarray(np.clip(target, self.min_replicas, self.max_replicas), dtype=np.int64)
+
+    def _follow_slo(self, view: View, slo: SloConfig) -> None:
+        jump = self.load[view.tick] > self._reach[view.tick]
+        end = view.now + self.lead_s + self.tick_s + self.drain_s
+        self._excused_until = np.where(jump, end, self._excused_until)
+        if view.tick > 0:
+            late = np.where(view.now <= self._excused_until, 0.0, view.late)
+            self.u = slo.moved(self.u, late, self.tick_s)
 
     def _from_queue(self, view: View) -> Ints:
         drain = self.drain_s if self.drains_fast else max(self.drain_s, self.lead_s)

@@ -153,6 +153,7 @@ class Replay:
             self.config.load_time_s,
             tick_s,
             scale_down_below=rule.scale_down_below,
+            scale_up_above=rule.scale_up_above,
             stabilization_s=rule.stabilization_s,
             realtime=name not in ("short", "mid"),
             drains_fast=rule.drains_fast,
