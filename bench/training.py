@@ -141,8 +141,8 @@ def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
     for name in models:
         ops = select("auto") if threads is None else select("auto", threads=threads)
         loaded[name] = load(resolve_model(name), ops)
-    kinds = {"prefill": (PREFILL, _prefill), "decode 1": (1, _decode(1)), "decode 16": (16, _decode(16))}
-    times = {kind: _rounds(loaded, run) for kind, (_, run) in kinds.items()}
+    kinds = {"prefill": (PREFILL, _prefill), "decode 1": (1, decode(1)), "decode 16": (16, decode(16))}
+    times = {kind: rounds(loaded, run) for kind, (_, run) in kinds.items()}
     rows = []
     for name in loaded:
         row: dict[str, Any] = {"model": name, "bytes": _bytes(name)}
@@ -188,14 +188,16 @@ def _bytes(name: str) -> int:
     return sum(f.stat().st_size for f in resolve_model(name).glob("*.safetensors"))
 
 
-def _rounds(
-    loaded: dict[str, DeepseekModel], run: Callable[[DeepseekModel, Any], tuple[float, Any]]
+def rounds(
+    loaded: dict[str, DeepseekModel],
+    run: Callable[[DeepseekModel, Any], tuple[float, Any]],
+    count: int = ROUNDS,
 ) -> dict[str, list[float]]:
     """Seconds of every round by model; the first model rotates, so that the order varies."""
     state: dict[str, Any] = dict.fromkeys(loaded)
     times: dict[str, list[float]] = {name: [] for name in loaded}
     names = list(loaded)
-    for i in range(WARMUP + ROUNDS):
+    for i in range(WARMUP + count):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             seconds, state[name] = run(loaded[name], state[name])
             if i >= WARMUP:
@@ -217,7 +219,7 @@ def _prefill(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, cache
 
 
-def _decode(sequences: int) -> Callable[[DeepseekModel, Any], tuple[float, Any]]:
+def decode(sequences: int) -> Callable[[DeepseekModel, Any], tuple[float, Any]]:
     """A decode step of this many sequences, each with a prompt of 64 different tokens."""
     each = -(-(PROMPT + 1) // BLOCK)
     tables = [range(i * each, (i + 1) * each) for i in range(sequences)]

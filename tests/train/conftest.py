@@ -11,8 +11,8 @@ import torch
 
 from farthing.model.config import ModelConfig
 from farthing.train import data
-from farthing.train.export import save_checkpoint
-from farthing.train.finetune import Settings
+from farthing.train.export import load_checkpoint, save_checkpoint
+from farthing.train.finetune import Settings, Text
 from farthing.train.model import DeepSeekLM
 from tests.tiny import tiny as tiny_config
 
@@ -93,3 +93,14 @@ def settings_of(checkpoint: Path, out: Path, sources: Path) -> Settings:
     return Settings(
         checkpoint, out, tokens=640, window=32, batch_tokens=64, root=sources, heldout_every=4, eval_tokens=64
     )
+
+
+def learn(checkpoint: Path, settings: Settings) -> None:
+    """Train the checkpoint on its text, so that it predicts better than token frequencies do."""
+    model, text = load_checkpoint(checkpoint), Text.load(settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(text.batches.next(8, 32))["loss"].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    save_checkpoint(model, text.tokenizer, checkpoint, fp8=False)

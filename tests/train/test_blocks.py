@@ -17,7 +17,7 @@ from farthing.train.lsq import Precision, WeightQuantizer
 from farthing.train.qat import build
 from farthing.train.qat_model import QatConfig, QatModel
 from farthing.train.qat_run import train_qat
-from tests.train.conftest import settings_of
+from tests.train.conftest import learn, settings_of
 
 QUIET = Console(quiet=True)
 STAGES = ((0.0, Precision(16, 16)), (0.6, Precision(4, 8)))
@@ -88,11 +88,13 @@ def test_masked_weights_stay_zero_and_get_no_gradient() -> None:
 
 def test_pruned_checkpoint_has_the_zero_blocks(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
     out = tmp_path / "run"
+    learn(checkpoint, settings_of(checkpoint, tmp_path / "learned", sources))
     summary = train_qat(settings_of(checkpoint, out, sources), CONFIG, console=QUIET)
     assert summary is not None
     assert summary["zero_blocks"]["zero_share"] == pytest.approx(0.4, abs=0.02)
     share = summary["needed_blocks"]["share"]
-    assert share["before"] == pytest.approx(0.7, abs=0.01) and share.keys() == {"before", "after", "random"}
+    assert share["before"] == pytest.approx(0.7, abs=0.01) and 0 < share["after"] < 1
+    assert share["random"] == 0
     stored, kept, cells = Checkpoint.open(out / "checkpoint"), 0.0, 0
     for name in ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"):
         value = stored.weight(f"model.layers.1.{name}").dequantize()

@@ -20,7 +20,6 @@ from farthing.model.inspect import model_cost
 from farthing.ops import make_batch, select
 from farthing.train.activity import Activity, measure, mlps
 from farthing.train.export import load_checkpoint, save_checkpoint
-from farthing.train.finetune import Settings, Text
 from farthing.train.model import DeepSeekLM, MoE
 from farthing.train.pruning import (
     Cut,
@@ -32,7 +31,7 @@ from farthing.train.pruning import (
     sizes_of,
 )
 from farthing.train.pruning_run import build, train_prune
-from tests.train.conftest import random_checkpoint, settings_of
+from tests.train.conftest import learn, random_checkpoint, settings_of
 
 QUIET = Console(quiet=True)
 
@@ -174,7 +173,7 @@ def test_pruning_pauses_while_the_loss_is_above_its_bound(
 def test_harmful_pruning_backs_off(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
     """A trained model without recovery (zero learning rate): only the bound stops pruning."""
     settings = dataclasses.replace(settings_of(checkpoint, tmp_path / "a", sources), tokens=64 * 20)
-    _learn(checkpoint, settings)
+    learn(checkpoint, settings)
     config = PruneConfig(target=0.6, end=0.5, every=1, multiple=8, calibration_windows=2, lr=0.0)
 
     def run(bound: float, out: str) -> dict[str, object]:
@@ -190,17 +189,6 @@ def test_harmful_pruning_backs_off(checkpoint: Path, tmp_path: Path, sources: Pa
     assert 0 < bounded["removed"] < 0.6  # type: ignore[operator]
     rises = {e["event"] == "wait": e["rise"] for e in bounded["events"]}  # type: ignore[attr-defined]
     assert rises[True] > 0.0198 >= rises[False]  # log(1.02)
-
-
-def _learn(checkpoint: Path, settings: Settings) -> None:
-    """Train the checkpoint on its text, so that pruning has a cost."""
-    model, text = load_checkpoint(checkpoint), Text.load(settings)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model.loss(text.batches.next(8, 32))["loss"].backward()
-        optimizer.step()
-    save_checkpoint(model, text.tokenizer, checkpoint, fp8=False)
 
 
 def test_whole_experts_are_removed_and_the_engine_routes_among_the_rest(

@@ -127,6 +127,9 @@ class PruneOptions(RunOptions):
     out: Path = _option(Path("runs/prune"), "Run directory", flags=("-o",))
     target: float = _option(0.28, "Share of the MLP parameters to remove")
     units: Literal["both", "neurons", "experts"] = _option("both", "What to remove")
+    multiple: int = _option(
+        32, "Neurons to remove at a time; 4-bit kernels need 32 and are faster with 64", minimum=1
+    )
     tau: float = _option(0.3, "Activity threshold of a neuron, in units of the token's mean")
     bound: float = _option(0.03, "Pause pruning above this perplexity increase")
     hard: float = _option(0.5, "Weight of the text's cross entropy in the loss; the rest is distillation")
@@ -266,7 +269,12 @@ def prune(options: dict[str, Any], as_json: Json = False) -> None:
         given = PruneOptions(**options)
         _require_matplotlib()
         config = PruneConfig(
-            target=given.target, units=given.units, tau=given.tau, bound=given.bound, hard=given.hard
+            target=given.target,
+            units=given.units,
+            multiple=given.multiple,
+            tau=given.tau,
+            bound=given.bound,
+            hard=given.hard,
         )
         return train_prune(given.settings(), config, given.resume)
 

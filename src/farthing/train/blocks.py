@@ -18,6 +18,7 @@ from torch import Tensor
 from farthing.compress.prune.schedule import cubic_sparsity
 from farthing.train.loop import BaseHook, Trainer
 from farthing.train.model import DeepSeekLM
+from farthing.train.need import information
 from farthing.train.qat_model import MOST, QatModel
 
 
@@ -25,9 +26,9 @@ def squared_gradients(model: DeepSeekLM, tokens: Tensor) -> dict[str, Tensor]:
     """Mean squared gradient of the text's loss, by parameter, over windows [N, T + 1], one at a time."""
     found = {name: torch.zeros_like(p) for name, p in model.named_parameters() if "mlp." in name}
     parameters = dict(model.named_parameters())
-    for window in tokens.split(1):
+    for i in range(len(tokens)):
         model.zero_grad(set_to_none=True)
-        model.loss(window, mtp_weight=0.3)["loss"].backward()  # type: ignore[no-untyped-call]
+        model.loss(tokens[i : i + 1], mtp_weight=0.3)["loss"].backward()  # type: ignore[no-untyped-call]
         for name, total in found.items():
             grad = parameters[name].grad
             if grad is not None:
@@ -108,8 +109,11 @@ def _by_block(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def block_needs(student: QatModel, tokens: Tensor) -> Tensor:
-    """Estimated loss of removing each remaining block outside drafting layers, from windows [N, T + 1]."""
-    fisher, weights, found = squared_gradients(student.net, tokens), student.weights(), []
+    """Estimated loss of removing each remaining block outside drafting layers, from those windows [N, T + 1]
+    on which the model has information (`need.py`): a bad loss has large gradients, but nothing to lose.
+    """
+    known = tokens[(information(student.net, tokens) > 0).to(tokens.device)]
+    fisher, weights, found = squared_gradients(student.net, known), student.weights(), []
     with torch.no_grad():
         for name, keep in masked(student).items():
             if not name.startswith("mtp."):
@@ -127,9 +131,12 @@ def needed_blocks(models: dict[str, QatModel], tokens: Tensor, typical: float = 
     least = next(iter(needs.values())).quantile(1 - typical)
     tenths = torch.linspace(0.1, 0.9, 9)
     return {
-        "definition": "sum of w^2 F over the block, F the mean squared gradient of the text's loss",
+        "definition": "sum of w^2 F over the block, F the mean squared gradient of the text's loss over "
+        "windows predicted better than by token frequencies",
         "threshold": float(least),
-        "share": {name: float((found >= least).float().mean()) for name, found in needs.items()},
+        "share": {
+            name: float(((found >= least) & (found > 0)).float().mean()) for name, found in needs.items()
+        },
         "deciles": {name: found.quantile(tenths).tolist() for name, found in needs.items()},
     }
 

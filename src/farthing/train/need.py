@@ -1,9 +1,14 @@
 """The share of a model's feed-forward parameters that its predictions need.
 
-The neurons of every MLP are ordered by energy (`activity.py`) and cut into slices; a slice of routed experts
-takes neurons of every expert. The need of a slice is the rise of the loss on text when its neurons are
-silenced, divided by its share of the model's MLP parameters. How often a neuron fires says nothing about
-this: random weights are evenly active, but silencing any of them leaves a random prediction equally bad.
+A model's information about a text is how much better it predicts the text's tokens than their frequencies do,
+in nats per token and never less than zero. The neurons of every MLP are ordered by energy (`activity.py`) and
+cut into slices; a slice of routed experts takes neurons of every expert. The need of a slice is the
+information lost when its neurons are silenced, less two standard errors over the text's windows, divided by
+its share of the model's MLP parameters.
+
+Noise passes other measures. Random weights are evenly active, so how often a neuron fires says nothing.
+Silencing them also changes the loss, up or down by chance, but takes away no information: they predict worse
+than frequencies do.
 
 Shapes: B windows of T tokens; E experts (1 outside the routed ones), I neurons.
 """
@@ -23,6 +28,7 @@ from farthing.train.model import MLP, DeepSeekLM, MoE
 
 SLICES = 8  # of every MLP
 LEAST = 16  # minimum neurons per slice
+CERTAIN = 2.0  # standard errors by which a loss of information must exceed zero
 TYPICAL = 0.7  # share of the unpruned model's MLP parameters whose need is above the threshold
 
 
@@ -32,46 +38,71 @@ class Slice:
 
     name: str
     parameters: int
-    rise: float  # rise of the loss without them, nats per token
-    need: float  # rise / (share of the model's MLP parameters)
+    lost: float  # information lost without them, nats per token
+    error: float  # its standard error over windows
+    share: float  # of the model's MLP parameters
+
+    @property
+    def need(self) -> float:
+        """The proven loss per share of the parameters; negative if none is proven."""
+        return (self.lost - CERTAIN * self.error) / self.share
 
 
 @torch.no_grad()
 def needs(model: DeepSeekLM, tokens: Tensor) -> list[Slice]:
-    """Measure every slice of the model on tokens [B, T + 1], except the MTP layers, which only draft."""
+    """Measure every slice of the model on tokens [B, T + 1], except the MTP layers, which only draft.
+
+    Raises ValueError for fewer than two windows, which have no standard error.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"tokens: got {len(tokens)} window; expected at least 2 to estimate errors")
     tokens = tokens.to(model.embed_tokens.device)
     training = model.training
     model.eval()
     activities = measure(model, tokens, tau=0.3)
     modules = [(name, module) for name, module in mlps(model) if not name.startswith("mtp.")]
     total = sum(_parameters(module, _down(module).shape[2]) for _, module in modules)
-    base = _loss(model, tokens)
+    base = information(model, tokens)
     found = []
     for name, module in modules:
         order = activities[name].energy.argsort(dim=1)  # [E, I], least first
         for part in order.split(max(LEAST, -(-order.shape[1] // SLICES)), dim=1):
             with _silent(module, part):
-                rise = _loss(model, tokens) - base
+                lost = base - information(model, tokens)
+            error = float(lost.std()) * len(lost) ** -0.5
             size = _parameters(module, part.shape[1])
-            found.append(Slice(name, size, rise, rise / (size / total)))
+            found.append(Slice(name, size, float(lost.mean()), error, size / total))
     model.train(training)
     return found
 
 
 def threshold(slices: Sequence[Slice], share: float = TYPICAL) -> float:
-    """The need reached by at most `share` of the parameters in `slices`; chosen on the unpruned model."""
+    """The need above zero reached by at most `share` of the parameters in `slices`; chosen on the unpruned
+    model.
+    """
     total, above = sum(s.parameters for s in slices), 0
     ordered = sorted(slices, key=lambda s: -s.need)
     for s in ordered:
         above += s.parameters
         if above > share * total:
-            return s.need + 1e-12
-    return ordered[-1].need
+            return max(s.need, 0.0) + 1e-12
+    return max(ordered[-1].need, 1e-12)
 
 
 def needed_share(slices: Sequence[Slice], least: float) -> float:
     """Share of the MLP parameters in slices whose need is at least `least`."""
     return sum(s.parameters for s in slices if s.need >= least) / sum(s.parameters for s in slices)
+
+
+def need_deciles(slices: Sequence[Slice]) -> list[float]:
+    """Needs that 10 %, 20 %, … 90 % of the MLP parameters do not exceed."""
+    ordered, below = sorted(slices, key=lambda s: s.need), 0.0
+    tenths = [i / 10 for i in range(1, 10)]
+    found: list[float] = []
+    for s in ordered:
+        below += s.share
+        found += [s.need] * sum(t <= below + 1e-9 for t in tenths[len(found) :])
+    return found
 
 
 def _down(module: MLP | MoE) -> Tensor:
@@ -97,13 +128,18 @@ def _silent(module: MLP | MoE, neurons: Tensor) -> Iterator[None]:
         down.scatter_(2, index, kept)
 
 
-def _loss(model: DeepSeekLM, tokens: Tensor) -> float:
-    """Next-token loss in nats per token, float64 mean over windows."""
-    total = 0.0
-    for row in tokens.split(2):
-        logits = model.logits(model(row[:, :-1])).float()
-        total += float(F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum"))
-    return total / tokens[:, 1:].numel()
+@torch.no_grad()
+def information(model: DeepSeekLM, tokens: Tensor) -> Tensor:
+    """Of every window of tokens [B, T + 1]: nats per token, float64 [B]."""
+    counts = tokens[:, 1:].flatten().bincount().double()
+    frequencies = counts / counts.sum()
+    chance = -float(frequencies.xlogy(frequencies).sum())  # their entropy
+    found = []
+    for rows in tokens.split(2):
+        logits = model.logits(model(rows[:, :-1])).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        found.append(nats.view(len(rows), -1).double().mean(1).cpu())
+    return (chance - torch.cat(found)).clamp_min(0)
 
 
 @torch.no_grad()

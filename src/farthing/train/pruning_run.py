@@ -27,11 +27,11 @@ from farthing.train.finetune import (
 )
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM
-from farthing.train.need import needed_share, needs, random_twin, threshold
+from farthing.train.need import information, need_deciles, needed_share, needs, random_twin, threshold
 from farthing.train.picture import plot
 from farthing.train.pruning import PruneConfig, PruneHook, mlp_parameters, model_of
 
-NEED_WINDOWS = 6  # of held-out text on which the need of every slice is measured
+NEED_WINDOWS = 16  # of held-out text on which the need of every slice is measured
 
 
 def build(
@@ -153,7 +153,10 @@ def _activity(
         "tokens": tokens.shape[0] * settings.window,
         "busy_neurons": {name: busy_share(found) for name, found in activities.items()},
         "active_share_deciles": {name: share_deciles(found) for name, found in activities.items()},
-        "need_definition": "rise of the loss without a slice of neurons, per share of the MLP parameters",
+        "need_definition": "information about the text (nats per token better than token frequencies) lost "
+        "without a slice of neurons, less two standard errors, per share of the MLP parameters",
+        "information": {name: float(information(net, tokens).mean()) for name, net in models.items()},
         "need_threshold": least,
         "needed_parameters": {name: needed_share(found, least) for name, found in slices.items()},
+        "need_deciles": {name: need_deciles(found) for name, found in slices.items()},
     }
