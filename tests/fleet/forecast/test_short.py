@@ -93,6 +93,29 @@ def test_mixture_keeps_coverage_and_follows_the_best_member() -> None:
     assert mixture.weights()[0, 0] > 0.95
 
 
+def test_gaps_of_the_traffic_do_not_spoil_the_mixture() -> None:
+    values = np.full(288, 10.0)
+    for gap in (slice(60, 66), slice(120, 140), slice(200, 240)):
+        values[gap] = 0.0
+    members = ("regression", "growth", "last-value")
+    series, pinball = Series(0.0, 600.0, values), {}
+    for name in ("mixture", *members):
+        report = backtest_short(series, ShortConfig(model=name, members=members), 600.0)
+        pinball[name] = report["pinball"]
+    assert pinball["mixture"] <= 1.25 * min(pinball[name] for name in members)
+
+
+def test_medians_have_weights_of_their_own() -> None:
+    """The second member knows the median, the first the upper quantile."""
+    mixture, truths = Mixture(2, 1, 1), np.random.default_rng(0).normal(0, 0.1, 2000)
+    for truth in truths:
+        medians, uppers = np.array([[-0.5], [0.0]]), np.array([[truth + 0.01], [0.13]])
+        mixed = mixture.step(medians, uppers, np.ones(1))
+        mixture.learn(np.array([truth]))
+    assert abs(mixed.p50[0]) < 0.01
+    assert mixed.weights[0, 0] > 0.95
+
+
 def test_quantile_regression_finds_the_quantile() -> None:
     random = np.random.default_rng(1)
     rows = np.c_[random.normal(size=4000), np.ones(4000)]

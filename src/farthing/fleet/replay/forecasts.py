@@ -20,7 +20,7 @@ from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.history import History
 from farthing.fleet.forecast.short import ShortConfig, capped, walk
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True)
