@@ -131,10 +131,11 @@ struct MlaArgs {
 struct LayersArgs {
   Rows x;  // [T, D]
   int tokens;
-  Cache cache;  // of the first layer
+  int first, last;  // the layers first .. last - 1
+  Cache cache;      // of the first of them
   Batch batch;
   float eps;
-  int64_t* counts;  // [layer][E], rows `counts_stride` apart; or null
+  int64_t* counts;  // [layer][E] from the first of them on, rows `counts_stride` apart; or null
   int64_t counts_stride;
   Rows out;  // [T, D], not x
 };

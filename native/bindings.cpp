@@ -287,12 +287,13 @@ NB_MODULE(_native, module) {
           "attention"_a, "q"_a, "kv"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "out"_a, free)
       .def(
           "layers",
-          [](Backend& b, Layers& model, Rows x, int tokens, const Cache& cache, const Batch& batch, float eps,
-             uint64_t counts, int64_t counts_stride, Rows out) {
-            b.layers(model, {x, tokens, cache, batch, eps, at<int64_t>(counts), counts_stride, out});
+          [](Backend& b, Layers& model, int first, int last, Rows x, int tokens, const Cache& cache,
+             const Batch& batch, float eps, uint64_t counts, int64_t counts_stride, Rows out) {
+            b.layers(model,
+                     {x, tokens, first, last, cache, batch, eps, at<int64_t>(counts), counts_stride, out});
           },
-          "layers"_a, "x"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "counts"_a, "counts_stride"_a,
-          "out"_a, free)
+          "layers"_a, "first"_a, "last"_a, "x"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "counts"_a,
+          "counts_stride"_a, "out"_a, free)
       .def(
           "top_logits",
           [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps, int k,

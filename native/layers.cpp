@@ -20,7 +20,11 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
   Rows x = in.x;
   Cache cache = in.cache;
   int64_t* counts = in.counts;
-  for (const Layer& l : model.layers) {
+  if (in.first < 0 || in.first > in.last || in.last > static_cast<int>(model.layers.size()))
+    throw std::out_of_range("layers " + std::to_string(in.first) + " to " + std::to_string(in.last) + " of " +
+                            std::to_string(model.layers.size()));
+  for (int i = in.first; i < in.last; ++i) {
+    const Layer& l = model.layers[i];
     const int hidden = l.o->m.n;
     const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->m.n);
     linear(*l.qkv_a, {x, T, l.norm, in.eps, none, qkv});

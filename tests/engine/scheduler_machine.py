@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from farthing.engine.limits import Limits
 from farthing.engine.prefetch import BlockStore
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence
@@ -27,6 +29,23 @@ def continuation(prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
+@dataclass
+class Bounds(Limits):
+    """Of prompt tokens per step."""
+
+    together: int | None = None
+    divided: int | None = None
+
+    def prompt_tokens(self, decodes: int, shared: bool) -> int | None:
+        return self.together if decodes else None
+
+    def divided_tokens(self, decodes: int, shared: bool) -> int | None:
+        return self.divided
+
+    def scored_tokens(self) -> int:
+        return 2
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Random requests, cancellations, good and bad drafts, in a cache that is too small."""
 
@@ -35,6 +54,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.limits = Bounds()
+        self.divided: list[Scheduled] = []  # whose layers are being computed
         self.scheduler = self.new_scheduler()
         self.memory: dict[int, tuple[str, tuple[int, ...]]] = {}  # slot -> salt and tokens up to it
         self.live: list[Sequence] = []
@@ -45,7 +66,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def new_scheduler(self, store: BlockStore | None = None) -> Scheduler:
         return Scheduler(
             self.num_blocks, self.block_size, self.max_num_seqs, self.budget, self.caching, self.lookahead,
-            scored_limit=lambda: 2, store=store,
+            limits=self.limits, store=store,
         )  # fmt: skip
 
     @rule(
@@ -91,28 +112,49 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.finish(seq)
         self.live.remove(seq)
 
-    @rule(limit=st.none() | st.integers(0, 6))
-    def pace(self, limit: int | None) -> None:
-        self.scheduler.prompt_limit = lambda decodes, shared: limit if decodes else None
+    @rule(together=st.none() | st.integers(1, 6), divided=st.none() | st.integers(1, 6))
+    def pace(self, together: int | None, divided: int | None) -> None:
+        self.limits.together, self.limits.divided = together, divided
 
-    @rule(guess=st.lists(st.booleans(), max_size=3))
-    def step(self, guess: list[bool]) -> None:
+    @rule(guess=st.lists(st.booleans(), max_size=3), wait=st.booleans())
+    def step(self, guess: list[bool], wait: bool = False) -> None:
+        under_way = {item.seq.id for item in self.divided}
         plan = self.scheduler.schedule()
+        assert not under_way & {item.seq.id for item in plan}
         prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
-        limit = self.scheduler.prompt_limit(len(plan) - len(prompts), False)
-        assert limit is None or sum(item.count for item in prompts) <= max(1, limit)
+        limit = self.limits.prompt_tokens(len(plan) - len(prompts), False)
+        tokens = sum(item.count for item in prompts)
+        divided = [item for item in plan if item.seq.busy]
+        assert not (divided and self.divided), "one at a time"
+        assert limit is None or tokens <= limit or (divided and tokens <= (self.limits.divided or 0))
         assert sum(item.count for item in prompts if item.seq.scored) <= 2
         assert len({item.seq.id for item in plan}) == len(plan)
         assert sum(item.num_tokens for item in plan) <= self.budget
         assert len(self.scheduler.running) <= self.max_num_seqs
-        decoding = [s for s in self.scheduler.running if s.num_pending == 1]
+        decoding = [s for s in self.scheduler.running if s.num_pending == 1 and s.id not in under_way]
         assert {s.id for s in decoding} <= {item.seq.id for item in plan}, "decoding comes first"
         for item in plan:
             self.write(item)
         for item in plan:
             self.read(item)
+        if divided:
+            self.divided = divided
         for item in plan:
-            self.commit(item, guess)
+            if not item.seq.busy:
+                self.commit(item, guess)
+        if not wait or not plan:
+            self.finish_divided(guess)
+
+    def finish_divided(self, guess: list[bool]) -> None:
+        """The last layer of busy sequences was computed; nothing else was written where they were."""
+        for item in self.divided:
+            self.read(item)
+        live = {s.id for s in self.live}
+        for item in self.divided:
+            if item.seq.id in live:
+                self.commit(item, guess)
+        self.scheduler.settle(self.divided)
+        self.divided = []
 
     def write(self, item: Scheduled) -> None:
         seq = item.seq

@@ -68,7 +68,7 @@ def test_time_spent_on_a_third_client_repays_nothing() -> None:
 def test_flood_of_prompts_delays_an_answer_by_a_bounded_time(attackers: int, length: int) -> None:
     """A simulated machine; prompts of each attacker wait at all times."""
     pace = Pace(LIMIT)
-    scheduler = Scheduler(4096, 16, 64, 512, False, prompt_limit=pace.prompt_tokens)
+    scheduler = Scheduler(4096, 16, 64, 512, False, limits=pace)
     clock, spent = 0.0, Counter[str]()
 
     def step() -> None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from farthing.engine.block_pool import IntegrityError
+from farthing.engine.divided import Divided
 from farthing.engine.generation import Generation, RequestState
 from farthing.engine.logprobs import Position, positions
 from farthing.engine.pace import Pace
@@ -61,6 +62,7 @@ class EngineCore:
         self._on_finish = on_finish
         self._pick = pick
         self._pace = pace
+        self._divided: Divided | None = None
         self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
 
     def add(self, state: RequestState) -> None:
@@ -107,11 +109,29 @@ class EngineCore:
     def _step(self) -> bool:
         began = time.perf_counter()
         plan = self.scheduler.schedule()
-        if not plan:
+        if not plan and self._divided is None:
             return False
         self._admitted(plan)
-        step = self.runner.prepare(plan)
-        hidden = self.runner.forward(step)
+        now = [item for item in plan if not item.seq.busy]
+        if len(now) < len(plan):
+            self._divide([item for item in plan if item.seq.busy])
+        if now:
+            step = self.runner.prepare(now)
+            self._complete(now, step, self.runner.forward(step), began)
+        paused = self.scheduler.interference.paused({item.seq.client for item in now})
+        if self._divided is not None and not self._divided.waits(now, paused):
+            now = [*now, *self._divided.plan]
+            self._advance(self._divided, decodes=sum(item.decode for item in now))
+        self._owe(now, time.perf_counter() - began)
+        return True
+
+    def _complete(
+        self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor, began: float, whole: bool = True
+    ) -> None:
+        """Sample and deliver what follows the hidden states of a plan, which was begun at `began`.
+
+        whole: the plan was computed in one step, so its duration says how long such steps take.
+        """
         try:
             tokens, logprobs = self._sample(plan, step, hidden)
             self._prompt_logprobs(plan, step, hidden)
@@ -119,12 +139,41 @@ class EngineCore:
             raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
         moved, failed = self._commit(plan, tokens, logprobs)
         if self._speculator is not None:
-            self._speculator.after(plan, step, hidden, time.perf_counter() - began)
-        self._account(plan, time.perf_counter() - began)
+            learn = self._speculator.after if whole else self._speculator.observe
+            learn(plan, step, hidden, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if whole and self._pace is not None:
+            self._pace.observe(*_counts(plan), seconds)
+        self._account(plan, seconds)
         self._report(moved)
         for state, error in failed:
             self.fail(state, error)
-        return True
+
+    def _divide(self, plan: list[Scheduled[Generation]]) -> None:
+        """Begin with prompts whose layers several steps compute."""
+        step = self.runner.prepare(plan)
+        self._divided = Divided(plan, step, self.runner.begin(step))
+
+    def _advance(self, divided: Divided, decodes: int) -> None:
+        """Compute the next layers: as many as fit beside decoding, or all that are left."""
+        began = time.perf_counter()
+        depth, done = self.runner.model.config.num_hidden_layers, divided.layer
+        if divided.wanted:
+            last = depth
+            if decodes and self._pace is not None:
+                shared = self.scheduler.fairness.num_clients > 1
+                last = min(depth, done + self._pace.layers(decodes, shared, divided.tokens))
+            divided.hidden = self.runner.advance(divided.step, divided.hidden, done, last)
+            seconds = time.perf_counter() - began
+            if self._pace is not None:
+                self._pace.observe_layers(divided.tokens, last - done, seconds)
+            divided.layer, divided.seconds = last, divided.seconds + seconds
+            if last < depth:
+                return
+            began = time.perf_counter() - divided.seconds
+            self._complete(divided.plan, divided.step, divided.hidden, began, whole=False)
+        self.scheduler.settle(divided.plan)
+        self._divided = None
 
     def _sample(
         self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor
@@ -164,8 +213,7 @@ class EngineCore:
                 old.prefix.enabled,
                 old.num_lookahead,
                 old.pool.blocks,
-                old.prompt_limit,
-                old.scored_limit,
+                old.limits,
                 old.prefetch.store,
             )
 
@@ -191,10 +239,13 @@ class EngineCore:
         failed: list[tuple[RequestState, EngineError]] = []
         row = 0
         for item in plan:
+            gen = item.seq
+            if not gen.active:  # cancelled while its layers were computed
+                row += item.sample
+                continue
             if not item.sample:
                 self.scheduler.commit(item, [])
                 continue
-            gen = item.seq
             taken: list[int] = []
             try:
                 for ahead in range(1 + len(item.drafts)):
@@ -248,16 +299,8 @@ class EngineCore:
         """Attribute the step's wall time to its tokens."""
         self.stats.steps += 1
         self.stats.busy_seconds += seconds
-        decodes = tokens = prompt_tokens = 0
-        for item in plan:
-            tokens += item.num_tokens
-            decodes += item.decode
-            prompt_tokens += 0 if item.decode else item.count
-        if self._pace is not None:
-            self.scheduler.interference.observe(plan, seconds, self._pace.decode_seconds(decodes))
-            self._pace.observe(decodes, prompt_tokens, seconds)
-        self.stats.prompt_tokens += prompt_tokens
-        share = seconds / tokens
+        self.stats.prompt_tokens += _counts(plan)[1]
+        share = seconds / sum(item.num_tokens for item in plan)
         for item in plan:
             metrics = item.seq.parent.metrics
             if item.decode:
@@ -265,6 +308,12 @@ class EngineCore:
             else:
                 metrics.prefill_seconds += share * item.num_tokens
                 metrics.prefill_tokens += item.count
+
+    def _owe(self, plan: list[Scheduled[Generation]], seconds: float) -> None:
+        """Note how long a step's prompts delayed its decoding."""
+        if self._pace is not None:
+            alone = self._pace.decode_seconds(_counts(plan)[0])
+            self.scheduler.interference.observe(plan, seconds, alone)
 
     def _report(self, moved: list[Generation]) -> None:
         now = time.time()
@@ -318,3 +367,8 @@ class EngineCore:
         stats.waiting = scheduler.num_waiting
         stats.kv_cache_usage = scheduler.pool.usage
         stats.preemptions = scheduler.num_preemptions
+
+
+def _counts(plan: list[Scheduled[Generation]]) -> tuple[int, int]:
+    """(decoding sequences, prompt tokens) of a plan."""
+    return sum(item.decode for item in plan), sum(item.count for item in plan if not item.decode)

@@ -129,7 +129,7 @@ class Engine:
         runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = build_speculator(c.speculate, runner)
-        pace = Pace(c.max_step_ms / 1000)
+        pace = Pace(c.max_step_ms / 1000, model.config.num_hidden_layers if model.layered else 0)
         self._store = open_store(c, model, cache, self.stats.disk, self._loaded)
         scheduler: Scheduler[Generation] = Scheduler(
             c.num_blocks,
@@ -139,8 +139,7 @@ class Engine:
             c.enable_prefix_caching,
             speculator.num_lookahead if speculator else 0,
             blocks,
-            pace.prompt_tokens,
-            pace.scored_tokens,
+            pace,
             self._store,
         )
         self._core = EngineCore(

@@ -105,7 +105,7 @@ def victims(
             break
         owner = seq.client
         spared = used[owner] < 2 or owner == client
-        if spared or (used[owner] <= most_rows and held[owner] <= most_blocks):
+        if spared or seq.busy or (used[owner] <= most_rows and held[owner] <= most_blocks):
             continue
         chosen.append(seq)
         used[owner] -= 1

@@ -10,10 +10,24 @@ from typing import TYPE_CHECKING, Protocol
 
 from farthing.model import ModelConfig
 from farthing.ops import Batch, LatentCache, Ops
-from farthing.ops.api import CacheDtype
+from farthing.ops.api import ALL, CacheDtype
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Layered(Protocol):
+    """A model whose layers can be computed a few at a time."""
+
+    config: ModelConfig
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [T] int64 -> the first layer's input [T, D]."""
+
+    def run_layers(
+        self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None, span: slice = ALL
+    ) -> Tensor:
+        """The layers `span`: h [T, D] -> [T, D]."""
 
 
 class Model(Protocol):
@@ -25,6 +39,10 @@ class Model(Protocol):
     @property
     def mtp(self) -> Sized:
         """The multi-token prediction layers; empty: the model cannot draft."""
+
+    @property
+    def layered(self) -> Layered | None:
+        """The same model by layers; None if it computes all of them in one go."""
 
     @property
     def cache_layers(self) -> int:

@@ -1,11 +1,17 @@
-"""Limits the prompt tokens per step, so that decoding requests are not delayed too long.
+"""Limits the time that steps spend on prompts, so that decoding requests are not delayed too long.
 
 A step that mixes prompts with decoding delays every decoding request by its whole duration. Its duration is
 close to that of a decode-only step plus a cost per prompt token, and both are measured as the engine runs.
 The cost drifts (attention gets slower as a prompt's context grows), so recent steps count most.
+
+A machine on which only few tokens fit into a step computes them inefficiently: each expert gets few rows, and
+every step reads all weights. There, a larger part of a prompt is taken through the layers a few at a time, as
+many per step as fit beside decoding.
 """
 
 from __future__ import annotations
+
+from farthing.engine.limits import Limits
 
 SCORING = 0.05  # seconds of a step for the logits of prompt tokens
 SMALLEST_SCORED = 32  # prompt tokens with logits that every step may compute
@@ -17,14 +23,19 @@ _SURPRISE = 2.0  # maximum factor by which one step may raise an estimate: it ma
 _RECENT = 0.5  # weight of the last step in the cost per token
 _SMOOTH = 0.2  # weight of the last step in the duration of a decode step
 _SHARED = 0.5  # of the limit, where one client's prompts delay another's decoding
+_EFFICIENT = 256  # prompt tokens of a mixed step from which layers are not divided
+_GAIN = 2  # minimum factor from a mixed step's prompt tokens to those of divided layers
 
 
-class Pace:
+class Pace(Limits):
     """Measures steps and bounds the prompt tokens of the next one."""
 
-    def __init__(self, limit: float) -> None:
-        """limit: target duration of a mixed step in seconds; 0: no limit."""
+    def __init__(self, limit: float, layers: int = 0) -> None:
+        """limit: target duration of a mixed step in seconds; 0: no limit. layers: of a model that can
+        compute a few of them; 0: it cannot."""
         self.limit = limit
+        self._layers = layers
+        self._layer = 0.0  # seconds per prompt token and layer of steps with prompts alone
         self._decode: dict[int, float] = {}  # seconds of a decode-only step by bit length of the batch
         self._cost = 0.0  # seconds per prompt token, of mixed steps once there was one
         self._chunk = 0  # prompt tokens of the last mixed step
@@ -32,6 +43,8 @@ class Pace:
 
     def observe(self, decodes: int, prompt_tokens: int, seconds: float) -> None:
         """A step that decoded `decodes` sequences and computed `prompt_tokens` took `seconds`."""
+        if prompt_tokens and not decodes and self._layers:
+            self.observe_layers(prompt_tokens, self._layers, seconds)
         if not prompt_tokens:
             size = decodes.bit_length()
             self._decode[size] = _blend(self._decode.get(size, seconds), seconds, _SMOOTH)
@@ -44,19 +57,33 @@ class Pace:
             self._cost = seconds / prompt_tokens
 
     def prompt_tokens(self, decodes: int, shared: bool = False) -> int | None:
-        """Maximum number of prompt tokens next to `decodes` decoding sequences; None: no bound.
-
-        shared: whether several clients have requests.
-        """
+        """As many as fit into the limit."""
         if not self.limit or not decodes:
             return None
         if not self._cost:
             return _START
-        limit = self.limit * _SHARED if shared else self.limit
-        chunk = int((limit - self.decode_seconds(decodes)) / self._cost)
+        chunk = int(self._spare(decodes, shared) / self._cost)
         # Before the first mixed step the cost is that of a large prompt step, which a small one exceeds.
         chunk = min(chunk, _GROWTH * self._chunk) if self._chunk else chunk // 2
         return max(SMALLEST_CHUNK, chunk)
+
+    def divided_tokens(self, decodes: int, shared: bool = False) -> int | None:
+        """As many as go through one layer within the limit, where few go through all of them."""
+        together = self.prompt_tokens(decodes, shared)
+        if together is None or together >= _EFFICIENT or not self._layer:
+            return None
+        most = int(self._spare(decodes, shared) / self._layer)
+        return most if most >= _GAIN * together else None
+
+    def layers(self, decodes: int, shared: bool, tokens: int) -> int:
+        """Number of layers to compute for `tokens` prompt tokens beside `decodes` decoding sequences."""
+        return max(1, int(self._spare(decodes, shared) / (self._layer * tokens)))
+
+    def observe_layers(self, tokens: int, layers: int, seconds: float) -> None:
+        """Record that `layers` layers of `tokens` prompt tokens alone took `seconds`."""
+        cost = seconds / (tokens * layers)
+        weight = 1.0 if cost > self._layer else _SMOOTH  # the first layers may be cheap, being dense
+        self._layer = _blend(self._layer, cost, weight) if self._layer else cost
 
     def observe_scores(self, tokens: int, seconds: float) -> None:
         """Record that log-probabilities of `tokens` prompt tokens took `seconds` in addition to the step."""
@@ -64,10 +91,14 @@ class Pace:
         self._score = _blend(self._score, cost, _RECENT) if self._score else cost
 
     def scored_tokens(self) -> int:
-        """Maximum number of prompt tokens with logits per step."""
+        """As many as take about `SCORING` seconds."""
         if not self._score:
             return _FIRST_SCORED
         return max(SMALLEST_SCORED, int(SCORING / self._score))
+
+    def _spare(self, decodes: int, shared: bool) -> float:
+        """Seconds of a step that decoding leaves to prompts."""
+        return (self.limit * _SHARED if shared else self.limit) - self.decode_seconds(decodes)
 
     def decode_seconds(self, decodes: int) -> float:
         """Seconds of a decode-only step, of the nearest batch size measured that is not larger; 0: none."""

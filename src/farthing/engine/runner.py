@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.engine.model import Model
+from farthing.engine.model import Layered, Model
 from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.ops import Batch, LatentCache
 
@@ -134,6 +134,20 @@ class Runner:
     def forward(self, step: Step) -> Tensor:
         """Hidden states [T, D] before the final norm."""
         return self.model.forward(step.ids, step.batch, self.cache, self.counts)
+
+    def begin(self, step: Step) -> Tensor:
+        """The first layer's input [T, D], for `advance`."""
+        return self._layered.embed(step.ids)
+
+    def advance(self, step: Step, hidden: Tensor, first: int, last: int) -> Tensor:
+        """The layers first .. last - 1 of `forward`: [T, D] -> [T, D]."""
+        return self._layered.run_layers(hidden, step.batch, self.cache, self.counts, slice(first, last))
+
+    @property
+    def _layered(self) -> Layered:
+        layered = self.model.layered
+        assert layered is not None, "the model computes all layers in one go"
+        return layered
 
     def first_not_finite(self, step: Step) -> str:
         """The first layer with a non-finite output, as a suffix for an error; recomputes the step."""

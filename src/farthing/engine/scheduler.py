@@ -2,9 +2,13 @@
 
 Continuous batching (Yu et al. 2022) with chunked prefill (Agrawal et al. 2024) under one token budget:
 every decoding sequence gets its token first, then prompts in progress, then waiting ones. While sequences
-decode, `prompt_limit` further bounds the prompt tokens of a step. Blocks for a whole prompt are allocated on
+decode, `limits` further bounds the prompt tokens of a step. Blocks for a whole prompt are allocated on
 admission, so only decoding can run out of blocks; then the least urgent running sequence is preempted: its
 blocks are freed and it recomputes its tokens later.
+
+Where `limits` allows more prompt tokens whose layers several steps compute (`divided.py`), their sequences
+are busy until `settle`: they are neither planned again nor preempted, and if they end, their blocks stay
+reserved. Meanwhile only prompts that fit into a step are started.
 
 A waiting prompt whose next blocks are being computed by a running one waits for them, so prompts that arrive
 together compute a shared prefix once. A prompt whose next blocks are on disk waits until they are read,
@@ -21,7 +25,7 @@ urgent running sequence is never preempted, so there is always progress.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
@@ -29,13 +33,10 @@ from typing import Generic
 from farthing.engine.block_pool import BlockPool, IntegrityError
 from farthing.engine.fairness import Fairness, by_claim, victims
 from farthing.engine.interference import Interference
+from farthing.engine.limits import Limits
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.sequence import KEY, Queues, S, Scheduled, Status, insert, remove
-
-# Decoding sequences, whether there are several clients -> maximum number of prompt tokens; None: no bound.
-PromptLimit = Callable[[int, bool], int | None]
-ScoredLimit = Callable[[], int | None]  # the same for prompt tokens with requested logits
 
 
 class Scheduler(Generic[S]):
@@ -50,8 +51,7 @@ class Scheduler(Generic[S]):
         enable_prefix_caching: bool = True,
         num_lookahead: int = 0,
         blocks: Seq[int] | None = None,
-        prompt_limit: PromptLimit = lambda decodes, shared: None,
-        scored_limit: ScoredLimit = lambda: None,
+        limits: Limits | None = None,
         store: BlockStore | None = None,
     ) -> None:
         """blocks: the `num_blocks` to use; None: the first ones. store: blocks on disk."""
@@ -64,7 +64,7 @@ class Scheduler(Generic[S]):
         self.max_num_seqs = max_num_seqs
         self.max_tokens = max_num_batched_tokens
         self.num_lookahead = num_lookahead  # cache slots reserved after the drafts, for drafting itself
-        self.prompt_limit, self.scored_limit = prompt_limit, scored_limit
+        self.limits = limits or Limits()
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
         self.prefetch: Prefetch[S] = Prefetch(store, self.prefix, self.pool)
@@ -73,6 +73,7 @@ class Scheduler(Generic[S]):
         self.running: list[S] = []  # by urgency, like each client's queue
         self._queues: Queues[S] = Queues()
         self.num_preemptions = 0
+        self._ended: list[S] = []  # busy sequences that were finished
         self.worth_sharing = 32  # minimum tokens of a prefix, in progress or on disk, to wait for it
         self._computing: dict[bytes, S] = {}  # by hash of a prompt block: the running sequence to compute it
         self._watermark = max(1, num_blocks // 100)
@@ -81,7 +82,7 @@ class Scheduler(Generic[S]):
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs, except sequences waiting for the disk."""
-        return not self._queues and not self.running
+        return not (self._queues or self.running or self._ended)
 
     @property
     def waiting(self) -> list[S]:
@@ -120,7 +121,11 @@ class Scheduler(Generic[S]):
         """Forget a sequence, wherever it is. Its blocks are free now."""
         if seq.status is Status.RUNNING:
             remove(self.running, seq)
-            self._free(seq)
+            self._give_up(seq)
+            if seq.busy:
+                self._ended.append(seq)
+            else:
+                self._free(seq)
         elif seq.status is Status.WAITING and not self.prefetch.leave(seq):
             self._queues.drop(seq)
         if seq.status in (Status.RUNNING, Status.WAITING):
@@ -128,21 +133,37 @@ class Scheduler(Generic[S]):
         seq.status = Status.FINISHED
 
     def schedule(self) -> list[Scheduled[S]]:
-        """The next step; empty if there is nothing to do. Every entry has to be committed or finished."""
+        """The next step; empty if there is nothing to do. Every entry has to be committed or finished, and
+        settled if its sequence is busy now."""
         plan: list[Scheduled[S]] = []
         self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
         if not self._queues and len(plan) == len(self.running):  # no prompts: the usual step
             return plan
-        shared = self.fairness.num_clients > 1
-        limit = self.prompt_limit(max(len(plan), int(shared)), shared)
-        if limit is not None and (plan or self._brief(limit)):
-            budget = min(budget, max(1, limit))
+        busy = self._ended or any(seq.busy for seq in self.running)
+        shared, decodes = self.fairness.num_clients > 1, len(plan)
+        limit = self.limits.prompt_tokens(max(decodes, int(shared)), shared) or budget
+        if busy and not (plan and self._brief(limit)):
+            return plan
+        divided = 0 if busy or not plan else self.limits.divided_tokens(decodes, shared) or 0
+        if plan or self._brief(limit):
+            budget = min(budget, max(limit, divided))
         self._schedule_prompts(plan, budget, admit=self.num_preemptions == preempted)
         if not plan and self.running:
             raise IntegrityError("sequences run but none could be scheduled")
+        if limit < sum(item.count for item in plan[decodes:]) <= divided:
+            for item in plan[decodes:]:
+                item.seq.busy = True
         return plan
+
+    def settle(self, plan: Seq[Scheduled[S]]) -> None:
+        """The layers of busy entries were computed, or are not wanted any more."""
+        for item in plan:
+            item.seq.busy = False
+        for seq in self._ended:
+            self._free(seq)
+        self._ended.clear()
 
     def commit(self, item: Scheduled[S], new_tokens: list[int]) -> None:
         """The step was computed: new_tokens are the accepted drafts and one more token, or [] mid-prompt."""
@@ -162,7 +183,8 @@ class Scheduler(Generic[S]):
 
     def check(self) -> None:
         """Raise IntegrityError if blocks leaked or invariants are violated."""
-        self.pool.check([*(seq.blocks for seq in self.running), *self.prefetch.held])
+        held = self.running + self._ended
+        self.pool.check([*(seq.blocks for seq in held), *self.prefetch.held])
         if any(self.pool.refs(block) for block in self.prefix.check()):
             raise IntegrityError("the tail of a sequence that ended is in use")
         for seq in self.waiting:
@@ -170,7 +192,7 @@ class Scheduler(Generic[S]):
                 raise IntegrityError(f"waiting sequence {seq.id} holds blocks")
         if not all(self._queues.values()):
             raise IntegrityError("a client without waiting sequences has a queue")
-        rows = [seq.row for seq in self.running] + self._rows
+        rows = [seq.row for seq in held] + self._rows
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
         if any(seq.status is not Status.RUNNING for seq in self._computing.values()):
@@ -179,7 +201,7 @@ class Scheduler(Generic[S]):
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) per decoding sequence. Returns what is left of the budget."""
         order = by_claim(self.running, self.fairness.num_clients)
-        decoding = [seq for seq in order if seq.num_pending == 1]
+        decoding = [seq for seq in order if seq.num_pending == 1 and not seq.busy]
         budget = self.max_tokens
         # Drafts are a gamble: while prompts need the budget they get at most half of what is spare.
         spare = budget - len(decoding)
@@ -206,11 +228,11 @@ class Scheduler(Generic[S]):
         """
         begun: dict[str, Iterator[S]] = {}
         paused = self.interference.paused({item.seq.client for item in plan})
-        prompts = [seq for seq in self.running if seq.num_pending > 1 and seq.client not in paused]
+        prompts = [seq for seq in self._prompts() if seq.client not in paused]
         for owner in dict.fromkeys(seq.client for seq in prompts):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
         queued = self._queues.keys() - paused if admit else set()
-        scores = self.scored_limit() or budget  # remaining tokens with logits
+        scores = self.limits.scored_tokens() or budget  # remaining tokens with logits
         while budget and (begun or queued):
             client = min(begun.keys() | queued, key=self._turn)
             seq = next(begun[client], None) if client in begun else None
@@ -288,8 +310,7 @@ class Scheduler(Generic[S]):
 
     def _brief(self, limit: int) -> bool:
         """Whether the next client's prompt is so short that it should not wait for a long step of others."""
-        prompts = [seq for seq in self.running if seq.num_pending > 1]
-        prompts += [queue[0] for queue in self._queues.values()]
+        prompts = self._prompts() + [queue[0] for queue in self._queues.values()]
         first = min(prompts, key=lambda seq: self._turn(seq.client), default=None)
         return first is not None and first.num_pending <= limit
 
@@ -318,7 +339,7 @@ class Scheduler(Generic[S]):
         """A slot for the next token, preempting from the end of `order`; False if that is `seq` itself."""
         while not self._reserve(seq, len(seq.tokens)):
             victim = order.pop()
-            if victim.status is not Status.RUNNING:
+            if victim.status is not Status.RUNNING or victim.busy:
                 continue
             self._preempt(victim)
             if victim is seq:
@@ -352,18 +373,21 @@ class Scheduler(Generic[S]):
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
         self.prefetch.used(seq.hashes[: seq.num_registered])
-        for digest in seq.hashes[seq.num_registered :]:
-            self._computed(seq, digest)
+        self._give_up(seq)
         self._rows.append(seq.row)
         seq.row = -1
 
+    def _prompts(self) -> list[S]:
+        """Running prompts that can be continued."""
+        return [seq for seq in self.running if seq.num_pending > 1 and not seq.busy]
+
+    def _give_up(self, seq: S) -> None:
+        """No sequence should wait for the blocks that this one did not compute."""
+        for digest in seq.hashes[seq.num_registered :]:
+            self._computed(seq, digest)
+
     def _add(
-        self,
-        plan: list[Scheduled[S]],
-        seq: S,
-        count: int,
-        drafts: tuple[int, ...] = (),
-        first: bool = False,
+        self, plan: list[Scheduled[S]], seq: S, count: int, drafts: tuple[int, ...] = (), first: bool = False
     ) -> int:
         decode = seq.num_pending == 1 and seq.num_output > 0
         sample = count == seq.num_pending

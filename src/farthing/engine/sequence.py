@@ -45,6 +45,7 @@ class Sequence:
     num_registered: int = 0  # leading blocks registered in the prefix cache
     read_from: int = -1  # the last block at which a read from disk was started
     drafts: list[int] = field(default_factory=list)  # proposed continuation, unverified
+    busy: bool = False  # its scheduled tokens take several steps
     preemptions: int = 0
     row: int = -1  # while running: a unique index below max_num_seqs
     row_filled: int = 0  # blocks already copied to the runner's table

@@ -90,8 +90,15 @@ class Speculator:
                 elif self._used == i:
                     gate.observe(batch, seconds + self._seconds, drafts, self._gained)
         self._gained = 0
+        self.observe(plan, step, hidden, seconds)
+        began = perf_counter()
+        self._draft([item.seq for item in plan if item.sample and item.seq.active])
+        self._seconds = perf_counter() - began
+
+    def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, seconds: float) -> None:
+        """Only learn from a committed step, which others follow before its sequences decode."""
         self._recent = _FADE * self._recent + seconds
-        size = max(batch, self._batch)  # prompts of a burst will decode together
+        size = max(len(plan), self._batch)  # prompts of a burst will decode together
         for i, (drafter, gate) in enumerate(zip(self.drafters, self.gates, strict=True)):
             began = perf_counter()
             cheap = self._upkeep[i] < _UPKEEP * self._recent
@@ -101,9 +108,6 @@ class Speculator:
             if wanted:
                 gate.charge(size, spent)
             self._upkeep[i] = _FADE * self._upkeep[i] + spent
-        began = perf_counter()
-        self._draft([item.seq for item in plan if item.sample and item.seq.active])
-        self._seconds = perf_counter() - began
 
     def verified(self, item: Scheduled[Generation], accepted: int) -> None:
         """Learn from one sequence's verified drafts."""

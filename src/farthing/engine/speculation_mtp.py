@@ -32,6 +32,7 @@ _MOST_BEHIND = 128  # maximum number of tokens whose hidden states are kept
 class _Behind:
     """Tokens of one sequence that the model has computed and the MTP layer has not."""
 
+    seq: Generation
     start: int  # position of the first
     count: int = 0
     hidden: list[Tensor] = field(default_factory=list)  # [count, D] in pieces
@@ -69,7 +70,7 @@ class MtpDrafter:
             if b is not None and b.lost:
                 continue
             if b is None or b.start + b.count != item.start:
-                b = self._behind[seq.id] = _Behind(item.start)
+                b = self._behind[seq.id] = _Behind(seq, item.start)
             b.hidden.append(hidden[row : row + rows])
             b.count += rows
             if b.count < _MOST_BEHIND and item.sample:
@@ -81,8 +82,7 @@ class MtpDrafter:
         if full:
             self._catch_up(full)
         if len(self._behind) > 4 * len(plan) + 64:  # of cancelled sequences
-            live = {item.seq.id for item in plan}
-            self._behind = {k: v for k, v in self._behind.items() if k in live}
+            self._behind = {key: b for key, b in self._behind.items() if b.seq.active}
 
     def draft(self, seqs: Seq[Generation], most: Seq[int], price: float) -> list[list[int]]:
         """Tokens one by one, fewer where they are unlikely or the cache has no room."""

@@ -16,7 +16,7 @@ from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
 from farthing.model.stack import stacked
 from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
-from farthing.ops.api import CacheDtype, Handle
+from farthing.ops.api import ALL, CacheDtype, Handle
 from farthing.ops.arrays import all_finite, as_float32
 
 if TYPE_CHECKING:
@@ -103,15 +103,34 @@ class DeepseekModel:
 
         counts [L, E] int64, if given, is increased by the tokens each expert of each layer saw.
         """
-        return self.run_layers(self.ops.embed(ids, self.embedding), batch, cache, counts)
+        return self.run_layers(self.embed(ids), batch, cache, counts)
 
-    def run_layers(self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
+    @property
+    def layered(self) -> DeepseekModel | None:
+        """This model if `run_layers` can compute some of its layers, as with a stack; else None."""
+        return None if self.stack is None else self
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [T] int64 -> the first layer's input [T, D]."""
+        return self.ops.embed(ids, self.embedding)
+
+    def run_layers(
+        self,
+        h: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        counts: Tensor | None = None,
+        span: slice = ALL,
+    ) -> Tensor:
         """Run only the layers: h [T, D] -> [T, D]; the entry point of pipeline stages.
 
         Backends that support it run all layers in one call, with the same result as the loop.
+        span: a part of the layers; only if `layered`.
         """
         if self.stack is not None:
-            return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts)
+            return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts, span)
+        if span != ALL:
+            raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
         select: Tensor | None = None  # the cached positions that sparse attention reads
         owed: Tensor | None = None  # output of the previous layer's experts that is not yet added
         for i, (attention, feed_forward) in enumerate(self.layers):
@@ -122,7 +141,7 @@ class DeepseekModel:
     def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
         """The first part of the model whose output has a NaN or an infinity, for the tokens of a step that
         was computed before; None if all are finite. Layer by layer, so slower than `forward`."""
-        h, select, owed = self.ops.embed(ids, self.embedding), None, None
+        h, select, owed = self.embed(ids), None, None
         if not _finite(h):
             return "the embedding (model.embed_tokens)"
         for i, (attention, feed_forward) in enumerate(self.layers):

@@ -92,6 +92,9 @@ class IndexCache:
     scale: Tensor | None  # [rows, num_blocks, block_size] float32 for fp8 and int8
 
 
+ALL = slice(None)  # every layer of a stack
+
+
 @dataclass(slots=True)
 class LatentCache:
     """The paged cache: (latent, rotated key) of every token, c + r values per token and layer.
@@ -332,9 +335,10 @@ class Ops(ABC):
         return None
 
     def run_stack(
-        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
-    ) -> Tensor:
-        """h [T, D] through every layer of a stack, cache layers from 0 on; counts [L, E] as in `moe`.
+        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        span: slice = ALL,
+    ) -> Tensor:  # fmt: skip
+        """h [T, D] through the layers `span` of a stack, and of the cache; counts [L, E] as in `moe`.
 
         Raises PeerLost if a rank of a sum has exited.
         """

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import (
+    ALL,
     AttentionSpec,
     Batch,
     IndexerSpec,
@@ -203,17 +204,20 @@ class TorchOps(ReferenceOps):
         return replace(layer, norm=norm, feed_norm=feed_norm, q_norm=q_norm)
 
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
-    ) -> Tensor:
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        span: slice = ALL,
+    ) -> Tensor:  # fmt: skip
         plan = spans(batch, cache.block_size)
         # A compiled function takes any number of cached tokens except 1, which torch.compile specializes.
         single = len(h) == 1 and plan[0].slots.shape[1] > 1
-        if single and stack.compilable:
+        if single and stack.compilable and span == ALL:
             if stack.compiled is not None:
                 return _one_token(h, stack, stack.compiled, batch, plan[0], cache, eps, counts)
             self._count_step(stack, h, eps)
-        for i, layer in enumerate(stack.layers):
-            h = self._layer(h, layer, batch, cache, i, eps, None if counts is None else counts[i], plan)
+        for i in range(*span.indices(len(stack.layers))):
+            h = self._layer(
+                h, stack.layers[i], batch, cache, i, eps, None if counts is None else counts[i], plan
+            )
         return h
 
     def _layer(

@@ -74,6 +74,11 @@ class ParallelModel:
         self._balanced = self._counts.clone()
 
     @property
+    def layered(self) -> None:
+        """Always None: the layers belong to several ranks."""
+        return None
+
+    @property
     def cache_layers(self) -> int:
         """Layers of the whole model; each rank's cache has only its own layers."""
         return self.config.num_hidden_layers + self.config.num_nextn_predict_layers

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import MoEWeights, Ops, RouterSpec
-from farthing.ops.api import Batch, Handle, LatentCache, LayerHandles
+from farthing.ops.api import ALL, Batch, Handle, LatentCache, LayerHandles
 from farthing.ops.reference import identity_weight, largest
 from farthing.ops.wrapper import OpsWrapper
 from farthing.parallel.group import Group
@@ -98,9 +98,10 @@ class ParallelOps(OpsWrapper):
         return self._inner.stack(local)
 
     def run_stack(
-        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
-    ) -> Tensor:
-        return self._inner.run_stack(h, stack, batch, cache, eps, counts)
+        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        span: slice = ALL,
+    ) -> Tensor:  # fmt: skip
+        return self._inner.run_stack(h, stack, batch, cache, eps, counts, span)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         if self._groups.vocabulary.size == 1:

@@ -17,6 +17,7 @@ from farthing import _native
 from farthing.lazy import torch
 from farthing.ops import arrays, sampling_numpy
 from farthing.ops.api import (
+    ALL,
     Batch,
     CacheDtype,
     IndexCache,
@@ -202,10 +203,11 @@ class CpuOps(PackingOps):
         return pack_stack(layers)
 
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
-    ) -> Tensor:
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        span: slice = ALL,
+    ) -> Tensor:  # fmt: skip
         self._check_file()
-        return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts)
+        return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts, span)
 
     def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
         return self._experts(x, weights, norm, eps, residual=residual)

@@ -28,6 +28,7 @@ class Stack:
     """Layers for `run_layers`; `alive` owns the tensors that native code points to."""
 
     native: Any
+    depth: int  # number of layers
     alive: tuple[Any, ...]
 
 
@@ -45,7 +46,7 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
             layer.o.rest, feed_norm, layer.feed.native, *sums,
         )  # fmt: skip
         alive += [*norms, layer.heads, layer.feed]
-    return Stack(native, tuple(alive))
+    return Stack(native, len(layers), tuple(alive))
 
 
 def vector(x: Tensor) -> Tensor:
@@ -107,15 +108,17 @@ def run_layers(
     cache: LatentCache,
     eps: float,
     counts: Tensor | None,
+    span: slice,
 ) -> Tensor:
-    """h [T, D] float32 with unit column stride -> [T, D], a new tensor."""
+    """h [T, D] float32 with unit column stride -> [T, D], a new tensor; span: the layers."""
     tokens, hidden = h.shape
+    first, last, _ = span.indices(stack.depth)
     out = empty(h, tokens, hidden)
-    seen, stride = (0, 0) if counts is None else (address(counts), row_stride(counts))
+    seen, stride = (0, 0) if counts is None else (address(counts[first:]), row_stride(counts))
     try:
         native.layers(
-            stack.native, native_rows(h), tokens, native_cache(cache), native_batch(batch), eps, seen,
-            stride, native_rows(out),
+            stack.native, first, last, native_rows(h), tokens, native_cache(cache, first),
+            native_batch(batch), eps, seen, stride, native_rows(out),
         )  # fmt: skip
     except _native.PeerLost as error:
         raise PeerLost(*error.args) from error

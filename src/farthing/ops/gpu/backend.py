@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import (
+    ALL,
     AttentionSpec,
     Batch,
     CacheDtype,
@@ -297,17 +298,18 @@ class GpuOps(Ops):
         return Stack(tuple(layers))
 
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None
-    ) -> Tensor:
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        span: slice = ALL,
+    ) -> Tensor:  # fmt: skip
         def run(hidden: Tensor, batch: Batch, live: Tensor | None) -> Tensor:
             first = stack.layers[0].heads
             step = plan(batch, first.expand_from)
-            for i, layer in enumerate(stack.layers):
+            for i in range(*span.indices(len(stack.layers))):
                 seen = None if counts is None else counts[i]
-                hidden = self._layer(hidden, layer, batch, step, cache, i, eps, seen, live)
+                hidden = self._layer(hidden, stack.layers[i], batch, step, cache, i, eps, seen, live)
             return hidden
 
-        if not is_decode(batch) or not stack.layers:
+        if not is_decode(batch) or not stack.layers or span != ALL:
             return run(h, batch, None) if stack.layers else h
         where = cache.data.data_ptr(), cache.data.shape, cache.data.dtype
         key = stack, where, None if counts is None else counts.data_ptr(), eps
