@@ -279,7 +279,7 @@ constexpr int kQuantizedTileRows = 13;  // where integers must be scaled group b
 constexpr int kDecodedRows = 33;        // from here on decoding 4 bits to bfloat16 pays
 
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
-  if (rows < kTileRows) return false;
+  if (rows < kTileRows || w.format_traits().planes != Planes::none) return false;
   if (!w.quantized()) return x.hi != nullptr;
   return rows >= kQuantizedTileRows && w.group % 32 == 0 && w.kp % 32 == 0;
 }

@@ -157,6 +157,7 @@ struct Sizes {
   void mla(const Attention& w, const Batch& batch);
   void index(const Indexer& s, int tokens, int keys, bool halves);
   void top_logits(const Matrix& head, int tokens, int k);
+  void greedy(const Matrix& head, int tokens);
 };
 
 class Backend {
@@ -174,6 +175,8 @@ class Backend {
   void layers(Layers& model, const LayersArgs& in);
   void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, int k, float* values,
                   int64_t* ids, float* logsumexp);
+  // The id of the largest logit of each row, the lowest of equal ones. A head of planes is read in part.
+  void greedy(const Packed& head, Rows x, int tokens, const float* norm, float eps, int64_t* ids);
   void softmax(Rows x, int rows, int n, Rows out);
   size_t workspace_bytes() const { return work_.most_used(); }  // of the largest op so far
 
@@ -183,6 +186,7 @@ class Backend {
   int expand_tokens = kExpandTokens;  // see expanded.h; 0: never
 
  private:
+  void greedy_by_planes(const Packed& head, Rows x, int tokens, const float* norm, float eps, int64_t* ids);
   Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
               float eps, float* scratch);
   Workspace work_;

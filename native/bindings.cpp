@@ -65,7 +65,7 @@ NB_MODULE(_native, module) {
   module.def("held_formats", [] {  // the stored format that each holds without rounding
     std::vector<std::pair<std::string, Format>> held;
     for (size_t i = 0; i < std::size(kFormats); ++i)
-      held.emplace_back(kFormats[i].holds, static_cast<Format>(i));
+      if (kFormats[i].planes == Planes::none) held.emplace_back(kFormats[i].holds, static_cast<Format>(i));
     return held;
   });
   module.def(
@@ -305,11 +305,9 @@ NB_MODULE(_native, module) {
       .def(
           "greedy",
           [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps) {
-            std::vector<float> values(tokens), logsumexp(tokens);
             std::vector<int64_t> ids(tokens);
             const nb::gil_scoped_release released;
-            b.top_logits(head, x, tokens, at<float>(norm), eps, 1, values.data(), ids.data(),
-                         logsumexp.data());
+            b.greedy(head, x, tokens, at<float>(norm), eps, ids.data());
             return ids;
           },
           "head"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a)

@@ -12,6 +12,9 @@
 //         be negative; with zero points [K/G][16] int8; then [K/8][16][4] bytes: low nibble k % 8 < 4, high
 //         nibble the rest, each q + 8
 //   nl4   as q4 without zero points; a nibble is an index into kCodes
+//   q8_planes  the bytes of q8 as nibbles: [16] float row scales, then the high ones [K/8][16][4] in the
+//   order
+//         of q4, then the low ones. q8_high is a view of such a matrix without its low nibbles.
 //
 // The bytes before the data are padded to 64.
 #pragma once
@@ -24,7 +27,16 @@ namespace farthing {
 constexpr int kPanel = 16;
 constexpr int kActGroup = 128;  // columns of activations that share a scale if the weights have no groups
 
-enum class Format : uint32_t { f32 = 0, bf16 = 1, fp8 = 2, q8 = 3, q4 = 4, nl4 = 5 };
+enum class Format : uint32_t {
+  f32 = 0,
+  bf16 = 1,
+  fp8 = 2,
+  q8 = 3,
+  q4 = 4,
+  nl4 = 5,
+  q8_planes = 6,
+  q8_high = 7
+};
 
 // The values of nl4, as multiples of a group's scale: Lloyd-Max levels of groups of 64 normal numbers divided
 // by the one with the largest magnitude, which thus becomes 127, and zero, so that pruned weights stay zero.
@@ -49,6 +61,9 @@ enum class Scales { none, blocks, rows, groups };
 // weights that are converted to bfloat16 if there are many rows.
 enum class Halves { none, high, both };
 
+// Nibbles that are stored apart: both halves of each byte, or the view of the high ones.
+enum class Planes { none, both, high };
+
 struct FormatTraits {
   const char* name;   // in farthing._native.Format
   const char* holds;  // the stored format (farthing.planner.footprint.Kind) that it holds without rounding
@@ -59,6 +74,7 @@ struct FormatTraits {
   int group;  // columns that share a scale of the activations, where it is not chosen; 0: no scales
   Halves halves;
   bool codes = false;  // nibbles are indices into kCodes; kernels multiply by code + 128
+  Planes planes = Planes::none;
 
   constexpr bool grouped() const { return scales == Scales::groups; }
   constexpr bool nibbles() const { return bits == 4; }
@@ -77,6 +93,8 @@ constexpr FormatTraits kFormats[] = {
     {"Q8", "int8", 8, 64, true, Scales::rows, kActGroup, Halves::none},
     {"Q4", "int4", 4, 1, true, Scales::groups, 0, Halves::high},
     {"NL4", "nl4", 4, 1, true, Scales::groups, 0, Halves::high, true},
+    {"Q8_PLANES", "int8", 8, 64, true, Scales::rows, kActGroup, Halves::none, false, Planes::both},
+    {"Q8_HIGH", "", 4, 64, true, Scales::rows, kActGroup, Halves::none, false, Planes::high},
 };
 constexpr const FormatTraits& traits(Format format) { return kFormats[static_cast<int>(format)]; }
 

@@ -123,12 +123,19 @@ inline i32x16 dot4_of(i32x16 acc, bytes64 u, const decltype(splat4(nullptr))& s)
   return small ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
 }
 
-// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
+// Bytes of a column that are read as one stream: planes are two streams.
+constexpr int stream_bytes(Format f) {
+  return traits(f).planes == Planes::both ? kPanel / 2 : traits(f).bytes_a_column();
+}
+
+// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow. `plane`: bytes
+// from the high nibbles to the low ones.
 template <int M, int P, Format F>
-[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const int8_t* x, int ld,
-                                               int columns, i32x16 (&acc)[P * M], i32x16 (&more)[P * M]) {
-  constexpr bool nibbles = traits(F).nibbles();
-  constexpr int bytes = 8 * traits(F).bytes_a_column();  // of 8 columns
+[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], size_t plane, const int8_t* x,
+                                               int ld, int columns, i32x16 (&acc)[P * M],
+                                               i32x16 (&more)[P * M]) {
+  constexpr bool nibbles = traits(F).nibbles(), planes = traits(F).planes == Planes::both;
+  constexpr int bytes = 8 * stream_bytes(F);  // of 8 columns
   for (int k = 0; k < columns; k += 8) {
     bytes64 a[P], b[P];
     EACH (int i = 0; i < P; ++i) {
@@ -136,7 +143,12 @@ template <int M, int P, Format F>
       data[i] += bytes;
       a[i] = load_bytes(p);
       fetch_stream<M, F>(p);
-      if constexpr (nibbles) {
+      if constexpr (planes) {
+        const bytes64 low = load_bytes(p + plane);
+        fetch_stream<M, F>(p + plane);
+        b[i] = join_nibbles(high_nibbles(a[i]), high_nibbles(low));
+        a[i] = join_nibbles(low_nibbles(a[i]), low_nibbles(low));
+      } else if constexpr (nibbles) {
         b[i] = factors<F>(high_nibbles(a[i]));
         a[i] = factors<F>(low_nibbles(a[i]));
       } else {
@@ -158,11 +170,16 @@ template <int M, int P, Format F>
   }
 }
 
+// Sums of high nibbles, as two times the sums of what their bytes are on average: 16 n + 7.5 - 128.
+inline i32x16 twice_expected(i32x16 sum, int32_t compensation) {
+  return sum * 32 + 241 * (compensation / 128);
+}
+
 // Integer sums of group g of one panel into the float sums of M rows.
 template <int M, Format F, bool Zero>
 [[gnu::always_inline]] inline void add_group(const Matrix& w, const uint8_t* scales, const Act& x, int g,
                                              const i32x16* acc, const i32x16* more, f32x16* total) {
-  constexpr bool grouped = traits(F).grouped();
+  constexpr bool grouped = traits(F).grouped(), high = traits(F).planes == Planes::high;
   const f32x16 scale =
       grouped ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
   EACH (int m = 0; m < M; ++m) {
@@ -170,7 +187,9 @@ template <int M, Format F, bool Zero>
     if constexpr (Zero)
       sum += widen(reinterpret_cast<const int8_t*>(scales + w.groups() * 32) + g * 16) *
              (x.comp[m * x.groups + g] / -traits(F).offset());
-    const f32x16 s = grouped ? scale * x.scale[m * x.groups + g] : splat(x.scale[m * x.groups + g]);
+    if constexpr (high) sum = twice_expected(sum, x.comp[m * x.groups + g]);
+    const float of_row = x.scale[m * x.groups + g] * (high ? 0.5f : 1.0f);
+    const f32x16 s = grouped ? scale * of_row : splat(of_row);
     total[m] = fma(to_float(sum), s, total[m]);
   }
 }
@@ -178,19 +197,23 @@ template <int M, Format F, bool Zero>
 // M rows by P panels that follow each other from `panel`.
 template <int M, int P, Format F, bool Zero>
 void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
+  constexpr bool high = traits(F).planes == Planes::high;
+  const size_t plane = static_cast<size_t>(w.kp) * (kPanel / 2);
   const uint8_t *record[P], *data[P];
   for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
   f32x16 total[P * M] = {};
   for (int g = 0, k = 0; k < w.kp; ++g, k += w.group) {
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     i32x16 acc[P * M], more[P * M] = {};
-    fetch_ahead<M>(data, ahead, g, traits(F).bytes_a_column() * w.group);
+    fetch_ahead<M>(data, ahead, g, stream_bytes(F) * w.group);
+    if constexpr (traits(F).planes == Planes::both)
+      fetch_ahead<M>(data, {ahead.distance + plane, ahead.from, ahead.to}, g, stream_bytes(F) * w.group);
     if (M == kRowsOfMany)  // the next rows, into L1
       for (int at = k; at < end; at += 64)
         EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
     EACH (int m = 0; m < M; ++m)
-      EACH (int i = 0; i < P; ++i) acc[i * M + m] = splati(x.comp[m * x.groups + g]);
-    dot_columns<M, P, F>(data, x.q + k, x.ld, end - k, acc, more);
+      EACH (int i = 0; i < P; ++i) acc[i * M + m] = high ? i32x16{} : splati(x.comp[m * x.groups + g]);
+    dot_columns<M, P, F>(data, plane, x.q + k, x.ld, end - k, acc, more);
     EACH (int i = 0; i < P; ++i)
       add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
   }

@@ -1,22 +1,15 @@
 // The output head: logits, of which only the k largest and the log of the sum of exponentials leave.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "backend.h"
+#include "head.h"
 
 namespace farthing {
 namespace {
 
-constexpr int kChunk = 32;  // panels whose logits are reduced together: fixed, so that sums have one order
 constexpr int kColumns = kChunk * kPanel;
-
-struct Best {
-  float value;
-  int64_t id;
-  bool operator>(const Best& o) const { return value > o.value || (value == o.value && id < o.id); }
-};
 
 // Inserts into a list of k, best first.
 inline void insert(Best* list, int k, Best b) {
@@ -26,22 +19,11 @@ inline void insert(Best* list, int k, Best b) {
   list[i] = b;
 }
 
-bool all_finite(const float* x, int n) {
-  constexpr uint32_t exponent = 0x7f800000u;
-  uint32_t bad = 0;
-  for (int i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    bad |= (bits & exponent) == exponent;
-  }
-  return !bad;
-}
-
 void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t first, int k, Best* best,
                   float* max, float* sum) {
   kernels.exp_sum(logits, n, max, sum);
   if (!all_finite(logits, n)) *sum = std::numeric_limits<float>::quiet_NaN();
-  std::fill_n(best, k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
+  std::fill_n(best, k, Best{});
   if (k == 1) {
     const int i = static_cast<int>(std::find(logits, logits + n, *max) - logits);
     best[0] = {*max, first + std::min(i, n - 1)};
@@ -99,8 +81,7 @@ void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* 
     float top = space.max[t];
     for (int c = 1; c < space.chunks; ++c) top = std::max(top, space.max[c * tokens + t]);
     double total = 0.0;
-    std::vector<Best> list(
-        k, Best{-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()});
+    std::vector<Best> list(k);
     for (int c = 0; c < space.chunks; ++c) {
       const size_t at = static_cast<size_t>(c) * tokens + t;
       total += static_cast<double>(space.sum[at]) * std::exp(static_cast<double>(space.max[at] - top));

@@ -67,7 +67,14 @@ struct Matrix {
   // Whether a column can be read without scales of groups or blocks (Kernels::unpack).
   bool has_plain_columns() const {
     const Scales s = format_traits().scales;
-    return !sparse && (s == Scales::none || s == Scales::rows) && !format_traits().nibbles();
+    return !sparse && (s == Scales::none || s == Scales::rows) && !format_traits().nibbles() &&
+           format_traits().planes == Planes::none;
+  }
+  bool has_planes() const { return format_traits().planes == Planes::both; }
+  Matrix high_plane() const {  // the same records without their low nibbles
+    Matrix m = *this;
+    m.format = Format::q8_high;
+    return m;
   }
   // A dense matrix without data. The group matters only to formats that let each matrix choose it.
   static Matrix describe(Format format, int n, int k, int group, bool zero = false) {

@@ -131,6 +131,17 @@ void require_roundable(const Matrix& m, const std::vector<Source>& sources) {
                                   " for float rows; expected 32 or 64");
 }
 
+// Bytes of q8 to their high nibbles, then their low ones, in place.
+void split_nibbles(uint8_t* data, size_t bytes) {
+  std::vector<uint8_t> low(bytes / 2);
+  for (size_t i = 0; i < bytes / 2; ++i) {
+    const size_t at = i / 64 * 128 + i % 64;  // of columns k % 8 < 4; those of the rest follow
+    low[i] = static_cast<uint8_t>((data[at] & 15) | data[at + 64] << 4);
+    data[i] = static_cast<uint8_t>(data[at] >> 4 | (data[at + 64] & 0xf0));
+  }
+  std::memcpy(data + bytes / 2, low.data(), low.size());
+}
+
 // False if a value that is rounded is not finite.
 bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, int count, PanelScales& scales,
                  uint8_t* record) {
@@ -143,6 +154,7 @@ bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, in
     if (source->kind == Source::fp8) rows.scale[lane] = block_scales(*source, row);
   }
   kernels.pack(m, rows, scales.scales.data(), record + m.head_bytes());
+  if (m.has_planes()) split_nibbles(record + m.head_bytes(), m.data_bytes());
   for (int lane = 0; lane < kPanel; ++lane)
     read_scales(m, lane < count ? refs[lane] : RowRef{}, lane, scales);
   write_scales(record, m, scales);

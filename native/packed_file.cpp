@@ -70,6 +70,7 @@ void check_header(const Header& h, size_t size, uint64_t name) {
   require(h.magic == kMagic, "it has no header of this version");
   require(h.format < std::size(kFormats), "unknown format");
   const FormatTraits& format = kFormats[h.format];
+  require(format.planes != Planes::high, "a view");
   require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
   require(fits_group(format, h.group, h.k), "group size");
   require(h.zero <= 1 && (!h.zero || (format.grouped() && !format.codes)), "zero points of this format");

@@ -90,5 +90,11 @@ void bind_sizes(nb::module_& module) {
           [](Sizes& s, const Storage& storage, int n, int k, int tokens, int top) {
             s.top_logits(packed(storage, n, k)->m, tokens, top);
           },
-          "storage"_a, "n"_a, "k"_a, "tokens"_a, "top"_a);
+          "storage"_a, "n"_a, "k"_a, "tokens"_a, "top"_a)
+      .def(
+          "greedy",
+          [](Sizes& s, const Storage& storage, int n, int k, int tokens) {
+            s.greedy(packed(storage, n, k)->m, tokens);
+          },
+          "storage"_a, "n"_a, "k"_a, "tokens"_a);
 }

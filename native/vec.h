@@ -201,6 +201,9 @@ inline bytes64 low_nibbles(bytes64 v) { return _mm512_and_si512(v, _mm512_set1_e
 inline bytes64 high_nibbles(bytes64 v) {
   return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
 }
+inline bytes64 join_nibbles(bytes64 high, bytes64 low) {
+  return _mm512_or_si512(_mm512_slli_epi16(high, 4), low);
+}
 // Nibbles as the bytes of a table of 16.
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), nibbles);
@@ -222,6 +225,10 @@ inline bytes64 low_nibbles(bytes64 v) {
 inline bytes64 high_nibbles(bytes64 v) {
   const __m256i m = _mm256_set1_epi8(15);
   return {_mm256_and_si256(_mm256_srli_epi16(v.a, 4), m), _mm256_and_si256(_mm256_srli_epi16(v.b, 4), m)};
+}
+inline bytes64 join_nibbles(bytes64 high, bytes64 low) {
+  return {_mm256_or_si256(_mm256_slli_epi16(high.a, 4), low.a),
+          _mm256_or_si256(_mm256_slli_epi16(high.b, 4), low.b)};
 }
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   const __m256i t = _mm256_broadcastsi128_si256(load<__m128i>(table));
@@ -253,6 +260,7 @@ typedef uint8_t bytes64 __attribute__((vector_size(64)));
 inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
 inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
 inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
+inline bytes64 join_nibbles(bytes64 high, bytes64 low) { return high << 4 | low; }
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   bytes64 found;
   for (int i = 0; i < 64; ++i) found[i] = table[nibbles[i]];

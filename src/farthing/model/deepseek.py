@@ -60,7 +60,7 @@ class DeepseekModel:
                 return Weight("dense", self.embedding)
             return weights.weight("lm_head", shape)
 
-        self.head = ops.pack_linear("lm_head", lambda: [head()])
+        self.head = ops.pack_head("lm_head", head)
         self.mtp = [
             MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)

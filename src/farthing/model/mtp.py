@@ -69,7 +69,7 @@ class MTPLayer:
             if own_head := not same(own, weights.tensor(main, shape)):
                 head_weight = partial(Weight, "dense", own)
         if own_head or ops is not exact:
-            head = ops.pack_linear(p + "shared_head.head", lambda: [head_weight()])
+            head = ops.pack_head(p + "shared_head.head", head_weight)
         self.head = head
 
     def restack(self) -> None:

@@ -97,7 +97,7 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
     def head(ops: Ops) -> object:
         source.tensor("model.embed_tokens.weight", shape)  # read from the checkpoint, also when serving
         source.tensor("model.norm.weight", (config.hidden_size,))
-        return ops.pack_linear("lm_head", lambda: [head_weight()])
+        return ops.pack_head("lm_head", head_weight)
 
     def mtp(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:

@@ -201,6 +201,10 @@ class Ops(ABC):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
         """Pack one projection from matrices [N_i, K] stacked along their rows."""
 
+    def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
+        """Pack an output head [V, D], for `logits`, `top_logits` and `greedy`."""
+        return self.pack_linear(name, lambda: [weight()])
+
     def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
         """Pack o_proj [D, H v], whose columns tensor parallelism divides by heads."""
         return self.pack_linear(name, lambda: [weight()])

@@ -39,6 +39,9 @@ class OpsWrapper(Ops):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
         return self._inner.pack_linear(name, weights)
 
+    def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
+        return self._inner.pack_head(name, weight)
+
     def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
         return self._inner.pack_output(name, weight, heads)
 

@@ -27,8 +27,7 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
     for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
         _attention(sizes, s, holder, serving.cache_dtype, step)
         _feeds(sizes, s, holder, step.total)
-        head = _storage(holder, s.stored, s.config.hidden_size)
-        sizes.top_logits(head, s.vocabulary, s.config.hidden_size, step.sequences, 1)
+        _head(sizes, s, holder, step.sequences)
     return int(sizes.workspace_bytes)
 
 
@@ -51,6 +50,17 @@ def _storage(holder: Holder, stored: Stored, columns: int) -> tuple[Any, int]:
     rounding = loaded_as(holder.quantization, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
     plan = choose(stored.kind, columns, stored.group, rounding)
     return plan.format, plan.group
+
+
+def _head(sizes: Any, s: Shard, holder: Holder, sequences: int) -> None:
+    from farthing.ops.cpu.packing import PackedFormat, choose, for_head
+
+    columns = s.config.hidden_size
+    sizes.top_logits(_storage(holder, s.stored, columns), s.vocabulary, columns, sequences, 1)
+    rounding = loaded_as(holder.quantization, mlp=False)
+    head = for_head(choose(s.stored.kind, columns, s.stored.group, rounding), s.vocabulary, columns)
+    if head.format == PackedFormat.Q8_PLANES:
+        sizes.greedy((head.format, head.group), s.vocabulary, columns, sequences)
 
 
 def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _Step) -> None:

@@ -28,7 +28,8 @@ class Plan:
 
 
 F32 = Plan(PackedFormat.F32)
-_INTEGERS = (PackedFormat.Q8, PackedFormat.Q4, PackedFormat.NL4)
+_INTEGERS = (PackedFormat.Q8, PackedFormat.Q8_PLANES, PackedFormat.Q4, PackedFormat.NL4)
+PLANES_FROM = 8 << 20  # bytes of an 8-bit head from which greedy decoding is faster if it reads half of it
 
 
 def choose(stored: str, columns: int, group: int, quantization: str | None) -> Plan:
@@ -44,6 +45,15 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
     if not _native.is_grouped(found):
         return Plan(found)
     return Plan(found, group) if _native.fits_group(found, group, columns) else F32
+
+
+def for_head(found: Plan, n: int, columns: int) -> Plan:
+    """The packed format of an output head [n, columns] that other matrices would be packed in as `found`.
+
+    The bytes of a large 8-bit head are stored as nibbles, of which `greedy` reads the high ones alone.
+    """
+    large = found.format == PackedFormat.Q8 and n * columns >= PLANES_FROM
+    return Plan(PackedFormat.Q8_PLANES) if large else found
 
 
 def packed_bytes(n: int, columns: int, plan: Plan, zero: bool = False) -> int:
@@ -69,7 +79,8 @@ def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
 
 def _is_held(w: Weight, target: Plan) -> bool:
     """Whether a stored weight is packed as it is, not dequantized first."""
-    return w.format != "dense" and HOLDING[w.format] == target.format
+    holding = PackedFormat.Q8 if target.format == PackedFormat.Q8_PLANES else target.format
+    return w.format != "dense" and HOLDING[w.format] == holding
 
 
 def _finite(w: Weight) -> bool:

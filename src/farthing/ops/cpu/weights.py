@@ -17,7 +17,7 @@ from farthing.ops.api import AttentionSpec, HostOps, IndexerSpec, MoEWeights, Ro
 from farthing.ops.arrays import address
 from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
-from farthing.ops.cpu.packing import pack, pack_dense, plan
+from farthing.ops.cpu.packing import Plan, for_head, pack, pack_dense, plan
 from farthing.ops.cpu.stack import vector
 from farthing.ops.cutting import columns_of, halves_of
 from farthing.ops.weights import InputRounding, Weight, inputs_of, loaded_as
@@ -142,7 +142,9 @@ class PackingOps(HostOps):
         return self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
 
     def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False, mlp: bool = False) -> Any:
-        target = plan(weights, loaded_as(self._quantization, mlp))
+        return self._pack_as(plan(weights, loaded_as(self._quantization, mlp)), name, weights, interleave)
+
+    def _pack_as(self, target: Plan, name: str, weights: Sequence[Weight], interleave: bool = False) -> Any:
         try:
             packed = pack(self._native, weights, target, interleave)
         except ValueError as error:
@@ -167,6 +169,14 @@ class PackingOps(HostOps):
         packed = self._stored(name)
         if packed is None:
             packed = self._pack(name, weights())
+        return Linear(packed, *packed.shape)
+
+    def pack_head(self, name: str, weight: Callable[[], Weight]) -> Linear:
+        packed = self._stored(name)
+        if packed is None:
+            w = weight()
+            found = plan([w], loaded_as(self._quantization, mlp=False))
+            packed = self._pack_as(for_head(found, *w.shape), name, [w])
         return Linear(packed, *packed.shape)
 
     def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Linear:

@@ -1,0 +1,105 @@
+"""An 8-bit head whose high nibbles are stored apart: the same logits and tokens as a plain one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("farthing._native")
+
+from farthing import _native
+from farthing.ops.api import NotFinite
+from farthing.ops.cpu import CpuOps, packing
+from farthing.ops.cpu.weights import Linear
+from farthing.ops.weights import Weight
+from tests.ops.parts import EPS, norm, weight
+from tests.ops.test_cpu import ISAS, threads_of
+
+
+@pytest.fixture(params=ISAS)
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
+    monkeypatch.setattr(packing, "PLANES_FROM", 0)
+    torch.manual_seed(0)
+    return CpuOps(threads_of(request.param), isa=request.param)
+
+
+def heads(ops: CpuOps, w: Weight) -> tuple[Any, Any]:
+    """The same head plain and in planes."""
+    dense = packing.pack(ops._native, [w], packing.Plan(_native.Format.Q8), blocks=False)
+    plain, planes = Linear(dense, *w.shape), ops.pack_head("planes", lambda: w)
+    assert (plain.packed.format, planes.packed.format) == (_native.Format.Q8, _native.Format.Q8_PLANES)
+    return plain, planes
+
+
+@pytest.mark.parametrize("k", [64, 100, 320])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+def test_bits_and_tokens_of_a_plain_head(ops: CpuOps, k: int, tokens: int) -> None:
+    plain, planes = heads(ops, weight("int8", 3001, k))
+    x, scale = torch.randn(tokens, k), norm(k)
+    expected = ops.logits(x, plain, scale, EPS)
+    assert torch.equal(ops.logits(x, planes, scale, EPS), expected)
+    for top in (1, 5):
+        for a, b in zip(
+            ops.top_logits(x, planes, scale, EPS, top), ops.top_logits(x, plain, scale, EPS, top), strict=True
+        ):
+            assert torch.equal(a, b)
+    assert ops.greedy(x, planes, scale, EPS) == expected.argmax(-1).tolist()
+
+
+def test_rows_are_rounded_as_in_a_plain_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "PLANES_FROM", 0)
+    ops, w = CpuOps(2, "int8"), weight("bf16", 500, 192)
+    plain, planes = heads(ops, w)
+    x = torch.randn(3, 192)
+    assert torch.equal(ops.linear(x, planes), ops.linear(x, plain))
+    assert planes.packed.nbytes == plain.packed.nbytes
+
+
+def test_equal_logits(ops: CpuOps) -> None:
+    row = torch.randint(-127, 128, (1, 64), dtype=torch.int8)
+    _, planes = heads(ops, Weight("int8", row.expand(2000, -1), torch.ones(2000, 1)))
+    assert ops.greedy(torch.randn(3, 64), planes, norm(64), EPS) == [0, 0, 0]
+
+
+def aligned(x: Tensor, rows: int) -> Weight:
+    """Low nibbles that are 15 or 0 with the sign of x, or against it: no high nibbles tell which row wins."""
+    against = torch.randint(0, 2, (rows, 1)).bool()
+    low = ((x > 0) ^ against).to(torch.int16) * 15
+    high = torch.randint(0, 16, (rows, x.shape[1]), dtype=torch.int16)
+    return Weight("int8", (16 * high + low - 128).clamp(-127).to(torch.int8), torch.ones(rows, 1))
+
+
+def test_weights_that_break_the_bound_are_read_whole(ops: CpuOps) -> None:
+    for _ in range(8):
+        x, scale = torch.randn(1, 1024), torch.ones(1024)
+        plain, planes = heads(ops, aligned(x, 640))
+        assert ops.greedy(x, planes, scale, EPS) == ops.logits(x, plain, scale, EPS).argmax(-1).tolist()
+        ops.forget("planes")
+
+
+def test_logits_that_are_not_finite(ops: CpuOps) -> None:
+    _, planes = heads(ops, weight("int8", 1100, 64))
+    with pytest.raises(NotFinite, match="weights are broken"):
+        ops.greedy(torch.full((2, 64), float("nan")), planes, torch.ones(64), EPS)
+
+
+def test_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "PLANES_FROM", 0)
+    ops, x, scale = CpuOps(2), torch.randn(4, 128), norm(128)
+    _, planes = heads(ops, weight("int8", 900, 128))
+    ops.save_packed(str(tmp_path / "packed"))
+    mapped = CpuOps(2, packed=str(tmp_path / "packed"))
+    again = mapped.pack_head("planes", pytest.fail)
+    assert torch.equal(mapped.logits(x, again, scale, EPS), ops.logits(x, planes, scale, EPS))
+    assert mapped.greedy(x, again, scale, EPS) == ops.greedy(x, planes, scale, EPS)
+
+
+def test_only_large_heads_of_integers_are_split() -> None:
+    q8, bf16 = packing.Plan(_native.Format.Q8), packing.Plan(_native.Format.BF16)
+    assert packing.for_head(q8, 129280, 7168).format == _native.Format.Q8_PLANES
+    assert packing.for_head(q8, 8192, 256) == q8
+    assert packing.for_head(bf16, 129280, 7168) == bf16
