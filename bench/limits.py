@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from farthing.ops.cpu.packing import PLANES_FROM
 from random_model import active_parameters, config, head_parameters, tensors
 
 
@@ -35,6 +36,8 @@ BYTES_PER_WEIGHT = {
     "int8": Bytes(1.0, 1.0, 1.0),
     "int4": Bytes(0.5 + 2 / 64, 1.0, 1.0),
 }
+# Greedy decoding reads the high nibbles of a large 8-bit head, and all of a few panels (not counted).
+_HIGH_NIBBLES = 0.5
 # Blocks of 32 share a 16-bit scale; llama-quantize gives a Q4_0 model a Q6_K head.
 PEER_BYTES = {
     "BF16": Bytes(2.0, 2.0, 2.0),
@@ -93,6 +96,8 @@ def weight_bytes(c: dict[str, Any], each: Bytes, routed: float) -> float:
 def bytes_read(c: dict[str, Any], weights: str, point: Point) -> float:
     """Bytes of weights and cached latents that one step must read, in one of our formats or a peer's."""
     each = (BYTES_PER_WEIGHT | PEER_BYTES)[weights]
+    if weights in ("int8", "int4") and head_parameters(c) >= PLANES_FROM:
+        each = each._replace(head=each.head * _HIGH_NIBBLES)
     touched = weight_bytes(c, each, experts_touched(c, point.tokens))
     if point.kind == "prefill":
         return touched

@@ -37,11 +37,11 @@ template <int M, Format F, int Blocks>
     EACH (int m = 0; m < M; ++m)
       acc[m] = splati(cell_comp<Blocks>(x.block_comp + m * x.blocks + k / kBlock, cell & 15));
     if constexpr (Blocks == kCellBlocks) {
-      dot_columns<M, 1, F>(data, 0, x.q + k, x.ld, Blocks * kBlock, acc, more);
+      dot_columns<M, 1, F>(data, {}, x.q + k, x.ld, Blocks * kBlock, acc, more);
     } else {
       unsigned mask = cell & 15;
       for (int i = 0; i < Blocks; ++i, mask &= mask - 1)
-        dot_columns<M, 1, F>(data, 0, x.q + k + __builtin_ctz(mask) * kBlock, x.ld, kBlock, acc, more);
+        dot_columns<M, 1, F>(data, {}, x.q + k + __builtin_ctz(mask) * kBlock, x.ld, kBlock, acc, more);
     }
     c.data = data[0];
     const f32x16 scale = grouped ? half_to_float(c.scales) : splat(1.0f);

@@ -22,6 +22,7 @@ constexpr int kMany = 24;  // rows
 // arithmetic of more rows hides memory latency only if their next panels are prefetched into L2 meanwhile.
 constexpr int kNear = 256, kFar = 1024, kFarNibbles = 2048;  // bytes
 constexpr int kStream = 2;                                   // rows up to which a panel is read as a stream
+constexpr int far_ahead(Format f) { return traits(f).nibbles() ? kFarNibbles : kFar; }
 
 // What a pass over panels prefetches into L2: of groups [from, to), the bytes `distance` ahead.
 struct Ahead {
@@ -29,12 +30,14 @@ struct Ahead {
   int from, to;
 };
 
+// `jump`: bytes from the end of the stream to where it continues, if that is nearer than the prefetched
+// bytes.
 template <int M, Format F>
-inline void fetch_stream(const uint8_t* p) {
+inline void fetch_stream(const uint8_t* p, size_t jump = 0) {
   if constexpr (M > kStream) return;
   constexpr bool nibbles = traits(F).nibbles();
   if constexpr (nibbles) prefetch(p + kNear);
-  prefetch_far(p + (nibbles ? kFarNibbles : kFar));
+  prefetch_far(p + far_ahead(F) + jump);
 }
 
 template <int M, int P>
@@ -128,12 +131,15 @@ constexpr int stream_bytes(Format f) {
   return traits(f).planes == Planes::both ? kPanel / 2 : traits(f).bytes_a_column();
 }
 
-// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow. `plane`: bytes
-// from the high nibbles to the low ones.
+// Where planes are: bytes from the high nibbles to the low ones, and `jump` of fetch_stream.
+struct Streams {
+  size_t plane = 0, jump = 0;
+};
+
+// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
 template <int M, int P, Format F>
-[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], size_t plane, const int8_t* x,
-                                               int ld, int columns, i32x16 (&acc)[P * M],
-                                               i32x16 (&more)[P * M]) {
+[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], Streams at, const int8_t* x, int ld,
+                                               int columns, i32x16 (&acc)[P * M], i32x16 (&more)[P * M]) {
   constexpr bool nibbles = traits(F).nibbles(), planes = traits(F).planes == Planes::both;
   constexpr int bytes = 8 * stream_bytes(F);  // of 8 columns
   for (int k = 0; k < columns; k += 8) {
@@ -142,10 +148,10 @@ template <int M, int P, Format F>
       const uint8_t* p = data[i];
       data[i] += bytes;
       a[i] = load_bytes(p);
-      fetch_stream<M, F>(p);
+      fetch_stream<M, F>(p, at.jump);
       if constexpr (planes) {
-        const bytes64 low = load_bytes(p + plane);
-        fetch_stream<M, F>(p + plane);
+        const bytes64 low = load_bytes(p + at.plane);
+        fetch_stream<M, F>(p + at.plane, at.jump);
         b[i] = join_nibbles(high_nibbles(a[i]), high_nibbles(low));
         a[i] = join_nibbles(low_nibbles(a[i]), low_nibbles(low));
       } else if constexpr (nibbles) {
@@ -197,7 +203,7 @@ template <int M, Format F, bool Zero>
 // M rows by P panels that follow each other from `panel`.
 template <int M, int P, Format F, bool Zero>
 void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr bool high = traits(F).planes == Planes::high;
+  constexpr bool planes = traits(F).planes != Planes::none, high = traits(F).planes == Planes::high;
   const size_t plane = static_cast<size_t>(w.kp) * (kPanel / 2);
   const uint8_t *record[P], *data[P];
   for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
@@ -213,7 +219,8 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
         EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
     EACH (int m = 0; m < M; ++m)
       EACH (int i = 0; i < P; ++i) acc[i * M + m] = high ? i32x16{} : splati(x.comp[m * x.groups + g]);
-    dot_columns<M, P, F>(data, plane, x.q + k, x.ld, end - k, acc, more);
+    const bool last = planes && (w.kp - end) * stream_bytes(F) < far_ahead(F);
+    dot_columns<M, P, F>(data, {plane, last ? w.stride - plane : 0}, x.q + k, x.ld, end - k, acc, more);
     EACH (int i = 0; i < P; ++i)
       add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
   }

@@ -18,6 +18,7 @@ namespace {
 
 constexpr float kDeviation = 4.6097722f;  // sqrt((16^2 - 1) / 12)
 constexpr float kMargin = 6.0f, kDoubt = 5.0f;
+constexpr float kNone = -3.0e38f;  // below every logit
 
 // Euclidean length of a row of activations as the kernels read it.
 float length(const Act& x, int k, int group) {
@@ -34,8 +35,8 @@ float length(const Act& x, int k, int group) {
 struct Space {
   Act x;          // [T], or a row per thread for one token
   float* norms;   // [threads][act_stride(K)]
-  float* tiles;   // [threads][T][kChunk * kPanel]
-  float* tops;    // [panels][T], a bound on the logits of each panel
+  float* tiles;   // [threads][T][kColumns]
+  float* tops;    // [T][panels], a bound on the logits of each panel
   float* spread;  // [T], deviation of a logit relative to its row's scale
   Best* found;    // [threads][T]; its id is a panel at first
   bool* doubted;  // [threads][T]
@@ -44,7 +45,7 @@ struct Space {
     const size_t each = threads, T = tokens;
     x = work.act(w, std::max(tokens, threads), false, false);
     norms = work.take<float>(each * act_stride(w.k));
-    tiles = work.take<float>(each * T * kChunk * kPanel);
+    tiles = work.take<float>(each * T * kColumns);
     tops = work.take<float>(w.panels * T);
     spread = work.take<float>(T);
     found = work.take<Best>(each * T);
@@ -72,29 +73,27 @@ struct Search {
   }
 
   int lanes(int panel) const { return std::min(kPanel, whole.n - panel * kPanel); }
+  float* tops(int t) const { return space.tops + static_cast<size_t>(t) * whole.panels; }
   const float* scales(int panel) const { return reinterpret_cast<const float*>(whole.record(panel)); }
 
-  // Bounds of chunk c, and in `best` the panel of each token's largest logit by high nibbles alone.
+  // Bounds of chunk c, and in `best` the panel of each token's largest logit by high nibbles alone. False if
+  // a logit is not finite.
   bool bound(const Act& act, int c, float* tile, Best* best) const {
     const int first = c * kChunk, count = std::min(kChunk, whole.panels - first);
-    kernels.tile(high, first, count, act, tokens, tile, kChunk * kPanel);
+    const int n = std::min(kColumns, whole.n - first * kPanel);
+    float width[kColumns] = {};
+    for (int i = 0; i < count; ++i) std::copy_n(scales(first + i), kPanel, width + i * kPanel);
+    for (float& scale : width) scale = std::fabs(scale);
+    kernels.tile(high, first, count, act, tokens, tile, kColumns);
     bool finite = true;
     for (int t = 0; t < tokens; ++t) {
-      const float* row = tile + static_cast<size_t>(t) * kChunk * kPanel;
-      const float margin = kMargin * space.spread[t];
-      for (int i = 0; i < count; ++i, row += kPanel) {
-        const int panel = first + i, n = lanes(panel);
-        const float* scale = scales(panel);
-        float top = row[0], bound = row[0] + margin * std::fabs(scale[0]);
-        for (int lane = 1; lane < n; ++lane) {
-          top = std::max(top, row[lane]);
-          bound = std::max(bound, row[lane] + margin * std::fabs(scale[lane]));
-        }
-        finite &= all_finite(row, n);
-        space.tops[static_cast<size_t>(panel) * tokens + t] = bound;
-        const Best here{top, panel};
-        if (here > best[t]) best[t] = here;
-      }
+      float* row = tile + static_cast<size_t>(t) * kColumns;
+      finite &= all_finite(row, n);
+      std::fill(row + n, row + count * kPanel, kNone);
+      Peak peak{kNone, 0};
+      kernels.bounds(row, width, kMargin * space.spread[t], count, tops(t) + first, &peak);
+      const Best here{peak.value, first + peak.panel};
+      if (here > best[t]) best[t] = here;
     }
     return finite;
   }
@@ -146,7 +145,7 @@ void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const flo
     bool* doubted = space.doubted + team.id() * tokens;
     std::fill_n(mine, tokens, Best{});
     team.barrier();
-    float* tile = space.tiles + static_cast<size_t>(team.id()) * tokens * kChunk * kPanel;
+    float* tile = space.tiles + static_cast<size_t>(team.id()) * tokens * kColumns;
     team.for_units(2, 1, (w.panels + kChunk - 1) / kChunk, [&](int, int c) {
       if (!search.bound(act, c, tile, mine)) finite.store(false, std::memory_order_relaxed);
     });
@@ -159,8 +158,7 @@ void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const flo
     std::copy(first.begin(), first.end(), mine);
     team.for_units(4, 1, w.panels, [&](int, int panel) {
       for (int t = 0; t < tokens; ++t)
-        if (space.tops[static_cast<size_t>(panel) * tokens + t] >= first[t].value)
-          doubted[t] |= !search.read(of(t), t, panel, mine[t]);
+        if (search.tops(t)[panel] >= first[t].value) doubted[t] |= !search.read(of(t), t, panel, mine[t]);
     });
   });
   if (!finite) throw NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows");

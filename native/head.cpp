@@ -9,8 +9,6 @@
 namespace farthing {
 namespace {
 
-constexpr int kColumns = kChunk * kPanel;
-
 // Inserts into a list of k, best first.
 inline void insert(Best* list, int k, Best b) {
   if (!(b > list[k - 1])) return;

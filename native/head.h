@@ -4,9 +4,12 @@
 #include <cstring>
 #include <limits>
 
+#include "matrix.h"
+
 namespace farthing {
 
 constexpr int kChunk = 32;  // panels whose logits are reduced together: fixed, so that sums have one order
+constexpr int kColumns = kChunk * kPanel;
 
 struct Best {
   float value = -std::numeric_limits<float>::infinity();

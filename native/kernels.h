@@ -92,6 +92,12 @@ struct ConvLayer;
 struct ConvPair;
 struct Strip;
 
+// The largest number of an array of panels, and the first panel that holds it.
+struct Peak {
+  float value;
+  int panel;
+};
+
 struct Kernels {
   const char* name;
   // out[m * ldo + 16 * i + lane] for `count` panels from `panel`, rows 0 … rows of x.
@@ -105,6 +111,8 @@ struct Kernels {
   void (*blend)(float* y, float a, const float* x, float b, int n);               // y = a y + b x
   // next: the row that follows, to prefetch; scratch: [n] if out, aligned, is to bypass the caches, or null.
   void (*softmax)(const float* x, const float* next, int n, float* scratch, float* out);
+  // Largest of x and of x + margin * width in each of `count` panels, and of x in all.
+  void (*bounds)(const float* x, const float* width, float margin, int count, float* tops, Peak* peak);
   void (*exp_sum)(const float* x, int n, float* max, float* sum);
   void (*attend)(const AttendBlock& b);
   // One cached row to float32; scale of latent and rotary, or null.

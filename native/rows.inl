@@ -174,5 +174,14 @@ void exp_sum(const float* x, int n, float* top, float* sum) {
   *sum = reduce_add(total);
 }
 
+void bounds(const float* x, const float* width, float margin, int count, float* tops, Peak* peak) {
+  for (int i = 0; i < count; ++i, x += 16, width += 16) {
+    const f32x16 v = loadf(x);
+    tops[i] = reduce_max(fma(loadf(width), splat(margin), v));
+    const float top = reduce_max(v);
+    if (top > peak->value) *peak = {top, i};
+  }
+}
+
 }  // namespace
 }  // namespace farthing

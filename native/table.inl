@@ -30,6 +30,7 @@ constexpr Kernels table(const char* name) {
       .add = add,
       .blend = blend,
       .softmax = softmax,
+      .bounds = bounds,
       .exp_sum = exp_sum,
       .attend = attend,
       .load_key = load_key,

@@ -34,7 +34,7 @@ def test_v3_counts_match_manual_counts(limits: ModuleType) -> None:
     others = body - four_bits  # in 8 bits
     latents = 128 * 576 * 2 * 2
     assert limits.bytes_read(c, "int4", step) == pytest.approx(
-        four_bits * (0.5 + 2 / 64) + others + head + latents, rel=1e-6
+        four_bits * (0.5 + 2 / 64) + others + head / 2 + latents, rel=1e-6
     )
     assert limits.bytes_read(c, "Q4_0", step) == pytest.approx(
         body * 18 / 32 + head * 210 / 256 + latents, rel=1e-6
