@@ -3,8 +3,10 @@ results.
 
   python bench/training.py roofline                          # bytes per weight read, by projection
   python bench/training.py precision --out runs/precision     # 1,500 steps, one seed; resumes
-  python bench/training.py serve mite runs/qat/checkpoint runs/prune/checkpoint
-  python bench/training.py tradeoff float=mite W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint
+  python bench/training.py serve mite runs/qat/checkpoint runs/prune/checkpoint:int4
+  python bench/training.py tradeoff float=mite W4A4=runs/qat/checkpoint pruned=runs/prune/checkpoint:int4
+
+A model followed by `:int4` or `:int8` is rounded while loading, as `farthing serve --quantization` does.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing.compress.corpus import load_corpus
-from farthing.compress.evaluate import BLOCK, compare, paged_batch
-from farthing.compress.gate import held_out_sample, load_for
+from farthing.compress.evaluate import BLOCK, compare_with, paged_batch
+from farthing.compress.gate import baseline, held_out_sample, load_for
+from farthing.config import Quantization
 from farthing.files import replace_json
 from farthing.hub import resolve_model
-from farthing.model import DeepseekModel, load
+from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
@@ -131,7 +134,13 @@ def precision(
     return summary
 
 
-def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
+def _named(model: str) -> tuple[Path, Quantization | None]:
+    """The path of MODEL[:QUANTIZATION], and the format its dense weights are rounded to while loading."""
+    path, _, kind = model.rpartition(":")
+    return (resolve_model(path), kind) if kind in ("int4", "int8") else (resolve_model(model), None)  # type: ignore[return-value]
+
+
+def serve(models: list[str], threads: int | None, count: int = ROUNDS) -> list[dict[str, Any]]:
     """Prefill of 512 tokens and decode of 1 and 16 sequences; medians, models interleaved.
 
     `x` columns are the median over rounds of the first model's time divided by this one's in the same round,
@@ -139,10 +148,10 @@ def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
     """
     loaded = {}
     for name in models:
-        ops = select("auto") if threads is None else select("auto", threads=threads)
-        loaded[name] = load(resolve_model(name), ops)
+        path, kind = _named(name)
+        loaded[name] = load(path, select("auto", threads=threads, quantization=kind))
     kinds = {"prefill": (PREFILL, _prefill), "decode 1": (1, decode(1)), "decode 16": (16, decode(16))}
-    times = {kind: rounds(loaded, run) for kind, (_, run) in kinds.items()}
+    times = {kind: rounds(loaded, run, count) for kind, (_, run) in kinds.items()}
     rows = []
     for name in loaded:
         row: dict[str, Any] = {"model": name, "bytes": _bytes(name)}
@@ -155,20 +164,24 @@ def serve(models: list[str], threads: int | None) -> list[dict[str, Any]]:
     return rows
 
 
-def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: Path) -> list[dict[str, Any]]:
+def tradeoff(
+    models: dict[str, str], threads: int | None, max_tokens: int, count: int, out: Path
+) -> list[dict[str, Any]]:
     """Perplexity increase over the first model (paired interval) and time per token, with a picture.
 
     Quality is `farthing eval FIRST --against MODEL --backend cpu`.
     """
-    paths = {label: resolve_model(name) for label, name in models.items()}
+    paths = {label: _named(name) for label, name in models.items()}
     first, *others = paths
-    source = load_for(paths[first], "cpu", False)
-    corpus = load_corpus(held_out_sample(), paths[first], source.config, 1024, max_tokens)
+    config = ModelConfig.from_directory(paths[first][0])
+    corpus = load_corpus(held_out_sample(), paths[first][0], config, 1024, max_tokens)
+    base = baseline(paths[first][0], corpus, "cpu")
     lost = {first: (0.0, 0.0, 0.0)}
     for label in others:
-        found = compare(source, load_for(paths[label], "cpu", False), corpus)
+        path, kind = paths[label]
+        found = compare_with(base, load_for(path, "cpu", quantization=kind), corpus)
         lost[label] = (found.relative_increase, *found.interval)
-    rows = serve(list(models.values()), threads)
+    rows = serve(list(models.values()), threads, count)
     for row, label in zip(rows, models, strict=True):
         middle, low, high = lost[label]
         row |= {"model": label, "perplexity": f"{middle:+.1%}", "interval": f"{low:+.1%} {high:+.1%}"}
@@ -185,7 +198,7 @@ def tradeoff(models: dict[str, str], threads: int | None, max_tokens: int, out: 
 
 
 def _bytes(name: str) -> int:
-    return sum(f.stat().st_size for f in resolve_model(name).glob("*.safetensors"))
+    return sum(f.stat().st_size for f in _named(name)[0].glob("*.safetensors"))
 
 
 def rounds(
@@ -267,9 +280,11 @@ def main() -> None:
     one = commands.add_parser("serve")
     one.add_argument("models", nargs="+")
     one.add_argument("--threads", type=int)
+    one.add_argument("--rounds", type=int, default=ROUNDS)
     one = commands.add_parser("tradeoff")
     one.add_argument("models", nargs="+", metavar="LABEL=MODEL", help="the first is the baseline")
     one.add_argument("--threads", type=int)
+    one.add_argument("--rounds", type=int, default=ROUNDS)
     one.add_argument("--max-tokens", type=int, default=12_000)
     one.add_argument("--out", type=Path, default=Path("runs/tradeoff"))
     args = parser.parse_args()
@@ -279,10 +294,10 @@ def main() -> None:
         found = precision(args.out, args.tokens, args.batch_tokens, args.seed, args.device, args.only)
         print(json.dumps(found, indent=1))
     elif args.command == "serve":
-        show(serve(args.models, args.threads))
+        show(serve(args.models, args.threads, args.rounds))
     else:
         pairs = dict(pair.split("=", 1) for pair in args.models)
-        show(tradeoff(pairs, args.threads, args.max_tokens, args.out))
+        show(tradeoff(pairs, args.threads, args.max_tokens, args.rounds, args.out))
 
 
 if __name__ == "__main__":

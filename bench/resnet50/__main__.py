@@ -1,6 +1,6 @@
 """ResNet-50, 4-bit and 40 % block-sparse, against the float net and other runtimes.
 
-python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, then the student
+python -m bench.resnet50 train --data CIFAR-10-images --out runs/resnet50   # float, student, control
 python -m bench.resnet50 compare --threads 1 --site OPENVINO_VENV/lib/python3.11/site-packages
 python -m bench.resnet50 profile                                             # each of our layers
 python -m bench.resnet50 plot                                                # pictures of the runs
@@ -19,7 +19,7 @@ from bench.resnet50.engine import Engine
 from bench.resnet50.model import ResNet50
 from bench.resnet50.plots import plot
 from bench.resnet50.quantize import QuantResNet50
-from bench.resnet50.train import Settings, random_student, train_float, train_student
+from bench.resnet50.train import Settings, random_student, train_control, train_float, train_student
 from rich.console import Console
 
 from farthing import _native
@@ -27,26 +27,34 @@ from farthing.compress.statistics import ratio_interval
 
 
 def run_training(settings: Settings, console: Console) -> None:
-    """Run both trainings; a finished one is skipped, an interrupted one resumes."""
+    """Run all trainings; a finished one is skipped, an interrupted one resumes."""
     net = train_float(settings, console)
     student = train_student(settings, net, console) if net is not None else None
-    if student is None:
+    if net is None or student is None or train_control(settings, net, console) is None:
         raise SystemExit("interrupted; run the same command to continue")
     print(json.dumps(accuracy(settings.out), indent=1))
 
 
 def accuracy(out: Path) -> dict[str, float | list[float]]:
-    """Top-1 of both nets and the paired 95 % interval of the drop, in points."""
-    a, b = (torch.load(out / part / "right.pt", weights_only=True).float() for part in ("float", "w4a4"))
-    drop = (a - b).double()
-    interval = ratio_interval(drop.tolist(), [1] * len(drop), 0.95)
-    return {
-        "top1_float": float(a.mean()) * 100,
-        "top1_w4a4": float(b.mean()) * 100,
-        "drop_points": float(drop.mean()) * 100,
-        "interval": [interval.low * 100, interval.high * 100],
-        "pictures": len(drop),
+    """Top-1 of the nets, and the student's drop in points with its paired 95 % interval: from the float net,
+    and from the control if it is trained.
+    """
+    right = {
+        part: torch.load(out / part / "right.pt", weights_only=True).float()
+        for part in ("float", "w4a4", "control")
+        if (out / part / "right.pt").is_file()
     }
+    found: dict[str, float | list[float]] = {
+        f"top1_{part}": float(values.mean()) * 100 for part, values in right.items()
+    }
+    for part, name in (("float", ""), ("control", "control_")):
+        if part not in right:
+            continue
+        drop = (right[part] - right["w4a4"]).double()
+        interval = ratio_interval(drop.tolist(), [1] * len(drop), 0.95)
+        found[f"{name}drop_points"] = float(drop.mean()) * 100
+        found[f"{name}interval"] = [interval.low * 100, interval.high * 100]
+    return found | {"pictures": len(right["float"])}
 
 
 def nets(out: Path, size: int, classes: int) -> tuple[ResNet50, QuantResNet50]:

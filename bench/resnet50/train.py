@@ -1,12 +1,15 @@
-"""Training: a float ResNet-50 on class folders, small pictures first, then its quantized, sparse student.
+"""Training: a float ResNet-50 on class folders, small pictures first, then its quantized, sparse student, and
+the control: the float net trained further as long as the student, with the same loss and optimizer.
 
 On a CPU the products run in bfloat16 (autocast), channels last; parameters, norms and losses are float32.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,13 @@ from farthing.compress.prune.schedule import cubic_sparsity
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.lsq import compile_rounding
 
+Loss = Callable[[nn.Module, tuple[Tensor, Tensor], Trainer], dict[str, Tensor]]
 CURVE = 5  # curves use every fifth test picture, results all of them
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of both runs."""
+    """Settings of all runs."""
 
     data: Path
     out: Path
@@ -50,7 +54,7 @@ class Settings:
 
 
 class Run:
-    """The common parts of both runs: pictures, arithmetic, training loop."""
+    """The common parts of the runs: pictures, arithmetic, training loop."""
 
     def __init__(self, settings: Settings, part: str) -> None:
         self.settings, self.out = settings, settings.out / part
@@ -150,6 +154,23 @@ class SparsityHook(BaseHook):
         self.done = state["done"]
 
 
+def taught(run: Run, teacher: ResNet50) -> Loss:
+    """The student's loss: labels, and the teacher's distribution for a share `teach`."""
+    settings = run.settings
+
+    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], trainer: Trainer) -> dict[str, Tensor]:
+        images, labels = data.normalize(batch[0].to(settings.device), settings.size), batch[1]
+        with run.arithmetic():
+            answer = module(images).float()
+            with torch.no_grad():
+                wanted = teacher(images).float().log_softmax(-1)
+        hard = F.cross_entropy(answer, labels.to(settings.device))
+        soft = F.kl_div(answer.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+        return {"loss": (1 - settings.teach) * hard + settings.teach * soft}
+
+    return loss
+
+
 def train_student(settings: Settings, teacher: ResNet50, console: Console) -> QuantResNet50 | None:
     """The student, trained or loaded; None if interrupted. The CPU kernels evaluate the test pictures."""
     run = Run(settings, "w4a4")
@@ -167,26 +188,39 @@ def train_student(settings: Settings, teacher: ResNet50, console: Console) -> Qu
         [{"params": others, "lr": settings.student_lr}, {"params": scales, "lr": 5 * settings.student_lr}]
     )
 
-    def loss(module: nn.Module, batch: tuple[Tensor, Tensor], trainer: Trainer) -> dict[str, Tensor]:
-        images, labels = data.normalize(batch[0].to(settings.device), settings.size), batch[1]
-        with run.arithmetic():
-            answer = module(images).float()
-            with torch.no_grad():
-                wanted = teacher(images).float().log_softmax(-1)
-        hard = F.cross_entropy(answer, labels.to(settings.device))
-        soft = F.kl_div(answer.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
-        return {"loss": (1 - settings.teach) * hard + settings.teach * soft}
-
     hooks = [SparsityHook(settings.sparsity)]
     size = settings.size
     if not run.loop(
-        net, optimizer, loss, settings.student_epochs, lambda t: size, hooks=hooks, console=console
-    ):
+        net, optimizer, taught(run, teacher), settings.student_epochs, lambda t: size, hooks=hooks,
+        console=console,
+    ):  # fmt: skip
         return None
     net.cpu().eval()
     torch.save(judge(Engine(net, size, settings.threads), run.test, size), run.out / "right.pt")
     torch.save(net.state_dict(), done)
     return net
+
+
+def train_control(settings: Settings, teacher: ResNet50, console: Console) -> ResNet50 | None:
+    """The float net given the student's epochs, loss and optimizer, trained or loaded; None if interrupted.
+
+    The student's accuracy minus the control's is the effect of 4 bits and zero blocks alone.
+    """
+    run = Run(settings, "control")
+    teacher = teacher.to(settings.device, memory_format=torch.channels_last).eval()
+    net, done = copy.deepcopy(teacher), run.out / "net.pt"
+    if done.is_file():
+        net.load_state_dict(torch.load(done, weights_only=True))
+        return net.eval()
+    optimizer = torch.optim.Adam(net.parameters(), lr=settings.student_lr)
+    size = settings.size
+    if not run.loop(
+        net, optimizer, taught(run, teacher), settings.student_epochs, lambda t: size, console=console
+    ):
+        return None
+    torch.save(top1(net, run.test, size, settings.device), run.out / "right.pt")
+    torch.save(net.state_dict(), done)
+    return net.eval()
 
 
 @torch.no_grad()

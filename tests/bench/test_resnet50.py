@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.resnet50.__main__ import accuracy
 from bench.resnet50.engine import Engine
-from bench.resnet50.train import Settings, random_student, train_float, train_student
+from bench.resnet50.train import Settings, random_student, train_control, train_float, train_student
 from rich.console import Console
 
 from farthing import _native
@@ -46,7 +46,7 @@ def test_zero_blocks_are_zero() -> None:
 
 
 @pytest.mark.slow
-def test_training_produces_a_float_net_and_a_student(tmp_path: Path) -> None:
+def test_training_produces_a_float_net_a_student_and_a_control(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 16), ("test", 4)):
         for label, name in enumerate(("dark", "bright")):
@@ -64,7 +64,15 @@ def test_training_produces_a_float_net_and_a_student(tmp_path: Path) -> None:
     student = train_student(settings, net, console)
     assert student is not None and abs(student.pruned()[1].sparsity - 0.4) < 0.02
     result = accuracy(settings.out)
-    assert result["pictures"] == 8
+    assert result["pictures"] == 8 and "control_drop_points" not in result
+    control = train_control(settings, net, console)
+    assert control is not None
+    parts = [settings.out / part for part in ("control", "w4a4")]
+    budgets = {json.loads((part / "record.json").read_text())[-1]["tokens"] for part in parts}
+    assert len(budgets) == 1 and not torch.equal(control.fc.weight, net.fc.weight)
+    right = [torch.load(part / "right.pt", weights_only=True).float() for part in parts]
+    expected = 100 * float((right[0] - right[1]).mean())
+    assert accuracy(settings.out)["control_drop_points"] == pytest.approx(expected)
     assert json.loads((settings.out / "w4a4" / "record.json").read_text())[-1]["sparsity"] > 0
     again = train_student(settings, net, console)
     assert again is not None

@@ -116,6 +116,9 @@ class QatOptions(RunOptions):
     inputs: Literal["group", "tensor"] = _option(
         "group", "Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported)"
     )
+    group: int = _option(
+        64, "Columns per scale of weights and of input ranges; the kernels have 32 and 64", minimum=1
+    )
     smoothing: float = _option(0.5, "Strength of input smoothing, 0 (off) to 1 (all channels equal)")
     hard: float = _option(0.0, "Weight of the text's cross entropy in the loss; the rest is distillation")
 
@@ -238,6 +241,7 @@ def qat(options: dict[str, Any], as_json: Json = False) -> None:
         stages = given.stages or ("0:W16A16,0.6:W4A8" if given.blocks else "0:W4A4")
         config = QatConfig(
             parse_stages(stages),
+            group=given.group,
             inputs=given.inputs,
             smoothing=given.smoothing,
             hard=given.hard,
