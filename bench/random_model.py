@@ -125,7 +125,7 @@ def active_parameters(c: dict[str, Any], routed: float) -> int:
     return int(total)
 
 
-def _value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+def value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     if name.endswith("norm.weight"):
         return (1 + 0.05 * torch.randn(shape, generator=g)).bfloat16()
     if name.endswith("bias"):
@@ -134,7 +134,7 @@ def _value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     return (torch.randn(shape, generator=g) * gain).bfloat16()
 
 
-def _tokenizer(out: Path, vocab: int) -> None:
+def write_tokenizer(out: Path, vocab: int) -> None:
     """A byte-level BPE of the right size, trained on numbers, as required by peers' converters."""
     t = Tokenizer(models.BPE())
     split = r"\p{N}{1,3}"
@@ -170,12 +170,12 @@ def make_model(size: str, cache: Path, seed: int = 1234) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     c, g = config(size), torch.Generator().manual_seed(seed)
     (out / "config.json").write_text(json.dumps(c, indent=1))
-    _tokenizer(out, c["vocab_size"])
+    write_tokenizer(out, c["vocab_size"])
     shard: dict[str, Tensor] = {}
     where: dict[str, str] = {}
     count, held, total = 1, 0, 0
     for name, shape in track(list(tensors(c)), description=f"random model {size}", transient=True):
-        shard[name] = _value(name, shape, g)
+        shard[name] = value(name, shape, g)
         size_of = shard[name].numel() * shard[name].element_size()
         held, total = held + size_of, total + size_of
         where[name] = f"model-{count:05d}.safetensors"
