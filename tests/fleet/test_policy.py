@@ -259,7 +259,7 @@ def test_slo_lowers_the_utilization_on_late_requests_and_raises_it_again() -> No
     assert low == pytest.approx(0.7 * 0.86, rel=0.01)
     decision = policy.decide(615, replace(seen(615, 10, 7.0), late_share=0.0))
     assert decision.target == 12 and decision.inputs["utilization"] == pytest.approx(low, rel=0.01)
-    for now in range(630, 630 + 3 * 86400, 60):
+    for now in range(630, 630 + 4 * 86400, 60):
         policy.decide(now, replace(seen(now, 10, 7.0), late_share=0.0))
     assert policy.utilization > 0.7
     fixed = Policy(PolicyConfig(capacity=1.0, rule="stabilized"))

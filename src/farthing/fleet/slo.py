@@ -2,7 +2,7 @@
 
 After every interval log u moves by gain · (budget - late share). While all requests are in time it rises
 slowly; a breach lowers it at once; over time the late share approaches the budget. Ten minutes with every
-request late lower u by 14 %; recovering takes more than a day without a late request.
+request late lower u by 14 %; recovering takes three and a half days without a late request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SloConfig:
     lowest: float = 0.5  # bounds of the utilization
     highest: float = 0.9
     gain: float = 0.015  # per minute with all requests late
-    spent: float = 0.5  # target share of the error budget to spend
+    spent: float = 0.4  # target share of the error budget to spend
 
     def __post_init__(self) -> None:
         _check("target", self.target, "in (0, 1)", 0 < self.target < 1)
