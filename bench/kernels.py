@@ -1,11 +1,12 @@
 """Every kernel of the CPU backend compared with the machine's limit.
 
-    python bench/kernels.py --model L576 [--only linear|moe|mla|head|sparse] [--formats int4 int8 bf16 fp8]
+    python bench/kernels.py --model L576 [--only linear|moe|mla|head|sparse|cells] [--formats int4 int8 …]
 
 Shapes are those of one model of random_model.py. Weights are copied until they exceed the caches, so that a
 single row reads from memory, as in decoding. A row's limit is the longer of its bytes at the bandwidth and
 its operations at the peak measured in the same run (FP8 and bfloat16: half the INT8 peak). Medians of
---passes; timings need a quiet machine. `--only sparse` compares block-sparse matrices with dense ones.
+--passes; timings need a quiet machine. `--only sparse` compares block-sparse matrices with dense ones,
+`--only cells` the cells that they are made of, for the costs in `ops/blocks.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
-from kernels_sparse import PATTERNS, SparseRow, measure
+from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells
 from random_model import SIZES, config
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
@@ -57,7 +58,7 @@ class Bench:
         torch.set_num_threads(1)
         self.ops = CpuOps(threads, isa=isa) if isa != "auto" else create(None, threads, None, None)
         self.native = self.ops._native
-        self.passes, self.sizes = passes, sizes
+        self.threads, self.passes, self.sizes = threads, passes, sizes
         self.read = _native.read_bandwidth(threads, 1 << 30)
         self.int8 = _native.peak_ops("vnni_int8", threads)
         self.rows: list[Row] = []
@@ -270,16 +271,38 @@ def sparse_table(rows: list[SparseRow], b: Bench, zeros: float) -> Table:
     return table
 
 
+def cells_table(rows: list[CellRow], b: Bench) -> Table:
+    """Costs of cells by their number of blocks."""
+    table = Table("kernel", "rows", "dense, us", "1", "2", "3", "4", title=f"{b.ops.name}: time of a cell")
+    for r in rows:
+        table.add_row(r.kernel, str(r.rows), f"{r.dense_us:.1f}", *(f"{c:.2f}" for c in r.costs))
+    return table
+
+
+def sparse(b: Bench, a: argparse.Namespace) -> None:
+    """Block-sparse matrices, or their cells."""
+    found: list[Any] = (
+        measure(b, a.formats, a.zeros, UNCACHED)
+        if a.only == "sparse"
+        else measure_cells(b, a.formats, UNCACHED)
+    )
+    if a.json:
+        print(json.dumps([asdict(r) for r in found]))
+        return
+    table = sparse_table(found, b, a.zeros) if a.only == "sparse" else cells_table(found, b)
+    Console(width=110).print(table)
+
+
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, default="L576")
-    p.add_argument("--only", choices=["linear", "moe", "mla", "head", "sparse"])
+    p.add_argument("--only", choices=["linear", "moe", "mla", "head", "sparse", "cells"])
     p.add_argument("--zeros", type=float, default=0.4, help="share of zero blocks with --only sparse")
     p.add_argument(
         "--formats",
         nargs="+",
-        choices=["int4", "int8", "bf16", "fp8"],
+        choices=["int4", "int8", "bf16", "fp8", "nl4"],
         default=["int4", "int8", "bf16", "fp8"],
     )
     p.add_argument("--rows", nargs="+", type=int, default=ROWS)
@@ -290,11 +313,8 @@ def main() -> None:
     a = p.parse_args()
     torch.manual_seed(0)
     b = Bench(a.threads, a.isa, a.passes, a.rows)
-    if a.only == "sparse":
-        found = measure(b, a.formats, a.zeros, UNCACHED)
-        print(json.dumps([asdict(r) for r in found])) if a.json else Console(width=110).print(
-            sparse_table(found, b, a.zeros)
-        )
+    if a.only in ("sparse", "cells"):
+        sparse(b, a)
         return
     run(b, a)
     machine = {"read_gb_s": b.read, "int8_gop_s": b.int8}

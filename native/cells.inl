@@ -3,15 +3,28 @@
 namespace farthing {
 namespace {
 
+// The blocks of a cell, first to last.
+template <int Blocks>
+struct BlocksOf {
+  int at[Blocks];
+  explicit BlocksOf(unsigned mask) {
+    EACH (int i = 0; i < Blocks; ++i, mask &= mask - 1)
+      at[i] = Blocks == kCellBlocks ? i : __builtin_ctz(mask);
+  }
+};
+
 // Offsets removed from the sums of a cell's blocks of one row.
 template <int Blocks>
-inline int32_t cell_comp(const int32_t* of_blocks, unsigned mask) {
-  int32_t sum = 0;
-  EACH (int i = 0; i < Blocks; ++i) {
-    sum += of_blocks[Blocks == kCellBlocks ? i : __builtin_ctz(mask)];
-    mask &= mask - 1;
-  }
+inline i32x16 cell_comp(const int32_t* of_blocks, const BlocksOf<Blocks>& blocks) {
+#if defined(__AVX512F__)
+  i32x16 sum = splati(of_blocks[blocks.at[0]]);  // broadcasts from memory cost less than from registers
+  EACH (int i = 1; i < Blocks; ++i) sum += splati(of_blocks[blocks.at[i]]);
   return sum;
+#else
+  int32_t sum = 0;
+  EACH (int i = 0; i < Blocks; ++i) sum += of_blocks[blocks.at[i]];
+  return splati(sum);
+#endif
 }
 
 // What is read while a panel's cells are computed.
@@ -34,14 +47,13 @@ template <int M, Format F, int Blocks>
     const uint8_t* data[1] = {c.data};
     fetch_ahead<M>(data, ahead, c.at, bytes);
     i32x16 acc[M], more[M] = {};
-    EACH (int m = 0; m < M; ++m)
-      acc[m] = splati(cell_comp<Blocks>(x.block_comp + m * x.blocks + k / kBlock, cell & 15));
+    const BlocksOf<Blocks> blocks(cell & 15);
+    EACH (int m = 0; m < M; ++m) acc[m] = cell_comp(x.block_comp + m * x.blocks + k / kBlock, blocks);
     if constexpr (Blocks == kCellBlocks) {
       dot_columns<M, 1, F>(data, {}, x.q + k, x.ld, Blocks * kBlock, acc, more);
     } else {
-      unsigned mask = cell & 15;
-      for (int i = 0; i < Blocks; ++i, mask &= mask - 1)
-        dot_columns<M, 1, F>(data, {}, x.q + k + __builtin_ctz(mask) * kBlock, x.ld, kBlock, acc, more);
+      for (int i = 0; i < Blocks; ++i)
+        dot_columns<M, 1, F>(data, {}, x.q + k + blocks.at[i] * kBlock, x.ld, kBlock, acc, more);
     }
     c.data = data[0];
     const f32x16 scale = grouped ? half_to_float(c.scales) : splat(1.0f);
@@ -84,10 +96,21 @@ PanelKernel sparse_of(const Matrix& w, int rows) {
   return sparse_in<M>(w, std::make_index_sequence<std::size(kFormats)>());
 }
 
+}  // namespace
+}  // namespace farthing
+
+#include "many_cells.inl"
+
+namespace farthing {
+namespace {
+
 // One panel times any number of rows; the next panel is prefetched meanwhile.
 void sparse_tile(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
-  const int blocks = (rows + kSparseRows - 1) / kSparseRows;
-  const int count = cells_of(w, w.record(panel)).count;
+  const Cells cells = cells_of(w, w.record(panel));
+#if defined(__AVX512VNNI__)
+  if (sparse_many(w, panel, cells, x, rows, out, ldo)) return;
+#endif
+  const int blocks = (rows + kSparseRows - 1) / kSparseRows, count = cells.count;
   for (int b = 0, m = 0; b < blocks; ++b) {
     const int some = (rows - m + blocks - b - 1) / (blocks - b);
     const PanelKernel kernel = sparse_of(w, some);

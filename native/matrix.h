@@ -106,6 +106,7 @@ struct Act {
   float* scale = nullptr;
   int32_t* comp = nullptr;        // -offset * sum of a group: takes the weights' offset back out
   int32_t* block_comp = nullptr;  // the same per 16 columns, for sparse matrices
+  uint8_t* flipped = nullptr;     // q + 128, for sparse matrices and many rows (many_cells.inl)
 };
 
 inline Act row(const Act& a, int m) {
@@ -116,6 +117,7 @@ inline Act row(const Act& a, int m) {
   if (a.lo) r.lo = a.lo + at;
   if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
   if (a.block_comp) r.block_comp = a.block_comp + i * a.blocks;
+  if (a.flipped) r.flipped = a.flipped + at;
   return r;
 }
 

@@ -85,6 +85,10 @@ inline int sum_bytes(const int8_t* q, int k) {
   return reduce_add(s);
 }
 
+inline void flip(const int8_t* q, int k, uint8_t* out) {  // q + 128
+  for_lanes(k, [&](int i) { store(out + i, (u8x16)load<i8x16>(q + i) ^ 128); });
+}
+
 void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
   const int offset = w.format_traits().offset();
   int8_t* q = x.q + static_cast<size_t>(row) * x.ld;
@@ -99,6 +103,7 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
     }
     x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_input(w, from, padded, q + at + done);
     x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
+    if (x.flipped) flip(q + at + done, padded, x.flipped + static_cast<size_t>(row) * x.ld + at + done);
     if (!x.block_comp) continue;
     int32_t* blocks = x.block_comp + static_cast<size_t>(row) * x.blocks + (at + done) / kBlock;
     for (int b = 0; b < padded; b += kBlock) *blocks++ = offset * sum_bytes(q + at + done + b, kBlock);
@@ -121,6 +126,7 @@ void store_act(const Matrix& w, const Act& x, int row, int at, const float* valu
     if (x.hi && last) pad(x.hi + start, w.k, to);
     if (last) {
       pad(x.q + start, round_up(w.k, 16), to);
+      if (x.flipped) pad(x.flipped + start, round_up(w.k, 16), to);
       if (x.block_comp)
         pad(x.block_comp + static_cast<size_t>(row) * x.blocks, (w.k + kBlock - 1) / kBlock, x.blocks);
     }

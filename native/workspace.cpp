@@ -51,7 +51,9 @@ Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
     a.q = take<int8_t>(cells);
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
     a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
-    if (sparse) a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
+    if (!sparse) return a;
+    a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
+    a.flipped = take<uint8_t>(cells);
     return a;
   }
   a.f32 = take<float>(cells);

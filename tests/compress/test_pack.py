@@ -14,6 +14,7 @@ from farthing.compress.evaluate import paged_batch
 from farthing.compress.size import zero_block_bytes
 from farthing.model import load
 from farthing.ops import select
+from farthing.ops.blocks import NEVER
 
 pytest.importorskip("farthing._native")
 
@@ -51,7 +52,7 @@ def test_block_sparse_weights_survive_packing_and_are_served(
     for name in experts:
         assert built[name].sparse and mapped[name].sparse  # type: ignore[attr-defined]
     assert not mapped["model.layers.0.self_attn.o_proj"].sparse  # type: ignore[attr-defined]
-    monkeypatch.setattr("farthing.ops.cpu.packing.COSTS", {})
+    monkeypatch.setattr("farthing.ops.cpu.packing.costs_of", lambda kind, isa: NEVER)
     dense, packed = logits(out, None)
     assert not any(packed[n].sparse for n in experts)  # type: ignore[attr-defined]
     assert float((actual - dense).norm() / dense.norm()) < 1e-4

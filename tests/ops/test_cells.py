@@ -12,7 +12,7 @@ pytest.importorskip("farthing._native")
 
 from farthing import _native
 from farthing.ops import blocks
-from farthing.ops.blocks import blocks_per_cell, saves_time
+from farthing.ops.blocks import NEVER, blocks_per_cell, costs_of, saves_time
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packing import pack, plan
 from farthing.ops.cpu.weights import Linear
@@ -59,7 +59,7 @@ def test_products(ops: CpuOps, name: str, block: tuple[int, int], n: int, k: int
     w = cut(weight(name, n, k, group), keep)
     handle = packed(ops, w)
     assert handle.packed.sparse
-    for tokens in (1, 2, 7, 19):
+    for tokens in (1, 2, 7, 19, 45):  # many rows have loops of their own
         x = torch.randn(tokens, k)
         y = ops.linear(x, handle)
         assert distance(y, exact(w, x)) < BOUNDS[name]
@@ -68,13 +68,20 @@ def test_products(ops: CpuOps, name: str, block: tuple[int, int], n: int, k: int
         assert distance(y, ops.linear(x, packed(ops, w, False))) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["int8", "int4"])
-def test_a_row_does_not_depend_on_the_others(ops: CpuOps, name: str) -> None:
-    w = cut(weight(name, 64, 512, 64), pattern(64, 512, (16, 16), 0.5))
-    handle, x = packed(ops, w), torch.randn(41, 512)
+@pytest.mark.parametrize("name", ["int8", "int4", "nl4"])
+@pytest.mark.parametrize(("k", "group"), [(512, 64), (512, 32), (66_048, 64)])  # the last: very many cells
+def test_a_row_does_not_depend_on_the_others(ops: CpuOps, name: str, k: int, group: int) -> None:
+    keep = pattern(32, k, (16, 16), 0.5)
+    if name == "nl4":
+        w = Weight("dense", torch.randn(32, k) * keep)
+        handle = Linear(pack(ops._native, [w], plan([w], "int4"), blocks=True), 32, k)
+    else:
+        handle = packed(ops, cut(weight(name, 32, k, group), keep))
+    assert handle.packed.sparse
+    x = torch.randn(41, k)
     y = ops.linear(x, handle)
-    for tokens in (1, 3, 8, 17):
-        assert torch.equal(ops.linear(x[:tokens].clone(), handle), y[:tokens])
+    for tokens in (1, 8, 17, 33):
+        assert torch.equal(ops.linear(x[-tokens:].clone(), handle), y[-tokens:])
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -86,9 +93,11 @@ def test_nothing_but_zeros(ops: CpuOps, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_chosen_where_the_measured_costs_say_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = CpuOps(1)
-    monkeypatch.setitem(blocks.COSTS, name, (0.5, 0.75, 1.0, 1.1))
+def test_chosen_where_the_measured_costs_say_so(
+    ops: CpuOps, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isa = next(s for s in blocks.COSTS if ops._native.isa.startswith(s))
+    monkeypatch.setitem(blocks.COSTS[isa], name, (0.5, 0.75, 1.0, 1.1))
     torch.manual_seed(1)
     for zeros, block in (
         (0.02, (16, 64)),
@@ -101,17 +110,25 @@ def test_chosen_where_the_measured_costs_say_so(name: str, monkeypatch: pytest.M
         w = cut(weight(name, 256, 512, 64), keep)
         counts = blocks_per_cell(keep, 64)
         costs = (counts == 1) * 0.5 + (counts == 2) * 0.75 + (counts == 3) * 1.0 + (counts == 4) * 1.1
-        assert saves_time(counts, name, 64) == bool(costs.mean() < 1)
-        assert packed(ops, w, None).packed.sparse == saves_time(counts, name, 64)
+        assert saves_time(counts, name, 64, isa) == bool(costs.mean() < 1)
+        assert packed(ops, w, None).packed.sparse == saves_time(counts, name, 64, isa)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_dense_matrix_stays_dense(group: int) -> None:
+def test_dense_matrix_stays_dense(ops: CpuOps, group: int) -> None:
     """Also where a cell is as narrow as a group of scales."""
     w = weight("int4", 64, 256, group)
     counts = blocks_per_cell(torch.ones(64, 256, dtype=torch.bool), group)
-    assert not saves_time(counts, "int4", group)
-    assert not packed(CpuOps(1), w, None).packed.sparse
+    assert not saves_time(counts, "int4", group, ops._native.isa)
+    assert not packed(ops, w, None).packed.sparse
+
+
+def test_every_instruction_set_has_costs() -> None:
+    for isa in ISAS:
+        for kind in ("int8", "int4", "nl4"):
+            assert 0 < costs_of(kind, isa)[0] < costs_of(kind, isa)[3]
+        assert costs_of("fp8", isa) == NEVER
+    assert costs_of("int8", "avx2") != costs_of("int8", "avx512_vnni") == costs_of("int8", "amx")
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

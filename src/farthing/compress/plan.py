@@ -49,11 +49,12 @@ class PlanResult:
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """`recipe` with the plan's zero blocks."""
-        shares = tuple((f"{o.part}.*", o.sparsity) for o in self.chosen.values() if o.sparsity)
-        if not shares:
+        sparse = [o for o in self.chosen.values() if o.sparsity]
+        if not sparse:
             return recipe
         # A dense MLP's pattern must not match experts; no layer has both.
-        return replace(recipe, prune=Prune("16x16", 0.0, shares=shares, heal_steps=HEAL_STEPS))
+        shares = tuple((f"{o.part}.*", o.sparsity) for o in sparse)
+        return replace(recipe, prune=Prune(sparse[0].pattern, 0.0, shares=shares, heal_steps=HEAL_STEPS))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-serializable values, for the report."""
@@ -83,9 +84,31 @@ def make_plan(
     options = measure(checkpoint, recipe, corpus, progress, notes)
     config = ModelConfig.from_json(checkpoint.config)
     options, rest = whole_model(checkpoint, config, options)
-    chosen, why = solve(options, list(dict.fromkeys(o.part for o in options)), recipe, rest)
+    chosen, why = best_pattern(options, recipe, rest)
     why = f"{why}. {about_sparsity(options, chosen, recipe)}"
     return PlanResult(chosen, options, why, config.num_hidden_layers, rest, recipe.measure)
+
+
+def best_pattern(options: Sequence[Option], recipe: Recipe, rest: Sizes) -> tuple[dict[str, Option], str]:
+    """The better of the plans with zero blocks of one shape; see `solve`."""
+    parts = list(dict.fromkeys(o.part for o in options))
+    failed: ValueError | None = None
+    plans = []
+    for pattern in recipe.patterns:
+        try:
+            usable = [o for o in options if not o.sparsity or o.pattern == pattern]
+            plans.append(solve(usable, parts, recipe, rest))
+        except ValueError as error:
+            failed = failed or error
+    if failed and not plans:
+        raise failed
+
+    def goal(plan: tuple[dict[str, Option], str]) -> float:
+        if recipe.budget_bytes is None:
+            return _total(plan[0], rest).of(recipe.measure)
+        return sum(o.kl for o in plan[0].values())
+
+    return min(plans, key=goal)
 
 
 def twin_of(module: str, layers: int) -> str:
@@ -205,12 +228,13 @@ def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], reci
     if not recipe.sparsities:
         return "The recipe has no zero blocks"
     if not tried:
-        return "Zero blocks were not measured: 16x16 does not tile the feed-forwards, or they are too wide"
+        return "Zero blocks were not measured: they do not tile the feed-forwards, or these are too wide"
     levels = ", ".join(f"{s:.0%}" for s in recipe.sparsities)
-    measured = f"Zero 16x16 blocks ({levels}) were measured in {len(tried)} feed-forwards"
+    shapes = " and ".join(dict.fromkeys(o.pattern for o in options if o.sparsity))
+    measured = f"Zero {shapes} blocks ({levels}) were measured in {len(tried)} feed-forwards"
     taken = [o for o in chosen.values() if o.sparsity]
     if taken:
-        return f"{measured} and chosen in {len(taken)}"
+        return f"{measured}, and those of {taken[0].pattern} chosen in {len(taken)}"
     price = min(_price(o, options, recipe.measure) for o in options if o.sparsity)
     rounded = [o for o in chosen.values() if o.format != "keep"]
     rate = max((_price(o, options, recipe.measure) for o in rounded), default=0.0)

@@ -103,8 +103,9 @@ class Recipe:
     max_drop: float | None = None
     budget_bytes: int | None = None  # "auto": size limit by `measure`, with the least loss within it
     measure: Measure = "memory"  # "auto": bytes in the kernels' layout, in files, or read per token
-    # "auto": shares of zero 16x16 blocks to try in every feed-forward
+    # "auto": shares of zero blocks to try in every feed-forward, and their shapes, of which it takes one
     sparsities: tuple[float, ...] = ()
+    patterns: tuple[Literal["16x16", "16x64"], ...] = ("16x16", "16x64")
     calibration_tokens: int = 8192
     window: int = 512
 
@@ -118,6 +119,8 @@ class Recipe:
             check_sparsity(getattr(self, name), name)
         for sparsity in self.sparsities:
             check_sparsity(sparsity, "sparsities")
+        if not set(self.patterns) <= {"16x16", "16x64"} or not self.patterns:
+            raise ValueError(f"patterns: got {self.patterns!r}; expected some of ('16x16', '16x64')")
         if self.max_drop is not None and not 0 <= self.max_drop < 10:
             raise ValueError(f"max_drop: got {self.max_drop}; expected a share such as 0.01")
         for name in ("budget_bytes", "measure"):

@@ -25,6 +25,7 @@ from farthing.compress.calibrate.recorder import Recorder, Wanted
 from farthing.compress.corpus import Corpus, Window
 from farthing.compress.layer import Layer, Stream
 from farthing.compress.prune.heal import heal
+from farthing.compress.prune.masks import BLOCKS, Pattern
 from farthing.compress.pruning import prune_layer
 from farthing.compress.recipe import Prune, Recipe
 from farthing.compress.size import Reads, Sizes, measured_shares, reads_of, zero_block_bytes
@@ -33,7 +34,6 @@ from farthing.compress.trace import TracedOps
 from farthing.compress.transform import Done, compress_layer, layer_stats
 from farthing.files import replace_json
 from farthing.model import ModelConfig
-from farthing.ops.blocks import BLOCK
 
 FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
 SAMPLE = 2048  # tokens to measure a sensitivity on
@@ -50,12 +50,14 @@ class Option:
     format: str
     sizes: Sizes  # of its matrices
     kl: float  # nats a token
-    sparsity: float = 0.0  # share of 16x16 blocks that are zero
+    sparsity: float = 0.0  # share of blocks that are zero
+    pattern: Pattern = "16x16"  # of these blocks
 
     @property
     def name(self) -> str:
         """Name in the report."""
-        return f"{self.format}, {self.sparsity:.0%} of blocks zero" if self.sparsity else self.format
+        zeros = f", {self.sparsity:.0%} of {self.pattern} blocks zero" if self.sparsity else ""
+        return f"{self.format}{zeros}"
 
 
 def part_of(module: str) -> str:
@@ -203,25 +205,31 @@ def _layer_options(
     trial = _Trial(meter, recorder, recipe, reads_of(model.config, routed))
     options = list(trial.kept(layer))
     for kind in FORMATS:
-        options += trial.rounded(layer, kind, {}, 0.0, options)
-    if not (recipe.sparsities and prunable(layer)):
+        options += trial.rounded(layer, kind, {}, options)
+    prunes = [
+        Prune(pattern, sparsity)
+        for pattern in recipe.patterns
+        for sparsity in recipe.sparsities
+        if prunable(layer, pattern)
+    ]
+    if not prunes:
         return options
     x = feed_forward_input(layer, fit, model.embedding, model.final_norm)
-    for sparsity in recipe.sparsities:
+    for prune in prunes:
         variant = replace(layer, tensors=dict(layer.tensors))
-        cut = replace(recipe, prune=Prune("16x16", sparsity))
-        masks = prune_layer(variant, layer_stats(variant, recorder)[0], cut)
+        masks = prune_layer(variant, layer_stats(variant, recorder)[0], replace(recipe, prune=prune))
         heal(variant, masks, x, after, HEAL_STEPS)
         for kind in SPARSE_FORMATS:
-            options += trial.rounded(variant, kind, masks, sparsity, options)
+            options += trial.rounded(variant, kind, masks, options, prune)
     return options
 
 
-def prunable(layer: Layer) -> bool:
-    """Whether 16x16 blocks tile the feed-forwards and brain surgery on them is within MOST_WORK."""
+def prunable(layer: Layer, pattern: Pattern = "16x16") -> bool:
+    """Whether blocks tile the feed-forwards and brain surgery on them is within MOST_WORK."""
+    r, c = BLOCKS[pattern]
     shapes = [layer.weight(m).shape for m in layer.modules() if ".mlp." in m]
-    work = sum(n / BLOCK * k**3 for n, k in shapes)
-    return all(n % BLOCK == 0 and k % BLOCK == 0 for n, k in shapes) and work <= MOST_WORK
+    work = sum(n / r * k**3 for n, k in shapes)
+    return all(n % r == 0 and k % c == 0 for n, k in shapes) and work <= MOST_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +249,15 @@ class _Trial:
             yield Option(part, "keep", self._sizes(done, modules, {}), 0.0)
 
     def rounded(
-        self, layer: Layer, kind: str, masks: dict[str, Tensor], sparsity: float, known: Sequence[Option]
+        self,
+        layer: Layer,
+        kind: str,
+        masks: dict[str, Tensor],
+        known: Sequence[Option],
+        prune: Prune | None = None,
     ) -> list[Option]:
         """Every part in one format, except where the result equals a known option."""
+        sparsity, pattern = (prune.sparsity, prune.pattern) if prune else (0.0, "16x16")
         copy = replace(layer, tensors=dict(layer.tensors))
         done = compress_layer(copy, self.recorder, self.recipe, lambda module: kind, masks).modules
         options = []
@@ -252,11 +266,12 @@ class _Trial:
                 continue
             sizes = self._sizes(done, modules, masks)
             # If a group size divides no matrix of the part, a smaller one was used.
-            twins = (o for o in known if (o.part, o.sparsity, o.sizes) == (part, sparsity, sizes))
+            same = (part, sparsity, pattern, sizes)
+            twins = (o for o in known if (o.part, o.sparsity, o.pattern, o.sizes) == same)
             if kind.startswith("int4") and any(o.format.startswith("int4") for o in twins):
                 continue
             kl = self.meter.kl(layer.index, {f"{m}.weight": done[m].weight.dequantize() for m in modules})
-            options.append(Option(part, kind, sizes, kl, sparsity))
+            options.append(Option(part, kind, sizes, kl, sparsity, pattern))
         return options
 
     def _sizes(self, done: Mapping[str, Done], modules: list[str], masks: Mapping[str, Tensor]) -> Sizes:

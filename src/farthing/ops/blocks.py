@@ -16,12 +16,28 @@ if TYPE_CHECKING:
 BLOCK = 16
 CELL = 64  # columns
 Costs = tuple[float, float, float, float]
-# Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel: the most of 1, 2, 4,
-# 16, 64 and 512 rows (docs/lab/cpu-kernels.md). A matrix is stored block-sparse if this saves time.
-_FOUR_BITS: Costs = (0.38, 0.63, 0.89, 1.06)  # measured with int4; nl4 has the same loops
-COSTS: dict[str, Costs] = {"int8": (0.41, 0.65, 0.86, 1.10), "int4": _FOUR_BITS, "nl4": _FOUR_BITS}
 NEVER: Costs = (2.0, 2.0, 2.0, 2.0)
 ALWAYS: Costs = (0.0, 0.0, 0.0, 0.0)
+# Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel, the most of several
+# numbers of rows, by instruction set (docs/lab/cpu-kernels.md). A matrix is stored block-sparse if this saves
+# time. AMX was not measured and takes the costs of AVX-512.
+COSTS: dict[str, dict[str, Costs]] = {
+    "avx512": {
+        "int8": (0.41, 0.60, 0.90, 1.12),
+        "int4": (0.50, 0.70, 0.87, 1.05),
+        "nl4": (0.50, 0.66, 0.91, 1.04),
+    },
+    "avx2": {
+        "int8": (0.69, 0.87, 1.07, 1.38),
+        "int4": (0.35, 0.58, 0.71, 1.06),
+        "nl4": (0.45, 0.68, 0.91, 1.10),
+    },
+    "portable": {
+        "int8": (0.34, 0.60, 0.86, 1.01),
+        "int4": (0.32, 0.61, 0.86, 1.00),
+        "nl4": (0.30, 0.61, 0.93, 1.14),
+    },
+}
 
 
 def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
@@ -35,10 +51,16 @@ def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
     return blocks.view(blocks.shape[0], -1, min(group, CELL) // BLOCK).sum(2)
 
 
-def saves_time(counts: Tensor, kind: str, group: int) -> bool:
+def costs_of(kind: str, isa: str = "avx512") -> Costs:
+    """The costs of a stored format (never block-sparse if it has none) with an instruction set's kernels."""
+    found = next((s for s in COSTS if isa.startswith(s)), "avx512")
+    return COSTS[found].get(kind, NEVER)
+
+
+def saves_time(counts: Tensor, kind: str, group: int, isa: str = "avx512") -> bool:
     """Whether the kernels are faster with the block-sparse form; counts and group: see `blocks_per_cell`.
 
     Costs are those of 64 columns; a cell of a narrower group is a part of one.
     """
-    costs = torch.tensor((0.0, *COSTS[kind]))
+    costs = torch.tensor((0.0, *costs_of(kind, isa)))
     return float(costs[counts * (CELL // min(group, CELL))].sum()) < counts.numel()

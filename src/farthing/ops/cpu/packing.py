@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.lazy import torch
-from farthing.ops.blocks import ALWAYS, COSTS, NEVER
+from farthing.ops.blocks import ALWAYS, CELL, NEVER, costs_of
 from farthing.ops.weights import Weight, int4_group
 
 if TYPE_CHECKING:
@@ -123,8 +123,11 @@ def pack(
         raise ValueError("got NaN or infinity; expected finite values, because they are rounded to integers")
     sources, alive = zip(*(_source(w, target) for w in weights), strict=True)
     zero = any(w.zero_point is not None and _is_held(w, target) for w in weights)
-    measured = COSTS.get(HELD.get(target.format, ""), NEVER)
-    costs = measured if blocks is None else ALWAYS if blocks else NEVER
+    if blocks is None:  # padding is no reason: the planner knows the shapes, not the zeros
+        whole = columns.pop() % CELL == 0
+        costs = costs_of(HELD.get(target.format, ""), native.isa) if whole else NEVER
+    else:
+        costs = ALWAYS if blocks else NEVER
     packed = native.pack(target.format, target.group, zero, interleave, costs, list(sources))
     del alive
     return packed
