@@ -101,7 +101,7 @@ def over_http(model: Path, file: Path, threads: int) -> tuple[float, int]:
         port = free.getsockname()[1]
     body = json.dumps({"prompt": [3] * 8, "max_tokens": 1, "temperature": 0, "stream": True}).encode()
     url, headers = f"http://{HOST}:{port}/v1/completions", {"Content-Type": "application/json"}
-    command = [sys.executable, "-m", "farthing.cli.app", "serve", model, "--packed", file, "--port", port]
+    command = [sys.executable, "-m", "farthing", "serve", model, "--packed", file, "--port", port]
     began = time.perf_counter()
     process = subprocess.Popen(
         [str(c) for c in [*command, "--threads", threads, "--max-model-len", 1024]],

@@ -12,6 +12,7 @@ import typer
 from farthing import extras
 from farthing.cli.errors import one_line_errors
 from farthing.cli.options import with_options
+from farthing.cli.read_ahead import remember
 from farthing.config import EngineConfig
 from farthing.page_in import page_in
 from farthing.server.auth import KeyRing
@@ -78,7 +79,9 @@ def serve(
 def _load(config: EngineConfig) -> Engine:
     from farthing.engine.build import build_engine  # imports torch
 
-    return build_engine(config)
+    engine = build_engine(config)
+    remember("serve")
+    return engine
 
 
 def _suggest_extras() -> None:

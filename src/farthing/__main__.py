@@ -1,0 +1,20 @@
+"""`farthing`, or `python -m farthing`: reads ahead what a command imports, then runs it."""
+
+from __future__ import annotations
+
+import sys
+
+from farthing.cli.read_ahead import read_ahead
+
+
+def main() -> None:
+    """Entry point of the `farthing` script."""
+    if "serve" in sys.argv[1:2]:
+        read_ahead("serve")
+    from farthing.cli.app import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()
