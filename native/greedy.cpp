@@ -3,8 +3,9 @@
 //
 // A low nibble is 0 to 15. Replacing all of them by 7.5 changes a logit by the row's scale times the sum of
 // activation times deviation, whose standard deviation is kDeviation |x| if the low nibbles of a row are
-// spread evenly, as those of rounded weights are. Logits are bounded at kMargin times that. Every row that is
-// read whole also tests the assumption: a deviation beyond kDoubt has all rows of the token read whole.
+// spread evenly, as those of rounded weights are. Logits are bounded at kMargin times that. Rows whose low
+// nibbles are not (uneven.cpp) are always read whole, and heads with many of them too. Every other row that
+// is read whole also tests the assumption: a deviation beyond kDoubt has all rows of the token read whole.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -19,6 +20,8 @@ namespace {
 constexpr float kDeviation = 4.6097722f;  // sqrt((16^2 - 1) / 12)
 constexpr float kMargin = 6.0f, kDoubt = 5.0f;
 constexpr float kNone = -3.0e38f;  // below every logit
+constexpr float kAny = 3.0e38f;    // the width of a row without a bound
+constexpr int kFew = 16;           // of so many panels, one with uneven rows is few
 
 // Euclidean length of a row of activations as the kernels read it.
 float length(const Act& x, int k, int group) {
@@ -57,6 +60,7 @@ struct Space {
 struct Search {
   const Kernels& kernels;
   const Matrix &whole, high;
+  const std::vector<uint16_t>& uneven;
   int tokens, threads;
   const Space& space;
 
@@ -83,7 +87,8 @@ struct Search {
     const int n = std::min(kColumns, whole.n - first * kPanel);
     float width[kColumns] = {};
     for (int i = 0; i < count; ++i) std::copy_n(scales(first + i), kPanel, width + i * kPanel);
-    for (float& scale : width) scale = std::fabs(scale);
+    for (int i = 0; i < count * kPanel; ++i)
+      width[i] = uneven[first + i / kPanel] >> i % kPanel & 1 ? kAny : std::fabs(width[i]);
     kernels.tile(high, first, count, act, tokens, tile, kColumns);
     bool finite = true;
     for (int t = 0; t < tokens; ++t) {
@@ -106,7 +111,7 @@ struct Search {
     bool trusted = true;
     for (int lane = 0; lane < lanes(panel); ++lane) {
       const float most = kDoubt * space.spread[t] * std::fabs(scales(panel)[lane]);
-      trusted &= std::fabs(exact[lane] - coarse[lane]) <= most;
+      trusted &= (uneven[panel] >> lane & 1) || std::fabs(exact[lane] - coarse[lane]) <= most;
       const Best here{exact[lane], static_cast<int64_t>(panel) * kPanel + lane};
       if (here > best) best = here;
     }
@@ -122,7 +127,12 @@ void Sizes::greedy(const Matrix& head, int tokens) {
 }
 
 void Backend::greedy(const Packed& head, Rows x, int tokens, const float* norm, float eps, int64_t* ids) {
-  if (head.m.has_planes()) return greedy_by_planes(head, x, tokens, norm, eps, ids);
+  if (head.m.has_planes()) {
+    if (head.uneven.empty()) head.uneven = uneven_rows(pool, head.m);
+    const auto many =
+        std::count_if(head.uneven.begin(), head.uneven.end(), [](uint16_t rows) { return rows; });
+    if (many * kFew <= head.m.panels) return greedy_by_planes(head, x, tokens, norm, eps, ids);
+  }
   std::vector<float> values(tokens), logsumexp(tokens);
   top_logits(head, x, tokens, norm, eps, 1, values.data(), ids, logsumexp.data());
 }
@@ -132,7 +142,7 @@ void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const flo
   const Matrix& w = head.m;
   work_.reset();
   const Space space(work_, w, tokens, pool.size());
-  const Search search{kernels, w, w.high_plane(), tokens, pool.size(), space};
+  const Search search{kernels, w, w.high_plane(), head.uneven, tokens, pool.size(), space};
   std::fill_n(space.doubted, static_cast<size_t>(pool.size()) * tokens, false);
   std::vector<Best> first(tokens);
   std::atomic<bool> finite{true};

@@ -3,10 +3,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "matrix.h"
 
 namespace farthing {
+
+class Pool;
 
 constexpr int kChunk = 32;  // panels whose logits are reduced together: fixed, so that sums have one order
 constexpr int kColumns = kChunk * kPanel;
@@ -16,6 +19,9 @@ struct Best {
   int64_t id = std::numeric_limits<int64_t>::max();
   bool operator>(const Best& o) const { return value > o.value || (value == o.value && id < o.id); }
 };
+
+// Per panel of a head in planes, a bit for each row whose low nibbles are not spread evenly (uneven.cpp).
+std::vector<uint16_t> uneven_rows(Pool& pool, const Matrix& w);
 
 inline bool all_finite(const float* x, int n) {
   constexpr uint32_t exponent = 0x7f800000u;

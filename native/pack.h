@@ -46,6 +46,7 @@ void check_cells(const Matrix& w, const uint8_t* records, size_t bytes);
 class Packed {
  public:
   Matrix m;
+  mutable std::vector<uint16_t> uneven;  // of a head in planes (head.h); empty until greedy decoding needs it
   // Packs the stacked rows of the sources; with `interleave`, alternates 16 rows of the first and the second.
   // Blocks of zeros are left out where `costs` say that it saves time.
   static std::shared_ptr<Packed> pack(Pool& pool, const Kernels& kernels, std::shared_ptr<Arena> arena,

@@ -123,10 +123,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not under_way & {item.seq.id for item in plan}
         prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
         limit = self.limits.prompt_tokens(len(plan) - len(prompts), False)
-        tokens = sum(item.count for item in prompts)
         divided = [item for item in plan if item.seq.busy]
         assert not (divided and self.divided), "one at a time"
-        assert limit is None or tokens <= limit or (divided and tokens <= (self.limits.divided or 0))
+        assert limit is None or sum(item.count for item in prompts if not item.seq.busy) <= limit
+        assert sum(item.count for item in divided) <= (self.limits.divided or 0)
+        assert all(item.seq.num_pending > (limit or 0) for item in divided), "only long ones"
         assert sum(item.count for item in prompts if item.seq.scored) <= 2
         assert len({item.seq.id for item in plan}) == len(plan)
         assert sum(item.num_tokens for item in plan) <= self.budget

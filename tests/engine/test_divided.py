@@ -145,6 +145,32 @@ def test_short_prompt_does_not_wait_for_a_divided_one(watched: Watched) -> None:
         stream.result()
 
 
+def test_short_prompt_is_not_divided_with_a_long_one(watched: Watched) -> None:
+    engine = watched.engine
+    others = watched.decoding()
+    requests: list[RequestStream] = []
+    engine.between_steps(
+        lambda core: requests.extend(engine.submit(prompt(6, n), ANSWER) for n in (40, 3))
+    ).result()
+    long, short = (stream.result().metrics.first_token_time for stream in requests)
+    assert short < long
+    assert {tokens for tokens, _, _ in watched.spans} == {40}
+    for stream in others:
+        stream.result()
+
+
+def test_another_clients_prompt_does_not_wait_for_all_layers(watched: Watched) -> None:
+    engine, answers = watched.engine, []
+    others = [engine.submit([7, 9, 11], DECODING, client="decoding")]
+    next(iter(others[0]))
+    flood = [engine.submit(prompt(i, 40), ANSWER, client="flood") for i in range(3)]
+    watched.before = [lambda: answers.append(engine.submit(prompt(9, 12), ANSWER, client="new"))]
+    last = max(stream.result().metrics.first_token_time for stream in flood)
+    assert answers[0].result().metrics.first_token_time < last
+    for stream in others:
+        stream.result()
+
+
 def test_rest_of_the_layers_follows_at_once_where_nothing_decodes(watched: Watched) -> None:
     others = watched.decoding(1)
     watched.before = [others[0].cancel]

@@ -81,6 +81,30 @@ def test_weights_that_break_the_bound_are_read_whole(ops: CpuOps) -> None:
         ops.forget("planes")
 
 
+@pytest.mark.parametrize("outlier", [50, 200, 1000])
+@pytest.mark.parametrize("mean", [-0.4, -0.1, 0.1])
+def test_rows_with_an_outlier(ops: CpuOps, outlier: float, mean: float) -> None:
+    """Their other weights round to -1, 0 and 1: low nibbles of 15, 0 and 1, far from evenly spread."""
+    k = 2048
+    for _ in range(4):
+        x, w = torch.randn(1, k) + mean, 0.02 * torch.randn(400, k)
+        at = int(x[0].abs().argmax())
+        w[77, at] = 0.02 * outlier * x[0, at].sign()
+        scale = w.abs().amax(1, keepdim=True) / 127
+        plain, planes = heads(ops, Weight("int8", (w / scale).round().to(torch.int8), scale))
+        expected = ops.logits(x, plain, torch.ones(k), EPS).argmax(-1).tolist()
+        assert ops.greedy(x, planes, torch.ones(k), EPS) == expected
+        ops.forget("planes")
+
+
+def test_head_of_uneven_rows_is_read_whole(ops: CpuOps) -> None:
+    w = torch.zeros(500, 128, dtype=torch.int8)
+    w[torch.arange(500), torch.arange(500) % 128] = 127
+    plain, planes = heads(ops, Weight("int8", w, torch.rand(500, 1) + 0.5))
+    x, scale = torch.randn(5, 128) - 0.2, norm(128)
+    assert ops.greedy(x, planes, scale, EPS) == ops.logits(x, plain, scale, EPS).argmax(-1).tolist()
+
+
 def test_logits_that_are_not_finite(ops: CpuOps) -> None:
     _, planes = heads(ops, weight("int8", 1100, 64))
     with pytest.raises(NotFinite, match="weights are broken"):

@@ -119,7 +119,7 @@ class EngineCore:
             step = self.runner.prepare(now)
             self._complete(now, step, self.runner.forward(step), began)
         paused = self.scheduler.interference.paused({item.seq.client for item in now})
-        if self._divided is not None and not self._divided.waits(now, paused):
+        if self._divided is not None and not (self._divided.wanted and self._divided.waits(now, paused)):
             now = [*now, *self._divided.plan]
             self._advance(self._divided, decodes=sum(item.decode for item in now))
         self._owe(now, time.perf_counter() - began)
@@ -172,6 +172,8 @@ class EngineCore:
                 return
             began = time.perf_counter() - divided.seconds
             self._complete(divided.plan, divided.step, divided.hidden, began, whole=False)
+        else:
+            self.stats.busy_seconds += divided.seconds
         self.scheduler.settle(divided.plan)
         self._divided = None
 

@@ -28,7 +28,6 @@ class Divided:
     hidden: Tensor  # [T, D], the next layer's input
     layer: int = 0  # the next one
     seconds: float = 0.0  # spent so far
-    postponed: bool = False  # whether the last step had no time for it
 
     @property
     def tokens(self) -> int:
@@ -41,12 +40,6 @@ class Divided:
         return any(item.seq.status is not Status.FINISHED for item in self.plan)
 
     def waits(self, beside: Seq[Scheduled[Generation]], paused: set[str]) -> bool:
-        """Whether its next layers are for a later step than that of `beside`.
-
-        They are if one of its clients pauses, or if short prompts have used this step's time, but not twice
-        in a row.
-        """
-        if any(item.seq.client in paused for item in self.plan):
-            return True
-        self.postponed = not self.postponed and any(item.count > 1 for item in beside)
-        return self.postponed
+        """Whether its next layers are for a later step than that of `beside`: one of its clients pauses, or
+        other prompts have used this step's time."""
+        return any(item.seq.client in paused for item in self.plan) or any(item.count > 1 for item in beside)

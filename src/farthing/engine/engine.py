@@ -10,7 +10,7 @@ Interface for a server or `farthing.LLM`:
     for output in stream: ...            # RequestOutput; from any thread
     async for output in stream: ...      # the same from an event loop
         # both raise EngineError if the request failed
-    stream.cancel()                      # thread-safe; blocks are free within one step; finish_reason "abort"
+    stream.cancel()                      # thread-safe; takes effect within one step; finish_reason "abort"
     stream.result()                      # blocks; all deltas merged to one RequestOutput
     await stream.aresult()
 

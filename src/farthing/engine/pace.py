@@ -24,7 +24,6 @@ _RECENT = 0.5  # weight of the last step in the cost per token
 _SMOOTH = 0.2  # weight of the last step in the duration of a decode step
 _SHARED = 0.5  # of the limit, where one client's prompts delay another's decoding
 _EFFICIENT = 256  # prompt tokens of a mixed step from which layers are not divided
-_GAIN = 2  # minimum factor from a mixed step's prompt tokens to those of divided layers
 
 
 class Pace(Limits):
@@ -68,12 +67,15 @@ class Pace(Limits):
         return max(SMALLEST_CHUNK, chunk)
 
     def divided_tokens(self, decodes: int, shared: bool = False) -> int | None:
-        """As many as go through one layer within the limit, where few go through all of them."""
-        together = self.prompt_tokens(decodes, shared)
-        if together is None or together >= _EFFICIENT or not self._layer:
+        """As many as go through one layer within the limit, where few go through all of them.
+
+        Where decoding alone takes almost all of the limit, that is fewer than a mixed step's, and nothing is
+        divided.
+        """
+        if not self.limit or not self._layer:
             return None
         most = int(self._spare(decodes, shared) / self._layer)
-        return most if most >= _GAIN * together else None
+        return most if most // self._layers < _EFFICIENT else None
 
     def layers(self, decodes: int, shared: bool, tokens: int) -> int:
         """Number of layers to compute for `tokens` prompt tokens beside `decodes` decoding sequences."""

@@ -8,7 +8,8 @@ blocks are freed and it recomputes its tokens later.
 
 Where `limits` allows more prompt tokens whose layers several steps compute (`divided.py`), their sequences
 are busy until `settle`: they are neither planned again nor preempted, and if they end, their blocks stay
-reserved. Meanwhile only prompts that fit into a step are started.
+reserved. Meanwhile, in every second step at most, prompts that fit into a step are planned, and any prompts
+of other clients that are next.
 
 A waiting prompt whose next blocks are being computed by a running one waits for them, so prompts that arrive
 together compute a shared prefix once. A prompt whose next blocks are on disk waits until they are read,
@@ -20,12 +21,12 @@ a sequence waits, so later arrivals cannot overtake it indefinitely.
 
 A client with less than its share of rows and blocks does not wait for others to finish: sequences of clients
 above their share are preempted for it, least urgent first, but never a client's most urgent one. The most
-urgent running sequence is never preempted, so there is always progress.
+urgent running sequence is only preempted while busy ones hold the blocks, so there is always progress.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
@@ -33,7 +34,7 @@ from typing import Generic
 from farthing.engine.block_pool import BlockPool, IntegrityError
 from farthing.engine.fairness import Fairness, by_claim, victims
 from farthing.engine.interference import Interference
-from farthing.engine.limits import Limits
+from farthing.engine.limits import Limits, Room
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.sequence import KEY, Queues, S, Scheduled, Status, insert, remove
@@ -74,6 +75,7 @@ class Scheduler(Generic[S]):
         self._queues: Queues[S] = Queues()
         self.num_preemptions = 0
         self._ended: list[S] = []  # busy sequences that were finished
+        self._beside = False  # whether the last step had prompts next to busy ones
         self.worth_sharing = 32  # minimum tokens of a prefix, in progress or on disk, to wait for it
         self._computing: dict[bytes, S] = {}  # by hash of a prompt block: the running sequence to compute it
         self._watermark = max(1, num_blocks // 100)
@@ -94,17 +96,13 @@ class Scheduler(Generic[S]):
         """Number of waiting sequences."""
         return sum(map(len, self._queues.values())) + sum(1 for _ in self.prefetch.waiters)
 
-    @property
-    def max_len(self) -> int:
-        """Tokens of the longest sequence that the pool can hold alone."""
-        return self.pool.num_blocks * self.block_size
-
     def add(self, seq: S) -> None:
         """Let a sequence wait for admission."""
-        if not 0 < len(seq.tokens) <= seq.max_len <= self.max_len:
+        most = self.pool.num_blocks * self.block_size
+        if not 0 < len(seq.tokens) <= seq.max_len <= most:
             raise ValueError(
                 f"a sequence of {len(seq.tokens)} tokens, growing to {seq.max_len}; expected at least one "
-                f"and at most {self.max_len}, the size of the cache"
+                f"and at most {most}, the size of the cache"
             )
         if seq.status is Status.NEW:
             self.fairness.enter(seq.client)
@@ -141,20 +139,22 @@ class Scheduler(Generic[S]):
         budget = self._schedule_decodes(plan)
         if not self._queues and len(plan) == len(self.running):  # no prompts: the usual step
             return plan
-        busy = self._ended or any(seq.busy for seq in self.running)
+        busy = {seq.client for seq in self.running if seq.busy} | {seq.client for seq in self._ended}
         shared, decodes = self.fairness.num_clients > 1, len(plan)
         limit = self.limits.prompt_tokens(max(decodes, int(shared)), shared) or budget
-        if busy and not (plan and self._brief(limit)):
+        beside, self._beside = self._beside, False
+        if busy and (beside or not plan or not self._passes(limit, busy)):
             return plan
         divided = 0 if busy or not plan else self.limits.divided_tokens(decodes, shared) or 0
-        if plan or self._brief(limit):
-            budget = min(budget, max(limit, divided))
-        self._schedule_prompts(plan, budget, admit=self.num_preemptions == preempted)
+        if not (plan or self._passes(limit)):
+            limit = budget
+        room = Room(budget, limit, divided, self.limits.scored_tokens() or budget)
+        self._schedule_prompts(plan, room, admit=self.num_preemptions == preempted)
         if not plan and self.running:
             raise IntegrityError("sequences run but none could be scheduled")
-        if limit < sum(item.count for item in plan[decodes:]) <= divided:
-            for item in plan[decodes:]:
-                item.seq.busy = True
+        for item in plan[decodes:]:
+            item.seq.busy = room.divides(item.seq.num_pending)
+        self._beside = any(not item.seq.busy for item in plan[decodes:])
         return plan
 
     def settle(self, plan: Seq[Scheduled[S]]) -> None:
@@ -220,8 +220,8 @@ class Scheduler(Generic[S]):
             budget -= self._add(plan, seq, 1, drafts)
         return budget
 
-    def _schedule_prompts(self, plan: list[Scheduled[S]], budget: int, admit: bool) -> None:
-        """Prompts that run and, if `admit`, ones that wait, as far as the budget goes.
+    def _schedule_prompts(self, plan: list[Scheduled[S]], room: Room, admit: bool) -> None:
+        """Prompts that run and, if `admit`, ones that wait, as far as there is room.
 
         Clients take turns by tokens served; a client's running prompts come before its waiting ones. Where
         the next one to be admitted does not fit, none overtakes it. Clients that delayed others pause.
@@ -232,28 +232,25 @@ class Scheduler(Generic[S]):
         for owner in dict.fromkeys(seq.client for seq in prompts):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
         queued = self._queues.keys() - paused if admit else set()
-        scores = self.limits.scored_tokens() or budget  # remaining tokens with logits
-        while budget and (begun or queued):
+        while room.left and (begun or queued):
             client = min(begun.keys() | queued, key=self._turn)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
-                if room := min(budget, scores) if seq.scored else budget:
-                    count = self._add(plan, seq, min(seq.num_pending, room))
-                    budget, scores = budget - count, scores - count * seq.scored
+                if count := room.take(seq.num_pending, seq.scored):
+                    self._add(plan, seq, count)
                 continue
             begun.pop(client, None)
             if client not in queued:
                 continue
             head = self._queues[client][0]
             hits = self._match(head)
-            room = min(budget, scores) if head.scored else budget
+            pending = len(head.tokens) - len(hits) * self.block_size
             if self._read(head, hits):
                 self._queues.drop(head)
-            elif not room or self._awaits(head, len(hits)):
+            elif not room.offers(pending, head.scored) or self._awaits(head, len(hits)):
                 queued.discard(client)
             elif self._admit(head, hits):
-                count = self._add(plan, head, min(head.num_pending, room), first=True)
-                budget, scores = budget - count, scores - count * head.scored
+                self._add(plan, head, room.take(head.num_pending, head.scored) or 1, first=True)
             else:
                 queued.clear()
             queued &= self._queues.keys()
@@ -308,11 +305,15 @@ class Scheduler(Generic[S]):
         for seq in victims(self.running, poorest, need, self._watermark, rows, clients, self.pool):
             self._preempt(seq)
 
-    def _brief(self, limit: int) -> bool:
-        """Whether the next client's prompt is so short that it should not wait for a long step of others."""
+    def _passes(self, limit: int, busy: Set[str] | None = None) -> bool:
+        """Whether the next prompt should not wait for a long step or busy sequences: it is short, or of
+        another client than these."""
         prompts = self._prompts() + [queue[0] for queue in self._queues.values()]
         first = min(prompts, key=lambda seq: self._turn(seq.client), default=None)
-        return first is not None and first.num_pending <= limit
+        if first is None or (busy is not None and first.client not in busy):
+            return first is not None
+        hits = [] if first.status is Status.RUNNING else self._match(first)
+        return first.num_pending - len(hits) * self.block_size <= limit
 
     def _match(self, seq: S) -> list[int]:
         if not (self.prefix.enabled and seq.read_cache):
