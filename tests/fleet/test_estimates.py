@@ -17,6 +17,8 @@ from farthing.fleet.estimates import (
     make_estimates,
     read_loads,
 )
+from farthing.fleet.policy import Policy
+from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.run import recall
 from farthing.fleet.signals import PrometheusSource
 from farthing.fleet.snapshot import Snapshot
@@ -151,3 +153,25 @@ def test_forecast_section_is_checked(tmp_path: Path) -> None:
         forecast_settings({"short": {"modell": "lstm"}})
     with pytest.raises(ValueError, match=r"forecast.short.model: got 'arima'; expected one of mixture, lstm"):
         forecast_settings({"short": {"model": "arima"}})
+
+
+def test_fleets_of_every_capacity_reach_zero_after_the_traffic_ends(tmp_path: Path) -> None:
+    """Within three leads, the window and two minutes of smoothing, by the shipped mixture; and not before."""
+    estimates = make_estimates(config(tmp_path))
+    policies = {c: Policy(PolicyConfig(capacity=c, min_replicas=0)) for c in (0.3, 1.0, 2.0, 20.0)}
+    current, reached = dict.fromkeys(policies, 8), dict[float, float]()
+    end = BEGIN + 5400.0
+    for tick in range(600):
+        now = BEGIN + 15.0 * tick
+        load = 2.0 + 0.2 * math.sin(tick) if now < end else 0.0
+        seen = Snapshot(now, 8, ready=8, request_rate=load, backlog=0.0, queue_time_s=0.0, late_share=0.0)
+        estimates.observe(now, seen)
+        short = estimates.short(now)
+        for capacity, policy in policies.items():
+            decision = policy.decide(now, seen, short, current=current[capacity])
+            current[capacity] = decision.target
+            if decision.target == 0:
+                reached.setdefault(capacity, now - end)
+    assert short is not None and (short.p50, short.p90) == ((0.0,), (0.0,))
+    assert current == dict.fromkeys(policies, 0)
+    assert all(1800 < passed <= 3 * 615 + 300 + 120 for passed in reached.values()), reached

@@ -21,6 +21,7 @@ from farthing.fleet.config import FleetConfig
 from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.forecast.day import DayForecaster
 from farthing.fleet.forecast.floor import FloorShare
+from farthing.fleet.forecast.history import TINY
 from farthing.fleet.forecast.prophet import ProphetConfig
 from farthing.fleet.forecast.short import GRID_S, ShortConfig, ShortTerm
 from farthing.fleet.series import DAY_S, Array, Series
@@ -147,7 +148,8 @@ def _refined(path: Array) -> tuple[float, ...]:
     """Interpolate a path from the grid of the fit to the grid of the plan, between step centers."""
     factor = round(FIT_STEP_S / PLAN_STEP_S)
     middles = np.arange(len(path)) * factor + (factor - 1) / 2
-    return tuple(np.interp(np.arange(len(path) * factor), middles, path).tolist())
+    fine = np.interp(np.arange(len(path) * factor), middles, path)
+    return tuple(np.where(fine > TINY, fine, 0.0).tolist())
 
 
 class LiveEstimates:

@@ -32,7 +32,7 @@ NOISE = 6  # window of the step-to-step noise, in leads
 FEATURES = len(MEANS) + len(SLOPES) + len(PEAKS) + 2
 SEQUENCE = 24  # values of half a lead each
 LARGEST = 2.0  # logarithms are clipped to this
-TINY = 1e-9
+TINY = 1e-6  # a load up to this is no traffic: one request in eleven days
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class History:
 
     @cached_property
     def level(self) -> Floats:
-        """[n, B] the smoothed load; never zero."""
+        """[n, B] the smoothed load; `TINY` without traffic, never zero."""
         return np.maximum(steady_load(self.load, self.step_s, self.growth), TINY)
 
     @cached_property

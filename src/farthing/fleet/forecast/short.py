@@ -20,7 +20,7 @@ import numpy as np
 from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.forecast.growth import GrowthConfig, ceiling, returning
-from farthing.fleet.forecast.history import History, memory
+from farthing.fleet.forecast.history import TINY, History, memory
 from farthing.fleet.forecast.lstm import PRETRAINED, LSTMConfig, Pretrained
 from farthing.fleet.forecast.members import Blocks, Growth, LastValue, Member
 from farthing.fleet.forecast.mixture import Mixture, MixtureConfig
@@ -140,8 +140,9 @@ class ShortLevel:
                 self._open -= 1
             mixed = self._mixture.step(made[:, row, :, 0], made[:, row, :, 1], level[origin])
             self._open += 1
-            p50[row] = level[origin] * np.exp(mixed.p50)
-            p90[row] = np.maximum(p50[row], level[origin] * np.exp(mixed.p90))
+            base = np.where(level[origin] > TINY, level[origin], 0.0)
+            p50[row] = base * np.exp(mixed.p50)
+            p90[row] = np.maximum(p50[row], base * np.exp(mixed.p90))
             weights[row] = mixed.weights
         return Advanced(p50, p90, weights)
 
