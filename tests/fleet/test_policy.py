@@ -291,3 +291,33 @@ def test_a_few_late_requests_lower_the_utilization_although_the_mean_is_low() ->
     for now in range(0, 600, 15):
         policy.decide(now, seen(now, 10, 5.0, ttft_s=0.8, late_share=0.0, tpot_s=0.06))
     assert policy.utilization == pytest.approx(0.7 * 0.86, rel=0.02)
+
+
+def test_implausible_cold_starts_are_capped_with_an_alarm() -> None:
+    """One pod whose readiness flapped must not hold a breach's replicas for a day."""
+    policy, current = Policy(PolicyConfig(capacity=1.0)), 20
+    for now in range(0, 3600, 15):
+        signals = seen(
+            now, current, 10.0, queue_time_s=0.5 if 600 <= now < 660 else 0.0, cold_start_s=86400.0
+        )
+        decision = policy.decide(now, signals)
+        current = decision.target
+    assert current == 15
+    assert decision.alarms == ("cold start: measured 86400 s, counted as 1800 s",)
+
+
+def test_reason_says_what_a_forecast_covers() -> None:
+    short = Forecast(0, 615.0, (10.0,), (12.0,), "lstm")
+    fits, late = (
+        Policy(CONFIG).decide(0, seen(0, 18, 1.0, cold_start_s=s), short).reason for s in (600.0, 1200.0)
+    )
+    assert "within 615 s, needs 18" in fits
+    assert "within 615 s of the 1215 s to plan for, needs 18" in late
+
+
+def test_reason_says_that_lateness_does_not_count() -> None:
+    policy = Policy(PolicyConfig(capacity=1.0, cold_start_s=300.0))
+    for now in range(0, 3615, 15):
+        load, late = (1.0, 0.0) if now < 3600 else (9.0, 1.0)
+        decision = policy.decide(now, seen(now, 2, load, late_share=late))
+    assert "lateness after a jump does not count for another 375 s" in decision.reason

@@ -304,3 +304,14 @@ async def test_prometheus_errors_quote_the_server(tmp_path: Path) -> None:
         await reader.close()
     finally:
         await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+def test_pods_cold_start_is_the_median_of_new_pods_of_the_selector() -> None:
+    source = PrometheusSource(
+        "http://prometheus", selector='{namespace="prod",model_name="a,b",pod=~"v3-.{1,9}"}'
+    )
+    pods = '{namespace="prod",pod=~"v3-.{1,9}"}'
+    assert source._questions(DIALECTS["vllm"])["cold_start_s"].endswith(
+        f"quantile(0.5, kube_pod_status_ready_time{pods} - kube_pod_created{pods}"
+        f" and time() - kube_pod_created{pods} < 86400)"
+    )

@@ -53,6 +53,13 @@ class Needs:
         if 0 < passed <= max(self.config.stale_after_s, 4 * self.config.interval_s):
             self.state.utilization = self.config.slo.moved(self.utilization, late, passed)
 
+    def excused(self, now: float, snapshot: Snapshot) -> str:
+        """In words, that present lateness does not count; empty if it does."""
+        until = self.state.excused_until
+        if not self.config.by_slo or until is None or now > until or not self._late(snapshot):
+            return ""
+        return f"lateness after a jump does not count for another {until - now:.0f} s"
+
     def _late(self, snapshot: Snapshot) -> float | None:
         """Share of requests that miss the SLO: 1 if the mean TPOT misses it, else by the time to first token.
 
@@ -82,9 +89,10 @@ class Needs:
                 need = self._needed(peak, rate)
                 load = f"{peak:.4g} {self.config.unit}/s (q{quantile:.2f})"
                 carried = f" (weight {forecast.weight:.0%})" if forecast.weight is not None else ""
-                reason = (
-                    f"{forecast.source}{carried} forecasts {load} within {until - now:.0f} s, needs {need}"
-                )
+                covered = min(until, forecast.end) - now
+                short_of = f" of the {until - now:.0f} s to plan for" if covered < until - now - 1 else ""
+                within = f"within {covered:.0f} s{short_of}"
+                reason = f"{forecast.source}{carried} forecasts {load} {within}, needs {need}"
                 answers[name] = Need(need, reason, peak)
         realtime = self._realtime(now, snapshot, rate)
         if "realtime" in self.config.levels or not answers:  # at least one level must answer
@@ -142,13 +150,8 @@ class Needs:
         )
 
     def lead(self, snapshot: Snapshot) -> float:
-        """Seconds from launch to ready: measured if known, else configured."""
-        measured = snapshot.cold_start_s
-        return (
-            measured
-            if measured is not None and measured >= 0 and math.isfinite(measured)
-            else self.config.cold_start_s
-        )
+        """Seconds from launch to ready: measured if known and plausible, else configured."""
+        return self.config.lead_s(snapshot.cold_start_s)
 
     def _needed(self, load: float, rate: float) -> int:
         return _ceil(load / (self.utilization * rate))

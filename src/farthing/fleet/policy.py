@@ -81,8 +81,9 @@ class Policy:
             reason = f"{best.reason}; replaces {snapshot.leaving} announced losses"
             best = Need(best.replicas + snapshot.leaving, reason)
         alarms += tuple(f"forecast: {f.note}" for f in (short, mid) if f is not None and f.note)
-        alarms += self._incomplete(snapshot)
+        alarms += self._incomplete(snapshot) + self._implausible(snapshot)
         target, held_by, why = self._bounded(now, best.replicas, snapshot)
+        why = "; ".join(text for text in (why, self._needs.excused(now, snapshot)) if text)
         if target != count:
             self.state.last_change = now
         levels = Levels(**{name: answer.replicas for name, answer in answers.items()})
@@ -199,6 +200,13 @@ class Policy:
             if snapshot.backlog is None:
                 gaps.append("backlog")
         return (f"signals: missing {', '.join(gaps)}",) if gaps else ()
+
+    def _implausible(self, snapshot: Snapshot) -> tuple[str, ...]:
+        """A measured cold start that is too long to be believed."""
+        measured, longest = snapshot.cold_start_s, self.config.longest_lead_s
+        if measured is None or not measured > longest:
+            return ()
+        return (f"cold start: measured {measured:.0f} s, counted as {self._needs.lead(snapshot):.0f} s",)
 
     def _hold(self, now: float, current: int, snapshot: Snapshot | None, alarms: tuple[str, ...]) -> Decision:
         self.state.breach_since = None

@@ -28,6 +28,7 @@ RULES = {
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 COUNTS = ("ready", "current")
 UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for separate pools
+_PLAUSIBLE_S = 900.0  # measured cold starts up to this are always believed
 LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
 
 
@@ -108,6 +109,17 @@ class PolicyConfig:
         )
         _check("latency_of", self.latency_of, f"one of {COUNTS}", self.latency_of in COUNTS)
         _check("latency_factor", self.latency_factor, "above 1", self.latency_factor > 1)
+
+    def lead_s(self, measured: float | None) -> float:
+        """Seconds from launch to ready: measured, up to `longest_lead_s`; configured if there is none."""
+        if measured is None or not math.isfinite(measured) or measured < 0:
+            return self.cold_start_s
+        return min(measured, self.longest_lead_s)
+
+    @property
+    def longest_lead_s(self) -> float:
+        """Longer measurements are mistakes, for instance by a pod that failed after it was ready."""
+        return max(3 * self.cold_start_s, _PLAUSIBLE_S)
 
     @property
     def down_below(self) -> float:

@@ -49,8 +49,7 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
     backlog = snapshot.backlog if snapshot is not None else None
     if current != 0 or not backlog or config.max_replicas < 1:
         return None
-    cold_start = snapshot.cold_start_s if snapshot is not None else None
-    drain = max(config.drain_s, cold_start if cold_start is not None else config.cold_start_s)
+    drain = max(config.drain_s, config.lead_s(snapshot.cold_start_s if snapshot is not None else None))
     rate = config.capacity if config.unit == "requests" else math.inf  # only requests are known
     need = max(1, math.ceil(backlog / (drain * rate)))
     target = min(max(need, config.min_replicas), config.max_replicas)

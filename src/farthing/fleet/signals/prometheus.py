@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from farthing.fleet.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
+_POD_LABELS = re.compile(r'\b(?:namespace|pod)(?:=~|!~|!=|=)"(?:[^"\\]|\\.)*"')
 MAX_POINTS = 11_000  # per series in one query_range response
 
 
@@ -113,7 +115,8 @@ class PrometheusSource:
 
     def _questions(self, d: Dialect) -> dict[str, str]:
         """PromQL for each field of a snapshot, and for the age of the newest sample in seconds."""
-        ready_at = "kube_pod_status_ready_time"
+        # the last time a pod became ready: for one that recovered it is too late, hence new pods' median
+        ready_at, created = "kube_pod_status_ready_time", f"kube_pod_created{self._pods}"
         questions = {
             "age": f"time() - max(timestamp({self._of(d.waiting)}))",
             "ready": f"count({self._of(d.waiting)})",
@@ -126,7 +129,7 @@ class PrometheusSource:
             "running": f"sum({self._of(d.running)})",
             "kv_usage": f"avg({self._of(d.kv_usage)})",
             "cold_start_s": f"quantile(0.9, {self._of(LAUNCH_METRIC)}) or "
-            f"quantile(0.9, {ready_at}{self._pods} - kube_pod_created{self._pods})",
+            f"quantile(0.5, {ready_at}{self._pods} - {created} and time() - {created} < 86400)",
         }
         if self._leaving:
             questions["leaving"] = f"sum({self._leaving})"
@@ -141,8 +144,8 @@ class PrometheusSource:
 
     @property
     def _pods(self) -> str:
-        """The selector's namespace, for kube-state-metrics, whose series have no model labels."""
-        labels = [part for part in self._selector.strip("{}").split(",") if part.startswith("namespace=")]
+        """The selector's namespace and pods, for kube-state-metrics, whose series have no model labels."""
+        labels = _POD_LABELS.findall(self._selector)
         return "{" + ",".join(labels) + "}" if labels else ""
 
     def _rate(self, counter: str) -> str:
