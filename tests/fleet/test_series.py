@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farthing.fleet.series import Series, read_series, seconds
+from farthing.fleet.series import Series, read_series
+from farthing.fleet.trace_file import seconds
 
 
 def test_reads_both_formats_plain_and_gzip(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_errors_name_wrong_columns_values_and_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="when, what"):
         read_series(path)
     path.write_text("t_s,total_rate_rps\n0,1\n10,-2\n")
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(ValueError, match="line 3, total_rate_rps: got '-2'; expected a number from 0"):
         read_series(path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         read_series(tmp_path / "none.csv")

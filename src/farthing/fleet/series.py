@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from farthing.fleet.trace_file import check_span, columns, csv_rows
+
 Array = NDArray[np.float64]
 DAY_S = 86400.0
+_MAX_STEPS = 10_000_000  # 19 years of minutes; bounds the memory that one wrong time allocates
+_MAX_TIME_S, _MAX_VALUE = 1e11, 1e12
 
 
 @dataclass(frozen=True)
@@ -74,52 +73,30 @@ class Series:
         return Series(self.start + skip * self.step_s, self.step_s * factor, values, self.name)
 
 
-def open_text(path: Path) -> io.TextIOWrapper:
-    """A text stream of a plain or gzip file, detected by its first two bytes. Raises FileNotFoundError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"trace {path} does not exist")
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    raw: Any = gzip.open(path, "rb") if zipped else path.open("rb")  # noqa: SIM115
-    return io.TextIOWrapper(raw, encoding="utf-8")
-
-
-def seconds(text: str) -> float:
-    """Seconds since the epoch of an ISO-like timestamp (fractions are truncated to microseconds)."""
-    head, _, fraction = text.strip().partition(".")
-    digits = "".join(c for c in fraction if c.isdigit())[:6] or "0"
-    whole = datetime.fromisoformat(head)
-    return (whole - datetime(1970, 1, 1)).total_seconds() + float(f"0.{digits}")
-
-
-def read_series(path: str | Path) -> Series:
+def read_series(path: str | Path, most_s: float = math.inf) -> Series:
     """Read a rate series from CSV with columns `t_s,total_rate_rps` or `timestamp,value`, plain or gzip.
 
     Values of the second form are counts per step and are kept. Missing steps are interpolated linearly.
-    Raises ValueError with the columns found.
+    Raises ValueError with the columns found, or with the line and field; also if it spans more than `most_s`.
     """
     path = Path(path)
-    with open_text(path) as file:
-        reader = csv.DictReader(file)
-        names = tuple(reader.fieldnames or ())
-        rows = list(reader)
-    columns: tuple[tuple[str, str, Callable[[str], float]], ...] = (
-        ("t_s", "total_rate_rps", float),
-        ("timestamp", "value", seconds),
-    )
-    for when, what, parse in columns:
-        if when in names and what in names:
-            return _gridded(path, [(parse(row[when]), float(row[what])) for row in rows])
-    found = ", ".join(names) or "none"
-    raise ValueError(f"{path}: got columns {found}; expected t_s,total_rate_rps or timestamp,value")
-
-
-def _gridded(path: Path, rows: list[tuple[float, float]]) -> Series:
+    names, rows = columns(path), list(csv_rows(path))
+    if {"t_s", "total_rate_rps"} <= set(names):
+        when, what = "t_s", "total_rate_rps"
+        times = [row.number(when, -_MAX_TIME_S, _MAX_TIME_S) for row in rows]
+    elif {"timestamp", "value"} <= set(names):
+        when, what = "timestamp", "value"
+        times = [row.time(when) for row in rows]
+    else:
+        found = ", ".join(names) or "none"
+        raise ValueError(f"{path}: got columns {found}; expected t_s,total_rate_rps or timestamp,value")
+    values = [row.number(what, 0, _MAX_VALUE) for row in rows]
     if len(rows) < 2:
         raise ValueError(f"{path}: got {len(rows)} rows; expected at least two")
-    data = np.array(sorted(rows), dtype=np.float64)
+    data = np.array(sorted(zip(times, values, strict=True)), dtype=np.float64)
     step = float(np.median(np.diff(data[:, 0])))
     if step <= 0:
         raise ValueError(f"{path}: times do not increase; expected one row per step")
+    check_span(path, when, times, [row.line for row in rows], min(most_s, _MAX_STEPS * step))
     grid = np.arange(data[0, 0], data[-1, 0] + step / 2, step)
     return Series(float(data[0, 0]), step, np.interp(grid, data[:, 0], data[:, 1]), path.name.split(".")[0])

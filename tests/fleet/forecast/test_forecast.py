@@ -92,7 +92,15 @@ def test_skill_against_a_faultless_reference_is_undefined(tmp_path: Path) -> Non
             assert report["skill_vs_last"] is None and report["skill_vs_seasonal"] is None
             assert (report["wape"] is None) == (load == 0)
     result = CliRunner().invoke(app, [str(path), "--model", "naive"])
-    assert "skill_vs_last undefined (the last value's error is 0)" in result.stdout
+    assert "skill_vs_last undefined (the last value's error is 0, or rounding only)" in result.stdout
+
+
+def test_skill_against_a_reference_with_rounding_errors_is_undefined() -> None:
+    hours = np.arange(24 * 20)
+    series = Series(0.0, 3600.0, 1e6 * (2 + np.sin(2 * np.pi * hours / 24)))
+    report = backtest(series, LastValue(), 3600.0)
+    assert report["skill_vs_last"] == 0
+    assert report["skill_vs_seasonal"] is None
 
 
 def test_horizons() -> None:

@@ -18,12 +18,13 @@ from farthing.fleet.series import DAY_S, Series
 
 MODELS = (*PATHS, *(name for name in SHORT_MODELS if name not in PATHS))
 Progress = Callable[[str], None]
+_ROUNDING = 1e-9  # errors below this share of the load are rounding
 UNDEFINED = {  # why a figure of a report is None
     "wape": "the load is 0",
     "mape": "the load is 0",
     "pinball": "the load is 0",
-    "skill_vs_last": "the last value's error is 0",
-    "skill_vs_seasonal": "the seasonal forecast's error is 0",
+    "skill_vs_last": "the last value's error is 0, or rounding only",
+    "skill_vs_seasonal": "the seasonal forecast's error is 0, or rounding only",
 }
 
 
@@ -65,7 +66,8 @@ def backtest(
 
     Returns wape and mape in percent (mape over values above 1 % of the mean), coverage of the 0.9 quantile in
     percent, skills in percent against the last value and the best seasonal naive, and the mean time of a fit
-    in seconds. What would divide by zero is None (`UNDEFINED`): a skill against a reference without errors.
+    in seconds. What would divide by zero is None (`UNDEFINED`): a skill against a reference without errors
+    (other than rounding).
     """
     plan = plan or Backtest()
     steps = max(1, round(horizon_s / series.step_s))
@@ -112,8 +114,8 @@ def _report(truth: Floats, errors: Floats, covered: list[float], fit_seconds: li
         "wape": _percent(total[0], truth.sum()),
         "mape": 100 * float((errors[0][large] / truth[large]).mean()) if large.any() else None,
         "coverage": 100 * float(np.mean(covered)),
-        "skill_vs_last": _skill(total[0], total[1]),
-        "skill_vs_seasonal": _skill(total[0], total[2:].min()),
+        "skill_vs_last": _skill(total[0], total[1], truth.sum()),
+        "skill_vs_seasonal": _skill(total[0], total[2:].min(), truth.sum()),
         "fit_seconds": float(np.mean(fit_seconds)),
         "origins": len(covered),
         "steps": len(truth) // max(1, len(covered)),
@@ -124,9 +126,9 @@ def _percent(part: float, whole: float) -> float | None:
     return 100 * float(part / whole) if whole > 0 else None
 
 
-def _skill(error: float, reference: float) -> float | None:
-    """Percent by which `error` is below the reference's, if that is not 0."""
-    return 100 * float(1 - error / reference) if reference > 0 else None
+def _skill(error: float, reference: float, scale: float) -> float | None:
+    """Percent by which `error` is below the reference's, if that is more than the rounding of `scale`."""
+    return 100 * float(1 - error / reference) if reference > _ROUNDING * scale else None
 
 
 def backtest_short(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,12 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.fleet.series import Series, open_text, read_series, seconds
+from farthing.fleet.series import DAY_S, Series, read_series
+from farthing.fleet.trace_file import Row, check_span, columns, csv_rows, first_line, open_text
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 BLOCK = 512  # tokens per block of a prompt, as in the Mooncake traces
+_MAX_TIME_MS = 1e14
+_MAX_SPAN_S = 731 * DAY_S  # a replay allocates arrays of seconds
 EXAMPLE = Path(__file__).parent / "traces" / "servegen_reason_deepseek-r1_rate.csv"
 
 
@@ -49,11 +52,11 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
     Raises FileNotFoundError, or ValueError with the first line and the four supported formats.
     """
     path = Path(path)
-    columns = _columns(_first_line(path))
-    if {"t_s", "total_rate_rps"} <= columns:
-        return read_series(path)
-    if {"timestamp", "value"} <= columns:
-        counts = read_series(path)
+    names = set(columns(path))
+    if {"t_s", "total_rate_rps"} <= names:
+        return read_series(path, _MAX_SPAN_S)
+    if {"timestamp", "value"} <= names:
+        counts = read_series(path, _MAX_SPAN_S)
         return Series(counts.start, counts.step_s, counts.values / counts.step_s, counts.name)
     rows = read_requests(path, "; CSV with t_s,total_rate_rps or timestamp,value")
     if len(rows) < 2:
@@ -70,51 +73,55 @@ def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
     Raises FileNotFoundError, or ValueError with the first line and the supported formats, including `others`.
     """
     path = Path(path)
-    first = _first_line(path)
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= _columns(first):
-        rows = _azure(path)
+    first = first_line(path)
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(columns(path)):
+        when, rows = "TIMESTAMP", list(_azure(path))
     elif first.startswith("{"):
-        rows = _json_lines(path)
+        when, rows = "timestamp", list(_json_lines(path))
     else:
         raise ValueError(
             f"{path}: first line {first[:60]!r}; expected CSV with TIMESTAMP,ContextTokens,"
             f"GeneratedTokens; JSON lines with timestamp,input_length,output_length{others}"
         )
-    return sorted(rows, key=lambda row: row.at_s)
+    lines, made = [line for line, _ in rows], [one for _, one in rows]
+    check_span(path, when, [one.at_s for one in made], lines, _MAX_SPAN_S)
+    return sorted(made, key=lambda one: one.at_s)
 
 
-def _first_line(path: Path) -> str:
-    with open_text(path) as file:
-        return file.readline().strip()
+def _azure(path: Path) -> Iterator[tuple[int, Arrival]]:
+    for row in csv_rows(path):
+        at_s, prompt = row.time("TIMESTAMP"), row.count("ContextTokens")
+        yield row.line, Arrival(at_s, prompt, row.count("GeneratedTokens"))
 
 
-def _columns(line: str) -> set[str]:
-    return {name.strip() for name in line.split(",")}
-
-
-def _azure(path: Path) -> list[Arrival]:
-    with open_text(path) as file:
-        return [
-            Arrival(seconds(row["TIMESTAMP"]), int(row["ContextTokens"]), int(row["GeneratedTokens"]))
-            for row in csv.DictReader(file)
-        ]
-
-
-def _json_lines(path: Path) -> list[Arrival]:
-    rows = []
+def _json_lines(path: Path) -> Iterator[tuple[int, Arrival]]:
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-                at_s, blocks = float(row["timestamp"]) / 1000, tuple(row.get("hash_ids", ()))
-                rows.append(Arrival(at_s, int(row["input_length"]), int(row["output_length"]), blocks))
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {number}: {error!r}; expected timestamp (ms), input_length, output_length"
-                ) from error
-    return rows
+            row = _json_row(path, number, line)
+            at_s = row.number("timestamp", -_MAX_TIME_MS, _MAX_TIME_MS) / 1000
+            prompt, output = row.count("input_length"), row.count("output_length")
+            yield number, Arrival(at_s, prompt, output, _blocks(row))
+
+
+def _json_row(path: Path, number: int, line: str) -> Row:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}, line {number}: not JSON ({error}); expected one object per line"
+        ) from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}, line {number}: got {line.strip()[:60]}; expected a JSON object")
+    return Row(path, number, fields)
+
+
+def _blocks(row: Row) -> tuple[int, ...]:
+    ids = row.fields.get("hash_ids") or ()
+    if not isinstance(ids, list | tuple) or not all(isinstance(one, int) for one in ids):
+        raise row.wrong("hash_ids", "a list of integers")
+    return tuple(ids)
 
 
 def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s: float = 10.0) -> Floats:
