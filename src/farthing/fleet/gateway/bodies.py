@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from farthing.fleet.gateway.config import GatewayConfig
-from farthing.fleet.gateway.errors import Refused
+from farthing.fleet.gateway.errors import Refused, summary
 
 
 class Bodies:
@@ -48,7 +48,7 @@ class Bodies:
             seconds = self._config.body_timeout_s
             raise Refused(408, f"request body stalled for {seconds:g} s", close=True) from problem
         except web.RequestPayloadError as problem:
-            raise Refused(400, f"request body is malformed: {problem}", close=True) from problem
+            raise Refused(400, f"request body is malformed: {summary(problem)}", close=True) from problem
 
     def _check(self, size: int, more: int) -> None:
         if size > self._config.max_body:

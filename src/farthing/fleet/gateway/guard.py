@@ -22,6 +22,7 @@ from farthing.server.chunks import TOO_FINE, too_fine
 
 # The head of a chunk of less than 256 bytes; JSON has no such line.
 _CHUNK = re.compile(rb"\r\n0*[0-9a-fA-F]{1,2}[;\r \t]")
+_HEAD_END = b"\r\n\r\n"
 _LINGER_S = 3.0  # for a client that still sends after it was answered
 _TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
 
@@ -70,6 +71,9 @@ class Guard(asyncio.Protocol):
         self._bytes = 0  # received since the last request ended
         self._chunks = 0  # small ones since then
         self._body: aiohttp.StreamReader | None = None  # of the current request
+        self._length: int | None = 0  # of the current request's body; None if it is chunked
+        self._after: int | None = None  # bytes received after the head's end; None without a complete head
+        self._tail = b""  # the last four bytes received
         self.phase: Phase = "head"
         self.fresh = True  # no request yet on this connection
         self.peer = "unknown"
@@ -107,6 +111,7 @@ class Guard(asyncio.Protocol):
             if not self._bytes:
                 self._arm(self._door.config.head_timeout_s)
             self._bytes += len(data)
+        self._measure(data)
         if self._too_fine(data):
             self._reject_body(TOO_FINE)
             return
@@ -127,19 +132,25 @@ class Guard(asyncio.Protocol):
 
     # ---- request lifecycle ----
 
-    def started(self, body: aiohttp.StreamReader) -> None:
-        """Called when a complete head has been parsed and its handler starts."""
+    def started(self, body: aiohttp.StreamReader, length: int | None) -> None:
+        """Called when a complete head has been parsed and its handler starts. length: None if chunked."""
         self.phase, self.fresh, self._bytes = "request", False, 0
-        self._body, self._chunks = body, 0
+        self._body, self._chunks, self._length = body, 0, length
         self._disarm()
 
     def ended(self, *, close: bool) -> None:
         """Called when the handler has finished. close: close the connection."""
-        self._bytes, self._body = 0, None
+        more = self._more()
+        self._bytes, self._body, self._after = 0, None, None
         if self._transport is None:
             return
         self.phase = "closing" if close else "head"
-        self._arm(_LINGER_S if close else self._door.config.keepalive_s)
+        if more and not close:
+            self._bytes = 1  # at least: a head has begun
+            self._arm(self._door.config.head_timeout_s)
+        else:
+            self._tail = b""
+            self._arm(_LINGER_S if close else self._door.config.keepalive_s)
 
     @property
     def write_buffer(self) -> int:
@@ -157,6 +168,26 @@ class Guard(asyncio.Protocol):
             self._transport.abort()
 
     # ---- limits ----
+
+    def _measure(self, data: bytes) -> None:
+        """Count the bytes after the head."""
+        if self._after is None:
+            seen = self._tail + data
+            end = seen.find(_HEAD_END)
+            self._after = len(seen) - end - len(_HEAD_END) if end >= 0 else None
+        else:
+            self._after += len(data)
+        self._tail = (self._tail + data[-4:])[-4:]
+
+    def _more(self) -> bool:
+        """Whether a part of another request was received during the one that ended.
+
+        aiohttp does not tell. A request that was itself pipelined has no head in `_measure`; it and a
+        chunked one end with an empty line if nothing follows.
+        """
+        if self._after is not None and self._length is not None:
+            return self._after > self._length
+        return self._tail not in (b"", _HEAD_END)
 
     def _too_fine(self, data: bytes) -> bool:
         """Count the chunks in data before they are parsed: aiohttp parses all that arrived at once."""

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from farthing.fleet.gateway.errors import Refused, error_response
+from farthing.fleet.gateway.errors import Refused, error_response, summary
 from farthing.fleet.gateway.guard import Door, Guard, guard_of
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,7 @@ class Protocol(web.RequestHandler):
             guard = guard_of(request)
             if guard is not None:
                 status = 431 if isinstance(exc, LineTooLong) else 400
-                lines = (message or "").splitlines() or ["no HTTP/1.1"]
-                guard.refuse(status, f"request is malformed: {lines[0][:200]}")
+                guard.refuse(status, f"request is malformed: {summary(message or '')}")
             raise ConnectionError("malformed request")
         if isinstance(exc, ConnectionError):
             raise exc  # by the lines above: the client has its answer, and the connection closes
@@ -76,5 +75,6 @@ def _begin(
     request = web.BaseRequest(message, payload, protocol, writer, task, asyncio.get_running_loop())
     guard = guard_of(request)
     if guard is not None:
-        guard.started(payload)
+        length = None if message.chunked else int(message.headers.get("Content-Length", 0))
+        guard.started(payload, length)
     return request
