@@ -47,11 +47,11 @@ def test_missing_files_and_lists_are_skipped(cache: Path) -> None:
     file.write_text(f"{cache}/gone.pyc\n{__file__}\n", encoding="utf-8")
     read_ahead("serve")
     good = listed(cache)
-    for text in (b"\xff\xfe\n/\x00\n", b"/x\n" * (1 << 19)):
+    for text in (b"\xff\xfe\n/\x00\n", b"/x\n" * (1 << 23)):
         file.write_bytes(text)
         read_ahead("serve")
         remember("serve")
-        assert listed(cache) != good and len(listed(cache)) < 1 << 16, "rewritten"
+        assert listed(cache) != good and len(listed(cache)) < 1 << 20, "rewritten"
 
 
 def test_pipes_do_not_wait(cache: Path) -> None:

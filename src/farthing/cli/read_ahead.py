@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Thread
 
 THREADS = 4
-MOST = 1 << 20  # bytes of a list
+MOST = 1 << 24  # bytes of a list
 _MAPS = Path("/proc/self/maps")
 
 

@@ -66,6 +66,7 @@ class DiskStore:
         """loaded: called in the reader's thread with a load and its number of filled blocks."""
         self._index, self._memory, self._block_size = index, memory, block_size
         self._stats, self._loaded = stats, loaded
+        stats.stored_bytes = index.stored_bytes
         self._prefix = PrefixCache(block_size)
         self._notes: deque[tuple[bytes | None, list[bytes]]] = deque(maxlen=_MOST_QUEUED)
         self._runs: dict[bytes, _Run] = {}  # by their last hash
