@@ -43,6 +43,7 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
             else:
                 port = self._server.add_secure_port(address, credentials)
         except RuntimeError as problem:  # grpc's text is a page of status codes
+            await self.close()
             raise OSError(f"keda.address: cannot listen on {address}") from problem
         await self._server.start()
         return int(port)
@@ -50,6 +51,7 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
     async def close(self) -> None:
         if self._server is not None:
             await self._server.stop(grace=1.0)
+            self._server = None
 
     # ---- the calls ----
 
