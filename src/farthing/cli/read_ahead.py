@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
+from farthing.cache_dir import cache_dir
+
 THREADS = 4
 MOST = 1 << 24  # bytes of a list
 _MAPS = Path("/proc/self/maps")
@@ -47,9 +49,7 @@ def remember(command: str) -> None:
 def _list(command: str) -> Path:
     """The list of this installation, which may be one of several."""
     here = zlib.crc32(f"{sys.prefix} {sys.version} {__file__}".encode())  # hashlib would read 5 MB first
-    given = os.environ.get("XDG_CACHE_HOME")
-    root = Path(given) if given else Path.home() / ".cache"
-    return root / "farthing" / "start" / f"{command}-{here:08x}.txt"
+    return cache_dir() / "start" / f"{command}-{here:08x}.txt"
 
 
 def _read(file: Path) -> str:

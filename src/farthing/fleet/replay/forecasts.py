@@ -9,13 +9,13 @@ Shapes: T = ticks, B = runs.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from farthing import files
+from farthing.cache_dir import cache_dir
 from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.history import History
 from farthing.fleet.forecast.short import ShortConfig, capped, walk
@@ -59,7 +59,7 @@ def _cache(steps: Floats, config: ShortConfig) -> Path:
     digest = hashlib.sha256(steps.tobytes())
     digest.update(repr((_FORMAT, steps.shape, replace(config, pretrained=Path()))).encode())
     digest.update(config.pretrained.read_bytes() if config.pretrained.exists() else b"")
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "farthing" / "replay"
+    root = cache_dir() / "replay"
     return root / f"{digest.hexdigest()[:32]}.npz"
 
 
