@@ -166,9 +166,10 @@ def test_lease_times_must_be_in_order() -> None:
 
 @pytest.mark.anyio
 async def test_access_reviews_are_cached_for_a_while() -> None:
+    clock = Clock()
     async with FakeKubernetes() as api:
         api.allow = lambda spec: spec["user"] == "hpa"
-        access = Access(connect(api.url), keep_s=0.2)
+        access = Access(connect(api.url), keep_s=10.0, monotonic=clock)
         attributes = {"group": "external.metrics.k8s.io", "resource": "desired_replicas", "verb": "get"}
         for _ in range(3):
             assert await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
@@ -177,8 +178,10 @@ async def test_access_reviews_are_cached_for_a_while() -> None:
         assert api.reviews[0]["resourceAttributes"] == attributes
         assert api.reviews[0]["extra"] == {"scope": ["a"]}
         assert api.reviews[1]["nonResourceAttributes"] == {"path": "/apis", "verb": "get"}
-        await asyncio.sleep(0.25)
         api.allow = lambda spec: False
+        clock.now += 9.9
+        assert await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
+        clock.now += 0.2
         assert not await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,9 +92,11 @@ async def authentication_config(client: ApiClient) -> dict[str, str]:
 class Access:
     """SubjectAccessReview with a short-lived cache, as in other aggregated API servers."""
 
-    def __init__(self, client: ApiClient, *, keep_s: float = 10.0) -> None:
+    def __init__(
+        self, client: ApiClient, *, keep_s: float = 10.0, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
         self._api = kubernetes.client.AuthorizationV1Api(client)
-        self._keep = keep_s
+        self._keep, self._monotonic = keep_s, monotonic
         self._known: dict[Any, tuple[float, bool]] = {}
 
     async def allowed(
@@ -108,7 +111,7 @@ class Access:
         Raises ActuatorError if the API does not answer.
         """
         key = (user, groups, tuple(sorted(extra.items())), tuple(sorted(attributes.items())))
-        now = asyncio.get_running_loop().time()
+        now = self._monotonic()
         known = self._known.get(key)
         if known is not None and now - known[0] < self._keep:
             return known[1]
