@@ -59,3 +59,17 @@ async def test_request_that_no_replica_suits_tries_once_per_look() -> None:
     held.stopping = True
     held.notify()
     assert await task is None
+
+
+@pytest.mark.anyio
+async def test_client_that_leaves_in_the_turn_of_a_look_does_not_stop_the_others() -> None:
+    held = hold(lambda: True)
+    end = asyncio.get_running_loop().time() + 60
+    leaves, stays = (asyncio.create_task(held.until(lambda: "replica", end)) for _ in range(2))
+    while held.waiting < 2:
+        await asyncio.sleep(0)
+    leaves.cancel()  # its future is cancelled at once; the request notices a turn later
+    held.notify()
+    assert await stays == "replica"
+    with pytest.raises(asyncio.CancelledError):
+        await leaves

@@ -83,8 +83,8 @@ class Hold:
             self._due = deque(self._sleeping)
         count = len(self._due) if self.stopping else min(_BATCH, len(self._due))
         for future in [self._due.popleft() for _ in range(count)]:
-            if future in self._sleeping:  # else it has timed out
-                del self._sleeping[future]
+            self._sleeping.pop(future, None)
+            if not future.done():  # else its client has left, or its time is up
                 future.set_result(None)
         pause = _PAUSE_S if self._due else _AGAIN_S
         self._timer = asyncio.get_running_loop().call_later(pause, self._look)
