@@ -200,3 +200,14 @@ def test_logits_that_are_not_finite_name_the_layer(params: SamplingParams, where
     expected = pytest.raises(EngineFailed, match=re.escape(f"output that is not finite is that of {where}"))
     with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine, expected:
         engine.submit(list(range(20, 40)), params).result()
+
+
+def test_engine_survives_callers_that_no_longer_wait(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    entered, leave = threading.Event(), threading.Event()
+    engine.between_steps(lambda core: (entered.set(), leave.wait()))
+    entered.wait()
+    given_up = engine.between_steps(lambda core: None)
+    assert given_up.cancel()
+    leave.set()
+    assert engine.between_steps(lambda core: 1).result() == 1

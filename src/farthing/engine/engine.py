@@ -346,6 +346,8 @@ class Engine:
     def _receive(self) -> None:
         while self._calls:
             call, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(call(self._core))
             except Exception as error:  # the caller's, not the engine's
@@ -367,7 +369,8 @@ class Engine:
             pending = [state for what, state in self._inbox if what == "add" and state is not None]
             self._inbox.clear()
             for _, future in self._calls:
-                future.set_exception(EngineError("engine has stopped"))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(EngineError("engine has stopped"))
             self._calls.clear()
         if self._error is None:
             for state in pending:
