@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,8 +115,8 @@ def _openvino(file: Path, threads: int) -> Run:
 
 
 @torch.no_grad()
-def race(runs: dict[str, Run], size: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds, interleaved, after three warm-up rounds."""
+def race(runs: dict[str, Run], size: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every round, interleaved, after three warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     image = torch.randn(1, 3, size, size)
     for i in range(rounds + 3):
@@ -128,7 +127,7 @@ def race(runs: dict[str, Run], size: int, rounds: int) -> dict[str, float]:
             run(image)
             if i >= 3:
                 times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def limit(engine: Engine, threads: int) -> float:

@@ -1,8 +1,9 @@
-"""The pictures: the curves of both runs, and the latencies, with top-1 if the nets are trained."""
+"""The pictures: the curves of all runs, and the latencies, with top-1 if the nets are trained."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ from bench.resnet50.compare import OURS
 
 
 def plot(out: Path, into: Path, top1: dict[str, float] | None) -> list[Path]:
-    """Draw training.png and race.png from the records in `out`. top1: percent of "float" and "w4a4"."""
+    """Draw training.png and race.png from the records in `out`. top1: percent by run."""
     import matplotlib
 
     matplotlib.use("Agg")
     into.mkdir(parents=True, exist_ok=True)
     made = []
-    records = {part: out / part / "record.json" for part in ("float", "w4a4")}
-    if all(file.is_file() for file in records.values()):
+    records = {part: out / part / "record.json" for part in ("float", "w4a4", "control")}
+    records = {part: file for part, file in records.items() if file.is_file()}
+    if "w4a4" in records:
         made.append(_curves({part: json.loads(file.read_text()) for part, file in records.items()}, into))
     races = {
-        file.stem.removeprefix("race-"): json.loads(file.read_text()) for file in out.glob("race-*.json")
+        (int(size), int(threads)): json.loads(file.read_text())
+        for file in out.glob("race-*-*.json")
+        for _, size, threads in [file.stem.split("-")]
     }
     if races:
         made.append(_race(races, into, top1))
@@ -43,18 +47,23 @@ def _curves(records: dict[str, list[dict[str, Any]]], into: Path) -> Path:
     return _save(figure, into / "resnet50-training.png")
 
 
-def _race(races: dict[str, dict[str, float]], into: Path, top1: dict[str, float] | None) -> Path:
+def _race(
+    races: dict[tuple[int, int], dict[str, list[float]]], into: Path, top1: dict[str, float] | None
+) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, len(races), figsize=(5 * len(races), 3), squeeze=False)
-    for axis, (threads, times) in zip(axes[0], sorted(races.items()), strict=True):
+    for axis, ((size, threads), rounds) in zip(axes[0], sorted(races.items()), strict=True):
+        times = {name: statistics.median(values) for name, values in rounds.items()}
         names = sorted(times, key=lambda name: -times[name])
         bars = axis.barh(names, [times[n] for n in names], color=["C1" if n == OURS else "C0" for n in names])
         axis.bar_label(bars, [f"{times[n]:.1f}" for n in names], padding=2)
-        axis.set(title=f"{threads} thread{'s' if threads != '1' else ''}", xlabel="ms per picture, 224 x 224")
+        axis.set(
+            title=f"{threads} thread{'s' if threads > 1 else ''}", xlabel=f"ms per picture, {size} x {size}"
+        )
         axis.margins(x=0.15)
     if top1:
-        figure.suptitle(f"top-1: float {top1['float']:.1f} %, W4A4 block-sparse {top1['w4a4']:.1f} %")
+        figure.suptitle("top-1: " + ", ".join(f"{part} {value:.1f} %" for part, value in top1.items()))
     return _save(figure, into / "resnet50-race.png")
 
 

