@@ -217,6 +217,9 @@ async def test_metrics_server_shows_the_last_decision_and_its_age(tmp_path: Path
         assert "farthing:fleet_desired_replicas 5.0" in text
         assert "farthing:fleet_realtime_replicas 5.0" in text
         assert "farthing:fleet_cold_start_seconds 4.0" in text
+        assert (
+            "farthing:fleet_target_utilization 0.7" in text and "farthing:fleet_excused_seconds 0.0" in text
+        )
         assert 'farthing:fleet_decisions_total{action="up"} 1.0' in text
         assert decision is not None
         assert (await (await session.get("/decision")).json())["reason"] == decision.reason

@@ -14,6 +14,14 @@ from prometheus_client.registry import Collector
 from farthing.fleet.decisions import Decision
 from farthing.fleet.wake import Held
 
+_INPUTS = {  # of a decision -> its gauge
+    "utilization": ("farthing:fleet_target_utilization", "Target utilization, as adjusted by the SLO."),
+    "excused_s": (
+        "farthing:fleet_excused_seconds",
+        "Seconds for which late requests do not move the utilization, after a jump of the load.",
+    ),
+}
+
 
 class FleetMetrics:
     """The last decision as gauges, and counters of decisions."""
@@ -64,6 +72,9 @@ class _Last(Collector):
         for kind in sorted({alarm.partition(":")[0] for alarm in decision.alarms}):
             kinds.add_metric([kind], 1.0)
         yield kinds
+        for key, (name, text) in _INPUTS.items():
+            if key in decision.inputs:
+                yield GaugeMetricFamily(name, text, value=decision.inputs[key])
         snapshot = decision.inputs.get("snapshot", {})
         if snapshot.get("cold_start_s") is not None:
             text = "P90 of the time from launch to ready."

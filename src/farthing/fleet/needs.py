@@ -20,9 +20,14 @@ from farthing.fleet.snapshot import Snapshot
 class Need:
     """The result of one level with its reason."""
 
-    replicas: int
+    exact: float  # replicas before rounding up: tolerances compare this with the current ones
     reason: str
     load: float = 0.0  # that it plans for
+
+    @property
+    def replicas(self) -> int:
+        """Whole replicas."""
+        return whole(self.exact)
 
 
 class Needs:
@@ -41,11 +46,12 @@ class Needs:
     def follow_slo(self, now: float, snapshot: Snapshot) -> None:
         """Adjust the utilization by the share of late requests since the last decision.
 
-        Those that no utilization could have served in time do not count (`jumps`).
+        The time in which no utilization could have served them all is no evidence (`jumps`): it neither
+        lowers nor raises the utilization.
         """
         late, load = self._late(snapshot), snapshot.load(self.config.unit)
         if load is not None and self._jumps.excused(now, load, self.lead(snapshot)):
-            late = 0.0 if late is not None else None
+            late = None
         since, self.state.slo_time = self.state.slo_time, now
         if not self.config.by_slo or late is None or since is None:
             return
@@ -53,12 +59,17 @@ class Needs:
         if 0 < passed <= max(self.config.stale_after_s, 4 * self.config.interval_s):
             self.state.utilization = self.config.slo.moved(self.utilization, late, passed)
 
+    def excused_s(self, now: float) -> float:
+        """Seconds for which lateness does not move the utilization, counted from `now`; 0 if it does."""
+        until = self.state.excused_until
+        return max(0.0, until - now) if self.config.by_slo and until is not None else 0.0
+
     def excused(self, now: float, snapshot: Snapshot) -> str:
         """In words, that present lateness does not count; empty if it does."""
-        until = self.state.excused_until
-        if not self.config.by_slo or until is None or now > until or not self._late(snapshot):
+        left = self.excused_s(now)
+        if not left or not self._late(snapshot):
             return ""
-        return f"lateness after a jump does not count for another {until - now:.0f} s"
+        return f"lateness after a jump does not count for another {left:.0f} s"
 
     def _late(self, snapshot: Snapshot) -> float | None:
         """Share of requests that miss the SLO: 1 if the mean TPOT misses it, else by the time to first token.
@@ -92,7 +103,7 @@ class Needs:
                 covered = min(until, forecast.end) - now
                 short_of = f" of the {until - now:.0f} s to plan for" if covered < until - now - 1 else ""
                 within = f"within {covered:.0f} s{short_of}"
-                reason = f"{forecast.source}{carried} forecasts {load} {within}, needs {need}"
+                reason = f"{forecast.source}{carried} forecasts {load} {within}, needs {whole(need)}"
                 answers[name] = Need(need, reason, peak)
         realtime = self._realtime(now, snapshot, rate)
         if "realtime" in self.config.levels or not answers:  # at least one level must answer
@@ -104,7 +115,7 @@ class Needs:
         load = snapshot.load(self.config.unit)
         assert load is not None  # the policy holds if it is missing
         need = self._needed(load, rate)
-        best = Need(need, f"load is {load:.4g} {self.config.unit}/s, needs {need}", load)
+        best = Need(need, f"load is {load:.4g} {self.config.unit}/s, needs {whole(need)}", load)
         work = self._backlog_work(snapshot, load)
         if work > 0:
             if self.config.drains_fast:
@@ -112,16 +123,16 @@ class Needs:
                 need = self._needed(load + work / drain, rate)
             else:
                 drain = max(self.config.drain_s, self.lead(snapshot))
-                need = _ceil((load + work / drain) / rate)
-            if need > best.replicas:
+                need = (load + work / drain) / rate
+            if need > best.exact:
                 best = Need(
                     need,
                     f"backlog of {snapshot.backlog:.4g} request{'' if snapshot.backlog == 1 else 's'} "
-                    f"to process in {drain:.0f} s needs {need}",
+                    f"to process in {drain:.0f} s needs {whole(need)}",
                     load,
                 )
         step = self._latency_step(now, snapshot)
-        return replace(step, load=load) if step is not None and step.replicas > best.replicas else best
+        return replace(step, load=load) if step is not None and step.exact > best.exact else best
 
     def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
         """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""
@@ -138,7 +149,7 @@ class Needs:
             # starting replicas already respond to the breach; multiplying them would count them twice
             counted = snapshot.ready if config.latency_of == "ready" else None
             number = snapshot.current if counted is None else counted
-            state.step_time, state.step_target = now, _ceil(config.latency_factor * max(1, number))
+            state.step_time, state.step_target = now, whole(config.latency_factor * max(1, number))
             stepped = True
         if not stepped:
             return None
@@ -153,8 +164,8 @@ class Needs:
         """Seconds from launch to ready: measured if known and plausible, else configured."""
         return self.config.lead_s(snapshot.cold_start_s)
 
-    def _needed(self, load: float, rate: float) -> int:
-        return _ceil(load / (self.utilization * rate))
+    def _needed(self, load: float, rate: float) -> float:
+        return load / (self.utilization * rate)
 
     def _backlog_work(self, snapshot: Snapshot, load: float) -> float:
         """The backlog in units of the load (requests, or their tokens at the current mean)."""
@@ -175,6 +186,6 @@ class Needs:
         return by_name[self.config.latency_metric]
 
 
-def _ceil(value: float) -> int:
-    """Ceiling that tolerates rounding of the division (2.0000000001 needs two)."""
-    return math.ceil(value - 1e-9)
+def whole(exact: float) -> int:
+    """Replicas for a need: the ceiling, tolerating rounding of the division (2.0000000001 needs two)."""
+    return math.ceil(exact - 1e-9)

@@ -1,9 +1,11 @@
 """Computes the number of replicas from signals and forecasts.
 
-    required = ceil(load / (utilization · capacity))   for each of three levels; the largest counts
-    up:   immediately to `required`, if that is more than 1.1 · current (rule "published": at once)
-    down: to the largest `required` of five minutes, if that is less than 0.95 · current, or only if
-          required < 0.6 · current (rule "published"); never on missing or stale signals
+    need = load / (utilization · capacity)   for each of three levels; the largest counts
+    required = ceil(need)
+    up:   immediately to `required`, if need > 1.1 · current (rule "published": need > current)
+    down: to the largest `required` of five minutes, if that is less than 0.95 · current and 1.05 · need
+          fits into fewer replicas, too; or only if required < 0.6 · current (rule "published"); never on
+          missing or stale signals
     utilization: fixed, or adjusted by the SLO (`slo`)
 
 Levels: *short* (forecast over the next cold start plus one interval), *mid* (day plan, the floor), *realtime*
@@ -23,7 +25,7 @@ from typing import Any
 
 from farthing.fleet.decisions import Action, Decision, Levels
 from farthing.fleet.forecast.curve import Forecast
-from farthing.fleet.needs import Need, Needs
+from farthing.fleet.needs import Need, Needs, whole
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.policy_state import PolicyState
 from farthing.fleet.snapshot import Snapshot
@@ -76,13 +78,13 @@ class Policy:
         rate = capacity if capacity is not None and capacity > 0 else self.config.capacity
         self._needs.follow_slo(now, snapshot)
         answers = self._needs.levels(now, snapshot, short, mid, rate)
-        decided_by, best = max(answers.items(), key=lambda item: item[1].replicas)
+        decided_by, best = max(answers.items(), key=lambda item: item[1].exact)
         if snapshot.leaving > 0 and best.replicas > 0:  # replaced at the notice, before the loss
             reason = f"{best.reason}; replaces {snapshot.leaving} announced losses"
             best = Need(best.replicas + snapshot.leaving, reason)
         alarms += tuple(f"forecast: {f.note}" for f in (short, mid) if f is not None and f.note)
         alarms += self._incomplete(snapshot) + self._implausible(snapshot)
-        target, held_by, why = self._bounded(now, best.replicas, snapshot)
+        target, held_by, why = self._bounded(now, best, snapshot)
         why = "; ".join(text for text in (why, self._needs.excused(now, snapshot)) if text)
         if target != count:
             self.state.last_change = now
@@ -97,22 +99,23 @@ class Policy:
             required=best.replicas,
             reason=f"{decided_by}: {best.reason}" + (f"; {why}" if why else ""),
             alarms=alarms,
-            inputs=_inputs(snapshot, short, mid, rate, self.utilization),
+            inputs=_inputs(snapshot, short, mid, rate, self.utilization)
+            | {"excused_s": self._needs.excused_s(now)},
         )
 
     # ---- bounds: down rule, stabilization, cool-down, limits ----
 
-    def _bounded(self, now: float, required: int, snapshot: Snapshot) -> tuple[int, str, str]:
+    def _bounded(self, now: float, need: Need, snapshot: Snapshot) -> tuple[int, str, str]:
         """Target, the bound that applied ("" if none), and the reason in words."""
-        config, state, current = self.config, self.state, snapshot.current
-        self._remember(now, required)
+        config, state, current, required = self.config, self.state, snapshot.current, need.replicas
+        self._remember(now, need.exact)
         above = 1.0 if snapshot.leaving > 0 else config.up_above  # every announced loss is replaced
-        if required > above * current or required == current:
+        if required == current or whole(need.exact - above * current) > 0:
             target, held_by, why = required, "", ""
         elif required > current:
-            target, held_by, why = current, "tolerance", f"{required} is within {above:g} × {current}"
+            target, held_by, why = current, "tolerance", f"{need.exact:.2f} is within {above:g} × {current}"
         else:
-            target, held_by, why = self._down(now, required, current, bool(self._incomplete(snapshot)))
+            target, held_by, why = self._down(now, need.exact, current, bool(self._incomplete(snapshot)))
         if config.max_step is not None and abs(target - current) > config.max_step:
             target = current + int(math.copysign(config.max_step, target - current))
             held_by, why = "limits", f"at most {config.max_step} replicas per step"
@@ -123,7 +126,7 @@ class Policy:
             state.settle_until = None
         return bounded, held_by, why
 
-    def _down(self, now: float, required: int, current: int, incomplete: bool) -> tuple[int, str, str]:
+    def _down(self, now: float, need: float, current: int, incomplete: bool) -> tuple[int, str, str]:
         config, state = self.config, self.state
         if incomplete:
             return current, "missing", "no scale-down while a signal is missing"
@@ -131,7 +134,8 @@ class Policy:
             return current, "settling", "no scale-down until a full window is observed"
         if state.last_change is not None and now - state.last_change < config.cooldown_s:
             return current, "cooldown", f"no scale-down within {config.cooldown_s:g} s of a change"
-        wanted = max([required, *(n for _, n in state.history)]) if config.window_s > 0 else required
+        largest = max([need, *(n for _, n in state.history)]) if config.window_s > 0 else need
+        wanted = whole(largest)
         if wanted >= current:
             return (
                 current,
@@ -140,16 +144,18 @@ class Policy:
             )
         if config.down_below < 1 and not wanted < config.down_below * current:
             return current, "down_rule", f"{wanted} is not below {config.down_below:g} × {current}"
+        if whole(largest * (1 + config.down_spare)) >= current:
+            return current, "tolerance", f"{largest:.2f} and {config.down_spare:.0%} do not fit into fewer"
         return wanted, "", ""
 
-    def _remember(self, now: float, required: int) -> None:
+    def _remember(self, now: float, need: float) -> None:
         if self.config.window_s <= 0:
             return
         history = self.state.history
         # Later larger values make earlier ones irrelevant: keep a falling sequence.
-        while history and history[-1][1] <= required:
+        while history and history[-1][1] <= need:
             history.pop()
-        history.append((now, required))
+        history.append((now, need))
         while history[0][0] < now - self.config.window_s:
             history.pop(0)
 

@@ -16,13 +16,14 @@ class PolicyRule:
     scale_down_below: float  # down only when required < this · current; 1: always
     stabilization_s: float  # scale down only to the largest `required` of this window
     by_slo: bool = False  # the SLO adjusts the utilization
-    scale_up_above: float = 1.0  # scale up only when required > this · current
+    scale_up_above: float = 1.0  # scale up only when the need, not rounded, > this · current
+    scale_down_spare: float = 0.0  # down only when the need and this share of it fit into fewer replicas
     drains_fast: bool = True  # a backlog within drain_s at the target utilization, else within a cold start
 
 
 RULES = {
-    "slo": PolicyRule(0.95, 300.0, by_slo=True, scale_up_above=1.1),
-    "stabilized": PolicyRule(0.95, 300.0, scale_up_above=1.1),
+    "slo": PolicyRule(0.95, 300.0, by_slo=True, scale_up_above=1.1, scale_down_spare=0.05),
+    "stabilized": PolicyRule(0.95, 300.0, scale_up_above=1.1, scale_down_spare=0.05),
     "published": PolicyRule(0.6, 0.0, drains_fast=False),
 }
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
@@ -39,7 +40,7 @@ class PolicyConfig:
     `rule` selects the scale-down behavior and the utilization: "slo" (down to the largest need of five
     minutes, utilization adjusted by the SLO), "stabilized" (the same with a fixed utilization), "published"
     (down only below 0.6 of the current replicas, fixed utilization). The first two ignore changes up to 10 %
-    up and 5 % down, which are noise. Fields that are None come from the rule.
+    up and 5 % down, which are noise, in fractions of a replica. Fields that are None come from the rule.
     """
 
     capacity: float  # load units per second of one replica within its latency targets
@@ -48,7 +49,8 @@ class PolicyConfig:
     target_utilization: float = 0.7  # the initial one if the SLO adjusts it
     slo: SloConfig = field(default_factory=SloConfig)
     scale_down_below: float | None = None  # down only when required < this · current; 1.0: always
-    scale_up_above: float | None = None  # up only when required > this · current; 1.0: always
+    scale_up_above: float | None = None  # up only when the need, not rounded, > this · current; 1.0: always
+    scale_down_spare: float | None = None  # down only when the need and this share of it fit into fewer
     stabilization_s: float | None = None  # scale down only to the largest `required` of this window
     min_replicas: int = 1
     max_replicas: int = 1000
@@ -88,6 +90,7 @@ class PolicyConfig:
         _check("target_utilization", self.target_utilization, "in (0, 1]", 0 < self.target_utilization <= 1)
         _check("scale_down_below", self.scale_down_below, "in (0, 1]", 0 < self.down_below <= 1)
         _check("scale_up_above", self.scale_up_above, "in [1, 2]", 1 <= self.up_above <= 2)
+        _check("scale_down_spare", self.scale_down_spare, "in [0, 1]", 0 <= self.down_spare <= 1)
         _check("min_replicas", self.min_replicas, "0 or more", self.min_replicas >= 0)
         _check(
             "max_replicas",
@@ -129,9 +132,15 @@ class PolicyConfig:
 
     @property
     def up_above(self) -> float:
-        """Scale up only when required > this · current; 1 means always."""
+        """Scale up only when the need > this · current; 1 means always."""
         above = self.scale_up_above
         return above if above is not None else RULES[self.rule].scale_up_above
+
+    @property
+    def down_spare(self) -> float:
+        """Scale down only when the need and this share of it fit into fewer replicas."""
+        spare = self.scale_down_spare
+        return spare if spare is not None else RULES[self.rule].scale_down_spare
 
     @property
     def window_s(self) -> float:
@@ -150,7 +159,14 @@ class PolicyConfig:
 
     def with_rule(self, rule: str) -> PolicyConfig:
         """The same settings under another rule."""
-        return replace(self, rule=rule, scale_down_below=None, scale_up_above=None, stabilization_s=None)
+        return replace(
+            self,
+            rule=rule,
+            scale_down_below=None,
+            scale_up_above=None,
+            scale_down_spare=None,
+            stabilization_s=None,
+        )
 
 
 def _finite(value: float) -> bool:

@@ -21,9 +21,9 @@ class PolicyState:
     slo_time: float | None = None  # time of the last adjustment
     excused_until: float | None = None  # end of the lateness that a jump of the load causes
     planned: list[tuple[float, float]] = field(default_factory=list)  # (time, load planned for)
-    history: list[tuple[float, int]] = field(
+    history: list[tuple[float, float]] = field(
         default_factory=list
-    )  # (time, required) of the stabilization window
+    )  # (time, need) of the stabilization window
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -33,7 +33,7 @@ class PolicyState:
         try:
             data: dict[str, Any] = json.loads(text)
             data["planned"] = [(float(t), float(n)) for t, n in data.get("planned", [])]
-            data["history"] = [(float(t), int(n)) for t, n in data.get("history", [])]
+            data["history"] = [(float(t), float(n)) for t, n in data.get("history", [])]
             return cls(**data)
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a saved policy state ({error}): {text[:80]!r}") from error

@@ -123,6 +123,7 @@ def compare_rules(loads: list[float], name: str, seed: int) -> float:
         15.0,
         scale_down_below=config.down_below,
         scale_up_above=config.up_above,
+        scale_down_spare=config.down_spare,
         stabilization_s=config.window_s,
         max_replicas=1000,
         drains_fast=config.drains_fast,
@@ -177,6 +178,19 @@ def test_noise_on_a_constant_load_hardly_scales() -> None:
         result = made.run(name, [0.7])
         assert result.slo.min() == 1.0
         assert result.changes.max() <= 20  # in twelve hours; without a tolerance about 140
+
+
+@pytest.mark.parametrize("need", [2.5, 3.0, 3.6, 4.0, 5.6, 8.0])
+def test_noise_hardly_scales_a_small_fleet(need: float) -> None:
+    """The tolerances are fractions of a replica, so a need near a whole number does not flap."""
+    settings = ReplayConfig(
+        seeds=2, mean_replicas=0.7 * need, short=ShortConfig(model="growth"), plan=PlanConfig(enabled=False)
+    )
+    made = Replay(Series(0.0, 600.0, np.full(288, 10.0), "constant"), settings)
+    for name in ("farthing", "stabilized"):
+        result = made.run(name, [0.7])
+        assert result.slo.min() == 1.0
+        assert result.changes.max() <= 6  # in two days; with whole replicas up to 269
 
 
 def test_forecasts_use_no_future_data() -> None:

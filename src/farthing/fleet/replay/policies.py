@@ -15,9 +15,14 @@ from farthing.fleet.replay.rate import Floats, Ints, View
 from farthing.fleet.slo import SloConfig
 
 
+def whole(need: Floats) -> Ints:
+    """Whole replicas for a need: the ceiling, tolerant of rounding errors."""
+    return np.ceil(need - 1e-9).astype(np.int64)
+
+
 def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
-    """ceil(load / (u·C)), tolerant of rounding errors; [T, B] or [B]."""
-    return np.ceil(load / (utilization * capacity) - 1e-9).astype(np.int64)
+    """ceil(load / (u·C)); [T, B] or [B]."""
+    return whole(load / (utilization * capacity))
 
 
 @dataclass
@@ -36,6 +41,7 @@ class FarthingRule:
     tick_s: float
     scale_down_below: float = 0.6
     scale_up_above: float = 1.0
+    scale_down_spare: float = 0.0
     stabilization_s: float = 0.0
     min_replicas: int = 1
     max_replicas: int = 1_000_000
@@ -54,7 +60,7 @@ class FarthingRule:
         self._breach = np.full(lanes, np.inf)  # start of the current breach
         self._step_time = np.full(lanes, -np.inf)
         self._step_target = np.zeros(lanes, np.int64)
-        self._recent: deque[Ints] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
+        self._recent: deque[Floats] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
         self._calm = True  # no lane has a breach or an active step
         self._excused_until = np.full(lanes, -np.inf)
         self._reach = self._reachable() if self.slo is not None else self.planned
@@ -71,36 +77,40 @@ class FarthingRule:
     def decide(self, view: View) -> Ints:
         if self.slo is not None:
             self._follow_slo(view, self.slo)
-        required = needed(self.planned[view.tick], self.u, self.capacity)
+        need = self.planned[view.tick] / (self.u * self.capacity)
         if self.realtime and (not self._calm or view.backlog.any()):
-            required = np.maximum(required, self._from_queue(view))
-        wanted = required
-        if self.stabilization_s > 0:
-            self._recent.append(required)
-            wanted = np.maximum.reduce(list(self._recent))
-        if self.scale_down_below < 1:
-            down = np.where(wanted < self.scale_down_below * view.current, wanted, view.current)
-        else:
-            down = np.minimum(wanted, view.current)
-        if view.now < self.stabilization_s:  # no scale-down before a whole window
-            down = view.current
-        down = np.where(required < view.current, down, view.current)
-        target = np.where(required > self.scale_up_above * view.current, required, down)
+            need = np.maximum(need, self._from_queue(view))
+        above = whole(need - self.scale_up_above * view.current) > 0
+        target = np.where(above, whole(need), self._down(need, view))
         return np.asarray(np.clip(target, self.min_replicas, self.max_replicas), dtype=np.int64)
+
+    def _down(self, need: Floats, view: View) -> Ints:
+        """[B] the current replicas, or fewer where the rule allows that."""
+        largest, current = need, view.current
+        if self.stabilization_s > 0:
+            self._recent.append(need)
+            largest = np.maximum.reduce(list(self._recent))
+        if view.now < self.stabilization_s:  # no scale-down before a whole window
+            return current
+        wanted = whole(largest)
+        fits = whole(largest * (1 + self.scale_down_spare)) < current
+        if self.scale_down_below < 1:
+            fits &= wanted < self.scale_down_below * current
+        return np.where(fits, wanted, current)
 
     def _follow_slo(self, view: View, slo: SloConfig) -> None:
         jump = self.load[view.tick] > self._reach[view.tick]
         end = view.now + self.lead_s + self.tick_s + self.drain_s
         self._excused_until = np.where(jump, end, self._excused_until)
         if view.tick > 0:
-            late = np.where(view.now <= self._excused_until, 0.0, view.late)
-            self.u = slo.moved(self.u, late, self.tick_s)
+            moved = slo.moved(self.u, view.late, self.tick_s)
+            self.u = np.where(view.now <= self._excused_until, self.u, moved)
 
-    def _from_queue(self, view: View) -> Ints:
+    def _from_queue(self, view: View) -> Floats:
         drain = self.drain_s if self.drains_fast else max(self.drain_s, self.lead_s)
         utilization = self.u if self.drains_fast else 1.0
         load = self.load[view.tick] + view.backlog / drain
-        need = np.where(view.backlog > 0, needed(load, utilization, self.capacity), 0)
+        need = np.where(view.backlog > 0, load / (utilization * self.capacity), 0.0)
         breached = view.wait > self.latency_threshold_s
         self._breach = np.where(breached, np.minimum(self._breach, view.now), np.inf)
         stepped = view.now - self._step_time < self.lead_s
@@ -111,7 +121,7 @@ class FarthingRule:
         self._step_target = np.where(step, raised, self._step_target)
         active = stepped | step
         self._calm = not bool(breached.any() or active.any())
-        return np.asarray(np.maximum(need, np.where(active, self._step_target, 0)), dtype=np.int64)
+        return np.asarray(np.maximum(need, np.where(active, self._step_target, 0)), dtype=np.float64)
 
 
 @dataclass

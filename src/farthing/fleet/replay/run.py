@@ -154,6 +154,7 @@ class Replay:
             tick_s,
             scale_down_below=rule.scale_down_below,
             scale_up_above=rule.scale_up_above,
+            scale_down_spare=rule.scale_down_spare,
             stabilization_s=rule.stabilization_s,
             realtime=name not in ("short", "mid"),
             drains_fast=rule.drains_fast,
