@@ -3,9 +3,9 @@
     need = load / (utilization · capacity)   for each of three levels; the largest counts
     required = ceil(need)
     up:   immediately to `required`, if need > 1.1 · current (rule "published": need > current)
-    down: to the largest `required` of five minutes, if that is less than 0.95 · current and 1.05 · need
-          fits into fewer replicas, too; or only if required < 0.6 · current (rule "published"); never on
-          missing or stale signals
+    down: to the largest `required` of one cold start (one to five minutes), if that is less than
+          0.95 · current and 1.05 · need fits into fewer replicas, too; or only if required < 0.6 · current
+          (rule "published"); never on missing or stale signals
     utilization: fixed, or adjusted by the SLO (`slo`)
 
 Levels: *short* (forecast over the next cold start plus one interval), *mid* (day plan, the floor), *realtime*
@@ -108,14 +108,15 @@ class Policy:
     def _bounded(self, now: float, need: Need, snapshot: Snapshot) -> tuple[int, str, str]:
         """Target, the bound that applied ("" if none), and the reason in words."""
         config, state, current, required = self.config, self.state, snapshot.current, need.replicas
-        self._remember(now, need.exact)
+        window = config.window_s(self._needs.lead(snapshot))
+        self._remember(now, need.exact, window)
         above = 1.0 if snapshot.leaving > 0 else config.up_above  # every announced loss is replaced
         if required == current or whole(need.exact - above * current) > 0:
             target, held_by, why = required, "", ""
         elif required > current:
             target, held_by, why = current, "tolerance", f"{need.exact:.2f} is within {above:g} × {current}"
         else:
-            target, held_by, why = self._down(now, need.exact, current, bool(self._incomplete(snapshot)))
+            target, held_by, why = self._down(now, need.exact, window, snapshot)
         if config.max_step is not None and abs(target - current) > config.max_step:
             target = current + int(math.copysign(config.max_step, target - current))
             held_by, why = "limits", f"at most {config.max_step} replicas per step"
@@ -126,21 +127,21 @@ class Policy:
             state.settle_until = None
         return bounded, held_by, why
 
-    def _down(self, now: float, need: float, current: int, incomplete: bool) -> tuple[int, str, str]:
-        config, state = self.config, self.state
-        if incomplete:
+    def _down(self, now: float, need: float, window_s: float, snapshot: Snapshot) -> tuple[int, str, str]:
+        config, state, current = self.config, self.state, snapshot.current
+        if self._incomplete(snapshot):
             return current, "missing", "no scale-down while a signal is missing"
         if state.settle_until is not None and now < state.settle_until:
             return current, "settling", "no scale-down until a full window is observed"
         if state.last_change is not None and now - state.last_change < config.cooldown_s:
             return current, "cooldown", f"no scale-down within {config.cooldown_s:g} s of a change"
-        largest = max([need, *(n for _, n in state.history)]) if config.window_s > 0 else need
+        largest = max([need, *(n for _, n in state.history)]) if window_s > 0 else need
         wanted = whole(largest)
         if wanted >= current:
             return (
                 current,
                 "stabilization",
-                f"{wanted} were needed within the last {config.window_s:g} s",
+                f"{wanted} were needed within the last {window_s:.0f} s",
             )
         if config.down_below < 1 and not wanted < config.down_below * current:
             return current, "down_rule", f"{wanted} is not below {config.down_below:g} × {current}"
@@ -148,15 +149,15 @@ class Policy:
             return current, "tolerance", f"{largest:.2f} and {config.down_spare:.0%} do not fit into fewer"
         return wanted, "", ""
 
-    def _remember(self, now: float, need: float) -> None:
-        if self.config.window_s <= 0:
+    def _remember(self, now: float, need: float, window_s: float) -> None:
+        if window_s <= 0:
             return
         history = self.state.history
         # Later larger values make earlier ones irrelevant: keep a falling sequence.
         while history and history[-1][1] <= need:
             history.pop()
         history.append((now, need))
-        while history[0][0] < now - self.config.window_s:
+        while history[0][0] < now - window_s:
             history.pop(0)
 
     # ---- missing signals and clocks ----
@@ -164,7 +165,7 @@ class Policy:
     def _watch_clock(self, now: float) -> tuple[str, ...]:
         """Start a new window after a start, long gap or clock jump; no scale-down within it."""
         state, config = self.state, self.config
-        window = max(config.window_s, config.cooldown_s)
+        window = max(config.window_s(), config.cooldown_s)
         gap = max(config.stale_after_s, 4 * config.interval_s)
         last, state.last_time = state.last_time, now
         if last is None:

@@ -14,7 +14,7 @@ class PolicyRule:
     """Settings that a rule's name selects. `farthing replay` has a policy for every rule."""
 
     scale_down_below: float  # down only when required < this · current; 1: always
-    stabilization_s: float  # scale down only to the largest `required` of this window
+    stabilization_s: float  # scale down only to the largest need of one cold start, and at most this long
     by_slo: bool = False  # the SLO adjusts the utilization
     scale_up_above: float = 1.0  # scale up only when the need, not rounded, > this · current
     scale_down_spare: float = 0.0  # down only when the need and this share of it fit into fewer replicas
@@ -29,18 +29,28 @@ RULES = {
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 COUNTS = ("ready", "current")
 UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for separate pools
+_SHORTEST_WINDOW_S = 60.0  # of the stabilization: rates are means over about a minute
 _PLAUSIBLE_S = 900.0  # measured cold starts up to this are always believed
 LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
+
+
+def window(longest_s: float, lead_s: float) -> float:
+    """Seconds of the stabilization window of a rule: one cold start, between a minute and `longest_s`.
+
+    Keeping a replica for longer than a cold start costs more than it takes to launch it again.
+    """
+    return min(longest_s, max(_SHORTEST_WINDOW_S, lead_s))
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """The settings of the policy.
 
-    `rule` selects the scale-down behavior and the utilization: "slo" (down to the largest need of five
-    minutes, utilization adjusted by the SLO), "stabilized" (the same with a fixed utilization), "published"
-    (down only below 0.6 of the current replicas, fixed utilization). The first two ignore changes up to 10 %
-    up and 5 % down, which are noise, in fractions of a replica. Fields that are None come from the rule.
+    `rule` selects the scale-down behavior and the utilization: "slo" (down to the largest need of one cold
+    start, at most five minutes, utilization adjusted by the SLO), "stabilized" (the same with a fixed
+    utilization), "published" (down only below 0.6 of the current replicas, fixed utilization). The first two
+    ignore changes up to 10 % up and 5 % down, which are noise, in fractions of a replica. Fields that are
+    None come from the rule.
     """
 
     capacity: float  # load units per second of one replica within its latency targets
@@ -51,7 +61,7 @@ class PolicyConfig:
     scale_down_below: float | None = None  # down only when required < this · current; 1.0: always
     scale_up_above: float | None = None  # up only when the need, not rounded, > this · current; 1.0: always
     scale_down_spare: float | None = None  # down only when the need and this share of it fit into fewer
-    stabilization_s: float | None = None  # scale down only to the largest `required` of this window
+    stabilization_s: float | None = None  # window of the stabilization; None: one cold start, see `window`
     min_replicas: int = 1
     max_replicas: int = 1000
     max_step: int | None = None  # maximum replicas that one decision adds or removes
@@ -79,13 +89,10 @@ class PolicyConfig:
                 "a number above 0",
                 _finite(getattr(self, name)) and getattr(self, name) > 0,
             )
-        for name in ("window_s", "cooldown_s", "cold_start_s", "latency_for_s"):
-            _check(
-                name,
-                getattr(self, name),
-                "seconds, 0 or more",
-                _finite(getattr(self, name)) and getattr(self, name) >= 0,
-            )
+        for name in ("stabilization_s", "cooldown_s", "cold_start_s", "latency_for_s"):
+            value = getattr(self, name)
+            good = value is None or (_finite(value) and value >= 0)
+            _check(name, value, "seconds, 0 or more", good)
         _check("unit", self.unit, f"one of {UNITS}", self.unit in UNITS)
         _check("target_utilization", self.target_utilization, "in (0, 1]", 0 < self.target_utilization <= 1)
         _check("scale_down_below", self.scale_down_below, "in (0, 1]", 0 < self.down_below <= 1)
@@ -142,10 +149,11 @@ class PolicyConfig:
         spare = self.scale_down_spare
         return spare if spare is not None else RULES[self.rule].scale_down_spare
 
-    @property
-    def window_s(self) -> float:
-        """Seconds of the stabilization window; 0 if there is none."""
-        return self.stabilization_s if self.stabilization_s is not None else RULES[self.rule].stabilization_s
+    def window_s(self, lead_s: float | None = None) -> float:
+        """Seconds of the stabilization window for a cold start (default: the configured); 0: none."""
+        if self.stabilization_s is not None:
+            return self.stabilization_s
+        return window(RULES[self.rule].stabilization_s, self.cold_start_s if lead_s is None else lead_s)
 
     @property
     def by_slo(self) -> bool:

@@ -118,13 +118,17 @@ def test_trailing_windows_match_their_definition() -> None:
         assert np.allclose(trailing_mean(values, steps), means)
 
 
-def test_load_before_a_collapse_is_remembered_for_three_leads() -> None:
-    load = np.concatenate([np.full(60, 10.0), np.zeros(40), np.full(20, 9.0)])[:, None]
-    back = returning(load, 10, GrowthConfig())[:, 0]
-    assert not back[:60].any() and not back[100:].any()
-    assert (back[60:89] == 10.0).all() and not back[89:100].any()
+@pytest.mark.parametrize(
+    ("step_s", "lead_s", "steps"), [(60, 600, 30), (60, 60, 24), (60, 75, 30), (60, 1200, 60), (1, 2, 48)]
+)
+def test_load_before_a_collapse_is_remembered(step_s: float, lead_s: float, steps: int) -> None:
+    """For half an hour, but at least 3 and at most 24 leads."""
+    load = np.concatenate([np.full(60, 10.0), np.zeros(80), np.full(20, 9.0)])[:, None]
+    back = returning(load, step_s, lead_s, GrowthConfig())[:, 0]
+    assert not back[:60].any() and not back[140:].any()
+    assert (back[60 : 59 + steps] == 10.0).all() and not back[59 + steps : 140].any()
     dip = np.where(np.arange(120) < 60, 10.0, 4.0)[:, None]
-    assert not returning(dip, 10, GrowthConfig()).any()
+    assert not returning(dip, step_s, lead_s, GrowthConfig()).any()
 
 
 def test_growth_bound_has_its_nominal_coverage() -> None:

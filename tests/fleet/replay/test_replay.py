@@ -97,10 +97,13 @@ def test_failures_are_replaced_and_cost_slo() -> None:
     st.lists(st.floats(0, 60), min_size=3, max_size=60),
     st.sampled_from(["slo", "stabilized", "published"]),
     st.integers(0, 2**16),
+    st.sampled_from([30.0, 90.0, 600.0]),
 )
-def test_vectorized_rule_equals_the_policy(loads: list[float], name: str, seed: int) -> None:
+def test_vectorized_rule_equals_the_policy(
+    loads: list[float], name: str, seed: int, cold_start_s: float
+) -> None:
     """FarthingRule and Policy decide the same for equal loads, backlogs, waits and late shares."""
-    compare_rules(loads, name, seed)
+    compare_rules(loads, name, seed, cold_start_s)
 
 
 @pytest.mark.parametrize("gap", [0.0, 2.0, 8.0])
@@ -109,9 +112,11 @@ def test_both_excuse_lateness_after_a_jump(gap: float) -> None:
     assert (compare_rules(jump, "slo", 1) > compare_rules(steady, "slo", 1)) == (gap < 5)
 
 
-def compare_rules(loads: list[float], name: str, seed: int) -> float:
+def compare_rules(loads: list[float], name: str, seed: int, cold_start_s: float = 600.0) -> float:
     """Run both; returns the utilization at the end."""
-    config = PolicyConfig(capacity=1.0, levels=("realtime",), max_replicas=1000, rule=name)
+    config = PolicyConfig(
+        capacity=1.0, levels=("realtime",), max_replicas=1000, rule=name, cold_start_s=cold_start_s
+    )
     random = np.random.default_rng(seed)
     load = np.array(loads)[:, None]
     rule = FarthingRule(
@@ -119,12 +124,12 @@ def compare_rules(loads: list[float], name: str, seed: int) -> float:
         load,
         np.array([0.7]),
         1.0,
-        600.0,
+        cold_start_s,
         15.0,
         scale_down_below=config.down_below,
         scale_up_above=config.up_above,
         scale_down_spare=config.down_spare,
-        stabilization_s=config.window_s,
+        stabilization_s=config.window_s(),
         max_replicas=1000,
         drains_fast=config.drains_fast,
         slo=config.slo if config.by_slo else None,

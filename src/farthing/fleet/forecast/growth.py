@@ -45,7 +45,9 @@ class GrowthConfig:
     ceiling_s: float = 172800.0  # window of the highest load
     ceiling_after_s: float = 21600.0  # the ceiling applies after this much history
     refresh_s: float = 600.0  # time between computations of the quantile
-    memory: float = 3.0  # leads for which a load that collapses is expected back
+    memory_s: float = 1800.0  # time for which a load that collapses is expected back,
+    memory_least: float = 3.0  # between these numbers of leads
+    memory_most: float = 24.0
     collapse: float = 0.3  # a collapse: the load is below this share of its highest in that time
 
     def __post_init__(self) -> None:
@@ -62,7 +64,9 @@ class GrowthConfig:
             "slow_s",
             "ceiling_s",
             "refresh_s",
-            "memory",
+            "memory_s",
+            "memory_least",
+            "memory_most",
         ):
             _accept(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
 
@@ -175,10 +179,12 @@ def ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
     return highest
 
 
-def returning(load: Floats, lead: int, config: GrowthConfig) -> Floats:
-    """[N, B] the load before a collapse, for `memory` leads; 0 without a collapse.
+def returning(load: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
+    """[N, B] the load before a collapse, while it is remembered; 0 without a collapse.
 
     Forecasts are relative to the current load, so after a gap in the traffic they are near zero.
     """
-    highest = trailing_max(load, max(1, round(config.memory * lead)))
+    least = config.memory_least * max(1, round(lead_s / step_s))
+    most = max(least, config.memory_most * lead_s / step_s)
+    highest = trailing_max(load, round(min(max(config.memory_s / step_s, least), most)))
     return np.where(load < config.collapse * highest, highest, 0.0)

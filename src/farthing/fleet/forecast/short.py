@@ -158,9 +158,8 @@ def capped(bound: Floats, history: History) -> Floats:
     if config.ceiling > 0:
         highest = ceiling(level, step_s, config)[-len(bound) :]
         bound = np.minimum(bound, np.maximum(highest, level[-len(bound) :]))
-    return np.asarray(
-        np.maximum(bound, returning(level, history.lead, config)[-len(bound) :]), dtype=np.float64
-    )
+    back = returning(level, step_s, history.lead_s, config)[-len(bound) :]
+    return np.asarray(np.maximum(bound, back), dtype=np.float64)
 
 
 def reach(history: History) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from farthing.fleet.forecast.growth import trailing_mean
 from farthing.fleet.forecast.short import ShortConfig
-from farthing.fleet.policy_config import RULES
+from farthing.fleet.policy_config import RULES, window
 from farthing.fleet.replay.forecasts import short_track
 from farthing.fleet.replay.oracle import demand, oracle_hours
 from farthing.fleet.replay.plan import PlanConfig, day_plan
@@ -155,7 +155,7 @@ class Replay:
             scale_down_below=rule.scale_down_below,
             scale_up_above=rule.scale_up_above,
             scale_down_spare=rule.scale_down_spare,
-            stabilization_s=rule.stabilization_s,
+            stabilization_s=window(rule.stabilization_s, self.config.load_time_s),
             realtime=name not in ("short", "mid"),
             drains_fast=rule.drains_fast,
             slo=self.config.slo if rule.by_slo else None,
