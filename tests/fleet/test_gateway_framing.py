@@ -63,3 +63,25 @@ async def test_errors_of_the_parser_do_not_end_in_a_colon() -> None:
         assert (status, message) == (400, "request is malformed: Invalid character in chunk size")
         writer.close()
         assert replica.requests == []
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("bad", [b"zz\r\nx\r\n0\r\n\r\n", b"2\r\nabc\r\n0\r\n\r\n"])
+@pytest.mark.parametrize("pause_s", [0.0, 0.1])
+async def test_malformed_chunk_in_a_later_packet_is_400_at_once(bad: bytes, pause_s: float) -> None:
+    """Not after `body_timeout_s`: the parser has given up, so nothing more can arrive."""
+    chunked = b"transfer-encoding: chunked\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\ncontent-type: application/json\r\n" + HOST + chunked
+    config = GatewayConfig(health_interval_s=0.05, body_timeout_s=1000)
+    async with fleet(1, config) as (_, (replica,), _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        writer.write(head + b"1\r\n{\r\n")
+        await asyncio.sleep(pause_s)
+        writer.write(bad)
+        async with asyncio.timeout(30):
+            status, text = await answer_of(reader)
+            assert status == 400
+            assert "malformed: " in json.loads(text)["error"]["message"]
+            assert await reader.read() == b""
+        writer.close()
+        assert replica.requests == []

@@ -11,7 +11,7 @@ import contextlib
 import re
 import socket
 from collections import Counter
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import aiohttp
 from aiohttp import web
@@ -27,6 +27,26 @@ _LINGER_S = 3.0  # for a client that still sends after it was answered
 _TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
 
 Phase = Literal["head", "request", "closing"]
+
+
+class Handler(Protocol):
+    """aiohttp's side of a connection."""
+
+    def problem(self, body: aiohttp.StreamReader) -> str | None:
+        """Why the parser gave up within this body of the current request; None if it did not."""
+        ...
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+    def connection_lost(self, exc: BaseException | None) -> None: ...
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def eof_received(self) -> None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
 
 
 class Door:
@@ -63,7 +83,7 @@ class Guard(asyncio.Protocol):
     connection is closing).
     """
 
-    def __init__(self, door: Door, handler: web.RequestHandler) -> None:
+    def __init__(self, door: Door, handler: Handler) -> None:
         self._door, self._handler = door, handler
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -116,6 +136,7 @@ class Guard(asyncio.Protocol):
             self._reject_body(TOO_FINE)
             return
         self._handler.data_received(data)
+        self._check_body()
 
     def eof_received(self) -> bool | None:
         if self._admitted:
@@ -137,6 +158,7 @@ class Guard(asyncio.Protocol):
         self.phase, self.fresh, self._bytes = "request", False, 0
         self._body, self._chunks, self._length = body, 0, length
         self._disarm()
+        self._check_body()
 
     def ended(self, *, close: bool) -> None:
         """Called when the handler has finished. close: close the connection."""
@@ -195,6 +217,14 @@ class Guard(asyncio.Protocol):
             self._bytes += len(data)
         self._chunks += len(_CHUNK.findall(data))
         return too_fine(self._chunks, self._bytes)
+
+    def _check_body(self) -> None:
+        """Reject a body in which the parser found an error after the handler had started."""
+        if self.phase != "request" or self._body is None or self._body.exception() is not None:
+            return
+        problem = self._handler.problem(self._body)
+        if problem is not None:
+            self._reject_body(problem)
 
     def _reject_body(self, problem: str) -> None:
         """Let the handler answer 400; without one, answer here."""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import aiohttp
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
@@ -23,6 +24,15 @@ class Protocol(web.RequestHandler):
     """One client connection."""
 
     __slots__ = ()
+
+    def problem(self, body: aiohttp.StreamReader) -> str | None:
+        """Why the parser gave up within this body of the current request; None if it did not.
+
+        aiohttp queues the error as if it were the next request, and the handler waits for the body forever.
+        """
+        if not self._messages or body.is_eof():
+            return None
+        return summary(getattr(self._messages[0][0], "message", ""))
 
     def handle_error(
         self,
