@@ -101,6 +101,28 @@ def test_missing_signals_are_ignored(tmp_path: Path) -> None:
     assert estimates.remembers_until is None
 
 
+@pytest.mark.parametrize("measured", [120.0, 1200.0])
+def test_forecasts_cover_the_measured_cold_start(tmp_path: Path, measured: float) -> None:
+    """Within 20 %; the level that replaces the first one knows the past loads."""
+    estimates = make_estimates(config(tmp_path))
+
+    def ahead(second: int, cold_start_s: float | None) -> float:
+        now = BEGIN + second
+        estimates.observe(now, Snapshot(now, 2, ready=2, request_rate=7.0, cold_start_s=cold_start_s))
+        estimates.maintain(now)
+        forecast = estimates.short(now)
+        assert forecast is not None and forecast.p50[0] == pytest.approx(7.0, rel=0.25)
+        return forecast.end - now
+
+    for second in range(0, 1200, 15):
+        estimates.observe(BEGIN + second, Snapshot(BEGIN + second, 2, ready=2, request_rate=7.0))
+    assert ahead(1200, None) == 615.0
+    assert ahead(1215, 600.0 * 1.1) == 615.0
+    assert ahead(1230, measured) == measured + 15.0
+    assert ahead(1245, 600.0) == measured + 15.0  # not more often than once an hour
+    assert ahead(1245 + 3600, 600.0) == 615.0
+
+
 def test_partial_lines_of_the_load_file_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "load.csv"
     append_load(path, 60.0, 2.0)

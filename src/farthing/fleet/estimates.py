@@ -35,6 +35,8 @@ FIT_STEP_S = 1800.0  # the plan is fitted on means of this length
 SOURCE = "prophet"
 PLAN_DAYS = 2  # forecast at each fit, so that the plan reaches a day ahead until the next fit
 KEEP_DAYS = 120
+LEAD_CHANGE = 1.2  # the short-term level follows the measured lead when it differs by this factor,
+LEAD_CHANGE_S = 3600.0  # at most this often
 _FRESH_S = 15.0  # short-term forecasts of the same step are cached for at most this long
 
 
@@ -156,11 +158,12 @@ class LiveEstimates:
     """Feeds forecasters and capacity model with every snapshot, and records the load per minute."""
 
     def __init__(self, config: FleetConfig) -> None:
-        policy = config.policy
+        self._policy = policy = config.policy
         self._unit = policy.unit
         targets = Targets(policy.latency_threshold_s, policy.slo.ttft_s, policy.slo.tpot_s)
         self._capacity = OnlineCapacity(policy.capacity, policy.unit, targets)
-        lead = policy.cold_start_s + policy.interval_s
+        self._lead = lead = policy.cold_start_s + policy.interval_s
+        self._lead_changed = -float("inf")
         settings = forecast_settings(config.forecast)
         self._short = ShortTerm(replace(settings[0], lead_s=lead))
         self._plan = DayPlan(
@@ -200,6 +203,8 @@ class LiveEstimates:
     def observe(self, now: float, snapshot: Snapshot) -> None:
         self._capacity.observe(snapshot, self._completed(snapshot))
         self._last = snapshot
+        if snapshot.cold_start_s is not None:
+            self._lead = self._policy.lead_s(snapshot.cold_start_s) + self._policy.interval_s
         load = snapshot.load(self._unit)
         if load is None or snapshot.stale or snapshot.ready is None or not np.isfinite(load) or load < 0:
             return
@@ -245,9 +250,22 @@ class LiveEstimates:
         return self._capacity.estimate
 
     def maintain(self, now: float) -> None:
-        """Train the LSTM and fit Prophet if due."""
+        """Follow the measured cold start, train the LSTM and fit Prophet, each if due."""
+        self._follow_lead(now)
         self._short.retrain(now)
         self._plan.refit(now)
+
+    def _follow_lead(self, now: float) -> None:
+        """Forecast over the measured cold start and one interval, if that differs much from the present lead.
+
+        The new level is calibrated on the known history before it replaces the present one.
+        """
+        used, lead = self._short.config.lead_s, self._lead
+        if max(lead, used) <= LEAD_CHANGE * min(lead, used) or now - self._lead_changed < LEAD_CHANGE_S:
+            return
+        self._lead_changed = now
+        self._short, self._cached = self._short.over(lead), (-float("inf"), None)
+        log.info("short-term forecasts cover %.0f s (before: %.0f s)", lead, used)
 
 
 def forecast_settings(data: dict[str, Any]) -> tuple[ShortConfig, ProphetConfig]:

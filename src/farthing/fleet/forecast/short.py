@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +210,15 @@ class ShortTerm:
     def reach_s(self) -> float:
         """Seconds of the kept history."""
         return KEPT * self._grid
+
+    def over(self, lead_s: float) -> ShortTerm:
+        """The level over another lead, calibrated on the steps known so far; takes seconds."""
+        made, steps = ShortTerm(replace(self.config, lead_s=lead_s)), list(self._steps)
+        begin = (self._start or 0.0) - len(steps) * self._grid
+        for index, load in enumerate(steps):
+            made.observe(begin + index * self._grid, load)
+        made._advance()
+        return made
 
     def observe(self, now: float, load: float | None) -> None:
         """Add the load at `now`; ignores None (missing) and times before the last step."""
