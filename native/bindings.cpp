@@ -78,7 +78,7 @@ NB_MODULE(_native, module) {
       "matrix_bytes",
       [](Format format, int group, bool zero, int n, int k) {
         const Matrix m = Matrix::describe(format, n, k, group, zero);
-        return m.stride * m.panels;
+        return m.dense_bytes();
       },
       "format"_a, "group"_a, "zero"_a, "n"_a, "k"_a);
   nb::enum_<Source::Kind>(module, "Kind")

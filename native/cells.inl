@@ -44,16 +44,16 @@ template <int M, Format F, int Blocks>
   for (const int end = c.at + count; c.at < end; ++c.at) {
     const unsigned cell = *c.cells++;
     const int k = static_cast<int>(cell >> kCellBlocks) * width, g = k / w.group;
-    const uint8_t* data[1] = {c.data};
+    const uint8_t *data[1] = {c.data}, *none[1] = {};
     fetch_ahead<M>(data, ahead, c.at, bytes);
     i32x16 acc[M], more[M] = {};
     const BlocksOf<Blocks> blocks(cell & 15);
     EACH (int m = 0; m < M; ++m) acc[m] = cell_comp(x.block_comp + m * x.blocks + k / kBlock, blocks);
     if constexpr (Blocks == kCellBlocks) {
-      dot_columns<M, 1, F>(data, {}, x.q + k, x.ld, Blocks * kBlock, acc, more);
+      dot_columns<M, 1, F>(data, none, x.q + k, x.ld, Blocks * kBlock, acc, more);
     } else {
       for (int i = 0; i < Blocks; ++i)
-        dot_columns<M, 1, F>(data, {}, x.q + k + blocks.at[i] * kBlock, x.ld, kBlock, acc, more);
+        dot_columns<M, 1, F>(data, none, x.q + k + blocks.at[i] * kBlock, x.ld, kBlock, acc, more);
     }
     c.data = data[0];
     const f32x16 scale = grouped ? half_to_float(c.scales) : splat(1.0f);

@@ -13,8 +13,7 @@
 //         nibble the rest, each q + 8
 //   nl4   as q4 without zero points; a nibble is an index into kCodes
 //   q8_planes  the bytes of q8 as nibbles: [16] float row scales, then the high ones [K/8][16][4] in the
-//   order
-//         of q4, then the low ones. q8_high is a view of such a matrix without its low nibbles.
+//         order of q4. The low ones of all panels follow the last record. q8_high is a view without them.
 //
 // The bytes before the data are padded to 64.
 #pragma once

@@ -30,14 +30,12 @@ struct Ahead {
   int from, to;
 };
 
-// `jump`: bytes from the end of the stream to where it continues, if that is nearer than the prefetched
-// bytes.
 template <int M, Format F>
-inline void fetch_stream(const uint8_t* p, size_t jump = 0) {
+inline void fetch_stream(const uint8_t* p) {
   if constexpr (M > kStream) return;
   constexpr bool nibbles = traits(F).nibbles();
   if constexpr (nibbles) prefetch(p + kNear);
-  prefetch_far(p + far_ahead(F) + jump);
+  prefetch_far(p + far_ahead(F));
 }
 
 template <int M, int P>
@@ -131,15 +129,12 @@ constexpr int stream_bytes(Format f) {
   return traits(f).planes == Planes::both ? kPanel / 2 : traits(f).bytes_a_column();
 }
 
-// Where planes are: bytes from the high nibbles to the low ones, and `jump` of fetch_stream.
-struct Streams {
-  size_t plane = 0, jump = 0;
-};
-
-// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow.
+// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow. `low`: the low
+// nibbles of panels in planes.
 template <int M, int P, Format F>
-[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], Streams at, const int8_t* x, int ld,
-                                               int columns, i32x16 (&acc)[P * M], i32x16 (&more)[P * M]) {
+[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const uint8_t* (&low)[P],
+                                               const int8_t* x, int ld, int columns, i32x16 (&acc)[P * M],
+                                               i32x16 (&more)[P * M]) {
   constexpr bool nibbles = traits(F).nibbles(), planes = traits(F).planes == Planes::both;
   constexpr int bytes = 8 * stream_bytes(F);  // of 8 columns
   for (int k = 0; k < columns; k += 8) {
@@ -148,12 +143,13 @@ template <int M, int P, Format F>
       const uint8_t* p = data[i];
       data[i] += bytes;
       a[i] = load_bytes(p);
-      fetch_stream<M, F>(p, at.jump);
+      fetch_stream<M, F>(p);
       if constexpr (planes) {
-        const bytes64 low = load_bytes(p + at.plane);
-        fetch_stream<M, F>(p + at.plane, at.jump);
-        b[i] = join_nibbles(high_nibbles(a[i]), high_nibbles(low));
-        a[i] = join_nibbles(low_nibbles(a[i]), low_nibbles(low));
+        const bytes64 l = load_bytes(low[i]);
+        fetch_stream<M, F>(low[i]);
+        low[i] += bytes;
+        b[i] = join_nibbles(high_nibbles(a[i]), high_nibbles(l));
+        a[i] = join_nibbles(low_nibbles(a[i]), low_nibbles(l));
       } else if constexpr (nibbles) {
         b[i] = factors<F>(high_nibbles(a[i]));
         a[i] = factors<F>(low_nibbles(a[i]));
@@ -203,24 +199,25 @@ template <int M, Format F, bool Zero>
 // M rows by P panels that follow each other from `panel`.
 template <int M, int P, Format F, bool Zero>
 void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr bool planes = traits(F).planes != Planes::none, high = traits(F).planes == Planes::high;
-  const size_t plane = static_cast<size_t>(w.kp) * (kPanel / 2);
-  const uint8_t *record[P], *data[P];
-  for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
+  constexpr bool planes = traits(F).planes == Planes::both, high = traits(F).planes == Planes::high;
+  const uint8_t *record[P], *data[P], *low[P] = {};
+  for (int i = 0; i < P; ++i) {
+    record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
+    if constexpr (planes) low[i] = w.low_plane(panel + i);
+  }
   f32x16 total[P * M] = {};
   for (int g = 0, k = 0; k < w.kp; ++g, k += w.group) {
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     i32x16 acc[P * M], more[P * M] = {};
     fetch_ahead<M>(data, ahead, g, stream_bytes(F) * w.group);
-    if constexpr (traits(F).planes == Planes::both)
-      fetch_ahead<M>(data, {ahead.distance + plane, ahead.from, ahead.to}, g, stream_bytes(F) * w.group);
+    if constexpr (planes)
+      fetch_ahead<M>(low, {w.plane_bytes() * P, ahead.from, ahead.to}, g, stream_bytes(F) * w.group);
     if (M == kRowsOfMany)  // the next rows, into L1
       for (int at = k; at < end; at += 64)
         EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
     EACH (int m = 0; m < M; ++m)
       EACH (int i = 0; i < P; ++i) acc[i * M + m] = high ? i32x16{} : splati(x.comp[m * x.groups + g]);
-    const bool last = planes && (w.kp - end) * stream_bytes(F) < far_ahead(F);
-    dot_columns<M, P, F>(data, {plane, last ? w.stride - plane : 0}, x.q + k, x.ld, end - k, acc, more);
+    dot_columns<M, P, F>(data, low, x.q + k, x.ld, end - k, acc, more);
     EACH (int i = 0; i < P; ++i)
       add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
   }

@@ -36,7 +36,7 @@ struct Matrix {
   float act_top = 127.0f;             // largest integer of the activations, 7 for 4 bits (held in int8) …
   float act_clip = 1.0f;              // … and the share of a group's largest magnitude that it represents
   float act_scale = 0.0f;             // above 0: one calibrated scale for every input, none measured (q8)
-  size_t stride = 0;                  // bytes of a dense record
+  size_t stride = 0;                  // bytes of a dense record, without low nibbles of planes
   const uint64_t* offsets = nullptr;  // [panels + 1] of a sparse matrix, from base[0]
   int parts = 1;                      // NUMA nodes
   int first[kMaxParts + 1] = {};      // first panel of each part
@@ -44,10 +44,23 @@ struct Matrix {
 
   const uint8_t* record(int panel) const {
     if (sparse) return base[0] + offsets[panel];
-    int i = 0;
-    while (i + 1 < parts && panel >= first[i + 1]) ++i;
+    const int i = part_of(panel);
     return base[i] + stride * static_cast<size_t>(panel - first[i]);
   }
+  // Low nibbles of a panel of planes. Those of a part follow all of its records, so that the high ones alone
+  // are one stream too.
+  const uint8_t* low_plane(int panel) const {
+    const int i = part_of(panel);
+    return base[i] + stride * panels_of(i) + plane_bytes() * static_cast<size_t>(panel - first[i]);
+  }
+  int part_of(int panel) const {
+    int i = 0;
+    while (i + 1 < parts && panel >= first[i + 1]) ++i;
+    return i;
+  }
+  size_t panels_of(int part) const { return static_cast<size_t>(first[part + 1] - first[part]); }
+  size_t part_bytes(int part) const { return (stride + plane_bytes()) * panels_of(part); }
+  size_t dense_bytes() const { return (stride + plane_bytes()) * static_cast<size_t>(panels); }
   size_t panel_bytes(int panel) const { return sparse ? offsets[panel + 1] - offsets[panel] : stride; }
   int groups() const { return group ? (kp + group - 1) / group : 1; }
   int head_bytes() const {  // of a dense record: everything before its data
@@ -61,7 +74,10 @@ struct Matrix {
     return round_up(scales, 64);
   }
   const FormatTraits& format_traits() const { return traits(format); }
-  size_t data_bytes() const { return static_cast<size_t>(kp) * format_traits().bytes_a_column(); }
+  size_t data_bytes() const {  // of a dense record
+    return static_cast<size_t>(kp) * format_traits().bytes_a_column() - plane_bytes();
+  }
+  size_t plane_bytes() const { return has_planes() ? static_cast<size_t>(kp) * (kPanel / 2) : 0; }
   int block_bytes() const { return kBlock * format_traits().bytes_a_column(); }  // of a sparsity block
   bool quantized() const { return format_traits().quantized; }
   // Whether a column can be read without scales of groups or blocks (Kernels::unpack).
@@ -71,7 +87,7 @@ struct Matrix {
            format_traits().planes == Planes::none;
   }
   bool has_planes() const { return format_traits().planes == Planes::both; }
-  Matrix high_plane() const {  // the same records without their low nibbles
+  Matrix high_plane() const {  // the same records, without low nibbles
     Matrix m = *this;
     m.format = Format::q8_high;
     return m;

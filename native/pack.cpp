@@ -131,20 +131,18 @@ void require_roundable(const Matrix& m, const std::vector<Source>& sources) {
                                   " for float rows; expected 32 or 64");
 }
 
-// Bytes of q8 to their high nibbles, then their low ones, in place.
-void split_nibbles(uint8_t* data, size_t bytes) {
-  std::vector<uint8_t> low(bytes / 2);
-  for (size_t i = 0; i < bytes / 2; ++i) {
+// Bytes of q8 to planes of `bytes` high and as many low nibbles.
+void split_nibbles(const uint8_t* data, size_t bytes, uint8_t* high, uint8_t* low) {
+  for (size_t i = 0; i < bytes; ++i) {
     const size_t at = i / 64 * 128 + i % 64;  // of columns k % 8 < 4; those of the rest follow
     low[i] = static_cast<uint8_t>((data[at] & 15) | data[at + 64] << 4);
-    data[i] = static_cast<uint8_t>(data[at] >> 4 | (data[at + 64] & 0xf0));
+    high[i] = static_cast<uint8_t>(data[at] >> 4 | (data[at + 64] & 0xf0));
   }
-  std::memcpy(data + bytes / 2, low.data(), low.size());
 }
 
 // False if a value that is rounded is not finite.
 bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, int count, PanelScales& scales,
-                 uint8_t* record) {
+                 uint8_t* record, uint8_t* low) {
   PanelRows rows = {};
   for (int lane = 0; lane < count; ++lane) {
     const auto& [source, row] = refs[lane];
@@ -153,8 +151,14 @@ bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, in
     rows.row[lane] = static_cast<const uint8_t*>(source->data) + row_bytes(*source) * row;
     if (source->kind == Source::fp8) rows.scale[lane] = block_scales(*source, row);
   }
-  kernels.pack(m, rows, scales.scales.data(), record + m.head_bytes());
-  if (m.has_planes()) split_nibbles(record + m.head_bytes(), m.data_bytes());
+  uint8_t* data = record + m.head_bytes();
+  if (m.has_planes()) {
+    std::vector<uint8_t> bytes(2 * m.plane_bytes());
+    kernels.pack(m, rows, scales.scales.data(), bytes.data());
+    split_nibbles(bytes.data(), m.plane_bytes(), data, low);
+  } else {
+    kernels.pack(m, rows, scales.scales.data(), data);
+  }
   for (int lane = 0; lane < kPanel; ++lane)
     read_scales(m, lane < count ? refs[lane] : RowRef{}, lane, scales);
   write_scales(record, m, scales);
@@ -181,7 +185,7 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
     team.for_units(0, 1, m.panels, [&](int, int panel) {
       const int first = panel * kPanel;
       if (!write_panel(m, kernels, rows.data() + first, std::min(kPanel, count - first), scales,
-                       const_cast<uint8_t*>(m.record(panel))))
+                       const_cast<uint8_t*>(m.record(panel)), const_cast<uint8_t*>(m.low_plane(panel))))
         finite.store(false, std::memory_order_relaxed);
     });
   });
@@ -207,16 +211,20 @@ void Packed::reserve(Pool& pool, Arena& arena) {
     const Share s = pool.share(node, m.panels);
     m.first[node] = s.begin;
     m.first[node + 1] = s.end;
-    m.base[node] = arena.take(node, m.stride * (s.end - s.begin));
+    m.base[node] = arena.take(node, m.part_bytes(node));
   }
 }
 
 void Packed::place(Pool& pool, Arena& arena, const uint8_t* records) {
   if (!m.sparse) {
     reserve(pool, arena);
-    for (int node = 0; node < m.parts; ++node)
-      std::memcpy(const_cast<uint8_t*>(m.base[node]), records + m.stride * m.first[node],
-                  m.stride * (m.first[node + 1] - m.first[node]));
+    const uint8_t* low = records + m.stride * static_cast<size_t>(m.panels);
+    for (int node = 0; node < m.parts; ++node) {
+      const size_t before = m.first[node], count = m.panels_of(node);
+      uint8_t* to = const_cast<uint8_t*>(m.base[node]);
+      std::memcpy(to, records + m.stride * before, m.stride * count);
+      std::memcpy(to + m.stride * count, low + m.plane_bytes() * before, m.plane_bytes() * count);
+    }
     return;
   }
   m.parts = 1;

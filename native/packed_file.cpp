@@ -11,11 +11,12 @@ namespace {
 
 constexpr uint32_t kMagic = 0x4b435047;  // "GPCK": with the hash of a name
 constexpr uint32_t kInCells = 2;         // Header::sparse; 1 had other records
+constexpr uint32_t kApart = 1;           // Header::planes; 0 had both planes of a panel in one record
 
 struct Header {
   uint32_t magic, format;
   int32_t n, k, group;
-  uint32_t zero, sparse, reserved;
+  uint32_t zero, sparse, planes;
   uint64_t bytes;  // of offsets and records
   uint64_t name;   // hash of the matrix's name
   uint64_t unused[2];
@@ -24,7 +25,7 @@ static_assert(sizeof(Header) == 64);
 
 }  // namespace
 
-size_t Packed::weight_bytes() const { return m.sparse ? offsets_.back() : m.stride * m.panels; }
+size_t Packed::weight_bytes() const { return m.sparse ? offsets_.back() : m.dense_bytes(); }
 
 size_t Packed::serialized_bytes() const {
   return sizeof(Header) + (m.sparse ? round_up(offsets_.size() * 8, size_t{64}) : 0) + weight_bytes();
@@ -32,9 +33,9 @@ size_t Packed::serialized_bytes() const {
 
 void Packed::serialize(uint8_t* out, uint64_t name) const {
   const uint64_t bytes = serialized_bytes() - sizeof(Header);
-  const Header h{kMagic, static_cast<uint32_t>(m.format), m.n, m.k,   m.group,
-                 m.zero, m.sparse ? kInCells : 0,         0,   bytes, name,
-                 {}};
+  const uint32_t sparse = m.sparse ? kInCells : 0, planes = m.has_planes() ? kApart : 0;
+  const Header h{
+      kMagic, static_cast<uint32_t>(m.format), m.n, m.k, m.group, m.zero, sparse, planes, bytes, name, {}};
   std::memcpy(out, &h, sizeof h);
   out += sizeof h;
   if (m.sparse) {
@@ -42,10 +43,11 @@ void Packed::serialize(uint8_t* out, uint64_t name) const {
     std::memcpy(out + round_up(offsets_.size() * 8, size_t{64}), m.base[0], offsets_.back());
     return;
   }
+  uint8_t* low = out + m.stride * static_cast<size_t>(m.panels);
   for (int i = 0; i < m.parts; ++i) {
-    const size_t bytes = m.stride * (m.first[i + 1] - m.first[i]);
-    std::memcpy(out, m.base[i], bytes);
-    out += bytes;
+    const size_t before = m.first[i], count = m.panels_of(i);
+    std::memcpy(out + m.stride * before, m.base[i], m.stride * count);
+    std::memcpy(low + m.plane_bytes() * before, m.base[i] + m.stride * count, m.plane_bytes() * count);
   }
 }
 
@@ -71,6 +73,7 @@ void check_header(const Header& h, size_t size, uint64_t name) {
   require(h.format < std::size(kFormats), "unknown format");
   const FormatTraits& format = kFormats[h.format];
   require(format.planes != Planes::high, "a view");
+  require(h.planes == (format.planes == Planes::both ? kApart : 0), "planes of an earlier version");
   require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
   require(fits_group(format, h.group, h.k), "group size");
   require(h.zero <= 1 && (!h.zero || (format.grouped() && !format.codes)), "zero points of this format");
@@ -104,7 +107,7 @@ std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, c
     records += table;
     require_cells(m, records, h.bytes - table);
   } else {
-    require(m.stride * static_cast<size_t>(m.panels) == h.bytes, "size of its panels");
+    require(m.dense_bytes() == h.bytes, "size of its panels");
   }
   packed->arena_ = arena;
   if (pool.nodes() > 1) {

@@ -44,11 +44,10 @@ uint16_t uneven_lanes(const Matrix& w, const uint8_t* high, const uint8_t* low, 
 
 std::vector<uint16_t> uneven_rows(Pool& pool, const Matrix& w) {
   std::vector<uint16_t> found(w.panels);
-  const size_t plane = w.data_bytes() / 2;
   pool.run([&](Team& team) {
     team.for_units(0, 1, w.panels, [&](int, int panel) {
       const uint8_t* high = w.record(panel) + w.head_bytes();
-      found[panel] = uneven_lanes(w, high, high + plane, plane);
+      found[panel] = uneven_lanes(w, high, w.low_plane(panel), w.plane_bytes());
     });
   });
   return found;

@@ -111,19 +111,37 @@ def test_logits_that_are_not_finite(ops: CpuOps) -> None:
         ops.greedy(torch.full((2, 64), float("nan")), planes, torch.ones(64), EPS)
 
 
-def test_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("topology", ["", "0;1"])
+def test_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: str) -> None:
     monkeypatch.setattr(packing, "PLANES_FROM", 0)
-    ops, x, scale = CpuOps(2), torch.randn(4, 128), norm(128)
-    _, planes = heads(ops, weight("int8", 900, 128))
-    ops.save_packed(str(tmp_path / "packed"))
-    mapped = CpuOps(2, packed=str(tmp_path / "packed"))
-    again = mapped.pack_head("planes", pytest.fail)
-    assert torch.equal(mapped.logits(x, again, scale, EPS), ops.logits(x, planes, scale, EPS))
-    assert mapped.greedy(x, again, scale, EPS) == ops.greedy(x, planes, scale, EPS)
+    ops, x, scale = CpuOps(2, topology=topology), torch.randn(4, 128), norm(128)
+    plain, planes = heads(ops, weight("int8", 900, 128))
+    path = str(tmp_path / "packed")
+    ops.save_packed(path)
+    for nodes in ("", "0;1"):
+        mapped = CpuOps(2, packed=path, topology=nodes)
+        again = mapped.pack_head("planes", pytest.fail)
+        assert torch.equal(mapped.logits(x, again, scale, EPS), ops.logits(x, plain, scale, EPS))
+        assert mapped.greedy(x, again, scale, EPS) == ops.greedy(x, planes, scale, EPS)
+
+
+def test_packed_file_with_planes_of_an_earlier_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "PLANES_FROM", 0)
+    ops, path = CpuOps(1), tmp_path / "packed"
+    heads(ops, weight("int8", 100, 64))
+    ops.save_packed(str(path))
+    file = bytearray(path.read_bytes())
+    file[file.index(b"GPCK") + 28] = 0  # Header::planes of native/packed_file.cpp
+    path.write_bytes(file)
+    with pytest.raises(ValueError, match="earlier version; pack the model again"):
+        CpuOps(1, packed=str(path)).pack_head("planes", pytest.fail)
 
 
 def test_only_large_heads_of_integers_are_split() -> None:
     q8, bf16 = packing.Plan(_native.Format.Q8), packing.Plan(_native.Format.BF16)
-    assert packing.for_head(q8, 129280, 7168).format == _native.Format.Q8_PLANES
-    assert packing.for_head(q8, 8192, 256) == q8
+    for rows, columns in ((129280, 7168), (102400, 2048)):
+        assert packing.for_head(q8, rows, columns).format == _native.Format.Q8_PLANES
+    assert packing.for_head(q8, 32000, 1024) == q8
     assert packing.for_head(bf16, 129280, 7168) == bf16

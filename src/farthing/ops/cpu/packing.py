@@ -29,7 +29,7 @@ class Plan:
 
 F32 = Plan(PackedFormat.F32)
 _INTEGERS = (PackedFormat.Q8, PackedFormat.Q8_PLANES, PackedFormat.Q4, PackedFormat.NL4)
-PLANES_FROM = 512 << 20  # bytes of an 8-bit head, from which greedy decoding gains more than sampling loses
+PLANES_FROM = 128 << 20  # bytes of an 8-bit head, several times what caches hold
 
 
 def choose(stored: str, columns: int, group: int, quantization: str | None) -> Plan:
