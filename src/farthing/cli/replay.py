@@ -135,7 +135,10 @@ def _print_pools(document: dict[str, Any]) -> None:
         title=f"{document['trace']}, {document['requests']} requests, TTFT {document['ttft_s']:g} s, "
         f"TPOT {document['tpot_s']:g} s, load time {document['load_time_s']:g} s"
     )
-    table.caption = f"{_forecaster(document)}; rule slo; tuned and oracle: chosen on this trace"
+    table.caption = (
+        f"{_forecaster(document)}; rule slo; tuned and oracle: chosen on this trace; "
+        f"advised for this load: {document['advised']}"
+    )
     for column in ("layout", "replica-hours", "SLO %", "TTFT %", "TPOT %", "cached %", "u"):
         table.add_column(column, justify="left" if column == "layout" else "right")
     for name, row in document["layouts"].items():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from farthing.cli.replay import app
-from farthing.fleet.replay.pools_load import PoolsConfig
+from farthing.fleet.replay.pools_load import LAYOUTS, PoolsConfig, advised, expected_hours
 from farthing.fleet.replay.servers import Decode, Job, Prefill, Server, Times, Whole
 
 TIMES = Times(prefill_s=0.001, base_s=0.01, share_s=0.002, max_batch=2, cache_blocks=8, transfer_s=0.0)
@@ -92,7 +92,9 @@ def test_two_pools_are_compared_with_one(tmp_path: Path) -> None:
     options = ["--pools", "--load-time", "20", "--tpot", "0.06", "--no-plan", "--model", "last-value"]
     result = CliRunner().invoke(app, [str(path), *options, "--json"])
     assert result.exit_code == 0, result.output
-    layouts = json.loads(result.stdout)["layouts"]
+    document = json.loads(result.stdout)
+    layouts = document["layouts"]
+    assert document["advised"] == "two pools"
     kinds = ("", ", tuned", ", oracle")
     assert list(layouts) == [layout + kind for layout in ("one pool", "two pools") for kind in kinds]
     one, two = layouts["one pool, tuned"], layouts["two pools, tuned"]
@@ -103,6 +105,18 @@ def test_two_pools_are_compared_with_one(tmp_path: Path) -> None:
         oracle = layouts[f"{layout}, oracle"]
         assert oracle["slo"] >= 0.99
         assert oracle["instance_hours"] <= tuned["instance_hours"]
+
+
+@pytest.mark.parametrize(
+    ("per_second", "layout"), [(0.1, "one pool"), (0.3, "one pool"), (20.0, "two pools")]
+)
+def test_two_pools_are_advised_only_for_enough_load(per_second: float, layout: str) -> None:
+    """Each pool needs a replica of its own."""
+    jobs = [Job(i / per_second, 6000, 100, uncached=6000) for i in range(round(600 * per_second))]
+    config = PoolsConfig(tpot_s=0.06)
+    assert advised(jobs, config, 0.7) == layout
+    for kinds in LAYOUTS.values():
+        assert expected_hours(jobs, kinds, config, 0.7) >= len(kinds) * 600 / 3600
 
 
 def test_targets_below_an_iteration_are_refused() -> None:

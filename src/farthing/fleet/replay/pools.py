@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from farthing.fleet.replay.policies import FarthingRule, FixedRule
-from farthing.fleet.replay.pools_load import RECENT_S, PoolsConfig, Recent, arrivals
+from farthing.fleet.replay.pools_load import LAYOUTS, RECENT_S, PoolsConfig, Recent, advised, arrivals
 from farthing.fleet.replay.rate import Ints, Rule, View
 from farthing.fleet.replay.requests import binned
 from farthing.fleet.replay.run import Progress, Replay, ReplayConfig
@@ -25,7 +25,6 @@ from farthing.fleet.replay.trace import RequestTrace
 GRID = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 TRIMMED = 8  # ticks of the oracle's schedule that change together
 CHUNKS = (1.0, 1.5, 2.0, 4.0)  # iterations of one pool relative to the TPOT target, which is a mean
-LAYOUTS = {"one pool": ("whole",), "two pools": ("prefill", "decode")}
 
 Utilizations = dict[str, float]  # by kind of pool
 Rules = Callable[[str, Recent], Rule]  # by kind of pool; Recent: the requests that the fleet is sized for
@@ -197,7 +196,8 @@ def compare(
     """Both layouts under rule `slo`, with the cheapest fixed utilizations and chunk that keep the SLO, and
     with an oracle that keeps it.
 
-    The utilizations are chosen on the trace itself, so they compare layouts and predict nothing.
+    The utilizations are chosen on the trace itself, so they compare layouts and predict nothing. The advised
+    layout follows from the costs of the requests, without a simulation.
     """
     jobs = arrivals(trace, config.copies)
     times = np.array([job.arrival for job in jobs])
@@ -228,6 +228,7 @@ def compare(
         "tpot_s": config.tpot_s,
         "load_time_s": replaying.load_time_s,
         "forecaster": {"model": replaying.short.model, "weights": made.weights},
+        "advised": advised(jobs, config, replaying.utilization),
         "layouts": rows,
     }
 

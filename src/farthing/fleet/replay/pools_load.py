@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from farthing.fleet.replay.servers import Job, Times
 from farthing.fleet.replay.trace import RequestTrace
 
 RECENT_S = 300.0  # of the requests from which the capacity is computed
+LAYOUTS = {"one pool": ("whole",), "two pools": ("prefill", "decode")}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,24 @@ class Recent:
     def capacity(self, kind: str) -> float:
         """Requests per second of one replica."""
         return len(self._jobs) / sum(cost_s(kind, self._config, job) for job in self._jobs)
+
+
+def expected_hours(jobs: Sequence[Job], kinds: tuple[str, ...], config: PoolsConfig, u: float) -> float:
+    """Replica-hours that the requests need in these pools at utilization `u`: whole replicas, at least one
+    per pool, in windows of `RECENT_S`. Without caches, queues and cold starts.
+    """
+    at = np.array([job.arrival for job in jobs])
+    windows = (at // RECENT_S).astype(np.int64)
+    total = 0.0
+    for kind in kinds:
+        work = np.bincount(windows, weights=[cost_s(kind, config, job) for job in jobs])
+        total += float(np.maximum(1.0, np.ceil(work / (RECENT_S * u))).sum())
+    return total * RECENT_S / 3600
+
+
+def advised(jobs: Sequence[Job], config: PoolsConfig, u: float) -> str:
+    """The layout that needs fewer replica-hours; one pool if both need the same."""
+    return min(LAYOUTS, key=lambda layout: expected_hours(jobs, LAYOUTS[layout], config, u))
 
 
 def arrivals(trace: RequestTrace, copies: int, seed: int = 0) -> list[Job]:
