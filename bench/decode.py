@@ -31,7 +31,7 @@ from rich.table import Table
 from farthing import LLM, SamplingParams, _native
 from farthing.model.pack import pack_checkpoint
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
-from peers import GGUF_TYPES, NEW, PROMPT, Child, LlamaCpp, Measure, Seconds, by_generating
+from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import SIZES, config, make_model
 
 log = Console(stderr=True)
@@ -75,7 +75,7 @@ def generating(llm: LLM, cached: Collection[int]) -> Seconds:
 
 def ours(model: Path, weights: str, threads: int, points: Sequence[Point]) -> Measure:
     """Farthing through its Python API."""
-    longest = max(p.context for p in points) + 2 * NEW
+    longest = max(WARM_UP, *(p.context for p in points)) + 2 * NEW
     decoding = [p for p in points if p.kind == "decode"]
     blocks = max([longest, *(p.batch * (p.context + 2 * NEW) for p in decoding)]) // 16 + 64
     llm = LLM(
@@ -84,7 +84,7 @@ def ours(model: Path, weights: str, threads: int, points: Sequence[Point]) -> Me
         max_num_batched_tokens=1024, kv_cache_dtype="bfloat16", num_blocks=blocks,
     )  # fmt: skip
     seconds = generating(llm, {p.context for p in decoding})
-    seconds(1, 512, 4)
+    seconds(1, WARM_UP, 4)
     for point in decoding:
         seconds(point.batch, point.context, 4)
     return by_generating(seconds)

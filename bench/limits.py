@@ -28,6 +28,7 @@ class Bytes(NamedTuple):
     feed_forward: float
     attention: float
     head: float
+    keys: float | None = None  # the projection to latents and W_UK, where they differ from other attention
 
 
 # 4-bit groups of 64 share a 16-bit scale; attention and head keep 8 bits.
@@ -38,11 +39,12 @@ BYTES_PER_WEIGHT = {
 }
 # Greedy decoding reads the high nibbles of a large 8-bit head, and all of a few panels (not counted).
 _HIGH_NIBBLES = 0.5
-# Blocks of 32 share a 16-bit scale; llama-quantize gives a Q4_0 model a Q6_K head.
+# Blocks of 32 share a 16-bit scale; llama-quantize gives a Q4_0 model a Q6_K head, and in ik_llama.cpp a
+# projection to latents and a W_UK in Q8_0.
 PEER_BYTES = {
     "BF16": Bytes(2.0, 2.0, 2.0),
     "Q8_0": Bytes(34 / 32, 34 / 32, 34 / 32),
-    "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256),
+    "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256, keys=34 / 32),
 }
 BYTES_PER_LATENT = 2
 
@@ -80,13 +82,20 @@ def operations(c: dict[str, Any], point: Point) -> float:
     return 2 * (point.batch * (body + head_parameters(c)) + attention)
 
 
+def _attention_bytes(c: dict[str, Any], each: Bytes, name: str) -> float:
+    if each.keys is None or "kv_" not in name:
+        return each.attention
+    keys, values = c["qk_nope_head_dim"], 0 if "kv_a" in name else c["v_head_dim"]
+    return float((keys * each.keys + values * each.attention) / (keys + values))
+
+
 def weight_bytes(c: dict[str, Any], each: Bytes, routed: float) -> float:
     """Bytes of the weights of a step that touches `routed` experts per layer, without the embedding."""
     total = 0.0
     for name, shape in tensors(c):
         if name == "model.embed_tokens.weight":
             continue
-        kind = each.head if name.startswith("lm_head") else each.attention
+        kind = each.head if name.startswith("lm_head") else _attention_bytes(c, each, name)
         if ".mlp." in name and ".mlp.gate." not in name:
             kind = each.feed_forward
         total += math.prod(shape) * kind * (routed / c["n_routed_experts"] if ".experts." in name else 1)

@@ -27,6 +27,7 @@ from typing import Any
 from limits import Point
 
 PROMPT, NEW = 128, 64
+WARM_UP = 512  # tokens of an untimed prompt, which use every expert
 GGUF_TYPES = {"bf16": ["BF16"], "int8": ["Q8_0"], "int4": ["Q4_0"]}
 Measure = Callable[[Point], float | None]
 Seconds = Callable[[int, int, int], float]
@@ -35,12 +36,11 @@ Seconds = Callable[[int, int, int], float]
 def by_generating(seconds: Seconds) -> Measure:
     """Rates of a system that generates; the decode rate is measured over 64 additional tokens.
 
-    An untimed prompt that uses every expert runs first, because another system may have evicted the weights
-    from memory.
+    An untimed prompt runs first, because another system may have evicted the weights from memory.
     """
 
     def measure(point: Point) -> float:
-        seconds(1, 512, 1)
+        seconds(1, WARM_UP, 1)
         if point.kind == "prefill":
             return point.context / seconds(1, point.context, 1)
         before = min(seconds(point.batch, point.context, 1) for _ in range(2))
