@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -21,8 +24,8 @@ from farthing.ops import make_batch, select
 from farthing.train.activity import Activity, measure, mlps
 from farthing.train.export import load_checkpoint, save_checkpoint
 from farthing.train.model import DeepSeekLM, MoE
+from farthing.train.prices import Cut, prices
 from farthing.train.pruning import (
-    Cut,
     PruneConfig,
     PruneHook,
     apply_cut,
@@ -119,6 +122,69 @@ def test_candidates_keep_routing_possible(model: DeepSeekLM) -> None:
     before = mlp_parameters(model)
     apply_cut(model, cuts[0], [])
     assert before - mlp_parameters(model) == cuts[0].parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("layers.0.mlp", "neurons"),
+        ("layers.1.mlp", "neurons"),
+        ("layers.2.mlp.shared_experts", "neurons"),
+        ("mtp.block.mlp", "neurons"),
+        ("layers.2.mlp", "experts"),
+    ],
+)
+def test_a_cut_is_priced_as_it_will_be(
+    model: DeepSeekLM, name: str, kind: Literal["neurons", "experts"]
+) -> None:
+    tokens = torch.randint(0, model.cfg.vocab_size, (3, 19))
+    module = model.get_submodule(name)
+    if kind == "experts":
+        module.gate.cfg = dataclasses.replace(module.gate.cfg, topk_group=4)  # type: ignore[union-attr]
+        keep = torch.tensor([0, 3, 4, 6])  # one of two in each group, which scores the sum of its two best
+        module.gate.e_score_correction_bias.zero_()  # type: ignore[union-attr]
+    else:
+        experts, width = measure(model, tokens, 0.3)[name].energy.shape
+        keep = torch.stack([torch.randperm(width)[: width // 2].sort().values for _ in range(experts)])
+    cut, state = Cut(name, kind, keep, 0.0, 1), copy.deepcopy(model.state_dict())
+    other = Cut("layers.0.mlp", "neurons", torch.arange(model.cfg.intermediate_size)[None, 8:], 0.0, 1)
+    price = prices(model, [other, cut], tokens, 0.3)[1]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    before = losses(model, tokens)
+    apply_cut(model, cut, [])
+    rise = [after - own for after, own in zip(losses(model, tokens), before, strict=True)]
+    assert price == pytest.approx(0.3 * rise[1] if name.startswith("mtp") else rise[0], rel=1e-3, abs=1e-6)
+    assert price != 0
+
+
+def losses(model: DeepSeekLM, tokens: torch.Tensor) -> tuple[float, float]:
+    """Next token and draft."""
+    with torch.no_grad():
+        hidden = model(tokens[:, :-1])
+        guess = model.draft(hidden[:, :-1], tokens[:, 1:-1])
+        return tuple(  # type: ignore[return-value]
+            float(F.cross_entropy(model.logits(h).flatten(0, 1), tokens[:, at:].flatten()))
+            for at, h in ((1, hidden), (2, guess))
+        )
+
+
+def test_units_of_least_measured_loss_go_first(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+    settings = settings_of(checkpoint, tmp_path / "run", sources)
+    learn(checkpoint, settings)
+    config = PruneConfig(every=1, multiple=8, rank="loss", calibration_windows=4, price_windows=3)
+    trainer, text, _ = build(settings, config, QUIET)
+    model, hook = trainer.model, trainer.hooks[0]
+    assert isinstance(model, DeepSeekLM) and isinstance(hook, PruneHook)
+    position = text.batches.state_dict()
+    batch = text.batches.next(config.calibration_windows, settings.window)
+    text.batches.load_state_dict(position)
+    cuts = list(candidates(model, measure(model, batch, config.tau), config))
+    rises = prices(model, cuts, batch[:3], config.mtp_weight)
+    best = min(range(len(cuts)), key=lambda i: rises[i] / cuts[i].parameters)
+    trainer.tokens = settings.tokens // 10
+    hook.before_step(trainer)
+    event = hook.events[0]
+    assert event["name"] == cuts[best].name and event["cost"] == pytest.approx(rises[best], abs=1e-5)
 
 
 def test_run_prunes_and_the_engine_serves_the_result(

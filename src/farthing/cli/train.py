@@ -133,6 +133,9 @@ class PruneOptions(RunOptions):
     multiple: int = _option(
         32, "Neurons to remove at a time; 4-bit kernels need 32 and are faster with 64", minimum=1
     )
+    rank: Literal["energy", "loss"] = _option(
+        "energy", "Rank units by their energy or by the loss without them, measured at every event"
+    )
     tau: float = _option(0.3, "Activity threshold of a neuron, in units of the token's mean")
     bound: float = _option(0.03, "Pause pruning above this perplexity increase")
     hard: float = _option(0.5, "Weight of the text's cross entropy in the loss; the rest is distillation")
@@ -276,6 +279,7 @@ def prune(options: dict[str, Any], as_json: Json = False) -> None:
             target=given.target,
             units=given.units,
             multiple=given.multiple,
+            rank=given.rank,
             tau=given.tau,
             bound=given.bound,
             hard=given.hard,

@@ -318,9 +318,12 @@ class DeepSeekLM(nn.Module):
         T = tokens.shape[1]
         if self.turn.shape[0] < T:
             raise ValueError(f"{T} positions exceed max_position_embeddings={self.turn.shape[0]}")
-        h = F.embedding(tokens, self.embed_tokens)
-        for layer in self.layers:
-            h = layer(h, self.turn[:T])
+        return self.finish(F.embedding(tokens, self.embed_tokens))
+
+    def finish(self, h: Tensor, first: int = 0) -> Tensor:
+        """The rest of `forward` from h [B, T, D], the float32 input of layer `first`."""
+        for layer in self.layers[first:]:
+            h = layer(h, self.turn[: h.shape[1]])
         out: Tensor = self.norm(h)
         return out
 

@@ -28,6 +28,7 @@ from farthing.train.model import MLP, DeepSeekLM, MoE
 
 SLICES = 8  # of every MLP
 LEAST = 16  # minimum neurons per slice
+PART = 2  # windows per forward pass
 CERTAIN = 2.0  # standard errors by which a loss of information must exceed zero
 TYPICAL = 0.7  # share of the unpruned model's MLP parameters whose need is above the threshold
 
@@ -62,16 +63,23 @@ def needs(model: DeepSeekLM, tokens: Tensor) -> list[Slice]:
     activities = measure(model, tokens, tau=0.3)
     modules = [(name, module) for name, module in mlps(model) if not name.startswith("mtp.")]
     total = sum(_parameters(module, _down(module).shape[2]) for _, module in modules)
+    entering = F.embedding(tokens[:, :-1], model.embed_tokens)
     base = information(model, tokens)
     found = []
-    for name, module in modules:
-        order = activities[name].energy.argsort(dim=1)  # [E, I], least first
-        for part in order.split(max(LEAST, -(-order.shape[1] // SLICES)), dim=1):
-            with _silent(module, part):
-                lost = base - information(model, tokens)
-            error = float(lost.std()) * len(lost) ** -0.5
-            size = _parameters(module, part.shape[1])
-            found.append(Slice(name, size, float(lost.mean()), error, size / total))
+    for i, layer in enumerate(model.layers):
+        for name, module in modules:
+            if not name.startswith(f"layers.{i}."):
+                continue
+            order = activities[name].energy.argsort(dim=1)  # [E, I], least first
+            for part in order.split(max(LEAST, -(-order.shape[1] // SLICES)), dim=1):
+                lost = torch.zeros_like(base)
+                if base.any():  # else there is nothing to lose
+                    with silent(module, part):
+                        lost = base - information(model, tokens, entering, i)
+                error = float(lost.std()) * len(lost) ** -0.5
+                size = _parameters(module, part.shape[1])
+                found.append(Slice(name, size, float(lost.mean()), error, size / total))
+        entering = torch.cat([layer(rows, model.turn[: rows.shape[1]]) for rows in entering.split(PART)])
     model.train(training)
     return found
 
@@ -116,7 +124,7 @@ def _parameters(module: MLP | MoE, neurons: int) -> int:
 
 
 @contextmanager
-def _silent(module: MLP | MoE, neurons: Tensor) -> Iterator[None]:
+def silent(module: MLP | MoE, neurons: Tensor) -> Iterator[None]:
     """Inside the context, neurons [E, n] contribute nothing."""
     down = _down(module)
     index = neurons.to(down.device)[:, None].expand(-1, down.shape[1], -1)
@@ -129,17 +137,28 @@ def _silent(module: MLP | MoE, neurons: Tensor) -> Iterator[None]:
 
 
 @torch.no_grad()
-def information(model: DeepSeekLM, tokens: Tensor) -> Tensor:
-    """Of every window of tokens [B, T + 1]: nats per token, float64 [B]."""
+def information(model: DeepSeekLM, tokens: Tensor, entering: Tensor | None = None, first: int = 0) -> Tensor:
+    """Of every window of tokens [B, T + 1]: nats per token, float64 [B]. Other arguments: see `nats`."""
     counts = tokens[:, 1:].flatten().bincount().double()
     frequencies = counts / counts.sum()
     chance = -float(frequencies.xlogy(frequencies).sum())  # their entropy
+    return (chance - nats(model, tokens, entering, first)).clamp_min(0)
+
+
+@torch.no_grad()
+def nats(model: DeepSeekLM, tokens: Tensor, entering: Tensor | None = None, first: int = 0) -> Tensor:
+    """The loss of every window of tokens [B, T + 1] in nats per token, float64 [B].
+
+    `entering` [B, T, D] is the input of layer `first`, if known; the layers before it are then not computed.
+    """
+    if entering is None:
+        entering, first = F.embedding(tokens[:, :-1], model.embed_tokens), 0
     found = []
-    for rows in tokens.split(2):
-        logits = model.logits(model(rows[:, :-1])).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-        found.append(nats.view(len(rows), -1).double().mean(1).cpu())
-    return (chance - torch.cat(found)).clamp_min(0)
+    for rows, h in zip(tokens.split(PART), entering.split(PART), strict=True):
+        logits = model.logits(model.finish(h, first)).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
+        found.append(loss.view(len(rows), -1).double().mean(1).cpu())
+    return torch.cat(found)
 
 
 @torch.no_grad()

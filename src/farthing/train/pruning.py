@@ -1,10 +1,11 @@
 """Progressive pruning: neurons and whole experts are removed gradually while the model trains.
 
 The share of MLP parameters removed follows a cubic schedule. At every event, contributions are measured
-(`activity.py`) on fresh text and the units of the least energy per parameter are removed, in any layer:
-a multiple of 32 neurons of every expert of a layer, of a shared expert or of a dense MLP, or one expert of
-every router group of a layer. Parameters and optimizer state shrink, so training gets faster too. While the
-model's perplexity exceeds its teacher's by more than a bound, nothing is removed and the schedule waits.
+(`activity.py`) on fresh text and the units of the least energy per parameter, or those without which the loss
+rises least (`prices.py`), are removed, in any layer: a multiple of 32 neurons of every expert of a layer, of
+a shared expert or of a dense MLP, or one expert of every router group of a layer. Parameters and optimizer
+state shrink, so training gets faster too. While the model's perplexity exceeds its teacher's by more than a
+bound, nothing is removed and the schedule waits.
 
 Shapes: E experts, I neurons, D hidden, G router groups.
 """
@@ -25,6 +26,7 @@ from farthing.train.activity import Activity, busy_share, measure, mlps
 from farthing.train.finetune import Settings, Text
 from farthing.train.loop import BaseHook, Trainer
 from farthing.train.model import MLP, DeepSeekLM, Linear, MoE
+from farthing.train.prices import Cut, prices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,15 @@ class PruneConfig:
     # Neurons are removed in multiples of this. The 4-bit kernels need a multiple of 32 inputs, and compute
     # multiples of 64 faster: with other widths, down projections stay 16-bit and decoding gets slower.
     multiple: int = 32
+    # How units are ranked: by their energy, or by the rise of the loss without them on text of the training
+    # files, which costs a few forward passes per event.
+    rank: Literal["energy", "loss"] = "energy"
     tau: float = 0.3
     bound: float = 0.03  # pause above this relative increase of perplexity over the teacher's
     # Tokens of a removed expert go to the next best one, so less is lost than the expert's energy.
     expert_share: float = 0.3
     calibration_windows: int = 16
+    price_windows: int = 8  # of those, on which removals are tried
     lr: float = 3e-4
     hard: float = 0.5  # weight of the text's cross entropy in the loss; the rest is distillation
     mtp_weight: float = 0.3
@@ -57,20 +63,9 @@ class PruneConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a share in [0, 1]")
         if self.end <= self.begin:
             raise ValueError(f"end: got {self.end}; expected more than begin = {self.begin}")
-        for name in ("every", "multiple", "calibration_windows"):
+        for name in ("every", "multiple", "calibration_windows", "price_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """One removal: the neurons [E, I'] or experts [E'] of a module to keep, ascending."""
-
-    name: str
-    kind: Literal["neurons", "experts"]
-    keep: Tensor
-    cost: float  # share of the layer's MLP energy removed
-    parameters: int
 
 
 def mlp_parameters(model: DeepSeekLM) -> int:
@@ -216,8 +211,9 @@ class PruneHook(BaseHook):
         batch = self.text.batches.next(self.config.calibration_windows, self.settings.window)
         activities = measure(model, batch, self.config.tau)
         busy = busy_share(activities)
+        known: dict[tuple[str, str, int], float] = {}
         while self.removed(model) < wanted:
-            choices = candidates(model, activities, self.config)
+            choices = self._priced(model, candidates(model, activities, self.config), batch, known)
             cut = min(choices, key=lambda c: c.cost / c.parameters, default=None)
             if cut is None:
                 break
@@ -231,6 +227,18 @@ class PruneHook(BaseHook):
                 "cost": round(cut.cost, 5),
             }
             self._note(trainer, what | {"removed": round(self.removed(model), 4), "busy": round(busy, 4)})
+
+    def _priced(
+        self, model: DeepSeekLM, cuts: Iterator[Cut], tokens: Tensor, known: dict[tuple[str, str, int], float]
+    ) -> list[Cut]:
+        """The cuts with their cost by `config.rank`. Rises of the loss are kept in `known` for this event."""
+        found = list(cuts)
+        if self.config.rank == "energy":
+            return found
+        new = [cut for cut in found if _key(cut) not in known]
+        rises = prices(model, new, tokens[: self.config.price_windows], self.config.mtp_weight)
+        known |= {_key(cut): rise for cut, rise in zip(new, rises, strict=True)}
+        return [dataclasses.replace(cut, cost=known[_key(cut)]) for cut in found]
 
     def after_step(self, trainer: Trainer) -> None:
         """Update the smoothed rise of the loss."""
@@ -262,6 +270,10 @@ class PruneHook(BaseHook):
         """Restore the position."""
         for name in ("rise", "waited", "last", "events", "start"):
             setattr(self, name, state[name])
+
+
+def _key(cut: Cut) -> tuple[str, str, int]:
+    return cut.name, cut.kind, cut.keep.shape[-1]
 
 
 def model_of(module: nn.Module) -> DeepSeekLM:

@@ -159,4 +159,9 @@ def _activity(
         "need_threshold": least,
         "needed_parameters": {name: needed_share(found, least) for name, found in slices.items()},
         "need_deciles": {name: need_deciles(found) for name, found in slices.items()},
+        "need_slices": {
+            name: [[s.name, s.parameters, round(s.need, 5), s.need >= least] for s in found]
+            for name, found in slices.items()
+            if name != "random"
+        },
     }
