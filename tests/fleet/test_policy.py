@@ -161,6 +161,14 @@ def test_a_clock_jump_never_scales_down(jump: float) -> None:
     assert after[-1] == 1
 
 
+def test_after_a_clock_jump_the_window_is_that_of_the_measured_cold_start() -> None:
+    policy = Policy(replace(CONFIG.with_rule("stabilized"), cold_start_s=60.0))
+    for now in range(0, 600, 15):
+        policy.decide(now, seen(now, 10, 7.0, cold_start_s=600.0))
+    low = [policy.decide(t, seen(t, 10, 2.0, cold_start_s=600.0)).target for t in range(900, 1215, 15)]
+    assert (set(low[:20]), low[20]) == ({10}, 3)
+
+
 def test_limits_step_and_cooldown() -> None:
     limited = replace(CONFIG, min_replicas=2, max_replicas=12, max_step=4)
     assert Policy(limited).decide(0, seen(0, 5, 70.0)).target == 9

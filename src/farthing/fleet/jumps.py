@@ -20,7 +20,7 @@ class Jumps:
 
     def planned(self, now: float, load: float, lead_s: float) -> None:
         """Record the load planned for at `now`."""
-        oldest = now - lead_s - self.config.interval_s - self.config.window_s(lead_s)
+        oldest = now - lead_s - 2 * self.config.interval_s - self.config.window_s(lead_s)
         self.state.planned = [(t, n) for t, n in self.state.planned if oldest <= t < now]
         self.state.planned.append((now, load))
 
@@ -31,8 +31,11 @@ class Jumps:
         and at least the minimum. The plans of that time must be known.
         """
         config, state = self.config, self.state
-        since = now - lead_s - config.interval_s
-        known = [n for t, n in state.planned if since - config.window_s(lead_s) <= t <= since]
+        times = [t for t, _ in state.planned if t <= now - lead_s - config.interval_s]
+        since = max(times, default=now)
+        known = (
+            [n for t, n in state.planned if since - config.window_s(lead_s) <= t <= since] if times else []
+        )
         least = config.min_replicas * config.capacity
         if known and load > max(least, max(known) / config.slo.lowest):
             state.excused_until = now + lead_s + config.interval_s + config.drain_s

@@ -66,7 +66,7 @@ class Policy:
                 "Policy.decide: current is None without a snapshot; expected the requested replicas"
             )
         count = current if current is not None else (snapshot.current if snapshot is not None else 0)
-        alarms = self._watch_clock(now)
+        alarms = self._watch_clock(now, snapshot)
         woken = wake(now, count, snapshot, self.config)
         if woken is not None:
             self.state.last_change = now
@@ -162,10 +162,11 @@ class Policy:
 
     # ---- missing signals and clocks ----
 
-    def _watch_clock(self, now: float) -> tuple[str, ...]:
+    def _watch_clock(self, now: float, snapshot: Snapshot | None) -> tuple[str, ...]:
         """Start a new window after a start, long gap or clock jump; no scale-down within it."""
         state, config = self.state, self.config
-        window = max(config.window_s(), config.cooldown_s)
+        lead = self._needs.lead(snapshot) if snapshot is not None else None
+        window = max(config.window_s(lead), config.cooldown_s)
         gap = max(config.stale_after_s, 4 * config.interval_s)
         last, state.last_time = state.last_time, now
         if last is None:

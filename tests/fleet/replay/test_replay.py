@@ -97,13 +97,20 @@ def test_failures_are_replaced_and_cost_slo() -> None:
     st.lists(st.floats(0, 60), min_size=3, max_size=60),
     st.sampled_from(["slo", "stabilized", "published"]),
     st.integers(0, 2**16),
-    st.sampled_from([30.0, 90.0, 600.0]),
+    st.sampled_from([5.0, 20.0, 30.0, 77.0, 90.0, 250.0, 600.0]),
 )
 def test_vectorized_rule_equals_the_policy(
     loads: list[float], name: str, seed: int, cold_start_s: float
 ) -> None:
     """FarthingRule and Policy decide the same for equal loads, backlogs, waits and late shares."""
     compare_rules(loads, name, seed, cold_start_s)
+
+
+@pytest.mark.parametrize("cold_start_s", [5.0, 20.0, 50.0, 77.0, 100.0])
+def test_both_excuse_alike_when_the_cold_start_is_no_multiple_of_the_interval(cold_start_s: float) -> None:
+    for seed in range(4):
+        loads = [load for load in (1.9, 15.0, 0.0, 40.0, 8.0) for _ in range(12 + seed)]
+        compare_rules(loads, "slo", seed, cold_start_s)
 
 
 @pytest.mark.parametrize("gap", [0.0, 2.0, 8.0])

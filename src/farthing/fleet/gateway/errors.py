@@ -12,11 +12,11 @@ from farthing.server.errors import ApiError, is_anthropic
 
 
 def summary(problem: object) -> str:
-    """The statement in a message of aiohttp's parser, whose further lines show the bytes."""
+    """The statement in a message of aiohttp's parser, without the client's bytes."""
     lines = [line.strip(" :") for line in str(problem).splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].endswith("message"):  # "400, message:", then the statement
         lines = lines[1:]
-    return lines[0][:200] if lines else "no HTTP/1.1"
+    return lines[0].partition(": b'")[0][:200] if lines else "no HTTP/1.1"
 
 
 class Refused(Exception):

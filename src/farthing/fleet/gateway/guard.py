@@ -91,6 +91,7 @@ class Guard(asyncio.Protocol):
         self._bytes = 0  # received since the last request ended
         self._chunks = 0  # small ones since then
         self._body: aiohttp.StreamReader | None = None  # of the current request
+        self._spoiled = False  # the last body was malformed: nothing after it can be parsed
         self._length: int | None = 0  # of the current request's body; None if it is chunked
         self._after: int | None = None  # bytes received after the head's end; None without a complete head
         self._tail = b""  # the last four bytes received
@@ -121,7 +122,7 @@ class Guard(asyncio.Protocol):
             self._handler.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._admitted or (self.phase == "closing" and self._overrun(data)):
+        if not self._admitted or self._spoiled or (self.phase == "closing" and self._overrun(data)):
             return
         if self.phase == "head":
             # Checked before counting this data: it may contain a whole head and part of a body.
@@ -163,6 +164,9 @@ class Guard(asyncio.Protocol):
     def ended(self, *, close: bool) -> None:
         """Called when the handler has finished. close: close the connection."""
         more = self._more()
+        if self._body is not None and self._body.exception() is not None:
+            self._spoiled = close = True
+            self._body.feed_eof()  # aiohttp would read on, and log the error of which the client was told
         self._bytes, self._body, self._after = 0, None, None
         if self._transport is None:
             return

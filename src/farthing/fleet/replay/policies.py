@@ -5,6 +5,7 @@ Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, as 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class FarthingRule:
     def _reachable(self) -> Floats:
         """[T, B] load above which requests are late whatever the utilization; see `fleet.jumps`."""
         assert self.slo is not None
-        lead, window = int(self.lead_s // self.tick_s) + 1, int(self.stabilization_s // self.tick_s) + 1
+        lead, window = math.ceil(self.lead_s / self.tick_s) + 1, int(self.stabilization_s // self.tick_s) + 1
         largest = trailing_max(self.planned, min(window, len(self.planned))) / self.slo.lowest
         unknown = np.full((min(lead, len(largest)), largest.shape[1]), np.inf)
         least = self.min_replicas * self.capacity
