@@ -152,3 +152,29 @@ def test_rounding_while_loading_is_judged(model_dir: Path, data: Path) -> None:
     same, rounded = (strict(invoke(eval_app, *pair, *q).stdout) for q in ((), ("--quantization", "int4")))
     assert same["kl"] < 1e-6 < rounded["kl"]
     assert invoke(eval_app, *pair, "--quantization", "int4", "--simulate").exit_code == Exit.INPUT
+
+
+@pytest.mark.parametrize("option", ["calibration", "data"])
+def test_empty_text_is_named_with_its_option(option: str, model_dir: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    gate = ("--no-gate",) if option == "calibration" else ("--no-timing",)
+    result = invoke(compress_app, model_dir, "-o", tmp_path / "out", f"--{option}", empty, *gate)
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == (
+        f"error: {option}: got {str(empty)!r}, which has no token to predict; expected at least one document "
+        "of two tokens"
+    )
+
+
+def test_options_are_named_as_given(model_dir: Path, tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "out", "--no-timing")
+    for flag, value in (("--budget", "9MB"), ("--measure", "token")):
+        result = invoke(compress_app, model_dir, *out, flag, value)
+        assert result.exit_code == Exit.INPUT
+        assert result.stderr.strip() == (
+            f"error: {flag}: got {value!r} with recipe 'int8'; expected --recipe auto"
+        )
+    result = invoke(compress_app, model_dir, *out, "--backend", "foo")
+    assert result.exit_code == Exit.INPUT
+    assert "backend: got 'foo'; expected 'auto' or one of" in result.stderr and "'simulate'" in result.stderr

@@ -198,7 +198,7 @@ def cost(options: dict[str, Any], as_json: Json = False) -> None:
     from farthing.hub import resolve_model
     from farthing.model import ModelConfig
 
-    with errors_as_one_line(resumes=options["record"] is not None):
+    with errors_as_one_line("run the same command to resume" if options["record"] is not None else None):
         given = CostOptions(**options)
         budget = parse_share("max-drop", given.max_drop)
         machine = Prices.load(given.prices).machine("cpu", cpu_name(), usable_cpus(), given.hardware)

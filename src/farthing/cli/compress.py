@@ -74,7 +74,7 @@ def compress(
     if show:
         _print_recipes(as_json)
         return
-    with errors_as_one_line(resumes=True):
+    with errors_as_one_line("run the same command to resume"):
         given = CompressOptions(**options)
         if given.out is None:
             raise typer.BadParameter("expected an output directory", param_hint="--out")
@@ -118,6 +118,9 @@ def _recipe(given: CompressOptions, limit: float | None) -> Recipe:
     from farthing.compress.recipe import from_json, load_recipe
 
     chosen = load_recipe(given.recipe)
+    for flag, asked in (("--budget", given.budget), ("--measure", given.measure)):
+        if asked is not None and chosen.scheme != "auto":
+            raise ValueError(f"{flag}: got {asked!r} with recipe {chosen.name!r}; expected --recipe auto")
     overrides = {"observer": given.observer, "budget_bytes": given.budget, "measure": given.measure}
     fields = {k: v for k, v in overrides.items() if v is not None}
     if fields:

@@ -18,17 +18,17 @@ class Exit(IntEnum):
     INPUT = 2  # an invalid file or option; the message names it
     UNDECIDED = 3  # the held-out text is too short to decide
     WORSE = 4  # the model is worse than the bound allows
-    STORAGE = 5  # a file could not be read or written; running the command again resumes
+    STORAGE = 5  # a file could not be read or written; some commands resume, see `errors_as_one_line`
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def errors_as_one_line(resumes: bool = False) -> Iterator[None]:
+def errors_as_one_line(then: str | None = None) -> Iterator[None]:
     """Print errors a user can fix as one line and exit with their code; bugs keep their traceback.
 
-    resumes: running the command again continues after the last complete step.
+    then: what to do once there is space again, such as "run the same command to resume".
     """
     try:
         yield
@@ -37,7 +37,7 @@ def errors_as_one_line(resumes: bool = False) -> Iterator[None]:
     except OSError as error:
         said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         if error.errno in _FULL:
-            said += "; free some space" + (", then run the same command to resume" if resumes else "")
+            said += "; free some space" + (f", then {then}" if then else "")
         _fail(said, Exit.STORAGE, error)
 
 

@@ -27,6 +27,7 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
 _option = partial(option, group="Options")
+_THEN = "add --resume to continue from the last state.pt in --out, if there is one"
 
 
 @app.callback()
@@ -180,7 +181,7 @@ def mite(
     from farthing.train.mite import train_mite
 
     minutes = 90.0 if given.minutes is None and given.tokens is None else given.minutes
-    with errors_as_one_line(resumes=True):
+    with errors_as_one_line(_THEN):
         _require_matplotlib()
         summary = train_mite(
             given.out,
@@ -307,7 +308,7 @@ def _finish(run: Callable[[], dict[str, Any] | None], as_json: bool) -> dict[str
     """Run, print the summary and return it; None if the run was interrupted."""
     from farthing.files import to_json
 
-    with errors_as_one_line(resumes=True):
+    with errors_as_one_line(_THEN):
         summary = run()
     if summary is None:
         return None

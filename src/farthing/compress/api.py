@@ -21,14 +21,13 @@ from farthing.compress.export.layout import (
     expected_limits,
     transformers_limits,
 )
-from farthing.compress.gate import compare_in_turn, held_out_sample, load_for
+from farthing.compress.gate import check_backend, compare_in_turn, held_out_sample, load_for
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
 from farthing.compress.stream import Job, Progress, Progressed, refuse_finished, run
 from farthing.model import ModelConfig
-from farthing.ops import select
 
 log = logging.getLogger(__name__)
 GATE_TOKENS = 16384  # held-out tokens for the gate; if undecided, it reports how many would decide
@@ -168,8 +167,7 @@ def _ready(
         log.warning("expected: %s", said)
     if not options.gate:
         return options, None
-    if options.backend != "simulate":
-        select(options.backend)
+    check_backend(options.backend)
     sampled = replace(options, max_tokens=options.max_tokens or GATE_TOKENS)
     return options, _held_out(source, sampled, config)
 
@@ -240,7 +238,8 @@ def _adapt(
 
 def _calibration(source: Path, recipe: Recipe, options: Options, config: ModelConfig) -> Corpus:
     if options.calibration is not None:
-        return load_corpus(options.calibration, source, config, recipe.window, recipe.calibration_tokens)
+        size = recipe.window, recipe.calibration_tokens
+        return load_corpus(options.calibration, source, config, *size, option="calibration")
     held_out = options.data or held_out_sample()
     return calibration_corpus(source, config, held_out, recipe.calibration_tokens, recipe.window)
 

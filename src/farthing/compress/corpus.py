@@ -67,25 +67,38 @@ def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
 
 
 def load_corpus(
-    data: Path, model: Path, config: ModelConfig, window: int, max_tokens: int | None = None
+    data: Path,
+    model: Path,
+    config: ModelConfig,
+    window: int,
+    max_tokens: int | None = None,
+    option: str = "data",
 ) -> Corpus:
     """Whole documents of `data`, until `max_tokens` is reached; at most the model's context per window.
 
-    `model` is the directory with the tokenizer, `config` gives the vocabulary size. Raises ValueError or
-    FileNotFoundError.
+    `model` is the directory with the tokenizer, `config` gives the vocabulary size. `option` names `data` in
+    errors. Raises ValueError or FileNotFoundError.
     """
     if not data.is_file():
         raise FileNotFoundError(
-            f"data: got {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
+            f"{option}: got {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
         )
     window = min(window, config.max_position_embeddings)
-    return windows_of(_documents(data, model, config), window, max_tokens)
+    return windows_of(
+        _documents(data, model, config), window, max_tokens, f"{option}: got {str(data)!r}, which"
+    )
 
 
 def windows_of(
-    documents: Iterator[tuple[list[int], int]], window: int, max_tokens: int | None = None
+    documents: Iterator[tuple[list[int], int]],
+    window: int,
+    max_tokens: int | None = None,
+    named: str = "the text",
 ) -> Corpus:
-    """(ids, bytes) of each document -> windows of `window` predictions, every token predicted once."""
+    """(ids, bytes) of each document -> windows of `window` predictions, every token predicted once.
+
+    `named` begins the error about documents without text.
+    """
     if window < 1:
         raise ValueError(f"window: got {window}; expected at least 1 token")
     windows: list[Window] = []
@@ -98,7 +111,7 @@ def windows_of(
         tokens += max(len(ids) - 1, 0)
         total += size
     if not windows:
-        raise ValueError("the data has no token to predict; expected at least one document of two tokens")
+        raise ValueError(f"{named} has no token to predict; expected at least one document of two tokens")
     return Corpus(windows, total)
 
 

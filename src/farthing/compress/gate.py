@@ -13,6 +13,7 @@ from farthing.compress.simulate import SimulatedOps
 from farthing.config import Quantization
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import Ops, select
+from farthing.ops.select import known_backends
 
 
 def held_out_sample() -> Path:
@@ -78,6 +79,16 @@ def _tail(path: Path, backend: str) -> DeepseekModel:
         layer_sizes=(),
     )
     return DeepseekModel(config, _ops(path, backend), checkpoint, first=False)
+
+
+def check_backend(backend: str) -> None:
+    """Raise unless `backend` is "simulate" or runs on this machine."""
+    if backend == "simulate":
+        return
+    known = sorted({*known_backends(), "simulate"})
+    if backend != "auto" and backend.partition("/")[0] not in known:
+        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {known}")
+    select(backend)
 
 
 def _ops(path: Path, backend: str) -> Ops:

@@ -27,6 +27,11 @@ _PARTS = {"cpu": "isa", "torch": "device"}  # the meaning of what follows a back
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri")  # of Linux
 
 
+def known_backends() -> dict[str, str]:
+    """Name -> module of every backend, entry points included."""
+    return BACKENDS | {e.name: e.value for e in entry_points(group="farthing.ops")}
+
+
 def select(
     backend: str = "auto",
     dtype: torch.dtype | Dtype | None = None,
@@ -47,8 +52,7 @@ def select(
     arrays: tensors are numpy arrays and torch is not imported (backend 'cpu' only; others ignore it).
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
-    plugins = {e.name: e.value for e in entry_points(group="farthing.ops")}
-    known = BACKENDS | plugins
+    known = known_backends()
     if backend == "auto":
         backend = resolve(backend)
         if backend == "torch":

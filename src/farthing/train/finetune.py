@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.files import replace
 from farthing.tokenizer_file import read_tokenizer
 from farthing.train import data
 from farthing.train.loop import Trainer
 from farthing.train.model import DeepSeekLM
+from farthing.train.resume import plain
 
 Ids = np.ndarray[Any, np.dtype[np.uint16]]
 
@@ -58,15 +63,18 @@ class Text:
     heldout: list[Ids]
 
     @classmethod
-    def load(cls, settings: Settings) -> Text:
+    def load(cls, settings: Settings, console: Console | None = None) -> Text:
         """Split the files as in training and tokenize them with the checkpoint's tokenizer."""
-        file = settings.model / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
-        tokenizer = read_tokenizer(file)
+        documents = data.find_sources(settings.root)
+        key = text_key(settings, documents)
+        tokenizer = read_tokenizer(settings.model / "tokenizer.json")
         cache = settings.out / "text.npz"
-        if not cache.is_file():
-            documents = data.find_sources(settings.root)
+        ids = _cached(cache, key)
+        if ids is None:
+            if cache.exists():
+                (console or Console(stderr=True)).print(
+                    f"{cache} is unreadable or of another text, tokenizer or held-out rule; writing it again"
+                )
             train, heldout = data.split(documents, settings.heldout_every)
             if not train or not heldout:
                 raise ValueError(
@@ -74,12 +82,9 @@ class Text:
                     f"(one in {settings.heldout_every}); expected more files"
                 )
             settings.out.mkdir(parents=True, exist_ok=True)
-            _store(cache, data.encode(tokenizer, train), data.encode(tokenizer, heldout))
-        parts = np.load(cache)
-        train_ids, heldout_ids = (
-            np.split(parts[name], parts[f"{name}_ends"]) for name in ("train", "heldout")
-        )
-        return cls(tokenizer, data.PackedBatches(train_ids, settings.seed), heldout_ids)
+            ids = data.encode(tokenizer, train), data.encode(tokenizer, heldout)
+            _store(cache, key, *ids)
+        return cls(tokenizer, data.PackedBatches(ids[0], settings.seed), ids[1])
 
     def micro_batches(self, settings: Settings) -> list[tuple[Tensor, int]]:
         """One step's batch and its number of tokens."""
@@ -88,13 +93,44 @@ class Text:
         return [(tokens, rows * settings.window)]
 
 
-def _store(path: Path, train: list[Ids], heldout: list[Ids]) -> None:
+def text_key(settings: Settings, documents: Sequence[data.Document]) -> str:
+    """Hash of what determines the token ids: the tokenizer, the held-out rule and the files."""
+    file = settings.model / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
+    found = hashlib.sha256(f"{sha256(file)} {settings.heldout_every}".encode())
+    for document in documents:
+        for part in (document.path, document.text):
+            found.update(hashlib.sha256(part.encode()).digest())
+    return found.hexdigest()
+
+
+def _cached(path: Path, key: str) -> tuple[list[Ids], list[Ids]] | None:
+    """The stored ids for training and held out, or None if there are none with this key."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path) as parts:
+            if str(parts["key"]) != key:
+                return None
+            train, heldout = (np.split(parts[n], parts[f"{n}_ends"]) for n in ("train", "heldout"))
+    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, EOFError):
+        return None
+    return train, heldout
+
+
+def _store(path: Path, key: str, train: list[Ids], heldout: list[Ids]) -> None:
     """Cache the token ids so that a resumed run does not split and tokenize again."""
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {"key": np.array(key)}
     for name, rows in (("train", train), ("heldout", heldout)):
         arrays[name] = np.concatenate(rows)
         arrays[f"{name}_ends"] = np.cumsum([len(r) for r in rows])[:-1]
-    np.savez(path, **arrays)
+    replace(path, lambda file: _write(file, arrays))
+
+
+def _write(file: Path, arrays: Mapping[str, Any]) -> None:
+    with file.open("wb") as stream:  # numpy would add .npz to a name
+        np.savez(stream, **arrays)
 
 
 @torch.no_grad()
@@ -147,6 +183,23 @@ def provenance(settings: Settings, config: Any, text: Text) -> dict[str, Any]:
         "base_sha256": sha256(settings.model / "model.safetensors"),
         "text_sha256": hashlib.sha256(b"".join(d.tobytes() for d in text.heldout)).hexdigest(),
     }
+
+
+def determining(settings: Settings, config: Any) -> dict[str, Any]:
+    """What a resumed run must share with the stored one: settings, weights and text, but not its length."""
+    key = text_key(settings, data.find_sources(settings.root))
+    weights = hashlib.sha256()
+    for file in sorted(settings.model.glob("*.safetensors")):
+        weights.update(sha256(file).encode())
+    free = ("model", "out", "tokens", "threads", "device", "root", "warmup_tokens")
+    values = {
+        f.name: getattr(part, f.name)
+        for part in (settings, config)
+        for f in dataclasses.fields(part)
+        if f.name not in free
+    }
+    hashes = {"model": f"sha256 {weights.hexdigest()[:16]}", "data": f"sha256 {key[:16]}"}
+    return plain(values | hashes)
 
 
 def sha256(path: Path) -> str:

@@ -125,8 +125,10 @@ class Trainer:
         self.micro_batches, self.loss, self.config = micro_batches, loss, config
         self.hooks, self.evaluate, self.on_save = list(hooks), evaluate, on_save
         self.console = console or Console(stderr=True)
+        self.settings: dict[str, Any] = {}  # saved with the state, compared by `resume.check_start`
         self.base_lrs = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
         self.step, self.tokens, self.active_seconds = 0, 0, 0.0
+        self.budgets = [self._budget()]
         self.record: list[dict[str, float]] = []
         self.metrics: dict[str, float] = {}
         self.skip_update = False
@@ -229,6 +231,8 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "counters": (self.step, self.tokens, self.active_seconds),
             "record": self.record,
+            "settings": self.settings,
+            "budgets": self.budgets,
             "smooth": self._smooth,
         }
         replace(self.state_path, lambda file: _save(state, file))
@@ -255,6 +259,14 @@ class Trainer:
         self.step, self.tokens, self.active_seconds = state["counters"]
         self.record, self._smooth = state["record"], state["smooth"]
         self._saved_at = self._evaluated_at = self.active_seconds
+        self.budgets = state.get("budgets", [])
+        if not self.budgets or self.budgets[-1] | {"from_step": 0} != self._budget() | {"from_step": 0}:
+            self.budgets.append(self._budget())
+
+    def _budget(self) -> dict[str, float]:
+        """The length of the run as set from this step on."""
+        length = {"tokens": self.config.tokens, "minutes": self.config.minutes}
+        return {"from_step": self.step, **{name: x for name, x in length.items() if x is not None}}
 
     def _now(self) -> float:
         return time.monotonic() if self.config.wall_clock else time.process_time() / self.config.threads

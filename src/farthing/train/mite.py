@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 from pathlib import Path
@@ -23,6 +24,7 @@ from farthing.train.fp8 import Fp8Config, Fp8Hook, use_fp8
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM
 from farthing.train.optimizers import Muon, split_parameters
+from farthing.train.resume import check_start, plain
 
 MITE = ModelConfig(
     model_type="deepseek_v3",
@@ -200,6 +202,7 @@ def finish(trainer: Trainer, corpus: Corpus, recipe: Recipe, max_tokens: int | N
         "window": recipe.model.max_position_embeddings,
         "minutes": round(trainer.active_seconds / 60, 2),
         "tokens": trainer.tokens,
+        "budgets": trainer.budgets,
         "tokens_per_second": round(trainer.tokens / trainer.active_seconds, 1),
         "cores": trainer.config.threads,
         "python": platform.python_version(),
@@ -276,6 +279,16 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
     return recipe
 
 
+def determining(recipe: Recipe, seed: int, root: Path | None) -> dict[str, Any]:
+    """What a resumed run must share with the stored one: the recipe, the seed and the text."""
+    text = hashlib.sha256()
+    for document in data.find_sources(root):
+        for part in (document.path, document.text):
+            text.update(hashlib.sha256(part.encode()).digest())
+    own = dataclasses.asdict(recipe) | {"model": to_json(recipe.model)}
+    return plain(own | {"seed": seed, "data": f"sha256 {text.hexdigest()[:16]}"})
+
+
 def tune_allocator() -> None:
     """Keep freed memory in the process (glibc): page faults on activations cost more than the arithmetic."""
     import ctypes
@@ -311,15 +324,16 @@ def train_mite(
     console = Console(stderr=True)
     tune_allocator()
     torch.set_num_threads(threads)
-    if (out / "state.pt").exists() and not resume:
-        raise ValueError(f"{out} already has a run; use --resume to continue it or choose another --out")
     recipe = apply_settings(Recipe(precision=precision), settings)
+    given = determining(recipe, seed, root)
+    check_start(out / "state.pt", given, resume)
     config = LoopConfig(
         out, minutes, tokens, schedule=recipe.schedule, eval_steps=eval_steps, threads=threads,
         wall_clock=device != "cpu",
     )  # fmt: skip
     corpus = prepare_corpus(recipe, out, root, console)
     trainer = build_trainer(recipe, corpus, config, seed, console, device)
+    trainer.settings = given
     if resume:
         trainer.load()
     if not trainer.run():

@@ -20,6 +20,7 @@ from farthing.train.finetune import (
     Text,
     adam,
     curve,
+    determining,
     freeze_top,
     perplexity,
     provenance,
@@ -30,6 +31,7 @@ from farthing.train.model import DeepSeekLM
 from farthing.train.need import information, need_deciles, needed_share, needs, random_twin, threshold
 from farthing.train.picture import plot
 from farthing.train.pruning import PruneConfig, PruneHook, mlp_parameters, model_of
+from farthing.train.resume import check_start
 
 NEED_WINDOWS = 16  # of held-out text on which the need of every slice is measured
 
@@ -39,7 +41,7 @@ def build(
 ) -> tuple[Trainer, Text, DeepSeekLM]:
     """A trainer ready to run (or, with `resume`, to load), its text, and the unpruned teacher."""
     torch.manual_seed(settings.seed)
-    text = Text.load(settings)
+    text = Text.load(settings, console)
     teacher = load_checkpoint(settings.model).to(settings.device).eval()
     student = copy.deepcopy(teacher)
     start = mlp_parameters(student)
@@ -96,7 +98,10 @@ def train_prune(
     Returns the summary, or None if interrupted (state is saved).
     """
     console = console or Console(stderr=True)
+    given = determining(settings, config)
+    check_start(settings.out / "state.pt", given, resume)
     trainer, text, teacher = build(settings, config, console, resume)
+    trainer.settings = given
     if resume:
         trainer.load()
     if not trainer.run():
@@ -123,6 +128,7 @@ def train_prune(
         "layer_sizes": [dataclasses.asdict(s) for s in model.cfg.layer_sizes],
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,
+        "budgets": trainer.budgets,
         "events": hook.events,
         "curve": trainer.record,
     }

@@ -119,7 +119,7 @@ class StageHook(BaseHook):
 def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trainer, Text, DeepSeekLM]:
     """A trainer ready to run or load, its text, and the float teacher."""
     torch.manual_seed(settings.seed)
-    text = Text.load(settings)
+    text = Text.load(settings, console)
     teacher = load_checkpoint(settings.model).eval()
     teacher.set_compute_dtype(torch.bfloat16)
     net = copy.deepcopy(teacher)

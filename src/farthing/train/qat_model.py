@@ -43,6 +43,9 @@ class QatConfig:
     def __post_init__(self) -> None:
         if not self.stages or self.stages[0][0] != 0.0:
             raise ValueError(f"stages: got {self.stages}; expected the first to start at 0.0")
+        starts = [start for start, _ in self.stages]
+        if starts != sorted(set(starts)) or starts[-1] >= 1:
+            raise ValueError(f"stages: got starts {starts}; expected rising shares of the run below 1")
         if not 0 <= self.sparsity < MOST:
             raise ValueError(f"sparsity: got {self.sparsity}; expected a share in [0, {MOST})")
         for name in ("hard", "smoothing"):
@@ -58,7 +61,7 @@ def parse_stages(text: str) -> tuple[tuple[float, Precision], ...]:
     """'0:W8A8,0.2:W4A4' -> stages. Raises ValueError."""
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([\d.]+):W(\d+)A(\d+)\s*", part)
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+):W(\d+)A(\d+)\s*", part)
         if match is None:
             raise ValueError(f"stage {part!r}: expected START:W<bits>A<bits>, for example 0.2:W4A4")
         found.append((float(match[1]), Precision(int(match[2]), int(match[3]))))

@@ -17,6 +17,7 @@ from farthing.train.finetune import (
     Settings,
     Text,
     curve,
+    determining,
     interval,
     provenance,
     resampled,
@@ -30,6 +31,7 @@ from farthing.train.need import random_twin
 from farthing.train.qat import build
 from farthing.train.qat_export import save_quantized
 from farthing.train.qat_model import QatConfig, QatModel
+from farthing.train.resume import check_start, require_same
 
 NEED_WINDOWS = 16  # of held-out text on which the need of blocks is measured
 
@@ -61,7 +63,10 @@ def train_qat(
     from farthing.train.picture import plot
 
     console = console or Console(stderr=True)
+    given = determining(settings, config)
+    check_start(settings.out / "state.pt", given, resume)
     trainer, text, teacher = build(settings, config, console)
+    trainer.settings = given
     student = trainer.model
     assert isinstance(student, QatModel)
 
@@ -71,13 +76,15 @@ def train_qat(
     precision = config.stages[-1][1]
     found = {"float": score(teacher)}
     cache = settings.out / "untrained.pt"
-    if resume and cache.is_file():
-        found = torch.load(cache, weights_only=True)
+    stored = torch.load(cache, weights_only=True) if resume and cache.is_file() else {}
+    if "settings" in stored:
+        require_same(cache, stored["settings"], given)
+        found = stored["found"]
     elif config.block is None:
         batch = text.batches.next(config.block_windows, settings.window)[:, :-1].to(settings.device)
         for name, net in untrained(teacher, student.net, batch, config, precision):
             found[f"untrained, {name}"] = score(net)
-        replace(cache, lambda file: torch.save(found, file))
+        replace(cache, lambda file: torch.save({"settings": given, "found": found}, file))
     console.print(f"{precision}: " + "; ".join(f"{k} {_perplexity(v):.3f}" for k, v in found.items()))
     if resume:
         trainer.load()
@@ -95,6 +102,7 @@ def train_qat(
         "weights_bytes": size,
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,
+        "budgets": trainer.budgets,
         "curve": trainer.record,
     }
     replace_json(settings.out / "qat.json", summary)

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from farthing.files import replace_json
 from farthing.train.export import from_tensors, load_checkpoint, save_checkpoint, to_tensors
-from farthing.train.finetune import Ids, Settings, Text, adam, provenance, sha256
+from farthing.train.finetune import Ids, Settings, Text, adam, determining, provenance, sha256
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM, Indexer
+from farthing.train.resume import check_start
 from farthing.train.selection import Pick, largest, random_keys, recent
 
 Stage = Literal["warmup", "sparse", "dense"]
@@ -99,9 +100,12 @@ def stage_loss(stage: Stage, model: DeepSeekLM, tokens: Tensor, config: SparseCo
 
 def run_stage(
     stage: Stage, model: DeepSeekLM, text: Text, settings: Settings, config: SparseConfig, resume: bool,
-    console: Console,
+    console: Console, given: dict[str, Any],
 ) -> Trainer | None:  # fmt: skip
-    """Train `model` through a stage. Returns None if interrupted (its state is saved)."""
+    """Train `model` through a stage. Returns None if interrupted (its state is saved).
+
+    given: the settings that a resumed run must share.
+    """
     learned: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, p in model.named_parameters():
@@ -125,11 +129,9 @@ def run_stage(
         lambda module, tokens, t: stage_loss(stage, model, tokens, config), loop, evaluate=score,
         console=console,
     )  # fmt: skip
+    trainer.settings = given
     if trainer.state_path.is_file():
-        if not resume:
-            raise ValueError(
-                f"{loop.out} already has a run; use --resume to continue it or choose another --out"
-            )
+        check_start(trainer.state_path, given, resume)
         trainer.load()
     console.print(f"stage {stage}: {loop.tokens:,} tokens")
     return trainer if trainer.progress >= 1 or trainer.run() else None
@@ -176,10 +178,12 @@ def train_sparse(
     Returns the summary, or None if interrupted (state is saved).
     """
     console = console or Console(stderr=True)
+    given = determining(settings, config)
+    check_start(settings.out / "warmup" / "state.pt", given, resume)
     base = load_checkpoint(settings.model)
     base.set_compute_dtype(torch.bfloat16)
     count = max(1, settings.eval_tokens // settings.window)
-    text = Text.load(settings)
+    text = Text.load(settings, console)
 
     def score(model: DeepSeekLM, pick: Pick = largest) -> Tensor:
         for indexer in indexers(model):
@@ -199,10 +203,14 @@ def train_sparse(
     )  # fmt: skip
     for stage, trained, order in stages:
         text = Text.load(dataclasses.replace(settings, seed=settings.seed + order))
-        trainer = run_stage(stage, trained, text, settings, config, resume, console)
+        trainer = run_stage(stage, trained, text, settings, config, resume, console, given)
         if trainer is None:
             return None
-        records[stage] = {"minutes": trainer.active_seconds / 60, "curve": trainer.record}
+        records[stage] = {
+            "minutes": trainer.active_seconds / 60,
+            "budgets": trainer.budgets,
+            "curve": trainer.record,
+        }
         scores[stage] = score(trained)
         if stage == "sparse":
             scores["sparse, most recent keys"] = score(trained, recent)

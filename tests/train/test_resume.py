@@ -1,0 +1,156 @@
+"""Starting and resuming runs: the settings they must share, the cache of their text, their lengths."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from farthing.cli.exits import Exit
+from farthing.cli.train import app
+from farthing.train import qat_run
+from farthing.train.finetune import Settings, Text
+from farthing.train.lsq import Precision
+from farthing.train.pruning import PruneConfig
+from farthing.train.pruning_run import train_prune
+from farthing.train.qat_model import QatConfig, parse_stages
+from farthing.train.qat_run import train_qat
+from farthing.train.resume import plain, require_same
+from tests.train.conftest import settings_of
+
+QUIET = Console(quiet=True)
+CONFIG = QatConfig(group=32, block_steps=0, block_windows=2)
+
+
+@pytest.fixture
+def settings(checkpoint: Path, tmp_path: Path, sources: Path) -> Settings:
+    return settings_of(checkpoint, tmp_path / "run", sources)
+
+
+def heldout(text: Text) -> list[list[int]]:
+    return [ids.tolist() for ids in text.heldout]
+
+
+def test_other_text_or_rule_replaces_the_cached_ids(
+    settings: Settings, sources: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = settings.out / "text.npz"
+    first = heldout(Text.load(settings))
+    written = cache.stat().st_mtime_ns
+    assert heldout(Text.load(settings)) == first
+    assert cache.stat().st_mtime_ns == written and not capsys.readouterr().err
+    assert heldout(Text.load(dataclasses.replace(settings, heldout_every=2))) != first
+    assert "writing it again" in " ".join(capsys.readouterr().err.split())
+    assert heldout(Text.load(settings)) == first
+    with (sources / "module_01.py").open("a") as file:
+        file.write("changed = 1\n")
+    written = cache.stat().st_mtime_ns
+    Text.load(settings, QUIET)
+    assert cache.stat().st_mtime_ns != written
+
+
+def test_other_tokenizer_replaces_the_cached_ids(settings: Settings) -> None:
+    Text.load(settings)
+    with np.load(settings.out / "text.npz") as parts:
+        before = str(parts["key"])
+    file = settings.model / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), indent=3))
+    Text.load(settings, QUIET)
+    with np.load(settings.out / "text.npz") as parts:
+        assert str(parts["key"]) != before
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, -30])
+def test_truncated_cache_is_written_again(settings: Settings, keep: int) -> None:
+    first = heldout(Text.load(settings))
+    cache = settings.out / "text.npz"
+    cache.write_bytes(cache.read_bytes()[:keep])
+    assert heldout(Text.load(settings, QUIET)) == first
+    assert not list(settings.out.glob("*.tmp"))
+    assert heldout(Text.load(settings)) == first
+
+
+def test_resumed_qat_must_have_the_stored_settings(
+    settings: Settings, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train_qat(settings, CONFIG, console=QUIET)
+    assert first is not None and first["budgets"] == [{"from_step": 0, "tokens": 640}]
+    longer = dataclasses.replace(settings, tokens=768)
+    again = train_qat(longer, CONFIG, resume=True, console=QUIET)
+    assert again is not None
+    assert again["budgets"] == [*first["budgets"], {"from_step": first["tokens"] // 64, "tokens": 768}]
+    untrained = {k: v for k, v in first["perplexity"].items() if k != "trained"}
+    assert {k: again["perplexity"][k] for k in untrained} == untrained
+
+    def unreached(*_: Any) -> None:
+        raise AssertionError("worked before the check")
+
+    monkeypatch.setattr(qat_run, "build", unreached)
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "seed: got 1; expected 0": ({"seed": 1}, {}),
+        "window: got 16; expected 32": ({"window": 16}, {}),
+        "batch_tokens: got 128; expected 64": ({"batch_tokens": 128}, {}),
+        "heldout_every: got 5; expected 4": ({"heldout_every": 5}, {}),
+        "hard: got 0.5; expected 0.0": ({}, {"hard": 0.5}),
+        r'stages: got \[\[0.0, "W4A8"\]\]; expected \[\[0.0, "W4A4"\]\]': (
+            {},
+            {"stages": ((0.0, Precision(4, 8)),)},
+        ),
+    }
+    for message, (ours, theirs) in changes.items():
+        with pytest.raises(ValueError, match=message):
+            train_qat(
+                dataclasses.replace(settings, **ours), dataclasses.replace(CONFIG, **theirs), True, QUIET
+            )
+    with pytest.raises(ValueError, match="already has a run; use --resume"):
+        train_qat(settings, CONFIG, console=QUIET)
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        train_qat(dataclasses.replace(settings, out=settings.out / "new"), CONFIG, True, QUIET)
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r'model: got "sha256 .*; expected "sha256 '):
+        train_qat(settings, CONFIG, True, QUIET)
+
+
+def test_prune_refuses_a_used_directory_and_other_settings(settings: Settings) -> None:
+    settings.out.mkdir()
+    (settings.out / "state.pt").touch()
+    with pytest.raises(ValueError, match="already has a run; use --resume"):
+        train_prune(settings, PruneConfig(), console=QUIET)
+    (settings.out / "state.pt").unlink()
+    config = PruneConfig(target=0.1, multiple=8, bound=10.0, calibration_windows=2)
+    assert train_prune(settings, config, console=QUIET) is not None
+    with pytest.raises(ValueError, match=r"target: got 0.2; expected 0.1"):
+        train_prune(settings, dataclasses.replace(config, target=0.2), True, QUIET)
+
+
+def test_refusal_is_one_line_and_invalid_input(checkpoint: Path, tmp_path: Path, sources: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "state.pt").touch()
+    result = CliRunner().invoke(app, ["qat", str(checkpoint), "-o", str(out), "--data", str(sources)])
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == (
+        f"error: {out} already has a run; use --resume to continue it or choose another --out"
+    )
+
+
+def test_settings_are_compared_as_json_has_them() -> None:
+    stored = plain({"stages": ((0.0, Precision(4, 4)),), "block": None})
+    require_same(Path("state.pt"), stored, plain({"stages": ((0.0, Precision(4, 4)),), "added later": 1}))
+    with pytest.raises(ValueError, match=r"block: got \[16, 16\]; expected null, as in state.pt"):
+        require_same(Path("state.pt"), stored, plain({"block": (16, 16)}))
+
+
+@pytest.mark.parametrize(
+    "text", ["0:W4A4,2:W4A4", "0:W4A4,0:W4A8", "0:W8A8,0.5:W4A8,0.2:W4A4", "0:W8A8,1:W4A4"]
+)
+def test_stages_that_never_begin_are_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="expected rising shares of the run below 1"):
+        QatConfig(stages=parse_stages(text))
