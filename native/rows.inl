@@ -35,12 +35,16 @@ void round_to_bf16(const float* x, int k, uint16_t* out) {
   }
 }
 
-// clip * largest |x| to `top`, larger values are clamped. k is padded to whole vectors with zeros by the
-// caller.
+// Returns the scale. clip * largest |x| to `top`, larger values are clamped; NaN and infinity, which no
+// integer holds, make it NaN. k is padded to whole vectors with zeros by the caller.
 inline float quantize_group(const float* x, int k, int8_t* q, float top_level, float clip) {
-  f32x16 top = {};
-  for_lanes(k, [&](int i) { top = max(top, abs(loadf(x + i))); });
+  f32x16 top = {}, odd = {};
+  for_lanes(k, [&](int i) {
+    top = max(top, abs(loadf(x + i)));
+    odd = fma(loadf(x + i), splat(0.0f), odd);  // NaN unless x is finite; max would lose it
+  });
   const float amax = reduce_max(top) * clip;
+  const float scale = amax / top_level + reduce_add(odd);
   const float inverse = amax > 1e-30f ? top_level / amax : 0.0f;
   const f32x16 magic = splat(12582912.0f);  // rounds to nearest even in the low bits
   if (clip < 1.0f) {
@@ -49,30 +53,32 @@ inline float quantize_group(const float* x, int k, int8_t* q, float top_level, f
       const f32x16 r = v + magic;
       store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
     });
-    return amax / top_level;
+    return scale;
   }
   for_lanes(k, [&](int i) {
     const f32x16 r = fma(loadf(x + i), splat(inverse), magic);
     store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
   });
-  return amax / top_level;
+  return scale;
 }
 
-// Quantizes to [-128, 127] with one calibrated scale. Divides, as the tools that wrote the scale do:
-// multiplying by the inverse would round some ties to another integer.
-inline void quantize_static(const float* x, int k, int8_t* q, float scale) {
+// Quantizes to [-128, 127] with one calibrated scale, and returns it or NaN, as quantize_group. Divides, as
+// the tools that wrote the scale do: multiplying by the inverse would round some ties to another integer.
+inline float quantize_static(const float* x, int k, int8_t* q, float scale) {
   const f32x16 magic = splat(12582912.0f);
+  f32x16 odd = {};
   for_lanes(k, [&](int i) {
     const f32x16 v = min(max(loadf(x + i) / splat(scale), splat(-128.0f)), splat(127.0f));
     const f32x16 r = v + magic;
     store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
+    odd = fma(loadf(x + i), splat(0.0f), odd);
   });
+  return scale + reduce_add(odd);
 }
 
 inline float quantize_input(const Matrix& w, const float* x, int k, int8_t* q) {  // returns the scale
-  if (w.act_scale <= 0.0f) return quantize_group(x, k, q, w.act_top, w.act_clip);
-  quantize_static(x, k, q, w.act_scale);
-  return w.act_scale;
+  return w.act_scale > 0.0f ? quantize_static(x, k, q, w.act_scale)
+                            : quantize_group(x, k, q, w.act_top, w.act_clip);
 }
 
 inline int sum_bytes(const int8_t* q, int k) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,18 @@ def test_any_number_of_columns(ops: CpuOps, ref: ReferenceOps, name: str, k: int
     w, x = weight(name, 20, k), torch.randn(9, k)
     y = ops.linear(x, ops.pack_linear("w", lambda: [w]))
     assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]))) < BOUNDS[name]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", FORMATS)
+def test_row_with_a_number_that_is_not_finite_has_no_finite_output(
+    ops: CpuOps, name: str, bad: float
+) -> None:
+    x = torch.randn(4, 160)
+    x[2, 37] = bad
+    y = ops.linear(x, ops.pack_linear("w", lambda: [weight(name, 33, 160)]))
+    assert not y[2].isfinite().any()
+    assert y[[0, 1, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 128, 192])

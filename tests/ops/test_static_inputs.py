@@ -32,6 +32,21 @@ def test_linear_is_exact(tokens: int, n: int, k: int, scale: float) -> None:
     torch.testing.assert_close(y.double(), exact(x, weight, scale), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_number_that_is_not_finite_is_not_clipped_into_the_range(bad: float) -> None:
+    x = torch.randn(3, 64)
+    x[1, 5] = bad
+    ops = select("cpu")
+    y = ops.linear(
+        x,
+        ops.pack_linear(
+            "w", lambda: [replace(quantize_int8(torch.randn(32, 64)), inputs=InputRounding(8, scale=0.03))]
+        ),
+    )
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
 def test_ties_round_to_even_after_a_true_division() -> None:
     """x = (i + 1/2) * scale, where x * (1 / scale) would miss the tie."""
     scale = 0.1
