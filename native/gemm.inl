@@ -212,9 +212,6 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     fetch_ahead<M>(data, ahead, g, stream_bytes(F) * w.group);
     if constexpr (planes)
       fetch_ahead<M>(low, {w.plane_bytes() * P, ahead.from, ahead.to}, g, stream_bytes(F) * w.group);
-    if (M == kRowsOfMany)  // the next rows, into L1
-      for (int at = k; at < end; at += 64)
-        EACH (int m = 0; m < M; ++m) prefetch(x.q + static_cast<size_t>(m + M) * x.ld + at);
     EACH (int m = 0; m < M; ++m)
       EACH (int i = 0; i < P; ++i) acc[i * M + m] = high ? i32x16{} : splati(x.comp[m * x.groups + g]);
     dot_columns<M, P, F>(data, low, x.q + k, x.ld, end - k, acc, more);
@@ -267,10 +264,12 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
   const int groups = w.quantized() ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   for (int i = 0; i < count;) {
     const int together = rows > kStream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
-    for (int b = 0, m = 0; b < blocks; ++b) {
+    PanelKernel kernel = nullptr;
+    for (int b = 0, m = 0, before = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
-      const PanelKernel kernel =
-          together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+      if (some != before)
+        kernel = together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+      before = some;
       const Ahead ahead{w.stride * together, groups * b / blocks, groups * (b + 1) / blocks};
       kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
       m += some;

@@ -16,6 +16,7 @@ namespace farthing {
 namespace {
 
 constexpr int kRows = 16;       // (token, head) rows of a unit
+constexpr int kFetchRows = 4;   // of the next unit that are prefetched with a block of keys
 constexpr int kFewQueries = 8;  // up to which a unit takes one chunk of keys; more queries are work enough
 constexpr int kColumns = 64;    // outputs of a unit of projection
 constexpr float kNothing = -3.0e38f;
@@ -25,7 +26,7 @@ struct Unit {
   int sequence, token, tokens, head, heads;  // tokens are numbered as in WideTokens::others
   int keys;                                  // that its last token sees
   int first_chunk, last_chunk;
-  int slot;  // of its partial result
+  int slot;  // of its partial result, or -1 if it has all chunks
 
   int rows() const { return tokens * heads; }
   int begin(int chunk) const { return Chunks::begin(chunk); }
@@ -54,7 +55,7 @@ struct Units {
     const int keys = batch.keys(wide.others[token + tokens - 1]), chunks = Chunks::count(keys);
     const int step = whole ? chunks : 1;
     for (int c = 0; c < chunks; c += step)
-      list.push_back({sequence, token, tokens, head, heads, keys, c, c + step, slots++});
+      list.push_back({sequence, token, tokens, head, heads, keys, c, c + step, step < chunks ? slots++ : -1});
   }
 };
 
@@ -79,12 +80,12 @@ void fold(const Kernels& kernels, float& max, float& sum, float* out, float next
 }
 
 // [rows][W] to tile order [W / 2][16][2], high and low halves; row_hi and row_lo are scratch.
-void tile_query(const Kernels& kernels, const float* q, int rows, int width, uint16_t* hi, uint16_t* lo,
-                uint16_t* row_hi, uint16_t* row_lo) {
+void tile_query(const Kernels& kernels, const float* const* q, int rows, int width, uint16_t* hi,
+                uint16_t* lo, uint16_t* row_hi, uint16_t* row_lo) {
   std::memset(hi, 0, sizeof(uint16_t) * width * kRows);
   std::memset(lo, 0, sizeof(uint16_t) * width * kRows);
   for (int r = 0; r < rows; ++r) {
-    kernels.split(q + static_cast<size_t>(r) * width, width, row_hi, row_lo);
+    kernels.split(q[r], width, row_hi, row_lo);
     for (int k = 0; k < width; k += 2) {
       std::memcpy(hi + (k / 2 * kRows + r) * 2, row_hi + k, 4);
       std::memcpy(lo + (k / 2 * kRows + r) * 2, row_lo + k, 4);
@@ -95,16 +96,17 @@ void tile_query(const Kernels& kernels, const float* q, int rows, int width, uin
 // Scratch of one call.
 struct Space {
   Act nope, latent;   // inputs of W_UK and W_UV, a head's tokens together
-  float* query;       // [T][H][W]
+  float* query;       // [H][T][W]
   Running partial;    // [slots][kRows] …
+  Running whole;      // [threads][kRows] …
   Running chunk;      // [threads][kRows] …
   float* keys32;      // [threads][kKeyBlock][W]
   uint16_t* keys16;   // [threads][KeyReader::kScratchRows][W]
-  uint16_t* queries;  // [threads][2 kRows + 2][W]
+  uint16_t* queries;  // [threads][2 kRows + 2][W], or as many bytes of [kRows][W] floats
   float* row;         // [threads][row_size]
   float* tile;        // [threads][T][kColumns]
   int *first_slot, *first_row,
-      *parts;  // [T][head groups], [T], [T]: where merge finds a row's partial results
+      *parts;  // [T][head groups], [T], [T]: where merge finds a row's partial results, if it has any
   int row_size, head_groups;
 
   Space(Workspace& work, const Kernels& kernels, const Attention& w, int tokens, int slots, int threads) {
@@ -120,8 +122,9 @@ struct Space {
     query = work.take<float>(T * H * W);
     partial = {work.take<float>(cells), work.take<float>(cells),
                work.take<float>(cells * shape.latent_padded)};
-    chunk = {work.take<float>(each * kRows), work.take<float>(each * kRows),
-             work.take<float>(each * kRows * shape.latent_padded)};
+    for (Running* running : {&whole, &chunk})
+      *running = {work.take<float>(each * kRows), work.take<float>(each * kRows),
+                  work.take<float>(each * kRows * shape.latent_padded)};
     keys32 = work.take<float>(each * kKeyBlock * W);
     keys16 = work.take<uint16_t>(each * KeyReader::kScratchRows * W);
     queries = work.take<uint16_t>(each * (2 * kRows + 2) * W);
@@ -153,7 +156,7 @@ class Mla {
       for (int i = 0; i < u.tokens && u.first_chunk == 0; ++i) {
         space.first_slot[(u.token + i) * space.head_groups + u.head / kRows] = u.slot;
         space.first_row[u.token + i] = i * u.heads;
-        space.parts[u.token + i] = u.last_chunk == chunks ? 1 : chunks;
+        space.parts[u.token + i] = u.slot < 0 ? 0 : chunks;
       }
     }
   }
@@ -183,7 +186,7 @@ class Mla {
       const int place = wide_.place[t];
       if (place < 0) return;
       const float* head = in_.q.row(t) + static_cast<int64_t>(h) * (w_.nope + w_.rope);
-      float* to = space_.query + (static_cast<size_t>(place) * H + h) * shape_.width;
+      float* to = query(place, h);
       for (int i = 0; i < w_.nope; ++i) scratch[i] = head[i] * w_.scale;
       kernels_.store_act(w_.w_uk[0]->m, space_.nope, h * tokens_ + place, 0, scratch, w_.nope);
       std::fill(to + w_.latent, to + shape_.width, 0.0f);
@@ -201,12 +204,12 @@ class Mla {
 
   // [T, n] W_UK -> [T, c] of each head. A ragged last panel is written after the latent, where zeros are.
   void absorb(Team& team) const {
-    const int H = w_.heads, T = tokens_, W = shape_.width;
+    const int T = tokens_;
     if (T == 0) return;
-    team.for_units(1, H, (w_.latent + kColumns - 1) / kColumns, [&](int h, int u) {
+    team.for_units(1, w_.heads, (w_.latent + kColumns - 1) / kColumns, [&](int h, int u) {
       const int n0 = u * kColumns, panels = (std::min(kColumns, w_.latent - n0) + kPanel - 1) / kPanel;
-      kernels_.tile(w_.w_uk[h]->m, n0 / kPanel, panels, row(space_.nope, h * T), T,
-                    space_.query + static_cast<size_t>(h) * W + n0, H * W);
+      kernels_.tile(w_.w_uk[h]->m, n0 / kPanel, panels, row(space_.nope, h * T), T, query(0, h) + n0,
+                    shape_.width);
     });
   }
 
@@ -222,15 +225,9 @@ class Mla {
       b.rows = u.rows();
       b.width = shape_.width;
       b.latent = shape_.latent_padded;
-      // Tokens x heads are contiguous, since a unit has one token or all heads.
-      b.q = space_.query + (static_cast<size_t>(u.token) * w_.heads + u.head) * W;
-      b.q_hi = queries;
-      b.q_lo = queries + kRows * W;  // of tiles only
-      if (form_ == Kernels::Keys::tiles)
-        tile_query(kernels_, b.q, b.rows, shape_.width, queries, queries + kRows * W, queries + 2 * kRows * W,
-                   queries + (2 * kRows + 1) * W);
-      if (form_ == Kernels::Keys::rows) kernels_.round_bf16(b.q, b.rows * shape_.width, queries);
-      const Running sums = at(space_.partial, u.slot), next = at(space_.chunk, me);
+      take_query(u, queries, b);
+      const Running sums = u.slot < 0 ? at(space_.whole, me) : at(space_.partial, u.slot),
+                    next = at(space_.chunk, me);
       for (int c = u.first_chunk; c < u.last_chunk; ++c) {
         const Running& to = c == u.first_chunk ? sums : next;
         attend_chunk(u, i, c, to, reader, b);
@@ -239,7 +236,50 @@ class Mla {
           fold(kernels_, sums.max[r], sums.sum[r], sums.out + static_cast<size_t>(r) * b.latent, next.max[r],
                next.sum[r], next.out + static_cast<size_t>(r) * b.latent, b.latent);
       }
+      for (int r = 0; u.slot < 0 && r < b.rows; ++r)
+        put_latent(u.token + r / u.heads, u.head + r % u.heads, sums.out + static_cast<size_t>(r) * b.latent,
+                   sums.sum[r]);
     });
+  }
+
+  float* query(int place, int head) const {
+    return space_.query + (static_cast<size_t>(head) * tokens_ + place) * shape_.width;
+  }
+
+  // A unit's rows in the form that the kernel reads.
+  void take_query(const Unit& u, uint16_t* to, AttendBlock& b) const {
+    const int W = shape_.width;
+    const float* rows[kRows];
+    for (int r = 0; r < b.rows; ++r) rows[r] = query(u.token + r / u.heads, u.head + r % u.heads);
+    b.q_hi = to;
+    b.q_lo = to + kRows * W;  // of tiles only
+    if (form_ == Kernels::Keys::tiles)
+      return tile_query(kernels_, rows, b.rows, W, to, to + kRows * W, to + 2 * kRows * W,
+                        to + (2 * kRows + 1) * W);
+    if (form_ == Kernels::Keys::rows) {
+      for (int r = 0; r < b.rows; ++r) kernels_.round_bf16(rows[r], W, to + static_cast<size_t>(r) * W);
+      return;
+    }
+    auto* floats = reinterpret_cast<float*>(to);
+    for (int r = 0; r < b.rows; ++r) std::copy_n(rows[r], W, floats + static_cast<size_t>(r) * W);
+    b.q = floats;
+  }
+
+  // Prefetches a few rows of a unit with each block of keys of the one before it.
+  void fetch_query(int index, int block) const {
+    if (index == static_cast<int>(units_.list.size())) return;
+    const Unit& u = units_.list[index];
+    for (int r = block * kFetchRows; r < std::min((block + 1) * kFetchRows, u.rows()); ++r) {
+      const float* row = query(u.token + r / u.heads, u.head + r % u.heads);
+      for (int i = 0; i < shape_.width; i += 16) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
+
+  // Divides a row by the sum of its weights and takes it to the form W_UV reads.
+  void put_latent(int token, int head, float* row, float sum) const {
+    const float inverse = 1.0f / sum;
+    for (int i = 0; i < w_.latent; ++i) row[i] *= inverse;
+    kernels_.store_act(w_.w_uv[0]->m, space_.latent, head * tokens_ + token, 0, row, w_.latent);
   }
 
   void attend_chunk(const Unit& u, int index, int chunk, const Running& to, KeyReader& reader,
@@ -254,6 +294,7 @@ class Mla {
       for (int j = 0; j < b.rows; ++j) visible[j] = in_.batch.keys(wide_.others[u.token + j / u.heads]) - at;
       reader.fetch(u.sequence, at, b);
       look_ahead(u, index, chunk, at + kKeyBlock, reader);
+      fetch_query(index + 1, at / kKeyBlock);
       b.fresh = at == u.begin(chunk);
       kernels_.attend(b);
     }
@@ -269,11 +310,13 @@ class Mla {
     reader.look_ahead(next.sequence, next.begin(c), std::min(kKeyBlock, next.end(c) - next.begin(c)));
   }
 
-  // Folds the chunks of split sequences, divides by the sum, and takes the result to the form W_UV reads.
+  // Folds the chunks of split sequences.
   void merge(Team& team) const {
+    if (units_.slots == 0) return;
     const int T = tokens_, c = w_.latent, lp = shape_.latent_padded;
     float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
     team.for_units(3, T, w_.heads, [&](int t, int h) {
+      if (space_.parts[t] == 0) return;
       const int slot = space_.first_slot[t * space_.head_groups + h / kRows],
                 at = space_.first_row[t] + h % kRows;
       size_t cell = static_cast<size_t>(slot) * kRows + at;
@@ -284,9 +327,7 @@ class Mla {
         fold(kernels_, max, sum, scratch, space_.partial.max[cell], space_.partial.sum[cell],
              space_.partial.out + cell * lp, c);
       }
-      const float inverse = 1.0f / sum;
-      for (int i = 0; i < c; ++i) scratch[i] *= inverse;
-      kernels_.store_act(w_.w_uv[0]->m, space_.latent, h * T + t, 0, scratch, c);
+      put_latent(t, h, scratch, sum);
     });
   }
 

@@ -16,7 +16,10 @@ constexpr int kRouteRows = 64;
 constexpr int kFetchStart = 2048;  // bytes that the kernels prefetch
 constexpr int kApart = 16;  // tokens up to which down projections are read expert by expert, then summed
 constexpr int kApartColumns = 64;
-constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kWide columns; then 32
+constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kNarrowColumns
+constexpr int kNarrowColumns = 128;
+constexpr int kMostColumns = 256;  // of a unit of the sum with more tokens …
+constexpr int kUnitsEach = 4;      // … of which each thread gets as many
 
 // One part of an expert and its rows. Rows of the routed experts follow each other; the shared expert's are
 // the tokens.
@@ -24,6 +27,12 @@ struct Job {
   int expert, part, first, rows;
   bool shared;
   int sum;  // that its outputs are added to
+
+  Job part_of(int at, int count) const {  // `count` of its rows
+    Job j = *this;
+    j.first += at, j.rows = count;
+    return j;
+  }
 };
 
 struct Plan {
@@ -92,6 +101,15 @@ void fetch_start(const Matrix& w, int panel) {
   for (int at = 0; at < kFetchStart; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
+// Columns of a unit of the sum. Every unit reads the intermediates of all experts, so there are only as many
+// units as the threads need for equal shares.
+int sum_columns(int hidden, int tokens, int threads) {
+  if (tokens <= kNarrow) return kNarrowColumns;
+  int columns = kPairColumns;
+  while (columns < kMostColumns && hidden >= 2 * columns * kUnitsEach * threads) columns *= 2;
+  return columns;
+}
+
 int unit_columns(const Matrix& down) { return std::max(down.quantized() ? down.group : 64, 64); }
 
 // Columns [at, at + columns) of the intermediate of `rows` rows.
@@ -130,7 +148,7 @@ struct Space {
     experts = w.gate ? w.router.experts : 0;
     score_ld = round_up(experts, kPanel);
     ld = act_stride(w.hidden);
-    out_columns = T <= kNarrow ? 128 : 32;
+    out_columns = sum_columns(w.hidden, T, threads);
     for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
     normed = work.take<float>(static_cast<size_t>(copies) * ld);
     scores = work.take<float>(static_cast<size_t>(copies) * score_ld);
@@ -142,7 +160,7 @@ struct Space {
       if (k) add(work, kernels, *w.first(p), p, 0, T);
       if (w.has_shared) add(work, kernels, w.expert(w.routed(), p), p, 1, T);
     }
-    tile_size = static_cast<size_t>(std::max(kRowBlock * kPairColumns, std::max(most, T) * out_columns));
+    tile_size = static_cast<size_t>(kRowBlock) * out_columns;
     hidden_size = static_cast<size_t>(kRowBlock) * unit;
     sum_size = static_cast<size_t>(T) * out_columns;
     sum_count = w.parts * w.halves();
@@ -298,8 +316,11 @@ class Experts {
           continue;
         }
         if (j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).down->m, n0 / kPanel);
-        kernels_.tile(mlp(job).down->m, n0 / kPanel, panels, mid(job), job.rows, tile, wide);
-        add_rows(plan, job, tile, wide, panels, sum);
+        for (int m = 0; m < job.rows; m += kRowBlock) {
+          const Job some = job.part_of(m, std::min(kRowBlock, job.rows - m));
+          kernels_.tile(mlp(job).down->m, n0 / kPanel, panels, mid(some), some.rows, tile, wide);
+          add_rows(plan, some, tile, wide, panels, sum);
+        }
       }
       for (size_t t = 0; t < plan.identity.size(); ++t)
         kernels_.axpy(sums + t * wide, s_.normed + (alone() ? team.id() : t) * s_.ld + n0, plan.identity[t],
@@ -318,7 +339,7 @@ class Experts {
   // The outputs of one expert, weighted, into the sums of their tokens.
   void add_rows(const Plan& plan, const Job& job, const float* from, int ld, int panels, float* sum) const {
     for (int m = 0; m < job.rows; ++m) {
-      const int token = job.shared ? m : plan.token[job.first + m];
+      const int token = job.shared ? job.first + m : plan.token[job.first + m];
       kernels_.axpy(sum + static_cast<size_t>(token) * s_.out_columns, from + static_cast<size_t>(m) * ld,
                     job.shared ? 1.0f : plan.weight[job.first + m], panels * kPanel);
     }
