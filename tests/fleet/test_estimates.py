@@ -17,6 +17,7 @@ from farthing.fleet.estimates import (
     make_estimates,
     read_loads,
 )
+from farthing.fleet.forecast.short import ShortTerm
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
 from farthing.fleet.run import recall
@@ -121,6 +122,42 @@ def test_forecasts_cover_the_measured_cold_start(tmp_path: Path, measured: float
     assert ahead(1230, measured) == measured + 15.0
     assert ahead(1245, 600.0) == measured + 15.0  # not more often than once an hour
     assert ahead(1245 + 3600, 600.0) == 615.0
+
+
+def test_a_short_cold_start_forgets_no_load(tmp_path: Path) -> None:
+    """Its level keeps fewer hours; a later one reads them again. Loads observed meanwhile are kept."""
+    estimates = make_estimates(config(tmp_path))
+    for minute in range(3 * 1440):
+        append_load(tmp_path / "state" / "load.csv", BEGIN + 60.0 * minute, 7.0)
+    estimates = make_estimates(config(tmp_path))
+    now = BEGIN + 3 * DAY
+    for cold_start_s in (10.0, 600.0):
+        estimates.observe(now, Snapshot(now, 2, ready=2, request_rate=7.0, cold_start_s=cold_start_s))
+        estimates.maintain(now)
+        assert estimates._short.config.lead_s == cold_start_s + 15.0
+        now -= 3700.0  # the clock went back
+    assert len(estimates._short.known) >= 3 * 1440 - 120
+
+
+def test_loads_observed_while_the_level_is_replaced_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    estimates = make_estimates(config(tmp_path))
+    for second in range(0, 1200, 15):
+        estimates.observe(BEGIN + second, Snapshot(BEGIN + second, 2, ready=2, request_rate=7.0))
+    advance = ShortTerm._advance
+
+    def slow(self: ShortTerm) -> None:
+        advance(self)
+        if self is not estimates._short and len(self._steps) == 19:
+            for second in range(1215, 2400, 15):
+                estimates.observe(BEGIN + second, Snapshot(BEGIN + second, 2, ready=2, request_rate=9.0))
+
+    monkeypatch.setattr(ShortTerm, "_advance", slow)
+    first = BEGIN + 1200
+    estimates.observe(first, Snapshot(first, 2, ready=2, request_rate=7.0, cold_start_s=1200.0))
+    estimates.maintain(first)
+    assert [load for _, load in estimates._short.known][-10:] == [9.0] * 10
 
 
 def test_partial_lines_of_the_load_file_are_skipped(tmp_path: Path) -> None:

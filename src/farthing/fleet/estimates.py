@@ -164,6 +164,7 @@ class LiveEstimates:
         self._capacity = OnlineCapacity(policy.capacity, policy.unit, targets)
         self._lead = lead = policy.cold_start_s + policy.interval_s
         self._lead_changed = -float("inf")
+        self._meanwhile: list[tuple[float, float]] | None = None  # observed while the level is replaced
         settings = forecast_settings(config.forecast)
         self._short = ShortTerm(replace(settings[0], lead_s=lead))
         self._plan = DayPlan(
@@ -197,6 +198,8 @@ class LiveEstimates:
     def _learn(self, time: float, load: float, *, recent: bool = True) -> None:
         if recent:
             self._short.observe(time, load)
+            if self._meanwhile is not None:
+                self._meanwhile.append((time, load))
         self._plan.observe(time, load)
         self._minute_start = time
 
@@ -258,13 +261,19 @@ class LiveEstimates:
     def _follow_lead(self, now: float) -> None:
         """Forecast over the measured cold start and one interval, if that differs much from the present lead.
 
-        The new level is calibrated on the known history before it replaces the present one.
+        The new level is calibrated on the known history before it replaces the present one: on the recorded
+        loads before those that the present one keeps, which are few if its steps are short.
         """
         used, lead = self._short.config.lead_s, self._lead
-        if max(lead, used) <= LEAD_CHANGE * min(lead, used) or now - self._lead_changed < LEAD_CHANGE_S:
+        if max(lead, used) <= LEAD_CHANGE * min(lead, used) or abs(now - self._lead_changed) < LEAD_CHANGE_S:
             return
-        self._lead_changed = now
-        self._short, self._cached = self._short.over(lead), (-float("inf"), None)
+        self._lead_changed, self._meanwhile = now, []
+        kept = self._short.known
+        first = kept[0][0] if kept else math.inf
+        made = self._short.over(lead, [p for p in read_loads(self._path) if p[0] < first] + kept)
+        while self._meanwhile:
+            made.observe(*self._meanwhile.pop(0))
+        self._short, self._meanwhile, self._cached = made, None, (-float("inf"), None)
         log.info("short-term forecasts cover %.0f s (before: %.0f s)", lead, used)
 
 

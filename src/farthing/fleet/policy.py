@@ -3,7 +3,7 @@
     need = load / (utilization · capacity)   for each of three levels; the largest counts
     required = ceil(need)
     up:   immediately to `required`, if need > 1.1 · current (rule "published": need > current)
-    down: to the largest `required` of one cold start (one to five minutes), if that is less than
+    down: to the largest `required` of one cold start (three to five minutes), if that is less than
           0.95 · current and 1.05 · need fits into fewer replicas, too; or only if required < 0.6 · current
           (rule "published"); never on missing or stale signals
     utilization: fixed, or adjusted by the SLO (`slo`)

@@ -29,13 +29,13 @@ RULES = {
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 COUNTS = ("ready", "current")
 UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for separate pools
-_SHORTEST_WINDOW_S = 60.0  # of the stabilization: rates are means over about a minute
+_SHORTEST_WINDOW_S = 180.0  # of the stabilization: shorter ones follow every ripple of the load
 _PLAUSIBLE_S = 900.0  # measured cold starts up to this are always believed
 LEVELS: tuple[Level, ...] = ("short", "mid", "realtime")
 
 
 def window(longest_s: float, lead_s: float) -> float:
-    """Seconds of the stabilization window of a rule: one cold start, between a minute and `longest_s`.
+    """Seconds of the stabilization window of a rule: one cold start, between three minutes and `longest_s`.
 
     Keeping a replica for longer than a cold start costs more than it takes to launch it again.
     """

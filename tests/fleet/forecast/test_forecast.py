@@ -122,11 +122,17 @@ def test_trailing_windows_match_their_definition() -> None:
     ("step_s", "lead_s", "steps"), [(60, 600, 30), (60, 60, 24), (60, 75, 30), (60, 1200, 60), (1, 2, 48)]
 )
 def test_load_before_a_collapse_is_remembered(step_s: float, lead_s: float, steps: int) -> None:
-    """For half an hour, but at least 3 and at most 24 leads."""
-    load = np.concatenate([np.full(60, 10.0), np.zeros(80), np.full(20, 9.0)])[:, None]
-    back = returning(load, step_s, lead_s, GrowthConfig())[:, 0]
+    """For 3 leads; once a load has returned later than that, for half an hour, at most 24 leads."""
+    short = 3 * max(1, round(lead_s / step_s))
+    alone = np.concatenate([np.full(60, 10.0), np.zeros(80), np.full(20, 9.0)])[:, None]
+    back = returning(alone, step_s, lead_s, GrowthConfig())[:, 0]
     assert not back[:60].any() and not back[140:].any()
-    assert (back[60 : 59 + steps] == 10.0).all() and not back[59 + steps : 140].any()
+    assert (back[60 : 59 + short] == 10.0).all() and not back[59 + short : 140].any()
+    twice = np.concatenate([np.full(60, 10.0), np.zeros(20), np.full(60, 10.0), np.zeros(80)])[:, None]
+    back = returning(twice, step_s, lead_s, GrowthConfig())[:, 0]
+    assert (back[140 : 139 + steps] == 10.0).all() and not back[139 + steps :].any()
+    back = returning(twice, step_s, lead_s, GrowthConfig(memory_seen_s=30.0 * step_s))[:, 0]
+    assert (back[140 : 139 + short] == 10.0).all() and not back[139 + short :].any()
     dip = np.where(np.arange(120) < 60, 10.0, 4.0)[:, None]
     assert not returning(dip, step_s, lead_s, GrowthConfig()).any()
 

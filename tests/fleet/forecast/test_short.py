@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from farthing.fleet.forecast.backtest import backtest_short
+from farthing.fleet.forecast.growth import trailing_max
 from farthing.fleet.forecast.history import FEATURES, History, memory
 from farthing.fleet.forecast.lstm import LSTM, LSTMConfig, Network, Pretrained
 from farthing.fleet.forecast.members import Member, quantile_fit
@@ -179,6 +180,17 @@ def test_production_and_replay_run_the_same_level() -> None:
     forecast = short.forecast(500 * 60.0)
     assert forecast is not None
     assert forecast.p90[0] == pytest.approx(capped(made.p90, history)[-1, 0], rel=2e-3)
+
+
+@pytest.mark.parametrize("model", ["mixture", "growth"])
+def test_bound_is_a_multiple_of_the_highest_load_from_the_first_minute(model: str) -> None:
+    """Two minutes in ten have five times the load; a share of the highest load after six hours."""
+    load = np.where(np.arange(480) % 10 < 2, 40.0, 8.0)[:, None]
+    history = History(load, 60.0, 615.0)
+    made, _ = walk(history, ShortConfig(model=model, retrain_s=1e9))
+    bound, level = capped(made.p90, history), history.level
+    assert (bound <= 2 * trailing_max(level, 480)).all()
+    assert (bound[360:] <= level.max()).all()
 
 
 def test_level_accepts_any_load_and_learns_in_order() -> None:

@@ -43,11 +43,13 @@ class GrowthConfig:
     depart: float = 0.06
     ceiling: float = 0.8  # the bound stays below this times the highest recent load; 0 disables it
     ceiling_s: float = 172800.0  # window of the highest load
-    ceiling_after_s: float = 21600.0  # the ceiling applies after this much history
+    ceiling_after_s: float = 21600.0  # before this much history, the ceiling is
+    ceiling_early: float = 2.0  # this times the highest load
     refresh_s: float = 600.0  # time between computations of the quantile
-    memory_s: float = 1800.0  # time for which a load that collapses is expected back,
-    memory_least: float = 3.0  # between these numbers of leads
-    memory_most: float = 24.0
+    memory_least: float = 3.0  # leads for which a load that collapses is expected back, and once a load
+    memory_s: float = 1800.0  # came back after longer than that: this time,
+    memory_most: float = 24.0  # at most this many leads,
+    memory_seen_s: float = 21600.0  # until none has for this long
     collapse: float = 0.3  # a collapse: the load is below this share of its highest in that time
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class GrowthConfig:
             "memory_s",
             "memory_least",
             "memory_most",
+            "memory_seen_s",
+            "ceiling_early",
         ):
             _accept(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
 
@@ -172,19 +176,29 @@ def running_quantile(
 
 
 def ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
-    """[N, B] a share of the highest five-minute mean remembered; infinite until enough has been seen."""
+    """[N, B] a share of the highest five-minute mean remembered; a multiple of the highest load until enough
+    has been seen.
+    """
     smooth = trailing_mean(load, max(1, round(300 / step_s)))
     highest = trailing_max(smooth, round(config.ceiling_s / step_s)) * config.ceiling
-    highest[: min(len(load), round(config.ceiling_after_s / step_s))] = np.inf
+    early = min(len(load), round(config.ceiling_after_s / step_s))
+    highest[:early] = config.ceiling_early * trailing_max(load[:early], early)
     return highest
 
 
 def returning(load: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
     """[N, B] the load before a collapse, while it is remembered; 0 without a collapse.
 
-    Forecasts are relative to the current load, so after a gap in the traffic they are near zero.
+    Forecasts are relative to the current load, so after a gap in the traffic they are near zero. The memory
+    is long only where loads are known to return late: elsewhere it costs replicas and gains nothing.
     """
-    least = config.memory_least * max(1, round(lead_s / step_s))
-    most = max(least, config.memory_most * lead_s / step_s)
-    highest = trailing_max(load, round(min(max(config.memory_s / step_s, least), most)))
+    least = round(config.memory_least * max(1, round(lead_s / step_s)))
+    most = max(least, round(min(config.memory_s, config.memory_most * lead_s) / step_s))
+    highest, longest = trailing_max(load, least), trailing_max(load, most)
+    returned = np.zeros_like(load)  # 1 where a load is back that only the long memory remembers
+    before = load[:-1]
+    forgotten = (before < config.collapse * longest[:-1]) & (before >= config.collapse * highest[:-1])
+    returned[1:] = forgotten & (load[1:] >= config.collapse * longest[:-1])
+    seen = trailing_max(returned, round(config.memory_seen_s / step_s)) > 0
+    highest = np.where(seen, longest, highest)
     return np.where(load < config.collapse * highest, highest, 0.0)

@@ -211,14 +211,20 @@ class ShortTerm:
         """Seconds of the kept history."""
         return KEPT * self._grid
 
-    def over(self, lead_s: float) -> ShortTerm:
-        """The level over another lead, calibrated on the steps known so far; takes seconds."""
-        made, steps = ShortTerm(replace(self.config, lead_s=lead_s)), list(self._steps)
-        begin = (self._start or 0.0) - len(steps) * self._grid
-        for index, load in enumerate(steps):
-            made.observe(begin + index * self._grid, load)
+    def over(self, lead_s: float, known: Sequence[tuple[float, float]]) -> ShortTerm:
+        """The level over another lead, calibrated on the `known` loads (time, load); takes seconds."""
+        made = ShortTerm(replace(self.config, lead_s=lead_s))
+        for time, load in known:
+            if time > known[-1][0] - made.reach_s:
+                made.observe(time, load)
         made._advance()
         return made
+
+    @property
+    def known(self) -> list[tuple[float, float]]:
+        """(time, load) of the kept steps."""
+        begin = (self._start or 0.0) - len(self._steps) * self._grid
+        return [(begin + index * self._grid, load) for index, load in enumerate(list(self._steps))]
 
     def observe(self, now: float, load: float | None) -> None:
         """Add the load at `now`; ignores None (missing) and times before the last step."""
