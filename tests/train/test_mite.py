@@ -37,9 +37,12 @@ def test_command_trains_resumes_and_exports(sources: Path, tmp_path: Path) -> No
     assert result.exit_code == 0, result.output
     refused = CliRunner().invoke(app, [*base, "--tokens", "2048"])
     assert refused.exit_code == 2
+    other = CliRunner().invoke(app, [*base, "--tokens", "4096", "--resume", "--seed", "1"])
+    assert other.exit_code == 2 and "seed: got 1; expected 0" in other.stderr
     resumed = CliRunner().invoke(app, [*base, "--tokens", "4096", "--resume"])
     assert resumed.exit_code == 0, resumed.output
     summary = json.loads(resumed.stdout)
+    assert [b["tokens"] for b in summary["budgets"]] == [2048, 4096]
     assert summary["tokens"] == 4096
     assert summary["heldout"]["bits_per_byte"] < json.loads(result.stdout)["heldout"]["bits_per_byte"]
     assert {p.name for p in (out / "checkpoint").iterdir()} == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,16 @@ def test_refusal_is_one_line_and_invalid_input(checkpoint: Path, tmp_path: Path,
     assert result.stderr.strip() == (
         f"error: {out} already has a run; use --resume to continue it or choose another --out"
     )
+
+
+def test_full_disk_names_the_option_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "state.pt")
+
+    monkeypatch.setattr(qat_run, "train_qat", full)
+    result = CliRunner().invoke(app, ["qat", "-o", str(tmp_path)])
+    assert result.exit_code == Exit.STORAGE
+    assert "free some space, then add --resume to continue from the last state.pt" in result.stderr
 
 
 def test_settings_are_compared_as_json_has_them() -> None:
