@@ -32,7 +32,10 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
     result = CliRunner().invoke(app, [*budget, "-o", str(tmp_path / "c"), "--calibration", str(data)])
     assert result.exit_code == 2 and "budget_bytes: got 1,000 (weights read per decoded" in result.output
     result = CliRunner().invoke(app, [*args[:2], "int8", "--budget", "1kB", "-o", str(tmp_path / "d")])
-    assert result.exit_code == 2 and "scheme is 'int8'; expected scheme 'auto'" in result.output
+    assert (
+        result.exit_code == 2
+        and "--budget: got '1kB' with recipe 'int8'; expected --recipe auto" in result.output
+    )
     yaml = tmp_path / "mine.yaml"
     yaml.write_text("base: int4-rtn\ngroup_size: 32\nignore: ['*.o_proj']\n")
     result = CliRunner().invoke(
