@@ -39,6 +39,13 @@ class Document:
     text: str
 
 
+def add_hash(found: Any, documents: Iterable[Document]) -> None:
+    """Add the paths and texts of the documents to the hash `found`."""
+    for document in documents:
+        for part in (document.path, document.text):
+            found.update(hashlib.sha256(part.encode()).digest())
+
+
 def find_sources(root: Path | None = None) -> list[Document]:
     """Every UTF-8 `.py` file under `root` (default: this interpreter's standard library), sorted by path.
 

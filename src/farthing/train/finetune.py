@@ -99,9 +99,7 @@ def text_key(settings: Settings, documents: Sequence[data.Document]) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
     found = hashlib.sha256(f"{sha256(file)} {settings.heldout_every}".encode())
-    for document in documents:
-        for part in (document.path, document.text):
-            found.update(hashlib.sha256(part.encode()).digest())
+    data.add_hash(found, documents)
     return found.hexdigest()
 
 

@@ -282,9 +282,7 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
 def determining(recipe: Recipe, seed: int, root: Path | None) -> dict[str, Any]:
     """What a resumed run must share with the stored one: the recipe, the seed and the text."""
     text = hashlib.sha256()
-    for document in data.find_sources(root):
-        for part in (document.path, document.text):
-            text.update(hashlib.sha256(part.encode()).digest())
+    data.add_hash(text, data.find_sources(root))
     own = dataclasses.asdict(recipe) | {"model": to_json(recipe.model)}
     return plain(own | {"seed": seed, "data": f"sha256 {text.hexdigest()[:16]}"})
 
