@@ -16,6 +16,7 @@ import json
 import os
 import statistics
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +51,15 @@ def peer(binary: Path, gguf: Path, flags: list[str], machine: Machine) -> Readin
 
 def _run(binary: Path, gguf: Path, flags: list[str], repeats: int) -> tuple[float, float, int]:
     """Seconds per new token, CPU seconds, and peak resident bytes of one process."""
-    command = [str(binary), "-m", str(gguf), "-p", "0", "-n", "0", "-gp", f"{PROMPT},{NEW}"]
-    command += ["-r", str(repeats), "-o", "json", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    command = [str(binary.resolve()), "-m", str(gguf.resolve()), "-p", "0", "-n", "0"]
+    command += ["-gp", f"{PROMPT},{NEW}", "-r", str(repeats), "-o", "json", *flags]
+    with tempfile.TemporaryDirectory() as where:  # some leave a log where they run
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=where
+        )
+        assert process.stdout is not None
+        text = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {process.returncode}")

@@ -89,6 +89,16 @@ def test_forecast_beyond_the_reach_is_rejected() -> None:
         model.predict(series.values, 10 * 24)
 
 
+@pytest.mark.filterwarnings("error")
+def test_forecasts_further_ahead_than_the_history_teaches_follow_the_profile() -> None:
+    series = weekly(3)
+    model = ProfileAR()
+    model.fit(series)
+    made = model.predict(series.values, 9 * 24)  # the history teaches one day ahead
+    assert np.isfinite(made).all()
+    assert 0.5 * series.values.min() < made.min() and made.max() < 2 * series.values.max()
+
+
 def test_holidays_use_a_sundays_profile() -> None:
     """Four public holidays on working days look like Sundays; the fifth is forecast as one."""
     begin = (datetime(2014, 5, 5) - datetime(1970, 1, 1)).total_seconds()  # a Monday

@@ -133,6 +133,8 @@ class ProfileAR:
         assert known is not None
         origins = np.arange(known.first, len(self._logs) - ahead + 1)
         origins = origins[:: -max(1, -(-len(origins) // MAX_ROWS))][::-1]
+        if not len(origins):  # nothing to learn from: the profile alone
+            return np.zeros(known.features(np.array([len(self._logs)]), ahead).shape[1])
         rows, target = known.features(origins, ahead), origins + ahead - 1
         truth, load = known.departure[target], np.expm1(self._logs[target])
         weight = (load / max(load.mean(), 1e-9))[:, None]
@@ -157,6 +159,8 @@ def _know(series: Series, config: ProfileConfig) -> _Known:
     profile = _median(masked, np.full(n, 0), back)
     profile = np.where(np.isnan(profile), _median(logs, np.full(n, 0), back), profile)
     profile[: len(logs)] = np.where(np.isnan(profile[: len(logs)]), logs, profile[: len(logs)])
+    for step in np.flatnonzero(np.isnan(profile)):  # further ahead than `back` reaches: one period earlier
+        profile[step] = profile[step - period]
     special = _special(masked, profile, back, days) if weekly else np.zeros((n, 0))
     departure = _bounded(logs - profile[: len(logs)])
     return _Known(period, max(1, round(HOUR_S / series.step_s)), day, profile, departure, special, config)
