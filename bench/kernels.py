@@ -130,7 +130,7 @@ def moe(b: Bench, name: str, size: str) -> None:
         c[x] for x in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
     )
     spec = RouterSpec(e, k, c["n_group"], c["topk_group"], scale=2.5)
-    gate_up, down = b.ops._mlp(
+    [(gate_up, down)] = b.ops._mlp(
         f"{name}.moe", lambda: (weight(name, i, d), weight(name, i, d), weight(name, d, i))
     )
     gate = b.ops.pack_linear(f"{name}.gate", lambda: [Weight("dense", torch.randn(e, d) / d**0.5)]).packed
