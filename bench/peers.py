@@ -4,8 +4,13 @@ llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench. vL
 separate processes (bench/peer_vllm.py, bench/peer_transformers.py), which answer "BATCH PROMPT NEW" with
 seconds, are measured like Farthing, and are paused between their turns.
 
-llama-batched-bench uses the same tokens for every sequence at equal positions, so all sequences select the
-same experts: its batch rows read fewer weights than ours, whose sequences differ. The table notes this.
+llama-batched-bench uses token 0 for every sequence and position, so all sequences select the same experts
+and its batch rows read fewer weights than ours, whose sequences differ. To give it random tokens, replace the
+0 in `common_batch_add(batch, 0, …)` of its source by `rand() % llama_n_vocab(llama_get_model(ctx))`.
+
+Where memory does not hold two copies of a large model, repack it in a file beforehand and run that alone:
+`llama-quantize --repack MODEL-NAME-Q4_0.gguf MODEL-NAME-Q4_0_R8.gguf Q4_0_R8`, then `--gguf Q4_0_R8
+--no-repack`.
 """
 
 from __future__ import annotations
@@ -33,8 +38,8 @@ Measure = Callable[[Point], float | None]
 Seconds = Callable[[int, int, int], float]
 
 
-def by_generating(seconds: Seconds) -> Measure:
-    """Rates of a system that generates; the decode rate is measured over 64 additional tokens.
+def by_generating(seconds: Seconds, new: int = NEW) -> Measure:
+    """Rates of a system that generates; the decode rate is measured over `new` additional tokens.
 
     An untimed prompt runs first, because another system may have evicted the weights from memory.
     """
@@ -44,7 +49,7 @@ def by_generating(seconds: Seconds) -> Measure:
         if point.kind == "prefill":
             return point.context / seconds(1, point.context, 1)
         before = min(seconds(point.batch, point.context, 1) for _ in range(2))
-        return point.batch * NEW / (seconds(point.batch, point.context, NEW + 1) - before)
+        return point.batch * new / (seconds(point.batch, point.context, new + 1) - before)
 
     return measure
 
@@ -55,6 +60,8 @@ class LlamaCpp:
 
     name: str
     binaries: Path
+    new: int = NEW
+    """Tokens per sequence of a decode rate."""
 
     @property
     def sources(self) -> Path:
@@ -85,11 +92,11 @@ class LlamaCpp:
             _run(self.binaries / "llama-quantize", whole, out, kind, "2")
         return out
 
-    def measure(self, model: Path, kind: str, threads: int) -> Measure:
-        """Measure with the peer's own benchmarks, with weights as stored and repacked at load if the build
-        can; the faster counts, because it depends on the format and the batch."""
+    def measure(self, model: Path, kind: str, threads: int, repack: bool = True) -> Measure:
+        """Measure with the peer's own benchmarks, with weights as stored and, unless `repack` is False,
+        repacked at load if the build can; the faster counts: it depends on the format and the batch."""
         common = ["-m", self.gguf(model, kind), "-t", threads]
-        ways = (False, True) if self.repacks else (False,)
+        ways = (False, True) if repack and self.repacks else (False,)
 
         def measure(point: Point) -> float:
             return max(self._rate(point, common, repack) for repack in ways)
@@ -99,16 +106,17 @@ class LlamaCpp:
     def _rate(self, point: Point, common: list[Any], repack: bool) -> float:
         batch, prompt = point.batch, point.context
         if point.kind == "prefill" or batch == 1:
-            after = ["-n", 0, "-gp", f"{prompt},{NEW}"] if self.repacks else ["-n", NEW, "-d", prompt]
+            new = self.new
+            after = ["-n", 0, "-gp", f"{prompt},{new}"] if self.repacks else ["-n", new, "-d", prompt]
             shape = ["-p", prompt, "-n", 0] if point.kind == "prefill" else ["-p", 0, *after]
             flags = ["-rtr", 1] if repack else []
             text = _output(self.binaries / "llama-bench", *common, "-r", 2, *flags, "-o", "json", *shape)
             rows = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
             return float(rows[-1]["avg_ts"])
-        context = batch * (prompt + NEW) + 256
+        context = batch * (prompt + self.new) + 256
         text = _output(
             self.binaries / "llama-batched-bench", *common, *(["-rtr"] if repack else []),
-            "-c", context, "-b", 2048, "-ub", 512, "-npp", prompt, "-ntg", NEW, "-npl", batch,
+            "-c", context, "-b", 2048, "-ub", 512, "-npp", prompt, "-ntg", self.new, "-npl", batch,
         )  # fmt: skip
         row = [line for line in text.splitlines() if re.match(rf"\|\s*{prompt} \|", line)][-1]
         return float(row.split("|")[8])  # S_TG
