@@ -7,6 +7,7 @@ namespace {
 
 // Tile sizes whose sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. For many rows, integer
 // sums are faster if the float sums of their groups fit too; for few rows, fewer passes over the weights are.
+// With AVX-512, most matrices of integers take tiles of their own from eight rows on (many_rows.inl).
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4, kSparseRows = 8;
 #elif defined(__AVX2__)
@@ -254,11 +255,22 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
 
 void sparse_tile(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo);  // cells.inl
 
+}  // namespace
+}  // namespace farthing
+
+#include "many_rows.inl"
+
+namespace farthing {
+namespace {
+
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (w.sparse) {
     for (int i = 0; i < count; ++i) sparse_tile(w, panel + i, x, rows, out + 16 * i, ldo);
     return;
   }
+#if defined(__AVX512VNNI__)
+  if (tile_of_rows(w, panel, count, x, rows, out, ldo)) return;
+#endif
   const int at_once = w.quantized() && rows >= kMany ? kRowsOfMany : kRowsAtOnce;
   const int blocks = (rows + at_once - 1) / at_once;
   const int groups = w.quantized() ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
