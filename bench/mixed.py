@@ -15,12 +15,11 @@ import threading
 import time
 from pathlib import Path
 
-from bench.random_model import make_model
-
 from farthing.config import EngineConfig
 from farthing.engine.build import build_engine
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
+from random_model import make_model
 
 
 def measure(
