@@ -23,13 +23,11 @@ bytes16 load16(const uint8_t* p) {
   return v;
 }
 
-// Each thread always takes the same part of the units, so that a layer's output is in the cache of the thread
-// that reads it next.
+// A thread begins with its own part of the units, always the same, so that a layer's output is in the cache
+// of the thread that reads it next. Others compute only what a late thread has left.
 template <class F>
-void share(const Team& team, int units, F&& f) {
-  const int64_t n = units;
-  const int end = static_cast<int>(n * (team.id() + 1) / team.size());
-  for (int unit = static_cast<int>(n * team.id() / team.size()); unit < end; ++unit) f(unit);
+void share(Team& team, int units, F&& f) {
+  team.for_units(0, 1, units, [&](int, int unit) { f(unit); });
 }
 
 }  // namespace
