@@ -26,14 +26,12 @@ int expand_cells(const Matrix& w, const Cells& cells, uint8_t* out) {
 // Integer sums of one cell into the float sums of up to 16 rows.
 inline void flush_cell(const Matrix& w, const Cells& cells, int i, const int32_t* sums, const Act& x,
                        int rows, float* out) {
-  const int width = cell_columns(w), k = (cells.cells[i] >> kCellBlocks) * width, g = k / w.group;
   const bool grouped = w.format_traits().grouped();
   const f32x16 scale = grouped ? half_to_float(cells.scales + i * kPanel) : splat(1.0f);
   for (int m = 0; m < rows; ++m) {
-    const int32_t* of_blocks = x.block_comp + m * x.blocks + k / kBlock;
-    int32_t comp = 0;
-    for (int b = 0; b < width / kBlock; ++b) comp += of_blocks[b];
-    const float by = x.scale[m * x.groups + g];
+    const CellInput& in = x.cells[m * x.cell_count + (cells.cells[i] >> kCellBlocks)];
+    const float by = in.scale;
+    const int32_t comp = in.comp_all;
     const f32x16 s = grouped ? scale * by : splat(by);
     store(out + 16 * m, fma(to_float(load<i32x16>(sums + 16 * m) + comp), s, loadf(out + 16 * m)));
   }

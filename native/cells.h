@@ -12,7 +12,6 @@
 
 namespace farthing {
 
-constexpr int kCellBlocks = 4;       // most blocks of a cell
 constexpr int kMostCells = 1 << 12;  // of a panel
 
 inline int cell_columns(const Matrix& w) {

@@ -3,6 +3,37 @@
 namespace farthing {
 namespace {
 
+// Distances of one to three rows.
+struct Strides {
+  size_t one, three;
+  explicit Strides(size_t stride) : one(stride), three(3 * stride) { asm("" : "+r"(one), "+r"(three)); }
+};
+
+// Addresses in up to 12 rows, each the sum of two registers. Where compilers see how they belong together,
+// they keep an address per row and column instead, most of them on the stack.
+template <int M>
+class RowsAt {
+ public:
+  RowsAt(const void* first, const Strides& by) : a_(static_cast<const uint8_t*>(first)), by_(by) {
+    if constexpr (M > 4) b_ = after(a_);
+    if constexpr (M > 8) c_ = after(b_);
+  }
+  const uint8_t* operator[](int m) const {
+    const uint8_t* p = m < 4 ? a_ : m < 8 ? b_ : c_;
+    return m % 4 == 0 ? p : p + (m % 4 == 3 ? by_.three : m % 4 * by_.one);
+  }
+
+ private:
+  const uint8_t* after(const uint8_t* p) const {
+    p += 4 * by_.one;
+    asm("" : "+r"(p));
+    return p;
+  }
+
+  const uint8_t *a_, *b_ = nullptr, *c_ = nullptr;
+  const Strides by_;
+};
+
 // The blocks of a cell, first to last.
 template <int Blocks>
 struct BlocksOf {
@@ -13,53 +44,98 @@ struct BlocksOf {
   }
 };
 
-// Offsets removed from the sums of a cell's blocks of one row.
+// What takes the offset back out of the sums of a cell's blocks, from at most two numbers.
 template <int Blocks>
-inline i32x16 cell_comp(const int32_t* of_blocks, const BlocksOf<Blocks>& blocks) {
-#if defined(__AVX512F__)
-  i32x16 sum = splati(of_blocks[blocks.at[0]]);  // broadcasts from memory cost less than from registers
-  EACH (int i = 1; i < Blocks; ++i) sum += splati(of_blocks[blocks.at[i]]);
-  return sum;
-#else
-  int32_t sum = 0;
-  EACH (int i = 0; i < Blocks; ++i) sum += of_blocks[blocks.at[i]];
-  return splati(sum);
-#endif
+inline i32x16 cell_comp(const CellInput& in, unsigned cell, const BlocksOf<Blocks>& blocks) {
+  if constexpr (Blocks == kCellBlocks) return splati(in.comp_all);
+  if constexpr (Blocks == 3) return sub_at(splati(in.comp_all), in.comp + __builtin_ctz(~cell));
+  if constexpr (Blocks == 2) return add_at(splati(in.comp[blocks.at[0]]), in.comp + blocks.at[1]);
+  return splati(in.comp[blocks.at[0]]);
+}
+
+constexpr int scale_bytes(Format f) {  // of a cell
+  return traits(f).grouped() ? kPanel * sizeof(uint16_t) : 0;
 }
 
 // What is read while a panel's cells are computed.
 struct CellCursor {
   const uint16_t *cells, *scales;
-  const uint8_t* data;
+  const uint8_t *data, *first;  // of the blocks
   int at = 0;
 };
 
+// One or two rows read a record as a stream; `far` bytes ahead are prefetched into L2.
+template <int M, Format F, int Bytes>
+[[gnu::always_inline]] inline void fetch_columns(const uint8_t* p, size_t far) {
+  if constexpr (M > kStream) return;
+  EACH (int at = 0; at < Bytes; at += 64) {
+    if constexpr (traits(F).nibbles()) prefetch(p + kNear + at);
+    prefetch_far(p + far + at);
+  }
+}
+
+// The scales of a record are read next to its blocks but stored before them: each cell prefetches as many
+// bytes more as its scales have, so that the stream continues in the next record without a gap.
+template <int M, Format F, int Bytes>
+[[gnu::always_inline]] inline void fetch_cell(const CellCursor& c, const uint8_t* record, Ahead ahead,
+                                              size_t far) {
+  constexpr int scales = scale_bytes(F);
+  if constexpr (M <= kStream) {
+    if (scales) prefetch_far(c.data + far + Bytes);
+    return;
+  }
+  if (c.at < ahead.from || c.at >= ahead.to) return;
+  const uint8_t* from = record + ahead.distance + (c.data - c.first) + c.at * scales;
+  EACH (int at = 0; at < Bytes + scales; at += 64) prefetch_far(from + at);
+}
+
+// Eight columns of 16 weights.
+template <Format F>
+inline void load_columns(const uint8_t* p, bytes64& a, bytes64& b) {
+  a = load_bytes(p);
+  if constexpr (traits(F).nibbles()) {
+    b = factors<F>(high_nibbles(a));
+    a = factors<F>(low_nibbles(a));
+  } else {
+    b = load_bytes(p + 64);
+  }
+}
+
 // The next `count` cells, all with the same number of blocks.
 template <int M, Format F, int Blocks>
-[[gnu::always_inline]] inline void add_cells(const Matrix& w, int count, const Act& x, Ahead ahead,
-                                             CellCursor& c, f32x16 (&total)[M]) {
-  constexpr bool grouped = traits(F).grouped();
-  constexpr int bytes = Blocks * kBlock * traits(F).bytes_a_column();
+[[gnu::always_inline]] inline void add_cells(const Matrix& w, const uint8_t* record, int count, const Act& x,
+                                             Ahead ahead, CellCursor& c, f32x16 (&total)[M]) {
+  constexpr bool grouped = traits(F).grouped(), small = traits(F).nibbles() && !traits(F).codes;
+  constexpr int step = 8 * traits(F).bytes_a_column();
   const int width = cell_columns(w);
+  const Strides q_by(x.ld), cells_by(x.cell_count * sizeof(CellInput));
   for (const int end = c.at + count; c.at < end; ++c.at) {
+    const size_t far = far_ahead(F) + c.at * scale_bytes(F);
+    fetch_cell<M, F, Blocks * kBlock / 8 * step>(c, record, ahead, far);
     const unsigned cell = *c.cells++;
-    const int k = static_cast<int>(cell >> kCellBlocks) * width, g = k / w.group;
-    const uint8_t *data[1] = {c.data}, *none[1] = {};
-    fetch_ahead<M>(data, ahead, c.at, bytes);
-    i32x16 acc[M], more[M] = {};
+    const size_t index = cell >> kCellBlocks;
+    const RowsAt<M> in(x.cells + index, cells_by);
+    const auto of_row = [&](int m) -> const CellInput& { return *reinterpret_cast<const CellInput*>(in[m]); };
     const BlocksOf<Blocks> blocks(cell & 15);
-    EACH (int m = 0; m < M; ++m) acc[m] = cell_comp(x.block_comp + m * x.blocks + k / kBlock, blocks);
-    if constexpr (Blocks == kCellBlocks) {
-      dot_columns<M, 1, F>(data, none, x.q + k, x.ld, Blocks * kBlock, acc, more);
-    } else {
-      for (int i = 0; i < Blocks; ++i)
-        dot_columns<M, 1, F>(data, none, x.q + k + blocks.at[i] * kBlock, x.ld, kBlock, acc, more);
+    i32x16 acc[M], more[M] = {};
+    EACH (int m = 0; m < M; ++m) acc[m] = cell_comp(of_row(m), cell, blocks);
+    EACH (int i = 0; i < Blocks; ++i) {
+      const RowsAt<M> q(x.q + index * width + blocks.at[i] * kBlock, q_by);
+      EACH (int j = 0; j < kBlock; j += 8, c.data += step) {
+        bytes64 a, b;
+        load_columns<F>(c.data, a, b);
+        fetch_columns<M, F, step>(c.data, far);
+        EACH (int m = 0; m < M; ++m) acc[m] = dot4_at<small>(acc[m], a, q[m] + j);
+        EACH (int m = 0; m < M; ++m) {
+          i32x16& second = M <= kStream ? more[m] : acc[m];
+          second = dot4_at<small>(second, b, q[m] + j + 4);
+        }
+      }
     }
-    c.data = data[0];
     const f32x16 scale = grouped ? half_to_float(c.scales) : splat(1.0f);
     if (grouped) c.scales += kPanel;
     EACH (int m = 0; m < M; ++m) {
-      const float by = x.scale[m * x.groups + g];
+      const float by = of_row(m).scale;
       total[m] = fma(to_float(acc[m] + more[m]), grouped ? scale * by : splat(by), total[m]);
     }
   }
@@ -67,13 +143,14 @@ template <int M, Format F, int Blocks>
 
 template <int M, Format F>
 void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  const Cells cells = cells_of(w, w.record(panel));
-  CellCursor c{cells.cells, cells.scales, cells.data};
+  const uint8_t* record = w.record(panel);
+  const Cells cells = cells_of(w, record);
+  CellCursor c{cells.cells, cells.scales, cells.data, cells.data};
   f32x16 total[M] = {};
-  add_cells<M, F, 4>(w, cells.counts[0], x, ahead, c, total);
-  add_cells<M, F, 3>(w, cells.counts[1], x, ahead, c, total);
-  add_cells<M, F, 2>(w, cells.counts[2], x, ahead, c, total);
-  add_cells<M, F, 1>(w, cells.counts[3], x, ahead, c, total);
+  add_cells<M, F, 4>(w, record, cells.counts[0], x, ahead, c, total);
+  add_cells<M, F, 3>(w, record, cells.counts[1], x, ahead, c, total);
+  add_cells<M, F, 2>(w, record, cells.counts[2], x, ahead, c, total);
+  add_cells<M, F, 1>(w, record, cells.counts[3], x, ahead, c, total);
   const f32x16 row = load<f32x16>(cells.rows);
   EACH (int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
 }
@@ -104,18 +181,23 @@ PanelKernel sparse_of(const Matrix& w, int rows) {
 namespace farthing {
 namespace {
 
-// One panel times any number of rows; the next panel is prefetched meanwhile.
-void sparse_tile(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
-  const Cells cells = cells_of(w, w.record(panel));
+// `count` panels times any number of rows, in blocks of rows, which stay in L1 from one panel to the next.
+// What follows the panels is prefetched meanwhile.
+void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
 #if defined(__AVX512VNNI__)
-  if (sparse_many(w, panel, cells, x, rows, out, ldo)) return;
+  if (sparse_many(w, panel, count, x, rows, out, ldo)) return;
 #endif
-  const int blocks = (rows + kSparseRows - 1) / kSparseRows, count = cells.count;
+  const int blocks = (rows + kSparseRows - 1) / kSparseRows;
+  size_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += w.panel_bytes(panel + i);
   for (int b = 0, m = 0; b < blocks; ++b) {
     const int some = (rows - m + blocks - b - 1) / (blocks - b);
     const PanelKernel kernel = sparse_of(w, some);
-    const Ahead ahead{w.panel_bytes(panel), count * b / blocks, count * (b + 1) / blocks};
-    kernel(w, panel, row(x, m), ahead, out + static_cast<size_t>(m) * ldo, ldo);
+    for (int i = 0; i < count; ++i) {
+      const int cells = blocks == 1 ? kMostCells : cells_of(w, w.record(panel + i)).count;
+      const Ahead ahead{bytes, cells * b / blocks, cells * (b + 1) / blocks};
+      kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+    }
     m += some;
   }
 }

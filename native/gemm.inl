@@ -15,7 +15,8 @@ constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kRowsOfMany = 4, kSparseRows =
 #else
 constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2, kSparseRows = 2;
 #endif
-constexpr int kMany = 24;  // rows
+constexpr int kMany = 24;         // rows
+constexpr int kSparsePanels = 2;  // that read a block of rows one after the other
 
 // One or two rows read as fast as a bare copy if the next lines are prefetched into L2: prefetching into L1
 // would occupy the few buffers that its misses need. Only 4-bit weights, whose bytes take five instructions
@@ -253,7 +254,8 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
   return panel_of<M, P>(w, std::make_index_sequence<std::size(kFormats)>());
 }
 
-void sparse_tile(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo);  // cells.inl
+// cells.inl
+void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
 
 }  // namespace
 }  // namespace farthing
@@ -265,7 +267,9 @@ namespace {
 
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (w.sparse) {
-    for (int i = 0; i < count; ++i) sparse_tile(w, panel + i, x, rows, out + 16 * i, ldo);
+    for (int i = 0; i < count; i += kSparsePanels)
+      sparse_tile(w, panel + i, count - i < kSparsePanels ? count - i : kSparsePanels, x, rows, out + 16 * i,
+                  ldo);
     return;
   }
 #if defined(__AVX512VNNI__)

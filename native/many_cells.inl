@@ -13,10 +13,17 @@ constexpr int kManyFrom = 32;     // rows that pay for the sums of weights
 constexpr int kManyCells = 1024;  // of a panel, at most
 typedef int16_t CellSum[kPanel];  // of at most 64 weights per row of the panel
 
+constexpr CodeBytes signed_codes() {
+  CodeBytes bytes{};
+  for (int i = 0; i < 16; ++i) bytes.of[i] = static_cast<uint8_t>(kCodes[i]);
+  return bytes;
+}
+alignas(16) constexpr CodeBytes kSignedCodes = signed_codes();
+
 template <Format F>
 inline bytes64 as_signed(bytes64 v) {
   if constexpr (traits(F).nibbles() && !traits(F).codes) return _mm512_sub_epi8(v, _mm512_set1_epi8(8));
-  else return _mm512_xor_si512(factors<F>(v), _mm512_set1_epi8(-128));
+  else return look_up(kSignedCodes.of, v);
 }
 
 // Eight columns of 16 weights.
@@ -50,33 +57,40 @@ void sum_cells(const Cells& cells, CellSum* sums) {
     }
 }
 
+// A cell's index times this is its group and 32 bits of fraction.
+inline uint64_t group_of_cell(const Matrix& w) {
+  const uint64_t cells = w.group / cell_columns(w);
+  return ((uint64_t{1} << 32) + cells - 1) / cells;
+}
+
 template <int M, Format F, int Blocks>
 [[gnu::always_inline]] inline void add_many(const Matrix& w, int count, const Act& x, const CellSum* sums,
                                             CellCursor& c, f32x16 (&total)[M]) {
   constexpr bool grouped = traits(F).grouped();
   const int width = cell_columns(w);
+  const uint64_t of_cell = group_of_cell(w);
+  const Strides q_by(x.ld), scales_by(x.groups * sizeof(float));
   for (const int end = c.at + count; c.at < end; ++c.at) {
     const unsigned cell = *c.cells++;
-    const int k = static_cast<int>(cell >> kCellBlocks) * width, g = k / w.group;
+    const size_t index = cell >> kCellBlocks;
+    const RowsAt<M> scales(x.scale + (index * of_cell >> 32), scales_by);
     const i32x16 base = (i32x16)_mm512_cvtepi16_epi32(load<__m256i>(sums[c.at])) * -128;
     i32x16 acc[M];
     EACH (int m = 0; m < M; ++m) acc[m] = base;
     const BlocksOf<Blocks> blocks(cell & 15);
-    for (int i = 0; i < Blocks; ++i) {
-      const uint8_t* from = x.flipped + k + blocks.at[i] * kBlock;
-      for (int j = 0; j < kBlock; j += 8, c.data += 8 * traits(F).bytes_a_column()) {
+    EACH (int i = 0; i < Blocks; ++i) {
+      const RowsAt<M> q(x.flipped + index * width + blocks.at[i] * kBlock, q_by);
+      EACH (int j = 0; j < kBlock; j += 8, c.data += 8 * traits(F).bytes_a_column()) {
         bytes64 a, b;
         load_signed<F>(c.data, a, b);
-        EACH (int m = 0; m < M; ++m)
-          acc[m] = dot4(acc[m], splat_unsigned(from + static_cast<size_t>(m) * x.ld + j), a);
-        EACH (int m = 0; m < M; ++m)
-          acc[m] = dot4(acc[m], splat_unsigned(from + static_cast<size_t>(m) * x.ld + j + 4), b);
+        EACH (int m = 0; m < M; ++m) acc[m] = dot4(acc[m], splat_unsigned(q[m] + j), a);
+        EACH (int m = 0; m < M; ++m) acc[m] = dot4(acc[m], splat_unsigned(q[m] + j + 4), b);
       }
     }
     const f32x16 scale = grouped ? half_to_float(c.scales) : splat(1.0f);
     if (grouped) c.scales += kPanel;
     EACH (int m = 0; m < M; ++m) {
-      const float by = x.scale[m * x.groups + g];
+      const float by = load<float>(scales[m]);
       total[m] = fma(to_float(acc[m]), grouped ? scale * by : splat(by), total[m]);
     }
   }
@@ -84,7 +98,7 @@ template <int M, Format F, int Blocks>
 
 template <int M, Format F>
 void panel_many(const Matrix& w, const Cells& cells, const CellSum* sums, const Act& x, float* out, int ldo) {
-  CellCursor c{cells.cells, cells.scales, cells.data};
+  CellCursor c{cells.cells, cells.scales, cells.data, cells.data};
   f32x16 total[M] = {};
   add_many<M, F, 4>(w, cells.counts[0], x, sums, c, total);
   add_many<M, F, 3>(w, cells.counts[1], x, sums, c, total);
@@ -103,30 +117,36 @@ ManyKernel many_of(int rows) {
   return panel_many<M, F>;
 }
 
-// The next panel is prefetched between blocks of rows.
+// What follows the panels is prefetched between blocks of rows.
 template <Format F>
-void many_rows(const Matrix& w, int panel, const Cells& cells, const Act& x, int rows, float* out, int ldo) {
-  alignas(64) CellSum sums[kManyCells];
-  sum_cells<F>(cells, sums);
-  const size_t bytes = w.panel_bytes(panel);
+void many_rows(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
+  alignas(64) CellSum sums[kSparsePanels][kManyCells];
+  Cells cells[kSparsePanels];
+  size_t bytes = 0;
+  for (int i = 0; i < count; ++i) {
+    cells[i] = cells_of(w, w.record(panel + i));
+    sum_cells<F>(cells[i], sums[i]);
+    bytes += w.panel_bytes(panel + i);
+  }
   const uint8_t* next = w.record(panel) + bytes;
   const int blocks = (rows + kTogether - 1) / kTogether;
   for (int b = 0, m = 0; b < blocks; ++b) {
     const int some = (rows - m + blocks - b - 1) / (blocks - b);
+    const ManyKernel kernel = many_of<F>(some);
     for (size_t at = bytes * b / blocks / 64 * 64; at < bytes * (b + 1) / blocks; at += 64)
       prefetch_far(next + at);
-    many_of<F>(some)(w, cells, sums, row(x, m), out + static_cast<size_t>(m) * ldo, ldo);
+    for (int i = 0; i < count; ++i)
+      kernel(w, cells[i], sums[i], row(x, m), out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
     m += some;
   }
 }
 
-// One panel times the rows if they are many, else nothing and false.
-bool sparse_many(const Matrix& w, int panel, const Cells& cells, const Act& x, int rows, float* out,
-                 int ldo) {
-  if (rows < kManyFrom || cells.count > kManyCells) return false;
-  if (w.format == Format::q8) many_rows<Format::q8>(w, panel, cells, x, rows, out, ldo);
-  else if (w.format == Format::q4) many_rows<Format::q4>(w, panel, cells, x, rows, out, ldo);
-  else many_rows<Format::nl4>(w, panel, cells, x, rows, out, ldo);
+// Panels times the rows if they are many, else nothing and false.
+bool sparse_many(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
+  if (rows < kManyFrom || w.kp / cell_columns(w) > kManyCells) return false;
+  if (w.format == Format::q8) many_rows<Format::q8>(w, panel, count, x, rows, out, ldo);
+  else if (w.format == Format::q4) many_rows<Format::q4>(w, panel, count, x, rows, out, ldo);
+  else many_rows<Format::nl4>(w, panel, count, x, rows, out, ldo);
   return true;
 }
 

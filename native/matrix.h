@@ -13,8 +13,9 @@
 
 namespace farthing {
 
-constexpr int kBlock = 16;    // columns of a sparsity block
-constexpr int kMaxParts = 8;  // maximum NUMA nodes of a matrix
+constexpr int kBlock = 16;      // columns of a sparsity block
+constexpr int kCellBlocks = 4;  // most blocks of a cell (cells.h)
+constexpr int kMaxParts = 8;    // maximum NUMA nodes of a matrix
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }
@@ -110,19 +111,26 @@ struct Matrix {
 // Row stride of activations for K columns: whole cache lines, one more so that rows do not share a cache set.
 inline int act_stride(int k) { return round_up(k, 64) + 64; }
 
+// What kernels read of a row of activations for one cell of a sparse matrix, besides q.
+struct CellInput {
+  int32_t comp[kCellBlocks];  // -offset * sum of the columns of each block: takes the offset back out
+  int32_t comp_all;           // their sum
+  float scale;                // of the cell's group
+};
+
 // M rows of activations in the forms the kernels of one format read. Rows are padded with zeros.
 struct Act {
   int ld = 0;              // row stride, elements
   int groups = 0;          // row stride of scale and comp
-  int blocks = 0;          // row stride of block_comp
+  int cell_count = 0;      // row stride of cells
   float* f32 = nullptr;    // the others
   uint16_t* hi = nullptr;  // on AMX, see Halves: x = hi + lo to 16 bits of mantissa
   uint16_t* lo = nullptr;
   int8_t* q = nullptr;  // quantized formats
   float* scale = nullptr;
-  int32_t* comp = nullptr;        // -offset * sum of a group: takes the weights' offset back out
-  int32_t* block_comp = nullptr;  // the same per 16 columns, for sparse matrices
-  uint8_t* flipped = nullptr;     // q + 128, for sparse matrices and many rows (many_cells.inl)
+  int32_t* comp = nullptr;     // -offset * sum of a group: takes the weights' offset back out
+  CellInput* cells = nullptr;  // for sparse matrices
+  uint8_t* flipped = nullptr;  // q + 128, for sparse matrices and many rows (many_cells.inl)
 };
 
 inline Act row(const Act& a, int m) {
@@ -132,7 +140,7 @@ inline Act row(const Act& a, int m) {
   if (a.hi) r.hi = a.hi + at;
   if (a.lo) r.lo = a.lo + at;
   if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
-  if (a.block_comp) r.block_comp = a.block_comp + i * a.blocks;
+  if (a.cells) r.cells = a.cells + i * a.cell_count;
   if (a.flipped) r.flipped = a.flipped + at;
   return r;
 }

@@ -92,7 +92,7 @@ void copy_row(const Act& from, int i, const Act& to, int j) {
   std::memcpy(b.scale, a.scale, sizeof(float) * a.groups);
   std::memcpy(b.comp, a.comp, sizeof(int32_t) * a.groups);
   if (a.flipped) std::memcpy(b.flipped, a.flipped, a.ld);
-  if (a.block_comp) std::memcpy(b.block_comp, a.block_comp, sizeof(int32_t) * a.blocks);
+  if (a.cells) std::memcpy(b.cells, a.cells, sizeof(CellInput) * a.cell_count);
 }
 
 // The beginning of a panel that will be read next but does not follow the one being read.

@@ -95,6 +95,27 @@ inline void flip(const int8_t* q, int k, uint8_t* out) {  // q + 128
   for_lanes(k, [&](int i) { store(out + i, (u8x16)load<i8x16>(q + i) ^ 128); });
 }
 
+// -offset * sums of 16 columns each of a cell, `columns` of which are inputs.
+inline void sum_cell(const int8_t* q, int columns, int offset, CellInput& cell) {
+#if defined(__AVX512VNNI__)
+  if (columns == kCellBlocks * kBlock) {
+    __m512i s = (__m512i)dot4(i32x16{}, _mm512_set1_epi8(1), _mm512_loadu_si512(q));
+    s = _mm512_add_epi32(s, _mm512_shuffle_epi32(s, _MM_PERM_BADC));
+    s = _mm512_mullo_epi32(_mm512_add_epi32(s, _mm512_shuffle_epi32(s, _MM_PERM_CDAB)),
+                           _mm512_set1_epi32(offset));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(cell.comp),
+                     _mm512_castsi512_si128(_mm512_maskz_compress_epi32(0x1111, s)));
+    cell.comp_all = cell.comp[0] + cell.comp[1] + cell.comp[2] + cell.comp[3];
+    return;
+  }
+#endif
+  cell.comp_all = 0;
+  for (int b = 0; b < kCellBlocks; ++b) {
+    cell.comp[b] = b * kBlock < columns ? offset * sum_bytes(q + b * kBlock, kBlock) : 0;
+    cell.comp_all += cell.comp[b];
+  }
+}
+
 void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
   const int offset = w.format_traits().offset();
   int8_t* q = x.q + static_cast<size_t>(row) * x.ld;
@@ -110,9 +131,13 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
     x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_input(w, from, padded, q + at + done);
     x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
     if (x.flipped) flip(q + at + done, padded, x.flipped + static_cast<size_t>(row) * x.ld + at + done);
-    if (!x.block_comp) continue;
-    int32_t* blocks = x.block_comp + static_cast<size_t>(row) * x.blocks + (at + done) / kBlock;
-    for (int b = 0; b < padded; b += kBlock) *blocks++ = offset * sum_bytes(q + at + done + b, kBlock);
+    if (!x.cells) continue;
+    const int width = cell_columns(w);
+    CellInput* cell = x.cells + static_cast<size_t>(row) * x.cell_count + (at + done) / width;
+    for (int c = 0; c < padded; c += width, ++cell) {
+      sum_cell(q + at + done + c, padded - c < width ? padded - c : width, offset, *cell);
+      cell->scale = x.scale[static_cast<size_t>(row) * x.groups + g];
+    }
   }
 }
 
@@ -133,8 +158,6 @@ void store_act(const Matrix& w, const Act& x, int row, int at, const float* valu
     if (last) {
       pad(x.q + start, round_up(w.k, 16), to);
       if (x.flipped) pad(x.flipped + start, round_up(w.k, 16), to);
-      if (x.block_comp)
-        pad(x.block_comp + static_cast<size_t>(row) * x.blocks, (w.k + kBlock - 1) / kBlock, x.blocks);
     }
     return;
   }

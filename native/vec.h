@@ -275,6 +275,32 @@ inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(acc, u, s); }
 #endif
 
+// The same with four bytes in memory, and sums with a number in memory in every lane. `Small`: u is at
+// most 15.
+#if defined(__AVX512VNNI__)  // compilers would load and multiply in two instructions
+template <bool Small>
+inline i32x16 dot4_at(i32x16 acc, bytes64 u, const void* s) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "m"(*static_cast<const char(*)[4]>(s)));
+  return acc;
+}
+inline i32x16 add_at(i32x16 a, const int32_t* b) {
+  asm("vpaddd %1%{1to16%}, %0, %0" : "+v"(a) : "m"(*b));
+  return a;
+}
+inline i32x16 sub_at(i32x16 a, const int32_t* b) {
+  asm("vpsubd %1%{1to16%}, %0, %0" : "+v"(a) : "m"(*b));
+  return a;
+}
+#else
+template <bool Small>
+inline i32x16 dot4_at(i32x16 acc, bytes64 u, const void* s) {
+  const auto of = splat4(static_cast<const int8_t*>(s));
+  return Small ? dot4_nibble(acc, u, of) : dot4(acc, u, of);
+}
+inline i32x16 add_at(i32x16 a, const int32_t* b) { return a + splati(*b); }
+inline i32x16 sub_at(i32x16 a, const int32_t* b) { return a - splati(*b); }
+#endif
+
 // Stores to aligned memory that need not read it first and leave the caches alone, and their completion.
 inline void store_past_caches(float* p, f32x16 v) {
 #if defined(__AVX512F__)

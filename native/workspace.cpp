@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "cells.h"
+
 namespace farthing {
 namespace {
 
@@ -47,13 +49,13 @@ Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
   if (halves == Halves::both) a.lo = take<uint16_t>(cells);
   if (w.quantized()) {
     a.groups = w.groups();
-    a.blocks = round_up(w.k, 64) / kBlock;
     a.q = take<int8_t>(cells);
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
     a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
     if (!sparse) return a;
-    a.block_comp = take<int32_t>(static_cast<size_t>(rows) * a.blocks);
+    a.cell_count = round_up(w.k, 64) / cell_columns(w);
     a.flipped = take<uint8_t>(cells);
+    a.cells = take<CellInput>(static_cast<size_t>(rows) * a.cell_count);
     return a;
   }
   a.f32 = take<float>(cells);
