@@ -3,6 +3,13 @@
 namespace farthing {
 namespace {
 
+// Straight-line code where registers hold its sums.
+#if defined(__AVX2__)
+#define EACH_BLOCK EACH
+#else
+#define EACH_BLOCK for
+#endif
+
 // Distances of one to three rows.
 struct Strides {
   size_t one, three;
@@ -53,10 +60,6 @@ inline i32x16 cell_comp(const CellInput& in, unsigned cell, const BlocksOf<Block
   return splati(in.comp[blocks.at[0]]);
 }
 
-constexpr int scale_bytes(Format f) {  // of a cell
-  return traits(f).grouped() ? kPanel * sizeof(uint16_t) : 0;
-}
-
 // What is read while a panel's cells are computed.
 struct CellCursor {
   const uint16_t *cells, *scales;
@@ -64,27 +67,21 @@ struct CellCursor {
   int at = 0;
 };
 
-// One or two rows read a record as a stream; `far` bytes ahead are prefetched into L2.
+// One or two rows read a record as a stream.
 template <int M, Format F, int Bytes>
-[[gnu::always_inline]] inline void fetch_columns(const uint8_t* p, size_t far) {
+[[gnu::always_inline]] inline void fetch_columns(const uint8_t* p) {
   if constexpr (M > kStream) return;
   EACH (int at = 0; at < Bytes; at += 64) {
     if constexpr (traits(F).nibbles()) prefetch(p + kNear + at);
-    prefetch_far(p + far + at);
+    prefetch_far(p + kFar + at);
   }
 }
 
-// The scales of a record are read next to its blocks but stored before them: each cell prefetches as many
-// bytes more as its scales have, so that the stream continues in the next record without a gap.
+// More rows prefetch the next panels: as many bytes as a cell and its scales have.
 template <int M, Format F, int Bytes>
-[[gnu::always_inline]] inline void fetch_cell(const CellCursor& c, const uint8_t* record, Ahead ahead,
-                                              size_t far) {
-  constexpr int scales = scale_bytes(F);
-  if constexpr (M <= kStream) {
-    if (scales) prefetch_far(c.data + far + Bytes);
-    return;
-  }
-  if (c.at < ahead.from || c.at >= ahead.to) return;
+[[gnu::always_inline]] inline void fetch_cell(const CellCursor& c, const uint8_t* record, Ahead ahead) {
+  constexpr int scales = traits(F).grouped() ? kPanel * sizeof(uint16_t) : 0;
+  if (M <= kStream || c.at < ahead.from || c.at >= ahead.to) return;
   const uint8_t* from = record + ahead.distance + (c.data - c.first) + c.at * scales;
   EACH (int at = 0; at < Bytes + scales; at += 64) prefetch_far(from + at);
 }
@@ -110,8 +107,7 @@ template <int M, Format F, int Blocks>
   const int width = cell_columns(w);
   const Strides q_by(x.ld), cells_by(x.cell_count * sizeof(CellInput));
   for (const int end = c.at + count; c.at < end; ++c.at) {
-    const size_t far = far_ahead(F) + c.at * scale_bytes(F);
-    fetch_cell<M, F, Blocks * kBlock / 8 * step>(c, record, ahead, far);
+    fetch_cell<M, F, Blocks * kBlock / 8 * step>(c, record, ahead);
     const unsigned cell = *c.cells++;
     const size_t index = cell >> kCellBlocks;
     const RowsAt<M> in(x.cells + index, cells_by);
@@ -119,12 +115,12 @@ template <int M, Format F, int Blocks>
     const BlocksOf<Blocks> blocks(cell & 15);
     i32x16 acc[M], more[M] = {};
     EACH (int m = 0; m < M; ++m) acc[m] = cell_comp(of_row(m), cell, blocks);
-    EACH (int i = 0; i < Blocks; ++i) {
+    EACH_BLOCK (int i = 0; i < Blocks; ++i) {
       const RowsAt<M> q(x.q + index * width + blocks.at[i] * kBlock, q_by);
-      EACH (int j = 0; j < kBlock; j += 8, c.data += step) {
+      EACH_BLOCK (int j = 0; j < kBlock; j += 8, c.data += step) {
         bytes64 a, b;
         load_columns<F>(c.data, a, b);
-        fetch_columns<M, F, step>(c.data, far);
+        fetch_columns<M, F, step>(c.data);
         EACH (int m = 0; m < M; ++m) acc[m] = dot4_at<small>(acc[m], a, q[m] + j);
         EACH (int m = 0; m < M; ++m) {
           i32x16& second = M <= kStream ? more[m] : acc[m];
@@ -146,6 +142,7 @@ void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
   const uint8_t* record = w.record(panel);
   const Cells cells = cells_of(w, record);
   CellCursor c{cells.cells, cells.scales, cells.data, cells.data};
+  if constexpr (M <= kStream) fetch_head(record, cells.data);
   f32x16 total[M] = {};
   add_cells<M, F, 4>(w, record, cells.counts[0], x, ahead, c, total);
   add_cells<M, F, 3>(w, record, cells.counts[1], x, ahead, c, total);
