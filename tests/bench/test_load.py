@@ -130,6 +130,39 @@ def test_connection_refused_is_recorded_as_an_error() -> None:
     assert summarize([timing], Slo()).goodput == 0.0
 
 
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (b"", "expected an HTTP status line"),
+        (b"gibberish\r\n", "expected an HTTP status line"),
+        (OK, "the stream ended after 0 chunks"),
+        (OK + b'data: {"choices": [{"text": "a"}]}\n\n', "the stream ended after 1 chunk,"),
+        (OK + b"data: 5\n\n", "malformed event"),
+        (OK + b'data: {"choices": 5}\n\n', "malformed event"),
+        (OK + b'data: {"choices": [{"text": "a", "finish_reason": "stop"}]}\n\n', None),
+        (OK + b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', None),
+    ],
+)
+def test_answer_that_is_cut_off_or_malformed_is_a_failure(answer: bytes, error: str | None) -> None:
+    class Fake(FakeServer):
+        async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            await writer.drain()
+            writer.close()
+
+    async def scenario() -> Timing:
+        async with serving(Fake()) as target:
+            return await complete(target, [1], 2)
+
+    timing = asyncio.run(scenario())
+    assert timing.error is None if error is None else error in str(timing.error)
+    assert summarize([timing], Slo()).failed == (error is not None)
+
+
 def test_slo_separates_good_from_slow_requests() -> None:
     fast = Timing(output_tokens=3, start=0, first=0.1, end=0.2)
     slow = Timing(output_tokens=3, start=0, first=0.1, end=2.1)

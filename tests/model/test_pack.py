@@ -111,3 +111,27 @@ def test_another_checkpoint_or_rounding_starts_anew(tmp_path: Path) -> None:
     os.truncate(f"{target}.partial", 100)
     with PackedWriter(target, None, "two") as writer:
         assert "first" not in writer
+
+
+@pytest.mark.parametrize(
+    "damage", ["5", "{}", '{"part": "layer 0"}', '{"part": 1, "end": 9, "entries": {}}', "\xff"]
+)
+def test_damaged_line_of_the_log_is_packed_again(model: Path, tmp_path: Path, damage: str) -> None:
+    target, whole = tmp_path / "m.packed", tmp_path / "whole.packed"
+    pack_checkpoint(model, whole, "int4", 1)
+    subprocess.run([sys.executable, "-c", KILLED, model, target, "25"], check=False)
+    log = tmp_path / "m.packed.parts"
+    head, *lines = log.read_bytes().splitlines(keepends=True)
+    assert lines
+    log.write_bytes(head + damage.encode("latin-1") + b"\n" + b"".join(lines[1:]))
+    pack_checkpoint(model, target, "int4", 1)
+    assert target.read_bytes() == whole.read_bytes()
+
+
+def test_second_process_is_kept_out(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.packed"
+    with PackedWriter(target, "int4", "first"):
+        result = CliRunner().invoke(app, [str(model), "-o", str(target), "--threads", "1"])
+    assert result.exit_code == 2 and "another process is packing it" in " ".join(result.output.split())
+    pack_checkpoint(model, target, "int4", 1)
+    assert [f.name for f in tmp_path.iterdir()] == ["m.packed"]

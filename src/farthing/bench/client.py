@@ -46,6 +46,7 @@ class Timing:
     text: str = ""
     reasoning: str = ""  # of a chat
     calls: list[dict[str, Any]] = field(default_factory=list)  # tool calls of a chat
+    finished: bool = False  # a finish_reason has come
     error: str | None = None
 
     @property
@@ -113,6 +114,8 @@ async def _stream(target: Target, path: str, fields: dict[str, Any], into: Timin
         timing.error = f"no answer within {target.timeout:g} s"
     except (OSError, ValueError, EOFError) as error:
         timing.error = f"{type(error).__name__}: {error}"
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        timing.error = f"malformed event: {type(error).__name__}: {error}"
     timing.end = timing.end or time.perf_counter()
     # A server that sends no usage sends one chunk per token.
     timing.output_tokens = timing.output_tokens or len(timing.arrivals)
@@ -133,7 +136,7 @@ async def _exchange(target: Target, path: str, body: bytes, timing: Timing) -> N
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         writer.write(head.encode() + body)
-        status = int((await reader.readline()).split()[1])
+        status = _status(await reader.readline())
         while (await reader.readline()).strip():
             pass
         if status != 200:
@@ -142,9 +145,22 @@ async def _exchange(target: Target, path: str, body: bytes, timing: Timing) -> N
         # Chunk sizes are lines that never start with "data:", so reading lines is enough.
         while line := await reader.readline():
             if line.startswith(b"data: ") and _event(line[6:].strip(), timing):
-                break
+                return
+        if not timing.finished:
+            count = len(timing.arrivals)
+            raise EOFError(
+                f"the stream ended after {count} chunk{'s' * (count != 1)}, without a finish_reason or [DONE]"
+            )
     finally:
         writer.close()
+
+
+def _status(line: bytes) -> int:
+    """The status code of a response's first line."""
+    parts = line.split()
+    if len(parts) < 2 or not parts[0].startswith(b"HTTP/") or not parts[1].isdigit():
+        raise ValueError(f"response: got {line[:40]!r}; expected an HTTP status line")
+    return int(parts[1])
 
 
 def _event(data: bytes, timing: Timing) -> bool:
@@ -173,6 +189,7 @@ def _event(data: bytes, timing: Timing) -> bool:
 
 def _content(choice: dict[str, Any], timing: Timing) -> None:
     """The text a chunk adds to a completion or a chat response."""
+    timing.finished |= bool(choice.get("finish_reason"))
     delta = choice.get("delta") or {}
     timing.text += choice.get("text") or delta.get("content") or ""
     timing.reasoning += delta.get("reasoning_content") or ""

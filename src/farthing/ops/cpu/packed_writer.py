@@ -3,11 +3,12 @@
 A thread writes each part while the next one is packed; at most two parts are in memory. Sections go to
 `TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once the data is on
 disk. A killed run resumes after its last complete part. The file gets its magic number and its name only when
-it is complete, so an unfinished one is never served.
+it is complete, so an unfinished one is never served. A lock on `TARGET.partial` keeps a second process out.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,10 @@ class PackedWriter:
     """Writes `target`; use it with `with`, then call `finish`."""
 
     def __init__(self, target: Path, quantization: str | None, source: str) -> None:
-        """Resumes an unfinished file of the same checkpoint and quantization; replaces another one."""
+        """Resumes an unfinished file of the same checkpoint and quantization; replaces another one.
+
+        Raises ValueError if another process is packing the same target.
+        """
         self._target = target
         self._partial, self._parts = (
             target.with_name(f"{target.name}.{end}") for end in ("partial", "parts")
@@ -31,9 +35,9 @@ class PackedWriter:
         self._head = {"version": VERSION, "quantization": quantization, "source": source}
         self._entries: dict[str, dict[str, Any]] = {}
         self._done: set[str] = set()
+        self._file: BinaryIO = self._claimed()
         end = self._resumed()
         self._names = set(self._entries)
-        self._file: BinaryIO = self._partial.open("r+b" if end else "wb")
         self._file.truncate(end or PAGE)
         self._file.seek(0, os.SEEK_END)
         self._log = self._parts.open("a" if end else "w", encoding="utf-8")
@@ -94,17 +98,32 @@ class PackedWriter:
         self._log.flush()
         os.fsync(self._log.fileno())
 
+    def _claimed(self) -> BinaryIO:
+        """`TARGET.partial`, opened, created if missing, and locked until it is closed."""
+        file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(
+                f"{self._target}: another process is packing it; expected one at a time"
+            ) from None
+        if self._partial.exists() and os.path.samestat(os.fstat(file.fileno()), self._partial.stat()):
+            return file
+        file.close()  # it became the target of a process that has just finished
+        return self._claimed()
+
     def _resumed(self) -> int:
         """Read what an unfinished run recorded; the end of its last part, 0 if there is nothing to resume."""
-        if not self._partial.is_file() or not self._parts.is_file():
+        if not self._parts.is_file():
             return 0
         end, size = 0, self._partial.stat().st_size
-        with self._parts.open(encoding="utf-8") as file:
+        with self._parts.open(encoding="utf-8", errors="replace") as file:
             if _parsed(file.readline()) != self._head:
                 return 0
             for text in file:
                 line = _parsed(text)
-                if line is None or line["end"] > size:  # cut off by the kill
+                if not _is_part(line) or line["end"] > size:  # cut off by the kill, or damaged
                     break
                 self._entries |= line["entries"]
                 self._done.add(line["part"])
@@ -114,7 +133,7 @@ class PackedWriter:
         return end
 
     def _drop_after_last_part(self) -> None:
-        lines = self._parts.read_text(encoding="utf-8").splitlines()[: 1 + len(self._done)]
+        lines = self._parts.read_text(encoding="utf-8", errors="replace").splitlines()[: 1 + len(self._done)]
         self._parts.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -126,3 +145,8 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def _is_part(line: Any) -> bool:
+    fields = {"part": str, "end": int, "entries": dict}
+    return isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in fields.items())
