@@ -36,8 +36,9 @@ from farthing.ops.api import CacheDtype
 from farthing.train.export import load_checkpoint
 from farthing.train.finetune import sha256
 from farthing.train.fp8 import Fp8Config, use_fp8
-from farthing.train.mite import Recipe, train_mite
+from farthing.train.mite import Recipe, apply_settings, determining, train_mite
 from farthing.train.picture import plot, plot_tradeoff
+from farthing.train.resume import check_start
 
 ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and settings
     "bf16": ("bf16", []),
@@ -107,7 +108,15 @@ def precision(
         kind, settings = ARITHMETIC[name]
         run = out / name
         record = run / "record.json"
+        if (run / "state.pt").is_file():  # of the same seed, batch and recipe?
+            recipe = apply_settings(Recipe(precision=kind), batch + settings)
+            check_start(run / "state.pt", determining(recipe, seed, None), resume=True)
         done = (record.is_file() and json.loads(record.read_text())) or []
+        if done and done[-1]["tokens"] >= tokens + batch_tokens:
+            raise SystemExit(
+                f"tokens: got {tokens}; expected {done[-1]['tokens']} or more, as in {record} "
+                "(or another --out)"
+            )
         if not done or done[-1]["tokens"] < tokens:
             resume = (run / "state.pt").is_file()
             shared = out / names[0] / "tokenizer.json"

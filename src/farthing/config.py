@@ -77,8 +77,9 @@ class EngineConfig:
         None, "Maximum number of prompt tokens in flight before 429; default: 16 caches", minimum=1
     )
     max_step_ms: float = _limit(
-        150.0, "Target milliseconds of a step with prompts while others decode; 0: no limit", minimum=0
-    )
+        150.0, "Target milliseconds of a step with prompts while others decode; 0: no limit", minimum=0,
+        maximum=3_600_000,
+    )  # fmt: skip
     step_timeout: float = _limit(120.0, "Seconds that a step may take before /health answers 503", above=0)
     priority_step: float = _limit(10.0, "Seconds of waiting that outweigh one level of priority", above=0)
 

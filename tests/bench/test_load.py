@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from farthing.bench.capacity import find_capacity
 from farthing.bench.client import Target, Timing, _event, complete
 from farthing.bench.load import Slo, run_load, summarize
 from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
+from farthing.cli.bench import LoadOptions, SloOptions
 
 SHAPE = Shape(input_tokens=8, output_tokens=3, shared_prefix=4, vocabulary=1000)
 
@@ -245,3 +248,21 @@ def test_capacity_is_below_the_throughput_ceiling() -> None:
     assert found.requests_per_second > 0
     assert found.tokens_per_second == pytest.approx(found.requests_per_second * 11)
     assert all(t.goodput >= 0.99 for t in found.trials if t.rate == found.requests_per_second)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("concurrency", 0), ("requests", 0), ("rate", 0.0), ("rate", math.inf), ("rate", math.nan),
+        ("speed", 0.0), ("usd_per_hour", -1.0), ("usd_per_hour", math.nan), ("max_len", 0),
+        ("picture", Path("/nowhere/x.png")),
+    ],
+)  # fmt: skip
+def test_load_that_cannot_be_sent_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option}: got .*; expected"):
+        LoadOptions(**{option: value})
+
+
+def test_targets_of_latency_are_positive() -> None:
+    with pytest.raises(ValueError, match=r"slo_ttft_ms: got -1\.0; expected a number > 0"):
+        SloOptions(slo_ttft_ms=-1.0)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farthing.config import EngineConfig
 from farthing.engine.pace import SCORING, SMALLEST_CHUNK, SMALLEST_SCORED, Pace
+from farthing.options import check
+
+
+@pytest.mark.parametrize("limit", [math.inf, 1e308, math.nan, -1.0])
+def test_limit_is_finite(limit: float) -> None:
+    with pytest.raises(ValueError, match=r"max_step_ms: got .*; expected a number >= 0 and <= "):
+        check(EngineConfig(max_step_ms=limit))
 
 
 def test_no_bound_without_a_limit_or_without_decoding() -> None:

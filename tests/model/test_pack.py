@@ -135,3 +135,9 @@ def test_second_process_is_kept_out(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "another process is packing it" in " ".join(result.output.split())
     pack_checkpoint(model, target, "int4", 1)
     assert [f.name for f in tmp_path.iterdir()] == ["m.packed"]
+
+
+def test_directory_is_refused_before_packing(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a directory; expected the name of a file"):
+        pack_checkpoint(model, tmp_path, "int4", 1)
+    assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))

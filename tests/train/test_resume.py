@@ -165,3 +165,25 @@ def test_settings_are_compared_as_json_has_them() -> None:
 def test_stages_that_never_begin_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="expected rising shares of the run below 1"):
         QatConfig(stages=parse_stages(text))
+
+
+@pytest.mark.parametrize("stage", ["W8A8", "W4A16", "W16A16"])
+def test_stages_that_no_checkpoint_holds_are_refused_before_the_run(settings: Settings, stage: str) -> None:
+    stages = parse_stages(f"0:W4A4,0.5:{stage}")
+    with pytest.raises(ValueError, match=f"stages: got {stage} at the end; expected W4A4 or W4A8"):
+        train_qat(settings, dataclasses.replace(CONFIG, stages=stages), console=QUIET)
+    assert not (settings.out / "state.pt").exists()
+
+
+def test_inputs_per_tensor_are_measured_and_not_exported(settings: Settings) -> None:
+    found = train_qat(settings, dataclasses.replace(CONFIG, inputs="tensor"), console=QUIET)
+    assert found is not None and found["perplexity"]["trained"] > 0
+    assert not (settings.out / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
+def test_damaged_state_is_named(settings: Settings, content: bytes) -> None:
+    settings.out.mkdir(exist_ok=True)
+    (settings.out / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt: unreadable"):
+        train_qat(settings, CONFIG, resume=True, console=QUIET)

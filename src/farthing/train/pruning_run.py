@@ -110,7 +110,10 @@ def train_prune(
     assert isinstance(hook, PruneHook)
     removed = hook.removed(model)
     if removed < config.target:
-        console.print(f"removed {removed:.1%} (target {config.target:.1%}): paused by the loss bound")
+        console.print(
+            f"removed {removed:.1%} (target {config.target:.1%}): "
+            + ("paused by --bound" if hook.paused else "nothing more to remove in a run of this length")
+        )
     before = perplexity(teacher, text.heldout, settings.window, settings.eval_tokens)
     after = perplexity(model, text.heldout, settings.window, settings.eval_tokens)
     out = settings.out / "checkpoint"

@@ -58,11 +58,13 @@ def train_qat(
 ) -> dict[str, Any] | None:
     """Train a quantized checkpoint: write OUT/checkpoint, OUT/qat.json and OUT/qat.png.
 
-    Returns the summary, or None if interrupted (state is saved).
+    Returns the summary, or None if interrupted (state is saved). With `tensor` inputs there is no checkpoint.
+    Raises ValueError if the last stage cannot be exported.
     """
     from farthing.train.picture import plot
 
     console = console or Console(stderr=True)
+    require_exportable(config)
     given = determining(settings, config)
     check_start(settings.out / "state.pt", given, resume)
     trainer, text, teacher = build(settings, config, console)
@@ -90,7 +92,10 @@ def train_qat(
         trainer.load()
     if not trainer.run():
         return None
-    size = save_quantized(student, settings.model, settings.out / "checkpoint")
+    exported: dict[str, Any] = {}
+    if config.inputs == "group":
+        exported["weights_bytes"] = save_quantized(student, settings.model, settings.out / "checkpoint")
+        exported["checkpoint_sha256"] = sha256(settings.out / "checkpoint" / "model.safetensors")
     found["trained"] = score(student.net)
     summary: dict[str, Any] = {
         "precision": str(precision),
@@ -98,8 +103,7 @@ def train_qat(
         **gained(found),
         **provenance(settings, config, text),
         **({} if config.block is None else _zero_blocks(student, teacher, text, settings)),
-        "checkpoint_sha256": sha256(settings.out / "checkpoint" / "model.safetensors"),
-        "weights_bytes": size,
+        **exported,
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,
         "budgets": trainer.budgets,
@@ -114,6 +118,13 @@ def train_qat(
         levels=levels,
     )
     return summary
+
+
+def require_exportable(config: QatConfig) -> None:
+    """Raise ValueError if the run would end in a format that no checkpoint holds."""
+    last = config.stages[-1][1]
+    if config.inputs == "group" and (last.weights != 4 or last.activations == 16):
+        raise ValueError(f"stages: got {last} at the end; expected W4A4 or W4A8, which a checkpoint can hold")
 
 
 def _zero_blocks(

@@ -6,6 +6,7 @@ Length, threads, device and directory may change; the record lists the lengths.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,13 @@ def check_start(state: Path, given: Mapping[str, Any], resume: bool) -> None:
         return
     if not state.is_file():
         raise FileNotFoundError(f"{state} does not exist: no run to resume in this directory")
-    stored = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        stored = torch.load(state, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{state}: unreadable ({reason}); expected a run's state, or another --out"
+        ) from None
     require_same(state, stored.get("settings", {}), given)
 
 

@@ -26,8 +26,10 @@ class PackedWriter:
     def __init__(self, target: Path, quantization: str | None, source: str) -> None:
         """Resumes an unfinished file of the same checkpoint and quantization; replaces another one.
 
-        Raises ValueError if another process is packing the same target.
+        Raises ValueError if `target` is a directory, or if another process is packing it.
         """
+        if target.is_dir():
+            raise ValueError(f"packed file {target} is a directory; expected the name of a file")
         self._target = target
         self._partial, self._parts = (
             target.with_name(f"{target.name}.{end}") for end in ("partial", "parts")
