@@ -28,6 +28,7 @@ from farthing import _native
 from farthing.ops import AttentionSpec, RouterSpec
 from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps, create
+from farthing.ops.cpu.packing import pack, plan
 from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells
@@ -92,9 +93,14 @@ class Bench:
         self.alive = [*getattr(self, "alive", []), buffer]
         return [self.native.view(buffer.data_ptr() + i * size, size, 0) for i in range(count)]
 
+    def packed(self, name: str, weights: list[Weight], interleave: bool = False) -> Any:
+        """One matrix in the kernels' layout; "nl4" is what `--quantization int4` rounds to."""
+        target = plan(weights, "int4" if name == "nl4" else None)
+        return pack(self.native, weights, target, interleave)
+
     def peak(self, name: str) -> float:
         """Peak GOP/s of the format's arithmetic."""
-        return self.int8 / (1 if name in ("int8", "int4") else 2)
+        return self.int8 / (2 if name in ("bf16", "fp8") else 1)
 
 
 def weight(name: str, n: int, k: int) -> Weight:
@@ -113,7 +119,7 @@ def weight(name: str, n: int, k: int) -> Weight:
 
 def linear(b: Bench, name: str, n: int, k: int) -> None:
     """A projection [n, k]."""
-    packed = b.ops.pack_linear(f"{name}.{n}.{k}", lambda: [weight(name, n, k)]).packed
+    packed = b.packed(name, [weight(name, n, k)])
     size = packed.nbytes
     views = [Linear(v, n, k) for v in b.copies(packed, max(2, UNCACHED // size))]
     for rows in b.sizes:
@@ -130,9 +136,8 @@ def moe(b: Bench, name: str, size: str) -> None:
         c[x] for x in ("hidden_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
     )
     spec = RouterSpec(e, k, c["n_group"], c["topk_group"], scale=2.5)
-    [(gate_up, down)] = b.ops._mlp(
-        f"{name}.moe", lambda: (weight(name, i, d), weight(name, i, d), weight(name, d, i))
-    )
+    gate_up = b.packed(name, [weight(name, i, d), weight(name, i, d)], interleave=True)
+    down = b.packed(name, [weight(name, d, i)])
     gate = b.ops.pack_linear(f"{name}.gate", lambda: [Weight("dense", torch.randn(e, d) / d**0.5)]).packed
     expert = gate_up.nbytes + down.nbytes
     layers = []
@@ -221,7 +226,7 @@ def head(b: Bench, name: str, size: str) -> None:
     """The output head with the argmax."""
     c = config(size)
     n, k = c["vocab_size"], c["hidden_size"]
-    packed = b.ops.pack_linear(f"{name}.head", lambda: [weight(name, n, k)]).packed
+    packed = b.packed(name, [weight(name, n, k)])
     views = [Linear(v, n, k) for v in b.copies(packed, max(2, UNCACHED // packed.nbytes))]
     norm = torch.ones(k)
     for rows in (1, 8, 16):
@@ -252,7 +257,7 @@ def run(b: Bench, a: argparse.Namespace) -> None:
         b.alive = []
     if a.only in (None, "mla"):
         for name in a.formats:
-            if name != "fp8":
+            if name not in ("fp8", "nl4"):  # attention is never in these
                 mla(b, a.model, name)
 
 

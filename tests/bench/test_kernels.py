@@ -21,8 +21,17 @@ def test_every_kernel_of_every_format(monkeypatch: pytest.MonkeyPatch, only: str
     monkeypatch.setattr(kernels, "UNCACHED", 1)
     monkeypatch.setattr(kernels, "CONTEXTS", (128,))
     bench = kernels.Bench(1, "auto", 1, [1, 3])
-    formats = ["nl4", "int4", "int8", "bf16", *([] if only == "mla" else ["fp8"])]
+    formats = ["int4", "int8", "bf16", *([] if only == "mla" else ["fp8", "nl4"])]
     kernels.run(bench, Namespace(only=only, formats=formats, model="tiny"))
     measured = {row.kernel.replace(",", "").split()[1] for row in bench.rows}
     assert measured == set(formats)
     assert all(row.microseconds > 0 for row in bench.rows)
+
+
+def test_weights_take_the_bytes_of_their_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    kernels = import_module("kernels")
+    bench = kernels.Bench(1, "auto", 1, [1])
+    for name, bits in {"nl4": 4.25, "int4": 4.25, "int8": 8, "fp8": 8, "bf16": 16}.items():
+        packed = bench.packed(name, [kernels.weight(name, 512, 2048)])
+        assert bits <= packed.nbytes * 8 / (512 * 2048) <= bits * 1.04, name
