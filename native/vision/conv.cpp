@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "../spin.h"
+
 namespace farthing {
 namespace {
 
@@ -21,13 +23,6 @@ bytes16 load16(const uint8_t* p) {
   bytes16 v;
   std::memcpy(&v, p, sizeof v);
   return v;
-}
-
-// A thread begins with its own part of the units, always the same, so that a layer's output is in the cache
-// of the thread that reads it next. Others compute only what a late thread has left.
-template <class F>
-void share(Team& team, int units, F&& f) {
-  team.for_units(0, 1, units, [&](int, int unit) { f(unit); });
 }
 
 }  // namespace
@@ -46,19 +41,66 @@ int ConvNet::plane(int groups, int height, int width, int border, int cell, int 
   return static_cast<int>(planes_.size()) - 1;
 }
 
-void ConvNet::step(int64_t products, std::function<void(Team&)> work) {
+void ConvNet::step(int64_t products, int units, std::function<void(int)> work) {
   products_.push_back(products);
-  steps_.push_back(std::move(work));
+  steps_.push_back({units, std::move(work)});
+}
+
+// Thread 0 opens one step after another; the others help with the one that is open. It waits only for those
+// that have units of the step in hand, not for one that has lost its core.
+void ConvNet::run_steps(int first, int end) {
+  open_ = kNone;
+  backend_.pool.run([&](Team& team) {
+    if (team.id()) return help(team);
+    for (int i = first; i < end; ++i) {
+      for (auto& part : parts_) part.taken.store(0, std::memory_order_relaxed);
+      open_ = i;
+      work(i, team);
+      open_ = kNone;
+      spin([&] { return helpers_ == 0; }, {});
+    }
+    open_ = kDone;
+  });
+}
+
+void ConvNet::help(Team& team) {
+  for (int last = kNone, now = kNone; now != kDone; last = now) {
+    spin([&] { return open_ != last && open_ != kNone; }, {});
+    ++helpers_;
+    now = open_;  // after the increment: thread 0 either sees this helper or has closed the step before
+    if (now >= 0) work(now, team);
+    --helpers_;
+  }
+}
+
+// Each thread begins with its own part of the units, always the same, so that a layer's output is in the
+// cache of the thread that reads it next. Others take from the back what a late thread has left.
+void ConvNet::work(int step, const Team& team) {
+  const Step& s = steps_[step];
+  const int64_t units = s.units, size = team.size();
+  for (int other = 0; other < size; ++other) {
+    const int64_t part = (team.id() + other) % size;
+    const int begin = static_cast<int>(units * part / size),
+              end = static_cast<int>(units * (part + 1) / size);
+    std::atomic<uint64_t>& taken = parts_[part].taken;
+    for (uint64_t seen = taken.load(std::memory_order_relaxed);;) {
+      const int front = static_cast<int>(seen & 0xffffffffu), back = static_cast<int>(seen >> 32);
+      if (front + back >= end - begin) break;
+      if (!taken.compare_exchange_weak(seen, seen + (other ? uint64_t{1} << 32 : 1),
+                                       std::memory_order_relaxed))
+        continue;
+      s.work(other ? end - back - 1 : begin + front);
+      seen = taken.load(std::memory_order_relaxed);
+    }
+  }
 }
 
 void ConvNet::image(int out, float scale) {
-  step(0, [this, out, scale](Team& team) {
+  step(0, planes_[out].height, [this, out, scale](int y) {
     Plane& to = planes_[out];
     const int64_t plane = static_cast<int64_t>(to.height) * to.width;
-    share(team, to.height, [&](int y) {
-      backend_.kernels.image_row(image_ + static_cast<int64_t>(y) * to.width, plane, to.width, scale,
-                                 to.first() + to.at(y, 0));
-    });
+    backend_.kernels.image_row(image_ + static_cast<int64_t>(y) * to.width, plane, to.width, scale,
+                               to.first() + to.at(y, 0));
   });
 }
 
@@ -187,16 +229,14 @@ void ConvNet::conv(const ConvArgs& a) {
   w->chunks = std::max(1, std::min(round_up(std::max(chunks, 1), threads), tiles / kTilesPerChunk));
   const int64_t products = w->bytes * shape.height * shape.width;
   layers_.push_back(std::move(w));
-  step(products, [this, w = layers_.back().get(), to_floats = a.to_floats, strips](Team& team) {
+  const int pairs = static_cast<int>(layers_.back()->pairs.size()), units = layers_.back()->chunks * pairs;
+  step(products, units, [this, w = layers_.back().get(), to_floats = a.to_floats, strips, pairs](int unit) {
     ConvLayer layer = w->layer;
     if (to_floats) layer.floats = out_;
-    const int pairs = static_cast<int>(w->pairs.size());
     const auto first = [&](int chunk) { return std::min(strips, (strips + 1) / 2 * chunk / w->chunks * 2); };
-    share(team, w->chunks * pairs, [&](int unit) {
-      const int chunk = unit / pairs;
-      backend_.kernels.conv(layer, w->pairs[unit % pairs], w->strips.data() + first(chunk),
-                            first(chunk + 1) - first(chunk));
-    });
+    const int chunk = unit / pairs;
+    backend_.kernels.conv(layer, w->pairs[unit % pairs], w->strips.data() + first(chunk),
+                          first(chunk + 1) - first(chunk));
   });
 }
 
@@ -206,30 +246,28 @@ void ConvNet::max_pool(int in, int out) {
       to.height != (from.height - 1) / 2 + 1 || to.width != (from.width - 1) / 2 + 1)
     throw std::invalid_argument(
         "max_pool: expected planes of equal groups, a border of 1, and half the size");
-  step(0, [this, in, out](Team& team) {
+  step(0, to.groups * to.height, [this, in, out](int unit) {
     const Plane& from = planes_[in];
     Plane& to = planes_[out];
-    share(team, to.groups * to.height, [&](int unit) {
-      const int g = unit % to.groups, y = unit / to.groups;
-      const uint8_t* source = from.first() + g * from.size() + from.at(2 * y - 1, -1);
-      uint8_t* target = to.first() + g * to.size() + to.at(y, 0);
-      const auto column = [&](int x) {
-        bytes16 most = load16(source + x * kCell);
-        for (int r = 1; r < 3; ++r) {
-          const bytes16 v = load16(source + static_cast<int64_t>(r) * from.row() + x * kCell);
-          most = most > v ? most : v;
-        }
-        return most;
-      };
-      bytes16 last = column(0);
-      for (int x = 0; x < to.width; ++x) {
-        const bytes16 a = column(2 * x + 1), b = column(2 * x + 2);
-        bytes16 most = last > a ? last : a;
-        most = most > b ? most : b;
-        std::memcpy(target + x * kCell, &most, kCell);
-        last = b;
+    const int g = unit % to.groups, y = unit / to.groups;
+    const uint8_t* source = from.first() + g * from.size() + from.at(2 * y - 1, -1);
+    uint8_t* target = to.first() + g * to.size() + to.at(y, 0);
+    const auto column = [&](int x) {
+      bytes16 most = load16(source + x * kCell);
+      for (int r = 1; r < 3; ++r) {
+        const bytes16 v = load16(source + static_cast<int64_t>(r) * from.row() + x * kCell);
+        most = most > v ? most : v;
       }
-    });
+      return most;
+    };
+    bytes16 last = column(0);
+    for (int x = 0; x < to.width; ++x) {
+      const bytes16 a = column(2 * x + 1), b = column(2 * x + 2);
+      bytes16 most = last > a ? last : a;
+      most = most > b ? most : b;
+      std::memcpy(target + x * kCell, &most, kCell);
+      last = b;
+    }
   });
 }
 
@@ -237,32 +275,30 @@ void ConvNet::mean(int in, int out, float mult) {
   const Plane &from = planes_.at(in), &to = planes_.at(out);
   if (from.cell != kCell || to.cell != kCell || from.groups != to.groups || to.height != 1 || to.width != 1)
     throw std::invalid_argument("mean: expected planes of equal groups, the second of one pixel");
-  step(0, [this, in, out, mult](Team& team) {
+  step(0, to.groups, [this, in, out, mult](int g) {
     const Plane& from = planes_[in];
     Plane& to = planes_[out];
-    share(team, to.groups, [&](int g) {
-      int32_t sums[kCell] = {};
-      for (int y = 0; y < from.height; ++y) {
-        const uint8_t* row = from.first() + g * from.size() + from.at(y, 0);
-        for (int x = 0; x < from.width; ++x)
-          for (int c = 0; c < kCell; ++c) sums[c] += row[x * kCell + c];
-      }
-      uint8_t* target = to.first() + g * to.size() + to.at(0, 0);
-      for (int c = 0; c < kCell; ++c) {
-        const float v = std::min(static_cast<float>(sums[c]) * mult, 255.0f) +
-                        12582912.0f;  // to the nearest even integer
-        uint32_t bits;
-        std::memcpy(&bits, &v, sizeof bits);
-        target[c] = static_cast<uint8_t>(bits);
-      }
-    });
+    int32_t sums[kCell] = {};
+    for (int y = 0; y < from.height; ++y) {
+      const uint8_t* row = from.first() + g * from.size() + from.at(y, 0);
+      for (int x = 0; x < from.width; ++x)
+        for (int c = 0; c < kCell; ++c) sums[c] += row[x * kCell + c];
+    }
+    uint8_t* target = to.first() + g * to.size() + to.at(0, 0);
+    for (int c = 0; c < kCell; ++c) {
+      const float v =
+          std::min(static_cast<float>(sums[c]) * mult, 255.0f) + 12582912.0f;  // to the nearest even integer
+      uint32_t bits;
+      std::memcpy(&bits, &v, sizeof bits);
+      target[c] = static_cast<uint8_t>(bits);
+    }
   });
 }
 
 void ConvNet::run(const float* image, float* out) {
   image_ = image;
   out_ = out;
-  for (auto& step : steps_) backend_.pool.run(step);
+  run_steps(0, static_cast<int>(steps_.size()));
 }
 
 std::vector<double> ConvNet::profile(const float* image, float* out, int repeats) {
@@ -272,7 +308,7 @@ std::vector<double> ConvNet::profile(const float* image, float* out, int repeats
   for (int r = 0; r < repeats; ++r)
     for (size_t i = 0; i < steps_.size(); ++i) {
       const auto start = std::chrono::steady_clock::now();
-      backend_.pool.run(steps_[i]);
+      run_steps(static_cast<int>(i), static_cast<int>(i) + 1);
       seconds[i].push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     }
   std::vector<double> medians;

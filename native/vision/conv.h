@@ -1,5 +1,6 @@
 // Quantized convolutions without im2col, and a small program of them: a folded CNN at batch 1.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -25,7 +26,7 @@ struct ConvArgs {
 
 class ConvNet {
  public:
-  explicit ConvNet(Backend& backend) : backend_(backend) {}
+  explicit ConvNet(Backend& backend) : backend_(backend), parts_(backend.pool.size()) {}
   ConvNet(const ConvNet&) = delete;
 
   // A plane of `groups` cells of `cell` bytes a pixel, border and all filled; its number.
@@ -59,7 +60,18 @@ class ConvNet {
     ConvLayer layer;
     int chunks;  // of the strips
   };
-  void step(int64_t products, std::function<void(Team&)> work);
+  struct Step {
+    int units;  // independent of each other
+    std::function<void(int)> work;
+  };
+  struct alignas(64) Part {
+    std::atomic<uint64_t> taken{0};  // units of a thread's part: low half from the front, high from the back
+  };
+  static constexpr int kNone = -1, kDone = -2;
+  void step(int64_t products, int units, std::function<void(int)> work);
+  void run_steps(int first, int end);
+  void help(Team& team);
+  void work(int step, const Team& team);
   void pack(Weights& w, const Plane& in, const ConvArgs& a);
   void lay_strips(Weights& w, const Plane& in, const Plane& shape, int stride, const Plane* wide,
                   const Plane* narrow, const Plane* residual);
@@ -67,7 +79,10 @@ class ConvNet {
   Backend& backend_;
   std::vector<Plane> planes_;
   std::vector<std::unique_ptr<Weights>> layers_;
-  std::vector<std::function<void(Team&)>> steps_;
+  std::vector<Step> steps_;
+  std::vector<Part> parts_;
+  alignas(64) std::atomic<int> open_{kNone};  // the step whose units may be taken
+  alignas(64) std::atomic<int> helpers_{0};   // threads that may be working on it
   const float* image_ = nullptr;
   float* out_ = nullptr;
   std::vector<int64_t> products_;

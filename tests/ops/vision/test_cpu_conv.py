@@ -166,6 +166,28 @@ def test_max_pool_and_mean(program: ConvProgram) -> None:
     finish(program, expected[:, None, None], mean, False, picture)
 
 
+def test_threads_without_a_core_of_their_own_change_nothing() -> None:
+    pictures = torch.randn(20, 3, 34, 29)
+    results = []
+    for threads in (1, 5):
+        torch.manual_seed(0)
+        program = ConvProgram(threads, ISAS[-1])
+        _, x, plane = first(program, 34, 29, 48, True)
+        for _ in range(6):
+            layer = random_layer(48, 48, 3)
+            x = narrow(layer(x), 0, 15)
+            out = program.plane(48, x.shape[1], x.shape[2], 1)
+            program.conv(
+                plane, layer.weight, layer.mult, layer.bias, Output(narrow=out), padding=1, small_inputs=True
+            )
+            plane = out
+        eye = torch.eye(48, dtype=torch.int8)[:, :, None, None]
+        program.conv(plane, eye, torch.ones(48), torch.zeros(48), Output(), small_inputs=True)
+        results.append(torch.stack([program.run(picture) for picture in pictures]))
+    assert results[0].max() > results[0].min()
+    assert torch.equal(results[0], results[1])
+
+
 def test_zero_blocks_are_skipped(program: ConvProgram) -> None:
     x = program.plane(64, 9, 9, 1)
     weight = torch.ones(64, 64, 3, 3, dtype=torch.int8)
