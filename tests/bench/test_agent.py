@@ -91,7 +91,7 @@ def test_command() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--sessions", "0"], "sessions: got 0; expected at least 1"),
+        (["--sessions", "0"], "sessions: got 0; expected an integer >= 1"),
         (["--rate", "2"], "--rate: got"),
         (["--trace", "x"], "--trace: got"),
         (["--requests", "128"], "--requests: got"),

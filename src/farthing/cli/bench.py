@@ -120,7 +120,8 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Measure TTFT, TPOT, throughput, goodput and cost of a server under load."""
-    given, sizes = LoadOptions(**load), Shape(**shape)
+    with errors_as_one_line():
+        given, sizes = LoadOptions(**load), Shape(**shape)
     if given.workload == "agent":
         from farthing.cli.bench_agent import check_options, plan, run
 

@@ -44,8 +44,6 @@ def plan(
 ) -> list[Session]:
     """Synthetic sessions, or those recorded sessions that fit max_len tokens with their answers."""
     try:
-        if sessions < 1:
-            raise ValueError(f"sessions: got {sessions}; expected at least 1")
         if recording is None:
             return synthetic(SessionShape(turns), sessions, seed)
         room = max(1, max_len - turns * output_tokens)
