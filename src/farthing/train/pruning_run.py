@@ -75,8 +75,6 @@ def build(
 def _with_sizes_of(settings: Settings, model: DeepSeekLM) -> DeepSeekLM:
     """A model with the sizes that the interrupted run had reached."""
     file = settings.out / "state.pt"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: no run to resume in this directory")
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
     sizes = []
     for i in range(model.cfg.num_hidden_layers + model.cfg.num_nextn_predict_layers):

@@ -133,9 +133,9 @@ class ProfileAR:
         assert known is not None
         origins = np.arange(known.first, len(self._logs) - ahead + 1)
         origins = origins[:: -max(1, -(-len(origins) // MAX_ROWS))][::-1]
-        if not len(origins):  # nothing to learn from: the profile alone
-            return np.zeros(known.features(np.array([len(self._logs)]), ahead).shape[1])
         rows, target = known.features(origins, ahead), origins + ahead - 1
+        if not len(rows):  # nothing to learn from: the profile alone
+            return np.zeros(rows.shape[1])
         truth, load = known.departure[target], np.expm1(self._logs[target])
         weight = (load / max(load.mean(), 1e-9))[:, None]
         plain = rows.shape[1] - known.special.shape[1]
