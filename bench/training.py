@@ -33,8 +33,9 @@ from farthing.hub import resolve_model
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
+from farthing.train.data import find_sources
 from farthing.train.export import load_checkpoint
-from farthing.train.finetune import sha256
+from farthing.train.finetune import weights_sha256
 from farthing.train.fp8 import Fp8Config, use_fp8
 from farthing.train.mite import Recipe, apply_settings, determining, train_mite
 from farthing.train.picture import plot, plot_tradeoff
@@ -110,7 +111,7 @@ def precision(
         record = run / "record.json"
         if (run / "state.pt").is_file():  # of the same seed, batch and recipe?
             recipe = apply_settings(Recipe(precision=kind), batch + settings)
-            check_start(run / "state.pt", determining(recipe, seed, None), resume=True)
+            check_start(run / "state.pt", determining(recipe, seed, find_sources()), resume=True)
         done = (record.is_file() and json.loads(record.read_text())) or []
         if done and done[-1]["tokens"] >= tokens + batch_tokens:
             raise SystemExit(
@@ -136,7 +137,7 @@ def precision(
         finals[name] |= {"relative_loss": rise, "within_half_a_percent": abs(rise) <= 0.005}
         curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
         finals[name]["curve"] = [{k: p[k] for k in ("step", "tokens", "main", "eval_loss")} for p in done]
-        finals[name]["checkpoint_sha256"] = sha256(run / "checkpoint" / "model.safetensors")
+        finals[name]["checkpoint_sha256"] = weights_sha256(run / "checkpoint")
     plot(out / "fp8.png", curves, "held-out loss, nats per token")
     summary = {"tokens": tokens, "batch_tokens": batch_tokens, "seed": seed, "runs": finals}
     replace_json(out / "precision.json", summary)

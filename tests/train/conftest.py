@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.model.config import ModelConfig
 from farthing.train import data
 from farthing.train.export import load_checkpoint, save_checkpoint
@@ -86,6 +87,15 @@ def random_checkpoint(cfg: ModelConfig, out: Path, sources: Path) -> Path:
             torch.nn.init.normal_(p, std=0.5 if "embed" in name else p.shape[-1] ** -0.5)
     tokenizer = data.train_tokenizer((d.text for d in data.find_sources(sources)), cfg.vocab_size)
     save_checkpoint(model, tokenizer, out, fp8=False)
+    return out
+
+
+def sharded(checkpoint: Path, out: Path) -> Path:
+    """A copy of a checkpoint in shards with an index."""
+    source, writer = Checkpoint.open(checkpoint), CheckpointWriter(out, max_shard_bytes=100_000)
+    for name in source.names():
+        writer.add(name, source.tensor(name))
+    writer.close(source.config, copy_from=checkpoint)
     return out
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
 from farthing.train.data import (
     BOS,
@@ -63,6 +64,19 @@ def test_tokenizer_round_trip_and_special_tokens(sources: Path) -> None:
     assert tokenizer.decode(ids.tolist()) == text
     with pytest.raises(ValueError, match="vocab_size=60000"):
         train_tokenizer((d.text for d in documents), 60000)
+
+
+def test_ids_beyond_sixteen_bits(sources: Path) -> None:
+    tokenizer = train_tokenizer((d.text for d in find_sources(sources)), 400)
+    tokenizer.add_tokens([f"<unused {i}>" for i in range(1 << 16)] + ["<last>"])
+    ids = encode(tokenizer, [Document("x.py", "x<last>")])[0]
+    assert ids.tolist()[-2:] == [400 + (1 << 16), 1]
+    assert PackedBatches([ids] * 9).next(1, 4).max() == 400 + (1 << 16)
+
+
+def test_tokenizer_of_another_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no token '<｜begin▁of▁sentence｜>'; expected DeepSeek's"):
+        encode(Tokenizer(models.BPE()), [Document("x.py", "x")])
 
 
 def documents_of(sizes: list[int]) -> list[np.ndarray]:

@@ -15,15 +15,15 @@ from typer.testing import CliRunner
 
 from farthing.cli.exits import Exit
 from farthing.cli.train import app
-from farthing.train import qat_run
-from farthing.train.finetune import Settings, Text
+from farthing.train import data, finetune, qat_run
+from farthing.train.finetune import Settings, Sources, Text
 from farthing.train.lsq import Precision
 from farthing.train.pruning import PruneConfig
 from farthing.train.pruning_run import train_prune
 from farthing.train.qat_model import QatConfig, parse_stages
 from farthing.train.qat_run import train_qat
 from farthing.train.resume import plain, require_same
-from tests.train.conftest import settings_of
+from tests.train.conftest import settings_of, sharded
 
 QUIET = Console(quiet=True)
 CONFIG = QatConfig(group=32, block_steps=0, block_windows=2)
@@ -114,9 +114,56 @@ def test_resumed_qat_must_have_the_stored_settings(
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         train_qat(dataclasses.replace(settings, out=settings.out / "new"), CONFIG, True, QUIET)
     weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes() + b" ")
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(ValueError, match=r'model: got "sha256 .*; expected "sha256 '):
         train_qat(settings, CONFIG, True, QUIET)
+
+
+def test_runs_start_from_a_checkpoint_in_shards(settings: Settings, tmp_path: Path) -> None:
+    parts = dataclasses.replace(
+        settings, model=sharded(settings.model, tmp_path / "parts"), out=tmp_path / "run-parts"
+    )
+    assert len(list(parts.model.glob("*.safetensors"))) > 2
+    config = PruneConfig(target=0.1, multiple=8, bound=10.0, calibration_windows=2)
+    for train in (
+        lambda s: train_qat(s, CONFIG, console=QUIET),
+        lambda s: train_prune(s, config, False, QUIET),
+    ):
+        whole, found = train(settings), train(parts)
+        assert whole is not None and found is not None
+        assert found["perplexity"] == whole["perplexity"]
+        assert found["checkpoint_sha256"] == whole["checkpoint_sha256"]
+        assert len(found["base_sha256"]) == 64 and found["base_sha256"] != whole["base_sha256"]
+        (settings.out / "state.pt").unlink()
+        (parts.out / "state.pt").unlink()
+    weights = next(parts.model.glob("*-00002-of-*"))
+    before = Sources.read(parts).weights
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert Sources.read(parts).weights != before
+
+
+def test_sources_are_read_once(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for module, name in ((finetune, "weights_sha256"), (data, "find_sources")):
+        original = getattr(module, name)
+
+        def counted(path: Path, name: str = name, original: Any = original) -> Any:
+            calls.append(f"{name} {path.name}")
+            return original(path)
+
+        monkeypatch.setattr(module, name, counted)
+    assert train_qat(settings, CONFIG, console=QUIET) is not None
+    assert sorted(calls) == ["find_sources sources", "weights_sha256 model"]
+
+
+def test_prune_copies_the_files_next_to_the_weights(settings: Settings) -> None:
+    file = settings.model / "generation_config.json"
+    file.write_text('{"temperature": 0.125}')
+    config = PruneConfig(target=0.1, multiple=8, bound=10.0, calibration_windows=2)
+    assert train_prune(settings, config, console=QUIET) is not None
+    assert (settings.out / "checkpoint" / file.name).read_text() == file.read_text()
 
 
 def test_prune_refuses_a_used_directory_and_other_settings(settings: Settings) -> None:

@@ -6,7 +6,6 @@ A shard gets its final name only when complete, so a killed run resumes after it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,7 @@ class CheckpointWriter:
         """
         self.flush()
         if copy_from is not None:
-            self._copy(copy_from, COMPANIONS)
+            copy_companions(copy_from, self.path)
         for stale in self.path.glob("model*.safetensors*"):
             stale.unlink()
         count = len(self._shards)
@@ -115,11 +114,6 @@ class CheckpointWriter:
             self._part(i + 1).replace(self.path / name)
         (self.path / _NEXT_CONFIG).replace(self.path / "config.json")
 
-    def _copy(self, source: Path, files: Iterable[str]) -> None:
-        for file in files:
-            if (source / file).is_file() and source.resolve() != self.path.resolve():
-                shutil.copyfile(source / file, self.path / file)
-
     def _part(self, number: int) -> Path:
         return self.path / f"part-{number:05d}.safetensors"
 
@@ -128,6 +122,13 @@ class CheckpointWriter:
             self._shards.append(list(shard.keys()))
             self._written.update(self._shards[-1])
             self.total_bytes += sum(_bytes(shard.get_tensor(n)) for n in shard.keys())  # noqa: SIM118
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy a model directory's files besides weights and config to another directory."""
+    for file in COMPANIONS:
+        if (source / file).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / file, target / file)
 
 
 def _bytes(tensor: Tensor) -> int:

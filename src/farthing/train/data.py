@@ -15,6 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+Ids = np.ndarray[Any, np.dtype[np.unsignedinteger[Any]]]  # one document, as narrow as the ids allow
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 SPECIAL_TOKENS = (
     *(BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
@@ -126,11 +127,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray[Any, np.dtype[np.uint16]]]:
-    """Token ids of each document as uint16, between the document-start and document-end tokens."""
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Ids]:
+    """Token ids of each document, between the document-start and document-end tokens.
+
+    Raises ValueError if the tokenizer lacks those tokens.
+    """
+    ids = tokenizer.get_vocab()
+    if missing := [token for token in (BOS, EOS) if token not in ids]:
+        raise ValueError(f"tokenizer.json: has no token {missing[0]!r}; expected DeepSeek's tokenizer")
+    bos, eos = ids[BOS], ids[EOS]
+    dtype: type[np.unsignedinteger[Any]] = np.uint16 if max(ids.values()) < 1 << 16 else np.uint32
     encodings = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
-    return [np.array([bos, *e.ids, eos], dtype=np.uint16) for e in encodings]
+    return [np.array([bos, *e.ids, eos], dtype=dtype) for e in encodings]
 
 
 class PackedBatches:
@@ -140,12 +148,12 @@ class PackedBatches:
     result depends only on (seed, pass number, window length), so `state_dict` is four integers.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray[Any, np.dtype[np.uint16]]], seed: int = 0) -> None:
+    def __init__(self, documents: Sequence[Ids], seed: int = 0) -> None:
         self.documents = list(documents)
         self.seed = seed
         self.tokens = sum(len(d) for d in self.documents)
         self.passes, self.length, self.index = 0, 0, 0
-        self._stream: np.ndarray[Any, np.dtype[np.uint16]] = np.empty(0, np.uint16)
+        self._stream: Ids = np.empty(0, np.uint16)
         self._starts: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, np.int64)
 
     def next(self, sequences: int, length: int) -> Tensor:
@@ -156,7 +164,7 @@ class PackedBatches:
             self.passes, self.index = self.passes + 1, 0
         if length != self.length or not self._starts.size:
             self._cut(length)
-        rows: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
+        rows: list[Ids] = []
         while len(rows) < sequences:
             if self.index == len(self._starts):
                 self.passes, self.index = self.passes + 1, 0

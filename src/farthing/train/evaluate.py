@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from farthing.train.data import Ids
 from farthing.train.model import DeepSeekLM
-
-Ids = np.ndarray[Any, np.dtype[np.uint16]]
 
 
 def windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, int]]:

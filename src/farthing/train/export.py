@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint
 from farthing.checkpoint.fp8 import BLOCK, dequantize_blocks, quantize_blocks
+from farthing.checkpoint.writer import copy_companions
 from farthing.engine.chat_template import DEEPSEEK_TEMPLATE as CHAT_TEMPLATE
 from farthing.files import replace_json, replace_tensors, replace_text
 from farthing.model.config import ModelConfig
+from farthing.model.load import IGNORED, config_of
 from farthing.train.architecture import to_json
 from farthing.train.data import BOS, EOS, PAD
 from farthing.train.model import DeepSeekLM, MoE
@@ -119,8 +122,13 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
     return config
 
 
-def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: bool = True) -> int:
-    """Write a checkpoint directory (weights atomically) and return the size of the weights file in bytes."""
+def save_checkpoint(
+    model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: bool = True, source: Path | None = None
+) -> int:
+    """Write a checkpoint directory (weights atomically) and return the size of the weights file in bytes.
+
+    source: checkpoint whose tokenizer, template and generation defaults are copied.
+    """
     out.mkdir(parents=True, exist_ok=True)
     replace_tensors(out / "model.safetensors", pack(to_tensors(model), fp8))
     replace_json(out / "config.json", config_json(model.cfg, fp8), indent=2)
@@ -152,12 +160,18 @@ def save_checkpoint(model: DeepSeekLM, tokenizer: Tokenizer, out: Path, fp8: boo
         indent=2,
     )
     replace_text(out / "tokenizer.json", tokenizer.to_str(pretty=False))
+    if source is not None:
+        copy_companions(source, out)
     return (out / "model.safetensors").stat().st_size
 
 
 def load_checkpoint(path: Path) -> DeepSeekLM:
-    """Load a checkpoint directory written by `save_checkpoint`."""
-    model = DeepSeekLM(ModelConfig.from_directory(path))
-    with safe_open(path / "model.safetensors", framework="pt") as file:
-        from_tensors(model, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    """Load a checkpoint directory in bfloat16, float32 or FP8 blocks, in one file or in shards.
+
+    Raises ConfigError, CheckpointError or ValueError, naming what does not fit.
+    """
+    checkpoint = Checkpoint.open(path)
+    model = DeepSeekLM(config_of(checkpoint))
+    read = [name for name in checkpoint.names() if not any(fnmatchcase(name, p) for p in IGNORED)]
+    from_tensors(model, {name: checkpoint.tensor(name) for name in read})
     return model

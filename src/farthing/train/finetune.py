@@ -18,14 +18,14 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint
 from farthing.files import replace
 from farthing.tokenizer_file import read_tokenizer
 from farthing.train import data
+from farthing.train.data import Ids
 from farthing.train.loop import Trainer
 from farthing.train.model import DeepSeekLM
 from farthing.train.resume import plain
-
-Ids = np.ndarray[Any, np.dtype[np.uint16]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,26 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sources:
+    """The files that determine a run, read and hashed once."""
+
+    documents: list[data.Document]
+    text: str  # hash of what determines the token ids: the tokenizer, the held-out rule and the files
+    weights: str  # hash of the base weights
+
+    @classmethod
+    def read(cls, settings: Settings) -> Sources:
+        """Raises FileNotFoundError for a checkpoint without a tokenizer, CheckpointError for none at all."""
+        file = settings.model / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
+        documents = data.find_sources(settings.root)
+        text = hashlib.sha256(f"{sha256(file)} {settings.heldout_every}".encode())
+        data.add_hash(text, documents)
+        return cls(documents, text.hexdigest(), weights_sha256(settings.model))
+
+
+@dataclasses.dataclass(frozen=True)
 class Text:
     """The checkpoint's tokenizer, batches of the training files, and the token ids of the held-out files."""
 
@@ -63,10 +83,10 @@ class Text:
     heldout: list[Ids]
 
     @classmethod
-    def load(cls, settings: Settings, console: Console | None = None) -> Text:
+    def load(cls, settings: Settings, console: Console | None = None, sources: Sources | None = None) -> Text:
         """Split the files as in training and tokenize them with the checkpoint's tokenizer."""
-        documents = data.find_sources(settings.root)
-        key = text_key(settings, documents)
+        sources = sources or Sources.read(settings)
+        documents, key = sources.documents, sources.text
         tokenizer = read_tokenizer(settings.model / "tokenizer.json")
         cache = settings.out / "text.npz"
         ids = _cached(cache, key)
@@ -91,16 +111,6 @@ class Text:
         rows = settings.batch_tokens // settings.window
         tokens = self.batches.next(rows, settings.window).to(settings.device)
         return [(tokens, rows * settings.window)]
-
-
-def text_key(settings: Settings, documents: Sequence[data.Document]) -> str:
-    """Hash of what determines the token ids: the tokenizer, the held-out rule and the files."""
-    file = settings.model / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; expected a checkpoint with a tokenizer")
-    found = hashlib.sha256(f"{sha256(file)} {settings.heldout_every}".encode())
-    data.add_hash(found, documents)
-    return found.hexdigest()
 
 
 def _cached(path: Path, key: str) -> tuple[list[Ids], list[Ids]] | None:
@@ -171,24 +181,20 @@ def interval(values: Tensor) -> list[float]:
     return [round(x, 5) for x in values.quantile(values.new_tensor([0.025, 0.975])).tolist()]
 
 
-def provenance(settings: Settings, config: Any, text: Text) -> dict[str, Any]:
+def provenance(settings: Settings, config: Any, text: Text, sources: Sources) -> dict[str, Any]:
     """What determines a run: its settings, and hashes of the base weights and of the held-out tokens."""
     return {
         "settings": {
             k: v.name if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()
         },
         "config": dataclasses.asdict(config),
-        "base_sha256": sha256(settings.model / "model.safetensors"),
+        "base_sha256": sources.weights,
         "text_sha256": hashlib.sha256(b"".join(d.tobytes() for d in text.heldout)).hexdigest(),
     }
 
 
-def determining(settings: Settings, config: Any) -> dict[str, Any]:
+def determining(settings: Settings, config: Any, sources: Sources) -> dict[str, Any]:
     """What a resumed run must share with the stored one: settings, weights and text, but not its length."""
-    key = text_key(settings, data.find_sources(settings.root))
-    weights = hashlib.sha256()
-    for file in sorted(settings.model.glob("*.safetensors")):
-        weights.update(sha256(file).encode())
     free = ("model", "out", "tokens", "threads", "device", "root", "warmup_tokens")
     values = {
         f.name: getattr(part, f.name)
@@ -196,13 +202,21 @@ def determining(settings: Settings, config: Any) -> dict[str, Any]:
         for f in dataclasses.fields(part)
         if f.name not in free
     }
-    hashes = {"model": f"sha256 {weights.hexdigest()[:16]}", "data": f"sha256 {key[:16]}"}
+    weights = hashlib.sha256(sources.weights.encode()).hexdigest()
+    hashes = {"model": f"sha256 {weights[:16]}", "data": f"sha256 {sources.text[:16]}"}
     return plain(values | hashes)
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file that fits in memory."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hash of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(model: Path) -> str:
+    """Hash of a checkpoint's weight file; with several files, of their hashes in order of name."""
+    hashes = [sha256(file) for file in Checkpoint.open(model).files()]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def adam(groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:

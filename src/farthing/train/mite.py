@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,9 +110,9 @@ class Corpus:
     heldout: list[data.Document]
 
 
-def prepare_corpus(recipe: Recipe, out: Path, root: Path | None, console: Console) -> Corpus:
-    """Find and split the sources, and train the tokenizer (or load the one in `out` when resuming)."""
-    train, heldout = data.split(data.find_sources(root), recipe.heldout_every)
+def prepare_corpus(recipe: Recipe, out: Path, documents: Sequence[data.Document], console: Console) -> Corpus:
+    """Split the sources, and train the tokenizer (or load the one in `out` when resuming)."""
+    train, heldout = data.split(documents, recipe.heldout_every)
     path = out / "tokenizer.json"
     if path.is_file():
         tokenizer = read_tokenizer(path)
@@ -279,10 +280,10 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
     return recipe
 
 
-def determining(recipe: Recipe, seed: int, root: Path | None) -> dict[str, Any]:
+def determining(recipe: Recipe, seed: int, documents: Sequence[data.Document]) -> dict[str, Any]:
     """What a resumed run must share with the stored one: the recipe, the seed and the text."""
     text = hashlib.sha256()
-    data.add_hash(text, data.find_sources(root))
+    data.add_hash(text, documents)
     own = dataclasses.asdict(recipe) | {"model": to_json(recipe.model)}
     return plain(own | {"seed": seed, "data": f"sha256 {text.hexdigest()[:16]}"})
 
@@ -323,13 +324,14 @@ def train_mite(
     tune_allocator()
     torch.set_num_threads(threads)
     recipe = apply_settings(Recipe(precision=precision), settings)
-    given = determining(recipe, seed, root)
+    documents = data.find_sources(root)
+    given = determining(recipe, seed, documents)
     check_start(out / "state.pt", given, resume)
     config = LoopConfig(
         out, minutes, tokens, schedule=recipe.schedule, eval_steps=eval_steps, threads=threads,
         wall_clock=device != "cpu",
     )  # fmt: skip
-    corpus = prepare_corpus(recipe, out, root, console)
+    corpus = prepare_corpus(recipe, out, documents, console)
     trainer = build_trainer(recipe, corpus, config, seed, console, device)
     trainer.settings = given
     if resume:

@@ -17,6 +17,7 @@ from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint, save_checkpoint
 from farthing.train.finetune import (
     Settings,
+    Sources,
     Text,
     adam,
     curve,
@@ -24,7 +25,7 @@ from farthing.train.finetune import (
     freeze_top,
     perplexity,
     provenance,
-    sha256,
+    weights_sha256,
 )
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM
@@ -37,11 +38,15 @@ NEED_WINDOWS = 16  # of held-out text on which the need of every slice is measur
 
 
 def build(
-    settings: Settings, config: PruneConfig, console: Console, resume: bool = False
+    settings: Settings,
+    config: PruneConfig,
+    console: Console,
+    resume: bool = False,
+    sources: Sources | None = None,
 ) -> tuple[Trainer, Text, DeepSeekLM]:
     """A trainer ready to run (or, with `resume`, to load), its text, and the unpruned teacher."""
     torch.manual_seed(settings.seed)
-    text = Text.load(settings, console)
+    text = Text.load(settings, console, sources)
     teacher = load_checkpoint(settings.model).to(settings.device).eval()
     student = copy.deepcopy(teacher)
     start = mlp_parameters(student)
@@ -96,9 +101,10 @@ def train_prune(
     Returns the summary, or None if interrupted (state is saved).
     """
     console = console or Console(stderr=True)
-    given = determining(settings, config)
+    sources = Sources.read(settings)
+    given = determining(settings, config, sources)
     check_start(settings.out / "state.pt", given, resume)
-    trainer, text, teacher = build(settings, config, console, resume)
+    trainer, text, teacher = build(settings, config, console, resume, sources)
     trainer.settings = given
     if resume:
         trainer.load()
@@ -123,9 +129,9 @@ def train_prune(
         "relative_increase": after / before - 1,
         "bound": config.bound,
         "within_bound": after / before - 1 <= config.bound,
-        "weights_bytes": save_checkpoint(model, text.tokenizer, out),
-        **provenance(settings, config, text),
-        "checkpoint_sha256": sha256(out / "model.safetensors"),
+        "weights_bytes": save_checkpoint(model, text.tokenizer, out, source=settings.model),
+        **provenance(settings, config, text, sources),
+        "checkpoint_sha256": weights_sha256(out),
         "layer_sizes": [dataclasses.asdict(s) for s in model.cfg.layer_sizes],
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,

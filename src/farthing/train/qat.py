@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from farthing.train.blocks import BlockHook, squared_gradients
 from farthing.train.distill import distillation
 from farthing.train.export import load_checkpoint
-from farthing.train.finetune import Settings, Text, adam, freeze_top, perplexity
+from farthing.train.finetune import Settings, Sources, Text, adam, freeze_top, perplexity
 from farthing.train.gptq import round_by_gptq
 from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing.train.lsq import Precision
@@ -116,10 +116,12 @@ class StageHook(BaseHook):
         self.stage, self.loaded = state["stage"], True
 
 
-def build(settings: Settings, config: QatConfig, console: Console) -> tuple[Trainer, Text, DeepSeekLM]:
+def build(
+    settings: Settings, config: QatConfig, console: Console, sources: Sources | None = None
+) -> tuple[Trainer, Text, DeepSeekLM]:
     """A trainer ready to run or load, its text, and the float teacher."""
     torch.manual_seed(settings.seed)
-    text = Text.load(settings, console)
+    text = Text.load(settings, console, sources)
     teacher = load_checkpoint(settings.model).eval()
     teacher.set_compute_dtype(torch.bfloat16)
     net = copy.deepcopy(teacher)

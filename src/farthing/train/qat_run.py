@@ -15,13 +15,14 @@ from farthing.files import replace, replace_json
 from farthing.train import blocks
 from farthing.train.finetune import (
     Settings,
+    Sources,
     Text,
     curve,
     determining,
     interval,
     provenance,
     resampled,
-    sha256,
+    weights_sha256,
     window_nats,
 )
 from farthing.train.gptq import round_by_gptq
@@ -65,9 +66,10 @@ def train_qat(
 
     console = console or Console(stderr=True)
     require_exportable(config)
-    given = determining(settings, config)
+    sources = Sources.read(settings)
+    given = determining(settings, config, sources)
     check_start(settings.out / "state.pt", given, resume)
-    trainer, text, teacher = build(settings, config, console)
+    trainer, text, teacher = build(settings, config, console, sources)
     trainer.settings = given
     student = trainer.model
     assert isinstance(student, QatModel)
@@ -95,13 +97,13 @@ def train_qat(
     exported: dict[str, Any] = {}
     if config.inputs == "group":
         exported["weights_bytes"] = save_quantized(student, settings.model, settings.out / "checkpoint")
-        exported["checkpoint_sha256"] = sha256(settings.out / "checkpoint" / "model.safetensors")
+        exported["checkpoint_sha256"] = weights_sha256(settings.out / "checkpoint")
     found["trained"] = score(student.net)
     summary: dict[str, Any] = {
         "precision": str(precision),
         "perplexity": {name: _perplexity(rows) for name, rows in found.items()},
         **gained(found),
-        **provenance(settings, config, text),
+        **provenance(settings, config, text, sources),
         **({} if config.block is None else _zero_blocks(student, teacher, text, settings)),
         **exported,
         "minutes": trainer.active_seconds / 60,

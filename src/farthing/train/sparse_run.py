@@ -23,8 +23,17 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from farthing.files import replace_json
+from farthing.train.data import Ids
 from farthing.train.export import from_tensors, load_checkpoint, save_checkpoint, to_tensors
-from farthing.train.finetune import Ids, Settings, Text, adam, determining, provenance, sha256
+from farthing.train.finetune import (
+    Settings,
+    Sources,
+    Text,
+    adam,
+    determining,
+    provenance,
+    weights_sha256,
+)
 from farthing.train.loop import LoopConfig, Schedule, Trainer
 from farthing.train.model import DeepSeekLM, Indexer
 from farthing.train.resume import check_start
@@ -178,12 +187,13 @@ def train_sparse(
     Returns the summary, or None if interrupted (state is saved).
     """
     console = console or Console(stderr=True)
-    given = determining(settings, config)
+    sources = Sources.read(settings)
+    given = determining(settings, config, sources)
     check_start(settings.out / "warmup" / "state.pt", given, resume)
     base = load_checkpoint(settings.model)
     base.set_compute_dtype(torch.bfloat16)
     count = max(1, settings.eval_tokens // settings.window)
-    text = Text.load(settings, console)
+    text = Text.load(settings, console, sources)
 
     def score(model: DeepSeekLM, pick: Pick = largest) -> Tensor:
         for indexer in indexers(model):
@@ -202,7 +212,7 @@ def train_sparse(
         ("warmup", model, 0), ("sparse", model, 1), ("dense", base, 1),
     )  # fmt: skip
     for stage, trained, order in stages:
-        text = Text.load(dataclasses.replace(settings, seed=settings.seed + order))
+        text = Text.load(dataclasses.replace(settings, seed=settings.seed + order), console, sources)
         trainer = run_stage(stage, trained, text, settings, config, resume, console, given)
         if trainer is None:
             return None
@@ -214,10 +224,10 @@ def train_sparse(
         scores[stage] = score(trained)
         if stage == "sparse":
             scores["sparse, most recent keys"] = score(trained, recent)
-    size = save_checkpoint(model, text.tokenizer, settings.out / "checkpoint")
+    size = save_checkpoint(model, text.tokenizer, settings.out / "checkpoint", source=settings.model)
     summary = {
-        **provenance(settings, config, text),
-        "checkpoint_sha256": sha256(settings.out / "checkpoint" / "model.safetensors"),
+        **provenance(settings, config, text, sources),
+        "checkpoint_sha256": weights_sha256(settings.out / "checkpoint"),
         "weights_bytes": size,
         "indexer_parameters": sum(p.numel() for i in indexers(model) for p in i.parameters()),
         "eval_windows": len(scores["dense"]),
