@@ -114,7 +114,12 @@ def test_another_checkpoint_or_rounding_starts_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["5", "{}", '{"part": "layer 0"}', '{"part": 1, "end": 9, "entries": {}}', "\xff"]
+    "damage",
+    [
+        *("5", "{}", '{"part": "layer 0"}', '{"part": 1, "end": 9, "entries": {}}', "\xff"),
+        '{"part": "layer 0", "end": 9, "entries": {"a": {"offset": -1, "bytes": 1, "checksum": 0}}}',
+        '{"part": "layer 0", "end": 9, "entries": {"a": 3}}',
+    ],
 )
 def test_damaged_line_of_the_log_is_packed_again(model: Path, tmp_path: Path, damage: str) -> None:
     target, whole = tmp_path / "m.packed", tmp_path / "whole.packed"
@@ -126,6 +131,42 @@ def test_damaged_line_of_the_log_is_packed_again(model: Path, tmp_path: Path, da
     log.write_bytes(head + damage.encode("latin-1") + b"\n" + b"".join(lines[1:]))
     pack_checkpoint(model, target, "int4", 1)
     assert target.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_damage_of_what_is_resumed_is_packed_again(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    target, whole = tmp_path / "m.packed", tmp_path / "whole.packed"
+    pack_checkpoint(model, whole, "int4", 1)
+    subprocess.run([sys.executable, "-c", KILLED, model, target, "25"], check=False)
+    parts = [json.loads(x) for x in (tmp_path / "m.packed.parts").read_text().splitlines()[1:]]
+    entries = parts[0 if at == "first" else -1]["entries"]
+    name, entry = next(iter(entries.items())) if at == "first" else list(entries.items())[-1]
+    with (tmp_path / "m.packed.partial").open("r+b") as file:
+        file.seek(entry["offset"] + entry["bytes"] // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    pack_checkpoint(model, target, "int4", 1)
+    assert f"{name!r} is damaged; packing again from" in caplog.text
+    assert target.read_bytes() == whole.read_bytes()
+
+
+def test_output_says_for_which_kernels_zero_blocks_are_left_out(tmp_path: Path) -> None:
+    config = tiny(moe_intermediate_size=256, intermediate_size=256, hidden_size=256)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = dict(random_parameters(ModelConfig.from_json(config), 3))
+    for name, tensor in tensors.items():
+        if "experts" in name:
+            tensor[:, 64:] = 0
+    save_file(tensors, str(tmp_path / "model.safetensors"))
+    out = tmp_path / "m.packed"
+    result = CliRunner().invoke(
+        app, [str(tmp_path), "-o", str(out), "--threads", "1", "--quantization", "int4"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "zero blocks are left out where" in " ".join(result.output.split())
 
 
 def test_second_process_is_kept_out(model: Path, tmp_path: Path) -> None:

@@ -102,6 +102,23 @@ def test_sparse_matrices_round_trip(tmp_path: Path) -> None:
     assert torch.equal(mapped.linear(x, handle), y)
 
 
+def test_choice_for_another_instruction_set_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "m"
+    two_matrices(path)
+    CpuOps(1, packed=str(path))
+    assert not caplog.records
+    CpuOps(1, packed=str(path), isa="portable")
+    assert "was chosen for" in caplog.text and "not for portable; for full speed pack" in caplog.text
+    caplog.clear()
+    ops = CpuOps(1)
+    ops.pack_linear("dense", lambda: [weight("int8", 64, 64)])
+    ops.save_packed(str(path))
+    CpuOps(1, packed=str(path), isa="portable")  # without block-sparse matrices there was no choice
+    assert not caplog.records
+
+
 def test_damage_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "m"
     with pytest.raises(ValueError, match="does not exist"):
@@ -114,6 +131,9 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         CpuOps(1, "int4", packed=str(path))
     path.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="cut off"):
+        CpuOps(1, packed=str(path))
+    path.write_bytes(whole + b"more")
+    with pytest.raises(ValueError, match=r"has bytes after its end: \d+ bytes, expected"):
         CpuOps(1, packed=str(path))
     path.write_bytes(b"GGUF" + whole[4:])
     with pytest.raises(ValueError, match="not a packed file"):

@@ -41,7 +41,10 @@ def pack(
     with one_line_errors("pack"):
         from farthing.hub import resolve_model
         from farthing.model.pack import pack_checkpoint
+        from farthing.ops.cpu.packed_file import PackedFile
 
         began = time.perf_counter()
         pack_checkpoint(resolve_model(model), out, quantization, threads)
         typer.echo(f"{out}: {out.stat().st_size:,} bytes in {time.perf_counter() - began:.1f} s")
+        if isa := PackedFile(out).sparse_for:
+            typer.echo(f"zero blocks are left out where {isa} kernels are faster without them")

@@ -31,14 +31,16 @@ def pack_checkpoint(
 
     Raises ConfigError, CheckpointError or FileNotFoundError as `load` does, OSError if the disk is full.
     """
+    from farthing import _native
     from farthing.ops.cpu import create
     from farthing.ops.cpu.packed_writer import PackedWriter
 
+    isa = _native.instruction_sets().split()[0]  # the one that `create` chooses
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
     source = source_of(checkpoint, config)
     with (
-        PackedWriter(Path(target), quantization, checkpoint.fingerprint()) as writer,
+        PackedWriter(Path(target), quantization, checkpoint.fingerprint(), isa) as writer,
         checkpoint.read_ahead(reading_order(checkpoint.names(), writer, config)),
     ):
         whole = True

@@ -51,10 +51,14 @@ def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
     return blocks.view(blocks.shape[0], -1, min(group, CELL) // BLOCK).sum(2)
 
 
+def measured_for(isa: str) -> str:
+    """The key of `COSTS` for an instruction set's kernels."""
+    return next((s for s in COSTS if isa.startswith(s)), "avx512")
+
+
 def costs_of(kind: str, isa: str = "avx512") -> Costs:
     """The costs of a stored format (never block-sparse if it has none) with an instruction set's kernels."""
-    found = next((s for s in COSTS if isa.startswith(s)), "avx512")
-    return COSTS[found].get(kind, NEVER)
+    return COSTS[measured_for(isa)].get(kind, NEVER)
 
 
 def saves_time(counts: Tensor, kind: str, group: int, isa: str = "avx512") -> bool:

@@ -1,9 +1,10 @@
 """Packed weights in one mapped file, so that a replica is ready as soon as its pages are touched.
 
 Layout: 64 bytes (magic, offset, length and checksum of the index), sections at multiples of 4096, the index
-as JSON: `{"version", "quantization", "source", "entries": {name: {"offset", "bytes", "checksum"[, "dtype",
-"shape"]}}}`. An entry with a dtype is a plain array; one without is a packed matrix as native/pack.cpp writes
-it. `source` is the fingerprint of the checkpoint that was packed.
+as JSON: `{"version", "quantization", "source", "isa", "entries": {name: {"offset", "bytes", "checksum"[,
+"dtype", "shape"][, "sparse"]}}}`. An entry with a dtype is a plain array; one without is a packed matrix as
+native/pack.cpp writes it. `source` is the fingerprint of the checkpoint that was packed, `isa` the key of
+`COSTS` (ops/blocks.py) that decided which matrices are `sparse`, that is, stored without their zero blocks.
 
 The file is not trusted. The index is checked when the file is opened, the structure of a matrix when it is
 mapped (native/pack.cpp). Checksums are XXH3-64, seeded with the name of the section, so that sections that
@@ -25,7 +26,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 
 from farthing import files
 from farthing.config import Quantization
+from farthing.ops.blocks import measured_for
 from farthing.ops.weights import InputRounding
 
 log = logging.getLogger(__name__)
@@ -80,9 +82,10 @@ class PackedFile:
                 f"{str(path)!r} is not a packed file of this version "
                 f"(its first bytes are {magic!r}, not {MAGIC!r}); pack the model again"
             )
-        if offset + length != size:
+        if (whole := offset + length) != size:
+            wrong = "is cut off" if size < whole else "has bytes after its end"
             raise ValueError(
-                f"packed file {str(path)!r} is cut off: {size} bytes, expected {offset + length}"
+                f"packed file {str(path)!r} {wrong}: {size} bytes, expected {whole}; copy or pack it again"
             )
         text = self._map[offset:].tobytes()
         if xxhash.xxh3_64_intdigest(text) != checksum:
@@ -101,6 +104,7 @@ class PackedFile:
         if self.quantization not in (None, *get_args(Quantization)):
             raise ValueError(f"quantization {self.quantization!r}")
         self.source: str = str(index.get("source", ""))
+        self._isa: str = str(index.get("isa", ""))
         self._entries: dict[str, dict[str, Any]] = index["entries"]
         for name, entry in self._entries.items():
             offset, size, checksum = entry["offset"], entry["bytes"], entry["checksum"]
@@ -122,6 +126,11 @@ class PackedFile:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    @property
+    def sparse_for(self) -> str | None:
+        """The key of `COSTS` by which block-sparse matrices were chosen; None if there are none."""
+        return self._isa if any(entry.get("sparse") for entry in self._entries.values()) else None
 
     def matrix(self, name: str) -> tuple[int, int, int]:
         """(address, bytes, hash of the name) of a packed matrix."""
@@ -178,18 +187,28 @@ class PackedFile:
     def _matches(self, name: str, rate: int | None = None) -> bool:
         entry = self._entries[name]
         begin, end = entry["offset"], entry["offset"] + entry["bytes"]
-        digest = xxhash.xxh3_64(seed=name_hash(name))
-        for at in range(begin, end, CHECKED_AT_ONCE):
-            part = self._map[at : min(at + CHECKED_AT_ONCE, end)]
-            digest.update(part.data)
-            if rate is not None:
-                time.sleep(part.nbytes / rate)
-        return bool(digest.intdigest() == entry["checksum"])
+
+        def parts() -> Iterator[Any]:
+            for at in range(begin, end, CHECKED_AT_ONCE):
+                part = self._map[at : min(at + CHECKED_AT_ONCE, end)]
+                yield part.data
+                if rate is not None:
+                    time.sleep(part.nbytes / rate)
+
+        return section_checksum(name, parts()) == entry["checksum"]
 
     def _mismatch(self, name: str) -> str:
         return (
             f"packed file {str(self.path)!r}: the checksum of {name!r} does not match; pack the model again"
         )
+
+
+def section_checksum(name: str, parts: Iterable[Any]) -> int:
+    """The checksum of a section, from its bytes in parts."""
+    digest = xxhash.xxh3_64(seed=name_hash(name))
+    for part in parts:
+        digest.update(part)
+    return int(digest.intdigest())
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:
@@ -214,9 +233,10 @@ def write_packed(
     blobs: Iterable[tuple[str, Any]],
     source: str = "",
     inputs: Mapping[str, InputRounding] | None = None,
+    isa: str = "",
 ) -> None:
     """Write (name, packed matrix or tensor) pairs; the file appears only once complete."""
-    head = {"version": VERSION, "quantization": quantization, "source": source}
+    head = head_of(quantization, source, isa)
 
     def write(partial: Path) -> None:
         with partial.open("wb") as file:
@@ -224,6 +244,16 @@ def write_packed(
             drop_cached(file)
 
     files.replace(Path(path), write)
+
+
+def head_of(quantization: str | None, source: str, isa: str) -> dict[str, Any]:
+    """The fields of the index besides its entries; isa: of the kernels that the file is packed for."""
+    return {
+        "version": VERSION,
+        "quantization": quantization,
+        "source": source,
+        "isa": measured_for(isa) if isa else "",
+    }
 
 
 def _write(
@@ -249,7 +279,9 @@ def write_section(file: BinaryIO, name: str, blob: Any, coarse: InputRounding | 
         blob.serialize(data.ctypes.data, name_hash(name))
         if coarse:
             entry = {"inputs": [coarse.bits, coarse.clip, coarse.scale]}
-    checksum = xxhash.xxh3_64_intdigest(data.data, seed=name_hash(name))
+        if blob.sparse:
+            entry["sparse"] = True
+    checksum = section_checksum(name, [data.data])
     file.write(data.data)
     file.write(bytes(-file.tell() % PAGE))
     return entry | {"offset": offset, "bytes": data.nbytes, "checksum": checksum}

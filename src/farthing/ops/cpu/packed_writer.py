@@ -3,28 +3,40 @@
 A thread writes each part while the next one is packed; at most two parts are in memory. Sections go to
 `TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once the data is on
 disk. A killed run resumes after its last complete part. The file gets its magic number and its name only when
-it is complete, so an unfinished one is never served. A lock on `TARGET.partial` keeps a second process out.
+it is complete, so an unfinished one is never served. A resumed run compares the checksums of what it found
+and packs again from the first part that is damaged. A lock on `TARGET.partial` keeps a second process out.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
-from farthing.ops.cpu.packed_file import PAGE, VERSION, close_index, drop_cached, write_section
+from farthing.ops.cpu.packed_file import (
+    CHECKED_AT_ONCE,
+    PAGE,
+    close_index,
+    drop_cached,
+    head_of,
+    section_checksum,
+    write_section,
+)
 from farthing.ops.weights import InputRounding
+
+log = logging.getLogger(__name__)
 
 
 class PackedWriter:
     """Writes `target`; use it with `with`, then call `finish`."""
 
-    def __init__(self, target: Path, quantization: str | None, source: str) -> None:
-        """Resumes an unfinished file of the same checkpoint and quantization; replaces another one.
+    def __init__(self, target: Path, quantization: str | None, source: str, isa: str = "") -> None:
+        """Resumes an unfinished file of the same checkpoint, quantization and ISA; replaces another one.
 
         Raises ValueError if `target` is a directory, or if another process is packing it.
         """
@@ -34,7 +46,7 @@ class PackedWriter:
         self._partial, self._parts = (
             target.with_name(f"{target.name}.{end}") for end in ("partial", "parts")
         )
-        self._head = {"version": VERSION, "quantization": quantization, "source": source}
+        self._head = head_of(quantization, source, isa)
         self._entries: dict[str, dict[str, Any]] = {}
         self._done: set[str] = set()
         self._file: BinaryIO = self._claimed()
@@ -119,13 +131,18 @@ class PackedWriter:
         """Read what an unfinished run recorded; the end of its last part, 0 if there is nothing to resume."""
         if not self._parts.is_file():
             return 0
-        end, size = 0, self._partial.stat().st_size
+        end = 0
         with self._parts.open(encoding="utf-8", errors="replace") as file:
             if _parsed(file.readline()) != self._head:
                 return 0
             for text in file:
                 line = _parsed(text)
-                if not _is_part(line) or line["end"] > size:  # cut off by the kill, or damaged
+                if not _is_part(line):  # cut off by the kill, or damaged
+                    break
+                if (damaged := self._damaged(line)) is not None:
+                    log.warning(
+                        "%s: %r is damaged; packing again from %s", self._partial, damaged, line["part"]
+                    )
                     break
                 self._entries |= line["entries"]
                 self._done.add(line["part"])
@@ -134,9 +151,27 @@ class PackedWriter:
             self._drop_after_last_part()
         return end
 
+    def _damaged(self, line: Mapping[str, Any]) -> str | None:
+        """The first section of a recorded part that is not in the file as it was written."""
+        for name, entry in line["entries"].items():
+            try:
+                self._file.seek(entry["offset"])
+                data = _chunks(self._file, entry["bytes"])
+                if section_checksum(name, data) != entry["checksum"]:
+                    return str(name)
+            except (KeyError, TypeError, ValueError, OSError):
+                return str(name)
+        return None if line["end"] <= self._file.seek(0, os.SEEK_END) else "its end"
+
     def _drop_after_last_part(self) -> None:
         lines = self._parts.read_text(encoding="utf-8", errors="replace").splitlines()[: 1 + len(self._done)]
         self._parts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    while size > 0 and (data := file.read(min(size, CHECKED_AT_ONCE))):
+        yield data
+        size -= len(data)
 
 
 def _parsed(line: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -15,6 +16,7 @@ from farthing import _native
 from farthing.lazy import torch
 from farthing.ops.api import AttentionSpec, HostOps, IndexerSpec, MoEWeights, RouterSpec
 from farthing.ops.arrays import address
+from farthing.ops.blocks import measured_for
 from farthing.ops.cpu import indexer as indexing
 from farthing.ops.cpu.packed_file import PackedFile, write_packed
 from farthing.ops.cpu.packing import Plan, for_head, pack, pack_dense, plan
@@ -24,6 +26,9 @@ from farthing.ops.weights import InputRounding, Weight, inputs_of, loaded_as
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,12 @@ class PackingOps(HostOps):
         self._quantization = self._file.quantization if self._file else quantization
         self.packed_from = self._file.source if self._file else None
         if self._file:
+            if self._file.sparse_for not in (None, "", ours := measured_for(self._native.isa)):
+                log.warning(
+                    "packed file %s: which matrices leave out zero blocks was chosen for %s, not for %s; "
+                    "for full speed pack the model again on this machine",
+                    packed, self._file.sparse_for, ours,
+                )  # fmt: skip
             self._file.check_in_background()
         self._blobs: dict[str, Any] = {}
         self._inputs: dict[str, InputRounding] = {}  # for matrices whose checkpoint specifies it
@@ -319,7 +330,9 @@ class PackingOps(HostOps):
         return self._inputs
 
     def save_packed(self, path: str) -> None:
-        write_packed(path, self._quantization, self._blobs.items(), self.source, self._inputs)
+        write_packed(
+            path, self._quantization, self._blobs.items(), self.source, self._inputs, self._native.isa
+        )
 
 
 def _missing() -> Any:
