@@ -29,8 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import LLM, SamplingParams, _native
+from farthing.checkpoint import CheckpointError
 from farthing.model.pack import pack_checkpoint
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
+from packed_layout import is_current, packed_file, stamp
 from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import SIZES, config, make_model
 
@@ -54,12 +56,18 @@ def gb_s(ceilings: Sequence[dict[str, float]]) -> str:
 
 
 def packed(model: Path, weights: str, threads: int) -> Path:
-    """The model's packed file, written first if missing or from a build with another layout."""
-    out = model.with_name(f"{model.name}-{weights}.packed")
-    built = Path(str(_native.__file__)).stat().st_mtime
-    if not out.exists() or out.stat().st_mtime < built:
+    """The model's packed file, written first if missing or from a build with another layout.
+
+    Raises SystemExit if it is one of bench/large_models.py, which alone can write it again.
+    """
+    out = packed_file(model, weights)
+    if not is_current(out):
         log.print(f"packing {out.name}")
-        pack_checkpoint(model, out, None if weights == "bf16" else weights, threads)  # type: ignore[arg-type]
+        try:
+            pack_checkpoint(model, out, None if weights == "bf16" else weights, threads)  # type: ignore[arg-type]
+        except CheckpointError as error:
+            raise SystemExit(f"{error}; write {out} with bench/large_models.py {model.name}") from None
+        stamp(out)
     return out
 
 

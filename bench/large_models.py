@@ -24,11 +24,12 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.config import Quantization
 from farthing.model.load import config_of
-from farthing.model.pack import parts
+from farthing.model.pack import write_parts
 from farthing.ops import Weight
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed_writer import PackedWriter
 from farthing.ops.cpu.packing import Plan
+from packed_layout import packed_file, stamp
 from random_model import SIZES, config, tensors, value, write_tokenizer
 
 _EXPERT = re.compile(r"experts\.\d+")
@@ -91,14 +92,12 @@ def write_checkpoint(size: str, out: Path, source: RandomSource) -> None:
 def write_packed(out: Path, source: RandomSource, weights: Quantization, threads: int) -> None:
     """The packed file, in the memory of a layer or two."""
     checkpoint = Checkpoint.open(out)
-    target = out.with_name(f"{out.name}-{weights}.packed")
+    target = packed_file(out, weights)
     with PackedWriter(target, weights, checkpoint.fingerprint()) as writer:
-        for part, build in parts(config_of(checkpoint), source):
-            if part not in writer:
-                ops = OneExpertOps(threads, weights)
-                build(ops)
-                writer.add(part, ops.packed_weights(), ops.input_rounding())
+        for _ in write_parts(writer, config_of(checkpoint), source, lambda: OneExpertOps(threads, weights)):
+            pass
         writer.finish()
+    stamp(target)
 
 
 def main() -> None:

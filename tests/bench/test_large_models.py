@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 
@@ -27,9 +28,18 @@ def test_packed_without_a_bfloat16_checkpoint(monkeypatch: pytest.MonkeyPatch, t
     source, out = large.RandomSource("tiny"), tmp_path / "tiny"
     large.write_checkpoint("tiny", out, source)
     large.write_packed(out, source, "int4", 1)
+    decode = import_module("decode")
+    monkeypatch.setattr(decode, "pack_checkpoint", None)
+    os.utime(out.with_name("tiny-int4.packed"), (0, 0))  # older than the build, whose layout is the same
+    assert decode.packed(out, "int4", 1) == out.with_name("tiny-int4.packed")
     llm = LLM(
         out, backend="cpu", threads=1, packed=tmp_path / "tiny-int4.packed", skip_tokenizer_init=True,
         max_model_len=64, max_num_seqs=2, num_blocks=16,
     )  # fmt: skip
     (answer,) = llm.generate([[3, 4, 5]], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
     assert len(answer.outputs[0].token_ids) == 4
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(BENCH))
+    out.with_name("tiny-int4.packed.layout").write_text("another")
+    with pytest.raises(SystemExit, match=r"is missing.*; write .* with bench/large_models.py tiny"):
+        decode.packed(out, "int4", 1)

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint import Checkpoint
 from farthing.config import Quantization
@@ -20,6 +20,10 @@ from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
 from farthing.ops import Ops, Weight
 
+if TYPE_CHECKING:
+    from farthing.ops.cpu import CpuOps
+    from farthing.ops.cpu.packed_writer import PackedWriter
+
 log = logging.getLogger(__name__)
 
 
@@ -31,31 +35,43 @@ def pack_checkpoint(
 
     Raises ConfigError, CheckpointError or FileNotFoundError as `load` does, OSError if the disk is full.
     """
-    from farthing import _native
     from farthing.ops.cpu import create
     from farthing.ops.cpu.packed_writer import PackedWriter
 
-    isa = _native.instruction_sets().split()[0]  # the one that `create` chooses
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
     source = source_of(checkpoint, config)
     with (
-        PackedWriter(Path(target), quantization, checkpoint.fingerprint(), isa) as writer,
+        PackedWriter(Path(target), quantization, checkpoint.fingerprint()) as writer,
         checkpoint.read_ahead(reading_order(checkpoint.names(), writer, config)),
     ):
         whole = True
-        for part, build in parts(config, source):
-            if part in writer:
-                whole = False
-                continue
-            ops = create(None, threads, quantization, None)  # owns the packed weights of this part alone
-            build(ops)
-            writer.add(part, ops.packed_weights(), ops.input_rounding())
+        for part in write_parts(writer, config, source, lambda: create(None, threads, quantization, None)):
             checkpoint.release()
-            log.info("packed %s", part)
+            if part is None:
+                whole = False
+            else:
+                log.info("packed %s", part)
         if whole:
             checkpoint.finish(ignore=IGNORED + unread(config))
         writer.finish()
+
+
+def write_parts(
+    writer: PackedWriter, config: ModelConfig, source: WeightSource, ops: Callable[[], CpuOps]
+) -> Iterator[str | None]:
+    """Pack the parts that the file lacks. Yields each one's name, or None for one that it has.
+
+    ops: makes a backend that owns the packed weights of one part alone.
+    """
+    for part, build in parts(config, source):
+        if part in writer:
+            yield None
+            continue
+        backend = ops()
+        build(backend)
+        writer.add(part, backend.packed_weights(), backend.input_rounding())
+        yield part
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.")

@@ -195,7 +195,7 @@ class PackedFile:
                 if rate is not None:
                     time.sleep(part.nbytes / rate)
 
-        return section_checksum(name, parts()) == entry["checksum"]
+        return bool(section_checksum(name, parts()) == entry["checksum"])
 
     def _mismatch(self, name: str) -> str:
         return (
@@ -269,7 +269,7 @@ def _write(
 
 def write_section(file: BinaryIO, name: str, blob: Any, coarse: InputRounding | None) -> dict[str, Any]:
     """Append a packed matrix or an array; returns its index entry."""
-    offset, entry = file.tell(), {}
+    offset, entry = file.tell(), dict[str, Any]()
     if hasattr(blob, "dtype"):
         plain = np.ascontiguousarray(blob)
         data = plain.reshape(-1).view(np.uint8)

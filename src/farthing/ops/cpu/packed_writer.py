@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
+from farthing import _native
 from farthing.ops.cpu.packed_file import (
     CHECKED_AT_ONCE,
     PAGE,
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 class PackedWriter:
     """Writes `target`; use it with `with`, then call `finish`."""
 
-    def __init__(self, target: Path, quantization: str | None, source: str, isa: str = "") -> None:
+    def __init__(self, target: Path, quantization: str | None, source: str) -> None:
         """Resumes an unfinished file of the same checkpoint, quantization and ISA; replaces another one.
 
         Raises ValueError if `target` is a directory, or if another process is packing it.
@@ -46,7 +47,7 @@ class PackedWriter:
         self._partial, self._parts = (
             target.with_name(f"{target.name}.{end}") for end in ("partial", "parts")
         )
-        self._head = head_of(quantization, source, isa)
+        self._head = head_of(quantization, source, _native.instruction_sets().split()[0])
         self._entries: dict[str, dict[str, Any]] = {}
         self._done: set[str] = set()
         self._file: BinaryIO = self._claimed()
