@@ -9,6 +9,7 @@ The accepted values of a `Literal` field come from its type. `farthing.cli.optio
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
@@ -121,6 +122,8 @@ def _accepted(each: Declared, value: Any) -> bool:
     if isinstance(value, str | Path):
         return True
     assert isinstance(value, int | float)
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
     low, high, above = each.option.minimum, each.option.maximum, each.option.above
     return (
         (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)

@@ -75,6 +75,14 @@ def test_command_says_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert document["machine"] == {"sockets": 2, "cores": 64, "bandwidth": 300.0, "int8": 450.0}
 
 
+def test_bandwidth_measured_here_is_that_of_all_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_cpu, "_measure", lambda: (8, 40.0, 450.0))
+    words = ["deepseek-v3", "--quantization", "int4", "--cores", "4", "--sockets", "2", "--json"]
+    document = json.loads(CliRunner().invoke(app, words).output)
+    assert document["machine"] == {"sockets": 2, "cores": 4, "bandwidth": 20.0, "int8": 450.0}
+    assert document["sources"]["bandwidth"] == "measured on this machine with 8 threads"
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -83,9 +91,29 @@ def test_command_says_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--cores", "4", "--tp", "2"], "expected no --gpu, --price, --tp"),
         (["--cores", "4", "--core-int8", "9", "--socket-bandwidth", "9"], "quantization: got None"),
         (["--cores", "4", "--prompt", "200000"], "prompt and output: got 200000"),
+        (
+            ["--cores", "64", "--quantization", "int4"],
+            "socket-bandwidth: got None with 1 x 64 cores; expected the GB/s of a socket, because this "
+            "machine (2 cores) can only measure its own",
+        ),
+        *(
+            (["--cores", "64", "--sockets", "2", name, value], f"{name[2:].replace('-', '_')}: got {value}")
+            for name in ("--socket-bandwidth", "--core-int8")
+            for value in ("inf", "nan", "0.0", "-1.0")
+        ),
+        *(
+            (["--gpu", "h100", "--price", "2", name, value], f"{name[2:].replace('-', '_')}: got {value}")
+            for name in ("--price", "--user-rate", "--cache-hit")
+            for value in ("inf", "nan")
+        ),
+        (["--gpu", "h100", "--price", "0"], "price: got 0.0; expected a number > 0"),
+        (["--memory", "infGB"], "memory: got 'infGB'"),
     ],
 )
-def test_options_that_cannot_be_honoured(words: list[str], error: str) -> None:
+def test_options_that_cannot_be_honoured(
+    words: list[str], error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_cpu, "_measure", lambda: (2, 40.0, 450.0))
     result = CliRunner().invoke(app, ["deepseek-v3", *words])
     assert result.exit_code == 1
-    assert error in result.output
+    assert error in " ".join(result.output.split())

@@ -222,6 +222,10 @@ def test_measured_ceilings_replace_declared_ones(tmp_path: Path) -> None:
     file.write_text("[device.mine]\nbandwidth = 3000\n")
     with pytest.raises(ValueError, match=r"device.mine has \['bandwidth'\]; expected"):
         load_devices(file)
+    for value in ("inf", "nan", "0", "true", '"3"'):
+        file.write_text(f"[device.h100]\nbandwidth = {value}\n")
+        with pytest.raises(ValueError, match=r"device.h100.bandwidth: got .*; expected a number > 0"):
+            load_devices(file)
 
 
 def plan(*words: str) -> dict[str, Any]:

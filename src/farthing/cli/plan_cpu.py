@@ -45,10 +45,15 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
     assert o.cores is not None
     bandwidth, core, sources = o.socket_bandwidth, o.core_int8, {"bandwidth": "given", "int8": "given"}
     if bandwidth is None or core is None:
-        here, measured_bandwidth, measured_core = _measure()
+        here, together, measured_core = _measure()
         how = f"measured on this machine with {here} threads"
         if bandwidth is None:
-            bandwidth, sources["bandwidth"] = measured_bandwidth, how
+            if o.sockets * o.cores != here:
+                raise ValueError(
+                    f"socket-bandwidth: got None with {o.sockets} x {o.cores} cores; expected the GB/s of a "
+                    f"socket, because this machine ({here} cores) can only measure its own"
+                )
+            bandwidth, sources["bandwidth"] = together / o.sockets, how
         if core is None:
             core, sources["int8"] = measured_core, how
     return Machine(o.sockets, o.cores, bandwidth, core), sources

@@ -64,7 +64,7 @@ class PlanOptions:
     hot_experts: int = _served("hot_experts", group="Memory")
 
     price: float | None = _load(
-        None, "Dollars per GPU-hour; estimates the given layout, or the smallest that fits", minimum=0
+        None, "Dollars per GPU-hour; estimates the given layout, or the smallest that fits", above=0
     )
     ceilings: Path | None = _load(None, "TOML file of measured ceilings")
     prefill_gpus: int | None = _load(
@@ -84,7 +84,9 @@ class PlanOptions:
     cores: int | None = _cpu(None, "Cores per socket; estimates one replica on all sockets", minimum=1)
     sockets: int = _cpu(1, "Sockets", minimum=1)
     socket_bandwidth: float | None = _cpu(
-        None, "GB/s that a socket reads from its memory; default: measured on this machine", minimum=1
+        None,
+        "GB/s that a socket reads from its memory; default: measured, if this machine has these cores",
+        minimum=1,
     )
     core_int8: float | None = _cpu(
         None, "INT8 GOP/s per core with all cores busy; default: measured on this machine", minimum=1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -57,4 +58,8 @@ def _device(name: str, row: Mapping[str, Any]) -> Ceilings:
     missing = known - set(row) - {"name", "measured"}
     if missing or set(row) - known:
         raise ValueError(f"device.{name} has {sorted(row)}; expected {sorted(known - {'name', 'measured'})}")
+    for key in sorted(known - {"name", "measured"}):
+        value = row[key]
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"device.{name}.{key}: got {value!r}; expected a number > 0")
     return Ceilings(**{**row, "name": name, "measured": True})
