@@ -189,6 +189,18 @@ def test_refusal_is_one_line_and_invalid_input(checkpoint: Path, tmp_path: Path,
     )
 
 
+def test_sparsity_without_blocks_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["qat", "--sparsity", "0.3", "-o", str(tmp_path)])
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == "error: sparsity: got 0.3 without --blocks; expected both"
+
+
+def test_every_command_has_a_short_form_of_out() -> None:
+    for command in ("mite", "qat", "prune"):
+        result = CliRunner().invoke(app, [command, "-o"])
+        assert "Option '-o' requires an argument" in " ".join(result.stderr.split())
+
+
 def test_full_disk_names_the_option_that_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "state.pt")

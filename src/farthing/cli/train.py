@@ -39,7 +39,7 @@ def _root() -> None:
 class MiteOptions:
     """A run that trains the embedded model."""
 
-    out: Path = _option(Path("runs/mite"), "Run directory: state, record, checkpoint")
+    out: Path = _option(Path("runs/mite"), "Run directory: state, record, checkpoint", flags=("-o",))
     minutes: float | None = _option(None, "Run length in CPU minutes per thread; default: 90")
     tokens: int | None = _option(None, "Run length in tokens, instead of --minutes")
     resume: bool = _option(False, "Continue the run in --out")
@@ -113,7 +113,7 @@ class QatOptions(RunOptions):
     blocks: Literal["16x16", "16x64"] | None = _option(
         None, "Also prune blocks of the feed-forwards, of ROWSxCOLUMNS, which the CPU kernels skip"
     )
-    sparsity: float = _option(0.4, "Share of zero blocks at the end, with --blocks")
+    sparsity: float | None = _option(None, "Share of zero blocks at the end, with --blocks; default: 0.4")
     inputs: Literal["group", "tensor"] = _option(
         "group", "Input ranges: group (dynamic, learned clip) or tensor (LSQ+, not exported)"
     )
@@ -122,6 +122,11 @@ class QatOptions(RunOptions):
     )
     smoothing: float = _option(0.5, "Strength of input smoothing, 0 (off) to 1 (all channels equal)")
     hard: float = _option(0.0, "Weight of the text's cross entropy in the loss; the rest is distillation")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.sparsity is not None and self.blocks is None:
+            raise ValueError(f"sparsity: got {self.sparsity} without --blocks; expected both")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +255,7 @@ def qat(options: dict[str, Any], as_json: Json = False) -> None:
             smoothing=given.smoothing,
             hard=given.hard,
             block=BLOCKS[given.blocks] if given.blocks else None,
-            sparsity=given.sparsity,
+            sparsity=QatConfig.sparsity if given.sparsity is None else given.sparsity,
         )
         return train_qat(given.settings(), config, given.resume)
 

@@ -17,11 +17,16 @@ from farthing.checkpoint import CheckpointWriter
 from farthing.checkpoint import compressed_tensors_writer as ct
 from farthing.ops.weights import Weight, pack_int4
 from farthing.train.export import config_json, pack, to_tensors
-from farthing.train.lsq import QuantizedProduct
+from farthing.train.lsq import Kind, Precision, QuantizedProduct
 from farthing.train.qat_model import QatModel
 
 # Projections that read the same tensor are served as one matrix, so their input is rounded once.
 SIBLINGS = (("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+
+
+def is_exportable(precision: Precision, inputs: Kind) -> bool:
+    """Whether a checkpoint can hold the format: the kernels have 4-bit weights and input ranges by group."""
+    return precision.weights == 4 and precision.activations != 16 and inputs == "group"
 
 
 @torch.no_grad()
@@ -41,7 +46,7 @@ def tie_inputs(student: QatModel) -> None:
 def save_quantized(student: QatModel, source: Path, out: Path) -> int:
     """Write the student with 4-bit weights; returns the size of the weight files in bytes.
 
-    Raises ValueError if a product does not have 4-bit weights and group ranges: the kernels support no other.
+    Raises ValueError if a product has another format (see `is_exportable`).
     """
     tie_inputs(student)
     tensors = pack(to_tensors(student.net), fp8=False)
@@ -71,11 +76,9 @@ def _matrices(
 ) -> list[tuple[str, Weight, float | None]]:
     """(checkpoint module, its matrix, clip of its input or None) for one product."""
     inputs = product.input_quantizer
-    if product.weight_quantizer.bits != 4 or inputs.kind != "group" or inputs.bits == 16:
-        raise ValueError(
-            f"{name}: got {product.weight_quantizer.bits}-bit weights and {inputs.bits}-bit inputs by "
-            f"{inputs.kind}; expected 4-bit weights and 4- or 8-bit inputs by group"
-        )
+    precision = Precision(product.weight_quantizer.bits, inputs.bits)
+    if not is_exportable(precision, inputs.kind):
+        raise ValueError(f"{name}: got {precision} by {inputs.kind}; expected W4A4 or W4A8 by group")
     clip = float(inputs.log_scale.detach().exp()) if inputs.bits == 4 else None
     q, scale = product.weight_quantizer.integers(weight)
     matrices = [Weight("int4", pack_int4(q[b]), scale[b].float().contiguous()) for b in range(len(q))]

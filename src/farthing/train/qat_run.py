@@ -30,7 +30,7 @@ from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM
 from farthing.train.need import random_twin
 from farthing.train.qat import build
-from farthing.train.qat_export import save_quantized
+from farthing.train.qat_export import is_exportable, save_quantized
 from farthing.train.qat_model import QatConfig, QatModel
 from farthing.train.resume import check_start, require_same
 
@@ -125,7 +125,7 @@ def train_qat(
 def require_exportable(config: QatConfig) -> None:
     """Raise ValueError if the run would end in a format that no checkpoint holds."""
     last = config.stages[-1][1]
-    if config.inputs == "group" and (last.weights != 4 or last.activations == 16):
+    if config.inputs == "group" and not is_exportable(last, config.inputs):
         raise ValueError(f"stages: got {last} at the end; expected W4A4 or W4A8, which a checkpoint can hold")
 
 
