@@ -33,6 +33,7 @@ from farthing.hub import resolve_model
 from farthing.model import DeepseekModel, ModelConfig, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
+from farthing.ops.cpu import CpuOps
 from farthing.train.data import find_sources
 from farthing.train.export import load_checkpoint
 from farthing.train.finetune import weights_sha256
@@ -164,7 +165,7 @@ def serve(models: list[str], threads: int | None, count: int = ROUNDS) -> list[d
     times = {kind: rounds(loaded, run, count) for kind, (_, run) in kinds.items()}
     rows = []
     for name in loaded:
-        row: dict[str, Any] = {"model": name, "bytes": _bytes(name)}
+        row: dict[str, Any] = {"model": name, "bytes": served_bytes(loaded[name])}
         for kind, (tokens, _) in kinds.items():
             own, first = times[kind][name], times[kind][models[0]]
             row[f"{kind} tok/s"] = tokens / statistics.median(own)
@@ -207,8 +208,10 @@ def tradeoff(
     return rows
 
 
-def _bytes(name: str) -> int:
-    return sum(f.stat().st_size for f in _named(name)[0].glob("*.safetensors"))
+def served_bytes(model: DeepseekModel) -> int:
+    """Bytes of the packed matrices and vectors, and of the embedding, that the CPU backend serves from."""
+    assert isinstance(model.ops, CpuOps)
+    return model.embedding.nbytes + sum(packed.nbytes for _, packed in model.ops.packed_weights())
 
 
 def rounds(
