@@ -206,7 +206,7 @@ def test_traces(tmp_path: Path) -> None:
     [
         (lambda: Shape(input_tokens=0), "input_tokens: got 0"),
         (lambda: Shape(input_tokens=4, shared_prefix=4), "shared_prefix: got 4"),
-        (lambda: poisson(SHAPE, 0, 1), "rate: got 0"),
+        (lambda: LoadOptions(rate=0), "rate: got 0"),
         (lambda: Target("ftp://x", "m"), "url: got 'ftp://x'"),
         (lambda: asyncio.run(run_load(Target("http://x", "m"), [], 0)), "concurrency: got 0"),
     ],

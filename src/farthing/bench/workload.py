@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from farthing.fleet.replay.trace import read_requests
-from farthing.options import option
+from farthing.options import check, option
 
 _option = partial(option, group="Options")
 
@@ -27,16 +27,14 @@ class Request:
 class Shape:
     """Sizes of synthetic requests, in tokens."""
 
-    input_tokens: int = _option(128, "Prompt tokens per request")
-    output_tokens: int = _option(64, "Generated tokens per request")
-    shared_prefix: int = _option(0, "Length of the shared prefix in tokens")
-    vocabulary: int = _option(8000, "Upper bound of the random prompt token ids")
+    input_tokens: int = _option(128, "Prompt tokens per request", minimum=1)
+    output_tokens: int = _option(64, "Generated tokens per request", minimum=1)
+    shared_prefix: int = _option(0, "Length of the shared prefix in tokens", minimum=0)
+    vocabulary: int = _option(8000, "Upper bound of the random prompt token ids", minimum=1)
 
     def __post_init__(self) -> None:
-        for name in ("input_tokens", "output_tokens", "vocabulary"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; expected at least 1")
-        if not 0 <= self.shared_prefix < self.input_tokens:
+        check(self)
+        if self.shared_prefix >= self.input_tokens:
             raise ValueError(f"shared_prefix: got {self.shared_prefix}; expected 0 to input_tokens - 1")
 
 
@@ -47,9 +45,7 @@ def closed_loop(shape: Shape, count: int, seed: int = 0) -> list[Request]:
 
 
 def poisson(shape: Shape, rate: float, count: int, seed: int = 0) -> list[Request]:
-    """`count` requests with exponential gaps of mean 1 / rate seconds."""
-    if rate <= 0:
-        raise ValueError(f"rate: got {rate}; expected requests per second > 0")
+    """`count` requests with exponential gaps of mean 1 / rate seconds, rate > 0."""
     rng, prompts, at, out = random.Random(seed), _Prompts(shape, seed), 0.0, []
     for _ in range(count):
         at += rng.expovariate(rate)

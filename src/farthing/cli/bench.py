@@ -18,7 +18,7 @@ from farthing.bench.workload import Request, Shape, closed_loop, from_trace, poi
 from farthing.cli.exits import errors_as_one_line
 from farthing.cli.options import with_options
 from farthing.cli.tables import print_percentiles, report
-from farthing.options import check, option
+from farthing.options import check, inherited, option
 
 if TYPE_CHECKING:
     from farthing.bench.client import Target
@@ -89,8 +89,8 @@ class CostOptions:
     """A comparison of levers."""
 
     model: str = _option("mite", "A directory, a hub id, or `mite`", argument=True)
-    input_tokens: int = _option(128, "Prompt tokens per request")
-    output_tokens: int = _option(64, "Generated tokens per request")
+    input_tokens: int = inherited(Shape, "input_tokens", group="Options")
+    output_tokens: int = inherited(Shape, "output_tokens", group="Options")
     concurrency: int = _option(1, "Concurrent requests", minimum=1)
     rounds: int = _option(3, "Number of interleaved rounds; medians are shown", minimum=1)
     max_drop: str = _option("1%", "Maximum perplexity increase of all levers together")

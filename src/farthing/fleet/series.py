@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.fleet.trace_file import check_span, columns, csv_rows
+from farthing.fleet.trace_file import check_span, columns, csv_rows, first_line
 
 Array = NDArray[np.float64]
 DAY_S = 86400.0
@@ -80,7 +80,7 @@ def read_series(path: str | Path, most_s: float = math.inf) -> Series:
     Raises ValueError with the columns found, or with the line and field; also if it spans more than `most_s`.
     """
     path = Path(path)
-    names, rows = columns(path), list(csv_rows(path))
+    names, rows = columns(first_line(path)), list(csv_rows(path))
     if {"t_s", "total_rate_rps"} <= set(names):
         when, what = "t_s", "total_rate_rps"
         times = [row.number(when, -_MAX_TIME_S, _MAX_TIME_S) for row in rows]

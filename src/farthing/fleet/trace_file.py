@@ -83,9 +83,9 @@ def first_line(path: Path) -> str:
         return file.readline().strip()
 
 
-def columns(path: Path) -> tuple[str, ...]:
+def columns(line: str) -> tuple[str, ...]:
     """Names in the first line of a CSV file."""
-    return tuple(name.strip() for name in next(csv.reader([first_line(path)]), []))
+    return tuple(name.strip() for name in next(csv.reader([line]), []))
 
 
 def csv_rows(path: Path) -> Iterator[Row]:

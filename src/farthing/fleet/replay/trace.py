@@ -52,13 +52,14 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
     Raises FileNotFoundError, or ValueError with the first line and the four supported formats.
     """
     path = Path(path)
-    names = set(columns(path))
+    first = first_line(path)
+    names = set(columns(first))
     if {"t_s", "total_rate_rps"} <= names:
         return read_series(path, _MAX_SPAN_S)
     if {"timestamp", "value"} <= names:
         counts = read_series(path, _MAX_SPAN_S)
         return Series(counts.start, counts.step_s, counts.values / counts.step_s, counts.name)
-    rows = read_requests(path, "; CSV with t_s,total_rate_rps or timestamp,value")
+    rows = _requests(path, first, "; CSV with t_s,total_rate_rps or timestamp,value")
     if len(rows) < 2:
         raise ValueError(f"{path}: got {len(rows)} requests; expected at least two")
     data = np.array([row[:3] for row in rows], dtype=np.float64)
@@ -67,14 +68,18 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
     return RequestTrace(path.name.split(".")[0], data[:, 0] - data[0, 0], prompts, outputs, blocks)
 
 
-def read_requests(path: str | Path, others: str = "") -> list[Arrival]:
+def read_requests(path: str | Path) -> list[Arrival]:
     """Read single requests, ordered by arrival, from a plain or gzip file.
 
-    Raises FileNotFoundError, or ValueError with the first line and the supported formats, including `others`.
+    Raises FileNotFoundError, or ValueError with the first line and the supported formats.
     """
     path = Path(path)
-    first = first_line(path)
-    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(columns(path)):
+    return _requests(path, first_line(path))
+
+
+def _requests(path: Path, first: str, others: str = "") -> list[Arrival]:
+    """`read_requests` of a file whose first line is known; others: formats that the caller reads too."""
+    if {"TIMESTAMP", "ContextTokens", "GeneratedTokens"} <= set(columns(first)):
         when, rows = "TIMESTAMP", list(_azure(path))
     elif first.startswith("{"):
         when, rows = "timestamp", list(_json_lines(path))
