@@ -143,7 +143,7 @@ NB_MODULE(_native, module) {
       .def(
           "serialize",
           [](const Packed& p, uint64_t out, uint64_t name) { p.serialize(at<uint8_t>(out), name); }, "out"_a,
-          "name"_a);
+          "name"_a, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Router>(module, "Router")
       .def(nb::init<>())

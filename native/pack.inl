@@ -31,14 +31,11 @@ inline void load_tile(const Matrix& w, const PanelRows& p, int at, float* tile) 
 
 // Whether no value of a tile is NaN or infinite.
 inline bool is_finite(const float* tile) {
-  u32x16 most = {};
-  for (int i = 0; i < kTileColumns; ++i) {
-    const u32x16 bits = load<u32x16>(tile + 16 * i) & 0x7fffffffu;
-    most = bits > most ? bits : most;
-  }
-  bool finite = true;
-  for (int lane = 0; lane < 16; ++lane) finite &= most[lane] < 0x7f800000u;
-  return finite;
+  u32x16 any = {};  // an exponent of ones overflows into the sign
+  for (int i = 0; i < kTileColumns; ++i) any |= (load<u32x16>(tile + 16 * i) & 0x7fffffffu) + 0x00800000u;
+  uint32_t signs = 0;
+  for (int lane = 0; lane < 16; ++lane) signs |= any[lane];
+  return signs >> 31 == 0;
 }
 
 // The next 64 bytes of the rows stored as `kind`, as words [16][16]; zeros after `bytes`, `fill` for others.
@@ -155,9 +152,11 @@ struct Rounding {
   }
 };
 
-// A group of columns of 16 rows. With x scaled by a power of two so that the largest magnitude is about 1,
+constexpr float kLeast = 0x1.ep-6f;  // every range rounds smaller values to 0; the largest is 1 to 2
+
+// A group of columns of 16 rows. With x scaled by a power of two so that the largest magnitude is 1 to 2,
 // high + low = x, and sums of up to 64 products with 4-bit integers are exact in float32: high is a multiple
-// of 2^-13, and low one of 2^-28 below 2^-13. Values that every range rounds to 0 are left out.
+// of 2^-13, and low one of 2^-29, at most 2^-14. Values below kLeast are left out.
 struct Group {
   const float* x;
   int n;
@@ -174,8 +173,7 @@ struct Group {
     u32x16 any = {};
     for (int i = 0; i < n; ++i) {
       const f32x16 scaled = loadf(x + 16 * i) * inverse, coarse = (scaled + 1536.0f) - 1536.0f;
-      const i32x16 counts = abs(scaled) >= splat(0.03125f);
-      const u32x16 mask = reinterpret_cast<const u32x16&>(counts);
+      const u32x16 mask = above(abs(scaled), splat(kLeast));
       const u32x16 fine = float_to_bits(scaled - coarse) & mask;
       store(high + 16 * i, float_to_bits(coarse) & mask);
       store(low + 16 * i, fine);
@@ -204,8 +202,8 @@ struct Group {
 };
 
 // 4-bit rounding, the same as farthing.ops.weights.round_to_grid. `find` returns the signed steps of least
-// squared error of a group of 16 rows [n][16] and stores the scales; `stored` are the nibbles of values that
-// were divided by them.
+// squared error of a group of 16 rows [n][16] and stores the scales; `stored` are the nibbles of values with
+// these steps.
 struct EvenGrid {
   static f32x16 find(const float* x, int n, float* scales) {
     const Group group(x, n);
@@ -218,51 +216,97 @@ struct EvenGrid {
     best.fit(group.power, scales);
     return loadf(best.step);
   }
-  static u32x16 stored(f32x16 v) {
-    const f32x16 r = max(nearest(v), splat(-8.0f));
+  static u32x16 stored(f32x16 x, f32x16 step) {
+    const f32x16 r = max(nearest(x / step), splat(-8.0f));
     return float_to_bits(min(r, splat(7.0f)) + (kMagic + 8.0f)) & 15u;
   }
 };
 
-struct CodeGrid {
-  static u32x16 above(f32x16 v, int code) {  // all ones where v is nearer to the next code
-    const i32x16 nearer = v > splat(0.5f * static_cast<float>(kCodes[code] + kCodes[code + 1]));
-    return reinterpret_cast<const u32x16&>(nearer);
+// The nearest of kCodes to each value.
+struct Nearest {
+  u32x16 index;
+  f32x16 code;
+};
+
+#if defined(__AVX512F__)
+// Values in cells narrower than the distance of any two thresholds between codes. So a cell has at most one
+// threshold, above which values have the code of the next cell.
+struct CodeCells {
+  static constexpr float kWidth = 11.4f;  // 32 cells reach further than the largest value, 127 / 0.7
+  alignas(64) float threshold[32], code[32];
+  alignas(64) uint32_t index[32];
+  constexpr CodeCells() : threshold{}, code{}, index{} {
+    for (int cell = 0, at = 0; cell < 32; ++cell) {
+      index[cell] = static_cast<uint32_t>(at);
+      code[cell] = kCodes[at];
+      threshold[cell] = at < 15 ? 0.5f * static_cast<float>(kCodes[at] + kCodes[at + 1]) : 1e9f;
+      if (threshold[cell] < kWidth * static_cast<float>(cell - 15)) ++at;
+    }
   }
-  static f32x16 value(f32x16 v) {
-    f32x16 found = splat(kCodes[0]);
+};
+constexpr CodeCells kCells;
+
+inline Nearest nearest_code(f32x16 v) {
+  const f32x16 at = _mm512_fmadd_round_ps(v, splat(1.0f / CodeCells::kWidth), splat(kMagic + 16.0f),
+                                          _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512i cell = _mm512_castps_si512(at);
+  const auto look_up = [&](const float* table) {
+    return _mm512_permutex2var_ps(loadf(table), cell, loadf(table + 16));
+  };
+  const __mmask16 above = _mm512_cmp_ps_mask(v, look_up(kCells.threshold), _CMP_GT_OQ);
+  cell = _mm512_mask_add_epi32(cell, above, cell, _mm512_set1_epi32(1));
+  const u32x16 index =
+      (u32x16)_mm512_permutex2var_epi32(load<__m512i>(kCells.index), cell, load<__m512i>(kCells.index + 16));
+  return {index, look_up(kCells.code)};
+}
+#else
+inline Nearest nearest_code(f32x16 v) {
+  Nearest found = {{}, splat(kCodes[0])};
 #pragma GCC unroll 15
-    for (int c = 0; c < 15; ++c)
-      found +=
-          bits_to_float(above(v, c) & float_to_bits(splat(static_cast<float>(kCodes[c + 1] - kCodes[c]))));
-    return found;
+  for (int c = 0; c < 15; ++c) {
+    const u32x16 mask = above(v, splat(0.5f * static_cast<float>(kCodes[c] + kCodes[c + 1])));
+    found.index -= mask;
+    found.code += bits_to_float(mask & float_to_bits(splat(static_cast<float>(kCodes[c + 1] - kCodes[c]))));
+  }
+  return found;
+}
+#endif
+
+struct CodeGrid {
+  // Sums of few products with 8-bit integers are exact.
+  template <bool Rest>
+  static void attempt(const Group& g, f32x16 step, Rounding& best) {
+    constexpr int kExact = Rest ? 4 : 8;
+    f64x16 dot = {};
+    f32x16 square = {};
+    const f32x16 inverse = 1.0f / step;
+    for (int at = 0; at < g.n; at += kExact) {
+      f32x16 high = {}, low = {};
+      for (int i = at; i < at + kExact; ++i) {
+        const f32x16 q = nearest_code(loadf(g.x + 16 * i) * inverse).code;
+        high = fma(loadf(g.high + 16 * i), q, high);
+        if constexpr (Rest) low = fma(loadf(g.low + 16 * i), q, low);
+        square = fma(q, q, square);
+      }
+      dot += to_double(high);
+      if constexpr (Rest) dot += to_double(low);
+    }
+    best.compare(step, dot, square);
   }
   static f32x16 find(const float* x, int n, float* scales) {
-    f32x16 top = {};
-    for (int i = 0; i < n; ++i) top = max(top, abs(loadf(x + 16 * i)));
+    const Group group(x, n);
     Rounding best;
     for (const float range : kRanges)
       for (const float reach : {static_cast<float>(kCodes[15]), static_cast<float>(kCodes[0])}) {
-        const f32x16 size = max(top * range / __builtin_fabsf(reach), splat(kTiny));
+        const f32x16 size = max(group.top * range / __builtin_fabsf(reach), splat(kTiny));
         const f32x16 step = reach < 0.0f ? -size : size;
-        f64x16 dot = {};
-        f32x16 square = {};
-        for (int i = 0; i < n; ++i) {
-          const f32x16 v = loadf(x + 16 * i), q = value(v / step);
-          dot += to_double(v) * to_double(q);
-          square = fma(q, q, square);
-        }
-        best.compare(step, dot, square);
+        if (group.rest) attempt<true>(group, step, best);
+        else attempt<false>(group, step, best);
       }
-    best.fit(splat(1.0f), scales);
+    best.fit(group.power, scales);
     return loadf(best.step);
   }
-  static u32x16 stored(f32x16 v) {
-    u32x16 index = {};
-#pragma GCC unroll 15
-    for (int c = 0; c < 15; ++c) index -= above(v, c);
-    return index;
-  }
+  static u32x16 stored(f32x16 x, f32x16 step) { return nearest_code(x * (1.0f / step)).index; }
 };
 
 template <class Grid>
@@ -278,7 +322,7 @@ void round_groups(const Matrix& w, const PanelRows& p, float* scales, uint8_t* d
     for (int i = 0; i < w.group; i += 8) {
       u32x16 word = {};
       for (int j = 0; j < 8; ++j)
-        word |= Grid::stored(loadf(x + 16 * (i + j)) / step) << (j < 4 ? 8 * j : 8 * j - 28);
+        word |= Grid::stored(loadf(x + 16 * (i + j)), step) << (j < 4 ? 8 * j : 8 * j - 28);
       store(data + static_cast<size_t>(k + i) * 8, word);
     }
   }

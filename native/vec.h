@@ -37,9 +37,32 @@ inline u32x16 float_to_bits(f32x16 v) { return load<u32x16>(&v); }
 #if defined(__AVX512F__)  // GCC does not always find these
 inline f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 inline f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+#elif defined(__AVX__)  // and compares vectors wider than a register lane by lane
+template <class F>
+inline f32x16 by_halves(f32x16 a, f32x16 b, F&& f) {
+  const float *pa = (const float*)&a, *pb = (const float*)&b;
+  const __m256 low = f(load<__m256>(pa), load<__m256>(pb)),
+               high = f(load<__m256>(pa + 8), load<__m256>(pb + 8));
+  f32x16 r;
+  memcpy(&r, &low, 32);
+  memcpy((char*)&r + 32, &high, 32);
+  return r;
+}
+inline f32x16 max(f32x16 a, f32x16 b) {
+  return by_halves(a, b, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
+}
+inline f32x16 min(f32x16 a, f32x16 b) {
+  return by_halves(a, b, [](__m256 x, __m256 y) { return _mm256_min_ps(x, y); });
+}
+inline u32x16 above(f32x16 a, f32x16 b) {
+  return (u32x16)by_halves(a, b, [](__m256 x, __m256 y) { return _mm256_cmp_ps(x, y, _CMP_GT_OQ); });
+}
 #else
 inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+#endif
+#if !defined(__AVX__) || defined(__AVX512F__)
+inline u32x16 above(f32x16 a, f32x16 b) { return (u32x16)(a > b); }  // all ones where a > b
 #endif
 inline f32x16 abs(f32x16 a) { return bits_to_float(float_to_bits(a) & 0x7fffffffu); }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -28,11 +29,18 @@ from tests.tiny import tiny
 CONFIG = tiny(num_nextn_predict_layers=1)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["one file", "shards out of order"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     (path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(dict(random_parameters(ModelConfig.from_json(CONFIG), 3)), str(path / "model.safetensors"))
+    tensors = dict(random_parameters(ModelConfig.from_json(CONFIG), 3))
+    if request.param == "one file":
+        save_file(tensors, str(path / "model.safetensors"))
+        return path
+    shard_of = {name: f"part-{random.Random(name).randrange(7)}.safetensors" for name in tensors}
+    for shard in set(shard_of.values()):
+        save_file({n: t for n, t in tensors.items() if shard_of[n] == shard}, str(path / shard))
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shard_of}))
     return path
 
 

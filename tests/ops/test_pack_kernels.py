@@ -77,12 +77,14 @@ def floats(n: int, k: int, kind: str, seed: int = 0) -> torch.Tensor:
     w = torch.randn(n, k, generator=g)
     if kind == "outliers":
         w[torch.rand(n, k, generator=g) < 0.02] *= 20
+    if kind == "halves":  # many are halfway between two codes
+        w = torch.randint(-254, 255, (n, k), generator=g) / 2
     w *= {"tiny": 6e-39, "small": 1e-37, "huge": 5e37}.get(kind, 1.0)
     w[:, : min(32, k // 2)] *= kind != "zeros"
     return w.bfloat16() if kind == "bf16" else w
 
 
-KINDS = ["f32", "bf16", "outliers", "tiny", "small", "huge", "zeros"]
+KINDS = ["f32", "bf16", "outliers", "halves", "tiny", "small", "huge", "zeros"]
 
 
 def same(packed: Any, expected: Bytes) -> None:

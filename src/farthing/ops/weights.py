@@ -159,11 +159,11 @@ CODES = (-109, -85, -67, -51, -37, -24, -12, 0, 11, 23, 35, 48, 62, 78, 99, 127)
 
 
 def round_to_grid(
-    w: Tensor, group_size: int, reach: tuple[float, float], nearest: Callable[[Tensor], Tensor]
+    w: Tensor, group_size: int, reach: tuple[float, float], nearest: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """w [N, K] as integers of a grid, int8 [N, K], and scales [N, K / group_size] of least squared error.
 
-    reach: the values that a group's largest magnitude may become; nearest: of the grid, for float values.
+    reach: the values that a group's largest magnitude may become; nearest: of the grid, for values and steps.
     Every range of RANGES is tried with both. For a range's integers q, the best scale is x.q / q.q with error
     x.x - (x.q)^2 / q.q, so the range with the largest (x.q)^2 / q.q wins. Sums are float64, so that native
     code finds the same range. Raises ValueError if group_size does not divide K.
@@ -180,7 +180,7 @@ def round_to_grid(
     for share in RANGES:
         for end in reach:
             step = (top * share / abs(end)).clamp_min(tiny) * math.copysign(1, end)
-            q = nearest(groups / step.unsqueeze(-1))
+            q = nearest(groups, step.unsqueeze(-1))
             dot = (groups.double() * q.double()).sum(-1)
             square = q.double().square().sum(-1)
             gain = torch.where(square > 0, dot.square() / square.clamp_min(1), 0.0)
@@ -196,7 +196,7 @@ def round_to_grid(
 def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
     """Symmetric rounding to [-8, 7] with one scale per group of columns, which may be negative, because -8
     reaches further than 7."""
-    q, scale = round_to_grid(w, group_size, (7.5, -7.5), lambda x: x.round().clamp(-8, 7))
+    q, scale = round_to_grid(w, group_size, (7.5, -7.5), lambda x, step: (x / step).round().clamp(-8, 7))
     return Weight("int4", pack_int4(q), scale)
 
 
@@ -205,7 +205,7 @@ def to_codes(w: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
     codes = torch.tensor(CODES, dtype=torch.float32)
     between = (codes[1:] + codes[:-1]) / 2
     ends = (float(CODES[-1]), float(CODES[0]))
-    return round_to_grid(w, group_size, ends, lambda x: codes[torch.bucketize(x, between)])
+    return round_to_grid(w, group_size, ends, lambda x, step: codes[torch.bucketize(x * (1 / step), between)])
 
 
 def rounded(weight: Weight, quantization: str | None, mlp: bool = False, codes: bool = True) -> Weight:
