@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.error import CheckpointError
-from farthing.checkpoint.fp8 import ACTIVATION_SCALES, SCALES, block_scales
+from farthing.checkpoint.fp8 import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
 from farthing.checkpoint.input_scales import InputScales
 from farthing.checkpoint.quantization import quantization_in, read_quantization
 from farthing.checkpoint.read_ahead import ReadAhead
@@ -28,6 +29,8 @@ from farthing.ops.weights import InputRounding, Weight
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 CONFIG, PARAMS = "config.json", "params.json"
 FLOATS = ("float32", "bfloat16", "float16")
@@ -189,6 +192,8 @@ class Checkpoint:
         """Raise CheckpointError for tensors never read that match no fnmatch pattern in `ignore`."""
         if self._fp8:
             ignore = (*ignore, *ACTIVATION_SCALES)
+        if self._fp8 or self._groups:
+            ignore = (*ignore, *CACHE_SCALES)
         unused = [
             n
             for n in self.names()
@@ -210,6 +215,10 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}/{error}") from None
         self._fp8 = self._groups is None
+        if quantization.get("kv_cache_scheme"):
+            log.info(
+                "%s: kv_cache_scheme is not applied; --kv-cache-dtype sets the cache's format", self.path
+            )
 
     def _dense(self, module: str, scheme: ct.Scheme | None) -> Weight:
         name = f"{module}.weight"
