@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("farthing._native")
 
+from farthing.cli.exits import Exit
 from farthing.cli.pack import app
 from farthing.model import ModelConfig, load
 from farthing.model.load import random_parameters
@@ -175,6 +178,27 @@ def test_output_says_for_which_kernels_zero_blocks_are_left_out(tmp_path: Path) 
     )
     assert result.exit_code == 0, result.output
     assert "zero blocks are left out where" in " ".join(result.output.split())
+
+
+def test_full_disk_is_one_line_and_the_same_command_resumes(model: Path, tmp_path: Path) -> None:
+    def limited(largest: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    target, whole = tmp_path / "m.packed", tmp_path / "whole.packed"
+    pack_checkpoint(model, whole, "int4", 1)
+    command = [sys.executable, "-m", "farthing", "pack", model, "-o", target, "--threads", "1"]
+    command += ["--quantization", "int4"]
+    for largest in (whole.stat().st_size // 2, whole.stat().st_size - 100):  # in a part, and in the index
+        run = subprocess.run(
+            command, check=False, capture_output=True, text=True, preexec_fn=partial(limited, largest)
+        )
+        assert run.returncode == Exit.STORAGE, run.stderr
+        assert run.stderr.splitlines()[-1] == (
+            f"error: {target}.partial: File too large; free some space, then run the same command to resume"
+        )
+        assert not target.exists()
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 0
+    assert target.read_bytes() == whole.read_bytes()
 
 
 def test_second_process_is_kept_out(model: Path, tmp_path: Path) -> None:

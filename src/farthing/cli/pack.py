@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from farthing.cli.errors import one_line_errors
+from farthing.cli.exits import errors_as_one_line
 from farthing.config import Quantization
 
 app = typer.Typer(add_completion=False)
@@ -35,10 +36,11 @@ def pack(
 ) -> None:
     """Write MODEL to one file that replicas map instead of packing its weights at every start.
 
-    It takes the memory of two packed layers. A run that was interrupted resumes after its last layer.
+    It takes the memory of two packed layers. A run that was interrupted resumes after its last layer. Exits
+    with 5 if a file could not be read or written.
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
-    with one_line_errors("pack"):
+    with one_line_errors("pack"), errors_as_one_line("run the same command to resume"):
         from farthing.hub import resolve_model
         from farthing.model.pack import pack_checkpoint
         from farthing.ops.cpu.packed_file import PackedFile

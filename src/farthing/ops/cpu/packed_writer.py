@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -66,7 +67,8 @@ class PackedWriter:
 
     def __exit__(self, *exc: object) -> None:
         self._thread.shutdown()
-        self._file.close()
+        with suppress(OSError):  # of data whose write has failed before, or that no line of the log counts
+            self._file.close()
         self._log.close()
 
     def __contains__(self, part: object) -> bool:
@@ -90,8 +92,9 @@ class PackedWriter:
 
     def _write(self, part: str, blobs: list[tuple[str, Any]], inputs: Mapping[str, InputRounding]) -> None:
         """Write one part and make it durable."""
-        entries = {name: write_section(self._file, name, blob, inputs.get(name)) for name, blob in blobs}
-        drop_cached(self._file)
+        with self._named():
+            entries = {name: write_section(self._file, name, blob, inputs.get(name)) for name, blob in blobs}
+            drop_cached(self._file)
         self._append({"part": part, "end": self._file.tell(), "entries": entries})
         self._entries |= entries
 
@@ -103,10 +106,20 @@ class PackedWriter:
     def finish(self) -> None:
         """Write the index and give the file its name. Raises the errors of the last part."""
         self._wait()
-        close_index(self._file, self._head | {"entries": self._entries})
-        drop_cached(self._file)
+        with self._named():
+            close_index(self._file, self._head | {"entries": self._entries})
+            drop_cached(self._file)
         self._partial.replace(self._target)
         self._parts.unlink()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Name the file in errors of writing to it."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self._partial)
+            raise
 
     def _append(self, line: Mapping[str, Any]) -> None:
         self._log.write(json.dumps(line) + "\n")
