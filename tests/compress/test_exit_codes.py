@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.cli.compress import CompressOptions, _recipe
 from farthing.cli.compress import app as compress_app
 from farthing.cli.eval import app as eval_app
 from farthing.cli.exits import Exit
@@ -175,6 +176,49 @@ def test_options_are_named_as_given(model_dir: Path, tmp_path: Path) -> None:
         assert result.stderr.strip() == (
             f"error: {flag}: got {value!r} with recipe 'int8'; expected --recipe auto"
         )
+    result = invoke(compress_app, model_dir, *out, "--observer", "mse")
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == (
+        "error: --observer: got 'mse' with recipe 'int8'; expected one with calibrated activation ranges, "
+        "such as int8-kl"
+    )
     result = invoke(compress_app, model_dir, *out, "--backend", "foo")
     assert result.exit_code == Exit.INPUT
     assert "backend: got 'foo'; expected 'auto' or one of" in result.stderr and "'simulate'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag", "value"),
+    [
+        ("int8", "--max-drop", "1%"),
+        ("int8", "--backend", "cpu"),
+        ("int8", "--max-tokens", 100),
+        ("fp8-block", "--data", "text.jsonl"),
+        ("auto", "--max-tokens", 100),
+        ("adaptive-experts", "--backend", "cpu"),
+    ],
+)
+def test_options_of_the_gate_are_refused_without_it(
+    recipe: str, flag: str, value: str | int, model_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = invoke(compress_app, model_dir, "-o", out, "--recipe", recipe, "--no-gate", flag, value)
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == (
+        f"error: {flag}: got {value!r} with recipe {recipe!r} and --no-gate; expected no --no-gate"
+    )
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given"),
+    [
+        ("auto", {"max_drop": "1%"}),
+        ("adaptive-experts", {"max_drop": "1%", "max_tokens": 100, "data": Path("text.jsonl")}),
+        ("int8", {"data": Path("text.jsonl")}),  # which calibration leaves out
+        ("int8-kl", {"observer": "mse"}),
+    ],
+)
+def test_what_the_recipe_reads_is_accepted_without_a_gate(recipe: str, given: dict[str, Any]) -> None:
+    chosen = _recipe(CompressOptions(recipe=recipe, gate=False, **given), 0.01)
+    assert chosen.name == recipe and chosen.observer == given.get("observer", "auto")

@@ -50,7 +50,7 @@ class CompressOptions:
     pack: bool = _option(False, "Also write packed.bin in the CPU kernels' layout")
     gate: bool = _option(True, "Evaluate the result on held-out text")
     timing: bool | None = _option(None, "Serve both models and time them; default: same as --gate")
-    max_tokens: int | None = _option(None, "Held-out tokens to evaluate; default: about 16,384")
+    max_tokens: int | None = _option(None, "Held-out tokens to evaluate; default: about 16,384", minimum=1)
 
     def __post_init__(self) -> None:
         check(self)
@@ -118,9 +118,7 @@ def _recipe(given: CompressOptions, limit: float | None) -> Recipe:
     from farthing.compress.recipe import from_json, load_recipe
 
     chosen = load_recipe(given.recipe)
-    for flag, asked in (("--budget", given.budget), ("--measure", given.measure)):
-        if asked is not None and chosen.scheme != "auto":
-            raise ValueError(f"{flag}: got {asked!r} with recipe {chosen.name!r}; expected --recipe auto")
+    _refuse_unread(given, chosen)
     overrides = {"observer": given.observer, "budget_bytes": given.budget, "measure": given.measure}
     fields = {k: v for k, v in overrides.items() if v is not None}
     if fields:
@@ -129,6 +127,34 @@ def _recipe(given: CompressOptions, limit: float | None) -> Recipe:
     if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
         chosen = replace(chosen, max_drop=limit)
     return chosen
+
+
+def _refuse_unread(given: CompressOptions, chosen: Recipe) -> None:
+    """Raise ValueError for an option that this recipe, without a gate if there is none, does not read."""
+    for flag, asked in (("--budget", given.budget), ("--measure", given.measure)):
+        if asked is not None and chosen.scheme != "auto":
+            raise ValueError(f"{flag}: got {asked!r} with recipe {chosen.name!r}; expected --recipe auto")
+    if given.observer is not None and not chosen.static:
+        raise ValueError(
+            f"--observer: got {given.observer!r} with recipe {chosen.name!r}; expected one with calibrated "
+            "activation ranges, such as int8-kl"
+        )
+    if given.gate:
+        return
+    held_out = given.calibration is None and chosen.adaptive  # calibrates on held-out text
+    excluded = given.calibration is None and chosen.needs_data  # text that calibration leaves out
+    unread = {
+        "--max-drop": (given.max_drop, chosen.scheme == "auto" or chosen.adaptive),
+        "--data": (given.data, excluded),
+        "--max-tokens": (given.max_tokens, held_out),
+        "--backend": (None if given.backend == "auto" else given.backend, False),
+    }
+    for flag, (value, read) in unread.items():
+        if value is not None and not read:
+            said = str(value) if isinstance(value, Path) else value
+            raise ValueError(
+                f"{flag}: got {said!r} with recipe {chosen.name!r} and --no-gate; expected no --no-gate"
+            )
 
 
 def _print(document: dict[str, Any], as_json: bool) -> None:
