@@ -79,6 +79,7 @@ def test_command_writes_checkpoint_summary_and_plot(checkpoint: Path, tmp_path: 
     summary = train_qat(settings_of(checkpoint, tmp_path / "run", sources), config, console=QUIET)
     assert summary is not None and summary["precision"] == "W4A4"
     assert json.loads((tmp_path / "run" / "qat.json").read_text())["recovered"] == summary["recovered"]
+    assert "sparsity" not in summary["config"]
     assert (tmp_path / "run" / "qat.png").stat().st_size > 1000
     assert (tmp_path / "run" / "checkpoint" / "config.json").is_file()
 
@@ -161,6 +162,17 @@ def test_stages_are_parsed_and_validated() -> None:
         parse_stages("W4A4")
     with pytest.raises(ValueError, match="first to start at 0"):
         QatConfig(stages=parse_stages("0.5:W4A4"))
+
+
+@pytest.mark.parametrize("group", [1, 16, 48, 128])
+def test_groups_without_kernels_are_refused(group: int) -> None:
+    with pytest.raises(ValueError, match=f"group: got {group}; expected 32 or 64"):
+        QatConfig(group=group)
+
+
+def test_a_record_states_sparsity_only_with_blocks() -> None:
+    assert "sparsity" not in QatConfig().recorded() and "prune_span" not in QatConfig().recorded()
+    assert QatConfig(block=(16, 16), sparsity=0.3).recorded()["sparsity"] == 0.3
 
 
 def test_the_float_model_learns_nothing_from_itself(checkpoint: Path) -> None:

@@ -195,6 +195,20 @@ def test_sparsity_without_blocks_is_refused(tmp_path: Path) -> None:
     assert result.stderr.strip() == "error: sparsity: got 0.3 without --blocks; expected both"
 
 
+def test_options_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    for words, error in (
+        (["qat", "--group", "48"], "group: got 48; expected 32 or 64, which the CPU kernels have"),
+        (
+            ["prune", "--units", "experts", "--multiple", "64"],
+            "multiple: got 64 with units 'experts'; expected units with neurons",
+        ),
+    ):
+        result = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "run")])
+        assert result.exit_code == Exit.INPUT
+        assert result.stderr.strip() == f"error: {error}"
+        assert not (tmp_path / "run").exists()
+
+
 def test_every_command_has_a_short_form_of_out() -> None:
     for command in ("mite", "qat", "prune"):
         result = CliRunner().invoke(app, [command, "-o"])

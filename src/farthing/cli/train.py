@@ -136,8 +136,8 @@ class PruneOptions(RunOptions):
     out: Path = _option(Path("runs/prune"), "Run directory", flags=("-o",))
     target: float = _option(0.28, "Share of the MLP parameters to remove")
     units: Literal["both", "neurons", "experts"] = _option("both", "What to remove")
-    multiple: int = _option(
-        32, "Neurons to remove at a time; 4-bit kernels need 32 and are faster with 64", minimum=1
+    multiple: int | None = _option(
+        None, "Neurons to remove at a time; 4-bit kernels need 32 (default) and are faster with 64", minimum=1
     )
     rank: Literal["energy", "loss"] = _option(
         "energy", "Rank units by their energy or by the loss without them, measured at every event"
@@ -145,6 +145,13 @@ class PruneOptions(RunOptions):
     tau: float = _option(0.3, "Activity threshold of a neuron, in units of the token's mean")
     bound: float = _option(0.03, "Pause pruning above this perplexity increase")
     hard: float = _option(0.5, "Weight of the text's cross entropy in the loss; the rest is distillation")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.multiple is not None and self.units == "experts":
+            raise ValueError(
+                f"multiple: got {self.multiple} with units 'experts'; expected units with neurons"
+            )
 
 
 @app.command()
@@ -284,7 +291,7 @@ def prune(options: dict[str, Any], as_json: Json = False) -> None:
         config = PruneConfig(
             target=given.target,
             units=given.units,
-            multiple=given.multiple,
+            multiple=PruneConfig.multiple if given.multiple is None else given.multiple,
             rank=given.rank,
             tau=given.tau,
             bound=given.bound,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from farthing.train.lsq import Kind, Precision, QuantizedProduct
 from farthing.train.model import DeepSeekLM, MoE
 
 MOST = 0.9  # share of its blocks that a projection can lose
+GROUPS = (32, 64)  # columns per scale that the CPU kernels of 4-bit inputs have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,21 @@ class QatConfig:
         starts = [start for start, _ in self.stages]
         if starts != sorted(set(starts)) or starts[-1] >= 1:
             raise ValueError(f"stages: got starts {starts}; expected rising shares of the run below 1")
+        if self.group not in GROUPS:
+            raise ValueError(f"group: got {self.group}; expected 32 or 64, which the CPU kernels have")
         if not 0 <= self.sparsity < MOST:
             raise ValueError(f"sparsity: got {self.sparsity}; expected a share in [0, {MOST})")
         for name in ("hard", "smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a share in [0, 1]")
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings for a run's record: those of zero blocks only if there are any."""
+        values = dataclasses.asdict(self)
+        if self.block is None:
+            for name in ("sparsity", "prune_span", "prune_every", "fisher_windows"):
+                del values[name]
+        return values
 
     def stage(self, progress: float) -> int:
         """Index of the current stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ from farthing.train.gptq import round_by_gptq
 from farthing.train.lsq import Precision
 from farthing.train.model import DeepSeekLM
 from farthing.train.need import random_twin
+from farthing.train.picture import Points, plot
 from farthing.train.qat import build
 from farthing.train.qat_export import is_exportable, save_quantized
 from farthing.train.qat_model import QatConfig, QatModel
 from farthing.train.resume import check_start, require_same
 
 NEED_WINDOWS = 16  # of held-out text on which the need of blocks is measured
+_CACHE = "untrained.pt"  # losses before training, for a resumed run
 
 
 def untrained(
@@ -62,8 +65,6 @@ def train_qat(
     Returns the summary, or None if interrupted (state is saved). With `tensor` inputs there is no checkpoint.
     Raises ValueError if the last stage cannot be exported.
     """
-    from farthing.train.picture import plot
-
     console = console or Console(stderr=True)
     require_exportable(config)
     sources = Sources.read(settings)
@@ -78,17 +79,15 @@ def train_qat(
         return window_nats(net, text.heldout, settings.window, settings.eval_tokens)
 
     precision = config.stages[-1][1]
-    found = {"float": score(teacher)}
-    cache = settings.out / "untrained.pt"
-    stored = torch.load(cache, weights_only=True) if resume and cache.is_file() else {}
-    if "settings" in stored:
-        require_same(cache, stored["settings"], given)
-        found = stored["found"]
-    elif config.block is None:
-        batch = text.batches.next(config.block_windows, settings.window)[:, :-1].to(settings.device)
-        for name, net in untrained(teacher, student.net, batch, config, precision):
-            found[f"untrained, {name}"] = score(net)
-        replace(cache, lambda file: torch.save({"settings": given, "found": found}, file))
+    found = _stored(settings.out, given) if resume else None
+    if found is None:
+        found = {"float": score(teacher)}
+        if config.block is None:
+            batch = text.batches.next(config.block_windows, settings.window)[:, :-1].to(settings.device)
+            for name, net in untrained(teacher, student.net, batch, config, precision):
+                found[f"untrained, {name}"] = score(net)
+            stored = {"settings": given, "found": found}
+            replace(settings.out / _CACHE, lambda file: torch.save(stored, file))
     console.print(f"{precision}: " + "; ".join(f"{k} {_perplexity(v):.3f}" for k, v in found.items()))
     if resume:
         trainer.load()
@@ -104,6 +103,7 @@ def train_qat(
         "perplexity": {name: _perplexity(rows) for name, rows in found.items()},
         **gained(found),
         **provenance(settings, config, text, sources),
+        "config": config.recorded(),
         **({} if config.block is None else _zero_blocks(student, teacher, text, settings)),
         **exported,
         "minutes": trainer.active_seconds / 60,
@@ -111,15 +111,25 @@ def train_qat(
         "budgets": trainer.budgets,
         "curve": trainer.record,
     }
-    replace_json(settings.out / "qat.json", summary)
-    levels = {k: v for k, v in summary["perplexity"].items() if k in ("float", summary.get("best_untrained"))}
-    plot(
-        settings.out / "qat.png",
-        {"trained": curve(trainer, "perplexity")},
-        "held-out perplexity",
-        levels=levels,
-    )
+    _write(settings.out, summary, curve(trainer, "perplexity"))
     return summary
+
+
+def _stored(out: Path, given: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Losses before training that the interrupted run stored, if it did; ValueError if it was another run."""
+    cache = out / _CACHE
+    stored: dict[str, Any] = torch.load(cache, weights_only=True) if cache.is_file() else {}
+    if "settings" not in stored:
+        return None
+    require_same(cache, stored["settings"], given)
+    found: dict[str, Tensor] = stored["found"]
+    return found
+
+
+def _write(out: Path, summary: dict[str, Any], trained: Points) -> None:
+    replace_json(out / "qat.json", summary)
+    levels = {k: v for k, v in summary["perplexity"].items() if k in ("float", summary.get("best_untrained"))}
+    plot(out / "qat.png", {"trained": trained}, "held-out perplexity", levels=levels)
 
 
 def require_exportable(config: QatConfig) -> None:
