@@ -29,9 +29,10 @@ class Bytes(NamedTuple):
     attention: float
     head: float
     keys: float | None = None  # the projection to latents and W_UK, where they differ from other attention
+    router: float = 2.0
 
 
-# 4-bit groups of 64 share a 16-bit scale; attention and head keep 8 bits.
+# 4-bit groups of 64 share a 16-bit scale; attention and head keep 8 bits, the router its 16 (`packing.plan`).
 BYTES_PER_WEIGHT = {
     "bf16": Bytes(2.0, 2.0, 2.0),
     "int8": Bytes(1.0, 1.0, 1.0),
@@ -40,11 +41,11 @@ BYTES_PER_WEIGHT = {
 # Greedy decoding reads the high nibbles of a large 8-bit head, and all of a few panels (not counted).
 _HIGH_NIBBLES = 0.5
 # Blocks of 32 share a 16-bit scale; llama-quantize gives a Q4_0 model a Q6_K head, and in ik_llama.cpp a
-# projection to latents and a W_UK in Q8_0.
+# projection to latents and a W_UK in Q8_0. Their files keep the router in float32.
 PEER_BYTES = {
-    "BF16": Bytes(2.0, 2.0, 2.0),
-    "Q8_0": Bytes(34 / 32, 34 / 32, 34 / 32),
-    "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256, keys=34 / 32),
+    "BF16": Bytes(2.0, 2.0, 2.0, router=4.0),
+    "Q8_0": Bytes(34 / 32, 34 / 32, 34 / 32, router=4.0),
+    "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256, keys=34 / 32, router=4.0),
 }
 BYTES_PER_LATENT = 2
 
@@ -82,6 +83,14 @@ def operations(c: dict[str, Any], point: Point) -> float:
     return 2 * (point.batch * (body + head_parameters(c)) + attention)
 
 
+def _bytes_of(c: dict[str, Any], each: Bytes, name: str) -> float:
+    if name.startswith("lm_head"):
+        return each.head
+    if ".mlp.gate." in name:
+        return each.router
+    return each.feed_forward if ".mlp." in name else _attention_bytes(c, each, name)
+
+
 def _attention_bytes(c: dict[str, Any], each: Bytes, name: str) -> float:
     if each.keys is None or "kv_" not in name:
         return each.attention
@@ -90,15 +99,13 @@ def _attention_bytes(c: dict[str, Any], each: Bytes, name: str) -> float:
 
 
 def weight_bytes(c: dict[str, Any], each: Bytes, routed: float) -> float:
-    """Bytes of the weights of a step that touches `routed` experts per layer, without the embedding."""
+    """Bytes of the matrices of a step that touches `routed` experts per layer, without the embedding."""
     total = 0.0
     for name, shape in tensors(c):
-        if name == "model.embed_tokens.weight":
+        if name == "model.embed_tokens.weight" or len(shape) == 1:
             continue
-        kind = each.head if name.startswith("lm_head") else _attention_bytes(c, each, name)
-        if ".mlp." in name and ".mlp.gate." not in name:
-            kind = each.feed_forward
-        total += math.prod(shape) * kind * (routed / c["n_routed_experts"] if ".experts." in name else 1)
+        share = routed / c["n_routed_experts"] if ".experts." in name else 1
+        total += math.prod(shape) * _bytes_of(c, each, name) * share
     return total
 
 

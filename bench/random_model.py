@@ -116,10 +116,10 @@ def head_parameters(c: dict[str, Any]) -> int:
 
 
 def active_parameters(c: dict[str, Any], routed: float) -> int:
-    """Elements read per step with `routed` experts per layer, including the head, without the embedding."""
+    """Matrix elements multiplied per token, with the head, with `routed` experts per layer."""
     total = 0.0
     for name, shape in tensors(c):
-        if name == "model.embed_tokens.weight":
+        if name == "model.embed_tokens.weight" or len(shape) == 1:
             continue
         total += math.prod(shape) * (routed / c["n_routed_experts"] if ".experts." in name else 1)
     return int(total)

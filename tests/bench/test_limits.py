@@ -20,9 +20,8 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_v3_counts_match_manual_counts(limits: ModuleType) -> None:
     """DeepSeek-V3's matrices, one dense and one expert layer."""
     attention = 7168 * 1536 + 1536 * 128 * 192 + 7168 * 576 + 512 * 128 * 256 + 128 * 128 * 7168
-    norms = 2 * 7168 + 1536 + 512
-    dense, expert, router = 3 * 7168 * 18432, 3 * 7168 * 2048, 256 * 7168 + 256
-    body = 2 * (attention + norms) + dense + 9 * expert + router + 7168
+    dense, expert, router = 3 * 7168 * 18432, 3 * 7168 * 2048, 256 * 7168
+    body = 2 * attention + dense + 9 * expert + router  # no norms, no bias: they are vectors
     head = 129280 * 7168
     c = limits.config("V3S")
     assert limits.active_parameters(c, 8) == body + head
@@ -31,15 +30,20 @@ def test_v3_counts_match_manual_counts(limits: ModuleType) -> None:
     assert limits.operations(c, prompt) == 2 * (512 * body + head) + 2 * 2 * 128 * 320 * pairs
     step = limits.Point("decode", 1, 128)
     four_bits = dense + 9 * expert
-    others = body - four_bits  # in 8 bits
+    others = 2 * attention + 2 * router  # in 8 and 16 bits
     latents = 128 * 576 * 2 * 2
     assert limits.bytes_read(c, "int4", step) == pytest.approx(
-        four_bits * (0.5 + 2 / 64) + others + head / 2 + latents, rel=1e-6
+        four_bits * (0.5 + 2 / 64) + others + head / 2 + latents, rel=1e-9
     )
+    assert limits.bytes_read(c, "int8", step) == pytest.approx(
+        four_bits + others + head / 2 + latents, rel=1e-9
+    )
+    assert limits.bytes_read(c, "bf16", step) == pytest.approx(2 * (body + head) + latents, rel=1e-9)
     eight_bits = 2 * (7168 * 576 + 512 * 128 * 128)  # W_KV_A and W_UK in Q8_0
     assert limits.bytes_read(c, "Q4_0", step) == pytest.approx(
-        body * 18 / 32 + eight_bits * 16 / 32 + head * 210 / 256 + latents, rel=1e-6
+        (body - router) * 18 / 32 + 4 * router + eight_bits * 16 / 32 + head * 210 / 256 + latents, rel=1e-9
     )
+    assert limits.bytes_read(c, "BF16", step) == pytest.approx(2 * (body + router + head) + latents, rel=1e-9)
 
 
 def test_head_counts_once_per_prompt(limits: ModuleType) -> None:
@@ -57,8 +61,9 @@ def test_long_context_adds_its_latents(limits: ModuleType) -> None:
 
 def test_decode_is_bound_by_bytes(limits: ModuleType) -> None:
     point = limits.Point("decode", 1, 0)
-    int8, bf16 = (limits.limit("S", w, point, MACHINE) for w in ("int8", "bf16"))
-    assert int8 / bf16 == pytest.approx(2)
+    for weights in ("int8", "bf16", "Q4_0"):
+        read = limits.bytes_read(limits.config("S"), weights, point)
+        assert limits.limit("S", weights, point, MACHINE) == pytest.approx(MACHINE["read_gb_s"] * 1e9 / read)
 
 
 @pytest.mark.parametrize(("size", "total"), [("V2L", 15.7e9), ("V3S", 13.9e9), ("L576", 3.2e9)])
