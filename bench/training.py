@@ -134,11 +134,12 @@ def precision(
         finals[name] = {k: done[-1][k] for k in KEPT}
         hooks = torch.load(run / "state.pt", weights_only=True, mmap=True)["hooks"]
         finals[name]["skipped_steps"] = sum(state.get("skipped", 0) for state in hooks)
-        rise = finals[name]["eval_loss"] / finals[names[0]]["eval_loss"] - 1
-        finals[name] |= {"relative_loss": rise, "within_half_a_percent": abs(rise) <= 0.005}
         curves[name] = [(p["tokens"], p["eval_loss"]) for p in done]
         finals[name]["curve"] = [{k: p[k] for k in ("step", "tokens", "main", "eval_loss")} for p in done]
         finals[name]["checkpoint_sha256"] = weights_sha256(run / "checkpoint")
+    for final in finals.values() if "bf16" in finals else ():
+        rise = final["eval_loss"] / finals["bf16"]["eval_loss"] - 1
+        final |= {"relative_loss": rise, "within_half_a_percent": abs(rise) <= 0.005}
     plot(out / "fp8.png", curves, "held-out loss, nats per token")
     summary = {"tokens": tokens, "batch_tokens": batch_tokens, "seed": seed, "runs": finals}
     replace_json(out / "precision.json", summary)
