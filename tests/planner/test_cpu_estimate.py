@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing.cli import plan_cpu
+from farthing.cli.exits import Exit
 from farthing.cli.plan import app
 from farthing.model import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
@@ -115,5 +116,5 @@ def test_options_that_cannot_be_honoured(
 ) -> None:
     monkeypatch.setattr(plan_cpu, "_measure", lambda: (2, 40.0, 450.0))
     result = CliRunner().invoke(app, ["deepseek-v3", *words])
-    assert result.exit_code == 1
+    assert result.exit_code == Exit.INPUT
     assert error in " ".join(result.output.split())

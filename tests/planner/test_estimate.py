@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from farthing.cli.exits import Exit
 from farthing.cli.plan import app
 from farthing.model import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
@@ -288,7 +289,7 @@ def test_command_labels_its_estimate_and_prints_memory() -> None:
 )
 def test_command_refuses_what_it_cannot_honour(options: str, message: str) -> None:
     run = CliRunner().invoke(app, ["deepseek-v3", "--gpu", "h100", "--price", "2", *options.split()])
-    assert run.exit_code == 1
+    assert run.exit_code == Exit.INPUT
     assert message in run.output
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from farthing.bench.original import bf16_checkpoint
 from farthing.checkpoint import Checkpoint
+from farthing.cli.exits import Exit
 from farthing.cli.plan import app
 from farthing.compress.size import parse_bytes
 from farthing.hub import resolve_model
@@ -134,7 +135,7 @@ def test_error_for_a_bare_config_suggests_a_fitting_layout(tmp_path: Path) -> No
     fp8 = dict(quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128])
     file.write_text(json.dumps(V3 | dict(quantization_config=fp8, torch_dtype="bfloat16")))
     run = CliRunner().invoke(app, [str(file), "--tp", "8", "--gpu", "h100", "--kv-tokens", "32768"])
-    assert run.exit_code == 1
+    assert run.exit_code == Exit.MISFIT
     assert "--tp 8 --pp 1 --ep 16 (16 ranks) would fit" in run.output
     run = CliRunner().invoke(
         app, [str(file), "--tp", "8", "--ep", "16", "--gpu", "h100", "--kv-tokens", "32768", "--json"]
@@ -160,7 +161,7 @@ def test_error_for_a_bare_config_suggests_a_fitting_layout(tmp_path: Path) -> No
 )
 def test_errors(arguments: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["mite", *arguments])
-    assert run.exit_code == 1
+    assert run.exit_code == Exit.INPUT
     assert message in run.output
 
 
@@ -210,12 +211,12 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
 
     refused = hot_experts(64)
     advice = re.search(r"--hot-experts (\d+) would fit", refused.output)
-    assert refused.exit_code == 1 and advice  # does not suggest more ranks, which are unsupported
+    assert refused.exit_code == Exit.MISFIT and advice  # does not suggest more ranks, which are unsupported
     fits = int(advice[1])
-    assert [hot_experts(n).exit_code for n in (fits, fits + 1)] == [0, 1]
+    assert [hot_experts(n).exit_code for n in (fits, fits + 1)] == [Exit.DONE, Exit.MISFIT]
     few = [str(file), "--memory", "9GB", "--experts-on", "cpu", "--hot-experts", "2"]
     none = CliRunner().invoke(app, few)
-    assert none.exit_code == 1 and "no layout" in none.output
+    assert none.exit_code == Exit.MISFIT and "no layout" in none.output
     for options in (["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
         run = CliRunner().invoke(app, [str(file), *options])
-        assert run.exit_code == 1 and "; expected " in run.output
+        assert run.exit_code == Exit.INPUT and "; expected " in run.output

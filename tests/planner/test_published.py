@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from farthing.cli.app import app
+from farthing.cli.exits import Exit
 from farthing.model import ModelConfig
 from farthing.model.inspect import context_cost, model_cost
 from farthing.model.load import parameter_shapes
@@ -160,10 +161,10 @@ def test_commands_accept_a_name() -> None:
     assert planned.exit_code == 0 and json.loads(planned.stdout)["kind"] == "estimate"
     for command in ("inspect", "plan"):
         refused = run(app, [command, "deepseek-v4"])
-        assert refused.exit_code == 1
+        assert refused.exit_code == Exit.INPUT
         assert "deepseek-v4 is not supported" in refused.output
         assert "the closest is 'deepseek-v" in refused.output
-    assert run(app, ["inspect", "glm-5", "--prompts", __file__]).exit_code == 1
+    assert run(app, ["inspect", "glm-5", "--prompts", __file__]).exit_code == Exit.INPUT
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3.2", "glm-5"])

@@ -19,6 +19,7 @@ class Exit(IntEnum):
     UNDECIDED = 3  # the held-out text is too short to decide
     WORSE = 4  # the model is worse than the bound allows
     STORAGE = 5  # a file could not be read or written; some commands resume, see `errors_as_one_line`
+    MISFIT = 6  # `plan`: the largest rank exceeds the memory
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

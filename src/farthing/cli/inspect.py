@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farthing.cli.exits import errors_as_one_line
+
 if TYPE_CHECKING:
     from farthing.model import ModelConfig
     from farthing.model.inspect import ModelCost
@@ -36,19 +38,14 @@ def inspect(
     """Parameters, bytes and FLOPs per token, compared with a dense model of the same size."""
     from farthing.model.inspect import context_cost
 
-    try:
+    with errors_as_one_line():
         config, cost, path = _cost(model)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+        if prompts is not None and path is None:
+            raise ValueError(f"{model} is a published configuration without weights; --prompts needs them")
     contexts = [context_cost(config, n) for n in CONTEXTS]
     report = None
     if prompts is not None:
-        if path is None:
-            typer.echo(
-                f"error: {model} is a published configuration without weights; --prompts needs them", err=True
-            )
-            raise typer.Exit(1)
+        assert path is not None
         from farthing.model import load
         from farthing.model.inspect import routing_report
         from farthing.ops import select

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farthing import no_collection
+from farthing.cli.exits import Exit, errors_as_one_line
 from farthing.cli.options import with_options
 from farthing.cli.plan_options import Planned, PlanOptions
 from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS
@@ -46,12 +47,16 @@ def plan(
     options: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Memory per rank and, with a price, an estimate of throughput and dollars per million tokens."""
+    """Memory per rank and, with a price, an estimate of throughput and dollars per million tokens.
+
+    Exit codes: 0 done; 1 unexpected error; 2 invalid input; 5 read failed; 6 the memory is too small (with
+    --price, 2).
+    """
     from farthing.cli.plan_cpu import print_cpu_estimate
     from farthing.cli.plan_estimate import print_estimate
     from farthing.planner.devices import load_devices
 
-    try:
+    with errors_as_one_line():
         with no_collection():  # most of the time is imports
             given = PlanOptions(**options)
             devices, shares = load_devices(given.ceilings)
@@ -63,9 +68,6 @@ def plan(
         if given.cores is not None:
             print_cpu_estimate(planned, as_json)
             return
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     advice = "" if planned.fits else _advice(planned)
     if as_json:
         print(json.dumps(_document(planned, advice)))
@@ -73,7 +75,7 @@ def plan(
         _print_ranks(planned)
     if advice:
         typer.echo(f"error: {advice}", err=True)
-        raise typer.Exit(1)
+        raise typer.Exit(Exit.MISFIT)
 
 
 def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
