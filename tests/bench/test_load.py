@@ -6,18 +6,21 @@ import asyncio
 import gzip
 import json
 import math
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from farthing.bench.capacity import find_capacity
 from farthing.bench.client import Target, Timing, _event, complete
 from farthing.bench.load import Slo, run_load, summarize
 from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
-from farthing.cli.bench import LoadOptions, SloOptions
+from farthing.cli.bench import LoadOptions, SloOptions, app
+from farthing.cli.exits import Exit
 
 SHAPE = Shape(input_tokens=8, output_tokens=3, shared_prefix=4, vocabulary=1000)
 
@@ -266,3 +269,14 @@ def test_load_that_cannot_be_sent_is_refused(option: str, value: Any) -> None:
 def test_targets_of_latency_are_positive() -> None:
     with pytest.raises(ValueError, match=r"slo_ttft_ms: got -1\.0; expected a number > 0"):
         SloOptions(slo_ttft_ms=-1.0)
+
+
+def test_a_server_that_does_not_run_is_one_line() -> None:
+    with socket.socket() as taken:  # bound, but not listening
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        result = CliRunner().invoke(app, ["serve", "--url", url])
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == (
+        f"error: url: got {url!r} (Connection refused); expected a running OpenAI-compatible server"
+    )

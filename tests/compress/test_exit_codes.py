@@ -222,3 +222,10 @@ def test_options_of_the_gate_are_refused_without_it(
 def test_what_the_recipe_reads_is_accepted_without_a_gate(recipe: str, given: dict[str, Any]) -> None:
     chosen = _recipe(CompressOptions(recipe=recipe, gate=False, **given), 0.01)
     assert chosen.name == recipe and chosen.observer == given.get("observer", "auto")
+
+
+@pytest.mark.parametrize("flag", ["--max-tokens", "--window"])
+def test_no_text_is_no_fault_of_the_data(flag: str, model_dir: Path, data: Path) -> None:
+    result = invoke(eval_app, model_dir, "--data", data, flag, 0)
+    assert result.exit_code == Exit.INPUT
+    assert flag in result.stderr and "greater" in result.stderr and "data: got" not in result.stderr

@@ -214,3 +214,10 @@ def test_directory_is_refused_before_packing(model: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="is a directory; expected the name of a file"):
         pack_checkpoint(model, tmp_path, "int4", 1)
     assert not list(tmp_path.parent.glob(f"{tmp_path.name}.*"))
+
+
+def test_a_missing_directory_is_named_as_given(tmp_path: Path) -> None:
+    out = tmp_path / "missing" / "m.packed"
+    result = CliRunner().invoke(app, ["mite", "-o", str(out)])
+    assert result.exit_code == Exit.INPUT
+    assert result.stderr.strip() == f"error: out: got {str(out)!r}; expected a file in an existing directory"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from farthing.bench.workload import Request, Shape, closed_loop, from_trace, poisson
-from farthing.cli.exits import errors_as_one_line
+from farthing.cli.exits import Exit, errors_as_one_line
 from farthing.cli.options import with_options
 from farthing.cli.tables import print_percentiles, report
 from farthing.options import check, inherited, option
@@ -281,8 +281,12 @@ def _first_model(target: Target) -> str:
         with urllib.request.urlopen(request, timeout=10) as response:
             return str(json.load(response)["data"][0]["id"])
     except (urllib.error.URLError, OSError, KeyError, IndexError, ValueError) as error:
-        typer.echo(f"{target.url}/v1/models: {error}; expected a running OpenAI-compatible server", err=True)
-        raise typer.Exit(2) from None
+        reason = getattr(error, "reason", error)  # of a URLError: the connection's error
+        said = getattr(reason, "strerror", None) or reason
+        typer.echo(
+            f"error: url: got {target.url!r} ({said}); expected a running OpenAI-compatible server", err=True
+        )
+        raise typer.Exit(Exit.INPUT) from None
 
 
 def _print_load(result: LoadResult) -> None:

@@ -45,8 +45,10 @@ def evaluate(
         str | None,
         typer.Option(help="Maximum perplexity increase with --against; exit 4 if exceeded, 3 if undecided."),
     ] = None,
-    window: Annotated[int, typer.Option(help="Maximum context length in tokens.")] = 1024,
-    max_tokens: Annotated[int | None, typer.Option(help="Approximate number of tokens to evaluate.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Maximum context length in tokens.")] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Approximate number of tokens to evaluate.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, reference, cpu, gpu or torch.")] = "auto",
     quantization: Annotated[
         Quantization | None,

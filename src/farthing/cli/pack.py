@@ -41,6 +41,8 @@ def pack(
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
     with one_line_errors("pack"), errors_as_one_line("run the same command to resume"):
+        if not out.parent.is_dir():
+            raise ValueError(f"out: got {str(out)!r}; expected a file in an existing directory")
         from farthing.hub import resolve_model
         from farthing.model.pack import pack_checkpoint
         from farthing.ops.cpu.packed_file import PackedFile
