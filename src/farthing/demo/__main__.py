@@ -34,8 +34,9 @@ def main() -> None:
         _title("1. The model")
         print(cli("inspect"))
         _title("2. Compress it: calibrated INT4, then fewer experts for confident tokens")
-        int4 = compress("mite", Path(directory) / "int4", "int4-gptq", "1%")
-        adaptive = compress(int4.path, Path(directory) / "adaptive", "adaptive-experts", "0.4%")
+        int4 = compress("mite", Path(directory) / "int4", "int4-gptq")
+        limits = ("--max-drop", "0.4%", "--max-tokens", MAX_TOKENS)
+        adaptive = compress(int4.path, Path(directory) / "adaptive", "adaptive-experts", *limits)
         _title("3. Serve it: one answer, streamed")
         prompt = prompts(1, seed=5)[0]
         print(prompt, end="")
@@ -72,10 +73,10 @@ class Compressed:
         )
 
 
-def compress(model: str, out: Path, recipe: str, max_drop: str) -> Compressed:
+def compress(model: str, out: Path, recipe: str, *options: str) -> Compressed:
     """Run `farthing compress`, then `farthing eval` of the result against the embedded model."""
-    options = ["--max-drop", max_drop, "--no-gate", "--no-timing", "--max-tokens", MAX_TOKENS]
-    report = json.loads(cli("compress", model, "--recipe", recipe, "-o", str(out), *options, "--json"))
+    options = ("--no-gate", "--no-timing", *options, "--json")
+    report = json.loads(cli("compress", model, "--recipe", recipe, "-o", str(out), *options))
     found = json.loads(cli("eval", "mite", "--against", str(out), "--max-tokens", MAX_TOKENS, "--json"))
     low, high = found["interval"]
     done = Compressed(
