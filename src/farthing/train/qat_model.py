@@ -49,7 +49,8 @@ class QatConfig:
         if starts != sorted(set(starts)) or starts[-1] >= 1:
             raise ValueError(f"stages: got starts {starts}; expected rising shares of the run below 1")
         if self.group not in GROUPS:
-            raise ValueError(f"group: got {self.group}; expected 32 or 64, which the CPU kernels have")
+            known = " or ".join(map(str, GROUPS))
+            raise ValueError(f"group: got {self.group}; expected {known}, which the CPU kernels have")
         if not 0 <= self.sparsity < MOST:
             raise ValueError(f"sparsity: got {self.sparsity}; expected a share in [0, {MOST})")
         for name in ("hard", "smoothing"):
