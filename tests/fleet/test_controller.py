@@ -305,18 +305,12 @@ async def test_run_scales_a_deployment_by_replica_metrics(tmp_path: Path) -> Non
 
 
 @pytest.mark.anyio
-async def test_targets_of_variants_are_named_in_errors() -> None:
+async def test_target_is_named_in_errors() -> None:
     async with FakeKubernetes() as api:
-        variants = [
-            {"name": "a", "target": "deployment/a", "price": 1},
-            {"name": "b", "target": "b", "price": 1},
-        ]
         signals = {"replicas": ["http://127.0.0.1:1"]}
-        kubernetes = {"api": api.url, "namespace": "prod", "variants": variants}
+        kubernetes = {"api": api.url, "namespace": "prod", "target": "b"}
         config = read(FleetConfig, {"policy": {"capacity": 1}, "signals": signals, "kubernetes": kubernetes})
-        with pytest.raises(
-            ValueError, match=r"^kubernetes.variants\[1\].target: got 'b'; expected KIND/NAME"
-        ):
+        with pytest.raises(ValueError, match=r"target: got 'b'; expected KIND/NAME"):
             await run_controller(config, asyncio.Event())
 
 

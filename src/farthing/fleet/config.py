@@ -37,18 +37,6 @@ class SignalsConfig:
 
 
 @dataclass(frozen=True)
-class VariantConfig:
-    """One kind of replica with its own `/scale` target."""
-
-    name: str
-    target: str  # KIND/NAME
-    price: float  # per hour
-    size: float = 1.0  # capacity relative to policy.capacity
-    spot: bool = False
-    max_replicas: int = 1000
-
-
-@dataclass(frozen=True)
 class KubernetesConfig:
     """The API server and the scaled resources."""
 
@@ -56,17 +44,9 @@ class KubernetesConfig:
     context: str | None = None
     namespace: str | None = None  # default: the pod's own
     target: str | None = None  # KIND/NAME: deployment, statefulset, leaderworkerset
-    variants: tuple[VariantConfig, ...] = ()  # instead of `target`: scale the cheapest mix of these
-    spot_share: float = 0.5  # maximum share of the need on spot variants
     patch: bool = True  # False: only read, for an HPA or KEDA that scales
     lease: str | None = "farthing-fleet"  # None: no election, for a single controller
     identity: str | None = None  # default: the host name (the pod's name)
-
-    def __post_init__(self) -> None:
-        if self.variants and self.target is not None:
-            raise ValueError("kubernetes: target and variants are both set; expected one of them")
-        if not 0 <= self.spot_share <= 1:
-            raise ValueError(f"kubernetes.spot_share: got {self.spot_share}; expected a number in [0, 1]")
 
 
 @dataclass(frozen=True)

@@ -144,15 +144,13 @@ async def serve_metrics(config: FleetConfig, controller: Controller, stack: Asyn
 
 
 async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
-    """A /scale patch if a target or variants are configured, else a read-only actuator."""
+    """A /scale patch if a target is configured, else a read-only actuator."""
     kubernetes = config.kubernetes
-    if kubernetes is None or (kubernetes.target is None and not kubernetes.variants):
+    if kubernetes is None or kubernetes.target is None:
         return ReadOnly()
     from farthing.fleet.actuators.kubernetes import connect, pod_namespace
     from farthing.fleet.actuators.lease import Elector, LeaseConfig
-    from farthing.fleet.actuators.mixed import MixedScale
     from farthing.fleet.actuators.scale import ScalePatch, Target
-    from farthing.fleet.variants import Variant
 
     client = connect(kubernetes.api, kubernetes.context)
     namespace = kubernetes.namespace or pod_namespace()
@@ -160,18 +158,7 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
     if kubernetes.lease and kubernetes.patch:
         identity = kubernetes.identity or socket.gethostname()
         elector = Elector(client, LeaseConfig(kubernetes.lease, namespace, identity))
-    actuator: Actuator
-    if kubernetes.variants:
-        kinds = [Variant(v.name, v.price, v.size, v.spot, v.max_replicas) for v in kubernetes.variants]
-        places = [
-            Target.parse(v.target, namespace, f"kubernetes.variants[{i}].target")
-            for i, v in enumerate(kubernetes.variants)
-        ]
-        scales = [ScalePatch(client, place, elector) for place in places]
-        actuator = MixedScale(kinds, scales, kubernetes.spot_share)
-    else:
-        assert kubernetes.target is not None
-        actuator = ScalePatch(client, Target.parse(kubernetes.target, namespace), elector)
+    actuator = ScalePatch(client, Target.parse(kubernetes.target, namespace), elector)
     if not kubernetes.patch:
         return ReadOnly(actuator)
     await actuator.start()
