@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
-import sys
 import time
 from collections.abc import Iterator
 
@@ -14,22 +13,10 @@ import pytest
 
 from farthing.server.auth import KeyRing
 from farthing.server.config import ServerConfig
-from farthing.server.connection_protocol import protocol
-from farthing.server.connections import Connections, GuardedH11
 from farthing.server.run import connection_limit, listen
 from tests.server.harness import Running, ScriptedEngine, running, until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
-
-
-@pytest.fixture(params=["httptools", "h11"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "h11":
-        monkeypatch.setitem(sys.modules, "farthing.server.connections_httptools", None)
-        assert issubclass(protocol(Connections(1, 1, 1.0)), GuardedH11)  # type: ignore[arg-type]
-    else:
-        pytest.importorskip("httptools")
-    return str(request.param)
 
 
 @contextlib.contextmanager
@@ -70,7 +57,7 @@ def test_small_parts_of_an_answer_are_sent_at_once() -> None:
 
 
 @pytest.mark.parametrize("pieces", [1, 200])
-def test_head_of_megabytes_is_rejected_early(implementation: str, pieces: int) -> None:
+def test_head_of_megabytes_is_rejected_early(pieces: int) -> None:
     with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
         sent = 0
         with contextlib.suppress(ConnectionError):
@@ -87,18 +74,18 @@ def test_head_of_megabytes_is_rejected_early(implementation: str, pieces: int) -
 @pytest.mark.parametrize(
     "head", [b"x: " + b"y" * 40_000 + b"\r\n\r\n", b"x: y\r\n" * 9_000 + b"\r\n"], ids=["long", "many"]
 )
-def test_head_in_one_packet_is_measured_too(implementation: str, head: bytes) -> None:
+def test_head_in_one_packet_is_measured_too(head: bytes) -> None:
     with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
         connection.sendall(HEAD + head)
         connection.shutdown(socket.SHUT_WR)
         assert b" 431 " in answer(connection)
 
 
-def test_pipeline_is_bounded_and_what_was_accepted_is_answered(implementation: str) -> None:
+def test_pipeline_is_bounded_and_what_was_accepted_is_answered() -> None:
     with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
         connection.sendall((HEAD + b"\r\n") * 2_000)
         answers = answer(connection).count(b"HTTP/1.1 200 ")
-        assert answers == (33 if implementation == "httptools" else 2_000)  # h11 reads them one by one
+        assert answers == 33
         assert healthy(server)
 
 
@@ -111,7 +98,6 @@ BODY = b'{"prompt": "x", "max_tokens": 1}'
 
 @pytest.mark.parametrize("extension", [b"", b";a=b"])
 def test_tiny_chunks_are_rejected(extension: bytes) -> None:
-    pytest.importorskip("httptools")
     with running(ScriptedEngine()) as server, sockets(server, 2) as (many, few):
         with contextlib.suppress(ConnectionError):
             many.sendall(CHUNKED + b"1%s\r\n \r\n" % extension * 50_000)
@@ -124,7 +110,6 @@ def test_tiny_chunks_are_rejected(extension: bytes) -> None:
 
 def test_trailers_are_ignored_and_bounded() -> None:
     """They were appended to the headers, without a limit on their number."""
-    pytest.importorskip("httptools")
     body = CHUNKED + b"%x\r\n%s\r\n0\r\n" % (len(BODY), BODY)
     with running(ScriptedEngine(), keys=KeyRing(["me:secret"])) as server, sockets(server, 2) as (many, few):
         with contextlib.suppress(ConnectionError):
@@ -138,7 +123,6 @@ def test_trailers_are_ignored_and_bounded() -> None:
 
 @pytest.mark.parametrize(("version", "status"), [("1.0", b"200"), ("0.9", b"400"), ("2.0", b"400")])
 def test_versions_of_http(version: str, status: bytes) -> None:
-    pytest.importorskip("httptools")  # h11 does not tell them apart
     with running(ScriptedEngine()) as server, sockets(server, 1) as (connection,):
         connection.sendall(HEAD.replace(b"1.1", version.encode()) + b"Connection: close\r\n\r\n")
         received = answer(connection)
@@ -146,7 +130,7 @@ def test_versions_of_http(version: str, status: bytes) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET", HEAD, HEAD + b"x: y"])
-def test_head_that_never_ends(implementation: str, sent: bytes) -> None:
+def test_head_that_never_ends(sent: bytes) -> None:
     with running(ScriptedEngine(), header_timeout=0.3) as server, sockets(server, 1) as (connection,):
         connection.sendall(sent)
         began = time.monotonic()
@@ -155,7 +139,7 @@ def test_head_that_never_ends(implementation: str, sent: bytes) -> None:
         assert (b" 408 " in received) == bool(sent)
 
 
-def test_slow_drip_does_not_extend_the_timeout(implementation: str) -> None:
+def test_slow_drip_does_not_extend_the_timeout() -> None:
     with running(ScriptedEngine(), header_timeout=0.5) as server, sockets(server, 1) as (connection,):
         began = time.monotonic()
         with pytest.raises(OSError):
@@ -165,7 +149,7 @@ def test_slow_drip_does_not_extend_the_timeout(implementation: str) -> None:
         assert time.monotonic() - began < 8
 
 
-def test_second_request_has_its_own_timeout(implementation: str) -> None:
+def test_second_request_has_its_own_timeout() -> None:
     with running(ScriptedEngine(["x"] * 10, step=0.1), header_timeout=0.8) as server:
         with httpx.Client(base_url=server.url) as client:  # one connection
             for _ in range(3):  # a one-second answer is not cut by the head timeout
@@ -181,7 +165,7 @@ def test_second_request_has_its_own_timeout(implementation: str) -> None:
             assert b" 408 " not in answer(connection)
 
 
-def test_body_after_its_rejection_does_not_keep_the_connection(implementation: str) -> None:
+def test_body_after_its_rejection_does_not_keep_the_connection() -> None:
     with running(ScriptedEngine(), max_body_bytes=10, header_timeout=0.5) as server:
         with sockets(server, 1) as (connection,):
             connection.sendall(
@@ -197,7 +181,7 @@ def test_body_after_its_rejection_does_not_keep_the_connection(implementation: s
         until(lambda: not server.guard)
 
 
-def test_idle_sockets_are_closed_first(implementation: str) -> None:
+def test_idle_sockets_are_closed_first() -> None:
     with running(ScriptedEngine(), max_connections=20) as server, sockets(server, 100) as idle:
         until(lambda: server.guard.evicted >= 80)
         until(lambda: len(server.guard) <= 20)
@@ -206,7 +190,7 @@ def test_idle_sockets_are_closed_first(implementation: str) -> None:
     until(lambda: not server.guard)
 
 
-def test_busy_connections_are_not_closed(implementation: str) -> None:
+def test_busy_connections_are_not_closed() -> None:
     engine = ScriptedEngine(["x"], step=0.02, forever=True)
     with running(engine, max_connections=4) as server:  # three for one address
         streams = [

@@ -22,8 +22,7 @@ from farthing.eventloop import loop_factory
 from farthing.server.accounts import Accounts, machine_of
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
-from farthing.server.connection_protocol import protocol
-from farthing.server.connections import Connections
+from farthing.server.connections import Connections, protocol
 from farthing.server.log_limit import LogLimit
 from farthing.server.service import Service
 from farthing.server.trim import keep_trimmed
