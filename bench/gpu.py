@@ -5,7 +5,7 @@
 
 Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Our and torch's
 runs alternate; before each, 256 MiB are written so that no input is in L2. Times are medians. Without a GPU
-every row is printed as "not measured".
+only the reason is printed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,19 +181,8 @@ def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | Non
     )  # fmt: skip
 
 
-def cells(row: Row, result: Result | None) -> list[str]:
+def cells(row: Row, result: Result) -> list[str]:
     """The row as printed."""
-    if result is None:
-        return [
-            row.kernel,
-            row.size,
-            NOT_MEASURED,
-            NOT_MEASURED,
-            NOT_MEASURED,
-            NOT_MEASURED,
-            wanted(row),
-            "–",
-        ]
     peer = result.peer or "–"
     if result.peer_microseconds is not None:
         ratio = result.peer_microseconds / result.microseconds
@@ -275,16 +262,17 @@ def main(arguments: list[str] | None = None) -> int:
         return tune(Clock(options.rounds).medians, console, options.only)
     else:
         measured = run(rows, Clock(options.rounds), console)
-    table = [cells(row, measured.rows.get(row)) for row in rows]
-    shown = Table(*HEADINGS)
-    for line in table:
-        shown.add_row(*line)
-    console.print(shown)
+    table = [cells(row, result) for row, result in measured.rows.items()]
+    if table:
+        shown = Table(*HEADINGS)
+        for line in table:
+            shown.add_row(*line)
+        console.print(shown)
     console.print(measured.about, highlight=False)
     if options.page is not None:
         from page import fill
 
-        fill(options.page, "gpu", measured.about, markdown(table))
+        fill(options.page, "gpu", measured.about, markdown(table) if table else "")
     if options.into is not None:
         options.into.write_text(json.dumps(measured.document(), indent=1) + "\n")
     return 0

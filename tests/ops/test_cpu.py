@@ -354,9 +354,8 @@ def test_greedy_and_embedding(ops: CpuOps, ref: ReferenceOps, tokens: int) -> No
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 33, 1000])
-def test_softmax_and_norm(ops: CpuOps, ref: ReferenceOps, n: int) -> None:
+def test_norm(ops: CpuOps, ref: ReferenceOps, n: int) -> None:
     x = torch.randn(7, n) * 8
-    torch.testing.assert_close(ops.softmax(x), ref.softmax(x), atol=2e-6, rtol=1e-5)
     scale = norm(n)
     torch.testing.assert_close(ops.rms_norm(x, scale, EPS), ref.rms_norm(x, scale, EPS), atol=2e-5, rtol=1e-5)
     table = torch.randn(5, n).bfloat16()

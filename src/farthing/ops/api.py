@@ -367,10 +367,6 @@ class Ops(ABC):
         require_finite(total[:, None])
         return ids[:, 0].tolist()  # type: ignore[no-any-return]
 
-    def softmax(self, x: Tensor) -> Tensor:
-        """Softmax over the last dimension of float32 [T, N]. Optional: only benchmarks use it."""
-        return x.softmax(-1)
-
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         """Sample one token per row: logits [n, V] float32, divided by the temperature; uniform [n] float64 in
         (0, 1) -> [n] int64, where the cumulative probability exceeds uniform: over the vocabulary in order of

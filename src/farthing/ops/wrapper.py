@@ -121,8 +121,5 @@ class OpsWrapper(Ops):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return self._inner.top_logits(x, head, norm, eps, k)
 
-    def softmax(self, x: Tensor) -> Tensor:
-        return self._inner.softmax(x)
-
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         return self._inner.sample(logits, uniform, filters)

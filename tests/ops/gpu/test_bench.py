@@ -89,7 +89,7 @@ def test_every_row_of_the_table_is_known(bench: ModuleType) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: rows would be measured")
-def test_every_row_is_not_measured(
+def test_without_a_gpu_only_the_reason_is_written(
     bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
@@ -100,9 +100,7 @@ def test_every_row_is_not_measured(
     text = page.read_text()
     assert text.startswith("# A page\n") and text.endswith("<!-- end -->\n\nrest\n") and "old" not in text
     assert "Nothing was measured: no CUDA device" in text
-    lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
-    assert len(lines) == len(bench.ROWS)
-    assert all(line.count(bench.NOT_MEASURED) == 4 for line in lines)
+    assert "| " not in text
     document = json.loads(into.read_text())
     assert document["rows"] == [] and "CUDA" in document["reason"]
 

@@ -79,7 +79,7 @@ def test_no_rows() -> None:
     ops = GpuOps(torch.float32, DEVICE)
     x = torch.empty(0, 32, device=DEVICE)
     assert ops.rms_norm(x, torch.ones(32), EPS).shape == (0, 32)
-    assert ops.softmax(x).shape == (0, 32)
+    assert softmax(x).shape == (0, 32)
     table = torch.randn(5, 32).bfloat16()
     ids = torch.tensor([4, 0], device=DEVICE)
     assert torch.equal(ops.embed(ids, table).cpu(), REF.embed(ids.cpu(), table))

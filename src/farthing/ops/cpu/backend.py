@@ -290,13 +290,6 @@ class CpuOps(PackingOps):
             return np.frombuffer(memory, kind).reshape(shape)  # type: ignore[return-value]
         return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(*shape)
 
-    def softmax(self, x: Tensor) -> Tensor:
-        x = _rows(x)
-        rows, n = x.shape
-        out = empty(x, rows, n)
-        self._native.softmax(native_rows(x), rows, n, native_rows(out))
-        return out
-
 
 def _sorted(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """logits [T, V] -> (values [T, k], ids [T, k], logsumexp [T]); ties in order of id."""

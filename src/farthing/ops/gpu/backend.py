@@ -37,7 +37,6 @@ from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_row
 from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
-from farthing.ops.gpu.softmax import softmax
 from farthing.ops.gpu.sparse import find
 from farthing.ops.indexer import Indexer
 from farthing.ops.reference import identity_weight, largest
@@ -336,9 +335,6 @@ class GpuOps(Ops):
         self, x: Tensor, head: list[Part], norm: Tensor, eps: float, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         return largest(self.logits(x, head, norm, eps), k)
-
-    def softmax(self, x: Tensor) -> Tensor:
-        return softmax(_rows(x.float()))
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         if filters is None:
