@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.page is not None:
         from page import fill
 
-        fill(options.page, "gpu", measured.about, markdown(table) if table else "")
+        fill(options.page, "gpu", measured.about, *([markdown(table)] if table else []))
     if options.into is not None:
         options.into.write_text(json.dumps(measured.document(), indent=1) + "\n")
     return 0

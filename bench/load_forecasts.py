@@ -59,7 +59,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--traces", type=Path, required=True)
-    parser.add_argument("--models", default="mixture,growth,last-value,naive,ar,mix")
+    parser.add_argument("--models", default="mixture,growth,last-value,naive,ar")
     parser.add_argument("--only", help="names of traces; all by default")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -115,9 +115,6 @@ def forecasts(traces: Path) -> None:
     large, taxi = traces / "servegen_language_m-large_rate.csv", traces / "nab_nyc_taxi.csv.gz"
     cases = (
         (large, "naive", 600, 1, ""),
-        (large, "mix", 600, 1, "vs last >= 5 %, coverage 88-92 %"),
-        (taxi, "mix", 1800, 1, "WAPE <= 2.9"),
-        (taxi, "ridge", 1800, 1, ""),
         (taxi, "profile", 86400, 3, ""),
         (taxi, "prophet", 86400, 3, "WAPE <= 6.75"),
         (taxi, "day", 86400, 3, "WAPE <= 6.75, vs seasonal >= 10 %"),

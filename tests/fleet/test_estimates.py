@@ -200,11 +200,11 @@ def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.M
 def test_forecast_section_is_checked(tmp_path: Path) -> None:
     short, prophet = forecast_settings(
         {
-            "short": {"model": "ridge", "lstm": {"epochs": 2}},
+            "short": {"model": "profile", "lstm": {"epochs": 2}},
             "prophet": {"country": "DE", "events": [{"name": "sale", "dates": ["2026-11-27"]}]},
         }
     )
-    assert (short.model, short.lstm.epochs) == ("ridge", 2)
+    assert (short.model, short.lstm.epochs) == ("profile", 2)
     assert prophet.country == "DE" and prophet.events[0].dates == ("2026-11-27",)
     with pytest.raises(ValueError, match=r"forecast.arima: unknown field; expected short or prophet"):
         forecast_settings({"arima": {}})

@@ -25,7 +25,7 @@ app = typer.Typer(add_completion=False, help="Backtest the load forecasters on a
 
 EPILOG = """Examples:
 
-farthing forecast rates.csv --model mix --horizon 10m --json
+farthing forecast rates.csv --model mixture --horizon 10m --json
 
 farthing forecast taxi.csv.gz --model prophet --horizon 24h --country US"""
 

@@ -13,10 +13,7 @@ from farthing.fleet.forecast.backtest import Backtest, backtest
 from farthing.fleet.forecast.calendar import Event, calendar
 from farthing.fleet.forecast.day import Choice, DayForecaster
 from farthing.fleet.forecast.floor import SHARES, FloorShare, best_share, floor_losses
-from farthing.fleet.forecast.mix import Mix, profiles
-from farthing.fleet.forecast.names import make
 from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
-from farthing.fleet.forecast.ridge import RidgeAR
 from farthing.fleet.series import DAY_S, Series
 
 MONDAY = 4 * DAY_S  # 1970-01-05
@@ -38,12 +35,9 @@ def test_odd_day_does_not_recur_a_week_later() -> None:
     series, clean = weekly(57), weekly(57)
     odd = slice(49 * 24, 50 * 24)
     series.values[odd] *= 0.3
-    errors = {}
-    for name, model in (("profile", ProfileAR()), ("ridge", RidgeAR(weeks=2))):
-        model.fit(series.head(56 * 24))
-        errors[name] = wape(model.predict(series.values[: 56 * 24], 24), clean.values[56 * 24 :])
-    assert errors["profile"] < 6
-    assert errors["ridge"] > 2 * errors["profile"]
+    model = ProfileAR()
+    model.fit(series.head(56 * 24))
+    assert wape(model.predict(series.values[: 56 * 24], 24), clean.values[56 * 24 :]) < 6
 
 
 def test_todays_departure_is_extrapolated() -> None:
@@ -131,14 +125,6 @@ def test_calendar_marks_holidays_bridges_eves_and_events() -> None:
     assert not calendar(begin, DAY_S, 7, None).special.any()
     with pytest.raises(ValueError, match="ISO code"):
         calendar(begin, DAY_S, 7, "Atlantis")
-
-
-def test_mix_includes_the_profiles() -> None:
-    series = weekly(50)
-    plain = backtest(series, Mix(experts=[RidgeAR()]), 3600, Backtest(begin=0.8), lambda text: None)
-    mixed = Mix(experts=[RidgeAR()], slow=profiles())
-    assert backtest(series, mixed, 3600, Backtest(begin=0.8), lambda text: None)["wape"] < plain["wape"]
-    assert [part.name for part in make("mix", "US").slow] == ["profile4", "profile6"]  # type: ignore[attr-defined]
 
 
 def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPatch) -> None:

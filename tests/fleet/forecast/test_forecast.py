@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing.cli.forecast import app
-from farthing.fleet.forecast.backtest import Backtest, backtest, parse_horizon
+from farthing.fleet.forecast.autoregression import AbsoluteAR
+from farthing.fleet.forecast.backtest import backtest, parse_horizon
 from farthing.fleet.forecast.base import LastValue, Seasonal
 from farthing.fleet.forecast.conformal import Conformal
 from farthing.fleet.forecast.growth import (
@@ -20,9 +21,7 @@ from farthing.fleet.forecast.growth import (
     trailing_max,
     trailing_mean,
 )
-from farthing.fleet.forecast.mix import Mix
 from farthing.fleet.forecast.names import make
-from farthing.fleet.forecast.ridge import AbsoluteAR, RidgeAR
 from farthing.fleet.forecast.short import ShortTerm
 from farthing.fleet.series import Series
 
@@ -48,16 +47,9 @@ def test_naive_and_seasonal() -> None:
     assert season.predict(values, 3).tolist() == [24, 25, 26]
 
 
-@pytest.mark.parametrize("model", [AbsoluteAR(), RidgeAR(), Mix(experts=[LastValue(), AbsoluteAR()])])
-def test_models_beat_the_last_value_on_predictable_loads(model: AbsoluteAR | RidgeAR | Mix) -> None:
-    report = backtest(oscillating(), model, 600, progress=lambda text: None)
+def test_autoregression_beats_the_last_value_on_predictable_loads() -> None:
+    report = backtest(oscillating(), AbsoluteAR(), 600, progress=lambda text: None)
     assert report["skill_vs_last"] > 70
-
-
-def test_ridge_learns_daily_and_weekly_seasons() -> None:
-    report = backtest(daily(56), RidgeAR(weeks=2), 86400, Backtest(begin=0.6), lambda text: None)
-    assert report["skill_vs_seasonal"] > 5
-    assert report["wape"] < 4
 
 
 def test_conformal_keeps_its_coverage_under_drift() -> None:
@@ -85,7 +77,7 @@ def test_skill_against_a_faultless_reference_is_undefined(tmp_path: Path) -> Non
     path = tmp_path / "load.csv"
     for load in (5.0, 0.0):
         path.write_text("t_s,total_rate_rps\n" + "\n".join(f"{600 * n},{load}" for n in range(200)))
-        for model in ("mixture", "ridge"):
+        for model in ("mixture", "ar"):
             result = CliRunner().invoke(app, [str(path), "--model", model, "--json"])
             assert result.exit_code == 0, result.output
             report = json.loads(result.stdout)

@@ -135,7 +135,7 @@ def quantile_fit(
 
 
 class Blocks:
-    """A path forecaster (`mix`, `ridge`, `ar`, …) as a member: forecasts the next block's mean.
+    """A path forecaster (`ar`, `profile`) as a member: forecasts the next block's mean.
 
     A block is one lead long. The mixture's calibration turns the mean into a 0.9 quantile. With several runs,
     the first run's forecast relative to its level is used for all.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from farthing.fleet.forecast.base import Forecaster, LastValue, Seasonal
 from farthing.fleet.series import DAY_S
 
-PATHS = ("naive", "seasonal", "seasonal-week", "ridge", "ar", "profile", "mix", "prophet", "day")
+PATHS = ("naive", "seasonal", "seasonal-week", "ar", "profile", "prophet", "day")
 
 
 def make(model: str, country: str | None = None) -> Forecaster:
@@ -16,18 +16,10 @@ def make(model: str, country: str | None = None) -> Forecaster:
         return Seasonal(DAY_S)
     if model == "seasonal-week":
         return Seasonal(7 * DAY_S)
-    if model == "ridge":
-        from farthing.fleet.forecast.ridge import RidgeAR
-
-        return RidgeAR()
     if model == "ar":
-        from farthing.fleet.forecast.ridge import AbsoluteAR
+        from farthing.fleet.forecast.autoregression import AbsoluteAR
 
         return AbsoluteAR()
-    if model == "mix":
-        from farthing.fleet.forecast.mix import Mix, profiles
-
-        return Mix(slow=profiles(country))
     if model == "profile":
         from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 GRID_S = 60.0
 KEPT = 14 * 24 * 60  # steps of the history
 MIXTURE = ("lstm", "lstm-shipped", "regression", "growth", "last-value")
-BLOCKS = ("mix", "ridge", "ar", "profile")  # path forecasters that are members on their own
+BLOCKS = ("ar", "profile")  # path forecasters that are members on their own
 SHORT_MODELS = ("mixture", *MIXTURE, *BLOCKS)
 
 
