@@ -18,7 +18,7 @@ LEVELS = (
     {"ops"},
     {"checkpoint"},
     {"model"},
-    {"parallel"},
+    {"parallel", "hub"},
     {"planner", "engine"},
     {"llm", "server", "fleet", "compress", "train"},
     {"bench", "doctor"},

@@ -1,30 +1,69 @@
-"""Find a model: the embedded one by name, a local directory, or a Hugging Face hub id."""
+"""Find a model: the embedded one by name, a local directory, or a Hugging Face hub id.
+
+Of a hub id, config.json is read and judged first; only then are the files downloaded that serving reads.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
+
+from farthing.checkpoint.quantization import quantization_in, read_quantization
+from farthing.checkpoint.reader import CONFIG, PARAMS, has_config, read_config
+from farthing.checkpoint.shards import INDEX, MISTRAL_INDEX, SINGLE, read_index, unread_format
+from farthing.model.config import ModelConfig
 
 EMBEDDED = "mite"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # "./x" and "../x" are paths
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+_SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
+_PARALLEL = 8  # files
 
 
 def resolve_model(model: str | Path) -> Path:
-    """The directory with a model's config.json. Hub ids are downloaded with huggingface_hub.
+    """The directory of a model. A hub id is downloaded with huggingface_hub, after its config.json is judged.
 
     Raises FileNotFoundError or ValueError with the accepted values.
     """
+    found = _local(model)
+    return _download(str(model), weights=True) if found is None else found
+
+
+def resolve_config(model: str | Path) -> Path:
+    """A directory with the model's config.json, judged; of a hub id nothing else is downloaded.
+
+    Raises FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
+    """
+    found = _local(model)
+    if found is None:
+        return _download(str(model), weights=False)
+    judge(found)
+    return found
+
+
+def judge(path: Path) -> None:
+    """Raise ConfigError or CheckpointError for a config.json that cannot be served, before weights are
+    looked for."""
+    raw = read_config(path)
+    ModelConfig.from_json(raw)
+    if quantization := quantization_in(raw):
+        read_quantization(quantization)
+
+
+def _local(model: str | Path) -> Path | None:
+    """The directory of a model on this machine; None for a hub id."""
     path = Path(model).expanduser()
-    if any((path / name).is_file() for name in ("config.json", "params.json")):
+    if has_config(path):
         return path
     if str(model) == EMBEDDED:
         return _embedded()
     if path.exists():
-        raise FileNotFoundError(
-            f"model: got {str(model)!r}, which has no config.json; expected a Hugging Face model directory"
-        )
+        raise FileNotFoundError(f"model: got {str(model)!r}; {_defect(path)}")
     if str(model) == _FORMER_NAME:
         raise FileNotFoundError(
             f"model: got {_FORMER_NAME!r}, the former name of the embedded model; expected {EMBEDDED!r}"
@@ -34,12 +73,19 @@ def resolve_model(model: str | Path) -> Path:
             f"model: got {str(model)!r}; expected '{EMBEDDED}', a directory, or a hub id like 'owner/name' "
             "(names of published models are known only to `farthing inspect` and `farthing plan`)"
         )
-    return _download(str(model))
+    return None
+
+
+def _defect(path: Path) -> str:
+    """Why an existing path is not a model directory."""
+    names = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
+    expected = "expected a Hugging Face model directory"
+    return unread_format(names, expected) or f"it has no {CONFIG}; {expected}"
 
 
 def _embedded() -> Path:
     path = Path(__file__).parent / "assets" / EMBEDDED
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"the embedded model is not installed ({path} has no config.json); pass a directory or a hub id, "
             f"or train it with: farthing train {EMBEDDED}"
@@ -47,12 +93,113 @@ def _embedded() -> Path:
     return path
 
 
-def _download(model: str) -> Path:
+def _download(model: str, weights: bool) -> Path:
+    """The directory of a hub id: its configuration, and with `weights` what else serving reads."""
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import RepositoryNotFoundError
     except ImportError as error:
         raise ValueError(
             f"model: got {model!r}, which is not a local directory; downloading it from the hub needs: "
             "pip install huggingface_hub"
         ) from error
-    return Path(snapshot_download(model, allow_patterns=_FILES))
+    try:
+        info = HfApi().model_info(model, files_metadata=True)
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"model: got {model!r}, which the hub does not show; expected the id of a public model, or "
+            "HF_TOKEN set to a token that may read it"
+        ) from error
+    except Exception as error:  # the classes of connection errors differ between versions of the library
+        return _cached(model, _first_line(error), weights)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
+    repository = _Repository(model, sizes)
+    path = repository.config()
+    if weights:
+        repository.fetch_all(path)
+    return path
+
+
+def _cached(model: str, reason: str, weights: bool) -> Path:
+    """What the cache has of a model while the hub cannot be reached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    unreached = f"the hub cannot be reached ({reason}); expected a connection, a cached model or a directory"
+    files = (try_to_load_from_cache(model, name) for name in (CONFIG, PARAMS))
+    path = next((Path(file).parent for file in files if isinstance(file, str)), None)
+    if path is None:
+        raise FileNotFoundError(f"model: got {model!r}, which is not in the cache, and {unreached}")
+    judge(path)
+    names = [file.name for file in path.iterdir()]
+    if weights and (absent := [n for n in _weights(model, names, path) if n not in names]):
+        raise FileNotFoundError(
+            f"model: got {model!r}, of which the cache lacks {len(absent)} files such as {absent[0]}, "
+            f"and {unreached}"
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class _Repository:
+    """The newest revision of a hub repository."""
+
+    model: str
+    sizes: Mapping[str, int]  # of the files in its top folder, bytes; 0 where the hub does not say
+
+    def config(self) -> Path:
+        """Fetch the configuration alone and judge it; returns its directory."""
+        name = next((n for n in (CONFIG, PARAMS) if n in self.sizes), None)
+        if name is None:
+            expected = f"expected a repository with {CONFIG}"
+            said = unread_format(self.sizes, expected) or f"it has no {CONFIG}; {expected}"
+            raise FileNotFoundError(f"model: got {self.model!r}; {said}")
+        path = self._fetch(name, None).parent  # by the name of its branch, for the cache to know it
+        judge(path)
+        return path
+
+    def fetch_all(self, path: Path) -> None:
+        """Fetch what serving reads: one set of weights, and the small files beside them."""
+        indices = [name for name in (INDEX, MISTRAL_INDEX) if name in self.sizes]
+        if indices:
+            self._fetch(indices[0], path.name)
+        small = [n for n in self.sizes if any(fnmatchcase(n, p) for p in _SMALL) and n not in indices[1:]]
+        wanted = [*small, *_weights(self.model, self.sizes, path)]
+        absent = [name for name in wanted if not (path / name).is_file()]  # `path` is named by the revision
+        needed, free = sum(self.sizes.get(n, 0) for n in absent), shutil.disk_usage(path).free
+        if needed > free:
+            raise OSError(
+                f"model: {self.model} needs {needed / 1e9:.1f} GB more, and {path} has {free / 1e9:.1f} GB "
+                "free; free some space, or set HF_HOME to a directory on another disk"
+            )
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            list(pool.map(lambda name: self._fetch(name, path.name), absent))
+
+    def _fetch(self, name: str, revision: str | None) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import GatedRepoError
+
+        try:
+            return Path(hf_hub_download(self.model, name, revision=revision))
+        except GatedRepoError as error:
+            raise ValueError(
+                f"model: got {self.model!r}, which is gated; expected HF_TOKEN set to a token of an account "
+                "that has accepted its terms"
+            ) from error
+        except Exception as error:
+            raise OSError(f"model: cannot download {name} of {self.model}: {_first_line(error)}") from error
+
+
+def _weights(model: str, names: Collection[str], path: Path) -> list[str]:
+    """The weight files that `Checkpoint` would read, of all that there are. The index is in `path`."""
+    if index := next((name for name in (INDEX, MISTRAL_INDEX) if name in names), None):
+        return sorted(set(read_index(path / index).values()))
+    if SINGLE in names:
+        return [SINGLE]
+    expected = f"expected {SINGLE} or {INDEX}"
+    raise FileNotFoundError(
+        f"model: got {model!r}; {unread_format(names, expected) or f'it has no weights; {expected}'}"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from farthing.model import ConfigError, ModelConfig
 from farthing.model.rope import frequencies, rope_table, score_scale
+from farthing.model.types import TYPES
+from farthing.model.types.unserved import UNSERVED
 from farthing.planner.published import published_config
 from tests.tiny import V3
 
@@ -44,13 +48,17 @@ def test_aliases_of_newer_files() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(model_type="llama"), r"model_type: got 'llama'; expected one of .*deepseek_v3"),
-        (dict(model_type="deepseek_v33"), r"expected one of .*; the closest is 'deepseek_v3'"),
+        (dict(model_type="abacus"), r"model_type: got 'abacus'; expected one of .*deepseek_v3[^?]*$"),
+        (dict(model_type="deepseek_v33"), r"expected one of .*; did you mean 'deepseek_v3'\?"),
         (dict(hidden_size=None), r"hidden_size: got null; expected a positive integer"),
         (dict(hidden_size=-1), r"hidden_size: got -1; expected a positive integer"),
         (dict(qk_rope_head_dim=63), r"qk_rope_head_dim: got 63; expected an even number"),
         (dict(rope_scaling=dict(type="longrope")), r"rope_scaling.type: got 'longrope'; expected 'yarn'"),
         (dict(n_group=7), r"n_group: got 7; expected a divisor of n_routed_experts = 256"),
+        (
+            dict(n_group=256, topk_group=8),
+            r"n_group: got 256; expected at most 128, half of n_routed_experts",
+        ),
         (dict(topk_group=9), r"topk_group: got 9; expected 1…8"),
         (dict(topk_method="best"), r"topk_method: got 'best'; expected 'noaux_tc'"),
         (dict(hidden_act="gelu"), r"hidden_act: got 'gelu'; expected 'silu'"),
@@ -75,6 +83,30 @@ def test_aliases_of_newer_files() -> None:
 def test_errors_name_field_value_and_accepted_values(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_json(V3 | change)
+
+
+@pytest.mark.parametrize("name", sorted(UNSERVED))
+def test_popular_types_name_what_is_not_served(name: str) -> None:
+    assert name not in TYPES  # a type that is added leaves the list
+    with pytest.raises(ConfigError) as refused:
+        ModelConfig.from_json({"model_type": name})
+    assert f"got '{name}', whose {UNSERVED[name]} not served yet; expected one of" in str(refused.value)
+    assert "did you mean" not in str(refused.value)
+
+
+def test_correction_range_of_yarn_is_rounded_unless_truncate_is_false() -> None:
+    """Fast and slow pairs as in Hugging Face: the ramp starts and ends between two pairs."""
+    scaling = dict(V3["rope_scaling"], truncate=False)
+    exact = ModelConfig.from_json(V3 | {"rope_scaling": scaling}).rope
+    rounded = ModelConfig.from_json(V3 | {"rope_scaling": scaling | {"truncate": True}}).rope
+    assert rounded == ModelConfig.from_json(V3).rope != exact
+    pairs = 10000.0 ** (-np.arange(0, 64, 2) / 64)
+    turns = [64 * math.log(4096 / (beta * 2 * math.pi)) / (2 * math.log(10000.0)) for beta in (32, 1)]
+    ramp = ((np.arange(32) - turns[0]) / (turns[1] - turns[0])).clip(0, 1)
+    assert frequencies(exact, 64) == pytest.approx(pairs * (1 - ramp) + pairs / 40 * ramp, rel=1e-5)
+    assert frequencies(rounded, 64) != pytest.approx(frequencies(exact, 64), rel=1e-2)
+    with pytest.raises(ConfigError, match=r"rope_scaling\.truncate: got 'no'; expected true or false"):
+        ModelConfig.from_json(V3 | {"rope_scaling": scaling | {"truncate": "no"}})
 
 
 def test_directory_errors(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def yarn(rng: random.Random, **more: Any) -> dict[str, Any]:
         original_max_position_embeddings=32,
         beta_fast=32.0,
         beta_slow=1.0,
+        truncate=rng.random() < 0.5,
         mscale=1.0,
         mscale_all_dim=rng.choice([1.0, 0.707]),
         **more,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MISTRAL_INDEX = "consolidated.safetensors.index.json"
+_UNREAD = {".gguf": "GGUF", ".bin": "pickled PyTorch", ".pth": "pickled PyTorch", ".onnx": "ONNX"}
 _TAIL = 4096
 _SMALL = 64 << 10  # tensors up to this size are copied: a view would keep the file mapped
 _RESIDENT = 64 << 20  # bytes returned before the files are remapped
@@ -44,7 +45,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_index(file: Path) -> dict[str, str]:
+def read_index(file: Path) -> dict[str, str]:
     """Tensor name -> file name. Only plain .safetensors names, so an index cannot point elsewhere."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -56,6 +57,13 @@ def _read_index(file: Path) -> dict[str, str]:
                 "expected the name of a .safetensors file in the same directory"
             )
     return weight_map
+
+
+def unread_format(names: Iterable[str], expected: str) -> str | None:
+    """A clause for an error about weights in a format that is not read; None if there are none."""
+    suffixes = {PurePosixPath(name).suffix for name in names}
+    found = next((kind for suffix, kind in _UNREAD.items() if suffix in suffixes), None)
+    return found and f"the weights are {found}, which is not read yet; {expected} with safetensors"
 
 
 def _is_plain(name: str) -> bool:
@@ -75,13 +83,13 @@ class Shards:
         self.reading: Callable[[str], None] = lambda name: None  # called with what `read` returns
         self.file_of: dict[str, str]
         if index := next((i for i in (INDEX, MISTRAL_INDEX) if (path / i).is_file()), None):
-            self.file_of = _read_index(path / index)
+            self.file_of = read_index(path / index)
         elif (path / SINGLE).is_file():
             self.file_of = dict.fromkeys(ArrayFile(path / SINGLE).names(), SINGLE)
         else:
-            raise CheckpointError(
-                f"{path}: has neither {SINGLE} nor {INDEX}; expected a Hugging Face directory"
-            )
+            expected = "expected a Hugging Face model directory"
+            defect = unread_format(map(str, path.glob("*")), expected)
+            raise CheckpointError(f"{path}: {defect or f'has neither {SINGLE} nor {INDEX}; {expected}'}")
 
     def read(self, name: str) -> Tensor:
         """The tensor as stored: a view of the mapped file, or a copy if it is small.

@@ -144,7 +144,8 @@ def _device(gpu: str | None, devices: dict[str, Ceilings]) -> Ceilings | None:
 def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     """Read a checkpoint's headers or a bare config.json."""
     from farthing.checkpoint import Checkpoint
-    from farthing.hub import resolve_model
+    from farthing.checkpoint.reader import read_config
+    from farthing.hub import resolve_config
     from farthing.model import ModelConfig
     from farthing.model.load import config_of
     from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
@@ -164,9 +165,13 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     if file.suffix == ".json":
         raise ValueError(f"model: got {model!r}, not a file; expected the path of a config.json")
     try:
-        checkpoint = Checkpoint.open(resolve_model(model))
+        path = resolve_config(model)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; {closest(model)}") from None
+    if not list(path.glob("*.safetensors*")):  # of a hub id
+        raw = read_config(path)
+        return ModelConfig.from_json(raw), stored_by_config(raw), raw
+    checkpoint = Checkpoint.open(path)
     return config_of(checkpoint), stored_by_checkpoint(checkpoint.path), checkpoint.config
 
 

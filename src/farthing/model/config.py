@@ -322,6 +322,11 @@ def check_config(c: ModelConfig) -> None:
         return
     if c.n_group < 1 or experts % c.n_group:
         raise ConfigError(f"n_group: got {c.n_group}; expected a divisor of n_routed_experts = {experts}")
+    if c.topk_method == "noaux_tc" and experts == c.n_group > 1:
+        raise ConfigError(
+            f"n_group: got {c.n_group}; expected at most {experts // 2}, half of n_routed_experts: a group's "
+            "score is the sum of its two best experts"
+        )
     reachable = c.topk_group * (experts // c.n_group)
     if not 1 <= c.topk_group <= c.n_group or reachable < c.num_experts_per_tok:
         raise ConfigError(

@@ -43,8 +43,10 @@ def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
             / (2 * math.log(rope.theta))
         )
 
-    low = max(math.floor(pair_that_turns(rope.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(rope.beta_slow)), dim - 1)
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
     width = np.float32(max(high - low, 0.001))
     ramp = ((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / width).clip(0, 1)
     mixed: NDArray[np.float32] = theta * (1 - ramp) + theta / np.float32(rope.factor) * ramp

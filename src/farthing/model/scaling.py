@@ -19,6 +19,7 @@ class RopeConfig:
     original_max_position: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True  # whether the range of pairs between the two betas is rounded to whole pairs
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
     attention_factor: float | None = None  # scale of cos and sin; None: computed from the two fields above
@@ -69,6 +70,7 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
         ),
         beta_fast=read("beta_fast", 32.0),
         beta_slow=read("beta_slow", 1.0),
+        truncate=True if p.get("truncate") is None else checked.flag(f"{name}.truncate", p["truncate"]),
         mscale=read("mscale", 0.0, -1e-9),
         mscale_all_dim=read("mscale_all_dim", 0.0, -1e-9),
         attention_factor=None if p.get("attention_factor") is None else read("attention_factor", 1.0),

@@ -42,7 +42,7 @@ def published_config(name: str) -> dict[str, Any] | None:
 
 def closest(name: str) -> str:
     """A hint for an unknown name: all known names and the closest match."""
-    close = get_close_matches(name.lower(), published(), n=1, cutoff=0.5)
+    close = get_close_matches(name.lower(), published(), n=1, cutoff=0.75)
     hint = f"; the closest is {close[0]!r}" if close else ""
     family = next((known for known in _UNSUPPORTED if name.lower().startswith(known)), None)
     refused = f"{family} is not supported; " if family else ""

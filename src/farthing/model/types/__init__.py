@@ -22,6 +22,7 @@ from farthing.model.types import (
     sarvam_mla,
 )
 from farthing.model.types.base import ModelType, Names
+from farthing.model.types.unserved import why_unserved
 
 __all__ = ["TYPES", "ModelType", "Names", "type_named", "type_of"]
 
@@ -44,9 +45,12 @@ TYPES: Mapping[str, ModelType] = {
     )
 }
 
+_SIMILAR = 0.85  # of 1: a slip of the keyboard, not another family's name
+
 
 def type_of(raw: Mapping[str, Any]) -> ModelType:
-    """The type of a config.json. Raises ConfigError with the known types and the closest match."""
+    """The type of a config.json. Raises ConfigError with the known types, and why a popular type is not one
+    of them or else the name that is most likely meant."""
     return type_named(raw.get("model_type"))
 
 
@@ -54,6 +58,9 @@ def type_named(name: object) -> ModelType:
     """The type of that name; raises ConfigError as `type_of` does."""
     if isinstance(name, str) and name in TYPES:
         return TYPES[name]
-    close = get_close_matches(str(name), TYPES, n=1, cutoff=0.5)
-    hint = f"; the closest is {close[0]!r}" if close else ""
-    raise ConfigError(f"model_type: got {name!r}; expected one of {', '.join(sorted(TYPES))}{hint}")
+    known = ", ".join(sorted(TYPES))
+    if reason := why_unserved(name):
+        raise ConfigError(f"model_type: got {name!r}, whose {reason} not served yet; expected one of {known}")
+    close = get_close_matches(str(name), TYPES, n=1, cutoff=_SIMILAR)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ConfigError(f"model_type: got {name!r}; expected one of {known}{hint}")

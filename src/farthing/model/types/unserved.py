@@ -1,0 +1,24 @@
+"""Popular model types that are not served, by what they would need. A type that is added leaves this list."""
+
+from __future__ import annotations
+
+_NEEDS = {
+    "grouped-query attention is": (
+        "apertus", "arcee", "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
+        "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4", "glm4_moe", "glm4v_moe",
+        "gpt_oss", "granite", "granitemoe", "hunyuan_v1_moe", "llama", "llama4", "llama4_text", "minimax_m2",
+        "ministral", "mistral", "mixtral", "olmo3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+        "qwen3_moe", "qwen3_vl_moe", "seed_oss", "smollm3", "starcoder2",
+    ),
+    "linear attention is": ("kimi_linear", "minimax", "qwen3_5", "qwen3_5_moe", "qwen3_next"),
+    "state-space layers are": (
+        "bamba", "falcon_h1", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h", "zamba2",
+    ),
+    "compressed attention is": ("deepseek_v4", "deepseek_v41"),
+}  # fmt: skip
+UNSERVED = {name: reason for reason, names in _NEEDS.items() for name in names}
+
+
+def why_unserved(name: object) -> str | None:
+    """What a type needs, as the subject of "... not served yet"; None for a type that is not listed."""
+    return UNSERVED.get(name) if isinstance(name, str) else None

@@ -1,0 +1,218 @@
+"""Hub ids against a local hub over HTTP: what is requested, in which order, and what errors say."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from typer.testing import CliRunner
+
+from farthing.checkpoint import CheckpointError
+from farthing.cli.app import app
+from farthing.hub import resolve_config, resolve_model
+from farthing.model import ConfigError
+from tests.tiny import SMALL_V3
+
+pytest.importorskip("huggingface_hub")
+
+import huggingface_hub.constants as constants
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+ID = "owner/model"
+CONFIG = json.dumps(SMALL_V3)
+
+
+def index(*shards: str) -> str:
+    return json.dumps({"weight_map": {f"t{i}": name for i, name in enumerate(shards)}})
+
+
+@dataclass
+class Hub:
+    """One repository and the files that were downloaded from it."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)  # where they differ from the truth
+    fetched: list[str] = field(default_factory=list)
+    endpoint: str = ""
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = urlsplit(request.path).path
+        if path == f"/api/models/{ID}":
+            siblings = [
+                {"rfilename": n, "size": self.sizes.get(n, len(t)), "blobId": n}
+                for n, t in self.files.items()
+            ]
+            self.send(request, json.dumps({"id": ID, "sha": SHA, "siblings": siblings}), "api")
+            return
+        name = re.sub(rf"^/{ID}/resolve/(main|{SHA})/", "", path)
+        if name not in self.files:
+            request.send_response(404)
+            request.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        if request.command == "GET":
+            self.fetched.append(name)
+        self.send(request, self.files[name], name)
+
+    def send(self, request: BaseHTTPRequestHandler, text: str, tag: str) -> None:
+        body = text.encode()
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(body)))
+        request.send_header("Content-Type", "application/json")
+        request.send_header("ETag", f'"{tag.replace("/", "_")}"')
+        request.send_header("X-Repo-Commit", SHA)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    served = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            served.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served.endpoint = f"http://127.0.0.1:{server.server_port}"
+    use(monkeypatch, served.endpoint, tmp_path / "cache")
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def use(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
+    """Point huggingface_hub at a server. It reads its environment variables only when it is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def test_only_what_serving_reads_is_downloaded_and_config_comes_first(hub: Hub) -> None:
+    shards = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+    unwanted = [
+        "consolidated-1-of-1.safetensors", "consolidated.safetensors.index.json", "pytorch_model-1.bin",
+        "model.Q4.gguf", "original/model.safetensors", "README.md", "model.safetensors",
+    ]  # fmt: skip
+    small = ["tokenizer.json", "tokenizer_config.json", "tiktoken.model", "chat_template.jinja"]
+    hub.files = dict.fromkeys(unwanted + small + shards, "{}") | {
+        "config.json": CONFIG,
+        "model.safetensors.index.json": index(*shards, shards[0]),
+    }
+    path = resolve_model(ID)
+    wanted = {"config.json", "model.safetensors.index.json", *small, *shards}
+    assert hub.fetched[0] == "config.json" and sorted(hub.fetched) == sorted(wanted)
+    assert {file.name for file in path.iterdir()} == wanted
+    resolve_model(ID)
+    assert len(hub.fetched) == len(wanted)  # nothing twice
+
+
+def test_weights_in_mistrals_format_or_one_file(hub: Hub) -> None:
+    hub.files = {
+        "config.json": CONFIG,
+        "consolidated.safetensors.index.json": index("consolidated-1.safetensors"),
+        "consolidated-1.safetensors": "x",
+    }
+    assert (resolve_model(ID) / "consolidated-1.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mixtral"}, "'mixtral', whose grouped-query attention is not served yet"),
+        (SMALL_V3 | {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu'"),
+        (SMALL_V3 | {"quantization_config": {"quant_method": "awq"}}, "quant_method: got 'awq'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "compress"])
+def test_a_model_that_cannot_be_served_costs_one_small_file(
+    hub: Hub, config: dict[str, object], message: str, command: str, tmp_path: Path
+) -> None:
+    hub.files = {"config.json": json.dumps(config), "model.safetensors": "x" * 1000, "tokenizer.json": "{}"}
+    with pytest.raises((ConfigError, CheckpointError), match=message):
+        resolve_model(ID)
+    arguments = [command, ID, *(["-o", str(tmp_path / "out")] if command == "compress" else ["--port", "0"])]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+    assert set(hub.fetched) == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["model.Q4_K_M.gguf"], "the weights are GGUF, which is not read yet"),
+        (["config.json", "model.gguf"], "the weights are GGUF, which is not read yet"),
+        (["config.json", "pytorch_model.bin"], "the weights are pickled PyTorch, which is not read yet"),
+        (["README.md"], r"it has no config\.json; expected a repository with config\.json"),
+    ],
+)
+def test_repositories_without_safetensors_are_named(hub: Hub, names: list[str], message: str) -> None:
+    hub.files = {name: CONFIG for name in names}
+    with pytest.raises(FileNotFoundError, match=f"model: got '{ID}'; {message}"):
+        resolve_model(ID)
+    assert set(hub.fetched) <= {"config.json"}
+
+
+def test_plan_reads_the_configuration_alone(hub: Hub) -> None:
+    hub.files = {"config.json": CONFIG, "model.safetensors": "x" * 1000}
+    planned = CliRunner().invoke(app, ["plan", ID, "--json"])
+    assert planned.exit_code == 0, planned.output
+    assert hub.fetched == ["config.json"]
+
+
+def test_too_little_disk_is_said_before_the_download(hub: Hub) -> None:
+    hub.files = {"config.json": CONFIG, "model.safetensors": "x"}
+    hub.sizes = {"model.safetensors": 10**17}
+    with pytest.raises(OSError, match=r"needs 100000000\.0 GB more, and .* GB free; free some space, or set"):
+        resolve_model(ID)
+    assert hub.fetched == ["config.json"]
+
+
+def test_unknown_repository(hub: Hub) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model: got 'owner/other', which the hub does not show"):
+        resolve_model("owner/other")
+
+
+def test_unreachable_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"config.json": CONFIG, "model.safetensors": "x", "tokenizer.json": "{}"}
+    resolve_config(ID)
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or"):
+        resolve_model(ID)
+    use(monkeypatch, hub.endpoint, tmp_path / "cache")
+    path = resolve_model(ID)
+    use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    assert resolve_model(ID) == path
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_model(ID) == path
+    refused = CliRunner().invoke(app, ["serve", "owner/other"])
+    said = " ".join(refused.output.split())
+    assert refused.exit_code == 2 and said.startswith("error: model: got 'owner/other', which is not in the")
+    assert "the hub cannot be reached" in said and "Traceback" not in said
+
+
+def test_local_files_in_another_format_are_named(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("GGUF")
+    for model in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(FileNotFoundError, match="the weights are GGUF, which is not read yet"):
+            resolve_model(model)
