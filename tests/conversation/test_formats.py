@@ -19,10 +19,11 @@ from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
-from farthing.conversation.formats.template import arguments, finished, variables
+from farthing.conversation.formats.template import arguments, finished
+from farthing.conversation.jinja import compile_template, variables
 from farthing.conversation.select import FORMATS, Checkpoint, choose, template_source
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
-from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, compile_template, flatten
+from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, flatten
 from farthing.server.config import Format
 
 TOKENS = ControlTokens()
@@ -215,10 +216,13 @@ def test_continuation_leaves_the_last_turn_open(form) -> None:  # type: ignore[n
 
 @pytest.mark.parametrize("form", [V32, V4, GLM45])
 @pytest.mark.parametrize("text", ["x", "[1]", "5"])
-def test_earlier_arguments_must_be_objects(form, text: str) -> None:  # type: ignore[no-untyped-def]
-    talk = Conversation((Turn("user", "?"), Turn("assistant", calls=(ToolCall("c", "f", text),))))
-    with pytest.raises(FormatError, match="call 'f'"):
-        form.render(talk, TOKENS)
+def test_invalid_arguments_are_kept_as_the_only_value(form, text: str) -> None:  # type: ignore[no-untyped-def]
+    """A model that wrote an invalid call reads it again, with the tool's complaint."""
+    call, whole = ToolCall("c", "f", text), ToolCall("c", "f", json.dumps({"arguments": text}))
+    talk = Conversation((Turn("user", "?"), Turn("assistant", calls=(call,))))
+    assert form.render(talk, TOKENS) == form.render(
+        replace(talk, turns=(Turn("user", "?"), Turn("assistant", calls=(whole,)))), TOKENS
+    )
 
 
 @pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)

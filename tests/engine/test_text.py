@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from farthing.conversation.jinja import compile_template
 from farthing.conversation.marks import MARK, plain
-from farthing.engine.chat_template import compile_template
 from farthing.engine.detokenizer import Detokenizer, StopChecker
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.hub import resolve_model

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 _MARK = re.compile(r'["\\{}\[\],]')
 _CUT_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{0,3})?")
 _CLOSERS = {"{": "}", "[": "]"}
+
+
+def object_of(arguments: Any) -> dict[str, Any]:
+    """A call's arguments as an object; of a text that was cut, what it has. Anything else becomes the only
+    value of an object, because a model that wrote an invalid call must be able to read it and try again."""
+    if not arguments or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
+    found = parsed(arguments) if isinstance(arguments, str) else arguments
+    return dict(found) if isinstance(found, Mapping) else {"arguments": arguments}
 
 
 def parsed(text: str) -> dict[str, Any] | None:

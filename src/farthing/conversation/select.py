@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from farthing.conversation.formats import deepseek_v3, deepseek_v31
-from farthing.conversation.formats.base import EFFORTS, ChatFormat
+from farthing.conversation.formats.base import ChatFormat
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm45 import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
-from farthing.conversation.formats.template import variables
+from farthing.conversation.habits import Habits
 from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import DEEPSEEK
 from farthing.conversation.strict import JsonCalls
@@ -56,11 +56,13 @@ _EITHER = JsonCalls(
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The facts about a checkpoint that decide its format. template: None if it has none of its own."""
+    """The facts about a checkpoint that decide its format. template: None if it has none of its own; habits:
+    of that template."""
 
     model_type: str
     template: str | None
     has_token: Callable[[str], bool]
+    habits: Habits = field(default_factory=Habits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +89,14 @@ def choose(
     if source is None:
         packaged = _with_parsers(related or V3, calls, reasoning)
         return Chosen(packaged, packaged)
+    from farthing.conversation.jinja import variables
+
     names = variables(source)
     own = replace(
         related or V3,
         name=OWN,
         tags=THINK if _reasons(checkpoint, source, names) else None,
-        efforts=_efforts(names),
+        efforts=_efforts(names, checkpoint.habits),
         syntax=related.syntax if related else _deepseek_syntax(checkpoint, source),
     )
     plain = _with_parsers(own, calls, reasoning)
@@ -140,11 +144,10 @@ def _can_call(checkpoint: Checkpoint) -> bool:
     return any(checkpoint.has_token(mark) for mark in marks)
 
 
-def _efforts(names: frozenset[str]) -> tuple[str, ...]:
+def _efforts(names: frozenset[str], habits: Habits) -> tuple[str, ...]:
     """The reasoning efforts that a template with these variables can express."""
-    if "reasoning_effort" in names:
-        return EFFORTS
-    return ("none",) if names & {"thinking", "enable_thinking"} else ()
+    switched = ("none",) if names & {"thinking", "enable_thinking"} else ()
+    return tuple(dict.fromkeys((*switched, *habits.efforts)))
 
 
 def _with_parsers(form: ChatFormat, calls: str, reasoning: str) -> ChatFormat:

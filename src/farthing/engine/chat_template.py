@@ -1,10 +1,8 @@
-"""Chat templates: Jinja in a sandbox, with the names Hugging Face templates expect."""
+"""DeepSeek's chat template, for checkpoints without one, and what any template gets as messages."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # DeepSeek's format, for checkpoints without a template. Reasoning up to </think> is
@@ -58,46 +56,9 @@ DEEPSEEK_TEMPLATE = """\
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def compile_template(source: str) -> Callable[..., str]:
-    """A function that renders the template; it raises ValueError where the template refuses its input."""
-    import jinja2
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-        # Jinja's own filter escapes for HTML, which a model has never seen.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    try:
-        template = environment.from_string(source)
-    except (jinja2.TemplateError, RecursionError, OverflowError) as error:
-        raise ValueError(f"chat_template does not compile: {error}") from error
-
-    def render(**values: Any) -> str:
-        try:
-            return template.render(values)
-        except MemoryError:
-            raise
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"messages do not fit the chat template: {error}") from error
-
-    return render
-
-
 def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with text parts joined to one string. Raises ValueError on other kinds of content."""
+    """Messages with text parts joined to one string and without null fields, which templates do not expect.
+    Raises ValueError on other kinds of content."""
     result = []
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
@@ -107,7 +68,8 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             content = "".join(_text(i, part) for part in content)
         elif content is not None and not isinstance(content, str):
             raise ValueError(f"messages[{i}].content: got {type(content).__name__}; expected text")
-        result.append({**message, "content": content})
+        given = {**message, "content": content}
+        result.append({name: value for name, value in given.items() if value is not None})
     return result
 
 

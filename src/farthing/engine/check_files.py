@@ -7,6 +7,7 @@ from pathlib import Path
 
 from farthing.checkpoint import Checkpoint
 from farthing.conversation.formats.base import ControlTokens
+from farthing.conversation.habits import Habits
 from farthing.conversation.select import Checkpoint as ChatFacts
 from farthing.conversation.select import choose
 from farthing.conversation.types import Conversation, Turn
@@ -98,10 +99,13 @@ def check_chat_format(tokenizer: Tokenizer, model_type: str) -> str:
     """Render a turn in the format that `farthing serve` would choose. Raises ValueError if the prompt lacks
     the turn's text, or has marks that are no tokens."""
     own = None if tokenizer.trusted_template else tokenizer.chat_template
-    facts = ChatFacts(model_type, own, lambda token: tokenizer.backend.token_to_id(token) is not None)
+    habits = Habits() if own is None else tokenizer.habits()
+    facts = ChatFacts(model_type, own, lambda token: tokenizer.backend.token_to_id(token) is not None, habits)
     chosen = choose(facts)
     if chosen.template is not None:
-        prompt, shown = tokenizer.render_chat([{"role": "user", "content": TEXT}]), "its own template"
+        prompt = tokenizer.render_chat([{"role": "user", "content": TEXT}])
+        tools = "" if chosen.tools is chosen.plain else f"; {chosen.tools.name} is used with tools"
+        shown = f"its own template, which {habits.described}{tools}"
     else:
         control = ControlTokens(tokenizer.bos_token or "", tokenizer.eos_token or "")
         prompt = chosen.plain.render(Conversation((Turn("user", TEXT),)), control)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, compile_template, flatten
+from farthing.conversation.habits import Habits, probe
+from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, flatten
 from farthing.tokenizer_file import read_tokenizer
 
 
@@ -47,7 +48,8 @@ class Tokenizer:
         self.byte_level = decoder.get("type") == "ByteLevel"
         self._bytes: dict[int, bytes] = {}
         self.chat_template = chat_template or config.get("chat_template")
-        self._template: Any = None
+        self._template: Callable[..., str] | None = None
+        self._habits: Habits | None = None
         self._longest: int | None = None
 
     @classmethod
@@ -141,18 +143,11 @@ class Tokenizer:
         """
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
-        if self._template is None:
-            self._template = compile_template(self.chat_template or DEEPSEEK_TEMPLATE)
-        bos = self.bos_token
-        if bos is None:
-            default = "<｜begin▁of▁sentence｜>"
-            bos = default if self.backend.token_to_id(default) is not None else ""
-        values = {"bos_token": bos, "eos_token": self.eos_token or "", "tools": tools or None}
-        prompt = str(
-            self._template(
-                messages=flatten(messages), add_generation_prompt=add_generation_prompt, **(values | kwargs)
-            )
-        )
+        turns = flatten(messages)
+        if any(turn.get("tool_calls") for turn in turns):
+            turns = self.habits().adapt(turns)
+        values = {"tools": tools or None, "add_generation_prompt": add_generation_prompt, **kwargs}
+        prompt = self._render(messages=turns, **values)
         for tool in tools or ():
             name = tool.get("function", tool).get("name")
             if isinstance(name, str) and name not in prompt:
@@ -160,6 +155,28 @@ class Tokenizer:
                     f"the chat template does not print the tool {name!r}; expected a chat_template that does"
                 )
         return prompt
+
+    def habits(self) -> Habits:
+        """What the chat template expects of messages, found once by rendering a short tool loop. Raises
+        ValueError if the template does not compile."""
+        if self._habits is None:
+            from farthing.conversation.jinja import variables
+
+            self._habits = probe(self._render, variables(self.chat_template or DEEPSEEK_TEMPLATE))
+        return self._habits
+
+    def _render(self, /, **values: Any) -> str:
+        """Render the chat template with the variables that transformers gives it."""
+        if self._template is None:
+            from farthing.conversation.jinja import compile_template
+
+            self._template = compile_template(self.chat_template or DEEPSEEK_TEMPLATE)
+        bos = self.bos_token
+        if bos is None:
+            default = "<｜begin▁of▁sentence｜>"
+            bos = default if self.backend.token_to_id(default) is not None else ""
+        given = {"bos_token": bos, "eos_token": self.eos_token or "", "documents": None}
+        return self._template(**(given | values))
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.habits import Habits
 from farthing.conversation.select import Checkpoint, Chosen, choose
 from farthing.conversation.types import Conversation
 
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from farthing.engine.engine import Engine
     from farthing.engine.tokenizer import Tokenizer
     from farthing.server.config import ServerConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -24,17 +29,24 @@ class ModelFormats:
     control: ControlTokens
 
     @classmethod
-    def of(cls, engine: Engine, config: ServerConfig) -> ModelFormats:
-        """Choose by the command line, the checkpoint's template and its tokenizer."""
+    async def of(cls, engine: Engine, config: ServerConfig) -> ModelFormats:
+        """Choose by the command line, the checkpoint's template, which is probed, and its tokenizer."""
         tokenizer = engine.tokenizer
+        own = None if tokenizer is None or tokenizer.trusted_template else tokenizer.chat_template
         checkpoint = Checkpoint(
             engine.model_config.model_type,
-            None if tokenizer is None or tokenizer.trusted_template else tokenizer.chat_template,
+            own,
             lambda token: tokenizer is not None and tokenizer.backend.token_to_id(token) is not None,
+            await _habits(engine) if own is not None else Habits(),
         )
         reasoning = config.reasoning_parser
         template = engine.config.chat_template
         chosen = choose(checkpoint, template, config.tool_call_parser, reasoning)
+        if chosen.template is None:
+            log.info("chat format: %s", chosen.plain.name)
+        else:
+            tools = "" if chosen.tools is chosen.plain else f"; {chosen.tools.name} with tools"
+            log.info("chat format: the model's template, which %s%s", checkpoint.habits.described, tools)
         return cls(chosen, tokenizer, _control(tokenizer))
 
     def of_conversation(self, conversation: Conversation) -> ChatFormat:
@@ -87,3 +99,15 @@ def _control(tokenizer: Tokenizer | None) -> ControlTokens:
     if bos is None:
         bos = default.bos if tokenizer.backend.token_to_id(default.bos) is not None else ""
     return ControlTokens(bos, tokenizer.eos_token or "")
+
+
+async def _habits(engine: Engine) -> Habits:
+    """The habits of the model's template, found in the sandbox, because a template is a program."""
+    if engine.sandbox is None:
+        return Habits()
+    try:
+        found = await asyncio.wrap_future(engine.sandbox.habits())
+    except (ValueError, RuntimeError) as error:
+        log.warning("the model's chat template failed: %s", error)
+        return Habits()
+    return Habits(**found | {"efforts": tuple(found["efforts"])})

@@ -167,6 +167,7 @@ async def _serve(
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
             engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox
         log.info("ready after %.2f s", service.launch_to_ready)
+        asyncio.run_coroutine_threadsafe(service.formats(), loop)  # probes the template and logs the format
 
     loader = threading.Thread(target=load_engine, name="load", daemon=True)
     loader.start()  # in parallel with building the application

@@ -63,7 +63,7 @@ class Service:
             config.requests_per_minute, config.tokens_per_minute, config.work_seconds_per_minute
         )
         self.engine: Engine | None = None
-        self._formats: ModelFormats | None = None
+        self._formats: asyncio.Future[ModelFormats] | None = None
         keys = (config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))
         self.several_keys = len(keys) > 1
         self.turns = Turns()
@@ -116,11 +116,11 @@ class Service:
             code="model_not_found",
         )
 
-    def formats(self) -> ModelFormats:
+    async def formats(self) -> ModelFormats:
         """The model's chat formats. Raises ApiError (503) while it is loading."""
         if self._formats is None:
-            self._formats = ModelFormats.of(self.require_engine(), self.config)
-        return self._formats
+            self._formats = asyncio.ensure_future(ModelFormats.of(self.require_engine(), self.config))
+        return await asyncio.shield(self._formats)  # other requests wait for it too
 
     def token_texts(self) -> TokenTexts:
         """The texts of the model's tokens. Raises ApiError (503) while it is loading."""

@@ -193,7 +193,7 @@ def _amid_call(deltas: list[Delta]) -> bool:
 
 async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     """Render, encode and submit. If it raises ApiError, no request was started."""
-    formats = service.formats()
+    formats = await service.formats()
     conversation, prompt, ids = await _prompt(service, request, client)
     form = formats.of_conversation(conversation)
     room = request.sampling.get("max_tokens")
@@ -296,7 +296,7 @@ async def _encode(
     service: Service, conversation: Conversation, prompt: str, client: str, names: FieldNames
 ) -> list[int]:
     """The prompt's tokens, reusing the sampled tokens of the latest answer from this server."""
-    turns, tokenizer = conversation.turns, service.formats().tokenizer
+    turns, tokenizer = conversation.turns, (await service.formats()).tokenizer
     said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
     for position in reversed(said[-2:]):
         entry = service.answers.recall(client, turns[position], prompt)
@@ -308,7 +308,7 @@ async def _encode(
             continue  # the format now writes this turn differently, for instance without its reasoning
         tokens = entry.tokens.tolist()
         if not entry.ended:
-            tokens += service.formats().ending(head)
+            tokens += (await service.formats()).ending(head)
         elif not head.endswith(tokenizer.token_text(tokens[-1])):
             tokens.pop()  # the answer's end token is rendered with the next turn
         return tokens + await service.encode(prompt[len(head) :], False, client, names.prompt)
@@ -334,7 +334,7 @@ _SAME_EFFORT = {"xhigh": "max"}
 
 async def render(service: Service, conversation: Conversation, client: str, names: FieldNames = CHAT) -> str:
     """The prompt of a conversation. Raises ApiError (400) if the format cannot express it."""
-    engine, formats = service.require_engine(), service.formats()
+    engine, formats = service.require_engine(), await service.formats()
     form = formats.of_conversation(conversation)
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")

@@ -10,7 +10,7 @@ from farthing.conversation.parse.base import CallParser, NoCalls, Tags
 from farthing.conversation.strict import Syntax
 from farthing.conversation.types import Conversation, Tool
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "max")  # that clients of all APIs may request
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # that clients of all APIs may request
 
 
 class FormatError(ValueError):

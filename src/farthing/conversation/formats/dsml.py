@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from farthing.conversation.arguments import parsed
-from farthing.conversation.formats.base import FormatError
+from farthing.conversation.arguments import object_of
 from farthing.conversation.parse.dsml import MARK, OPENERS
 from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import ToolCall, Turn
@@ -43,17 +41,8 @@ def _parameters(call: ToolCall) -> str:
     return "\n".join(
         f'<{MARK}parameter name="{key}" string="{"true" if isinstance(value, str) else "false"}">'
         f"{value if isinstance(value, str) else to_json(value)}</{MARK}parameter>"
-        for key, value in arguments_of(call).items()
+        for key, value in object_of(call.arguments).items()
     )
-
-
-def arguments_of(call: ToolCall) -> Mapping[str, Any]:
-    """A call's arguments as an object; of a call that was cut off, what it has. Raises FormatError."""
-    arguments = parsed(call.arguments or "{}")
-    if arguments is None:
-        got = f"the arguments of the earlier call {call.name!r} are {call.arguments[:40]!r}"
-        raise FormatError(f"{got}; expected a JSON object")
-    return arguments
 
 
 def to_json(value: Any) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from farthing.conversation.arguments import object_of
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
-from farthing.conversation.formats.dsml import arguments_of, last_request
+from farthing.conversation.formats.dsml import last_request
 from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.glm import CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END, GlmCalls
 from farthing.conversation.strict import Section, TaggedCalls
@@ -42,7 +43,7 @@ def _calls(turn: Turn) -> str:
     parts: list[str] = []
     for call in turn.calls:
         parts.append(f"\n{CALL}{call.name}\n")
-        for key, value in arguments_of(call).items():
+        for key, value in object_of(call.arguments).items():
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             parts.append(f"{KEY}{key}{KEY_END}\n{VALUE}{text}{VALUE_END}\n")
         parts.append(CALL_END)

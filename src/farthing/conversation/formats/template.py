@@ -12,19 +12,6 @@ from farthing.conversation.types import Conversation, Turn
 _SAMPLE = 40  # leading characters that identify a text in the prompt
 
 
-def variables(source: str) -> frozenset[str]:
-    """The variables a template reads. Empty if it does not compile: rendering reports the error."""
-    import jinja2
-    from jinja2 import meta
-    from jinja2.ext import loopcontrols
-
-    environment = jinja2.Environment(extensions=[loopcontrols])
-    try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(source)))
-    except jinja2.TemplateError:
-        return frozenset()
-
-
 def arguments(conversation: Conversation, source: str) -> dict[str, Any]:
     """Keyword arguments of `Tokenizer.render_chat`. Developer turns become system turns where the template
     does not know them."""
@@ -48,8 +35,8 @@ def _message(turn: Turn, developer: str) -> dict[str, Any]:
     message: dict[str, Any] = dict(turn.extra)
     message["role"] = developer if turn.role == "developer" else turn.role
     message["content"] = turn.text
-    if turn.reasoning:
-        message["reasoning_content"] = turn.reasoning
+    if turn.reasoning:  # under every name that templates read
+        message |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), turn.reasoning)
     if turn.name is not None:
         message["name"] = turn.name
     if turn.call_id is not None:

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -62,6 +63,10 @@ class Jobs:
                 f"expected at most {max_characters}"
             )
         return text
+
+    def habits(self) -> dict[str, Any]:
+        """What the chat template expects of messages: fields of Habits."""
+        return asdict(self._tokenizer.habits())
 
     def grammar(self, constraint: Mapping[str, Any]) -> str:
         """The grammar of a constraint, compiled and tried."""

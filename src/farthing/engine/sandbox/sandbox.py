@@ -108,6 +108,10 @@ class Sandbox:
         arguments = {"conversation": conversation, "max_characters": max_characters}
         return self._submit("chat", arguments, "messages", size, client)
 
+    def habits(self) -> Future[dict[str, Any]]:
+        """What the chat template expects of messages: fields of `Habits`."""
+        return self._submit("habits", {}, "the chat template", 0, "")
+
     def grammar(self, constraint: StructuredOutputsParams, client: str = "") -> Future[str]:
         """The text of a constraint's grammar, for `GrammarCompiler.build`.
 
