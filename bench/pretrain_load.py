@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from farthing.fleet.forecast.history import FEATURES, History
-from farthing.fleet.forecast.lstm import PRETRAINED, Network, Pretrained, examples, train
-from farthing.fleet.forecast.members import QUANTILES, quantile_fit
+from farthing.fleet.forecast.lstm import Network, Pretrained, examples, train
+from farthing.fleet.forecast.members import PRETRAINED, QUANTILES, quantile_fit
 from farthing.fleet.replay.trace import EXAMPLE, rate_load, read_trace
 from farthing.fleet.series import Series
 

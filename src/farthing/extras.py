@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.util import find_spec
 
 EXTRAS = {
+    "torch": "checkpoints that are not packed, training and GPUs",
     "fast": "a faster event loop and HTTP parser",
     "structured": "JSON schemas and grammars",
     "gpu": "the GPU backend and NVML energy",
@@ -15,12 +17,32 @@ EXTRAS = {
     "train": "training curves",
     "ray": "ranks on several nodes",
 }
+CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
 _DISTRIBUTIONS = {"yaml": "pyyaml", "grpc": "grpcio", "google": "protobuf", "pynvml": "nvidia-ml-py"}
+
+
+def how_to_install(*extras: str, options: str = "") -> str:
+    """The command that installs extras from the sources: `farthing` on PyPI is not this project's name."""
+    target = f"'.[{','.join(extras)}]'" if extras else "."
+    command = f"{' '.join(filter(None, ('pip install', options, target)))} in a checkout of Farthing"
+    if not has_torch() and any("torch" in (extra, *missing(extra)) for extra in extras):
+        command += f" (without CUDA: add --extra-index-url {CPU_WHEELS})"
+    return command
+
+
+def needs_torch() -> str:
+    """The error of whatever needs PyTorch, where it is not installed."""
+    return f"needs PyTorch: {how_to_install('torch')}"
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed. Does not import it."""
+    return find_spec("torch") is not None
 
 
 @cache
 def declared() -> dict[str, list[str]]:
-    """{extra: distribution names} of EXTRAS; {} if the package is not installed."""
+    """{extra: distribution names} of EXTRAS, those of extras that it includes too; {} if not installed."""
     try:
         lines = requires("farthing") or []
     except PackageNotFoundError:
@@ -28,10 +50,19 @@ def declared() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for line in lines:
         extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
-        name = re.match(r"[A-Za-z0-9._-]+", line)
-        if extra and name and extra.group(1) in EXTRAS and name.group() != "farthing":
+        name = re.match(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?", line)
+        if extra and name and extra.group(1) in EXTRAS:
             found.setdefault(extra.group(1), []).append(name.group())
-    return found
+    return {extra: _flat(found, extra) for extra in found}
+
+
+def _flat(found: dict[str, list[str]], extra: str) -> list[str]:
+    """The distributions of an extra; of `farthing[a,b]`, those of a and b."""
+    flat: list[str] = []
+    for name in found.get(extra, []):
+        own = re.fullmatch(r"farthing\[(.*)\]", name)
+        flat += [each for part in own[1].split(",") for each in _flat(found, part)] if own else [name]
+    return flat
 
 
 def missing(extra: str) -> list[str]:

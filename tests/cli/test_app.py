@@ -75,7 +75,9 @@ def test_missing_extra_is_one_line(module: str, argv: list[str], extra: str, tmp
     (tmp_path / "recipe.yaml").write_text("{}")
     result = run("-c", WITHOUT.format(module=module, argv=argv), cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].endswith(f"pip install 'farthing[{extra}]'")
+    assert (
+        result.stderr.strip().splitlines()[-1].endswith(f"pip install '.[{extra}]' in a checkout of Farthing")
+    )
 
 
 def test_every_field_is_an_option_with_help() -> None:

@@ -16,7 +16,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
 def test_site_builds_without_dead_links(tmp_path: Path) -> None:
-    pytest.importorskip("zensical", reason="needs the docs extra: pip install 'farthing[docs]'")
+    pytest.importorskip("zensical", reason="needs the docs extra: pip install '.[docs]'")
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "zensical.toml", tmp_path)
     build = [sys.executable, "-m", "zensical", "build", "--strict"]

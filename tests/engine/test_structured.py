@@ -86,5 +86,5 @@ def test_missing_extra_names_the_install_command(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ValueError, match=r"pip install 'farthing\[structured\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[structured\]'"):
         GrammarCompiler(tokenizer, tokenizer.vocab_size)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import typer
 
-from farthing.extras import extra_for
+from farthing.extras import extra_for, how_to_install, needs_torch
 
 MISTAKES = (OSError, ValueError, RuntimeError)
 _TRACEBACK = "FARTHING_TRACEBACK"  # set this to see tracebacks
@@ -59,6 +59,8 @@ def _missing(error: ImportError, command: str) -> str | None:
     if not package or package == "farthing":
         return None
     extra = extra_for(package, command)
+    if package == "torch":
+        return needs_torch() if extra is None else f"needs PyTorch: {how_to_install(extra)}"
     if extra is None:
         return f"the Python package {package!r} is not installed; pip install {package}"
-    return f"{package!r} is not installed; pip install 'farthing[{extra}]'"
+    return f"{package!r} is not installed; {how_to_install(extra)}"

@@ -70,6 +70,10 @@ def serve(
         )
         if engine_config.packed is not None:
             page_in(Path(engine_config.packed))
+        if not extras.has_torch():
+            from farthing.engine.load import require_torch
+
+            require_torch(engine_config)
         from farthing.server.run import serve as run
 
         _suggest_extras()
@@ -89,4 +93,4 @@ def _suggest_extras() -> None:
     absent = [extra for extra in _SERVING_EXTRAS if extras.missing(extra)]
     if absent:
         gains = ", ".join(extras.EXTRAS[extra] for extra in absent)
-        log.info("not installed: %s; pip install 'farthing[%s]'", gains, ",".join(absent))
+        log.info("not installed: %s; %s", gains, extras.how_to_install(*absent))

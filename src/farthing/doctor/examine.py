@@ -6,6 +6,7 @@ from itertools import chain
 
 from farthing.doctor import machine, software
 from farthing.doctor.check import Check, Diagnosis
+from farthing.extras import has_torch
 
 
 def examine(measure: bool = True) -> Diagnosis:
@@ -29,12 +30,12 @@ def _backend() -> Check:
     try:
         from farthing.ops import select
 
-        ops = select()
+        ops = select(arrays=not has_torch())
     except (ImportError, RuntimeError, OSError) as error:
         return Check(group="serving", name="backend", status="fail", detail=str(error), advice="see above")
     slow = ops.name.startswith("torch/cpu")
     advice = "build the CPU kernels, or use a GPU: the torch ops are slower" if slow else ""
-    if ops.device.type == "cpu" and (other := _accelerator()):
+    if has_torch() and ops.device.type == "cpu" and (other := _accelerator()):
         advice = f"torch has a device of type {other}: --backend torch --device {other} (not tested on one)"
     return Check(
         group="serving",

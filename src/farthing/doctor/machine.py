@@ -13,6 +13,7 @@ from typing import Any
 
 from farthing.cost import cpu_name, usable_cpus
 from farthing.doctor.check import Check
+from farthing.extras import how_to_install
 
 # Instruction sets used by the kernels, best last, with their /proc/cpuinfo names.
 INSTRUCTION_SETS = (
@@ -119,7 +120,7 @@ def check_gpus() -> Iterator[Check]:
             name="gpu",
             status="info",
             detail="none" if built else "none; this torch is built without CUDA",
-            advice="" if built else "with an NVIDIA GPU, install a CUDA build of torch and farthing[gpu]",
+            advice="" if built else f"with an NVIDIA GPU: a CUDA build of torch, {how_to_install('gpu')}",
             data={"count": 0},
         )
         return

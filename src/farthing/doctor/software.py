@@ -35,9 +35,9 @@ def check_python() -> Iterator[Check]:
     yield Check(
         group="software",
         name="torch",
-        status="ok" if found else "fail",
-        detail=found or "not installed",
-        advice="" if found else "pip install 'torch>=2.9'",
+        status="ok" if found else "info",
+        detail=found or "not installed: only packed files can be served",
+        advice="" if found else extras.how_to_install("torch"),
     )
 
 
@@ -49,9 +49,8 @@ def check_native() -> Iterator[Check]:
         problem = ""
     except ImportError as error:
         module, problem = None, str(error)
-    hint = "pip install --force-reinstall --no-deps farthing" + (
-        "" if compiler else " (needs a C++ compiler)"
-    )
+    hint = extras.how_to_install(options="--force-reinstall --no-deps")
+    hint += "" if compiler else " (needs a C++ compiler)"
     yield Check(
         group="software",
         name="cpu kernels",
@@ -84,7 +83,7 @@ def check_extras() -> Iterator[Check]:
             name=extra,
             status="info" if missing else "ok",
             detail=extras.EXTRAS[extra] + (f"; missing {', '.join(missing)}" if missing else ""),
-            advice=f"pip install 'farthing[{extra}]'" if missing else "",
+            advice=extras.how_to_install(extra) if missing else "",
             data={"missing": missing},
         )
 

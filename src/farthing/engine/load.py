@@ -10,6 +10,7 @@ from farthing.conversation.select import template_source
 from farthing.engine.engine import Engine, NewCache, own_cache
 from farthing.engine.model import Model
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
+from farthing.extras import needs_torch
 from farthing.hub import resolve_model
 from farthing.model import ModelConfig, load
 from farthing.ops import Ops, select
@@ -46,6 +47,12 @@ def load_model(path: Path, config: EngineConfig) -> Model:
 
         return ParallelModel(RankOptions(path, config))
     return load(path, _ops(config, _without_torch(path, config)), config.experts)
+
+
+def require_torch(config: EngineConfig) -> None:
+    """Raises ModuleNotFoundError unless torch is not needed; called where it is not installed."""
+    if config.packed is None or not _without_torch(resolve_model(config.model), config):
+        raise ModuleNotFoundError(needs_torch(), name="torch")
 
 
 def _without_torch(path: Path, config: EngineConfig) -> bool:

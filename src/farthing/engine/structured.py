@@ -2,8 +2,8 @@
 
 llguidance is used instead of xgrammar because it computes masks directly from the grammar's state (tens of
 microseconds, without compiling a complete automaton at the start of a request), covers more of JSON Schema,
-and can roll back, as required for verifying drafts. It is an optional extra: `pip install
-'farthing[structured]'`.
+and can roll back, as required for verifying drafts. It is the optional extra
+`structured`.
 
 A grammar is untrusted: compiling it may take minutes or overflow the native stack. `examine` runs in a
 child process (see `sandbox`); the engine only builds grammars that `examine` has returned.
@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as _Tokenizer
 from farthing.engine.mask_time import FREE_SECONDS, OWN_SECONDS, MaskTime
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
+from farthing.extras import how_to_install
 
 MAX_DEPTH = 64  # maximum nesting of a schema, and of brackets in a regex or grammar
 MAX_CHARACTERS = 262_144  # maximum characters of a constraint
@@ -164,7 +165,7 @@ class GrammarCompiler:
             from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
             raise ValueError(
-                "structured_outputs needs llguidance, not installed here: pip install 'farthing[structured]'"
+                f"structured_outputs needs llguidance, not installed here: {how_to_install('structured')}"
             ) from error
         if not tokenizer.eos_token_ids:
             raise ValueError("structured_outputs needs an end-of-sequence token; the tokenizer names none")

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
-
 from farthing.checkpoint import Checkpoint
+from farthing.lazy import torch
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import DeepseekModel
 from farthing.model.load import names_in, parameter_shapes

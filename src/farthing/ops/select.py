@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from farthing.config import Dtype, Quantization
+from farthing.extras import has_torch
 from farthing.lazy import torch
 from farthing.ops.api import Ops
 
@@ -82,7 +83,7 @@ def resolve(backend: str) -> str:
     """Resolve 'auto' on this machine; other names are returned unchanged."""
     if backend != "auto":
         return backend
-    if _device() and torch.cuda.is_available() and _gpu():
+    if has_torch() and _device() and torch.cuda.is_available() and _gpu():
         return "gpu"
     return "cpu" if _native() else "torch"
 

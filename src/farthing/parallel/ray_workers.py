@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from farthing.extras import how_to_install
 from farthing.parallel.rendezvous import connect, join, node_arena
 from farthing.parallel.shared import Arena
 from farthing.parallel.worker import (
@@ -44,7 +45,7 @@ def import_ray() -> Any:
         import ray
         import ray.util.scheduling_strategies
     except ImportError as error:
-        raise ValueError("nodes is more than 1, which requires Ray: pip install 'farthing[ray]'") from error
+        raise ValueError(f"nodes is more than 1, which requires Ray: {how_to_install('ray')}") from error
     return ray
 
 

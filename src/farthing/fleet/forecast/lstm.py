@@ -21,27 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.history import FEATURES, History
-from farthing.fleet.forecast.members import QUANTILES, Regression
+from farthing.fleet.forecast.members import PRETRAINED, QUANTILES, LSTMConfig, Regression
 
-PRETRAINED = Path(__file__).parent / "pretrained.safetensors"
 _NETWORK = "network"  # prefix of the tensors of network i: "network.i."
-
-
-@dataclass(frozen=True)
-class LSTMConfig:
-    """Settings of the fine-tuning."""
-
-    epochs: int = 4
-    batch: int = 256
-    learning_rate: float = 1e-3
-    history_s: float = 7 * 86400.0  # older values are ignored
-    least_leads: int = 72  # with less history the packaged networks are not changed
-    thin: int = 2  # train on every `thin`-th origin
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "least_leads", "thin"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LSTMConfig.{name}: got {getattr(self, name)}; expected 1 or more")
 
 
 class Network(torch.nn.Module):

@@ -7,7 +7,8 @@ Shapes: see `history`; o = origins.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from farthing.fleet.forecast.history import History
 from farthing.fleet.series import Series
 
 QUANTILES = (0.5, 0.9)
+PRETRAINED = Path(__file__).parent / "pretrained.safetensors"  # weights of the learned members
 
 
 class Member(Protocol):
@@ -32,6 +34,23 @@ class Member(Protocol):
     def quantiles(self, history: History, first: int) -> Floats:
         """[o, B, 2] y at 0.5 and 0.9 for the origins from `first` to the end of `history`."""
         ...
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """Settings of the fine-tuning of `lstm.LSTM`, which needs torch."""
+
+    epochs: int = 4
+    batch: int = 256
+    learning_rate: float = 1e-3
+    history_s: float = 7 * 86400.0  # older values are ignored
+    least_leads: int = 72  # with less history the packaged networks are not changed
+    thin: int = 2  # train on every `thin`-th origin
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "least_leads", "thin"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LSTMConfig.{name}: got {getattr(self, name)}; expected 1 or more")
 
 
 class LastValue:

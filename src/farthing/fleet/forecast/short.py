@@ -21,8 +21,7 @@ from farthing.fleet.forecast.base import Floats
 from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.forecast.growth import GrowthConfig, ceiling, returning
 from farthing.fleet.forecast.history import TINY, History, memory
-from farthing.fleet.forecast.lstm import PRETRAINED, LSTMConfig, Pretrained
-from farthing.fleet.forecast.members import Blocks, Growth, LastValue, Member
+from farthing.fleet.forecast.members import PRETRAINED, Blocks, Growth, LastValue, LSTMConfig, Member
 from farthing.fleet.forecast.mixture import Mixture, MixtureConfig
 from farthing.fleet.forecast.names import make
 from farthing.fleet.series import DAY_S
@@ -78,7 +77,11 @@ class ShortConfig:
 def make_members(config: ShortConfig) -> list[Member]:
     """The configured members. Raises FileNotFoundError if the packaged weights are missing."""
     learned = {"lstm", "lstm-shipped", "regression"} & set(config.names)
-    shipped = Pretrained.read(config.pretrained) if learned else None
+    shipped = None
+    if learned:
+        from farthing.fleet.forecast.lstm import Pretrained  # imports torch
+
+        shipped = Pretrained.read(config.pretrained)
     made: list[Member] = []
     for name in config.names:
         if name in BLOCKS:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from farthing.extras import how_to_install
+
 try:
     import triton  # noqa: F401
 except ImportError as error:
-    message = "backend 'gpu' needs Triton; install it with: pip install 'farthing[gpu]'"
+    message = f"backend 'gpu' needs Triton: {how_to_install('gpu')}"
     raise ImportError(message, name="triton") from error
 
 from farthing.ops.gpu.backend import GpuOps
