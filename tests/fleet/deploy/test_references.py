@@ -140,8 +140,11 @@ def test_chart_and_base_render_the_same_kinds() -> None:
 
 def test_image_is_non_root_and_has_a_health_check() -> None:
     lines = [line.strip() for line in (ROOT / "deploy" / "Dockerfile").read_text().splitlines()]
-    stages = [i for i, line in enumerate(lines) if line.startswith("FROM ")]
-    final = lines[stages[-1] :]
+    starts = [i for i, line in enumerate(lines) if line.startswith("FROM ")]
+    stages = [lines[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    packed, full = stages[-2:]  # the same except for what they copy
+    assert packed[0] == "FROM runtime AS packed" and full[0] == "FROM runtime"
+    final = next(stage for stage in stages if stage[0].endswith(" AS runtime"))
     users = [line.split()[1] for line in final if line.startswith("USER ")]
     assert users and all(int(user.split(":")[0]) >= 10000 for user in users)
     assert any(line.startswith("HEALTHCHECK ") for line in final)
