@@ -10,8 +10,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from farthing.extras import needs_torch
-
 __all__ = ["np", "torch"]
 
 if TYPE_CHECKING:
@@ -24,12 +22,7 @@ else:
             self._name = name
 
         def __getattr__(self, attribute: str) -> Any:
-            try:
-                value = getattr(import_module(self._name), attribute)
-            except ModuleNotFoundError as error:
-                if error.name != "torch":
-                    raise
-                raise ModuleNotFoundError(needs_torch(), name="torch") from None
+            value = getattr(import_module(self._name), attribute)
             setattr(self, attribute, value)  # found at once next time
             return value
 

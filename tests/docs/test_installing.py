@@ -9,7 +9,7 @@ from tests.docs.pages import ROOT
 
 # `pip install farthing`, `pip install 'farthing[fleet]'`, `pip install --upgrade farthing`, but not
 # `pip install 'farthing @ git+…'`; "farthing[fleet]" alone invites the same.
-PIP = re.compile(r"""pip3?\s+install\b[^\n`|]*?[\s'"]farthing(?:\[[^]]*\])?(?!\s*@)(?=['"`\s,;)]|$)""")
+PIP = re.compile(r"""pip3?\s+install\b[^\n`|]*?[ '"]farthing(?:\[[^]]*\])?(?!\s*@)(?=['"`\s,;)]|$)""")
 EXTRA = re.compile(r"farthing\[")
 TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".sh", ".tpl", ".html", ".js", ""}
 DECLARED = {"pyproject.toml", "src/farthing/extras.py"}  # extras that include others

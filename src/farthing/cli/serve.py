@@ -70,7 +70,7 @@ def serve(
         )
         if engine_config.packed is not None:
             page_in(Path(engine_config.packed))
-        if not extras.has_torch():
+        if not extras.has_torch():  # otherwise the import waits until the server listens
             from farthing.engine.load import require_torch
 
             require_torch(engine_config)

@@ -10,7 +10,7 @@ from farthing.conversation.select import template_source
 from farthing.engine.engine import Engine, NewCache, own_cache
 from farthing.engine.model import Model
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
-from farthing.extras import needs_torch
+from farthing.extras import has_torch, needs_torch
 from farthing.hub import resolve_model
 from farthing.model import ModelConfig, load
 from farthing.ops import Ops, select
@@ -25,6 +25,7 @@ ROUNDED_WHILE_LOADING = (
 
 def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine:
     """An engine with its model, tokenizer and recommended sampling; prompts are computed in it."""
+    require_torch(config)
     path = resolve_model(config.model)
     tokenizer = None
     if not config.skip_tokenizer_init:
@@ -50,8 +51,11 @@ def load_model(path: Path, config: EngineConfig) -> Model:
 
 
 def require_torch(config: EngineConfig) -> None:
-    """Raises ModuleNotFoundError unless torch is not needed; called where it is not installed."""
-    if config.packed is None or not _without_torch(resolve_model(config.model), config):
+    """Raises ModuleNotFoundError if torch is needed and not installed, before anything is downloaded."""
+    if has_torch():
+        return
+    local = config.packed is not None and config.num_ranks == 1
+    if not local or not _without_torch(resolve_model(config.model), config):
         raise ModuleNotFoundError(needs_torch(), name="torch")
 
 
