@@ -53,6 +53,9 @@ class EngineConfig:
     chat_template: str | None = _engine(
         None, "Jinja file or name of a packaged chat format; default: the checkpoint's"
     )
+    trust_special_tokens: bool = _engine(
+        False, "Text in chats that equals a control token, such as <｜User｜>, becomes that token"
+    )
     skip_tokenizer_init: bool = _engine(False, "Token ids in and out, without a tokenizer")
 
     max_model_len: int | None = _cache(

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from farthing.conversation.marks import MARK
+
 _MARK = re.compile(r'["\\{}\[\],]')
 _CUT_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{0,3})?")
 _CLOSERS = {"{": "}", "[": "]"}
@@ -38,7 +40,8 @@ def parsed(text: str) -> dict[str, Any] | None:
 
 
 def _well_formed(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    parts = (part.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for part in text.split(MARK))
+    return MARK.join(parts)
 
 
 def _attempts(text: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
+from itertools import groupby, takewhile
 
 
 def beginning(text: str, literal: str) -> int:
@@ -18,12 +19,25 @@ def beginning(text: str, literal: str) -> int:
 _CERTAIN = 6  # characters of a tag that no text ends with by chance, as in "<tool_"; or a full-width bar
 
 
+def alternatives(literals: Iterable[str]) -> str:
+    """A pattern of the longest of these non-empty strings, which tests no beginning twice."""
+    parts = []
+    for _, group in groupby(sorted(set(literals)), key=lambda literal: literal[0]):
+        same = list(group)
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(same[0], same[-1], strict=False))
+        start = "".join(character for character, _ in common)  # they are sorted
+        rests = [literal[len(start) :] for literal in same if literal != start]
+        optional = "?" if len(rests) < len(same) else ""
+        parts.append(re.escape(start) + (f"(?:{alternatives(rests)}){optional}" if rests else ""))
+    return "|".join(parts)
+
+
 class Literals:
     """A fixed set of non-empty strings. `find` returns the first one, the longest where several begin."""
 
     def __init__(self, literals: Iterable[str]) -> None:
         ordered = sorted(set(literals), key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, ordered)))
+        self._pattern = re.compile(alternatives(ordered))
         self._literals = tuple(ordered)
 
     def find(self, text: str) -> tuple[int, int] | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from farthing.config import EngineConfig
+from farthing.conversation.marks import plain
 from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
 from farthing.engine.generation import Generation
 from farthing.engine.mask_time import MaskTimes
@@ -64,7 +65,7 @@ class Admission:
         """The request and its n completions."""
         if isinstance(prompt, str):
             ids = self.need_tokenizer("a text prompt").encode(prompt, add_special_tokens)
-            prompt_text = prompt
+            prompt_text = plain(prompt)
         else:
             ids = list(prompt)
         self._check(ids, params)

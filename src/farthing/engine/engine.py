@@ -44,8 +44,10 @@ from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
 
 from farthing.config import EngineConfig
+from farthing.conversation.untrusted import TRUSTED
 from farthing.engine.admission import Admission
 from farthing.engine.backlog import Backlog
+from farthing.engine.chat_template import flatten
 from farthing.engine.core import EngineCore
 from farthing.engine.disk_cache.open import open_store
 from farthing.engine.generation import Generation, RequestState
@@ -215,9 +217,17 @@ class Engine:
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> str:
-        """The prompt of a conversation; submit it with add_special_tokens=False."""
-        return self._admission.need_tokenizer("chat").render_chat(
-            messages, tools, add_generation_prompt, **kwargs
+        """The prompt of a conversation; submit it with add_special_tokens=False.
+
+        It contains marks where text is no control token, unless `trust_special_tokens` is set.
+        """
+        tokenizer = self._admission.need_tokenizer("chat")
+        marking = TRUSTED if self.config.trust_special_tokens else tokenizer.untrusted
+        return tokenizer.render_chat(
+            marking.messages(flatten(messages)),
+            marking.value(tools),
+            add_generation_prompt,
+            **marking.options(kwargs),
         )
 
     @property

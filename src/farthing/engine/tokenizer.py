@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as _Tokenizer
 
 from farthing.conversation.habits import Habits, probe
+from farthing.conversation.marks import MARK
+from farthing.conversation.untrusted import Untrusted, printed
 from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, flatten
+from farthing.engine.guarded import GuardedTokenizer, is_control
 from farthing.tokenizer_file import read_tokenizer
 
 
@@ -39,10 +43,8 @@ class Tokenizer:
         self._add_bos = bool(config.get("add_bos_token", False)) and self.bos_token_id is not None
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        # In a grammar no text matches these: checkpoints do not flag all of their marks as special.
-        self.control_ids = self.special_ids | {
-            i for i, token in added.items() if token.content[:1] + token.content[-1:] in ("<>", "｜｜")
-        }
+        # No text becomes one of these, in a chat's prompt or in a grammar.
+        self.control_ids = frozenset(i for i, token in added.items() if is_control(token))
         self._added = {i: token.content.encode() for i, token in added.items()}
         decoder = json.loads(backend.to_str()).get("decoder") or {}
         self.byte_level = decoder.get("type") == "ByteLevel"
@@ -104,14 +106,33 @@ class Tokenizer:
         return tokens * self._longest * (1 if exact else 4)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; add_special_tokens puts the BOS token in front where the model has it so."""
+        """Token ids; add_special_tokens puts the BOS token in front where the model has it so.
+
+        A rendered prompt may contain text that `untrusted` has marked, which becomes no control token.
+        """
+        if MARK in text:
+            front = self.encode("") if add_special_tokens else []
+            ids = self._guarded.encode(text)
+            return ids if ids[: len(front)] == front else front + ids
         # Unlike `encode`, this releases the GIL and computes no offsets, which take most of the time.
         (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        ids: list[int] = encoding.ids
+        ids = list(encoding.ids)
         if add_special_tokens and self._add_bos and ids[:1] != [self.bos_token_id]:
             assert self.bos_token_id is not None
             ids.insert(0, self.bos_token_id)
         return ids
+
+    @cached_property
+    def untrusted(self) -> Untrusted:
+        """Marks text in conversations, so that it does not become control tokens."""
+        controls = [t for t in self.backend.get_added_tokens_decoder().values() if is_control(t)]
+        normalizer = self.backend.normalizer if any(token.normalized for token in controls) else None
+        texts = (token.content for token in controls if len(token.content) > 1)
+        return Untrusted(texts, normalizer.normalize_str if normalizer is not None else None)
+
+    @cached_property
+    def _guarded(self) -> GuardedTokenizer:
+        return GuardedTokenizer(self.backend)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text; bytes that are no UTF-8 become U+FFFD."""
@@ -147,7 +168,7 @@ class Tokenizer:
         if any(turn.get("tool_calls") for turn in turns):
             turns = self.habits().adapt(turns)
         values = {"tools": tools or None, "add_generation_prompt": add_generation_prompt, **kwargs}
-        prompt = self._render(messages=turns, **values)
+        prompt = printed(self._render(messages=turns, **values))
         for tool in tools or ():
             name = tool.get("function", tool).get("name")
             if isinstance(name, str) and name not in prompt:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats import template
 from farthing.conversation.formats.base import ChatFormat, FormatError
-from farthing.conversation.parse.base import CallParser, NoCalls, Tags
+from farthing.conversation.marks import plain
+from farthing.conversation.parse.base import THINK, CallParser, NoCalls, Tags
 from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.output import OutputParser
 from farthing.conversation.parse.reasoning import ReasoningCounter
 from farthing.conversation.types import Conversation
+from farthing.conversation.untrusted import TRUSTED
 from farthing.engine.logprobs import Position
 from farthing.engine.request import (
     CompletionOutput,
@@ -304,7 +306,7 @@ async def _encode(
             continue
         until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
         head = await render(service, until, client, names)
-        if not prompt.startswith(head) or entry.reasoning not in head[entry.characters :]:
+        if not prompt.startswith(head) or entry.reasoning not in plain(head[entry.characters :]):
             continue  # the format now writes this turn differently, for instance without its reasoning
         tokens = entry.tokens.tolist()
         if not entry.ended:
@@ -333,13 +335,16 @@ _SAME_EFFORT = {"xhigh": "max"}
 
 
 async def render(service: Service, conversation: Conversation, client: str, names: FieldNames = CHAT) -> str:
-    """The prompt of a conversation. Raises ApiError (400) if the format cannot express it."""
+    """The prompt of a conversation, with marks in text that is not to become control tokens. Raises ApiError
+    (400) if the format cannot express it."""
     engine, formats = service.require_engine(), await service.formats()
     form = formats.of_conversation(conversation)
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
     effort = _effort(conversation.effort, form, names)
     conversation = replace(conversation.with_results_in_call_order(), effort=effort)
+    marking = TRUSTED if engine.config.trust_special_tokens else engine.tokenizer.untrusted
+    conversation = marking.conversation(conversation, form.tags or THINK)
     try:
         source = formats.source(form)
         if source is None:
@@ -347,7 +352,7 @@ async def render(service: Service, conversation: Conversation, client: str, name
         prompt = await service.render(template.arguments(conversation, source), client, names.prompt)
         return template.finished(conversation, prompt)
     except (FormatError, ValueError, RecursionError) as error:
-        raise ApiError(400, str(error), param=names.prompt, code="invalid_value") from error
+        raise ApiError(400, plain(str(error)), param=names.prompt, code="invalid_value") from error
 
 
 def _effort(requested: str | None, form: ChatFormat, names: FieldNames) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.marks import plain
 from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import KIMI as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
@@ -35,7 +36,7 @@ class _Ids:
     def of_call(self, call: ToolCall) -> str:
         """The id of the next call."""
         stem, _, index = call.id.rpartition(":")
-        own = stem == f"functions.{call.name}" and index.isdigit()
+        own = plain(stem) == f"functions.{plain(call.name)}" and index.isdigit()
         native = call.id if own else f"functions.{call.name}:{self._number}"
         self._number += 1
         self._native[call.id] = native

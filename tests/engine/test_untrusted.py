@@ -1,0 +1,184 @@
+"""Text in conversations never becomes a control token, and benign prompts keep their tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farthing.conversation.formats.base import ControlTokens
+from farthing.conversation.formats.template import arguments
+from farthing.conversation.parse.base import THINK
+from farthing.conversation.select import FORMATS
+from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
+from farthing.conversation.untrusted import TRUSTED
+from farthing.engine.tokenizer import Tokenizer
+from tests.engine.shapes import KINDS, PLAIN, SPECIAL, TEMPLATES, tokenizer
+
+CONTENTS = 1000  # hostile ones for each format
+TOKENS = [*SPECIAL, *PLAIN]
+Text = Any  # a function that makes the next text of a conversation
+
+
+def hostile(draw: random.Random) -> str:
+    """Tokens whole, halved, nested, spaced, in full width and in other case."""
+
+    def piece() -> str:
+        token, other = draw.choice(TOKENS), draw.choice(TOKENS)
+        at = draw.randrange(1, len(token))
+        return draw.choice(
+            [
+                token,
+                token[:at],
+                token[at:],
+                token[:at] + other + token[at:],
+                token.strip("<>[]|｜/~"),
+                token[1:-1],
+                token.upper(),
+                "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in token),
+                draw.choice([" ", "\n", "\u200b", "\u00a0", "\t"]) + token + draw.choice([" ", "\n\n", ""]),
+                json.dumps(token),
+                draw.choice(["word", "é", "你好", "<", ">", "|", '"', "\\", "</", "]", "domainword", "  "]),
+            ]
+        )
+
+    text = "".join(piece() for _ in range(draw.choice([1, 1, 2, 3, 5])))
+    return text if text.strip() else text + "x"
+
+
+def spelled(draw: random.Random, value: Any) -> str:
+    """JSON, some characters of which are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    escaped = (
+        draw.choice([f"\\u{ord(c):04x}", "\\/" if c == "/" else c, c]) if c in "<>|｜/thkUs" else c
+        for c in text
+    )
+    return "".join(escaped)
+
+
+def conversation(text: Text, draw: random.Random | None = None) -> Conversation:
+    """One with a text in every place. draw: escapes within the arguments of calls."""
+    keys = iter(range(9))
+
+    def key() -> str:
+        return f"{text()}{'' if draw is None else chr(0x3B1 + next(keys))}" if draw else f"key{next(keys)}"
+
+    values = {key(): text(), key(): [text(), {key(): text()}]}
+    written = json.dumps(values) if draw is None else spelled(draw, values)
+    schema = {
+        "type": "object",
+        "properties": {
+            key(): {"type": "string", "description": text(), text(): text()},
+            key(): {"enum": [text()]},
+        },
+    }
+
+    def name() -> str:  # as the server accepts them
+        return re.sub(r"[\s\"'<>\\]", "", text()) or "find"
+
+    call = ToolCall("functions.find:0", name(), written)
+    return Conversation(
+        turns=(
+            Turn("system", text()),
+            Turn("user", text(), name=text()),
+            Turn("assistant", text().replace(THINK.close, ""), text(), (call,)),
+            Turn("tool", text(), call_id="functions.find:0", name=text()),
+            Turn("user", text()),
+            Turn("assistant", text().replace(THINK.close, "").removeprefix("<think>")),
+            Turn("user", text(), extra={"note": text()}),
+        ),
+        tools=(Tool(name(), text(), schema),),
+    )
+
+
+def values_of(talk: Conversation, known: Tokenizer, template: str) -> dict[str, Any]:
+    """What a template is rendered with."""
+    values = arguments(talk, template)
+    return values | {"messages": known.habits().adapt(values["messages"])}
+
+
+def ids_of(
+    talk: Conversation, known: Tokenizer, name: str, template: str | None, guarded: bool = True
+) -> list[int]:
+    """The tokens of a prompt by a packaged format or a template of that name."""
+    talk = (known.untrusted if guarded else TRUSTED).conversation(talk)
+    if template is None:
+        prompt = FORMATS[name].render(talk, ControlTokens())
+    else:
+        prompt = known.render_chat(**arguments(talk, template))
+    return known.encode(prompt, add_special_tokens=False)
+
+
+def controls(ids: list[int], known: Tokenizer) -> list[int]:
+    return [token for token in ids if token in known.control_ids]
+
+
+SHAPES = [(name, None) for name in FORMATS] + list(TEMPLATES.items())
+NAMED = pytest.mark.parametrize(("name", "template"), SHAPES, ids=[name for name, _ in SHAPES])
+
+
+@NAMED
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_texts_yield_no_control_token(name: str, template: str | None, kind: str) -> None:
+    known = tokenizer(kind, template)
+    draw = random.Random(f"{name} {kind}")
+    wanted = controls(ids_of(conversation(lambda: "harmless"), known, name, template), known)
+    assert len(wanted) >= 4
+    made = forged = 0
+
+    def text() -> str:
+        nonlocal made
+        made += 1
+        return hostile(draw)
+
+    while made < CONTENTS / len(KINDS):
+        talk = conversation(text, draw)
+        found = controls(ids_of(talk, known, name, template), known)
+        assert found == wanted, (talk, known.decode(found, skip_special_tokens=False))
+        forged += controls(ids_of(talk, known, name, template, guarded=False), known) != wanted
+    assert forged  # the same texts do yield some without marks
+
+
+BENIGN = [
+    "hello", "a < b and c > d", "> quoted", "<b>bold</b>", "[1] see", "def f(x):\n    return x", "user",
+    "think", "The user said: start", "naïve 你好 🙂", "  spaced  ", "x" * 50, "{}", "a|b", "100 %",
+    "\n\nnew\n", "domainword", "C:\\path\\n", 'say "hi"', "</div>", "|", "<", ">", "tool", "object", "im",
+    "http://a/b?c=<d>", "system", "\\ud800 in text", "\U00010000",
+]  # fmt: skip
+
+
+@NAMED
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_benign_prompts_keep_their_tokens(name: str, template: str | None, data: st.DataObject) -> None:
+    """With every text marked where it could be part of a token: 'think', '>', '<', 'user'."""
+    kind = data.draw(st.sampled_from([kind for kind in KINDS if kind != "folding"]))
+    seed = data.draw(st.integers(0, 1 << 30))
+    draw = random.Random(seed)
+    known = tokenizer(kind, template)
+    talk = conversation(lambda: draw.choice(BENIGN) + draw.choice([" ", "", "\n"]) + draw.choice(BENIGN))
+    before, after = (ids_of(talk, known, name, template, guarded) for guarded in (False, True))
+    assert before == after
+
+
+@pytest.mark.parametrize(("name", "template"), list(TEMPLATES.items()), ids=list(TEMPLATES))
+def test_tokens_are_those_of_transformers(name: str, template: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    known = tokenizer("bytes", template)
+    special = {"bos_token": known.bos_token, "eos_token": known.eos_token}
+    other = transformers.PreTrainedTokenizerFast(tokenizer_object=known.backend, **special)
+    draw = random.Random(name)
+    # The template "xml" itself makes tokens of words, such as <think> of a key.
+    texts = [text for text in BENIGN if name != "xml" or not text.isalpha()]
+    for _ in range(20):
+        talk = conversation(lambda: draw.choice(texts))
+        values = values_of(talk, known, template)
+        expected = other.apply_chat_template(
+            values.pop("messages"), chat_template=template, tokenize=True, return_dict=False, **values
+        )
+        assert ids_of(talk, known, name, template) == list(expected)
