@@ -17,8 +17,8 @@ from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.glm45 import GLM45
-from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.formats.glm45 import GLM45, GLM47
+from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
 from farthing.conversation.formats.template import arguments, finished
 from farthing.conversation.jinja import compile_template, variables
 from farthing.conversation.select import FORMATS, Checkpoint, choose, template_source
@@ -77,6 +77,11 @@ INVOKE = (
             "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>\n<think></think>\nHello."
             "<|user|>\nRome?<|assistant|>",
         ),
+        (
+            GLM47,
+            "[gMASK]<sop><|system|>Be brief.<|user|>Hi<|assistant|></think>Hello.<|user|>Rome?"
+            "<|assistant|><think>",
+        ),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -115,7 +120,7 @@ def test_v4_conversation_opens_the_reasoning() -> None:
             f"{INVOKE}\n</｜DSML｜tool_calls>{EOS}<｜User｜><tool_result>sunny</tool_result><｜Assistant｜><think>",
         ),
         (
-            KIMI_K2,
+            KIMI_K2_THINKING,
             "<|im_user|>user<|im_middle|>Rome?<|im_end|><|im_assistant|>assistant<|im_middle|><think>Hm.</think>"
             "Let me look.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
             '<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|><|tool_calls_section_end|>'
@@ -127,6 +132,12 @@ def test_v4_conversation_opens_the_reasoning() -> None:
             "<|user|>\nRome?<|assistant|>\n<think>Hm.</think>\nLet me look.\n<tool_call>weather\n"
             "<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n</tool_call><|observation|>\n"
             "<tool_response>\nsunny\n</tool_response><|assistant|>",
+        ),
+        (
+            GLM47,
+            "<|user|>Rome?<|assistant|><think>Hm.</think>Let me look.<tool_call>weather<arg_key>city"
+            "</arg_key><arg_value>Rome</arg_value></tool_call><|observation|><tool_response>sunny</tool_response>"
+            "<|assistant|><think>",
         ),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -157,6 +168,22 @@ def test_no_client_text_is_dropped(form) -> None:  # type: ignore[no-untyped-def
         for text in ("DEVELOPER", "SYSTEM", "USER", "SAID", "ARGUMENT", "RESULT", "LATER", "AGAIN"):
             assert text in prompt, text
         assert ("TOOL" in prompt) is (choice != "none")
+
+
+def test_kimi_thinking_has_empty_reasoning_in_earlier_turns() -> None:
+    turns = (Turn("user", "1"), Turn("assistant", "2", "WHY"), Turn("user", "3"))
+    said, ask = "<|im_assistant|>assistant<|im_middle|>", "<|im_user|>user<|im_middle|>3<|im_end|>"
+    for form, earlier, opening in (
+        (KIMI_K2, "", ""),
+        (KIMI_K2_THINKING, "<think></think>", ""),
+        (KIMI_K25, "<think></think>", "<think>"),
+    ):
+        prompt = form.render(Conversation(turns), TOKENS)
+        assert prompt.endswith(f"{said}{earlier}2<|im_end|>{ask}{said}{opening}")
+        silent = form.render(Conversation(turns, thinking=False), TOKENS)
+        assert silent.endswith(f"{ask}{said}{earlier}") and form.render(LOOP, TOKENS).count("Hm.") == bool(
+            earlier
+        )
 
 
 def test_v4_merges_results_with_the_user() -> None:
@@ -292,7 +319,15 @@ MARK = "<｜tool▁calls▁begin｜>"
         (_checkpoint(None), "deepseek_v3", "deepseek_v3"),
         (_checkpoint(None, "｜DSML｜"), "deepseek_v4", "deepseek_v4"),
         (_checkpoint(None, kind="deepseek_v32"), "deepseek_v32", "deepseek_v32"),
-        (_checkpoint(None, kind="glm_moe_dsa"), "glm45", "glm45"),
+        (_checkpoint(None, kind="glm_moe_dsa"), "glm47", "glm47"),
+        (_checkpoint(None, kind="glm4_moe_lite"), "glm47", "glm47"),
+        (_checkpoint(None, kind="glm4_moe"), "glm45", "glm45"),
+        (_checkpoint("{{ messages }}", kind="glm4_moe"), "own", "own"),
+        (_checkpoint("{{ messages }}", "<arg_key>", kind="glm4_moe"), "own", "glm45"),
+        (_checkpoint("{{ messages }}</arg_key><arg_value>", "<arg_key>", kind="glm4_moe"), "own", "glm47"),
+        (_checkpoint(None, kind="kimi_k2"), "kimi_k2", "kimi_k2"),
+        (_checkpoint(None, "<think>", kind="kimi_k2"), "kimi_k2_thinking", "kimi_k2_thinking"),
+        (_checkpoint(None, "<think>", kind="kimi_k25"), "kimi_k25", "kimi_k25"),
         (_checkpoint("{{ messages }}", MARK), "own", "deepseek_v3"),
         (_checkpoint("{{ messages }}<think>", MARK), "own", "deepseek_r1"),
         (_checkpoint("{{ messages }}{{ thinking }}</think>", MARK), "own", "deepseek_v31"),

@@ -18,7 +18,7 @@ from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.dsml import write_calls
-from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.formats.glm45 import GLM45, GLM47
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.marks import MARK
 from farthing.conversation.parse.base import THINK, CallParser, NoCalls
@@ -101,15 +101,19 @@ def dsml(section: str) -> Callable[[Calls], str]:
     return lambda calls: write_calls(tuple(ToolCall("", n, json.dumps(a)) for n, a in calls), section)
 
 
-def glm(calls: Calls) -> str:
+def glm(calls: Calls, line: str = "\n") -> str:
     parts = []
     for name, arguments in calls:
-        parts.append(f"\n<tool_call>{name}\n")
+        parts.append(f"{line}<tool_call>{name}{line}")
         for key, value in arguments.items():
             text = value if isinstance(value, str) else json.dumps(value)
-            parts.append(f"<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n")
+            parts.append(f"<arg_key>{key}</arg_key>{line}<arg_value>{text}</arg_value>{line}")
         parts.append("</tool_call>")
     return "".join(parts)
+
+
+def glm47(calls: Calls) -> str:
+    return glm(calls, "")
 
 
 FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
@@ -119,6 +123,7 @@ FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("v32", dsml("function_calls"), lambda tokens=frozenset(): V32.calls(TOOLS, tokens)),
     ("v4", dsml("tool_calls"), lambda tokens=frozenset(): V4.calls(TOOLS, tokens)),
     ("glm", glm, lambda tokens=frozenset(): GLM45.calls(TOOLS, tokens)),
+    ("glm47", glm47, lambda tokens=frozenset(): GLM47.calls(TOOLS, tokens)),
 ]
 IDS = [name for name, _, _ in FORMATS]
 

@@ -16,7 +16,7 @@ from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.formats.glm45 import GLM45, GLM47
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
 from farthing.conversation.select import Checkpoint, choose
@@ -25,7 +25,7 @@ from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler
 from farthing.engine.tokenizer import Tokenizer
-from tests.conversation.test_parse import Calls, dsml, glm, kimi, read, v3, v31
+from tests.conversation.test_parse import Calls, dsml, glm, glm47, kimi, read, v3, v31
 from tests.conversation.test_token_ids import byte_tokenizer
 
 pytest.importorskip("llguidance")
@@ -37,6 +37,7 @@ FORMATS: list[tuple[ChatFormat, Callable[[Calls], str]]] = [
     (V32, dsml("function_calls")),
     (V4, dsml("tool_calls")),
     (GLM45, glm),
+    (GLM47, glm47),
 ]
 by_format = pytest.mark.parametrize(("form", "write"), FORMATS, ids=[form.name for form, _ in FORMATS])
 GLM_TAGS = [*("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")]

@@ -12,14 +12,16 @@ from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.glm45 import GLM45
-from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.formats.glm45 import GLM45, GLM47
+from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
 from farthing.conversation.habits import Habits
 from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import DEEPSEEK
 from farthing.conversation.strict import JsonCalls
 
-FORMATS = {each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, GLM45)}
+FORMATS = {
+    each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, KIMI_K2_THINKING, KIMI_K25, GLM45, GLM47)
+}
 OWN = "own"  # the checkpoint's template
 
 
@@ -40,10 +42,10 @@ _BY_TYPE = {
     "deepseek_v4": V4,
     "deepseek_v41": V4,
     "kimi_k2": KIMI_K2,
-    "kimi_k25": KIMI_K2,
+    "kimi_k25": KIMI_K25,
     "glm4_moe": GLM45,
-    "glm4_moe_lite": GLM45,
-    "glm_moe_dsa": GLM45,
+    "glm4_moe_lite": GLM47,
+    "glm_moe_dsa": GLM47,
 }
 _BY_TOKEN = {"｜DSML｜": V4, "<|tool_calls_section_begin|>": KIMI_K2, "<arg_key>": GLM45}
 
@@ -127,9 +129,14 @@ def _deepseek_syntax(checkpoint: Checkpoint, source: str) -> JsonCalls | None:
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:
     """The packaged format of the model's family; None for DeepSeek V3, R1, V3.1 and unknown models."""
-    if checkpoint.model_type in _BY_TYPE:
-        return _BY_TYPE[checkpoint.model_type]
-    return next((form for token, form in _BY_TOKEN.items() if checkpoint.has_token(token)), None)
+    form = _BY_TYPE.get(checkpoint.model_type)
+    if form is None:
+        form = next((form for token, form in _BY_TOKEN.items() if checkpoint.has_token(token)), None)
+    if form is KIMI_K2 and checkpoint.has_token(THINK.open):  # both releases have the same type
+        return KIMI_K2_THINKING
+    if form in (GLM45, GLM47) and checkpoint.template is not None:  # GLM-4.7 has the type of GLM-4.5
+        return GLM47 if "</arg_key><arg_value>" in checkpoint.template else GLM45
+    return form
 
 
 def _deepseek(checkpoint: Checkpoint, names: frozenset[str]) -> ChatFormat:

@@ -82,6 +82,13 @@ class Conversation:
         return () if self.choice.mode == "none" else self.tools
 
     @property
+    def wants_reasoning(self) -> bool | None:
+        """Whether the client wants the model to reason; None: it did not say."""
+        if self.effort == "none":
+            return False
+        return self.thinking if self.thinking is not None or self.effort is None else True
+
+    @property
     def has_calls(self) -> bool:
         """Whether an earlier turn called a tool."""
         return any(turn.calls for turn in self.turns)

@@ -12,7 +12,16 @@ from farthing.options import check, option
 from farthing.server.auth import KeyRing
 
 Format = Literal[
-    "deepseek_v3", "deepseek_r1", "deepseek_v31", "deepseek_v32", "deepseek_v4", "kimi_k2", "glm45"
+    "deepseek_v3",
+    "deepseek_r1",
+    "deepseek_v31",
+    "deepseek_v32",
+    "deepseek_v4",
+    "kimi_k2",
+    "kimi_k2_thinking",
+    "kimi_k25",
+    "glm45",
+    "glm47",
 ]
 CallsMode = Literal["auto", Format]
 ReasoningMode = Literal["auto", "none", Format]

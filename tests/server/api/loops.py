@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from farthing.config import EngineConfig
-from tests.conversation.test_parse import Calls, dsml, glm, kimi, v3, v31
+from tests.conversation.test_parse import Calls, dsml, glm, glm47, kimi, v3, v31
 from tests.server.harness import Running, ScriptedEngine, letters, running
 
 TURNS = 5
@@ -30,7 +30,10 @@ FORMATS: dict[str, tuple[Callable[[Calls], str], bool]] = {
     "deepseek_v32": (dsml("function_calls"), False),
     "deepseek_v4": (dsml("tool_calls"), True),
     "kimi_k2": (kimi, False),
+    "kimi_k2_thinking": (kimi, False),
+    "kimi_k25": (kimi, True),
     "glm45": (glm, False),
+    "glm47": (glm47, True),
 }
 
 

@@ -52,8 +52,5 @@ class ChatFormat:
 
     def thinks(self, conversation: Conversation, default: bool) -> bool:
         """Whether the model should reason first: the client's choice, else the default."""
-        if conversation.effort == "none":
-            return False
-        if conversation.thinking is None:
-            return default or conversation.effort is not None
-        return conversation.thinking
+        wanted = conversation.wants_reasoning
+        return default if wanted is None else wanted

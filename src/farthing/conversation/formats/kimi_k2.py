@@ -1,8 +1,13 @@
-"""Kimi K2, K2 Thinking and K2.5: turns between `<|im_…|>` tokens, call ids functions.NAME:INDEX."""
+"""Kimi K2 Instruct, K2 Thinking and K2.5: turns between `<|im_…|>` tokens, call ids functions.NAME:INDEX.
+
+Instruct does not reason. Thinking opens reasoning in front of every answer itself, K2.5's prompt opens it;
+both have an empty one in earlier turns.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from farthing.conversation.formats.base import ChatFormat, ControlTokens
 from farthing.conversation.marks import plain
@@ -57,7 +62,7 @@ def _calls(turn: Turn, ids: _Ids) -> str:
     return f"{MARKS.calls_begin}{calls}{MARKS.calls_end}"
 
 
-def render(conversation: Conversation, tokens: ControlTokens) -> str:
+def _render(conversation: Conversation, reasons: bool, opens: bool) -> str:
     """The prompt. Reasoning is kept in the turns since the last one without calls."""
     turns, ids = conversation.turns, _Ids()
     answered = max(
@@ -79,23 +84,38 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
                 _END,
             )
         else:
-            reasoning = turn.reasoning if position > answered else ""
-            thought = f"<think>{reasoning}</think>" if reasoning else ""
-            parts += (_head("assistant", turn.name or "assistant"), thought, turn.text, _calls(turn, ids))
+            thought = turn.reasoning if position > answered else ""
+            parts += (_head("assistant", turn.name or "assistant"), f"<think>{thought}</think>" * reasons)
+            parts += (turn.text, _calls(turn, ids))
             parts.append("" if conversation.resume and position + 1 == len(turns) else _END)
     if conversation.generate and not conversation.resume:
         parts.append(_head("assistant", "assistant"))
-        if conversation.thinking is False or conversation.effort == "none":
+        if reasons and conversation.wants_reasoning is False:
             parts.append("<think></think>")
+        elif opens:
+            parts.append("<think>")
     return "".join(parts)
+
+
+def render(conversation: Conversation, tokens: ControlTokens) -> str:
+    """K2 Instruct's prompt, without reasoning."""
+    return _render(conversation, reasons=False, opens=False)
+
+
+def render_thinking(conversation: Conversation, tokens: ControlTokens) -> str:
+    """K2 Thinking's prompt."""
+    return _render(conversation, reasons=True, opens=False)
+
+
+def render_k25(conversation: Conversation, tokens: ControlTokens) -> str:
+    """K2.5's prompt, which opens the reasoning."""
+    return _render(conversation, reasons=True, opens=True)
 
 
 KIMI_K2 = ChatFormat(
     "kimi_k2",
     render,
     lambda tools, tokens=frozenset(): DelimitedCalls(MARKS, True, tokens, tools),
-    THINK,
-    efforts=("none",),
     markup=MARKS.all,
     stops=(_END,),
     syntax=JsonCalls(
@@ -105,3 +125,7 @@ KIMI_K2 = ChatFormat(
         Section(MARKS.calls_begin, "", MARKS.calls_end),
     ),
 )
+KIMI_K2_THINKING = replace(
+    KIMI_K2, name="kimi_k2_thinking", render=render_thinking, tags=THINK, efforts=("none",)
+)
+KIMI_K25 = replace(KIMI_K2_THINKING, name="kimi_k25", render=render_k25)
