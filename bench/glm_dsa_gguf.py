@@ -43,7 +43,7 @@ class Entry:
 def rejected(c: ModelConfig) -> str | None:
     """Why `glm-dsa` cannot represent a model; None if it can."""
     full = [i <= 1 or i % 4 == 2 for i in range(c.num_hidden_layers)]
-    if c.index_topk is None or not c.index_rope_interleaved or c.q_lora_rank is None:
+    if c.index_topk is None or not c.index_rope_interleaved or c.latent.q_lora_rank is None:
         return f"{c.model_type}: expected glm_moe_dsa (an indexer that rotates interleaved pairs)"
     if [c.has_indexer(i) for i in range(c.num_hidden_layers)] != full:
         return f"indexer_types: got {c.indexer_types}; expected full at layers 0, 1, 2, 6, 10, …"
@@ -58,9 +58,9 @@ def entries(c: ModelConfig, kind: Any) -> Iterator[Entry]:
     """Every tensor of the file. Norms and routers are float32; k_b and v_b have at least 8 bits, as the peer
     stores them when it derives them itself."""
     f32, d = gguf.GGMLQuantizationType.F32, c.hidden_size
-    heads, nope, latent = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
+    heads, nope, latent = c.num_attention_heads, c.latent.qk_nope_head_dim, c.latent.kv_lora_rank
     absorbed = kind if kind == f32 else gguf.GGMLQuantizationType.Q8_0
-    assert c.q_lora_rank is not None
+    assert c.latent.q_lora_rank is not None
 
     def one(name: str, part: str, shape: tuple[int, ...], to: Any = kind) -> Entry:
         return Entry(name, (part,), shape, to)
@@ -72,14 +72,18 @@ def entries(c: ModelConfig, kind: Any) -> Iterator[Entry]:
         b, p = f"blk.{i}.", f"model.layers.{i}."
         a = p + "self_attn."
         yield one(b + "attn_norm.weight", p + "input_layernorm.weight", (d,), f32)
-        yield one(b + "attn_q_a.weight", a + "q_a_proj.weight", (c.q_lora_rank, d))
-        yield one(b + "attn_q_a_norm.weight", a + "q_a_layernorm.weight", (c.q_lora_rank,), f32)
-        yield one(b + "attn_q_b.weight", a + "q_b_proj.weight", (heads * c.qk_head_dim, c.q_lora_rank))
-        yield one(b + "attn_kv_a_mqa.weight", a + "kv_a_proj_with_mqa.weight", (c.cache_width, d))
+        yield one(b + "attn_q_a.weight", a + "q_a_proj.weight", (c.latent.q_lora_rank, d))
+        yield one(b + "attn_q_a_norm.weight", a + "q_a_layernorm.weight", (c.latent.q_lora_rank,), f32)
+        yield one(
+            b + "attn_q_b.weight", a + "q_b_proj.weight", (heads * c.latent.qk_head_dim, c.latent.q_lora_rank)
+        )
+        yield one(b + "attn_kv_a_mqa.weight", a + "kv_a_proj_with_mqa.weight", (c.latent.cache_width, d))
         yield one(b + "attn_kv_a_norm.weight", a + "kv_a_layernorm.weight", (latent,), f32)
         yield one(b + "attn_k_b.weight", a + "kv_b_proj.weight", (heads, latent, nope), absorbed)
-        yield one(b + "attn_v_b.weight", a + "kv_b_proj.weight", (heads, c.v_head_dim, latent), absorbed)
-        yield one(b + "attn_output.weight", a + "o_proj.weight", (d, heads * c.v_head_dim))
+        yield one(
+            b + "attn_v_b.weight", a + "kv_b_proj.weight", (heads, c.latent.v_head_dim, latent), absorbed
+        )
+        yield one(b + "attn_output.weight", a + "o_proj.weight", (d, heads * c.latent.v_head_dim))
         if c.has_indexer(i):
             yield from _indexer(c, b + "indexer.", a + "indexer.", kind)
         yield one(b + "ffn_norm.weight", p + "post_attention_layernorm.weight", (d,), f32)
@@ -92,8 +96,10 @@ def entries(c: ModelConfig, kind: Any) -> Iterator[Entry]:
 
 def _indexer(c: ModelConfig, b: str, p: str, kind: Any) -> Iterator[Entry]:
     f32, d, width = gguf.GGMLQuantizationType.F32, c.hidden_size, c.index_head_dim
-    assert c.q_lora_rank is not None
-    yield Entry(b + "attn_q_b.weight", (p + "wq_b.weight",), (c.index_n_heads * width, c.q_lora_rank), kind)
+    assert c.latent.q_lora_rank is not None
+    yield Entry(
+        b + "attn_q_b.weight", (p + "wq_b.weight",), (c.index_n_heads * width, c.latent.q_lora_rank), kind
+    )
     yield Entry(b + "attn_k.weight", (p + "wk.weight",), (width, d), kind)
     yield Entry(b + "proj.weight", (p + "weights_proj.weight",), (c.index_n_heads, d), kind)
     for part in ("weight", "bias"):
@@ -117,10 +123,10 @@ def _experts(c: ModelConfig, b: str, p: str, kind: Any) -> Iterator[Entry]:
 
 def _read(part: str, shape: tuple[int, ...], c: ModelConfig, source: WeightSource) -> Tensor:
     if part.endswith("kv_b_proj.weight"):
-        heads, nope, latent = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
+        heads, nope, latent = c.num_attention_heads, c.latent.qk_nope_head_dim, c.latent.kv_lora_rank
         module = part.removesuffix(".weight")
-        both = source.weight(module, (heads * (nope + c.v_head_dim), latent)).dequantize()
-        return both.view(heads, nope + c.v_head_dim, latent)
+        both = source.weight(module, (heads * (nope + c.latent.v_head_dim), latent)).dequantize()
+        return both.view(heads, nope + c.latent.v_head_dim, latent)
     if len(shape) < 2 or part.endswith(("embed_tokens.weight", "mlp.gate.weight")):
         return source.tensor(part, shape).float()
     return source.weight(part.removesuffix(".weight"), (shape[0], shape[1])).dequantize()
@@ -133,9 +139,9 @@ def _stored(entry: Entry, c: ModelConfig, source: WeightSource) -> Any:
     for part in entry.parts:  # one expert at a time
         values = _read(part, entry.shape[1:] if stacked else entry.shape, c, source)
         if entry.name.endswith("k_b.weight"):
-            values = values[:, : c.qk_nope_head_dim].mT
+            values = values[:, : c.latent.qk_nope_head_dim].mT
         elif entry.name.endswith("v_b.weight"):
-            values = values[:, c.qk_nope_head_dim :]
+            values = values[:, c.latent.qk_nope_head_dim :]
         arrays.append(gguf.quants.quantize(values.contiguous().numpy(), entry.kind))
     return numpy.stack(arrays) if stacked else arrays[0]
 
@@ -147,11 +153,11 @@ def _metadata(writer: Any, c: ModelConfig) -> None:
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_attention_heads)
-    writer.add_key_length(c.qk_head_dim)
-    writer.add_value_length(c.v_head_dim)
-    writer.add_q_lora_rank(c.q_lora_rank)
-    writer.add_kv_lora_rank(c.kv_lora_rank)
-    writer.add_rope_dimension_count(c.qk_rope_head_dim)
+    writer.add_key_length(c.latent.qk_head_dim)
+    writer.add_value_length(c.latent.v_head_dim)
+    writer.add_q_lora_rank(c.latent.q_lora_rank)
+    writer.add_kv_lora_rank(c.latent.kv_lora_rank)
+    writer.add_rope_dimension_count(c.latent.qk_rope_head_dim)
     writer.add_rope_freq_base(c.rope.theta)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_expert_count(c.router_size)

@@ -62,6 +62,8 @@ struct Moe {
   }
 };
 
+// Latent attention, or grouped-query attention: then each of `groups` key-value heads is a row of the cache
+// whose latent is the value and whose rotary part is the whole key, and there are no W_UK and W_UV.
 struct Attention {
   int heads = 0, nope = 0, rope = 0, value = 0, latent = 0;
   float scale = 1.0f;
@@ -71,6 +73,19 @@ struct Attention {
   const float* norm = nullptr;                // [c]
   const float* cos = nullptr;                 // [max_len, r / 2]
   const float* sin = nullptr;
+
+  // Of grouped-query attention, whose queries, keys and values are changed in place before they are used:
+  int groups = 1;                 // key-value heads; heads / groups queries share one
+  int rotated = 0;                // leading elements of a query or key head that are rotated
+  const float* bias = nullptr;    // [(H + 2 G) d] added to queries, keys and values, or null
+  const float* q_norm = nullptr;  // [d] of each head, or [H d] of all heads together; or null
+  const float* k_norm = nullptr;  // [d], or [G d]
+  bool whole_norm = false;        // the norms are those of all heads together
+
+  bool grouped() const { return rotated > 0; }
+  int per_group() const { return heads / groups; }
+  int group(int head) const { return head / per_group(); }
+  void check() const;  // throws std::invalid_argument unless every head has its matrices
 
   void add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv);  // the next head
   KeyShape shape() const {
@@ -84,14 +99,15 @@ struct Layer {  // one layer's weights; attention and feed are owned by the laye
   std::shared_ptr<Packed> qkv_a, q_b, o, o_rest;  // q_b null: the query comes whole from qkv_a
   const Attention* attention;
   const Moe* feed;
-  int q_width;  // columns of qkv_a's output that are the query, or its latent
+  int q_width;          // columns of qkv_a's output that are the query, or its latent
+  const float* o_bias;  // [D], or null
   std::shared_ptr<SharedSum> o_sum,
       feed_sum;  // over the ranks that share attention, and the feed; null: this one alone
 };
 
 struct Layers {
   std::vector<Layer> layers;
-  std::vector<float> qkv, q, heads, hidden;  // passed from one op to the next
+  std::vector<float> qkv, q, heads, biased, hidden;  // passed from one op to the next
   void add(Layer layer);
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
@@ -119,8 +135,8 @@ struct MoeArgs {
 };
 
 struct MlaArgs {
-  Rows q;   // [T, H (n + r)], before rotation
-  Rows kv;  // [T, c + r], before norm and rotation
+  Rows q;   // [T, H (n + r)], before rotation; overwritten if attention is grouped
+  Rows kv;  // [T, c + r], before norm and rotation; grouped: keys [T, G d] and values [T, G d], overwritten
   int tokens;
   Cache cache;
   Batch batch;

@@ -184,9 +184,17 @@ NB_MODULE(_native, module) {
              new (self) Attention{heads,       nope, rope, value,           latent,         scale,
                                   interleaved, {},   {},   at<float>(norm), at<float>(cos), at<float>(sin)};
            })
-      .def("add", [](Attention& a, std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
-        a.add(std::move(uk), std::move(uv));
-      });
+      .def("add", [](Attention& a, std::shared_ptr<Packed> uk,
+                     std::shared_ptr<Packed> uv) { a.add(std::move(uk), std::move(uv)); })
+      .def(
+          "group",
+          [](Attention& a, int groups, int rotated, uint64_t bias, uint64_t q_norm, uint64_t k_norm,
+             bool whole_norm) {
+            a.groups = groups, a.rotated = rotated, a.whole_norm = whole_norm;
+            a.bias = at<float>(bias), a.q_norm = at<float>(q_norm), a.k_norm = at<float>(k_norm);
+            a.check();
+          },
+          "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a);
 
   nb::exception<NotFinite>(module, "NotFinite", PyExc_ArithmeticError);
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);
@@ -219,13 +227,13 @@ NB_MODULE(_native, module) {
           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm,
              std::shared_ptr<Packed> q_b, const Attention& attention, std::shared_ptr<Packed> o,
              std::shared_ptr<Packed> o_rest, uint64_t feed_norm, const Moe& feed,
-             std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum) {
+             std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum, uint64_t o_bias) {
             self.add({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
                       std::move(q_b), std::move(o), std::move(o_rest), &attention, &feed, q_width,
-                      std::move(o_sum), std::move(feed_sum)});
+                      at<float>(o_bias), std::move(o_sum), std::move(feed_sum)});
           },
           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a,
-          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none());
+          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a);
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")

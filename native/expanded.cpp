@@ -118,7 +118,7 @@ void Expanded::run(Team& team, int phase) const {
 
 void Expanded::attend(const Unit& u, const Space& s) const {
   const size_t lanes = static_cast<size_t>(tiles(u)) * kTileQueries;
-  take_weights(u.head, s);
+  if (!w_.grouped()) take_weights(u.head, s);
   take_queries(u, s);
   std::fill_n(s.max, lanes, kNothing);
   std::fill_n(s.sum, lanes, 0.0f);
@@ -153,6 +153,10 @@ void Expanded::take_queries(const Unit& u, const Space& s) const {
     for (int i = 0; i < count; ++i) {
       const float* from = in_.q.row(first + i) + static_cast<int64_t>(u.head) * width;
       float* to = s.floats + i * query_;
+      if (w_.grouped()) {  // rotated already
+        for (int k = 0; k < width; ++k) to[k] = from[k] * w_.scale;
+        continue;
+      }
       const int64_t at = static_cast<int64_t>(in_.batch.positions[first + i]) * (w_.rope / 2);
       for (int k = 0; k < w_.nope; ++k) to[k] = from[k] * w_.scale;
       rotate_row(from + w_.nope, w_.rope, w_.cos + at, w_.sin + at, w_.interleaved, w_.scale, to + nope_);
@@ -168,10 +172,13 @@ void Expanded::expand(const Unit& u, int at, int keys, const Space& s) const {
   const int rows = round_up(keys, 32), columns = nope_ + value_;
   const KeyReader reader(kernels_, in_.cache, in_.batch, shape_, s.key32, s.key16);
   const size_t row = shape_.width * element, rotary = row - shape_.latent_padded * element;
-  for (int i = 0; i < keys; ++i) reader.copy(u.sequence, at + i, halves_, s.latents + i * row);
+  for (int i = 0; i < keys; ++i)
+    reader.copy({u.sequence, w_.group(u.head)}, at + i, halves_, s.latents + i * row);
   std::memset(s.latents + keys * row, 0, (rows - keys) * row);
-  wide_.product(
-      {s.latents, shape_.width, s.weights, columns, s.floats, columns, rows, shape_.latent_padded, false});
+  if (w_.grouped()) take_values(rows, s);
+  else
+    wide_.product(
+        {s.latents, shape_.width, s.weights, columns, s.floats, columns, rows, shape_.latent_padded, false});
   for (int i = 0; i < rows; ++i) {
     uint8_t* to = s.keys + i * query_ * element;
     const float* from = s.floats + static_cast<size_t>(i) * columns;
@@ -185,6 +192,22 @@ void Expanded::expand(const Unit& u, int at, int keys, const Space& s) const {
   for (int i = 0; i < value_; ++i)
     kernels_.round_bf16(turned + i * kWideBlock, rows,
                         reinterpret_cast<uint16_t*>(s.values) + i * kWideBlock);
+}
+
+// The latents of a block, which are the values of grouped-query attention, in float32.
+void Expanded::take_values(int rows, const Space& s) const {
+  for (int i = 0; i < rows; ++i) {
+    float* to = s.floats + static_cast<size_t>(i) * value_;
+    if (!halves_) {
+      std::memcpy(to, s.latents + sizeof(float) * i * shape_.width, sizeof(float) * value_);
+      continue;
+    }
+    const auto* from = reinterpret_cast<const uint16_t*>(s.latents) + static_cast<size_t>(i) * shape_.width;
+    for (int k = 0; k < value_; ++k) {
+      const uint32_t bits = static_cast<uint32_t>(from[k]) << 16;
+      std::memcpy(to + k, &bits, sizeof bits);
+    }
+  }
 }
 
 void Expanded::attend_tile(const Unit& u, int tile, int at, int keys, const Space& s) const {

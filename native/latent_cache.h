@@ -4,16 +4,18 @@
 
 namespace farthing {
 
-struct Cache {  // one layer
+struct Cache {  // one row: a layer's latents, or a key-value head
   CacheType type;
   uint8_t* data;   // [blocks * block_size][c + r]
   float* scale;    // [blocks * block_size][2] (latent, rotary) of fp8 and int8, else null
   int block_size;  // tokens
-  int64_t layer_bytes = 0, layer_scales = 0;  // from a layer's data and scales to the next one's
+  int64_t layer_bytes = 0, layer_scales = 0;  // from a row's data and scales to the next one's
 
-  void next_layer() {
-    data += layer_bytes;
-    if (scale) scale += layer_scales;
+  Cache row(int i) const {  // the i-th row after this one
+    Cache found = *this;
+    found.data += i * layer_bytes;
+    if (scale) found.scale += i * layer_scales;
+    return found;
   }
 };
 
@@ -36,6 +38,11 @@ void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, cons
 // Keys of a sequence, a block at a time. One per thread.
 class KeyReader {
  public:
+  struct Source {
+    int sequence, group;  // and which of the cache's rows, from its first one on
+    bool operator==(const Source& o) const { return sequence == o.sequence && group == o.group; }
+  };
+
   static constexpr int kScratchRows = kKeyBlock + 2;  // of `width` bfloat16
 
   // keys32 [kKeyBlock][width] and keys16 [kScratchRows][width] are scratch.
@@ -48,17 +55,17 @@ class KeyReader {
   }
 
   // Keys [at, at + b.keys) of a sequence into b.
-  void fetch(int sequence, int at, AttendBlock& b);
+  void fetch(Source from, int at, AttendBlock& b);
   // Finds keys [at, at + keys) of the block after the one just fetched, for the kernel to prefetch.
-  void look_ahead(int sequence, int at, int keys);
+  void look_ahead(Source from, int at, int keys);
   // One key expanded to float32 [width].
-  void expand(int sequence, int key, float* to) const;
+  void expand(Source from, int key, float* to) const;
   // The same, or in bfloat16.
-  void copy(int sequence, int key, bool halves, void* to) const;
+  void copy(Source from, int key, bool halves, void* to) const;
 
  private:
-  const uint8_t* row(int sequence, int key, int64_t* slot) const;
-  const uint16_t* half(int sequence, int key, uint16_t* to) const;
+  const uint8_t* row(Source from, int key, int64_t* slot) const;
+  const uint16_t* half(Source from, int key, uint16_t* to) const;
   bool in_place() const;
 
   const Kernels& kernels_;
@@ -68,9 +75,10 @@ class KeyReader {
   const Kernels::Keys form_;
   float* keys32_;
   uint16_t* keys16_;
-  uint16_t* rest_;                                        // low halves of split keys; not read again
-  const uint16_t* rows_[2 * kKeyBlock] = {};              // keys of a block, and of the one after it
-  int next_sequence_ = -1, next_at_ = 0, next_keys_ = 0;  // contents of the second half
+  uint16_t* rest_;                            // low halves of split keys; not read again
+  const uint16_t* rows_[2 * kKeyBlock] = {};  // keys of a block, and of the one after it
+  Source next_ = {-1, 0};                     // contents of the second half
+  int next_at_ = 0, next_keys_ = 0;
 };
 
 }  // namespace farthing

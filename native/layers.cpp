@@ -33,8 +33,15 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
       q = Layers::rows(model.q, T, l.q_b->m.n);
       linear(*l.q_b, {qkv, T, l.q_norm, in.eps, none, q});
     }
+    const int cached = l.attention->groups;
     const Rows heads = Layers::rows(model.heads, T, l.o->m.k + (l.o_rest ? l.o_rest->m.k : 0));
     mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
+    if (l.o_bias) {
+      const Rows biased = Layers::rows(model.biased, T, hidden);
+      for (int t = 0; t < T; ++t)
+        for (int k = 0; k < hidden; ++k) biased.row(t)[k] = x.row(t)[k] + l.o_bias[k];
+      x = biased;
+    }
     const Rows h = Layers::rows(model.hidden, T, hidden);
     // Over ranks, the residual, which they all have, is added to the sum.
     linear(*l.o, {heads, T, nullptr, in.eps, l.o_sum ? none : x, h, l.o_rest.get()});
@@ -42,7 +49,7 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
     moe(*l.feed, {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum});
     if (l.feed_sum) l.feed_sum->add(in.out, T, hidden, h);
     x = in.out;
-    cache.next_layer();
+    cache = cache.row(cached);
     if (counts) counts += in.counts_stride;
   }
 }

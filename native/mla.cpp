@@ -2,7 +2,11 @@
 // queries are projected into the latent space, so that keys are never expanded. The tokens of large chunks of
 // long prompts take expanded attention instead (expanded.h).
 //
-// Legend: T tokens, H heads, n nope, r rotary, c latent, v value head size, W padded key width.
+// Grouped-query attention takes the same path: a key-value head is a row of the cache whose latent is the
+// value and whose rotary part is the key. Its queries have zeros for the latent, and nothing is projected.
+//
+// Legend: T tokens, H heads, n nope, r rotary, c latent, v value head size, W padded key width, G key-value
+// heads, d their width.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -23,8 +27,9 @@ constexpr float kNothing = -3.0e38f;
 
 // Query rows of one sequence (tokens x heads) against the keys of chunks [first_chunk, last_chunk).
 struct Unit {
-  int sequence, token, tokens, head, heads;  // tokens are numbered as in WideTokens::others
-  int keys;                                  // that its last token sees
+  KeyReader::Source from;
+  int token, tokens, head, heads;  // tokens are numbered as in WideTokens::others
+  int keys;                        // that its last token sees
   int first_chunk, last_chunk;
   int slot;  // of its partial result, or -1 if it has all chunks
 
@@ -37,25 +42,27 @@ struct Units {
   std::vector<Unit> list;
   int slots = 0;
 
-  Units(const Batch& batch, const WideTokens& wide, int heads) {
+  Units(const Batch& batch, const WideTokens& wide, const Attention& w) {
+    const int heads = w.per_group(), together = std::max(1, kRows / heads);  // tokens
     int last = 0;
     for (int b = 0; b < batch.sequences; ++b) {
-      const int first = last, together = std::max(1, kRows / heads);  // tokens
+      const int first = last;
       for (int t = batch.query_start[b]; t < batch.query_start[b + 1]; ++t) last += wide.place[t] >= 0;
-      for (int t = first; t < last; t += together)
-        for (int h = 0; h < heads; h += kRows)
-          add(batch, wide, b, t, std::min(together, last - t), h, std::min(kRows, heads - h),
-              last - first > kFewQueries);
+      for (int g = 0; g < w.groups; ++g)
+        for (int t = first; t < last; t += together)
+          for (int h = 0; h < heads; h += kRows)
+            add(batch, wide, {b, g}, t, std::min(together, last - t), g * heads + h,
+                std::min(kRows, heads - h), last - first > kFewQueries);
     }
   }
 
  private:
-  void add(const Batch& batch, const WideTokens& wide, int sequence, int token, int tokens, int head,
-           int heads, bool whole) {
+  void add(const Batch& batch, const WideTokens& wide, KeyReader::Source from, int token, int tokens,
+           int head, int heads, bool whole) {
     const int keys = batch.keys(wide.others[token + tokens - 1]), chunks = Chunks::count(keys);
     const int step = whole ? chunks : 1;
     for (int c = 0; c < chunks; c += step)
-      list.push_back({sequence, token, tokens, head, heads, keys, c, c + step, step < chunks ? slots++ : -1});
+      list.push_back({from, token, tokens, head, heads, keys, c, c + step, step < chunks ? slots++ : -1});
   }
 };
 
@@ -106,19 +113,21 @@ struct Space {
   float* row;         // [threads][row_size]
   float* tile;        // [threads][T][kColumns]
   int *first_slot, *first_row,
-      *parts;  // [T][head groups], [T], [T]: where merge finds a row's partial results, if it has any
-  int row_size, head_groups;
+      *parts;  // [T][head parts], [T], [T]: where merge finds a row's partial results, if it has any
+  int row_size, head_parts;
 
   Space(Workspace& work, const Kernels& kernels, const Attention& w, int tokens, int slots, int threads) {
-    const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
     const KeyShape shape = w.shape();
     const size_t T = tokens, H = w.heads, W = shape.width, each = threads,
                  cells = static_cast<size_t>(slots) * kRows;
     const bool split = kernels.split_act && tokens >= kernels.split_rows;
-    head_groups = (w.heads + kRows - 1) / kRows;
+    head_parts = w.groups * parts_of(w);
     row_size = std::max(w.latent + w.rope, w.nope);
-    nope = work.act(uk, tokens * w.heads, split, uk.sparse);
-    latent = work.act(uv, tokens * w.heads, split, uv.sparse);
+    if (!w.grouped()) {
+      const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
+      nope = work.act(uk, tokens * w.heads, split, uk.sparse);
+      latent = work.act(uv, tokens * w.heads, split, uv.sparse);
+    }
     query = work.take<float>(T * H * W);
     partial = {work.take<float>(cells), work.take<float>(cells),
                work.take<float>(cells * shape.latent_padded)};
@@ -130,10 +139,17 @@ struct Space {
     queries = work.take<uint16_t>(each * (2 * kRows + 2) * W);
     row = work.take<float>(each * row_size);
     tile = work.take<float>(each * std::max<size_t>(T, 1) * kColumns);
-    first_slot = work.take<int>(T * head_groups);
+    first_slot = work.take<int>(T * head_parts);
     first_row = work.take<int>(T);
     parts = work.take<int>(T);
   }
+
+  static int parts_of(const Attention& w) { return (w.per_group() + kRows - 1) / kRows; }
+  // The unit among a token's that has a head, and the head's row there.
+  static int part(const Attention& w, int head) {
+    return w.group(head) * parts_of(w) + head % w.per_group() / kRows;
+  }
+  static int row_in_part(const Attention& w, int head) { return head % w.per_group() % kRows; }
 };
 
 // One call, phase by phase. Phases that share no barrier share no data.
@@ -154,7 +170,7 @@ class Mla {
     for (const Unit& u : units.list) {
       const int chunks = Chunks::count(u.keys);
       for (int i = 0; i < u.tokens && u.first_chunk == 0; ++i) {
-        space.first_slot[(u.token + i) * space.head_groups + u.head / kRows] = u.slot;
+        space.first_slot[(u.token + i) * space.head_parts + Space::part(w, u.head)] = u.slot;
         space.first_row[u.token + i] = i * u.heads;
         space.parts[u.token + i] = u.slot < 0 ? 0 : chunks;
       }
@@ -162,14 +178,19 @@ class Mla {
   }
 
   void run(Team& team) const {
-    rotate_and_cache(team);
-    team.barrier();
-    absorb(team);
+    if (w_.grouped()) {
+      prepare_and_cache(team);
+    } else {
+      rotate_and_cache(team);
+      team.barrier();
+      absorb(team);
+    }
     team.barrier();
     attend(team);
     expanded_.run(team, 5);
     team.barrier();
     merge(team);
+    if (w_.grouped()) return;
     team.barrier();
     project(team);
   }
@@ -200,6 +221,57 @@ class Mla {
     kernels_.rms_norm(in_.kv.row(t), w_.norm, in_.eps, w_.latent, scratch);
     rotate_row(in_.kv.row(t) + w_.latent, w_.rope, cos, sin, w_.interleaved, 1.0f, k_pe);
     write_latent(kernels_, in_.cache, in_.batch.slots[t], scratch, w_.latent, k_pe, w_.rope);
+  }
+
+  // Grouped-query attention: adds biases, norms and rotates queries and keys in place; caches keys and
+  // values.
+  void prepare_and_cache(Team& team) const {
+    const int heads = w_.heads + w_.groups, d = w_.rope;
+    if (!w_.whole_norm)
+      return team.for_units(0, in_.tokens, heads, [&](int t, int h) {
+        add_bias(t, h);
+        prepare_head(t, h, w_.q_norm, w_.k_norm);
+      });
+    team.for_units(0, 1, in_.tokens, [&](int, int t) {
+      for (int h = 0; h < heads; ++h) add_bias(t, h);
+      kernels_.rms_norm(in_.q.row(t), w_.q_norm, in_.eps, w_.heads * d, in_.q.row(t));
+      kernels_.rms_norm(in_.kv.row(t), w_.k_norm, in_.eps, w_.groups * d, in_.kv.row(t));
+      for (int h = 0; h < heads; ++h) prepare_head(t, h, nullptr, nullptr);
+    });
+  }
+
+  // A query head, or with H <= head the key and the value of a group.
+  float* prepared(int t, int head) const {
+    return head < w_.heads ? in_.q.row(t) + static_cast<int64_t>(head) * w_.rope
+                           : in_.kv.row(t) + static_cast<int64_t>(head - w_.heads) * w_.rope;
+  }
+
+  void add_bias(int t, int head) const {
+    if (!w_.bias) return;
+    const int d = w_.rope;
+    float* to = prepared(t, head);
+    const float* bias = w_.bias + static_cast<int64_t>(head) * d;
+    for (int i = 0; i < d; ++i) to[i] += bias[i];
+    if (head < w_.heads) return;
+    to += static_cast<int64_t>(w_.groups) * d, bias += static_cast<int64_t>(w_.groups) * d;
+    for (int i = 0; i < d; ++i) to[i] += bias[i];
+  }
+
+  void prepare_head(int t, int head, const float* q_norm, const float* k_norm) const {
+    const int d = w_.rope, g = head - w_.heads;
+    const float* norm = g < 0 ? q_norm : k_norm;
+    float* row = prepared(t, head);
+    if (norm) kernels_.rms_norm(row, norm, in_.eps, d, row);
+    const int64_t at = static_cast<int64_t>(in_.batch.positions[t]) * (w_.rotated / 2);
+    rotate_row(row, w_.rotated, w_.cos + at, w_.sin + at, w_.interleaved, 1.0f, row);
+    if (g >= 0)
+      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t],
+                          row + static_cast<int64_t>(w_.groups) * d, d, row, d);
+    const int place = wide_.place[t];
+    if (place < 0) return;
+    float* to = query(place, head);
+    std::fill(to, to + shape_.width, 0.0f);
+    for (int i = 0; i < d; ++i) to[shape_.latent_padded + i] = row[i] * w_.scale;
   }
 
   // [T, n] W_UK -> [T, c] of each head. A ragged last panel is written after the latent, where zeros are.
@@ -275,10 +347,15 @@ class Mla {
     }
   }
 
-  // Divides a row by the sum of its weights and takes it to the form W_UV reads.
+  // Divides a row by the sum of its weights and takes it to the form W_UV reads; grouped: to the output.
   void put_latent(int token, int head, float* row, float sum) const {
     const float inverse = 1.0f / sum;
     for (int i = 0; i < w_.latent; ++i) row[i] *= inverse;
+    if (w_.grouped()) {
+      std::memcpy(in_.out.row(wide_.others[token]) + static_cast<int64_t>(head) * w_.value, row,
+                  sizeof(float) * w_.value);
+      return;
+    }
     kernels_.store_act(w_.w_uv[0]->m, space_.latent, head * tokens_ + token, 0, row, w_.latent);
   }
 
@@ -292,7 +369,7 @@ class Mla {
     for (int at = u.begin(chunk); at < end; at += kKeyBlock) {
       b.keys = std::min(kKeyBlock, end - at);
       for (int j = 0; j < b.rows; ++j) visible[j] = in_.batch.keys(wide_.others[u.token + j / u.heads]) - at;
-      reader.fetch(u.sequence, at, b);
+      reader.fetch(u.from, at, b);
       look_ahead(u, index, chunk, at + kKeyBlock, reader);
       fetch_query(index + 1, at / kKeyBlock);
       b.fresh = at == u.begin(chunk);
@@ -302,12 +379,12 @@ class Mla {
 
   // The keys that are read after those before `at`: of this unit, or of the next.
   void look_ahead(const Unit& u, int index, int chunk, int at, KeyReader& reader) const {
-    if (at < u.end(chunk)) return reader.look_ahead(u.sequence, at, std::min(kKeyBlock, u.end(chunk) - at));
+    if (at < u.end(chunk)) return reader.look_ahead(u.from, at, std::min(kKeyBlock, u.end(chunk) - at));
     const bool last = chunk + 1 == u.last_chunk;
     if (last && index + 1 == static_cast<int>(units_.list.size())) return;
     const Unit& next = last ? units_.list[index + 1] : u;
     const int c = last ? next.first_chunk : chunk + 1;
-    reader.look_ahead(next.sequence, next.begin(c), std::min(kKeyBlock, next.end(c) - next.begin(c)));
+    reader.look_ahead(next.from, next.begin(c), std::min(kKeyBlock, next.end(c) - next.begin(c)));
   }
 
   // Folds the chunks of split sequences.
@@ -317,8 +394,8 @@ class Mla {
     float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
     team.for_units(3, T, w_.heads, [&](int t, int h) {
       if (space_.parts[t] == 0) return;
-      const int slot = space_.first_slot[t * space_.head_groups + h / kRows],
-                at = space_.first_row[t] + h % kRows;
+      const int slot = space_.first_slot[t * space_.head_parts + Space::part(w_, h)],
+                at = space_.first_row[t] + Space::row_in_part(w_, h);
       size_t cell = static_cast<size_t>(slot) * kRows + at;
       float max = space_.partial.max[cell], sum = space_.partial.sum[cell];
       std::copy_n(space_.partial.out + cell * lp, c, scratch);
@@ -372,7 +449,7 @@ void Sizes::mla(const Attention& w, const Batch& batch) {
   in.batch = batch;
   for (const int least : {0, kExpandTokens}) {  // a step of as many tokens may take either attention
     const WideTokens wide(batch, in.tokens, least);
-    const Units units(batch, wide, w.heads);
+    const Units units(batch, wide, w);
     work.reset();
     const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units.slots, threads);
     const Expanded expanded(work, kernels, w, in, wide, threads);
@@ -381,7 +458,7 @@ void Sizes::mla(const Attention& w, const Batch& batch) {
 
 void Backend::mla(const Attention& w, const MlaArgs& in) {
   const WideTokens wide(in.batch, in.tokens, expand_tokens);
-  const Units units(in.batch, wide, w.heads);
+  const Units units(in.batch, wide, w);
   work_.reset();
   const Space space(work_, kernels, w, static_cast<int>(wide.others.size()), units.slots, pool.size());
   const Expanded expanded(work_, kernels, w, in, wide, pool.size());

@@ -63,14 +63,23 @@ void Attention::add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
   w_uv.push_back(std::move(uv));
 }
 
+void Attention::check() const {
+  if (groups < 1 || heads % groups) throw std::invalid_argument("groups do not divide the heads");
+  if (!grouped()) {
+    if (static_cast<int>(w_uk.size()) != heads) throw std::invalid_argument("attention lacks heads");
+    return;
+  }
+  if (nope || latent != value || rope != value || rotated > rope || rotated % 2 || !w_uk.empty())
+    throw std::invalid_argument("grouped attention has heads of other sizes than its keys and values");
+}
+
 void Layers::add(Layer l) {
   const Attention& a = *l.attention;
-  const int hidden = l.o->m.n, query = a.heads * (a.nope + a.rope);
-  if (static_cast<int>(a.w_uk.size()) != a.heads) throw std::invalid_argument("attention lacks heads");
-  require(*l.qkv_a, l.q_width + a.latent + a.rope, hidden, "the projection to queries and latents");
+  const int hidden = l.o->m.n, query = a.heads * (a.nope + a.rope), cached = a.groups * (a.latent + a.rope);
+  a.check();
+  require(*l.qkv_a, l.q_width + cached, hidden, "the projection to queries and latents");
   if (l.q_b) require(*l.q_b, query, l.q_width, "the projection of the queries");
-  else if (l.q_width != query)
-    require(*l.qkv_a, query + a.latent + a.rope, hidden, "the projection to queries");
+  else if (l.q_width != query) require(*l.qkv_a, query + cached, hidden, "the projection to queries");
   const int rest = l.o_rest ? l.o_rest->m.k : 0;
   require(*l.o, hidden, a.heads * a.value - rest, "the output projection of attention");
   if (rest) require(*l.o_rest, hidden, rest, "further columns of the output projection");

@@ -42,12 +42,17 @@ void size_moe(Sizes& s, const Storage& storage, int hidden, int experts, int top
   s.moe(m, tokens, rows);
 }
 
-// `sequences` of `tokens` each, the last of which sees `keys` cached tokens.
+// `sequences` of `tokens` each, the last of which sees `keys` cached tokens. groups: key-value heads of
+// grouped-query attention, or 0.
 void size_mla(Sizes& s, const Storage& storage, int heads, int nope, int rope, int value, int latent,
-              int sequences, int tokens, int keys) {
+              int sequences, int tokens, int keys, int groups) {
   Attention a{heads, nope, rope, value, latent};
-  a.w_uk.push_back(packed(storage, latent, nope));
-  a.w_uv.push_back(packed(storage, value, latent));
+  if (groups) {
+    a.groups = groups, a.rotated = rope;
+  } else {
+    a.w_uk.push_back(packed(storage, latent, nope));
+    a.w_uv.push_back(packed(storage, value, latent));
+  }
   std::vector<int32_t> start, positions;
   for (int i = 0; i <= sequences; ++i) start.push_back(i * tokens);
   for (int i = 0; i < sequences * tokens; ++i) positions.push_back(keys - tokens + i % tokens);
@@ -78,7 +83,7 @@ void bind_sizes(nb::module_& module) {
       .def("moe", &size_moe, "storage"_a, "hidden"_a, "experts"_a, "top_k"_a, "width"_a, "shared"_a,
            "tokens"_a, "rows"_a = INT_MAX)
       .def("mla", &size_mla, "storage"_a, "heads"_a, "nope"_a, "rope"_a, "value"_a, "latent"_a, "sequences"_a,
-           "tokens"_a, "keys"_a)
+           "tokens"_a, "keys"_a, "groups"_a = 0)
       .def(
           "index",
           [](Sizes& s, int heads, int dim, int top_k, int tokens, int keys, bool halves) {

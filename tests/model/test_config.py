@@ -19,7 +19,7 @@ from tests.tiny import V3
 
 def test_v3_values() -> None:
     config = ModelConfig.from_json(V3)
-    assert config.cache_width == 576
+    assert config.attention.cache_width == 576
     assert [config.is_moe(i) for i in (0, 2, 3, 60, 61)] == [False, False, True, True, True]
     assert score_scale(config) == pytest.approx(0.135234, abs=1e-6)
     # YaRN keeps the fast pairs and divides the slow ones; the ramp runs from pair 10 to pair 23.
@@ -29,7 +29,7 @@ def test_v3_values() -> None:
     assert f[11] < 10000.0 ** (-2 * 11 / 64)
     assert f[23] == pytest.approx(10000.0 ** (-2 * 23 / 64) / 40, rel=1e-5)
     # cos and sin are multiplied by m(mscale) / m(mscale_all_dim) = 1.
-    assert rope_table(config.rope, 64, 2)[0, 0].tolist() == [1.0] * 32
+    assert rope_table(config)[0, 0].tolist() == [1.0] * 32
 
 
 def test_aliases_of_newer_files() -> None:

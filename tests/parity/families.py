@@ -169,6 +169,121 @@ def longcat_flash(rng: random.Random) -> Any:
     return transformers.LongcatFlashForCausalLM(transformers.LongcatFlashConfig(**s))
 
 
+def grouped(rng: random.Random) -> dict[str, Any]:
+    """Fields common to types with grouped-query attention; sizes are odd on purpose."""
+    heads = rng.choice([2, 4, 6])
+    return dict(
+        vocab_size=rng.choice([61, 96]),
+        hidden_size=heads * rng.choice([8, 12]),
+        intermediate_size=rng.choice([40, 64]),
+        num_hidden_layers=rng.choice([2, 3]),
+        num_attention_heads=heads,
+        num_key_value_heads=rng.choice([n for n in (1, 2, 3, 6) if heads % n == 0]),
+        max_position_embeddings=128,
+        rms_norm_eps=rng.choice([1e-6, 1e-5]),
+        tie_word_embeddings=rng.random() < 0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def routed(rng: random.Random, count: str = "num_experts") -> dict[str, Any]:
+    """Fields of a mixture whose expert count has that name."""
+    return {count: rng.choice([4, 6]), "num_experts_per_tok": rng.choice([1, 2, 4])}
+
+
+def scaled_rope(rng: random.Random, **more: Any) -> dict[str, Any]:
+    """Plain, or scaled in one of the ways that released models use."""
+    way = rng.choice(["default", "llama3", "linear", "yarn"])
+    found: dict[str, Any] = dict(rope_type=way, rope_theta=rng.choice([10000.0, 5e5]), **more)
+    if way != "default":
+        found |= dict(factor=4.0)
+    if way in ("llama3", "yarn"):
+        found |= dict(original_max_position_embeddings=16)
+    if way == "llama3":
+        found |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
+    return found
+
+
+def llama(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
+    s |= dict(head_dim=rng.choice([None, 10, 16]))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**s))
+
+
+def mistral(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), sliding_window=rng.choice([None, 100]))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**s))
+
+
+def qwen3(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**s, head_dim=rng.choice([8, 20])))
+
+
+def smollm3(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
+    s |= dict(num_hidden_layers=3, no_rope_layer_interval=rng.choice([2, 3]), pad_token_id=0)
+    return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**s))
+
+
+def qwen3_moe(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng) | dict(rope_parameters=scaled_rope(rng))
+    s |= dict(moe_intermediate_size=rng.choice([16, 24]), norm_topk_prob=rng.random() < 0.5)
+    s |= dict(mlp_only_layers=rng.choice([[], [0], [1]]), decoder_sparse_step=rng.choice([1, 1, 2]))
+    s |= dict(head_dim=rng.choice([8, 20]), attention_bias=rng.random() < 0.5)
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**s))
+
+
+def glm4_moe(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "n_routed_experts") | dict(head_dim=rng.choice([8, 16]))
+    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.25, 0.5])))
+    s |= dict(moe_intermediate_size=rng.choice([16, 24]), n_shared_experts=rng.choice([1, 2]))
+    s |= dict(use_qk_norm=rng.random() < 0.5, attention_bias=rng.random() < 0.5, num_mtp_layers=0)
+    s |= dict(first_k_dense_replace=rng.choice([0, 1]), routed_scaling_factor=rng.choice([1.0, 2.5]))
+    s |= dict(norm_topk_prob=rng.random() < 0.7)
+    return transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**s))
+
+
+def minimax_m2(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "num_local_experts") | dict(head_dim=rng.choice([8, 16]))
+    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.25, 0.5, 1.0])))
+    return transformers.MiniMaxM2ForCausalLM(transformers.MiniMaxM2Config(**s))
+
+
+def mixtral(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "num_local_experts") | dict(rope_parameters=scaled_rope(rng))
+    s |= dict(head_dim=rng.choice([None, 10]), sliding_window=rng.choice([None, 100]))
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**s))
+
+
+def olmoe(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng) | dict(rope_parameters=scaled_rope(rng), pad_token_id=0)
+    s |= dict(norm_topk_prob=rng.random() < 0.5, attention_bias=rng.random() < 0.5)
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**s))
+
+
+def granitemoe(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "num_local_experts") | dict(rope_parameters=scaled_rope(rng))
+    s |= dict(attention_bias=rng.random() < 0.5, attention_multiplier=rng.choice([0.1, 0.5]))
+    s |= dict(embedding_multiplier=rng.choice([1.0, 12.0]), residual_multiplier=rng.choice([1.0, 0.22]))
+    return transformers.GraniteMoeForCausalLM(
+        transformers.GraniteMoeConfig(**s, logits_scaling=rng.choice([1.0, 6.0]))
+    )
+
+
+GROUPED: dict[str, Build] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+    "qwen3_moe": qwen3_moe,
+    "glm4_moe": glm4_moe,
+    "minimax_m2": minimax_m2,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "granitemoe": granitemoe,
+}
 FAMILIES: dict[str, Build] = {
     "deepseek_v3": deepseek_v3,
     "deepseek_v2": deepseek_v2,
@@ -181,6 +296,7 @@ FAMILIES: dict[str, Build] = {
     "glm_moe_dsa": glm_moe_dsa,
     "sarvam_mla": sarvam_mla,
     "longcat_flash": longcat_flash,
+    **GROUPED,
 }
 
 
@@ -193,7 +309,7 @@ def build(name: str, seed: int, path: Path) -> Any:
             continue
         if "norm" in key and value.ndim == 1:
             value.data = (0.0 if key.endswith("bias") else 1.0) + 0.1 * torch.randn_like(value)
-        elif "e_score_correction_bias" in key:
+        elif "e_score_correction_bias" in key or key.endswith("bias"):
             value.data = 0.1 * torch.randn_like(value)
         elif value.ndim > 1:
             value.data = torch.randn_like(value) * value.shape[-1] ** -0.5

@@ -70,7 +70,7 @@ def held(rank: Rank) -> tuple[int, int]:
             stack += [getattr(item, s) for s in slots if hasattr(item, s)]
             stack += list(getattr(item, "__dict__", {}).values())
     cache = rank.new_cache(SERVING.cache_tokens // 16, 16, "bfloat16").data
-    rope = 4 * rank.model.config.max_position_embeddings * rank.model.config.qk_rope_head_dim
+    rope = 4 * rank.model.config.max_position_embeddings * rank.model.config.latent.qk_rope_head_dim
     return sum(weights.values()) - rope, cache.numel() * cache.element_size()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,10 +68,16 @@ def sources(tmp_path: Path) -> Path:
     return root
 
 
+def changed(config: ModelConfig, **change: Any) -> ModelConfig:
+    """The config with other values of its fields or those of its heads."""
+    heads = {k: change.pop(k) for k in list(change) if hasattr(config.latent, k)}
+    return dataclasses.replace(config, attention=dataclasses.replace(config.latent, **heads), **change)
+
+
 @pytest.fixture
 def wide(tiny: ModelConfig) -> ModelConfig:
     """The tiny model, with columns divisible into groups of 32."""
-    return dataclasses.replace(tiny, kv_lora_rank=32, v_head_dim=32)
+    return changed(tiny, kv_lora_rank=32, v_head_dim=32)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +10,8 @@ from farthing.model.config import ModelConfig
 from farthing.train.export import config_json, from_tensors, to_tensors
 from farthing.train.functional import causal_attention, fused_cross_entropy, rms_norm, routed_experts
 from farthing.train.model import DeepSeekLM, Router
+
+from .conftest import changed
 
 
 def randomized(cfg: ModelConfig, seed: int = 0) -> DeepSeekLM:
@@ -38,7 +38,7 @@ VARIANTS = [
 @pytest.mark.parametrize("change", VARIANTS)
 def test_logits_equal_transformers(tiny: ModelConfig, change: dict[str, object]) -> None:
     transformers = pytest.importorskip("transformers")
-    cfg = dataclasses.replace(tiny, **change)
+    cfg = changed(tiny, **change)
     model = randomized(cfg)
     fields = {
         k: v for k, v in config_json(cfg, fp8=False).items() if k not in ("architectures", "model_type")
@@ -222,4 +222,4 @@ def test_names_round_trip(tiny: ModelConfig) -> None:
 )
 def test_errors_name_the_config_field(tiny: ModelConfig, change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DeepSeekLM(dataclasses.replace(tiny, **change))
+        DeepSeekLM(changed(tiny, **change))

@@ -21,6 +21,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.(gate|up)_proj$")
 _SIBLINGS = {
     "gate_proj": "gate_up", "up_proj": "gate_up",
     "q_a_proj": "qkv_a", "q_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
+    "k_proj": "qkv_a", "v_proj": "qkv_a",
 }  # fmt: skip
 
 

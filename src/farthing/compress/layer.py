@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.model import ModelConfig
-from farthing.model.attention import Attention
+from farthing.model.attention import attention_of
 from farthing.model.moe import FeedForward, router_spec
 from farthing.model.mtp import MTPLayer
 from farthing.model.rope import rope_table
@@ -194,7 +194,7 @@ Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
 def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
     """The layer as the serving model builds it on `ops`: (hidden, next_ids, batch, cache) -> hidden."""
     c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
-    rope = ops.tensor(rope_table(c.rope, c.qk_rope_head_dim, c.max_position_embeddings))
+    rope = ops.tensor(rope_table(c))
     router = router_spec(c) if layer.is_moe else None
     if layer.is_mtp:
         hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}
@@ -207,7 +207,7 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
             return mtp(next_ids, ops.rms_norm(h, final_norm, c.rms_norm_eps), batch, cache)
 
         return draft
-    attention = Attention(c, ops, source, layer.index, rope)
+    attention = attention_of(c, ops, source, layer.index, rope)
     feed_forward = FeedForward(c, ops, source, layer.index, router)
 
     def block(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:

@@ -199,7 +199,8 @@ def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, fin
     out = torch.empty_like(stream.hidden)
     for rows, lengths in stream.chunks(CHUNK):
         batch, blocks = paged_batch(lengths)
-        cache = ops.new_cache(1, blocks, BLOCK, layer.config.cache_width, "float32")
+        heads = layer.config.attention
+        cache = ops.new_cache(heads.cache_rows, blocks, BLOCK, heads.cache_width, "float32")
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
     return out
 

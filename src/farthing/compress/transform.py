@@ -56,9 +56,9 @@ def rotate(layer: Layer, seed: int) -> None:
     """Rotate both latents and the values of every head; the layer's function is unchanged."""
     a, c = f"{layer.prefix}self_attn.", layer.config
     have = set(layer.modules())
-    pairs = [("kv_a_layernorm", "kv_a_proj_with_mqa", "kv_b_proj", c.kv_lora_rank)]
-    if c.q_lora_rank:
-        pairs.append(("q_a_layernorm", "q_a_proj", "q_b_proj", c.q_lora_rank))
+    pairs = [("kv_a_layernorm", "kv_a_proj_with_mqa", "kv_b_proj", c.latent.kv_lora_rank)]
+    if c.latent.q_lora_rank:
+        pairs.append(("q_a_layernorm", "q_a_proj", "q_b_proj", c.latent.q_lora_rank))
     for norm, producer, consumer, width in pairs:
         if a + producer not in have:
             continue
@@ -76,9 +76,9 @@ def rotate(layer: Layer, seed: int) -> None:
         layer.weight(f"{a}kv_b_proj"),
         layer.weight(f"{a}o_proj"),
         c.num_attention_heads,
-        c.qk_nope_head_dim,
-        c.v_head_dim,
-        random_hadamard(c.v_head_dim, seed + 1),
+        c.latent.qk_nope_head_dim,
+        c.latent.v_head_dim,
+        random_hadamard(c.latent.v_head_dim, seed + 1),
     )
     layer.set(f"{a}kv_b_proj", kv_b)
     layer.set(f"{a}o_proj", o)

@@ -118,10 +118,8 @@ def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
     wanted = -(-min(layers or dense + 1, config.num_hidden_layers) // unit) * unit
     while True:
         short = replace(
-            config,
-            num_hidden_layers=wanted,
+            config.part(range(wanted)),
             num_nextn_predict_layers=0,
-            indexer_types=config.indexer_types[:wanted],
             layer_sizes=config.layer_sizes[:wanted],
         )
         if layers is not None or wanted == unit or float32_bytes(short) <= MOST_BYTES:

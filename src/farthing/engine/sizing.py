@@ -59,10 +59,11 @@ def cache_dtype(config: EngineConfig, model: Model) -> CacheDtype:
 
 
 def block_bytes(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
-    """Bytes of a block over all layers."""
+    """Bytes of a block over all layers, on one rank of every stage."""
     c, item = model.config, _ITEM_BYTES[dtype]
     scale = _SCALE_BYTES if dtype in ("fp8", "int8") else 0
-    latents = model.cache_layers * (c.cache_width * item + scale)
+    heads = c.attention.per_rank(config.tensor_parallel_size)
+    latents = model.cache_layers * heads.cache_rows * (heads.cache_width * item + scale)
     return config.block_size * (latents + c.index_rows * (c.index_head_dim * item + scale // 2))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from farthing.lazy import np
-from farthing.model.config import ModelConfig
+from farthing.model.config import LatentHeads, ModelConfig
+from farthing.model.grouped import GroupedAttention
 from farthing.model.indexer import Indexer
 from farthing.model.rope import score_scale
 from farthing.model.source import WeightSource
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:
     """The head layout for the op."""
+    a = config.latent
     return AttentionSpec(
-        num_heads=config.num_attention_heads,
-        nope_dim=config.qk_nope_head_dim,
-        rope_dim=config.qk_rope_head_dim,
-        value_dim=config.v_head_dim,
-        latent_dim=config.kv_lora_rank,
+        num_heads=a.num_attention_heads,
+        nope_dim=a.qk_nope_head_dim,
+        rope_dim=a.qk_rope_head_dim,
+        value_dim=a.v_head_dim,
+        latent_dim=a.kv_lora_rank,
         scale=score_scale(config),
         interleaved=config.rope.interleaved,
     )
@@ -42,36 +44,40 @@ def query_scale(config: ModelConfig, ops: Ops) -> Tensor | None:
     return ops.tensor(1 + np.float32(s.beta) * np.log1p(periods.astype(np.float32)))
 
 
-class Attention:
+class LatentAttention:
     """One layer's attention with its input norm and residual."""
+
+    rows = 1  # of the cache
+    o_bias: Tensor | None = None
 
     def __init__(
         self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
     ) -> None:
         p = f"model.layers.{layer}.self_attn."
-        c, d, heads = config, config.hidden_size, config.num_attention_heads
+        c, a, d = config, config.latent, config.hidden_size
+        heads = a.num_attention_heads
         self.ops, self.eps = ops, config.rms_norm_eps
         self.norm = as_float32(weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)))
-        self.q_width = c.q_lora_rank or heads * c.qk_head_dim
-        first = "q_a_proj" if c.q_lora_rank else "q_proj"
+        self.q_width = a.q_lora_rank or heads * a.qk_head_dim
+        first = "q_a_proj" if a.q_lora_rank else "q_proj"
         # One product over the hidden state computes the query (or its latent) and the key-value latent.
         self.qkv_a = ops.pack_linear(
             p + "qkv_a",
             lambda: [
                 weights.weight(p + first, (self.q_width, d)),
-                weights.weight(p + "kv_a_proj_with_mqa", (c.cache_width, d)),
+                weights.weight(p + "kv_a_proj_with_mqa", (a.cache_width, d)),
             ],
         )
         self.q_norm, self.q_b = None, None
-        if c.q_lora_rank:
-            self.q_norm = as_float32(weights.tensor(p + "q_a_layernorm.weight", (c.q_lora_rank,)))
-            self.q_norm = self.q_norm * c.query_latent_scale
-            q_shape = (heads * c.qk_head_dim, c.q_lora_rank)
+        if a.q_lora_rank:
+            self.q_norm = as_float32(weights.tensor(p + "q_a_layernorm.weight", (a.q_lora_rank,)))
+            self.q_norm = self.q_norm * a.query_latent_scale
+            q_shape = (heads * a.qk_head_dim, a.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         self.sparse = c.index_topk is not None
         self.indexer = Indexer(c, ops, weights, layer, rope) if c.has_indexer(layer) else None
-        kv_shape = (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-        kv_norm = as_float32(weights.tensor(p + "kv_a_layernorm.weight", (c.kv_lora_rank,))) * c.latent_scale
+        kv_shape = (heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
+        kv_norm = as_float32(weights.tensor(p + "kv_a_layernorm.weight", (a.kv_lora_rank,))) * a.latent_scale
         self.query_scale = query_scale(c, ops)
         self.heads = ops.pack_attention(
             p + "kv_b_proj",
@@ -79,7 +85,7 @@ class Attention:
             lambda: (weights.weight(p + "kv_b_proj", kv_shape), kv_norm),
             rope,
         )
-        o_shape = (d, heads * c.v_head_dim)
+        o_shape = (d, heads * a.v_head_dim)
         self.o = ops.pack_output(p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), heads)
 
     def __call__(
@@ -102,3 +108,14 @@ class Attention:
             q = q * self.query_scale[batch.positions.long()].unsqueeze(1).to(q.dtype)
         out = ops.mla(q, kv, self.heads, cache, cache_layer, batch, self.eps, select)  # [T, H v]
         return ops.linear(out, self.o, residual=h), select
+
+
+AnyAttention = LatentAttention | GroupedAttention
+
+
+def attention_of(
+    config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
+) -> AnyAttention:
+    """A layer's attention in the form that the model has."""
+    form = LatentAttention if isinstance(config.attention, LatentHeads) else GroupedAttention
+    return form(config, ops, weights, layer, rope)

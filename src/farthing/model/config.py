@@ -11,11 +11,21 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from farthing.checkpoint.reader import has_config, read_config
 from farthing.model import values as checked
 from farthing.model.error import ConfigError
+from farthing.model.heads import GroupedHeads, Heads, LatentHeads, read_grouped, read_latent
 from farthing.model.scaling import QueryScaling, RopeConfig, read_query_scaling, read_rope
 from farthing.model.types import type_named, type_of
 from farthing.model.values import LARGEST, MOST, absent, wrong
 
-__all__ = ["ConfigError", "LayerSizes", "ModelConfig", "QueryScaling", "RopeConfig", "check_config"]
+__all__ = [
+    "ConfigError",
+    "GroupedHeads",
+    "LatentHeads",
+    "LayerSizes",
+    "ModelConfig",
+    "QueryScaling",
+    "RopeConfig",
+    "check_config",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +50,15 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
-    num_attention_heads: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None
+    attention: Heads
     max_position_embeddings: int
     rope: RopeConfig
+    unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
     query_scaling: QueryScaling | None = None
-    query_latent_scale: float = 1.0  # scale of the normed query latent; the next field: of the KV latent
-    latent_scale: float = 1.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    embedding_scale: float = 1.0  # of the embedding's output, and of the logits
+    logit_scale: float = 1.0
     # mixture of experts; n_routed_experts None: every layer is dense
     n_routed_experts: int | None = None
     n_shared_experts: int = 0
@@ -63,6 +69,7 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     first_k_dense_replace: int = 0
     moe_layer_freq: int = 1
+    dense_layers: tuple[int, ...] = ()  # further layers without experts
     n_group: int = 1
     topk_group: int = 1
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
@@ -85,18 +92,32 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     @property
-    def qk_head_dim(self) -> int:
-        """Width of a query head: nope + rotary."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+    def latent(self) -> LatentHeads:
+        """The heads of latent attention. Raises ConfigError if attention is of another form."""
+        if not isinstance(self.attention, LatentHeads):
+            raise ConfigError(
+                f"model_type: got {self.model_type!r}; expected a type with latent attention (MLA)"
+            )
+        return self.attention
 
     @property
-    def cache_width(self) -> int:
-        """Cached values per token and layer: latent + rotary."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        return self.attention.num_attention_heads
+
+    @property
+    def cache_per_layer(self) -> int:
+        """Cached values per token and layer."""
+        return self.attention.cache_rows * self.attention.cache_width
 
     @property
     def is_v3(self) -> bool:
         """Whether layers have only V3's tensors under V3's names (V2's are a subset)."""
+        return isinstance(self.attention, LatentHeads) and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
         more = more or self.shortcut_experts or self.n_identity_experts > 0
         return not more and type_named(self.model_type).names.stored("lm_head.weight") == "lm_head.weight"
@@ -155,6 +176,17 @@ class ModelConfig:
             self.n_routed_experts is not None
             and layer >= self.first_k_dense_replace
             and layer % self.moe_layer_freq == 0
+            and layer not in self.dense_layers
+        )
+
+    def part(self, layers: range) -> ModelConfig:
+        """This config with only some of the hidden layers. Which of them have experts is not adapted unless
+        they are the first: a rank is given its routers."""
+        return replace(
+            self,
+            num_hidden_layers=len(layers),
+            indexer_types=tuple(self.indexer_types[i] for i in layers if self.indexer_types),
+            unrotated=tuple(i - layers.start for i in self.unrotated if i in layers),
         )
 
     @classmethod
@@ -178,8 +210,9 @@ class ModelConfig:
         kind = type_of(raw)
         try:
             raw = kind.fields(raw)
+            heads = read_grouped(raw) if kind.grouped else read_latent(raw)
             values = _checked(cls, raw) | _derived(raw)
-            config = cls(**{"q_lora_rank": None, **values, "model_type": kind.name})
+            config = cls(**{**values, "attention": heads, "model_type": kind.name})
             check_config(config)
         except ValueError as error:
             message = kind.in_own_words(str(error))
@@ -199,14 +232,9 @@ _REQUIRED = {
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
-    "num_attention_heads",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
     "max_position_embeddings",
 }
-_POSITIVE = {"moe_layer_freq", "n_group", "topk_group", "shared_intermediate_size", "q_lora_rank"}
+_POSITIVE = {"moe_layer_freq", "n_group", "topk_group", "shared_intermediate_size"}
 _EXPERT_COUNTS = ("n_routed_experts", "num_local_experts")
 _NULLABLE = {"n_shared_experts", "n_group", "topk_group", "num_nextn_predict_layers"}
 _EXPERT_FIELDS = {
@@ -253,9 +281,8 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fields with other names or of other types. Raises ValueError."""
     if (activation := raw.get("hidden_act")) not in (None, "silu"):
         raise wrong("hidden_act", activation, "'silu'")
-    for name in ("attention_bias", "mlp_bias"):
-        if raw.get(name) not in (None, False):
-            raise wrong(name, raw[name], "false: matrices have no bias")
+    if raw.get("mlp_bias") not in (None, False):
+        raise wrong("mlp_bias", raw["mlp_bias"], "false: matrices have no bias")
     experts = next((n for n in _EXPERT_COUNTS if n in raw), None)
     if experts is None:
         raise absent("n_routed_experts", "a positive integer, or null for a model without experts")
@@ -266,6 +293,8 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "n_routed_experts": None if raw[experts] is None else checked.integer(raw, experts),
         "num_nextn_predict_layers": 0 if drafts is None else checked.in_range(drafts, raw[drafts], 0, 64),
         "indexer_types": tuple(raw.get("indexer_types") or ()),
+        "unrotated": tuple(raw.get("unrotated") or ()),
+        "dense_layers": tuple(raw.get("dense_layers") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
         "eos_token_ids": _ids(raw.get("eos_token_id")),
     }
@@ -299,8 +328,10 @@ def check_config(c: ModelConfig) -> None:
         value = getattr(c, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name}: got {value!r}; expected a positive integer")
-    if c.qk_rope_head_dim % 2:
-        raise ConfigError(f"qk_rope_head_dim: got {c.qk_rope_head_dim}; expected an even number")
+    try:
+        c.attention.check()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
         raise ConfigError(
             f"topk_method: got {c.topk_method!r}; expected noaux_tc, greedy or group_limited_greedy"
@@ -339,12 +370,12 @@ def _check_indexer(c: ModelConfig) -> None:
     for name in ("index_topk", "index_n_heads", "index_head_dim"):
         if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
             raise ConfigError(f"{name}: got {getattr(c, name)!r}; expected a positive integer")
-    if c.index_head_dim < c.qk_rope_head_dim:
+    if c.index_head_dim < c.latent.qk_rope_head_dim:
         raise ConfigError(
             f"index_head_dim: got {c.index_head_dim}; "
-            f"expected at least qk_rope_head_dim = {c.qk_rope_head_dim}"
+            f"expected at least qk_rope_head_dim = {c.latent.qk_rope_head_dim}"
         )
-    if not c.q_lora_rank:
+    if not c.latent.q_lora_rank:
         raise ConfigError("q_lora_rank is absent; expected a positive integer where index_topk is set")
     if unknown := set(c.indexer_types) - {"full", "shared"}:
         raise ConfigError(f"indexer_types has {sorted(unknown)[0]!r}; expected 'full' or 'shared'")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from farthing.model.attention import Attention
+from farthing.model.attention import attention_of
 from farthing.model.config import ModelConfig
 from farthing.model.moe import FeedForward, router_spec
 from farthing.model.mtp import MTPLayer
@@ -41,19 +41,22 @@ class DeepseekModel:
         self.config, self.ops = config, ops
         self.eps = config.rms_norm_eps
         shape = (config.vocab_size, config.hidden_size)
-        rope = ops.tensor(rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings))
+        rope = ops.tensor(rope_table(config))
         routers = routers or routers_of(config)
         if first or (last and (config.tie_word_embeddings or config.num_nextn_predict_layers)):
             self.embedding = weights.tensor("model.embed_tokens.weight", shape)
         self.layers = [
-            (Attention(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
+            (attention_of(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
         self.mtp: list[MTPLayer] = []
         self.restack()
         if not last:
             return
-        self.norm = as_float32(weights.tensor("model.norm.weight", (config.hidden_size,)))
+        # Logits are scaled by the norm before the head.
+        self.norm = (
+            as_float32(weights.tensor("model.norm.weight", (config.hidden_size,))) * config.logit_scale
+        )
 
         def head() -> Weight:
             if config.tie_word_embeddings:
@@ -93,7 +96,8 @@ class DeepseekModel:
     def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
         """An empty paged cache for this model, MTP layers included."""
         c = self.config
-        cache = self.ops.new_cache(self.cache_layers, num_blocks, block_size, c.cache_width, dtype)
+        rows = self.cache_layers * c.attention.cache_rows
+        cache = self.ops.new_cache(rows, num_blocks, block_size, c.attention.cache_width, dtype)
         if c.index_topk is not None:
             cache.index = self.ops.new_index_cache(cache, c.index_rows, c.index_head_dim)
         return cache
@@ -112,7 +116,8 @@ class DeepseekModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [T] int64 -> the first layer's input [T, D]."""
-        return self.ops.embed(ids, self.embedding)
+        h = self.ops.embed(ids, self.embedding)
+        return h if self.config.embedding_scale == 1.0 else h * self.config.embedding_scale
 
     def run_layers(
         self,

@@ -21,7 +21,7 @@ def indexer_spec(config: ModelConfig) -> IndexerSpec:
     return IndexerSpec(
         num_heads=config.index_n_heads,
         head_dim=config.index_head_dim,
-        rope_dim=config.qk_rope_head_dim,
+        rope_dim=config.latent.qk_rope_head_dim,
         top_k=config.index_topk,
         interleaved=config.index_rope_interleaved,
     )
@@ -34,10 +34,10 @@ class Indexer:
         self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
     ) -> None:
         p, c, d = f"model.layers.{layer}.self_attn.indexer.", config, config.hidden_size
-        assert c.q_lora_rank is not None
+        assert c.latent.q_lora_rank is not None
         self.ops, self.eps = ops, c.rms_norm_eps
         self.row = sum(map(c.has_indexer, range(layer)))  # row in the index cache
-        q_shape = (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+        q_shape = (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
         self.q = ops.pack_linear(p + "wq_b", lambda: [weights.weight(p + "wq_b", q_shape)])
         self.k = ops.pack_linear(p + "wk", lambda: [weights.weight(p + "wk", (c.index_head_dim, d))])
         self.w = ops.pack_linear(

@@ -64,7 +64,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
     dense = count(matrices)
     index_width = config.index_head_dim * sum(map(config.has_indexer, range(config.num_hidden_layers)))
-    heads = config.num_attention_heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+    heads = config.num_attention_heads * config.attention.dot_width
     return ModelCost(
         total_parameters=count(main),
         active_parameters=count(always) + active_routed + head_rows * config.hidden_size,
@@ -76,7 +76,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
         active_bytes=sum(map(size, always))
         + round(sum(size(n) * share(n) for n in routed))
         + size(EMBEDDING) * head_rows // config.vocab_size,
-        kv_bytes_per_token=2 * (config.num_hidden_layers * config.cache_width + index_width),
+        kv_bytes_per_token=2 * (config.num_hidden_layers * config.cache_per_layer + index_width),
         flops_per_token=2 * (dense - count(routed) + active_routed),
         attention_flops_per_context_token=2 * heads * config.num_hidden_layers,
         dense_flops_per_token=2 * dense,
@@ -124,10 +124,10 @@ class ContextCost:
 
 
 def context_cost(config: ModelConfig, context: int) -> ContextCost:
-    """Absorbed decode: scores over latent and rotary key, values over the latent; the scan of index keys."""
+    """Decode, of latent attention in absorbed form: scores and values; the scan of index keys."""
     c, layers = config, config.num_hidden_layers
-    flops = 2 * c.num_attention_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim) * layers
-    size = 2 * c.cache_width * layers
+    flops = 2 * c.num_attention_heads * c.attention.dot_width * layers
+    size = 2 * c.cache_per_layer * layers
     read = context if c.index_topk is None else min(context, c.index_topk)
     rows = sum(map(c.has_indexer, range(layers))) if read < context else 0
     index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes

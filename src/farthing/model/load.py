@@ -112,7 +112,7 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
             yield p + "eh_proj.weight", (d, 2 * d)
             yield p + "shared_head.norm.weight", (d,)
         yield p + "input_layernorm.weight", (d,)
-        yield from _attention_shapes(c, p + "self_attn.")
+        yield from c.attention.shapes(p + "self_attn.", d)
         if c.has_indexer(i):
             yield from _indexer_shapes(c, p + "self_attn.indexer.")
         yield p + "post_attention_layernorm.weight", (d,)
@@ -122,23 +122,9 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         yield "lm_head.weight", (v, d)
 
 
-def _attention_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    heads, d = c.num_attention_heads, c.hidden_size
-    if c.q_lora_rank:
-        yield p + "q_a_proj.weight", (c.q_lora_rank, d)
-        yield p + "q_a_layernorm.weight", (c.q_lora_rank,)
-        yield p + "q_b_proj.weight", (heads * c.qk_head_dim, c.q_lora_rank)
-    else:
-        yield p + "q_proj.weight", (heads * c.qk_head_dim, d)
-    yield p + "kv_a_proj_with_mqa.weight", (c.cache_width, d)
-    yield p + "kv_a_layernorm.weight", (c.kv_lora_rank,)
-    yield p + "kv_b_proj.weight", (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-    yield p + "o_proj.weight", (d, heads * c.v_head_dim)
-
-
 def _indexer_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    assert c.q_lora_rank is not None
-    yield p + "wq_b.weight", (c.index_n_heads * c.index_head_dim, c.q_lora_rank)
+    assert c.latent.q_lora_rank is not None
+    yield p + "wq_b.weight", (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
     yield p + "wk.weight", (c.index_head_dim, c.hidden_size)
     yield p + "k_norm.weight", (c.index_head_dim,)
     yield p + "k_norm.bias", (c.index_head_dim,)
@@ -175,7 +161,7 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     parameters = {}
     for name, shape in parameter_shapes(config):
         noise = torch.randn(shape, generator=generator)
-        if name.endswith("k_norm.bias"):
+        if name.endswith(".bias"):
             parameters[name] = 0.1 * noise
         elif "norm" in name:
             parameters[name] = 1 + 0.1 * noise

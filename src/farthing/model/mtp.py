@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from farthing.lazy import torch
-from farthing.model.attention import Attention
+from farthing.model.attention import attention_of
 from farthing.model.config import ModelConfig
 from farthing.model.moe import FeedForward
 from farthing.model.source import WeightSource
@@ -54,7 +54,7 @@ class MTPLayer:
         self.hnorm = as_float32(weights.tensor(p + "hnorm.weight", (d,)))
         self.norm = as_float32(weights.tensor(p + "shared_head.norm.weight", (d,)))
         self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
-        self.attention = Attention(config, ops, weights, layer, rope)
+        self.attention = attention_of(config, ops, weights, layer, rope)
         self.feed_forward = FeedForward(config, ops, weights, layer, router)
         self.restack()
         self.embedding, own_head = embedding, False
@@ -89,8 +89,9 @@ class MTPLayer:
         e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm, self.eps)
         x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm, self.eps)), -1), self.eh_proj)
         if self.stack is not None:
-            scale = None if cache.scale is None else cache.scale[self.layer :]
-            own, seen = LatentCache(cache.data[self.layer :], scale), None if counts is None else counts[None]
+            first = self.layer * self.attention.rows
+            scale = None if cache.scale is None else cache.scale[first:]
+            own, seen = LatentCache(cache.data[first:], scale), None if counts is None else counts[None]
             return ops.run_stack(x, self.stack, batch, own, self.eps, seen)
         x, _ = self.attention(x, batch, cache, self.layer)
         return self.feed_forward(x, counts)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint import Checkpoint
 from farthing.config import Quantization
-from farthing.model.attention import Attention
+from farthing.model.attention import attention_of
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import routers_of
 from farthing.model.load import IGNORED, config_of, source_of, unread
@@ -97,12 +97,12 @@ def reading_order(names: Iterable[str], done: Container[str], config: ModelConfi
 def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Callable[[Ops], object]]]:
     """(name, a function that packs it) in the order in which `DeepseekModel` packs."""
     shape = (config.vocab_size, config.hidden_size)
-    rope = rope_table(config.rope, config.qk_rope_head_dim, config.max_position_embeddings)
+    rope = rope_table(config)
     routers = routers_of(config)
 
     def layer(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:
-            attention = Attention(config, ops, source, i, ops.tensor(rope))
+            attention = attention_of(config, ops, source, i, ops.tensor(rope))
             return attention, FeedForward(config, ops, source, i, routers[i])
 
         return build

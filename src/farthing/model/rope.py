@@ -1,4 +1,4 @@
-"""Rotary position embedding: plain, or extended with YaRN (Peng et al. 2023, sections 3.2-3.4).
+"""Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
 
 Legend: r rotary head size.
 """
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def rope_table(rope: RopeConfig, dim: int, length: int) -> NDArray[np.float32]:
+def rope_table(config: ModelConfig) -> NDArray[np.float32]:
     """(cos, sin) of every position and pair, float32 [2, length, r/2]."""
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, dim)
+    rope, length = config.rope, config.max_position_embeddings
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, config.attention.rotary_width)
     magnitude = 1.0
-    if rope.factor is not None:
+    if rope.factor is not None and rope.kind == "yarn":
         magnitude = _cos_sin_factor(rope)
     table = np.empty((2, *angles.shape), np.float32)
     np.cos(angles, out=table[0])
@@ -29,12 +30,16 @@ def rope_table(rope: RopeConfig, dim: int, length: int) -> NDArray[np.float32]:
 
 
 def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
-    """Radians per position of every pair, float32 [r/2]; YaRN ramps from theta_i to theta_i / factor."""
+    """Radians per position of every pair, float32 [r/2], between theta_i and theta_i / factor."""
     # Powers in float64, rounded once: an error of a frequency grows with the position.
     powers = rope.theta ** (np.arange(0, dim, 2) / dim)
     theta: NDArray[np.float32] = np.float32(1) / powers.astype(np.float32)
     if rope.factor is None:
         return theta
+    if rope.kind == "linear":
+        return theta / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        return _llama3(rope, theta)
 
     def pair_that_turns(rotations: float) -> float:
         return (
@@ -53,9 +58,19 @@ def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
     return mixed
 
 
+def _llama3(rope: RopeConfig, theta: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By the turns of a pair within the original context: few are scaled by the factor, many are not."""
+    assert rope.factor is not None
+    low, high = rope.low_frequency, rope.high_frequency
+    turns = np.float32(rope.original_max_position) / (np.float32(2 * math.pi) / theta)
+    ramp = ((turns - np.float32(low)) / np.float32(high - low)).clip(0, 1).astype(np.float32)
+    mixed: NDArray[np.float32] = (1 - ramp) * theta / np.float32(rope.factor) + ramp * theta
+    return mixed
+
+
 def score_scale(config: ModelConfig) -> float:
-    """(nope + r)^-1/2, times m(mscale_all_dim)^2 under YaRN (V3: 0.135234)."""
-    scale = float(config.qk_head_dim**-0.5)
+    """Latent attention: (nope + r)^-1/2, times m(mscale_all_dim)^2 under YaRN (V3: 0.135234)."""
+    scale = float(config.latent.qk_head_dim**-0.5)
     rope = config.rope
     if rope.factor is not None and rope.mscale_all_dim:
         scale *= _mscale(rope.factor, rope.mscale_all_dim) ** 2

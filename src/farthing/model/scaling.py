@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from farthing.model import values as checked
 from farthing.model.values import MOST, absent, optional_section, wrong
@@ -12,10 +12,14 @@ from farthing.model.values import MOST, absent, optional_section, wrong
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: plain, or YaRN (Peng et al. 2023) when factor is set."""
+    """Rotary embedding: plain, or scaled by a factor: with YaRN (Peng et al. 2023), linearly, as Llama 3."""
 
     theta: float = 10000.0
     factor: float | None = None
+    kind: Literal["yarn", "linear", "llama3"] = "yarn"  # with a factor
+    # llama3: a pair is scaled by all of the factor below that many turns in the original context, and by none
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0  # of it above that many
     original_max_position: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -39,9 +43,11 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
     p = optional_section(raw, name)
     kind = p.get("rope_type", p.get("type", "default"))
-    if kind not in ("default", "yarn"):
+    if kind not in ("default", "yarn", "linear", "llama3"):
         raise wrong(
-            f"{name}.{'rope_type' if 'rope_type' in p else 'type'}", kind, "'yarn' or no rope_scaling"
+            f"{name}.{'rope_type' if 'rope_type' in p else 'type'}",
+            kind,
+            "'yarn', 'llama3', 'linear' or no rope_scaling",
         )
     theta = checked.number(
         *(
@@ -65,6 +71,9 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(
         theta=theta,
         factor=checked.number(f"{name}.factor", p["factor"], above=0.0),
+        kind=kind,
+        low_frequency=read("low_freq_factor", 1.0),
+        high_frequency=read("high_freq_factor", 4.0),
         original_max_position=checked.in_range(
             f"{name}.original_max_position_embeddings", original, 1, MOST["max_position_embeddings"]
         ),

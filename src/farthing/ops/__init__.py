@@ -1,6 +1,16 @@
 """The model's arithmetic: one signature per op, one implementation per device."""
 
-from farthing.ops.api import AttentionSpec, Batch, IndexerSpec, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    GroupedParts,
+    GroupedSpec,
+    IndexerSpec,
+    LatentCache,
+    MoEWeights,
+    Ops,
+    RouterSpec,
+)
 from farthing.ops.batch import make_batch
 from farthing.ops.select import select
 from farthing.ops.weights import Weight
@@ -8,6 +18,8 @@ from farthing.ops.weights import Weight
 __all__ = [
     "AttentionSpec",
     "Batch",
+    "GroupedParts",
+    "GroupedSpec",
     "IndexerSpec",
     "LatentCache",
     "MoEWeights",

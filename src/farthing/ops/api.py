@@ -62,6 +62,28 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupedSpec:
+    """Head layout of grouped-query attention; G = kv_heads, each shared by num_heads / G query heads."""
+
+    num_heads: int
+    kv_heads: int
+    head_dim: int  # d
+    rope_dim: int  # the first rope_dim of d are rotated
+    scale: float
+    interleaved: bool = False  # as in AttentionSpec
+    whole_norm: bool = False  # norms are of all heads together, not of each
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedParts:
+    """What queries, keys and values pass through before rotation, float32; None: nothing."""
+
+    bias: Tensor | None = None  # [(H + 2 G) d]
+    q_norm: Tensor | None = None  # [d], or [H d] of all heads together
+    k_norm: Tensor | None = None  # [d], or [G d]
+
+
+@dataclass(frozen=True, slots=True)
 class IndexerSpec:
     """Layout of the lightning indexer, which selects attention's keys (DeepSeek-V3.2-Exp section 2.1)."""
 
@@ -99,10 +121,11 @@ ALL = slice(None)  # every layer of a stack
 class LatentCache:
     """The paged cache: (latent, rotated key) of every token, c + r values per token and layer.
 
-    A block has the same index in every layer. Slot = block * block_size + offset.
+    A block has the same index in every layer. Slot = block * block_size + offset. In grouped-query attention
+    a layer has G rows instead of one; a row's latent is the value of a head and its rotary part the key.
     """
 
-    data: Tensor  # [L, num_blocks, block_size, c + r], float32 | bfloat16 | float8_e4m3fn | int8
+    data: Tensor  # [L or L G, num_blocks, block_size, c + r], float32 | bfloat16 | float8_e4m3fn | int8
     scale: Tensor | None  # [L, num_blocks, block_size, 2] float32 (latent, rotary) for fp8 and int8
     index: IndexCache | None = None  # of models with sparse attention
 
@@ -150,7 +173,7 @@ class LayerHandles:
     """A layer's packed parts for `Ops.stack`: h + attention(norm(h)), then h + feed(feed_norm(h))."""
 
     norm: Tensor  # [D]
-    qkv_a: Handle  # [q + c + r, D]
+    qkv_a: Handle  # [q + c + r, D]; grouped: [(H + 2 G) d, D]
     q_width: int  # columns of qkv_a's output for the query, or its latent
     q_norm: Tensor | None  # [q]; None with q_b
     q_b: Handle | None  # None: qkv_a computes the query directly
@@ -160,6 +183,8 @@ class LayerHandles:
     feed: Handle
     attention_sum: SharedSum | None = None  # over the ranks that share the heads; None: all heads are local
     feed_sum: SharedSum | None = None
+    o_bias: Tensor | None = None  # [D]
+    rows: int = 1  # cache rows
 
 
 class Ops(ABC):
@@ -224,6 +249,10 @@ class Ops(ABC):
         """kv_b_proj [H (n + v), c] with the latent's norm weight [c]; rope [2, max_len, r/2] (cos, sin)."""
 
     @abstractmethod
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Handle:
+        """The heads of grouped-query attention; rope [2, max_len, rotated / 2] (cos, sin)."""
+
+    @abstractmethod
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
     ) -> Handle:
@@ -279,6 +308,16 @@ class Ops(ABC):
         Norms the latent, rotates, writes (latent, k_pe) to `batch.slots` of cache layer `layer`, then
         attends to cached tokens of each token's sequence: the first `position + 1`, or those at the positions
         select [T, K] int32 (ascending, padded with -1, at least one, none after the token's own).
+        """
+
+    @abstractmethod
+    def gqa(
+        self, qkv: Tensor, heads: Handle, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        """qkv [T, (H + 2 G) d] -> [T, H d]; row: the first of the layer's G cache rows.
+
+        Adds biases, norms and rotates queries and keys, writes (value, key) to `batch.slots`, then attends to
+        the first `position + 1` cached tokens of each token's sequence. qkv may be overwritten.
         """
 
     @abstractmethod

@@ -41,17 +41,20 @@ def empty_cache(
 def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:
     """Store latent [T, c] and k_pe [T, r], quantized per token and part if the cache is 8-bit."""
     data = cache.data[layer].flatten(0, 1)
-    if cache.scale is None:
-        data[slots] = torch.cat((latent, k_pe), -1).to(data.dtype)
-        return
-    top = CACHE_MAX[dtype_name(data.dtype)]
-    scale = torch.stack([p.float().abs().amax(-1) / top for p in (latent, k_pe)], -1).clamp_min(
-        1e-20
-    )  # [T, 2]
-    parts = [p.float() / scale[:, i : i + 1] for i, p in enumerate((latent, k_pe))]
-    values = torch.cat(parts, -1)
-    data[slots] = (values.round() if data.dtype == torch.int8 else values).clamp(-top, top).to(data.dtype)
-    cache.scale[layer].flatten(0, 1)[slots] = scale
+    data[slots], scale = quantized(latent, k_pe, data.dtype)
+    if cache.scale is not None and scale is not None:
+        cache.scale[layer].flatten(0, 1)[slots] = scale
+
+
+def quantized(latent: Tensor, k_pe: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Rows [..., c + r] in a cache's dtype, with the scales [..., 2] of their parts if it is 8-bit."""
+    top = cache_max(dtype)
+    if top is None:
+        return torch.cat((latent, k_pe), -1).to(dtype), None
+    both = latent.float(), k_pe.float()
+    scale = torch.stack([p.abs().amax(-1) / top for p in both], -1).clamp_min(1e-20)
+    values = torch.cat([p / scale[..., i : i + 1] for i, p in enumerate(both)], -1)
+    return (values.round() if dtype == torch.int8 else values).clamp(-top, top).to(dtype), scale
 
 
 def read_cache(cache: LatentCache, layer: int, blocks: Tensor, length: int, latent_dim: int) -> Tensor:

@@ -19,6 +19,8 @@ from farthing.ops.api import (
     AttentionSpec,
     Batch,
     CacheDtype,
+    GroupedParts,
+    GroupedSpec,
     HostOps,
     IndexerSpec,
     LatentCache,
@@ -26,6 +28,7 @@ from farthing.ops.api import (
     RouterSpec,
 )
 from farthing.ops.cache import empty_cache, read_cache, torch_dtype, write_cache
+from farthing.ops.grouped import Grouped, attend_plainly, pack_grouped
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen, in_rows
@@ -102,6 +105,9 @@ class ReferenceOps(HostOps):
         w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
         return _Attention(spec, w_uk, w_uv, norm.to(self.dtype), rope)
 
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Grouped:
+        return pack_grouped(spec, parts, rope, lambda x: x)
+
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
     ) -> Indexer:
@@ -175,6 +181,11 @@ class ReferenceOps(HostOps):
             weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
             out[start:stop] = weights @ keys[:, : s.latent_dim]
         return torch.einsum("thc,hvc->thv", out.to(self.dtype), attention.w_uv).flatten(1)
+
+    def gqa(
+        self, qkv: Tensor, heads: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        return attend_plainly(qkv, heads, cache, row, batch, eps)
 
     def index(
         self,

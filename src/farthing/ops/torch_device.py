@@ -21,10 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from farthing.ops import grouped
 from farthing.ops.api import (
     ALL,
     AttentionSpec,
     Batch,
+    GroupedParts,
+    GroupedSpec,
     IndexerSpec,
     LatentCache,
     LayerHandles,
@@ -133,6 +136,9 @@ class TorchOps(ReferenceOps):
             self._here(rope),
         )
 
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> grouped.Grouped:
+        return grouped.pack_grouped(spec, parts, rope, self._here)
+
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
     ) -> Indexer:
@@ -165,6 +171,23 @@ class TorchOps(ReferenceOps):
         seen = (rank < reads.counts[:, None])[:, None]
         plan = [Span(0, q.shape[0], reads.slots.long(), seen)]
         return self._attention(q, kv, attention, in_rows(cache), layer, batch, eps, plan)
+
+    def gqa(
+        self, qkv: Tensor, heads: grouped.Grouped, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        return self._grouped(qkv, heads, cache, row, batch, eps, spans(batch, cache.block_size))
+
+    def _grouped(
+        self, qkv: Tensor, g: grouped.Grouped, cache: LatentCache, row: int, batch: Batch, eps: float,
+        plan: list[Span],
+    ) -> Tensor:  # fmt: skip
+        q, k, v = grouped.prepared(qkv, g, batch.positions.long(), eps)
+        grouped.write_heads(cache, row, batch.slots, k, v)
+        parts = []
+        for p in plan:
+            keys, read = grouped.read_heads(cache, row, g.spec.kv_heads, p.slots)
+            parts.append(grouped.attend(q[p.start : p.stop], keys, read, p.seen, g.spec))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _attention(
         self, q: Tensor, kv: Tensor, a: Heads, cache: LatentCache, layer: int, batch: Batch, eps: float,
@@ -201,7 +224,8 @@ class TorchOps(ReferenceOps):
     def _layer_here(self, layer: LayerHandles) -> LayerHandles:
         q_norm = None if layer.q_norm is None else self._here(layer.q_norm)
         norm, feed_norm = self._here(layer.norm), self._here(layer.feed_norm)
-        return replace(layer, norm=norm, feed_norm=feed_norm, q_norm=q_norm)
+        bias = None if layer.o_bias is None else self._here(layer.o_bias)
+        return replace(layer, norm=norm, feed_norm=feed_norm, q_norm=q_norm, o_bias=bias)
 
     def run_stack(
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
@@ -225,11 +249,14 @@ class TorchOps(ReferenceOps):
         counts: Tensor | None, plan: list[Span],
     ) -> Tensor:  # fmt: skip
         qkv = self.linear(h, layer.qkv_a, layer.norm, eps)
-        q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
-        if layer.q_b is not None:
-            q = self.linear(q, layer.q_b, layer.q_norm, eps)
-        mixed = self._attention(q, kv, layer.heads, cache, index, batch, eps, plan)
-        h = self.linear(mixed, layer.o, residual=h)
+        if isinstance(layer.heads, grouped.Grouped):
+            mixed = self._grouped(qkv, layer.heads, cache, index * layer.rows, batch, eps, plan)
+        else:
+            q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
+            if layer.q_b is not None:
+                q = self.linear(q, layer.q_b, layer.q_norm, eps)
+            mixed = self._attention(q, kv, layer.heads, cache, index, batch, eps, plan)
+        h = self.linear(mixed, layer.o, residual=h if layer.o_bias is None else h + layer.o_bias.to(h.dtype))
         if not isinstance(layer.feed, Experts):
             return self.mlp(h, layer.feed, layer.feed_norm, eps)
         experts: Any = layer.feed
@@ -307,6 +334,8 @@ def _keys(cache: LatentCache, layer: int, slots: Tensor, spec: AttentionSpec) ->
 
 
 def _compilable(layer: LayerHandles) -> bool:
+    if isinstance(layer.heads, grouped.Grouped):
+        return False
     matrices = [layer.qkv_a, layer.o, *(() if layer.q_b is None else (layer.q_b,))]
     feed = layer.feed
     if isinstance(feed, Experts) and feed.stacked is None:

@@ -14,6 +14,8 @@ from farthing.ops.api import (
     AttentionSpec,
     Batch,
     CacheDtype,
+    GroupedParts,
+    GroupedSpec,
     Handle,
     IndexCache,
     IndexerSpec,
@@ -52,6 +54,9 @@ class OpsWrapper(Ops):
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
     ) -> Handle:
         return self._inner.pack_attention(name, spec, weights, rope)
+
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Handle:
+        return self._inner.pack_grouped(spec, parts, rope)
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
@@ -97,6 +102,11 @@ class OpsWrapper(Ops):
         select: Tensor | None = None,
     ) -> Tensor:
         return self._inner.mla(q, kv, attention, cache, layer, batch, eps, select)
+
+    def gqa(
+        self, qkv: Tensor, heads: Handle, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        return self._inner.gqa(qkv, heads, cache, row, batch, eps)
 
     def index(
         self,

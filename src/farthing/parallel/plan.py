@@ -23,7 +23,7 @@ from farthing.ops.cutting import Cut, bounds
 EMBEDDING = "model.embed_tokens.weight"
 VOCABULARY = (EMBEDDING, "lm_head.weight")
 # The dimension tensor parallelism cuts, by last component of the module's name.
-ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "gate_proj", "up_proj")
+ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 COLUMNS = ("o_proj", "down_proj")
 
 
@@ -135,7 +135,7 @@ class ShardPlan:
         shape = self.shapes[name]
         if ".experts." in name:
             return self._expert_cut(name, shape, place)
-        return _tp_cut(name, shape, self.layout.tp, place.tp)
+        return _tp_cut(self.config, name, shape, self.layout.tp, place.tp)
 
     def vocabulary(self, place: Place) -> Cut:
         """Rows of embedding and head on a rank."""
@@ -168,7 +168,7 @@ class ShardPlan:
 
     def _expert_cut(self, name: str, shape: tuple[int, ...], place: Place) -> Cut | None:
         if self.layout.ep == 1:
-            return _tp_cut(name, shape, self.layout.tp, place.tp)
+            return _tp_cut(self.config, name, shape, self.layout.tp, place.tp)
         expert = int(name.split(".experts.")[1].split(".")[0])
         return Cut(None) if expert in self.experts(place) else None
 
@@ -194,14 +194,15 @@ def layer_of(name: str) -> int | None:
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
-def _tp_cut(name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
+def _tp_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
     module = name.split(".")[-2]
     dim = 0 if module in ROWS else 1 if module in COLUMNS else None
-    if dim is None or tp == 1 or len(shape) < 2:
+    if dim is None or tp == 1 or len(shape) <= dim:  # o_proj's bias is added once, after the sum
         return Cut(None)
-    if ".self_attn." in name:  # heads are never split
-        size = shape[dim] // tp
-        return Cut(dim, index * size, (index + 1) * size)
+    if ".self_attn." in name:  # heads are never split, and key-value heads shared by ranks if there are fewer
+        parts = min(tp, config.attention.cache_rows) if module in ("k_proj", "v_proj") else tp
+        size, at = shape[dim] // parts, index * parts // tp
+        return Cut(dim, at * size, (at + 1) * size)
     return Cut(dim, *bounds(shape[dim], tp, index))
 
 
@@ -220,7 +221,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         layer = layer_of(name)
         if ".experts." in name and layout.ep > 1:
             size //= layout.ep
-        elif layer is not None and (cut := _tp_cut(name, shape, layout.tp, 0)).dim is not None:
+        elif layer is not None and (cut := _tp_cut(config, name, shape, layout.tp, 0)).dim is not None:
             size = size * (cut.stop - cut.start) // shape[cut.dim]
         if layer is not None and layer < layers:
             weight[layer] += size
@@ -257,8 +258,10 @@ def _check(config: ModelConfig, layout: Layout) -> None:
         raise PlanError(
             "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
         )
-    if c.num_attention_heads % tp:
-        raise PlanError(f"tp: got {tp}; expected a divisor of num_attention_heads = {c.num_attention_heads}")
+    try:
+        c.attention.per_rank(tp)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     parts = {"intermediate_size": c.intermediate_size}
     if c.n_routed_experts:
         parts["moe_intermediate_size"] = c.moe_intermediate_size

@@ -91,13 +91,11 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
     start, stop = bounds(c.intermediate_size, tp, place.tp)
     vocabulary = plan.vocabulary(place)
     return replace(
-        c,
-        num_hidden_layers=len(plan.stages[place.stage]),
+        c.part(plan.stages[place.stage]),
         num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
-        num_attention_heads=c.num_attention_heads // tp,
+        attention=c.attention.per_rank(tp),
         intermediate_size=stop - start,
         vocab_size=vocabulary.stop - vocabulary.start,
-        indexer_types=tuple(c.indexer_types[i] for i in plan.stages[place.stage] if c.indexer_types),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+from farthing.model.heads import LatentHeads
 from farthing.parallel.plan import Layout, Place, ShardPlan
 from farthing.parallel.shared import SLOT_BYTES
 from farthing.planner.footprint import Holder, Stored
@@ -23,7 +24,7 @@ _FLOAT = 4
 def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
     """Bytes of a rank. stored: storage of the layers' projections."""
     c, layout = plan.config, plan.layout
-    rope = _FLOAT * c.max_position_embeddings * c.qk_rope_head_dim
+    rope = _FLOAT * c.max_position_embeddings * c.attention.rotary_width
     table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)
     slots = 2 * SLOT_BYTES * _groups(layout) if layout.world > 1 and holder.backend != "gpu" else 0
     return rope + table * (place.rank == layout.driver) + slots + step(plan, place, holder, serving, stored)
@@ -43,10 +44,13 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
 
 def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
     """Scores are stored three times (raw, masked, as weights) and dominate everything else."""
-    c, t = s.config, tokens
-    width = c.cache_width
-    attention = item * t * (c.hidden_size + s.first + s.query + s.heads * c.kv_lora_rank)
-    attention += _FLOAT * (t * s.heads * (width + c.kv_lora_rank) + keys * width + 3 * t * s.heads * keys)
+    c, a, t = s.config, s.attention, tokens
+    # Per query head and token: the query as it meets a cached row, and what it reads.
+    width, read = a.cache_width, a.dot_width - a.cache_width if isinstance(a, LatentHeads) else a.head_dim
+    attention = item * t * (c.hidden_size + a.first_width + a.query_width + s.heads * read)
+    attention += _FLOAT * (
+        t * s.heads * (width + read) + keys * width * a.cache_rows + 3 * t * s.heads * keys
+    )
     mlp = item * t * (3 * c.hidden_size + 3 * s.dense)
     routed = t * c.num_experts_per_tok if s.expert else 0
     one = min(t, routed)  # all tokens may select the same expert
@@ -61,7 +65,9 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     if workspace is None:
         return _estimate(s, holder.item, serving.max_num_batched_tokens)
     c, t = s.config, serving.max_num_batched_tokens
-    outputs = s.first + (s.query if c.q_lora_rank else 0) + s.heads * c.v_head_dim
+    a = s.attention
+    own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
+    outputs = a.first_width + own_query + a.output_width
     # Of all layers in one call; experts that are added a layer later are held until then.
     held = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
     return held + workspace
@@ -70,7 +76,8 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
 def _estimate(s: Shard, item: int, tokens: int) -> int:
     """Hidden states twice, plus the widest tensor of a layer."""
     c = s.config
-    attention = s.heads * (2 * c.qk_head_dim + c.v_head_dim + 2 * c.cache_width)
+    a = s.attention
+    attention = 2 * a.query_width + a.output_width + 2 * s.heads * a.cache_width
     routed = c.num_experts_per_tok * (c.hidden_size + 3 * s.expert) if s.expert else 0
     return item * tokens * (2 * c.hidden_size + max(attention, 3 * s.dense, routed))
 

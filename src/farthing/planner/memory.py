@@ -88,7 +88,7 @@ def stage_memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: 
 
 def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> int:
     """Cache bytes per token in this rank's layers: latents, plus index keys if attention is sparse."""
-    c, (latent, index) = plan.config, cache_row_bytes(plan.config, cache_dtype)
+    c, (latent, index) = plan.config, cache_row_bytes(plan.config, cache_dtype, plan.layout.tp)
     rows = sum(
         c.has_indexer(i)
         for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)
@@ -97,10 +97,12 @@ def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> in
     return _cache_layers(plan, place) * latent + rows * index
 
 
-def cache_row_bytes(config: ModelConfig, cache_dtype: str) -> tuple[int, int]:
-    """Bytes per token and layer: of the latent and of the index key, scales included."""
+def cache_row_bytes(config: ModelConfig, cache_dtype: str, tp: int) -> tuple[int, int]:
+    """Bytes per token and layer on one of tp ranks: of latents, or keys and values, and of the index key;
+    scales included."""
     item, scale = CACHE_ITEM[cache_dtype], CACHE_SCALES.get(cache_dtype, 0)
-    return config.cache_width * item + scale, config.index_head_dim * item + scale // 2
+    heads = config.attention.per_rank(tp)
+    return heads.cache_rows * (heads.cache_width * item + scale), config.index_head_dim * item + scale // 2
 
 
 def experts_per_rank(config: ModelConfig, layout: Layout, redundant: int) -> int:
@@ -243,9 +245,9 @@ def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPla
     if name.endswith(".gate.weight"):
         return holder.gate(local[0], local[1], stored)
     if name.endswith("kv_b_proj.weight"):
-        c = plan.config
-        heads = local[0] // (c.qk_nope_head_dim + c.v_head_dim)
-        return holder.heads(heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank, stored)
+        a = plan.config.latent
+        heads = local[0] // (a.qk_nope_head_dim + a.v_head_dim)
+        return holder.heads(heads, a.qk_nope_head_dim, a.v_head_dim, a.kv_lora_rank, stored)
     return holder.matrix(local[0], local[1], stored, mlp=".mlp." in name)
 
 

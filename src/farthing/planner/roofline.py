@@ -157,7 +157,7 @@ class RankRoofline:
         attended, scanned = context, 0.0
         if c.index_topk is not None and context > c.index_topk:
             attended, scanned = c.index_topk, context * c.has_indexer(layer)
-        latent, index = cache_row_bytes(c, self.cache_dtype)
+        latent, index = cache_row_bytes(c, self.cache_dtype, self.layout.tp)
         read = tokens * (attended * latent + scanned * index) / self.bandwidth
         flops = tokens * (attended * self._absorbed + scanned * self._scored)
         return max(read, flops / self.attention_flops)
@@ -169,7 +169,7 @@ class RankRoofline:
         masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
         """
         c = self.config
-        dense = 2 * (past + new / 2) * self._heads * (c.qk_head_dim + c.v_head_dim)
+        dense = 2 * (past + new / 2) * self._heads * c.attention.expanded_width
         if c.index_topk is None or past + new <= c.index_topk:
             return tokens * dense / self.attention_flops
         first = max(c.index_topk - past, 0)  # new tokens that select nothing
@@ -185,7 +185,7 @@ class RankRoofline:
     @property
     def _absorbed(self) -> int:
         """Operations per query and key on the latent, all heads of this rank."""
-        return 2 * self._heads * (2 * self.config.kv_lora_rank + self.config.qk_rope_head_dim)
+        return 2 * self._heads * self.config.attention.dot_width
 
     @property
     def _scored(self) -> int:

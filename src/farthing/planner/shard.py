@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from farthing.config import CPU_STEP_TOKENS
 from farthing.model.config import ModelConfig
+from farthing.model.heads import Heads
 from farthing.ops.cutting import bounds
 from farthing.parallel.plan import Place, ShardPlan
 from farthing.planner.footprint import Stored
@@ -32,7 +33,7 @@ class Shard:
     """The sizes of a model on one rank."""
 
     config: ModelConfig
-    heads: int
+    attention: Heads  # of this rank
     dense: int  # I of the dense layers on this rank; 0 if there are none
     expert: int
     shared: int
@@ -48,7 +49,7 @@ class Shard:
         cut = layout.tp if layout.ep == 1 else 1
         return cls(
             c,
-            c.num_attention_heads // layout.tp,
+            c.attention.per_rank(layout.tp),
             stop - start if c.shortcut_experts or any(not c.is_moe(i) for i in layers) else 0,
             c.moe_intermediate_size // cut if any(c.is_moe(i) for i in layers) else 0,
             c.shared_size // layout.tp,
@@ -58,11 +59,6 @@ class Shard:
         )
 
     @property
-    def query(self) -> int:
-        """Columns of the query."""
-        return self.heads * self.config.qk_head_dim
-
-    @property
-    def first(self) -> int:
-        """Columns of the product that computes the query (or its latent) and the key-value latent."""
-        return (self.config.q_lora_rank or self.query) + self.config.cache_width
+    def heads(self) -> int:
+        """Query heads."""
+        return self.attention.num_attention_heads

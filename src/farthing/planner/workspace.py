@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from farthing.model.heads import GroupedHeads
 from farthing.ops.weights import loaded_as
 from farthing.planner.footprint import Holder, Stored
 from farthing.planner.shard import Serving, Shard
@@ -70,12 +71,19 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
     def linear(n: int, k: int) -> None:
         sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
 
-    linear(s.first, c.hidden_size)
-    if c.q_lora_rank:
-        linear(s.query, c.q_lora_rank)
+    linear(s.attention.first_width, c.hidden_size)
+    linear(c.hidden_size, s.attention.output_width)
+    if isinstance(s.attention, GroupedHeads):
+        d, groups = s.attention.head_dim, s.attention.num_key_value_heads
+        one = _storage(holder, s.stored, d)
+        sizes.mla(one, s.heads, 0, d, d, d, step.sequences, step.tokens, step.keys, groups)
+        return
+    a = s.attention
+    if a.q_lora_rank:
+        linear(a.query_width, a.q_lora_rank)
     packed = Stored("int8") if holder.quantization or not s.stored.is_float else s.stored
-    widths = (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank)
-    heads = (_storage(holder, packed, c.kv_lora_rank), s.heads, *widths)
+    widths = (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank)
+    heads = (_storage(holder, packed, a.kv_lora_rank), s.heads, *widths)
     if c.index_topk is None or step.keys <= c.index_topk:
         sizes.mla(*heads, step.sequences, step.tokens, step.keys)
     else:
@@ -86,7 +94,6 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
         index = (c.index_n_heads, c.index_head_dim, c.index_topk)
         sizes.index(*index, scored, step.keys, cache_dtype != "float32")
         sizes.mla(*heads, min(step.total, SELECTED_AT_ONCE), 1, c.index_topk)
-    linear(c.hidden_size, s.heads * c.v_head_dim)
 
 
 def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:

@@ -17,7 +17,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Fields that DeepSeek's config.json lacks or names differently.
 _OTHER = {
-    *("rope", "query_scaling", "query_latent_scale", "latent_scale", "router_bias", "post_mlp_norm"),
+    *("rope", "query_scaling", "attention", "router_bias", "post_mlp_norm", "unrotated", "dense_layers"),
+    *("embedding_scale", "logit_scale"),
     *("index_rope_interleaved", "indexer_types", "n_identity_experts", "shortcut_experts"),
     *("shared_intermediate_size", "layer_sizes", "eos_token_ids"),
 }
@@ -29,9 +30,10 @@ def check_trainable(cfg: ModelConfig) -> None:
         if getattr(cfg, name) not in accepted:
             words = " or ".join(map(repr, accepted))
             raise ConfigError(f"{name}: got {getattr(cfg, name)!r}; expected {words} for training")
-    for name in ("q_lora_rank", "n_routed_experts"):
-        if not getattr(cfg, name):
-            raise ConfigError(f"{name}: got {getattr(cfg, name)!r}; expected a positive integer for training")
+    needed = {"q_lora_rank": cfg.latent.q_lora_rank, "n_routed_experts": cfg.n_routed_experts}
+    for name, value in needed.items():
+        if not value:
+            raise ConfigError(f"{name}: got {value!r}; expected a positive integer for training")
     dense = dataclasses.replace(cfg, index_topk=None)
     if not dense.is_v3 or cfg.indexer_types or cfg.index_rope_interleaved:
         raise ConfigError(
@@ -46,6 +48,8 @@ def check_trainable(cfg: ModelConfig) -> None:
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
     fields: dict[str, Any] = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _OTHER}
+    scales = ("query_latent_scale", "latent_scale")  # of other types
+    fields |= {k: v for k, v in dataclasses.asdict(cfg.latent).items() if k not in scales}
     fields |= {"rope_theta": cfg.rope.theta, "rope_scaling": None, "eos_token_id": cfg.eos_token_ids[0]}
     if cfg.index_topk is None:
         fields = {k: v for k, v in fields.items() if not k.startswith("index_")}

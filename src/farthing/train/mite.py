@@ -15,7 +15,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from farthing.model.config import ModelConfig, RopeConfig
+from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.tokenizer_file import read_tokenizer
 from farthing.train import data
 from farthing.train.architecture import to_json
@@ -35,12 +35,14 @@ MITE = ModelConfig(
     moe_intermediate_size=64,
     num_hidden_layers=5,
     first_k_dense_replace=1,
-    num_attention_heads=4,
-    q_lora_rank=128,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
+    attention=LatentHeads(
+        num_attention_heads=4,
+        q_lora_rank=128,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+    ),
     n_routed_experts=32,
     n_shared_experts=1,
     num_experts_per_tok=8,

@@ -67,9 +67,9 @@ class Indexer(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        assert cfg.q_lora_rank is not None and cfg.index_topk is not None
+        assert cfg.latent.q_lora_rank is not None and cfg.index_topk is not None
         self.heads, self.top_k, d = cfg.index_n_heads, cfg.index_topk, cfg.index_head_dim
-        self.wq_b = Linear(cfg.q_lora_rank, self.heads * d)
+        self.wq_b = Linear(cfg.latent.q_lora_rank, self.heads * d)
         self.wk = Linear(cfg.hidden_size, d)
         self.k_norm = nn.LayerNorm(d, eps=1e-6)
         self.weights_proj = Linear(cfg.hidden_size, self.heads)
@@ -98,30 +98,30 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        D, H = cfg.hidden_size, cfg.num_attention_heads
-        assert cfg.q_lora_rank is not None
-        self.q_a_proj = Linear(D, cfg.q_lora_rank)
-        self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, cfg.rms_norm_eps)
-        self.q_b_proj = Linear(cfg.q_lora_rank, H * cfg.qk_head_dim)
-        self.kv_a_proj_with_mqa = Linear(D, cfg.kv_lora_rank + cfg.qk_rope_head_dim)
-        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.rms_norm_eps)
-        self.kv_b_proj = Linear(cfg.kv_lora_rank, H * (cfg.qk_nope_head_dim + cfg.v_head_dim))
-        self.o_proj = Linear(H * cfg.v_head_dim, D, std=0.0)
+        a, D, H = cfg.latent, cfg.hidden_size, cfg.num_attention_heads
+        assert a.q_lora_rank is not None
+        self.q_a_proj = Linear(D, a.q_lora_rank)
+        self.q_a_layernorm = RMSNorm(a.q_lora_rank, cfg.rms_norm_eps)
+        self.q_b_proj = Linear(a.q_lora_rank, H * a.qk_head_dim)
+        self.kv_a_proj_with_mqa = Linear(D, a.kv_lora_rank + a.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(a.kv_lora_rank, cfg.rms_norm_eps)
+        self.kv_b_proj = Linear(a.kv_lora_rank, H * (a.qk_nope_head_dim + a.v_head_dim))
+        self.o_proj = Linear(H * a.v_head_dim, D, std=0.0)
         self.indexer = None if cfg.index_topk is None else Indexer(cfg)
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        cfg, H = self.cfg, self.cfg.num_attention_heads
+        a, H = self.cfg.latent, self.cfg.num_attention_heads
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
-        q = self.q_b_proj(q_latent).unflatten(-1, (H, cfg.qk_head_dim))
-        q_nope, q_pe = q.split([cfg.qk_nope_head_dim, cfg.qk_rope_head_dim], -1)
-        latent, k_pe = self.kv_a_proj_with_mqa(x).split([cfg.kv_lora_rank, cfg.qk_rope_head_dim], -1)
+        q = self.q_b_proj(q_latent).unflatten(-1, (H, a.qk_head_dim))
+        q_nope, q_pe = q.split([a.qk_nope_head_dim, a.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_a_proj_with_mqa(x).split([a.kv_lora_rank, a.qk_rope_head_dim], -1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, (H, -1))
-        k_nope, v = kv.split([cfg.qk_nope_head_dim, cfg.v_head_dim], -1)
+        k_nope, v = kv.split([a.qk_nope_head_dim, a.v_head_dim], -1)
         k_pe = rotate(k_pe[:, :, None], turn).expand(-1, -1, H, -1)
         q = torch.cat((q_nope, rotate(q_pe, turn)), -1).transpose(1, 2)  # [B, H, T, nope + r]
         k = torch.cat((k_nope, k_pe), -1).transpose(1, 2)
-        v, scale = v.transpose(1, 2), cfg.qk_head_dim**-0.5
+        v, scale = v.transpose(1, 2), a.qk_head_dim**-0.5
         if self.indexer is None:
             out = causal_attention(q, k, v, scale)
         else:

@@ -13,7 +13,7 @@ from farthing.model.config import ModelConfig
 
 def rope_table(cfg: ModelConfig, length: int) -> Tensor:
     """exp(i angle) [length, r/2] complex64 of plain RoPE."""
-    r = cfg.qk_rope_head_dim
+    r = cfg.latent.qk_rope_head_dim
     frequency = cfg.rope.theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return torch.polar(torch.ones_like(angle), angle)

@@ -16,9 +16,12 @@ from farthing.model.types import (
     glm_moe_dsa,
     kimi_k2,
     kimi_k25,
+    llama,
     longcat_flash,
     mistral4,
     mistral_large_3,
+    mixtral,
+    qwen3_moe,
     sarvam_mla,
 )
 from farthing.model.types.base import ModelType, Names
@@ -42,6 +45,9 @@ TYPES: Mapping[str, ModelType] = {
         axk1.TYPE,
         sarvam_mla.TYPE,
         longcat_flash.TYPE,
+        *qwen3_moe.TYPES,
+        *mixtral.TYPES,
+        *llama.TYPES,
     )
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from farthing.model.values import flag, integer, wrong
+from farthing.model.values import flag, in_range, integer, wrong
 
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
 INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers
@@ -47,6 +47,7 @@ class ModelType:
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
     own_words: Mapping[str, str] = field(default_factory=dict)  # V3's field -> the file's, for messages
+    grouped: bool = False  # grouped-query attention, with Llama's fields and tensor names; else latent
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
 
     def in_own_words(self, message: str) -> str:
@@ -54,6 +55,27 @@ class ModelType:
         for ours, theirs in self.own_words.items():
             message = re.sub(rf"\b{ours}\b", theirs, message)
         return message
+
+
+def present(raw: Fields) -> dict[str, Any]:
+    """The fields that are not null."""
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def half_split(raw: Fields, theta: float = 10000.0) -> dict[str, Any]:
+    """Rotation by halves, as in Llama; theta: of types whose default is not 10,000."""
+    given = raw.get("rope_theta")
+    return {"rope_interleave": False, "rope_theta": theta if given is None else given}
+
+
+def in_window(raw: Fields, switch: bool = False) -> dict[str, Any]:
+    """max_position_embeddings of a model with a sliding window: at most the window, within which attention
+    is the same without it. switch: whether the type has `use_sliding_window`, false by default."""
+    window = raw.get("sliding_window")
+    if window is None or (switch and not raw.get("use_sliding_window")):
+        return {}
+    most = integer(raw, "max_position_embeddings")
+    return {"max_position_embeddings": min(most, in_range("sliding_window", window, 1))}
 
 
 def tied(raw: Fields) -> Fields:

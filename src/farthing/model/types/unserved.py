@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 _NEEDS = {
-    "grouped-query attention is": (
-        "apertus", "arcee", "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
-        "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4", "glm4_moe", "glm4v_moe",
-        "gpt_oss", "granite", "granitemoe", "hunyuan_v1_moe", "llama", "llama4", "llama4_text", "minimax_m2",
-        "ministral", "mistral", "mixtral", "olmo3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
-        "qwen3_moe", "qwen3_vl_moe", "seed_oss", "smollm3", "starcoder2",
+    "form of grouped-query attention is": (
+        "apertus", "arcee", "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "exaone4",
+        "exaone_moe", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4", "glm4v_moe",
+        "gpt_oss", "granite", "hunyuan_v1_moe", "llama4", "llama4_text", "ministral", "olmo3", "phimoe",
+        "qwen2", "qwen2_moe", "qwen3_vl_moe", "seed_oss", "starcoder2",
     ),
     "linear attention is": ("kimi_linear", "minimax", "qwen3_5", "qwen3_5_moe", "qwen3_next"),
     "state-space layers are": (

@@ -135,9 +135,9 @@ class CpuOps(PackingOps):
         eps: float,
         select: Tensor | None = None,
     ) -> Tensor:
-        q, kv, s = _rows(q), _rows(kv), attention.spec
+        q, kv = _rows(q), _rows(kv)
         tokens = q.shape[0]
-        out = empty(q, tokens, s.num_heads * s.value_dim)
+        out = empty(q, tokens, attention.width)
         if select is None:
             self._mla(q, kv, attention, cache, layer, native_batch(batch), eps, out)
             return out
@@ -147,6 +147,15 @@ class CpuOps(PackingOps):
             self._mla(
                 q[part], kv[part], attention, rows, layer, native_reads(batch, part, reads), eps, out[part]
             )
+        return out
+
+    def gqa(
+        self, qkv: Tensor, heads: Attention, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        qkv = _rows(qkv)
+        out = empty(qkv, qkv.shape[0], heads.width)
+        q, kv = qkv[:, : out.shape[1]], qkv[:, out.shape[1] :]
+        self._mla(q, kv, heads, cache, row, native_batch(batch), eps, out)
         return out
 
     def _mla(

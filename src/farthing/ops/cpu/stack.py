@@ -29,6 +29,7 @@ class Stack:
 
     native: Any
     depth: int  # number of layers
+    rows: int  # cache rows per layer
     alive: tuple[Any, ...]
 
 
@@ -37,16 +38,17 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     native = _native.Layers()
     alive: list[Any] = []
     for layer in layers:
-        norms = [None if w is None else vector(w) for w in (layer.norm, layer.q_norm, layer.feed_norm)]
-        norm, q_norm, feed_norm = (0 if w is None else address(w) for w in norms)
+        own = (layer.norm, layer.q_norm, layer.feed_norm, layer.o_bias)
+        norms = [None if w is None else vector(w) for w in own]
+        norm, q_norm, feed_norm, o_bias = (0 if w is None else address(w) for w in norms)
         q_b = None if layer.q_b is None else layer.q_b.packed
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
             norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            layer.o.rest, feed_norm, layer.feed.native, *sums,
+            layer.o.rest, feed_norm, layer.feed.native, *sums, o_bias,
         )  # fmt: skip
         alive += [*norms, layer.heads, layer.feed]
-    return Stack(native, len(layers), tuple(alive))
+    return Stack(native, len(layers), layers[0].rows if layers else 1, tuple(alive))
 
 
 def vector(x: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def run_layers(
     seen, stride = (0, 0) if counts is None else (address(counts[first:]), row_stride(counts))
     try:
         native.layers(
-            stack.native, first, last, native_rows(h), tokens, native_cache(cache, first),
+            stack.native, first, last, native_rows(h), tokens, native_cache(cache, first * stack.rows),
             native_batch(batch), eps, seen, stride, native_rows(out),
         )  # fmt: skip
     except _native.PeerLost as error:

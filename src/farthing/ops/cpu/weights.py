@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from farthing import _native
 from farthing.lazy import torch
-from farthing.ops.api import AttentionSpec, HostOps, IndexerSpec, MoEWeights, RouterSpec
+from farthing.ops.api import (
+    AttentionSpec,
+    GroupedParts,
+    GroupedSpec,
+    HostOps,
+    IndexerSpec,
+    MoEWeights,
+    RouterSpec,
+)
 from farthing.ops.arrays import address
 from farthing.ops.blocks import measured_for
 from farthing.ops.cpu import indexer as indexing
@@ -61,10 +69,11 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """W_UK and W_UV packed per head; owns the tensors that native code points to."""
+    """Heads, with W_UK and W_UV packed per head if they are latent; owns the tensors that native code points
+    to."""
 
     native: Any
-    spec: AttentionSpec
+    width: int  # columns of the output
     alive: tuple[Tensor, ...]
 
 
@@ -298,7 +307,7 @@ class PackingOps(HostOps):
         )  # fmt: skip
         for uk, uv in heads:
             native.add(uk, uv)
-        return Attention(native, spec, (norm, rope))
+        return Attention(native, spec.num_heads * spec.value_dim, (norm, rope))
 
     def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
         """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded."""
@@ -313,6 +322,16 @@ class PackingOps(HostOps):
             )
             for h in range(spec.num_heads)
         ]
+
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Attention:
+        rope, d = vector(rope), spec.head_dim
+        kept = [None if p is None else vector(p) for p in (parts.bias, parts.q_norm, parts.k_norm)]
+        native = _native.Attention(
+            spec.num_heads, 0, d, d, d, spec.scale, spec.interleaved, 0, address(rope[0]), address(rope[1])
+        )
+        bias, q_norm, k_norm = (0 if part is None else address(part) for part in kept)
+        native.group(spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm)
+        return Attention(native, spec.num_heads * d, (rope, *(part for part in kept if part is not None)))
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor

@@ -17,8 +17,11 @@ from farthing.ops.api import AttentionSpec, Batch, LatentCache
 from farthing.ops.gpu.decode import decode
 from farthing.ops.gpu.latent import gather, rotate_queries, write_latent
 from farthing.ops.gpu.prefill import prefill
+from farthing.ops.grouped import Grouped, prepared, read_heads, write_heads
+from farthing.ops.grouped import attend as attend_heads
 from farthing.ops.selection import chosen, in_rows
 
+GROUPED_TOGETHER = 8  # new tokens per sequence above which torch's attention takes them together; an estimate
 MOST_EXPANDED = 1 << 29  # limit on expanded keys and values held at once (one sequence may exceed it)
 
 
@@ -31,13 +34,15 @@ class Heads:
     norm: Tensor  # [c] float32
     rope: Tensor  # [2, max_len, r / 2] float32
 
-    @property
-    def expand_from(self) -> float:
-        """Number of new tokens per sequence above which expanding its keys is cheaper."""
-        s = self.spec
-        wide = s.nope_dim + s.value_dim
-        saved = 2 * s.latent_dim - wide
-        return s.latent_dim * wide / saved if saved > 0 else float("inf")
+
+def expand_from(heads: Heads | Grouped) -> float:
+    """Number of new tokens per sequence above which expanding its keys is cheaper."""
+    if isinstance(heads, Grouped):
+        return GROUPED_TOGETHER
+    s = heads.spec
+    wide = s.nope_dim + s.value_dim
+    saved = 2 * s.latent_dim - wide
+    return s.latent_dim * wide / saved if saved > 0 else float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +106,37 @@ def attend(
     for group in _groups(plan.expanded, s.num_heads * (s.nope_dim + s.value_dim)):
         _expand(q, q_pe, heads, cache, layer, batch, group, out)
     return out
+
+
+def attend_grouped(
+    qkv: Tensor, heads: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float, plan: Plan
+) -> Tensor:
+    """`Ops.gqa`. Few tokens take the latent kernel, one key-value head at a time: a key has no part in common
+    with its value, so queries have zeros there. Prompts take torch's attention."""
+    s = heads.spec
+    q, k, v = prepared(qkv, heads, batch.positions.long(), eps)
+    write_heads(cache, row, batch.slots, k, v)
+    out = torch.empty(q.shape[0], s.num_heads, s.head_dim, dtype=q.dtype, device=q.device)
+    if plan.sequences is not None:
+        few = slice(None) if plan.tokens is None else plan.tokens
+        each, positions = s.num_heads // s.kv_heads, batch.positions[few]
+        for g in range(s.kv_heads):
+            group = slice(g * each, (g + 1) * each)
+            query = q[few, group].contiguous()
+            out[few, group] = decode(
+                torch.zeros_like(query), query, cache, row + g, batch.block_table, plan.sequences, positions,
+                s.scale,
+            )  # fmt: skip
+    size = cache.block_size
+    for span in plan.expanded:
+        at = torch.arange(span.keys, device=q.device)
+        slots = batch.block_table[span.sequence, at // size].long() * size + at % size
+        keys, values = read_heads(cache, row, s.kv_heads, slots[None])
+        tokens = slice(span.begin, span.end)
+        seen = None if span.end - span.begin == span.keys else at <= batch.positions[tokens, None]
+        found = attend_heads(q[tokens], keys, values, None if seen is None else seen[None], s)
+        out[tokens] = found.unflatten(1, (s.num_heads, -1))
+    return out.flatten(1)
 
 
 def _absorbed(

@@ -18,6 +18,8 @@ from farthing.ops.api import (
     AttentionSpec,
     Batch,
     CacheDtype,
+    GroupedParts,
+    GroupedSpec,
     IndexerSpec,
     LatentCache,
     LayerHandles,
@@ -28,7 +30,7 @@ from farthing.ops.api import (
 from farthing.ops.cache import empty_cache, torch_dtype
 from farthing.ops.copies import DeviceCopies
 from farthing.ops.gpu import gemm, normalize
-from farthing.ops.gpu.attention import Heads, Plan, attend, plan
+from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expand_from, plan
 from farthing.ops.gpu.gemm import Part
 from farthing.ops.gpu.graphs import DecodeGraphs, is_decode
 from farthing.ops.gpu.grouped import combine, experts_mlp
@@ -38,6 +40,7 @@ from farthing.ops.gpu.numeric import INTERPRETED
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
 from farthing.ops.gpu.sparse import find
+from farthing.ops.grouped import Grouped, pack_grouped
 from farthing.ops.indexer import Indexer
 from farthing.ops.reference import identity_weight, largest
 from farthing.ops.sampling import Filters
@@ -157,6 +160,9 @@ class GpuOps(Ops):
         heads = value.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
         return Heads(spec, heads.contiguous(), self._vector(norm), self._here(rope))
 
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Grouped:
+        return pack_grouped(spec, parts, rope, self._here)
+
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
     ) -> Indexer:
@@ -215,11 +221,19 @@ class GpuOps(Ops):
         eps: float,
         select: Tensor | None = None,
     ) -> Tensor:
-        # A step's plan is the same for all layers, so it is made and read back from the device once.
-        if self._planned is None or self._planned[0] is not batch:
-            self._planned = (batch, plan(batch, attention.expand_from))
-        step = self._planned[1]
+        step = self._plan(batch, attention)
         return attend(_rows(q), _rows(kv), attention, cache, layer, batch, eps, step, select)
+
+    def gqa(
+        self, qkv: Tensor, heads: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        return attend_grouped(_rows(qkv), heads, cache, row, batch, eps, self._plan(batch, heads))
+
+    def _plan(self, batch: Batch, heads: Heads | Grouped) -> Plan:
+        """A step's plan is the same for all layers, so it is made and read back from the device once."""
+        if self._planned is None or self._planned[0] is not batch:
+            self._planned = (batch, plan(batch, expand_from(heads)))
+        return self._planned[1]
 
     def index(
         self,
@@ -301,8 +315,7 @@ class GpuOps(Ops):
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
         def run(hidden: Tensor, batch: Batch, live: Tensor | None) -> Tensor:
-            first = stack.layers[0].heads
-            step = plan(batch, first.expand_from)
+            step = plan(batch, expand_from(stack.layers[0].heads))
             for i in range(*span.indices(len(stack.layers))):
                 seen = None if counts is None else counts[i]
                 hidden = self._layer(hidden, stack.layers[i], batch, step, cache, i, eps, seen, live)
@@ -319,10 +332,15 @@ class GpuOps(Ops):
         eps: float, counts: Tensor | None, live: Tensor | None,
     ) -> Tensor:  # fmt: skip
         qkv = self.linear(h, layer.qkv_a, layer.norm, eps)
-        q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
-        if layer.q_b is not None:
-            q = self.linear(q, layer.q_b, layer.q_norm, eps)
-        mixed = attend(q, kv, layer.heads, cache, index, batch, eps, step)
+        if isinstance(layer.heads, Grouped):
+            mixed = attend_grouped(qkv, layer.heads, cache, index * layer.rows, batch, eps, step)
+        else:
+            q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
+            if layer.q_b is not None:
+                q = self.linear(q, layer.q_b, layer.q_norm, eps)
+            mixed = attend(q, kv, layer.heads, cache, index, batch, eps, step)
+        if layer.o_bias is not None:
+            h = h + self._here(layer.o_bias).to(h.dtype)
         h = self.linear(mixed, layer.o, residual=h)
         if isinstance(layer.feed, Experts):
             return self._moe(h, layer.feed, layer.feed_norm, eps, counts, live)

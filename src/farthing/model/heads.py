@@ -1,0 +1,269 @@
+"""The two forms of attention heads, and what other modules need to know of them: columns, cache rows.
+
+Latent attention (DeepSeek-V2 section 2.1) caches one row per token and layer: the latent and a rotary key.
+Grouped-query attention caches one row per token, layer and key-value head: the value and the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from farthing.model import values as checked
+from farthing.model.values import wrong
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentHeads:
+    """Multi-head latent attention. Field names follow config.json."""
+
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    query_latent_scale: float = 1.0  # scale of the normed query latent; the next field: of the KV latent
+    latent_scale: float = 1.0
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows of the cache per layer."""
+        return 1
+
+    @property
+    def cache_width(self) -> int:
+        """Values per row and token: latent + rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Elements of a query that are rotated."""
+        return self.qk_rope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head: nope + rotary."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries."""
+        return self.num_attention_heads * self.qk_head_dim
+
+    @property
+    def first_width(self) -> int:
+        """Columns of the product that computes the query (or its latent) and what is cached."""
+        return (self.q_lora_rank or self.query_width) + self.cache_width
+
+    @property
+    def output_width(self) -> int:
+        """Columns of o_proj."""
+        return self.num_attention_heads * self.v_head_dim
+
+    @property
+    def dot_width(self) -> int:
+        """Multiplications per query head and cached token: scores over latent and rotary key, then values."""
+        return 2 * self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """The same in a prompt, where latents are expanded to the keys and values of every head."""
+        return self.qk_head_dim + self.v_head_dim
+
+    def per_rank(self, tp: int) -> LatentHeads:
+        """The heads of one of `tp` ranks; all of them cache the latents. Raises ValueError."""
+        return replace(
+            self, num_attention_heads=_divided("num_attention_heads", self.num_attention_heads, tp)
+        )
+
+    def shapes(self, p: str, d: int) -> Shapes:
+        """Name and shape of the parameters; p: prefix of the module."""
+        if self.q_lora_rank:
+            yield p + "q_a_proj.weight", (self.q_lora_rank, d)
+            yield p + "q_a_layernorm.weight", (self.q_lora_rank,)
+            yield p + "q_b_proj.weight", (self.query_width, self.q_lora_rank)
+        else:
+            yield p + "q_proj.weight", (self.query_width, d)
+        yield p + "kv_a_proj_with_mqa.weight", (self.cache_width, d)
+        yield p + "kv_a_layernorm.weight", (self.kv_lora_rank,)
+        expanded = self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        yield p + "kv_b_proj.weight", (expanded, self.kv_lora_rank)
+        yield p + "o_proj.weight", (d, self.output_width)
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that no model has."""
+        for name in _LATENT_SIZES:
+            checked.in_range(name, getattr(self, name), 1)
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim: got {self.qk_rope_head_dim}; expected an even number")
+
+
+_LATENT_SIZES = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedHeads:
+    """Grouped-query attention: several query heads share a key and value head. Names follow config.json."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_width: int  # the first elements of a head that are rotated
+    score_scale: float | None = None  # None: head_dim^-0.5
+    # RMSNorm of queries and keys before rotation: of each head, or of all heads together
+    qk_norm: Literal["head", "whole"] | None = None
+    qkv_bias: bool = False
+    o_bias: bool = False
+
+    @property
+    def cache_rows(self) -> int:
+        """Rows of the cache per layer."""
+        return self.num_key_value_heads
+
+    @property
+    def cache_width(self) -> int:
+        """Values per row and token: value + key."""
+        return 2 * self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_width(self) -> int:
+        """Columns of all keys, and of all values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def first_width(self) -> int:
+        """Columns of the product that computes queries, keys and values."""
+        return self.query_width + 2 * self.key_width
+
+    @property
+    def output_width(self) -> int:
+        """Columns of o_proj."""
+        return self.query_width
+
+    @property
+    def dot_width(self) -> int:
+        """Multiplications per query head and cached token."""
+        return 2 * self.head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """The same in a prompt."""
+        return 2 * self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """Scale of the scores."""
+        return float(self.head_dim**-0.5) if self.score_scale is None else self.score_scale
+
+    def per_rank(self, tp: int) -> GroupedHeads:
+        """The heads of one of `tp` ranks. Ranks beyond the number of key-value heads share those.
+
+        Raises ValueError.
+        """
+        if tp > 1 and self.qk_norm == "whole":
+            raise ValueError(
+                f"tp: got {tp}; expected 1: this model norms the queries of all heads together "
+                "(pp and ep divide it)"
+            )
+        groups = self.num_key_value_heads
+        if groups % tp and tp % groups:
+            raise ValueError(
+                f"tp: got {tp}; expected a divisor or multiple of num_key_value_heads = {groups}"
+            )
+        heads = _divided("num_attention_heads", self.num_attention_heads, tp)
+        return replace(self, num_attention_heads=heads, num_key_value_heads=max(1, groups // tp))
+
+    def shapes(self, p: str, d: int) -> Shapes:
+        """Name and shape of the parameters; p: prefix of the module."""
+        widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width}
+        for name, width in widths.items():
+            yield f"{p}{name}_proj.weight", (width, d)
+            if self.qkv_bias:
+                yield f"{p}{name}_proj.bias", (width,)
+        if self.qk_norm is not None:
+            for name in ("q", "k"):
+                whole = self.qk_norm == "whole"
+                yield f"{p}{name}_norm.weight", (widths[name] if whole else self.head_dim,)
+        yield p + "o_proj.weight", (d, self.output_width)
+        if self.o_bias:
+            yield p + "o_proj.bias", (d,)
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that no model has."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: got {self.num_key_value_heads}; expected a divisor of "
+                f"num_attention_heads = {self.num_attention_heads}"
+            )
+        if not 2 <= self.rotary_width <= self.head_dim or self.rotary_width % 2:
+            raise ValueError(
+                f"partial_rotary_factor: {self.rotary_width} of {self.head_dim} elements of a head are "
+                "rotated; expected an even number of at least 2 and at most head_dim"
+            )
+
+
+Heads = LatentHeads | GroupedHeads
+
+
+def _divided(name: str, count: int, tp: int) -> int:
+    if count % tp:
+        raise ValueError(f"tp: got {tp}; expected a divisor of {name} = {count}")
+    return count // tp
+
+
+def read_latent(raw: Mapping[str, Any]) -> LatentHeads:
+    """From a config.json with V3's fields. Raises ValueError naming the field."""
+    if raw.get("attention_bias") not in (None, False):
+        raise wrong("attention_bias", raw["attention_bias"], "false: matrices have no bias")
+    sizes = {name: checked.integer(raw, name) for name in _LATENT_SIZES}
+    rank = raw.get("q_lora_rank")
+    query, latent = (
+        checked.number(name, raw.get(name, 1.0), above=0.0) for name in ("query_latent_scale", "latent_scale")
+    )
+    return LatentHeads(
+        **sizes,
+        q_lora_rank=None if rank is None else checked.in_range("q_lora_rank", rank, 1),
+        query_latent_scale=query,
+        latent_scale=latent,
+    )
+
+
+def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
+    """From a config.json with Llama's fields, and `qk_norm` and `o_bias` as the type sets them.
+
+    Raises ValueError naming the field.
+    """
+    heads = checked.integer(raw, "num_attention_heads")
+    if raw.get("head_dim") is None:
+        width = checked.integer(raw, "hidden_size")
+        if width % heads:
+            raise ValueError(f"head_dim is missing, and {heads} heads do not divide hidden_size = {width}")
+        size = width // heads
+    else:
+        size = checked.integer(raw, "head_dim")
+    groups = heads if raw.get("num_key_value_heads") is None else checked.integer(raw, "num_key_value_heads")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    partial = checked.optional_section({"rope": rope}, "rope").get("partial_rotary_factor")
+    partial = raw.get("partial_rotary_factor") if partial is None else partial
+    share = 1.0 if partial is None else checked.number("partial_rotary_factor", partial, above=0.0)
+    bias = checked.flag("attention_bias", raw.get("attention_bias") or False)
+    scale = raw.get("attention_multiplier")
+    return GroupedHeads(
+        heads,
+        groups,
+        size,
+        int(size * share),
+        score_scale=None if scale is None else checked.number("attention_multiplier", scale, above=0.0),
+        qk_norm=raw.get("qk_norm"),
+        qkv_bias=bias,
+        o_bias=bias and raw.get("o_bias", True),
+    )

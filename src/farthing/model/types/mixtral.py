@@ -1,0 +1,94 @@
+"""Mixtral, MiniMax-M2 and Granite's mixtures: experts under `block_sparse_moe`, with names of their own."""
+
+from __future__ import annotations
+
+import re
+
+from farthing.model.types.base import Fields, ModelType, Names, half_split, in_window, present
+from farthing.model.types.qwen3_moe import SOFTMAX, experts
+from farthing.model.values import integer, number
+
+_MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(.*)")
+_PART = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_EXPERT = re.compile(r"(experts\.\d+)\.(gate_proj|up_proj|down_proj)")
+_STACKS = {
+    "experts.gate_up_proj": "input_linear.weight",
+    "experts.down_proj": "output_linear.weight",
+    "gate.weight": "router.layer.weight",
+}
+
+
+def _stored(name: str) -> str:
+    found = _MLP.fullmatch(name)
+    if found is None:
+        return name
+    inner = _EXPERT.sub(lambda m: f"{m[1]}.{_PART[m[2]]}", found[2])
+    bias = "e_score_correction_bias"
+    return f"{found[1]}.block_sparse_moe.{bias if inner.endswith(bias) else inner}"
+
+
+def _granite_stored(name: str) -> str:
+    found = _MLP.fullmatch(name)
+    return name if found is None else f"{found[1]}.block_sparse_moe.{_STACKS.get(found[2], found[2])}"
+
+
+def _width(raw: Fields) -> dict[str, int]:
+    return {"moe_intermediate_size": integer(raw, "intermediate_size")}
+
+
+def _mixtral(raw: Fields) -> Fields:
+    defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2}
+    fixed = {"norm_topk_prob": True, **experts(raw), **_width(raw), **in_window(raw)}
+    return {**defaults, **present(raw), **SOFTMAX, **half_split(raw, 1e6), **fixed}
+
+
+def _minimax_m2(raw: Fields) -> Fields:
+    """A sigmoid with correction bias as in V3. rotary_dim, if present, is the rotated part of a head."""
+    size = integer({"head_dim": 128, **present(raw)}, "head_dim")
+    rotated = size if raw.get("rotary_dim") is None else integer(raw, "rotary_dim")
+    fixed = {
+        "head_dim": size,
+        "qk_norm": "whole",
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        **experts(raw),
+        **_width(raw),
+    }
+    partial = {"partial_rotary_factor": rotated / size}
+    return {**partial, **present(raw), **SOFTMAX, **half_split(raw, 5e6), **fixed}
+
+
+def _granitemoe(raw: Fields) -> Fields:
+    """Multipliers of the embedding, the residual branches, the scores and the logits.
+
+    A residual stream divided by residual_multiplier needs no multiplier of its branches: norms do not depend
+    on the scale of their input but for eps, which is divided by the square.
+    """
+    named = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    embedding, residual, scores, logits = (number(n, raw.get(n, 1.0), above=0.0) for n in named)
+    eps = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0)
+    fixed = {
+        "rms_norm_eps": eps / residual**2,
+        "embedding_scale": embedding / residual,
+        "attention_multiplier": scores,
+        "logit_scale": 1.0 / logits,
+        "norm_topk_prob": True,
+        **experts(raw),
+        **_width(raw),
+    }
+    return {**present(raw), **SOFTMAX, **half_split(raw), **fixed}
+
+
+_MTP = ("model.mtp.*", "mtp.*")
+TYPES = (
+    ModelType("mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored), grouped=True),
+    ModelType(
+        "minimax_m2",
+        "MiniMax-M2",
+        _minimax_m2,
+        Names(_stored, _MTP, "the MTP layers of this type are not supported"),
+        grouped=True,
+    ),
+    ModelType("granitemoe", "Granite 3.x mixtures", _granitemoe, Names(_granite_stored), grouped=True),
+)
