@@ -40,7 +40,10 @@ def test_the_embedded_model_passes() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "kimi_k25", "mistral4", "mistral3"],
+    [
+        *("glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "kimi_k25", "mistral4"),
+        *("mistral3", "smollm3", "glm4_moe", "minimax_m2", "granitemoe"),
+    ],
 )
 def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None:
     build(name, 1, tmp_path)
@@ -91,7 +94,7 @@ def test_wrong_query_scaling_is_found(
 
 
 def test_unknown_type_is_named_without_weights(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm4_moe"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_oss"}))
     assert "grouped-query attention is not served yet" in states(tmp_path)["configuration"][1]
 
 
@@ -114,7 +117,7 @@ def test_broken_weights_and_unknown_types_are_named(tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     assert "not finite" in states(tmp_path)["first layers"][1]
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "glm4_moe"}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
     found = states(tmp_path)
     assert found["configuration"][0] == "failed"
     assert "grouped-query attention is not served yet" in found["configuration"][1]

@@ -272,6 +272,8 @@ def granitemoe(rng: random.Random) -> Any:
     )
 
 
+DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
+WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
     "llama": llama,
     "mistral": mistral,

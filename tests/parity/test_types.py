@@ -16,10 +16,15 @@ from farthing.ops import Ops, select
 
 pytest.importorskip("transformers")
 
-from .families import FAMILIES, build, save
+from .families import FAMILIES, GROUPED, build, save
 from .paged import chunkings, continues_greedily, greedy, run
 
-SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] if seed >= 4 else ()) for seed in range(8)]
+CASES = [
+    pytest.param(name, seed, marks=[pytest.mark.slow] if seed >= quick else ())
+    for name in FAMILIES
+    for quick, seeds in [(2, 24) if name in GROUPED else (4, 8)]
+    for seed in range(seeds)
+]
 LENGTH = 21
 STEPS = 64
 
@@ -30,8 +35,7 @@ def ops_of(backend: str, seed: int) -> Ops:
     return select(backend, dtype=torch.float32, threads=threads)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "seed"), CASES)
 def test_logits_and_greedy_tokens(name: str, seed: int, tmp_path: Path) -> None:
     theirs = build(name, seed, tmp_path)
     rng = random.Random(seed)
@@ -51,7 +55,7 @@ def test_logits_and_greedy_tokens(name: str, seed: int, tmp_path: Path) -> None:
             assert continues_greedily(theirs(input_ids=whole[None]).logits[0], LENGTH, tokens), backend
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in GROUPED])
 def test_rope_interleave_false_is_read_as_in_transformers(name: str, tmp_path: Path) -> None:
     """Some types rotate by halves with it, the others ignore the field."""
     theirs = build(name, 0, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from farthing.checkpoint import Checkpoint
@@ -36,10 +37,10 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
     formats: dict[str, None] = {}
     for name, shape in parameter_shapes(config):
         count += 1
-        if problem := _problem(checkpoint, stored(name), shape):
+        if problem := _problem(checkpoint, stored, name, shape):
             wrong.append(problem)
         elif len(shape) == 2:
-            formats[_format(checkpoint, stored(name))] = None
+            formats[_format(checkpoint, stored, name)] = None
     checkpoint.release()
     if wrong:
         more = f"; {len(wrong) - 1:,} more of {count:,} are wrong" if len(wrong) > 1 else ""
@@ -48,28 +49,28 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
     return f"all {count:,} matrices and vectors of every layer are present, matrices in {kinds}"
 
 
-def _format(checkpoint: Checkpoint, name: str) -> str:
+def _format(checkpoint: Checkpoint, stored: Callable[[str], str], name: str) -> str:
     """The format of a matrix that `_problem` found nothing wrong with."""
+    stack, name = stored(_stack(name)), stored(name)
     if checkpoint.has(f"{name}_packed"):
         return checkpoint.stored_as(name.removesuffix(".weight"))[0]
-    return _FORMATS[checkpoint.dtype(name if checkpoint.has(name) else _stack(name))]
+    return _FORMATS[checkpoint.dtype(name if checkpoint.has(name) else stack)]
 
 
-def _problem(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> str:
-    """What is wrong with a tensor; empty if nothing is."""
+def _problem(checkpoint: Checkpoint, stored: Callable[[str], str], name: str, shape: tuple[int, ...]) -> str:
+    """What is wrong with a tensor, named as in V3; empty if nothing is."""
+    expert, stack, name = _EXPERT.fullmatch(name), stored(_stack(name)), stored(name)
     if checkpoint.has(f"{name}_packed"):  # several columns in one number
         return ""
     found: tuple[int, ...] | None = None
     if checkpoint.has(name):
         found = checkpoint.shape(name)
-    elif expert := _EXPERT.fullmatch(name):  # one tensor for all experts of a layer
-        stack = _stack(name)
-        if checkpoint.has(stack):
-            name, whole = stack, checkpoint.shape(stack)
-            shape = shape if expert["part"] == "down" else (2 * shape[0], shape[1])
-            if int(expert["index"]) >= whole[0]:
-                return f"{name} has {whole[0]} experts; expected more than {expert['index']}"
-            found = whole[1:]
+    elif expert and checkpoint.has(stack):  # one tensor for all experts of a layer
+        name, whole = stack, checkpoint.shape(stack)
+        shape = shape if expert["part"] == "down" else (2 * shape[0], shape[1])
+        if int(expert["index"]) >= whole[0]:
+            return f"{name} has {whole[0]} experts; expected more than {expert['index']}"
+        found = whole[1:]
     if found is None:
         return f"{name} is missing; expected shape {list(shape)}"
     return "" if found == shape else f"{name} has shape {list(found)}; expected {list(shape)}"

@@ -103,9 +103,9 @@ def checkpoint_cost(path: Path) -> ModelCost:
         module = stored(name).rpartition(".")[0]
         if module in by_module or ".experts." not in name:
             return by_module.get(module, 0)
-        stack, _, part = module.partition(".experts.")  # one tensor for all experts of the layer
-        share = 1 if part.endswith("down_proj") else 2
-        whole = f"{stack}.experts.{'down_proj' if share == 1 else 'gate_up_proj'}"
+        stack, _, part = name.partition(".experts.")  # one tensor for all experts of the layer
+        share = 1 if part.endswith("down_proj.weight") else 2
+        whole = stored(f"{stack}.experts.{'down_proj' if share == 1 else 'gate_up_proj'}")
         experts = config.at(int(name.split(".")[2])).n_routed_experts or 1
         return checkpoint.nbytes(whole) // (share * experts) if checkpoint.has(whole) else 0
 
