@@ -289,6 +289,28 @@ async def test_keyless_gateway_on_loopback_requires_a_loopback_host_name(host: s
         writer.close()
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nHost: localhost\r\n",
+        b"GET http://evil.example/v1/models HTTP/1.1\r\nhost: localhost\r\n",
+    ],
+    ids=["two hosts", "twice", "foreign"],
+)
+async def test_ambiguous_hosts_are_rejected(head: bytes) -> None:
+    async with keyed() as (_, _, port):
+        reader, writer = await connect(port)
+        writer.write(head + KEY + b"\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
+        reader, writer = await connect(port)
+        writer.write(b"GET http://LOCALHOST/v1/models HTTP/1.1\r\n" + HOST + KEY + b"\r\n")
+        assert (await answer_of(reader))[0] == 200
+        writer.close()
+
+
 # ---- streams with disconnected clients ----
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -189,3 +192,86 @@ def test_web_pages_need_cors_permission() -> None:
             f"{server.url}/v1/models", headers={"Origin": "https://other.example"} | bearer("sk-a")
         )
         assert "access-control-allow-origin" not in other.headers
+
+
+# As browsers write them (sorted, in lower case) for requests of openai 6.49 and @anthropic-ai/sdk 1.14.
+STAINLESS = (
+    "x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version"
+)
+OPENAI = f"authorization,content-type,openai-organization,openai-project,user-agent,{STAINLESS}"
+ANTHROPIC = (
+    "anthropic-beta,anthropic-dangerous-direct-browser-access,anthropic-version,content-type,user-agent,"
+    f"x-api-key,x-stainless-helper-method,{STAINLESS},x-stainless-timeout"
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "names"),
+    [
+        ("POST", "/v1/chat/completions", OPENAI),
+        ("DELETE", "/v1/responses/resp_1", OPENAI.replace("content-type,", "")),
+        ("GET", "/v1/models", OPENAI.replace("content-type,", "")),
+        ("POST", "/v1/messages", ANTHROPIC),
+    ],
+)
+def test_preflights_of_the_official_sdks_are_granted(method: str, path: str, names: str) -> None:
+    ask = {
+        "Origin": "https://page.example",
+        "Access-Control-Request-Method": method,
+        "Access-Control-Request-Headers": names,
+    }
+    with running(ScriptedEngine(), keys=KEYS, allowed_origins=("https://page.example",)) as server:
+        granted = httpx.options(f"{server.url}{path}", headers=ask)
+        assert granted.status_code == 200, granted.text
+        assert granted.headers["access-control-allow-origin"] == "https://page.example"
+        allowed = {
+            name.strip().lower() for name in granted.headers["access-control-allow-headers"].split(",")
+        }
+        assert set(names.split(",")) <= allowed
+        assert method in granted.headers["access-control-allow-methods"].split(", ")
+        other = httpx.options(f"{server.url}{path}", headers=ask | {"Origin": "https://other.example"})
+        assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+
+
+def test_pages_read_errors_and_their_headers() -> None:
+    """SDKs read the request's id, and when to retry."""
+    origin = {"Origin": "https://page.example"}
+    with running(
+        ScriptedEngine(), keys=KEYS, requests_per_minute=1, allowed_origins=("https://page.example",)
+    ) as server:
+        refused = httpx.get(f"{server.url}/v1/models", headers=origin)
+        body = {"prompt": "x"}
+        url = f"{server.url}/v1/completions"
+        answers = [httpx.post(url, json=body, headers=origin | bearer("sk-a")) for _ in range(2)]
+        assert [refused.status_code, *(answer.status_code for answer in answers)] == [401, 200, 429]
+        for answer in (refused, *answers):
+            assert answer.headers["access-control-allow-origin"] == "https://page.example"
+            assert answer.headers["access-control-expose-headers"] == "*" and "x-request-id" in answer.headers
+        assert "retry-after" in answers[1].headers
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready"])
+def test_head_is_get_without_a_body(path: str) -> None:
+    with running(ScriptedEngine()) as server:
+        head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+        assert head.status_code == get.status_code == 200
+        assert head.headers["content-length"] == get.headers["content-length"] and not head.content
+
+
+def test_document_is_written_once_and_not_in_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    write = FastAPI.openapi
+
+    def openapi(self: FastAPI) -> dict[str, Any]:
+        threads.append(threading.current_thread().name)
+        return write(self)
+
+    monkeypatch.setattr(FastAPI, "openapi", openapi)
+    with running(ScriptedEngine(), root_path="/llm") as server:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: httpx.get(f"{server.url}/openapi.json"), range(16)))
+        assert len({answer.content for answer in answers}) == 1
+        document = answers[0].json()
+        assert document["servers"] == [{"url": "/llm"}] and "/v1/chat/completions" in document["paths"]
+        assert len(threads) == 1 and threads[0] != server.thread.name

@@ -95,3 +95,16 @@ def test_non_loopback_host_requires_a_key() -> None:
 def test_errors_name_bad_settings(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{field}: got {value}"):
         ServerConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("mode", "warned"), [(0o644, True), (0o640, False), (0o600, False)])
+def test_file_that_everyone_can_read_is_named(
+    tmp_path: Path, mode: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_text("alice:sk-a\n")
+    file.chmod(mode)
+    assert KeyRing.from_file(file).names() == ["alice"]
+    assert [
+        str(file) in record.getMessage() and "644" in record.getMessage() for record in caplog.records
+    ] == ([True] if warned else [])

@@ -201,6 +201,25 @@ def test_calls_with_automatic_choice(size: int) -> None:
         assert len(single.message.tool_calls or []) == 1
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_forced_call_ends_with_stop_and_a_chosen_one_does_not(older: bool) -> None:
+    """As with OpenAI and vLLM, also for the older names of tools."""
+    name = {"name": "weather"}
+    function = TOOLS[0]["function"]
+    tools: dict[str, Any] = {"functions": [function]} if older else {"tools": TOOLS[:1]}
+    choice: dict[str, Any] = (
+        {"function_call": name} if older else {"tool_choice": {"type": "function", "function": name}}
+    )
+    chosen = "function_call" if older else "tool_calls"
+    with running(ScriptedEngine([CALL])) as server:
+        create = server.client().chat.completions.create
+        for fields, reason in ((tools, chosen), (tools | choice, "stop")):
+            whole = create(model="tiny", messages=USER, **fields).choices[0]
+            chunks = list(create(model="tiny", messages=USER, stream=True, **fields))
+            assert whole.message.function_call or whole.message.tool_calls
+            assert whole.finish_reason == chunks[-1].choices[0].finish_reason == reason
+
+
 def test_no_calls_without_tools() -> None:
     engine = ScriptedEngine([CALL])
     with running(engine) as server:

@@ -176,6 +176,11 @@ def test_tokenize_and_detokenize(tiny: Running) -> None:
         ({"prompt": "a", "guided_regex": "("}, None),
         ({"prompt": "a", "guided_regex": "a", "guided_choice": ["b"]}, "structured_outputs"),
         ({"prompt": "a", "structured_outputs": {}}, "structured_outputs"),
+        (
+            {"prompt": "a", "structured_outputs": {"structural_tag": "{}"}},
+            "structured_outputs.structural_tag",
+        ),
+        ({"prompt": "a", "response_format": {"type": "structural_tag"}}, "response_format.type"),
         ({"prompt": "a", "seed": 2**70}, "seed"),
     ],
 )
@@ -229,3 +234,15 @@ def test_hostile_field_names_do_not_grow_the_metric(tiny: Running) -> None:
         body = {"prompt": "a", "max_tokens": 1} | {f"x{i}": 1 for i in range(start, start + 100)}
         assert httpx.post(f"{tiny.url}/v1/completions", json=body).status_code == 200
     assert len(tiny.service.unknown_fields.counts) <= 65
+
+
+def test_refusals_say_what_to_do_instead(client: OpenAI) -> None:
+    tag = {"type": "structural_tag", "structures": [], "triggers": []}
+    for extra, advice in (
+        ({"best_of": 3}, "answers are not ranked; request more with n and logprobs"),
+        ({"response_format": tag}, "structural tags are not supported; use tools"),
+        ({"structured_outputs": {"json": {}, "structural_tag": "{}"}}, "structural tags are not supported"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=advice):
+            client.completions.create(model="tiny", prompt="a", extra_body=extra)
+    assert client.completions.create(model="tiny", prompt="a", n=2, best_of=2).choices[1].index == 1

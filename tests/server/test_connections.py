@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import socket
+import struct
 import time
 from collections.abc import Iterator
 
@@ -150,7 +151,7 @@ def test_slow_drip_does_not_extend_the_timeout() -> None:
 
 
 def test_second_request_has_its_own_timeout() -> None:
-    with running(ScriptedEngine(["x"] * 10, step=0.1), header_timeout=0.8) as server:
+    with running(ScriptedEngine(["x"] * 10, step=0.1), header_timeout=0.8, idle_timeout=2) as server:
         with httpx.Client(base_url=server.url) as client:  # one connection
             for _ in range(3):  # a one-second answer is not cut by the head timeout
                 assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
@@ -211,3 +212,92 @@ def test_connection_limit_fits_the_open_file_limit(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
     assert connection_limit(ServerConfig()) == 512 - 128
     assert raised == [(512, 512)]
+
+
+def status_of(server: Running, request: bytes) -> bytes:
+    """The status of the answer to a request, after which the client sends no more."""
+    with sockets(server, 1) as (connection,):
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        return answer(connection).partition(b"\r\n")[0].split()[1]
+
+
+@pytest.mark.parametrize("first", [b"localhost", b"evil.example"])
+def test_two_host_headers_are_rejected(first: bytes) -> None:
+    with running(ScriptedEngine()) as server:
+        hosts = b"Host: " + first + b"\r\nX: y\r\nhost: localhost\r\n\r\n"
+        assert status_of(server, b"GET /health HTTP/1.1\r\n" + hosts) == b"400"
+        assert healthy(server)
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://evil.example/health", b"400"),
+        (b"http://localhost@evil.example/health", b"400"),
+        (b"http://evil.example?x=/health", b"400"),
+        (b"http://localhost:8000/health", b"400"),
+        (b"http://LOCALHOST/health", b"200"),
+        (b"/health?from=http://evil.example/", b"200"),
+    ],
+)
+def test_absolute_target_must_name_the_host(target: bytes, status: bytes) -> None:
+    with running(ScriptedEngine()) as server:
+        request = b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        assert status_of(server, request) == status
+
+
+def test_idle_time_is_an_option() -> None:
+    with (
+        running(ScriptedEngine(), idle_timeout=0.2, header_timeout=60) as server,
+        sockets(server, 1) as opened,
+    ):
+        (connection,) = opened
+        connection.sendall(HEAD + b"\r\n")
+        until_body(connection)
+        assert answer(connection) == b""  # closed, long before a head would be late
+    with (
+        running(ScriptedEngine(), idle_timeout=60, header_timeout=0.2) as server,
+        sockets(server, 1) as opened,
+    ):
+        (connection,) = opened
+        connection.sendall(HEAD + b"\r\n")
+        until_body(connection)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.settimeout(10)
+        connection.sendall(HEAD)  # a head has begun: its own time runs
+        assert b" 408 " in answer(connection)
+
+
+def test_garbage_behind_a_stream_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    body = b'{"prompt": "x", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    engine = ScriptedEngine(["a"], step=0.001, forever=True)
+    with running(engine) as server, sockets(server, 1) as (connection,):
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        connection.recv(100)
+        connection.sendall(b"nonsense\r\n\r\n")
+        answer(connection)
+        until(lambda: not (engine.running or server.service.jobs))
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_lost_connection_ends_every_pipelined_request(caplog: pytest.LogCaptureFixture) -> None:
+    body = b'{"prompt": "x", "stream": true}'
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    engine = ScriptedEngine(["a"], step=0.01, forever=True)
+    with running(engine) as server, sockets(server, 1) as (connection,):
+        connection.sendall(request * 3)
+        connection.recv(100)
+        assert engine.running == 1
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+        until(lambda: not engine.running)
+        until(lambda: not server.service.jobs)
+        assert len(engine.prompts) == 1 and len(server.guard) == 0
+    assert not [record for record in caplog.records if record.exc_info]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import signal
 import threading
 from typing import Any
 
@@ -9,6 +12,10 @@ import httpx
 import openai
 import pytest
 
+from farthing.eventloop import loop_factory
+from farthing.server.config import ServerConfig
+from farthing.server.run import listen, make_server
+from farthing.server.service import Service
 from tests.server.harness import ScriptedEngine, running, until
 
 
@@ -58,3 +65,35 @@ def test_idle_server_stops_immediately() -> None:
         server.call(server.server.begin_drain)
         server.thread.join(10)
         assert not server.thread.is_alive()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_second_signal_ends_without_a_traceback(loop: str, caplog: pytest.LogCaptureFixture) -> None:
+    if loop == "uvloop":
+        pytest.importorskip("uvloop")
+    engine = ScriptedEngine(["a"], step=0.01, forever=True)
+    service = Service(ServerConfig(drain_timeout=60), "tiny")
+    service.engine = engine  # type: ignore[assignment]
+    server = make_server(service)
+
+    async def end() -> None:
+        with listen("127.0.0.1", 0) as listener:
+            serving = asyncio.ensure_future(server.serve([listener]))
+            while not server.started:
+                await asyncio.sleep(0.01)
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            body = b'{"prompt": "x"}'
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            writer.write(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            while not engine.running:
+                await asyncio.sleep(0.01)
+            for _ in range(2):
+                server.handle_exit(signal.SIGTERM, None)
+                await asyncio.sleep(0.05)
+            await serving
+            writer.close()
+
+    with asyncio.Runner(loop_factory=loop_factory() if loop == "uvloop" else None) as runner:
+        runner.run(end())
+    engine.shutdown()
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]

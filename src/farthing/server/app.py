@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +32,7 @@ from farthing.server.cache_digest import KeepBody
 from farthing.server.dashboard import assets, service_data, visible_to
 from farthing.server.dashboard.router import mount
 from farthing.server.errors import ApiError
+from farthing.server.events import to_json
 from farthing.server.invalid import describe_unparsed, describe_validation
 from farthing.server.jobs import ClientGone
 from farthing.server.metrics import CountRequests, Metrics
@@ -67,6 +69,8 @@ def create_app(service: Service) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,  # the Location would name this server's own address to a gateway's clients
         root_path=service.config.root_path,
+        servers=[{"url": service.config.root_path}] if service.config.root_path else None,
+        openapi_url=None,  # see `_add_document`
         responses={status: {"model": ErrorResponse} for status in _ERRORS},
     )
     _add_state_routes(api, service, metrics)
@@ -81,6 +85,7 @@ def create_app(service: Service) -> ASGIApp:
         lambda request, document: visible_to(request.scope["viewer"], document),
     )
     mount_digest(api, service)
+    _add_document(api)
     _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
     app: ASGIApp = Bodies(KeepBody(api), service.config.max_body_bytes, service.config.body_timeout)
@@ -89,13 +94,27 @@ def create_app(service: Service) -> ASGIApp:
         app = CORSMiddleware(
             app,
             allow_origins=service.config.allowed_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_methods=["GET", "HEAD", "POST", "DELETE"],
+            allow_headers=["*"],  # SDKs send a dozen of their own, and new ones with every release
+            expose_headers=["*"],  # no credentials of the browser are involved, so that * means all
         )
     return CountRequests(RequestIds(app), metrics, paths)
 
 
+def _add_document(api: FastAPI) -> None:
+    """Serve the OpenAPI document, written once and in a thread: it takes a third of a second."""
+    written: asyncio.Future[bytes] | None = None
+
+    @api.get("/openapi.json", include_in_schema=False)
+    async def document() -> Response:
+        nonlocal written
+        if written is None:
+            written = asyncio.ensure_future(asyncio.to_thread(lambda: to_json(api.openapi()).encode()))
+        return Response(await asyncio.shield(written), media_type="application/json")
+
+
 def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
+    @api.head("/health", include_in_schema=False)
     @api.get("/health", summary="Whether the process is alive")
     async def health() -> Response:
         reason = service.broken()
@@ -103,6 +122,7 @@ def _add_state_routes(api: FastAPI, service: Service, metrics: Metrics) -> None:
             raise ApiError(503, reason, code="engine_failed")
         return JSONResponse({"status": "ok"})
 
+    @api.head("/ready", include_in_schema=False)
     @api.get(
         "/ready", summary="Whether requests are accepted: the model is loaded and the server is not draining"
     )

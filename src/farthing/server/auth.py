@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import os
+import stat
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
+
+log = logging.getLogger("farthing.server")
 
 ENVIRONMENT = "FARTHING_API_KEY"
 ANONYMOUS = "anonymous"  # client name in limits and metrics when no key is required
@@ -35,10 +39,12 @@ class KeyRing:
     def from_file(cls, path: str | Path) -> KeyRing:
         """Read one entry per line; blank lines and lines that start with `#` are skipped.
 
-        Raises ValueError if the file cannot be read, contains no key, or has a malformed line.
+        Warns of a file that every user of the machine can read. Raises ValueError if the file cannot be read,
+        contains no key, or has a malformed line.
         """
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
+            warn_if_public(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"API key file {str(path)!r} cannot be read: {error}") from error
         ring = cls(line for raw in lines if (line := raw.strip()) and not line.startswith("#"))
@@ -79,6 +85,16 @@ class KeyRing:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def warn_if_public(path: str | Path) -> None:
+    """Log a warning if every user of the machine can read a file of keys. Raises OSError."""
+    mode = Path(path).stat().st_mode
+    if mode & stat.S_IROTH:
+        log.warning(
+            "key file %r: every user of this machine can read it (mode %03o); expected 600 or 640",
+            *(str(path), stat.S_IMODE(mode)),
+        )
 
 
 def _digest(key: bytes) -> bytes:

@@ -62,6 +62,7 @@ class ServerConfig:
     max_header_bytes: int = _limit(32_768, "Maximum bytes of a request's head", minimum=1)
     header_timeout: float = _limit(10.0, "Seconds for a request's head to arrive", above=0)
     body_timeout: float = _limit(30.0, "Seconds for a request body to arrive", above=0)
+    idle_timeout: float = _limit(75.0, "Seconds between requests before a connection is closed", above=0)
     keep_alive: float = _limit(10.0, "Seconds without output after which a stream sends a ping", above=0)
     request_timeout: float = _limit(600.0, "Seconds from the body's arrival to the last token", above=0)
     drain_timeout: float = _limit(30.0, "Seconds for running requests after SIGTERM", minimum=0)

@@ -16,9 +16,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farthing.server.chunks import TOO_FINE, too_fine
+from farthing.server.heads import ambiguity
 
 if TYPE_CHECKING:
     _Base = HttpToolsProtocol
@@ -35,11 +36,12 @@ _SHARE = 0.75  # maximum share of all connections for one address
 class Connections:
     """The open connections of a server. Only the event loop touches it."""
 
-    def __init__(self, limit: int, max_head_bytes: int, head_seconds: float) -> None:
+    def __init__(self, limit: int, max_head_bytes: int, head_seconds: float, idle_seconds: float) -> None:
         self.limit = limit
         self.limit_by_address = max(1, int(limit * _SHARE))
         self.max_head_bytes = max_head_bytes
         self.head_seconds = head_seconds
+        self.idle_seconds = idle_seconds  # between the requests of a connection
         self.refused = 0
         self.evicted = 0
         self._open: Counter[str] = Counter()  # by address
@@ -94,6 +96,7 @@ class Guarded(_Base):
     _head_bytes = 0
     _address = ""
     _counted = False
+    _answered = False  # a request, so that the connection may idle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection or reject it."""
@@ -134,6 +137,7 @@ class Guarded(_Base):
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
+        self._answered = True
         super().on_response_complete()
         self._settle()
 
@@ -147,7 +151,9 @@ class Guarded(_Base):
 
     def _arm(self) -> None:
         if self._timer is None and not self.transport.is_closing():
-            self._timer = self.loop.call_later(self.guard.head_seconds, self._late)
+            idle = self._answered and not (self._head_bytes or self._reading_body())
+            seconds = self.guard.idle_seconds if idle else self.guard.head_seconds
+            self._timer = self.loop.call_later(seconds, self._late)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -181,10 +187,30 @@ class Guarded(_Base):
 class GuardedHttpTools(Guarded, HttpToolsProtocol):
     """The protocol of a connection, parsed by httptools."""
 
+    _running: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait for it
     _in_body = False
     _overrun = False
     _problem = ""
     _chunks = _body_bytes = _trailers = 0
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End every request of the connection."""
+        self._abandon()
+        super().connection_lost(exc)
+
+    def _abandon(self) -> None:
+        """Tell every request that its client is gone. uvicorn tells the newest only, so the others would run to
+        their ends and write to a closed transport."""
+        waiting = [cycle for cycle, _ in self.pipeline]
+        self.pipeline.clear()
+        for cycle in filter(None, (*waiting, self._running)):
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_headers_complete(self) -> None:
         """Handle a complete head. After too many pipelined requests parsing ends; accepted ones are answered.
@@ -198,6 +224,8 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
             raise OverflowError(f"more than {_PIPELINED} pipelined requests")
         if self.parser.get_http_version() not in ("1.0", "1.1"):
             self._reject("expected HTTP/1.1")
+        if (problem := ambiguity(self.url, self.headers)) is not None:
+            self._reject(problem)
         self._in_body = True
         self._chunks = self._body_bytes = self._trailers = 0
         super().on_headers_complete()
@@ -231,6 +259,7 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
         """Reject input that cannot be parsed."""
         if not self._overrun:
             super().send_400_response(self._problem or msg)
+            self._abandon()
 
     def _reject(self, problem: str) -> NoReturn:
         """End parsing from within a callback of the parser."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, words
 from farthing.server.schema import Body, Strict
@@ -50,11 +50,21 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
+_TAGS = "structural tags are not supported; use tools, whose calls follow their schemas, or a grammar"
+
+
 class ResponseFormat(Strict):
     """text, any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _no_tags(cls, value: Any) -> Any:
+        if value == "structural_tag":
+            raise FieldError(problem=f": got {value!r}; {_TAGS}")
+        return value
 
     @model_validator(mode="after")
     def _schema_present(self) -> ResponseFormat:
@@ -71,6 +81,12 @@ class StructuredOutputs(Strict):
     choice: Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _without_tags(self) -> StructuredOutputs:
+        if (self.model_extra or {}).get("structural_tag") is not None:
+            raise FieldError("structural_tag", problem=f": {_TAGS}")
+        return self
 
 
 class Sampling(Body):

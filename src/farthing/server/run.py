@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import resource
 import signal
 import socket
@@ -99,6 +100,13 @@ class Server(uvicorn.Server):
             log.warning("drain timeout: responses still in flight were ended with an error")
         self.should_exit = True
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the connections, then the application, which uvicorn would leave to be cancelled after a second
+        signal, with a traceback."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Run until shutdown."""
         self._loop = asyncio.get_running_loop()
@@ -112,7 +120,9 @@ class Server(uvicorn.Server):
 def make_server(service: Service) -> Server:
     """A server for a service; `serve(sockets=[…])` runs it."""
     limits = service.config
-    guard = Connections(connection_limit(limits), limits.max_header_bytes, limits.header_timeout)
+    guard = Connections(
+        connection_limit(limits), limits.max_header_bytes, limits.header_timeout, limits.idle_timeout
+    )
     errors = logging.getLogger("uvicorn.error")
     if not any(isinstance(each, LogLimit) for each in errors.filters):
         errors.addFilter(LogLimit())
@@ -123,6 +133,7 @@ def make_server(service: Service) -> Server:
         log_config=None,
         access_log=service.config.access_log,
         lifespan="on",
+        timeout_keep_alive=math.ceil(limits.idle_timeout),
         timeout_graceful_shutdown=_CLOSE_SECONDS,
         backlog=_BACKLOG,
         server_header=False,

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs
 
 from farthing.fleet.gateway.config import GatewayConfig
 from farthing.fleet.gateway.server import Gateway, Page
+from farthing.server.auth import KeyRing, warn_if_public
 
 if TYPE_CHECKING:
     from farthing.server.dashboard.site import Dashboard
@@ -49,10 +50,11 @@ async def serve(
     raise_file_limit()
     keys = None
     if api_key_file is not None:
-        from farthing.server.auth import KeyRing
-
         keys = KeyRing.from_file(api_key_file)
-    replica_key = replica_key_file.read_text().strip() if replica_key_file is not None else None
+    replica_key = None
+    if replica_key_file is not None:
+        replica_key = replica_key_file.read_text().strip()
+        warn_if_public(replica_key_file)
     from farthing.fleet.overview import fleet_data
     from farthing.server.dashboard.site import Dashboard
 

@@ -30,6 +30,7 @@ from farthing.fleet.gateway.replicas_file import ReplicasFile
 from farthing.fleet.gateway.waker import Waker
 from farthing.prompts import read_prompt
 from farthing.server.config import is_loopback
+from farthing.server.heads import ambiguity
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +268,10 @@ class Gateway:
             codings and codings.strip().lower() != "chunked"
         ):  # the body would pass on without its coding's name
             raise Refused(501, f"Transfer-Encoding is {codings[:100]!r}; expected chunked", close=True)
+        if (
+            problem := ambiguity(request.raw_path.encode(errors="surrogateescape"), request.raw_headers)
+        ) is not None:
+            raise Refused(400, problem, close=True)
         host = request.headers.get("Host", "")
         if host and self._local_only and not _names_this_machine(host):
             raise Refused(
@@ -310,7 +315,7 @@ class Gateway:
 
     def _page(self, request: web.BaseRequest) -> Page | None:
         """The requested page of the dashboard, if any."""
-        if self._pages is None or request.method != "GET":
+        if self._pages is None or request.method not in ("GET", "HEAD"):
             return None
         return self._pages(request.path, request.query_string)
 

@@ -276,7 +276,7 @@ class _Writer:
         """ "tool_calls" if the model chose to call; a forced call ends with "stop", as with OpenAI, and so
         does one that a stop string cut off."""
         reason = update.finish or "stop"
-        named = isinstance(self._body.tool_choice, NamedChoice)
+        named = isinstance(self._body.tool_choice or self._body.function_call, NamedChoice | NamedFunction)
         if not update.calls or reason != "stop" or named or update.cut:
             return reason
         return "function_call" if self._body.functions else "tool_calls"

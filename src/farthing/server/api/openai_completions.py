@@ -33,7 +33,8 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
             400, "suffix is not supported: the model was not trained to fill in the middle", param="suffix"
         )
     if body.best_of not in (None, body.n or 1):
-        raise ApiError(400, f"best_of: got {body.best_of}; expected n = {body.n or 1}", param="best_of")
+        why = f"best_of: got {body.best_of}; expected n, which is {body.n or 1}: answers are not ranked"
+        raise ApiError(400, f"{why}; request more with n and logprobs, and choose", param="best_of")
     params = completion_params(body, engine.default_sampling)
     prompts, texts = await _prompts(service, body, client)
     job = await service.open(

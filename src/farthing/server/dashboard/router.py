@@ -17,6 +17,7 @@ def router(dashboard: Dashboard, view: View = lambda request, document: document
     """Routes for the page (`/`), its assets and its data."""
     routes = APIRouter(include_in_schema=False)
 
+    @routes.head("/")
     @routes.get("/")
     def page() -> Response:
         return _response(dashboard.asset("/"))
