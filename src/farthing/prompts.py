@@ -25,13 +25,21 @@ class Prompt:
     blocks: tuple[int, ...]  # chained hashes, 64 bits each
     size: int  # bytes of prompt text
     streamed: bool = False  # the request is for a stream
+    previous: str | None = None  # id of the stored response that the request continues
 
 
 def read_prompt(body: bytes, limit: int, block: int = BLOCK) -> Prompt:
     """The prompt of a request body: blocks of `block` bytes of its text, at most `limit` of them."""
     request = _parsed(body)
     text = body if request is None else prompt_text(request) or body
-    return Prompt(chain(text, block, limit), len(text), request is not None and bool(request.get("stream")))
+    fields = request or {}
+    previous = fields.get("previous_response_id")
+    return Prompt(
+        chain(text, block, limit),
+        len(text),
+        bool(fields.get("stream")),
+        previous if isinstance(previous, str) else None,
+    )
 
 
 def _parsed(body: bytes) -> dict[str, Any] | None:

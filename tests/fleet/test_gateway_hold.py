@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.errors import Refused
 from farthing.fleet.gateway.hold import Hold
 from farthing.fleet.gateway.metrics import GatewayMetrics
 from farthing.fleet.gateway.replicas import Balancer
 
 
-def hold(available: Callable[[], bool]) -> Hold:
-    return Hold(1000, GatewayMetrics(Balancer(GatewayConfig())), available)
+def hold(available: Callable[[], bool], limit: int = 1000) -> Hold:
+    return Hold(limit, GatewayMetrics(Balancer(GatewayConfig())), available)
 
 
 @pytest.mark.anyio
@@ -73,3 +77,55 @@ async def test_client_that_leaves_in_the_turn_of_a_look_does_not_stop_the_others
     assert await stays == "replica"
     with pytest.raises(asyncio.CancelledError):
         await leaves
+
+
+@pytest.mark.anyio
+async def test_keys_take_turns() -> None:
+    """One key's hundred requests came first; each look starts with the key that was woken longest ago."""
+    released: list[str] = []
+    held = hold(lambda: True)
+
+    async def request(key: str) -> None:
+        await held.until(lambda: "replica", asyncio.get_running_loop().time() + 60, key)
+        released.append(key)
+
+    tasks = [asyncio.create_task(request(key)) for key in ["a"] * 100 + ["b"] * 3 + ["c"]]
+    while held.waiting < len(tasks):
+        await asyncio.sleep(0)
+    held.notify()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert released[:6] == ["a", "b", "c", "a", "b", "a"] and released.count("b") == 3
+    await asyncio.gather(*tasks)
+    assert len(released) == len(tasks)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 8))
+def test_room_is_shared_between_keys(arrivals: list[str], limit: int) -> None:
+    """Of what waits, no key has more than one above another that was refused; the newest are refused."""
+
+    async def run() -> None:
+        held = hold(lambda: False, limit)
+        end = asyncio.get_running_loop().time() + 60
+        tasks: list[tuple[str, asyncio.Task[str | None]]] = []
+        for key in arrivals:
+            tasks.append((key, asyncio.create_task(held.until(lambda: None, end, key))))
+            for _ in range(4):
+                await asyncio.sleep(0)
+            waiting = Counter(key for key, task in tasks if not task.done())
+            refused = {key for key, task in tasks if task.done()}
+            assert held.waiting == waiting.total() == min(len(tasks), limit)
+            for key in refused:
+                assert all(count <= waiting[key] + 1 for count in waiting.values())
+                states = [task.done() for other, task in tasks if other == key]
+                assert states == sorted(states)  # those that wait are its oldest
+        for _, task in tasks:
+            if task.done():
+                assert isinstance(task.exception(), Refused)
+        held.stopping = True
+        held.notify()
+        await asyncio.gather(*(task for _, task in tasks), return_exceptions=True)
+        assert held.waiting == 0 and not held.occupied.is_set()
+
+    asyncio.run(run())

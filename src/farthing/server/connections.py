@@ -199,8 +199,8 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _abandon(self) -> None:
-        """Tell every request that its client is gone. uvicorn tells the newest only, so the others would run to
-        their ends and write to a closed transport."""
+        """Tell every request that its client is gone. uvicorn tells the newest only, and the others would
+        write to a closed transport."""
         waiting = [cycle for cycle, _ in self.pipeline]
         self.pipeline.clear()
         for cycle in filter(None, (*waiting, self._running)):

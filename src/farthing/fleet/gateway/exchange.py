@@ -24,6 +24,7 @@ from farthing.fleet.gateway.errors import error_event
 from farthing.fleet.gateway.guard import guard_of
 from farthing.fleet.gateway.poison import Identity
 from farthing.fleet.gateway.replicas import Replica
+from farthing.fleet.gateway.stored import named
 from farthing.prompts import Prompt
 from farthing.server.errors import CODE_HEADER, OPENING_HEADER
 
@@ -74,6 +75,11 @@ class Outgoing:
     def streamed(self) -> bool:
         """Whether the request is for a stream."""
         return self.prompt.streamed
+
+    @property
+    def earlier(self) -> str | None:
+        """The id of a stored response that the request names, in its path or its body."""
+        return named(self.target) or self.prompt.previous
 
     @property
     def identity(self) -> Identity:

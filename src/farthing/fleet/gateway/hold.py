@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from itertools import chain, zip_longest
 from typing import TypeVar
 
 from farthing.fleet.gateway.errors import Refused
@@ -16,13 +17,21 @@ _BATCH, _PAUSE_S = 32, 0.02  # requests released together, so that a replica's a
 
 
 class Hold:
-    """Counts waiting requests; the count wakes a fleet that is scaled to zero."""
+    """Counts waiting requests; the count wakes a fleet that is scaled to zero.
+
+    API keys take turns. If there is no room for another request, the newest one of the key with most gives
+    way, so one key's requests never take the others' places.
+    """
 
     def __init__(self, limit: int, metrics: GatewayMetrics, available: Callable[[], bool]) -> None:
         """available: whether some replica takes requests."""
         self._limit, self._metrics, self._available = limit, metrics, available
-        self._sleeping: dict[asyncio.Future[None], None] = {}  # a waiting request each, by arrival
-        self._due: deque[asyncio.Future[None]] = deque()  # of them, those still to be woken by this look
+        # By key, that whose turn is next first: a waiting request each, with the number of its arrival.
+        self._sleeping: OrderedDict[str, dict[asyncio.Future[None], int]] = OrderedDict()
+        self._waiting: Counter[str] = Counter()  # by key
+        self._arrived = 0
+        # Of them, those still to be woken by this look.
+        self._due: deque[tuple[str, asyncio.Future[None]]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.occupied = asyncio.Event()  # set while requests wait
         self.waiting = 0
@@ -34,19 +43,18 @@ class Hold:
             self._timer.cancel()
             self._look()
 
-    async def until(self, ready: Callable[[], T | None], deadline: float) -> T | None:
+    async def until(self, ready: Callable[[], T | None], deadline: float, key: str = "") -> T | None:
         """Wait until `ready` returns a value; None at the deadline (loop time) or on shutdown.
 
-        Raises Refused if too many requests already wait.
+        key: the name of the request's API key. Raises Refused if there is no room for the request.
         """
         if self.waiting >= self._limit:
-            raise Refused(
-                503,
-                f"no replica is ready and {self._limit} (the limit) already wait; retry later",
-                headers={"Retry-After": "1"},
-            )
+            self._make_room(key)
         loop = asyncio.get_running_loop()
         self.waiting += 1
+        self._waiting[key] += 1
+        self._arrived += 1
+        arrived = self._arrived
         self.occupied.set()
         self._metrics.waiting.inc()
         if self._timer is None:
@@ -54,25 +62,52 @@ class Hold:
         try:
             while not self.stopping and (left := deadline - loop.time()) > 0:
                 woken = loop.create_future()
-                self._sleeping[woken] = None
+                self._sleeping.setdefault(key, {})[woken] = arrived
                 try:
                     async with asyncio.timeout(left):
                         await woken
                 except TimeoutError:
                     pass
                 finally:
-                    self._sleeping.pop(woken, None)
+                    self._forget(key, woken)
                 if (found := ready()) is not None:
                     return found
             return None
         finally:
             self.waiting -= 1
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
             if not self.waiting:
                 self.occupied.clear()
             self._metrics.waiting.dec()
 
+    def _make_room(self, key: str) -> None:
+        """Refuse the newest request of the key with most. Raises Refused if that is the one to come."""
+        largest, most = self._waiting.most_common(1)[0]
+        sleeping = {f: arrived for f, arrived in self._sleeping.get(largest, {}).items() if not f.done()}
+        mine = self._waiting[key] + 1 >= most or not sleeping
+        refused = Refused(
+            503,
+            f"no replica is ready and {self._limit} requests (the limit) already wait, "
+            f"{self._waiting[key] if mine else most} of this key; retry later",
+            headers={"Retry-After": "1"},
+        )
+        if mine:
+            raise refused
+        newest = max(sleeping, key=sleeping.__getitem__)
+        self._forget(largest, newest)
+        newest.set_exception(refused)
+
+    def _forget(self, key: str, woken: asyncio.Future[None]) -> None:
+        sleeping = self._sleeping.get(key, {})
+        sleeping.pop(woken, None)
+        if not sleeping:
+            self._sleeping.pop(key, None)
+
     def _look(self) -> None:
-        """Wake the waiting requests if a replica is available: in batches, each once per look."""
+        """Wake the waiting requests if a replica is available: in batches, each once per look, by turns of
+        their keys."""
         self._timer = None
         if not self.waiting:
             self._due.clear()
@@ -80,10 +115,13 @@ class Hold:
         if not (self.stopping or self._available()):
             self._due.clear()
         elif self.stopping or not self._due:
-            self._due = deque(self._sleeping)
+            queues = [[(key, woken) for woken in sleeping] for key, sleeping in self._sleeping.items()]
+            self._due = deque(filter(None, chain.from_iterable(zip_longest(*queues))))
         count = len(self._due) if self.stopping else min(_BATCH, len(self._due))
-        for future in [self._due.popleft() for _ in range(count)]:
-            self._sleeping.pop(future, None)
+        for key, future in [self._due.popleft() for _ in range(count)]:
+            if key in self._sleeping:
+                self._sleeping.move_to_end(key)
+            self._forget(key, future)
             if not future.done():  # else its client has left, or its time is up
                 future.set_result(None)
         pause = _PAUSE_S if self._due else _AGAIN_S

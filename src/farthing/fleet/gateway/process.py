@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from farthing.fleet.gateway.config import GatewayConfig
+from farthing.fleet.gateway.errors import Refused
 from farthing.fleet.gateway.server import Gateway, Page
 from farthing.server.auth import KeyRing, warn_if_public
 
@@ -104,13 +105,15 @@ async def _sample(dashboard: Dashboard) -> None:
 
 def pages_of(dashboard: Dashboard) -> Callable[[str, str], Page | None]:
     """The dashboard's page and assets (public) and its data (requires a key)."""
-    from farthing.server.dashboard.site import DATA_PATH, HEADERS
+    from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX
 
     def pages(path: str, query: str) -> Page | None:
         if path == DATA_PATH:
             body = json.dumps(dashboard.document(_since(query))).encode()
             return Page(body, "application/json", HEADERS, open=False)
         asset = dashboard.asset(path)
+        if asset is None and path.startswith(PREFIX):  # a replica's page would not fit the gateway's
+            raise Refused(404, f"{path}: no such page", code="unknown_url")
         return Page(asset.body, asset.content_type, HEADERS) if asset is not None else None
 
     return pages

@@ -24,6 +24,7 @@ from farthing.fleet.gateway.metrics import GatewayMetrics
 from farthing.fleet.gateway.poison import Poison
 from farthing.fleet.gateway.replicas import Balancer, Replica
 from farthing.fleet.gateway.silence import Silence
+from farthing.fleet.gateway.stored import find
 
 
 @dataclass
@@ -32,6 +33,8 @@ class _Course:
 
     arrived: float  # loop time
     deadline: float
+    client: str
+    holder: Replica | None = None  # stores the response that the request continues
     sent: int = 0  # number of replicas that received the request
     tried: list[Replica] = field(default_factory=list)
     unreached: list[Replica] = field(default_factory=list)  # those of `tried` that never received the request
@@ -58,8 +61,13 @@ class Proxy:
         self.silence = Silence(config.hung_margin_s)
         self._now = asyncio.get_running_loop().time
 
-    async def answer(self, request: web.BaseRequest, outgoing: Outgoing) -> web.StreamResponse:
-        """Forward a request and return the answer. Raises Refused, or OSError if the client is lost."""
+    async def answer(
+        self, request: web.BaseRequest, outgoing: Outgoing, client: str = ""
+    ) -> web.StreamResponse:
+        """Forward a request and return the answer. client: the name of its API key.
+
+        Raises Refused, or OSError if the client is lost.
+        """
         if self._poison.refuses(outgoing.identity):
             self._metrics.count("none", 422)
             raise Refused(
@@ -67,7 +75,9 @@ class Proxy:
                 "a replica died with this request in flight; "
                 f"it is refused for {self._config.poison_ttl_s:g} s",
             )
-        course = _Course(self._now(), self._now() + self._config.wait_s)
+        course = _Course(self._now(), self._now() + self._config.wait_s, client)
+        if (identity := outgoing.earlier) is not None and len(self._balancer.candidates()) > 1:
+            course.holder = await find(self._session, self._balancer.candidates(), identity, outgoing.headers)
         while (replica := await self._next(outgoing, course)) is not None:
             answer = await self._try(request, outgoing, replica, course)
             if answer is not None:
@@ -87,8 +97,12 @@ class Proxy:
         if course.sent >= self._config.tries:
             return None
         replica = self._balancer.choose(outgoing.prompt, course.tried)
+        if course.holder is not None and not course.tried and course.holder.available:
+            replica = course.holder
         if replica is None:
-            replica = await self._hold.until(lambda: self._again(outgoing, course), course.deadline)
+            replica = await self._hold.until(
+                lambda: self._again(outgoing, course), course.deadline, course.client
+            )
             course.held = True
         if replica is not None:
             course.tried.append(replica)

@@ -232,9 +232,10 @@ class Gateway:
     async def _answer(self, request: web.BaseRequest, peer: str) -> web.StreamResponse:
         """Answer a request, from the gateway or a replica. Raises Refused."""
         self._check_head(request)
-        own = self._own(request)
+        own = self._public(request) or self._private(request)
         if own is not None:
             return own
+        client = self._check_key(request)
         async with self.bodies.read(request) as body:
             self.metrics.received.inc()
             prompt = read_prompt(body, self.config.prefix_blocks, self.config.prefix_block)
@@ -245,7 +246,7 @@ class Gateway:
                 body,
                 prompt,
             )
-            return await self.proxy.answer(request, outgoing)
+            return await self.proxy.answer(request, outgoing, client)
 
     def _check_head(self, request: web.BaseRequest) -> None:
         """Reject requests that must not reach a replica. Raises Refused, or ConnectionError once answered."""
@@ -281,8 +282,8 @@ class Gateway:
         if size + len(request.raw_path) > self.config.max_head:
             raise Refused(431, f"request head exceeds {self.config.max_head} bytes", close=True)
 
-    def _own(self, request: web.BaseRequest) -> web.Response | None:
-        """The gateway's own answer, or None if a replica should answer. Raises Refused without a key."""
+    def _public(self, request: web.BaseRequest) -> web.Response | None:
+        """An answer of the gateway itself that needs no key, or None."""
         path = request.path
         if path == "/live":
             return web.json_response({"status": "ok"})
@@ -292,19 +293,30 @@ class Gateway:
             return web.json_response({"status": status, "ready": ready}, status=200 if ready else 503)
         if path == "/metrics":
             return web.Response(body=self.metrics.render(), content_type="text/plain")
-        page = self._page(request)
-        if page is None or not page.open:
+        if self._pages is None or request.method not in ("GET", "HEAD"):
+            return None
+        page = self._pages(path, request.query_string)
+        if page is None:
+            return None
+        if not page.open:
             self._check_key(request)
-        if page is not None:
-            return web.Response(body=page.body, headers={**page.headers, "Content-Type": page.content_type})
-        if path == "/fleet/replicas":
-            return web.json_response(self.state())
-        return None
+        return web.Response(body=page.body, headers={**page.headers, "Content-Type": page.content_type})
 
-    def _check_key(self, request: web.BaseRequest) -> None:
+    def _private(self, request: web.BaseRequest) -> web.Response | None:
+        """An answer of the gateway itself that needs a key, or None. Raises Refused."""
+        if request.path != "/fleet/replicas":
+            return None
+        self._check_key(request)
+        return web.json_response(self.state())
+
+    def _check_key(self, request: web.BaseRequest) -> str:
+        """The name of a request's API key; empty without keys. Raises Refused."""
+        if self._keys is None:
+            return ""
         key = request.headers.get("X-Api-Key")  # Anthropic's header
         header = request.headers.get("Authorization") or (f"Bearer {key}" if key else None)
-        if self._keys is not None and self._keys.check(header) is None:
+        name = self._keys.check(header)
+        if name is None:
             raise Refused(
                 401,
                 "missing or invalid API key; expected Authorization: Bearer KEY, or X-Api-Key: KEY",
@@ -312,12 +324,7 @@ class Gateway:
                 headers={"WWW-Authenticate": "Bearer"},
                 close=request.body_exists,
             )
-
-    def _page(self, request: web.BaseRequest) -> Page | None:
-        """The requested page of the dashboard, if any."""
-        if self._pages is None or request.method not in ("GET", "HEAD"):
-            return None
-        return self._pages(request.path, request.query_string)
+        return name
 
 
 def _names_this_machine(host: str) -> bool:

@@ -19,6 +19,7 @@ def router(dashboard: Dashboard, view: View = lambda request, document: document
 
     @routes.head("/")
     @routes.get("/")
+    @routes.get(PREFIX.rstrip("/"))
     def page() -> Response:
         return _response(dashboard.asset("/"))
 

@@ -45,13 +45,14 @@ class Asset:
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """Every file by its path on the server: `/`, `/dashboard/app.js`, …"""
+    """Every file by its path on the server: `/` and `/dashboard` (the page), `/dashboard/app.js`, …"""
     found = {
         PREFIX + str(file.relative_to(STATIC)): Asset(file.read_bytes(), _TYPES[file.suffix])
         for file in sorted(STATIC.rglob("*"))
         if file.suffix in _TYPES
     }
-    return {"/": found[PREFIX + "index.html"], **found}
+    page = found[PREFIX + "index.html"]
+    return {"/": page, PREFIX.rstrip("/"): page, PREFIX: page, **found}
 
 
 class Dashboard:
