@@ -45,7 +45,7 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
             norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            layer.o.rest, feed_norm, layer.feed.native, *sums, o_bias,
+            layer.o.rest, feed_norm, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
         )  # fmt: skip
         alive += [*norms, layer.heads, layer.feed]
     return Stack(native, len(layers), layers[0].rows if layers else 1, tuple(alive))
