@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import read_config
 from farthing.compress.api import Options, compress, grown
 from farthing.compress.export.layout import choose_export, expected_bytes
-from farthing.compress.recipe import RECIPES
+from farthing.compress.recipe import RECIPES, default_recipe
+from farthing.hub import resolve_model
 from farthing.model import ModelConfig
 
 
@@ -54,3 +56,12 @@ def test_plans_and_pruning_are_not_estimated(model_dir: Path, recipe: str) -> No
 
 def test_equal_sizes_are_not_growth() -> None:
     assert grown(10, 10) is None
+
+
+def test_the_default_recipe_shrinks_the_source() -> None:
+    """INT8 would make FP8 checkpoints and the embedded model larger."""
+    assert default_recipe({"model_type": "deepseek_v3"}) == "int8"
+    assert default_recipe({"quantization_config": {"quant_method": "fp8"}}) == "int4-gptq"
+    source = resolve_model("mite")
+    chosen, before = default_recipe(read_config(source)), nbytes(source)
+    assert (expected(source, "int8") or 0) > before > (expected(source, chosen) or before)

@@ -30,7 +30,11 @@ class CompressOptions:
 
     model: str = _option("mite", "A directory, a hub id, or `mite`", argument=True)
     out: Path | None = _option(None, "Output directory", flags=("-o",))
-    recipe: str = _option("int8", "Recipe name (see --list) or .yaml file")
+    recipe: str | None = _option(
+        None,
+        "Recipe name (see --list) or .yaml file; default: int8 for weights in 16 or 32 bits, int4-gptq for "
+        "a quantized source",
+    )
     calibration: Path | None = _option(None, "Calibration text: JSON lines with 'text' or 'ids'")
     data: Path | None = _option(None, "Held-out text for the accuracy gate, JSON lines")
     max_drop: str | None = _option(
@@ -86,14 +90,16 @@ def compress(
 
 def _run(given: CompressOptions, out: Path) -> Outcome:
     """Compress, then serve both models to time them, with both in memory."""
+    from farthing.checkpoint.reader import read_config
     from farthing.cli.progress import step_progress
     from farthing.compress import api
     from farthing.compress.gate import parse_share
+    from farthing.compress.recipe import default_recipe
     from farthing.compress.serving import pack_for_cpu, serving_figures
     from farthing.hub import resolve_model
 
     limit = parse_share("max-drop", given.max_drop) if given.max_drop is not None else None
-    recipe = _recipe(given, limit)
+    named = _recipe(given, given.recipe, limit) if given.recipe else None  # refused before a download
     options = api.Options(
         given.calibration,
         given.data,
@@ -104,6 +110,7 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
         gate=given.gate,
     )
     source = resolve_model(given.model)
+    recipe = named or _recipe(given, default_recipe(read_config(source)), limit)
     timing = given.gate if given.timing is None else given.timing
     with step_progress("compressing") as progress:
         served = serving_figures(source) if timing else None
@@ -113,16 +120,16 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
     return outcome
 
 
-def _recipe(given: CompressOptions, limit: float | None) -> Recipe:
-    """The recipe with the command line's overrides."""
+def _recipe(given: CompressOptions, name: str, limit: float | None) -> Recipe:
+    """The named recipe with the command line's overrides."""
     from farthing.compress.recipe import from_json, load_recipe
 
-    chosen = load_recipe(given.recipe)
+    chosen = load_recipe(name)
     _refuse_unread(given, chosen)
     overrides = {"observer": given.observer, "budget_bytes": given.budget, "measure": given.measure}
     fields = {k: v for k, v in overrides.items() if v is not None}
     if fields:
-        read = from_json({"scheme": chosen.scheme} | fields, given.recipe, "the command line")
+        read = from_json({"scheme": chosen.scheme} | fields, chosen.name, "the command line")
         chosen = replace(chosen, **{k: getattr(read, k) for k in fields})
     if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
         chosen = replace(chosen, max_drop=limit)

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from farthing.checkpoint.quantization import quantization_in
 from farthing.compress.calibrate.observers import Observer
 from farthing.compress.prune.masks import BLOCKS, Pattern, Score, check_sparsity
 from farthing.compress.size import Measure, parse_bytes
@@ -253,6 +254,11 @@ def load_recipe(name: str) -> Recipe:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     return from_json(raw, path.stem, str(path))
+
+
+def default_recipe(config: Mapping[str, Any]) -> str:
+    """The recipe for a checkpoint whose user names none: the one that makes it smaller and loses least."""
+    return "int4-gptq" if quantization_in(config) else "int8"
 
 
 def from_json(raw: Any, name: str, where: str) -> Recipe:
