@@ -86,6 +86,31 @@ LONGCAT: dict[str, Any] = dict(
     max_position_embeddings=256,
 )
 
+# A small GLM-4.5: groups of two heads, biases, a norm per head, half of a head rotated; V3's experts and MTP.
+GLM4: dict[str, Any] = dict(
+    model_type="glm4_moe",
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    attention_bias=True,
+    use_qk_norm=True,
+    n_routed_experts=6,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.0,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=2048,
+)
+
 
 def tiny(**changes: Any) -> dict[str, Any]:
     """One dense layer and one of four experts, plain RoPE, no groups, no MTP layer; updated by `changes`."""

@@ -49,8 +49,30 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "a.x-k1": ("519", "33", "both"),
     "sarvam-105b": ("105", "10.3", "neither"),
     "longcat-flash": ("560", "27", "head"),
+    "qwen3-30b-a3b": ("30.5", "3.3", "both"),
+    "qwen3-30b-a3b-2507": ("30.5", "3.3", "both"),
+    "qwen3-coder-30b-a3b": ("30.5", "3.3", "both"),
+    "qwen3-235b-a22b": ("235", "22", "both"),
+    "qwen3-coder-480b-a35b": ("480", "35", "head"),
+    "glm-4.5-air": ("106", "12", "neither"),
+    "glm-4.5": ("355", "32", "neither"),
+    "glm-4.6": ("355", "32", "neither"),
+    "glm-4.7": ("355", "32", "neither"),
+    "minimax-m2": ("230", "10", "neither"),
+    "mixtral-8x7b": ("46.7", "12.9", "both"),
+    "mixtral-8x22b": ("141", "39", "both"),
+    "olmoe-1b-7b": ("6.9", "1.3", "both"),
+    "granite-3.1-3b-a800m": ("3.3", "0.8", "neither"),
+    "qwen3-8b": ("8.2", "8.2", "both"),
+    "llama-3.1-8b": ("8", "8", "both"),
+    "llama-3.1-70b": ("70.6", "70.6", "both"),
+    "llama-3.3-70b": ("70.6", "70.6", "both"),
+    "mistral-7b-v0.3": ("7.25", "7.25", "both"),
+    "smollm3-3b": ("3.1", "3.1", "head"),
+    "smollm2-135m": ("0.135", "0.135", "head"),
 }
-TRUNCATED = {"deepseek-v2-lite"}  # 2.451 is published as 2.4: truncated, not rounded
+# 2.451 is published as 2.4, and 3.353 as 3.3: truncated, not rounded.
+TRUNCATED = {"deepseek-v2-lite", "qwen3-30b-a3b", "qwen3-30b-a3b-2507", "qwen3-coder-30b-a3b"}
 
 
 def test_every_configuration_has_published_counts() -> None:

@@ -22,6 +22,9 @@ SAME = {
     "kimi-k2.6": "kimi-k2.5",
     "kimi-k2-instruct": "kimi-k2",
     "glm-5.1": "glm-5",
+    "glm-4.7": "glm-4.6",
+    "qwen3-coder-30b-a3b": "qwen3-30b-a3b-2507",
+    "llama-3.3-70b": "llama-3.1-70b",
 }
 _UNSUPPORTED = ("deepseek-v4",)  # known names whose architecture is not served
 

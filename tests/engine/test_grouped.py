@@ -1,0 +1,131 @@
+"""Grouped-query attention in the engine and on every backend: a small GLM-4.5 with its MTP layer, on the CPU
+kernels unless said otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("farthing._native")
+
+from farthing import _native
+from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.ops import make_batch, select
+from farthing.ops.api import CacheDtype
+from farthing.ops.cpu.backend import CpuOps
+from tests.tiny import GLM4
+
+from .conftest import EOS, GREEDY, VOCAB, Always, Greedy, MakeEngine, greedy_of, tokens_of
+from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
+    PROMPTS,
+    test_second_turn_reuses_the_cache,
+)
+
+CONFIG = ModelConfig.from_json(GLM4 | dict(vocab_size=VOCAB, eos_token_id=EOS))
+
+
+def built(backend: str = "cpu", **options: Any) -> DeepseekModel:
+    threads = None if backend == "reference" else options.pop("threads", 1)
+    return random_model(CONFIG, select(backend, torch.float32, threads, **options), seed=7)
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepseekModel:
+    torch.set_num_threads(1)
+    return built()
+
+
+@pytest.fixture(scope="module")
+def greedy() -> Greedy:
+    """Greedy tokens of a second model, because the kernels run one call at a time."""
+    return greedy_of(built())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_num_batched_tokens": 8, "max_num_seqs": 8},
+        {"num_blocks": 16, "max_num_seqs": 4},
+        {"speculate": "mtp:2"},
+    ],
+    ids=["chunks", "preempts", "drafts"],
+)
+def test_tokens_are_those_of_one_sequence(
+    make_engine: MakeEngine, greedy: Greedy, config: dict[str, Any]
+) -> None:
+    engine = make_engine(**config)
+    if "speculate" in config:
+        engine._core._speculator.gates = (Always(),)  # type: ignore[union-attr]
+    streams = [engine.submit(p, GREEDY, kind="final") for p in PROMPTS]
+    for prompt, stream in zip(PROMPTS, streams, strict=True):
+        assert tokens_of(stream.result()) == greedy(prompt, 12)
+
+
+def hidden(model: DeepseekModel, dtype: CacheDtype = "float32", length: int = 40) -> torch.Tensor:
+    """A prompt in two chunks, a step of two sequences, and a step of one, over scattered blocks."""
+    ids = torch.arange(length) % VOCAB
+    cache, block = model.new_cache(40 + length // 8, 8, dtype), length // 8 + 2
+    first = list(reversed(range(block)))
+    second = list(range(block, block + 4))
+    parts = [
+        (ids[: length - 6], make_batch([length - 6], [0], [first], 8)),
+        (ids[:9], make_batch([4, 5], [length - 6, 0], [first, second], 8)),
+        (ids[:3], make_batch([1, 2], [length - 2, 5], [first, second], 8)),
+        (ids[:1], make_batch([1], [length - 1], [first], 8)),
+    ]
+    with torch.inference_mode():
+        return torch.cat([model.logits(model.forward(part, batch, cache)).float() for part, batch in parts])
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[CacheDtype, torch.Tensor]:
+    reference = built("reference")
+    kinds: tuple[CacheDtype, ...] = ("float32", "bfloat16", "fp8", "int8")
+    return {dtype: hidden(reference, dtype) for dtype in kinds}
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
+def test_kernels_agree_with_the_reference(
+    dtype: CacheDtype, isa: str, expected: dict[CacheDtype, torch.Tensor]
+) -> None:
+    found = hidden(random_model(CONFIG, CpuOps(2, isa=isa), seed=7), dtype)
+    assert distance(found, expected[dtype]) < (1e-5 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8", "int8"])
+def test_torch_agrees_with_the_reference(dtype: CacheDtype, expected: dict[CacheDtype, torch.Tensor]) -> None:
+    assert distance(hidden(built("torch"), dtype), expected[dtype]) < (1e-5 if dtype == "float32" else 0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_prompts_take_expanded_attention_with_the_same_result(dtype: CacheDtype) -> None:
+    logits = [hidden(random_model(CONFIG, CpuOps(2, expand=e), seed=7), dtype, 1400) for e in (True, False)]
+    assert not torch.equal(*logits)
+    assert distance(*logits) < (1e-5 if dtype == "float32" else 0.01)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_packed_file_gives_the_same_logits(quantization: str | None, tmp_path: Path) -> None:
+    path = str(tmp_path / "packed.bin")
+    model = built(quantization=quantization)
+    model.ops.save_packed(path)
+    mapped = built(packed=path)
+    assert mapped.ops.packed_from is not None
+    assert torch.equal(hidden(model), hidden(mapped))
+    assert distance(hidden(model), hidden(built())) < {None: 1e-6, "int8": 0.1, "int4": 0.6}[quantization]
+
+
+def test_layers_run_in_one_call(model: DeepseekModel) -> None:
+    assert model.stack is not None
+    model.unstack()
+    apart = hidden(model)
+    model.restack()
+    assert torch.equal(apart, hidden(model))
