@@ -47,9 +47,9 @@ TINY = tiny(
 )
 
 
-def write_model(path: Path, seed: int = 0, **changes: Any) -> Path:
+def write_model(path: Path, seed: int = 0, base: dict[str, Any] = TINY, **changes: Any) -> Path:
     """A random model directory."""
-    raw = TINY | changes
+    raw = base | changes
     writer = CheckpointWriter(path, max_shard_bytes=200_000)
     parameters = random_parameters(ModelConfig.from_json(raw), seed)
     for name, tensor in parameters.items():

@@ -21,7 +21,16 @@ from farthing.model.rope import rope_table
 from farthing.model.source import MemorySource
 from farthing.ops import Batch, LatentCache, Ops, Weight
 
-ATTENTION = ("q_a_proj", "q_b_proj", "q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+ATTENTION = (
+    "q_a_proj",
+    "q_b_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "kv_a_proj_with_mqa",
+    "kv_b_proj",
+    "o_proj",
+)
 MLP = ("gate_proj", "up_proj", "down_proj")
 SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
@@ -49,7 +58,7 @@ class Layer:
             layer.formats[module] = weight.format
         for name in names:
             module = name.rpartition(".")[0]
-            if module in quantized:
+            if module in quantized and not name.endswith(".bias"):
                 continue
             tensor = checkpoint.tensor(name)
             layer.stored[name] = tensor.dtype
@@ -116,7 +125,9 @@ class Layer:
     def norm_groups(self) -> list[tuple[str, list[str], list[str]]]:
         """(norm, matrices and plain tensors that read it): scales can move across the norm."""
         p, have = self.prefix, set(self.modules())
-        attention = [f"{p}self_attn.{a}" for a in ("q_a_proj", "q_proj", "kv_a_proj_with_mqa")]
+        attention = [
+            f"{p}self_attn.{a}" for a in ("q_a_proj", "q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa")
+        ]
         mlps = [f"{m}.{part}" for m in self.mlps() for part in ("gate_proj", "up_proj")]
         router = [f"{p}mlp.gate.weight"] if self.is_moe else []
         groups = [

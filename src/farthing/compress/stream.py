@@ -80,10 +80,15 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with the next step."""
     checkpoint = Checkpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
-    if not config.is_v3:
+    if not config.is_plain:
         raise ValueError(
             f"model_type: got {config.model_type!r}, which compression does not support; "
-            "expected DeepSeek-V3's"
+            "expected layers and tensor names like DeepSeek-V3's or Llama's"
+        )
+    if job.recipe.rotate and not config.is_v3:
+        raise ValueError(
+            f"rotate: got true for model_type {config.model_type!r}; expected false: only latent attention "
+            "is rotated"
         )
     _check_structure(job.recipe, config)
     layers = _layers(checkpoint, config)
@@ -310,11 +315,13 @@ def _final_config(job: Job, checkpoint: Checkpoint, state: Progressed) -> dict[s
     config = {
         k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
     }
-    config |= state.changes
-    if "n_routed_experts" in state.changes and "num_local_experts" in config:
-        config["num_local_experts"] = state.changes["n_routed_experts"]
+    for name, value in state.changes.items():  # under the names that the file has
+        config |= {own: value for own in _NAMES.get(name, ()) if own in config} or {name: value}
     quantization = quantization_config(job.export, state.group_keys())
     return config | ({"quantization_config": quantization} if quantization else {})
+
+
+_NAMES = {"n_routed_experts": ("n_routed_experts", "num_local_experts", "num_experts")}
 
 
 # -- resuming

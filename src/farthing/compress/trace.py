@@ -18,13 +18,15 @@ from farthing.ops import AttentionSpec, Batch, LatentCache, MoEWeights, RouterSp
 from farthing.ops.reference import ReferenceOps
 
 Gated = tuple[Weight, Weight, Weight]
-STACKED = "qkv_a"  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, which share their input
+STACKED = (
+    "qkv_a"  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, or k_proj and v_proj, which share their input
+)
 
 
 def input_name(module: str) -> str:
     """The name under which a module's input is reported; modules that share an input share a name."""
     parent, _, leaf = module.rpartition(".")
-    if leaf in ("q_a_proj", "q_proj", STACKED):
+    if leaf in ("q_a_proj", "q_proj", "k_proj", "v_proj", STACKED):
         return f"{parent}.kv_a_proj_with_mqa"
     return f"{parent}.gate_proj" if leaf == "up_proj" else module
 

@@ -120,7 +120,8 @@ class ModelConfig:
         """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
         more = more or self.shortcut_experts or self.n_identity_experts > 0
-        return not more and type_named(self.model_type).names.stored("lm_head.weight") == "lm_head.weight"
+        stored = type_named(self.model_type).names.stored
+        return not more and all(stored(name) == name for name in _SAMPLES)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer; others attend to all tokens or an earlier layer's selection."""
@@ -227,6 +228,7 @@ class ModelConfig:
         return config
 
 
+_SAMPLES = ("lm_head.weight", "model.layers.0.mlp.gate.weight")  # names that types change
 _REQUIRED = {
     "vocab_size",
     "hidden_size",
