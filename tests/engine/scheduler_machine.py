@@ -210,10 +210,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert {s.id for s in self.live} == {s.id for s in self.scheduler.running + self.scheduler.waiting}
 
     def teardown(self) -> None:
-        """No starvation: without new arrivals every sequence finishes, and all blocks are free again."""
+        """No starvation: without new arrivals every sequence finishes, and all blocks are free again.
+
+        As the engine does, steps go on until the scheduler is idle, so that the layers of a prompt whose
+        request was cancelled are settled.
+        """
         bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))
         for _ in range(bound):
-            if not self.live:
+            if self.scheduler.idle:
                 break
             self.step([True, False])
             self.books()

@@ -83,6 +83,20 @@ def test_concurrent_prompts_compute_a_shared_prefix_once(
     assert all(times == 1 for times in computed.values())
 
 
+def test_layers_of_cancelled_prompts_are_settled_where_nothing_else_lives() -> None:
+    """Found by `TestManyClients`, whose end did not take the step that settles them."""
+    machine = ManyClients()
+    machine.pace(together=None, divided=4)
+    for prompt in ([0], [0], [0] * 7):
+        machine.add(prompt, 2, 0, "", read_cache=True, client=0, scored=False)
+    machine.step([False])
+    machine.step([], wait=True)
+    assert machine.divided
+    while machine.live:
+        machine.scheduler.finish(machine.live.pop())
+    machine.teardown()
+
+
 def sequence(
     number: int, prompt: list[int], output: int = 4, order: float | None = None, salt: str = ""
 ) -> Sequence:
