@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,22 @@ from farthing.parallel.rank import Rank
 _PR_SET_THP_DISABLE = 41
 
 
-def resident(what: str) -> int:
-    """Bytes of VmRSS (current) or VmHWM (peak)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(what):
-            return int(line.split()[1]) * 1024
-    raise AssertionError(what)
+def own_memory(what: str) -> int:
+    """Bytes of VmRSS (current) or VmHWM (peak) without the pages of files.
+
+    The kernel drops pages of libraries when other processes need memory, which would hide as much growth.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = {line.partition(":")[0]: line.split()[1] for line in lines if line.endswith(" kB")}
+    return (int(kilobytes[what]) - int(kilobytes["RssFile"])) * 1024
+
+
+def growth(work: Callable[[], object]) -> int:
+    """The most bytes by which the process grew while it did `work`."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = own_memory("VmRSS")
+    work()
+    return own_memory("VmHWM") - before
 
 
 def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int) -> int:
@@ -63,10 +74,7 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
                 model.top_logits(1, 1, hidden=model.forward(ids, batch)[-1:])
 
     run(4)  # libraries and threads are loaded
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident("VmRSS")
-    run(tokens)
-    return resident("VmHWM") - before
+    return growth(lambda: run(tokens))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from mmap import MADV_DONTNEED, PROT_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from farthing.planner.buffers import step
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
 from farthing.planner.memory import PlannedModel, memory
 from farthing.planner.shard import Serving
+from tests.parallel.measured import growth
 from tests.tiny import V3
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +72,22 @@ def measured() -> Iterator[Measure]:
 
     yield measure
     process.stdin.close()
-    assert process.wait(10) == 0
+    assert process.wait() == 0
+
+
+@linux
+def test_pages_of_files_are_not_counted(tmp_path: Path) -> None:
+    """Libraries lose pages while a step is measured, when other processes need memory."""
+    library = tmp_path / "library"
+    library.write_bytes(bytes(16 << 20))
+    with library.open() as file, mmap(file.fileno(), 0, prot=PROT_READ) as pages:
+        sum(pages[:: 1 << 12])
+
+        def work() -> int:
+            pages.madvise(MADV_DONTNEED)
+            return len(bytearray(b"1") * (48 << 20))
+
+        assert growth(work) == pytest.approx(48 << 20, rel=0.1)
 
 
 @linux
