@@ -9,7 +9,7 @@ NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists
 
 SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
 
-.PHONY: demo test test-all test-gpu serve bench bench-gpu spills lint format docs sanitize wheel clean
+.PHONY: demo test test-all test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing.demo
@@ -19,6 +19,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m "not gpu" --hypothesis-profile thorough
+
+# Tests of kernels and backends with every instruction set in turn; AMX tiles are emulated (native/test-isa).
+test-isa: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/test-isa -n $(WORKERS) --dist loadfile
 
 # Kernel tests on the GPU instead of Triton's interpreter, and all other tests that need a GPU.
 test-gpu: $(STAMP)

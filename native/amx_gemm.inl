@@ -1,29 +1,12 @@
 // Panels times many rows on AMX tiles. Included by kernels_amx.cpp.
 //
-// Integers, of 4 bits up to 32 rows, give the same bits as on VNNI: the same sums in the same order.
-// bfloat16 takes the activations as hi + lo, so that nothing but the weights is rounded.
+// No result depends on the number of rows. Integers give the same bits as on VNNI, the same sums in the same
+// order, so few rows take the vector loops. bfloat16 sums in the order of tiles, so all rows take tiles;
+// their activations are hi + lo, and nothing but the weights is rounded.
 namespace farthing {
 namespace {
 
 constexpr int kAhead = 4096;  // bytes of prefetch that one core needs in flight
-
-// The compiler does not know that tile loads read memory; earlier stores must be complete.
-inline void stored() { asm volatile("" ::: "memory"); }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t columns[16] = {};
-  uint8_t rows[16] = {};
-
-  void set(int tile, int r, int bytes) {
-    rows[tile] = static_cast<uint8_t>(r);
-    columns[tile] = static_cast<uint16_t>(bytes);
-  }
-  void load() const {
-    stored();
-    _tile_loadconfig(this);
-  }
-};
 
 // Tiles 0, 1 and 2, 3: sums of 16 rows by two panels; 4, 5: activations; 6, 7: weights.
 void configure(int rows0, int rows1, int step_bytes) {
@@ -53,7 +36,7 @@ struct Scratch {
 };
 thread_local Scratch expanded;
 
-// Nibbles of 8 columns per step to bytes.
+// Nibbles of a panel, 8 columns per step, to bytes.
 template <Format F>
 inline void expand_nibbles(const uint8_t* p, int steps, uint8_t* out) {
   for (int i = 0; i < steps; ++i, p += 64, out += 128) {
@@ -64,16 +47,12 @@ inline void expand_nibbles(const uint8_t* p, int steps, uint8_t* out) {
   }
 }
 
-inline void expand_nibbles(const Matrix& w, const uint8_t* p, int steps, uint8_t* out) {
-  if (w.format_traits().codes) expand_nibbles<Format::nl4>(p, steps, out);
-  else expand_nibbles<Format::q4>(p, steps, out);
-}
-
-// Expands nibbles to bytes, for tile loads. Returns the panel's bytes.
+// A panel's bytes as tiles read them: nibbles are expanded.
 const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint8_t* p = record + w.head_bytes();
   if (!w.format_traits().nibbles()) return p;
-  expand_nibbles(w, p, w.kp / 8, out);
+  if (w.format_traits().codes) expand_nibbles<Format::nl4>(p, w.kp / 8, out);
+  else expand_nibbles<Format::q4>(p, w.kp / 8, out);
   return out;
 }
 
@@ -172,8 +151,8 @@ void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_
   }
 }
 
-// C += (hi + lo) B, or hi B alone, for 16 or 32 rows by one or two panels.
-template <int Rows, int Panels, int Halves>
+// (hi + lo) B for 16 or 32 rows by one or two panels.
+template <int Rows, int Panels>
 void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, const uint8_t* ahead,
                 int ahead_step, float* out, int ldo) {
   const int rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0;
@@ -186,7 +165,7 @@ void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, cons
     _tile_loadd(6, data[0] + k * 32, 64);
     if (Panels == 2) _tile_loadd(7, data[1] + k * 32, 64);
     for (int i = 0; i < ahead_step; i += 64) prefetch(ahead + i);
-    for (int half = 0; half < Halves; ++half) {
+    for (int half = 0; half < 2; ++half) {
       const uint16_t* a = half ? x.lo : x.hi;
       _tile_loadd(4, a + k, x.ld * 2);
       _tile_dpbf16ps(0, 4, 6);
@@ -203,85 +182,12 @@ void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, cons
   if (Rows == 2 && Panels == 2) _tile_stored(3, out + static_cast<size_t>(16) * ldo + 16, ldo * 4);
 }
 
-// A pair of weights of 16 rows, both in one dword, times their scale, to bfloat16 pairs. The scale
-// carries 1 + 2^-9, so that cutting the low half off rounds.
-template <uint32_t Even, uint32_t Odd>
-inline __m512i byte_pair(__m512i v, __m512 scale, __m512 offset) {
-  constexpr float even = 1.0f / (Even & -Even), odd = 1.0f / (Odd & -Odd);
-  const __m512 a = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Even))),
-                                   _mm512_mul_ps(scale, _mm512_set1_ps(even)), offset);
-  const __m512 b = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(Odd))),
-                                   _mm512_mul_ps(scale, _mm512_set1_ps(odd)), offset);
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b),
-                                   _mm512_set1_epi32(0xffff0000), 0xf8);
-}
-
-// Converts a panel of nibbles to bfloat16 tiles; group scales are applied, row scales are not.
-template <Format F>
-void expand_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + 64);
-  const uint8_t* p = record + w.head_bytes();
-  for (int k = 0, g = 0; k < w.kp; ++g) {
-    const __m512 scale = _mm512_mul_ps(half_to_float(scales + g * 16), _mm512_set1_ps(1.0f + 0x1p-9f));
-    const __m512 offset = _mm512_mul_ps(scale, _mm512_set1_ps(static_cast<float>(traits(F).offset())));
-    for (const int end = k + w.group; k < end; k += 8, p += 64, out += 256) {
-      const __m512i v = _mm512_loadu_si512(p);
-      prefetch(p + kAhead);
-      if constexpr (traits(F).codes) {
-        const __m512i low = factors<F>(low_nibbles(v)), high = factors<F>(high_nibbles(v));
-        _mm512_store_si512(out, byte_pair<0xff, 0xff00>(low, scale, offset));
-        _mm512_store_si512(out + 64, byte_pair<0xff, 0xff00>(_mm512_srli_epi32(low, 16), scale, offset));
-        _mm512_store_si512(out + 128, byte_pair<0xff, 0xff00>(high, scale, offset));
-        _mm512_store_si512(out + 192, byte_pair<0xff, 0xff00>(_mm512_srli_epi32(high, 16), scale, offset));
-      } else {
-        const __m512i high = _mm512_srli_epi32(v, 4);
-        _mm512_store_si512(out, byte_pair<0xf, 0xf00>(v, scale, offset));
-        _mm512_store_si512(out + 64, byte_pair<0xf0000, 0xf000000>(v, scale, offset));
-        _mm512_store_si512(out + 128, byte_pair<0xf, 0xf00>(high, scale, offset));
-        _mm512_store_si512(out + 192, byte_pair<0xf0000, 0xf000000>(high, scale, offset));
-      }
-    }
-  }
-}
-
-void expand_to_bf16(const Matrix& w, const uint8_t* record, uint8_t* out) {
-  if (w.format_traits().codes) expand_to_bf16<Format::nl4>(w, record, out);
-  else expand_to_bf16<Format::q4>(w, record, out);
-}
-
-// Many rows of a matrix of nibbles: scaling the sums of every group would stall the tiles, so the weights are
-// converted to bfloat16 once. The activations are then bfloat16 too, instead of int8.
-template <int Panels>
-void decoded_panels(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
-  const size_t bytes = static_cast<size_t>(w.kp) * 32;
-  uint8_t* space = expanded.take(2 * bytes);
-  const uint8_t* data[2] = {space, space + bytes};
-  for (int p = 0; p < Panels; ++p) expand_to_bf16(w, w.record(panel + p), space + p * bytes);
-  const uint8_t* next = w.record(panel + Panels - 1) + w.stride;
-  const int next_step = Panels * static_cast<int>(w.data_bytes()) / (w.kp / 32);
-  for (int m = 0; m < rows; m += 32) {
-    const int some = rows - m < 32 ? rows - m : 32;
-    float* o = out + static_cast<size_t>(m) * ldo;
-    if (some > 16) bf16_block<2, Panels, 1>(w.kp, data, row(x, m), some, next, m ? 0 : next_step, o, ldo);
-    else bf16_block<1, Panels, 1>(w.kp, data, row(x, m), some, next, m ? 0 : next_step, o, ldo);
-  }
-  for (int p = 0; p < Panels; ++p) {
-    const f32x16 scale = load<f32x16>(w.record(panel + p));
-    for (int m = 0; m < rows; ++m) {
-      float* o = out + static_cast<size_t>(m) * ldo + 16 * p;
-      store(o, loadf(o) * scale);
-    }
-  }
-}
-
-constexpr int kTileRows = 5;            // fewer rows are faster on vectors
-constexpr int kQuantizedTileRows = 13;  // where integers must be scaled group by group
-constexpr int kDecodedRows = 33;        // from here on decoding 4 bits to bfloat16 pays
+constexpr int kQuantizedTileRows = 13;  // fewer rows of integers are faster on vectors
 
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
-  if (rows < kTileRows || w.format_traits().planes != Planes::none) return false;
   if (!w.quantized()) return x.hi != nullptr;
-  return rows >= kQuantizedTileRows && w.group % 32 == 0 && w.kp % 32 == 0;
+  return rows >= kQuantizedTileRows && !w.sparse && w.format_traits().planes == Planes::none &&
+         w.group % 32 == 0 && w.kp % 32 == 0;
 }
 
 template <int Panels>
@@ -305,28 +211,16 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
       some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, ahead, o, ldo)
                 : quantized_block<1, Panels>(w, record, data, a, some, ahead, o, ldo);
     else
-      some > 16 ? bf16_block<2, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo)
-                : bf16_block<1, Panels, 2>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo);
+      some > 16 ? bf16_block<2, Panels>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo)
+                : bf16_block<1, Panels>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo);
   }
 }
 
-void sparse_tiles(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo);  // amx_cells.inl
-
 void amx_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (!fits_tiles(w, x, rows)) return tile(w, panel, count, x, rows, out, ldo);
-  if (w.sparse) {
-    for (int i = 0; i < count; ++i) sparse_tiles(w, panel + i, x, rows, out + 16 * i, ldo);
-    return _tile_release();
-  }
-  const bool decode = w.quantized() && x.hi && rows >= kDecodedRows && !w.zero;
   for (int i = 0; i < count; i += 2) {
-    float* o = out + 16 * i;
-    if (i + 1 < count)
-      decode ? decoded_panels<2>(w, panel + i, x, rows, o, ldo)
-             : tile_panels<2>(w, panel + i, x, rows, o, ldo);
-    else
-      decode ? decoded_panels<1>(w, panel + i, x, rows, o, ldo)
-             : tile_panels<1>(w, panel + i, x, rows, o, ldo);
+    if (i + 1 < count) tile_panels<2>(w, panel + i, x, rows, out + 16 * i, ldo);
+    else tile_panels<1>(w, panel + i, x, rows, out + 16 * i, ldo);
   }
   _tile_release();
 }

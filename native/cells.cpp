@@ -1,6 +1,7 @@
 // Records of block-sparse matrices: made from dense ones, and checked when they come from a file.
 #include "cells.h"
 
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -63,6 +64,7 @@ void append(const Matrix& w, const uint8_t* record, const std::vector<unsigned>&
 
 bool to_cells(const Matrix& w, const BlockCosts& costs, std::vector<uint8_t>& cells,
               std::vector<uint64_t>& offsets) {
+  if (std::isinf(costs[0])) return false;
   // Costs are those of 64 columns; a cell of a narrower group is a part of one.
   const int times = kCellBlocks * kBlock / cell_columns(w);
   double cost = 0.0;

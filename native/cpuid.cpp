@@ -1,4 +1,5 @@
 // Which kernels this processor and this operating system can run.
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -28,6 +29,9 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
+#if defined(FARTHING_EMULATE_AMX)
+bool has_amx() { return has_avx512_bf16(); }
+#else
 bool has_amx() {
   unsigned a, b, c, d;
   if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -35,6 +39,7 @@ bool has_amx() {
   // Linux gives tile state only to processes that ask; threads started later inherit the permission.
   return bf16 && tile && int8 && syscall(SYS_arch_prctl, kRequestTilePermission, kTileData) == 0;
 }
+#endif
 #endif
 
 struct Choice {
@@ -52,13 +57,27 @@ const Choice kChoices[] = {
     {&kernels_portable, [] { return true; }},
 };
 
+// The one instruction set that tests leave (make test-isa), or nothing.
+std::string only_one() {
+  const char* name = std::getenv("FARTHING_ISA");
+  return name ? name : "";
+}
+
+bool offered(const Choice& c) {
+  const std::string only = only_one();
+  return (only.empty() || only == c.kernels->name) && c.runs();
+}
+
 }  // namespace
 
 const char* supported_kernels() {
   static const std::string names = [] {
     std::string s;
     for (const Choice& c : kChoices)
-      if (c.runs()) s += (s.empty() ? "" : " ") + std::string(c.kernels->name);
+      if (offered(c)) s += (s.empty() ? "" : " ") + std::string(c.kernels->name);
+    if (s.empty())
+      throw std::invalid_argument("FARTHING_ISA: got '" + only_one() +
+                                  "'; expected an instruction set of this processor");
     return s;
   }();
   return names.c_str();
@@ -67,7 +86,7 @@ const char* supported_kernels() {
 const Kernels& select_kernels(const char* name) {
   const std::string wanted = name;
   for (const Choice& c : kChoices)
-    if ((wanted == "auto" || wanted == c.kernels->name) && c.runs()) return *c.kernels;
+    if ((wanted == "auto" || wanted == c.kernels->name) && offered(c)) return *c.kernels;
   throw std::invalid_argument(
       "instruction set '" + wanted +
       "' is unknown or not supported by this processor; expected 'auto' or one of: " + supported_kernels());

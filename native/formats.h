@@ -56,10 +56,6 @@ alignas(16) constexpr CodeBytes kCodeBytes = code_bytes();
 // [K/G][16] relative to them, of a group that each matrix chooses, and maybe int8 zero points.
 enum class Scales { none, blocks, rows, groups };
 
-// Activations in bfloat16 besides those that the vector loops read, for AMX: x = hi + lo, or hi alone for
-// weights that are converted to bfloat16 if there are many rows.
-enum class Halves { none, high, both };
-
 // Nibbles that are stored apart: both halves of each byte, or the view of the high ones.
 enum class Planes { none, both, high };
 
@@ -70,9 +66,9 @@ struct FormatTraits {
   int multiple;       // of columns that K is padded to
   bool quantized;     // integers q, stored as q + 2^(bits - 1); the activations are integers too
   Scales scales;
-  int group;  // columns that share a scale of the activations, where it is not chosen; 0: no scales
-  Halves halves;
-  bool codes = false;  // nibbles are indices into kCodes; kernels multiply by code + 128
+  int group;            // columns that share a scale of the activations, where it is not chosen; 0: no scales
+  bool halves = false;  // AMX tiles multiply it by bfloat16 activations, x = hi + lo
+  bool codes = false;   // nibbles are indices into kCodes; kernels multiply by code + 128
   Planes planes = Planes::none;
 
   constexpr bool grouped() const { return scales == Scales::groups; }
@@ -86,14 +82,14 @@ struct FormatTraits {
 };
 
 constexpr FormatTraits kFormats[] = {
-    {"F32", "float32", 32, 2, false, Scales::none, 0, Halves::none},
-    {"BF16", "bfloat16", 16, 32, false, Scales::none, 0, Halves::both},
-    {"FP8", "fp8", 8, 32, false, Scales::blocks, kActGroup, Halves::none},
-    {"Q8", "int8", 8, 64, true, Scales::rows, kActGroup, Halves::none},
-    {"Q4", "int4", 4, 1, true, Scales::groups, 0, Halves::high},
-    {"NL4", "nl4", 4, 1, true, Scales::groups, 0, Halves::high, true},
-    {"Q8_PLANES", "int8", 8, 64, true, Scales::rows, kActGroup, Halves::none, false, Planes::both},
-    {"Q8_HIGH", "", 4, 64, true, Scales::rows, kActGroup, Halves::none, false, Planes::high},
+    {"F32", "float32", 32, 2, false, Scales::none, 0},
+    {"BF16", "bfloat16", 16, 32, false, Scales::none, 0, true},
+    {"FP8", "fp8", 8, 32, false, Scales::blocks, kActGroup},
+    {"Q8", "int8", 8, 64, true, Scales::rows, kActGroup},
+    {"Q4", "int4", 4, 1, true, Scales::groups, 0},
+    {"NL4", "nl4", 4, 1, true, Scales::groups, 0, false, true},
+    {"Q8_PLANES", "int8", 8, 64, true, Scales::rows, kActGroup, false, false, Planes::both},
+    {"Q8_HIGH", "", 4, 64, true, Scales::rows, kActGroup, false, false, Planes::high},
 };
 constexpr const FormatTraits& traits(Format format) { return kFormats[static_cast<int>(format)]; }
 

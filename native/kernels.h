@@ -133,7 +133,6 @@ struct Kernels {
   Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
   bool index_halves;       // whether it takes q16 and k16
   bool split_act;          // wants hi and lo for bf16 matrices
-  int split_rows;          // … from this many rows on
   enum class Keys {
     f32,
     tiles,

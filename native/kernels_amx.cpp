@@ -1,9 +1,9 @@
 // The kernels compiled for AMX (int8 and bfloat16 tiles) on top of AVX-512 VNNI; flags in CMakeLists.txt.
 #include "table.inl"
 
-#include "amx_gemm.inl"
+#include "tiles.h"
 
-#include "amx_cells.inl"
+#include "amx_gemm.inl"
 
 #include "amx_attend.inl"
 
@@ -20,7 +20,6 @@ constexpr Kernels better() {
   kernels.tile = amx_tile;
   kernels.attend = amx_attend;
   kernels.split_act = true;
-  kernels.split_rows = kTileRows;
   kernels.keys = Kernels::Keys::tiles;
   kernels.wide_halves = {amx_product, pack_pairs, weigh_pairs};
   kernels.index_scores = bf16_index_scores;

@@ -85,7 +85,7 @@ struct Space {
   Space(Workspace& work, const Kernels& kernels, const Matrix& w, const Matrix* further, int tokens,
         int threads) {
     const int copies = std::max(tokens, threads);
-    const bool split = kernels.split_act && tokens >= kernels.split_rows;
+    const bool split = kernels.split_act;
     x = work.act(w, copies, split, w.sparse);
     if (further) rest = work.act(*further, copies, split, further->sparse);
     norms = work.take<float>(static_cast<size_t>(threads) * act_stride(w.k));

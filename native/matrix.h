@@ -124,7 +124,7 @@ struct Act {
   int groups = 0;          // row stride of scale and comp
   int cell_count = 0;      // row stride of cells
   float* f32 = nullptr;    // the others
-  uint16_t* hi = nullptr;  // on AMX, see Halves: x = hi + lo to 16 bits of mantissa
+  uint16_t* hi = nullptr;  // on AMX, for bf16: x = hi + lo to 16 bits of mantissa
   uint16_t* lo = nullptr;
   int8_t* q = nullptr;  // quantized formats
   float* scale = nullptr;

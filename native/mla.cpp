@@ -120,7 +120,7 @@ struct Space {
     const KeyShape shape = w.shape();
     const size_t T = tokens, H = w.heads, W = shape.width, each = threads,
                  cells = static_cast<size_t>(slots) * kRows;
-    const bool split = kernels.split_act && tokens >= kernels.split_rows;
+    const bool split = kernels.split_act;
     head_parts = w.groups * parts_of(w);
     row_size = std::max(w.latent + w.rope, w.nope);
     if (!w.grouped()) {

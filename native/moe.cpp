@@ -173,7 +173,7 @@ struct Space {
  private:
   // Parts of an expert read the same input.
   void add(Workspace& work, const Kernels& kernels, const Mlp& e, int part, int i, int T) {
-    const bool split = kernels.split_act && T >= kernels.split_rows;
+    const bool split = kernels.split_act;
     const Matrix &in = e.gate_up->m, &down = e.down->m;
     Kind& kind = kinds[part][i];
     kind.in = &in;

@@ -48,7 +48,7 @@ class Packed {
   Matrix m;
   mutable std::vector<uint16_t> uneven;  // of a head in planes (head.h); empty until greedy decoding needs it
   // Packs the stacked rows of the sources; with `interleave`, alternates 16 rows of the first and the second.
-  // Blocks of zeros are left out where `costs` say that it saves time.
+  // Blocks of zeros are left out where `costs` say that it saves time; never if they are infinite.
   static std::shared_ptr<Packed> pack(Pool& pool, const Kernels& kernels, std::shared_ptr<Arena> arena,
                                       Format format, int group, bool zero, bool interleave,
                                       const BlockCosts& costs, const std::vector<Source>& sources);

@@ -153,8 +153,6 @@ void store_act(const Matrix& w, const Act& x, int row, int at, const float* valu
   const size_t start = static_cast<size_t>(row) * x.ld;
   if (w.quantized()) {
     quantize(w, x, row, at, values, k);
-    if (x.hi) round_to_bf16(values, k, x.hi + start + at);
-    if (x.hi && last) pad(x.hi + start, w.k, to);
     if (last) {
       pad(x.q + start, round_up(w.k, 16), to);
       if (x.flipped) pad(x.flipped + start, round_up(w.k, 16), to);

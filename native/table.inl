@@ -46,7 +46,6 @@ constexpr Kernels table(const char* name) {
       .wide_halves = {},
       .index_halves = false,
       .split_act = false,
-      .split_rows = 0,
       .keys = Kernels::Keys::f32,
   };
 }

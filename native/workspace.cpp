@@ -44,9 +44,7 @@ Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
   Act a;
   a.ld = act_stride(w.k);
   const size_t cells = static_cast<size_t>(rows) * a.ld;
-  const Halves halves = split ? w.format_traits().halves : Halves::none;
-  if (halves != Halves::none) a.hi = take<uint16_t>(cells);
-  if (halves == Halves::both) a.lo = take<uint16_t>(cells);
+  if (split && w.format_traits().halves) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
   if (w.quantized()) {
     a.groups = w.groups();
     a.q = take<int8_t>(cells);

@@ -12,7 +12,7 @@ pytest.importorskip("farthing._native")
 
 from farthing import _native
 from farthing.ops import blocks
-from farthing.ops.blocks import NEVER, blocks_per_cell, costs_of, saves_time
+from farthing.ops.blocks import NEVER, blocks_per_cell, costs_of, measured_for, saves_time
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packing import pack, plan
 from farthing.ops.cpu.weights import Linear
@@ -96,7 +96,7 @@ def test_nothing_but_zeros(ops: CpuOps, name: str) -> None:
 def test_chosen_where_the_measured_costs_say_so(
     ops: CpuOps, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    isa = next(s for s in blocks.COSTS if ops._native.isa.startswith(s))
+    isa = blocks.measured_for(ops._native.isa)
     monkeypatch.setitem(blocks.COSTS[isa], name, (0.5, 0.75, 1.0, 1.1))
     torch.manual_seed(1)
     for zeros, block in (
@@ -124,11 +124,22 @@ def test_dense_matrix_stays_dense(ops: CpuOps, group: int) -> None:
 
 
 def test_every_instruction_set_has_costs() -> None:
-    for isa in ISAS:
+    for isa in (*ISAS, "amx"):
+        assert isa == "amx" or measured_for(isa) in isa
         for kind in ("int8", "int4", "nl4"):
-            assert 0 < costs_of(kind, isa)[0] < costs_of(kind, isa)[3]
+            costs = costs_of(kind, isa)
+            assert costs == NEVER if isa == "amx" else 0 < costs[0] < costs[3]
         assert costs_of("fp8", isa) == NEVER
-    assert costs_of("int8", "avx2") != costs_of("int8", "avx512_vnni") == costs_of("int8", "amx")
+    assert costs_of("int8", "avx2") != costs_of("int8", "avx512_vnni")
+
+
+@pytest.mark.parametrize("zeros", [0.9, 1.0])
+def test_unmeasured_instruction_set_takes_the_dense_form(ops: CpuOps, zeros: float) -> None:
+    keep = pattern(256, 512, (16, 64), zeros)
+    counts = blocks_per_cell(keep, 64)
+    assert saves_time(counts, "int8", 64, "avx512_bf16")
+    assert not saves_time(counts, "int8", 64, "amx")
+    assert not packed(ops, cut(weight("int8", 256, 512), keep), False).packed.sparse
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])

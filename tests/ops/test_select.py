@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,16 +28,30 @@ def test_unknown_backends_are_rejected(backend: str) -> None:
         select(backend, threads=1)
 
 
-def test_deterministic_sums_do_not_use_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a processor with AMX, the best of the other instruction sets is selected."""
-    monkeypatch.setattr(_native, "instruction_sets", lambda: f"amx {' '.join(ISAS)}")
-    ops = select("cpu", threads=1, parts=2)
+@pytest.mark.parametrize("isa", ["auto", *ISAS])
+def test_deterministic_sums_with_every_instruction_set(isa: str) -> None:
+    ops = select("cpu" if isa == "auto" else f"cpu/{isa}", threads=1, parts=2)
     assert isinstance(ops, CpuOps)
-    assert ops.name == f"cpu/{next(s for s in ISAS if s != 'amx')}, 1 thread"
-    with pytest.raises(ValueError, match="deterministic: got True with backend 'cpu/amx'"):
-        select("cpu/amx", threads=1, parts=1)
+    assert ops.name == f"cpu/{ISAS[0] if isa == 'auto' else isa}, 1 thread"
+
+
+def test_deterministic_sums_need_the_cpu_backend() -> None:
     with pytest.raises(ValueError, match="deterministic: got True with backend 'reference'"):
         select("reference", parts=2)
+
+
+def run(isa: str) -> subprocess.CompletedProcess[str]:
+    code = "from farthing import _native as n; print(n.instruction_sets(), n.Backend(1).isa)"
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FARTHING_ISA": isa}, capture_output=True, text=True
+    )
+
+
+def test_environment_leaves_one_instruction_set() -> None:
+    """As `make test-isa` does."""
+    assert run(ISAS[-1]).stdout.split() == [ISAS[-1]] * 2
+    error = run("avx9").stderr
+    assert "ValueError: FARTHING_ISA: got 'avx9'; expected an instruction set of this processor" in error
 
 
 def test_errors_name_field_and_value() -> None:

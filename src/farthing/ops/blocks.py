@@ -6,6 +6,7 @@ others cost time that depends on their number of blocks.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from farthing.lazy import torch
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 BLOCK = 16
 CELL = 64  # columns
 Costs = tuple[float, float, float, float]
-NEVER: Costs = (2.0, 2.0, 2.0, 2.0)
+NEVER: Costs = (math.inf,) * 4  # also where nothing but zeros would be left out
 ALWAYS: Costs = (0.0, 0.0, 0.0, 0.0)
 # Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel, the most of several
 # numbers of rows, by instruction set (docs/lab/cpu-kernels.md). A matrix is stored block-sparse if this saves
-# time. AMX was not measured and takes the costs of AVX-512.
+# time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all stay dense.
 COSTS: dict[str, dict[str, Costs]] = {
+    "amx": {},
     "avx512": {
         "int8": (0.45, 0.65, 0.91, 1.17),
         "int4": (0.59, 0.77, 0.96, 1.12),
@@ -66,5 +68,7 @@ def saves_time(counts: Tensor, kind: str, group: int, isa: str = "avx512") -> bo
 
     Costs are those of 64 columns; a cell of a narrower group is a part of one.
     """
-    costs = torch.tensor((0.0, *costs_of(kind, isa)))
-    return float(costs[counts * (CELL // min(group, CELL))].sum()) < counts.numel()
+    costs = costs_of(kind, isa)
+    if costs == NEVER:
+        return False
+    return float(torch.tensor((0.0, *costs))[counts * (CELL // min(group, CELL))].sum()) < counts.numel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from farthing import _native
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
 
@@ -37,9 +36,8 @@ def create(
 
     Activations are always float32: kernels read float32, and bfloat16 would only add rounding. `dtype` sets
     the dtype of the latent cache: float32 if requested, else bfloat16, which halves the bytes that attention
-    reads. `threads` defaults to the CPUs this process may use. `arrays`, `parts`: see `farthing.ops.select`;
-    the latter also selects kernels whose results do not depend on the batch. Raises ImportError if
-    `farthing._native` is not built, ValueError for a bad argument.
+    reads. `threads` defaults to the CPUs this process may use. `arrays`, `parts`: see `farthing.ops.select`.
+    Raises ImportError if `farthing._native` is not built, ValueError for a bad argument.
     """
     from farthing.ops.cpu.backend import CpuOps
 
@@ -48,8 +46,6 @@ def create(
         raise ValueError(f"dtype: got {dtype} with backend 'cpu'; expected float32 or bfloat16")
     if threads is not None and threads < 1:
         raise ValueError(f"threads: got {threads}; expected at least 1")
-    if parts is not None:
-        isa = _without_tiles(isa)
     if not arrays:  # two thread pools would compete for cores, so torch uses only the calling thread
         torch.set_num_threads(1)
     ops = CpuOps(
@@ -58,10 +54,3 @@ def create(
     )  # fmt: skip
     ops.cache_dtype = "float32" if kind == "float32" else "bfloat16"
     return ops
-
-
-def _without_tiles(isa: str) -> str:
-    """An instruction set whose summation order does not depend on the number of rows, unlike AMX tiles."""
-    if isa == "amx":
-        raise ValueError("deterministic: got True with backend 'cpu/amx'; expected another instruction set")
-    return next(s for s in _native.instruction_sets().split() if s != "amx") if isa == "auto" else isa
