@@ -103,6 +103,7 @@ def test_rounding_while_packing_equals_the_reference(ops: CpuOps) -> None:
         assert distance(y, expected.linear(x, expected.pack_linear("w", lambda: [w]))) < BOUNDS["int4"]
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 @pytest.mark.parametrize("name", ["int8", "int4"])
 @pytest.mark.parametrize("tokens", [1, 5, 20])
 @pytest.mark.parametrize("share", [0.5, 0.9, 1.0])

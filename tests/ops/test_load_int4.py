@@ -118,6 +118,7 @@ def test_products_with_codes(isa: str, tokens: int, hidden: int, width: int) -> 
     assert distance(found, ref.mlp(x, expected, scale, 1e-6, residual=False)) < 3 * BOUNDS["int4"]
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 @pytest.mark.parametrize("isa", _native.instruction_sets().split())
 def test_blocks_of_zeros_are_left_out_of_codes(isa: str) -> None:
     w = random_rows(64, 256, "normal")

@@ -91,6 +91,7 @@ def test_heads_in_a_format_without_plain_columns_are_rejected(tmp_path: Path) ->
         CpuOps(1, packed=path).pack_attention("a", layout, never, rope)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 def test_sparse_matrices_round_trip(tmp_path: Path) -> None:
     w: Weight = zero_blocks(weight("int4", 64, 256, 64), 0.7)
     ops, x = CpuOps(1), torch.randn(3, 256)

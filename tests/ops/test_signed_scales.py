@@ -83,6 +83,7 @@ def test_same_bits_as_positive_scales(ops: CpuOps, tokens: int) -> None:
     assert torch.equal(plain, same)
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_block_sparse(ops: CpuOps, ref: ReferenceOps, tokens: int) -> None:
     w = zero_blocks(weight("int4", 64, 256, 64), 0.7)
