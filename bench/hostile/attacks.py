@@ -312,9 +312,36 @@ def work() -> list[Attack]:
         Attack("tools: 1,200 blanks", post(CHAT, blanks | {"tools": [tool], "stream": True})),
         Attack("responses: a full store", fresh(RESPOND, lambda n: kept | {"user": str(n)})),
         Attack("clients that leave", abandoned(COMPLETE, answers | {"prompt": "x", "stream": True}, 100), 16),
+        Attack("clients that read nothing of a stream", silent, 1),
         Attack("clients that never read",
                abandoned(COMPLETE, {"prompt": [5] * 2_000, "max_tokens": 1, "prompt_logprobs": 20}, 0), 16),
     ]  # fmt: skip
+
+
+def document(port: int) -> str:
+    """Get the OpenAPI document without a key."""
+    return str(httpx.get(f"{url(port)}/openapi.json", timeout=60).status_code)
+
+
+def silent(port: int) -> str:
+    """Ask for a stream of 64 answers and read none of it; the last 16 connections stay open."""
+    fields = {"prompt": "x", "n": 64, "max_tokens": 1500, "logprobs": 20, "stream": True, "ignore_eos": True}
+    body = json.dumps(fields).encode()
+    head = (
+        f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode()
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.sendall(head + body)
+    _SILENT.append(connection)
+    while len(_SILENT) > 16:
+        _SILENT.pop(0).close()
+    time.sleep(0.5)
+    return "held"
+
+
+_SILENT: list[socket.socket] = []
 
 
 def sockets() -> list[Attack]:
@@ -328,6 +355,7 @@ def sockets() -> list[Attack]:
         Attack("bodies: a million trailers", trailers, 4),
         Attack("pipeline: 2,000 requests", pipelined),
         Attack("burst: 500 requests", burst, 1),
+        Attack("openapi.json without a key", document, 8),
     ]
 
 

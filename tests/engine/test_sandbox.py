@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -271,6 +272,25 @@ def test_work_without_remaining_callers_is_cancelled(
     assert submitted[0].future.cancelled()
     sandbox.grammar(regex("a"), "one")
     assert len(submitted) == 2
+
+
+def test_running_job_without_callers_is_abandoned(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[Job] = []
+    monkeypatch.setattr(sandbox._pool, "submit", lambda job, client: submitted.append(job) or job.future)
+    first, second = (sandbox.grammar(regex("a"), "one") for _ in range(2))
+    (job,) = submitted
+    job.future.set_running_or_notify_cancel()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        job.pid = process.pid
+        first.cancel()
+        assert not job.abandoned and os.sched_getscheduler(process.pid) != os.SCHED_IDLE
+        second.cancel()
+        assert job.abandoned and os.sched_getscheduler(process.pid) == os.SCHED_IDLE
+        process.kill()
+    again = sandbox.grammar(regex("a"), "one")  # a client that tries again gets the verdict
+    assert not job.abandoned and len(submitted) == 1
+    job.future.set_result("grammar")
+    assert again.result(1) == "grammar"
 
 
 def test_callers_of_one_client_are_bounded(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,34 @@ def test_client_without_credit_comes_last_and_gets_one_place() -> None:
     assert turns.take() == ("a", Task("a2"), True)  # the credit is refilled
 
 
+def test_abandoned_work_is_a_debt() -> None:
+    clock = Clock()
+    turns: Turns[Task] = Turns(places=4, places_each=2, credit=2.0, refill=0.5, clock=clock)
+    for name in ("a0", "a1", "a2"):
+        turns.put("a", Task(name))
+    assert [take(turns), take(turns)] == ["a0", "a1"]
+    turns.done("a", 1.0)
+    turns.done("a", 1.0, abandoned=True)
+    turns.put("b", Task("b1"))
+    assert take(turns) == "b1"
+    assert turns._choose() is None  # although places are free, and the client would have one without credit
+    wait = turns._next_paid()
+    assert wait is not None and wait == pytest.approx(2.0, abs=0.1)
+    clock.now = 1.9
+    assert turns._choose() is None
+    clock.now = 2.1
+    assert take(turns) == "a2"
+
+
+def test_client_in_debt_is_served_as_soon_as_it_has_paid() -> None:
+    turns: Turns[Task] = Turns(places=2, places_each=1, credit=1.0, refill=10.0)
+    turns.put("a", Task("a0"))
+    take(turns)
+    turns.done("a", 0.5, abandoned=True)
+    turns.put("a", Task("a1"))
+    assert take(turns) == "a1"  # without another event
+
+
 def test_queue_per_client_is_bounded() -> None:
     turns: Turns[Task] = Turns(2, 1, 1.0, 0.0, max_waiting=3, max_bytes=100)
     turns.put("a", Task("large", 1000))  # a single job may have any size

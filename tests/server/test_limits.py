@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -202,6 +203,34 @@ def test_client_that_disconnects_before_its_request_runs_leaves_no_job(
         httpx.post(f"{tiny.url}/tokenize", json={"prompt": "x"}).status_code == 200
     )  # the earlier requests have arrived
     until(lambda: not tiny.service.jobs and not tiny.service.engine.num_live and not tiny.service.held)
+
+
+def test_grammars_of_clients_that_left_are_not_compiled() -> None:
+    """Those that wait are dropped at once; those that run are charged as a debt."""
+    with running(tiny_engine()) as server:
+        assert httpx.post(
+            f"{server.url}/v1/completions", json={"prompt": "x", "guided_regex": "a"}, timeout=60
+        )
+        sandbox = server.service.engine.sandbox  # type: ignore[union-attr]
+        assert sandbox is not None
+        turns, callers = sandbox._pool.turns, sandbox._in_flight._callers
+        with contextlib.ExitStack() as stack:
+            for number in range(12):
+                pattern = "(x{900}){1000}" + "y" * number  # takes the whole limit of two seconds
+                body = json.dumps({"prompt": "x", "max_tokens": 4, "guided_regex": pattern}).encode()
+                head = (
+                    f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    f"Content-Length: {len(body)}\r\n\r\n"
+                ).encode()
+                connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+                stack.enter_context(connection).sendall(head + body)
+            until(lambda: callers["anonymous"] == 12)
+        until(lambda: not callers)
+        (client,) = (each for name, each in turns._clients.items() if name == "anonymous")
+        until(lambda: client.debt > 0 and not client.running, timeout=60)
+        assert all(job.future.cancelled() for job in client.waiting)
+        assert client.debt < 6  # of at most two jobs
+        assert not server.service.jobs
 
 
 def test_queue_counts_sequences() -> None:

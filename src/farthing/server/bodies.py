@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farthing.server.errors import ApiError, send_error
+from farthing.server.jobs import CONNECTION
 from farthing.server.pacing import FairLock, Gate
 
 MAX_DEPTH = 128
@@ -56,6 +57,7 @@ class Bodies:
             body = await self._read(receive)
             await self._gate.enter(scope["client_name"])
             heavy = len(body) > _LARGE or check(body) > _MANY
+            CONNECTION.set(receive)
         except ApiError as error:
             await send_error(error, scope, receive, send)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
@@ -157,6 +158,25 @@ class Job:
         finally:
             for task in tasks:
                 task.cancel()
+
+
+CONNECTION: ContextVar[Receive] = ContextVar("connection")  # of the running request, once its body is read
+
+
+async def unless_gone(work: asyncio.Future[T]) -> T:
+    """The result of work before there is a job; it is cancelled if the client leaves. Raises ClientGone."""
+    receive = CONNECTION.get(None)
+    if receive is None or work.done():
+        return await work
+    leaving = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        return work.result()
+    finally:
+        leaving.cancel()
+        work.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

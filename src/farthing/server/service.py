@@ -27,7 +27,7 @@ from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
 from farthing.server.fields import short
 from farthing.server.formats import ModelFormats
-from farthing.server.jobs import Job
+from farthing.server.jobs import Job, unless_gone
 from farthing.server.limits import Quotas
 from farthing.server.logprobs import TokenTexts
 from farthing.server.names import COMPLETIONS, FieldNames, about_grammar
@@ -193,7 +193,7 @@ class Service:
         """The result of a client's job in the sandbox."""
         self.quotas.admit_work(client, self._sandbox(param).seconds_of(client))
         try:
-            return await asyncio.wrap_future(begin())
+            return await unless_gone(asyncio.wrap_future(begin()))
         except Busy as error:
             raise ApiError(429, str(error), reason="queue_full", retry_after=1) from error
         except (ValueError, RecursionError) as error:

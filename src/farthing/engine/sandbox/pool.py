@@ -73,7 +73,7 @@ class Pool:
                 if job.future.set_running_or_notify_cancel():
                     outcome = self._run(job, spent=not credit)
             finally:
-                self.turns.done(client, outcome.seconds)
+                self.turns.done(client, outcome.seconds, job.abandoned)
             if not job.future.cancelled():
                 _finish(job, outcome)
             if credit and not outcome.reusable:

@@ -126,14 +126,13 @@ class Sandbox:
         if known is not None:
             return known
 
-        def begin() -> Future[str]:
+        def begin() -> Job:
             field = constrained_field(constraint)
             what = f"structured_outputs.{field} ({_BRIEF.repr(arguments[field])})"
             limits = _GRAMMAR_SECONDS, _GRAMMAR_MEMORY
             job = Job("grammar", {"constraint": arguments}, what, *limits, size=json_size(arguments))
-            future = self._pool.submit(job, client)
-            future.add_done_callback(lambda done: self._verdicts.put(key, done))
-            return future
+            self._pool.submit(job, client).add_done_callback(lambda done: self._verdicts.put(key, done))
+            return job
 
         return self._in_flight.join(client, key, begin)
 

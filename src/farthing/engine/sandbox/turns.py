@@ -3,6 +3,9 @@
 A client holds few places at once, and the last free place is kept for one that holds none, so one client's
 slow jobs never delay another's. CPU time is charged to a credit that refills slowly; a client without credit
 holds one place at the lowest priority.
+
+CPU time of jobs that nobody waited for is also a debt: none of the client's jobs begin until it is refilled,
+at the same rate. Otherwise a client could keep every core busy with work whose results it never collects.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ class _Client(Generic[T]):
     waiting: deque[T] = field(default_factory=deque)
     bytes: int = 0  # of the waiting jobs
     running: int = 0
+    debt: float = 0.0  # CPU seconds of abandoned jobs, not yet refilled
 
 
 class Turns(Generic[T]):
@@ -101,11 +105,11 @@ class Turns(Generic[T]):
                     self._free -= 1
                     self._clients.move_to_end(name)
                     return name, job, client.credit > 0
-                self._changed.wait()
+                self._changed.wait(self._next_paid())
             return None
 
-    def done(self, client: str, seconds: float) -> None:
-        """A job has ended after this much CPU time."""
+    def done(self, client: str, seconds: float, abandoned: bool = False) -> None:
+        """A job has ended after this much CPU time. abandoned: nobody waited for it."""
         with self._changed:
             self._free += 1
             if seconds:
@@ -113,6 +117,9 @@ class Turns(Generic[T]):
             if (known := self._clients.get(client)) is not None:  # not closed
                 known.credit -= seconds
                 known.running -= 1
+                if abandoned:
+                    self._refresh(known)
+                    known.debt += seconds
             self._changed.notify_all()  # for some of the waiting threads no job may be eligible yet
 
     def seconds(self) -> dict[str, float]:
@@ -143,6 +150,8 @@ class Turns(Generic[T]):
             if not client.waiting:
                 continue
             self._refresh(client)
+            if client.debt > 0:
+                continue
             spent, holding = client.credit <= 0, client.running > 0
             if holding and (self._free == 1 or spent or client.running >= self._each):
                 continue
@@ -152,13 +161,20 @@ class Turns(Generic[T]):
 
     def _refresh(self, client: _Client[T]) -> None:
         now = self._clock()
-        client.credit = min(self._credit, client.credit + (now - client.refilled_at) * self._refill)
+        refilled = (now - client.refilled_at) * self._refill
+        client.credit = min(self._credit, client.credit + refilled)
+        client.debt = max(0.0, client.debt - refilled)
         client.refilled_at = now
+
+    def _next_paid(self) -> float | None:
+        """Seconds until a waiting client has paid its debt; None if none has any."""
+        debts = [client.debt for client in self._clients.values() if client.waiting and client.debt > 0]
+        return min(debts) / self._refill + 0.01 if debts and self._refill and self._free else None
 
     def _forget(self) -> None:
         """Drop clients that are as good as new."""
         for name, client in list(self._clients.items()):
             if not client.waiting and not client.running:
                 self._refresh(client)
-                if client.credit >= self._credit:
+                if client.credit >= self._credit and not client.debt:
                     del self._clients[name]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from farthing.engine.sandbox.turns import Busy
+from farthing.engine.sandbox.workers import Job
 
 _MAX_BYTES, _MAX_VERDICTS = 16 << 20, 1024
 _MAX_CALLERS = 1024  # of one client
@@ -57,11 +58,12 @@ class InFlight:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._shared: dict[tuple[str, bytes], tuple[Future[str], list[Future[str]]]] = {}
+        self._shared: dict[tuple[str, bytes], tuple[Job, list[Future[str]]]] = {}
         self._callers: Counter[str] = Counter()  # by client
 
-    def join(self, client: str, work_key: bytes, begin: Callable[[], Future[str]]) -> Future[str]:
-        """A future of its own for this caller. The work is cancelled once every caller has cancelled.
+    def join(self, client: str, work_key: bytes, begin: Callable[[], Job]) -> Future[str]:
+        """A future of its own for this caller. The job is cancelled once every caller has cancelled; one that
+        runs is abandoned.
 
         Raises Busy for a client with too many callers.
         """
@@ -77,15 +79,14 @@ class InFlight:
             else:
                 work, callers = shared
                 callers.append(mine)
+                work.abandoned = False
             self._callers[client] += 1
         if shared is None:
-            work.add_done_callback(lambda done: self._deliver(key, done))
+            work.future.add_done_callback(lambda _: self._deliver(key, work))
         mine.add_done_callback(lambda done: self._left(key, done, work, callers))
         return mine
 
-    def _left(
-        self, key: tuple[str, bytes], mine: Future[str], work: Future[str], callers: list[Future[str]]
-    ) -> None:
+    def _left(self, key: tuple[str, bytes], mine: Future[str], work: Job, callers: list[Future[str]]) -> None:
         with self._lock:
             self._callers[key[0]] -= 1
             if not self._callers[key[0]]:
@@ -93,11 +94,12 @@ class InFlight:
             if not mine.cancelled() or not all(caller.cancelled() for caller in callers):
                 return
             current = self._shared.get(key)
-            if current is not None and current[0] is work and not work.running():
+            if current is not None and current[0] is work and not work.future.running():
                 del self._shared[key]  # later callers begin again
-        work.cancel()
+        if not work.future.cancel():
+            work.abandon()
 
-    def _deliver(self, key: tuple[str, bytes], work: Future[str]) -> None:
+    def _deliver(self, key: tuple[str, bytes], work: Job) -> None:
         with self._lock:
             current = self._shared.get(key)
             callers = current[1] if current is not None and current[0] is work else []
@@ -106,9 +108,9 @@ class InFlight:
         for caller in callers:
             if not caller.set_running_or_notify_cancel():
                 continue
-            if work.cancelled():
+            if work.future.cancelled():
                 caller.set_exception(RuntimeError("the sandbox is closed"))
-            elif (error := work.exception()) is not None:
+            elif (error := work.future.exception()) is not None:
                 caller.set_exception(error)
             else:
-                caller.set_result(work.result())
+                caller.set_result(work.future.result())

@@ -38,6 +38,15 @@ class Job:
     memory: int
     size: int = 0
     future: Future[Any] = field(default_factory=Future)
+    abandoned: bool = False  # nobody waits for it any more
+    pid: int | None = None  # of the process that runs it
+
+    def abandon(self) -> None:
+        """Let it run on only while the cores are idle. It is not ended, as a client that tries again after a
+        timeout of its own would never get its verdict."""
+        self.abandoned = True
+        if (pid := self.pid) is not None:
+            _only_idle(pid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +144,7 @@ class Worker:
         A worker runs either kind and not both. Unless the outcome is reusable, it has ended. Raises Killed.
         """
         deadline = time.monotonic() + _WALL_SECONDS
+        job.pid = self.pid
         try:
             if spent:
                 self._yield(_SPENT)
@@ -145,8 +155,11 @@ class Worker:
             answer = frames.receive(self._connection, deadline)
         except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
             return self._failed(job, isinstance(error, TimeoutError))
+        finally:
+            job.pid = None
         self._seconds += answer["seconds"]
-        reusable = not answer["retire"] and (spent or not slow)  # a priority cannot be raised again
+        # A priority cannot be raised again.
+        reusable = not (answer["retire"] or job.abandoned) and (spent or not slow)
         if not reusable:
             with contextlib.suppress(OSError, EOFError, ValueError):
                 self.end()
@@ -193,3 +206,9 @@ class Worker:
     def _yield(self, niceness: int) -> None:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
+
+
+def _only_idle(pid: int) -> None:
+    """Run a worker, which may just have ended, on cores that are idle otherwise."""
+    with contextlib.suppress(OSError, AttributeError):  # SCHED_IDLE is Linux's
+        os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
