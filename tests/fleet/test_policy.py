@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farthing.fleet.explain import sentence
 from farthing.fleet.forecast.curve import Forecast
 from farthing.fleet.policy import Policy
 from farthing.fleet.policy_config import PolicyConfig
@@ -343,3 +344,18 @@ def test_reason_says_that_lateness_does_not_count() -> None:
         decision = policy.decide(now, seen(now, 2, load, late_share=late))
     assert "lateness after a jump does not count for another 375 s" in decision.reason
     assert decision.inputs["excused_s"] == 375
+
+
+def test_explanation_names_the_input_that_decided() -> None:
+    """31 requests/s needed 23 replicas, and the reason was a backlog of 3."""
+    config = PolicyConfig(capacity=2.0, target_utilization=0.7, max_replicas=100)
+    load = Policy(config).decide(0, seen(0, 20, 31.0, backlog=3.0))
+    assert load.target == 23 and sentence(load) == (
+        "Goes from 20 to 23 replicas: load is 31 requests/s, which needs 23."
+    )
+    backlog = Policy(config).decide(0, seen(0, 20, 31.0, backlog=900.0))
+    assert backlog.target > 23
+    assert sentence(backlog) == (
+        f"Goes from 20 to {backlog.target} replicas: backlog of 900 requests to process in 60 s besides "
+        f"the load of 31 requests/s (needs 23), which needs {backlog.target}."
+    )

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.engine.request import EngineStopped, QueueFull
+from farthing.server import jobs
 from farthing.server.auth import KeyRing
 from farthing.server.errors import ApiError
 from farthing.server.limits import Quotas
@@ -297,6 +298,27 @@ def test_timeout(stream: bool) -> None:
         assert failed.value.code == "timeout"
         until(lambda: engine.cancelled and not engine.running)
         assert not server.service.jobs
+
+
+def test_client_that_reads_nothing_ends_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer would be computed to the end, and held in memory for ten minutes."""
+    monkeypatch.setattr(jobs, "UNREAD", 1 << 20)
+    engine = ScriptedEngine(["a" * 2000], forever=True)
+    body = b'{"prompt": "x", "stream": true}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(engine) as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        until(lambda: engine.cancelled and not server.service.jobs)
+        server.service.engine.script = ["ok"]  # type: ignore[union-attr]
+        engine.forever = False
+        assert server.client().completions.create(model="tiny", prompt="x").choices[0].text == "ok"
+
+
+def test_client_that_reads_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "UNREAD", 1 << 20)
+    with running(ScriptedEngine(["a" * 2000] * 50, step=0.005)) as server:  # 25 MB by this measure
+        stream = server.client().completions.create(model="tiny", prompt="x", stream=True)
+        assert sum(len(chunk.choices[0].text) for chunk in stream) == 100_000
 
 
 def test_client_that_stops_reading_is_closed_at_the_deadline() -> None:

@@ -23,6 +23,12 @@ class RequestStream:
         self._lock = threading.Lock()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
         self._done = False
+        self._unread = 0  # bytes
+        self._limit: tuple[int, Callable[[], object]] | None = None
+
+    def limit_unread(self, most: int, call: Callable[[], object]) -> None:
+        """Call a function, once and in the engine's thread, when more than `most` bytes are unread."""
+        self._limit = most, call
 
     @property
     def request_id(self) -> str:
@@ -79,15 +85,37 @@ class RequestStream:
             self._done = True
             raise item
         self._done = item.finished
+        if self._limit is not None:
+            with self._lock:
+                self._unread -= _size(item)
         return item
 
     def _put(
         self, item: RequestOutput | EngineError
     ) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
         self._queue.put(item)
+        exceeded = None
         with self._lock:
             waiter, self._waiter = self._waiter, None
+            if self._limit is not None and isinstance(item, RequestOutput):
+                most, call = self._limit
+                self._unread += _size(item)
+                if self._unread > most:
+                    exceeded, self._limit = call, None
+        if exceeded is not None:
+            exceeded()
         return waiter
+
+
+_TOKEN, _LOGPROBS = 256, 2048  # bytes of a token's event, about, and of its log probabilities
+
+
+def _size(output: RequestOutput) -> int:
+    """The bytes of a delta's events, about."""
+    return sum(
+        len(part.text) + len(part.token_ids) * (_TOKEN if part.logprobs is None else _LOGPROBS)
+        for part in output.outputs
+    )
 
 
 def deliver(items: Iterable[tuple[RequestStream, RequestOutput | EngineError]]) -> None:

@@ -125,14 +125,17 @@ class Needs:
                 drain = max(self.config.drain_s, self.lead(snapshot))
                 need = (load + work / drain) / rate
             if need > best.exact:
-                best = Need(
-                    need,
-                    f"backlog of {snapshot.backlog:.4g} request{'' if snapshot.backlog == 1 else 's'} "
-                    f"to process in {drain:.0f} s needs {whole(need)}",
-                    load,
-                )
+                best = replace(best, exact=need, reason=self._with_backlog(best, snapshot, drain, need))
         step = self._latency_step(now, snapshot)
         return replace(step, load=load) if step is not None and step.exact > best.exact else best
+
+    def _with_backlog(self, alone: Need, snapshot: Snapshot, drain: float, need: float) -> str:
+        """The reason for a need with the backlog, which is named if it changes the number of replicas."""
+        if whole(need) == alone.replicas:
+            return alone.reason
+        requests = "1 request" if snapshot.backlog == 1 else f"{snapshot.backlog:.4g} requests"
+        load = f"load of {alone.load:.4g} {self.config.unit}/s (needs {alone.replicas})"
+        return f"backlog of {requests} to process in {drain:.0f} s besides the {load}, needs {whole(need)}"
 
     def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
         """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+UNREAD = 4 << 20  # bytes of an answer, besides what the kernel buffers
+
 
 class ClientGone(Exception):
     """The client closed its connection, so no response is possible."""
@@ -52,6 +54,16 @@ class Job:
             self._interrupted.set_result(error)
         if not self._guarded:
             self.close()
+
+    def bound_unread(self) -> None:
+        """End the work, with an error, once the client has left too much of its answer unread."""
+        loop = asyncio.get_running_loop()
+        message = f"the client left more than {UNREAD >> 20} MiB of the answer unread"
+        error = ApiError(408, message, code="client_too_slow")
+        for stream in self.streams:
+            stream.limit_unread(
+                UNREAD // len(self.streams), lambda: loop.call_soon_threadsafe(self.interrupt, error)
+            )
 
     def close(self) -> None:
         """Cancel the streams still running and release the job's slot."""
@@ -170,7 +182,8 @@ async def unless_gone(work: asyncio.Future[T]) -> T:
         return await work
     leaving = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        events: set[asyncio.Future[Any]] = {work, leaving}
+        await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             raise ClientGone
         return work.result()

@@ -263,6 +263,8 @@ class Service:
         except BaseException as error:
             job.close()
             raise self._refusal(error) from error
+        if kind == "delta":
+            job.bound_unread()
         return job
 
     async def _check_grammar(self, constraint: StructuredOutputsParams, client: str, param: str) -> None:
