@@ -24,7 +24,7 @@ from farthing.cli.pack import app
 from farthing.model import ModelConfig, load
 from farthing.model.load import random_parameters
 from farthing.model.pack import pack_checkpoint
-from farthing.ops import select
+from farthing.ops import make_batch, select
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed_writer import PackedWriter
 from tests.tiny import tiny
@@ -221,3 +221,24 @@ def test_a_missing_directory_is_named_as_given(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["mite", "-o", str(out)])
     assert result.exit_code == Exit.INPUT
     assert result.stderr.strip() == f"error: out: got {str(out)!r}; expected a file in an existing directory"
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "minimax_m2", "smollm3", "glm4_moe"])
+def test_grouped_types_are_packed_and_served_without_torch(name: str, tmp_path: Path) -> None:
+    """Stacked experts, other names, tied embeddings, layers without rotation, biases."""
+    pytest.importorskip("transformers")
+    from tests.parity.families import build
+
+    build(name, 3, tmp_path)
+    loaded = load(tmp_path, select("cpu", threads=1, quantization="int8"))
+    loaded.ops.save_packed(str(tmp_path / "whole"))
+    pack_checkpoint(tmp_path, tmp_path / "packed", "int8", 1)
+    assert (tmp_path / "packed").read_bytes() == (tmp_path / "whole").read_bytes()
+    logits = []
+    for arrays in (False, True):
+        model = load(tmp_path, select("cpu", threads=1, packed=str(tmp_path / "packed"), arrays=arrays))
+        ids = np.arange(2, 22)
+        batch = make_batch([20], [0], [[1, 0]], 16)
+        hidden = model.forward(model.ops.tensor(ids), batch, model.new_cache(2, 16, "float32"))
+        logits.append(np.asarray(model.logits(hidden)))
+    assert np.array_equal(*logits)

@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from farthing.ops import make_batch
-from farthing.ops.api import AttentionSpec, Batch
+from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec
 from farthing.ops.gpu import GpuOps, prefill
 from farthing.ops.gpu import decode as decode_module
 from farthing.ops.gpu.decode import decode, splits_for
@@ -117,3 +117,42 @@ def test_splits_agree_even_if_some_have_no_keys(splits: int) -> None:
 def test_splits_fill_the_device_and_pay_off(queries: int, heads: int, keys: int, splits: int) -> None:
     tile = Config(bm=64, bk=32) if heads == 128 else Config(bm=16, bk=32, per_processor=2)
     assert splits_for(queries, heads, keys, tile, 132) == splits
+
+
+GROUPED = {
+    "biased": GroupedSpec(4, 2, 16, 8, 0.2),
+    "interleaved": GroupedSpec(3, 3, 12, 12, 0.2, interleaved=True),
+    "whole_norm": GroupedSpec(4, 1, 16, 16, 0.2, whole_norm=True),
+}
+
+
+def grouped_outputs(ops: Any, spec: GroupedSpec, inputs: list[Tensor], cache_dtype: str) -> list[Tensor]:
+    torch.manual_seed(1)
+    q, k = (h * spec.head_dim if spec.whole_norm else spec.head_dim for h in (spec.num_heads, spec.kv_heads))
+    parts = GroupedParts(torch.randn(inputs[0].shape[1]), norm(q), norm(k))
+    handle = ops.pack_grouped(spec, parts, torch.rand(2, 70, spec.rope_dim // 2))
+    cache = ops.new_cache(2 * spec.kv_heads, 24, 16, 2 * spec.head_dim, cache_dtype)
+    results = []
+    for step, qkv in zip(STEPS, inputs, strict=True):
+        tables = [[3, 9], [0, 21, 7, 1, 2, 20, 11], [5]]
+        batch = make_batch([new for _, new in step], [cached for cached, _ in step], tables, 16)
+        batch = moved(batch) if ops.device.type == "cuda" else batch
+        qkv = qkv.to(ops.device, ops.dtype, copy=True)
+        results.append(ops.gqa(qkv, handle, cache, spec.kv_heads, batch, EPS).cpu())
+    assert not cache.data[: spec.kv_heads].float().any()  # layer 0 is not written
+    return results
+
+
+@pytest.mark.parametrize(
+    ("name", "cache_dtype"), [("biased", "float32"), ("interleaved", "int8"), ("whole_norm", "fp8")]
+)
+def test_grouped_heads_agree_with_the_reference(name: str, cache_dtype: str) -> None:
+    """Long chunks take torch's attention, few tokens the latent kernel, in the same step too."""
+    spec = GROUPED[name]
+    torch.manual_seed(0)
+    width = (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim
+    inputs = [torch.randn(sum(new for _, new in step), width) for step in STEPS]
+    ours = grouped_outputs(GpuOps(torch.float32, DEVICE), spec, inputs, cache_dtype)
+    exact = grouped_outputs(ReferenceOps(torch.float32), spec, inputs, cache_dtype)
+    for a, b in zip(ours, exact, strict=True):
+        assert distance(a, b) < CACHES[cache_dtype]
