@@ -2,8 +2,10 @@
 interleaved.
 
 Replica, gateway and relays are separate processes on loopback; this process is the client. The gateway is
-compared with nginx (the peer, if installed) and with a Python relay that forwards bytes without parsing them
-(the limit for one more process in the same language).
+compared with nginx (the peer, if installed), with a Python relay that forwards bytes without parsing them
+(the limit for one more process in the same language), and with a proxy of a few lines on aiohttp, the
+gateway's HTTP library: `kept` reuses its connections to the replica, `fresh` opens one per request, as the
+gateway does.
 
     python bench/gateway.py [--requests 2000] [--streams 500] [--json]
 """
@@ -27,7 +29,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from aiohttp import web
+
 from farthing.demo.server import free_port
+from farthing.eventloop import loop_factory
 
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"tok"}}]}\n\n'
 HOST = "127.0.0.1"
@@ -115,6 +121,31 @@ async def _serve(port: int, target: int | None) -> None:
     await server.serve_forever()
 
 
+async def _forward(port: int, target: int, fresh: bool) -> None:
+    """Proxy requests with aiohttp and nothing else. fresh: a connection to the replica per request."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=fresh)
+    async with aiohttp.ClientSession(f"http://{HOST}:{target}", connector=connector) as session:
+
+        async def handle(request: web.BaseRequest) -> web.StreamResponse:
+            headers = {
+                k: v for k, v in request.headers.items() if k.lower() not in ("host", "content-length")
+            }
+            body = await request.read()
+            async with session.request(request.method, request.path_qs, headers=headers, data=body) as answer:
+                length = answer.content_length
+                if length is not None:
+                    return web.Response(status=answer.status, body=await answer.read())
+                response = web.StreamResponse(status=answer.status)
+                await response.prepare(request)
+                async for data in answer.content.iter_any():
+                    await response.write(data)
+                await response.write_eof()
+                return response
+
+        server = await asyncio.get_running_loop().create_server(web.Server(handle), HOST, port, backlog=2048)
+        await server.serve_forever()
+
+
 NGINX = """
 worker_processes 1; daemon off; pid {dir}/pid; error_log {dir}/error.log;
 events {{ worker_connections 4096; }}
@@ -158,7 +189,7 @@ def process(command: list[str], port: int, folder: Path) -> Iterator[int]:
 def ways(folder: Path) -> Iterator[dict[str, int]]:
     """{path: port} for direct, gateway, relay, and nginx if installed."""
     with ExitStack() as stack:
-        ports = {name: free_port() for name in ("direct", "gateway", "relay", "nginx")}
+        ports = {name: free_port() for name in ("direct", "gateway", "fresh", "kept", "relay", "nginx")}
         me = [sys.executable, __file__]
         stack.enter_context(process([*me, "--serve", str(ports["direct"])], ports["direct"], folder))
         url = f"http://{HOST}:{ports['direct']}"
@@ -166,6 +197,9 @@ def ways(folder: Path) -> Iterator[dict[str, int]]:
         stack.enter_context(process([*gateway, str(ports["gateway"])], ports["gateway"], folder))
         relay = [*me, "--serve", str(ports["relay"]), "--target", str(ports["direct"])]
         stack.enter_context(process(relay, ports["relay"], folder))
+        for name in ("fresh", "kept"):
+            proxy = [*me, "--serve", str(ports[name]), "--target", str(ports["direct"]), "--proxy", name]
+            stack.enter_context(process(proxy, ports[name], folder))
         nginx = shutil.which("nginx") or "/usr/sbin/nginx"
         if os.access(nginx, os.X_OK):
             config = NGINX.format(dir=folder, host=HOST, port=ports["nginx"], target=ports["direct"])
@@ -328,7 +362,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--proxy", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.proxy:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(_forward(arguments.serve, arguments.target, arguments.proxy == "fresh"))
     if arguments.serve:
         asyncio.run(_serve(arguments.serve, arguments.target))
         return

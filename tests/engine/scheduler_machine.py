@@ -42,7 +42,7 @@ class Bounds(Limits):
     def divided_tokens(self, decodes: int, shared: bool) -> int | None:
         return self.divided
 
-    def scored_tokens(self) -> int:
+    def scored_tokens(self, shared: bool) -> int:
         return 2
 
 

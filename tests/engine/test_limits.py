@@ -98,7 +98,7 @@ def test_prompt_logprobs_per_step_are_limited(make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_batched_tokens=256, num_blocks=256)
     rows: list[int] = []
     logits = engine._core.runner.model.logits
-    engine._core.scheduler.limits.scored_tokens = lambda: 8  # type: ignore[method-assign]
+    engine._core.scheduler.limits.scored_tokens = lambda shared: 8  # type: ignore[method-assign]
 
     class Counting:
         def __getattr__(self, name: str) -> Any:

@@ -77,3 +77,4 @@ def test_scored_prompt_tokens_take_their_share_of_a_step(cost: float) -> None:
         pace.observe_scores(tokens, tokens * cost)
     assert pace.scored_tokens() * cost <= max(1.01 * SCORING, SMALLEST_SCORED * cost)
     assert pace.scored_tokens() >= min(SCORING / cost - 1, SMALLEST_SCORED)
+    assert pace.scored_tokens(shared=True) == max(SMALLEST_SCORED, int(SCORING * 0.5 / pace._score))

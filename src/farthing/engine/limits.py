@@ -19,7 +19,7 @@ class Limits:
         """Maximum number of prompt tokens that go through the layers over several steps; None: none do."""
         return None
 
-    def scored_tokens(self) -> int | None:
+    def scored_tokens(self, shared: bool) -> int | None:
         """Maximum number of prompt tokens with requested logits per step; None: no bound."""
         return None
 

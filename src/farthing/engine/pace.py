@@ -92,11 +92,11 @@ class Pace(Limits):
         cost = seconds / tokens
         self._score = _blend(self._score, cost, _RECENT) if self._score else cost
 
-    def scored_tokens(self) -> int:
-        """As many as take about `SCORING` seconds."""
+    def scored_tokens(self, shared: bool = False) -> int:
+        """As many as take about `SCORING` seconds, or half of that where other clients wait for the step."""
         if not self._score:
             return _FIRST_SCORED
-        return max(SMALLEST_SCORED, int(SCORING / self._score))
+        return max(SMALLEST_SCORED, int((SCORING * _SHARED if shared else SCORING) / self._score))
 
     def _spare(self, decodes: int, shared: bool) -> float:
         """Seconds of a step that decoding leaves to prompts."""

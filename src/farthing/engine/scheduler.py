@@ -148,7 +148,7 @@ class Scheduler(Generic[S]):
         divided = 0 if busy or not plan else self.limits.divided_tokens(decodes, shared) or 0
         if not (plan or self._passes(limit)):
             limit = budget
-        room = Room(budget, limit, divided, self.limits.scored_tokens() or budget)
+        room = Room(budget, limit, divided, self.limits.scored_tokens(shared) or budget)
         self._schedule_prompts(plan, room, admit=self.num_preemptions == preempted)
         if not plan and self.running:
             raise IntegrityError("sequences run but none could be scheduled")
