@@ -75,6 +75,32 @@ async def test_dashboard_is_the_gateways_own() -> None:
 
 
 @pytest.mark.anyio
+async def test_preflight_of_a_browser_needs_no_key() -> None:
+    ask = {"Origin": "https://page.example", "Access-Control-Request-Method": "POST"}
+    gateway = Gateway(GatewayConfig(health_interval_s=0.05), keys=KEYS)
+    port = await gateway.start()
+    with running(ScriptedEngine(["ok"]), keys=KEYS, allowed_origins=("https://page.example",)) as server:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+            asleep = await session.options("/v1/completions", headers=ask)
+            assert asleep.status == 401 and gateway.hold.waiting == 0  # it does not wake the fleet
+            gateway.set_replicas({"r": server.url})
+            while not gateway.balancer.candidates():
+                await asyncio.sleep(0.01)
+            granted = await session.options("/v1/completions", headers=ask)
+            assert granted.status == 200
+            assert granted.headers["Access-Control-Allow-Origin"] == "https://page.example"
+            for refused in (ask | {"Access-Control-Request-Method": ""}, {}):
+                refused.pop("Access-Control-Request-Method", None)
+                assert (await session.options("/v1/completions", headers=refused)).status == 401
+            body = {"json": {"prompt": "x"}}
+            assert (await session.options("/v1/completions", headers=ask, **body)).status == 401  # type: ignore[arg-type]
+            origin = {"Origin": "https://page.example"} | bearer("sk-a")
+            answer = await session.post("/v1/completions", headers=origin, **body)  # type: ignore[arg-type]
+            assert answer.status == 200 and "Access-Control-Allow-Origin" in answer.headers
+    await gateway.stop(0)
+
+
+@pytest.mark.anyio
 async def test_stored_response_is_found_on_its_replica() -> None:
     def serve() -> Any:
         return running(ScriptedEngine(["ok"]), keys=KEYS)

@@ -235,7 +235,9 @@ class Gateway:
         own = self._public(request) or self._private(request)
         if own is not None:
             return own
-        client = self._check_key(request)
+        # A browser sends no key with a preflight; it does not wake a fleet, either.
+        open_to_all = _is_preflight(request) and self.balancer.candidates()
+        client = "" if open_to_all else self._check_key(request)
         async with self.bodies.read(request) as body:
             self.metrics.received.inc()
             prompt = read_prompt(body, self.config.prefix_blocks, self.config.prefix_block)
@@ -325,6 +327,12 @@ class Gateway:
                 close=request.body_exists,
             )
         return name
+
+
+def _is_preflight(request: web.BaseRequest) -> bool:
+    """Whether a browser asks if a page may send a request, which a replica's --allowed-origins decides."""
+    asks = "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+    return request.method == "OPTIONS" and asks and not request.body_exists
 
 
 def _names_this_machine(host: str) -> bool:
