@@ -11,9 +11,8 @@ import jsonschema
 import pytest
 
 from farthing.config import EngineConfig
-from farthing.engine.chat_template import DEEPSEEK_TEMPLATE
 from farthing.engine.engine import Engine
-from tests.server.harness import Running, ScriptedEngine, events, running, tiny_model, tokenizer
+from tests.server.harness import Running, events, running, tiny_model, tokenizer
 from tests.server.test_chat import PARAMETERS, THINKING, TOOLS, USER
 
 CLOSE = tokenizer().encode("</think>", add_special_tokens=False)[0]
@@ -99,62 +98,3 @@ def test_forbidden_words_and_tokens(thinker: Running) -> None:
     message = document["choices"][0]["message"]
     text = (message.get("reasoning_content") or "") + (message["content"] or "")
     assert len(text) == 30 and set(text) <= set("xz") and "xz" not in text
-
-
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        ("chat/completions", {"thinking": {"type": "enabled"}}),
-        ("chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 4}}),
-        ("chat/completions", {"max_thinking_tokens": 4}),
-        ("chat/completions", {"reasoning_effort": "low"}),
-        ("chat/completions", {"chat_template_kwargs": {"enable_thinking": True}}),
-        ("responses", {"max_thinking_tokens": 4}),
-        ("responses", {"reasoning": {"effort": "low"}}),
-        ("messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
-        ("messages", {"output_config": {"effort": "low"}}),
-    ],
-)
-def test_options_of_reasoning_need_a_model_that_reasons(path: str, fields: dict[str, Any]) -> None:
-    """The built-in template mentions </think>, and the tokenizer has it, but the model never reasons."""
-    with running(ScriptedEngine(chat_template=DEEPSEEK_TEMPLATE)) as server:
-        body = {"messages": USER, "input": "hi", "max_tokens": 2048}
-        if path == "responses":
-            body.pop("max_tokens")
-        assert httpx.post(f"{server.url}/v1/{path}", json=body).status_code == 200
-        answer = httpx.post(f"{server.url}/v1/{path}", json=body | fields)
-        assert answer.status_code == 400, answer.text
-        error = answer.json()["error"]
-        assert "deepseek_v3" in error["message"]
-        named = (
-            "thinking",
-            "max_thinking_tokens",
-            "reasoning_effort",
-            "reasoning.effort",
-            "thinking.budget_tokens",
-        )
-        assert path == "messages" or error["param"] in named
-
-
-@pytest.mark.parametrize(
-    ("format_", "effort", "accepted"),
-    [
-        ("deepseek_v4", "max", True),
-        ("deepseek_v4", "none", True),
-        ("deepseek_v4", "xhigh", True),
-        ("deepseek_v31", "none", True),
-        ("deepseek_v31", "high", False),
-        ("deepseek_v3", "low", False),
-        ("glm45", "none", True),
-    ],
-)
-def test_effort_follows_the_format_or_is_rejected(format_: str, effort: str, accepted: bool) -> None:
-    engine = ScriptedEngine()
-    engine.config = EngineConfig(max_model_len=10_000, chat_template=format_)
-    with running(engine) as server:
-        body = {"messages": USER, "reasoning_effort": effort}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
-        assert answer.status_code == (200 if accepted else 400), answer.text
-        if not accepted:
-            error = answer.json()["error"]
-            assert error["param"] == "reasoning_effort" and format_ in error["message"]

@@ -69,7 +69,8 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The formats a server uses. `template` is the source of `plain` if that is the model's own template.
+    """The formats a server uses. `template` is the source of `plain` if that is the model's own template, and
+    `efforts` the values of reasoning_effort that it accepts.
 
     `tools` serves conversations with tools. It differs from `plain` if the own template never prints them.
     """
@@ -77,6 +78,7 @@ class Chosen:
     plain: ChatFormat
     tools: ChatFormat
     template: str | None = None
+    efforts: tuple[str, ...] = ()
 
 
 def choose(
@@ -103,11 +105,12 @@ def choose(
     )
     plain = _with_parsers(own, calls, reasoning)
     if "tools" in names:
-        return Chosen(plain, plain, source)
+        return Chosen(plain, plain, source, checkpoint.habits.efforts)
     packaged = _with_parsers(
         replace(related or _deepseek(checkpoint, names), tags=own.tags), calls, reasoning
     )
-    return Chosen(plain, packaged if _can_call(checkpoint) else plain, source)
+    tools = packaged if _can_call(checkpoint) else plain
+    return Chosen(plain, tools, source, checkpoint.habits.efforts)
 
 
 def _reasons(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> bool:

@@ -10,6 +10,7 @@ from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, word
 from farthing.server.schema import Body, Strict
 from farthing.server.tools import Parameters, check_choice
 
+Word = Annotated[str, Field(max_length=64)]  # of a list that grows with the publishers' models
 Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
@@ -273,8 +274,13 @@ class NamedChoice(Strict):
 class Thinking(Strict):
     """Whether the model reasons first, and for how many tokens."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Word  # enabled, disabled, adaptive or auto
     budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+
+
+def _thinking(value: Any) -> Any:
+    """Some clients send a switch instead of an object."""
+    return {"type": "enabled" if value else "disabled"} if isinstance(value, bool) else value
 
 
 class AllowedTools(Strict):
@@ -333,8 +339,8 @@ class ChatCompletionRequest(Sampling):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    thinking: Thinking | None = None
+    reasoning_effort: Word | None = None
+    thinking: Annotated[Thinking | None, BeforeValidator(_thinking)] = None
     max_thinking_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
     @model_validator(mode="after")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.responses import Response
 
 from farthing.conversation.deltas import CallArguments, CallStart, Delta, collect
 from farthing.conversation.formats import template
@@ -25,10 +27,10 @@ from farthing.engine.request import (
     StructuredOutputsParams,
 )
 from farthing.server.errors import ApiError
-from farthing.server.fields import one_of
 from farthing.server.grammars import grammars
 from farthing.server.names import CHAT, FieldNames
 from farthing.server.sampling import build_params
+from farthing.server.thinking import IGNORED_HEADER, ignored, mapped, warn
 from farthing.server.truncate import fitting
 from farthing.server.usage import Usage
 
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from farthing.server.service import Service
 
 
-_SWITCHES = {"thinking", "enable_thinking"}  # passed to the chat template unchanged
+R = TypeVar("R", bound=Response)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,7 @@ class TurnRequest:
     with_cost: bool = False
     names: FieldNames = CHAT
     truncate: bool = False  # drop the oldest turns of a conversation that is too long
+    ignored: tuple[str, ...] = ()  # fields with values that mean nothing to any format
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,11 @@ class Turn:
         usage: Usage,
         reading: Reading,
         remember: Callable[[list[int], list[Delta], bool], None],
+        ignored: tuple[str, ...] = (),
     ) -> None:
-        """remember: takes the tokens and deltas of an answer, and whether it is complete."""
+        """remember: takes the tokens and deltas of an answer, and whether it is complete. ignored: fields of
+        the request."""
+        self._ignored = ignored
         self.job, self.usage = job, usage
         self._reading, self._remember = reading, remember
         self._choices: dict[int, _Choice] = {}
@@ -134,6 +140,12 @@ class Turn:
         async for _, output in self.job.outputs():
             self.usage.cached_tokens = output.num_cached_tokens
             yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
+
+    def answer(self, response: R) -> R:
+        """A response with the header that names the fields that were ignored, if any."""
+        if self._ignored:
+            response.headers[IGNORED_HEADER] = ", ".join(self._ignored)
+        return response
 
     async def whole(self) -> list[Update]:
         """One update per choice, in order."""
@@ -201,8 +213,6 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
     room = request.sampling.get("max_tokens")
     limits = grammars(conversation, request.structured, form, formats, room)
     opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
-    if formats.source(form) is None or not conversation.template_options.keys() & _SWITCHES:
-        _check_thinking(conversation, request, form, opened)
     # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
     tags = form.tags if not limits.whole or opened else None
     marked = formats.markup(form) if tags is not None or not limits.listed else {}
@@ -247,7 +257,12 @@ async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
             ended = stopped and tokens[-1] in formats.ends(form)
             service.answers.remember(client, prompt, ids + tokens, answer, ended)
 
-    return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember)
+    own = formats.source(form) is not None
+    unused = request.ignored + ignored(
+        request.conversation, request.thinking_budget, request.names, form, opened=opened, own=own
+    )
+    warn(unused, form)
+    return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember, unused)
 
 
 async def count(service: Service, request: TurnRequest, client: str) -> int:
@@ -277,21 +292,6 @@ async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[
     assert longest is not None
     room = longest - (request.sampling.get("max_tokens") or 1)
     return await fitting(request.conversation, attempt) or await written(request.conversation)
-
-
-def _check_thinking(conversation: Conversation, request: TurnRequest, form: ChatFormat, opened: bool) -> None:
-    """Raises ApiError (400) if a client asks for reasoning that the format does not support."""
-    names, budget = request.names, request.thinking_budget
-    if form.tags is None and conversation.thinking:
-        field, got, why = names.thinking, "is enabled", "has no reasoning"
-    elif form.tags is None and budget is not None:
-        field, got, why = names.budget, f"is {budget}", "has no reasoning"
-    elif conversation.thinking is False and opened:
-        field, got, why = names.thinking, "is disabled", "always reasons"
-    else:
-        return
-    message = f"{field} {got}, but the chat format {form.name!r} {why}; leave it out"
-    raise ApiError(400, message, param=field, code="invalid_value")
 
 
 async def _encode(
@@ -331,9 +331,6 @@ def _reasoning(
     )
 
 
-_SAME_EFFORT = {"xhigh": "max"}
-
-
 async def render(service: Service, conversation: Conversation, client: str, names: FieldNames = CHAT) -> str:
     """The prompt of a conversation, with marks in text that is not to become control tokens. Raises ApiError
     (400) if the format cannot express it."""
@@ -341,29 +338,15 @@ async def render(service: Service, conversation: Conversation, client: str, name
     form = formats.of_conversation(conversation)
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
-    effort = _effort(conversation.effort, form, names)
-    conversation = replace(conversation.with_results_in_call_order(), effort=effort)
+    conversation = mapped(conversation.with_results_in_call_order(), form)
     marking = TRUSTED if engine.config.trust_special_tokens else engine.tokenizer.untrusted
     conversation = marking.conversation(conversation, form.tags or THINK)
     try:
         source = formats.source(form)
         if source is None:
             return form.render(conversation, formats.control)
-        prompt = await service.render(template.arguments(conversation, source), client, names.prompt)
+        values = template.arguments(conversation, source, formats.chosen.efforts)
+        prompt = await service.render(values, client, names.prompt)
         return template.finished(conversation, prompt)
     except (FormatError, ValueError, RecursionError) as error:
         raise ApiError(400, plain(str(error)), param=names.prompt, code="invalid_value") from error
-
-
-def _effort(requested: str | None, form: ChatFormat, names: FieldNames) -> str | None:
-    """The effort in the format's words. Raises ApiError (400) if it has none for it."""
-    effort = _SAME_EFFORT.get(requested or "", requested)
-    if effort is None or effort in form.efforts:
-        return effort
-    if effort == "none" and form.tags is None:
-        return None  # the model never reasons
-    accepted = [*form.efforts, *(word for word, same in _SAME_EFFORT.items() if same in form.efforts)]
-    accepted += ["none"] if form.tags is None and "none" not in accepted else []
-    expected = f"expects {one_of(accepted)}" if accepted else "has no levels: leave it out"
-    message = f"{names.effort} is {requested!r}; the chat format {form.name!r} {expected}"
-    raise ApiError(400, message, param=names.effort, code="invalid_value")

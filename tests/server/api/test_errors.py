@@ -50,7 +50,6 @@ RESULT = {"type": "tool_result", "tool_use_id": "x", "content": "y"}
             "'g'",
         ),
         ({"messages": USER, "max_tokens": 1, "model": "claude"}, "'claude'"),
-        ({"messages": USER, "max_tokens": 1, "output_config": {"effort": "high"}}, "output_config.effort"),
         ({"messages": USER, "max_tokens": 10**9}, "max_tokens"),
     ],
 )
@@ -81,7 +80,6 @@ def test_messages(tiny: Running, body: dict[str, Any], named: str, stream: bool)
             "tools: got []; expected at least 1 item",
         ),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "schema"),
-        ({"input": "x", "reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"input": "x", "background": True}, "background"),
         ({"input": "x", "model": "gpt"}, "model"),
         (

@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import pytest
 
-from farthing.config import EngineConfig
 from tests.server.harness import Running, ScriptedEngine, running
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -101,10 +100,6 @@ def test_paths_have_no_names_of_types(
 NAMES = [
     (CHAT, {"max_tokens": 10**8}, "max_tokens"),
     (CHAT, {"max_completion_tokens": 10**8}, "max_completion_tokens"),
-    (CHAT, {"max_thinking_tokens": 4}, "max_thinking_tokens"),
-    (CHAT, {"thinking": {"type": "adaptive", "budget_tokens": 4}}, "thinking.budget_tokens"),
-    (CHAT, {"thinking": {"type": "enabled"}}, "thinking"),
-    (CHAT, {"reasoning_effort": "high"}, "reasoning_effort"),
     (CHAT, {"guided_json": SCHEMA}, "guided_json"),
     (
         CHAT,
@@ -113,12 +108,8 @@ NAMES = [
     ),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
     (RESPONSES, {"max_output_tokens": 10**8}, "max_output_tokens"),
-    (RESPONSES, {"max_thinking_tokens": 4}, "max_thinking_tokens"),
-    (RESPONSES, {"reasoning": {"effort": "xhigh"}}, "reasoning.effort"),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "text.format.schema"),
     (RESPONSES, {"input": "x" * 10**6}, "input"),
-    (MESSAGES, {"thinking": {"type": "adaptive", "budget_tokens": 4}}, "thinking.budget_tokens"),
-    (MESSAGES, {"output_config": {"effort": "xhigh"}}, "output_config.effort"),
     (MESSAGES, {"output_format": {"type": "json_schema", "schema": SCHEMA}}, "output_format.schema"),
 ]
 
@@ -130,40 +121,6 @@ def test_fields_have_the_names_of_their_api(server: Running, path: str, fields: 
     error = answer.json()["error"]
     assert param in error["message"], error
     assert path == MESSAGES or error["param"] == param
-
-
-@pytest.mark.parametrize(
-    ("path", "fields"),
-    [
-        (CHAT, {"reasoning_effort": "xhigh"}),
-        (RESPONSES, {"reasoning": {"effort": "xhigh"}}),
-        (MESSAGES, {"output_config": {"effort": "xhigh"}}),
-    ],
-)
-def test_errors_repeat_the_clients_word_for_an_effort(server: Running, path: str, fields: Fields) -> None:
-    message = httpx.post(server.url + path, json=BODIES[path] | fields).json()["error"]["message"]
-    assert "is 'xhigh'" in message and "'max'" not in message
-
-
-@pytest.mark.parametrize("format_", ["deepseek_v3", "deepseek_v31", "deepseek_v4", "kimi_k2", "glm45"])
-def test_no_effort_is_accepted_wherever_the_model_can_do_without(format_: str) -> None:
-    engine = ScriptedEngine()
-    engine.config = EngineConfig(max_model_len=10_000, chat_template=format_)
-    with running(engine) as server:
-        for path, fields in (
-            (CHAT, {"reasoning_effort": "none"}),
-            (RESPONSES, {"reasoning": {"effort": "none"}}),
-        ):
-            answer = httpx.post(server.url + path, json=BODIES[path] | fields)
-            assert answer.status_code == 200, (format_, answer.text)
-
-
-def test_no_effort_is_refused_where_the_model_always_reasons() -> None:
-    engine = ScriptedEngine()
-    engine.config = EngineConfig(max_model_len=10_000, chat_template="deepseek_r1")
-    with running(engine) as server:
-        answer = httpx.post(server.url + CHAT, json=BODIES[CHAT] | {"reasoning_effort": "none"})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning_effort"
 
 
 @pytest.mark.parametrize("path", BODIES)

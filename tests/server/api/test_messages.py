@@ -27,8 +27,6 @@ BODY: dict[str, Any] = {"messages": USER, "max_tokens": 9}
         ("tools", [{"name": "f"}], "input_schema"),
         ("mcp_servers", [{"type": "url", "url": "http://x", "name": "x"}], "mcp_servers"),
         ("container", "container_1", "container"),
-        ("thinking", {"type": "between_tools"}, "thinking"),
-        ("thinking", {"type": "enabled", "budget_tokens": 1024}, "has no reasoning"),
         ("messages", [{"role": "user", "content": [{"type": "document", "source": {}}]}], "document"),
         ("messages", [{"role": "assistant", "content": [{"type": "server_tool_use"}]}], "server_tool_use"),
         ("stop_sequences", [""], "stop_sequences"),
@@ -53,18 +51,6 @@ def test_default_values_are_accepted() -> None:
     with running(ScriptedEngine()) as server:
         answer = httpx.post(f"{server.url}/v1/messages", json=body)
         assert answer.status_code == 200, answer.text
-
-
-def test_disabling_mandatory_thinking_is_rejected() -> None:
-    engine = ScriptedEngine(chat_template="{{ messages[0]['content'] }}<think>\n{# </think> #}")
-    with running(engine) as server:
-        url = f"{server.url}/v1/messages"
-        assert httpx.post(url, json=BODY).status_code == 200
-        answer = httpx.post(url, json=BODY | {"thinking": {"type": "disabled"}})
-        assert answer.status_code == 400 and "always reasons" in answer.json()["error"]["message"]
-        chat = {"messages": USER, "thinking": {"type": "disabled"}}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=chat)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "thinking"
 
 
 def test_tools_declared_by_anthropic_and_run_by_the_client() -> None:

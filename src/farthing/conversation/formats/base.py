@@ -37,7 +37,7 @@ class ChatFormat:
     """A named format: renders conversations and creates parsers of answers.
 
     tags: around the reasoning; None: the model does not reason. efforts: the reasoning efforts the format can
-    express, each with its value; a format without any refuses `reasoning_effort`. stops: tokens that end the
+    express; ("none",) if reasoning can only be switched off, () if not even that. stops: tokens that end the
     assistant's turn, besides the model's own.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
+from farthing.conversation.formats.base import ChatFormat, ControlTokens
 from farthing.conversation.parse.base import THINK
 from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
 from farthing.conversation.parse.delimited import DelimitedCalls
@@ -78,8 +78,6 @@ def render(conversation: Conversation, tokens: ControlTokens, opening: str = "")
 
 def render_r1(conversation: Conversation, tokens: ControlTokens) -> str:
     """R1's prompt, which opens the reasoning. R1 always reasons."""
-    if conversation.thinking is False:
-        raise FormatError("the format deepseek_r1 always reasons; expected thinking to be left enabled")
     return render(conversation, tokens, "<think>\n")
 
 

@@ -6,21 +6,21 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from farthing.conversation.formats.base import FormatError
+from farthing.conversation.formats.base import EFFORTS, FormatError
 from farthing.conversation.types import Conversation, Turn
 
 _SAMPLE = 40  # leading characters that identify a text in the prompt
 
 
-def arguments(conversation: Conversation, source: str) -> dict[str, Any]:
+def arguments(conversation: Conversation, source: str, efforts: tuple[str, ...] = EFFORTS) -> dict[str, Any]:
     """Keyword arguments of `Tokenizer.render_chat`. Developer turns become system turns where the template
-    does not know them."""
+    does not know them. efforts: values of reasoning_effort that the template accepts."""
     developer = "developer" if "developer" in source else "system"
     options = dict(conversation.template_options)
-    thinking = False if conversation.effort == "none" else conversation.thinking
+    thinking = conversation.wants_reasoning
     if thinking is not None:
         options = {"thinking": thinking, "enable_thinking": thinking} | options
-    if conversation.effort is not None:
+    if conversation.effort in efforts:
         options.setdefault("reasoning_effort", conversation.effort)
     tools = [{"type": "function", "function": tool.document()} for tool in conversation.offered]
     return {

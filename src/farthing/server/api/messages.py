@@ -36,6 +36,7 @@ from farthing.server.events import Ending, EventStream, named, to_json
 from farthing.server.names import MESSAGES, FieldNames
 from farthing.server.sampling import with_defaults
 from farthing.server.service import Service
+from farthing.server.thinking import thinking_of
 from farthing.server.turns import Turn as RunningTurn
 from farthing.server.turns import TurnRequest, Update, begin, count
 
@@ -68,15 +69,17 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
             names=_names(body),
+            ignored=() if _thinking(body)[1] else ("thinking.type",),
         ),
         client,
     )
     writer = _Writer(turn, model)
     if body.stream:
         every = service.config.keep_alive
-        return EventStream(turn.job, writer.stream(), ANTHROPIC, opening=writer.opening, every=every)
+        stream = EventStream(turn.job, writer.stream(), ANTHROPIC, opening=writer.opening, every=every)
+        return turn.answer(stream)
     document = await turn.job.guard(request.receive, writer.whole())
-    return Response(to_json(document), media_type="application/json")
+    return turn.answer(Response(to_json(document), media_type="application/json"))
 
 
 async def count_tokens(service: Service, body: CountRequest, client: str) -> Response:
@@ -88,6 +91,10 @@ async def count_tokens(service: Service, body: CountRequest, client: str) -> Res
 
 
 # the request
+
+
+def _thinking(body: CountRequest) -> tuple[bool | None, bool]:
+    return thinking_of(body.thinking.type if body.thinking else None)
 
 
 def _names(body: CountRequest) -> FieldNames:
@@ -103,7 +110,6 @@ def conversation_of(body: CountRequest) -> Conversation:
             issued.issue(turn)
             turns.append(turn)
     choice = body.tool_choice
-    thinking = body.thinking.type if body.thinking else "adaptive"
     effort = body.output_config.effort if body.output_config else None
     last = turns[-1] if turns else None
     return Conversation(
@@ -111,7 +117,7 @@ def conversation_of(body: CountRequest) -> Conversation:
         tools=tuple(map(_tool, body.tools or ())),
         choice=_choice(body),
         parallel_calls=not (choice and choice.disable_parallel_tool_use),
-        thinking=None if thinking == "adaptive" else thinking == "enabled",
+        thinking=_thinking(body)[0],
         effort=effort,
         resume=last is not None and last.role == "assistant" and not last.calls,
     )

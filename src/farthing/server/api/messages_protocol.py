@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, Tag, model_validator
 
 from farthing.server.api.messages_tools import CLIENT_TOOLS
 from farthing.server.fields import TEXT_ONLY, FieldError, by_type, missing, words, wrong
-from farthing.server.protocol import Count, StopString
+from farthing.server.protocol import Count, StopString, Word
 from farthing.server.schema import Body, Strict
 from farthing.server.tools import Parameters, check_choice
 
@@ -139,7 +139,7 @@ class Choice(Strict):
 class ThinkingConfig(Strict):
     """Whether the model reasons first, and for how many tokens."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Word  # enabled, disabled, adaptive or auto
     budget_tokens: Count | None = None
     display: str | None = None
 
@@ -154,7 +154,7 @@ class OutputFormat(Strict):
 class OutputConfig(Strict):
     """Requirements on the answer."""
 
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Word | None = None
     format: OutputFormat | None = None
 
 

@@ -29,6 +29,7 @@ from farthing.server.protocol import (
 from farthing.server.protocol import Tool as ToolField
 from farthing.server.sampling import chat_sampling, structured, structured_field
 from farthing.server.service import Service
+from farthing.server.thinking import thinking_of
 from farthing.server.turns import Turn as RunningTurn
 from farthing.server.turns import TurnRequest, Update, begin
 
@@ -51,6 +52,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
             stream=bool(body.stream),
             with_cost=body.x_farthing,
             names=_names(body),
+            ignored=_ignored(body),
         ),
         client,
     )
@@ -58,11 +60,12 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     envelope = {"id": identity, "object": "", "created": service.now(), "model": model}
     answer = _Writer(body, turn, envelope, service)
     if body.stream:
-        return EventStream(turn.job, answer.stream(), every=service.config.keep_alive)
+        return turn.answer(EventStream(turn.job, answer.stream(), every=service.config.keep_alive))
     document = await turn.job.guard(request.receive, answer.whole())
     if body.logprobs or body.prompt_logprobs is not None:
-        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
-    return Response(to_json(document), media_type="application/json")
+        pieced = PiecedAnswer(document, service.turns, client, service.config.request_timeout)
+        return turn.answer(pieced)
+    return turn.answer(Response(to_json(document), media_type="application/json"))
 
 
 # the request
@@ -70,9 +73,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
 
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
     """The conversation in a body. Raises ApiError (400)."""
-    thinking = (
-        None if body.thinking is None or body.thinking.type == "adaptive" else body.thinking.type == "enabled"
-    )
+    thinking, _ = thinking_of(body.thinking.type if body.thinking else None)
     options = dict(body.chat_template_kwargs or {})
     if taken := _RESERVED & set(options):
         raise ApiError(
@@ -104,6 +105,11 @@ def _names(body: ChatCompletionRequest) -> FieldNames:
         budget="thinking.budget_tokens" if inner else "max_thinking_tokens",
         structured=structured_field(body, body.response_format),
     )
+
+
+def _ignored(body: ChatCompletionRequest) -> tuple[str, ...]:
+    _, known = thinking_of(body.thinking.type if body.thinking else None)
+    return () if known else ("thinking.type",)
 
 
 def _budget(body: ChatCompletionRequest) -> int | None:

@@ -63,9 +63,11 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
     writer = _Writer(turn, body, _envelope(body, model, service.now()), keep)
     if body.stream:
         ending, every = Ending("", writer.failed), service.config.keep_alive
-        return EventStream(turn.job, writer.stream(), ending, opening=writer.opening, every=every)
+        return turn.answer(
+            EventStream(turn.job, writer.stream(), ending, opening=writer.opening, every=every)
+        )
     document = await turn.job.guard(request.receive, writer.whole())
-    return Response(to_json(document), media_type="application/json")
+    return turn.answer(Response(to_json(document), media_type="application/json"))
 
 
 async def count_tokens(service: Service, body: InputTokensRequest, client: str) -> Response:

@@ -271,7 +271,7 @@ class TextOptions(Strict):
 class ReasoningOptions(Strict):
     """How the model reasons; `summary` is accepted without effect."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Annotated[str, Field(max_length=64)] | None = None
     summary: str | None = None
     generate_summary: str | None = None
 
