@@ -170,7 +170,9 @@ def test_page_and_assets_are_served_completely() -> None:
         assert page.status_code == 200 and "Content-Security-Policy" in page.headers
         for path in assets():
             assert client.get(path).content == assets()[path].body
-            assert (f'"{path}"' in page.text) or path.endswith((".js", ".LICENSE", "index.html", "/"))
+            assert (f'"{path}"' in page.text) or path.endswith(
+                (".js", ".LICENSE", "index.html", "/", "/dashboard")
+            )
         assert client.get("/dashboard/vendor/uPlot.LICENSE").text.startswith("The MIT License")
         assert client.get("/dashboard/../../etc/passwd").status_code == 404
         assert client.get("/dashboard/%2e%2e/router.py").status_code == 404
