@@ -247,6 +247,21 @@ def test_killed_fork_server_is_replaced(sandbox: Sandbox) -> None:
         assert sandbox.grammar(regex(text)).result(60)
 
 
+def test_the_cause_is_logged_where_the_process_does_not_start(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    box = Sandbox(tokenizer, tokenizer.vocab_size)
+    box._pool._setup = lambda: {"tokenizer": tokenizer.state(), "vocab_size": None}
+    try:
+        for text in "ab":
+            with pytest.raises(RuntimeError, match="could not start a process"):
+                box.grammar(regex(text)).result(60)
+    finally:
+        box.close()
+    causes = [record.message for record in caplog.records if "TypeError: int() argument" in record.message]
+    assert len(causes) == 1, "once, however many requests fail of it"
+
+
 def test_identical_grammars_in_flight_share_one_job(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,3 +88,16 @@ def test_missing_extra_names_the_install_command(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"pip install '\.\[structured\]'"):
         GrammarCompiler(tokenizer, tokenizer.vocab_size)
+
+
+def test_a_version_with_another_interface_is_named(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions before 1.7 take a single token for `eos_token`."""
+
+    def old(text: str, n_vocab: int, eos_token: Any) -> None:
+        raise TypeError("argument 'eos_token': 'list' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr("llguidance.LLTokenizer", old)
+    with pytest.raises(ValueError, match=r"does not work with llguidance [\d.]+ \(argument 'eos_token'"):
+        GrammarCompiler(tokenizer, tokenizer.vocab_size)

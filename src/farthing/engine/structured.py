@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,8 @@ class GrammarCompiler:
     """Compiles constraints for one tokenizer. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Raises ValueError if llguidance is not installed or the tokenizer has no end-of-sequence token."""
+        """Raises ValueError if llguidance is missing or too old, or the tokenizer has no end-of-sequence
+        token."""
         try:
             from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
@@ -171,11 +173,17 @@ class GrammarCompiler:
             raise ValueError("structured_outputs needs an end-of-sequence token; the tokenizer names none")
         size = max(vocab_size, tokenizer.vocab_size)
         eos = list(tokenizer.eos_token_ids)
-        wrapper = TokenizerWrapper(_LiteralTokenizer(tokenizer, size, eos))
         self.vocab_size = size
         self._words = (size + 31) // 32
-        self._limits = LLParserLimits(verbose_errors=False, **_LIMITS)
-        self._tokenizer = LLTokenizer(wrapper, n_vocab=size, eos_token=eos)
+        try:
+            wrapper = TokenizerWrapper(_LiteralTokenizer(tokenizer, size, eos))
+            self._limits = LLParserLimits(verbose_errors=False, **_LIMITS)
+            self._tokenizer = LLTokenizer(wrapper, n_vocab=size, eos_token=eos)
+        except (TypeError, AttributeError) as error:  # its interface has changed with its versions
+            raise ValueError(
+                f"structured_outputs does not work with llguidance {version('llguidance')} ({error}): "
+                f"{how_to_install('structured')}"
+            ) from error
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:
         """Translate and build. Raises ValueError with the field of an invalid constraint."""

@@ -85,12 +85,16 @@ def main() -> None:
     """
     signals.leave_to_parent()
     control = socket.socket(fileno=int(sys.argv[1]))
-    jobs = Jobs(frames.receive(control))
+    try:
+        jobs = Jobs(frames.receive(control))
+    except Exception as error:  # otherwise only its absence would be seen, not the cause
+        frames.send(control, f"{type(error).__name__}: {error}")
+        sys.exit(1)
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(limit, (0, 0))
     gc.freeze()  # a collection would write to, and so copy, every page that workers share
     workers: set[int] = set()
-    answer: Any = "ready"
+    answer: Any = frames.READY
     with contextlib.suppress(EOFError, OSError):
         while True:
             frames.send(control, answer)

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 MAX_BYTES = 256 << 20  # of one frame
+READY = "ready"  # a fork server's first frame, or else why it cannot start
 
 
 def send(

@@ -36,6 +36,7 @@ class Pool:
         }  # by whether they run spent clients' jobs
         self._starting = threading.Lock()  # of the fork server
         self._server: ForkServer | None = None
+        self._trouble = ""  # why it last did not start
         self._lock = threading.Lock()  # of what follows, held shortly
         self._started = self._closed = False
 
@@ -119,7 +120,10 @@ class Pool:
         for _ in range(2):
             try:
                 server = self._running_server()
-            except (OSError, EOFError, ValueError):
+            except (OSError, EOFError, ValueError) as error:
+                if repr(error) != self._trouble:  # each cause once: every job tries again
+                    self._trouble = repr(error)
+                    log.error("sandbox: its process does not start: %r", error)
                 return None
             if server is None:
                 return None

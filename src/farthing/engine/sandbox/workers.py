@@ -83,7 +83,8 @@ class ForkServer:
         try:
             deadline = time.monotonic() + _START_SECONDS
             frames.send(self._control, setup, deadline)
-            frames.receive(self._control, deadline)
+            if (answer := frames.receive(self._control, deadline)) != frames.READY:
+                raise ValueError(answer)
         except BaseException:
             self.close()
             raise
