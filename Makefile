@@ -9,7 +9,7 @@ NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists
 
 SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
 
-.PHONY: demo test test-all test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize wheel clean
+.PHONY: demo test test-all test-slow test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing.demo
@@ -19,6 +19,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m "not gpu" --hypothesis-profile thorough
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "slow and not gpu"
 
 # Tests of kernels and backends with every instruction set in turn; AMX tiles are emulated (native/test-isa).
 test-isa: $(STAMP)
@@ -82,7 +85,7 @@ wheel: $(STAMP)
 
 $(STAMP): pyproject.toml $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade "pip>=24" "scikit-build-core>=0.11" "nanobind>=2.4" ninja
+	$(BIN)/pip install --quiet --upgrade "pip>=24" "scikit-build-core>=0.11" "nanobind>=2.4" "hatch-fancy-pypi-readme>=24" ninja
 	$(BIN)/pip install --quiet "torch>=2.9"
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
 	touch $@

@@ -144,6 +144,6 @@ def test_sources_install_without_a_compiler_and_report_what_is_missing(tmp_path:
             (bare / name).symlink_to(found)
     raw, said = build(tmp_path, PATH=str(bare), CXX="/no/such/compiler", CC="/no/such/compiler")
     assert not [name for name in zipfile.ZipFile(raw).namelist() if name.endswith(".so")]
-    assert "retrying due to override" in said, "the build says that it goes on without the kernels"
+    assert "The CPU kernels cannot be built" in said
     python, env = install(raw, tmp_path / "env")
     assert "the native CPU kernels are not built" in serve_and_ask(python, env, "auto")

@@ -67,7 +67,7 @@ def test_vercel_sdk(format_: str, tmp_path: Path) -> None:
 
 def test_the_snippet_for_vercels_sdk(tmp_path: Path) -> None:
     need("ai", "@ai-sdk/openai-compatible")
-    (snippet,) = blocks("clients", "js")
+    (snippet,) = (block for block in blocks("clients", "js") if "createOpenAICompatible" in block)
     with running(ScriptedEngine(["Hello ", "there"])) as server:
         (tmp_path / "snippet.mjs").write_text(pointed_at(snippet, server.url))
         assert node(tmp_path, tmp_path / "snippet.mjs").strip() == "Hello there"
