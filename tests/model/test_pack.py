@@ -164,6 +164,7 @@ def test_damage_of_what_is_resumed_is_packed_again(
     assert target.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 def test_output_says_for_which_kernels_zero_blocks_are_left_out(tmp_path: Path) -> None:
     config = tiny(moe_intermediate_size=256, intermediate_size=256, hidden_size=256)
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -103,6 +103,7 @@ def test_sparse_matrices_round_trip(tmp_path: Path) -> None:
     assert torch.equal(mapped.linear(x, handle), y)
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 def test_choice_for_another_instruction_set_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
