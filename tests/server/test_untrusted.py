@@ -100,6 +100,16 @@ def test_hostile_texts_through_each_api(trust: bool, template: str | None) -> No
             assert (found[0] == found[1]) is not trust, route
 
 
+def test_long_texts_are_encoded_in_a_child_process_in_the_same_way() -> None:
+    with running(Recorder(False, None)) as server:
+        counts = []
+        for text in ("harmless ", HOSTILE):
+            body = {"messages": [{"role": "user", "content": text * (6000 // len(text))}]}
+            ids = httpx.post(f"{server.url}/tokenize", json=body, timeout=60).json()["tokens"]
+            counts.append([token for token in ids if token in tokenizer().control_ids])
+    assert counts[0] == counts[1]
+
+
 def test_raw_prompts_are_the_clients_own() -> None:
     engine = Recorder(False, None)
     with running(engine) as server:

@@ -32,7 +32,9 @@ def parsed(text: str) -> dict[str, Any] | None:
         try:
             value = json.loads(attempt)
             if "\\u" in attempt:  # escapes may leave half of a surrogate pair, which has no encoding
-                value = json.loads(_well_formed(json.dumps(value, ensure_ascii=False)))
+                written = json.dumps(value, ensure_ascii=False)
+                parts = written.split(MARK) if MARK in attempt else [written]
+                value = json.loads(MARK.join(map(_well_formed, parts)))
         except (ValueError, RecursionError):
             continue
         return value if isinstance(value, dict) else None
@@ -40,8 +42,7 @@ def parsed(text: str) -> dict[str, Any] | None:
 
 
 def _well_formed(text: str) -> str:
-    parts = (part.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for part in text.split(MARK))
-    return MARK.join(parts)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _attempts(text: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -64,7 +65,9 @@ class Untrusted:
         self._begins = re.compile(
             "|".join(f"{re.escape(c)}(?={rest})" for c, rest in rests.items()) or _NEVER
         )
-        self._all = "\0".join(["", *texts, ""])
+        self._starts = {text[:at] for text in texts for at in range(1, len(text))}
+        self._ends = {text[at:] for text in texts for at in range(1, len(text))}
+        self._sorted_ends = sorted(self._ends)
         self._longest = max(map(len, texts), default=0)
         self._firsts, self._lasts = _any_of(firsts), _any_of(lasts)
         self._words = _WORDS - {text.strip(_BRACKETS) for text in texts}
@@ -182,11 +185,16 @@ class Untrusted:
             return text
         lead, end = text.index(body[0]), len(text.rstrip())
         head, tail = body[: self._longest], body[-self._longest :]
-        inside = len(body) < self._longest and body in self._all
-        after = any(f"\0{tail[found.start() :]}" in self._all for found in self._firsts.finditer(tail))
-        if inside or any(f"{head[: found.end()]}\0" in self._all for found in self._lasts.finditer(head)):
+        after = any(tail[found.start() :] in self._starts for found in self._firsts.finditer(tail))
+        before = any(head[: found.end()] in self._ends for found in self._lasts.finditer(head))
+        if before or (len(body) < self._longest and self._inside(body)):
             text, end = text[:lead] + MARK + text[lead:], end + 1
         return text[:end] + MARK + text[end:] if after else text
+
+    def _inside(self, text: str) -> bool:
+        """Whether a token contains this text, other than at its start."""
+        at = bisect_left(self._sorted_ends, text)
+        return at < len(self._sorted_ends) and self._sorted_ends[at].startswith(text)
 
     def _literal(self, found: re.Match[str]) -> str:
         """A string within JSON, marked by what it stands for."""

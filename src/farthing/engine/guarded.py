@@ -38,20 +38,18 @@ class GuardedTokenizer:
             self._backend.pre_tokenizer = original.pre_tokenizer
         vocabulary = original.get_vocab(with_added_tokens=False)
         secret = secrets.token_hex(16)
+        self._cut = f"{secret}cut"
+        self._names = {content: f"{secret}{i:08x}" for content, i in controls.items()}
+        names = {i: self._names.get(token.content, token.content) for i, token in sorted(added.items())}
         # New ids follow the number of tokens; where the vocabulary has gaps, those may be taken.
         gaps = max(vocabulary.values(), default=-1) + 1 - len(vocabulary)
-        self._backend.add_tokens([f"{secret}gap{i}" for i in range(gaps)])
-        self._cut = f"{secret}cut"
-        self._backend.add_tokens([AddedToken(self._cut, normalized=False)])
-        self._names = {content: f"{secret}{i:08x}" for content, i in controls.items()}
+        self._backend.add_tokens(
+            [AddedToken(f"{secret}gap{i}", normalized=False) for i in range(gaps)]
+            + [AddedToken(self._cut, normalized=False)]
+            + [_named(added[i], name) for i, name in names.items()]
+        )
+        self._ids = {self._backend.token_to_id(name): i for i, name in names.items()}  # here -> original
         self._alone = {token.content for token in added.values() if token.single_word}
-        self._ids: dict[int, int] = {}  # here -> in the original
-        for i, token in sorted(added.items()):
-            name = self._names.get(token.content, token.content)
-            self._backend.add_tokens([_named(token, name)])
-            here = self._backend.token_to_id(name)
-            assert here is not None
-            self._ids[here] = i
         self._genuine = re.compile(alternatives(controls) or "(?!)")
         unknown = getattr(original.model, "unk_token", None)
         self._spelled = {

@@ -130,6 +130,10 @@ class Tokenizer:
         texts = (token.content for token in controls if len(token.content) > 1)
         return Untrusted(texts, normalizer.normalize_str if normalizer is not None else None)
 
+    def prepare(self) -> None:
+        """Build what chats need, ahead of the first one."""
+        _ = self.untrusted, self._guarded
+
     @cached_property
     def _guarded(self) -> GuardedTokenizer:
         return GuardedTokenizer(self.backend)

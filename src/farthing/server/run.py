@@ -168,6 +168,8 @@ async def _serve(
             engine = load()
             machine = machine_of(engine.device, config.prices, config.hardware)
             service.accounts = Accounts(engine, machine, service.names[0])
+            if engine.tokenizer is not None:
+                engine.tokenizer.prepare()
         except BaseException as error:
             failure.append(error)
             loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server

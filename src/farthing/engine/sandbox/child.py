@@ -40,6 +40,7 @@ class Jobs:
         from farthing.engine.structured import GrammarCompiler
 
         self._tokenizer = Tokenizer.from_state(setup["tokenizer"])
+        self._tokenizer.prepare()
         self._compiler: GrammarCompiler | ValueError
         try:
             self._compiler = GrammarCompiler(self._tokenizer, int(setup["vocab_size"]))
