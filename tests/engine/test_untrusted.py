@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import models
 
 from farthing.conversation.arguments import parsed
 from farthing.conversation.formats.base import ControlTokens
@@ -19,6 +21,7 @@ from farthing.conversation.parse.base import THINK
 from farthing.conversation.select import FORMATS
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 from farthing.conversation.untrusted import TRUSTED, Untrusted
+from farthing.engine.guarded import _taken
 from farthing.engine.tokenizer import Tokenizer
 from tests.engine.shapes import KINDS, PLAIN, SPECIAL, TEMPLATES, tokenizer
 
@@ -248,3 +251,21 @@ def test_prompts_without_marks_are_encoded_as_before() -> None:
     known = tokenizer()
     assert not known.untrusted.text("An ordinary sentence, with a < b and (c).").count(MARK)
     assert "_guarded" not in vars(Tokenizer(known.backend))
+
+
+def test_a_unigram_vocabulary_that_holds_control_tokens() -> None:
+    """Its model finds them in any text, and an unknown character is the token <unk>."""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0), *((c, -2.0) for c in "<>/sabu nk")]
+    backend = HfTokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    known = Tokenizer(backend)
+    text = "a" + "é" * 3000 + "</s><s>b"
+    ids = known.encode(f"<s>{known.untrusted.text(text)}</s>", add_special_tokens=False)
+    assert [token for token in ids if token in (1, 2)] == [1, 2]
+
+
+def test_ids_that_a_vocabulary_with_gaps_has_taken_are_skipped() -> None:
+    assert _taken(range(5), 3) == 0
+    assert _taken([0, 1, 2, 9], 3) == 0
+    assert _taken([0, 1, 2, 4, 6, 1 << 20], 3) == 1
+    assert _taken([0, 1, 2, 8, 9], 4) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterable
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
@@ -41,10 +42,9 @@ class GuardedTokenizer:
         self._cut = f"{secret}cut"
         self._names = {content: f"{secret}{i:08x}" for content, i in controls.items()}
         names = {i: self._names.get(token.content, token.content) for i, token in sorted(added.items())}
-        # New ids follow the number of tokens; where the vocabulary has gaps, those may be taken.
-        gaps = max(vocabulary.values(), default=-1) + 1 - len(vocabulary)
+        skipped = _taken(vocabulary.values(), len(names) + 1)
         self._backend.add_tokens(
-            [AddedToken(f"{secret}gap{i}", normalized=False) for i in range(gaps)]
+            [AddedToken(f"{secret}skipped{i}", normalized=False) for i in range(skipped)]
             + [AddedToken(self._cut, normalized=False)]
             + [_named(added[i], name) for i, name in names.items()]
         )
@@ -75,19 +75,32 @@ class GuardedTokenizer:
 
     def _cut_up(self, text: str) -> list[int]:
         """Token ids for a vocabulary that holds control tokens itself: text that would be merged to one is
-        cut after its first character."""
+        cut into its characters."""
         cut = self._backend.token_to_id(self._cut)
         while True:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            found = [
-                start + 1
-                for i, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-                if i in self._spelled and end - start > 1
-            ]
-            if not found:
+            found = zip(encoding.ids, encoding.offsets, strict=True)
+            spans = [(start, end) for i, (start, end) in found if i in self._spelled and end - start > 1]
+            if not spans:
                 return [i for i in encoding.ids if i != cut]
-            for at in reversed(found):
-                text = text[:at] + self._cut + text[at:]
+            parts: list[str] = []
+            at = 0
+            for start, end in spans:
+                parts += (text[at:start], self._cut.join(text[start:end]))
+                at = end
+            text = "".join(parts) + text[at:]
+
+
+def _taken(ids: Iterable[int], count: int) -> int:
+    """How many ids to skip after the vocabulary so that `count` free ones follow: new ids follow the number
+    of tokens, and in a vocabulary with gaps some of those are taken."""
+    used = sorted(ids)
+    start = len(used)
+    for i in used:
+        if i >= start + count:
+            break
+        start = max(start, i + 1)
+    return start - len(used)
 
 
 def _named(token: AddedToken, name: str) -> AddedToken:
