@@ -68,11 +68,11 @@ def test_client_without_credit_comes_last_and_gets_one_place() -> None:
 def test_abandoned_work_is_a_debt() -> None:
     clock = Clock()
     turns: Turns[Task] = Turns(places=4, places_each=2, credit=2.0, refill=0.5, clock=clock)
-    for name in ("a0", "a1", "a2"):
+    for name in ("a0", "a1", "a2", "a3"):
         turns.put("a", Task(name))
-    assert [take(turns), take(turns)] == ["a0", "a1"]
-    turns.done("a", 1.0)
-    turns.done("a", 1.0, abandoned=True)
+    for seconds in (1.0, 2.0):  # as much as the credit may be abandoned
+        take(turns)
+        turns.done("a", seconds, abandoned=True)
     turns.put("b", Task("b1"))
     assert take(turns) == "b1"
     assert turns._choose() is None  # although places are free, and the client would have one without credit
@@ -82,13 +82,15 @@ def test_abandoned_work_is_a_debt() -> None:
     assert turns._choose() is None
     clock.now = 2.1
     assert take(turns) == "a2"
+    turns.done("a", 9.0)  # work that was waited for is none
+    assert take(turns) == "a3"
 
 
 def test_client_in_debt_is_served_as_soon_as_it_has_paid() -> None:
     turns: Turns[Task] = Turns(places=2, places_each=1, credit=1.0, refill=10.0)
     turns.put("a", Task("a0"))
     take(turns)
-    turns.done("a", 0.5, abandoned=True)
+    turns.done("a", 1.5, abandoned=True)
     turns.put("a", Task("a1"))
     assert take(turns) == "a1"  # without another event
 

@@ -4,8 +4,9 @@ A client holds few places at once, and the last free place is kept for one that 
 slow jobs never delay another's. CPU time is charged to a credit that refills slowly; a client without credit
 holds one place at the lowest priority.
 
-CPU time of jobs that nobody waited for is also a debt: none of the client's jobs begin until it is refilled,
-at the same rate. Otherwise a client could keep every core busy with work whose results it never collects.
+CPU time of jobs that nobody waited for is also a debt. Beyond the credit, none of the client's jobs begin
+until it is refilled, at the same rate. Otherwise a client could keep every core busy with work whose results
+it never collects.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Turns(Generic[T]):
             if not client.waiting:
                 continue
             self._refresh(client)
-            if client.debt > 0:
+            if client.debt > self._credit:
                 continue
             spent, holding = client.credit <= 0, client.running > 0
             if holding and (self._free == 1 or spent or client.running >= self._each):
@@ -167,9 +168,10 @@ class Turns(Generic[T]):
         client.refilled_at = now
 
     def _next_paid(self) -> float | None:
-        """Seconds until a waiting client has paid its debt; None if none has any."""
-        debts = [client.debt for client in self._clients.values() if client.waiting and client.debt > 0]
-        return min(debts) / self._refill + 0.01 if debts and self._refill and self._free else None
+        """Seconds until the debt of a waiting client no longer holds it back; None if there is none."""
+        owed = [each.debt - self._credit for each in self._clients.values() if each.waiting]
+        owed = [seconds for seconds in owed if seconds > 0]
+        return min(owed) / self._refill + 0.01 if owed and self._refill and self._free else None
 
     def _forget(self) -> None:
         """Drop clients that are as good as new."""
