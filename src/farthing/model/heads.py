@@ -243,16 +243,10 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
     Raises ValueError naming the field.
     """
     heads = checked.integer(raw, "num_attention_heads")
-    if raw.get("head_dim") is None:
-        width = checked.integer(raw, "hidden_size")
-        if width % heads:
-            raise ValueError(f"head_dim is missing, and {heads} heads do not divide hidden_size = {width}")
-        size = width // heads
-    else:
-        size = checked.integer(raw, "head_dim")
+    size = _head_size(raw, heads) if raw.get("head_dim") is None else checked.integer(raw, "head_dim")
     groups = heads if raw.get("num_key_value_heads") is None else checked.integer(raw, "num_key_value_heads")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    partial = checked.optional_section({"rope": rope}, "rope").get("partial_rotary_factor")
+    name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
+    partial = checked.optional_section(raw, name).get("partial_rotary_factor")
     partial = raw.get("partial_rotary_factor") if partial is None else partial
     share = 1.0 if partial is None else checked.number("partial_rotary_factor", partial, above=0.0)
     bias = checked.flag("attention_bias", raw.get("attention_bias") or False)
@@ -267,3 +261,13 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
         qkv_bias=bias,
         o_bias=bias and raw.get("o_bias", True),
     )
+
+
+def _head_size(raw: Mapping[str, Any], heads: int) -> int:
+    width = checked.integer(raw, "hidden_size")
+    if width % heads or width // heads % 2:
+        raise ValueError(
+            f"head_dim is missing; expected it, or an even quotient of hidden_size = {width} and "
+            f"num_attention_heads = {heads}"
+        )
+    return width // heads

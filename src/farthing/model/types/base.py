@@ -72,7 +72,8 @@ def in_window(raw: Fields, switch: bool = False) -> dict[str, Any]:
     """max_position_embeddings of a model with a sliding window: at most the window, within which attention
     is the same without it. switch: whether the type has `use_sliding_window`, false by default."""
     window = raw.get("sliding_window")
-    if window is None or (switch and not raw.get("use_sliding_window")):
+    used = not switch or flag("use_sliding_window", raw.get("use_sliding_window") or False)
+    if window is None or not used:
         return {}
     most = integer(raw, "max_position_embeddings")
     return {"max_position_embeddings": min(most, in_range("sliding_window", window, 1))}

@@ -9,6 +9,7 @@ from farthing.model.types.qwen3_moe import SOFTMAX, experts
 from farthing.model.values import integer, number
 
 _MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(.*)")
+_COUNT = "num_local_experts"
 _PART = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _EXPERT = re.compile(r"(experts\.\d+)\.(gate_proj|up_proj|down_proj)")
 _STACKS = {
@@ -38,7 +39,7 @@ def _width(raw: Fields) -> dict[str, int]:
 
 def _mixtral(raw: Fields) -> Fields:
     defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2}
-    fixed = {"norm_topk_prob": True, **experts(raw), **_width(raw), **in_window(raw)}
+    fixed = {"norm_topk_prob": True, **experts(raw, _COUNT), **_width(raw), **in_window(raw)}
     return {**defaults, **present(raw), **SOFTMAX, **half_split(raw, 1e6), **fixed}
 
 
@@ -52,7 +53,7 @@ def _minimax_m2(raw: Fields) -> Fields:
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "norm_topk_prob": True,
-        **experts(raw),
+        **experts(raw, _COUNT),
         **_width(raw),
     }
     partial = {"partial_rotary_factor": rotated / size}
@@ -74,7 +75,7 @@ def _granitemoe(raw: Fields) -> Fields:
         "attention_multiplier": scores,
         "logit_scale": 1.0 / logits,
         "norm_topk_prob": True,
-        **experts(raw),
+        **experts(raw, _COUNT),
         **_width(raw),
     }
     return {**present(raw), **SOFTMAX, **half_split(raw), **fixed}
@@ -88,6 +89,7 @@ TYPES = (
         "MiniMax-M2",
         _minimax_m2,
         Names(_stored, _MTP, "the MTP layers of this type are not supported"),
+        own_words={"partial_rotary_factor": "rotary_dim"},
         grouped=True,
     ),
     ModelType("granitemoe", "Granite 3.x mixtures", _granitemoe, Names(_granite_stored), grouped=True),

@@ -22,10 +22,10 @@ SOFTMAX: dict[str, Any] = {
 }
 
 
-def experts(raw: Fields) -> dict[str, Any]:
-    """n_routed_experts from the name that the file has."""
-    name = next((n for n in ("num_experts", "num_local_experts") if raw.get(n) is not None), "num_experts")
-    return {"n_routed_experts": integer(raw, name)}
+def experts(raw: Fields, name: str = "num_experts") -> dict[str, Any]:
+    """n_routed_experts from the type's name for it, or the other that transformers writes."""
+    found = next((n for n in (name, "num_experts", "num_local_experts") if raw.get(n) is not None), name)
+    return {"n_routed_experts": integer(raw, found)}
 
 
 def _qwen3_moe(raw: Fields) -> Fields:
