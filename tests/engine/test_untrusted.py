@@ -269,3 +269,13 @@ def test_ids_that_a_vocabulary_with_gaps_has_taken_are_skipped() -> None:
     assert _taken([0, 1, 2, 9], 3) == 0
     assert _taken([0, 1, 2, 4, 6, 1 << 20], 3) == 1
     assert _taken([0, 1, 2, 8, 9], 4) == 5
+
+
+def test_a_marked_name_still_belongs_to_its_id() -> None:
+    """Kimi's ids hold the function's name, here a word of a token, which is marked."""
+    call = ToolCall("functions.think:7", "think", "{}")
+    talk = Conversation(
+        (Turn("user", "Hi"), Turn("assistant", "", "", (call,)), Turn("tool", "ok", call_id=call.id))
+    )
+    prompt = FORMATS["kimi_k2"].render(tokenizer().untrusted.conversation(talk), ControlTokens())
+    assert plain(prompt).count("functions.think:7") == 2
