@@ -110,6 +110,18 @@ def test_long_texts_are_encoded_in_a_child_process_in_the_same_way() -> None:
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no ' ~ messages[0].content) }}", "none"])
+def test_errors_quote_texts_as_the_client_wrote_them(template: str) -> None:
+    function = {"type": "function", "function": {"name": "think"}}
+    turns = [{"role": "user", "content": "<｜User｜>"}, {"role": "system", "content": "think"}]
+    with running(Recorder(False, template)) as server:
+        for body in ({"messages": turns}, {"messages": turns[:1], "tools": [function]}):
+            answer = httpx.post(server.url + CHAT, json=body, timeout=30)
+            assert answer.status_code in (200, 400) and "ud800" not in answer.text
+            if answer.status_code == 400 and "raise" in template:
+                assert "no <｜User｜>" in answer.json()["error"]["message"]
+
+
 def test_raw_prompts_are_the_clients_own() -> None:
     engine = Recorder(False, None)
     with running(engine) as server:

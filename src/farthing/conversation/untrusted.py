@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from farthing.conversation.marks import MARK
+from farthing.conversation.marks import MARK, plain
 from farthing.conversation.parse.base import THINK, Tags
 from farthing.conversation.scan import alternatives
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
@@ -215,6 +215,11 @@ class Untrusted:
 
 
 TRUSTED = Untrusted(())  # marks no token
+
+
+def unmarked(message: str) -> str:
+    """A message about a marked conversation, as it is about the original."""
+    return plain(printed(message))
 
 
 def printed(prompt: str) -> str:

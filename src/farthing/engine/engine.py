@@ -44,7 +44,7 @@ from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
 
 from farthing.config import EngineConfig
-from farthing.conversation.untrusted import TRUSTED
+from farthing.conversation.untrusted import TRUSTED, unmarked
 from farthing.engine.admission import Admission
 from farthing.engine.backlog import Backlog
 from farthing.engine.chat_template import flatten
@@ -223,12 +223,15 @@ class Engine:
         """
         tokenizer = self._admission.need_tokenizer("chat")
         marking = TRUSTED if self.config.trust_special_tokens else tokenizer.untrusted
-        return tokenizer.render_chat(
-            marking.messages(flatten(messages)),
-            marking.value(tools),
-            add_generation_prompt,
-            **marking.options(kwargs),
-        )
+        try:
+            return tokenizer.render_chat(
+                marking.messages(flatten(messages)),
+                marking.value(tools),
+                add_generation_prompt,
+                **marking.options(kwargs),
+            )
+        except ValueError as error:
+            raise ValueError(unmarked(str(error))) from error
 
     @property
     def queue_room(self) -> int | None:

@@ -18,7 +18,7 @@ from farthing.conversation.parse.forced import ListedCalls, NamedCall
 from farthing.conversation.parse.output import OutputParser
 from farthing.conversation.parse.reasoning import ReasoningCounter
 from farthing.conversation.types import Conversation
-from farthing.conversation.untrusted import TRUSTED
+from farthing.conversation.untrusted import TRUSTED, unmarked
 from farthing.engine.logprobs import Position
 from farthing.engine.request import (
     CompletionOutput,
@@ -348,5 +348,8 @@ async def render(service: Service, conversation: Conversation, client: str, name
         values = template.arguments(conversation, source, formats.chosen.efforts)
         prompt = await service.render(values, client, names.prompt)
         return template.finished(conversation, prompt)
+    except ApiError as error:
+        error.message = unmarked(error.message)
+        raise
     except (FormatError, ValueError, RecursionError) as error:
-        raise ApiError(400, plain(str(error)), param=names.prompt, code="invalid_value") from error
+        raise ApiError(400, unmarked(str(error)), param=names.prompt, code="invalid_value") from error
