@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from farthing.engine.request import RequestOutput, SamplingParams, StructuredOutputsParams
     from farthing.llm import LLM
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 # Imported on first use, so that `farthing --help` does not load torch.
