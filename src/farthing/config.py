@@ -56,6 +56,7 @@ class EngineConfig:
     trust_special_tokens: bool = _engine(
         False, "Text in chats that equals a control token, such as <｜User｜>, becomes that token"
     )
+    check_memory: bool = _engine(True, "Refuse a model or cache larger than the available memory (CPU)")
     skip_tokenizer_init: bool = _engine(False, "Token ids in and out, without a tokenizer")
 
     max_model_len: int | None = _cache(
@@ -69,11 +70,15 @@ class EngineConfig:
     )
     block_size: int = _cache(16, "Tokens per cache block", minimum=1)
     num_blocks: int | None = _cache(None, "Number of cache blocks; default: by free memory", minimum=1)
-    kv_cache_memory: int | None = _cache(None, "Cache size in bytes, unless num_blocks is set", minimum=1)
+    kv_cache_memory: int | None = _cache(
+        None, "Cache size in bytes (20GB), unless num_blocks is set", minimum=1, size=True
+    )
     kv_cache_dtype: KvCacheDtype = _cache("auto", "Cache dtype")
     enable_prefix_caching: bool = _cache(True, "Reuse of cached blocks by prompts with the same prefix")
     prefix_cache_dir: str | None = _cache(None, "Directory for cached blocks that outlive the process")
-    prefix_cache_disk_bytes: int = _cache(DEFAULT_DISK_BYTES, "Maximum bytes in that directory", minimum=1)
+    prefix_cache_disk_bytes: int = _cache(
+        DEFAULT_DISK_BYTES, "Maximum bytes in that directory", minimum=1, size=True
+    )
 
     max_queue: int | None = _limit(1024, "Maximum number of waiting sequences before 429", minimum=1)
     max_queue_tokens: int | None = _limit(

@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _KEY = "option"
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 _WORDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string", Path: "a Path"}
 
 
@@ -33,6 +37,7 @@ class Option:
     above: float | None = None  # numbers must exceed this
     argument: bool = False  # a positional argument instead of an option
     environment: str | None = None  # variable with the default
+    size: bool = False  # bytes: the command line takes 1.5GB too
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,7 @@ def option(
     above: float | None = None,
     argument: bool = False,
     environment: str | None = None,
+    size: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line option."""
     declared = Option(
@@ -70,6 +76,7 @@ def option(
         above=above,
         argument=argument,
         environment=environment,
+        size=size,
     )
     return field(default=default, metadata={_KEY: declared})
 
@@ -149,3 +156,17 @@ def _union(hint: Any) -> Iterator[Any]:
         yield from get_args(hint)
     else:
         yield hint
+
+
+def parse_bytes(name: str, value: Any) -> int:
+    """1500000, '1.5MB' or '1.5 gib' -> bytes. Raises ValueError naming the field."""
+    number, unit = str(value).strip(), ""
+    while number and number[-1].isalpha():
+        number, unit = number[:-1], number[-1] + unit
+    try:
+        size = float(number) * _UNITS[unit.upper()]
+        if 1 <= size < float("inf"):
+            return round(size)
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"{name}: got {value!r}; expected bytes such as 1500000, 1.5MB or 1.5GiB")

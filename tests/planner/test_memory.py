@@ -19,10 +19,10 @@ from farthing.bench.original import bf16_checkpoint
 from farthing.checkpoint import Checkpoint
 from farthing.cli.exits import Exit
 from farthing.cli.plan import app
-from farthing.compress.size import parse_bytes
 from farthing.hub import resolve_model
 from farthing.model.load import config_of
 from farthing.ops import select
+from farthing.options import parse_bytes
 from farthing.parallel import rank as rank_module
 from farthing.parallel.group import Alone
 from farthing.parallel.plan import Layout, ShardPlan

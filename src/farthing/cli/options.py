@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from farthing.options import Declared, declared
+from farthing.options import Declared, declared, parse_bytes
 
 Command = Callable[..., None]
 
@@ -65,6 +65,8 @@ def _parameter(d: Declared) -> inspect.Parameter:
             name,
             *d.option.flags,
             help=text,
+            parser=_size(d.name) if d.option.size else None,
+            metavar="BYTES" if d.option.size else None,
             envvar=d.option.environment,
             rich_help_panel=d.option.group,
         )
@@ -74,6 +76,16 @@ def _parameter(d: Declared) -> inspect.Parameter:
         default=None if d.repeated else d.default,
         annotation=Annotated[kind, info],
     )
+
+
+def _size(name: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            return parse_bytes(name, text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse
 
 
 def _value(d: Declared, value: Any) -> Any:

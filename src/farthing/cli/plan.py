@@ -80,7 +80,7 @@ def plan(
 
 def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
     from farthing.checkpoint.quantization import method_of
-    from farthing.compress.size import parse_bytes
+    from farthing.options import parse_bytes
     from farthing.parallel.plan import ShardPlan
     from farthing.planner.footprint import FLOAT_BYTES, Holder, quantization_of
     from farthing.planner.memory import PlannedModel, memory

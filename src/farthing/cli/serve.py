@@ -12,6 +12,7 @@ import typer
 from farthing import extras
 from farthing.cli.errors import one_line_errors
 from farthing.cli.options import with_options
+from farthing.cli.preflight import preflight
 from farthing.cli.read_ahead import remember
 from farthing.config import EngineConfig
 from farthing.page_in import page_in
@@ -76,6 +77,7 @@ def serve(
             require_torch(engine_config)
         from farthing.server.run import serve as run
 
+        preflight(engine_config)
         _suggest_extras()
         raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config)))
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 from farthing.checkpoint.quantization import quantization_in
 from farthing.compress.calibrate.observers import Observer
 from farthing.compress.prune.masks import BLOCKS, Pattern, Score, check_sparsity
-from farthing.compress.size import Measure, parse_bytes
+from farthing.compress.size import Measure
+from farthing.options import parse_bytes
 from farthing.reader import read
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]

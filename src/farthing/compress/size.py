@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from farthing.checkpoint import Checkpoint
 from farthing.model import ModelConfig
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Measure = Literal["memory", "file", "token"]
-_UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +111,3 @@ def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
     cells = int((counts > 0).sum())
     scales = (counts.numel() - cells) * BLOCK * 2 if weight.format == "int4" else 0
     return round(weight.data.nbytes * share) + scales - 2 * cells
-
-
-def parse_bytes(name: str, value: Any) -> int:
-    """1500000, '1.5MB' or '1.5 gib' -> bytes. Raises ValueError naming the field."""
-    number, unit = str(value).strip(), ""
-    while number and number[-1].isalpha():
-        number, unit = number[:-1], number[-1] + unit
-    try:
-        size = float(number) * _UNITS[unit.upper()]
-        if 1 <= size < float("inf"):
-            return round(size)
-    except (KeyError, ValueError):
-        pass
-    raise ValueError(f"{name}: got {value!r}; expected bytes such as 1500000, 1.5MB or 1.5GiB")

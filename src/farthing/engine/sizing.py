@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 
 from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig
 from farthing.engine.model import Model
 from farthing.lazy import torch
+from farthing.memory import available_memory, gigabytes
 from farthing.ops.api import CacheDtype
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
         )
     length = config.max_model_len or limit
     blocks = config.num_blocks or _num_blocks(config, model, dtype, length)
+    if config.check_memory and device.type == "cpu":
+        _check_fits(blocks * _bytes_of_all_ranks(config, model, dtype))
     held = blocks * config.block_size
     if held < length and config.max_model_len is not None:
         raise ValueError(
@@ -67,9 +69,21 @@ def block_bytes(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
     return config.block_size * (latents + c.index_rows * (c.index_head_dim * item + scale // 2))
 
 
+def _bytes_of_all_ranks(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
+    """Bytes of a block on all ranks: every rank of a stage has its own cache of the stage's layers."""
+    return block_bytes(config, model, dtype) * max(config.tensor_parallel_size, config.expert_parallel_size)
+
+
+def _check_fits(cache: int) -> None:
+    if cache > (free := available_memory()):
+        raise ValueError(
+            f"kv_cache_memory, num_blocks: got a cache of {gigabytes(cache)}; expected at most the "
+            f"{gigabytes(free)} that are available, or check_memory False"
+        )
+
+
 def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: int) -> int:
-    # Every rank of a stage has its own cache of the stage's layers.
-    size = block_bytes(config, model, dtype) * max(config.tensor_parallel_size, config.expert_parallel_size)
+    size = _bytes_of_all_ranks(config, model, dtype)
     memory = config.kv_cache_memory
     if memory is not None:
         if memory < size:
@@ -83,27 +97,3 @@ def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: i
         memory = int(torch.cuda.mem_get_info(model.ops.device)[0] * _GPU_SHARE)
     most = config.max_num_seqs * -(-length // config.block_size)
     return max(1, min(most, memory // size))
-
-
-def available_memory() -> int:
-    """Memory available to this process in bytes: the machine's, or its control group's if smaller."""
-    free = _meminfo()
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return max(free, 1 << 20)
-
-
-def _meminfo() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30  # not Linux: a conservative guess
