@@ -81,7 +81,7 @@ def test_saliency_is_the_cost_of_cutting_one_weight() -> None:
 
 def test_costs_select_better_blocks_than_energy_and_compensation_helps() -> None:
     from farthing.compress.prune.masks import mask, scores
-    from farthing.compress.quantize.sweep import output_error, sweep
+    from farthing.compress.quantize.sweep import Feedback, output_error, sweep
 
     w, x = random(0, 1, 64, 64), inputs(9, 400, 64)
     gram = (x.T @ x)[None]
@@ -90,8 +90,8 @@ def test_costs_select_better_blocks_than_energy_and_compensation_helps() -> None
     by_energy = mask(scores(w[0], gram[0].diagonal() / 400, "energy"), 5 / 16, "16x16")[None]
     assert int((~keep).sum()) == int((~by_energy).sum()) == 5 * 256
     ours = output_error(w, least_squares(w, gram, keep, 16), gram)
-    assert float(ours) < 0.8 * float(output_error(w, sweep(w, gram, None, by_energy), gram))
-    assert float(ours) < float(output_error(w, sweep(w, gram, None, keep), gram))
+    assert float(ours) < 0.8 * float(output_error(w, sweep(w, Feedback.of(gram), keep=by_energy)[0], gram))
+    assert float(ours) < float(output_error(w, sweep(w, Feedback.of(gram), keep=keep)[0], gram))
     assert float(ours) < 0.5 * float(output_error(w, w * keep, gram))
 
 

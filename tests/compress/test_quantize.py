@@ -15,7 +15,7 @@ from farthing.compress.quantize.fp8 import quantize_fp8
 from farthing.compress.quantize.grid import int4_grid, int8_grid
 from farthing.compress.quantize.rotate import hadamard, random_hadamard, rotate_latent, rotate_values
 from farthing.compress.quantize.scaling import awq_scale, smooth_scale
-from farthing.compress.quantize.sweep import output_error, sweep
+from farthing.compress.quantize.sweep import Feedback, output_error, sweep
 from farthing.compress.simulate import round_fp8_group, round_tensor, round_token
 
 
@@ -50,7 +50,7 @@ def test_gptq_is_optimal_brain_quantization_in_its_order(act_order: bool) -> Non
     w, x = random(0, 2, 12, 96), torch.stack([correlated(1, 300, 96), correlated(4, 300, 96)])
     gram = x.transpose(1, 2) @ x
     grid = int4_grid(w, 32)
-    value = sweep(w, gram, grid, act_order=act_order, damp=0.01)
+    value, squared = sweep(w, Feedback.of(gram, act_order), grid)
     scale, _ = grid.expand(96)
     for b in range(2):
         h = gram[b] + 0.01 * gram[b].diagonal().mean() * torch.eye(96)
@@ -60,6 +60,8 @@ def test_gptq_is_optimal_brain_quantization_in_its_order(act_order: bool) -> Non
         assert float(different.float().mean()) < 0.01  # ties may round either way
     nearest = output_error(w, grid.round(w), gram)
     assert bool((output_error(w, value, gram) < 0.7 * nearest).all())
+    energy = torch.stack([(each @ rows.T).square().sum() for each, rows in zip(w, x, strict=True)])
+    torch.testing.assert_close(squared / energy, output_error(w, value, gram), rtol=1e-3, atol=0)
 
 
 def test_pruning_sweep_is_least_squares_on_the_kept_columns() -> None:
@@ -68,7 +70,7 @@ def test_pruning_sweep_is_least_squares_on_the_kept_columns() -> None:
     keep = torch.ones(1, 6, 20, dtype=torch.bool)
     keep[:, :, :5] = False
     gram = (x.T @ x)[None]
-    value = sweep(w, gram, None, keep, act_order=False, damp=1e-8)[0]
+    value = sweep(w, Feedback.of(gram, False, 1e-8), keep=keep)[0][0]
     target = x @ w[0].T
     best = torch.linalg.lstsq(x[:, 5:].double(), target.double()).solution.T
     torch.testing.assert_close(value[:, 5:].double(), best, rtol=1e-3, atol=1e-3)
@@ -77,11 +79,10 @@ def test_pruning_sweep_is_least_squares_on_the_kept_columns() -> None:
 
 def test_rank_deficient_gram_is_damped() -> None:
     x = random(0, 3, 64)
-    value = sweep(random(1, 1, 8, 64), (x.T @ x)[None], int4_grid(random(1, 1, 8, 64), 32))
+    value, _ = sweep(random(1, 1, 8, 64), Feedback.of((x.T @ x)[None]), int4_grid(random(1, 1, 8, 64), 32))
     assert bool(value.isfinite().all())
-    assert bool(
-        sweep(random(1, 1, 8, 64), torch.zeros(1, 64, 64), int8_grid(random(1, 1, 8, 64))).isfinite().all()
-    )
+    empty = Feedback.of(torch.zeros(1, 64, 64))
+    assert bool(sweep(random(1, 1, 8, 64), empty, int8_grid(random(1, 1, 8, 64)))[0].isfinite().all())
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from farthing.compress.calibrate import recorder
 from farthing.compress.calibrate.recorder import InputStats, Recorder, Wanted, with_fallbacks
 from farthing.compress.trace import Matrix
 
 
 def record(batches: dict[str, list[torch.Tensor]]) -> Recorder:
-    recorder = Recorder(Wanted(gram=True, histogram=True, rows=16))
+    ops = Recorder(Wanted(gram=True, histogram=True, rows=16))
     for name, parts in batches.items():
         for x in parts:
-            recorder.before(Matrix(name, torch.zeros(0), "dense"), x)
-    return recorder
+            ops.before(Matrix(name, torch.zeros(0), "dense"), x)
+    return ops
 
 
 def test_statistics_equal_plain_sums_for_any_batches() -> None:
@@ -48,3 +50,11 @@ def test_rare_experts_use_their_peers_sums_and_widest_range() -> None:
     same, none = with_fallbacks(inputs, ["a", "b"], least=8)
     assert not none and same["a"].fallback is None
     assert with_fallbacks({}, ["x"], least=8) == ({}, ["x"])
+
+
+def test_gram_in_strips_is_exact_and_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "STRIP", 5)
+    x = torch.randint(-4, 5, (9, 12)).float()
+    gram = torch.ones(12, 12)
+    recorder._add_gram(gram, x)
+    assert torch.equal(gram, 1 + x.T @ x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.compress import stream
+from farthing.compress import stream, transform
 from farthing.compress.api import Options, compress
 from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import paged_batch
@@ -298,3 +299,53 @@ def test_v2_without_query_latent_and_without_experts(tmp_path: Path, data: Path)
     corpus = corpus_of(data, source, 64, SMALL)
     run(Job(source, tmp_path / "out", RECIPES["int4-awq"], corpus))
     assert load_for(tmp_path / "out", "reference").config.n_routed_experts is None
+
+
+def test_gptq_factors_inputs_once_and_uses_one_thread_per_expert(
+    model_dir: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate and up of an expert share their second moments; small steps never wait for other threads."""
+    factored: list[int] = []
+    threads: list[tuple[str, int]] = []
+    of, sweep = transform.Feedback.of, transform.sweep
+
+    def count(gram: torch.Tensor, *more: Any) -> Any:
+        factored.append(len(gram))
+        return of(gram, *more)
+
+    def watch(w: torch.Tensor, *more: Any) -> Any:
+        threads.append((threading.current_thread().name, torch.get_num_threads()))
+        return sweep(w, *more)
+
+    monkeypatch.setattr(transform.Feedback, "of", count)
+    monkeypatch.setattr(transform, "sweep", watch)
+    before = torch.get_num_threads()
+    done: list[tuple[int, int]] = []
+    run(
+        Job(model_dir, tmp_path / "out", RECIPES["int4-gptq"], corpus),
+        lambda what, n, of: done.append((n, of)),
+    )
+    layers, experts = 4, 8  # one layer is dense, one drafts and has eh_proj
+    attention, mlps = 4 * layers, 2 * (layers + (layers - 1) * experts)
+    assert sum(factored) == attention + mlps + 1
+    pooled = [n for name, n in threads if name.startswith("ThreadPool")]
+    assert pooled and set(pooled) == {1} and torch.get_num_threads() == before
+    assert done == sorted(done) and len({n for n, _ in done}) > 3 * layers  # several times within a layer
+    assert done[0] == (0, layers * stream.STEPS) and done[-1] == (layers * stream.STEPS,) * 2
+
+
+def test_products_are_rounded_only_while_calibration_text_runs(
+    model_dir: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[str]] = {"forward": set(), "compress_layer": set()}
+    for name in seen:
+        inner = getattr(stream, name)
+
+        def watch(*args: Any, name: str = name, inner: Any = inner, **named: Any) -> Any:
+            seen[name].add(torch.get_float32_matmul_precision())
+            return inner(*args, **named)
+
+        monkeypatch.setattr(stream, name, watch)
+    run(Job(model_dir, tmp_path / "out", RECIPES["int4-gptq"], corpus))
+    assert seen == {"forward": {"medium"}, "compress_layer": {"highest"}}
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,6 +55,7 @@ class CompressOptions:
     pack: bool = _option(False, "Also write packed.bin in the CPU kernels' layout")
     gate: bool = _option(True, "Evaluate the result on held-out text")
     timing: bool | None = _option(None, "Serve both models and time them; default: same as --gate")
+    check_memory: bool = _option(True, "Refuse to begin with too little memory or disk")
     max_tokens: int | None = _option(None, "Held-out tokens to evaluate; default: about 16,384", minimum=1)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,9 @@ def compress(
 
 def _run(given: CompressOptions, out: Path) -> Outcome:
     """Compress, then serve both models to time them, with both in memory."""
+    # Torch's threads otherwise wait for each other in busy loops after every small op, and with fewer free
+    # cores than threads that takes many times the work itself. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from farthing.checkpoint.reader import read_config
     from farthing.cli.progress import step_progress
     from farthing.compress import api
@@ -108,6 +113,7 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
         max_tokens=given.max_tokens,
         export=given.format,
         gate=given.gate,
+        check_memory=given.check_memory,
     )
     source = resolve_model(given.model)
     recipe = named or _recipe(given, default_recipe(read_config(source)), limit)

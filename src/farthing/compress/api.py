@@ -22,6 +22,7 @@ from farthing.compress.export.layout import (
     transformers_limits,
 )
 from farthing.compress.gate import check_backend, compare_in_turn, held_out_sample, load_for
+from farthing.compress.needs import check_needs
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
@@ -45,6 +46,7 @@ class Options:
     max_tokens: int | None = None  # of held-out text; None: GATE_TOKENS for the gate
     export: str = "auto"  # see `export/layout.py`
     gate: bool = True
+    check_memory: bool = True  # refuse a run for which memory or disk is too small
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,8 @@ def _ready(
     expected = expected_bytes(options.export, checkpoint, config, recipe)
     if expected is not None and (said := grown(_weight_bytes(checkpoint), expected)):
         log.warning("expected: %s", said)
+    if options.check_memory:
+        check_needs(checkpoint, out, recipe, expected, options.gate)
     if not options.gate:
         return options, None
     check_backend(options.backend)

@@ -14,7 +14,7 @@ from farthing.compress.calibrate.recorder import InputStats
 from farthing.compress.layer import Layer
 from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing.compress.prune.obs import Trace, block_trace, cheapest, least_squares, saliency
-from farthing.compress.quantize.sweep import sweep
+from farthing.compress.quantize.sweep import Feedback, sweep
 from farthing.compress.recipe import Prune, Recipe
 from farthing.compress.trace import input_name
 
@@ -49,7 +49,7 @@ def _remaining(w: Tensor, keep: Tensor, gram: Tensor | None, recipe: Recipe) -> 
     if p.compensation == "none" or gram is None:
         return w * keep
     if p.compensation == "sweep":
-        return sweep(w, gram, None, keep, recipe.act_order, recipe.damp)
+        return sweep(w, Feedback.of(gram, recipe.act_order, recipe.damp), keep=keep)[0]
     return least_squares(w, gram, keep, BLOCKS.get(p.pattern, (1, 1))[0], recipe.damp)
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ from farthing.files import replace_json, replace_tensors
 from farthing.model import ModelConfig
 
 CHUNK = 4096  # calibration tokens per forward pass
-Progress = Callable[[str, int, int], None]  # (what, layers done, layers)
+STEPS = 100  # of progress per layer
+PASSES, ROUNDING = 25, 40  # about the steps of a pass over the calibration text, and of rounding
+Progress = Callable[[str, int, int], None]  # (what, steps done, steps)
+Advance = Callable[[float], None]  # called with the share of a part that is done
 STATE = ".farthing"
 
 
@@ -106,11 +110,10 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
         state.next_layer = 0
         _save(job, state, writer, stream)
     for index in range(state.next_layer, layers):
-        if progress:
-            progress(f"layer {index}", index, layers)
+        steps = _Steps(progress, index, layers)
         layer = Layer.read(checkpoint, config, index)
         checkpoint.release()
-        result = _one_layer(job, layer, stream, embedding, final_norm, state)
+        result = _one_layer(job, layer, stream, embedding, final_norm, state, steps)
         _write_layer(job, layer, result, writer, state)
         del layer, result  # free before the next one is read
         state.next_layer = index + 1
@@ -118,8 +121,30 @@ def run(job: Job, progress: Progress | None = None) -> Progressed:
     writer.close(_final_config(job, checkpoint, state), copy_from=job.source)
     shutil.rmtree(job.out / STATE, ignore_errors=True)
     if progress:
-        progress("written", layers, layers)
+        progress("written", STEPS * layers, STEPS * layers)
     return state
+
+
+class _Steps:
+    """Progress within one layer."""
+
+    def __init__(self, progress: Progress | None, index: int, layers: int) -> None:
+        self._progress, self._index, self._layers = progress, index, layers
+        self._done = 0.0
+        self.part(0)(0)
+
+    def part(self, steps: int) -> Advance:
+        """The next part of the layer, which takes about this many of its steps."""
+        start, self._done = self._done, min(self._done + steps, STEPS - 1)
+        end = self._done
+
+        def advance(share: float) -> None:
+            if self._progress:
+                done = self._index * STEPS + start + share * (end - start)
+                what = f"layer {self._index + 1} of {self._layers}"
+                self._progress(what, int(done), self._layers * STEPS)
+
+        return advance
 
 
 def _check_structure(recipe: Recipe, config: ModelConfig) -> None:
@@ -151,7 +176,13 @@ def _each(checkpoint: Checkpoint, config: ModelConfig, layers: int) -> Iterator[
 
 
 def _one_layer(
-    job: Job, layer: Layer, stream: Stream | None, embedding: Tensor, final_norm: Tensor, state: Progressed
+    job: Job,
+    layer: Layer,
+    stream: Stream | None,
+    embedding: Tensor,
+    final_norm: Tensor,
+    state: Progressed,
+    steps: _Steps,
 ) -> LayerResult:
     recipe = job.recipe
     plan = job.plan or (lambda module: recipe.scheme)
@@ -161,7 +192,8 @@ def _one_layer(
         assert stream is not None
         wanted = Wanted(recipe.needs_gram, recipe.static)
         ops = Recorder(wanted)
-        return ops, forward(layer, ops, stream, embedding, final_norm)
+        with bfloat16_products():
+            return ops, forward(layer, ops, stream, embedding, final_norm, steps.part(PASSES))
 
     if stream is not None and stream.unpruned is not None and not layer.is_mtp:
         teacher = replace(stream, hidden=stream.unpruned)
@@ -187,18 +219,26 @@ def _one_layer(
             state.healed.append({"layer": layer.index} | asdict(healed))
         if recorder is not None and recipe.scheme not in ("keep", "fp8"):
             recorder, out = record()
-    result = compress_layer(layer, recorder, recipe, plan, masks, originals)
+    result = compress_layer(layer, recorder, recipe, plan, masks, originals, steps.part(ROUNDING))
     if stream is not None and not layer.is_mtp:
         # Later layers calibrate on the result of coarse changes, to compensate for them. int8 and FP8 are
         # too close to the original to be worth a second pass.
         coarse = recipe.scheme in ("int4", "auto") or recipe.prune is not None
         if coarse or out is None:
-            out = forward(layer, TracedOps(), stream, embedding, final_norm)
+            with bfloat16_products():
+                out = forward(layer, TracedOps(), stream, embedding, final_norm, steps.part(PASSES))
         stream.hidden = out
     return result
 
 
-def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
+def forward(
+    layer: Layer,
+    ops: TracedOps,
+    stream: Stream,
+    embedding: Tensor,
+    final_norm: Tensor,
+    advance: Advance = lambda share: None,
+) -> Tensor:
     """The layer's output for every calibration token, [T, D]."""
     block = build(layer, ops, embedding, final_norm)
     out = torch.empty_like(stream.hidden)
@@ -207,7 +247,20 @@ def forward(layer: Layer, ops: TracedOps, stream: Stream, embedding: Tensor, fin
         heads = layer.config.attention
         cache = ops.new_cache(heads.cache_rows, blocks, BLOCK, heads.cache_width, "float32")
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
+        advance(rows.stop / len(out))
     return out
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Float32 products round their factors to bfloat16 where the processor multiplies that faster, as serving
+    does; sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ Legend: B matrices of one shape at once; N rows; K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,7 +26,7 @@ from farthing.compress.quantize.fp8 import quantize_fp8
 from farthing.compress.quantize.grid import Grid, int4_grid, int8_grid
 from farthing.compress.quantize.rotate import random_hadamard, rotate_latent, rotate_values
 from farthing.compress.quantize.scaling import awq_scale, smooth_scale
-from farthing.compress.quantize.sweep import output_error, sweep
+from farthing.compress.quantize.sweep import Feedback, energy_of, output_error, sweep
 from farthing.compress.recipe import OBSERVER_NAMES, Recipe
 from farthing.compress.size import zero_block_bytes
 from farthing.compress.trace import input_name
@@ -137,11 +139,13 @@ def compress_layer(
     plan: Plan,
     masks: Mapping[str, Tensor] | None = None,
     originals: Mapping[str, Tensor] | None = None,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> LayerResult:
     """Round every matrix. `layer` then has the values that were written.
 
     masks: of pruned modules, whose zeros stay. originals: the reference for errors; None: `layer`. Without
-    originals and calibrated ranges, each matrix is released as soon as it is rounded.
+    originals and calibrated ranges, each matrix is released as soon as it is rounded. advance: called with
+    the share of matrices that are done.
     """
     result = LayerResult()
     stats, rare = layer_stats(layer, recorder)
@@ -153,9 +157,14 @@ def compress_layer(
         tokens = [0] * layer.experts if seen is None else seen.tokens.tolist()
         tokens += [0] * (layer.experts - len(tokens))
         result.coverage = {"tokens_per_expert": tokens, "fallbacks": sorted(rare)}
-    for family in layer.families():
-        for part in parts_of(layer, family):
-            _compress_family(layer, part, stats, recipe, plan, originals, masks, result)
+
+    def compress(unit: Unit) -> dict[str, Done]:
+        return _compress_unit(layer, unit, stats, recipe, plan, originals, masks)
+
+    units = _units(layer)
+    for i, modules in enumerate(_each(compress, units), 1):
+        result.modules |= modules
+        advance(i / len(units))
     if recipe.activations != "none":
         _choose_activations(originals or {}, stats, recipe, result)
     return result
@@ -176,20 +185,72 @@ def layer_stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str
     return stats, rare
 
 
-def _compress_family(
+Unit = list[list[str]]  # parts of families, such as some experts' gates and the same experts' ups
+
+
+def _each(compress: Callable[[Unit], dict[str, Done]], units: list[Unit]) -> Iterator[dict[str, Done]]:
+    """Results in the order of the units. Experts are compressed side by side, each by one thread: a sweep is
+    thousands of small steps, at whose ends several threads of one would wait for each other."""
+    shared = [unit for unit in units if ".experts." not in unit[0][0]]
+    yield from map(compress, shared)
+    with single_threaded() as threads, ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(compress, [unit for unit in units if ".experts." in unit[0][0]])
+
+
+@contextmanager
+def single_threaded() -> Iterator[int]:
+    """Torch ops run on the thread that calls them; yields the number of threads that they used before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _units(layer: Layer) -> list[Unit]:
+    """The layer's matrices, grouped by their inputs."""
+    units: dict[tuple[str, ...], Unit] = {}
+    for family in layer.families():
+        for part in parts_of(layer, family):
+            units.setdefault(tuple(map(input_name, part)), []).append(part)
+    return list(units.values())
+
+
+def _compress_unit(
     layer: Layer,
-    family: list[str],
+    unit: Unit,
     stats: Stats,
     recipe: Recipe,
     plan: Plan,
     originals: Mapping[str, Tensor] | None,
     masks: Mapping[str, Tensor],
-    result: LayerResult,
-) -> None:
+) -> dict[str, Done]:
+    """Compress parts that read the same inputs, whose second moments are factored once."""
+    gram = grams_of(stats, unit[0])
+    sweeps = recipe.algorithm == "gptq" and gram is not None
+    back = Feedback.of(gram, recipe.act_order, recipe.damp) if sweeps and gram is not None else None
+    done: dict[str, Done] = {}
+    for part in unit:
+        done |= _compress_part(layer, part, gram, back, stats, recipe, plan, originals, masks)
+    return done
+
+
+def _compress_part(
+    layer: Layer,
+    family: list[str],
+    gram: Tensor | None,
+    back: Feedback | None,
+    stats: Stats,
+    recipe: Recipe,
+    plan: Plan,
+    originals: Mapping[str, Tensor] | None,
+    masks: Mapping[str, Tensor],
+) -> dict[str, Done]:
+    done: dict[str, Done] = {}
     w = torch.stack([layer.weight(m) for m in family])
     known = [stats.get(input_name(m)) for m in family]
     energy = torch.stack([s.mean_energy() for s in known if s]) if all(known) else None
-    gram = grams_of(stats, family)
     keep = torch.stack([masks[m] for m in family]) if family[0] in masks else None
     formats = {
         m: stored_format(m, plan(m), recipe, layer.formats.get(m, "dense"), layer.group_columns(m))
@@ -202,18 +263,19 @@ def _compress_family(
             w[pick],
             None if energy is None else energy[pick],
             None if gram is None else gram[pick],
+            None if back is None else back[pick],
             None if keep is None else keep[pick],
         )
-        values, weights = _round(part, kind, recipe, [family[i] for i in index], layer)
+        values, weights, squared = _round(part, kind, recipe, [family[i] for i in index], layer)
         before = part.w if originals is None else torch.stack([originals[family[i]] for i in index])
-        errors = None if part.gram is None else output_error(before, values, part.gram)
+        errors = _errors(before, values, part.gram, squared if originals is None else None)
         for j, i in enumerate(index):
             module = family[i]
             st = known[i]
             sample = None if st is None or not len(st.rows) else st.rows
             error = float(errors[j]) if errors is not None else _sampled_error(before[j], values[j], sample)
             layer.set(module, values[j].clone())  # reuses the memory of its original
-            result.modules[module] = Done(weights[j], key_of(weights[j]), None, {
+            done[module] = Done(weights[j], key_of(weights[j]), None, {
                 "module": module,
                 "format": weights[j].format,
                 "bits": 8 * weights[j].nbytes / w[0].numel(),
@@ -223,6 +285,7 @@ def _compress_family(
                 "error": error,
                 "statistics": st.fallback if st else None,
             })  # fmt: skip
+    return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,19 +295,20 @@ class _Part:
     w: Tensor  # [B, N, K]
     energy: Tensor | None  # [B, K]
     gram: Tensor | None  # [B, K, K]
+    back: Feedback | None  # of the gram
     keep: Tensor | None  # [B, N, K]
 
 
 def _round(
     part: _Part, kind: str, recipe: Recipe, names: Sequence[str], layer: Layer
-) -> tuple[Tensor, list[Weight]]:
-    """(values [B, N, K], weights) of one format."""
-    value = part.w
+) -> tuple[Tensor, list[Weight], Tensor | None]:
+    """(values [B, N, K], weights, squared output error [B] if it is known) of one format."""
+    value, squared = part.w, None
     if kind == "int8" or kind.startswith("int4"):
         clip = part.gram if recipe.scaling == "awq" else None
         grid = _grid(part.w, part.energy, kind, recipe, layer.group_columns(names[0]), clip)
-        if recipe.algorithm == "gptq" and part.gram is not None:
-            value = sweep(value, part.gram, grid, part.keep, recipe.act_order, recipe.damp)
+        if part.back is not None:
+            value, squared = sweep(value, part.back, grid, part.keep)
         else:
             value = grid.round(value)
         weights = grid.weights(value if part.keep is None else value * part.keep)
@@ -253,7 +317,16 @@ def _round(
     else:
         dtypes = [layer.stored.get(f"{name}.weight", torch.bfloat16) for name in names]
         weights = [Weight("dense", value[b].to(dtype)) for b, dtype in enumerate(dtypes)]
-    return torch.stack([w.dequantize() for w in weights]), weights
+    return torch.stack([w.dequantize() for w in weights]), weights, squared
+
+
+def _errors(before: Tensor, after: Tensor, gram: Tensor | None, squared: Tensor | None) -> Tensor | None:
+    """Relative output errors, [B]; None without a gram. squared: the absolute ones, if they are known."""
+    if gram is None:
+        return None
+    if squared is None:
+        return output_error(before, after, gram)
+    return squared / energy_of(before, gram).clamp_min(1e-30)
 
 
 def _grid(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from farthing.compress.quantize.grid import int4_grid
-from farthing.compress.quantize.sweep import sweep
+from farthing.compress.quantize.sweep import Feedback, sweep
 from farthing.train.functional import spans
 from farthing.train.grouped import Routing, dispatch
 from farthing.train.lsq import Precision, QuantizedProduct, Tap
@@ -58,7 +58,7 @@ def _round(product: QuantizedProduct, w: Tensor, gram: Tensor) -> None:
     own, gram = quantizer.pruned(w).float().cpu(), gram.cpu()
     keep = None if quantizer.keep is None else quantizer.pruned(torch.ones_like(w)).bool().cpu()
     grid = int4_grid(own, quantizer.group, gram.diagonal(dim1=1, dim2=2))
-    w.copy_(sweep(own, gram, grid, keep))
+    w.copy_(sweep(own, Feedback.of(gram), grid, keep)[0])
     quantizer.bits = 4
     quantizer.log_scale.copy_(grid.scale[..., None].log())
 

@@ -14,6 +14,17 @@ from torch import Tensor
 from farthing.compress.calibrate.histogram import Histogram
 from farthing.compress.trace import Matrix, TracedOps
 
+STRIP = 1024  # columns
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """gram [K, K] += x^T x; each strip from its diagonal on, mirrored, takes half of the products."""
+    for start in range(0, len(gram), STRIP):
+        stop = start + STRIP
+        own = x[:, start:stop].t() @ x[:, start:]
+        gram[start:stop, start:] += own
+        gram[stop:, start:stop] += own[:, STRIP:].t()
+
 
 @dataclass(slots=True)
 class InputStats:
@@ -77,7 +88,7 @@ class Recorder(TracedOps):
         stats.magnitude += absolute.sum(0)
         stats.absmax = torch.maximum(stats.absmax, absolute.amax(0))
         if stats.gram is not None:
-            stats.gram.addmm_(x32.t(), x32)
+            _add_gram(stats.gram, x32)
         if stats.histogram is not None:
             stats.histogram.add(x32)
         self._sample(stats, x32)

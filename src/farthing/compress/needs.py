@@ -1,0 +1,76 @@
+"""Memory and disk that a compression takes, compared with what is free before it begins."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections import defaultdict
+from math import prod
+from pathlib import Path
+
+from farthing.checkpoint import Checkpoint
+from farthing.compress.recipe import Recipe
+from farthing.compress.trace import input_name
+from farthing.memory import available_memory, gigabytes
+from farthing.model import ModelConfig
+from farthing.planner.fit import certainly_fits, weight_bytes
+
+log = logging.getLogger(__name__)
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+_COPIES = 1.5  # of a layer in float32: the layer, and the parts of it that are being compressed
+_PROGRAM = 1 << 30  # bytes of Python, torch and buffers
+
+
+def check_needs(checkpoint: Checkpoint, out: Path, recipe: Recipe, expected: int | None, gate: bool) -> None:
+    """Log what the run takes, and raise ValueError if that is more than is free.
+
+    expected: bytes of the result; None: at most the source's. gate: whether the models are also served.
+    """
+    done = sum(file.stat().st_size for file in out.glob("*.safetensors")) if out.is_dir() else 0
+    written = (expected or checkpoint.stored_bytes()) - done
+    memory = memory_needed(checkpoint, ModelConfig.from_json(checkpoint.config), recipe)
+    disk, free = free_disk(out), available_memory()
+    log.info("the result takes about %s, memory about %s", gigabytes(written), gigabytes(memory))
+    if written > disk:
+        raise ValueError(
+            f"out: the result takes about {gigabytes(written)}, and {gigabytes(disk)} are free; expected a "
+            "directory on another disk, or --no-check-memory"
+        )
+    if memory > free:
+        raise ValueError(
+            f"model: compressing its largest layer takes about {gigabytes(memory)} of memory, and "
+            f"{gigabytes(free)} are available; expected more memory, a recipe without second moments such as "
+            "int4-rtn, or --no-check-memory"
+        )
+    if gate and not certainly_fits(checkpoint.path, free):
+        served = weight_bytes(checkpoint.path)
+        if served > free:
+            raise ValueError(
+                f"model: serving it for the accuracy gate takes {gigabytes(served)} of memory, and "
+                f"{gigabytes(free)} are available; expected --no-gate, or --no-check-memory"
+            )
+
+
+def memory_needed(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
+    """About the most bytes at a time: the largest layer, its inputs' moments, and the hidden states."""
+    weights: dict[str, int] = defaultdict(int)
+    inputs: dict[str, dict[str, int]] = defaultdict(dict)
+    for name in checkpoint.names():
+        found = _LAYER.search(name)
+        if found and name.endswith(("weight", "weight_packed")):
+            shape = checkpoint.shape(name)
+            packed = 8 if name.endswith("weight_packed") else 1
+            weights[found[1]] += prod(shape) * packed
+            if len(shape) == 2:
+                inputs[found[1]][input_name(name.rpartition(".")[0])] = shape[1] * packed
+    moments = recipe.needs_data and recipe.needs_gram
+    layers = [4 * (_COPIES * weights[i] + sum(k * k for k in inputs[i].values()) * moments) for i in weights]
+    hidden = 4 * 3 * recipe.calibration_tokens * config.hidden_size if recipe.needs_data else 0
+    return round(max(layers, default=0)) + hidden + _PROGRAM
+
+
+def free_disk(path: Path) -> int:
+    """Free bytes of the disk on which `path` is or will be."""
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
