@@ -16,6 +16,7 @@ from farthing.model import DeepseekModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
+from farthing.ops.hybrid import HybridOps
 from tests.tiny import GLM4
 
 from .conftest import EOS, GREEDY, VOCAB, Always, Greedy, MakeEngine, greedy_of, tokens_of
@@ -121,6 +122,22 @@ def test_packed_file_gives_the_same_logits(quantization: str | None, tmp_path: P
     assert mapped.ops.packed_from is not None
     assert torch.equal(hidden(model), hidden(mapped))
     assert distance(hidden(model), hidden(built())) < {None: 1e-6, "int8": 0.1, "int4": 0.6}[quantization]
+
+
+def test_experts_on_the_host_give_the_same_logits(expected: dict[CacheDtype, torch.Tensor]) -> None:
+    ops = HybridOps(select("torch", torch.float32), select("cpu", threads=1), 2)
+    assert distance(hidden(random_model(CONFIG, ops, seed=7)), expected["float32"]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_layers_can_be_divided(backend: str) -> None:
+    model = built(backend)
+    ids, batch = torch.arange(20), make_batch([20], [0], [[2, 0, 1]], 8)
+    whole = model.forward(ids, batch, model.new_cache(3, 8))
+    h, cache = model.embed(ids), model.new_cache(3, 8)
+    for layer in range(CONFIG.num_hidden_layers):
+        h = model.run_layers(h, batch, cache, span=slice(layer, layer + 1))
+    assert torch.equal(h, whole)
 
 
 def test_layers_run_in_one_call(model: DeepseekModel) -> None:
