@@ -3,16 +3,19 @@ kernels unless said otherwise."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
+from farthing import LLM, _native
 from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model.load import random_parameters
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
@@ -146,3 +149,27 @@ def test_layers_run_in_one_call(model: DeepseekModel) -> None:
     apart = hidden(model)
     model.restack()
     assert torch.equal(apart, hidden(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_prefill_process_disk_cache_and_ranks_give_the_same_tokens(dtype: CacheDtype, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(GLM4 | dict(vocab_size=VOCAB, eos_token_id=EOS)))
+    save_file(random_parameters(CONFIG, seed=7), tmp_path / "model.safetensors")
+    found = []
+    ways: list[dict[str, Any]] = [
+        {},
+        {"disaggregate": True},
+        {"prefix_cache_dir": tmp_path / "cache"},
+        {"prefix_cache_dir": tmp_path / "cache"},
+        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 4},  # ranks share key-value heads
+    ]
+    for way in ways:
+        with LLM(
+            str(tmp_path), backend="cpu", skip_tokenizer_init=True, block_size=4, num_blocks=64, threads=1,
+            kv_cache_dtype=dtype, **way,
+        ) as llm:  # fmt: skip
+            outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+        found.append([o.outputs[0].token_ids for o in outputs])
+    assert all(tokens == found[0] for tokens in found)
