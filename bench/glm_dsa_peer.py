@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import glm_dsa_gguf
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource, WeightSource
 from farthing.ops import make_batch
@@ -161,7 +161,7 @@ def _distributions(answer: dict[str, Any], vocabulary: int) -> Tensor:
     return found.log()
 
 
-def _ours(model: DeepseekModel, tokens: list[int]) -> Tensor:
+def _ours(model: DecoderModel, tokens: list[int]) -> Tensor:
     blocks = -(-len(tokens) // 16)
     cache, batch = (
         model.new_cache(blocks, 16, "float32"),
@@ -177,8 +177,8 @@ def agreement(binary: Path, prompt: int = 700, new: int = 16) -> dict[str, dict[
     parameters = random_parameters(config)
     ops = ReferenceOps(torch.float32)
     models = {
-        "sparse": DeepseekModel(config, ops, MemorySource(parameters)),
-        "dense": DeepseekModel(replace(config, index_topk=None), ops, MemorySource(parameters)),
+        "sparse": DecoderModel(config, ops, MemorySource(parameters)),
+        "dense": DecoderModel(replace(config, index_topk=None), ops, MemorySource(parameters)),
     }
     ids = torch.randint(259, 320, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     found: dict[str, dict[str, float]] = {}

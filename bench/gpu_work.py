@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.ops import RouterSpec, Weight, make_batch
 from farthing.ops.api import Batch
 from farthing.ops.gpu import GpuOps, decode, gemm, grouped, latent, normalize, prefill, route, sample, sparse
@@ -323,7 +323,7 @@ def decode_step(batch: int, context: int) -> Work:
     config = ModelConfig.from_json(V2_LITE)
     ops = GpuOps(BF16, CUDA)
     before = torch.cuda.memory_allocated()
-    model = DeepseekModel(config, ops, RandomSource())
+    model = DecoderModel(config, ops, RandomSource())
     weights = torch.cuda.memory_allocated() - before
     blocks = context // 64
     cache = model.new_cache(batch * blocks, 64, "bfloat16")

@@ -27,7 +27,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.ops import Batch, LatentCache, Weight, make_batch
 from farthing.ops.cpu import CpuOps
 from farthing.planner.published import published_config
@@ -85,7 +85,7 @@ class Timed:
         return run
 
 
-def cached(model: DeepseekModel, context: int) -> tuple[LatentCache, list[list[int]]]:
+def cached(model: DecoderModel, context: int) -> tuple[LatentCache, list[list[int]]]:
     """A cache with random contents and one sequence's scattered blocks."""
     blocks = -(-context // BLOCK)
     cache = model.new_cache(blocks, BLOCK, "bfloat16")
@@ -96,7 +96,7 @@ def cached(model: DeepseekModel, context: int) -> tuple[LatentCache, list[list[i
 
 
 def timed(
-    model: DeepseekModel, clock: Timed, step: Tensor, batch: Batch, cache: LatentCache
+    model: DecoderModel, clock: Timed, step: Tensor, batch: Batch, cache: LatentCache
 ) -> tuple[float, float]:
     """(seconds of the step, seconds in attention)."""
     clock.seconds, start = 0.0, time.perf_counter()
@@ -110,7 +110,7 @@ Times = dict[str, list[tuple[float, float]]]  # variant -> (seconds of a step, s
 
 
 def measure(
-    models: dict[str, DeepseekModel], clock: Timed, tokens: int, at: Steps, repeats: int, peer: Any = None
+    models: dict[str, DecoderModel], clock: Timed, tokens: int, at: Steps, repeats: int, peer: Any = None
 ) -> Times:
     """Times of every variant, interleaved; those of a peer have its name before the variant's."""
     config = next(iter(models.values())).config
@@ -146,10 +146,10 @@ def summary(found: Times) -> dict[str, Any]:
     }
 
 
-def built(experts: int, ops: CpuOps) -> dict[str, DeepseekModel]:
+def built(experts: int, ops: CpuOps) -> dict[str, DecoderModel]:
     """The slice, with sparse attention and, with the same packed weights, with dense attention."""
-    sparse = DeepseekModel(slice_of_v32(experts), ops, RandomSource())
-    dense = object.__new__(DeepseekModel)
+    sparse = DecoderModel(slice_of_v32(experts), ops, RandomSource())
+    dense = object.__new__(DecoderModel)
     dense.__dict__.update(sparse.__dict__)
     dense.config = replace(sparse.config, index_topk=None)
     dense.layers = [(_without_indexer(attention), feed) for attention, feed in sparse.layers]

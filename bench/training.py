@@ -30,7 +30,7 @@ from farthing.compress.gate import baseline, held_out_sample, load_for
 from farthing.config import Quantization
 from farthing.files import replace_json
 from farthing.hub import resolve_model
-from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.model import DecoderModel, ModelConfig, load
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu import CpuOps
@@ -209,15 +209,15 @@ def tradeoff(
     return rows
 
 
-def served_bytes(model: DeepseekModel) -> int:
+def served_bytes(model: DecoderModel) -> int:
     """Bytes of the packed matrices and vectors, and of the embedding, that the CPU backend serves from."""
     assert isinstance(model.ops, CpuOps)
     return model.embedding.nbytes + sum(packed.nbytes for _, packed in model.ops.packed_weights())
 
 
 def rounds(
-    loaded: dict[str, DeepseekModel],
-    run: Callable[[DeepseekModel, Any], tuple[float, Any]],
+    loaded: dict[str, DecoderModel],
+    run: Callable[[DecoderModel, Any], tuple[float, Any]],
     count: int = ROUNDS,
 ) -> dict[str, list[float]]:
     """Seconds of every round by model; the first model rotates, so that the order varies."""
@@ -232,12 +232,12 @@ def rounds(
     return times
 
 
-def _cache(model: DeepseekModel, blocks: int) -> Any:
+def _cache(model: DecoderModel, blocks: int) -> Any:
     kind: CacheDtype = "float32" if model.ops.dtype == torch.float32 else "bfloat16"
     return model.new_cache(blocks, BLOCK, kind)
 
 
-def _prefill(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
+def _prefill(model: DecoderModel, cache: Any) -> tuple[float, Any]:
     batch, blocks = paged_batch([PREFILL])
     cache = cache or _cache(model, blocks)
     ids = torch.arange(PREFILL) % model.config.vocab_size
@@ -246,12 +246,12 @@ def _prefill(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
     return time.perf_counter() - start, cache
 
 
-def decode(sequences: int) -> Callable[[DeepseekModel, Any], tuple[float, Any]]:
+def decode(sequences: int) -> Callable[[DecoderModel, Any], tuple[float, Any]]:
     """A decode step of this many sequences, each with a prompt of 64 different tokens."""
     each = -(-(PROMPT + 1) // BLOCK)
     tables = [range(i * each, (i + 1) * each) for i in range(sequences)]
 
-    def run(model: DeepseekModel, cache: Any) -> tuple[float, Any]:
+    def run(model: DecoderModel, cache: Any) -> tuple[float, Any]:
         ids = torch.arange(sequences * PROMPT) * 37 % model.config.vocab_size
         if cache is None:
             cache = _cache(model, sequences * each)

@@ -18,12 +18,12 @@ from farthing.cli.eval import app
 from farthing.compress import gate
 from farthing.compress.evaluate import compare, evaluate
 from farthing.compress.statistics import proportion_interval, ratio_interval, student_t
-from farthing.model import DeepseekModel, load
+from farthing.model import DecoderModel, load
 from farthing.ops import make_batch, select
 from tests.compress.conftest import corpus_of, write_model
 
 
-def plain(model: DeepseekModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(model: DecoderModel, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of ids[:-1] one token at a time through the cache, and the hidden states."""
     cache = model.new_cache(64, 4, "float32")
     rows = []
@@ -185,9 +185,9 @@ def test_gate_is_exact_and_never_loads_both_models(
     other = write_model(tmp_path / "other", seed=1)
     corpus = corpus_of(data, model_dir, 64)
     expected = compare(load(model_dir, select("reference")), load(other, select("reference")), corpus)
-    loaded: list[weakref.ref[DeepseekModel]] = []
+    loaded: list[weakref.ref[DecoderModel]] = []
 
-    def watched(*args: Any) -> DeepseekModel:
+    def watched(*args: Any) -> DecoderModel:
         assert all(model() is None for model in loaded)
         model = load(*args)
         loaded.append(weakref.ref(model))

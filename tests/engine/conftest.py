@@ -16,7 +16,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import RequestOutput, SamplingParams
 from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
 from tests.tiny import tiny
 
@@ -43,7 +43,7 @@ class Always(Gate):
 
 
 @pytest.fixture(scope="session")
-def model() -> DeepseekModel:
+def model() -> DecoderModel:
     """One dense layer, one MoE layer and an MTP layer."""
     torch.set_num_threads(1)
     return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
@@ -72,7 +72,7 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[MakeEngine]:
+def make_engine(model: DecoderModel, tokenizer: Tokenizer) -> Iterator[MakeEngine]:
     """Engines of the tiny model; at the end of the test they are shut down and their invariants checked."""
     engines: list[Engine] = []
 
@@ -92,7 +92,7 @@ def make_engine(model: DeepseekModel, tokenizer: Tokenizer) -> Iterator[MakeEngi
         assert engine.stats.integrity_failures == 0
 
 
-def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
+def next_logits(model: DecoderModel, tokens: list[int]) -> torch.Tensor:
     """Logits [V] after `tokens`, from one pass over all of them, without the engine."""
     cache = model.new_cache(num_blocks=32, block_size=16, dtype="float32")
     count = len(tokens)
@@ -102,12 +102,12 @@ def next_logits(model: DeepseekModel, tokens: list[int]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def greedy(model: DeepseekModel) -> Greedy:
+def greedy(model: DecoderModel) -> Greedy:
     """The next `count` greedy tokens, each recomputed from scratch."""
     return greedy_of(model)
 
 
-def greedy_of(model: DeepseekModel) -> Greedy:
+def greedy_of(model: DecoderModel) -> Greedy:
     """`greedy` for a model without a running engine, or whose backend allows concurrent calls (reference)."""
 
     @cache

@@ -14,7 +14,7 @@ from farthing import LLM
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import RequestOutput, SamplingParams
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.ops import select
 
 from .conftest import RAW
@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest) -> DeepseekModel:
+def model(request: pytest.FixtureRequest) -> DecoderModel:
     """A model with an MTP layer, without and with an indexer."""
     torch.set_num_threads(1)
     name: str = getattr(request, "param", "dense")
@@ -39,7 +39,7 @@ Start = Callable[..., Engine]
 
 
 @pytest.fixture
-def start(model: DeepseekModel, tmp_path: Path) -> Iterator[Start]:
+def start(model: DecoderModel, tmp_path: Path) -> Iterator[Start]:
     """Start engines that share one directory."""
     engines: list[Engine] = []
 
@@ -82,7 +82,7 @@ def test_another_process_reads_computed_blocks(start: Start, dtype: str) -> None
 
 
 def test_blocks_of_other_configurations_are_not_used(
-    start: Start, model: DeepseekModel, monkeypatch: Any
+    start: Start, model: DecoderModel, monkeypatch: Any
 ) -> None:
     answers(start())
     for options in (
@@ -122,7 +122,7 @@ def test_answers_are_stored(start: Start) -> None:
 
 
 def test_model_without_a_checkpoint_is_rejected(
-    start: Start, model: DeepseekModel, monkeypatch: Any, tmp_path: Path
+    start: Start, model: DecoderModel, monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(model.ops, "source", "")
     with pytest.raises(ValueError, match=r"prefix_cache_dir: got .* not loaded from a checkpoint"):

@@ -14,7 +14,7 @@ from farthing.engine.limits import Limits
 from farthing.engine.request import RequestOutput, SamplingParams
 from farthing.engine.runner import Step
 from farthing.engine.stream import RequestStream
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.ops import select
 from tests.tiny import tiny
 
@@ -43,7 +43,7 @@ class Fixed(Limits):
 class Watched:
     """An engine that divides every long prompt into single layers, and the layers it computed."""
 
-    def __init__(self, model: DeepseekModel, **config: Any) -> None:
+    def __init__(self, model: DecoderModel, **config: Any) -> None:
         defaults = {"max_num_seqs": 8, "num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 64}
         self.engine = Engine(model, EngineConfig(**(defaults | config)))
         self.spans: list[tuple[int, int, int]] = []  # tokens, first layer, layer after the last
@@ -71,12 +71,12 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def model() -> DeepseekModel:
+def model() -> DecoderModel:
     return random_model(ModelConfig.from_json(RAW), select("cpu", threads=1), seed=3)
 
 
 @pytest.fixture
-def watched(model: DeepseekModel) -> Iterator[Watched]:
+def watched(model: DecoderModel) -> Iterator[Watched]:
     made = Watched(model)
     yield made
     made.engine.shutdown()
@@ -95,7 +95,7 @@ def texts(output: RequestOutput) -> tuple[list[int], Any, Any]:
 
 
 @pytest.mark.parametrize("speculate", [None, "mtp", "ngram"])
-def test_divided_prompts_get_the_same_answers(model: DeepseekModel, speculate: str | None) -> None:
+def test_divided_prompts_get_the_same_answers(model: DecoderModel, speculate: str | None) -> None:
     prompts = [prompt(i, length) for i, length in enumerate((37, 90, 5, 4))]
     with Engine(model, EngineConfig(num_blocks=64, block_size=4, max_num_seqs=8)) as plain:
         expected = [texts(plain.submit(p, ANSWER).result()) for p in prompts]

@@ -12,7 +12,7 @@ from farthing.engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from farthing.model import DeepseekModel
+from farthing.model import DecoderModel
 
 from .conftest import GREEDY, Always, Greedy, MakeEngine, next_logits, tokens_of
 
@@ -118,7 +118,7 @@ def test_completions_of_one_prompt_share_it(make_engine: MakeEngine) -> None:
     assert output.metrics.prefill_tokens == 40 + 2 * 4  # the others compute only the last block
 
 
-def test_logprobs_equal_those_of_the_model(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_logprobs_equal_those_of_the_model(make_engine: MakeEngine, model: DecoderModel) -> None:
     engine = make_engine()
     params = SamplingParams(
         temperature=0.7, seed=1, max_tokens=4, logprobs=3, prompt_logprobs=2, ignore_eos=True
@@ -146,7 +146,7 @@ def test_logprobs_equal_those_of_the_model(make_engine: MakeEngine, model: Deeps
         assert entry[prompt[i]].logprob == pytest.approx(float(expected[prompt[i]]), abs=1e-4)
 
 
-def test_greedy_logprobs_use_the_fast_path(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_greedy_logprobs_use_the_fast_path(make_engine: MakeEngine, model: DecoderModel) -> None:
     params = SamplingParams(temperature=0, max_tokens=2, logprobs=2)
     output = make_engine().submit([4, 5], params).result().outputs[0]
     assert output.logprobs is not None
@@ -191,7 +191,7 @@ def test_submitting_from_many_threads(make_engine: MakeEngine) -> None:
     assert len(results) == 24 and all(results[i] == results[i % 3] for i in results)
 
 
-def test_metrics_and_statistics(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_metrics_and_statistics(make_engine: MakeEngine, model: DecoderModel) -> None:
     engine = make_engine()
     output = engine.submit(list(range(2, 12)), GREEDY).result()
     m = output.metrics

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 pytest.importorskip("farthing._native")
 
 from farthing import LLM, _native
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.model.load import random_parameters
 from farthing.ops import make_batch, select
 from farthing.ops.api import CacheDtype
@@ -31,13 +31,13 @@ from .test_engine import (  # noqa: F401  (collected here again, with this file'
 CONFIG = ModelConfig.from_json(GLM4 | dict(vocab_size=VOCAB, eos_token_id=EOS))
 
 
-def built(backend: str = "cpu", **options: Any) -> DeepseekModel:
+def built(backend: str = "cpu", **options: Any) -> DecoderModel:
     threads = None if backend == "reference" else options.pop("threads", 1)
     return random_model(CONFIG, select(backend, torch.float32, threads, **options), seed=7)
 
 
 @pytest.fixture(scope="module")
-def model() -> DeepseekModel:
+def model() -> DecoderModel:
     torch.set_num_threads(1)
     return built()
 
@@ -68,7 +68,7 @@ def test_tokens_are_those_of_one_sequence(
         assert tokens_of(stream.result()) == greedy(prompt, 12)
 
 
-def hidden(model: DeepseekModel, dtype: CacheDtype = "float32", length: int = 40) -> torch.Tensor:
+def hidden(model: DecoderModel, dtype: CacheDtype = "float32", length: int = 40) -> torch.Tensor:
     """A prompt in two chunks, a step of two sequences, and a step of one, over scattered blocks."""
     ids = torch.arange(length) % VOCAB
     cache, block = model.new_cache(40 + length // 8, 8, dtype), length // 8 + 2
@@ -143,7 +143,7 @@ def test_layers_can_be_divided(backend: str) -> None:
     assert torch.equal(h, whole)
 
 
-def test_layers_run_in_one_call(model: DeepseekModel) -> None:
+def test_layers_run_in_one_call(model: DecoderModel) -> None:
     assert model.stack is not None
     model.unstack()
     apart = hidden(model)

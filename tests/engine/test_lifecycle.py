@@ -21,7 +21,7 @@ from farthing.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.ops import select
 
 from .conftest import GREEDY, RAW, MakeEngine, tokens_of
@@ -102,7 +102,7 @@ def test_shutdown_aborts_and_is_idempotent(make_engine: MakeEngine) -> None:
         engine.submit([4])
 
 
-def test_failing_model_fails_every_stream_and_health(model: DeepseekModel) -> None:
+def test_failing_model_fails_every_stream_and_health(model: DecoderModel) -> None:
     engine = Engine(model)
     engine._core.runner.forward = broken  # type: ignore[method-assign, assignment]
     streams = [engine.submit([4]) for _ in range(2)]
@@ -159,7 +159,7 @@ def test_invariants_are_checked_when_idle(make_engine: MakeEngine) -> None:
     assert calls and engine.stats.integrity_failures == 0
 
 
-def test_leak_is_counted_and_repaired(model: DeepseekModel) -> None:
+def test_leak_is_counted_and_repaired(model: DecoderModel) -> None:
     with Engine(model) as engine:
         engine.submit([4], GREEDY).result()
         engine._core.scheduler.pool.allocate(1)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("farthing._native")
 
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
@@ -24,7 +24,7 @@ from .test_engine import (  # noqa: F401  (collected here again, with this file'
 
 
 @pytest.fixture(scope="module")
-def model() -> DeepseekModel:
+def model() -> DecoderModel:
     torch.set_num_threads(1)
     return random_model(
         ModelConfig.from_json(LONGCAT | dict(vocab_size=VOCAB, eos_token_id=EOS)),
@@ -34,7 +34,7 @@ def model() -> DeepseekModel:
 
 
 @pytest.fixture(scope="module")
-def greedy(model: DeepseekModel) -> Greedy:
+def greedy(model: DecoderModel) -> Greedy:
     """Greedy tokens of a second model, because the kernels run one call at a time."""
     return greedy_of(random_model(model.config, select("cpu", torch.float32, 1), seed=7))
 
@@ -54,7 +54,7 @@ def test_tokens_and_counts(make_engine: MakeEngine, greedy: Greedy, config: dict
     assert all(len(row) == 6 + 3 and sum(row[6:]) > 0 for row in counts.values())
 
 
-def test_packed_file_gives_the_same_logits(model: DeepseekModel, tmp_path: Path) -> None:
+def test_packed_file_gives_the_same_logits(model: DecoderModel, tmp_path: Path) -> None:
     path = str(tmp_path / "packed.bin")
     model.ops.save_packed(path)
     mapped = random_model(model.config, select("cpu", torch.float32, 1, packed=path), seed=7)
@@ -64,12 +64,12 @@ def test_packed_file_gives_the_same_logits(model: DeepseekModel, tmp_path: Path)
     assert torch.equal(*found)
 
 
-def test_a_layer_that_is_not_finite_is_named(model: DeepseekModel) -> None:
+def test_a_layer_that_is_not_finite_is_named(model: DecoderModel) -> None:
     parameters = random_parameters(model.config, seed=7)
     ids, batch = torch.arange(20), make_batch([20], [0], [list(range(5))], 4)
 
     def named() -> str | None:
-        broken = DeepseekModel(model.config, select("reference"), MemorySource(parameters))
+        broken = DecoderModel(model.config, select("reference"), MemorySource(parameters))
         return broken.first_not_finite(ids, batch, broken.new_cache(5, 4))
 
     assert named() is None

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.model.load import random_parameters
 from farthing.ops import select
 from farthing.ops.reference import ReferenceOps
@@ -38,14 +38,14 @@ TYPES: dict[str, dict[str, Any]] = {
     params=[("deepseek_v32", "reference"), ("glm_moe_dsa", "reference"), ("glm_moe_dsa", "cpu")],
     ids="-".join,
 )
-def model(request: pytest.FixtureRequest) -> DeepseekModel:
+def model(request: pytest.FixtureRequest) -> DecoderModel:
     name, backend = request.param
     torch.set_num_threads(1)
     return random_model(ModelConfig.from_json(TYPES[name]), select(backend, torch.float32, 1), seed=7)
 
 
 @pytest.fixture(scope="module")
-def greedy(model: DeepseekModel) -> Greedy:
+def greedy(model: DecoderModel) -> Greedy:
     """Greedy tokens of a second model, because the CPU kernels run one call at a time."""
     if isinstance(model.ops, ReferenceOps):
         return greedy_of(model)

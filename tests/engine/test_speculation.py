@@ -19,7 +19,7 @@ from farthing.engine.sequence import Scheduled, Sequence
 from farthing.engine.speculation import Gate, MtpDrafter, Speculator, TextDrafter, worthwhile
 from farthing.engine.speculation_text import continuation
 from farthing.engine.suffix_automaton import SuffixAutomaton
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 
 from .conftest import RAW, Always, MakeEngine, next_logits, tokens_of
 
@@ -119,7 +119,7 @@ class Likeliest:
 
 
 def test_rejected_drafts_preserve_the_models_distribution(
-    make_engine: MakeEngine, model: DeepseekModel
+    make_engine: MakeEngine, model: DecoderModel
 ) -> None:
     """Leviathan et al. 2023: the replacement of a rejected draft follows p without the draft."""
     prompt, count, heat = [5, 6, 7], 2000, 1.5
@@ -151,7 +151,7 @@ def test_rejected_drafts_preserve_the_models_distribution(
     assert rate == pytest.approx(accepted, abs=5 * (accepted * (1 - accepted) / count) ** 0.5)
 
 
-def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine, model: DeepseekModel) -> None:
+def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine, model: DecoderModel) -> None:
     """The first draft, recomputed from scratch over the whole sequence."""
     import torch
 
@@ -348,7 +348,7 @@ def test_bad_speculate(value: str) -> None:
         EngineConfig(speculate=value)
 
 
-def test_mtp_without_the_layer_is_rejected(model: DeepseekModel) -> None:
+def test_mtp_without_the_layer_is_rejected(model: DecoderModel) -> None:
     bare = random_model(ModelConfig.from_json(RAW | {"num_nextn_predict_layers": 0}), model.ops)
     with pytest.raises(ValueError, match="the model has no MTP layer; expected 'ngram' or None"):
         Engine(bare, EngineConfig(speculate="mtp"))

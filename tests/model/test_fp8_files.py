@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from farthing.checkpoint import Checkpoint, CheckpointError
 from farthing.checkpoint.fp8 import quantize_blocks
 from farthing.cli.app import app
-from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.model import DecoderModel, ModelConfig, load
 from farthing.model.load import parameter_shapes, random_parameters, source_of
 from farthing.model.source import MemorySource
 from farthing.model.types import type_of
@@ -188,7 +188,7 @@ def test_logits_are_those_of_the_weights(form: str, tmp_path: Path) -> None:
     for backend, most in (("reference", 1e-6), ("cpu", 0.02)):
         threads = None if backend == "reference" else 1
         one, other = (select(backend, dtype=torch.float32, threads=threads) for _ in range(2))
-        expected = run(DeepseekModel(files.config, one, MemorySource(files.values)), ids, [9, 12])
+        expected = run(DecoderModel(files.config, one, MemorySource(files.values)), ids, [9, 12])
         found = run(load(tmp_path, other), ids, [9, 12])
         error = (found - expected).abs().max() / expected.abs().max()
         assert error < most, f"{backend}: {error:.1e}"

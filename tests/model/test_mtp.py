@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
@@ -73,7 +73,7 @@ def expected_hidden(p: dict[str, Tensor], h: Tensor, next_ids: Tensor) -> Tensor
 def test_draft_matches_the_paper(chunks: list[int]) -> None:
     config = ModelConfig.from_json(RAW)
     parameters = random_parameters(config, seed=3)
-    model = DeepseekModel(config, select("reference"), MemorySource(parameters))
+    model = DecoderModel(config, select("reference"), MemorySource(parameters))
     ids = torch.randint(0, 50, (10,), generator=torch.Generator().manual_seed(1))
     cache = model.new_cache(3, 4, "float32")
     hidden, drafts, start = [], [], 0
@@ -94,7 +94,7 @@ def test_draft_matches_the_paper(chunks: list[int]) -> None:
 def test_second_step_is_fed_the_normed_draft() -> None:
     config = ModelConfig.from_json(RAW)
     parameters = random_parameters(config, seed=4)
-    model = DeepseekModel(config, select("reference"), MemorySource(parameters))
+    model = DecoderModel(config, select("reference"), MemorySource(parameters))
     ids = torch.randint(0, 50, (6,), generator=torch.Generator().manual_seed(2))
     batch = make_batch([4], [0], [[0]], 4)
     cache = model.new_cache(1, 4, "float32")
@@ -110,7 +110,7 @@ def test_mtp_head_is_used_if_it_differs() -> None:
     parameters = random_parameters(config, seed=5)
     own = torch.randn(50, 24)
     parameters["model.layers.2.shared_head.head.weight"] = own
-    model = DeepseekModel(config, select("reference"), MemorySource(parameters))
+    model = DecoderModel(config, select("reference"), MemorySource(parameters))
     h = torch.randn(3, 24)
     expected = norm(h, parameters["model.layers.2.shared_head.norm.weight"]) @ own.T
     torch.testing.assert_close(model.draft_logits(h), expected, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farthing.model import ConfigError, DeepseekModel, ModelConfig
+from farthing.model import ConfigError, DecoderModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
@@ -24,7 +24,7 @@ TINY = SMALL_V3 | dict(
 )
 
 
-def logits(model: DeepseekModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+def logits(model: DecoderModel, ids: torch.Tensor, chunks: list[int]) -> torch.Tensor:
     cache, start, out = model.new_cache(16, 4, "float32"), 0, []
     with torch.inference_mode():
         for size in chunks:
@@ -40,7 +40,7 @@ def test_context_that_fits_equals_v3_attention(backend: str) -> None:
     parameters = MemorySource(random_parameters(sparse))
     ids = torch.randint(0, 64, (40,), generator=torch.manual_seed(1))
     whole, some = (
-        DeepseekModel(c, select(backend, dtype=torch.float32), parameters)
+        DecoderModel(c, select(backend, dtype=torch.float32), parameters)
         for c in (replace(sparse, index_topk=None), sparse)
     )
     chunks = [10, 5, 1, 24]

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("farthing._native")
 
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import random_model
 from farthing.ops import make_batch
 from farthing.ops.api import CacheDtype
@@ -26,7 +26,7 @@ CONFIG = tiny(
 )
 
 
-def forward(model: DeepseekModel, cache_dtype: CacheDtype) -> tuple[list[torch.Tensor], torch.Tensor]:
+def forward(model: DecoderModel, cache_dtype: CacheDtype) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Hidden states of a prompt's two parts and of a token after them; tokens seen by each expert."""
     cache = model.new_cache(8, 16, cache_dtype)
     counts = torch.zeros(3, 8, dtype=torch.int64)

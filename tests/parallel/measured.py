@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
@@ -57,7 +57,7 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
     ops = select(backend, torch.float32, 1, quantization)  # type: ignore[arg-type]
     # One rank has no groups: the engine drives the model itself.
     alone = layout.world == 1
-    model: Any = DeepseekModel(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
+    model: Any = DecoderModel(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
     blocks = list(range(tokens // 16 + 1))
     cache = model.new_cache(len(blocks), 16, "bfloat16")
     cache.data.zero_()  # its pages are not buffers

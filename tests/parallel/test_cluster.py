@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.model import DecoderModel, ModelConfig, load
 from farthing.model.load import random_parameters
 from farthing.ops import make_batch, select
 from farthing.parallel.cluster import ParallelModel, RankFailed
@@ -31,7 +31,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def greedy(model: DeepseekModel | ParallelModel, steps: int = 12) -> tuple[list[int], list[int]]:
+def greedy(model: DecoderModel | ParallelModel, steps: int = 12) -> tuple[list[int], list[int]]:
     """(tokens, drafts) of a prompt, through the paged cache."""
     ids = torch.tensor([5, 9, 11, 2, 30])
     cache = model.new_cache(4, 8, "float32")
@@ -120,7 +120,7 @@ def test_dead_rank_ends_the_replica_with_a_clear_error(checkpoint: Path) -> None
 DISPATCHED = [Layout(1, 1, 2, True), Layout(1, 2, 2, True), Layout(2, 1, 4, True)]
 
 
-def several(model: DeepseekModel | ParallelModel) -> list[torch.Tensor]:
+def several(model: DecoderModel | ParallelModel) -> list[torch.Tensor]:
     """Hidden states and drafts: prompts of sequences on both copies, a decode step, one sequence alone."""
     cache, out = model.new_cache(8, 8, "float32"), []
     steps = [([5, 3, 9], [0, 0, 0], [[0, 4], [1], [2, 6]]), ([1, 1, 1], [5, 3, 9], [[0, 4], [1], [2, 6]])]

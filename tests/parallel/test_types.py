@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.model import DecoderModel, ModelConfig, load
 from farthing.ops import make_batch, select
 from farthing.parallel.cluster import ParallelModel
 from farthing.parallel.plan import Layout, PlanError, ShardPlan
@@ -34,7 +34,7 @@ CASES = [
 ]
 
 
-def greedy(model: DeepseekModel | ParallelModel, steps: int = 16) -> list[int]:
+def greedy(model: DecoderModel | ParallelModel, steps: int = 16) -> list[int]:
     """Greedy tokens after a prompt long enough for sparse attention."""
     step: Any = torch.arange(2, 32)
     cache, tokens, start = model.new_cache(8, 8, "float32"), [], 0

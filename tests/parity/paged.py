@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from farthing.model import DeepseekModel
+from farthing.model import DecoderModel
 from farthing.ops import make_batch
 from farthing.ops.api import CacheDtype
 
@@ -22,7 +22,7 @@ def chunkings(length: int, rng: random.Random) -> dict[str, list[int]]:
 
 
 def run(
-    model: DeepseekModel, ids: torch.Tensor, chunks: list[int], dtype: CacheDtype = "float32"
+    model: DecoderModel, ids: torch.Tensor, chunks: list[int], dtype: CacheDtype = "float32"
 ) -> torch.Tensor:
     """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
     blocks = (len(ids) + BLOCK - 1) // BLOCK
@@ -44,7 +44,7 @@ def continues_greedily(logits: torch.Tensor, length: int, tokens: list[int]) -> 
     return logits[length - 1 :].argmax(-1).tolist() == tokens
 
 
-def greedy(model: DeepseekModel, ids: torch.Tensor, steps: int) -> list[int]:
+def greedy(model: DecoderModel, ids: torch.Tensor, steps: int) -> list[int]:
     """The `steps` most likely tokens after a prompt."""
     blocks = (len(ids) + steps) // BLOCK + 1
     table, cache = list(range(blocks)), model.new_cache(blocks, BLOCK, "float32")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.model import DeepseekModel, load
+from farthing.model import DecoderModel, load
 from farthing.ops import select
 
 pytest.importorskip("transformers")
@@ -43,7 +43,7 @@ def configuration(seed: int) -> tuple[Any, str]:
     return config, "DeepseekV2ForCausalLM"
 
 
-def build(seed: int, path: Path) -> tuple[Any, DeepseekModel]:
+def build(seed: int, path: Path) -> tuple[Any, DecoderModel]:
     """The same random weights as a transformers model and, loaded from its files, as ours."""
     config, name = configuration(seed)
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops import make_batch, select
@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def steps(model: DeepseekModel, serving: Serving) -> None:
+def steps(model: DecoderModel, serving: Serving) -> None:
     """A prompt as long as the budget, then the last token of every sequence."""
     count, size = serving.max_num_seqs, serving.block_size
     blocks = -(-serving.max_model_len // size)
@@ -47,7 +47,7 @@ def test_planned_workspace_covers_expanded_attention() -> None:
     ops: Any = select("cpu", torch.bfloat16, 2)
     serving = Serving(1400, 1400, max_num_seqs=1, max_num_batched_tokens=300)
     with torch.inference_mode():
-        steps(DeepseekModel(config, ops, MemorySource(random_parameters(config))), serving)
+        steps(DecoderModel(config, ops, MemorySource(random_parameters(config))), serving)
     plan = ShardPlan.build(config, Layout())
     shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
     planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)
@@ -67,7 +67,7 @@ def test_planned_workspace_is_the_backends(
     parameters = {n: t.to(getattr(torch, stored)) for n, t in random_parameters(config).items()}
     serving = Serving(5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens)
     with torch.inference_mode():
-        steps(DeepseekModel(config, ops, MemorySource(parameters)), serving)
+        steps(DecoderModel(config, ops, MemorySource(parameters)), serving)
     plan = ShardPlan.build(config, Layout())
     shard = Shard.of(plan, plan.layout.place(0), Stored(stored))
     planned = workspace_bytes(shard, Holder("cpu", 4, quantization), serving, threads)

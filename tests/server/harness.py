@@ -37,7 +37,7 @@ from farthing.engine.sandbox import Sandbox
 from farthing.engine.stats import Stats
 from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.ops import select
 from farthing.server.config import ServerConfig
 from farthing.server.run import Server, listen, make_server
@@ -66,7 +66,7 @@ def tokenizer(chat_template: str | None = None) -> Tokenizer:
 
 
 @cache
-def tiny_model() -> DeepseekModel:
+def tiny_model() -> DecoderModel:
     """A dense and a MoE layer with random weights."""
     torch.set_num_threads(1)
     return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)

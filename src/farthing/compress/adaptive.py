@@ -23,8 +23,8 @@ from farthing.compress.evaluate import window_losses
 from farthing.compress.knapsack import knapsack
 from farthing.compress.statistics import ratio_interval
 from farthing.files import replace_json
-from farthing.model import DeepseekModel
-from farthing.model.deepseek import routers_of
+from farthing.model import DecoderModel
+from farthing.model.decoder import routers_of
 from farthing.model.experts import AdaptiveExperts
 from farthing.ops import RouterSpec
 
@@ -71,7 +71,7 @@ class AdaptivePlan:
 
 
 def calibrate_adaptive(
-    model: DeepseekModel,
+    model: DecoderModel,
     corpus: Corpus,
     max_drop: float,
     min_experts: int = 2,
@@ -117,7 +117,7 @@ def calibrate_adaptive(
     )
 
 
-def write_adaptive(source: Path, out: Path, plan: AdaptivePlan, model: DeepseekModel) -> None:
+def write_adaptive(source: Path, out: Path, plan: AdaptivePlan, model: DecoderModel) -> None:
     """Write `source` with the rule in its config.json; weight files are hard links if possible."""
     out.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -148,7 +148,7 @@ class _Trial:
     """Measures rules on one text, each compared with all experts."""
 
     def __init__(
-        self, model: DeepseekModel, corpus: Corpus, specs: list[RouterSpec | None], min_experts: int
+        self, model: DecoderModel, corpus: Corpus, specs: list[RouterSpec | None], min_experts: int
     ) -> None:
         self._model, self._corpus, self._specs, self._min = model, corpus, specs, min_experts
         model.reroute(specs)

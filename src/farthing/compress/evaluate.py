@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farthing.compress.corpus import Corpus, Window, batches
 from farthing.compress.statistics import Interval, ratio_interval
-from farthing.model import DeepseekModel
+from farthing.model import DecoderModel
 from farthing.ops import Batch, LatentCache, make_batch
 
 BLOCK = 16
@@ -86,7 +86,7 @@ class Verdict:
 
 
 def evaluate(
-    model: DeepseekModel,
+    model: DecoderModel,
     corpus: Corpus,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
@@ -124,11 +124,11 @@ class Baseline:
     """A model's hidden states on a text; its norm and head recompute all logits from them."""
 
     hidden: list[Tensor]  # [T, D] of each batch, after the last layer
-    tail: DeepseekModel  # at least norm and head
+    tail: DecoderModel  # at least norm and head
 
 
 def remember(
-    model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
+    model: DecoderModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
 ) -> list[Tensor]:
     """The `hidden` of a Baseline: D numbers per token, where log-probabilities would need V."""
     hidden = []
@@ -140,8 +140,8 @@ def remember(
 
 
 def compare(
-    a: DeepseekModel,
-    b: DeepseekModel,
+    a: DecoderModel,
+    b: DecoderModel,
     corpus: Corpus,
     batch_tokens: int = 4096,
     confidence: float = 0.95,
@@ -152,7 +152,7 @@ def compare(
 
 def compare_with(
     a: Baseline,
-    b: DeepseekModel,
+    b: DecoderModel,
     corpus: Corpus,
     batch_tokens: int = 4096,
     confidence: float = 0.95,
@@ -208,7 +208,7 @@ class _Step:
 
 
 def window_losses(
-    model: DeepseekModel, corpus: Corpus, batch_tokens: int = 4096, counts: Tensor | None = None
+    model: DecoderModel, corpus: Corpus, batch_tokens: int = 4096, counts: Tensor | None = None
 ) -> list[float]:
     """Loss of each window in nats; adds the tokens routed to each expert to counts [L, E] int64."""
     losses: list[float] = []
@@ -219,7 +219,7 @@ def window_losses(
 
 
 def _steps(
-    model: DeepseekModel, windows: Sequence[Window], batch_tokens: int, counts: Tensor | None = None
+    model: DecoderModel, windows: Sequence[Window], batch_tokens: int, counts: Tensor | None = None
 ) -> Iterator[_Step]:
     cache: LatentCache | None = None
     for group in batches(windows, batch_tokens):
@@ -235,7 +235,7 @@ def _steps(
         yield _Step(hidden, torch.cat([w.ids[1:] for w in group]), lengths, batch, cache)
 
 
-def located(model: DeepseekModel, windows: Sequence[Window]) -> str:
+def located(model: DecoderModel, windows: Sequence[Window]) -> str:
     """Which part of a broken model to look at, to append to an error; "" if the first window shows none."""
     (step,) = _steps(model, windows[:1], 1)
     where = model.first_not_finite(windows[0].ids[:-1], step.batch, step.cache)
@@ -252,7 +252,7 @@ def paged_batch(lengths: Sequence[int]) -> tuple[Batch, int]:
     return make_batch(lengths, [0] * len(lengths), tables, BLOCK), first
 
 
-def _logits(model: DeepseekModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _logits(model: DecoderModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(hidden), ROWS):
         rows = slice(start, start + ROWS)
         yield rows, model.logits(hidden[rows].contiguous()).float()
@@ -264,7 +264,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     return nats.nan_to_num_(nan=math.inf, posinf=math.inf, neginf=math.inf)
 
 
-def _drafts(model: DeepseekModel, step: _Step, greedy: Tensor) -> tuple[int, int]:
+def _drafts(model: DecoderModel, step: _Step, greedy: Tensor) -> tuple[int, int]:
     """(drafts made, drafts accepted) of the MTP layer: position i drafts the model's choice at i + 1."""
     drafted = model.draft(step.targets, step.hidden, step.batch, step.cache)
     guesses = []

@@ -11,7 +11,7 @@ from farthing.compress.corpus import Corpus
 from farthing.compress.evaluate import Baseline, Comparison, compare_with, remember
 from farthing.compress.simulate import SimulatedOps
 from farthing.config import Quantization
-from farthing.model import DeepseekModel, ModelConfig, load
+from farthing.model import DecoderModel, ModelConfig, load
 from farthing.ops import Ops, select
 from farthing.ops.select import known_backends
 
@@ -35,7 +35,7 @@ def parse_share(name: str, text: str) -> float:
 
 def load_for(
     path: Path, backend: str = "auto", simulate: bool = False, quantization: Quantization | None = None
-) -> DeepseekModel:
+) -> DecoderModel:
     """Load a model on a serving backend, which may round dense weights, or in float32 with simulated
     activation rounding."""
     if quantization is not None:
@@ -69,7 +69,7 @@ def baseline(
     return Baseline(hidden, _tail(path, backend))
 
 
-def _tail(path: Path, backend: str) -> DeepseekModel:
+def _tail(path: Path, backend: str) -> DecoderModel:
     """A model with only the norm and head."""
     checkpoint = Checkpoint.open(path)
     config = replace(
@@ -78,7 +78,7 @@ def _tail(path: Path, backend: str) -> DeepseekModel:
         num_nextn_predict_layers=0,
         layer_sizes=(),
     )
-    return DeepseekModel(config, _ops(path, backend), checkpoint, first=False)
+    return DecoderModel(config, _ops(path, backend), checkpoint, first=False)
 
 
 def check_backend(backend: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from farthing.compress.evaluate import BLOCK, paged_batch
-from farthing.model import DeepseekModel, load
+from farthing.model import DecoderModel, load
 from farthing.model.pack import pack_checkpoint
 from farthing.ops import LatentCache, make_batch, select
 
@@ -87,7 +87,7 @@ print(anonymous() - before)
 """
 
 
-def speeds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, Speed]:
+def speeds(models: dict[str, DecoderModel], steps: int = STEPS) -> dict[str, Speed]:
     """Speeds of one sequence on the engine's kernels, interleaved so that noise affects all models alike."""
     caches = {name: _cache(model, steps) for name, model in models.items()}
     prefill: dict[str, list[float]] = {name: [] for name in models}
@@ -110,7 +110,7 @@ def speeds(models: dict[str, DeepseekModel], steps: int = STEPS) -> dict[str, Sp
     }
 
 
-def _decode(model: DeepseekModel, cache: LatentCache, position: int, steps: int) -> list[float]:
+def _decode(model: DecoderModel, cache: LatentCache, position: int, steps: int) -> list[float]:
     """Seconds of each of `steps` steps of one sequence with `position` tokens."""
     took = []
     for step in range(steps):
@@ -121,11 +121,11 @@ def _decode(model: DeepseekModel, cache: LatentCache, position: int, steps: int)
     return took
 
 
-def _prompt(model: DeepseekModel, steps: int) -> int:
+def _prompt(model: DecoderModel, steps: int) -> int:
     return min(PROMPT, model.config.max_position_embeddings - steps - 1)
 
 
-def _cache(model: DeepseekModel, steps: int) -> LatentCache:
+def _cache(model: DecoderModel, steps: int) -> LatentCache:
     blocks = -(-(_prompt(model, steps) + steps + 1) // BLOCK)
     return model.new_cache(blocks, BLOCK, "float32" if model.ops.dtype == torch.float32 else "bfloat16")
 

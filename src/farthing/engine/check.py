@@ -18,7 +18,7 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint.reader import has_config, read_config
 from farthing.engine.check_files import check_chat_format, check_tensors, check_tokenizer
-from farthing.model import DeepseekModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import config_of, parameter_shapes, source_of
 from farthing.model.types import type_named, type_of
 from farthing.ops import Ops, make_batch
@@ -80,7 +80,7 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
                 f"{count} of {config.num_hidden_layers} layers take {size / 2**30:.1f} GiB in float32, more "
                 f"than {MOST_BYTES >> 30}; --layers {count} runs them"
             )
-        model = DeepseekModel(shown, ops, source_of(found["checkpoint"], shown))
+        model = DecoderModel(shown, ops, source_of(found["checkpoint"], shown))
         found["logits"] = {0: logits_of(model, ids)}
         if later := later_position(shown, tokens):
             found["logits"][later] = logits_of(model, ids, later)
@@ -153,7 +153,7 @@ def later_position(config: ModelConfig, tokens: int) -> int:
     return max(original - tokens // 2, 1) if fits else 0
 
 
-def logits_of(model: DeepseekModel, ids: Tensor, first: int = 0) -> Tensor:
+def logits_of(model: DecoderModel, ids: Tensor, first: int = 0) -> Tensor:
     """ids [T] -> logits [T, V] float32 through the paged cache.
 
     first: position of the first token, without tokens before it. Rotation depends only on distances, so

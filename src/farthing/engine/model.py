@@ -1,4 +1,4 @@
-"""The engine's interface to a model, implemented by `DeepseekModel` and `ParallelModel`.
+"""The engine's interface to a model, implemented by `DecoderModel` and `ParallelModel`.
 
 Legend: T tokens of a step; D hidden size; V vocabulary; L cache layers; E routed experts.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from farthing.model.config import ConfigError, ModelConfig
-from farthing.model.deepseek import routers_of
+from farthing.model.decoder import routers_of
 from farthing.ops import RouterSpec
 
 EXPECTED = "expected 'auto', 'all' or 'adaptive:p[,min=2,max=8]' with 0 < p <= 1"

@@ -14,7 +14,7 @@ from pathlib import Path
 from farthing.checkpoint import Checkpoint
 from farthing.lazy import torch
 from farthing.model.config import ModelConfig
-from farthing.model.deepseek import DeepseekModel
+from farthing.model.decoder import DecoderModel
 from farthing.model.load import names_in, parameter_shapes
 from farthing.ops import make_batch
 
@@ -148,7 +148,7 @@ class RoutingReport:
     compute_saved: float  # against a dense model of the same size, with the measured experts per token
 
 
-def routing_report(model: DeepseekModel, prompts: Sequence[Sequence[int]]) -> RoutingReport:
+def routing_report(model: DecoderModel, prompts: Sequence[Sequence[int]]) -> RoutingReport:
     """Run token lists through the model and count routed tokens."""
     config = model.config
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe(i)]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from farthing.checkpoint import Checkpoint
 from farthing.lazy import torch
 from farthing.model.config import ModelConfig
-from farthing.model.deepseek import DeepseekModel
+from farthing.model.decoder import DecoderModel
 from farthing.model.experts import routers_for
 from farthing.model.source import ArraySource, MemorySource, RenamedSource, StackedExperts, WeightSource
 from farthing.model.types import Names, type_named
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 IGNORED = ("*.rotary_emb.inv_freq",)
 
 
-def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
+def load(path: str | Path, ops: Ops, experts: str = "auto") -> DecoderModel:
     """Read a Hugging Face directory onto a backend; `experts` as in `farthing.model.experts`.
 
     Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected;
@@ -43,7 +43,7 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DeepseekModel:
     if ops.arrays:
         names = names_in(checkpoint, config)
         source = ArraySource(source, lambda name, shape=None: checkpoint.array(names.stored(name), shape))
-    model = DeepseekModel(config, ops, source, routers)
+    model = DecoderModel(config, ops, source, routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
         checkpoint.finish(ignore=IGNORED + unread(config))
     checkpoint.release()
@@ -176,6 +176,6 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
 
 def random_model(
     config: ModelConfig, ops: Ops, seed: int = 0, routers: list[RouterSpec | None] | None = None
-) -> DeepseekModel:
+) -> DecoderModel:
     """A model with random weights, without any files."""
-    return DeepseekModel(config, ops, MemorySource(random_parameters(config, seed)), routers)
+    return DecoderModel(config, ops, MemorySource(random_parameters(config, seed)), routers)

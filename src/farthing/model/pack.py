@@ -12,7 +12,7 @@ from farthing.checkpoint import Checkpoint
 from farthing.config import Quantization
 from farthing.model.attention import attention_of
 from farthing.model.config import ModelConfig
-from farthing.model.deepseek import routers_of
+from farthing.model.decoder import routers_of
 from farthing.model.load import IGNORED, config_of, source_of, unread
 from farthing.model.moe import FeedForward
 from farthing.model.mtp import MTPLayer
@@ -95,7 +95,7 @@ def reading_order(names: Iterable[str], done: Container[str], config: ModelConfi
 
 
 def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Callable[[Ops], object]]]:
-    """(name, a function that packs it) in the order in which `DeepseekModel` packs."""
+    """(name, a function that packs it) in the order in which `DecoderModel` packs."""
     shape = (config.vocab_size, config.hidden_size)
     rope = rope_table(config)
     routers = routers_of(config)

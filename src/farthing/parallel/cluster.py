@@ -39,7 +39,7 @@ COUNT_EVERY = 32  # steps between reductions of expert token counts without shar
 
 
 class ParallelModel:
-    """Has the interface of DeepseekModel for the engine; `close` stops the workers."""
+    """Has the interface of DecoderModel for the engine; `close` stops the workers."""
 
     def __init__(self, options: RankOptions) -> None:
         layout = options.layout
@@ -88,7 +88,7 @@ class ParallelModel:
         return self._everywhere("new_cache", num_blocks, block_size, dtype)  # type: ignore[no-any-return]
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
-        """See `DeepseekModel.forward`. counts is set to the totals of all stages, up to COUNT_EVERY steps old
+        """See `DecoderModel.forward`. counts is set to the totals of all stages, up to COUNT_EVERY steps old
         without shared memory."""
         every = self._options.config.rebalance_steps
         self._steps += 1
@@ -106,11 +106,11 @@ class ParallelModel:
         return None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """See `DeepseekModel.logits`."""
+        """See `DecoderModel.logits`."""
         return self._head("logits", hidden, len(hidden), None)  # type: ignore[no-any-return]
 
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `DeepseekModel.top_logits`."""
+        """See `DecoderModel.top_logits`."""
         return self._head("top_logits", hidden, len(hidden), k, None)  # type: ignore[no-any-return]
 
     def draft(
@@ -122,15 +122,15 @@ class ParallelModel:
         step: int = 0,
         counts: Tensor | None = None,
     ) -> Tensor:
-        """See `DeepseekModel.draft`."""
+        """See `DecoderModel.draft`."""
         return self._head("draft", hidden, next_ids, batch, step)  # type: ignore[no-any-return]
 
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
-        """See `DeepseekModel.draft_logits`."""
+        """See `DecoderModel.draft_logits`."""
         return self._head("logits", hidden, len(hidden), step)  # type: ignore[no-any-return]
 
     def greedy(self, hidden: Tensor) -> list[int]:
-        """See `DeepseekModel.greedy`."""
+        """See `DecoderModel.greedy`."""
         return self.top_logits(hidden, 1)[1][:, 0].tolist()  # type: ignore[no-any-return]
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
-from farthing.model import DeepseekModel, ModelConfig
-from farthing.model.deepseek import routers_of
+from farthing.model import DecoderModel, ModelConfig
+from farthing.model.decoder import routers_of
 from farthing.model.experts import routers_for
 from farthing.model.load import claim, config_of, source_of
 from farthing.model.moe import FeedForward, moe_weights
@@ -59,7 +59,7 @@ class Rank:
         local = local_config(self.plan, self.place)
         self.routers = local_routers(self.plan, self.place, routers or routers_of(config))
         # Every rank has its slice of embedding and head, and the norms before the head.
-        self.model = DeepseekModel(
+        self.model = DecoderModel(
             local, ParallelOps(ops, self._groups, self._shares), self._source, self.routers
         )
         self._draft_norms = [
@@ -112,7 +112,7 @@ class Rank:
         return out
 
     def draft(self, next_ids: Tensor, batch: Batch, step: int, hidden: Tensor | None = None) -> Tensor | None:
-        """`DeepseekModel.draft` on the last stage; the other ranks supply their rows of the embedding.
+        """`DecoderModel.draft` on the last stage; the other ranks supply their rows of the embedding.
 
         hidden [T, D]: valid on the driver.
         """

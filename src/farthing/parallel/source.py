@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from farthing.model.config import ModelConfig
-from farthing.model.deepseek import routers_of
+from farthing.model.decoder import routers_of
 from farthing.model.source import WeightSource
 from farthing.ops import RouterSpec, Weight
 from farthing.ops.cutting import Cut, bounds, cut_weight

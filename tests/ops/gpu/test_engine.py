@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
-from farthing.model import DeepseekModel, ModelConfig, random_model
+from farthing.model import DecoderModel, ModelConfig, random_model
 from farthing.ops import make_batch, select
 from farthing.ops.gpu import GpuOps
 from tests.engine.conftest import RAW
@@ -23,12 +23,12 @@ from tests.ops.parts import distance
 PROMPTS = [[3, 5, 7, 11, 13], [2] * 18, [101]]
 
 
-def tiny(backend: str, **changed: Any) -> DeepseekModel:
+def tiny(backend: str, **changed: Any) -> DecoderModel:
     config = ModelConfig.from_json(RAW | changed)
     return random_model(config, select(backend, torch.float32), seed=7)
 
 
-def tokens(model: DeepseekModel, params: list[SamplingParams], **config: Any) -> list[list[int]]:
+def tokens(model: DecoderModel, params: list[SamplingParams], **config: Any) -> list[list[int]]:
     engine = Engine(model, EngineConfig(max_num_seqs=4, num_blocks=16, block_size=16, **config))
     try:
         streams = [engine.submit(p, s, kind="final") for p, s in zip(PROMPTS, params, strict=True)]
@@ -37,7 +37,7 @@ def tokens(model: DeepseekModel, params: list[SamplingParams], **config: Any) ->
         engine.shutdown()
 
 
-def greedy(model: DeepseekModel, count: int = 4, **config: Any) -> list[list[int]]:
+def greedy(model: DecoderModel, count: int = 4, **config: Any) -> list[list[int]]:
     return tokens(model, 3 * [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)], **config)
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (and V2, R1, Kimi-K2, Moonlight), read top to bottom.
+"""A decoder of any type in `farthing.model.types`, read top to bottom: DeepSeek-V3 and all that resemble it.
 
 Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E routed experts.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class DeepseekModel:
+class DecoderModel:
     """The model over a backend. Weights are read once, in the order of the forward pass."""
 
     stack: Handle | None  # all layers in one call, if the backend supports it
@@ -110,7 +110,7 @@ class DeepseekModel:
         return self.run_layers(self.embed(ids), batch, cache, counts)
 
     @property
-    def layered(self) -> DeepseekModel | None:
+    def layered(self) -> DecoderModel | None:
         """This model if `run_layers` can compute some of its layers, as with a stack; else None."""
         return None if self.stack is None else self
 
