@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from farthing.checkpoint import Checkpoint
 from farthing.engine.check import MOST_BYTES, check, float32_bytes, shortened
+from farthing.engine.check_files import check_chat_format
 from farthing.hub import resolve_model
 from farthing.model import ModelConfig
 from farthing.model.load import config_of
@@ -22,6 +23,8 @@ from farthing.planner.published import published_config
 
 pytest.importorskip("transformers")
 
+from tests.conversation.published import SHAPES
+from tests.engine.shapes import tokenizer
 from tests.parity.families import build
 
 
@@ -185,3 +188,12 @@ def test_large_model_is_checked_by_its_dense_layers() -> None:
     assert shortened(config, None).num_hidden_layers == 2
     assert float32_bytes(shortened(config, None)) < MOST_BYTES
     assert shortened(config, 4).num_hidden_layers == 4
+
+
+def test_chat_format_says_what_the_template_expects() -> None:
+    glm = tokenizer(template=SHAPES["glm47"].source)
+    said = check_chat_format(glm, "glm4_moe_lite")
+    assert said == "its own template, which reads the arguments of earlier calls as an object"
+    silent = tokenizer(template="{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
+    said = check_chat_format(silent, "deepseek_v3")
+    assert said == "its own template, which prints no earlier calls; deepseek_v4 is used with tools"
