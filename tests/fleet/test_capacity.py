@@ -57,6 +57,41 @@ def test_capacity_is_bounded_around_the_guess() -> None:
     assert learner.estimate == 4.0
 
 
+def test_capacity_falls_to_the_load_at_which_the_targets_are_missed() -> None:
+    """Two replicas that carry three requests per second too slowly, without a queue, serve 1.5 each."""
+    plain = OnlineCapacity(guess=4.0, targets=Targets(ttft_s=1.0))
+    costs = OnlineCapacity(guess=4.0, targets=Targets(tpot_s=0.05))
+    for _ in range(300):
+        plain.observe(Snapshot(0.0, 2, 2, 3.0, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
+        costs.observe(tokens(3.0, 1000, 100, tpot=0.2))
+    assert plain.costs is None and costs.costs is not None
+    assert plain.estimate == pytest.approx(1.5, rel=0.01)
+    assert costs.estimate == pytest.approx(1.5, rel=0.01)
+    plain.observe(Snapshot(0.0, 2, 2, 7.0, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
+    costs.observe(tokens(7.0, 1000, 100, tpot=0.2))  # a breach is no evidence of a larger capacity
+    assert (plain.estimate, costs.estimate) == pytest.approx((1.5, 1.5), rel=0.01)
+
+
+@pytest.mark.parametrize(("rate", "backlog", "bound"), [(0.02, 50.0, 0.25), (1000.0, 0.0, 4.0)])
+@pytest.mark.parametrize("guess", [1.0, 8.0])
+def test_learned_costs_are_bounded_around_the_guess(
+    guess: float, rate: float, backlog: float, bound: float
+) -> None:
+    """They stop within one step (5 %) of a quarter, and of four times, the guess."""
+    learner = OnlineCapacity(guess=guess)
+    for _ in range(500):
+        learner.observe(tokens(rate, 1000, 100, backlog=backlog))
+        assert guess / 4 <= learner.estimate * (1 + 1e-9) and learner.estimate <= guess * 4 * (1 + 1e-9)
+    assert learner.estimate == pytest.approx(bound * guess, rel=0.06)
+
+
+def test_capacity_without_lengths_does_not_fall_below_a_quarter_of_the_guess() -> None:
+    learner = OnlineCapacity(guess=4.0)
+    for _ in range(500):
+        learner.observe(carried(9.0, 5.0, backlog=50), completed=0.1)
+    assert learner.estimate == 1.0
+
+
 PREFILL, DECODE = 1 / 8000, 1 / 400  # true costs of the replica: busy seconds per token
 
 

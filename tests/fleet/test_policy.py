@@ -111,6 +111,20 @@ def test_backlog_adds_replicas_to_process_it() -> None:
     assert Policy(config).decide(0, seen(0, 10, 6.0, backlog=600.0)).target == 16
 
 
+@pytest.mark.parametrize(("rule", "drain_s", "target"), [("published", 60, 11), ("published", 500, 9)])
+def test_published_drains_a_backlog_within_a_cold_start_at_full_utilization(
+    rule: str, drain_s: float, target: int
+) -> None:
+    """A backlog of 1500 within 300 s is 5/s besides the load of 6/s; a longer `drain_s` takes precedence."""
+    config = replace(CONFIG, rule=rule, cold_start_s=300.0, drain_s=drain_s)
+    assert Policy(config).decide(0, seen(0, 5, 6.0, backlog=1500.0)).target == target
+
+
+def test_other_rules_drain_a_backlog_at_the_target_utilization() -> None:
+    config = replace(CONFIG, rule="stabilized", cold_start_s=300.0, drain_s=60.0)
+    assert Policy(config).decide(0, seen(0, 5, 6.0, backlog=600.0)).target == 23  # (6 + 10) / 0.7
+
+
 def test_stabilized_scales_down_to_the_largest_need_of_five_minutes() -> None:
     policy, current, history = Policy(CONFIG.with_rule("stabilized")), 10, []
     for now in range(0, 1000, 15):
@@ -160,6 +174,16 @@ def test_a_clock_jump_never_scales_down(jump: float) -> None:
     assert set(soon) == {10}
     after = [policy.decide(late + t, seen(late + t, 10, 0.7)).target for t in range(300, 400, 15)]
     assert after[-1] == 1
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_clock_jump_restarts_the_timer_of_a_breach(jump: float) -> None:
+    """Neither is the jump a lasting breach, nor does a breach wait for the clock to catch up."""
+    policy = Policy(CONFIG)
+    policy.decide(0, seen(0, 10, 6.0, queue_time_s=0.0))
+    assert policy.decide(15, seen(15, 10, 6.0, queue_time_s=0.5)).target == 10
+    times = [15 + jump + t for t in (0, 15, 30)]
+    assert [policy.decide(t, seen(t, 10, 6.0, queue_time_s=0.5)).target for t in times] == [10, 10, 15]
 
 
 def test_after_a_clock_jump_the_window_is_that_of_the_measured_cold_start() -> None:
@@ -288,6 +312,13 @@ def test_slo_lowers_the_utilization_on_late_requests_and_raises_it_again() -> No
     for now in range(0, 600, 15):
         fixed.decide(now, replace(seen(now, 10, 7.0), late_share=1.0))
     assert fixed.utilization == 0.7
+
+
+def test_slo_spends_two_fifths_of_the_error_budget() -> None:
+    """With 0.2 % of the requests late, of 0.5 % allowed, the utilization stays."""
+    moved = {late: SloConfig().moved(0.7, late, 60) for late in (0.0019, 0.002, 0.0021)}
+    assert moved[0.002] == pytest.approx(0.7, rel=1e-9)
+    assert moved[0.0019] > moved[0.002] > moved[0.0021]
 
 
 def test_lateness_within_a_cold_start_of_a_jump_does_not_count() -> None:
