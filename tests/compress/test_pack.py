@@ -59,6 +59,7 @@ def test_block_sparse_weights_survive_packing_and_are_served(
     assert float((actual - dense).norm() / dense.norm()) < 1e-4
 
 
+@pytest.mark.usefixtures("sparse_on_amx")
 def test_packed_size_decreases_with_the_blocks() -> None:
     from farthing.ops.cpu.packing import PackedFormat, Plan, pack
     from farthing.ops.weights import Weight, quantize_int4

@@ -121,6 +121,7 @@ def test_resumed_qat_must_have_the_stored_settings(
 
 
 def test_runs_start_from_a_checkpoint_in_shards(settings: Settings, tmp_path: Path) -> None:
+    settings = dataclasses.replace(settings, tokens=2 * settings.batch_tokens)
     parts = dataclasses.replace(
         settings, model=sharded(settings.model, tmp_path / "parts"), out=tmp_path / "run-parts"
     )

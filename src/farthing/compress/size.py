@@ -97,7 +97,8 @@ def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
     """Bytes of `weight` that the kernels drop: blocks without a weight in `keep` [N, K], and the scales of
     cells without a block.
 
-    Only for integer matrices where that saves time. The index of the remaining cells is subtracted.
+    Only for integer matrices where that saves time with AVX-512. The index of the remaining cells is
+    subtracted.
     """
     if keep is None or weight.format not in ("int8", "int4"):
         return 0
