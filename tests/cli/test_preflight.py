@@ -94,7 +94,8 @@ def test_threads_of_torch_sleep_while_they_wait() -> None:
         "import os, sys, farthing.cli.app, farthing.cli.compress as command\n"
         "assert 'torch' not in sys.modules\n"
         "try: command._run(command.CompressOptions(model='/none'), None)\n"
-        "except FileNotFoundError: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        "except FileNotFoundError: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n"
+        "assert os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'] == os.environ['LRU_CACHE_CAPACITY'] == '16'"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

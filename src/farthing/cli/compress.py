@@ -95,6 +95,9 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
     # Torch's threads otherwise wait for each other in busy loops after every small op, and with fewer free
     # cores than threads that takes many times the work itself. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Every expert's number of tokens is another shape, and oneDNN keeps the buffers of 1,024 shapes: 0.8 GB.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     from farthing.checkpoint.reader import read_config
     from farthing.cli.progress import step_progress
     from farthing.compress import api
