@@ -254,6 +254,8 @@ def minimax_m2(rng: random.Random) -> Any:
 def mixtral(rng: random.Random) -> Any:
     s = grouped(rng) | routed(rng, "num_local_experts") | dict(rope_parameters=scaled_rope(rng))
     s |= dict(head_dim=rng.choice([None, 10]), sliding_window=rng.choice([None, 100]))
+    if s["rope_parameters"]["rope_type"] != "default":  # transformers 5.24 then fails without a head_dim
+        s["head_dim"] = s["head_dim"] or s["hidden_size"] // s["num_attention_heads"]
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**s))
 
 
