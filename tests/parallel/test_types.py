@@ -62,7 +62,7 @@ def test_two_expert_ranks_of_cpu_kernels_generate_the_tokens_of_one(name: str, t
 
 @pytest.mark.parametrize(
     ("name", "layout", "seed"),
-    [("qwen3_moe", "tp", 2), ("llama", "tp", 3), ("smollm3", "pp", 0), ("olmoe", "ep", 0)],
+    [("qwen3_moe", "tp", 2), ("llama", "tp", 3), ("smollm3", "pp", 0), ("granitemoe", "ep", 0)],
 )
 def test_two_ranks_of_grouped_heads(name: str, layout: str, seed: int, tmp_path: Path) -> None:
     """Key-value heads are divided, or shared by ranks; biases are added once; layers keep their rotation."""

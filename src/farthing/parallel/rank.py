@@ -86,7 +86,7 @@ class Rank:
         if self.layout.dp_attention:
             own, batch = own_sequences(whole, self.layout.copies, self.place.copy)
             ids = ids[own] if len(own) else ids[:1]
-        h = self.model.ops.embed(ids, self.model.embedding)
+        h = self.model.embed(ids)
         parts = []
         # Copies with different tokens synchronize in every MoE layer, so each runs one batch per step.
         most = 1 if self.layout.dp_attention else self.layout.pp
