@@ -112,6 +112,23 @@ def test_shrunk_range_has_the_least_weighted_error() -> None:
         assert bool((best <= error(int8_grid(w).scale * factor) + 1e-6).all())
 
 
+def test_range_shrinks_where_the_largest_weight_does_not_matter() -> None:
+    w, energy = random(0, 1, 4, 64), torch.ones(1, 64)
+    w[0, 0, 0], energy[0, 0] = 4 * w.abs().max(), 0
+    full = int8_grid(w).scale
+    assert bool((int8_grid(w, energy).scale[0, 0] == full[0, 0] * 0.8).all())
+    assert torch.equal(int8_grid(w, torch.zeros(1, 64)).scale, full)  # nothing is known: nothing is clipped
+
+
+def test_zero_point_is_the_nearest_integer_and_zero_is_on_the_grid() -> None:
+    w = torch.linspace(-0.6, 14.4, 32).repeat(3, 1)
+    w[1], w[2] = 10 + w[1] / 15, -10 - w[2] / 15  # of one sign: the range is extended to zero
+    grid = int4_grid(w[None], 32, symmetric=False)
+    assert grid.zero is not None and grid.zero.flatten().tolist() == [-7, -8, 7]
+    error = (grid.round(w[None]) - w[None]).abs()
+    assert bool((error <= grid.scale * 0.5001).all())
+
+
 def test_clip_may_use_correlations_of_columns() -> None:
     w, x = random(0, 1, 4, 64), correlated(3, 200, 64)
     w[0, 0, 0] = 9

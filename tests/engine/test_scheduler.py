@@ -119,6 +119,28 @@ def test_decode_is_scheduled_before_prefill() -> None:
     assert [(i.seq, i.count, i.decode) for i in plan] == [(early, 1, True), (late, 7, False)]
 
 
+def test_drafts_leave_half_of_the_spare_budget_to_prompts() -> None:
+    scheduler = Scheduler(32, 4, max_num_seqs=2, max_num_batched_tokens=12)
+    early = sequence(0, [1, 2], output=20)
+    scheduler.add(early)
+    run(scheduler, scheduler.schedule())
+    early.drafts = [3] * 9
+    assert [(i.count, len(i.drafts)) for i in scheduler.schedule()] == [(1, 9)]
+    scheduler.add(sequence(1, list(range(20))))
+    assert [(i.count, len(i.drafts)) for i in scheduler.schedule()] == [(1, 5), (6, 0)]
+
+
+def test_a_prompt_leaves_a_block_to_those_that_decode() -> None:
+    scheduler = Scheduler(4, 4, max_num_seqs=2, max_num_batched_tokens=32)
+    early, late = sequence(0, [1, 2], output=2), sequence(1, list(range(12)), output=1)
+    scheduler.add(early)
+    run(scheduler, scheduler.schedule())
+    scheduler.add(late)  # needs all of the three free blocks
+    assert [i.seq for i in scheduler.schedule()] == [early]
+    scheduler.finish(early)
+    assert [i.seq for i in scheduler.schedule()] == [late]
+
+
 def test_long_prompt_is_chunked_and_sampled_once() -> None:
     scheduler = Scheduler(32, 4, max_num_seqs=1, max_num_batched_tokens=8)
     scheduler.add(sequence(0, list(range(20))))

@@ -165,6 +165,16 @@ def test_cached_prompts_cost_nothing() -> None:
     assert learner.estimate > 2 * cold
 
 
+def test_learning_does_not_count_cached_prompts() -> None:
+    """Saturated replicas that compute a tenth of their prompts are as busy as with prompts of a tenth."""
+    cached, short = OnlineCapacity(guess=2.0), OnlineCapacity(guess=2.0)
+    for _ in range(100):
+        seen = tokens(6.0, 4000, 100, backlog=10)
+        cached.observe(Snapshot(**{**vars(seen), "cached_share": 0.9}))
+        short.observe(tokens(6.0, 400, 100, backlog=10))
+    assert cached.costs == pytest.approx(short.costs)
+
+
 def test_capacity_in_tokens_depends_on_the_mix() -> None:
     learner = OnlineCapacity(guess=2000.0, unit="tokens")
     for _ in range(60):

@@ -78,6 +78,14 @@ def test_latency_breach_scales_by_the_factor_once_per_cold_start() -> None:
     assert set(targets[2:42]) == {15}  # no second step within the cold start
 
 
+def test_next_step_of_a_lasting_breach_is_one_cold_start_after_the_first() -> None:
+    policy, current, targets = Policy(replace(CONFIG, latency_of="current")), 10, []
+    for now in range(0, 660, 15):
+        current = policy.decide(now, seen(now, current, 5.0, queue_time_s=0.5)).target
+        targets.append(current)
+    assert targets[(30 + 600) // 15 - 1 :][:2] == [15, 23]
+
+
 @pytest.mark.parametrize(("of", "steps"), [("current", [15, 23]), ("ready", [18, 18])])
 def test_breaches_within_one_cold_start_do_not_compound(of: str, steps: list[int]) -> None:
     """Ten requested, twelve serving (two draining); the breach is intermittent for two cold starts."""
@@ -96,6 +104,14 @@ def test_interrupted_breach_restarts_its_timer() -> None:
     for now, latency in ((0, 0.5), (15, 0.1), (30, 0.5), (45, 0.5)):
         assert policy.decide(now, seen(now, 10, 6.0, queue_time_s=latency)).target == 10
     assert policy.decide(60, seen(60, 10, 6.0, queue_time_s=0.5)).target == 15
+
+
+def test_missing_signals_restart_the_timer_of_a_breach() -> None:
+    policy, late = Policy(CONFIG), {"queue_time_s": 0.5}
+    policy.decide(0, seen(0, 10, 6.0, **late))
+    policy.decide(15, None, current=10)
+    targets = [policy.decide(t, seen(t, 10, 6.0, **late)).target for t in (30, 45, 60)]
+    assert targets == [10, 10, 15]
 
 
 def test_metric_threshold_and_factor_are_configurable() -> None:
@@ -125,6 +141,14 @@ def test_other_rules_drain_a_backlog_at_the_target_utilization() -> None:
     assert Policy(config).decide(0, seen(0, 5, 6.0, backlog=600.0)).target == 23  # (6 + 10) / 0.7
 
 
+def test_backlog_counts_in_units_of_the_load() -> None:
+    """60 requests of 200 tokens each, within a minute, are 200 tokens/s besides the 1000/s."""
+    config = replace(CONFIG, rule="stabilized", unit="output_tokens", capacity=100.0)
+    signals = seen(0, 10, 5.0, output_token_rate=1000.0, backlog=60.0)
+    assert Policy(config).decide(0, signals).target == 18  # (1000 + 200) / (0.7 * 100)
+    assert Policy(config).decide(0, replace(signals, request_rate=0.0)).target == 15
+
+
 def test_stabilized_scales_down_to_the_largest_need_of_five_minutes() -> None:
     policy, current, history = Policy(CONFIG.with_rule("stabilized")), 10, []
     for now in range(0, 1000, 15):
@@ -133,7 +157,7 @@ def test_stabilized_scales_down_to_the_largest_need_of_five_minutes() -> None:
         history.append((now, current))
     fell = next(now for now, n in history if n < 10)
     assert history[-1][1] == 8
-    assert 400 - 15 + 300 < fell <= 400 + 300 + 15
+    assert fell == 390 + 300 + 15  # the last decision with the need, the window, and one interval
 
 
 @pytest.mark.parametrize(
@@ -186,6 +210,41 @@ def test_a_clock_jump_restarts_the_timer_of_a_breach(jump: float) -> None:
     assert [policy.decide(t, seen(t, 10, 6.0, queue_time_s=0.5)).target for t in times] == [10, 10, 15]
 
 
+def test_after_the_clock_went_back_no_earlier_time_holds_replicas() -> None:
+    """A cool-down and a step of the latency rule end as long after the jump as they would have lasted."""
+    policy = Policy(replace(CONFIG, cooldown_s=60.0))
+    for now in range(7200, 7290, 15):
+        decision = policy.decide(now, seen(now, 10, 6.0, queue_time_s=0.5))
+    assert decision.target == 15
+    soon = policy.decide(0, seen(0, 15, 1.0))
+    assert soon.target == 15 and "clock" in soon.alarms[0]
+    later = [policy.decide(t, seen(t, 15, 1.0)).target for t in range(15, 615, 15)]
+    assert (set(later[:-1]), later[-1]) == ({15}, 2)
+
+
+def test_no_lateness_is_excused_by_what_was_planned_before_a_clock_jump() -> None:
+    """Neither by plans, nor by an excuse that would last until the clock catches up."""
+    config = PolicyConfig(capacity=1.0, cold_start_s=300.0)
+    for excused, jump in ((False, 200), (True, -3600)):
+        policy = Policy(config)
+        for now in range(7200, 9000, 15):
+            policy.decide(now, seen(now, 2, 1.0, late_share=0.0))
+        if excused:
+            assert policy.decide(9000, seen(9000, 2, 9.0, late_share=1.0)).inputs["excused_s"] > 0
+        before = policy.utilization
+        for now in range(9000 + jump, 9045 + jump, 15):
+            decision = policy.decide(now, seen(now, 2, 9.0, late_share=1.0))
+        assert decision.inputs["excused_s"] == 0 and policy.utilization < before
+
+
+def test_a_long_interval_between_decisions_is_no_clock_jump() -> None:
+    policy = Policy(replace(CONFIG, interval_s=60.0))
+    assert [policy.decide(t, seen(t, 10, 6.0)).alarms for t in (0, 60, 300)] == [()] * 3
+    assert policy.decide(541, seen(541, 10, 6.0)).alarms == (
+        "clock: +241 s since the last decision; windows restart",
+    )
+
+
 def test_after_a_clock_jump_the_window_is_that_of_the_measured_cold_start() -> None:
     policy = Policy(replace(CONFIG.with_rule("stabilized"), cold_start_s=60.0))
     for now in range(0, 600, 15):
@@ -199,6 +258,7 @@ def test_limits_step_and_cooldown() -> None:
     assert Policy(limited).decide(0, seen(0, 5, 70.0)).target == 9
     assert Policy(limited).decide(0, seen(0, 11, 70.0)).target == 12
     assert Policy(limited).decide(0, seen(0, 3, 0.0)).target == 3 - 1
+    assert Policy(limited).decide(0, seen(0, 11, 0.0)).target == 11 - 4
     policy = Policy(replace(CONFIG, cooldown_s=60.0))
     for now in range(0, 75, 15):
         policy.decide(now, seen(now, 5, 3.0))
@@ -333,6 +393,36 @@ def test_lateness_within_a_cold_start_of_a_jump_does_not_count() -> None:
     assert used[-1] < 0.7
     again = PolicyState.from_json(policy.state.to_json())
     assert again == policy.state
+
+
+@pytest.mark.parametrize(
+    ("least", "load", "counts"), [(1, 1.9, True), (1, 2.1, False), (4, 3.9, True), (4, 4.1, False)]
+)
+def test_a_jump_exceeds_what_the_lowest_utilization_or_the_minimum_could_serve(
+    least: int, load: float, counts: bool
+) -> None:
+    """A plan of 1.0 is at least two replicas at the lowest utilization, 0.5."""
+    policy = Policy(PolicyConfig(capacity=1.0, cold_start_s=300.0, min_replicas=least))
+    for now in range(0, 3600, 15):
+        policy.decide(now, seen(now, 4, 1.0, late_share=0.0))
+    before = policy.utilization
+    for now in range(3600, 3660, 15):
+        policy.decide(now, seen(now, 4, load, late_share=1.0))
+    assert (policy.utilization < before) == counts
+
+
+@pytest.mark.parametrize(("late", "bound"), [(1.0, 0.5), (0.0, 0.9)])
+def test_slo_keeps_the_utilization_within_its_bounds(late: float, bound: float) -> None:
+    assert SloConfig().moved(bound, late, 60) == bound
+    assert SloConfig().moved(0.7, late, 1e9) == bound
+
+
+def test_lateness_over_a_gap_does_not_move_the_utilization_at_once() -> None:
+    policy = Policy(PolicyConfig(capacity=1.0))
+    for now in (0, 15, 3615):
+        before = policy.utilization
+        policy.decide(now, seen(now, 10, 7.0, late_share=1.0))
+    assert policy.utilization == before < 0.7
 
 
 def test_a_few_late_requests_lower_the_utilization_although_the_mean_is_low() -> None:
