@@ -85,6 +85,14 @@ def test_rank_deficient_gram_is_damped() -> None:
     assert bool(sweep(random(1, 1, 8, 64), empty, int8_grid(random(1, 1, 8, 64)))[0].isfinite().all())
 
 
+def test_damping_that_did_not_suffice_is_replaced() -> None:
+    gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # its smaller eigenvalue is -0.05
+    found = Feedback.of(gram[None], act_order=False)
+    assert float(found.damping) == pytest.approx(0.1)
+    factored = found.upper[0] * found.pivots[0] @ found.upper[0].T
+    torch.testing.assert_close(factored, gram + 0.1 * torch.eye(2))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([32, 64]), st.booleans(), st.floats(-30, 30))
 def test_grids_stay_within_their_bounds(seed: int, group: int, symmetric: bool, magnitude: float) -> None:
@@ -168,6 +176,18 @@ def test_awq_equals_the_grid_search_of_its_paper() -> None:
     assert best.error == pytest.approx(min(errors.values()) / errors[0.0, False], rel=1e-2)
     s = best.factor
     torch.testing.assert_close((x / s) @ (weights[0] * s).T, x @ weights[0].T, rtol=1e-3, atol=1e-2)
+
+
+def test_awq_rounds_with_the_moments_of_the_scaled_inputs() -> None:
+    w, x = random(0, 8, 32), correlated(1, 100, 32)
+    gram, seen = x.T @ x, []
+
+    def record(scaled: Tensor, moments: Tensor) -> Tensor:
+        seen.append(moments.allclose((x * w[0] / scaled[0]).T @ (x * w[0] / scaled[0]), rtol=1e-3))
+        return scaled
+
+    awq_scale([w], [gram], x.abs().mean(0), record)
+    assert all(seen)
 
 
 def test_smoothquant_equals_equation_4() -> None:

@@ -126,6 +126,9 @@ def test_drafts_leave_half_of_the_spare_budget_to_prompts() -> None:
     run(scheduler, scheduler.schedule())
     early.drafts = [3] * 9
     assert [(i.count, len(i.drafts)) for i in scheduler.schedule()] == [(1, 9)]
+    early.max_len = len(early.tokens) + 3  # two accepted drafts and one more token
+    assert [(i.count, len(i.drafts)) for i in scheduler.schedule()] == [(1, 2)]
+    early.max_len += 20
     scheduler.add(sequence(1, list(range(20))))
     assert [(i.count, len(i.drafts)) for i in scheduler.schedule()] == [(1, 5), (6, 0)]
 
@@ -245,6 +248,20 @@ def test_least_urgent_is_preempted() -> None:
     assert urgent.status is Status.WAITING and urgent.blocks == [] and urgent.preemptions == 1
     assert other.status is Status.RUNNING
     assert scheduler.num_preemptions == 1
+
+
+def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
+    scheduler = Scheduler(6, 2, max_num_seqs=2, max_num_batched_tokens=16)
+    scheduler._watermark = 0
+    first, last, between = sequence(0, [1] * 6), sequence(2, [2] * 5), sequence(1, [3])
+    for seq in (first, last):
+        scheduler.add(seq)
+    run(scheduler, scheduler.schedule())
+    scheduler.add(between)
+    plan = scheduler.schedule()  # `first` takes one of the three blocks of `last`; its row is free now
+    assert [i.seq for i in plan] == [first] and last.status is Status.WAITING
+    run(scheduler, plan)
+    assert [i.seq for i in scheduler.schedule()] == [first, between]
 
 
 def test_priority_orders_the_queue_and_waiting_outweighs_it() -> None:

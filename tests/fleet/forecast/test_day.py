@@ -182,6 +182,13 @@ def test_floor_never_costs_more_than_the_whole_plan(rows: list[tuple[float, floa
     assert learnt.settle() == share
 
 
+@pytest.mark.parametrize(("quiet", "share"), [(13, 0.7), (14, 0.5)])
+def test_a_shortage_costs_ten_times_what_idle_capacity_does(quiet: int, share: float) -> None:
+    """One day needs 0.7 of the plan. A tenth less misses 2.86 then, and leaves 2 fewer idle every day."""
+    truth = np.array([8.0] * quiet + [20.0])
+    assert best_share(floor_losses(np.full(quiet + 1, 20.0), np.full(quiet + 1, 8.0), truth, 0.7)) == share
+
+
 def test_floor_is_lowered_if_it_only_costs_and_kept_if_it_saves() -> None:
     many = np.ones(50)
     assert (

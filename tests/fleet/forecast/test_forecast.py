@@ -61,6 +61,8 @@ def test_conformal_keeps_its_coverage_under_drift() -> None:
         covered.append(bool(truth <= bound))
         conformal.learn(point, bound, truth)
     assert 0.88 <= np.mean(covered[300:]) <= 0.92
+    with pytest.raises(ValueError, match=r"target: got 0.4; expected a number in \[0.5, 1\)"):
+        Conformal(0.4)
 
 
 def test_backtest_report_and_errors() -> None:

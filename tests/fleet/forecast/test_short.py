@@ -94,6 +94,17 @@ def test_mixture_keeps_coverage_and_follows_the_best_member() -> None:
     assert mixture.weights()[0, 0] > 0.95
 
 
+def test_sum_of_members_with_independent_errors_is_calibrated_too() -> None:
+    """Each covers 90 %; their mean, whose error is smaller, would cover 96 % with the same offsets."""
+    random = np.random.default_rng(0)
+    mixture, covered = Mixture(2, 1, 1), []
+    for truth in random.normal(0, 0.1, 6000):
+        members = truth + random.normal(0, 0.1, (2, 1))
+        covered.append(truth <= mixture.step(members, members, np.ones(1)).p90[0])
+        mixture.learn(np.array([truth]))
+    assert 0.88 <= np.mean(covered[1000:]) <= 0.92
+
+
 def test_gaps_of_the_traffic_do_not_spoil_the_mixture() -> None:
     values = np.full(288, 10.0)
     for gap in (slice(60, 66), slice(120, 140), slice(200, 240)):

@@ -17,8 +17,8 @@ class Conformal:
     """
 
     def __init__(self, target: float = 0.9, window: int = 500, rate: float = 0.01) -> None:
-        if not 0 < target < 1:
-            raise ValueError(f"Conformal.target: got {target}; expected a number in (0, 1)")
+        if not 0.5 <= target < 1:
+            raise ValueError(f"Conformal.target: got {target}; expected a number in [0.5, 1)")
         self.target, self.rate = target, rate
         self._level = target
         self._errors: deque[Floats] = deque(maxlen=window)
@@ -28,7 +28,7 @@ class Conformal:
         if not self._errors:
             return point
         errors = np.stack(list(self._errors))
-        ratio = np.quantile(errors, min(max(self._level, 0.5), 1.0), axis=0)
+        ratio = np.quantile(errors, self._level, axis=0)
         return np.asarray(np.maximum(point * (1 + ratio), 0.0), dtype=np.float64)
 
     def learn(self, point: Floats, bound: Floats, truth: Floats) -> None:
