@@ -12,7 +12,7 @@ from farthing.engine.block_pool import IntegrityError
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence, Status
 
-from .scheduler_machine import COMMON, SALTS, SchedulerMachine
+from .scheduler_machine import COMMON, SALTS, Bounds, SchedulerMachine
 
 
 class NoCaching(SchedulerMachine):
@@ -144,6 +144,35 @@ def test_a_prompt_leaves_a_block_to_those_that_decode() -> None:
     assert [i.seq for i in scheduler.schedule()] == [late]
 
 
+def test_every_second_step_beside_a_divided_prompt_is_without_prompts() -> None:
+    scheduler = Scheduler(64, 4, max_num_seqs=4, max_num_batched_tokens=32, limits=Bounds(4, 8))
+    scheduler.add(sequence(0, [1], output=9))
+    run(scheduler, scheduler.schedule())
+    scheduler.add(sequence(1, list(range(20))))
+    assert [(i.seq.id, i.seq.busy) for i in scheduler.schedule()] == [(0, False), (1, True)]
+    for number in (2, 3):
+        scheduler.add(sequence(number, [number] * 4))
+    steps = []
+    for _ in range(3):
+        plan = scheduler.schedule()
+        steps.append([i.seq.id for i in plan])
+        run(scheduler, plan)
+    assert steps == [[0, 2], [0, 2], [0, 2, 3]]
+
+
+def test_a_prefix_is_forgotten_from_its_end() -> None:
+    scheduler = Scheduler(4, 4, max_num_seqs=1, max_num_batched_tokens=32)
+    first, other = sequence(0, list(range(12)), output=1), sequence(1, [20] * 8, output=0)
+    for seq in (first, other):
+        scheduler.add(seq)
+        run(scheduler, scheduler.schedule())
+        scheduler.finish(seq)
+    again = sequence(2, [*range(12), 7], output=1)
+    scheduler.add(again)
+    scheduler.schedule()
+    assert again.num_cached == 8  # `other` took the free block, and the last of the three
+
+
 def test_long_prompt_is_chunked_and_sampled_once() -> None:
     scheduler = Scheduler(32, 4, max_num_seqs=1, max_num_batched_tokens=8)
     scheduler.add(sequence(0, list(range(20))))
@@ -262,6 +291,19 @@ def test_nothing_is_admitted_in_a_step_that_preempts() -> None:
     assert [i.seq for i in plan] == [first] and last.status is Status.WAITING
     run(scheduler, plan)
     assert [i.seq for i in scheduler.schedule()] == [first, between]
+
+
+def test_no_client_overtakes_the_next_one_that_does_not_fit() -> None:
+    scheduler = Scheduler(6, 4, max_num_seqs=4, max_num_batched_tokens=32)
+    seqs = [sequence(0, [1] * 6), sequence(1, [2] * 17, output=1), sequence(2, [3])]
+    for seq, client in zip(seqs, "abc", strict=True):
+        seq.client = client
+        scheduler.add(seq)
+        if client == "c":
+            scheduler.fairness.charge("c", 5)  # it has been served more than b
+        plan = scheduler.schedule()
+        assert [item.seq for item in plan] == seqs[:1]
+        run(scheduler, plan)
 
 
 def test_priority_orders_the_queue_and_waiting_outweighs_it() -> None:

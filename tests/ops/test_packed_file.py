@@ -19,6 +19,7 @@ pytest.importorskip("farthing._native")
 from farthing.ops.api import AttentionSpec, NotFinite, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile, write_packed
+from farthing.ops.cpu.packing import F32, plan
 from farthing.ops.weights import Weight
 from tests.ops.parts import SPECS, experts, weight, zero_blocks
 from tests.ops.test_cpu_threads import results
@@ -264,3 +265,10 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
             ops.top_logits(torch.randn(3, 64), head, torch.ones(64), 1e-6, k)
     with pytest.raises(NotFinite, match="weights are broken"):
         ops.greedy(torch.full((2, 64), float("nan")), head, torch.ones(64), 1e-6)
+
+
+@pytest.mark.parametrize("exact", [0, 1])
+def test_stacked_matrices_are_float32_unless_all_are_bfloat16(exact: int) -> None:
+    weights = [Weight("dense", torch.full((16, 32), 1 + (i != exact) * 2**-12)) for i in range(2)]
+    assert [plan([w], None).format.name for w in weights] == ["BF16", "F32"][:: 1 - 2 * exact]
+    assert plan(weights, None) == F32
