@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +118,29 @@ def test_large_requests_of_two_clients_do_not_preempt_each_other() -> None:
         step(engine)
     assert all(seq.status is Status.FINISHED for seq in both)
     assert sum(seq.preemptions for seq in both) <= 2
+
+
+@pytest.mark.parametrize(("prompt", "preempted"), [(24, 2), (25, 0)])
+def test_nothing_is_preempted_for_more_blocks_than_a_clients_share(prompt: int, preempted: int) -> None:
+    """Of 13 blocks, two clients may each claim six; the crowd holds twelve."""
+    engine = scheduler(blocks=13, budget=64)
+    for _ in range(3):
+        engine.add(sequence("crowd", 14, 2))
+    step(engine)
+    engine.add(sequence("newcomer", prompt, 1))
+    engine.schedule()
+    assert engine.num_preemptions == preempted
+
+
+def test_a_clients_only_sequence_is_not_preempted_for_another_client() -> None:
+    """Although it holds 8 of 13 blocks, twice a third, and the newcomer lacks two of its share."""
+    engine = scheduler(blocks=13, budget=64)
+    for seq in (sequence("first", 6, 2), sequence("large", 30, 2)):
+        engine.add(seq)
+    step(engine)
+    engine.add(sequence("newcomer", 16, 1))
+    engine.schedule()
+    assert engine.num_preemptions == 0
 
 
 def test_priority_applies_within_a_client() -> None:

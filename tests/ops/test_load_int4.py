@@ -10,6 +10,7 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.ops import select
 from farthing.ops.cpu import CpuOps
+from farthing.ops.cpu.packing import choose
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import (
     CODES,
@@ -38,6 +39,12 @@ def random_rows(n: int, k: int, kind: str) -> torch.Tensor:
         "normal": w, "outliers": torch.where(torch.rand_like(w) < 0.02, 20 * w, w), "one sign": w.abs(),
         "tiny": w * 1e-30, "huge": w * 1e30, "zeros": w * 0, "pruned": w * (torch.rand_like(w) < 0.7),
     }[kind]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stored", "packed"), [("float32", "F32"), ("bfloat16", "BF16"), ("fp8", "FP8")])
+def test_matrices_without_whole_groups_keep_their_format(stored: str, packed: str) -> None:
+    assert choose(stored, 40, 40, "int4").format.name == packed
+    assert choose(stored, 96, 96, "int4").format.name == "NL4"
 
 
 @pytest.mark.parametrize("group", [32, 64])

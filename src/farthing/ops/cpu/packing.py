@@ -39,8 +39,6 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
         rounded = int4_group(columns) if quantization == "int4" else columns
         if rounded is not None:
             stored, group = "nl4" if quantization == "int4" else quantization, rounded
-        elif stored == "fp8":
-            stored = "float32"
     found = HOLDING.get(stored, PackedFormat.F32)
     if not _native.is_grouped(found):
         return Plan(found)
