@@ -148,6 +148,18 @@ def test_moe(ops: CpuOps, ref: ReferenceOps, router: str, name: str, tokens: int
     torch.testing.assert_close(gates.gather(1, by_id.indices), weights.gather(1, order.indices))
 
 
+@pytest.mark.parametrize("shift", [-3.0, 3.0])
+def test_groups_are_chosen_by_biased_scores_of_any_sign(ops: CpuOps, ref: ReferenceOps, shift: float) -> None:
+    spec = ROUTERS["v3"]
+    w = experts(spec, "f32", 64, 32, None)
+    assert w.bias is not None
+    w = replace(w, bias=w.bias + shift)
+    x = torch.randn(40, 64)
+    ids, _ = ops.route(x, ops.pack_moe("m", spec, lambda: w))
+    wanted, _ = ref.route(x, ref.pack_moe("m", spec, lambda: w))
+    assert torch.equal(ids.sort(-1).values, wanted.sort(-1).values)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("bf16", 1), ("int4", 40)])
 def test_identity_experts(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
     """Identity experts have no weights, and return the normed input."""
