@@ -160,6 +160,18 @@ def test_groups_are_chosen_by_biased_scores_of_any_sign(ops: CpuOps, ref: Refere
     assert torch.equal(ids.sort(-1).values, wanted.sort(-1).values)
 
 
+@pytest.mark.parametrize(("mass", "least"), [(0.0, 2), (0.3, 3), (0.5, 1)])
+def test_fewest_experts_of_a_mass_are_those_of_the_reference(
+    ops: CpuOps, ref: ReferenceOps, mass: float, least: int
+) -> None:
+    spec = RouterSpec(8, 5, mass=mass, min_experts=least)
+    w, x = experts(spec, "f32", 64, 32, None), torch.randn(40, 64)
+    ids, gates = ops.route(x, ops.pack_moe("m", spec, lambda: w))
+    wanted, weights = ref.route(x, ref.pack_moe("m", spec, lambda: w))
+    assert torch.equal(ids, wanted) and int((ids >= 0).sum(-1).min()) >= least
+    torch.testing.assert_close(gates, weights)
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("bf16", 1), ("int4", 40)])
 def test_identity_experts(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int) -> None:
     """Identity experts have no weights, and return the normed input."""
