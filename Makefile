@@ -4,7 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+farthing_tests       := tests --ignore=tests/fleet --ignore=tests/lab
+farthing_fleet_tests := tests/fleet
+farthing_lab_tests   := tests/lab
+# `make test HOUSE=farthing_fleet` runs the tests of one house.
+HOUSE   ?=
+TESTS   := $(if $(HOUSE),$(or $($(HOUSE)_tests),$(error HOUSE: got $(HOUSE); expected farthing, farthing_fleet or farthing_lab)))
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
 
 SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
@@ -12,7 +18,7 @@ SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp n
 .PHONY: demo test test-all test-slow test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize wheel clean
 
 demo: $(STAMP)
-	$(BIN)/python -m farthing.demo
+	$(BIN)/python -m farthing_lab.demo
 
 test: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu"

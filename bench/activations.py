@@ -14,14 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from farthing.compress.corpus import calibration_corpus, load_corpus
-from farthing.compress.evaluate import Baseline, compare_with, remember
-from farthing.compress.gate import held_out_sample, load_for
+from farthing.compress.api import held_out_sample, load_for
+from farthing.compress.evaluate import Baseline, calibration_corpus, compare_with, load_corpus, remember
 from farthing.compress.recipe import RECIPES, Recipe
 from farthing.compress.stream import Job, run
 from farthing.files import to_json
 from farthing.hub import resolve_model
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 
 BASE = RECIPES["int8-kl"]
 

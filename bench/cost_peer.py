@@ -20,12 +20,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from farthing.bench.cost import Workload, compare, prompts_for
-from farthing.bench.levers import HEAD, Lever
-from farthing.bench.original import bf16_checkpoint
-from farthing.cost import Machine, Prices, cpu_name, usable_cpus
+from farthing.bench.cost import HEAD, Lever, Workload, bf16_checkpoint, compare, prompts_for
+from farthing.cost import cpu_name, usable_cpus
+from farthing.cost.prices import Machine, Prices
 from farthing.hub import resolve_model
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from peers import LlamaCpp
 
 PROMPT, NEW, REPEATS = 128, 64, 20

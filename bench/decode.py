@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import LLM, SamplingParams, _native
-from farthing.checkpoint import CheckpointError
+from farthing.checkpoint.shards import CheckpointError
 from farthing.model.pack import pack_checkpoint
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from packed_layout import is_current, packed_file, stamp

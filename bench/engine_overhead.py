@@ -21,14 +21,14 @@ import torch
 from farthing.config import EngineConfig
 from farthing.engine.admission import Admission
 from farthing.engine.core import EngineCore
+from farthing.engine.drafters import TextDrafter
 from farthing.engine.generation import RequestState
-from farthing.engine.request import RequestMetrics, SamplingParams
+from farthing.engine.request import RequestMetrics, RequestStream, SamplingParams
 from farthing.engine.runner import Runner
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.speculation import Gate, Speculator, TextDrafter
+from farthing.engine.speculation import Gate, Speculator
 from farthing.engine.stats import Stats
-from farthing.engine.stream import RequestStream
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.ops.api import LatentCache
 from random_model import config
 

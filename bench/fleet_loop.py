@@ -25,14 +25,13 @@ from typing import Any
 
 from aiohttp import web
 
-from farthing.fleet.actuators.kubernetes import connect
-from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
-from farthing.fleet.actuators.scale import ScalePatch, Target
-from farthing.fleet.controller import Controller
-from farthing.fleet.policy import Policy
-from farthing.fleet.policy_config import PolicyConfig
-from farthing.fleet.signals import ScrapeSource
-from farthing.fleet.up import STANDBY, serve_command
+from farthing_fleet.actuators.kubernetes import ScalePatch, Target, connect
+from farthing_fleet.actuators.local import LocalConfig, LocalReplicas
+from farthing_fleet.config import PolicyConfig
+from farthing_fleet.controller import Controller
+from farthing_fleet.policy import Policy
+from farthing_fleet.signals_scrape import ScrapeSource
+from farthing_fleet.up import STANDBY, serve_command
 
 
 class World:

@@ -12,7 +12,7 @@ from typing import Any
 
 from farthing.config import EngineConfig
 from farthing.conversation import forced
-from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.base import ChatFormat, ControlTokens
 from farthing.conversation.select import FORMATS
 from farthing.conversation.strict import forced_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice, Turn
@@ -20,8 +20,9 @@ from farthing.engine.build import build_engine
 from farthing.engine.engine import Engine
 from farthing.engine.request import CallParams, SamplingParams, StructuredOutputsParams
 from farthing.hub import resolve_model
-from farthing.model import ModelConfig, random_model
-from farthing.ops import select
+from farthing.model.config import ModelConfig
+from farthing.model.load import random_model
+from farthing.ops.select import select
 
 
 def _object(required: int, **properties: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from farthing.demo.server import free_port
-from farthing.eventloop import loop_factory
+from farthing.process import loop_factory
+from farthing_lab.demo.levers import free_port
 
 TOKEN = b'data: {"choices":[{"index":0,"delta":{"content":"tok"}}]}\n\n'
 HOST = "127.0.0.1"

@@ -21,8 +21,8 @@ import gguf
 import numpy
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint
-from farthing.model import ModelConfig
+from farthing.checkpoint.reader import Checkpoint
+from farthing.model.config import ModelConfig
 from farthing.model.load import config_of, source_of
 from farthing.model.source import WeightSource
 

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 import glm_dsa_gguf
-from farthing.model import DecoderModel, ModelConfig
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource, WeightSource
-from farthing.ops import make_batch
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.torch_util import make_batch
 
 START_SECONDS = 120
 DECODED = 9  # tokens per timed decode; the first one belongs to the prompt

@@ -15,14 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.model import DecoderModel, ModelConfig
-from farthing.ops import RouterSpec, Weight, make_batch
-from farthing.ops.api import Batch
-from farthing.ops.gpu import GpuOps, decode, gemm, grouped, latent, normalize, prefill, route, sample, sparse
-from farthing.ops.gpu import softmax as fused_softmax
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.ops.api import Batch, RouterSpec
+from farthing.ops.gpu import GpuOps, gemm, route, sample, sparse
+from farthing.ops.gpu import attention as decode
+from farthing.ops.gpu import attention as latent
+from farthing.ops.gpu import attention as prefill
+from farthing.ops.gpu import gemm as grouped
+from farthing.ops.gpu import sample as fused_softmax
+from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu.matrix import Matrix, pack
 from farthing.ops.reference import route as reference_route
-from farthing.ops.weights import quantize_int4, quantize_int8
+from farthing.ops.torch_util import make_batch
+from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 
 CUDA = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

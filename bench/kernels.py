@@ -6,7 +6,7 @@ Shapes are those of one model of random_model.py. Weights are copied until they 
 single row reads from memory, as in decoding. A row's limit is the longer of its bytes at the bandwidth and
 its operations at the peak measured in the same run (FP8 and bfloat16: half the INT8 peak). Medians of
 --passes; timings need a quiet machine. `--only sparse` compares block-sparse matrices with dense ones,
-`--only cells` the cells that they are made of, for the costs in `ops/blocks.py`.
+`--only cells` the cells that they are made of, for the costs in `ops/weights.py`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import _native
-from farthing.ops import AttentionSpec, RouterSpec
-from farthing.ops.batch import make_batch
+from farthing.ops.api import AttentionSpec, RouterSpec
 from farthing.ops.cpu import CpuOps, create
-from farthing.ops.cpu.packing import pack, plan
-from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
+from farthing.ops.cpu.weights import Attention, Experts, Linear, pack, plan, router_of
+from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells
 from random_model import SIZES, config

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from farthing import _native
-from farthing.ops import RouterSpec
-from farthing.ops.cpu import packing
+from farthing.ops.api import RouterSpec
+from farthing.ops.cpu import weights as packing
 from farthing.ops.cpu.weights import Experts, Linear, router_of
 from farthing.ops.weights import Weight
 
@@ -158,7 +158,7 @@ def experts(b: Any, name: str, zeros: float, uncached: int) -> list[SparseRow]:
 
 @dataclass(frozen=True, slots=True)
 class CellRow:
-    """Time of cells with 1 to 4 blocks relative to the same columns of a dense panel, for `ops/blocks.py`."""
+    """Time of cells of 1 to 4 blocks relative to the same columns of a dense panel, for `ops/weights.py`."""
 
     kernel: str
     rows: int

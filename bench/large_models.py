@@ -21,14 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
 from farthing.model.load import config_of
 from farthing.model.pack import write_parts
-from farthing.ops import Weight
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packed_writer import PackedWriter
-from farthing.ops.cpu.packing import Plan
+from farthing.ops.cpu.packed import PackedWriter
+from farthing.ops.cpu.weights import Plan
+from farthing.ops.weights import Weight
 from packed_layout import packed_file, stamp
 from random_model import SIZES, config, tensors, value, write_tokenizer
 

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from farthing.ops.cpu.packing import PLANES_FROM
+from farthing.ops.cpu.weights import PLANES_FROM
 from random_model import active_parameters, config, head_parameters, tensors
 
 

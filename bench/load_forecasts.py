@@ -16,11 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from farthing.fleet.forecast.backtest import Backtest, backtest, backtest_short
-from farthing.fleet.forecast.names import PATHS, make
-from farthing.fleet.forecast.short import ShortConfig
-from farthing.fleet.replay.trace import EXAMPLE, rate_load, read_trace
-from farthing.fleet.series import Series
+from farthing_fleet.forecast.base import Series
+from farthing_fleet.forecast.members import PATHS, make
+from farthing_fleet.forecast.short import ShortConfig
+from farthing_lab.replay.backtest import Backtest, backtest, backtest_short
+from farthing_lab.replay.trace import EXAMPLE, rate_load, read_trace
 
 HORIZON_S = 600.0
 SEED = 7  # of the noise

@@ -27,10 +27,13 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from farthing.model import DecoderModel, ModelConfig
-from farthing.ops import Batch, LatentCache, Weight, make_batch
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.ops.api import Batch, LatentCache
 from farthing.ops.cpu import CpuOps
-from farthing.planner.published import published_config
+from farthing.ops.torch_util import make_batch
+from farthing.ops.weights import Weight
+from farthing.planner.estimate import published_config
 
 BLOCK = 16
 

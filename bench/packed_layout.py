@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import xxhash
 
-from farthing.checkpoint.fp8 import quantize_blocks
-from farthing.ops import Weight
-from farthing.ops.blocks import BLOCK
+from farthing.checkpoint.compressed_tensors import quantize_blocks
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packed_file import VERSION
-from farthing.ops.cpu.packing import HELD, PackedFormat, Plan, pack
+from farthing.ops.cpu.packed import VERSION
+from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, pack
+from farthing.ops.weights import BLOCK, Weight
 
 ROWS, COLUMNS, GROUP = 40, 192, 64  # 40: the last panel is padded
 

@@ -36,14 +36,12 @@ import torch
 from decode import packed
 from farthing import LLM, SamplingParams
 from farthing.engine.disk_cache import store as disk_store
-from farthing.engine.disk_cache.index import Index
-from farthing.engine.disk_cache.memory import BlockMemory
-from farthing.engine.disk_cache.segment import Format
-from farthing.engine.disk_cache.store import DiskStore
+from farthing.engine.disk_cache.files import Format, Index
+from farthing.engine.disk_cache.store import BlockMemory, DiskStore
 from farthing.engine.prefetch import Load
-from farthing.engine.prefix_cache import PrefixCache
+from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import DiskStats
-from farthing.ops import LatentCache
+from farthing.ops.api import LatentCache
 from random_model import make_model
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from farthing.fleet.gateway.config import GatewayConfig
-from farthing.fleet.gateway.prefix import PrefixIndex
-from farthing.fleet.gateway.replicas import Balancer, Replica
 from farthing.prompts import Prompt
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.replicas import Balancer, PrefixIndex, Replica
 
 BLOCK = 512  # tokens per block of the trace
 PREFILL_S, BASE_S, SHARE_S, BATCH = 1 / 8000, 0.02, 0.0005, 32

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from farthing.fleet.forecast.history import FEATURES, History
-from farthing.fleet.forecast.lstm import Network, Pretrained, examples, train
-from farthing.fleet.forecast.members import PRETRAINED, QUANTILES, quantile_fit
-from farthing.fleet.replay.trace import EXAMPLE, rate_load, read_trace
-from farthing.fleet.series import Series
+from farthing_fleet.forecast.base import Series
+from farthing_fleet.forecast.growth import FEATURES, History
+from farthing_fleet.forecast.lstm import Network, Pretrained, examples, train
+from farthing_fleet.forecast.members import PRETRAINED, QUANTILES, quantile_fit
+from farthing_lab.replay.trace import EXAMPLE, rate_load, read_trace
 
 GRID_S = 60.0
 LEAD_S = 615.0

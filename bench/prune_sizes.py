@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
 from farthing.hub import resolve_model
-from farthing.model import load
+from farthing.model.load import load
 from farthing.model.pack import pack_checkpoint
-from farthing.ops import select
+from farthing.ops.select import select
 from training import decode, rounds, show
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size")

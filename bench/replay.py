@@ -17,13 +17,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from farthing.fleet.forecast.backtest import Backtest, backtest
-from farthing.fleet.forecast.names import make
-from farthing.fleet.replay.picture import plot
-from farthing.fleet.replay.plan import PlanConfig
-from farthing.fleet.replay.run import Replay, ReplayConfig
-from farthing.fleet.replay.trace import EXAMPLE, read_trace
-from farthing.fleet.series import Series, read_series
+from farthing_fleet.forecast.base import Series, read_series
+from farthing_fleet.forecast.members import make
+from farthing_lab.replay.backtest import Backtest, backtest
+from farthing_lab.replay.document import plot
+from farthing_lab.replay.run import PlanConfig, Replay, ReplayConfig
+from farthing_lab.replay.trace import EXAMPLE, read_trace
 
 OURS = ("farthing", "stabilized", "published")
 FINE = tuple(round(0.40 + 0.01 * k, 2) for k in range(56))

@@ -14,7 +14,7 @@ import statistics
 import threading
 
 from farthing import LLM, SamplingParams
-from farthing.ops.torch_device import COMPILER
+from farthing.ops.torch_backend import COMPILER
 
 BACKENDS = ("reference", "torch/cpu")
 CASES = ((1, 256, 32), (1, 1024, 8), (8, 256, 12))  # sequences, prompt tokens, output tokens

@@ -24,23 +24,25 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from farthing.compress.corpus import load_corpus
-from farthing.compress.evaluate import BLOCK, compare_with, paged_batch
-from farthing.compress.gate import baseline, held_out_sample, load_for
+from farthing.compress.api import baseline, held_out_sample, load_for
+from farthing.compress.evaluate import PAGE, compare_with, load_corpus, paged_batch
 from farthing.config import Quantization
 from farthing.files import replace_json
 from farthing.hub import resolve_model
-from farthing.model import DecoderModel, ModelConfig, load
-from farthing.ops import make_batch, select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import load
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu import CpuOps
-from farthing.train.data import find_sources
-from farthing.train.export import load_checkpoint
-from farthing.train.finetune import weights_sha256
-from farthing.train.fp8 import Fp8Config, use_fp8
-from farthing.train.mite import Recipe, apply_settings, determining, train_mite
-from farthing.train.picture import plot, plot_tradeoff
-from farthing.train.resume import check_start
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
+from farthing_lab.train.data import find_sources
+from farthing_lab.train.evaluate import plot, plot_tradeoff
+from farthing_lab.train.export import load_checkpoint
+from farthing_lab.train.finetune import weights_sha256
+from farthing_lab.train.fp8 import Fp8Config, use_fp8
+from farthing_lab.train.loop import check_start
+from farthing_lab.train.mite import Recipe, apply_settings, determining, train_mite
 
 ARITHMETIC: dict[str, tuple[str, list[str]]] = {  # run: its precision and settings
     "bf16": ("bf16", []),
@@ -234,7 +236,7 @@ def rounds(
 
 def _cache(model: DecoderModel, blocks: int) -> Any:
     kind: CacheDtype = "float32" if model.ops.dtype == torch.float32 else "bfloat16"
-    return model.new_cache(blocks, BLOCK, kind)
+    return model.new_cache(blocks, PAGE, kind)
 
 
 def _prefill(model: DecoderModel, cache: Any) -> tuple[float, Any]:
@@ -248,16 +250,16 @@ def _prefill(model: DecoderModel, cache: Any) -> tuple[float, Any]:
 
 def decode(sequences: int) -> Callable[[DecoderModel, Any], tuple[float, Any]]:
     """A decode step of this many sequences, each with a prompt of 64 different tokens."""
-    each = -(-(PROMPT + 1) // BLOCK)
+    each = -(-(PROMPT + 1) // PAGE)
     tables = [range(i * each, (i + 1) * each) for i in range(sequences)]
 
     def run(model: DecoderModel, cache: Any) -> tuple[float, Any]:
         ids = torch.arange(sequences * PROMPT) * 37 % model.config.vocab_size
         if cache is None:
             cache = _cache(model, sequences * each)
-            prompts = make_batch([PROMPT] * sequences, [0] * sequences, tables, BLOCK)
+            prompts = make_batch([PROMPT] * sequences, [0] * sequences, tables, PAGE)
             model.forward(ids, prompts, cache)
-        batch = make_batch([1] * sequences, [PROMPT] * sequences, tables, BLOCK)
+        batch = make_batch([1] * sequences, [PROMPT] * sequences, tables, PAGE)
         start = time.perf_counter()
         model.logits(model.forward(ids[:sequences] + 1, batch, cache))
         return time.perf_counter() - start, cache

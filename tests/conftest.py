@@ -38,6 +38,6 @@ def anyio_backend() -> str:
 @pytest.fixture
 def sparse_on_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zero blocks are left out on AMX too, where no costs were measured, as with AVX-512."""
-    from farthing.ops import blocks
+    from farthing.ops import weights
 
-    monkeypatch.setitem(blocks.COSTS, "amx", blocks.COSTS["avx512"])
+    monkeypatch.setitem(weights.COSTS, "amx", weights.COSTS["avx512"])

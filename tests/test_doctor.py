@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing import extras
-from farthing.cli.doctor import app
-from farthing.doctor import Check, Diagnosis, machine, software
+from farthing.cli.check import doctor_app
+from farthing.doctor import Check, Diagnosis, machine
+from farthing.doctor import machine as software
 
 run = CliRunner()
 
@@ -21,7 +22,7 @@ def by_name(checks: Any) -> dict[str, Check]:
 
 
 def test_the_command_prints_one_json_document() -> None:
-    result = run.invoke(app, ["--no-measure", "--json"])
+    result = run.invoke(doctor_app, ["--no-measure", "--json"])
     document = json.loads(result.stdout)
     assert result.exit_code == 0 and document["healthy"]
     names = {check["name"] for check in document["checks"]}
@@ -36,7 +37,7 @@ def test_the_table_shows_every_finding_and_its_advice(monkeypatch: pytest.Monkey
         Check(group="b", name="bad", status="fail", detail="is missing", advice="install it"),
     ]
     monkeypatch.setattr("farthing.doctor.examine", lambda measure: Diagnosis(found))
-    result = run.invoke(app, [])
+    result = run.invoke(doctor_app, [])
     assert result.exit_code == 1, "something failed: serving will not work"
     for text in ("is [there]", "is missing", "install it"):
         assert text in result.stdout

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 import pytest
 from typer.testing import CliRunner
 
-from farthing.checkpoint import CheckpointError
+from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.hub import resolve_config, resolve_model
-from farthing.model import ConfigError
+from farthing.model.fields import ConfigError
 from tests.tiny import SMALL_V3
 
 pytest.importorskip("huggingface_hub")

@@ -1,4 +1,4 @@
-"""The structure of the package: no import cycles, and packages import only downwards."""
+"""The structure of the houses: who may import whom, no cycles, few arrows, imports at the top."""
 
 from __future__ import annotations
 
@@ -10,56 +10,90 @@ from pathlib import Path
 
 import farthing
 
-ROOT = Path(farthing.__file__).parent
-# Lowest first; a package imports packages of lower levels, and itself.
+SRC = Path(farthing.__file__).parents[1]
+HOUSES = ("farthing", "farthing_fleet", "farthing_lab")
+# The rooms of the product, lowest first; a room imports lower rooms, and itself.
 LEVELS = (
     {"cost", "conversation"},
-    {"config"},
+    {"config", "process"},
     {"ops"},
     {"checkpoint"},
     {"model"},
     {"parallel", "hub"},
     {"planner", "engine"},
-    {"llm", "server", "fleet", "compress", "train"},
+    {"llm", "server", "compress"},
     {"bench", "doctor"},
-    {"demo"},
     {"cli"},
 )
 LEVEL = {
-    path.stem: 0 for path in ROOT.glob("*.py")
+    path.stem: 0 for path in (SRC / "farthing").glob("*.py")
 }  # top-level modules are on the lowest level, unless listed
 LEVEL |= {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-ACROSS = {
-    ("fleet", "server"),
-    ("train", "compress"),
-}  # the gateway's dashboard; sparsity schedule
-# Starts the command line in a standby process: calls `main`, imported when it runs.
-ENTRY_POINTS = {"farthing.fleet.standby", "farthing.__main__"}
+# The fleet knows servers by HTTP and metrics; this is all that it shares with the product.
+SHARED = {
+    "farthing.bench.trace",
+    "farthing.cli.app",
+    "farthing.cli.errors",
+    "farthing.config",
+    "farthing.files",
+    "farthing.process",
+    "farthing.prompts",
+    "farthing.server.config",
+    "farthing.server.dashboard.site",
+    "farthing.server.errors",
+}
+# Imports inside functions, outside `cli`, of modules that load torch, an accelerator or an optional extra.
+DEFERRED = 27
+FAN_OUT = 12  # modules of ours that one module imports
+WIDE: dict[str, int] = {
+    "farthing.bench.cost": 14,
+    "farthing.cli.check": 15,
+    "farthing.cli.plan": 14,
+    "farthing.compress.api": 17,
+    "farthing.compress.sensitivity": 13,
+    "farthing.engine.build": 17,
+    "farthing.engine.engine": 17,
+    "farthing.model.types": 18,
+    "farthing.ops.gpu.backend": 13,
+    "farthing.server.app": 21,
+    "farthing.server.service": 15,
+    "farthing.server.turn": 16,
+}  # that put the others together
+ENTRY_POINTS = {"farthing.__main__"}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    return {name_of(path): path for house in HOUSES for path in (SRC / house).rglob("*.py")}
 
 
 @cache
 def graph() -> dict[str, frozenset[str]]:
     """Module -> our modules that it imports, including lazily and for type checking."""
-    names = {name_of(path): path for path in ROOT.rglob("*.py")}
-    return {name: frozenset(imported(path, names.keys()) - {name}) for name, path in names.items()}
+    names = modules()
+    return {name: frozenset(target for target, _ in imported(path)) - {name} for name, path in names.items()}
 
 
 def name_of(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    parts = path.relative_to(SRC).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported(path: Path, names: object) -> set[str]:
-    assert hasattr(names, "__contains__")
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@cache
+def imported(path: Path) -> frozenset[tuple[str, int]]:
+    """(our module, line of the import, or 0 at top level) for every import of a file."""
+
+    def inside(node: ast.AST, line: int) -> Iterator[tuple[str, int]]:
         for target in targets(node):
             parent = target.rpartition(".")[0]
-            if target in names:
-                found.add(target)
-            elif parent in names:  # a name of a module, or of a package's __init__
-                found.add(parent)
-    return found
+            name = target if target in modules() else parent  # a name of a module or a package's __init__
+            if name in modules():
+                yield name, line
+        for child in ast.iter_child_nodes(node):
+            deeper = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            yield from inside(child, getattr(child, "lineno", line) if deeper or line else 0)
+
+    return frozenset(inside(ast.parse(path.read_text()), 0))
 
 
 def targets(node: ast.AST) -> Iterator[str]:
@@ -67,6 +101,10 @@ def targets(node: ast.AST) -> Iterator[str]:
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def house(module: str) -> str:
+    return module.partition(".")[0]
 
 
 def room(module: str) -> str:
@@ -80,17 +118,54 @@ def test_there_are_no_import_cycles() -> None:
         raise AssertionError(" -> ".join(error.args[1])) from None
 
 
-def test_every_package_has_a_level() -> None:
-    assert {room(name) for name in graph()} - {""} <= set(LEVEL)
-
-
-def test_packages_import_downwards() -> None:
+def test_nothing_imports_the_laboratory_and_the_product_no_fleet() -> None:
     wrong = [
         f"{module} imports {target}"
-        for module, imports in graph().items()
-        if module not in ENTRY_POINTS and room(module) in LEVEL
-        for target in imports
-        if room(target) in LEVEL and room(target) != room(module)
-        if LEVEL[room(target)] >= LEVEL[room(module)] and (room(module), room(target)) not in ACROSS
+        for module, found in graph().items()
+        for target in found
+        if HOUSES.index(house(target)) > HOUSES.index(house(module))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_fleet_shares_few_modules_with_the_product() -> None:
+    used = {
+        target
+        for module, found in graph().items()
+        if house(module) == "farthing_fleet"
+        for target in found
+        if house(target) == "farthing"
+    }
+    assert used == SHARED
+
+
+def test_every_room_has_a_level() -> None:
+    assert {room(name) for name in graph() if house(name) == "farthing"} - {""} <= set(LEVEL)
+
+
+def test_rooms_import_downwards() -> None:
+    wrong = [
+        f"{module} imports {target}"
+        for module, found in graph().items()
+        if house(module) == "farthing" and module not in ENTRY_POINTS and room(module) in LEVEL
+        for target in found
+        if room(target) in LEVEL and room(target) != room(module)
+        if LEVEL[room(target)] >= LEVEL[room(module)]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_import_few_others() -> None:
+    counts = {module: len(found) for module, found in graph().items() if len(found) > FAN_OUT}
+    assert counts == WIDE, "a module outside WIDE grew beyond FAN_OUT, or one inside it shrank: lower it"
+
+
+def test_imports_are_at_the_top() -> None:
+    deferred = [
+        (f"{path.relative_to(SRC)}:{line}", target)
+        for module, path in modules().items()
+        if "cli" not in module.split(".")
+        for target, line in imported(path)
+        if line
+    ]
+    assert len(deferred) <= DEFERRED, sorted(deferred)

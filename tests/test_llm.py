@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from farthing import LLM, SamplingParams
-from farthing.cli.generate import app
+from farthing.cli.serve import generate_app
 from farthing.config import EngineConfig
 from tests.tiny import tiny
 
@@ -28,7 +28,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a byte-level tokenizer, like a hub download."""
     from safetensors.torch import save_file
 
-    from farthing.model import ModelConfig
+    from farthing.model.config import ModelConfig
     from farthing.model.load import random_parameters
 
     path = tmp_path_factory.mktemp("model")
@@ -154,8 +154,8 @@ def test_cache_dtypes(directory: Path, llm: LLM, dtype: str) -> None:
 
 def test_packed_model_answers_as_before_packing(directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("farthing._native")
-    from farthing.model import load
-    from farthing.ops import select
+    from farthing.model.load import load
+    from farthing.ops.select import select
 
     target = tmp_path / "packed.bin"
     load(directory, select("cpu", threads=1, quantization="int8")).ops.save_packed(str(target))
@@ -186,8 +186,8 @@ print([o.outputs[0].token_ids for o in outputs])
 
 def test_a_packed_model_is_served_without_torch(directory: Path, llm: LLM, tmp_path: Path) -> None:
     pytest.importorskip("farthing._native")
-    from farthing.model import load
-    from farthing.ops import select
+    from farthing.model.load import load
+    from farthing.ops.select import select
 
     target = tmp_path / "packed.bin"
     load(directory, select("cpu", threads=1)).ops.save_packed(str(target))
@@ -242,22 +242,24 @@ def test_small_cache_lowers_max_model_len(directory: Path) -> None:
 
 def test_command_prints_one_json_document(directory: Path) -> None:
     common = [str(directory), "--backend", "reference", "--temperature", "0", "--max-tokens", "5"]
-    result = CliRunner().invoke(app, [*common, "--prompt", "def", "--prompt", "-", "--json"], input="x")
+    result = CliRunner().invoke(
+        generate_app, [*common, "--prompt", "def", "--prompt", "-", "--json"], input="x"
+    )
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert [r["prompt"] for r in document["requests"]] == ["def", "x"]
-    text = CliRunner().invoke(app, [*common, "--prompt", "def"])
+    text = CliRunner().invoke(generate_app, [*common, "--prompt", "def"])
     assert text.stdout == document["requests"][0]["outputs"][0]["text"] + "\n"
-    chat = CliRunner().invoke(app, [*common, "--prompt", "Hi", "--chat", "-n", "2"])
+    chat = CliRunner().invoke(generate_app, [*common, "--prompt", "Hi", "--chat", "-n", "2"])
     assert chat.stdout.count("<｜User｜>Hi") == 2
 
 
 def test_command_prints_one_line_errors(directory: Path) -> None:
-    missing = CliRunner().invoke(app, ["/no/such/model", "--prompt", "x"])
+    missing = CliRunner().invoke(generate_app, ["/no/such/model", "--prompt", "x"])
     assert missing.exit_code == 2 and "expected 'mite', a directory" in missing.stderr
-    bad = CliRunner().invoke(app, [str(directory), "--prompt", "x", "--temperature", "-1"])
+    bad = CliRunner().invoke(generate_app, [str(directory), "--prompt", "x", "--temperature", "-1"])
     assert bad.exit_code == 2 and "temperature: got -1.0" in bad.stderr
-    assert CliRunner().invoke(app, [str(directory)]).exit_code == 2
+    assert CliRunner().invoke(generate_app, [str(directory)]).exit_code == 2
 
 
 def test_importing_farthing_loads_no_torch() -> None:

@@ -28,9 +28,9 @@ from bench.resnet50.train import Settings, random_student, train_control, train_
 from rich.console import Console
 
 from farthing import _native
-from farthing.compress.statistics import ratio_interval
+from farthing.compress.evaluate import ratio_interval
 from farthing.files import replace_json
-from farthing.train.finetune import sha256
+from farthing_lab.train.finetune import sha256
 
 PARTS = ("float", "w4a4", "control")
 

@@ -15,7 +15,7 @@ from bench.resnet50.quantize import QuantResNet50
 from torch import Tensor, nn
 
 from farthing import _native
-from farthing.compress.module import fold_batch_norms
+from farthing_lab.vision.module import fold_batch_norms
 
 Run = Callable[[Tensor], Any]
 OURS = "farthing W4A4, block-sparse"

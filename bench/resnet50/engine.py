@@ -1,4 +1,4 @@
-"""The student on Farthing's own CPU kernels, one picture at a time: see `farthing.ops.cpu.vision`."""
+"""The student on Farthing's own CPU kernels, one picture at a time: see `farthing_lab.vision`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from bench.resnet50.quantize import IMAGE_SCALE, SHIFT, QuantBottleneck, QuantConv, QuantResNet50, Range
 from torch import Tensor
 
-from farthing.ops.cpu.vision import IMAGE_ZERO, ConvProgram, Output, Plane
+from farthing_lab.vision import IMAGE_ZERO, ConvProgram, Output, Plane
 
 
 @dataclass(frozen=True)

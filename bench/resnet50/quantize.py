@@ -1,4 +1,4 @@
-"""The student: ResNet-50 on the integer grids of `farthing.ops.cpu.vision`, trained with LSQ.
+"""The student: ResNet-50 on the integer grids of `farthing_lab.vision`, trained with LSQ.
 
 Every convolution reads 4-bit inputs (0 … 15, one learned scale per tensor) and has 4-bit weights (one learned
 scale per output channel). Two layers have 8-bit inputs and weights: the first, which reads the picture, and
@@ -18,9 +18,9 @@ from bench.resnet50.data import MEAN, STD
 from bench.resnet50.model import BLOCKS, Bottleneck
 from torch import Tensor, nn
 
-from farthing.compress.module import fold_batch_norms
-from farthing.compress.prune.masks import mask
-from farthing.train.lsq import fake_quantize
+from farthing.compress.masks import mask
+from farthing_lab.train.lsq import fake_quantize
+from farthing_lab.vision.module import fold_batch_norms
 
 SHIFT = 3  # a step of 4 bits is 2^3 steps of 8 bits
 SAMPLE = 1 << 16

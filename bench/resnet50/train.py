@@ -22,9 +22,9 @@ from bench.resnet50.quantize import QuantResNet50, Range
 from rich.console import Console
 from torch import Tensor, nn
 
-from farthing.compress.prune.schedule import cubic_sparsity
-from farthing.train.loop import BaseHook, LoopConfig, Schedule, Trainer
-from farthing.train.lsq import compile_rounding
+from farthing.compress.masks import cubic_sparsity
+from farthing_lab.train.loop import BaseHook, LoopConfig, Schedule, Trainer
+from farthing_lab.train.lsq import compile_rounding
 
 Loss = Callable[[nn.Module, tuple[Tensor, Tensor], Trainer], dict[str, Tensor]]
 CURVE = 5  # curves use every fifth test picture, results all of them

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from farthing.cli.read_ahead import read_ahead
+from farthing.process import read_ahead
 
 
 def main() -> None:

@@ -13,8 +13,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from farthing.checkpoint.quantization import quantization_in, read_quantization
-from farthing.checkpoint.reader import CONFIG, PARAMS, has_config, read_config
+from farthing.checkpoint.reader import (
+    CONFIG,
+    PARAMS,
+    has_config,
+    quantization_in,
+    read_config,
+    read_quantization,
+)
 from farthing.checkpoint.shards import INDEX, MISTRAL_INDEX, SINGLE, read_index, unread_format
 from farthing.model.config import ModelConfig
 

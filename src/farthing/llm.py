@@ -8,8 +8,7 @@ from typing import Any, cast
 
 from farthing.config import EngineConfig
 from farthing.engine.build import build_engine
-from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
-from farthing.engine.stream import RequestStream
+from farthing.engine.request import CompletionOutput, RequestOutput, RequestStream, SamplingParams
 from farthing.engine.tokenizer import Tokenizer
 from farthing.hub import EMBEDDED
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing.bench.agent import SessionShape, recorded, run_sessions, summarize, synthetic
-from farthing.bench.client import Target
+from farthing.bench.load import Target
 from farthing.cli.bench import app
 from farthing.config import EngineConfig
 from farthing.engine.build import build_engine

@@ -7,13 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from farthing.bench import cost, cost_probe
-from farthing.bench.cost import Probe, Row, Workload, claims, compare, prompts_for
-from farthing.bench.levers import Lever, Quality, Texts, levers, qualities
-from farthing.bench.original import bf16_checkpoint, tiny_checkpoint
-from farthing.checkpoint import CheckpointWriter
-from farthing.checkpoint.fp8 import quantize_blocks
-from farthing.cost import Hardware, Machine
+from farthing.bench import cost
+from farthing.bench import cost as cost_probe
+from farthing.bench.cost import (
+    Lever,
+    Probe,
+    Quality,
+    Row,
+    Texts,
+    Workload,
+    bf16_checkpoint,
+    claims,
+    compare,
+    levers,
+    prompts_for,
+    qualities,
+    tiny_checkpoint,
+)
+from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.checkpoint.writer import CheckpointWriter
+from farthing.cost.prices import Hardware, Machine
 
 MACHINE = Machine(Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, idle_watts=4), 2)
 

@@ -15,12 +15,22 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from farthing.bench.capacity import find_capacity
-from farthing.bench.client import Target, Timing, _event, complete
-from farthing.bench.load import Slo, run_load, summarize
-from farthing.bench.workload import Shape, closed_loop, from_trace, poisson
+from farthing.bench.load import (
+    Shape,
+    Slo,
+    Target,
+    Timing,
+    _event,
+    closed_loop,
+    complete,
+    find_capacity,
+    from_trace,
+    poisson,
+    run_load,
+    summarize,
+)
 from farthing.cli.bench import LoadOptions, SloOptions, app
-from farthing.cli.exits import Exit
+from farthing.cli.errors import Exit
 
 SHAPE = Shape(input_tokens=8, output_tokens=3, shared_prefix=4, vocabulary=1000)
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("farthing._native")
 
 from farthing.hub import resolve_model
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 from tests.bench.test_page import BENCH
 
 

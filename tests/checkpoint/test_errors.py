@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farthing.checkpoint import Checkpoint, CheckpointError, CheckpointWriter
-from farthing.checkpoint import compressed_tensors_writer as ctw
+from farthing.checkpoint import compressed_tensors as ctw
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import CheckpointError
+from farthing.checkpoint.writer import CheckpointWriter
 from farthing.ops.weights import quantize_int4, quantize_int8
 
 

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint import compressed_tensors_writer as ctw
+from farthing.checkpoint import compressed_tensors as ctw
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
 from farthing.ops.weights import Weight, pack_int4, quantize_int4, quantize_int8
 
 

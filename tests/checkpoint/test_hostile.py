@@ -13,9 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from farthing.checkpoint import Checkpoint, CheckpointError
-from farthing.checkpoint.header import DTYPE_BITS
-from farthing.checkpoint.shards import INDEX, SINGLE
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import DTYPE_BITS, INDEX, SINGLE, CheckpointError
 
 SECRET = "hunter2-do-not-print"
 

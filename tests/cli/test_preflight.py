@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from farthing.checkpoint import CheckpointWriter
-from farthing.compress.corpus import Corpus, load_corpus
-from farthing.model import ModelConfig
+from farthing.checkpoint.writer import CheckpointWriter
+from farthing.compress.evaluate import Corpus, load_corpus
+from farthing.model.config import ModelConfig
 from farthing.model.load import random_parameters
 from tests.tiny import tiny
 

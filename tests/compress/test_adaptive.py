@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.compress import api
 from farthing.compress.adaptive import Option, calibrate_adaptive, fewest_experts, write_adaptive
 from farthing.compress.api import Options, compress
-from farthing.compress.corpus import Corpus, Window, halves
+from farthing.compress.evaluate import Corpus, Window, halves
 from farthing.compress.recipe import RECIPES
-from farthing.model import ModelConfig, random_model
-from farthing.model.experts import AdaptiveExperts
-from farthing.ops import select
+from farthing.model.config import ModelConfig
+from farthing.model.load import AdaptiveExperts, random_model
+from farthing.ops.select import select
 from tests.tiny import SMALL_V3
 
 layer = st.lists(

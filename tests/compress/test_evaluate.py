@@ -13,13 +13,15 @@ import torch
 from scipy import stats
 from typer.testing import CliRunner
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.cli.eval import app
-from farthing.compress import gate
-from farthing.compress.evaluate import compare, evaluate
-from farthing.compress.statistics import proportion_interval, ratio_interval, student_t
-from farthing.model import DecoderModel, load
-from farthing.ops import make_batch, select
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
+from farthing.cli.compress import eval_app
+from farthing.compress import api
+from farthing.compress.evaluate import compare, evaluate, proportion_interval, ratio_interval, student_t
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import load
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.compress.conftest import corpus_of, write_model
 
 
@@ -137,11 +139,11 @@ def test_paired_proportions_against_the_exact_variance() -> None:
 
 def test_the_command(model_dir: Path, data: Path) -> None:
     args = [str(model_dir), "--data", str(data), "--backend", "reference", "--json"]
-    result = CliRunner().invoke(app, args)
+    result = CliRunner().invoke(eval_app, args)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert set(document) == {"perplexity", "bits_per_byte", "mtp_acceptance", "tokens", "bytes"}
-    result = CliRunner().invoke(app, [*args, "--against", str(model_dir), "--max-drop", "0.3%"])
+    result = CliRunner().invoke(eval_app, [*args, "--against", str(model_dir), "--max-drop", "0.3%"])
     document = json.loads(result.stdout)
     assert result.exit_code == 0 and document["verdict"] == "pass"
     wanted = {"perplexity_a", "perplexity_b", "relative_increase", "interval", "kl", "greedy_agreement"}
@@ -154,7 +156,7 @@ def test_command_errors_name_the_problem(data: Path) -> None:
         (["--max-drop", "much"], "max-drop: got 'much'; expected a share"),
         (["--data", "/nowhere"], "data: got '/nowhere', which does not exist"),
     ):
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(eval_app, arguments)
         assert result.exit_code == 2 and words in result.output.replace("\n", " ")
 
 
@@ -193,8 +195,8 @@ def test_gate_is_exact_and_never_loads_both_models(
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(gate, "load", watched)
+    monkeypatch.setattr(api, "load", watched)
     done: list[int] = []
-    result = gate.compare_in_turn(model_dir, other, corpus, ("reference", "reference"), done.append)
+    result = api.compare_in_turn(model_dir, other, corpus, ("reference", "reference"), done.append)
     assert result == expected and len(loaded) == 2
     assert sum(done) == 2 * corpus.tokens

@@ -12,14 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.cli.compress import CompressOptions, _recipe
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
+from farthing.cli.compress import CompressOptions, _recipe, eval_app
 from farthing.cli.compress import app as compress_app
-from farthing.cli.eval import app as eval_app
-from farthing.cli.exits import Exit
-from farthing.compress.evaluate import BLOCK, paged_batch
-from farthing.model import load
-from farthing.ops import select
+from farthing.cli.errors import Exit
+from farthing.compress.evaluate import PAGE, paged_batch
+from farthing.model.load import load
+from farthing.ops.select import select
 from tests.compress.conftest import write_model
 
 
@@ -69,7 +69,7 @@ def own_text(model: Path, out: Path) -> Path:
         ids = [start]
         for _ in range(40):
             batch, blocks = paged_batch([len(ids)])
-            hidden = served.forward(torch.tensor(ids), batch, served.new_cache(blocks, BLOCK, "float32"))
+            hidden = served.forward(torch.tensor(ids), batch, served.new_cache(blocks, PAGE, "float32"))
             ids.append(int(served.logits(hidden[-1:]).argmax()))
         rows.append(json.dumps({"ids": ids}))
     out.write_text("\n".join(rows) + "\n")
@@ -220,7 +220,7 @@ def test_options_of_the_gate_are_refused_without_it(
     ],
 )
 def test_what_the_recipe_reads_is_accepted_without_a_gate(recipe: str, given: dict[str, Any]) -> None:
-    chosen = _recipe(CompressOptions(recipe=recipe, gate=False, **given), 0.01)
+    chosen = _recipe(CompressOptions(recipe=recipe, gate=False, **given), recipe, 0.01)
     assert chosen.name == recipe and chosen.observer == given.get("observer", "auto")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from farthing.compress.api import Options, compress
 from farthing.compress.recipe import RECIPES
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.model.load import random_parameters
 from tests.tiny import GLM4
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from farthing.checkpoint import Checkpoint
-from farthing.checkpoint.reader import read_config
+from farthing.checkpoint.reader import Checkpoint, read_config
 from farthing.compress.api import Options, compress, grown
-from farthing.compress.export.layout import choose_export, expected_bytes
+from farthing.compress.export import choose_export, expected_bytes
 from farthing.compress.recipe import RECIPES, default_recipe
 from farthing.hub import resolve_model
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 
 
 def nbytes(path: Path) -> int:

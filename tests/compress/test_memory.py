@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from tests.compress.conftest import write_model
 
 LIMIT = 100 * 2**20  # bytes that a run may use beyond imports and a tiny model

@@ -10,16 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.compress.calibrate.activations import choose, refine
-from farthing.compress.calibrate.histogram import BINS, Histogram
-from farthing.compress.calibrate.observers import (
+from farthing.compress.calibrate import (
+    BINS,
     EPS,
     OBSERVERS,
+    Histogram,
+    choose,
     divergence,
     divergences,
     kl_threshold,
     mse_threshold,
     percentile_threshold,
+    refine,
 )
 
 

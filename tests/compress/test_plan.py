@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
 from farthing.compress import plan as plans
 from farthing.compress import sensitivity
 from farthing.compress.api import Options, compress
@@ -18,7 +19,7 @@ from farthing.compress.recipe import RECIPES
 from farthing.compress.sensitivity import Option
 from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
 from farthing.compress.stream import STATE
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.model.inspect import checkpoint_cost
 
 SMALL = 600  # calibration tokens

@@ -9,11 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farthing.compress.masks import BLOCKS, block_scores, cubic_sparsity, global_budgets, mask, scores
 from farthing.compress.plan import one_per_part
-from farthing.compress.prune.experts import choose_experts, plan_experts
-from farthing.compress.prune.masks import BLOCKS, block_scores, global_budgets, mask, scores
-from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
-from farthing.compress.prune.schedule import cubic_sparsity
+from farthing.compress.prune import (
+    choose_experts,
+    choose_neurons,
+    kept_neurons,
+    neuron_scores,
+    plan_experts,
+    slice_mlp,
+)
 from farthing.compress.sensitivity import Option
 from farthing.compress.size import Sizes
 

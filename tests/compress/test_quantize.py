@@ -11,12 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from farthing.compress.quantize.fp8 import quantize_fp8
-from farthing.compress.quantize.grid import int4_grid, int8_grid
-from farthing.compress.quantize.rotate import hadamard, random_hadamard, rotate_latent, rotate_values
-from farthing.compress.quantize.scaling import awq_scale, smooth_scale
-from farthing.compress.quantize.sweep import Feedback, output_error, sweep
-from farthing.compress.simulate import round_fp8_group, round_tensor, round_token
+from farthing.compress.calibrate import round_fp8_group, round_tensor, round_token
+from farthing.compress.quantize import (
+    Feedback,
+    awq_scale,
+    hadamard,
+    int4_grid,
+    int8_grid,
+    output_error,
+    quantize_fp8,
+    random_hadamard,
+    rotate_latent,
+    rotate_values,
+    smooth_scale,
+    sweep,
+)
 
 
 def random(seed: int, *shape: int) -> Tensor:

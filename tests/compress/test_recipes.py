@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.cli.compress import app
 from farthing.compress.api import Options, compress
 from farthing.compress.recipe import RECIPES, load_recipe

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farthing.compress.calibrate import recorder
-from farthing.compress.calibrate.recorder import InputStats, Recorder, Wanted, with_fallbacks
-from farthing.compress.trace import Matrix
+from farthing.compress import calibrate
+from farthing.compress.calibrate import InputStats, Recorder, Wanted, with_fallbacks
+from farthing.compress.layer import Matrix
 
 
 def record(batches: dict[str, list[torch.Tensor]]) -> Recorder:
@@ -53,8 +53,8 @@ def test_rare_experts_use_their_peers_sums_and_widest_range() -> None:
 
 
 def test_gram_in_strips_is_exact_and_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "STRIP", 5)
+    monkeypatch.setattr(calibrate, "STRIP", 5)
     x = torch.randint(-4, 5, (9, 12)).float()
     gram = torch.ones(12, 12)
-    recorder._add_gram(gram, x)
+    calibrate._add_gram(gram, x)
     assert torch.equal(gram, 1 + x.T @ x)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.compress import stream
 from farthing.compress.recipe import RECIPES
 from farthing.compress.stream import Job, run

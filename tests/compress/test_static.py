@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from farthing.checkpoint import Checkpoint, CheckpointError
-from farthing.compress.evaluate import BLOCK, paged_batch
-from farthing.compress.gate import load_for
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import CheckpointError
+from farthing.compress.api import load_for
+from farthing.compress.evaluate import PAGE, paged_batch
 from farthing.compress.recipe import RECIPES, Recipe
 from farthing.compress.stream import Job, run
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 from tests.compress.conftest import corpus_of, write_model
 
 IDS = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
@@ -26,7 +27,7 @@ IDS = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
 def log_probs(path: Path, backend: str) -> torch.Tensor:
     model = load_for(path, backend)
     batch, blocks = paged_batch([len(IDS)])
-    logits = model.logits(model.forward(IDS, batch, model.new_cache(blocks, BLOCK, "float32")))
+    logits = model.logits(model.forward(IDS, batch, model.new_cache(blocks, PAGE, "float32")))
     return logits.float().log_softmax(-1)
 
 

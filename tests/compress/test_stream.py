@@ -11,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
 from farthing.compress import stream, transform
-from farthing.compress.api import Options, compress
-from farthing.compress.corpus import Corpus
-from farthing.compress.evaluate import paged_batch
-from farthing.compress.gate import load_for
+from farthing.compress.api import Options, compress, load_for
+from farthing.compress.evaluate import Corpus, paged_batch
 from farthing.compress.recipe import RECIPES, Prune, Recipe
 from farthing.compress.stream import Job, run
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 from tests.compress.conftest import corpus_of, write_model
 
 SMALL = 600  # calibration tokens
@@ -219,7 +218,7 @@ def test_healing_reduces_the_error_and_keeps_zeros(model_dir: Path, corpus: Corp
 
 def test_calibration_matches_a_plain_forward_pass(model_dir: Path, corpus: Corpus) -> None:
     """The gram of the last layer's router input against the serving model's hidden states."""
-    from farthing.compress.calibrate.recorder import Recorder, Wanted
+    from farthing.compress.calibrate import Recorder, Wanted
 
     recorder = Recorder(Wanted(gram=True, histogram=True))
     traced = load(model_dir, recorder)

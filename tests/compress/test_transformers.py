@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from farthing.compress.api import Options, compress
-from farthing.compress.evaluate import BLOCK, paged_batch
+from farthing.compress.evaluate import PAGE, paged_batch
 from farthing.compress.recipe import RECIPES, Recipe
 from farthing.hub import resolve_model
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 from tests.compress.conftest import write_model
 
 # Experts and matrices of several FP8 blocks, so that a scale per matrix differs from a scale per block.
@@ -33,7 +33,7 @@ def ours(path: Path, ids: torch.Tensor) -> torch.Tensor:
     """Our logits in float32, rounding only weights."""
     model = load(path, select("reference"))
     batch, blocks = paged_batch([len(ids)])
-    return model.logits(model.forward(ids, batch, model.new_cache(blocks, BLOCK, "float32")))
+    return model.logits(model.forward(ids, batch, model.new_cache(blocks, PAGE, "float32")))
 
 
 def theirs(path: Path, ids: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from farthing.conversation.deltas import Answer
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.output import OutputParser
+from farthing.conversation.base import THINK
+from farthing.conversation.output import OutputParser
+from farthing.conversation.types import Answer
 from tests.conversation.test_parse import FORMATS, IDS, Calls, answer
 from tests.conversation.test_token_ids import BYTES, Make, parse, spelled, split, tokens
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from farthing.conversation.forced import calls_schema
 from farthing.conversation.forced import schema as forced_schema
-from farthing.conversation.parse.forced import ListedCalls, NamedCall
+from farthing.conversation.output import ListedCalls, NamedCall
 from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler

@@ -8,8 +8,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from farthing.conversation.formats.base import ChatFormat
-from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.base import ChatFormat
+from farthing.conversation.formats.glm import GLM45
 from farthing.conversation.select import Checkpoint, choose
 from farthing.conversation.strict import CallGrammar, forced_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice

@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.conversation.arguments import parsed
-from farthing.conversation.formats.base import ControlTokens, FormatError
+from farthing.conversation.base import ControlTokens, FormatError
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.glm45 import GLM45, GLM47
+from farthing.conversation.formats.glm import GLM45, GLM47
 from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
 from farthing.conversation.formats.template import arguments, finished
 from farthing.conversation.jinja import compile_template, variables
 from farthing.conversation.select import FORMATS, Checkpoint, choose, template_source
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
-from farthing.engine.chat_template import DEEPSEEK_TEMPLATE, flatten
+from farthing.engine.tokenizer import DEEPSEEK_TEMPLATE, flatten
 from farthing.server.config import Format
 
 TOKENS = ControlTokens()

@@ -12,22 +12,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from farthing.conversation.deltas import Answer, CallArguments, CallStart, Delta, collect
+from farthing.conversation.base import THINK, CallParser, NoCalls
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.dsml import write_calls
-from farthing.conversation.formats.glm45 import GLM45, GLM47
+from farthing.conversation.formats.delimited import DEEPSEEK, KIMI, DelimitedCalls
+from farthing.conversation.formats.dsml import DsmlCalls, write_calls
+from farthing.conversation.formats.glm import GLM45, GLM47, GlmCalls
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
-from farthing.conversation.marks import MARK
-from farthing.conversation.parse.base import THINK, CallParser, NoCalls
-from farthing.conversation.parse.delimited import DEEPSEEK, KIMI, DelimitedCalls
-from farthing.conversation.parse.dsml import DsmlCalls
-from farthing.conversation.parse.forced import ListedCalls, NamedCall
-from farthing.conversation.parse.glm import GlmCalls
-from farthing.conversation.parse.output import OutputParser
-from farthing.conversation.types import Tool, ToolCall
+from farthing.conversation.output import ListedCalls, NamedCall, OutputParser
+from farthing.conversation.scan import MARK
+from farthing.conversation.types import Answer, CallArguments, CallStart, Delta, Tool, ToolCall, collect
 
 Calls = list[tuple[str, dict[str, Any]]]
 TOOLS = (

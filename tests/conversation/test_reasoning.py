@@ -10,10 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from farthing.conversation.deltas import collect
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.reasoning import ReasoningSplitter
+from farthing.conversation.base import THINK
+from farthing.conversation.output import ReasoningSplitter
 from farthing.conversation.scan import Literals
+from farthing.conversation.types import collect
 
 PIECES = st.sampled_from(["<think>", "</think>", "<", "</", "think>", " ", "\n", "a", "bc", "<think", "é"])
 TEXTS = st.lists(PIECES, max_size=12).map("".join)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from farthing.conversation.parse.base import NoCalls
-from farthing.conversation.parse.dsml import DsmlCalls
+from farthing.conversation.base import NoCalls
+from farthing.conversation.formats.dsml import DsmlCalls
 from farthing.conversation.types import Tool
 from tests.conversation.test_parse import TOOLS, dsml, read
 

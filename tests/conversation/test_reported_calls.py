@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from farthing.conversation.base import CallParser
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
-from farthing.conversation.formats.glm45 import GLM45
+from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
+from farthing.conversation.formats.glm import GLM45
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
-from farthing.conversation.parse.base import CallParser
-from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
 from farthing.conversation.types import Tool
 from tests.conversation.test_parse import Calls, answer, kimi, read, v31
 

@@ -11,14 +11,14 @@ import jsonschema
 import numpy as np
 import pytest
 
-from farthing.conversation.formats.base import ChatFormat
+from farthing.conversation.base import ChatFormat
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.glm45 import GLM45, GLM47
+from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
+from farthing.conversation.formats.glm import GLM45, GLM47
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
-from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
 from farthing.conversation.select import Checkpoint, choose
 from farthing.conversation.strict import CallGrammar, TaggedCalls, call_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice

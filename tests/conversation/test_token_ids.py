@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
-from farthing.conversation.deltas import Answer
-from farthing.conversation.parse.base import THINK, CallParser
-from farthing.conversation.parse.delimited import DEEPSEEK, KIMI
-from farthing.conversation.parse.output import OutputParser
-from farthing.engine.detokenizer import Detokenizer
+from farthing.conversation.base import THINK, CallParser
+from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
+from farthing.conversation.output import OutputParser
+from farthing.conversation.types import Answer
+from farthing.engine.generation import Detokenizer
 from farthing.engine.tokenizer import Tokenizer
 from tests.conversation.test_parse import CALLS, CUTS, FORMATS, IDS, Calls, answer, plain
 

@@ -1,24 +1,31 @@
 """Accounts: totals are conserved for any order of events, and figures match manual calculation."""
 
+from __future__ import annotations
+
 import ast
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import farthing.cost
-from farthing.cost import (
+from farthing.cost.meter import (
+    OTHER,
     CostMeter,
     CostReport,
     EstimatedMeter,
-    Hardware,
-    Machine,
+    NvmlMeter,
+    RaplMeter,
+    Spend,
     Usage,
+    open_meter,
     samples,
     usage_extension,
 )
-from farthing.cost.meter import OTHER, Spend
+from farthing.cost.prices import Hardware, Machine
 
 MACHINE = Machine(
     Hardware(name="box", kind="cpu", usd_per_hour=3.6, watts=10, idle_watts=4), 2, 0.36, "today"
@@ -169,3 +176,88 @@ def test_cost_imports_nothing_of_the_rest() -> None:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("farthing"):
                 assert (node.module or "").startswith("farthing.cost"), (file.name, node.module)
+
+
+CPU = Machine(Hardware(name="cpu", kind="cpu", usd_per_hour=1, watts=5, idle_watts=2), 4)
+GPU = Machine(Hardware(name="gpu", kind="gpu", usd_per_hour=1, watts=700, idle_watts=70, host_watts=100), 2)
+
+
+def powercap(root: Path, zones: dict[str, tuple[str, int]]) -> None:
+    for zone, (name, energy) in zones.items():
+        path = root / zone
+        path.mkdir(parents=True)
+        (path / "name").write_text(name + "\n")
+        (path / "energy_uj").write_text(f"{energy}\n")
+        (path / "max_energy_range_uj").write_text("1000000\n")
+
+
+def nvml(monkeypatch: pytest.MonkeyPatch, counters: list[int]) -> None:
+    class NVMLError(Exception):
+        pass
+
+    module = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: len(counters),
+        nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetTotalEnergyConsumption=lambda device: counters[device],
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+
+def test_rapl_sums_packages_and_memory_and_handles_wraparound(tmp_path: Path) -> None:
+    powercap(
+        tmp_path,
+        {
+            "intel-rapl:0": ("package-0", 999_000),
+            "intel-rapl:0:0": ("core", 5),  # part of the package
+            "intel-rapl:0:1": ("dram", 10),
+        },
+    )
+    meter = RaplMeter(tmp_path)
+    assert meter.joules(0, 0) == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("4000")  # wrapped: 5,000 µJ later
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("900000")
+    (tmp_path / "intel-rapl:0:1" / "energy_uj").write_text("2010")
+    assert meter.joules(1, 1) == pytest.approx(0.007)
+    assert open_meter(CPU, root=tmp_path).source == "rapl"
+
+
+def test_estimate_is_labelled_without_counters(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        RaplMeter(tmp_path)
+    meter = open_meter(CPU, root=tmp_path)
+    assert meter.source == "estimated"
+    assert meter.joules(10, 4) == pytest.approx(4 * 20 + 6 * 8)
+
+
+def test_nvml_counts_from_opening_and_the_host_is_estimated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    counters = [5_000, 7_000]
+    nvml(monkeypatch, counters)
+    meter = open_meter(GPU, root=tmp_path)
+    assert meter.source == "nvml+estimated"
+    counters[:] = [6_000, 9_500]
+    assert meter.joules(2, 1) == pytest.approx(3.5 + 2 * 200)
+    assert NvmlMeter([1]).joules(0, 0) == 0
+
+
+def test_nvml_and_rapl_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvml(monkeypatch, [0])
+    powercap(tmp_path, {"intel-rapl:0": ("package-0", 0)})
+    assert open_meter(GPU, root=tmp_path).source == "nvml+rapl"
+
+
+def test_a_failing_nvml_falls_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvml(monkeypatch, [0])
+    module = sys.modules["pynvml"]
+
+    def fail(device: int) -> int:
+        raise module.NVMLError("not supported")
+
+    monkeypatch.setattr(module, "nvmlDeviceGetTotalEnergyConsumption", fail)
+    with pytest.raises(RuntimeError, match="not supported"):
+        NvmlMeter()
+    assert isinstance(open_meter(GPU, root=tmp_path), EstimatedMeter)
+    assert open_meter(GPU, root=tmp_path).joules(3, 1) == pytest.approx(1600 + 2 * 340)

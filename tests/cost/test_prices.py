@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from farthing.cost import Hardware, Machine, Prices
+from farthing.cost.prices import Hardware, Machine, Prices
 
 
 @pytest.fixture(autouse=True)

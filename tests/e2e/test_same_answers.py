@@ -11,8 +11,8 @@ pytest.importorskip("farthing._native")
 
 from farthing import LLM, SamplingParams, _native
 from farthing.hub import EMBEDDED, resolve_model
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 
 FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},

@@ -16,8 +16,11 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import RequestOutput, SamplingParams
 from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.ops import make_batch, select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.tiny import tiny
 
 VOCAB = 320

@@ -12,8 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
-from farthing.engine.chat_template import DEEPSEEK_TEMPLATE
-from farthing.engine.tokenizer import Tokenizer
+from farthing.engine.tokenizer import DEEPSEEK_TEMPLATE, Tokenizer
 
 CHATML = """\
 {%- if tools %}{{ '<|im_start|>system\n' }}<tools>

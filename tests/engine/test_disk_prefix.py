@@ -14,8 +14,10 @@ from farthing import LLM
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import RequestOutput, SamplingParams
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.ops import select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model
+from farthing.ops.select import select
 
 from .conftest import RAW
 from .test_sparse import TYPES, save

@@ -12,7 +12,7 @@ from farthing.engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from farthing.model import DecoderModel
+from farthing.model.decoder import DecoderModel
 
 from .conftest import GREEDY, Always, Greedy, MakeEngine, next_logits, tokens_of
 

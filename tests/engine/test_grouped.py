@@ -14,12 +14,14 @@ from safetensors.torch import save_file
 pytest.importorskip("farthing._native")
 
 from farthing import LLM, _native
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.model.load import random_parameters
-from farthing.ops import make_batch, select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model, random_parameters
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.tiny import GLM4
 
 from .conftest import EOS, GREEDY, VOCAB, Always, Greedy, MakeEngine, greedy_of, tokens_of

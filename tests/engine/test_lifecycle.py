@@ -21,8 +21,10 @@ from farthing.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.ops import select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model
+from farthing.ops.select import select
 
 from .conftest import GREEDY, RAW, MakeEngine, tokens_of
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from farthing.engine.prefetch import Load
-from farthing.engine.prefix_cache import PrefixCache
 from farthing.engine.scheduler import Scheduler
+from farthing.engine.sequence import PrefixCache
 
 from .scheduler_machine import COMMON, SchedulerMachine
 from .test_scheduler import run, sequence

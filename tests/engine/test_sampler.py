@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farthing.engine import sampler
-from farthing.engine.logprobs import positions
-from farthing.engine.request import SamplingParams
+from farthing.engine.request import SamplingParams, positions
 from farthing.engine.sampler import (
     PromptTokens,
     Row,

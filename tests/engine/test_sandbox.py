@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams, StructuredOutputsParams
-from farthing.engine.sandbox import Busy, Sandbox
 from farthing.engine.sandbox import sandbox as sandbox_module
+from farthing.engine.sandbox.sandbox import Sandbox
+from farthing.engine.sandbox.turns import Busy
 from farthing.engine.sandbox.workers import Job
 from farthing.engine.tokenizer import Tokenizer
 

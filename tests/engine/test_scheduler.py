@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.engine.block_pool import IntegrityError
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.sequence import Scheduled, Sequence, Status
+from farthing.engine.sequence import IntegrityError, Scheduled, Sequence, Status
 
 from .scheduler_machine import COMMON, SALTS, Bounds, SchedulerMachine
 

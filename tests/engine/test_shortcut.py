@@ -10,10 +10,12 @@ import torch
 
 pytest.importorskip("farthing._native")
 
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.model.load import random_parameters
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model, random_parameters
 from farthing.model.source import MemorySource
-from farthing.ops import make_batch, select
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.tiny import LONGCAT
 
 from .conftest import EOS, GREEDY, VOCAB, Greedy, MakeEngine, greedy_of, tokens_of

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.model.load import random_parameters
-from farthing.ops import select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model, random_parameters
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.select import select
 
 from .conftest import RAW, Greedy, greedy_of
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.config import EngineConfig, parse_speculate
+from farthing.engine.drafters import MtpDrafter, SuffixAutomaton, TextDrafter, continuation
 from farthing.engine.engine import Engine
 from farthing.engine.generation import Drafting
 from farthing.engine.request import SamplingParams
 from farthing.engine.runner import Step
 from farthing.engine.sequence import Scheduled, Sequence
-from farthing.engine.speculation import Gate, MtpDrafter, Speculator, TextDrafter, worthwhile
-from farthing.engine.speculation_text import continuation
-from farthing.engine.suffix_automaton import SuffixAutomaton
-from farthing.model import DecoderModel, ModelConfig, random_model
+from farthing.engine.speculation import Gate, Speculator, worthwhile
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model
 
 from .conftest import RAW, Always, MakeEngine, next_logits, tokens_of
 
@@ -155,7 +156,7 @@ def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine, model: Dec
     """The first draft, recomputed from scratch over the whole sequence."""
     import torch
 
-    from farthing.ops import make_batch
+    from farthing.ops.torch_util import make_batch
 
     engine = make_engine(speculate="mtp:2", max_num_batched_tokens=8)
     engine._core._speculator.gates = (Always(),)  # type: ignore[union-attr]

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from farthing.conversation.jinja import compile_template
-from farthing.conversation.marks import MARK, plain
-from farthing.engine.detokenizer import Detokenizer, StopChecker
+from farthing.conversation.scan import MARK, plain
+from farthing.engine.generation import Detokenizer, StopChecker
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.hub import resolve_model
 

@@ -14,15 +14,13 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import models
 
 from farthing.conversation.arguments import parsed
-from farthing.conversation.formats.base import ControlTokens
+from farthing.conversation.base import THINK, ControlTokens
 from farthing.conversation.formats.template import arguments
-from farthing.conversation.marks import MARK, plain
-from farthing.conversation.parse.base import THINK
+from farthing.conversation.scan import MARK, plain
 from farthing.conversation.select import FORMATS
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 from farthing.conversation.untrusted import TRUSTED, Untrusted
-from farthing.engine.guarded import _taken
-from farthing.engine.tokenizer import Tokenizer
+from farthing.engine.tokenizer import Tokenizer, _taken
 from tests.engine.shapes import KINDS, PLAIN, SPECIAL, TEMPLATES, tokenizer
 
 CONTENTS = 1000  # hostile ones for each format

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
-from farthing.server.auth import KeyRing
+from farthing.server.config import KeyRing
+from farthing_fleet.gateway import Gateway, GatewayConfig
 from tests.fleet.doubles.replica import FakeReplica
 
 HOST = b"host: localhost\r\n"

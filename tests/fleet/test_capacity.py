@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from farthing.fleet.capacity import Capacity, OnlineCapacity, Targets
-from farthing.fleet.snapshot import Snapshot
+from farthing_fleet.capacity import Capacity, OnlineCapacity, Targets
+from farthing_fleet.types import Snapshot
 
 
 def carried(rate: float, queue: float, backlog: float = 0.0, ready: int = 2, current: int = 2) -> Snapshot:

@@ -11,19 +11,17 @@ import aiohttp
 import pytest
 from typer.testing import CliRunner
 
-from farthing.cli.fleet import app
-from farthing.fleet.actuators.base import ActuatorError, LastDecision
-from farthing.fleet.config import FleetConfig, SignalsConfig, load
-from farthing.fleet.controller import Controller, load_state
-from farthing.fleet.decision_log import read_log
-from farthing.fleet.decisions import Decision
-from farthing.fleet.forecast.curve import Forecast
-from farthing.fleet.metrics import FleetMetrics, MetricsServer
-from farthing.fleet.policy import Policy
-from farthing.fleet.policy_config import PolicyConfig
-from farthing.fleet.run import run_controller
-from farthing.fleet.snapshot import Snapshot
-from farthing.reader import read
+from farthing.files import read
+from farthing_fleet.actuators.base import ActuatorError, LastDecision
+from farthing_fleet.cli import app
+from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig, load
+from farthing_fleet.controller import Controller, load_state
+from farthing_fleet.decision_log import read_log
+from farthing_fleet.forecast.base import Forecast
+from farthing_fleet.metrics import FleetMetrics, MetricsServer
+from farthing_fleet.policy import Policy
+from farthing_fleet.run import run_controller
+from farthing_fleet.types import Decision, Snapshot
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from farthing.fleet.config import FleetConfig
-from farthing.fleet.estimates import (
+from farthing.files import read
+from farthing_fleet.config import FleetConfig, PolicyConfig
+from farthing_fleet.estimates import (
     PLAN_STEP_S,
     DayPlan,
     append_load,
@@ -17,13 +18,11 @@ from farthing.fleet.estimates import (
     make_estimates,
     read_loads,
 )
-from farthing.fleet.forecast.short import ShortTerm
-from farthing.fleet.policy import Policy
-from farthing.fleet.policy_config import PolicyConfig
-from farthing.fleet.run import recall
-from farthing.fleet.signals import PrometheusSource
-from farthing.fleet.snapshot import Snapshot
-from farthing.reader import read
+from farthing_fleet.forecast.short import ShortTerm
+from farthing_fleet.policy import Policy
+from farthing_fleet.run import recall
+from farthing_fleet.signals_prometheus import PrometheusSource
+from farthing_fleet.types import Snapshot
 
 DAY = 86400.0
 BEGIN = 20_000 * DAY

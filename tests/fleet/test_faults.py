@@ -14,17 +14,16 @@ from typing import Any
 import aiohttp
 import pytest
 
-from farthing.fleet.actuators.kubernetes import connect
-from farthing.fleet.actuators.local import LocalConfig
-from farthing.fleet.actuators.scale import ScalePatch, Target
-from farthing.fleet.config import FleetConfig, SignalsConfig
-from farthing.fleet.controller import Controller
-from farthing.fleet.decision_log import read_log
-from farthing.fleet.decisions import Decision
-from farthing.fleet.policy import Policy
-from farthing.fleet.policy_config import PolicyConfig
-from farthing.fleet.signals import PrometheusSource, ScrapeSource
-from farthing.fleet.up import LocalFleet, UpConfig
+from farthing_fleet.actuators.kubernetes import ScalePatch, Target, connect
+from farthing_fleet.actuators.local import LocalConfig
+from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig
+from farthing_fleet.controller import Controller
+from farthing_fleet.decision_log import read_log
+from farthing_fleet.policy import Policy
+from farthing_fleet.signals_prometheus import PrometheusSource
+from farthing_fleet.signals_scrape import ScrapeSource
+from farthing_fleet.types import Decision
+from farthing_fleet.up import LocalFleet, UpConfig
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 from tests.fleet.doubles.replica import FakeReplica

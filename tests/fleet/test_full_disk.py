@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from farthing.files import partial_of
-from farthing.fleet.actuators.base import LastDecision
-from farthing.fleet.actuators.process import launch
-from farthing.fleet.controller import Controller
-from farthing.fleet.decision_log import DecisionLog, read_log
-from farthing.fleet.decisions import Decision, Levels
-from farthing.fleet.gateway.replicas_file import read_replicas, write_replicas
-from farthing.fleet.policy import Policy
-from farthing.fleet.policy_config import PolicyConfig
-from farthing.fleet.snapshot import Snapshot
+from farthing_fleet.actuators.base import LastDecision
+from farthing_fleet.actuators.local import launch
+from farthing_fleet.config import PolicyConfig
+from farthing_fleet.controller import Controller
+from farthing_fleet.decision_log import DecisionLog, read_log
+from farthing_fleet.gateway.replicas import read_replicas, write_replicas
+from farthing_fleet.policy import Policy
+from farthing_fleet.types import Decision, Levels, Snapshot
 
 FULL = Path("/dev/full")
 pytestmark = pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")

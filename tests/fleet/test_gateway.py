@@ -14,10 +14,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
-from farthing.fleet.gateway.replicas import Breaker
-from farthing.fleet.gateway.replicas_file import read_replicas, write_replicas
 from farthing.prompts import read_prompt
+from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.replicas import Breaker, read_replicas, write_replicas
 from tests.fleet.doubles.replica import FakeReplica
 
 CHAT = "/v1/chat/completions"

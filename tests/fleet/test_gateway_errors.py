@@ -8,8 +8,8 @@ import json
 import aiohttp
 import pytest
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
 from farthing.server.errors import CODE_HEADER
+from farthing_fleet.gateway import Gateway, GatewayConfig
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.test_gateway import CHAT, body, fleet
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.fleet.gateway.config import GatewayConfig
-from farthing.fleet.gateway.errors import Refused
-from farthing.fleet.gateway.hold import Hold
-from farthing.fleet.gateway.metrics import GatewayMetrics
-from farthing.fleet.gateway.replicas import Balancer
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.errors import Refused
+from farthing_fleet.gateway.hold import Hold
+from farthing_fleet.gateway.metrics import GatewayMetrics
+from farthing_fleet.gateway.replicas import Balancer
 
 
 def hold(available: Callable[[], bool], limit: int = 1000) -> Hold:

@@ -11,10 +11,8 @@ from contextlib import asynccontextmanager, suppress
 import aiohttp
 import pytest
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
-from farthing.fleet.gateway.active import Active
-from farthing.fleet.gateway.replicas import make_replica
-from farthing.fleet.gateway.silence import Silence
+from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.replicas import Active, Silence, make_replica
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
 from tests.fleet.test_gateway import CHAT, body, fleet

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.gateway import GatewayConfig
-from farthing.fleet.gateway.digests import parse
-from farthing.fleet.gateway.prefix import PrefixIndex
-from farthing.fleet.gateway.replicas import Balancer
 from farthing.prompts import BLOCK, Prompt, read_prompt
+from farthing_fleet.gateway import GatewayConfig
+from farthing_fleet.gateway.digests import parse
+from farthing_fleet.gateway.replicas import Balancer, PrefixIndex
 from tests.fleet.test_gateway import CHAT, body, fleet
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
-from farthing.fleet.gateway.process import pages_of
-from farthing.server.auth import KeyRing
+from farthing.server.config import KeyRing
 from farthing.server.dashboard.site import Dashboard
+from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.process import pages_of
 from tests.fleet.doubles.replica import FakeReplica
 from tests.server.harness import Running, ScriptedEngine, running
 

@@ -8,13 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.explain import sentence
-from farthing.fleet.forecast.curve import Forecast
-from farthing.fleet.policy import Policy
-from farthing.fleet.policy_config import PolicyConfig
-from farthing.fleet.policy_state import PolicyState
-from farthing.fleet.slo import SloConfig
-from farthing.fleet.snapshot import Snapshot
+from farthing_fleet.config import PolicyConfig, SloConfig
+from farthing_fleet.decision_log import sentence
+from farthing_fleet.forecast.base import Forecast
+from farthing_fleet.policy import Policy
+from farthing_fleet.types import PolicyState, Snapshot
 
 CONFIG = PolicyConfig(capacity=1.0, rule="published")
 

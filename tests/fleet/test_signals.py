@@ -13,18 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.signals import (
-    DIALECTS,
-    ColdStarts,
-    PrometheusError,
-    PrometheusSource,
-    ScrapeSource,
-    detect,
-)
-from farthing.fleet.signals.dialects import dialect
-from farthing.fleet.signals.late import late_count
-from farthing.fleet.signals.scrape import parse
-from farthing.fleet.snapshot import Snapshot
+from farthing_fleet.signals import DIALECTS, ColdStarts, detect, dialect, late_count
+from farthing_fleet.signals_prometheus import PrometheusError, PrometheusSource
+from farthing_fleet.signals_scrape import ScrapeSource, parse
+from farthing_fleet.types import Snapshot
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import prometheus
 

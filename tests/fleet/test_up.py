@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from farthing.fleet.up import serve_command
+from farthing_fleet.up import serve_command
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
 

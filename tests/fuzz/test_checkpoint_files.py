@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from farthing.checkpoint import Checkpoint, CheckpointError
-from farthing.checkpoint.shards import INDEX, SINGLE
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import INDEX, SINGLE, CheckpointError
 from tests.fuzz.test_http_bodies import ODD, paths_of
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -22,7 +22,7 @@ pytest.importorskip("farthing._native")
 
 from farthing.ops.api import AttentionSpec, RouterSpec
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packed_file import HEADER, MAGIC, DamagedFile
+from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile
 from tests.fuzz.test_checkpoint_files import changed_values
 from tests.ops.parts import EPS, FORMATS, experts, weight, zero_blocks
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farthing.model import ConfigError, ModelConfig
-from farthing.model.rope import frequencies, rope_table, score_scale
+from farthing.model.attention import frequencies, rope_table, score_scale
+from farthing.model.config import ModelConfig
+from farthing.model.fields import ConfigError
 from farthing.model.types import TYPES
 from farthing.model.types.unserved import UNSERVED
-from farthing.planner.published import published_config
+from farthing.planner.estimate import published_config
 from tests.tiny import V3
 
 

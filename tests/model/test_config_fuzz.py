@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from farthing.model import ConfigError, ModelConfig
+from farthing.model.config import ModelConfig
+from farthing.model.fields import ConfigError
 from farthing.model.load import parameter_shapes
+from farthing.planner.estimate import SAME, published, published_config
 from farthing.planner.footprint import stored_by_config
-from farthing.planner.published import SAME, published, published_config
 
 SMALL = dict(num_hidden_layers=4, n_layers=4, num_layers=4)
 VALUES = (None, True, "x", -1, 10**30, 99)

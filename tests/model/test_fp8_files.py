@@ -17,17 +17,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from farthing.checkpoint import Checkpoint, CheckpointError
-from farthing.checkpoint.fp8 import quantize_blocks
+from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
-from farthing.model import DecoderModel, ModelConfig, load
-from farthing.model.load import parameter_shapes, random_parameters, source_of
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import load, parameter_shapes, random_parameters, source_of
 from farthing.model.source import MemorySource
 from farthing.model.types import type_of
-from farthing.ops import select
+from farthing.ops.select import select
 from farthing.ops.weights import Weight
+from farthing.planner.estimate import published_config
 from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
-from farthing.planner.published import published_config
 from tests.parity.paged import run
 
 Tensors = dict[str, Tensor]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farthing.model import ModelConfig, random_model
+from farthing.model.config import ModelConfig
 from farthing.model.inspect import checkpoint_cost, model_cost, routing_report
-from farthing.model.load import random_parameters
-from farthing.ops import select
+from farthing.model.load import random_model, random_parameters
+from farthing.ops.select import select
 from tests.tiny import SMALL_V3, V3
 
 

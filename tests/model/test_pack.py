@@ -19,14 +19,15 @@ from typer.testing import CliRunner
 
 pytest.importorskip("farthing._native")
 
-from farthing.cli.exits import Exit
-from farthing.cli.pack import app
-from farthing.model import ModelConfig, load
-from farthing.model.load import random_parameters
+from farthing.cli.check import pack_app
+from farthing.cli.errors import Exit
+from farthing.model.config import ModelConfig
+from farthing.model.load import load, random_parameters
 from farthing.model.pack import pack_checkpoint
-from farthing.ops import make_batch, select
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packed_writer import PackedWriter
+from farthing.ops.cpu.packed import PackedWriter
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.tiny import tiny
 
 CONFIG = tiny(num_nextn_predict_layers=1)
@@ -60,7 +61,7 @@ def test_streamed_file_equals_the_whole_one(
     rounding, content = expected
     options = [] if rounding is None else ["--quantization", rounding]
     result = CliRunner().invoke(
-        app, [str(model), "-o", str(tmp_path / "m.packed"), "--threads", "1", *options]
+        pack_app, [str(model), "-o", str(tmp_path / "m.packed"), "--threads", "1", *options]
     )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "m.packed").read_bytes() == content
@@ -70,10 +71,10 @@ def test_streamed_file_equals_the_whole_one(
 KILLED = """
 import os, signal, sys
 from farthing.model.pack import pack_checkpoint
-from farthing.ops.cpu import packed_writer
+from farthing.ops.cpu import packed
 
 written, limit = [], int(sys.argv[3])
-original = packed_writer.write_section
+original = packed.write_section
 
 def write(file, name, *rest):
     written.append(name)
@@ -83,7 +84,7 @@ def write(file, name, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(file, name, *rest)
 
-packed_writer.write_section = write
+packed.write_section = write
 pack_checkpoint(sys.argv[1], sys.argv[2], "int4", 1)
 """
 
@@ -175,7 +176,7 @@ def test_output_says_for_which_kernels_zero_blocks_are_left_out(tmp_path: Path) 
     save_file(tensors, str(tmp_path / "model.safetensors"))
     out = tmp_path / "m.packed"
     result = CliRunner().invoke(
-        app, [str(tmp_path), "-o", str(out), "--threads", "1", "--quantization", "int4"]
+        pack_app, [str(tmp_path), "-o", str(out), "--threads", "1", "--quantization", "int4"]
     )
     assert result.exit_code == 0, result.output
     assert "zero blocks are left out where" in " ".join(result.output.split())
@@ -205,7 +206,7 @@ def test_full_disk_is_one_line_and_the_same_command_resumes(model: Path, tmp_pat
 def test_second_process_is_kept_out(model: Path, tmp_path: Path) -> None:
     target = tmp_path / "m.packed"
     with PackedWriter(target, "int4", "first"):
-        result = CliRunner().invoke(app, [str(model), "-o", str(target), "--threads", "1"])
+        result = CliRunner().invoke(pack_app, [str(model), "-o", str(target), "--threads", "1"])
     assert result.exit_code == 2 and "another process is packing it" in " ".join(result.output.split())
     pack_checkpoint(model, target, "int4", 1)
     assert [f.name for f in tmp_path.iterdir()] == ["m.packed"]
@@ -219,7 +220,7 @@ def test_directory_is_refused_before_packing(model: Path, tmp_path: Path) -> Non
 
 def test_a_missing_directory_is_named_as_given(tmp_path: Path) -> None:
     out = tmp_path / "missing" / "m.packed"
-    result = CliRunner().invoke(app, ["mite", "-o", str(out)])
+    result = CliRunner().invoke(pack_app, ["mite", "-o", str(out)])
     assert result.exit_code == Exit.INPUT
     assert result.stderr.strip() == f"error: out: got {str(out)!r}; expected a file in an existing directory"
 

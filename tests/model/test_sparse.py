@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farthing.model import ConfigError, DecoderModel, ModelConfig
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.fields import ConfigError
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
-from farthing.ops import make_batch, select
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.tiny import SMALL_V3
 
 TINY = SMALL_V3 | dict(

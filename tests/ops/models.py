@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from farthing.model import load
-from farthing.ops import make_batch
+from farthing.model.load import load
 from farthing.ops.api import Ops
+from farthing.ops.torch_util import make_batch
 from tests.tiny import tiny
 
 

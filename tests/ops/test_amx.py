@@ -15,8 +15,7 @@ pytest.importorskip("farthing._native")
 
 from farthing import _native
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packing import pack, plan
-from farthing.ops.cpu.weights import Linear
+from farthing.ops.cpu.weights import Linear, pack, plan
 from farthing.ops.weights import InputRounding, Weight
 from tests.ops.parts import EPS, ROUTERS, experts, norm, weight
 

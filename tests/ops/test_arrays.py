@@ -10,9 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from farthing.checkpoint import CheckpointError
-from farthing.checkpoint.arrays import ArrayFile
-from farthing.ops import arrays, sampling, sampling_numpy
+from farthing.checkpoint.shards import ArrayFile, CheckpointError
+from farthing.ops import arrays, sampling
+from farthing.ops.cpu import backend
 from farthing.ops.sampling import Filters
 
 ARRAY: Any = np.random.default_rng(3).normal(size=(4, 1000)).astype(np.float32)
@@ -53,7 +53,7 @@ def test_draws_are_those_of_torch(vocabulary: int, limits: tuple[int, float, flo
         filters = Filters(*parts)  # type: ignore[arg-type, misc]
     expected = sampling.sample(torch.from_numpy(logits), torch.from_numpy(uniform), same).numpy()
     # A random number on the border of two tokens may fall to either.
-    assert (sampling_numpy.sample(logits, uniform, filters) == expected).mean() > 0.98
+    assert (backend.sample(logits, uniform, filters) == expected).mean() > 0.98
 
 
 def test_arrays_of_a_file(tmp_path: Path) -> None:

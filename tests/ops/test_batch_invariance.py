@@ -13,10 +13,9 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing.ops.api import LatentCache, RouterSpec
-from farthing.ops.batch import make_batch
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cutting import columns_of, halves_of
-from farthing.ops.weights import Weight
+from farthing.ops.torch_util import make_batch
+from farthing.ops.weights import Weight, columns_of, halves_of
 from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
 from tests.ops.test_cpu import ISAS, threads_of
 

@@ -11,12 +11,10 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops import blocks
-from farthing.ops.blocks import NEVER, blocks_per_cell, costs_of, measured_for, saves_time
+from farthing.ops import weights
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packing import pack, plan
-from farthing.ops.cpu.weights import Linear
-from farthing.ops.weights import Weight
+from farthing.ops.cpu.weights import Linear, pack, plan
+from farthing.ops.weights import NEVER, Weight, blocks_per_cell, costs_of, measured_for, saves_time
 from tests.ops.parts import BOUNDS, distance, weight
 
 ISAS = _native.instruction_sets().split()
@@ -96,8 +94,8 @@ def test_nothing_but_zeros(ops: CpuOps, name: str) -> None:
 def test_chosen_where_the_measured_costs_say_so(
     ops: CpuOps, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    isa = blocks.measured_for(ops._native.isa)
-    monkeypatch.setitem(blocks.COSTS[isa], name, (0.5, 0.75, 1.0, 1.1))
+    isa = weights.measured_for(ops._native.isa)
+    monkeypatch.setitem(weights.COSTS[isa], name, (0.5, 0.75, 1.0, 1.1))
     torch.manual_seed(1)
     for zeros, block in (
         (0.02, (16, 64)),

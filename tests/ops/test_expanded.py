@@ -12,9 +12,9 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing.ops.api import AttentionSpec, Batch, LatentCache
-from farthing.ops.cache import write_cache
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.torch_util import write_cache
 from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, SPECS, batch_of, distance, norm, weight
 from tests.ops.test_cpu import ISAS, MLA_BOUNDS

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from farthing.config import EngineConfig
 from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
-from farthing.model import ModelConfig, load, random_model
-from farthing.model.load import random_parameters
-from farthing.ops import Ops, select
-from farthing.ops.expert_cache import MARGIN, ExpertCache
-from farthing.ops.hybrid import DECIDE_EVERY, HybridMoE, HybridOps, rows_of
+from farthing.model.config import ModelConfig
+from farthing.model.load import load, random_model, random_parameters
+from farthing.ops.api import Ops
+from farthing.ops.hybrid import DECIDE_EVERY, MARGIN, ExpertCache, HybridMoE, HybridOps, rows_of
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.select import select
 from tests.parallel.test_cluster import greedy
 from tests.parity import paged
 from tests.tiny import LONGCAT, SMALL_V3

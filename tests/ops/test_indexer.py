@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing import _native
-from farthing.ops import Batch, IndexerSpec, LatentCache, Ops, make_batch
-from farthing.ops.api import CacheDtype
+from farthing.ops.api import Batch, CacheDtype, IndexerSpec, LatentCache, Ops
 from farthing.ops.cpu import CpuOps
 from farthing.ops.indexer import read_keys, top_positions
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.torch_util import make_batch
 from tests.ops.test_cpu import threads_of
 
 CPUS = _native.instruction_sets().split()

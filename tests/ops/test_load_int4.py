@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops import select
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.packing import choose
+from farthing.ops.cpu.weights import choose
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.select import select
 from farthing.ops.weights import (
     CODES,
     Weight,

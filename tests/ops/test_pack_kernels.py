@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.checkpoint.fp8 import quantize_blocks
-from farthing.ops.cpu.packing import Plan, pack
+from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.ops.cpu.weights import Plan, pack
 from farthing.ops.weights import CODES, Weight, quantize_int4, quantize_int8, to_codes
 
 ISAS = _native.instruction_sets().split()

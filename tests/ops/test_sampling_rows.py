@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.ops import sampling_numpy
+from farthing.ops.cpu import backend
 from farthing.ops.sampling import CANDIDATES, Filters, sample
 
 
@@ -42,7 +42,7 @@ def test_row_is_sampled_the_same_next_to_one_with_a_large_top_k(kind: str) -> No
         if kind == "torch":
             return sample(logits[at], uniform[at], part).tolist()
         arrays: Any = Filters(part.top_k.numpy(), part.top_p.numpy(), part.min_p.numpy())  # type: ignore[arg-type]
-        return sampling_numpy.sample(logits[at].numpy(), uniform[at].numpy(), arrays).tolist()
+        return backend.sample(logits[at].numpy(), uniform[at].numpy(), arrays).tolist()
 
     alone = [token for i in range(rows) for token in drawn(torch.tensor([i]))]
     assert drawn(torch.arange(rows)) == alone

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from farthing import _native
-from farthing.ops import select
 from farthing.ops.cpu import CpuOps
+from farthing.ops.select import select
 
 ISAS = _native.instruction_sets().split()
 

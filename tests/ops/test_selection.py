@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from farthing import _native
-from farthing.ops import AttentionSpec, Batch, LatentCache, Ops, Weight, make_batch
-from farthing.ops.api import CacheDtype
-from farthing.ops.cache import read_cache
+from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, Ops
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
-from farthing.ops.rotary import rotate
 from farthing.ops.selection import chosen
+from farthing.ops.torch_util import make_batch, read_cache, rotate
+from farthing.ops.weights import Weight
 
 SPEC = AttentionSpec(num_heads=3, nope_dim=16, rope_dim=8, value_dim=12, latent_dim=32, scale=0.2)
 BLOCK = 4

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.checkpoint.compressed_tensors_writer import encode
+from farthing.checkpoint.compressed_tensors import encode
 from farthing.ops.api import MoEWeights, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps

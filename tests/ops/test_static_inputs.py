@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from farthing.ops import select
+from farthing.ops.select import select
 from farthing.ops.weights import InputRounding, Weight, quantize_int8
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from farthing.model import DecoderModel, ModelConfig
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
-from farthing.ops import make_batch, select
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.parallel import rank as rank_module
-from farthing.parallel.group import Alone
+from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank
 

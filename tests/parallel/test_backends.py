@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.model.load import random_parameters
-from farthing.ops import select
+from farthing.ops.select import select
 from tests.tiny import SMALL_V3
 
 BACKEND = '''

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from farthing.model import DecoderModel, ModelConfig, load
-from farthing.model.load import random_parameters
-from farthing.ops import make_batch, select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import load, random_parameters
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.parallel.cluster import ParallelModel, RankFailed
 from farthing.parallel.plan import Layout
 from tests.parallel.ranks import rank_options

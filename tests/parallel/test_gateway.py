@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from farthing.fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway import Gateway, GatewayConfig
 from tests.e2e.test_serve_command import launched
 from tests.parallel.test_serving import tiny
 

@@ -17,13 +17,13 @@ import pytest
 from farthing.config import EngineConfig
 from farthing.engine.request import EngineFailed, SamplingParams
 from farthing.llm import LLM
-from farthing.model import load
-from farthing.ops import select
+from farthing.model.load import load
+from farthing.ops.select import select
 from farthing.parallel import ray_workers, worker
 from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
 from farthing.parallel.plan import Layout
 from farthing.parallel.ray_workers import RayWorkers
-from farthing.parallel.rendezvous import interface_of
+from farthing.parallel.worker import interface_of
 from tests.parallel.ranks import rank_options
 from tests.parallel.test_cluster import check_rebalanced, checkpoint, greedy
 from tests.parallel.test_serving import until

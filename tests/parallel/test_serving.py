@@ -19,7 +19,7 @@ from farthing.engine.build import build_engine
 from farthing.engine.engine import Engine
 from farthing.engine.request import EngineError, SamplingParams
 from farthing.llm import LLM
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.model.load import random_parameters
 from farthing.parallel.cluster import ParallelModel
 from tests.tiny import SMALL_V3

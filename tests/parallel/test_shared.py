@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.ops.shared_sum import PeerLost
+from farthing.ops.weights import PeerLost
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, available
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs /dev/shm on x86-64")

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.model import DecoderModel, ModelConfig, load
-from farthing.ops import make_batch, select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import load
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.parallel.cluster import ParallelModel
 from farthing.parallel.plan import Layout, PlanError, ShardPlan
 from tests.parallel.ranks import rank_options

@@ -6,9 +6,9 @@ import random
 
 import torch
 
-from farthing.model import DecoderModel
-from farthing.ops import make_batch
+from farthing.model.decoder import DecoderModel
 from farthing.ops.api import CacheDtype
+from farthing.ops.torch_util import make_batch
 
 BLOCK = 4
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from farthing.model import DecoderModel, load
-from farthing.ops import select
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import load
+from farthing.ops.select import select
 
 pytest.importorskip("transformers")
 

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farthing.hub import resolve_model
-from farthing.model import ModelConfig, load
-from farthing.ops import Ops, select
+from farthing.model.config import ModelConfig
+from farthing.model.load import load
+from farthing.ops.api import Ops
+from farthing.ops.select import select
 
 pytest.importorskip("transformers")
 

@@ -8,15 +8,14 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from farthing.cli import plan_cpu
-from farthing.cli.exits import Exit
+from farthing.cli import plan
+from farthing.cli.errors import Exit
 from farthing.cli.plan import app
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
-from farthing.planner.cpu import BANDWIDTH, Machine, estimate
+from farthing.planner.estimate import BANDWIDTH, Machine, estimate, published_config
 from farthing.planner.footprint import Holder, stored_by_config
 from farthing.planner.memory import PlannedModel
-from farthing.planner.published import published_config
 from farthing.planner.roofline import Workload
 
 SERVER = Machine(sockets=2, cores=64, bandwidth=300.0, int8=400.0)
@@ -65,7 +64,7 @@ def test_float_weights_are_refused(v3: PlannedModel) -> None:
 
 
 def test_command_says_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_cpu, "_measure", lambda: (2, 40.0, 450.0))
+    monkeypatch.setattr(plan, "_measure", lambda: (2, 40.0, 450.0))
     run = CliRunner().invoke
     result = run(app, ["deepseek-v3", "--quantization", "int4", *OPTIONS])
     assert result.exit_code == 0, result.output
@@ -77,7 +76,7 @@ def test_command_says_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bandwidth_measured_here_is_that_of_all_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_cpu, "_measure", lambda: (8, 40.0, 450.0))
+    monkeypatch.setattr(plan, "_measure", lambda: (8, 40.0, 450.0))
     words = ["deepseek-v3", "--quantization", "int4", "--cores", "4", "--sockets", "2", "--json"]
     document = json.loads(CliRunner().invoke(app, words).output)
     assert document["machine"] == {"sockets": 2, "cores": 4, "bandwidth": 20.0, "int8": 450.0}
@@ -114,7 +113,7 @@ def test_bandwidth_measured_here_is_that_of_all_sockets(monkeypatch: pytest.Monk
 def test_options_that_cannot_be_honoured(
     words: list[str], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_cpu, "_measure", lambda: (2, 40.0, 450.0))
+    monkeypatch.setattr(plan, "_measure", lambda: (2, 40.0, 450.0))
     result = CliRunner().invoke(app, ["deepseek-v3", *words])
     assert result.exit_code == Exit.INPUT
     assert error in " ".join(result.output.split())

@@ -13,17 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from farthing.cli.exits import Exit
+from farthing.cli.errors import Exit
 from farthing.cli.plan import app
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
-from farthing.planner.devices import load_devices
-from farthing.planner.estimate import Estimate, Target, _Group, _Replica, groups, serving, smallest
+from farthing.planner.estimate import (
+    Estimate,
+    Target,
+    _Group,
+    _Replica,
+    groups,
+    published_config,
+    serving,
+    smallest,
+)
 from farthing.planner.footprint import Holder, stored_by_config
-from farthing.planner.memory import PlannedModel
-from farthing.planner.published import published_config
-from farthing.planner.roofline import Workload
-from farthing.planner.shard import Serving
+from farthing.planner.memory import PlannedModel, Serving
+from farthing.planner.roofline import Workload, load_devices
 
 DEVICES, SHARES = load_devices()
 PUBLISHED = Workload(4383, 1210, 0.563, 1 / 21)

@@ -15,21 +15,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from farthing.bench.original import bf16_checkpoint
-from farthing.checkpoint import Checkpoint
-from farthing.cli.exits import Exit
+from farthing.bench.cost import bf16_checkpoint
+from farthing.checkpoint.reader import Checkpoint
+from farthing.cli.errors import Exit
 from farthing.cli.plan import app
+from farthing.config import parse_bytes
 from farthing.hub import resolve_model
 from farthing.model.load import config_of
-from farthing.ops import select
-from farthing.options import parse_bytes
+from farthing.ops.select import select
 from farthing.parallel import rank as rank_module
-from farthing.parallel.group import Alone
+from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
 from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
-from farthing.planner.memory import PlannedModel, RankMemory, memory
-from farthing.planner.shard import Serving
+from farthing.planner.memory import PlannedModel, RankMemory, Serving, memory
 from tests.tiny import V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
@@ -122,7 +121,7 @@ def test_two_by_two_ranks_have_at_most_30_percent_of_one_each(backend: str) -> N
     stored = stored_by_config(raw)
 
     def weights(layout: Layout) -> list[int]:
-        from farthing.model import ModelConfig
+        from farthing.model.config import ModelConfig
 
         plan = ShardPlan.build(ModelConfig.from_json(raw), layout)
         return [r.weights for r in memory(PlannedModel.of(plan, stored), plan, holder, SERVING)]

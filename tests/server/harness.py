@@ -21,24 +21,28 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.config import EngineConfig
-from farthing.engine.detokenizer import Detokenizer
 from farthing.engine.engine import Engine
-from farthing.engine.logprobs import Position, Table
-from farthing.engine.prefix_cache import PrefixCache
+from farthing.engine.generation import Detokenizer
 from farthing.engine.request import (
     CompletionOutput,
     FinishReason,
+    Position,
     Request,
     RequestMetrics,
     RequestOutput,
+    RequestStream,
     SamplingParams,
+    Table,
+    deliver,
 )
-from farthing.engine.sandbox import Sandbox
+from farthing.engine.sandbox.sandbox import Sandbox
+from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import Stats
-from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.ops import select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model
+from farthing.ops.select import select
 from farthing.server.config import ServerConfig
 from farthing.server.run import Server, listen, make_server
 from farthing.server.service import Service

@@ -12,11 +12,10 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.cost import Hardware, Machine
+from farthing.cost.prices import Hardware, Machine
 from farthing.server.access import _host_name, _is_near, allowed_hosts
-from farthing.server.accounts import Accounts
-from farthing.server.auth import KeyRing
-from farthing.server.config import ServerConfig
+from farthing.server.config import KeyRing, ServerConfig
+from farthing.server.quotas import Accounts
 from tests.server.harness import Running, ScriptedEngine, running, tiny_engine, until
 
 KEYS = KeyRing(["alice:sk-a", "bob:sk-b"])

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 
+from farthing.server.api.openai_protocol import CompletionRequest
 from farthing.server.bodies import HEAVY, MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
-from farthing.server.protocol import CompletionRequest
 from farthing.server.service import Service
 from tests.server.harness import Running
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from farthing.prompts import BLOCK, read_prompt
-from farthing.server.auth import KeyRing
+from farthing.server.config import KeyRing
 from tests.server.harness import Running, running, tiny_engine
 
 KEYS = KeyRing(["alice:sk-a", "bob:sk-b"])

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from farthing.server.auth import KeyRing
-from farthing.server.config import ServerConfig
+from farthing.server.config import KeyRing, ServerConfig
 from farthing.server.run import connection_limit, listen
 from tests.server.harness import Running, ScriptedEngine, running, until
 

@@ -18,12 +18,12 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.cost import CostMeter, EstimatedMeter, Hardware, Machine, Usage
+from farthing.cost.meter import CostMeter, EstimatedMeter, Usage
+from farthing.cost.prices import Hardware, Machine
 from farthing.engine.stats import BUCKETS, DiskStats, Histogram, HistogramSnapshot, StatsSnapshot
-from farthing.server.dashboard import Dashboard, History, server_data
-from farthing.server.dashboard.history import quantile
-from farthing.server.dashboard.router import mount
-from farthing.server.dashboard.site import assets
+from farthing.server.app import mount
+from farthing.server.dashboard.site import Dashboard, assets
+from farthing.server.dashboard.source import History, quantile, server_data
 
 KEY = "a-key"
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from farthing.eventloop import loop_factory
+from farthing.process import loop_factory
 from farthing.server.config import ServerConfig
 from farthing.server.run import listen, make_server
 from farthing.server.service import Service

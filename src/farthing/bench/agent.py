@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farthing.bench.client import Target, Timing, chat
-from farthing.bench.load import percentiles
+from farthing.bench.load import Target, Timing, chat, percentiles
 
 _WORDS = (
     "the",

@@ -1,4 +1,4 @@
-"""Read the compressed-tensors format (0.20): W8A8, W4A16 and FP8 by block or matrix -> `Weight`.
+"""The compressed-tensors format (0.20) in both directions, and FP8 in blocks, which several formats share.
 
 Legend: N rows, K columns, g group size. Element i of a packed row sits at bit 4 i of its little-endian
 words, as u = q + 8; zero points are packed the same way along dimension 0.
@@ -7,17 +7,100 @@ words, as u = q + 8; zero points are packed the same way along dimension 0.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from farthing.checkpoint.error import CheckpointError
-from farthing.checkpoint.fp8 import block_scales
+from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
 from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2) or per matrix.
+#
+# The factor is stored under one of the names in SCALES and multiplies, whatever its name: W = W8 * scale
+# of its block. One factor for a whole matrix is the same as equal factors for all of its blocks. Shapes:
+# W [N, K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.
+
+BLOCK = 128
+E4M3_MAX = 448.0
+# Suffixes of a module's factor: DeepSeek's and transformers', compressed-tensors', Mistral's.
+SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
+# Calibrated factors of activations, which the kernels do not round to FP8.
+ACTIVATION_SCALES = ("*input_scale", "*activation_scale", "*.qscale_act")
+# Calibrated ranges of queries, keys and values (kv_cache_scheme); the latent cache has ranges of its own.
+CACHE_SCALES = ("*.self_attn.[qkv]_scale", "*.self_attn.[qkv]_zero_point")
+
+
+def block_scales(name: str, scale: Tensor, shape: tuple[int, int]) -> Tensor:
+    """A stored factor as [ceil(N/128), ceil(K/128)] float32. Raises CheckpointError for other shapes."""
+    blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
+    if scale.numel() == 1:
+        return scale.float().reshape(1, 1).expand(blocks).contiguous()
+    if tuple(scale.shape) != blocks:
+        raise CheckpointError(
+            f"{name}: expected one number or shape {list(blocks)} (blocks of {BLOCK}), "
+            f"found {list(scale.shape)}"
+        )
+    return scale.float()
+
+
+def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """W [N, K] floating -> (float8_e4m3fn [N, K], float32 scale_inv [ceil(N/block), ceil(K/block)]).
+
+    `ue8m0` rounds each scale up to a power of two, as DeepSeek-V3.1 stores them. A zero block gets scale 1.
+    """
+    _check_matrix("w", w)
+    if not w.is_floating_point():
+        raise ValueError(f"w has dtype {w.dtype}; expected a floating-point matrix")
+    if not torch.isfinite(w).all():
+        raise ValueError("w has inf or nan; expected finite weights")
+    tiles = _tiles(w.float(), block)  # [rows, block, cols, block]
+    amax = tiles.abs().amax(dim=(1, 3))
+    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
+    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
+    if ue8m0:
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
+    scaled = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
+    return _untile(scaled, w.shape).to(torch.float8_e4m3fn), scale
+
+
+def dequantize_blocks(
+    w8: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype` (float32), multiplied in
+    float32."""
+    dtype = dtype or torch.float32
+    _check_matrix("w8", w8)
+    expected = (-(-w8.shape[0] // block), -(-w8.shape[1] // block))
+    if tuple(scale_inv.shape) != expected:
+        raise ValueError(
+            f"scale_inv has shape {tuple(scale_inv.shape)}; expected {expected} for a {tuple(w8.shape)} "
+            f"weight in blocks of {block}"
+        )
+    tiles = _tiles(w8.float(), block) * scale_inv.float()[:, None, :, None]
+    return _untile(tiles, w8.shape).to(dtype)
+
+
+def _check_matrix(name: str, w: Tensor) -> None:
+    if w.ndim != 2 or 0 in w.shape:
+        raise ValueError(f"{name} has shape {tuple(w.shape)}; expected a non-empty matrix [N, K]")
+
+
+def _tiles(w: Tensor, block: int) -> Tensor:
+    """[N, K] -> [rows, block, cols, block], zero-padded to whole blocks."""
+    rows, cols = -(-w.shape[0] // block), -(-w.shape[1] // block)
+    padded = torch.nn.functional.pad(w, (0, cols * block - w.shape[1], 0, rows * block - w.shape[0]))
+    return padded.view(rows, block, cols, block)
+
+
+def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
+    rows, block, cols, _ = tiles.shape
+    return tiles.reshape(rows * block, cols * block)[: shape[0], : shape[1]].contiguous()
+
 
 METHOD = "compressed-tensors"
 _MOST_GROUP = 1 << 16
@@ -266,3 +349,145 @@ def _unpack_rows(words: Tensor, n: int) -> Tensor:
     nibbles = words.t().contiguous().view(torch.uint8)  # [G, 4 * words]
     pairs = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)[:, :n]
     return (pairs.to(torch.int8) - 8).t().contiguous()
+
+
+# Write the compressed-tensors format (0.20): `Weight` -> tensors, and `quantization_config`.
+#
+# INT8 routed experts have two forms. llm-compressor writes plain int8 matrices (`int-quantized`), which
+# vLLM serves as W8A8. transformers 5.24 fuses the experts and decompresses packed ones only, so `packed`
+# writes them as 8-bit `pack-quantized`. Everything else has one form.
+
+VERSION = "0.20.0"
+EXPERTS = ".mlp.experts."  # part of every routed expert's module name
+EXPERTS_TARGET = r"re:.*\.mlp\.experts\.\d+\..*"
+
+
+def _pack_rows(zero: Tensor) -> Tensor:
+    """int8 [N, G] -> int32 [ceil(N/8), G]."""
+    u = torch.nn.functional.pad((zero.t() + 8).to(torch.uint8), (0, -zero.shape[0] % 8))
+    return _words(u[:, 0::2] | (u[:, 1::2] << 4)).t().contiguous()
+
+
+def _words(data: Tensor) -> Tensor:
+    """uint8 [R, 4 W] -> int32 [R, W]. Flat in between: a row stride of 1 cannot be viewed as words."""
+    return data.flatten().view(torch.int32).view(data.shape[0], -1)
+
+
+def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tensor]:
+    """The tensors of one module, by full name; packed: see the module's docstring.
+
+    Raises ValueError for a scale that is zero or not finite, and for a negative one outside INT4, where the
+    sign selects the end of the range that reaches further (AutoRound writes such scales too).
+    """
+    if weight.format == "dense":
+        return {f"{module}.weight": weight.data}
+    assert weight.scale is not None
+    size = weight.scale.abs() if weight.format == "int4" else weight.scale
+    if not bool(((size > 0) & size.isfinite()).all()):
+        raise ValueError(f"{module}: a scale is zero, negative or not finite; expected finite scales > 0")
+    out = {f"{module}.weight_scale": weight.scale}
+    if weight.format == "fp8" or (weight.format == "int8" and not packed):
+        return out | {f"{module}.weight": weight.data}
+    n, k = weight.shape
+    data = weight.data
+    if weight.format == "int8":
+        data = (data.to(torch.int16) + 128).to(torch.uint8)
+    out[f"{module}.weight_packed"] = _words(torch.nn.functional.pad(data, (0, -data.shape[1] % 4)))
+    out[f"{module}.weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
+    if weight.zero_point is not None:
+        out[f"{module}.weight_zero_point"] = _pack_rows(weight.zero_point)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class GroupKey:
+    """The properties that define a config group when writing."""
+
+    format: str  # int8 | int4 | fp8
+    group_size: int = 0
+    symmetric: bool = True
+    # token (dynamic) | tensor (static) | None (kept); int4 also group4: 4 bits, the weights' groups
+    activations: str | None = None
+    packed: bool = False  # int8 in 32-bit words
+
+
+def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
+    """The config group a weight belongs to; None for a dense one."""
+    if weight.format == "dense":
+        return None
+    if weight.format == "int4":
+        return GroupKey("int4", weight.group_size, weight.zero_point is None, activations)
+    return GroupKey(weight.format, activations=activations if weight.format == "int8" else None)
+
+
+def quantization_config(modules: Mapping[str, GroupKey | None]) -> dict[str, Any] | None:
+    """`quantization_config` for modules (all Linear modules of the model; None = kept dense).
+
+    Routed experts of one group are targeted by one pattern, so that readers that fuse them find their scheme.
+    If one other group remains, its target is the class Linear; if several remain, each lists its modules.
+    """
+    keys = sorted({k for k in modules.values() if k}, key=str)
+    if not keys:
+        return None
+    experts = {k for name, k in modules.items() if EXPERTS in name}
+    alike = experts.pop() if len(experts) == 1 else None
+    rest = {k for name, k in modules.items() if k and (alike is None or EXPERTS not in name)}
+    groups = {}
+    for i, key in enumerate(keys):
+        targets: Sequence[str] = ["Linear"]
+        if len(rest) > 1 or key not in rest:
+            own = (name for name, k in modules.items() if k == key)
+            targets = sorted(name for name in own if alike is None or EXPERTS not in name)
+        if key == alike and len(keys) > 1:
+            targets = [EXPERTS_TARGET, *targets]
+        groups[f"group_{i}"] = _group(key, targets)
+    formats = {g["format"] for g in groups.values()}
+    return {
+        "quant_method": METHOD,
+        "version": VERSION,
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "config_groups": groups,
+        "ignore": sorted(name for name, k in modules.items() if k is None),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
+    if key.format == "fp8":
+        storage = "float-quantized"
+        weights = _args(8, "float", "block", block_structure=[128, 128])
+        inputs: dict[str, Any] | None = _args(8, "float", "group", group_size=128, dynamic=True)
+    else:
+        inputs = None
+        if key.activations == "group4":
+            inputs = _args(4, "int", "group", group_size=key.group_size, dynamic=True)
+        elif key.activations:
+            inputs = _args(8, "int", key.activations, dynamic=key.activations == "token")
+        if key.format == "int8":
+            storage = "pack-quantized" if key.packed else "int-quantized"
+            weights = _args(8, "int", "channel")
+        else:
+            storage = "pack-quantized"
+            weights = _args(4, "int", "group", group_size=key.group_size, symmetric=key.symmetric)
+    return {
+        "format": storage,
+        "targets": list(targets),
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
+
+
+def _args(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
+    defaults = {
+        "symmetric": True,
+        "dynamic": False,
+        "group_size": None,
+        "block_structure": None,
+        "actorder": None,
+    }
+    return {"num_bits": bits, "type": kind, "strategy": strategy} | defaults | more

@@ -1,4 +1,4 @@
-"""A Hugging Face model directory as named tensors and weights.
+"""A Hugging Face model directory as named tensors and weights, quantized or not.
 
 Tensors are read on demand. Every error names the file, the tensor, the expected and the found value.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -16,19 +17,118 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint.error import CheckpointError
-from farthing.checkpoint.fp8 import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
-from farthing.checkpoint.input_scales import InputScales
-from farthing.checkpoint.quantization import quantization_in, read_quantization
-from farthing.checkpoint.read_ahead import ReadAhead
-from farthing.checkpoint.shards import Shards, read_json
+from farthing.checkpoint.compressed_tensors import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
+from farthing.checkpoint.shards import CheckpointError, ReadAhead, Shards, read_json
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
-from farthing.ops.weights import InputRounding, Weight
+from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+
+# How a config.json or a params.json says that weights are quantized.
+
+_KEYS = ("quantization_config", "compression_config")
+_MISTRAL, _WEIGHT = "quantization", "qformat_weight"  # in params.json
+
+
+def quantization_in(config: Mapping[str, Any]) -> Any:
+    """The quantization that a configuration or its text part declares, unchecked; None if there is none."""
+    text = config.get("text_config")  # multimodal models nest the language model's config
+    parts = (config, text if isinstance(text, dict) else {})
+    found = next((part[key] for part in parts for key in _KEYS if part.get(key)), None)
+    return found or config.get(_MISTRAL) or None
+
+
+def method_of(quantization: Mapping[str, Any]) -> str:
+    """Its quant_method; 'dense' for an empty one."""
+    return str(quantization.get("quant_method", "fp8" if _WEIGHT in quantization else "dense"))
+
+
+def read_quantization(quantization: Any) -> ct.Groups | None:
+    """The schemes of compressed-tensors; None for FP8 with its factors; CheckpointError for others."""
+    if not isinstance(quantization, dict):
+        raise CheckpointError(
+            f"config.json: quantization_config: got {type(quantization).__name__}; expected an object"
+        )
+    if _WEIGHT in quantization:
+        if quantization[_WEIGHT] != "fp8_e4m3":
+            raise CheckpointError(
+                f"params.json: {_MISTRAL}.{_WEIGHT}: got {str(quantization[_WEIGHT])[:80]!r}; "
+                "expected 'fp8_e4m3'"
+            )
+        return None
+    method = quantization.get("quant_method")
+    if method == ct.METHOD:
+        return ct.Groups.from_json(quantization)
+    if method != "fp8":
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method: got {method!r}; expected 'fp8' or {ct.METHOD!r}"
+        )
+    block = quantization.get("weight_block_size")
+    if block is not None and block != [FP8_BLOCK, FP8_BLOCK]:
+        raise CheckpointError(
+            f"config.json: quantization_config.weight_block_size: got {block}; expected [128, 128], "
+            "or null for one factor per matrix"
+        )
+    return None
+
+
+# Calibrated input scales (`input_scale`), shared by all matrices that read the same tensor.
+#
+# Kernels quantize a tensor once for all its readers: gate and up projection, the stacked query and latent
+# projections, and the routed experts of a layer, which all read the layer's normed hidden states. If a
+# file gives such siblings different scales, the largest is used, so that no range is clipped more than
+# specified.
+
+SUFFIX = ".input_scale"
+_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up)_proj$")
+_SIBLINGS = {
+    "gate_proj": "gate_up", "up_proj": "gate_up",
+    "q_a_proj": "qkv_a", "q_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
+    "k_proj": "qkv_a", "v_proj": "qkv_a",
+}  # fmt: skip
+
+
+def shared_input(module: str) -> str:
+    """A name for the tensor a module reads, equal for all modules that read it."""
+    if _EXPERT.search(module):
+        return _EXPERT.sub(".experts.*.gate_up", module)
+    parent, _, leaf = module.rpartition(".")
+    return f"{parent}.{_SIBLINGS.get(leaf, leaf)}"
+
+
+class InputScales:
+    """Scales by module, read on first use."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+        self._read = read
+        self._known: dict[str, float] = {}
+        self._sharing: dict[str, list[str]] = {}
+        for name in names:
+            if name.endswith(SUFFIX):
+                self._sharing.setdefault(shared_input(name.removesuffix(SUFFIX)), []).append(name)
+
+    def __getitem__(self, module: str) -> float:
+        """The scale of a module's input. Raises CheckpointError without the file; the reader adds it."""
+        key = shared_input(module)
+        if key not in self._known:
+            if f"{module}{SUFFIX}" not in self._sharing.get(key, ()):
+                raise CheckpointError("input_scale is missing, but input_activations are static")
+            self._known[key] = max(self._one(name) for name in self._sharing[key])
+        return self._known[key]
+
+    def _one(self, name: str) -> float:
+        tensor = self._read(name)
+        value = float(tensor) if tensor.numel() == 1 else float("nan")
+        if not 0 < value < float("inf"):
+            raise CheckpointError(
+                f"input_scale: found {tensor.flatten()[:4].tolist()}; expected one number > 0"
+            )
+        return value
+
 
 log = logging.getLogger(__name__)
 

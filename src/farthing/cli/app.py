@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,58 +14,77 @@ import typer.main
 from farthing import __version__, import_whole
 from farthing.cli.errors import exit_on_error
 
-# name -> (module under farthing.cli, help line). Each module defines `app: typer.Typer`.
+# name -> (module under farthing.cli, help line). It defines `app: typer.Typer`, or MODULE:NAME.
+# The fleet and the laboratory add theirs through the entry points of GROUP.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
     "check": ("check", "Check a model directory: configuration, tokenizer, first layers."),
-    "generate": ("generate", "Complete prompts on the command line."),
-    "inspect": ("inspect", "Show parameters, bytes and FLOPs per token, and routing."),
-    "eval": ("eval", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
+    "generate": ("serve:generate_app", "Complete prompts on the command line."),
+    "inspect": ("check:inspect_app", "Show parameters, bytes and FLOPs per token, and routing."),
+    "eval": ("compress:eval_app", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
     "compress": ("compress", "Write a smaller, faster checkpoint and check its accuracy."),
-    "pack": ("pack", "Write the file that CPU replicas map instead of packing at start."),
-    "train": ("train", "Train the embedded model; quantize or prune a model with training."),
+    "pack": ("check:pack_app", "Write the file that CPU replicas map instead of packing at start."),
     "bench": ("bench", "Measure serving, capacity and the cost of a token."),
     "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),
-    "fleet": ("fleet", "Run, scale and explain a fleet of replicas."),
-    "replay": ("replay", "Replay a load trace against scaling policies."),
-    "forecast": ("forecast", "Backtest the load forecasters on a series."),
-    "doctor": ("doctor", "Show what this machine supports and what to install."),
+    "doctor": ("check:doctor_app", "Show what this machine supports and what to install."),
 }
+
+
+GROUP = "farthing.commands"
 
 
 class LazyGroup(typer.core.TyperGroup):
     """Lists commands without importing them, which keeps `--help` and start-up fast."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [name for name in COMMANDS if _exists(COMMANDS[name][0])]
+        return [*COMMANDS, *sorted(installed())]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS or not _exists(COMMANDS[cmd_name][0]):
+        if cmd_name in COMMANDS:
+            where: str | None = f"farthing.cli.{COMMANDS[cmd_name][0]}"
+        else:
+            where = installed().get(cmd_name)
+        if where is None:
             return None
-        module = import_whole(f"farthing.cli.{COMMANDS[cmd_name][0]}")
-        command = typer.main.get_command(module.app)
+        name, _, attribute = where.partition(":")
+        module = import_whole(name)
+        command = typer.main.get_command(getattr(module, attribute or "app"))
         command.name = cmd_name
         return command
 
     def get_help(self, ctx: Any) -> str:
-        """Help text built only from COMMANDS."""
-        width = max(len(name) for name in COMMANDS) + 2
-        lines = [f"  {name:<{width}}{COMMANDS[name][1]}" for name in self.list_commands(ctx)]
+        """Help text built without importing a command."""
+        lines = {name: line for name, (_, line) in COMMANDS.items()}
+        lines |= {name: _first_line(module) for name, module in sorted(installed().items())}
+        width = max(len(name) for name in lines) + 2
         return "\n".join(
             [
                 "Usage: farthing COMMAND [OPTIONS]",
                 "",
                 self.help or "",
                 "",
-                *lines,
+                *(f"  {name:<{width}}{line}" for name, line in lines.items()),
                 "",
                 "`farthing COMMAND --help` shows the options and examples of a command.",
             ]
         )
 
 
-def _exists(module: str) -> bool:
-    return importlib.util.find_spec(f"farthing.cli.{module}") is not None
+def installed() -> dict[str, str]:
+    """Commands of other packages: name -> module."""
+    from importlib.metadata import entry_points  # 20 ms that the commands above do not need
+
+    return {entry.name: entry.value for entry in entry_points(group=GROUP)}
+
+
+def _first_line(module: str) -> str:
+    """What a command does, from its module's docstring: "`farthing NAME`: does this."."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    with Path(spec.origin).open(encoding="utf-8") as file:
+        said = file.readline().strip().strip('"').partition(": ")[2]
+    return said[:1].upper() + said[1:]
 
 
 app = typer.Typer(
@@ -93,7 +113,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the `farthing` script."""
-    command = next((argument for argument in sys.argv[1:] if argument in COMMANDS), "")
+    command = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
     try:
         sys.exit(app())
     except Exception:

@@ -1,4 +1,4 @@
-"""`farthing bench`: measure a server."""
+"""`farthing bench`: measure a server, with single requests or the sessions of an agent."""
 
 from __future__ import annotations
 
@@ -14,16 +14,38 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from farthing.bench.workload import Request, Shape, closed_loop, from_trace, poisson
-from farthing.cli.exits import Exit, errors_as_one_line
-from farthing.cli.options import with_options
-from farthing.cli.tables import print_percentiles, report
-from farthing.options import check, inherited, option
+from farthing.bench.agent import (
+    AgentResult,
+    Session,
+    SessionShape,
+    recorded,
+    run_sessions,
+    summarize,
+    synthetic,
+)
+from farthing.bench.load import (
+    Request,
+    Shape,
+    Slo,
+    Target,
+    closed_loop,
+    find_capacity,
+    from_trace,
+    plot_latencies,
+    poisson,
+)
+from farthing.cli.errors import Exit, errors_as_one_line, with_options
+from farthing.cli.tables import print_percentiles, report, token_progress
+from farthing.config import check, inherited, option
+from farthing.cost import cpu_name, usable_cpus
+from farthing.cost.prices import Prices
+from farthing.hub import resolve_model
+from farthing.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from farthing.bench.client import Target
-    from farthing.bench.cost import Comparison
-    from farthing.bench.load import LoadResult, Slo
+    from farthing.bench.cost import LeverComparison
+    from farthing.bench.load import LoadResult
+
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure serving, capacity and the cost of a token."
@@ -123,8 +145,6 @@ def serve(
     with errors_as_one_line():
         given, sizes = LoadOptions(**load), Shape(**shape)
     if given.workload == "agent":
-        from farthing.cli.bench_agent import check_options, plan, run
-
         check_options(context)
         output = sizes.output_tokens
         sessions = plan(given.recording, given.sessions, given.turns, output, given.max_len, given.seed)
@@ -132,7 +152,6 @@ def serve(
         run(_target(server), sessions, at_once, output, given.usd_per_hour, given.seed, as_json)
         return
     from farthing.bench.load import run_load, summarize
-    from farthing.cli.progress import token_progress
 
     planned, concurrency = _requests(given, sizes)
     target = _target(server)
@@ -140,8 +159,6 @@ def serve(
         timings = asyncio.run(run_load(target, planned, concurrency, lambda _: advance(1), ignore_eos=True))
     result = summarize(timings, _slo(slo), given.usd_per_hour)
     if given.picture is not None:
-        from farthing.bench.picture import plot_latencies
-
         plot_latencies(timings, given.picture)
     report(result, as_json, _print_load)
 
@@ -171,8 +188,6 @@ def capacity(
     """Find the highest request rate within the SLO, the capacity that `farthing fleet` scales by."""
     from rich.console import Console
 
-    from farthing.bench.capacity import find_capacity
-
     log = Console(stderr=True)
     found = find_capacity(
         _target(server),
@@ -200,14 +215,17 @@ def capacity(
 @with_options(options=CostOptions)
 def cost(options: dict[str, Any], as_json: Json = False) -> None:
     """Measure latency, memory, energy, cost and quality on this CPU, one lever at a time."""
-    from farthing.bench.cost import Workload, compare, prompts_for
-    from farthing.bench.levers import Texts, levers, qualities
-    from farthing.bench.original import bf16_checkpoint, tiny_checkpoint
-    from farthing.cli.progress import token_progress
-    from farthing.compress.gate import parse_share
-    from farthing.cost import Prices, cpu_name, usable_cpus
-    from farthing.hub import resolve_model
-    from farthing.model import ModelConfig
+    from farthing.bench.cost import (
+        Texts,
+        Workload,
+        bf16_checkpoint,
+        compare,
+        levers,
+        prompts_for,
+        qualities,
+        tiny_checkpoint,
+    )
+    from farthing.compress.api import parse_share
 
     with errors_as_one_line("run the same command to resume" if options["record"] is not None else None):
         given = CostOptions(**options)
@@ -256,14 +274,12 @@ def _say(text: str) -> None:
 
 
 def _slo(options: dict[str, Any]) -> Slo:
-    from farthing.bench.load import Slo
 
     given = SloOptions(**options)
     return Slo(given.slo_ttft_ms / 1000, given.slo_tpot_ms / 1000)
 
 
 def _target(options: dict[str, Any]) -> Target:
-    from farthing.bench.client import Target
 
     given = ServerOptions(**options)
     target = Target(given.url, given.model or "", given.api_key)
@@ -303,7 +319,7 @@ def _print_load(result: LoadResult) -> None:
         print(f"${result.usd_per_million_tokens:.4f} per million generated tokens")
 
 
-def _print_cost(found: Comparison) -> None:
+def _print_cost(found: LeverComparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -331,3 +347,69 @@ def _print_cost(found: Comparison) -> None:
         else:
             print(f"{name}: {-claim['measured']:+.0%} measured, {-claim['published']:+.0%} published: {met}")
     print(f"prices: {found.machine.hardware.name}, declared {found.machine.declared}")
+
+
+# `farthing bench serve --workload agent`: multi-turn sessions that resend the conversation every turn.
+
+_OF_REQUESTS = (
+    *("requests", "rate", "trace", "speed", "input_tokens", "shared_prefix", "vocabulary"),
+    *("slo_ttft_ms", "slo_tpot_ms", "picture"),
+)
+_CHARACTERS = 2  # assumed minimum characters per token of a recording
+
+
+def check_options(context: typer.Context) -> None:
+    """Raises typer.BadParameter for an option that has no effect on sessions."""
+    for name in _OF_REQUESTS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter(f"{option}: got a value with --workload agent; expected none")
+
+
+def plan(
+    recording: Path | None, sessions: int, turns: int, output_tokens: int, max_len: int, seed: int
+) -> list[Session]:
+    """Synthetic sessions, or those recorded sessions that fit max_len tokens with their answers."""
+    try:
+        if recording is None:
+            return synthetic(SessionShape(turns), sessions, seed)
+        room = max(1, max_len - turns * output_tokens)
+        return recorded(recording, sessions, turns, _CHARACTERS * room)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def run(
+    target: Target,
+    sessions: list[Session],
+    concurrency: int,
+    output_tokens: int,
+    usd_per_hour: float | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run the sessions and print the results; exit status 1 if a turn failed."""
+    with token_progress("turns", sum(len(session.says) for session in sessions)) as advance:
+        timings = asyncio.run(
+            run_sessions(target, sessions, concurrency, output_tokens, lambda _: advance(1), seed=seed)
+        )
+    report(summarize(timings, usd_per_hour), as_json, _print)
+
+
+def _print(result: AgentResult) -> None:
+    title = f"{result.sessions} sessions, {result.turns} turns in {result.seconds:.1f} s"
+    rows = {
+        "turn": result.turn_ms,
+        "TTFT, first turns": result.ttft_first_ms,
+        "TTFT, later turns": result.ttft_later_ms,
+    }
+    print_percentiles(title, rows)
+    print(
+        f"{result.cached_share:.1%} of {result.prompt_tokens:,} prompt tokens from the prefix cache, "
+        f"{result.cached_share_later:.1%} in later turns ({result.reused_share:.1%} of the "
+        f"{result.repeated_share:.1%} that repeat the previous turn); "
+        f"{result.output_tokens:,} tokens generated"
+    )
+    if result.usd_per_session is not None:
+        print(f"${result.usd_per_session:.6f} per session")

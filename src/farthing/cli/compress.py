@@ -1,23 +1,138 @@
-"""`farthing compress`: write a smaller, faster checkpoint and check its accuracy."""
+"""`farthing compress` writes a smaller checkpoint; `farthing eval` judges one, alone or against another."""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farthing.cli.exits import errors_as_one_line, exit_on_verdict
-from farthing.cli.options import with_options
-from farthing.options import check, option
+from farthing.checkpoint.reader import read_config
+from farthing.cli.errors import errors_as_one_line, exit_on_verdict, with_options
+from farthing.cli.tables import step_progress, token_progress
+from farthing.config import Quantization, check, option
+from farthing.files import to_json
+from farthing.hub import resolve_model
+from farthing.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from farthing.compress.api import Outcome
+    from farthing.compress.evaluate import Verdict
     from farthing.compress.recipe import Prune, Recipe
+
+
+# `farthing eval`: evaluate a model, or compare it with another.
+
+eval_app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """How a model is loaded to be judged."""
+
+    backend: str
+    quantization: Quantization | None
+
+
+@eval_app.command(
+    name="eval",
+    epilog="Examples:  farthing eval  |  farthing eval ./model --data text.jsonl --json  |  "
+    "farthing eval ./model --against ./model-int4 --max-drop 1.5%  |  "
+    "farthing eval ./model --against ./model --quantization int4",
+)
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A directory, a hub id or `mite`."),
+    ] = "mite",
+    against: Annotated[str | None, typer.Option(help="Model B to compare with MODEL.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines with 'text' or 'ids'."),
+    ] = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(help="Maximum perplexity increase with --against; exit 4 if exceeded, 3 if undecided."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Maximum context length in tokens.")] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Approximate number of tokens to evaluate.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, reference, cpu, gpu or torch.")] = "auto",
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(help="Round dense weights while loading, as `serve` does; with --against, those of B."),
+    ] = None,
+    simulate: Annotated[
+        bool, typer.Option(help="Use reference ops with the checkpoint's activation rounding.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Perplexity, bits per byte and MTP acceptance on held-out text; with --against, B compared with A.
+
+    Exit codes: 0 done; 1 unexpected error; 2 invalid input; 3 too little text to decide --max-drop;
+    4 worse than --max-drop; 5 read failed.
+    """
+    from farthing.compress.api import parse_share
+
+    with errors_as_one_line():
+        limit = parse_share("max-drop", max_drop) if max_drop is not None else None
+        if quantization is not None and simulate:
+            raise ValueError(f"quantization: got {quantization!r} with --simulate; expected one of them")
+        served = Served("simulate" if simulate else backend, quantization)
+        document, verdict = _measure(model, against, data, limit, (window, max_tokens), served)
+    _print_figures(document, as_json)
+    if verdict is not None:
+        exit_on_verdict(verdict.answer, str(verdict))
+
+
+def _measure(
+    model: str,
+    against: str | None,
+    data: Path | None,
+    limit: float | None,
+    cut: tuple[int, int | None],
+    served: Served,
+) -> tuple[dict[str, object], Verdict | None]:
+    """The document to print, and the verdict if a limit is set. cut: (window, maximum tokens)."""
+    from farthing.compress import evaluate as ev
+    from farthing.compress.api import compare_in_turn, held_out_sample, load_for
+    from farthing.compress.evaluate import load_corpus
+
+    path = resolve_model(model)
+    config = ModelConfig.from_directory(path)
+    corpus = load_corpus(data or held_out_sample(), path, config, cut[0], cut[1])
+    if against is None:
+        with token_progress("measuring", corpus.tokens) as advance:
+            judged = load_for(path, served.backend, quantization=served.quantization)
+            return asdict(ev.evaluate(judged, corpus, progress=advance)), None
+    with token_progress("comparing", 2 * corpus.tokens) as advance:
+        backends = (served.backend, served.backend)
+        result = compare_in_turn(path, resolve_model(against), corpus, backends, advance, served.quantization)
+    verdict = result.verdict(limit) if limit is not None else None
+    document: dict[str, object] = result.to_json()
+    if verdict is not None:
+        document |= {"verdict": verdict.answer, "max_drop": limit, "tokens_needed": verdict.tokens_needed}
+    return document, verdict
+
+
+def _print_figures(document: dict[str, object], as_json: bool) -> None:
+
+    if as_json:
+        print(to_json(document))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    for name, value in document.items():
+        table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
 
 app = typer.Typer(add_completion=False)
 
@@ -98,13 +213,10 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
     # Every expert's number of tokens is another shape, and oneDNN keeps the buffers of 1,024 shapes: 0.8 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
-    from farthing.checkpoint.reader import read_config
-    from farthing.cli.progress import step_progress
     from farthing.compress import api
-    from farthing.compress.gate import parse_share
+    from farthing.compress.api import parse_share
     from farthing.compress.recipe import default_recipe
-    from farthing.compress.serving import pack_for_cpu, serving_figures
-    from farthing.hub import resolve_model
+    from farthing.compress.report import pack_for_cpu, serving_figures
 
     limit = parse_share("max-drop", given.max_drop) if given.max_drop is not None else None
     named = _recipe(given, given.recipe, limit) if given.recipe else None  # refused before a download
@@ -174,7 +286,6 @@ def _refuse_unread(given: CompressOptions, chosen: Recipe) -> None:
 
 
 def _print(document: dict[str, Any], as_json: bool) -> None:
-    from farthing.files import to_json
 
     if as_json:
         print(to_json(document))

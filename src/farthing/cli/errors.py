@@ -1,14 +1,20 @@
-"""User errors as one line on stderr, without a traceback."""
+"""What commands share: errors as one line on stderr, exit codes, and options made from declared fields."""
 
 from __future__ import annotations
 
+import errno
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from enum import IntEnum
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
+from farthing.config import Declared, declared, parse_bytes
 from farthing.extras import extra_for, how_to_install, needs_torch
 
 MISTAKES = (OSError, ValueError, RuntimeError)
@@ -56,7 +62,7 @@ def _one_line(error: BaseException) -> str:
 def _missing(error: ImportError, command: str) -> str | None:
     """The pip command for a missing module; None if the module is our own."""
     package = (error.name or "").partition(".")[0]
-    if not package or package == "farthing":
+    if not package or package in ("farthing", "farthing_fleet", "farthing_lab"):
         return None
     extra = extra_for(package, command)
     if package == "torch":
@@ -64,3 +70,135 @@ def _missing(error: ImportError, command: str) -> str | None:
     if extra is None:
         return f"the Python package {package!r} is not installed; pip install {package}"
     return f"{package!r} is not installed; {how_to_install(extra)}"
+
+
+# Exit codes of the commands that evaluate or write models, and one-line errors on stderr.
+
+
+class Exit(IntEnum):
+    """Exit codes."""
+
+    DONE = 0
+    DEFECT = 1  # an unexpected error, with a traceback: Python's own code
+    INPUT = 2  # an invalid file or option; the message names it
+    UNDECIDED = 3  # the held-out text is too short to decide
+    WORSE = 4  # the model is worse than the bound allows
+    STORAGE = 5  # a file could not be read or written; some commands resume, see `errors_as_one_line`
+    MISFIT = 6  # `plan`: the largest rank exceeds the memory
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def errors_as_one_line(then: str | None = None) -> Iterator[None]:
+    """Print errors a user can fix as one line and exit with their code; bugs keep their traceback.
+
+    then: what to do once there is space again, such as "run the same command to resume".
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        _fail(str(error), Exit.INPUT, error)
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        if error.errno in _FULL:
+            said += "; free some space" + (f", then {then}" if then else "")
+        _fail(said, Exit.STORAGE, error)
+
+
+def _fail(message: str, code: Exit, error: Exception) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code) from error
+
+
+def exit_on_verdict(answer: str, said: str | None = None) -> None:
+    """Exit with the code of a verdict other than "pass", printing its sentence on stderr."""
+    if answer == "pass":
+        return
+    if said is not None:
+        typer.echo(said, err=True)
+    raise typer.Exit(Exit.WORSE if answer == "fail" else Exit.UNDECIDED)
+
+
+# Command-line options generated from configuration dataclasses.
+
+Command = Callable[..., None]
+
+
+def with_options(*, skip: Collection[str] = (), **configs: type) -> Callable[[Command], Command]:
+    """Replace each named parameter of a command with the options that a dataclass declares.
+
+    `with_options(engine=EngineConfig)` passes the command `engine`, a dict for `EngineConfig(**engine)`. A
+    parameter that the command itself declares takes precedence over a field of the same name. skip: groups to
+    omit.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters
+        generated = {
+            name: [d for d in declared(config) if d.name not in own and d.option.group not in skip]
+            for name, config in configs.items()
+        }
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in own.items():
+            if name in generated:
+                parameters += map(_parameter, generated[name])
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        def run(**values: Any) -> None:
+            for name, options in generated.items():
+                values[name] = {d.name: _value(d, values.pop(d.name)) for d in options}
+            command(**values)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _parameter(d: Declared) -> inspect.Parameter:
+    kind: Any = Literal[d.choices] if d.choices else d.kind
+    if d.repeated:
+        kind = list[kind]
+    if d.optional or d.repeated:
+        kind = kind | None
+    text = escape(f"{d.option.help}.")  # brackets such as those of "cpu[/ISA]" are no markup
+    if d.option.argument:
+        info: Any = typer.Argument(help=text, metavar=d.name.upper())
+    else:
+        flag = f"--{d.name.replace('_', '-')}"
+        negatable = d.kind is bool and d.default is not False
+        name = f"{flag}/--no-{flag[2:]}" if negatable else flag
+        info = typer.Option(
+            name,
+            *d.option.flags,
+            help=text,
+            parser=_size(d.name) if d.option.size else None,
+            metavar="BYTES" if d.option.size else None,
+            envvar=d.option.environment,
+            rich_help_panel=d.option.group,
+        )
+    return inspect.Parameter(
+        d.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None if d.repeated else d.default,
+        annotation=Annotated[kind, info],
+    )
+
+
+def _size(name: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            return parse_bytes(name, text)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parse
+
+
+def _value(d: Declared, value: Any) -> Any:
+    return tuple(value or ()) if d.repeated else value

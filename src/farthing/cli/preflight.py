@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.config import EngineConfig
 from farthing.hub import resolve_config
 from farthing.memory import available_memory, gigabytes
+from farthing.planner.fit import certainly_fits, weight_bytes
 
 _GPU = Path("/dev/nvidiactl")
 
@@ -38,7 +39,6 @@ def _check_memory(config: EngineConfig, path: Path) -> None:
         )
     if config.packed is not None:  # mapped: what does not fit is read again
         return
-    from farthing.planner.fit import certainly_fits, weight_bytes
 
     if certainly_fits(path, free - cache):
         return

@@ -18,15 +18,12 @@ from typing import Any
 
 import torch
 
-from farthing.compress.corpus import Corpus
-from farthing.compress.evaluate import window_losses
-from farthing.compress.knapsack import knapsack
-from farthing.compress.statistics import ratio_interval
+from farthing.compress.evaluate import Corpus, ratio_interval, window_losses
+from farthing.compress.plan import knapsack
 from farthing.files import replace_json
-from farthing.model import DecoderModel
-from farthing.model.decoder import routers_of
-from farthing.model.experts import AdaptiveExperts
-from farthing.ops import RouterSpec
+from farthing.model.decoder import DecoderModel, routers_of
+from farthing.model.load import AdaptiveExperts
+from farthing.ops.api import RouterSpec
 
 GRID = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 BUDGET_STEPS = 400  # resolution of the knapsack

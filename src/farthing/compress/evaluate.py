@@ -1,4 +1,4 @@
-"""Evaluate a model, or compare two models with a confidence interval.
+"""Evaluate a model on held-out text, or compare two models with a confidence interval.
 
 Everything runs through `farthing.model` on the chosen backend, so the serving path itself is evaluated.
 Legend: T tokens of a batch of windows; D hidden size; V vocabulary.
@@ -6,20 +6,291 @@ Legend: T tokens of a batch of windows; D hidden size; V vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
+import random
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from farthing.compress.corpus import Corpus, Window, batches
-from farthing.compress.statistics import Interval, ratio_interval
-from farthing.model import DecoderModel
-from farthing.ops import Batch, LatentCache, make_batch
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.ops.api import Batch, LatentCache
+from farthing.ops.torch_util import make_batch
+from farthing.tokenizer_file import read_tokenizer
 
-BLOCK = 16
+# Confidence intervals of paired differences.
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A two-sided confidence interval around an estimate."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def ratio_interval(sums: Sequence[float], counts: Sequence[int], confidence: float = 0.95) -> Interval:
+    """sum(sums) / sum(counts), where each pair is one cluster (a window of correlated tokens).
+
+    The ratio estimator's linearized variance (Cochran 1977, section 6.4) with Student's t over the clusters.
+    With a single cluster the interval is infinite. A non-finite sum makes estimate and bounds infinite, since
+    a model that predicts NaN is certainly worse.
+    """
+    if not sums or len(sums) != len(counts):
+        raise ValueError(f"{len(sums)} sums with {len(counts)} counts; expected the same positive number")
+    total, clusters = sum(counts), len(sums)
+    if not all(map(math.isfinite, sums)):
+        return Interval(math.inf, math.inf, math.inf)
+    estimate = math.fsum(sums) / total
+    if clusters < 2:
+        return Interval(estimate, -math.inf, math.inf)
+    residual = math.fsum((s - estimate * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    error = math.sqrt(residual * clusters / (clusters - 1)) / total
+    half = student_t(0.5 + confidence / 2, clusters - 1) * error
+    return Interval(estimate, estimate - half, estimate + half)
+
+
+def student_t(p: float, freedom: int) -> float:
+    """The p-quantile of Student's t: exact for 1 and 2 degrees, else the Cornish-Fisher expansion
+    (Abramowitz and Stegun 26.7.5), good to 1 % from 3 degrees on at the usual levels."""
+    if freedom == 1:
+        return math.tan(math.pi * (p - 0.5))
+    if freedom == 2:
+        return (2 * p - 1) * math.sqrt(2 / (4 * p * (1 - p)))
+    z, v = NormalDist().inv_cdf(p), float(freedom)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v ** (i + 1) for i, term in enumerate(terms))
+
+
+def proportion_interval(wins: int, losses: int, total: int, confidence: float = 0.95) -> Interval:
+    """Difference of two paired proportions, (wins - losses) / total, by the normal approximation
+    of the discordant pairs (McNemar); for top-1 accuracy of B against A on the same images."""
+    if total < 1:
+        raise ValueError(f"total: got {total}; expected at least one pair")
+    estimate = (wins - losses) / total
+    spread = math.sqrt(max(wins + losses - (wins - losses) ** 2 / total, 1.0)) / total
+    half = NormalDist().inv_cdf(0.5 + confidence / 2) * spread
+    return Interval(estimate, estimate - half, estimate + half)
+
+
+# Text for evaluation and calibration, as windows of token ids.
+#
+# A file has one JSON object per line: {"text": …} or {"ids": […]}.
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive tokens of one document: each of ids[1:] is predicted from those before it."""
+
+    ids: Tensor  # [n + 1] int64
+    document: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of predictions."""
+        return len(self.ids) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Windows and the size of their text in bytes (0 if only ids are known)."""
+
+    windows: list[Window]
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Total number of predictions."""
+        return sum(w.tokens for w in self.windows)
+
+
+def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
+    """Two parts of about equal size without a common document: one to choose on, one to evaluate on.
+
+    Raises ValueError for a single document. Bytes are unknown in either part.
+    """
+    documents = {w.document for w in corpus.windows}
+    if len(documents) < 2:
+        raise ValueError(
+            "the data has one document; expected at least two, one to choose on and one to evaluate on"
+        )
+    parts: tuple[list[Window], list[Window]] = ([], [])
+    tokens = [0, 0]
+    for number in sorted(documents):
+        own = [w for w in corpus.windows if w.document == number]
+        smaller = int(tokens[1] < tokens[0])
+        parts[smaller].extend(own)
+        tokens[smaller] += sum(w.tokens for w in own)
+    return Corpus(parts[0], 0), Corpus(parts[1], 0)
+
+
+def load_corpus(
+    data: Path,
+    model: Path,
+    config: ModelConfig,
+    window: int,
+    max_tokens: int | None = None,
+    option: str = "data",
+) -> Corpus:
+    """Whole documents of `data`, until `max_tokens` is reached; at most the model's context per window.
+
+    `model` is the directory with the tokenizer, `config` gives the vocabulary size. `option` names `data` in
+    errors. Raises ValueError or FileNotFoundError.
+    """
+    if not data.is_file():
+        raise FileNotFoundError(
+            f"{option}: got {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
+        )
+    window = min(window, config.max_position_embeddings)
+    return windows_of(
+        _documents(data, model, config), window, max_tokens, f"{option}: got {str(data)!r}, which"
+    )
+
+
+def windows_of(
+    documents: Iterator[tuple[list[int], int]],
+    window: int,
+    max_tokens: int | None = None,
+    named: str = "the text",
+) -> Corpus:
+    """(ids, bytes) of each document -> windows of `window` predictions, every token predicted once.
+
+    `named` begins the error about documents without text.
+    """
+    if window < 1:
+        raise ValueError(f"window: got {window}; expected at least 1 token")
+    windows: list[Window] = []
+    tokens = total = 0
+    for number, (ids, size) in enumerate(documents):
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+        row = torch.tensor(ids, dtype=torch.int64)
+        windows += [Window(row[i : i + window + 1], number) for i in range(0, len(ids) - 1, window)]
+        tokens += max(len(ids) - 1, 0)
+        total += size
+    if not windows:
+        raise ValueError(f"{named} has no token to predict; expected at least one document of two tokens")
+    return Corpus(windows, total)
+
+
+def _documents(data: Path, model: Path, config: ModelConfig) -> Iterator[tuple[list[int], int]]:
+    tokenizer: Tokenizer | None = None
+    with data.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{data}:{number} is not JSON ({error})") from error
+            ids: list[int]
+            if isinstance(row, dict) and isinstance(row.get("ids"), list):
+                ids, size = row["ids"], 0
+            elif isinstance(row, dict) and isinstance(row.get("text"), str):
+                tokenizer = tokenizer or load_tokenizer(model)
+                ids, size = encode(tokenizer, row["text"], config.bos_token_id), _utf8_size(row["text"])
+            else:
+                raise ValueError(f"{data}:{number} has neither 'text' nor 'ids'; expected one of them")
+            _check_ids(ids, config.vocab_size, f"{data}:{number}")
+            yield ids, size
+
+
+def _check_ids(ids: list[int], vocab_size: int, where: str) -> None:
+    """Raise ValueError naming the first id that the model has no embedding for."""
+    for i in ids:
+        if type(i) is not int or not 0 <= i < vocab_size:
+            raise ValueError(
+                f"{where}: token id {str(i)[:40]}; expected a whole number from 0 to {vocab_size - 1}"
+            )
+
+
+def _utf8_size(text: str) -> int:
+    return len(text.encode(errors="replace"))  # JSON may contain lone surrogates
+
+
+def load_tokenizer(model: Path) -> Tokenizer:
+    """Load tokenizer.json of a model directory."""
+    file = model / "tokenizer.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; expected a tokenizer, or data given as 'ids'")
+    return read_tokenizer(file)
+
+
+def encode(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:
+    """Token ids after one BOS, from which the first token is predicted."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids if bos is None else [bos, *ids]
+
+
+def calibration_corpus(
+    model: Path, config: ModelConfig, held_out: Path | None, tokens: int, window: int, seed: int = 0
+) -> Corpus:
+    """About `tokens` tokens of the Python standard library, without the files named in `held_out`.
+
+    These sources are available wherever Python is, and calibration needs no labels.
+    """
+    tokenizer = load_tokenizer(model)
+    window = min(window, config.max_position_embeddings)
+    excluded = set(_paths(held_out)) if held_out and held_out.is_file() else set()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        f for f in root.rglob("*.py")
+        if "site-packages" not in f.parts and not _excluded(f.relative_to(root), excluded)
+    )  # fmt: skip
+    random.Random(seed).shuffle(files)
+    if not files:
+        raise FileNotFoundError(f"no Python sources under {root}; expected a calibration file")
+
+    def documents() -> Iterator[tuple[list[int], int]]:
+        for file in files:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            ids = encode(tokenizer, text, config.bos_token_id)[: window + 1]  # many files, one window each
+            _check_ids(ids, config.vocab_size, f"{model / 'tokenizer.json'}")
+            yield ids, len(text.encode())
+
+    return windows_of(documents(), window, tokens)
+
+
+def _paths(held_out: Path) -> Iterator[str]:
+    with held_out.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield str(json.loads(line).get("path", ""))
+
+
+def _excluded(file: Path, excluded: set[str]) -> bool:
+    return any(str(file).endswith(name) or name.endswith(str(file)) for name in excluded if name)
+
+
+def batches(windows: Sequence[Window], tokens: int) -> Iterator[list[Window]]:
+    """Batches of consecutive windows, about `tokens` tokens each."""
+    batch: list[Window] = []
+    size = 0
+    for window in windows:
+        if batch and size + window.tokens > tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(window)
+        size += window.tokens
+    if batch:
+        yield batch
+
+
+PAGE = 16
 ROWS = 512  # logit rows per chunk, to never materialize [T, V]
 BROKEN = "the model's logits are NaN or infinite on this text: its weights are broken or overflow"
 Progress = Callable[[int], None]  # called with the tokens done since the last call
@@ -229,7 +500,7 @@ def _steps(
             dtype: Literal["float32", "bfloat16"] = (
                 "float32" if model.ops.dtype == torch.float32 else "bfloat16"
             )
-            cache = model.new_cache(blocks, BLOCK, dtype)
+            cache = model.new_cache(blocks, PAGE, dtype)
         ids = torch.cat([w.ids[:-1] for w in group])
         hidden = model.forward(ids, batch, cache, counts)
         yield _Step(hidden, torch.cat([w.ids[1:] for w in group]), lengths, batch, cache)
@@ -246,10 +517,10 @@ def paged_batch(lengths: Sequence[int]) -> tuple[Batch, int]:
     """A batch of whole sequences in consecutive blocks, and its number of blocks."""
     tables, first = [], 0
     for n in lengths:
-        count = -(-n // BLOCK)
+        count = -(-n // PAGE)
         tables.append(range(first, first + count))
         first += count
-    return make_batch(lengths, [0] * len(lengths), tables, BLOCK), first
+    return make_batch(lengths, [0] * len(lengths), tables, PAGE), first
 
 
 def _logits(model: DecoderModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

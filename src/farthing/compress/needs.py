@@ -9,11 +9,11 @@ from collections import defaultdict
 from math import prod
 from pathlib import Path
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.layer import input_name
 from farthing.compress.recipe import Recipe
-from farthing.compress.trace import input_name
 from farthing.memory import available_memory, gigabytes
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.planner.fit import certainly_fits, weight_bytes
 
 log = logging.getLogger(__name__)

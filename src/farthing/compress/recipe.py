@@ -8,12 +8,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from farthing.checkpoint.quantization import quantization_in
-from farthing.compress.calibrate.observers import Observer
-from farthing.compress.prune.masks import BLOCKS, Pattern, Score, check_sparsity
+from farthing.checkpoint.reader import quantization_in
+from farthing.compress.calibrate import Observer
+from farthing.compress.masks import BLOCKS, Pattern, Score, check_sparsity
 from farthing.compress.size import Measure
-from farthing.options import parse_bytes
-from farthing.reader import read
+from farthing.config import parse_bytes
+from farthing.files import read
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
 Algorithm = Literal["rtn", "gptq"]

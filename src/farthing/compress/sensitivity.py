@@ -19,21 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint
-from farthing.checkpoint import compressed_tensors_writer as ct
-from farthing.compress.calibrate.recorder import Recorder, Wanted
-from farthing.compress.corpus import Corpus, Window
-from farthing.compress.layer import Layer, Stream
-from farthing.compress.prune.heal import heal
-from farthing.compress.prune.masks import BLOCKS, Pattern
-from farthing.compress.pruning import prune_layer
+from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.calibrate import Recorder, Wanted
+from farthing.compress.evaluate import Corpus, Window
+from farthing.compress.layer import Layer, Stream, TracedOps
+from farthing.compress.masks import BLOCKS, Pattern
+from farthing.compress.prune import heal, prune_layer
 from farthing.compress.recipe import Prune, Recipe
 from farthing.compress.size import Reads, Sizes, measured_shares, reads_of, zero_block_bytes
 from farthing.compress.stream import Progress, feed_forward_input, forward
-from farthing.compress.trace import TracedOps
 from farthing.compress.transform import Done, compress_layer, layer_stats
 from farthing.files import replace_json
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 
 FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
 SAMPLE = 2048  # tokens to measure a sensitivity on

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from farthing.checkpoint import Checkpoint
-from farthing.model import ModelConfig
-from farthing.ops.blocks import BLOCK, blocks_per_cell, saves_time
-from farthing.ops.weights import Weight
+from farthing.checkpoint.reader import Checkpoint
+from farthing.model.config import ModelConfig
+from farthing.ops.weights import BLOCK, Weight, blocks_per_cell, saves_time
 
 if TYPE_CHECKING:
     from torch import Tensor

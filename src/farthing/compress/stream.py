@@ -18,23 +18,28 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.checkpoint.compressed_tensors_writer import GroupKey
-from farthing.compress.calibrate.recorder import Recorder, Wanted
-from farthing.compress.corpus import Corpus
-from farthing.compress.evaluate import BLOCK, paged_batch
-from farthing.compress.export.layout import encode, key_in, quantization_config
-from farthing.compress.layer import Layer, Stream, build, check_finite
-from farthing.compress.prune.budgets import spread
-from farthing.compress.prune.experts import choose_experts, plan_experts
-from farthing.compress.prune.heal import heal
-from farthing.compress.prune.neurons import choose_neurons, kept_neurons, neuron_scores, slice_mlp
-from farthing.compress.pruning import prune_layer
+from farthing.checkpoint.compressed_tensors import GroupKey
+from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.writer import CheckpointWriter
+from farthing.compress.calibrate import Recorder, Wanted
+from farthing.compress.evaluate import PAGE, Corpus, paged_batch
+from farthing.compress.export import encode, key_in, quantization_config
+from farthing.compress.layer import Layer, Stream, TracedOps, build, check_finite
+from farthing.compress.prune import (
+    choose_experts,
+    choose_neurons,
+    heal,
+    kept_neurons,
+    neuron_scores,
+    plan_experts,
+    prune_layer,
+    slice_mlp,
+    spread,
+)
 from farthing.compress.recipe import Recipe
-from farthing.compress.trace import TracedOps
 from farthing.compress.transform import LayerResult, Plan, compress_layer, layer_stats, rotate, scale_inputs
 from farthing.files import replace_json, replace_tensors
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 
 CHUNK = 4096  # calibration tokens per forward pass
 STEPS = 100  # of progress per layer
@@ -245,7 +250,7 @@ def forward(
     for rows, lengths in stream.chunks(CHUNK):
         batch, blocks = paged_batch(lengths)
         heads = layer.config.attention
-        cache = ops.new_cache(heads.cache_rows, blocks, BLOCK, heads.cache_width, "float32")
+        cache = ops.new_cache(heads.cache_rows, blocks, PAGE, heads.cache_width, "float32")
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
         advance(rows.stop / len(out))
     return out

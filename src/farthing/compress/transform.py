@@ -15,21 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors_writer import GroupKey, key_of
-from farthing.checkpoint.input_scales import shared_input
-from farthing.compress.calibrate.activations import choose
-from farthing.compress.calibrate.histogram import Histogram
-from farthing.compress.calibrate.recorder import InputStats, Recorder, with_fallbacks
-from farthing.compress.layer import Layer
-from farthing.compress.pruning import Stats, grams_of, parts_of
-from farthing.compress.quantize.fp8 import quantize_fp8
-from farthing.compress.quantize.grid import Grid, int4_grid, int8_grid
-from farthing.compress.quantize.rotate import random_hadamard, rotate_latent, rotate_values
-from farthing.compress.quantize.scaling import awq_scale, smooth_scale
-from farthing.compress.quantize.sweep import Feedback, energy_of, output_error, sweep
+from farthing.checkpoint.compressed_tensors import GroupKey, key_of
+from farthing.checkpoint.reader import shared_input
+from farthing.compress.calibrate import Histogram, InputStats, Recorder, choose, with_fallbacks
+from farthing.compress.layer import Layer, input_name
+from farthing.compress.prune import Stats, grams_of, parts_of
+from farthing.compress.quantize import (
+    Feedback,
+    Grid,
+    awq_scale,
+    energy_of,
+    int4_grid,
+    int8_grid,
+    output_error,
+    quantize_fp8,
+    random_hadamard,
+    rotate_latent,
+    rotate_values,
+    smooth_scale,
+    sweep,
+)
 from farthing.compress.recipe import OBSERVER_NAMES, Recipe
 from farthing.compress.size import zero_block_bytes
-from farthing.compress.trace import input_name
 from farthing.ops.weights import Weight
 
 JUDGES = 8  # experts whose outputs decide a shared input range

@@ -9,8 +9,18 @@
 Nothing here knows HTTP or the engine.
 """
 
-from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text
-from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+from farthing.conversation.types import (
+    CallArguments,
+    CallStart,
+    Conversation,
+    Delta,
+    Reasoning,
+    Text,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    Turn,
+)
 
 __all__ = [
     "CallArguments",

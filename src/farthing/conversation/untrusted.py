@@ -20,9 +20,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from farthing.conversation.marks import MARK, plain
-from farthing.conversation.parse.base import THINK, Tags
-from farthing.conversation.scan import alternatives
+from farthing.conversation.base import THINK, Tags
+from farthing.conversation.scan import MARK, alternatives, plain
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 
 # Words that templates look up in tools and compare. They are marked only if a token is such a word in

@@ -1,4 +1,4 @@
-"""Cost per request, API key and model, in machine seconds, joules and dollars.
+"""Cost per request, API key and model in machine seconds, joules and dollars: metered, divided and exported.
 
 The engine divides the wall time of each step over the tokens in it, so each request has the seconds spent
 on its prompt and its output. The machine is paid for by wall time, so three buckets always add up to the
@@ -14,13 +14,163 @@ savings are an estimate (`saved_usd`).
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
-from farthing.cost.energy import EnergyMeter
 from farthing.cost.prices import Machine
+
+# Energy in joules, from NVML (GPUs) and RAPL (CPU packages) if present, else from declared watts.
+#
+# A meter reports the joules since it was opened and their source: "nvml+rapl", "nvml+estimated" (the host
+# is estimated), "rapl" or "estimated". RAPL and NVML measure a whole package or board, so on a shared
+# machine they include the energy of other processes.
+
+log = logging.getLogger(__name__)
+POWERCAP = Path("/sys/class/powercap")
+
+
+class EnergyMeter(Protocol):
+    """Cumulative energy since the meter was opened."""
+
+    @property
+    def source(self) -> str:
+        """The source of the readings."""
+        ...
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """Joules so far; arguments: total and busy seconds since opening. Never decreases."""
+        ...
+
+
+class EstimatedMeter:
+    """Declared watts times time: `idle_watts` when idle, `watts` when busy."""
+
+    source = "estimated"
+
+    def __init__(self, watts: float, idle_watts: float) -> None:
+        self._watts, self._idle_watts = watts, idle_watts
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return self._idle_watts * (wall_seconds - busy_seconds) + self._watts * busy_seconds
+
+
+class RaplMeter:
+    """RAPL (running average power limit) counters of Intel and AMD, read from the kernel's powercap files.
+
+    Covers packages and, where it is a separate zone, their memory. Counters wrap at max_energy_range_uj, so
+    read at least once a minute. Raises OSError if the files are missing or unreadable (often root only).
+    """
+
+    source = "rapl"
+
+    def __init__(self, root: Path = POWERCAP) -> None:
+        self._zones = [_RaplZone(path) for path in _rapl_zones(root)]
+        if not self._zones:
+            raise FileNotFoundError(f"no RAPL packages under {root}")
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return sum(zone.read() for zone in self._zones) / 1e6
+
+
+class _RaplZone:
+    def __init__(self, path: Path) -> None:
+        self._counter = path / "energy_uj"
+        self._range = int((path / "max_energy_range_uj").read_text())
+        self._last = int(self._counter.read_text())
+        self._sum = 0
+
+    def read(self) -> int:
+        """Microjoules since the zone was opened."""
+        now = int(self._counter.read_text())
+        self._sum += now - self._last if now >= self._last else now - self._last + self._range
+        self._last = now
+        return self._sum
+
+
+def _rapl_zones(root: Path) -> list[Path]:
+    """Packages (`intel-rapl:0`) and their memory (`intel-rapl:0:N` named dram), counted separately."""
+    zones = []
+    for path in sorted(root.glob("*-rapl:*")):
+        name = (path / "name").read_text().strip()
+        if name.startswith("package") or name == "dram":
+            zones.append(path)
+    return zones
+
+
+class NvmlMeter:
+    """The GPUs' energy counters (mJ since driver load; Volta and newer), through nvidia-ml-py.
+
+    Raises ImportError without nvidia-ml-py, RuntimeError if NVML or the counter is missing.
+    """
+
+    source = "nvml"
+
+    def __init__(self, indices: Sequence[int] | None = None) -> None:
+        self._nvml: Any = importlib.import_module("pynvml")
+        try:
+            self._nvml.nvmlInit()
+            every = range(self._nvml.nvmlDeviceGetCount())
+            chosen = every if indices is None else indices
+            self._devices = [self._nvml.nvmlDeviceGetHandleByIndex(i) for i in chosen]
+            self._start = self._millijoules()
+        except self._nvml.NVMLError as error:
+            raise RuntimeError(f"NVML: {error}") from error
+
+    def _millijoules(self) -> int:
+        return sum(int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(device)) for device in self._devices)
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return (self._millijoules() - self._start) / 1e3
+
+
+class SumMeter:
+    """The sum of several meters that do not overlap."""
+
+    def __init__(self, parts: Sequence[EnergyMeter]) -> None:
+        self._parts = list(parts)
+
+    @property
+    def source(self) -> str:
+        """The meters' sources, joined by +."""
+        return "+".join(dict.fromkeys(part.source for part in self._parts))
+
+    def joules(self, wall_seconds: float, busy_seconds: float) -> float:
+        """See `EnergyMeter`."""
+        return sum(part.joules(wall_seconds, busy_seconds) for part in self._parts)
+
+
+def open_meter(machine: Machine, gpus: Sequence[int] | None = None, root: Path = POWERCAP) -> EnergyMeter:
+    """The best meter available. Unmetered parts are estimated and named in the source, which is logged."""
+    meter = _open_gpu(machine, gpus, root) if machine.hardware.kind == "gpu" else _rapl(root)
+    if meter is None:
+        meter = EstimatedMeter(machine.watts, machine.idle_watts)
+    log.info("energy: %s", meter.source)
+    return meter
+
+
+def _open_gpu(machine: Machine, gpus: Sequence[int] | None, root: Path) -> EnergyMeter | None:
+    with contextlib.suppress(ImportError, RuntimeError):
+        devices: EnergyMeter = NvmlMeter(gpus)
+        host = _rapl(root) or EstimatedMeter(machine.host_watts, machine.host_watts)
+        return SumMeter([devices, host])
+    return None
+
+
+def _rapl(root: Path) -> EnergyMeter | None:
+    with contextlib.suppress(OSError, ValueError):
+        return RaplMeter(root)
+    return None
+
 
 OTHER = "other"  # the account shared by keys beyond `max_accounts`
 
@@ -263,3 +413,99 @@ def _copy(account: Account) -> Account:
     whole = Account()
     whole.add(account)
     return whole
+
+
+# Exports accounts as the `x_farthing` part of a response's usage and as metric samples.
+
+
+def usage_extension(cost: RequestCost) -> dict[str, Any]:
+    """The `usage.x_farthing` object: dollars, joules, and seconds summed over all CPUs or GPUs."""
+    account, units = cost.account, cost.machine.count
+    seconds = f"{cost.machine.hardware.kind}_seconds"
+
+    def part(tokens: int, spend: Spend) -> dict[str, float]:
+        return {"tokens": tokens, seconds: spend.seconds * units, "joules": spend.joules, "usd": spend.usd}
+
+    return {
+        "usd": cost.usd,
+        "usd_with_idle": cost.usd_with_idle,
+        "joules": account.spend.joules,
+        "joules_source": cost.joules_source,
+        seconds: account.spend.seconds * units,
+        "prefill": part(account.prefill_tokens, account.prefill),
+        "decode": part(account.decode_tokens, account.decode),
+        "cached": {"tokens": account.cached_tokens, "saved_usd_estimated": account.saved_usd},
+        "hardware": cost.machine.hardware.name,
+        "prices_declared": cost.machine.declared,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One metric: `name` without the `_total` of a counter."""
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def samples(report: CostReport) -> Iterator[Sample]:
+    """Every metric of the accounts, grouped by name."""
+    yield from _spent(report)
+    yield from _tokens(report)
+    yield from _gauges(report)
+
+
+def _spent(report: CostReport) -> Iterator[Sample]:
+    kind, units = report.machine.hardware.kind, report.machine.count
+    measures: tuple[tuple[str, str, str, int, dict[str, str]], ...] = (
+        ("farthing:cost_usd", "Dollars by declared prices", "usd", 1, {}),
+        ("farthing:cost_joules", "Energy", "joules", 1, {"source": report.joules_source}),
+        ("farthing:cost_device_seconds", "Seconds of all devices", "seconds", units, {"device": kind}),
+    )
+    for name, text, measure, factor, extra in measures:
+        help = f"{text} of ended requests, and of idle time (phase idle)."
+        for labels, spend in _buckets(report):
+            yield Sample(name, "counter", help, labels | extra, getattr(spend, measure) * factor)
+
+
+def _buckets(report: CostReport) -> Iterator[tuple[dict[str, str], Spend]]:
+    """Buckets that add up to the total together with the pending share."""
+    for (model, key), account in report.accounts.items():
+        for phase, spend in (("prefill", account.prefill), ("decode", account.decode)):
+            yield {"model": model, "api_key": key, "phase": phase}, spend
+    yield {"model": "", "api_key": "", "phase": "idle"}, report.idle
+
+
+def _tokens(report: CostReport) -> Iterator[Sample]:
+    for (model, key), account in report.accounts.items():
+        for phase, tokens in _phases(account).items():
+            labels = {"model": model, "api_key": key, "phase": phase}
+            yield Sample("farthing:cost_tokens", "counter", "Tokens of ended requests.", labels, tokens)
+    for (model, key), account in report.accounts.items():
+        labels = {"model": model, "api_key": key}
+        text = "Estimated dollars that prefix-cache hits saved."
+        yield Sample("farthing:cost_saved_usd", "counter", text, labels, account.saved_usd)
+
+
+def _phases(account: Account) -> dict[str, int]:
+    return {
+        "prefill": account.prefill_tokens,
+        "cached": account.cached_tokens,
+        "decode": account.decode_tokens,
+    }
+
+
+def _gauges(report: CostReport) -> Iterator[Sample]:
+    hardware = {"hardware": report.machine.hardware.name, "declared": report.machine.declared}
+    text = "Declared price of the whole machine."
+    yield Sample("farthing:cost_usd_per_hour", "gauge", text, hardware, report.machine.usd_per_hour)
+    text = "Dollars of requests that still run."
+    yield Sample("farthing:cost_pending_usd", "gauge", text, {}, report.pending.usd)
+    text = "Busy share of the time."
+    yield Sample("farthing:cost_utilization", "gauge", text, {}, report.utilization)
+    if report.usd_per_million_tokens is not None:
+        text = "All dollars, idle time included, over prompt and output tokens since the start."
+        yield Sample("farthing:cost_usd_per_million_tokens", "gauge", text, {}, report.usd_per_million_tokens)

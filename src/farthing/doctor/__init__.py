@@ -4,7 +4,6 @@ report = examine()          # a list of checks; briefly measures memory bandwidt
 report.healthy              # whether `farthing serve` will work here
 """
 
-from farthing.doctor.check import Check, Diagnosis
-from farthing.doctor.examine import examine
+from farthing.doctor.machine import Check, Diagnosis, examine
 
 __all__ = ["Check", "Diagnosis", "examine"]

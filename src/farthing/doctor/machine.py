@@ -1,19 +1,61 @@
-"""Checks of the processor, memory and accelerators."""
+"""Checks of this machine: processor, memory, accelerators, native kernels, compilers and optional extras."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from farthing import extras
 from farthing.cost import cpu_name, usable_cpus
-from farthing.doctor.check import Check
-from farthing.extras import how_to_install
+from farthing.cost.meter import open_meter
+from farthing.cost.prices import Prices
+from farthing.extras import has_torch, how_to_install
+
+# The result of a check.
+
+Status = Literal["ok", "info", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One result. ok: good; info: a fact; warn: reduced capability; fail: serving will not work."""
+
+    group: str
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""  # how to fix or improve it
+    data: dict[str, Any] = field(default_factory=dict)  # machine-readable values for --json
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All results, in order."""
+
+    checks: Sequence[Check]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether no check failed."""
+        return all(check.status != "fail" for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """{"healthy", "checks": [{group, name, status, detail, advice, data}]}."""
+        return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
+
 
 # Instruction sets used by the kernels, best last, with their /proc/cpuinfo names.
 INSTRUCTION_SETS = (
@@ -158,3 +200,160 @@ def _meminfo(field: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
+
+
+# Checks of Python, the native kernels, compilers and optional extras.
+
+COMPILERS = ("c++", "g++", "clang++", "cmake", "ninja")
+
+
+def check_python() -> Iterator[Check]:
+    """The interpreter and torch."""
+    good = sys.version_info >= (3, 11)
+    yield Check(
+        group="software",
+        name="python",
+        status="ok" if good else "fail",
+        detail=sys.version.split()[0],
+        advice="" if good else "install Python 3.11 or newer",
+    )
+    try:
+        found = version("torch")
+    except PackageNotFoundError:
+        found = ""
+    yield Check(
+        group="software",
+        name="torch",
+        status="ok" if found else "info",
+        detail=found or "not installed: only packed files can be served",
+        advice="" if found else extras.how_to_install("torch"),
+    )
+
+
+def check_native() -> Iterator[Check]:
+    """Whether the C++ kernels are built; without them, Farthing falls back to slow PyTorch ops."""
+    compiler = any(shutil.which(name) for name in COMPILERS[:3])
+    try:
+        module = import_module("farthing._native")
+        problem = ""
+    except ImportError as error:
+        module, problem = None, str(error)
+    hint = extras.how_to_install(options="--force-reinstall --no-deps")
+    hint += "" if compiler else " (needs a C++ compiler)"
+    yield Check(
+        group="software",
+        name="cpu kernels",
+        status="ok" if module is not None else "warn",
+        detail=f"built ({Path(str(module.__file__)).name})" if module is not None else f"missing: {problem}",
+        advice="" if module is not None else f"serving works, but slowly; {hint}",
+    )
+
+
+def check_compilers() -> Iterator[Check]:
+    """Compilers, needed only to build from source."""
+    found = {name: _version_of(name) for name in COMPILERS if shutil.which(name)}
+    compiler = next((name for name in COMPILERS[:3] if name in found), None)
+    yield Check(
+        group="software",
+        name="compilers",
+        status="info",
+        detail=", ".join(f"{name} {text}".strip() for name, text in found.items()) or "none",
+        advice="" if compiler else "install g++ or clang++ (C++20) to build from source",
+        data={"found": found},
+    )
+
+
+def check_extras() -> Iterator[Check]:
+    """Each optional extra: complete, or the missing packages."""
+    for extra in extras.declared():
+        missing = extras.missing(extra)
+        yield Check(
+            group="extras",
+            name=extra,
+            status="info" if missing else "ok",
+            detail=extras.EXTRAS[extra] + (f"; missing {', '.join(missing)}" if missing else ""),
+            advice=extras.how_to_install(extra) if missing else "",
+            data={"missing": missing},
+        )
+
+
+def check_energy() -> Iterator[Check]:
+    """The source of energy readings in cost accounts."""
+    machine = Prices.load().machine("gpu" if _has_gpu() else "cpu")
+    source = open_meter(machine).source
+    estimated = "estimated" in source
+    yield Check(
+        group="cost",
+        name="energy",
+        status="info" if estimated else "ok",
+        detail=source + (f" from the declared watts of {machine.hardware.name}" if estimated else ""),
+        advice="RAPL needs a readable /sys/class/powercap, NVML needs nvidia-ml-py" if estimated else "",
+        data={"source": source},
+    )
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _version_of(program: str) -> str:
+    """The first version number a program prints; "" if there is none."""
+    try:
+        run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    found = re.search(r"\d+(\.\d+)+", run.stdout)
+    return found.group() if found else ""
+
+
+# Runs all checks in display order.
+
+
+def examine(measure: bool = True) -> Diagnosis:
+    """Check the machine. measure: also measure memory bandwidth, which briefly uses every core."""
+    checks = chain(
+        check_processor(),
+        check_memory(measure),
+        check_gpus(),
+        check_python(),
+        check_native(),
+        check_compilers(),
+        check_extras(),
+        check_energy(),
+        [_backend()],
+    )
+    return Diagnosis(list(checks))
+
+
+def _backend() -> Check:
+    """The backend that `--backend auto` resolves to, found by building it."""
+    try:
+        from farthing.ops.select import select
+
+        ops = select(arrays=not has_torch())
+    except (ImportError, RuntimeError, OSError) as error:
+        return Check(group="serving", name="backend", status="fail", detail=str(error), advice="see above")
+    slow = ops.name.startswith("torch/cpu")
+    advice = "build the CPU kernels, or use a GPU: the torch ops are slower" if slow else ""
+    if has_torch() and ops.device.type == "cpu" and (other := _accelerator()):
+        advice = f"torch has a device of type {other}: --backend torch --device {other} (not tested on one)"
+    return Check(
+        group="serving",
+        name="backend",
+        status="warn" if slow else "ok",
+        detail=f"auto resolves to {ops.name}",
+        advice=advice,
+        data={"backend": ops.name},
+    )
+
+
+def _accelerator() -> str | None:
+    """The type of torch's accelerator, if there is one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else str(found.type)

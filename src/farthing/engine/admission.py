@@ -9,17 +9,24 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from farthing.config import EngineConfig
-from farthing.conversation.marks import plain
+from farthing.conversation.scan import plain
 from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
 from farthing.engine.generation import Generation
-from farthing.engine.mask_time import MaskTimes
 from farthing.engine.request import OutputKind, Request, SamplingParams, StructuredOutputsParams
 from farthing.engine.sampler import PromptTokens, SamplingState, mix, no_token_left, stream_seed
-from farthing.engine.sandbox import Sandbox
-from farthing.engine.structured import GrammarCompiler, Matcher, constrained_field, too_slow
+from farthing.engine.sandbox.sandbox import Sandbox
+from farthing.engine.structured import (
+    GrammarCompiler,
+    MaskTimes,
+    Matcher,
+    Openers,
+    TokenTexts,
+    TriggeredGrammar,
+    constrained_field,
+    too_slow,
+)
 from farthing.engine.tokenizer import Tokenizer
-from farthing.engine.triggered import Openers, TokenTexts, TriggeredGrammar
-from farthing.model import ModelConfig
+from farthing.model.config import ModelConfig
 
 
 class Admission:

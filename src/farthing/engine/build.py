@@ -1,10 +1,373 @@
-"""`build_engine` starts an engine from a configuration."""
+"""From a configuration to a running engine: in one process, or with prompts computed in another one."""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+
+from farthing import process
 from farthing.config import EngineConfig
-from farthing.engine.engine import Engine
-from farthing.engine.load import load_engine
+from farthing.conversation.select import template_source
+from farthing.engine.core import EngineCore
+from farthing.engine.engine import Engine, NewCache, own_cache
+from farthing.engine.generation import RequestState
+from farthing.engine.request import EngineError, SamplingParams
+from farthing.engine.runner import Model
+from farthing.engine.tokenizer import Tokenizer, generation_defaults
+from farthing.extras import has_torch, needs_torch
+from farthing.hub import resolve_model
+from farthing.model.config import ModelConfig
+from farthing.model.load import load
+from farthing.ops.api import CacheDtype, LatentCache, Ops
+from farthing.ops.select import select
+
+# Load a model and start an engine for it.
+
+log = logging.getLogger(__name__)
+ROUNDED_WHILE_LOADING = (
+    "int4: feed-forwards are rounded to 4 bits while loading, the rest to 8, without calibration; on the "
+    "embedded model perplexity rises by 0.7 %% (95 %%: 0.5 to 0.8), on a GPU by 1.0 %%. With calibration and "
+    "a measured bound: farthing compress %s --recipe int4-gptq --max-drop 1%% -o OUT, then serve OUT"
+)
+
+
+def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine:
+    """An engine with its model, tokenizer and recommended sampling; prompts are computed in it."""
+    require_torch(config)
+    path = resolve_model(config.model)
+    tokenizer = None
+    if not config.skip_tokenizer_init:
+        tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
+        tokenizer.chat_template = template_source(config.chat_template) or tokenizer.chat_template
+    model = load_model(path, config)
+    try:
+        return Engine(model, config, tokenizer, generation_defaults(path), new_cache)
+    except BaseException:
+        model.close()
+        raise
+
+
+def load_model(path: Path, config: EngineConfig) -> Model:
+    """The model of a checkpoint directory: in this process, or over ranks."""
+    if config.quantization == "int4":
+        log.info(ROUNDED_WHILE_LOADING, path)
+    if config.num_ranks > 1:
+        from farthing.parallel.cluster import ParallelModel, RankOptions  # imports torch.distributed
+
+        return ParallelModel(RankOptions(path, config))
+    return load(path, _ops(config, _without_torch(path, config)), config.experts)
+
+
+def require_torch(config: EngineConfig) -> None:
+    """Raises ModuleNotFoundError if torch is needed and not installed, before anything is downloaded."""
+    if has_torch():
+        return
+    local = config.packed is not None and config.num_ranks == 1
+    if not local or not _without_torch(resolve_model(config.model), config):
+        raise ModuleNotFoundError(needs_torch(), name="torch")
+
+
+def _without_torch(path: Path, config: EngineConfig) -> bool:
+    """Whether numpy arrays suffice as tensors: for weights in a packed file and layers in one native call."""
+    if config.packed is None or config.experts_on is not None or config.disaggregate or config.halves:
+        return False
+    model = ModelConfig.from_directory(path)
+    apart = model.shortcut_experts or model.post_mlp_norm or model.query_scaling or model.index_topk
+    return not apart and "mtp" not in (config.speculate or "")
+
+
+def _ops(config: EngineConfig, arrays: bool) -> Ops:
+    dtype, threads = config.dtype, config.threads
+    if config.experts_on is None:
+        rounding, file = config.quantization, config.packed
+        return select(config.ops, dtype, threads, rounding, file, config.verify, config.halves, arrays)
+    from farthing.ops.hybrid import HybridOps
+
+    # Quantization and the packed file apply to the routed experts, which hold most of the weights.
+    host = select(config.experts_on, None, threads, config.quantization, config.packed, config.verify)
+    return HybridOps(select(config.ops, dtype, threads), host, config.hot_experts)
+
+
+# Disaggregated prefill: one process computes prompts, this one decodes, so prompts do not delay decoding.
+#
+# A request first goes to the prefill process, whose engine computes its prompt. Both processes map the
+# same cache memory and each owns a set of its blocks. A finished prompt's blocks are exchanged for free
+# blocks of the decoding engine and registered in its prefix cache; only a block that another prompt still
+# reads is copied. The request is then admitted as usual with all but its last block in the cache, so its
+# tokens equal those of a single engine.
+#
+# If the prefill process exits, the decoding engine computes the prompts.
+
+_START_TIMEOUT = 600.0  # seconds
+_READY = "ready"
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt for the prefill process to compute."""
+
+    number: int
+    tokens: list[int]
+    salt: str
+    order: int  # the request's priority
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """A computed prompt's blocks in the prefill process; free: no other sequence reads the block there."""
+
+    number: int
+    blocks: list[int]
+    free: list[bool]
+
+
+Exchanged = list[tuple[int, int]]  # (block given by the prefill process, block it gets in return)
+
+
+@dataclass(slots=True)
+class _Pending:
+    state: RequestState
+    cancelled: bool = False
+
+
+def load_disaggregated(config: EngineConfig) -> Engine:
+    """An engine whose prompts are computed by another process."""
+    engine = load_engine(config, _shared_cache)
+    try:
+        engine.prefill = RemotePrefill(engine)
+    except BaseException:
+        engine.shutdown()
+        raise
+    return engine
+
+
+def _shared_cache(model: Model, config: EngineConfig, dtype: CacheDtype) -> tuple[LatentCache, Sequence[int]]:
+    """Twice the blocks, in memory that the prefill process can map; the first half is the engine's."""
+    assert config.num_blocks
+    cache = model.new_cache(2 * config.num_blocks, config.block_size, dtype)
+    for tensor in cache.tensors():
+        tensor.share_memory_()
+    return cache, range(config.num_blocks)
+
+
+class RemotePrefill:
+    """An engine's `Prefill` in another process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pending: dict[int, _Pending] = {}
+        self._lock = threading.Lock()
+        self._number = 0
+        self._process = _PrefillProcess(engine.config, engine.cache, self._arrived, self._lost)
+
+    def take(self, state: RequestState) -> bool:
+        """See `Prefill`. Prompts of one block are left to the engine: there is no full block to hand over."""
+        generation = state.generations[0]
+        if len(generation.tokens) <= self._engine.config.block_size or not generation.read_cache:
+            return False
+        with self._lock:
+            self._number += 1
+            number = self._number
+            self._pending[number] = _Pending(state)
+        prompt = _Prompt(number, list(generation.tokens), generation.salt, state.request.priority)
+        if not self._process.send(prompt):
+            self._admit(number)
+        return True
+
+    def cancel(self, state: RequestState | None) -> None:
+        """Mark pending requests; they end as soon as they are admitted."""
+        with self._lock:
+            for pending in self._pending.values():
+                pending.cancelled = pending.cancelled or state is None or pending.state is state
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.close()
+
+    def _admit(self, number: int) -> None:
+        with self._lock:
+            pending = self._pending.pop(number, None)
+        if pending is None:
+            return
+        self._engine.admit(pending.state)
+        if pending.cancelled:
+            self._engine.cancel(pending.state)
+
+    def _arrived(self, prompt: _Prompt, computed: _Computed) -> Exchanged:
+        """Adopt a prompt's blocks between two steps, then admit its request."""
+        try:
+            exchanged = self._engine.between_steps(lambda core: adopt(core, prompt, computed)).result()
+        except EngineError:
+            return []  # the engine has ended, and its requests with it
+        self._admit(prompt.number)
+        return exchanged
+
+    def _lost(self) -> None:
+        """The prefill process has ended: the engine computes the pending prompts."""
+        with self._lock:
+            numbers = list(self._pending)
+        for number in numbers:
+            self._admit(number)
+
+
+class _PrefillProcess:
+    """The prefill process and the thread that listens to it."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        cache: LatentCache,
+        arrived: Callable[[_Prompt, _Computed], Exchanged],
+        lost: Callable[[], None],
+    ) -> None:
+        import torch.multiprocessing as multiprocessing  # torch, which one process does not need
+
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve_prompts, args=(replace(config, disaggregate=False), cache, theirs), daemon=False
+        )
+        self._process.start()
+        theirs.close()
+        self._closed = False
+        self._prompts: dict[int, _Prompt] = {}
+        self._lock = threading.Lock()
+        try:
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+        self._arrived, self._lost = arrived, lost
+        threading.Thread(target=self._listen, name="farthing-prefill", daemon=True).start()
+
+    def send(self, prompt: _Prompt) -> bool:
+        """Send a prompt to compute; False if the process has ended."""
+        with self._lock:
+            self._prompts[prompt.number] = prompt
+            try:
+                self._connection.send(prompt)
+            except OSError:
+                return False
+        return True
+
+    def close(self) -> None:
+        """End the process."""
+        self._closed = True
+        with self._lock:
+            self._connection.close()
+        self._process.join(2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(5)
+
+    def _await_ready(self) -> None:
+        if not self._connection.poll(_START_TIMEOUT):
+            raise EngineError(f"prefill process was not ready after {_START_TIMEOUT:g} s")
+        try:
+            said = self._connection.recv()
+        except EOFError:
+            self._process.join(1)
+            said = f"exit code {self._process.exitcode}"
+        if said != _READY:
+            raise EngineError(f"prefill process could not start: {said}")
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                computed = self._connection.recv()
+                exchanged = self._arrived(self._prompts.pop(computed.number), computed)
+                with self._lock:
+                    self._connection.send(exchanged)
+        except Exception as error:
+            if not self._closed:
+                log.error("prefill process ended; prompts are now computed by the decoding engine")
+                if not isinstance(error, EOFError | OSError):  # block ownership is no longer known
+                    log.exception("adopting a prompt's blocks failed")
+                    self._process.kill()
+                self._lost()
+
+
+def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
+    """Exchange a prompt's computed blocks for free ones and register them in the prefix cache."""
+    prefix, pool, cache = core.scheduler.prefix, core.scheduler.pool, core.runner.cache
+    hashes: list[bytes] = []
+    prefix.extend(hashes, prompt.tokens, prompt.salt, len(computed.blocks))
+    known = prefix.match(hashes)
+    pool.share(known)  # so that `allocate` does not take them
+    count = min(len(hashes) - len(known), pool.num_free)
+    wanted = slice(len(known), len(known) + count)
+    exchanged, taken = [], []
+    theirs = zip(hashes[wanted], computed.blocks[wanted], computed.free[wanted], strict=True)
+    for own, (digest, block, free) in zip(pool.allocate(count), theirs, strict=True):
+        if free:
+            pool.exchange(own, block)
+            exchanged.append((block, own))
+        else:
+            for tensor in cache.tensors():
+                tensor[:, own] = tensor[:, block]
+            block = own
+        prefix.register(digest, block)
+        taken.append(block)
+    pool.release(reversed(known + taken))
+    return exchanged
+
+
+def hand_over(core: EngineCore, prompt: _Prompt, size: int) -> _Computed:
+    """A computed prompt's blocks. The adopting engine must answer before the next step."""
+    hashes: list[bytes] = []
+    prefix, pool = core.scheduler.prefix, core.scheduler.pool
+    prefix.extend(hashes, prompt.tokens, prompt.salt, (len(prompt.tokens) - 1) // size)
+    blocks = prefix.match(hashes)
+    return _Computed(prompt.number, blocks, [pool.refs(block) == 0 for block in blocks])
+
+
+def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connection) -> None:
+    """Main function of the prefill process: generate one token per prompt to fill the prefix cache."""
+    process.leave_to_parent()
+    upper_half = range(cache.num_blocks // 2, cache.num_blocks)
+    try:
+        engine = load_engine(replace(config, skip_tokenizer_init=True), lambda *_: (cache, upper_half))
+        connection.send(_READY)
+    except BaseException as error:
+        connection.send(f"{type(error).__name__}: {error}")
+        return
+    answers: SimpleQueue[Exchanged] = SimpleQueue()
+    ended = threading.Event()
+
+    def give(core: EngineCore, prompt: _Prompt) -> None:
+        """Hand blocks over between two steps; the next step waits, since no block may be overwritten yet."""
+        if ended.is_set():
+            return
+        connection.send(hand_over(core, prompt, config.block_size))
+        for block, ours in answers.get():
+            core.scheduler.pool.exchange(block, ours)
+
+    def compute(prompt: _Prompt) -> None:
+        params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        stream = engine.submit(
+            prompt.tokens, params, priority=prompt.order, cache_salt=prompt.salt, kind="final"
+        )
+        stream.result()
+        engine.between_steps(lambda core: give(core, prompt)).result()
+
+    with engine, ThreadPoolExecutor(config.max_num_seqs) as pool:
+        try:
+            while True:
+                message = connection.recv()
+                if isinstance(message, _Prompt):
+                    pool.submit(compute, message)
+                else:
+                    answers.put(message)
+        except (EOFError, OSError):
+            ended.set()
+            answers.put([])  # releases a waiting `give`
+            engine.shutdown()  # abort prompts that are still being computed
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -14,6 +377,5 @@ def build_engine(config: EngineConfig) -> Engine:
     """
     if not config.disaggregate:
         return load_engine(config)
-    from farthing.engine.disaggregate import load_disaggregated  # starts a second process
 
     return load_disaggregated(config)

@@ -9,28 +9,68 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from farthing.engine.block_pool import IntegrityError
-from farthing.engine.divided import Divided
 from farthing.engine.generation import Generation, RequestState
-from farthing.engine.logprobs import Position, positions
-from farthing.engine.pace import Pace
-from farthing.engine.request import EngineError, FinishReason, RequestAtFault, RequestOutput
+from farthing.engine.request import (
+    EngineError,
+    FinishReason,
+    Position,
+    RequestAtFault,
+    RequestOutput,
+    RequestStream,
+    deliver,
+    positions,
+)
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Pick, Row, report, sample
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.sequence import Scheduled
+from farthing.engine.sequence import IntegrityError, Scheduled, Status
+from farthing.engine.shares import Pace
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
-from farthing.engine.stream import RequestStream, deliver
 from farthing.engine.tokenizer import Tokenizer
 from farthing.ops.api import NotFinite, require_finite
 from farthing.ops.arrays import log_softmax
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# Prompt tokens on their way through the layers, a few layers per step.
+#
+# Between these steps others decode (layered prefill, Lee et al. 2025). Compared with short chunks through
+# every layer, each expert computes many rows at once, and its weights are read once per prompt instead of
+# once per chunk.
+
+
+@dataclass(slots=True)
+class Divided:
+    """Planned prompt tokens and the layer that they have reached."""
+
+    plan: list[Scheduled[Generation]]
+    step: Step
+    hidden: Tensor  # [T, D], the next layer's input
+    layer: int = 0  # the next one
+    seconds: float = 0.0  # spent so far
+
+    @property
+    def tokens(self) -> int:
+        """Number of prompt tokens."""
+        return self.step.starts[-1]
+
+    @property
+    def wanted(self) -> bool:
+        """Whether one of the requests has not been cancelled."""
+        return any(item.seq.status is not Status.FINISHED for item in self.plan)
+
+    def waits(self, beside: Seq[Scheduled[Generation]], paused: set[str]) -> bool:
+        """Whether its next layers are for a later step than that of `beside`: one of its clients pauses, or
+        other prompts have used this step's time."""
+        return any(item.seq.client in paused for item in self.plan) or any(item.count > 1 for item in beside)
+
 
 log = logging.getLogger(__name__)
 

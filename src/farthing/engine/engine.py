@@ -1,4 +1,4 @@
-"""The engine turns requests into tokens, in its own thread.
+"""The engine turns requests into tokens, in its own thread, within limits on the work in flight.
 
 Interface for a server or `farthing.LLM`:
 
@@ -46,33 +46,76 @@ from typing import Any, Literal, Protocol, TypeVar
 from farthing.config import EngineConfig
 from farthing.conversation.untrusted import TRUSTED, unmarked
 from farthing.engine.admission import Admission
-from farthing.engine.backlog import Backlog
-from farthing.engine.chat_template import flatten
 from farthing.engine.core import EngineCore
-from farthing.engine.disk_cache.open import open_store
+from farthing.engine.disk_cache.store import open_store
 from farthing.engine.generation import Generation, RequestState
-from farthing.engine.model import Model
-from farthing.engine.pace import Pace
 from farthing.engine.prefetch import Load
 from farthing.engine.request import (
     EngineError,
     EngineFailed,
     EngineStopped,
     OutputKind,
+    QueueFull,
     RequestMetrics,
+    RequestStream,
     SamplingParams,
+    deliver,
 )
-from farthing.engine.runner import Runner
-from farthing.engine.sandbox import Sandbox
+from farthing.engine.runner import Model, Runner, resolve
+from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.sizing import resolve
+from farthing.engine.shares import Pace
 from farthing.engine.speculation import build_speculator
 from farthing.engine.stats import Stats
-from farthing.engine.stream import RequestStream, deliver
-from farthing.engine.tokenizer import Tokenizer
-from farthing.model import ModelConfig
-from farthing.ops import LatentCache
-from farthing.ops.api import CacheDtype
+from farthing.engine.tokenizer import Tokenizer, flatten
+from farthing.model.config import ModelConfig
+from farthing.ops.api import CacheDtype, LatentCache
+
+# Limits on work in flight: sequences, and their prompt tokens in memory.
+
+_CACHES = 16  # prompt tokens in flight, in units of what the cache holds
+
+
+class Backlog:
+    """Counts waiting and running work. The caller holds a lock."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """config: resolved, so that num_blocks is known."""
+        assert config.num_blocks is not None
+        self._limit = None if config.max_queue is None else config.max_num_seqs + config.max_queue
+        self._max_tokens = config.max_queue_tokens or _CACHES * config.num_blocks * config.block_size
+        self._sequences = self._tokens = 0
+
+    @property
+    def room(self) -> int | None:
+        """Sequences that may still be added; None: any number."""
+        return None if self._limit is None else max(0, self._limit - self._sequences)
+
+    def add(self, sequences: int, prompt_tokens: int) -> None:
+        """Add a request of `sequences` completions. Raises QueueFull without adding anything.
+
+        A request is never refused by an idle engine.
+        """
+        tokens = sequences * prompt_tokens
+        if self._limit is not None and self._sequences:
+            if self._sequences + sequences > self._limit:
+                raise QueueFull(
+                    f"queue full: {self._sequences} sequences in flight and {sequences} requested "
+                    f"(limit {self._limit}); retry later"
+                )
+            if self._tokens + tokens > self._max_tokens:
+                raise QueueFull(
+                    f"queue full: {self._tokens} prompt tokens in flight and {tokens} requested "
+                    f"(limit {self._max_tokens}); retry later"
+                )
+        self._sequences += sequences
+        self._tokens += tokens
+
+    def remove(self, sequences: int, prompt_tokens: int) -> None:
+        """A request has ended."""
+        self._sequences -= sequences
+        self._tokens -= sequences * prompt_tokens
+
 
 log = logging.getLogger(__name__)
 

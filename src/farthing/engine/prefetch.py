@@ -12,9 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
-from farthing.engine.block_pool import BlockPool
-from farthing.engine.prefix_cache import PrefixCache
-from farthing.engine.sequence import S
+from farthing.engine.sequence import BlockPool, PrefixCache, S
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,15 +1,102 @@
-"""Requests and outputs. Names follow vLLM's, so that switching only changes an import.
+"""Requests, their outputs, and the stream by which a thread or an event loop receives them.
 
 This module imports no torch: a client of the engine can describe requests without loading it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
-from farthing.engine.logprobs import Position
+import numpy as np
+from numpy.typing import NDArray
+
+# Log-probabilities of tokens, kept as the arrays of a step until they are read.
+#
+# A request may need 20 tokens at each of thousands of positions. The engine's thread only keeps arrays;
+# `Position` creates Python objects when read, one position at a time.
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural logarithm of a token's probability, its rank from 1, and its text if there is a tokenizer."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Table:
+    """Log-probabilities at n positions: column 0 is the next token, then the likeliest, best first."""
+
+    ids: NDArray[np.int32]  # [n, 1 + k]
+    values: NDArray[np.float32]  # [n, 1 + k]
+    ranks: NDArray[np.int32]  # [n], of column 0
+
+
+class Position(Mapping[int, Logprob]):
+    """Log-probabilities at one position by token: the next token, then the `top` likeliest."""
+
+    __slots__ = ("_made", "_row", "_table", "_text", "top")
+
+    def __init__(self, table: Table, row: int, top: int, text: Callable[[int], str] | None = None) -> None:
+        """text: maps a token to its text, for `decoded_token`."""
+        self._table, self._row, self._text, self.top = table, row, text, top
+        self._made: dict[int, Logprob] | None = None
+
+    @property
+    def logprob(self) -> float:
+        """Log-probability of the next token."""
+        return float(self._table.values[self._row, 0])
+
+    def own(self) -> tuple[int, float, int]:
+        """(id, log-probability, rank) of the next token."""
+        table, row = self._table, self._row
+        return int(table.ids[row, 0]), float(table.values[row, 0]), int(table.ranks[row])
+
+    def best(self, count: int) -> Iterator[tuple[int, float]]:
+        """(id, log-probability) of the `count` likeliest tokens (at most `top`), best first."""
+        end = 1 + min(count, self.top)
+        ids, values = self._table.ids[self._row, 1:end], self._table.values[self._row, 1:end]
+        return zip(ids.tolist(), values.tolist(), strict=True)
+
+    def entries(self) -> list[tuple[int, float, int]]:
+        """(id, log-probability, rank) of each token, the next token first."""
+        own = self.own()
+        others = enumerate(self.best(self.top), start=1)
+        return [own, *((token, value, rank) for rank, (token, value) in others if token != own[0])]
+
+    def __getitem__(self, token: int) -> Logprob:
+        return self._dict()[token]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._dict())
+
+    def __len__(self) -> int:
+        return len(self._dict())
+
+    def __repr__(self) -> str:
+        return repr(self._dict())
+
+    def _dict(self) -> dict[int, Logprob]:
+        if self._made is None:
+            text = self._text
+            self._made = {
+                token: Logprob(value, rank, None if text is None else text(token))
+                for token, value, rank in self.entries()
+            }
+        return self._made
+
+
+def positions(table: Table, top: Sequence[int], text: Callable[[int], str] | None = None) -> list[Position]:
+    """All positions of a table; top[i]: number of likeliest tokens at position i."""
+    return [Position(table, row, count, text) for row, count in enumerate(top)]
+
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 OutputKind = Literal["delta", "final"]
@@ -251,3 +338,170 @@ class Request:
     kind: OutputKind = "delta"
     arrival_time: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+# The result of `submit`: the outputs of one request, for a thread or an event loop.
+
+
+class RequestStream:
+    """Iterate it once, with `for` or `async for`. It ends after the output with `finished`.
+
+    Raises EngineError while iterating if the request failed.
+    """
+
+    def __init__(self, request: Request, cancel: Callable[[], None]) -> None:
+        self.request = request
+        self._cancel = cancel
+        self._queue: SimpleQueue[RequestOutput | EngineError] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+        self._done = False
+        self._unread = 0  # bytes
+        self._limit: tuple[int, Callable[[], object]] | None = None
+
+    def limit_unread(self, most: int, call: Callable[[], object]) -> None:
+        """Call a function, once and in the engine's thread, when more than `most` bytes are unread."""
+        self._limit = most, call
+
+    @property
+    def request_id(self) -> str:
+        """The request's id, given or generated."""
+        return self.request.request_id
+
+    def cancel(self) -> None:
+        """End the request within one step and deliver its output so far with finish_reason "abort"."""
+        self._cancel()
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        if self._done:
+            raise StopIteration
+        return self._take(self._queue.get())
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._done:
+            raise StopAsyncIteration
+        while True:
+            try:
+                return self._take(self._queue.get_nowait())
+            except Empty:
+                await self._wait()
+
+    def result(self) -> RequestOutput:
+        """Wait for the end and merge all deltas into one output."""
+        return merge(self)
+
+    async def aresult(self) -> RequestOutput:
+        """`result` from an event loop."""
+        return merge([output async for output in self])
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self._lock:
+            if not self._queue.empty():
+                return
+            self._waiter = (loop, future)
+        try:
+            await future
+        finally:
+            with self._lock:
+                self._waiter = None
+
+    def _take(self, item: RequestOutput | EngineError) -> RequestOutput:
+        if isinstance(item, EngineError):
+            self._done = True
+            raise item
+        self._done = item.finished
+        if self._limit is not None:
+            with self._lock:
+                self._unread -= _size(item)
+        return item
+
+    def _put(
+        self, item: RequestOutput | EngineError
+    ) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
+        self._queue.put(item)
+        exceeded = None
+        with self._lock:
+            waiter, self._waiter = self._waiter, None
+            if self._limit is not None and isinstance(item, RequestOutput):
+                most, call = self._limit
+                self._unread += _size(item)
+                if self._unread > most:
+                    exceeded, self._limit = call, None
+        if exceeded is not None:
+            exceeded()
+        return waiter
+
+
+_TOKEN, _LOGPROBS = 256, 2048  # bytes of a token's event, about, and of its log probabilities
+
+
+def _size(output: RequestOutput) -> int:
+    """The bytes of a delta's events, about."""
+    return sum(
+        len(part.text) + len(part.token_ids) * (_TOKEN if part.logprobs is None else _LOGPROBS)
+        for part in output.outputs
+    )
+
+
+def deliver(items: Iterable[tuple[RequestStream, RequestOutput | EngineError]]) -> None:
+    """Hand outputs to their streams, waking each event loop once rather than once per stream."""
+    loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    for stream, item in items:
+        waiter = stream._put(item)
+        if waiter is not None:
+            loops.setdefault(waiter[0], []).append(waiter[1])
+    for loop, futures in loops.items():
+        try:
+            loop.call_soon_threadsafe(_wake, futures)
+        except RuntimeError:  # the loop is closed, and with it every reader
+            continue
+
+
+def merge(outputs: Iterable[RequestOutput]) -> RequestOutput:
+    """Merge a request's outputs into one, with completions in order of their index."""
+    last: RequestOutput | None = None
+    whole: RequestOutput | None = None
+    by_index: dict[int, int] = {}
+    for last in outputs:
+        if whole is None:
+            whole = last
+            by_index = {c.index: i for i, c in enumerate(whole.outputs)}
+            continue
+        for part in last.outputs:
+            at = by_index.get(part.index)
+            if at is None:
+                by_index[part.index] = len(whole.outputs)
+                whole.outputs.append(part)
+                continue
+            mine = whole.outputs[at]
+            mine.text += part.text
+            mine.token_ids += part.token_ids
+            mine.cumulative_logprob = part.cumulative_logprob
+            if part.logprobs is not None:
+                mine.logprobs = (mine.logprobs or []) + part.logprobs
+            mine.finish_reason, mine.stop_reason = part.finish_reason, part.stop_reason
+        if last.prompt_logprobs is not None:
+            whole.prompt_logprobs = last.prompt_logprobs
+    if whole is None or last is None:
+        raise EngineError("the stream was consumed before")
+    whole.outputs.sort(key=lambda c: c.index)
+    whole.finished, whole.metrics, whole.num_cached_tokens = (
+        last.finished,
+        last.metrics,
+        last.num_cached_tokens,
+    )
+    return whole
+
+
+def _wake(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from farthing.engine.constraints import Constraint
-from farthing.engine.logprobs import Table
-from farthing.engine.request import SamplingParams
+from farthing.engine.request import SamplingParams, Table
 from farthing.ops.api import require_finite
 from farthing.ops.arrays import gather, host, largest, like, log_softmax, where
 from farthing.ops.sampling import Filters

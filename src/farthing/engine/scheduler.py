@@ -6,7 +6,7 @@ decode, `limits` further bounds the prompt tokens of a step. Blocks for a whole 
 admission, so only decoding can run out of blocks; then the least urgent running sequence is preempted: its
 blocks are freed and it recomputes its tokens later.
 
-Where `limits` allows more prompt tokens whose layers several steps compute (`divided.py`), their sequences
+Where `limits` allows more prompt tokens whose layers several steps compute (`core.py`), their sequences
 are busy until `settle`: they are neither planned again nor preempted, and if they end, their blocks stay
 reserved. Meanwhile, in every second step at most, prompts that fit into a step are planned, and any prompts
 of other clients that are next.
@@ -31,13 +31,20 @@ from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
 
-from farthing.engine.block_pool import BlockPool, IntegrityError
-from farthing.engine.fairness import Fairness, by_claim, victims
-from farthing.engine.interference import Interference
-from farthing.engine.limits import Limits, Room
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
-from farthing.engine.prefix_cache import PrefixCache
-from farthing.engine.sequence import KEY, Queues, S, Scheduled, Status, insert, remove
+from farthing.engine.sequence import (
+    KEY,
+    BlockPool,
+    IntegrityError,
+    PrefixCache,
+    Queues,
+    S,
+    Scheduled,
+    Status,
+    insert,
+    remove,
+)
+from farthing.engine.shares import Fairness, Interference, Limits, Room, by_claim, victims
 
 
 class Scheduler(Generic[S]):

@@ -1,14 +1,237 @@
-"""Sequences of tokens as the scheduler sees them, and queues of them ordered by urgency."""
+"""Sequences as the scheduler sees them, the cache blocks that they hold, and the prefixes that they share."""
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from hashlib import blake2b
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-from farthing.engine.block_pool import IntegrityError
+# Reference-counted cache blocks. They are plain integers; the runner owns the memory.
+#
+# A block without references keeps its contents until it is reallocated, least recently used first; the
+# prefix cache relies on this. Blocks without reusable contents are reallocated before those.
+
+
+class IntegrityError(AssertionError):
+    """An engine invariant is violated: a bug of ours, never caused by a request."""
+
+
+class BlockPool:
+    """`num_blocks` blocks, each free or referenced at least once.
+
+    on_reuse(block) is called before a free block is reallocated; is_cached(block) tells whether a block
+    that becomes free is worth keeping. blocks: which ones of the memory are this pool's; None: the first.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        on_reuse: Callable[[int], None] = lambda block: None,
+        is_cached: Callable[[int], bool] = lambda block: False,
+        blocks: Seq[int] | None = None,
+    ) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks: got {num_blocks}; expected at least 1")
+        self.num_blocks = num_blocks
+        self._on_reuse = on_reuse
+        self._is_cached = is_cached
+        self._refs = dict.fromkeys(range(num_blocks) if blocks is None else blocks, 0)
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(self._refs)  # least recently used first
+
+    @property
+    def blocks(self) -> list[int]:
+        """The pool's blocks."""
+        return list(self._refs)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks without references."""
+        return len(self._free)
+
+    @property
+    def usage(self) -> float:
+        """Referenced share of the pool, 0…1."""
+        return 1.0 - len(self._free) / self.num_blocks
+
+    def refs(self, block: int) -> int:
+        """References to a block."""
+        return self._refs[block]
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each; the caller has checked `num_free`."""
+        if count > len(self._free):
+            raise IntegrityError(f"{count} blocks asked of {len(self._free)} free ones")
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._on_reuse(block)
+            self._refs[block] = 1
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Add a reference to each block, whether free (but still filled) or in use."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop a reference to each block. Pass them last to first: a sequence's tail is reused first."""
+        for block in blocks:
+            if self._refs[block] < 1:
+                raise IntegrityError(f"block {block} released more often than referenced")
+            self._refs[block] -= 1
+            if self._refs[block] == 0:
+                self._free[block] = None
+                if not self._is_cached(block):
+                    self._free.move_to_end(block, last=False)
+
+    def exchange(self, out: int, into: int) -> None:
+        """Swap a block for one of another process's pool, which takes over its references."""
+        self._refs[into] = self._refs.pop(out)
+        if out in self._free:
+            del self._free[out]
+            self._on_reuse(out)
+            self._free[into] = None
+            self._free.move_to_end(into, last=False)
+
+    def check(self, owners: Iterable[Iterable[int]]) -> None:
+        """Raise IntegrityError unless the references are exactly those of `owners` (lists of blocks)."""
+        expected = Counter(block for blocks in owners for block in blocks)
+        if len(self._refs) != self.num_blocks or not expected.keys() <= self._refs.keys():
+            raise IntegrityError(
+                f"the pool has {len(self._refs)} blocks of {self.num_blocks}; its owners hold others: "
+                f"{sorted(expected.keys() - self._refs.keys())}"
+            )
+        for block, have in self._refs.items():
+            want = expected[block]
+            if have != want:
+                raise IntegrityError(f"block {block} has {have} references; its owners hold {want}")
+            if (have == 0) != (block in self._free):
+                raise IntegrityError(
+                    f"block {block} has {have} references and is free: {block in self._free}"
+                )
+
+
+# Maps token prefixes to cache blocks, so that a cached prefix is not computed again.
+#
+# A block is identified by the hash of its tokens chained with the hash of the block before it, so equal
+# hashes mean equal prefixes from the first token on. The chain starts from the request's cache salt:
+# requests with different salts never share a block, and cannot probe each other's prompts by timing.
+#
+# The last block of a finished sequence is rarely full. It is kept as a tail, identified by the hash of the
+# blocks before it and its own tokens. The next turn of a conversation reuses and continues the block.
+
+_HASH_BYTES = 16  # a collision would reuse another prefix's cache; its probability at 2^40 blocks is 2^-49
+
+
+class PrefixCache:
+    """Maps hashes to blocks and back. An entry is dropped when the pool reallocates its block."""
+
+    def __init__(self, block_size: int, enabled: bool = True) -> None:
+        self.block_size = block_size
+        self.enabled = enabled
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._tails: dict[bytes, tuple[int, tuple[int, ...]]] = {}  # by the hash before: block and tokens
+        self._tail_of: dict[int, bytes] = {}
+        self._reused: Counter[int] = Counter()  # reallocations per block
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def extend(self, hashes: list[bytes], tokens: Seq[int], salt: str, count: int) -> None:
+        """Append hashes until there are `count`, one for each full block of `tokens`."""
+        size = self.block_size
+        for i in range(len(hashes), count):
+            parent = self._parent(hashes, salt)
+            data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
+            hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
+
+    def match(self, hashes: Seq[bytes]) -> list[int]:
+        """Blocks of the longest known prefix."""
+        blocks: list[int] = []
+        for digest in hashes:
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def register(self, digest: bytes, block: int) -> None:
+        """Register a fully computed block. A second copy of known tokens is not registered."""
+        if self.enabled and digest not in self._block_of:
+            self._block_of[digest] = block
+            self._hash_of[block] = digest
+
+    def keep_tail(self, hashes: Seq[bytes], salt: str, tokens: Seq[int], block: int) -> None:
+        """A block that nothing uses any more begins with `tokens`, which follow the blocks of `hashes`.
+
+        Of the tails after the same blocks only the latest is kept.
+        """
+        if not self.enabled or not tokens:
+            return
+        parent = self._parent(hashes, salt)
+        old, _ = self._tails.pop(parent, (None, ()))
+        if old is not None:
+            del self._tail_of[old]
+        self._tails[parent] = (block, tuple(tokens))
+        self._tail_of[block] = parent
+
+    def take_tail(self, hashes: Seq[bytes], salt: str, tokens: Seq[int]) -> tuple[int, int] | None:
+        """A block that begins with `tokens`, or all of whose tokens they begin with, and how many match.
+
+        The caller overwrites the rest of the block, so it is no longer known.
+        """
+        parent = self._parent(hashes, salt)
+        block, held = self._tails.get(parent, (0, ()))
+        count = min(len(held), len(tokens))
+        if not count or held[:count] != tuple(tokens[:count]):
+            return None
+        del self._tails[parent], self._tail_of[block]
+        return block, count
+
+    def locate(self, digest: bytes) -> tuple[int, int] | None:
+        """The block of a hash and its number of reallocations; may be called from any thread.
+
+        Contents copied between two equal answers are those of the hash.
+        """
+        block = self._block_of.get(digest)
+        if block is None:
+            return None
+        reused = self._reused[block]
+        return (block, reused) if self._hash_of.get(block) == digest else None
+
+    def contains_block(self, block: int) -> bool:
+        """Whether the block can still be found."""
+        return block in self._hash_of or block in self._tail_of
+
+    def forget(self, block: int) -> None:
+        """Drop a block that is about to be overwritten."""
+        self._reused[block] += 1
+        digest = self._hash_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+        parent = self._tail_of.pop(block, None)
+        if parent is not None:
+            del self._tails[parent]
+
+    def check(self) -> Iterable[int]:
+        """Raise IntegrityError unless hashes and blocks are one to one. Returns blocks without users."""
+        if {block: digest for digest, block in self._block_of.items()} != self._hash_of:
+            raise IntegrityError("prefix cache: hashes and blocks are not one to one")
+        if {block: parent for parent, (block, _) in self._tails.items()} != self._tail_of:
+            raise IntegrityError("prefix cache: tails and blocks are not one to one")
+        return self._tail_of.keys()
+
+    def _parent(self, hashes: Seq[bytes], salt: str) -> bytes:
+        return hashes[-1] if hashes else blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()
 
 
 class Status(Enum):

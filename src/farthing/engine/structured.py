@@ -1,4 +1,4 @@
-"""Outputs constrained by a grammar, with llguidance.
+"""Outputs constrained by a grammar, over the whole text or from a trigger on, within a client's mask time.
 
 llguidance is used instead of xgrammar because it computes masks directly from the grammar's state (tens of
 microseconds, without compiling a complete automaton at the start of a request), covers more of JSON Schema,
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -23,10 +25,67 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
-from farthing.engine.mask_time import FREE_SECONDS, OWN_SECONDS, MaskTime
+from farthing.conversation.scan import MARK, marked
+from farthing.engine.constraints import Constraint, Masks
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
 from farthing.extras import how_to_install
+
+# Limits the time that one client's grammars may take on the engine's thread, which computes all masks.
+
+FREE_SECONDS = 0.0003  # per mask; ordinary masks take less, even with 128,000 tokens
+OWN_SECONDS = 0.002  # beyond that; a grammar that used less is not rejected
+_CREDIT_SECONDS = 0.1
+_REFILL = 0.05  # seconds of credit per second
+
+
+class MaskTime:
+    """One client's credit. One mask may overdraw it; `examine` and the limits bound that mask's time."""
+
+    __slots__ = ("_clock", "_credit", "_refilled_at")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._credit = _CREDIT_SECONDS
+        self._refilled_at = clock()
+
+    @property
+    def spent(self) -> bool:
+        """Whether the credit is used up."""
+        self._refill()
+        return self._credit <= 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the credit is complete again."""
+        self._refill()
+        return self._credit >= _CREDIT_SECONDS
+
+    def charge(self, seconds: float) -> None:
+        """Deduct time for masks."""
+        self._credit -= seconds
+
+    def _refill(self) -> None:
+        now = self._clock()
+        self._credit = min(_CREDIT_SECONDS, self._credit + (now - self._refilled_at) * _REFILL)
+        self._refilled_at = now
+
+
+class MaskTimes:
+    """Credits by client. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._credits: dict[str, MaskTime] = {}
+
+    def of(self, client: str) -> MaskTime:
+        """The client's credit."""
+        with self._lock:
+            if client not in self._credits:
+                self._credits = {name: credit for name, credit in self._credits.items() if not credit.full}
+                self._credits[client] = MaskTime()
+            return self._credits[client]
+
 
 MAX_DEPTH = 64  # maximum nesting of a schema, and of brackets in a regex or grammar
 MAX_CHARACTERS = 262_144  # maximum characters of a constraint
@@ -357,3 +416,157 @@ def _check_text(field: str, text: str) -> None:
 def _brief(error: str) -> str:
     text = " ".join(error.replace("<non-verbose/>", "").split())
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+# A grammar for parts of a text: it applies from each occurrence of an opening string until the grammar
+# ends.
+#
+# A grammar for the whole answer cannot enforce a schema on tool calls and still allow a free-text answer.
+# Free text needs no masks, except for the few tokens that would run past an opening string.
+
+_MARK = MARK.encode("utf-8", "surrogatepass")
+
+
+class TokenTexts:
+    """The bytes of every token, sorted, to find those that begin with a prefix.
+
+    Those of control tokens follow a mark, so that no other tokens spell the same.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
+        self._control = frozenset(map(tokenizer.token_text, tokenizer.control_ids))
+        self._bytes = [tokenizer.token_bytes(token) for token in range(vocab)]
+        for token in tokenizer.control_ids:
+            if token < vocab:
+                self._bytes[token] = _MARK + self._bytes[token]
+        order = sorted(range(vocab), key=self._bytes.__getitem__)
+        self._sorted = [self._bytes[token] for token in order]
+        self._order = order
+
+    def of(self, token: int) -> bytes:
+        """The bytes of a token."""
+        return self._bytes[token]
+
+    def spelled(self, text: str) -> bytes:
+        """The bytes of a text, with every control token in it as that token."""
+        return marked(text, self._control).encode("utf-8", "surrogatepass")
+
+    def longer_than(self, prefix: bytes) -> list[int]:
+        """Tokens that begin with a prefix and continue after it."""
+        at = bisect_left(self._sorted, prefix)
+        found = []
+        while at < len(self._sorted) and self._sorted[at].startswith(prefix):
+            if len(self._sorted[at]) > len(prefix):
+                found.append(self._order[at])
+            at += 1
+        return found
+
+    def running_past(self, text: bytes) -> list[int]:
+        """Tokens that contain a whole text and continue after it."""
+        return [token for token, piece in enumerate(self._bytes) if text in piece[:-1]]
+
+
+class Openers:
+    """Recognizes opening strings at the end of a text. Immutable; shared by the completions of a request."""
+
+    def __init__(self, openers: Sequence[str], texts: TokenTexts) -> None:
+        self._openers = list(map(texts.spelled, openers))
+        self._texts = texts
+        self._reach = max(map(len, self._openers)) - 1
+        whole = [texts.running_past(opener) for opener in self._openers]
+        self._contained = sorted({token for tokens in whole for token in tokens})
+        self._past: dict[bytes, list[int]] = {}  # rest of an opener -> tokens that run past it
+
+    def after(self, tail: bytes, token: int) -> tuple[bytes, bool]:
+        """The end of the text after one more token, and whether an opening string is complete."""
+        text = tail + self._texts.of(token)
+        opened = any(text.endswith(opener) for opener in self._openers)
+        return text[-self._reach :] if self._reach else b"", opened
+
+    def forbidden(self, tail: bytes) -> list[int]:
+        """Tokens that would complete an opening string and run past it: the grammar begins at its end."""
+        found = list(self._contained)
+        for opener in self._openers:
+            for size in range(1, len(opener)):
+                if tail.endswith(opener[:size]):
+                    rest = opener[size:]
+                    if rest not in self._past:
+                        self._past[rest] = self._texts.longer_than(rest)
+                    found += self._past[rest]
+        return found
+
+
+class TriggeredGrammar:
+    """A constraint: see the module. `outside` constrains the free text."""
+
+    __slots__ = ("_fresh", "_inside", "_openers", "_outside", "_tail")
+
+    def __init__(self, fresh: Matcher, openers: Openers, outside: Constraint | None = None) -> None:
+        """fresh: the grammar's state right after an opening string; it is copied and never advanced."""
+        self._fresh, self._openers, self._outside = fresh, openers, outside
+        self._inside: Matcher | None = None
+        self._tail = b""  # of the free text
+
+    @property
+    def stopped(self) -> bool:
+        """Nothing may follow any more."""
+        return self._inside is None and self._outside is not None and self._outside.stopped
+
+    def consume(self, token: int) -> None:
+        """Advance. Raises ValueError if the token is not allowed."""
+        if self._inside is not None:
+            self._inside.consume(token)
+            if self._inside.stopped:
+                self._inside, self._tail = None, b""
+            return
+        if self._outside is not None:
+            self._outside.consume(token)
+        self._tail, opened = self._openers.after(self._tail, token)
+        if opened:
+            self._inside = self._fresh.copy()
+
+    def valid_prefix(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` are allowed from here."""
+        if not tokens:
+            return 0
+        here = self.copy()
+        for position, token in enumerate(tokens):
+            if not here._allows(token):
+                return position
+            here.consume(token)
+        return len(tokens)
+
+    def masks(self, drafts: Sequence[int], vocab: int) -> Masks:
+        """[1 + len(drafts), vocab]: what may follow the completion and each further draft."""
+        allowed = np.ones((1 + len(drafts), vocab), dtype=np.bool_)
+        here = self.copy() if drafts else self
+        for position in range(1 + len(drafts)):
+            if here.stopped:
+                break
+            allowed[position] = here._row(vocab)
+            if position < len(drafts):
+                if not allowed[position, drafts[position]]:
+                    break  # the draft is refused: what follows it is not used
+                here.consume(drafts[position])
+        return allowed
+
+    def copy(self) -> TriggeredGrammar:
+        """An independent constraint in the same state."""
+        outside = None if self._outside is None else self._outside.copy()
+        twin = TriggeredGrammar(self._fresh, self._openers, outside)
+        twin._inside = None if self._inside is None else self._inside.copy()
+        twin._tail = self._tail
+        return twin
+
+    def _row(self, vocab: int) -> Masks:
+        source = self._inside or self._outside
+        row = np.ones(vocab, dtype=np.bool_) if source is None else source.masks([], vocab)[0]
+        if self._inside is None:
+            row[[token for token in self._openers.forbidden(self._tail) if token < vocab]] = False
+        return row
+
+    def _allows(self, token: int) -> bool:
+        source = self._inside or self._outside
+        if source is not None and source.valid_prefix([token]) == 0:
+            return False
+        return self._inside is not None or token not in self._openers.forbidden(self._tail)

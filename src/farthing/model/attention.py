@@ -1,4 +1,4 @@
-"""Multi-head latent attention (DeepSeek-V2 section 2.1, DeepSeek-V3 section 2.1.1).
+"""Multi-head latent attention, its rotary embedding, and the indexer that selects keys (V3.2).
 
 Legend: T tokens; D hidden size; H heads; n, r, v the nope, rotary and value head sizes; c the KV latent;
 q the query latent.
@@ -6,19 +6,234 @@ q the query latent.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from farthing.lazy import np
-from farthing.model.config import LatentHeads, ModelConfig
-from farthing.model.grouped import GroupedAttention
-from farthing.model.indexer import Indexer
-from farthing.model.rope import score_scale
+from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
+from farthing.model.heads import GroupedHeads
 from farthing.model.source import WeightSource
-from farthing.ops import AttentionSpec, Batch, LatentCache, Ops
+from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec, IndexerSpec, LatentCache, Ops
 from farthing.ops.arrays import as_float32
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
+
+
+# Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
+#
+# Legend: r rotary head size.
+
+
+def rope_table(config: ModelConfig) -> NDArray[np.float32]:
+    """(cos, sin) of every position and pair, float32 [2, length, r/2]."""
+    rope, length = config.rope, config.max_position_embeddings
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, config.attention.rotary_width)
+    magnitude = 1.0
+    if rope.factor is not None and rope.kind == "yarn":
+        magnitude = _cos_sin_factor(rope)
+    table = np.empty((2, *angles.shape), np.float32)
+    np.cos(angles, out=table[0])
+    np.sin(angles, out=table[1])
+    table *= np.float32(magnitude)
+    return table
+
+
+def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
+    """Radians per position of every pair, float32 [r/2], between theta_i and theta_i / factor."""
+    # Powers in float64, rounded once: an error of a frequency grows with the position.
+    powers = rope.theta ** (np.arange(0, dim, 2) / dim)
+    theta: NDArray[np.float32] = np.float32(1) / powers.astype(np.float32)
+    if rope.factor is None:
+        return theta
+    if rope.kind == "linear":
+        return theta / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        return _llama3(rope, theta)
+
+    def pair_that_turns(rotations: float) -> float:
+        return (
+            dim
+            * math.log(rope.original_max_position / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
+        )
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    width = np.float32(max(high - low, 0.001))
+    ramp = ((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / width).clip(0, 1)
+    mixed: NDArray[np.float32] = theta * (1 - ramp) + theta / np.float32(rope.factor) * ramp
+    return mixed
+
+
+def _llama3(rope: RopeConfig, theta: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By the turns of a pair within the original context: few are scaled by the factor, many are not."""
+    assert rope.factor is not None
+    low, high = rope.low_frequency, rope.high_frequency
+    turns = np.float32(rope.original_max_position) / (np.float32(2 * math.pi) / theta)
+    ramp = ((turns - np.float32(low)) / np.float32(high - low)).clip(0, 1).astype(np.float32)
+    mixed: NDArray[np.float32] = (1 - ramp) * theta / np.float32(rope.factor) + ramp * theta
+    return mixed
+
+
+def score_scale(config: ModelConfig) -> float:
+    """Latent attention: (nope + r)^-1/2, times m(mscale_all_dim)^2 under YaRN (V3: 0.135234)."""
+    scale = float(config.latent.qk_head_dim**-0.5)
+    rope = config.rope
+    if rope.factor is not None and rope.mscale_all_dim:
+        scale *= _mscale(rope.factor, rope.mscale_all_dim) ** 2
+    return scale
+
+
+def _mscale(factor: float, a: float) -> float:
+    return 0.1 * a * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _cos_sin_factor(rope: RopeConfig) -> float:
+    assert rope.factor is not None
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope.factor, rope.mscale) / _mscale(rope.factor, rope.mscale_all_dim)
+    return _mscale(rope.factor, 1.0)
+
+
+# Grouped-query attention: query heads share key and value heads (Ainslie et al. 2023).
+#
+# Legend: T tokens; D hidden size; H query heads; G key-value heads; d head size.
+
+
+def grouped_spec(config: ModelConfig, heads: GroupedHeads) -> GroupedSpec:
+    """The head layout for the op."""
+    return GroupedSpec(
+        num_heads=heads.num_attention_heads,
+        kv_heads=heads.num_key_value_heads,
+        head_dim=heads.head_dim,
+        rope_dim=heads.rotary_width,
+        scale=heads.scale,
+        interleaved=config.rope.interleaved,
+        whole_norm=heads.qk_norm == "whole",
+    )
+
+
+class GroupedAttention:
+    """One layer's attention with its input norm and residual."""
+
+    query_scale = None
+    sparse = False
+    q_norm, q_b = None, None
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
+    ) -> None:
+        p, d = f"model.layers.{layer}.self_attn.", config.hidden_size
+        a = config.attention
+        assert isinstance(a, GroupedHeads)
+        self.ops, self.eps, self.rows = ops, config.rms_norm_eps, a.cache_rows
+        self.norm = as_float32(weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)))
+        widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
+        self.q_width = a.query_width
+        self.qkv_a = ops.pack_linear(
+            p + "qkv_a", lambda: [weights.weight(f"{p}{n}_proj", (w, d)) for n, w in widths.items()]
+        )
+
+        def vector(name: str, width: int) -> Tensor:
+            return as_float32(weights.tensor(p + name, (width,)))
+
+        def parts() -> GroupedParts:
+            bias = [vector(f"{n}_proj.bias", w) for n, w in widths.items()] if a.qkv_bias else None
+            norms = [
+                vector(f"{n}_norm.weight", widths[n] if a.qk_norm == "whole" else a.head_dim)
+                for n in ("q", "k")
+                if a.qk_norm is not None
+            ]
+            joined = None if bias is None else ops.tensor(np.concatenate([np.asarray(b) for b in bias]))
+            return GroupedParts(joined, *norms) if norms else GroupedParts(joined)
+
+        if layer in config.unrotated:
+            rope = still(ops, rope)
+        self.heads = ops.pack_grouped(grouped_spec(config, a), parts(), rope)
+        o_shape = (d, a.output_width)
+        self.o = ops.pack_output(
+            p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), a.num_attention_heads
+        )
+        self.o_bias = vector("o_proj.bias", d) if a.o_bias else None
+
+    def __call__(
+        self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int, select: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' values and keys to the cache.
+
+        Also returns None: every token attends to all before it.
+        """
+        ops = self.ops
+        qkv = ops.linear(h, self.qkv_a, self.norm, self.eps)  # [T, (H + 2 G) d]
+        out = ops.gqa(qkv, self.heads, cache, cache_layer * self.rows, batch, self.eps)  # [T, H d]
+        if self.o_bias is not None:
+            h = h + self.o_bias.to(h)
+        return ops.linear(out, self.o, residual=h), None
+
+
+def still(ops: Ops, rope: Tensor) -> Tensor:
+    """A table like `rope` that rotates nothing."""
+    table = np.zeros(tuple(rope.shape), np.float32)
+    table[0] = 1
+    return ops.tensor(table)
+
+
+# Key selection for sparse attention: the lightning indexer (DeepSeek-V3.2-Exp section 2.1).
+#
+# Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K selected positions.
+
+
+def indexer_spec(config: ModelConfig) -> IndexerSpec:
+    """The indexer layout for the op."""
+    assert config.index_topk is not None
+    return IndexerSpec(
+        num_heads=config.index_n_heads,
+        head_dim=config.index_head_dim,
+        rope_dim=config.latent.qk_rope_head_dim,
+        top_k=config.index_topk,
+        interleaved=config.index_rope_interleaved,
+    )
+
+
+class Indexer:
+    """One layer's indexer, over the normed hidden state and query latent of its layer's attention."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
+    ) -> None:
+        p, c, d = f"model.layers.{layer}.self_attn.indexer.", config, config.hidden_size
+        assert c.latent.q_lora_rank is not None
+        self.ops, self.eps = ops, c.rms_norm_eps
+        self.row = sum(map(c.has_indexer, range(layer)))  # row in the index cache
+        q_shape = (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
+        self.q = ops.pack_linear(p + "wq_b", lambda: [weights.weight(p + "wq_b", q_shape)])
+        self.k = ops.pack_linear(p + "wk", lambda: [weights.weight(p + "wk", (c.index_head_dim, d))])
+        self.w = ops.pack_linear(
+            p + "weights_proj", lambda: [weights.weight(p + "weights_proj", (c.index_n_heads, d))]
+        )
+        shape = (c.index_head_dim,)
+        self.keys = ops.pack_indexer(
+            p + "k_norm",
+            indexer_spec(c),
+            lambda: (weights.tensor(p + "k_norm.weight", shape), weights.tensor(p + "k_norm.bias", shape)),
+            rope,
+        )
+
+    def __call__(
+        self, h: Tensor, norm: Tensor, latent: Tensor, latent_norm: Tensor, batch: Batch, cache: LatentCache
+    ) -> Tensor | None:
+        """h [T, D] and the query latent [T, q], each with its input norm -> positions [T, K] or None
+        (`Ops.index`)."""
+        ops = self.ops
+        q = ops.linear(latent, self.q, latent_norm, self.eps)
+        k, w = ops.linear(h, self.k, norm, self.eps), ops.linear(h, self.w, norm, self.eps)
+        return ops.index(q, k, w, self.keys, cache, self.row, batch)
 
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:

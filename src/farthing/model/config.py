@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from farthing.checkpoint.reader import has_config, read_config
-from farthing.model import values as checked
-from farthing.model.error import ConfigError
+from farthing.model import fields as checked
+from farthing.model.fields import (
+    LARGEST,
+    MOST,
+    ConfigError,
+    QueryScaling,
+    RopeConfig,
+    absent,
+    read_query_scaling,
+    read_rope,
+    wrong,
+)
 from farthing.model.heads import GroupedHeads, Heads, LatentHeads, read_grouped, read_latent
-from farthing.model.scaling import QueryScaling, RopeConfig, read_query_scaling, read_rope
 from farthing.model.types import type_named, type_of
-from farthing.model.values import LARGEST, MOST, absent, wrong
 
 __all__ = [
     "ConfigError",

@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from farthing.model.attention import attention_of
+from farthing.model.attention import attention_of, rope_table
 from farthing.model.config import ModelConfig
-from farthing.model.moe import FeedForward, router_spec
-from farthing.model.mtp import MTPLayer
-from farthing.model.rope import rope_table
+from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.source import WeightSource
-from farthing.model.stack import stacked
-from farthing.ops import Batch, LatentCache, Ops, RouterSpec, Weight
-from farthing.ops.api import ALL, CacheDtype, Handle
+from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, Ops, RouterSpec
 from farthing.ops.arrays import all_finite, as_float32
+from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor

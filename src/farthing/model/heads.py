@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from farthing.model import values as checked
-from farthing.model.values import wrong
+from farthing.model import fields as checked
+from farthing.model.fields import wrong
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.lazy import torch
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import names_in, parameter_shapes
-from farthing.ops import make_batch
+from farthing.ops.torch_util import make_batch
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -8,21 +8,21 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farthing.checkpoint import Checkpoint
+from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
-from farthing.model.attention import attention_of
+from farthing.model.attention import attention_of, rope_table
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import routers_of
+from farthing.model.deepseek import FeedForward, MTPLayer
 from farthing.model.load import IGNORED, config_of, source_of, unread
-from farthing.model.moe import FeedForward
-from farthing.model.mtp import MTPLayer
-from farthing.model.rope import rope_table
 from farthing.model.source import WeightSource
-from farthing.ops import Ops, Weight
+from farthing.ops.api import Ops
+from farthing.ops.cpu import create
+from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
     from farthing.ops.cpu import CpuOps
-    from farthing.ops.cpu.packed_writer import PackedWriter
+    from farthing.ops.cpu.packed import PackedWriter
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,7 @@ def pack_checkpoint(
 
     Raises ConfigError, CheckpointError or FileNotFoundError as `load` does, OSError if the disk is full.
     """
-    from farthing.ops.cpu import create
-    from farthing.ops.cpu.packed_writer import PackedWriter
+    from farthing.ops.cpu.packed import PackedWriter
 
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)

@@ -6,11 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from farthing.checkpoint import CheckpointError
-from farthing.checkpoint.fp8 import BLOCK, block_scales
+from farthing.checkpoint.compressed_tensors import BLOCK, block_scales
+from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
 from farthing.model.types import Names
-from farthing.ops import Weight
+from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ class ArraySource:
 
 class StackedExperts:
     """Reads single experts from a source that stores a layer's experts as two stacks,
-    `experts.gate_up_proj` [E, 2 I, D] and `experts.down_proj` [E, D, I].
+    `load.gate_up_proj` [E, 2 I, D] and `load.down_proj` [E, D, I].
 
     FP8 stacks have factors `*_proj_scale_inv`, one per expert or per 128 x 128 block of each expert.
     """

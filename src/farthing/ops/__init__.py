@@ -11,8 +11,8 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.batch import make_batch
 from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 
 __all__ = [

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from farthing.lazy import torch
 from farthing.ops.arrays import all_finite
 from farthing.ops.sampling import Filters, sample
-from farthing.ops.shared_sum import SharedSum
-from farthing.ops.weights import Weight
+from farthing.ops.weights import SharedSum, Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -305,7 +304,7 @@ class Ops(ABC):
     ) -> Tensor:
         """q [T, H (n + r)], kv [T, c + r] (both before rotation, latent before its norm) -> [T, H v].
 
-        Norms the latent, rotates, writes (latent, k_pe) to `batch.slots` of cache layer `layer`, then
+        Norms the latent, rotates, writes (latent, k_pe) to `torch_util.slots` of cache layer `layer`, then
         attends to cached tokens of each token's sequence: the first `position + 1`, or those at the positions
         select [T, K] int32 (ascending, padded with -1, at least one, none after the token's own).
         """
@@ -316,7 +315,7 @@ class Ops(ABC):
     ) -> Tensor:
         """qkv [T, (H + 2 G) d] -> [T, H d]; row: the first of the layer's G cache rows.
 
-        Adds biases, norms and rotates queries and keys, writes (value, key) to `batch.slots`, then attends to
+        Adds biases, norms and rotates queries and keys, writes (value, key) to `slots`, then attends to
         the first `position + 1` cached tokens of each token's sequence. qkv may be overwritten.
         """
 
@@ -334,7 +333,7 @@ class Ops(ABC):
         """Select keys for `mla`: q [T, H d], k [T, d], w [T, H] -> positions [T, K] int32, ascending, padded
         with -1; None if no token has more than K cached.
 
-        q and k are given before rotation, k before its LayerNorm; k is cached in `cache.index` row `row`. The
+        q and k are given before rotation, k before its LayerNorm; k is cached in `index` row `row`. The
         positions are those of the K largest sums over h of w ReLU(q . k); ties go to the earlier position.
         """
 

@@ -1,15 +1,15 @@
 """Experts on the host, everything else on the device (`--experts-on cpu`).
 
-Routed experts hold most of the weights but each token uses only a few, so a single GPU rarely fits them all.
-The device computes attention, dense layers, routers and shared experts. The host's kernels compute routed
-experts directly from their packed weights (a mapped file where available). The most used ("hot") experts also
-have copies on the device.
+Routed experts hold most of the weights but each token uses only a few, so a single GPU rarely fits them
+all. The device computes attention, dense layers, routers and shared experts. The host's kernels compute
+routed experts directly from their packed weights (a mapped file where available). The most used ("hot")
+experts also have copies on the device.
 
 Without hot experts, hidden states go to the host, which normalizes, routes and computes in one kernel call
-while the device computes the shared expert; the sum comes back. With hot experts the device routes and sends
-expert ids and gate weights along: the host computes the cold experts in one call and the device the hot ones.
-Only hidden states cross the bus. The exception is an expert that becomes hot: a background thread reads and
-packs it while steps continue without it.
+while the device computes the shared expert; the sum comes back. With hot experts the device routes and
+sends expert ids and gate weights along: the host computes the cold experts in one call and the device the
+hot ones. Only hidden states cross the bus. The exception is an expert that becomes hot: a background
+thread reads and packs it while steps continue without it.
 
 Legend: T tokens; D hidden size; E experts; k experts per token; R chosen (token, expert) pairs.
 """
@@ -17,8 +17,9 @@ Legend: T tokens; D hidden size; E experts; k experts per token; R chosen (token
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -31,17 +32,262 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farthing.ops.api import (
+    AttentionSpec,
+    Batch,
+    CacheDtype,
+    GroupedParts,
+    GroupedSpec,
     Handle,
     HostOps,
+    IndexCache,
+    IndexerSpec,
+    LatentCache,
     MoEWeights,
     Ops,
     RouterSpec,
 )
-from farthing.ops.expert_cache import ExpertCache
 from farthing.ops.reference import route
-from farthing.ops.transfer import HostCopies, HostTransfer
+from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
-from farthing.ops.wrapper import OpsWrapper
+
+# A backend that wraps another and forwards every op it does not override.
+#
+# `stack` and `greedy` keep their defaults: the inner backend's fused versions would bypass overridden ops.
+# `moe`, its packing and its routing are left to each wrapper.
+
+
+class OpsWrapper(Ops):
+    """Forwards to `inner`."""
+
+    def __init__(self, inner: Ops, name: str) -> None:
+        self._inner, self.name = inner, name
+        self.device, self.dtype = inner.device, inner.dtype
+
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """The inner backend's choice."""
+        return self._inner.cache_dtype
+
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
+        return self._inner.pack_linear(name, weights)
+
+    def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
+        return self._inner.pack_head(name, weight)
+
+    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
+        return self._inner.pack_output(name, weight, heads)
+
+    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
+        return self._inner.pack_mlp(name, weights)
+
+    def pack_attention(
+        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
+    ) -> Handle:
+        return self._inner.pack_attention(name, spec, weights, rope)
+
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Handle:
+        return self._inner.pack_grouped(spec, parts, rope)
+
+    def pack_indexer(
+        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
+    ) -> Handle:
+        return self._inner.pack_indexer(name, spec, norm, rope)
+
+    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
+        return self._inner.new_index_cache(like, rows, width)
+
+    def new_cache(
+        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
+    ) -> LatentCache:
+        return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
+
+    def forget(self, prefix: str) -> None:
+        self._inner.forget(prefix)
+
+    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+        return self._inner.embed(ids, table)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._inner.rms_norm(x, weight, eps)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Handle,
+        norm: Tensor | None = None,
+        eps: float = 1e-6,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return self._inner.linear(x, weight, norm, eps, residual)
+
+    def mla(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        attention: Handle,
+        cache: LatentCache,
+        layer: int,
+        batch: Batch,
+        eps: float,
+        select: Tensor | None = None,
+    ) -> Tensor:
+        return self._inner.mla(q, kv, attention, cache, layer, batch, eps, select)
+
+    def gqa(
+        self, qkv: Tensor, heads: Handle, cache: LatentCache, row: int, batch: Batch, eps: float
+    ) -> Tensor:
+        return self._inner.gqa(qkv, heads, cache, row, batch, eps)
+
+    def index(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        indexer: Handle,
+        cache: LatentCache,
+        row: int,
+        batch: Batch,
+    ) -> Tensor | None:
+        return self._inner.index(q, k, w, indexer, cache, row, batch)
+
+    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+        return self._inner.mlp(x, weights, norm, eps, residual)
+
+    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
+        return self._inner.logits(x, head, norm, eps)
+
+    def top_logits(
+        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._inner.top_logits(x, head, norm, eps, k)
+
+    def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
+        return self._inner.sample(logits, uniform, filters)
+
+
+# Which experts of a layer to keep on the fast device: the most frequently used. Integers only.
+#
+# Use is counted in tokens and decays exponentially, so the set follows the traffic. An expert replaces
+# another only if it is used clearly more (MARGIN), because a replacement transfers the expert's weights.
+
+MARGIN = 1.25
+HALF_LIFE = 256  # steps after which a token counts half
+_RESCALE = 1e12
+
+
+class ExpertCache:
+    """Cache state of one layer: `resident` experts are on the device, `loading` ones are in flight."""
+
+    def __init__(self, capacity: int, half_life: float = HALF_LIFE) -> None:
+        """capacity: maximum number of resident and loading experts together."""
+        self.capacity = capacity
+        self.resident: set[int] = set()
+        self.loading: set[int] = set()
+        self._growth = 2.0 ** (1 / half_life)
+        self._weight = 1.0  # weight of a token in the current step; grows so that earlier counts decay
+        self._use: dict[int, float] = {}
+
+    def record(self, tokens: Mapping[int, int]) -> None:
+        """Count one step's tokens per expert."""
+        self._weight *= self._growth
+        if self._weight > _RESCALE:
+            self._use = {expert: use / self._weight for expert, use in self._use.items()}
+            self._weight = 1.0
+        for expert, count in tokens.items():
+            self._use[expert] = self._use.get(expert, 0.0) + count * self._weight
+
+    def use(self, expert: int) -> float:
+        """Decayed token count."""
+        return self._use.get(expert, 0.0) / self._weight
+
+    def decide(self) -> tuple[int | None, int] | None:
+        """(expert to evict or None, expert to load), or None if no replacement is worth a transfer.
+
+        The evicted expert leaves `resident` at once; `loaded` completes the load of the other.
+        """
+        outside = [e for e in self._use if e not in self.resident and e not in self.loading]
+        if not outside or self.capacity == 0:
+            return None
+        best = max(outside, key=lambda e: (self._use[e], -e))
+        evicted = None
+        if len(self.resident) + len(self.loading) >= self.capacity:
+            if not self.resident:
+                return None
+            evicted = min(self.resident, key=lambda e: (self.use(e), e))
+            if self.use(best) <= MARGIN * self.use(evicted):
+                return None
+            self.resident.remove(evicted)
+        self.loading.add(best)
+        return evicted, best
+
+    def loaded(self, expert: int) -> None:
+        """The expert's weights are on the device."""
+        self.loading.remove(expert)
+        self.resident.add(expert)
+
+
+# Asynchronous copies between a device and the host.
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopies:
+    """One step's tensors on the host."""
+
+    tensors: Mapping[str, Tensor]
+    done: Any = None  # a CUDA event
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, after waiting for its copy."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tensors[name]
+
+
+class HostTransfer:
+    """Pinned memory and asynchronous copies on CUDA; plain clones on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._pinned: dict[str, Tensor] = {}
+        self._side: Any = None
+
+    def to_host(self, **tensors: Tensor) -> HostCopies:
+        """Queue copies to the host. They precede whatever the device computes next."""
+        if not self._cuda:  # the device may overwrite the tensors while the host reads
+            return HostCopies({name: t.clone() for name, t in tensors.items()})
+        copies = {name: self._buffer(name, t).copy_(t, non_blocking=True) for name, t in tensors.items()}
+        done = torch.cuda.Event()
+        done.record()
+        return HostCopies(copies, done)
+
+    def to_device(self, x: Tensor) -> Tensor:
+        """Copy to the device. A later `to_host` has already waited for the previous use of the buffer."""
+        if not self._cuda:
+            return x
+        return self._buffer("to_device", x).copy_(x).to(self._device, non_blocking=True)
+
+    def indices(self, rows: NDArray[np.int64]) -> Tensor:
+        """Row indices on the device."""
+        return torch.from_numpy(rows).to(self._device, non_blocking=True)
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        """Run copies of weights on a separate stream; they are complete when the block ends."""
+        if not self._cuda:
+            yield
+            return
+        self._side = self._side or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(self._side):
+            yield
+        self._side.synchronize()
+
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
+        """A pinned buffer with the tensor's shape, reused across calls and grown when too small."""
+        buffer = self._pinned.get(name)
+        if buffer is None or buffer.numel() < like.numel() or buffer.dtype != like.dtype:
+            buffer = self._pinned[name] = torch.empty(like.numel(), dtype=like.dtype, pin_memory=True)
+        return buffer[: like.numel()].view(like.shape)
+
 
 DECIDE_EVERY = 16  # steps between two reviews of a layer's hot experts
 Gated = tuple[Weight, Weight, Weight]

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from farthing.ops.api import Batch, IndexCache, IndexerSpec
 from farthing.ops.arrays import dtype_name
-from farthing.ops.cache import CACHE_MAX
-from farthing.ops.rotary import rotate
+from farthing.ops.torch_util import CACHE_MAX, rotate
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ BACKENDS = {
     "reference": "farthing.ops.reference",
     "cpu": "farthing.ops.cpu",
     "gpu": "farthing.ops.gpu",
-    "torch": "farthing.ops.torch_device",
+    "torch": "farthing.ops.torch_backend",
 }
 _PARTS = {"cpu": "isa", "torch": "device"}  # the meaning of what follows a backend's name and a slash
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd", "/dev/dri")  # of Linux
@@ -97,11 +97,11 @@ def _gpu() -> bool:
     """Whether Triton is installed and compiles for this GPU; interpreted kernels are for tests and never
     selected automatically."""
     try:
-        numeric = import_module(f"{BACKENDS['gpu']}.numeric")
+        launch = import_module(f"{BACKENDS['gpu']}.launch")
     except ImportError:
         return False
-    compiles = torch.cuda.get_device_capability() >= numeric.LEAST_CAPABILITY
-    return compiles and not numeric.INTERPRETED
+    compiles = torch.cuda.get_device_capability() >= launch.LEAST_CAPABILITY
+    return compiles and not launch.INTERPRETED
 
 
 def _native() -> bool:

@@ -1,4 +1,4 @@
-"""A weight matrix in its stored format, and its value.
+"""A weight matrix in its stored format: its value, its slices, and its zero blocks.
 
 Legend: N output rows, K input columns, g group size along K.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from farthing.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
 
 Format = Literal["dense", "int8", "int4", "fp8"]
 FP8_BLOCK = 128
@@ -225,3 +226,163 @@ def rounded(weight: Weight, quantization: str | None, mlp: bool = False, codes: 
         return quantize_int4(weight.data, group)
     q, scale = to_codes(weight.data, group)
     return Weight("dense", (q.unflatten(1, (-1, group)) * scale.unsqueeze(-1)).flatten(1))
+
+
+# What a backend needs to know to sum over the ranks of a host within one native call.
+
+
+class PeerLost(RuntimeError):
+    """Another rank has exited, or did not join a collective in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharedSum:
+    """Shared memory of sums over one host's ranks, as addresses (see `farthing.parallel.shared`)."""
+
+    counters: int  # rank 0's counter; the others follow, one cache line apart
+    slots: int  # two per rank
+    slot_bytes: int
+    step: int  # number of collectives this rank has started
+    failed: int  # a word that becomes nonzero once a rank has failed
+    size: int
+    index: int
+    parent: int  # exit if this parent process exits; 0 for none
+    crowded: bool  # more ranks than cores
+    timeout: float  # seconds
+
+
+# Block sparsity of the CPU kernels: matrices of integers without their zero blocks of 16 x 16 weights.
+#
+# A panel of 16 rows is cut into cells of 64 columns (native/cells.h). Cells without weights are not
+# stored; the others cost time that depends on their number of blocks.
+
+BLOCK = 16
+CELL = 64  # columns
+Costs = tuple[float, float, float, float]
+NEVER: Costs = (math.inf,) * 4  # also where nothing but zeros would be left out
+ALWAYS: Costs = (0.0, 0.0, 0.0, 0.0)
+# Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel, the most of several
+# numbers of rows, by instruction set (docs/lab/cpu-kernels.md). A matrix is stored block-sparse if this saves
+# time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all stay dense.
+COSTS: dict[str, dict[str, Costs]] = {
+    "amx": {},
+    "avx512": {
+        "int8": (0.45, 0.65, 0.91, 1.17),
+        "int4": (0.59, 0.77, 0.96, 1.12),
+        "nl4": (0.54, 0.72, 0.89, 1.08),
+    },
+    "avx2": {
+        "int8": (0.65, 0.69, 0.85, 1.00),
+        "int4": (0.30, 0.45, 0.64, 1.00),
+        "nl4": (0.36, 0.56, 0.79, 1.14),
+    },
+    "portable": {
+        "int8": (0.34, 0.60, 0.86, 1.01),
+        "int4": (0.32, 0.61, 0.86, 1.00),
+        "nl4": (0.30, 0.61, 0.93, 1.14),
+    },
+}
+
+
+def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
+    """Number of blocks with a weight in every cell of `keep` [N, K], as [N / 16, cells].
+
+    group: columns that share a scale, which limits the width of a cell. K is a multiple of 64.
+    """
+    n, k = keep.shape
+    padded = torch.nn.functional.pad(keep, (0, 0, 0, -n % BLOCK))
+    blocks = padded.view(-1, BLOCK, k // BLOCK, BLOCK).any(3).any(1)
+    return blocks.view(blocks.shape[0], -1, min(group, CELL) // BLOCK).sum(2)
+
+
+def measured_for(isa: str) -> str:
+    """The key of `COSTS` for an instruction set's kernels."""
+    return next((s for s in COSTS if isa.startswith(s)), "avx512")
+
+
+def costs_of(kind: str, isa: str = "avx512") -> Costs:
+    """The costs of a stored format (never block-sparse if it has none) with an instruction set's kernels."""
+    return COSTS[measured_for(isa)].get(kind, NEVER)
+
+
+def saves_time(counts: Tensor, kind: str, group: int, isa: str = "avx512") -> bool:
+    """Whether the kernels are faster with the block-sparse form; counts and group: see `blocks_per_cell`.
+
+    Costs are those of 64 columns; a cell of a narrower group is a part of one.
+    """
+    costs = costs_of(kind, isa)
+    if costs == NEVER:
+        return False
+    return float(torch.tensor((0.0, *costs))[counts * (CELL // min(group, CELL))].sum()) < counts.numel()
+
+
+# Slices of a stored matrix: the part that a rank reads, and halves that one rank sums separately.
+
+CUT_BLOCK = 128  # FP8 scale blocks, groups of INT4 scales, and groups of activations on the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The part of a tensor that a rank reads: [start, stop) along `dim`, or all of it (dim None)."""
+
+    dim: int | None
+    start: int = 0
+    stop: int = 0
+
+
+def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
+    """[start, stop) of one of `parts` slices, aligned to scale blocks if there are enough of them.
+
+    A slice that splits a block of 128 cannot keep its stored format or its activation scales.
+    """
+    unit = CUT_BLOCK if size >= CUT_BLOCK * parts else 1
+    blocks = -(-size // unit)
+    return min(size, unit * (blocks * index // parts)), min(size, unit * (blocks * (index + 1) // parts))
+
+
+def cut_weight(weight: Weight, cut: Cut) -> Weight:
+    """Rows (dim 0) or columns (dim 1) of a stored matrix; dense if the cut splits a scale block."""
+    assert cut.dim is not None
+    start, size = cut.start, cut.stop - cut.start
+    if weight.format == "dense":
+        return replace(weight, data=weight.data.narrow(cut.dim, start, size))
+    assert weight.scale is not None
+    if weight.format == "fp8":
+        unit = FP8_BLOCK
+    elif weight.format == "int4" and cut.dim == 1:
+        unit = weight.group_size
+    else:
+        unit = 1
+    inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the slice is inside one block
+    torn = start % unit and not inside
+    if weight.format == "int4" and cut.dim == 1:
+        torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)
+    if torn:
+        whole = weight.dequantize().narrow(cut.dim, start, size)
+        return Weight("dense", whole, rounded=True, inputs=weight.inputs)
+    if weight.format == "int8":
+        scale = weight.scale.narrow(0, start, size) if cut.dim == 0 else weight.scale
+        return replace(weight, data=weight.data.narrow(cut.dim, start, size), scale=scale)
+    packed = 2 if weight.format == "int4" and cut.dim == 1 else 1
+    data = weight.data.narrow(cut.dim, start // packed, size // packed)
+
+    def part(t: Tensor) -> Tensor:
+        return t.narrow(cut.dim or 0, start // unit, (cut.stop - 1) // unit - start // unit + 1)
+
+    zero = None if weight.zero_point is None else part(weight.zero_point)
+    return replace(weight, data=data, scale=part(weight.scale), zero_point=zero)
+
+
+def columns_of(weight: Weight, at: int) -> list[Weight]:
+    """Columns [0, at) and [at, K) of a matrix."""
+    return [cut_weight(weight, Cut(1, *ends)) for ends in ((0, at), (at, weight.shape[1]))]
+
+
+def halves_of(mlp: tuple[Weight, Weight, Weight]) -> list[tuple[Weight, Weight, Weight]]:
+    """Gate, up and down of a gated MLP split into two of half the width, as on two tensor-parallel ranks."""
+    gate, up, down = mlp
+    cuts = [bounds(down.shape[1], 2, i) for i in range(2)]
+    return [
+        (cut_weight(gate, Cut(0, *ends)), cut_weight(up, Cut(0, *ends)), cut_weight(down, Cut(1, *ends)))
+        for ends in cuts
+    ]

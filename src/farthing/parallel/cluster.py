@@ -15,15 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint
-from farthing.model import ModelConfig
+from farthing.checkpoint.reader import Checkpoint
+from farthing.model.config import ModelConfig
 from farthing.model.load import config_of
-from farthing.ops import Batch, LatentCache
-from farthing.ops.api import CacheDtype
+from farthing.ops.api import Batch, CacheDtype, LatentCache
 from farthing.parallel.plan import ShardPlan
 from farthing.parallel.rank import counted_layers
 from farthing.parallel.ray_workers import RayWorkers
-from farthing.parallel.rendezvous import join, listen, node_arena
 from farthing.parallel.shared import Arena, available
 from farthing.parallel.worker import (
     RankFailed,
@@ -31,6 +29,9 @@ from farthing.parallel.worker import (
     Workers,
     counts_bytes,
     counts_table,
+    join,
+    listen,
+    node_arena,
     open_own,
 )
 

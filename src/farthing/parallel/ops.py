@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops import MoEWeights, Ops, RouterSpec
-from farthing.ops.api import ALL, Batch, Handle, LatentCache, LayerHandles
+from farthing.ops.api import ALL, Batch, Handle, LatentCache, LayerHandles, MoEWeights, Ops, RouterSpec
+from farthing.ops.hybrid import OpsWrapper
 from farthing.ops.reference import identity_weight, largest
-from farthing.ops.wrapper import OpsWrapper
-from farthing.parallel.group import Group
+from farthing.parallel.collectives import Group
 from farthing.parallel.shared import SharedGroup
 
 Shares = Callable[[str], dict[tuple[int, int], tuple[int, ...]]]

@@ -20,13 +20,15 @@ from typing import Any
 import torch
 
 from farthing.extras import how_to_install
-from farthing.parallel.rendezvous import connect, join, node_arena
 from farthing.parallel.shared import Arena
 from farthing.parallel.worker import (
     START_TIMEOUT,
     RankFailed,
     RankOptions,
+    connect,
     from_wire,
+    join,
+    node_arena,
     open_own,
     silent,
     to_wire,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farthing.lazy import torch
-from farthing.ops.shared_sum import PeerLost, SharedSum
+from farthing.ops.weights import PeerLost, SharedSum
 
 if TYPE_CHECKING:
     from torch import Tensor

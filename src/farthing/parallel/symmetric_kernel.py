@@ -1,4 +1,4 @@
-"""The kernel of `farthing.parallel.symmetric`; imports Triton."""
+"""The kernel of `farthing.parallel.collectives`; imports Triton."""
 
 from __future__ import annotations
 

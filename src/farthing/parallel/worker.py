@@ -1,36 +1,114 @@
-"""Worker processes of a parallel model: start, dispatch of calls, health monitoring, shutdown."""
+"""Worker processes of a parallel model: rendezvous, dispatch of calls, health monitoring, shutdown."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import socket
+import struct
 import threading
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
-from farthing import signals
+from farthing import process as signals
 from farthing.config import EngineConfig
-from farthing.model import ModelConfig
-from farthing.ops import Batch, Ops, select
-from farthing.ops.select import resolve
-from farthing.ops.shared_sum import PeerLost
+from farthing.model.config import ModelConfig
+from farthing.ops.api import Batch, Ops
+from farthing.ops.select import resolve, select
+from farthing.ops.weights import PeerLost
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
-from farthing.parallel.rendezvous import connect, join
-from farthing.parallel.shared import Arena
+from farthing.parallel.shared import DIRECTORY, Arena, available
+
+# Rendezvous of ranks through torch.distributed, and the shared memory of ranks on one node.
 
 log = logging.getLogger(__name__)
+JOIN_TIMEOUT = 60.0  # seconds for every rank to join once all processes are running
+_SIOCGIFADDR = 0x8915
+
+
+def listen(host: str, layout: Layout) -> TCPStore:
+    """The driver's side: listens on a system-chosen port, `store.port`."""
+    return TCPStore(host, 0, layout.world, True, timedelta(seconds=JOIN_TIMEOUT), wait_for_workers=False)
+
+
+def connect(host: str, port: int, layout: Layout) -> TCPStore:
+    """The side of all other ranks."""
+    return TCPStore(host, port, layout.world, False, timedelta(seconds=JOIN_TIMEOUT))
+
+
+def join(layout: Layout, rank: int, store: TCPStore, device: str = "cpu", address: str = "") -> None:
+    """Initialize torch.distributed: gloo, plus NCCL for ranks on GPUs.
+
+    address: of this node, if there are several; by default gloo listens on the host name's address.
+    """
+    if address and (interface := interface_of(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=store,
+        world_size=layout.world,
+        rank=rank,
+        timeout=timedelta(seconds=JOIN_TIMEOUT),
+    )
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with an IPv4 address; None if there is none (or the system is not Linux)."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+            except OSError:  # an interface without an address
+                continue
+        if socket.inet_ntoa(found[20:24]) == address:
+            return name
+    return None
+
+
+def node_arena(layout: Layout, rank: int, nodes: int, name: str) -> Arena | None:
+    """Shared memory of the ranks on this rank's node if every node can allocate it; else None.
+
+    name: the replica's, the same on every rank. All ranks must call it, after `join`.
+    """
+    node = layout.node(rank, nodes)
+    path = DIRECTORY / f"{name}-{node}"
+    first = layout.node(rank - 1, nodes) != node if rank else True
+    arena, possible = None, available()
+    if first and possible:
+        try:
+            arena = Arena(path, shared_bytes(layout, nodes, node))
+        except OSError as error:
+            log.warning("no shared memory on node %d: %s", node, error)
+            possible = False
+    everywhere = torch.tensor(int(possible))
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    if everywhere and arena is None:
+        arena = Arena(path)
+    dist.barrier()
+    if first and arena is not None:
+        arena.unlink()
+    return arena if everywhere else None
+
+
 START_TIMEOUT = 600.0  # seconds for every rank to load
 STEP_TIMEOUT = 60.0  # longest wait of a collective, in seconds
 BEAT, SILENCE = 1.0, 5.0  # seconds between heartbeats; silence after which a rank is unhealthy

@@ -8,27 +8,142 @@ Nothing is measured: losses to imbalance, scheduling and varying traffic are not
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import groupby
-from math import ceil
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
 
 from farthing.model.config import ModelConfig
-from farthing.parallel.micro import MICRO_ROWS
-from farthing.parallel.plan import Layout, ShardPlan
-from farthing.planner.devices import Ceilings, Shares
-from farthing.planner.footprint import Holder
+from farthing.ops.weights import FP8_BLOCK
+from farthing.parallel.plan import MICRO_ROWS, Layout, ShardPlan
+from farthing.planner.footprint import FLOAT_BYTES, Holder, Stored
 from farthing.planner.memory import (
     PlannedModel,
     RankMemory,
+    Serving,
     cache_bytes_per_token,
     experts_per_rank,
     fitting_layouts,
     shares_by_format,
     stage_memory,
 )
-from farthing.planner.roofline import BF16, FP8, NODE, RankRoofline, Workload
-from farthing.planner.shard import Serving
+from farthing.planner.roofline import BF16, FP8, NODE, Ceilings, RankRoofline, Shares, Workload
+
+# An estimate for large CPU servers: a roofline of memory bandwidth and the INT8 peak of every core.
+#
+# Each socket reads its own panels of every matrix (`native/threads.h`), so the bandwidths of the sockets
+# add up, and so do the peaks of the cores. The shares of both ceilings that kernels reach are measured on
+# two cores. Waiting for other threads is not counted; `joins` says how often a step does.
+
+BANDWIDTH = (0.65, 0.85)  # share of bandwidth while decoding: V2L's and L576's (docs/performance.md)
+INT8 = 0.60  # share of the INT8 peak with 512 rows: L576's
+MOST_ATTENTION = 0.5  # of the INT8 peak: bfloat16 has half the operations per instruction …
+ATTENTION = 0.4  # … of which expanded attention reaches 85 % (docs/lab/cpu-kernels.md)
+JOINS = 15  # times per layer that threads wait for each other (`barrier` and regions in native/)
+BATCHES = (1, 8, 16, 32, 64)
+CHUNK = 512  # prompt tokens per step
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Sockets of equal cores."""
+
+    sockets: int
+    cores: int  # per socket
+    bandwidth: float  # GB/s per socket
+    int8: float  # GOP/s per core
+
+    @property
+    def peak(self) -> float:
+        """INT8 TOP/s of all cores."""
+        return self.sockets * self.cores * self.int8 / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A decode step of `batch` sequences: tokens per second at the ceilings, and at the measured shares."""
+
+    batch: int
+    gigabytes: float  # read
+    limit: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class CpuEstimate:
+    """One replica on all sockets."""
+
+    steps: tuple[Step, ...]
+    prefill_limit: float  # prompt tokens/s
+    prefill: float  # at the measured shares
+    joins: int  # per step
+
+
+def estimate(
+    model: PlannedModel, holder: Holder, machine: Machine, workload: Workload, cache_dtype: str
+) -> CpuEstimate:
+    """Decoding within `workload`, and chunks of its prompts. Raises ValueError for weights other than
+    integers, whose products have other ceilings than INT8's."""
+    floats = sorted({s.kind for n, s in model.matrices if not _is_integer(holder, n, s)})
+    if floats:
+        raise ValueError(
+            f"quantization: got {holder.quantization!r} for weights in {', '.join(floats)}; expected int4 or "
+            "int8: the estimate uses the INT8 ceiling"
+        )
+
+    def server(bandwidth: float, peak: float, shares: Shares) -> _Server:
+        return _Server(model, holder, Ceilings("CPU", 0, bandwidth, peak, peak, 0, 0), shares, cache_dtype)
+
+    everything = Shares(1.0, 1.0, MOST_ATTENTION, 1.0, 1.0)
+    sizes = server(1.0, 1e9, everything)  # at 1 GB/s, seconds are gigabytes
+    bandwidth = machine.sockets * machine.bandwidth
+    limit = server(bandwidth, machine.peak, everything)
+    low, high = (
+        server(bandwidth, machine.peak, Shares(INT8, INT8, ATTENTION, share, 1.0)) for share in BANDWIDTH
+    )
+    steps = [
+        Step(n, sizes.decode(n, workload), *(n / s.decode(n, workload) for s in (limit, low, high)))
+        for n in BATCHES
+    ]
+    tokens = min(CHUNK, workload.prompt)
+    most, reached = (tokens / s.prefill(tokens) for s in (limit, low))
+    return CpuEstimate(tuple(steps), most, reached, JOINS * model.config.num_hidden_layers)
+
+
+def _is_integer(holder: Holder, name: str, stored: Stored) -> bool:
+    return holder.rounded(stored, 64, mlp=".mlp." in name).kind in ("int4", "int8")
+
+
+class _Server:
+    """All sockets as one device."""
+
+    def __init__(
+        self, model: PlannedModel, holder: Holder, device: Ceilings, shares: Shares, cache_dtype: str
+    ) -> None:
+        plan = ShardPlan.build(model.config, Layout())
+        experts = model.config.n_routed_experts or 0
+        self._rank = RankRoofline(
+            model, plan, plan.layout.place(0), holder, device, shares, cache_dtype, experts
+        )
+
+    def decode(self, batch: int, workload: Workload) -> float:
+        """Seconds of a step."""
+        return self._step(batch, workload, batch, decode=True)
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds of a whole prompt in one step."""
+        return self._step(tokens, Workload(tokens, 0), 1, decode=False)
+
+    def _step(self, tokens: int, workload: Workload, logits: int, decode: bool) -> float:
+        rank = self._rank
+        layers = sum(rank.layer(i, tokens, tokens, workload, decode) for i in rank.layers)
+        return layers + rank.products(rank.head, logits)
+
 
 PREFILL_TOKENS = 16384  # per GPU and step of a prefill group: long steps amortize reading the weights
 
@@ -338,3 +453,59 @@ def _assumptions(replica: _Replica, w: Workload) -> tuple[str, ...]:
         "no speculation",
         "experts and GPUs evenly loaded; no idle GPU",
     )
+
+
+# Configurations of released models by name, as package data, to plan before downloading a model.
+
+_CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
+# Later releases with the architecture of an earlier one, according to their model cards.
+SAME = {
+    "deepseek-v3-0324": "deepseek-v3",
+    "deepseek-r1-0528": "deepseek-r1",
+    "deepseek-v3.1-terminus": "deepseek-v3.1",
+    "deepseek-v3.2-exp": "deepseek-v3.2",
+    "deepseek-v3.2-speciale": "deepseek-v3.2",
+    "kimi-k2.6": "kimi-k2.5",
+    "kimi-k2-instruct": "kimi-k2",
+    "glm-5.1": "glm-5",
+    "glm-4.7": "glm-4.6",
+    "qwen3-coder-30b-a3b": "qwen3-30b-a3b-2507",
+    "llama-3.3-70b": "llama-3.1-70b",
+}
+_UNSUPPORTED = ("deepseek-v4",)  # known names whose architecture is not served
+
+
+def published() -> list[str]:
+    """Names accepted by `published_config`."""
+    return sorted([*SAME, *(file.stem for file in _CONFIGS.glob("*.json"))])
+
+
+def published_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a released model such as 'deepseek-v3' or 'kimi-k2.5'; None for other names."""
+    if name.lower() not in published():
+        return None
+    file = _CONFIGS / f"{SAME.get(name.lower(), name.lower())}.json"
+    raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return raw
+
+
+def closest(name: str) -> str:
+    """A hint for an unknown name: all known names and the closest match."""
+    close = get_close_matches(name.lower(), published(), n=1, cutoff=0.75)
+    hint = f"; the closest is {close[0]!r}" if close else ""
+    family = next((known for known in _UNSUPPORTED if name.lower().startswith(known)), None)
+    refused = f"{family} is not supported; " if family else ""
+    return f"{refused}published configurations: {', '.join(published())}{hint}"
+
+
+def file_bytes(stored: Stored, shape: tuple[int, ...]) -> int:
+    """Bytes of a parameter in a checkpoint's files, scales included."""
+    count = prod(shape)
+    if stored.is_float or len(shape) < 2:
+        return count * (FLOAT_BYTES[stored.kind] if stored.is_float else 2)
+    if stored.kind == "fp8":
+        return count + 4 * prod(-(-n // FP8_BLOCK) for n in shape)
+    if stored.kind == "int8":
+        return count + 4 * shape[0]
+    groups = shape[0] * -(-shape[1] // stored.group)
+    return count // 2 + groups * (3 if stored.zero else 2)

@@ -8,8 +8,7 @@ from farthing.checkpoint.reader import read_config
 from farthing.model.config import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.footprint import Holder, StoredOf, stored_by_checkpoint, stored_by_config
-from farthing.planner.memory import PlannedModel, memory
-from farthing.planner.shard import Serving
+from farthing.planner.memory import PlannedModel, Serving, memory
 
 SMALL = 8  # times the files: memory of which no format needs more
 

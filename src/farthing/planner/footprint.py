@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from farthing.checkpoint import Checkpoint
-from farthing.checkpoint.quantization import quantization_in, read_quantization
+from farthing.checkpoint.reader import Checkpoint, quantization_in, read_quantization
 from farthing.model.config import ModelConfig
+from farthing.model.fields import optional_section, wrong
 from farthing.model.load import names_in
 from farthing.model.types import type_of
-from farthing.model.values import optional_section, wrong
 from farthing.ops.weights import int4_group, loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -122,11 +121,11 @@ def matrix_bytes(n: int, k: int, stored: Stored) -> int:
 def packed_bytes(n: int, k: int, stored: Stored, quantization: str | None = None) -> int:
     """Bytes of the CPU backend's packed matrix."""
     try:
-        from farthing.ops.cpu import packing
+        from farthing.ops.cpu import weights
     except ImportError:  # no native module: an estimate
         return matrix_bytes(n, k, _rounded(stored, k, quantization))
-    plan = packing.choose(stored.kind, k, stored.group, quantization)
-    return packing.packed_bytes(n, k, plan, stored.zero)
+    plan = weights.choose(stored.kind, k, stored.group, quantization)
+    return weights.packed_bytes(n, k, plan, stored.zero)
 
 
 @dataclass(frozen=True, slots=True)

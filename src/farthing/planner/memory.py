@@ -1,26 +1,255 @@
-"""Memory per rank of a layout, computed before loading: weights, cache, buffers."""
+"""Memory per rank of a layout, computed before loading: weights, cache, buffers and scratch memory."""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
+from farthing.config import CPU_STEP_TOKENS
 from farthing.model.config import ModelConfig
-from farthing.ops.cutting import Cut
-from farthing.parallel.plan import (
-    EMBEDDING,
-    Layout,
-    Place,
-    PlanError,
-    ShardPlan,
-    layer_of,
-    representatives,
-)
-from farthing.planner.buffers import buffers
+from farthing.model.heads import GroupedHeads, Heads, LatentHeads
+from farthing.ops.cpu.stack import MOST_SCORES
+from farthing.ops.weights import Cut, bounds, loaded_as
+from farthing.parallel.plan import EMBEDDING, Layout, Place, PlanError, ShardPlan, layer_of, representatives
+from farthing.parallel.shared import SLOT_BYTES
 from farthing.planner.footprint import Holder, Stored, StoredOf
-from farthing.planner.shard import Serving
+
+# What a rank's buffers depend on: its part of the model, and the load.
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The load a replica is sized for."""
+
+    cache_tokens: int
+    max_model_len: int
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = CPU_STEP_TOKENS
+    cache_dtype: str = "bfloat16"
+    block_size: int = 16
+    redundant_experts: int = 0
+    threads: int | None = None  # threads per rank; None: its share of this machine's cores
+    experts_on_host: bool = False
+    hot_experts: int = 0  # experts per layer cached on the device
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The sizes of a model on one rank."""
+
+    config: ModelConfig
+    attention: Heads  # of this rank
+    dense: int  # I of the dense layers on this rank; 0 if there are none
+    expert: int
+    shared: int
+    vocabulary: int  # rows of the head
+    stored: Stored  # storage of the projections
+    expert_ranks: int  # ranks that share the rows of routed experts
+
+    @classmethod
+    def of(cls, plan: ShardPlan, place: Place, stored: Stored) -> Shard:
+        """stored: storage of the layers' projections."""
+        c, layout, layers, head = plan.config, plan.layout, plan.stages[place.stage], plan.vocabulary(place)
+        start, stop = bounds(c.intermediate_size, layout.tp, place.tp)
+        cut = layout.tp if layout.ep == 1 else 1
+        return cls(
+            c,
+            c.attention.per_rank(layout.tp),
+            stop - start if c.shortcut_experts or any(not c.is_moe(i) for i in layers) else 0,
+            c.moe_intermediate_size // cut if any(c.is_moe(i) for i in layers) else 0,
+            c.shared_size // layout.tp,
+            head.stop - head.start,
+            stored,
+            layout.ep,
+        )
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.attention.num_attention_heads
+
+
+# Scratch memory of the native ops, as the native module reports it for a rank's largest steps.
+#
+# `farthing._native.Sizes` runs the allocations of each op without memory, so nothing here repeats native
+# code.
+
+_UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
+
+
+def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) -> int | None:
+    """Bytes after a full step of one prompt and a full step of decodes; None without the native module."""
+    try:
+        from farthing import _native
+    except ImportError:
+        return None
+    sizes, budget = _native.Sizes(threads), serving.max_num_batched_tokens
+    sequences = min(serving.max_num_seqs, budget)
+    each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
+    for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
+        _attention(sizes, s, holder, serving.cache_dtype, step)
+        _feeds(sizes, s, holder, step.total)
+        _head(sizes, s, holder, step.sequences)
+    return int(sizes.workspace_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    sequences: int
+    tokens: int  # per sequence
+    keys: int  # that the last token of each sequence sees
+
+    @property
+    def total(self) -> int:
+        """Tokens of the step."""
+        return self.sequences * self.tokens
+
+
+def _storage(holder: Holder, stored: Stored, columns: int) -> tuple[Any, int]:
+    """The packed format and group of a matrix."""
+    from farthing.ops.cpu.weights import choose
+
+    rounding = loaded_as(holder.quantization, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
+    plan = choose(stored.kind, columns, stored.group, rounding)
+    return plan.format, plan.group
+
+
+def _head(sizes: Any, s: Shard, holder: Holder, sequences: int) -> None:
+    from farthing.ops.cpu.weights import PackedFormat, choose, for_head
+
+    columns = s.config.hidden_size
+    sizes.top_logits(_storage(holder, s.stored, columns), s.vocabulary, columns, sequences, 1)
+    rounding = loaded_as(holder.quantization, mlp=False)
+    head = for_head(choose(s.stored.kind, columns, s.stored.group, rounding), s.vocabulary, columns)
+    if head.format == PackedFormat.Q8_PLANES:
+        sizes.greedy((head.format, head.group), s.vocabulary, columns, sequences)
+
+
+def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _Step) -> None:
+    """Sparse attention reads each token's selected keys as a separate sequence, a few tokens at once."""
+    c = s.config
+
+    def linear(n: int, k: int) -> None:
+        sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
+
+    linear(s.attention.first_width, c.hidden_size)
+    linear(c.hidden_size, s.attention.output_width)
+    if isinstance(s.attention, GroupedHeads):
+        d, groups = s.attention.head_dim, s.attention.num_key_value_heads
+        one = _storage(holder, s.stored, d)
+        sizes.mla(one, s.heads, 0, d, d, d, step.sequences, step.tokens, step.keys, groups)
+        return
+    a = s.attention
+    if a.q_lora_rank:
+        linear(a.query_width, a.q_lora_rank)
+    packed = Stored("int8") if holder.quantization or not s.stored.is_float else s.stored
+    widths = (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank)
+    heads = (_storage(holder, packed, a.kv_lora_rank), s.heads, *widths)
+    if c.index_topk is None or step.keys <= c.index_topk:
+        sizes.mla(*heads, step.sequences, step.tokens, step.keys)
+    else:
+        from farthing.ops.cpu.backend import SELECTED_AT_ONCE
+
+        scored = min(step.total, max(1, MOST_SCORES // step.keys))
+        index = (c.index_n_heads, c.index_head_dim, c.index_topk)
+        sizes.index(*index, scored, step.keys, cache_dtype != "float32")
+        sizes.mla(*heads, min(step.total, SELECTED_AT_ONCE), 1, c.index_topk)
+
+
+def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
+    c = s.config
+    held = _storage(holder, s.stored, c.hidden_size)
+    if s.dense:
+        sizes.moe(held, c.hidden_size, 0, 0, 0, s.dense, tokens)
+    if s.expert:
+        rows = tokens * c.num_experts_per_tok
+        if s.expert_ranks > 1:
+            rows = int(rows * _UNEVEN / s.expert_ranks)
+        chosen = (c.router_size, c.num_experts_per_tok)
+        sizes.moe(held, c.hidden_size, *chosen, s.expert, s.shared, tokens, rows)
+
+
+# A rank's memory besides weights and cache: tables, shared-memory slots, buffers of its largest step.
+#
+# Only the largest op counts, because ops reuse the same memory one after another: of
+# `farthing.ops.reference` for T tokens at the end of a sequence of max_model_len, and of the native ops
+# as they report it (`farthing.planner.memory`). For the GPU, and without the native module, the
+# figures are an estimate.
+#
+# Legend: T tokens of a step; S tokens of a sequence; D hidden size; H heads of this rank; I intermediate
+# size.
+
+_FLOAT = 4
+
+
+def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
+    """Bytes of a rank. stored: storage of the layers' projections."""
+    c, layout = plan.config, plan.layout
+    rope = _FLOAT * c.max_position_embeddings * c.attention.rotary_width
+    table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)
+    slots = 2 * SLOT_BYTES * _groups(layout) if layout.world > 1 and holder.backend != "gpu" else 0
+    return rope + table * (place.rank == layout.driver) + slots + step(plan, place, holder, serving, stored)
+
+
+def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
+    """Bytes of buffers in a full step."""
+    shard = Shard.of(plan, place, stored)
+    tokens = serving.max_num_batched_tokens
+    if holder.backend == "reference":
+        return _reference(shard, holder.item, tokens, max(serving.max_model_len, tokens))
+    if holder.backend == "cpu":
+        threads = serving.threads or max(1, len(os.sched_getaffinity(0)) // plan.layout.world)
+        return _cpu(shard, holder, serving, threads)
+    return _estimate(shard, holder.item, tokens)
+
+
+def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
+    """Scores are stored three times (raw, masked, as weights) and dominate everything else."""
+    c, a, t = s.config, s.attention, tokens
+    # Per query head and token: the query as it meets a cached row, and what it reads.
+    width, read = a.cache_width, a.dot_width - a.cache_width if isinstance(a, LatentHeads) else a.head_dim
+    attention = item * t * (c.hidden_size + a.first_width + a.query_width + s.heads * read)
+    attention += _FLOAT * (
+        t * s.heads * (width + read) + keys * width * a.cache_rows + 3 * t * s.heads * keys
+    )
+    mlp = item * t * (3 * c.hidden_size + 3 * s.dense)
+    routed = t * c.num_experts_per_tok if s.expert else 0
+    one = min(t, routed)  # all tokens may select the same expert
+    moe = item * t * (3 * c.hidden_size + 3 * s.shared) + _FLOAT * t * c.hidden_size
+    moe += item * one * (2 * c.hidden_size + 3 * s.expert)
+    return max(attention, mlp, moe)
+
+
+def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
+    """Tensors passed between ops, and the workspace of the largest op."""
+    workspace = workspace_bytes(s, holder, serving, threads)
+    if workspace is None:
+        return _estimate(s, holder.item, serving.max_num_batched_tokens)
+    c, t = s.config, serving.max_num_batched_tokens
+    a = s.attention
+    own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
+    outputs = a.first_width + own_query + a.output_width
+    # Of all layers in one call; experts that are added a layer later are held until then.
+    held = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
+    return held + workspace
+
+
+def _estimate(s: Shard, item: int, tokens: int) -> int:
+    """Hidden states twice, plus the widest tensor of a layer."""
+    c = s.config
+    a = s.attention
+    attention = 2 * a.query_width + a.output_width + 2 * s.heads * a.cache_width
+    routed = c.num_experts_per_tok * (c.hidden_size + 3 * s.expert) if s.expert else 0
+    return item * tokens * (2 * c.hidden_size + max(attention, 3 * s.dense, routed))
+
+
+def _groups(layout: Layout) -> int:
+    return (layout.stage_ranks > 1) + (1 < layout.tp < layout.stage_ranks) + 2 * (layout.pp > 1)
+
 
 CACHE_ITEM = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes of scales per token and layer of an 8-bit cache

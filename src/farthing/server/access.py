@@ -8,8 +8,7 @@ from fnmatch import fnmatchcase
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from farthing.server.auth import ANONYMOUS, KeyRing
-from farthing.server.config import ServerConfig, is_loopback
+from farthing.server.config import ANONYMOUS, KeyRing, ServerConfig, is_loopback
 from farthing.server.errors import ApiError, send_error
 
 LOCAL = "localhost"  # stands for every name and address of this machine

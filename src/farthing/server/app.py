@@ -1,52 +1,204 @@
-"""The HTTP application: routes and middleware."""
+"""The HTTP application: routes, middleware, and the endpoints that are too small for a file."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import re
+import struct
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import Body, FastAPI
+from fastapi import APIRouter, Body, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import farthing
 from farthing.conversation.types import Conversation
-from farthing.server.absent import reason as absent_reason
+from farthing.prompts import BLOCK
 from farthing.server.access import Access, Viewer
-from farthing.server.api.cache_digest import mount as mount_digest
 from farthing.server.api.messages import count_tokens, messages
 from farthing.server.api.messages_protocol import CountRequest, MessagesError, MessagesRequest
-from farthing.server.api.openai_chat import chat, tool_of, turns_of
-from farthing.server.api.openai_completions import complete
-from farthing.server.api.responses import count_tokens as count_input
-from farthing.server.api.responses import respond, stored
-from farthing.server.api.responses_items import input_items
-from farthing.server.api.responses_protocol import InputTokensRequest, ResponsesRequest
-from farthing.server.bodies import Bodies
-from farthing.server.cache_digest import KeepBody
-from farthing.server.dashboard import assets, service_data, visible_to
-from farthing.server.dashboard.router import mount
-from farthing.server.errors import ApiError
-from farthing.server.events import to_json
-from farthing.server.invalid import describe_unparsed, describe_validation
-from farthing.server.jobs import ClientGone
-from farthing.server.metrics import CountRequests, Metrics
-from farthing.server.pieces import PiecedAnswer, Pieces
-from farthing.server.protocol import (
+from farthing.server.api.openai import chat, complete, tool_of, turns_of
+from farthing.server.api.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     ErrorResponse,
     TokenizeRequest,
 )
-from farthing.server.request_ids import RequestIds
+from farthing.server.api.responses import count_tokens as count_input
+from farthing.server.api.responses import input_items, respond, stored
+from farthing.server.api.responses_protocol import InputTokensRequest, ResponsesRequest
+from farthing.server.bodies import Bodies
+from farthing.server.cache_digest import KeepBody
+from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Asset, Dashboard, assets
+from farthing.server.dashboard.source import service_data, visible_to
+from farthing.server.errors import ApiError
+from farthing.server.jobs import ClientGone
+from farthing.server.metrics import CountRequests, Metrics
+from farthing.server.schema import describe_unparsed, describe_validation
 from farthing.server.service import Service
-from farthing.server.turns import render
+from farthing.server.stream import PiecedAnswer, Pieces, to_json
+from farthing.server.turn import render
+
+# Every response carries an id of its request, under the names that the publishers' SDKs read.
+
+_FIELDS = (b"x-request-id", b"request-id")  # OpenAI's, Anthropic's
+_USABLE = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class RequestIds:
+    """ASGI middleware that adds the client's own X-Request-Id, or a new id, to the response's head."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward the request and name it in its response."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(_FIELDS[0], b"")
+        identity = given if _USABLE.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+
+        async def name(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *((field, identity) for field in _FIELDS)]
+            await send(message)
+
+        await self.app(scope, receive, name)
+
+
+# Endpoints of OpenAI's and Anthropic's APIs that do not exist here, with the reasons.
+
+_STATELESS = "nothing is stored between requests except recent responses"
+_TEXT = "the model reads and writes text only"
+# Prefixes of paths, as far as a reason applies to all paths below.
+_REASONS = {
+    "/v1/responses/compact": "compaction of responses: send shorter input, or truncation = 'auto'",
+    "/v1/conversations": f"conversations: {_STATELESS}; use previous_response_id, or send all items in input",
+    "/v1/messages/batches": "message batches: send each request to /v1/messages",
+    "/v1/batches": "batches: send each request itself",
+    "/v1/complete": "Anthropic's text completions: use /v1/messages",
+    "/v1/embeddings": "embeddings: the model is a causal language model",
+    "/v1/moderations": "moderations: the model is a causal language model",
+    "/v1/rerank": "reranking: the model is a causal language model",
+    "/v1/score": "scores: the model is a causal language model",
+    "/v1/audio": f"audio: {_TEXT}",
+    "/v1/images": f"images: {_TEXT}",
+    "/v1/videos": f"videos: {_TEXT}",
+    "/v1/realtime": f"realtime sessions: {_TEXT}; use /v1/responses with stream = true",
+    "/v1/files": f"files: {_STATELESS}; send their text",
+    "/v1/uploads": f"uploads: {_STATELESS}; send their text",
+    "/v1/vector_stores": f"vector stores: {_STATELESS}",
+    "/v1/assistants": "assistants: use /v1/responses",
+    "/v1/threads": "threads: use /v1/responses",
+    "/v1/containers": "containers: the server runs no code",
+    "/v1/skills": "skills: the server runs no code",
+    "/v1/fine_tuning": "fine-tuning: see `farthing train`",
+    "/v1/evals": "evals: see `farthing eval`",
+    "/v1/organization": "administration of organizations",
+    "/v1/organizations": "administration of organizations",
+}
+
+
+def reason(path: str) -> str | None:
+    """Why an endpoint does not exist; None if it belongs to no known API."""
+    parts = path.rstrip("/").split("/")
+    for length in range(len(parts), 2, -1):
+        if (why := _REASONS.get("/".join(parts[:length]))) is not None:
+            return f"{path} is not served: {why}"
+    return None
+
+
+# `GET /cache/digest`: the prompts in the prefix cache and the load, for gateways.
+#
+# With the digest one can test guesses at cached prompts, so it requires permission to read all metrics.
+
+
+def mount_cache_digest(api: FastAPI, service: Service) -> None:
+    """Add the route."""
+
+    @api.get("/cache/digest", summary="Blocks of prompt text in the prefix cache, for gateways")
+    async def digest(request: Request) -> Response:
+        if not request.scope["viewer"].everything:
+            raise ApiError(403, "the cache digest is for metrics and admin keys", code="forbidden")
+        return JSONResponse(await document(service))
+
+
+async def document(service: Service) -> dict[str, Any]:
+    """The digest: `blocks` are 64-bit little-endian integers in base64, of `block` bytes of text each."""
+    engine = service.require_engine()
+    blocks = await service.cache_digest.blocks(engine)
+    snapshot = engine.stats.snapshot()
+    return {
+        "block": BLOCK,
+        "blocks": base64.b64encode(struct.pack(f"<{len(blocks)}Q", *blocks)).decode(),
+        "requests": snapshot.num_requests_running + snapshot.num_requests_waiting,
+        "waiting_bytes": round(snapshot.num_requests_waiting * service.cache_digest.mean_bytes),
+    }
+
+
+# The dashboard in a FastAPI application.
+
+View = Callable[[Request, dict[str, Any]], dict[str, Any]]  # the part of a document that a request may see
+
+
+def router(dashboard: Dashboard, view: View = lambda request, document: document) -> APIRouter:
+    """Routes for the page (`/`), its assets and its data."""
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.head("/")
+    @routes.get("/")
+    @routes.get(PREFIX.rstrip("/"))
+    def page() -> Response:
+        return _response(dashboard.asset("/"))
+
+    @routes.get(DATA_PATH)
+    def data(request: Request, since: float = 0.0) -> dict[str, Any]:
+        return view(request, dashboard.document(since))
+
+    @routes.get(PREFIX + "{path:path}")
+    def asset(path: str) -> Response:
+        return _response(dashboard.asset(PREFIX + path))
+
+    return routes
+
+
+def mount(
+    app: FastAPI,
+    data: Callable[[], Mapping[str, Any]],
+    view: View = lambda request, document: document,
+    interval: float = 1.0,
+) -> Dashboard:
+    """Serve the dashboard from `app` and sample `data` while the application runs."""
+    dashboard = Dashboard(data, interval)
+    app.include_router(router(dashboard, view))
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with inner(running) as state:
+            with dashboard:
+                yield state
+
+    app.router.lifespan_context = lifespan
+    return dashboard
+
+
+def _response(asset: Asset | None) -> Response:
+    if asset is None:
+        raise HTTPException(404, "no such page")
+    return Response(asset.body, media_type=asset.content_type, headers=HEADERS)
+
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *assets()})
 CLIENT_CLOSED = 499  # nginx's status for a client disconnect, seen only in logs and metrics
@@ -84,7 +236,7 @@ def create_app(service: Service) -> ASGIApp:
         lambda: service_data(service),
         lambda request, document: visible_to(request.scope["viewer"], document),
     )
-    mount_digest(api, service)
+    mount_cache_digest(api, service)
     _add_document(api)
     _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
@@ -284,7 +436,7 @@ def _add_error_handlers(api: FastAPI) -> None:
         path, status = request.url.path, error.status_code
         if status == 400 and error.detail == "There was an error parsing the body":
             return describe_unparsed(error.__cause__).response(request.scope)
-        absent = absent_reason(path) if status in (404, 405) else None
+        absent = reason(path) if status in (404, 405) else None
         if absent is not None:
             return ApiError(404, absent, code="unknown_url").response(request.scope)
         why = f"{request.method} {path}: {error.detail}"

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farthing.server.errors import ApiError, send_error
 from farthing.server.jobs import CONNECTION
-from farthing.server.pacing import FairLock, Gate
+from farthing.server.stream import FairLock, Gate
 
 MAX_DEPTH = 128
 MAX_VALUES = 32_768  # values other than numbers

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from farthing.engine.prefix_cache import PrefixCache
+from farthing.engine.sequence import PrefixCache
 from farthing.prompts import BLOCK, read_prompt
 
 if TYPE_CHECKING:

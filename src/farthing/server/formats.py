@@ -7,9 +7,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens
-from farthing.conversation.habits import Habits
-from farthing.conversation.select import Checkpoint, Chosen, choose
+from farthing.conversation.base import ChatFormat, ControlTokens
+from farthing.conversation.select import Checkpoint, Chosen, Habits, choose
 from farthing.conversation.types import Conversation
 
 if TYPE_CHECKING:

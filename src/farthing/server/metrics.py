@@ -13,10 +13,10 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import farthing
-from farthing.cost import samples
+from farthing.cost.meter import samples
 
 if TYPE_CHECKING:
-    from farthing.cost import CostReport
+    from farthing.cost.meter import CostReport
     from farthing.engine.stats import HistogramSnapshot, StatsSnapshot
     from farthing.server.service import Service
 

@@ -3,33 +3,108 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import math
+import os
 import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
 
-from farthing import launch
-from farthing.eventloop import loop_factory
-from farthing.server.accounts import Accounts, machine_of
+from farthing import process
+from farthing.process import loop_factory
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
-from farthing.server.connections import Connections, protocol
-from farthing.server.log_limit import LogLimit
+from farthing.server.guard import Connections, protocol
+from farthing.server.quotas import Accounts, machine_of
 from farthing.server.service import Service
-from farthing.server.trim import keep_trimmed
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
+
+
+# Limits repeated log lines, so that a client can neither fill the log nor occupy the event loop with it.
+
+PERIOD = 10.0  # seconds
+MOST = 5  # records of one message in a period
+_MESSAGES = 64  # messages counted at a time; beyond that, counting starts over
+
+
+class LogLimit(logging.Filter):
+    """Passes at most MOST records per message and period; the first record of the next period states how many
+    were dropped. A request cancelled at shutdown is not an error and is dropped silently."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._counts: dict[str, int] = {}
+        self._began = clock()
+        self._held_back: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log a record."""
+        if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+            return False
+        message = str(record.msg)
+        if self._clock() - self._began >= PERIOD or len(self._counts) > _MESSAGES:
+            self._held_back = {m: n - MOST for m, n in self._counts.items() if n > MOST}
+            self._counts, self._began = {}, self._clock()
+        count = self._counts[message] = self._counts.get(message, 0) + 1
+        if held_back := self._held_back.pop(message, 0):
+            record.msg = f"{message} ({held_back} more were not logged)"
+        return count <= MOST
+
+
+# Freed memory is returned to the operating system.
+#
+# glibc keeps the memory of large requests after they have ended: free chunks remain between live ones
+# in every thread's arena. malloc_trim(3) returns their whole pages.
+
+_SECONDS = 10.0  # between looks at the resident memory
+_GROWTH = 1.05  # resident memory over that after the last trim, for another one
+_STATM = Path("/proc/self/statm")
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Trimmer:
+    """Trims the heap when the process has grown; pages that stay in use then count as its size."""
+
+    def __init__(self, trim: Callable[[], object], size: Callable[[], int] = resident) -> None:
+        self._trim, self._size = trim, size
+        self._after_last = 0
+
+    def check(self) -> None:
+        """Trim if the process has grown by more than 5 % since the last trim."""
+        if self._size() > _GROWTH * self._after_last:
+            self._trim()
+            self._after_last = self._size()
+
+
+async def keep_trimmed() -> None:
+    """Check every ten seconds, until cancelled. Returns at once where the C library cannot trim."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None or not _STATM.exists():
+        return
+    trimmer = Trimmer(lambda: trim(0))
+    while True:
+        await asyncio.sleep(_SECONDS)
+        await asyncio.to_thread(trimmer.check)  # ctypes releases the GIL
+
 
 log = logging.getLogger("farthing.server")
 
@@ -175,7 +250,7 @@ async def _serve(
             loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server
             return
         gc.freeze()  # the model's objects are permanent: exclude them from GC
-        service.launch_to_ready = launch.seconds()
+        service.launch_to_ready = process.seconds()
         service.engine = engine
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
             engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox

@@ -18,32 +18,27 @@ from farthing.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from farthing.engine.sandbox import Busy
-from farthing.server.api.responses_store import ResponseStore
-from farthing.server.auth import ANONYMOUS, KeyRing
+from farthing.engine.sandbox.turns import Busy
 from farthing.server.bodies import HEAVY
 from farthing.server.cache_digest import CacheDigest
-from farthing.server.config import ServerConfig
+from farthing.server.config import ANONYMOUS, KeyRing, ServerConfig
 from farthing.server.errors import ApiError
-from farthing.server.fields import short
 from farthing.server.formats import ModelFormats
 from farthing.server.jobs import Job, unless_gone
-from farthing.server.limits import Quotas
-from farthing.server.logprobs import TokenTexts
-from farthing.server.names import COMPLETIONS, FieldNames, about_grammar
-from farthing.server.pieces import Turns
-from farthing.server.replay import AnswerMemory
-from farthing.server.schema import UnknownFields
+from farthing.server.memory import AnswerMemory, ResponseStore
+from farthing.server.quotas import Quotas
+from farthing.server.sampling import TokenTexts
+from farthing.server.schema import COMPLETIONS, FieldNames, UnknownFields, about_grammar, short
+from farthing.server.stream import Turns
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from starlette.requests import Request
 
     from farthing.engine.engine import Engine
-    from farthing.engine.request import OutputKind
-    from farthing.engine.sandbox import Sandbox
-    from farthing.engine.stream import RequestStream
-    from farthing.server.accounts import Accounts
+    from farthing.engine.request import OutputKind, RequestStream
+    from farthing.engine.sandbox.sandbox import Sandbox
+    from farthing.server.quotas import Accounts
 
 T = TypeVar("T")
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from farthing.conversation.formats.base import EFFORTS, ChatFormat
+from farthing.conversation.base import EFFORTS, ChatFormat
 from farthing.conversation.types import Conversation
-from farthing.server.names import FieldNames
+from farthing.server.schema import FieldNames
 
 log = logging.getLogger(__name__)
 

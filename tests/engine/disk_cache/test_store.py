@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,16 +14,19 @@ from typing import Any
 import pytest
 import torch
 
+from farthing.config import EngineConfig
 from farthing.engine.disk_cache import store as module
-from farthing.engine.disk_cache.index import Index
-from farthing.engine.disk_cache.memory import BlockMemory, DeviceMemory
-from farthing.engine.disk_cache.segment import Format
-from farthing.engine.disk_cache.store import DiskStore
+from farthing.engine.disk_cache.files import Format, Index
+from farthing.engine.disk_cache.store import BlockMemory, DeviceMemory, DiskStore, identity, sample
 from farthing.engine.prefetch import Load
-from farthing.engine.prefix_cache import PrefixCache
+from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import DiskStats
-from farthing.ops import LatentCache
-from farthing.ops.cache import torch_dtype
+from farthing.model.config import ModelConfig
+from farthing.model.load import random_model
+from farthing.ops.api import LatentCache
+from farthing.ops.select import select
+from farthing.ops.torch_util import torch_dtype
+from tests.engine.conftest import RAW
 
 BLOCKS, SIZE = 12, 4
 
@@ -278,3 +282,55 @@ def test_failed_reader_reports_to_the_scheduler(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(rig.store._memory, "target", broken)
     assert rig.read(hashes_of(2), [3, 4]) == 0
     rig.store.close()
+
+
+def test_file_is_told_apart_by_its_bytes_and_its_time(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    rows = torch.randint(0, 255, (1024, 1024), dtype=torch.uint8)
+    file.write_bytes(rows.numpy().tobytes())
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    first = sample(file)
+    assert sample(file) == first
+    order = torch.cat((torch.randperm(1000), torch.arange(1000, 1024)))  # same size and same end
+    file.write_bytes(rows[order].numpy().tobytes())
+    os.utime(file, ns=times)
+    shuffled = sample(file)
+    assert shuffled != first
+    os.utime(file, ns=(times[0], times[1] + 1))
+    assert sample(file) != shuffled
+    file.write_bytes(b"short")
+    assert sample(file) != first
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deterministic": True},
+        {"dtype": "float32"},
+        {"quantization": "int8"},
+        {"experts": "all"},
+        {"experts_on": "cpu"},
+        {"experts_on": "cpu", "hot_experts": 1},
+        {"speculate": "mtp"},
+        {"packed": True},
+    ],
+)
+def test_options_that_change_results_change_the_identity(tmp_path: Path, options: dict[str, Any]) -> None:
+    packed, shard = tmp_path / "packed", tmp_path / "shard"
+    packed.write_bytes(b"p")
+    shard.write_bytes(b"s")
+    model = random_model(ModelConfig.from_json(RAW), select("reference"), seed=1)
+    cache = LatentCache(torch.zeros(2, 4, 4, 6), None)
+    if "packed" in options:
+        options = {"packed": str(packed)}
+
+    def of(**given: Any) -> bytes:
+        return identity(EngineConfig(**given), model, cache)
+
+    plain, changed = of(), of(**options)
+    assert changed != plain
+    if "packed" in options:
+        packed.write_bytes(b"q")
+        assert of(**options) != changed
+    model.ops.weight_files = (shard,)
+    assert of() != plain

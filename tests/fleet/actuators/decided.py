@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from farthing.fleet.decisions import Decision, Levels
-from farthing.fleet.snapshot import Snapshot
+from farthing_fleet.types import Decision, Levels, Snapshot
 
 
 def decision(target: int = 7, **signals: float | None) -> Decision:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.fleet.actuators.base import METRICS, LastDecision
-from farthing.fleet.actuators.external_metrics import ROOT, ExternalMetrics, FrontProxy, matches, quantity
-from farthing.fleet.actuators.kubernetes import Access, authentication_config, connect
+from farthing_fleet.actuators.base import METRICS, LastDecision
+from farthing_fleet.actuators.external_metrics import ROOT, ExternalMetrics, FrontProxy, matches, quantity
+from farthing_fleet.actuators.kubernetes import Access, authentication_config, connect
 from tests.fleet.actuators.decided import decision
 from tests.fleet.doubles.aggregator import Aggregator, issue
 from tests.fleet.doubles.kubernetes import FakeKubernetes

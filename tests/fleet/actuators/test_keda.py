@@ -13,10 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from farthing.fleet.actuators import keda
-from farthing.fleet.actuators.base import LastDecision
-from farthing.fleet.actuators.keda import KedaScaler
-from farthing.fleet.actuators.keda_proto import messages, services
+from farthing_fleet.actuators import keda
+from farthing_fleet.actuators.base import LastDecision
+from farthing_fleet.actuators.keda import KedaScaler, messages, services
 from tests.fleet import doubles
 from tests.fleet.actuators.decided import decision
 

@@ -9,11 +9,17 @@ import kubernetes
 import pytest
 import yaml
 
-from farthing.fleet.actuators.base import ActuatorError
-from farthing.fleet.actuators.kubernetes import Access, connect, status_of
-from farthing.fleet.actuators.lease import Elector, LeaseConfig
-from farthing.fleet.actuators.scale import ScalePatch, Target
-from farthing.fleet.decisions import Decision, Levels
+from farthing_fleet.actuators.base import ActuatorError
+from farthing_fleet.actuators.kubernetes import (
+    Access,
+    Elector,
+    LeaseConfig,
+    ScalePatch,
+    Target,
+    connect,
+    status_of,
+)
+from farthing_fleet.types import Decision, Levels
 from tests.fleet.doubles.kubernetes import FakeKubernetes
 
 

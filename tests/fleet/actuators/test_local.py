@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
+from farthing_fleet.actuators.local import LocalConfig, LocalReplicas
 from tests.fleet.doubles import replica as double
 
 FAKE = (sys.executable, str(double.__file__), "--port", "{port}")
@@ -181,7 +181,7 @@ def test_replicas_exit_with_their_parent(tmp_path: Path) -> None:
     script = f"""
 import asyncio, os, sys
 from pathlib import Path
-from farthing.fleet.actuators.local import LocalConfig, LocalReplicas
+from farthing_fleet.actuators.local import LocalConfig, LocalReplicas
 async def main():
     replicas = LocalReplicas(LocalConfig({FAKE!r}, Path({str(tmp_path)!r})))
     await replicas.start()

@@ -117,7 +117,7 @@ import sys
 from pathlib import Path
 from kubernetes.config import incluster_config
 from farthing.cli.app import main
-from farthing.fleet.actuators import kubernetes
+from farthing_fleet.actuators import kubernetes
 folder = Path(sys.argv.pop(1))
 incluster_config.SERVICE_TOKEN_FILENAME = str(folder / "token")
 incluster_config.SERVICE_CERT_FILENAME = str(folder / "ca.crt")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from farthing.fleet.actuators.base import METRICS
-from farthing.fleet.config import FleetConfig, load
+from farthing_fleet.actuators.base import METRICS
+from farthing_fleet.config import FleetConfig, load
 from tests.fleet.deploy.rendering import CHART, ROOT, VALUES, Object, charted, kustomized, pods
 
 

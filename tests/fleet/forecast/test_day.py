@@ -9,12 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.fleet.forecast.backtest import Backtest, backtest
-from farthing.fleet.forecast.calendar import Event, calendar
-from farthing.fleet.forecast.day import Choice, DayForecaster
-from farthing.fleet.forecast.floor import SHARES, FloorShare, best_share, floor_losses
-from farthing.fleet.forecast.profile import ProfileAR, ProfileConfig
-from farthing.fleet.series import DAY_S, Series
+from farthing_fleet.forecast.base import DAY_S, Series
+from farthing_fleet.forecast.day import (
+    FLOOR_SHARES,
+    Choice,
+    DayForecaster,
+    FloorShare,
+    best_share,
+    floor_losses,
+)
+from farthing_fleet.forecast.profile import Event, ProfileAR, ProfileConfig, calendar
+from farthing_lab.replay.backtest import Backtest, backtest
 
 MONDAY = 4 * DAY_S  # 1970-01-05
 
@@ -173,9 +178,9 @@ def test_floor_never_costs_more_than_the_whole_plan(rows: list[tuple[float, floa
     planned, bound, truth = np.array(rows).reshape(-1, 3).T
     losses = floor_losses(planned, bound, truth, 0.7)
     share = best_share(losses)
-    assert share in SHARES
+    assert share in FLOOR_SHARES
     total = losses.sum(axis=0)
-    assert total[share == SHARES][0] <= total[-1] * (1 + 1e-9) + 1e-6
+    assert total[share == FLOOR_SHARES][0] <= total[-1] * (1 + 1e-9) + 1e-6
     learnt = FloorShare(window=50)
     for row in rows:
         learnt.learn(*row)

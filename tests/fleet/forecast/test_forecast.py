@@ -9,21 +9,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from farthing.cli.forecast import app
-from farthing.fleet.forecast.autoregression import AbsoluteAR
-from farthing.fleet.forecast.backtest import backtest, parse_horizon
-from farthing.fleet.forecast.base import LastValue, Seasonal
-from farthing.fleet.forecast.conformal import Conformal
-from farthing.fleet.forecast.growth import (
-    GrowthConfig,
-    growth_bound,
-    returning,
-    trailing_max,
-    trailing_mean,
-)
-from farthing.fleet.forecast.names import make
-from farthing.fleet.forecast.short import ShortTerm
-from farthing.fleet.series import Series
+from farthing_fleet.forecast.base import AbsoluteAR, LastValue, Seasonal, Series
+from farthing_fleet.forecast.growth import GrowthConfig, growth_bound, returning, trailing_max, trailing_mean
+from farthing_fleet.forecast.members import make
+from farthing_fleet.forecast.short import ShortTerm
+from farthing_lab.cli.forecast import app
+from farthing_lab.replay.backtest import Conformal, backtest, parse_horizon
 
 
 def daily(days: int = 21, noise: float = 0.02) -> Series:
@@ -164,8 +155,8 @@ def test_cli(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_prophet_with_holidays_and_events() -> None:
     pytest.importorskip("prophet")
-    from farthing.fleet.forecast.calendar import Event
-    from farthing.fleet.forecast.prophet import ProphetConfig, ProphetForecaster
+    from farthing_fleet.forecast.day import ProphetConfig, ProphetForecaster
+    from farthing_fleet.forecast.profile import Event
 
     config = ProphetConfig(country="US", events=(Event("launch", ("1970-01-10",)),))
     p50, p90 = ProphetForecaster(config).fit(daily()).predict(24)

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farthing.fleet.forecast.backtest import backtest_short
-from farthing.fleet.forecast.growth import trailing_max
-from farthing.fleet.forecast.history import FEATURES, History, memory
-from farthing.fleet.forecast.lstm import LSTM, LSTMConfig, Network, Pretrained
-from farthing.fleet.forecast.members import Member, quantile_fit
-from farthing.fleet.forecast.mixture import Mixture, MixtureConfig
-from farthing.fleet.forecast.short import (
+from farthing_fleet.forecast.base import Series
+from farthing_fleet.forecast.growth import FEATURES, History, memory, trailing_max
+from farthing_fleet.forecast.lstm import LSTM, LSTMConfig, Network, Pretrained
+from farthing_fleet.forecast.members import Member, quantile_fit
+from farthing_fleet.forecast.short import (
     BLOCKS,
     MIXTURE,
     SHORT_MODELS,
+    Mixture,
+    MixtureConfig,
     ShortConfig,
     ShortLevel,
     ShortTerm,
@@ -24,7 +24,7 @@ from farthing.fleet.forecast.short import (
     make_members,
     walk,
 )
-from farthing.fleet.series import Series
+from farthing_lab.replay.backtest import backtest_short
 
 
 def walks(steps: int, runs: int = 1, seed: int = 0) -> np.ndarray:  # type: ignore[type-arg]

@@ -25,19 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
 from farthing.ops.api import Batch, IndexCache, LatentCache, RouterSpec
-from farthing.ops.gpu import (
-    decode,
-    grouped,
-    indexer,
-    latent,
-    launch,
-    normalize,
-    prefill,
-    route,
-    sample,
-    softmax,
-    sparse,
-)
+from farthing.ops.gpu import attention as decode
+from farthing.ops.gpu import attention as latent
+from farthing.ops.gpu import attention as prefill
+from farthing.ops.gpu import gemm as grouped
+from farthing.ops.gpu import launch, route, sample, sparse
+from farthing.ops.gpu import route as indexer
+from farthing.ops.gpu import sample as normalize
+from farthing.ops.gpu import sample as softmax
 from farthing.ops.gpu.gemm import gemm
 from farthing.ops.gpu.matrix import Matrix
 from farthing.ops.sampling import Filters

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from farthing.ops.gpu.numeric import INTERPRETED
+from farthing.ops.gpu.launch import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 EPS = 1e-6

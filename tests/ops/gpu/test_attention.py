@@ -10,13 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops import make_batch
 from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec
-from farthing.ops.gpu import GpuOps, prefill
-from farthing.ops.gpu import decode as decode_module
-from farthing.ops.gpu.decode import decode, splits_for
+from farthing.ops.gpu import GpuOps, attention
+from farthing.ops.gpu import attention as decode_module
+from farthing.ops.gpu.attention import decode, splits_for
 from farthing.ops.gpu.launch import Config
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import DEVICE, EPS, norm
 from tests.ops.parts import distance
@@ -65,7 +65,7 @@ def outputs(
 )
 def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small tiles, so that a prompt has several and some are on the diagonal.
-    for module in (prefill, decode_module):
+    for module in (attention, decode_module):
         monkeypatch.setattr(module, "config", lambda *_: Config(bm=16, bk=16))
     spec = SPECS[name]
     rows = spec.num_heads * (spec.nope_dim + spec.value_dim)

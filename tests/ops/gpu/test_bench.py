@@ -16,8 +16,7 @@ from rich.console import Console
 
 pytest.importorskip("triton")
 
-from farthing.ops.gpu.launch import FOLDER, Config, read_configs
-from farthing.ops.gpu.numeric import INTERPRETED
+from farthing.ops.gpu.launch import FOLDER, INTERPRETED, Config, read_configs
 from tests.tiny import tiny
 
 BENCH = Path(__file__).parents[3] / "bench"

@@ -12,9 +12,12 @@ pytest.importorskip("triton")
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
-from farthing.model import DecoderModel, ModelConfig, random_model
-from farthing.ops import make_batch, select
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_model
 from farthing.ops.gpu import GpuOps
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.engine.conftest import RAW
 from tests.ops.gpu.parts import DEVICE
 from tests.ops.gpu.test_attention import moved

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from farthing.ops.gpu.gemm import gemm, linear, narrowed
 from farthing.ops.gpu.launch import Config
 from farthing.ops.gpu.matrix import pack, pair, stack_rows
-from farthing.ops.gpu.normalize import quantize
+from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, FORMATS, norm, on_device

@@ -7,9 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from farthing.model import ModelConfig, random_model
-from farthing.ops import make_batch, select
-from farthing.ops.gpu.normalize import quantize
+from farthing.model.config import ModelConfig
+from farthing.model.load import random_model
+from farthing.ops.gpu.sample import quantize
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.engine.conftest import RAW
 from tests.ops.gpu.parts import INTERPRETED
 from tests.ops.gpu.test_attention import moved

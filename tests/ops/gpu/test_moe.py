@@ -11,11 +11,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from farthing.ops.api import RouterSpec
-from farthing.ops.gpu.grouped import combine, experts_mlp
+from farthing.ops.gpu.gemm import combine, experts_mlp
 from farthing.ops.gpu.launch import Config
 from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts
-from farthing.ops.gpu.normalize import quantize
 from farthing.ops.gpu.route import route, sort_by_expert
+from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import gated_mlp
 from farthing.ops.reference import route as reference_route
 from farthing.ops.weights import Weight

@@ -9,9 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops.gpu import GpuOps
-from farthing.ops.gpu.normalize import quantize, rms_norm
-from farthing.ops.gpu.numeric import narrow
-from farthing.ops.gpu.softmax import softmax
+from farthing.ops.gpu.launch import narrow
+from farthing.ops.gpu.sample import quantize, rms_norm, softmax
 from farthing.ops.reference import ReferenceOps
 from tests.ops.gpu.parts import DEVICE, EPS, norm
 

@@ -13,9 +13,9 @@ from typing import Any
 from farthing.engine.request import SamplingParams
 from farthing.engine.sampler import Row, SamplingState, _filters, sample_logits, uniform
 from farthing.ops import sampling as reference
-from farthing.ops import select
 from farthing.ops.gpu import sample as kernels
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
+from farthing.ops.select import select
 from tests.ops.gpu.parts import DEVICE
 
 

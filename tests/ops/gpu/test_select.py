@@ -10,28 +10,28 @@ import torch
 pytest.importorskip("triton")
 
 from farthing.ops import gpu
-from farthing.ops import select as selection
-from farthing.ops.gpu import numeric
+from farthing.ops.gpu import launch
 from farthing.ops.select import resolve
+from farthing.ops.select import select as selection
 
 
 def test_auto_selects_the_gpu_only_for_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(numeric, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(import_module("farthing.ops.select"), "_device", lambda: True)
     assert resolve("auto") == "gpu"
     capability = (7, 5)
     assert resolve("auto") != "gpu"
     capability = (9, 0)
-    monkeypatch.setattr(numeric, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "INTERPRETED", True)
     assert resolve("auto") != "gpu"
     assert resolve("gpu") == "gpu"
 
 
 def test_explicit_backend_runs_interpreted_on_request() -> None:
-    if numeric.INTERPRETED:
+    if launch.INTERPRETED:
         ops = selection("gpu", torch.float32)
         assert ops.name == "gpu/triton float32, interpreted on the CPU"
         assert ops.cache_dtype == "float32"

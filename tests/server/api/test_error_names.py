@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from farthing.engine.request import QueueFull
-from farthing.server.auth import KeyRing
+from farthing.server.config import KeyRing
 from tests.server.harness import Running, ScriptedEngine, running
 
 USER = [{"role": "user", "content": "hi"}]

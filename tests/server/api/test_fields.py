@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from farthing.conversation.forced import schema
 from farthing.conversation.types import Conversation, Tool, ToolChoice, Turn
 from farthing.server.api.messages_protocol import MessagesRequest
-from farthing.server.api.responses_protocol import ResponsesRequest
-from farthing.server.protocol import (
+from farthing.server.api.openai_protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
+from farthing.server.api.responses_protocol import ResponsesRequest
 from tests.server.harness import ScriptedEngine, running
 
 USER = [{"role": "user", "content": "hi"}]

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from farthing.config import EngineConfig
-from farthing.conversation.formats.base import EFFORTS
+from farthing.conversation.base import EFFORTS
 from farthing.conversation.select import FORMATS
 from tests.server.harness import Running, ScriptedEngine, running
 from tests.server.test_chat import USER

@@ -11,8 +11,7 @@ import anthropic
 import httpx
 import pytest
 
-from farthing.engine.request import QueueFull
-from farthing.engine.stream import RequestStream
+from farthing.engine.request import QueueFull, RequestStream
 from farthing.server.errors import OPENING_HEADER
 from tests.server.harness import ScriptedEngine, running
 

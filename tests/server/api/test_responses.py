@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from farthing.config import EngineConfig
-from farthing.server.auth import KeyRing
+from farthing.server.config import KeyRing
 from tests.server.api.loops import FORMATS
 from tests.server.harness import Running, ScriptedEngine, letters, running
 

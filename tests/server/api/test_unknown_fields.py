@@ -120,7 +120,7 @@ def test_blocks_of_anthropics_sdk_are_known() -> None:
 
 def test_every_field_of_the_sdks_items_and_blocks_is_known() -> None:
     from farthing.server.api import messages_protocol, responses_protocol
-    from farthing.server.protocol import Message
+    from farthing.server.api.openai_protocol import Message
 
     items, blocks = openai.types.responses, anthropic.types
     pairs: list[tuple[Any, Any]] = [

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
-from farthing.conversation.parse.delimited import DelimitedCalls
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens
+from farthing.conversation.formats.delimited import DEEPSEEK as MARKS
+from farthing.conversation.formats.delimited import DelimitedCalls
 from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, Turn
 

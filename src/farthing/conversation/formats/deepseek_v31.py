@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens
 from farthing.conversation.formats.deepseek_v3 import (
     ASSISTANT,
     OUTPUT_BEGIN,
@@ -16,9 +16,8 @@ from farthing.conversation.formats.deepseek_v3 import (
     after_reasoning,
     system_text,
 )
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.delimited import DEEPSEEK as MARKS
-from farthing.conversation.parse.delimited import DelimitedCalls
+from farthing.conversation.formats.delimited import DEEPSEEK as MARKS
+from farthing.conversation.formats.delimited import DelimitedCalls
 from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, Turn
 

@@ -5,10 +5,8 @@ Source: encoding_dsv32.py of the DeepSeek-V3.2 release. Reasoning before the las
 
 from __future__ import annotations
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
-from farthing.conversation.formats.dsml import last_request, syntax, to_json, write_calls
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.dsml import MARK, DsmlCalls
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens, FormatError
+from farthing.conversation.formats.dsml import MARK, DsmlCalls, last_request, syntax, to_json, write_calls
 from farthing.conversation.types import Conversation, Tool, Turn
 
 SECTION = "function_calls"

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens, FormatError
-from farthing.conversation.formats.dsml import syntax, to_json, write_calls
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.dsml import MARK, DsmlCalls
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens, FormatError
+from farthing.conversation.formats.dsml import MARK, DsmlCalls, syntax, to_json, write_calls
 from farthing.conversation.types import Conversation, Tool, ToolCall
 
 SECTION = "tool_calls"

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from farthing.conversation.formats.base import ChatFormat, ControlTokens
-from farthing.conversation.marks import plain
-from farthing.conversation.parse.base import THINK
-from farthing.conversation.parse.delimited import KIMI as MARKS
-from farthing.conversation.parse.delimited import DelimitedCalls
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens
+from farthing.conversation.formats.delimited import KIMI as MARKS
+from farthing.conversation.formats.delimited import DelimitedCalls
+from farthing.conversation.scan import plain
 from farthing.conversation.strict import JsonCalls, Section
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from farthing.conversation.formats.base import EFFORTS, FormatError
+from farthing.conversation.base import EFFORTS, FormatError
 from farthing.conversation.types import Conversation, Turn
 
 _SAMPLE = 40  # leading characters that identify a text in the prompt

@@ -1,5 +1,5 @@
 """Cache blocks on local disk, so that prefixes outlive the process.
 
-`segment.py` is the file format, `index.py` the directory that replicas share, `memory.py` the bytes of a
+`files.py` is the file format, `files.py` the directory that replicas share, `store.py` the bytes of a
 block in the cache, `store.py` the threads that read and write.
 """

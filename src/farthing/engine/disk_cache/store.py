@@ -1,9 +1,9 @@
-"""Background reading and writing of cache blocks.
+"""The engine's side of the disk cache: reads and writes blocks in the background.
 
-The engine's thread only appends to queues. The writer looks up blocks by hash when it reaches them and copies
-them without holding a reference. It compares the block's reallocation count before and after the copy and
-drops the copy if the count changed. A block is therefore lost if memory is reused faster than the disk
-writes, and no step ever waits. Runs of consecutive blocks become files.
+The engine's thread only appends to queues. The writer looks up blocks by hash when it reaches them and
+copies them without holding a reference. It compares the block's reallocation count before and after the
+copy and drops the copy if the count changed. A block is therefore lost if memory is reused faster than the
+disk writes, and no step ever waits. Runs of consecutive blocks become files.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from farthing.engine.disk_cache.index import Index
-from farthing.engine.disk_cache.memory import BlockMemory
-from farthing.engine.disk_cache.segment import (
+import numpy as np
+
+from farthing.config import EngineConfig
+from farthing.engine.disk_cache.files import (
+    VERSION,
+    Format,
+    Index,
+    Pieces,
     Segment,
     SegmentError,
     Source,
@@ -31,8 +39,82 @@ from farthing.engine.disk_cache.segment import (
     write_segment,
 )
 from farthing.engine.prefetch import Load
-from farthing.engine.prefix_cache import PrefixCache
+from farthing.engine.runner import Model
+from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import DiskStats
+from farthing.lazy import torch
+from farthing.ops.api import LatentCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# The bytes of one block over all layers, in file order: latents, their scales, then index keys.
+#
+# Each tensor is stored layer by layer; MTP layers come last.
+
+
+class BlockMemory:
+    """Blocks of a cache in this process's memory; files are read and written in place."""
+
+    def __init__(self, cache: LatentCache) -> None:
+        self._parts = []  # per tensor: memory, bytes of a block, offset of block 0 in each layer
+        for tensor in cache.tensors():
+            whole = _bytes(tensor)
+            layers, blocks = tensor.shape[:2]
+            size = len(whole) // (layers * blocks)
+            self._parts.append((whole, size, [layer * blocks * size for layer in range(layers)]))
+        self.block_bytes = sum(size * len(layers) for _, size, layers in self._parts)
+
+    def source(self, block: int) -> Pieces:
+        """The memory of a block to write to a file."""
+        return [
+            whole[first + block * size : first + (block + 1) * size]
+            for whole, size, layers in self._parts
+            for first in layers
+        ]
+
+    def target(self, block: int) -> tuple[Pieces, Callable[[], None]]:
+        """Memory to read a block into, and a function that completes the read."""
+        return self.source(block), lambda: None
+
+
+class DeviceMemory(BlockMemory):
+    """Blocks of a cache on an accelerator, copied through host memory.
+
+    The copies are queued on the device's default stream, so they follow the steps launched before them and
+    precede those launched after.
+    """
+
+    def __init__(self, cache: LatentCache) -> None:
+        self._tensors = cache.tensors()
+        self.block_bytes = sum(t[:, 0].numel() * t.element_size() for t in self._tensors)
+
+    def source(self, block: int) -> Pieces:
+        """See `BlockMemory`."""
+        return [_bytes(t[:, block].cpu()) for t in self._tensors]
+
+    def target(self, block: int) -> tuple[Pieces, Callable[[], None]]:
+        """See `BlockMemory`."""
+        hosts = [torch.empty(t[:, block].shape, dtype=t.dtype) for t in self._tensors]
+
+        def complete() -> None:
+            for tensor, host in zip(self._tensors, hosts, strict=True):
+                tensor[:, block] = host.to(tensor.device)
+
+        return [_bytes(host) for host in hosts], complete
+
+
+def memory_of(cache: LatentCache) -> BlockMemory:
+    """The accessor for a cache's blocks, on the host or a device."""
+    on_host = isinstance(cache.data, np.ndarray) or cache.data.device.type == "cpu"
+    return (BlockMemory if on_host else DeviceMemory)(cache)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat: Any = tensor.reshape(-1)
+    return (flat if isinstance(flat, np.ndarray) else flat.view(torch.uint8).numpy()).view(np.uint8).data
+
 
 log = logging.getLogger(__name__)
 
@@ -262,3 +344,86 @@ class DiskStore:
                 "prefix cache: cannot write to %s (%s); continuing without it", self._index.folder, error
             )
         self._warned, self._paused_until = True, time.monotonic() + _PAUSE
+
+
+# Opens the store described by the engine's configuration.
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # read of each weight file
+
+
+def open_store(
+    config: EngineConfig,
+    model: Model,
+    cache: LatentCache,
+    stats: DiskStats,
+    loaded: Callable[[Load[Any], int], None],
+) -> DiskStore | None:
+    """The store of `prefix_cache_dir`; None without one, or if the directory cannot be used.
+
+    Raises ValueError if the path is not a directory, not even one block fits in the limit, or the model's
+    blocks cannot be identified.
+    """
+    if config.prefix_cache_dir is None:
+        return None
+    if not model.ops.source:
+        raise ValueError(
+            f"prefix_cache_dir: got {config.prefix_cache_dir!r} for a model that was not loaded from a "
+            "checkpoint; expected a checkpoint, which identifies the blocks"
+        )
+    memory = memory_of(cache)
+    form = Format(identity(config, model, cache), memory.block_bytes)
+    if config.prefix_cache_disk_bytes < (least := form.segment_bytes(1)):
+        raise ValueError(
+            f"prefix_cache_disk_bytes: got {config.prefix_cache_disk_bytes}; expected at least {least}, "
+            "the size of a file with one block"
+        )
+    index = Index(Path(config.prefix_cache_dir), form, config.prefix_cache_disk_bytes)
+    return DiskStore(index, memory, config.block_size, stats, loaded) if _list(index) else None
+
+
+def identity(config: EngineConfig, model: Model, cache: LatentCache) -> bytes:
+    """A digest of everything that determines a block's contents besides its tokens and salt."""
+    packed = () if config.packed is None else (Path(config.packed),)
+    parts = (
+        VERSION,
+        version("farthing"),
+        model.ops.source,
+        model.ops.name.partition(",")[0],  # without the number of threads
+        *(sample(file) for file in (*model.ops.weight_files, *packed)),
+        *(config.dtype, config.quantization, config.experts, config.deterministic),
+        *(config.experts_on, config.hot_experts),  # results differ between devices
+        "mtp" in (config.speculate or ""),  # only then its layer's rows are filled
+        *((str(t.dtype), t.shape[0], *t.shape[2:]) for t in cache.tensors()),
+    )
+    return blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def sample(file: Path) -> bytes:
+    """A digest of a file's size, its modification time, and evenly spaced parts from beginning to end."""
+    status = file.stat()
+    digest = blake2b(repr((status.st_size, status.st_mtime_ns)).encode(), digest_size=16)
+    last = max(0, status.st_size - _SAMPLE_BYTES)
+    with file.open("rb", buffering=0) as stream:
+        for i in range(_SAMPLES):
+            stream.seek(last * i // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.digest()
+
+
+def _list(index: Index) -> bool:
+    """Create and list the directory. Returns False, with a warning, if it is unusable."""
+    try:
+        index.create()
+        index.refresh()
+        index.evict()
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"prefix_cache_dir: got {str(index.root)!r}; expected a directory") from None
+    except OSError as error:
+        if not index.folder.is_dir():
+            log.warning("prefix cache: cannot use %s (%s); continuing without it", index.root, error.strerror)
+            return False
+    log.info(
+        "prefix cache: %d blocks in %s, %.1f of %.1f GB used",
+        *(len(index), index.folder, index.stored_bytes / 1e9, index.capacity / 1e9),
+    )
+    return True

@@ -3,10 +3,4 @@
 Grammars, chat templates and long texts come from clients or from model files. Any of them can take seconds,
 exhaust memory or overflow a native stack, so none is touched in the engine's process before a child has
 survived it. `Sandbox` is what the engine and the server use. `turns` decides whose job is next, `pool` runs
-it in a worker, and `child` is the process that forks the workers and what runs in them.
-"""
-
-from farthing.engine.sandbox.sandbox import Sandbox
-from farthing.engine.sandbox.turns import Busy
-
-__all__ = ["Busy", "Sandbox"]
+it in a worker, and `child` is the process that forks the workers and what runs in them."""

@@ -1,4 +1,4 @@
-"""The fork server and its workers: they run jobs on untrusted input under limits.
+"""The sandbox's own side: a fork server and workers that run untrusted input under limits.
 
 The server loads the tokenizer and the grammar compiler once and forks a worker whenever its parent requests
 one, so that a worker costs milliseconds and shares the tokenizer's memory. It imports no torch, has one
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import resource
 import signal
@@ -24,10 +25,73 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NoReturn
 
-from farthing import signals
+from farthing import process
 from farthing.engine.request import StructuredOutputsParams
-from farthing.engine.sandbox import frames
+from farthing.engine.structured import GrammarCompiler, examine
 from farthing.engine.tokenizer import Tokenizer
+
+# Length-prefixed JSON over a socket: the parent never unpickles what a child sends.
+
+MAX_BYTES = 256 << 20  # of one frame
+READY = "ready"  # a fork server's first frame, or else why it cannot start
+
+
+def send(
+    connection: socket.socket, document: Any, deadline: float | None = None, descriptor: int | None = None
+) -> None:
+    """Write one document, with an open file if one is given.
+
+    Raises TimeoutError at the deadline (monotonic seconds), OSError on a dead peer.
+    """
+    data = json.dumps(document).encode()  # ASCII: a lone surrogate survives as an escape
+    data = len(data).to_bytes(8, "little") + data
+    _arm(connection, deadline)
+    if descriptor is not None:
+        data = data[socket.send_fds(connection, [data], [descriptor]) :]
+    connection.sendall(data)
+
+
+def receive(connection: socket.socket, deadline: float | None = None) -> Any:
+    """Read one document. Raises EOFError when the peer has closed, TimeoutError, OSError, ValueError."""
+    return _document(connection, _read(connection, 8, deadline), deadline)
+
+
+def receive_with_descriptor(connection: socket.socket) -> tuple[Any, int | None]:
+    """Read one document and the open file sent with it, if any. Raises EOFError, OSError, ValueError."""
+    head, descriptors, *_ = socket.recv_fds(connection, 8, 1)
+    if not head:
+        raise EOFError
+    head += _read(connection, 8 - len(head), None)
+    return _document(connection, head, None), next(iter(descriptors), None)
+
+
+def _document(connection: socket.socket, head: bytes | bytearray, deadline: float | None) -> Any:
+    size = int.from_bytes(head, "little")
+    if size > MAX_BYTES:
+        raise ValueError(f"frame of {size} bytes; expected at most {MAX_BYTES}")
+    return json.loads(_read(connection, size, deadline))
+
+
+def _read(connection: socket.socket, size: int, deadline: float | None) -> bytearray:
+    data = bytearray()
+    while len(data) < size:
+        _arm(connection, deadline)
+        part = connection.recv(min(size - len(data), 1 << 20))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def _arm(connection: socket.socket, deadline: float | None) -> None:
+    if deadline is None:
+        connection.settimeout(None)
+        return
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    connection.settimeout(left)
+
 
 _STACK_BYTES = 1 << 20  # a job may add
 _RETIRE_BYTES = 64 << 20  # after a job that added this much, the worker is replaced
@@ -37,7 +101,6 @@ class Jobs:
     """What a worker can do, by name."""
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
-        from farthing.engine.structured import GrammarCompiler
 
         self._tokenizer = Tokenizer.from_state(setup["tokenizer"])
         self._tokenizer.prepare()
@@ -71,7 +134,6 @@ class Jobs:
 
     def grammar(self, constraint: Mapping[str, Any]) -> str:
         """The grammar of a constraint, compiled and tried."""
-        from farthing.engine.structured import examine
 
         if isinstance(self._compiler, ValueError):
             raise self._compiler
@@ -84,22 +146,22 @@ def main() -> None:
     Each request and each answer is one document: "fork", with the worker's socket -> its pid; a pid -> [the
     signal that ended the worker or 0, its CPU seconds].
     """
-    signals.leave_to_parent()
+    process.leave_to_parent()
     control = socket.socket(fileno=int(sys.argv[1]))
     try:
-        jobs = Jobs(frames.receive(control))
+        jobs = Jobs(receive(control))
     except Exception as error:  # otherwise only its absence would be seen, not the cause
-        frames.send(control, f"{type(error).__name__}: {error}")
+        send(control, f"{type(error).__name__}: {error}")
         sys.exit(1)
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(limit, (0, 0))
     gc.freeze()  # a collection would write to, and so copy, every page that workers share
     workers: set[int] = set()
-    answer: Any = frames.READY
+    answer: Any = READY
     with contextlib.suppress(EOFError, OSError):
         while True:
-            frames.send(control, answer)
-            request, descriptor = frames.receive_with_descriptor(control)
+            send(control, answer)
+            request, descriptor = receive_with_descriptor(control)
             if descriptor is None:
                 workers.discard(request)
                 answer = _end(request)
@@ -125,13 +187,13 @@ def _work(jobs: Jobs, connection: socket.socket) -> NoReturn:
     try:
         resource.setrlimit(resource.RLIMIT_STACK, (_stack() + _STACK_BYTES,) * 2)
         while True:
-            name, arguments, seconds, memory = frames.receive(connection)
+            name, arguments, seconds, memory = receive(connection)
             _limit(seconds, memory)
             before, began = _peak(), time.process_time()
             answer = _answer(partial(getattr(jobs, name), **arguments))
             answer["seconds"] = time.process_time() - began
             answer["retire"] = _peak() - before > _RETIRE_BYTES
-            frames.send(connection, answer)
+            send(connection, answer)
     except BaseException:
         os._exit(1)  # never return into the server's loop
 

@@ -3,24 +3,190 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from reprlib import Repr
 from typing import Any, TypeVar
 
 from farthing.engine.request import StructuredOutputsParams
-from farthing.engine.sandbox.local import Local
-from farthing.engine.sandbox.pool import Pool
-from farthing.engine.sandbox.verdicts import InFlight, Verdicts
-from farthing.engine.sandbox.workers import Job
+from farthing.engine.sandbox.turns import Busy, Turns
+from farthing.engine.sandbox.workers import Job, Pool
 from farthing.engine.structured import check_size, constrained_field
 from farthing.engine.tokenizer import Tokenizer
-from farthing.json_size import json_size
+from farthing.files import json_size
+
+# Verdicts on inputs: the last ones, and those that are being reached.
+
+_MAX_BYTES, _MAX_VERDICTS = 16 << 20, 1024
+_MAX_CALLERS = 1024  # of one client
+
+
+class Verdicts:
+    """Remembers what was decided, bounded in number and bytes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, tuple[Future[str], int]] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: bytes) -> Future[str] | None:
+        """The verdict on an input: a future that is done."""
+        with self._lock:
+            if key not in self._known:
+                return None
+            self._known.move_to_end(key)
+            return self._known[key][0]
+
+    def put(self, key: bytes, verdict: Future[str]) -> None:
+        """Remember a future that is done."""
+        if verdict.cancelled():
+            return
+        error = verdict.exception()
+        if error is not None and not isinstance(error, ValueError):
+            return  # not the input's fault: try again next time
+        size = len(verdict.result()) if error is None else len(str(error))
+        if error is not None:  # a traceback would keep the input alive
+            verdict = Future()
+            verdict.set_exception(type(error)(*error.args))
+        with self._lock:
+            self._drop(key)
+            self._known[key] = (verdict, size)
+            self._bytes += size
+            while self._bytes > _MAX_BYTES or len(self._known) > _MAX_VERDICTS:
+                self._drop(next(iter(self._known)))
+
+    def _drop(self, key: bytes) -> None:
+        _, size = self._known.pop(key, (None, 0))
+        self._bytes -= size
+
+
+class InFlight:
+    """Callers of one client that want the same work while it is in flight share it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._shared: dict[tuple[str, bytes], tuple[Job, list[Future[str]]]] = {}
+        self._callers: Counter[str] = Counter()  # by client
+
+    def join(self, client: str, work_key: bytes, begin: Callable[[], Job]) -> Future[str]:
+        """A future of its own for this caller. The job is cancelled once every caller has cancelled; one that
+        runs is abandoned.
+
+        Raises Busy for a client with too many callers.
+        """
+        mine: Future[str] = Future()
+        key = client, work_key
+        with self._lock:
+            if self._callers[client] >= _MAX_CALLERS:
+                raise Busy(f"{_MAX_CALLERS} requests of this key wait for their grammars; retry later")
+            shared = self._shared.get(key)
+            if shared is None:
+                work, callers = begin(), [mine]
+                self._shared[key] = work, callers
+            else:
+                work, callers = shared
+                callers.append(mine)
+                work.abandoned = False
+            self._callers[client] += 1
+        if shared is None:
+            work.future.add_done_callback(lambda _: self._deliver(key, work))
+        mine.add_done_callback(lambda done: self._left(key, done, work, callers))
+        return mine
+
+    def _left(self, key: tuple[str, bytes], mine: Future[str], work: Job, callers: list[Future[str]]) -> None:
+        with self._lock:
+            self._callers[key[0]] -= 1
+            if not self._callers[key[0]]:
+                del self._callers[key[0]]
+            if not mine.cancelled() or not all(caller.cancelled() for caller in callers):
+                return
+            current = self._shared.get(key)
+            if current is not None and current[0] is work and not work.future.running():
+                del self._shared[key]  # later callers begin again
+        if not work.future.cancel():
+            work.abandon()
+
+    def _deliver(self, key: tuple[str, bytes], work: Job) -> None:
+        with self._lock:
+            current = self._shared.get(key)
+            callers = current[1] if current is not None and current[0] is work else []
+            if callers:
+                del self._shared[key]
+        for caller in callers:
+            if not caller.set_running_or_notify_cancel():
+                continue
+            if work.future.cancelled():
+                caller.set_exception(RuntimeError("the sandbox is closed"))
+            elif (error := work.future.exception()) is not None:
+                caller.set_exception(error)
+            else:
+                caller.set_result(work.future.result())
+
+
+# Short work in threads of the engine's process, in the same fair order as the work of child processes.
 
 T = TypeVar("T")
+_THREADS = 3  # a client holds one, so two are left whatever one client sends
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    run: Callable[[], Any]
+    size: int = 0
+    future: Future[Any] = field(default_factory=Future)
+
+
+class Local:
+    """A fair queue and the threads that serve it; they start with the first call."""
+
+    def __init__(self) -> None:
+        unlimited = float("inf")
+        self.turns: Turns[_Call] = Turns(_THREADS, 1, unlimited, 0.0, max_waiting=4096)
+        self._lock = threading.Lock()
+        self._started = False
+
+    def submit(self, run: Callable[[], T], client: str = "") -> Future[T]:
+        """Queue a call. Raises Busy. The future raises what the call raises."""
+        call = _Call(run)
+        self.turns.put(client, call)
+        with self._lock:
+            start, self._started = not self._started, True
+        if start:
+            for _ in range(_THREADS):
+                threading.Thread(target=self._serve, name="farthing-local", daemon=True).start()
+        return call.future
+
+    def close(self) -> None:
+        """End the threads; calls that wait are cancelled."""
+        for call in self.turns.close():
+            call.future.cancel()
+
+    def _serve(self) -> None:
+        while (turn := self.turns.take()) is not None:
+            client, call, _ = turn
+            began = time.thread_time()
+            error: BaseException | None = None
+            result = None
+            if not call.future.set_running_or_notify_cancel():
+                self.turns.done(client, 0.0)
+                continue
+            try:
+                result = call.run()
+            except BaseException as raised:  # the caller's
+                error = raised
+            seconds = time.thread_time() - began
+            self.turns.done(client, seconds)
+            if error is not None:
+                call.future.set_exception(error)
+            else:
+                call.future.set_result(result)
+
 
 _SHORT = 4_096  # characters that tokenize in a few milliseconds: a thread is enough
 _LIGHT = 131_072  # characters; a larger text may take longer

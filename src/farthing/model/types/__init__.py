@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from farthing.model.error import ConfigError
+from farthing.model.fields import ConfigError
 from farthing.model.types import (
     axk1,
     deepseek_v2,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from farthing.model.values import flag, in_range, integer, wrong
+from farthing.model.fields import flag, in_range, integer, wrong
 
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
 INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers

@@ -3,8 +3,8 @@
 The indexer rotates by halves; attention's own rotation stays interleaved.
 """
 
+from farthing.model.fields import integer
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix
-from farthing.model.values import integer
 
 
 def _fields(raw: Fields) -> Fields:

@@ -1,7 +1,7 @@
 """GLM-5: V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection."""
 
+from farthing.model.fields import integer
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix, layer_count, per_layer
-from farthing.model.values import integer
 
 
 def _indexer_types(raw: Fields) -> list[str]:

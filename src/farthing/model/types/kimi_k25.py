@@ -3,8 +3,8 @@
 Only the language model is served; the experts of released checkpoints are INT4 (compressed-tensors).
 """
 
+from farthing.model.fields import section, wrong
 from farthing.model.types.base import Fields, ModelType, Names, tied
-from farthing.model.values import section, wrong
 
 _PREFIX = "language_model."
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from farthing.model.fields import flag, integer
 from farthing.model.types.base import Fields, ModelType, Names, half_split, in_window, present
-from farthing.model.values import flag, integer
 
 _INV_FREQ = Names(skipped=("*.rotary_emb.inv_freq",))
 DENSE: dict[str, Any] = {"n_routed_experts": None, "num_nextn_predict_layers": 0}

@@ -7,8 +7,8 @@ latents are scaled after their norms.
 
 import re
 
+from farthing.model.fields import flag, integer, wrong
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, Names, layer_count
-from farthing.model.values import flag, integer, wrong
 
 _RENAMED = {
     "ffn_hidden_size": "intermediate_size",

@@ -4,8 +4,8 @@ Also used inside `mistral3`, the multimodal wrapper it is released in: its field
 tensors under `language_model.`, and the vision tower is skipped.
 """
 
+from farthing.model.fields import section, wrong
 from farthing.model.types.base import Fields, ModelType, Names, tied
-from farthing.model.values import section, wrong
 
 
 def _fields(raw: Fields) -> Fields:

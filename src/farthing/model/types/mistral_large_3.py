@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from farthing.model.fields import flag, integer, number, optional_section, section
 from farthing.model.types.base import Fields, ModelType, Names
-from farthing.model.values import flag, integer, number, optional_section, section
 
 _SIZES = {
     "dim": "hidden_size",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from farthing.model.fields import integer, number
 from farthing.model.types.base import Fields, ModelType, Names, half_split, in_window, present
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
-from farthing.model.values import integer, number
 
 _MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(.*)")
 _COUNT = "num_local_experts"

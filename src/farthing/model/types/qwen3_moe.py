@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from farthing.model.fields import flag, in_range, integer, wrong
 from farthing.model.types.base import Fields, ModelType, half_split, in_window, present
-from farthing.model.values import flag, in_range, integer, wrong
 
 # A softmax over all experts, whose best are taken without a correction bias.
 SOFTMAX: dict[str, Any] = {

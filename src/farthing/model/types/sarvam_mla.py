@@ -1,7 +1,7 @@
 """Sarvam 105B: V3 without a query latent and with different names for a few config fields."""
 
+from farthing.model.fields import optional_section
 from farthing.model.types.base import Fields, ModelType
-from farthing.model.values import optional_section
 
 _ALIASES = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
 

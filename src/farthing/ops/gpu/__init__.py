@@ -13,7 +13,7 @@ except ImportError as error:
     raise ImportError(message, name="triton") from error
 
 from farthing.ops.gpu.backend import GpuOps
-from farthing.ops.gpu.numeric import INTERPRETED, LEAST_CAPABILITY
+from farthing.ops.gpu.launch import INTERPRETED, LEAST_CAPABILITY
 
 __all__ = ["GpuOps", "create"]
 

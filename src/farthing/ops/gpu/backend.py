@@ -27,23 +27,19 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.cache import empty_cache, torch_dtype
-from farthing.ops.copies import DeviceCopies
-from farthing.ops.gpu import gemm, normalize
+from farthing.ops.gpu import gemm
+from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expand_from, plan
-from farthing.ops.gpu.gemm import Part
-from farthing.ops.gpu.graphs import DecodeGraphs, is_decode
-from farthing.ops.gpu.grouped import combine, experts_mlp
-from farthing.ops.gpu.indexer import index
+from farthing.ops.gpu.gemm import Part, combine, experts_mlp
+from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode
 from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_rows
-from farthing.ops.gpu.numeric import INTERPRETED
-from farthing.ops.gpu.route import route, sort_by_expert
+from farthing.ops.gpu.route import index, route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
 from farthing.ops.gpu.sparse import find
-from farthing.ops.grouped import Grouped, pack_grouped
 from farthing.ops.indexer import Indexer
-from farthing.ops.reference import identity_weight, largest
+from farthing.ops.reference import Grouped, identity_weight, largest, pack_grouped
 from farthing.ops.sampling import Filters
+from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
 from farthing.ops.weights import Weight, rounded, static_scale
 
 Gated = tuple[Weight, Weight, Weight]

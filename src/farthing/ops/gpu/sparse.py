@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.gpu.launch import Config, config
-from farthing.ops.gpu.numeric import dot, widen
-from farthing.ops.gpu.tile import finish
+from farthing.ops.gpu.launch import Config, config, dot, widen
+from farthing.ops.gpu.matrix import finish
 from farthing.ops.weights import Weight
 
 SIDE = 16

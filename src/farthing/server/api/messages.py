@@ -12,13 +12,22 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from farthing.conversation.arguments import parsed
-from farthing.conversation.deltas import CallArguments, CallStart, Delta, Reasoning, Text
-from farthing.conversation.objects import ObjectText, as_object
-from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
+from farthing.conversation.arguments import ObjectText, as_object, parsed
+from farthing.conversation.types import (
+    CallArguments,
+    CallStart,
+    Conversation,
+    Delta,
+    Reasoning,
+    Text,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    Turn,
+)
 from farthing.engine.request import StructuredOutputsParams
-from farthing.server.api.events_of import events_of
 from farthing.server.api.messages_protocol import (
+    CLIENT_TOOLS,
     CountRequest,
     InputMessage,
     MessagesRequest,
@@ -29,16 +38,14 @@ from farthing.server.api.messages_protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from farthing.server.api.messages_tools import CLIENT_TOOLS
-from farthing.server.calls import IssuedCalls
 from farthing.server.errors import ApiError, anthropic_payload
-from farthing.server.events import Ending, EventStream, named, to_json
-from farthing.server.names import MESSAGES, FieldNames
-from farthing.server.sampling import with_defaults
+from farthing.server.sampling import IssuedCalls, with_defaults
+from farthing.server.schema import MESSAGES, FieldNames
 from farthing.server.service import Service
+from farthing.server.stream import Ending, EventStream, named, to_json
 from farthing.server.thinking import thinking_of
-from farthing.server.turns import Turn as RunningTurn
-from farthing.server.turns import TurnRequest, Update, begin, count
+from farthing.server.turn import Turn as RunningTurn
+from farthing.server.turn import TurnRequest, Update, begin, count, events_of
 
 _UNSIGNED = "unsigned"  # instead of a signature, which is not checked when clients send it back
 _PING = named("ping", {"type": "ping"})

@@ -5,11 +5,4 @@
 
 `data()` returns the current numbers as plain JSON (see `source`). A sampler calls it once per second, and the
 page fetches new points from `/dashboard/data?since=T`. The page and its assets contain no secrets and are
-public; the numbers require an API key.
-"""
-
-from farthing.server.dashboard.history import History
-from farthing.server.dashboard.site import Dashboard, assets
-from farthing.server.dashboard.source import server_data, service_data, visible_to
-
-__all__ = ["Dashboard", "History", "assets", "server_data", "service_data", "visible_to"]
+public; the numbers require an API key."""

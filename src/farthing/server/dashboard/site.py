@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from farthing.server.dashboard.history import History
+from farthing.server.dashboard.source import History
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,0 @@
-"""Which weights, blocks, neurons or experts to remove."""

@@ -1,0 +1,368 @@
+"""Quantization of a matrix: grids, FP8 blocks, scaling, rotation, the column sweep of GPTQ and SparseGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.ops.weights import Weight, pack_int4
+
+# FP8 blocks 128x128 (DeepSeek-V3 section 3.3) that cannot overflow.
+
+
+def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight:
+    """w [N, K] -> e4m3 with one float32 scale per block; the last blocks may be ragged.
+
+    Raises ValueError with the tensor's name for NaN, infinity or a value out of float32 range.
+    """
+    if not bool(w.float().isfinite().all()):
+        raise ValueError(f"{name} has NaN or infinity; expected finite numbers")
+    data, scale = quantize_blocks(w, ue8m0=ue8m0)
+    return Weight("fp8", data, scale)
+
+
+# Quantization grids of a matrix: scales and zero points.
+#
+# Legend: B matrices at once; N rows; K columns; G groups of g = K / G columns.
+
+TINY = 1e-30  # smallest scale, for rows of zeros: no scale is ever zero
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """value = (q - zero) * scale with integer q in [low, high]."""
+
+    scale: Tensor  # [B, N, G]
+    zero: Tensor | None  # [B, N, G], integers
+    low: int
+    high: int
+
+    def expand(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        """scale and zero point of every column, [B, N, K]."""
+        return _spread(self.scale, columns), None if self.zero is None else _spread(self.zero, columns)
+
+    def round(self, w: Tensor) -> Tensor:
+        """The nearest values of the grid, [B, N, K]."""
+        return snap(w, *self.expand(w.shape[-1]), self.low, self.high)
+
+    def integers(self, value: Tensor) -> Tensor:
+        """q of values on the grid, int8 [B, N, K]."""
+        scale, zero = self.expand(value.shape[-1])
+        q = value / scale if zero is None else value / scale + zero
+        return q.round().clamp(self.low, self.high).to(torch.int8)
+
+    def weights(self, value: Tensor) -> list[Weight]:
+        """The B matrices in storage format: int4 for 4 bits, int8 for 8."""
+        q = self.integers(value)
+        if self.high > 7:
+            return [Weight("int8", q[b], self.scale[b].contiguous()) for b in range(len(q))]
+        zeros = [
+            None if self.zero is None else z.to(torch.int8)
+            for z in (self.zero if self.zero is not None else q)
+        ]
+        return [Weight("int4", pack_int4(q[b]), self.scale[b].contiguous(), zeros[b]) for b in range(len(q))]
+
+
+def _spread(x: Tensor, columns: int) -> Tensor:
+    """[B, N, G] -> [B, N, K]; a view if a group is a whole row."""
+    groups = x.shape[-1]
+    return x.expand(-1, -1, columns) if groups == 1 else x.repeat_interleave(columns // groups, -1)
+
+
+def snap(w: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
+    """Round to (q - zero) * scale."""
+    if zero is None:
+        return (w / scale).round_().clamp_(low, high).mul_(scale)
+    return (w / scale + zero).round_().clamp_(low, high).sub_(zero).mul_(scale)
+
+
+def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
+    """One symmetric scale per row of w [B, N, K].
+
+    With `energy` [B, K] = E[x^2], the range may shrink below the maximum if that lowers the row's expected
+    squared output error (assuming uncorrelated columns).
+    """
+    amax = w.abs().amax(-1, keepdim=True)
+    scale = amax.clamp_min(127 * TINY) / 127
+    if energy is None:
+        return Grid(scale, None, -127, 127)
+    return Grid(_shrink(w, scale, None, energy, -127, 127, (1.0, 0.93, 0.86, 0.8)), None, -127, 127)
+
+
+def int4_grid(
+    w: Tensor,
+    group: int,
+    energy: Tensor | None = None,
+    symmetric: bool = True,
+    gram: Tensor | None = None,
+) -> Grid:
+    """One scale (and zero point) per `group` columns of w [B, N, K]; ranges shrink as in `int8_grid`.
+
+    With `gram` [B, K, K] the error includes correlations within a group (AWQ's search for a clip). Symmetric
+    ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever has less error.
+    """
+    b, n, k = w.shape
+    if k % group:
+        raise ValueError(f"group size {group} does not divide K = {k}; expected a divisor such as 32")
+    blocks = w.view(b, n, k // group, group)
+    if energy is None:
+        energy = torch.ones(b, k)
+    if not symmetric:
+        low = blocks.amin(-1).clamp_max(0)
+        high = blocks.amax(-1).clamp_min(0)
+        scale = ((high - low) / 15).clamp_min(TINY)
+        zero = (-8 - low / scale).round().clamp(-8, 7)
+        return Grid(_shrink(w, scale, zero, energy, -8, 7, _SHRINKS, gram), zero, -8, 7)
+    scale = (blocks.abs().amax(-1) / 7.5).clamp_min(TINY)
+    return Grid(_shrink(w, scale, None, energy, -8, 7, (7.5 / 7, *_SHRINKS), gram), None, -8, 7)
+
+
+_SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+
+def _shrink(
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    energy: Tensor,
+    low: int,
+    high: int,
+    factors: tuple[float, ...],
+    gram: Tensor | None = None,
+) -> Tensor:
+    """The multiple of `scale` [B, N, G] with the least energy-weighted rounding error, group by group."""
+    b, n, k = w.shape
+    groups = scale.shape[-1]
+    weight = energy.view(b, 1, k)
+    own = None if gram is None else _diagonal_blocks(gram, groups)
+    best = scale
+    least = torch.full_like(scale, torch.inf)
+    for factor in factors:
+        trial = Grid(scale * factor, zero, low, high)
+        delta = (trial.round(w) - w).view(b, n, groups, -1)
+        if own is None:
+            error = (delta.square_() * weight.view(b, 1, groups, -1)).sum(-1)
+        else:
+            error = (torch.einsum("bngi,bgij->bngj", delta, own) * delta).sum(-1)
+        better = error < least
+        best, least = torch.where(better, trial.scale, best), torch.where(better, error, least)
+    return best
+
+
+def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
+    """[B, K, K] -> [B, G, g, g]: second moments within each group."""
+    b, k, _ = gram.shape
+    g = k // groups
+    return gram.view(b, groups, g, groups, g).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
+
+
+# Move quantization difficulty between a matrix and its input: y = W x = (W diag(s)) (diag(1/s) x).
+#
+# 1/s is folded into the preceding norm (or up projection), so it costs nothing at run time. AWQ (Lin et al.
+# 2023) chooses s to protect weights with large inputs; SmoothQuant (Xiao et al. 2022) chooses it so that
+# activations are easier to round. Legend: N rows; K columns.
+
+ALPHAS = tuple(i / 10 for i in range(11))
+Round = Callable[[Tensor, Tensor], Tensor]  # (w [N, K], gram [K, K]) -> its rounded value
+
+
+@dataclass(frozen=True, slots=True)
+class AwqScale:
+    """The factor of the weights' columns, and the candidate that it comes from."""
+
+    factor: Tensor  # [K]
+    alpha: float
+    duo: bool  # also divided by the weights' size
+    error: float  # relative to factor 1
+
+
+def awq_scale(
+    weights: Sequence[Tensor], grams: Sequence[Tensor], magnitude: Tensor, round_to: Round
+) -> AwqScale:
+    """The factor with the least output error over the matrices that share the input.
+
+    weights [N_i, K] with their grams [K, K] = sum of x x^T; magnitude [K] = mean |x|. Candidates:
+    magnitude^alpha, and magnitude^alpha / size^(1 - alpha), where size is the mean |w| of a column relative
+    to its row's largest. alpha = 0 changes nothing and is a candidate, so the error never grows.
+    """
+    x = magnitude.clamp_min(1e-8)
+    size = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp_min(1e-20) for w in weights]).mean(0)
+    trials = {(a, False): x.pow(a) for a in ALPHAS}
+    trials |= {(a, True): x.pow(a) / (size.pow(1 - a) + 1e-4) for a in ALPHAS[:-1]}
+    errors: dict[tuple[float, bool], float] = {}
+    for key, trial in trials.items():
+        s = trials[key] = normalized(trial)
+        error = 0.0
+        for w, gram in zip(weights, grams, strict=True):
+            delta = round_to(w * s, gram / s.unsqueeze(1) / s) / s - w
+            error += float(((delta @ gram) * delta).sum())
+        errors[key] = error
+    best = min(errors, key=errors.__getitem__)
+    return AwqScale(trials[best], *best, errors[best] / max(errors[0.0, False], 1e-30))
+
+
+def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant equation 4, as the factor on the weights: s_k = max|x_k|^alpha / max|W_k|^(1 - alpha)."""
+    column = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+    s = absmax.clamp_min(1e-5).pow(alpha) / column.clamp_min(1e-5).pow(1 - alpha)
+    return s.clamp(1e-4, 1e4)
+
+
+def normalized(s: Tensor) -> Tensor:
+    """Normalize s to a geometric middle of 1, within 10^-4 to 10^4, so that both sides keep their range."""
+    return (s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)
+
+
+# Hadamard rotation where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
+#
+# An RMS norm without weights commutes with a rotation. After folding the norm's weight into the consumer,
+# a latent can be rotated by its producer (rows) and rotated back by its consumer (columns). The values of
+# each head can be rotated by kv_b and rotated back by o_proj. Nothing is added at inference.
+
+
+def hadamard(n: int) -> Tensor:
+    """An orthogonal n x n matrix with entries of equal magnitude (Sylvester) if n is a power of two. For
+    n = 2^a * m it is H(2^a) repeated m times along the diagonal."""
+    power = n & -n
+    h = torch.ones(1, 1)
+    while h.shape[0] < power:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    whole: Tensor = torch.block_diag(*[h / power**0.5] * (n // power))
+    return whole
+
+
+def random_hadamard(n: int, seed: int) -> Tensor:
+    """`hadamard` with random column signs, to break up structured directions."""
+    signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return hadamard(n) * signs
+
+
+def rotate_latent(
+    producer: Tensor, norm: Tensor, consumer: Tensor, rotation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(producer [c, D], norm [c], consumer [N, c]) with the latent rotated; the norm's weight becomes 1."""
+    return rotation.t() @ producer, torch.ones_like(norm), (consumer * norm) @ rotation
+
+
+def rotate_values(
+    kv_b: Tensor, o: Tensor, heads: int, nope: int, value: int, rotation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """kv_b [H (n + v), c] and o [D, H v] with every head's values rotated by rotation [v, v]."""
+    rows = kv_b.view(heads, nope + value, -1).clone()
+    rows[:, nope:] = torch.einsum("vw,hvc->hwc", rotation, rows[:, nope:])
+    columns = torch.einsum("dhv,vw->dhw", o.view(-1, heads, value), rotation)
+    return rows.reshape(kv_b.shape), columns.reshape(o.shape)
+
+
+# Round or prune column by column, letting the remaining columns compensate for the error.
+#
+# GPTQ (Frantar et al. 2022, algorithm 1) and SparseGPT (Frantar and Alistarh 2023) in one: a column's new
+# value is its grid point, zero where masked, or itself. B matrices of one shape are processed at once.
+#
+# With H = U D U^T, U upper triangular with a unit diagonal, the best column after earlier errors E is w_k
+# + sum over i < k of E_i U_ik (Chee et al. 2023: LDLQ, which is GPTQ), so nothing is inverted; and the
+# error of the outputs under H is the sum over k of D_k |that column - its new value|^2. Legend: B
+# matrices; N rows; K columns.
+
+BLOCK = 64  # columns between products with all earlier errors
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Second moments of the inputs, factored in the order in which their columns are processed."""
+
+    order: Tensor  # [B, K] int64
+    upper: Tensor  # [B, K, K] float32, U
+    pivots: Tensor  # [B, K] float32, D
+    damping: Tensor  # [B], what was added to the diagonal
+
+    @classmethod
+    def of(cls, gram: Tensor, act_order: bool = True, damp: float = 0.01) -> Feedback:
+        """From gram [B, K, K] = sum of x x^T over calibration tokens, damped by a share of its mean diagonal.
+
+        act_order: columns of high energy first; scales do not move, so no index is stored. The damping grows
+        tenfold until the factorization succeeds (a rare expert's gram is rank-deficient).
+        """
+        b, k, _ = gram.shape
+        energy = gram.diagonal(dim1=1, dim2=2)
+        order = energy.argsort(-1, descending=True) if act_order else torch.arange(k).expand(b, k)
+        # Reversed, because the Cholesky factor of the reversed H is the reversed U D^(1/2).
+        back = order.flip(1)
+        h = gram.gather(1, back.unsqueeze(2).expand(b, k, k)).gather(2, back.unsqueeze(1).expand(b, k, k))
+        # Scaled to a mean diagonal of 1: no overflow, no underflow.
+        mean = energy.mean(-1).clamp_min(1e-20)
+        h = h.double() / mean.double().view(b, 1, 1)
+        added = 0.0
+        while True:
+            h.diagonal(dim1=1, dim2=2).add_(damp - added)
+            lower, failed = torch.linalg.cholesky_ex(h)
+            if not bool(failed.any()):
+                diagonal = lower.diagonal(dim1=1, dim2=2)
+                upper = (lower / diagonal.unsqueeze(1)).float().flip(1, 2)
+                pivots = diagonal.square().float().flip(1) * mean.unsqueeze(1)
+                return cls(order, upper, pivots, damp * mean)
+            if damp > 1e6:
+                raise ValueError("the input statistics have NaN or infinity; expected finite numbers")
+            added, damp = damp, 10 * damp
+
+    def __getitem__(self, index: slice | Tensor) -> Feedback:
+        """Those of some of the B matrices."""
+        return Feedback(self.order[index], self.upper[index], self.pivots[index], self.damping[index])
+
+
+def sweep(
+    w: Tensor, back: Feedback, grid: Grid | None = None, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """w [B, N, K] -> its compressed value [B, N, K] and ||(value - w) x||^2, [B].
+
+    keep [B, N, K] bool, False = zero.
+    """
+    b, n, k = w.shape
+    rows = back.order.unsqueeze(2).expand(b, k, n)
+    w = w.float().transpose(1, 2).gather(1, rows)  # [B, K, N]: a column at a time is contiguous
+    mask = None if keep is None else keep.transpose(1, 2).gather(1, rows)
+    values, errors, squared = torch.empty_like(w), torch.empty_like(w), torch.zeros(b)
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
+        left = w[:, start:stop].clone()
+        if start:
+            left.baddbmm_(back.upper[:, :start, start:stop].transpose(1, 2), errors[:, :start])
+        scale, zero = (None, None) if grid is None else _columns(grid, back.order[:, start:stop], k)
+        for j in range(start, stop):
+            i = j - start
+            new = left[:, i]
+            if grid is not None and scale is not None:
+                new = snap(new, scale[:, i], None if zero is None else zero[:, i], grid.low, grid.high)
+            if mask is not None:
+                new = new * mask[:, j]
+            values[:, j] = new
+            torch.sub(w[:, j], new, out=errors[:, j])
+            left[:, i + 1 :].addcmul_(back.upper[:, j, j + 1 : stop].unsqueeze(2), errors[:, j].unsqueeze(1))
+        missed = (left - values[:, start:stop]).square().sum(2)
+        squared += (missed * back.pivots[:, start:stop]).sum(1)
+    squared -= back.damping * errors.square().sum((1, 2))
+    value = torch.empty_like(w).scatter_(1, rows, values).transpose(1, 2).contiguous()
+    return value, squared.clamp_min(0)
+
+
+def _columns(grid: Grid, columns: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of some columns [B, C], as [B, C, N]."""
+    b, n, groups = grid.scale.shape
+    index = (columns // (k // groups)).unsqueeze(2).expand(b, columns.shape[1], n)
+    scale = grid.scale.transpose(1, 2).gather(1, index)
+    return scale, None if grid.zero is None else grid.zero.transpose(1, 2).gather(1, index)
+
+
+def output_error(w: Tensor, value: Tensor, gram: Tensor) -> Tensor:
+    """||(value - w) x||^2 / ||w x||^2 over the calibration tokens, [B]; exact, from the gram alone."""
+    return energy_of(value.float() - w.float(), gram) / energy_of(w, gram).clamp_min(1e-30)
+
+
+def energy_of(w: Tensor, gram: Tensor) -> Tensor:
+    """||w x||^2 over the calibration tokens, [B]."""
+    w = w.float()
+    return ((w @ gram) * w).sum((1, 2)).clamp_min(0)

@@ -1,1 +1,0 @@
-"""Incremental parsers: a model's output in pieces, deltas out. Every one is linear in its input."""

@@ -1,0 +1,219 @@
+"""DeepSeek-V3 (and V2, R1, Kimi-K2, Moonlight) with its multi-token prediction layers, read top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from farthing.lazy import torch
+from farthing.model.attention import AnyAttention, attention_of
+from farthing.model.config import ModelConfig
+from farthing.model.source import WeightSource
+from farthing.ops.api import Batch, Handle, LatentCache, LayerHandles, MoEWeights, Ops, RouterSpec
+from farthing.ops.arrays import as_float32, same
+from farthing.ops.weights import Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# The feed-forward half of a layer: dense, or a mixture of experts (DeepSeek-V3 section 2.1.2).
+#
+# Legend: T tokens; D hidden size; I intermediate size; E routed experts.
+
+Gated = tuple[Weight, Weight, Weight]
+
+
+def router_spec(config: ModelConfig) -> RouterSpec:
+    """The routing rule of a config: noaux_tc, group_limited_greedy or greedy."""
+    assert config.n_routed_experts is not None
+    grouped = config.topk_method != "greedy"
+    return RouterSpec(
+        num_experts=config.router_size,
+        top_k=config.num_experts_per_tok,
+        num_groups=config.n_group if grouped else 1,
+        top_k_groups=config.topk_group if grouped else 1,
+        scoring=config.scoring_func,
+        group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
+        normalize=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+        identities=config.n_identity_experts,
+    )
+
+
+class FeedForward:
+    """One layer's MLP or mixture of experts, with its norm and residual."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        router: RouterSpec | None,
+    ) -> None:
+        config = config.at(layer)
+        self.ops, self.eps = ops, config.rms_norm_eps
+        self.norm = as_float32(
+            weights.tensor(f"model.layers.{layer}.post_attention_layernorm.weight", (config.hidden_size,))
+        )
+        p = f"model.layers.{layer}.mlp"
+        self.is_moe = router is not None
+        if router is None:
+            self.packed = ops.pack_mlp(p, gated(weights, p, config.hidden_size, config.intermediate_size))
+        else:
+            self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, router))
+        self.beside: Handle | None = None  # a dense MLP on the experts' input (`apart`)
+        if self.is_moe and config.shortcut_experts:
+            dense = gated(weights, p, config.hidden_size, config.intermediate_size)
+            self.beside = ops.pack_mlp(f"{p}_beside", dense)
+        self.post_norm: Tensor | None = None
+        if self.is_moe and config.post_mlp_norm:
+            name = f"{p}.post_mlp_layernorm.weight"
+            self.post_norm = as_float32(weights.tensor(name, (config.hidden_size,)))
+
+    def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
+        """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""
+        if self.post_norm is not None:
+            added = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
+            return h + self.ops.rms_norm(added, self.post_norm, self.eps)
+        if self.is_moe:
+            return self.ops.moe(h, self.packed, self.norm, self.eps, counts)
+        return self.ops.mlp(h, self.packed, self.norm, self.eps)
+
+    def apart(self, h: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """h [T, D] -> (h + mlp(norm(h)), experts(norm(h))); the next layer adds the second."""
+        experts = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
+        return self.ops.mlp(h, self.beside, self.norm, self.eps), experts
+
+
+def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Gated]:
+    """A loader of gate [I, D], up [I, D] and down [D, I]."""
+    return lambda: (
+        weights.weight(f"{prefix}.gate_proj", (i, d)),
+        weights.weight(f"{prefix}.up_proj", (i, d)),
+        weights.weight(f"{prefix}.down_proj", (d, i)),
+    )
+
+
+def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router: RouterSpec) -> MoEWeights:
+    """Router and experts of one layer; experts are read one at a time."""
+    e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
+    routed = e - router.identities
+    shared_size = config.shared_size
+    shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
+    return MoEWeights(
+        gate=as_float32(weights.tensor(f"{prefix}.gate.weight", (e, d))),
+        bias=as_float32(weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)))
+        if config.has_router_bias
+        else None,
+        experts=[
+            gated(weights, f"{prefix}.experts.{j}", d, i)
+            if j < routed and weights.holds(f"{prefix}.experts.{j}")
+            else None
+            for j in range(e)
+        ],
+        shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_here else None,
+    )
+
+
+# A layer's packed parts, for backends that compute whole layers in one call.
+
+
+def stacked(ops: Ops, layers: Sequence[tuple[AnyAttention, FeedForward]]) -> Handle | None:
+    """`Ops.stack` of these layers; None if the backend has none or does not support one of the layers."""
+    found = [handles(*layer) for layer in layers]
+    plain = [h for h in found if h is not None]
+    return ops.stack(plain) if len(plain) == len(found) else None
+
+
+def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:
+    """The handles of one layer for `Ops.stack`; None if it cannot represent the layer."""
+    if attention.query_scale is not None or attention.sparse:
+        return None
+    if feed.post_norm is not None or feed.beside is not None:
+        return None
+    a = attention
+    return LayerHandles(
+        a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed,
+        o_bias=a.o_bias, rows=a.rows,
+    )  # fmt: skip
+
+
+# Multi-token prediction (DeepSeek-V3 section 2.2): an extra block that predicts the token after next.
+#
+# h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i after the model's final norm;
+# logits of t_{i+2} = head(shared_head.norm(h'_i)). Each further step takes shared_head.norm(h') as h.
+#
+# Its output is only a draft that the model verifies, so its weights may be rounded more coarsely.
+#
+# Legend: T tokens; D hidden size; V vocabulary.
+
+
+class MTPLayer:
+    """Checkpoint layer `layer` >= num_hidden_layers; embedding and head are shared unless they differ."""
+
+    stack: Handle | None  # the layer in one call, if the backend supports it
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        rope: Tensor,
+        router: RouterSpec | None,
+        embedding: Tensor,
+        head: Handle,
+        head_weight: Callable[[], Weight],
+    ) -> None:
+        """head, head_weight: the model's head, packed and unpacked."""
+        ops, exact = ops.coarse(), ops
+        p, d = f"model.layers.{layer}.", config.hidden_size
+        self.ops, self.eps, self.layer = ops, config.rms_norm_eps, layer
+        self.enorm = as_float32(weights.tensor(p + "enorm.weight", (d,)))
+        self.hnorm = as_float32(weights.tensor(p + "hnorm.weight", (d,)))
+        self.norm = as_float32(weights.tensor(p + "shared_head.norm.weight", (d,)))
+        self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
+        self.attention = attention_of(config, ops, weights, layer, rope)
+        self.feed_forward = FeedForward(config, ops, weights, layer, router)
+        self.restack()
+        self.embedding, own_head = embedding, False
+        shape = (config.vocab_size, d)
+        # Released checkpoints contain copies of the main embedding and head: share unless they differ.
+        if weights.has(p + "embed_tokens.weight"):
+            own = weights.tensor(p + "embed_tokens.weight", shape)
+            self.embedding = embedding if same(own, embedding) else own
+        if weights.has(p + "shared_head.head.weight"):
+            own = weights.tensor(p + "shared_head.head.weight", shape)
+            main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            if own_head := not same(own, weights.tensor(main, shape)):
+                head_weight = partial(Weight, "dense", own)
+        if own_head or ops is not exact:
+            head = ops.pack_head(p + "shared_head.head", head_weight)
+        self.head = head
+
+    def restack(self) -> None:
+        """Rebuild the fused layer as currently packed, for backends that run it in one call."""
+        self.stack = stacked(self.ops, [(self.attention, self.feed_forward)])
+
+    def __call__(
+        self,
+        next_ids: Tensor,
+        h: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """next_ids [T] = the token after each position, h [T, D] (normed) -> h' [T, D] before its norm."""
+        ops = self.ops
+        e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm, self.eps)
+        x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm, self.eps)), -1), self.eh_proj)
+        if self.stack is not None:
+            first = self.layer * self.attention.rows
+            scale = None if cache.scale is None else cache.scale[first:]
+            own, seen = LatentCache(cache.data[first:], scale), None if counts is None else counts[None]
+            return ops.run_stack(x, self.stack, batch, own, self.eps, seen)
+        x, _ = self.attention(x, batch, cache, self.layer)
+        return self.feed_forward(x, counts)

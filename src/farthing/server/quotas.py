@@ -1,0 +1,182 @@
+"""What each API key may spend per minute and has spent: requests, tokens, CPU time, dollars."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from farthing.cost import cpu_name, usable_cpus
+from farthing.cost.meter import Account, CostMeter, CostReport, RequestCost, Usage, open_meter
+from farthing.cost.prices import Machine, Prices
+from farthing.server.errors import ApiError
+
+if TYPE_CHECKING:
+    import torch
+
+    from farthing.engine.engine import Engine
+    from farthing.engine.request import RequestMetrics
+
+
+# Cost accounting of a server: the price of its machine and the spending of each API key.
+
+log = logging.getLogger("farthing.server")
+
+
+class Accounts:
+    """Charges every request of one engine from the moment the object is created."""
+
+    def __init__(self, engine: Engine, machine: Machine, model: str) -> None:
+        self._stats = engine.stats
+        self._model = model
+        self._meter = CostMeter(machine, open_meter(machine))
+
+    @property
+    def machine(self) -> Machine:
+        """The machine being paid for."""
+        return self._meter.machine
+
+    def charge(self, client: str, metrics: RequestMetrics) -> RequestCost:
+        """Charge a finished request; `client` is the name of its key."""
+        usage = Usage(
+            prefill_tokens=metrics.prefill_tokens,
+            cached_tokens=metrics.cached_tokens,
+            decode_tokens=metrics.decode_tokens,
+            prefill_seconds=metrics.prefill_seconds,
+            decode_seconds=metrics.decode_seconds,
+        )
+        return self._meter.record(usage, self._stats.busy_seconds, self._model, client)
+
+    def report(self) -> CostReport:
+        """A snapshot of all accounts."""
+        return self._meter.report(self._stats.busy_seconds)
+
+
+def machine_of(device: torch.device, prices: str | None = None, hardware: str | None = None) -> Machine:
+    """The machine of an engine on `device`. Raises ValueError for unknown hardware or invalid prices."""
+    declared = Prices.load(prices)
+    if device.type == "cuda":
+        import torch
+
+        machine = declared.machine("gpu", torch.cuda.get_device_name(device), 1, hardware)
+    else:
+        machine = declared.machine("cpu", cpu_name(), usable_cpus(), hardware)
+    log.info(
+        "cost: %d x %s at %.4g USD/hour (declared %s)",
+        *(machine.count, machine.hardware.name, machine.usd_per_hour, machine.declared),
+    )
+    return machine
+
+
+def together(costs: Sequence[RequestCost]) -> RequestCost:
+    """Sum of the costs of one or more requests."""
+    whole = Account()
+    for cost in costs:
+        whole.add(cost.account)
+    return replace(costs[-1], account=whole)
+
+
+# Limits per client and minute: requests, tokens, and CPU time before a request runs.
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A token bucket: holds at most one minute's amount, fills evenly, and may be negative."""
+
+    per_minute: int
+    level: float
+    filled_at: float
+
+    def refill(self, now: float) -> None:
+        """Add the amount accrued since the last refill. now: seconds of a monotonic clock."""
+        self.level = min(self.per_minute, self.level + (now - self.filled_at) * self.per_minute / 60)
+        self.filled_at = now
+
+    def wait_for(self, amount: float) -> float:
+        """Seconds until `amount` is available."""
+        return max(0.0, (amount - self.level) * 60 / self.per_minute)
+
+
+class Quotas:
+    """The remaining quota of each client. Used only in the event loop.
+
+    A request is admitted if its client has a request left and enough tokens for the prompt. Generated tokens
+    are charged as they arrive and may leave a debt, which later requests have to wait out; so may the CPU
+    time of tokenizing, chat templates and grammars ("work").
+    """
+
+    def __init__(
+        self,
+        requests_per_minute: int | None = None,
+        tokens_per_minute: int | None = None,
+        work_seconds_per_minute: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = {
+            "requests": requests_per_minute,
+            "tokens": tokens_per_minute,
+            "work": work_seconds_per_minute,
+        }
+        self._worked: dict[str, float] = {}  # seconds charged so far, by client
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._clock = clock
+
+    def admit(self, client: str, prompt_tokens: int) -> None:
+        """Charge a request and its prompt. If either quota is spent, raises ApiError (429, with Retry-After)
+        and charges nothing."""
+        wanted = {"requests": 1, "tokens": prompt_tokens}
+        limit = self._limits["tokens"]
+        if limit is not None and prompt_tokens > limit:
+            raise ApiError(
+                429,
+                f"the prompt has {prompt_tokens} tokens; expected at most the quota of {limit} per minute",
+                kind="tokens",
+                reason="tokens_quota_exceeded",
+            )
+        for resource, amount in wanted.items():
+            bucket = self._bucket(client, resource)
+            if bucket and (wait := bucket.wait_for(amount)) > 0:
+                raise ApiError(
+                    429,
+                    f"{client!r} has used its quota of {bucket.per_minute} {resource} per minute",
+                    kind=resource,
+                    reason=f"{resource}_quota_exceeded",
+                    retry_after=math.ceil(wait),
+                )
+        for resource, amount in wanted.items():
+            if bucket := self._bucket(client, resource):
+                bucket.level -= amount
+
+    def admit_work(self, client: str, seconds: float) -> None:
+        """Charge a client's CPU time since the last call. seconds: its total so far. Raises ApiError (429,
+        with Retry-After) if the quota is spent."""
+        bucket = self._bucket(client, "work")
+        if bucket is None:
+            return
+        bucket.level -= seconds - self._worked.get(client, 0.0)
+        self._worked[client] = seconds
+        if (wait := bucket.wait_for(0.0)) > 0:
+            raise ApiError(
+                429,
+                f"{client!r} has used its quota of {bucket.per_minute} CPU seconds per minute for "
+                "tokenizing, chat templates and grammars",
+                reason="work_quota_exceeded",
+                retry_after=math.ceil(wait),
+            )
+
+    def charge(self, client: str, tokens: int) -> None:
+        """Charge generated tokens."""
+        if bucket := self._bucket(client, "tokens"):
+            bucket.level -= tokens
+
+    def _bucket(self, client: str, resource: str) -> Bucket | None:
+        per_minute = self._limits[resource]
+        if per_minute is None:
+            return None
+        now = self._clock()
+        bucket = self._buckets.setdefault((client, resource), Bucket(per_minute, per_minute, now))
+        bucket.refill(now)
+        return bucket

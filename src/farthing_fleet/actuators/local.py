@@ -1,0 +1,451 @@
+"""Replicas as processes on this machine: started, monitored, replaced, drained.
+
+States: starting (process runs, no answer yet) -> ready -> draining (no new requests, SIGTERM, in-flight
+requests finish) -> gone. A replica that dies is replaced at once. After repeated failures to start, launches
+pause, and the pause doubles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import aiohttp
+
+from farthing_fleet.signals import ColdStarts
+from farthing_fleet.types import Decision
+
+# Child processes in their own group, which end when the parent ends.
+
+_LOG = logging.getLogger(__name__)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: SIGTERM when the parent ends, even by SIGKILL (Linux prctl(2); no-op
+    elsewhere).
+    """
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+async def launch(
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str],
+    *,
+    pass_fds: Sequence[int] = (),
+    stdin: int = asyncio.subprocess.DEVNULL,
+) -> asyncio.subprocess.Process:
+    """Start a command with its output in `log`, or discarded if the disk is full.
+
+    Raises OSError if it cannot be started.
+    """
+    with _opened(log) as output:
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+            pass_fds=tuple(pass_fds),
+        )
+
+
+def _opened(log: Path) -> BinaryIO:
+    try:
+        return log.open("ab")
+    except OSError as problem:
+        _LOG.warning("%s cannot be written (%s); its output is discarded", log, problem.strerror)
+        return Path(os.devnull).open("ab")
+
+
+def signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a signal to a child's whole group; ignores a group that is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def last_lines(log: Path, lines: int = 5) -> str:
+    """The last lines of a log for an error message, or an empty string."""
+    try:
+        text = log.read_text(errors="replace").strip().splitlines()[-lines:]
+    except OSError:
+        return ""
+    return "; last lines: " + " | ".join(text) if text else ""
+
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "draining", "gone"]
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """How replicas are started.
+
+    `{port}`, `{host}` and `{name}` in the command and environment are replaced.
+    """
+
+    command: tuple[str, ...]
+    directory: Path  # logs of the replicas
+    host: str = "127.0.0.1"
+    health_path: str = "/health"
+    ready_timeout_s: float = 600.0
+    drain_timeout_s: float = 60.0
+    liveness_s: float = 60.0  # a ready replica silent for this long is killed and replaced
+    poll_s: float = 0.05  # between health checks of a starting replica
+    failures: int = 3  # failed launches in a row before launches pause
+    retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
+    environment: dict[str, str] = field(default_factory=dict)
+    # A command that waits on stdin for a JSON line with the arguments after `command[:standby_skips]`. One
+    # such process is kept, so that the next replica skips its imports. Empty: none is kept.
+    standby: tuple[str, ...] = ()
+    standby_skips: int = 0
+
+    def __post_init__(self) -> None:
+        if not any("{port}" in part for part in self.command):
+            raise ValueError(
+                f"LocalConfig.command: got {' '.join(self.command)!r}; expected {{port}} somewhere in it"
+            )
+        for name in ("ready_timeout_s", "drain_timeout_s", "liveness_s", "poll_s", "retry_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"LocalConfig.{name}: got {getattr(self, name)}; expected seconds above 0")
+        if self.failures < 1:
+            raise ValueError(f"LocalConfig.failures: got {self.failures}; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A pre-imported process that waits for its arguments."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    log: Path
+
+
+@dataclass(eq=False)
+class LocalReplica:
+    """One replica process."""
+
+    name: str
+    port: int
+    url: str
+    process: asyncio.subprocess.Process
+    log: Path
+    launched: float  # monotonic
+    state: State = "starting"
+    reason: str = ""  # why it is gone
+    task: asyncio.Task[None] | None = None
+
+
+class LocalReplicas:
+    """The actuator of local mode.
+
+    on_change: called with {name: url} of the ready replicas when that set changes.
+    """
+
+    def __init__(
+        self,
+        config: LocalConfig,
+        *,
+        on_change: Callable[[dict[str, str]], None] = lambda ready: None,
+        cold_starts: ColdStarts | None = None,
+    ) -> None:
+        self.config = config
+        self.cold_starts = cold_starts if cold_starts is not None else ColdStarts()
+        self.replicas: list[LocalReplica] = []
+        self.given_up = ""  # why launches are paused; empty if they are not
+        self._on_change, self._announced = on_change, dict[str, str]()
+        self._wanted = 0
+        self._count = 0
+        self._failures = 0
+        self._pause = config.retry_s
+        self._retry: asyncio.TimerHandle | None = None
+        self._http: aiohttp.ClientSession | None = None
+        self._closing = False
+        self._spare: Spare | None = None
+        self._starting_spare: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._reconciling = asyncio.Lock()
+
+    # ---- Actuator ----
+
+    async def start(self) -> None:
+        self.config.directory.mkdir(parents=True, exist_ok=True)
+        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
+
+    async def current(self) -> int:
+        return self._wanted
+
+    async def apply(self, decision: Decision) -> None:
+        await self.scale(decision.target)
+
+    async def scale(self, count: int) -> None:
+        """Set the number of replicas: start missing ones, drain surplus ones (unready and youngest first)."""
+        if count < 0:
+            raise ValueError(f"replicas: got {count}; expected 0 or more")
+        if count != self._wanted and self.given_up:
+            self._forgive()
+        self._wanted = count
+        await self._reconcile()
+
+    async def close(self) -> None:
+        """Drain all replicas and wait until they exit."""
+        self._closing = True
+        self._wanted = 0
+        if self._retry is not None:
+            self._retry.cancel()
+        for replica in self.replicas:
+            self._drain(replica)
+        await self._drop_spare()
+        tasks = [r.task for r in self.replicas if r.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._http is not None:
+            await self._http.close()
+
+    # ---- state ----
+
+    def ready(self) -> dict[str, str]:
+        """{name: url} of the replicas that accept requests."""
+        return {r.name: r.url for r in self.replicas if r.state == "ready"}
+
+    def targets(self) -> dict[str, str]:
+        """{name: url} of the replicas to collect metrics from: the ready ones."""
+        return self.ready()
+
+    async def wait_ready(self, count: int, timeout_s: float) -> bool:
+        """Whether `count` replicas are ready within `timeout_s`; returns early if launches are paused."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.ready()) < count:
+            if self.given_up or (left := deadline - time.monotonic()) <= 0:
+                return False
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+        return True
+
+    # ---- reconciliation ----
+
+    async def _reconcile(self) -> None:
+        async with self._reconciling:
+            alive = [r for r in self.replicas if r.state in ("starting", "ready")]
+            surplus = sorted(alive, key=lambda r: (r.state == "ready", -r.launched))[
+                : max(0, len(alive) - self._wanted)
+            ]
+            for replica in surplus:
+                self._drain(replica)
+            for _ in range(self._wanted - len(alive)):
+                if self._closing or self.given_up:
+                    break
+                await self._launch()
+        self._announce()
+
+    async def _launch(self) -> None:
+        port, launched = _free_port(self.config.host), time.monotonic()
+        try:
+            name, log_file, process = await self._begin(port)
+        except OSError as problem:
+            self._failed(f"{self.config.command[0]} could not be started: {problem}")
+            return
+        replica = LocalReplica(name, port, f"http://{self.config.host}:{port}", process, log_file, launched)
+        log.info("replica %s: pid %d, port %d", name, process.pid, port)
+        self.replicas.append(replica)
+        replica.task = asyncio.create_task(self._live(replica))
+
+    async def _begin(self, port: int) -> tuple[str, Path, asyncio.subprocess.Process]:
+        """Start a replica: use the spare if there is one, else a new process."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.process.returncode is None and spare.process.stdin is not None:
+            words = self._filled(self.config.command[self.config.standby_skips :], spare.name, port)
+            with contextlib.suppress(OSError):
+                spare.process.stdin.write(json.dumps(words).encode() + b"\n")
+                await spare.process.stdin.drain()
+                spare.process.stdin.close()
+                return spare.name, spare.log, spare.process
+        name, log_file = self._new_name()
+        environment = dict(
+            zip(
+                self.config.environment,
+                self._filled(tuple(self.config.environment.values()), name, port),
+                strict=True,
+            )
+        )
+        process = await launch(self._filled(self.config.command, name, port), log_file, environment)
+        return name, log_file, process
+
+    def _new_name(self) -> tuple[str, Path]:
+        self._count += 1
+        name = f"r{self._count}"
+        return name, self.config.directory / f"{name}.log"
+
+    def _filled(self, parts: Sequence[str], name: str, port: int) -> list[str]:
+        words = {"port": str(port), "host": self.config.host, "name": name}
+        return [_fill(part, words) for part in parts]
+
+    def _keep_spare(self) -> None:
+        """Ensure that a spare waits. Called when a replica is ready, so as not to slow down its start."""
+        if self.config.standby and not self._closing and self._spare is None and self._starting_spare is None:
+            self._starting_spare = asyncio.create_task(self._start_spare())
+
+    async def _start_spare(self) -> None:
+        name, log_file = self._new_name()
+        try:
+            process = await launch(self.config.standby, log_file, {}, stdin=asyncio.subprocess.PIPE)
+            self._spare = Spare(name, process, log_file)
+        except OSError as problem:
+            log.warning("no spare process: %s", problem)
+        self._starting_spare = None
+
+    async def _drop_spare(self) -> None:
+        if self._starting_spare is not None:
+            await self._starting_spare
+        if self._spare is not None:
+            signal_group(self._spare.process, signal.SIGKILL)
+            await self._spare.process.wait()
+            self._spare = None
+
+    async def _live(self, replica: LocalReplica) -> None:
+        """Manage one replica from launch to exit."""
+        ended = asyncio.create_task(replica.process.wait())
+        try:
+            if await self._becomes_ready(replica, ended):
+                await self._stays_alive(replica, ended)
+        finally:
+            await self._end(replica, ended)
+        self.replicas.remove(replica)
+        self._announce()
+        if not self._closing and not self.given_up:
+            await self._reconcile()
+
+    async def _becomes_ready(self, replica: LocalReplica, ended: asyncio.Task[int]) -> bool:
+        deadline = replica.launched + self.config.ready_timeout_s
+        while replica.state == "starting" and not ended.done():
+            if await self._probe(replica) == 200:
+                took = time.monotonic() - replica.launched
+                replica.state = "ready"
+                self.cold_starts.add(took)
+                self._failures, self._pause = 0, self.config.retry_s
+                log.info("replica %s is ready after %.2f s", replica.name, took)
+                self._announce()
+                self._keep_spare()
+                return True
+            if time.monotonic() > deadline:
+                replica.reason = f"not ready after {self.config.ready_timeout_s:g} s"
+                self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
+                return False
+            await asyncio.wait([ended], timeout=self.config.poll_s)
+        return replica.state == "draining"
+
+    async def _stays_alive(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
+        """Wait until the process ends or has not answered for `liveness_s` (hung)."""
+        answered = time.monotonic()
+        while not ended.done():
+            await asyncio.wait([ended], timeout=self.config.liveness_s / 10)
+            if replica.state == "draining" or await self._probe(replica) is not None:
+                answered = time.monotonic()
+            elif time.monotonic() - answered > self.config.liveness_s and not ended.done():
+                replica.reason = f"no answer for {self.config.liveness_s:g} s"
+                signal_group(replica.process, signal.SIGKILL)
+                await ended
+
+    async def _probe(self, replica: LocalReplica) -> int | None:
+        """The status code of its health check; None if it does not answer."""
+        assert self._http is not None
+        try:
+            async with self._http.get(replica.url + self.config.health_path) as answer:
+                return answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def _end(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
+        """Reap the process, or stop it: SIGTERM, then after the drain timeout SIGKILL to its whole group."""
+        was = replica.state
+        if not ended.done():
+            signal_group(replica.process, signal.SIGTERM)
+            await asyncio.wait([ended], timeout=self.config.drain_timeout_s)
+        signal_group(replica.process, signal.SIGKILL)  # also any children left in its group
+        code = await ended
+        replica.state = "gone"
+        if was == "starting" and not replica.reason:
+            replica.reason = f"ended with {code} before it was ready"
+            self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
+        elif was == "ready":
+            replica.reason = replica.reason or f"died with {code}"
+            log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
+
+    def _drain(self, replica: LocalReplica) -> None:
+        """Take a replica out of rotation and let its requests finish."""
+        if replica.state in ("starting", "ready"):
+            replica.state = "draining"
+            self._announce()
+            asyncio.get_running_loop().call_later(_HANDOVER_S, signal_group, replica.process, signal.SIGTERM)
+            asyncio.get_running_loop().call_later(self.config.drain_timeout_s, self._kill, replica)
+
+    def _kill(self, replica: LocalReplica) -> None:
+        if replica.state == "draining":
+            log.warning(
+                "replica %s did not drain within %g s; killed", replica.name, self.config.drain_timeout_s
+            )
+            signal_group(replica.process, signal.SIGKILL)
+
+    # ---- failures ----
+
+    def _failed(self, reason: str) -> None:
+        self._failures += 1
+        log.error("launch failed (%d in a row): %s", self._failures, reason)
+        if self._failures >= self.config.failures and not self._closing:
+            self.given_up = reason
+            log.error("launches paused for %g s or until the replica count changes", self._pause)
+            self._retry = asyncio.get_running_loop().call_later(self._pause, self._try_again)
+            self._pause = min(self._pause * 2, 10 * self.config.retry_s)
+        self._changed.set()
+
+    def _forgive(self) -> None:
+        self.given_up, self._failures = "", 0
+        if self._retry is not None:
+            self._retry.cancel()
+
+    def _try_again(self) -> None:
+        self.given_up, self._failures = "", self.config.failures - 1  # allow one more failure
+        self._retry_task = asyncio.ensure_future(self._reconcile())
+
+    def _announce(self) -> None:
+        ready = self.ready()
+        if ready != self._announced:
+            try:
+                self._on_change(ready)
+                self._announced = ready
+            except OSError as problem:  # a full disk must not stop replica management
+                log.error("cannot announce the set of replicas: %s", problem)
+                asyncio.get_running_loop().call_later(1.0, self._announce)
+        self._changed.set()
+
+
+_HANDOVER_S = 0.2  # time for the gateway, which reads its replicas file every 0.05 s, before SIGTERM
+
+
+def _fill(text: str, words: dict[str, str]) -> str:
+    for name, value in words.items():
+        text = text.replace("{" + name + "}", value)
+    return text
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])

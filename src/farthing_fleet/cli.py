@@ -1,0 +1,292 @@
+"""`farthing fleet`: run, scale and explain a fleet of replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shlex
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from farthing.cli.errors import with_options
+from farthing.config import check, option
+from farthing.process import loop_factory
+from farthing_fleet.actuators.base import ActuatorError
+from farthing_fleet.decision_log import last_decisions, report
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Run, scale and explain a fleet of replicas."
+)
+
+_UP_EXAMPLES = """
+Examples:
+
+  farthing fleet up
+
+  farthing fleet up ./DeepSeek-V3 --max-replicas 4 --api-key-file keys.txt
+
+  farthing fleet up --command "vllm serve ./model --port {port}" --health-path /health --metrics-names vllm
+"""
+_RUN_EXAMPLES = """
+Examples:
+
+  farthing fleet run fleet.yaml
+
+  farthing fleet run fleet.yaml --advise
+"""
+_GATEWAY_EXAMPLES = """
+Examples:
+
+  farthing fleet gateway --replica http://127.0.0.1:8001 --replica http://127.0.0.1:8002
+
+  farthing fleet gateway --replicas-file replicas.json --port 8000 --api-key-file keys.txt
+
+  farthing fleet gateway --replicas-dns farthing-replicas.farthing.svc:8000 --health-path /ready
+"""
+_EXPLAIN_EXAMPLES = """
+Examples:
+
+  farthing fleet explain
+
+  farthing fleet explain --last 3 --changes --json
+"""
+
+
+_option = partial(option, group="Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    """A local fleet."""
+
+    model: str = _option("mite", "A directory, a hub id, or the embedded model", argument=True)
+    host: str = _option("127.0.0.1", "Address of the gateway")
+    port: int = _option(8000, "Port of the gateway; 0: any free port")
+    min_replicas: int = _option(1, "Minimum number of replicas", minimum=0)
+    max_replicas: int = _option(2, "Maximum number of replicas", minimum=1)
+    capacity: float = _option(1.0, "Requests/s per replica, as `farthing bench capacity` measures")
+    command: str | None = _option(
+        None, "Replica command instead of `farthing serve MODEL`; {port} is replaced"
+    )
+    serve_args: str = _option("", "Additional arguments for `farthing serve`")
+    health_path: str = _option("/ready", "Path that answers 200 once a replica is ready")
+    metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
+    api_key_file: Path | None = _option(
+        None, "File of keys, one `name:key` or key per line, for the gateway and `farthing serve`"
+    )
+    ready_timeout: float = _option(600.0, "Maximum seconds for a replica to become ready")
+    standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
+    config: Path | None = _option(None, "YAML file with policy, gateway and signals")
+    state: Path = _option(Path("runs/fleet"), "Directory for logs, decisions and state")
+    metrics: str = _option("127.0.0.1:9400", "HOST:PORT of the controller's /metrics")
+    advise: bool = _option(False, "Only recommend, never scale")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    """A gateway and where it finds its replicas."""
+
+    replica: tuple[str, ...] = _option((), "URL of a replica (repeatable)")
+    replicas_file: Path | None = _option(None, "JSON file of replicas, reloaded on change")
+    replicas_dns: str | None = _option(
+        None, "HOST:PORT whose addresses are the replicas (a headless Service)"
+    )
+    host: str = _option("127.0.0.1", "Address to listen on")
+    port: int = _option(8000, "Port; 0: any free port")
+    health_path: str = _option("/health", "Path that answers 200 while a replica is ready")
+    api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
+    drain: float = _option(60.0, "Seconds for in-flight requests after SIGTERM")
+    state: Path | None = _option(None, "The controller's state directory, shown on the dashboard")
+    usd_per_hour: float | None = _option(None, "Price per replica-hour, for the dashboard", minimum=0)
+    wake: str | None = _option(None, "URL of the controller's /wake, which starts replicas for held requests")
+    replica_key_file: Path | None = _option(
+        None, "File with a metrics key of the replicas, for their cache digests"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if sum(map(bool, (self.replica, self.replicas_file, self.replicas_dns))) != 1:
+            raise ValueError("expected one of --replica, --replicas-file and --replicas-dns")
+
+
+@app.command(epilog=_UP_EXAMPLES)
+@with_options(options=UpOptions)
+def up(options: dict[str, Any]) -> None:
+    """Start a gateway and autoscaled replicas on this machine."""
+    from farthing_fleet.actuators.local import LocalConfig
+    from farthing_fleet.config import local_fleet
+    from farthing_fleet.up import STANDBY, UpConfig, serve_command
+
+    _log_to_stderr()
+    with _errors_to_user():
+        given = UpOptions(**options)
+        serving = serve_command(given.model, tuple(shlex.split(given.serve_args)), given.api_key_file)
+        command = tuple(shlex.split(given.command)) if given.command else serving
+        fleet = local_fleet(
+            given.config,
+            policy={
+                "min_replicas": given.min_replicas,
+                "max_replicas": given.max_replicas,
+                "capacity": given.capacity,
+            },
+            metrics_names=given.metrics_names,
+            state=given.state,
+            metrics=given.metrics,
+            advise=given.advise,
+        )
+        local = LocalConfig(
+            command,
+            given.state / "replicas",
+            health_path=given.health_path,
+            ready_timeout_s=given.ready_timeout,
+            **(STANDBY if given.standby and not given.command else {}),
+        )
+        asyncio.run(_up(UpConfig(fleet, local, given.host, given.port, given.api_key_file)))
+
+
+async def _up(config: Any) -> None:
+    from farthing_fleet.run import stop_event
+    from farthing_fleet.up import LocalFleet, load_estimates
+
+    stop = stop_event()
+    async with LocalFleet(config) as fleet:
+        _say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
+        forecasters = asyncio.create_task(load_estimates(fleet))
+        scaling = asyncio.create_task(fleet.run(stop))
+        ready = asyncio.create_task(fleet.wait_ready(config.local.ready_timeout_s, _say))
+        await asyncio.wait([ready, scaling], return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not ready.result():
+            _say(f"no replica became ready: {fleet.replicas.given_up or 'timed out'}")
+            stop.set()
+            await scaling
+            raise typer.Exit(1)
+        if ready.done():
+            _say("ready")
+        ready.cancel()
+        await scaling
+        await asyncio.gather(forecasters)
+        _say("shutting down: in-flight requests finish first")
+
+
+@app.command(epilog=_RUN_EXAMPLES)
+def run(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="YAML file; docs/guide/scale.md lists its fields.")
+    ],
+    advise: Annotated[bool, typer.Option("--advise", help="Only recommend, never scale.")] = False,
+) -> None:
+    """Scale a deployment, in Kubernetes or elsewhere, by the metrics of a Prometheus server."""
+    from farthing_fleet.config import load
+    from farthing_fleet.estimates import make_estimates
+    from farthing_fleet.run import run_controller, stop_event
+
+    _log_to_stderr()
+
+    async def main(fleet: Any) -> None:
+        await run_controller(fleet, stop_event(), make_estimates(fleet))
+
+    with _errors_to_user():
+        loaded = load(config)
+        asyncio.run(main(replace(loaded, advise=advise or loaded.advise)))
+
+
+@app.command(epilog=_GATEWAY_EXAMPLES)
+@with_options(options=GatewayOptions)
+def gateway(
+    options: dict[str, Any],
+    fd: Annotated[int | None, typer.Option(help="Take over this open socket instead.", hidden=True)] = None,
+) -> None:
+    """Serve one OpenAI-compatible address in front of many replicas."""
+
+    _log_to_stderr()
+    with _errors_to_user(), tempfile.TemporaryDirectory(prefix="farthing-gateway-") as scratch:
+        given = GatewayOptions(**options)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(_serve_gateway(given, fd, Path(scratch)))
+
+
+async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path) -> None:
+    """scratch: directory for the replicas that --replicas-dns finds."""
+    from farthing_fleet.config import split_address
+    from farthing_fleet.gateway import GatewayConfig
+    from farthing_fleet.gateway.process import serve
+    from farthing_fleet.run import follow
+
+    file, following = options.replicas_file, None
+    if options.replicas_dns is not None:
+        file = scratch / "replicas.json"
+        following = asyncio.create_task(follow(split_address(options.replicas_dns), file))
+    try:
+        await serve(
+            GatewayConfig(health_path=options.health_path, drain_s=options.drain),
+            replicas={f"r{i}": url for i, url in enumerate(options.replica, 1)},
+            replicas_file=file,
+            address=(options.host, options.port),
+            fd=fd,
+            api_key_file=options.api_key_file,
+            state=options.state,
+            usd_per_hour=options.usd_per_hour,
+            wake=options.wake,
+            replica_key_file=options.replica_key_file,
+        )
+    finally:
+        if following is not None:
+            following.cancel()
+
+
+@app.command(epilog=_EXPLAIN_EXAMPLES)
+def explain(
+    state: Annotated[Path, typer.Option(help="The controller's state directory.")] = Path("runs/fleet"),
+    last: Annotated[int, typer.Option(min=1, help="Number of decisions.")] = 10,
+    changes: Annotated[
+        bool, typer.Option("--changes", help="Only decisions that changed the replica count.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Print the last decisions with their reasons."""
+
+    with _errors_to_user():
+        decisions = last_decisions(state, last, changes=changes)
+    if as_json:
+        typer.echo(json.dumps([json.loads(d.to_json()) for d in decisions], indent=2))
+        return
+    _print(report(decisions))
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console().print(renderable, end="")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
+    )
+
+
+class _errors_to_user:
+    """User errors become one line and exit status 2; bugs keep their traceback."""
+
+    def __enter__(self) -> None:
+        """No setup."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+
+        if isinstance(error, (ValueError, OSError, ActuatorError)):
+            typer.echo(f"farthing fleet: {error}", err=True)
+            raise typer.Exit(2) from error

@@ -1,0 +1,169 @@
+"""A small LSTM with quantile outputs, pretrained on several services and fine-tuned on the current one.
+
+It forecasts y = log(peak within a lead / current level) at 0.5 and 0.9 (see `history`) from a sequence of
+means and, next to its last state, the features of every member. Loss: pinball, weighted by the level. Nothing
+depends on the load's scale or the length of a lead, so one network works for any service. `fit` starts from
+the packaged weights and takes seconds on one core; `bench/pretrain_load.py` trains the packaged weights.
+
+Shapes: N = origins, W = length of a sequence, F = features, Q = quantiles (0.5, 0.9).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from farthing_fleet.forecast.base import Floats
+from farthing_fleet.forecast.growth import FEATURES, History
+from farthing_fleet.forecast.members import PRETRAINED, QUANTILES, LSTMConfig, Regression
+
+_NETWORK = "network"  # prefix of the tensors of network i: "network.i."
+
+
+class Network(torch.nn.Module):
+    """[N, W, 2] and [N, F] -> [N, Q], the quantiles in order."""
+
+    def __init__(self, hidden: int = 32) -> None:
+        super().__init__()
+        self.lstm = torch.nn.LSTM(2, hidden, batch_first=True)
+        self.side = torch.nn.Linear(FEATURES, hidden)
+        self.head = torch.nn.Sequential(
+            torch.nn.Linear(2 * hidden, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, len(QUANTILES))
+        )
+
+    def forward(self, sequences: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        states, _ = self.lstm(sequences)
+        out = self.head(torch.cat([states[:, -1], torch.relu(self.side(features))], dim=1))
+        width = torch.nn.functional.softplus(out[:, 1] - 2)
+        return torch.stack([out[:, 0], out[:, 0] + width], dim=1)
+
+
+class LSTM:
+    """The member. Without `tune` it keeps the packaged weights."""
+
+    def __init__(
+        self, networks: Sequence[Network], config: LSTMConfig | None = None, tune: bool = True
+    ) -> None:
+        self.config, self.tune = config or LSTMConfig(), tune
+        self.name = "lstm" if tune else "lstm-shipped"
+        self._shipped = list(networks)
+        self.networks = list(networks)
+
+    def fit(self, history: History) -> None:
+        """Fine-tune the packaged networks on the first run of `history`."""
+        config = self.config
+        recent = history.tail(round(config.history_s / history.step_s))
+        if not self.tune or len(recent) < config.least_leads * history.lead:
+            return
+        data = examples([recent], config.thin)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            tuned = [copy.deepcopy(network) for network in self._shipped]
+            for network in tuned:
+                train(network, data, config.epochs, config.learning_rate, config.batch)
+        self.networks = tuned
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        """[o, B, 2]; computed in chunks, so that a long replay needs little memory."""
+        n, lanes = len(history) - first, history.load.shape[1]
+        sequences, features = history.sequences, history.features
+        made = np.empty((n * lanes, len(QUANTILES)))
+        for begin in range(0, n, 4096):
+            rows = slice(first + begin, min(first + begin + 4096, len(history)))
+            inputs = [
+                torch.from_numpy(np.ascontiguousarray(part[rows])).float() for part in (sequences, features)
+            ]
+            flat = [part.reshape(-1, *part.shape[2:]) for part in inputs]
+            with torch.no_grad():
+                out = torch.stack([network(*flat) for network in self.networks]).mean(0)
+            made[begin * lanes : begin * lanes + len(out)] = out.double().numpy()
+        return made.reshape(n, lanes, len(QUANTILES))
+
+
+def examples(histories: Sequence[History], thin: int) -> list[torch.Tensor]:
+    """[N, W, 2], [N, F], [N], [N]: sequences, features, targets and weights of every `thin`-th origin."""
+    parts: list[list[Floats]] = [[], [], [], []]
+    for history in histories:
+        chosen = slice(0, len(history.target), thin)
+        level = history.level[chosen, 0]
+        rows = (
+            history.sequences[chosen, 0],
+            history.features[chosen, 0],
+            history.target[chosen, 0].clip(-1, 1),
+            level / level.mean(),
+        )
+        for part, row in zip(parts, rows, strict=True):
+            part.append(row)
+    return [torch.tensor(np.concatenate(part), dtype=torch.float32) for part in parts]
+
+
+def train(network: Network, data: list[torch.Tensor], epochs: int, rate: float, batch: int) -> None:
+    """Train in place with a one-cycle schedule."""
+    sequences, features, truth, weight = data
+    optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=1e-2)
+    steps = epochs * -(-len(truth) // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    quantiles = torch.tensor(QUANTILES)
+    for _ in range(epochs):
+        order = torch.randperm(len(truth))
+        for begin in range(0, len(order), batch):
+            rows = order[begin : begin + batch]
+            miss = truth[rows, None] - network(sequences[rows], features[rows])
+            pinball = torch.maximum(quantiles * miss, (quantiles - 1) * miss)
+            loss = (weight[rows, None] * pinball).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    network.eval()
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The packaged networks and initial weights of the quantile regression."""
+
+    networks: list[Network]
+    start: Floats  # [Q, F + 1]
+    centre: Floats  # [F]
+    spread: Floats  # [F]
+
+    def lstm(self, config: LSTMConfig | None = None, tune: bool = True) -> LSTM:
+        return LSTM(self.networks, config, tune)
+
+    def regression(self) -> Regression:
+        return Regression(self.start, self.centre, self.spread)
+
+    def save(self, path: Path) -> None:
+        """Write everything to one safetensors file."""
+        tensors = {
+            f"{_NETWORK}.{index}.{name}": tensor.contiguous()
+            for index, network in enumerate(self.networks)
+            for name, tensor in network.state_dict().items()
+        }
+        for name in ("start", "centre", "spread"):
+            tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).float()
+        save_file(tensors, path)
+
+    @classmethod
+    def read(cls, path: Path = PRETRAINED) -> Pretrained:
+        """Read the file. Raises FileNotFoundError, or ValueError if it was made for other features."""
+        tensors = load_file(path)
+        if tensors["centre"].shape != (FEATURES,):
+            raise ValueError(f"{path}: made for {len(tensors['centre'])} features; expected {FEATURES}")
+        count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(_NETWORK))
+        networks = []
+        for index in range(count):
+            prefix = f"{_NETWORK}.{index}."
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            network = Network(hidden=part["side.bias"].shape[0])
+            network.load_state_dict(part)
+            networks.append(network.eval())
+        numbers = (tensors[name].double().numpy() for name in ("start", "centre", "spread"))
+        return cls(networks, *numbers)

@@ -1,0 +1,176 @@
+"""Hold requests until a replica is ready, bounded in number and time, and wake a fleet at zero."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from itertools import chain, zip_longest
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from farthing_fleet.gateway.errors import Refused
+from farthing_fleet.gateway.metrics import GatewayMetrics
+
+T = TypeVar("T")
+_AGAIN_S = 0.25  # between looks for a replica: the end of a breaker's pause is not announced
+_BATCH, _PAUSE_S = 32, 0.02  # requests released together, so that a replica's accept queue does not overflow
+
+
+class Hold:
+    """Counts waiting requests; the count wakes a fleet that is scaled to zero.
+
+    API keys take turns. If there is no room for another request, the newest one of the key with most gives
+    way, so one key's requests never take the others' places.
+    """
+
+    def __init__(self, limit: int, metrics: GatewayMetrics, available: Callable[[], bool]) -> None:
+        """available: whether some replica takes requests."""
+        self._limit, self._metrics, self._available = limit, metrics, available
+        # By key, that whose turn is next first: a waiting request each, with the number of its arrival.
+        self._sleeping: OrderedDict[str, dict[asyncio.Future[None], int]] = OrderedDict()
+        self._waiting: Counter[str] = Counter()  # by key
+        self._arrived = 0
+        # Of them, those still to be woken by this look.
+        self._due: deque[tuple[str, asyncio.Future[None]]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self.occupied = asyncio.Event()  # set while requests wait
+        self.waiting = 0
+        self.stopping = False
+
+    def notify(self) -> None:
+        """Look for a replica now: the replicas or their health changed, or the gateway stops."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._look()
+
+    async def until(self, ready: Callable[[], T | None], deadline: float, key: str = "") -> T | None:
+        """Wait until `ready` returns a value; None at the deadline (loop time) or on shutdown.
+
+        key: the name of the request's API key. Raises Refused if there is no room for the request.
+        """
+        if self.waiting >= self._limit:
+            self._make_room(key)
+        loop = asyncio.get_running_loop()
+        self.waiting += 1
+        self._waiting[key] += 1
+        self._arrived += 1
+        arrived = self._arrived
+        self.occupied.set()
+        self._metrics.waiting.inc()
+        if self._timer is None:
+            self._timer = loop.call_later(_AGAIN_S, self._look)
+        try:
+            while not self.stopping and (left := deadline - loop.time()) > 0:
+                woken = loop.create_future()
+                self._sleeping.setdefault(key, {})[woken] = arrived
+                try:
+                    async with asyncio.timeout(left):
+                        await woken
+                except TimeoutError:
+                    pass
+                finally:
+                    self._forget(key, woken)
+                if (found := ready()) is not None:
+                    return found
+            return None
+        finally:
+            self.waiting -= 1
+            self._waiting[key] -= 1
+            if not self._waiting[key]:
+                del self._waiting[key]
+            if not self.waiting:
+                self.occupied.clear()
+            self._metrics.waiting.dec()
+
+    def _make_room(self, key: str) -> None:
+        """Refuse the newest request of the key with most. Raises Refused if that is the one to come."""
+        largest, most = self._waiting.most_common(1)[0]
+        sleeping = {f: arrived for f, arrived in self._sleeping.get(largest, {}).items() if not f.done()}
+        mine = self._waiting[key] + 1 >= most or not sleeping
+        refused = Refused(
+            503,
+            f"no replica is ready and {self._limit} requests (the limit) already wait, "
+            f"{self._waiting[key] if mine else most} of this key; retry later",
+            headers={"Retry-After": "1"},
+        )
+        if mine:
+            raise refused
+        newest = max(sleeping, key=sleeping.__getitem__)
+        self._forget(largest, newest)
+        newest.set_exception(refused)
+
+    def _forget(self, key: str, woken: asyncio.Future[None]) -> None:
+        sleeping = self._sleeping.get(key, {})
+        sleeping.pop(woken, None)
+        if not sleeping:
+            self._sleeping.pop(key, None)
+
+    def _look(self) -> None:
+        """Wake the waiting requests if a replica is available: in batches, each once per look, by turns of
+        their keys."""
+        self._timer = None
+        if not self.waiting:
+            self._due.clear()
+            return
+        if not (self.stopping or self._available()):
+            self._due.clear()
+        elif self.stopping or not self._due:
+            queues = [[(key, woken) for woken in sleeping] for key, sleeping in self._sleeping.items()]
+            self._due = deque(filter(None, chain.from_iterable(zip_longest(*queues))))
+        count = len(self._due) if self.stopping else min(_BATCH, len(self._due))
+        for key, future in [self._due.popleft() for _ in range(count)]:
+            if key in self._sleeping:
+                self._sleeping.move_to_end(key)
+            self._forget(key, future)
+            if not future.done():  # else its client has left, or its time is up
+                future.set_result(None)
+        pause = _PAUSE_S if self._due else _AGAIN_S
+        self._timer = asyncio.get_running_loop().call_later(pause, self._look)
+
+
+# Reports held requests to the controller, which wakes a fleet that is scaled to zero.
+
+log = logging.getLogger(__name__)
+
+_EVERY_S = 1.0
+_TIMEOUT_S = 2.0
+
+
+class Waker:
+    """Reports to the controller's `/wake`: immediately when the first request is held, then every second."""
+
+    def __init__(self, url: str, hold: Hold) -> None:
+        """Raises ValueError unless `url` is http://HOST:PORT/PATH or https://…."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"wake: got {url!r}; expected a URL such as http://127.0.0.1:9400/wake")
+        self._url, self._hold = url, hold
+        self._name = f"{socket.gethostname()}-{os.getpid()}"
+
+    async def run(self) -> None:
+        """Report forever."""
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+        silent = False
+        async with aiohttp.ClientSession(timeout=timeout) as session:
+            while True:
+                await self._hold.occupied.wait()
+                problem = await self._report(session)
+                if problem and not silent:
+                    log.warning("cannot reach the controller at %s: %s", self._url, problem)
+                silent = bool(problem)
+                await asyncio.sleep(_EVERY_S)
+
+    async def _report(self, session: aiohttp.ClientSession) -> str:
+        """Send one report. Returns the problem, or an empty string."""
+        report = {"gateway": self._name, "waiting": self._hold.waiting}
+        try:
+            async with session.post(self._url, json=report) as answer:
+                return "" if answer.status < 300 else f"status {answer.status}"
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            return str(problem) or type(problem).__name__

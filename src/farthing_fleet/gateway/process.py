@@ -1,0 +1,235 @@
+"""The gateway as a process: keys, dashboard, signals, graceful shutdown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from prometheus_client.samples import Sample
+
+from farthing.server.config import KeyRing, warn_if_public
+from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Dashboard
+from farthing_fleet.decision_log import DECISIONS, recent, sentence
+from farthing_fleet.forecast.base import FORECASTS, read_forecasts
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.errors import Refused
+from farthing_fleet.gateway.server import Gateway, Page
+from farthing_fleet.types import Decision, Snapshot
+
+# Data for a gateway's dashboard: its own traffic, and the state that the controller wrote.
+#
+# The document has the format of `farthing.server.dashboard`; see its `source`.
+
+_SHOWN = 50  # decisions
+_REALTIME_S = 300.0  # the current load is drawn this far ahead
+
+
+def fleet_data(gateway: Gateway, state: Path | None, usd_per_hour: float | None = None) -> dict[str, Any]:
+    """The document of one gateway. usd_per_hour: price per replica; state: the controller's directory."""
+    replicas = [_replica(entry) for entry in gateway.state()["replicas"]]
+    ready = sum(entry["state"] == "ready" for entry in replicas)
+    document: dict[str, Any] = {
+        "kind": "gateway",
+        "title": "fleet",
+        "facts": {},
+        "counters": _counters(gateway),
+        "gauges": {
+            "ready": ready,
+            "waiting": gateway.state()["waiting"],
+            "running": sum(entry["inflight"] for entry in replicas),
+        },
+        "histograms": {"ttfb": _first_byte(gateway)},
+        "replicas": replicas,
+        "decisions": [],
+        "forecasts": {},
+    }
+    if usd_per_hour is not None:
+        document["gauges"]["usd_per_hour"] = usd_per_hour * ready
+    if state is not None:
+        _add_control(document, state)
+    return document
+
+
+def _replica(entry: Mapping[str, Any]) -> dict[str, Any]:
+    status = "ready" if entry["available"] else "starting" if not entry["served"] else "unhealthy"
+    return {name: entry[name] for name in ("name", "url", "inflight", "served", "failed")} | {"state": status}
+
+
+def _counters(gateway: Gateway) -> dict[str, float]:
+    errors = sum(s.value for s in _samples(gateway, "requests_total") if s.labels["code"].startswith("5"))
+    return {"requests": sum(s.value for s in _samples(gateway, "received_total")), "errors": errors}
+
+
+def _first_byte(gateway: Gateway) -> dict[str, Any]:
+    buckets = _samples(gateway, "first_byte_seconds_bucket")
+    return {
+        "bounds": [float(s.labels["le"]) for s in buckets[:-1]],
+        "cumulative": [int(s.value) for s in buckets],
+    }
+
+
+def _samples(gateway: Gateway, name: str) -> list[Sample]:
+    families = gateway.metrics.registry.collect()
+    return [s for family in families for s in family.samples if s.name == f"farthing:gateway_{name}"]
+
+
+def _add_control(document: dict[str, Any], state: Path) -> None:
+    """Decisions with their reasons, forecasts, and the load they were made for."""
+    decisions = recent(state / DECISIONS)
+    document["decisions"] = [_shown(decision) for decision in _telling(decisions)[-_SHOWN:]]
+    unit, document["forecasts"] = read_forecasts(state / FORECASTS)
+    document["unit"] = f"{unit}/s"
+    if not decisions:
+        return
+    last, gauges = decisions[-1], document["gauges"]
+    document["why"] = sentence(last)
+    gauges["desired"] = last.target
+    measured = last.inputs.get("snapshot")
+    if measured is None:
+        return
+    snapshot = Snapshot(**measured)
+    load = snapshot.load(unit)
+    gauges["load"] = load
+    capacity = last.inputs.get("capacity")
+    if capacity:
+        document["facts"]["capacity"] = f"{capacity:.3g} {unit}/s per replica"
+    if snapshot.cold_start_s is not None:
+        document["facts"]["cold start"] = f"{snapshot.cold_start_s:.3g} s (P90)"
+    if load is not None:
+        band = {"p50": [load], "p90": [load], "source": "signals"}
+        document["forecasts"]["realtime"] = {"start": time.time(), "step_s": _REALTIME_S, **band}
+    tokens = (snapshot.prompt_token_rate or 0.0) + (snapshot.output_token_rate or 0.0)
+    if tokens and "usd_per_hour" in gauges:
+        gauges["usd_per_million"] = gauges["usd_per_hour"] / 3600 / tokens * 1e6
+
+
+def _telling(decisions: Sequence[Decision]) -> list[Decision]:
+    """Decisions without repeats: of a run that holds for the same reason, the first and, if it is the latest,
+    the last."""
+    told: list[Decision] = []
+    for decision in decisions:
+        same = bool(told) and _kind(told[-1]) == _kind(decision)
+        if decision.action != "hold" or not same:
+            told.append(decision)
+    return told if not decisions or told[-1] is decisions[-1] else [*told, decisions[-1]]
+
+
+def _kind(decision: Decision) -> tuple[object, ...]:
+    return decision.action, decision.target, decision.decided_by, decision.alarms
+
+
+def _shown(decision: Decision) -> dict[str, Any]:
+    names = ("time", "current", "target", "action", "decided_by", "reason", "alarms")
+    return {name: getattr(decision, name) for name in names}
+
+
+log = logging.getLogger(__name__)
+
+_SAMPLE_S, _SAMPLES = 2.0, 1800  # one hour of dashboard samples
+
+
+async def serve(
+    config: GatewayConfig,
+    *,
+    replicas: dict[str, str],
+    replicas_file: Path | None = None,
+    address: tuple[str, int] = ("127.0.0.1", 8000),
+    fd: int | None = None,
+    api_key_file: Path | None = None,
+    state: Path | None = None,
+    usd_per_hour: float | None = None,
+    wake: str | None = None,
+    replica_key_file: Path | None = None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain.
+
+    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: price per replica;
+    wake: the controller's URL for reports of held requests; replica_key_file: file with a key that may read
+    the replicas' metrics and cache digests. Raises ValueError for invalid keys or URLs, OSError if the port
+    is in use.
+    """
+    raise_file_limit()
+    keys = None
+    if api_key_file is not None:
+        keys = KeyRing.from_file(api_key_file)
+    replica_key = None
+    if replica_key_file is not None:
+        replica_key = replica_key_file.read_text().strip()
+        warn_if_public(replica_key_file)
+
+    dashboard = Dashboard(lambda: fleet_data(gateway, state, usd_per_hour), _SAMPLE_S, _SAMPLES)
+    gateway = Gateway(
+        config,
+        keys=keys,
+        replicas_file=replicas_file,
+        pages=pages_of(dashboard),
+        wake=wake,
+        replica_key=replica_key,
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    sock = socket.socket(fileno=fd) if fd is not None else None
+    port = await gateway.start(*address, sock=sock)
+    if replicas:
+        gateway.set_replicas(replicas)
+    gc.collect()
+    gc.freeze()  # imports are permanent: full collections can skip them
+    log.info("gateway on port %d, dashboard at /", port)
+    sampling = asyncio.create_task(_sample(dashboard))
+    await stop.wait()
+    sampling.cancel()
+    broken = await gateway.stop()
+    log.info("gateway stopped; %d requests were cut off", broken)
+
+
+def raise_file_limit() -> None:
+    """Raise the limit of open files to the hard limit: each request needs two."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    log.debug("open files: limit %d, was %d", hard, soft)
+
+
+async def _sample(dashboard: Dashboard) -> None:
+    """Sample the dashboard, in the event loop to avoid races."""
+    while True:
+        try:
+            dashboard.sample()
+        except Exception:  # a dashboard failure must not stop the gateway
+            log.exception("the dashboard's source failed")
+        await asyncio.sleep(_SAMPLE_S)
+
+
+def pages_of(dashboard: Dashboard) -> Callable[[str, str], Page | None]:
+    """The dashboard's page and assets (public) and its data (requires a key)."""
+
+    def pages(path: str, query: str) -> Page | None:
+        if path == DATA_PATH:
+            body = json.dumps(dashboard.document(_since(query))).encode()
+            return Page(body, "application/json", HEADERS, open=False)
+        asset = dashboard.asset(path)
+        if asset is None and path.startswith(PREFIX):  # a replica's page would not fit the gateway's
+            raise Refused(404, f"{path}: no such page", code="unknown_url")
+        return Page(asset.body, asset.content_type, HEADERS) if asset is not None else None
+
+    return pages
+
+
+def _since(query: str) -> float:
+    """`since=T` of a query; 0 if missing or not a number."""
+    try:
+        return float(parse_qs(query)["since"][0])
+    except (KeyError, ValueError):
+        return 0.0

@@ -1,0 +1,525 @@
+"""One request from its body to its answer: choice of a replica, exchange, retry, errors.
+
+A request is sent to at most `tries` replicas, and never to a second one after the client has received a
+byte. It is retried on another replica if the first was unreachable, answered 503 or stopped answering. If
+a replica dies with the request in flight, `poison` decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+from yarl import URL
+
+from farthing.prompts import Prompt
+from farthing.server.errors import CODE_HEADER, OPENING_HEADER
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.errors import Refused, error_event
+from farthing_fleet.gateway.guard import guard_of
+from farthing_fleet.gateway.hold import Hold
+from farthing_fleet.gateway.metrics import GatewayMetrics
+from farthing_fleet.gateway.replicas import (
+    Active,
+    Balancer,
+    Identity,
+    Interrupted,
+    Poison,
+    Replica,
+    Silence,
+    find,
+    named,
+)
+
+# One exchange with one replica: send a request, relay its answer.
+#
+# Each exchange uses its own connection. A reused connection could contain unsolicited bytes from a
+# replica, which would become part of the next client's answer; and only on a fresh one is it certain
+# whether the replica received the request.
+
+BUSY: Final = 503  # answered before the first token by a replica that drains or is full
+_WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
+_REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
+_OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
+_TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
+# RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
+_HOP = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "http2-settings",
+        "expect",
+        "content-length",
+        "host",
+    ]
+)
+
+
+class ReplicaLost(Exception):
+    """A failed exchange. held: the replica received at least part of the request."""
+
+    def __init__(self, reason: str, *, held: bool) -> None:
+        super().__init__(reason)
+        self.held = held
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A request to forward to a replica."""
+
+    method: str
+    target: str  # path and query, as received
+    headers: CIMultiDict[str]
+    body: bytes
+    prompt: Prompt
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the request is for a stream."""
+        return self.prompt.streamed
+
+    @property
+    def earlier(self) -> str | None:
+        """The id of a stored response that the request names, in its path or its body."""
+        return named(self.target) or self.prompt.previous
+
+    @property
+    def identity(self) -> Identity:
+        """The key of requests that are equal to a replica."""
+        return self.method, self.target, self.body
+
+
+def request_headers(request: web.BaseRequest, peer: str) -> CIMultiDict[str]:
+    """The headers to forward: end-to-end ones, the client in X-Forwarded-For, and when streams open."""
+    headers = _end_to_end(request.headers.items(), request.headers.getall("Connection", []))
+    forwarded = headers.popall("X-Forwarded-For", [])
+    headers["X-Forwarded-For"] = ", ".join([*forwarded, peer])
+    headers[OPENING_HEADER] = _OPENS_AFTER
+    return headers
+
+
+def _end_to_end(headers: Iterable[tuple[str, str]], connection: Iterable[str]) -> CIMultiDict[str]:
+    named = {token.strip().lower() for value in connection for token in value.split(",")}
+    return CIMultiDict(
+        # Bytes that are not UTF-8 cannot be re-encoded.
+        (name, value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        for name, value in headers
+        if (lower := name.lower()) not in _HOP and lower not in named
+    )
+
+
+def make_session(config: GatewayConfig) -> aiohttp.ClientSession:
+    """The HTTP client for replicas: one connection per request, no decoding, redirects or cookies."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(
+            total=None, sock_connect=config.connect_timeout_s, sock_read=config.idle_timeout_s
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+    )
+
+
+async def send(
+    session: aiohttp.ClientSession, replica: Replica, outgoing: Outgoing
+) -> aiohttp.ClientResponse:
+    """Send the request and wait for the head of the answer. Raises ReplicaLost."""
+    try:
+        answer = await session.request(
+            outgoing.method,
+            URL(replica.url + outgoing.target, encoded=True),
+            headers=outgoing.headers,
+            data=outgoing.body or None,
+            allow_redirects=False,
+        )
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
+        raise ReplicaLost(f"cannot connect to {replica.url} ({problem})", held=False) from problem
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise ReplicaLost(_describe(problem), held=True) from problem
+    if answer.status < 200:
+        answer.close()
+        raise ReplicaLost(f"unexpected status {answer.status}", held=True)
+    return answer
+
+
+async def refusal(answer: aiohttp.ClientResponse) -> str:
+    """The code of an error answer, or an empty string. Raises ReplicaLost."""
+    if code := answer.headers.get(CODE_HEADER):
+        return code
+    try:
+        body = await answer.content.read(_REFUSAL)
+        return str(json.loads(body)["error"]["code"])
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise ReplicaLost(_describe(problem), held=True) from problem
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _describe(problem: BaseException) -> str:
+    if isinstance(problem, aiohttp.ServerDisconnectedError):
+        return "the connection was closed"
+    return str(problem) or type(problem).__name__
+
+
+class Relay:
+    """Relays a replica's answer to the client."""
+
+    def __init__(
+        self,
+        request: web.BaseRequest,
+        replica: Replica,
+        answer: aiohttp.ClientResponse,
+        active: Active,
+        write_timeout_s: float,
+    ) -> None:
+        self._request, self._replica, self._answer, self._active = request, replica, answer, active
+        self._write_timeout_s = write_timeout_s
+        self._clock = asyncio.get_running_loop().time
+        self._length = _content_length(answer)
+        self.event_stream = answer.content_type == "text/event-stream"
+        self.response: web.StreamResponse | None = None  # set once the head is sent to the client
+
+    async def whole(self) -> web.Response | None:
+        """The complete answer if it is short and not a stream, so that the replica may still be lost safely.
+
+        Raises ReplicaLost, Interrupted.
+        """
+        if self.event_stream or self._length is None or self._length > _WHOLE:
+            return None
+        try:
+            with self._active.interruptible():
+                body = await self._answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            raise ReplicaLost(_describe(problem), held=True) from problem
+        return web.Response(status=self._answer.status, headers=self._headers(), body=body)
+
+    async def stream(self) -> web.StreamResponse:
+        """Relay the answer as it arrives; a slow client slows the replica down.
+
+        Raises ReplicaLost and Interrupted, after which the caller calls `break_off`, and OSError if the
+        client is lost.
+        """
+        response = web.StreamResponse(status=self._answer.status, headers=self._headers())
+        if self._length is not None:
+            response.content_length = self._length
+        await response.prepare(self._request)
+        self.response = response
+        tail = b""
+        while data := await self._read():
+            tail = (tail + data)[-_TAIL:] if len(data) < _TAIL else data[-_TAIL:]
+            await self._write(response, data)
+        if self.event_stream and self._unframed() and b"[DONE]" not in tail:
+            raise ReplicaLost("the stream ended without [DONE]", held=True)
+        await response.write_eof()
+        return response
+
+    async def break_off(self, reason: str) -> None:
+        """Tell the client that a started answer will not be completed."""
+        guard = guard_of(self._request)
+        if self.response is not None and self.event_stream:
+            self.response.force_close()
+            await self.response.write(error_event(reason, self._request.path))
+            await self.response.write_eof()
+        elif guard is not None:
+            guard.abort()
+
+    async def _read(self) -> bytes:
+        try:
+            with self._active.interruptible():
+                data = await self._answer.content.readany()
+        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            raise ReplicaLost(_describe(problem), held=True) from problem
+        self._replica.heard = self._clock()
+        return data
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        if not self._request.protocol.writing_paused:
+            await response.write(data)
+            return
+        try:
+            with self._active.interruptible():
+                async with asyncio.timeout(self._write_timeout_s):
+                    await response.write(data)
+        except TimeoutError as problem:
+            raise ConnectionResetError("the client stopped reading") from problem
+
+    def _headers(self) -> CIMultiDict[str]:
+        source = self._answer.headers
+        headers = _end_to_end(source.items(), source.getall("Connection", []))
+        headers["X-Farthing-Replica"] = self._replica.name
+        headers.setdefault("Server", "farthing")
+        if (target := headers.get("Location", "")).startswith(self._replica.url + "/"):
+            headers["Location"] = target.removeprefix(self._replica.url)  # not reachable for clients
+        if self._request.method == "HEAD" and self._length is not None:
+            headers["Content-Length"] = str(self._length)
+        return headers
+
+    def _unframed(self) -> bool:
+        """Whether the body ends with the connection, which cannot be told from a killed replica."""
+        return self._length is None and "chunked" not in self._answer.headers.get("Transfer-Encoding", "")
+
+
+def _content_length(answer: aiohttp.ClientResponse) -> int | None:
+    value = answer.headers.get("Content-Length", "")
+    return int(value) if value.isascii() and value.isdigit() else None
+
+
+@dataclass
+class _Course:
+    """Progress of one request."""
+
+    arrived: float  # loop time
+    deadline: float
+    client: str
+    holder: Replica | None = None  # stores the response that the request continues
+    sent: int = 0  # number of replicas that received the request
+    tried: list[Replica] = field(default_factory=list)
+    unreached: list[Replica] = field(default_factory=list)  # those of `tried` that never received the request
+    reason: str = "none is ready"
+    status: int = BUSY
+    held: bool = False  # it waited for a replica: a fleet that was just woken is busy at first
+
+
+class Proxy:
+    """Sends requests to replicas. alive: whether a replica still answers."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        balancer: Balancer,
+        metrics: GatewayMetrics,
+        hold: Hold,
+        session: aiohttp.ClientSession,
+        alive: Callable[[Replica], Awaitable[bool]],
+    ) -> None:
+        self._config, self._balancer, self._metrics = config, balancer, metrics
+        self._hold, self._session, self._alive = hold, session, alive
+        self._poison = Poison(config.poison_ttl_s)
+        self.silence = Silence(config.hung_margin_s)
+        self._now = asyncio.get_running_loop().time
+
+    async def answer(
+        self, request: web.BaseRequest, outgoing: Outgoing, client: str = ""
+    ) -> web.StreamResponse:
+        """Forward a request and return the answer. client: the name of its API key.
+
+        Raises Refused, or OSError if the client is lost.
+        """
+        if self._poison.refuses(outgoing.identity):
+            self._metrics.count("none", 422)
+            raise Refused(
+                422,
+                "a replica died with this request in flight; "
+                f"it is refused for {self._config.poison_ttl_s:g} s",
+            )
+        course = _Course(self._now(), self._now() + self._config.wait_s, client)
+        if (identity := outgoing.earlier) is not None and len(self._balancer.candidates()) > 1:
+            course.holder = await find(self._session, self._balancer.candidates(), identity, outgoing.headers)
+        while (replica := await self._next(outgoing, course)) is not None:
+            answer = await self._try(request, outgoing, replica, course)
+            if answer is not None:
+                return answer
+            if self._hold.stopping or self._poison.refuses(outgoing.identity):
+                break
+            self._metrics.retries.inc()
+        self._metrics.count("none", course.status)
+        raise Refused(
+            course.status,
+            f"no replica answered the request ({course.reason}; sent to {course.sent})",
+            headers={"Retry-After": "1"},
+        )
+
+    async def _next(self, outgoing: Outgoing, course: _Course) -> Replica | None:
+        """The replica for the next try, waiting until one is ready. None: no more tries."""
+        if course.sent >= self._config.tries:
+            return None
+        replica = self._balancer.choose(outgoing.prompt, course.tried)
+        if course.holder is not None and not course.tried and course.holder.available:
+            replica = course.holder
+        if replica is None:
+            replica = await self._hold.until(
+                lambda: self._again(outgoing, course), course.deadline, course.client
+            )
+            course.held = True
+        if replica is not None:
+            course.tried.append(replica)
+        return replica
+
+    def _again(self, outgoing: Outgoing, course: _Course) -> Replica | None:
+        """An untried replica, or one that was unreachable a moment ago and may be back."""
+        passed_over = [r for r in course.tried if r not in course.unreached]
+        return self._balancer.choose(outgoing.prompt, passed_over)
+
+    async def _try(
+        self, request: web.BaseRequest, outgoing: Outgoing, replica: Replica, course: _Course
+    ) -> web.StreamResponse | None:
+        """One try. None if the client has received nothing; `course` has the reason. Raises OSError if the
+        client is lost.
+        """
+        with self._inflight(outgoing, replica) as active:
+            try:
+                return await self._exchange(request, outgoing, replica, course, active)
+            except Interrupted as problem:
+                replica.breaker.abandoned()
+                self._interrupted(outgoing, replica, course, problem)
+            except ReplicaLost as problem:
+                await self._lost(outgoing, replica, course, active, problem)
+            except (asyncio.CancelledError, OSError):  # the client disconnected
+                replica.breaker.abandoned()
+                self._metrics.count(replica.name, 499)
+                raise
+        return None
+
+    async def _exchange(
+        self,
+        request: web.BaseRequest,
+        outgoing: Outgoing,
+        replica: Replica,
+        course: _Course,
+        active: Active,
+    ) -> web.StreamResponse | None:
+        """Send the request and relay the answer.
+
+        Raises ReplicaLost and Interrupted only if the client has received nothing.
+        """
+        with active.interruptible():
+            answer = await send(self._session, replica, outgoing)
+        try:
+            if answer.status == BUSY and not self._last(course):
+                await self._busy(outgoing, replica, course, active, answer)
+                return None
+            self._first_byte(replica, active, course)
+            relay = Relay(request, replica, answer, active, self._config.write_timeout_s)
+            try:
+                response = await relay.whole() or await relay.stream()
+            except (ReplicaLost, Interrupted) as problem:
+                if relay.response is None:
+                    raise
+                self._metrics.count(replica.name, 502)
+                await self._break_off(relay, outgoing, replica, problem)
+                return relay.response
+        finally:
+            answer.close()
+        replica.served += 1
+        replica.breaker.succeeded()
+        self._metrics.count(replica.name, response.status)
+        return response
+
+    @contextmanager
+    def _inflight(self, outgoing: Outgoing, replica: Replica) -> Iterator[Active]:
+        """Count the request on its replica."""
+        active = Active(outgoing.streamed, self._now(), alone=not replica.active)
+        for other in replica.active:
+            other.alone = False
+        replica.active.add(active)
+        replica.inflight += 1
+        replica.breaker.sent()
+        uncached = self._balancer.learn(outgoing.prompt, replica)
+        # Without streaming, the first byte does not show when the prompt was computed.
+        active.queued = uncached if outgoing.streamed else 0
+        replica.queued += active.queued
+        try:
+            yield active
+        finally:
+            replica.active.discard(active)
+            replica.inflight -= 1
+            replica.queued -= active.queued
+
+    def _first_byte(self, replica: Replica, active: Active, course: _Course) -> None:
+        now = self._now()
+        replica.heard = now
+        active.heard = True
+        replica.queued -= active.queued
+        active.queued = 0
+        self._metrics.first_byte.observe(now - course.arrived)
+        if active.streamed:
+            self.silence.observe(now - active.began)
+
+    def _last(self, course: _Course) -> bool:
+        """Whether to pass on a busy replica's own answer."""
+        if course.held and self._now() < course.deadline:
+            return False
+        return course.sent + 1 >= self._config.tries or not self._balancer.candidates(course.tried)
+
+    # ---- failed tries ----
+
+    async def _break_off(
+        self, relay: Relay, outgoing: Outgoing, replica: Replica, problem: ReplicaLost | Interrupted
+    ) -> None:
+        """End an answer that started but cannot be completed."""
+        if isinstance(problem, Interrupted) and problem.why == "stopping":
+            replica.breaker.abandoned()
+            await relay.break_off(str(problem))
+            return
+        replica.failed += 1
+        replica.breaker.failed()
+        # The client may retry it. A long answer is also cut off by what is not its fault: a suspect at most.
+        if isinstance(problem, Interrupted) or not await self._alive(replica):
+            self._poison.strike(outgoing.identity, alone=False)
+        await relay.break_off(f"replica lost: {problem}")
+
+    async def _busy(
+        self,
+        outgoing: Outgoing,
+        replica: Replica,
+        course: _Course,
+        active: Active,
+        answer: aiohttp.ClientResponse,
+    ) -> None:
+        """The replica answered 503: draining, full, or its engine failed."""
+        with active.interruptible():
+            code = await refusal(answer)
+        if code == "engine_failed":
+            course.sent += 1
+            course.reason = f"{replica.name}: its engine failed"
+            self._poison.strike(outgoing.identity, alone=active.alone)
+        else:
+            course.reason = f"{replica.name} is busy or draining"
+            if course.held:
+                course.unreached.append(replica)  # retry it once it has capacity again
+            else:
+                course.sent += 1
+        replica.served += 1
+        replica.breaker.succeeded()
+
+    def _interrupted(
+        self, outgoing: Outgoing, replica: Replica, course: _Course, problem: Interrupted
+    ) -> None:
+        course.sent += 1
+        course.reason = f"{replica.name}: {problem}"
+        if problem.why == "hung":
+            course.status = 504
+            replica.failed += 1
+            self._poison.strike(outgoing.identity, alone=False)
+
+    async def _lost(
+        self, outgoing: Outgoing, replica: Replica, course: _Course, active: Active, problem: ReplicaLost
+    ) -> None:
+        """The exchange failed. If the replica still answers health checks, it only closed the connection;
+        otherwise it died, possibly because of this request.
+        """
+        replica.failed += 1
+        replica.breaker.failed()
+        course.reason = f"{replica.name}: {problem}"
+        if not problem.held:
+            course.unreached.append(replica)
+            return
+        course.sent += 1
+        course.status = 502
+        if not await self._alive(replica):
+            self._poison.strike(outgoing.identity, alone=active.alone)

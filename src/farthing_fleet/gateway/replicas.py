@@ -1,0 +1,573 @@
+"""The replicas behind a gateway: their list, health, load and cached prompts, and the choice among them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from bisect import insort
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote, urlsplit
+
+import aiohttp
+
+from farthing.files import replace_text
+from farthing.prompts import Prompt
+from farthing_fleet.gateway.config import GatewayConfig
+
+# An interruptible request in flight on a replica.
+
+Why = Literal["stopping", "hung"]
+
+
+class Interrupted(Exception):
+    """The exchange was interrupted: the gateway stops or the replica hangs."""
+
+    def __init__(self, why: Why) -> None:
+        super().__init__(
+            "the gateway is shutting down" if why == "stopping" else "the replica stopped answering"
+        )
+        self.why = why
+
+
+@dataclass(eq=False)
+class Active:
+    """One exchange with one replica."""
+
+    streamed: bool
+    began: float  # loop time
+    heard: bool = False  # the replica has sent a byte
+    queued: int = 0  # bytes of prompt text to compute before the first byte
+    alone: bool = True  # no other request was ever in flight on the replica meanwhile
+    _task: asyncio.Task[object] | None = None
+    _why: Why | None = None
+
+    def interrupt(self, why: Why) -> None:
+        """Raise Interrupted inside `interruptible`; no effect outside it."""
+        if self._task is not None and self._why is None:
+            self._why = why
+            self._task.cancel()
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A region in which `interrupt` raises Interrupted in the task that entered it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        try:
+            yield
+        except asyncio.CancelledError:
+            why, self._why = self._why, None
+            if why is None:
+                raise
+            task.uncancel()
+            raise Interrupted(why) from None
+        finally:
+            self._task = None
+
+
+# The replicas file, `{"replicas": [{"name": …, "url": …}]}`, watched for changes.
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_ROOM = 8192  # minimum size of the file, so that a later version fits in place
+
+
+class ReplicasFile:
+    """Watches a file. A missing or invalid version leaves the set of replicas unchanged."""
+
+    def __init__(self, path: Path, on_change: Callable[[dict[str, str]], None]) -> None:
+        self._path, self._on_change = path, on_change
+        self._stamp: tuple[int, int] | None = None
+        self._problem = ""  # why the current version is ignored
+
+    async def follow(self) -> None:
+        """Read the file whenever it changes, forever."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            self.read()
+
+    def read(self) -> None:
+        """Report the file's replicas if it has changed."""
+        try:
+            stat = self._path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_ino)
+            if stamp == self._stamp:
+                return
+            self._on_change(read_replicas(self._path))
+            self._stamp = stamp
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as problem:
+            if str(problem) != self._problem:
+                log.warning("replicas file %s ignored: %s", self._path, problem)
+            self._problem = str(problem)
+        else:
+            self._problem = ""
+
+
+def read_replicas(path: Path) -> dict[str, str]:
+    """{name: url} of a replicas file. Raises ValueError with the problem."""
+    try:
+        data = json.loads(path.read_text())
+        replicas = data["replicas"]
+        return {str(item["name"]): str(item["url"]) for item in replicas}
+    except (json.JSONDecodeError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f'{path}: expected {{"replicas": [{{"name": …, "url": …}}]}} ({problem!r})'
+        ) from problem
+
+
+def write_replicas(path: Path, replicas: dict[str, str]) -> None:
+    """Replace a replicas file atomically.
+
+    If the disk is full it is overwritten in place, in its existing space; a reader that sees a partial file
+    reads again. Raises OSError if that fails too.
+    """
+    text = json.dumps({"replicas": [{"name": name, "url": url} for name, url in replicas.items()]})
+    text = text.ljust(_ROOM)
+    try:
+        replace_text(path, text, durable=False)
+    except OSError:
+        with path.open("r+b", buffering=0) as file:
+            file.write(text.encode())
+            file.truncate()
+
+
+# Requests that were in flight on a replica that died: which of them may be retried.
+#
+# A request that was alone on the replica is assumed to be the cause and refused until its entry expires.
+# With several, or in the middle of an answer, each is a suspect: it may be sent to one more replica, and
+# is refused once a second one dies.
+
+Identity = tuple[str, str, bytes]  # method, path and query, body
+_ENTRIES = 4096
+_GUILTY = 2  # strikes
+
+
+class Poison:
+    """Strikes per request digest; the oldest entries are evicted first, and each expires after `ttl_s`."""
+
+    def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ttl, self._clock = ttl_s, clock
+        self._strikes: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # (strikes, expiry)
+
+    def __len__(self) -> int:
+        return len(self._strikes)
+
+    def strike(self, identity: Identity, *, alone: bool) -> None:
+        """Record that a replica died with this request in flight."""
+        key = _digest(identity)
+        strikes = self._current(key) + (_GUILTY if alone else 1)
+        self._strikes[key] = (strikes, self._clock() + self._ttl)
+        self._strikes.move_to_end(key)
+        while len(self._strikes) > _ENTRIES:
+            self._strikes.popitem(last=False)
+
+    def refuses(self, identity: Identity) -> bool:
+        """Whether this request must not be sent to another replica."""
+        return bool(self._strikes) and self._current(_digest(identity)) >= _GUILTY
+
+    def _current(self, key: bytes) -> int:
+        strikes, expiry = self._strikes.get(key, (0, 0.0))
+        if strikes and expiry <= self._clock():
+            del self._strikes[key]
+            return 0
+        return strikes
+
+
+def _digest(identity: Identity) -> bytes:
+    method, target, body = identity
+    state = blake2b(f"{method} {target}\n".encode("utf-8", "surrogateescape"), digest_size=16)
+    state.update(body)
+    return state.digest()
+
+
+# The prompt blocks cached on each replica: reported ones, and those sent since.
+
+_GRACE_S = 30.0  # a sent block counts as cached for this long without being in a digest: it may be queued
+
+
+class PrefixIndex:
+    """Blocks per replica, at most `entries` each; the least recently used are evicted first.
+
+    A replica's published cache digest (Farthing) is authoritative. For other servers the index records what
+    was sent to them and assumes a cache of `entries` blocks.
+    """
+
+    def __init__(self, entries: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._entries, self._clock = entries, clock
+        self._blocks: dict[str, OrderedDict[int, float]] = {}  # replica -> block -> when it was sent
+
+    def held(self, blocks: Sequence[int]) -> dict[str, int]:
+        """{replica: number of leading blocks cached}, omitting replicas with none."""
+        counts = {}
+        for replica, known in self._blocks.items():
+            depth = next((i for i, block in enumerate(blocks) if block not in known), len(blocks))
+            if depth:
+                counts[replica] = depth
+        return counts
+
+    def learn(self, blocks: Sequence[int], replica: str) -> None:
+        """Record that a request with these blocks was sent to `replica`."""
+        now = self._clock()
+        known = self._blocks.setdefault(replica, OrderedDict())
+        for block in reversed(blocks):  # the first ones are shared most, so evict them last
+            known[block] = now
+            known.move_to_end(block)
+        while len(known) > self._entries:
+            known.popitem(last=False)
+
+    def replace(self, replica: str, blocks: Iterable[int]) -> None:
+        """Set the blocks that `replica` reports, least recently used first."""
+        since = self._clock() - _GRACE_S
+        known = OrderedDict.fromkeys(blocks, 0.0)
+        for block, sent in self._blocks.get(replica, {}).items():
+            if sent > since:
+                known[block] = sent
+                known.move_to_end(block)
+        self._blocks[replica] = known
+
+    def forget(self, replica: str) -> None:
+        """Drop a replica that is gone."""
+        self._blocks.pop(replica, None)
+
+
+@dataclass
+class Breaker:
+    """Stops sending to a failing replica, and retries it with one request after a pause that doubles."""
+
+    failures_to_open: int
+    open_s: float
+    max_s: float
+    clock: Callable[[], float] = time.monotonic
+    failures: int = 0
+    _pause: float = 0.0
+    _open_until: float = 0.0
+    _trial: bool = False
+
+    @property
+    def open(self) -> bool:
+        return self._pause > 0
+
+    def allows(self) -> bool:
+        """Whether a request may be sent now; only one at a time while half open."""
+        return not self.open or (self.clock() >= self._open_until and not self._trial)
+
+    def sent(self) -> None:
+        """Record a sent request. While half open it is the trial."""
+        self._trial = self.open
+
+    def succeeded(self) -> None:
+        self.failures, self._pause, self._trial = 0, 0.0, False
+
+    def abandoned(self) -> None:
+        """The request ended without a verdict on the replica (the client disconnected)."""
+        self._trial = False
+
+    def failed(self) -> None:
+        self.failures += 1
+        self._trial = False
+        if self.failures >= self.failures_to_open:
+            self._open()
+
+    def trip(self) -> None:
+        """Open immediately, regardless of the number of failures."""
+        self.failures += 1
+        self._trial = False
+        self._open()
+
+    def _open(self) -> None:
+        self._pause = min(self.max_s, self._pause * 2) if self._pause else self.open_s
+        self._open_until = self.clock() + self._pause
+
+
+@dataclass(frozen=True)
+class Others:
+    """Load of a replica from other gateways and direct requests, by its last digest."""
+
+    requests: int = 0  # running and waiting
+    queued: float = 0.0  # estimated bytes of waiting prompt text
+
+
+@dataclass(eq=False)
+class Replica:
+    """A replica and its state."""
+
+    name: str
+    url: str  # "http://127.0.0.1:8001"
+    breaker: Breaker
+    healthy: bool = False
+    draining: bool = False
+    failed_checks: int = 0
+    served: int = 0
+    failed: int = 0
+    active: set[Active] = field(default_factory=set)  # in-flight requests
+    inflight: int = 0
+    queued: int = 0  # bytes of prompt text of streams without a first byte
+    others: Others = Others()
+    heard: float = 0.0  # loop time of the last byte of any answer
+
+    @property
+    def queue(self) -> float:
+        """Bytes of prompt text to compute first."""
+        return self.queued + self.others.queued
+
+    @property
+    def load(self) -> int:
+        """Requests in flight."""
+        return self.inflight + self.others.requests
+
+    def report(self, requests: int, queued: float) -> None:
+        """Update from a digest's load; the excess over our own requests is others'."""
+        self.others = Others(max(0, requests - self.inflight), max(0.0, queued - self.queued))
+
+    @property
+    def available(self) -> bool:
+        return self.healthy and not self.draining and self.breaker.allows()
+
+    def checked(self, ok: bool, unhealthy_after: int) -> None:
+        """Record one health check."""
+        self.failed_checks = 0 if ok else self.failed_checks + 1
+        if ok:
+            self.healthy = True
+        elif self.failed_checks >= unhealthy_after:
+            self.healthy = False
+
+
+def make_replica(name: str, url: str, config: GatewayConfig) -> Replica:
+    """Create a replica. Raises ValueError unless `url` is http://HOST:PORT."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or not parts.port:
+        raise ValueError(f"replica {name}: url {url!r}; expected http://HOST:PORT")
+    breaker = Breaker(config.breaker_failures, config.breaker_open_s, config.breaker_max_s)
+    return Replica(name, url.rstrip("/"), breaker)
+
+
+class Balancer:
+    """The set of replicas and the choice among them."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        self.config = config
+        self.replicas: dict[str, Replica] = {}
+        self._leaving: list[Replica] = []
+        self.prefixes = PrefixIndex(config.prefix_entries)
+
+    def update(self, wanted: dict[str, str]) -> list[Replica]:
+        """Set the replicas to {name: url}; omitted ones drain. Returns the new ones."""
+        new = []
+        for name, url in wanted.items():
+            known = self.replicas.get(name)
+            if known is None or known.url != url.rstrip("/"):
+                made = make_replica(name, url, self.config)
+                if known is not None:
+                    self._remove(known)
+                self.replicas[name] = made
+                new.append(made)
+            else:
+                known.draining = False
+        for replica in [r for name, r in self.replicas.items() if name not in wanted]:
+            self._remove(replica)
+        return new
+
+    def _remove(self, replica: Replica) -> None:
+        """Stop sending new requests; those in flight continue."""
+        replica.draining = True
+        self._leaving = [r for r in self._leaving if r.active] + [replica]
+        del self.replicas[replica.name]
+        self.prefixes.forget(replica.name)
+
+    @property
+    def everyone(self) -> list[Replica]:
+        """All replicas, including draining ones with requests left."""
+        return [*self.replicas.values(), *self._leaving]
+
+    def candidates(self, tried: Sequence[Replica] = ()) -> list[Replica]:
+        """The available replicas not yet tried."""
+        return [r for r in self.replicas.values() if r not in tried and r.available]
+
+    def choose(self, prompt: Prompt, tried: Sequence[Replica] = ()) -> Replica | None:
+        """The replica for a request, or None if no untried one is available."""
+        candidates = self.candidates(tried)
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        held = self.prefixes.held(prompt.blocks)
+        return min(candidates, key=lambda r: (self._cost(r, prompt, held.get(r.name, 0)), r.served))
+
+    def _cost(self, replica: Replica, prompt: Prompt, depth: int) -> float:
+        """Cost of a request on a replica that has its first `depth` blocks cached, in bytes of prompt text.
+
+        The queue delays only this request. Uncached text delays it and all later ones, so it has a weight.
+        """
+        uncached = self.uncached(prompt, depth)
+        running = replica.load * self.config.request_weight
+        return replica.queue + running + self.config.uncached_weight * uncached
+
+    def uncached(self, prompt: Prompt, depth: int) -> int:
+        """Bytes of the prompt after its first `depth` blocks."""
+        return max(0, prompt.size - depth * self.config.prefix_block)
+
+    def learn(self, prompt: Prompt, replica: Replica) -> int:
+        """Record where a request is sent. Returns the bytes that the replica must compute for it."""
+        depth = self.prefixes.held(prompt.blocks).get(replica.name, 0)
+        if len(self.replicas) > 1:
+            self.prefixes.learn(prompt.blocks, replica.name)
+        return self.uncached(prompt, depth)
+
+
+# Finds the replica that stores a response of /v1/responses.
+#
+# The replicas are asked. Every gateway of a fleet finds a response that way, also after a restart.
+
+_PATH = re.compile(r"/v1/responses/(?!input_tokens\b|compact\b)([^/?]+)")
+_LONGEST = 128  # characters of an id
+_PASSED = ("Authorization", "X-Api-Key")
+_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+
+
+def named(target: str) -> str | None:
+    """The id of a response in a request's target, as it is written there; None if there is none."""
+    found = _PATH.match(target)
+    return found[1] if found is not None else None
+
+
+async def find(
+    session: aiohttp.ClientSession, replicas: Sequence[Replica], identity: str, headers: Mapping[str, str]
+) -> Replica | None:
+    """The replica that answers for a response, with the credentials in `headers`; None if none does."""
+    if len(identity) > _LONGEST:
+        return None
+    passed = {name: headers[name] for name in _PASSED if name in headers}
+    path = f"/v1/responses/{quote(identity, safe='%')}"
+
+    async def stores(replica: Replica) -> bool:
+        try:
+            request = session.get(replica.url + path, headers=passed, timeout=_TIMEOUT, allow_redirects=False)
+            async with request as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    found = await asyncio.gather(*map(stores, replicas))
+    return next((replica for replica, has in zip(replicas, found, strict=True) if has), None)
+
+
+# Detects hung replicas, which accept requests but send nothing.
+
+_WINDOW = 1024  # number of TTFTs kept
+_ENOUGH = 100  # with fewer TTFTs, only health checks detect failures
+
+
+class Silence:
+    """The P99 time to first token of streams over all replicas, plus a margin.
+
+    A replica is hung if it has sent no byte of any answer for that long while a stream waits for its first
+    one. Answers that are not streamed do not count: they are silent until complete.
+    """
+
+    def __init__(self, margin_s: float) -> None:
+        self._margin_s = margin_s
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def observe(self, seconds: float) -> None:
+        """Record one time to first token."""
+        if len(self._recent) == _WINDOW:
+            self._sorted.remove(self._recent.popleft())
+        self._recent.append(seconds)
+        insort(self._sorted, seconds)
+
+    @property
+    def limit_s(self) -> float | None:
+        """Maximum seconds of silence; None while too few TTFTs are known."""
+        if len(self._sorted) < _ENOUGH:
+            return None
+        return self._sorted[int(len(self._sorted) * 0.99)] + self._margin_s
+
+    def hung(self, replica: Replica, now: float) -> bool:
+        """Whether the replica has been silent for too long."""
+        limit = self.limit_s
+        if limit is None or now - replica.heard <= limit:
+            return False
+        return any(a.streamed and not a.heard and now - a.began > limit for a in replica.active)
+
+
+# Health checks: polls each replica and detects replicas that stop answering.
+
+_FIRST_CHECK_S = 0.1  # between checks of a replica that has never been healthy
+
+
+class Health:
+    """Monitors replicas; calls on_change when one becomes healthy or unhealthy."""
+
+    def __init__(
+        self, config: GatewayConfig, silence: Callable[[], Silence], on_change: Callable[[], None]
+    ) -> None:
+        self._config, self._silence, self._on_change = config, silence, on_change
+        self._session: aiohttp.ClientSession | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=self._config.health_timeout_s),
+        )
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    def watch(self, replica: Replica) -> None:
+        """Check a replica until it drains."""
+        task = asyncio.create_task(self._watch(replica))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def check(self, replica: Replica) -> int | None:
+        """The status code of one health check; None on timeout."""
+        assert self._session is not None
+        try:
+            async with self._session.get(replica.url + self._config.health_path) as answer:
+                return answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def alive(self, replica: Replica) -> bool:
+        """Whether the replica's process answers at all."""
+        return await self.check(replica) is not None
+
+    async def _watch(self, replica: Replica) -> None:
+        seen_healthy = False
+        while not replica.draining:
+            before = replica.healthy
+            status = await self.check(replica)
+            replica.checked(status == 200, self._config.unhealthy_after)
+            seen_healthy |= replica.healthy
+            if replica.healthy != before:
+                log.info("replica %s is %s", replica.name, "healthy" if replica.healthy else "unhealthy")
+                self._on_change()
+            if status is None and not replica.healthy and before:
+                self._give_up(replica, "no answer to health checks")
+            elif replica.healthy and self._silence().hung(replica, asyncio.get_running_loop().time()):
+                replica.breaker.trip()
+                self._give_up(replica, f"silent for {self._silence().limit_s:.1f} s")
+            await asyncio.sleep(self._config.health_interval_s if seen_healthy else _FIRST_CHECK_S)
+
+    def _give_up(self, replica: Replica, reason: str) -> None:
+        """Move the requests that wait for a first byte to other replicas."""
+        unanswered = [active for active in replica.active if not active.heard]
+        log.warning("replica %s: %s; moving %d unanswered requests", replica.name, reason, len(unanswered))
+        for active in unanswered:
+            active.interrupt("hung")

@@ -1,0 +1,246 @@
+"""`farthing fleet run`: build a controller and its actuators from a configuration; run until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from farthing_fleet.actuators.base import Actuator, LastDecision, ReadOnly
+from farthing_fleet.config import FleetConfig, KubernetesConfig, split_address
+from farthing_fleet.controller import Controller, Estimates, load_state
+from farthing_fleet.gateway.replicas import write_replicas
+from farthing_fleet.metrics import MetricsServer
+from farthing_fleet.policy import Policy
+from farthing_fleet.signals import Source, dialect
+from farthing_fleet.signals_prometheus import PrometheusError, PrometheusSource
+from farthing_fleet.signals_scrape import ScrapeSource
+
+# Replicas by DNS: the addresses behind a headless Service, kept in the file a gateway watches.
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 2.0
+# DNS errors of a headless Service without a ready pod: "no such name" and "no address". Other errors (such as
+# a resolver that is down) say nothing about the replicas.
+_EMPTY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+
+
+async def addresses(host: str, port: int) -> dict[str, str] | None:
+    """{address: URL} for every address of `host`; None if the resolver does not answer."""
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as problem:
+        return {} if problem.errno in _EMPTY else None
+    names = sorted({str(entry[4][0]) for entry in found})
+    return {name: f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}" for name in names}
+
+
+async def follow(address: tuple[str, int], path: Path, every_s: float = EVERY_S) -> None:
+    """Resolve (host, port) every `every_s` seconds and write the replicas to `path` when they change."""
+    known: dict[str, str] | None = None
+    while True:
+        found = await addresses(*address)
+        if found is None:
+            log.warning("%s: the resolver does not answer; keeping the last replicas", address[0])
+        elif found != known:
+            write_replicas(path, found)
+            log.info("%s: %d replicas", address[0], len(found))
+            known = found
+        await asyncio.sleep(every_s)
+
+
+_RECALL_S = 28 * 86400.0  # past load given to the forecasters
+
+
+def stop_event() -> asyncio.Event:
+    """Set by SIGTERM or Ctrl-C."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+async def run_controller(
+    config: FleetConfig, stop: asyncio.Event, estimates: Estimates | None = None
+) -> None:
+    """Run a controller with everything in the configuration.
+
+    Raises ValueError, ActuatorError or OSError.
+    """
+    last_decision = LastDecision(max_age_s=max(120.0, 4 * config.policy.interval_s))
+    config.state.mkdir(parents=True, exist_ok=True)
+    async with AsyncExitStack() as stack:
+        source = make_source(config)
+        stack.push_async_callback(source.close)
+        actuator = await _actuator(config, stack)
+        await _servers(config, last_decision, stack)
+        controller = make_controller(config, source, actuator, estimates, last_decision=last_decision)
+        await serve_metrics(config, controller, stack)
+        if isinstance(source, PrometheusSource) and isinstance(estimates, Remembering):
+            await recall(config, source, estimates)
+        await controller.run(stop)
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """Estimates that accept past load."""
+
+    @property
+    def remembers_until(self) -> float | None: ...
+
+    def remember(self, points: list[tuple[float, float]]) -> None: ...
+
+
+async def recall(config: FleetConfig, source: PrometheusSource, estimates: Remembering) -> None:
+    """Query Prometheus for the load that the estimates did not observe.
+
+    Without an answer they start empty.
+    """
+    end = time.time()
+    begin = max(end - _RECALL_S, estimates.remembers_until or 0.0)
+    if end - begin < 120.0:
+        return
+    try:
+        points = await source.load_history(config.policy.unit, begin, end, 60.0)
+    except PrometheusError as problem:
+        log.warning("past load is unavailable: %s", problem)
+        return
+    estimates.remember(points)
+    log.info("%d minutes of past load read from Prometheus", len(points))
+
+
+def make_source(config: FleetConfig) -> Source:
+    """The source of signals. Raises ValueError if none is configured."""
+    signals = config.signals
+    if signals.prometheus:
+        headers = {}
+        if signals.token_file is not None:
+            headers["Authorization"] = f"Bearer {signals.token_file.read_text().strip()}"
+        return PrometheusSource(
+            signals.prometheus,
+            selector=signals.selector,
+            dialect=dialect(signals.metrics),
+            window_s=signals.window_s,
+            stale_after_s=config.policy.stale_after_s,
+            timeout_s=signals.timeout_s,
+            ttft_s=config.policy.slo.ttft_s,
+            headers=headers,
+            leaving=signals.leaving,
+        )
+    if not signals.replicas:
+        raise ValueError("signals: expected `prometheus`, a URL, or `replicas`, a list of base URLs")
+    targets = {url: url.rstrip("/") for url in signals.replicas}
+    return ScrapeSource(
+        lambda: targets,
+        dialect=dialect(signals.metrics),
+        window_s=signals.window_s,
+        timeout_s=signals.timeout_s,
+        ttft_s=config.policy.slo.ttft_s,
+    )
+
+
+def make_controller(
+    config: FleetConfig,
+    source: Source,
+    actuator: Actuator,
+    estimates: Estimates | None = None,
+    *,
+    last_decision: LastDecision | None = None,
+) -> Controller:
+    """The controller, with its log and saved state under `config.state`."""
+    state_path = config.state / "policy.json"
+    return Controller(
+        Policy(config.policy, load_state(state_path)),
+        source,
+        actuator,
+        log_path=config.state / "decisions.jsonl",
+        estimates=estimates,
+        last_decision=last_decision,
+        advise=config.advise,
+        state_path=state_path,
+    )
+
+
+async def serve_metrics(config: FleetConfig, controller: Controller, stack: AsyncExitStack) -> int:
+    """Start /metrics and /wake of the controller; they stop with the stack. Returns the port."""
+    age = max(120.0, 4 * config.policy.interval_s)
+    server = MetricsServer(controller.metrics, max_age_s=age, held=controller.held)
+    port = await server.start(*split_address(config.metrics))
+    stack.push_async_callback(server.close)
+    log.info("controller: metrics on port %d", port)
+    return port
+
+
+async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
+    """A /scale patch if a target is configured, else a read-only actuator."""
+    kubernetes = config.kubernetes
+    if kubernetes is None or kubernetes.target is None:
+        return ReadOnly()
+    from farthing_fleet.actuators.kubernetes import (
+        Elector,
+        LeaseConfig,
+        ScalePatch,
+        Target,
+        connect,
+        pod_namespace,
+    )
+
+    client = connect(kubernetes.api, kubernetes.context)
+    namespace = kubernetes.namespace or pod_namespace()
+    elector = None
+    if kubernetes.lease and kubernetes.patch:
+        identity = kubernetes.identity or socket.gethostname()
+        elector = Elector(client, LeaseConfig(kubernetes.lease, namespace, identity))
+    actuator = ScalePatch(client, Target.parse(kubernetes.target, namespace), elector)
+    if not kubernetes.patch:
+        return ReadOnly(actuator)
+    await actuator.start()
+    stack.push_async_callback(actuator.close)
+    return actuator
+
+
+async def _servers(config: FleetConfig, last_decision: LastDecision, stack: AsyncExitStack) -> None:
+    """Start the servers that an HPA and KEDA poll."""
+    if config.external_metrics is not None:
+        server = await _external_metrics(config, last_decision)
+        stack.push_async_callback(server.close)
+    if config.keda is not None:
+        from farthing_fleet.actuators.keda import KedaScaler
+
+        scaler = KedaScaler(last_decision)
+        port = await scaler.start(config.keda.address)
+        stack.push_async_callback(scaler.close)
+        log.info("KEDA external scaler: port %d", port)
+
+
+async def _external_metrics(config: FleetConfig, last_decision: LastDecision) -> Any:
+    from farthing_fleet.actuators.external_metrics import ExternalMetrics, FrontProxy
+    from farthing_fleet.actuators.kubernetes import Access, authentication_config, connect, pod_namespace
+
+    kubernetes, asked = config.kubernetes or KubernetesConfig(), config.external_metrics
+    assert asked is not None
+    client = connect(kubernetes.api, kubernetes.context)
+
+    async def front_proxy() -> FrontProxy:
+        return FrontProxy.from_config_map(await authentication_config(client))
+
+    server = ExternalMetrics(
+        last_decision,
+        Access(client),
+        await front_proxy(),
+        certificate=asked.certificate,
+        key=asked.key,
+        labels=asked.labels,
+        namespace=kubernetes.namespace or pod_namespace(),
+        refresh=front_proxy,
+    )
+    port = await server.start(asked.host, asked.port)
+    log.info("external metrics: port %d", port)
+    return server

@@ -1,0 +1,229 @@
+"""Signals from a Prometheus server, by its HTTP API.
+
+Queries and the age of samples are evaluated at the server's time, so a wrong local clock cannot make old
+samples look recent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import aiohttp
+
+from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, ColdStarts, Dialect, bound_of, late_count
+from farthing_fleet.types import Snapshot
+
+log = logging.getLogger(__name__)
+
+_POD_LABELS = re.compile(r'\b(?:namespace|pod)(?:=~|!~|!=|=)"(?:[^"\\]|\\.)*"')
+MAX_POINTS = 11_000  # per series in one query_range response
+
+
+class PrometheusError(Exception):
+    """The Prometheus server cannot be reached or rejects a query."""
+
+
+class PrometheusSource:
+    """Reads a deployment's signals from Prometheus.
+
+    `selector` filters every metric, for example `{namespace="prod",model_name="deepseek-v3"}`.
+    `window_s` must span at least two scrapes. Samples older than `stale_after_s` make the snapshot stale.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        selector: str = "",
+        dialect: Dialect | None = None,
+        window_s: float = 30.0,
+        stale_after_s: float = 60.0,
+        timeout_s: float = 3.0,
+        ttft_s: float | None = None,
+        cold_starts: ColdStarts | None = None,
+        headers: Mapping[str, str] | None = None,
+        leaving: str | None = None,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"signals.prometheus: got {url!r}; expected a URL such as http://prometheus:9090"
+            )
+        if selector and not (selector.startswith("{") and selector.endswith("}")):
+            raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
+        self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
+        self._window, self._stale_after, self._leaving = window_s, stale_after_s, leaving
+        self._ttft_s = ttft_s  # a first token after this is late
+        self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
+        self._cold_starts, self._wall = cold_starts, wall
+        self._session: aiohttp.ClientSession | None = None
+
+    # ---- the snapshot ----
+
+    async def read(self, current: int) -> Snapshot:
+        """All signals in one round of parallel queries. Stale if the server or its samples are missing.
+
+        `ready` is None while a replica that was reported within `stale_after_s` is missing.
+        """
+        try:
+            dialect = self._dialect or await self._detect()
+            if dialect is None:
+                return Snapshot(time=self._wall(), current=current, stale=True)
+            questions = self._questions(dialect)
+            answers, late = await asyncio.gather(
+                asyncio.gather(*(self.scalar(text) for text in questions.values())), self._late(dialect)
+            )
+        except PrometheusError as problem:
+            log.warning("signals: %s", problem)
+            return Snapshot(time=self._wall(), current=current, stale=True)
+        value = dict(zip(questions, answers, strict=True))
+        age, ready, lately = value.pop("age"), value.pop("ready"), value.pop("lately")
+        if ready != lately:
+            ready = None  # a replica is silent: part of the load is unseen, so do not scale down
+        leaving = value.pop("leaving", None)
+        measured = self._cold_starts.p90 if self._cold_starts is not None else None
+        cold_start = value.pop("cold_start_s")
+        return Snapshot(
+            time=self._wall() - (age or 0.0),
+            current=current,
+            ready=int(ready) if ready is not None else None,
+            leaving=round(leaving) if leaving is not None else 0,
+            cold_start_s=measured if measured is not None else cold_start,
+            late_share=late,
+            stale=age is None or age > self._stale_after,
+            **value,
+        )
+
+    async def _detect(self) -> Dialect | None:
+        for dialect in DIALECTS.values():
+            if await self.scalar(f"count({self._of(dialect.waiting)})"):
+                log.info("signals: %s metrics found in Prometheus", dialect.name)
+                self._dialect = dialect
+                return dialect
+        return None
+
+    def _of(self, metric: str) -> str:
+        return f"{metric}{self._selector}"
+
+    def _questions(self, d: Dialect) -> dict[str, str]:
+        """PromQL for each field of a snapshot, and for the age of the newest sample in seconds."""
+        # the last time a pod became ready: for one that recovered it is too late, hence new pods' median
+        ready_at, created = "kube_pod_status_ready_time", f"kube_pod_created{self._pods}"
+        questions = {
+            "age": f"time() - max(timestamp({self._of(d.waiting)}))",
+            "ready": f"count({self._of(d.waiting)})",
+            "lately": f"count(count_over_time({self._of(d.waiting)}[{self._stale_after:g}s]))",
+            "request_rate": self._arrivals(d),
+            "prompt_token_rate": self._rate(f"{d.prompt_tokens}_total"),
+            "output_token_rate": self._rate(f"{d.output_tokens}_total"),
+            "backlog": f"sum({self._of(d.waiting)})",
+            "ttft_s": self._mean(d.ttft),
+            "running": f"sum({self._of(d.running)})",
+            "kv_usage": f"avg({self._of(d.kv_usage)})",
+            "cold_start_s": f"quantile(0.9, {self._of(LAUNCH_METRIC)}) or "
+            f"quantile(0.5, {ready_at}{self._pods} - {created} and time() - {created} < 86400)",
+        }
+        if self._leaving:
+            questions["leaving"] = f"sum({self._leaving})"
+        if d.queue_time:
+            questions["queue_time_s"] = self._mean(d.queue_time)
+        if d.cache_hits and d.cache_queries:
+            hits, queries = self._rate(f"{d.cache_hits}_total"), self._rate(f"{d.cache_queries}_total")
+            questions["cached_share"] = f"{hits} / ({queries} > 0)"
+        if d.tpot:
+            questions["tpot_s"] = " or ".join(self._mean(name) for name in d.tpot)
+        return questions
+
+    @property
+    def _pods(self) -> str:
+        """The selector's namespace and pods, for kube-state-metrics, whose series have no model labels."""
+        labels = _POD_LABELS.findall(self._selector)
+        return "{" + ",".join(labels) + "}" if labels else ""
+
+    def _rate(self, counter: str) -> str:
+        return f"sum(rate({self._of(counter)}[{self._window:g}s]))"
+
+    def _arrivals(self, d: Dialect) -> str:
+        """Arriving requests per second: those with a first token, plus the growth of the queue."""
+        queued = f"sum(delta({self._of(d.waiting)}[{self._window:g}s])) / {self._window:g}"
+        return f"clamp_min({self._rate(f'{d.ttft}_count')} + {queued}, 0)"
+
+    def _mean(self, histogram: str) -> str:
+        """Mean over the window; 0 if the histogram exists but had no observations."""
+        total, count = self._rate(f"{histogram}_sum"), self._rate(f"{histogram}_count")
+        return f"({total} / ({count} > 0) or {count} * 0)"
+
+    async def _late(self, d: Dialect) -> float | None:
+        """Share of first tokens that were late in the window; None without any."""
+        if self._ttft_s is None:
+            return None
+        rates = f"sum by (le) (rate({self._of(f'{d.ttft}_bucket')}[{self._window:g}s]))"
+        data = await self._api("query", {"query": rates})
+        buckets = {bound_of(row["metric"]["le"]): float(row["value"][1]) for row in data["result"]}
+        total = max(buckets.values(), default=0.0)
+        return late_count(buckets, self._ttft_s) / total if total > 0 else None
+
+    # ---- the HTTP API ----
+
+    async def scalar(self, query: str) -> float | None:
+        """The value of an instant query with one result; None if it has none or is not a number."""
+        data = await self._api("query", {"query": query})
+        result = data["result"]
+        value = result if data["resultType"] == "scalar" else result[0]["value"] if result else None
+        number = float(value[1]) if value is not None else math.nan
+        return number if math.isfinite(number) else None
+
+    async def history(self, query: str, start: float, end: float, step_s: float) -> list[tuple[float, float]]:
+        """[(time, value)] of a range query with one series, split to respect the server's limit."""
+        points: list[tuple[float, float]] = []
+        part = step_s * (MAX_POINTS - 1)
+        while start <= end:
+            until = min(end, start + part)
+            asked = {"query": query, "start": str(start), "end": str(until), "step": str(step_s)}
+            data = await self._api("query_range", asked)
+            series = data["result"]
+            points += [(float(at), float(value)) for at, value in (series[0]["values"] if series else [])]
+            start += part + step_s
+        return points
+
+    async def load_history(
+        self, unit: str, start: float, end: float, step_s: float
+    ) -> list[tuple[float, float]]:
+        """Past load for forecasters: (time, requests/s or tokens/s). Raises PrometheusError."""
+        dialect = self._dialect or await self._detect()
+        if dialect is None:
+            return []
+        query = self._rate(f"{dialect.ttft}_count")
+        counters = {
+            "tokens": (dialect.prompt_tokens, dialect.output_tokens),
+            "prompt_tokens": (dialect.prompt_tokens,),
+            "output_tokens": (dialect.output_tokens,),
+        }
+        if tokens := counters.get(unit):
+            query = " + ".join(self._rate(f"{name}_total") for name in tokens)
+        return await self.history(query, start, end, step_s)
+
+    async def _api(self, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
+        try:
+            async with self._session.get(f"{self._url}/api/v1/{path}", params=parameters) as answer:
+                body = await answer.json(content_type=None)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as problem:
+            said = problem or type(problem).__name__
+            raise PrometheusError(f"{self._url} does not answer: {said}") from problem
+        if not isinstance(body, dict) or body.get("status") != "success":
+            said = body.get("error", "no error text") if isinstance(body, dict) else repr(body)[:80]
+            raise PrometheusError(f"{self._url} rejects {dict(parameters)}: {said}")
+        data: dict[str, Any] = body["data"]
+        return data
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()

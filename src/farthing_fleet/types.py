@@ -1,0 +1,149 @@
+"""What the policy sees, remembers and decides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+# The policy's state between decisions.
+
+
+@dataclass
+class PolicyState:
+    """Saved as JSON for a restarted controller."""
+
+    last_time: float | None = None
+    last_change: float | None = None
+    settle_until: float | None = None  # no scale-down before this: after a start or a jump of the clock
+    breach_since: float | None = None  # start of uninterrupted latency above the threshold
+    step_time: float | None = None  # last step of the latency rule, and its target
+    step_target: int = 0
+    utilization: float | None = None  # as adjusted by the SLO
+    slo_time: float | None = None  # time of the last adjustment
+    excused_until: float | None = None  # end of the lateness that a jump of the load causes
+    planned: list[tuple[float, float]] = field(default_factory=list)  # (time, load planned for)
+    history: list[tuple[float, float]] = field(
+        default_factory=list
+    )  # (time, need) of the stabilization window
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> PolicyState:
+        try:
+            data: dict[str, Any] = json.loads(text)
+            data["planned"] = [(float(t), float(n)) for t, n in data.get("planned", [])]
+            data["history"] = [(float(t), float(n)) for t, n in data.get("history", [])]
+            return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not a saved policy state ({error}): {text[:80]!r}") from error
+
+
+# The policy's decisions, with everything needed to explain them later.
+
+Level = Literal["short", "mid", "realtime"]
+Action = Literal["up", "down", "hold"]
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Replicas required by each level; None if the level has no estimate."""
+
+    short: int | None = None
+    mid: int | None = None
+    realtime: int | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One decision of the policy."""
+
+    time: float
+    current: int
+    target: int
+    action: Action
+    decided_by: str  # "short", "mid", "realtime", or what held it: "limits", "cooldown", "stale", …
+    levels: Levels
+    reason: str
+    required: int | None = None  # the maximum of the levels, before down rule and limits
+    alarms: tuple[str, ...] = ()
+    inputs: dict[str, Any] = field(default_factory=dict)  # snapshot, forecasts' figures, capacity
+
+    def to_json(self) -> str:
+        """One line of JSON, keys in a fixed order, no newline."""
+        return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Decision:
+        """Inverse of `to_json`. Raises ValueError with the reason."""
+        try:
+            data = json.loads(line)
+            levels = Levels(**data.pop("levels"))
+            data["alarms"] = tuple(data.get("alarms", ()))
+            return cls(levels=levels, **data)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a decision line ({error}): {line[:80]!r}") from error
+
+    def samples(self) -> dict[str, float]:
+        """Prometheus gauges of the decision: name (without labels) -> value, for levels with an estimate."""
+        gauges = {
+            "farthing:fleet_current_replicas": float(self.current),
+            "farthing:fleet_desired_replicas": float(self.target),
+            "farthing:fleet_decision_time_seconds": self.time,
+            "farthing:fleet_alarms": float(len(self.alarms)),
+        }
+        for level in fields(self.levels):
+            value = getattr(self.levels, level.name)
+            if value is not None:
+                gauges[f"farthing:fleet_{level.name}_replicas"] = float(value)
+        return gauges
+
+
+# The signals at one time, as seen by the policy.
+#
+# Units: rates per second (requests or tokens), durations and times in seconds of one clock (the wall
+# clock in production, simulated seconds in a replay).
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The signals at one time. None means that a signal is missing, which differs from zero."""
+
+    time: float  # when the signals were measured, same clock as `now` in Policy.decide
+    current: int  # requested replicas: ready plus starting
+    ready: int | None = None  # serving replicas
+    request_rate: float | None = None  # requests/s arriving
+    prompt_token_rate: float | None = None  # tokens/s arriving
+    output_token_rate: float | None = None  # tokens/s generated
+    backlog: float | None = None  # waiting requests
+    queue_time_s: float | None = None  # mean queue time of a request
+    ttft_s: float | None = None  # mean time to first token
+    tpot_s: float | None = None  # mean time per output token
+    cached_share: float | None = None  # share of prompt tokens served by a prefix cache, 0..1
+    late_share: float | None = None  # share of recent first tokens after slo.ttft_s, 0..1
+    running: float | None = None  # running requests
+    kv_usage: float | None = None  # share of the cache in use, 0..1
+    cold_start_s: float | None = None  # P90 of launch-to-ready; None: the configured one
+    leaving: int = 0  # ready replicas with a preemption notice (spot)
+    stale: bool = False  # reported by the source (scrape failed, target down)
+
+    @property
+    def starting(self) -> int:
+        """Replicas launched but not ready; 0 if `ready` is unknown."""
+        return max(0, self.current - self.ready) if self.ready is not None else 0
+
+    def load(self, unit: str) -> float | None:
+        """The load in `unit`, per second: arriving "requests", "prompt_tokens", "output_tokens", or "tokens"
+        (prompt and output).
+        """
+        if unit == "requests":
+            return self.request_rate
+        if unit == "prompt_tokens":
+            return self.prompt_token_rate
+        if unit == "output_tokens":
+            return self.output_token_rate
+        if self.prompt_token_rate is None or self.output_token_rate is None:
+            return None
+        return self.prompt_token_rate + self.output_token_rate

@@ -1,0 +1,29 @@
+"""Progress where stderr is no terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from farthing.cli.tables import LINE_SECONDS, step_progress
+
+
+def test_lines_begin_at_once_and_say_how_long_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("farthing.cli.tables.time.monotonic", lambda: now)
+    with step_progress("compressing") as progress:
+        progress("layer 1 of 2", 0, 200)
+        assert capsys.readouterr().err == "layer 1 of 2: 0%\n"
+        now += LINE_SECONDS / 2
+        progress("layer 1 of 2", 4, 200)
+        assert not capsys.readouterr().err
+        now += LINE_SECONDS / 2
+        progress("layer 1 of 2", 10, 200)
+        assert capsys.readouterr().err == "layer 1 of 2: 5%, about 3 min left\n"
+        now += 18000 - LINE_SECONDS
+        progress("layer 2 of 2", 100, 200)
+        assert capsys.readouterr().err == "layer 2 of 2: 50%, about 5.0 h left\n"
+        now += LINE_SECONDS
+        progress("measuring", 5, 50)  # other work at another speed
+        assert capsys.readouterr().err == "measuring: 10%\n"

@@ -1,0 +1,166 @@
+"""What templates expect of earlier calls, and the environment that transformers gives them."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
+
+from farthing.conversation.base import EFFORTS
+from farthing.conversation.jinja import compile_template, variables
+from farthing.conversation.select import Habits, probe
+from farthing.engine.tokenizer import Tokenizer
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} CALL]{% endfor %}\n{% endfor %}"
+)
+ITEMS = (
+    "{% for k, v in c.function.arguments.items() %}"
+    "{{ k }}={{ v if v is string else v | tojson }};{% endfor %}"
+)
+TEXT = "{{ '<' + c.function.arguments + '>' }}"
+EITHER = "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}"
+CALL: dict[str, Any] = {"id": "call_0a1b2c3d", "type": "function"}
+ARGUMENTS = {"city": "Zürich", "days": [1, {"from": None}]}
+
+
+def template(call: str, before: str = "") -> str:
+    """A template that writes calls in this way."""
+    return before + TURNS.replace("CALL", call)
+
+
+@cache
+def tokenizer(source: str) -> Tokenizer:
+    return Tokenizer(HfTokenizer(models.WordLevel({"x": 0}, unk_token="x")), chat_template=source)
+
+
+def loop(arguments: Any, content: str | None = None) -> list[dict[str, Any]]:
+    """A tool loop with one call."""
+    call = CALL | {"function": {"name": "look", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "Where?"},
+        {"role": "assistant", "content": content, "tool_calls": [call]},
+        {"role": "tool", "content": "Here.", "tool_call_id": call["id"]},
+    ]
+
+
+NULL = (
+    "{% for m in messages %}{% if m.tool_calls and m.content is not none %}"
+    "{{ raise_exception('no') }}{% endif %}{% endfor %}"
+)
+PIPED = "{% for k, v in c.function.arguments | items %}{{ v }}{% endfor %}"
+MAPPING = "{% if c.function.arguments is mapping %}{{ c.function.arguments | tojson }}{% endif %}"
+QUOTED = "{{ c.function.arguments | tojson }}"  # would quote text twice
+LENGTH = (
+    "{% for m in messages %}{% for c in m.tool_calls or [] %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('nine letters') }}{% endif %}{{ c.id }}{% endfor %}"
+    "{% if m.tool_call_id %}{{ m.tool_call_id }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "habits"),
+    [
+        (template(ITEMS), Habits(True, "object")),
+        (template(PIPED), Habits(True, "object")),
+        (template(QUOTED), Habits(True, "object")),
+        (template("{{ c.function | tojson }}"), Habits(True, "object")),
+        (template(TEXT), Habits(True, "text")),
+        (template(EITHER), Habits(True, "text")),  # as the model wrote it
+        (template("{{ c.function.arguments }}"), Habits(True, "text")),  # an object in Python's notation
+        (template(MAPPING), Habits(True, "object")),
+        (template(ITEMS, NULL), Habits(True, "object", "null")),
+        (template(TEXT, LENGTH), Habits(True, "text", "text", short_ids=True)),
+        (TURNS.replace("CALL", ""), Habits()),
+        ("{{ raise_exception('never') }}", Habits()),
+        ("{{ messages[0].content }}{{ reasoning_effort }}", Habits(efforts=EFFORTS)),
+        (
+            "{% if reasoning_effort not in ['low', 'high'] %}{{ raise_exception('level') }}{% endif %}",
+            Habits(efforts=("low", "high")),
+        ),
+    ],
+)  # fmt: skip
+def test_probe(source: str, habits: Habits) -> None:
+    assert probe(compile_template(source), variables(source)) == habits
+    assert tokenizer(source).habits() == habits
+
+
+@pytest.mark.parametrize("call", [ITEMS, TEXT, EITHER, QUOTED])
+@pytest.mark.parametrize("before", ["", NULL, LENGTH])
+def test_a_tool_loop_renders_from_either_form(call: str, before: str) -> None:
+    known = tokenizer(template(call, before))
+    prompts = {
+        known.render_chat(loop(given)) for given in (ARGUMENTS, json.dumps(ARGUMENTS, ensure_ascii=False))
+    }
+    (prompt,) = prompts
+    assert "Zürich" in prompt and "look" in prompt and '\\"' not in prompt
+
+
+@given(st.text(max_size=40))
+@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("call", [ITEMS, TEXT, EITHER])
+def test_no_arguments_of_an_earlier_call_are_refused(call: str, arguments: str) -> None:
+    assert "Here." in tokenizer(template(call)).render_chat(loop(arguments))
+
+
+def test_text_that_is_no_json_is_printed() -> None:
+    assert "[look arguments=broken;]" in tokenizer(template(ITEMS)).render_chat(loop("broken"))
+    assert "city=Zür;" in tokenizer(template(ITEMS)).render_chat(loop('{"city": "Zür'))
+
+
+def test_short_ids_are_letters_and_digits_and_the_same_for_the_result() -> None:
+    prompt = tokenizer(template(TEXT, LENGTH)).render_chat(loop("{}"))
+    first, second = prompt[:9], prompt[9:18]
+    assert first == second and re.fullmatch("[0-9a-f]{9}", first)
+    known = loop("{}")
+    known[1]["tool_calls"][0]["id"] = known[2]["tool_call_id"] = "Abcdefg12"
+    assert tokenizer(template(TEXT, LENGTH)).render_chat(known).startswith("Abcdefg12Abcdefg12")
+
+
+# The environment.
+
+VALUE = {"b": "é<&>'\u2028", "a": [1, 2.5, None, {"deep": True}]}
+SOURCES = [
+    "{{ v | tojson }}",
+    "{{ v | tojson(indent=2) }}",
+    "{{ v | tojson(true) }}",
+    "{{ v | tojson(false, 4) }}",
+    "{{ v | tojson(separators=(',', ':')) }}",
+    "{{ v | tojson(separators=(', ', ': '), sort_keys=true, ensure_ascii=true) }}",
+    "a {% generation %}{{ v.b }}{% set x = 1 %}{% endgeneration %}\n b{{ x }}",
+    "{% for i in v.a %}{% generation %}\n  {{- i }}{{ loop.index }}\n{% endgeneration %}{% endfor %}",
+    "{% for i in v.a %}{% if i is none %}{% break %}{% elif i == 1 %}{% continue %}{% endif %}"
+    "{{ i }}{% endfor %}",
+    "{{ strftime_now('%Y')[:2] }}",
+    "  {% if v %}\n  x\n  {% endif %}\n{# note #}\ny",
+    "{{ documents }}{{ tools }}{{ undefined }}{{ bos_token }}|{{ pad_token }}",
+    "{% set ns = namespace(n=0) %}{% for i in v.a %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "{{ dict(a=1, b=v.b) }}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_environment_is_that_of_transformers(source: str) -> None:
+    backend = HfTokenizer(models.WordLevel({"x": 0}, unk_token="x"))
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    turns = [{"role": "user", "content": "U"}]
+    expected = theirs.apply_chat_template(turns, chat_template=source, tokenize=False, v=VALUE)
+    ours = Tokenizer(backend, {"bos_token": "<s>"}, chat_template=source)
+    assert ours.render_chat(turns, add_generation_prompt=False, v=VALUE) == expected
+
+
+def test_refusals_and_marks_of_training() -> None:
+    with pytest.raises(ValueError, match="only users"):
+        compile_template("{{ raise_exception('only users') }}")()
+    assert variables("{% generation %}{{ tools }}{{ strftime_now('') }}{% endgeneration %}") == {"tools"}
+    with pytest.raises(ValueError, match="does not compile"):
+        compile_template("{% generation %}")

@@ -1,0 +1,114 @@
+"""Blocks of a prompt are handed over between two engines in shared memory; free ones are not copied."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from farthing.config import EngineConfig
+from farthing.engine.build import _Prompt, adopt, hand_over, load_engine
+from farthing.engine.scheduler import Scheduler
+from farthing.ops.api import LatentCache
+
+SIZE, COUNT = 2, 8
+PROMPT = _Prompt(1, [3, 1, 4, 1, 5, 9, 2], "", 0)  # three full blocks
+
+
+def pair() -> tuple[Any, Any]:
+    """(serving core, prefill core), sharing a cache with half of the blocks each."""
+    cache = LatentCache(torch.zeros(1, 2 * COUNT, SIZE, 4), torch.zeros(1, 2 * COUNT, SIZE, 2))
+    return tuple(
+        SimpleNamespace(
+            scheduler=Scheduler(COUNT, SIZE, 1, 4, blocks=range(first, first + COUNT)),
+            runner=SimpleNamespace(cache=cache),
+        )
+        for first in (0, COUNT)
+    )  # type: ignore[return-value]
+
+
+def computed(core: Any) -> list[int]:
+    """The prompt's blocks, filled with their ids, cached and free."""
+    scheduler, hashes = core.scheduler, []  # type: ignore[var-annotated]
+    blocks: list[int] = scheduler.pool.allocate(3)
+    scheduler.prefix.extend(hashes, PROMPT.tokens, "", 3)
+    for digest, block in zip(hashes, blocks, strict=True):
+        core.runner.cache.data[:, block] = block
+        core.runner.cache.scale[:, block] = block
+        scheduler.prefix.register(digest, block)
+    scheduler.pool.release(reversed(blocks))
+    return blocks
+
+
+def found(core: Any) -> list[int]:
+    """Blocks in which a core has the prompt cached."""
+    hashes: list[bytes] = []
+    core.scheduler.prefix.extend(hashes, PROMPT.tokens, "", 3)
+    blocks: list[int] = core.scheduler.prefix.match(hashes)
+    return blocks
+
+
+def settle(core: Any, exchanged: list[tuple[int, int]]) -> None:
+    for block, ours in exchanged:
+        core.scheduler.pool.exchange(block, ours)
+
+
+def check(*cores: Any) -> None:
+    """Check that every block belongs to one pool, and the pools' invariants."""
+    assert sorted(b for core in cores for b in core.scheduler.pool.blocks) == list(range(2 * COUNT))
+    for core in cores:
+        core.scheduler.pool.check([])
+        core.scheduler.prefix.check()
+
+
+def test_blocks_are_handed_over_without_copying() -> None:
+    here, there = pair()
+    blocks = computed(there)
+    before = here.runner.cache.data.clone()
+    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)))
+    assert found(here) == blocks and found(there) == []
+    assert torch.equal(here.runner.cache.data, before)
+    check(here, there)
+    # The same prompt again: it is cached here, so no blocks move.
+    again = computed(there)
+    assert adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)) == []
+    assert found(here) == blocks and found(there) == again
+    check(here, there)
+
+
+def test_block_in_use_by_the_other_core_is_copied() -> None:
+    here, there = pair()
+    blocks = computed(there)
+    there.scheduler.pool.share(blocks[:1])
+    exchanged = adopt(here, PROMPT, hand_over(there, PROMPT, SIZE))
+    settle(there, exchanged)
+    assert [block for block, _ in exchanged] == blocks[1:]
+    assert found(there) == blocks[:1]
+    assert found(here)[1:] == blocks[1:] and found(here)[0] < COUNT
+    for part in (here.runner.cache.data, here.runner.cache.scale):
+        assert (part[:, found(here)[0]] == blocks[0]).all()
+    there.scheduler.pool.release(blocks[:1])
+    check(here, there)
+
+
+def test_blocks_without_room_are_not_handed_over() -> None:
+    here, there = pair()
+    blocks = computed(there)
+    busy = here.scheduler.pool.allocate(COUNT - 1)
+    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)))
+    assert found(here) == blocks[:1]
+    here.scheduler.pool.release(busy)
+    check(here, there)
+
+
+def test_int4_warns_about_its_cost_and_names_an_alternative(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "farthing.engine.build"):
+        engine = load_engine(EngineConfig(model="mite", quantization="int4", threads=1))
+        engine.shutdown()
+    (record,) = [r for r in caplog.records if r.name == "farthing.engine.build"]
+    assert "perplexity rises by 0.7 % (95 %: 0.5 to 0.8), on a GPU by 1.0 %" in record.getMessage()
+    assert "farthing compress" in record.getMessage() and "--recipe int4-gptq" in record.getMessage()
+    assert "\n" not in record.getMessage()

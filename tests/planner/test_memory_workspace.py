@@ -1,0 +1,75 @@
+"""The planned workspace of the native ops against what a backend takes for the same steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.load import random_parameters
+from farthing.model.source import MemorySource
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
+from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.footprint import Holder, Stored
+from farthing.planner.memory import Serving, Shard, workspace_bytes
+from tests.planner.test_memory_buffers import RAW
+
+pytest.importorskip("farthing._native")
+
+SPARSE = dict(index_topk=48, index_n_heads=4, index_head_dim=64, model_type="deepseek_v32")
+MODELS: dict[str, dict[str, Any]] = {
+    "v3": RAW,
+    "many heads": RAW | dict(num_attention_heads=32, moe_intermediate_size=96),
+    "whole queries": RAW | dict(q_lora_rank=None, n_shared_experts=0, num_hidden_layers=2),
+    "sparse": RAW | SPARSE,
+}
+
+
+def steps(model: DecoderModel, serving: Serving) -> None:
+    """A prompt as long as the budget, then the last token of every sequence."""
+    count, size = serving.max_num_seqs, serving.block_size
+    blocks = -(-serving.max_model_len // size)
+    cache = model.new_cache(count * blocks, size, "bfloat16")
+    tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(count)]
+    tokens, length = serving.max_num_batched_tokens, serving.max_model_len
+    prompt = make_batch([tokens], [length - tokens], tables[:1], size)
+    decodes = make_batch([1] * count, [length - 1] * count, tables, size)
+    for batch, sequences in ((prompt, 1), (decodes, count)):
+        ids = torch.zeros(batch.positions.shape[0], dtype=torch.int64)
+        model.top_logits(model.forward(ids, batch, cache)[-sequences:], 1)
+
+
+def test_planned_workspace_covers_expanded_attention() -> None:
+    config = ModelConfig.from_json(RAW | dict(num_hidden_layers=2))
+    ops: Any = select("cpu", torch.bfloat16, 2)
+    serving = Serving(1400, 1400, max_num_seqs=1, max_num_batched_tokens=300)
+    with torch.inference_mode():
+        steps(DecoderModel(config, ops, MemorySource(random_parameters(config))), serving)
+    plan = ShardPlan.build(config, Layout())
+    shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
+    planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)
+    assert planned is not None and planned >= ops._native.workspace_bytes
+
+
+@pytest.mark.parametrize(
+    ("stored", "quantization"), [("float32", None), ("bfloat16", "int8"), ("bfloat16", None)]
+)
+@pytest.mark.parametrize(("tokens", "threads"), [(1, 2), (7, 1), (200, 2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_workspace_is_the_backends(
+    name: str, tokens: int, stored: Any, quantization: Any, threads: int
+) -> None:
+    config = ModelConfig.from_json(MODELS[name])
+    ops: Any = select("cpu", torch.float32, threads, quantization)
+    parameters = {n: t.to(getattr(torch, stored)) for n, t in random_parameters(config).items()}
+    serving = Serving(5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens)
+    with torch.inference_mode():
+        steps(DecoderModel(config, ops, MemorySource(parameters)), serving)
+    plan = ShardPlan.build(config, Layout())
+    shard = Shard.of(plan, plan.layout.place(0), Stored(stored))
+    planned = workspace_bytes(shard, Holder("cpu", 4, quantization), serving, threads)
+    assert planned == ops._native.workspace_bytes
