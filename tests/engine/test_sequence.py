@@ -100,6 +100,17 @@ def test_match_register_forget() -> None:
         cache.check()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "found"), [([1, 2, 3, 4], 3), ([1, 2], 2), ([1, 9], None), ([9, 2, 3], None), ([], None)]
+)
+def test_tail_is_taken_by_the_same_tokens(tokens: list[int], found: int | None) -> None:
+    cache = PrefixCache(4)
+    cache.keep_tail([], "salt", [1, 2, 3], 7)
+    assert cache.take_tail([], "other", tokens) is None
+    assert cache.take_tail([], "salt", tokens) == (None if found is None else (7, found))
+    assert cache.contains_block(7) == (found is None)
+
+
 def test_disabled_cache_stores_nothing() -> None:
     cache = PrefixCache(2, enabled=False)
     cache.register(b"h", 1)
