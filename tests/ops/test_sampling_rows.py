@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from farthing.ops import sampling
 from farthing.ops.cpu import backend
 from farthing.ops.sampling import CANDIDATES, Filters, sample
 
@@ -61,3 +62,39 @@ def test_large_top_k_keeps_the_mass_of_all_its_tokens() -> None:
     drawn = (kept.cumsum(-1) <= (uniform * kept.sum(-1))[:, None]).sum(-1)
     expected = ids.gather(1, drawn[:, None])[:, 0]
     assert (sample(logits, uniform, filters) == expected).sum() >= rows - 2  # a border falls to either
+
+
+@pytest.mark.parametrize("module", [sampling, backend])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "sorts_all"),
+    [(9 * CANDIDATES, 1.0, 0.5, False), (9 * CANDIDATES, 1.0, 0.0, True), (40, 1.0, 0.0, False),
+     (16 * CANDIDATES, 0.9, 0.0, False), (16 * CANDIDATES, 0.9, 1e-9, True)],
+)  # fmt: skip
+def test_vocabulary_is_sorted_only_for_rows_that_may_keep_more(
+    module: Any, top_k: int, top_p: float, min_p: float, sorts_all: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    among = module._sample_among
+
+    def watched(*args: Any) -> Any:
+        widths.append(args[-1])
+        return among(*args)
+
+    monkeypatch.setattr(module, "_sample_among", watched)
+    logits = torch.linspace(0, 40, 16 * CANDIDATES)[None]
+    filters = Filters(torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p]))
+    given = (
+        (logits, torch.tensor([0.5])) if module is sampling else (logits.numpy(), torch.tensor([0.5]).numpy())
+    )
+    module.sample(*given, filters)
+    assert widths == [CANDIDATES, 16 * CANDIDATES][: 1 + sorts_all]
+
+
+@pytest.mark.parametrize("module", [sampling, backend])
+@pytest.mark.parametrize("width", [100, 300])
+def test_a_target_past_the_end_is_the_last_token_with_a_weight(module: Any, width: int) -> None:
+    weights = torch.ones(1, width)
+    weights[0, -3:] = 0
+    end = torch.ones(1, dtype=torch.float64)
+    found = module.invert(*((weights, end) if module is sampling else (weights.numpy(), end.numpy())))
+    assert found.tolist() == [width - 4]
