@@ -176,6 +176,22 @@ def test_bias_and_min_tokens() -> None:
     assert logits.tolist() == [[inf, 5, 0, inf], [inf, 5, 0, inf], [0, 5, 0, 0]]
 
 
+def test_end_is_possible_in_the_rows_from_min_tokens_on() -> None:
+    """A grammar that only allows the end there does not leave the row without a token."""
+
+    class Grammar:
+        def masks(self, drafts: tuple[int, ...], vocab: int) -> Any:
+            return np.eye(vocab, dtype=bool)[[2, 0]]  # the token 2, then the end
+
+    dead = {}
+    for least in (0, 1, 2):
+        params = SamplingParams(min_tokens=least)
+        state = SamplingState(params, seed=0, end_ids=(0,), matcher=Grammar())  # type: ignore[arg-type]
+        edit(torch.zeros(2, 4), [Row(state, (2,), ahead) for ahead in range(2)])
+        dead[least] = state.dead_end
+    assert dead == {0: None, 1: None, 2: 1}
+
+
 class Head:
     """Returns its input as logits; counts which path was used."""
 
