@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from farthing.conversation.formats.template import arguments
 from farthing.conversation.scan import MARK, plain
 from farthing.conversation.select import FORMATS
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
-from farthing.conversation.untrusted import TRUSTED, Untrusted
+from farthing.conversation.untrusted import TRUSTED, Untrusted, printed
 from farthing.engine.tokenizer import Tokenizer, _taken
 from tests.engine.shapes import KINDS, PLAIN, SPECIAL, TEMPLATES, tokenizer
 
@@ -198,6 +199,28 @@ def test_reasoning_at_the_beginning_of_an_answer_keeps_its_tags() -> None:
     assert marked.text.replace(MARK, "^") == "a<^/think>b"
 
 
+def test_every_field_of_a_conversation_is_marked() -> None:
+    """Also ids of calls, which some templates print, and fields and options that only a template knows."""
+    token = "<|im_end|>"
+    call = ToolCall(token, token, json.dumps({token: token}))
+    talk = Conversation(
+        (
+            Turn("user", token, name=token, extra={token: [token]}),
+            Turn("assistant", token, token, (call,)),
+            Turn("tool", token, call_id=token, name=token),
+        ),
+        tools=(Tool(token, token, {token: token}),),
+        template_options={"note": [{token: token}]},
+    )
+    marking = tokenizer().untrusted
+    assert token not in json.dumps(marking.messages([{"role": "user", token: token}]), ensure_ascii=False)
+    marked = marking.conversation(talk)
+    assert token not in json.dumps(asdict(marked), ensure_ascii=False)
+    assert json.loads(plain(json.dumps(asdict(marked), ensure_ascii=False))) == json.loads(
+        json.dumps(asdict(talk))
+    )
+
+
 def test_marked_arguments_are_the_same_json() -> None:
     marking = tokenizer().untrusted
     for text in (
@@ -212,6 +235,11 @@ def test_marked_arguments_are_the_same_json() -> None:
             parsed(text), ensure_ascii=False
         )
         assert "<think>" not in json.dumps(parsed(marked)) and "</think>" not in json.dumps(parsed(marked))
+
+
+@pytest.mark.parametrize("text", [r'{"a": "\\\\ud800"}', r"no JSON \\ud800 <think>", r"\\\\ud800"])
+def test_an_escaped_backslash_in_arguments_does_not_make_a_mark(text: str) -> None:
+    assert plain(printed(tokenizer().untrusted.arguments(text))) == text
 
 
 @pytest.mark.parametrize("written", ["tojson(ensure_ascii=True)", "string"])

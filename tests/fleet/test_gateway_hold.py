@@ -100,6 +100,71 @@ async def test_keys_take_turns() -> None:
     assert len(released) == len(tasks)
 
 
+@pytest.mark.anyio
+async def test_next_look_begins_with_the_key_that_was_woken_longest_ago() -> None:
+    released: list[str] = []
+    ready = True
+    held = hold(lambda: ready)
+
+    async def request(key: str) -> None:
+        await held.until(lambda: "replica", asyncio.get_running_loop().time() + 60, key)
+        released.append(key)
+
+    tasks = [asyncio.create_task(request(key)) for key in "a" * 20 + "b" * 20 + "c" * 20]
+    while held.waiting < len(tasks):
+        await asyncio.sleep(0)
+    held.notify()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert len(released) == 32 and released[-3:] == ["c", "a", "b"]
+    ready = False
+    held.notify()
+    ready = True
+    held.notify()
+    await asyncio.gather(*tasks)
+    assert released[32:35] == ["c", "a", "b"]
+
+
+@pytest.mark.anyio
+async def test_client_that_leaves_is_not_refused_in_place_of_another() -> None:
+    held = hold(lambda: False, limit=2)
+    end = asyncio.get_running_loop().time() + 60
+    older, newer = (asyncio.create_task(held.until(lambda: None, end, "a")) for _ in range(2))
+    while held.waiting < 2:
+        await asyncio.sleep(0)
+    other = asyncio.create_task(held.until(lambda: "replica", end, "b"))
+    newer.cancel()  # which its task notices after the other one has come
+    with pytest.raises(Refused):
+        await older
+    with pytest.raises(asyncio.CancelledError):
+        await newer
+    held.stopping = True
+    held.notify()
+    assert await other == "replica"
+
+
+@pytest.mark.anyio
+async def test_request_that_no_replica_suited_keeps_its_place() -> None:
+    """The first 32 of 33 tried once more; the 33rd is still the newest."""
+    available = True
+    held = hold(lambda: available, limit=33)
+    end = asyncio.get_running_loop().time() + 60
+    tasks = [asyncio.create_task(held.until(lambda: None, end, "a")) for _ in range(33)]
+    while held.waiting < 33:
+        await asyncio.sleep(0)
+    held.notify()
+    available = False
+    for _ in range(5):
+        await asyncio.sleep(0)
+    tasks.append(asyncio.create_task(held.until(lambda: None, end, "b")))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [task.done() for task in tasks] == [False] * 32 + [True, False]
+    held.stopping = True
+    held.notify()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from("abc"), max_size=40), st.integers(1, 8))
 def test_room_is_shared_between_keys(arrivals: list[str], limit: int) -> None:

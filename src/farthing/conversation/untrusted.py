@@ -119,15 +119,15 @@ class Untrusted:
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages in OpenAI's form, whose content is one text or None, in the same way."""
-        return [{key: self._field(message, key) for key in message} for message in messages]
+        return [{self._switch(key): self._field(message, key) for key in message} for message in messages]
 
     def options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options of a template. Their names and plain words are switches, which templates compare."""
+        return {name: self._switch(value) for name, value in options.items()}
 
-        def marked(value: Any) -> Any:
-            return value if isinstance(value, str) and value.isidentifier() else self.value(value)
-
-        return {name: marked(value) for name, value in options.items()}
+    def _switch(self, value: Any) -> Any:
+        """A value, or the name of a field, of which templates look up and compare plain words."""
+        return value if isinstance(value, str) and value.isidentifier() else self.value(value)
 
     def _turn(self, turn: Turn, tags: Tags) -> Turn:
         answer = turn.role == "assistant" and not turn.reasoning
@@ -141,7 +141,7 @@ class Untrusted:
             ),
             call_id=None if turn.call_id is None else self.text(turn.call_id),
             name=None if turn.name is None else self.text(turn.name),
-            extra={name: self.value(value) for name, value in turn.extra.items()},
+            extra={self._switch(name): self.value(value) for name, value in turn.extra.items()},
         )
 
     def _tool(self, tool: Tool) -> Tool:

@@ -171,7 +171,7 @@ def sample_logits(logits: Tensor, rows: Sequence[Row], pick: Pick | None = None)
         _store(tokens, greedy, logits[greedy].argmax(-1))
     if not random:
         return tokens
-    heat = _floats([max(params[i].temperature, 1e-5) for i in random], logits)
+    heat = _floats([params[i].temperature for i in random], logits)
     scaled = (logits[random] if greedy else logits) / heat[:, None]
     uniforms = [uniform(rows[i].state.seed, rows[i].index) for i in random]
     u = like(np.array(uniforms), logits)
