@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as HfTokenizer
-from tokenizers import models
 
 from farthing.conversation.arguments import parsed
 from farthing.conversation.base import THINK, ControlTokens
@@ -288,6 +288,16 @@ def test_a_unigram_vocabulary_that_holds_control_tokens() -> None:
     text = "a" + "é" * 3000 + "</s><s>b"
     ids = known.encode(f"<s>{known.untrusted.text(text)}</s>", add_special_tokens=False)
     assert [token for token in ids if token in (1, 2)] == [1, 2]
+
+
+def test_a_token_that_is_a_single_word_is_text_within_words() -> None:
+    backend = HfTokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.add_special_tokens([AddedToken("<s>", single_word=True), AddedToken("</s>")])
+    backend.add_tokens([AddedToken("word", single_word=True)])
+    known = Tokenizer(backend)
+    for text in ("<s>", "a<s>b", "<s>b", "_<s>", "</s>a", "<s></s>", "word</s>word", "aword</s>"):
+        guarded = known.encode(text + MARK, add_special_tokens=False)
+        assert guarded == backend.encode(text, add_special_tokens=False).ids
 
 
 def test_ids_that_a_vocabulary_with_gaps_has_taken_are_skipped() -> None:

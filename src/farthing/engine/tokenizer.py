@@ -107,6 +107,9 @@ def is_control(token: AddedToken) -> bool:
     return token.special or (len(content) > 1 and content[0] in "<[｜|" and content[-1] in ">]｜|")
 
 
+_WORD = re.compile(r"\w")  # beside it, a token that is a single word is text
+
+
 class GuardedTokenizer:
     """A tokenizer's twin, in which control tokens have names that nobody can guess.
 
@@ -125,7 +128,8 @@ class GuardedTokenizer:
         vocabulary = original.get_vocab(with_added_tokens=False)
         secret = secrets.token_hex(16)
         self._cut = f"{secret}cut"
-        self._names = {content: f"{secret}{i:08x}" for content, i in controls.items()}
+        # The brackets end words, as those of most control tokens: a token beside may be a single word only.
+        self._names = {content: f"<{secret}{i:08x}>" for content, i in controls.items()}
         names = {i: self._names.get(token.content, token.content) for i, token in sorted(added.items())}
         skipped = _taken(vocabulary.values(), len(names) + 1)
         self._backend.add_tokens(
@@ -154,7 +158,7 @@ class GuardedTokenizer:
         token = found[0]
         text, start, end = found.string, found.start(), found.end()
         beside = text[max(0, start - 1) : start], text[end : end + 1]
-        if token in self._alone and any(map(str.isalnum, beside)):
+        if token in self._alone and any(map(_WORD.match, beside)):
             return token
         return self._names[token]
 
