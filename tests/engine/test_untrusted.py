@@ -291,7 +291,7 @@ def test_a_unigram_vocabulary_that_holds_control_tokens() -> None:
 
 
 def test_a_token_that_is_a_single_word_is_text_within_words() -> None:
-    backend = HfTokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend = HfTokenizer(models.Unigram([("<unk>", 0.0), *((c, -2.0) for c in "<>/sabword_")], unk_id=0))
     backend.add_special_tokens([AddedToken("<s>", single_word=True), AddedToken("</s>")])
     backend.add_tokens([AddedToken("word", single_word=True)])
     known = Tokenizer(backend)
