@@ -34,7 +34,7 @@ bool has_amx() { return has_avx512_bf16(); }
 #else
 bool has_amx() {
   unsigned a, b, c, d;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;  // its kernels use both
   const bool bf16 = d >> 22 & 1, tile = d >> 24 & 1, int8 = d >> 25 & 1;
   // Linux gives tile state only to processes that ask; threads started later inherit the permission.
   return bf16 && tile && int8 && syscall(SYS_arch_prctl, kRequestTilePermission, kTileData) == 0;

@@ -1,4 +1,4 @@
-"""Farthing: DeepSeek-V3/R1-class mixture-of-experts models at the lowest cost per token."""
+"""Farthing serves mixture-of-experts language models and measures what each token costs."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Farthing: mixture-of-experts models at the lowest cost per token.",
+    help="Serve, compress and scale mixture-of-experts language models.",
 )
 
 
@@ -108,7 +108,7 @@ def _root(
         typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Farthing: mixture-of-experts models at the lowest cost per token."""
+    """Serve, compress and scale mixture-of-experts language models."""
 
 
 def main() -> None:

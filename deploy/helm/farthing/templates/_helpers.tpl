@@ -27,3 +27,8 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
+
+{{- /* What replicas call their model: without a claim, they serve the embedded one. */ -}}
+{{- define "farthing.model" -}}
+{{- if .Values.model.claim }}{{ .Values.model.name }}{{ else }}mite{{ end -}}
+{{- end -}}
