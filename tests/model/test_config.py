@@ -11,6 +11,7 @@ import pytest
 
 from farthing.model.attention import frequencies, rope_table, score_scale
 from farthing.model.config import ModelConfig
+from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
 from farthing.model.types import TYPES
 from farthing.model.types.unserved import UNSERVED
@@ -160,3 +161,15 @@ def test_biases_are_refused_by_name(name: str, model: str) -> None:
     ModelConfig.from_json(raw | {name: False})
     with pytest.raises(ConfigError, match=f"{name}: got True; expected false"):
         ModelConfig.from_json(raw | {name: True})
+
+
+@pytest.mark.parametrize(
+    ("method", "groups", "kept", "score"),
+    [("noaux_tc", 8, 4, "top2_sum"), ("group_limited_greedy", 8, 4, "max"), ("greedy", 1, 1, "max")],
+)
+def test_routing_of_each_method(method: str, groups: int, kept: int, score: str) -> None:
+    """Greedy routing has no groups, although the config has their fields."""
+    model_type = "deepseek_v3" if method == "noaux_tc" else "deepseek_v2"
+    config = ModelConfig.from_json(V3 | dict(model_type=model_type, topk_method=method))
+    spec = router_spec(config)
+    assert (spec.num_groups, spec.top_k_groups, spec.group_score) == (groups, kept, score)
