@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from farthing.conversation.scan import literals
+from farthing.conversation.scan import MARK, literals
 from farthing.conversation.strict import Syntax
 from farthing.conversation.types import CallArguments, CallStart, Conversation, Delta, Text, Tool, new_call_id
 
@@ -114,6 +115,23 @@ class Machine:
     def _arguments(self, text: str) -> None:
         if text:
             self._out.append(CallArguments(self.calls - 1, text))
+
+
+class Delimiters:
+    """Tags that a format writes around text of others and that are no tokens of their own.
+
+    A token that is spelled out in a text can be told from the real one; such a tag cannot. So a backslash
+    after its first character breaks a tag that a text contains, as in JSON: `<\\/result>`. Readers still
+    understand it, and unlike an invisible character, a model that copies it shows what it copies.
+    """
+
+    def __init__(self, *tags: str) -> None:
+        spelled = (f"{MARK}*".join(map(re.escape, tag)) for tag in tags)  # marks do not reach the model
+        self._pattern = re.compile("|".join(spelled))
+
+    def broken(self, text: str) -> str:
+        """A text without these tags."""
+        return self._pattern.sub(lambda tag: f"{tag[0][0]}\\{tag[0][1:]}", text)
 
 
 # The definition of a chat format.

@@ -5,11 +5,12 @@ Source: encoding_dsv32.py of the DeepSeek-V3.2 release. Reasoning before the las
 
 from __future__ import annotations
 
-from farthing.conversation.base import THINK, ChatFormat, ControlTokens, FormatError
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens, Delimiters, FormatError
 from farthing.conversation.formats.dsml import MARK, DsmlCalls, last_request, syntax, to_json, write_calls
 from farthing.conversation.types import Conversation, Tool, Turn
 
 SECTION = "function_calls"
+_RESULTS = Delimiters("<function_results>", "</function_results>", "<result>", "</result>")
 
 # The text the model was trained with.
 _TOOLS = f"""## Tools
@@ -95,7 +96,7 @@ class _Results:
             )
         self._written += 1
         parts = ["\n\n<function_results>"] if self._written == 1 else []
-        parts.append(f"\n<result>{turn.text}</result>")
+        parts.append(f"\n<result>{_RESULTS.broken(turn.text)}</result>")
         if self._written == self._calls or following != "tool":
             parts.append(f"\n</function_results>\n\n{opens}")
         return parts

@@ -2,19 +2,22 @@
 
 Source: encoding_dsv4.py of the DeepSeek-V4 release. Tool results are part of a user turn. Reasoning of
 earlier turns is dropped unless tools are in play. The model's own rules then also drop developer turns before
-the last request; Farthing keeps those, as nothing a client wrote may vanish.
+the last request; Farthing keeps those, as nothing a client wrote may vanish. The tags around results are
+ordinary text, so they are broken in texts that stand in a user turn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from farthing.conversation.base import THINK, ChatFormat, ControlTokens, FormatError
+from farthing.conversation.base import THINK, ChatFormat, ControlTokens, Delimiters, FormatError
 from farthing.conversation.formats.dsml import MARK, DsmlCalls, syntax, to_json, write_calls
 from farthing.conversation.types import Conversation, Tool, ToolCall
 
 SECTION = "tool_calls"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+RESULT, RESULT_END = "<tool_result>", "</tool_result>"
+_RESULTS = Delimiters(RESULT, RESULT_END)
 
 # The texts the model was trained with.
 _EFFORTS = {
@@ -83,11 +86,12 @@ def _parts(conversation: Conversation) -> list[_Part]:
             if not parts or parts[-1].role != "user":
                 parts.append(_Part("user"))
             if turn.role == "tool":
-                parts[-1].texts.append(f"<tool_result>{turn.text}</tool_result>")
+                parts[-1].texts.append(f"{RESULT}{_RESULTS.broken(turn.text)}{RESULT_END}")
             else:
-                parts[-1].texts.append(turn.text)
+                parts[-1].texts.append(_RESULTS.broken(turn.text))
         else:
-            parts.append(_Part(turn.role, [turn.text], reasoning=turn.reasoning, calls=turn.calls))
+            text = _RESULTS.broken(turn.text) if turn.role == "developer" else turn.text
+            parts.append(_Part(turn.role, [text], reasoning=turn.reasoning, calls=turn.calls))
     if conversation.offered:
         system = next((part for part in parts if part.role == "system"), None)
         if system is None:
