@@ -272,3 +272,25 @@ def test_stacked_matrices_are_float32_unless_all_are_bfloat16(exact: int) -> Non
     weights = [Weight("dense", torch.full((16, 32), 1 + (i != exact) * 2**-12)) for i in range(2)]
     assert [plan([w], None).format.name for w in weights] == ["BF16", "F32"][:: 1 - 2 * exact]
     assert plan(weights, None) == F32
+
+
+@pytest.mark.parametrize(("heads", "divided"), [(3, False), (4, True)])
+def test_output_projection_is_summed_in_halves_of_whole_heads(heads: int, divided: bool) -> None:
+    ops = CpuOps(1, parts=2)
+    packed = ops.pack_output("o", lambda: weight("f32", 32, heads * 32), heads)
+    assert (packed.rest is not None) == divided
+    assert set(dict(ops.packed_weights())) == ({"o.part0", "o.part1"} if divided else {"o"})
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_heads_of_a_rounded_projection_are_8_bit(rounded: bool) -> None:
+    """A slice of a quantized projection that splits its scales is dense, but no less rounded."""
+    spec, ops = SPECS["small"], CpuOps(1)
+    kv_b = replace(
+        weight("f32", spec.num_heads * (spec.nope_dim + spec.value_dim), spec.latent_dim), rounded=rounded
+    )
+    ops.pack_attention(
+        "a", spec, lambda: (kv_b, torch.ones(spec.latent_dim)), torch.zeros(2, 8, spec.rope_dim // 2)
+    )
+    formats = {w.format.name for name, w in ops.packed_weights() if ".u" in name}
+    assert formats == {"Q8" if rounded else "F32"}
