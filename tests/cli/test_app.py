@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,11 +84,19 @@ def test_every_field_is_an_option_with_help() -> None:
     assert {d.name for d in declared(EngineConfig)} == {f.name for f in fields(EngineConfig)}
     undeclared = {f.name for f in fields(ServerConfig)} - {d.name for d in declared(ServerConfig)}
     assert all(name.endswith("keys") for name in undeclared)  # read from files and the environment
-    text = farthing_command("serve", "--help").stdout
+    text = farthing_command("serve", "--help-all").stdout
     for each in (*declared(EngineConfig), *declared(ServerConfig)):
         assert each.option.help and not each.option.help.endswith(".")
         assert each.option.argument or f"--{each.name.replace('_', '-')}" in text
     assert all(short in text for short in ("--tp", "--pp", "--ep"))
+
+
+def test_help_shows_what_most_users_need() -> None:
+    short = re.findall(
+        r"(?<=\s)--[a-z-]+", farthing_command("serve", "--help").stdout.partition("Examples")[0]
+    )
+    assert {"--help-all", "--port", "--quantization", "--api-key-file"} <= set(short)
+    assert len(set(short)) <= 18
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,14 @@ def exit_on_verdict(answer: str, said: str | None = None) -> None:
 Command = Callable[..., None]
 
 
-def with_options(*, skip: Collection[str] = (), **configs: type) -> Callable[[Command], Command]:
+def with_options(
+    *, skip: Collection[str] = (), common: Collection[str] | None = None, **configs: type
+) -> Callable[[Command], Command]:
     """Replace each named parameter of a command with the options that a dataclass declares.
 
     `with_options(engine=EngineConfig)` passes the command `engine`, a dict for `EngineConfig(**engine)`. A
     parameter that the command itself declares takes precedence over a field of the same name. skip: groups to
-    omit.
+    omit. common: the parameters that --help shows; the others appear with --help-all.
     """
 
     def decorate(command: Command) -> Command:
@@ -147,7 +149,14 @@ def with_options(*, skip: Collection[str] = (), **configs: type) -> Callable[[Co
             else:
                 parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
+        if common is not None:
+            for parameter in parameters:
+                info = parameter.annotation.__metadata__[0]
+                info.hidden = parameter.name not in common
+            parameters.append(_HELP_ALL)
+
         def run(**values: Any) -> None:
+            values.pop(_HELP_ALL.name, None)
             for name, options in generated.items():
                 values[name] = {d.name: _value(d, values.pop(d.name)) for d in options}
             command(**values)
@@ -158,6 +167,26 @@ def with_options(*, skip: Collection[str] = (), **configs: type) -> Callable[[Co
         return run
 
     return decorate
+
+
+def _show_all(ctx: typer.Context, wanted: bool) -> None:
+    if not wanted:
+        return
+    for parameter in ctx.command.params:
+        parameter.hidden = False  # type: ignore[attr-defined]
+    typer.echo(ctx.get_help())
+    raise typer.Exit
+
+
+_HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit."),
+    ],
+)
 
 
 def _parameter(d: Declared) -> inspect.Parameter:

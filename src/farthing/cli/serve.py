@@ -102,6 +102,12 @@ Examples:
   farthing serve --host 0.0.0.0 --api-key-file keys.txt --tokens-per-minute 100000
 """
 _SERVING_EXTRAS = ("fast", "structured")
+# What `--help` shows: most users never need another option.
+_COMMON = frozenset({
+    "model", "packed", "quantization", "backend", "threads", "max_model_len", "max_num_seqs",
+    "kv_cache_dtype", "kv_cache_memory", "speculate", "experts", "prefix_cache_dir", "host", "port",
+    "served_model_name", "api_key_file",
+})  # fmt: skip
 
 
 def _keys(help: str) -> Any:
@@ -109,7 +115,7 @@ def _keys(help: str) -> Any:
 
 
 @app.command(epilog=EPILOG)
-@with_options(engine=EngineConfig, server=ServerConfig)
+@with_options(engine=EngineConfig, server=ServerConfig, common=_COMMON)
 def serve(
     engine: dict[str, Any],
     server: dict[str, Any],
