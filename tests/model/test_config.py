@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from farthing.model.attention import frequencies, rope_table, score_scale
-from farthing.model.config import ModelConfig
+from farthing.model.config import GroupedHeads, ModelConfig
 from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
 from farthing.model.types import TYPES
 from farthing.model.types.unserved import UNSERVED
-from farthing.planner.estimate import published_config
+from farthing.planner.estimate import published, published_config
 from tests.tiny import V3
 
 
@@ -173,3 +173,32 @@ def test_routing_of_each_method(method: str, groups: int, kept: int, score: str)
     config = ModelConfig.from_json(V3 | dict(model_type=model_type, topk_method=method))
     spec = router_spec(config)
     assert (spec.num_groups, spec.top_k_groups, spec.group_score) == (groups, kept, score)
+
+
+@pytest.mark.parametrize("name", published())
+def test_published_configs_are_accepted_as_released(name: str) -> None:
+    assert ModelConfig.from_json(published_config(name) or {}).num_hidden_layers > 0
+
+
+def test_minimax_m2_is_released_with_a_field_of_shared_experts_that_it_lacks() -> None:
+    raw = published_config("minimax-m2")
+    assert raw is not None and raw["shared_intermediate_size"] == 0
+    assert ModelConfig.from_json(raw).shared_size == 0
+
+
+PARTIAL = {"glm-4.5", "minimax-m2"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["glm-4.5", "granite-3.1-3b-a800m", "llama-3.1-8b", "minimax-m2", "mistral-7b-v0.3", "mixtral-8x7b",
+     "olmoe-1b-7b", "qwen3-8b", "qwen3-30b-a3b", "smollm3-3b"],
+)  # fmt: skip
+@pytest.mark.parametrize("nested", [False, True])
+def test_types_that_rotate_whole_heads_ignore_partial_rotary_factor(name: str, nested: bool) -> None:
+    raw = published_config(name) or {}
+    share = {"partial_rotary_factor": 0.25}
+    raw |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | share} if nested else share
+    heads = ModelConfig.from_json(raw).attention
+    assert isinstance(heads, GroupedHeads)
+    assert heads.rotary_width == heads.head_dim // (4 if name in PARTIAL else 1)

@@ -238,16 +238,15 @@ def read_latent(raw: Mapping[str, Any]) -> LatentHeads:
 
 
 def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
-    """From a config.json with Llama's fields, and `qk_norm` and `o_bias` as the type sets them.
+    """From a config.json with Llama's fields, and `qk_norm`, `o_bias` and `partial_rotary_factor` as the
+    type sets them.
 
     Raises ValueError naming the field.
     """
     heads = checked.integer(raw, "num_attention_heads")
     size = _head_size(raw, heads) if raw.get("head_dim") is None else checked.integer(raw, "head_dim")
     groups = heads if raw.get("num_key_value_heads") is None else checked.integer(raw, "num_key_value_heads")
-    name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
-    partial = checked.optional_section(raw, name).get("partial_rotary_factor")
-    partial = raw.get("partial_rotary_factor") if partial is None else partial
+    partial = raw.get("partial_rotary_factor")
     share = 1.0 if partial is None else checked.number("partial_rotary_factor", partial, above=0.0)
     bias = checked.flag("attention_bias", raw.get("attention_bias") or False)
     scale = raw.get("attention_multiplier")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from farthing.model.fields import flag, in_range, integer, wrong
+from farthing.model.fields import flag, in_range, integer, optional_section, wrong
 
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
 INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers
@@ -63,9 +63,20 @@ def present(raw: Fields) -> dict[str, Any]:
 
 
 def half_split(raw: Fields, theta: float = 10000.0) -> dict[str, Any]:
-    """Rotation by halves, as in Llama; theta: of types whose default is not 10,000."""
+    """Rotation of whole heads by halves, as in Llama; theta: of types whose default is not 10,000."""
     given = raw.get("rope_theta")
-    return {"rope_interleave": False, "rope_theta": theta if given is None else given}
+    return {
+        "rope_interleave": False,
+        "rope_theta": theta if given is None else given,
+        "partial_rotary_factor": None,  # ignored, as in transformers
+    }
+
+
+def rotated_share(raw: Fields, default: float) -> dict[str, Any]:
+    """partial_rotary_factor of a type that rotates only a part of each head, for use after `half_split`."""
+    name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
+    given = (section.get("partial_rotary_factor") for section in (optional_section(raw, name), raw))
+    return {"partial_rotary_factor": next((share for share in given if share is not None), default)}
 
 
 def in_window(raw: Fields, switch: bool = False) -> dict[str, Any]:

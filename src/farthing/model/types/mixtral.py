@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 
 from farthing.model.fields import integer, number
-from farthing.model.types.base import Fields, ModelType, Names, half_split, in_window, present
+from farthing.model.types.base import (
+    Fields,
+    ModelType,
+    Names,
+    half_split,
+    in_window,
+    present,
+    rotated_share,
+)
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
 
 _MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(.*)")
@@ -53,11 +61,11 @@ def _minimax_m2(raw: Fields) -> Fields:
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "norm_topk_prob": True,
+        **rotated_share(raw, rotated / size),
         **experts(raw, _COUNT),
         **_width(raw),
     }
-    partial = {"partial_rotary_factor": rotated / size}
-    return {**partial, **present(raw), **SOFTMAX, **half_split(raw, 5e6), **fixed}
+    return {**present(raw), **SOFTMAX, **half_split(raw, 5e6), **fixed}
 
 
 def _granitemoe(raw: Fields) -> Fields:

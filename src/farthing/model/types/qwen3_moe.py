@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, wrong
-from farthing.model.types.base import Fields, ModelType, half_split, in_window, present
+from farthing.model.types.base import Fields, ModelType, half_split, in_window, present, rotated_share
 
 # A softmax over all experts, whose best are taken without a correction bias.
 SOFTMAX: dict[str, Any] = {
     "scoring_func": "softmax",
     "topk_method": "greedy",
     "n_shared_experts": 0,
+    "shared_intermediate_size": None,  # MiniMax-M2 is released with 0
     "num_nextn_predict_layers": 0,
     "routed_scaling_factor": 1.0,
     "first_k_dense_replace": 0,
@@ -54,8 +55,7 @@ def _olmoe(raw: Fields) -> Fields:
 
 def _glm4_moe(raw: Fields) -> Fields:
     """V3's experts and MTP layer. o_proj has no bias where q, k and v have one."""
-    rotated = {"partial_rotary_factor": 0.5, **present(raw)}["partial_rotary_factor"]
-    fixed: dict[str, Any] = {"o_bias": False, "partial_rotary_factor": rotated}
+    fixed: dict[str, Any] = {"o_bias": False, **rotated_share(raw, 0.5)}
     if flag("use_qk_norm", raw.get("use_qk_norm", False)):
         fixed["qk_norm"] = "head"
     defaults = {"first_k_dense_replace": 1, "rms_norm_eps": 1e-5}
