@@ -135,7 +135,7 @@ class Options:
     backend: str = "auto"  # arithmetic of the gate; default: the kernels that serve on this machine
     window: int = 1024
     max_tokens: int | None = None  # of held-out text; None: GATE_TOKENS for the gate
-    export: str = "auto"  # see `export/layout.py`
+    export: str = "auto"  # see `export.py`
     gate: bool = True
     check_memory: bool = True  # refuse a run for which memory or disk is too small
 

@@ -45,7 +45,7 @@ class Prune:
     # solution, which is exact and needs a factorization for every strip of rows.
     compensation: Compensation = "exact"
     targets: Targets = "experts"  # feed-forwards, or attention as well
-    heal_steps: int = 0  # gradient steps per layer on the calibration text (`prune/heal.py`)
+    heal_steps: int = 0  # gradient steps per layer on the calibration text (`prune.py`)
     shares: tuple[
         tuple[str, float], ...
     ] = ()  # (fnmatch pattern of modules, sparsity) overrides; first match wins

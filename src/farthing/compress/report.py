@@ -30,7 +30,7 @@ class CompressionReport:
 
     recipe: dict[str, Any]
     source: str
-    export: str  # see `export/layout.py`
+    export: str  # see `export.py`
     transformers_limits: list[str]  # why transformers does not reproduce the result; empty if it does
     size_before: int
     size_after: int

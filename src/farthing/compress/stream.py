@@ -58,7 +58,7 @@ class Job:
     recipe: Recipe
     calibration: Corpus | None
     plan: Plan | None = None  # module -> format; None: the recipe's scheme everywhere
-    export: str = "compressed-tensors"  # see `export/layout.py`
+    export: str = "compressed-tensors"  # see `export.py`
 
     def __post_init__(self) -> None:
         if self.recipe.scheme == "auto" and self.plan is None:

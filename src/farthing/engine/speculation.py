@@ -6,8 +6,8 @@ sampling (Leviathan et al. 2023) for a draft distribution with all its mass on o
 accepted with the model's own probability p(draft), and a rejected one is replaced by a draw from p without
 the draft, renormalized. The output itself equals that without speculation, not only its distribution.
 
-Drafts come from repetitions in the text (speculation_text.py) or from the MTP layer (speculation_mtp.py),
-which samples with the verifier's random numbers. speculation_gate.py measures whether they pay.
+Drafts (`drafters.py`) come from repetitions in the text or from the MTP layer, which samples with the
+verifier's random numbers. A gate measures whether they pay.
 """
 
 from __future__ import annotations

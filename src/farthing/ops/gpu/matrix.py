@@ -162,7 +162,7 @@ def finish(
     tl.store(out + rows * stride_o + n[None, :], narrow(acc, out.dtype.element_ty), mask=mask)
 
 
-FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as in tile.py
+FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as the kernels number them
 _MOST_HALF = 64
 _LEAST_HALF = 16  # the smallest inner dimension on tensor cores
 
