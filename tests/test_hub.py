@@ -160,8 +160,11 @@ def test_a_model_that_cannot_be_served_costs_one_small_file(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["model.Q4_K_M.gguf"], "the weights are GGUF, which is not read yet"),
-        (["config.json", "model.gguf"], "the weights are GGUF, which is not read yet"),
+        (["model.Q4_K_M.gguf"], "the weights are GGUF; expected the path of one GGUF file on this disk"),
+        (
+            ["config.json", "model.gguf"],
+            "the weights are GGUF; expected the path of one GGUF file on this disk",
+        ),
         (["config.json", "pytorch_model.bin"], "the weights are pickled PyTorch, which is not read yet"),
         (["README.md"], r"it has no config\.json; expected a repository with config\.json"),
     ],
@@ -212,7 +215,7 @@ def test_unreachable_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_local_files_in_another_format_are_named(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_text("GGUF")
-    for model in (tmp_path, tmp_path / "model.gguf"):
-        with pytest.raises(FileNotFoundError, match="the weights are GGUF, which is not read yet"):
+    (tmp_path / "model.onnx").write_text("ONNX")
+    for model in (tmp_path, tmp_path / "model.onnx"):
+        with pytest.raises(FileNotFoundError, match="the weights are ONNX, which is not read yet"):
             resolve_model(model)

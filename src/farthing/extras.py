@@ -16,6 +16,7 @@ EXTRAS = {
     "compress": "compressed-tensors and ONNX export",
     "train": "training curves",
     "ray": "ranks on several nodes",
+    "gguf": "models in GGUF",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
 _DISTRIBUTIONS = {"yaml": "pyyaml", "grpc": "grpcio", "google": "protobuf", "pynvml": "nvidia-ml-py"}

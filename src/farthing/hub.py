@@ -23,6 +23,7 @@ from farthing.checkpoint.reader import (
 )
 from farthing.checkpoint.shards import INDEX, MISTRAL_INDEX, SINGLE, read_index, unread_format
 from farthing.model.config import ModelConfig
+from farthing.model.gguf import SUFFIX, name_of, open_gguf
 
 EMBEDDED = "mite"
 _FORMER_NAME = "reference"
@@ -66,6 +67,8 @@ def _local(model: str | Path) -> Path | None:
     path = Path(model).expanduser()
     if has_config(path):
         return path
+    if (file := _gguf_in(path)) is not None:
+        return open_gguf(file)
     if str(model) == EMBEDDED:
         return _embedded()
     if path.exists():
@@ -80,6 +83,19 @@ def _local(model: str | Path) -> Path | None:
             "(names of published models are known only to `farthing inspect` and `farthing plan`)"
         )
     return None
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """A GGUF file: the path itself, or the only model in a folder."""
+    if path.is_file():
+        return path if path.suffix == SUFFIX else None
+    found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    if len({name_of(file) for file in found}) > 1:
+        raise FileNotFoundError(
+            f"model: got {str(path)!r}, with {len(found)} GGUF files such as {found[0].name}; expected the "
+            "path of one of them"
+        )
+    return found[0] if found else None
 
 
 def _defect(path: Path) -> str:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
+from farthing.checkpoint.gguf import INDEX as GGUF_INDEX
+from farthing.checkpoint.gguf import GgufShards
 from farthing.checkpoint.shards import CheckpointError, ReadAhead, Shards, read_json
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
@@ -148,6 +150,11 @@ def has_config(path: Path) -> bool:
     return (path / CONFIG).is_file() or (path / PARAMS).is_file()
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a directory has weights beside its configuration."""
+    return any(path.glob("*.safetensors*")) or (path / GGUF_INDEX).is_file()
+
+
 class Checkpoint:
     """One checkpoint, opened by `Checkpoint.open`.
 
@@ -175,7 +182,8 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
-        return cls(path, read_config(path), Shards(path))
+        shards = GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path)
+        return cls(path, read_config(path), shards)
 
     def names(self) -> Iterable[str]:
         """Every tensor name of the checkpoint."""

@@ -245,7 +245,7 @@ def _opened(path: Path) -> tuple[int, dict[str, tuple[int, int]]]:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MISTRAL_INDEX = "consolidated.safetensors.index.json"
-_UNREAD = {".gguf": "GGUF", ".bin": "pickled PyTorch", ".pth": "pickled PyTorch", ".onnx": "ONNX"}
+_UNREAD = {".bin": "pickled PyTorch", ".pth": "pickled PyTorch", ".onnx": "ONNX"}
 _TAIL = 4096
 _RESIDENT = 64 << 20  # bytes returned before the files are remapped
 _MAX_JSON = 1 << 30  # bytes of a JSON file; the index of DeepSeek-V3 takes 8 MB
@@ -283,8 +283,10 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def unread_format(names: Iterable[str], expected: str) -> str | None:
-    """A clause for an error about weights in a format that is not read; None if there are none."""
+    """A clause for an error about weights that are not read so; None if there are none."""
     suffixes = {PurePosixPath(name).suffix for name in names}
+    if ".gguf" in suffixes:
+        return "the weights are GGUF; expected the path of one GGUF file on this disk"
     found = next((kind for suffix, kind in _UNREAD.items() if suffix in suffixes), None)
     return found and f"the weights are {found}, which is not read yet; {expected} with safetensors"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from farthing import no_collection
-from farthing.checkpoint.reader import Checkpoint, method_of, read_config
+from farthing.checkpoint.reader import Checkpoint, has_weights, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, with_options
 from farthing.cli.tables import size
 from farthing.cli.tables import size as _size
@@ -566,7 +566,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
         path = resolve_config(model)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; {closest(model)}") from None
-    if not list(path.glob("*.safetensors*")):  # of a hub id
+    if not has_weights(path):  # of a hub id
         raw = read_config(path)
         return ModelConfig.from_json(raw), stored_by_config(raw), raw
     checkpoint = Checkpoint.open(path)

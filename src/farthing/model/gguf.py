@@ -1,0 +1,227 @@
+"""Open a GGUF file as a model directory: configuration, tokenizer and an index of its tensors.
+
+The directory is written once per file, below the user's cache directory; weights stay in the file. All that
+reads a model directory then reads GGUF.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, describe, quantization_of
+from farthing.checkpoint.shards import CheckpointError
+from farthing.files import replace_json
+from farthing.lazy import gguf, np
+from farthing.model.attention import frequencies
+from farthing.model.fields import ConfigError, RopeConfig
+from farthing.tokenizer_gguf import tokenizer_of
+
+SUFFIX = ".gguf"
+_VERSION = 1  # of the directory's contents; another one is written anew
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_ALIGNED = 1e-5  # relative difference of stored rotary factors to those computed
+
+
+def open_gguf(path: Path) -> Path:
+    """The model directory of a GGUF file, or of all files of a split one. Raises CheckpointError or
+    ConfigError, each naming the file and what is accepted."""
+    files = _parts_of(path.resolve())
+    target = _cache() / f"{path.stem}-{_digest(files)}"
+    if target.is_dir():
+        return target
+    readers = [_opened(file) for file in files]
+    metadata = Metadata(files[0], readers[0].fields)
+    tensors: dict[str, dict[str, Any]] = {}
+    factors = None
+    for file, reader in zip(files, readers, strict=True):
+        tensors |= dict(describe(reader.tensors, file, metadata.architecture, metadata.heads))
+        factors = next((t.data for t in reader.tensors if t.name in COMPUTED), factors)
+    config = _config(metadata, tensors, factors)
+    backend, described = tokenizer_of(str(files[0]), metadata.tokenizer())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(mkdtemp(dir=target.parent, prefix=".making-"))
+    replace_json(made / "config.json", config)
+    replace_json(made / INDEX, tensors, indent=None)
+    (made / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    replace_json(made / "tokenizer_config.json", described)
+    ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
+    replace_json(made / "generation_config.json", {"eos_token_id": sorted(ends)} if ends else {})
+    made.chmod(0o755)
+    try:
+        made.rename(target)
+    except OSError:  # another process was first
+        if not target.is_dir():
+            raise
+    return target
+
+
+class Metadata:
+    """The key-value fields of a file."""
+
+    def __init__(self, file: Path, fields: Mapping[str, Any]) -> None:
+        self._file, self._fields = file, fields
+        self.architecture = str(self.get("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            raise ConfigError(
+                f"{file}: general.architecture: got {self.architecture!r}; expected one of "
+                f"{', '.join(ARCHITECTURES)} (other models: their Hugging Face directory with safetensors)"
+            )
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by its full name."""
+        field = self._fields.get(name)
+        return default if field is None else field.contents()
+
+    def own(self, name: str, default: Any = None) -> Any:
+        """A field of the architecture."""
+        return self.get(f"{self.architecture}.{name}", default)
+
+    def whole(self, name: str) -> int:
+        """A field of the architecture that must be one whole number."""
+        value = self.own(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{self._file}: {self.architecture}.{name}: got {value!r}; expected a whole number above 0"
+            )
+        return value
+
+    def heads(self, name: str) -> int:
+        """A count of heads; that of keys may be absent."""
+        missing = name.endswith("_kv") and self.own(name) is None
+        return self.whole("attention.head_count" if missing else name)
+
+    def tokenizer(self) -> dict[str, Any]:
+        """The fields of the tokenizer, without their prefixes."""
+        fields = {n: self.get(n) for n in self._fields if n.startswith("tokenizer.")}
+        return {n.removeprefix("tokenizer.").removeprefix("ggml."): value for n, value in fields.items()}
+
+
+def _llama(m: Metadata, width: int) -> dict[str, Any]:
+    if m.own("expert_count"):
+        raise ConfigError("llama.expert_count: mixtures in llama form are not read; expected no experts")
+    return {"model_type": "llama"}
+
+
+def _qwen3(m: Metadata, width: int) -> dict[str, Any]:
+    return {"model_type": "qwen3"}
+
+
+def _qwen3moe(m: Metadata, width: int) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_moe",
+        "num_experts": m.whole("expert_count"),
+        "num_experts_per_tok": m.whole("expert_used_count"),
+        "moe_intermediate_size": m.whole("expert_feed_forward_length"),
+        "norm_topk_prob": True,  # llama.cpp always does
+    }
+
+
+_FIELDS: dict[str, Callable[[Metadata, int], dict[str, Any]]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "qwen3moe": _qwen3moe,
+}
+
+
+def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
+    """config.json of a file."""
+    embedding = tensors.get("model.embed_tokens.weight")
+    if embedding is None:
+        raise CheckpointError("token_embd.weight is missing; expected a GGUF file of a whole model")
+    heads, width = m.heads("attention.head_count"), m.whole("embedding_length")
+    head = int(m.own("attention.key_length") or m.own("rope.dimension_count") or width // heads)
+    if m.own("rope.dimension_count", head) != head or m.own("attention.value_length", head) != head:
+        raise ConfigError("rope.dimension_count, attention.value_length: expected the width of a head")
+    config: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": m.whole("feed_forward_length"),
+        "num_hidden_layers": m.whole("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": m.heads("attention.head_count_kv"),
+        "head_dim": head,
+        "rms_norm_eps": _shortest(m.own("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(m.own("rope.freq_base", 10000.0)),
+        "max_position_embeddings": m.whole("context_length"),
+        "vocab_size": embedding["shape"][0],
+        "tie_word_embeddings": "lm_head.weight" not in tensors,
+        "torch_dtype": "bfloat16",
+        **_FIELDS[m.architecture](m, head),
+    }
+    if any(name.endswith("q_proj.bias") for name in tensors):
+        config["attention_bias"] = True
+    if scaling := _scaling(m, config, head, factors):
+        config["rope_scaling"] = scaling
+    if quantization := quantization_of(tensors):
+        config["quantization_config"] = quantization
+    return config
+
+
+def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) -> dict[str, Any]:
+    """rope_scaling. Llama 3.1's is stored as one factor per pair, of which its fields are found again."""
+    if factors is not None:
+        theta = config["rope_theta"]
+        given = np.asarray(factors, np.float32).reshape(-1)
+        fields = {"factor": float(given.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope = RopeConfig(
+            theta=theta, factor=fields["factor"], kind="llama3", original_max_position=8192
+        )  # of every Llama 3.1 to 3.3
+        computed = frequencies(RopeConfig(theta=theta), head) / frequencies(rope, head)
+        if computed.shape != given.shape or not np.allclose(computed, given, rtol=_ALIGNED * 100):
+            raise ConfigError(f"{COMPUTED[0]}: expected the rotary factors of Llama 3.1 to 3.3")
+        return {"rope_type": "llama3", **fields, "original_max_position_embeddings": 8192}
+    kind = m.own("rope.scaling.type", "none")
+    if kind == "none":
+        return {}
+    if kind not in ("linear", "yarn"):
+        raise ConfigError(f"rope.scaling.type: got {kind!r}; expected none, linear or yarn")
+    original = m.own("rope.scaling.original_context_length")
+    known = {"original_max_position_embeddings": original} if original else {}
+    return {"rope_type": kind, "factor": m.own("rope.scaling.factor"), **known}
+
+
+def _shortest(value: Any) -> Any:
+    """A float32 as its shortest decimal: 1e-6, not 9.99999997e-07."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def name_of(path: Path) -> str:
+    """The name of a file's model, equal for all parts of a split one."""
+    found = _SPLIT.fullmatch(path.name)
+    return found[1] if found else path.name
+
+
+def _parts_of(path: Path) -> Sequence[Path]:
+    """All files of a model of which `path` is one."""
+    found = _SPLIT.fullmatch(path.name)
+    if found is None:
+        return [path]
+    files = [path.with_name(f"{found[1]}-{i + 1:05}-of-{found[3]}.gguf") for i in range(int(found[3]))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path}: {missing[0]} is missing; expected all {found[3]} parts beside it")
+    return files
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return gguf.GGUFReader(file)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # the library raises whatever a damaged header leads to
+        raise CheckpointError(f"{file}: not a whole GGUF file: {error}") from error
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farthing" / "gguf"
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Of the files' places, sizes and times."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([_VERSION, stats]).encode()).hexdigest()[:16]

