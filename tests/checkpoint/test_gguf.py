@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 gguf = pytest.importorskip("gguf")
 
 from farthing.checkpoint.gguf import GgufShards  # noqa: E402
 from farthing.checkpoint.reader import Checkpoint  # noqa: E402
 from farthing.checkpoint.shards import CheckpointError  # noqa: E402
+from farthing.cli.app import app  # noqa: E402
 from farthing.engine.tokenizer import Tokenizer  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
 from farthing.model.fields import ConfigError  # noqa: E402
@@ -228,6 +230,25 @@ def test_damaged_files_are_errors(tmp_path: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"model\.gguf: not a whole GGUF file"):
         resolve_model(file)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_the_verbs_take_a_file(tmp_path: Path, architecture: str) -> None:
+    file = write(tmp_path / "model.gguf", architecture, "Q4_0")
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "%s"}' % ("abcdefgh" * 20))
+    for arguments in (
+        ["inspect", "--json"],
+        ["plan", "--json"],
+        ["check", "--backend", "reference"],
+        ["pack", "-o", str(tmp_path / "packed.bin")],
+        ["eval", "--data", str(text)],
+    ):
+        done = CliRunner().invoke(app, [arguments[0], str(file), *arguments[1:]])
+        assert done.exit_code == 0, (arguments, done.output)
+    model = load(resolve_model(file), select("cpu"))
+    packed = load(resolve_model(file), select("cpu", packed=str(tmp_path / "packed.bin")))
+    assert torch.equal(run(model, torch.arange(20), [20]), run(packed, torch.arange(20), [20]))
 
 
 @pytest.mark.slow

@@ -550,9 +550,9 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     """Read a checkpoint's headers or a bare config.json."""
 
     file = Path(model).expanduser()
-    if file.is_dir() and (file / "config.json").is_file() and not list(file.glob("*.safetensors*")):
+    if file.is_dir() and (file / "config.json").is_file() and not has_weights(file):
         file = file / "config.json"
-    if file.is_file():
+    if file.is_file() and file.suffix != ".gguf":
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
