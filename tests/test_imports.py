@@ -57,7 +57,7 @@ WIDE: dict[str, int] = {
     "farthing.ops.gpu.backend": 13,
     "farthing.server.app": 21,
     "farthing.server.service": 15,
-    "farthing.server.turn": 16,
+    "farthing.server.turn": 15,
 }  # that put the others together
 ENTRY_POINTS = {"farthing.__main__"}
 

@@ -255,6 +255,8 @@ def bodies() -> list[Attack]:
     deep: Any = "x"
     for _ in range(120):
         deep = [deep]
+    written = "{" + ",".join(f'"k{i}":"\\n<"' for i in range(190_000)) + "}"
+    escaped = [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": written}}]}]
     strings = {"return_token_strs": True}
     called = [USER] + [{"role": "assistant", "tool_calls": calls}] * 4
     many = {"prompt": ["x"] * 64, "max_tokens": 1, "allowed_token_ids": [10, 11] * 100_000}
@@ -275,6 +277,7 @@ def bodies() -> list[Attack]:
         Attack("chat: 2,000 parts in 60 kB", post(CHAT, parts(2_000)), 16),
         Attack("chat: 8,000 parts, a field each", post(CHAT, parts(8_000, PART | {"z": 0}))),
         Attack("chat: 4,000 calls", post(CHAT, {"messages": called, "max_tokens": 1})),
+        Attack("chat: 190,000 strings in arguments", post(CHAT, {"messages": escaped, "max_tokens": 1})),
         Attack("chat: deep kwargs", post(CHAT, {"messages": [USER], "chat_template_kwargs": {"x": deep}})),
         Attack("responses: 10,500 parts", post(RESPOND, {"input": [item] * 3, "max_output_tokens": 1})),
         Attack("messages: 7,000 blocks", post(MESSAGES, parts(7_000))),

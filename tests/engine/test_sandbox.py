@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from farthing.conversation.base import THINK, ControlTokens
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.engine.engine import Engine
-from farthing.engine.request import SamplingParams, StructuredOutputsParams
+from farthing.engine.request import Rendering, SamplingParams, StructuredOutputsParams
 from farthing.engine.sandbox import sandbox as sandbox_module
 from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.sandbox.turns import Busy
@@ -160,9 +163,8 @@ def test_template_run_time_is_limited(
     hostile = Tokenizer(tokenizer.backend, eos_token_ids=(1,), chat_template=template)
     box = Sandbox(hostile, hostile.vocab_size)
     try:
-        conversation = {"messages": [{"role": "user", "content": "x"}]}
         with pytest.raises(ValueError):
-            box.chat(conversation, 10_000).result(60)
+            box.prompt(message("x"), 10_000).result(60)
     finally:
         box.close()
 
@@ -177,12 +179,28 @@ def test_conversation_is_rendered_the_same(tokenizer: Tokenizer) -> None:
         tokenizer.backend,
         {"bos_token": "<｜begin▁of▁sentence｜>"},
         eos_token_ids=(1,),
-        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{{ extra }}",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content ~ m.tool_calls | string }}{% endfor %}"
+        "{{ tools | string ~ extra }}",
     )
     box = Sandbox(own, own.vocab_size)
-    conversation = {"messages": [{"role": "user", "content": "hi 😀"}], "extra": "!", "self": 1}
+    call = ToolCall("id", "f", json.dumps({"a": "<think>", "b": [None, "\ud83d\ude00"]}))
+    talk = Conversation(
+        (
+            Turn("user", "hi 😀"),
+            Turn("assistant", "", "Hm.", (call,)),
+            Turn("tool", "<｜User｜>", call_id="id"),
+        ),
+        (Tool("f", "finds", {"type": "object"}),),
+        ToolChoice("required", ("f",)),
+        template_options={"extra": "!"},
+    )
+    given = replace(message(""), conversation=talk)
     try:
-        assert box.chat(conversation, 1000).result(60) == own.render_chat(**conversation)
+        assert Rendering.of_document(json.loads(json.dumps(given.document()))) == given
+        assert box.prompt(given, 1000).result(60) == own.prompt(given)
+        for text in ("x", "x" * 100_000):  # in a thread, and in a worker
+            packaged = replace(message(text), form="deepseek_v4")
+            assert box.prompt(packaged, 1000).result(60) == own.prompt(packaged)
     finally:
         box.close()
 
@@ -201,25 +219,26 @@ def endless(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[S
     template = "{% if messages[0].content != 'quick' %}" + ENDLESS + "{% endif %}ok"
     own = Tokenizer(tokenizer.backend, eos_token_ids=(1,), chat_template=template)
     box = Sandbox(own, own.vocab_size)
-    box.chat(message("quick"), 100).result(60)
+    box.prompt(message("quick"), 100).result(60)
     yield box
     box.close()
 
 
-def message(text: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": text}]}
+def message(text: str) -> Rendering:
+    """A conversation for the model's own template."""
+    return Rendering(Conversation((Turn("user", text),)), None, THINK, ControlTokens(), (), trusted=False)
 
 
 def test_slow_jobs_of_one_client_do_not_delay_another(endless: Sandbox) -> None:
-    slow = [endless.chat(message(f"slow {i}"), 100, "greedy") for i in range(8)]
+    slow = [endless.prompt(message(f"slow {i}"), 100, "greedy") for i in range(8)]
     for client in ("modest", "other"):
-        assert endless.chat(message("quick"), 100, client).result(60) == "ok"
+        assert endless.prompt(message("quick"), 100, client).result(60) == "ok"
         assert not any(future.done() for future in slow[2:])
 
 
 def test_killed_worker_loses_no_job(endless: Sandbox) -> None:
     """A job whose worker is killed externally runs again in another worker."""
-    slow = endless.chat(message("slow"), 100)
+    slow = endless.prompt(message("slow"), 100)
     while not (working := workers(endless)):
         time.sleep(0.01)
     for pid in working:

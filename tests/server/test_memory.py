@@ -112,6 +112,15 @@ def test_other_clients_and_edited_answers_are_not_replayed() -> None:
     assert memory.recall("me", Turn("assistant", "Hello.", "why", (changed,)), "PROMPT") is None
 
 
+def test_long_arguments_are_compared_as_they_are() -> None:
+    """Parsing and writing them again would hold the event loop."""
+    memory, long = AnswerMemory(), "x" * 70_000
+    sent, other = json.dumps({"a": long, "b": 2}), json.dumps({"b": 2, "a": long})
+    memory.remember("me", "p", [1], Answer("", "", (("id", "f", sent),)))
+    assert memory.recall("me", Turn("assistant", calls=(ToolCall("id", "f", sent),)), "p") is not None
+    assert memory.recall("me", Turn("assistant", calls=(ToolCall("id", "f", other),)), "p") is None
+
+
 def test_stored_answers_are_bounded() -> None:
     memory = AnswerMemory(tokens=100)
     for number in range(50):

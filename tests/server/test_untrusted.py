@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,7 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from farthing.conversation.base import Tags
 from farthing.conversation.scan import MARK
+from farthing.conversation.types import Conversation
+from farthing.conversation.untrusted import Untrusted
 from farthing.engine.request import RequestStream, SamplingParams
 from tests.server.harness import BOS, EOS, ScriptedEngine, running, tokenizer
 
@@ -107,6 +111,43 @@ def test_long_texts_are_encoded_in_a_child_process_in_the_same_way() -> None:
             ids = httpx.post(f"{server.url}/tokenize", json=body, timeout=60).json()["tokens"]
             counts.append([token for token in ids if token in tokenizer().control_ids])
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("template", [None, OWN], ids=["packaged", "own"])
+@pytest.mark.parametrize("size", [2, 20_000])
+def test_the_event_loop_marks_and_renders_nothing(
+    template: str | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Python function that runs for each string in a call's arguments once held it for seconds."""
+    busy = Untrusted.conversation
+
+    def watched(self: Untrusted, talk: Conversation, *tags: Tags) -> Conversation:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        assert size == 2, "a long conversation is marked in a worker"
+        return busy(self, talk, *tags)
+
+    body = chat("x")
+    written = json.dumps({f"k{i}": "\n<" for i in range(size)})
+    body["messages"][2]["tool_calls"][0]["function"]["arguments"] = written
+    with running(Recorder(False, template)) as server:
+        monkeypatch.setattr(Untrusted, "conversation", watched)
+        answer = httpx.post(f"{server.url}/tokenize", json=body, timeout=60)
+    wanted = (200,) if size == 2 else (200, 400)
+    assert answer.status_code in wanted, answer.text
+
+
+def test_arguments_that_exceed_the_context_are_refused_before_they_are_marked() -> None:
+    body = chat("x")
+    engine = Recorder(False, None)
+    longest = tokenizer().max_characters(engine.config.max_model_len)
+    written = json.dumps({"q": "x" * longest})
+    body["messages"][2]["tool_calls"][0]["function"]["arguments"] = written
+    with running(engine) as server:
+        answer = httpx.post(f"{server.url}/tokenize", json=body, timeout=60)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert f"expected at most {longest}" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no ' ~ messages[0].content) }}", "none"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 # The pieces a model's output is parsed into: reasoning, text and tool calls, in the order written.
@@ -77,6 +77,11 @@ def collect(deltas: list[Delta]) -> Answer:
     return Answer("".join(text), "".join(reasoning), done)
 
 
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass as they are, not copied."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -145,6 +150,35 @@ class Conversation:
     generate: bool = True  # end the prompt where the assistant's turn begins
     resume: bool = False  # leave the last assistant turn open, so that the model continues it
     template_options: Mapping[str, Any] = field(default_factory=dict)  # for the model's own template
+
+    @property
+    def characters(self) -> int:
+        """Of the texts and calls of its turns, without reasoning, which formats may leave out."""
+        return sum(
+            len(turn.text) + sum(len(call.name) + len(call.arguments) for call in turn.calls)
+            for turn in self.turns
+        )
+
+    def document(self) -> dict[str, Any]:
+        """JSON of which `of_document` makes the same conversation, in another process."""
+        turns = [_fields(turn) | {"calls": [_fields(call) for call in turn.calls]} for turn in self.turns]
+        tools = [_fields(tool) for tool in self.tools]
+        return _fields(self) | {"turns": turns, "tools": tools, "choice": _fields(self.choice)}
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> Conversation:
+        """The conversation that `document` describes."""
+        turns = (
+            Turn(**turn | {"calls": tuple(ToolCall(**call) for call in turn["calls"])})
+            for turn in document["turns"]
+        )
+        choice = document["choice"]
+        parts = {
+            "turns": tuple(turns),
+            "tools": tuple(Tool(**tool) for tool in document["tools"]),
+            "choice": ToolChoice(**choice | {"names": tuple(choice["names"])}),
+        }
+        return cls(**{**document, **parts})
 
     @property
     def offered(self) -> tuple[Tool, ...]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from farthing.conversation.base import ControlTokens, Tags
+from farthing.conversation.types import Conversation
 
 # Log-probabilities of tokens, kept as the arrays of a step until they are read.
 #
@@ -505,3 +508,38 @@ def _wake(futures: list[asyncio.Future[None]]) -> None:
     for future in futures:
         if not future.done():
             future.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A conversation to be rendered, and how. form: a packaged format's name; None: the model's own template.
+    efforts: see `template.arguments`. trusted: nothing is marked."""
+
+    conversation: Conversation
+    form: str | None
+    tags: Tags
+    control: ControlTokens
+    efforts: tuple[str, ...]
+    trusted: bool
+
+    def document(self) -> dict[str, Any]:
+        """JSON of which `of_document` makes the same, in another process."""
+        return {
+            "conversation": self.conversation.document(),
+            "form": self.form,
+            "tags": asdict(self.tags),
+            "control": asdict(self.control),
+            "efforts": self.efforts,
+            "trusted": self.trusted,
+        }
+
+    @classmethod
+    def of_document(cls, document: Mapping[str, Any]) -> Rendering:
+        """What `document` describes."""
+        parts = {
+            "conversation": Conversation.of_document(document["conversation"]),
+            "tags": Tags(**document["tags"]),
+            "control": ControlTokens(**document["control"]),
+            "efforts": tuple(document["efforts"]),
+        }
+        return cls(**{**document, **parts})

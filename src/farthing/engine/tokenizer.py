@@ -13,9 +13,11 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
+from farthing.conversation.formats import template
 from farthing.conversation.scan import MARK, alternatives, plain
-from farthing.conversation.select import Habits, probe
-from farthing.conversation.untrusted import Untrusted, printed
+from farthing.conversation.select import FORMATS, Habits, probe
+from farthing.conversation.untrusted import TRUSTED, Untrusted, printed
+from farthing.engine.request import Rendering
 from farthing.tokenizer_file import read_tokenizer
 
 # DeepSeek's chat template, for checkpoints without one, and what any template gets as messages.
@@ -364,6 +366,16 @@ class Tokenizer:
                     f"the chat template does not print the tool {name!r}; expected a chat_template that does"
                 )
         return prompt
+
+    def prompt(self, rendering: Rendering) -> str:
+        """The prompt of a conversation, with marks in text that is not to become control tokens. Raises
+        ValueError if the format cannot express it."""
+        marking = TRUSTED if rendering.trusted else self.untrusted
+        talk = marking.conversation(rendering.conversation, rendering.tags)
+        if rendering.form is not None:
+            return FORMATS[rendering.form].render(talk, rendering.control)
+        values = template.arguments(talk, self.chat_template or "", rendering.efforts)
+        return template.finished(talk, self.render_chat(**values))
 
     def habits(self) -> Habits:
         """What the chat template expects of messages, found once by rendering a short tool loop. Raises

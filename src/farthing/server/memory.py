@@ -22,6 +22,7 @@ from farthing.files import json_size
 # reuses them.
 
 MAX_TOKENS = 8 << 20  # tokens stored in total, 4 bytes each
+_SHORT = 65_536  # characters of one answer's arguments; longer ones must come back as they were sent
 _SAME = 8  # stored answers of equal text, from different conversations
 
 
@@ -79,8 +80,9 @@ class AnswerMemory:
 
 
 def _key(client: str, text: str, calls: tuple[tuple[str, str], ...]) -> bytes:
-    content = [client, text.strip(), [(name, _canonical(arguments)) for name, arguments in calls]]
-    return _digest(json.dumps(content))
+    short = sum(len(arguments) for _, arguments in calls) <= _SHORT
+    said = [(name, _canonical(arguments) if short else arguments) for name, arguments in calls]
+    return _digest(json.dumps([client, text.strip(), said]))
 
 
 def _canonical(arguments: str) -> str:

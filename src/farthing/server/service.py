@@ -6,15 +6,16 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from farthing.engine.request import (
     EngineError,
     EngineStopped,
     QueueFull,
+    Rendering,
     SamplingParams,
     StructuredOutputsParams,
 )
@@ -154,14 +155,7 @@ class Service:
         context, 429 if the client has too much work waiting. param: the field to name in errors."""
         sandbox, longest = self._sandbox(param), self._max_characters()
         for text in texts:
-            if len(text) > longest:
-                raise ApiError(
-                    400,
-                    f"{param} has {len(text)} characters; expected at most {longest}, which is more than "
-                    f"{self.require_engine().config.max_model_len} tokens can hold",
-                    param=param,
-                    code="context_length_exceeded",
-                )
+            self._check_length(len(text), longest, param)
         return await self._checked(lambda: sandbox.encode(texts, add_special_tokens, client), client, param)
 
     async def decode(self, ids: list[int], client: str) -> str:
@@ -177,12 +171,22 @@ class Service:
             )
         return await self._checked(lambda: sandbox.decode(ids, client), client, "tokens")
 
-    async def render(self, conversation: Mapping[str, Any], client: str, param: str) -> str:
-        """The prompt of a conversation, given as keyword arguments of `Tokenizer.render_chat`.
-
-        Raises ApiError: 400, 429. param: the field to name in errors."""
+    async def prompt(self, rendering: Rendering, client: str, param: str) -> str:
+        """The prompt of a conversation. Raises ApiError: 400, also if it cannot fit the model's context, and
+        429. param: the field to name in errors."""
         sandbox, longest = self._sandbox(param), self._max_characters()
-        return await self._checked(lambda: sandbox.chat(conversation, longest, client), client, param)
+        self._check_length(rendering.conversation.characters, longest, param)
+        return await self._checked(lambda: sandbox.prompt(rendering, longest, client), client, param)
+
+    def _check_length(self, characters: int, longest: int, param: str) -> None:
+        if characters > longest:
+            raise ApiError(
+                400,
+                f"{param} has {characters} characters; expected at most {longest}, which is more than "
+                f"{self.require_engine().config.max_model_len} tokens can hold",
+                param=param,
+                code="context_length_exceeded",
+            )
 
     async def _checked(self, begin: Callable[[], Future[T]], client: str, param: str | None = None) -> T:
         """The result of a client's job in the sandbox."""

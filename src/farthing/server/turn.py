@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.responses import Response
 
 from farthing.conversation import forced
-from farthing.conversation.base import THINK, CallParser, ChatFormat, FormatError, NoCalls, Tags
-from farthing.conversation.formats import template
+from farthing.conversation.base import THINK, CallParser, ChatFormat, NoCalls, Tags
 from farthing.conversation.output import ListedCalls, NamedCall, OutputParser, ReasoningCounter
 from farthing.conversation.scan import plain
 from farthing.conversation.strict import call_grammar, forced_grammar
 from farthing.conversation.types import CallArguments, CallStart, Conversation, Delta, collect
 from farthing.conversation.types import Turn as ChatTurn
-from farthing.conversation.untrusted import TRUSTED, unmarked
+from farthing.conversation.untrusted import unmarked
 from farthing.engine.request import (
     CallParams,
     CompletionOutput,
     FinishReason,
     Position,
     ReasoningParams,
+    Rendering,
     StructuredOutputsParams,
 )
 from farthing.server.errors import ApiError
@@ -432,21 +432,19 @@ async def render(service: Service, conversation: Conversation, client: str, name
     form = formats.of_conversation(conversation)
     if engine.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
-    conversation = mapped(conversation.with_results_in_call_order(), form)
-    marking = TRUSTED if engine.config.trust_special_tokens else engine.tokenizer.untrusted
-    conversation = marking.conversation(conversation, form.tags or THINK)
+    rendering = Rendering(
+        mapped(conversation.with_results_in_call_order(), form),
+        form.name if formats.source(form) is None else None,
+        form.tags or THINK,
+        formats.control,
+        formats.chosen.efforts,
+        engine.config.trust_special_tokens,
+    )
     try:
-        source = formats.source(form)
-        if source is None:
-            return form.render(conversation, formats.control)
-        values = template.arguments(conversation, source, formats.chosen.efforts)
-        prompt = await service.render(values, client, names.prompt)
-        return template.finished(conversation, prompt)
+        return await service.prompt(rendering, client, names.prompt)
     except ApiError as error:
         error.message = unmarked(error.message)
         raise
-    except (FormatError, ValueError, RecursionError) as error:
-        raise ApiError(400, unmarked(str(error)), param=names.prompt, code="invalid_value") from error
 
 
 # The events of a turn with one answer, for APIs whose streams are a sequence of named events.

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from farthing import process
-from farthing.engine.request import StructuredOutputsParams
+from farthing.engine.request import Rendering, StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler, examine
 from farthing.engine.tokenizer import Tokenizer
 
@@ -118,10 +118,14 @@ class Jobs:
         """The text of token ids, special ones included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
-    def chat(self, conversation: Mapping[str, Any], max_characters: int) -> str:
-        """The prompt of a conversation."""
-        text = self._tokenizer.render_chat(**conversation)
-        if len(text) > max_characters:
+    def prompt(self, rendering: Mapping[str, Any], max_characters: int) -> str:
+        """The prompt of a conversation, given as the document of a `Rendering`."""
+        try:
+            given = Rendering.of_document(rendering)
+            text = self._tokenizer.prompt(given)
+        except RecursionError:
+            raise ValueError("a value is nested too deeply; expected fewer levels") from None
+        if given.form is None and len(text) > max_characters:
             raise ValueError(
                 f"messages: the chat template makes {len(text)} characters of them; "
                 f"expected at most {max_characters}"

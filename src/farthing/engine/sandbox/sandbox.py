@@ -14,7 +14,7 @@ from hashlib import sha256
 from reprlib import Repr
 from typing import Any, TypeVar
 
-from farthing.engine.request import StructuredOutputsParams
+from farthing.engine.request import Rendering, StructuredOutputsParams
 from farthing.engine.sandbox.turns import Busy, Turns
 from farthing.engine.sandbox.workers import Job, Pool
 from farthing.engine.structured import check_size, constrained_field
@@ -263,16 +263,16 @@ class Sandbox:
             return self._local.submit(lambda: self._tokenizer.decode(ids, skip_special_tokens=False), client)
         return self._submit("decode", {"ids": ids}, "tokens", len(ids), client)
 
-    def chat(self, conversation: Mapping[str, Any], max_characters: int, client: str = "") -> Future[str]:
-        """The prompt of a conversation: keyword arguments of `Tokenizer.render_chat`.
+    def prompt(self, rendering: Rendering, max_characters: int, client: str = "") -> Future[str]:
+        """The prompt of a conversation.
 
-        The built-in template is linear in its input; a model's own may do anything.
+        Packaged formats are linear in their input; a model's own template may do anything.
         """
-        size = json_size(conversation)
-        if self._tokenizer.trusted_template and size <= _SHORT:
-            return self._local.submit(lambda: self._tokenizer.render_chat(**conversation), client)
-        arguments = {"conversation": conversation, "max_characters": max_characters}
-        return self._submit("chat", arguments, "messages", size, client)
+        size = json_size(rendering.conversation.document())
+        if rendering.form is not None and size <= _SHORT:
+            return self._local.submit(lambda: self._tokenizer.prompt(rendering), client)
+        arguments = {"rendering": rendering.document(), "max_characters": max_characters}
+        return self._submit("prompt", arguments, "messages", size, client)
 
     def habits(self) -> Future[dict[str, Any]]:
         """What the chat template expects of messages: fields of `Habits`."""
