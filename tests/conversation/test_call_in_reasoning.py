@@ -75,7 +75,7 @@ def test_stray_tags_amid_an_answer(write: Callable[[Calls], str], make: Make) ->
         assert (found.reasoning, found.text) == ("Hm.", f"So {spoken}is the code.")
 
 
-MARKS = ("</thin", "｜", "<|tool", "<tool_", "arg_", "DSML")
+MARKS = ("</thin", "｜", "<|tool", "<tool_", "arg_", "DSML", "<func", "param", "<minim", "[TOOL_", "name")
 
 
 @by_format

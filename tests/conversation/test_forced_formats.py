@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from farthing.conversation.base import ChatFormat
+from farthing.conversation.base import CallFormat, ChatFormat
 from farthing.conversation.formats.glm import GLM45
 from farthing.conversation.select import Checkpoint, choose
 from farthing.conversation.strict import CallGrammar, forced_grammar
@@ -22,7 +22,7 @@ REQUIRED = ToolChoice("required")
 
 
 def grammar_of(
-    form: ChatFormat, tools: tuple[Tool, ...], kind: str, room: int | None = None, **options: Any
+    form: ChatFormat | CallFormat, tools: tuple[Tool, ...], kind: str, room: int | None = None, **options: Any
 ) -> CallGrammar | None:
     tokenizer = TOKENIZERS[kind]
 
@@ -37,7 +37,7 @@ def grammar_of(
 @by_vocabulary
 @by_format
 def test_the_models_own_calls_are_not_changed(
-    form: ChatFormat, write: Callable[[Calls], str], vocabulary: str
+    form: ChatFormat | CallFormat, write: Callable[[Calls], str], vocabulary: str
 ) -> None:
     wishes: Calls = [("get_weather", GOOD), ("light", {"on": True}), ("get_weather", GOOD)]
     grammar = grammar_of(form, (LOOSE, LIGHT), vocabulary)
@@ -49,7 +49,7 @@ def test_the_models_own_calls_are_not_changed(
 @by_format
 @pytest.mark.parametrize("seed", range(3))
 def test_any_output_is_a_section_of_valid_calls(
-    form: ChatFormat, write: Callable[[Calls], str], seed: int
+    form: ChatFormat | CallFormat, write: Callable[[Calls], str], seed: int
 ) -> None:
     tools = (LIGHT, OTHER, Tool("now"))
     schemas = {"light": LIGHT.parameters, "now": {}, "other-2": OTHER.parameters}
@@ -63,7 +63,7 @@ def test_any_output_is_a_section_of_valid_calls(
 
 
 @by_format
-def test_one_call_where_one_is_wanted(form: ChatFormat, write: Callable[[Calls], str]) -> None:
+def test_one_call_where_one_is_wanted(form: ChatFormat | CallFormat, write: Callable[[Calls], str]) -> None:
     both: Calls = [("light", {"on": False}), ("light", {"on": True})]
     named = {"choice": ToolChoice("required", ("light",), single=True)}
     for options in ({"parallel_calls": False}, named):
@@ -74,7 +74,7 @@ def test_one_call_where_one_is_wanted(form: ChatFormat, write: Callable[[Calls],
 
 
 @by_format
-def test_a_short_answer_has_few_calls(form: ChatFormat, write: Callable[[Calls], str]) -> None:
+def test_a_short_answer_has_few_calls(form: ChatFormat | CallFormat, write: Callable[[Calls], str]) -> None:
     """A model that repeats itself would spend all of it on calls."""
     many: Calls = [("light", {"on": False})] * 9
     for room, most in ((1, 1), (256, 2), (10_000, 8)):

@@ -20,7 +20,12 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI, DelimitedCalls
 from farthing.conversation.formats.dsml import DsmlCalls, write_calls
 from farthing.conversation.formats.glm import GLM45, GLM47, GlmCalls
+from farthing.conversation.formats.hermes import HERMES
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.formats.llama3 import LLAMA3
+from farthing.conversation.formats.minimax_m2 import MINIMAX_M2
+from farthing.conversation.formats.mistral import MISTRAL, MISTRAL_LIST
+from farthing.conversation.formats.qwen3_coder import QWEN3_CODER
 from farthing.conversation.output import ListedCalls, NamedCall, OutputParser
 from farthing.conversation.scan import MARK
 from farthing.conversation.types import Answer, CallArguments, CallStart, Delta, Tool, ToolCall, collect
@@ -112,6 +117,46 @@ def glm47(calls: Calls) -> str:
     return glm(calls, "")
 
 
+def hermes(calls: Calls) -> str:
+    return "\n".join(
+        f'<tool_call>\n{{"name": {json.dumps(n)}, "arguments": {json.dumps(a)}}}\n</tool_call>'
+        for n, a in calls
+    )
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def qwen3_coder(calls: Calls) -> str:
+    return "\n".join(
+        f"<tool_call>\n<function={name}>\n"
+        + "".join(f"<parameter={key}>\n{_value(value)}\n</parameter>\n" for key, value in a.items())
+        + "</function>\n</tool_call>"
+        for name, a in calls
+    )
+
+
+def minimax(calls: Calls) -> str:
+    body = "".join(
+        f'<invoke name="{name}">\n'
+        + "".join(f'<parameter name="{key}">{_value(value)}</parameter>\n' for key, value in a.items())
+        + "</invoke>\n"
+        for name, a in calls
+    )
+    return f"\n<minimax:tool_call>\n{body}</minimax:tool_call>"
+
+
+def mistral(calls: Calls) -> str:
+    return "".join(f"[TOOL_CALLS]{name}[ARGS]{json.dumps(a)}" for name, a in calls)
+
+
+def listed(calls: Calls, opener: str = "[TOOL_CALLS] ") -> str:
+    """As Mistral's older templates print them, with ids."""
+    items = ({"name": name, "arguments": a, "id": "a1b2c3d4e"} for name, a in calls)
+    return opener + json.dumps(list(items))
+
+
 FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("v3", v3, lambda tokens=frozenset(): V3.calls(TOOLS, tokens)),
     ("v31", v31, lambda tokens=frozenset(): V31.calls(TOOLS, tokens)),
@@ -120,6 +165,11 @@ FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("v4", dsml("tool_calls"), lambda tokens=frozenset(): V4.calls(TOOLS, tokens)),
     ("glm", glm, lambda tokens=frozenset(): GLM45.calls(TOOLS, tokens)),
     ("glm47", glm47, lambda tokens=frozenset(): GLM47.calls(TOOLS, tokens)),
+    ("hermes", hermes, lambda tokens=frozenset(): HERMES.calls(TOOLS, tokens)),
+    ("qwen3_coder", qwen3_coder, lambda tokens=frozenset(): QWEN3_CODER.calls(TOOLS, tokens)),
+    ("minimax", minimax, lambda tokens=frozenset(): MINIMAX_M2.calls(TOOLS, tokens)),
+    ("mistral", mistral, lambda tokens=frozenset(): MISTRAL.calls(TOOLS, tokens)),
+    ("mistral_list", listed, lambda tokens=frozenset(): MISTRAL_LIST.calls(TOOLS, tokens)),
 ]
 IDS = [name for name, _, _ in FORMATS]
 
@@ -184,6 +234,16 @@ SPECIAL = [
     frozenset((DEEPSEEK.call_end, KIMI.call_end, "<think>", "<tool_call>", "｜DSML｜", "<｜")),
 ]
 MARKUP += ["<|tool_call_section_begin|>", "call_1", "functionsf5", '{"name": "f"}', '{"x": [1]}', "x", "days"]
+MARKUP += ["<function=f>", "<function=", "</function>", "<parameter=x>", "<parameter=days>", "</parameter>"]
+MARKUP += ["<minimax:tool_call>", "</minimax:tool_call>", '<invoke name="f">', '<parameter name="x">', "\n\n"]
+MARKUP += [
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "<|python_tag|>",
+    '{"name": "f", "arguments": {',
+    '"name": "f"',
+]
 MARKUP += [MARK + token for token in SPECIAL[1]]
 SOUP = st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), max_size=14).map("".join)
 PARSERS: list[Callable[[], CallParser]] = [
@@ -196,6 +256,7 @@ PARSERS: list[Callable[[], CallParser]] = [
     NoCalls,
     lambda: KIMI_K2.calls(TOOLS),
     lambda: NoCalls(DEEPSEEK.all),
+    *(lambda form=form: form.calls(TOOLS) for form in (HERMES, QWEN3_CODER, MINIMAX_M2, MISTRAL, LLAMA3)),
 ]
 
 
@@ -328,7 +389,21 @@ def test_an_output_cut_anywhere_shows_no_markup(
         for chunks in ([text[:cut]], list(text[:cut])):
             found = answer(OutputParser(make(), THINK, opened=True), chunks)
             shown = found.text + found.reasoning
-            marks = ("</thin", "<｜tool", "<|tool", "<tool_", "<｜DSML", "arg_")
+            marks = (
+                "</thin",
+                "<｜tool",
+                "<|tool",
+                "<tool_",
+                "<｜DSML",
+                "arg_",
+                "<func",
+                "param",
+                "<minim",
+                "[TOOL_",
+                "invoke",
+                "ARGS",
+                "name",
+            )
             assert not any(mark in shown for mark in marks), (cut, shown)
             assert not found.calls or found.text.strip() == "Hé < b", (cut, found.text)
 
@@ -367,6 +442,7 @@ def test_arguments_may_contain_the_formats_markup(
 ) -> None:
     """Like a tool that edits a parser's source. Only a value's own closing tag is impossible."""
     marks = [*DEEPSEEK.all, *KIMI.all, "<think>", "</think>", "<tool_call>", "<｜DSML｜", "</invoke>"]
+    marks += ["[TOOL_CALLS]", "<function=f>", "\n"]
     calls = [("get_weather", {"city": f"see {mark} 'x' {{ [ here"}) for mark in marks]
     text = write(calls)
     for chunks in ([text], list(text)):

@@ -11,26 +11,43 @@ import jsonschema
 import numpy as np
 import pytest
 
-from farthing.conversation.base import ChatFormat
+from farthing.conversation.base import CallFormat, ChatFormat
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
 from farthing.conversation.formats.glm import GLM45, GLM47
+from farthing.conversation.formats.hermes import HERMES
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
+from farthing.conversation.formats.minimax_m2 import MINIMAX_M2
+from farthing.conversation.formats.mistral import MISTRAL
+from farthing.conversation.formats.qwen3_coder import QWEN3_CODER
 from farthing.conversation.select import Checkpoint, choose
 from farthing.conversation.strict import CallGrammar, TaggedCalls, call_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.structured import GrammarCompiler
 from farthing.engine.tokenizer import Tokenizer
-from tests.conversation.test_parse import Calls, dsml, glm, glm47, kimi, read, v3, v31
+from tests.conversation.test_parse import (
+    Calls,
+    dsml,
+    glm,
+    glm47,
+    hermes,
+    kimi,
+    minimax,
+    mistral,
+    qwen3_coder,
+    read,
+    v3,
+    v31,
+)
 from tests.conversation.test_token_ids import byte_tokenizer
 
 pytest.importorskip("llguidance")
 
-FORMATS: list[tuple[ChatFormat, Callable[[Calls], str]]] = [
+FORMATS: list[tuple[ChatFormat | CallFormat, Callable[[Calls], str]]] = [
     (V3, v3),
     (V31, v31),
     (KIMI_K2, kimi),
@@ -38,10 +55,15 @@ FORMATS: list[tuple[ChatFormat, Callable[[Calls], str]]] = [
     (V4, dsml("tool_calls")),
     (GLM45, glm),
     (GLM47, glm47),
+    (HERMES, hermes),
+    (QWEN3_CODER, qwen3_coder),
+    (MINIMAX_M2, minimax),
+    (MISTRAL, mistral),
 ]
 by_format = pytest.mark.parametrize(("form", "write"), FORMATS, ids=[form.name for form, _ in FORMATS])
 GLM_TAGS = [*("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")]
-MARKS = [*DEEPSEEK.all, *KIMI.all, "｜DSML｜", *GLM_TAGS]
+OTHERS = ("<minimax:tool_call>", "</minimax:tool_call>", "[TOOL_CALLS]", "[ARGS]")
+MARKS = [*DEEPSEEK.all, *KIMI.all, "｜DSML｜", *GLM_TAGS, *OTHERS]
 VOCABULARIES: dict[str, tuple[list[str], list[str]]] = {  # special tokens, others
     "special": (["<s>", "</s>", *MARKS], []),
     "added": (["<s>", "</s>"], MARKS),  # as DeepSeek's own tokenizers declare them
@@ -59,7 +81,9 @@ COMPILERS = {kind: GrammarCompiler(tok, tok.vocab_size) for kind, tok in TOKENIZ
 by_vocabulary = pytest.mark.parametrize("vocabulary", VOCABULARIES)
 
 
-def grammar_of(form: ChatFormat, tools: tuple[Tool, ...], kind: str, **options: Any) -> CallGrammar | None:
+def grammar_of(
+    form: ChatFormat | CallFormat, tools: tuple[Tool, ...], kind: str, **options: Any
+) -> CallGrammar | None:
     tokenizer = TOKENIZERS[kind]
 
     def special(text: str) -> int | None:
@@ -82,6 +106,11 @@ def obey(grammar: CallGrammar, kind: str, wish: str, then: str = "", seed: int =
         (allowed,) = matcher.masks([], tokenizer.vocab_size)
         wanted = wanted or tokenizer.encode(then, add_special_tokens=False)
         at = next((at for at, token in enumerate(wanted[:60]) if allowed[token]), None)
+        if (
+            at is None and len(wanted) == 1 and len(then) > len("</s>")
+        ):  # amid a value, which no drawn text would end
+            wanted = []
+            continue
         token = rng.choice(np.flatnonzero(allowed).tolist()) if at is None else wanted[at]
         wanted = wanted if at is None else wanted[at + 1 :]
         matcher.consume(token)
@@ -90,7 +119,7 @@ def obey(grammar: CallGrammar, kind: str, wish: str, then: str = "", seed: int =
     return tokenizer.decode(text, skip_special_tokens=False)
 
 
-def split_call(form: ChatFormat, text: str) -> tuple[str, str]:
+def split_call(form: ChatFormat | CallFormat, text: str) -> tuple[str, str]:
     """The format's text up to the opener of a call, and the rest."""
     assert form.syntax is not None
     opener = form.syntax.openers[0]
@@ -122,7 +151,9 @@ OTHER = Tool("other-2", None, {"properties": {"x": {"type": "integer"}}})
 
 @by_vocabulary
 @by_format
-def test_valid_call_is_not_changed(form: ChatFormat, write: Callable[[Calls], str], vocabulary: str) -> None:
+def test_valid_call_is_not_changed(
+    form: ChatFormat | CallFormat, write: Callable[[Calls], str], vocabulary: str
+) -> None:
     grammar = grammar_of(form, (WEATHER, OTHER), vocabulary)
     assert grammar is not None
     for call in (("get_weather", GOOD), ("other-2", {"x": "any", "y": [1]})):
@@ -145,7 +176,7 @@ def test_valid_call_is_not_changed(form: ChatFormat, write: Callable[[Calls], st
     ],
 )
 def test_invalid_call_is_forced_to_the_schema(
-    form: ChatFormat, write: Callable[[Calls], str], vocabulary: str, wrong: dict[str, Any]
+    form: ChatFormat | CallFormat, write: Callable[[Calls], str], vocabulary: str, wrong: dict[str, Any]
 ) -> None:
     grammar = grammar_of(form, (WEATHER, OTHER), vocabulary)
     assert grammar is not None
@@ -160,7 +191,9 @@ def test_invalid_call_is_forced_to_the_schema(
 
 
 @by_format
-def test_a_schema_with_a_union_at_its_root(form: ChatFormat, write: Callable[[Calls], str]) -> None:
+def test_a_schema_with_a_union_at_its_root(
+    form: ChatFormat | CallFormat, write: Callable[[Calls], str]
+) -> None:
     tool = Tool("get_weather", None, {"anyOf": [{"$ref": "#/$defs/a"}]} | ANY, strict=True)
     grammar = grammar_of(form, (tool,), "special")
     assert grammar is not None
@@ -183,7 +216,9 @@ ANY = {
 
 
 @by_format
-def test_only_allowed_tools_may_be_called(form: ChatFormat, write: Callable[[Calls], str]) -> None:
+def test_only_allowed_tools_may_be_called(
+    form: ChatFormat | CallFormat, write: Callable[[Calls], str]
+) -> None:
     tools = (Tool("get_weather", None, {}), OTHER)
     assert grammar_of(form, tools, "special") is None
     grammar = grammar_of(form, tools, "special", choice=ToolChoice("auto", ("other-2",)))
@@ -202,7 +237,9 @@ def test_limit_that_a_format_cannot_express_is_rejected() -> None:
 
 @pytest.mark.parametrize("form", [V32, V4, GLM45], ids=lambda form: form.name)
 @pytest.mark.parametrize("required", [3, True, None, [{}], [3]])
-def test_damaged_list_of_required_parameters_is_an_error(form: ChatFormat, required: object) -> None:
+def test_damaged_list_of_required_parameters_is_an_error(
+    form: ChatFormat | CallFormat, required: object
+) -> None:
     grammar = grammar_of(form, (strict({"properties": {"x": {}}, "required": required}),), "special")
     assert grammar is not None
     with pytest.raises(ValueError):
@@ -210,7 +247,7 @@ def test_damaged_list_of_required_parameters_is_an_error(form: ChatFormat, requi
 
 
 @pytest.mark.parametrize("form", [V32, V4, GLM45], ids=lambda form: form.name)
-def test_required_parameter_without_a_schema_is_not_left_out(form: ChatFormat) -> None:
+def test_required_parameter_without_a_schema_is_not_left_out(form: ChatFormat | CallFormat) -> None:
     tool = Tool("f", None, {"properties": {"x": {"type": "integer"}}, "required": ["q"]}, strict=True)
     grammar = grammar_of(form, (tool,), "special")
     assert grammar is not None and isinstance(form.syntax, TaggedCalls)

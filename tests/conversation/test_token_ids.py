@@ -14,6 +14,9 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from farthing.conversation.base import THINK, CallParser
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
+from farthing.conversation.formats.minimax_m2 import MINIMAX_M2
+from farthing.conversation.formats.mistral import MISTRAL
+from farthing.conversation.formats.qwen3_coder import QWEN3_CODER
 from farthing.conversation.output import OutputParser
 from farthing.conversation.types import Answer
 from farthing.engine.generation import Detokenizer
@@ -22,7 +25,8 @@ from tests.conversation.test_parse import CALLS, CUTS, FORMATS, IDS, Calls, answ
 
 Make = Callable[[frozenset[str]], CallParser]
 GLM = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-TAGS = ("<think>", "</think>", *GLM)
+OTHERS = (*QWEN3_CODER.markup - {*GLM}, *MINIMAX_M2.markup - QWEN3_CODER.markup, *MISTRAL.markup)
+TAGS = ("<think>", "</think>", *GLM, *sorted(OTHERS))
 
 
 def byte_tokenizer(special: Sequence[str], added: Sequence[str]) -> Tokenizer:

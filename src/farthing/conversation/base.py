@@ -159,6 +159,16 @@ class MakesParser(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class CallFormat:
+    """How models write calls whose prompts only their own templates render. The fields are ChatFormat's."""
+
+    name: str
+    calls: MakesParser
+    markup: frozenset[str]
+    syntax: Syntax | None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatFormat:
     """A named format: renders conversations and creates parsers of answers.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.conversation.arguments import object_of
-from farthing.conversation.base import EFFORTS, THINK, ChatFormat
+from farthing.conversation.base import EFFORTS, THINK, CallFormat, ChatFormat
 from farthing.conversation.formats import deepseek_v3, deepseek_v31
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
@@ -21,6 +21,7 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK
 from farthing.conversation.formats.glm import GLM45, GLM47
 from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
+from farthing.conversation.formats.written import BY_MARKUP
 from farthing.conversation.strict import JsonCalls
 
 # What a chat template expects of the messages it gets. Rendering a short tool loop finds out.
@@ -158,6 +159,8 @@ def _short(identity: str) -> str:
 FORMATS = {
     each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, KIMI_K2_THINKING, KIMI_K25, GLM45, GLM47)
 }
+# Whose calls `--tool-call-parser` can name.
+CALLS: Mapping[str, CallFormat | ChatFormat] = FORMATS | {each.name: each for each in BY_MARKUP.values()}
 OWN = "own"  # the checkpoint's template
 
 
@@ -184,6 +187,12 @@ _BY_TYPE = {
     "glm_moe_dsa": GLM47,
 }
 _BY_TOKEN = {"｜DSML｜": V4, "<|tool_calls_section_begin|>": KIMI_K2, "<arg_key>": GLM45}
+# What a template contains: GLM's has Hermes' tags, too.
+_BY_MARKUP: Mapping[str, CallFormat | ChatFormat] = {
+    "</arg_key><arg_value>": GLM47,
+    "<arg_key>": GLM45,
+    **BY_MARKUP,
+}
 
 
 # A template of DeepSeek's own may teach either way of writing a call, and the parser reads both.
@@ -239,6 +248,8 @@ def choose(
         efforts=_efforts(names, checkpoint.habits),
         syntax=related.syntax if related else _deepseek_syntax(checkpoint, source),
     )
+    if related is None and (written := _written(source)) is not None:
+        own = _calling(own, written)
     plain = _with_parsers(own, calls, reasoning)
     if "tools" in names:
         return Chosen(plain, plain, source, checkpoint.habits.efforts)
@@ -264,6 +275,16 @@ def _deepseek_syntax(checkpoint: Checkpoint, source: str) -> JsonCalls | None:
     """How a model of no other family writes calls, as far as is known."""
     known = DEEPSEEK.call_begin in source or checkpoint.has_token(DEEPSEEK.call_begin)
     return _EITHER if known else None
+
+
+def _written(source: str) -> CallFormat | ChatFormat | None:
+    """The format of the calls that a template prints."""
+    return next((form for markup, form in _BY_MARKUP.items() if markup in source), None)
+
+
+def _calling(form: ChatFormat, other: CallFormat | ChatFormat) -> ChatFormat:
+    """A format with the calls of another."""
+    return replace(form, calls=other.calls, markup=other.markup, syntax=other.syntax)
 
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:
@@ -298,8 +319,7 @@ def _efforts(names: frozenset[str], habits: Habits) -> tuple[str, ...]:
 
 def _with_parsers(form: ChatFormat, calls: str, reasoning: str) -> ChatFormat:
     if calls != "auto":
-        other = FORMATS[calls]
-        form = replace(form, calls=other.calls, markup=form.markup | other.markup, syntax=other.syntax)
+        form = replace(_calling(form, CALLS[calls]), markup=form.markup | CALLS[calls].markup)
     if reasoning == "none":
         return replace(form, tags=None)
     return form if reasoning == "auto" else replace(form, tags=FORMATS[reasoning].tags)

@@ -91,7 +91,7 @@ class Lark:
 
 
 def _escaped(text: str) -> str:
-    return re.escape(text).replace("/", "\\/").replace("\n", "\\n")
+    return re.escape(text).replace("/", "\\/").replace("\\\n", "\\n")
 
 
 _ANY_OBJECT = {"type": "object"}

@@ -170,7 +170,17 @@ Format = Literal[
     "glm45",
     "glm47",
 ]
-CallsMode = Literal["auto", Format]
+CallsMode = Literal[
+    "auto",
+    Format,
+    "hermes",
+    "qwen3_coder",
+    "minimax_m2",
+    "mistral",
+    "mistral_list",
+    "granite",
+    "llama3_json",
+]
 ReasoningMode = Literal["auto", "none", Format]
 
 _http = partial(option, group="HTTP")

@@ -61,7 +61,7 @@ class ParameterCalls(Machine):
             self._outer("" if self._blank and self._own.cut(rest) else self._own.unless_cut(rest))
             self._text(self._trailing.take())
         elif self._state == self._in_value and self._value is None:
-            self._push_value(rest)
+            self._push_value(self._own.unless_cut(rest))
         else:
             self._abandon()
         self._open = False

@@ -1,0 +1,31 @@
+"""The calls of MiniMax-M2: all of an answer's between one pair of tags, with the names as attributes."""
+
+from __future__ import annotations
+
+from farthing.conversation.formats.tagged_xml import XmlTags, xml_format
+from farthing.conversation.strict import Section, TaggedCalls
+
+TAGS = XmlTags(
+    open="<minimax:tool_call>",
+    close="</minimax:tool_call>",
+    call='<invoke name="',
+    call_end="</invoke>",
+    parameter='<parameter name="',
+    parameter_end="</parameter>",
+    named='">',
+)
+MINIMAX_M2 = xml_format(
+    "minimax_m2",
+    TAGS,
+    TaggedCalls(
+        openers=(TAGS.call,),
+        begin='{name}">',
+        string='<parameter name="{name}">',
+        json='<parameter name="{name}">',
+        value_end="</parameter>",
+        end="</invoke>\n",
+        marks=TAGS.all,
+        section=Section("\n<minimax:tool_call>\n", "", "</minimax:tool_call>"),
+        key='[^"<>\\n]{1,256}',
+    ),
+)
