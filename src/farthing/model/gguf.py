@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,16 +18,17 @@ from typing import Any
 
 from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, describe, quantization_of
 from farthing.checkpoint.shards import CheckpointError
-from farthing.files import replace_json
+from farthing.files import replace_json, replace_text
 from farthing.lazy import gguf, np
 from farthing.model.attention import frequencies
-from farthing.model.fields import ConfigError, RopeConfig
+from farthing.model.fields import ConfigError, read_rope
 from farthing.tokenizer_gguf import tokenizer_of
 
 SUFFIX = ".gguf"
 _VERSION = 1  # of the directory's contents; another one is written anew
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_ALIGNED = 1e-5  # relative difference of stored rotary factors to those computed
+_NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def open_gguf(path: Path) -> Path:
@@ -45,20 +47,22 @@ def open_gguf(path: Path) -> Path:
         factors = next((t.data for t in reader.tensors if t.name in COMPUTED), factors)
     config = _config(metadata, tensors, factors)
     backend, described = tokenizer_of(str(files[0]), metadata.tokenizer())
+    ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(mkdtemp(dir=target.parent, prefix=".making-"))
-    replace_json(made / "config.json", config)
-    replace_json(made / INDEX, tensors, indent=None)
-    (made / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    replace_json(made / "tokenizer_config.json", described)
-    ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
-    replace_json(made / "generation_config.json", {"eos_token_id": sorted(ends)} if ends else {})
-    made.chmod(0o755)
     try:
+        replace_json(made / "config.json", config)
+        replace_json(made / INDEX, tensors, indent=None)
+        replace_text(made / "tokenizer.json", backend.to_str())
+        replace_json(made / "tokenizer_config.json", described)
+        replace_json(made / "generation_config.json", {"eos_token_id": sorted(ends)} if ends else {})
+        made.chmod(0o755)
         made.rename(target)
-    except OSError:  # another process was first
-        if not target.is_dir():
+    except OSError:
+        if not target.is_dir():  # else another process was first
             raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return target
 
 
@@ -69,10 +73,14 @@ class Metadata:
         self._file, self._fields = file, fields
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
-            raise ConfigError(
-                f"{file}: general.architecture: got {self.architecture!r}; expected one of "
+            raise self.error(
+                f"general.architecture: got {self.architecture!r}; expected one of "
                 f"{', '.join(ARCHITECTURES)} (other models: their Hugging Face directory with safetensors)"
             )
+
+    def error(self, message: str) -> ConfigError:
+        """An error with the file's name in front."""
+        return ConfigError(f"{self._file}: {message}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """A field by its full name."""
@@ -87,9 +95,7 @@ class Metadata:
         """A field of the architecture that must be one whole number."""
         value = self.own(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(
-                f"{self._file}: {self.architecture}.{name}: got {value!r}; expected a whole number above 0"
-            )
+            raise self.error(f"{self.architecture}.{name}: got {value!r}; expected a whole number above 0")
         return value
 
     def heads(self, name: str) -> int:
@@ -103,17 +109,17 @@ class Metadata:
         return {n.removeprefix("tokenizer.").removeprefix("ggml."): value for n, value in fields.items()}
 
 
-def _llama(m: Metadata, width: int) -> dict[str, Any]:
+def _llama(m: Metadata) -> dict[str, Any]:
     if m.own("expert_count"):
-        raise ConfigError("llama.expert_count: mixtures in llama form are not read; expected no experts")
+        raise m.error("llama.expert_count: mixtures in llama form are not read; expected no experts")
     return {"model_type": "llama"}
 
 
-def _qwen3(m: Metadata, width: int) -> dict[str, Any]:
+def _qwen3(m: Metadata) -> dict[str, Any]:
     return {"model_type": "qwen3"}
 
 
-def _qwen3moe(m: Metadata, width: int) -> dict[str, Any]:
+def _qwen3moe(m: Metadata) -> dict[str, Any]:
     return {
         "model_type": "qwen3_moe",
         "num_experts": m.whole("expert_count"),
@@ -123,7 +129,7 @@ def _qwen3moe(m: Metadata, width: int) -> dict[str, Any]:
     }
 
 
-_FIELDS: dict[str, Callable[[Metadata, int], dict[str, Any]]] = {
+_FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3moe,
@@ -134,11 +140,11 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
     """config.json of a file."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:
-        raise CheckpointError("token_embd.weight is missing; expected a GGUF file of a whole model")
+        raise m.error("token_embd.weight is missing; expected a GGUF file of a whole model")
     heads, width = m.heads("attention.head_count"), m.whole("embedding_length")
     head = int(m.own("attention.key_length") or m.own("rope.dimension_count") or width // heads)
     if m.own("rope.dimension_count", head) != head or m.own("attention.value_length", head) != head:
-        raise ConfigError("rope.dimension_count, attention.value_length: expected the width of a head")
+        raise m.error("rope.dimension_count, attention.value_length: expected the width of a head")
     config: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": m.whole("feed_forward_length"),
@@ -152,7 +158,7 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
         "vocab_size": embedding["shape"][0],
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "torch_dtype": "bfloat16",
-        **_FIELDS[m.architecture](m, head),
+        **_FIELDS[m.architecture](m),
     }
     if any(name.endswith("q_proj.bias") for name in tensors):
         config["attention_bias"] = True
@@ -166,21 +172,19 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
 def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) -> dict[str, Any]:
     """rope_scaling. Llama 3.1's is stored as one factor per pair, of which its fields are found again."""
     if factors is not None:
-        theta = config["rope_theta"]
         given = np.asarray(factors, np.float32).reshape(-1)
-        fields = {"factor": float(given.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        rope = RopeConfig(
-            theta=theta, factor=fields["factor"], kind="llama3", original_max_position=8192
-        )  # of every Llama 3.1 to 3.3
-        computed = frequencies(RopeConfig(theta=theta), head) / frequencies(rope, head)
-        if computed.shape != given.shape or not np.allclose(computed, given, rtol=_ALIGNED * 100):
-            raise ConfigError(f"{COMPUTED[0]}: expected the rotary factors of Llama 3.1 to 3.3")
-        return {"rope_type": "llama3", **fields, "original_max_position_embeddings": 8192}
+        found = {"rope_type": "llama3", "factor": float(given.max()), **_LLAMA3}
+        plain = {"rope_theta": config["rope_theta"]}
+        scaled = frequencies(read_rope({**plain, "rope_scaling": found}), head)
+        computed = frequencies(read_rope(plain), head) / scaled
+        if computed.shape != given.shape or not np.allclose(computed, given, rtol=_NEAR):
+            raise m.error(f"{COMPUTED[0]}: expected the rotary factors of Llama 3.1 to 3.3")
+        return found
     kind = m.own("rope.scaling.type", "none")
     if kind == "none":
         return {}
     if kind not in ("linear", "yarn"):
-        raise ConfigError(f"rope.scaling.type: got {kind!r}; expected none, linear or yarn")
+        raise m.error(f"rope.scaling.type: got {kind!r}; expected none, linear or yarn")
     original = m.own("rope.scaling.original_context_length")
     known = {"original_max_position_embeddings": original} if original else {}
     return {"rope_type": kind, "factor": m.own("rope.scaling.factor"), **known}
