@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 gguf = pytest.importorskip("gguf")
@@ -269,6 +271,31 @@ def test_the_verbs_take_a_file(tmp_path: Path, architecture: str) -> None:
     model = load(resolve_model(file), select("cpu"))
     packed = load(resolve_model(file), select("cpu", packed=str(tmp_path / "packed.bin")))
     assert torch.equal(run(model, torch.arange(20), [20]), run(packed, torch.arange(20), [20]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
+    """A folder for damaged copies, a file's bytes, and the length of its header."""
+    file = write(tmp_path_factory.mktemp("whole") / "model.gguf", "qwen3moe", "Q4_0", layers=1)
+    return file.parent, file.read_bytes(), min(int(t.data_offset) for t in gguf.GGUFReader(file).tensors)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8))
+def test_a_damaged_header_loads_or_is_an_error_with_the_files_name(
+    whole: tuple[Path, bytes, int], edits: list[tuple[float, int]]
+) -> None:
+    folder, data, header = whole
+    file, damaged = folder / "damaged.gguf", bytearray(data)
+    for at, value in edits:
+        damaged[int(at * header)] = value
+    file.write_bytes(damaged)
+    try:
+        path = resolve_model(file)
+        Tokenizer.from_directory(path)
+        load(path, select("reference"))
+    except (CheckpointError, ConfigError, ValueError) as error:
+        assert "damaged" in str(error)
 
 
 @pytest.mark.slow

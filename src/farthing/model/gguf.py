@@ -85,7 +85,10 @@ class Metadata:
     def get(self, name: str, default: Any = None) -> Any:
         """A field by its full name."""
         field = self._fields.get(name)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError as error:
+            raise self.error(f"{name}: expected UTF-8: {error}") from None
 
     def own(self, name: str, default: Any = None) -> Any:
         """A field of the architecture."""
