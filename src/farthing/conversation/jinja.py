@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_multi_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from farthing.conversation.scan import plain
 
 
 class _Generation(Extension):
@@ -42,9 +45,44 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes for HTML, which a model has never seen.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    value = _sorted(value) if sort_keys else value
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators)
+
+
+# A mark in a text (see `untrusted`) must not change its place, so texts are sorted as they are without marks.
+
+
+def _key(case_sensitive: bool, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return plain(value) if case_sensitive else plain(value).lower()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _sorted(value[key]) for key in sorted(value, key=partial(_key, True))}
+    return [_sorted(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _dictsort(
+    value: Mapping[Any, Any], case_sensitive: bool = False, by: str = "key", reverse: bool = False
+) -> list[tuple[Any, Any]]:
+    if by not in ("key", "value"):
+        raise jinja2.TemplateError(f"dictsort by {by!r}; expected 'key' or 'value'")
+    at = int(by == "value")
+    return sorted(value.items(), key=lambda item: _key(case_sensitive, item[at]), reverse=reverse)
+
+
+@jinja2.pass_environment
+def _sort(
+    environment: jinja2.Environment,
+    value: Iterable[Any],
+    reverse: bool = False,
+    case_sensitive: bool = False,
+    attribute: str | int | None = None,
+) -> list[Any]:
+    key = make_multi_attrgetter(environment, attribute, postprocess=partial(_key, case_sensitive))
+    return sorted(value, key=key, reverse=reverse)
 
 
 def _strftime_now(pattern: str) -> str:
@@ -56,7 +94,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters["tojson"] = _tojson
+    environment.filters |= {"tojson": _tojson, "dictsort": _dictsort, "sort": _sort}
     environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
 
