@@ -179,8 +179,8 @@ def test_conversation_is_rendered_the_same(tokenizer: Tokenizer) -> None:
         tokenizer.backend,
         {"bos_token": "<｜begin▁of▁sentence｜>"},
         eos_token_ids=(1,),
-        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content ~ m.tool_calls | string }}{% endfor %}"
-        "{{ tools | string ~ extra }}",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m.content ~ m.tool_calls }}{% endfor %}"
+        "{{ tools ~ extra }}",
     )
     box = Sandbox(own, own.vocab_size)
     call = ToolCall("id", "f", json.dumps({"a": "<think>", "b": [None, "\ud83d\ude00"]}))

@@ -185,6 +185,7 @@ class ChatFormat:
     markup: frozenset[str] = frozenset()  # control tokens the parser must see as text
     stops: tuple[str, ...] = ()
     syntax: Syntax | None = None  # of calls, for grammars
+    strips: bool = False  # `render` removes a block of reasoning at the beginning of an answer's text
 
     def thinks(self, conversation: Conversation, default: bool) -> bool:
         """Whether the model should reason first: the client's choice, else the default."""

@@ -92,13 +92,14 @@ class Untrusted:
             return [self.value(entry) for entry in value]
         return value
 
-    def answer(self, text: str, tags: Tags = THINK) -> str:
-        """An assistant's text. The tags of one block of reasoning at its beginning keep their meaning."""
+    def answer(self, text: str, tags: Tags | None = THINK) -> str:
+        """An assistant's text. The tags of a whole block of reasoning at its beginning keep their meaning,
+        unless tags is None."""
         rest = text.lstrip()
-        start = len(text) - len(rest) + len(tags.open) if rest.startswith(tags.open) else 0
-        end = text.find(tags.close, start)
-        if end < 0:
-            return text[:start] + self.text(text[start:])
+        if tags is None or not rest.startswith(tags.open) or tags.close not in rest:
+            return self.text(text)
+        start = len(text) - len(rest) + len(tags.open)
+        end = text.index(tags.close, start)
         after = end + len(tags.close)
         return text[:start] + self.text(text[start:end]) + tags.close + self.text(text[after:])
 
@@ -108,8 +109,11 @@ class Untrusted:
             text = _QUOTED.sub(rf"\g<1>{MARK}", text)
         return self._edges(self._within(_LITERAL.sub(self._literal, text)))
 
-    def conversation(self, conversation: Conversation, tags: Tags = THINK) -> Conversation:
-        """The same conversation with everything that a client may have copied from elsewhere marked."""
+    def conversation(self, conversation: Conversation, tags: Tags | None = THINK) -> Conversation:
+        """The same conversation with everything that a client may have copied from elsewhere marked.
+
+        tags: of reasoning, if what renders it removes that from the beginning of an answer.
+        """
         return replace(
             conversation,
             turns=tuple(self._turn(turn, tags) for turn in conversation.turns),
@@ -129,7 +133,7 @@ class Untrusted:
         """A value, or the name of a field, of which templates look up and compare plain words."""
         return value if isinstance(value, str) and value.isidentifier() else self.value(value)
 
-    def _turn(self, turn: Turn, tags: Tags) -> Turn:
+    def _turn(self, turn: Turn, tags: Tags | None) -> Turn:
         answer = turn.role == "assistant" and not turn.reasoning
         return replace(
             turn,

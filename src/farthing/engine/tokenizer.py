@@ -22,7 +22,7 @@ from farthing.tokenizer_file import read_tokenizer
 
 # DeepSeek's chat template, for checkpoints without one, and what any template gets as messages.
 
-# DeepSeek's format, for checkpoints without a template. Reasoning up to </think> is
+# DeepSeek's format, for checkpoints without a template. Reasoning in front of an answer is
 # dropped from the history, as the model was trained; tools are described in the system prompt.
 DEEPSEEK_TEMPLATE = """\
 {%- set ns = namespace(system='', after_tool=false) -%}
@@ -47,7 +47,8 @@ DEEPSEEK_TEMPLATE = """\
   {%- elif m['role'] == 'assistant' -%}
     {{- '' if ns.after_tool else '<｜Assistant｜>' -}}
     {%- set ns.after_tool = false -%}
-    {{- (m['content'] or '').split('</think>')[-1] | trim -}}
+    {%- set text = (m['content'] or '') | trim -%}
+    {{- text.split('</think>', 1)[-1] | trim if text.startswith('<think>') else text -}}
     {%- if m['tool_calls'] -%}
       {{- '<｜tool▁calls▁begin｜>' -}}
       {%- for call in m['tool_calls'] -%}
@@ -371,9 +372,11 @@ class Tokenizer:
         """The prompt of a conversation, with marks in text that is not to become control tokens. Raises
         ValueError if the format cannot express it."""
         marking = TRUSTED if rendering.trusted else self.untrusted
-        talk = marking.conversation(rendering.conversation, rendering.tags)
-        if rendering.form is not None:
-            return FORMATS[rendering.form].render(talk, rendering.control)
+        form = None if rendering.form is None else FORMATS[rendering.form]
+        removed = rendering.tags if form is None or form.strips else None
+        talk = marking.conversation(rendering.conversation, removed)
+        if form is not None:
+            return form.render(talk, rendering.control)
         values = template.arguments(talk, self.chat_template or "", rendering.efforts)
         return template.finished(talk, self.render_chat(**values))
 

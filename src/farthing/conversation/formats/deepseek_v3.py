@@ -27,8 +27,9 @@ def system_text(conversation: Conversation) -> str:
 
 
 def after_reasoning(text: str) -> str:
-    """A text without the reasoning that a client left in front of it."""
-    return text.rpartition("</think>")[2] if "</think>" in text else text
+    """A text without the reasoning that a client left in front of it, in its tags."""
+    begins = text.lstrip().startswith(THINK.open) and THINK.close in text
+    return text.partition(THINK.close)[2] if begins else text
 
 
 def _described(tools: tuple[Tool, ...]) -> str:
@@ -87,5 +88,5 @@ def _parser(tools: tuple[Tool, ...], tokens: frozenset[str] = frozenset()) -> De
 SECTION = Section(MARKS.calls_begin, "\n", MARKS.calls_end)
 STYLE = (f"function{MARKS.separator}{{name}}\n```json\n", f"\n```{MARKS.call_end}")
 _SYNTAX = JsonCalls((MARKS.call_begin,), (STYLE,), MARKS.all, SECTION)
-V3 = ChatFormat("deepseek_v3", render, _parser, markup=MARKS.all, syntax=_SYNTAX)
+V3 = ChatFormat("deepseek_v3", render, _parser, markup=MARKS.all, syntax=_SYNTAX, strips=True)
 R1 = replace(V3, name="deepseek_r1", render=render_r1, tags=THINK)

@@ -87,4 +87,5 @@ V31 = ChatFormat(
     syntax=JsonCalls(
         (MARKS.call_begin,), (STYLE,), MARKS.all, Section(MARKS.calls_begin, "", MARKS.calls_end)
     ),
+    strips=True,
 )
