@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +16,12 @@ from urllib.parse import urlsplit
 import pytest
 from typer.testing import CliRunner
 
+from farthing.checkpoint.reader import has_weights
 from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
-from farthing.hub import resolve_config, resolve_model
+from farthing.cli.preflight import preflight
+from farthing.config import EngineConfig
+from farthing.hub import _report, resolve_config, resolve_model
 from farthing.model.fields import ConfigError
 from tests.tiny import SMALL_V3
 
@@ -40,10 +45,14 @@ class Hub:
     files: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)  # where they differ from the truth
     fetched: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)  # paths of the API
+    held: Callable[[], bool] = lambda: True  # whether the weights may be sent
     endpoint: str = ""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = urlsplit(request.path).path
+        if "/api/" in path:
+            self.asked.append(path)
         if path == f"/api/models/{ID}":
             siblings = [
                 {"rfilename": n, "size": self.sizes.get(n, len(t)), "blobId": n}
@@ -60,6 +69,8 @@ class Hub:
             return
         if request.command == "GET":
             self.fetched.append(name)
+            while name == "model.safetensors" and not self.held():
+                time.sleep(0.01)
         self.send(request, self.files[name], name)
 
     def send(self, request: BaseHTTPRequestHandler, text: str, tag: str) -> None:
@@ -106,6 +117,13 @@ def use(monkeypatch: pytest.MonkeyPatch, endpoint: str, cache: Path) -> None:
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+def refused_by(*arguments: str) -> str:
+    """The error of a command."""
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code in (2, 5), refused.output  # 5: of `compress`, for a disk or connection
+    return " ".join(refused.output.split())
 
 
 def test_only_what_serving_reads_is_downloaded_and_config_comes_first(hub: Hub) -> None:
@@ -166,6 +184,8 @@ def test_a_model_that_cannot_be_served_costs_one_small_file(
             "the weights are GGUF; expected the path of one GGUF file on this disk",
         ),
         (["config.json", "pytorch_model.bin"], "the weights are pickled PyTorch, which is not read yet"),
+        (["config.json", "x.bin"], ".* not read yet; expected a repository with safetensors"),
+        (["x.bin"], ".* not read yet; expected a repository with safetensors"),
         (["README.md"], r"it has no config\.json; expected a repository with config\.json"),
     ],
 )
@@ -200,8 +220,10 @@ def test_unreachable_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     hub.files = {"config.json": CONFIG, "model.safetensors": "x", "tokenizer.json": "{}"}
     resolve_config(ID)
     use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
-    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or"):
+    unreached = rf"model: got '{ID}', of which the cache has no weights, and the hub cannot be reached \(.*\)"
+    with pytest.raises(FileNotFoundError, match=unreached):
         resolve_model(ID)
+    assert re.search(unreached, refused_by("serve", ID))
     use(monkeypatch, hub.endpoint, tmp_path / "cache")
     path = resolve_model(ID)
     use(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
@@ -219,3 +241,84 @@ def test_local_files_in_another_format_are_named(tmp_path: Path) -> None:
     for model in (tmp_path, tmp_path / "model.onnx"):
         with pytest.raises(FileNotFoundError, match="the weights are ONNX, which is not read yet"):
             resolve_model(model)
+
+
+@pytest.fixture
+def no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> int:
+        raise AssertionError("the port was opened")
+
+    monkeypatch.setattr("farthing.server.run.serve", refuse)
+
+
+@pytest.mark.usefixtures("no_port")
+@pytest.mark.parametrize(
+    ("files", "sizes", "message"),
+    [
+        ({"model.bin": "x"}, {}, "the weights are pickled PyTorch"),
+        ({"README.md": "x"}, {}, "it has no weights; expected model.safetensors or"),
+        ({"model.safetensors.index.json": "{"}, {}, "model.safetensors.index.json: not valid JSON"),
+        ({"model.safetensors": "x"}, {"model.safetensors": 10**17}, "needs 100000000.0 GB more"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "compress"])
+def test_errors_of_a_repository_come_before_the_port_and_before_its_weights(
+    hub: Hub, command: str, files: dict[str, str], sizes: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    hub.files, hub.sizes = {"config.json": CONFIG, **files}, sizes
+    assert message in refused_by(
+        command, ID, *(["-o", str(tmp_path / "out")] if command == "compress" else [])
+    )
+    assert "model.safetensors" not in hub.fetched
+
+
+def test_serve_requests_the_repository_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"config.json": CONFIG, "model.safetensors": "x", "tokenizer.json": "{}"}
+    built: list[str] = []
+    monkeypatch.setattr("farthing.engine.build.build_engine", lambda config: built.append(config.model))
+    monkeypatch.setattr("farthing.server.run.serve", lambda config, name, load: load() or 0)
+    assert CliRunner().invoke(app, ["serve", ID]).exit_code == 0
+    assert hub.asked == [f"/api/models/{ID}"] and sorted(hub.fetched) == sorted(hub.files)
+    assert built == [str(resolve_model(ID))]
+
+
+def test_files_of_an_interrupted_download_are_no_model_yet(hub: Hub, no_port: None) -> None:
+    shards = [f"model-{i}-of-2.safetensors" for i in (1, 2)]
+    hub.files = {"config.json": CONFIG, "model.safetensors.index.json": index(*shards), shards[0]: "x"}
+    with pytest.raises(OSError, match=f"cannot download {shards[1]}"):
+        resolve_model(ID)
+    hub.files = {**hub.files, shards[1]: "x"}
+    found = preflight(EngineConfig(model=ID, backend="cpu"))
+    assert found.absent == (shards[1],) and not has_weights(found.path)
+
+
+def test_compress_compares_memory_before_the_download(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = {"config.json": CONFIG, "model.safetensors": "x"}
+    monkeypatch.setattr("farthing.compress.needs.available_memory", lambda: 10**6)
+    arguments = ["compress", ID, "-o", str(tmp_path / "out"), "--recipe", "int4-gptq"]
+    assert "model: compressing its largest layer takes about" in refused_by(*arguments)
+    assert hub.fetched == ["config.json"]
+
+
+def test_a_download_logs_bytes_and_time_left_and_not_its_requests(
+    hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files = {"config.json": CONFIG, "model.safetensors": "x" * 10**6, "tokenizer.json": "{}"}
+    monkeypatch.setattr("farthing.hub._REPORT_EVERY", 0.01)
+    caplog.set_level(logging.INFO)
+    hub.held = lambda: "tokenizer.json" in hub.fetched and "0.0 GB, " in caplog.text
+    resolve_model(ID)
+    assert f"downloading {ID}: 0.0 GB of 0.0 GB, " in caplog.text
+    assert "HTTP Request" not in caplog.text
+
+
+def test_time_left_of_a_download(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _report(ID, 2 * 10**9, 8 * 10**9, 100.0)
+    _report(ID, 0, 8 * 10**9, 10.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"downloading {ID}: 2.0 GB of 8.0 GB, about 300 s left",
+        f"downloading {ID}: 0.0 GB of 8.0 GB, no bytes yet",
+    ]

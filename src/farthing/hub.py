@@ -5,10 +5,13 @@ Of a hub id, config.json is read and judged first; only then are the files downl
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+import time
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,14 +25,45 @@ from farthing.checkpoint.reader import (
     read_quantization,
 )
 from farthing.checkpoint.shards import INDEX, MISTRAL_INDEX, SINGLE, read_index, unread_format
+from farthing.memory import gigabytes
 from farthing.model.config import ModelConfig
 from farthing.model.gguf import SUFFIX, name_of, open_gguf
 
+log = logging.getLogger(__name__)
 EMBEDDED = "mite"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # "./x" and "../x" are paths
 _SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
 _PARALLEL = 8  # files
+_CLIENTS = ("httpx", "httpx2")  # of versions of huggingface_hub; each logs a line per request
+_REPORT_EVERY = 10.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A model whose configuration is accepted. Of a hub id, its weights exist and fit the disk."""
+
+    path: Path
+    absent: tuple[str, ...] = ()  # files that `fetch` downloads
+    _repository: _Repository | None = None
+
+    def fetch(self) -> Path:
+        """The directory, with all files that serving reads."""
+        if self._repository is not None:
+            self._repository.fetch(self.absent, self.path)
+        return self.path
+
+
+def find_model(model: str | Path) -> Found:
+    """Everything that can be known of a model before its weights are downloaded.
+
+    Raises OSError, FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
+    """
+    found = _local(model)
+    if found is None:
+        return _find(str(model), weights=True)
+    judge(found)
+    return Found(found)
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -38,7 +72,7 @@ def resolve_model(model: str | Path) -> Path:
     Raises FileNotFoundError or ValueError with the accepted values.
     """
     found = _local(model)
-    return _download(str(model), weights=True) if found is None else found
+    return _find(str(model), weights=True).fetch() if found is None else found
 
 
 def resolve_config(model: str | Path) -> Path:
@@ -48,7 +82,7 @@ def resolve_config(model: str | Path) -> Path:
     """
     found = _local(model)
     if found is None:
-        return _download(str(model), weights=False)
+        return _find(str(model), weights=False).path
     judge(found)
     return found
 
@@ -115,8 +149,8 @@ def _embedded() -> Path:
     return path
 
 
-def _download(model: str, weights: bool) -> Path:
-    """The directory of a hub id: its configuration, and with `weights` what else serving reads."""
+def _find(model: str, weights: bool) -> Found:
+    """A hub id whose configuration is downloaded, and with `weights` the list of what else serving reads."""
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
@@ -125,6 +159,9 @@ def _download(model: str, weights: bool) -> Path:
             f"model: got {model!r}, which is not a local directory; downloading it from the hub needs: "
             "pip install huggingface_hub"
         ) from error
+    for client in _CLIENTS:
+        if logging.getLogger(client).level == logging.NOTSET:
+            logging.getLogger(client).setLevel(logging.WARNING)
     try:
         info = HfApi().model_info(model, files_metadata=True)
     except RepositoryNotFoundError as error:
@@ -133,13 +170,11 @@ def _download(model: str, weights: bool) -> Path:
             "HF_TOKEN set to a token that may read it"
         ) from error
     except Exception as error:  # the classes of connection errors differ between versions of the library
-        return _cached(model, _first_line(error), weights)
+        return Found(_cached(model, _first_line(error), weights))
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
     repository = _Repository(model, sizes)
     path = repository.config()
-    if weights:
-        repository.fetch_all(path)
-    return path
+    return Found(path, repository.absent(path), repository) if weights else Found(path)
 
 
 def _cached(model: str, reason: str, weights: bool) -> Path:
@@ -153,6 +188,8 @@ def _cached(model: str, reason: str, weights: bool) -> Path:
         raise FileNotFoundError(f"model: got {model!r}, which is not in the cache, and {unreached}")
     judge(path)
     names = [file.name for file in path.iterdir()]
+    if weights and not {SINGLE, INDEX, MISTRAL_INDEX} & set(names):
+        raise FileNotFoundError(f"model: got {model!r}, of which the cache has no weights, and {unreached}")
     if weights and (absent := [n for n in _weights(model, names, path) if n not in names]):
         raise FileNotFoundError(
             f"model: got {model!r}, of which the cache lacks {len(absent)} files such as {absent[0]}, "
@@ -172,15 +209,18 @@ class _Repository:
         """Fetch the configuration alone and judge it; returns its directory."""
         name = next((n for n in (CONFIG, PARAMS) if n in self.sizes), None)
         if name is None:
-            expected = f"expected a repository with {CONFIG}"
-            said = unread_format(self.sizes, expected) or f"it has no {CONFIG}; {expected}"
+            expected = "expected a repository"
+            said = unread_format(self.sizes, expected) or f"it has no {CONFIG}; {expected} with {CONFIG}"
             raise FileNotFoundError(f"model: got {self.model!r}; {said}")
         path = self._fetch(name, None).parent  # by the name of its branch, for the cache to know it
         judge(path)
         return path
 
-    def fetch_all(self, path: Path) -> None:
-        """Fetch what serving reads: one set of weights, and the small files beside them."""
+    def absent(self, path: Path) -> tuple[str, ...]:
+        """What serving reads and `path` lacks: one set of weights, and the small files beside them.
+
+        The index is fetched. Raises OSError if the disk is too small for the rest.
+        """
         indices = [name for name in (INDEX, MISTRAL_INDEX) if name in self.sizes]
         if indices:
             self._fetch(indices[0], path.name)
@@ -193,8 +233,21 @@ class _Repository:
                 f"model: {self.model} needs {needed / 1e9:.1f} GB more, and {path} has {free / 1e9:.1f} GB "
                 "free; free some space, or set HF_HOME to a directory on another disk"
             )
+        return tuple(absent)
+
+    def fetch(self, names: Collection[str], path: Path) -> None:
+        """Fetch files in parallel; logs every few seconds how far that is."""
+        blobs, began = path.parents[1] / "blobs", time.monotonic()
+        needed, before = sum(self.sizes.get(n, 0) for n in names), _bytes_in(blobs)
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(lambda name: self._fetch(name, path.name), absent))
+            waiting = {pool.submit(self._fetch, name, path.name) for name in names}
+            while waiting:
+                done, waiting = wait(waiting, _REPORT_EVERY, FIRST_EXCEPTION)
+                if failed := next((each for each in done if each.exception()), None):
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    failed.result()
+                if waiting:
+                    _report(self.model, _bytes_in(blobs) - before, needed, time.monotonic() - began)
 
     def _fetch(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
@@ -211,15 +264,29 @@ class _Repository:
             raise OSError(f"model: cannot download {name} of {self.model}: {_first_line(error)}") from error
 
 
+def _bytes_in(blobs: Path) -> int:
+    """Bytes of a repository's files in the cache, unfinished ones included."""
+    found = 0
+    for file in blobs.glob("*"):
+        with suppress(FileNotFoundError):  # renamed once it is complete
+            found += file.stat().st_size
+    return found
+
+
+def _report(model: str, received: int, needed: int, seconds: float) -> None:
+    left = f"about {(needed - received) / received * seconds:,.0f} s left" if received > 0 else "no bytes yet"
+    log.info("downloading %s: %s of %s, %s", model, gigabytes(received), gigabytes(needed), left)
+
+
 def _weights(model: str, names: Collection[str], path: Path) -> list[str]:
     """The weight files that `Checkpoint` would read, of all that there are. The index is in `path`."""
     if index := next((name for name in (INDEX, MISTRAL_INDEX) if name in names), None):
         return sorted(set(read_index(path / index).values()))
     if SINGLE in names:
         return [SINGLE]
-    expected = f"expected {SINGLE} or {INDEX}"
+    said = unread_format(names, "expected a repository")
     raise FileNotFoundError(
-        f"model: got {model!r}; {unread_format(names, expected) or f'it has no weights; {expected}'}"
+        f"model: got {model!r}; {said or f'it has no weights; expected {SINGLE} or {INDEX}'}"
     )
 
 

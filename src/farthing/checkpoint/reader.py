@@ -20,7 +20,16 @@ from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
 from farthing.checkpoint.gguf import INDEX as GGUF_INDEX
 from farthing.checkpoint.gguf import GgufShards
-from farthing.checkpoint.shards import CheckpointError, ReadAhead, Shards, read_json
+from farthing.checkpoint.shards import (
+    INDEX,
+    MISTRAL_INDEX,
+    SINGLE,
+    CheckpointError,
+    ReadAhead,
+    Shards,
+    read_index,
+    read_json,
+)
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
 from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
@@ -151,8 +160,13 @@ def has_config(path: Path) -> bool:
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a directory has weights beside its configuration."""
-    return any(path.glob("*.safetensors*")) or (path / GGUF_INDEX).is_file()
+    """Whether a directory has all weights beside its configuration, not only those that an interrupted
+    download left."""
+    if (path / GGUF_INDEX).is_file():
+        return True
+    index = next((path / name for name in (INDEX, MISTRAL_INDEX) if (path / name).is_file()), None)
+    names = {SINGLE} if index is None else set(read_index(index).values())
+    return all((path / name).is_file() for name in names)
 
 
 class Checkpoint:

@@ -16,7 +16,7 @@ from farthing.cli.errors import errors_as_one_line, exit_on_verdict, with_option
 from farthing.cli.tables import step_progress, token_progress
 from farthing.config import Quantization, check, option
 from farthing.files import to_json
-from farthing.hub import resolve_model
+from farthing.hub import find_model, resolve_model
 from farthing.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -230,8 +230,11 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
         gate=given.gate,
         check_memory=given.check_memory,
     )
-    source = resolve_model(given.model)
-    recipe = named or _recipe(given, default_recipe(read_config(source)), limit)
+    found = find_model(given.model)
+    recipe = named or _recipe(given, default_recipe(read_config(found.path)), limit)
+    if found.absent:
+        api.check_before_download(found.path, out, recipe, options)
+    source = found.fetch()
     timing = given.gate if given.timing is None else given.timing
     with step_progress("compressing") as progress:
         served = serving_figures(source) if timing else None

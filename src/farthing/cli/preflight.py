@@ -6,20 +6,24 @@ from pathlib import Path
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import EngineConfig
-from farthing.hub import resolve_config
+from farthing.hub import Found, find_model
 from farthing.memory import available_memory, gigabytes
 from farthing.planner.fit import certainly_fits, weight_bytes
 
 _GPU = Path("/dev/nvidiactl")
 
 
-def preflight(config: EngineConfig) -> None:
-    """Raise OSError or ValueError for a model that cannot be served, or not in the memory of this machine."""
-    path = resolve_config(config.model)
-    if any(path.glob("*.safetensors*")):  # otherwise a hub id, whose weights come later
-        Checkpoint.open(path)
+def preflight(config: EngineConfig) -> Found:
+    """The model, whose weights may have to be fetched.
+
+    Raises OSError or ValueError for a model that cannot be served, or not in the memory of this machine.
+    """
+    found = find_model(config.model)
+    if not found.absent and any(found.path.glob("*.safetensors*")):
+        Checkpoint.open(found.path)
     if config.check_memory and _on_this_cpu(config):
-        _check_memory(config, path)
+        _check_memory(config, found.path)
+    return found
 
 
 def _on_this_cpu(config: EngineConfig) -> bool:

@@ -21,6 +21,7 @@ from farthing.server.config import KeyRing, ServerConfig, gather_keys
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
     from farthing.engine.request import SamplingParams
+    from farthing.hub import Found
 
 
 # `farthing generate`: complete prompts on the command line.
@@ -150,15 +151,16 @@ def serve(
             require_torch(engine_config)
         from farthing.server.run import serve as run
 
-        preflight(engine_config)
+        found = preflight(engine_config)
         _suggest_extras()
-        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config)))
+        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, found)))
 
 
-def _load(config: EngineConfig) -> Engine:
+def _load(config: EngineConfig, found: Found) -> Engine:
+    path = found.fetch()
     from farthing.engine.build import build_engine  # imports torch
 
-    engine = build_engine(config)
+    engine = build_engine(replace(config, model=str(path)))
     remember("serve")
     return engine
 

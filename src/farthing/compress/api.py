@@ -26,7 +26,7 @@ from farthing.compress.evaluate import (
     remember,
 )
 from farthing.compress.export import choose_export, expected_bytes, expected_limits, transformers_limits
-from farthing.compress.needs import check_needs
+from farthing.compress.needs import check_memory, check_needs
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
@@ -35,7 +35,7 @@ from farthing.compress.stream import Job, Progress, Progressed, refuse_finished,
 from farthing.config import Quantization
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import load
+from farthing.model.load import load, parameter_shapes
 from farthing.ops.api import Ops
 from farthing.ops.select import known_backends, select
 
@@ -168,6 +168,14 @@ class Outcome:
             "greedy_agreement": q.greedy_agreement if q else None,
             "verdict": self.verdict.answer if self.verdict else None,
         }
+
+
+def check_before_download(path: Path, out: Path, recipe: Recipe, options: Options) -> None:
+    """Raise ValueError for what `compress` would refuse of a model of which `path` has only config.json."""
+    refuse_finished(out)
+    if options.check_memory:
+        config = ModelConfig.from_directory(path)
+        check_memory(path, config, parameter_shapes(config), recipe, options.gate)
 
 
 def compress(

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from farthing.compress.recipe import Recipe
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
 from farthing.planner.fit import certainly_fits, weight_bytes
+
+Shapes = Iterable[tuple[str, tuple[int, ...]]]  # of tensors, by name
 
 log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -29,22 +32,33 @@ def check_needs(checkpoint: Checkpoint, out: Path, recipe: Recipe, expected: int
     """
     done = sum(file.stat().st_size for file in out.glob("*.safetensors")) if out.is_dir() else 0
     written = (expected or checkpoint.stored_bytes()) - done
-    memory = memory_needed(checkpoint, ModelConfig.from_json(checkpoint.config), recipe)
-    disk, free = free_disk(out), available_memory()
-    log.info("the result takes about %s, memory about %s", gigabytes(written), gigabytes(memory))
+    disk = free_disk(out)
+    log.info("the result takes about %s", gigabytes(written))
     if written > disk:
         raise ValueError(
             f"out: the result takes about {gigabytes(written)}, and {gigabytes(disk)} are free; expected a "
             "directory on another disk, or --no-check-memory"
         )
+    config = ModelConfig.from_json(checkpoint.config)
+    shapes = ((name, checkpoint.shape(name)) for name in checkpoint.names())
+    check_memory(checkpoint.path, config, shapes, recipe, gate)
+
+
+def check_memory(path: Path, config: ModelConfig, shapes: Shapes, recipe: Recipe, gate: bool) -> None:
+    """Log the memory that the run takes, and raise ValueError if that is more than is available.
+
+    `path` has at least config.json. gate: whether the models are also served.
+    """
+    memory, free = memory_needed(shapes, config, recipe), available_memory()
+    log.info("memory takes about %s", gigabytes(memory))
     if memory > free:
         raise ValueError(
             f"model: compressing its largest layer takes about {gigabytes(memory)} of memory, and "
             f"{gigabytes(free)} are available; expected more memory, a recipe without second moments such as "
             "int4-rtn, or --no-check-memory"
         )
-    if gate and not certainly_fits(checkpoint.path, free):
-        served = weight_bytes(checkpoint.path)
+    if gate and not certainly_fits(path, free):
+        served = weight_bytes(path)
         if served > free:
             raise ValueError(
                 f"model: serving it for the accuracy gate takes {gigabytes(served)} of memory, and "
@@ -52,14 +66,13 @@ def check_needs(checkpoint: Checkpoint, out: Path, recipe: Recipe, expected: int
             )
 
 
-def memory_needed(checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> int:
+def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
     """About the most bytes at a time: the largest layer, its inputs' moments, and the hidden states."""
     weights: dict[str, int] = defaultdict(int)
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
-    for name in checkpoint.names():
+    for name, shape in shapes:
         found = _LAYER.search(name)
         if found and name.endswith(("weight", "weight_packed")):
-            shape = checkpoint.shape(name)
             packed = 8 if name.endswith("weight_packed") else 1
             weights[found[1]] += prod(shape) * packed
             if len(shape) == 2:
