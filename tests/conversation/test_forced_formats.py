@@ -13,6 +13,7 @@ from farthing.conversation.formats.glm import GLM45
 from farthing.conversation.select import Checkpoint, choose
 from farthing.conversation.strict import CallGrammar, forced_grammar
 from farthing.conversation.types import Conversation, Tool, ToolChoice
+from tests.conversation.published import SHAPES
 from tests.conversation.test_parse import Calls, read
 from tests.conversation.test_strict import GOOD, OTHER, TOKENIZERS, WEATHER, by_format, by_vocabulary, obey
 
@@ -89,4 +90,7 @@ def test_calls_without_a_grammar_in_the_format_are_json() -> None:
     assert grammar_of(GLM45, (Tool("f", None, listed),), "special") is None
     unknown = choose(Checkpoint("mixtral", "{{ tools }}{{ messages }}", lambda _: False)).tools
     assert grammar_of(unknown, (LIGHT,), "spelled") is None
+    for name, own in (("llama3_1", False), ("qwen3", True), ("mistral_small", True), ("granite", True)):
+        form = choose(Checkpoint("", SHAPES[name].source, lambda _: False)).tools
+        assert (grammar_of(form, (LIGHT,), "spelled") is not None) is own
     assert grammar_of(GLM45, (LIGHT,), "special", choice=ToolChoice()) is None

@@ -14,11 +14,11 @@ from tokenizers import models
 from farthing.conversation.formats.template import arguments
 from farthing.conversation.output import OutputParser
 from farthing.conversation.select import CALLS, Checkpoint, choose
-from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
+from farthing.conversation.types import Conversation, Text, Tool, ToolCall, Turn
 from farthing.engine.tokenizer import Tokenizer
 from tests.conversation.published import SHAPES
 from tests.conversation.talks import NAMES, TEXTS
-from tests.conversation.test_parse import answer, chunked
+from tests.conversation.test_parse import answer, chunked, read
 
 BACKEND = HfTokenizer(models.WordLevel({"x": 0}, unk_token="x"))
 KINDS: dict[str, Any] = {
@@ -95,3 +95,69 @@ def test_the_format_of_calls_is_chosen_by_the_template() -> None:
         chosen = choose(Checkpoint("", SHAPES[name].source, lambda _: False))
         assert chosen.tools.calls is CALLS[expected].calls, name
         assert chosen.tools.syntax is CALLS[expected].syntax and chosen.tools.markup == CALLS[expected].markup
+
+
+# What models write instead of what the templates print.
+
+ROME = [("send", {"city": "Rome"})]
+DEVIATIONS = {
+    "a brace is missing": (
+        "hermes",
+        '<tool_call>\n{"name": "send", "arguments": {"city": "Rome"}\n</tool_call>',
+    ),
+    "a brace too many": ("hermes", '<tool_call>{"name": "send", "arguments": {"city": "Rome"}}}</tool_call>'),
+    "never closed": ("hermes", '<tool_call>{"name": "send", "arguments": {"city": "Rome"}}'),
+    "a list": ("hermes", '<tool_call>[{"name": "send", "arguments": {"city": "Rome"}}]</tool_call>'),
+    "arguments first": ("hermes", '<tool_call>{"arguments": {"city": "Rome"}, "name": "send"}</tool_call>'),
+    "arguments as text": (
+        "hermes",
+        '<tool_call>{"name": "send", "arguments": "{\\"city\\": \\"Rome\\"}"}</tool_call>',
+    ),
+    "no outer tag": (
+        "qwen3_coder",
+        "<function=send>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>",
+    ),
+    "on one line": (
+        "qwen3_coder",
+        "<tool_call><function=send><parameter=city>Rome</parameter></function></tool_call>",
+    ),
+    "JSON": ("qwen3_coder", '<tool_call>\n{"name": "send", "arguments": {"city": "Rome"}}\n</tool_call>'),
+    "an id": ("mistral", '[TOOL_CALLS]send[CALL_ID]a1b2c3d4e[ARGS]{"city": "Rome"}'),
+    "no separator": ("mistral", '[TOOL_CALLS]send{"city": "Rome"}'),
+    "a type": ("llama3_json", '{"type": "function", "name": "send", "parameters": {"city": "Rome"}}'),
+    "a token": ("llama3_json", '<|python_tag|>{"name": "send", "parameters": {"city": "Rome"}}'),
+    "a list of Granite's": ("granite", '<|tool_call|>[{"name": "send", "arguments": {"city": "Rome"}}]'),
+}
+
+
+@pytest.mark.parametrize("case", DEVIATIONS)
+def test_deviations_are_read_at_every_split(case: str) -> None:
+    form, said = DEVIATIONS[case]
+    for cut in range(len(said) + 1):
+        text, calls = read(CALLS[form].calls(TOOLS), [said[:cut], said[cut:]])
+        assert (text, calls) == ("", ROME)
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("llama3_json", '{"name": "Ada", "age": 36}'),
+        ("llama3_json", '{"name": "unknown", "parameters": {}}'),
+        ("llama3_json", '{"a": 1}'),
+        ("llama3_json", "{"),
+        ("llama3_json", 'So: {"name": "send", "parameters": {}}'),
+        ("qwen3_coder", "Write <function=NAME> before it."),
+        ("mistral", "a[1] = [TOOL"),
+    ],
+)
+def test_answers_that_are_no_calls_stay_text(form: str, said: str) -> None:
+    for chunks in ([said], list(said)):
+        assert read(CALLS[form].calls(TOOLS), chunks) == (said, [])
+
+
+@pytest.mark.parametrize("form", ["hermes", "qwen3_coder", "minimax_m2"])
+def test_a_mention_of_the_tag_does_not_hold_the_answer_back(form: str) -> None:
+    opener = next(tag for tag in sorted(CALLS[form].markup) if tag.endswith("tool_call>") and "/" not in tag)
+    parser = CALLS[form].calls(TOOLS)
+    shown = [*parser.push(f"Use {opener} as"), *parser.push(" a tag, "), *parser.push("and so on.")]
+    assert "".join(delta.text for delta in shown if isinstance(delta, Text)).endswith("and so on.")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import anthropic
 import pytest
 
 from tests.conversation.published import SHAPES
-from tests.server.harness import ScriptedEngine, running
+from tests.conversation.test_parse import Calls, hermes, listed, minimax, mistral, qwen3_coder
+from tests.server.harness import ScriptedEngine, letters, running
 
 TOOL: dict[str, Any] = {"name": "look", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}  # fmt: skip  # noqa: E501
 WANTED = {
@@ -59,3 +62,42 @@ def test_the_second_turn_of_a_tool_loop(name: str, caplog: pytest.LogCaptureFixt
     assert WANTED[name] in engine.prompts[0] and WANTED[name] in engine.prompts[-1]
     form = "text" if name in ("kimi_k2", "deepseek_v31") else "an object"
     assert f"reads the arguments of earlier calls as {form}" in caplog.text
+
+
+SAID: dict[str, tuple[str, Callable[[Calls], str]]] = {
+    "qwen3": ("Hm.</think>", hermes),
+    "qwen3_5": ("Hm.</think>", qwen3_coder),
+    "minimax_m2": ("Hm.</think>", minimax),
+    "mistral_small": ("", listed),
+    "mistral_small_4": ("", mistral),
+    "llama3_1": ("", lambda calls: json.dumps({"name": calls[0][0], "parameters": calls[0][1]})),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_calls_and_reasoning_of_a_stream(name: str) -> None:
+    reasoning, write = SAID[name]
+    opening = "<think>" if name == "qwen3" else ""  # the other templates open the reasoning themselves
+    engine = ScriptedEngine(
+        letters(opening + reasoning + write([("look", {"city": "Zürich"})])),
+        chat_template=SHAPES[name].source,
+    )
+    properties = {"type": "object", "properties": {"city": {"type": "string"}}}
+    with running(engine) as server:
+        stream = server.client().chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "Where?"}],
+            tools=[{"type": "function", "function": TOOL | {"parameters": properties}}],  # type: ignore[list-item]
+            stream=True,
+        )
+        thought, text, called, ends = "", "", "", []
+        for chunk in stream:
+            delta = chunk.choices[0].delta
+            thought += getattr(delta, "reasoning_content", None) or ""
+            text += delta.content or ""
+            for call in delta.tool_calls or ():
+                assert call.function is not None and call.function.name in ("look", None)
+                called += call.function.arguments or ""
+            ends.append(chunk.choices[0].finish_reason)
+    assert (thought, text) == (reasoning.removesuffix("</think>"), "")
+    assert json.loads(called) == {"city": "Zürich"} and ends[-1] == "tool_calls"

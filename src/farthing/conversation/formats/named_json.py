@@ -28,6 +28,7 @@ _HEAD = re.compile(
 _NAMING = re.compile(r'\{\s*(?:"name"\s*:\s*"[^"]*"\s*,\s*)?"(?:name"\s*:\s*")?[^"]*')  # a string of the head
 _MEMBERS = {"name", "arguments", "parameters", "id", "type", "function"}
 _BARE = ('{"name":"', '{"type":"function","name":"')  # the beginnings of a call without an opener
+_KEYS = (',"parameters":{', ',"arguments":{')
 _BETWEEN = " \t\r\n,;[]}`"  # around the calls of a list, and brackets too many
 
 
@@ -106,15 +107,24 @@ class NamedJsonCalls(Machine):
         if not body:
             return False
         head = _HEAD.match(body, 0, MAX_HEAD)
-        start = "".join(body[:MAX_HEAD].split())
         if head and json_text(head[1]) in self._known:
             self._open_object()
             self._buffer = body
-        elif head or len(body) >= MAX_HEAD or not any(_alike(start, bare) for bare in _BARE):
+        elif head or len(body) >= MAX_HEAD or not self._may_call("".join(body.split())):
             self._state = self._outside
         else:
             return False
         return True
+
+    def _may_call(self, text: str) -> bool:
+        """Whether this text without white space may become a call of an offered function."""
+        bare = next((bare for bare in _BARE if text.startswith(bare)), None)
+        if bare is None:
+            return any(bare.startswith(text) for bare in _BARE)
+        name, closed, after = text.removeprefix(bare).partition('"')
+        if not closed:
+            return any(known.startswith(name) for known in self._known)
+        return name in self._known and any(_alike(after, key) for key in _KEYS)
 
     def _outside(self) -> bool:
         return self._until_mark(self._outer)

@@ -1,4 +1,4 @@
-"""The formats of calls that only the models' own templates render, by the markup that those templates print."""
+"""The formats of calls that only the models' own templates render, by the markup that those print."""
 
 from __future__ import annotations
 
