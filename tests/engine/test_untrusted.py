@@ -22,7 +22,7 @@ from farthing.conversation.select import FORMATS
 from farthing.conversation.types import Conversation, Tool, ToolCall, Turn
 from farthing.conversation.untrusted import TRUSTED, Untrusted, printed
 from farthing.engine.request import Rendering
-from farthing.engine.tokenizer import Tokenizer, _taken
+from farthing.engine.tokenizer import Tokenizer, _taken, is_control
 from tests.engine.shapes import KINDS, PLAIN, SPECIAL, TEMPLATES, tokenizer
 
 CONTENTS = 1000  # hostile ones for each format
@@ -343,6 +343,28 @@ def test_marked_arguments_are_the_same_json() -> None:
             parsed(text), ensure_ascii=False
         )
         assert "<think>" not in json.dumps(parsed(marked)) and "</think>" not in json.dumps(parsed(marked))
+
+
+def test_half_of_a_character_in_arguments_is_shown_next_to_marks() -> None:
+    text = r'{"a": "x\ud800y \ud83d\ude00 \udc00", "<think>": "<think>"}'
+    found = parsed(tokenizer().untrusted.arguments(text))
+    assert found is not None and plain(json.dumps(found, ensure_ascii=False)) == (
+        '{"a": "x\ufffdy \U0001f600 \ufffd", "<think>": "<think>"}'
+    )
+    assert "<think>" not in json.dumps(found, ensure_ascii=False)
+
+
+def test_an_added_token_without_a_closing_bracket_is_a_control_token() -> None:
+    for content in ("<dsml:", "</dsml:", "[INST", "｜sep", "<a>", "||"):
+        assert is_control(AddedToken(content, special=False)), content
+    for content in ("   ", "<", "<=", "word", "a>", "|"):
+        assert not is_control(AddedToken(content, special=False)), content
+    backend = HfTokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    backend.add_tokens(["<dsml:", "</dsml:"])
+    known = Tokenizer(backend)
+    for text in ("<dsml:", "x </dsml:y", "</dsml:"):
+        assert not set(known.encode(known.untrusted.text(text), False)) & {1, 2}
+    assert known.encode("<dsml:", False) == [1]
 
 
 @pytest.mark.parametrize("text", [r'{"a": "\\\\ud800"}', r"no JSON \\ud800 <think>", r"\\\\ud800"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -323,6 +324,7 @@ def as_object(text: str) -> str:
 
 
 _MARK = re.compile(r'["\\{}\[\],]')
+_SENTINEL = f"\ue000{secrets.token_hex(16)}\ue000"  # a mark, while escapes may stand for the same character
 _ESCAPE_AT_THE_END = re.compile(r"\\(u[0-9a-fA-F]{0,3})?")
 
 
@@ -342,11 +344,11 @@ def parsed(text: str) -> dict[str, Any] | None:
     """
     for attempt in _attempts(text):
         try:
-            value = json.loads(attempt)
-            if "\\u" in attempt:  # escapes may leave half of a surrogate pair, which has no encoding
-                written = json.dumps(value, ensure_ascii=False)
-                parts = written.split(MARK) if MARK in attempt else [written]
-                value = json.loads(MARK.join(map(_well_formed, parts)))
+            escapes = "\\u" in attempt
+            value = json.loads(attempt.replace(MARK, _SENTINEL) if escapes else attempt)
+            if escapes:  # escapes may leave half of a surrogate pair, which has no encoding
+                written = _well_formed(json.dumps(value, ensure_ascii=False))
+                value = json.loads(written.replace(_SENTINEL, MARK))
         except (ValueError, RecursionError):
             continue
         return value if isinstance(value, dict) else None

@@ -104,10 +104,14 @@ def _text(index: int, part: Any) -> str:
 def is_control(token: AddedToken) -> bool:
     """Whether an added token is markup; others are text, such as GPT-NeoX's runs of spaces.
 
-    Checkpoints do not flag all of their marks as special.
+    Checkpoints do not flag all of their marks as special, and not all of them close: `<dsml:`.
     """
     content = token.content
-    return token.special or (len(content) > 1 and content[0] in "<[｜|" and content[-1] in ">]｜|")
+    if token.special:
+        return True
+    if len(content) < 2 or content[0] not in "<[｜|":
+        return False
+    return content[-1] in ">]｜|" or any(map(str.isalpha, content))
 
 
 _WORD = re.compile(r"\w")  # beside it, a token that is a single word is text
