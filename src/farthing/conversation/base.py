@@ -26,6 +26,7 @@ class Tags:
 
 
 THINK = Tags()
+BRACKETS = Tags("[THINK]", "[/THINK]")  # Mistral's
 
 
 class CallParser(Protocol):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.conversation.arguments import object_of
-from farthing.conversation.base import EFFORTS, THINK, CallFormat, ChatFormat
+from farthing.conversation.base import BRACKETS, EFFORTS, THINK, CallFormat, ChatFormat, Tags
 from farthing.conversation.formats import deepseek_v3, deepseek_v31
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
@@ -244,7 +244,7 @@ def choose(
     own = replace(
         related or V3,
         name=OWN,
-        tags=THINK if _reasons(checkpoint, source, names) else None,
+        tags=_tags(checkpoint, source, names),
         efforts=_efforts(names, checkpoint.habits),
         syntax=related.syntax if related else _deepseek_syntax(checkpoint, source),
     )
@@ -258,6 +258,13 @@ def choose(
     )
     tools = packaged if _can_call(checkpoint) else plain
     return Chosen(plain, tools, source, checkpoint.habits.efforts)
+
+
+def _tags(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> Tags | None:
+    """The tags around the reasoning; None if the model does not reason."""
+    if BRACKETS.open in source:
+        return BRACKETS
+    return THINK if _reasons(checkpoint, source, names) else None
 
 
 def _reasons(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> bool:
