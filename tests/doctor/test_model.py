@@ -54,6 +54,15 @@ def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None
     assert found["tokenizer"][0] == "failed" and "tokenizer.json" in found["tokenizer"][1]
 
 
+def test_a_sliding_window_that_limits_the_context_is_named(tmp_path: Path) -> None:
+    build("mixtral", 1, tmp_path)
+    file = tmp_path / "config.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"sliding_window": 8}))
+    detail = next(check(tmp_path, select("reference", dtype=torch.float32))).detail
+    assert f"sliding_window limits the context to 8 of {raw['max_position_embeddings']:,} tokens" in detail
+
+
 def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the checkpoint's index_topk is above the number of tokens."""
     build("deepseek_v32", 1, tmp_path)

@@ -171,7 +171,8 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
         if shown.index_topk is not None:
             found["shown"] = replace(shown, index_topk=max(min(shown.index_topk, tokens // 2), 1))
         kind = type_named(config.model_type)
-        return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
+        window = f"; {config.limit_by_window}" if config.limit_by_window else ""
+        return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers{window}"
 
     yield (first := _part("configuration", configuration))
 

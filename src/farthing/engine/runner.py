@@ -115,6 +115,21 @@ _SCALE_BYTES = 8  # two float32 per token and layer with an 8-bit cache
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free after loading the model
 
 
+def _length(config: EngineConfig, model: ModelConfig) -> int:
+    """max_model_len, by default the model's. Raises ValueError if it is more than that."""
+    limit = model.max_position_embeddings
+    if config.max_model_len is None:
+        if model.limit_by_window:
+            log.warning("%s, within which attention is the same without it", model.limit_by_window)
+        return limit
+    if config.max_model_len > limit:
+        which = "sliding_window" if model.limit_by_window else "max_position_embeddings"
+        raise ValueError(
+            f"max_model_len: got {config.max_model_len}; expected at most {limit}, the model's {which}"
+        )
+    return config.max_model_len
+
+
 def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtype]:
     """The configuration with every None filled in, and the cache's dtype.
 
@@ -122,13 +137,7 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
     """
     device = model.ops.device
     dtype = cache_dtype(config, model)
-    limit = model.config.max_position_embeddings
-    if config.max_model_len is not None and config.max_model_len > limit:
-        raise ValueError(
-            f"max_model_len: got {config.max_model_len}; expected at most {limit}, "
-            f"the model's max_position_embeddings"
-        )
-    length = config.max_model_len or limit
+    limit, length = model.config.max_position_embeddings, _length(config, model.config)
     blocks = config.num_blocks or _num_blocks(config, model, dtype, length)
     if config.check_memory and device.type == "cpu":
         _check_fits(blocks * _bytes_of_all_ranks(config, model, dtype))

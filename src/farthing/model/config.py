@@ -61,6 +61,7 @@ class ModelConfig:
     attention: Heads
     max_position_embeddings: int
     rope: RopeConfig
+    beyond_window: int | None = None  # the file's max_position_embeddings, if its sliding window is less
     unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
     query_scaling: QueryScaling | None = None
     rms_norm_eps: float = 1e-6
@@ -168,6 +169,14 @@ class ModelConfig:
         if self.n_shared_experts and self.shared_intermediate_size is not None:
             return self.shared_intermediate_size
         return self.n_shared_experts * self.moe_intermediate_size
+
+    @property
+    def limit_by_window(self) -> str | None:
+        """A clause that says how a sliding window limits the context; None if none does."""
+        if self.beyond_window is None:
+            return None
+        window = self.max_position_embeddings
+        return f"sliding_window limits the context to {window:,} of {self.beyond_window:,} tokens"
 
     def at(self, layer: int) -> ModelConfig:
         """This config with the sizes of one layer."""

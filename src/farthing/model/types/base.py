@@ -87,7 +87,9 @@ def in_window(raw: Fields, switch: bool = False) -> dict[str, Any]:
     if window is None or not used:
         return {}
     most = integer(raw, "max_position_embeddings")
-    return {"max_position_embeddings": min(most, in_range("sliding_window", window, 1))}
+    if in_range("sliding_window", window, 1) >= most:
+        return {}
+    return {"max_position_embeddings": window, "beyond_window": most}
 
 
 def tied(raw: Fields) -> Fields:
