@@ -196,8 +196,8 @@ class Checkpoint:
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
-        shards = GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path)
-        return cls(path, read_config(path), shards)
+        config = read_config(path)
+        return cls(path, config, GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path))
 
     def names(self) -> Iterable[str]:
         """Every tensor name of the checkpoint."""
