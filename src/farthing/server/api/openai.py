@@ -66,9 +66,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
         raise ApiError(
             400, "suffix is not supported: the model was not trained to fill in the middle", param="suffix"
         )
-    if body.best_of not in (None, body.n or 1):
-        why = f"best_of: got {body.best_of}; expected n, which is {body.n or 1}: answers are not ranked"
-        raise ApiError(400, f"{why}; request more with n and logprobs, and choose", param="best_of")
+    _check_best_of(body)
     params = completion_params(body, engine.default_sampling)
     prompts, texts = await _prompts(service, body, client)
     job = await service.open(
@@ -87,6 +85,12 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     if params.logprobs is not None or params.prompt_logprobs is not None:
         return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
     return Response(to_json(document), media_type="application/json")
+
+
+def _check_best_of(body: CompletionRequest | ChatCompletionRequest) -> None:
+    if body.best_of not in (None, body.n or 1):
+        why = f"best_of: got {body.best_of}; expected n, which is {body.n or 1}: answers are not ranked"
+        raise ApiError(400, f"{why}; request more with n and logprobs, and choose", param="best_of")
 
 
 async def _prompts(
@@ -220,6 +224,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     """Answer a chat request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
+    _check_best_of(body)
     turn = await begin(
         service,
         TurnRequest(
@@ -254,6 +259,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
     """The conversation in a body. Raises ApiError (400)."""
     thinking, _ = thinking_of(body.thinking.type if body.thinking else None)
+    thinking = body.enable_thinking if thinking is None else thinking
     options = dict(body.chat_template_kwargs or {})
     if taken := _RESERVED & set(options):
         raise ApiError(
@@ -270,7 +276,7 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
         choice=_choice(body),
         parallel_calls=body.parallel_tool_calls is not False and not body.functions,
         thinking=thinking,
-        effort=body.reasoning_effort,
+        effort=_effort(body),
         generate=body.add_generation_prompt,
         resume=body.continue_final_message,
         template_options=options,
@@ -283,6 +289,10 @@ def _names(body: ChatCompletionRequest) -> FieldNames:
     return FieldNames(
         max_tokens="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         budget="thinking.budget_tokens" if inner else "max_thinking_tokens",
+        effort="reasoning_effort" if body.reasoning_effort or not _effort(body) else "reasoning.effort",
+        thinking="enable_thinking"
+        if body.thinking is None and body.enable_thinking is not None
+        else "thinking",
         structured=structured_field(body, body.response_format),
     )
 
@@ -290,6 +300,10 @@ def _names(body: ChatCompletionRequest) -> FieldNames:
 def _ignored(body: ChatCompletionRequest) -> tuple[str, ...]:
     _, known = thinking_of(body.thinking.type if body.thinking else None)
     return () if known else ("thinking.type",)
+
+
+def _effort(body: ChatCompletionRequest) -> str | None:
+    return body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
 
 
 def _budget(body: ChatCompletionRequest) -> int | None:

@@ -286,6 +286,12 @@ class Thinking(Strict):
     budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
 
+class Reasoning(Strict):
+    """How much the model reasons, in the form of /v1/responses and of some routers."""
+
+    effort: Word | None = None
+
+
 def _thinking(value: Any) -> Any:
     """Some clients send a switch instead of an object."""
     return {"type": "enabled" if value else "disabled"} if isinstance(value, bool) else value
@@ -342,12 +348,18 @@ class ChatCompletionRequest(Sampling):
     prompt_cache_retention: str | None = None
     prediction: dict[str, Any] | None = None
     safety_identifier: str | None = None
+    # accepted only to be refused: ignoring them would change the answer
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    structural_tag: Any = None
+    chat_template: Any = None
     # extensions
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     include_reasoning: bool = True
     reasoning_effort: Word | None = None
+    reasoning: Reasoning | None = None
+    enable_thinking: bool | None = None
     thinking: Annotated[Thinking | None, BeforeValidator(_thinking)] = None
     max_thinking_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
 
@@ -365,6 +377,11 @@ class ChatCompletionRequest(Sampling):
             tools="functions" if self.functions else "tools",
             choice="function_call" if older and self.tool_choice is None else "tool_choice",
         )
+        if self.structural_tag is not None:
+            raise FieldError("structural_tag", problem=f": {_TAGS}")
+        if self.chat_template is not None:
+            problem = ": requests bring no template of their own; expected chat_template_kwargs, or a server "
+            raise FieldError("chat_template", problem=problem + "with another --chat-template")
         if self.top_logprobs and not self.logprobs:
             raise FieldError("top_logprobs", problem=" needs logprobs = true")
         if self.continue_final_message and (
