@@ -296,8 +296,10 @@ async def test_keyless_gateway_on_loopback_requires_a_loopback_host_name(host: s
         b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nhost: evil.example\r\n",
         b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nHost: localhost\r\n",
         b"GET http://evil.example/v1/models HTTP/1.1\r\nhost: localhost\r\n",
+        b"GET /v1/models HTTP/1.1\r\n",
+        b"GET /v1/models HTTP/1.1\r\nhost: localhost, evil.example\r\n",
     ],
-    ids=["two hosts", "twice", "foreign"],
+    ids=["two hosts", "twice", "foreign", "none", "list"],
 )
 async def test_ambiguous_hosts_are_rejected(head: bytes) -> None:
     async with keyed() as (_, _, port):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.server.config import ENVIRONMENT, KeyRing, ServerConfig, gather_keys, is_loopback
+from farthing.server.config import ENVIRONMENT, KeyRing, ServerConfig, ambiguity, gather_keys, is_loopback
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1).filter(
     lambda word: ":" not in word and not word.startswith("#") and not any(c.isspace() for c in word)
@@ -107,3 +107,28 @@ def test_file_that_everyone_can_read_is_named(
     assert [
         str(file) in record.getMessage() and "644" in record.getMessage() for record in caplog.records
     ] == ([True] if warned else [])
+
+
+@pytest.mark.parametrize(
+    ("target", "hosts", "version", "clear"),
+    [
+        (b"/", [b"a"], (1, 1), True),
+        (b"/", [b"[::1]:80"], (1, 1), True),
+        (b"/", [b""], (1, 1), True),
+        (b"/", [], (1, 0), True),
+        (b"/", [], (1, 1), False),
+        (b"/", [b"a", b"a"], (1, 0), False),
+        (b"/", [b"a, b"], (1, 1), False),
+        (b"/", [b"a b/c@d"], (1, 1), False),
+        (b"/", [b"a:b"], (1, 1), False),
+        (b"http://localhost:80/", [b"localhost"], (1, 1), True),
+        (b"HTTP://localhost/", [b"LOCALHOST:80"], (1, 1), True),
+        (b"https://localhost:443/", [b"localhost"], (1, 1), True),
+        (b"http://localhost:443/", [b"localhost"], (1, 1), False),
+        (b"http://evil/", [b"localhost"], (1, 1), False),
+    ],
+)
+def test_a_request_names_one_host(
+    target: bytes, hosts: list[bytes], version: tuple[int, int], clear: bool
+) -> None:
+    assert (ambiguity(target, [(b"Host", host) for host in hosts], version) is None) is clear

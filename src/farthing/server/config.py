@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -139,14 +140,24 @@ def too_fine(chunks: int, size: int) -> bool:
 # A proxy in front may route, or check access, by one of the names while this server goes by another.
 
 
-def ambiguity(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """What a head with contradicting hosts should have; None if it is clear. target: as received."""
-    hosts = [value.lower() for name, value in headers if name.lower() == b"host"]
-    if len(hosts) > 1:
+_HOST = re.compile(rb"(?:\[[0-9a-z.:%]+\]|[^][\s,/\\?#@:<>\"]+)?(?::\d*)?")
+_PORTS = {b"http": b":80", b"https": b":443"}  # that a URL need not name
+
+
+def ambiguity(
+    target: bytes, headers: Iterable[tuple[bytes, bytes]], version: tuple[int, int] = (1, 1)
+) -> str | None:
+    """What a head whose host is not clear should have; None if it is. target: as received."""
+    hosts = [value.strip().lower() for name, value in headers if name.lower() == b"host"]
+    if len(hosts) > 1 or (not hosts and version >= (1, 1)):
         return "expected one Host header"
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        return "expected a Host header of one host, perhaps with a port"
     authority = _authority(target)
-    if authority is not None and authority.lower() not in hosts:
-        return "expected a path, or a URL of the host in the Host header"
+    if authority is not None:
+        port = _PORTS.get(target.partition(b":")[0].lower(), b"")
+        if authority.lower().removesuffix(port) not in [host.removesuffix(port) for host in hosts]:
+            return "expected a path, or a URL of the host in the Host header"
     return None
 
 

@@ -221,9 +221,10 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
             newest.keep_alive = False  # its response closes the connection
             self._overrun = True
             raise OverflowError(f"more than {_PIPELINED} pipelined requests")
-        if self.parser.get_http_version() not in ("1.0", "1.1"):
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
             self._reject("expected HTTP/1.1")
-        if (problem := ambiguity(self.url, self.headers)) is not None:
+        if (problem := ambiguity(self.url, self.headers, (1, int(version[-1])))) is not None:
             self._reject(problem)
         self._in_body = True
         self._chunks = self._body_bytes = self._trailers = 0

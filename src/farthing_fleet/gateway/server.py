@@ -264,9 +264,8 @@ class Gateway:
             codings and codings.strip().lower() != "chunked"
         ):  # the body would pass on without its coding's name
             raise Refused(501, f"Transfer-Encoding is {codings[:100]!r}; expected chunked", close=True)
-        if (
-            problem := ambiguity(request.raw_path.encode(errors="surrogateescape"), request.raw_headers)
-        ) is not None:
+        target = request.raw_path.encode(errors="surrogateescape")
+        if (problem := ambiguity(target, request.raw_headers, request.version)) is not None:
             raise Refused(400, problem, close=True)
         host = request.headers.get("Host", "")
         if host and self._local_only and not _names_this_machine(host):

@@ -153,3 +153,34 @@ def test_efforts_that_a_template_refuses_become_the_nearest(template: str, effor
     with serving(template=template) as (server, engine):
         assert [answer.headers.get(HEADER) for answer in ask(server, effort)] == [None] * 6
         assert all(prompt.endswith(end) for prompt in engine.prompts)
+
+
+def test_effort_and_switch_in_the_forms_of_other_servers() -> None:
+    for format_, header in (("glm47", None), ("deepseek_v3", "{}")):
+        with serving(format_) as (server, engine):
+            for name, fields, end in (
+                ("enable_thinking", {"enable_thinking": True}, ON),
+                ("enable_thinking", {"enable_thinking": False}, OFF),
+                ("reasoning.effort", {"reasoning": {"effort": "high"}}, ON),
+                ("reasoning.effort", {"reasoning": {"effort": "none"}}, OFF),
+            ):
+                body = {"messages": USER, **fields}
+                answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+                assert answer.status_code == 200, answer.text
+                unfit = header is not None and end == ON
+                assert answer.headers.get(HEADER) == (name if unfit else None)
+                assert header is not None or engine.prompts[-1].rstrip().endswith(end)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"best_of": 2}, {"structural_tag": "x"}, {"chat_template": "{{ 1 }}"}],
+    ids=lambda f: next(iter(f)),
+)
+def test_chats_refuse_what_would_change_the_answer(fields: dict[str, Any]) -> None:
+    with serving("glm47") as (server, _):
+        body = {"messages": USER, **fields}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(fields))
+        body = {"messages": USER, "n": 2, "best_of": 2}
+        assert httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
