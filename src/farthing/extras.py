@@ -26,7 +26,7 @@ def how_to_install(*extras: str, options: str = "") -> str:
     """The command that installs extras from the sources: `farthing` on PyPI is not this project's name."""
     target = f"'.[{','.join(extras)}]'" if extras else "."
     command = f"{' '.join(filter(None, ('pip install', options, target)))} in a checkout of Farthing"
-    if not has_torch() and any("torch" in (extra, *missing(extra)) for extra in extras):
+    if not has_torch() and any("torch" in (extra, *declared().get(extra, ())) for extra in extras):
         command += f" (without CUDA: add --extra-index-url {CPU_WHEELS})"
     return command
 
