@@ -144,9 +144,9 @@ def test_failed_request_is_charged_and_leaves_nothing_pending(priced: Running) -
         patch.setattr(Generation, "push", push)
         assert post(priced).status_code == 400
     assert costs(priced, "device_seconds")[("alice", "decode")] > before
-    assert core.scheduler.idle
     accounts = priced.service.accounts
-    assert accounts is not None and accounts.report().pending.seconds == pytest.approx(0.0, abs=1e-6)
+    assert accounts is not None
+    until(lambda: core.scheduler.idle and accounts.report().pending.seconds < 1e-6)  # the answer comes first
 
 
 class Clock:
