@@ -162,7 +162,7 @@ class ReasoningCounter:
 # Parses calls that a grammar forces: the JSON list of `calls_schema`, or one function's arguments.
 
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_NAME = "name"  # stands for any string in the sequence below
+_NAME = "name"  # any string in the sequence below
 _HEADER = ("{", '"name"', ":", _NAME, ",", '"parameters"', ":")
 
 

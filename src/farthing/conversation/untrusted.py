@@ -200,7 +200,7 @@ class Untrusted:
         return at < len(self._sorted_ends) and self._sorted_ends[at].startswith(text)
 
     def _literal(self, found: re.Match[str]) -> str:
-        """A string within JSON, marked by what it stands for."""
+        """A string within JSON, marked by the text that it encodes."""
         literal = found[0]
         if "\\" not in literal:
             body = literal[1:].removesuffix('"')

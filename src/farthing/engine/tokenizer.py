@@ -118,7 +118,7 @@ _WORD = re.compile(r"\w")  # beside it, a token that is a single word is text
 
 
 class GuardedTokenizer:
-    """A tokenizer's twin, in which control tokens have names that nobody can guess.
+    """A tokenizer's twin, in which control tokens have unguessable names.
 
     A prompt's genuine control tokens are given these names, then the marks are removed. The rest is encoded
     exactly as it is next to the original tokens, white space and prefixes included, and yields none.

@@ -25,7 +25,7 @@ from farthing.model.fields import ConfigError, read_rope
 from farthing.tokenizer_gguf import tokenizer_of
 
 SUFFIX = ".gguf"
-_VERSION = 1  # of the directory's contents; another one is written anew
+_VERSION = 1  # of the directory's contents; those of another version are written again
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -260,7 +260,7 @@ class EventStream(Response):
 SIZE = 32_768  # minimum characters of a piece
 
 
-_MARK = f"pieces {secrets.token_hex(16)}"  # stands for Pieces in the rest of a document; cannot be guessed
+_MARK = f"pieces {secrets.token_hex(16)}"  # the place of Pieces in the rest of a document; unguessable
 
 
 class Pieces:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from farthing.conversation.formats.tagged_xml import XmlTags, xml_format
-from farthing.conversation.strict import Section, TaggedCalls
+from farthing.conversation.strict import Section
 
 TAGS = XmlTags(
     open="<minimax:tool_call>",
@@ -17,15 +17,9 @@ TAGS = XmlTags(
 MINIMAX_M2 = xml_format(
     "minimax_m2",
     TAGS,
-    TaggedCalls(
-        openers=(TAGS.call,),
-        begin='{name}">',
-        string='<parameter name="{name}">',
-        json='<parameter name="{name}">',
-        value_end="</parameter>",
-        end="</invoke>\n",
-        marks=TAGS.all,
-        section=Section("\n<minimax:tool_call>\n", "", "</minimax:tool_call>"),
-        key='[^"<>\\n]{1,256}',
-    ),
+    opener=TAGS.call,
+    begin='{name}">',
+    end="</invoke>\n",
+    section=Section("\n<minimax:tool_call>\n", "", "</minimax:tool_call>"),
+    key='[^"<>\\n]{1,256}',
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from farthing.conversation.formats.tagged_xml import XmlTags, xml_format
-from farthing.conversation.strict import Section, TaggedCalls
+from farthing.conversation.strict import Section
 
 TAGS = XmlTags(
     open="<tool_call>",
@@ -18,15 +18,9 @@ TAGS = XmlTags(
 QWEN3_CODER = xml_format(
     "qwen3_coder",
     TAGS,
-    TaggedCalls(
-        openers=(TAGS.open,),
-        begin="\n<function={name}>",
-        string="<parameter={name}>\n",
-        json="<parameter={name}>\n",
-        value_end="\n</parameter>",
-        end="</function>\n</tool_call>",
-        marks=TAGS.all,
-        section=Section("", "\n", ""),
-        key="[^<>\\n]{1,256}",
-    ),
+    opener=TAGS.open,
+    begin="\n<function={name}>",
+    end="</function>\n</tool_call>",
+    section=Section("", "\n", ""),
+    key="[^<>\\n]{1,256}",
 )

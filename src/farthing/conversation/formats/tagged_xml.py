@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from farthing.conversation.base import MAX_HEAD, CallFormat
 from farthing.conversation.formats.parameters import ParameterCalls, json_object
 from farthing.conversation.scan import MARK
-from farthing.conversation.strict import TaggedCalls
+from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import Tool
 
 
@@ -169,6 +169,20 @@ class XmlCalls(ParameterCalls):
             super()._push_value(text)
 
 
-def xml_format(name: str, form: XmlTags, syntax: TaggedCalls) -> CallFormat:
-    """The calls of one format."""
+def xml_format(
+    name: str, form: XmlTags, *, opener: str, begin: str, end: str, section: Section, key: str
+) -> CallFormat:
+    """The calls of one format. opener … key: as in `TaggedCalls`; the tags give the rest of a parameter."""
+    parameter = f"{form.parameter}{{name}}{form.named}{form.line}"
+    syntax = TaggedCalls(
+        openers=(opener,),
+        begin=begin,
+        string=parameter,
+        json=parameter,
+        value_end=form.line + form.parameter_end,
+        end=end,
+        marks=form.all,
+        section=section,
+        key=key,
+    )
     return CallFormat(name, lambda tools, tokens=frozenset(): XmlCalls(form, tools), form.all, syntax)

@@ -4,7 +4,7 @@ A client holds few places at once, and the last free place is kept for one that 
 slow jobs never delay another's. CPU time is charged to a credit that refills slowly; a client without credit
 holds one place at the lowest priority.
 
-CPU time of jobs that nobody waited for is also a debt. Beyond the credit, none of the client's jobs begin
+CPU time of abandoned jobs is also a debt. Beyond the credit, none of the client's jobs begin
 until it is refilled, at the same rate. Otherwise a client could keep every core busy with work whose results
 it never collects.
 """
@@ -110,7 +110,7 @@ class Turns(Generic[T]):
             return None
 
     def done(self, client: str, seconds: float, abandoned: bool = False) -> None:
-        """A job has ended after this much CPU time. abandoned: nobody waited for it."""
+        """A job has ended after this much CPU time. abandoned: its client had left."""
         with self._changed:
             self._free += 1
             if seconds:

@@ -40,7 +40,7 @@ class Job:
     memory: int
     size: int = 0
     future: Future[Any] = field(default_factory=Future)
-    abandoned: bool = False  # nobody waits for it any more
+    abandoned: bool = False  # its client has left
     pid: int | None = None  # of the process that runs it
 
     def abandon(self) -> None:
