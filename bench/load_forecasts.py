@@ -4,7 +4,7 @@
 
 Two tables over the second half of each trace: the peak within 600 s from minute means with 10 % noise (the
 level as the policy uses it; short-term models only), and the next ten-minute mean. It takes minutes per
-trace. DIR holds the traces of docs/lab/2026-11-25-load-split.md.
+trace. DIR holds the traces of docs/lab/load-traces.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the bundled forecaster on the traces that docs/lab/2026-11-25-load-split.md allows.
+"""Train the bundled forecaster on the traces that docs/lab/load-traces.md allows.
 
     python bench/pretrain_load.py --traces DIR [--without r1] [--out FILE]
 

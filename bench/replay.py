@@ -2,7 +2,7 @@
 
     python bench/replay.py --traces DIR [--figures DIR] [--only r1,m-large,m-small,taxi,forecast] [--seeds 5]
 
-DIR holds the traces of docs/lab/2026-11-25-load-split.md; without it only DeepSeek-R1 is replayed.
+DIR holds the traces of docs/lab/load-traces.md; without it only DeepSeek-R1 is replayed.
 Only fit times depend on the machine; all other figures depend only on the traces.
 """
 

@@ -25,7 +25,7 @@ from farthing_fleet.forecast.profile import AHEAD_DAYS, Event, ProfileAR, Profil
 
 @dataclass(frozen=True)
 class ProphetConfig:
-    """Settings of Prophet; docs/lab/forecasting-diary.md explains the defaults.
+    """Settings of Prophet; docs/lab/learned-forecasts.md explains the defaults.
 
     A load's trend over weeks predicts little of tomorrow: without a trend (`growth` flat) the error is half.
     """
