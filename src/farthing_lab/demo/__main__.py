@@ -42,7 +42,7 @@ def main() -> None:
         stream_one(Lever("", "mite"), prompt, lambda text: print(text, end="", flush=True))
         _title("4. Lever by lever")
         rows = measure(levers(int4, adaptive), machine, log.print)
-        _title("5. Autoscaling: two and a half hours of a DeepSeek-R1 service in a minute")
+        _title("5. Autoscaling: three hours of a DeepSeek-R1 service in 80 seconds")
         fleet = run_fleet("mite", log.print)
         print(fleet.text)
     print_table(rows)

@@ -29,23 +29,19 @@ from farthing_lab.replay.trace import EXAMPLE
 
 COLUMNS = (
     "",
-    "ready, s",
     "tokens/s, 1 user",
     "tokens/s, 8 users",
     "TTFT, ms",
     "TPOT, ms",
-    "weights, MB",
     "memory, MB",
-    "cache hits",
-    "drafts accepted",
-    "mJ/token (CPU time × declared watts)",
+    "mJ/token",
     "$/M tokens",
     "perplexity",
 )
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #8884; }
 td:first-child, th:first-child { text-align: left; }
@@ -55,18 +51,13 @@ td:first-child, th:first-child { text-align: left; }
 
 def cells(row: Measured) -> list[str]:
     """One row of the table."""
-    kept = "-" if row.drafts_accepted is None else f"{row.drafts_accepted:.0%}"
     return [
         row.name,
-        f"{row.seconds_to_ready:.1f}",
         f"{row.single_tokens_per_second:,.0f}",
         f"{row.batch_tokens_per_second:,.0f}",
         f"{row.ttft_ms:,.0f}",
         f"{row.tpot_ms:.2f}",
-        f"{row.weight_bytes / 1e6:.1f}",
         f"{row.memory_bytes / 1e6:,.0f}",
-        f"{row.cached_share:.0%}",
-        kept,
         f"{row.joules_per_token * 1e3:.2f}",
         f"{row.usd_per_million_tokens:.4f}",
         row.quality,
@@ -133,8 +124,9 @@ def write_html(path: Path, rows: Sequence[Measured], sections: Sequence[tuple[st
     path.write_text("".join(parts), encoding="utf-8")
 
 
-SPEED = 150  # two and a half hours in one minute
-WINDOWS = 15  # of 600 s
+SPEED = 150  # two and a half hours a minute
+WINDOWS = 20  # of 600 s
+QUIET = 6  # of them at the end, long enough for the fleet to scale down
 CAPACITY = 5.0  # declared requests per second per replica
 PEAK_REPLICAS = 1.7  # replicas needed at the peak, before headroom
 ANSWER = 16  # tokens
@@ -177,13 +169,13 @@ class FleetRun:
 
 
 def busy_hours() -> list[float]:
-    """The consecutive rates of the trace with the highest peak above their first and last two, scaled so that
-    the peak needs PEAK_REPLICAS."""
+    """The consecutive rates of the trace with the highest peak above their first two and last QUIET, scaled
+    so that the peak needs PEAK_REPLICAS."""
     rates = [float(rate) for rate in read_series(EXAMPLE).values]
 
     def prominence(i: int) -> float:
         part = rates[i : i + WINDOWS]
-        return (max(part[2:-2]) - max(part[:2] + part[-2:])) / max(part)
+        return (max(part[2:-QUIET]) - max(part[:2] + part[-QUIET:])) / max(part)
 
     best = max(range(len(rates) - WINDOWS + 1), key=prominence)
     part = rates[best : best + WINDOWS]

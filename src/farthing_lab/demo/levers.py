@@ -23,7 +23,6 @@ from statistics import median
 
 from farthing.bench.load import LoadResult, Request, Slo, Target, Timing, complete, run_load, summarize
 from farthing.cost.prices import Machine
-from farthing.hub import resolve_model
 
 # Start and stop `farthing` server processes.
 
@@ -36,7 +35,6 @@ class Served:
 
     url: str
     pid: int
-    seconds_to_ready: float  # from the start of the process
 
     def get(self, path: str) -> str:
         """Body of a GET request."""
@@ -74,9 +72,8 @@ def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = ["serve", model, "--port", str(port), *options]
-    start = time.perf_counter()
     with running(arguments, url, READY_TIMEOUT, signal.SIGTERM, 15) as process:
-        yield Served(url, process.pid, time.perf_counter() - start)
+        yield Served(url, process.pid)
 
 
 @contextmanager
@@ -144,15 +141,11 @@ class Measured:
     """Measurements of one serving configuration."""
 
     name: str
-    seconds_to_ready: float
     single_tokens_per_second: float  # one user
     batch_tokens_per_second: float  # eight users at once
     ttft_ms: float  # median, eight users
     tpot_ms: float  # median, one user
     memory_bytes: int  # peak resident
-    weight_bytes: int
-    cached_share: float  # share of prompt tokens, when the prompts are repeated
-    drafts_accepted: float | None  # share of draft tokens accepted
     cpu_seconds_per_token: float
     joules_per_token: float  # estimated: CPU seconds × declared watts
     usd_per_million_tokens: float
@@ -192,21 +185,16 @@ class Trial:
         self._cpu_per_token.append((self.served.cpu_seconds() - cpu) / (self._generated() - before))
 
     def measured(self, machine: Machine) -> Measured:
-        """Medians over the rounds; then the last round's prompts again, for the prefix cache."""
+        """Medians over the rounds."""
         speed = median(r.output_tokens_per_second for r in self._batch)
         cpu = median(self._cpu_per_token)
-        again = _run(self._target, self._many(len(self._batch) - 1), self._users)
         return Measured(
             name=self.lever.name,
-            seconds_to_ready=self.served.seconds_to_ready,
             single_tokens_per_second=median(r.output_tokens_per_second for r in self._single),
             batch_tokens_per_second=speed,
             ttft_ms=median(r.ttft_ms["p50"] for r in self._batch),
             tpot_ms=median(r.tpot_ms["p50"] for r in self._single),
             memory_bytes=self.served.peak_memory(),
-            weight_bytes=_weight_bytes(self.lever),
-            cached_share=again.cached_tokens / max(again.prompt_tokens, 1),
-            drafts_accepted=_accepted(self.served),
             cpu_seconds_per_token=cpu,
             joules_per_token=cpu * machine.hardware.watts,  # watts per core
             usd_per_million_tokens=machine.usd_per_second / speed * 1e6,
@@ -269,15 +257,3 @@ def _run(target: Target, texts: Sequence[str], concurrency: int) -> LoadResult:
     if result.failed:
         raise RuntimeError(f"{result.failed} of {result.requests} requests failed: {result.errors[0]}")
     return result
-
-
-def _accepted(served: Served) -> float | None:
-    drafted = served.metric("farthing:spec_decode_num_draft_tokens_total")
-    if not drafted:
-        return None
-    return served.metric("farthing:spec_decode_num_accepted_tokens_total") / drafted
-
-
-def _weight_bytes(lever: Lever) -> int:
-
-    return sum(f.stat().st_size for f in resolve_model(lever.model).glob("*.safetensors"))
