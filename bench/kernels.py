@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, RouterSpec
+from farthing.ops.api import AttentionSpec, Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.cpu.weights import Attention, Experts, Linear, pack, plan, router_of
 from farthing.ops.torch_util import make_batch
@@ -152,10 +152,10 @@ def moe(b: Bench, name: str, size: str) -> None:
         touched = []
         for x in xs:
             counts.zero_()
-            b.ops.moe(x, layers[0], norm, 1e-6, counts)
+            b.ops.moe(x, layers[0], Norm(norm, 1e-6), counts)
             touched.append(int((counts > 0).sum()) + 1)
         read = statistics.mean(touched) * expert + gate.nbytes
-        calls = [lambda x=x, m=m: b.ops.moe(x, m, norm, 1e-6) for m in layers for x in xs]
+        calls = [lambda x=x, m=m: b.ops.moe(x, m, Norm(norm, 1e-6)) for m in layers for x in xs]
         work = 2.0 * rows * d * (3 * i * (k + 1) + e)
         b.time(f"moe {name} {e} x {i} top {k}", rows, calls, read, work, b.peak(name))
 
@@ -217,7 +217,7 @@ def attend(
         * s.num_heads
         * (tokens * (s.nope_dim + s.value_dim) * s.latent_dim + pairs * (width + s.latent_dim))
     )
-    calls = [lambda i=i: b.ops.mla(q, kv, handle, cache, i, batch, 1e-6) for i in range(layers)]
+    calls = [lambda i=i: b.ops.mla(q, kv, handle, Place(cache, i, batch)) for i in range(layers)]
     b.time(name, tokens, calls, projections + bytes_cached, work, b.int8 / 2)
 
 
@@ -230,7 +230,7 @@ def head(b: Bench, name: str, size: str) -> None:
     norm = torch.ones(k)
     for rows in (1, 8, 16):
         x = torch.randn(rows, k)
-        calls = [lambda v=v, x=x: b.ops.top_logits(x, v, norm, 1e-6, 1) for v in views]
+        calls = [lambda v=v, x=x: b.ops.top_logits(x, v, Norm(norm, 1e-6), 1) for v in views]
         b.time(f"head {name} {n} x {k}", rows, calls, packed.nbytes, 2.0 * n * k * rows, b.peak(name))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from farthing import _native
-from farthing.ops.api import RouterSpec
+from farthing.ops.api import Norm, RouterSpec
 from farthing.ops.cpu import weights as packing
 from farthing.ops.cpu.weights import Experts, Linear, router_of
 from farthing.ops.weights import Weight
@@ -147,7 +147,7 @@ def experts(b: Any, name: str, zeros: float, uncached: int) -> list[SparseRow]:
     for tokens in ROWS:
         xs = [torch.randn(tokens, HIDDEN) for _ in range(16 if tokens < 64 else 1)]
         calls = {
-            pattern: [lambda x=x, m=m: b.ops.moe(x, m, norm, 1e-6) for m in some for x in xs]
+            pattern: [lambda x=x, m=m: b.ops.moe(x, m, Norm(norm, 1e-6)) for m in some for x in xs]
             for pattern, some in layers.items()
         }
         took = interleaved(b, calls)

@@ -19,6 +19,7 @@ from farthing.compress.evaluate import Corpus, paged_batch
 from farthing.compress.recipe import RECIPES, Prune, Recipe
 from farthing.compress.stream import Job, run
 from farthing.model.load import load
+from farthing.ops.api import Place
 from farthing.ops.select import select
 from tests.compress.conftest import corpus_of, write_model
 
@@ -141,9 +142,9 @@ def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_p
     cache = model.new_cache(blocks, 16, "float32")
     h = model.ops.embed(ids, model.embedding)
     (attention, mlp), (attention1, moe) = model.layers[:2]
-    h, _ = attention(h, batch, cache, 0)
-    h, _ = attention1(mlp(h), batch, cache, 1)
-    n = model.ops.rms_norm(h, moe.norm, 1e-6)
+    h, _ = attention(h, Place(cache, 0, batch))
+    h, _ = attention1(mlp(h), Place(cache, 1, batch))
+    n = model.ops.rms_norm(h, moe.norm)
     chosen, gates = model.ops.route(n, moe.packed)
     saliency = []
     for e, (gate, up, down) in enumerate(moe.packed.experts):
@@ -229,7 +230,7 @@ def test_calibration_matches_a_plain_forward_pass(model_dir: Path, corpus: Corpu
     plain = load(model_dir, select("reference"))
     expected = plain.forward(ids, batch, plain.new_cache(blocks, 16, "float32"))
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
-    first = plain.ops.rms_norm(plain.ops.embed(ids, plain.embedding), plain.layers[0][0].norm, 1e-6)
+    first = plain.ops.rms_norm(plain.ops.embed(ids, plain.embedding), plain.layers[0][0].norm)
     stats = recorder.inputs["model.layers.0.self_attn.kv_a_proj_with_mqa"]
     torch.testing.assert_close(stats.gram, first.T @ first, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(stats.energy, first.square().sum(0), rtol=1e-3, atol=1e-3)

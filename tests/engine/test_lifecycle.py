@@ -198,7 +198,7 @@ def test_step_beyond_its_timeout_is_unhealthy(make_engine: MakeEngine) -> None:
 def test_logits_that_are_not_finite_name_the_layer(params: SamplingParams, where: str) -> None:
     broken = random_model(ModelConfig.from_json(RAW), select("reference"), seed=3)
     layer, part = int(where[6]), int("mlp" in where)
-    broken.layers[layer][part].norm[3] = float("nan")
+    broken.layers[layer][part].norm.weight[3] = float("nan")
     expected = pytest.raises(EngineFailed, match=re.escape(f"output that is not finite is that of {where}"))
     with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine, expected:
         engine.submit(list(range(20, 40)), params).result()

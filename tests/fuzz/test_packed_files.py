@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import AttentionSpec, RouterSpec
+from farthing.ops.api import AttentionSpec, Norm, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile
 from tests.fuzz.test_checkpoint_files import changed_values
@@ -92,7 +92,7 @@ def use(path: Path, data: bytes) -> bool:
                     handle = ops.pack_linear(name, missing)
                     ops.linear(torch.ones(3, handle.k), handle)
             with one_line():
-                ops.moe(torch.ones(3, 64), ops.pack_moe("moe", SPEC, missing), torch.ones(64), EPS)
+                ops.moe(torch.ones(3, 64), ops.pack_moe("moe", SPEC, missing), Norm(torch.ones(64), EPS))
             with one_line():
                 ops.pack_attention("a", LAYOUT, missing, ROPE)
             with one_line():

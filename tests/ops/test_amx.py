@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.weights import Linear, pack, plan
 from farthing.ops.weights import InputRounding, Weight
@@ -48,7 +49,7 @@ def test_products_have_the_bits_of_vectors(
 
     def product(ops: CpuOps, rows: int) -> Tensor:
         handle = Linear(pack(ops._native, [w], target), n, k)
-        return ops.linear(x[:rows].clone(), handle, scale, EPS)
+        return ops.linear(x[:rows].clone(), handle, Norm(scale, EPS))
 
     expected = product(both[1], ROWS)
     for rows in (1, 12, 13, 16, 17, 32, 33, 48, 64, ROWS):
@@ -59,7 +60,9 @@ def test_products_have_the_bits_of_vectors(
 def test_experts_have_the_bits_of_vectors(both: tuple[CpuOps, CpuOps], name: str) -> None:
     spec = ROUTERS["v3"]
     parts, x, scale = experts(spec, name, 192, 128, 256), torch.randn(ROWS, 192), norm(192)
-    tiles, vectors = (ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: parts), scale, EPS) for ops in both)
+    tiles, vectors = (
+        ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: parts), Norm(scale, EPS)) for ops in both
+    )
     assert torch.equal(tiles, vectors)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import LatentCache, RouterSpec
+from farthing.ops.api import LatentCache, Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, columns_of, halves_of
@@ -32,12 +32,16 @@ def ops(request: pytest.FixtureRequest) -> CpuOps:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(100, 192), (576, 256)])
 def test_projection(ops: CpuOps, name: str, n: int, k: int) -> None:
-    handle, x, scale = ops.pack_linear("w", lambda: [weight(name, n, k)]), torch.randn(70, k), norm(k)
+    handle, x, scale = (
+        ops.pack_linear("w", lambda: [weight(name, n, k)]),
+        torch.randn(70, k),
+        Norm(norm(k), EPS),
+    )
     together, residual = ops.linear(x, handle, scale), torch.randn(70, n)
     for rows in (*range(1, 18), 24, 33, 64):
         assert torch.equal(ops.linear(x[:rows], handle, scale), together[:rows])
         assert torch.equal(ops.linear(x[70 - rows :], handle, scale), together[70 - rows :])
-    assert torch.equal(ops.linear(x, handle, scale, EPS, residual), residual + together)
+    assert torch.equal(ops.linear(x, handle, scale, residual), residual + together)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -46,10 +50,10 @@ def test_mixture_of_experts(ops: CpuOps, name: str, shared: int | None) -> None:
     spec = RouterSpec(8, 3, num_groups=4, top_k_groups=2)
     handle = ops.pack_moe("m", spec, lambda: experts(spec, name, 64, 96, shared))
     x, scale = torch.randn(90, 64), norm(64)
-    together = ops.moe(x.clone(), handle, scale, EPS)
+    together = ops.moe(x.clone(), handle, Norm(scale, EPS))
     for rows in (1, 2, 7, 16, 17, 40, 65):
-        assert torch.equal(ops.moe(x[:rows].clone(), handle, scale, EPS), together[:rows])
-        assert torch.equal(ops.moe(x[90 - rows :].clone(), handle, scale, EPS), together[90 - rows :])
+        assert torch.equal(ops.moe(x[:rows].clone(), handle, Norm(scale, EPS)), together[:rows])
+        assert torch.equal(ops.moe(x[90 - rows :].clone(), handle, Norm(scale, EPS)), together[90 - rows :])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -72,8 +76,8 @@ def test_experts_of_two_ranks(ops: CpuOps, name: str, shared: int | None) -> Non
     ]
     one = ops.pack_moe("m", spec, lambda: whole)
     for rows in (1, 2, 16, 17, 40):
-        a, b = (ops.moe(x[:rows].clone(), h, scale, EPS, residual=False) for h in handles)
-        assert torch.equal(ops.moe(x[:rows].clone(), one, scale, EPS), x[:rows] + (a + b))
+        a, b = (ops.moe(x[:rows].clone(), h, Norm(scale, EPS), residual=False) for h in handles)
+        assert torch.equal(ops.moe(x[:rows].clone(), one, Norm(scale, EPS)), x[:rows] + (a + b))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -102,10 +106,10 @@ def test_columns_of_two_ranks(ops: CpuOps, name: str) -> None:
     heads, h = torch.randn(40, 512), torch.randn(40, 100)
     for rows in (1, 2, 16, 17, 40):
         n = x[:rows]
-        a, b = (ops.moe(n, handle, scale, EPS, residual=False) for handle in ranks)
-        assert torch.equal(one.moe(n.clone(), moe, scale, EPS), n + (a + b))
-        a, b = (ops.mlp(n, handle, scale, EPS, residual=False) for handle in dense)
-        assert torch.equal(one.mlp(n.clone(), mlp, scale, EPS), n + (a + b))
+        a, b = (ops.moe(n, handle, Norm(scale, EPS), residual=False) for handle in ranks)
+        assert torch.equal(one.moe(n.clone(), moe, Norm(scale, EPS)), n + (a + b))
+        a, b = (ops.mlp(n, handle, Norm(scale, EPS), residual=False) for handle in dense)
+        assert torch.equal(one.mlp(n.clone(), mlp, Norm(scale, EPS)), n + (a + b))
         a, b = (ops.linear(heads[:rows, 256 * r :][:, :256], parts[r]) for r in range(2))
         assert torch.equal(one.linear(heads[:rows], o, residual=h[:rows].clone()), h[:rows] + (a + b))
 
@@ -113,12 +117,12 @@ def test_columns_of_two_ranks(ops: CpuOps, name: str) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8", "int4"])
 def test_output_head(ops: CpuOps, name: str) -> None:
     head, x, scale = ops.pack_linear("h", lambda: [weight(name, 1237, 64)]), torch.randn(20, 64), norm(64)
-    logits = ops.logits(x, head, scale, EPS)
+    logits = ops.logits(x, head, Norm(scale, EPS))
     for k in (1, 5):
-        together = ops.top_logits(x, head, scale, EPS, k)
+        together = ops.top_logits(x, head, Norm(scale, EPS), k)
         assert torch.equal(together[0], logits.gather(1, together[1]))
         for rows in (1, 3, 16):
-            for one, all_ in zip(ops.top_logits(x[:rows], head, scale, EPS, k), together, strict=True):
+            for one, all_ in zip(ops.top_logits(x[:rows], head, Norm(scale, EPS), k), together, strict=True):
                 assert torch.equal(one, all_[:rows])
 
 
@@ -148,7 +152,7 @@ class Attention:
         )  # fmt: skip
         q = torch.cat([self.q[start:stop] for start, stop, _ in chunks])
         kv = torch.cat([self.kv[start:stop] for start, stop, _ in chunks])
-        return self.ops.mla(q, kv, self.handle, cache, 0, batch, EPS)
+        return self.ops.mla(q, kv, self.handle, Place(cache, 0, batch))
 
 
 def cuts(rng: random.Random, sizes: tuple[int, ...], start: int = 0) -> list[tuple[int, int]]:
@@ -205,11 +209,11 @@ def test_threads_and_long_sequences() -> None:
         ops = CpuOps(threads, isa=isa, expand=False)
         handle = ops.pack_attention("a", spec, lambda: (w, torch.ones(32)), rope)
         cache = ops.new_cache(1, len(blocks), BLOCK, 40, "bfloat16")
-        whole = ops.mla(q, kv, handle, cache, 0, make_batch([length], [0], [blocks], BLOCK), EPS)
+        whole = ops.mla(q, kv, handle, Place(cache, 0, make_batch([length], [0], [blocks], BLOCK)))
         for at in (63, 64, 255, 256, 257, 4095, 4096, 5120, 5999):
             alone = make_batch([1], [at], [blocks], BLOCK)
             assert torch.equal(
-                ops.mla(q[at : at + 1], kv[at : at + 1], handle, cache, 0, alone, EPS)[0], whole[at]
+                ops.mla(q[at : at + 1], kv[at : at + 1], handle, Place(cache, 0, alone))[0], whole[at]
             )
         results.append(whole)
     assert torch.equal(*results)

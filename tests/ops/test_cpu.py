@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Batch, RouterSpec
+from farthing.ops.api import AttentionSpec, Batch, Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
@@ -56,8 +56,8 @@ def ref() -> ReferenceOps:
 def test_linear(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, n: int, k: int) -> None:
     w, x, scale, residual = weight(name, n, k), torch.randn(tokens, k), norm(k), torch.randn(tokens, n)
     handle, expected = ops.pack_linear("w", lambda: [w]), ref.pack_linear("w", lambda: [w])
-    y = ops.linear(x, handle, scale, EPS, residual.clone())
-    assert distance(y, ref.linear(x, expected, scale, EPS, residual)) < BOUNDS[name]
+    y = ops.linear(x, handle, Norm(scale, EPS), residual.clone())
+    assert distance(y, ref.linear(x, expected, Norm(scale, EPS), residual)) < BOUNDS[name]
 
 
 @pytest.mark.parametrize("k", [7, 40, 72, 129])
@@ -123,9 +123,9 @@ def test_mlp(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int, hidden: int
     parts = weight(name, width, hidden), weight(name, width, hidden), weight(name, hidden, width)
     x, scale = torch.randn(tokens, hidden), norm(hidden)
     handle, expected = ops.pack_mlp("m", lambda: parts), ref.pack_mlp("m", lambda: parts)
-    added = ops.mlp(x.clone(), handle, scale, EPS, residual=False)
-    assert distance(added, ref.mlp(x, expected, scale, EPS, residual=False)) < 3 * BOUNDS[name]
-    assert torch.equal(ops.mlp(x.clone(), handle, scale, EPS), x + added)
+    added = ops.mlp(x.clone(), handle, Norm(scale, EPS), residual=False)
+    assert distance(added, ref.mlp(x, expected, Norm(scale, EPS), residual=False)) < 3 * BOUNDS[name]
+    assert torch.equal(ops.mlp(x.clone(), handle, Norm(scale, EPS)), x + added)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
@@ -137,8 +137,8 @@ def test_moe(ops: CpuOps, ref: ReferenceOps, router: str, name: str, tokens: int
     x, scale = torch.randn(tokens, 64), norm(64)
     handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
     counts, seen = torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
-    y = ops.moe(x.clone(), handle, scale, EPS, counts)
-    z = ref.moe(x, expected, scale, EPS, seen)
+    y = ops.moe(x.clone(), handle, Norm(scale, EPS), counts)
+    z = ref.moe(x, expected, Norm(scale, EPS), seen)
     assert torch.equal(counts, seen)
     assert distance(y - x, z - x) < 3 * BOUNDS[name]
     ids, gates = ops.route(x, handle)
@@ -180,15 +180,15 @@ def test_identity_experts(ops: CpuOps, ref: ReferenceOps, name: str, tokens: int
     w = replace(w, experts=[*w.experts[:8], None, None, None])
     x, scale = torch.randn(tokens, 96), norm(96)
     handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
-    y, z = ops.moe(x.clone(), handle, scale, EPS), ref.moe(x, expected, scale, EPS)
+    y, z = ops.moe(x.clone(), handle, Norm(scale, EPS)), ref.moe(x, expected, Norm(scale, EPS))
     assert distance(y - x, z - x) < 3 * BOUNDS[name]
-    n = ref.rms_norm(x, scale, EPS)
+    n = ref.rms_norm(x, Norm(scale, EPS))
     ids, gates = ref.route(n, expected)
     elsewhere = replace(spec, identities=0)
     for backend, packed in ((ops, handle), (ref, expected)):
-        whole = backend.moe(x.clone(), packed, scale, EPS, residual=False)
+        whole = backend.moe(x.clone(), packed, Norm(scale, EPS), residual=False)
         backend.reroute(packed, elsewhere)
-        rest = backend.moe(x.clone(), packed, scale, EPS, residual=False)
+        rest = backend.moe(x.clone(), packed, Norm(scale, EPS), residual=False)
         torch.testing.assert_close(whole - rest, n * (gates * (ids >= 8)).sum(-1, True), atol=1e-4, rtol=1e-4)
     packed_experts = {key.split(".")[2] for key in ops._blobs if ".experts." in key}
     assert packed_experts == set("01234567")
@@ -200,9 +200,9 @@ def test_unselected_expert(ops: CpuOps, ref: ReferenceOps) -> None:
     w.gate[3] = 0
     w.bias[3] = -10  # type: ignore[index]
     x, counts = torch.randn(30, 64), torch.zeros(8, dtype=torch.int64)
-    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), norm(64) * 0 + 1, EPS, counts)
+    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), Norm(norm(64) * 0 + 1, EPS), counts)
     assert counts[3] == 0 and counts.sum() == 60
-    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), torch.ones(64), EPS)
+    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), Norm(torch.ones(64), EPS))
     assert distance(y - x, z - x) < 3 * BOUNDS["int4"]
 
 
@@ -216,14 +216,14 @@ def test_experts_of_another_rank_add_nothing(
     spec = RouterSpec(8, 3)
     w = experts(spec, name, 64, 96, None)
     x, scale = torch.randn(tokens, 64), norm(64)
-    whole = ref.moe(x, ref.pack_moe("m", spec, lambda: w), scale, EPS)
+    whole = ref.moe(x, ref.pack_moe("m", spec, lambda: w), Norm(scale, EPS))
     total, counts = torch.zeros_like(x), torch.zeros(2, 8, dtype=torch.int64)
     for i, kept in enumerate((here, set(range(8)) - here)):
         part = replace(w, experts=[load if e in kept else None for e, load in enumerate(w.experts)])
         if i:
             part = replace(part, shared=None)
         handle = ops.pack_moe(f"m{i}", spec, lambda part=part: part)  # type: ignore[misc]
-        total += ops.moe(x.clone(), handle, scale, EPS, counts[i]) - x
+        total += ops.moe(x.clone(), handle, Norm(scale, EPS), counts[i]) - x
     assert distance(total, whole - x) < 3 * BOUNDS[name]
     assert torch.equal(*counts) and counts.sum() == 2 * 3 * tokens  # regardless of the expert's rank
 
@@ -243,11 +243,11 @@ def test_moe_with_given_routing(ops: CpuOps, ref: ReferenceOps, name: str, token
     x, scale, gates = torch.randn(tokens, 64), norm(64), torch.rand(tokens, 3)
     ids = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
     ids[torch.rand(ids.shape) < 0.4] = -1
-    y = ops.moe_chosen(x.clone(), handle, scale, EPS, ids, gates)
-    assert distance(y - x, ref.moe_chosen(x, expected, scale, EPS, ids, gates) - x) < 3 * BOUNDS[name]
-    assert torch.equal(ops.moe_chosen(x.clone(), handle, scale, EPS, ids * 0 - 1, gates), x)
+    y = ops.moe_chosen(x.clone(), handle, Norm(scale, EPS), ids, gates)
+    assert distance(y - x, ref.moe_chosen(x, expected, Norm(scale, EPS), ids, gates) - x) < 3 * BOUNDS[name]
+    assert torch.equal(ops.moe_chosen(x.clone(), handle, Norm(scale, EPS), ids * 0 - 1, gates), x)
     with pytest.raises(ValueError, match=r"expected \[\d+, 3\]"):
-        ops.moe_chosen(x, handle, scale, EPS, ids[:, :2], gates)
+        ops.moe_chosen(x, handle, Norm(scale, EPS), ids[:, :2], gates)
 
 
 def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
@@ -260,7 +260,10 @@ def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
     ops.reroute(handle, narrow)
     ref.reroute(expected, narrow)
     x = torch.randn(5, 64)
-    y, z = ops.moe(x.clone(), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
+    y, z = (
+        ops.moe(x.clone(), handle, Norm(torch.ones(64), EPS)),
+        ref.moe(x, expected, Norm(torch.ones(64), EPS)),
+    )
     assert distance(y - x, z - x) < 3 * BOUNDS["int8"]
 
 
@@ -274,7 +277,7 @@ def run_mla(
     rope = steps[0]["rope"]
     handle = ops.pack_attention("a", spec, lambda: (w, steps[0]["norm"]), rope)
     cache = ops.new_cache(2, 80, block_size, spec.latent_dim + spec.rope_dim, cache_dtype)
-    outs = [ops.mla(step["q"], step["kv"], handle, cache, 1, step["batch"], EPS) for step in steps]
+    outs = [ops.mla(step["q"], step["kv"], handle, Place(cache, 1, step["batch"])) for step in steps]
     assert not cache.data[0].float().any()  # layer 0 is not written
     return outs
 
@@ -333,7 +336,7 @@ def test_mla_where_chunks_of_keys_meet(ops: CpuOps, ref: ReferenceOps, keys: int
             handle = backend.pack_attention("a", spec, lambda: (w, scale), rope)
             cache = backend.new_cache(1, blocks, 16, spec.latent_dim + spec.rope_dim, "float32")
             cache.data.copy_(filled)
-            found.append(backend.mla(q, kv, handle, cache, 0, batch, EPS))
+            found.append(backend.mla(q, kv, handle, Place(cache, 0, batch)))
         assert distance(found[0], found[1]) < MLA_BOUNDS["float32"]
 
 
@@ -347,13 +350,16 @@ def ops_again(ops: CpuOps) -> CpuOps:
 def test_top_logits(ops: CpuOps, ref: ReferenceOps, k: int, tokens: int) -> None:
     w, x, scale = weight("bf16", 1237, 64), torch.randn(tokens, 64), norm(64)
     handle, expected = ops.pack_linear("h", lambda: [w]), ref.pack_linear("h", lambda: [w])
-    values, ids, total = ops.top_logits(x, handle, scale, EPS, k)
-    wanted_values, wanted_ids, wanted_total = ref.top_logits(x, expected, scale, EPS, k)
+    values, ids, total = ops.top_logits(x, handle, Norm(scale, EPS), k)
+    wanted_values, wanted_ids, wanted_total = ref.top_logits(x, expected, Norm(scale, EPS), k)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(values, wanted_values, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(total, wanted_total, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(
-        ops.logits(x, handle, scale, EPS), ref.logits(x, expected, scale, EPS), atol=1e-4, rtol=1e-4
+        ops.logits(x, handle, Norm(scale, EPS)),
+        ref.logits(x, expected, Norm(scale, EPS)),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -361,16 +367,19 @@ def test_equal_logits_are_ordered_by_id(ops: CpuOps) -> None:
     w = Weight("dense", torch.ones(1100, 32))
     head = ops.pack_linear("h", lambda: [w])
     for k in (1, 4):
-        _, ids, _ = ops.top_logits(torch.ones(2, 32), head, torch.ones(32), EPS, k)
+        _, ids, _ = ops.top_logits(torch.ones(2, 32), head, Norm(torch.ones(32), EPS), k)
         assert ids.tolist() == [list(range(k))] * 2
-    assert ops.greedy(torch.ones(2, 32), head, torch.ones(32), EPS) == [0, 0]
+    assert ops.greedy(torch.ones(2, 32), head, Norm(torch.ones(32), EPS)) == [0, 0]
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_greedy_and_embedding(ops: CpuOps, ref: ReferenceOps, tokens: int) -> None:
     w, x, scale = weight("bf16", 1237, 64), torch.randn(tokens, 64), norm(64)
     handle = ops.pack_linear("h", lambda: [w])
-    assert ops.greedy(x, handle, scale, EPS) == ops.top_logits(x, handle, scale, EPS, 1)[1][:, 0].tolist()
+    assert (
+        ops.greedy(x, handle, Norm(scale, EPS))
+        == ops.top_logits(x, handle, Norm(scale, EPS), 1)[1][:, 0].tolist()
+    )
     ids = torch.randint(0, 100, (tokens, 2))[:, 0]  # not contiguous
     for table in (torch.randn(100, 33).bfloat16(), torch.randn(100, 48)[:, :33], torch.randn(100, 33).half()):
         torch.testing.assert_close(ops.embed(ids, table), ref.embed(ids, table), atol=0, rtol=0)
@@ -382,7 +391,9 @@ def test_greedy_and_embedding(ops: CpuOps, ref: ReferenceOps, tokens: int) -> No
 def test_norm(ops: CpuOps, ref: ReferenceOps, n: int) -> None:
     x = torch.randn(7, n) * 8
     scale = norm(n)
-    torch.testing.assert_close(ops.rms_norm(x, scale, EPS), ref.rms_norm(x, scale, EPS), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        ops.rms_norm(x, Norm(scale, EPS)), ref.rms_norm(x, Norm(scale, EPS)), atol=2e-5, rtol=1e-5
+    )
     table = torch.randn(5, n).bfloat16()
     ids = torch.tensor([4, 0, 4])
     assert torch.equal(ops.embed(ids, table), ref.embed(ids, table))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from farthing.ops.api import RouterSpec
+from farthing.ops.api import Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.weights import Weight, quantize_int4
 from tests.ops.parts import SPECS, batch_of, experts, weight
@@ -38,15 +38,15 @@ def results(ops: CpuOps) -> list[Tensor]:
     heads = layout.num_heads * (layout.nope_dim + layout.rope_dim)
     torch.manual_seed(3)
     q, kv = torch.randn(563, heads), torch.randn(563, layout.latent_dim + layout.rope_dim)
-    out = [ops.mla(q, kv, attention, cache, 0, batch, 1e-6)]
+    out = [ops.mla(q, kv, attention, Place(cache, 0, batch))]
     later = batch_of([(560, 1), (3, 1)], 16, 600)
     later = type(later)(
         later.positions, later.slots, later.query_start, later.context_lens, batch.block_table
     )
-    out.append(ops.mla(q[:2], kv[:2], attention, cache, 0, later, 1e-6))
+    out.append(ops.mla(q[:2], kv[:2], attention, Place(cache, 0, later)))
     for rows in (x, x[:1], x[:3]):
-        out += [ops.linear(rows, linear, scale), ops.moe(rows.clone(), moe, scale, 1e-6)]
-        out += list(ops.top_logits(rows, linear, scale, 1e-6, 5))
+        out += [ops.linear(rows, linear, Norm(scale, 1e-6)), ops.moe(rows.clone(), moe, Norm(scale, 1e-6))]
+        out += list(ops.top_logits(rows, linear, Norm(scale, 1e-6), 5))
     return out
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import AttentionSpec, Batch, LatentCache
+from farthing.ops.api import AttentionSpec, Batch, LatentCache, Place
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.torch_util import write_cache
 from farthing.ops.weights import Weight
-from tests.ops.parts import EPS, SPECS, batch_of, distance, norm, weight
+from tests.ops.parts import SPECS, batch_of, distance, norm, weight
 from tests.ops.test_cpu import ISAS, MLA_BOUNDS
 
 FROM = 1024  # kExpandFrom in native/expanded.h
@@ -44,7 +44,7 @@ class Layer:
         out, at = [], 0
         for batch in steps:
             part = slice(at, at := at + len(batch.positions))
-            out.append(ops.mla(q[part], kv[part], handle, cache, 0, batch, EPS))
+            out.append(ops.mla(q[part], kv[part], handle, Place(cache, 0, batch)))
         return torch.cat(out)
 
     def inputs(self, tokens: int, gain: float = 2.0) -> tuple[Tensor, Tensor]:

@@ -106,14 +106,22 @@ def test_host_experts_overlap_with_the_shared_expert() -> None:
             return super().moe(*arguments)
 
     class Device(ReferenceOps):
-        def mlp(self, x: torch.Tensor, weights: Any, norm: torch.Tensor, eps: float) -> torch.Tensor:
+        def mlp(self, *arguments: Any) -> torch.Tensor:
             assert begun.wait(30)
             shared.set()
-            return super().mlp(x, weights, norm, eps)
+            return super().mlp(*arguments)
 
     ops = HybridOps(Device(torch.float32), Host(torch.float32))
     model = random_model(ModelConfig.from_json(RAW | dict(first_k_dense_replace=0)), ops, 1)
     greedy(model, 1)
+
+
+def test_forwards_without_a_call_of_its_own() -> None:
+    """What a wrapper does not override is the wrapped backend's own method."""
+    device = ReferenceOps(torch.float32)
+    ops = HybridOps(device, native())
+    assert ops.mla == device.mla and ops.linear == device.linear and ops.pack_head == device.pack_head
+    assert ops.moe != device.moe
 
 
 def test_device_samples() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing import _native
-from farthing.ops.api import Batch, CacheDtype, IndexerSpec, LatentCache, Ops
+from farthing.ops.api import Batch, CacheDtype, IndexerSpec, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.indexer import read_keys, top_positions
 from farthing.ops.reference import ReferenceOps
@@ -81,7 +81,7 @@ class Step:
             self.batch: Batch = make_batch(count, before, tables, BLOCK)
             widths = spec.num_heads * spec.head_dim, spec.head_dim, spec.num_heads
             q, k, w = (torch.randn(sum(count), n, generator=g) for n in widths)
-            self.chosen = ops.index(q, k, w, self.handle, self.cache, 1, self.batch)
+            self.chosen = ops.index(q, k, w, self.handle, Place(self.cache, 1, self.batch))
 
 
 SPECS = [
@@ -130,7 +130,7 @@ def test_ties_select_the_earlier_position(name: str) -> None:
     step = Step(ops, "float32", spec, [1, 1], [40, 30])
     q, k = torch.randn(2, spec.num_heads * spec.head_dim), torch.randn(2, spec.head_dim)
     for w in (torch.zeros(2, spec.num_heads), -torch.zeros(2, spec.num_heads)):
-        chosen = ops.index(q, k, w, step.handle, step.cache, 1, step.batch)
+        chosen = ops.index(q, k, w, step.handle, Place(step.cache, 1, step.batch))
         assert chosen is not None
         assert chosen.tolist() == [list(range(spec.top_k))] * 2
 

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("farthing._native")
 
 from farthing import _native
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.weights import choose
 from farthing.ops.reference import ReferenceOps
@@ -121,8 +122,8 @@ def test_products_with_codes(isa: str, tokens: int, hidden: int, width: int) -> 
     handle, expected = (o.pack_mlp("m", lambda: tuple(parts)) for o in (ops, ref))  # type: ignore[attr-defined]
     packed = ops._pack("w", parts[:1], mlp=True)
     assert packed.format == _native.Format.NL4
-    found = ops.mlp(x.clone(), handle, scale, 1e-6, residual=False)
-    assert distance(found, ref.mlp(x, expected, scale, 1e-6, residual=False)) < 3 * BOUNDS["int4"]
+    found = ops.mlp(x.clone(), handle, Norm(scale, 1e-6), residual=False)
+    assert distance(found, ref.mlp(x, expected, Norm(scale, 1e-6), residual=False)) < 3 * BOUNDS["int4"]
 
 
 @pytest.mark.usefixtures("sparse_on_amx")
@@ -135,8 +136,8 @@ def test_blocks_of_zeros_are_left_out_of_codes(isa: str) -> None:
     handle, expected = ops.pack_mlp("m", lambda: parts), ref.pack_mlp("m", lambda: parts)
     assert ops._pack("w", parts[:1], mlp=True).sparse
     x, ones = torch.randn(5, 256), torch.ones(256)
-    found = ops.mlp(x.clone(), handle, ones, 1e-6, residual=False)
-    assert distance(found, ref.mlp(x, expected, ones, 1e-6, residual=False)) < 3 * BOUNDS["int4"]
+    found = ops.mlp(x.clone(), handle, Norm(ones, 1e-6), residual=False)
+    assert distance(found, ref.mlp(x, expected, Norm(ones, 1e-6), residual=False)) < 3 * BOUNDS["int4"]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

@@ -16,7 +16,7 @@ import xxhash
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import AttentionSpec, NotFinite, RouterSpec
+from farthing.ops.api import AttentionSpec, Norm, NotFinite, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile, write_packed
 from farthing.ops.cpu.weights import F32, plan
@@ -53,10 +53,10 @@ def test_experts_absent_from_a_rank(tmp_path: Path) -> None:
     w = experts(spec, "int8", 64, 96, None)
     part = replace(w, experts=[load if e in (1, 4, 7) else None for e, load in enumerate(w.experts)])
     x, norm, packed = torch.randn(5, 64), torch.ones(64), CpuOps(2)
-    expected = packed.moe(x.clone(), packed.pack_moe("m", spec, lambda: part), norm, 1e-6)
+    expected = packed.moe(x.clone(), packed.pack_moe("m", spec, lambda: part), Norm(norm, 1e-6))
     packed.save_packed(str(tmp_path / "rank.packed"))
     mapped = CpuOps(2, packed=str(tmp_path / "rank.packed"))
-    assert torch.equal(mapped.moe(x.clone(), mapped.pack_moe("m", spec, never), norm, 1e-6), expected)
+    assert torch.equal(mapped.moe(x.clone(), mapped.pack_moe("m", spec, never), Norm(norm, 1e-6)), expected)
     del packed._blobs["m.held"]
     packed.save_packed(str(tmp_path / "lacking.packed"))
     with pytest.raises(ValueError, match="the packed file lacks a part of this layer"):
@@ -223,10 +223,10 @@ def test_damage_stops_models_that_run_op_by_op(tmp_path: Path) -> None:
     mapped = CpuOps(1, packed=str(tmp_path / "m"))
     assert mapped._file is not None
     handle, x = mapped.pack_mlp("m", never), torch.randn(2, 32)  # type: ignore[arg-type]
-    mapped.mlp(x, handle, torch.ones(32), 1e-6)
+    mapped.mlp(x, handle, Norm(torch.ones(32), 1e-6))
     mapped._file.damage = "a checksum does not match"
     with pytest.raises(DamagedFile, match="a checksum does not match"):
-        mapped.mlp(x, handle, torch.ones(32), 1e-6)
+        mapped.mlp(x, handle, Norm(torch.ones(32), 1e-6))
 
 
 def test_damaged_sections_never_crash(tmp_path: Path) -> None:
@@ -262,9 +262,9 @@ def test_logits_that_are_not_finite_are_an_error() -> None:
     head = ops.pack_linear("h", lambda: [Weight("dense", w)])
     for k in (1, 5):
         with pytest.raises(NotFinite, match="weights are broken"):
-            ops.top_logits(torch.randn(3, 64), head, torch.ones(64), 1e-6, k)
+            ops.top_logits(torch.randn(3, 64), head, Norm(torch.ones(64), 1e-6), k)
     with pytest.raises(NotFinite, match="weights are broken"):
-        ops.greedy(torch.full((2, 64), float("nan")), head, torch.ones(64), 1e-6)
+        ops.greedy(torch.full((2, 64), float("nan")), head, Norm(torch.ones(64), 1e-6))
 
 
 @pytest.mark.parametrize("exact", [0, 1])

@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import NotFinite
+from farthing.ops.api import Norm, NotFinite
 from farthing.ops.cpu import CpuOps, weights
 from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import Weight
@@ -40,14 +40,16 @@ def heads(ops: CpuOps, w: Weight) -> tuple[Any, Any]:
 def test_bits_and_tokens_of_a_plain_head(ops: CpuOps, k: int, tokens: int) -> None:
     plain, planes = heads(ops, weight("int8", 3001, k))
     x, scale = torch.randn(tokens, k), norm(k)
-    expected = ops.logits(x, plain, scale, EPS)
-    assert torch.equal(ops.logits(x, planes, scale, EPS), expected)
+    expected = ops.logits(x, plain, Norm(scale, EPS))
+    assert torch.equal(ops.logits(x, planes, Norm(scale, EPS)), expected)
     for top in (1, 5):
         for a, b in zip(
-            ops.top_logits(x, planes, scale, EPS, top), ops.top_logits(x, plain, scale, EPS, top), strict=True
+            ops.top_logits(x, planes, Norm(scale, EPS), top),
+            ops.top_logits(x, plain, Norm(scale, EPS), top),
+            strict=True,
         ):
             assert torch.equal(a, b)
-    assert ops.greedy(x, planes, scale, EPS) == expected.argmax(-1).tolist()
+    assert ops.greedy(x, planes, Norm(scale, EPS)) == expected.argmax(-1).tolist()
 
 
 def test_rows_are_rounded_as_in_a_plain_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +64,7 @@ def test_rows_are_rounded_as_in_a_plain_head(monkeypatch: pytest.MonkeyPatch) ->
 def test_equal_logits(ops: CpuOps) -> None:
     row = torch.randint(-127, 128, (1, 64), dtype=torch.int8)
     _, planes = heads(ops, Weight("int8", row.expand(2000, -1), torch.ones(2000, 1)))
-    assert ops.greedy(torch.randn(3, 64), planes, norm(64), EPS) == [0, 0, 0]
+    assert ops.greedy(torch.randn(3, 64), planes, Norm(norm(64), EPS)) == [0, 0, 0]
 
 
 def aligned(x: Tensor, rows: int) -> Weight:
@@ -77,7 +79,10 @@ def test_weights_that_break_the_bound_are_read_whole(ops: CpuOps) -> None:
     for _ in range(8):
         x, scale = torch.randn(1, 1024), torch.ones(1024)
         plain, planes = heads(ops, aligned(x, 640))
-        assert ops.greedy(x, planes, scale, EPS) == ops.logits(x, plain, scale, EPS).argmax(-1).tolist()
+        assert (
+            ops.greedy(x, planes, Norm(scale, EPS))
+            == ops.logits(x, plain, Norm(scale, EPS)).argmax(-1).tolist()
+        )
         ops.forget("planes")
 
 
@@ -92,8 +97,8 @@ def test_rows_with_an_outlier(ops: CpuOps, outlier: float, mean: float) -> None:
         w[77, at] = 0.02 * outlier * x[0, at].sign()
         scale = w.abs().amax(1, keepdim=True) / 127
         plain, planes = heads(ops, Weight("int8", (w / scale).round().to(torch.int8), scale))
-        expected = ops.logits(x, plain, torch.ones(k), EPS).argmax(-1).tolist()
-        assert ops.greedy(x, planes, torch.ones(k), EPS) == expected
+        expected = ops.logits(x, plain, Norm(torch.ones(k), EPS)).argmax(-1).tolist()
+        assert ops.greedy(x, planes, Norm(torch.ones(k), EPS)) == expected
         ops.forget("planes")
 
 
@@ -102,13 +107,15 @@ def test_head_of_uneven_rows_is_read_whole(ops: CpuOps) -> None:
     w[torch.arange(500), torch.arange(500) % 128] = 127
     plain, planes = heads(ops, Weight("int8", w, torch.rand(500, 1) + 0.5))
     x, scale = torch.randn(5, 128) - 0.2, norm(128)
-    assert ops.greedy(x, planes, scale, EPS) == ops.logits(x, plain, scale, EPS).argmax(-1).tolist()
+    assert (
+        ops.greedy(x, planes, Norm(scale, EPS)) == ops.logits(x, plain, Norm(scale, EPS)).argmax(-1).tolist()
+    )
 
 
 def test_logits_that_are_not_finite(ops: CpuOps) -> None:
     _, planes = heads(ops, weight("int8", 1100, 64))
     with pytest.raises(NotFinite, match="weights are broken"):
-        ops.greedy(torch.full((2, 64), float("nan")), planes, torch.ones(64), EPS)
+        ops.greedy(torch.full((2, 64), float("nan")), planes, Norm(torch.ones(64), EPS))
 
 
 @pytest.mark.parametrize("topology", ["", "0;1"])
@@ -121,8 +128,8 @@ def test_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: 
     for nodes in ("", "0;1"):
         mapped = CpuOps(2, packed=path, topology=nodes)
         again = mapped.pack_head("planes", pytest.fail)
-        assert torch.equal(mapped.logits(x, again, scale, EPS), ops.logits(x, plain, scale, EPS))
-        assert mapped.greedy(x, again, scale, EPS) == ops.greedy(x, planes, scale, EPS)
+        assert torch.equal(mapped.logits(x, again, Norm(scale, EPS)), ops.logits(x, plain, Norm(scale, EPS)))
+        assert mapped.greedy(x, again, Norm(scale, EPS)) == ops.greedy(x, planes, Norm(scale, EPS))
 
 
 def test_packed_file_with_planes_of_an_earlier_version(

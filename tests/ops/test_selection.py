@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, Ops
+from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.selection import chosen
@@ -41,7 +41,7 @@ def step(
         batch = make_batch(new, cached, tables, BLOCK)
         q, kv = (torch.randn(sum(new), w, generator=g) for w in width)
         if cached == [0, 0]:
-            ops.mla(q, kv, handle, cache, 1, batch, 1e-6)
+            ops.mla(q, kv, handle, Place(cache, 1, batch))
     return handle, cache, batch, q, kv
 
 
@@ -60,8 +60,8 @@ def positions(batch: Batch, k: int | None, seed: int = 1) -> torch.Tensor:
 def test_all_positions_equal_dense_attention(name: str, dtype: CacheDtype) -> None:
     ops = backend(name)
     handle, cache, batch, q, kv = step(ops, dtype)
-    dense = ops.mla(q, kv, handle, cache, 1, batch, 1e-6)
-    sparse = ops.mla(q, kv, handle, cache, 1, batch, 1e-6, positions(batch, None))
+    dense = ops.mla(q, kv, handle, Place(cache, 1, batch))
+    sparse = ops.mla(q, kv, handle, Place(cache, 1, batch), positions(batch, None))
     assert torch.allclose(sparse, dense, atol=1e-5)
 
 
@@ -72,7 +72,7 @@ def test_selected_positions_match_the_reference(name: str, dtype: CacheDtype, k:
     outs = []
     for each in (backend("reference"), backend(name)):
         handle, cache, batch, q, kv = step(each, dtype)
-        outs.append(each.mla(q, kv, handle, cache, 1, batch, 1e-6, positions(batch, k)))
+        outs.append(each.mla(q, kv, handle, Place(cache, 1, batch), positions(batch, k)))
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     assert torch.allclose(*outs, atol=tolerance)
 
@@ -81,7 +81,7 @@ def test_reference_is_softmax_over_the_selected_keys() -> None:
     ops = ReferenceOps(torch.float32)
     handle, cache, batch, q, kv = step(ops, "float32")
     select = positions(batch, 4)
-    out = ops.mla(q, kv, handle, cache, 1, batch, 1e-6, select)
+    out = ops.mla(q, kv, handle, Place(cache, 1, batch), select)
     s, t = SPEC, 2
     keys = read_cache(cache, 1, batch.block_table[0], 15, s.latent_dim)[select[t][select[t] >= 0].long()]
     cos, sin = handle.rope[:, batch.positions[t].long()]

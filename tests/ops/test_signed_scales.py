@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing.checkpoint.compressed_tensors import encode
-from farthing.ops.api import MoEWeights, RouterSpec
+from farthing.ops.api import MoEWeights, Norm, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight, pack_int4
@@ -131,8 +131,8 @@ def test_mixture_of_experts(ops: CpuOps, ref: ReferenceOps, tokens: int) -> None
         lambda: parts[8],  # type: ignore[misc]
     )
     x, scale = torch.randn(tokens, 64), norm(64)
-    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), scale, EPS)
-    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), scale, EPS)
+    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), Norm(scale, EPS))
+    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), Norm(scale, EPS))
     assert distance(y - x, z - x) < 3 * BOUNDS["int4"]
 
 

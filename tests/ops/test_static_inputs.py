@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from farthing.ops.api import Norm
 from farthing.ops.select import select
 from farthing.ops.weights import InputRounding, Weight, quantize_int8
 
@@ -82,9 +83,9 @@ def test_the_reference_rounds_the_same(scale: float) -> None:
     x, norm = torch.randn(9, 64), torch.rand(64) + 0.5
     ops, reference = select("cpu"), select("reference")
     stack = list(parts[:2])
-    y, z = (o.linear(x, o.pack_linear("w", lambda: stack), norm, 1e-6) for o in (ops, reference))
+    y, z = (o.linear(x, o.pack_linear("w", lambda: stack), Norm(norm, 1e-6)) for o in (ops, reference))
     torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-4)
-    y, z = (o.mlp(x, o.pack_mlp("m", lambda: parts), norm, 1e-6) for o in (ops, reference))
+    y, z = (o.mlp(x, o.pack_mlp("m", lambda: parts), Norm(norm, 1e-6)) for o in (ops, reference))
     assert float((y - z).norm() / (z - x).norm()) < 1e-3
 
 

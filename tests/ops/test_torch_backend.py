@@ -12,7 +12,7 @@ from torch import Tensor
 
 from farthing.config import EngineConfig
 from farthing.model.load import load
-from farthing.ops.api import AttentionSpec, CacheDtype
+from farthing.ops.api import AttentionSpec, CacheDtype, Norm, Place
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
 from farthing.ops.torch_backend import TorchOps, create
@@ -38,11 +38,11 @@ def ref() -> ReferenceOps:
 def test_linear_and_mlp(ops: TorchOps, ref: ReferenceOps, name: str) -> None:
     x, scale = torch.randn(5, 64), norm(64)
     w = weight(name, 48, 64)
-    y = ops.linear(x, ops.pack_linear("w", lambda: [w]), scale, EPS)
-    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]), scale, EPS)) < 1e-10
+    y = ops.linear(x, ops.pack_linear("w", lambda: [w]), Norm(scale, EPS))
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: [w]), Norm(scale, EPS))) < 1e-10
     parts = weight(name, 96, 64), weight(name, 96, 64), weight(name, 64, 96)
-    y = ops.mlp(x, ops.pack_mlp("m", lambda: parts), scale, EPS)
-    assert distance(y, ref.mlp(x, ref.pack_mlp("m", lambda: parts), scale, EPS)) < 1e-10
+    y = ops.mlp(x, ops.pack_mlp("m", lambda: parts), Norm(scale, EPS))
+    assert distance(y, ref.mlp(x, ref.pack_mlp("m", lambda: parts), Norm(scale, EPS))) < 1e-10
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
@@ -52,8 +52,8 @@ def test_moe(ops: TorchOps, ref: ReferenceOps, router: str, tokens: int) -> None
     w = experts(spec, "f32", 64, 48, shared=32)
     x, scale = torch.randn(tokens, 64), norm(64)
     counts, expected = (torch.zeros(spec.num_experts, dtype=torch.int64) for _ in range(2))
-    y = ops.moe(x, ops.pack_moe("m", spec, lambda: w), scale, EPS, counts)
-    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), scale, EPS, expected)
+    y = ops.moe(x, ops.pack_moe("m", spec, lambda: w), Norm(scale, EPS), counts)
+    z = ref.moe(x, ref.pack_moe("m", spec, lambda: w), Norm(scale, EPS), expected)
     assert distance(y, z) < 1e-10
     assert torch.equal(counts, expected)
 
@@ -80,7 +80,7 @@ def attention(
         for t, position in enumerate(batch.positions.tolist()):
             some = torch.randperm(position + 1)[: 1 + t % 4].sort().values.int()
             picked[t, : len(some)] = some
-    return ops.mla(q, torch.randn(tokens, width), handle, cache, 1, batch, EPS, picked)
+    return ops.mla(q, torch.randn(tokens, width), handle, Place(cache, 1, batch), picked)
 
 
 @pytest.mark.parametrize("spec", list(SPECS))

@@ -36,10 +36,10 @@ BACKEND = '''
         def pack_linear(self, name, weights):
             return np.concatenate([w.dequantize().numpy() for w in weights()])
 
-        def linear(self, x, weight, norm=None, eps=1e-6, residual=None):
+        def linear(self, x, weight, norm=None, residual=None):
             NumpyOps.calls += 1
             if norm is not None:
-                x = self.rms_norm(x, norm, eps)
+                x = self.rms_norm(x, norm)
             y = torch.from_numpy(x.numpy() @ weight.T)
             return y if residual is None else residual + y
 

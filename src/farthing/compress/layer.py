@@ -19,7 +19,7 @@ from farthing.model.attention import attention_of, rope_table
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec
 from farthing.model.source import MemorySource
-from farthing.ops.api import AttentionSpec, Batch, LatentCache, MoEWeights, Ops, RouterSpec
+from farthing.ops.api import AttentionSpec, Batch, LatentCache, MoEWeights, Norm, Ops, Place, RouterSpec
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
 
@@ -105,47 +105,27 @@ class TracedOps(ReferenceOps):
         return self._apply(down, F.silu(F.linear(x, gate.weight)) * F.linear(x, up.weight))
 
     def linear(
-        self,
-        x: Tensor,
-        weight: Any,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Any, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        y = self._apply(weight, x if norm is None else self.rms_norm(x, norm, eps))
+        y = self._apply(weight, x if norm is None else self.rms_norm(x, norm))
         return y if residual is None else residual + y
 
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Any,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
-    ) -> Tensor:
-        matrix, packed = attention
+    def mla(self, q: Tensor, kv: Tensor, heads: Any, place: Place, select: Tensor | None = None) -> Tensor:
+        matrix, packed = heads
         # kv_b is absorbed into the query, so its input (the normed latent) is reported but not replaced.
-        self.before(matrix, self.rms_norm(kv[:, : packed.spec.latent_dim], packed.norm, eps))
-        return super().mla(q, kv, packed, cache, layer, batch, eps, select)
+        norm = Norm(packed.norm, packed.spec.norm_eps)
+        self.before(matrix, self.rms_norm(kv[:, : packed.spec.latent_dim], norm))
+        return super().mla(q, kv, packed, place, select)
 
-    def mlp(self, x: Tensor, weights: Any, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
-        out = self._gated(self.rms_norm(x, norm, eps), weights)
+    def mlp(self, x: Tensor, weights: Any, norm: Norm, residual: bool = True) -> Tensor:
+        out = self._gated(self.rms_norm(x, norm), weights)
         return x + out if residual else out
 
     def moe(
-        self,
-        x: Tensor,
-        weights: Any,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: Any, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
         name, router, experts, shared = weights
-        n = self.rms_norm(x, norm, eps)
+        n = self.rms_norm(x, norm)
         ids, gates = self.route(n, router)
         out = torch.zeros_like(n)
         for e, expert in enumerate(experts):
@@ -160,8 +140,8 @@ class TracedOps(ReferenceOps):
             out += self._gated(n, shared)
         return x + out if residual else out
 
-    def logits(self, x: Tensor, head: Any, norm: Tensor, eps: float) -> Tensor:
-        return self.linear(x, head, norm, eps)
+    def logits(self, x: Tensor, head: Any, norm: Norm) -> Tensor:
+        return self.linear(x, head, norm)
 
 
 ATTENTION = (
@@ -358,14 +338,14 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
         mtp.layer = 0  # the cache below has one layer
 
         def draft(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-            return mtp(next_ids, ops.rms_norm(h, final_norm, c.rms_norm_eps), batch, cache)
+            return mtp(next_ids, ops.rms_norm(h, Norm(final_norm, c.rms_norm_eps)), batch, cache)
 
         return draft
     attention = attention_of(c, ops, source, layer.index, rope)
     feed_forward = FeedForward(c, ops, source, layer.index, router)
 
     def block(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        return feed_forward(attention(h, batch, cache, 0)[0])
+        return feed_forward(attention(h, Place(cache, 0, batch))[0])
 
     return block
 

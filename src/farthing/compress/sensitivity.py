@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.checkpoint import compressed_tensors as ct
@@ -83,7 +84,7 @@ class LayerwiseModel:
     def stream(self, windows: list[Window]) -> Stream:
         """Embedded tokens, the input of the first layer."""
         ids = torch.cat([w.ids[:-1] for w in windows])
-        hidden = torch.nn.functional.embedding(ids, self.embedding).float()
+        hidden = F.embedding(ids, self.embedding).float()
         return Stream(hidden, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
 
     def through(self, layer: Layer, stream: Stream, ops: TracedOps | None = None) -> Tensor:
@@ -92,8 +93,8 @@ class LayerwiseModel:
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[t, D] after the last layer -> [t, V]."""
-        normed = TracedOps().rms_norm(hidden, self.final_norm, self.config.rms_norm_eps)
-        return torch.nn.functional.linear(normed, self.head).log_softmax(-1)
+        normed = F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.config.rms_norm_eps)
+        return F.linear(normed, self.head).log_softmax(-1)
 
 
 class Meter:

@@ -13,12 +13,20 @@ from farthing.lazy import np
 from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.model.heads import GroupedHeads
 from farthing.model.source import WeightSource
-from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec, IndexerSpec, LatentCache, Ops
+from farthing.ops.api import AttentionSpec, GroupedParts, GroupedSpec, IndexerSpec, Norm, Ops, Place
 from farthing.ops.arrays import as_float32
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
+
+
+def norm_of(
+    config: ModelConfig, weights: WeightSource, name: str, width: int | None = None, scale: float = 1.0
+) -> Norm:
+    """A norm of the checkpoint, its weight times `scale`; width None: the hidden size."""
+    weight = as_float32(weights.tensor(f"{name}.weight", (width or config.hidden_size,)))
+    return Norm(weight if scale == 1.0 else weight * scale, config.rms_norm_eps)
 
 
 # Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
@@ -116,6 +124,7 @@ def grouped_spec(config: ModelConfig, heads: GroupedHeads) -> GroupedSpec:
         scale=heads.scale,
         interleaved=config.rope.interleaved,
         whole_norm=heads.qk_norm == "whole",
+        norm_eps=config.rms_norm_eps,
     )
 
 
@@ -132,8 +141,8 @@ class GroupedAttention:
         p, d = f"model.layers.{layer}.self_attn.", config.hidden_size
         a = config.attention
         assert isinstance(a, GroupedHeads)
-        self.ops, self.eps, self.rows = ops, config.rms_norm_eps, a.cache_rows
-        self.norm = as_float32(weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)))
+        self.ops, self.rows = ops, a.cache_rows
+        self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
         widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
         self.q_width = a.query_width
         self.qkv_a = ops.pack_linear(
@@ -162,16 +171,14 @@ class GroupedAttention:
         )
         self.o_bias = vector("o_proj.bias", d) if a.o_bias else None
 
-    def __call__(
-        self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int, select: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, h: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' values and keys to the cache.
 
         Also returns None: every token attends to all before it.
         """
         ops = self.ops
-        qkv = ops.linear(h, self.qkv_a, self.norm, self.eps)  # [T, (H + 2 G) d]
-        out = ops.gqa(qkv, self.heads, cache, cache_layer * self.rows, batch, self.eps)  # [T, H d]
+        qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, (H + 2 G) d]
+        out = ops.gqa(qkv, self.heads, place)  # [T, H d]
         if self.o_bias is not None:
             h = h + self.o_bias.to(h)
         return ops.linear(out, self.o, residual=h), None
@@ -209,7 +216,7 @@ class Indexer:
     ) -> None:
         p, c, d = f"model.layers.{layer}.self_attn.indexer.", config, config.hidden_size
         assert c.latent.q_lora_rank is not None
-        self.ops, self.eps = ops, c.rms_norm_eps
+        self.ops = ops
         self.row = sum(map(c.has_indexer, range(layer)))  # row in the index cache
         q_shape = (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
         self.q = ops.pack_linear(p + "wq_b", lambda: [weights.weight(p + "wq_b", q_shape)])
@@ -226,14 +233,14 @@ class Indexer:
         )
 
     def __call__(
-        self, h: Tensor, norm: Tensor, latent: Tensor, latent_norm: Tensor, batch: Batch, cache: LatentCache
+        self, h: Tensor, norm: Norm, latent: Tensor, latent_norm: Norm, place: Place
     ) -> Tensor | None:
         """h [T, D] and the query latent [T, q], each with its input norm -> positions [T, K] or None
         (`Ops.index`)."""
         ops = self.ops
-        q = ops.linear(latent, self.q, latent_norm, self.eps)
-        k, w = ops.linear(h, self.k, norm, self.eps), ops.linear(h, self.w, norm, self.eps)
-        return ops.index(q, k, w, self.keys, cache, self.row, batch)
+        q = ops.linear(latent, self.q, latent_norm)
+        k, w = ops.linear(h, self.k, norm), ops.linear(h, self.w, norm)
+        return ops.index(q, k, w, self.keys, Place(place.cache, self.row, place.batch))
 
 
 def attention_spec(config: ModelConfig) -> AttentionSpec:
@@ -247,6 +254,7 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
         latent_dim=a.kv_lora_rank,
         scale=score_scale(config),
         interleaved=config.rope.interleaved,
+        norm_eps=config.rms_norm_eps,
     )
 
 
@@ -271,8 +279,8 @@ class LatentAttention:
         p = f"model.layers.{layer}.self_attn."
         c, a, d = config, config.latent, config.hidden_size
         heads = a.num_attention_heads
-        self.ops, self.eps = ops, config.rms_norm_eps
-        self.norm = as_float32(weights.tensor(f"model.layers.{layer}.input_layernorm.weight", (d,)))
+        self.ops = ops
+        self.norm = norm_of(c, weights, f"model.layers.{layer}.input_layernorm")
         self.q_width = a.q_lora_rank or heads * a.qk_head_dim
         first = "q_a_proj" if a.q_lora_rank else "q_proj"
         # One product over the hidden state computes the query (or its latent) and the key-value latent.
@@ -285,8 +293,7 @@ class LatentAttention:
         )
         self.q_norm, self.q_b = None, None
         if a.q_lora_rank:
-            self.q_norm = as_float32(weights.tensor(p + "q_a_layernorm.weight", (a.q_lora_rank,)))
-            self.q_norm = self.q_norm * a.query_latent_scale
+            self.q_norm = norm_of(c, weights, p + "q_a_layernorm", a.q_lora_rank, a.query_latent_scale)
             q_shape = (heads * a.qk_head_dim, a.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         self.sparse = c.index_topk is not None
@@ -303,25 +310,23 @@ class LatentAttention:
         o_shape = (d, heads * a.v_head_dim)
         self.o = ops.pack_output(p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), heads)
 
-    def __call__(
-        self, h: Tensor, batch: Batch, cache: LatentCache, cache_layer: int, select: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, h: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' (latent, k_pe) to the cache.
 
         Also returns the positions [T, K] it attended to; None for all of them. A layer with an indexer
         selects them; a layer without uses `select`, the selection of the previous layer.
         """
         ops = self.ops
-        qkv = ops.linear(h, self.qkv_a, self.norm, self.eps)  # [T, q + c + r]
+        qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, q + c + r]
         q, kv = qkv[:, : self.q_width], qkv[:, self.q_width :]
         if self.indexer is not None:
             assert self.q_norm is not None
-            select = self.indexer(h, self.norm, q, self.q_norm, batch, cache)
+            select = self.indexer(h, self.norm, q, self.q_norm, place)
         if self.q_b is not None:
-            q = ops.linear(q, self.q_b, self.q_norm, self.eps)  # [T, H (n + r)]
+            q = ops.linear(q, self.q_b, self.q_norm)  # [T, H (n + r)]
         if self.query_scale is not None:
-            q = q * self.query_scale[batch.positions.long()].unsqueeze(1).to(q.dtype)
-        out = ops.mla(q, kv, self.heads, cache, cache_layer, batch, self.eps, select)  # [T, H v]
+            q = q * self.query_scale[place.batch.positions.long()].unsqueeze(1).to(q.dtype)
+        out = ops.mla(q, kv, self.heads, place, select)  # [T, H v]
         return ops.linear(out, self.o, residual=h), select
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from farthing.model.attention import attention_of, rope_table
+from farthing.model.attention import attention_of, norm_of, rope_table
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.source import WeightSource
-from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, Ops, RouterSpec
-from farthing.ops.arrays import all_finite, as_float32
+from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, Ops, Place, RouterSpec
+from farthing.ops.arrays import all_finite
 from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class DecoderModel:
     ) -> None:
         """first, last: whether the embedding, and the norm and head, belong to this pipeline stage."""
         self.config, self.ops = config, ops
-        self.eps = config.rms_norm_eps
         shape = (config.vocab_size, config.hidden_size)
         rope = ops.tensor(rope_table(config))
         routers = routers or routers_of(config)
@@ -51,9 +50,7 @@ class DecoderModel:
         if not last:
             return
         # Logits are scaled by the norm before the head.
-        self.norm = (
-            as_float32(weights.tensor("model.norm.weight", (config.hidden_size,))) * config.logit_scale
-        )
+        self.norm = norm_of(config, weights, "model.norm", scale=config.logit_scale)
 
         def head() -> Weight:
             if config.tie_word_embeddings:
@@ -130,13 +127,13 @@ class DecoderModel:
         span: a part of the layers; only if `layered`.
         """
         if self.stack is not None:
-            return self.ops.run_stack(h, self.stack, batch, cache, self.eps, counts, span)
+            return self.ops.run_stack(h, self.stack, batch, cache, counts, span)
         if span != ALL:
             raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
         select: Tensor | None = None  # the cached positions that sparse attention reads
         owed: Tensor | None = None  # output of the previous layer's experts that is not yet added
         for i, (attention, feed_forward) in enumerate(self.layers):
-            h, select = attention(h, batch, cache, i, select)
+            h, select = attention(h, Place(cache, i * attention.rows, batch), select)
             h, owed = _feed(feed_forward, h, owed, None if counts is None else counts[i])
         return h
 
@@ -147,7 +144,7 @@ class DecoderModel:
         if not _finite(h):
             return "the embedding (model.embed_tokens)"
         for i, (attention, feed_forward) in enumerate(self.layers):
-            h, select = attention(h, batch, cache, i, select)
+            h, select = attention(h, Place(cache, i * attention.rows, batch), select)
             if not _finite(h):
                 return f"layer {i}'s attention (model.layers.{i}.self_attn)"
             h, owed = _feed(feed_forward, h, owed)
@@ -157,15 +154,15 @@ class DecoderModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] of `forward` -> logits [n, V] float32."""
-        return self.ops.logits(hidden, self.head, self.norm, self.eps)
+        return self.ops.logits(hidden, self.head, self.norm)
 
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values [n, k], ids [n, k], logsumexp [n]) of the next token, without writing out all logits."""
-        return self.ops.top_logits(hidden, self.head, self.norm, self.eps, k)
+        return self.ops.top_logits(hidden, self.head, self.norm, k)
 
     def greedy(self, hidden: Tensor) -> list[int]:
         """The most likely next token per row of hidden [n, D]."""
-        return self.ops.greedy(hidden, self.head, self.norm, self.eps)
+        return self.ops.greedy(hidden, self.head, self.norm)
 
     def draft(
         self,
@@ -183,18 +180,18 @@ class DecoderModel:
         """
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
-        h = self.ops.rms_norm(hidden, norm, self.eps)
+        h = self.ops.rms_norm(hidden, norm)
         return mtp(next_ids, h, batch, cache, None if counts is None else counts[mtp.layer])
 
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """h' [n, D] of `draft` -> logits [n, V] float32 of the token after next_ids."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        return self.ops.logits(hidden, mtp.head, mtp.norm, self.eps)
+        return self.ops.logits(hidden, mtp.head, mtp.norm)
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Like `top_logits`, for a draft."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        return self.ops.top_logits(hidden, mtp.head, mtp.norm, self.eps, k)
+        return self.ops.top_logits(hidden, mtp.head, mtp.norm, k)
 
     def failure(self) -> str | None:
         """Always None: a model in this process fails by raising."""

@@ -7,10 +7,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from farthing.lazy import torch
-from farthing.model.attention import AnyAttention, attention_of
+from farthing.model.attention import AnyAttention, attention_of, norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.source import WeightSource
-from farthing.ops.api import Batch, Handle, LatentCache, LayerHandles, MoEWeights, Ops, RouterSpec
+from farthing.ops.api import (
+    Batch,
+    Handle,
+    LatentCache,
+    LayerHandles,
+    MoEWeights,
+    Norm,
+    Ops,
+    Place,
+    RouterSpec,
+)
 from farthing.ops.arrays import as_float32, same
 from farthing.ops.weights import Weight
 
@@ -54,10 +64,8 @@ class FeedForward:
         router: RouterSpec | None,
     ) -> None:
         config = config.at(layer)
-        self.ops, self.eps = ops, config.rms_norm_eps
-        self.norm = as_float32(
-            weights.tensor(f"model.layers.{layer}.post_attention_layernorm.weight", (config.hidden_size,))
-        )
+        self.ops = ops
+        self.norm = norm_of(config, weights, f"model.layers.{layer}.post_attention_layernorm")
         p = f"model.layers.{layer}.mlp"
         self.is_moe = router is not None
         if router is None:
@@ -68,24 +76,23 @@ class FeedForward:
         if self.is_moe and config.shortcut_experts:
             dense = gated(weights, p, config.hidden_size, config.intermediate_size)
             self.beside = ops.pack_mlp(f"{p}_beside", dense)
-        self.post_norm: Tensor | None = None
+        self.post_norm: Norm | None = None
         if self.is_moe and config.post_mlp_norm:
-            name = f"{p}.post_mlp_layernorm.weight"
-            self.post_norm = as_float32(weights.tensor(name, (config.hidden_size,)))
+            self.post_norm = norm_of(config, weights, f"{p}.post_mlp_layernorm")
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
         """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""
         if self.post_norm is not None:
-            added = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
-            return h + self.ops.rms_norm(added, self.post_norm, self.eps)
+            added = self.ops.moe(h, self.packed, self.norm, counts, residual=False)
+            return h + self.ops.rms_norm(added, self.post_norm)
         if self.is_moe:
-            return self.ops.moe(h, self.packed, self.norm, self.eps, counts)
-        return self.ops.mlp(h, self.packed, self.norm, self.eps)
+            return self.ops.moe(h, self.packed, self.norm, counts)
+        return self.ops.mlp(h, self.packed, self.norm)
 
     def apart(self, h: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h [T, D] -> (h + mlp(norm(h)), experts(norm(h))); the next layer adds the second."""
-        experts = self.ops.moe(h, self.packed, self.norm, self.eps, counts, residual=False)
-        return self.ops.mlp(h, self.beside, self.norm, self.eps), experts
+        experts = self.ops.moe(h, self.packed, self.norm, counts, residual=False)
+        return self.ops.mlp(h, self.beside, self.norm), experts
 
 
 def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Gated]:
@@ -171,10 +178,10 @@ class MTPLayer:
         """head, head_weight: the model's head, packed and unpacked."""
         ops, exact = ops.coarse(), ops
         p, d = f"model.layers.{layer}.", config.hidden_size
-        self.ops, self.eps, self.layer = ops, config.rms_norm_eps, layer
-        self.enorm = as_float32(weights.tensor(p + "enorm.weight", (d,)))
-        self.hnorm = as_float32(weights.tensor(p + "hnorm.weight", (d,)))
-        self.norm = as_float32(weights.tensor(p + "shared_head.norm.weight", (d,)))
+        self.ops, self.layer = ops, layer
+        self.enorm, self.hnorm, self.norm = (
+            norm_of(config, weights, p + name) for name in ("enorm", "hnorm", "shared_head.norm")
+        )
         self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
         self.attention = attention_of(config, ops, weights, layer, rope)
         self.feed_forward = FeedForward(config, ops, weights, layer, router)
@@ -208,12 +215,12 @@ class MTPLayer:
     ) -> Tensor:
         """next_ids [T] = the token after each position, h [T, D] (normed) -> h' [T, D] before its norm."""
         ops = self.ops
-        e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm, self.eps)
-        x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm, self.eps)), -1), self.eh_proj)
+        e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm)
+        x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm)), -1), self.eh_proj)
         if self.stack is not None:
             first = self.layer * self.attention.rows
             scale = None if cache.scale is None else cache.scale[first:]
             own, seen = LatentCache(cache.data[first:], scale), None if counts is None else counts[None]
-            return ops.run_stack(x, self.stack, batch, own, self.eps, seen)
-        x, _ = self.attention(x, batch, cache, self.layer)
+            return ops.run_stack(x, self.stack, batch, own, seen)
+        x, _ = self.attention(x, Place(cache, self.layer * self.attention.rows, batch))
         return self.feed_forward(x, counts)

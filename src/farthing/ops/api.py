@@ -58,6 +58,7 @@ class AttentionSpec:
     latent_dim: int
     scale: float  # score scale, including YaRN's factor
     interleaved: bool = True  # rotary pairs are (x0, x1), (x2, x3), …; else (x_i, x_{i + r/2})
+    norm_eps: float = 1e-6  # of the latent's norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class GroupedSpec:
     scale: float
     interleaved: bool = False  # as in AttentionSpec
     whole_norm: bool = False  # norms are of all heads together, not of each
+    norm_eps: float = 1e-6  # of the norms of queries and keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,23 @@ class Batch:
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where attention or the indexer of one layer writes and reads in a step."""
+
+    cache: LatentCache
+    row: int  # the layer's first row in `cache.data`; for the indexer its row in `cache.index`
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """RMS normalization."""
+
+    weight: Tensor  # [K]
+    eps: float
+
+
 class NotFinite(ArithmeticError):
     """Logits are NaN or infinite: broken weights, or the model overflows its activation type."""
 
@@ -171,14 +190,14 @@ def require_finite(logits: Tensor) -> None:
 class LayerHandles:
     """A layer's packed parts for `Ops.stack`: h + attention(norm(h)), then h + feed(feed_norm(h))."""
 
-    norm: Tensor  # [D]
+    norm: Norm  # [D]
     qkv_a: Handle  # [q + c + r, D]; grouped: [(H + 2 G) d, D]
     q_width: int  # columns of qkv_a's output for the query, or its latent
-    q_norm: Tensor | None  # [q]; None with q_b
+    q_norm: Norm | None  # [q]; None with q_b
     q_b: Handle | None  # None: qkv_a computes the query directly
     heads: Handle
     o: Handle
-    feed_norm: Tensor  # [D]
+    feed_norm: Norm  # [D]
     feed: Handle
     attention_sum: SharedSum | None = None  # over the ranks that share the heads; None: all heads are local
     feed_sum: SharedSum | None = None
@@ -276,69 +295,43 @@ class Ops(ABC):
         """ids [T] int64, table [V, D] -> [T, D]."""
 
     @abstractmethod
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [T, K] / rms(x) * weight [K]."""
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        """x [T, K] / rms(x) * weight."""
 
     @abstractmethod
     def linear(
-        self,
-        x: Tensor,
-        weight: Handle,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Handle, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """[T, K] -> [T, N]: residual + rms_norm(x) W^T. The residual may be overwritten."""
 
     @abstractmethod
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Handle,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
-    ) -> Tensor:
+    def mla(self, q: Tensor, kv: Tensor, heads: Handle, place: Place, select: Tensor | None = None) -> Tensor:
         """q [T, H (n + r)], kv [T, c + r] (both before rotation, latent before its norm) -> [T, H v].
 
-        Norms the latent, rotates, writes (latent, k_pe) to `torch_util.slots` of cache layer `layer`, then
-        attends to cached tokens of each token's sequence: the first `position + 1`, or those at the positions
-        select [T, K] int32 (ascending, padded with -1, at least one, none after the token's own).
+        Norms the latent, rotates, writes (latent, k_pe) to the batch's slots, then attends to cached tokens
+        of each token's sequence: the first `position + 1`, or those at the positions select [T, K] int32
+        (ascending, padded with -1, at least one, none after the token's own).
         """
 
     @abstractmethod
-    def gqa(
-        self, qkv: Tensor, heads: Handle, cache: LatentCache, row: int, batch: Batch, eps: float
-    ) -> Tensor:
-        """qkv [T, (H + 2 G) d] -> [T, H d]; row: the first of the layer's G cache rows.
+    def gqa(self, qkv: Tensor, heads: Handle, place: Place) -> Tensor:
+        """qkv [T, (H + 2 G) d] -> [T, H d]; the layer has G cache rows.
 
-        Adds biases, norms and rotates queries and keys, writes (value, key) to `slots`, then attends to
-        the first `position + 1` cached tokens of each token's sequence. qkv may be overwritten.
+        Adds biases, norms and rotates queries and keys, writes (value, key) to the batch's slots, then
+        attends to the first `position + 1` cached tokens of each token's sequence. qkv may be overwritten.
         """
 
     @abstractmethod
-    def index(
-        self,
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        indexer: Handle,
-        cache: LatentCache,
-        row: int,
-        batch: Batch,
-    ) -> Tensor | None:
+    def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Handle, place: Place) -> Tensor | None:
         """Select keys for `mla`: q [T, H d], k [T, d], w [T, H] -> positions [T, K] int32, ascending, padded
         with -1; None if no token has more than K cached.
 
-        q and k are given before rotation, k before its LayerNorm; k is cached in `index` row `row`. The
-        positions are those of the K largest sums over h of w ReLU(q . k); ties go to the earlier position.
+        q and k are given before rotation, k before its LayerNorm; k is cached. The positions are those of
+        the K largest sums over h of w ReLU(q . k); ties go to the earlier position.
         """
 
     @abstractmethod
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+    def mlp(self, x: Tensor, weights: Handle, norm: Norm, residual: bool = True) -> Tensor:
         """x + down(silu(gate(n)) * up(n)) with n = rms_norm(x); without x if `residual` is False.
 
         x may be overwritten if it is added.
@@ -346,13 +339,7 @@ class Ops(ABC):
 
     @abstractmethod
     def moe(
-        self,
-        x: Tensor,
-        weights: Handle,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: Handle, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
         """x + sum of weighted experts(n) + shared(n), n = rms_norm(x); without x if `residual` is False.
 
@@ -377,7 +364,7 @@ class Ops(ABC):
         return None
 
     def run_stack(
-        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, counts: Tensor | None,
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
         """h [T, D] through the layers `span` of a stack, and of the cache; counts [L, E] as in `moe`.
@@ -387,21 +374,19 @@ class Ops(ABC):
         raise NotImplementedError(f"backend {self.name!r} has no stack")
 
     @abstractmethod
-    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
+    def logits(self, x: Tensor, head: Handle, norm: Norm) -> Tensor:
         """x [T, D] -> [T, V] float32."""
 
     @abstractmethod
-    def top_logits(
-        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def top_logits(self, x: Tensor, head: Handle, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """The k largest logits: (values [T, k] float32, ids [T, k] int64, logsumexp of all [T] float32).
 
         Equal values are ordered by the smaller id.
         """
 
-    def greedy(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> list[int]:
+    def greedy(self, x: Tensor, head: Handle, norm: Norm) -> list[int]:
         """The most likely token per row of x [T, D]; ties go to the lowest id. Raises NotFinite."""
-        _, ids, total = self.top_logits(x, head, norm, eps, 1)
+        _, ids, total = self.top_logits(x, head, norm, 1)
         require_finite(total[:, None])
         return ids[:, 0].tolist()  # type: ignore[no-any-return]
 
@@ -427,7 +412,5 @@ class HostOps(Ops):
     """A CPU backend that can compute experts for another device (`farthing.ops.hybrid`)."""
 
     @abstractmethod
-    def moe_chosen(
-        self, x: Tensor, weights: Handle, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
-    ) -> Tensor:
+    def moe_chosen(self, x: Tensor, weights: Handle, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
         """`moe` with given routing: ids [T, k] int64, -1 for none, and gates [T, k] float32."""

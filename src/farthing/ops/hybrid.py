@@ -23,7 +23,8 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self
+from operator import attrgetter
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,32 +33,31 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from farthing.ops.api import (
-    AttentionSpec,
-    Batch,
     CacheDtype,
-    GroupedParts,
-    GroupedSpec,
     Handle,
     HostOps,
-    IndexCache,
-    IndexerSpec,
-    LatentCache,
     MoEWeights,
+    Norm,
     Ops,
     RouterSpec,
 )
 from farthing.ops.reference import route
-from farthing.ops.sampling import Filters
 from farthing.ops.weights import Weight
 
-# A backend that wraps another and forwards every op it does not override.
-#
-# `stack` and `greedy` keep their defaults: the inner backend's fused versions would bypass overridden ops.
-# `moe`, its packing and its routing are left to each wrapper.
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def forwarded(method: Method) -> Method:
+    """The wrapped backend's method of this name, found without a call of its own."""
+    return cast(Method, property(attrgetter(f"_inner.{method.__name__}")))
 
 
 class OpsWrapper(Ops):
-    """Forwards to `inner`."""
+    """A backend that forwards to `inner` what a subclass does not override.
+
+    `stack` and `greedy` keep their defaults: the inner backend's fused versions would bypass overridden ops.
+    `moe`, its packing and its routing are left to each wrapper.
+    """
 
     def __init__(self, inner: Ops, name: str) -> None:
         self._inner, self.name = inner, name
@@ -68,101 +68,26 @@ class OpsWrapper(Ops):
         """The inner backend's choice."""
         return self._inner.cache_dtype
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
-        return self._inner.pack_linear(name, weights)
-
-    def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
-        return self._inner.pack_head(name, weight)
-
-    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
-        return self._inner.pack_output(name, weight, heads)
-
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
-        return self._inner.pack_mlp(name, weights)
-
-    def pack_attention(
-        self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
-    ) -> Handle:
-        return self._inner.pack_attention(name, spec, weights, rope)
-
-    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Handle:
-        return self._inner.pack_grouped(spec, parts, rope)
-
-    def pack_indexer(
-        self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
-    ) -> Handle:
-        return self._inner.pack_indexer(name, spec, norm, rope)
-
-    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
-        return self._inner.new_index_cache(like, rows, width)
-
-    def new_cache(
-        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
-    ) -> LatentCache:
-        return self._inner.new_cache(layers, num_blocks, block_size, width, dtype)
-
-    def forget(self, prefix: str) -> None:
-        self._inner.forget(prefix)
-
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        return self._inner.embed(ids, table)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return self._inner.rms_norm(x, weight, eps)
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Handle,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        return self._inner.linear(x, weight, norm, eps, residual)
-
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Handle,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
-    ) -> Tensor:
-        return self._inner.mla(q, kv, attention, cache, layer, batch, eps, select)
-
-    def gqa(
-        self, qkv: Tensor, heads: Handle, cache: LatentCache, row: int, batch: Batch, eps: float
-    ) -> Tensor:
-        return self._inner.gqa(qkv, heads, cache, row, batch, eps)
-
-    def index(
-        self,
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        indexer: Handle,
-        cache: LatentCache,
-        row: int,
-        batch: Batch,
-    ) -> Tensor | None:
-        return self._inner.index(q, k, w, indexer, cache, row, batch)
-
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
-        return self._inner.mlp(x, weights, norm, eps, residual)
-
-    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
-        return self._inner.logits(x, head, norm, eps)
-
-    def top_logits(
-        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._inner.top_logits(x, head, norm, eps, k)
-
-    def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
-        return self._inner.sample(logits, uniform, filters)
+    pack_linear = forwarded(Ops.pack_linear)
+    pack_head = forwarded(Ops.pack_head)
+    pack_output = forwarded(Ops.pack_output)
+    pack_mlp = forwarded(Ops.pack_mlp)
+    pack_attention = forwarded(Ops.pack_attention)
+    pack_grouped = forwarded(Ops.pack_grouped)
+    pack_indexer = forwarded(Ops.pack_indexer)
+    new_cache = forwarded(Ops.new_cache)
+    new_index_cache = forwarded(Ops.new_index_cache)
+    forget = forwarded(Ops.forget)
+    embed = forwarded(Ops.embed)
+    rms_norm = forwarded(Ops.rms_norm)
+    linear = forwarded(Ops.linear)
+    mla = forwarded(Ops.mla)
+    gqa = forwarded(Ops.gqa)
+    index = forwarded(Ops.index)
+    mlp = forwarded(Ops.mlp)
+    logits = forwarded(Ops.logits)
+    top_logits = forwarded(Ops.top_logits)
+    sample = forwarded(Ops.sample)
 
 
 # Which experts of a layer to keep on the fast device: the most frequently used. Integers only.
@@ -331,7 +256,7 @@ class HybridMoE:
     routed: Handle  # packed by the host
     shared: Handle | None  # on the device
     hot: HotExperts
-    norm: Tensor | None = None  # the layer's, on the host
+    norm: Norm | None = None  # the layer's, on the host
 
 
 class HybridOps(OpsWrapper):
@@ -375,43 +300,35 @@ class HybridOps(OpsWrapper):
         )
 
     def moe(
-        self,
-        x: Tensor,
-        weights: HybridMoE,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: HybridMoE, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
         if not residual:
-            return self.moe(x.clone(), weights, norm, eps, counts) - x
-        host_norm = weights.norm = norm.cpu() if weights.norm is None else weights.norm
+            return self.moe(x.clone(), weights, norm, counts) - x
+        host_norm = weights.norm = weights.norm or Norm(norm.weight.cpu(), norm.eps)
         if not self._capacity:
             seen = None if counts is None else torch.zeros(len(counts), dtype=torch.int64)
-            computed = self._begin(
-                self._all, self._transfer.to_host(x=x), weights.routed, host_norm, eps, seen
-            )
-            out = self._shared(x, weights, norm, eps)
+            computed = self._begin(self._all, self._transfer.to_host(x=x), weights.routed, host_norm, seen)
+            out = self._shared(x, weights, norm)
             routed = self._transfer.to_device(computed())
             if counts is not None and seen is not None:
                 counts += seen.to(self.device)
             return (out + routed).to(self.dtype)  # summed in float32, rounded once
-        n = self._inner.rms_norm(x, norm, eps)
+        n = self._inner.rms_norm(x, norm)
         ids, gates = self.route(n, weights)
         if counts is not None:
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
         here, hot = self._transfer.to_host(x=x, ids=ids, gates=gates), weights.hot.serving()
-        computed = self._begin(self._cold, here, weights.routed, host_norm, eps, hot)
-        out = self._shared(x, weights, norm, eps)
+        computed = self._begin(self._cold, here, weights.routed, host_norm, hot)
+        out = self._shared(x, weights, norm)
         rows = rows_of(here["ids"].numpy())
         self._follow(weights, rows)
         out = out + self._on_device(n, gates, rows, hot)
         return (out + self._transfer.to_device(computed())).to(self.dtype)
 
-    def _shared(self, x: Tensor, weights: HybridMoE, norm: Tensor, eps: float) -> Tensor:
+    def _shared(self, x: Tensor, weights: HybridMoE, norm: Norm) -> Tensor:
         """x and the shared expert. x may be overwritten."""
-        return x if weights.shared is None else self._inner.mlp(x, weights.shared, norm, eps)
+        return x if weights.shared is None else self._inner.mlp(x, weights.shared, norm)
 
     def _begin(self, compute: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
         """Start the host's part; call the returned function for its result after queueing the device's part.
@@ -424,19 +341,17 @@ class HybridOps(OpsWrapper):
         return self._computing.submit(compute, *arguments).result
 
     @torch.inference_mode()
-    def _all(self, here: HostCopies, routed: Handle, norm: Tensor, eps: float, seen: Tensor | None) -> Tensor:
+    def _all(self, here: HostCopies, routed: Handle, norm: Norm, seen: Tensor | None) -> Tensor:
         """The sum of all routed experts [T, D] float32; their token counts are added to seen [E]."""
         x = here["x"].float()
-        return self._host.moe(x.clone(), routed, norm, eps, seen).float() - x
+        return self._host.moe(x.clone(), routed, norm, seen).float() - x
 
     @torch.inference_mode()
-    def _cold(
-        self, here: HostCopies, routed: Handle, norm: Tensor, eps: float, hot: Collection[int]
-    ) -> Tensor:
+    def _cold(self, here: HostCopies, routed: Handle, norm: Norm, hot: Collection[int]) -> Tensor:
         """The sum of the experts that are not hot [T, D] float32."""
         x, ids = here["x"].float(), here["ids"]
         cold = ids.masked_fill(torch.isin(ids, torch.tensor(list(hot), dtype=ids.dtype)), -1)
-        return self._host.moe_chosen(x.clone(), routed, norm, eps, cold, here["gates"]).float() - x
+        return self._host.moe_chosen(x.clone(), routed, norm, cold, here["gates"]).float() - x
 
     def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
         """The sum of the hot experts [T, D] float32."""

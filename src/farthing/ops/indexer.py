@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import Batch, IndexCache, IndexerSpec
+from farthing.ops.api import IndexCache, IndexerSpec, Place
 from farthing.ops.arrays import dtype_name
 from farthing.ops.torch_util import CACHE_MAX, rotate
 
@@ -32,11 +32,10 @@ class Indexer:
     rope: Tensor  # [2, max_len, r/2] float32
 
 
-def index(
-    q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, cache: IndexCache, row: int, batch: Batch
-) -> Tensor | None:
+def index(q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
     """`Ops.index` in torch, in float32."""
-    s = indexer.spec
+    s, cache, row, batch = indexer.spec, place.cache.index, place.row, place.batch
+    assert cache is not None
     cos, sin = indexer.rope[:, batch.positions.long()].unbind(0)  # [T, r/2]
     write_keys(cache, row, batch.slots, prepared_keys(k, indexer, cos, sin))
     if int(batch.context_lens.max()) <= s.top_k:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from farthing.ops.api import (
     AttentionSpec,
-    Batch,
     CacheDtype,
     GroupedParts,
     GroupedSpec,
@@ -25,6 +24,8 @@ from farthing.ops.api import (
     IndexerSpec,
     LatentCache,
     MoEWeights,
+    Norm,
+    Place,
     RouterSpec,
 )
 from farthing.ops.indexer import Indexer, index
@@ -64,19 +65,17 @@ def pack_grouped(
     return Grouped(spec, GroupedParts(*moved), here(rope))
 
 
-def prepared(
-    qkv: Tensor, g: Grouped, positions: Tensor, eps: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def prepared(qkv: Tensor, g: Grouped, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, (H + 2 G) d] -> queries [T, H, d], keys and values [T, G, d]: biased, normed and rotated."""
     s, parts = g.spec, g.parts
     if parts.bias is not None:
         qkv = qkv + parts.bias.to(qkv.dtype)
     q, k, v = qkv.split((s.num_heads * s.head_dim, *(s.kv_heads * s.head_dim,) * 2), -1)
     if s.whole_norm:
-        q, k = _normed(q, parts.q_norm, eps), _normed(k, parts.k_norm, eps)
+        q, k = normed(q, parts.q_norm, s.norm_eps), normed(k, parts.k_norm, s.norm_eps)
     q, k, v = (x.unflatten(-1, (-1, s.head_dim)) for x in (q, k, v))
     if not s.whole_norm:
-        q, k = _normed(q, parts.q_norm, eps), _normed(k, parts.k_norm, eps)
+        q, k = normed(q, parts.q_norm, s.norm_eps), normed(k, parts.k_norm, s.norm_eps)
     cos, sin = g.rope[:, positions].unsqueeze(2).unbind(0)  # [T, 1, rotated / 2]
 
     def turned(x: Tensor) -> Tensor:
@@ -86,7 +85,8 @@ def prepared(
     return turned(q), turned(k), v
 
 
-def _normed(x: Tensor, weight: Tensor | None, eps: float | Tensor) -> Tensor:
+def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight, computed in float32; without a weight x itself."""
     if weight is None:
         return x
     x32 = x.float()
@@ -127,10 +127,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, s: GroupedSpec)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def attend_plainly(qkv: Tensor, g: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float) -> Tensor:
+def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
     """`Ops.gqa`, sequence by sequence."""
-    s, size = g.spec, cache.block_size
-    q, k, v = prepared(qkv, g, batch.positions.long(), eps)
+    s, cache, row, batch = g.spec, place.cache, place.row, place.batch
+    size = cache.block_size
+    q, k, v = prepared(qkv, g, batch.positions.long())
     write_heads(cache, row, batch.slots, k, v)
     out = torch.empty(q.shape[0], s.num_heads * s.head_dim, dtype=q.dtype, device=q.device)
     starts, lengths = batch.query_start.tolist(), batch.context_lens.tolist()
@@ -233,44 +234,29 @@ class ReferenceOps(HostOps):
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return F.embedding(ids, table).to(self.dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        return weight.to(self.dtype) * x32.to(self.dtype)
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return normed(x, norm.weight, norm.eps)
 
     def linear(
-        self,
-        x: Tensor,
-        weight: Value,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Value, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         if norm is not None:
-            x = self.rms_norm(x, norm, eps)
+            x = self.rms_norm(x, norm)
         y = product(x, weight)
         return y if residual is None else residual + y
 
     def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: _Attention,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
+        self, q: Tensor, kv: Tensor, heads: _Attention, place: Place, select: Tensor | None = None
     ) -> Tensor:
-        s = attention.spec
-        cos, sin = attention.rope[:, batch.positions.long()].unbind(0)  # [T, r/2]
+        s, cache, row, batch = heads.spec, place.cache, place.row, place.batch
+        cos, sin = heads.rope[:, batch.positions.long()].unbind(0)  # [T, r/2]
         q_nope, q_pe = q.view(-1, s.num_heads, s.nope_dim + s.rope_dim).split((s.nope_dim, s.rope_dim), -1)
         q_pe = rotate(q_pe, cos.unsqueeze(1), sin.unsqueeze(1), s.interleaved)
         latent, k_pe = kv.split((s.latent_dim, s.rope_dim), -1)
-        latent = self.rms_norm(latent, attention.norm, eps)
-        write_cache(cache, layer, batch.slots, latent, rotate(k_pe, cos, sin, s.interleaved))
+        latent = normed(latent, heads.norm, s.norm_eps)
+        write_cache(cache, row, batch.slots, latent, rotate(k_pe, cos, sin, s.interleaved))
         # Absorbed: the query is mapped to the latent space, so that keys are never expanded.
-        q_latent = torch.einsum("thn,hnc->thc", q_nope, attention.w_uk)
+        q_latent = torch.einsum("thn,hnc->thc", q_nope, heads.w_uk)
         query = torch.cat((q_latent, q_pe), -1).float()  # [T, H, c + r]
         out = torch.empty(q.shape[0], s.num_heads, s.latent_dim)
         starts, lengths, table, seen = (
@@ -284,58 +270,31 @@ class ReferenceOps(HostOps):
             starts, lengths, table, seen = reads.starts, reads.counts, reads.slots, reads.counts - 1
             cache = in_rows(cache)
         for b, (start, stop) in enumerate(pairwise(starts)):
-            keys = read_cache(cache, layer, table[b], int(lengths[b]), s.latent_dim)
+            keys = read_cache(cache, row, table[b], int(lengths[b]), s.latent_dim)
             scores = torch.einsum("thw,sw->ths", query[start:stop], keys) * s.scale
             visible = torch.arange(keys.shape[0]) <= seen[start:stop, None]  # [t, S]
             weights = scores.masked_fill(~visible.unsqueeze(1), float("-inf")).softmax(-1)
             out[start:stop] = weights @ keys[:, : s.latent_dim]
-        return torch.einsum("thc,hvc->thv", out.to(self.dtype), attention.w_uv).flatten(1)
+        return torch.einsum("thc,hvc->thv", out.to(self.dtype), heads.w_uv).flatten(1)
 
-    def gqa(
-        self, qkv: Tensor, heads: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float
-    ) -> Tensor:
-        return attend_plainly(qkv, heads, cache, row, batch, eps)
+    def gqa(self, qkv: Tensor, heads: Grouped, place: Place) -> Tensor:
+        return attend_plainly(qkv, heads, place)
 
-    def index(
-        self,
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        indexer: Indexer,
-        cache: LatentCache,
-        row: int,
-        batch: Batch,
-    ) -> Tensor | None:
-        assert cache.index is not None
-        return index(q, k, w, indexer, cache.index, row, batch)
+    def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
+        return index(q, k, w, indexer, place)
 
-    def mlp(
-        self,
-        x: Tensor,
-        weights: Gated,
-        norm: Tensor,
-        eps: float,
-        residual: bool = True,
-    ) -> Tensor:
-        out = gated_mlp(self.rms_norm(x, norm, eps), weights)
+    def mlp(self, x: Tensor, weights: Gated, norm: Norm, residual: bool = True) -> Tensor:
+        out = gated_mlp(self.rms_norm(x, norm), weights)
         return x + out if residual else out
 
     def moe(
-        self,
-        x: Tensor,
-        weights: _MoE,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: _MoE, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
-        n = self.rms_norm(x, norm, eps)
+        n = self.rms_norm(x, norm)
         return self._experts(x if residual else None, n, weights, *self.route(n, weights), counts)
 
-    def moe_chosen(
-        self, x: Tensor, weights: _MoE, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
-    ) -> Tensor:
-        return self._experts(x, self.rms_norm(x, norm, eps), weights, ids, gates, None)
+    def moe_chosen(self, x: Tensor, weights: _MoE, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
+        return self._experts(x, self.rms_norm(x, norm), weights, ids, gates, None)
 
     def _experts(
         self, x: Tensor | None, n: Tensor, weights: _MoE, ids: Tensor, gates: Tensor, counts: Tensor | None
@@ -359,13 +318,11 @@ class ReferenceOps(HostOps):
     def route(self, n: Tensor, weights: _MoE) -> tuple[Tensor, Tensor]:
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
 
-    def logits(self, x: Tensor, head: Value, norm: Tensor, eps: float) -> Tensor:
-        return self.linear(x, head, norm, eps).float()
+    def logits(self, x: Tensor, head: Value, norm: Norm) -> Tensor:
+        return self.linear(x, head, norm).float()
 
-    def top_logits(
-        self, x: Tensor, head: Value, norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return largest(self.logits(x, head, norm, eps), k)
+    def top_logits(self, x: Tensor, head: Value, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        return largest(self.logits(x, head, norm), k)
 
 
 def create(

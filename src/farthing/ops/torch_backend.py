@@ -28,10 +28,12 @@ from farthing.ops.api import (
     LatentCache,
     LayerHandles,
     MoEWeights,
+    Norm,
+    Place,
     RouterSpec,
 )
 from farthing.ops.indexer import Indexer
-from farthing.ops.reference import Gated, ReferenceOps, gated_mlp, identity_weight, route
+from farthing.ops.reference import Gated, ReferenceOps, gated_mlp, identity_weight, normed, route
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import DeviceCopies, rotate, scaled, write_cache
 from farthing.ops.weights import Weight
@@ -114,31 +116,29 @@ def spans(batch: Batch, block_size: int) -> list[Span]:
 # -- one token through a layer
 
 
-def queries(
-    h: Tensor, layer: LayerHandles, positions: Tensor, eps: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def queries(h: Tensor, layer: LayerHandles, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Attention's input h [T, D] -> queries [T, H, c + r] in the latent space; latent and key to cache."""
-    qkv = F.linear(normed(h, layer.norm, eps), layer.qkv_a)
+    qkv = F.linear(normed(h, layer.norm.weight, layer.norm.eps), layer.qkv_a)
     q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
     if layer.q_b is not None:
         assert layer.q_norm is not None
-        q = F.linear(normed(q, layer.q_norm, eps), layer.q_b)
-    q_nope, q_pe, latent, k_pe = rotated(q, kv, layer.heads, positions, eps)
+        q = F.linear(normed(q, layer.q_norm.weight, layer.q_norm.eps), layer.q_b)
+    q_nope, q_pe, latent, k_pe = rotated(q, kv, layer.heads, positions)
     return absorbed(q_nope, q_pe, layer.heads), latent, k_pe
 
 
-def dense_output(h: Tensor, query: Tensor, keys: Tensor, layer: LayerHandles, eps: float | Tensor) -> Tensor:
+def dense_output(h: Tensor, query: Tensor, keys: Tensor, layer: LayerHandles) -> Tensor:
     """The layer's output [1, D] with a dense MLP; keys [1, S, c + r]."""
     h = h + F.linear(values(attend(query, keys, None, layer.heads.spec), layer.heads, h.dtype), layer.o)
-    return h + gated(normed(h, layer.feed_norm, eps), layer.feed)
+    return h + gated(normed(h, layer.feed_norm.weight, layer.feed_norm.eps), layer.feed)
 
 
 def expert_output(
-    h: Tensor, query: Tensor, keys: Tensor, layer: LayerHandles, eps: float | Tensor
+    h: Tensor, query: Tensor, keys: Tensor, layer: LayerHandles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's output [1, D] with experts; also their ids [k], and 1 or, if skipped, 0 for each."""
     h = h + F.linear(values(attend(query, keys, None, layer.heads.spec), layer.heads, h.dtype), layer.o)
-    n = normed(h, layer.feed_norm, eps)
+    n = normed(h, layer.feed_norm.weight, layer.feed_norm.eps)
     w: Experts = layer.feed
     assert w.stacked is not None
     ids, gates = route(F.linear(n.float(), w.gate), w.bias, w.spec)
@@ -155,13 +155,6 @@ def expert_output(
 # -- parts
 
 
-def normed(x: Tensor, weight: Tensor, eps: float | Tensor) -> Tensor:
-    """`Ops.rms_norm`."""
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * x32.to(x.dtype)
-
-
 def gated(x: Tensor, w: Mlp) -> Tensor:
     """down(silu(gate(x)) * up(x))."""
     if len(w) == 3:
@@ -170,16 +163,14 @@ def gated(x: Tensor, w: Mlp) -> Tensor:
     return F.linear(F.silu(gate) * up, w[1])
 
 
-def rotated(
-    q: Tensor, kv: Tensor, a: Heads, positions: Tensor, eps: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rotated(q: Tensor, kv: Tensor, a: Heads, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries [T, H, n] and [T, H, r], and the latent [T, c] and key [T, r] to cache."""
     s = a.spec
     cos, sin = a.rope[:, positions].unbind(0)  # [T, r/2]
     q_nope, q_pe = q.view(-1, s.num_heads, s.nope_dim + s.rope_dim).split((s.nope_dim, s.rope_dim), -1)
     latent, k_pe = kv.split((s.latent_dim, s.rope_dim), -1)
     q_pe = rotate(q_pe, cos.unsqueeze(1), sin.unsqueeze(1), s.interleaved)
-    return q_nope, q_pe, normed(latent, a.norm, eps), rotate(k_pe, cos, sin, s.interleaved)
+    return q_nope, q_pe, normed(latent, a.norm, s.norm_eps), rotate(k_pe, cos, sin, s.interleaved)
 
 
 def absorbed(q_nope: Tensor, q_pe: Tensor, a: Heads) -> Tensor:
@@ -373,38 +364,25 @@ class TorchOps(ReferenceOps):
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return F.embedding(ids, self._here(table)).to(self.dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return normed(x, self._here(weight), eps)
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return normed(x, self._here(norm.weight), norm.eps)
 
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Any,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
-    ) -> Tensor:
+    def mla(self, q: Tensor, kv: Tensor, heads: Any, place: Place, select: Tensor | None = None) -> Tensor:
+        cache, batch = place.cache, place.batch
         if select is None:
-            return self._attention(q, kv, attention, cache, layer, batch, eps, spans(batch, cache.block_size))
+            return self._attention(q, kv, heads, place, spans(batch, cache.block_size))
         reads = chosen(select, batch, cache.block_size)
         rank = torch.arange(reads.slots.shape[1], device=q.device)
         seen = (rank < reads.counts[:, None])[:, None]
         plan = [Span(0, q.shape[0], reads.slots.long(), seen)]
-        return self._attention(q, kv, attention, in_rows(cache), layer, batch, eps, plan)
+        return self._attention(q, kv, heads, Place(in_rows(cache), place.row, batch), plan)
 
-    def gqa(
-        self, qkv: Tensor, heads: reference.Grouped, cache: LatentCache, row: int, batch: Batch, eps: float
-    ) -> Tensor:
-        return self._grouped(qkv, heads, cache, row, batch, eps, spans(batch, cache.block_size))
+    def gqa(self, qkv: Tensor, heads: reference.Grouped, place: Place) -> Tensor:
+        return self._grouped(qkv, heads, place, spans(place.batch, place.cache.block_size))
 
-    def _grouped(
-        self, qkv: Tensor, g: reference.Grouped, cache: LatentCache, row: int, batch: Batch, eps: float,
-        plan: list[Span],
-    ) -> Tensor:  # fmt: skip
-        q, k, v = reference.prepared(qkv, g, batch.positions.long(), eps)
+    def _grouped(self, qkv: Tensor, g: reference.Grouped, place: Place, plan: list[Span]) -> Tensor:
+        cache, row, batch = place.cache, place.row, place.batch
+        q, k, v = reference.prepared(qkv, g, batch.positions.long())
         reference.write_heads(cache, row, batch.slots, k, v)
         parts = []
         for p in plan:
@@ -412,15 +390,13 @@ class TorchOps(ReferenceOps):
             parts.append(reference.attend(q[p.start : p.stop], keys, read, p.seen, g.spec))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _attention(
-        self, q: Tensor, kv: Tensor, a: Heads, cache: LatentCache, layer: int, batch: Batch, eps: float,
-        plan: list[Span],
-    ) -> Tensor:  # fmt: skip
-        q_nope, q_pe, latent, k_pe = rotated(q, kv, a, batch.positions.long(), eps)
-        write_cache(cache, layer, batch.slots, latent, k_pe)
+    def _attention(self, q: Tensor, kv: Tensor, a: Heads, place: Place, plan: list[Span]) -> Tensor:
+        cache, row, batch = place.cache, place.row, place.batch
+        q_nope, q_pe, latent, k_pe = rotated(q, kv, a, batch.positions.long())
+        write_cache(cache, row, batch.slots, latent, k_pe)
         parts = []
         for p in plan:
-            keys = _keys(cache, layer, p.slots, a.spec)
+            keys = _keys(cache, row, p.slots, a.spec)
             nope, pe = q_nope[p.start : p.stop], q_pe[p.start : p.stop]
             if len(p.slots) == 1 and p.stop - p.start >= a.expand_from:
                 parts.append(attend_expanded(nope, pe, keys, p.seen, a, self.dtype))
@@ -428,8 +404,8 @@ class TorchOps(ReferenceOps):
                 parts.append(values(attend(absorbed(nope, pe, a), keys, p.seen, a.spec), a, self.dtype))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
-        out = gated(self.rms_norm(x, norm, eps), weights)
+    def mlp(self, x: Tensor, weights: Mlp, norm: Norm, residual: bool = True) -> Tensor:
+        out = gated(self.rms_norm(x, norm), weights)
         return x + out if residual else out
 
     def _experts(
@@ -445,13 +421,17 @@ class TorchOps(ReferenceOps):
         return Stack(found, all(map(_compilable, found)))
 
     def _layer_here(self, layer: LayerHandles) -> LayerHandles:
-        q_norm = None if layer.q_norm is None else self._here(layer.q_norm)
-        norm, feed_norm = self._here(layer.norm), self._here(layer.feed_norm)
+        def here(norm: Norm) -> Norm:
+            return Norm(self._here(norm.weight), norm.eps)
+
+        q_norm = None if layer.q_norm is None else here(layer.q_norm)
         bias = None if layer.o_bias is None else self._here(layer.o_bias)
-        return replace(layer, norm=norm, feed_norm=feed_norm, q_norm=q_norm, o_bias=bias)
+        return replace(
+            layer, norm=here(layer.norm), feed_norm=here(layer.feed_norm), q_norm=q_norm, o_bias=bias
+        )
 
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
         plan = spans(batch, cache.block_size)
@@ -459,54 +439,54 @@ class TorchOps(ReferenceOps):
         single = len(h) == 1 and plan[0].slots.shape[1] > 1
         if single and stack.compilable and span == ALL:
             if stack.compiled is not None:
-                return _one_token(h, stack, stack.compiled, batch, plan[0], cache, eps, counts)
-            self._count_step(stack, h, eps)
+                return _one_token(h, stack, stack.compiled, batch, plan[0], cache, counts)
+            self._count_step(stack, h)
         for i in range(*span.indices(len(stack.layers))):
-            h = self._layer(
-                h, stack.layers[i], batch, cache, i, eps, None if counts is None else counts[i], plan
-            )
+            layer = stack.layers[i]
+            place = Place(cache, i * layer.rows, batch)
+            h = self._layer(h, layer, place, None if counts is None else counts[i], plan)
         return h
 
     def _layer(
-        self, h: Tensor, layer: LayerHandles, batch: Batch, cache: LatentCache, index: int, eps: float,
-        counts: Tensor | None, plan: list[Span],
-    ) -> Tensor:  # fmt: skip
-        qkv = self.linear(h, layer.qkv_a, layer.norm, eps)
+        self, h: Tensor, layer: LayerHandles, place: Place, counts: Tensor | None, plan: list[Span]
+    ) -> Tensor:
+        # The norm is on the device already (`stack`).
+        qkv = self.linear(normed(h, layer.norm.weight, layer.norm.eps), layer.qkv_a)
         if isinstance(layer.heads, reference.Grouped):
-            mixed = self._grouped(qkv, layer.heads, cache, index * layer.rows, batch, eps, plan)
+            mixed = self._grouped(qkv, layer.heads, place, plan)
         else:
             q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
             if layer.q_b is not None:
-                q = self.linear(q, layer.q_b, layer.q_norm, eps)
-            mixed = self._attention(q, kv, layer.heads, cache, index, batch, eps, plan)
+                q = self.linear(q, layer.q_b, layer.q_norm)
+            mixed = self._attention(q, kv, layer.heads, place, plan)
         h = self.linear(mixed, layer.o, residual=h if layer.o_bias is None else h + layer.o_bias.to(h.dtype))
         if not isinstance(layer.feed, Experts):
-            return self.mlp(h, layer.feed, layer.feed_norm, eps)
+            return self.mlp(h, layer.feed, layer.feed_norm)
         experts: Any = layer.feed
-        return self.moe(h, experts, layer.feed_norm, eps, counts)
+        return self.moe(h, experts, layer.feed_norm, counts)
 
     # -- compiling
 
-    def _count_step(self, stack: Stack, h: Tensor, eps: float) -> None:
+    def _count_step(self, stack: Stack, h: Tensor) -> None:
         """Start to compile a stack's layers when enough steps have used it. Meanwhile steps run eagerly."""
         stack.steps += 1
         if stack.steps == self.compile_after:
             example = torch.zeros_like(h)
             self.compiling = threading.Thread(
                 target=self._compile,
-                args=(stack, example, eps, self.compiling),
+                args=(stack, example, self.compiling),
                 name=COMPILER,
                 daemon=True,
             )
             self.compiling.start()
 
-    def _compile(self, stack: Stack, h: Tensor, eps: float, before: threading.Thread | None) -> None:
+    def _compile(self, stack: Stack, h: Tensor, before: threading.Thread | None) -> None:
         if before is not None:
             before.join()
         started = time.monotonic()
         log.info("compiling %d layers in the background", len(stack.layers))
         try:
-            stack.compiled = compiled_step(stack.layers, h, eps)
+            stack.compiled = compiled_step(stack.layers, h)
         except Exception as error:  # torch and its compilers raise many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
             log.warning("torch.compile does not work on %s: %s", self.device, reason[0][:200])
@@ -514,7 +494,7 @@ class TorchOps(ReferenceOps):
             log.info("compiled %d layers in %.0f s", len(stack.layers), time.monotonic() - started)
 
 
-def compiled_step(layers: Sequence[LayerHandles], h: Tensor, eps: float) -> Step:
+def compiled_step(layers: Sequence[LayerHandles], h: Tensor) -> Step:
     """The functions of `torch_step`, compiled for these layers; h [1, D] is an example.
 
     The number of cached tokens is dynamic, all other shapes are constants. Layers of one shape share code.
@@ -524,28 +504,27 @@ def compiled_step(layers: Sequence[LayerHandles], h: Tensor, eps: float) -> Step
     with torch.inference_mode():  # guards distinguish its tensors from others
         position = torch.zeros(1, dtype=torch.int64, device=h.device)
         for layer in layers:
-            query, latent, k_pe = step.queries(h, layer, position, eps)
+            query, latent, k_pe = step.queries(h, layer, position)
             keys = torch.zeros(1, 24, latent.shape[1] + k_pe.shape[1], device=h.device)
             torch._dynamo.mark_dynamic(keys, 1)  # type: ignore[no-untyped-call]
             output = step.expert_output if isinstance(layer.feed, Experts) else step.dense_output
-            output(h, query, keys, layer, eps)
+            output(h, query, keys, layer)
     return step
 
 
 def _one_token(
-    h: Tensor, stack: Stack, step: Step, batch: Batch, span: Span, cache: LatentCache, eps: float,
-    counts: Tensor | None,
-) -> Tensor:  # fmt: skip
+    h: Tensor, stack: Stack, step: Step, batch: Batch, span: Span, cache: LatentCache, counts: Tensor | None
+) -> Tensor:
     """`TorchOps.run_stack` of one token with compiled functions."""
     positions = batch.positions.long()
     for i, layer in enumerate(stack.layers):
-        query, latent, k_pe = step.queries(h, layer, positions, eps)
+        query, latent, k_pe = step.queries(h, layer, positions)
         write_cache(cache, i, batch.slots, latent, k_pe)
         keys = _keys(cache, i, span.slots, layer.heads.spec)
         if not isinstance(layer.feed, Experts):
-            h = step.dense_output(h, query, keys, layer, eps)
+            h = step.dense_output(h, query, keys, layer)
             continue
-        h, ids, used = step.expert_output(h, query, keys, layer, eps)
+        h, ids, used = step.expert_output(h, query, keys, layer)
         if counts is not None:
             counts[i].scatter_add_(0, ids, used)
     return h

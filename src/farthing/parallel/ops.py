@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import ALL, Batch, Handle, LatentCache, LayerHandles, MoEWeights, Ops, RouterSpec
-from farthing.ops.hybrid import OpsWrapper
+from farthing.ops.api import Handle, LayerHandles, MoEWeights, Norm, Ops, RouterSpec
+from farthing.ops.hybrid import OpsWrapper, forwarded
 from farthing.ops.reference import identity_weight, largest
 from farthing.parallel.collectives import Group
 from farthing.parallel.shared import SharedGroup
@@ -96,11 +96,7 @@ class ParallelOps(OpsWrapper):
             local.append(replace(layer, feed=feed, attention_sum=attention, feed_sum=over))
         return self._inner.stack(local)
 
-    def run_stack(
-        self, h: Tensor, stack: Handle, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
-        span: slice = ALL,
-    ) -> Tensor:  # fmt: skip
-        return self._inner.run_stack(h, stack, batch, cache, eps, counts, span)
+    run_stack = forwarded(Ops.run_stack)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         if self._groups.vocabulary.size == 1:
@@ -111,45 +107,32 @@ class ParallelOps(OpsWrapper):
         return self._groups.vocabulary.all_reduce(rows.masked_fill(~here.unsqueeze(1), 0))
 
     def linear(
-        self,
-        x: Tensor,
-        weight: Handle,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Handle, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """A product with a residual is row-parallel: its input is this rank's heads."""
         if residual is None or self._tp.size == 1:
-            return self._inner.linear(x, weight, norm, eps, residual)
-        return residual + self._tp.all_reduce(self._inner.linear(x, weight, norm, eps))
+            return self._inner.linear(x, weight, norm, residual)
+        return residual + self._tp.all_reduce(self._inner.linear(x, weight, norm))
 
-    def mlp(self, x: Tensor, weights: Handle, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
+    def mlp(self, x: Tensor, weights: Handle, norm: Norm, residual: bool = True) -> Tensor:
         if self._tp.size == 1:
-            return self._inner.mlp(x, weights, norm, eps, residual)
-        total = self._tp.all_reduce(self._inner.mlp(x, weights, norm, eps, residual=False))
+            return self._inner.mlp(x, weights, norm, residual)
+        total = self._tp.all_reduce(self._inner.mlp(x, weights, norm, residual=False))
         return x + total if residual else total
 
     def moe(
-        self,
-        x: Tensor,
-        weights: Experts,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
         whole = weights.parts.get((1, 0))
         if self._experts.size == 1 and whole is not None and not self._groups.dispatch:
-            return self._inner.moe(x, whole, norm, eps, counts, residual)
+            return self._inner.moe(x, whole, norm, counts, residual)
         if self._groups.dispatch:
-            total = self._moe_dispatched(x, weights, norm, eps, counts)
+            total = self._moe_dispatched(x, weights, norm, counts)
         else:
-            total = self._moe_summed(x, weights, norm, eps, counts)
+            total = self._moe_summed(x, weights, norm, counts)
         return x + total if residual else total
 
-    def _moe_summed(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
-    ) -> Tensor:
+    def _moe_summed(self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None) -> Tensor:
         """Each rank computes its experts for every row; the results are summed over ranks."""
         whole = weights.parts.get((1, 0))
         total = torch.zeros_like(x)
@@ -157,19 +140,17 @@ class ParallelOps(OpsWrapper):
             rows = x[j::m]
             if len(rows):
                 counted = counts if part is whole else None
-                total[j::m] += self._inner.moe(rows, part, norm, eps, counted, residual=False)
+                total[j::m] += self._inner.moe(rows, part, norm, counted, residual=False)
         if weights.shared is not None:
-            total += self._inner.mlp(x, weights.shared, norm, eps, residual=False)
+            total += self._inner.mlp(x, weights.shared, norm, residual=False)
         if whole is None and self._experts.index == 0 and weights.spec.identities:
-            n = self._inner.rms_norm(x, norm, eps)
+            n = self._inner.rms_norm(x, norm)
             total += _identities(n, *self.route(n, weights), weights.spec)
         if whole is None and counts is not None:
-            self._count(x, next(iter(weights.parts.values())), norm, eps, counts)
+            self._count(x, next(iter(weights.parts.values())), norm, counts)
         return self._experts.all_reduce(total)
 
-    def _moe_dispatched(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None
-    ) -> Tensor:
+    def _moe_dispatched(self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None) -> Tensor:
         """Dispatch and combine: each token is sent once to each rank that holds one of its experts.
 
         The tp ranks of a copy have the same tokens; each sends its share.
@@ -178,7 +159,7 @@ class ParallelOps(OpsWrapper):
         total = torch.zeros_like(x)
         mine = slice(self._tp.index, None, self._tp.size)
         rows = x[mine].contiguous()
-        n = self._inner.rms_norm(rows, norm, eps)
+        n = self._inner.rms_norm(rows, norm)
         ids, gates = self._inner.route(n, part)
         if counts is not None:
             counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
@@ -189,13 +170,13 @@ class ParallelOps(OpsWrapper):
         sizes = [len(r) for r in received]
         here = torch.cat(received)
         if len(here):
-            here = self._inner.moe(here, part, norm, eps, residual=False)
+            here = self._inner.moe(here, part, norm, residual=False)
         summed = _identities(n, ids, gates, weights.spec)
         for chosen, partial in zip(sent, self._experts.all_to_all(here.split(sizes)), strict=True):
             summed.index_add_(0, chosen, partial)
         total[mine] = summed
         if weights.shared is not None:
-            total += self._inner.mlp(x, weights.shared, norm, eps, residual=False)
+            total += self._inner.mlp(x, weights.shared, norm, residual=False)
         return self._tp.all_reduce(total) if self._tp.size > 1 else total
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
@@ -206,26 +187,24 @@ class ParallelOps(OpsWrapper):
     def route(self, n: Tensor, weights: Experts) -> tuple[Tensor, Tensor]:
         return self._inner.route(n, next(iter(weights.parts.values())))
 
-    def logits(self, x: Tensor, head: Handle, norm: Tensor, eps: float) -> Tensor:
+    def logits(self, x: Tensor, head: Handle, norm: Norm) -> Tensor:
         """Gather slices of unequal width by padding them."""
         group, rows = self._groups.vocabulary, self._groups.rows
-        own = self._inner.logits(x, head, norm, eps)
+        own = self._inner.logits(x, head, norm)
         if group.size == 1:
             return own
         widths = [stop - start for start, stop in itertools.pairwise(rows)]
         parts = group.all_gather(F.pad(own, (0, max(widths) - own.shape[1])))
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], -1)
 
-    def top_logits(
-        self, x: Tensor, head: Handle, norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def top_logits(self, x: Tensor, head: Handle, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Merge each slice's top k: sends k values per rank instead of the whole vocabulary."""
         group, rows = self._groups.vocabulary, self._groups.rows
         if group.size == 1:
-            return self._inner.top_logits(x, head, norm, eps, k)
+            return self._inner.top_logits(x, head, norm, k)
         if k > min(stop - start for start, stop in itertools.pairwise(rows)):
-            return largest(self.logits(x, head, norm, eps), k)
-        values, ids, total = self._inner.top_logits(x, head, norm, eps, k)
+            return largest(self.logits(x, head, norm), k)
+        values, ids, total = self._inner.top_logits(x, head, norm, k)
         # Slices are in order of token id, so a stable sort keeps equal logits in that order.
         values = torch.cat(group.all_gather(values), -1)
         ids = torch.cat(group.all_gather(ids + self._groups.first_row), -1)
@@ -236,9 +215,9 @@ class ParallelOps(OpsWrapper):
             torch.stack(group.all_gather(total), -1).logsumexp(-1),
         )
 
-    def _count(self, x: Tensor, part: Handle, norm: Tensor, eps: float, counts: Tensor) -> None:
+    def _count(self, x: Tensor, part: Handle, norm: Norm, counts: Tensor) -> None:
         """Count tokens per expert when no part sees every row."""
-        ids, _ = self._inner.route(self._inner.rms_norm(x, norm, eps), part)
+        ids, _ = self._inner.route(self._inner.rms_norm(x, norm), part)
         counts += torch.bincount(ids[ids >= 0], minlength=len(counts))
 
 

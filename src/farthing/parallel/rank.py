@@ -17,7 +17,7 @@ from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek import FeedForward, moe_weights
 from farthing.model.load import claim, config_of, routers_for, source_of
 from farthing.model.source import WeightSource
-from farthing.ops.api import Batch, CacheDtype, LatentCache, Ops, RouterSpec
+from farthing.ops.api import Batch, CacheDtype, LatentCache, Norm, Ops, RouterSpec
 from farthing.ops.weights import Cut, Weight, bounds, cut_weight
 from farthing.parallel.collectives import Alone, DistGroup, Group, fastest
 from farthing.parallel.ops import Groups, ParallelOps
@@ -165,7 +165,10 @@ class Rank:
             local, ParallelOps(ops, self._groups, self._shares), self._source, self.routers
         )
         self._draft_norms = [
-            source.tensor(f"model.layers.{i}.shared_head.norm.weight", (config.hidden_size,)).float()
+            Norm(
+                source.tensor(f"model.layers.{i}.shared_head.norm.weight", (config.hidden_size,)).float(),
+                config.rms_norm_eps,
+            )
             for i in range(
                 config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
             )
@@ -238,7 +241,7 @@ class Rank:
         if self.place.copy:
             return None
         model, hidden, norm = self.model, *self._spread(rows, step, hidden)
-        return model.ops.logits(hidden, model.head, norm, model.eps)
+        return model.ops.logits(hidden, model.head, norm)
 
     def top_logits(
         self, rows: int, k: int, step: int | None = None, hidden: Tensor | None = None
@@ -247,7 +250,7 @@ class Rank:
         if self.place.copy:
             return None
         model, hidden, norm = self.model, *self._spread(rows, step, hidden)
-        return model.ops.top_logits(hidden, model.head, norm, model.eps, k)
+        return model.ops.top_logits(hidden, model.head, norm, k)
 
     def count(self) -> Tensor:
         """[L, E] token counts of every expert on all stages, reduced when stages share no memory."""
@@ -298,7 +301,7 @@ class Rank:
             return {(1, 0): tuple(range(self.plan.config.n_routed_experts or 0))}
         return self._placement(layer).shares(self.place.local)
 
-    def _spread(self, rows: int, step: int | None, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _spread(self, rows: int, step: int | None, hidden: Tensor | None) -> tuple[Tensor, Norm]:
         """Broadcast the driver's hidden states to all slices of the head; also returns the norm before it."""
         group = self._groups.vocabulary
         root = self.layout.vocabulary_ranks(0).index(self.layout.driver)

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from farthing.ops.api import Batch, IndexCache, LatentCache, RouterSpec
+from farthing.ops.api import Batch, IndexCache, LatentCache, Norm, RouterSpec
 from farthing.ops.gpu import attention as decode
 from farthing.ops.gpu import attention as latent
 from farthing.ops.gpu import attention as prefill
@@ -141,9 +141,9 @@ def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
 def rows(fp8: bool) -> None:
     """Everything that works on rows of tokens."""
     x = torch.empty(4, HIDDEN, dtype=BF16)
-    normalize.rms_norm(x, torch.empty(HIDDEN), 1e-6)
+    normalize.rms_norm(x, Norm(torch.empty(HIDDEN), 1e-6))
     if fp8:
-        normalize.quantize(x, torch.empty(HIDDEN), 1e-6)
+        normalize.quantize(x, Norm(torch.empty(HIDDEN), 1e-6))
     spec = RouterSpec(256, 8, 8, 4, scale=2.5)
     ids, _ = route.route(torch.empty(4, 256), torch.empty(256), spec)
     route.sort_by_expert(ids, 256)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec
+from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec, Place
 from farthing.ops.gpu import GpuOps, attention
 from farthing.ops.gpu import attention as decode_module
 from farthing.ops.gpu.attention import decode, splits_for
@@ -18,7 +18,7 @@ from farthing.ops.gpu.launch import Config
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
-from tests.ops.gpu.parts import DEVICE, EPS, norm
+from tests.ops.gpu.parts import DEVICE, norm
 from tests.ops.parts import distance
 
 SPECS = {
@@ -47,7 +47,7 @@ def outputs(
         batch = make_batch([new for _, new in step], [cached for cached, _ in step], tables, 16)
         batch = moved(batch) if device.type == "cuda" else batch
         q, kv = q.to(device, ops.dtype), kv.to(device, ops.dtype)
-        results.append(ops.mla(q, kv, handle, cache, 1, batch, EPS).cpu())
+        results.append(ops.mla(q, kv, handle, Place(cache, 1, batch)).cpu())
     assert not cache.data[0].float().any()  # layer 0 is not written
     return results
 
@@ -138,7 +138,7 @@ def grouped_outputs(ops: Any, spec: GroupedSpec, inputs: list[Tensor], cache_dty
         batch = make_batch([new for _, new in step], [cached for cached, _ in step], tables, 16)
         batch = moved(batch) if ops.device.type == "cuda" else batch
         qkv = qkv.to(ops.device, ops.dtype, copy=True)
-        results.append(ops.gqa(qkv, handle, cache, spec.kv_heads, batch, EPS).cpu())
+        results.append(ops.gqa(qkv, handle, Place(cache, spec.kv_heads, batch)).cpu())
     assert not cache.data[: spec.kv_heads].float().any()  # layer 0 is not written
     return results
 

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import MoEWeights, RouterSpec
+from farthing.ops.api import MoEWeights, Norm, RouterSpec
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
@@ -53,8 +53,8 @@ def test_moe(ops: GpuOps, ref: ReferenceOps, name: str, shared: int | None, here
     x, scale = torch.randn(tokens, 64), norm(64)
     handle, expected = ops.pack_moe("m", V3, lambda: w), ref.pack_moe("m", V3, lambda: w)
     counts, seen = torch.zeros(8, dtype=torch.int64, device=DEVICE), torch.zeros(8, dtype=torch.int64)
-    y = ops.moe(x.to(DEVICE), handle, scale, EPS, counts).cpu()
-    z = ref.moe(x, expected, scale, EPS, seen)
+    y = ops.moe(x.to(DEVICE), handle, Norm(scale, EPS), counts).cpu()
+    z = ref.moe(x, expected, Norm(scale, EPS), seen)
     assert torch.equal(counts.cpu(), seen)
     assert distance(y - x, z - x) < 3 * BOUNDS[name] or not (z - x).any()
     ids, gates = ops.route(x.to(DEVICE), handle)
@@ -68,7 +68,10 @@ def test_identity_experts(ops: GpuOps, ref: ReferenceOps) -> None:
     w = experts(spec, "f32", None, range(5))
     handle, expected = ops.pack_moe("m", spec, lambda: w), ref.pack_moe("m", spec, lambda: w)
     x = torch.randn(5, 64)
-    y, z = ops.moe(x.to(DEVICE), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
+    y, z = (
+        ops.moe(x.to(DEVICE), handle, Norm(torch.ones(64), EPS)),
+        ref.moe(x, expected, Norm(torch.ones(64), EPS)),
+    )
     assert distance(y.cpu() - x, z - x) < 1e-9
 
 
@@ -81,7 +84,10 @@ def test_reroute(ops: GpuOps, ref: ReferenceOps) -> None:
     ref.reroute(expected, narrow)
     assert ops._graphs is not graphs  # graphs captured with the old rule are dropped
     x = torch.randn(5, 64)
-    y, z = ops.moe(x.to(DEVICE), handle, torch.ones(64), EPS), ref.moe(x, expected, torch.ones(64), EPS)
+    y, z = (
+        ops.moe(x.to(DEVICE), handle, Norm(torch.ones(64), EPS)),
+        ref.moe(x, expected, Norm(torch.ones(64), EPS)),
+    )
     assert distance(y.cpu() - x, z - x) < 1e-9
 
 
@@ -90,9 +96,9 @@ def test_mlp(ops: GpuOps, ref: ReferenceOps, name: str) -> None:
     parts = weight(name, 96, 64), weight(name, 96, 64), weight(name, 64, 96)
     x, scale = torch.randn(3, 64), norm(64)
     handle, expected = ops.pack_mlp("m", lambda: parts), ref.pack_mlp("m", lambda: parts)
-    y = ops.mlp(x.to(DEVICE), handle, scale, EPS).cpu()
-    added = ops.mlp(x.to(DEVICE), handle, scale, EPS, residual=False).cpu()
-    assert distance(added, ref.mlp(x, expected, scale, EPS, residual=False)) < 3 * BOUNDS[name]
+    y = ops.mlp(x.to(DEVICE), handle, Norm(scale, EPS)).cpu()
+    added = ops.mlp(x.to(DEVICE), handle, Norm(scale, EPS), residual=False).cpu()
+    assert distance(added, ref.mlp(x, expected, Norm(scale, EPS), residual=False)) < 3 * BOUNDS[name]
     assert distance(y, x + added) < 1e-12
 
 
@@ -108,14 +114,14 @@ def test_rounding_while_packing_equals_the_reference(quantization: str) -> None:
 def test_top_logits(ops: GpuOps, ref: ReferenceOps, k: int) -> None:
     w, x, scale = weight("bf16", 137, 64), torch.randn(3, 64), norm(64)
     handle, expected = ops.pack_linear("h", lambda: [w]), ref.pack_linear("h", lambda: [w])
-    ours = ops.top_logits(x.to(DEVICE), handle, scale, EPS, k)
-    theirs = ref.top_logits(x, expected, scale, EPS, k)
+    ours = ops.top_logits(x.to(DEVICE), handle, Norm(scale, EPS), k)
+    theirs = ref.top_logits(x, expected, Norm(scale, EPS), k)
     assert torch.equal(ours[1].cpu(), theirs[1])
     for y, z in zip(ours[::2], theirs[::2], strict=True):
         torch.testing.assert_close(y.cpu(), z, atol=1e-4, rtol=1e-4)
     same = ops.pack_linear("h", lambda: [Weight("dense", torch.ones(40, 32))])
     # Without eps the normed row is exactly 1, so the logits are equal in any order of summation.
-    _, ids, _ = ops.top_logits(torch.ones(2, 32, device=DEVICE), same, torch.ones(32), 0.0, k)
+    _, ids, _ = ops.top_logits(torch.ones(2, 32, device=DEVICE), same, Norm(torch.ones(32), 0.0), k)
     assert ids.tolist() == [list(range(k))] * 2  # equal logits in order of their ids
 
 

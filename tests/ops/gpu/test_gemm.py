@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from farthing.ops.api import Norm
 from farthing.ops.gpu.gemm import gemm, linear, narrowed
 from farthing.ops.gpu.launch import Config
 from farthing.ops.gpu.matrix import pack, pair, stack_rows
@@ -28,15 +29,15 @@ ROUNDED = 1e-5  # results in bfloat16: half the square of 2^-9
 def test_linear(name: str, tokens: int, n: int, k: int) -> None:
     w, x, scale, residual = weight(name, n, k), torch.randn(tokens, k), norm(k), torch.randn(tokens, n)
     parts = [pack(w, torch.float32, DEVICE)]
-    y = linear(x.to(DEVICE), parts, scale.to(DEVICE), EPS, residual.to(DEVICE), torch.float32)
-    expected = REF.linear(x, REF.pack_linear("w", lambda: [w]), scale, EPS, residual)
+    y = linear(x.to(DEVICE), parts, Norm(scale.to(DEVICE), EPS), residual.to(DEVICE), torch.float32)
+    expected = REF.linear(x, REF.pack_linear("w", lambda: [w]), Norm(scale, EPS), residual)
     assert distance(y.cpu(), expected) < BOUNDS[name]
 
 
 @pytest.mark.parametrize("group", [16, 32, 48, 64, 128])
 def test_int4_groups(group: int) -> None:
     w, x = weight("int4_zero", 40, 3 * group, group), torch.randn(5, 3 * group)
-    y = linear(x.to(DEVICE), [pack(w, torch.float32, DEVICE)], None, EPS, None, torch.float32)
+    y = linear(x.to(DEVICE), [pack(w, torch.float32, DEVICE)], None, None, torch.float32)
     assert distance(y.cpu(), x @ w.dequantize().t()) < BOUNDS["int4"]
 
 
@@ -52,7 +53,7 @@ def test_stacked_matrices_and_strided_rows(name: str, rows: tuple[int, int]) -> 
     x = torch.randn(4, 200).to(DEVICE)[:, 60:124]
     parts = stack_rows([pack(w, torch.float32, DEVICE) for w in stack])
     assert len(parts) == (2 if name == "fp8" and rows[0] != 128 else 1)
-    y = linear(x, parts, None, EPS, None, torch.float32)
+    y = linear(x, parts, None, None, torch.float32)
     value = torch.cat([w.dequantize() for w in stack])
     assert distance(y.cpu(), x.cpu() @ value.t()) < BOUNDS[name]
 
@@ -86,7 +87,7 @@ def test_a_pair_alternates(name: str) -> None:
     gate, up = weight(name, 24, 64), weight(name, 24, 64)
     x = torch.randn(3, 64)
     both = pair(pack(gate, torch.float32, DEVICE), pack(up, torch.float32, DEVICE))
-    y = linear(x.to(DEVICE), [both], None, EPS, None, torch.float32).cpu()
+    y = linear(x.to(DEVICE), [both], None, None, torch.float32).cpu()
     assert distance(y[:, 0::2], x @ gate.dequantize().t()) < BOUNDS[name]
     assert distance(y[:, 1::2], x @ up.dequantize().t()) < BOUNDS[name]
 
@@ -95,7 +96,7 @@ def test_fp8_pair_is_concatenated() -> None:
     gate, up = weight("fp8", 128, 64), weight("fp8", 128, 64)
     x = torch.randn(3, 64)
     both = pair(pack(gate, torch.float32, DEVICE), pack(up, torch.float32, DEVICE))
-    y = linear(x.to(DEVICE), [both], None, EPS, None, torch.float32).cpu()
+    y = linear(x.to(DEVICE), [both], None, None, torch.float32).cpu()
     value = torch.cat((gate.dequantize(), up.dequantize()))
     assert distance(y, x @ value.t()) < BOUNDS["fp8"]
 
@@ -104,7 +105,7 @@ def test_fp8_pair_is_concatenated() -> None:
 def test_bfloat16(name: str) -> None:
     dtype = torch.bfloat16
     w, x = weight(name, 70, 96), torch.randn(20, 96).to(dtype)
-    y = linear(x.to(DEVICE), [pack(w, dtype, DEVICE)], None, EPS, None, dtype)
+    y = linear(x.to(DEVICE), [pack(w, dtype, DEVICE)], None, None, dtype)
     assert y.dtype is dtype
     assert distance(y.cpu(), x.float() @ w.dequantize().t()) < ROUNDED
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import AttentionSpec, CacheDtype, IndexerSpec, Ops
+from farthing.ops.api import AttentionSpec, CacheDtype, IndexerSpec, Ops, Place
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.torch_util import make_batch
@@ -47,10 +47,10 @@ def run(ops: Ops, spec: IndexerSpec, dtype: CacheDtype) -> tuple[list[Tensor], l
         batch = moved(batch) if ops.device.type == "cuda" else batch
         total = sum(n for _, n in step)
         q, k, w, qa, kv = (torch.randn(total, n, generator=g).to(ops.device, ops.dtype) for n in widths)
-        select = ops.index(q, k, w, indexer, cache, 1, batch)
+        select = ops.index(q, k, w, indexer, Place(cache, 1, batch))
         assert select is not None
         found.append(select.cpu())
-        outs.append(ops.mla(qa, kv, heads, cache, 0, batch, 1e-6, select).cpu().float())
+        outs.append(ops.mla(qa, kv, heads, Place(cache, 0, batch), select).cpu().float())
     return found, outs
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farthing.ops.api import Norm
 from farthing.ops.gpu import GpuOps
 from farthing.ops.gpu.launch import narrow
 from farthing.ops.gpu.sample import quantize, rms_norm, softmax
@@ -42,8 +43,8 @@ def test_softmax_and_norm(n: int) -> None:
     for held in (16384, 64):  # in one block, and streamed
         torch.testing.assert_close(softmax(x.to(DEVICE), held).cpu(), x.softmax(-1), atol=1e-6, rtol=1e-5)
     w = norm(n)
-    y = rms_norm(wide.to(DEVICE), w.to(DEVICE), EPS).cpu()
-    torch.testing.assert_close(y, REF.rms_norm(wide, w, EPS), atol=1e-5, rtol=1e-5)
+    y = rms_norm(wide.to(DEVICE), Norm(w.to(DEVICE), EPS)).cpu()
+    torch.testing.assert_close(y, REF.rms_norm(wide, Norm(w, EPS)), atol=1e-5, rtol=1e-5)
 
 
 def test_softmax_of_partly_masked_rows() -> None:
@@ -66,8 +67,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("normed", [False, True])
 def test_quantize(k: int, normed: bool) -> None:
     x, w = torch.randn(4, k) * torch.tensor([[1e-6], [1.0], [30.0], [1e4]]), norm(k)
-    q, scale = quantize(x.to(DEVICE), w.to(DEVICE) if normed else None, EPS)
-    wanted, expected = rounded(REF.rms_norm(x, w, EPS) if normed else x)
+    q, scale = quantize(x.to(DEVICE), Norm(w.to(DEVICE), EPS) if normed else None)
+    wanted, expected = rounded(REF.rms_norm(x, Norm(w, EPS)) if normed else x)
     torch.testing.assert_close(scale.cpu(), expected, rtol=1e-5, atol=0)
     same = q.cpu().view(torch.uint8) == wanted.view(torch.uint8)
     assert same.float().mean() > (0.98 if normed else 0.999)  # the norm's sum may round differently
@@ -77,7 +78,7 @@ def test_quantize(k: int, normed: bool) -> None:
 def test_no_rows() -> None:
     ops = GpuOps(torch.float32, DEVICE)
     x = torch.empty(0, 32, device=DEVICE)
-    assert ops.rms_norm(x, torch.ones(32), EPS).shape == (0, 32)
+    assert ops.rms_norm(x, Norm(torch.ones(32), EPS)).shape == (0, 32)
     assert softmax(x).shape == (0, 32)
     table = torch.randn(5, 32).bfloat16()
     ids = torch.tensor([4, 0], device=DEVICE)

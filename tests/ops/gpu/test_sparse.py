@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from farthing.ops.api import Norm
 from farthing.ops.gpu import GpuOps
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, find, multiply, pack_blocks
 from farthing.ops.reference import ReferenceOps
@@ -74,5 +75,5 @@ def test_projections_detect_the_pattern() -> None:
     ops, ref = GpuOps(torch.float32, DEVICE), ReferenceOps(torch.float32)
     stack = [cut(32, 64, True, False), Weight("dense", torch.randn(20, 64)), cut(48, 64, False, False)]
     x, scale = torch.randn(3, 64), norm(64)
-    y = ops.linear(x.to(DEVICE), ops.pack_linear("w", lambda: stack), scale, EPS)
-    assert distance(y.cpu(), ref.linear(x, ref.pack_linear("w", lambda: stack), scale, EPS)) < 1e-10
+    y = ops.linear(x.to(DEVICE), ops.pack_linear("w", lambda: stack), Norm(scale, EPS))
+    assert distance(y.cpu(), ref.linear(x, ref.pack_linear("w", lambda: stack), Norm(scale, EPS))) < 1e-10

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import MoEWeights, RouterSpec
+from farthing.ops.api import MoEWeights, Norm, RouterSpec
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import InputRounding, Weight, quantize_int8
@@ -46,8 +46,8 @@ def test_linear(both: tuple[GpuOps, ReferenceOps], scale: float) -> None:
     ops, ref = both
     stack = [ranged(48, 80, scale), ranged(32, 80, scale / 2)]
     x, weight = torch.randn(5, 80), norm(80)
-    y = ops.linear(x.to(DEVICE), ops.pack_linear("w", lambda: stack), weight, EPS).cpu()
-    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: stack), weight, EPS)) < BOUNDS["int8"]
+    y = ops.linear(x.to(DEVICE), ops.pack_linear("w", lambda: stack), Norm(weight, EPS)).cpu()
+    assert distance(y, ref.linear(x, ref.pack_linear("w", lambda: stack), Norm(weight, EPS))) < BOUNDS["int8"]
     mixed = [stack[0], quantize_int8(torch.randn(16, 80))]
     y = ops.linear(x.to(DEVICE), ops.pack_linear("m", lambda: mixed)).cpu()
     expected = x @ torch.cat([w.dequantize() for w in mixed]).t()
@@ -57,12 +57,12 @@ def test_linear(both: tuple[GpuOps, ReferenceOps], scale: float) -> None:
 def test_experts(both: tuple[GpuOps, ReferenceOps]) -> None:
     ops, ref = both
     w, x, weight = experts(), torch.randn(7, 64), norm(64)
-    y = ops.moe(x.to(DEVICE), ops.pack_moe("m", SPEC, lambda: w), weight, EPS).cpu()
-    z = ref.moe(x, ref.pack_moe("m", SPEC, lambda: w), weight, EPS)
+    y = ops.moe(x.to(DEVICE), ops.pack_moe("m", SPEC, lambda: w), Norm(weight, EPS)).cpu()
+    z = ref.moe(x, ref.pack_moe("m", SPEC, lambda: w), Norm(weight, EPS))
     # A value next to a tie may round to the other integer.
     assert distance(y - x, z - x) < 1e-6
     plain = MoEWeights(w.gate, None, [_plain(e) for e in w.experts], None)
-    assert distance(ref.moe(x, ref.pack_moe("p", SPEC, lambda: plain), weight, EPS) - x, z - x) > 1e-4
+    assert distance(ref.moe(x, ref.pack_moe("p", SPEC, lambda: plain), Norm(weight, EPS)) - x, z - x) > 1e-4
 
 
 def _plain(load):  # type: ignore[no-untyped-def]

@@ -24,7 +24,9 @@ from farthing.ops.api import (
     IndexCache,
     LatentCache,
     LayerHandles,
+    Norm,
     NotFinite,
+    Place,
     RouterSpec,
 )
 from farthing.ops.arrays import (
@@ -40,6 +42,7 @@ from farthing.ops.arrays import (
 )
 from farthing.ops.cpu import stack as indexing
 from farthing.ops.cpu.stack import (
+    NO_ROWS,
     Stack,
     native_batch,
     native_cache,
@@ -164,97 +167,71 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, weight = _rows(x), vector(weight)
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        x, weight = _rows(x), vector(norm.weight)
         tokens, k = x.shape
         out = empty(x, tokens, k)
-        self._native.rms_norm(native_rows(x), tokens, k, address(weight), eps, native_rows(out))
+        self._native.rms_norm(native_rows(x), tokens, k, address(weight), norm.eps, native_rows(out))
         return out
 
     def linear(
-        self,
-        x: Tensor,
-        weight: Linear,
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: Linear, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         x = _rows(x)
         tokens = x.shape[0]
         if x.shape[1] != weight.k:
             raise ValueError(f"x has {x.shape[1]} columns; expected {weight.k}, the weight's")
-        norm = None if norm is None else vector(norm)
-        residual = None if residual is None else _rows(residual)
+        scale, eps = (None, 0.0) if norm is None else (vector(norm.weight), norm.eps)
+        added = NO_ROWS if residual is None else native_rows(_rows(residual))
         out = empty(x, tokens, weight.n)
         self._native.linear(
-            weight.packed, native_rows(x), tokens, 0 if norm is None else address(norm), eps,
-            native_rows(residual), native_rows(out), weight.rest,
+            weight.packed, native_rows(x), tokens, 0 if scale is None else address(scale), eps,
+            added, native_rows(out), weight.rest,
         )  # fmt: skip
         return out
 
     def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Attention,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
+        self, q: Tensor, kv: Tensor, heads: Attention, place: Place, select: Tensor | None = None
     ) -> Tensor:
         q, kv = _rows(q), _rows(kv)
-        tokens = q.shape[0]
-        out = empty(q, tokens, attention.width)
+        tokens, batch = q.shape[0], place.batch
+        out = empty(q, tokens, heads.width)
         if select is None:
-            self._mla(q, kv, attention, cache, layer, native_batch(batch), eps, out)
+            self._mla(q, kv, heads, place.cache, place.row, native_batch(batch), out)
             return out
-        reads, rows = chosen(select, batch, cache.block_size), in_rows(cache)
+        reads, rows = chosen(select, batch, place.cache.block_size), in_rows(place.cache)
         for at in range(0, tokens, SELECTED_AT_ONCE):
             part = slice(at, at + SELECTED_AT_ONCE)
-            self._mla(
-                q[part], kv[part], attention, rows, layer, native_reads(batch, part, reads), eps, out[part]
-            )
+            own = native_reads(batch, part, reads)
+            self._mla(q[part], kv[part], heads, rows, place.row, own, out[part])
         return out
 
-    def gqa(
-        self, qkv: Tensor, heads: Attention, cache: LatentCache, row: int, batch: Batch, eps: float
-    ) -> Tensor:
+    def gqa(self, qkv: Tensor, heads: Attention, place: Place) -> Tensor:
         qkv = _rows(qkv)
         out = empty(qkv, qkv.shape[0], heads.width)
         q, kv = qkv[:, : out.shape[1]], qkv[:, out.shape[1] :]
-        self._mla(q, kv, heads, cache, row, native_batch(batch), eps, out)
+        self._mla(q, kv, heads, place.cache, place.row, native_batch(place.batch), out)
         return out
 
     def _mla(
-        self, q: Tensor, kv: Tensor, attention: Attention, cache: LatentCache, layer: int, batch: Any,
-        eps: float, out: Tensor,
-    ) -> None:  # fmt: skip
+        self, q: Tensor, kv: Tensor, heads: Attention, cache: LatentCache, row: int, batch: Any, out: Tensor
+    ) -> None:
         """batch: the native batch struct."""
         self._native.mla(
-            attention.native, native_rows(q), native_rows(kv), q.shape[0], native_cache(cache, layer), batch,
-            eps, native_rows(out),
+            heads.native, native_rows(q), native_rows(kv), q.shape[0], native_cache(cache, row), batch,
+            heads.eps, native_rows(out),
         )  # fmt: skip
 
     def index(
-        self,
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        indexer: indexing.Indexer,
-        cache: LatentCache,
-        row: int,
-        batch: Batch,
+        self, q: Tensor, k: Tensor, w: Tensor, indexer: indexing.Indexer, place: Place
     ) -> Tensor | None:
-        assert cache.index is not None
-        return indexing.index(self._native, _rows(q), _rows(k), _rows(w), indexer, cache.index, row, batch)
+        return indexing.index(self._native, _rows(q), _rows(k), _rows(w), indexer, place)
 
     def _experts(
         self,
         x: Tensor,
         weights: Experts,
-        norm: Tensor,
-        eps: float,
+        norm: Norm,
         counts: int = 0,
         ids: int = 0,
         gates: int = 0,
@@ -262,11 +239,11 @@ class CpuOps(PackingOps):
     ) -> Tensor:
         """counts, ids and gates are addresses, 0 for none."""
         self._check_file()
-        x, norm = _rows(x), vector(norm)
+        x, scale = _rows(x), vector(norm.weight)
         tokens, hidden = x.shape
         out = empty(x, tokens, hidden)
         self._native.moe(
-            weights.native, native_rows(x), tokens, address(norm), eps, native_rows(out), counts, ids,
+            weights.native, native_rows(x), tokens, address(scale), norm.eps, native_rows(out), counts, ids,
             gates, residual,
         )  # fmt: skip
         return out
@@ -280,30 +257,22 @@ class CpuOps(PackingOps):
         return pack_stack(layers)
 
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
         self._check_file()
-        return run_layers(self._native, _rows(h), stack, batch, cache, eps, counts, span)
+        return run_layers(self._native, _rows(h), stack, batch, cache, counts, span)
 
-    def mlp(self, x: Tensor, weights: Experts, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
-        return self._experts(x, weights, norm, eps, residual=residual)
+    def mlp(self, x: Tensor, weights: Experts, norm: Norm, residual: bool = True) -> Tensor:
+        return self._experts(x, weights, norm, residual=residual)
 
     def moe(
-        self,
-        x: Tensor,
-        weights: Experts,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
         seen = 0 if counts is None else address(counts)
-        return self._experts(x, weights, norm, eps, seen, residual=residual)
+        return self._experts(x, weights, norm, seen, residual=residual)
 
-    def moe_chosen(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, ids: Tensor, gates: Tensor
-    ) -> Tensor:
+    def moe_chosen(self, x: Tensor, weights: Experts, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
         assert weights.spec is not None
         if ids.shape != (x.shape[0], weights.spec.top_k) or gates.shape != ids.shape:
             raise ValueError(
@@ -311,7 +280,7 @@ class CpuOps(PackingOps):
                 f"expected [{x.shape[0]}, {weights.spec.top_k}], rows and experts per token"
             )
         ids, gates = ids.long().contiguous(), gates.float().contiguous()
-        return self._experts(x, weights, norm, eps, ids=address(ids), gates=address(gates))
+        return self._experts(x, weights, norm, ids=address(ids), gates=address(gates))
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         router = router_of(spec)
@@ -327,29 +296,29 @@ class CpuOps(PackingOps):
         self._native.route(weights.native, native_rows(n), tokens, address(ids), address(gates))
         return ids, gates
 
-    def logits(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> Tensor:
-        return self.linear(x, head, norm, eps)
+    def logits(self, x: Tensor, head: Linear, norm: Norm) -> Tensor:
+        return self.linear(x, head, norm)
 
-    def top_logits(
-        self, x: Tensor, head: Linear, norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def top_logits(self, x: Tensor, head: Linear, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if k > MOST_FUSED_TOP:
-            return _sorted(self.logits(x, head, norm, eps), k)
-        x, norm = _rows(x), vector(norm)
+            return _sorted(self.logits(x, head, norm), k)
+        x, scale = _rows(x), vector(norm.weight)
         tokens = x.shape[0]
         values, ids = empty(x, tokens, k), empty(x, tokens, k, dtype="int64")
         logsumexp = empty(x, tokens)
         with _not_finite():
             self._native.top_logits(
-                head.packed, native_rows(x), tokens, address(norm), eps, k,
+                head.packed, native_rows(x), tokens, address(scale), norm.eps, k,
                 address(values), address(ids), address(logsumexp),
             )  # fmt: skip
         return values, ids, logsumexp
 
-    def greedy(self, x: Tensor, head: Linear, norm: Tensor, eps: float) -> list[int]:
-        x, norm = _rows(x), vector(norm)
+    def greedy(self, x: Tensor, head: Linear, norm: Norm) -> list[int]:
+        x, scale = _rows(x), vector(norm.weight)
         with _not_finite():
-            best: list[int] = self._native.greedy(head.packed, native_rows(x), x.shape[0], address(norm), eps)
+            best: list[int] = self._native.greedy(
+                head.packed, native_rows(x), x.shape[0], address(scale), norm.eps
+            )
         return best
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.lazy import torch
-from farthing.ops.api import Batch, IndexCache, IndexerSpec, LatentCache, LayerHandles
+from farthing.ops.api import Batch, IndexCache, IndexerSpec, LatentCache, LayerHandles, Place
 from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, empty, row_stride
 from farthing.ops.selection import Chosen, sequences_of
 from farthing.ops.weights import PeerLost
@@ -32,6 +32,7 @@ class Stack:
     native: Any
     depth: int  # number of layers
     rows: int  # cache rows per layer
+    eps: float  # of every norm
     alive: tuple[Any, ...]
 
 
@@ -40,17 +41,19 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     native = _native.Layers()
     alive: list[Any] = []
     for layer in layers:
-        own = (layer.norm, layer.q_norm, layer.feed_norm, layer.o_bias)
-        norms = [None if w is None else vector(w) for w in own]
-        norm, q_norm, feed_norm, o_bias = (0 if w is None else address(w) for w in norms)
+        norms = (layer.norm, layer.q_norm, layer.feed_norm)
+        own = (*(None if norm is None else norm.weight for norm in norms), layer.o_bias)
+        vectors = [None if w is None else vector(w) for w in own]
+        norm, q_norm, feed_norm, o_bias = (0 if w is None else address(w) for w in vectors)
         q_b = None if layer.q_b is None else layer.q_b.packed
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
             norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
             layer.o.rest, feed_norm, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
         )  # fmt: skip
-        alive += [*norms, layer.heads, layer.feed]
-    return Stack(native, len(layers), layers[0].rows if layers else 1, tuple(alive))
+        alive += [*vectors, layer.heads, layer.feed]
+    rows, eps = (layers[0].rows, layers[0].norm.eps) if layers else (1, 0.0)
+    return Stack(native, len(layers), rows, eps, tuple(alive))
 
 
 def vector(x: Tensor) -> Tensor:
@@ -58,9 +61,12 @@ def vector(x: Tensor) -> Tensor:
     return contiguous(as_float32(x))
 
 
-def native_rows(x: Tensor | None) -> Any:
-    """Native view of a float32 tensor with unit column stride; empty for None."""
-    return _native.Rows(0, 0) if x is None else _native.Rows(address(x), row_stride(x))
+NO_ROWS = _native.Rows(0, 0)
+
+
+def native_rows(x: Tensor) -> Any:
+    """Native view of a float32 tensor with unit column stride."""
+    return _native.Rows(address(x), row_stride(x))
 
 
 def native_cache(cache: LatentCache | IndexCache, layer: int = 0) -> Any:
@@ -110,7 +116,6 @@ def run_layers(
     stack: Stack,
     batch: Batch,
     cache: LatentCache,
-    eps: float,
     counts: Tensor | None,
     span: slice,
 ) -> Tensor:
@@ -122,7 +127,7 @@ def run_layers(
     try:
         native.layers(
             stack.native, first, last, native_rows(h), tokens, native_cache(cache, first * stack.rows),
-            native_batch(batch), eps, seen, stride, native_rows(out),
+            native_batch(batch), stack.eps, seen, stride, native_rows(out),
         )  # fmt: skip
     except _native.PeerLost as error:
         raise PeerLost(*error.args) from error
@@ -152,14 +157,14 @@ def pack(spec: IndexerSpec, norm: Tensor, bias: Tensor, rope: Tensor) -> Indexer
     return Indexer(native, spec, (norm, bias, rope))
 
 
-def index(
-    native: Any, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, cache: IndexCache, row: int, batch: Batch
-) -> Tensor | None:
+def index(native: Any, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
     """`Ops.index` of float32 rows with unit column stride."""
+    cache, batch = place.cache.index, place.batch
+    assert cache is not None
     tokens, longest = q.shape[0], int(batch.context_lens.max())
     scored = longest > indexer.spec.top_k
     out = torch.empty(tokens, indexer.spec.top_k, dtype=torch.int32) if scored else None
-    sequences, keys = sequences_of(batch).to(torch.int32), native_cache(cache, row)
+    sequences, keys = sequences_of(batch).to(torch.int32), native_cache(cache, place.row)
     step = max(1, MOST_SCORES // longest) if scored else tokens
     for at in range(0, tokens, step):
         part = slice(at, at + step)

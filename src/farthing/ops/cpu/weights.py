@@ -209,6 +209,7 @@ class Attention:
 
     native: Any
     width: int  # columns of the output
+    eps: float  # of its norms
     alive: tuple[Tensor, ...]
 
 
@@ -442,7 +443,7 @@ class PackingOps(HostOps):
         )  # fmt: skip
         for uk, uv in heads:
             native.add(uk, uv)
-        return Attention(native, spec.num_heads * spec.value_dim, (norm, rope))
+        return Attention(native, spec.num_heads * spec.value_dim, spec.norm_eps, (norm, rope))
 
     def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
         """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded."""
@@ -466,7 +467,8 @@ class PackingOps(HostOps):
         )
         bias, q_norm, k_norm = (0 if part is None else address(part) for part in kept)
         native.group(spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm)
-        return Attention(native, spec.num_heads * d, (rope, *(part for part in kept if part is not None)))
+        alive = (rope, *(part for part in kept if part is not None))
+        return Attention(native, spec.num_heads * d, spec.norm_eps, alive)
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor

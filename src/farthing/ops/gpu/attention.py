@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import AttentionSpec, Batch, LatentCache
+from farthing.ops.api import AttentionSpec, Batch, LatentCache, Place
 from farthing.ops.gpu.launch import FP8_MAX, Config, config, dot, narrow, processors, round_half_even, widen
 from farthing.ops.reference import Grouped, prepared, read_heads, write_heads
 from farthing.ops.reference import attend as attend_heads
@@ -483,13 +483,14 @@ def plan(batch: Batch, expand_from: float) -> Plan:
 
 
 def attend(
-    q: Tensor, kv: Tensor, heads: Heads, cache: LatentCache, layer: int, batch: Batch, eps: float, plan: Plan,
-    select: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, kv: Tensor, heads: Heads, place: Place, plan: Plan, select: Tensor | None = None
+) -> Tensor:
     """`Ops.mla`: q [T, H (n + r)], kv [T, c + r] -> [T, H v]."""
-    s = heads.spec
+    s, cache, layer, batch = heads.spec, place.cache, place.row, place.batch
     q_pe = rotate_queries(q, batch.positions, heads.rope, s.num_heads, s.nope_dim, s.rope_dim, s.interleaved)
-    write_latent(kv, heads.norm, eps, batch.positions, heads.rope, s.interleaved, cache, layer, batch.slots)
+    write_latent(
+        kv, heads.norm, s.norm_eps, batch.positions, heads.rope, s.interleaved, cache, layer, batch.slots
+    )
     if select is not None:
         reads = chosen(select, batch, cache.block_size)
         return _absorbed(
@@ -508,13 +509,11 @@ def attend(
     return out
 
 
-def attend_grouped(
-    qkv: Tensor, heads: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float, plan: Plan
-) -> Tensor:
+def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Tensor:
     """`Ops.gqa`. Few tokens take the latent kernel, one key-value head at a time: a key has no part in common
     with its value, so queries have zeros there. Prompts take torch's attention."""
-    s = heads.spec
-    q, k, v = prepared(qkv, heads, batch.positions.long(), eps)
+    s, cache, row, batch = heads.spec, place.cache, place.row, place.batch
+    q, k, v = prepared(qkv, heads, batch.positions.long())
     write_heads(cache, row, batch.slots, k, v)
     out = torch.empty(q.shape[0], s.num_heads, s.head_dim, dtype=q.dtype, device=q.device)
     if plan.sequences is not None:

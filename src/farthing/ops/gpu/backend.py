@@ -24,7 +24,9 @@ from farthing.ops.api import (
     LatentCache,
     LayerHandles,
     MoEWeights,
+    Norm,
     Ops,
+    Place,
     RouterSpec,
 )
 from farthing.ops.gpu import gemm
@@ -179,51 +181,35 @@ class GpuOps(Ops):
         """A norm's weight, float32 and contiguous."""
         return self._here(weight).float().contiguous()
 
+    def _here_norm(self, norm: Norm) -> Norm:
+        return Norm(self._vector(norm.weight), norm.eps)
+
     # -- computing
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
         return F.embedding(ids, self._here(table)).to(self.dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return normalize.rms_norm(_rows(x), self._vector(weight), eps)
+    def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return normalize.rms_norm(_rows(x), self._here_norm(norm))
 
     def linear(
-        self,
-        x: Tensor,
-        weight: list[Part],
-        norm: Tensor | None = None,
-        eps: float = 1e-6,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight: list[Part], norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        return self._linear(x, weight, norm, eps, residual, self.dtype)
+        return self._linear(x, weight, norm, residual, self.dtype)
 
     def _linear(
-        self, x: Tensor, weight: list[Part], norm: Tensor | None, eps: float, residual: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+        self, x: Tensor, weight: list[Part], norm: Norm | None, residual: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         if x.shape[1] != weight[0].k:
             raise ValueError(f"x has {x.shape[1]} columns; expected {weight[0].k}, the weight's")
-        vector = None if norm is None else self._vector(norm)
-        return gemm.linear(_rows(x), weight, vector, eps, residual, dtype)
+        here = None if norm is None else self._here_norm(norm)
+        return gemm.linear(_rows(x), weight, here, residual, dtype)
 
-    def mla(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        attention: Heads,
-        cache: LatentCache,
-        layer: int,
-        batch: Batch,
-        eps: float,
-        select: Tensor | None = None,
-    ) -> Tensor:
-        step = self._plan(batch, attention)
-        return attend(_rows(q), _rows(kv), attention, cache, layer, batch, eps, step, select)
+    def mla(self, q: Tensor, kv: Tensor, heads: Heads, place: Place, select: Tensor | None = None) -> Tensor:
+        return attend(_rows(q), _rows(kv), heads, place, self._plan(place.batch, heads), select)
 
-    def gqa(
-        self, qkv: Tensor, heads: Grouped, cache: LatentCache, row: int, batch: Batch, eps: float
-    ) -> Tensor:
-        return attend_grouped(_rows(qkv), heads, cache, row, batch, eps, self._plan(batch, heads))
+    def gqa(self, qkv: Tensor, heads: Grouped, place: Place) -> Tensor:
+        return attend_grouped(_rows(qkv), heads, place, self._plan(place.batch, heads))
 
     def _plan(self, batch: Batch, heads: Heads | Grouped) -> Plan:
         """A step's plan is the same for all layers, so it is made and read back from the device once."""
@@ -231,21 +217,11 @@ class GpuOps(Ops):
             self._planned = (batch, plan(batch, expand_from(heads)))
         return self._planned[1]
 
-    def index(
-        self,
-        q: Tensor,
-        k: Tensor,
-        w: Tensor,
-        indexer: Indexer,
-        cache: LatentCache,
-        row: int,
-        batch: Batch,
-    ) -> Tensor | None:
-        assert cache.index is not None
-        return index(q, k, w, indexer, cache.index, row, batch)
+    def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
+        return index(q, k, w, indexer, place)
 
-    def mlp(self, x: Tensor, weights: Mlp, norm: Tensor, eps: float, residual: bool = True) -> Tensor:
-        n = self.rms_norm(x, norm, eps)
+    def mlp(self, x: Tensor, weights: Mlp, norm: Norm, residual: bool = True) -> Tensor:
+        n = self.rms_norm(x, norm)
         none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
         added_to = _rows(x) if residual else torch.zeros_like(x)
         return combine(n, none, None, self._gated(n, weights), added_to)
@@ -266,21 +242,15 @@ class GpuOps(Ops):
         return experts_mlp(x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype)
 
     def moe(
-        self,
-        x: Tensor,
-        weights: Experts,
-        norm: Tensor,
-        eps: float,
-        counts: Tensor | None = None,
-        residual: bool = True,
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
-        return self._moe(x, weights, norm, eps, counts, None, residual)
+        return self._moe(x, weights, norm, counts, None, residual)
 
     def _moe(
-        self, x: Tensor, weights: Experts, norm: Tensor, eps: float, counts: Tensor | None,
-        live: Tensor | None, residual: bool = True,
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None, live: Tensor | None,
+        residual: bool = True,
     ) -> Tensor:  # fmt: skip
-        n = self.rms_norm(x, norm, eps)
+        n = self.rms_norm(x, norm)
         ids, gates = self._route(n, weights, live)
         if counts is not None:
             chosen = ids.flatten()
@@ -307,48 +277,47 @@ class GpuOps(Ops):
         return Stack(tuple(layers))
 
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, eps: float, counts: Tensor | None,
+        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
         def run(hidden: Tensor, batch: Batch, live: Tensor | None) -> Tensor:
             step = plan(batch, expand_from(stack.layers[0].heads))
             for i in range(*span.indices(len(stack.layers))):
-                seen = None if counts is None else counts[i]
-                hidden = self._layer(hidden, stack.layers[i], batch, step, cache, i, eps, seen, live)
+                layer, seen = stack.layers[i], None if counts is None else counts[i]
+                place = Place(cache, i * layer.rows, batch)
+                hidden = self._layer(hidden, layer, place, step, seen, live)
             return hidden
 
         if not is_decode(batch) or not stack.layers or span != ALL:
             return run(h, batch, None) if stack.layers else h
         where = cache.data.data_ptr(), cache.data.shape, cache.data.dtype
-        key = stack, where, None if counts is None else counts.data_ptr(), eps
+        key = stack, where, None if counts is None else counts.data_ptr()
         return self._graphs.run(key, run, h, batch)
 
     def _layer(
-        self, h: Tensor, layer: LayerHandles, batch: Batch, step: Plan, cache: LatentCache, index: int,
-        eps: float, counts: Tensor | None, live: Tensor | None,
+        self, h: Tensor, layer: LayerHandles, place: Place, step: Plan, counts: Tensor | None,
+        live: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        qkv = self.linear(h, layer.qkv_a, layer.norm, eps)
+        qkv = self.linear(h, layer.qkv_a, layer.norm)
         if isinstance(layer.heads, Grouped):
-            mixed = attend_grouped(qkv, layer.heads, cache, index * layer.rows, batch, eps, step)
+            mixed = attend_grouped(qkv, layer.heads, place, step)
         else:
             q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
             if layer.q_b is not None:
-                q = self.linear(q, layer.q_b, layer.q_norm, eps)
-            mixed = attend(q, kv, layer.heads, cache, index, batch, eps, step)
+                q = self.linear(q, layer.q_b, layer.q_norm)
+            mixed = attend(q, kv, layer.heads, place, step)
         if layer.o_bias is not None:
             h = h + self._here(layer.o_bias).to(h.dtype)
         h = self.linear(mixed, layer.o, residual=h)
         if isinstance(layer.feed, Experts):
-            return self._moe(h, layer.feed, layer.feed_norm, eps, counts, live)
-        return self.mlp(h, layer.feed, layer.feed_norm, eps)
+            return self._moe(h, layer.feed, layer.feed_norm, counts, live)
+        return self.mlp(h, layer.feed, layer.feed_norm)
 
-    def logits(self, x: Tensor, head: list[Part], norm: Tensor, eps: float) -> Tensor:
-        return self._linear(x, head, norm, eps, None, torch.float32)
+    def logits(self, x: Tensor, head: list[Part], norm: Norm) -> Tensor:
+        return self._linear(x, head, norm, None, torch.float32)
 
-    def top_logits(
-        self, x: Tensor, head: list[Part], norm: Tensor, eps: float, k: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return largest(self.logits(x, head, norm, eps), k)
+    def top_logits(self, x: Tensor, head: list[Part], norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        return largest(self.logits(x, head, norm), k)
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         if filters is None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farthing.ops.api import Norm
 from farthing.ops.gpu.launch import FP8_MAX, LEAST_AMAX, Config, narrow, processors, product_config, silu
 from farthing.ops.gpu.matrix import FORMATS, FP8, Matrix, finish, fp8_twice, product
 from farthing.ops.gpu.sample import quantize, rms_norm
@@ -82,7 +83,7 @@ def gemm(
 
 
 def linear(
-    x: Tensor, parts: list[Part], norm: Tensor | None, eps: float, residual: Tensor | None,
+    x: Tensor, parts: list[Part], norm: Norm | None, residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """x [T, K] -> [T, sum of N] in `dtype`: residual + rms_norm(x) W^T, W in parts along its rows."""
@@ -92,12 +93,12 @@ def linear(
         return out
     plain = scaled = None
     if not all(_is_fp8(m) for m in parts):
-        plain = x if norm is None else rms_norm(x, norm, eps)
+        plain = x if norm is None else rms_norm(x, norm)
         first = parts[0]
         if isinstance(first, Matrix) and first.inputs is not None:  # then every part has the same range
             plain = to_integers(plain, first.inputs)
     if any(_is_fp8(m) for m in parts):
-        scaled = quantize(x, norm, eps)
+        scaled = quantize(x, norm)
     start = 0
     for m in parts:
         columns = slice(start, start + m.n)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import Batch, IndexCache, RouterSpec
+from farthing.ops.api import Batch, IndexCache, Place, RouterSpec
 from farthing.ops.gpu.launch import dot, widen
 from farthing.ops.indexer import Indexer, prepared_keys, rotated, top_positions, write_keys
 from farthing.ops.selection import sequences_of
@@ -205,11 +205,10 @@ def _index_scores(
     tl.store(out + token * stride_o + at, tl.where(seen, total, float("-inf")))
 
 
-def index(
-    q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, cache: IndexCache, row: int, batch: Batch
-) -> Tensor | None:
+def index(q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
     """`Ops.index` without device reads: returns None only if no block table can hold more keys."""
-    s, tokens = indexer.spec, q.shape[0]
+    s, cache, row, batch = indexer.spec, place.cache.index, place.row, place.batch
+    assert cache is not None
     cos, sin = indexer.rope[:, batch.positions.long()].unbind(0)
     write_keys(cache, row, batch.slots, prepared_keys(k, indexer, cos, sin))
     most = batch.block_table.shape[1] * cache.data.shape[2]
@@ -222,7 +221,7 @@ def index(
     step = max(1, _MOST_SCORES // most)
     parts = [
         top_positions(scores(q, w, cache, row, batch, sequences, slice(at, at + step)), s.top_k)
-        for at in range(0, tokens, step)
+        for at in range(0, q.shape[0], step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farthing.ops.api import Norm
 from farthing.ops.gpu.launch import FP8_MAX, LEAST_AMAX, narrow
 from farthing.ops.sampling import CANDIDATES, Filters
 
@@ -191,23 +192,26 @@ def _norm_quantize(
     tl.store(scale + row * groups + g, s, mask=g < groups)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [T, K], weight [K] float32 -> [T, K] in x's dtype."""
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x [T, K], norm float32 -> [T, K] in x's dtype."""
     tokens, k = x.shape
     out = torch.empty(tokens, k, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(k)
     if tokens:
-        _rms_norm[(tokens,)](x, weight, out, x.stride(0), k, eps, BLOCK=block, num_warps=_warps(block))
+        _rms_norm[(tokens,)](
+            x, norm.weight, out, x.stride(0), k, norm.eps, BLOCK=block, num_warps=_warps(block)
+        )
     return out
 
 
-def quantize(x: Tensor, weight: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """x [T, K], normed first if a weight is given -> FP8 [T, K], scales float32 [T, ceil(K / 128)]."""
+def quantize(x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
+    """x [T, K], normed first if a norm is given -> FP8 [T, K], scales float32 [T, ceil(K / 128)]."""
     tokens, k = x.shape
     groups = triton.cdiv(k, GROUP)
     out = torch.empty(tokens, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(tokens, groups, dtype=torch.float32, device=x.device)
     padded = triton.next_power_of_2(groups)
+    weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
     if tokens:
         _norm_quantize[(tokens,)](
             x, weight, out, scale, x.stride(0), k, eps,
