@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from farthing.engine.pace import Limits
 from farthing.engine.prefetch import BlockStore
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence
-from farthing.engine.shares import Limits
 
 SALTS = ("", "tenant")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
+from farthing.engine.pace import Limits
 from farthing.engine.request import RequestOutput, RequestStream, SamplingParams
 from farthing.engine.runner import Step
-from farthing.engine.shares import Limits
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import random_model

@@ -299,7 +299,7 @@ def test_no_client_overtakes_the_next_one_that_does_not_fit() -> None:
         seq.client = client
         scheduler.add(seq)
         if client == "c":
-            scheduler.fairness.charge("c", 5)  # it has been served more than b
+            scheduler.shares.charge("c", 5)  # it has been served more than b
         plan = scheduler.schedule()
         assert [item.seq for item in plan] == seqs[:1]
         run(scheduler, plan)

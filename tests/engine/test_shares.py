@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.config import EngineConfig, check
+from farthing.engine.pace import SCORING, SMALLEST_CHUNK, SMALLEST_SCORED, Interference, Pace
 from farthing.engine.request import EngineError, SamplingParams, StructuredOutputsParams
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Scheduled, Sequence, Status
-from farthing.engine.shares import SCORING, SMALLEST_CHUNK, SMALLEST_SCORED, Fairness, Interference, Pace
 from tests.engine.conftest import EOS, GREEDY, VOCAB, Greedy, MakeEngine, tokens_of
 
 NUMBERS = itertools.count()
@@ -163,43 +163,6 @@ def test_single_client_is_served_by_urgency() -> None:
     for seq in many:
         engine.add(seq)
     assert [item.seq for item in step(engine)] == many[:4]
-
-
-def test_idle_time_earns_no_credit() -> None:
-    fair = Fairness()
-    fair.enter("busy")
-    fair.charge("busy", 1000)
-    fair.enter("late")
-    assert fair.served("late") == 999  # next in turn, and no more
-    fair.leave("late")
-    fair.charge("busy", 500)
-    fair.enter("late")
-    assert fair.served("late") == 1499
-
-
-def test_disconnecting_keeps_the_debt() -> None:
-    fair = Fairness()
-    for client in ("modest", "greedy"):
-        fair.enter(client)
-    fair.charge("greedy", 1000)
-    fair.leave("greedy")
-    fair.enter("greedy")
-    assert fair.served("greedy") == 1000 and fair.served("modest") == 0
-
-
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 50), st.booleans()), max_size=60))
-def test_every_client_with_work_has_a_counter(moves: list[tuple[str, int, bool]]) -> None:
-    fair, live = Fairness(), Counter[str]()
-    for client, tokens, enters in moves:
-        if enters:
-            fair.enter(client)
-            live[client] += 1
-            fair.charge(client, tokens)
-        elif live[client]:
-            fair.leave(client)
-            live[client] -= 1
-    assert fair.num_clients == sum(count > 0 for count in live.values())
-    assert {client for client in live if live[client]} <= fair._served.keys() <= live.keys()
 
 
 LIMIT, DECODE, COST = 0.15, 0.01, 1e-3  # seconds: of a step, of a decode-only step, per prompt token

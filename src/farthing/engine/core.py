@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from farthing.engine.generation import Generation, RequestState
+from farthing.engine.pace import Pace
 from farthing.engine.request import (
     EngineError,
     FinishReason,
@@ -28,7 +29,6 @@ from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Pick, Row, report, sample
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import IntegrityError, Scheduled, Status
-from farthing.engine.shares import Pace
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer
@@ -201,7 +201,7 @@ class EngineCore:
         if divided.wanted:
             last = depth
             if decodes and self._pace is not None:
-                shared = self.scheduler.fairness.num_clients > 1
+                shared = len(self.scheduler.shares.present) > 1
                 last = min(depth, done + self._pace.layers(decodes, shared, divided.tokens))
             divided.hidden = self.runner.advance(divided.step, divided.hidden, done, last)
             seconds = time.perf_counter() - began

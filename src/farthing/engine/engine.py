@@ -49,6 +49,7 @@ from farthing.engine.admission import Admission
 from farthing.engine.core import EngineCore
 from farthing.engine.disk_cache.store import open_store
 from farthing.engine.generation import Generation, RequestState
+from farthing.engine.pace import Pace
 from farthing.engine.prefetch import Load
 from farthing.engine.request import (
     EngineError,
@@ -64,7 +65,6 @@ from farthing.engine.request import (
 from farthing.engine.runner import Model, Runner, resolve
 from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.shares import Pace
 from farthing.engine.speculation import build_speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer, flatten

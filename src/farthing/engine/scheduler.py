@@ -15,9 +15,9 @@ A waiting prompt whose next blocks are being computed by a running one waits for
 together compute a shared prefix once. A prompt whose next blocks are on disk waits until they are read,
 without delaying those behind it (`prefetch.py`).
 
-Clients share by `fairness`: the least served client computes and is admitted first. Sequences of one client
-are ordered by urgency: arrival time plus priority times `priority_step` seconds. Urgency never changes while
-a sequence waits, so later arrivals cannot overtake it indefinitely.
+Clients share by `shares`, in tokens: the least served client computes and is admitted first. Sequences of one
+client are ordered by urgency: arrival time plus priority times `priority_step` seconds. Urgency never changes
+while a sequence waits, so later arrivals cannot overtake it indefinitely.
 
 A client with less than its share of rows and blocks does not wait for others to finish: sequences of clients
 above their share are preempted for it, least urgent first, but never a client's most urgent one. The most
@@ -26,11 +26,13 @@ urgent running sequence is only preempted while busy ones hold the blocks, so th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Set
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
 
+from farthing.engine.pace import Interference, Limits, Room
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.sequence import (
     KEY,
@@ -44,7 +46,7 @@ from farthing.engine.sequence import (
     insert,
     remove,
 )
-from farthing.engine.shares import Fairness, Interference, Limits, Room, by_claim, victims
+from farthing.shares import Shares
 
 
 class Scheduler(Generic[S]):
@@ -76,7 +78,7 @@ class Scheduler(Generic[S]):
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
         self.prefetch: Prefetch[S] = Prefetch(store, self.prefix, self.pool)
-        self.fairness = Fairness()
+        self.shares = Shares(ahead=1)  # of a token: a client that returns is next
         self.interference = Interference()
         self.running: list[S] = []  # by urgency, like each client's queue
         self._queues: Queues[S] = Queues()
@@ -112,7 +114,7 @@ class Scheduler(Generic[S]):
                 f"and at most {most}, the size of the cache"
             )
         if seq.status is Status.NEW:
-            self.fairness.enter(seq.client)
+            self.shares.enter(seq.client)
         seq.status = Status.WAITING
         if self.prefetch.store is None or not self._read(seq, self._match(seq)):
             self._queues.push(seq)
@@ -134,7 +136,7 @@ class Scheduler(Generic[S]):
         elif seq.status is Status.WAITING and not self.prefetch.leave(seq):
             self._queues.drop(seq)
         if seq.status in (Status.RUNNING, Status.WAITING):
-            self.fairness.leave(seq.client)
+            self.shares.leave(seq.client)
         seq.status = Status.FINISHED
 
     def schedule(self) -> list[Scheduled[S]]:
@@ -147,7 +149,7 @@ class Scheduler(Generic[S]):
         if not self._queues and len(plan) == len(self.running):  # no prompts: the usual step
             return plan
         busy = {seq.client for seq in self.running if seq.busy} | {seq.client for seq in self._ended}
-        shared, decodes = self.fairness.num_clients > 1, len(plan)
+        shared, decodes = len(self.shares.present) > 1, len(plan)
         limit = self.limits.prompt_tokens(max(decodes, int(shared)), shared) or budget
         beside, self._beside = self._beside, False
         if busy and (beside or not plan or not self._passes(limit, busy)):
@@ -207,7 +209,7 @@ class Scheduler(Generic[S]):
 
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) per decoding sequence. Returns what is left of the budget."""
-        order = by_claim(self.running, self.fairness.num_clients)
+        order = by_claim(self.running, len(self.shares.present))
         decoding = [seq for seq in order if seq.num_pending == 1 and not seq.busy]
         budget = self.max_tokens
         # Drafts are a gamble: while prompts need the budget they get at most half of what is spare.
@@ -240,7 +242,7 @@ class Scheduler(Generic[S]):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
         queued = self._queues.keys() - paused if admit else set()
         while room.left and (begun or queued):
-            client = min(begun.keys() | queued, key=self._turn)
+            client = self.shares.next(begun.keys() | queued, self._urgency)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
                 if count := room.take(seq.num_pending, seq.scored):
@@ -262,9 +264,10 @@ class Scheduler(Generic[S]):
                 queued.clear()
             queued &= self._queues.keys()
 
-    def _turn(self, client: str) -> tuple[int, float, int]:
+    def _urgency(self, client: str) -> tuple[float, int]:
+        """Orders clients that were served equally. One whose prompts all run comes first."""
         queue = self._queues.get(client)
-        return (self.fairness.served(client), *(queue[0].key if queue else (float("-inf"), 0)))
+        return queue[0].key if queue else (float("-inf"), 0)
 
     def _admit(self, seq: S, hits: list[int]) -> bool:
         """Let a waiting sequence run, if rows and blocks allow it. hits: blocks of its prefix."""
@@ -303,10 +306,10 @@ class Scheduler(Generic[S]):
 
     def _give_way(self) -> None:
         """Preempt for the next client if it holds less than its share and others hold more than theirs."""
-        clients = self.fairness.num_clients
+        clients = len(self.shares.present)
         if clients < 2 or not self._queues:
             return
-        poorest = min(self._queues, key=self._turn)
+        poorest = self.shares.next(self._queues, self._urgency)
         need = self._blocks_for(len(self._queues[poorest][0].tokens))
         rows = len(self._rows), self.max_num_seqs
         for seq in victims(self.running, poorest, need, self._watermark, rows, clients, self.pool):
@@ -316,9 +319,12 @@ class Scheduler(Generic[S]):
         """Whether the next prompt should not wait for a long step or busy sequences: it is short, or of
         another client than these."""
         prompts = self._prompts() + [queue[0] for queue in self._queues.values()]
-        first = min(prompts, key=lambda seq: self._turn(seq.client), default=None)
-        if first is None or (busy is not None and first.client not in busy):
-            return first is not None
+        if not prompts:
+            return False
+        client = self.shares.next({seq.client for seq in prompts}, self._urgency)
+        if busy is not None and client not in busy:
+            return True
+        first = next(seq for seq in prompts if seq.client == client)
         hits = [] if first.status is Status.RUNNING else self._match(first)
         return first.num_pending - len(hits) * self.block_size <= limit
 
@@ -400,8 +406,65 @@ class Scheduler(Generic[S]):
         decode = seq.num_pending == 1 and seq.num_output > 0
         sample = count == seq.num_pending
         plan.append(Scheduled(seq, seq.num_computed, count, drafts, sample, decode, first))
-        self.fairness.charge(seq.client, count + len(drafts))
+        self.shares.charge(seq.client, count + len(drafts))
         return count + len(drafts)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_size)
+
+
+# Rows and blocks are shared equally, too: a client above its share gives way to one below.
+
+
+def by_claim(running: Seq[S], num_clients: int) -> list[S]:
+    """Running sequences, the one to be preempted first at the end.
+
+    That is the least urgent one of the client that holds most blocks.
+    """
+    if num_clients < 2:
+        return list(running)
+    held = held_blocks(running)
+    return [*running[:1], *sorted(running[1:], key=lambda seq: (held[seq.client], seq.key))]
+
+
+def held_blocks(running: Seq[S]) -> Counter[str]:
+    """Blocks by client; shared ones count for each."""
+    held: Counter[str] = Counter()
+    for seq in running:
+        held[seq.client] += len(seq.blocks)
+    return held
+
+
+def victims(
+    running: Seq[S],
+    client: str,
+    need: int,
+    spare: int,
+    rows: tuple[int, int],
+    num_clients: int,
+    pool: BlockPool,
+) -> list[S]:
+    """The sequences to preempt so that a client gets a row and `need` blocks; none without a claim.
+
+    running: by urgency. spare: blocks that stay free in addition. rows: free ones and their total number.
+    Sequences of clients above their share give way, least urgent first, but never a client's most urgent one.
+    """
+    held, used = held_blocks(running), Counter(seq.client for seq in running)
+    free_rows, max_rows = rows
+    most_rows, most_blocks = max(1, max_rows // num_clients), pool.num_blocks // num_clients
+    if used[client] >= most_rows or held[client] + need > most_blocks:
+        return []
+    lack = need + spare - pool.num_free
+    chosen: list[S] = []
+    for seq in reversed(running[1:]):
+        if lack <= 0 and (free_rows or chosen):
+            break
+        owner = seq.client
+        spared = used[owner] < 2 or owner == client
+        if spared or seq.busy or (used[owner] <= most_rows and held[owner] <= most_blocks):
+            continue
+        chosen.append(seq)
+        used[owner] -= 1
+        held[owner] -= len(seq.blocks)
+        lack -= sum(pool.refs(block) == 1 for block in seq.blocks)
+    return chosen if lack <= 0 else []

@@ -1,0 +1,170 @@
+"""Fair shares between clients: whose turn it is, and what a client may still have.
+
+Every place where API keys compete asks one of these objects: the engine for tokens, the workers that tokenize
+and check grammars for CPU time, the event loop for turns, the quotas for requests and tokens per minute, the
+store of responses for memory, and the gateway for a replica. What one unit of cost is, the place decides.
+
+Turns follow the virtual token counter of Sheng et al. (2024, "Fairness in Serving Large Language Models"):
+every cost is charged to its client, and of the clients with waiting work the one charged least is next.
+Unlike deficit round robin, this does not need costs in advance. A client that returns after a pause is lifted
+to the level of those at work, so idling accumulates no credit, and one that leaves keeps its debt.
+
+A limit on what each client may have is a token bucket: charges empty it, time or negative charges fill it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, KeysView
+from dataclasses import dataclass
+from typing import Any
+
+MOST_ABSENT = 16_384  # clients without work that are remembered
+
+
+class Busy(RuntimeError):
+    """A client has as much work waiting as one may have; retry later (HTTP 429)."""
+
+
+@dataclass(slots=True)
+class _Account:
+    """One client."""
+
+    at: float  # when `spent` was last reduced
+    served: float = 0.0  # its charges, from an arbitrary start: the least served is next
+    turn: int = 0  # number of its last arrival or charge
+    spent: float = 0.0  # of its limit
+    work: int = 0  # pieces of work that it has here, waiting or in progress
+
+
+class Shares:
+    """What each client has been charged. Not thread-safe."""
+
+    def __init__(
+        self,
+        limit: float = math.inf,
+        refill: float = 0.0,
+        ahead: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """limit: what a client may have at once; refill: of it per second of `clock`. ahead: how far a client
+        that returns is ahead of the least served one, at most the least cost of a turn; 0: level with it."""
+        self._limit, self._refill, self._ahead, self._clock = limit, refill, ahead, clock
+        self._accounts: dict[str, _Account] = {}
+        self._present: dict[str, _Account] = {}  # those with work
+        self._level = 0.0  # of the least served client, at the last time when none had work
+        self._turns = 0
+        self._most = 0  # accounts, before some are forgotten
+
+    # Whose turn it is
+
+    def enter(self, client: str) -> None:
+        """A piece of the client's work has arrived."""
+        account = self._account(client)
+        if not account.work:
+            account.served = max(account.served, self._start())
+            self._touch(account)
+            self._present[client] = account
+        account.work += 1
+
+    def leave(self, client: str) -> None:
+        """A piece of its work has ended."""
+        account = self._present[client]
+        account.work -= 1
+        if not account.work:
+            del self._present[client]
+            self._raise_level(account)
+
+    def charge(self, client: str, cost: float) -> None:
+        """The client has had something; negative: it has given something back."""
+        account = self._account(client)
+        account.served += cost
+        account.spent += cost
+        self._touch(account)
+        self._raise_level(account)
+
+    def next(self, waiting: Iterable[str], tie: Callable[[str], Any] | None = None) -> str:
+        """The client whose turn it is, of one or more. tie: orders clients that were served equally; None: by
+        the time of their last turn or, without one, of their arrival."""
+        turn = tie or self._last_turn
+        return min(waiting, key=lambda client: (self.served(client), turn(client)))
+
+    def served(self, client: str) -> float:
+        """The client's charges, from an arbitrary start."""
+        account = self._accounts.get(client)
+        return account.served if account is not None else self._start()
+
+    def work(self, client: str) -> int:
+        """Number of pieces of work that a client has here."""
+        account = self._present.get(client)
+        return account.work if account is not None else 0
+
+    @property
+    def present(self) -> KeysView[str]:
+        """The clients that have work."""
+        return self._present.keys()
+
+    # What a client may have
+
+    def room(self, client: str) -> float:
+        """What is left of the client's limit; negative: a debt."""
+        account = self._accounts.get(client)
+        return self._limit if account is None else self._limit - self._refilled(account).spent
+
+    def wait(self, client: str, cost: float = 0.0) -> float:
+        """Seconds until there is room for `cost`."""
+        lack = cost - self.room(client)
+        return 0.0 if lack <= 0 else lack / self._refill if self._refill else math.inf
+
+    # Accounts
+
+    def _account(self, client: str) -> _Account:
+        account = self._accounts.get(client)
+        if account is None:
+            if len(self._accounts) >= self._most:
+                self._forget()
+            account = self._accounts[client] = _Account(self._clock(), self._start())
+        return self._refilled(account)
+
+    def _refilled(self, account: _Account) -> _Account:
+        if self._refill:
+            now = self._clock()
+            account.spent = max(0.0, account.spent - (now - account.at) * self._refill)
+            account.at = now
+        return account
+
+    def _touch(self, account: _Account) -> None:
+        self._turns += 1
+        account.turn = self._turns
+
+    def _last_turn(self, client: str) -> int:
+        account = self._accounts.get(client)
+        return account.turn if account is not None else self._turns
+
+    def _start(self) -> float:
+        """The level at which a client begins."""
+        return max(0.0, self._lowest() - self._ahead)
+
+    def _lowest(self) -> float:
+        return min((account.served for account in self._present.values()), default=self._level)
+
+    def _raise_level(self, account: _Account) -> None:
+        if not self._present:
+            self._level = max(self._level, account.served)
+
+    def _forget(self) -> None:
+        """Drop absent clients that are as good as new, and of too many others those nearest to it."""
+        lowest, absent = self._lowest(), []
+        for client, account in list(self._accounts.items()):
+            if account.work:
+                continue
+            debt = max(0.0, self._refilled(account).spent) if self._limit < math.inf else 0.0
+            if debt or account.served > lowest:
+                absent.append((debt, account.served, client))
+            else:
+                del self._accounts[client]
+        if len(absent) > MOST_ABSENT:
+            for _, _, client in sorted(absent)[: len(absent) - MOST_ABSENT // 2]:
+                del self._accounts[client]
+        self._most = len(self._accounts) + max(8, min(len(self._accounts), MOST_ABSENT) // 2)
