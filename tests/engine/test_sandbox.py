@@ -23,9 +23,9 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import Rendering, SamplingParams, StructuredOutputsParams
 from farthing.engine.sandbox import sandbox as sandbox_module
 from farthing.engine.sandbox.sandbox import Sandbox
-from farthing.engine.sandbox.turns import Busy
 from farthing.engine.sandbox.workers import Job
 from farthing.engine.tokenizer import Tokenizer
+from farthing.shares import Busy
 
 pytest.importorskip("llguidance")
 

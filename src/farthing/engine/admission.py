@@ -17,7 +17,6 @@ from farthing.engine.sampler import PromptTokens, SamplingState, mix, no_token_l
 from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.structured import (
     GrammarCompiler,
-    MaskTimes,
     Matcher,
     Openers,
     TokenTexts,
@@ -49,7 +48,6 @@ class Admission:
         self._sandbox = sandbox
         self._grammars: GrammarCompiler | None = None
         self._texts: TokenTexts | None = None
-        self._mask_times = MaskTimes()
         self._lock = threading.Lock()
         self._checked: SamplingParams | None = None  # the last whose token ids are valid
         self._vocabulary: tuple[SamplingParams | None, Vocabulary] = (None, Vocabulary(None, ()))  # the last
@@ -190,7 +188,7 @@ class Admission:
             grammar,
             field,
             lambda: sandbox.condemn(constraint, too_slow(field)),
-            self._mask_times.of(client) if client else None,  # a single client cannot delay others
+            client,
         )
 
     def _token_texts(self) -> TokenTexts:

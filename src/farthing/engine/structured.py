@@ -30,6 +30,7 @@ from farthing.engine.constraints import Constraint, Masks
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
 from farthing.extras import how_to_install
+from farthing.shares import Shares
 
 # Limits the time that one client's grammars may take on the engine's thread, which computes all masks.
 
@@ -40,51 +41,22 @@ _REFILL = 0.05  # seconds of credit per second
 
 
 class MaskTime:
-    """One client's credit. One mask may overdraw it; `examine` and the limits bound that mask's time."""
-
-    __slots__ = ("_clock", "_credit", "_refilled_at")
+    """The credit of each client. One mask may overdraw it; `examine` and the limits bound that mask's time.
+    Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._credit = _CREDIT_SECONDS
-        self._refilled_at = clock()
-
-    @property
-    def spent(self) -> bool:
-        """Whether the credit is used up."""
-        self._refill()
-        return self._credit <= 0
-
-    @property
-    def full(self) -> bool:
-        """Whether the credit is complete again."""
-        self._refill()
-        return self._credit >= _CREDIT_SECONDS
-
-    def charge(self, seconds: float) -> None:
-        """Deduct time for masks."""
-        self._credit -= seconds
-
-    def _refill(self) -> None:
-        now = self._clock()
-        self._credit = min(_CREDIT_SECONDS, self._credit + (now - self._refilled_at) * _REFILL)
-        self._refilled_at = now
-
-
-class MaskTimes:
-    """Credits by client. Thread-safe."""
-
-    def __init__(self) -> None:
+        self._shares = Shares(_CREDIT_SECONDS, _REFILL, clock=clock)
         self._lock = threading.Lock()
-        self._credits: dict[str, MaskTime] = {}
 
-    def of(self, client: str) -> MaskTime:
-        """The client's credit."""
+    def spent(self, client: str) -> bool:
+        """Whether a client's credit is used up."""
         with self._lock:
-            if client not in self._credits:
-                self._credits = {name: credit for name, credit in self._credits.items() if not credit.full}
-                self._credits[client] = MaskTime()
-            return self._credits[client]
+            return self._shares.room(client) <= 0
+
+    def charge(self, client: str, seconds: float) -> None:
+        """Deduct time for masks."""
+        with self._lock:
+            self._shares.charge(client, seconds)
 
 
 MAX_DEPTH = 64  # maximum nesting of a schema, and of brackets in a regex or grammar
@@ -125,24 +97,25 @@ def too_slow(field: str) -> str:
 class _Cost:
     """Time spent on the copies of one matcher, and its limits."""
 
-    __slots__ = ("_credit", "_on_slow", "_over", "field")
+    __slots__ = ("_client", "_credit", "_on_slow", "_over", "field")
 
-    def __init__(self, field: str, credit: MaskTime | None, on_slow: Callable[[], None]) -> None:
+    def __init__(self, field: str, credit: MaskTime, client: str, on_slow: Callable[[], None]) -> None:
+        """client: "" is not charged, as it has no other clients to delay."""
         self.field = field  # the constraint's field
-        self._credit, self._on_slow = credit, on_slow
+        self._credit, self._client, self._on_slow = credit, client, on_slow
         self._over = 0.0  # seconds beyond the free time
 
     @property
     def exhausted(self) -> bool:
         """Whether the client's credit is used up and this grammar contributed to it."""
-        return self._credit is not None and self._over > OWN_SECONDS and self._credit.spent
+        return self._over > OWN_SECONDS and self._credit.spent(self._client)
 
     def charge(self, seconds: float, masks: int = 0) -> bool:
         """Add seconds. Returns whether the grammar is too slow regardless of credit."""
         over = seconds - masks * FREE_SECONDS
-        if over > 0 and self._credit is not None:
+        if over > 0 and self._client:
             self._over += over
-            self._credit.charge(over)
+            self._credit.charge(self._client, over)
         if seconds <= MAX_MASK_SECONDS * max(1, masks):
             return False
         self._on_slow()
@@ -233,6 +206,7 @@ class GrammarCompiler:
         size = max(vocab_size, tokenizer.vocab_size)
         eos = list(tokenizer.eos_token_ids)
         self.vocab_size = size
+        self.mask_time = MaskTime()
         self._words = (size + 31) // 32
         try:
             wrapper = TokenizerWrapper(_LiteralTokenizer(tokenizer, size, eos))
@@ -253,19 +227,19 @@ class GrammarCompiler:
         grammar: str,
         field: str,
         on_slow: Callable[[], None] = lambda: None,
-        credit: MaskTime | None = None,
+        client: str = "",
     ) -> Matcher:
         """A matcher for a grammar that `examine` returned. Raises ValueError. Releases the GIL.
 
         field: the constraint's field, for errors. on_slow: called if a mask is so slow that the grammar must
-        not be used again. credit: charged for the masks.
+        not be used again. client: charged for the masks.
         """
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise ValueError(f"structured_outputs.{field} is not accepted: {_brief(matcher.get_error())}")
-        return Matcher(matcher, self._words, _Cost(field, credit, on_slow))
+        return Matcher(matcher, self._words, _Cost(field, self.mask_time, client, on_slow))
 
 
 class _LiteralTokenizer:

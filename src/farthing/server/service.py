@@ -19,7 +19,6 @@ from farthing.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
-from farthing.engine.sandbox.turns import Busy
 from farthing.server.bodies import HEAVY
 from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import ANONYMOUS, KeyRing, ServerConfig
@@ -31,6 +30,7 @@ from farthing.server.quotas import Quotas
 from farthing.server.sampling import TokenTexts
 from farthing.server.schema import COMPLETIONS, FieldNames, UnknownFields, about_grammar, short
 from farthing.server.stream import Turns
+from farthing.shares import Busy
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
@@ -15,11 +15,12 @@ from reprlib import Repr
 from typing import Any, TypeVar
 
 from farthing.engine.request import Rendering, StructuredOutputsParams
-from farthing.engine.sandbox.turns import Busy, Turns
+from farthing.engine.sandbox.turns import Turns
 from farthing.engine.sandbox.workers import Job, Pool
 from farthing.engine.structured import check_size, constrained_field
 from farthing.engine.tokenizer import Tokenizer
 from farthing.files import json_size
+from farthing.shares import Busy, Shares
 
 # Verdicts on inputs: the last ones, and those that are being reached.
 
@@ -72,7 +73,7 @@ class InFlight:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._shared: dict[tuple[str, bytes], tuple[Job, list[Future[str]]]] = {}
-        self._callers: Counter[str] = Counter()  # by client
+        self._callers = Shares(_MAX_CALLERS)
 
     def join(self, client: str, work_key: bytes, begin: Callable[[], Job]) -> Future[str]:
         """A future of its own for this caller. The job is cancelled once every caller has cancelled; one that
@@ -83,7 +84,7 @@ class InFlight:
         mine: Future[str] = Future()
         key = client, work_key
         with self._lock:
-            if self._callers[client] >= _MAX_CALLERS:
+            if self._callers.room(client) < 1:
                 raise Busy(f"{_MAX_CALLERS} requests of this key wait for their grammars; retry later")
             shared = self._shared.get(key)
             if shared is None:
@@ -93,7 +94,7 @@ class InFlight:
                 work, callers = shared
                 callers.append(mine)
                 work.abandoned = False
-            self._callers[client] += 1
+            self._callers.charge(client, 1)
         if shared is None:
             work.future.add_done_callback(lambda _: self._deliver(key, work))
         mine.add_done_callback(lambda done: self._left(key, done, work, callers))
@@ -101,9 +102,7 @@ class InFlight:
 
     def _left(self, key: tuple[str, bytes], mine: Future[str], work: Job, callers: list[Future[str]]) -> None:
         with self._lock:
-            self._callers[key[0]] -= 1
-            if not self._callers[key[0]]:
-                del self._callers[key[0]]
+            self._callers.charge(key[0], -1)
             if not mine.cancelled() or not all(caller.cancelled() for caller in callers):
                 return
             current = self._shared.get(key)
@@ -199,7 +198,7 @@ _BRIEF.maxstring = 80
 class Sandbox:
     """The untrusted work of one engine. Thread-safe; processes start when they are needed.
 
-    Each method takes the client that its work is for: clients take turns (see `turns`). All raise Busy for a
+    Each method takes the client that its work is for: clients take turns (`turns.py`). All raise Busy for a
     client with too much waiting. Futures raise ValueError where the input is refused or exceeds its limits,
     and RuntimeError where the machine is at fault.
     """

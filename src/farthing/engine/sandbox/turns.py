@@ -1,4 +1,4 @@
-"""Whose job runs next: clients take turns, and what they used counts.
+"""Whose job runs next: clients take turns, and the CPU time that they used counts.
 
 A client holds few places at once, and the last free place is kept for one that holds none, so one client's
 slow jobs never delay another's. CPU time is charged to a credit that refills slowly; a client without credit
@@ -11,16 +11,14 @@ it never collects.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-
-class Busy(RuntimeError):
-    """A client has as many jobs waiting as one may have; retry later (HTTP 429)."""
+from farthing.shares import Busy, Shares
 
 
 class Sized(Protocol):
@@ -32,16 +30,6 @@ class Sized(Protocol):
 
 
 T = TypeVar("T", bound=Sized)
-
-
-@dataclass(slots=True)
-class _Client(Generic[T]):
-    credit: float  # CPU seconds
-    refilled_at: float
-    waiting: deque[T] = field(default_factory=deque)
-    bytes: int = 0  # of the waiting jobs
-    running: int = 0
-    debt: float = 0.0  # CPU seconds of abandoned jobs, not yet refilled
 
 
 class Turns(Generic[T]):
@@ -62,11 +50,13 @@ class Turns(Generic[T]):
         and what they hold."""
         self._free = places
         self._each = places_each
-        self._credit, self._refill = credit, refill
         self._max_waiting, self._max_bytes = max_waiting, max_bytes
-        self._clock = clock
-        self._clients: OrderedDict[str, _Client[T]] = OrderedDict()  # the first has waited longest for a turn
-        self._seconds: defaultdict[str, float] = defaultdict(float)  # outlive a client's entry
+        self._waiting: dict[str, deque[T]] = {}  # clients without any are absent
+        self._running: Counter[str] = Counter()
+        self._work = Shares(credit, refill, clock=clock)  # CPU seconds
+        self._debts = Shares(credit, refill, clock=clock)  # CPU seconds of abandoned jobs
+        self._bytes = Shares(max_bytes)  # of the waiting jobs
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # in all
         self._changed = threading.Condition()
         self._closed = False
 
@@ -75,19 +65,15 @@ class Turns(Generic[T]):
         with self._changed:
             if self._closed:
                 raise RuntimeError("the sandbox is closed")
-            known = self._clients.get(client)
-            if known is None:
-                self._forget()
-                known = self._clients[client] = _Client(self._credit, self._clock())
-            if len(known.waiting) >= self._max_waiting or (
-                known.waiting and known.bytes + job.size > self._max_bytes
-            ):
+            queue, room = self._waiting.get(client, ()), self._bytes.room(client)
+            if len(queue) >= self._max_waiting or (queue and job.size > room):
                 raise Busy(
-                    f"{len(known.waiting)} inputs of this key ({known.bytes} bytes) wait to be checked; "
-                    f"expected at most {self._max_waiting} ({self._max_bytes} bytes); retry later"
+                    f"{len(queue)} inputs of this key ({self._max_bytes - room:.0f} bytes) wait to be "
+                    f"checked; expected at most {self._max_waiting} ({self._max_bytes} bytes); retry later"
                 )
-            known.waiting.append(job)
-            known.bytes += job.size
+            self._waiting.setdefault(client, deque()).append(job)
+            self._bytes.charge(client, job.size)
+            self._work.enter(client)
             self._changed.notify()
 
     def take(self) -> tuple[str, T, bool] | None:
@@ -97,15 +83,16 @@ class Turns(Generic[T]):
         """
         with self._changed:
             while not self._closed:
-                chosen = self._choose()
-                if chosen is not None:
-                    name, client = chosen
-                    job = client.waiting.popleft()
-                    client.bytes -= job.size
-                    client.running += 1
+                client = self._choose()
+                if client is not None:
+                    queue = self._waiting[client]
+                    job = queue.popleft()
+                    if not queue:
+                        del self._waiting[client]
+                    self._bytes.charge(client, -job.size)
+                    self._running[client] += 1
                     self._free -= 1
-                    self._clients.move_to_end(name)
-                    return name, job, client.credit > 0
+                    return client, job, self._work.room(client) > 0
                 self._changed.wait(self._next_paid())
             return None
 
@@ -113,14 +100,15 @@ class Turns(Generic[T]):
         """A job has ended after this much CPU time. abandoned: its client had left."""
         with self._changed:
             self._free += 1
+            self._running[client] -= 1
+            if not self._running[client]:
+                del self._running[client]
+            self._work.charge(client, seconds)
+            self._work.leave(client)
             if seconds:
                 self._seconds[client] += seconds
-            if (known := self._clients.get(client)) is not None:  # not closed
-                known.credit -= seconds
-                known.running -= 1
-                if abandoned:
-                    self._refresh(known)
-                    known.debt += seconds
+            if abandoned:
+                self._debts.charge(client, seconds)
             self._changed.notify_all()  # for some of the waiting threads no job may be eligible yet
 
     def seconds(self) -> dict[str, float]:
@@ -137,46 +125,22 @@ class Turns(Generic[T]):
         """End `take` everywhere; returns the jobs that wait."""
         with self._changed:
             self._closed = True
-            jobs = [job for client in self._clients.values() for job in client.waiting]
-            self._clients.clear()
+            jobs = [job for queue in self._waiting.values() for job in queue]
+            self._waiting.clear()
             self._changed.notify_all()
             return jobs
 
-    def _choose(self) -> tuple[str, _Client[T]] | None:
-        """The next client: first those that hold no place and have credit, in turn."""
-        best: tuple[tuple[bool, bool], str, _Client[T]] | None = None
-        if not self._free:
-            return None
-        for name, client in self._clients.items():
-            if not client.waiting:
-                continue
-            self._refresh(client)
-            if client.debt > self._credit:
-                continue
-            spent, holding = client.credit <= 0, client.running > 0
-            if holding and (self._free == 1 or spent or client.running >= self._each):
-                continue
-            if best is None or (spent, holding) < best[0]:
-                best = (spent, holding), name, client
-        return None if best is None else best[1:]
-
-    def _refresh(self, client: _Client[T]) -> None:
-        now = self._clock()
-        refilled = (now - client.refilled_at) * self._refill
-        client.credit = min(self._credit, client.credit + refilled)
-        client.debt = max(0.0, client.debt - refilled)
-        client.refilled_at = now
+    def _choose(self) -> str | None:
+        """The next client: first those that hold no place and have credit."""
+        ranks: dict[tuple[bool, bool], list[str]] = {}
+        for client in self._waiting if self._free else ():
+            spent, running = self._work.room(client) <= 0, self._running[client]
+            full = running and (self._free == 1 or spent or running >= self._each)
+            if not full and self._debts.room(client) >= 0:
+                ranks.setdefault((spent, running > 0), []).append(client)
+        return self._work.next(ranks[min(ranks)]) if ranks else None
 
     def _next_paid(self) -> float | None:
         """Seconds until the debt of a waiting client no longer holds it back; None if there is none."""
-        owed = [each.debt - self._credit for each in self._clients.values() if each.waiting]
-        owed = [seconds for seconds in owed if seconds > 0]
-        return min(owed) / self._refill + 0.01 if owed and self._refill and self._free else None
-
-    def _forget(self) -> None:
-        """Drop clients that are as good as new."""
-        for name, client in list(self._clients.items()):
-            if not client.waiting and not client.running:
-                self._refresh(client)
-                if client.credit >= self._credit and not client.debt:
-                    del self._clients[name]
+        waits = [wait for client in self._waiting if 0 < (wait := self._debts.wait(client)) < math.inf]
+        return min(waits) + 0.01 if waits and self._free else None
