@@ -50,7 +50,7 @@ class Shares:
     ) -> None:
         """limit: what a client may have at once; refill: of it per second of `clock`. ahead: how far a client
         that returns is ahead of the least served one, at most the least cost of a turn; 0: level with it."""
-        self._limit, self._refill, self._ahead, self._clock = limit, refill, ahead, clock
+        self.limit, self._refill, self._ahead, self._clock = limit, refill, ahead, clock
         self._accounts: dict[str, _Account] = {}
         self._present: dict[str, _Account] = {}  # those with work
         self._level = 0.0  # of the least served client, at the last time when none had work
@@ -107,15 +107,23 @@ class Shares:
 
     # What a client may have
 
+    def used(self, client: str) -> float:
+        """What the client has of its limit."""
+        account = self._accounts.get(client)
+        return 0.0 if account is None else self._refilled(account).spent
+
     def room(self, client: str) -> float:
         """What is left of the client's limit; negative: a debt."""
-        account = self._accounts.get(client)
-        return self._limit if account is None else self._limit - self._refilled(account).spent
+        return self.limit - self.used(client)
 
     def wait(self, client: str, cost: float = 0.0) -> float:
         """Seconds until there is room for `cost`."""
         lack = cost - self.room(client)
         return 0.0 if lack <= 0 else lack / self._refill if self._refill else math.inf
+
+    def greediest(self, clients: Iterable[str]) -> str:
+        """The client, of one or more, that has most: what it has makes room for others."""
+        return max(clients, key=self.used)
 
     # Accounts
 
@@ -155,13 +163,13 @@ class Shares:
 
     def _forget(self) -> None:
         """Drop absent clients that are as good as new, and of too many others those nearest to it."""
-        lowest, absent = self._lowest(), []
+        lowest, limited, absent = self._lowest(), self.limit < math.inf, []
         for client, account in list(self._accounts.items()):
-            if account.work:
+            spent = self._refilled(account).spent if limited else 0.0
+            if account.work or (spent and not self._refill):  # what it has will be given back
                 continue
-            debt = max(0.0, self._refilled(account).spent) if self._limit < math.inf else 0.0
-            if debt or account.served > lowest:
-                absent.append((debt, account.served, client))
+            if spent or account.served > lowest:
+                absent.append((spent, account.served, client))
             else:
                 del self._accounts[client]
         if len(absent) > MOST_ABSENT:

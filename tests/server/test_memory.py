@@ -10,6 +10,8 @@ import anthropic
 import httpx
 import openai
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing.config import EngineConfig
 from farthing.conversation.types import Answer, ToolCall, Turn
@@ -49,7 +51,7 @@ def test_sampled_text_is_not_recomputed(mite: Running) -> None:
             {"role": "assistant", "content": choice["message"]["content"]},
             {"role": "user", "content": f"y = {number}"},
         ]
-    assert len(mite.service.answers._kept) > 5  # most answers ended with EOS
+    assert sum(map(len, mite.service.answers._kept.values())) > 5  # most answers ended with EOS
 
 
 class EndingEngine(ScriptedEngine):
@@ -126,9 +128,26 @@ def test_stored_answers_are_bounded() -> None:
     for number in range(50):
         memory.remember("me", f"p{number}", list(range(10)), Answer(str(number % 7), "", ()))
         assert memory._used <= 100
-        assert memory._used == sum(len(e.tokens) for entries in memory._kept.values() for e in entries)
+        kept = [e for answers in memory._kept.values() for entries in answers.values() for e in entries]
+        assert memory._used == sum(len(entry.tokens) for entry in kept)
     memory.remember("me", "p", list(range(101)), Answer("big", "", ()))
     assert memory.recall("me", Turn("assistant", "big"), "p") is None
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30)), max_size=60))
+def test_an_answer_is_evicted_only_for_a_client_that_has_less(answers: list[tuple[str, int]]) -> None:
+    memory = AnswerMemory(tokens=90)
+    for number, (client, tokens) in enumerate(answers):
+        memory.remember(client, "p", [1] * tokens, Answer(str(number), "", ()))
+        used = {name: memory._shares.used(name) for name in memory._kept}
+        assert sum(used.values()) == memory._used <= 90
+    for client in {client for client, _ in answers}:  # its last answers, up to its part of the room
+        mine, seen = [(n, tokens) for n, (name, tokens) in enumerate(answers) if name == client], 0
+        for number, tokens in reversed(mine):
+            seen += tokens
+            if seen > 90 // 3:
+                break
+            assert memory.recall(client, Turn("assistant", str(number)), "p") is not None
 
 
 @pytest.mark.parametrize(
@@ -202,9 +221,9 @@ def test_input_tokens_are_those_of_the_answer(tiny: Running) -> None:
         {"input": [{"role": "user", "content": "hi"}]},
         {"input": "and?", "previous_response_id": first.id},
     ]
-    for given in fields:
-        count = client.input_tokens.count(model="tiny", **given)
-        answer = client.create(model="tiny", max_output_tokens=1, **given)
+    for each in fields:
+        count = client.input_tokens.count(model="tiny", **each)
+        answer = client.create(model="tiny", max_output_tokens=1, **each)
         assert answer.usage and count.object == "response.input_tokens"
         assert count.input_tokens == answer.usage.input_tokens
     assert client.input_tokens.count(previous_response_id=first.id).input_tokens > 0

@@ -351,12 +351,12 @@ def test_grammars_of_clients_that_left_are_not_compiled() -> None:
                 ).encode()
                 connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
                 stack.enter_context(connection).sendall(head + body)
-            until(lambda: callers["anonymous"] == 12)
-        until(lambda: not callers)
-        (client,) = (each for name, each in turns._clients.items() if name == "anonymous")
-        until(lambda: client.debt > 0 and not client.running, timeout=60)
-        assert all(job.future.cancelled() for job in client.waiting)
-        assert client.debt < 6  # of at most two jobs
+            until(lambda: callers.used("anonymous") == 12)
+        until(lambda: not callers.used("anonymous"))
+        debt = turns._debts
+        until(lambda: debt.used("anonymous") > 0 and not turns._running["anonymous"], timeout=60)
+        assert all(job.future.cancelled() for job in turns._waiting.get("anonymous", ()))
+        assert debt.used("anonymous") < 6  # of at most two jobs
         assert not server.service.jobs
 
 

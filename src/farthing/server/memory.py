@@ -12,6 +12,7 @@ from typing import Any
 
 from farthing.conversation.types import Answer, Turn
 from farthing.files import json_size
+from farthing.shares import Shares
 
 # Exact tokens of earlier turns, so that a conversation's prompt begins with tokens in the prefix cache.
 #
@@ -42,11 +43,12 @@ class Remembered:
 
 
 class AnswerMemory:
-    """Answers by client and content; evicts the least recently used."""
+    """Answers by client and content. Evicts the least recently used answer of the client that has most."""
 
     def __init__(self, tokens: int = MAX_TOKENS) -> None:
         self._room, self._used = tokens, 0
-        self._kept: OrderedDict[bytes, list[Remembered]] = OrderedDict()
+        self._shares = Shares(tokens)
+        self._kept: dict[str, OrderedDict[bytes, list[Remembered]]] = {}  # clients without any are absent
 
     def remember(
         self, client: str, prompt: str, tokens: Sequence[int], answer: Answer, ended: bool = True
@@ -54,35 +56,44 @@ class AnswerMemory:
         """tokens: of the prompt, the answer and, if `ended`, its end."""
         if len(tokens) > self._room:
             return
-        key = _key(client, answer.text, tuple((name, text) for _, name, text in answer.calls))
+        key = _key(answer.text, tuple((name, text) for _, name, text in answer.calls))
         entry = Remembered(_digest(prompt), len(prompt), array("i", tokens), answer.reasoning.strip(), ended)
-        entries = self._kept.setdefault(key, [])
+        kept = self._kept.setdefault(client, OrderedDict())
+        entries = kept.setdefault(key, [])
         entries.append(entry)
-        self._kept.move_to_end(key)
-        self._used += len(tokens)
+        kept.move_to_end(key)
+        self._count(client, len(tokens))
         while len(entries) > _SAME:
-            self._used -= len(entries.pop(0).tokens)
+            self._count(client, -len(entries.pop(0).tokens))
         while self._used > self._room:
-            _, oldest = self._kept.popitem(last=False)
-            self._used -= sum(len(entry.tokens) for entry in oldest)
+            greediest = self._shares.greediest(self._kept)
+            _, oldest = self._kept[greediest].popitem(last=False)
+            if not self._kept[greediest]:
+                del self._kept[greediest]
+            self._count(greediest, -sum(len(entry.tokens) for entry in oldest))
 
     def recall(self, client: str, turn: Turn, prompt: str) -> Remembered | None:
         """The answer with the content of `turn` whose preceding text begins `prompt`."""
-        key = _key(client, turn.text, tuple((call.name, call.arguments) for call in turn.calls))
-        if key not in self._kept:
+        key = _key(turn.text, tuple((call.name, call.arguments) for call in turn.calls))
+        kept = self._kept.get(client, OrderedDict())
+        if key not in kept:
             return None
-        self._kept.move_to_end(key)
+        kept.move_to_end(key)
         said = turn.reasoning.strip()
-        for entry in reversed(self._kept[key]):
+        for entry in reversed(kept[key]):
             if said in ("", entry.reasoning) and entry.precedes(prompt):
                 return entry
         return None
 
+    def _count(self, client: str, tokens: int) -> None:
+        self._used += tokens
+        self._shares.charge(client, tokens)
 
-def _key(client: str, text: str, calls: tuple[tuple[str, str], ...]) -> bytes:
+
+def _key(text: str, calls: tuple[tuple[str, str], ...]) -> bytes:
     short = sum(len(arguments) for _, arguments in calls) <= _SHORT
     said = [(name, _canonical(arguments) if short else arguments) for name, arguments in calls]
-    return _digest(json.dumps([client, text.strip(), said]))
+    return _digest(json.dumps([text.strip(), said]))
 
 
 def _canonical(arguments: str) -> str:
@@ -120,22 +131,6 @@ class _Shelf:
 
     kept: OrderedDict[str, Stored] = field(default_factory=OrderedDict)
     items: dict[str, dict[str, Any]] = field(default_factory=dict)  # of all stored answers, by id
-    characters: int = 0
-
-    def add(self, identity: str, stored: Stored) -> None:
-        """Store a response and index its items."""
-        self.kept[identity] = stored
-        self.characters += stored.characters
-        self.items |= {item["id"]: item for item in stored.document.get("output", ())}
-
-    def drop(self, identity: str) -> bool:
-        """Forget a response; whether there was one."""
-        stored = self.kept.pop(identity, None)
-        if stored is not None:
-            self.characters -= stored.characters
-            for item in stored.document.get("output", ()):
-                self.items.pop(item["id"], None)
-        return stored is not None
 
 
 class ResponseStore:
@@ -147,19 +142,21 @@ class ResponseStore:
     ) -> None:
         """keys: the number of distinct key names."""
         self._most = max(responses // keys, min(responses, _LEAST_RESPONSES))
-        self._room = max(characters // keys, min(characters, _LEAST_CHARACTERS))
+        self._characters = Shares(max(characters // keys, min(characters, _LEAST_CHARACTERS)))
         self._shelves: dict[str, _Shelf] = {}
 
     def put(self, client: str, turns: tuple[Turn, ...], document: dict[str, Any]) -> None:
         """Store a response under its id."""
         size = sum(map(_size, turns)) + json_size(document, _PER_VALUE)
-        if size > self._room:
+        if size > self._characters.limit:
             return
-        shelf = self._shelves.setdefault(client, _Shelf())
-        shelf.drop(document["id"])
-        shelf.add(document["id"], Stored(turns, document, size))
-        while len(shelf.kept) > self._most or shelf.characters > self._room:
-            shelf.drop(next(iter(shelf.kept)))
+        identity, shelf = document["id"], self._shelves.setdefault(client, _Shelf())
+        self.delete(client, identity)
+        shelf.kept[identity] = Stored(turns, document, size)
+        shelf.items |= {item["id"]: item for item in document.get("output", ())}
+        self._characters.charge(client, size)
+        while len(shelf.kept) > self._most or self._characters.room(client) < 0:
+            self.delete(client, next(iter(shelf.kept)))
 
     def get(self, client: str, identity: str) -> Stored | None:
         """A response of this client; None if it is unknown, evicted or another client's."""
@@ -177,7 +174,13 @@ class ResponseStore:
     def delete(self, client: str, identity: str) -> bool:
         """Forget a response; whether there was one."""
         shelf = self._shelves.get(client)
-        return shelf is not None and shelf.drop(identity)
+        stored = shelf.kept.pop(identity, None) if shelf is not None else None
+        if shelf is None or stored is None:
+            return False
+        self._characters.charge(client, -stored.characters)
+        for item in stored.document.get("output", ()):
+            shelf.items.pop(item["id"], None)
+        return True
 
 
 def _size(turn: Turn) -> int:

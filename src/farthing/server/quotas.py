@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from farthing.cost import cpu_name, usable_cpus
 from farthing.cost.meter import Account, CostMeter, CostReport, RequestCost, Usage, open_meter
 from farthing.cost.prices import Machine, Prices
 from farthing.server.errors import ApiError
+from farthing.shares import Shares
 
 if TYPE_CHECKING:
     import torch
@@ -81,27 +82,16 @@ def together(costs: Sequence[RequestCost]) -> RequestCost:
 
 # Limits per client and minute: requests, tokens, and CPU time before a request runs.
 
-
-@dataclass(slots=True)
-class Bucket:
-    """A token bucket: holds at most one minute's amount, fills evenly, and may be negative."""
-
-    per_minute: int
-    level: float
-    filled_at: float
-
-    def refill(self, now: float) -> None:
-        """Add the amount accrued since the last refill. now: seconds of a monotonic clock."""
-        self.level = min(self.per_minute, self.level + (now - self.filled_at) * self.per_minute / 60)
-        self.filled_at = now
-
-    def wait_for(self, amount: float) -> float:
-        """Seconds until `amount` is available."""
-        return max(0.0, (amount - self.level) * 60 / self.per_minute)
+_QUOTAS = {
+    "requests": "requests per minute",
+    "tokens": "tokens per minute",
+    "work": "CPU seconds per minute for tokenizing, chat templates and grammars",
+}
 
 
 class Quotas:
-    """The remaining quota of each client. Used only in the event loop.
+    """The remaining quota of each client: at most one minute's amount, which fills evenly. Used only in the
+    event loop.
 
     A request is admitted if its client has a request left and enough tokens for the prompt. Generated tokens
     are charged as they arrive and may leave a debt, which later requests have to wait out; so may the CPU
@@ -115,68 +105,59 @@ class Quotas:
         work_seconds_per_minute: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = {
+        limits = {
             "requests": requests_per_minute,
             "tokens": tokens_per_minute,
             "work": work_seconds_per_minute,
         }
+        self._shares = {
+            resource: Shares(limit, limit / 60, clock=clock)
+            for resource, limit in limits.items()
+            if limit is not None
+        }
         self._worked: dict[str, float] = {}  # seconds charged so far, by client
-        self._buckets: dict[tuple[str, str], Bucket] = {}
-        self._clock = clock
 
     def admit(self, client: str, prompt_tokens: int) -> None:
         """Charge a request and its prompt. If either quota is spent, raises ApiError (429, with Retry-After)
         and charges nothing."""
-        wanted = {"requests": 1, "tokens": prompt_tokens}
-        limit = self._limits["tokens"]
-        if limit is not None and prompt_tokens > limit:
+        shares = self._shares.get("tokens")
+        if shares is not None and prompt_tokens > shares.limit:
             raise ApiError(
                 429,
-                f"the prompt has {prompt_tokens} tokens; expected at most the quota of {limit} per minute",
+                f"the prompt has {prompt_tokens} tokens; expected at most the quota of {shares.limit} per "
+                "minute",
                 kind="tokens",
                 reason="tokens_quota_exceeded",
             )
-        for resource, amount in wanted.items():
-            bucket = self._bucket(client, resource)
-            if bucket and (wait := bucket.wait_for(amount)) > 0:
-                raise ApiError(
-                    429,
-                    f"{client!r} has used its quota of {bucket.per_minute} {resource} per minute",
-                    kind=resource,
-                    reason=f"{resource}_quota_exceeded",
-                    retry_after=math.ceil(wait),
-                )
-        for resource, amount in wanted.items():
-            if bucket := self._bucket(client, resource):
-                bucket.level -= amount
+        costs = {"requests": 1, "tokens": prompt_tokens}
+        for resource, cost in costs.items():
+            self._require(resource, client, cost)
+        for resource, cost in costs.items():
+            self._charge(resource, client, cost)
 
     def admit_work(self, client: str, seconds: float) -> None:
         """Charge a client's CPU time since the last call. seconds: its total so far. Raises ApiError (429,
         with Retry-After) if the quota is spent."""
-        bucket = self._bucket(client, "work")
-        if bucket is None:
-            return
-        bucket.level -= seconds - self._worked.get(client, 0.0)
-        self._worked[client] = seconds
-        if (wait := bucket.wait_for(0.0)) > 0:
-            raise ApiError(
-                429,
-                f"{client!r} has used its quota of {bucket.per_minute} CPU seconds per minute for "
-                "tokenizing, chat templates and grammars",
-                reason="work_quota_exceeded",
-                retry_after=math.ceil(wait),
-            )
+        if "work" in self._shares:
+            self._charge("work", client, seconds - self._worked.get(client, 0.0))
+            self._worked[client] = seconds
+            self._require("work", client, 0.0)
 
     def charge(self, client: str, tokens: int) -> None:
         """Charge generated tokens."""
-        if bucket := self._bucket(client, "tokens"):
-            bucket.level -= tokens
+        self._charge("tokens", client, tokens)
 
-    def _bucket(self, client: str, resource: str) -> Bucket | None:
-        per_minute = self._limits[resource]
-        if per_minute is None:
-            return None
-        now = self._clock()
-        bucket = self._buckets.setdefault((client, resource), Bucket(per_minute, per_minute, now))
-        bucket.refill(now)
-        return bucket
+    def _charge(self, resource: str, client: str, cost: float) -> None:
+        if shares := self._shares.get(resource):
+            shares.charge(client, cost)
+
+    def _require(self, resource: str, client: str, cost: float) -> None:
+        shares = self._shares.get(resource)
+        if shares is not None and (wait := shares.wait(client, cost)) > 0:
+            raise ApiError(
+                429,
+                f"{client!r} has used its quota of {shares.limit} {_QUOTAS[resource]}",
+                kind=None if resource == "work" else resource,
+                reason=f"{resource}_quota_exceeded",
+                retry_after=math.ceil(wait),
+            )
