@@ -41,6 +41,7 @@ SHARED = {
     "farthing.server.config",
     "farthing.server.dashboard.site",
     "farthing.server.errors",
+    "farthing.shares",
 }
 # Imports inside functions, outside `cli`, of modules that load torch, an accelerator or an optional extra.
 DEFERRED = 27

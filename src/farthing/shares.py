@@ -85,10 +85,12 @@ class Shares:
         self._raise_level(account)
 
     def next(self, waiting: Iterable[str], tie: Callable[[str], Any] | None = None) -> str:
-        """The client whose turn it is, of one or more. tie: orders clients that were served equally; None: by
-        the time of their last turn or, without one, of their arrival."""
-        turn = tie or self._last_turn
-        return min(waiting, key=lambda client: (self.served(client), turn(client)))
+        """The client whose turn it is, of one or more that have work. tie: orders those that were served
+        equally; None: by the time of their last turn or, without one, of their arrival."""
+        present = self._present
+        if tie is None:
+            return min(waiting, key=lambda client: (present[client].served, present[client].turn))
+        return min(waiting, key=lambda client: (present[client].served, tie(client)))
 
     def served(self, client: str) -> float:
         """The client's charges, from an arbitrary start."""
@@ -145,10 +147,6 @@ class Shares:
     def _touch(self, account: _Account) -> None:
         self._turns += 1
         account.turn = self._turns
-
-    def _last_turn(self, client: str) -> int:
-        account = self._accounts.get(client)
-        return account.turn if account is not None else self._turns
 
     def _start(self) -> float:
         """The level at which a client begins."""

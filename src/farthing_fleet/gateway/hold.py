@@ -6,14 +6,13 @@ import asyncio
 import logging
 import os
 import socket
-from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from itertools import chain, zip_longest
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
+from farthing.shares import Shares
 from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.metrics import GatewayMetrics
 
@@ -32,12 +31,11 @@ class Hold:
     def __init__(self, limit: int, metrics: GatewayMetrics, available: Callable[[], bool]) -> None:
         """available: whether some replica takes requests."""
         self._limit, self._metrics, self._available = limit, metrics, available
-        # By key, that whose turn is next first: a waiting request each, with the number of its arrival.
-        self._sleeping: OrderedDict[str, dict[asyncio.Future[None], int]] = OrderedDict()
-        self._waiting: Counter[str] = Counter()  # by key
-        self._arrived = 0
-        # Of them, those still to be woken by this look.
-        self._due: deque[tuple[str, asyncio.Future[None]]] = deque()
+        self._shares = Shares()
+        # By key, in the order in which they went to sleep: waiting requests, each with the number of its
+        # arrival and of the last look before.
+        self._sleeping: dict[str, dict[asyncio.Future[None], tuple[int, int]]] = {}
+        self._arrived = self._looks = 0
         self._timer: asyncio.TimerHandle | None = None
         self.occupied = asyncio.Event()  # set while requests wait
         self.waiting = 0
@@ -58,7 +56,7 @@ class Hold:
             self._make_room(key)
         loop = asyncio.get_running_loop()
         self.waiting += 1
-        self._waiting[key] += 1
+        self._shares.enter(key)
         self._arrived += 1
         arrived = self._arrived
         self.occupied.set()
@@ -68,7 +66,7 @@ class Hold:
         try:
             while not self.stopping and (left := deadline - loop.time()) > 0:
                 woken = loop.create_future()
-                self._sleeping.setdefault(key, {})[woken] = arrived
+                self._sleeping.setdefault(key, {})[woken] = arrived, self._looks
                 try:
                     async with asyncio.timeout(left):
                         await woken
@@ -81,28 +79,27 @@ class Hold:
             return None
         finally:
             self.waiting -= 1
-            self._waiting[key] -= 1
-            if not self._waiting[key]:
-                del self._waiting[key]
+            self._shares.leave(key)
             if not self.waiting:
                 self.occupied.clear()
             self._metrics.waiting.dec()
 
     def _make_room(self, key: str) -> None:
         """Refuse the newest request of the key with most. Raises Refused if that is the one to come."""
-        largest, most = self._waiting.most_common(1)[0]
-        sleeping = {f: arrived for f, arrived in self._sleeping.get(largest, {}).items() if not f.done()}
-        mine = self._waiting[key] + 1 >= most or not sleeping
+        waiting = self._shares.work
+        greediest = max(self._shares.present, key=waiting)
+        sleeping = {f: order for f, order in self._sleeping.get(greediest, {}).items() if not f.done()}
+        mine = waiting(key) + 1 >= waiting(greediest) or not sleeping
         refused = Refused(
             503,
             f"no replica is ready and {self._limit} requests (the limit) already wait, "
-            f"{self._waiting[key] if mine else most} of this key; retry later",
+            f"{waiting(key if mine else greediest)} of this key; retry later",
             headers={"Retry-After": "1"},
         )
         if mine:
             raise refused
         newest = max(sleeping, key=sleeping.__getitem__)
-        self._forget(largest, newest)
+        self._forget(greediest, newest)
         newest.set_exception(refused)
 
     def _forget(self, key: str, woken: asyncio.Future[None]) -> None:
@@ -112,26 +109,43 @@ class Hold:
             self._sleeping.pop(key, None)
 
     def _look(self) -> None:
-        """Wake the waiting requests if a replica is available: in batches, each once per look, by turns of
+        """Wake the waiting requests if a replica is available: in batches, each once per look, in turns of
         their keys."""
         self._timer = None
         if not self.waiting:
-            self._due.clear()
             return
-        if not (self.stopping or self._available()):
-            self._due.clear()
-        elif self.stopping or not self._due:
-            queues = [[(key, woken) for woken in sleeping] for key, sleeping in self._sleeping.items()]
-            self._due = deque(filter(None, chain.from_iterable(zip_longest(*queues))))
-        count = len(self._due) if self.stopping else min(_BATCH, len(self._due))
-        for key, future in [self._due.popleft() for _ in range(count)]:
-            if key in self._sleeping:
-                self._sleeping.move_to_end(key)
-            self._forget(key, future)
-            if not future.done():  # else its client has left, or its time is up
-                future.set_result(None)
-        pause = _PAUSE_S if self._due else _AGAIN_S
+        due: set[str] = set()
+        available = self._available()
+        if self.stopping or not available:
+            self._looks += 1  # all are due, now or once a replica is available
+        if self.stopping or available:
+            due = self._due()
+            if not due:
+                self._looks += 1
+                due = self._due()
+            count = self.waiting if self.stopping else _BATCH
+            while due and count:
+                self._wake(self._shares.next(due), due)
+                count -= 1
+        pause = _PAUSE_S if due else _AGAIN_S
         self._timer = asyncio.get_running_loop().call_later(pause, self._look)
+
+    def _due(self) -> set[str]:
+        """The keys with requests that this look has not woken."""
+        return {key for key in self._sleeping if self._is_due(key)}
+
+    def _is_due(self, key: str) -> bool:
+        return key in self._sleeping and next(iter(self._sleeping[key].values()))[1] < self._looks
+
+    def _wake(self, key: str, due: set[str]) -> None:
+        """Wake the key's request that went to sleep first."""
+        woken = next(iter(self._sleeping[key]))
+        self._forget(key, woken)
+        self._shares.charge(key, 1)
+        if not self._is_due(key):
+            due.remove(key)
+        if not woken.done():  # else its client has left, or its time is up
+            woken.set_result(None)
 
 
 # Reports held requests to the controller, which wakes a fleet that is scaled to zero.
