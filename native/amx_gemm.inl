@@ -36,60 +36,55 @@ struct Scratch {
 };
 thread_local Scratch expanded;
 
-// Nibbles of a panel, 8 columns per step, to bytes.
+// A panel's factors, four columns in 64 bytes, as tiles read them.
 template <Format F>
-inline void expand_nibbles(const uint8_t* p, int steps, uint8_t* out) {
-  for (int i = 0; i < steps; ++i, p += 64, out += 128) {
-    const __m512i v = _mm512_loadu_si512(p);
-    prefetch(p + kAhead);
-    _mm512_store_si512(out, factors<F>(low_nibbles(v)));
-    _mm512_store_si512(out + 64, factors<F>(high_nibbles(v)));
-  }
-}
-
-// A panel's bytes as tiles read them: nibbles are expanded.
 const uint8_t* expand_panel(const Matrix& w, const uint8_t* record, uint8_t* out) {
   const uint8_t* p = record + w.head_bytes();
-  if (!w.format_traits().nibbles()) return p;
-  if (w.format_traits().codes) expand_nibbles<Format::nl4>(p, w.kp / 8, out);
-  else expand_nibbles<Format::q4>(p, w.kp / 8, out);
+  if constexpr (traits(F).bits == 8) return p;
+  constexpr int step = traits(F).step(), bytes = step * traits(F).bytes_a_column();
+  uint8_t* to = out;
+  for (int k = 0; k < w.kp; k += step, p += bytes, to += step * kPanel)
+    for_quads<F>([&]<int I>() __attribute__((always_inline)) {
+      if (I % 2 == 0) prefetch(p + kAhead + I * 32);
+      _mm512_store_si512(to + 64 * I, quad<F, I>(p));
+    });
   return out;
 }
 
-// The scales of one group of one panel.
-struct GroupScales {
-  f32x16 scale;
-  i32x16 zero;
-  int shift;  // of the compensation, to the plain sum of the activations
-};
-
-inline GroupScales group_scales(const Matrix& w, const uint8_t* record, int g) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(record + 64);
-  const int8_t* zeros = reinterpret_cast<const int8_t*>(scales + w.groups() * 16);
-  return {w.format_traits().grouped() ? half_to_float(scales + g * 16) : splat(1.0f),
-          w.zero ? widen(zeros + g * 16) : i32x16{}, w.format_traits().bits - 1};
-}
-
-// Integer sums of a group into the float sums of up to 16 rows by one panel.
-template <bool Grouped, bool Zero>
-inline void flush_tile(GroupScales s, const int32_t* sums, const int32_t* comp, const float* scale,
-                       int groups, int rows, float* out) {
+// Integer sums of group g into the float sums of up to 16 rows by one panel.
+template <Format F, bool Zero>
+void flush_tile(const Matrix& w, const uint8_t* record, int g, const int32_t* sums, const Act& x, int rows,
+                float* out) {
+  const GroupNumbers n = group_numbers<F, Zero>(w, record + 64, g);
 #pragma GCC unroll 4
   for (int m = 0; m < rows; ++m) {
-    i32x16 sum = load<i32x16>(sums + 16 * m) + comp[m * groups];
-    if (Zero) sum += s.zero * (comp[m * groups] >> s.shift);
-    const f32x16 by = Grouped ? s.scale * scale[m * groups] : splat(scale[m * groups]);
-    store(out + 16 * m, fma(to_float(sum), by, loadf(out + 16 * m)));
+    const int at = m * x.groups + g;
+    f32x16 total = loadf(out + 16 * m);
+    const i32x16 sum = load<i32x16>(sums + 16 * m);
+    add_sum<F, Zero>(n, starts_at_zero(F) ? sum : sum + x.comp[at], x.comp[at], x.scale[at], total);
+    store(out + 16 * m, total);
   }
 }
 
-inline void flush_tile(const Matrix& w, const uint8_t* record, int g, const int32_t* sums, const Act& x,
-                       int rows, float* out) {
-  const GroupScales s = group_scales(w, record, g);
-  if (w.zero) flush_tile<true, true>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
-  else if (w.format_traits().grouped())
-    flush_tile<true, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
-  else flush_tile<false, false>(s, sums, x.comp + g, x.scale + g, x.groups, rows, out);
+// What tiles need to know of a format.
+struct TileFormat {
+  const uint8_t* (*expand)(const Matrix& w, const uint8_t* record, uint8_t* out) = nullptr;
+  void (*flush)(const Matrix& w, const uint8_t* record, int g, const int32_t* sums, const Act& x, int rows,
+                float* out) = nullptr;
+};
+
+template <size_t... I>
+TileFormat tile_format(const Matrix& w, std::index_sequence<I...>) {
+  TileFormat found;
+  const auto try_one = [&]<Format F>() {
+    if constexpr (traits(F).quantized() && traits(F).planes == Planes::none) {
+      if (w.format == F) found = {expand_panel<F>, flush_tile<F, false>};
+      if constexpr (traits(F).zeros())
+        if (w.format == F && w.zero) found.flush = flush_tile<F, true>;
+    }
+  };
+  (try_one.template operator()<Format{I}>(), ...);
+  return found;
 }
 
 template <int Rows, int Panels>
@@ -115,8 +110,9 @@ inline void store_sums(int32_t (*sums)[16 * 16]) {
 // 16 or 32 rows by one or two panels. A group's sums are scaled while the tiles work on the next group.
 // `ahead`: bytes to prefetch meanwhile.
 template <int Rows, int Panels>
-void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_t* const* data, const Act& x,
-                     int rows, const uint8_t* ahead, float* out, int ldo) {
+void quantized_block(const Matrix& w, const TileFormat& format, const uint8_t* const* record,
+                     const uint8_t* const* data, const Act& x, int rows, const uint8_t* ahead, float* out,
+                     int ldo) {
   const int step = w.group % 64 ? 32 : 64, rows0 = rows < 16 ? rows : 16, rows1 = rows - rows0,
             groups = w.groups();
   const int fetch = Panels * static_cast<int>(w.data_bytes()) / w.kp * w.group;  // bytes ahead a group
@@ -125,8 +121,8 @@ void quantized_block(const Matrix& w, const uint8_t* const* record, const uint8_
   alignas(64) float totals[4][16 * 16] = {};
   const auto flush = [&](int g) {
     for (int p = 0; p < Panels; ++p) {
-      flush_tile(w, record[p], g, sums[g % 2][p], x, rows0, totals[p]);
-      if (Rows == 2) flush_tile(w, record[p], g, sums[g % 2][2 + p], below, rows1, totals[2 + p]);
+      format.flush(w, record[p], g, sums[g % 2][p], x, rows0, totals[p]);
+      if (Rows == 2) format.flush(w, record[p], g, sums[g % 2][2 + p], below, rows1, totals[2 + p]);
     }
   };
   configure(rows0, rows1, step);
@@ -193,11 +189,12 @@ bool fits_tiles(const Matrix& w, const Act& x, int rows) {
 template <int Panels>
 void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out, int ldo) {
   const uint8_t *record[2], *data[2];
+  const TileFormat format = tile_format(w, std::make_index_sequence<std::size(kFormats)>());
   for (int p = 0; p < Panels; ++p) {
     record[p] = w.record(panel + p);
     if (w.quantized()) {
       const size_t bytes = static_cast<size_t>(w.kp) * 16;
-      data[p] = expand_panel(w, record[p], expanded.take(2 * bytes) + p * bytes);
+      data[p] = format.expand(w, record[p], expanded.take(2 * bytes) + p * bytes);
     } else {
       data[p] = record[p] + w.head_bytes();
     }
@@ -208,8 +205,8 @@ void tile_panels(const Matrix& w, int panel, const Act& x, int rows, float* out,
     float* o = out + static_cast<size_t>(m) * ldo;
     const uint8_t* ahead = m ? nullptr : record[Panels - 1] + w.stride;
     if (w.quantized())
-      some > 16 ? quantized_block<2, Panels>(w, record, data, a, some, ahead, o, ldo)
-                : quantized_block<1, Panels>(w, record, data, a, some, ahead, o, ldo);
+      some > 16 ? quantized_block<2, Panels>(w, format, record, data, a, some, ahead, o, ldo)
+                : quantized_block<1, Panels>(w, format, record, data, a, some, ahead, o, ldo);
     else
       some > 16 ? bf16_block<2, Panels>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo)
                 : bf16_block<1, Panels>(w.kp, data, a, some, data[0] + kAhead, 1024 * Panels, o, ldo);

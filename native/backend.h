@@ -202,11 +202,15 @@ class Backend {
   int expand_tokens = kExpandTokens;  // see expanded.h; 0: never
 
  private:
+  void product(const Packed& w, const LinearArgs& in);  // `linear` without `Packed::next`
   void greedy_by_planes(const Packed& head, Rows x, int tokens, const float* norm, float eps, int64_t* ids);
   Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
               float eps, float* scratch);
   Workspace work_;
 };
+
+// Row `row` of a dense packed matrix, to float32 [k]. Throws std::invalid_argument if it has no such row.
+void read_row(const Matrix& w, int row, float* out);
 
 // Rows `ids` of a table [rows][ld] of bfloat16 (half) or float32, to float32 [tokens][hidden]. Throws on an
 // id that is none.

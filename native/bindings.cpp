@@ -1,5 +1,7 @@
 // The Python module farthing._native: addresses and sizes in, nothing copied, the GIL released while
 // computing.
+#include <algorithm>
+#include <climits>
 #include <iterator>
 
 #include <nanobind/nanobind.h>
@@ -24,14 +26,16 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-using SourceTuple = std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, int,
-                               int>;  // kind, data, scale, zero, n, k, group
+// kind, data, scale, zero, n, k, group, minimum, units, minimum units
+using SourceTuple =
+    std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, int, int, uint64_t, uint64_t, uint64_t>;
 
 std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bool interleave,
                              const BlockCosts& costs, const std::vector<SourceTuple>& tuples) {
   std::vector<Source> sources;
-  for (const auto& [kind, data, scale, zeros, n, k, g] : tuples)
-    sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g});
+  for (const auto& [kind, data, scale, zeros, n, k, g, minimum, units, minimum_units] : tuples)
+    sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g, at<float>(minimum),
+                       at<float>(units), at<float>(minimum_units)});
   const nb::gil_scoped_release release;
   return Packed::pack(b.pool, b.kernels, b.arena, format, group, zero, interleave, costs, sources);
 }
@@ -130,7 +134,13 @@ NB_MODULE(_native, module) {
   nb::class_<Packed>(module, "Packed")
       .def_prop_ro("format", [](const Packed& p) { return p.m.format; })
       .def_prop_ro("group", [](const Packed& p) { return p.m.group; })
-      .def_prop_ro("shape", [](const Packed& p) { return std::make_tuple(p.m.n, p.m.k); })
+      .def_prop_ro("shape", [](const Packed& p) { return std::make_tuple(p.rows(), p.m.k); })
+      .def("follow",
+           [](Packed& p, std::shared_ptr<Packed> next) {
+             if (next->m.k != p.m.k || p.next)
+               throw std::invalid_argument("rows that follow have other columns");
+             p.next = std::move(next);
+           })
       .def_prop_ro("sparse", [](const Packed& p) { return p.m.sparse; })
       // How rows multiplied by it are rounded: (largest integer, share of a group's largest magnitude).
       .def("round_inputs", [](Packed& p, float top, float clip) { p.m.act_top = top, p.m.act_clip = clip; })
@@ -138,6 +148,14 @@ NB_MODULE(_native, module) {
       .def_prop_ro("input_top", [](const Packed& p) { return p.m.act_top; })
       .def_prop_ro("input_scale", [](const Packed& p) { return p.m.act_scale; })
       .def_prop_ro("nbytes", &Packed::weight_bytes)
+      .def(
+          "read_rows",  // int64 ids [count] -> float32 [count, k]
+          [](const Packed& p, uint64_t ids, int count, uint64_t out) {
+            for (int i = 0; i < count; ++i)
+              read_row(p.m, static_cast<int>(std::clamp<int64_t>(at<int64_t>(ids)[i], -1, INT_MAX)),
+                       at<float>(out) + static_cast<size_t>(i) * p.m.k);
+          },
+          "ids"_a, "count"_a, "out"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("serialized_bytes", &Packed::serialized_bytes)
       .def("parts", [](const Packed& p) { return std::vector<int>(p.m.first, p.m.first + p.m.parts + 1); })
       .def(

@@ -19,7 +19,7 @@ inline uint16_t bf16_bits(float f) {
   return static_cast<uint16_t>((b + 0x7fffu + (b >> 16 & 1u)) >> 16);
 }
 
-// A value in [-1, 1] as float16, rounded to nearest even.
+// A value of at most 65504 in magnitude as float16, rounded to nearest even.
 inline uint16_t half_bits(float f) {
   const float a = std::fabs(f);
   const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
@@ -28,6 +28,13 @@ inline uint16_t half_bits(float f) {
   std::memcpy(&b, &a, 4);
   b += 0xfffu + (b >> 13 & 1u);
   return static_cast<uint16_t>(sign | ((b - 0x38000000u) >> 13));
+}
+
+inline float half_value(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float a =
+      std::ldexp(static_cast<float>(exponent ? mantissa | 1024 : mantissa), exponent ? exponent - 25 : -24);
+  return h & 0x8000 ? -a : a;
 }
 
 }  // namespace farthing

@@ -21,8 +21,8 @@ inline int cell_columns(const Matrix& w) {
 
 // Whether a matrix can be stored in cells.
 inline bool has_cells(const Matrix& w) {
-  return w.quantized() && w.format_traits().planes == Planes::none && !w.zero && w.kp % 64 == 0 &&
-         w.group % kBlock == 0 && w.kp / cell_columns(w) <= kMostCells;
+  return w.format_traits().cells && !w.zero && w.kp % 64 == 0 && w.group % (2 * kBlock) == 0 &&
+         w.kp / cell_columns(w) <= kMostCells;
 }
 
 struct Cells {  // of one panel

@@ -86,23 +86,11 @@ template <int M, Format F, int Bytes>
   EACH (int at = 0; at < Bytes + scales; at += 64) prefetch_far(from + at);
 }
 
-// Eight columns of 16 weights.
-template <Format F>
-inline void load_columns(const uint8_t* p, bytes64& a, bytes64& b) {
-  a = load_bytes(p);
-  if constexpr (traits(F).nibbles()) {
-    b = factors<F>(high_nibbles(a));
-    a = factors<F>(low_nibbles(a));
-  } else {
-    b = load_bytes(p + 64);
-  }
-}
-
 // The next `count` cells, all with the same number of blocks.
 template <int M, Format F, int Blocks>
 [[gnu::always_inline]] inline void add_cells(const Matrix& w, const uint8_t* record, int count, const Act& x,
                                              Ahead ahead, CellCursor& c, f32x16 (&total)[M]) {
-  constexpr bool grouped = traits(F).grouped(), small = traits(F).nibbles() && !traits(F).codes;
+  constexpr bool grouped = traits(F).grouped(), small = traits(F).small();
   constexpr int step = 8 * traits(F).bytes_a_column();
   const int width = cell_columns(w);
   const Strides q_by(x.ld), cells_by(x.cell_count * sizeof(CellInput));
@@ -118,8 +106,7 @@ template <int M, Format F, int Blocks>
     EACH_BLOCK (int i = 0; i < Blocks; ++i) {
       const RowsAt<M> q(x.q + index * width + blocks.at[i] * kBlock, q_by);
       EACH_BLOCK (int j = 0; j < kBlock; j += 8, c.data += step) {
-        bytes64 a, b;
-        load_columns<F>(c.data, a, b);
+        const bytes64 a = quad<F, 0>(c.data), b = quad<F, 1>(c.data);
         fetch_columns<M, F, step>(c.data);
         EACH (int m = 0; m < M; ++m) acc[m] = dot4_at<small>(acc[m], a, q[m] + j);
         EACH (int m = 0; m < M; ++m) {
@@ -156,7 +143,7 @@ template <int M, size_t... I>
 PanelKernel sparse_in(const Matrix& w, std::index_sequence<I...>) {
   PanelKernel found = nullptr;
   const auto try_one = [&]<Format F>() {
-    if constexpr (traits(F).quantized && traits(F).planes == Planes::none)
+    if constexpr (traits(F).cells)
       if (w.format == F) found = panel_sparse<M, F>;
   };
   (try_one.template operator()<Format{I}>(), ...);

@@ -146,7 +146,7 @@ void transpose(const float* in, int ldi, int rows, int columns, float* out, int 
 template <Format F>
 inline f32x16 block_column(const uint8_t* block, f32x16 scale, int k) {
   constexpr FormatTraits format = traits(F);
-  if constexpr (format.quantized) {
+  if constexpr (format.quantized()) {
     const u32x16 bytes = load<u32x16>(block + k / 4 * 64) >> (8 * (k % 4)) & 255u;
     return to_float(load<i32x16>(&bytes) + format.offset()) * scale;
   } else {

@@ -119,17 +119,45 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
       store(out + m * ldo + 16 * i, blocks ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
 }
 
-// Nibbles as what is multiplied: q + 8, or a code + 128.
+// Nibbles as what is multiplied: q + 8, or a code and its bias.
 template <Format F>
 inline bytes64 factors(bytes64 nibbles) {
-  if constexpr (traits(F).codes) return look_up(kCodeBytes.of, nibbles);
+  if constexpr (traits(F).codes != nullptr) return look_up(traits(F).codes->factors, nibbles);
   else return nibbles;
 }
 
 template <Format F>
 inline i32x16 dot4_of(i32x16 acc, bytes64 u, const decltype(splat4(nullptr))& s) {
-  constexpr bool small = traits(F).nibbles() && !traits(F).codes;
-  return small ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
+  return traits(F).small() ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
+}
+
+// What is multiplied with columns 4 I … 4 I + 3 of a step. `low`: the low nibbles of panels in planes.
+template <Format F, int I>
+inline bytes64 quad(const uint8_t* p, const uint8_t* low = nullptr) {
+  constexpr FormatTraits format = traits(F);
+  if constexpr (format.planes == Planes::both) {
+    const bytes64 high = load_bytes(p), rest = load_bytes(low);
+    return I ? join_nibbles(high_nibbles(high), high_nibbles(rest))
+             : join_nibbles(low_nibbles(high), low_nibbles(rest));
+  } else if constexpr (format.bits == 8) {
+    return load_bytes(p + 64 * I);
+  } else {
+    const bytes64 pair = load_bytes(p + I / 2 * 64), nibbles = I % 2 ? high_nibbles(pair) : low_nibbles(pair);
+    if constexpr (format.above() == 0) return factors<F>(nibbles);
+    else
+      return with_bits<4 - format.above() * I>(nibbles, load_bytes(p + format.step() * 8),
+                                               ((1 << format.above()) - 1) << 4);
+  }
+}
+
+// Calls f.operator()<I>() for every four columns of a step.
+template <Format F, class Each, size_t... I>
+[[gnu::always_inline]] inline void for_quads(Each&& f, std::index_sequence<I...>) {
+  (f.template operator()<I>(), ...);
+}
+template <Format F, class Each>
+[[gnu::always_inline]] inline void for_quads(Each&& f) {
+  for_quads<F>(f, std::make_index_sequence<traits(F).step() / 4>());
 }
 
 // Bytes of a column that are read as one stream: planes are two streams.
@@ -137,45 +165,30 @@ constexpr int stream_bytes(Format f) {
   return traits(f).planes == Planes::both ? kPanel / 2 : traits(f).bytes_a_column();
 }
 
-// `columns` (a multiple of 8) of P quantized panels; two chains of sums where registers allow. `low`: the low
+// `columns` (whole steps) of P quantized panels; two chains of sums where registers allow. `low`: the low
 // nibbles of panels in planes.
 template <int M, int P, Format F>
 [[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const uint8_t* (&low)[P],
                                                const int8_t* x, int ld, int columns, i32x16 (&acc)[P * M],
                                                i32x16 (&more)[P * M]) {
-  constexpr bool nibbles = traits(F).nibbles(), planes = traits(F).planes == Planes::both;
-  constexpr int bytes = 8 * stream_bytes(F);  // of 8 columns
-  for (int k = 0; k < columns; k += 8) {
-    bytes64 a[P], b[P];
+  constexpr bool planes = traits(F).planes == Planes::both;
+  constexpr int step = traits(F).step(), bytes = step * stream_bytes(F);
+  for (int k = 0; k < columns; k += step) {
+    for_quads<F>([&]<int I>() __attribute__((always_inline)) {
+      bytes64 u[P];
+      EACH (int i = 0; i < P; ++i) u[i] = quad<F, I>(data[i], low[i]);
+      EACH (int m = 0; m < M; ++m) {
+        const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4 * I);
+        EACH (int i = 0; i < P; ++i) {
+          i32x16& sum = I % 2 && M * P <= 4 ? more[i * M + m] : acc[i * M + m];
+          sum = dot4_of<F>(sum, u[i], s);
+        }
+      }
+    });
     EACH (int i = 0; i < P; ++i) {
-      const uint8_t* p = data[i];
+      EACH (int at = 0; at < bytes; at += 64) fetch_stream<M, F>(data[i] + at);
       data[i] += bytes;
-      a[i] = load_bytes(p);
-      fetch_stream<M, F>(p);
-      if constexpr (planes) {
-        const bytes64 l = load_bytes(low[i]);
-        fetch_stream<M, F>(low[i]);
-        low[i] += bytes;
-        b[i] = join_nibbles(high_nibbles(a[i]), high_nibbles(l));
-        a[i] = join_nibbles(low_nibbles(a[i]), low_nibbles(l));
-      } else if constexpr (nibbles) {
-        b[i] = factors<F>(high_nibbles(a[i]));
-        a[i] = factors<F>(low_nibbles(a[i]));
-      } else {
-        b[i] = load_bytes(p + 64);
-        fetch_stream<M, F>(p + 64);
-      }
-    }
-    EACH (int m = 0; m < M; ++m) {
-      const auto s = splat4(x + static_cast<size_t>(m) * ld + k);
-      EACH (int i = 0; i < P; ++i) acc[i * M + m] = dot4_of<F>(acc[i * M + m], a[i], s);
-    }
-    EACH (int m = 0; m < M; ++m) {
-      const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4);
-      EACH (int i = 0; i < P; ++i) {
-        i32x16& second = M * P <= 4 ? more[i * M + m] : acc[i * M + m];
-        second = dot4_of<F>(second, b[i], s);
-      }
+      if constexpr (planes) fetch_stream<M, F>(low[i]), low[i] += bytes;
     }
   }
 }
@@ -185,29 +198,49 @@ inline i32x16 twice_expected(i32x16 sum, int32_t compensation) {
   return sum * 32 + 241 * (compensation / 128);
 }
 
-// Integer sums of group g of one panel into the float sums of M rows.
-template <int M, Format F, bool Zero>
-[[gnu::always_inline]] inline void add_group(const Matrix& w, const uint8_t* scales, const Act& x, int g,
-                                             const i32x16* acc, const i32x16* more, f32x16* total) {
-  constexpr bool grouped = traits(F).grouped(), high = traits(F).planes == Planes::high;
-  const f32x16 scale =
-      grouped ? half_to_float(reinterpret_cast<const uint16_t*>(scales) + g * 16) : splat(1.0f);
-  EACH (int m = 0; m < M; ++m) {
-    i32x16 sum = acc[m] + more[m];
-    if constexpr (Zero)
-      sum += widen(reinterpret_cast<const int8_t*>(scales + w.groups() * 32) + g * 16) *
-             (x.comp[m * x.groups + g] / -traits(F).offset());
-    if constexpr (high) sum = twice_expected(sum, x.comp[m * x.groups + g]);
-    const float of_row = x.scale[m * x.groups + g] * (high ? 0.5f : 1.0f);
-    const f32x16 s = grouped ? scale * of_row : splat(of_row);
-    total[m] = fma(to_float(sum), s, total[m]);
-  }
+// What the integer sums of one group of a panel become values with.
+struct GroupNumbers {
+  f32x16 scale, minimum;  // relative to the rows
+  i32x16 zero;
+};
+
+// number: that of a group's scales, or 1 for its minimums. `at`: the record's scales of groups.
+template <Format F>
+inline f32x16 of_group(const Matrix& w, const uint8_t* at, int g, int number) {
+  constexpr bool units = traits(F).scales == Scales::units;
+  const int unit = (units ? g * w.group / kUnit : g) + number * w.units();
+  const f32x16 found = half_to_float(reinterpret_cast<const uint16_t*>(at) + unit * kPanel);
+  if constexpr (!units) return found;
+  const auto* multiples = reinterpret_cast<const int8_t*>(at + w.multiples_at());
+  return found * to_float(widen(multiples + (g + number * w.groups()) * kPanel));
+}
+
+template <Format F, bool Zero>
+inline GroupNumbers group_numbers(const Matrix& w, const uint8_t* at, int g) {
+  GroupNumbers n = {splat(1.0f), {}, {}};
+  if constexpr (traits(F).grouped()) n.scale = of_group<F>(w, at, g, 0);
+  if constexpr (traits(F).minimums) n.minimum = of_group<F>(w, at, g, 1);
+  if constexpr (Zero) n.zero = widen(reinterpret_cast<const int8_t*>(at + w.groups() * 32) + g * kPanel);
+  return n;
+}
+
+// Sums that begin at the compensation, unless minimums or `twice_expected` need it.
+constexpr bool starts_at_zero(Format f) { return traits(f).minimums || traits(f).planes == Planes::high; }
+
+// A row's integer sums of a group into its float sums.
+template <Format F, bool Zero>
+inline void add_sum(const GroupNumbers& n, i32x16 sum, int32_t comp, float of_row, f32x16& total) {
+  constexpr bool high = traits(F).planes == Planes::high;
+  if constexpr (Zero) sum += n.zero * (comp / -traits(F).offset());
+  if constexpr (high) sum = twice_expected(sum, comp), of_row *= 0.5f;
+  total = fma(to_float(sum), traits(F).grouped() ? n.scale * of_row : splat(of_row), total);
+  if constexpr (traits(F).minimums) total = fma(n.minimum, splat(of_row * static_cast<float>(-comp)), total);
 }
 
 // M rows by P panels that follow each other from `panel`.
 template <int M, int P, Format F, bool Zero>
 void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr bool planes = traits(F).planes == Planes::both, high = traits(F).planes == Planes::high;
+  constexpr bool planes = traits(F).planes == Planes::both;
   const uint8_t *record[P], *data[P], *low[P] = {};
   for (int i = 0; i < P; ++i) {
     record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
@@ -222,10 +255,16 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     if constexpr (planes)
       fetch_ahead<M>(low, {w.plane_bytes() * P, ahead.from, ahead.to}, g, stream_bytes(F) * w.group);
     EACH (int m = 0; m < M; ++m)
-      EACH (int i = 0; i < P; ++i) acc[i * M + m] = high ? i32x16{} : splati(x.comp[m * x.groups + g]);
+      EACH (int i = 0; i < P; ++i)
+        acc[i * M + m] = starts_at_zero(F) ? i32x16{} : splati(x.comp[m * x.groups + g]);
     dot_columns<M, P, F>(data, low, x.q + k, x.ld, end - k, acc, more);
-    EACH (int i = 0; i < P; ++i)
-      add_group<M, F, Zero>(w, record[i] + 64, x, g, acc + i * M, more + i * M, total + i * M);
+    EACH (int i = 0; i < P; ++i) {
+      const GroupNumbers n = group_numbers<F, Zero>(w, record[i] + 64, g);
+      EACH (int m = 0; m < M; ++m) {
+        const int at = m * x.groups + g;
+        add_sum<F, Zero>(n, acc[i * M + m] + more[i * M + m], x.comp[at], x.scale[at], total[i * M + m]);
+      }
+    }
   }
   for (int i = 0; i < P; ++i) {
     const f32x16 row = load<f32x16>(record[i]);
@@ -238,8 +277,8 @@ typedef void (*PanelKernel)(const Matrix&, int, const Act&, Ahead, float*, int);
 template <int M, int P, Format F>
 PanelKernel panel_in(const Matrix& w) {
   constexpr FormatTraits format = traits(F);
-  if constexpr (format.quantized) {
-    if constexpr (format.grouped() && !format.codes)
+  if constexpr (format.quantized()) {
+    if constexpr (format.zeros())
       if (w.zero) return panels_quantized<M, P, F, true>;
     return panels_quantized<M, P, F, false>;
   } else {

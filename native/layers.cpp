@@ -26,7 +26,7 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
   for (int i = in.first; i < in.last; ++i) {
     const Layer& l = model.layers[i];
     const int hidden = l.o->m.n;
-    const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->m.n);
+    const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->rows());
     linear(*l.qkv_a, {x, T, l.norm, in.eps, none, qkv});
     Rows q = qkv;
     if (l.q_b) {

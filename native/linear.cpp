@@ -101,6 +101,15 @@ void Sizes::linear(const Matrix& w, int tokens) {
 }
 
 void Backend::linear(const Packed& packed, const LinearArgs& in) {
+  LinearArgs part = in;
+  for (const Packed* p = &packed; p; p = p->next.get()) {
+    product(*p, part);
+    part.out.at += p->m.n;
+    if (part.residual.at) part.residual.at += p->m.n;
+  }
+}
+
+void Backend::product(const Packed& packed, const LinearArgs& in) {
   const Matrix& w = packed.m;
   const Matrix* rest = in.rest ? &in.rest->m : nullptr;
   if (rest && (in.norm || rest->n != w.n)) throw std::invalid_argument("further columns do not fit a matrix");

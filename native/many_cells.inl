@@ -13,17 +13,10 @@ constexpr int kManyFrom = 32;     // rows that pay for the sums of weights
 constexpr int kManyCells = 1024;  // of a panel, at most
 typedef int16_t CellSum[kPanel];  // of at most 64 weights per row of the panel
 
-constexpr CodeBytes signed_codes() {
-  CodeBytes bytes{};
-  for (int i = 0; i < 16; ++i) bytes.of[i] = static_cast<uint8_t>(kCodes[i]);
-  return bytes;
-}
-alignas(16) constexpr CodeBytes kSignedCodes = signed_codes();
-
 template <Format F>
 inline bytes64 as_signed(bytes64 v) {
-  if constexpr (traits(F).nibbles() && !traits(F).codes) return _mm512_sub_epi8(v, _mm512_set1_epi8(8));
-  else return look_up(kSignedCodes.of, v);
+  if constexpr (traits(F).codes == nullptr) return _mm512_sub_epi8(v, _mm512_set1_epi8(8));
+  else return look_up(reinterpret_cast<const uint8_t*>(traits(F).codes->of), v);
 }
 
 // Eight columns of 16 weights.

@@ -35,8 +35,7 @@ template <int Offset, size_t... Row>
 
 template <int M, Format F>
 void panel_of_rows(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr bool nibbles = traits(F).nibbles(), grouped = traits(F).grouped();
-  constexpr int bytes = 8 * traits(F).bytes_a_column();  // of 8 columns
+  constexpr int step = traits(F).step(), bytes = step * traits(F).bytes_a_column();
   constexpr std::make_index_sequence<M> rows;
   const uint8_t* const record = w.record(panel);
   const uint8_t* data[1] = {record + w.head_bytes()};
@@ -49,24 +48,14 @@ void panel_of_rows(const Matrix& w, int panel, const Act& x, Ahead ahead, float*
     const int columns = w.kp - k0 < w.group ? w.kp - k0 : w.group;
     fetch_ahead<M, 1>(data, ahead, g, traits(F).bytes_a_column() * w.group);
     i32x16 acc[M];
-    EACH (int m = 0; m < M; ++m) acc[m] = splati(x.comp[m * groups + g]);
-    for (int k = 0; k < columns; k += 8, data[0] += bytes, q += 8) {
-      bytes64 a = load_bytes(data[0]), b;
-      if constexpr (nibbles) {
-        b = factors<F>(high_nibbles(a));
-        a = factors<F>(low_nibbles(a));
-      } else {
-        b = load_bytes(data[0] + 64);
-      }
-      add_rows<0>(acc, a, q, odd, rows);
-      add_rows<4>(acc, b, q, odd, rows);
-    }
-    const f32x16 scale =
-        grouped ? half_to_float(reinterpret_cast<const uint16_t*>(record + 64) + g * 16) : splat(1.0f);
-    EACH (int m = 0; m < M; ++m) {
-      const float of_row = x.scale[m * groups + g];
-      total[m] = fma(to_float(acc[m]), grouped ? scale * of_row : splat(of_row), total[m]);
-    }
+    EACH (int m = 0; m < M; ++m) acc[m] = starts_at_zero(F) ? i32x16{} : splati(x.comp[m * groups + g]);
+    for (int k = 0; k < columns; k += step, data[0] += bytes, q += step)
+      for_quads<F>([&]<int I>() __attribute__((always_inline)) {
+        add_rows<4 * I>(acc, quad<F, I>(data[0]), q, odd, rows);
+      });
+    const GroupNumbers n = group_numbers<F, false>(w, record + 64, g);
+    EACH (int m = 0; m < M; ++m)
+      add_sum<F, false>(n, acc[m], x.comp[m * groups + g], x.scale[m * groups + g], total[m]);
   }
   const f32x16 row = load<f32x16>(record);
   EACH (int m = 0; m < M; ++m) store(out + m * ldo, total[m] * row);
@@ -79,13 +68,23 @@ PanelKernel rows_kernel(int rows) {
   return panel_of_rows<M, F>;
 }
 
+template <size_t... I>
+PanelKernel rows_kernel_of(const Matrix& w, int rows, std::index_sequence<I...>) {
+  PanelKernel found = nullptr;
+  const auto try_one = [&]<Format F>() {
+    if constexpr (traits(F).quantized() && traits(F).planes == Planes::none)
+      if (w.format == F) found = rows_kernel<F>(rows);
+  };
+  (try_one.template operator()<Format{I}>(), ...);
+  return found;
+}
+
 // The panels times the rows if they are many and of such a format, else nothing and false.
 bool tile_of_rows(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
-  PanelKernel (*kernel)(int) = w.format == Format::q8    ? rows_kernel<Format::q8>
-                               : w.format == Format::q4  ? rows_kernel<Format::q4>
-                               : w.format == Format::nl4 ? rows_kernel<Format::nl4>
-                                                         : nullptr;
-  if (rows < kLongFrom || w.zero || !kernel) return false;
+  const auto kernel = [&](int some) {
+    return rows_kernel_of(w, some, std::make_index_sequence<std::size(kFormats)>());
+  };
+  if (rows < kLongFrom || w.zero || !kernel(rows)) return false;
   const int blocks = (rows + kLongRows - 1) / kLongRows, groups = w.groups();
   for (int i = 0; i < count; ++i)
     for (int b = 0, m = 0; b < blocks; ++b) {

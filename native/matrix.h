@@ -70,9 +70,17 @@ struct Matrix {
       case Scales::none: break;
       case Scales::blocks: scales = groups() * 64; break;
       case Scales::rows: scales = 64; break;
-      case Scales::groups: scales = 64 + groups() * (zero ? 48 : 32);
+      case Scales::groups:
+      case Scales::units: scales = 64 + scale_bytes() + (zero ? groups() * kPanel : 0);
     }
     return round_up(scales, 64);
+  }
+  // Of the scales of groups, in the order of formats.h: float16 ones, or their units, and multiples of these.
+  int units() const { return format_traits().scales == Scales::units ? (kp + kUnit - 1) / kUnit : groups(); }
+  int multiples_at() const { return units() * 2 * kPanel * (format_traits().minimums ? 2 : 1); }
+  int scale_bytes() const {
+    const int multiples = format_traits().scales == Scales::units ? groups() * kPanel : 0;
+    return multiples_at() + multiples * (format_traits().minimums ? 2 : 1);
   }
   const FormatTraits& format_traits() const { return traits(format); }
   size_t data_bytes() const {  // of a dense record
@@ -80,7 +88,7 @@ struct Matrix {
   }
   size_t plane_bytes() const { return has_planes() ? static_cast<size_t>(kp) * (kPanel / 2) : 0; }
   int block_bytes() const { return kBlock * format_traits().bytes_a_column(); }  // of a sparsity block
-  bool quantized() const { return format_traits().quantized; }
+  bool quantized() const { return format_traits().quantized(); }
   // Whether a column can be read without scales of groups or blocks (Kernels::unpack).
   bool has_plain_columns() const {
     const Scales s = format_traits().scales;

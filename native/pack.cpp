@@ -26,19 +26,18 @@ size_t row_bytes(const Source& s) {
   }
 }
 
-// Scales and zero points of a panel: [16], or [groups][16].
+// Scales, zero points and minimums of a panel: [16], or [groups][16]; and their units [units][16].
 struct PanelScales {
   int count;  // per row
-  std::vector<float> scales;
+  std::vector<float> scales, minimums, units, minimum_units;
   std::vector<int8_t> zeros;
   explicit PanelScales(const Matrix& m)
       : count(m.format_traits().scales == Scales::rows ? 1 : m.groups()),
         scales(static_cast<size_t>(count) * kPanel),
+        minimums(m.format_traits().minimums ? scales.size() : 0),
+        units(m.format_traits().scales == Scales::units ? m.units() * kPanel : 0),
+        minimum_units(m.format_traits().minimums ? units.size() : 0),
         zeros(m.zero ? scales.size() : 0) {}
-  void set(int g, int lane, float scale, int8_t zero = 0) {
-    scales[g * kPanel + lane] = scale;
-    if (!zeros.empty()) zeros[g * kPanel + lane] = zero;
-  }
 };
 
 struct RowRef {
@@ -46,35 +45,72 @@ struct RowRef {
   int row = 0;
 };
 
+// Row `row` of [n, count] numbers, zeros if there are none, to a lane of [count][16].
+template <class T>
+void set_lane(std::vector<T>& out, int lane, const T* numbers, int row) {
+  const size_t count = out.size() / kPanel;
+  for (size_t i = 0; i < count; ++i) out[i * kPanel + lane] = numbers ? numbers[row * count + i] : T{0};
+}
+
 // The scales of one row: its stored ones, or those that the kernel found when it rounded the row.
 void read_scales(const Matrix& m, const RowRef& ref, int lane, PanelScales& out) {
-  if (!ref.source) {
-    for (int g = 0; g < out.count; ++g) out.set(g, lane, 0.0f);
-    return;
-  }
-  const Source& s = *ref.source;
-  const size_t at = static_cast<size_t>(ref.row) * out.count;
+  static constexpr Source kNone = {};
+  const Source& s = ref.source ? *ref.source : kNone;
   const bool stored = s.kind == Source::int8 || s.kind == Source::int4;
-  for (int g = 0; g < out.count; ++g) {
-    if (stored) out.set(g, lane, s.scale[at + g], s.zero ? s.zero[at + g] : int8_t{0});
-    else if (m.format == Format::fp8) out.set(g, lane, block_scales(s, ref.row)[g]);
-    else out.set(g, lane, out.scales[g * kPanel + lane]);
+  if (!ref.source || stored) set_lane(out.scales, lane, s.scale, ref.row);
+  else if (m.format == Format::fp8) set_lane(out.scales, lane, block_scales(s, ref.row), 0);
+  set_lane(out.zeros, lane, s.zero, ref.row);
+  set_lane(out.minimums, lane, s.minimum, ref.row);
+  set_lane(out.units, lane, s.units, ref.row);
+  set_lane(out.minimum_units, lane, s.minimum_units, ref.row);
+}
+
+// What a lane of numbers is divided by before they become float16: a power of two if they are then exact,
+// as those of 16-bit files are, else the largest magnitude. Group scales may be negative (AutoRound's
+// symmetric format).
+float row_scale(const std::vector<float>& numbers, const std::vector<float>& more, int lane) {
+  float top = 0.0f;
+  const auto each = [&](auto&& f) {
+    for (const auto* v : {&numbers, &more})
+      for (size_t i = lane; i < v->size(); i += kPanel) f((*v)[i]);
+  };
+  each([&](float x) { top = std::max(top, std::fabs(x)); });
+  if (top < 0x1p-100f) return top;
+  const float power = std::ldexp(1.0f, std::ilogb(top) - 15);  // float16 reaches 2^16, and 2^-24 below
+  bool exact = true;
+  each([&](float x) {
+    exact &= std::fabs(x) <= 65504 * power && half_value(half_bits(x / power)) == x / power;
+  });
+  return exact ? power : top;
+}
+
+void write_halves(uint16_t* out, const std::vector<float>& numbers, const float* rows) {
+  for (size_t i = 0; i < numbers.size(); ++i)
+    out[i] = rows[i % kPanel] > 0.0f ? half_bits(numbers[i] / rows[i % kPanel]) : uint16_t{0};
+}
+
+void write_multiples(int8_t* out, const Matrix& m, const std::vector<float>& numbers,
+                     const std::vector<float>& units) {
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const float unit = units[i / kPanel * m.group / kUnit * kPanel + i % kPanel];
+    out[i] = static_cast<int8_t>(unit != 0.0f ? std::lround(numbers[i] / unit) : 0);
   }
 }
 
-// Group scales may be negative (AutoRound's symmetric format): the row scale is the largest magnitude.
 void write_groups(uint8_t* record, const Matrix& m, const PanelScales& s) {
-  const int groups = m.groups();
+  const bool units = m.format_traits().scales == Scales::units;
+  const std::vector<float>&first = units ? s.units : s.scales, &second = units ? s.minimum_units : s.minimums;
   float* rows = reinterpret_cast<float*>(record);
-  uint16_t* relative = reinterpret_cast<uint16_t*>(record + 64);
-  for (int lane = 0; lane < kPanel; ++lane) {
-    float row = 0.0f;
-    for (int g = 0; g < groups; ++g) row = std::max(row, std::fabs(s.scales[g * kPanel + lane]));
-    rows[lane] = row;
-    for (int g = 0; g < groups; ++g)
-      relative[g * kPanel + lane] = row > 0.0f ? half_bits(s.scales[g * kPanel + lane] / row) : 0;
+  for (int lane = 0; lane < kPanel; ++lane) rows[lane] = row_scale(first, second, lane);
+  uint16_t* halves = reinterpret_cast<uint16_t*>(record + 64);
+  write_halves(halves, first, rows);
+  write_halves(halves + first.size(), second, rows);
+  if (units) {
+    int8_t* multiples = reinterpret_cast<int8_t*>(record + 64 + m.multiples_at());
+    write_multiples(multiples, m, s.scales, s.units);
+    write_multiples(multiples + s.scales.size(), m, s.minimums, s.minimum_units);
   }
-  if (m.zero) std::memcpy(record + 64 + groups * 32, s.zeros.data(), s.zeros.size());
+  if (m.zero) std::memcpy(record + 64 + m.scale_bytes(), s.zeros.data(), s.zeros.size());
 }
 
 void write_scales(uint8_t* record, const Matrix& m, const PanelScales& s) {
@@ -83,7 +119,8 @@ void write_scales(uint8_t* record, const Matrix& m, const PanelScales& s) {
     case Scales::none: break;
     case Scales::blocks:
     case Scales::rows: std::memcpy(record, s.scales.data(), s.scales.size() * sizeof(float)); break;
-    case Scales::groups: write_groups(record, m, s);
+    case Scales::groups:
+    case Scales::units: write_groups(record, m, s);
   }
 }
 
@@ -91,7 +128,7 @@ void write_scales(uint8_t* record, const Matrix& m, const PanelScales& s) {
 size_t scale_count(const Source& s) {
   const size_t n = s.n, k = s.k;
   switch (s.kind) {
-    case Source::int8: return n;
+    case Source::int8:
     case Source::int4: return n * (k / s.group);
     case Source::fp8: return (n + 127) / 128 * ((k + 127) / 128);
     default: return 0;
@@ -123,12 +160,18 @@ std::vector<RowRef> row_order(const std::vector<Source>& sources, bool interleav
   return rows;
 }
 
-// Kernels round groups of up to 64 columns.
+// Kernels round groups of up to 64 columns, to formats that may be block-sparse.
 void require_roundable(const Matrix& m, const std::vector<Source>& sources) {
-  for (const Source& s : sources)
-    if (m.format_traits().grouped() && s.kind != Source::int4 && m.group > 64)
+  const FormatTraits& format = m.format_traits();
+  for (const Source& s : sources) {
+    const bool stored = s.kind == Source::int4 || s.kind == Source::int8;
+    if (format.grouped() && !format.cells && !stored)
+      throw std::invalid_argument(std::string("format: got float rows for ") + format.name +
+                                  "; expected integers");
+    if (format.grouped() && !stored && m.group > 64)
       throw std::invalid_argument("group: got " + std::to_string(m.group) +
                                   " for float rows; expected 32 or 64");
+  }
 }
 
 // Bytes of q8 to planes of `bytes` high and as many low nibbles.

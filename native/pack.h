@@ -46,6 +46,7 @@ void check_cells(const Matrix& w, const uint8_t* records, size_t bytes);
 class Packed {
  public:
   Matrix m;
+  std::shared_ptr<Packed> next;          // a matrix of another format whose rows follow; of projections only
   mutable std::vector<uint16_t> uneven;  // of a head in planes (head.h); empty until greedy decoding needs it
   // Packs the stacked rows of the sources; with `interleave`, alternates 16 rows of the first and the second.
   // Blocks of zeros are left out where `costs` say that it saves time; never if they are infinite.
@@ -60,6 +61,7 @@ class Packed {
   size_t serialized_bytes() const;
   void serialize(uint8_t* out, uint64_t name) const;
   size_t weight_bytes() const;
+  int rows() const { return m.n + (next ? next->rows() : 0); }
 
  private:
   void reserve(Pool& pool, Arena& arena);  // memory of dense records

@@ -222,6 +222,8 @@ struct EvenGrid {
   }
 };
 
+constexpr const int8_t* kCodes = kNl4.of;
+
 // The nearest of kCodes to each value.
 struct Nearest {
   u32x16 index;
@@ -337,7 +339,7 @@ inline void copy_int8(const Matrix& w, const PanelRows& p, u32x16 rounded, uint8
   alignas(64) float words[kPanel * 16];
   for (int at = 0; at < w.kp; at += 64) {
     load_words(p, Source::int8, at, w.k - at < 64 ? w.k - at : 64, 0, words);
-    for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < 16 && at + 4 * i < w.kp; ++i)
       store_lanes(data + static_cast<size_t>(at) * 16 + 64 * i, load<u32x16>(words + 16 * i) ^ 0x80808080u,
                   rounded);
   }
@@ -349,14 +351,42 @@ inline u32x16 spread(u32x16 v) {  // 4 nibbles to 4 bytes
 }
 
 inline void copy_int4(const Matrix& w, const PanelRows& p, u32x16 rounded, uint8_t* data) {
+  const uint8_t fill = w.format_traits().cells ? w.format_traits().zero_byte() : 0;
   alignas(64) float words[kPanel * 16];
   for (int at = 0; at < w.kp; at += 128) {
     const int bytes = w.k - at < 128 ? (w.k - at) / 2 : 64;
-    load_words(p, Source::int4, static_cast<size_t>(at) / 2, bytes, w.format_traits().zero_byte(), words);
+    load_words(p, Source::int4, static_cast<size_t>(at) / 2, bytes, fill, words);
     for (int i = 0; i < bytes / 4; ++i) {
       const u32x16 v = load<u32x16>(words + 16 * i);
       store_lanes(data + static_cast<size_t>(at) * 8 + 64 * i, spread(v & 0xffffu) | spread(v >> 16) << 4,
                   rounded);
+    }
+  }
+}
+
+// Integers of more bits than nibbles: see formats.h.
+inline void copy_bits(const Matrix& w, const PanelRows& p, uint8_t* data) {
+  const FormatTraits& format = w.format_traits();
+  const int quads = format.step() / 4, above = format.above();
+  const uint32_t low = 0x0f0f0f0fu, mask = 0x01010101u * ((1u << above) - 1);
+  alignas(64) float words[kPanel * 16];
+  for (int at = 0; at < w.kp; at += 64) {
+    load_words(p, Source::int8, at, w.k - at < 64 ? w.k - at : 64, 0, words);
+    for (int first = 0; first < 16 && at + 4 * first < w.kp; first += quads) {
+      u32x16 bits = {};
+      for (int i = 0; i < quads; ++i) {
+        // + 2^(bits - 1) or 0 in every byte, without carries: integers of a format with an offset are signed.
+        u32x16 v = load<u32x16>(words + 16 * (first + i));
+        if (format.offset())
+          v = (v ^ 0x01010101u * static_cast<uint32_t>(-format.offset())) & (low | mask << 4);
+        store(words + 16 * (first + i), v);
+        bits |= (v >> 4 & mask) << (above * i);
+      }
+      for (int i = 0; i < quads; i += 2, data += 64)
+        store(data, (load<u32x16>(words + 16 * (first + i)) & low) |
+                        (load<u32x16>(words + 16 * (first + i + 1)) & low) << 4);
+      store(data, bits);
+      data += 64;
     }
   }
 }
@@ -376,6 +406,7 @@ void pack_panel(const Matrix& w, const PanelRows& p, float* scales, uint8_t* dat
     all &= is_rounded;
   }
   const FormatTraits& format = w.format_traits();
+  if (format.above()) return copy_bits(w, p, data);
   const bool nibbles = format.nibbles();
   if (any) {
     const auto round = !nibbles ? round_rows : format.codes ? round_groups<CodeGrid> : round_groups<EvenGrid>;

@@ -76,7 +76,7 @@ void check_header(const Header& h, size_t size, uint64_t name) {
   require(h.planes == (format.planes == Planes::both ? kApart : 0), "planes of an earlier version");
   require(h.n >= 1 && h.n <= kMostRows && h.k >= 1 && h.k <= kMostRows, "rows or columns out of range");
   require(fits_group(format, h.group, h.k), "group size");
-  require(h.zero <= 1 && (!h.zero || (format.grouped() && !format.codes)), "zero points of this format");
+  require(h.zero <= 1 && (!h.zero || format.zeros()), "zero points of this format");
   const Matrix m = Matrix::describe(static_cast<Format>(h.format), h.n, h.k, h.group, h.zero);
   require(h.sparse != 1, "sparse blocks of an earlier version; pack the model again");
   require(!h.sparse || (h.sparse == kInCells && has_cells(m)), "sparsity of this format");

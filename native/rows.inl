@@ -117,7 +117,7 @@ inline void sum_cell(const int8_t* q, int columns, int offset, CellInput& cell) 
 }
 
 void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
-  const int offset = w.format_traits().offset();
+  const int offset = w.format_traits().offset(), compensation = w.format_traits().compensation();
   int8_t* q = x.q + static_cast<size_t>(row) * x.ld;
   for (int done = 0; done < k; done += w.group) {
     const int n = k - done < w.group ? k - done : w.group, padded = round_up(n, 16);
@@ -129,7 +129,7 @@ void quantize(const Matrix& w, const Act& x, int row, int at, const float* value
       from = tail;
     }
     x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_input(w, from, padded, q + at + done);
-    x.comp[static_cast<size_t>(row) * x.groups + g] = offset * sum_bytes(q + at + done, padded);
+    x.comp[static_cast<size_t>(row) * x.groups + g] = compensation * sum_bytes(q + at + done, padded);
     if (x.flipped) flip(q + at + done, padded, x.flipped + static_cast<size_t>(row) * x.ld + at + done);
     if (!x.cells) continue;
     const int width = cell_columns(w);

@@ -8,11 +8,11 @@ namespace farthing {
 namespace {
 
 void require(const Packed& p, int n, int k, const char* what) {
-  if (p.m.n == n && p.m.k == k) return;
+  if (p.rows() == n && p.m.k == k) return;
   const auto shape = [](int rows, int columns) {
     return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
   };
-  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.m.n, p.m.k) + "; expected " +
+  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.rows(), p.m.k) + "; expected " +
                               shape(n, k));
 }
 

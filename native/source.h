@@ -10,9 +10,12 @@ namespace farthing {
 struct Source {
   enum Kind { f32, bf16, int8, int4, fp8 } kind;
   const void* data;
-  const float* scale;  // int8 [n, 1], int4 [n, k / group], fp8 [n / 128, k / 128]
+  const float* scale;  // int8 and int4 [n, k / group], fp8 [n / 128, k / 128]
   const int8_t* zero;  // int4 [n, k / group] or null
   int n, k, group;
+  const float* minimum = nullptr;        // [n, k / group], of formats that have minimums
+  const float* units = nullptr;          // [n, k / 256], of formats that have units: of the scales …
+  const float* minimum_units = nullptr;  // … and of the minimums
 };
 
 // The rows of one panel, which may come from several matrices.

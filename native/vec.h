@@ -227,6 +227,13 @@ inline bytes64 high_nibbles(bytes64 v) {
 inline bytes64 join_nibbles(bytes64 high, bytes64 low) {
   return _mm512_or_si512(_mm512_slli_epi16(high, 4), low);
 }
+// Nibbles with more bits above them: those that a shift to the left by Left moves to where `bits` has ones.
+template <int Left>
+inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
+  const __m512i at =
+      Left > 0 ? _mm512_slli_epi16(more, Left > 0 ? Left : 0) : _mm512_srli_epi16(more, Left < 0 ? -Left : 0);
+  return _mm512_or_si512(nibbles, _mm512_and_si512(at, _mm512_set1_epi8(static_cast<char>(bits))));
+}
 // Nibbles as the bytes of a table of 16.
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(load<__m128i>(table)), nibbles);
@@ -253,6 +260,15 @@ inline bytes64 join_nibbles(bytes64 high, bytes64 low) {
   return {_mm256_or_si256(_mm256_slli_epi16(high.a, 4), low.a),
           _mm256_or_si256(_mm256_slli_epi16(high.b, 4), low.b)};
 }
+template <int Left>
+inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
+  const __m256i ones = _mm256_set1_epi8(static_cast<char>(bits));
+  const auto at = [&](__m256i v) {
+    return _mm256_and_si256(ones, Left > 0 ? _mm256_slli_epi16(v, Left > 0 ? Left : 0)
+                                           : _mm256_srli_epi16(v, Left < 0 ? -Left : 0));
+  };
+  return {_mm256_or_si256(nibbles.a, at(more.a)), _mm256_or_si256(nibbles.b, at(more.b))};
+}
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   const __m256i t = _mm256_broadcastsi128_si256(load<__m128i>(table));
   return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)};
@@ -263,7 +279,7 @@ inline i32x16 join(__m256i a, __m256i b) {
   memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
   return r;
 }
-// 15 * 127 * 2 fits 16 bits; 255 * 127 * 2 does not, so there the bytes are widened.
+// 127 * 127 * 2 fits 16 bits; 255 * 127 * 2 does not, so there the bytes are widened.
 inline __m256i splat4(const int8_t* s) { return _mm256_set1_epi32(load<int32_t>(s)); }
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i x) {
   const __m256i one = _mm256_set1_epi16(1);
@@ -284,6 +300,10 @@ inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
 inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
 inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
 inline bytes64 join_nibbles(bytes64 high, bytes64 low) { return high << 4 | low; }
+template <int Left>
+inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
+  return nibbles | ((Left > 0 ? more << (Left > 0 ? Left : 0) : more >> (Left < 0 ? -Left : 0)) & bits);
+}
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   bytes64 found;
   for (int i = 0; i < 64; ++i) found[i] = table[nibbles[i]];
@@ -299,7 +319,7 @@ inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(
 #endif
 
 // The same with four bytes in memory, and sums with a number in memory in every lane. `Small`: u is at
-// most 15.
+// most 127.
 #if defined(__AVX512VNNI__)  // compilers would load and multiply in two instructions
 template <bool Small>
 inline i32x16 dot4_at(i32x16 acc, bytes64 u, const void* s) {

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, MoEWeights, RouterSpec
-from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+from farthing.ops.weights import INTEGERS, Weight, quantize_int4, quantize_int8
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -18,7 +18,10 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 # Error bound per storage format, from int8 activations and float sums in another order.
 BOUNDS = {"f32": 1e-10, "bf16": 1e-9, "fp8": 1e-9, "int8": 1e-4, "int4": 1e-4, "int4_zero": 1e-4}
-FORMATS = list(BOUNDS)
+GROUPS = ["mxfp4", "iq4_nl", "int8_groups", "q4_1", "q5_1"]  # formats with scales of 16 bits for groups
+UNITS = ["iq4_xs", "q4_k", "q5_k", "q6_k"]  # whose scales are multiples of units
+BOUNDS |= dict.fromkeys((*GROUPS, *UNITS), 1e-4)
+FORMATS = [name for name in BOUNDS if name not in UNITS and name != "q5_1"]
 EPS = 1e-6
 
 ROUTERS = {
@@ -49,11 +52,48 @@ def weight(name: str, n: int, k: int, group: int = 32) -> Weight:
     if name == "fp8":
         scale = torch.rand((n + 127) // 128, (k + 127) // 128) + 0.5
         return Weight("fp8", (w * 16).to(torch.float8_e4m3fn), scale / 16)
+    if name in (*GROUPS, *UNITS):
+        return in_groups(name, n, k, 16 if name == "q6_k" else group)
     w4 = quantize_int4(w, group)
     if name == "int4":
         return w4
     assert w4.scale is not None
     return Weight("int4", w4.data, w4.scale, torch.randint(-4, 5, w4.scale.shape, dtype=torch.int8))
+
+
+def in_groups(name: str, n: int, k: int, group: int) -> Weight:
+    """Random integers of a format with scales for groups, every one of them in the first row."""
+    stored, shape = INTEGERS[name], (n, k // group)
+    low, high = (
+        (-(1 << stored.bits - 1), 1 << stored.bits - 1)
+        if name in ("int8_groups", "q6_k")
+        else (0, 1 << stored.bits)
+    )
+    u = torch.randint(low, high, (n, k), dtype=torch.int16)
+    every = torch.arange(low, high)
+    u[0, : len(every)] = every[:k].to(u.dtype)
+    top = max(abs(q) for q in stored.codes or (low, high))
+    if name == "mxfp4":
+        scale = torch.exp2(torch.randint(-3, 4, shape).float()) / top / k**0.5
+        scale = torch.exp2(scale.log2().round())
+    elif stored.unit:
+        unit, multiple = torch.randn(n, k // stored.unit).half().float() / 2**12, torch.randint(0, 64, shape)
+        each = stored.unit // group
+        scale = unit.repeat_interleave(each, 1) * multiple
+    else:
+        scale = (torch.randn(shape) / top / k**0.5).half().float()
+    minimum = units = None
+    if stored.minimums:
+        minimum = (scale * -(high / 2)).half().float()
+    if stored.unit:
+        units = (unit, None)
+        if minimum is not None:
+            least = torch.randn(n, k // stored.unit).half().float() / 2**9
+            minimum, units = -least.repeat_interleave(each, 1) * torch.randint(0, 64, shape), (unit, -least)
+    data = (
+        u.to(torch.uint8)[:, 0::2] | u.to(torch.uint8)[:, 1::2] << 4 if stored.bits == 4 else u.to(torch.int8)
+    )
+    return Weight(name, data, scale, minimum=minimum, units=units)  # type: ignore[arg-type]
 
 
 def norm(k: int) -> Tensor:

@@ -60,6 +60,10 @@ def nibbles(
 ) -> Bytes:
     s = panels(scale)
     row = np.abs(s).max(2)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        power = np.exp2(np.floor(np.log2(row)) - 15).astype(np.float32)  # where scales are then exact
+        halves = (s / power[..., None]).astype(np.float16).astype(np.float32) * power[..., None]
+    row = np.where((row >= 2.0**-100) & (halves == s).all(2), power, row)
     with np.errstate(invalid="ignore"):
         relative = np.where(row[..., None] > 0, s / row[..., None], 0).astype(np.float16)
     parts = [as_bytes(row), as_bytes(relative.transpose(0, 2, 1))]

@@ -32,7 +32,7 @@ from farthing.checkpoint.shards import (
 )
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
-from farthing.ops.weights import FP8_BLOCK, InputRounding, Weight
+from farthing.ops.weights import FP8_BLOCK, Format, InputRounding, Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -177,6 +177,8 @@ class Checkpoint:
     | (none) | dense, as stored: bf16, f16 or f32 |
     | fp8, or Mistral's `quantization` | fp8 where a scale exists, else dense |
     | compressed-tensors | int8, int4 or fp8 by config group and ignore list |
+
+    Of a GGUF file: the format of the tensor's type.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
@@ -250,7 +252,10 @@ class Checkpoint:
         """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
         scheme = self._groups.scheme(module) if self._groups else None
         scale = self._scale_of(module)
-        if self._fp8 and scale:
+        if (whole := self._shards.weight(f"{module}.weight")) is not None:
+            self._claim(f"{module}.weight")
+            weight = whole
+        elif self._fp8 and scale:
             weight = self._fp8_matrix(module, scale)
         elif scheme and scale:
             weight = self._compressed(module, scheme, scale)
@@ -265,10 +270,19 @@ class Checkpoint:
 
     def is_quantized(self, module: str) -> bool:
         """Whether the module is stored with scales."""
-        return self._scale_of(module) is not None or self.has(f"{module}.weight_packed")
+        suffixes = (*SCALES, "weight_packed")
+        return (
+            any(self.has(f"{module}.{s}") for s in suffixes) or self.in_groups(f"{module}.weight") is not None
+        )
+
+    def in_groups(self, name: str) -> tuple[Format, int] | None:
+        """Format and columns of a group, from headers only, of a tensor that is whole in its own format."""
+        return self._shards.stored(name)
 
     def stored_as(self, module: str) -> tuple[str, int]:
-        """Format (dense, int8, int4 or fp8) and columns of a matrix, from headers and config only."""
+        """Format and columns of a matrix, from headers and config only."""
+        if found := self.in_groups(f"{module}.weight"):
+            return found[0], self.shape(f"{module}.weight")[1]
         if self.has(f"{module}.weight_packed"):
             bits = 8 if (scheme := self._groups and self._groups.scheme(module)) and scheme.bits == 8 else 4
             return f"int{bits}", int(self.tensor(f"{module}.weight_shape")[1])

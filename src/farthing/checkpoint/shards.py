@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from farthing.ops.weights import Format, Weight
+
 
 # The one error of this package.
 
@@ -337,6 +339,15 @@ class Shards:
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a numpy array; torch is not imported."""
         return self._array_file(name).read(name)
+
+    def stored(self, name: str) -> tuple[Format, int] | None:
+        """Format and columns of a group of a matrix that is one tensor in a format of its own, from the
+        header only; None for others."""
+        return None
+
+    def weight(self, name: str) -> Weight | None:
+        """Such a matrix; None for other tensors."""
+        return None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the header only."""

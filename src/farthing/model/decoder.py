@@ -6,7 +6,7 @@ Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E rou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farthing.model.attention import attention_of, norm_of, rope_table
 from farthing.model.config import ModelConfig
@@ -20,9 +20,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EMBEDDING = "model.embed_tokens"
+
+
+def table_of(config: ModelConfig, ops: Ops, weights: WeightSource, head: Handle | None = None) -> Any:
+    """The embedding for `Ops.embed`; head: the packed head, if it has the same weights."""
+    shape = (config.vocab_size, config.hidden_size)
+    if ops.arrays:
+        return weights.tensor(f"{EMBEDDING}.weight", shape)
+    return ops.pack_table(EMBEDDING, lambda: weights.weight(EMBEDDING, shape), head)
+
+
 class DecoderModel:
     """The model over a backend. Weights are read once, in the order of the forward pass."""
 
+    embedding: Any  # of `table_of`
     stack: Handle | None  # all layers in one call, if the backend supports it
 
     def __init__(
@@ -39,8 +51,6 @@ class DecoderModel:
         shape = (config.vocab_size, config.hidden_size)
         rope = ops.tensor(rope_table(config))
         routers = routers or routers_of(config)
-        if first or (last and (config.tie_word_embeddings or config.num_nextn_predict_layers)):
-            self.embedding = weights.tensor("model.embed_tokens.weight", shape)
         self.layers = [
             (attention_of(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
@@ -48,16 +58,20 @@ class DecoderModel:
         self.mtp: list[MTPLayer] = []
         self.restack()
         if not last:
+            self.embedding = table_of(config, ops, weights) if first else None
             return
         # Logits are scaled by the norm before the head.
         self.norm = norm_of(config, weights, "model.norm", scale=config.logit_scale)
 
         def head() -> Weight:
             if config.tie_word_embeddings:
-                return Weight("dense", self.embedding)
+                return weights.weight(EMBEDDING, shape)
             return weights.weight("lm_head", shape)
 
         self.head = ops.pack_head("lm_head", head)
+        tied = config.tie_word_embeddings
+        if first or tied or config.num_nextn_predict_layers:
+            self.embedding = table_of(config, ops, weights, self.head if tied else None)
         self.mtp = [
             MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)

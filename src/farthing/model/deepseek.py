@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import torch
 from farthing.model.attention import AnyAttention, attention_of, norm_of
@@ -171,7 +171,7 @@ class MTPLayer:
         layer: int,
         rope: Tensor,
         router: RouterSpec | None,
-        embedding: Tensor,
+        embedding: Any,
         head: Handle,
         head_weight: Callable[[], Weight],
     ) -> None:

@@ -12,7 +12,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
 from farthing.model.attention import attention_of, rope_table
 from farthing.model.config import ModelConfig
-from farthing.model.decoder import routers_of
+from farthing.model.decoder import EMBEDDING, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer
 from farthing.model.load import IGNORED, config_of, source_of, unread
 from farthing.model.source import WeightSource
@@ -108,11 +108,11 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
 
     def head_weight() -> Weight:
         if config.tie_word_embeddings:
-            return Weight("dense", source.tensor("model.embed_tokens.weight", shape))
+            return source.weight(EMBEDDING, shape)
         return source.weight("lm_head", shape)
 
     def head(ops: Ops) -> object:
-        source.tensor("model.embed_tokens.weight", shape)  # read from the checkpoint, also when serving
+        source.weight(EMBEDDING, shape)  # read from the checkpoint, also when serving
         source.tensor("model.norm.weight", (config.hidden_size,))
         return ops.pack_head("lm_head", head_weight)
 

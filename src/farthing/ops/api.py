@@ -9,6 +9,7 @@ L cache layers.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 Handle = Any  # a backend's packed weight; opaque to other modules
 CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 
@@ -244,6 +246,14 @@ class Ops(ABC):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
         """Pack one projection from matrices [N_i, K] stacked along their rows."""
 
+    def pack_table(self, name: str, weight: Callable[[], Weight], head: Handle | None = None) -> Any:
+        """The table [V, D] for `embed`; head: the packed head, if it has the same weights."""
+        table = weight()
+        if table.format == "dense":
+            return table.data
+        log.warning("%s is decoded from %s to %s", name, table.format, self.dtype)
+        return table.dequantize(self.dtype)
+
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
         """Pack an output head [V, D], for `logits`, `top_logits` and `greedy`."""
         return self.pack_linear(name, lambda: [weight()])
@@ -291,8 +301,8 @@ class Ops(ABC):
     # -- computing
 
     @abstractmethod
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        """ids [T] int64, table [V, D] -> [T, D]."""
+    def embed(self, ids: Tensor, table: Any) -> Tensor:
+        """ids [T] int64, table [V, D] of `pack_table` -> [T, D]."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:

@@ -69,6 +69,7 @@ class OpsWrapper(Ops):
         return self._inner.cache_dtype
 
     pack_linear = forwarded(Ops.pack_linear)
+    pack_table = forwarded(Ops.pack_table)
     pack_head = forwarded(Ops.pack_head)
     pack_output = forwarded(Ops.pack_output)
     pack_mlp = forwarded(Ops.pack_mlp)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.lazy import torch
 
@@ -16,8 +16,39 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Format = Literal["dense", "int8", "int4", "fp8"]
+Format = Literal[
+    "dense", "int8", "int4", "fp8", "int8_groups", "mxfp4", "iq4_nl", "iq4_xs", "q4_1", "q5_1", "q4_k",
+    "q5_k", "q6_k",
+]  # fmt: skip
 FP8_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """What the integers u of a stored format stand for: q = u - offset, or one of `codes`."""
+
+    bits: int = 4  # two in a byte if they are 4
+    offset: int = 0
+    codes: tuple[int, ...] = ()
+    unit: int = 0  # columns that share a unit of the scales, of which they are whole multiples
+    minimums: bool = False  # groups have a number that is added to their values
+
+
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the values
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+INTEGERS: dict[str, Integers] = {
+    "int8": Integers(8),
+    "int8_groups": Integers(8),
+    "int4": Integers(offset=8),
+    "mxfp4": Integers(codes=(*_E2M1, *(-q for q in _E2M1))),
+    "iq4_nl": Integers(codes=_IQ4),
+    "iq4_xs": Integers(codes=_IQ4, unit=256),
+    "q4_1": Integers(minimums=True),
+    "q5_1": Integers(5, minimums=True),
+    "q4_k": Integers(unit=256, minimums=True),
+    "q5_k": Integers(5, unit=256, minimums=True),
+    "q6_k": Integers(6, unit=256),
+}  # as native/formats.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,49 +81,69 @@ class InputRounding:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A matrix [N, K] in one of four storage formats. `dequantize()` defines its value.
+    """A matrix [N, K] in one of these storage formats. `dequantize()` defines its value.
 
-    | format | data | scale (float32) | zero_point |
+    | format | data | scale (float32) | beside them |
     |---|---|---|---|
     | dense | float [N, K] | - | - |
     | int8  | int8 [N, K] | [N, 1] | - |
-    | int4  | uint8 [N, K/2]: u = q + 8, even k low nibble | [N, K/g] | int8 [N, K/g] (q units) or None |
+    | int8_groups, q6_k | int8 [N, K] | [N, K/g] | - |
+    | int4  | uint8 [N, K/2]: u = q + 8, even k low nibble | [N, K/g] | maybe zero_point |
+    | mxfp4, iq4_nl, iq4_xs | uint8 [N, K/2]: indices into the format's codes | [N, K/g] | - |
+    | q4_1, q4_k | uint8 [N, K/2]: u = q | [N, K/g] | minimum |
+    | q5_1, q5_k | int8 [N, K] | [N, K/g] | minimum |
     | fp8   | float8_e4m3fn [N, K] | [ceil(N/128), ceil(K/128)], multiplies | - |
     """
 
     format: Format
     data: Tensor
     scale: Tensor | None = None
-    zero_point: Tensor | None = None
+    zero_point: Tensor | None = None  # int8 [N, K/g], in units of q
     rounded: bool = False  # dense value of a quantized weight whose slice splits scale blocks
     inputs: InputRounding | None = None  # None: the kernels choose; for integers, per row and group
+    minimum: Tensor | None = None  # float32 [N, K/g], added to q times scale
+    # iq4_xs, q4_k, q5_k, q6_k: float32 [N, K/256] each, of which scales and minimums are whole multiples
+    units: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def nibbles(self) -> bool:
+        """Whether a byte of `data` holds two integers."""
+        return self.format in INTEGERS and INTEGERS[self.format].bits == 4
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of columns have scales of their own."""
+        return self.format in INTEGERS and self.format != "int8"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K), independent of packing."""
         n, k = self.data.shape
-        return (n, k * 2) if self.format == "int4" else (n, k)
+        return (n, k * 2) if self.nibbles else (n, k)
 
     @property
     def group_size(self) -> int:
-        """Columns that share one scale (int4), else K."""
+        """Columns that share one scale, where groups of columns do, else K."""
         k = self.shape[1]
-        return k // self.scale.shape[1] if self.format == "int4" and self.scale is not None else k
+        return k // self.scale.shape[1] if self.grouped and self.scale is not None else k
 
     @property
     def nbytes(self) -> int:
         """Bytes read per use of the matrix: data, scales and zero points."""
-        parts = (self.data, self.scale, self.zero_point)
+        parts = (self.data, self.scale, self.zero_point, self.minimum)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
     def quantized(self) -> Tensor:
-        """The integers q, int8 [N, K], of an int8 or int4 weight."""
-        if self.format == "int8":
+        """The integers q, int8 [N, K]; or the codes that they are indices into."""
+        stored = INTEGERS.get(self.format)
+        if stored is None:
+            raise ValueError(f"format {self.format!r} has no integers; expected one of {', '.join(INTEGERS)}")
+        if stored.bits > 4:
             return self.data
-        if self.format != "int4":
-            raise ValueError(f"format {self.format!r} has no integers; expected 'int8' or 'int4'")
-        low, high = self.data & 15, self.data >> 4
-        return (torch.stack((low, high), dim=-1).reshape(self.shape).to(torch.int8)) - 8
+        u = torch.stack((self.data & 15, self.data >> 4), dim=-1).reshape(self.shape)
+        if stored.codes:
+            return torch.tensor(stored.codes, dtype=torch.int8, device=u.device)[u.long()]
+        return u.to(torch.int8) - stored.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The value, [N, K], float32 by default."""
@@ -100,14 +151,15 @@ class Weight:
         if self.format == "dense":
             return self.data.to(dtype)
         assert self.scale is not None
-        if self.format == "int8":
-            return (self.data.float() * self.scale).to(dtype)
         n, k = self.shape
-        if self.format == "int4":
+        if self.format in INTEGERS:
             q = self.quantized().float().view(n, -1, self.group_size)
             if self.zero_point is not None:
                 q = q - self.zero_point.float().unsqueeze(-1)
-            return (q * self.scale.unsqueeze(-1)).view(n, k).to(dtype)
+            value = q * self.scale.unsqueeze(-1)
+            if self.minimum is not None:
+                value = value + self.minimum.unsqueeze(-1)
+            return value.view(n, k).to(dtype)
         rows = torch.arange(n) // FP8_BLOCK
         columns = torch.arange(k) // FP8_BLOCK
         return (self.data.float() * self.scale[rows][:, columns]).to(dtype)
@@ -347,30 +399,37 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     if weight.format == "dense":
         return replace(weight, data=weight.data.narrow(cut.dim, start, size))
     assert weight.scale is not None
+    stored = INTEGERS.get(weight.format)
     if weight.format == "fp8":
         unit = FP8_BLOCK
-    elif weight.format == "int4" and cut.dim == 1:
-        unit = weight.group_size
+    elif weight.grouped and cut.dim == 1:
+        unit = max(weight.group_size, stored.unit if stored else 0)
     else:
         unit = 1
     inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the slice is inside one block
     torn = start % unit and not inside
-    if weight.format == "int4" and cut.dim == 1:
-        torn = torn or bool(size % unit and not inside) or bool(start % 2 or size % 2)
-    if torn:
+    if weight.grouped and cut.dim == 1:
+        torn = torn or bool(size % unit and (not inside or weight.units)) or bool(start % 2 or size % 2)
+    if torn or (weight.units and inside and size != unit):
         whole = weight.dequantize().narrow(cut.dim, start, size)
         return Weight("dense", whole, rounded=True, inputs=weight.inputs)
     if weight.format == "int8":
         scale = weight.scale.narrow(0, start, size) if cut.dim == 0 else weight.scale
         return replace(weight, data=weight.data.narrow(cut.dim, start, size), scale=scale)
-    packed = 2 if weight.format == "int4" and cut.dim == 1 else 1
+    packed = 2 if weight.nibbles and cut.dim == 1 else 1
     data = weight.data.narrow(cut.dim, start // packed, size // packed)
 
-    def part(t: Tensor) -> Tensor:
-        return t.narrow(cut.dim or 0, start // unit, (cut.stop - 1) // unit - start // unit + 1)
+    def part(t: Tensor | None, unit: int = weight.group_size if weight.grouped and cut.dim else unit) -> Any:
+        if t is None:
+            return None
+        first = start // unit
+        return t.narrow(cut.dim or 0, first, (cut.stop - 1) // unit - first + 1)
 
-    zero = None if weight.zero_point is None else part(weight.zero_point)
-    return replace(weight, data=data, scale=part(weight.scale), zero_point=zero)
+    units = weight.units and (part(weight.units[0], unit), part(weight.units[1], unit))
+    return replace(
+        weight, data=data, scale=part(weight.scale), zero_point=part(weight.zero_point),
+        minimum=part(weight.minimum), units=units,
+    )  # fmt: skip
 
 
 def columns_of(weight: Weight, at: int) -> list[Weight]:

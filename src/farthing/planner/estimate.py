@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.model.config import ModelConfig
-from farthing.ops.weights import FP8_BLOCK
+from farthing.ops.weights import FP8_BLOCK, INTEGERS
 from farthing.parallel.plan import MICRO_ROWS, Layout, ShardPlan
 from farthing.planner.footprint import FLOAT_BYTES, Holder, Stored
 from farthing.planner.memory import (
@@ -116,7 +116,7 @@ def estimate(
 
 
 def _is_integer(holder: Holder, name: str, stored: Stored) -> bool:
-    return holder.rounded(stored, 64, mlp=".mlp." in name).kind in ("int4", "int8")
+    return holder.rounded(stored, 64, mlp=".mlp." in name).kind in INTEGERS
 
 
 class _Server:

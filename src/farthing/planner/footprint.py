@@ -17,17 +17,17 @@ from farthing.model.config import ModelConfig
 from farthing.model.fields import optional_section, wrong
 from farthing.model.load import names_in
 from farthing.model.types import type_of
-from farthing.ops.weights import int4_group, loaded_as
+from farthing.ops.weights import INTEGERS, Format, int4_group, loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-Kind = Literal["float32", "bfloat16", "float16", "fp8", "int8", "int4"]
+Kind = Format | Literal["float32", "bfloat16", "float16"]
 _FLOATS: dict[str, Kind] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _TENSORS: dict[str, Kind] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "fp8"}
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """How a checkpoint stores a parameter; group: columns per scale (int4)."""
+    """How a checkpoint stores a parameter; group: columns per scale, where groups of columns have one."""
 
     kind: Kind
     group: int = 128
@@ -93,6 +93,8 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
 
     def of(name: str) -> Stored:
         name = stored_name(name)
+        if found := checkpoint.in_groups(name):
+            return Stored(*found)
         module = name.removesuffix(".weight")
         if checkpoint.has(f"{module}.weight_packed"):
             columns = checkpoint.shape(f"{module}.weight_packed")[1] * 8
@@ -115,7 +117,9 @@ def matrix_bytes(n: int, k: int, stored: Stored) -> int:
         return n * k + 4 * (-(-n // 128)) * (-(-k // 128))
     if stored.kind == "int8":
         return n * k + 4 * n
-    return n * k // 2 + n * (k // stored.group) * (5 if stored.zero else 4)
+    integers = INTEGERS[stored.kind]
+    numbers = 8 if integers.minimums else 5 if stored.zero else 4
+    return n * k // (1 if integers.bits > 4 else 2) + n * (k // stored.group) * numbers
 
 
 def packed_bytes(n: int, k: int, stored: Stored, quantization: str | None = None) -> int:
@@ -171,7 +175,7 @@ class Holder:
 
 
 def _rounded(stored: Stored, k: int, quantization: str | None) -> Stored:
-    if quantization is None or stored.kind in ("int8", "int4"):
+    if quantization is None or stored.kind in INTEGERS:
         return stored
     if quantization == "int8":
         return Stored("int8")

@@ -42,7 +42,7 @@ def test_int4_groups(group: int) -> None:
 
 
 def test_int4_groups_that_fit_no_tile_are_rejected() -> None:
-    with pytest.raises(ValueError, match="int4 group size: got 8; expected a multiple of 16"):
+    with pytest.raises(ValueError, match="group size: got 8; expected a multiple of 16"):
         pack(weight("int4", 16, 32, 8), torch.float32, DEVICE)
 
 

@@ -156,7 +156,11 @@ class CpuOps(PackingOps):
         scale = None if like.scale is None else self.tensor(np.ones(shape, np.float32))
         return IndexCache(self._lazy(dtype_name(like.data.dtype), *shape, width), scale)
 
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, table: Any) -> Tensor:
+        if isinstance(table, Linear):
+            ids, out = contiguous(ids), empty(ids, ids.shape[0], table.k)
+            table.packed.read_rows(address(ids), ids.shape[0], address(out))
+            return out
         kind, many = dtype_name(table.dtype), ids.shape[0] > FEW and not self.arrays
         if many or kind not in ("bfloat16", "float32"):
             return as_float32(table[ids])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -30,6 +31,7 @@ from farthing.ops.cpu.stack import vector
 from farthing.ops.weights import (
     ALWAYS,
     CELL,
+    INTEGERS,
     NEVER,
     InputRounding,
     Weight,
@@ -62,14 +64,14 @@ class Plan:
 
 
 F32 = Plan(PackedFormat.F32)
-_INTEGERS = (PackedFormat.Q8, PackedFormat.Q8_PLANES, PackedFormat.Q4, PackedFormat.NL4)
+_ROUNDED_TO = (PackedFormat.Q8, PackedFormat.Q8_PLANES, PackedFormat.Q4, PackedFormat.NL4)
 PLANES_FROM = 128 << 20  # bytes of an 8-bit head, several times what caches hold
 
 
 def choose(stored: str, columns: int, group: int, quantization: str | None) -> Plan:
-    """The packed format of a matrix stored as `float32`, `bfloat16`, `fp8`, `int8` or `int4` (with `group`
-    columns per scale), which `quantization` rounds unless it holds integers."""
-    if quantization is not None and stored not in ("int8", "int4"):
+    """The packed format of a matrix stored as `float32`, `bfloat16`, `fp8` or integers (with `group` columns
+    per scale), which `quantization` rounds unless it holds integers."""
+    if quantization is not None and stored not in INTEGERS:
         rounded = int4_group(columns) if quantization == "int4" else columns
         if rounded is not None:
             stored, group = "nl4" if quantization == "int4" else quantization, rounded
@@ -120,21 +122,21 @@ def _finite(w: Weight) -> bool:
     return w.format != "fp8" or bool(((w.data.view(torch.uint8) & 0x7F) != 0x7F).all())
 
 
-def _source(w: Weight, target: Plan) -> tuple[tuple[Any, int, int, int, int, int, int], list[Tensor]]:
-    """The native call's tuple (kind, data, scale, zero, n, k, group) and the tensors it points into."""
+def _source(w: Weight, target: Plan) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The native call's tuple (kind, data, scale, zero, n, k, group, minimum, units, units of the minimums)
+    and the tensors it points into."""
     n, k = w.shape
     if not _is_held(w, target) and w.format != "fp8":  # which native code converts
         data = w.data if w.format == "dense" else w.dequantize()
         data = data.contiguous() if data.dtype == torch.bfloat16 else data.float().contiguous()
         kind = Kind.BF16 if data.dtype == torch.bfloat16 else Kind.F32
-        return (kind, data.data_ptr(), 0, 0, n, k, k), [data]
+        return (kind, data.data_ptr(), 0, 0, n, k, k, 0, 0, 0), [data]
+    kind = Kind.FP8 if w.format == "fp8" else Kind.INT4 if w.nibbles else Kind.INT8
     assert w.scale is not None
-    kind = Kind[w.format.upper()]
-    tensors = [w.data.contiguous(), w.scale.float().contiguous()]
-    if w.zero_point is not None:
-        tensors.append(w.zero_point.contiguous())
-    zero = tensors[2].data_ptr() if w.zero_point is not None else 0
-    return (kind, tensors[0].data_ptr(), tensors[1].data_ptr(), zero, n, k, w.group_size), tensors
+    numbers = [w.scale, w.zero_point, w.minimum, *(w.units or (None, None))]
+    kept = [None if t is None else t.contiguous() for t in (w.data, w.scale.float(), *numbers[1:])]
+    data_, scale, zero, *rest = (0 if t is None else t.data_ptr() for t in kept)
+    return (kind, data_, scale, zero, n, k, w.group_size, *rest), [t for t in kept if t is not None]
 
 
 def pack(
@@ -151,7 +153,7 @@ def pack(
     columns = {w.shape[1] for w in weights}
     if len(columns) != 1:
         raise ValueError(f"matrices with K = {sorted(columns)} cannot be stacked; expected one K")
-    if target.format in _INTEGERS and not all(_is_held(w, target) or _finite(w) for w in weights):
+    if target.format in _ROUNDED_TO and not all(_is_held(w, target) or _finite(w) for w in weights):
         raise ValueError("got NaN or infinity; expected finite values, because they are rounded to integers")
     sources, alive = zip(*(_source(w, target) for w in weights), strict=True)
     zero = any(w.zero_point is not None and _is_held(w, target) for w in weights)
@@ -295,7 +297,10 @@ class PackingOps(HostOps):
             packed = self._native.view(*self._file.matrix(name))
         except ValueError as error:
             raise ValueError(f"packed file {str(self._file.path)!r}: {name!r}: {error}") from None
-        return self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
+        packed = self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
+        if (following := self._stored(f"{name}.next")) is not None:
+            packed.follow(following)
+        return packed
 
     def _pack(self, name: str, weights: Sequence[Weight], interleave: bool = False, mlp: bool = False) -> Any:
         return self._pack_as(plan(weights, loaded_as(self._quantization, mlp)), name, weights, interleave)
@@ -324,7 +329,26 @@ class PackingOps(HostOps):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Linear:
         packed = self._stored(name)
         if packed is None:
-            packed = self._pack(name, weights())
+            packed = self._pack_rows(name, weights())
+        return Linear(packed, *packed.shape)
+
+    def _pack_rows(self, name: str, weights: Sequence[Weight]) -> Any:
+        """Matrices stacked along their rows: those of one format together, others as `Packed::next`."""
+        target = plan(weights[:1], quantization := loaded_as(self._quantization, mlp=False))
+        here = list(takewhile(lambda w: plan([w], quantization) == target, weights))
+        packed = self._pack_as(target, name, here)
+        if len(here) < len(weights):
+            packed.follow(self._pack_rows(f"{name}.next", weights[len(here) :]))
+        return packed
+
+    def pack_table(self, name: str, weight: Callable[[], Weight], head: Linear | None = None) -> Any:
+        table = weight()
+        if table.format == "dense":
+            return super().pack_table(name, lambda: table)
+        if head is not None and not head.packed.sparse and HELD[head.packed.format] == table.format:
+            return head
+        packed = self._pack_as(plan([table], None), name, [table])
+        del self._blobs[name]  # a packed file has no embedding
         return Linear(packed, *packed.shape)
 
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Linear:

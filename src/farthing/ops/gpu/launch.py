@@ -349,7 +349,8 @@ def config(kernel: str, rows: int, device: torch.device) -> Config:
 
 def product_config(kind: str, weight: str, inputs: torch.dtype, rows: int, device: torch.device) -> Config:
     """Configuration of product `kind` by weight format. float32 inputs use no tensor cores: small tiles."""
-    return config(f"{kind}_{'float32' if inputs is torch.float32 else weight}", rows, device)
+    measured = {"mxfp4": "int4", "q4_1": "int4", "int8_groups": "int8"}.get(weight, weight)
+    return config(f"{kind}_{'float32' if inputs is torch.float32 else measured}", rows, device)
 
 
 def processors(device: torch.device) -> int:

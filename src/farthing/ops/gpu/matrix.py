@@ -6,10 +6,12 @@ Legend: E matrices per stack (experts), N rows, K columns, g group size of int4.
 |---|---|---|---|
 | dense | activations' dtype [E, N, K] | - | - |
 | int8 | int8 [E, N, K] | [E, N] | - |
-| int4 | uint8 [E, N, P h], P = ceil(K / 2h) | [E, N, 2 ceil(K / 2g)] | int8 as scale, or None |
+| int4, mxfp4 | uint8 [E, N, P h], P = ceil(K / 2h) | [E, N, 2 ceil(K / 2g)] | int8 as scale, or None |
+| q4_1 | as int4, q = u | as int4 | float32 as scale: minimums |
+| int8_groups | int8 [E, N, K] | [E, N, K / g] | float32 as scale: minimums, or None |
 | fp8 | float8_e4m3fn [E, N, K] | [E, row blocks, ceil(K / 128)] | - |
 
-int4: each run of h bytes has h columns in the low nibbles and the next h columns in the high nibbles. Both
+4 bits: each run of h bytes has h columns in the low nibbles and the next h columns in the high nibbles. Both
 halves are then plain tiles of adjacent columns, without shuffles. h divides g, so that a half has one scale
 per row.
 
@@ -44,6 +46,9 @@ DENSE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
 FP8 = tl.constexpr(3)
+MXFP4 = tl.constexpr(4)
+Q4_1 = tl.constexpr(5)
+INT8_GROUPS = tl.constexpr(6)
 _BLOCK = tl.constexpr(128)  # rows and columns of an FP8 scale
 
 
@@ -58,10 +63,12 @@ def product(
     live [BM]: rows that exist. For FP8 `rows` counts rows of K columns each.
     """
     acc = tl.zeros((BM, BN), tl.float32)
-    if FORMAT == INT4:
-        acc = _int4(acc, x, rows, live, w, w_scale, w_zero, n, N, K, GROUP, HALF, HAS_ZERO)
-    elif FORMAT == FP8:
+    if FORMAT == FP8:
         acc = _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K)
+    elif FORMAT == INT8_GROUPS:
+        acc = _int8_groups(acc, x, rows, live, w, w_scale, w_zero, n, N, K, GROUP, HALF, HAS_ZERO)
+    elif GROUP > 1:
+        acc = _nibbles(acc, x, rows, live, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO)
     else:
         wide = w + n.to(tl.int64)[None, :] * K
         for start in range(0, K, BK):
@@ -75,9 +82,9 @@ def product(
 
 
 @triton.jit
-def _int4(
+def _nibbles(
     acc, x, rows, live, w, w_scale, w_zero, n, N, K,
-    GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
 ):  # fmt: skip
     runs = (K + 2 * HALF - 1) // (2 * HALF)
     groups = (K + 2 * GROUP - 1) // (2 * GROUP) * 2
@@ -85,19 +92,53 @@ def _int4(
     wide = w + n.to(tl.int64)[None, :] * (runs * HALF)
     ok = n < N
     for run in range(0, runs):
-        codes = tl.load(wide + run * HALF + j[:, None], mask=ok[None, :], other=0x88)
+        codes = tl.load(wide + run * HALF + j[:, None], mask=ok[None, :], other=0)
         for high in tl.static_range(2):
             start = run * 2 * HALF + high * HALF
             k = start + j
             a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
-            code = (codes >> 4) if high else (codes & 15)
-            q = code.to(tl.int8) - 8
+            code = ((codes >> 4) if high else (codes & 15)).to(tl.int8)
             where = n * groups + start // GROUP
-            if HAS_ZERO:
-                q = q - tl.load(w_zero + where, mask=ok, other=0)[None, :]
             scale = tl.load(w_scale + where, mask=ok, other=0.0)
-            part = dot(a, widen(q, a.dtype), tl.zeros_like(acc))
+            if FORMAT == MXFP4:  # twice the value: 0 to 3, then 4, 6, 8, 12
+                m = code & 7
+                m = tl.where(m < 4, m, (2 + (m & 1)) << ((m >> 1) - 1).to(tl.int8)).to(tl.int8)
+                code = tl.where(code > 7, -m, m)
+            elif FORMAT == INT4:
+                code = code - 8
+                if HAS_ZERO:
+                    code = code - tl.load(w_zero + where, mask=ok, other=0)[None, :]
+            part = dot(a, widen(code, a.dtype), tl.zeros_like(acc))
             acc += part * scale[None, :]
+            if FORMAT == Q4_1:
+                acc += _minimums(a, w_zero + where, ok)
+    return acc
+
+
+@triton.jit
+def _minimums(a, minimum, ok):
+    least = tl.load(minimum, mask=ok, other=0.0)
+    return tl.sum(a.to(tl.float32), 1)[:, None] * least[None, :]
+
+
+@triton.jit
+def _int8_groups(
+    acc, x, rows, live, w, w_scale, w_zero, n, N, K,
+    GROUP: tl.constexpr, STEP: tl.constexpr, HAS_ZERO: tl.constexpr,
+):  # fmt: skip
+    groups = K // GROUP
+    j = tl.arange(0, STEP)
+    wide = w + n.to(tl.int64)[None, :] * K
+    ok = n < N
+    for start in range(0, K, STEP):
+        k = start + j
+        a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+        b = tl.load(wide + k[:, None], mask=ok[None, :] & (k[:, None] < K), other=0)
+        where = n * groups + start // GROUP
+        part = dot(a, widen(b, a.dtype), tl.zeros_like(acc))
+        acc += part * tl.load(w_scale + where, mask=ok, other=0.0)[None, :]
+        if HAS_ZERO:
+            acc += _minimums(a, w_zero + where, ok)
     return acc
 
 
@@ -162,7 +203,10 @@ def finish(
     tl.store(out + rows * stride_o + n[None, :], narrow(acc, out.dtype.element_ty), mask=mask)
 
 
-FORMATS = {"dense": 0, "int8": 1, "int4": 2, "fp8": 3}  # as the kernels number them
+FORMATS = {
+    "dense": 0, "int8": 1, "int4": 2, "fp8": 3, "mxfp4": 4, "q4_1": 5, "int8_groups": 6,
+}  # as the kernels number them  # fmt: skip
+_HOLDING = {"q4_k": "q4_1"} | dict.fromkeys(("iq4_nl", "iq4_xs", "q5_1", "q5_k", "q6_k"), "int8_groups")
 _MOST_HALF = 64
 _LEAST_HALF = 16  # the smallest inner dimension on tensor cores
 
@@ -177,7 +221,7 @@ class Matrix:
     zero: Tensor | None
     n: int
     k: int
-    group: int = 0  # int4
+    group: int = 0  # columns that share a scale, of formats that have groups
     # float32 [E]: calibrated scales of the inputs, which are passed as integers; `scale` includes them (int8)
     inputs: Tensor | None = None
 
@@ -188,15 +232,15 @@ class Matrix:
 
     @property
     def half(self) -> int:
-        """Columns in each half of an int4 run."""
-        return half_of(self.group) if self.format == "int4" else 0
+        """Columns in each half of a run of nibbles, or multiplied at once; 0 without groups."""
+        return half_of(self.group) if self.group else 0
 
 
 def half_of(group: int) -> int:
-    """The largest power of two that divides the group, at most 64; ValueError below 16."""
+    """The largest power of two that divides a group, at most 64; ValueError below 16."""
     half = min(group & -group, _MOST_HALF)
     if half < _LEAST_HALF:
-        raise ValueError(f"int4 group size: got {group}; expected a multiple of {_LEAST_HALF}")
+        raise ValueError(f"group size: got {group}; expected a multiple of {_LEAST_HALF}")
     return half
 
 
@@ -219,23 +263,29 @@ def pack(
         return Matrix("int8", weight.data.to(device).contiguous()[None], rows, None, n, k, inputs=ranges)
     if weight.format == "fp8":
         return Matrix("fp8", weight.data.to(device).contiguous()[None], scale.contiguous(), None, n, k)
-    return _pack_int4(weight, device)
+    return _pack_groups(weight, device)
 
 
-def _pack_int4(weight: Weight, device: torch.device) -> Matrix:
+def _pack_groups(weight: Weight, device: torch.device) -> Matrix:
     n, k = weight.shape
-    group, scale, zero = weight.group_size, weight.scale, weight.zero_point
+    name, group, scale = _HOLDING.get(weight.format, weight.format), weight.group_size, weight.scale
+    zero = weight.zero_point if weight.minimum is None else weight.minimum
     assert scale is not None
-    half = half_of(group)
-    codes = (weight.quantized().to(device) + 8).to(torch.uint8)
-    codes = F.pad(codes, (0, -k % (2 * half)), value=8).view(n, -1, 2, half)
-    data = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1).contiguous()
-    # Padded columns may belong to a group that does not exist; its scale is zero.
-    spare = scale.shape[1] % 2
-    scale = F.pad(scale.float().to(device), (0, spare)).contiguous()
-    if zero is not None:
-        zero = F.pad(zero.to(device), (0, spare)).contiguous()[None]
-    return Matrix("int4", data[None], scale[None], zero, n, k, group)
+    half, scale = half_of(group), scale.float().to(device)
+    zero = None if zero is None else zero.to(device)
+    if name == "int8_groups":
+        data = weight.quantized().to(device).contiguous()
+    else:
+        pairs = weight.data.to(device)
+        codes = torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
+        codes = F.pad(codes, (0, -k % (2 * half))).view(n, -1, 2, half)
+        data = (codes[:, :, 0] | (codes[:, :, 1] << 4)).flatten(1).contiguous()
+        # Padded columns may belong to a group that does not exist; its scale is zero.
+        spare = scale.shape[1] % 2
+        scale = F.pad(scale, (0, spare))
+        zero = None if zero is None else F.pad(zero, (0, spare))
+    zero = None if zero is None else zero.contiguous()[None]
+    return Matrix(name, data[None], scale.contiguous()[None], zero, n, k, group)
 
 
 def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
@@ -312,7 +362,8 @@ def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _zero(m: Matrix) -> Tensor:
     assert m.scale is not None
-    return torch.zeros(m.scale.shape, dtype=torch.int8, device=m.scale.device) if m.zero is None else m.zero
+    dtype = torch.int8 if m.format == "int4" else torch.float32
+    return torch.zeros(m.scale.shape, dtype=dtype, device=m.scale.device) if m.zero is None else m.zero
 
 
 def _zeros(a: Matrix, b: Matrix) -> Tensor | None:
