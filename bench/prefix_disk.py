@@ -37,7 +37,7 @@ from decode import packed
 from farthing import LLM, SamplingParams
 from farthing.engine.disk_cache import store as disk_store
 from farthing.engine.disk_cache.files import Format, Index
-from farthing.engine.disk_cache.store import BlockMemory, DiskStore
+from farthing.engine.disk_cache.store import BlockMemory, DiskStore, Shelf
 from farthing.engine.prefetch import Load
 from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import DiskStats
@@ -166,17 +166,19 @@ def files(a: argparse.Namespace) -> None:
 
 def written_and_read(directory: Path, cache: LatentCache) -> tuple[int, DiskStats]:
     """Store every block of a cache and read it again. Returns the number of files."""
-    memory, stats, prefix = BlockMemory(cache), DiskStats(), PrefixCache(cache.block_size)
+    memory, stats, prefix = BlockMemory(cache.tensors()), DiskStats(), PrefixCache(cache.block_size)
     index = Index(directory, Format(b"0" * 16, memory.block_bytes), 1 << 34)
     index.folder.mkdir()
     hashes = [number.to_bytes(16, "big") for number in range(cache.num_blocks)]
     ended: list[int] = []
 
     def store() -> DiskStore:
-        return DiskStore(index, memory, cache.block_size, stats, lambda load, good: ended.append(good))
+        return DiskStore(
+            [Shelf(index, memory)], cache.block_size, stats, lambda load, good: ended.append(good)
+        )
 
     writer = store()
-    writer.attach(prefix)
+    writer.attach([prefix])
     for block, digest in enumerate(hashes):
         prefix.register(digest, block)
     writer.computed(b"", hashes)

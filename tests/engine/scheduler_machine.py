@@ -121,7 +121,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         under_way = {item.seq.id for item in self.divided}
         plan = self.scheduler.schedule()
         assert not under_way & {item.seq.id for item in plan}
-        prompts = [item for item in plan if item.seq.num_pending > 1 or item.first]
+        prompts = [item for item in plan if item.seq.num_pending - item.seq.redo > 1 or item.first]
         limit = self.limits.prompt_tokens(len(plan) - len(prompts), False)
         divided = [item for item in plan if item.seq.busy]
         assert not (divided and self.divided), "one at a time"
@@ -132,7 +132,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len({item.seq.id for item in plan}) == len(plan)
         assert sum(item.num_tokens for item in plan) <= self.budget
         assert len(self.scheduler.running) <= self.max_num_seqs
-        decoding = [s for s in self.scheduler.running if s.num_pending == 1 and s.id not in under_way]
+        waiting = [s for s in self.scheduler.running if s.num_pending - s.redo == 1 and s.id not in under_way]
+        decoding = [s for s in waiting if not s.redo]
         assert {s.id for s in decoding} <= {item.seq.id for item in plan}, "decoding comes first"
         for item in plan:
             self.write(item)
@@ -192,7 +193,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if len(tokens) == seq.max_len or ahead == len(item.drafts) or token != item.drafts[ahead]:
                 break
         self.scheduler.commit(item, taken)
-        assert seq.num_pending == 1
+        assert seq.num_pending - seq.redo == 1
         if len(seq.tokens) == seq.max_len:
             assert seq.tokens == self.expected[seq.id], "preempted or not, the same tokens"
             self.scheduler.finish(seq)

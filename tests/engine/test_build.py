@@ -51,9 +51,9 @@ def found(core: Any) -> list[int]:
     return blocks
 
 
-def settle(core: Any, exchanged: list[tuple[int, int]]) -> None:
-    for block, ours in exchanged:
-        core.scheduler.pool.exchange(block, ours)
+def settle(core: Any, exchanged: list[tuple[int, int, int]]) -> None:
+    for kind, block, ours in exchanged:
+        core.scheduler.pools[kind].exchange(block, ours)
 
 
 def check(*cores: Any) -> None:
@@ -68,13 +68,13 @@ def test_blocks_are_handed_over_without_copying() -> None:
     here, there = pair()
     blocks = computed(there)
     before = here.runner.cache.data.clone()
-    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)))
+    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT)))
     assert found(here) == blocks and found(there) == []
     assert torch.equal(here.runner.cache.data, before)
     check(here, there)
     # The same prompt again: it is cached here, so no blocks move.
     again = computed(there)
-    assert adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)) == []
+    assert adopt(here, PROMPT, hand_over(there, PROMPT)) == []
     assert found(here) == blocks and found(there) == again
     check(here, there)
 
@@ -83,9 +83,9 @@ def test_block_in_use_by_the_other_core_is_copied() -> None:
     here, there = pair()
     blocks = computed(there)
     there.scheduler.pool.share(blocks[:1])
-    exchanged = adopt(here, PROMPT, hand_over(there, PROMPT, SIZE))
+    exchanged = adopt(here, PROMPT, hand_over(there, PROMPT))
     settle(there, exchanged)
-    assert [block for block, _ in exchanged] == blocks[1:]
+    assert [block for _, block, _ in exchanged] == blocks[1:]
     assert found(there) == blocks[:1]
     assert found(here)[1:] == blocks[1:] and found(here)[0] < COUNT
     for part in (here.runner.cache.data, here.runner.cache.scale):
@@ -98,7 +98,7 @@ def test_blocks_without_room_are_not_handed_over() -> None:
     here, there = pair()
     blocks = computed(there)
     busy = here.scheduler.pool.allocate(COUNT - 1)
-    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT, SIZE)))
+    settle(there, adopt(here, PROMPT, hand_over(there, PROMPT)))
     assert found(here) == blocks[:1]
     here.scheduler.pool.release(busy)
     check(here, there)

@@ -22,25 +22,30 @@ class FakeStore:
     """Stores the contents of memory slots; tests decide when reads end."""
 
     def __init__(self, size: int, memory: dict[int, Content]) -> None:
-        self.size, self.memory = size, memory
-        self.kept: dict[bytes, list[Content]] = {}
+        self.size, self.memories = size, [memory]  # by kind; a state is one slot
+        self.kept: dict[tuple[int, bytes], list[Content]] = {}
         self.loads: list[Load[Any]] = []
-        self.prefix = PrefixCache(size)
+        self.known: Any = []
 
-    def attach(self, prefix: PrefixCache) -> None:
-        self.prefix = prefix
+    def attach(self, known: Any) -> None:
+        self.known = known
 
-    def find(self, hashes: Any) -> int:
-        return next((i for i, digest in enumerate(hashes) if digest not in self.kept), len(hashes))
+    def find(self, hashes: Any, kind: int = 0) -> int:
+        return next((i for i, digest in enumerate(hashes) if (kind, digest) not in self.kept), len(hashes))
 
     def read(self, load: Load[Any]) -> None:
         self.loads.append(load)
 
-    def computed(self, parent: bytes, hashes: list[bytes]) -> None:
+    def places(self, kind: int, block: int) -> list[int]:
+        if kind == 2:  # of `tests.engine.test_kinds`: states come after one window
+            return [block]
+        return [block * self.size + i for i in range(self.size)]
+
+    def computed(self, parent: bytes, hashes: list[bytes], kind: int = 0) -> None:
         for digest in hashes:
-            block, _ = self.prefix.locate(digest) or (None, 0)
-            if block is not None and self.memory:
-                self.kept[digest] = [self.memory[block * self.size + i] for i in range(self.size)]
+            block, _ = self.known[kind].locate(digest) or (None, 0)
+            if block is not None and self.memories[kind]:
+                self.kept[kind, digest] = [self.memories[kind][place] for place in self.places(kind, block)]
 
     def used(self, hashes: list[bytes]) -> None:
         assert hashes
@@ -48,11 +53,11 @@ class FakeStore:
     def fill(self, load: Load[Any], good: int) -> int:
         """Read the first `good` blocks that still exist."""
         self.loads.remove(load)
-        for number, (digest, block) in enumerate(zip(load.hashes, load.blocks, strict=True)):
-            if number == good or digest not in self.kept:
+        for number, (kind, digest, block) in enumerate(load.entries):
+            if number == good or (kind, digest) not in self.kept:
                 return number
-            for i, content in enumerate(self.kept[digest]):
-                self.memory[block * self.size + i] = content
+            for place, content in zip(self.places(kind, block), self.kept[kind, digest], strict=True):
+                self.memories[kind][place] = content
         return len(load.hashes)
 
 
@@ -118,7 +123,7 @@ def scheduler_with(prompt: list[int], num_blocks: int = 32) -> tuple[Scheduler, 
     store = FakeStore(4, {})
     hashes: list[bytes] = []
     PrefixCache(4).extend(hashes, prompt, "", len(prompt) // 4)
-    store.kept = {digest: [("", (0,))] * 4 for digest in hashes}
+    store.kept = {(0, digest): [("", (0,))] * 4 for digest in hashes}
     scheduler = Scheduler(num_blocks, 4, max_num_seqs=4, max_num_batched_tokens=64, store=store)
     scheduler.worth_sharing = 8
     return scheduler, store

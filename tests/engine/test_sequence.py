@@ -107,7 +107,7 @@ def test_tail_is_taken_by_the_same_tokens(tokens: list[int], found: int | None) 
     cache = PrefixCache(4)
     cache.keep_tail([], "salt", [1, 2, 3], 7)
     assert cache.take_tail([], "other", tokens) is None
-    assert cache.take_tail([], "salt", tokens) == (None if found is None else (7, found))
+    assert cache.take_tail([], "salt", tokens) == (None if found is None else ([7], found))
     assert cache.contains_block(7) == (found is None)
 
 

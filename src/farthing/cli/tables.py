@@ -133,6 +133,8 @@ def print_cost(model: str, cost: ModelCost) -> None:
     table.add_row("stored weight bytes", f"{cost.weight_bytes:,}")
     table.add_row("  read per token (batch 1)", f"{cost.active_bytes:,}")
     table.add_row("KV cache bytes per token (bf16)", f"{cost.kv_bytes_per_token:,}")
+    if cost.kv_bytes_per_sequence:
+        table.add_row("  and per sequence, of windows and states", f"{cost.kv_bytes_per_sequence:,}")
     table.add_row("FLOPs per token", f"{cost.flops_per_token:,}")
     table.add_row("  plus, per token of context", f"{cost.attention_flops_per_context_token:,}")
     table.add_row("FLOPs of a dense model this size", f"{cost.dense_flops_per_token:,}")

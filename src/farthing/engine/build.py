@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,13 +19,13 @@ from farthing.engine.core import EngineCore
 from farthing.engine.engine import Engine, NewCache, own_cache
 from farthing.engine.generation import RequestState
 from farthing.engine.request import EngineError, SamplingParams
-from farthing.engine.runner import Model
+from farthing.engine.runner import Model, Sizes
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.extras import has_torch, needs_torch
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.load import load
-from farthing.ops.api import CacheDtype, LatentCache, Ops
+from farthing.ops.api import LatentCache, Ops
 from farthing.ops.select import select
 
 # Load a model and start an engine for it.
@@ -120,14 +121,14 @@ class _Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Computed:
-    """A computed prompt's blocks in the prefill process; free: no other sequence reads the block there."""
+    """A computed prompt's blocks in the prefill process: kind, hash, block, and whether it is free there, as
+    no other sequence reads it. Those that keep every token come first, in order."""
 
     number: int
-    blocks: list[int]
-    free: list[bool]
+    blocks: list[tuple[int, bytes, int, bool]]
 
 
-Exchanged = list[tuple[int, int]]  # (block given by the prefill process, block it gets in return)
+Exchanged = list[tuple[int, int, int]]  # (kind, block given by the prefill process, block it gets in return)
 
 
 @dataclass(slots=True)
@@ -147,13 +148,15 @@ def load_disaggregated(config: EngineConfig) -> Engine:
     return engine
 
 
-def _shared_cache(model: Model, config: EngineConfig, dtype: CacheDtype) -> tuple[LatentCache, Sequence[int]]:
+def _shared_cache(model: Model, config: EngineConfig, sizes: Sizes) -> tuple[LatentCache, bool]:
     """Twice the blocks, in memory that the prefill process can map; the first half is the engine's."""
     assert config.num_blocks
-    cache = model.new_cache(2 * config.num_blocks, config.block_size, dtype)
-    for tensor in cache.tensors():
+    windows = {window: 2 * count for window, count in sizes.windows.items()}
+    blocks = 2 * config.num_blocks
+    cache = model.new_cache(blocks, config.block_size, sizes.dtype, windows, 2 * sizes.slots)
+    for tensor in chain(*cache.by_kind()):
         tensor.share_memory_()
-    return cache, range(config.num_blocks)
+    return cache, False
 
 
 class RemotePrefill:
@@ -295,44 +298,44 @@ class _PrefillProcess:
 
 def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
     """Exchange a prompt's computed blocks for free ones and register them in the prefix cache."""
-    prefix, pool, cache = core.scheduler.prefix, core.scheduler.pool, core.runner.cache
-    hashes: list[bytes] = []
-    prefix.extend(hashes, prompt.tokens, prompt.salt, len(computed.blocks))
-    known = prefix.match(hashes)
-    pool.share(known)  # so that `allocate` does not take them
-    count = min(len(hashes) - len(known), pool.num_free)
-    wanted = slice(len(known), len(known) + count)
-    exchanged, taken = [], []
-    theirs = zip(hashes[wanted], computed.blocks[wanted], computed.free[wanted], strict=True)
-    for own, (digest, block, free) in zip(pool.allocate(count), theirs, strict=True):
-        if free:
-            pool.exchange(own, block)
-            exchanged.append((block, own))
+    scheduler, tensors = core.scheduler, core.runner.cache.by_kind()
+    exchanged, held = Exchanged(), []
+    for kind, digest, block, free in computed.blocks:
+        pool, known = scheduler.pools[kind], scheduler.known[kind]
+        if digest in known:
+            block = known[digest]
+            pool.share([block])  # so that `allocate` does not take it
+        elif not pool.num_free:
+            break
         else:
-            for tensor in cache.tensors():
-                tensor[:, own] = tensor[:, block]
-            block = own
-        prefix.register(digest, block)
-        taken.append(block)
-    pool.release(reversed(known + taken))
+            (own,) = pool.allocate(1)
+            if free:
+                pool.exchange(own, block)
+                exchanged.append((kind, block, own))
+            else:
+                for tensor in tensors[kind]:
+                    tensor[:, own] = tensor[:, block]
+                block = own
+            known.register(digest, block)
+        held.append((pool, block))
+    for pool, block in reversed(held):
+        pool.release([block])
     return exchanged
 
 
-def hand_over(core: EngineCore, prompt: _Prompt, size: int) -> _Computed:
+def hand_over(core: EngineCore, prompt: _Prompt) -> _Computed:
     """A computed prompt's blocks. The adopting engine must answer before the next step."""
-    hashes: list[bytes] = []
-    prefix, pool = core.scheduler.prefix, core.scheduler.pool
-    prefix.extend(hashes, prompt.tokens, prompt.salt, (len(prompt.tokens) - 1) // size)
-    blocks = prefix.match(hashes)
-    return _Computed(prompt.number, blocks, [pool.refs(block) == 0 for block in blocks])
+    scheduler = core.scheduler
+    found = scheduler.cached(prompt.tokens, prompt.salt)
+    free = [scheduler.pools[kind].refs(block) == 0 for kind, _, block in found]
+    return _Computed(prompt.number, [(*each, free) for each, free in zip(found, free, strict=True)])
 
 
 def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connection) -> None:
     """Main function of the prefill process: generate one token per prompt to fill the prefix cache."""
     process.leave_to_parent()
-    upper_half = range(cache.num_blocks // 2, cache.num_blocks)
     try:
-        engine = load_engine(replace(config, skip_tokenizer_init=True), lambda *_: (cache, upper_half))
+        engine = load_engine(replace(config, skip_tokenizer_init=True), lambda *_: (cache, True))
         connection.send(_READY)
     except BaseException as error:
         connection.send(f"{type(error).__name__}: {error}")
@@ -344,9 +347,9 @@ def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connect
         """Hand blocks over between two steps; the next step waits, since no block may be overwritten yet."""
         if ended.is_set():
             return
-        connection.send(hand_over(core, prompt, config.block_size))
-        for block, ours in answers.get():
-            core.scheduler.pool.exchange(block, ours)
+        connection.send(hand_over(core, prompt))
+        for kind, block, ours in answers.get():
+            core.scheduler.pools[kind].exchange(block, ours)
 
     def compute(prompt: _Prompt) -> None:
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)

@@ -151,6 +151,8 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if not plan and self._divided is None:
             return False
+        if self.scheduler.others:
+            self.scheduler.copy_states(self.runner.copy_states)
         self._admitted(plan)
         now = [item for item in plan if not item.seq.busy]
         if len(now) < len(plan):
@@ -178,6 +180,8 @@ class EngineCore:
         except NotFinite as broken:
             raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
         moved, failed = self._commit(plan, tokens, logprobs)
+        if self.scheduler.others:
+            self.scheduler.copy_states(self.runner.copy_states)
         if self._speculator is not None:
             learn = self._speculator.after if whole else self._speculator.observe
             learn(plan, step, hidden, time.perf_counter() - began)
@@ -241,23 +245,12 @@ class EngineCore:
             return  # for the disk
         try:
             self.scheduler.check()
-            if self.scheduler.pool.num_free != self.scheduler.pool.num_blocks or self._live:
+            if not self.scheduler.unused or self._live:
                 raise IntegrityError("blocks or requests are still held while idle")
         except IntegrityError:
             log.exception("engine invariants violated; dropping the prefix cache")
             self.stats.integrity_failures += 1
-            old = self.scheduler
-            self.scheduler = Scheduler(
-                old.pool.num_blocks,
-                old.block_size,
-                old.max_num_seqs,
-                old.max_tokens,
-                old.prefix.enabled,
-                old.num_lookahead,
-                old.pool.blocks,
-                old.limits,
-                old.prefetch.store,
-            )
+            self.scheduler = self.scheduler.renewed()
 
     def _admitted(self, plan: list[Scheduled[Generation]]) -> None:
         now = time.time()

@@ -62,14 +62,14 @@ from farthing.engine.request import (
     SamplingParams,
     deliver,
 )
-from farthing.engine.runner import Model, Runner, resolve
+from farthing.engine.runner import Model, Runner, Sizes, resolve
 from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.speculation import build_speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer, flatten
 from farthing.model.config import ModelConfig
-from farthing.ops.api import CacheDtype, LatentCache
+from farthing.ops.api import LatentCache
 
 # Limits on work in flight: sequences, and their prompt tokens in memory.
 
@@ -124,13 +124,18 @@ Order = Literal["add", "cancel", "cancel all"]
 _CHECK_AFTER = 0.1  # idle seconds before invariants are checked
 
 
-def own_cache(model: Model, config: EngineConfig, dtype: CacheDtype) -> tuple[LatentCache, Sequence[int]]:
+def own_cache(model: Model, config: EngineConfig, sizes: Sizes) -> tuple[LatentCache, bool]:
     """A cache that one engine uses alone."""
     assert config.num_blocks
-    return model.new_cache(config.num_blocks, config.block_size, dtype), range(config.num_blocks)
+    cache = model.new_cache(config.num_blocks, config.block_size, sizes.dtype, sizes.windows, sizes.slots)
+    return cache, False
 
 
-NewCache = Callable[[Model, EngineConfig, CacheDtype], tuple[LatentCache, Sequence[int]]]
+NewCache = Callable[[Model, EngineConfig, Sizes], tuple[LatentCache, bool]]
+
+
+def _half(count: int, second: bool) -> range:
+    return range(count * second, count * (1 + second))
 
 
 class Prefill(Protocol):
@@ -157,8 +162,8 @@ class Engine:
         default_sampling: Mapping[str, Any] | None = None,
         new_cache: NewCache = own_cache,
     ) -> None:
-        """new_cache: allocates the cache and says which of its blocks this engine uses."""
-        self.config, dtype = resolve(config or EngineConfig(), model)
+        """new_cache: allocates the cache, and says whether this engine uses the second of its halves."""
+        self.config, sizes = resolve(config or EngineConfig(), model)
         c = self.config
         assert c.max_model_len and c.num_blocks and c.max_num_batched_tokens  # filled in by `resolve`
         self.model_config: ModelConfig = model.config
@@ -170,7 +175,7 @@ class Engine:
         self.sandbox = None if tokenizer is None else Sandbox(tokenizer, model.config.vocab_size)
         self._model = model
         self._admission = Admission(c, model.config, tokenizer, self.sandbox)
-        cache, blocks = new_cache(model, c, dtype)
+        cache, second = new_cache(model, c, sizes)
         runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = build_speculator(c.speculate, runner)
@@ -183,9 +188,11 @@ class Engine:
             c.max_num_batched_tokens,
             c.enable_prefix_caching,
             speculator.num_lookahead if speculator else 0,
-            blocks,
+            _half(c.num_blocks, second),
             pace,
             self._store,
+            {window: _half(count, second) for window, count in sizes.windows.items()},
+            _half(sizes.slots, second),
         )
         self._core = EngineCore(
             runner, scheduler, self.stats, tokenizer, speculator, self._finished, model.ops.sample, pace
@@ -206,7 +213,14 @@ class Engine:
         atexit.register(_shutdown, weakref.ref(self))
         log.info(
             "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens per step, max_model_len %d",
-            *(c.num_blocks, c.block_size, dtype, c.max_num_seqs, c.max_num_batched_tokens, c.max_model_len),
+            *(
+                c.num_blocks,
+                c.block_size,
+                sizes.dtype,
+                c.max_num_seqs,
+                c.max_num_batched_tokens,
+                c.max_model_len,
+            ),
         )
 
     def submit(

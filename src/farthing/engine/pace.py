@@ -55,9 +55,10 @@ class Room:
         count = min(pending, self.tokens, self.long if self.divides(pending) else self.short)
         return min(count, self.scored) if scored else count
 
-    def take(self, pending: int, scored: bool) -> int:
-        """As many tokens as it offers are planned."""
+    def take(self, pending: int, scored: bool, most: int | None = None) -> int:
+        """As many tokens as it offers, but `most` of them, are planned."""
         count = self.offers(pending, scored)
+        count = count if most is None else min(count, most)
         self.tokens -= count
         self.scored -= count * scored
         if self.divides(pending):

@@ -7,8 +7,8 @@ numpy calls per step; with sixteen small layers Python would otherwise cost as m
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sized
 from collections.abc import Sequence as Seq
-from collections.abc import Sized
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig
+from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig, parse_speculate
 from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.lazy import torch
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
-from farthing.ops.api import ALL, Batch, CacheDtype, LatentCache, Ops
+from farthing.model.kinds import CacheSizes, Sizing, cache_kinds
+from farthing.ops.api import ALL, Batch, Blocks, CacheDtype, LatentCache, Ops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +65,19 @@ class Model(Protocol):
     def cache_layers(self) -> int:
         """Number of layers that write to the cache, MTP layers included."""
 
-    def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
-        """An empty cache."""
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: CacheDtype = "bfloat16",
+        windows: Mapping[int, int] | None = None,
+        slots: int | None = None,
+    ) -> LatentCache:
+        """An empty cache. windows: blocks of layers with a window, by its size; slots: of recurrent layers;
+        None: as many as num_blocks."""
+
+    def copy_states(self, cache: LatentCache, pairs: list[tuple[int, int]]) -> None:
+        """Copy recurrent states: (source, target) slots. Every source is read before a target is written."""
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """ids [T] int64 -> hidden [T, D] before the final norm; adds tokens per expert to counts [L, E]."""
@@ -110,8 +122,6 @@ class Model(Protocol):
 
 log = logging.getLogger(__name__)
 
-_ITEM_BYTES: dict[CacheDtype, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-_SCALE_BYTES = 8  # two float32 per token and layer with an 8-bit cache
 _CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free after loading the model
 
 
@@ -130,17 +140,35 @@ def _length(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtype]:
-    """The configuration with every None filled in, and the cache's dtype.
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the cache, besides `num_blocks`."""
+
+    dtype: CacheDtype
+    windows: dict[int, int]  # blocks of layers with a window, by its size
+    slots: int  # of recurrent states; 0: the model has none
+
+
+def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, Sizes]:
+    """The configuration with every None filled in, and the sizes of the cache that it does not name.
 
     Raises ValueError where the cache cannot hold max_model_len.
     """
     device = model.ops.device
     dtype = cache_dtype(config, model)
     limit, length = model.config.max_position_embeddings, _length(config, model.config)
-    blocks = config.num_blocks or _num_blocks(config, model, dtype, length)
+    most = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
+    budget = config.max_num_batched_tokens or max(config.max_num_seqs, most)
+    if budget < config.max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens: got {budget}; expected at least max_num_seqs = {config.max_num_seqs}"
+        )
+    parsed = parse_speculate(config.speculate)
+    kinds = cache_kinds(model.config, config.tensor_parallel_size)
+    sizing = Sizing(kinds, dtype, config.block_size, budget, 0 if parsed is None else parsed[1])
+    config, blocks, sizes = _divide(config, model, sizing, length)
     if config.check_memory and device.type == "cpu":
-        _check_fits(blocks * _bytes_of_all_ranks(config, model, dtype))
+        _check_fits(sizing.used(blocks, sizes) * _copies(config))
     held = blocks * config.block_size
     if held < length and config.max_model_len is not None:
         raise ValueError(
@@ -149,16 +177,10 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, CacheDtyp
         )
     if held < length:
         log.warning("KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", held, held, limit)
-    most = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS
-    budget = config.max_num_batched_tokens or max(config.max_num_seqs, most)
-    if budget < config.max_num_seqs:
-        raise ValueError(
-            f"max_num_batched_tokens: got {budget}; expected at least max_num_seqs = {config.max_num_seqs}"
-        )
     resolved = replace(
         config, max_model_len=min(length, held), num_blocks=blocks, max_num_batched_tokens=budget
     )
-    return resolved, dtype
+    return resolved, Sizes(dtype, sizes.windows, sizes.slots)
 
 
 def cache_dtype(config: EngineConfig, model: Model) -> CacheDtype:
@@ -166,18 +188,59 @@ def cache_dtype(config: EngineConfig, model: Model) -> CacheDtype:
     return model.ops.cache_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
 
 
-def block_bytes(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
-    """Bytes of a block over all layers, on one rank of every stage."""
-    c, item = model.config, _ITEM_BYTES[dtype]
-    scale = _SCALE_BYTES if dtype in ("fp8", "int8") else 0
-    heads = c.attention.per_rank(config.tensor_parallel_size)
-    latents = model.cache_layers * heads.cache_rows * (heads.cache_width * item + scale)
-    return config.block_size * (latents + c.index_rows * (c.index_head_dim * item + scale // 2))
+def _copies(config: EngineConfig) -> int:
+    """Every rank of a stage has its own cache of the stage's layers."""
+    return max(config.tensor_parallel_size, config.expert_parallel_size)
 
 
-def _bytes_of_all_ranks(config: EngineConfig, model: Model, dtype: CacheDtype) -> int:
-    """Bytes of a block on all ranks: every rank of a stage has its own cache of the stage's layers."""
-    return block_bytes(config, model, dtype) * max(config.tensor_parallel_size, config.expert_parallel_size)
+def _divide(
+    config: EngineConfig, model: Model, sizing: Sizing, length: int
+) -> tuple[EngineConfig, int, CacheSizes]:
+    """The configuration with as many sequences as fit, the blocks, and the other sizes.
+
+    What running sequences need of windows and states comes first, within a quarter of the memory.
+    """
+    size, sequences = config.block_size, config.max_num_seqs
+    if config.num_blocks is not None:
+        kept = sizing.checkpoints(sequences, config.num_blocks)
+        return config, config.num_blocks, sizing.sizes(sequences, kept)
+    memory = _limit(config, model) // _copies(config)
+    while sequences > 1 and sizing.used(0, sizing.sizes(sequences, 0)) > memory // 4:
+        sequences -= 1
+    if sequences < config.max_num_seqs:
+        log.warning(
+            "windows and states of %d sequences exceed a quarter of the cache's %s; lowering "
+            "max_num_seqs to %d",
+            *(config.max_num_seqs, gigabytes(memory), sequences),
+        )
+        config = replace(config, max_num_seqs=sequences)
+    fixed = sizing.used(0, sizing.sizes(sequences, 0))
+    sizes = sizing.sizes(sequences, sizing.checkpoints_in(sequences, max(0, memory - fixed)))
+    used, most = sizing.used(0, sizes), sequences * -(-length // size)
+    block = sizing.used(1, sizes) - used
+    blocks = (memory - used) // block if block else most
+    if config.kv_cache_memory is None:
+        blocks = max(1, min(most, blocks))
+    elif memory - used < block:
+        raise ValueError(
+            f"kv_cache_memory: got {config.kv_cache_memory} bytes; expected at least one block, "
+            f"{(used + block) * _copies(config)} bytes"
+        )
+    return config, blocks, sizes
+
+
+def _limit(config: EngineConfig, model: Model) -> int:
+    """Bytes of the cache on all ranks."""
+    if config.kv_cache_memory is not None:
+        return config.kv_cache_memory
+    if model.ops.device.type == "cpu":
+        return int(available_memory() * _CPU_SHARE)
+    return int(torch.cuda.mem_get_info(model.ops.device)[0] * _GPU_SHARE)
+
+
+def _windows_of(config: ModelConfig) -> list[int]:
+    """The sizes of windows, in the order of kinds."""
+    return [kind.window for kind in cache_kinds(config) if kind.window is not None]
 
 
 def _check_fits(cache: int) -> None:
@@ -186,23 +249,6 @@ def _check_fits(cache: int) -> None:
             f"kv_cache_memory, num_blocks: got a cache of {gigabytes(cache)}; expected at most the "
             f"{gigabytes(free)} that are available, or check_memory False"
         )
-
-
-def _num_blocks(config: EngineConfig, model: Model, dtype: CacheDtype, length: int) -> int:
-    size = _bytes_of_all_ranks(config, model, dtype)
-    memory = config.kv_cache_memory
-    if memory is not None:
-        if memory < size:
-            raise ValueError(
-                f"kv_cache_memory: got {memory} bytes; expected at least one block, {size} bytes"
-            )
-        return memory // size
-    if model.ops.device.type == "cpu":
-        memory = int(available_memory() * _CPU_SHARE)
-    else:
-        memory = int(torch.cuda.mem_get_info(model.ops.device)[0] * _GPU_SHARE)
-    most = config.max_num_seqs * -(-length // config.block_size)
-    return max(1, min(most, memory // size))
 
 
 _FEW = 16  # up to this many tokens plain Python builds indices faster than numpy
@@ -229,6 +275,7 @@ class _Decoding:
     slots: NDArray[np.int64]
     lens: NDArray[np.int32]
     step: Step
+    window_slots: list[NDArray[np.int64]]
 
 
 class Runner:
@@ -243,8 +290,10 @@ class Runner:
         self.block_size = cache.block_size
         self.device = model.ops.device
         self._tensor = model.ops.tensor
-        max_blocks = -(-max_model_len // self.block_size)
-        self._table = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        shape = max_num_seqs, -(-max_model_len // self.block_size)
+        self._table = np.zeros(shape, dtype=np.int32)
+        self._windows = {size: np.zeros(shape, dtype=np.int32) for size in _windows_of(model.config)}
+        self._states = any(kind.state for kind in cache_kinds(model.config))
         self._decoding: _Decoding | None = None
         config = model.config
         shape = (model.cache_layers, config.router_size)
@@ -279,6 +328,7 @@ class Runner:
             self._decoding = _Decoding(
                 [item.seq for item in plan], firsts.tolist(), numbers, np.asarray(batch.positions),
                 np.asarray(batch.slots), np.asarray(batch.context_lens), step,
+                [np.asarray(own.slots) for own in batch.windows.values()],
             )  # fmt: skip
         return step
 
@@ -305,9 +355,22 @@ class Runner:
         last.slots[:] = slots
         last.positions += 1
         last.lens += 1
+        for k, own in enumerate(last.window_slots):
+            own[:] = [
+                seq.held[k].blocks[p // size] * size + p % size
+                for seq, p in zip(last.seqs, last.starts, strict=True)
+            ]
+            grown = grown or any(seq.held[k].filled < len(seq.held[k].blocks) for seq in last.seqs)
         if grown:
-            table = self._blocks(last.seqs, max(last.starts) + 1)
-            last.step = replace(last.step, batch=replace(last.step.batch, block_table=table))
+            longest, batch = max(last.starts) + 1, last.step.batch
+            windows = {
+                size: replace(own, block_table=self._window_blocks(k, table, last.seqs, longest))
+                for k, ((size, table), own) in enumerate(
+                    zip(self._windows.items(), batch.windows.values(), strict=True)
+                )
+            }
+            table = self._blocks(last.seqs, longest)
+            last.step = replace(last.step, batch=replace(batch, block_table=table, windows=windows))
         return last.step
 
     def span(self, seqs: Seq[Sequence], firsts: Seq[int], counts: Seq[int] | None = None) -> Batch:
@@ -353,13 +416,50 @@ class Runner:
         lens = firsts + np.array(counts, dtype=np.int32)
         table = self._blocks(seqs, int(lens.max()))
         positions, slots = self._places(seqs, firsts, counts, query_start)
+        windows = {
+            size: self._window(k, own, seqs, counts, positions, int(lens.max()))
+            for k, (size, own) in enumerate(self._windows.items())
+        }
+        states = self._tensor(np.array([seq.slot for seq in seqs], np.int32)) if self._states else None
         return Batch(
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             query_start=self._tensor(query_start),
             context_lens=self._tensor(lens),
             block_table=table,
+            state_slots=states,
+            windows=windows,
         )
+
+    def copy_states(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy recurrent states: (source, target) slots."""
+        self.model.copy_states(self.cache, pairs)
+
+    def _window(
+        self,
+        k: int,
+        table: NDArray[np.int32],
+        seqs: Seq[Sequence],
+        counts: Seq[int],
+        positions: NDArray[np.int32],
+        longest: int,
+    ) -> Blocks:
+        """The blocks of the k-th window, and every token's slot in them."""
+        blocks = self._window_blocks(k, table, seqs, longest)
+        rows = np.repeat(np.array([seq.row for seq in seqs], dtype=np.int64), counts)
+        size = self.block_size
+        slots = table[rows, positions // size].astype(np.int64) * size + positions % size
+        return Blocks(self._tensor(slots), blocks)
+
+    def _window_blocks(self, k: int, table: NDArray[np.int32], seqs: Seq[Sequence], longest: int) -> Tensor:
+        """Like `_blocks`, of the k-th window."""
+        for seq in seqs:
+            held = seq.held[k]
+            if held.filled < len(held.blocks):
+                table[seq.row, held.filled : len(held.blocks)] = held.blocks[held.filled :]
+                held.filled = len(held.blocks)
+        rows = np.array([seq.row for seq in seqs], dtype=np.int64)
+        return self._tensor(table[:, : -(-longest // self.block_size)].take(rows, axis=0))
 
     def _blocks(self, seqs: Seq[Sequence], longest: int) -> Tensor:
         """The block table of `seqs`, wide enough for `longest` positions."""

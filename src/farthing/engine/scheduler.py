@@ -27,25 +27,29 @@ urgent running sequence is only preempted while busy ones hold the blocks, so th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
 
+from farthing.engine.kinds import Kinds
 from farthing.engine.pace import Interference, Limits, Room
 from farthing.engine.prefetch import BlockStore, Load, Prefetch
 from farthing.engine.sequence import (
     KEY,
     BlockPool,
     IntegrityError,
+    Known,
     PrefixCache,
     Queues,
     S,
     Scheduled,
+    Sequence,
     Status,
     insert,
     remove,
 )
+from farthing.model.kinds import CHECKPOINT_TOKENS
 from farthing.shares import Shares
 
 
@@ -63,8 +67,14 @@ class Scheduler(Generic[S]):
         blocks: Seq[int] | None = None,
         limits: Limits | None = None,
         store: BlockStore | None = None,
+        windows: Mapping[int, Seq[int]] | None = None,
+        slots: Seq[int] = (),
+        every: int = CHECKPOINT_TOKENS,
     ) -> None:
-        """blocks: the `num_blocks` to use; None: the first ones. store: blocks on disk."""
+        """blocks: the `num_blocks` to use; None: the first ones. store: blocks on disk.
+
+        windows, slots, every: of the kinds that forget, as in `Kinds`.
+        """
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens: got {max_num_batched_tokens}; expected at least "
@@ -77,7 +87,12 @@ class Scheduler(Generic[S]):
         self.limits = limits or Limits()
         self.prefix = PrefixCache(block_size, enable_prefix_caching)
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
-        self.prefetch: Prefetch[S] = Prefetch(store, self.prefix, self.pool)
+        step = max_num_seqs, max_num_batched_tokens, num_lookahead
+        self.kinds = Kinds(self.prefix, windows or {}, slots, step, every)
+        self.others = bool(self.kinds)  # whether there are any besides the blocks of `pool`
+        self.pools = [self.pool, *(kind.pool for kind in self.kinds.all)]
+        self.known: list[Known] = [self.prefix, *(kind.known for kind in self.kinds.all)]
+        self.prefetch: Prefetch[S] = Prefetch(store, self.pools, self.known, self.kinds)
         self.shares = Shares(ahead=1)  # of a token: a client that returns is next
         self.interference = Interference()
         self.running: list[S] = []  # by urgency, like each client's queue
@@ -166,21 +181,65 @@ class Scheduler(Generic[S]):
         self._beside = any(not item.seq.busy for item in plan[decodes:])
         return plan
 
+    def copy_states(self, copy: Callable[[list[tuple[int, int]]], None]) -> None:
+        """Have the states copied that checkpoints, prefix hits and drafts need: (source, target) slots.
+
+        To be called before each step and after its tokens are committed.
+        """
+        copies, kept = self.kinds.take_copies()
+        if copies:
+            copy(copies)
+            self.prefetch.copied(kept)
+
+    def cached(self, tokens: list[int], salt: str) -> list[tuple[int, bytes, int]]:
+        """Kind, hash and block of what the prefix cache has to continue a prompt, without its tails."""
+        seq = Sequence(-1, tokens, len(tokens), len(tokens), salt=salt)
+        self.prefix.extend(seq.hashes, tokens, salt, (len(tokens) - 1) // self.block_size)
+        blocks = self.prefix.match(seq.hashes)
+        count = self.kinds.usable(seq, len(blocks), tails=False)
+        found = [(0, digest, block) for digest, block in zip(seq.hashes, blocks[:count], strict=False)]
+        return found + self.kinds.present(seq, count)
+
+    @property
+    def unused(self) -> bool:
+        """Whether no block or slot is referenced."""
+        return not any(pool.usage for pool in self.pools)
+
+    def renewed(self) -> Scheduler[S]:
+        """A scheduler of the same blocks that holds nothing."""
+        return Scheduler(
+            self.pool.num_blocks,
+            self.block_size,
+            self.max_num_seqs,
+            self.max_tokens,
+            self.prefix.enabled,
+            self.num_lookahead,
+            self.pool.blocks,
+            self.limits,
+            self.prefetch.store,
+            *self.kinds.forms,
+        )
+
     def settle(self, plan: Seq[Scheduled[S]]) -> None:
         """The layers of busy entries were computed, or are not wanted any more."""
         for item in plan:
             item.seq.busy = False
         for seq in self._ended:
-            self._free(seq)
+            self._free(seq, whole=False)
         self._ended.clear()
 
     def commit(self, item: Scheduled[S], new_tokens: list[int]) -> None:
         """The step was computed: new_tokens are the accepted drafts and one more token, or [] mid-prompt."""
-        seq = item.seq
+        seq, before = item.seq, item.seq.num_computed
         # A rejected draft's slot is after num_computed, where the next token overwrites it.
         seq.num_computed += item.count + max(0, len(new_tokens) - 1)
         seq.tokens.extend(new_tokens)
         seq.drafts = []
+        if self.others:
+            accepted = len(new_tokens) > len(item.drafts)
+            seq.redo = 0
+            if not self.kinds.settle_drafts(seq, accepted):
+                seq.num_computed, seq.redo = before, seq.num_computed - before
         full = min(seq.num_computed, len(seq.tokens)) // self.block_size
         if self.prefix.enabled and full > seq.num_registered:
             self.prefix.extend(seq.hashes, seq.tokens, seq.salt, full)
@@ -189,11 +248,14 @@ class Scheduler(Generic[S]):
                 self._computed(seq, seq.hashes[i])
             self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full
+        if self.others:
+            self.prefetch.kept(seq.hashes, self.kinds.commit(seq, before))
 
     def check(self) -> None:
         """Raise IntegrityError if blocks leaked or invariants are violated."""
         held = self.running + self._ended
         self.pool.check([*(seq.blocks for seq in held), *self.prefetch.held])
+        self.kinds.check(held, self.prefetch.others)
         if any(self.pool.refs(block) for block in self.prefix.check()):
             raise IntegrityError("the tail of a sequence that ended is in use")
         for seq in self.waiting:
@@ -210,23 +272,25 @@ class Scheduler(Generic[S]):
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) per decoding sequence. Returns what is left of the budget."""
         order = by_claim(self.running, len(self.shares.present))
-        decoding = [seq for seq in order if seq.num_pending == 1 and not seq.busy]
+        decoding = [seq for seq in order if seq.num_pending - seq.redo == 1 and not seq.busy]
         budget = self.max_tokens
         # Drafts are a gamble: while prompts need the budget they get at most half of what is spare.
         spare = budget - len(decoding)
         if self._queues or len(decoding) < len(self.running):
             spare //= 2
         for seq in decoding:
-            if seq.status is not Status.RUNNING:
-                continue  # preempted for one with a better claim
-            room = min(spare, seq.max_len - len(seq.tokens) - 1)
+            if seq.status is not Status.RUNNING or seq.redo >= budget:
+                continue  # preempted for one with a better claim, or more to compute again than fits
+            room = 0 if seq.redo else min(spare, seq.max_len - len(seq.tokens) - 1)
             drafts = tuple(seq.drafts[: max(0, room)])
             if not self._reserve(seq, len(seq.tokens) + len(drafts) + self.num_lookahead):
                 drafts = ()
                 if not self._make_room(seq, order):
                     continue
-            spare -= len(drafts)
-            budget -= self._add(plan, seq, 1, drafts)
+            if drafts and self.others and not self.kinds.guard(seq):
+                drafts = ()
+            spare -= len(drafts) + seq.redo
+            budget -= self._add(plan, seq, 1 + seq.redo, drafts)
         return budget
 
     def _schedule_prompts(self, plan: list[Scheduled[S]], room: Room, admit: bool) -> None:
@@ -245,7 +309,7 @@ class Scheduler(Generic[S]):
             client = self.shares.next(begun.keys() | queued, self._urgency)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
-                if count := room.take(seq.num_pending, seq.scored):
+                if count := room.take(seq.num_pending, seq.scored, self.kinds.until(seq)):
                     self._add(plan, seq, count)
                 continue
             begun.pop(client, None)
@@ -259,7 +323,8 @@ class Scheduler(Generic[S]):
             elif not room.offers(pending, head.scored) or self._awaits(head, len(hits)):
                 queued.discard(client)
             elif self._admit(head, hits):
-                self._add(plan, head, room.take(head.num_pending, head.scored) or 1, first=True)
+                count = room.take(head.num_pending, head.scored, self.kinds.until(head))
+                self._add(plan, head, count or 1, first=True)
             else:
                 queued.clear()
             queued &= self._queues.keys()
@@ -274,14 +339,17 @@ class Scheduler(Generic[S]):
         if not self._rows or not self._fits(seq, hits):
             return False
         self._queues.drop(seq)
-        known, cached = list(hits), len(hits) * self.block_size
-        rest = seq.tokens[cached:-1][: self.block_size] if seq.read_cache else []
-        if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest):
-            known, cached = [*hits, tail[0]], cached + tail[1]
+        known, cached, others = list(hits), len(hits) * self.block_size, list[int]()
+        rest, whole = self.kinds.rest(seq, len(hits)), self.kinds.whole_tails
+        if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest, whole):
+            (block, *others), count = tail
+            known, cached = [*hits, block], cached + count
         self.pool.share(known)
         seq.blocks = known + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(known))
         seq.num_computed = seq.num_cached = cached
         seq.num_registered = len(hits)
+        if self.others:
+            self.kinds.admit(seq, len(hits), cached, others)
         for digest in seq.hashes[len(hits) :]:
             self._computing.setdefault(digest, seq)
         seq.row, seq.row_filled = self._rows.pop(), 0
@@ -290,7 +358,9 @@ class Scheduler(Generic[S]):
         return True
 
     def _fits(self, seq: S, hits: list[int]) -> bool:
-        """Whether there are free blocks for all tokens besides the cached ones."""
+        """Whether there are free blocks for all tokens besides the cached ones, and a slot."""
+        if not self.kinds.fits():
+            return False
         need = self._blocks_for(len(seq.tokens)) - len(hits)
         revived = sum(self.pool.refs(block) == 0 for block in hits)
         reserve = self._watermark if self.running else 0
@@ -334,7 +404,8 @@ class Scheduler(Generic[S]):
         # A prompt found whole must still compute its last token: its logits are not in the cache.
         count = (len(seq.tokens) - 1) // self.block_size
         self.prefix.extend(seq.hashes, seq.tokens, seq.salt, count)
-        return self.prefix.match(seq.hashes[:count])
+        hits = self.prefix.match(seq.hashes[:count])
+        return hits[: self.kinds.usable(seq, len(hits))] if self.others else hits
 
     def _awaits(self, seq: S, num_hits: int) -> bool:
         """Whether running sequences will compute enough of the prefix after the blocks that were found."""
@@ -361,7 +432,7 @@ class Scheduler(Generic[S]):
         return True
 
     def _reserve(self, seq: S, length: int) -> bool:
-        """Hold blocks for `length` tokens, as far as the sequence may ever grow."""
+        """Hold blocks that keep `length` tokens, as far as the sequence may ever grow."""
         need = self._blocks_for(min(length, seq.max_len)) - len(seq.blocks)
         if need > self.pool.num_free:
             return False
@@ -379,13 +450,20 @@ class Scheduler(Generic[S]):
         self.num_preemptions += 1
         self.add(seq)
 
-    def _free(self, seq: S) -> None:
+    def _free(self, seq: S, whole: bool = True) -> None:
+        """Give back what a sequence holds. whole: False if its last step was given up half-way."""
         full = seq.num_registered
         tail = seq.tokens[full * self.block_size : seq.num_computed]
-        if self.prefix.enabled and tail:
-            self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full])
+        others: list[tuple[Known, int]] = []
+        if self.others:
+            kept, others = self.kinds.leave(seq, whole)
+            self.prefetch.kept(seq.hashes, kept)
+        if self.prefix.enabled and tail and (whole or not self.kinds.whole_tails):
+            self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
+        if self.others:
+            self.kinds.release(seq)
         self.prefetch.used(seq.hashes[: seq.num_registered])
         self._give_up(seq)
         self._rows.append(seq.row)
@@ -393,7 +471,7 @@ class Scheduler(Generic[S]):
 
     def _prompts(self) -> list[S]:
         """Running prompts that can be continued."""
-        return [seq for seq in self.running if seq.num_pending > 1 and not seq.busy]
+        return [seq for seq in self.running if seq.num_pending - seq.redo > 1 and not seq.busy]
 
     def _give_up(self, seq: S) -> None:
         """No sequence should wait for the blocks that this one did not compute."""
@@ -403,8 +481,10 @@ class Scheduler(Generic[S]):
     def _add(
         self, plan: list[Scheduled[S]], seq: S, count: int, drafts: tuple[int, ...] = (), first: bool = False
     ) -> int:
-        decode = seq.num_pending == 1 and seq.num_output > 0
+        decode = seq.num_pending - seq.redo == 1 and seq.num_output > 0
         sample = count == seq.num_pending
+        if self.others:
+            self.kinds.grow(seq, seq.num_computed + count + len(drafts) + self.num_lookahead)
         plan.append(Scheduled(seq, seq.num_computed, count, drafts, sample, decode, first))
         self.shares.charge(seq.client, count + len(drafts))
         return count + len(drafts)

@@ -131,28 +131,26 @@ class BlockPool:
 _HASH_BYTES = 16  # a collision would reuse another prefix's cache; its probability at 2^40 blocks is 2^-49
 
 
-class PrefixCache:
-    """Maps hashes to blocks and back. An entry is dropped when the pool reallocates its block."""
+class Known:
+    """Maps hashes to the blocks of one kind and back. An entry is dropped when its block is reallocated."""
 
-    def __init__(self, block_size: int, enabled: bool = True) -> None:
-        self.block_size = block_size
+    def __init__(self, tails: dict[bytes, Tail] | None = None, enabled: bool = True) -> None:
+        """tails: those of all kinds of a model."""
         self.enabled = enabled
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
-        self._tails: dict[bytes, tuple[int, tuple[int, ...]]] = {}  # by the hash before: block and tokens
+        self._tails: dict[bytes, Tail] = {} if tails is None else tails  # by the hash before
         self._tail_of: dict[int, bytes] = {}
         self._reused: Counter[int] = Counter()  # reallocations per block
 
     def __len__(self) -> int:
         return len(self._block_of)
 
-    def extend(self, hashes: list[bytes], tokens: Seq[int], salt: str, count: int) -> None:
-        """Append hashes until there are `count`, one for each full block of `tokens`."""
-        size = self.block_size
-        for i in range(len(hashes), count):
-            parent = self._parent(hashes, salt)
-            data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
-            hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._block_of
+
+    def __getitem__(self, digest: bytes) -> int:
+        return self._block_of[digest]
 
     def match(self, hashes: Seq[bytes]) -> list[int]:
         """Blocks of the longest known prefix."""
@@ -169,33 +167,6 @@ class PrefixCache:
         if self.enabled and digest not in self._block_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
-
-    def keep_tail(self, hashes: Seq[bytes], salt: str, tokens: Seq[int], block: int) -> None:
-        """A block that nothing uses any more begins with `tokens`, which follow the blocks of `hashes`.
-
-        Of the tails after the same blocks only the latest is kept.
-        """
-        if not self.enabled or not tokens:
-            return
-        parent = self._parent(hashes, salt)
-        old, _ = self._tails.pop(parent, (None, ()))
-        if old is not None:
-            del self._tail_of[old]
-        self._tails[parent] = (block, tuple(tokens))
-        self._tail_of[block] = parent
-
-    def take_tail(self, hashes: Seq[bytes], salt: str, tokens: Seq[int]) -> tuple[int, int] | None:
-        """A block that begins with `tokens`, or all of whose tokens they begin with, and how many match.
-
-        The caller overwrites the rest of the block, so it is no longer known.
-        """
-        parent = self._parent(hashes, salt)
-        block, held = self._tails.get(parent, (0, ()))
-        count = min(len(held), len(tokens))
-        if not count or held[:count] != tuple(tokens[:count]):
-            return None
-        del self._tails[parent], self._tail_of[block]
-        return block, count
 
     def locate(self, digest: bytes) -> tuple[int, int] | None:
         """The block of a hash and its number of reallocations; may be called from any thread.
@@ -218,20 +189,120 @@ class PrefixCache:
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
-        parent = self._tail_of.pop(block, None)
+        parent = self._tail_of.get(block)
         if parent is not None:
-            del self._tails[parent]
+            self._drop_tail(parent)
 
     def check(self) -> Iterable[int]:
         """Raise IntegrityError unless hashes and blocks are one to one. Returns blocks without users."""
         if {block: digest for digest, block in self._block_of.items()} != self._hash_of:
             raise IntegrityError("prefix cache: hashes and blocks are not one to one")
-        if {block: parent for parent, (block, _) in self._tails.items()} != self._tail_of:
+        held = {
+            block: parent
+            for parent, tail in self._tails.items()
+            for known, block in tail.parts
+            if known is self
+        }
+        if held != self._tail_of:
             raise IntegrityError("prefix cache: tails and blocks are not one to one")
         return self._tail_of.keys()
 
+    def _drop_tail(self, parent: bytes) -> None:
+        tail = self._tails.pop(parent, None)
+        if tail is not None:
+            for known, block in tail.parts:
+                del known._tail_of[block]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """What follows a prefix of full blocks: fewer tokens than a block, and a block (or slot) of each kind."""
+
+    tokens: tuple[int, ...]
+    parts: tuple[tuple[Known, int], ...]
+
+
+class PrefixCache(Known):
+    """The blocks that keep every token, and the tails of all kinds."""
+
+    def __init__(self, block_size: int, enabled: bool = True) -> None:
+        super().__init__(enabled=enabled)
+        self.block_size = block_size
+
+    def sibling(self) -> Known:
+        """Another kind's blocks, under the same hashes."""
+        return Known(self._tails, self.enabled)
+
+    def extend(self, hashes: list[bytes], tokens: Seq[int], salt: str, count: int) -> None:
+        """Append hashes until there are `count`, one for each full block of `tokens`."""
+        size = self.block_size
+        for i in range(len(hashes), count):
+            parent = self._parent(hashes, salt)
+            data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
+            hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
+
+    def keep_tail(
+        self,
+        hashes: Seq[bytes],
+        salt: str,
+        tokens: Seq[int],
+        block: int,
+        others: Iterable[tuple[Known, int]] = (),
+    ) -> None:
+        """A block that nothing uses any more begins with `tokens`, which follow the blocks of `hashes`.
+
+        others: the same of other kinds. Of the tails after the same blocks only the latest is kept.
+        """
+        if not self.enabled or not tokens:
+            return
+        parent = self._parent(hashes, salt)
+        self._drop_tail(parent)
+        tail = self._tails[parent] = Tail(tuple(tokens), ((self, block), *others))
+        for known, held in tail.parts:
+            known._tail_of[held] = parent
+
+    def tail(self, hashes: Seq[bytes], salt: str, tokens: Seq[int], whole: bool = False) -> int:
+        """How many `tokens` a block that follows those of `hashes` begins with; they are all, or the block
+        has no others. whole: only a block that has no others."""
+        tail = self._tails.get(self._parent(hashes, salt))
+        if tail is None:
+            return 0
+        count = min(len(tail.tokens), len(tokens))
+        if tail.tokens[:count] != tuple(tokens[:count]) or (whole and count < len(tail.tokens)):
+            return 0
+        return count
+
+    def take_tail(
+        self, hashes: Seq[bytes], salt: str, tokens: Seq[int], whole: bool = False
+    ) -> tuple[list[int], int] | None:
+        """The block of `tail`, then those of other kinds, and how many tokens match.
+
+        The caller overwrites the rest of the block, so it is no longer known.
+        """
+        count = self.tail(hashes, salt, tokens, whole)
+        if not count:
+            return None
+        parent = self._parent(hashes, salt)
+        blocks = [block for _, block in self._tails[parent].parts]
+        self._drop_tail(parent)
+        return blocks, count
+
     def _parent(self, hashes: Seq[bytes], salt: str) -> bytes:
         return hashes[-1] if hashes else blake2b(salt.encode(), digest_size=_HASH_BYTES).digest()
+
+
+@dataclass(slots=True)
+class Held:
+    """The blocks of a sequence in one kind: one per block of tokens, of which the first were given back."""
+
+    blocks: list[int] = field(default_factory=list)
+    forgotten: int = 0  # leading entries without a block
+    filled: int = 0  # entries already copied to the runner's table
+
+    @property
+    def live(self) -> list[int]:
+        """The blocks themselves."""
+        return self.blocks[self.forgotten :]
 
 
 class Status(Enum):
@@ -270,6 +341,11 @@ class Sequence:
     drafts: list[int] = field(default_factory=list)  # proposed continuation, unverified
     busy: bool = False  # its scheduled tokens take several steps
     preemptions: int = 0
+    held: list[Held] = field(default_factory=list)  # what each kind with a window keeps (`kinds.py`)
+    slot: int = -1  # of its state, if the model has states
+    backup: int = -1  # slot of the state before the drafts that are being computed
+    redo: int = 0  # tokens at the end, but for the last, that the model has seen and must compute again
+    checkpoint: int = 0  # the last edge of its prompt at which it is worth keeping what other kinds hold
     row: int = -1  # while running: a unique index below max_num_seqs
     row_filled: int = 0  # blocks already copied to the runner's table
 

@@ -230,7 +230,7 @@ class Speculator:
         self._gained = 0
         self.observe(plan, step, hidden, seconds)
         began = perf_counter()
-        self._draft([item.seq for item in plan if item.sample and item.seq.active])
+        self._draft([item.seq for item in plan if item.sample and item.seq.active and not item.seq.redo])
         self._seconds = perf_counter() - began
 
     def observe(self, plan: Seq[Scheduled[Generation]], step: Step, hidden: Tensor, seconds: float) -> None:

@@ -62,6 +62,7 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     beyond_window: int | None = None  # the file's max_position_embeddings, if its sliding window is less
+    windows: tuple[int, ...] = ()  # per hidden layer, how many tokens one attends to; 0, or no entry: all
     unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
     query_scaling: QueryScaling | None = None
     rms_norm_eps: float = 1e-6
@@ -178,6 +179,10 @@ class ModelConfig:
         window = self.max_position_embeddings
         return f"sliding_window limits the context to {window:,} of {self.beyond_window:,} tokens"
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens, up to its own, one attends to in a layer; None for all of them."""
+        return (self.windows[layer] if layer < len(self.windows) else 0) or None
+
     def at(self, layer: int) -> ModelConfig:
         """This config with the sizes of one layer."""
         if not self.layer_sizes:
@@ -205,6 +210,7 @@ class ModelConfig:
             num_hidden_layers=len(layers),
             indexer_types=tuple(self.indexer_types[i] for i in layers if self.indexer_types),
             unrotated=tuple(i - layers.start for i in self.unrotated if i in layers),
+            windows=tuple(self.windows[i] for i in layers if self.windows),
         )
 
     @classmethod
@@ -313,6 +319,7 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "num_nextn_predict_layers": 0 if drafts is None else checked.in_range(drafts, raw[drafts], 0, 64),
         "indexer_types": tuple(raw.get("indexer_types") or ()),
         "unrotated": tuple(raw.get("unrotated") or ()),
+        "windows": tuple(raw.get("windows") or ()),
         "dense_layers": tuple(raw.get("dense_layers") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
         "eos_token_ids": _ids(raw.get("eos_token_id")),

@@ -5,12 +5,14 @@ Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from farthing.lazy import np
 from farthing.model.attention import attention_of, norm_of, rope_table
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
+from farthing.model.kinds import CacheKind, cache_kinds, cache_place
 from farthing.model.source import WeightSource
 from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, Ops, Place, RouterSpec
 from farthing.ops.arrays import all_finite
@@ -55,6 +57,7 @@ class DecoderModel:
             (attention_of(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
             for i in range(config.num_hidden_layers)
         ]
+        self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
         self.mtp: list[MTPLayer] = []
         self.restack()
         if not last:
@@ -85,7 +88,9 @@ class DecoderModel:
 
     def restack(self) -> None:
         """Rebuild the fused stack from the layers as currently packed."""
-        self.stack = stacked(self.ops, self.layers)
+        self.stack = (
+            stacked(self.ops, self.layers) if len({window for window, _ in self.places}) == 1 else None
+        )
         for mtp in self.mtp:
             mtp.restack()
 
@@ -101,14 +106,37 @@ class DecoderModel:
             if spec is not None:
                 self.ops.reroute(block.packed, spec)
 
-    def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
-        """An empty paged cache for this model, MTP layers included."""
-        c = self.config
-        rows = self.cache_layers * c.attention.cache_rows
-        cache = self.ops.new_cache(rows, num_blocks, block_size, c.attention.cache_width, dtype)
-        if c.index_topk is not None:
-            cache.index = self.ops.new_index_cache(cache, c.index_rows, c.index_head_dim)
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: CacheDtype = "bfloat16",
+        windows: Mapping[int, int] | None = None,
+        slots: int | None = None,
+    ) -> LatentCache:
+        """An empty paged cache for this model, MTP layers included.
+
+        windows: blocks of the layers with a window, by its size; None: num_blocks.
+        """
+        first, *others = cache_kinds(self.config)
+
+        def paged(kind: CacheKind, blocks: int) -> LatentCache:
+            return self.ops.new_cache(len(kind.layers) * kind.rows, blocks, block_size, kind.width, dtype)
+
+        cache = paged(first, num_blocks)
+        for kind in others:
+            if kind.window is not None:
+                blocks = num_blocks if windows is None else windows[kind.window]
+                cache.windows[kind.window] = paged(kind, blocks)
+        if self.config.index_topk is not None:
+            cache.index = self.ops.new_index_cache(cache, first.index_rows, first.index_width)
         return cache
+
+    def copy_states(self, cache: LatentCache, pairs: list[tuple[int, int]]) -> None:
+        """Copy recurrent states: (source, target) slots."""
+        assert cache.state is not None
+        source, target = (self.ops.tensor(np.array(slots, np.int32)) for slots in zip(*pairs, strict=True))
+        self.ops.copy_state(cache.state, source, target)
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """ids [T] int64 -> hidden [T, D] before the final norm.
@@ -141,24 +169,32 @@ class DecoderModel:
         span: a part of the layers; only if `layered`.
         """
         if self.stack is not None:
-            return self.ops.run_stack(h, self.stack, batch, cache, counts, span)
+            window = self.places[0][0]
+            return self.ops.run_stack(h, self.stack, batch.of(window), cache.of(window), counts, span)
         if span != ALL:
             raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
         select: Tensor | None = None  # the cached positions that sparse attention reads
         owed: Tensor | None = None  # output of the previous layer's experts that is not yet added
+        places = self._places(batch, cache)
         for i, (attention, feed_forward) in enumerate(self.layers):
-            h, select = attention(h, Place(cache, i * attention.rows, batch), select)
+            h, select = attention(h, places[i], select)
             h, owed = _feed(feed_forward, h, owed, None if counts is None else counts[i])
         return h
+
+    def _places(self, batch: Batch, cache: LatentCache) -> list[Place]:
+        """Where each layer writes and reads in a step."""
+        own = {window: (cache.of(window), batch.of(window)) for window in {w for w, _ in self.places}}
+        return [Place(own[window][0], row, own[window][1]) for window, row in self.places]
 
     def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
         """The first part of the model whose output has a NaN or an infinity, for the tokens of a step that
         was computed before; None if all are finite. Layer by layer, so slower than `forward`."""
         h, select, owed = self.embed(ids), None, None
+        places = self._places(batch, cache)
         if not _finite(h):
             return "the embedding (model.embed_tokens)"
         for i, (attention, feed_forward) in enumerate(self.layers):
-            h, select = attention(h, Place(cache, i * attention.rows, batch), select)
+            h, select = attention(h, places[i], select)
             if not _finite(h):
                 return f"layer {i}'s attention (model.layers.{i}.self_attn)"
             h, owed = _feed(feed_forward, h, owed)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.lazy import torch
 from farthing.model.attention import AnyAttention, attention_of, norm_of
 from farthing.model.config import ModelConfig
+from farthing.model.kinds import cache_place
 from farthing.model.source import WeightSource
 from farthing.ops.api import (
     Batch,
@@ -179,6 +180,7 @@ class MTPLayer:
         ops, exact = ops.coarse(), ops
         p, d = f"model.layers.{layer}.", config.hidden_size
         self.ops, self.layer = ops, layer
+        _, self.row = cache_place(config, layer)
         self.enorm, self.hnorm, self.norm = (
             norm_of(config, weights, p + name) for name in ("enorm", "hnorm", "shared_head.norm")
         )
@@ -218,9 +220,9 @@ class MTPLayer:
         e = ops.rms_norm(ops.embed(next_ids, self.embedding), self.enorm)
         x = ops.linear(torch.cat((e, ops.rms_norm(h, self.hnorm)), -1), self.eh_proj)
         if self.stack is not None:
-            first = self.layer * self.attention.rows
+            first = self.row
             scale = None if cache.scale is None else cache.scale[first:]
             own, seen = LatentCache(cache.data[first:], scale), None if counts is None else counts[None]
             return ops.run_stack(x, self.stack, batch, own, seen)
-        x, _ = self.attention(x, Place(cache, self.layer * self.attention.rows, batch))
+        x, _ = self.attention(x, Place(cache, self.row, batch))
         return self.feed_forward(x, counts)

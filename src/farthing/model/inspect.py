@@ -7,7 +7,7 @@ token, except for an untied embedding, of which a token reads one row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.lazy import torch
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
+from farthing.model.kinds import cache_kinds
 from farthing.model.load import names_in, parameter_shapes
 from farthing.ops.torch_util import make_batch
 
@@ -33,7 +34,8 @@ class ModelCost:
     active_routed_parameters: int
     weight_bytes: int  # total, as stored
     active_bytes: int  # read per token at batch 1, as stored
-    kv_bytes_per_token: int  # bf16
+    kv_bytes_per_token: int  # bf16, of the layers that keep every token
+    kv_bytes_per_sequence: int  # of windows, bf16, and recurrent states, once a sequence is long enough
     flops_per_token: int  # excluding attention over the context
     attention_flops_per_context_token: int  # absorbed decode, all layers
     dense_flops_per_token: int  # a dense model of the same parameters
@@ -63,7 +65,9 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     active_routed = round(sum(prod(shapes[n]) * share(n) for n in routed))
     matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
     dense = count(matrices)
-    index_width = config.index_head_dim * sum(map(config.has_indexer, range(config.num_hidden_layers)))
+    hidden = range(config.num_hidden_layers)
+    first, *others = (kind.held_by(hidden) for kind in cache_kinds(config))
+    first = replace(first, index_rows=sum(map(config.has_indexer, hidden)))
     heads = config.num_attention_heads * config.attention.dot_width
     return ModelCost(
         total_parameters=count(main),
@@ -76,7 +80,10 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
         active_bytes=sum(map(size, always))
         + round(sum(size(n) * share(n) for n in routed))
         + size(EMBEDDING) * head_rows // config.vocab_size,
-        kv_bytes_per_token=2 * (config.num_hidden_layers * config.cache_per_layer + index_width),
+        kv_bytes_per_token=first.token_bytes("bfloat16"),
+        kv_bytes_per_sequence=sum(
+            (kind.window or 0) * kind.token_bytes("bfloat16") + kind.state_bytes for kind in others
+        ),
         flops_per_token=2 * (dense - count(routed) + active_routed),
         attention_flops_per_context_token=2 * heads * config.num_hidden_layers,
         dense_flops_per_token=2 * dense,

@@ -13,7 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -117,6 +117,22 @@ class IndexCache:
     scale: Tensor | None  # [rows, num_blocks, block_size] float32 for fp8 and int8
 
 
+@dataclass(slots=True)
+class StateCache:
+    """What recurrent layers keep of each sequence, whatever its length. A sequence has one slot.
+
+    Row p % (width - 1) of a tail is the convolution's input at position p, so that a step writes its own
+    tokens' rows only, and a copy of a slot continues at any position.
+    """
+
+    data: Tensor  # [R, slots, Hv, dk, dv] float32: one row per recurrent layer
+    tail: Tensor  # [R, slots, width - 1, C] float32
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, each [R, slots, …]."""
+        return [self.data, self.tail]
+
+
 ALL = slice(None)  # every layer of a stack
 
 
@@ -131,13 +147,25 @@ class LatentCache:
     data: Tensor  # [L or L G, num_blocks, block_size, c + r], float32 | bfloat16 | float8_e4m3fn | int8
     scale: Tensor | None  # [L, num_blocks, block_size, 2] float32 (latent, rotary) for fp8 and int8
     index: IndexCache | None = None  # of models with sparse attention
+    state: StateCache | None = None  # of models with recurrent layers; has slots instead of blocks
+    # Of the layers with a window, by its size; they have blocks of their own.
+    windows: dict[int, LatentCache] = field(default_factory=dict)
+
+    def of(self, window: int | None) -> LatentCache:
+        """The cache of the layers with this window; None: of those without."""
+        return self if window is None else self.windows[window]
 
     def tensors(self) -> list[Tensor]:
-        """All cached tensors, each [*, num_blocks, …]: a block is a slice along dimension 1."""
+        """All tensors with these blocks, each [*, num_blocks, …]: a block is a slice along dimension 1."""
         kept = [self.data, self.scale]
         if self.index is not None:
             kept += [self.index.data, self.index.scale]
         return [t for t in kept if t is not None]
+
+    def by_kind(self) -> list[list[Tensor]]:
+        """The tensors with the same blocks, or slots: of all tokens, of each window, of states."""
+        states = [] if self.state is None else [self.state.tensors()]
+        return [self.tensors(), *(own.tensors() for own in self.windows.values()), *states]
 
     @property
     def num_blocks(self) -> int:
@@ -151,6 +179,17 @@ class LatentCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """Cache locations in the layers with a window, as in `Batch`.
+
+    Blocks that no token of the step sees are 0 in the table and belong to others.
+    """
+
+    slots: Tensor  # [T] int64
+    block_table: Tensor  # [B, max_blocks] int32
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Positions and cache locations of one step's tokens. All tensors are contiguous."""
 
@@ -159,6 +198,15 @@ class Batch:
     query_start: Tensor  # [B + 1] int32, tokens of sequence b: query_start[b] … query_start[b + 1]
     context_lens: Tensor  # [B] int32, tokens of the sequence in the cache after this step
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
+    state_slots: Tensor | None = None  # [B] int32, slot of each sequence in a `StateCache`
+    windows: dict[int, Blocks] = field(default_factory=dict)  # by size; empty: blocks are the same
+
+    def of(self, window: int | None) -> Batch:
+        """The batch for layers with this window; None: for those without."""
+        if window is None or not self.windows:
+            return self
+        own = self.windows[window]
+        return replace(self, slots=own.slots, block_table=own.block_table, windows={})
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +345,11 @@ class Ops(ABC):
         blocks, device = like.data.shape[1:3], like.data.device
         scale = None if like.scale is None else torch.ones(rows, *blocks, device=device)
         return IndexCache(torch.zeros(rows, *blocks, width, dtype=like.data.dtype, device=device), scale)
+
+    def copy_state(self, state: StateCache, source: Tensor, target: Tensor) -> None:
+        """Copy the slots source [n] to the slots target [n], int32, in every layer; no slot is in both."""
+        for each in state.tensors():
+            each[:, target.long()] = each[:, source.long()]
 
     # -- computing
 

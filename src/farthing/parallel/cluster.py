@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -84,9 +84,22 @@ class ParallelModel:
         """Layers of the whole model; each rank's cache has only its own layers."""
         return self.config.num_hidden_layers + self.config.num_nextn_predict_layers
 
-    def new_cache(self, num_blocks: int, block_size: int = 16, dtype: CacheDtype = "bfloat16") -> LatentCache:
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: CacheDtype = "bfloat16",
+        windows: Mapping[int, int] | None = None,
+        slots: int | None = None,
+    ) -> LatentCache:
         """Create a cache on every rank; returns this rank's."""
-        return self._everywhere("new_cache", num_blocks, block_size, dtype)  # type: ignore[no-any-return]
+        return self._everywhere(  # type: ignore[no-any-return]
+            "new_cache", num_blocks, block_size, dtype, windows, slots
+        )
+
+    def copy_states(self, cache: LatentCache, pairs: list[tuple[int, int]]) -> None:
+        """Copy recurrent states on every rank: (source, target) slots."""
+        self._everywhere("copy_states", pairs)
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """See `DecoderModel.forward`. counts is set to the totals of all stages, up to COUNT_EVERY steps old

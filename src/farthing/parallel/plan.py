@@ -20,7 +20,7 @@ from types import MappingProxyType
 from farthing.lazy import torch
 from farthing.model.config import ModelConfig
 from farthing.model.load import parameter_shapes
-from farthing.ops.api import Batch
+from farthing.ops.api import Batch, Blocks
 from farthing.ops.weights import Cut, bounds
 
 # Placement of routed experts on ranks: balanced by measured load, with copies of hot experts.
@@ -163,7 +163,17 @@ def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, B
         query_start=torch.cat((first, lengths[held].cumsum(0).to(torch.int32))),
         context_lens=batch.context_lens[held].contiguous(),
         block_table=batch.block_table[held].contiguous(),
+        state_slots=None if batch.state_slots is None else batch.state_slots[held].contiguous(),
+        windows=_windows(batch, rows, held),
     )
+
+
+def _windows(batch: Batch, rows: torch.Tensor | slice, held: torch.Tensor) -> dict[int, Blocks]:
+    """Those of some rows and sequences; rows, held: their indices."""
+    return {
+        window: Blocks(own.slots[rows].contiguous(), own.block_table[held].contiguous())
+        for window, own in batch.windows.items()
+    }
 
 
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
@@ -177,6 +187,8 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
         query_start=torch.cat((starts[held[:1]], starts[1:][held])).sub(start).to(torch.int32),
         context_lens=batch.positions[ends - 1] + 1,
         block_table=batch.block_table[held].contiguous(),
+        state_slots=None if batch.state_slots is None else batch.state_slots[held].contiguous(),
+        windows=_windows(batch, slice(start, stop), held),
     )
 
 

@@ -176,10 +176,23 @@ class Rank:
         self.cache: LatentCache | None = None
         self.counts: Tensor | None = None  # [layers from this stage on, E], if this rank counts tokens
 
-    def new_cache(self, num_blocks: int, block_size: int, dtype: CacheDtype) -> LatentCache:
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int,
+        dtype: CacheDtype,
+        windows: Mapping[int, int] | None,
+        slots: int | None,
+    ) -> LatentCache:
         """The cache of this rank's layers; block indices are the same on every rank."""
-        self.cache = self.model.new_cache(num_blocks, block_size, dtype)
+        self.cache = self.model.new_cache(num_blocks, block_size, dtype, windows, slots)
         return self.cache
+
+    def copy_states(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the recurrent states of this rank's layers: (source, target) slots."""
+        assert self.cache is not None
+        if self.cache.state is not None:
+            self.model.copy_states(self.cache, pairs)
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
         """Run this stage's layers -> hidden [T, D]; on the last stage, the model's output.

@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 from farthing import process as signals
 from farthing.config import EngineConfig
 from farthing.model.config import ModelConfig
-from farthing.ops.api import Batch, Ops
+from farthing.ops.api import Batch, Blocks, Ops
 from farthing.ops.select import resolve, select
 from farthing.ops.weights import PeerLost
 from farthing.parallel.plan import Layout
@@ -371,17 +371,21 @@ def _work(
         os._exit(1)
 
 
-class _Arrays(tuple[Any, ...]):
-    """A batch in wire format."""
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    """A batch, or a part of one, in wire format."""
+
+    kind: type[Batch | Blocks]
+    parts: tuple[Any, ...]
 
 
 def to_wire(value: Any) -> Any:
     """Convert tensors to arrays: torch would send each one through its own file descriptor."""
     if isinstance(value, Tensor):
         return value.cpu().numpy()
-    if isinstance(value, Batch):
-        return _Arrays(getattr(value, f.name).cpu().numpy() for f in fields(value))
-    return value
+    if isinstance(value, Batch | Blocks):
+        return _Arrays(type(value), tuple(to_wire(getattr(value, f.name)) for f in fields(value)))
+    return {key: to_wire(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
 def from_wire(value: Any, device: torch.device) -> Any:
@@ -389,5 +393,5 @@ def from_wire(value: Any, device: torch.device) -> Any:
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value).to(device)
     if isinstance(value, _Arrays):
-        return Batch(*(torch.from_numpy(v).to(device) for v in value))
-    return value
+        return value.kind(*(from_wire(part, device) for part in value.parts))
+    return {key: from_wire(part, device) for key, part in value.items()} if isinstance(value, dict) else value

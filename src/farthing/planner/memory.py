@@ -12,6 +12,7 @@ from typing import Any
 from farthing.config import CPU_STEP_TOKENS
 from farthing.model.config import ModelConfig
 from farthing.model.heads import GroupedHeads, Heads, LatentHeads
+from farthing.model.kinds import CacheKind, Sizing, cache_kinds
 from farthing.ops.cpu.stack import MOST_SCORES
 from farthing.ops.weights import Cut, bounds, loaded_as
 from farthing.parallel.plan import EMBEDDING, Layout, Place, PlanError, ShardPlan, layer_of, representatives
@@ -251,10 +252,6 @@ def _groups(layout: Layout) -> int:
     return (layout.stage_ranks > 1) + (1 < layout.tp < layout.stage_ranks) + 2 * (layout.pp > 1)
 
 
-CACHE_ITEM = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
-CACHE_SCALES = {"fp8": 8, "int8": 8}  # bytes of scales per token and layer of an 8-bit cache
-
-
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """Bytes of one rank."""
@@ -316,22 +313,35 @@ def stage_memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: 
 
 
 def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> int:
-    """Cache bytes per token in this rank's layers: latents, plus index keys if attention is sparse."""
-    c, (latent, index) = plan.config, cache_row_bytes(plan.config, cache_dtype, plan.layout.tp)
-    rows = sum(
-        c.has_indexer(i)
-        for i in range(c.num_hidden_layers + c.num_nextn_predict_layers)
-        if plan.holds_layer(i, place)
-    )
-    return _cache_layers(plan, place) * latent + rows * index
+    """Cache bytes per token in this rank's layers that keep every token, index keys included."""
+    return _kinds(plan, place)[0].token_bytes(cache_dtype)
+
+
+def cache_bytes(plan: ShardPlan, place: Place, serving: Serving) -> int:
+    """Cache bytes of this rank: blocks that keep every token, then windows and states of all sequences."""
+    kinds = _kinds(plan, place)
+    sizing = Sizing(kinds, serving.cache_dtype, serving.block_size, serving.max_num_batched_tokens)
+    blocks, sequences = -(-serving.cache_tokens // serving.block_size), serving.max_num_seqs
+    return sizing.used(blocks, sizing.sizes(sequences, sizing.checkpoints(sequences, blocks)))
+
+
+def _kinds(plan: ShardPlan, place: Place) -> tuple[CacheKind, ...]:
+    """What this rank's layers keep."""
+    c = plan.config
+    layers = {
+        i for i in range(c.num_hidden_layers + c.num_nextn_predict_layers) if plan.holds_layer(i, place)
+    }
+    first, *others = (kind.held_by(layers) for kind in cache_kinds(c, plan.layout.tp))
+    return replace(first, index_rows=sum(map(c.has_indexer, layers))), *others
 
 
 def cache_row_bytes(config: ModelConfig, cache_dtype: str, tp: int) -> tuple[int, int]:
     """Bytes per token and layer on one of tp ranks: of latents, or keys and values, and of the index key;
     scales included."""
-    item, scale = CACHE_ITEM[cache_dtype], CACHE_SCALES.get(cache_dtype, 0)
     heads = config.attention.per_rank(tp)
-    return heads.cache_rows * (heads.cache_width * item + scale), config.index_head_dim * item + scale // 2
+    rows = CacheKind((0,), heads.cache_rows, heads.cache_width)
+    index = CacheKind((), index_rows=1, index_width=config.index_head_dim)
+    return rows.token_bytes(cache_dtype), index.token_bytes(cache_dtype)
 
 
 def experts_per_rank(config: ModelConfig, layout: Layout, redundant: int) -> int:
@@ -401,15 +411,13 @@ def _rank(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, se
         rounding = Holder("cpu", 4, holder.quantization)
         host = _all_experts(model, plan, place, rounding, held)
         holder, held = replace(holder, quantization=None), min(serving.hot_experts, held)
-    blocks = -(-serving.cache_tokens // serving.block_size)
-    per_token = cache_bytes_per_token(plan, place, serving.cache_dtype)
     return RankMemory(
         rank=place.rank,
         stage=place.stage,
         layers=(stage.start, stage.stop),
         experts=held,
         weights=_weights(model, plan, place, holder, held),
-        cache=blocks * serving.block_size * per_token,
+        cache=cache_bytes(plan, place, serving),
         buffers=buffers(plan, place, holder, serving, model.projections),
         host=host,
     )
@@ -478,11 +486,6 @@ def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPla
         heads = local[0] // (a.qk_nope_head_dim + a.v_head_dim)
         return holder.heads(heads, a.qk_nope_head_dim, a.v_head_dim, a.kv_lora_rank, stored)
     return holder.matrix(local[0], local[1], stored, mlp=".mlp." in name)
-
-
-def _cache_layers(plan: ShardPlan, place: Place) -> int:
-    last = place.stage == plan.layout.pp - 1
-    return len(plan.stages[place.stage]) + (plan.config.num_nextn_predict_layers if last else 0)
 
 
 def local_shape(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import torch
 from farthing.config import EngineConfig
 from farthing.engine.disk_cache import store as module
 from farthing.engine.disk_cache.files import Format, Index
-from farthing.engine.disk_cache.store import BlockMemory, DeviceMemory, DiskStore, identity, sample
+from farthing.engine.disk_cache.store import BlockMemory, DeviceMemory, DiskStore, Shelf, identity, sample
 from farthing.engine.prefetch import Load
 from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import DiskStats
@@ -60,15 +60,15 @@ class Rig:
 
     def __init__(self, root: Path, cache: LatentCache, capacity: int = 1 << 30, device: bool = False) -> None:
         self.cache, self.stats = cache, DiskStats()
-        memory = (DeviceMemory if device else BlockMemory)(cache)
+        memory = (DeviceMemory if device else BlockMemory)(cache.tensors())
         self.index = Index(root, Format(b"x" * 16, memory.block_bytes), capacity)
         self.index.create()
         self.index.refresh()
         self.ended: list[int] = []
         self.prefix = PrefixCache(SIZE)
         self.arrived = threading.Event()
-        self.store = DiskStore(self.index, memory, SIZE, self.stats, self._loaded)
-        self.store.attach(self.prefix)
+        self.store = DiskStore([Shelf(self.index, memory)], SIZE, self.stats, self._loaded)
+        self.store.attach([self.prefix])
 
     def _loaded(self, load: Load[Any], good: int) -> None:
         self.ended.append(good)
@@ -140,7 +140,7 @@ def test_runs_of_a_chain_share_a_file_and_are_written_once(tmp_path: Path) -> No
 
 
 def test_file_size_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * BlockMemory(cache_of()).block_bytes)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 2 * BlockMemory(cache_of().tensors()).block_bytes)
     rig = Rig(tmp_path, cache_of())
     rig.compute(hashes_of(5), list(range(5)))
     rig.store.close()
@@ -150,7 +150,7 @@ def test_file_size_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_block_reused_during_the_copy_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(tmp_path, cache_of())
-    source = rig.store._memory.source
+    source = rig.store._shelves[0].memory.source
 
     def reused(block: int) -> Any:
         if block == 2:  # reallocated, and registered for the same tokens again
@@ -158,7 +158,7 @@ def test_block_reused_during_the_copy_is_not_stored(tmp_path: Path, monkeypatch:
             rig.prefix.register(hashes_of(3)[2], 2)
         return source(block)
 
-    monkeypatch.setattr(rig.store._memory, "source", reused)
+    monkeypatch.setattr(rig.store._shelves[0].memory, "source", reused)
     rig.compute(hashes_of(4), [0, 1, 2, 3])
     rig.store.close()
     assert rig.index.find(hashes_of(4)) == 2
@@ -166,7 +166,7 @@ def test_block_reused_during_the_copy_is_not_stored(tmp_path: Path, monkeypatch:
 
 def test_blocks_of_a_dropped_prefix_cache_are_not_stored(tmp_path: Path) -> None:
     rig = Rig(tmp_path, cache_of())
-    rig.store.attach(PrefixCache(SIZE))
+    rig.store.attach([PrefixCache(SIZE)])
     rig.compute(hashes_of(4), [0, 1, 2, 3])
     rig.store.close()
     assert not len(rig.index)
@@ -216,7 +216,7 @@ def test_two_processes_write_the_same_blocks(tmp_path: Path) -> None:
 
 
 def test_directory_stays_within_its_capacity(tmp_path: Path) -> None:
-    size = BlockMemory(cache_of()).block_bytes
+    size = BlockMemory(cache_of().tensors()).block_bytes
     rig = Rig(tmp_path, cache_of(), capacity=6 * (size + 100))
     for number in range(10):
         digest = hashes_of(1, number)
@@ -279,7 +279,7 @@ def test_failed_reader_reports_to_the_scheduler(tmp_path: Path, monkeypatch: pyt
 
     rig.compute(hashes_of(2), [0, 1])
     until(lambda: rig.store.find(hashes_of(2)) == 2)
-    monkeypatch.setattr(rig.store._memory, "target", broken)
+    monkeypatch.setattr(rig.store._shelves[0].memory, "target", broken)
     assert rig.read(hashes_of(2), [3, 4]) == 0
     rig.store.close()
 
@@ -325,7 +325,7 @@ def test_options_that_change_results_change_the_identity(tmp_path: Path, options
         options = {"packed": str(packed)}
 
     def of(**given: Any) -> bytes:
-        return identity(EngineConfig(**given), model, cache)
+        return identity(EngineConfig(**given), model, cache.tensors())
 
     plain, changed = of(), of(**options)
     assert changed != plain

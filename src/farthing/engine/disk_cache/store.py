@@ -40,7 +40,7 @@ from farthing.engine.disk_cache.files import (
 )
 from farthing.engine.prefetch import Load
 from farthing.engine.runner import Model
-from farthing.engine.sequence import PrefixCache
+from farthing.engine.sequence import Known
 from farthing.engine.stats import DiskStats
 from farthing.lazy import torch
 from farthing.ops.api import LatentCache
@@ -55,14 +55,15 @@ if TYPE_CHECKING:
 
 
 class BlockMemory:
-    """Blocks of a cache in this process's memory; files are read and written in place."""
+    """Blocks (or slots) of a cache in this process's memory; files are read and written in place."""
 
-    def __init__(self, cache: LatentCache) -> None:
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """tensors: [layers, blocks, …]"""
         self._parts = []  # per tensor: memory, bytes of a block, offset of block 0 in each layer
-        for tensor in cache.tensors():
+        for tensor in tensors:
             whole = _bytes(tensor)
             layers, blocks = tensor.shape[:2]
-            size = len(whole) // (layers * blocks)
+            size = len(whole) // max(1, layers * blocks)
             self._parts.append((whole, size, [layer * blocks * size for layer in range(layers)]))
         self.block_bytes = sum(size * len(layers) for _, size, layers in self._parts)
 
@@ -86,8 +87,8 @@ class DeviceMemory(BlockMemory):
     precede those launched after.
     """
 
-    def __init__(self, cache: LatentCache) -> None:
-        self._tensors = cache.tensors()
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
         self.block_bytes = sum(t[:, 0].numel() * t.element_size() for t in self._tensors)
 
     def source(self, block: int) -> Pieces:
@@ -105,10 +106,10 @@ class DeviceMemory(BlockMemory):
         return [_bytes(host) for host in hosts], complete
 
 
-def memory_of(cache: LatentCache) -> BlockMemory:
-    """The accessor for a cache's blocks, on the host or a device."""
-    on_host = isinstance(cache.data, np.ndarray) or cache.data.device.type == "cpu"
-    return (BlockMemory if on_host else DeviceMemory)(cache)
+def memory_of(tensors: Sequence[Tensor]) -> BlockMemory:
+    """The accessor for the blocks of tensors on the host or a device."""
+    on_host = isinstance(tensors[0], np.ndarray) or tensors[0].device.type == "cpu"
+    return (BlockMemory if on_host else DeviceMemory)(tensors)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -134,26 +135,93 @@ class _Run:
     since: float = field(default_factory=time.monotonic)
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A file that is being read."""
+
+    shelf: Shelf
+    name: str
+    descriptor: int
+    segment: Segment
+
+    def read(self, digest: bytes, block: int) -> None:
+        """Read a block into memory."""
+        pieces, complete = self.shelf.memory.target(block)
+        read_block(self.descriptor, self.shelf.index.form, self.segment, digest, pieces)
+        complete()
+
+
+def _open(shelf: Shelf, name: str, last: _Opened | None) -> _Opened:
+    descriptor = os.open(shelf.index.folder / name, os.O_RDONLY)
+    try:
+        opened = _Opened(shelf, name, descriptor, read_header(descriptor, shelf.index.form))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if last is not None:
+        os.close(last.descriptor)
+    return opened
+
+
+class Shelf:
+    """The blocks of one kind: a directory, the memory, and the table that finds blocks in it."""
+
+    def __init__(self, index: Index, memory: BlockMemory) -> None:
+        self.index, self.memory, self.known = index, memory, Known()
+        self.runs: dict[bytes, _Run] = {}  # by their last hash
+        self.queued: set[bytes] = set()  # blocks of all runs
+        self.most = max(1, min(SEGMENT_BYTES, index.capacity // 16) // max(1, memory.block_bytes))
+
+    def collect(self, parent: bytes, hashes: Sequence[bytes]) -> None:
+        """Append blocks that are not stored to the run they continue."""
+        for digest in hashes:
+            if digest not in self.index and digest not in self.queued:
+                run = self.runs.pop(parent, None) or _Run()
+                run.hashes.append(digest)
+                self.runs[digest] = run
+                self.queued.add(digest)
+            parent = digest
+
+    def due(self, last: bool, now: float) -> list[_Run]:
+        """Remove and return the runs to write now."""
+        found = [
+            run
+            for run in self.runs.values()
+            if last or len(run.hashes) >= self.most or now - run.since >= _LINGER
+        ]
+        for run in found:
+            del self.runs[run.hashes[-1]]
+            self.queued.difference_update(run.hashes)
+        return found
+
+    def sources(self, hashes: Sequence[bytes]) -> Iterator[Source]:
+        """The blocks still in memory, up to the first missing one."""
+        known = self.known
+        for digest in hashes:
+            found = known.locate(digest)
+            if found is None:
+                return
+            yield Source(digest, self.memory.source(found[0]), partial(self._same, known, digest, found))
+
+    def _same(self, known: Known, digest: bytes, found: tuple[int, int]) -> bool:
+        return self.known is known and known.locate(digest) == found
+
+
 class DiskStore:
-    """A `BlockStore` over a directory."""
+    """A `BlockStore` over a directory for each kind."""
 
     def __init__(
         self,
-        index: Index,
-        memory: BlockMemory,
+        shelves: Sequence[Shelf],
         block_size: int,
         stats: DiskStats,
         loaded: Callable[[Load[Any], int], None],
     ) -> None:
         """loaded: called in the reader's thread with a load and its number of filled blocks."""
-        self._index, self._memory, self._block_size = index, memory, block_size
+        self._shelves, self._block_size = shelves, block_size
         self._stats, self._loaded = stats, loaded
-        stats.stored_bytes = index.stored_bytes
-        self._prefix = PrefixCache(block_size)
-        self._notes: deque[tuple[bytes | None, list[bytes]]] = deque(maxlen=_MOST_QUEUED)
-        self._runs: dict[bytes, _Run] = {}  # by their last hash
-        self._queued: set[bytes] = set()  # blocks of all runs
-        self._most = max(1, min(SEGMENT_BYTES, index.capacity // 16) // memory.block_bytes)
+        stats.stored_bytes = max(shelf.index.stored_bytes for shelf in shelves)
+        self._notes: deque[tuple[int, bytes | None, list[bytes]]] = deque(maxlen=_MOST_QUEUED)
         self._paused_until = self._recount_at = 0.0
         self._warned = False
         self._stop = threading.Event()
@@ -167,25 +235,26 @@ class DiskStore:
 
     # -- the engine's thread
 
-    def attach(self, prefix: PrefixCache) -> None:
+    def attach(self, known: Sequence[Known]) -> None:
         """See `BlockStore`."""
-        self._prefix = prefix
+        for shelf, each in zip(self._shelves, known, strict=True):
+            shelf.known = each
 
-    def find(self, hashes: Sequence[bytes]) -> int:
+    def find(self, hashes: Sequence[bytes], kind: int = 0) -> int:
         """See `BlockStore`."""
-        return self._index.find(hashes)
+        return self._shelves[kind].index.find(hashes)
 
     def read(self, load: Load[Any]) -> None:
         """See `BlockStore`."""
         self._loads.put(load)
 
-    def computed(self, parent: bytes, hashes: list[bytes]) -> None:
+    def computed(self, parent: bytes, hashes: list[bytes], kind: int = 0) -> None:
         """See `BlockStore`."""
-        self._notes.append((parent, hashes))
+        self._notes.append((kind, parent, hashes))
 
     def used(self, hashes: list[bytes]) -> None:
         """See `BlockStore`."""
-        self._notes.append((None, hashes))
+        self._notes.append((0, None, hashes))
 
     def close(self) -> None:
         """Write the computed blocks and stop the threads."""
@@ -207,56 +276,39 @@ class DiskStore:
 
     def _fill(self, load: Load[Any]) -> int:
         """Read the blocks of a load up to the first missing one. Returns their number."""
-        began, good = time.perf_counter(), 0
-        opened: tuple[str, int, Segment] | None = None
+        began, good, shelf = time.perf_counter(), 0, self._shelves[0]
+        opened: _Opened | None = None
         try:
-            for digest, block in zip(load.hashes, load.blocks, strict=True):
-                while name := self._index.file_of(digest):
+            for kind, digest, block in load.entries:
+                shelf = self._shelves[kind]
+                while name := shelf.index.file_of(digest):
                     try:
-                        if opened is None or opened[0] != name:
-                            opened = self._open(name, opened)
-                        self._read_block(opened, digest, block)
+                        if opened is None or (opened.shelf, opened.name) != (shelf, name):
+                            opened = _open(shelf, name, opened)
+                        opened.read(digest, block)
                         break
                     except (SegmentError, OSError) as error:
-                        self._lost(name, error)
+                        self._lost(shelf, name, error)
                 else:
                     break
                 good += 1
+                self._stats.hits += 0 if kind else self._block_size
+                self._stats.read_bytes += shelf.memory.block_bytes
         finally:
             if opened is not None:
-                os.close(opened[1])
-        stats = self._stats
-        stats.hits += good * self._block_size
-        stats.read_bytes += good * self._memory.block_bytes
-        stats.read_seconds += time.perf_counter() - began
+                os.close(opened.descriptor)
+        self._stats.read_seconds += time.perf_counter() - began
         return good
 
-    def _open(self, name: str, last: tuple[str, int, Segment] | None) -> tuple[str, int, Segment]:
-        descriptor = os.open(self._index.folder / name, os.O_RDONLY)
-        try:
-            segment = read_header(descriptor, self._index.form)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if last is not None:
-            os.close(last[1])
-        return name, descriptor, segment
-
-    def _read_block(self, opened: tuple[str, int, Segment], digest: bytes, block: int) -> None:
-        _, descriptor, segment = opened
-        pieces, complete = self._memory.target(block)
-        read_block(descriptor, self._index.form, segment, digest, pieces)
-        complete()
-
-    def _lost(self, name: str, error: Exception) -> None:
+    def _lost(self, shelf: Shelf, name: str, error: Exception) -> None:
         """Handle an unusable file."""
-        self._index.drop(name)
+        shelf.index.drop(name)
         if isinstance(error, FileNotFoundError):  # evicted by another process
             return
-        log.warning("prefix cache: ignoring %s: %s", self._index.folder / name, error)
+        log.warning("prefix cache: ignoring %s: %s", shelf.index.folder / name, error)
         self._stats.errors += 1
         if isinstance(error, SegmentError):
-            self._index.discard(name)
+            shelf.index.discard(name)
 
     # -- the writer
 
@@ -270,79 +322,54 @@ class DiskStore:
 
     def _turn(self, last: bool = False) -> None:
         """Follow other processes, write runs that are due, and evict."""
-        with suppress(OSError):
-            self._index.create()  # it may have been removed
-            self._index.refresh()
+        for shelf in self._shelves:
+            with suppress(OSError):
+                shelf.index.create()  # it may have been removed
+                shelf.index.refresh()
         while self._notes:
-            parent, hashes = self._notes.popleft()
+            kind, parent, hashes = self._notes.popleft()
             if parent is None:
-                self._index.touch(hashes)
-            self._collect(parent or b"", hashes)
+                for shelf in self._shelves:
+                    shelf.index.touch(hashes)
+            self._shelves[kind].collect(parent or b"", hashes)
         now = time.monotonic()
-        due = [
-            run
-            for run in self._runs.values()
-            if last or len(run.hashes) >= self._most or now - run.since >= _LINGER
-        ]
-        for run in due:
-            del self._runs[run.hashes[-1]]
-            self._queued.difference_update(run.hashes)
+        due = [(shelf, run) for shelf in self._shelves for run in shelf.due(last, now)]
         try:
             if now >= self._paused_until:
-                for run in due:
-                    self._store(run)
+                for shelf, run in due:
+                    self._store(shelf, run)
                 self._make_room(now)
         except OSError as error:
             self._refused(error)
 
-    def _collect(self, parent: bytes, hashes: Sequence[bytes]) -> None:
-        """Append blocks that are not stored to the run they continue."""
-        for digest in hashes:
-            if digest not in self._index and digest not in self._queued:
-                run = self._runs.pop(parent, None) or _Run()
-                run.hashes.append(digest)
-                self._runs[digest] = run
-                self._queued.add(digest)
-            parent = digest
-
-    def _store(self, run: _Run) -> None:
+    def _store(self, shelf: Shelf, run: _Run) -> None:
         began, stats = time.perf_counter(), self._stats
-        for first in range(0, len(run.hashes), self._most):
-            hashes = run.hashes[first : first + self._most]
-            sources = self._sources(hashes)
-            written = write_segment(self._index.folder, self._index.form, len(hashes), sources)
+        for first in range(0, len(run.hashes), shelf.most):
+            hashes = run.hashes[first : first + shelf.most]
+            sources = shelf.sources(hashes)
+            written = write_segment(shelf.index.folder, shelf.index.form, len(hashes), sources)
             if written is None:
                 break
-            self._index.add(*written)
-            stats.written_bytes += len(written[1]) * self._memory.block_bytes
+            shelf.index.add(*written)
+            stats.written_bytes += len(written[1]) * shelf.memory.block_bytes
         stats.write_seconds += time.perf_counter() - began
 
-    def _sources(self, hashes: Sequence[bytes]) -> Iterator[Source]:
-        """The blocks still in memory, up to the first missing one."""
-        prefix = self._prefix
-        for digest in hashes:
-            found = prefix.locate(digest)
-            if found is None:
-                return
-            yield Source(digest, self._memory.source(found[0]), partial(self._same, prefix, digest, found))
-
-    def _same(self, prefix: PrefixCache, digest: bytes, found: tuple[int, int]) -> bool:
-        return self._prefix is prefix and prefix.locate(digest) == found
-
     def _make_room(self, now: float) -> None:
-        if self._index.stored_bytes > self._index.capacity or now >= self._recount_at:
+        """Evict; an index counts the directories of all kinds, but knows the files of its own only."""
+        full = any(shelf.index.stored_bytes > shelf.index.capacity for shelf in self._shelves)
+        if full or now >= self._recount_at:
             self._recount_at = now + _RECOUNT
-            self._index.evict()
-        self._stats.evictions = self._index.evictions
-        self._stats.stored_bytes = self._index.stored_bytes
+            for shelf in self._shelves:
+                shelf.index.evict()
+        self._stats.evictions = sum(shelf.index.evictions for shelf in self._shelves)
+        self._stats.stored_bytes = max(shelf.index.stored_bytes for shelf in self._shelves)
 
     def _refused(self, error: OSError) -> None:
         """Handle a full or read-only disk: continue without it and retry later."""
         self._stats.errors += 1
         if not self._warned:
-            log.warning(
-                "prefix cache: cannot write to %s (%s); continuing without it", self._index.folder, error
-            )
+            folder = self._shelves[0].index.folder
+            log.warning("prefix cache: cannot write to %s (%s); continuing without it", folder, error)
         self._warned, self._paused_until = True, time.monotonic() + _PAUSE
 
 
@@ -370,18 +397,22 @@ def open_store(
             f"prefix_cache_dir: got {config.prefix_cache_dir!r} for a model that was not loaded from a "
             "checkpoint; expected a checkpoint, which identifies the blocks"
         )
-    memory = memory_of(cache)
-    form = Format(identity(config, model, cache), memory.block_bytes)
-    if config.prefix_cache_disk_bytes < (least := form.segment_bytes(1)):
-        raise ValueError(
-            f"prefix_cache_disk_bytes: got {config.prefix_cache_disk_bytes}; expected at least {least}, "
-            "the size of a file with one block"
-        )
-    index = Index(Path(config.prefix_cache_dir), form, config.prefix_cache_disk_bytes)
-    return DiskStore(index, memory, config.block_size, stats, loaded) if _list(index) else None
+    shelves = []
+    for kind, tensors in enumerate(cache.by_kind()):
+        memory = memory_of(tensors)
+        form = Format(identity(config, model, tensors, kind), memory.block_bytes)
+        if config.prefix_cache_disk_bytes < (least := form.segment_bytes(1)):
+            raise ValueError(
+                f"prefix_cache_disk_bytes: got {config.prefix_cache_disk_bytes}; expected at least {least}, "
+                "the size of a file with one block"
+            )
+        index = Index(Path(config.prefix_cache_dir), form, config.prefix_cache_disk_bytes)
+        shelves.append(Shelf(index, memory))
+    usable = all(_list(shelf.index) for shelf in shelves)
+    return DiskStore(shelves, config.block_size, stats, loaded) if usable else None
 
 
-def identity(config: EngineConfig, model: Model, cache: LatentCache) -> bytes:
+def identity(config: EngineConfig, model: Model, tensors: Sequence[Tensor], kind: int = 0) -> bytes:
     """A digest of everything that determines a block's contents besides its tokens and salt."""
     packed = () if config.packed is None else (Path(config.packed),)
     parts = (
@@ -393,7 +424,8 @@ def identity(config: EngineConfig, model: Model, cache: LatentCache) -> bytes:
         *(config.dtype, config.quantization, config.experts, config.deterministic),
         *(config.experts_on, config.hot_experts),  # results differ between devices
         "mtp" in (config.speculate or ""),  # only then its layer's rows are filled
-        *((str(t.dtype), t.shape[0], *t.shape[2:]) for t in cache.tensors()),
+        kind,
+        *((str(t.dtype), t.shape[0], *t.shape[2:]) for t in tensors),
     )
     return blake2b(repr(parts).encode(), digest_size=16).digest()
 
