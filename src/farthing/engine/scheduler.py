@@ -279,8 +279,10 @@ class Scheduler(Generic[S]):
         if self._queues or len(decoding) < len(self.running):
             spare //= 2
         for seq in decoding:
-            if seq.status is not Status.RUNNING or seq.redo >= budget:
-                continue  # preempted for one with a better claim, or more to compute again than fits
+            if seq.status is not Status.RUNNING or budget <= 0:
+                continue  # preempted for one with a better claim, or that one took all tokens
+            if seq.redo > max(0, spare) and seq is not decoding[0]:
+                continue  # only the one with the best claim may compute tokens again in place of others
             room = 0 if seq.redo else min(spare, seq.max_len - len(seq.tokens) - 1)
             drafts = tuple(seq.drafts[: max(0, room)])
             if not self._reserve(seq, len(seq.tokens) + len(drafts) + self.num_lookahead):

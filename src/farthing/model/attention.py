@@ -141,7 +141,7 @@ class GroupedAttention:
         p, d = f"model.layers.{layer}.self_attn.", config.hidden_size
         a = config.attention
         assert isinstance(a, GroupedHeads)
-        self.ops, self.rows = ops, a.cache_rows
+        self.ops, self.rows, self.window = ops, a.cache_rows, config.window(layer)
         self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
         widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
         self.q_width = a.query_width
@@ -271,6 +271,7 @@ class LatentAttention:
     """One layer's attention with its input norm and residual."""
 
     rows = 1  # of the cache
+    window: int | None = None
     o_bias: Tensor | None = None
 
     def __init__(

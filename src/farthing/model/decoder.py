@@ -58,6 +58,7 @@ class DecoderModel:
             for i in range(config.num_hidden_layers)
         ]
         self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
+        self.windows = {window for window, _ in self.places}
         self.mtp: list[MTPLayer] = []
         self.restack()
         if not last:
@@ -88,9 +89,7 @@ class DecoderModel:
 
     def restack(self) -> None:
         """Rebuild the fused stack from the layers as currently packed."""
-        self.stack = (
-            stacked(self.ops, self.layers) if len({window for window, _ in self.places}) == 1 else None
-        )
+        self.stack = stacked(self.ops, self.layers)
         for mtp in self.mtp:
             mtp.restack()
 
@@ -169,8 +168,10 @@ class DecoderModel:
         span: a part of the layers; only if `layered`.
         """
         if self.stack is not None:
-            window = self.places[0][0]
-            return self.ops.run_stack(h, self.stack, batch.of(window), cache.of(window), counts, span)
+            if len(self.windows) == 1:  # else the stack knows which layers have which
+                (window,) = self.windows
+                batch, cache = batch.of(window), cache.of(window)
+            return self.ops.run_stack(h, self.stack, batch, cache, counts, span)
         if span != ALL:
             raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
         select: Tensor | None = None  # the cached positions that sparse attention reads
@@ -183,7 +184,7 @@ class DecoderModel:
 
     def _places(self, batch: Batch, cache: LatentCache) -> list[Place]:
         """Where each layer writes and reads in a step."""
-        own = {window: (cache.of(window), batch.of(window)) for window in {w for w, _ in self.places}}
+        own = {window: (cache.of(window), batch.of(window)) for window in self.windows}
         return [Place(own[window][0], row, own[window][1]) for window, row in self.places]
 
     def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:

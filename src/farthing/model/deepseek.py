@@ -145,7 +145,7 @@ def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:
     a = attention
     return LayerHandles(
         a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed,
-        o_bias=a.o_bias, rows=a.rows,
+        o_bias=a.o_bias, rows=a.rows, window=a.window,
     )  # fmt: skip
 
 

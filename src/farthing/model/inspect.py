@@ -126,20 +126,20 @@ class ContextCost:
     context: int  # tokens
     flops: int
     bytes: int  # bytes read from the bf16 cache
-    dense_flops: int  # FLOPs of full attention, without an indexer
+    dense_flops: int  # FLOPs without an indexer
     dense_bytes: int
 
 
 def context_cost(config: ModelConfig, context: int) -> ContextCost:
     """Decode, of latent attention in absorbed form: scores and values; the scan of index keys."""
     c, layers = config, config.num_hidden_layers
-    flops = 2 * c.num_attention_heads * c.attention.dot_width * layers
-    size = 2 * c.cache_per_layer * layers
-    read = context if c.index_topk is None else min(context, c.index_topk)
-    rows = sum(map(c.has_indexer, range(layers))) if read < context else 0
+    flops, size = 2 * c.num_attention_heads * c.attention.dot_width, 2 * c.cache_per_layer
+    most = context if c.index_topk is None else min(context, c.index_topk)
+    read, seen = (sum(min(n, c.window(i) or n) for i in range(layers)) for n in (most, context))
+    rows = sum(map(c.has_indexer, range(layers))) if most < context else 0
     index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes
     return ContextCost(
-        context, flops * read + index * c.index_n_heads, size * read + index, flops * context, size * context
+        context, flops * read + index * c.index_n_heads, size * read + index, flops * seen, size * seen
     )
 
 

@@ -135,13 +135,11 @@ class Sizing:
 
     def used(self, blocks: int, sizes: CacheSizes) -> int:
         """Bytes of a cache; blocks: of those that keep every token."""
-        counts: dict[int | None, int] = {None: blocks, **sizes.windows}
-        return sum(
-            sizes.slots * kind.state_bytes
-            if kind.state
-            else counts[kind.window] * self.block_size * kind.token_bytes(self.dtype)
-            for kind in self.kinds
-        )
+        total = sum(sizes.slots * kind.state_bytes for kind in self.kinds)
+        for kind in self.kinds:
+            count = blocks if kind.window is None else sizes.windows[kind.window]
+            total += count * self.block_size * kind.token_bytes(self.dtype)
+        return total
 
     def checkpoints(self, sequences: int, blocks: int) -> int:
         """One for each sequence, and one per CHECKPOINT_TOKENS of the blocks, in at most as many bytes."""

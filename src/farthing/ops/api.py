@@ -153,7 +153,7 @@ class LatentCache:
 
     def of(self, window: int | None) -> LatentCache:
         """The cache of the layers with this window; None: of those without."""
-        return self if window is None else self.windows[window]
+        return self if window is None or not self.windows else self.windows[window]
 
     def tensors(self) -> list[Tensor]:
         """All tensors with these blocks, each [*, num_blocks, …]: a block is a slice along dimension 1."""
@@ -253,6 +253,7 @@ class LayerHandles:
     feed_sum: SharedSum | None = None
     o_bias: Tensor | None = None  # [D]
     rows: int = 1  # cache rows
+    window: int | None = None  # of attention
 
 
 class Ops(ABC):
@@ -420,7 +421,7 @@ class Ops(ABC):
         """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
 
     def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
-        """Layers that `run_stack` computes in one call; None if the backend does not support it.
+        """Layers that `run_stack` computes in one call; None if the backend does not support them.
 
         With ranks (`sums_in_stack`), the outputs of attention or feed-forward are summed over ranks.
         """

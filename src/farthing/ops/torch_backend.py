@@ -416,7 +416,9 @@ class TorchOps(ReferenceOps):
 
     # -- computing layers
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Stack:
+    def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
+        if len({layer.window for layer in layers}) > 1:  # they have different blocks
+            return None
         found = tuple(map(self._layer_here, layers))
         return Stack(found, all(map(_compilable, found)))
 

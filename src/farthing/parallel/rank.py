@@ -181,8 +181,8 @@ class Rank:
         num_blocks: int,
         block_size: int,
         dtype: CacheDtype,
-        windows: Mapping[int, int] | None,
-        slots: int | None,
+        windows: Mapping[int, int] | None = None,
+        slots: int | None = None,
     ) -> LatentCache:
         """The cache of this rank's layers; block indices are the same on every rank."""
         self.cache = self.model.new_cache(num_blocks, block_size, dtype, windows, slots)

@@ -214,7 +214,7 @@ class RankRoofline:
         Sparse attention reads the selected keys, and all index keys where there are more than it selects.
         """
         c = self.config
-        attended, scanned = context, 0.0
+        attended, scanned = min(context, c.window(layer) or context), 0.0
         if c.index_topk is not None and context > c.index_topk:
             attended, scanned = c.index_topk, context * c.has_indexer(layer)
         latent, index = cache_row_bytes(c, self.cache_dtype, self.layout.tp)
@@ -229,7 +229,8 @@ class RankRoofline:
         masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
         """
         c = self.config
-        dense = 2 * (past + new / 2) * self._heads * c.attention.expanded_width
+        seen = past + new / 2
+        dense = 2 * min(seen, c.window(layer) or seen) * self._heads * c.attention.expanded_width
         if c.index_topk is None or past + new <= c.index_topk:
             return tokens * dense / self.attention_flops
         first = max(c.index_topk - past, 0)  # new tokens that select nothing

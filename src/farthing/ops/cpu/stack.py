@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from farthing import _native
@@ -26,12 +27,35 @@ CACHE_TYPES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive layers with the same window, which one native call computes."""
+
+    first: int
+    last: int  # the one after them
+    window: int | None
+    row: int  # of the first, in the cache of the layers with this window
+    rows: int  # per layer
+
+
+def runs_of(layers: Sequence[LayerHandles]) -> tuple[Run, ...]:
+    """All layers, in order."""
+    found, rows = list[Run](), Counter[int | None]()
+    for i, layer in enumerate(layers):
+        if found and found[-1].window == layer.window:
+            found[-1] = replace(found[-1], last=i + 1)
+        else:
+            found.append(Run(i, i + 1, layer.window, rows[layer.window], layer.rows))
+        rows[layer.window] += layer.rows
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
 class Stack:
     """Layers for `run_layers`; `alive` owns the tensors that native code points to."""
 
     native: Any
     depth: int  # number of layers
-    rows: int  # cache rows per layer
+    runs: tuple[Run, ...]
     eps: float  # of every norm
     alive: tuple[Any, ...]
 
@@ -52,8 +76,8 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
             layer.o.rest, feed_norm, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
         )  # fmt: skip
         alive += [*vectors, layer.heads, layer.feed]
-    rows, eps = (layers[0].rows, layers[0].norm.eps) if layers else (1, 0.0)
-    return Stack(native, len(layers), rows, eps, tuple(alive))
+    eps = layers[0].norm.eps if layers else 0.0
+    return Stack(native, len(layers), runs_of(layers), eps, tuple(alive))
 
 
 def vector(x: Tensor) -> Tensor:
@@ -123,14 +147,21 @@ def run_layers(
     tokens, hidden = h.shape
     first, last, _ = span.indices(stack.depth)
     out = empty(h, tokens, hidden)
-    seen, stride = (0, 0) if counts is None else (address(counts[first:]), row_stride(counts))
-    try:
-        native.layers(
-            stack.native, first, last, native_rows(h), tokens, native_cache(cache, first * stack.rows),
-            native_batch(batch), stack.eps, seen, stride, native_rows(out),
-        )  # fmt: skip
-    except _native.PeerLost as error:
-        raise PeerLost(*error.args) from error
+    for run in stack.runs:
+        start, stop = max(first, run.first), min(last, run.last)
+        if start >= stop:
+            continue
+        if start > first:
+            h, out = out, empty(h, tokens, hidden)
+        own, row = cache.of(run.window), run.row + (start - run.first) * run.rows
+        seen, stride = (0, 0) if counts is None else (address(counts[start:]), row_stride(counts))
+        try:
+            native.layers(
+                stack.native, start, stop, native_rows(h), tokens, native_cache(own, row),
+                native_batch(batch.of(run.window)), stack.eps, seen, stride, native_rows(out),
+            )  # fmt: skip
+        except _native.PeerLost as error:
+            raise PeerLost(*error.args) from error
     return out
 
 

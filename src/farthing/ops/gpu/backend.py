@@ -273,7 +273,9 @@ class GpuOps(Ops):
     def _route(self, n: Tensor, weights: Experts, live: Tensor | None) -> tuple[Tensor, Tensor]:
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec, live)
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Stack:
+    def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
+        if len({layer.window for layer in layers}) > 1:  # they have different blocks
+            return None
         return Stack(tuple(layers))
 
     def run_stack(
