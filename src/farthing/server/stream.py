@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from farthing.server.errors import OPENING_HEADER, ApiError, send_error
 from farthing.server.jobs import ClientGone, Job
+from farthing.shares import Shares
 
 if TYPE_CHECKING:
     from farthing.server.api.openai_protocol import StreamOptions
@@ -26,55 +27,45 @@ if TYPE_CHECKING:
 # Fair turns between clients on the event loop, whatever their numbers of waiting requests.
 
 
-class _Line:
-    """Waiting requests by client; clients take turns."""
+class FairLock:
+    """A lock with one or more places, for work that occupies the event loop."""
 
-    def __init__(self) -> None:
-        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # the first is next
+    def __init__(self, places: int = 1) -> None:
+        self._most = self._left = places
+        self._shares = Shares()  # in turns
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # by client; those without any are absent
 
-    async def wait(self, client: str, unused: Callable[[], object]) -> None:
-        """Wait for a turn. unused: called if the turn came but the request was cancelled."""
+    async def acquire(self, client: str) -> None:
+        """Wait for a place."""
+        if self._left:
+            self._left -= 1
+            return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(client, deque()).append(turn)
+        self._shares.enter(client)
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                unused()
+            if turn.done() and not turn.cancelled():  # the turn came, and the request was cancelled
+                self.release()
             raise
 
-    def call(self) -> bool:
-        """Give the next client's first request its turn; False if none is waiting."""
+    def release(self) -> None:
+        """Hand a place to the first request of the client whose turn it is."""
         while self._queues:
-            client, queue = self._queues.popitem(last=False)
-            turn = queue.popleft()
-            if queue:
-                self._queues[client] = queue  # at the back
+            client = self._shares.next(self._queues)
+            turn = self._queues[client].popleft()
+            if not self._queues[client]:
+                del self._queues[client]
+            self._shares.charge(client, 1)
+            self._shares.leave(client)
             if not turn.done():
                 turn.set_result(None)
-                return True
-        return False
+                return
+        self._left += 1
 
 
-class FairLock:
-    """A lock for work that occupies the event loop for long."""
-
-    def __init__(self) -> None:
-        self._held = False
-        self._line = _Line()
-
-    async def acquire(self, client: str) -> None:
-        """Wait for the lock."""
-        if self._held:
-            await self._line.wait(client, self.release)
-        self._held = True
-
-    def release(self) -> None:
-        """Hand the lock to the next request."""
-        self._held = self._line.call()
-
-
-class Gate:
+class Gate(FairLock):
     """Lets a few requests begin per iteration of the event loop.
 
     Hundreds of requests in a burst would otherwise all begin in one iteration; this way they delay the next
@@ -82,23 +73,21 @@ class Gate:
     """
 
     def __init__(self, per_turn: int = 2) -> None:
-        self._most = self._left = per_turn
-        self._line = _Line()
+        super().__init__(per_turn)
+        self._refilling = False
 
     async def enter(self, client: str) -> None:
         """Wait until a request may begin."""
-        if self._left == self._most:
+        if not self._refilling:
+            self._refilling = True
             asyncio.get_running_loop().call_soon(self._refill)
-        if self._left:
-            self._left -= 1
-        else:
-            await self._line.wait(client, lambda: None)
+        await self.acquire(client)
 
     def _refill(self) -> None:
-        self._left = self._most
-        while self._left and self._line.call():
-            self._left -= 1
-        if self._left < self._most:
+        for _ in range(self._most - self._left):
+            self.release()
+        self._refilling = self._left < self._most
+        if self._refilling:
             asyncio.get_running_loop().call_soon(self._refill)
 
 
