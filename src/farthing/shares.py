@@ -59,19 +59,19 @@ class Shares:
 
     # Whose turn it is
 
-    def enter(self, client: str) -> None:
-        """A piece of the client's work has arrived."""
+    def enter(self, client: str, pieces: int = 1) -> None:
+        """Pieces of the client's work have arrived."""
         account = self._account(client)
         if not account.work:
             account.served = max(account.served, self._start())
             self._touch(account)
             self._present[client] = account
-        account.work += 1
+        account.work += pieces
 
-    def leave(self, client: str) -> None:
-        """A piece of its work has ended."""
+    def leave(self, client: str, pieces: int = 1) -> None:
+        """Pieces of its work have ended."""
         account = self._present[client]
-        account.work -= 1
+        account.work -= pieces
         if not account.work:
             del self._present[client]
             self._raise_level(account)

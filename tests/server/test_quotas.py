@@ -329,7 +329,9 @@ def test_client_that_disconnects_before_its_request_runs_leaves_no_job(
     assert (
         httpx.post(f"{tiny.url}/tokenize", json={"prompt": "x"}).status_code == 200
     )  # the earlier requests have arrived
-    until(lambda: not tiny.service.jobs and not tiny.service.engine.num_live and not tiny.service.held)
+    until(
+        lambda: not tiny.service.jobs and not tiny.service.engine.num_live and not tiny.service.held.present
+    )
 
 
 def test_grammars_of_clients_that_left_are_not_compiled() -> None:
@@ -374,7 +376,7 @@ def test_queue_counts_sequences() -> None:
         assert refused.status_code == 429 and refused.headers["x-error-code"] == "queue_full"
         assert server.service.engine.queue_room == 6
         busy.close()
-        until(lambda: not server.service.held and server.service.engine.queue_room == 16)
+        until(lambda: not server.service.held.present and server.service.engine.queue_room == 16)
 
 
 def test_single_key_cannot_fill_the_queue() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -30,7 +29,7 @@ from farthing.server.quotas import Quotas
 from farthing.server.sampling import TokenTexts
 from farthing.server.schema import COMPLETIONS, FieldNames, UnknownFields, about_grammar, short
 from farthing.server.stream import Turns
-from farthing.shares import Busy
+from farthing.shares import Busy, Shares
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -70,7 +69,7 @@ class Service:
         self.launch_to_ready: float | None = None  # seconds
         self.draining = False
         self.jobs: set[Job] = set()
-        self.held: Counter[str] = Counter()  # sequences in flight, by client
+        self.held = Shares()  # its pieces of work: sequences in flight
         self.idle = asyncio.Event()
         self.idle.set()
 
@@ -236,7 +235,7 @@ class Service:
         charge = self.accounts.charge if self.accounts else None
         job = Job(self.config.request_timeout, on_close=self._closed, charge=charge)
         job.client, job.sequences = client, len(prompts) * params.n
-        self.held[client] += job.sequences
+        self.held.enter(client, job.sequences)
         self.jobs.add(job)
         self.idle.clear()
         submit = partial(
@@ -292,17 +291,18 @@ class Service:
     def _check_room(self, engine: Engine, client: str, prompts: int, n: int) -> None:
         """Raises ApiError (429, or 400 if it could never fit) for more sequences than the queue has room for,
         or than one key's share. An idle engine accepts any single prompt."""
-        room, sequences, own = engine.queue_room, prompts * n, self.held[client]
-        if room is None or (not self.held.total() and prompts == 1):
+        room, sequences, own = engine.queue_room, prompts * n, self.held.work(client)
+        busy = bool(self.held.present)
+        if room is None or (not busy and prompts == 1):
             return
         if sequences > room:
             raise ApiError(
-                429 if self.held.total() else 400,
+                429 if busy else 400,
                 f"{prompts} prompts with n = {n} are {sequences} sequences; expected at most {room}, "
                 "the free places in the queue",
                 param="n",
                 reason="queue_full",
-                retry_after=self._retry_after() if self.held.total() else None,
+                retry_after=self._retry_after() if busy else None,
             )
         if self.several_keys and own and own + sequences > room:
             raise ApiError(
@@ -354,9 +354,7 @@ class Service:
 
     def _closed(self, job: Job) -> None:
         self.quotas.charge(job.client, job.generated)
-        self.held[job.client] -= job.sequences
-        if not self.held[job.client]:
-            del self.held[job.client]
+        self.held.leave(job.client, job.sequences)
         self.jobs.discard(job)
         if not self.jobs:
             self.idle.set()
