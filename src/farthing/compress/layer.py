@@ -335,7 +335,7 @@ def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Bloc
         mtp = MTPLayer(
             c, ops, MemorySource(hidden_only), layer.index, rope, router, embedding, None, _no_head
         )
-        mtp.layer = 0  # the cache below has one layer
+        mtp.layer = mtp.row = 0  # the cache below has one layer
 
         def draft(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
             return mtp(next_ids, ops.rms_norm(h, Norm(final_norm, c.rms_norm_eps)), batch, cache)
