@@ -89,6 +89,46 @@ def test_pipeline_is_bounded_and_what_was_accepted_is_answered() -> None:
         assert healthy(server)
 
 
+STREAM = b'{"prompt": "x", "stream": true}'
+STREAMED = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n%s" % (len(STREAM), STREAM)
+)
+
+
+def test_error_of_a_pipelined_request_is_not_written_into_a_running_stream() -> None:
+    with (
+        running(ScriptedEngine(["a"], step=0.01, forever=True)) as server,
+        sockets(server, 1) as (connection,),
+    ):
+        connection.sendall(STREAMED)
+        received = b""
+        while b"data: " not in received:
+            received += connection.recv(65536)
+        connection.sendall(b"this is no HTTP\r\n\r\n")
+        assert (received + answer(connection)).count(b"HTTP/1.1 ") == 1
+        until(lambda: not server.service.jobs)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_head_that_begins_during_a_request_must_end_too(at_once: bool) -> None:
+    """It had the time of an idle connection, as if nothing of it had arrived."""
+    partial = b"GET /health HTTP/1.1\r\na"
+    engine = ScriptedEngine(["a"] * 10, step=0.01)
+    with (
+        running(engine, header_timeout=0.3, idle_timeout=1000) as server,
+        sockets(server, 1) as (connection,),
+    ):
+        connection.sendall(STREAMED + partial if at_once else STREAMED)
+        received = b""
+        while b"data: " not in received:
+            received += connection.recv(65536)
+        if not at_once:
+            connection.sendall(partial)
+        received += answer(connection)
+        assert b"[DONE]" in received and b"HTTP/1.1 408 " in received
+
+
 CHUNKED = (
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
@@ -284,14 +324,9 @@ def test_garbage_behind_a_stream_ends_it(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_lost_connection_ends_every_pipelined_request(caplog: pytest.LogCaptureFixture) -> None:
-    body = b'{"prompt": "x", "stream": true}'
-    request = (
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    )
     engine = ScriptedEngine(["a"], step=0.01, forever=True)
     with running(engine) as server, sockets(server, 1) as (connection,):
-        connection.sendall(request * 3)
+        connection.sendall(STREAMED * 3)
         connection.recv(100)
         assert engine.running == 1
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

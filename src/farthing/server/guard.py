@@ -96,6 +96,7 @@ class Guarded(_Base):
     _address = ""
     _counted = False
     _answered = False  # a request, so that the connection may idle
+    _in_head = False  # a part of a head has arrived
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection or reject it."""
@@ -145,6 +146,8 @@ class Guarded(_Base):
             self._disarm()
             self.guard.works(self)
         elif self._counted:
+            if self._in_head and not self._head_bytes:
+                self._head_bytes = 1  # at least: it began during the request before it
             self.guard.waits(self, self._address)
             self._arm()
 
@@ -211,6 +214,11 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
+    def on_message_begin(self) -> None:
+        """Handle the first byte of a head."""
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """Handle a complete head. After too many pipelined requests parsing ends; accepted ones are answered.
 
@@ -226,7 +234,7 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
             self._reject("expected HTTP/1.1")
         if (problem := ambiguity(self.url, self.headers, (1, int(version[-1])))) is not None:
             self._reject(problem)
-        self._in_body = True
+        self._in_head, self._in_body = False, True
         self._chunks = self._body_bytes = self._trailers = 0
         super().on_headers_complete()
 
@@ -256,10 +264,16 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Reject input that cannot be parsed."""
-        if not self._overrun:
+        """Reject input that cannot be parsed. Within an answer, where the client would take the error for a
+        part of it, the connection only closes."""
+        if self._overrun:
+            return
+        running = self._running
+        if running is not None and running.response_started and not running.response_complete:
+            self.transport.close()
+        else:
             super().send_400_response(self._problem or msg)
-            self._abandon()
+        self._abandon()
 
     def _reject(self, problem: str) -> NoReturn:
         """End parsing from within a callback of the parser."""
