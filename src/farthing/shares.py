@@ -33,7 +33,7 @@ class _Account:
 
     at: float  # when `spent` was last reduced
     served: float = 0.0  # its charges, from an arbitrary start: the least served is next
-    turn: int = 0  # number of its last arrival or charge
+    turn: int = 0  # number of its last turn or arrival
     spent: float = 0.0  # of its limit
     work: int = 0  # pieces of work that it has here, waiting or in progress
 
@@ -64,7 +64,7 @@ class Shares:
         account = self._account(client)
         if not account.work:
             account.served = max(account.served, self._start())
-            self._touch(account)
+            self._moved(account)
             self._present[client] = account
         account.work += pieces
 
@@ -74,15 +74,14 @@ class Shares:
         account.work -= pieces
         if not account.work:
             del self._present[client]
-            self._raise_level(account)
+            self._moved(account)
 
     def charge(self, client: str, cost: float) -> None:
         """The client has had something; negative: it has given something back."""
         account = self._account(client)
         account.served += cost
         account.spent += cost
-        self._touch(account)
-        self._raise_level(account)
+        self._moved(account)
 
     def next(self, waiting: Iterable[str], tie: Callable[[str], Any] | None = None) -> str:
         """The client whose turn it is, of one or more that have work. tie: orders those that were served
@@ -144,9 +143,11 @@ class Shares:
             account.at = now
         return account
 
-    def _touch(self, account: _Account) -> None:
+    def _moved(self, account: _Account) -> None:
         self._turns += 1
         account.turn = self._turns
+        if not self._present:
+            self._level = max(self._level, account.served)
 
     def _start(self) -> float:
         """The level at which a client begins."""
@@ -154,10 +155,6 @@ class Shares:
 
     def _lowest(self) -> float:
         return min((account.served for account in self._present.values()), default=self._level)
-
-    def _raise_level(self, account: _Account) -> None:
-        if not self._present:
-            self._level = max(self._level, account.served)
 
     def _forget(self) -> None:
         """Drop absent clients that are as good as new, and of too many others those nearest to it."""

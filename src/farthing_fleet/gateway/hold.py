@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -114,38 +115,35 @@ class Hold:
         self._timer = None
         if not self.waiting:
             return
-        due: set[str] = set()
         available = self._available()
         if self.stopping or not available:
             self._looks += 1  # all are due, now or once a replica is available
-        if self.stopping or available:
-            due = self._due()
+        due = self._due() if self.stopping or available else {}
+        for _ in range(self.waiting if self.stopping else _BATCH):
             if not due:
-                self._looks += 1
-                due = self._due()
-            count = self.waiting if self.stopping else _BATCH
-            while due and count:
-                self._wake(self._shares.next(due), due)
-                count -= 1
+                break
+            key = self._shares.next(due)
+            woken = due[key].popleft()
+            if not due[key]:
+                del due[key]
+            self._shares.charge(key, 1)
+            self._forget(key, woken)
+            if not woken.done():  # else its client has left, or its time is up
+                woken.set_result(None)
         pause = _PAUSE_S if due else _AGAIN_S
         self._timer = asyncio.get_running_loop().call_later(pause, self._look)
 
-    def _due(self) -> set[str]:
-        """The keys with requests that this look has not woken."""
-        return {key for key in self._sleeping if self._is_due(key)}
-
-    def _is_due(self, key: str) -> bool:
-        return key in self._sleeping and next(iter(self._sleeping[key].values()))[1] < self._looks
-
-    def _wake(self, key: str, due: set[str]) -> None:
-        """Wake the key's request that went to sleep first."""
-        woken = next(iter(self._sleeping[key]))
-        self._forget(key, woken)
-        self._shares.charge(key, 1)
-        if not self._is_due(key):
-            due.remove(key)
-        if not woken.done():  # else its client has left, or its time is up
-            woken.set_result(None)
+    def _due(self) -> dict[str, deque[asyncio.Future[None]]]:
+        """By key, the requests that the last look has still to wake; if there are none, a new look begins."""
+        for _ in range(2):
+            due = {
+                key: deque(woken for woken, (_, look) in sleeping.items() if look < self._looks)
+                for key, sleeping in self._sleeping.items()
+            }
+            if any(due.values()):
+                return {key: queue for key, queue in due.items() if queue}
+            self._looks += 1
+        return {}
 
 
 # Reports held requests to the controller, which wakes a fleet that is scaled to zero.
