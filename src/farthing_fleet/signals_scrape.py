@@ -26,7 +26,7 @@ Targets = Callable[[], Mapping[str, str]]  # {replica: base url}
 
 
 @dataclass(frozen=True)
-class Sample:
+class Reading:
     """A reading of a replica: current gauges; counters and histogram sums since its start."""
 
     at: float  # monotonic seconds
@@ -41,9 +41,9 @@ class Sample:
 class _History:
     """A replica's readings within the window, oldest first."""
 
-    samples: deque[Sample] = field(default_factory=deque)
+    samples: deque[Reading] = field(default_factory=deque)
 
-    def add(self, sample: Sample, window_s: float) -> None:
+    def add(self, sample: Reading, window_s: float) -> None:
         self.samples.append(sample)
         while len(self.samples) > 2 and self.samples[1].at <= sample.at - window_s:
             self.samples.popleft()
@@ -70,7 +70,7 @@ class _History:
         return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
 
 
-def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = None) -> Sample | None:
+def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = None) -> Reading | None:
     """Parse one replica's /metrics text; None if no dialect is recognized.
 
     First tokens after `ttft_s` are counted as late. Raises ValueError for other text.
@@ -106,7 +106,7 @@ def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = 
     if ttft_s is not None and known.ttft in buckets:
         totals["ttft_late"] = late_count(buckets[known.ttft], ttft_s)
     running, waiting, kv_usage = (values.get(n) for n in (known.running, known.waiting, known.kv_usage))
-    return Sample(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
+    return Reading(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
 
 
 class ScrapeSource:
@@ -182,7 +182,7 @@ class ScrapeSource:
         except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
             return None
 
-    def _take(self, name: str, text: str | None, now: float) -> Sample | None:
+    def _take(self, name: str, text: str | None, now: float) -> Reading | None:
         try:
             sample = parse(text, self._dialect, now, self._ttft_s) if text is not None else None
         except ValueError as problem:
@@ -192,7 +192,7 @@ class ScrapeSource:
             self._histories.setdefault(name, _History()).add(sample, self._window)
         return sample
 
-    def _report(self, fresh: Mapping[str, Sample | None]) -> None:
+    def _report(self, fresh: Mapping[str, Reading | None]) -> None:
         """Log once when a replica's metrics are missing, and once when they are back."""
         silent = {name for name, sample in fresh.items() if sample is None}
         for name in sorted(silent - self._silent):
@@ -229,7 +229,7 @@ class ScrapeSource:
         queued = (h.growth_of_queue() for h in self._histories.values())
         return max(0.0, served + sum(queued))
 
-    def _cold_start(self, samples: Iterable[Sample]) -> float | None:
+    def _cold_start(self, samples: Iterable[Reading]) -> float | None:
         """P90 of externally measured cold starts, else of those reported by the replicas."""
         if self._cold_starts is not None and self._cold_starts.p90 is not None:
             return self._cold_starts.p90

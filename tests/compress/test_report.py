@@ -6,13 +6,13 @@ from pathlib import Path
 
 from farthing.compress.recipe import RECIPES
 from farthing.compress.report import serving_figures, speeds
-from farthing.compress.stream import Job, run
+from farthing.compress.stream import Compression, run
 from farthing.model.load import load
 from farthing.ops.select import select
 
 
 def test_rows_contain_both_models(model_dir: Path, tmp_path: Path) -> None:
-    run(Job(model_dir, tmp_path / "out", RECIPES["fp8-block"], None))
+    run(Compression(model_dir, tmp_path / "out", RECIPES["fp8-block"], None))
     source, compressed = serving_figures(model_dir)(tmp_path / "out")
     assert (source["model"], compressed["model"]) == ("source", "compressed")
     for row, path in ((source, model_dir), (compressed, tmp_path / "out")):

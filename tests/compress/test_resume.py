@@ -16,7 +16,7 @@ import torch
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress import stream
 from farthing.compress.recipe import RECIPES
-from farthing.compress.stream import Job, run
+from farthing.compress.stream import Compression, run
 
 
 def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, 
 def test_another_job_does_not_resume_and_a_finished_model_is_not_overwritten(
     model_dir: Path, tmp_path: Path
 ) -> None:
-    run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
+    run(Compression(model_dir, tmp_path, RECIPES["fp8-block"], None))
     with pytest.raises(ValueError, match="already has a model"):
-        run(Job(model_dir, tmp_path, RECIPES["fp8-block"], None))
+        run(Compression(model_dir, tmp_path, RECIPES["fp8-block"], None))
 
 
 def test_run_killed_while_renaming_shards_starts_over(model_dir: Path, tmp_path: Path) -> None:
-    job = Job(model_dir, tmp_path / "out", RECIPES["fp8-block"], None)
+    job = Compression(model_dir, tmp_path / "out", RECIPES["fp8-block"], None)
     run(replace(job, out=tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream.CheckpointWriter, "close", lambda *a, **k: 1 / 0)

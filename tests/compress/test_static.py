@@ -16,7 +16,7 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.compress.api import load_for
 from farthing.compress.evaluate import PAGE, paged_batch
 from farthing.compress.recipe import RECIPES, Recipe
-from farthing.compress.stream import Job, run
+from farthing.compress.stream import Compression, run
 from farthing.model.load import load
 from farthing.ops.select import select
 from tests.compress.conftest import corpus_of, write_model
@@ -48,7 +48,7 @@ def scaled(source: Path, out: Path, factor: float) -> Path:
 def static(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("static") / "out"
     recipe = Recipe("static", "int8", activations="tensor", observer="kl")
-    run(Job(model_dir, out, recipe, corpus_of(data, model_dir, 64, 600)))
+    run(Compression(model_dir, out, recipe, corpus_of(data, model_dir, 64, 600)))
     return out
 
 
@@ -152,7 +152,7 @@ def test_error_for_a_missing_or_impossible_range_names_the_module(static: Path, 
 
 
 def test_int8_kl_is_static_and_loads(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    run(Job(model_dir, tmp_path / "out", RECIPES["int8-kl"], corpus_of(data, model_dir, 64, 600)))
+    run(Compression(model_dir, tmp_path / "out", RECIPES["int8-kl"], corpus_of(data, model_dir, 64, 600)))
     weight = Checkpoint.open(tmp_path / "out").weight("model.layers.0.self_attn.o_proj")
     assert weight.inputs is not None and weight.inputs.scale is not None
     load(tmp_path / "out", select("cpu"))

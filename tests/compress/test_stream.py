@@ -17,7 +17,7 @@ from farthing.compress import stream, transform
 from farthing.compress.api import Options, compress, load_for
 from farthing.compress.evaluate import Corpus, paged_batch
 from farthing.compress.recipe import RECIPES, Prune, Recipe
-from farthing.compress.stream import Job, run
+from farthing.compress.stream import Compression, run
 from farthing.model.load import load
 from farthing.ops.api import Place
 from farthing.ops.select import select
@@ -87,7 +87,7 @@ def test_transformers_loads_it_and_computes_the_same(
 
     source = write_model(tmp_path / "source", num_nextn_predict_layers=0, **changes)
     recipe, out = RECIPES[name], tmp_path / "out"
-    run(Job(source, out, recipe, corpus_of(data, source, 64, SMALL) if recipe.needs_data else None))
+    run(Compression(source, out, recipe, corpus_of(data, source, 64, SMALL) if recipe.needs_data else None))
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
 
     def distance(actual: torch.Tensor) -> float:
@@ -109,8 +109,8 @@ def test_transformers_loads_it_and_computes_the_same(
 
 
 def test_deepseek_format_round_trips_exactly(model_dir: Path, tmp_path: Path) -> None:
-    run(Job(model_dir, tmp_path / "ds", RECIPES["fp8-block"], None, export="deepseek-fp8"))
-    run(Job(model_dir, tmp_path / "ct", RECIPES["fp8-block"], None))
+    run(Compression(model_dir, tmp_path / "ds", RECIPES["fp8-block"], None, export="deepseek-fp8"))
+    run(Compression(model_dir, tmp_path / "ct", RECIPES["fp8-block"], None))
     ids = torch.arange(2, 40)
     assert torch.equal(reference_logits(tmp_path / "ds", ids), reference_logits(tmp_path / "ct", ids))
     config = json.loads((tmp_path / "ds" / "config.json").read_text())
@@ -122,7 +122,7 @@ def test_rotation_and_scaling_preserve_the_function(model_dir: Path, corpus: Cor
     expected = reference_logits(model_dir, ids)
     for i, scaling in enumerate(("awq", "smoothquant")):
         recipe = Recipe("exact", "keep", scaling=scaling, rotate=True)  # type: ignore[arg-type]
-        run(Job(model_dir, tmp_path / str(i), recipe, corpus))
+        run(Compression(model_dir, tmp_path / str(i), recipe, corpus))
         actual = reference_logits(tmp_path / str(i), ids)
         assert float((actual - expected).norm() / expected.norm()) < 1e-3
         before, after = (Checkpoint.open(p) for p in (model_dir, tmp_path / str(i)))
@@ -133,7 +133,7 @@ def test_rotation_and_scaling_preserve_the_function(model_dir: Path, corpus: Cor
 def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_path: Path) -> None:
     source = write_model(tmp_path / "m", n_group=2, topk_group=1, num_nextn_predict_layers=0)
     corpus = corpus_of(data, source, 64, SMALL)
-    run(Job(source, tmp_path / "out", Recipe("x", "keep", experts=0.5, neurons=0.5), corpus))
+    run(Compression(source, tmp_path / "out", Recipe("x", "keep", experts=0.5, neurons=0.5), corpus))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["n_routed_experts"], config["moe_intermediate_size"]) == (4, 32)
     model = load(source, select("reference"))
@@ -164,7 +164,7 @@ def test_whole_blocks_are_zero_in_the_files(
 ) -> None:
     prune = RECIPES[name].prune
     assert prune is not None
-    run(Job(model_dir, tmp_path, replace(RECIPES[name], prune=replace(prune, heal_steps=2)), corpus))
+    run(Compression(model_dir, tmp_path, replace(RECIPES[name], prune=replace(prune, heal_steps=2)), corpus))
     checkpoint = Checkpoint.open(tmp_path)
     for part in ("gate", "up", "down"):
         blocks = [
@@ -185,7 +185,7 @@ def test_one_threshold_over_all_layers(pattern: Any, model_dir: Path, tmp_path: 
     for i, name in enumerate(source.names()):  # matrices of different magnitudes
         writer.add(name, source.tensor(name) * (1 + step * (i % 5) if "_proj" in name else 1))
     writer.close(source.config, copy_from=model_dir)
-    run(Job(tmp_path / "source", tmp_path / "out", Recipe("x", "keep", prune=prune), None))
+    run(Compression(tmp_path / "source", tmp_path / "out", Recipe("x", "keep", prune=prune), None))
     before, after = Checkpoint.open(tmp_path / "source"), Checkpoint.open(tmp_path / "out")
     names = [n for n in before.names() if n.endswith("_proj.weight") or "kv_a_proj_with_mqa" in n]
     scores, kept = [], []
@@ -207,10 +207,14 @@ def test_one_threshold_over_all_layers(pattern: Any, model_dir: Path, tmp_path: 
 
 def test_healing_reduces_the_error_and_keeps_zeros(model_dir: Path, corpus: Corpus, tmp_path: Path) -> None:
     prune = Prune("16x16", 0.5, heal_steps=60)
-    state = run(Job(model_dir, tmp_path / "healed", Recipe("x", "keep", prune=prune), corpus))
+    state = run(Compression(model_dir, tmp_path / "healed", Recipe("x", "keep", prune=prune), corpus))
     assert [h["layer"] for h in state.healed] == [0, 1, 2]
     assert all(h["after"] < h["before"] for h in state.healed)
-    run(Job(model_dir, tmp_path / "not", Recipe("x", "keep", prune=replace(prune, heal_steps=0)), corpus))
+    run(
+        Compression(
+            model_dir, tmp_path / "not", Recipe("x", "keep", prune=replace(prune, heal_steps=0)), corpus
+        )
+    )
     healed, plain = (Checkpoint.open(tmp_path / p) for p in ("healed", "not"))
     name = "model.layers.0.mlp.up_proj.weight"  # the first layer's mask cannot depend on healing
     a, b = healed.tensor(name), plain.tensor(name)
@@ -297,7 +301,7 @@ def test_error_for_non_finite_weights_names_the_tensor(
 def test_v2_without_query_latent_and_without_experts(tmp_path: Path, data: Path) -> None:
     source = write_model(tmp_path / "m", q_lora_rank=None, n_routed_experts=None, num_nextn_predict_layers=0)
     corpus = corpus_of(data, source, 64, SMALL)
-    run(Job(source, tmp_path / "out", RECIPES["int4-awq"], corpus))
+    run(Compression(source, tmp_path / "out", RECIPES["int4-awq"], corpus))
     assert load_for(tmp_path / "out", "reference").config.n_routed_experts is None
 
 
@@ -322,7 +326,7 @@ def test_gptq_factors_inputs_once_and_uses_one_thread_per_expert(
     before = torch.get_num_threads()
     done: list[tuple[int, int]] = []
     run(
-        Job(model_dir, tmp_path / "out", RECIPES["int4-gptq"], corpus),
+        Compression(model_dir, tmp_path / "out", RECIPES["int4-gptq"], corpus),
         lambda what, n, of: done.append((n, of)),
     )
     layers, experts = 4, 8  # one layer is dense, one drafts and has eh_proj
@@ -346,6 +350,6 @@ def test_products_are_rounded_only_while_calibration_text_runs(
             return inner(*args, **named)
 
         monkeypatch.setattr(stream, name, watch)
-    run(Job(model_dir, tmp_path / "out", RECIPES["int4-gptq"], corpus))
+    run(Compression(model_dir, tmp_path / "out", RECIPES["int4-gptq"], corpus))
     assert seen == {"forward": {"medium"}, "compress_layer": {"highest"}}
     assert torch.get_float32_matmul_precision() == "highest"

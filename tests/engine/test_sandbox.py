@@ -23,7 +23,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import Rendering, SamplingParams, StructuredOutputsParams
 from farthing.engine.sandbox import sandbox as sandbox_module
 from farthing.engine.sandbox.sandbox import Sandbox
-from farthing.engine.sandbox.workers import Job
+from farthing.engine.sandbox.workers import Work
 from farthing.engine.tokenizer import Tokenizer
 from farthing.shares import Busy
 
@@ -285,7 +285,7 @@ def test_the_cause_is_logged_where_the_process_does_not_start(
 def test_identical_grammars_in_flight_share_one_job(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submitted: list[Job] = []
+    submitted: list[Work] = []
     monkeypatch.setattr(sandbox._pool, "submit", lambda job, client: submitted.append(job) or job.future)
     first, second, third = (sandbox.grammar(regex("a"), "one") for _ in range(3))
     assert len(submitted) == 1
@@ -299,7 +299,7 @@ def test_identical_grammars_in_flight_share_one_job(
 def test_work_without_remaining_callers_is_cancelled(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submitted: list[Job] = []
+    submitted: list[Work] = []
     monkeypatch.setattr(sandbox._pool, "submit", lambda job, client: submitted.append(job) or job.future)
     futures = [sandbox.grammar(regex("a"), "one") for _ in range(2)]
     for future in futures:
@@ -310,7 +310,7 @@ def test_work_without_remaining_callers_is_cancelled(
 
 
 def test_running_job_without_callers_is_abandoned(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    submitted: list[Job] = []
+    submitted: list[Work] = []
     monkeypatch.setattr(sandbox._pool, "submit", lambda job, client: submitted.append(job) or job.future)
     first, second = (sandbox.grammar(regex("a"), "one") for _ in range(2))
     (job,) = submitted

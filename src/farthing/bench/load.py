@@ -442,7 +442,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class MeasuredRate:
     """One measured rate."""
 
     rate: float  # requests per second
@@ -460,7 +460,7 @@ class Capacity:
     output_tokens_per_second: float
     slo: Slo
     goodput: float  # required share of requests within the SLO
-    trials: tuple[Trial, ...]
+    trials: tuple[MeasuredRate, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-serializable values."""
@@ -474,7 +474,7 @@ def find_capacity(
     goodput: float = 0.99,
     seconds: float = 20.0,
     precision: float = 0.05,
-    on_trial: Callable[[Trial], None] = lambda _: None,
+    on_trial: Callable[[MeasuredRate], None] = lambda _: None,
 ) -> Capacity:
     """Bisect Poisson rates between zero and the closed-loop throughput, `seconds` per trial.
 
@@ -482,11 +482,13 @@ def find_capacity(
     """
     ceiling = asyncio.run(_ceiling(target, shape))
     low, high, best = 0.0, ceiling * 1.2, None
-    trials: list[Trial] = []
+    trials: list[MeasuredRate] = []
     while high - low > precision * high:
         rate = (low + high) / 2
         result = _trial(target, shape, slo, rate, seconds, seed=len(trials))
-        trial = Trial(rate, result.goodput, result.ttft_ms.get("p99", 0.0), result.tpot_ms.get("p99", 0.0))
+        trial = MeasuredRate(
+            rate, result.goodput, result.ttft_ms.get("p99", 0.0), result.tpot_ms.get("p99", 0.0)
+        )
         trials.append(trial)
         on_trial(trial)
         if result.goodput >= goodput:

@@ -31,7 +31,7 @@ from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
-from farthing.compress.stream import Job, Progress, Progressed, refuse_finished, run
+from farthing.compress.stream import Compression, Progress, Progressed, refuse_finished, run
 from farthing.config import Quantization
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
@@ -305,7 +305,9 @@ def _make(
         assert corpus is not None
         plan = make_plan(source, out, recipe, corpus, progress)
         recipe = plan.recipe(recipe)
-    state = run(Job(source, out, recipe, corpus, plan.format if plan else None, options.export), progress)
+    state = run(
+        Compression(source, out, recipe, corpus, plan.format if plan else None, options.export), progress
+    )
     return _Made(recipe, state, plan, tokens=corpus.tokens if corpus else 0)
 
 

@@ -455,7 +455,7 @@ SPANS = ((0.5, 2.0, 25), (0.95, 1.053, 21), (0.99, 1.01, 21), (0.9985, 1.0015, 3
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenRange:
     """The winner, its scale (None: dynamic per token), and every candidate's relative output error."""
 
     winner: str  # kl | mse | percentile | minmax | measured (between them) | token
@@ -469,7 +469,7 @@ def choose(
     weights: Sequence[tuple[Tensor, Tensor]],
     observers: Sequence[Observer],
     dynamic: bool,
-) -> Choice:
+) -> ChosenRange:
     """Choose the input range of matrices that read the same input, from a sample of its rows [t, K].
 
     weights: (original, rounded) [N_i, K] of each matrix. The error is ||x^ W^^T - x W^T||^2 / ||x W^T||^2
@@ -493,7 +493,7 @@ def choose(
             scales[best], lambda scale: error(round_tensor(rows, torch.tensor(scale)))
         )
     winner = min(errors, key=errors.__getitem__)
-    return Choice(winner, scales.get(winner), errors)
+    return ChosenRange(winner, scales.get(winner), errors)
 
 
 def refine(start: float, error: Callable[[float], float]) -> tuple[float, float]:

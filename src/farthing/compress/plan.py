@@ -94,7 +94,7 @@ class PlanResult:
     measure: Measure
 
     def format(self, module: str) -> str:
-        """The format of a module, for `stream.Job`; modules without options get 8 bits."""
+        """The format of a module, for `stream.Compression`; modules without options get 8 bits."""
         option = self.chosen.get(part_of(twin_of(module, self.layers)))
         return option.format if option else "int8"
 

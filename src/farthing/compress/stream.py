@@ -50,7 +50,7 @@ STATE = ".farthing"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Compression:
     """A compression job: source, destination and recipe."""
 
     source: Path
@@ -85,7 +85,7 @@ class Progressed:
         return {module: GroupKey(**key) if key else None for module, key in self.keys.items()}
 
 
-def run(job: Job, progress: Progress | None = None) -> Progressed:
+def run(job: Compression, progress: Progress | None = None) -> Progressed:
     """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with the next step."""
     checkpoint = Checkpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
@@ -181,7 +181,7 @@ def _each(checkpoint: Checkpoint, config: ModelConfig, layers: int) -> Iterator[
 
 
 def _one_layer(
-    job: Job,
+    job: Compression,
     layer: Layer,
     stream: Stream | None,
     embedding: Tensor,
@@ -348,7 +348,7 @@ def _write_top(
 
 
 def _write_layer(
-    job: Job, layer: Layer, result: LayerResult, writer: CheckpointWriter, state: Progressed
+    job: Compression, layer: Layer, result: LayerResult, writer: CheckpointWriter, state: Progressed
 ) -> None:
     for module, done in result.modules.items():
         key = key_in(job.export, module, done.key)
@@ -369,7 +369,7 @@ def _write_layer(
     writer.flush()
 
 
-def _final_config(job: Job, checkpoint: Checkpoint, state: Progressed) -> dict[str, Any]:
+def _final_config(job: Compression, checkpoint: Checkpoint, state: Progressed) -> dict[str, Any]:
     config = {
         k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
     }
@@ -385,7 +385,7 @@ _NAMES = {"n_routed_experts": ("n_routed_experts", "num_local_experts", "num_exp
 # -- resuming
 
 
-def _stream(job: Job, embedding: Tensor, hidden: dict[str, Tensor] | None) -> Stream | None:
+def _stream(job: Compression, embedding: Tensor, hidden: dict[str, Tensor] | None) -> Stream | None:
     if job.calibration is None or not job.recipe.needs_data:
         return None
     windows = job.calibration.windows
@@ -412,7 +412,7 @@ def refuse_finished(out: Path) -> None:
         raise ValueError(f"{out} already has a model; choose another directory or remove it first")
 
 
-def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
+def _resume(job: Compression) -> tuple[Progressed, dict[str, Tensor] | None]:
     """The state of an earlier run of the same job, or a new one. Rejects a directory with other files."""
     refuse_finished(job.out)
     digest = fingerprint(job.source, job.recipe, job.export, job.calibration)
@@ -431,7 +431,7 @@ def _resume(job: Job) -> tuple[Progressed, dict[str, Tensor] | None]:
     return Progressed(digest), None
 
 
-def _save(job: Job, state: Progressed, writer: CheckpointWriter, stream: Stream | None) -> None:
+def _save(job: Compression, state: Progressed, writer: CheckpointWriter, stream: Stream | None) -> None:
     """Write the shards, then the hidden states, then the file that refers to both."""
     directory = job.out / STATE
     directory.mkdir(exist_ok=True)

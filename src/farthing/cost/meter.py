@@ -441,7 +441,7 @@ def usage_extension(cost: RequestCost) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Metric:
     """One metric: `name` without the `_total` of a counter."""
 
     name: str
@@ -451,14 +451,14 @@ class Sample:
     value: float
 
 
-def samples(report: CostReport) -> Iterator[Sample]:
+def samples(report: CostReport) -> Iterator[Metric]:
     """Every metric of the accounts, grouped by name."""
     yield from _spent(report)
     yield from _tokens(report)
     yield from _gauges(report)
 
 
-def _spent(report: CostReport) -> Iterator[Sample]:
+def _spent(report: CostReport) -> Iterator[Metric]:
     kind, units = report.machine.hardware.kind, report.machine.count
     measures: tuple[tuple[str, str, str, int, dict[str, str]], ...] = (
         ("farthing:cost_usd", "Dollars by declared prices", "usd", 1, {}),
@@ -468,7 +468,7 @@ def _spent(report: CostReport) -> Iterator[Sample]:
     for name, text, measure, factor, extra in measures:
         help = f"{text} of ended requests, and of idle time (phase idle)."
         for labels, spend in _buckets(report):
-            yield Sample(name, "counter", help, labels | extra, getattr(spend, measure) * factor)
+            yield Metric(name, "counter", help, labels | extra, getattr(spend, measure) * factor)
 
 
 def _buckets(report: CostReport) -> Iterator[tuple[dict[str, str], Spend]]:
@@ -479,15 +479,15 @@ def _buckets(report: CostReport) -> Iterator[tuple[dict[str, str], Spend]]:
     yield {"model": "", "api_key": "", "phase": "idle"}, report.idle
 
 
-def _tokens(report: CostReport) -> Iterator[Sample]:
+def _tokens(report: CostReport) -> Iterator[Metric]:
     for (model, key), account in report.accounts.items():
         for phase, tokens in _phases(account).items():
             labels = {"model": model, "api_key": key, "phase": phase}
-            yield Sample("farthing:cost_tokens", "counter", "Tokens of ended requests.", labels, tokens)
+            yield Metric("farthing:cost_tokens", "counter", "Tokens of ended requests.", labels, tokens)
     for (model, key), account in report.accounts.items():
         labels = {"model": model, "api_key": key}
         text = "Estimated dollars that prefix-cache hits saved."
-        yield Sample("farthing:cost_saved_usd", "counter", text, labels, account.saved_usd)
+        yield Metric("farthing:cost_saved_usd", "counter", text, labels, account.saved_usd)
 
 
 def _phases(account: Account) -> dict[str, int]:
@@ -498,14 +498,14 @@ def _phases(account: Account) -> dict[str, int]:
     }
 
 
-def _gauges(report: CostReport) -> Iterator[Sample]:
+def _gauges(report: CostReport) -> Iterator[Metric]:
     hardware = {"hardware": report.machine.hardware.name, "declared": report.machine.declared}
     text = "Declared price of the whole machine."
-    yield Sample("farthing:cost_usd_per_hour", "gauge", text, hardware, report.machine.usd_per_hour)
+    yield Metric("farthing:cost_usd_per_hour", "gauge", text, hardware, report.machine.usd_per_hour)
     text = "Dollars of requests that still run."
-    yield Sample("farthing:cost_pending_usd", "gauge", text, {}, report.pending.usd)
+    yield Metric("farthing:cost_pending_usd", "gauge", text, {}, report.pending.usd)
     text = "Busy share of the time."
-    yield Sample("farthing:cost_utilization", "gauge", text, {}, report.utilization)
+    yield Metric("farthing:cost_utilization", "gauge", text, {}, report.utilization)
     if report.usd_per_million_tokens is not None:
         text = "All dollars, idle time included, over prompt and output tokens since the start."
-        yield Sample("farthing:cost_usd_per_million_tokens", "gauge", text, {}, report.usd_per_million_tokens)
+        yield Metric("farthing:cost_usd_per_million_tokens", "gauge", text, {}, report.usd_per_million_tokens)

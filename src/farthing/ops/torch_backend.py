@@ -283,7 +283,7 @@ _COMPILE_AFTER = 32  # single-token steps: a short generation ends before compil
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class CompiledLayer:
     """One token through a layer, compiled."""
 
     queries: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -298,7 +298,7 @@ class Stack:
     layers: tuple[LayerHandles, ...]
     compilable: bool  # experts are stacked, and no input is rounded
     steps: int = 0  # single-token steps so far
-    compiled: Step | None = None
+    compiled: CompiledLayer | None = None
 
 
 class TorchOps(ReferenceOps):
@@ -488,7 +488,7 @@ class TorchOps(ReferenceOps):
         started = time.monotonic()
         log.info("compiling %d layers in the background", len(stack.layers))
         try:
-            stack.compiled = compiled_step(stack.layers, h)
+            stack.compiled = compiled_layer(stack.layers, h)
         except Exception as error:  # torch and its compilers raise many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
             log.warning("torch.compile does not work on %s: %s", self.device, reason[0][:200])
@@ -496,37 +496,43 @@ class TorchOps(ReferenceOps):
             log.info("compiled %d layers in %.0f s", len(stack.layers), time.monotonic() - started)
 
 
-def compiled_step(layers: Sequence[LayerHandles], h: Tensor) -> Step:
+def compiled_layer(layers: Sequence[LayerHandles], h: Tensor) -> CompiledLayer:
     """The functions of `torch_step`, compiled for these layers; h [1, D] is an example.
 
     The number of cached tokens is dynamic, all other shapes are constants. Layers of one shape share code.
     """
     compiled = partial(torch.compile, dynamic=False, options=_OPTIONS)
-    step = Step(compiled(queries), compiled(dense_output), compiled(expert_output))
+    code = CompiledLayer(compiled(queries), compiled(dense_output), compiled(expert_output))
     with torch.inference_mode():  # guards distinguish its tensors from others
         position = torch.zeros(1, dtype=torch.int64, device=h.device)
         for layer in layers:
-            query, latent, k_pe = step.queries(h, layer, position)
+            query, latent, k_pe = code.queries(h, layer, position)
             keys = torch.zeros(1, 24, latent.shape[1] + k_pe.shape[1], device=h.device)
             torch._dynamo.mark_dynamic(keys, 1)  # type: ignore[no-untyped-call]
-            output = step.expert_output if isinstance(layer.feed, Experts) else step.dense_output
+            output = code.expert_output if isinstance(layer.feed, Experts) else code.dense_output
             output(h, query, keys, layer)
-    return step
+    return code
 
 
 def _one_token(
-    h: Tensor, stack: Stack, step: Step, batch: Batch, span: Span, cache: LatentCache, counts: Tensor | None
+    h: Tensor,
+    stack: Stack,
+    code: CompiledLayer,
+    batch: Batch,
+    span: Span,
+    cache: LatentCache,
+    counts: Tensor | None,
 ) -> Tensor:
     """`TorchOps.run_stack` of one token with compiled functions."""
     positions = batch.positions.long()
     for i, layer in enumerate(stack.layers):
-        query, latent, k_pe = step.queries(h, layer, positions)
+        query, latent, k_pe = code.queries(h, layer, positions)
         write_cache(cache, i, batch.slots, latent, k_pe)
         keys = _keys(cache, i, span.slots, layer.heads.spec)
         if not isinstance(layer.feed, Experts):
-            h = step.dense_output(h, query, keys, layer)
+            h = code.dense_output(h, query, keys, layer)
             continue
-        h, ids, used = step.expert_output(h, query, keys, layer)
+        h, ids, used = code.expert_output(h, query, keys, layer)
         if counts is not None:
             counts[i].scatter_add_(0, ids, used)
     return h

@@ -64,7 +64,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DecodeSpeed:
     """A decode step of `batch` sequences: tokens per second at the ceilings, and at the measured shares."""
 
     batch: int
@@ -78,7 +78,7 @@ class Step:
 class CpuEstimate:
     """One replica on all sockets."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[DecodeSpeed, ...]
     prefill_limit: float  # prompt tokens/s
     prefill: float  # at the measured shares
     joins: int  # per step
@@ -107,7 +107,7 @@ def estimate(
         server(bandwidth, machine.peak, Shares(INT8, INT8, ATTENTION, share, 1.0)) for share in BANDWIDTH
     )
     steps = [
-        Step(n, sizes.decode(n, workload), *(n / s.decode(n, workload) for s in (limit, low, high)))
+        DecodeSpeed(n, sizes.decode(n, workload), *(n / s.decode(n, workload) for s in (limit, low, high)))
         for n in BATCHES
     ]
     tokens = min(CHUNK, workload.prompt)

@@ -181,7 +181,7 @@ class _Made:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenForecast:
     """The chosen forecast: `name` is "blend" or a naive forecast; `share` is Prophet's in the blend."""
 
     name: str = "blend"
@@ -200,7 +200,7 @@ class DayForecaster:
         self.profiles = [ProfileAR(part) for part in parts] if blend else []
         self.blend, self.refit_s = blend, refit_s
         self.name = "day" if blend else "prophet"
-        self.choice = Choice()
+        self.choice = ChosenForecast()
         self._path: Floats = np.zeros(0)  # Prophet's forecast after the fitted series
         self._ratio: Floats = np.zeros(0)  # ratio of its 0.9 quantile to the median
         self._fitted, self._start, self._step_s = 0, 0.0, 1.0
@@ -267,7 +267,7 @@ class DayForecaster:
         time = self._start + self._step_s * len(values)
         return _Made(time, self._path[offset : offset + steps], profile, naive)
 
-    def _choose(self, values: Floats) -> Choice:
+    def _choose(self, values: Floats) -> ChosenForecast:
         """The choice that would have been best on the last forecasts with a known outcome."""
         known = []
         for made in list(self._made)[-JUDGED:]:
@@ -276,16 +276,18 @@ class DayForecaster:
             if len(truth):
                 known.append((made, truth))
         if not known:
-            return Choice()
+            return ChosenForecast()
 
         def loss(share: float) -> float:
             paths = (_blended(made.prophet, made.profile, share)[: len(t)] for made, t in known)
             return sum(float(np.abs(p - t).sum()) for p, (_, t) in zip(paths, known, strict=True))
 
-        losses = {Choice(share=float(share)): loss(share) for share in SHARES}
+        losses = {ChosenForecast(share=float(share)): loss(share) for share in SHARES}
         for name in NAIVE_DAYS:
             if all(name in made.naive for made, _ in known):
-                losses[Choice(name)] = sum(float(np.abs(m.naive[name][: len(t)] - t).sum()) for m, t in known)
+                losses[ChosenForecast(name)] = sum(
+                    float(np.abs(m.naive[name][: len(t)] - t).sum()) for m, t in known
+                )
         return min(losses, key=lambda choice: losses[choice])
 
 

@@ -18,7 +18,7 @@ from farthing_lab.replay.policies import FarthingRule, FixedRule
 from farthing_lab.replay.rate import Ints, Rule, View
 from farthing_lab.replay.requests import binned
 from farthing_lab.replay.run import Progress, Replay, ReplayConfig
-from farthing_lab.replay.servers import Decode, Job, Prefill, Server, Times, Whole
+from farthing_lab.replay.servers import Decode, Prefill, ReplayedRequest, Server, Times, Whole
 from farthing_lab.replay.trace import RequestTrace
 
 # The load of a pool: requests, what they cost a replica of each kind, and capacities computed from that.
@@ -57,7 +57,7 @@ class PoolsConfig:
             raise ValueError(f"copies: got {self.copies}; expected 1 or more")
 
 
-def cost_s(kind: str, config: PoolsConfig, job: Job) -> float:
+def cost_s(kind: str, config: PoolsConfig, job: ReplayedRequest) -> float:
     """Replica-seconds that a request costs at full load."""
     times, prompt = config.times, job.uncached
     generate = job.output * times.step_s(times.max_batch) / times.max_batch
@@ -74,11 +74,11 @@ def cost_s(kind: str, config: PoolsConfig, job: Job) -> float:
 class Recent:
     """Mean cost of recent requests in each pool, as a controller learns it."""
 
-    def __init__(self, config: PoolsConfig, first: Iterable[Job]) -> None:
+    def __init__(self, config: PoolsConfig, first: Iterable[ReplayedRequest]) -> None:
         self._config = config
         self._jobs = deque(first)  # until others arrive: the requests the fleet was sized for
 
-    def add(self, now: float, job: Job) -> None:
+    def add(self, now: float, job: ReplayedRequest) -> None:
         self._jobs.append(job)
         while self._jobs[0].arrival < now - RECENT_S:
             self._jobs.popleft()
@@ -88,7 +88,9 @@ class Recent:
         return len(self._jobs) / sum(cost_s(kind, self._config, job) for job in self._jobs)
 
 
-def expected_hours(jobs: Sequence[Job], kinds: tuple[str, ...], config: PoolsConfig, u: float) -> float:
+def expected_hours(
+    jobs: Sequence[ReplayedRequest], kinds: tuple[str, ...], config: PoolsConfig, u: float
+) -> float:
     """Replica-hours that the requests need in these pools at utilization `u`: whole replicas, at least one
     per pool, in windows of `RECENT_S`. Without caches, queues and cold starts.
     """
@@ -101,12 +103,12 @@ def expected_hours(jobs: Sequence[Job], kinds: tuple[str, ...], config: PoolsCon
     return total * RECENT_S / 3600
 
 
-def advised(jobs: Sequence[Job], config: PoolsConfig, u: float) -> str:
+def advised(jobs: Sequence[ReplayedRequest], config: PoolsConfig, u: float) -> str:
     """The layout that needs fewer replica-hours; one pool if both need the same."""
     return min(LAYOUTS, key=lambda layout: expected_hours(jobs, LAYOUTS[layout], config, u))
 
 
-def arrivals(trace: RequestTrace, copies: int, seed: int = 0) -> list[Job]:
+def arrivals(trace: RequestTrace, copies: int, seed: int = 0) -> list[ReplayedRequest]:
     """The requests of `copies` users of the same service, by arrival."""
     random, jobs = np.random.default_rng(seed), []
     for copy in range(copies):
@@ -114,7 +116,7 @@ def arrivals(trace: RequestTrace, copies: int, seed: int = 0) -> list[Job]:
         for index, at in enumerate(trace.arrival_s):
             blocks = tuple((copy << 40) + block for block in trace.blocks[index]) if trace.blocks else ()
             prompt, output = int(trace.prompt_tokens[index]), int(trace.output_tokens[index])
-            jobs.append(Job(float(at) + shift, prompt, output, blocks, uncached=prompt))
+            jobs.append(ReplayedRequest(float(at) + shift, prompt, output, blocks, uncached=prompt))
     return sorted(jobs, key=lambda job: job.arrival)
 
 
@@ -142,7 +144,7 @@ class Pool:
     def __init__(self, kind: str, config: PoolsConfig, rule: Rule, load_time_s: float) -> None:
         self.kind, self._config, self.rule, self._load_time_s = kind, config, rule, load_time_s
         self.servers = [self._make(0.0, 0.0) for _ in range(int(rule.start[0]))]
-        self.unrouted: deque[Job] = deque()
+        self.unrouted: deque[ReplayedRequest] = deque()
         self.plan: list[int] = []  # replicas requested at every tick
         self.billed_s = 0.0
         self.late = self.ended = 0  # since the last decision
@@ -154,14 +156,14 @@ class Pool:
         kind = Prefill if self.kind == "prefill" else Decode
         return kind(times, now, ready_at, ready_at)
 
-    def missed(self, job: Job) -> bool:
+    def missed(self, job: ReplayedRequest) -> bool:
         """Whether a finished request missed the target of this pool."""
         late, slow = job.ttft_s > self._config.ttft_s, job.tpot_s > self._config.tpot_s
         return slow if self.kind == "decode" else late if self.kind == "prefill" else late or slow
 
     # ---- requests ----
 
-    def route(self, now: float, job: Job) -> None:
+    def route(self, now: float, job: ReplayedRequest) -> None:
         """To the ready replica with the lowest cost; without one it waits."""
         ready = [s for s in self.servers if s.ready_at <= now and not s.draining]
         if ready:
@@ -169,9 +171,9 @@ class Pool:
         else:
             self.unrouted.append(job)
 
-    def advance(self, now: float) -> list[Job]:
+    def advance(self, now: float) -> list[ReplayedRequest]:
         """Simulate to `now`; returns the requests that this pool finished."""
-        done: list[Job] = []
+        done: list[ReplayedRequest] = []
         for server in self.servers:
             if server.ready_at <= now:
                 server.advance(now, done)
@@ -236,12 +238,14 @@ def follow(config: PoolsConfig, made: Replay, utilization: Utilizations) -> Rule
     return rule
 
 
-def simulate(jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, rules: Rules) -> Run:
+def simulate(
+    jobs: list[ReplayedRequest], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, rules: Rules
+) -> Run:
     """Run the pools `kinds` through the requests."""
     jobs = [replace(job) for job in jobs]
     recent = Recent(config, [job for job in jobs if job.arrival < RECENT_S])
     pools = [Pool(kind, config, rules(kind, recent), made.config.load_time_s) for kind in kinds]
-    done: list[Job] = []
+    done: list[ReplayedRequest] = []
 
     def advance(now: float) -> None:
         for pool, following in zip(pools, [*pools[1:], None], strict=True):
@@ -338,7 +342,7 @@ def _cheapest(rows: list[dict[str, Any]], slo: float) -> dict[str, Any]:
 
 
 def _tuned(
-    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, progress: Progress
+    jobs: list[ReplayedRequest], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, progress: Progress
 ) -> tuple[dict[str, Any], Run]:
     """The run with the highest utilizations that keep the SLO, and its row; one pool after the other."""
     used = dict.fromkeys(kinds, 0.5)
@@ -356,7 +360,7 @@ def _tuned(
 
 
 def _trimmed(
-    jobs: list[Job], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, run: Run
+    jobs: list[ReplayedRequest], kinds: tuple[str, ...], config: PoolsConfig, made: Replay, run: Run
 ) -> dict[str, float]:
     """The run's schedule less every replica whose absence for two minutes keeps the SLO.
 

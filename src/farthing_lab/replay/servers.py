@@ -38,7 +38,7 @@ class Times:
 
 
 @dataclass
-class Job:
+class ReplayedRequest:
     """A request and what happened to it."""
 
     arrival: float
@@ -67,7 +67,7 @@ class Server:
     launched: float
     ready_at: float
     clock: float = 0.0
-    waiting: deque[Job] = field(default_factory=deque)
+    waiting: deque[ReplayedRequest] = field(default_factory=deque)
     draining: bool = False
 
     @property
@@ -75,15 +75,15 @@ class Server:
         """Requests in the replica."""
         return len(self.waiting)
 
-    def cost(self, job: Job) -> float:
+    def cost(self, job: ReplayedRequest) -> float:
         """Routing cost: the replica with the lowest is chosen."""
         return float(self.requests)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ReplayedRequest) -> None:
         """Route a request here."""
         self.waiting.append(job)
 
-    def advance(self, until: float, done: list[Job]) -> None:
+    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
         """Simulate until `until`, finishing an iteration in flight; appends finished requests."""
         raise NotImplementedError
 
@@ -95,22 +95,22 @@ class _Cached(Server):
     cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
     queued: int = 0  # prompt tokens to compute, as estimated on arrival
 
-    def found(self, job: Job) -> int:
+    def found(self, job: ReplayedRequest) -> int:
         """Prompt tokens in the cache."""
         blocks, cache = job.blocks, self.cache
         # a block is used with all before it, so the cached ones are the first
         depth = bisect.bisect_left(range(len(blocks)), True, key=lambda index: blocks[index] not in cache)
         return min(depth * BLOCK, job.prompt - 1)
 
-    def cost(self, job: Job) -> float:
+    def cost(self, job: ReplayedRequest) -> float:
         return self.queued + self.requests * BLOCK + 3 * (job.prompt - self.found(job))
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ReplayedRequest) -> None:
         job.uncached = job.prompt - self.found(job)
         self.queued += job.uncached
         super().add(job)
 
-    def admit(self) -> Job:
+    def admit(self) -> ReplayedRequest:
         """Take the next request; its prompt's blocks are cached from now on."""
         job = self.waiting.popleft()
         self.queued -= job.uncached
@@ -128,13 +128,13 @@ class _Cached(Server):
 class Prefill(_Cached):
     """Computes prompts, one after the other; the first token is the prompt's last computation."""
 
-    current: Job | None = None
+    current: ReplayedRequest | None = None
 
     @property
     def requests(self) -> int:
         return len(self.waiting) + (self.current is not None)
 
-    def advance(self, until: float, done: list[Job]) -> None:
+    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
         while True:
             if self.current is not None and self.clock <= until:
                 done.append(self.current)
@@ -151,16 +151,16 @@ class Prefill(_Cached):
 class _Batch(Server):
     """A replica that generates: `running` holds (iteration of the last token, order, request)."""
 
-    running: list[tuple[int, int, Job]] = field(default_factory=list)
+    running: list[tuple[int, int, ReplayedRequest]] = field(default_factory=list)
     iterations: int = 0
     admitted: int = 0
 
-    def start(self, job: Job) -> None:
+    def start(self, job: ReplayedRequest) -> None:
         """Put a request into the batch."""
         self.admitted += 1
         heapq.heappush(self.running, (self.iterations + job.output - 1, self.admitted, job))
 
-    def iterate(self, count: int, seconds: float, done: list[Job]) -> None:
+    def iterate(self, count: int, seconds: float, done: list[ReplayedRequest]) -> None:
         """`count` iterations of `seconds` each; ends the requests that have all their tokens."""
         self.clock += count * seconds
         self.iterations += count
@@ -183,7 +183,7 @@ class Decode(_Batch):
     def requests(self) -> int:
         return len(self.waiting) + len(self.running)
 
-    def advance(self, until: float, done: list[Job]) -> None:
+    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
         while self.clock < until:
             while self.waiting and len(self.running) < self.times.max_batch:
                 job = self.waiting[0]
@@ -205,14 +205,14 @@ class Whole(_Batch, _Cached):
     """Computes prompts in chunks next to the batch, and generates."""
 
     chunk: int = 512  # prompt tokens per iteration while requests run
-    current: Job | None = None  # its prompt is being computed
+    current: ReplayedRequest | None = None  # its prompt is being computed
     left: int = 0  # prompt tokens of it
 
     @property
     def requests(self) -> int:
         return len(self.waiting) + len(self.running) + (self.current is not None)
 
-    def advance(self, until: float, done: list[Job]) -> None:
+    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
         times = self.times
         while self.clock < until:
             if self.current is None and self.waiting and len(self.running) < times.max_batch:
@@ -226,7 +226,7 @@ class Whole(_Batch, _Cached):
             else:
                 self.clock = until
 
-    def _compute(self, job: Job, until: float, done: list[Job]) -> None:
+    def _compute(self, job: ReplayedRequest, until: float, done: list[ReplayedRequest]) -> None:
         """Iterations with chunks of the prompt; without running requests, the rest of it at once."""
         part = min(self.left, self.chunk if self.running else self.left)
         seconds = self.times.step_s(len(self.running)) + part * self.times.prefill_s

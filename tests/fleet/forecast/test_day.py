@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from farthing_fleet.forecast.base import DAY_S, Series
 from farthing_fleet.forecast.day import (
     FLOOR_SHARES,
-    Choice,
+    ChosenForecast,
     DayForecaster,
     FloorShare,
     best_share,
@@ -150,7 +150,7 @@ def test_day_forecaster_blends_and_learns_the_share(monkeypatch: pytest.MonkeyPa
         assert p90 == pytest.approx(1.1 * p50)
         errors.append(wape(p50, series.values[day * 24 : day * 24 + 24]))
     assert max(errors) < 6
-    assert model.choice == Choice("blend", share=0.0)
+    assert model.choice == ChosenForecast("blend", share=0.0)
 
 
 @pytest.mark.parametrize("best", ["yesterday", "last-week"])

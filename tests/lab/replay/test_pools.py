@@ -12,14 +12,14 @@ from typer.testing import CliRunner
 
 from farthing_lab.cli.replay import app
 from farthing_lab.replay.pools import LAYOUTS, PoolsConfig, advised, expected_hours
-from farthing_lab.replay.servers import Decode, Job, Prefill, Server, Times, Whole
+from farthing_lab.replay.servers import Decode, Prefill, ReplayedRequest, Server, Times, Whole
 
 TIMES = Times(prefill_s=0.001, base_s=0.01, share_s=0.002, max_batch=2, cache_blocks=8, transfer_s=0.0)
 
 
-def run(server: Server, *jobs: Job, step: float = 1000.0) -> list[Job]:
+def run(server: Server, *jobs: ReplayedRequest, step: float = 1000.0) -> list[ReplayedRequest]:
     """Route the jobs at their arrivals, advancing at least every `step` seconds; returns them as finished."""
-    done: list[Job] = []
+    done: list[ReplayedRequest] = []
     now = 0.0
     for job in jobs:
         while now < job.arrival:
@@ -33,7 +33,7 @@ def run(server: Server, *jobs: Job, step: float = 1000.0) -> list[Job]:
 
 
 def test_chunks_delay_running_requests_by_their_time_only() -> None:
-    first, second = Job(0.0, 100, 101), Job(0.2, 90, 2)
+    first, second = ReplayedRequest(0.0, 100, 101), ReplayedRequest(0.2, 90, 2)
     run(Whole(TIMES, 0.0, 0.0, chunk=30), first, second, step=0.05)
     assert first.first == pytest.approx(0.11)  # alone: the whole prompt at once
     # three iterations of 12 ms + 30 ms with a chunk, begun at the end of an iteration of 12 ms
@@ -44,7 +44,7 @@ def test_chunks_delay_running_requests_by_their_time_only() -> None:
 
 def test_cached_blocks_are_not_computed_again() -> None:
     times = Times(prefill_s=0.001, base_s=0.0, cache_blocks=8)
-    jobs = [Job(10.0 * i, 1100, 1, blocks=(1, 2) if i != 1 else (1, 3)) for i in range(3)]
+    jobs = [ReplayedRequest(10.0 * i, 1100, 1, blocks=(1, 2) if i != 1 else (1, 3)) for i in range(3)]
     run(Prefill(times, 0.0, 0.0), *jobs)
     assert [job.uncached for job in jobs] == [1100, 1100 - 512, 1100 - 1024]
     assert jobs[2].ttft_s == pytest.approx(0.076)
@@ -52,7 +52,7 @@ def test_cached_blocks_are_not_computed_again() -> None:
 
 def test_prefill_replica_reports_a_request_when_its_prompt_is_computed() -> None:
     server, done = Prefill(TIMES, 0.0, 0.0), []  # type: ignore[var-annotated]
-    server.add(Job(0.0, 1000, 5))
+    server.add(ReplayedRequest(0.0, 1000, 5))
     server.advance(0.5, done)
     assert not done and server.requests == 1
     server.advance(2.0, done)
@@ -71,7 +71,7 @@ def test_every_request_is_served_whole(
     at, jobs = 0.0, []
     for gap, prompt, output in requests:
         at += gap
-        jobs.append(Job(at, prompt, output, uncached=prompt))
+        jobs.append(ReplayedRequest(at, prompt, output, uncached=prompt))
     done = run(kind(TIMES, 0.0, 0.0), *jobs, step=step)
     if kind is Prefill:
         assert all(job.first == job.end for job in done)
@@ -112,7 +112,7 @@ def test_two_pools_are_compared_with_one(tmp_path: Path) -> None:
 )
 def test_two_pools_are_advised_only_for_enough_load(per_second: float, layout: str) -> None:
     """Each pool needs a replica of its own."""
-    jobs = [Job(i / per_second, 6000, 100, uncached=6000) for i in range(round(600 * per_second))]
+    jobs = [ReplayedRequest(i / per_second, 6000, 100, uncached=6000) for i in range(round(600 * per_second))]
     config = PoolsConfig(tpot_s=0.06)
     assert advised(jobs, config, 0.7) == layout
     for kinds in LAYOUTS.values():

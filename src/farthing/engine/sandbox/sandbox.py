@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from farthing.engine.request import Rendering, StructuredOutputsParams
 from farthing.engine.sandbox.turns import Turns
-from farthing.engine.sandbox.workers import Job, Pool
+from farthing.engine.sandbox.workers import Pool, Work
 from farthing.engine.structured import check_size, constrained_field
 from farthing.engine.tokenizer import Tokenizer
 from farthing.files import json_size
@@ -72,10 +72,10 @@ class InFlight:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._shared: dict[tuple[str, bytes], tuple[Job, list[Future[str]]]] = {}
+        self._shared: dict[tuple[str, bytes], tuple[Work, list[Future[str]]]] = {}
         self._callers = Shares(_MAX_CALLERS)
 
-    def join(self, client: str, work_key: bytes, begin: Callable[[], Job]) -> Future[str]:
+    def join(self, client: str, work_key: bytes, begin: Callable[[], Work]) -> Future[str]:
         """A future of its own for this caller. The job is cancelled once every caller has cancelled; one that
         runs is abandoned.
 
@@ -100,7 +100,9 @@ class InFlight:
         mine.add_done_callback(lambda done: self._left(key, done, work, callers))
         return mine
 
-    def _left(self, key: tuple[str, bytes], mine: Future[str], work: Job, callers: list[Future[str]]) -> None:
+    def _left(
+        self, key: tuple[str, bytes], mine: Future[str], work: Work, callers: list[Future[str]]
+    ) -> None:
         with self._lock:
             self._callers.charge(key[0], -1)
             if not mine.cancelled() or not all(caller.cancelled() for caller in callers):
@@ -111,7 +113,7 @@ class InFlight:
         if not work.future.cancel():
             work.abandon()
 
-    def _deliver(self, key: tuple[str, bytes], work: Job) -> None:
+    def _deliver(self, key: tuple[str, bytes], work: Work) -> None:
         with self._lock:
             current = self._shared.get(key)
             callers = current[1] if current is not None and current[0] is work else []
@@ -291,11 +293,11 @@ class Sandbox:
         if known is not None:
             return known
 
-        def begin() -> Job:
+        def begin() -> Work:
             field = constrained_field(constraint)
             what = f"structured_outputs.{field} ({_BRIEF.repr(arguments[field])})"
             limits = _GRAMMAR_SECONDS, _GRAMMAR_MEMORY
-            job = Job("grammar", {"constraint": arguments}, what, *limits, size=json_size(arguments))
+            job = Work("grammar", {"constraint": arguments}, what, *limits, size=json_size(arguments))
             self._pool.submit(job, client).add_done_callback(lambda done: self._verdicts.put(key, done))
             return job
 
@@ -311,7 +313,7 @@ class Sandbox:
         self, name: str, arguments: Mapping[str, Any], what: str, size: int, client: str
     ) -> Future[Any]:
         seconds = _LIGHT_SECONDS if size <= _LIGHT else _HEAVY_SECONDS
-        return self._pool.submit(Job(name, arguments, what, seconds, _TEXT_MEMORY, size), client)
+        return self._pool.submit(Work(name, arguments, what, seconds, _TEXT_MEMORY, size), client)
 
 
 def _is_short(texts: Sequence[str]) -> bool:

@@ -29,7 +29,7 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RA
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Work:
     """One call: the name of a job, its arguments, of about `size` bytes, what errors call its input, and the
     CPU seconds and bytes of memory it may take."""
 
@@ -141,7 +141,7 @@ class Worker:
         self._connection = connection
         self._seconds = 0.0  # CPU time of earlier jobs
 
-    def run(self, job: Job, spent: bool) -> Outcome:
+    def run(self, job: Work, spent: bool) -> Outcome:
         """Run a job; a slow one, or one of a client without credit (`spent`), at a lower priority.
 
         A worker runs either kind and not both. Unless the outcome is reusable, it has ended. Raises Killed.
@@ -178,7 +178,7 @@ class Worker:
         self._connection.close()
         return self.server.end(self.pid)
 
-    def _failed(self, job: Job, late: bool) -> Outcome:
+    def _failed(self, job: Work, late: bool) -> Outcome:
         """The outcome of a job without an answer. Raises Killed."""
         try:
             ended, total = self.end()
@@ -235,7 +235,7 @@ class Pool:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self.turns: Turns[Job] = Turns(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
+        self.turns: Turns[Work] = Turns(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
         self._idle: dict[bool, list[Worker]] = {
             False: [],
             True: [],
@@ -246,7 +246,7 @@ class Pool:
         self._lock = threading.Lock()  # of what follows, held shortly
         self._started = self._closed = False
 
-    def submit(self, job: Job, client: str = "") -> Future[Any]:
+    def submit(self, job: Work, client: str = "") -> Future[Any]:
         """Queue a job. Raises Busy. The future raises ValueError where the input is at fault, RuntimeError
         where the machine is."""
         self.turns.put(client, job)
@@ -286,7 +286,7 @@ class Pool:
             if credit and not outcome.reusable:
                 self._add_idle()
 
-    def _run(self, job: Job, spent: bool) -> Outcome:
+    def _run(self, job: Work, spent: bool) -> Outcome:
         """Run a job in an idle or a new worker. A job whose worker was killed from outside is rerun once."""
         error = RuntimeError("the sandbox could not start a process; retry later")
         for _ in range(2):
@@ -356,7 +356,7 @@ class Pool:
         server.close()
 
 
-def _finish(job: Job, outcome: Outcome) -> None:
+def _finish(job: Work, outcome: Outcome) -> None:
     if outcome.error is not None:
         job.future.set_exception(outcome.error)
     else:
