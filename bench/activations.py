@@ -17,7 +17,7 @@ from typing import Any
 from farthing.compress.api import held_out_sample, load_for
 from farthing.compress.evaluate import Baseline, calibration_corpus, compare_with, load_corpus, remember
 from farthing.compress.recipe import RECIPES, Recipe
-from farthing.compress.stream import ReplayedRequest, run
+from farthing.compress.stream import Compression, run
 from farthing.files import to_json
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
@@ -44,7 +44,7 @@ def measure(model: str, tokens: int, work: Path, backend: str) -> list[dict[str,
     rows = []
     for name, recipe in recipes().items():
         out = work / name.replace(" ", "-")
-        run(ReplayedRequest(source, out, recipe, calibration))
+        run(Compression(source, out, recipe, calibration))
         found = compare_with(baseline, load_for(out, backend), held_out)
         rows.append({"inputs": name, "backend": before.ops.name, **found.to_json()})
         print(to_json(rows[-1]), file=sys.stderr, flush=True)

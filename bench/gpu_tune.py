@@ -30,7 +30,7 @@ _UNFIT = (RuntimeError, ValueError)  # too much shared memory or registers; unsu
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayedRequest:
+class Job:
     """A kernel's configuration up to `rows`, chosen by the time of a workload of about that size."""
 
     kernel: str
@@ -64,9 +64,9 @@ def decode_candidates(heads: int) -> list[Config]:
     ]
 
 
-def jobs() -> dict[str, list[ReplayedRequest]]:
+def jobs() -> dict[str, list[Job]]:
     """All tuned configurations, by kernel."""
-    found: dict[str, list[ReplayedRequest]] = {}
+    found: dict[str, list[Job]] = {}
     for name in ("fp8", "dense", "int4"):
         for rows, tokens in ROWS.items():
             make = (
@@ -75,23 +75,19 @@ def jobs() -> dict[str, list[ReplayedRequest]]:
                 else partial(gpu_work.linear, name, tokens, 7168, 7168)
             )
             tiles = product_candidates(rows, name, persistent=False)
-            found.setdefault(f"gemm_{name}", []).append(ReplayedRequest(f"gemm_{name}", rows, make, tiles))
+            found.setdefault(f"gemm_{name}", []).append(Job(f"gemm_{name}", rows, make, tiles))
             make = partial(gpu_work.experts, name, rows * 4, 16, 4, 7168, 2048)
             tiles = product_candidates(rows, name, persistent=True)
-            found.setdefault(f"grouped_{name}", []).append(
-                ReplayedRequest(f"grouped_{name}", rows, make, tiles)
-            )
+            found.setdefault(f"grouped_{name}", []).append(Job(f"grouped_{name}", rows, make, tiles))
     for kernel, kind in (("decode", "bfloat16"), ("decode_8bit", "fp8")):
         found[kernel] = [
-            ReplayedRequest(
-                kernel, heads, partial(gpu_work.mla_decode, 16, 8192, heads, kind), decode_candidates(heads)
-            )
+            Job(kernel, heads, partial(gpu_work.mla_decode, 16, 8192, heads, kind), decode_candidates(heads))
             for heads in (16, 128)
         ]
     tiles = [
         Config(bm=bm, bk=bk, num_warps=w, num_stages=2) for bm, bk, w in product((64, 128), (32, 64), (4, 8))
     ]
-    found["prefill"] = [ReplayedRequest("prefill", 128, partial(gpu_work.mla_prefill, 2, 4096, 16), tiles)]
+    found["prefill"] = [Job("prefill", 128, partial(gpu_work.mla_prefill, 2, 4096, 16), tiles)]
     return found
 
 
@@ -112,7 +108,7 @@ def compiled(
         return [choice for choice, ok in zip(candidates, found, strict=True) if ok]
 
 
-def best(job: ReplayedRequest, medians: Medians, console: Console) -> tuple[float, Config] | None:
+def best(job: Job, medians: Medians, console: Console) -> tuple[float, Config] | None:
     """(microseconds, configuration); None if no candidate runs."""
     run = job.make().run
     text = f"{job.kernel}, {job.rows} rows"

@@ -32,7 +32,7 @@ TARGET_S = 5.0  # time to first token
 
 
 @dataclass
-class ReplayedRequest:
+class Job:
     """One request in a replica."""
 
     arrival: float
@@ -50,7 +50,7 @@ class Server:
     capacity: int  # blocks
     clock: float = 0.0
     iterations: int = 0
-    waiting: deque[ReplayedRequest] = field(default_factory=deque)
+    waiting: deque[Job] = field(default_factory=deque)
     ends: list[int] = field(default_factory=list)  # iteration counts at which requests end
     cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
@@ -70,7 +70,7 @@ class Server:
             else:
                 self.clock = until
 
-    def _admit(self, job: ReplayedRequest, done: list[tuple[float, int, int]]) -> None:
+    def _admit(self, job: Job, done: list[tuple[float, int, int]]) -> None:
         depth = next((i for i, b in enumerate(job.blocks) if b not in self.cache), len(job.blocks))
         cached = min(depth * BLOCK, job.prompt - 1)
         for block in reversed(job.blocks):
@@ -137,7 +137,7 @@ def simulate(trace: list[dict[str, Any]], choose: Choose, options: argparse.Name
         replica.queued += counted
         replica.inflight += 1
         replica.served += 1
-        job = ReplayedRequest(now, prompt.blocks, row["input_length"], row["output_length"], counted)
+        job = Job(now, prompt.blocks, row["input_length"], row["output_length"], counted)
         servers[replica.name].waiting.append(job)
     for server in servers.values():
         while server.waiting or server.ends:

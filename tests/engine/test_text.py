@@ -106,22 +106,22 @@ def reference_stop(text: str, stops: list[str], include: bool) -> tuple[str, str
 def test_stop_strings_in_pieces(text: str, stops: list[str], include: bool, data: st.DataObject) -> None:
     checker = StopChecker(stops, include)
     shown, rest = "", text
-    while rest and checker.found is None:
+    while rest and checker.stop is None:
         size = data.draw(st.integers(1, len(rest)))
         shown += checker.push(rest[:size])
         rest = rest[size:]
         done = text[: len(text) - len(rest)]
-        assert checker.found is not None or not any(s in done for s in stops)
-    if checker.found is None:
+        assert checker.stop is not None or not any(s in done for s in stops)
+    if checker.stop is None:
         assert shown + checker.flush() == text
         return
     end = len(text) - len(rest)
-    assert (shown, checker.found) == reference_stop(text[:end], stops, include)
+    assert (shown, checker.stop) == reference_stop(text[:end], stops, include)
 
 
 def test_inactive_checker_passes_everything() -> None:
     checker = StopChecker(["ab"])
-    assert checker.push("xab", armed=False) == "xab" and checker.found is None
+    assert checker.push("xab", armed=False) == "xab" and checker.stop is None
     assert checker.push("a") == "" and checker.push("c") == "ac"
 
 
@@ -143,7 +143,7 @@ def test_nearly_matching_stop_strings_add_no_cost() -> None:
             checker.push("a")
     finally:
         sys.settrace(None)
-    assert checker.found is None and lines / 20 < 16 * 12
+    assert checker.stop is None and lines / 20 < 16 * 12
 
 
 def test_deepseek_template(tokenizer: Tokenizer) -> None:

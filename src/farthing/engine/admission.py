@@ -91,9 +91,9 @@ class Admission:
         )
         # A request without a seed gets one that is reproducible for a given engine seed.
         seed = params.seed if params.seed is not None else mix(self._config.seed) + number
-        known = PromptTokens(ids if params.repetition_penalty != 1 else ())
+        penalized = PromptTokens(ids if params.repetition_penalty != 1 else ())
         return request, [
-            self._generation(request, i, stream_seed(seed, i), matcher, known) for i in range(params.n)
+            self._generation(request, i, stream_seed(seed, i), matcher, penalized) for i in range(params.n)
         ]
 
     def need_tokenizer(self, what: str) -> Tokenizer:

@@ -301,9 +301,9 @@ def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
     scheduler, tensors = core.scheduler, core.runner.cache.by_kind()
     exchanged, held = Exchanged(), []
     for kind, digest, block, free in computed.blocks:
-        pool, known = scheduler.pools[kind], scheduler.known[kind]
-        if digest in known:
-            block = known[digest]
+        pool, cached = scheduler.pools[kind], scheduler.known[kind]
+        if digest in cached:
+            block = cached[digest]
             pool.share([block])  # so that `allocate` does not take it
         elif not pool.num_free:
             break
@@ -316,7 +316,7 @@ def adopt(core: EngineCore, prompt: _Prompt, computed: _Computed) -> Exchanged:
                 for tensor in tensors[kind]:
                     tensor[:, own] = tensor[:, block]
                 block = own
-            known.register(digest, block)
+            cached.register(digest, block)
         held.append((pool, block))
     for pool, block in reversed(held):
         pool.release([block])

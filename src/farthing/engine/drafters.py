@@ -261,7 +261,7 @@ class TextDrafter:
 
 def continuation(tokens: Seq[int], start: int, count: int) -> list[int]:
     """`count` tokens from `start` on; past the end of the text its last period repeats."""
-    found = list(tokens[start : start + count])
-    while len(found) < count:
-        found += found[-(len(tokens) - start) :][: count - len(found)]
-    return found
+    repeated = list(tokens[start : start + count])
+    while len(repeated) < count:
+        repeated += repeated[-(len(tokens) - start) :][: count - len(repeated)]
+    return repeated

@@ -59,14 +59,14 @@ class Detokenizer:
 class StopChecker:
     """Finds stop strings in a stream of text and holds back a possible beginning of one."""
 
-    __slots__ = ("_begun", "_held", "_include", "_stops", "found")
+    __slots__ = ("_begun", "_held", "_include", "_stops", "stop")
 
     def __init__(self, stops: Seq[str], include: bool = False) -> None:
         self._stops = tuple(stops)
         self._begun = [0] * len(self._stops)  # length of each stop string matched at the text's end
         self._include = include
         self._held = ""
-        self.found: str | None = None
+        self.stop: str | None = None
 
     def push(self, text: str, armed: bool = True) -> str:
         """Text that is safe to emit. Unless `armed` (min_tokens), all text is, and nothing stops."""
@@ -79,8 +79,8 @@ class StopChecker:
             return text
         hits = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            at, _, self.found = min(hits)
-            return text[: at + len(self.found)] if self._include else text[:at]
+            at, _, self.stop = min(hits)
+            return text[: at + len(self.stop)] if self._include else text[:at]
         begun = zip(self._stops, self._begun, strict=True)
         self._begun = [_begun(stop, count, new) for stop, count in begun]
         ready = len(text) - max(self._begun)
@@ -89,8 +89,8 @@ class StopChecker:
 
     def flush(self) -> str:
         """The held-back text, which turned out not to be a stop string."""
-        held, self._held = self._held, ""
-        return held
+        text, self._held = self._held, ""
+        return text
 
 
 def _begun(stop: str, count: int, text: str) -> int:
@@ -206,8 +206,8 @@ class Generation(Sequence):
             return self._end("stop", token, token)
         if self._text is not None:
             self._new_text.append(self._stops.push(self._text.push(token), armed))
-            if self._stops.found is not None:
-                return self._end("stop", self._stops.found)
+            if self._stops.stop is not None:
+                return self._end("stop", self._stops.stop)
         if state.matcher is not None:
             state.matcher.consume(token)
             if state.matcher.stopped:
@@ -237,7 +237,7 @@ class Generation(Sequence):
 
     def _end(self, reason: FinishReason, stop: int | str | None, token: int | None = None) -> bool:
         self.finish_reason, self.stop_reason = reason, stop
-        if self._text is None or self._stops.found is not None:
+        if self._text is None or self._stops.stop is not None:
             return True
         if token is not None and self.sampling.params.include_stop_str_in_output:
             self._new_text.append(self._stops.flush() + self._text.push(token) + self._text.flush())

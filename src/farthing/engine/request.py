@@ -45,12 +45,12 @@ class Table:
 class Position(Mapping[int, Logprob]):
     """Log-probabilities at one position by token: the next token, then the `top` likeliest."""
 
-    __slots__ = ("_made", "_row", "_table", "_text", "top")
+    __slots__ = ("_logprobs", "_row", "_table", "_text", "top")
 
     def __init__(self, table: Table, row: int, top: int, text: Callable[[int], str] | None = None) -> None:
         """text: maps a token to its text, for `decoded_token`."""
         self._table, self._row, self._text, self.top = table, row, text, top
-        self._made: dict[int, Logprob] | None = None
+        self._logprobs: dict[int, Logprob] | None = None
 
     @property
     def logprob(self) -> float:
@@ -87,13 +87,13 @@ class Position(Mapping[int, Logprob]):
         return repr(self._dict())
 
     def _dict(self) -> dict[int, Logprob]:
-        if self._made is None:
+        if self._logprobs is None:
             text = self._text
-            self._made = {
+            self._logprobs = {
                 token: Logprob(value, rank, None if text is None else text(token))
                 for token, value, rank in self.entries()
             }
-        return self._made
+        return self._logprobs
 
 
 def positions(table: Table, top: Sequence[int], text: Callable[[int], str] | None = None) -> list[Position]:

@@ -169,16 +169,18 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, Sizes]:
     config, blocks, sizes = _divide(config, model, sizing, length)
     if config.check_memory and device.type == "cpu":
         _check_fits(sizing.used(blocks, sizes) * _copies(config))
-    held = blocks * config.block_size
-    if held < length and config.max_model_len is not None:
+    capacity = blocks * config.block_size
+    if capacity < length and config.max_model_len is not None:
         raise ValueError(
-            f"max_model_len: got {length}, but the KV cache fits {held} tokens; expected a smaller "
+            f"max_model_len: got {length}, but the KV cache fits {capacity} tokens; expected a smaller "
             f"max_model_len, a larger num_blocks or kv_cache_memory, or a smaller kv_cache_dtype"
         )
-    if held < length:
-        log.warning("KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", held, held, limit)
+    if capacity < length:
+        log.warning(
+            "KV cache fits %d tokens; lowering max_model_len to %d (model: %d)", capacity, capacity, limit
+        )
     resolved = replace(
-        config, max_model_len=min(length, held), num_blocks=blocks, max_num_batched_tokens=budget
+        config, max_model_len=min(length, capacity), num_blocks=blocks, max_num_batched_tokens=budget
     )
     return resolved, Sizes(dtype, sizes.windows, sizes.slots)
 

@@ -156,7 +156,7 @@ def no_token_left(params: SamplingParams) -> str:
         "reasoning": params.reasoning is not None,
         "tools": params.calls is not None,
     }
-    names = " and ".join(name for name, given in limits.items() if given)
+    names = " and ".join(name for name, is_set in limits.items() if is_set)
     return f"{names} exclude every token; expected limits that leave at least one"
 
 

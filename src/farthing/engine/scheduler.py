@@ -253,9 +253,9 @@ class Scheduler(Generic[S]):
 
     def check(self) -> None:
         """Raise IntegrityError if blocks leaked or invariants are violated."""
-        held = self.running + self._ended
-        self.pool.check([*(seq.blocks for seq in held), *self.prefetch.held])
-        self.kinds.check(held, self.prefetch.others)
+        owners = self.running + self._ended
+        self.pool.check([*(seq.blocks for seq in owners), *self.prefetch.held])
+        self.kinds.check(owners, self.prefetch.others)
         if any(self.pool.refs(block) for block in self.prefix.check()):
             raise IntegrityError("the tail of a sequence that ended is in use")
         for seq in self.waiting:
@@ -263,7 +263,7 @@ class Scheduler(Generic[S]):
                 raise IntegrityError(f"waiting sequence {seq.id} holds blocks")
         if not all(self._queues.values()):
             raise IntegrityError("a client without waiting sequences has a queue")
-        rows = [seq.row for seq in held] + self._rows
+        rows = [seq.row for seq in owners] + self._rows
         if sorted(rows) != list(range(self.max_num_seqs)):
             raise IntegrityError("rows of running sequences are not distinct")
         if any(seq.status is not Status.RUNNING for seq in self._computing.values()):
@@ -341,13 +341,13 @@ class Scheduler(Generic[S]):
         if not self._rows or not self._fits(seq, hits):
             return False
         self._queues.drop(seq)
-        known, cached, others = list(hits), len(hits) * self.block_size, list[int]()
+        shared, cached, others = list(hits), len(hits) * self.block_size, list[int]()
         rest, whole = self.kinds.rest(seq, len(hits)), self.kinds.whole_tails
         if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest, whole):
             (block, *others), count = tail
-            known, cached = [*hits, block], cached + count
-        self.pool.share(known)
-        seq.blocks = known + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(known))
+            shared, cached = [*hits, block], cached + count
+        self.pool.share(shared)
+        seq.blocks = shared + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(shared))
         seq.num_computed = seq.num_cached = cached
         seq.num_registered = len(hits)
         if self.others:

@@ -113,10 +113,10 @@ class Gate:
 
     def may_pay(self, batch: int) -> bool:
         """False while drafts are switched off for this batch size, or for the nearest one measured."""
-        known = [key for key, b in self._buckets.items() if b.num_plain]
-        if not known:
+        measured = [key for key, b in self._buckets.items() if b.num_plain]
+        if not measured:
             return True
-        b = self._buckets[min(known, key=lambda key: abs(key - batch.bit_length()))]
+        b = self._buckets[min(measured, key=lambda key: abs(key - batch.bit_length()))]
         return b.open and (b.trial > 0 or b.price < 1)
 
     def price(self, batch: int) -> float:

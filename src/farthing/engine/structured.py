@@ -254,11 +254,11 @@ class _LiteralTokenizer:
         from llguidance import LLTokenizer
 
         whole = tokenizer.backend.to_str()
-        known = LLTokenizer(whole, n_vocab=size, eos_token=list(eos))
+        native = LLTokenizer(whole, n_vocab=size, eos_token=list(eos))
         self.eos_token_id = eos[0]
-        self.tokens = [known.decode_bytes([token]) for token in range(size)]
+        self.tokens = [native.decode_bytes([token]) for token in range(size)]
         self.special_token_ids = [
-            token for token in range(size) if known.is_special_token(token) or token in tokenizer.control_ids
+            token for token in range(size) if native.is_special_token(token) or token in tokenizer.control_ids
         ]
         plain = json.loads(whole) | {"added_tokens": [], "post_processor": None}
         self._plain = _Tokenizer.from_str(json.dumps(plain))
@@ -428,12 +428,12 @@ class TokenTexts:
     def longer_than(self, prefix: bytes) -> list[int]:
         """Tokens that begin with a prefix and continue after it."""
         at = bisect_left(self._sorted, prefix)
-        found = []
+        tokens = []
         while at < len(self._sorted) and self._sorted[at].startswith(prefix):
             if len(self._sorted[at]) > len(prefix):
-                found.append(self._order[at])
+                tokens.append(self._order[at])
             at += 1
-        return found
+        return tokens
 
     def running_past(self, text: bytes) -> list[int]:
         """Tokens that contain a whole text and continue after it."""
@@ -459,15 +459,15 @@ class Openers:
 
     def forbidden(self, tail: bytes) -> list[int]:
         """Tokens that would complete an opening string and run past it: the grammar begins at its end."""
-        found = list(self._contained)
+        tokens = list(self._contained)
         for opener in self._openers:
             for size in range(1, len(opener)):
                 if tail.endswith(opener[:size]):
                     rest = opener[size:]
                     if rest not in self._past:
                         self._past[rest] = self._texts.longer_than(rest)
-                    found += self._past[rest]
-        return found
+                    tokens += self._past[rest]
+        return tokens
 
 
 class TriggeredGrammar:

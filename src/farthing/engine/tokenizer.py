@@ -86,8 +86,8 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             content = "".join(_text(i, part) for part in content)
         elif content is not None and not isinstance(content, str):
             raise ValueError(f"messages[{i}].content: got {type(content).__name__}; expected text")
-        given = {**message, "content": content}
-        result.append({name: value for name, value in given.items() if value is not None})
+        flat = {**message, "content": content}
+        result.append({name: value for name, value in flat.items() if value is not None})
     return result
 
 
@@ -161,9 +161,9 @@ class GuardedTokenizer:
             ids = self._cut_up(text)
         return [self._ids.get(i, i) for i in ids]
 
-    def _name(self, found: re.Match[str]) -> str:
-        token = found[0]
-        text, start, end = found.string, found.start(), found.end()
+    def _name(self, match: re.Match[str]) -> str:
+        token = match[0]
+        text, start, end = match.string, match.start(), match.end()
         beside = text[max(0, start - 1) : start], text[end : end + 1]
         if token in self._alone and any(map(_WORD.match, beside)):
             return token
@@ -175,8 +175,8 @@ class GuardedTokenizer:
         cut = self._backend.token_to_id(self._cut)
         while True:
             encoding = self._backend.encode(text, add_special_tokens=False)
-            found = zip(encoding.ids, encoding.offsets, strict=True)
-            spans = [(start, end) for i, (start, end) in found if i in self._spelled and end - start > 1]
+            tokens = zip(encoding.ids, encoding.offsets, strict=True)
+            spans = [(start, end) for i, (start, end) in tokens if i in self._spelled and end - start > 1]
             if not spans:
                 return [i for i in encoding.ids if i != cut]
             parts: list[str] = []
@@ -335,10 +335,10 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token stands for (byte-level tokenizers), else its text. b"" for an unknown id."""
-        known = self._bytes.get(token)
-        if known is None:
-            known = self._bytes[token] = self._token_bytes(token)
-        return known
+        piece = self._bytes.get(token)
+        if piece is None:
+            piece = self._bytes[token] = self._token_bytes(token)
+        return piece
 
     def token_text(self, token: int) -> str:
         """A token alone as text; parts of a character become U+FFFD."""
@@ -403,8 +403,8 @@ class Tokenizer:
         if bos is None:
             default = "<｜begin▁of▁sentence｜>"
             bos = default if self.backend.token_to_id(default) is not None else ""
-        given = {"bos_token": bos, "eos_token": self.eos_token or "", "documents": None}
-        return self._template(**(given | values))
+        defaults = {"bos_token": bos, "eos_token": self.eos_token or "", "documents": None}
+        return self._template(**(defaults | values))
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:

@@ -312,7 +312,7 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     if experts is None:
         raise absent("n_routed_experts", "a positive integer, or null for a model without experts")
     drafts = next((n for n in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(n) is not None), None)
-    found = {
+    derived = {
         "rope": read_rope(raw),
         "query_scaling": read_query_scaling(raw),
         "n_routed_experts": None if raw[experts] is None else checked.integer(raw, experts),
@@ -325,8 +325,8 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token_ids": _ids(raw.get("eos_token_id")),
     }
     if raw[experts] is not None:
-        found |= {name: checked.integer(raw, name) for name in _OF_EXPERTS}
-    return found
+        derived |= {name: checked.integer(raw, name) for name in _OF_EXPERTS}
+    return derived
 
 
 def _ids(value: Any) -> tuple[int, ...]:
@@ -337,11 +337,11 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _layer_sizes(value: Any) -> tuple[LayerSizes, ...]:
-    known = {f.name for f in fields(LayerSizes)}
+    names = {f.name for f in fields(LayerSizes)}
     if value is None:
         return ()
-    if not isinstance(value, list) or not all(isinstance(v, dict) and set(v) <= known for v in value):
-        raise wrong("layer_sizes", value, f"a list of objects with {sorted(known)}")
+    if not isinstance(value, list) or not all(isinstance(v, dict) and set(v) <= names for v in value):
+        raise wrong("layer_sizes", value, f"a list of objects with {sorted(names)}")
     for i, sizes in enumerate(value):
         for name, size in sizes.items():
             checked.in_range(f"layer_sizes[{i}].{name}", size, 1)

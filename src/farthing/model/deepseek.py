@@ -131,9 +131,9 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
 
 def stacked(ops: Ops, layers: Sequence[tuple[AnyAttention, FeedForward]]) -> Handle | None:
     """`Ops.stack` of these layers; None if the backend has none or does not support one of the layers."""
-    found = [handles(*layer) for layer in layers]
-    plain = [h for h in found if h is not None]
-    return ops.stack(plain) if len(plain) == len(found) else None
+    packed = [handles(*layer) for layer in layers]
+    plain = [h for h in packed if h is not None]
+    return ops.stack(plain) if len(plain) == len(packed) else None
 
 
 def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:

@@ -49,20 +49,20 @@ def open_gguf(path: Path) -> Path:
     backend, described = tokenizer_of(str(files[0]), metadata.tokenizer())
     ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(dir=target.parent, prefix=".making-"))
+    draft = Path(mkdtemp(dir=target.parent, prefix=".making-"))
     try:
-        replace_json(made / "config.json", config)
-        replace_json(made / INDEX, tensors, indent=None)
-        replace_text(made / "tokenizer.json", backend.to_str())
-        replace_json(made / "tokenizer_config.json", described)
-        replace_json(made / "generation_config.json", {"eos_token_id": sorted(ends)} if ends else {})
-        made.chmod(0o755)
-        made.rename(target)
+        replace_json(draft / "config.json", config)
+        replace_json(draft / INDEX, tensors, indent=None)
+        replace_text(draft / "tokenizer.json", backend.to_str())
+        replace_json(draft / "tokenizer_config.json", described)
+        replace_json(draft / "generation_config.json", {"eos_token_id": sorted(ends)} if ends else {})
+        draft.chmod(0o755)
+        draft.rename(target)
     except OSError:
         if not target.is_dir():  # else another process was first
             raise
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
     return target
 
 
@@ -175,22 +175,22 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
 def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) -> dict[str, Any]:
     """rope_scaling. Llama 3.1's is stored as one factor per pair, of which its fields are found again."""
     if factors is not None:
-        given = np.asarray(factors, np.float32).reshape(-1)
-        found = {"rope_type": "llama3", "factor": float(given.max()), **_LLAMA3}
+        stored = np.asarray(factors, np.float32).reshape(-1)
+        llama3 = {"rope_type": "llama3", "factor": float(stored.max()), **_LLAMA3}
         plain = {"rope_theta": config["rope_theta"]}
-        scaled = frequencies(read_rope({**plain, "rope_scaling": found}), head)
+        scaled = frequencies(read_rope({**plain, "rope_scaling": llama3}), head)
         computed = frequencies(read_rope(plain), head) / scaled
-        if computed.shape != given.shape or not np.allclose(computed, given, rtol=_NEAR):
+        if computed.shape != stored.shape or not np.allclose(computed, stored, rtol=_NEAR):
             raise m.error(f"{COMPUTED[0]}: expected the rotary factors of Llama 3.1 to 3.3")
-        return found
+        return llama3
     kind = m.own("rope.scaling.type", "none")
     if kind == "none":
         return {}
     if kind not in ("linear", "yarn"):
         raise m.error(f"rope.scaling.type: got {kind!r}; expected none, linear or yarn")
     original = m.own("rope.scaling.original_context_length")
-    known = {"original_max_position_embeddings": original} if original else {}
-    return {"rope_type": kind, "factor": m.own("rope.scaling.factor"), **known}
+    context = {"original_max_position_embeddings": original} if original else {}
+    return {"rope_type": kind, "factor": m.own("rope.scaling.factor"), **context}
 
 
 def _shortest(value: Any) -> Any:
@@ -200,18 +200,18 @@ def _shortest(value: Any) -> Any:
 
 def name_of(path: Path) -> str:
     """The name of a file's model, equal for all parts of a split one."""
-    found = _SPLIT.fullmatch(path.name)
-    return found[1] if found else path.name
+    part = _SPLIT.fullmatch(path.name)
+    return part[1] if part else path.name
 
 
 def _parts_of(path: Path) -> Sequence[Path]:
     """All files of a model of which `path` is one."""
-    found = _SPLIT.fullmatch(path.name)
-    if found is None:
+    part = _SPLIT.fullmatch(path.name)
+    if part is None:
         return [path]
-    files = [path.with_name(f"{found[1]}-{i + 1:05}-of-{found[3]}.gguf") for i in range(int(found[3]))]
+    files = [path.with_name(f"{part[1]}-{i + 1:05}-of-{part[3]}.gguf") for i in range(int(part[3]))]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{path}: {missing[0]} is missing; expected all {found[3]} parts beside it")
+        raise CheckpointError(f"{path}: {missing[0]} is missing; expected all {part[3]} parts beside it")
     return files
 
 

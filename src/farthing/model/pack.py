@@ -81,14 +81,14 @@ def reading_order(names: Iterable[str], done: Container[str], config: ModelConfi
     """The tensors of parts that are not done, roughly as `parts` reads them: attention before experts."""
 
     def key(name: str) -> tuple[Any, ...]:
-        found = _LAYER.search(name)
-        layer = int(found[1]) if found else config.num_hidden_layers - 0.5  # the head
+        match = _LAYER.search(name)
+        layer = int(match[1]) if match else config.num_hidden_layers - 0.5  # the head
         numbers = [(0, int(w)) if w.isdecimal() else (1, w) for w in _NUMBERS.split(name)]
         return layer, "experts" in name, numbers
 
     def part(name: str) -> str:
-        found = _LAYER.search(name)
-        return f"layer {found[1]}" if found else "head"
+        layer = _LAYER.search(name)
+        return f"layer {layer[1]}" if layer else "head"
 
     return sorted((name for name in names if part(name) not in done), key=key)
 

@@ -135,11 +135,11 @@ class StackedExperts:
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a linear module; raises ValueError if a stack's slice has another shape."""
-        found = self._EXPERT.fullmatch(module)
-        if found is None:
+        match = self._EXPERT.fullmatch(module)
+        if match is None:
             return self._source.weight(module, shape)
-        part, expert = found["part"], int(found["index"])
-        name = f"{found['stack']}.{'down' if part == 'down' else 'gate_up'}_proj"
+        part, expert = match["part"], int(match["index"])
+        name = f"{match['stack']}.{'down' if part == 'down' else 'gate_up'}_proj"
         whole = self._source.tensor(name)[expert]
         matrix = whole if part == "down" else whole.chunk(2)[part == "up"]
         if shape is not None and tuple(matrix.shape) != shape:

@@ -271,8 +271,8 @@ class Ops(ABC):
 
     def tensor(self, values: NDArray[Any]) -> Tensor:
         """The values on this backend's device; on the host without a copy."""
-        found = torch.from_numpy(values)
-        return found if self.device.type == "cpu" else found.to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def no_gradients(self) -> AbstractContextManager[Any]:
         """A context for computing with this backend's tensors."""

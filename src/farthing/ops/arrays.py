@@ -120,5 +120,5 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     part = np.argpartition(x_, x_.shape[1] - k, axis=1)[:, x_.shape[1] - k :] if k < x_.shape[1] else None
     inner = x_ if part is None else np.take_along_axis(x_, part, 1)
     order = np.argsort(-inner, axis=1, kind="stable")
-    found: Any = order if part is None else np.take_along_axis(part, order, 1)
-    return np.take_along_axis(inner, order, 1), found  # type: ignore[return-value]
+    top: Any = order if part is None else np.take_along_axis(part, order, 1)
+    return np.take_along_axis(inner, order, 1), top  # type: ignore[return-value]

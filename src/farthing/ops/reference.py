@@ -107,11 +107,11 @@ def write_heads(cache: LatentCache, row: int, slots: Tensor, k: Tensor, v: Tenso
 def read_heads(cache: LatentCache, row: int, groups: int, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, G, S, d] float32 at slots [B, S]."""
     rows = slice(row, row + groups)
-    found = cache.data[rows].flatten(1, 2)[:, slots].float()  # [G, B, S, 2 d]
-    width = found.shape[-1] // 2
+    pairs = cache.data[rows].flatten(1, 2)[:, slots].float()  # [G, B, S, 2 d]
+    width = pairs.shape[-1] // 2
     if cache.scale is not None and cache_max(cache.data.dtype):
-        found = scaled(found, cache.scale[rows].flatten(1, 2)[:, slots], width)
-    v, k = found.transpose(0, 1).split(width, -1)
+        pairs = scaled(pairs, cache.scale[rows].flatten(1, 2)[:, slots], width)
+    v, k = pairs.transpose(0, 1).split(width, -1)
     return k, v
 
 

@@ -53,14 +53,14 @@ def select(
     arrays: tensors are numpy arrays and torch is not imported (backend 'cpu' only; others ignore it).
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
-    known = known_backends()
+    backends = known_backends()
     if backend == "auto":
         backend = resolve(backend)
         if backend == "torch":
             log.warning("the native CPU kernels are not built; serving with the slower torch ops")
     name, _, part = backend.partition("/")
-    if name not in known or (part and name not in _PARTS):
-        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {sorted(known)}")
+    if name not in backends or (part and name not in _PARTS):
+        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {sorted(backends)}")
     if parts is not None and name != "cpu":
         raise ValueError(f"deterministic: got True with backend {backend!r}; expected backend 'cpu'")
     more: dict[str, Any] = {_PARTS[name]: part} if part else {}
@@ -70,7 +70,7 @@ def select(
         more["arrays"] = True
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else dtype if arrays and name == "cpu" else getattr(torch, dtype)
-    ops: Ops = import_module(known[name]).create(
+    ops: Ops = import_module(backends[name]).create(
         dtype=dtype, threads=threads, quantization=quantization, packed=packed, **more
     )
     if verify:

@@ -104,13 +104,13 @@ def spans(batch: Batch, block_size: int) -> list[Span]:
         positions = batch.positions[starts[first] : starts[last]].view(last - first, -1, 1)
         return Span(starts[first], starts[last], slots, rows <= positions)
 
-    found, first = [], 0
+    merged, first = [], 0
     single = [stop - start == 1 for start, stop in pairwise(starts)]
     for b, alone in enumerate(single):
         if not alone or b + 1 == len(single) or not single[b + 1]:
-            found.append(span(first, b + 1))
+            merged.append(span(first, b + 1))
             first = b + 1
-    return found
+    return merged
 
 
 # -- one token through a layer
@@ -233,10 +233,10 @@ def mixture(n: Tensor, w: Experts, ids: Tensor, gates: Tensor, counts: Tensor | 
     """The weighted sum of experts [T, D] float32: each one computes all its tokens at once."""
     k = ids.shape[1]
     order = ids.flatten().argsort(stable=True)
-    found = torch.bincount(ids.flatten() + 1, minlength=w.spec.num_experts + 1)
+    per_expert = torch.bincount(ids.flatten() + 1, minlength=w.spec.num_experts + 1)
     if counts is not None:
-        counts += found[1:]
-    skipped, *numbers = found.tolist()  # skipped experts, with id -1, come first
+        counts += per_expert[1:]
+    skipped, *numbers = per_expert.tolist()  # skipped experts, with id -1, come first
     y = _each(n.index_select(0, order[skipped:] // k), numbers, w)
     if skipped:
         y = torch.cat((y.new_zeros(skipped, y.shape[1]), y))
@@ -419,8 +419,8 @@ class TorchOps(ReferenceOps):
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
         if len({layer.window for layer in layers}) > 1:  # they have different blocks
             return None
-        found = tuple(map(self._layer_here, layers))
-        return Stack(found, all(map(_compilable, found)))
+        here = tuple(map(self._layer_here, layers))
+        return Stack(here, all(map(_compilable, here)))
 
     def _layer_here(self, layer: LayerHandles) -> LayerHandles:
         def here(norm: Norm) -> Norm:
@@ -567,12 +567,12 @@ def create(
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     default = "cpu" if accelerator is None else accelerator.type
     try:
-        found = torch.device(device or default)
-        torch.ones(1, device=found).item()  # fails on `meta`, which has no values
+        target = torch.device(device or default)
+        torch.ones(1, device=target).item()  # fails on `meta`, which has no values
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         here = "cpu" if accelerator is None else f"cpu or {default}"
         raise ValueError(f"device: got {device!r}; expected {here}, which this torch can use here") from None
-    if threads is not None and found.type == "cpu":
+    if threads is not None and target.type == "cpu":
         torch.set_num_threads(threads)
-    kind = dtype or (torch.float32 if found.type == "cpu" else torch.bfloat16)
-    return TorchOps(found, kind, quantization)
+    kind = dtype or (torch.float32 if target.type == "cpu" else torch.bfloat16)
+    return TorchOps(target, kind, quantization)

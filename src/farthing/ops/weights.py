@@ -173,13 +173,13 @@ def pack_int4(q: Tensor) -> Tensor:
 
 def inputs_of(weights: Sequence[Weight]) -> InputRounding | None:
     """Input rounding shared by stacked matrices; None: 8 bits with a scale per row and group."""
-    found = [w.inputs for w in weights if w.inputs is not None]
-    if len(found) < len(weights) or len({i.bits for i in found}) != 1:
+    ranges = [w.inputs for w in weights if w.inputs is not None]
+    if len(ranges) < len(weights) or len({i.bits for i in ranges}) != 1:
         return None
-    scales = [i.scale for i in found if i.scale is not None]
+    scales = [i.scale for i in ranges if i.scale is not None]
     if scales:
-        return InputRounding(found[0].bits, scale=max(scales)) if len(scales) == len(found) else None
-    return InputRounding(found[0].bits, sum(i.clip for i in found) / len(found))
+        return InputRounding(ranges[0].bits, scale=max(scales)) if len(scales) == len(ranges) else None
+    return InputRounding(ranges[0].bits, sum(i.clip for i in ranges) / len(ranges))
 
 
 def static_scale(weights: Sequence[Weight]) -> float | None:

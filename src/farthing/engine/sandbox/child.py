@@ -121,11 +121,11 @@ class Jobs:
     def prompt(self, rendering: Mapping[str, Any], max_characters: int) -> str:
         """The prompt of a conversation, given as the document of a `Rendering`."""
         try:
-            given = Rendering.of_document(rendering)
-            text = self._tokenizer.prompt(given)
+            chat = Rendering.of_document(rendering)
+            text = self._tokenizer.prompt(chat)
         except RecursionError:
             raise ValueError("a value is nested too deeply; expected fewer levels") from None
-        if given.form is None and len(text) > max_characters:
+        if chat.form is None and len(text) > max_characters:
             raise ValueError(
                 f"messages: the chat template makes {len(text)} characters of them; "
                 f"expected at most {max_characters}"

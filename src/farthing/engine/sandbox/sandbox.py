@@ -289,9 +289,9 @@ class Sandbox:
         check_size(constraint)
         arguments = _arguments(constraint)
         key = _digest(arguments)
-        known = self._verdicts.get(key)
-        if known is not None:
-            return known
+        verdict = self._verdicts.get(key)
+        if verdict is not None:
+            return verdict
 
         def begin() -> Work:
             field = constrained_field(constraint)

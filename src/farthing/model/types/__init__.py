@@ -64,9 +64,9 @@ def type_named(name: object) -> ModelType:
     """The type of that name; raises ConfigError as `type_of` does."""
     if isinstance(name, str) and name in TYPES:
         return TYPES[name]
-    known = ", ".join(sorted(TYPES))
+    names = ", ".join(sorted(TYPES))
     if reason := why_unserved(name):
-        raise ConfigError(f"model_type: got {name!r}, whose {reason} not served yet; expected one of {known}")
+        raise ConfigError(f"model_type: got {name!r}, whose {reason} not served yet; expected one of {names}")
     close = get_close_matches(str(name), TYPES, n=1, cutoff=_SIMILAR)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ConfigError(f"model_type: got {name!r}; expected one of {known}{hint}")
+    raise ConfigError(f"model_type: got {name!r}; expected one of {names}{hint}")

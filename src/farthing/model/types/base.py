@@ -34,8 +34,8 @@ class Names:
     def used_in(self, has: Callable[[str], bool]) -> Names:
         """These names, or those of the variant that a checkpoint uses. has: whether it has a tensor."""
         probe = "model.layers.0.input_layernorm.weight"
-        found = next((v for v in self.variants if has(v(probe)) and not has(self.stored(probe))), None)
-        return self if found is None else replace(self, stored=found)
+        variant = next((v for v in self.variants if has(v(probe)) and not has(self.stored(probe))), None)
+        return self if variant is None else replace(self, stored=variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +64,10 @@ def present(raw: Fields) -> dict[str, Any]:
 
 def half_split(raw: Fields, theta: float = 10000.0) -> dict[str, Any]:
     """Rotation of whole heads by halves, as in Llama; theta: of types whose default is not 10,000."""
-    given = raw.get("rope_theta")
+    own = raw.get("rope_theta")
     return {
         "rope_interleave": False,
-        "rope_theta": theta if given is None else given,
+        "rope_theta": theta if own is None else own,
         "partial_rotary_factor": None,  # ignored, as in transformers
     }
 
@@ -75,8 +75,8 @@ def half_split(raw: Fields, theta: float = 10000.0) -> dict[str, Any]:
 def rotated_share(raw: Fields, default: float) -> dict[str, Any]:
     """partial_rotary_factor of a type that rotates only a part of each head, for use after `half_split`."""
     name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
-    given = (section.get("partial_rotary_factor") for section in (optional_section(raw, name), raw))
-    return {"partial_rotary_factor": next((share for share in given if share is not None), default)}
+    shares = (section.get("partial_rotary_factor") for section in (optional_section(raw, name), raw))
+    return {"partial_rotary_factor": next((share for share in shares if share is not None), default)}
 
 
 def in_window(raw: Fields, switch: bool = False) -> dict[str, Any]:

@@ -49,10 +49,10 @@ def _fields(raw: Fields) -> Fields:
 
 
 def _stored(name: str) -> str:
-    found = _LAYER.fullmatch(name)
-    if found is None:
+    match = _LAYER.fullmatch(name)
+    if match is None:
         return name
-    half, part, rest = int(found[1]) % 2, found[2], found[3]
+    half, part, rest = int(match[1]) % 2, match[2], match[3]
     if part != "mlp":
         part = f"{part}.{half}"
     elif rest.startswith(".gate."):
@@ -60,7 +60,7 @@ def _stored(name: str) -> str:
         rest = f".router.{weight}"
     elif not rest.startswith(".experts."):
         part = f"mlps.{half}"
-    return f"model.layers.{int(found[1]) // 2}.{part}{rest}"
+    return f"model.layers.{int(match[1]) // 2}.{part}{rest}"
 
 
 TYPE = ModelType(

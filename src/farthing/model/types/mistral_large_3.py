@@ -83,16 +83,16 @@ def _rope(raw: Fields) -> Fields:
 
 
 def _stored(name: str) -> str:
-    found = _IN_LAYER.fullmatch(name)
-    if found is None:
+    match = _IN_LAYER.fullmatch(name)
+    if match is None:
         module, dot, rest = name.rpartition(".") if name.rpartition(".")[0] in _TOP else (name, "", "")
         return _TOP.get(module, module) + dot + rest
-    layer, rest = found.groups()
+    layer, rest = match.groups()
     if mlp := _IN_MLP.fullmatch(rest):
         where, part, tail = mlp.groups()
         return f"layers.{layer}.{where or 'feed_forward'}.{_MLP[part]}{tail or ''}"
-    known = next((m for m in _LAYER if f"{rest}.".startswith(f"{m}.")), None)
-    return f"layers.{layer}." + (rest if known is None else _LAYER[known] + rest[len(known) :])
+    own = next((m for m in _LAYER if f"{rest}.".startswith(f"{m}.")), None)
+    return f"layers.{layer}." + (rest if own is None else _LAYER[own] + rest[len(own) :])
 
 
 TYPE = ModelType(

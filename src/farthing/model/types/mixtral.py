@@ -28,17 +28,17 @@ _STACKS = {
 
 
 def _stored(name: str) -> str:
-    found = _MLP.fullmatch(name)
-    if found is None:
+    match = _MLP.fullmatch(name)
+    if match is None:
         return name
-    inner = _EXPERT.sub(lambda m: f"{m[1]}.{_PART[m[2]]}", found[2])
+    inner = _EXPERT.sub(lambda m: f"{m[1]}.{_PART[m[2]]}", match[2])
     bias = "e_score_correction_bias"
-    return f"{found[1]}.block_sparse_moe.{bias if inner.endswith(bias) else inner}"
+    return f"{match[1]}.block_sparse_moe.{bias if inner.endswith(bias) else inner}"
 
 
 def _granite_stored(name: str) -> str:
-    found = _MLP.fullmatch(name)
-    return name if found is None else f"{found[1]}.block_sparse_moe.{_STACKS.get(found[2], found[2])}"
+    match = _MLP.fullmatch(name)
+    return name if match is None else f"{match[1]}.block_sparse_moe.{_STACKS.get(match[2], match[2])}"
 
 
 def _width(raw: Fields) -> dict[str, int]:

@@ -25,8 +25,8 @@ SOFTMAX: dict[str, Any] = {
 
 def experts(raw: Fields, name: str = "num_experts") -> dict[str, Any]:
     """n_routed_experts from the type's name for it, or the other that transformers writes."""
-    found = next((n for n in (name, "num_experts", "num_local_experts") if raw.get(n) is not None), name)
-    return {"n_routed_experts": integer(raw, found)}
+    key = next((n for n in (name, "num_experts", "num_local_experts") if raw.get(n) is not None), name)
+    return {"n_routed_experts": integer(raw, key)}
 
 
 def _qwen3_moe(raw: Fields) -> Fields:

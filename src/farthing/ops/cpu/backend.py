@@ -106,7 +106,7 @@ def _sample_among(
 def invert(weights: Floats, u: Floats) -> NDArray[np.int64]:
     """See `farthing.ops.sampling.invert`: sums over groups first, then within the selected group."""
     rows, width = weights.shape
-    found = np.empty(rows, np.int64)
+    tokens = np.empty(rows, np.int64)
     for row in range(rows):
         w, at = weights[row], 0
         if width <= _GROUP:
@@ -121,8 +121,8 @@ def invert(weights: Floats, u: Floats) -> NDArray[np.int64]:
         cdf = w.cumsum(dtype=np.float64)
         # Rounding may move the target past the end; then take the last nonzero weight.
         last = int(cdf.searchsorted(cdf[-1], "left"))
-        found[row] = at + min(int(cdf.searchsorted(target, "right")), last)
-    return found
+        tokens[row] = at + min(int(cdf.searchsorted(target, "right")), last)
+    return tokens
 
 
 MOST_FUSED_TOP = 64  # above this, torch sorts the head's logits

@@ -75,19 +75,19 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
         rounded = int4_group(columns) if quantization == "int4" else columns
         if rounded is not None:
             stored, group = "nl4" if quantization == "int4" else quantization, rounded
-    found = HOLDING.get(stored, PackedFormat.F32)
-    if not _native.is_grouped(found):
-        return Plan(found)
-    return Plan(found, group) if _native.fits_group(found, group, columns) else F32
+    format = HOLDING.get(stored, PackedFormat.F32)
+    if not _native.is_grouped(format):
+        return Plan(format)
+    return Plan(format, group) if _native.fits_group(format, group, columns) else F32
 
 
-def for_head(found: Plan, n: int, columns: int) -> Plan:
+def for_head(shared: Plan, n: int, columns: int) -> Plan:
     """The packed format of an output head [n, columns] that other matrices would be packed in as `found`.
 
     The bytes of a large 8-bit head are stored as nibbles, of which `greedy` reads the high ones alone.
     """
-    large = found.format == PackedFormat.Q8 and n * columns >= PLANES_FROM
-    return Plan(PackedFormat.Q8_PLANES) if large else found
+    large = shared.format == PackedFormat.Q8 and n * columns >= PLANES_FROM
+    return Plan(PackedFormat.Q8_PLANES) if large else shared
 
 
 def packed_bytes(n: int, columns: int, plan: Plan, zero: bool = False) -> int:
@@ -101,8 +101,8 @@ def _lossless_bf16(t: Tensor) -> bool:
 
 def _plan_one(w: Weight, quantization: str | None) -> Plan:
     dense = w.format == "dense"
-    found = choose("float32" if dense else w.format, w.shape[1], w.group_size, quantization)
-    return Plan(PackedFormat.BF16) if dense and found == F32 and _lossless_bf16(w.data) else found
+    chosen = choose("float32" if dense else w.format, w.shape[1], w.group_size, quantization)
+    return Plan(PackedFormat.BF16) if dense and chosen == F32 and _lossless_bf16(w.data) else chosen
 
 
 def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
@@ -355,8 +355,8 @@ class PackingOps(HostOps):
         packed = self._stored(name)
         if packed is None:
             w = weight()
-            found = plan([w], loaded_as(self._quantization, mlp=False))
-            packed = self._pack_as(for_head(found, *w.shape), name, [w])
+            shared = plan([w], loaded_as(self._quantization, mlp=False))
+            packed = self._pack_as(for_head(shared, *w.shape), name, [w])
         return Linear(packed, *packed.shape)
 
     def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Linear:
@@ -444,8 +444,8 @@ class PackingOps(HostOps):
         assert self._file is not None
         if f"{name}.held" not in self._file:
             return [_missing] * count
-        held = set(self._file.array(f"{name}.held").tolist())
-        return [_missing if e in held else None for e in range(count)]
+        stored = set(self._file.array(f"{name}.held").tolist())
+        return [_missing if e in stored else None for e in range(count)]
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor

@@ -346,12 +346,12 @@ def _decode(
         acc = dot(narrow(p, ql.dtype), latent, acc * shrink[:, None])
         top = new
     at = row * splits + split
-    found = total > 0.0
-    result = acc / tl.where(found, total, 1.0)[:, None]
+    any_key = total > 0.0
+    result = acc / tl.where(any_key, total, 1.0)[:, None]
     mask = (h[:, None] < H) & (j[None, :] < c)
     tl.store(part + at[:, None] * c + j[None, :], narrow(result, part.dtype.element_ty), mask=mask)
     if SPLIT:
-        sum_log = tl.where(found, top + tl.log(tl.where(found, total, 1.0)), float("-inf"))
+        sum_log = tl.where(any_key, top + tl.log(tl.where(any_key, total, 1.0)), float("-inf"))
         tl.store(lse + at, sum_log, mask=h < H)
 
 
@@ -533,8 +533,8 @@ def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Ten
         keys, values = read_heads(cache, row, s.kv_heads, slots[None])
         tokens = slice(span.begin, span.end)
         seen = None if span.end - span.begin == span.keys else at <= batch.positions[tokens, None]
-        found = attend_heads(q[tokens], keys, values, None if seen is None else seen[None], s)
-        out[tokens] = found.unflatten(1, (s.num_heads, -1))
+        mixed = attend_heads(q[tokens], keys, values, None if seen is None else seen[None], s)
+        out[tokens] = mixed.unflatten(1, (s.num_heads, -1))
     return out.flatten(1)
 
 
@@ -567,11 +567,11 @@ def _expand(
 
 def _groups(spans: list[Span], width: int) -> list[list[Span]]:
     groups: list[list[Span]] = []
-    held = 0
+    size = 0
     for span in spans:
-        if not groups or held + span.keys * width > MOST_EXPANDED:
+        if not groups or size + span.keys * width > MOST_EXPANDED:
             groups.append([])
-            held = 0
+            size = 0
         groups[-1].append(span)
-        held += span.keys * width
+        size += span.keys * width
     return groups

@@ -64,7 +64,7 @@ class Experts:
     gate: Tensor  # [E, D] float32
     bias: Tensor | None
     routed: Mlp
-    held: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are local
+    local: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are local
     shared: Mlp | None
 
 
@@ -122,17 +122,17 @@ class GpuOps(Ops):
         here = [e for e, load in enumerate(w.experts) if load is not None]
         if not here:
             raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
-        held = None
+        local = None
         if len(here) < len(w.experts):
-            held = torch.full((len(w.experts),), -1, dtype=torch.int32)
-            held[here] = torch.arange(len(here), dtype=torch.int32)
-            held = held.to(self.device)
+            local = torch.full((len(w.experts),), -1, dtype=torch.int32)
+            local[here] = torch.arange(len(here), dtype=torch.int32)
+            local = local.to(self.device)
         return Experts(
             spec,
             w.gate.float().to(self.device),
             None if w.bias is None else w.bias.float().to(self.device),
             self._stack(name, w, here),
-            held,
+            local,
             None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared),
         )
 
@@ -255,13 +255,13 @@ class GpuOps(Ops):
         if counts is not None:
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
-        order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.held)
+        order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.local)
         y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
         shared = None if weights.shared is None else self._gated(n, weights.shared)
         if weights.spec.identities:
             same = n.float() * identity_weight(ids, gates, weights.spec)
             shared = same if shared is None else shared.float() + same
-        return combine(y, ids, weights.held, shared, _rows(x) if residual else torch.zeros_like(x))
+        return combine(y, ids, weights.local, shared, _rows(x) if residual else torch.zeros_like(x))
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         weights.spec = spec

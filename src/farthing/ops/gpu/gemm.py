@@ -226,7 +226,7 @@ def _down(
 
 @triton.jit
 def _combine(
-    y, ids, held, shared, residual, out, D, stride_r, SLOTS: tl.constexpr, MAPPED: tl.constexpr,
+    y, ids, local, shared, residual, out, D, stride_r, SLOTS: tl.constexpr, MAPPED: tl.constexpr,
     HAS_SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -236,7 +236,7 @@ def _combine(
     for slot in tl.static_range(SLOTS):
         expert = tl.load(ids + token * SLOTS + slot)
         if MAPPED:
-            expert = tl.load(held + expert, mask=expert >= 0, other=-1).to(tl.int64)
+            expert = tl.load(local + expert, mask=expert >= 0, other=-1).to(tl.int64)
         if expert >= 0:
             total += tl.load(y + (token * SLOTS + slot) * D + d, mask=mask, other=0.0).to(tl.float32)
     if HAS_SHARED:
@@ -283,15 +283,15 @@ def experts_mlp(
     return y
 
 
-def combine(y: Tensor, ids: Tensor, held: Tensor | None, shared: Tensor | None, residual: Tensor) -> Tensor:
+def combine(y: Tensor, ids: Tensor, local: Tensor | None, shared: Tensor | None, residual: Tensor) -> Tensor:
     """residual [T, D] + shared [T, D] + sum of each token's slots in y [T k, D] -> [T, D]."""
     tokens, d = residual.shape
     out = torch.empty(tokens, d, dtype=residual.dtype, device=residual.device)
     block = min(2048, triton.next_power_of_2(d))
     if tokens:
         _combine[(tokens, triton.cdiv(d, block))](
-            y, ids, held, shared, residual, out, d, residual.stride(0), SLOTS=ids.shape[1],
-            MAPPED=held is not None, HAS_SHARED=shared is not None, BLOCK=block, num_warps=4,
+            y, ids, local, shared, residual, out, d, residual.stride(0), SLOTS=ids.shape[1],
+            MAPPED=local is not None, HAS_SHARED=shared is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -190,21 +190,21 @@ class DecodeGraphs:
         if size is None:
             return layers(hidden, batch, torch.full((1,), rows, dtype=torch.int32, device=hidden.device))
         at = size, width_bucket(width), key
-        found = self._captured.get(at)
-        if found is None:
-            found = self._captured[at] = _Captured(_Inputs.of(size, at[1], hidden), None, None)
-            found.inputs.fill(hidden, batch)
+        captured = self._captured.get(at)
+        if captured is None:
+            captured = self._captured[at] = _Captured(_Inputs.of(size, at[1], hidden), None, None)
+            captured.inputs.fill(hidden, batch)
             if hidden.is_cuda:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
-                _capture(found, layers, self._pool)
+                _capture(captured, layers, self._pool)
         else:
-            found.inputs.fill(hidden, batch)
-        if found.graph is None:
-            out = layers(found.inputs.hidden, found.inputs.batch, found.inputs.live)
+            captured.inputs.fill(hidden, batch)
+        if captured.graph is None:
+            out = layers(captured.inputs.hidden, captured.inputs.batch, captured.inputs.live)
         else:
-            found.graph.replay()
-            assert found.output is not None
-            out = found.output
+            captured.graph.replay()
+            assert captured.output is not None
+            out = captured.output
         return out[:rows].clone()
 
     def __len__(self) -> int:
@@ -275,7 +275,7 @@ def read_configs(path: Path) -> dict[str, list[tuple[int, Config]]]:
     File format: {kernel: [{"rows": 16, "bm": 16, …}, …]}; a kernel's last entry covers all larger sizes.
     Raises ValueError naming file, kernel and field.
     """
-    known = {f.name for f in fields(Config)}
+    names = {f.name for f in fields(Config)}
     table: dict[str, list[tuple[int, Config]]] = {}
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -284,10 +284,10 @@ def read_configs(path: Path) -> dict[str, list[tuple[int, Config]]]:
     for kernel, entries in raw.items():
         rows = []
         for entry in entries:
-            unknown = entry.keys() - known - {"rows"}
+            unknown = entry.keys() - names - {"rows"}
             if unknown or "rows" not in entry:
                 raise ValueError(
-                    f"{path.name}: {kernel} has {sorted(entry)}; expected 'rows' and some of {sorted(known)}"
+                    f"{path.name}: {kernel} has {sorted(entry)}; expected 'rows' and some of {sorted(names)}"
                 )
             try:
                 rows.append((int(entry["rows"]), Config(**{k: v for k, v in entry.items() if k != "rows"})))
@@ -318,15 +318,15 @@ _NONE = Card("", _INTERPRETED_PROGRAMS if INTERPRETED else 132, 227 << 10, 9)
 @cache
 def table(card: Card) -> dict[str, list[tuple[int, Config]]]:
     """default.json, overridden by shared-memory and generation files, then by the GPU's measured file."""
-    found = read_configs(FOLDER / "default.json")
+    configs = read_configs(FOLDER / "default.json")
     smaller = {int(m[1]): m[0] for path in FOLDER.iterdir() if (m := _SMALLER.fullmatch(path.name))}
     for most in sorted(smaller, reverse=True):
         if card.shared <= most << 10:
-            found |= read_configs(FOLDER / smaller[most])
+            configs |= read_configs(FOLDER / smaller[most])
     for name in (f"generation-{card.generation}.json", file_name(card.name)):
         if (FOLDER / name).exists():
-            found |= read_configs(FOLDER / name)
-    return found
+            configs |= read_configs(FOLDER / name)
+    return configs
 
 
 @cache

@@ -101,7 +101,7 @@ def _route(
 
 @triton.jit
 def _sort(
-    ids, held, order, starts, slots, HELD, MAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    ids, local, order, starts, slots, HELD, MAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0)
     j = tl.arange(0, BLOCK)
@@ -110,7 +110,7 @@ def _sort(
     for start in range(0, slots, BLOCK):
         expert = tl.load(ids + start + j, mask=start + j < slots, other=-1).to(tl.int32)
         if MAPPED:
-            expert = tl.load(held + expert, mask=expert >= 0, other=-1)
+            expert = tl.load(local + expert, mask=expert >= 0, other=-1)
         before += tl.sum(((expert >= 0) & (expert < e)).to(tl.int32), 0)
         mine += tl.sum((expert == e).to(tl.int32), 0)
     tl.store(starts + e, before)
@@ -121,7 +121,7 @@ def _sort(
         for start in range(0, slots, BLOCK):
             expert = tl.load(ids + start + j, mask=start + j < slots, other=-1).to(tl.int32)
             if MAPPED:
-                expert = tl.load(held + expert, mask=expert >= 0, other=-1)
+                expert = tl.load(local + expert, mask=expert >= 0, other=-1)
             hit = (expert == e).to(tl.int32)
             tl.store(order + at + tl.cumsum(hit, 0) - 1, start + j, mask=hit > 0)
             at += tl.sum(hit, 0)
@@ -149,7 +149,7 @@ def route(
     return ids, weights
 
 
-def sort_by_expert(ids: Tensor, experts: int, held: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def sort_by_expert(ids: Tensor, experts: int, local: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Selected experts [T, k] -> (order [T k] int32, starts [H + 1] int32).
 
     order[starts[e] … starts[e + 1]] are the slots t k + j of the tokens of local expert e, ascending.
@@ -160,7 +160,7 @@ def sort_by_expert(ids: Tensor, experts: int, held: Tensor | None = None) -> tup
     order = torch.empty(max(1, slots), dtype=torch.int32, device=ids.device)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=ids.device)
     _sort[(experts,)](
-        ids, held, order, starts, slots, experts, MAPPED=held is not None,
+        ids, local, order, starts, slots, experts, MAPPED=local is not None,
         BLOCK=min(2048, max(16, triton.next_power_of_2(slots))), num_warps=4,
     )  # fmt: skip
     return order, starts

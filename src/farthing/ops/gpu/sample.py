@@ -23,16 +23,16 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _find(e, start, running, target, found, last, BLOCK: tl.constexpr):
+def _find(e, start, running, target, token, last, BLOCK: tl.constexpr):
     """Search state: whether and where the running sum passes the target within weights e [BLOCK]."""
     n = tl.arange(0, BLOCK)
     total = tl.sum(e.to(tl.float64), 0)
-    if (found < 0) & (running + total > target):
+    if (token < 0) & (running + total > target):
         below = (running + tl.cumsum(e.to(tl.float64), 0)) <= target
-        found = start + tl.sum(below.to(tl.int32), 0)
+        token = start + tl.sum(below.to(tl.int32), 0)
     # Rounding may move the target past the end; then take the last nonzero weight.
     last = tl.maximum(last, tl.max(tl.where(e > 0.0, start + n, -1), 0))
-    return running + total, found, last
+    return running + total, token, last
 
 
 @triton.jit
@@ -50,11 +50,11 @@ def _sample_tokens(logits, uniform, tokens, stride, V, BLOCK: tl.constexpr):
         sums += tl.exp(v - peak).to(tl.float64)
     target = tl.load(uniform + row) * tl.sum(sums, 0)
     running = tl.sum(sums, 0) * 0.0
-    found, last = -1, -1
+    token, last = -1, -1
     for start in range(0, V, BLOCK):
         v = tl.load(x + start + n, mask=start + n < V, other=float("-inf"))
-        running, found, last = _find(tl.exp(v - peak), start, running, target, found, last, BLOCK)
-    tl.store(tokens + row, tl.where(found < 0, last, tl.minimum(found, last)).to(tl.int64))
+        running, token, last = _find(tl.exp(v - peak), start, running, target, token, last, BLOCK)
+    tl.store(tokens + row, tl.where(token < 0, last, tl.minimum(token, last)).to(tl.int64))
 
 
 @triton.jit
@@ -99,14 +99,14 @@ def _sample_filtered(
     target = tl.load(uniform + row) * tl.sum(chosen, 0)
     before = tl.sum(mass, 0) * 0.0
     running = tl.sum(mass, 0) * 0.0
-    found, last = -1, -1
+    token, last = -1, -1
     for start in range(0, K, BLOCK):
         kept, p = _kept(value, ids, start, K, total, best, top_k, min_p, BLOCK)
         wide = kept.to(tl.float64)
         kept = tl.where(before + tl.cumsum(wide, 0) - wide < limit, kept, 0.0)
         before += tl.sum(wide, 0)
-        running, found, last = _find(kept, start, running, target, found, last, BLOCK)
-    pick = tl.where(found < 0, last, tl.minimum(found, last))
+        running, token, last = _find(kept, start, running, target, token, last, BLOCK)
+    pick = tl.where(token < 0, last, tl.minimum(token, last))
     tl.store(tokens + row, tl.load(ids + row * K + pick))
 
 
@@ -261,15 +261,15 @@ def _softmax_long(x, out, stride, N, BLOCK: tl.constexpr):
         tl.store(out + row * N + start + n, tl.exp(v - peak) * scale, mask=start + n < N)
 
 
-def softmax(x: Tensor, held: int = MOST_HELD) -> Tensor:
+def softmax(x: Tensor, widest: int = MOST_HELD) -> Tensor:
     """x [T, N] float32 -> [T, N]; rows longer than `held` are streamed."""
     rows, n = x.shape
     out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
     if not rows:
         return out
-    if n <= held:
+    if n <= widest:
         block = triton.next_power_of_2(n)
         _softmax[(rows,)](x, out, x.stride(0), n, BLOCK=block, num_warps=min(16, max(1, block // 512)))
     else:
-        _softmax_long[(rows,)](x, out, x.stride(0), n, BLOCK=min(held, 4096), num_warps=8)
+        _softmax_long[(rows,)](x, out, x.stride(0), n, BLOCK=min(widest, 4096), num_warps=8)
     return out
