@@ -107,9 +107,9 @@ def affine(balancer: Balancer, prompt: Prompt) -> Replica:
     least loaded.
     """
     fewest = least(balancer, prompt)
-    held = balancer.prefixes.held(prompt.blocks)
-    best = max(balancer.replicas.values(), key=lambda r: (held.get(r.name, 0), -r.inflight))
-    return best if held.get(best.name) and best.inflight <= fewest.inflight + 4 else fewest
+    depths = balancer.prefixes.depths(prompt.blocks)
+    best = max(balancer.replicas.values(), key=lambda r: (depths.get(r.name, 0), -r.inflight))
+    return best if depths.get(best.name) and best.inflight <= fewest.inflight + 4 else fewest
 
 
 def simulate(trace: list[dict[str, Any]], choose: Choose, options: argparse.Namespace) -> dict[str, float]:

@@ -415,9 +415,9 @@ def parse_speculate(value: str | None) -> tuple[tuple[str, ...], int] | None:
         return None
     name, _, count = value.partition(":")
     methods = tuple(sorted(name.split("+")))
-    known = methods in (("mtp",), ("ngram",), ("mtp", "ngram"))
+    valid = methods in (("mtp",), ("ngram",), ("mtp", "ngram"))
     drafts = int(count) if count.isdecimal() else DEFAULT_DRAFTS if not count else 0
-    if not known or not 1 <= drafts <= MAX_DRAFTS:
+    if not valid or not 1 <= drafts <= MAX_DRAFTS:
         raise ValueError(
             f"speculate: got {value!r}; expected 'mtp[:k]', 'ngram[:k]' or 'mtp+ngram[:k]' "
             f"with k in 1…{MAX_DRAFTS}"

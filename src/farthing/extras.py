@@ -48,21 +48,21 @@ def declared() -> dict[str, list[str]]:
         lines = requires("farthing") or []
     except PackageNotFoundError:
         return {}
-    found: dict[str, list[str]] = {}
+    extras: dict[str, list[str]] = {}
     for line in lines:
         extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
         name = re.match(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?", line)
         if extra and name and extra.group(1) in EXTRAS:
-            found.setdefault(extra.group(1), []).append(name.group())
-    return {extra: _flat(found, extra) for extra in found}
+            extras.setdefault(extra.group(1), []).append(name.group())
+    return {extra: _flat(extras, extra) for extra in extras}
 
 
-def _flat(found: dict[str, list[str]], extra: str) -> list[str]:
+def _flat(extras: dict[str, list[str]], extra: str) -> list[str]:
     """The distributions of an extra; of `farthing[a,b]`, those of a and b."""
     flat: list[str] = []
-    for name in found.get(extra, []):
+    for name in extras.get(extra, []):
         own = re.fullmatch(r"farthing\[(.*)\]", name)
-        flat += [each for part in own[1].split(",") for each in _flat(found, part)] if own else [name]
+        flat += [each for part in own[1].split(",") for each in _flat(extras, part)] if own else [name]
     return flat
 
 
@@ -74,8 +74,8 @@ def missing(extra: str) -> list[str]:
 def extra_for(module: str, preferred: str = "") -> str | None:
     """The extra that provides a top-level module, `preferred` if several do; None if none does."""
     distribution = _normal(_DISTRIBUTIONS.get(module, module))
-    found = [extra for extra, names in declared().items() if distribution in map(_normal, names)]
-    return preferred if preferred in found else next(iter(found), None)
+    extras = [extra for extra, names in declared().items() if distribution in map(_normal, names)]
+    return preferred if preferred in extras else next(iter(extras), None)
 
 
 def _normal(name: str) -> str:

@@ -59,10 +59,10 @@ def replace(target: Path, write: Callable[[Path], None], durable: bool = True) -
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(target)) from error
     except SafetensorError as error:
-        found = _OS_ERROR.search(str(error))
-        if found is None:
+        match = _OS_ERROR.search(str(error))
+        if match is None:
             raise
-        number = int(found.group(1))
+        number = int(match.group(1))
         raise OSError(number, os.strerror(number), str(target)) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -143,10 +143,10 @@ def read(cls: type[T], data: Any, where: str = "", base: T | None = None) -> T:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or 'configuration'}: got {data!r}; expected a mapping of fields")
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    names = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
     for name in data:
-        if name not in known:
-            raise ValueError(f"{_join(where, str(name))}: unknown field; expected one of {', '.join(known)}")
+        if name not in names:
+            raise ValueError(f"{_join(where, str(name))}: unknown field; expected one of {', '.join(names)}")
     values = {name: _convert(hints[name], value, _join(where, name)) for name, value in data.items()}
     if base is not None:
         return dataclasses.replace(base, **values)  # type: ignore[type-var]

@@ -59,11 +59,11 @@ def find_model(model: str | Path) -> Found:
 
     Raises OSError, FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
     """
-    found = _local(model)
-    if found is None:
+    local = _local(model)
+    if local is None:
         return _find(str(model), weights=True)
-    judge(found)
-    return Found(found)
+    judge(local)
+    return Found(local)
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -71,8 +71,8 @@ def resolve_model(model: str | Path) -> Path:
 
     Raises FileNotFoundError or ValueError with the accepted values.
     """
-    found = _local(model)
-    return _find(str(model), weights=True).fetch() if found is None else found
+    local = _local(model)
+    return _find(str(model), weights=True).fetch() if local is None else local
 
 
 def resolve_config(model: str | Path) -> Path:
@@ -80,11 +80,11 @@ def resolve_config(model: str | Path) -> Path:
 
     Raises FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
     """
-    found = _local(model)
-    if found is None:
+    local = _local(model)
+    if local is None:
         return _find(str(model), weights=False).path
-    judge(found)
-    return found
+    judge(local)
+    return local
 
 
 def judge(path: Path) -> None:
@@ -123,13 +123,13 @@ def _gguf_in(path: Path) -> Path | None:
     """A GGUF file: the path itself, or the only model in a folder."""
     if path.is_file():
         return path if path.suffix == SUFFIX else None
-    found = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
-    if len({name_of(file) for file in found}) > 1:
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    if len({name_of(file) for file in files}) > 1:
         raise FileNotFoundError(
-            f"model: got {str(path)!r}, with {len(found)} GGUF files such as {found[0].name}; expected the "
+            f"model: got {str(path)!r}, with {len(files)} GGUF files such as {files[0].name}; expected the "
             "path of one of them"
         )
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _defect(path: Path) -> str:
@@ -266,11 +266,11 @@ class _Repository:
 
 def _bytes_in(blobs: Path) -> int:
     """Bytes of a repository's files in the cache, unfinished ones included."""
-    found = 0
+    total = 0
     for file in blobs.glob("*"):
         with suppress(FileNotFoundError):  # renamed once it is complete
-            found += file.stat().st_size
-    return found
+            total += file.stat().st_size
+    return total
 
 
 def _report(model: str, received: int, needed: int, seconds: float) -> None:

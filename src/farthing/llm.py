@@ -26,11 +26,11 @@ class LLM:
     def __init__(self, model: str | Path = EMBEDDED, **options: Any) -> None:
         """options: fields of `EngineConfig`. ValueError names a field, TypeError an unknown option."""
         # Offline batches may be of any size, and throughput matters more than per-token latency.
-        given: dict[str, Any] = {"max_queue": None, "max_step_ms": 0} | options
+        settings: dict[str, Any] = {"max_queue": None, "max_step_ms": 0} | options
         for name in ("packed", "prefix_cache_dir"):
-            if given.get(name) is not None:
-                given[name] = str(given[name])
-        self.engine = build_engine(EngineConfig(model=str(model), **given))
+            if settings.get(name) is not None:
+                settings[name] = str(settings[name])
+        self.engine = build_engine(EngineConfig(model=str(model), **settings))
 
     def generate(
         self,

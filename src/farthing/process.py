@@ -71,8 +71,8 @@ def cache_dir() -> Path:
 
     Raises RuntimeError if that variable is not set and there is no home directory.
     """
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "farthing"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "farthing"
 
 
 # Reads a packed file into the page cache while the process that will map it still imports its modules.

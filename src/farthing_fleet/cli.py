@@ -129,29 +129,29 @@ def up(options: dict[str, Any]) -> None:
 
     _log_to_stderr()
     with _errors_to_user():
-        given = UpOptions(**options)
-        serving = serve_command(given.model, tuple(shlex.split(given.serve_args)), given.api_key_file)
-        command = tuple(shlex.split(given.command)) if given.command else serving
+        chosen = UpOptions(**options)
+        serving = serve_command(chosen.model, tuple(shlex.split(chosen.serve_args)), chosen.api_key_file)
+        command = tuple(shlex.split(chosen.command)) if chosen.command else serving
         fleet = local_fleet(
-            given.config,
+            chosen.config,
             policy={
-                "min_replicas": given.min_replicas,
-                "max_replicas": given.max_replicas,
-                "capacity": given.capacity,
+                "min_replicas": chosen.min_replicas,
+                "max_replicas": chosen.max_replicas,
+                "capacity": chosen.capacity,
             },
-            metrics_names=given.metrics_names,
-            state=given.state,
-            metrics=given.metrics,
-            advise=given.advise,
+            metrics_names=chosen.metrics_names,
+            state=chosen.state,
+            metrics=chosen.metrics,
+            advise=chosen.advise,
         )
         local = LocalConfig(
             command,
-            given.state / "replicas",
-            health_path=given.health_path,
-            ready_timeout_s=given.ready_timeout,
-            **(STANDBY if given.standby and not given.command else {}),
+            chosen.state / "replicas",
+            health_path=chosen.health_path,
+            ready_timeout_s=chosen.ready_timeout,
+            **(STANDBY if chosen.standby and not chosen.command else {}),
         )
-        asyncio.run(_up(UpConfig(fleet, local, given.host, given.port, given.api_key_file)))
+        asyncio.run(_up(UpConfig(fleet, local, chosen.host, chosen.port, chosen.api_key_file)))
 
 
 async def _up(config: Any) -> None:
@@ -210,9 +210,9 @@ def gateway(
 
     _log_to_stderr()
     with _errors_to_user(), tempfile.TemporaryDirectory(prefix="farthing-gateway-") as scratch:
-        given = GatewayOptions(**options)
+        chosen = GatewayOptions(**options)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(_serve_gateway(given, fd, Path(scratch)))
+            runner.run(_serve_gateway(chosen, fd, Path(scratch)))
 
 
 async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path) -> None:

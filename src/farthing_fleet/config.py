@@ -50,8 +50,8 @@ class SloConfig:
     def moved(self, utilization: Number, late: Number, passed_s: float) -> Number:
         """The utilization after `passed_s` seconds with the share `late` of the requests late."""
         drift = self.gain * passed_s / 60 * (self.spent * (1 - self.target) - late)
-        made = np.clip(utilization * np.exp(drift), self.lowest, self.highest)
-        return made if isinstance(utilization, np.ndarray) else float(made)  # type: ignore[return-value]
+        mapped = np.clip(utilization * np.exp(drift), self.lowest, self.highest)
+        return mapped if isinstance(utilization, np.ndarray) else float(mapped)  # type: ignore[return-value]
 
 
 def _check_slo(name: str, value: object, accepted: str, good: bool) -> None:

@@ -77,7 +77,7 @@ class Controller:
         self.held = Held()
         self._cold_start_s: float | None = None  # as last measured
         self._disk: dict[str, str] = {}  # files of the state directory that cannot be written -> alarm
-        self._known = _last_target(log_path)  # replicas requested, as last read or decided
+        self._target = _last_target(log_path)  # replicas requested, as last read or decided
         self._maintenance: asyncio.Task[None] | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -100,7 +100,7 @@ class Controller:
     async def _pause(self, stop: asyncio.Event, seconds: float) -> None:
         """Wait for the next step; returns early if a gateway holds requests for a fleet scaled to zero."""
         events = [asyncio.ensure_future(stop.wait())]
-        if not self._known:
+        if not self._target:
             events.append(asyncio.ensure_future(self.held.reported.wait()))
         await asyncio.wait(events, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED)
         for event in events:
@@ -110,16 +110,16 @@ class Controller:
         """Make one decision, log it and, unless advising, apply it. None before any signal."""
         alarms: list[str] = []
         current = await self._current(alarms)
-        held = self.held.total()
-        snapshot = await self._read(current, held)
+        holding = self.held.total()
+        snapshot = await self._read(current, holding)
         if current is None:  # replica count unknown: use the last target, or the serving replicas if more
-            current = max(self._known or 0, snapshot.ready or 0)
-            if self._known is None and snapshot.ready is None and not held:
+            current = max(self._target or 0, snapshot.ready or 0)
+            if self._target is None and snapshot.ready is None and not holding:
                 log.warning("neither the actuator nor the signals report the number of replicas")
                 return None
             snapshot = replace(snapshot, current=current)
-            if current == 0 and held:
-                snapshot = replace(snapshot, backlog=max(float(held), snapshot.backlog or 0.0))
+            if current == 0 and holding:
+                snapshot = replace(snapshot, backlog=max(float(holding), snapshot.backlog or 0.0))
         now = self._wall()
         decision = self._decide(now, snapshot, current)
         decision = replace(decision, alarms=(*decision.alarms, *alarms, *self._disk.values()))
@@ -127,11 +127,11 @@ class Controller:
         self._save()
         return decision
 
-    async def _read(self, current: int | None, held: int) -> Snapshot:
+    async def _read(self, current: int | None, holding: int) -> Snapshot:
         """The signals. A fleet at zero has none, and waiting for them would delay its start."""
-        if current == 0 and held:
-            known = self._cold_start_s
-            return Snapshot(self._wall(), 0, backlog=float(held), cold_start_s=known, stale=True)
+        if current == 0 and holding:
+            cold_start_s = self._cold_start_s
+            return Snapshot(self._wall(), 0, backlog=float(holding), cold_start_s=cold_start_s, stale=True)
         snapshot = await self.source.read(current if current is not None else 0)
         self._cold_start_s = snapshot.cold_start_s
         return snapshot
@@ -159,8 +159,8 @@ class Controller:
         except ActuatorError as problem:
             log.warning("actuator: %s", problem)
             alarms.append(f"actuator: {problem}")
-            return self._known
-        self._known = current if current is not None else self._known
+            return self._target
+        self._target = current if current is not None else self._target
         return current
 
     async def _act(self, decision: Decision, *, blind: bool) -> None:
@@ -173,7 +173,7 @@ class Controller:
             except ActuatorError as problem:
                 log.warning("actuator: %s", problem)
                 decision = replace(decision, alarms=(*decision.alarms, f"actuator: {problem}"))
-        self._known = decision.target if not blind else self._known
+        self._target = decision.target if not blind else self._target
         self.last_decision.post(decision)
         self.metrics.show(decision)
         with self._writing("decision log"):

@@ -72,11 +72,11 @@ def recent(path: Path) -> list[Decision]:
             lines = file.read().decode("utf-8", "replace").split("\n")[:-1]
     except OSError:
         return []
-    found = []
+    records = []
     for line in lines:
         with suppress(ValueError):
-            found.append(Decision.from_json(line))
-    return found
+            records.append(Decision.from_json(line))
+    return records
 
 
 # Decisions in words: a sentence for the dashboard, and the report of `farthing fleet explain`.

@@ -112,8 +112,8 @@ class DayPlan:
             return False
         self._tried = now
         values = np.array(list(self._loads))
-        known = Series(self._start - PLAN_STEP_S * len(values), PLAN_STEP_S, values, "load")
-        coarse = known.coarse(round(FIT_STEP_S / PLAN_STEP_S))
+        history = Series(self._start - PLAN_STEP_S * len(values), PLAN_STEP_S, values, "load")
+        coarse = history.coarse(round(FIT_STEP_S / PLAN_STEP_S))
         self._forecaster.fit(coarse)
         paths = self._forecaster.quantiles(coarse.values, round(PLAN_DAYS * DAY_S / FIT_STEP_S))
         p50, p90 = (_refined(path) for path in paths)
@@ -173,17 +173,17 @@ class LiveEstimates:
         self._open_minute = 0.0
         self._minute_start: float | None = None
         self._cached: tuple[float, Forecast | None] = (-float("inf"), None)
-        known = read_loads(self._path)
-        for time, load in known:
-            self._learn(time, load, recent=time > known[-1][0] - self._short.reach_s)
+        loads = read_loads(self._path)
+        for time, load in loads:
+            self._learn(time, load, recent=time > loads[-1][0] - self._short.reach_s)
 
     # ---- input ----
 
     def remember(self, points: list[tuple[float, float]]) -> None:
         """Add past loads (time, load), oldest first, after the last recorded one."""
-        known = self._minute_start or -float("inf")
+        latest = self._minute_start or -float("inf")
         for time, load in points:
-            if time > known and np.isfinite(load) and load >= 0:
+            if time > latest and np.isfinite(load) and load >= 0:
                 self._learn(time, load)
                 append_load(self._path, time, load)
 
@@ -233,8 +233,8 @@ class LiveEstimates:
     # ---- output ----
 
     def short(self, now: float) -> Forecast | None:
-        made, forecast = self._cached
-        if not 0 <= now - made < min(_FRESH_S, self._short.config.grid_s):
+        origin, forecast = self._cached
+        if not 0 <= now - origin < min(_FRESH_S, self._short.config.grid_s):
             forecast = self._short.forecast(now)
             self._cached = (now, forecast)
         return replace(forecast, start=now) if forecast is not None else None
@@ -267,10 +267,10 @@ class LiveEstimates:
         self._lead_changed, self._meanwhile = now, []
         kept = self._short.known
         first = kept[0][0] if kept else math.inf
-        made = self._short.over(lead, [p for p in read_loads(self._path) if p[0] < first] + kept)
+        forecaster = self._short.over(lead, [p for p in read_loads(self._path) if p[0] < first] + kept)
         while self._meanwhile:
-            made.observe(*self._meanwhile.pop(0))
-        self._short, self._meanwhile, self._cached = made, None, (-float("inf"), None)
+            forecaster.observe(*self._meanwhile.pop(0))
+        self._short, self._meanwhile, self._cached = forecaster, None, (-float("inf"), None)
         log.info("short-term forecasts cover %.0f s (before: %.0f s)", lead, used)
 
 

@@ -116,11 +116,11 @@ class Jumps:
         config, state = self.config, self.state
         times = [t for t, _ in state.planned if t <= now - lead_s - config.interval_s]
         since = max(times, default=now)
-        known = (
+        explained = (
             [n for t, n in state.planned if since - config.window_s(lead_s) <= t <= since] if times else []
         )
         least = config.min_replicas * config.capacity
-        if known and load > max(least, max(known) / config.slo.lowest):
+        if explained and load > max(least, max(explained) / config.slo.lowest):
             state.excused_until = now + lead_s + config.interval_s + config.drain_s
         return state.excused_until is not None and now <= state.excused_until
 

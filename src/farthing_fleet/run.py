@@ -35,24 +35,24 @@ async def addresses(host: str, port: int) -> dict[str, str] | None:
     """{address: URL} for every address of `host`; None if the resolver does not answer."""
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as problem:
         return {} if problem.errno in _EMPTY else None
-    names = sorted({str(entry[4][0]) for entry in found})
+    names = sorted({str(entry[4][0]) for entry in infos})
     return {name: f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}" for name in names}
 
 
 async def follow(address: tuple[str, int], path: Path, every_s: float = EVERY_S) -> None:
     """Resolve (host, port) every `every_s` seconds and write the replicas to `path` when they change."""
-    known: dict[str, str] | None = None
+    current: dict[str, str] | None = None
     while True:
-        found = await addresses(*address)
-        if found is None:
+        latest = await addresses(*address)
+        if latest is None:
             log.warning("%s: the resolver does not answer; keeping the last replicas", address[0])
-        elif found != known:
-            write_replicas(path, found)
-            log.info("%s: %d replicas", address[0], len(found))
-            known = found
+        elif latest != current:
+            write_replicas(path, latest)
+            log.info("%s: %d replicas", address[0], len(latest))
+            current = latest
         await asyncio.sleep(every_s)
 
 

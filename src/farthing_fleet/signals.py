@@ -84,8 +84,8 @@ def dialect(name: str) -> Dialect | None:
 
 def detect(names: Iterable[str]) -> Dialect | None:
     """The dialect whose queue gauge is among these metric names, or None."""
-    known = set(names)
-    return next((d for d in DIALECTS.values() if d.waiting in known or d.running in known), None)
+    present = set(names)
+    return next((d for d in DIALECTS.values() if d.waiting in present or d.running in present), None)
 
 
 # The interface of a source of signals.

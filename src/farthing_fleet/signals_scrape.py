@@ -64,10 +64,10 @@ class _History:
 
     def growth_of_queue(self) -> float:
         """Growth of the queue over the window, requests/s; 0 if unknown."""
-        known = [(s.at, s.waiting) for s in self.samples if s.waiting is not None]
-        if len(known) < 2 or known[-1][0] <= known[0][0]:
+        lengths = [(s.at, s.waiting) for s in self.samples if s.waiting is not None]
+        if len(lengths) < 2 or lengths[-1][0] <= lengths[0][0]:
             return 0.0
-        return (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0])
+        return (lengths[-1][1] - lengths[0][1]) / (lengths[-1][0] - lengths[0][0])
 
 
 def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = None) -> Reading | None:
@@ -85,27 +85,27 @@ def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = 
                 counts[bound] = counts.get(bound, 0.0) + sample.value
             elif not sample.name.endswith("_created"):
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
-    known = dialect or detect(values)
-    if known is None:
+    form = dialect or detect(values)
+    if form is None:
         return None
     totals: dict[str, float] = {}
     counters = {
-        "prompt": known.prompt_tokens,
-        "output": known.output_tokens,
-        "cache_hits": known.cache_hits,
-        "cache_queries": known.cache_queries,
+        "prompt": form.prompt_tokens,
+        "output": form.output_tokens,
+        "cache_hits": form.cache_hits,
+        "cache_queries": form.cache_queries,
     }
     for key, name in counters.items():
         if name and f"{name}_total" in values:
             totals[key] = values[f"{name}_total"]
-    tpot = next((name for name in known.tpot if f"{name}_count" in values), None)
-    for key, histogram in (("queue", known.queue_time), ("ttft", known.ttft), ("tpot", tpot)):
+    tpot = next((name for name in form.tpot if f"{name}_count" in values), None)
+    for key, histogram in (("queue", form.queue_time), ("ttft", form.ttft), ("tpot", tpot)):
         if histogram and f"{histogram}_count" in values:
             totals[f"{key}_sum"] = values[f"{histogram}_sum"]
             totals[f"{key}_count"] = values[f"{histogram}_count"]
-    if ttft_s is not None and known.ttft in buckets:
-        totals["ttft_late"] = late_count(buckets[known.ttft], ttft_s)
-    running, waiting, kv_usage = (values.get(n) for n in (known.running, known.waiting, known.kv_usage))
+    if ttft_s is not None and form.ttft in buckets:
+        totals["ttft_late"] = late_count(buckets[form.ttft], ttft_s)
+    running, waiting, kv_usage = (values.get(n) for n in (form.running, form.waiting, form.kv_usage))
     return Reading(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
 
 
@@ -254,18 +254,18 @@ class ScrapeSource:
 
     def _increase(self, key: str, window_s: float) -> float | None:
         """Increase of a counter over all replicas; None while no replica has two readings of it."""
-        known = [i[0] for h in self._histories.values() if (i := h.increase(key, window_s))]
-        return sum(known) if known else None
+        increases = [i[0] for h in self._histories.values() if (i := h.increase(key, window_s))]
+        return sum(increases) if increases else None
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) if numbers else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _plus(value: float | None, extra: float | None) -> float | None:

@@ -77,8 +77,8 @@ def serve_command(model: str, extra: tuple[str, ...] = (), keys: Path | None = N
     keys: the gateway's key file. Without it, all clients would be one tenant to the replica.
     """
     start = (sys.executable, "-m", "farthing", "serve", model)
-    known = ("--api-key-file", str(keys)) if keys is not None else ()
-    return (*start, "--host", "{host}", "--port", "{port}", *known, *extra)
+    key_options = ("--api-key-file", str(keys)) if keys is not None else ()
+    return (*start, "--host", "{host}", "--port", "{port}", *key_options, *extra)
 
 
 # Standby for `serve_command`, which reads the arguments after `python -m farthing`.

@@ -342,7 +342,7 @@ async def test_disconnected_streams_leak_nothing(count: int) -> None:
         while any(r.running for r in replicas) or gateway.door.guards:
             await asyncio.sleep(0.02)
         assert sum(r.disconnects for r in replicas) == count // 2
-        assert gateway.bodies.held == 0
+        assert gateway.bodies.total == 0
         assert all(not r.active and r.inflight == 0 for r in gateway.balancer.everyone)
         await asyncio.sleep(0.1)
         assert _open_files() <= files + 4  # allowance for health checks

@@ -44,19 +44,19 @@ def test_index_finds_the_longest_cached_prefix_per_replica() -> None:
     index = PrefixIndex(10)
     index.learn((1, 2, 3), "a")
     index.learn((1, 2), "b")
-    assert index.held((1, 2, 3, 4)) == {"a": 3, "b": 2}
-    assert index.held((2, 3)) == {"a": 2, "b": 1}  # a chain that starts with 2 belongs to another prompt
-    assert index.held((9, 1)) == {} and index.held(()) == {}
+    assert index.depths((1, 2, 3, 4)) == {"a": 3, "b": 2}
+    assert index.depths((2, 3)) == {"a": 2, "b": 1}  # a chain that starts with 2 belongs to another prompt
+    assert index.depths((9, 1)) == {} and index.depths(()) == {}
     index.forget("a")
-    assert index.held((1, 2, 3)) == {"b": 2}
+    assert index.depths((1, 2, 3)) == {"b": 2}
 
 
 def test_index_is_bounded_and_keeps_shared_blocks() -> None:
     index = PrefixIndex(4)
     index.learn((1, 2, 3, 4), "a")
     index.learn((1, 5), "a")
-    assert index.held((1, 5)) == {"a": 2}
-    assert index.held((1, 2, 3, 4)) == {"a": 3}  # the deepest block was evicted first
+    assert index.depths((1, 5)) == {"a": 2}
+    assert index.depths((1, 2, 3, 4)) == {"a": 3}  # the deepest block was evicted first
 
 
 def test_reported_blocks_replace_sent_ones_after_a_grace_period() -> None:
@@ -64,10 +64,10 @@ def test_reported_blocks_replace_sent_ones_after_a_grace_period() -> None:
     index = PrefixIndex(100, clock=lambda: now[0])
     index.learn((1, 2), "a")
     index.replace("a", (7, 8))
-    assert index.held((1, 2)) == {"a": 2} and index.held((7, 8)) == {"a": 2}
+    assert index.depths((1, 2)) == {"a": 2} and index.depths((7, 8)) == {"a": 2}
     now[0] = 140.0
     index.replace("a", (7,))
-    assert index.held((1, 2)) == {} and index.held((7, 8)) == {"a": 1}
+    assert index.depths((1, 2)) == {} and index.depths((7, 8)) == {"a": 1}
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.lists(st.integers(0, 9), max_size=6, unique=True))))
@@ -78,7 +78,7 @@ def test_index_stays_bounded_and_only_claims_sent_blocks(sent: list[Any]) -> Non
     for replica in "ab":
         known = {block for name, blocks in sent if name == replica for block in blocks}
         for blocks in (tuple(range(10)), (3, 1, 2)):
-            depth = index.held(blocks).get(replica, 0)
+            depth = index.depths(blocks).get(replica, 0)
             assert depth <= 5 and set(blocks[:depth]) <= known
 
 
@@ -127,7 +127,7 @@ async def test_replicas_are_chosen_by_reported_blocks() -> None:
         request = body("z" * 4000)
         replicas[2].digest = digest(blocks_of(request))
         gateway._digests._absent.clear()
-        while not gateway.balancer.prefixes.held(blocks_of(request)):
+        while not gateway.balancer.prefixes.depths(blocks_of(request)):
             await asyncio.sleep(0.02)
         async with session.post(CHAT, json=request) as answer:
             assert answer.headers["x-farthing-replica"] == "r2"

@@ -234,14 +234,14 @@ def summarize(sessions: Sequence[Sequence[Timing]], usd_per_hour: float | None =
 
 def _repeated(sessions: Sequence[Sequence[Timing]]) -> tuple[int, int]:
     """Tokens of later turns that repeat the previous turn, and how many of them were cached."""
-    old = found = 0
+    old = hits = 0
     for timings in sessions:
         for before, now in itertools.pairwise(timings):
             if now.error is None:
                 same = min(now.prompt_tokens, before.prompt_tokens + before.output_tokens)
                 old += same
-                found += min(now.cached_tokens, same)
-    return old, found
+                hits += min(now.cached_tokens, same)
+    return old, hits
 
 
 def _share(timings: Sequence[Timing]) -> float:

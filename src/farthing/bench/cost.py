@@ -99,20 +99,18 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
     config = ModelConfig.from_directory(source)
     rows = [Lever(ORIGINAL), Lever("Farthing kernels and engine", {})]
     for recipe in ("int8-auto", "int4-gptq"):
-        made = _calibrated(source, work / recipe, recipe, budget, say)
-        rows.append(Lever(f"+ {recipe} weights", HEAD, str(made)))
+        served = _calibrated(source, work / recipe, recipe, budget, say)
+        rows.append(Lever(f"+ {recipe} weights", HEAD, str(served)))
     if config.n_routed_experts:
-        spent = quality(source, made, texts.calibration).change
+        spent = quality(source, served, texts.calibration).change
         rest = (1 + budget) / (1 + max(0.0, spent)) - 1
         if rest <= 0:
-            say(
-                f"{made.name} costs {spent:+.2%} on the calibration text; no budget left for adaptive experts"
-            )
+            say(f"{served.name} costs {spent:+.2%} on the calibration text: no budget for adaptive experts")
         else:
-            made = _calibrated(made, work / "adaptive", "adaptive-experts", rest, say)
-            rows.append(Lever("+ adaptive experts", HEAD, str(made)))
+            served = _calibrated(served, work / "adaptive", "adaptive-experts", rest, say)
+            rows.append(Lever("+ adaptive experts", HEAD, str(served)))
     drafts = "mtp+ngram" if config.num_nextn_predict_layers else "ngram"
-    return [*rows, Lever("+ speculation: all together", HEAD | {"speculate": drafts}, str(made))]
+    return [*rows, Lever("+ speculation: all together", HEAD | {"speculate": drafts}, str(served))]
 
 
 def quality(source: Path, model: Path, corpus: Corpus) -> Quality:
@@ -124,20 +122,20 @@ def quality(source: Path, model: Path, corpus: Corpus) -> Quality:
 def qualities(source: Path, rows: Sequence[Lever], corpus: Corpus) -> Iterator[tuple[str, Quality | None]]:
     """(row name, quality); None for the original, the baseline of the others."""
     base = baseline(source, corpus, "reference")
-    known: dict[str, Quality] = {}
+    by_name: dict[str, Quality] = {}
     for row in rows:
         if row.options is None:
             yield row.name, None
             continue
         model = row.model or str(source)
-        if model not in known:
+        if model not in by_name:
             served = load_for(Path(model), quantization=row.options.get("quantization"))
-            known[model] = _quality(compare_with(base, served, corpus))
-        yield row.name, known[model]
+            by_name[model] = _quality(compare_with(base, served, corpus))
+        yield row.name, by_name[model]
 
 
-def _quality(found: Comparison) -> Quality:
-    return Quality(found.relative_increase, *found.interval, found.tokens)
+def _quality(comparison: Comparison) -> Quality:
+    return Quality(comparison.relative_increase, *comparison.interval, comparison.tokens)
 
 
 def _calibrated(source: Path, out: Path, recipe: str, budget: float, say: Say) -> Path:
@@ -278,9 +276,9 @@ def prompts_for(model: Path, vocabulary: int, count: int, length: int) -> tuple[
     if (model / "heldout.jsonl").exists() and (model / "tokenizer.json").exists():
         tokenizer = read_tokenizer(model / "tokenizer.json")
         texts = (json.loads(line)["text"] for line in (model / "heldout.jsonl").open(encoding="utf-8"))
-        found = [ids[:length] for text in texts if len(ids := tokenizer.encode(text).ids) >= length]
-        if len(found) >= count:
-            return tuple(tuple(ids) for ids in found[:count])
+        prompts = [ids[:length] for text in texts if len(ids := tokenizer.encode(text).ids) >= length]
+        if len(prompts) >= count:
+            return tuple(tuple(ids) for ids in prompts[:count])
     rng = random.Random(0)
     return tuple(tuple(rng.randrange(3, vocabulary) for _ in range(length)) for _ in range(count))
 
@@ -309,8 +307,8 @@ def compare(
                 tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
                 book.add(lever.name, min(tries, key=lambda probe: probe.latency_ms))
             on_probe(lever.name)
-    known = qualities or {}
-    table = [_row(name, probes, machine, known.get(name)) for name, probes in book.probes.items()]
+    by_name = qualities or {}
+    table = [_row(name, probes, machine, by_name.get(name)) for name, probes in book.probes.items()]
     return LeverComparison(table, machine, rounds, len(workload.prompts), claims(table[0], table[-1], budget))
 
 
@@ -352,16 +350,16 @@ def claims(original: Row, final: Row, budget: float = 0.01) -> dict[str, dict[st
         "power": (original.joules_per_token, final.joules_per_token),
     }
     saved = {name: 1 - after / before if before else 0.0 for name, (before, after) in pairs.items()}
-    found: dict[str, dict[str, Any]] = {
+    rows: dict[str, dict[str, Any]] = {
         name: {"published": CLAIMS[name], "measured": saved[name], "met": saved[name] >= CLAIMS[name]}
         for name in CLAIMS
     }
     if (q := final.quality) is not None:
         interval = [q.low, q.high]
-        found["quality"] = {
+        rows["quality"] = {
             "budget": budget, "measured": q.change, "interval": interval, "met": q.high <= budget,
         }  # fmt: skip
-    return found
+    return rows
 
 
 def _probe(lever: Lever, workload: Workload, machine: Machine, threads: int) -> Probe:

@@ -260,10 +260,10 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
         ("naive-quantized", 8, "float"): ("tensor", "block"),
     }
     if strategy not in supported.get((storage, scheme.bits, kind), ()):
-        known = ", ".join(sorted(f"{f} {b} bit {k} {'|'.join(s)}" for (f, b, k), s in supported.items()))
+        accepted = ", ".join(sorted(f"{f} {b} bit {k} {'|'.join(s)}" for (f, b, k), s in supported.items()))
         raise CheckpointError(
             f"{where}: unknown quantization {storage} {bits} bit {kind} {strategy} (format, num_bits, type, "
-            f"strategy); expected {known}"
+            f"strategy); expected {accepted}"
         )
     if scheme.bits == 8 and not scheme.symmetric:
         raise CheckpointError(f"{where}: asymmetric 8-bit weights are unknown; expected symmetric")
@@ -276,8 +276,8 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
 def _is_static(inputs: Mapping[str, Any]) -> bool:
     """Whether inputs are symmetric INT8 with one calibrated scale. Others are quantized dynamically."""
     wanted = {"type": "int", "num_bits": 8, "strategy": "tensor", "symmetric": True}
-    given = {"type": "int", "strategy": "tensor", "symmetric": True, **inputs}
-    return bool(inputs) and not inputs.get("dynamic") and all(given.get(k) == v for k, v in wanted.items())
+    scheme = {"type": "int", "strategy": "tensor", "symmetric": True, **inputs}
+    return bool(inputs) and not inputs.get("dynamic") and all(scheme.get(k) == v for k, v in wanted.items())
 
 
 def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:

@@ -215,17 +215,17 @@ class GgufShards(Shards):
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: cannot be mapped: {error}") from error
         size, start = _size(entry), entry["offset"]
-        found = self._maps[file][start : start + size]
-        if len(found) < size:
+        data = self._maps[file][start : start + size]
+        if len(data) < size:
             raise CheckpointError(
-                f"{self._where(name, entry)}: expected {size} bytes, found {len(found)}: a truncated file"
+                f"{self._where(name, entry)}: expected {size} bytes, found {len(data)}: a truncated file"
             )
-        rows = found.reshape(prod(entry["shape"][:-1]), -1)
+        rows = data.reshape(prod(entry["shape"][:-1]), -1)
         heads = entry.get("heads")
         if not heads:
             return rows
         # llama.cpp rotates neighbouring rows of a head, Hugging Face the first half with the second.
-        flat = rows if len(entry["shape"]) > 1 else found.reshape(entry["shape"][0], -1)
+        flat = rows if len(entry["shape"]) > 1 else data.reshape(entry["shape"][0], -1)
         if len(flat) % (2 * heads):
             raise CheckpointError(
                 f"{self._where(name, entry)}: found {len(flat)} rows; expected pairs of {heads} heads"

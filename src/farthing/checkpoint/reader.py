@@ -49,8 +49,8 @@ def quantization_in(config: Mapping[str, Any]) -> Any:
     """The quantization that a configuration or its text part declares, unchecked; None if there is none."""
     text = config.get("text_config")  # multimodal models nest the language model's config
     parts = (config, text if isinstance(text, dict) else {})
-    found = next((part[key] for part in parts for key in _KEYS if part.get(key)), None)
-    return found or config.get(_MISTRAL) or None
+    section = next((part[key] for part in parts for key in _KEYS if part.get(key)), None)
+    return section or config.get(_MISTRAL) or None
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:
@@ -116,7 +116,7 @@ class InputScales:
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self._read = read
-        self._known: dict[str, float] = {}
+        self._scales: dict[str, float] = {}
         self._sharing: dict[str, list[str]] = {}
         for name in names:
             if name.endswith(SUFFIX):
@@ -125,11 +125,11 @@ class InputScales:
     def __getitem__(self, module: str) -> float:
         """The scale of a module's input. Raises CheckpointError without the file; the reader adds it."""
         key = shared_input(module)
-        if key not in self._known:
+        if key not in self._scales:
             if f"{module}{SUFFIX}" not in self._sharing.get(key, ()):
                 raise CheckpointError("input_scale is missing, but input_activations are static")
-            self._known[key] = max(self._one(name) for name in self._sharing[key])
-        return self._known[key]
+            self._scales[key] = max(self._one(name) for name in self._sharing[key])
+        return self._scales[key]
 
     def _one(self, name: str) -> float:
         tensor = self._read(name)
@@ -242,10 +242,10 @@ class Checkpoint:
             raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
         self._used.add(name)
 
-    def _check_shape(self, name: str, found: Tensor | NDArray[Any], shape: tuple[int, ...] | None) -> None:
-        if shape is not None and tuple(found.shape) != tuple(shape):
+    def _check_shape(self, name: str, tensor: Tensor | NDArray[Any], shape: tuple[int, ...] | None) -> None:
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
             raise CheckpointError(
-                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(found.shape)}"
+                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(tensor.shape)}"
             )
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:

@@ -141,8 +141,8 @@ class ArrayFile:
 
     def entry(self, name: str) -> dict[str, Any]:
         """A tensor's dtype, shape and place, as the header stores them."""
-        found: dict[str, Any] = self._header[name]
-        return found
+        entry: dict[str, Any] = self._header[name]
+        return entry
 
     def read(self, name: str) -> NDArray[Any]:
         """A tensor as stored: a view of the mapped file, or a copy if it is small."""
@@ -156,8 +156,8 @@ class ArrayFile:
         # A misaligned tensor is copied, because kernels read whole elements.
         copied = begin % dtype.itemsize or end - begin <= _SMALL
         data = self._map[begin:end] if copied else memoryview(self._map)[begin:end]
-        found: NDArray[Any] = np.frombuffer(data, dtype)
-        return found.reshape(entry["shape"])
+        flat: NDArray[Any] = np.frombuffer(data, dtype)
+        return flat.reshape(entry["shape"])
 
 
 # Requests tensors from the disk before they are read: page faults of a mapped file wait for each request.
@@ -289,8 +289,8 @@ def unread_format(names: Iterable[str], expected: str) -> str | None:
     suffixes = {PurePosixPath(name).suffix for name in names}
     if ".gguf" in suffixes:
         return "the weights are GGUF; expected the path of one GGUF file on this disk"
-    found = next((kind for suffix, kind in _UNREAD.items() if suffix in suffixes), None)
-    return found and f"the weights are {found}, which is not read yet; {expected} with safetensors"
+    unreadable = next((kind for suffix, kind in _UNREAD.items() if suffix in suffixes), None)
+    return unreadable and f"the weights are {unreadable}, which is not read yet; {expected} with safetensors"
 
 
 def _is_plain(name: str) -> bool:

@@ -143,36 +143,40 @@ def serve(
 ) -> None:
     """Measure TTFT, TPOT, throughput, goodput and cost of a server under load."""
     with errors_as_one_line():
-        given, sizes = LoadOptions(**load), Shape(**shape)
-    if given.workload == "agent":
+        options, sizes = LoadOptions(**load), Shape(**shape)
+    if options.workload == "agent":
         check_options(context)
         output = sizes.output_tokens
-        sessions = plan(given.recording, given.sessions, given.turns, output, given.max_len, given.seed)
-        at_once = given.concurrency or 1
-        run(_target(server), sessions, at_once, output, given.usd_per_hour, given.seed, as_json)
+        sessions = plan(
+            options.recording, options.sessions, options.turns, output, options.max_len, options.seed
+        )
+        at_once = options.concurrency or 1
+        run(_target(server), sessions, at_once, output, options.usd_per_hour, options.seed, as_json)
         return
     from farthing.bench.load import run_load, summarize
 
-    planned, concurrency = _requests(given, sizes)
+    planned, concurrency = _requests(options, sizes)
     target = _target(server)
     with token_progress("requests", len(planned)) as advance:
         timings = asyncio.run(run_load(target, planned, concurrency, lambda _: advance(1), ignore_eos=True))
-    result = summarize(timings, _slo(slo), given.usd_per_hour)
-    if given.picture is not None:
-        plot_latencies(timings, given.picture)
+    result = summarize(timings, _slo(slo), options.usd_per_hour)
+    if options.picture is not None:
+        plot_latencies(timings, options.picture)
     report(result, as_json, _print_load)
 
 
-def _requests(given: LoadOptions, sizes: Shape) -> tuple[list[Request], int | None]:
+def _requests(options: LoadOptions, sizes: Shape) -> tuple[list[Request], int | None]:
     """The requests, and how many to keep in flight; None: they arrive at their own times."""
-    if sum(x is not None for x in (given.concurrency, given.rate, given.trace)) > 1:
+    if sum(x is not None for x in (options.concurrency, options.rate, options.trace)) > 1:
         raise typer.BadParameter("expected one of --concurrency, --rate and --trace")
-    if given.trace is not None:
-        requests = from_trace(given.trace, sizes, given.speed, given.requests, given.max_len, given.seed)
+    if options.trace is not None:
+        requests = from_trace(
+            options.trace, sizes, options.speed, options.requests, options.max_len, options.seed
+        )
         return requests, None
-    if given.rate is not None:
-        return poisson(sizes, given.rate, given.requests, given.seed), None
-    return closed_loop(sizes, given.requests, given.seed), given.concurrency or 16
+    if options.rate is not None:
+        return poisson(sizes, options.rate, options.requests, options.seed), None
+    return closed_loop(sizes, options.requests, options.seed), options.concurrency or 16
 
 
 @app.command(epilog="Example:  farthing bench capacity --slo-ttft-ms 500 --slo-tpot-ms 50 --json")
@@ -189,7 +193,7 @@ def capacity(
     from rich.console import Console
 
     log = Console(stderr=True)
-    found = find_capacity(
+    limit = find_capacity(
         _target(server),
         Shape(**shape),
         _slo(slo),
@@ -201,11 +205,11 @@ def capacity(
         ),
     )
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(limit.to_json()))
     else:
         print(
-            f"capacity: {found.requests_per_second:.2f} requests/s, {found.tokens_per_second:,.0f} tokens/s "
-            f"({found.output_tokens_per_second:,.0f} generated)"
+            f"capacity: {limit.requests_per_second:.2f} requests/s, {limit.tokens_per_second:,.0f} tokens/s "
+            f"({limit.output_tokens_per_second:,.0f} generated)"
         )
 
 
@@ -228,34 +232,34 @@ def cost(options: dict[str, Any], as_json: Json = False) -> None:
     from farthing.compress.api import parse_share
 
     with errors_as_one_line("run the same command to resume" if options["record"] is not None else None):
-        given = CostOptions(**options)
-        budget = parse_share("max-drop", given.max_drop)
-        machine = Prices.load(given.prices).machine("cpu", cpu_name(), usable_cpus(), given.hardware)
-        path = resolve_model(given.model)
-        texts = Texts.of(path, given.max_tokens)
+        chosen = CostOptions(**options)
+        budget = parse_share("max-drop", chosen.max_drop)
+        machine = Prices.load(chosen.prices).machine("cpu", cpu_name(), usable_cpus(), chosen.hardware)
+        path = resolve_model(chosen.model)
+        texts = Texts.of(path, chosen.max_tokens)
         vocabulary = ModelConfig.from_directory(path).vocab_size
-        prompts = prompts_for(path, vocabulary, given.concurrency, given.input_tokens)
-        with bf16_checkpoint(path) as dense, _kept(given.record) as work:
+        prompts = prompts_for(path, vocabulary, chosen.concurrency, chosen.input_tokens)
+        with bf16_checkpoint(path) as dense, _kept(chosen.record) as work:
             rows = levers(dense, work, budget, texts, _say)
             tiny = tiny_checkpoint(work / "tiny")
             workload = Workload(
-                model=str(dense), prompts=prompts, output_tokens=given.output_tokens, tiny=str(tiny)
+                model=str(dense), prompts=prompts, output_tokens=chosen.output_tokens, tiny=str(tiny)
             )
-            with token_progress("rows", len(rows) * given.rounds) as advance:
+            with token_progress("rows", len(rows) * chosen.rounds) as advance:
                 file = work / "record.json"
                 _say("measuring quality")
                 quality = dict(qualities(dense, rows, texts.judged))
                 try:
-                    found = compare(
-                        workload, rows, machine, given.rounds, lambda _: advance(1), file, quality, budget
+                    comparison = compare(
+                        workload, rows, machine, chosen.rounds, lambda _: advance(1), file, quality, budget
                     )
                 except RuntimeError as error:  # a row's process failed; the message names the row
                     typer.echo(f"error: {error}", err=True)
                     raise typer.Exit(1) from error
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(comparison.to_json()))
     else:
-        _print_cost(found)
+        _print_cost(comparison)
 
 
 @contextmanager
@@ -275,15 +279,15 @@ def _say(text: str) -> None:
 
 def _slo(options: dict[str, Any]) -> Slo:
 
-    given = SloOptions(**options)
-    return Slo(given.slo_ttft_ms / 1000, given.slo_tpot_ms / 1000)
+    slo = SloOptions(**options)
+    return Slo(slo.slo_ttft_ms / 1000, slo.slo_tpot_ms / 1000)
 
 
 def _target(options: dict[str, Any]) -> Target:
 
-    given = ServerOptions(**options)
-    target = Target(given.url, given.model or "", given.api_key)
-    return target if given.model else replace(target, model=_first_model(target))
+    server = ServerOptions(**options)
+    target = Target(server.url, server.model or "", server.api_key)
+    return target if server.model else replace(target, model=_first_model(target))
 
 
 def _first_model(target: Target) -> str:
@@ -319,16 +323,16 @@ def _print_load(result: LoadResult) -> None:
         print(f"${result.usd_per_million_tokens:.4f} per million generated tokens")
 
 
-def _print_cost(found: LeverComparison) -> None:
+def _print_cost(comparison: LeverComparison) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    source = found.rows[0].joules_source
+    source = comparison.rows[0].joules_source
     energy = {"estimated": "CPU time × declared watts"}.get(source, source)
     columns = ("", "ms / token", "memory, MB", f"J / token ({energy})", "$ / M tokens", "perplexity")
-    title = f"cost per token, {found.concurrency} concurrent, {found.rounds} rounds"
+    title = f"cost per token, {comparison.concurrency} concurrent, {comparison.rounds} rounds"
     table = Table(*columns, title=title)
-    for row in found.rows:
+    for row in comparison.rows:
         table.add_row(
             row.name,
             f"{row.latency_ms_per_token:,.2f}",
@@ -338,7 +342,7 @@ def _print_cost(found: LeverComparison) -> None:
             str(row.quality) if row.quality else "baseline",
         )
     Console().print(table)
-    for name, claim in found.claims.items():
+    for name, claim in comparison.claims.items():
         met = "met" if claim["met"] else "NOT met"
         if name == "quality":
             low, high = claim["interval"]
@@ -346,7 +350,7 @@ def _print_cost(found: LeverComparison) -> None:
                   f"{claim['budget']:.1%}, on text not used for calibration: {met}")  # fmt: skip
         else:
             print(f"{name}: {-claim['measured']:+.0%} measured, {-claim['published']:+.0%} published: {met}")
-    print(f"prices: {found.machine.hardware.name}, declared {found.machine.declared}")
+    print(f"prices: {comparison.machine.hardware.name}, declared {comparison.machine.declared}")
 
 
 # `farthing bench serve --workload agent`: multi-turn sessions that resend the conversation every turn.

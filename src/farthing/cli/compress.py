@@ -196,16 +196,16 @@ def compress(
         _print_recipes(as_json)
         return
     with errors_as_one_line("run the same command to resume"):
-        given = CompressOptions(**options)
-        if given.out is None:
+        flags = CompressOptions(**options)
+        if flags.out is None:
             raise typer.BadParameter("expected an output directory", param_hint="--out")
-        outcome = _run(given, given.out)
+        outcome = _run(flags, flags.out)
     _print(outcome.to_json(), as_json)
     if outcome.verdict is not None:
         exit_on_verdict(outcome.verdict.answer, str(outcome.verdict))
 
 
-def _run(given: CompressOptions, out: Path) -> Outcome:
+def _run(flags: CompressOptions, out: Path) -> Outcome:
     """Compress, then serve both models to time them, with both in memory."""
     # Torch's threads otherwise wait for each other in busy loops after every small op, and with fewer free
     # cores than threads that takes many times the work itself. Read when torch is imported.
@@ -218,39 +218,39 @@ def _run(given: CompressOptions, out: Path) -> Outcome:
     from farthing.compress.recipe import default_recipe
     from farthing.compress.report import pack_for_cpu, serving_figures
 
-    limit = parse_share("max-drop", given.max_drop) if given.max_drop is not None else None
-    named = _recipe(given, given.recipe, limit) if given.recipe else None  # refused before a download
+    limit = parse_share("max-drop", flags.max_drop) if flags.max_drop is not None else None
+    named = _recipe(flags, flags.recipe, limit) if flags.recipe else None  # refused before a download
     options = api.Options(
-        given.calibration,
-        given.data,
+        flags.calibration,
+        flags.data,
         limit,
-        given.backend,
-        max_tokens=given.max_tokens,
-        export=given.format,
-        gate=given.gate,
-        check_memory=given.check_memory,
+        flags.backend,
+        max_tokens=flags.max_tokens,
+        export=flags.format,
+        gate=flags.gate,
+        check_memory=flags.check_memory,
     )
-    found = find_model(given.model)
-    recipe = named or _recipe(given, default_recipe(read_config(found.path)), limit)
-    if found.absent:
-        api.check_before_download(found.path, out, recipe, options)
-    source = found.fetch()
-    timing = given.gate if given.timing is None else given.timing
+    model = find_model(flags.model)
+    recipe = named or _recipe(flags, default_recipe(read_config(model.path)), limit)
+    if model.absent:
+        api.check_before_download(model.path, out, recipe, options)
+    source = model.fetch()
+    timing = flags.gate if flags.timing is None else flags.timing
     with step_progress("compressing") as progress:
         served = serving_figures(source) if timing else None
         outcome = api.compress(source, out, recipe, options, progress, served)
-        if given.pack:
+        if flags.pack:
             pack_for_cpu(out)
     return outcome
 
 
-def _recipe(given: CompressOptions, name: str, limit: float | None) -> Recipe:
+def _recipe(options: CompressOptions, name: str, limit: float | None) -> Recipe:
     """The named recipe with the command line's overrides."""
     from farthing.compress.recipe import from_json, load_recipe
 
     chosen = load_recipe(name)
-    _refuse_unread(given, chosen)
-    overrides = {"observer": given.observer, "budget_bytes": given.budget, "measure": given.measure}
+    _refuse_unread(options, chosen)
+    overrides = {"observer": options.observer, "budget_bytes": options.budget, "measure": options.measure}
     fields = {k: v for k, v in overrides.items() if v is not None}
     if fields:
         read = from_json({"scheme": chosen.scheme} | fields, chosen.name, "the command line")
@@ -260,25 +260,25 @@ def _recipe(given: CompressOptions, name: str, limit: float | None) -> Recipe:
     return chosen
 
 
-def _refuse_unread(given: CompressOptions, chosen: Recipe) -> None:
+def _refuse_unread(options: CompressOptions, chosen: Recipe) -> None:
     """Raise ValueError for an option that this recipe, without a gate if there is none, does not read."""
-    for flag, asked in (("--budget", given.budget), ("--measure", given.measure)):
+    for flag, asked in (("--budget", options.budget), ("--measure", options.measure)):
         if asked is not None and chosen.scheme != "auto":
             raise ValueError(f"{flag}: got {asked!r} with recipe {chosen.name!r}; expected --recipe auto")
-    if given.observer is not None and not chosen.static:
+    if options.observer is not None and not chosen.static:
         raise ValueError(
-            f"--observer: got {given.observer!r} with recipe {chosen.name!r}; expected one with calibrated "
+            f"--observer: got {options.observer!r} with recipe {chosen.name!r}; expected one with calibrated "
             "activation ranges, such as int8-kl"
         )
-    if given.gate:
+    if options.gate:
         return
-    held_out = given.calibration is None and chosen.adaptive  # calibrates on held-out text
-    excluded = given.calibration is None and chosen.needs_data  # text that calibration leaves out
+    held_out = options.calibration is None and chosen.adaptive  # calibrates on held-out text
+    excluded = options.calibration is None and chosen.needs_data  # text that calibration leaves out
     unread = {
-        "--max-drop": (given.max_drop, chosen.scheme == "auto" or chosen.adaptive),
-        "--data": (given.data, excluded),
-        "--max-tokens": (given.max_tokens, held_out),
-        "--backend": (None if given.backend == "auto" else given.backend, False),
+        "--max-drop": (options.max_drop, chosen.scheme == "auto" or chosen.adaptive),
+        "--data": (options.data, excluded),
+        "--max-tokens": (options.max_tokens, held_out),
+        "--backend": (None if options.backend == "auto" else options.backend, False),
     }
     for flag, (value, read) in unread.items():
         if value is not None and not read:
@@ -307,13 +307,13 @@ def _print_recipes(as_json: bool) -> None:
         typer.echo(f"{name:>18}  {_fields(recipe, Recipe(''))}")
 
 
-def _fields(given: Recipe | Prune, defaults: Recipe | Prune) -> str:
+def _fields(settings: Recipe | Prune, defaults: Recipe | Prune) -> str:
     """The fields that differ from their defaults, and always `scheme`."""
     from farthing.compress.recipe import Prune
 
     said = []
-    for name in given.__dataclass_fields__:
-        value = getattr(given, name)
+    for name in settings.__dataclass_fields__:
+        value = getattr(settings, name)
         if isinstance(value, Prune):
             said.append(f"prune ({_fields(value, Prune())})")
         elif name in ("scheme", "pattern") or (name != "name" and value != getattr(defaults, name)):

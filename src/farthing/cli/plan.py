@@ -111,7 +111,7 @@ def _check(planned: Planned) -> None:
     """Refuse options that the estimate cannot honour."""
     o, backend = planned.options, planned.holder.backend
     separate = (o.prefill_gpus, o.decode_gpus)
-    given = any((o.tp, o.pp, o.ep))
+    sharded = any((o.tp, o.pp, o.ep))
     if backend != "gpu":
         raise ValueError(f"backend: got {backend!r}; expected 'gpu' with --price: ceilings are those of GPUs")
     if o.dtype not in ("auto", "bfloat16"):
@@ -121,7 +121,7 @@ def _check(planned: Planned) -> None:
     if any(separate) and not all(separate):
         missing = "decode-gpus" if o.prefill_gpus else "prefill-gpus"
         raise ValueError(f"{missing} is not set; expected both --prefill-gpus and --decode-gpus, or neither")
-    if any(separate) and (given or o.dp_attention):
+    if any(separate) and (sharded or o.dp_attention):
         raise ValueError("prefill-gpus is set with a layout; expected no --tp, --pp, --ep, --dp-attention")
     if o.dp_attention and (o.cache_hit or o.redundant_experts):
         raise ValueError(
@@ -129,7 +129,7 @@ def _check(planned: Planned) -> None:
             "--dp-attention` has neither a prefix cache nor copies of experts"
         )
     experts = planned.model.config.n_routed_experts or 0
-    if o.redundant_experts and given and (o.layout.ep == 1 or o.redundant_experts % o.layout.ep):
+    if o.redundant_experts and sharded and (o.layout.ep == 1 or o.redundant_experts % o.layout.ep):
         raise ValueError(
             f"redundant-experts: got {o.redundant_experts}; expected 0, or a multiple of ep with --ep above 1"
         )
@@ -147,8 +147,8 @@ def _command(planned: Planned, e: Estimate) -> str | None:
     o, layout = planned.options, e.layout
     if layout is None:
         return None
-    known = o.model == "mite" or "/" in o.model or Path(o.model).exists()  # others are configurations only
-    words = [f"farthing serve {o.model if known else 'MODEL'} --backend gpu"]
+    servable = o.model == "mite" or "/" in o.model or Path(o.model).exists()  # others are configurations only
+    words = [f"farthing serve {o.model if servable else 'MODEL'} --backend gpu"]
     words += [f"--{n} {getattr(layout, n)}" for n in ("tp", "pp", "ep") if getattr(layout, n) > 1]
     words += ["--dp-attention --no-enable-prefix-caching"] if layout.dp_attention else []
     words += [f"--quantization {o.quantization}"] if o.quantization else []
@@ -195,8 +195,8 @@ def _print_estimate(planned: Planned, e: Estimate, device: Ceilings) -> None:
             f"{o.dp} replicas: {gpus} GPUs, ${gpus * (o.price or 0):,.2f} per hour", highlight=False
         )
     if command := _command(planned, e):
-        found = "" if any((o.tp, o.pp, o.ep)) else "smallest deployment that fits: "
-        console.print(found + command, highlight=False, soft_wrap=True)
+        heading = "" if any((o.tp, o.pp, o.ep)) else "smallest deployment that fits: "
+        console.print(heading + command, highlight=False, soft_wrap=True)
     console.print("Assumed:")
     for line in e.assumptions:
         console.print(f"- {line}", highlight=False)
@@ -295,10 +295,10 @@ class PlanOptions:
 
     def _check_cores(self) -> None:
         if self.cores is None:
-            given = [n for n in ("socket_bandwidth", "core_int8") if getattr(self, n) is not None]
-            given += ["sockets"] if self.sockets > 1 else []
-            if given:
-                raise ValueError(f"{given[0].replace('_', '-')} is set without --cores; expected both")
+            options = [n for n in ("socket_bandwidth", "core_int8") if getattr(self, n) is not None]
+            options += ["sockets"] if self.sockets > 1 else []
+            if options:
+                raise ValueError(f"{options[0].replace('_', '-')} is set without --cores; expected both")
         elif self.gpu or self.price is not None or self.layout.world > 1:
             raise ValueError("cores is set; expected no --gpu, --price, --tp, --pp and --ep with it")
 
@@ -357,12 +357,12 @@ def print_cpu_estimate(planned: Planned, as_json: bool) -> None:
             f"{planned.serving.max_model_len} tokens together"
         )
     machine, sources = _machine(planned)
-    found = estimate(planned.model, planned.holder, machine, Workload(o.prompt, o.output), o.kv_cache_dtype)
+    speeds = estimate(planned.model, planned.holder, machine, Workload(o.prompt, o.output), o.kv_cache_dtype)
     if as_json:
         document = {"kind": "estimate", "stored": planned.stored, "machine": asdict(machine)}
-        print(json.dumps(document | {"sources": sources} | asdict(found)))
+        print(json.dumps(document | {"sources": sources} | asdict(speeds)))
     else:
-        _print_cpu(planned, machine, sources, found)
+        _print_cpu(planned, machine, sources, speeds)
 
 
 def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
@@ -401,7 +401,7 @@ def _measure() -> tuple[int, float, float]:
     return cpus, _native.read_bandwidth(cpus, PROBE), peak / cpus
 
 
-def _print_cpu(planned: Planned, machine: Machine, sources: dict[str, str], found: CpuEstimate) -> None:
+def _print_cpu(planned: Planned, machine: Machine, sources: dict[str, str], speeds: CpuEstimate) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -411,23 +411,23 @@ def _print_cpu(planned: Planned, machine: Machine, sources: dict[str, str], foun
         "ESTIMATE, not measured", "GB per step", "tok/s, limit", f"at {low} to {high} of it",
         title=f"{o.model} on {machine.sockets} x {machine.cores} cores",
     )  # fmt: skip
-    for s in found.steps:
+    for s in speeds.steps:
         table.add_row(
             f"decode, batch {s.batch}",
             f"{s.gigabytes:.1f}",
             f"{s.limit:,.1f}",
             f"{s.low:,.1f} to {s.high:,.1f}",
         )
-    table.add_row("prefill", "", f"{found.prefill_limit:,.0f}", f"{found.prefill:,.0f} at {INT8:.0%}")
+    table.add_row("prefill", "", f"{speeds.prefill_limit:,.0f}", f"{speeds.prefill:,.0f} at {INT8:.0%}")
     console = Console()
     console.print(table)
-    each, slower = found.joins / 1000, found.joins * found.steps[0].high * 1e-6
+    each, slower = speeds.joins / 1000, speeds.joins * speeds.steps[0].high * 1e-6
     for line in (
         f"memory: weights {size(rank.weights)}, buffers {size(rank.buffers)}, and the cache",
         f"bandwidth: {machine.sockets} x {machine.bandwidth:.0f} GB/s, {sources['bandwidth']}",
         f"INT8: {machine.int8:.0f} GOP/s per core, {sources['int8']}",
         "extrapolated: sockets and cores add up; shares of the ceilings are those of two cores",
-        f"not counted: waiting for other threads, {found.joins:,} times per step; each microsecond of it "
+        f"not counted: waiting for other threads, {speeds.joins:,} times per step; each microsecond of it "
         f"adds {each:.1f} ms, {slower:.0%} at batch 1",
         f"prompts of {o.prompt:,} tokens, {o.output:,} output tokens, {o.kv_cache_dtype} cache; random "
         "routing",
@@ -469,14 +469,14 @@ def plan(
 
     with errors_as_one_line():
         with no_collection():  # most of the time is imports
-            given = PlanOptions(**options)
-            devices, shares = load_devices(given.ceilings)
-            device = _device(given.gpu, devices)
-            planned = _plan(given, device)
-        if given.price is not None and device is not None:
+            o = PlanOptions(**options)
+            devices, shares = load_devices(o.ceilings)
+            device = _device(o.gpu, devices)
+            planned = _plan(o, device)
+        if o.price is not None and device is not None:
             print_estimate(planned, device, shares, as_json)
             return
-        if given.cores is not None:
+        if o.cores is not None:
             print_cpu_estimate(planned, as_json)
             return
     advice = "" if planned.fits else _advice(planned)
@@ -577,20 +577,20 @@ def _advice(planned: Planned) -> str:
 
     limit = planned.limit or 0
     sizing = (planned.model, planned.holder, planned.serving, limit)
-    found = next(fitting_layouts(*sizing), None)
-    if found is None and (hot := most_hot_experts(*sizing)) is not None:
+    layout = next(fitting_layouts(*sizing), None)
+    if layout is None and (hot := most_hot_experts(*sizing)) is not None:
         return (
             f"{planned.serving.hot_experts} hot experts per layer exceed {limit / 1e9:.1f} GB; "
             f"--hot-experts {hot} would fit"
         )
-    if found is None:
+    if layout is None:
         return (
             f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB per rank; "
             "use fewer cache tokens or more memory"
         )
     return (
         f"the largest rank exceeds {limit / 1e9:.1f} GB; "
-        f"--tp {found.tp} --pp {found.pp} --ep {found.ep} ({found.world} ranks) would fit"
+        f"--tp {layout.tp} --pp {layout.pp} --ep {layout.ep} ({layout.world} ranks) would fit"
     )
 
 

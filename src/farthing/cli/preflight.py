@@ -18,12 +18,12 @@ def preflight(config: EngineConfig) -> Found:
 
     Raises OSError or ValueError for a model that cannot be served, or not in the memory of this machine.
     """
-    found = find_model(config.model)
-    if not found.absent and any(found.path.glob("*.safetensors*")):
-        Checkpoint.open(found.path)
+    model = find_model(config.model)
+    if not model.absent and any(model.path.glob("*.safetensors*")):
+        Checkpoint.open(model.path)
     if config.check_memory and _on_this_cpu(config):
-        _check_memory(config, found.path)
-    return found
+        _check_memory(config, model.path)
+    return model
 
 
 def _on_this_cpu(config: EngineConfig) -> bool:

@@ -66,12 +66,12 @@ def generate(
     if not prompt:
         raise typer.BadParameter("no prompt; expected --prompt TEXT, or --prompt - to read stdin")
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop}
-    given: dict[str, Any] = {name: value for name, value in sampling.items() if value not in (None, [])}
+    parameters: dict[str, Any] = {name: value for name, value in sampling.items() if value not in (None, [])}
     with one_line_errors("generate"):
         texts = [sys.stdin.read() if text == "-" else text for text in prompt]
 
         with LLM(**engine) as llm:
-            params = replace(llm.get_default_sampling_params(), max_tokens=max_tokens, n=n, **given)
+            params = replace(llm.get_default_sampling_params(), max_tokens=max_tokens, n=n, **parameters)
             _print(llm, texts, params, chat, as_json)
 
 
@@ -151,13 +151,13 @@ def serve(
             require_torch(engine_config)
         from farthing.server.run import serve as run
 
-        found = preflight(engine_config)
+        model = preflight(engine_config)
         _suggest_extras()
-        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, found)))
+        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, model)))
 
 
-def _load(config: EngineConfig, found: Found) -> Engine:
-    path = found.fetch()
+def _load(config: EngineConfig, model: Found) -> Engine:
+    path = model.fetch()
     from farthing.engine.build import build_engine  # imports torch
 
     engine = build_engine(replace(config, model=str(path)))

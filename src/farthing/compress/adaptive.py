@@ -180,7 +180,7 @@ def _pick(
     """Bisect the knapsack's budget until the measured total is just within max_drop."""
     allowed = math.log1p(max_drop)
     low, high = 0.0, 2 * allowed
-    found: tuple[dict[int, float], _Tried] | None = None
+    best: tuple[dict[int, float], _Tried] | None = None
     seen: dict[tuple[int, ...], _Tried] = {}
     for _ in range(ATTEMPTS):
         budget = (low + high) / 2
@@ -189,13 +189,13 @@ def _pick(
         if picks not in seen:
             seen[picks] = trial(masses)
         if seen[picks].most <= allowed:
-            low, found = budget, (masses, seen[picks])
+            low, best = budget, (masses, seen[picks])
         else:
             high = budget
-    if found is None:
+    if best is None:
         masses = dict.fromkeys(moe, 1.0)
-        found = (masses, trial(masses))
-    return found
+        best = (masses, trial(masses))
+    return best
 
 
 def _link(source: Path, target: Path) -> None:

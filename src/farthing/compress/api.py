@@ -111,9 +111,9 @@ def check_backend(backend: str) -> None:
     """Raise unless `backend` is "simulate" or runs on this machine."""
     if backend == "simulate":
         return
-    known = sorted({*known_backends(), "simulate"})
-    if backend != "auto" and backend.partition("/")[0] not in known:
-        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {known}")
+    backends = sorted({*known_backends(), "simulate"})
+    if backend != "auto" and backend.partition("/")[0] not in backends:
+        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {backends}")
     select(backend)
 
 
@@ -195,12 +195,12 @@ def compress(
     start = time.monotonic()
     config = ModelConfig.from_directory(source)
     options, judged = _ready(source, out, recipe, options, config)
-    made = _make(source, out, recipe, options, config, progress)
+    compressed = _make(source, out, recipe, options, config, progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
     quality = None
     if options.gate:
-        judged = made.judged or judged
+        judged = compressed.judged or judged
         assert judged is not None
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
@@ -209,20 +209,24 @@ def compress(
     if larger:
         log.warning("%s", larger)
     report = CompressionReport(
-        recipe=made.recipe.to_json() | ({"calibrated": made.adaptive.to_json()} if made.adaptive else {}),
+        recipe=compressed.recipe.to_json()
+        | ({"calibrated": compressed.adaptive.to_json()} if compressed.adaptive else {}),
         source=str(source),
         export=options.export,
-        transformers_limits=transformers_limits(options.export, result, made.state.group_keys()),
+        transformers_limits=transformers_limits(options.export, result, compressed.state.group_keys()),
         size_before=before.stored_bytes(),
         size_after=result.stored_bytes(),
         larger=larger,
-        sizes={"before": asdict(sizes_of(before, reads_of(config))), "after": asdict(_result(result, made))},
+        sizes={
+            "before": asdict(sizes_of(before, reads_of(config))),
+            "after": asdict(_result(result, compressed)),
+        },
         seconds=seconds,
         peak_memory=peak,
-        modules=made.state.modules,
-        coverage=made.state.coverage,
-        healed=made.state.healed,
-        plan=made.plan.to_json() if made.plan else None,
+        modules=compressed.state.modules,
+        coverage=compressed.state.coverage,
+        healed=compressed.state.healed,
+        plan=compressed.plan.to_json() if compressed.plan else None,
         quality=quality,
         verdict=verdict,
         serving=after(out) if after else [],
@@ -311,18 +315,18 @@ def _make(
     return _Made(recipe, state, plan, tokens=corpus.tokens if corpus else 0)
 
 
-def _result(checkpoint: Checkpoint, made: _Made) -> Sizes:
+def _result(checkpoint: Checkpoint, compressed: _Made) -> Sizes:
     """Sizes of the result, with experts read as often as in calibration or by the adaptive rule."""
     config = ModelConfig.from_json(checkpoint.config)
     routed = {
-        int(row["layer"]): measured_shares(row["tokens_per_expert"], made.tokens)
-        for row in made.state.coverage
+        int(row["layer"]): measured_shares(row["tokens_per_expert"], compressed.tokens)
+        for row in compressed.state.coverage
     }
-    if made.adaptive:
+    if compressed.adaptive:
         for layer in filter(config.is_moe, range(config.num_hidden_layers)):
             experts = config.at(layer).n_routed_experts or 1
-            routed[layer] = [made.adaptive.experts_after / experts] * experts
-    saved = {m["module"]: m["zero_block_bytes"] for m in made.state.modules if m["zero_block_bytes"]}
+            routed[layer] = [compressed.adaptive.experts_after / experts] * experts
+    saved = {m["module"]: m["zero_block_bytes"] for m in compressed.state.modules if m["zero_block_bytes"]}
     return sizes_of(checkpoint, reads_of(config, routed), saved)
 
 

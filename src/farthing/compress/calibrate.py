@@ -502,11 +502,11 @@ def refine(start: float, error: Callable[[float], float]) -> tuple[float, float]
     The error is smooth in the scale except for ripples of a few per mille. Refining a grid three times around
     its best point finds the valley and one of its deepest ripples.
     """
-    known = {start: error(start)}
+    errors = {start: error(start)}
     for low, high, points in SPANS:
-        centre = min(known, key=known.__getitem__)
+        centre = min(errors, key=errors.__getitem__)
         for i in range(points):
             scale = centre * low * (high / low) ** (i / (points - 1))
-            known.setdefault(scale, error(scale))
-    best = min(known, key=known.__getitem__)
-    return best, known[best]
+            errors.setdefault(scale, error(scale))
+    best = min(errors, key=errors.__getitem__)
+    return best, errors[best]

@@ -71,12 +71,12 @@ def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
     weights: dict[str, int] = defaultdict(int)
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
     for name, shape in shapes:
-        found = _LAYER.search(name)
-        if found and name.endswith(("weight", "weight_packed")):
+        layer = _LAYER.search(name)
+        if layer and name.endswith(("weight", "weight_packed")):
             packed = 8 if name.endswith("weight_packed") else 1
-            weights[found[1]] += prod(shape) * packed
+            weights[layer[1]] += prod(shape) * packed
             if len(shape) == 2:
-                inputs[found[1]][input_name(name.rpartition(".")[0])] = shape[1] * packed
+                inputs[layer[1]][input_name(name.rpartition(".")[0])] = shape[1] * packed
     moments = recipe.needs_data and recipe.needs_gram
     layers = [4 * (_COPIES * weights[i] + sum(k * k for k in inputs[i].values()) * moments) for i in weights]
     hidden = 4 * 3 * recipe.calibration_tokens * config.hidden_size if recipe.needs_data else 0

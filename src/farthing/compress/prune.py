@@ -342,8 +342,8 @@ def parts_of(layer: Layer, family: list[str]) -> Iterator[list[str]]:
 
 def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
     """Second moments [B, K, K], None if one is missing."""
-    known = [s.gram for m in family if (s := stats.get(input_name(m))) is not None and s.gram is not None]
-    return torch.stack(known) if len(known) == len(family) else None
+    grams = [s.gram for m in family if (s := stats.get(input_name(m))) is not None and s.gram is not None]
+    return torch.stack(grams) if len(grams) == len(family) else None
 
 
 def targets_of(layer: Layer, p: Prune) -> Iterator[list[str]]:
@@ -460,12 +460,12 @@ def spread(layers: Iterable[Layer], prune: Prune) -> Prune:
     counts: dict[str, Tensor] = {}
     for layer in layers:
         for family in targets_of(layer, prune):
-            found = torch.zeros(2**BITS, dtype=torch.int64)
+            tally = torch.zeros(2**BITS, dtype=torch.int64)
             for module in family:
                 score = block_scores(scores(layer.weight(module), None, prune.score), BLOCKS[prune.pattern])
                 index = score.float().contiguous().view(torch.int32).flatten() >> (31 - BITS)
-                found += torch.bincount(index, minlength=2**BITS)
-            counts[pattern_of(family[0])] = found
+                tally += torch.bincount(index, minlength=2**BITS)
+            counts[pattern_of(family[0])] = tally
     every = torch.stack(list(counts.values())).sum(0)
     drop = round(prune.sparsity * int(every.sum()))
     edge = int(torch.searchsorted(every.cumsum(0), drop))  # bin of the threshold

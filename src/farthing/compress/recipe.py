@@ -68,9 +68,9 @@ class Prune:
         if self.scope == "global":
             for name, accepted in (("score", ("magnitude",)), ("pattern", tuple(BLOCKS))):
                 if getattr(self, name) not in accepted:
-                    given = getattr(self, name)
+                    value = getattr(self, name)
                     raise ValueError(
-                        f"prune.{name}: got {given!r} with prune.scope 'global'; expected one of {accepted}: "
+                        f"prune.{name}: got {value!r} with prune.scope 'global'; expected one of {accepted}: "
                         "the threshold for all layers must be known before the first is written"
                     )
 
@@ -127,9 +127,9 @@ class Recipe:
             raise ValueError(f"max_drop: got {self.max_drop}; expected a share such as 0.01")
         for name in ("budget_bytes", "measure"):
             if self.scheme != "auto" and getattr(self, name) not in (None, "memory"):
-                given = getattr(self, name)
+                value = getattr(self, name)
                 raise ValueError(
-                    f"{name}: got {given!r}, but scheme is {self.scheme!r}; expected scheme 'auto'"
+                    f"{name}: got {value!r}, but scheme is {self.scheme!r}; expected scheme 'auto'"
                 )
         for name in ("calibration_tokens", "window"):
             if getattr(self, name) < 1:

@@ -141,14 +141,14 @@ def measure(
     for index, layer in enumerate(model.layers):
         if progress:
             progress(f"sensitivity of layer {index}", index, len(model.layers))
-        known = notes.read(index) if notes else None
-        recorder = None if known else Recorder(Wanted(gram=True))
+        measured = notes.read(index) if notes else None
+        recorder = None if measured else Recorder(Wanted(gram=True))
         after = model.through(layer, fit, recorder)
         if recorder is not None:
-            known = _layer_options(model, meter, layer, recorder, recipe, fit, after)
+            measured = _layer_options(model, meter, layer, recorder, recipe, fit, after)
             if notes:
-                notes.add(index, known)
-        options += known or []
+                notes.add(index, measured)
+        options += measured or []
         fit.hidden = after
         meter.advance(index)
     return options
@@ -163,8 +163,8 @@ class Notes:
 
     def read(self, layer: int) -> list[Option] | None:
         """Options of `layer` from an earlier run of the same job, or None."""
-        found = self._all().get(str(layer))
-        return None if found is None else [Option(**o | {"sizes": Sizes(**o["sizes"])}) for o in found]
+        entry = self._all().get(str(layer))
+        return None if entry is None else [Option(**o | {"sizes": Sizes(**o["sizes"])}) for o in entry]
 
     def add(self, layer: int, options: list[Option]) -> None:
         """Store a layer's options."""
@@ -278,15 +278,15 @@ class _Trial:
         token = 0.0
         for m in modules:
             file += sum(t.nbytes for t in ct.encode(m, done[m].weight, packed=ct.EXPERTS in m).values())
-            held = done[m].weight.nbytes - zero_block_bytes(done[m].weight, masks.get(m))
-            memory += held
-            token += held * self.reads(m)
+            size = done[m].weight.nbytes - zero_block_bytes(done[m].weight, masks.get(m))
+            memory += size
+            token += size * self.reads(m)
         return Sizes(file, memory, round(token))
 
 
 def parts(modules: list[str]) -> dict[str, list[str]]:
     """Modules by part."""
-    found: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for module in modules:
-        found.setdefault(part_of(module), []).append(module)
-    return found
+        grouped.setdefault(part_of(module), []).append(module)
+    return grouped

@@ -49,7 +49,7 @@ Reads = Callable[[str], float]  # module -> how often one decoded token reads it
 
 def reads_of(config: ModelConfig, routed: Mapping[int, Sequence[float]] | None = None) -> Reads:
     """`routed`: layer -> share of tokens that reach each expert; top_k / E for missing layers."""
-    known = routed or {}
+    shares = routed or {}
 
     def reads(module: str) -> float:
         pieces = module.split(".")
@@ -62,8 +62,8 @@ def reads_of(config: ModelConfig, routed: Mapping[int, Sequence[float]] | None =
             return 0.0
         if "experts" not in pieces:
             return 1.0
-        if layer in known:
-            return known[layer][int(pieces[5])]
+        if layer in shares:
+            return shares[layer][int(pieces[5])]
         return config.num_experts_per_tok / (config.at(layer).n_routed_experts or 1)
 
     return reads

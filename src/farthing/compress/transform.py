@@ -105,11 +105,11 @@ def scale_inputs(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, float]
         layer.set(f"{mlp}.up_proj", layer.weight(f"{mlp}.up_proj") / s.unsqueeze(1))
         chosen[f"{mlp}.down_proj"] = alpha
     for norm, modules, plain in layer.norm_groups():
-        known = [(m, stats[input_name(m)]) for m in modules if input_name(m) in stats]
-        if not known:
+        measured = [(m, stats[input_name(m)]) for m in modules if input_name(m) in stats]
+        if not measured:
             continue
-        whole = max((st for _, st in known), key=lambda st: st.tokens)
-        s, alpha = _factor(layer, [m for m, _ in known], [st for _, st in known], whole, recipe)
+        whole = max((st for _, st in measured), key=lambda st: st.tokens)
+        s, alpha = _factor(layer, [m for m, _ in measured], [st for _, st in measured], whole, recipe)
         for module in modules:
             layer.set(module, layer.weight(module) * s)
         for name in plain:
@@ -256,8 +256,8 @@ def _compress_part(
 ) -> dict[str, Done]:
     done: dict[str, Done] = {}
     w = torch.stack([layer.weight(m) for m in family])
-    known = [stats.get(input_name(m)) for m in family]
-    energy = torch.stack([s.mean_energy() for s in known if s]) if all(known) else None
+    inputs = [stats.get(input_name(m)) for m in family]
+    energy = torch.stack([s.mean_energy() for s in inputs if s]) if all(inputs) else None
     keep = torch.stack([masks[m] for m in family]) if family[0] in masks else None
     formats = {
         m: stored_format(m, plan(m), recipe, layer.formats.get(m, "dense"), layer.group_columns(m))
@@ -278,7 +278,7 @@ def _compress_part(
         errors = _errors(before, values, part.gram, squared if originals is None else None)
         for j, i in enumerate(index):
             module = family[i]
-            st = known[i]
+            st = inputs[i]
             sample = None if st is None or not len(st.rows) else st.rows
             error = float(errors[j]) if errors is not None else _sampled_error(before[j], values[j], sample)
             layer.set(module, values[j].clone())  # reuses the memory of its original

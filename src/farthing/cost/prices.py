@@ -174,10 +174,10 @@ def _parse(base: Prices, data: dict[str, Any]) -> Prices:
 
 
 def _row(name: str, fields: Any, old: Hardware | None) -> Hardware:
-    known = set(Hardware.__dataclass_fields__) - {"name"}
-    if not isinstance(fields, dict) or set(fields) - known:
-        raise ValueError(f"hardware.{name}: got {fields!r}; expected a table of {sorted(known)}")
-    merged = {field: getattr(old, field) for field in known} if old is not None else {}
+    names = set(Hardware.__dataclass_fields__) - {"name"}
+    if not isinstance(fields, dict) or set(fields) - names:
+        raise ValueError(f"hardware.{name}: got {fields!r}; expected a table of {sorted(names)}")
+    merged = {field: getattr(old, field) for field in names} if old is not None else {}
     merged |= fields
     missing = {"kind", "usd_per_hour", "watts", "idle_watts"} - set(merged)
     if missing:

@@ -86,18 +86,18 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
         detail=f"{name}, {usable} vCPUs{some}",
         data={"name": name, "usable": usable, "present": present, "architecture": platform.machine()},
     )
-    found = [flag for flag in INSTRUCTION_SETS if flag in _flags(cpuinfo)]
+    flags = [flag for flag in INSTRUCTION_SETS if flag in _flags(cpuinfo)]
     native = _native()
     kernels = str(native.instruction_sets()) if native is not None else ""
-    vector = any(flag.startswith(("avx512", "amx")) for flag in found)
+    vector = any(flag.startswith(("avx512", "amx")) for flag in flags)
     yield Check(
         group="processor",
         name="instruction sets",
         status="ok" if vector else "warn" if platform.machine() in ("x86_64", "AMD64") else "info",
-        detail=(", ".join(found) or "none that the kernels know")
+        detail=(", ".join(flags) or "none that the kernels know")
         + (f"; kernels: {kernels}" if kernels else ""),
         advice="" if vector else "decoding is bound by memory and hardly suffers; long prompts will be slow",
-        data={"instruction_sets": found, "kernels": kernels},
+        data={"instruction_sets": flags, "kernels": kernels},
     )
 
 
@@ -218,15 +218,15 @@ def check_python() -> Iterator[Check]:
         advice="" if good else "install Python 3.11 or newer",
     )
     try:
-        found = version("torch")
+        installed = version("torch")
     except PackageNotFoundError:
-        found = ""
+        installed = ""
     yield Check(
         group="software",
         name="torch",
-        status="ok" if found else "info",
-        detail=found or "not installed: only packed files can be served",
-        advice="" if found else extras.how_to_install("torch"),
+        status="ok" if installed else "info",
+        detail=installed or "not installed: only packed files can be served",
+        advice="" if installed else extras.how_to_install("torch"),
     )
 
 
@@ -251,15 +251,15 @@ def check_native() -> Iterator[Check]:
 
 def check_compilers() -> Iterator[Check]:
     """Compilers, needed only to build from source."""
-    found = {name: _version_of(name) for name in COMPILERS if shutil.which(name)}
-    compiler = next((name for name in COMPILERS[:3] if name in found), None)
+    versions = {name: _version_of(name) for name in COMPILERS if shutil.which(name)}
+    compiler = next((name for name in COMPILERS[:3] if name in versions), None)
     yield Check(
         group="software",
         name="compilers",
         status="info",
-        detail=", ".join(f"{name} {text}".strip() for name, text in found.items()) or "none",
+        detail=", ".join(f"{name} {text}".strip() for name, text in versions.items()) or "none",
         advice="" if compiler else "install g++ or clang++ (C++20) to build from source",
-        data={"found": found},
+        data={"found": versions},
     )
 
 
@@ -306,8 +306,8 @@ def _version_of(program: str) -> str:
         run = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    found = re.search(r"\d+(\.\d+)+", run.stdout)
-    return found.group() if found else ""
+    version = re.search(r"\d+(\.\d+)+", run.stdout)
+    return version.group() if version else ""
 
 
 # Runs all checks in display order.
@@ -355,5 +355,5 @@ def _accelerator() -> str | None:
     """The type of torch's accelerator, if there is one."""
     import torch
 
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None else str(found.type)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return None if accelerator is None else str(accelerator.type)

@@ -74,18 +74,18 @@ def _problem(checkpoint: Checkpoint, stored: Callable[[str], str], name: str, sh
     expert, stack, name = _EXPERT.fullmatch(name), stored(_stack(name)), stored(name)
     if checkpoint.has(f"{name}_packed"):  # several columns in one number
         return ""
-    found: tuple[int, ...] | None = None
+    actual: tuple[int, ...] | None = None
     if checkpoint.has(name):
-        found = checkpoint.shape(name)
+        actual = checkpoint.shape(name)
     elif expert and checkpoint.has(stack):  # one tensor for all experts of a layer
         name, whole = stack, checkpoint.shape(stack)
         shape = shape if expert["part"] == "down" else (2 * shape[0], shape[1])
         if int(expert["index"]) >= whole[0]:
             return f"{name} has {whole[0]} experts; expected more than {expert['index']}"
-        found = whole[1:]
-    if found is None:
+        actual = whole[1:]
+    if actual is None:
         return f"{name} is missing; expected shape {list(shape)}"
-    return "" if found == shape else f"{name} has shape {list(found)}; expected {list(shape)}"
+    return "" if actual == shape else f"{name} has shape {list(actual)}; expected {list(shape)}"
 
 
 def _stack(name: str) -> str:
@@ -160,16 +160,16 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
     those exceed MOST_BYTES. Indexers select at most half of the tokens, so that the selection
     is compared too.
     """
-    found: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
 
     def configuration() -> str:
         if has_config(path):
             type_of(read_config(path))  # an unknown type is reported even without weights
-        checkpoint = found["checkpoint"] = Checkpoint.open(path)
-        config = found["config"] = config_of(checkpoint)
-        shown = found["shown"] = shortened(config, layers)
+        checkpoint = facts["checkpoint"] = Checkpoint.open(path)
+        config = facts["config"] = config_of(checkpoint)
+        shown = facts["shown"] = shortened(config, layers)
         if shown.index_topk is not None:
-            found["shown"] = replace(shown, index_topk=max(min(shown.index_topk, tokens // 2), 1))
+            facts["shown"] = replace(shown, index_topk=max(min(shown.index_topk, tokens // 2), 1))
         kind = type_named(config.model_type)
         window = f"; {config.limit_by_window}" if config.limit_by_window else ""
         return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers{window}"
@@ -177,16 +177,16 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
     yield (first := _part("configuration", configuration))
 
     def tokenizer() -> str:
-        found["tokenizer"], detail = check_tokenizer(path, found.get("config"))
+        facts["tokenizer"], detail = check_tokenizer(path, facts.get("config"))
         return detail
 
     yield _part("tokenizer", tokenizer)
     if first.state != "ok":
         return
-    config, shown = found["config"], found["shown"]
-    if "tokenizer" in found:
-        yield _part("chat format", lambda: check_chat_format(found["tokenizer"], config.model_type))
-    yield _part("tensors", lambda: check_tensors(found["checkpoint"], config))
+    config, shown = facts["config"], facts["shown"]
+    if "tokenizer" in facts:
+        yield _part("chat format", lambda: check_chat_format(facts["tokenizer"], config.model_type))
+    yield _part("tensors", lambda: check_tensors(facts["checkpoint"], config))
     ids = torch.arange(2, 2 + tokens) % config.vocab_size
 
     def run_layers() -> str:
@@ -196,18 +196,18 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
                 f"{count} of {config.num_hidden_layers} layers take {size / 2**30:.1f} GiB in float32, more "
                 f"than {MOST_BYTES >> 30}; --layers {count} runs them"
             )
-        model = DecoderModel(shown, ops, source_of(found["checkpoint"], shown))
-        found["logits"] = {0: logits_of(model, ids)}
+        model = DecoderModel(shown, ops, source_of(facts["checkpoint"], shown))
+        facts["logits"] = {0: logits_of(model, ids)}
         if later := later_position(shown, tokens):
-            found["logits"][later] = logits_of(model, ids, later)
-        found["checkpoint"].release()
-        if not all(bool(logits.isfinite().all()) for logits in found["logits"].values()):
+            facts["logits"][later] = logits_of(model, ids, later)
+        facts["checkpoint"].release()
+        if not all(bool(logits.isfinite().all()) for logits in facts["logits"].values()):
             raise ValueError(f"logits after {count} layers are not finite")
         return f"{count} of {config.num_hidden_layers} layers on {ops.name}, {_experts_in(shown, config)}"
 
     yield (second := _part("first layers", run_layers))
     if second.state == "ok":
-        yield _part("transformers", lambda: _compared(path, shown, ids, found["logits"]))
+        yield _part("transformers", lambda: _compared(path, shown, ids, facts["logits"]))
 
 
 class _Skipped(Exception):

@@ -132,15 +132,15 @@ def fastest(group: DistGroup, device: torch.device) -> Group:
     if not _agree(group, problem is None):
         log.info("all-reduce through NCCL: %s", problem or "another rank cannot map its peers' memory")
         return group
-    made: Group | None = None
+    candidate: Group | None = None
     try:
-        made = SymmetricGroup(group, device)
+        candidate = SymmetricGroup(group, device)
     except RuntimeError as error:
         problem = str(error).splitlines()[0]
-    if not _agree(group, made is not None) or made is None:
+    if not _agree(group, candidate is not None) or candidate is None:
         log.warning("all-reduce through NCCL: %s", problem or "another rank cannot map its peers' memory")
         return group
-    return made
+    return candidate
 
 
 def unsuitable(size: int, device: torch.device) -> str | None:

@@ -89,39 +89,39 @@ def _pack(
     load: Sequence[float], copies: Sequence[int], ranks: int, slots: int
 ) -> tuple[tuple[int, ...], ...]:
     """Longest processing time first. Ties go to experts with more copies, which need more ranks."""
-    held: list[set[int]] = [set() for _ in range(ranks)]
+    placed: list[set[int]] = [set() for _ in range(ranks)]
     total = [0.0] * ranks
     # Experts on every rank have no choice; the others are placed by load.
     order = sorted(range(len(load)), key=lambda e: (copies[e] < ranks, -load[e], e))
     for expert in order:
-        open_ranks = sorted((r for r in range(ranks) if len(held[r]) < slots), key=lambda r: (total[r], r))
+        open_ranks = sorted((r for r in range(ranks) if len(placed[r]) < slots), key=lambda r: (total[r], r))
         chosen = open_ranks[: copies[expert]]
         for rank in chosen:
-            held[rank].add(expert)
+            placed[rank].add(expert)
             total[rank] += load[expert]
         for _ in range(copies[expert] - len(chosen)):
-            _make_room(held, total, load, expert, slots)
-    return tuple(tuple(sorted(experts)) for experts in held)
+            _make_room(placed, total, load, expert, slots)
+    return tuple(tuple(sorted(experts)) for experts in placed)
 
 
 def _make_room(
-    held: list[set[int]], total: list[float], load: Sequence[float], expert: int, slots: int
+    placed: list[set[int]], total: list[float], load: Sequence[float], expert: int, slots: int
 ) -> None:
     """If only ranks that already have the expert have room, move another rank's expert there."""
-    spare = next(r for r, experts in enumerate(held) if len(experts) < slots)
+    spare = next(r for r, experts in enumerate(placed) if len(experts) < slots)
     giver, moved = min(
         (
             (r, e)
-            for r, experts in enumerate(held)
+            for r, experts in enumerate(placed)
             if expert not in experts
             for e in experts
-            if e not in held[spare]
+            if e not in placed[spare]
         ),
         key=lambda pair: (total[pair[0]], load[pair[1]], pair),
     )
-    held[giver].remove(moved)
-    held[spare].add(moved)
-    held[giver].add(expert)
+    placed[giver].remove(moved)
+    placed[spare].add(moved)
+    placed[giver].add(expert)
     total[spare] += load[moved]
     total[giver] += load[expert] - load[moved]
 
@@ -152,19 +152,19 @@ def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, B
     """
     starts = batch.query_start.tolist()
     lengths = batch.query_start[1:] - batch.query_start[:-1]
-    held = (batch.block_table[:, 0] % copies == copy).nonzero()[:, 0]
-    if not len(held):
+    own = (batch.block_table[:, 0] % copies == copy).nonzero()[:, 0]
+    if not len(own):
         return torch.zeros(0, dtype=torch.int64), rows_of(batch, 0, 1)
-    rows = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in held.tolist()])
+    rows = torch.cat([torch.arange(starts[b], starts[b + 1]) for b in own.tolist()])
     first = torch.zeros(1, dtype=torch.int32)
     return rows, Batch(
         positions=batch.positions[rows].contiguous(),
         slots=batch.slots[rows].contiguous(),
-        query_start=torch.cat((first, lengths[held].cumsum(0).to(torch.int32))),
-        context_lens=batch.context_lens[held].contiguous(),
-        block_table=batch.block_table[held].contiguous(),
-        state_slots=None if batch.state_slots is None else batch.state_slots[held].contiguous(),
-        windows=_windows(batch, rows, held),
+        query_start=torch.cat((first, lengths[own].cumsum(0).to(torch.int32))),
+        context_lens=batch.context_lens[own].contiguous(),
+        block_table=batch.block_table[own].contiguous(),
+        state_slots=None if batch.state_slots is None else batch.state_slots[own].contiguous(),
+        windows=_windows(batch, rows, own),
     )
 
 
@@ -179,16 +179,16 @@ def _windows(batch: Batch, rows: torch.Tensor | slice, held: torch.Tensor) -> di
 def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     """Rows [start, stop) of a batch, with their sequences."""
     starts = batch.query_start.clamp(start, stop)
-    held = (starts[1:] > starts[:-1]).nonzero()[:, 0]
-    ends = starts[1:][held].long()
+    present = (starts[1:] > starts[:-1]).nonzero()[:, 0]
+    ends = starts[1:][present].long()
     return Batch(
         positions=batch.positions[start:stop],
         slots=batch.slots[start:stop],
-        query_start=torch.cat((starts[held[:1]], starts[1:][held])).sub(start).to(torch.int32),
+        query_start=torch.cat((starts[present[:1]], starts[1:][present])).sub(start).to(torch.int32),
         context_lens=batch.positions[ends - 1] + 1,
-        block_table=batch.block_table[held].contiguous(),
-        state_slots=None if batch.state_slots is None else batch.state_slots[held].contiguous(),
-        windows=_windows(batch, slice(start, stop), held),
+        block_table=batch.block_table[present].contiguous(),
+        state_slots=None if batch.state_slots is None else batch.state_slots[present].contiguous(),
+        windows=_windows(batch, slice(start, stop), present),
     )
 
 

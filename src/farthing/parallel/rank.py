@@ -151,11 +151,11 @@ class Rank:
         self.plan = ShardPlan.build(config, layout)
         self.layout, self.place = layout, layout.place(rank)
         self.first, self.last = self.place.stage == 0, self.place.stage == layout.pp - 1
-        made = _make_groups(layout, rank, timeout, arena, nodes, ops.device)
-        self._stage = made.get(_stage_ranks(layout, self.place), Alone())
-        self._before = made.get((rank - layout.stage_ranks, rank))
-        self._behind = made.get((rank, rank + layout.stage_ranks))
-        self._groups = _groups(self.plan, self.place, made)
+        groups = _make_groups(layout, rank, timeout, arena, nodes, ops.device)
+        self._stage = groups.get(_stage_ranks(layout, self.place), Alone())
+        self._before = groups.get((rank - layout.stage_ranks, rank))
+        self._behind = groups.get((rank, rank + layout.stage_ranks))
+        self._groups = _groups(self.plan, self.place, groups)
         self.placements: dict[int, Placement] = {}
         self._source = ShardedSource(source, self.plan, self.place, self.placements)
         local = local_config(self.plan, self.place)
@@ -359,18 +359,18 @@ def group_ranks(layout: Layout) -> list[Ranks]:
 
     Groups with equal ranks are one group, so their collectives run in the same order on all of them.
     """
-    found: list[Ranks] = []
+    groups: list[Ranks] = []
     for s in range(layout.pp):
         start = s * layout.stage_ranks
-        found.append(tuple(range(start, start + layout.stage_ranks)))
-        found += [
+        groups.append(tuple(range(start, start + layout.stage_ranks)))
+        groups += [
             tuple(range(first, first + layout.tp))
             for first in range(start, start + layout.stage_ranks, layout.tp)
         ]
         if s + 1 < layout.pp:
-            found += [(r, r + layout.stage_ranks) for r in range(start, start + layout.stage_ranks)]
-    found += [tuple(layout.vocabulary_ranks(copy)) for copy in range(layout.copies)]
-    return [ranks for ranks in dict.fromkeys(found) if len(ranks) > 1]
+            groups += [(r, r + layout.stage_ranks) for r in range(start, start + layout.stage_ranks)]
+    groups += [tuple(layout.vocabulary_ranks(copy)) for copy in range(layout.copies)]
+    return [ranks for ranks in dict.fromkeys(groups) if len(ranks) > 1]
 
 
 def shared_bytes(layout: Layout, nodes: int = 1, node: int = 0) -> int:
@@ -388,7 +388,7 @@ def _make_groups(
     layout: Layout, rank: int, timeout: float, arena: Arena | None, nodes: int, device: torch.device
 ) -> dict[Ranks, Group]:
     """This rank's groups. torch.distributed requires every rank to create every group in one order."""
-    made: dict[Ranks, Group] = {}
+    groups: dict[Ranks, Group] = {}
     offset, mine = 0, layout.node(rank, nodes)
     neighbours = sum(layout.node(r, nodes) == mine for r in range(layout.world))
     crowded = neighbours > len(os.sched_getaffinity(0))
@@ -403,8 +403,8 @@ def _make_groups(
                 group = SharedGroup(arena, offset, len(ranks), ranks.index(rank), timeout, crowded=crowded)
             offset += group_bytes(len(ranks))
         if rank in ranks:
-            made[ranks] = group
-    return made
+            groups[ranks] = group
+    return groups
 
 
 def _stage_ranks(layout: Layout, place: Place) -> Ranks:
@@ -412,16 +412,16 @@ def _stage_ranks(layout: Layout, place: Place) -> Ranks:
     return tuple(range(start, start + layout.stage_ranks))
 
 
-def _groups(plan: ShardPlan, place: Place, made: Mapping[Ranks, Group]) -> Groups:
+def _groups(plan: ShardPlan, place: Place, groups: Mapping[Ranks, Group]) -> Groups:
     layout = plan.layout
     first = place.rank - place.tp
-    tp = made.get(tuple(range(first, first + layout.tp)), Alone())
+    tp = groups.get(tuple(range(first, first + layout.tp)), Alone())
     holders = layout.vocabulary_ranks(place.copy)
     slices = [plan.vocabulary(layout.place(r)) for r in holders]
     return Groups(
         tp=tp,
-        experts=tp if layout.ep == 1 else made.get(_stage_ranks(layout, place), Alone()),
-        vocabulary=made.get(tuple(holders), Alone()),
+        experts=tp if layout.ep == 1 else groups.get(_stage_ranks(layout, place), Alone()),
+        vocabulary=groups.get(tuple(holders), Alone()),
         dispatch=layout.dp_attention,
         rows=(*(cut.start for cut in slices), plan.config.vocab_size),
     )

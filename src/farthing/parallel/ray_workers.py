@@ -194,14 +194,14 @@ class RayWorkers:
         version = importlib.metadata.version("farthing")
         for r in [*ranks, *([layout.driver] if "GPU" in kinds else [])]:
             at = strategy(self._group, placement_group_bundle_index=bundle[layout.node(r, nodes)])
-            made = actor.options(
+            worker = actor.options(
                 num_cpus=1, num_gpus=int("GPU" in kinds), max_restarts=0, scheduling_strategy=at
             ).remote(self._options, r, version)
             if r == layout.driver:
-                self._seat = made  # idle actor that reserves the GPU this process uses
-                torch.cuda.set_device(_ordinal(ray.get(made.gpus.remote())[0]))
+                self._seat = worker  # idle actor that reserves the GPU this process uses
+                torch.cuda.set_device(_ordinal(ray.get(worker.gpus.remote())[0]))
             else:
-                self._actors[r] = made
+                self._actors[r] = worker
 
     def _bundles(self) -> list[int]:
         """The bundle of each node of the layout; the driver's is the one on this process's node."""
@@ -221,7 +221,7 @@ class RayWorkers:
 
     def _get(self, references: dict[int, Any]) -> dict[int, Any]:
         """Results by rank. Raises RankFailed with the reason of the first failure."""
-        open_, found = {ref: rank for rank, ref in references.items()}, {}
+        open_, results = {ref: rank for rank, ref in references.items()}, {}
         while open_:
             done, _ = self._ray.wait(list(open_), timeout=START_TIMEOUT)
             if not done:
@@ -229,10 +229,10 @@ class RayWorkers:
             for reference in done:
                 rank = open_.pop(reference)
                 try:
-                    found[rank] = self._ray.get(reference)
+                    results[rank] = self._ray.get(reference)
                 except Exception as error:
                     raise RankFailed(f"rank {rank} could not start: {_reason(error)}") from error
-        return found
+        return results
 
     def _watch(self) -> None:
         """Fail the replica if a rank exits, fails, or stops responding."""

@@ -76,10 +76,10 @@ def interface_of(address: str) -> str | None:
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
-                found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+                packed = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
             except OSError:  # an interface without an address
                 continue
-        if socket.inet_ntoa(found[20:24]) == address:
+        if socket.inet_ntoa(packed[20:24]) == address:
             return name
     return None
 

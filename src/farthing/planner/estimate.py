@@ -221,14 +221,14 @@ def smallest(
     refused: ValueError | None = None
     fitting = fitting_layouts(target.model, target.holder, one, target.limit, most)
     for _, layouts in groupby(fitting, key=lambda layout: layout.world):
-        found = []
+        candidates = []
         for layout, load in _with_dispatch(layouts, workload, dispatched):
             try:
-                found.append(serving(target, layout, load, price))
+                candidates.append(serving(target, layout, load, price))
             except ValueError as error:
                 refused = error
-        if found:
-            return min(found, key=lambda e: e.usd_request_output)
+        if candidates:
+            return min(candidates, key=lambda e: e.usd_request_output)
     raise refused or ValueError(
         f"no layout of up to {most} GPUs of {target.limit / 1e9:.1f} GB fits the weights and a sequence of "
         f"{workload.context:,.0f} tokens; expected GPUs with more memory, fewer bits or shorter prompts"
@@ -261,7 +261,7 @@ class _Replica:
 
     def __init__(self, target: Target, plan: ShardPlan) -> None:
         self.target, self.plan, self.layout = target, plan, plan.layout
-        held = experts_per_rank(target.config, plan.layout, target.serving.redundant_experts)
+        experts = experts_per_rank(target.config, plan.layout, target.serving.redundant_experts)
         self.stages = [
             RankRoofline(
                 target.model,
@@ -271,7 +271,7 @@ class _Replica:
                 target.device,
                 target.shares,
                 target.serving.cache_dtype,
-                held,
+                experts,
             )
             for stage in range(plan.layout.pp)
         ]
@@ -314,14 +314,14 @@ class _Replica:
             middle = (low + high + 1) // 2
             within = phase(middle).step <= workload.step_limit
             low, high = (middle, high) if within else (low, middle - 1)
-        found = phase(low)
-        if found.step > workload.step_limit:
+        step = phase(low)
+        if step.step > workload.step_limit:
             raise ValueError(
-                f"user_rate: got {1 / workload.step_limit:g}; expected at most {1 / found.step:.1f}: a "
-                f"decode step of one sequence takes {found.step * 1000:.1f} ms on {self.layout.world} x "
+                f"user_rate: got {1 / workload.step_limit:g}; expected at most {1 / step.step:.1f}: a "
+                f"decode step of one sequence takes {step.step * 1000:.1f} ms on {self.layout.world} x "
                 f"{self.target.device.name}"
             )
-        return found
+        return step
 
     def too_small(self, room: int, context: float) -> str:
         """The message for a deployment without room for one sequence."""
@@ -493,7 +493,7 @@ def closest(name: str) -> str:
     """A hint for an unknown name: all known names and the closest match."""
     close = get_close_matches(name.lower(), published(), n=1, cutoff=0.75)
     hint = f"; the closest is {close[0]!r}" if close else ""
-    family = next((known for known in _UNSUPPORTED if name.lower().startswith(known)), None)
+    family = next((prefix for prefix in _UNSUPPORTED if name.lower().startswith(prefix)), None)
     refused = f"{family} is not supported; " if family else ""
     return f"{refused}published configurations: {', '.join(published())}{hint}"
 

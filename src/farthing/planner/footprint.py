@@ -52,10 +52,10 @@ def quantization_of(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises ValueError if it is no object.
     """
     optional_section(raw, "text_config")
-    found = quantization_in(raw) or {}
-    if not isinstance(found, Mapping):
-        raise wrong("quantization_config", found, "an object")
-    return found
+    section = quantization_in(raw) or {}
+    if not isinstance(section, Mapping):
+        raise wrong("quantization_config", section, "an object")
+    return section
 
 
 def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
@@ -145,8 +145,8 @@ class Holder:
         if self.backend == "reference":
             return self.item * n * k
         if self.backend == "gpu":
-            held = self.rounded(stored, k, mlp)
-            return self.item * n * k if held.is_float else matrix_bytes(n, k, held)
+            packed = self.rounded(stored, k, mlp)
+            return self.item * n * k if packed.is_float else matrix_bytes(n, k, packed)
         return packed_bytes(n, k, stored, loaded_as(self.quantization, mlp))
 
     def heads(self, n: int, nope: int, value: int, latent: int, stored: Stored) -> int:

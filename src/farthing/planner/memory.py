@@ -163,15 +163,15 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
 
 def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
     c = s.config
-    held = _storage(holder, s.stored, c.hidden_size)
+    storage = _storage(holder, s.stored, c.hidden_size)
     if s.dense:
-        sizes.moe(held, c.hidden_size, 0, 0, 0, s.dense, tokens)
+        sizes.moe(storage, c.hidden_size, 0, 0, 0, s.dense, tokens)
     if s.expert:
         rows = tokens * c.num_experts_per_tok
         if s.expert_ranks > 1:
             rows = int(rows * _UNEVEN / s.expert_ranks)
         chosen = (c.router_size, c.num_experts_per_tok)
-        sizes.moe(held, c.hidden_size, *chosen, s.expert, s.shared, tokens, rows)
+        sizes.moe(storage, c.hidden_size, *chosen, s.expert, s.shared, tokens, rows)
 
 
 # A rank's memory besides weights and cache: tables, shared-memory slots, buffers of its largest step.
@@ -235,8 +235,8 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
     outputs = a.first_width + own_query + a.output_width
     # Of all layers in one call; experts that are added a layer later are held until then.
-    held = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
-    return held + workspace
+    buffers = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
+    return buffers + workspace
 
 
 def _estimate(s: Shard, item: int, tokens: int) -> int:
@@ -405,18 +405,18 @@ def most_hot_experts(model: PlannedModel, holder: Holder, serving: Serving, limi
 def _rank(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, serving: Serving) -> RankMemory:
     config, layout = plan.config, plan.layout
     stage = plan.stages[place.stage]
-    held = experts_per_rank(config, layout, serving.redundant_experts)
+    experts = experts_per_rank(config, layout, serving.redundant_experts)
     host = 0
     if serving.experts_on_host:
         rounding = Holder("cpu", 4, holder.quantization)
-        host = _all_experts(model, plan, place, rounding, held)
-        holder, held = replace(holder, quantization=None), min(serving.hot_experts, held)
+        host = _all_experts(model, plan, place, rounding, experts)
+        holder, experts = replace(holder, quantization=None), min(serving.hot_experts, experts)
     return RankMemory(
         rank=place.rank,
         stage=place.stage,
         layers=(stage.start, stage.stop),
-        experts=held,
-        weights=_weights(model, plan, place, holder, held),
+        experts=experts,
+        weights=_weights(model, plan, place, holder, experts),
         cache=cache_bytes(plan, place, serving),
         buffers=buffers(plan, place, holder, serving, model.projections),
         host=host,

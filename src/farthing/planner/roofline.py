@@ -68,11 +68,11 @@ def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]
 
 
 def _device(name: str, row: Mapping[str, Any]) -> Ceilings:
-    known = {f.name for f in fields(Ceilings)}
-    missing = known - set(row) - {"name", "measured"}
-    if missing or set(row) - known:
-        raise ValueError(f"device.{name} has {sorted(row)}; expected {sorted(known - {'name', 'measured'})}")
-    for key in sorted(known - {"name", "measured"}):
+    names = {f.name for f in fields(Ceilings)}
+    missing = names - set(row) - {"name", "measured"}
+    if missing or set(row) - names:
+        raise ValueError(f"device.{name} has {sorted(row)}; expected {sorted(names - {'name', 'measured'})}")
+    for key in sorted(names - {"name", "measured"}):
         value = row[key]
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise ValueError(f"device.{name}.{key}: got {value!r}; expected a number > 0")
@@ -129,14 +129,14 @@ class RankRoofline:
     @cached_property
     def parts(self) -> dict[int, dict[Part, tuple[Product, ...]]]:
         """The matrices of every hidden layer of this rank; "expert" is one expert."""
-        found: dict[int, dict[Part, list[Product]]] = {i: {} for i in self.layers}
+        products: dict[int, dict[Part, list[Product]]] = {i: {} for i in self.layers}
         for name, shape, stored in self._model.parameters:
             layer = layer_of(name)
-            if layer is not None and layer in found and len(shape) == 2:
+            if layer is not None and layer in products and len(shape) == 2:
                 part, product = self._product(name, shape, stored)
                 if product is not None:
-                    found[layer].setdefault(part, []).append(product)
-        return {i: {p: _merged(many) for p, many in of.items()} for i, of in found.items()}
+                    products[layer].setdefault(part, []).append(product)
+        return {i: {p: _merged(many) for p, many in of.items()} for i, of in products.items()}
 
     @cached_property
     def head(self) -> tuple[Product, ...]:
@@ -160,10 +160,10 @@ class RankRoofline:
         if cut is None and not whole:
             return part, None
         local = shape if cut is None else local_shape(shape, cut)
-        held = self._holder.rounded(stored, local[1], mlp=".mlp." in name)
+        rounded = self._holder.rounded(stored, local[1], mlp=".mlp." in name)
         expanded = name.endswith(("kv_b_proj.weight", ".gate.weight"))  # these are not multiplied in FP8
         size = held_bytes(name, local, stored, self._plan, self._holder)
-        return part, Product(prod(local), size, held.kind == "fp8" and not expanded)
+        return part, Product(prod(local), size, rounded.kind == "fp8" and not expanded)
 
     @property
     def bandwidth(self) -> float:
@@ -175,7 +175,7 @@ class RankRoofline:
         """Operations per second in attention."""
         return self.device.bf16 * 1e12 * self.shares.attention
 
-    def products(self, found: Iterable[Product], tokens: float, share: float | None = None) -> float:
+    def products(self, products: Iterable[Product], tokens: float, share: float | None = None) -> float:
         """Seconds of matrices with `tokens` rows; share: of the ceiling that the kernel reaches."""
         flops = self.shares.dense if share is None else share
         return sum(
@@ -183,7 +183,7 @@ class RankRoofline:
                 p.nbytes / self.bandwidth,
                 2 * p.weights * tokens / ((self.device.fp8 if p.fp8 else self.device.bf16) * 1e12 * flops),
             )
-            for p in found
+            for p in products
         )
 
     def layer(self, layer: int, tokens: float, routed: float, workload: Workload, decode: bool) -> float:
@@ -264,11 +264,13 @@ class RankRoofline:
         return moved / self.link(ranks)
 
 
-def _merged(found: list[Product]) -> tuple[Product, ...]:
+def _merged(products: list[Product]) -> tuple[Product, ...]:
     """One product per ceiling."""
     kinds = (True, False)
     return tuple(
-        Product(sum(p.weights for p in found if p.fp8 is k), sum(p.nbytes for p in found if p.fp8 is k), k)
+        Product(
+            sum(p.weights for p in products if p.fp8 is k), sum(p.nbytes for p in products if p.fp8 is k), k
+        )
         for k in kinds
-        if any(p.fp8 is k for p in found)
+        if any(p.fp8 is k for p in products)
     )

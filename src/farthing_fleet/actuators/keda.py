@@ -96,9 +96,9 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
         metadata = dict(reference.scalerMetadata)
         metric = metadata.get("metric", "desired_replicas")
         if metric not in METRICS:
-            known = ", ".join(METRICS)
+            names = ", ".join(METRICS)
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"metric {metric!r}: expected one of {known}"
+                grpc.StatusCode.INVALID_ARGUMENT, f"metric {metric!r}: expected one of {names}"
             )
         if metric == "desired_replicas":
             return metric, 1.0
@@ -107,9 +107,9 @@ class KedaScaler(services.ExternalScalerServicer):  # type: ignore[misc]
         except (KeyError, ValueError):
             target = 0.0
         if not 0 < target < float("inf"):
-            given = metadata.get("target")
+            text = metadata.get("target")
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"target {given!r}: expected a number above 0"
+                grpc.StatusCode.INVALID_ARGUMENT, f"target {text!r}: expected a number above 0"
             )
         return metric, target
 

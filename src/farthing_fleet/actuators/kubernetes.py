@@ -86,8 +86,8 @@ async def authentication_config(client: ApiClient) -> dict[str, str]:
     """The data of ConfigMap kube-system/extension-apiserver-authentication: the front proxy."""
     core = kubernetes.client.CoreV1Api(client)
     name = "extension-apiserver-authentication"
-    found: Any = await call(f"ConfigMap {name}", core.read_namespaced_config_map, name, "kube-system")
-    return dict(found.data or {})
+    config: Any = await call(f"ConfigMap {name}", core.read_namespaced_config_map, name, "kube-system")
+    return dict(config.data or {})
 
 
 class Access:
@@ -98,7 +98,7 @@ class Access:
     ) -> None:
         self._api = kubernetes.client.AuthorizationV1Api(client)
         self._keep, self._monotonic = keep_s, monotonic
-        self._known: dict[Any, tuple[float, bool]] = {}
+        self._answers: dict[Any, tuple[float, bool]] = {}
 
     async def allowed(
         self,
@@ -113,9 +113,9 @@ class Access:
         """
         key = (user, groups, tuple(sorted(extra.items())), tuple(sorted(attributes.items())))
         now = self._monotonic()
-        known = self._known.get(key)
-        if known is not None and now - known[0] < self._keep:
-            return known[1]
+        cached = self._answers.get(key)
+        if cached is not None and now - cached[0] < self._keep:
+            return cached[1]
         kind = "nonResourceAttributes" if "path" in attributes else "resourceAttributes"
         review = {
             "apiVersion": "authorization.k8s.io/v1",
@@ -129,9 +129,9 @@ class Access:
         }
         answer: Any = await call("SubjectAccessReview", self._api.create_subject_access_review, review)
         allowed = bool(answer.status.allowed)
-        if len(self._known) > 1000:
-            self._known.clear()
-        self._known[key] = (now, allowed)
+        if len(self._answers) > 1000:
+            self._answers.clear()
+        self._answers[key] = (now, allowed)
         return allowed
 
 
@@ -241,16 +241,16 @@ class Elector:
     async def _write(self, began: float, lease: Any) -> None:
         """Create or replace the lease with ourselves as holder; resourceVersion resolves races."""
         now = timestamp(self._wall())
-        held = lease is not None and lease.spec.holder_identity == self.config.identity
+        is_ours = lease is not None and lease.spec.holder_identity == self.config.identity
         transitions = int(lease.spec.lease_transitions or 0) if lease is not None else 0
         spec = {
             "holderIdentity": self.config.identity,
             "leaseDurationSeconds": max(1, round(self.config.duration_s)),
             "acquireTime": timestamp(lease.spec.acquire_time.timestamp())
-            if held and lease.spec.acquire_time
+            if is_ours and lease.spec.acquire_time
             else now,
             "renewTime": now,
-            "leaseTransitions": transitions if held or lease is None else transitions + 1,
+            "leaseTransitions": transitions if is_ours or lease is None else transitions + 1,
         }
         await self._put(lease, spec)
         self._renewed = began

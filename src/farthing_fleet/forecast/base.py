@@ -93,8 +93,8 @@ def read_series(path: str | Path, most_s: float = math.inf) -> Series:
         when, what = "timestamp", "value"
         times = [row.time(when) for row in rows]
     else:
-        found = ", ".join(names) or "none"
-        raise ValueError(f"{path}: got columns {found}; expected t_s,total_rate_rps or timestamp,value")
+        accepted = ", ".join(names) or "none"
+        raise ValueError(f"{path}: got columns {accepted}; expected t_s,total_rate_rps or timestamp,value")
     values = [row.number(what, 0, _MAX_VALUE) for row in rows]
     if len(rows) < 2:
         raise ValueError(f"{path}: got {len(rows)} rows; expected at least two")
@@ -162,8 +162,8 @@ class Forecast:
 
 def write_forecasts(path: Path, unit: str, short: Forecast | None, mid: Forecast | None) -> None:
     """Write the current forecasts for the dashboard, atomically."""
-    found = {name: asdict(f) for name, f in (("short", short), ("mid", mid)) if f is not None}
-    replace_text(path, json.dumps({"unit": unit, "forecasts": found}), durable=False)
+    forecasts = {name: asdict(f) for name, f in (("short", short), ("mid", mid)) if f is not None}
+    replace_text(path, json.dumps({"unit": unit, "forecasts": forecasts}), durable=False)
 
 
 def read_forecasts(path: Path) -> tuple[str, dict[str, Any]]:

@@ -171,7 +171,7 @@ HELD_DAYS = 7  # maximum days of history to judge on initially; a quarter of a s
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Candidates:
     """The candidates' forecasts [steps] from one origin, kept until the outcome is known."""
 
     time: float
@@ -204,7 +204,7 @@ class DayForecaster:
         self._path: Floats = np.zeros(0)  # Prophet's forecast after the fitted series
         self._ratio: Floats = np.zeros(0)  # ratio of its 0.9 quantile to the median
         self._fitted, self._start, self._step_s = 0, 0.0, 1.0
-        self._made: deque[_Made] = deque(maxlen=2 * JUDGED)
+        self._issued: deque[_Candidates] = deque(maxlen=2 * JUDGED)
 
     def fit(self, series: Series) -> None:
         """Fit on the history. Raises ValueError with less than two days."""
@@ -222,15 +222,15 @@ class DayForecaster:
 
     def quantiles(self, values: Floats, steps: int) -> tuple[Floats, Floats]:
         """([steps], [steps]) median and 0.9 quantile; with the width of Prophet's interval."""
-        made = self._candidates(values, steps)
-        point = made.prophet
+        candidates = self._candidates(values, steps)
+        point = candidates.prophet
         if self.blend:
             self.choice = self._choose(values)
-            self._made.append(made)
+            self._issued.append(candidates)
             if self.choice.name != "blend":
-                point = made.naive[self.choice.name]
+                point = candidates.naive[self.choice.name]
             else:
-                point = _blended(made.prophet, made.profile, self.choice.share)
+                point = _blended(candidates.prophet, candidates.profile, self.choice.share)
         ratio = self._ratio[len(values) - self._fitted :][:steps]
         return np.asarray(point, dtype=np.float64), np.asarray(np.maximum(point * ratio, point))
 
@@ -242,19 +242,19 @@ class DayForecaster:
 
     def _rehearse(self, series: Series) -> None:
         """Forecast the last days of the history from the data before them, to judge the shares initially."""
-        self._made.clear()
+        self._issued.clear()
         day = series.per_day
-        held = min(HELD_DAYS, len(series) // day // 4)
-        if len(series) - held * day < 3 * day or held < 1:
+        days = min(HELD_DAYS, len(series) // day // 4)
+        if len(series) - days * day < 3 * day or days < 1:
             return
-        known = series.head(len(series) - held * day)
-        self._fit_prophet(known)
+        past = series.head(len(series) - days * day)
+        self._fit_prophet(past)
         for profile in self.profiles:
-            profile.fit(known)
-        for end in range(len(known), len(series) - day + 1, day):
-            self._made.append(self._candidates(series.values[:end], day))
+            profile.fit(past)
+        for end in range(len(past), len(series) - day + 1, day):
+            self._issued.append(self._candidates(series.values[:end], day))
 
-    def _candidates(self, values: Floats, steps: int) -> _Made:
+    def _candidates(self, values: Floats, steps: int) -> _Candidates:
         offset = len(values) - self._fitted
         if offset < 0 or offset + steps > len(self._path):
             raise ValueError(f"DayForecaster: {steps} steps after {len(values)}; fitted at {self._fitted}")
@@ -265,28 +265,30 @@ class DayForecaster:
             if len(values) >= days * day:
                 naive[name] = values[-days * day :][np.arange(steps) % (days * day)]
         time = self._start + self._step_s * len(values)
-        return _Made(time, self._path[offset : offset + steps], profile, naive)
+        return _Candidates(time, self._path[offset : offset + steps], profile, naive)
 
     def _choose(self, values: Floats) -> ChosenForecast:
         """The choice that would have been best on the last forecasts with a known outcome."""
-        known = []
-        for made in list(self._made)[-JUDGED:]:
-            at = round((made.time - self._start) / self._step_s)
-            truth = values[at : at + len(made.prophet)] if at >= 0 else values[:0]
+        judged = []
+        for candidates in list(self._issued)[-JUDGED:]:
+            at = round((candidates.time - self._start) / self._step_s)
+            truth = values[at : at + len(candidates.prophet)] if at >= 0 else values[:0]
             if len(truth):
-                known.append((made, truth))
-        if not known:
+                judged.append((candidates, truth))
+        if not judged:
             return ChosenForecast()
 
         def loss(share: float) -> float:
-            paths = (_blended(made.prophet, made.profile, share)[: len(t)] for made, t in known)
-            return sum(float(np.abs(p - t).sum()) for p, (_, t) in zip(paths, known, strict=True))
+            paths = (
+                _blended(candidates.prophet, candidates.profile, share)[: len(t)] for candidates, t in judged
+            )
+            return sum(float(np.abs(p - t).sum()) for p, (_, t) in zip(paths, judged, strict=True))
 
         losses = {ChosenForecast(share=float(share)): loss(share) for share in SHARES}
         for name in NAIVE_DAYS:
-            if all(name in made.naive for made, _ in known):
+            if all(name in candidates.naive for candidates, _ in judged):
                 losses[ChosenForecast(name)] = sum(
-                    float(np.abs(m.naive[name][: len(t)] - t).sum()) for m, t in known
+                    float(np.abs(m.naive[name][: len(t)] - t).sum()) for m, t in judged
                 )
         return min(losses, key=lambda choice: losses[choice])
 

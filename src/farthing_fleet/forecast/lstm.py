@@ -73,7 +73,7 @@ class LSTM:
         """[o, B, 2]; computed in chunks, so that a long replay needs little memory."""
         n, lanes = len(history) - first, history.load.shape[1]
         sequences, features = history.sequences, history.features
-        made = np.empty((n * lanes, len(QUANTILES)))
+        levels = np.empty((n * lanes, len(QUANTILES)))
         for begin in range(0, n, 4096):
             rows = slice(first + begin, min(first + begin + 4096, len(history)))
             inputs = [
@@ -82,8 +82,8 @@ class LSTM:
             flat = [part.reshape(-1, *part.shape[2:]) for part in inputs]
             with torch.no_grad():
                 out = torch.stack([network(*flat) for network in self.networks]).mean(0)
-            made[begin * lanes : begin * lanes + len(out)] = out.double().numpy()
-        return made.reshape(n, lanes, len(QUANTILES))
+            levels[begin * lanes : begin * lanes + len(out)] = out.double().numpy()
+        return levels.reshape(n, lanes, len(QUANTILES))
 
 
 def examples(histories: Sequence[History], thin: int) -> list[torch.Tensor]:

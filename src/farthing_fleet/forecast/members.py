@@ -74,8 +74,8 @@ class LastValueMember:
         seen = np.full((history.lead, history.load.shape[1]), prior)
         past = np.concatenate([seen, history.target]) if len(history) > history.lead else seen
         past = past[: len(history)]
-        made = [running_quantile(past, history.step_s, q, window_s, prior, refresh_s) for q in QUANTILES]
-        return np.stack(made, axis=-1)[first:]
+        levels = [running_quantile(past, history.step_s, q, window_s, prior, refresh_s) for q in QUANTILES]
+        return np.stack(levels, axis=-1)[first:]
 
 
 class Growth:
@@ -93,8 +93,8 @@ class Growth:
         step_s, lead_s, config = history.step_s, history.lead_s, self.config
         point = point_forecast(history.load, history.level, step_s, lead_s, config)
         bound = growth_bound(history.level, point, step_s, lead_s, config)
-        made = np.log(np.stack([point, np.maximum(point, bound)], axis=-1) / history.level[..., None])
-        return np.asarray(made[first:], dtype=np.float64)
+        logs = np.log(np.stack([point, np.maximum(point, bound)], axis=-1) / history.level[..., None])
+        return np.asarray(logs[first:], dtype=np.float64)
 
 
 class Regression:
@@ -112,10 +112,10 @@ class Regression:
         self.weights, self.penalty, self.thin = start.copy(), penalty, thin
 
     def fit(self, history: History) -> None:
-        known = len(history) - history.lead
-        if known < 10 * history.lead:
+        past = len(history) - history.lead
+        if past < 10 * history.lead:
             return
-        chosen = slice(0, known, self.thin)
+        chosen = slice(0, past, self.thin)
         rows = self._rows(history.features[chosen, 0])
         truth, level = history.target[:: self.thin, 0], history.level[chosen, 0]
         importance = level / float(level.mean())
@@ -127,8 +127,8 @@ class Regression:
         )
 
     def quantiles(self, history: History, first: int) -> Floats:
-        made = self._rows(history.features[first:]) @ self.weights.T
-        return np.asarray(np.maximum.accumulate(made, axis=-1), dtype=np.float64)
+        predicted = self._rows(history.features[first:]) @ self.weights.T
+        return np.asarray(np.maximum.accumulate(predicted, axis=-1), dtype=np.float64)
 
     def _rows(self, features: Floats) -> Floats:
         scaled = (features - self._centre) / self._spread
@@ -170,10 +170,10 @@ class Blocks:
         self._first = 0  # number of the first known block
         self._means: Floats = np.empty(0)
         self._fitted = False
-        self._made: dict[int, float] = {}  # block -> forecast of the next one
+        self._following: dict[int, float] = {}  # block -> forecast of the next one
 
     def fit(self, history: History) -> None:
-        self._first, self._means, self._made = -(-history.start // history.lead), np.empty(0), {}
+        self._first, self._means, self._following = -(-history.start // history.lead), np.empty(0), {}
         self._extend(history)
         self._fitted = len(self._means) >= 2
         if self._fitted:
@@ -189,10 +189,10 @@ class Blocks:
         return np.broadcast_to(ratio[:, None, None], (len(ratio), history.load.shape[1], 2))
 
     def _next(self, block: int) -> float:
-        if block not in self._made:
-            known = self._means[: max(1, block - self._first + 1)]
-            self._made[block] = max(float(self.forecaster.predict(known, 1)[0]), 1e-9)
-        return self._made[block]
+        if block not in self._following:
+            past = self._means[: max(1, block - self._first + 1)]
+            self._following[block] = max(float(self.forecaster.predict(past, 1)[0]), 1e-9)
+        return self._following[block]
 
     def _extend(self, history: History) -> None:
         """Add the new complete blocks of `history`."""

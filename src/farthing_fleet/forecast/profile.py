@@ -110,10 +110,10 @@ def public_holidays(country: str, dates: list[date]) -> set[date]:
 
     years = sorted({day.year for day in dates})
     try:
-        known: Any = holidays.country_holidays(country, years=years)
+        calendar: Any = holidays.country_holidays(country, years=years)
     except NotImplementedError as error:
         raise ValueError(f"country {country!r}: expected an ISO code such as US or DE") from error
-    return {day for day in dates if day in known}
+    return {day for day in dates if day in calendar}
 
 
 HOUR_S = 3600.0
@@ -141,7 +141,7 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _Logs:
     """The data known at one time, by step from the start of the series into the days ahead."""
 
     period: int  # steps
@@ -179,7 +179,7 @@ class _Known:
                 columns.append(mean(target - lag - near, target - lag + near + 1))
         return np.column_stack([*columns, self.special[target]])
 
-    def with_values(self, logs: Floats) -> _Known:
+    def with_values(self, logs: Floats) -> _Logs:
         """The same with `logs` [m] known."""
         new = logs[len(self.departure) :] - self.profile[len(self.departure) : len(logs)]
         return replace(self, departure=np.concatenate([self.departure, _bounded(new)]))
@@ -191,49 +191,49 @@ class ProfileAR:
     def __init__(self, config: ProfileConfig | None = None) -> None:
         self.config = config or ProfileConfig()
         self.name = f"profile{self.config.periods}"
-        self._known: _Known | None = None
+        self._history: _Logs | None = None
         self._logs: Floats = np.zeros(0)
         self._weights: dict[int, Floats] = {}
 
     def fit(self, series: Series) -> None:
         self._logs, self._weights = np.log1p(series.values), {}
-        self._known = _know(series, self.config) if len(series) >= 3 * series.per_day else None
+        self._history = _know(series, self.config) if len(series) >= 3 * series.per_day else None
 
     @property
     def ready(self) -> bool:
         """Whether the fitted series was long enough to learn from."""
-        return self._known is not None
+        return self._history is not None
 
     def predict(self, values: Floats, steps: int) -> Floats:
         """[steps]; repeats the last value with less than three days of history."""
-        if self._known is None:  # not ready
+        if self._history is None:  # not ready
             return np.full(steps, values[-1])
-        if len(values) + steps > len(self._known.profile):
+        if len(values) + steps > len(self._history.profile):
             raise ValueError(
                 f"ProfileAR: {steps} steps after {len(values)}; fitted at {len(self._logs)}, at most "
                 f"{AHEAD_DAYS} days beyond it"
             )
-        known = self._known.with_values(np.log1p(values))
+        fitted = self._history.with_values(np.log1p(values))
         origin, out = np.array([len(values)]), np.empty(steps)
         for ahead in range(1, steps + 1):
             if ahead not in self._weights:
                 self._weights[ahead] = self._fitted(ahead)
-            moved = known.features(origin, ahead)[0] @ self._weights[ahead]
-            out[ahead - 1] = known.profile[len(values) + ahead - 1] + moved
+            moved = fitted.features(origin, ahead)[0] @ self._weights[ahead]
+            out[ahead - 1] = fitted.profile[len(values) + ahead - 1] + moved
         return np.asarray(np.expm1(np.clip(out, 0.0, 50.0)), dtype=np.float64)
 
     def _fitted(self, ahead: int) -> Floats:
         """[F] weights of a forecast `ahead` steps ahead; large loads count more, as in the WAPE."""
-        known, config = self._known, self.config
-        assert known is not None
-        origins = np.arange(known.first, len(self._logs) - ahead + 1)
+        series, config = self._history, self.config
+        assert series is not None
+        origins = np.arange(series.first, len(self._logs) - ahead + 1)
         origins = origins[:: -max(1, -(-len(origins) // MAX_ROWS))][::-1]
-        rows, target = known.features(origins, ahead), origins + ahead - 1
+        rows, target = series.features(origins, ahead), origins + ahead - 1
         if not len(rows):  # nothing to learn from: the profile alone
             return np.zeros(rows.shape[1])
-        truth, load = known.departure[target], np.expm1(self._logs[target])
+        truth, load = series.departure[target], np.expm1(self._logs[target])
         weight = (load / max(load.mean(), 1e-9))[:, None]
-        plain = rows.shape[1] - known.special.shape[1]
+        plain = rows.shape[1] - series.special.shape[1]
         spread = np.ones(rows.shape[1])
         spread[:plain] = rows[:, :plain].std(axis=0) + 1e-9
         penalty = np.full(rows.shape[1], config.holiday_penalty)
@@ -243,7 +243,7 @@ class ProfileAR:
         return np.asarray(np.linalg.solve(gram, (scaled * weight).T @ truth) / spread, dtype=np.float64)
 
 
-def _know(series: Series, config: ProfileConfig) -> _Known:
+def _know(series: Series, config: ProfileConfig) -> _Logs:
     day, n = series.per_day, len(series) + AHEAD_DAYS * series.per_day
     weekly = len(series) >= 28 * day
     period = 7 * day if weekly else day
@@ -258,7 +258,7 @@ def _know(series: Series, config: ProfileConfig) -> _Known:
         profile[step] = profile[step - period]
     special = _special(masked, profile, back, days) if weekly else np.zeros((n, 0))
     departure = _bounded(logs - profile[: len(logs)])
-    return _Known(period, max(1, round(HOUR_S / series.step_s)), day, profile, departure, special, config)
+    return _Logs(period, max(1, round(HOUR_S / series.step_s)), day, profile, departure, special, config)
 
 
 def _median(logs: Floats, shift: Steps, back: list[int]) -> Floats:

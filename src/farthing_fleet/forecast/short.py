@@ -78,7 +78,7 @@ class Mixed:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Forecast:
     """The forecasts from an origin, kept until the outcome is known."""
 
     middle: Floats  # [M, B] medians
@@ -125,7 +125,7 @@ class Mixture:
         self._seen = np.full(runs, self.config.prior * lead)  # learned outcomes
         self._decay = 0.5 ** (1 / (self.config.half_life * lead))
         self._gain = self.config.gain / lead
-        self._open: deque[_Made] = deque()
+        self._open: deque[_Forecast] = deque()
 
     def weights(self) -> Floats:
         """[M, B] of the upper quantiles, summing to 1 over the members."""
@@ -135,29 +135,29 @@ class Mixture:
         """The mixture of members' quantiles [M, B] of y; relative to the load `level` [B]."""
         weights = self.weights()
         mixed = (weights * (p90 + self._offset)).sum(axis=0)
-        self._open.append(_Made(p50, p90, self._offset.copy(), mixed, level))
+        self._open.append(_Forecast(p50, p90, self._offset.copy(), mixed, level))
         return Mixed((self._middle.weights() * p50).sum(axis=0), mixed + self._final, weights)
 
     def learn(self, y: Floats) -> None:
         """Update from the outcome [B] of the oldest open origin."""
-        made, q = self._open.popleft(), self.config.quantile
+        forecast, q = self._open.popleft(), self.config.quantile
         self._outcomes += 1
-        self._level += max(1 - self._decay, 1 / self._outcomes) * (made.level - self._level)
-        live = made.level >= self.config.least * self._level
+        self._level += max(1 - self._decay, 1 / self._outcomes) * (forecast.level - self._level)
+        live = forecast.level >= self.config.least * self._level
         self._seen += live
         share = live * np.maximum(1 - self._decay, 1 / self._seen)
-        miss = _load(y, made) - _load(made.raw + made.offset, made)
+        miss = _load(y, forecast) - _load(forecast.raw + forecast.offset, forecast)
         self._upper.learn(np.maximum(q * miss, (q - 1) * miss), share)
-        self._middle.learn(np.abs(_load(y, made) - _load(made.middle, made)), share)
+        self._middle.learn(np.abs(_load(y, forecast) - _load(forecast.middle, forecast)), share)
         self._spread += share * (np.abs(y) - self._spread)
         move = live * self._gain * np.maximum(self._spread, 1e-3)
-        self._offset += move * ((y > made.raw + self._offset) - (1 - q))
-        self._final += move * ((y > made.mixed + self._final) - (1 - q))
+        self._offset += move * ((y > forecast.raw + self._offset) - (1 - q))
+        self._final += move * ((y > forecast.mixed + self._final) - (1 - q))
 
 
-def _load(y: Floats, made: _Made) -> Floats:
+def _load(y: Floats, forecast: _Forecast) -> Floats:
     """The load that a forecast of y means; limited, since y of a vanishing load may be huge."""
-    return np.asarray(made.level * np.exp(np.minimum(y, _HIGHEST)), dtype=np.float64)
+    return np.asarray(forecast.level * np.exp(np.minimum(y, _HIGHEST)), dtype=np.float64)
 
 
 log = logging.getLogger(__name__)
@@ -183,14 +183,14 @@ class ShortConfig:
     pretrained: Path = PRETRAINED
 
     def __post_init__(self) -> None:
-        known = (*MIXTURE, *BLOCKS)
+        names = (*MIXTURE, *BLOCKS)
         if self.model not in SHORT_MODELS:
             raise ValueError(
                 f"forecast.short.model: got {self.model!r}; expected one of {', '.join(SHORT_MODELS)}"
             )
-        if not self.members or not set(self.members) <= set(known):
+        if not self.members or not set(self.members) <= set(names):
             raise ValueError(
-                f"forecast.short.members: got {self.members}; expected some of {', '.join(known)}"
+                f"forecast.short.members: got {self.members}; expected some of {', '.join(names)}"
             )
 
     @property
@@ -216,22 +216,22 @@ def make_members(config: ShortConfig) -> list[Member]:
         from farthing_fleet.forecast.lstm import Pretrained  # imports torch
 
         shipped = Pretrained.read(config.pretrained)
-    made: list[Member] = []
+    members: list[Member] = []
     for name in config.names:
         if name in BLOCKS:
-            made.append(Blocks(make(name), name))
+            members.append(Blocks(make(name), name))
         elif name == "growth":
-            made.append(Growth(config.pace))
+            members.append(Growth(config.pace))
         elif name == "last-value":
-            made.append(LastValueMember(config.pace))
+            members.append(LastValueMember(config.pace))
         else:
             assert shipped is not None
-            made.append(
+            members.append(
                 shipped.regression()
                 if name == "regression"
                 else shipped.lstm(config.lstm, tune=name == "lstm")
             )
-    return made
+    return members
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class ShortLevel:
         Origins must be consecutive across calls. `history` must reach back over `memory` and a lead before
         `first`, or to its start.
         """
-        made = np.stack([member.quantiles(history, first) for member in self.members])  # [M, o, B, 2]
+        quantiles = np.stack([member.quantiles(history, first) for member in self.members])  # [M, o, B, 2]
         count, lead, level = len(history) - first, history.lead, history.level
         p50, p90 = (np.empty((count, level.shape[1])) for _ in range(2))
         weights = np.empty((count, len(self.members), level.shape[1]))
@@ -275,7 +275,7 @@ class ShortLevel:
             if self._open == lead:
                 self._mixture.learn(history.target[origin - lead])
                 self._open -= 1
-            mixed = self._mixture.step(made[:, row, :, 0], made[:, row, :, 1], level[origin])
+            mixed = self._mixture.step(quantiles[:, row, :, 0], quantiles[:, row, :, 1], level[origin])
             self._open += 1
             base = np.where(level[origin] > TINY, level[origin], 0.0)
             p50[row] = base * np.exp(mixed.p50)
@@ -331,10 +331,10 @@ class ShortTerm:
 
     def __init__(self, config: ShortConfig | None = None, members: Sequence[Member] | None = None) -> None:
         self.config = config or ShortConfig()
-        made = list(members) if members is not None else make_members(self.config)
+        own = list(members) if members is not None else make_members(self.config)
         self._grid = self.config.grid_s
         lead = max(1, round(self.config.lead_s / self._grid))
-        self.level = ShortLevel(made, 1, lead, self.config.mixture)
+        self.level = ShortLevel(own, 1, lead, self.config.mixture)
         self._steps: deque[float] = deque(maxlen=KEPT)
         self._start: float | None = None  # of the current step
         self._filling: list[float] = []
@@ -348,14 +348,14 @@ class ShortTerm:
         """Seconds of the kept history."""
         return KEPT * self._grid
 
-    def over(self, lead_s: float, known: Sequence[tuple[float, float]]) -> ShortTerm:
+    def over(self, lead_s: float, loads: Sequence[tuple[float, float]]) -> ShortTerm:
         """The level over another lead, calibrated on the `known` loads (time, load); takes seconds."""
-        made = ShortTerm(replace(self.config, lead_s=lead_s))
-        for time, load in known:
-            if time > known[-1][0] - made.reach_s:
-                made.observe(time, load)
-        made._advance()
-        return made
+        copy = ShortTerm(replace(self.config, lead_s=lead_s))
+        for time, load in loads:
+            if time > loads[-1][0] - copy.reach_s:
+                copy.observe(time, load)
+        copy._advance()
+        return copy
 
     @property
     def known(self) -> list[tuple[float, float]]:

@@ -299,7 +299,7 @@ class Bodies:
 
     def __init__(self, config: GatewayConfig) -> None:
         self._config = config
-        self.held = 0  # bytes
+        self.total = 0  # bytes
 
     @asynccontextmanager
     async def read(self, request: web.BaseRequest) -> AsyncIterator[bytes]:
@@ -315,12 +315,12 @@ class Bodies:
             await _continue(request)
             while data := await self._read(request):
                 taken += len(data)
-                self.held += len(data)
+                self.total += len(data)
                 self._check(taken, 0)
                 parts.append(data)
             yield parts[0] if len(parts) == 1 else b"".join(parts)
         finally:
-            self.held -= taken
+            self.total -= taken
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         try:
@@ -335,10 +335,10 @@ class Bodies:
     def _check(self, size: int, more: int) -> None:
         if size > self._config.max_body:
             raise Refused(413, f"request body exceeds {self._config.max_body} bytes", close=True)
-        if self.held + more > self._config.max_body_total:
+        if self.total + more > self._config.max_body_total:
             raise Refused(
                 503,
-                f"gateway holds {self.held} bytes of request bodies "
+                f"gateway holds {self.total} bytes of request bodies "
                 f"(limit {self._config.max_body_total}); retry later",
                 headers={"Retry-After": "1"},
                 close=True,

@@ -75,8 +75,8 @@ class Hold:
                     pass
                 finally:
                     self._forget(key, woken)
-                if (found := ready()) is not None:
-                    return found
+                if (result := ready()) is not None:
+                    return result
             return None
         finally:
             self.waiting -= 1

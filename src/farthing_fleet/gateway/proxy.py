@@ -70,11 +70,11 @@ _HOP = frozenset(
 
 
 class ReplicaLost(Exception):
-    """A failed exchange. held: the replica received at least part of the request."""
+    """A failed exchange. reached: the replica received at least part of the request."""
 
-    def __init__(self, reason: str, *, held: bool) -> None:
+    def __init__(self, reason: str, *, reached: bool) -> None:
         super().__init__(reason)
-        self.held = held
+        self.reached = reached
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ async def send(
             allow_redirects=False,
         )
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
-        raise ReplicaLost(f"cannot connect to {replica.url} ({problem})", held=False) from problem
+        raise ReplicaLost(f"cannot connect to {replica.url} ({problem})", reached=False) from problem
     except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise ReplicaLost(_describe(problem), held=True) from problem
+        raise ReplicaLost(_describe(problem), reached=True) from problem
     if answer.status < 200:
         answer.close()
-        raise ReplicaLost(f"unexpected status {answer.status}", held=True)
+        raise ReplicaLost(f"unexpected status {answer.status}", reached=True)
     return answer
 
 
@@ -165,7 +165,7 @@ async def refusal(answer: aiohttp.ClientResponse) -> str:
         body = await answer.content.read(_REFUSAL)
         return str(json.loads(body)["error"]["code"])
     except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise ReplicaLost(_describe(problem), held=True) from problem
+        raise ReplicaLost(_describe(problem), reached=True) from problem
     except (ValueError, KeyError, TypeError):
         return ""
 
@@ -205,7 +205,7 @@ class Relay:
             with self._active.interruptible():
                 body = await self._answer.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise ReplicaLost(_describe(problem), held=True) from problem
+            raise ReplicaLost(_describe(problem), reached=True) from problem
         return web.Response(status=self._answer.status, headers=self._headers(), body=body)
 
     async def stream(self) -> web.StreamResponse:
@@ -224,7 +224,7 @@ class Relay:
             tail = (tail + data)[-_TAIL:] if len(data) < _TAIL else data[-_TAIL:]
             await self._write(response, data)
         if self.event_stream and self._unframed() and b"[DONE]" not in tail:
-            raise ReplicaLost("the stream ended without [DONE]", held=True)
+            raise ReplicaLost("the stream ended without [DONE]", reached=True)
         await response.write_eof()
         return response
 
@@ -243,7 +243,7 @@ class Relay:
             with self._active.interruptible():
                 data = await self._answer.content.readany()
         except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise ReplicaLost(_describe(problem), held=True) from problem
+            raise ReplicaLost(_describe(problem), reached=True) from problem
         self._replica.heard = self._clock()
         return data
 
@@ -516,7 +516,7 @@ class Proxy:
         replica.failed += 1
         replica.breaker.failed()
         course.reason = f"{replica.name}: {problem}"
-        if not problem.held:
+        if not problem.reached:
             course.unreached.append(replica)
             return
         course.sent += 1

@@ -208,11 +208,11 @@ class PrefixIndex:
         self._entries, self._clock = entries, clock
         self._blocks: dict[str, OrderedDict[int, float]] = {}  # replica -> block -> when it was sent
 
-    def held(self, blocks: Sequence[int]) -> dict[str, int]:
+    def depths(self, blocks: Sequence[int]) -> dict[str, int]:
         """{replica: number of leading blocks cached}, omitting replicas with none."""
         counts = {}
-        for replica, known in self._blocks.items():
-            depth = next((i for i, block in enumerate(blocks) if block not in known), len(blocks))
+        for replica, own in self._blocks.items():
+            depth = next((i for i, block in enumerate(blocks) if block not in own), len(blocks))
             if depth:
                 counts[replica] = depth
         return counts
@@ -220,22 +220,22 @@ class PrefixIndex:
     def learn(self, blocks: Sequence[int], replica: str) -> None:
         """Record that a request with these blocks was sent to `replica`."""
         now = self._clock()
-        known = self._blocks.setdefault(replica, OrderedDict())
+        own = self._blocks.setdefault(replica, OrderedDict())
         for block in reversed(blocks):  # the first ones are shared most, so evict them last
-            known[block] = now
-            known.move_to_end(block)
-        while len(known) > self._entries:
-            known.popitem(last=False)
+            own[block] = now
+            own.move_to_end(block)
+        while len(own) > self._entries:
+            own.popitem(last=False)
 
     def replace(self, replica: str, blocks: Iterable[int]) -> None:
         """Set the blocks that `replica` reports, least recently used first."""
         since = self._clock() - _GRACE_S
-        known = OrderedDict.fromkeys(blocks, 0.0)
+        own = OrderedDict.fromkeys(blocks, 0.0)
         for block, sent in self._blocks.get(replica, {}).items():
             if sent > since:
-                known[block] = sent
-                known.move_to_end(block)
-        self._blocks[replica] = known
+                own[block] = sent
+                own.move_to_end(block)
+        self._blocks[replica] = own
 
     def forget(self, replica: str) -> None:
         """Drop a replica that is gone."""
@@ -366,15 +366,14 @@ class Balancer:
         """Set the replicas to {name: url}; omitted ones drain. Returns the new ones."""
         new = []
         for name, url in wanted.items():
-            known = self.replicas.get(name)
-            if known is None or known.url != url.rstrip("/"):
-                made = make_replica(name, url, self.config)
-                if known is not None:
-                    self._remove(known)
-                self.replicas[name] = made
-                new.append(made)
+            present = self.replicas.get(name)
+            if present is None or present.url != url.rstrip("/"):
+                if present is not None:
+                    self._remove(present)
+                self.replicas[name] = make_replica(name, url, self.config)
+                new.append(self.replicas[name])
             else:
-                known.draining = False
+                present.draining = False
         for replica in [r for name, r in self.replicas.items() if name not in wanted]:
             self._remove(replica)
         return new
@@ -400,8 +399,8 @@ class Balancer:
         candidates = self.candidates(tried)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
-        held = self.prefixes.held(prompt.blocks)
-        return min(candidates, key=lambda r: (self._cost(r, prompt, held.get(r.name, 0)), r.served))
+        depths = self.prefixes.depths(prompt.blocks)
+        return min(candidates, key=lambda r: (self._cost(r, prompt, depths.get(r.name, 0)), r.served))
 
     def _cost(self, replica: Replica, prompt: Prompt, depth: int) -> float:
         """Cost of a request on a replica that has its first `depth` blocks cached, in bytes of prompt text.
@@ -418,7 +417,7 @@ class Balancer:
 
     def learn(self, prompt: Prompt, replica: Replica) -> int:
         """Record where a request is sent. Returns the bytes that the replica must compute for it."""
-        depth = self.prefixes.held(prompt.blocks).get(replica.name, 0)
+        depth = self.prefixes.depths(prompt.blocks).get(replica.name, 0)
         if len(self.replicas) > 1:
             self.prefixes.learn(prompt.blocks, replica.name)
         return self.uncached(prompt, depth)
@@ -436,8 +435,8 @@ _TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 
 def named(target: str) -> str | None:
     """The id of a response in a request's target, as it is written there; None if there is none."""
-    found = _PATH.match(target)
-    return found[1] if found is not None else None
+    match = _PATH.match(target)
+    return match[1] if match is not None else None
 
 
 async def find(
@@ -457,8 +456,8 @@ async def find(
         except (aiohttp.ClientError, OSError, TimeoutError):
             return False
 
-    found = await asyncio.gather(*map(stores, replicas))
-    return next((replica for replica, has in zip(replicas, found, strict=True) if has), None)
+    stored = await asyncio.gather(*map(stores, replicas))
+    return next((replica for replica, has in zip(replicas, stored, strict=True) if has), None)
 
 
 # Detects hung replicas, which accept requests but send nothing.

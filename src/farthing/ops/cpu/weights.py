@@ -75,10 +75,10 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
         rounded = int4_group(columns) if quantization == "int4" else columns
         if rounded is not None:
             stored, group = "nl4" if quantization == "int4" else quantization, rounded
-    format = HOLDING.get(stored, PackedFormat.F32)
-    if not _native.is_grouped(format):
-        return Plan(format)
-    return Plan(format, group) if _native.fits_group(format, group, columns) else F32
+    packed = HOLDING.get(stored, PackedFormat.F32)
+    if not _native.is_grouped(packed):
+        return Plan(packed)
+    return Plan(packed, group) if _native.fits_group(packed, group, columns) else F32
 
 
 def for_head(shared: Plan, n: int, columns: int) -> Plan:
