@@ -154,16 +154,22 @@ class EngineCore:
         if self.scheduler.others:
             self.scheduler.copy_states(self.runner.copy_states)
         self._admitted(plan)
+        # The scheduler marks a prompt as busy in the step that plans it first: several steps compute its
+        # layers, beginning below, so only the other entries have results in this step.
         now = [item for item in plan if not item.seq.busy]
         if len(now) < len(plan):
             self._divide([item for item in plan if item.seq.busy])
         if now:
             step = self.runner.prepare(now)
             self._complete(now, step, self.runner.forward(step), began)
+        # A divided prompt advances after this step's own work, unless that used the time that decoding can
+        # wait, or its client has delayed others. One that no request wants any more is never put off: its
+        # blocks stay reserved until it is settled.
         paused = self.scheduler.interference.paused({item.seq.client for item in now})
         if self._divided is not None and not (self._divided.wanted and self._divided.waits(now, paused)):
             now = [*now, *self._divided.plan]
             self._advance(self._divided, decodes=sum(item.decode for item in now))
+        # Layers that delayed this step's decoding are charged to the divided prompts' clients as well.
         self._owe(now, time.perf_counter() - began)
         return True
 

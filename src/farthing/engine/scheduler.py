@@ -158,6 +158,7 @@ class Scheduler(Generic[S]):
         """The next step; empty if there is nothing to do. Every entry has to be committed or finished, and
         settled if its sequence is busy now."""
         plan: list[Scheduled[S]] = []
+        # First, because a sequence must not be preempted once it is in the plan.
         self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
@@ -165,14 +166,22 @@ class Scheduler(Generic[S]):
             return plan
         busy = {seq.client for seq in self.running if seq.busy} | {seq.client for seq in self._ended}
         shared, decodes = len(self.shares.present) > 1, len(plan)
+        # With several clients a step without decodes is bounded too: it delays a request of another client
+        # that arrives while it runs, as if that one were decoding already.
         limit = self.limits.prompt_tokens(max(decodes, int(shared)), shared) or budget
+        # Prompts next to busy ones get every second step at most, or a stream of short prompts would keep
+        # those from finishing. If nothing decodes, the whole step goes to the busy ones, which end sooner.
         beside, self._beside = self._beside, False
         if busy and (beside or not plan or not self._passes(limit, busy)):
             return plan
+        # One group of prompts is divided at a time, and only if that keeps something from waiting.
         divided = 0 if busy or not plan else self.limits.divided_tokens(decodes, shared) or 0
+        # Nothing decodes, and the next prompt is longer than the limit: it would only take more steps.
         if not (plan or self._passes(limit)):
             limit = budget
         room = Room(budget, limit, divided, self.limits.scored_tokens(shared) or budget)
+        # Blocks freed by preempting for a decode belong to the sequences that decode: admitting a prompt into
+        # them would preempt again in the next step.
         self._schedule_prompts(plan, room, admit=self.num_preemptions == preempted)
         if not plan and self.running:
             raise IntegrityError("sequences run but none could be scheduled")
@@ -381,7 +390,9 @@ class Scheduler(Generic[S]):
         clients = len(self.shares.present)
         if clients < 2 or not self._queues:
             return
+        # The client that is admitted next, so that the freed blocks are not given to another one.
         poorest = self.shares.next(self._queues, self._urgency)
+        # Blocks of its prefix that are cached count too: preempting may be what evicts them.
         need = self._blocks_for(len(self._queues[poorest][0].tokens))
         rows = len(self._rows), self.max_num_seqs
         for seq in victims(self.running, poorest, need, self._watermark, rows, clients, self.pool):
@@ -390,6 +401,7 @@ class Scheduler(Generic[S]):
     def _passes(self, limit: int, busy: Set[str] | None = None) -> bool:
         """Whether the next prompt should not wait for a long step or busy sequences: it is short, or of
         another client than these."""
+        # Only the prompt whose turn it is counts: if a later one could pass, it would overtake that one.
         prompts = self._prompts() + [queue[0] for queue in self._queues.values()]
         if not prompts:
             return False
@@ -397,6 +409,7 @@ class Scheduler(Generic[S]):
         if busy is not None and client not in busy:
             return True
         first = next(seq for seq in prompts if seq.client == client)
+        # What is left to compute decides: a long prompt whose prefix is cached is a short one.
         hits = [] if first.status is Status.RUNNING else self._match(first)
         return first.num_pending - len(hits) * self.block_size <= limit
 
