@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Size of JSON documents, without serializing them and without recursion.
-
-
 def json_size(document: Any, per_value: int = 1) -> int:
     """Characters of all strings in a document, keys included, plus `per_value` for each value."""
     size, stack = 0, [document]
@@ -124,11 +121,6 @@ def _sync(file: Path) -> None:
         os.close(descriptor)
 
 
-# Builds dataclasses from the plain values of a configuration file.
-#
-# Declared types decide: numbers, strings, paths, literals, nested dataclasses, mappings, lists as tuples,
-# and mappings as tuples of pairs. Errors name the field, its value and what is accepted.
-
 T = TypeVar("T")
 
 _WORDS: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
@@ -139,6 +131,9 @@ def read(cls: type[T], data: Any, where: str = "", base: T | None = None) -> T:
     """Build a dataclass from a (nested) mapping. Raises ValueError with the invalid field.
 
     where: the field that holds the mapping, for errors. base: an instance with the defaults.
+
+    Declared types decide: numbers, strings, paths, literals, nested dataclasses, mappings, lists as tuples,
+    and mappings as tuples of pairs. Errors name the field, its value and what is accepted.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or 'configuration'}: got {data!r}; expected a mapping of fields")

@@ -39,9 +39,6 @@ def seconds() -> float:
     return time.monotonic() - _IMPORTED
 
 
-# Handling of a server's termination signals in child processes.
-
-
 def leave_to_parent() -> None:
     """Ignore SIGINT and SIGTERM, which terminals and service managers send to the whole process group.
 
@@ -49,9 +46,6 @@ def leave_to_parent() -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# The event loop of processes that serve.
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -63,9 +57,6 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-# Where this user's caches are.
-
-
 def cache_dir() -> Path:
     """Farthing's directory below XDG_CACHE_HOME, or below ~/.cache.
 
@@ -75,12 +66,6 @@ def cache_dir() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "farthing"
 
 
-# Reads a packed file into the page cache while the process that will map it still imports its modules.
-#
-# Pages are faulted in through a mapping that requests large ones, as `farthing.ops.cpu.packed` does;
-# data that another way of reading cached would keep small pages. They are unmapped again at once, so that
-# they do not count twice. Only Linux 5.14 and later do this; elsewhere nothing happens.
-
 log = logging.getLogger(__name__)
 
 POPULATE_READ = 22  # MADV_POPULATE_READ
@@ -89,7 +74,12 @@ MOST = 0.5  # of the memory that is available: a larger file would evict its own
 
 
 def page_in(path: Path) -> threading.Thread | None:
-    """Start reading a file in a daemon thread; None if it is missing or too large."""
+    """Start reading a file in a daemon thread; None if it is missing or too large.
+
+    Pages are faulted in through a mapping that requests large ones, as `farthing.ops.cpu.packed` does; data
+    that another way of reading cached would keep small pages. They are unmapped again at once, so that they
+    do not count twice. Only Linux 5.14 and later do this; elsewhere nothing happens.
+    """
     if not path.is_file() or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     if not 0 < path.stat().st_size <= MOST * _available():
@@ -124,11 +114,6 @@ def _read(path: Path) -> None:
             advise(*part, mmap.MADV_DONTNEED)
 
 
-# Asks the system for the files that a command's last start read, before they are imported one by one.
-#
-# Starting a server imports more than a thousand small files, and each read waits for the one before. With
-# nothing in the page cache, requesting them together takes L576's first token from 2.4 to 2.0 s.
-
 THREADS = 4
 LONGEST_LIST = 1 << 24  # bytes of a list
 _MAPS = Path("/proc/self/maps")
@@ -136,7 +121,11 @@ _MAPS = Path("/proc/self/maps")
 
 def read_ahead(command: str) -> None:
     """Request the files that `remember` listed. Returns once they are requested, not read; without a list, a
-    home directory or the system call nothing happens."""
+    home directory or the system call nothing happens.
+
+    Starting a server imports more than a thousand small files, and each read waits for the one before. With
+    nothing in the page cache, requesting them together takes L576's first token from 2.4 to 2.0 s.
+    """
     with suppress(OSError, RuntimeError):
         paths = _read_list(_list(command)).splitlines()
         threads = [Thread(target=_request, args=(paths[i::THREADS],), daemon=True) for i in range(THREADS)]

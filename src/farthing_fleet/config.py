@@ -17,18 +17,17 @@ from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.signals import dialect
 from farthing_fleet.types import Level
 
-# The utilization that meets the SLO, adjusted by the measured share of late requests, within bounds.
-#
-# After every interval log u moves by gain · (budget - late share). While all requests are in time it rises
-# slowly; a breach lowers it at once; over time the late share approaches the budget. Ten minutes with every
-# request late lower u by 14 %; recovering takes three and a half days without a late request.
-
 Number = TypeVar("Number", float, Floats)
 
 
 @dataclass(frozen=True)
 class SloConfig:
-    """Targets of the service, and the speed of the adjustment."""
+    """Targets of the service, and the speed of the adjustment.
+
+    After every interval log u moves by gain · (budget - late share). While all requests are in time it rises
+    slowly; a breach lowers it at once; over time the late share approaches the budget. Ten minutes with every
+    request late lower u by 14 %; recovering takes three and a half days without a late request.
+    """
 
     target: float = 0.995  # share of the requests that meet both times below
     ttft_s: float = 2.0  # to the first token, including queueing
@@ -57,9 +56,6 @@ class SloConfig:
 def _check_slo(name: str, value: object, accepted: str, good: bool) -> None:
     if not good:
         raise ValueError(f"policy.slo.{name}: got {value!r}; expected {accepted}")
-
-
-# Validated settings of the policy; errors name the field, its value and accepted values.
 
 
 @dataclass(frozen=True)

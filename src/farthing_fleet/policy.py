@@ -30,11 +30,6 @@ from farthing_fleet.config import PolicyConfig
 from farthing_fleet.forecast.base import Forecast
 from farthing_fleet.types import Action, Decision, Level, Levels, PolicyState, Snapshot
 
-# Wake a fleet that is scaled to zero: gateways report held requests, and the policy starts replicas.
-#
-# At zero replicas the usual signals are missing, so the requests held by gateways are the load. Each
-# gateway reports to `/wake` on the controller's metrics port while it holds requests.
-
 _FRESH_S = 5.0  # older reports are ignored: gateways report every second
 
 
@@ -64,6 +59,9 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
     """The decision that wakes a fleet of zero replicas for waiting requests; None if there are none.
 
     Starts at least one replica, and enough to process the backlog within `drain_s` or a cold start.
+
+    At zero replicas the usual signals are missing, so the requests held by gateways are the load. Each
+    gateway reports to `/wake` on the controller's metrics port while it holds requests.
     """
     backlog = snapshot.backlog if snapshot is not None else None
     if current != 0 or not backlog or config.max_replicas < 1:
@@ -86,17 +84,14 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
     )
 
 
-# Jumps of the load that no utilization could have served in time.
-#
-# A replica that is launched now serves one cold start later. While the load exceeds what the fleet
-# planned one cold start ago carries at the lowest utilization, requests are late whatever the
-# utilization, and so they are until the response to the jump is ready and has drained the queue. Rule
-# `slo` does not count them: they would lower the utilization, at a cost, for hours in which it changes
-# nothing.
-
-
 class Jumps:
-    """Remembers what was planned for; the controller's state keeps it."""
+    """Remembers what was planned for; the controller's state keeps it.
+
+    A replica that is launched now serves one cold start later. While the load exceeds what the fleet planned
+    one cold start ago carries at the lowest utilization, requests are late whatever the utilization, and so
+    they are until the response to the jump is ready and has drained the queue. Rule `slo` does not count
+    them: they would lower the utilization, at a cost, for hours in which it changes nothing.
+    """
 
     def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
         self.config, self.state = config, state
@@ -125,11 +120,6 @@ class Jumps:
         return state.excused_until is not None and now <= state.excused_until
 
 
-# The number of replicas required by load, forecasts and latency: the three levels of the policy.
-#
-# The levels are described in `farthing_fleet.policy`.
-
-
 @dataclass(frozen=True)
 class Need:
     """The result of one level with its reason."""
@@ -145,7 +135,10 @@ class Need:
 
 
 class Needs:
-    """Evaluates the levels with a utilization that the SLO adjusts."""
+    """Evaluates the levels with a utilization that the SLO adjusts.
+
+    The levels are described in `farthing_fleet.policy`.
+    """
 
     def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
         self.config, self.state = config, state

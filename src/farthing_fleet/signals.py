@@ -10,16 +10,15 @@ from typing import Protocol
 
 from farthing_fleet.types import Snapshot
 
-# Metric names of the supported servers, and detection of a server's dialect.
-#
-# Names omit the suffix of their kind: counters add `_total`, histograms `_sum` and `_count`.
-
 LAUNCH_METRIC = "farthing:launch_to_ready_seconds"  # gauge; only in Farthing's server
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """Metric names of one server. None: not reported."""
+    """Metric names of one server. None: not reported.
+
+    Names omit the suffix of their kind: counters add `_total`, histograms `_sum` and `_count`.
+    """
 
     name: str
     running: str  # gauge, requests
@@ -88,9 +87,6 @@ def detect(names: Iterable[str]) -> Dialect | None:
     return next((d for d in DIALECTS.values() if d.waiting in present or d.running in present), None)
 
 
-# The interface of a source of signals.
-
-
 class Source(Protocol):
     """Reads the signals of a fleet."""
 
@@ -104,9 +100,6 @@ class Source(Protocol):
     async def close(self) -> None:
         """Close connections."""
         ...
-
-
-# The share of requests that miss a limit, from the cumulative buckets of a histogram.
 
 
 def bound_of(label: str) -> float:
@@ -128,9 +121,6 @@ def late_count(buckets: Mapping[float, float], limit: float) -> float:
             return total - below - share * (buckets[bound] - below)
         below, start = buckets[bound], bound
     return total - below
-
-
-# Launch-to-ready times. Their P90 is the lead time of forecasts.
 
 
 class ColdStarts:

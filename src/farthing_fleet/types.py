@@ -101,15 +101,13 @@ class Decision:
         return gauges
 
 
-# The signals at one time, as seen by the policy.
-#
-# Units: rates per second (requests or tokens), durations and times in seconds of one clock (the wall
-# clock in production, simulated seconds in a replay).
-
-
 @dataclass(frozen=True)
 class Snapshot:
-    """The signals at one time. None means that a signal is missing, which differs from zero."""
+    """The signals at one time. None means that a signal is missing, which differs from zero.
+
+    Units: rates per second (requests or tokens), durations and times in seconds of one clock (the wall clock
+    in production, simulated seconds in a replay).
+    """
 
     time: float  # when the signals were measured, same clock as `now` in Policy.decide
     current: int  # requested replicas: ready plus starting

@@ -30,17 +30,16 @@ from farthing_fleet.run import make_controller, serve_metrics
 from farthing_fleet.signals import dialect
 from farthing_fleet.signals_scrape import ScrapeSource
 
-# A pre-imported process that waits on stdin for the command to run.
-#
-# Importing torch takes most of a small model's cold start. `python -m farthing_fleet.up` imports it,
-# reads one line, a JSON list of `farthing`'s arguments, and becomes that command. It exits if stdin ends
-# without a line.
-
 PRELOAD = ("torch", "farthing.engine.engine", "farthing.server.app", "farthing.server.run", "uvicorn")
 
 
 def main() -> None:
-    """Wait for a line, then run it as `farthing ARGUMENTS`."""
+    """Wait for a line, then run it as `farthing ARGUMENTS`.
+
+    Importing torch takes most of a small model's cold start. `python -m farthing_fleet.up` imports it, reads
+    one line, a JSON list of `farthing`'s arguments, and becomes that command. It exits if stdin ends without
+    a line.
+    """
     for module in PRELOAD:
         importlib.import_module(module)
     line = sys.stdin.readline()

@@ -39,13 +39,6 @@ from farthing.files import replace_json
 from farthing.model.config import ModelConfig
 from farthing.tokenizer_file import read_tokenizer
 
-# The rows of `farthing bench cost`: the original, then one more lever per row, calibrated within a budget.
-#
-# Weights are rounded by `int8-auto` and `int4-gptq`, which leave the head alone; it is rounded to INT8
-# while loading. The calibrated adaptive experts may then use the rest of the budget. Every row's quality
-# is measured against the original on held-out text not used for calibration. Speculation changes no
-# token, so its row has the quality of the previous one.
-
 WINDOW = 1024
 HEAD: dict[str, Any] = {"quantization": "int8"}  # of what a calibrated checkpoint left dense
 ORIGINAL = "Hugging Face eager, bf16"
@@ -95,6 +88,11 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
 
     budget: maximum relative perplexity increase of all levers together. work: directory of the calibrated
     checkpoints; finished ones are reused.
+
+    Weights are rounded by `int8-auto` and `int4-gptq`, which leave the head alone; it is rounded to INT8
+    while loading. The calibrated adaptive experts may then use the rest of the budget. Every row's quality is
+    measured against the original on held-out text not used for calibration. Speculation changes no token, so
+    its row has the quality of the previous one.
     """
     config = ModelConfig.from_directory(source)
     rows = [Lever(ORIGINAL), Lever("Farthing kernels and engine", {})]
@@ -148,9 +146,6 @@ def _calibrated(source: Path, out: Path, recipe: str, budget: float, say: Say) -
         chosen = replace(chosen, max_drop=budget)
     compress(source, out, chosen, Options(window=WINDOW, gate=False))
     return out
-
-
-# Inputs of `farthing bench cost`: the checkpoint before compression, and a tiny one for warm-up.
 
 
 @contextmanager
@@ -398,19 +393,17 @@ def _row(name: str, probes: Sequence[Probe], machine: Machine, quality: Quality 
     )
 
 
-# One row of `farthing bench cost`, in its own process: a request on stdin, a measurement on stdout.
-#
-# The workload is warmed up once, then measured. Memory is the peak resident set while serving minus the
-# resident set before loading but after a tiny model has run the same code, so that neither side is
-# charged for lazily imported libraries. Energy is read from RAPL if possible, otherwise CPU time ×
-# declared watts.
-
 Generate = Callable[[], list[float]]  # decodes the workload; returns the time of every token in seconds
 Served = AbstractContextManager[Generate]
 
 
 def main() -> None:
-    """Read a request, print a `Probe`."""
+    """Read a request, print a `Probe`.
+
+    The workload is warmed up once, then measured. Memory is the peak resident set while serving minus the
+    resident set before loading but after a tiny model has run the same code, so that neither side is charged
+    for lazily imported libraries. Energy is read from RAPL if possible, otherwise CPU time × declared watts.
+    """
     request = json.load(sys.stdin)
     make = original if request["options"] is None else ours
     base = _after_imports(make, request)

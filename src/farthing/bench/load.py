@@ -19,13 +19,6 @@ import numpy as np
 from farthing.bench.trace import read_requests
 from farthing.config import check, option
 
-# Stream a completion or chat over HTTP/1.1 and time every token.
-#
-# Built on asyncio streams, because a load generator that shares two cores with the server must be cheap.
-# Works with any OpenAI-compatible server. If the server reports usage in every chunk
-# (`continuous_usage_stats`, vLLM's extension), inter-token latency is per token; otherwise it is per
-# chunk.
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -105,7 +98,12 @@ async def complete(
 
 
 async def chat(target: Target, messages: list[dict[str, Any]], max_tokens: int, **options: Any) -> Timing:
-    """Stream one /v1/chat/completions request. A failure is recorded in `error`, never raised."""
+    """Stream one /v1/chat/completions request. A failure is recorded in `error`, never raised.
+
+    Built on asyncio streams, because a load generator that shares two cores with the server must be cheap.
+    Works with any OpenAI-compatible server. If the server reports usage in every chunk
+    (`continuous_usage_stats`, vLLM's extension), inter-token latency is per token; otherwise it is per chunk.
+    """
     fields = {"messages": messages, "max_tokens": max_tokens, **options}
     return await _stream(target, "/v1/chat/completions", fields, None)
 
@@ -297,9 +295,6 @@ class _Prompts:
         return (ids + self._ids(self._rng, max(0, length - len(ids))))[:length]
 
 
-# Plots of a load run: cumulative latency distributions.
-
-
 def plot_latencies(timings: Sequence[Timing], path: Path) -> None:
     """Plot cumulative curves of TTFT and TPOT. Requires matplotlib (extra `train`)."""
     import matplotlib
@@ -436,9 +431,6 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
         return {}
     values = np.percentile(np.asarray(seconds) * 1000, PERCENTILES)
     return {f"p{p}": round(float(v), 3) for p, v in zip(PERCENTILES, values, strict=True)}
-
-
-# The highest request rate a server sustains within the SLO, an input of scaling policies.
 
 
 @dataclass(frozen=True, slots=True)

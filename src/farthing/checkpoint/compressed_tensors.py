@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2) or per matrix.
-#
-# The factor is stored under one of the names in SCALES and multiplies, whatever its name: W = W8 * scale
-# of its block. One factor for a whole matrix is the same as equal factors for all of its blocks. Shapes:
-# W [N, K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.
-
 BLOCK = 128
 E4M3_MAX = 448.0
 # Suffixes of a module's factor: DeepSeek's and transformers', compressed-tensors', Mistral's.
@@ -36,7 +30,14 @@ CACHE_SCALES = ("*.self_attn.[qkv]_scale", "*.self_attn.[qkv]_zero_point")
 
 
 def block_scales(name: str, scale: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A stored factor as [ceil(N/128), ceil(K/128)] float32. Raises CheckpointError for other shapes."""
+    """A stored factor as [ceil(N/128), ceil(K/128)] float32. Raises CheckpointError for other shapes.
+
+    FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2) or per matrix.
+
+    The factor is stored under one of the names in SCALES and multiplies, whatever its name: W = W8 * scale of
+    its block. One factor for a whole matrix is the same as equal factors for all of its blocks. Shapes: W [N,
+    K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.
+    """
     blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
     if scale.numel() == 1:
         return scale.float().reshape(1, 1).expand(blocks).contiguous()
@@ -351,12 +352,6 @@ def _unpack_rows(words: Tensor, n: int) -> Tensor:
     return (pairs.to(torch.int8) - 8).t().contiguous()
 
 
-# Write the compressed-tensors format (0.20): `Weight` -> tensors, and `quantization_config`.
-#
-# INT8 routed experts have two forms. llm-compressor writes plain int8 matrices (`int-quantized`), which
-# vLLM serves as W8A8. transformers 5.24 fuses the experts and decompresses packed ones only, so `packed`
-# writes them as 8-bit `pack-quantized`. Everything else has one form.
-
 VERSION = "0.20.0"
 EXPERTS = ".mlp.experts."  # part of every routed expert's module name
 EXPERTS_TARGET = r"re:.*\.mlp\.experts\.\d+\..*"
@@ -378,6 +373,10 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
 
     Raises ValueError for a scale that is zero or not finite, and for a negative one outside INT4, where the
     sign selects the end of the range that reaches further (AutoRound writes such scales too).
+
+    INT8 routed experts have two forms. llm-compressor writes plain int8 matrices (`int-quantized`), which
+    vLLM serves as W8A8. transformers 5.24 fuses the experts and decompresses packed ones only, so `packed`
+    writes them as 8-bit `pack-quantized`. Everything else has one form.
     """
     if weight.format == "dense":
         return {f"{module}.weight": weight.data}

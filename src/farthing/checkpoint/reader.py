@@ -87,13 +87,6 @@ def read_quantization(quantization: Any) -> ct.Groups | None:
     return None
 
 
-# Calibrated input scales (`input_scale`), shared by all matrices that read the same tensor.
-#
-# Kernels quantize a tensor once for all its readers: gate and up projection, the stacked query and latent
-# projections, and the routed experts of a layer, which all read the layer's normed hidden states. If a
-# file gives such siblings different scales, the largest is used, so that no range is clipped more than
-# specified.
-
 SUFFIX = ".input_scale"
 _EXPERT = re.compile(r"\.experts\.\d+\.(gate|up)_proj$")
 _SIBLINGS = {
@@ -112,7 +105,13 @@ def shared_input(module: str) -> str:
 
 
 class InputScales:
-    """Scales by module, read on first use."""
+    """Scales by module, read on first use.
+
+    Kernels quantize a tensor once for all its readers: gate and up projection, the stacked query and latent
+    projections, and the routed experts of a layer, which all read the layer's normed hidden states. If a file
+    gives such siblings different scales, the largest is used, so that no range is clipped more than
+    specified.
+    """
 
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self._read = read

@@ -24,18 +24,9 @@ if TYPE_CHECKING:
     from farthing.ops.weights import Format, Weight
 
 
-# The one error of this package.
-
-
 class CheckpointError(ValueError):
     """A checkpoint cannot be read; the message names the file, the tensor, the expected and found values."""
 
-
-# Diagnosis of a safetensors file that the library rejected.
-#
-# The library validates every header before it maps a tensor, but its messages name neither the tensor nor
-# the wrong value. This module rereads the untrusted header and reports both. It quotes nothing from a
-# file that is not safetensors, because an index may point to any other file.
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
@@ -46,7 +37,12 @@ NOT_SAFETENSORS = "not a safetensors file"
 
 
 def diagnose(path: Path) -> str | None:
-    """One line about the first fault found; None if the header looks valid."""
+    """One line about the first fault found; None if the header looks valid.
+
+    The library validates every header before it maps a tensor, but its messages name neither the tensor nor
+    the wrong value. The untrusted header is reread here, and both are reported. Nothing is quoted from a file
+    that is not safetensors, because an index may point to any other file.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -160,10 +156,6 @@ class ArrayFile:
         return flat.reshape(entry["shape"])
 
 
-# Requests tensors from the disk before they are read: page faults of a mapped file wait for each request.
-#
-# The order is a guess. A tensor that is never read is skipped as soon as a later one is.
-
 WINDOW = 512 << 20  # bytes requested ahead, which the page cache must hold
 
 
@@ -171,6 +163,8 @@ class ReadAhead:
     """A thread that stays at most WINDOW bytes ahead of `passed`; use it with `with`.
 
     order: (name, file) in the expected order. Does nothing where the system has no `posix_fadvise`.
+
+    The order is a guess. A tensor that is never read is skipped as soon as a later one is.
     """
 
     def __init__(self, path: Path, order: Sequence[tuple[str, str]]) -> None:

@@ -72,9 +72,6 @@ def _missing(error: ImportError, command: str) -> str | None:
     return f"{package!r} is not installed; {how_to_install(extra)}"
 
 
-# Exit codes of the commands that evaluate or write models, and one-line errors on stderr.
-
-
 class Exit(IntEnum):
     """Exit codes."""
 

@@ -39,8 +39,6 @@ from farthing.model.load import load, parameter_shapes
 from farthing.ops.api import Ops
 from farthing.ops.select import known_backends, select
 
-# Loading and comparing models for the accuracy gate.
-
 
 def held_out_sample() -> Path:
     """File of the embedded model's held-out text."""

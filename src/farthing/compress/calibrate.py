@@ -15,10 +15,6 @@ from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.layer import Matrix, TracedOps
 
-# Reference arithmetic with the activation rounding of a compressed-tensors checkpoint.
-#
-# A backend with 8-bit kernels rounds activations itself. This reproduces the loss on any machine.
-
 Rounding = Callable[[Tensor], Tensor]
 FP8_MAX = 448.0
 
@@ -45,7 +41,10 @@ def round_fp8_group(x: Tensor, group: int = 128) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Activation rounding of each module's input."""
+    """Activation rounding of each module's input.
+
+    A backend with 8-bit kernels rounds activations itself. This reproduces the loss on any machine.
+    """
 
     checkpoint: Checkpoint
     groups: ct.Groups | None
@@ -188,19 +187,18 @@ class Histogram:
         return out
 
 
-# Four ways to choose the clipping threshold of a symmetric int8 range.
-#
-# KL follows the entropy calibration of Migacz ("8-bit inference with TensorRT", 2017) without its usual
-# bugs: counts are 64-bit, the range grows at a constant bin width, every candidate is tried, an outlier
-# cannot push the threshold up to absmax / 16, and smoothing acts on normalized counts.
-
 Observer = Literal["kl", "mse", "percentile", "minmax"]
 LEVELS = 128  # of |x| in symmetric int8
 EPS = 1e-4  # smallest probability after smoothing
 
 
 def kl_threshold(histogram: Histogram, levels: int = LEVELS) -> float:
-    """The threshold whose quantized distribution has the least KL divergence from the clipped one."""
+    """The threshold whose quantized distribution has the least KL divergence from the clipped one.
+
+    KL follows the entropy calibration of Migacz ("8-bit inference with TensorRT", 2017) without its usual
+    bugs: counts are 64-bit, the range grows at a constant bin width, every candidate is tried, an outlier
+    cannot push the threshold up to absmax / 16, and smoothing acts on normalized counts.
+    """
     if not len(histogram.counts):
         return 0.0
     top = search_range(histogram)
@@ -308,10 +306,6 @@ OBSERVERS: dict[Observer, Callable[[Histogram], float]] = {
 }
 
 
-# Collect statistics of every matrix's input while the model runs.
-#
-# Legend: t tokens that reach a matrix; K columns of the matrix; D hidden size; E experts.
-
 STRIP = 1024  # columns
 
 
@@ -360,7 +354,10 @@ class ExpertStats:
 
 
 class Recorder(TracedOps):
-    """TracedOps that record inputs by name (see `trace.input_name`)."""
+    """TracedOps that record inputs by name (see `trace.input_name`).
+
+    Legend: t tokens that reach a matrix; K columns of the matrix; D hidden size; E experts.
+    """
 
     def __init__(self, wanted: Wanted, seed: int = 0) -> None:
         super().__init__()

@@ -26,8 +26,6 @@ from farthing.ops.api import Batch, LatentCache
 from farthing.ops.torch_util import make_batch
 from farthing.tokenizer_file import read_tokenizer
 
-# Confidence intervals of paired differences.
-
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -87,14 +85,12 @@ def proportion_interval(wins: int, losses: int, total: int, confidence: float = 
     return Interval(estimate, estimate - half, estimate + half)
 
 
-# Text for evaluation and calibration, as windows of token ids.
-#
-# A file has one JSON object per line: {"text": …} or {"ids": […]}.
-
-
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive tokens of one document: each of ids[1:] is predicted from those before it."""
+    """Consecutive tokens of one document: each of ids[1:] is predicted from those before it.
+
+    A file has one JSON object per line: {"text": …} or {"ids": […]}.
+    """
 
     ids: Tensor  # [n + 1] int64
     document: int

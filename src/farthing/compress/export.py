@@ -18,11 +18,12 @@ from farthing.model.config import ModelConfig
 from farthing.model.load import AdaptiveExperts
 from farthing.ops.weights import FP8_BLOCK, Weight
 
-# The format in which DeepSeek released V3 and R1: FP8 blocks with `weight_scale_inv`.
-
 
 def encode_deepseek(module: str, weight: Weight) -> dict[str, Tensor]:
-    """The tensors of one module. Raises ValueError if it is neither dense nor FP8."""
+    """The tensors of one module. Raises ValueError if it is neither dense nor FP8.
+
+    The format in which DeepSeek released V3 and R1: FP8 blocks with `weight_scale_inv`.
+    """
     if weight.format == "dense":
         return {f"{module}.weight": weight.data}
     if weight.format != "fp8" or weight.scale is None:
@@ -44,26 +45,24 @@ def fp8_config() -> dict[str, Any]:
     }
 
 
-# The export formats of a compressed model, and whether transformers reproduces them.
-#
-# | export | INT8 experts | FP8 | for |
-# |---|---|---|---|
-# | compressed-tensors | packed in 32-bit words | blocks | Farthing, transformers 5.24 |
-# | llm-compressor | plain int8, as llm-compressor writes them | blocks | Farthing, vLLM |
-# | deepseek-fp8 | - | blocks with weight_scale_inv | Farthing, transformers 5.24, vLLM, SGLang |
-#
-# transformers 5.24 fuses the routed experts of a layer into one tensor and decompresses them while
-# loading. It requires one scheme for all experts of the model, packed and symmetric; FP8 blocks only in
-# DeepSeek's format. It computes as many experts for every token as the model names, whatever an adaptive
-# rule says.
-
 EXPORTS = ("auto", "compressed-tensors", "llm-compressor", "deepseek-fp8")
 Keys = Mapping[str, GroupKey | None]
 
 
 def choose_export(wanted: str, recipe: Recipe, checkpoint: Checkpoint, config: ModelConfig) -> str:
     """`wanted`, or for "auto" the most widely loadable format. Raises ValueError if it cannot store what the
-    recipe produces."""
+    recipe produces.
+
+    | export | INT8 experts | FP8 | for |
+    |---|---|---|---|
+    | compressed-tensors | packed in 32-bit words | blocks | Farthing, transformers 5.24 |
+    | llm-compressor | plain int8, as llm-compressor writes them | blocks | Farthing, vLLM |
+    | deepseek-fp8 | - | blocks with weight_scale_inv | Farthing, transformers 5.24, vLLM, SGLang |
+
+    transformers 5.24 fuses the routed experts of a layer into one tensor and decompresses them while loading.
+    It requires one scheme for all experts of the model, packed and symmetric; FP8 blocks only in DeepSeek's
+    format. It computes as many experts for every token as the model names, whatever an adaptive rule says.
+    """
     if wanted not in EXPORTS:
         raise ValueError(f"format: got {wanted!r}; expected one of {', '.join(EXPORTS)}")
     if wanted == "auto":

@@ -23,11 +23,6 @@ from farthing.ops.api import AttentionSpec, Batch, LatentCache, MoEWeights, Norm
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
 
-# The reference backend with a hook on every matrix's input.
-#
-# The model is the served one (`farthing.model`); only its ops are traced.
-# Legend: T tokens; D hidden size; I intermediate size; E experts; N, K rows and columns of a matrix.
-
 Gated = tuple[Weight, Weight, Weight]
 STACKED = (
     "qkv_a"  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, or k_proj and v_proj, which share their input
@@ -52,7 +47,11 @@ class Matrix:
 
 
 class TracedOps(ReferenceOps):
-    """float32. Subclasses override `before` (may replace the input) and `after_expert`."""
+    """float32. Subclasses override `before` (may replace the input) and `after_expert`.
+
+    The model is the served one (`farthing.model`); only its ops are traced. Legend: T tokens; D hidden size;
+    I intermediate size; E experts; N, K rows and columns of a matrix.
+    """
 
     def __init__(self) -> None:
         super().__init__(torch.float32)

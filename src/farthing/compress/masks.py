@@ -103,11 +103,11 @@ def _best(values: Tensor, sparsity: float) -> Tensor:
     return keep
 
 
-# Sparsity schedule during training (Zhu and Gupta 2017, "To prune, or not to prune").
-
-
 def cubic_sparsity(step: int, begin: int, end: int, final: float, initial: float = 0.0) -> float:
-    """Sparsity at `step`: f + (i - f) (1 - t)^3, from `initial` at `begin` to `final` at `end`."""
+    """Sparsity at `step`: f + (i - f) (1 - t)^3, from `initial` at `begin` to `final` at `end`.
+
+    Sparsity schedule during training (Zhu and Gupta 2017, "To prune, or not to prune").
+    """
     if end <= begin:
         raise ValueError(f"end: got {end}; expected a step after begin = {begin}")
     t = min(max((step - begin) / (end - begin), 0.0), 1.0)

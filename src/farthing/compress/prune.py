@@ -17,12 +17,6 @@ from farthing.compress.recipe import Prune, Recipe
 from farthing.model.deepseek import FeedForward, router_spec
 from farthing.model.source import MemorySource
 
-# Choose the routed experts to drop.
-#
-# REAP's saliency (Lasby et al. 2025): the mean, over the tokens routed to an expert, of its gate times
-# the norm of its output. Group-limited routing needs groups of equal size, so every group loses the same
-# number.
-
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlan:
@@ -42,6 +36,10 @@ def plan_experts(experts: int, share: float, groups: int, topk_groups: int, top_
 
     Every group keeps the same number, at least two (a group's score is its two best), and the selected groups
     together keep at least top_k.
+
+    REAP's saliency (Lasby et al. 2025): the mean, over the tokens routed to an expert, of its gate times the
+    norm of its output. Group-limited routing needs groups of equal size, so every group loses the same
+    number.
     """
     if not 0 <= share < 1:
         raise ValueError(f"experts: got {share}; expected a share in [0, 1) of routed experts to drop")
@@ -69,14 +67,6 @@ def choose_experts(saliency: Tensor, tokens: Tensor, plan: ExpertPlan) -> list[i
     return [int(i) for i in (best + offset).flatten()]
 
 
-# Retrain the remaining weights of a pruned layer with a few steps of gradient descent.
-#
-# Student: the pruned feed-forward on the pruned model's hidden states. Teacher: the layer's output in the
-# unpruned model, so that training also compensates the error of earlier layers (block-wise
-# reconstruction, as in BRECQ, Li et al. 2021, and EBFT, Guo et al. 2024). Zeros stay zeros.
-#
-# Legend: T calibration tokens; D hidden size.
-
 BATCH = 2048  # tokens per step
 RATE = 0.01  # learning rate relative to a matrix's root mean square
 WARMUP = 5
@@ -95,6 +85,12 @@ def heal(layer: Layer, masks: Mapping[str, Tensor], x: Tensor, target: Tensor, s
 
     Adam with a rate that decays to zero. Needs memory for four copies of the trained matrices. Replaces the
     masked matrices of `layer`; attention, router and norms do not change.
+
+    Student: the pruned feed-forward on the pruned model's hidden states. Teacher: the layer's output in the
+    unpruned model, so that training also compensates the error of earlier layers (block-wise reconstruction,
+    as in BRECQ, Li et al. 2021, and EBFT, Guo et al. 2024). Zeros stay zeros.
+
+    Legend: T calibration tokens; D hidden size.
     """
     names = [m for m in masks if ".mlp." in m]
     if not names:
@@ -134,9 +130,6 @@ def _forward(layer: Layer, parameters: dict[str, Tensor], masks: Mapping[str, Te
     return FeedForward(layer.config, TracedOps(), source, layer.index, router)(x)
 
 
-# Choose the neurons of a gated MLP to drop, by the energy they add to the output.
-
-
 def neuron_scores(down: Tensor, energy: Tensor) -> Tensor:
     """E[a_i^2] ||down_i||^2, [I]: down [D, I], energy [I] of its input."""
     return energy * down.square().sum(0)
@@ -162,15 +155,6 @@ def slice_mlp(gate: Tensor, up: Tensor, down: Tensor, keep: list[int]) -> tuple[
     index = torch.tensor(keep)
     return gate[index], up[index], down[:, index]
 
-
-# Optimal brain surgery on blocks of weights: which to cut at the least cost, and how to update the rest.
-#
-# A row of y = W x with second moments H = E[x x^T] that loses the columns b costs at least w_b^T
-# ([H^-1]_bb)^-1 w_b after the remaining columns compensate (Hassibi and Stork 1993; Frantar and Alistarh
-# 2022 for blocks). Rows of one block lose the same columns, so they share one inverse; they form a
-# "strip".
-#
-# Legend: B matrices; N rows; K columns; r, c rows and columns of a block; S = N / r strips; C = K / c.
 
 WORK_BYTES = 2**26  # of inverses processed at once
 DAMP = 0.01  # relative to the mean diagonal
@@ -265,7 +249,14 @@ def _cut(values: Tensor, inverse: Tensor, c: int, steps: int) -> tuple[Tensor, T
 
 
 def cheapest(traces: list[Trace], blocks: int) -> list[Tensor]:
-    """Number of blocks that every strip loses, [B, S] each, when one threshold cuts `blocks` in total."""
+    """Number of blocks that every strip loses, [B, S] each, when one threshold cuts `blocks` in total.
+
+    A row of y = W x with second moments H = E[x x^T] that loses the columns b costs at least w_b^T
+    ([H^-1]_bb)^-1 w_b after the remaining columns compensate (Hassibi and Stork 1993; Frantar and Alistarh
+    2022 for blocks). Rows of one block lose the same columns, so they share one inverse; they form a "strip".
+
+    Legend: B matrices; N rows; K columns; r, c rows and columns of a block; S = N / r strips; C = K / c.
+    """
     if blocks < 1:
         return [torch.zeros(t.cost.shape[:2], dtype=torch.int64) for t in traces]
     flat = torch.cat([t.cost.flatten() for t in traces])
@@ -293,17 +284,16 @@ def least_squares(w: Tensor, gram: Tensor, keep: Tensor, rows: int = 1, damp: fl
     return out.view(b, n, k)
 
 
-# The masks of one layer, and its remaining weights after they compensate for the cut ones.
-#
-# Legend: B matrices of one shape at once; N rows; K columns.
-
 MOST = 0.9  # maximum share that a strip of blocks loses
 GRAM_BYTES = 2**26  # of float64 grams in memory at once
 Stats = dict[str, InputStats]
 
 
 def prune_layer(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, Tensor]:
-    """Prune `layer` by the recipe and update its remaining weights; returns module -> mask [N, K]."""
+    """Prune `layer` by the recipe and update its remaining weights; returns module -> mask [N, K].
+
+    Legend: B matrices of one shape at once; N rows; K columns.
+    """
     p = recipe.prune
     if p is None:
         return {}
@@ -444,11 +434,6 @@ def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
     return global_budgets(pieces, p.sparsity) if p.scope == "layer" else budgets
 
 
-# One threshold over the whole model, as the share of every family that falls below it.
-#
-# The checkpoint is read one layer at a time, keeping a histogram per family. Scores are positive floats,
-# whose bits sort like their values; the first 17 bits after the sign resolve 1 in 512.
-
 BITS = 17
 
 
@@ -456,6 +441,9 @@ def spread(layers: Iterable[Layer], prune: Prune) -> Prune:
     """`prune` with its 'global' scope converted to shares per family; experts of a layer still compete.
 
     No family loses more than MOST; the excess is not taken from others.
+
+    The checkpoint is read one layer at a time, keeping a histogram per family. Scores are positive floats,
+    whose bits sort like their values; the first 17 bits after the sign resolve 1 in 512.
     """
     counts: dict[str, Tensor] = {}
     for layer in layers:

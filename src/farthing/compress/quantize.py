@@ -11,13 +11,13 @@ from torch import Tensor
 from farthing.checkpoint.compressed_tensors import quantize_blocks
 from farthing.ops.weights import Weight, pack_int4
 
-# FP8 blocks 128x128 (DeepSeek-V3 section 3.3) that cannot overflow.
-
 
 def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight:
     """w [N, K] -> e4m3 with one float32 scale per block; the last blocks may be ragged.
 
     Raises ValueError with the tensor's name for NaN, infinity or a value out of float32 range.
+
+    FP8 blocks 128x128 (DeepSeek-V3 section 3.3) that cannot overflow.
     """
     if not bool(w.float().isfinite().all()):
         raise ValueError(f"{name} has NaN or infinity; expected finite numbers")
@@ -25,16 +25,15 @@ def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight
     return Weight("fp8", data, scale)
 
 
-# Quantization grids of a matrix: scales and zero points.
-#
-# Legend: B matrices at once; N rows; K columns; G groups of g = K / G columns.
-
 TINY = 1e-30  # smallest scale, for rows of zeros: no scale is ever zero
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """value = (q - zero) * scale with integer q in [low, high]."""
+    """value = (q - zero) * scale with integer q in [low, high].
+
+    Legend: B matrices at once; N rows; K columns; G groups of g = K / G columns.
+    """
 
     scale: Tensor  # [B, N, G]
     zero: Tensor | None  # [B, N, G], integers
@@ -160,12 +159,6 @@ def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
     return gram.view(b, groups, g, groups, g).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
 
 
-# Move quantization difficulty between a matrix and its input: y = W x = (W diag(s)) (diag(1/s) x).
-#
-# 1/s is folded into the preceding norm (or up projection), so it costs nothing at run time. AWQ (Lin et al.
-# 2023) chooses s to protect weights with large inputs; SmoothQuant (Xiao et al. 2022) chooses it so that
-# activations are easier to round. Legend: N rows; K columns.
-
 ALPHAS = tuple(i / 10 for i in range(11))
 Round = Callable[[Tensor, Tensor], Tensor]  # (w [N, K], gram [K, K]) -> its rounded value
 
@@ -188,6 +181,10 @@ def awq_scale(
     weights [N_i, K] with their grams [K, K] = sum of x x^T; magnitude [K] = mean |x|. Candidates:
     magnitude^alpha, and magnitude^alpha / size^(1 - alpha), where size is the mean |w| of a column relative
     to its row's largest. alpha = 0 changes nothing and is a candidate, so the error never grows.
+
+    1/s is folded into the preceding norm (or up projection), so it costs nothing at run time. AWQ (Lin et al.
+    2023) chooses s to protect weights with large inputs; SmoothQuant (Xiao et al. 2022) chooses it so that
+    activations are easier to round. Legend: N rows; K columns.
     """
     x = magnitude.clamp_min(1e-8)
     size = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp_min(1e-20) for w in weights]).mean(0)
@@ -217,16 +214,16 @@ def normalized(s: Tensor) -> Tensor:
     return (s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)
 
 
-# Hadamard rotation where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
-#
-# An RMS norm without weights commutes with a rotation. After folding the norm's weight into the consumer,
-# a latent can be rotated by its producer (rows) and rotated back by its consumer (columns). The values of
-# each head can be rotated by kv_b and rotated back by o_proj. Nothing is added at inference.
-
-
 def hadamard(n: int) -> Tensor:
     """An orthogonal n x n matrix with entries of equal magnitude (Sylvester) if n is a power of two. For
-    n = 2^a * m it is H(2^a) repeated m times along the diagonal."""
+    n = 2^a * m it is H(2^a) repeated m times along the diagonal.
+
+    Hadamard rotation where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
+
+    An RMS norm without weights commutes with a rotation. After folding the norm's weight into the consumer, a
+    latent can be rotated by its producer (rows) and rotated back by its consumer (columns). The values of
+    each head can be rotated by kv_b and rotated back by o_proj. Nothing is added at inference.
+    """
     power = n & -n
     h = torch.ones(1, 1)
     while h.shape[0] < power:
@@ -257,16 +254,6 @@ def rotate_values(
     columns = torch.einsum("dhv,vw->dhw", o.view(-1, heads, value), rotation)
     return rows.reshape(kv_b.shape), columns.reshape(o.shape)
 
-
-# Round or prune column by column, letting the remaining columns compensate for the error.
-#
-# GPTQ (Frantar et al. 2022, algorithm 1) and SparseGPT (Frantar and Alistarh 2023) in one: a column's new
-# value is its grid point, zero where masked, or itself. B matrices of one shape are processed at once.
-#
-# With H = U D U^T, U upper triangular with a unit diagonal, the best column after earlier errors E is w_k
-# + sum over i < k of E_i U_ik (Chee et al. 2023: LDLQ, which is GPTQ), so nothing is inverted; and the
-# error of the outputs under H is the sum over k of D_k |that column - its new value|^2. Legend: B
-# matrices; N rows; K columns.
 
 BLOCK = 64  # columns between products with all earlier errors
 
@@ -320,6 +307,14 @@ def sweep(
     """w [B, N, K] -> its compressed value [B, N, K] and ||(value - w) x||^2, [B].
 
     keep [B, N, K] bool, False = zero.
+
+    GPTQ (Frantar et al. 2022, algorithm 1) and SparseGPT (Frantar and Alistarh 2023) in one: a column's new
+    value is its grid point, zero where masked, or itself. B matrices of one shape are processed at once.
+
+    With H = U D U^T, U upper triangular with a unit diagonal, the best column after earlier errors E is w_k +
+    sum over i < k of E_i U_ik (Chee et al. 2023: LDLQ, which is GPTQ), so nothing is inverted; and the error
+    of the outputs under H is the sum over k of D_k |that column - its new value|^2. Legend: B matrices; N
+    rows; K columns.
     """
     b, n, k = w.shape
     rows = back.order.unsqueeze(2).expand(b, k, n)

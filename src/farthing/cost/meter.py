@@ -26,18 +26,17 @@ from typing import Any, Literal, Protocol
 
 from farthing.cost.prices import Machine
 
-# Energy in joules, from NVML (GPUs) and RAPL (CPU packages) if present, else from declared watts.
-#
-# A meter reports the joules since it was opened and their source: "nvml+rapl", "nvml+estimated" (the host
-# is estimated), "rapl" or "estimated". RAPL and NVML measure a whole package or board, so on a shared
-# machine they include the energy of other processes.
-
 log = logging.getLogger(__name__)
 POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter(Protocol):
-    """Cumulative energy since the meter was opened."""
+    """Cumulative energy since the meter was opened.
+
+    A meter reports the joules since it was opened and their source: "nvml+rapl", "nvml+estimated" (the host
+    is estimated), "rapl" or "estimated". RAPL and NVML measure a whole package or board, so on a shared
+    machine they include the energy of other processes.
+    """
 
     @property
     def source(self) -> str:
@@ -413,9 +412,6 @@ def _copy(account: Account) -> Account:
     whole = Account()
     whole.add(account)
     return whole
-
-
-# Exports accounts as the `x_farthing` part of a response's usage and as metric samples.
 
 
 def usage_extension(cost: RequestCost) -> dict[str, Any]:

@@ -310,9 +310,6 @@ def _version_of(program: str) -> str:
     return version.group() if version else ""
 
 
-# Runs all checks in display order.
-
-
 def examine(measure: bool = True) -> Diagnosis:
     """Check the machine. measure: also measure memory bandwidth, which briefly uses every core."""
     checks = chain(

@@ -134,10 +134,6 @@ def check_chat_format(tokenizer: Tokenizer, model_type: str) -> str:
     return shown
 
 
-# `farthing check`: checks a model directory for completeness, and its first layers against transformers.
-#
-# Only the first layers are read, so that checking takes about a minute for a checkpoint of any size.
-
 State = Literal["ok", "failed", "skipped"]
 CLOSE = 1e-3  # of the largest logit; float32 on both sides
 MOST_BYTES = 12 << 30  # of float32 weights that are read
@@ -159,6 +155,8 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
     layers: hidden layers that are run; by default the dense ones and one mixture of experts, or fewer if
     those exceed MOST_BYTES. Indexers select at most half of the tokens, so that the selection
     is compared too.
+
+    Only the first layers are read, so that checking takes about a minute for a checkpoint of any size.
     """
     facts: dict[str, Any] = {}
 

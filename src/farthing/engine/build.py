@@ -95,16 +95,6 @@ def _ops(config: EngineConfig, arrays: bool) -> Ops:
     return HybridOps(select(config.ops, dtype, threads), host, config.hot_experts)
 
 
-# Disaggregated prefill: one process computes prompts, this one decodes, so prompts do not delay decoding.
-#
-# A request first goes to the prefill process, whose engine computes its prompt. Both processes map the
-# same cache memory and each owns a set of its blocks. A finished prompt's blocks are exchanged for free
-# blocks of the decoding engine and registered in its prefix cache; only a block that another prompt still
-# reads is copied. The request is then admitted as usual with all but its last block in the cache, so its
-# tokens equal those of a single engine.
-#
-# If the prefill process exits, the decoding engine computes the prompts.
-
 _START_TIMEOUT = 600.0  # seconds
 _READY = "ready"
 
@@ -138,7 +128,16 @@ class _Pending:
 
 
 def load_disaggregated(config: EngineConfig) -> Engine:
-    """An engine whose prompts are computed by another process."""
+    """An engine whose prompts are computed by another process.
+
+    A request first goes to the prefill process, whose engine computes its prompt. Both processes map the same
+    cache memory and each owns a set of its blocks. A finished prompt's blocks are exchanged for free blocks
+    of the decoding engine and registered in its prefix cache; only a block that another prompt still reads is
+    copied. The request is then admitted as usual with all but its last block in the cache, so its tokens
+    equal those of a single engine.
+
+    If the prefill process exits, the decoding engine computes the prompts.
+    """
     engine = load_engine(config, _shared_cache)
     try:
         engine.prefill = RemotePrefill(engine)

@@ -39,16 +39,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Prompt tokens on their way through the layers, a few layers per step.
-#
-# Between these steps others decode (layered prefill, Lee et al. 2025). Compared with short chunks through
-# every layer, each expert computes many rows at once, and its weights are read once per prompt instead of
-# once per chunk.
-
-
 @dataclass(slots=True)
 class Divided:
-    """Planned prompt tokens and the layer that they have reached."""
+    """Planned prompt tokens and the layer that they have reached.
+
+    Between these steps others decode (layered prefill, Lee et al. 2025). Compared with short chunks through
+    every layer, each expert computes many rows at once, and its weights are read once per prompt instead of
+    once per chunk.
+    """
 
     plan: list[Scheduled[Generation]]
     step: Step

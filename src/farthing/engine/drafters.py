@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# A suffix automaton over a growing list of tokens (Blumer et al. 1985).
-#
-# It finds earlier occurrences of the text's ending. Every state represents a set of substrings that end
-# at the same positions. The state of the whole text links to that of its longest ending that also occurs
-# earlier. Appending a token takes amortized constant time, and memory is linear in the text.
-
 _REFRESH = 8  # states per token whose last position is updated; longer chains keep an older position
 
 
 class SuffixAutomaton:
-    """Grows with a text. State 0 is the empty substring."""
+    """Grows with a text. State 0 is the empty substring.
+
+    A suffix automaton over a growing list of tokens (Blumer et al. 1985).
+
+    It finds earlier occurrences of the text's ending. Every state represents a set of substrings that end at
+    the same positions. The state of the whole text links to that of its longest ending that also occurs
+    earlier. Appending a token takes amortized constant time, and memory is linear in the text.
+    """
 
     __slots__ = ("_end", "_last", "_length", "_link", "_next", "earlier", "matched", "size")
 
@@ -83,17 +84,6 @@ class SuffixAutomaton:
         return len(self._link) - 1
 
 
-# Drafts from the model's multi-token prediction layer (DeepSeek-V3 section 2.2).
-#
-# For sampled requests the layer draws its drafts like the verifier: with the request's parameters and the
-# random number of the token's index. The two draws agree if the two distributions agree there, which
-# happens more often than the verifier drawing the layer's most likely token.
-#
-# The layer has its own part of the cache, which must be filled for every token before it can draft. This
-# is deferred until a draft is needed: several tokens cost the layer little more than one, and steps
-# without drafts cost nothing. Where drafts do not pay, a text may fall too far behind; it then gets no
-# drafts of the layer any more, since the hidden states it would need are gone.
-
 _MOST_BEHIND = 128  # maximum number of tokens whose hidden states are kept
 
 
@@ -110,7 +100,19 @@ class _Behind:
 
 
 class MtpDrafter:
-    """Takes the first draft from the layer's output and further ones by feeding its drafts back."""
+    """Takes the first draft from the layer's output and further ones by feeding its drafts back.
+
+    Drafts from the model's multi-token prediction layer (DeepSeek-V3 section 2.2).
+
+    For sampled requests the layer draws its drafts like the verifier: with the request's parameters and the
+    random number of the token's index. The two draws agree if the two distributions agree there, which
+    happens more often than the verifier drawing the layer's most likely token.
+
+    The layer has its own part of the cache, which must be filled for every token before it can draft. This is
+    deferred until a draft is needed: several tokens cost the layer little more than one, and steps without
+    drafts cost nothing. Where drafts do not pay, a text may fall too far behind; it then gets no drafts of
+    the layer any more, since the hidden states it would need are gone.
+    """
 
     costly = True
 

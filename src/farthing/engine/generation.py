@@ -24,8 +24,6 @@ from farthing.engine.sampler import SamplingState
 from farthing.engine.sequence import Sequence, Status
 from farthing.engine.tokenizer import Tokenizer
 
-# Incremental detokenization that never returns part of a character or of a stop string.
-
 
 class Detokenizer:
     """Text of one sequence. The results of `push` and `flush` concatenate to the full decoded text."""

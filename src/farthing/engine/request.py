@@ -18,11 +18,6 @@ from numpy.typing import NDArray
 from farthing.conversation.base import ControlTokens, Tags
 from farthing.conversation.types import Conversation
 
-# Log-probabilities of tokens, kept as the arrays of a step until they are read.
-#
-# A request may need 20 tokens at each of thousands of positions. The engine's thread only keeps arrays;
-# `Position` creates Python objects when read, one position at a time.
-
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
@@ -35,7 +30,11 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """Log-probabilities at n positions: column 0 is the next token, then the likeliest, best first."""
+    """Log-probabilities at n positions: column 0 is the next token, then the likeliest, best first.
+
+    A request may need 20 tokens at each of thousands of positions. The engine's thread only keeps arrays;
+    `Position` creates Python objects when read, one position at a time.
+    """
 
     ids: NDArray[np.int32]  # [n, 1 + k]
     values: NDArray[np.float32]  # [n, 1 + k]
@@ -341,9 +340,6 @@ class Request:
     kind: OutputKind = "delta"
     arrival_time: float = 0.0
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-# The result of `submit`: the outputs of one request, for a thread or an event loop.
 
 
 class RequestStream:

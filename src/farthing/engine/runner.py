@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The engine's interface to a model, implemented by `DecoderModel` and `ParallelModel`.
-#
-# Legend: T tokens of a step; D hidden size; V vocabulary; L cache layers; E routed experts.
-
-
 class Layered(Protocol):
-    """A model whose layers can be computed a few at a time."""
+    """A model whose layers can be computed a few at a time.
+
+    Legend: T tokens of a step; D hidden size; V vocabulary; L cache layers; E routed experts.
+    """
 
     config: ModelConfig
 

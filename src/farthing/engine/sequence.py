@@ -13,11 +13,6 @@ from hashlib import blake2b
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-# Reference-counted cache blocks. They are plain integers; the runner owns the memory.
-#
-# A block without references keeps its contents until it is reallocated, least recently used first; the
-# prefix cache relies on this. Blocks without reusable contents are reallocated before those.
-
 
 class IntegrityError(AssertionError):
     """An engine invariant is violated: a bug of ours, never caused by a request."""
@@ -28,6 +23,9 @@ class BlockPool:
 
     on_reuse(block) is called before a free block is reallocated; is_cached(block) tells whether a block
     that becomes free is worth keeping. blocks: which ones of the memory are this pool's; None: the first.
+
+    A block without references keeps its contents until it is reallocated, least recently used first; the
+    prefix cache relies on this. Blocks without reusable contents are reallocated before those.
     """
 
     def __init__(
@@ -118,15 +116,6 @@ class BlockPool:
                     f"block {block} has {have} references and is free: {block in self._free}"
                 )
 
-
-# Maps token prefixes to cache blocks, so that a cached prefix is not computed again.
-#
-# A block is identified by the hash of its tokens chained with the hash of the block before it, so equal
-# hashes mean equal prefixes from the first token on. The chain starts from the request's cache salt:
-# requests with different salts never share a block, and cannot probe each other's prompts by timing.
-#
-# The last block of a finished sequence is rarely full. It is kept as a tail, identified by the hash of the
-# blocks before it and its own tokens. The next turn of a conversation reuses and continues the block.
 
 _HASH_BYTES = 16  # a collision would reuse another prefix's cache; its probability at 2^40 blocks is 2^-49
 
@@ -223,7 +212,15 @@ class Tail:
 
 
 class PrefixCache(Known):
-    """The blocks that keep every token, and the tails of all kinds."""
+    """The blocks that keep every token, and the tails of all kinds.
+
+    A block is identified by the hash of its tokens chained with the hash of the block before it, so equal
+    hashes mean equal prefixes from the first token on. The chain starts from the request's cache salt:
+    requests with different salts never share a block, and cannot probe each other's prompts by timing.
+
+    The last block of a finished sequence is rarely full. It is kept as a tail, identified by the hash of the
+    blocks before it and its own tokens. The next turn of a conversation reuses and continues the block.
+    """
 
     def __init__(self, block_size: int, enabled: bool = True) -> None:
         super().__init__(enabled=enabled)

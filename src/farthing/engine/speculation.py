@@ -28,14 +28,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Measures online what drafts cost and gain, and permits them only while they pay.
-#
-# The unit is a plain step of the same batch size. A drafted step that takes as long as r plain steps and
-# yields g times a plain step's tokens saves g - r. Savings and losses add up to a balance, and drafts are
-# allowed while it is positive. It starts with a few steps' worth for first trials; plain steps add 0.5 %
-# for later ones. Useless drafts therefore cost little more than that, whatever the model, the text and
-# the machine.
-
 _START = 8.0  # balance at first
 _MOST = 16.0  # and at most, so that drafts that no longer pay are soon switched off
 _REFILL = 0.005  # share of plain time that later trials may lose
@@ -79,7 +71,14 @@ class _Bucket:
 
 
 class Gate:
-    """Allows drafts by batch size (powers of two)."""
+    """Allows drafts by batch size (powers of two).
+
+    The unit is a plain step of the same batch size. A drafted step that takes as long as r plain steps and
+    yields g times a plain step's tokens saves g - r. Savings and losses add up to a balance, and drafts are
+    allowed while it is positive. It starts with a few steps' worth for first trials; plain steps add 0.5 %
+    for later ones. Useless drafts therefore cost little more than that, whatever the model, the text and the
+    machine.
+    """
 
     def __init__(self) -> None:
         self._buckets: dict[int, _Bucket] = {}

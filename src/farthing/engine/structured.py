@@ -392,12 +392,6 @@ def _brief(error: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-# A grammar for parts of a text: it applies from each occurrence of an opening string until the grammar
-# ends.
-#
-# A grammar for the whole answer cannot enforce a schema on tool calls and still allow a free-text answer.
-# Free text needs no masks, except for the few tokens that would run past an opening string.
-
 _MARK = MARK.encode("utf-8", "surrogatepass")
 
 
@@ -471,7 +465,13 @@ class Openers:
 
 
 class TriggeredGrammar:
-    """A constraint: see the module. `outside` constrains the free text."""
+    """A constraint of parts of a text; `outside` constrains the free text.
+
+    The grammar of a part applies from each occurrence of an opening string until the grammar ends.
+
+    A grammar for the whole answer cannot enforce a schema on tool calls and still allow a free-text answer.
+    Free text needs no masks, except for the few tokens that would run past an opening string.
+    """
 
     __slots__ = ("_fresh", "_inside", "_openers", "_outside", "_tail")
 

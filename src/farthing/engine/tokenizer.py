@@ -98,9 +98,6 @@ def _text(index: int, part: Any) -> str:
     raise ValueError(f"messages[{index}].content has a part of type {kind!r}; expected 'text'")
 
 
-# Tokenizes rendered prompts in which text of others is marked (see `conversation.untrusted`).
-
-
 def is_control(token: AddedToken) -> bool:
     """Whether an added token is markup; others are text, such as GPT-NeoX's runs of spaces.
 

@@ -29,13 +29,13 @@ def norm_of(
     return Norm(weight if scale == 1.0 else weight * scale, config.rms_norm_eps)
 
 
-# Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
-#
-# Legend: r rotary head size.
-
-
 def rope_table(config: ModelConfig) -> NDArray[np.float32]:
-    """(cos, sin) of every position and pair, float32 [2, length, r/2]."""
+    """(cos, sin) of every position and pair, float32 [2, length, r/2].
+
+    Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
+
+    Legend: r rotary head size.
+    """
     rope, length = config.rope, config.max_position_embeddings
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, config.attention.rotary_width)
     magnitude = 1.0
@@ -109,13 +109,13 @@ def _cos_sin_factor(rope: RopeConfig) -> float:
     return _mscale(rope.factor, 1.0)
 
 
-# Grouped-query attention: query heads share key and value heads (Ainslie et al. 2023).
-#
-# Legend: T tokens; D hidden size; H query heads; G key-value heads; d head size.
-
-
 def grouped_spec(config: ModelConfig, heads: GroupedHeads) -> GroupedSpec:
-    """The head layout for the op."""
+    """The head layout for the op.
+
+    Grouped-query attention: query heads share key and value heads (Ainslie et al. 2023).
+
+    Legend: T tokens; D hidden size; H query heads; G key-value heads; d head size.
+    """
     return GroupedSpec(
         num_heads=heads.num_attention_heads,
         kv_heads=heads.num_key_value_heads,
@@ -191,13 +191,13 @@ def still(ops: Ops, rope: Tensor) -> Tensor:
     return ops.tensor(table)
 
 
-# Key selection for sparse attention: the lightning indexer (DeepSeek-V3.2-Exp section 2.1).
-#
-# Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K selected positions.
-
-
 def indexer_spec(config: ModelConfig) -> IndexerSpec:
-    """The indexer layout for the op."""
+    """The indexer layout for the op.
+
+    Key selection for sparse attention: the lightning indexer (DeepSeek-V3.2-Exp section 2.1).
+
+    Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K selected positions.
+    """
     assert config.index_topk is not None
     return IndexerSpec(
         num_heads=config.index_n_heads,

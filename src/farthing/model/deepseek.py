@@ -29,15 +29,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The feed-forward half of a layer: dense, or a mixture of experts (DeepSeek-V3 section 2.1.2).
-#
-# Legend: T tokens; D hidden size; I intermediate size; E routed experts.
-
 Gated = tuple[Weight, Weight, Weight]
 
 
 def router_spec(config: ModelConfig) -> RouterSpec:
-    """The routing rule of a config: noaux_tc, group_limited_greedy or greedy."""
+    """The routing rule of a config: noaux_tc, group_limited_greedy or greedy.
+
+    The feed-forward half of a layer: dense, or a mixture of experts (DeepSeek-V3 section 2.1.2).
+
+    Legend: T tokens; D hidden size; I intermediate size; E routed experts.
+    """
     assert config.n_routed_experts is not None
     grouped = config.topk_method != "greedy"
     return RouterSpec(
@@ -126,9 +127,6 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
     )
 
 
-# A layer's packed parts, for backends that compute whole layers in one call.
-
-
 def stacked(ops: Ops, layers: Sequence[tuple[AnyAttention, FeedForward]]) -> Handle | None:
     """`Ops.stack` of these layers; None if the backend has none or does not support one of the layers."""
     packed = [handles(*layer) for layer in layers]
@@ -149,18 +147,18 @@ def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:
     )  # fmt: skip
 
 
-# Multi-token prediction (DeepSeek-V3 section 2.2): an extra block that predicts the token after next.
-#
-# h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i after the model's final norm;
-# logits of t_{i+2} = head(shared_head.norm(h'_i)). Each further step takes shared_head.norm(h') as h.
-#
-# Its output is only a draft that the model verifies, so its weights may be rounded more coarsely.
-#
-# Legend: T tokens; D hidden size; V vocabulary.
-
-
 class MTPLayer:
-    """Checkpoint layer `layer` >= num_hidden_layers; embedding and head are shared unless they differ."""
+    """Checkpoint layer `layer` >= num_hidden_layers; embedding and head are shared unless they differ.
+
+    Multi-token prediction (DeepSeek-V3 section 2.2): an extra block that predicts the token after next.
+
+    h'_i = Block(eh_proj([enorm(embed(t_{i+1})) ; hnorm(h_i)])) with h_i after the model's final norm; logits
+    of t_{i+2} = head(shared_head.norm(h'_i)). Each further step takes shared_head.norm(h') as h.
+
+    Its output is only a draft that the model verifies, so its weights may be rounded more coarsely.
+
+    Legend: T tokens; D hidden size; V vocabulary.
+    """
 
     stack: Handle | None  # the layer in one call, if the backend supports it
 

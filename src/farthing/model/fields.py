@@ -15,11 +15,6 @@ class ConfigError(ValueError):
     """This engine cannot serve a config.json; the message names the field, its value and what is accepted."""
 
 
-# Checked reads of config.json. Every error names the field, its value and what is accepted.
-#
-# Booleans are no integers, and sizes have an upper bound, so that a typing error is reported instead of
-# exhausting memory.
-
 LARGEST = 2**31 - 1
 _MOST_NUMBER = 1e12
 MOST = {  # of fields that are loops or whole tables
@@ -46,7 +41,11 @@ def absent(name: str, expected: str) -> ValueError:
 
 
 def integer(raw: Mapping[str, Any], name: str, least: int = 1, within: str = "") -> int:
-    """A required integer. within: the object that has the field, for messages."""
+    """A required integer. within: the object that has the field, for messages.
+
+    Booleans are no integers, and sizes have an upper bound, so that a typing error is reported instead of
+    exhausting memory.
+    """
     full, what = within + name, _range(name, least)
     if name not in raw:
         raise absent(full, what)
@@ -104,9 +103,6 @@ def optional_section(raw: Mapping[str, Any], name: str, null: bool = True) -> Ma
     if not isinstance(value, Mapping):
         raise wrong(name, value, "an object")
     return value
-
-
-# What depends on positions: rotary embedding and query scale, read from config.json.
 
 
 @dataclass(frozen=True, slots=True)

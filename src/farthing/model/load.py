@@ -22,17 +22,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Adaptive experts: the number of experts per token follows the gate's confidence, up to the model's top_k.
-#
-# `adaptive:p[,min=2,max=8]` keeps, for each token, the fewest experts whose normalized gate weights reach
-# p. A checkpoint calibrated for it has one p per layer in config.json, under "adaptive_experts".
-
 EXPECTED = "expected 'auto', 'all' or 'adaptive:p[,min=2,max=8]' with 0 < p <= 1"
 
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveExperts:
-    """mass[i] for layer i (MTP layers included), or one value for all of them."""
+    """mass[i] for layer i (MTP layers included), or one value for all of them.
+
+    `adaptive:p[,min=2,max=8]` keeps, for each token, the fewest experts whose normalized gate weights reach
+    p. A checkpoint calibrated for it has one p per layer in config.json, under "adaptive_experts".
+    """
 
     mass: tuple[float, ...]
     min_experts: int = 2

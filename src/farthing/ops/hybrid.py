@@ -91,18 +91,17 @@ class OpsWrapper(Ops):
     sample = forwarded(Ops.sample)
 
 
-# Which experts of a layer to keep on the fast device: the most frequently used. Integers only.
-#
-# Use is counted in tokens and decays exponentially, so the set follows the traffic. An expert replaces
-# another only if it is used clearly more (MARGIN), because a replacement transfers the expert's weights.
-
 MARGIN = 1.25
 HALF_LIFE = 256  # steps after which a token counts half
 _RESCALE = 1e12
 
 
 class ExpertCache:
-    """Cache state of one layer: `resident` experts are on the device, `loading` ones are in flight."""
+    """Cache state of one layer: `resident` experts are on the device, `loading` ones are in flight.
+
+    Use is counted in tokens and decays exponentially, so the set follows the traffic. An expert replaces
+    another only if it is used clearly more (MARGIN), because a replacement transfers the expert's weights.
+    """
 
     def __init__(self, capacity: int, half_life: float = HALF_LIFE) -> None:
         """capacity: maximum number of resident and loading experts together."""
@@ -150,9 +149,6 @@ class ExpertCache:
         """The expert's weights are on the device."""
         self.loading.remove(expert)
         self.resident.add(expert)
-
-
-# Asynchronous copies between a device and the host.
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,15 +42,14 @@ from farthing.ops.torch_util import (
 )
 from farthing.ops.weights import InputRounding, Weight, inputs_of, rounded
 
-# Grouped-query attention in torch, on any device.
-#
-# A key-value head is a row of the latent cache whose latent is the value and whose rotary part is the key.
-# Legend: T tokens; B sequences; S cached tokens; H query heads; G key-value heads; d head size.
-
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
-    """A layer's heads, on one device."""
+    """A layer's heads, on one device.
+
+    A key-value head is a row of the latent cache whose latent is the value and whose rotary part is the key.
+    Legend: T tokens; B sequences; S cached tokens; H query heads; G key-value heads; d head size.
+    """
 
     spec: GroupedSpec
     parts: GroupedParts

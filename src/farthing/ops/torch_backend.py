@@ -38,12 +38,6 @@ from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import DeviceCopies, rotate, scaled, write_cache
 from farthing.ops.weights import Weight
 
-# The arithmetic of the torch backend, on packed layers and without loops over tokens.
-#
-# `queries`, `dense_output` and `expert_output` take one token through a layer. They can be compiled,
-# because the host reads no value. Prompts and batches use the same parts eagerly. Legend: see
-# `farthing.ops.api`; S cached tokens; I intermediate size.
-
 Mlp = tuple[Tensor, Tensor] | Gated  # gate and up [2 I, D], down [D, I]; three if inputs are rounded
 
 
@@ -117,7 +111,12 @@ def spans(batch: Batch, block_size: int) -> list[Span]:
 
 
 def queries(h: Tensor, layer: LayerHandles, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention's input h [T, D] -> queries [T, H, c + r] in the latent space; latent and key to cache."""
+    """Attention's input h [T, D] -> queries [T, H, c + r] in the latent space; latent and key to cache.
+
+    `queries`, `dense_output` and `expert_output` take one token through a layer. They can be compiled,
+    because the host reads no value. Prompts and batches use the same parts eagerly. Legend: see
+    `farthing.ops.api`; S cached tokens; I intermediate size.
+    """
     qkv = F.linear(normed(h, layer.norm.weight, layer.norm.eps), layer.qkv_a)
     q, kv = qkv[:, : layer.q_width], qkv[:, layer.q_width :]
     if layer.q_b is not None:
@@ -267,13 +266,6 @@ def _products(x: Tensor, numbers: list[int], matrices: Tensor) -> Tensor:
     return out
 
 
-# The torch backend: every op on any device torch runs on (`--backend torch --device xpu`).
-#
-# The reference's arithmetic, arranged for speed: sequences that decode attend together and experts
-# compute all their tokens at once; once a single sequence decodes, its layers are compiled in the
-# background. Tested on CPUs only. A new accelerator starts from here, before it has kernels
-# (docs/design/backends.md). Legend: see `farthing.ops.api`.
-
 log = logging.getLogger(__name__)
 
 COMPILER = "compile layers"  # name of the thread that does
@@ -302,7 +294,13 @@ class Stack:
 
 
 class TorchOps(ReferenceOps):
-    """Every op on one device; activations are `dtype`."""
+    """Every op on one device; activations are `dtype`.
+
+    The reference's arithmetic, arranged for speed: sequences that decode attend together and experts compute
+    all their tokens at once; once a single sequence decodes, its layers are compiled in the background.
+    Tested on CPUs only. A new accelerator starts from here, before it has kernels (docs/design/backends.md).
+    Legend: see `farthing.ops.api`.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, quantization: str | None = None) -> None:
         super().__init__(dtype, quantization)

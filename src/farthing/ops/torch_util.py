@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Device copies of the parameters that a model keeps in host memory, such as norms and the embedding.
-
-
 class DeviceCopies:
     """Copies on one device, each made once."""
 
@@ -32,9 +29,6 @@ class DeviceCopies:
         if kept is None:
             kept = self._copies[id(tensor)] = (tensor, tensor.to(self._device))
         return kept[1]
-
-
-# Index tensors of one step from plain integers.
 
 
 def make_batch(
@@ -124,9 +118,6 @@ def read_cache(cache: LatentCache, layer: int, blocks: Tensor, length: int, late
 def scaled(rows: Tensor, scale: Tensor, latent_dim: int) -> Tensor:
     """Rows [..., c + r] of an 8-bit cache times the scales [..., 2] of their parts."""
     return torch.cat((rows[..., :latent_dim] * scale[..., :1], rows[..., latent_dim:] * scale[..., 1:]), -1)
-
-
-# Rotary embedding in torch.
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

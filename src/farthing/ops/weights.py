@@ -280,9 +280,6 @@ def rounded(weight: Weight, quantization: str | None, mlp: bool = False, codes: 
     return Weight("dense", (q.unflatten(1, (-1, group)) * scale.unsqueeze(-1)).flatten(1))
 
 
-# What a backend needs to know to sum over the ranks of a host within one native call.
-
-
 class PeerLost(RuntimeError):
     """Another rank has exited, or did not join a collective in time."""
 
@@ -302,11 +299,6 @@ class SharedSum:
     crowded: bool  # more ranks than cores
     timeout: float  # seconds
 
-
-# Block sparsity of the CPU kernels: matrices of integers without their zero blocks of 16 x 16 weights.
-#
-# A panel of 16 rows is cut into cells of 64 columns (native/cells.h). Cells without weights are not
-# stored; the others cost time that depends on their number of blocks.
 
 BLOCK = 16
 CELL = 64  # columns
@@ -340,6 +332,9 @@ def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
     """Number of blocks with a weight in every cell of `keep` [N, K], as [N / 16, cells].
 
     group: columns that share a scale, which limits the width of a cell. K is a multiple of 64.
+
+    A panel of 16 rows is cut into cells of 64 columns (native/cells.h). Cells without weights are not stored;
+    the others cost time that depends on their number of blocks.
     """
     n, k = keep.shape
     padded = torch.nn.functional.pad(keep, (0, 0, 0, -n % BLOCK))

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Collectives over one group of ranks.
-
 
 class Group(Protocol):
     """A group of ranks with its collectives."""
@@ -106,17 +104,6 @@ class DistGroup:
         return out
 
 
-# One-shot all-reduce over NVLink: every rank reads and sums its peers' buffers in place.
-#
-# The ranks of one host register a buffer with each other (torch's symmetric memory). An all-reduce copies
-# its input to a slot of the local buffer and waits in a device barrier; then one Triton kernel sums the
-# slots of all ranks in rank order, so that every rank gets the same bits. Two slots alternate: passing
-# the barrier of call s means that all peers have finished reading call s - 1, so the slot of s + 1 is
-# free.
-#
-# This serves the small, latency-bound sums of decoding. Larger sums, other collectives, and ranks that
-# cannot map each other's memory use NCCL.
-
 log = logging.getLogger(__name__)
 SLOT_BYTES = 256 << 10  # above this size NCCL's ring moves fewer bytes
 MOST_RANKS = 8  # each rank reads all others' data
@@ -127,6 +114,14 @@ def fastest(group: DistGroup, device: torch.device) -> Group:
     """The group with one-shot all-reduce if all its ranks support it; else the NCCL group itself.
 
     All ranks of the group must call it. The reason for a fallback is logged.
+
+    The ranks of one host register a buffer with each other (torch's symmetric memory). An all-reduce copies
+    its input to a slot of the local buffer and waits in a device barrier; then one Triton kernel sums the
+    slots of all ranks in rank order, so that every rank gets the same bits. Two slots alternate: passing the
+    barrier of call s means that all peers have finished reading call s - 1, so the slot of s + 1 is free.
+
+    This serves the small, latency-bound sums of decoding. Larger sums, other collectives, and ranks that
+    cannot map each other's memory use NCCL.
     """
     problem = unsuitable(group.size, device)
     if not _agree(group, problem is None):

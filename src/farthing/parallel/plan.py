@@ -23,16 +23,15 @@ from farthing.model.load import parameter_shapes
 from farthing.ops.api import Batch, Blocks
 from farthing.ops.weights import Cut, bounds
 
-# Placement of routed experts on ranks: balanced by measured load, with copies of hot experts.
-#
-# Greedy EPLB (DeepSeek 2025): the expert with the most tokens per copy gets the next copy. Copies are then
-# assigned, heaviest first, to the least loaded rank that has room and does not hold that expert. Integers
-# only, no torch.
-
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The experts of one layer on each rank of a stage, in ascending order."""
+    """The experts of one layer on each rank of a stage, in ascending order.
+
+    Greedy EPLB (DeepSeek 2025): the expert with the most tokens per copy gets the next copy. Copies are then
+    assigned, heaviest first, to the least loaded rank that has room and does not hold that expert. Integers
+    only, no torch.
+    """
 
     ranks: tuple[tuple[int, ...], ...]
 

@@ -35,8 +35,6 @@ from farthing.parallel.plan import (
 )
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, group_bytes
 
-# A rank's view of a checkpoint: the model reads local layers and shapes and receives its slices.
-
 
 class ShardedSource:
     """Maps local layers to the checkpoint's and slices tensors for tensor parallelism.

@@ -33,12 +33,6 @@ from farthing.planner.memory import (
 )
 from farthing.planner.roofline import BF16, FP8, NODE, Ceilings, RankRoofline, Shares, Workload
 
-# An estimate for large CPU servers: a roofline of memory bandwidth and the INT8 peak of every core.
-#
-# Each socket reads its own panels of every matrix (`native/threads.h`), so the bandwidths of the sockets
-# add up, and so do the peaks of the cores. The shares of both ceilings that kernels reach are measured on
-# two cores. Waiting for other threads is not counted; `joins` says how often a step does.
-
 BANDWIDTH = (0.65, 0.85)  # share of bandwidth while decoding: V2L's and L576's (docs/performance.md)
 INT8 = 0.60  # share of the INT8 peak with 512 rows: L576's
 MOST_ATTENTION = 0.5  # of the INT8 peak: bfloat16 has half the operations per instruction …
@@ -76,7 +70,12 @@ class DecodeSpeed:
 
 @dataclass(frozen=True, slots=True)
 class CpuEstimate:
-    """One replica on all sockets."""
+    """One replica on all sockets.
+
+    Each socket reads its own panels of every matrix (`native/threads.h`), so the bandwidths of the sockets
+    add up, and so do the peaks of the cores. The shares of both ceilings that kernels reach are measured on
+    two cores. Waiting for other threads is not counted; `joins` says how often a step does.
+    """
 
     steps: tuple[DecodeSpeed, ...]
     prefill_limit: float  # prompt tokens/s

@@ -19,8 +19,6 @@ from farthing.parallel.plan import EMBEDDING, Layout, Place, PlanError, ShardPla
 from farthing.parallel.shared import SLOT_BYTES
 from farthing.planner.footprint import Holder, Stored, StoredOf
 
-# What a rank's buffers depend on: its part of the model, and the load.
-
 
 @dataclass(frozen=True, slots=True)
 class Serving:
@@ -74,16 +72,15 @@ class Shard:
         return self.attention.num_attention_heads
 
 
-# Scratch memory of the native ops, as the native module reports it for a rank's largest steps.
-#
-# `farthing._native.Sizes` runs the allocations of each op without memory, so nothing here repeats native
-# code.
-
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
 
 
 def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) -> int | None:
-    """Bytes after a full step of one prompt and a full step of decodes; None without the native module."""
+    """Bytes after a full step of one prompt and a full step of decodes; None without the native module.
+
+    `farthing._native.Sizes` runs the allocations of each op without memory, so nothing here repeats native
+    code.
+    """
     try:
         from farthing import _native
     except ImportError:
@@ -174,21 +171,20 @@ def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
         sizes.moe(storage, c.hidden_size, *chosen, s.expert, s.shared, tokens, rows)
 
 
-# A rank's memory besides weights and cache: tables, shared-memory slots, buffers of its largest step.
-#
-# Only the largest op counts, because ops reuse the same memory one after another: of
-# `farthing.ops.reference` for T tokens at the end of a sequence of max_model_len, and of the native ops
-# as they report it (`farthing.planner.memory`). For the GPU, and without the native module, the
-# figures are an estimate.
-#
-# Legend: T tokens of a step; S tokens of a sequence; D hidden size; H heads of this rank; I intermediate
-# size.
-
 _FLOAT = 4
 
 
 def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
-    """Bytes of a rank. stored: storage of the layers' projections."""
+    """Bytes of a rank. stored: storage of the layers' projections.
+
+    Only the largest op counts, because ops reuse the same memory one after another: of
+    `farthing.ops.reference` for T tokens at the end of a sequence of max_model_len, and of the native ops as
+    they report it (`farthing.planner.memory`). For the GPU, and without the native module, the figures are an
+    estimate.
+
+    Legend: T tokens of a step; S tokens of a sequence; D hidden size; H heads of this rank; I intermediate
+    size.
+    """
     c, layout = plan.config, plan.layout
     rope = _FLOAT * c.max_position_embeddings * c.attention.rotary_width
     table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)

@@ -21,8 +21,6 @@ from farthing.parallel.plan import Place, ShardPlan, layer_of
 from farthing.planner.footprint import Holder, Stored
 from farthing.planner.memory import PlannedModel, cache_row_bytes, held_bytes, local_shape
 
-# Ceilings of GPUs: declared in devices.toml, or measured by the user.
-
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:

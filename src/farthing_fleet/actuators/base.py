@@ -71,9 +71,6 @@ class LastDecision:
 METRICS = {"desired_replicas": "", "queue_backlog": "backlog", "average_response_time": "ttft_s"}
 
 
-# For an HPA or KEDA that scales: reads the number of replicas and applies nothing.
-
-
 class ReadOnly:
     """Reads `/scale` if a target is given; otherwise the controller counts the serving replicas."""
 

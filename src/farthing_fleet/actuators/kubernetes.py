@@ -140,12 +140,6 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-# Leader election by a Lease (coordination.k8s.io/v1), so that only one of several controllers acts.
-#
-# A lease has expired when its record has not changed for its duration on the observer's monotonic clock.
-# Clocks of different machines are never compared, and setting a clock can neither steal nor lose a lease.
-
-
 @dataclass(frozen=True)
 class LeaseConfig:
     """Names and times of the election.
@@ -167,7 +161,11 @@ class LeaseConfig:
 
 
 class Elector:
-    """Takes part in an election; `leading` tells whether this controller may act."""
+    """Takes part in an election; `leading` tells whether this controller may act.
+
+    A lease has expired when its record has not changed for its duration on the observer's monotonic clock.
+    Clocks of different machines are never compared, and setting a clock can neither steal nor lose a lease.
+    """
 
     def __init__(
         self,
@@ -280,11 +278,6 @@ class Elector:
             )
 
 
-# Patch `/scale` of a Deployment, StatefulSet or LeaderWorkerSet (whose replica is a whole group).
-#
-# An alternative to an HPA, whose tolerance of 0.1 ignores 10 -> 11. Needs `get` and `patch` on
-# `<resource>/scale`.
-
 KINDS = ("deployment", "statefulset", "leaderworkerset")
 _LWS = ("leaderworkerset.x-k8s.io", "v1", "leaderworkersets")
 
@@ -310,7 +303,11 @@ class Target:
 
 
 class ScalePatch:
-    """The actuator. With an elector, only the leader writes."""
+    """The actuator. With an elector, only the leader writes.
+
+    An alternative to an HPA, whose tolerance of 0.1 ignores 10 -> 11. Needs `get` and `patch` on
+    `<resource>/scale`.
+    """
 
     def __init__(self, client: ApiClient, target: Target, elector: Elector | None = None) -> None:
         self.target, self.elector = target, elector

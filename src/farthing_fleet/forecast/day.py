@@ -20,8 +20,6 @@ import numpy as np
 from farthing_fleet.forecast.base import DAY_S, Floats, Series
 from farthing_fleet.forecast.profile import AHEAD_DAYS, Event, ProfileAR, ProfileConfig
 
-# The mid-term forecaster: Prophet (library), day-level, with holidays and scheduled events.
-
 
 @dataclass(frozen=True)
 class ProphetConfig:
@@ -114,23 +112,22 @@ def _dates(times: Floats) -> list[datetime]:
     return [datetime.fromtimestamp(float(t), UTC).replace(tzinfo=None) for t in times]
 
 
-# The share of a day plan to use as a floor, by its recent cost and savings.
-#
-# The short-term bound already covers the next cold start. A floor above it costs replicas every day, and
-# helps only when the load exceeds what the bound's replicas can carry, which is more than the bound,
-# because they are provisioned at a target utilization. The floor is therefore the share of the plan with
-# the least loss over the last days: a unit of load provisioned above the bound counts once, a unit that
-# could not be carried ten times.
-#
-# Shapes: S = shares tried, n = judgements.
-
 FLOOR_SHARES = np.array([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])  # [S]; never less than half of the plan
 SHORTAGE = 10.0  # cost of a unit of load without capacity, relative to a unit of idle capacity
 FIRST_FLOOR_SHARE = 1.0  # use the whole plan before any judgement
 
 
 def floor_losses(planned: Floats, bound: Floats, truth: Floats, utilization: float) -> Floats:
-    """[n, S] loss of each share for planned, short-term bound and true peaks of the load, all [n]."""
+    """[n, S] loss of each share for planned, short-term bound and true peaks of the load, all [n].
+
+    The short-term bound already covers the next cold start. A floor above it costs replicas every day, and
+    helps only when the load exceeds what the bound's replicas can carry, which is more than the bound,
+    because they are provisioned at a target utilization. The floor is therefore the share of the plan with
+    the least loss over the last days: a unit of load provisioned above the bound counts once, a unit that
+    could not be carried ten times.
+
+    Shapes: S = shares tried, n = judgements.
+    """
     offered = np.maximum(bound[:, None], planned[:, None] * FLOOR_SHARES)
     missed = np.maximum(0.0, truth[:, None] - offered / utilization)
     return np.asarray(offered - bound[:, None] + SHORTAGE * missed, dtype=np.float64)

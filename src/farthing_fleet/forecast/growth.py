@@ -205,15 +205,6 @@ def returning(load: Floats, step_s: float, lead_s: float, config: GrowthConfig) 
     return np.where(load < config.collapse * highest, highest, 0.0)
 
 
-# A load on a regular grid as seen by the short-term forecasters: level, features and target.
-#
-# Times are in *leads* (one cold start plus one interval), so that one model works for cold starts of a
-# minute or an hour. Loads are logarithms relative to the current level, so that scale does not matter.
-# The target is y = log(peak of the load within the next lead / current level).
-#
-# Shapes: n = steps of the grid, B = parallel runs (1 in production), F = features, W = length of a
-# sequence. Row t uses nothing after step t.
-
 MEANS = (0.2, 0.5, 1, 2, 3, 4.5, 6, 9, 12, 18, 24, 36, 72, 144)  # windows of trailing means, in leads
 SLOPES = (0.5, 1.0, 2.0)
 PEAKS = (1, 3, 6, 18, 144)
@@ -226,7 +217,15 @@ TINY = 1e-6  # a load up to this is no traffic: one request in eleven days
 
 @dataclass(frozen=True)
 class History:
-    """Loads [n, B] on a grid of `step_s`, to be forecast over `lead_s`."""
+    """Loads [n, B] on a grid of `step_s`, to be forecast over `lead_s`.
+
+    Times are in *leads* (one cold start plus one interval), so that one model works for cold starts of a
+    minute or an hour. Loads are logarithms relative to the current level, so that scale does not matter. The
+    target is y = log(peak of the load within the next lead / current level).
+
+    Shapes: n = steps of the grid, B = parallel runs (1 in production), F = features, W = length of a
+    sequence. Row t uses nothing after step t.
+    """
 
     load: Floats
     step_s: float

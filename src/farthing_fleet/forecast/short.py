@@ -29,19 +29,6 @@ from farthing_fleet.forecast.members import (
     make,
 )
 
-# A mixture of quantile forecasts: members calibrated, weighted by pinball loss, and the sum calibrated too.
-#
-# Every member's 0.9 quantile gets an offset, adjusted after each outcome (online gradient descent on the
-# pinball loss: Angelopoulos, Candès and Tibshirani 2023), so that it covers 90 % whatever its errors.
-# Weights decay exponentially with the excess of the loss, in units of the load, over the best member's,
-# relative to how much the members' losses differ at a time; losses decay over days. The medians have
-# weights of their own, by absolute error.
-#
-# Nothing is learned while there is hardly any load: forecasts are relative to the current load, so those
-# made in a gap of the traffic mean nothing after it.
-#
-# Shapes: M = members, B = runs side by side.
-
 _HIGHEST = 4.0  # logarithm
 
 
@@ -109,7 +96,19 @@ class _Scores:
 
 
 class Mixture:
-    """`step` forecasts from one origin; `learn` updates with the outcome of the oldest open origin."""
+    """`step` forecasts from one origin; `learn` updates with the outcome of the oldest open origin.
+
+    Every member's 0.9 quantile gets an offset, adjusted after each outcome (online gradient descent on the
+    pinball loss: Angelopoulos, Candès and Tibshirani 2023), so that it covers 90 % whatever its errors.
+    Weights decay exponentially with the excess of the loss, in units of the load, over the best member's,
+    relative to how much the members' losses differ at a time; losses decay over days. The medians have
+    weights of their own, by absolute error.
+
+    Nothing is learned while there is hardly any load: forecasts are relative to the current load, so those
+    made in a gap of the traffic mean nothing after it.
+
+    Shapes: M = members, B = runs side by side.
+    """
 
     def __init__(
         self, members: int, runs: int = 1, lead: int = 10, config: MixtureConfig | None = None
@@ -349,7 +348,7 @@ class ShortTerm:
         return KEPT * self._grid
 
     def over(self, lead_s: float, loads: Sequence[tuple[float, float]]) -> ShortTerm:
-        """The level over another lead, calibrated on the `known` loads (time, load); takes seconds."""
+        """The level over another lead, calibrated on the `loads` (time, load); takes seconds."""
         copy = ShortTerm(replace(self.config, lead_s=lead_s))
         for time, load in loads:
             if time > loads[-1][0] - copy.reach_s:

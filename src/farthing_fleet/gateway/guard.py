@@ -291,9 +291,6 @@ def guard_of(request: web.BaseRequest) -> Guard | None:
     return guard if isinstance(guard, Guard) else None
 
 
-# Request bodies, read completely (for retries) and limited individually and in total.
-
-
 class Bodies:
     """Memory used by request bodies."""
 

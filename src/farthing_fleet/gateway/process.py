@@ -27,16 +27,15 @@ from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.server import Gateway, Page
 from farthing_fleet.types import Decision, Snapshot
 
-# Data for a gateway's dashboard: its own traffic, and the state that the controller wrote.
-#
-# The document has the format of `farthing.server.dashboard`; see its `source`.
-
 _SHOWN = 50  # decisions
 _REALTIME_S = 300.0  # the current load is drawn this far ahead
 
 
 def fleet_data(gateway: Gateway, state: Path | None, usd_per_hour: float | None = None) -> dict[str, Any]:
-    """The document of one gateway. usd_per_hour: price per replica; state: the controller's directory."""
+    """The document of one gateway. usd_per_hour: price per replica; state: the controller's directory.
+
+    The document has the format of `farthing.server.dashboard`; see its `source`.
+    """
     replicas = [_replica(entry) for entry in gateway.state()["replicas"]]
     ready = sum(entry["state"] == "ready" for entry in replicas)
     document: dict[str, Any] = {

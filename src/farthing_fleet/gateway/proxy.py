@@ -38,12 +38,6 @@ from farthing_fleet.gateway.replicas import (
     named,
 )
 
-# One exchange with one replica: send a request, relay its answer.
-#
-# Each exchange uses its own connection. A reused connection could contain unsolicited bytes from a
-# replica, which would become part of the next client's answer; and only on a fresh one is it certain
-# whether the replica received the request.
-
 BUSY: Final = 503  # answered before the first token by a replica that drains or is full
 _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
 _REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
@@ -138,7 +132,12 @@ def make_session(config: GatewayConfig) -> aiohttp.ClientSession:
 async def send(
     session: aiohttp.ClientSession, replica: Replica, outgoing: Outgoing
 ) -> aiohttp.ClientResponse:
-    """Send the request and wait for the head of the answer. Raises ReplicaLost."""
+    """Send the request and wait for the head of the answer. Raises ReplicaLost.
+
+    Each exchange uses its own connection. A reused connection could contain unsolicited bytes from a replica,
+    which would become part of the next client's answer; and only on a fresh one is it certain whether the
+    replica received the request.
+    """
     try:
         answer = await session.request(
             outgoing.method,

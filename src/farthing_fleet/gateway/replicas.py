@@ -143,19 +143,18 @@ def write_replicas(path: Path, replicas: dict[str, str]) -> None:
             file.truncate()
 
 
-# Requests that were in flight on a replica that died: which of them may be retried.
-#
-# A request that was alone on the replica is assumed to be the cause and refused until its entry expires.
-# With several, or in the middle of an answer, each is a suspect: it may be sent to one more replica, and
-# is refused once a second one dies.
-
 Identity = tuple[str, str, bytes]  # method, path and query, body
 _ENTRIES = 4096
 _GUILTY = 2  # strikes
 
 
 class Poison:
-    """Strikes per request digest; the oldest entries are evicted first, and each expires after `ttl_s`."""
+    """Strikes per request digest; the oldest entries are evicted first, and each expires after `ttl_s`.
+
+    A request that was alone on the replica is assumed to be the cause and refused until its entry expires.
+    With several, or in the middle of an answer, each is a suspect: it may be sent to one more replica, and is
+    refused once a second one dies.
+    """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._ttl, self._clock = ttl_s, clock
@@ -422,10 +421,6 @@ class Balancer:
             self.prefixes.learn(prompt.blocks, replica.name)
         return self.uncached(prompt, depth)
 
-
-# Finds the replica that stores a response of /v1/responses.
-#
-# The replicas are asked. Every gateway of a fleet finds a response that way, also after a restart.
 
 _PATH = re.compile(r"/v1/responses/(?!input_tokens\b|compact\b)([^/?]+)")
 _LONGEST = 128  # characters of an id

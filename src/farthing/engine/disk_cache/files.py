@@ -15,16 +15,6 @@ from uuid import uuid4
 
 import xxhash
 
-# A file of cache blocks. It is written under a temporary name, renamed, and never changed afterwards.
-#
-#     header    56 bytes: magic, version, number of blocks, offset of the blocks, bytes per block, identity of
-#               model and cache, checksum of header and table
-#     table     for each block: its hash (16 bytes), checksum of hash and contents (8 bytes)
-#     blocks    consecutive, each as its pieces of memory in order
-#
-# A reader verifies the header, the identity, the file's length and each block's checksum, so that a torn,
-# truncated or foreign file raises an error and is never used as data.
-
 VERSION = 1  # of this format and of the order of a block's pieces
 HASH_BYTES = 16
 TEMPORARY = ".tmp"
@@ -55,7 +45,16 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The verified header of a file."""
+    """The verified header of a file.
+
+        header    56 bytes: magic, version, number of blocks, offset of the blocks, bytes per block,
+                  identity of model and cache, checksum of header and table
+        table     for each block: its hash (16 bytes), checksum of hash and contents (8 bytes)
+        blocks    consecutive, each as its pieces of memory in order
+
+    A reader verifies the header, the identity, the file's length and each block's checksum, so that a torn,
+    truncated or foreign file raises an error and is never used as data.
+    """
 
     slots: dict[bytes, int]  # by hash
     checksums: tuple[int, ...]
@@ -178,16 +177,6 @@ def _transfer(
             rest[0] = rest[0][done:]
 
 
-# The directory of stored blocks, shared by the replicas of a host.
-#
-# Files are created by renaming, removed by unlinking, and never changed. A reader therefore needs no
-# lock: an open file stays valid, and a removed file is a miss. Each process keeps a table of known files
-# and lists the directory again when it changes.
-#
-# The least recently used files are evicted first. A file's modification time is its last use. Within a
-# chain of blocks later blocks get older times, so that the end of a chain is evicted before its
-# beginning.
-
 _FILE = re.compile(r"[0-9a-f]{32}-[0-9]+\.kv")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _ABANDONED_S = 600.0  # a temporary file this old belongs to a process that was killed
@@ -195,7 +184,15 @@ _LOW_WATER = 0.95  # share of the capacity that remains after eviction
 
 
 class Index:
-    """Maps blocks to files. `find` may be called from any thread; one thread refreshes and evicts."""
+    """Maps blocks to files. `find` may be called from any thread; one thread refreshes and evicts.
+
+    Files are created by renaming, removed by unlinking, and never changed. A reader therefore needs no lock:
+    an open file stays valid, and a removed file is a miss. Each process keeps a table of known files and
+    lists the directory again when it changes.
+
+    The least recently used files are evicted first. A file's modification time is its last use. Within a
+    chain of blocks later blocks get older times, so that the end of a chain is evicted before its beginning.
+    """
 
     def __init__(self, root: Path, form: Format, capacity: int) -> None:
         """root: has one directory per identity. capacity: bytes of all of them together."""

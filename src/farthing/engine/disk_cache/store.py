@@ -49,13 +49,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# The bytes of one block over all layers, in file order: latents, their scales, then index keys.
-#
-# Each tensor is stored layer by layer; MTP layers come last.
-
-
 class BlockMemory:
-    """Blocks (or slots) of a cache in this process's memory; files are read and written in place."""
+    """Blocks (or slots) of a cache in this process's memory; files are read and written in place.
+
+    Each tensor is stored layer by layer; MTP layers come last.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """tensors: [layers, blocks, …]"""

@@ -61,16 +61,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# `farthing.ops.sampling` over numpy arrays, for models that are served without torch.
-#
-# Legend: n rows; V vocabulary; K candidates per row.
-
 Floats = NDArray[np.floating[Any]]
 _GROUP = 128  # number of weights summed together
 
 
 def sample(logits: Floats, uniform: Floats, filters: Filters | None = None) -> NDArray[np.int64]:
-    """See `Ops.sample`."""
+    """See `Ops.sample`.
+
+    Legend: n rows; V vocabulary; K candidates per row.
+    """
     if filters is None:
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         return invert(weights, uniform)

@@ -26,25 +26,6 @@ from farthing import _native, files
 from farthing.config import Quantization
 from farthing.ops.weights import InputRounding, measured_for
 
-# Packed weights in one mapped file, so that a replica is ready as soon as its pages are touched.
-#
-# Layout: 64 bytes (magic, offset, length and checksum of the index), sections at multiples of 4096, the
-# index as JSON: `{"version", "quantization", "source", "isa", "entries": {name: {"offset", "bytes",
-# "checksum"[, "dtype", "shape"][, "sparse"]}}}`. An entry with a dtype is a plain array; one without is a
-# packed matrix as native/pack.cpp writes it. `source` is the fingerprint of the checkpoint that was
-# packed, `isa` the key of `COSTS` (ops/weights.py) that decided which matrices are `sparse`, that is,
-# stored without their zero blocks.
-#
-# The file is not trusted. The index is checked when the file is opened, the structure of a matrix when it
-# is mapped (native/pack.cpp). Checksums are XXH3-64, seeded with the name of the section, so that
-# sections that changed places are found too; a background thread compares them at a bounded rate,
-# `verify` all at once.
-#
-# The mapping requests large pages, which file systems with large folios (ext4 since Linux 6.16, xfs,
-# btrfs) provide for data first read through the mapping: a process then maps a gigabyte in milliseconds,
-# and a step reads it faster, because translation and prefetching do not stop at every 4 KB. Pages cached
-# by writing stay small, so the writer drops them.
-
 log = logging.getLogger(__name__)
 
 MAGIC = b"FARTHPK2"
@@ -69,6 +50,23 @@ class PackedFile:
     """A packed file, mapped read-only. `quantization`: the rounding of the weights, or None.
 
     Raises ValueError if the file is not a complete packed file of this version.
+
+    Layout: 64 bytes (magic, offset, length and checksum of the index), sections at multiples of 4096, the
+    index as JSON: `{"version", "quantization", "source", "isa", "entries": {name: {"offset", "bytes",
+    "checksum"[, "dtype", "shape"][, "sparse"]}}}`. An entry with a dtype is a plain array; one without is a
+    packed matrix as native/pack.cpp writes it. `source` is the fingerprint of the checkpoint that was packed,
+    `isa` the key of `COSTS` (ops/weights.py) that decided which matrices are `sparse`, that is, stored
+    without their zero blocks.
+
+    The file is not trusted. The index is checked when the file is opened, the structure of a matrix when it
+    is mapped (native/pack.cpp). Checksums are XXH3-64, seeded with the name of the section, so that sections
+    that changed places are found too; a background thread compares them at a bounded rate, `verify` all at
+    once.
+
+    The mapping requests large pages, which file systems with large folios (ext4 since Linux 6.16, xfs, btrfs)
+    provide for data first read through the mapping: a process then maps a gigabyte in milliseconds, and a
+    step reads it faster, because translation and prefetching do not stop at every 4 KB. Pages cached by
+    writing stay small, so the writer drops them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -301,18 +299,16 @@ def close_index(file: BinaryIO, index: dict[str, Any]) -> None:
     file.write(HEADER.pack(MAGIC, offset, len(text), xxhash.xxh3_64_intdigest(text)))
 
 
-# Writes a packed file part by part, so that a model larger than memory can be packed.
-#
-# A thread writes each part while the next one is packed; at most two parts are in memory. Sections go to
-# `TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once the data
-# is on disk. A killed run resumes after its last complete part. The file gets its magic number and its
-# name only when it is complete, so an unfinished one is never served. A resumed run compares the
-# checksums of what it found and packs again from the first part that is damaged. A lock on
-# `TARGET.partial` keeps a second process out.
-
-
 class PackedWriter:
-    """Writes `target`; use it with `with`, then call `finish`."""
+    """Writes `target`; use it with `with`, then call `finish`.
+
+    A thread writes each part while the next one is packed; at most two parts are in memory. Sections go to
+    `TARGET.partial`, and after each part a line with their index entries to `TARGET.parts`, once the data is
+    on disk. A killed run resumes after its last complete part. The file gets its magic number and its name
+    only when it is complete, so an unfinished one is never served. A resumed run compares the checksums of
+    what it found and packs again from the first part that is damaged. A lock on `TARGET.partial` keeps a
+    second process out.
+    """
 
     def __init__(self, target: Path, quantization: str | None, source: str) -> None:
         """Resumes an unfinished file of the same checkpoint, quantization and ISA; replaces another one.

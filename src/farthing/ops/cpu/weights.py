@@ -82,7 +82,7 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
 
 
 def for_head(shared: Plan, n: int, columns: int) -> Plan:
-    """The packed format of an output head [n, columns] that other matrices would be packed in as `found`.
+    """The packed format of an output head [n, columns] that other matrices would be packed in as `shared`.
 
     The bytes of a large 8-bit head are stored as nibbles, of which `greedy` reads the high ones alone.
     """

@@ -22,12 +22,6 @@ from farthing.ops.reference import Grouped, prepared, read_heads, write_heads
 from farthing.ops.reference import attend as attend_heads
 from farthing.ops.selection import chosen, in_rows
 
-# Inputs of attention: rotary embedding, the latent's norm, and the write to the paged cache.
-#
-# Legend: T tokens; H heads; n, r the nope and rotary head sizes; c the KV latent. One program per token
-# rotates the queries of all heads. Another norms the latent, rotates its key and stores both; an 8-bit
-# cache has one scale per part. Also here: the gather of cached rows that a prefill expands.
-
 FLOAT_CACHE = 0
 FP8_CACHE = tl.constexpr(1)
 INT8_CACHE = tl.constexpr(2)
@@ -124,7 +118,12 @@ def _gather(
 def rotate_queries(
     q: Tensor, positions: Tensor, rope: Tensor, heads: int, nope: int, rotary: int, interleaved: bool
 ) -> Tensor:
-    """q [T, H (n + r)] -> its rotary parts, rotated [T, H, r]; rope [2, max_len, r / 2] float32."""
+    """q [T, H (n + r)] -> its rotary parts, rotated [T, H, r]; rope [2, max_len, r / 2] float32.
+
+    Legend: T tokens; H heads; n, r the nope and rotary head sizes; c the KV latent. One program per token
+    rotates the queries of all heads. Another norms the latent, rotates its key and stores both; an 8-bit
+    cache has one scale per part. Also here: the gather of cached rows that a prefill expands.
+    """
     tokens = q.shape[0]
     out = torch.empty(tokens, heads, rotary, dtype=q.dtype, device=q.device)
     half = triton.next_power_of_2(rotary // 2)
@@ -170,16 +169,6 @@ def gather(
         ROWS=_ROWS, num_warps=4,
     )  # fmt: skip
     return latent, key, first
-
-
-# Causal attention of prompts: keys and values expanded to heads, tiled, with online softmax.
-#
-# Legend: T tokens of the step; S keys of their sequences, concatenated; H heads; n, r, v the nope, rotary
-# and value head sizes; BM queries and BK keys per tile.
-#
-# A head's key is (its part of the expanded latent, the rotary key shared by all heads), so the rotary
-# part is never copied per head (DeepSeek-V2 section 2.1.2). Tiles entirely below the diagonal need no
-# mask.
 
 
 @triton.jit
@@ -263,6 +252,12 @@ def prefill(
 
     kv [S, H (n + v)], k_pe [S, r]: sequence b has key_lengths[b] rows from key_first[b] on; its queries are
     the tokens spans[b] = (begin, end), at its last positions. sizes = (H, n, r, v).
+
+    Legend: T tokens of the step; S keys of their sequences, concatenated; H heads; n, r, v the nope, rotary
+    and value head sizes; BM queries and BK keys per tile.
+
+    A head's key is (its part of the expanded latent, the rotary key shared by all heads), so the rotary part
+    is never copied per head (DeepSeek-V2 section 2.1.2). Tiles entirely below the diagonal need no mask.
     """
     heads, n, r, v = sizes
     kernel = "prefill_float32" if q.dtype is torch.float32 else "prefill"
@@ -279,17 +274,6 @@ def prefill(
 def _padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
-
-# Latent attention of single tokens over the paged cache: key splits with online softmax, then combined.
-#
-# Legend: n queries (tokens); H heads, BH per program; c latent, r rotary; BK keys per iteration; S splits.
-#
-# Every head reads the same keys: a key is the latent followed by the rotary key (512 + 64 in V3), its
-# value is the latent. So a tile is BH heads of one token times BK keys, and each key is loaded once for
-# both products (as in FlashMLA). With an 8-bit cache the scale of a key multiplies its score and its
-# weight, not its elements. Model and cache block sizes are constants, so that address computations are
-# shifts without masks. Each split covers an equal share of its own sequence's keys, so that the splits of
-# a sequence finish together (flash-decoding); a split without keys stores minus infinity as its sum.
 
 _MOST_SPLITS = 64
 _COMBINED = 128  # columns combined per program: with 64 splits, 64 registers per thread
@@ -394,6 +378,15 @@ def decode(
     """Queries q [n, H, c] in the latent space, q_pe [n, H, r] rotated -> mixed latents [n, H, c].
 
     Query i attends to the first positions[i] + 1 tokens of sequence sequences[i] of table [B, max_blocks].
+
+    Legend: n queries (tokens); H heads, BH per program; c latent, r rotary; BK keys per iteration; S splits.
+
+    Every head reads the same keys: a key is the latent followed by the rotary key (512 + 64 in V3), its value
+    is the latent. So a tile is BH heads of one token times BK keys, and each key is loaded once for both
+    products (as in FlashMLA). With an 8-bit cache the scale of a key multiplies its score and its weight, not
+    its elements. Model and cache block sizes are constants, so that address computations are shifts without
+    masks. Each split covers an equal share of its own sequence's keys, so that the splits of a sequence
+    finish together (flash-decoding); a split without keys stores minus infinity as its sum.
     """
     n, heads, c = q.shape
     r = q_pe.shape[2]

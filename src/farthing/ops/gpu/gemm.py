@@ -125,17 +125,6 @@ def _is_fp8(part: Part) -> bool:
     return isinstance(part, Matrix) and part.format == "fp8"
 
 
-# Gated MLPs of many experts: tokens sorted by expert, one persistent launch per product.
-#
-# Legend: R = T k slots, sorted by expert; E local experts; D hidden; I intermediate; BM x BN the tile size.
-#
-# There are two products: silu(gate) * up of every slot's token, gathered on load; then down, whose rows
-# are weighted and written back to their slot. A final kernel sums a token's k slots in a fixed order, so
-# that the result does not depend on the order in which tiles finish.
-#
-# The number of tiles is known only on the device. Each program computes it from the experts' starts and
-# processes every P-th tile (P programs, one per multiprocessor), so nothing waits for the host.
-
 _FP8_ROWS = 128  # rows of a gate-and-up tile, which keeps two accumulators in registers
 
 
@@ -252,6 +241,15 @@ def experts_mlp(
     """x [T, D] (FP8 with x_scale if the weights are FP8) -> [T * slots, D]: weighted expert output per slot.
 
     order, starts: see `route.sort_by_expert`. Rows of slots without a local expert are not written.
+
+    Legend: R = T k slots, sorted by expert; E local experts; D hidden; I intermediate; BM x BN the tile size.
+
+    There are two products: silu(gate) * up of every slot's token, gathered on load; then down, whose rows are
+    weighted and written back to their slot. A final kernel sums a token's k slots in a fixed order, so that
+    the result does not depend on the order in which tiles finish.
+
+    The number of tiles is known only on the device. Each program computes it from the experts' starts and
+    processes every P-th tile (P programs, one per multiprocessor), so nothing waits for the host.
     """
     tokens, device = x.shape[0], x.device
     count, inner = gate_up.data.shape[0], gate_up.n // 2

@@ -94,14 +94,6 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-# CUDA graphs of decode steps: one launch for all kernels of a step's layers.
-#
-# A step of B sequences with one token each runs in the graph of the next larger bucket. Its inputs are
-# copied into the graph's own tensors. Rows beyond B repeat the first row, so that they write the same
-# values to the cache, and select no expert. A graph is captured on the first use of its bucket.
-#
-# Without CUDA nothing is captured: the same buckets and copies are used, then the layers run directly.
-
 # (hidden [T, D], batch, live [1] int32: how many of its rows are real) -> hidden [T, D]
 Layers = Callable[[Tensor, Batch, Tensor], Tensor]
 MOST_ROWS = 512
@@ -177,7 +169,14 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """One graph per bucket, block table width, and set of layers."""
+    """One graph per bucket, block table width, and set of layers.
+
+    A step of B sequences with one token each runs in the graph of the next larger bucket. Its inputs are
+    copied into the graph's own tensors. Rows beyond B repeat the first row, so that they write the same
+    values to the cache, and select no expert. A graph is captured on the first use of its bucket.
+
+    Without CUDA nothing is captured: the same buckets and copies are used, then the layers run directly.
+    """
 
     def __init__(self) -> None:
         self._captured: dict[tuple[int, int, Hashable], _Captured] = {}

@@ -34,14 +34,6 @@ from torch import Tensor
 from farthing.ops.gpu.launch import dot, narrow, widen
 from farthing.ops.weights import FP8_BLOCK, Weight
 
-# The product and epilogue of one tile for every storage format, shared by dense, grouped, sparse GEMMs.
-#
-# Legend: BM x BN the tile size; K input columns; BK columns per iteration. x rows are given individually,
-# so that a grouped product can gather its tokens on load.
-#
-# Accumulation is float32. FP8 follows DeepGEMM: the tensor cores sum 128 columns, then the partial sum is
-# scaled and added in a separate register, because the tensor cores' accumulator keeps only about 14 bits.
-
 DENSE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
@@ -61,6 +53,12 @@ def product(
     """x rows [BM] (element offsets, int64; x_scale of FP8: by row number) times w rows n [BN], transposed.
 
     live [BM]: rows that exist. For FP8 `rows` counts rows of K columns each.
+
+    Legend: BM x BN the tile size; K input columns; BK columns per iteration. x rows are given individually,
+    so that a grouped product can gather its tokens on load.
+
+    Accumulation is float32. FP8 follows DeepGEMM: the tensor cores sum 128 columns, then the partial sum is
+    scaled and added in a separate register, because the tensor cores' accumulator keeps only about 14 bits.
     """
     acc = tl.zeros((BM, BN), tl.float32)
     if FORMAT == FP8:

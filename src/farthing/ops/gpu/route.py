@@ -166,13 +166,6 @@ def sort_by_expert(ids: Tensor, experts: int, local: Tensor | None = None) -> tu
     return order, starts
 
 
-# The lightning indexer: one kernel scores the cached index keys, torch's radix select picks the top k.
-#
-# Legend: T tokens; H index heads, BH per product; d their size; BK keys per program. A program scores BK
-# keys for one token: a product [BH, d] x [d, BK], ReLU, and the weighted sum over heads, so that scores
-# per head stay in registers. With an 8-bit cache the scale of a key, which is positive, multiplies its
-# sum.
-
 _MOST_SCORES = 1 << 26  # scores in memory at once
 
 
@@ -206,7 +199,12 @@ def _index_scores(
 
 
 def index(q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
-    """`Ops.index` without device reads: returns None only if no block table can hold more keys."""
+    """`Ops.index` without device reads: returns None only if no block table can hold more keys.
+
+    Legend: T tokens; H index heads, BH per product; d their size; BK keys per program. A program scores BK
+    keys for one token: a product [BH, d] x [d, BK], ReLU, and the weighted sum over heads, so that scores per
+    head stay in registers. With an 8-bit cache the scale of a key, which is positive, multiplies its sum.
+    """
     s, cache, row, batch = indexer.spec, place.cache.index, place.row, place.batch
     assert cache is not None
     cos, sin = indexer.rope[:, batch.positions.long()].unbind(0)

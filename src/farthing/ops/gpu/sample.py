@@ -155,11 +155,6 @@ def _block(width: int) -> int:
     return min(_BLOCK, max(16, int(triton.next_power_of_2(width))))
 
 
-# RMSNorm, fused with the quantization of its output.
-#
-# Legend: T tokens; K columns. One program per token: the row is read once, kept in registers, written once.
-# FP8 groups of 128 columns as in DeepSeek-V3 section 3.3 (scale = max(amax, 1e-4) / 448).
-
 GROUP = 128
 
 
@@ -193,7 +188,11 @@ def _norm_quantize(
 
 
 def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x [T, K], norm float32 -> [T, K] in x's dtype."""
+    """x [T, K], norm float32 -> [T, K] in x's dtype.
+
+    Legend: T tokens; K columns. One program per token: the row is read once, kept in registers, written once.
+    FP8 groups of 128 columns as in DeepSeek-V3 section 3.3 (scale = max(amax, 1e-4) / 448).
+    """
     tokens, k = x.shape
     out = torch.empty(tokens, k, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(k)
@@ -223,11 +222,6 @@ def quantize(x: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
 def _warps(width: int) -> int:
     return min(16, max(1, width // 1024))
 
-
-# Softmax over rows, read once and written once.
-#
-# Legend: T rows; N columns. A row that fits in the registers of one program is kept there; a longer one (a
-# vocabulary) is read twice, computing maximum and sum in one pass (Milakov and Gimelshein 2018).
 
 MOST_HELD = 16384
 
@@ -262,7 +256,11 @@ def _softmax_long(x, out, stride, N, BLOCK: tl.constexpr):
 
 
 def softmax(x: Tensor, widest: int = MOST_HELD) -> Tensor:
-    """x [T, N] float32 -> [T, N]; rows longer than `held` are streamed."""
+    """x [T, N] float32 -> [T, N]; rows longer than `widest` are streamed.
+
+    Legend: T rows; N columns. A row that fits in the registers of one program is kept there; a longer one (a
+    vocabulary) is read twice, computing maximum and sum in one pass (Milakov and Gimelshein 2018).
+    """
     rows, n = x.shape
     out = torch.empty(rows, n, dtype=torch.float32, device=x.device)
     if not rows:
