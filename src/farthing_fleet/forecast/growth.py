@@ -15,7 +15,7 @@ Shapes: N = steps of the grid, B = runs side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,68 +23,36 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from farthing_fleet.forecast.base import Floats
 
-LEAD_S = 615.0  # the settings below are for this lead: a cold start of ten minutes
+LEAD_S = 615.0  # the windows below are for this lead: a cold start of ten minutes
 
 
-@dataclass(frozen=True)
-class GrowthConfig:
-    """Settings of the growth bound; times in seconds."""
-
-    quantile: float = 0.9
-    window_s: float = 86400.0  # history of growths
-    prior: float = 1.25  # growth assumed before any observation
-    reversion: float = 0.2  # weight of the recent mean in the point forecast
-    reversion_s: float = 3600.0  # window of that mean
-    trend: float = 0.2  # share of the cold start for which a steep slope continues
-    trend_s: float = 300.0  # window of the slope
-    trend_above: float = 0.25  # a slope is steep if it changes the load by this share in
-    trend_over_s: float = 600.0  # this time
-    fast_s: float = 60.0  # windows of the two means that smooth the load: the slow one, unless
-    slow_s: float = 180.0  # the fast one departs from it by more than `depart`
-    depart: float = 0.06
-    ceiling: float = 0.8  # the bound stays below this times the highest recent load; 0 disables it
-    ceiling_s: float = 172800.0  # window of the highest load
-    ceiling_after_s: float = 21600.0  # before this much history, the ceiling is
-    ceiling_early: float = 2.0  # this times the highest load
-    refresh_s: float = 600.0  # time between computations of the quantile
-    memory_least: float = 3.0  # leads for which a load that collapses is expected back, and once a load
-    memory_s: float = 1800.0  # came back after longer than that: this time,
-    memory_most: float = 24.0  # at most this many leads,
-    memory_seen_s: float = 21600.0  # until none has for this long
-    collapse: float = 0.3  # a collapse: the load is below this share of its highest in that time
-
-    def __post_init__(self) -> None:
-        _accept("quantile", self.quantile, 0.5 <= self.quantile < 1, "[0.5, 1)")
-        for name in ("reversion", "trend", "collapse"):
-            _accept(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "[0, 1]")
-        for name in (
-            "window_s",
-            "prior",
-            "reversion_s",
-            "trend_s",
-            "trend_over_s",
-            "fast_s",
-            "slow_s",
-            "ceiling_s",
-            "refresh_s",
-            "memory_s",
-            "memory_least",
-            "memory_most",
-            "memory_seen_s",
-            "ceiling_early",
-        ):
-            _accept(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
-
-    def paced(self, lead_s: float) -> GrowthConfig:
-        """The settings for a short lead: windows shrink with it, since load is watched more closely."""
-        share = min(1.0, lead_s / LEAD_S)
-        names = ("window_s", "reversion_s", "trend_s", "trend_over_s", "fast_s", "slow_s", "refresh_s")
-        return replace(self, **{name: getattr(self, name) * share for name in names})
+QUANTILE = 0.9  # of the growths within
+WINDOW_S = 86_400.0
+PRIOR = 1.25  # growth assumed before any observation
+REVERSION = 0.2  # weight of the recent mean in the point forecast
+REVERSION_S = 3_600.0  # window of that mean
+TREND = 0.2  # share of the cold start for which a steep slope continues
+TREND_S = 300.0  # window of the slope
+TREND_ABOVE = 0.25  # a slope is steep if it changes the load by this share in
+TREND_OVER_S = 600.0  # this time
+FAST_S = 60.0  # windows of the two means that smooth the load: the slow one, unless
+SLOW_S = 180.0  # the fast one departs from it by more than DEPART
+DEPART = 0.06
+CEILING = 0.8  # bounds stay below this times the highest recent load
+CEILING_S = 172_800.0  # window of the highest load
+CEILING_AFTER_S = 21_600.0  # before this much history, the ceiling is
+CEILING_EARLY = 2.0  # this times the highest load
+REFRESH_S = 600.0  # time between computations of the quantile
+MEMORY_LEAST = 3.0  # leads for which a load that collapses is expected back, and once a load
+MEMORY_S = 1_800.0  # came back after longer than that: this time,
+MEMORY_MOST = 24.0  # at most this many leads,
+MEMORY_SEEN_S = 21_600.0  # until none has for this long
+COLLAPSE = 0.3  # a collapse: the load is below this share of its highest in that time
 
 
-def _accept(name: str, value: float, good: bool, accepted: str) -> None:
-    if not good:
-        raise ValueError(f"GrowthConfig.{name}: got {value}; expected {accepted}")
+def pace_of(lead_s: float) -> float:
+    """The factor of windows for a short lead: they shrink with it, since load is watched more closely."""
+    return min(1.0, lead_s / LEAD_S)
 
 
 def trailing_mean(values: Floats, steps: int) -> Floats:
@@ -119,43 +87,39 @@ def trailing_slope(values: Floats, steps: int, step_s: float) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def steady_load(raw: Floats, step_s: float, config: GrowthConfig) -> Floats:
+def steady_load(raw: Floats, step_s: float, pace: float) -> Floats:
     """[N, B] the smoothed load: the slow mean, or the fast one where they differ much."""
-    fast = trailing_mean(raw, round(config.fast_s / step_s))
-    slow = trailing_mean(raw, round(config.slow_s / step_s))
-    return np.where(np.abs(fast - slow) > config.depart * slow, fast, slow)
+    fast = trailing_mean(raw, round(pace * FAST_S / step_s))
+    slow = trailing_mean(raw, round(pace * SLOW_S / step_s))
+    return np.where(np.abs(fast - slow) > DEPART * slow, fast, slow)
 
 
-def point_forecast(raw: Floats, load: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
+def point_forecast(raw: Floats, load: Floats, step_s: float, lead_s: float, pace: float) -> Floats:
     """[N, B] a model-free forecast: the last value, moved towards the recent mean and along a steep slope."""
-    mean = trailing_mean(load, round(config.reversion_s / step_s))
-    point = (1 - config.reversion) * load + config.reversion * mean
-    slope = trailing_slope(raw, round(config.trend_s / step_s), step_s)
-    steep = np.abs(slope) * config.trend_over_s > config.trend_above * load
-    moved = point + np.where(steep, config.trend * slope * lead_s, 0.0)
+    mean = trailing_mean(load, round(pace * REVERSION_S / step_s))
+    point = (1 - REVERSION) * load + REVERSION * mean
+    slope = trailing_slope(raw, round(pace * TREND_S / step_s), step_s)
+    steep = np.abs(slope) * pace * TREND_OVER_S > TREND_ABOVE * load
+    moved = point + np.where(steep, TREND * slope * lead_s, 0.0)
     return np.maximum(moved, 0.5 * load)
 
 
-def growth_bound(load: Floats, point: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
+def growth_bound(load: Floats, point: Floats, step_s: float, lead_s: float, pace: float) -> Floats:
     """[N, B] upper bound on the peak of the load within `lead_s`, from what is known at each step.
 
     `load` [N, B] is observed, `point` [N, B] the forecast made at each step. Nothing of a later step enters.
     """
     lead = max(1, round(lead_s / step_s))
-    growth = np.full(load.shape, config.prior)
+    growth = np.full(load.shape, PRIOR)
     if lead < len(load):
         peaks = trailing_max(load, lead)
         growth[lead:] = peaks[lead:] / np.maximum(point[:-lead], 1e-9)
-    bound = point * running_quantile(
-        growth, step_s, config.quantile, config.window_s, config.prior, config.refresh_s
-    )
-    if config.ceiling > 0:
-        bound = np.minimum(bound, ceiling(load, step_s, config))
+    bound = point * running_quantile(growth, step_s, QUANTILE, pace * WINDOW_S, PRIOR, pace * REFRESH_S)
     return np.asarray(np.maximum(bound, load), dtype=np.float64)
 
 
 def running_quantile(
-    seen: Floats, step_s: float, quantile: float, window_s: float, prior: float, refresh_s: float = 600.0
+    seen: Floats, step_s: float, quantile: float, window_s: float, prior: float, refresh_s: float
 ) -> Floats:
     """[N, B] quantile of `seen` over the trailing window, refreshed every `refresh_s`.
 
@@ -176,33 +140,33 @@ def running_quantile(
     return np.repeat(out, every * stride, axis=0)[: len(seen)]
 
 
-def ceiling(load: Floats, step_s: float, config: GrowthConfig) -> Floats:
+def ceiling(load: Floats, step_s: float) -> Floats:
     """[N, B] a share of the highest five-minute mean remembered; a multiple of the highest load until enough
     has been seen.
     """
     smooth = trailing_mean(load, max(1, round(300 / step_s)))
-    highest = trailing_max(smooth, round(config.ceiling_s / step_s)) * config.ceiling
-    early = min(len(load), round(config.ceiling_after_s / step_s))
-    highest[:early] = config.ceiling_early * trailing_max(load[:early], early)
+    highest = trailing_max(smooth, round(CEILING_S / step_s)) * CEILING
+    early = min(len(load), round(CEILING_AFTER_S / step_s))
+    highest[:early] = CEILING_EARLY * trailing_max(load[:early], early)
     return highest
 
 
-def returning(load: Floats, step_s: float, lead_s: float, config: GrowthConfig) -> Floats:
+def returning(load: Floats, step_s: float, lead_s: float) -> Floats:
     """[N, B] the load before a collapse, while it is remembered; 0 without a collapse.
 
     Forecasts are relative to the current load, so after a gap in the traffic they are near zero. The memory
     is long only where loads are known to return late: elsewhere it costs replicas and gains nothing.
     """
-    least = round(config.memory_least * max(1, round(lead_s / step_s)))
-    most = max(least, round(min(config.memory_s, config.memory_most * lead_s) / step_s))
+    least = round(MEMORY_LEAST * max(1, round(lead_s / step_s)))
+    most = max(least, round(min(MEMORY_S, MEMORY_MOST * lead_s) / step_s))
     highest, longest = trailing_max(load, least), trailing_max(load, most)
     returned = np.zeros_like(load)  # 1 where a load is back that only the long memory remembers
     before = load[:-1]
-    forgotten = (before < config.collapse * longest[:-1]) & (before >= config.collapse * highest[:-1])
-    returned[1:] = forgotten & (load[1:] >= config.collapse * longest[:-1])
-    seen = trailing_max(returned, round(config.memory_seen_s / step_s)) > 0
+    forgotten = (before < COLLAPSE * longest[:-1]) & (before >= COLLAPSE * highest[:-1])
+    returned[1:] = forgotten & (load[1:] >= COLLAPSE * longest[:-1])
+    seen = trailing_max(returned, round(MEMORY_SEEN_S / step_s)) > 0
     highest = np.where(seen, longest, highest)
-    return np.where(load < config.collapse * highest, highest, 0.0)
+    return np.where(load < COLLAPSE * highest, highest, 0.0)
 
 
 MEANS = (0.2, 0.5, 1, 2, 3, 4.5, 6, 9, 12, 18, 24, 36, 72, 144)  # windows of trailing means, in leads
@@ -231,7 +195,7 @@ class History:
     step_s: float
     lead_s: float
     start: int = 0  # steps before the first row
-    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    pace: float = 1.0  # see `pace_of`
 
     def __len__(self) -> int:
         return len(self.load)
@@ -244,7 +208,7 @@ class History:
     @cached_property
     def level(self) -> Floats:
         """[n, B] the smoothed load; `TINY` without traffic, never zero."""
-        return np.maximum(steady_load(self.load, self.step_s, self.growth), TINY)
+        return np.maximum(steady_load(self.load, self.step_s, self.pace), TINY)
 
     @cached_property
     def target(self) -> Floats:

@@ -6,7 +6,7 @@ at once. Neither uses data after an origin. Shapes: see `history`; o = origins.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +15,9 @@ import numpy as np
 from farthing_fleet.forecast.base import DAY_S, AbsoluteAR, Floats, Forecaster, LastValue, Seasonal, Series
 from farthing_fleet.forecast.day import DayForecaster, ProphetConfig
 from farthing_fleet.forecast.growth import (
-    GrowthConfig,
+    PRIOR,
+    REFRESH_S,
+    WINDOW_S,
     History,
     growth_bound,
     point_forecast,
@@ -63,14 +65,14 @@ class LastValueMember:
 
     name = "last-value"
 
-    def __init__(self, config: GrowthConfig | None = None) -> None:
-        self.config = config or GrowthConfig()
+    def __init__(self, pace: float = 1.0) -> None:
+        self.pace = pace
 
     def fit(self, history: History) -> None:
         """No-op."""
 
     def quantiles(self, history: History, first: int) -> Floats:
-        prior, window_s, refresh_s = np.log(self.config.prior), self.config.window_s, self.config.refresh_s
+        prior, window_s, refresh_s = np.log(PRIOR), self.pace * WINDOW_S, self.pace * REFRESH_S
         seen = np.full((history.lead, history.load.shape[1]), prior)
         past = np.concatenate([seen, history.target]) if len(history) > history.lead else seen
         past = past[: len(history)]
@@ -83,16 +85,16 @@ class Growth:
 
     name = "growth"
 
-    def __init__(self, config: GrowthConfig | None = None) -> None:
-        self.config = replace(config or GrowthConfig(), ceiling=0.0)
+    def __init__(self, pace: float = 1.0) -> None:
+        self.pace = pace
 
     def fit(self, history: History) -> None:
         """No-op."""
 
     def quantiles(self, history: History, first: int) -> Floats:
-        step_s, lead_s, config = history.step_s, history.lead_s, self.config
-        point = point_forecast(history.load, history.level, step_s, lead_s, config)
-        bound = growth_bound(history.level, point, step_s, lead_s, config)
+        step_s, lead_s = history.step_s, history.lead_s
+        point = point_forecast(history.load, history.level, step_s, lead_s, self.pace)
+        bound = growth_bound(history.level, point, step_s, lead_s, self.pace)
         logs = np.log(np.stack([point, np.maximum(point, bound)], axis=-1) / history.level[..., None])
         return np.asarray(logs[first:], dtype=np.float64)
 

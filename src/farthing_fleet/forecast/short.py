@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from farthing_fleet.forecast.base import DAY_S, Floats, Forecast
-from farthing_fleet.forecast.growth import TINY, GrowthConfig, History, ceiling, memory, returning
+from farthing_fleet.forecast.growth import TINY, History, ceiling, memory, pace_of, returning
 from farthing_fleet.forecast.members import (
     PRETRAINED,
     Blocks,
@@ -178,7 +178,6 @@ class ShortConfig:
     retrain_s: float = 12 * 3600.0
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    growth: GrowthConfig = field(default_factory=GrowthConfig)
     pretrained: Path = PRETRAINED
 
     def __post_init__(self) -> None:
@@ -198,9 +197,9 @@ class ShortConfig:
         return GRID_S if self.lead_s >= GRID_S else max(1.0, self.lead_s / 6)
 
     @property
-    def pace(self) -> GrowthConfig:
-        """The growth settings for this lead."""
-        return self.growth if self.lead_s >= GRID_S else self.growth.paced(self.lead_s)
+    def pace(self) -> float:
+        """The factor of the windows of growth for this lead."""
+        return 1.0 if self.lead_s >= GRID_S else pace_of(self.lead_s)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -290,11 +289,10 @@ def capped(bound: Floats, history: History) -> Floats:
     Records are rare, and the target utilization leaves headroom for one. The forecast itself, whose coverage
     is measured, is not changed.
     """
-    level, step_s, config = history.level, history.step_s, history.growth
-    if config.ceiling > 0:
-        highest = ceiling(level, step_s, config)[-len(bound) :]
-        bound = np.minimum(bound, np.maximum(highest, level[-len(bound) :]))
-    back = returning(level, step_s, history.lead_s, config)[-len(bound) :]
+    level, step_s = history.level, history.step_s
+    highest = ceiling(level, step_s)[-len(bound) :]
+    bound = np.minimum(bound, np.maximum(highest, level[-len(bound) :]))
+    back = returning(level, step_s, history.lead_s)[-len(bound) :]
     return np.asarray(np.maximum(bound, back), dtype=np.float64)
 
 

@@ -160,7 +160,7 @@ def short_track(raw: Floats, tick_s: float, lead_s: float, config: ShortConfig) 
             bound, weights = kept["bound"], kept["weights"]
             names = [str(name) for name in kept["names"]]
     else:
-        history = History(steps, every * tick_s, lead_s, growth=config.pace)
+        history = History(steps, every * tick_s, lead_s, pace=config.pace)
         made, names = walk(history, config)
         bound, weights = capped(made.p90, history).astype(np.float32), made.weights.mean(axis=(0, 2))
         _keep(path, bound, weights, names)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from farthing_fleet.forecast import growth
 from farthing_fleet.forecast.base import AbsoluteAR, LastValue, Seasonal, Series
-from farthing_fleet.forecast.growth import GrowthConfig, growth_bound, returning, trailing_max, trailing_mean
+from farthing_fleet.forecast.growth import growth_bound, returning, trailing_max, trailing_mean
 from farthing_fleet.forecast.members import make
 from farthing_fleet.forecast.short import ShortTerm
 from farthing_lab.cli.forecast import app
@@ -106,26 +107,28 @@ def test_trailing_windows_match_their_definition() -> None:
 @pytest.mark.parametrize(
     ("step_s", "lead_s", "steps"), [(60, 600, 30), (60, 60, 24), (60, 75, 30), (60, 1200, 60), (1, 2, 48)]
 )
-def test_load_before_a_collapse_is_remembered(step_s: float, lead_s: float, steps: int) -> None:
+def test_load_before_a_collapse_is_remembered(
+    step_s: float, lead_s: float, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For 3 leads; once a load has returned later than that, for half an hour, at most 24 leads."""
     short = 3 * max(1, round(lead_s / step_s))
     alone = np.concatenate([np.full(60, 10.0), np.zeros(80), np.full(20, 9.0)])[:, None]
-    back = returning(alone, step_s, lead_s, GrowthConfig())[:, 0]
+    back = returning(alone, step_s, lead_s)[:, 0]
     assert not back[:60].any() and not back[140:].any()
     assert (back[60 : 59 + short] == 10.0).all() and not back[59 + short : 140].any()
     twice = np.concatenate([np.full(60, 10.0), np.zeros(20), np.full(60, 10.0), np.zeros(80)])[:, None]
-    back = returning(twice, step_s, lead_s, GrowthConfig())[:, 0]
+    back = returning(twice, step_s, lead_s)[:, 0]
     assert (back[140 : 139 + steps] == 10.0).all() and not back[139 + steps :].any()
-    back = returning(twice, step_s, lead_s, GrowthConfig(memory_seen_s=30.0 * step_s))[:, 0]
+    monkeypatch.setattr(growth, "MEMORY_SEEN_S", 30.0 * step_s)
+    back = returning(twice, step_s, lead_s)[:, 0]
     assert (back[140 : 139 + short] == 10.0).all() and not back[139 + short :].any()
     dip = np.where(np.arange(120) < 60, 10.0, 4.0)[:, None]
-    assert not returning(dip, step_s, lead_s, GrowthConfig()).any()
+    assert not returning(dip, step_s, lead_s).any()
 
 
 def test_growth_bound_has_its_nominal_coverage() -> None:
     load = np.exp(np.cumsum(np.random.default_rng(0).normal(0, 0.02, 5000)))[:, None]
-    config = GrowthConfig(ceiling=0, refresh_s=60.0)
-    bound = growth_bound(load, load, 60.0, 600.0, config)
+    bound = growth_bound(load, load, 60.0, 600.0, pace=1.0)
     peaks = trailing_max(load, 10)[10:]
     assert 0.86 <= (peaks[2000:] <= bound[:-10][2000:]).mean() <= 0.94
     assert (bound >= load).all()
