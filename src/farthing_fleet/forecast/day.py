@@ -20,6 +20,9 @@ import numpy as np
 from farthing_fleet.forecast.base import DAY_S, Floats, Series
 from farthing_fleet.forecast.profile import AHEAD_DAYS, Event, ProfileAR, ProfileConfig
 
+HISTORY_S = 42 * DAY_S  # Prophet ignores older values
+DAILY_ORDER, WEEKLY_ORDER = 20, 60  # of its seasonal Fourier series
+
 
 @dataclass(frozen=True)
 class ProphetConfig:
@@ -34,10 +37,7 @@ class ProphetConfig:
     changepoint_prior_scale: float = 0.05  # of a linear trend
     seasonality_prior_scale: float = 10.0
     multiplicative: bool = True
-    daily_order: int = 20
-    weekly_order: int = 60
     log: bool = False  # forecast log(1 + value): for multiplicative noise
-    history_s: float = 42 * DAY_S  # older values are ignored
 
 
 class ProphetForecaster:
@@ -59,7 +59,7 @@ class ProphetForecaster:
             import pandas
             from prophet import Prophet
 
-            recent = series.tail(max(2, round(self.config.history_s / series.step_s)))
+            recent = series.tail(max(2, round(HISTORY_S / series.step_s)))
             weeks = len(recent) * recent.step_s / (7 * DAY_S)
             model = Prophet(
                 growth=self.config.growth if weeks >= 3 else "flat",
@@ -70,8 +70,8 @@ class ProphetForecaster:
                 interval_width=0.8,  # its upper edge is the 0.9 quantile
                 uncertainty_samples=200,
                 yearly_seasonality=False,
-                weekly_seasonality=self.config.weekly_order if weeks >= 2 else False,
-                daily_seasonality=self.config.daily_order,
+                weekly_seasonality=WEEKLY_ORDER if weeks >= 2 else False,
+                daily_seasonality=DAILY_ORDER,
             )
             if self.config.country:
                 model.add_country_holidays(country_name=self.config.country)

@@ -23,6 +23,7 @@ from farthing_fleet.forecast.base import Floats
 from farthing_fleet.forecast.growth import FEATURES, History
 from farthing_fleet.forecast.members import PRETRAINED, QUANTILES, LSTMConfig, Regression
 
+HISTORY_S = 7 * 86_400.0  # fine-tuning ignores older values
 _NETWORK = "network"  # prefix of the tensors of network i: "network.i."
 
 
@@ -58,7 +59,7 @@ class LSTM:
     def fit(self, history: History) -> None:
         """Fine-tune the packaged networks on the first run of `history`."""
         config = self.config
-        recent = history.tail(round(config.history_s / history.step_s))
+        recent = history.tail(round(HISTORY_S / history.step_s))
         if not self.tune or len(recent) < config.least_leads * history.lead:
             return
         data = examples([recent], config.thin)

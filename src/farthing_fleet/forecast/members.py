@@ -50,7 +50,6 @@ class LSTMConfig:
     epochs: int = 4
     batch: int = 256
     learning_rate: float = 1e-3
-    history_s: float = 7 * 86400.0  # older values are ignored
     least_leads: int = 72  # with less history the packaged networks are not changed
     thin: int = 2  # train on every `thin`-th origin
 

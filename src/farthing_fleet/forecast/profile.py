@@ -127,6 +127,9 @@ AHEAD_DAYS = 9  # maximum forecast beyond the fitted series
 Steps = NDArray[np.int64]
 
 
+HOLIDAY_PENALTY = 10.0  # weaker than `penalty`, since holidays are few
+
+
 @dataclass(frozen=True)
 class ProfileConfig:
     """History length of the profile and strength of the regression."""
@@ -135,7 +138,6 @@ class ProfileConfig:
     recent: int = 2  # number of last departures used as features
     neighbors: int = 0  # steps on either side of a seasonal lag used as features
     penalty: float = 300.0
-    holiday_penalty: float = 10.0  # weaker, since holidays are few
     country: str | None = None  # of the public holidays
     events: tuple[Event, ...] = ()
 
@@ -236,7 +238,7 @@ class ProfileAR:
         plain = rows.shape[1] - series.special.shape[1]
         spread = np.ones(rows.shape[1])
         spread[:plain] = rows[:, :plain].std(axis=0) + 1e-9
-        penalty = np.full(rows.shape[1], config.holiday_penalty)
+        penalty = np.full(rows.shape[1], HOLIDAY_PENALTY)
         penalty[:plain] = config.penalty
         scaled = rows / spread
         gram = (scaled * weight).T @ scaled + np.diag(penalty)

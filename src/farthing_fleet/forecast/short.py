@@ -31,28 +31,13 @@ from farthing_fleet.forecast.members import (
 
 _HIGHEST = 4.0  # logarithm
 
-
-@dataclass(frozen=True)
-class MixtureConfig:
-    """Speed of weights and offsets; times in leads (one cold start plus one interval)."""
-
-    quantile: float = 0.9
-    rate: float = 4.0  # weight = exp(-rate · (loss - best loss) / mean difference of the losses)
-    half_life: float = 72.0  # of losses
-    prior: float = 3.0  # initial leads of equal loss for every member
-    gain: float = 0.3  # of the offsets: share of the outcomes' spread per lead
-    least: float = 0.1  # outcomes after a load below this times the mean load are not learned
-
-    def __post_init__(self) -> None:
-        if not 0.5 < self.quantile < 1:
-            raise ValueError(f"MixtureConfig.quantile: got {self.quantile}; expected a number in (0.5, 1)")
-        if not 0 <= self.least < 1:
-            raise ValueError(f"MixtureConfig.least: got {self.least}; expected a number in [0, 1)")
-        for name in ("rate", "half_life", "prior", "gain"):
-            if not getattr(self, name) > 0:
-                raise ValueError(
-                    f"MixtureConfig.{name}: got {getattr(self, name)}; expected a number above 0"
-                )
+# The speed of the mixture's weights and offsets; times in leads (one cold start plus one interval).
+QUANTILE = 0.9
+RATE = 4.0  # weight = exp(-rate · (loss - best loss) / mean difference of the losses)
+HALF_LIFE = 72.0  # of losses
+PRIOR = 3.0  # initial leads of equal loss for every member
+GAIN = 0.3  # of the offsets: share of the outcomes' spread per lead
+LEAST = 0.1  # outcomes after a load below this times the mean load are not learned
 
 
 @dataclass(frozen=True)
@@ -110,20 +95,17 @@ class Mixture:
     Shapes: M = members, B = runs side by side.
     """
 
-    def __init__(
-        self, members: int, runs: int = 1, lead: int = 10, config: MixtureConfig | None = None
-    ) -> None:
-        self.config = config or MixtureConfig()
+    def __init__(self, members: int, runs: int = 1, lead: int = 10) -> None:
         self._offset = np.zeros((members, runs))
         self._final = np.zeros(runs)
         self._spread = np.full(runs, 0.05)
-        self._upper = _Scores(members, runs, self.config.rate)
-        self._middle = _Scores(members, runs, self.config.rate)
+        self._upper = _Scores(members, runs, RATE)
+        self._middle = _Scores(members, runs, RATE)
         self._level = np.zeros(runs)  # mean load
         self._outcomes = 0
-        self._seen = np.full(runs, self.config.prior * lead)  # learned outcomes
-        self._decay = 0.5 ** (1 / (self.config.half_life * lead))
-        self._gain = self.config.gain / lead
+        self._seen = np.full(runs, PRIOR * lead)  # learned outcomes
+        self._decay = 0.5 ** (1 / (HALF_LIFE * lead))
+        self._gain = GAIN / lead
         self._open: deque[_Forecast] = deque()
 
     def weights(self) -> Floats:
@@ -139,10 +121,10 @@ class Mixture:
 
     def learn(self, y: Floats) -> None:
         """Update from the outcome [B] of the oldest open origin."""
-        forecast, q = self._open.popleft(), self.config.quantile
+        forecast, q = self._open.popleft(), QUANTILE
         self._outcomes += 1
         self._level += max(1 - self._decay, 1 / self._outcomes) * (forecast.level - self._level)
-        live = forecast.level >= self.config.least * self._level
+        live = forecast.level >= LEAST * self._level
         self._seen += live
         share = live * np.maximum(1 - self._decay, 1 / self._seen)
         miss = _load(y, forecast) - _load(forecast.raw + forecast.offset, forecast)
@@ -177,7 +159,6 @@ class ShortConfig:
     lead_s: float = 615.0  # one cold start + one interval
     retrain_s: float = 12 * 3600.0
     lstm: LSTMConfig = field(default_factory=LSTMConfig)
-    mixture: MixtureConfig = field(default_factory=MixtureConfig)
     pretrained: Path = PRETRAINED
 
     def __post_init__(self) -> None:
@@ -244,9 +225,9 @@ class Advanced:
 class ShortLevel:
     """Members and their mixture over `runs` parallel runs."""
 
-    def __init__(self, members: Sequence[Member], runs: int, lead: int, config: MixtureConfig) -> None:
+    def __init__(self, members: Sequence[Member], runs: int, lead: int) -> None:
         self.members = list(members)
-        self._mixture = Mixture(len(self.members), runs, lead, config)
+        self._mixture = Mixture(len(self.members), runs, lead)
         self._open = 0  # origins without a known outcome
 
     @property
@@ -307,7 +288,7 @@ def walk(history: History, config: ShortConfig) -> tuple[Advanced, list[str]]:
     It retrains every `retrain_s` on the first run, using only data known at that time.
     """
     runs = history.load.shape[1]
-    level = ShortLevel(make_members(config), runs, history.lead, config.mixture)
+    level = ShortLevel(make_members(config), runs, history.lead)
     every = max(1, round(config.retrain_s / history.step_s))
     parts = []
     for begin in range(0, len(history), every):
@@ -331,7 +312,7 @@ class ShortTerm:
         own = list(members) if members is not None else make_members(self.config)
         self._grid = self.config.grid_s
         lead = max(1, round(self.config.lead_s / self._grid))
-        self.level = ShortLevel(own, 1, lead, self.config.mixture)
+        self.level = ShortLevel(own, 1, lead)
         self._steps: deque[float] = deque(maxlen=KEPT)
         self._start: float | None = None  # of the current step
         self._filling: list[float] = []

@@ -61,6 +61,9 @@ def oracle_hours(load: Floats, dt: float, capacity: float, utilization: float, l
 
 JUDGED_S = 300.0  # interval of judged peaks
 MOST_DAYS = 7  # between fits
+HISTORY_S = 7 * DAY_S  # no plan before this: the load replaces it
+MOST_FITS = 40  # a long trace is refitted only every few days
+JUDGED_WINDOW_S = 7 * DAY_S  # of the running skill and of the floor's share
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,6 @@ class PlanConfig:
     """Settings of the day plan and of its judgement."""
 
     enabled: bool = True
-    history_s: float = 7 * DAY_S  # no plan before this: the load replaces it
-    max_fits: int = 40  # a long trace is refitted only every few days
-    judged_s: float = 7 * DAY_S  # window of the running skill and of the floor's share
     utilization: float = 0.7  # target utilization of the replicas
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
@@ -99,7 +99,7 @@ def _shares(
 ) -> Floats:
     """[T] the floor's share of the plan, chosen every day from previous days."""
     lead, every = max(1, round(lead_s / tick_s)), max(1, round(JUDGED_S / tick_s))
-    day, window = round(DAY_S / tick_s), round(config.judged_s / tick_s)
+    day, window = round(DAY_S / tick_s), round(JUDGED_WINDOW_S / tick_s)
     peaks = trailing_max(load[:, None], lead)[:, 0]
     out = np.ones(len(load))
     for begin in range(0, len(load), day):
@@ -112,11 +112,11 @@ def _shares(
 
 def _plans(series: Series, config: PlanConfig) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
     """([steps] planned values, [steps] whether there is a plan with skill)."""
-    first, day = round(config.history_s / series.step_s), series.per_day
+    first, day = round(HISTORY_S / series.step_s), series.per_day
     value, naive = series.values.copy(), series.values.copy()
     good = np.zeros(len(series), dtype=np.bool_)
-    window = round(config.judged_s / series.step_s)
-    every = min(MOST_DAYS, max(1, -(-round((len(series) - first) / day) // config.max_fits)))
+    window = round(JUDGED_WINDOW_S / series.step_s)
+    every = min(MOST_DAYS, max(1, -(-round((len(series) - first) / day) // MOST_FITS)))
     forecaster = DayForecaster(config.prophet)
     for count, begin in enumerate(range(first, len(series) - 1, day)):
         end = min(len(series), begin + day)

@@ -16,7 +16,6 @@ from farthing_fleet.forecast.short import (
     MIXTURE,
     SHORT_MODELS,
     Mixture,
-    MixtureConfig,
     ShortConfig,
     ShortLevel,
     ShortTerm,
@@ -82,7 +81,7 @@ def test_zero_load_is_finite() -> None:
 
 def test_mixture_keeps_coverage_and_follows_the_best_member() -> None:
     random = np.random.default_rng(0)
-    mixture, covered, lead = Mixture(2, 1, 5, MixtureConfig()), [], 5
+    mixture, covered, lead = Mixture(2, 1, 5), [], 5
     truths = random.normal(0, 0.1, 8000)
     for step, truth in enumerate(truths):
         if step >= lead:
@@ -207,8 +206,8 @@ def test_bound_is_a_multiple_of_the_highest_load_from_the_first_minute(model: st
 def test_level_accepts_any_load_and_learns_in_order() -> None:
     history = History(walks(300, 3), 60.0, 600.0)
     config = ShortConfig(members=("growth", "last-value"))
-    pieces = ShortLevel(make_members(config), 3, history.lead, config.mixture)
-    at_once = ShortLevel(make_members(config), 3, history.lead, config.mixture)
+    pieces = ShortLevel(make_members(config), 3, history.lead)
+    at_once = ShortLevel(make_members(config), 3, history.lead)
     parts = [pieces.advance(history.head(end), begin) for begin, end in ((0, 100), (100, 101), (101, 300))]
     assert np.allclose(np.concatenate([p.p90 for p in parts]), at_once.advance(history, 0).p90)
 
