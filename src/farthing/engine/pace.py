@@ -68,18 +68,17 @@ class Room:
         return count
 
 
-# Bounds how long one client's prompts delay the decoding of others.
-#
-# A step that mixes one client's prompt with another's decoding lasts longer than decoding alone would
-# have. The prompt's client owes that extra time, and its prompts pause until steps without them have
-# lasted as long. An answer is thus delayed by at most as long as it takes itself, plus one step, however
-# many prompts another client sends. Between requests of one client nothing is owed.
-
 _MOST = 0.95  # of a step: the extra time, where the speed of decoding alone is overestimated
 
 
 class Interference:
-    """Seconds by which each client has delayed others and not yet made good."""
+    """Seconds by which each client has delayed others and not yet made good.
+
+    A step that mixes one client's prompt with another's decoding lasts longer than decoding alone would have.
+    The prompt's client owes that extra time, and its prompts pause until steps without them have lasted as
+    long. An answer is thus delayed by at most as long as it takes itself, plus one step, however many prompts
+    another client sends. Between requests of one client nothing is owed.
+    """
 
     def __init__(self) -> None:
         self._owed: dict[str, float] = {}
@@ -113,17 +112,6 @@ class Interference:
                 self._owed[client] = self._owed.get(client, 0.0) + extra * tokens / total
 
 
-# Limits the time that steps spend on prompts, so that decoding requests are not delayed too long.
-#
-# A step that mixes prompts with decoding delays every decoding request by its whole duration. Its
-# duration is close to that of a decode-only step plus a cost per prompt token, and both are measured as
-# the engine runs. The cost drifts (attention gets slower as a prompt's context grows), so recent steps
-# count most.
-#
-# A machine on which only few tokens fit into a step computes them inefficiently: each expert gets few
-# rows, and every step reads all weights. There, a larger part of a prompt is taken through the layers a
-# few at a time, as many per step as fit beside decoding.
-
 SCORING = 0.05  # seconds of a step for the logits of prompt tokens
 SMALLEST_SCORED = 32  # prompt tokens with logits that every step may compute
 _FIRST_SCORED = 128  # the same before any speed is known
@@ -138,7 +126,16 @@ _EFFICIENT = 256  # prompt tokens of a mixed step from which layers are not divi
 
 
 class Pace(Limits):
-    """Measures steps and bounds the prompt tokens of the next one."""
+    """Measures steps and bounds the prompt tokens of the next one.
+
+    A step that mixes prompts with decoding delays every decoding request by its whole duration. Its duration
+    is close to that of a decode-only step plus a cost per prompt token, and both are measured as the engine
+    runs. The cost drifts (attention gets slower as a prompt's context grows), so recent steps count most.
+
+    A machine on which only few tokens fit into a step computes them inefficiently: each expert gets few rows,
+    and every step reads all weights. There, a larger part of a prompt is taken through the layers a few at a
+    time, as many per step as fit beside decoding.
+    """
 
     def __init__(self, limit: float, layers: int = 0) -> None:
         """limit: target duration of a mixed step in seconds; 0: no limit. layers: of a model that can

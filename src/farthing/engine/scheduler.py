@@ -508,13 +508,12 @@ class Scheduler(Generic[S]):
         return -(-tokens // self.block_size)
 
 
-# Rows and blocks are shared equally, too: a client above its share gives way to one below.
-
-
 def by_claim(running: Seq[S], num_clients: int) -> list[S]:
     """Running sequences, the one to be preempted first at the end.
 
     That is the least urgent one of the client that holds most blocks.
+
+    Rows and blocks are shared equally, too: a client above its share gives way to one below.
     """
     if num_clients < 2:
         return list(running)
