@@ -209,6 +209,19 @@ def test_millions_of_keys_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
     assert bucket.room("worst") < 0
 
 
+def test_what_clients_still_have_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_ABSENT", 16)
+    held = Shares(limit=3)
+    names = [f"key {number}" for number in range(200)]
+    for name in names:
+        held.charge(name, 2)
+    assert all(held.room(name) == 1 for name in names)
+    for name in names:
+        held.charge(name, -2)
+    held.charge("another", 1)
+    assert all(held.room(name) == 3 for name in names)
+
+
 def test_clients_without_debt_are_forgotten() -> None:
     clock = Clock()
     bucket = Shares(limit=1.0, refill=1.0, clock=clock)
