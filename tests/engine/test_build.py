@@ -12,7 +12,8 @@ import torch
 from farthing.config import EngineConfig
 from farthing.engine.build import _Prompt, adopt, hand_over, load_engine
 from farthing.engine.scheduler import Scheduler
-from farthing.ops.api import LatentCache
+from farthing.engine.sequence import Sequence
+from farthing.ops.api import LatentCache, StateCache
 
 SIZE, COUNT = 2, 8
 PROMPT = _Prompt(1, [3, 1, 4, 1, 5, 9, 2], "", 0)  # three full blocks
@@ -112,3 +113,48 @@ def test_int4_warns_about_its_cost_and_names_an_alternative(caplog: pytest.LogCa
     assert "perplexity rises by 0.7 % (95 %: 0.5 to 0.8), on a GPU by 1.0 %" in record.getMessage()
     assert "farthing compress" in record.getMessage() and "--recipe int4-gptq" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def kinds_pair() -> tuple[Any, Any]:
+    """The same with a window of three tokens and states."""
+    blocks, slots = 24, 4
+    cache = LatentCache(torch.zeros(1, 2 * COUNT, SIZE, 4), None)
+    cache.windows[3] = LatentCache(torch.zeros(1, 2 * blocks, SIZE, 4), None)
+    cache.state = StateCache(torch.zeros(1, 2 * slots, 1), torch.zeros(1, 2 * slots, 1))
+    return tuple(
+        SimpleNamespace(
+            scheduler=Scheduler(
+                COUNT, SIZE, 1, 4, blocks=range(half * COUNT, (half + 1) * COUNT),
+                windows={3: range(half * blocks, (half + 1) * blocks)},
+                slots=range(half * slots, (half + 1) * slots), every=4,
+            ),
+            runner=SimpleNamespace(cache=cache),
+        )
+        for half in (0, 1)
+    )  # type: ignore[return-value]  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_every_kind_keeps_is_handed_over(shared: bool) -> None:
+    here, there = kinds_pair()
+    seq = Sequence(0, list(PROMPT.tokens), len(PROMPT.tokens), len(PROMPT.tokens) + 1)
+    there.scheduler.add(seq)
+    while not seq.num_output:
+        for item in there.scheduler.schedule():
+            there.scheduler.commit(item, [9] if item.sample else [])
+        there.scheduler.copy_states(lambda pairs: None)
+    there.scheduler.finish(seq)
+    taken = hand_over(there, PROMPT)
+    assert {kind for kind, *_ in taken.blocks} == {0, 1, 2}
+    if shared:
+        for kind, _, block, _ in taken.blocks:
+            there.scheduler.pools[kind].share([block])
+        taken = hand_over(there, PROMPT)
+    settle(there, adopt(here, PROMPT, taken))
+    again = Sequence(1, list(PROMPT.tokens), len(PROMPT.tokens), len(PROMPT.tokens) + 1)
+    here.scheduler.add(again)
+    (item,) = here.scheduler.schedule()
+    assert item.start == 6 and again.num_cached == 6
+    here.scheduler.check()
+    if not shared:
+        there.scheduler.check()
