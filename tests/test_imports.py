@@ -56,9 +56,6 @@ WIDE: dict[str, int] = {
     "farthing.engine.engine": 17,
     "farthing.model.types": 18,
     "farthing.ops.gpu.backend": 13,
-    "farthing.server.app": 21,
-    "farthing.server.service": 15,
-    "farthing.server.turn": 15,
 }  # that put the others together
 ENTRY_POINTS = {"farthing.__main__"}
 

@@ -53,6 +53,7 @@ class Shares:
         self.limit, self._refill, self._ahead, self._clock = limit, refill, ahead, clock
         self._accounts: dict[str, _Account] = {}
         self._present: dict[str, _Account] = {}  # those with work
+        self.present: KeysView[str] = self._present.keys()  # their names, always the current ones
         self._level = 0.0  # of the least served client, at the last time when none had work
         self._turns = 0
         self._most = 0  # accounts, before some are forgotten
@@ -101,11 +102,6 @@ class Shares:
         account = self._present.get(client)
         return account.work if account is not None else 0
 
-    @property
-    def present(self) -> KeysView[str]:
-        """The clients that have work."""
-        return self._present.keys()
-
     # What a client may have
 
     def used(self, client: str) -> float:
@@ -134,7 +130,7 @@ class Shares:
             if len(self._accounts) >= self._most:
                 self._forget()
             account = self._accounts[client] = _Account(self._clock(), self._start())
-        return self._refilled(account)
+        return self._refilled(account) if self._refill else account
 
     def _refilled(self, account: _Account) -> _Account:
         if self._refill:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from farthing.cost.prices import Hardware, Machine
 from farthing.server.access import _host_name, _is_near, allowed_hosts
 from farthing.server.config import KeyRing, ServerConfig
-from farthing.server.quotas import Accounts
+from farthing.server.jobs import Accounts
 from tests.server.harness import Running, ScriptedEngine, running, tiny_engine, until
 
 KEYS = KeyRing(["alice:sk-a", "bob:sk-b"])

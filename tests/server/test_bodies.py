@@ -12,13 +12,11 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from starlette.requests import Request
 
 from farthing.server.api.openai_protocol import CompletionRequest
-from farthing.server.bodies import HEAVY, MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
-from farthing.server.config import ServerConfig
+from farthing.server.bodies import MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
 from farthing.server.errors import ApiError
-from farthing.server.service import Service
+from farthing.server.schema import HEAVY, UnknownFields
 from tests.server.harness import Running
 
 JSON = st.recursive(
@@ -165,12 +163,11 @@ def test_heavy_bodies_of_any_size_are_parsed_one_at_a_time_and_clients_take_turn
 
 @pytest.mark.parametrize("heavy", [False, True])
 def test_heavy_body_is_checked_in_a_separate_iteration(heavy: bool) -> None:
-    service, turns = Service(ServerConfig(), "tiny"), 0
+    fields, turns = UnknownFields(strict=False), 0
 
     async def run() -> int:
         nonlocal turns
-        request = Request({"type": "http", HEAVY: heavy})
-        work = asyncio.ensure_future(service.check_fields(CompletionRequest(prompt="x"), request))
+        work = asyncio.ensure_future(fields.check(CompletionRequest(prompt="x"), {HEAVY: heavy}))
         while not work.done():
             turns += 1
             await asyncio.sleep(0)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from farthing.cost.meter import CostMeter, EstimatedMeter, Usage
 from farthing.cost.prices import Hardware, Machine
 from farthing.engine.stats import BUCKETS, DiskStats, Histogram, HistogramSnapshot, StatsSnapshot
-from farthing.server.app import mount
 from farthing.server.dashboard.site import Dashboard, assets
 from farthing.server.dashboard.source import History, quantile, server_data
+from farthing.server.metrics import mount
 
 KEY = "a-key"
 

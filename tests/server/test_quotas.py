@@ -23,7 +23,8 @@ from farthing.engine.request import EngineStopped, QueueFull
 from farthing.server import jobs
 from farthing.server.config import KeyRing
 from farthing.server.errors import ApiError
-from farthing.server.quotas import Accounts, Quotas, machine_of
+from farthing.server.jobs import Accounts, machine_of
+from farthing.server.quotas import Quotas
 from tests.server.harness import Running, ScriptedEngine, events, running, tiny_engine, until
 
 BODY = {"prompt": "def f(", "max_tokens": 8, "temperature": 0, "ignore_eos": True}

@@ -326,13 +326,15 @@ class OutputParser:
         """Whether the next text belongs to a call, as far as is known."""
         return self._calls.anywhere and self._calls.inside
 
-    def push(self, text: str) -> list[Delta]:
-        """Parse one more piece and return the deltas that are certain."""
+    def push(self, text: str, last: bool = False) -> list[Delta]:
+        """Parse one more piece, perhaps the last one, and return the deltas that are certain."""
         deltas: list[Delta] = []
         for at in range(0, len(text), _SLICE):
             piece = text[at : at + _SLICE]
             deltas += self._parse(piece if self._tokens is None else self._tokens.push(piece))
-        return deltas if self._tokens is None else _plain(deltas)
+        if self._tokens is not None:
+            deltas = _plain(deltas)
+        return [*deltas, *self.finish()] if last else deltas
 
     def finish(self) -> list[Delta]:
         """The deltas still held back at the end of the output."""
@@ -371,6 +373,37 @@ class OutputParser:
         for delta in deltas:
             found += self._calls.push(delta.text) if isinstance(delta, Text) else [delta]
         return found
+
+
+class PlainParser:
+    """Parses an output that holds neither reasoning nor calls: removes special tokens without a meaning.
+
+    `OutputParser` would return the same. Nearly every piece has no mark, and passes unchanged.
+    """
+
+    calls = 0
+    reasoning = calling = False
+
+    def __init__(self, meaningless: frozenset[str] = frozenset()) -> None:
+        """meaningless: special tokens that are not shown. Each follows MARK in the text."""
+        self._tokens = meaningless
+        self._buffer = ""
+
+    def push(self, text: str, last: bool = False) -> list[Delta]:
+        """Parse one more piece, perhaps the last one, and return the deltas that are certain."""
+        text = self._buffer + text
+        self._buffer = ""
+        if MARK in text:
+            text = self._shown(text, last)
+        return [Text(text)] if text else []
+
+    def _shown(self, text: str, last: bool) -> str:
+        if self._tokens:
+            marked = literals(frozenset(MARK + token for token in self._tokens))
+            ready = len(text) if last else marked.ready(text)
+            text, self._buffer = text[:ready], text[ready:]
+            text = marked.replace(lambda token: "", text)
+        return plain(text)
 
 
 def _plain(deltas: list[Delta]) -> list[Delta]:

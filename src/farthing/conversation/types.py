@@ -159,6 +159,15 @@ class Conversation:
             for turn in self.turns
         )
 
+    def is_brief(self, most: int, per_turn: int) -> bool:
+        """Whether it consists of texts alone, of at most `most` characters; a turn counts for `per_turn`."""
+        size = 0
+        for turn in self.turns:
+            if turn.calls or turn.extra or turn.call_id or turn.name:
+                return False
+            size += per_turn + len(turn.text) + len(turn.reasoning)
+        return size <= most and not (self.tools or self.template_options)
+
     def document(self) -> dict[str, Any]:
         """JSON of which `of_document` makes the same conversation, in another process."""
         turns = [_fields(turn) | {"calls": [_fields(call) for call in turn.calls]} for turn in self.turns]

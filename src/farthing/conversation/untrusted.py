@@ -118,7 +118,7 @@ class Untrusted:
             conversation,
             turns=tuple(self._turn(turn, tags) for turn in conversation.turns),
             tools=tuple(map(self._tool, conversation.tools)),
-            template_options=self.options(conversation.template_options),
+            template_options=self.options(options) if (options := conversation.template_options) else {},
         )
 
     def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

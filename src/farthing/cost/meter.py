@@ -20,7 +20,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -323,6 +323,8 @@ class CostMeter:
         self._open = Spend()  # busy seconds and joules not yet charged to a request
         self._accounts: dict[tuple[str, str], Account] = {}
         self._prefill_tokens, self._prefill_usd = 0, 0.0  # over all accounts
+        self._watts, self._idle_watts = machine.watts, machine.idle_watts
+        self._rates = machine.usd_per_second, machine.usd_per_joule
 
     def observe(self, busy_seconds: float) -> None:
         """Record time and energy since the last call. Call at least once a minute."""
@@ -337,7 +339,10 @@ class CostMeter:
         with self._lock:
             self._observe(busy_seconds)
             account = self._charge(usage)
-            self._account(model, api_key).add(account)
+            key = (model, api_key)
+            if key not in self._accounts and len(self._accounts) >= self._max_accounts:
+                key = (model, OTHER)
+            self._accounts.setdefault(key, Account()).add(account)
             utilization = self._busy / self._wall if self._wall > 0 else 0.0
         return RequestCost(account, self.machine, self._energy.source, utilization)
 
@@ -359,18 +364,12 @@ class CostMeter:
         joules = max(self._joules, self._energy.joules(wall, busy))
         new_busy, new_joules = busy - self._busy, joules - self._joules
         new_idle = (wall - self._wall) - new_busy
-        share = self._busy_share(new_busy, new_idle)
+        used, unused = self._watts * new_busy, self._idle_watts * new_idle  # by declared power
+        share = used / (used + unused) if used + unused > 0 else float(new_busy > 0)
         self._open.seconds += new_busy
         self._open.joules += share * new_joules
         self._idle_joules += (1 - share) * new_joules
         self._wall, self._busy, self._joules = wall, busy, joules
-
-    def _busy_share(self, busy: float, idle: float) -> float:
-        """The part of an interval's energy attributed to busy time, by declared power."""
-        used, unused = self.machine.watts * busy, self.machine.idle_watts * idle
-        if used + unused > 0:
-            return used / (used + unused)
-        return 1.0 if busy > 0 else 0.0
 
     def _charge(self, usage: Usage) -> Account:
         """Move the request's seconds and their share of joules out of the uncharged total."""
@@ -381,6 +380,9 @@ class CostMeter:
         prefill = self._priced(seconds * prefill_share, joules * prefill_share)
         decode = self._priced(seconds * (1 - prefill_share), joules * (1 - prefill_share))
         self._open = Spend(self._open.seconds - seconds, self._open.joules - joules)
+        self._prefill_tokens += usage.prefill_tokens
+        self._prefill_usd += prefill.usd
+        price = self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0
         return Account(
             requests=1,
             prefill_tokens=usage.prefill_tokens,
@@ -388,30 +390,26 @@ class CostMeter:
             decode_tokens=usage.decode_tokens,
             prefill=prefill,
             decode=decode,
-            saved_usd=self._saved(usage, prefill),
+            saved_usd=usage.cached_tokens * price,  # an estimate: the mean price of a computed token
         )
 
-    def _saved(self, usage: Usage, prefill: Spend) -> float:
-        """Estimate: cached tokens at the mean price of the prompt tokens computed so far."""
-        self._prefill_tokens += usage.prefill_tokens
-        self._prefill_usd += prefill.usd
-        return usage.cached_tokens * self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0
-
-    def _account(self, model: str, api_key: str) -> Account:
-        key = (model, api_key)
-        if key not in self._accounts and len(self._accounts) >= self._max_accounts:
-            key = (model, OTHER)
-        return self._accounts.setdefault(key, Account())
-
     def _priced(self, seconds: float, joules: float) -> Spend:
-        usd = seconds * self.machine.usd_per_second + joules * self.machine.usd_per_joule
-        return Spend(seconds, joules, usd)
+        per_second, per_joule = self._rates
+        return Spend(seconds, joules, seconds * per_second + joules * per_joule)
 
 
 def _copy(account: Account) -> Account:
     whole = Account()
     whole.add(account)
     return whole
+
+
+def together(costs: Sequence[RequestCost]) -> RequestCost:
+    """Sum of the costs of one or more requests."""
+    whole = Account()
+    for cost in costs:
+        whole.add(cost.account)
+    return replace(costs[-1], account=whole)
 
 
 def usage_extension(cost: RequestCost) -> dict[str, Any]:

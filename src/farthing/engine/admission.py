@@ -13,7 +13,7 @@ from farthing.conversation.scan import plain
 from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
 from farthing.engine.generation import Generation
 from farthing.engine.request import OutputKind, Request, SamplingParams, StructuredOutputsParams
-from farthing.engine.sampler import PromptTokens, SamplingState, mix, no_token_left, stream_seed
+from farthing.engine.sampler import NO_PROMPT, PromptTokens, SamplingState, mix, no_token_left, stream_seed
 from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.structured import (
     GrammarCompiler,
@@ -51,6 +51,7 @@ class Admission:
         self._lock = threading.Lock()
         self._checked: SamplingParams | None = None  # the last whose token ids are valid
         self._vocabulary: tuple[SamplingParams | None, Vocabulary] = (None, Vocabulary(None, ()))  # the last
+        self._seed = mix(config.seed)
         self._numbers = itertools.count()  # of requests
         self._ids = itertools.count()  # of sequences
 
@@ -74,7 +75,10 @@ class Admission:
         else:
             ids = list(prompt)
         self._check(ids, params)
-        matcher = self._constraint(params, client)
+        matcher: Constraint | None = None
+        limits = params.structured_outputs, params.calls, params.reasoning, params.bad_words
+        if any(limits) or params.allowed_token_ids is not None:
+            matcher = self._constraint(params, client)
         if matcher is not None:
             self._check_first_token(params, matcher)
         number = next(self._numbers)
@@ -90,10 +94,11 @@ class Admission:
             arrival_time=time.time(),
         )
         # A request without a seed gets one that is reproducible for a given engine seed.
-        seed = params.seed if params.seed is not None else mix(self._config.seed) + number
-        penalized = PromptTokens(ids if params.repetition_penalty != 1 else ())
+        seed = params.seed if params.seed is not None else self._seed + number
+        penalized = PromptTokens(ids) if params.repetition_penalty != 1 else NO_PROMPT
         return request, [
-            self._generation(request, i, stream_seed(seed, i), matcher, penalized) for i in range(params.n)
+            self._generation(request, i, 0 if params.greedy else stream_seed(seed, i), matcher, penalized)
+            for i in range(params.n)
         ]
 
     def need_tokenizer(self, what: str) -> Tokenizer:
@@ -116,7 +121,7 @@ class Admission:
             self._check_ids("stop_token_ids", params.stop_token_ids)
             self._check_ids("allowed_token_ids", params.allowed_token_ids)
             self._checked = params
-        if params.stop_strings:
+        if params.stop:
             self.need_tokenizer("stop")
 
     def _check_ids(self, field: str, tokens: Iterable[int] | None) -> None:
@@ -207,7 +212,7 @@ class Admission:
             params=params,
             seed=seed,
             prompt=prompt,
-            end_ids=self._ends(params),
+            end_ids=self._ends(params) if params.min_tokens else (),
             matcher=matcher if matcher is None or index == 0 else matcher.copy(),
         )
         return Generation(

@@ -101,6 +101,7 @@ class EngineCore:
         self._pick = pick
         self._pace = pace
         self._divided: Divided | None = None
+        stats.scheduler = lambda: self.scheduler.gauges()
         self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
 
     def add(self, state: RequestState) -> None:
@@ -110,7 +111,6 @@ class EngineCore:
         if state.request.params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
         self.scheduler.add(state.generations[0])
-        self._gauges()
 
     def cancel(self, state: RequestState, reason: FinishReason = "abort") -> None:
         """End a request now and deliver its output so far. No effect on a finished request."""
@@ -121,7 +121,6 @@ class EngineCore:
                 gen.abort(reason)
                 self._retire(gen)
         deliver([(state.stream, state.output(state.generations))])
-        self._gauges()
 
     def fail(self, state: RequestState, error: EngineError) -> None:
         """End a request with an error."""
@@ -132,7 +131,6 @@ class EngineCore:
                 gen.abort("error")
                 self._retire(gen)
         error.metrics = replace(state.metrics)
-        self._gauges()
         deliver([(state.stream, error)])
 
     def live(self) -> list[RequestState]:
@@ -140,17 +138,15 @@ class EngineCore:
         return list(self._live)
 
     def step(self) -> bool:
-        """Compute one step and deliver its outputs. False if there is nothing to do."""
-        with self.runner.model.ops.no_gradients():
-            return self._step()
-
-    def _step(self) -> bool:
+        """Compute one step and deliver its outputs. False if there is nothing to do. The caller turns
+        gradients off."""
         began = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan and self._divided is None:
             return False
         if self.scheduler.others:
             self.scheduler.copy_states(self.runner.copy_states)
+        several = len(self.scheduler.shares.present) > 1  # before requests of this step end
         self._admitted(plan)
         # The scheduler marks a prompt as busy in the step that plans it first: several steps compute its
         # layers, beginning below, so only the other entries have results in this step.
@@ -160,15 +156,18 @@ class EngineCore:
         if now:
             step = self.runner.prepare(now)
             self._complete(now, step, self.runner.forward(step), began)
-        # A divided prompt advances after this step's own work, unless that used the time that decoding can
-        # wait, or its client has delayed others. One that no request wants any more is never put off: its
-        # blocks stay reserved until it is settled.
-        paused = self.scheduler.interference.paused({item.seq.client for item in now})
-        if self._divided is not None and not (self._divided.wanted and self._divided.waits(now, paused)):
-            now = [*now, *self._divided.plan]
-            self._advance(self._divided, decodes=sum(item.decode for item in now))
+        interference = self.scheduler.interference
+        if self._divided is not None:
+            # A divided prompt advances after this step's own work, unless that used the time that decoding
+            # can wait, or its client has delayed others. One that no request wants any more is never put
+            # off: its blocks stay reserved until it is settled.
+            paused = interference.paused({item.seq.client for item in now})
+            if not (self._divided.wanted and self._divided.waits(now, paused)):
+                now = [*now, *self._divided.plan]
+                self._advance(self._divided, decodes=sum(item.decode for item in now))
         # Layers that delayed this step's decoding are charged to the divided prompts' clients as well.
-        self._owe(now, time.perf_counter() - began)
+        if several or interference.owed:  # one client delays nobody else
+            self._owe(now, time.perf_counter() - began)
         return True
 
     def _complete(
@@ -180,7 +179,8 @@ class EngineCore:
         """
         try:
             tokens, logprobs = self._sample(plan, step, hidden)
-            self._prompt_logprobs(plan, step, hidden)
+            if any(item.seq.scored for item in plan):
+                self._prompt_logprobs(plan, step, hidden)
         except NotFinite as broken:
             raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
         moved, failed = self._commit(plan, tokens, logprobs)
@@ -298,6 +298,7 @@ class EngineCore:
             row += 1 + len(item.drafts)
             self.scheduler.commit(item, taken)
             self.stats.generation_tokens += len(taken)
+            gen.parent.metrics.decode_tokens += len(taken)
             if item.drafts:
                 self._count_drafts(item, len(taken) - 1)
             moved.append(gen)
@@ -367,7 +368,6 @@ class EngineCore:
             elif gen.last_token_time:
                 self.stats.itl.observe(now - gen.last_token_time)
             gen.last_token_time = now
-            metrics.decode_tokens = state.num_output
             metrics.preemptions = sum(g.preemptions for g in state.generations)
             news.setdefault(state, []).append(gen)
             if gen.finish_reason is not None:
@@ -378,7 +378,6 @@ class EngineCore:
                 items.append((state.stream, state.output(gens)))
             elif state.unfinished == 0:
                 items.append((state.stream, state.output(state.generations)))
-        self._gauges()  # a client that has its answer sees it counted
         deliver(items)
 
     def _retire(self, gen: Generation) -> None:
@@ -393,19 +392,11 @@ class EngineCore:
         del self._live[state]
         metrics = state.metrics
         metrics.finished_time = time.time()
-        metrics.decode_tokens = state.num_output
         self.stats.e2e.observe(metrics.finished_time - metrics.arrival_time)
         longest = max(g.num_output for g in state.generations)
         if longest > 1 and metrics.first_token_time:
             self.stats.tpot.observe((metrics.finished_time - metrics.first_token_time) / (longest - 1))
         self._on_finish(state)
-
-    def _gauges(self) -> None:
-        stats, scheduler = self.stats, self.scheduler
-        stats.running = len(scheduler.running)
-        stats.waiting = scheduler.num_waiting
-        stats.kv_cache_usage = scheduler.pool.usage
-        stats.preemptions = scheduler.num_preemptions
 
 
 def _counts(plan: list[Scheduled[Generation]]) -> tuple[int, int]:

@@ -257,13 +257,15 @@ class Engine:
         stream = RequestStream(request, lambda: self.cancel(state))
         metrics = RequestMetrics(arrival_time=request.arrival_time)
         state = RequestState(request, stream, metrics, generations)
+        for generation in generations:
+            generation.parent = state
         with self._lock:
             if not self._accepting:
                 raise EngineStopped("engine is shutting down; retry on another replica")
             self._backlog.add(request.params.n, len(request.prompt_token_ids))
             self._live += 1
         if self.prefill is None or not self.prefill.take(state):
-            self.admit(state)
+            self._post("add", state)
         return stream
 
     def chat_prompt(
@@ -389,11 +391,12 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            while not self._stopping:
-                self._receive()
-                if self._core.scheduler.idle:
-                    self._rest()
-                else:
+            with self._model.ops.no_gradients():
+                while not self._stopping:
+                    self._receive()
+                    if self._core.scheduler.idle:
+                        self._rest()
+                        continue
                     self._step_began = time.monotonic()
                     computed = self._core.step()
                     self._step_began = None

@@ -136,7 +136,7 @@ class Generation(Sequence):
         "drafted_by", "drafting", "finish_reason", "index", "last_token_time", "parent",
         "sampling", "stop_reason",
     )  # fmt: skip
-    parent: RequestState  # set by RequestState
+    parent: RequestState  # set by `Engine.submit`
 
     def __init__(
         self,
@@ -174,7 +174,9 @@ class Generation(Sequence):
         self._text = None
         if tokenizer is not None and params.detokenize:
             self._text = Detokenizer(tokenizer, params.skip_special_tokens, params.marked_token_ids)
-        self._stops = StopChecker(params.stop_strings, params.include_stop_str_in_output)
+        self._stops: StopChecker | None = None
+        if params.stop:
+            self._stops = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         self._new_text: list[str] = []
         self._new_tokens: list[int] = []
         self._new_logprobs: list[Position] = []
@@ -203,8 +205,11 @@ class Generation(Sequence):
         if token in self._stop_ids and armed:
             return self._end("stop", token, token)
         if self._text is not None:
-            self._new_text.append(self._stops.push(self._text.push(token), armed))
-            if self._stops.stop is not None:
+            text = self._text.push(token)
+            if self._stops is not None:
+                text = self._stops.push(text, armed)
+            self._new_text.append(text)
+            if self._stops is not None and self._stops.stop is not None:
                 return self._end("stop", self._stops.stop)
         if state.matcher is not None:
             state.matcher.consume(token)
@@ -235,12 +240,13 @@ class Generation(Sequence):
 
     def _end(self, reason: FinishReason, stop: int | str | None, token: int | None = None) -> bool:
         self.finish_reason, self.stop_reason = reason, stop
-        if self._text is None or self._stops.stop is not None:
+        if self._text is None or (self._stops is not None and self._stops.stop is not None):
             return True
+        if self._stops is not None:
+            self._new_text.append(self._stops.flush())
         if token is not None and self.sampling.params.include_stop_str_in_output:
-            self._new_text.append(self._stops.flush() + self._text.push(token) + self._text.flush())
-        else:
-            self._new_text.append(self._stops.flush() + self._text.flush())
+            self._new_text.append(self._text.push(token))
+        self._new_text.append(self._text.flush())
         return True
 
 
@@ -255,15 +261,6 @@ class RequestState:
     unfinished: int = 0
     prompt_logprobs: list[Position | None] | None = None
     reported_prompt: bool = False
-
-    def __post_init__(self) -> None:
-        for generation in self.generations:
-            generation.parent = self
-
-    @property
-    def num_output(self) -> int:
-        """Sampled tokens of all completions."""
-        return sum(g.num_output for g in self.generations)
 
     def output(self, moved: Seq[Generation]) -> RequestOutput:
         """New output of the given completions, with a copy of the current metrics."""

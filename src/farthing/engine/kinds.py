@@ -94,7 +94,8 @@ class Kinds:
     def usable(self, seq: Sequence, hits: int, tails: bool = True) -> int:
         """The most of `hits` leading blocks after which `seq` can continue, in a tail if `tails`."""
         for count in range(hits, 0, -1):
-            rest = self.rest(seq, count) if tails else []
+            first = count * self._size
+            rest = seq.tokens[first:-1][: self._size] if tails and seq.read_cache else []
             tail = self._prefix.tail(seq.hashes[:count], seq.salt, rest, self.whole_tails)
             if all(digest in kind.known for kind, digest in self._needed(seq, count, tail)):
                 return count
@@ -127,11 +128,6 @@ class Kinds:
         """(kind, hash, block) of what is in memory to continue after `count` blocks."""
         needed = [(k, digest) for k, digest in self._needed(seq, count) if digest in k.known]
         return [(self.all.index(k) + 1, digest, k.known[digest]) for k, digest in needed]
-
-    def rest(self, seq: Sequence, count: int) -> list[int]:
-        """The tokens after `count` blocks that a tail may hold."""
-        first = count * self._size
-        return seq.tokens[first:-1][: self._size] if seq.read_cache else []
 
     @property
     def whole_tails(self) -> bool:

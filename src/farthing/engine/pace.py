@@ -81,18 +81,18 @@ class Interference:
     """
 
     def __init__(self) -> None:
-        self._owed: dict[str, float] = {}
+        self.owed: dict[str, float] = {}
 
     def paused(self, decoding: set[str]) -> set[str]:
         """Clients whose prompts pause; decoding: the clients with decoding requests."""
-        return {client for client in self._owed if decoding - {client}}
+        return {client for client in self.owed if decoding - {client}}
 
     def observe(self, plan: Seq[Scheduled[Any]], seconds: float, alone: float) -> None:
         """A step took `seconds`; its decoding alone would have taken about `alone`.
 
         The last chunk of a prompt counts as decoding, because its first token waits for the step too.
         """
-        if not self._owed and all(item.decode for item in plan):
+        if not self.owed and all(item.decode for item in plan):
             return
         decoding = {item.seq.client for item in plan if item.sample}
         prompts: dict[str, int] = {}
@@ -101,15 +101,15 @@ class Interference:
                 prompts[item.seq.client] = prompts.get(item.seq.client, 0) + item.count
         extra = min(max(0.0, seconds - alone), _MOST * seconds) if prompts else 0.0
         # Time spent on anyone's prompts repays nothing: clients could else take turns at delaying another.
-        self._owed = {
+        self.owed = {
             client: left
-            for client, owed in self._owed.items()
+            for client, owed in self.owed.items()
             if decoding - {client} and (left := owed - (0.0 if client in prompts else seconds - extra)) > 0
         }
         total = sum(prompts.values())
         for client, tokens in prompts.items():
             if decoding - {client}:
-                self._owed[client] = self._owed.get(client, 0.0) + extra * tokens / total
+                self.owed[client] = self.owed.get(client, 0.0) + extra * tokens / total
 
 
 SCORING = 0.05  # seconds of a step for the logits of prompt tokens

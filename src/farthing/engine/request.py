@@ -232,17 +232,21 @@ class SamplingParams:
             raise ValueError(
                 f"min_tokens: got {self.min_tokens}; expected at most max_tokens = {self.max_tokens}"
             )
-        if self.stop_strings and not self.detokenize:
-            raise ValueError("detokenize: got False; expected True with stop strings")
+        if self.stop is not None:
+            self._check_stop()
         if self.calls is not None and self.structured_outputs is not None:
             raise ValueError("calls: got a value with structured_outputs; expected one of them")
-        if not all(self.stop_strings):
-            raise ValueError(f"stop: got {self.stop!r}; expected non-empty strings")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
                 raise ValueError(
                     f"logit_bias has {token!r}: {bias!r}; expected token id: bias in [-100, 100]"
                 )
+
+    def _check_stop(self) -> None:
+        if self.stop_strings and not self.detokenize:
+            raise ValueError("detokenize: got False; expected True with stop strings")
+        if not all(self.stop_strings):
+            raise ValueError(f"stop: got {self.stop!r}; expected non-empty strings")
 
     @property
     def greedy(self) -> bool:
@@ -354,7 +358,7 @@ class RequestStream:
         self._queue: SimpleQueue[RequestOutput | EngineError] = SimpleQueue()
         self._lock = threading.Lock()
         self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
-        self._done = False
+        self.done = False  # its last output was taken
         self._unread = 0  # bytes
         self._limit: tuple[int, Callable[[], object]] | None = None
 
@@ -375,7 +379,7 @@ class RequestStream:
         return self
 
     def __next__(self) -> RequestOutput:
-        if self._done:
+        if self.done:
             raise StopIteration
         return self._take(self._queue.get())
 
@@ -383,7 +387,7 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        if self._done:
+        if self.done:
             raise StopAsyncIteration
         while True:
             try:
@@ -414,9 +418,9 @@ class RequestStream:
 
     def _take(self, item: RequestOutput | EngineError) -> RequestOutput:
         if isinstance(item, EngineError):
-            self._done = True
+            self.done = True
             raise item
-        self._done = item.finished
+        self.done = item.finished
         if self._limit is not None:
             with self._lock:
                 self._unread -= _size(item)

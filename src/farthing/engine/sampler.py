@@ -62,13 +62,16 @@ class PromptTokens:
         return self._index
 
 
+NO_PROMPT = PromptTokens()
+
+
 @dataclass(slots=True, eq=False)
 class SamplingState:
     """Sampling state of one completion."""
 
     params: SamplingParams
     seed: int
-    prompt: PromptTokens = field(default_factory=PromptTokens)  # only if repetition_penalty needs it
+    prompt: PromptTokens = NO_PROMPT  # unless repetition_penalty needs it
     end_ids: tuple[int, ...] = ()  # forbidden before min_tokens
     matcher: Constraint | None = None
     num_output: int = 0
@@ -105,11 +108,6 @@ class Row:
         """Index of the token in the output."""
         return self.state.num_output + self.ahead
 
-    @property
-    def plain(self) -> bool:
-        """Whether the token is the argmax of the raw logits."""
-        return self.state.plain and self.index >= self.state.params.min_tokens
-
 
 def sample(
     head: Head, hidden: Tensor, rows: Sequence[Row], pick: Pick | None = None
@@ -117,7 +115,9 @@ def sample(
     """Sample one token per row of hidden [n, D]. The table is None if no row requests logprobs."""
     wanted = [row.state.params.logprobs for row in rows]
     top = max((k for k in wanted if k is not None), default=None)
-    if all(row.plain for row in rows):
+    if all(  # each token is the argmax of the raw logits
+        row.state.plain and row.state.num_output + row.ahead >= row.state.params.min_tokens for row in rows
+    ):
         if top is None:
             return head.greedy(hidden), None
         values, ids, total = head.top_logits(hidden, max(1, top))

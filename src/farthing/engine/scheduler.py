@@ -118,7 +118,11 @@ class Scheduler(Generic[S]):
     @property
     def num_waiting(self) -> int:
         """Number of waiting sequences."""
-        return sum(map(len, self._queues.values())) + sum(1 for _ in self.prefetch.waiters)
+        return sum(map(len, list(self._queues.values()))) + sum(1 for _ in self.prefetch.waiters)
+
+    def gauges(self) -> tuple[int, int, float, int]:
+        """(running sequences, waiting ones, used share of the cache, preemptions so far); from any thread."""
+        return len(self.running), self.num_waiting, self.pool.usage, self.num_preemptions
 
     def add(self, seq: S) -> None:
         """Let a sequence wait for admission."""
@@ -143,7 +147,8 @@ class Scheduler(Generic[S]):
         """Forget a sequence, wherever it is. Its blocks are free now."""
         if seq.status is Status.RUNNING:
             remove(self.running, seq)
-            self._give_up(seq)
+            if self._computing:
+                self._give_up(seq)
             if seq.busy:
                 self._ended.append(seq)
             else:
@@ -159,7 +164,8 @@ class Scheduler(Generic[S]):
         settled if its sequence is busy now."""
         plan: list[Scheduled[S]] = []
         # First, because a sequence must not be preempted once it is in the plan.
-        self._give_way()
+        if self._queues and len(self.shares.present) > 1:
+            self._give_way()
         preempted = self.num_preemptions
         budget = self._schedule_decodes(plan)
         if not self._queues and len(plan) == len(self.running):  # no prompts: the usual step
@@ -177,7 +183,7 @@ class Scheduler(Generic[S]):
         # One group of prompts is divided at a time, and only if that keeps something from waiting.
         divided = 0 if busy or not plan else self.limits.divided_tokens(decodes, shared) or 0
         # Nothing decodes, and the next prompt is longer than the limit: it would only take more steps.
-        if not (plan or self._passes(limit)):
+        if limit < budget and not plan and not self._passes(limit):
             limit = budget
         room = Room(budget, limit, divided, self.limits.scored_tokens(shared) or budget)
         # Blocks freed by preempting for a decode belong to the sequences that decode: admitting a prompt into
@@ -255,7 +261,8 @@ class Scheduler(Generic[S]):
             for i in range(seq.num_registered, full):
                 self.prefix.register(seq.hashes[i], seq.blocks[i])
                 self._computed(seq, seq.hashes[i])
-            self.prefetch.computed(seq.hashes, seq.num_registered, full)
+            if self.prefetch.store is not None:
+                self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full
         if self.others:
             self.prefetch.kept(seq.hashes, self.kinds.commit(seq, before))
@@ -280,7 +287,8 @@ class Scheduler(Generic[S]):
 
     def _schedule_decodes(self, plan: list[Scheduled[S]]) -> int:
         """One token (and drafts) per decoding sequence. Returns what is left of the budget."""
-        order = by_claim(self.running, len(self.shares.present))
+        several = len(self.shares.present) > 1
+        order = by_claim(self.running) if several else list(self.running)
         decoding = [seq for seq in order if seq.num_pending - seq.redo == 1 and not seq.busy]
         budget = self.max_tokens
         # Drafts are a gamble: while prompts need the budget they get at most half of what is spare.
@@ -311,7 +319,9 @@ class Scheduler(Generic[S]):
         the next one to be admitted does not fit, none overtakes it. Clients that delayed others pause.
         """
         begun: dict[str, Iterator[S]] = {}
-        paused = self.interference.paused({item.seq.client for item in plan})
+        paused: set[str] = set()
+        if self.interference.owed:
+            paused = self.interference.paused({item.seq.client for item in plan})
         prompts = [seq for seq in self._prompts() if seq.client not in paused]
         for owner in dict.fromkeys(seq.client for seq in prompts):
             begun[owner] = iter([seq for seq in prompts if seq.client == owner])
@@ -320,7 +330,9 @@ class Scheduler(Generic[S]):
             client = self.shares.next(begun.keys() | queued, self._urgency)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
-                if count := room.take(seq.num_pending, seq.scored, self.kinds.until(seq)):
+                if count := room.take(
+                    seq.num_pending, seq.scored, self.kinds.until(seq) if self.others else None
+                ):
                     self._add(plan, seq, count)
                 continue
             begun.pop(client, None)
@@ -329,12 +341,14 @@ class Scheduler(Generic[S]):
             head = self._queues[client][0]
             hits = self._match(head)
             pending = len(head.tokens) - len(hits) * self.block_size
-            if self._read(head, hits):
+            if self.prefetch.store is not None and self._read(head, hits):
                 self._queues.drop(head)
-            elif not room.offers(pending, head.scored) or self._awaits(head, len(hits)):
+            elif not room.offers(pending, head.scored) or (self._computing and self._awaits(head, len(hits))):
                 queued.discard(client)
             elif self._admit(head, hits):
-                count = room.take(head.num_pending, head.scored, self.kinds.until(head))
+                count = room.take(
+                    head.num_pending, head.scored, self.kinds.until(head) if self.others else None
+                )
                 self._add(plan, head, count or 1, first=True)
             else:
                 queued.clear()
@@ -351,11 +365,13 @@ class Scheduler(Generic[S]):
             return False
         self._queues.drop(seq)
         shared, cached, others = list(hits), len(hits) * self.block_size, list[int]()
-        rest, whole = self.kinds.rest(seq, len(hits)), self.kinds.whole_tails
+        rest = seq.tokens[cached:-1][: self.block_size] if seq.read_cache else []
+        whole = self.others and self.kinds.whole_tails
         if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest, whole):
             (block, *others), count = tail
             shared, cached = [*hits, block], cached + count
-        self.pool.share(shared)
+        if shared:
+            self.pool.share(shared)
         seq.blocks = shared + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(shared))
         seq.num_computed = seq.num_cached = cached
         seq.num_registered = len(hits)
@@ -370,7 +386,7 @@ class Scheduler(Generic[S]):
 
     def _fits(self, seq: S, hits: list[int]) -> bool:
         """Whether there are free blocks for all tokens besides the cached ones, and a slot."""
-        if not self.kinds.fits():
+        if self.others and not self.kinds.fits():
             return False
         need = self._blocks_for(len(seq.tokens)) - len(hits)
         revived = sum(self.pool.refs(block) == 0 for block in hits)
@@ -379,7 +395,7 @@ class Scheduler(Generic[S]):
 
     def _read(self, seq: S, hits: list[int]) -> bool:
         """Make a sequence wait for blocks of its prefix on disk. Returns False if there are none."""
-        if self.prefetch.store is None or not (self.prefix.enabled and seq.read_cache):
+        if not (self.prefix.enabled and seq.read_cache):
             return False
         wanted = seq.hashes[len(hits) : (len(seq.tokens) - 1) // self.block_size]
         least = -(-self.worth_sharing // self.block_size)
@@ -388,8 +404,6 @@ class Scheduler(Generic[S]):
     def _give_way(self) -> None:
         """Preempt for the next client if it holds less than its share and others hold more than theirs."""
         clients = len(self.shares.present)
-        if clients < 2 or not self._queues:
-            return
         # The client that is admitted next, so that the freed blocks are not given to another one.
         poorest = self.shares.next(self._queues, self._urgency)
         # Blocks of its prefix that are cached count too: preempting may be what evicts them.
@@ -473,14 +487,16 @@ class Scheduler(Generic[S]):
         if self.others:
             kept, others = self.kinds.leave(seq, whole)
             self.prefetch.kept(seq.hashes, kept)
-        if self.prefix.enabled and tail and (whole or not self.kinds.whole_tails):
+        if self.prefix.enabled and tail and (whole or not (self.others and self.kinds.whole_tails)):
             self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
         if self.others:
             self.kinds.release(seq)
-        self.prefetch.used(seq.hashes[: seq.num_registered])
-        self._give_up(seq)
+        if self.prefetch.store is not None:
+            self.prefetch.used(seq.hashes[: seq.num_registered])
+        if self._computing:
+            self._give_up(seq)
         self._rows.append(seq.row)
         seq.row = -1
 
@@ -508,15 +524,13 @@ class Scheduler(Generic[S]):
         return -(-tokens // self.block_size)
 
 
-def by_claim(running: Seq[S], num_clients: int) -> list[S]:
+def by_claim(running: Seq[S]) -> list[S]:
     """Running sequences, the one to be preempted first at the end.
 
     That is the least urgent one of the client that holds most blocks.
 
     Rows and blocks are shared equally, too: a client above its share gives way to one below.
     """
-    if num_clients < 2:
-        return list(running)
     held = held_blocks(running)
     return [*running[:1], *sorted(running[1:], key=lambda seq: (held[seq.client], seq.key))]
 

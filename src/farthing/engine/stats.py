@@ -102,14 +102,10 @@ class StatsSnapshot:
 class Stats:
     """Written by the engine's thread; `snapshot()` may be called from any."""
 
-    running: int = 0
-    waiting: int = 0
-    kv_cache_usage: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
-    preemptions: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     drafts: int = 0
@@ -125,20 +121,22 @@ class Stats:
     itl: Histogram = field(default_factory=Histogram)
     e2e: Histogram = field(default_factory=Histogram)
     queue: Histogram = field(default_factory=Histogram)
+    scheduler: Callable[[], tuple[int, int, float, int]] = lambda: (0, 0, 0.0, 0)  # see `Scheduler.gauges`
     experts: Callable[[], dict[int, list[int]]] = dict  # reads the device's counts
     started: float = field(default_factory=time.monotonic)
 
     def snapshot(self) -> StatsSnapshot:
         """Current values. Each is consistent in itself; two of them may be one step apart."""
+        running, waiting, usage, preemptions = self.scheduler()
         return StatsSnapshot(
-            num_requests_running=self.running,
-            num_requests_waiting=self.waiting,
-            kv_cache_usage=self.kv_cache_usage,
+            num_requests_running=running,
+            num_requests_waiting=waiting,
+            kv_cache_usage=usage,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             prefix_cache_queries=self.prefix_cache_queries,
             prefix_cache_hits=self.prefix_cache_hits,
-            preemptions=self.preemptions,
+            preemptions=preemptions,
             draft_tokens=self.draft_tokens,
             accepted_tokens=self.accepted_tokens,
             drafts=self.drafts,

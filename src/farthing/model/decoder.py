@@ -170,7 +170,8 @@ class DecoderModel:
         if self.stack is not None:
             if len(self.windows) == 1:  # else the stack knows which layers have which
                 (window,) = self.windows
-                batch, cache = batch.of(window), cache.of(window)
+                if window is not None:
+                    batch, cache = batch.of(window), cache.of(window)
             return self.ops.run_stack(h, self.stack, batch, cache, counts, span)
         if span != ALL:
             raise ValueError(f"span: got {span}; expected every layer of a model without a stack")

@@ -35,6 +35,8 @@ class Access:
         self.app = app
         self._keys, self._admins = config.keys or KeyRing(()), config.admin_keys or KeyRing(())
         self._scrapers = config.metrics_keys or KeyRing(())
+        self._needs_key = bool(self._keys)
+        self._has_keys = bool(self._keys or self._admins or self._scrapers)
         self._open = open_paths
         self._max_head_bytes = config.max_header_bytes
         self._hosts = allowed_hosts(config)
@@ -56,18 +58,18 @@ class Access:
             raise ApiError(431, message, code="head_too_large")
         headers = dict(scope["headers"])
         self._check_host(headers.get(b"host", b""))
-        header = _credentials(headers)
-        admin, client = self._admins.check(header), self._keys.check(header)
+        header = _credentials(headers) if self._has_keys else ""
+        admin = self._admins.check(header) if header else None
+        client = self._keys.check(header) if header else None
         path = scope["path"]
-        near = _is_near(scope, headers)
         scope["client_name"] = client or admin or ANONYMOUS
-        everything = admin is not None or not self._keys
+        everything = admin is not None or not self._needs_key
         if path in _NUMBERS:
-            scraper = self._scrapers.check(header) is not None
+            near, scraper = _is_near(scope, headers), self._scrapers.check(header) is not None
             if self._scrapers and not (scraper or near or admin):
                 raise _unknown_key(header)
             everything = scraper or near or everything
-        elif self._keys and path not in self._open and client is None and admin is None:
+        elif self._needs_key and path not in self._open and client is None and admin is None:
             raise _unknown_key(header)
         scope["viewer"] = Viewer(everything, client or ANONYMOUS)
 

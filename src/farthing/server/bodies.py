@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from farthing.server.cache_digest import CacheDigest
 from farthing.server.errors import ApiError, send_error
 from farthing.server.jobs import CONNECTION
+from farthing.server.schema import HEAVY
 from farthing.server.stream import FairLock, Gate
 
 MAX_DEPTH = 128
@@ -25,7 +27,6 @@ _LARGE = 65_536  # bytes; larger bodies are checked in a thread
 _MANY = 1_024  # values; larger bodies, and those with more values, are parsed one at a time
 # After parsing a heavy body, the event loop serves other requests for this many times as long.
 _REST = 2.0
-HEAVY = "farthing.heavy"  # key in the scope of a request with a heavy body
 _NUMBERS = 8  # numbers take as long to parse as one other value
 
 
@@ -34,8 +35,12 @@ class Bodies:
     declared), bodies that take longer than `timeout` seconds to arrive (408), and JSON with too many values
     (400)."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, timeout: float, digest: CacheDigest | None = None
+    ) -> None:
+        """digest: learns the bodies while it is read."""
         self.app = app
+        self._digest = digest
         self.max_bytes = max_bytes
         self.timeout = timeout
         self._lock, self._gate = FairLock(), Gate()
@@ -56,8 +61,10 @@ class Bodies:
         try:
             body = await self._read(receive)
             await self._gate.enter(scope["client_name"])
-            heavy = len(body) > _LARGE or check(body) > _MANY
+            heavy = len(body) > _LARGE or not (_is_light(body) or check(body) <= _MANY)
             CONNECTION.set(receive)
+            if self._digest is not None and self._digest.is_read:
+                self._digest.keep(body)
         except ApiError as error:
             await send_error(error, scope, receive, send)
             return
@@ -116,6 +123,11 @@ class Bodies:
         return ApiError(
             413, f"the body is too large; expected at most {self.max_bytes} bytes", code="request_too_large"
         )
+
+
+def _is_light(body: bytes) -> bool:
+    """Whether a body is so short that it need not be counted: no value or level is shorter than a byte."""
+    return len(body) <= _MANY and body.count(b"[") + body.count(b"{") <= MAX_DEPTH and b"\0" not in body
 
 
 def check(body: bytes) -> int:

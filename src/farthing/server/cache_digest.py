@@ -8,14 +8,11 @@ it the whole prefix, is in the cache.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from farthing.engine.sequence import PrefixCache
 from farthing.prompts import BLOCK, read_prompt
@@ -50,21 +47,27 @@ class CacheDigest:
         self._pending_bytes = 0
         self._known: OrderedDict[int, bytes] = OrderedDict()  # text block -> hash of the cache block
         self._turn = asyncio.Lock()
-        self._read_at = -_READ_S
+        self.is_read = False  # otherwise nothing is to be kept or remembered
+        self._unread: asyncio.TimerHandle | None = None
 
-    def remember(self, tokens: Sequence[int], salt: str) -> None:
-        """Note that a prompt of the current request was submitted to the engine."""
+    def keep(self, body: bytes) -> None:
+        """Keep the body of the current request for `remember`."""
+        _body.set(body)
+
+    def remember(self, prompts: Sequence[Sequence[int]], salt: str) -> None:
+        """Note that prompts of the current request were submitted to the engine."""
         body = _body.get()
-        if time.monotonic() - self._read_at >= _READ_S:
-            self._pending.clear()
-            self._pending_bytes = 0
-        elif body and self._pending_bytes + len(body) <= _PENDING_BYTES:
-            self._pending_bytes += len(body)
-            self._pending.append(_Seen(body, tokens, salt))
+        for tokens in prompts if body else ():
+            if self._pending_bytes + len(body) <= _PENDING_BYTES:
+                self._pending_bytes += len(body)
+                self._pending.append(_Seen(body, tokens, salt))
 
     async def blocks(self, engine: Engine) -> list[int]:
         """The text blocks whose prefix is in the cache, least recently used first."""
-        self._read_at = time.monotonic()
+        if self._unread is not None:
+            self._unread.cancel()
+        self.is_read = True
+        self._unread = asyncio.get_running_loop().call_later(_READ_S, self._rest)
         async with self._turn:
             pending, self._pending = self._pending, deque(maxlen=_PENDING)
             self._pending_bytes = 0
@@ -78,6 +81,11 @@ class CacheDigest:
             found = await asyncio.wrap_future(engine.between_steps(held))
             self._known = OrderedDict((block, self._known[block]) for block in found)
             return found
+
+    def _rest(self) -> None:
+        self.is_read = False
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def _settle(self, pending: deque[_Seen], size: int) -> None:
         """Hash the prompts since the last read. Runs in a thread: a long prompt takes a millisecond."""
@@ -93,24 +101,3 @@ class CacheDigest:
                     self._known.move_to_end(block)
         while len(self._known) > _ENTRIES:
             self._known.popitem(last=False)
-
-
-class KeepBody:
-    """ASGI middleware that keeps the body, which arrives in one piece, for `CacheDigest.remember`."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward the request."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-
-        async def kept() -> Message:
-            message = await receive()
-            if message["type"] == "http.request" and message.get("body"):
-                _body.set(message["body"])
-            return message
-
-        await self.app(scope, kept, send)

@@ -153,7 +153,7 @@ def ambiguity(
         return "expected one Host header"
     if hosts and not _HOST.fullmatch(hosts[0]):
         return "expected a Host header of one host, perhaps with a port"
-    authority = _authority(target)
+    authority = None if target.startswith(b"/") else _authority(target)
     if authority is not None:
         port = _PORTS.get(target.partition(b":")[0].lower(), b"")
         if authority.lower().removesuffix(port) not in [host.removesuffix(port) for host in hosts]:

@@ -30,6 +30,14 @@ OPENING_HEADER = "X-Farthing-Opens-After"  # of requests: the seconds in which a
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
 
+Documented = dict[int | str, dict[str, Any]]  # responses in the OpenAPI document, by status
+STATUSES = (400, 401, 404, 405, 408, 413, 429, 500, 503, 504)  # of the errors of generation
+
+
+class ClientGone(Exception):
+    """The client closed its connection, so no response is possible."""
+
+
 class ApiError(Exception):
     """An error response.
 

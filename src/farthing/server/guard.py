@@ -1,6 +1,6 @@
 """Limits on connections below HTTP: their number, and the size and arrival time of a request's head.
 
-uvicorn limits neither. These protocols add a timer and a counter to its own. A connection is *waiting* until
+uvicorn limits neither. This protocol adds a timer and a counter to uvicorn's. A connection is *waiting* until
 a head is complete and after its response; otherwise it is busy, and `Job` and `Bodies` limit it. If there are
 too many connections, a new one replaces the one that has waited longest, so idle sockets cannot keep clients
 out.
@@ -14,16 +14,11 @@ import logging
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farthing.server.config import TOO_FINE, ambiguity, too_fine
-
-if TYPE_CHECKING:
-    _Base = HttpToolsProtocol
-else:
-    _Base = object
 
 log = logging.getLogger("farthing.server")
 
@@ -54,7 +49,7 @@ class Connections:
         if self._open[address] >= self.limit_by_address:
             room = self._evict(address)
         else:
-            room = len(self) < self.limit or self._evict(None)
+            room = self._open.total() < self.limit or self._evict(None)
         self._open[address] += 1
         if not room:
             self.refused += 1
@@ -87,8 +82,8 @@ class Connections:
         return False
 
 
-class Guarded(_Base):
-    """A mixin of uvicorn's protocols."""
+class Guarded(HttpToolsProtocol):
+    """The protocol of a connection, parsed by httptools."""
 
     guard: Connections
     _timer: asyncio.TimerHandle | None = None
@@ -97,6 +92,11 @@ class Guarded(_Base):
     _counted = False
     _answered = False  # a request, so that the connection may idle
     _in_head = False  # a part of a head has arrived
+    _running: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait for it
+    _in_body = False  # arriving bytes belong to a request whose head is complete
+    _overrun = False
+    _problem = ""
+    _chunks = _body_bytes = _trailers = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Count the connection or reject it."""
@@ -113,7 +113,8 @@ class Guarded(_Base):
             self._refuse("503 Service Unavailable", "too many connections")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Remove the connection."""
+        """Remove the connection, and end all of its requests."""
+        self._abandon()
         self._disarm()
         if self._counted:
             self._counted = False
@@ -122,12 +123,12 @@ class Guarded(_Base):
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of a head, and time it."""
-        if not (self._busy() or self._reading_body()):
+        if not (self._busy() or self._in_body):
             if not self._head_bytes:
                 self._disarm()
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._busy() or self._reading_body():
+        if self._busy() or self._in_body:
             self._head_bytes = 0
         elif self._head_bytes > self.guard.max_head_bytes and not self.transport.is_closing():
             limit = self.guard.max_head_bytes
@@ -153,7 +154,7 @@ class Guarded(_Base):
 
     def _arm(self) -> None:
         if self._timer is None and not self.transport.is_closing():
-            idle = self._answered and not (self._head_bytes or self._reading_body())
+            idle = self._answered and not (self._head_bytes or self._in_body)
             seconds = self.guard.idle_seconds if idle else self.guard.head_seconds
             self._timer = self.loop.call_later(seconds, self._late)
 
@@ -180,25 +181,6 @@ class Guarded(_Base):
     def _busy(self) -> bool:
         cycle: Any = self.cycle
         return cycle is not None and not cycle.response_complete
-
-    def _reading_body(self) -> bool:
-        """Whether arriving bytes belong to a request whose head is complete."""
-        raise NotImplementedError
-
-
-class GuardedHttpTools(Guarded, HttpToolsProtocol):
-    """The protocol of a connection, parsed by httptools."""
-
-    _running: RequestResponseCycle | None = None  # `cycle` is the newest, which may wait for it
-    _in_body = False
-    _overrun = False
-    _problem = ""
-    _chunks = _body_bytes = _trailers = 0
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """End every request of the connection."""
-        self._abandon()
-        super().connection_lost(exc)
 
     def _abandon(self) -> None:
         """Tell every request that its client is gone. uvicorn tells the newest only, and the others would
@@ -280,10 +262,7 @@ class GuardedHttpTools(Guarded, HttpToolsProtocol):
         self._problem = problem
         raise ValueError(problem)
 
-    def _reading_body(self) -> bool:
-        return self._in_body
-
 
 def protocol(guard: Connections) -> Callable[..., asyncio.Protocol]:
     """The class that uvicorn instantiates per connection."""
-    return type("Protocol", (GuardedHttpTools,), {"guard": guard})
+    return type("Protocol", (Guarded,), {"guard": guard})

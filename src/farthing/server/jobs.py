@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -10,11 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from farthing.cost.meter import usage_extension
+from farthing.cost import cpu_name, meter, usable_cpus
+from farthing.cost.meter import CostMeter, CostReport, open_meter, together, usage_extension
+from farthing.cost.prices import Machine, Prices
 from farthing.engine.request import EngineError, EngineFailed, RequestAtFault, RequestOutput
-from farthing.server.config import ANONYMOUS
-from farthing.server.errors import ApiError
-from farthing.server.quotas import together
+from farthing.server.errors import ApiError, ClientGone
+
+if TYPE_CHECKING:
+    import torch
+
+    from farthing.cost.meter import RequestCost
+    from farthing.engine.engine import Engine
+    from farthing.engine.request import RequestMetrics, RequestStream
+
+    Charge = Callable[[str, RequestMetrics], RequestCost]
+
 
 # Token usage of a request, in OpenAI's format.
 
@@ -43,36 +54,84 @@ class Usage:
         return document
 
 
-if TYPE_CHECKING:
-    from farthing.cost.meter import RequestCost
-    from farthing.engine.request import RequestMetrics, RequestStream
+# Cost accounting of a server: the price of its machine and the spending of each API key.
 
-    Charge = Callable[[str, RequestMetrics], RequestCost]
+log = logging.getLogger("farthing.server")
+
+
+class Accounts:
+    """Charges every request of one engine from the moment the object is created."""
+
+    def __init__(self, engine: Engine, machine: Machine, model: str) -> None:
+        self._stats = engine.stats
+        self._model = model
+        self._meter = CostMeter(machine, open_meter(machine))
+
+    @property
+    def machine(self) -> Machine:
+        """The machine being paid for."""
+        return self._meter.machine
+
+    def charge(self, client: str, metrics: RequestMetrics) -> RequestCost:
+        """Charge a finished request; `client` is the name of its key."""
+        usage = meter.Usage(
+            prefill_tokens=metrics.prefill_tokens,
+            cached_tokens=metrics.cached_tokens,
+            decode_tokens=metrics.decode_tokens,
+            prefill_seconds=metrics.prefill_seconds,
+            decode_seconds=metrics.decode_seconds,
+        )
+        return self._meter.record(usage, self._stats.busy_seconds, self._model, client)
+
+    def report(self) -> CostReport:
+        """A snapshot of all accounts."""
+        return self._meter.report(self._stats.busy_seconds)
+
+
+def machine_of(device: torch.device, prices: str | None = None, hardware: str | None = None) -> Machine:
+    """The machine of an engine on `device`. Raises ValueError for unknown hardware or invalid prices."""
+    declared = Prices.load(prices)
+    if device.type == "cuda":
+        import torch
+
+        machine = declared.machine("gpu", torch.cuda.get_device_name(device), 1, hardware)
+    else:
+        machine = declared.machine("cpu", cpu_name(), usable_cpus(), hardware)
+    log.info(
+        "cost: %d x %s at %.4g USD/hour (declared %s)",
+        *(machine.count, machine.hardware.name, machine.usd_per_hour, machine.declared),
+    )
+    return machine
+
+
+# The streams of one request.
 
 T = TypeVar("T")
 
 UNREAD = 4 << 20  # bytes of an answer, besides what the kernel buffers
 
 
-class ClientGone(Exception):
-    """The client closed its connection, so no response is possible."""
-
-
 class Job:
     """Engine streams with one deadline. `close()` cancels those still running, exactly once."""
 
-    def __init__(self, timeout: float, on_close: Callable[[Job], None], charge: Charge | None = None) -> None:
+    def __init__(
+        self,
+        client: str,
+        sequences: int,
+        timeout: float,
+        on_close: Callable[[Job], None],
+        charge: Charge | None = None,
+    ) -> None:
+        """sequences: that its streams may have together. on_close: called once, when it ends."""
         loop = asyncio.get_running_loop()
-        self.client = ANONYMOUS
-        self.sequences = 0
+        self.client, self.sequences = client, sequences
         self.streams: list[RequestStream] = []
         self.generated = 0  # tokens
         self.costs: list[RequestCost] = []  # of finished streams
         self._charge = charge
         self._settling: set[asyncio.Task[None]] = set()
         self._interrupted: asyncio.Future[ApiError] = loop.create_future()
-        message = f"the request did not finish within {timeout:g} s"
-        self._timer = loop.call_later(timeout, self.interrupt, ApiError(504, message, code="timeout"))
+        self._timer = loop.call_later(timeout, self._time_out, timeout)
         self._on_close = on_close
         self._open = True
         self._guarded = False
@@ -84,15 +143,19 @@ class Job:
         if not self._guarded:
             self.close()
 
+    def _time_out(self, seconds: float) -> None:
+        message = f"the request did not finish within {seconds:g} s"
+        self.interrupt(ApiError(504, message, code="timeout"))
+
     def bound_unread(self) -> None:
         """End the work, with an error, once the client has left too much of its answer unread."""
         loop = asyncio.get_running_loop()
-        message = f"the client left more than {UNREAD >> 20} MiB of the answer unread"
-        error = ApiError(408, message, code="client_too_slow")
         for stream in self.streams:
-            stream.limit_unread(
-                UNREAD // len(self.streams), lambda: loop.call_soon_threadsafe(self.interrupt, error)
-            )
+            stream.limit_unread(UNREAD // len(self.streams), lambda: loop.call_soon_threadsafe(self._give_up))
+
+    def _give_up(self) -> None:
+        message = f"the client left more than {UNREAD >> 20} MiB of the answer unread"
+        self.interrupt(ApiError(408, message, code="client_too_slow"))
 
     def close(self) -> None:
         """Cancel the streams still running and release the job's slot."""
@@ -101,8 +164,10 @@ class Job:
         self._open = False
         self._timer.cancel()
         for stream in self.streams:
+            if stream.done:
+                continue
             stream.cancel()
-            if self._charge is not None and len(self.costs) < len(self.streams):
+            if self._charge is not None:
                 task = asyncio.ensure_future(self._settle(stream))
                 self._settling.add(task)
                 task.add_done_callback(self._settling.discard)
@@ -112,13 +177,10 @@ class Job:
         """Charge a cancelled stream once the engine has released it."""
         try:
             async for output in stream:
-                self._ended(output)
+                if output.finished and self._charge is not None:
+                    self.costs.append(self._charge(self.client, output.metrics))
         except EngineError as error:
             self._failed(error)
-
-    def _ended(self, output: RequestOutput) -> None:
-        if output.finished and self._charge is not None:
-            self.costs.append(self._charge(self.client, output.metrics))
 
     def _failed(self, error: EngineError) -> None:
         """Charge a failed request for its use until the failure."""
@@ -127,18 +189,27 @@ class Job:
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Yield (prompt index, output) as outputs arrive. Raises ApiError if the engine fails or stops."""
-        source = self._only() if len(self.streams) == 1 else self._merged()
         try:
-            async for position, output in source:
-                self._ended(output)
-                for completion in output.outputs:
-                    self.generated += len(completion.token_ids)
-                    if completion.finish_reason in ("abort", "error"):
-                        raise ApiError(503, f"the engine ended the request: {completion.finish_reason}")
-                yield position, output
+            if len(self.streams) == 1:
+                async for output in self.streams[0]:
+                    self._received(output)
+                    yield 0, output
+            else:
+                async for position, output in self._merged():
+                    self._received(output)
+                    yield position, output
         except EngineError as error:
             self._failed(error)
             raise
+
+    def _received(self, output: RequestOutput) -> None:
+        """Count and charge an output. Raises ApiError if the engine has given up the request."""
+        if output.finished and self._charge is not None:
+            self.costs.append(self._charge(self.client, output.metrics))
+        for completion in output.outputs:
+            self.generated += len(completion.token_ids)
+            if completion.finish_reason in ("abort", "error"):
+                raise ApiError(503, f"the engine ended the request: {completion.finish_reason}")
 
     async def guard(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` until it ends, the client leaves (ClientGone), or the job is interrupted (ApiError).
@@ -168,10 +239,6 @@ class Job:
                 working.cancel()
                 await asyncio.wait({working})
             self.close()
-
-    async def _only(self) -> AsyncIterator[tuple[int, RequestOutput]]:
-        async for output in self.streams[0]:
-            yield 0, output
 
     async def _merged(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs of several streams in order of arrival."""

@@ -1,19 +1,29 @@
-"""Prometheus metrics with the prefix `farthing:`, under vLLM's names where vLLM has the same metric."""
+"""What operators see: Prometheus metrics, under vLLM's names where vLLM has the same, and the dashboard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import base64
+import struct
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 import farthing
 from farthing.cost.meter import samples
+from farthing.prompts import BLOCK
+from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Asset, Dashboard, assets
+from farthing.server.dashboard.source import service_data, visible_to
+from farthing.server.errors import ApiError
 
 if TYPE_CHECKING:
     from farthing.cost.meter import CostReport
@@ -62,6 +72,7 @@ class Metrics:
     """One registry per server, so that several servers can run in one process."""
 
     def __init__(self, service: Service) -> None:
+        self._service = service
         self.registry = CollectorRegistry()
         self.http_requests = Counter(
             "farthing:http_requests",
@@ -79,6 +90,40 @@ class Metrics:
         from prometheus_client import generate_latest
 
         return generate_latest(self.registry) + (generate_latest(self.accounts) if accounts else b"")
+
+    def add_routes(self, api: FastAPI) -> None:
+        """Add what scrapers, gateways and the dashboard read."""
+
+        @api.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
+        async def scrape(request: Request) -> Response:
+            text = self.render(accounts=request.scope["viewer"].everything)
+            return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+        @api.get("/cache/digest", summary="Blocks of prompt text in the prefix cache, for gateways")
+        async def digest(request: Request) -> Response:
+            # With the digest one can test guesses at cached prompts.
+            if not request.scope["viewer"].everything:
+                raise ApiError(403, "the cache digest is for metrics and admin keys", code="forbidden")
+            return JSONResponse(await _digest(self._service))
+
+        mount(
+            api,
+            lambda: service_data(self._service),
+            lambda request, document: visible_to(request.scope["viewer"], document),
+        )
+
+
+async def _digest(service: Service) -> dict[str, Any]:
+    """`blocks` are 64-bit little-endian integers in base64, of `block` bytes of text each."""
+    engine = service.require_engine()
+    blocks = await service.cache_digest.blocks(engine)
+    snapshot = engine.stats.snapshot()
+    return {
+        "block": BLOCK,
+        "blocks": base64.b64encode(struct.pack(f"<{len(blocks)}Q", *blocks)).decode(),
+        "requests": snapshot.num_requests_running + snapshot.num_requests_waiting,
+        "waiting_bytes": round(snapshot.num_requests_waiting * service.cache_digest.mean_bytes),
+    }
 
 
 class AccountsCollector(Collector):
@@ -191,24 +236,55 @@ def _expert_tokens(tokens: Mapping[int, list[int]], model: str) -> CounterMetric
     return family
 
 
-class CountRequests:
-    """ASGI middleware that counts responses by path and status. Unknown paths share one label."""
+# The dashboard in a FastAPI application.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
-        self.app = app
-        self.metrics = metrics
-        self.paths = paths
+PAGES = frozenset(assets())  # paths that need no key
+View = Callable[[Request, dict[str, Any]], dict[str, Any]]  # the part of a document that a request may see
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Forward the request and record the response status."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        path = scope["path"] if scope["path"] in self.paths else "other"
 
-        async def watch(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.metrics.http_requests.labels(path, str(message["status"])).inc()
-            await send(message)
+def router(dashboard: Dashboard, view: View = lambda request, document: document) -> APIRouter:
+    """Routes for the page (`/`), its assets and its data."""
+    routes = APIRouter(include_in_schema=False)
 
-        await self.app(scope, receive, watch)
+    @routes.head("/")
+    @routes.get("/")
+    @routes.get(PREFIX.rstrip("/"))
+    def page() -> Response:
+        return _response(dashboard.asset("/"))
+
+    @routes.get(DATA_PATH)
+    def data(request: Request, since: float = 0.0) -> dict[str, Any]:
+        return view(request, dashboard.document(since))
+
+    @routes.get(PREFIX + "{path:path}")
+    def asset(path: str) -> Response:
+        return _response(dashboard.asset(PREFIX + path))
+
+    return routes
+
+
+def mount(
+    app: FastAPI,
+    data: Callable[[], Mapping[str, Any]],
+    view: View = lambda request, document: document,
+    interval: float = 1.0,
+) -> Dashboard:
+    """Serve the dashboard from `app` and sample `data` while the application runs."""
+    dashboard = Dashboard(data, interval)
+    app.include_router(router(dashboard, view))
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(running: Any) -> AsyncIterator[Any]:
+        async with inner(running) as state:
+            with dashboard:
+                yield state
+
+    app.router.lifespan_context = lifespan
+    return dashboard
+
+
+def _response(asset: Asset | None) -> Response:
+    if asset is None:
+        raise HTTPException(404, "no such page")
+    return Response(asset.body, media_type=asset.content_type, headers=HEADERS)

@@ -27,7 +27,7 @@ from farthing.process import loop_factory
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
 from farthing.server.guard import Connections, protocol
-from farthing.server.quotas import Accounts, machine_of
+from farthing.server.jobs import Accounts, machine_of
 from farthing.server.service import Service
 
 if TYPE_CHECKING:

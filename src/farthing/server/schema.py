@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -149,6 +150,7 @@ TEXT_ONLY = dict.fromkeys(
 
 log = logging.getLogger("farthing.server")
 
+HEAVY = "farthing.heavy"  # key in the scope of a request whose body has many values
 _MAX_NAMES = 64  # distinct names that clients can add to the log and the metric
 OTHER = "other"
 _SCALARS = (int, str)
@@ -220,8 +222,13 @@ class UnknownFields:
         self.strict = strict  # reject instead of ignoring
         self.counts: dict[str, int] = {}
 
-    def check(self, body: BaseModel) -> None:
-        """Count a body's unknown fields. If strict, raises ApiError (400) for the first one."""
+    async def check(self, body: BaseModel, scope: Mapping[str, Any]) -> None:
+        """Count a body's unknown fields. If strict, raises ApiError (400) for the first one.
+
+        A heavy body is checked in an iteration of the event loop of its own, between parsing and conversion.
+        """
+        if scope.get(HEAVY):
+            await asyncio.sleep(0)
         for path in unknown(body):
             if self.strict:
                 field = path_of(path)[:_LONGEST]
@@ -232,6 +239,8 @@ class UnknownFields:
                     code="unknown_parameter",
                 )
             self._count(path)
+        if scope.get(HEAVY):
+            await asyncio.sleep(0)
 
     def _count(self, path: _Path) -> None:
         name = ".".join(step for step in path if isinstance(step, str))[:_LONGEST]

@@ -6,21 +6,20 @@ import asyncio
 import json
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pydantic_core
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from farthing.server.errors import OPENING_HEADER, ApiError, send_error
-from farthing.server.jobs import ClientGone, Job
+from farthing.server.errors import OPENING_HEADER, ApiError, ClientGone, send_error
+from farthing.server.jobs import Job
 from farthing.shares import Shares
 
 if TYPE_CHECKING:
-    from farthing.server.api.openai_protocol import StreamOptions
     from farthing.server.jobs import Usage
 
 
@@ -104,11 +103,6 @@ def encoder(default: Callable[[Any], Any] | None = None) -> Callable[[Any], str]
 to_json = encoder()
 
 
-def data(document: Any) -> str:
-    """An unnamed event."""
-    return f"data: {to_json(document)}\n\n"
-
-
 def named(kind: str, document: Any) -> str:
     """A named event."""
     return f"event: {kind}\ndata: {to_json(document)}\n\n"
@@ -123,38 +117,37 @@ class Ending:
     alive: str = ": keep-alive\n\n"  # a comment, which clients skip
 
 
-_OPENS_AFTER = 1.0
+_OPENS_AFTER = 1.0  # seconds without output until the API's first events are sent
+_OPENING = OPENING_HEADER.lower().encode()
 OPENAI = Ending("data: [DONE]\n\n", lambda error: f"data: {error.body()}\n\ndata: [DONE]\n\n")
+
+
+class UsageOptions(Protocol):
+    """What a client requests of the usage in a stream."""
+
+    include_usage: bool | None  # in a last chunk
+    continuous_usage_stats: bool | None  # in every chunk, too
 
 
 class ChunkWriter:
     """Writes OpenAI's chunks for completions and chats: an envelope, choices, and optionally the usage."""
 
     def __init__(
-        self, envelope: Mapping[str, Any], usage: Usage, options: StreamOptions | None, job: Job
+        self, envelope: Mapping[str, Any], usage: Usage, job: Job, options: UsageOptions | None
     ) -> None:
         self._envelope, self._usage, self._job = dict(envelope), usage, job
-        self._with_usage = options is not None and options.include_usage
-        self._continuous = self._with_usage and options is not None and options.continuous_usage_stats
+        self.with_usage = options is not None and bool(options.include_usage)
+        self._continuous = options is not None and bool(options.continuous_usage_stats)
 
-    def chunk(self, choice: Mapping[str, Any]) -> str:
-        """A chunk with one choice."""
-        return data(self.document(choice))
+    def chunk(self, *choices: Mapping[str, Any]) -> str:
+        """A chunk with one choice, or with the usage."""
+        return f"data: {to_json(self.document(*choices))}\n\n"
 
-    def document(self, choice: Mapping[str, Any]) -> dict[str, Any]:
-        """The document of a chunk with one choice."""
-        return self._document([choice], self._usage.document(self._job) if self._continuous else None)
-
-    def last(self) -> str:
-        """The chunk with the usage, if requested."""
-        return data(self._document([], self._usage.document(self._job))) if self._with_usage else ""
-
-    def _document(
-        self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
+    def document(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
+        """The document of such a chunk."""
         document = self._envelope | {"choices": choices}
-        if self._with_usage:
-            document["usage"] = usage
+        if self.with_usage:
+            document["usage"] = self._usage.document(self._job) if self._continuous or not choices else None
         return document
 
 
@@ -191,7 +184,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the stream to its end."""
         try:
-            await self.job.guard(receive, self._pump(send, self._patience(scope)))
+            await self.job.guard(receive, self._pump(send, scope))
         except ClientGone:
             return
         except ApiError as error:
@@ -203,14 +196,10 @@ class EventStream(Response):
                 async with asyncio.timeout(_LAST_WORD):
                     await send({"type": "http.response.body", "body": event, "more_body": False})
 
-    def _patience(self, scope: Scope) -> float:
-        """Seconds until the stream opens without output."""
-        given = dict(scope["headers"]).get(OPENING_HEADER.lower().encode(), b"")
-        if given.isdigit():
-            return min(60.0, float(given))
-        return self._every if self.opening is None else min(_OPENS_AFTER, self._every)
-
-    async def _pump(self, send: Send, patience: float) -> None:
+    async def _pump(self, send: Send, scope: Scope) -> None:
+        patience = self._every if self.opening is None else min(_OPENS_AFTER, self._every)
+        if (seconds := dict(scope["headers"]).get(_OPENING, b"")).isdigit():
+            patience = min(60.0, float(seconds))
         self._sent = asyncio.get_running_loop().time()
         waiting = asyncio.ensure_future(self._keep_alive(send, patience))
         try:

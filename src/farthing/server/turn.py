@@ -1,25 +1,22 @@
-"""One assistant turn for any API: fit and render the conversation, submit it, parse the output."""
+"""One assistant turn for any API: render the conversation, submit it, parse the output, answer."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from starlette.requests import Request
 from starlette.responses import Response
 
-from farthing.conversation import forced
-from farthing.conversation.base import THINK, CallParser, ChatFormat, NoCalls, Tags
-from farthing.conversation.output import ListedCalls, NamedCall, OutputParser, ReasoningCounter
+from farthing.conversation.base import THINK
 from farthing.conversation.scan import plain
-from farthing.conversation.strict import call_grammar, forced_grammar
 from farthing.conversation.types import CallArguments, CallStart, Conversation, Delta, collect
 from farthing.conversation.types import Turn as ChatTurn
-from farthing.conversation.untrusted import unmarked
 from farthing.engine.request import (
-    CallParams,
     CompletionOutput,
     FinishReason,
     Position,
@@ -28,59 +25,27 @@ from farthing.engine.request import (
     StructuredOutputsParams,
 )
 from farthing.server.errors import ApiError
-from farthing.server.formats import ModelFormats
+from farthing.server.formats import (
+    IGNORED_HEADER,
+    Grammars,
+    ModelFormat,
+    ModelFormats,
+    Reading,
+    grammars_of,
+    ignored_fields,
+    with_known_effort,
+)
 from farthing.server.jobs import Usage
 from farthing.server.sampling import build_params
 from farthing.server.schema import CHAT, FieldNames
-from farthing.server.thinking import IGNORED_HEADER, ignored, mapped, warn
+from farthing.server.stream import Ending, EventStream, PiecedAnswer, to_json
+from farthing.server.work import encode, render, submit
 
 if TYPE_CHECKING:
     from farthing.server.jobs import Job
     from farthing.server.service import Service
 
-
-# The grammar of an answer: the client's, or the one of required or restricted tool calls.
-
-
-@dataclass(frozen=True, slots=True)
-class Grammars:
-    """At most one of the two is set."""
-
-    structured: StructuredOutputsParams | None  # of the whole answer
-    calls: CallParams | None
-    listed: bool = False  # `structured` forces calls as JSON instead of the model's format
-
-    @property
-    def whole(self) -> bool:
-        """Whether a grammar applies from the beginning of the answer."""
-        return self.structured is not None or (self.calls is not None and not self.calls.openers)
-
-
-def grammars(
-    conversation: Conversation,
-    structured: StructuredOutputsParams | None,
-    form: ChatFormat,
-    formats: ModelFormats,
-    room: int | None = None,
-) -> Grammars:
-    """structured: the client's constraint, used if no call is required. room: the answer's maximum number of
-    tokens. Raises ApiError (400)."""
-    required = conversation.choice.mode == "required"
-    if structured is not None and not required:
-        return Grammars(structured, None)
-    try:
-        if required:
-            found = forced_grammar(conversation, form.syntax, formats.special_id, room)
-        else:
-            found = call_grammar(conversation, form.syntax, formats.special_id)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="tools", code="invalid_value") from error
-    if found is not None:
-        return Grammars(None, CallParams(openers=found.openers, grammar=found.grammar))
-    if required:
-        return Grammars(StructuredOutputsParams(json=forced.schema(conversation, room)), None, listed=True)
-    return Grammars(None, None)
-
+log = logging.getLogger(__name__)
 
 # Drops the oldest turns of a conversation until it fits the model's context.
 
@@ -132,9 +97,7 @@ async def fitting(
     return result
 
 
-# One assistant turn for any API: render the conversation, submit it, parse the output into deltas.
-
-R = TypeVar("R", bound=Response)
+# One assistant turn: what it owns, from the request to the last delta.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,65 +132,110 @@ class Update:
     cut: bool  # a stop string ended the answer amid a call
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How output text is parsed into deltas."""
+class Writer(Protocol):
+    """Converts the updates of a turn to the documents of one API."""
 
-    formats: ModelFormats
-    form: ChatFormat
-    conversation: Conversation
-    tags: Tags | None  # None: reasoning is not parsed
-    opened: bool  # the prompt ends inside the reasoning
-    listed: bool  # calls are JSON forced by a grammar instead of the model's format
-    tokens: frozenset[str]  # markup that arrives as special tokens, each after a mark
-    raw: bool  # the client wants to see special tokens
+    @property
+    def ending(self) -> Ending:
+        """The events after the last update."""
 
-    def parser(self) -> OutputParser:
-        """A parser for one choice."""
-        return OutputParser(self._calls(), self.tags, self.opened, self.tokens)
+    @property
+    def opening(self) -> Callable[[], str] | None:
+        """Writes the API's first events, unless they were written; None: it has none."""
 
-    def counter(self) -> ReasoningCounter:
-        """A counter of one choice's reasoning tokens."""
-        if self.tags is None:
-            return ReasoningCounter(None, None, opened=False)
-        formats, tags = self.formats, self.tags
-        return ReasoningCounter(formats.token_id(tags.open), formats.token_id(tags.close), self.opened)
+    @property
+    def pieced(self) -> bool:
+        """Whether the whole document contains `Pieces`."""
 
-    def _calls(self) -> CallParser:
-        conversation = self.conversation
-        if self.listed:
-            return NamedCall(conversation.choice.names[0]) if conversation.choice.single else ListedCalls()
-        if conversation.tools or conversation.has_calls:
-            return self.form.calls(conversation.tools, self.tokens)
-        return NoCalls(frozenset() if self.raw else self.tokens & self.form.markup)
+    def stream(self) -> AsyncIterator[str]:
+        """SSE events, one string per engine output."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The complete document."""
 
 
-class _Choice:
-    """The state of one choice."""
+class _Completion:
+    """One completion of the prompt, as far as it has been read."""
 
     def __init__(self, reading: Reading) -> None:
-        self.parser, self.counter = reading.parser(), reading.counter()
+        self.parser = reading.parser()
+        self.counter = reading.counter() if reading.tags is not None else None
         self.tokens: list[int] = []
         self.deltas: list[Delta] = []
 
 
 class Turn:
-    """A turn in flight. Iterate `updates` once, under the job's guard."""
+    """The assistant's turn: the conversation, its prompt, the job that continues it, and the parsers of its
+    completions. `begin`, then iterate `updates` once, under the job's guard.
+    """
 
-    def __init__(
-        self,
-        job: Job,
-        usage: Usage,
-        reading: Reading,
-        remember: Callable[[list[int], list[Delta], bool], None],
-        ignored: tuple[str, ...] = (),
-    ) -> None:
-        """remember: takes the tokens and deltas of an answer, and whether it is complete. ignored: fields of
-        the request."""
-        self._ignored = ignored
-        self.job, self.usage = job, usage
-        self._reading, self._remember = reading, remember
-        self._choices: dict[int, _Choice] = {}
+    job: Job
+    usage: Usage
+
+    def __init__(self, service: Service, request: TurnRequest, client: str) -> None:
+        self._service, self._request, self._client = service, request, client
+        self._conversation = request.conversation
+        self._prompt = ""
+        self._ids: list[int] = []  # of the prompt
+        self._completions: dict[int, _Completion] = {}  # by index
+        self._ignored = request.ignored
+
+    async def begin(self) -> Turn:
+        """Render, encode and submit. If it raises ApiError, no request was started."""
+        request, service = self._request, self._service
+        formats = service.chosen_formats or await service.formats()
+        whole = request.conversation
+        await (self._write_truncated(formats) if request.truncate else self._write(formats, whole))
+        conversation = self._conversation
+        with_calls = bool(conversation.tools) or conversation.has_calls
+        chosen = _format_of(formats, conversation)
+        tags = chosen.form.tags
+        max_tokens = request.sampling.get("max_tokens")
+        opened = tags is not None and self._prompt.rstrip().endswith(tags.open)
+        grammars = Grammars()
+        if request.structured is not None or conversation.tools:
+            grammars = grammars_of(conversation, request.structured, chosen, formats, max_tokens)
+            if grammars.whole and not opened:
+                tags = None  # the grammar applies from the first token on
+        raw = request.sampling.get("skip_special_tokens") is False
+        marked = {} if grammars.listed and tags is None else chosen.markup
+        self._reading = Reading(
+            format=chosen,
+            conversation=conversation,
+            tags=tags,
+            opened=opened,
+            listed=grammars.listed,
+            tokens=(tokens := frozenset(marked.values())),
+            meaningless=frozenset() if raw else tokens & chosen.form.markup,
+            calls=with_calls,
+        )
+        self.usage = Usage(len(self._ids), with_cost=request.with_cost)
+        self.job = await submit(
+            service,
+            self._client,
+            [self._ids],
+            build_params(self._sampling(formats, grammars, marked)),
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            kind="delta" if request.stream else "final",
+            names=replace(request.names, structured="tools") if grammars.listed else request.names,
+        )
+        wishes = request.conversation.effort, request.conversation.thinking, request.thinking_budget
+        if any(wish is not None for wish in wishes):
+            self._ignored += ignored_fields(
+                request.conversation, request.thinking_budget, request.names, chosen, opened=opened
+            )
+        if self._ignored:
+            what, form = ", ".join(self._ignored), chosen.form.name
+            log.warning("ignored %s: the chat format %r has nothing to map it to", what, form)
+        return self
+
+    async def count(self) -> int:
+        """How many tokens the prompt has. Raises ApiError."""
+        formats, request = await self._service.formats(), self._request
+        whole = request.conversation
+        await (self._write_truncated(formats) if request.truncate else self._write(formats, whole))
+        return len(self._ids)
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield the updates of each engine output. Raises ApiError if the engine fails."""
@@ -235,49 +243,152 @@ class Turn:
             self.usage.cached_tokens = output.num_cached_tokens
             yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
 
-    def answer(self, response: R) -> R:
-        """A response with the header that names the fields that were ignored, if any."""
+    async def whole(self) -> list[Update]:
+        """One update per choice, in order."""
+        updates = [update async for each in self.updates() for update in each]
+        return sorted(updates, key=lambda update: update.index)
+
+    async def answer(self, http: Request, writer: Writer) -> Response:
+        """The response, streamed or as one document, with the header that names the fields that were ignored.
+        Raises ApiError, ClientGone."""
+        config = self._service.config
+        if self._request.stream:
+            stream = writer.stream()
+            response: Response = EventStream(
+                self.job, stream, writer.ending, opening=writer.opening, every=config.keep_alive
+            )
+        else:
+            document = await self.job.guard(http.receive, writer.whole())
+            if writer.pieced:
+                response = PiecedAnswer(document, self._service.turns, self._client, config.request_timeout)
+            else:
+                response = Response(to_json(document), media_type="application/json")
         if self._ignored:
             response.headers[IGNORED_HEADER] = ", ".join(self._ignored)
         return response
 
-    async def whole(self) -> list[Update]:
-        """One update per choice, in order."""
-        found = [update async for updates in self.updates() for update in updates]
-        return sorted(found, key=lambda update: update.index)
+    # the prompt
 
-    def _read(self, completion: CompletionOutput, prompt_logprobs: Any) -> Update:
-        choice = self._choices.get(completion.index)
-        if choice is None:
-            choice = self._choices[completion.index] = _Choice(self._reading)
-        parser, counter, before = choice.parser, choice.counter, choice.counter.tokens
-        counter.push(completion.token_ids, parser.reasoning, parser.calling)
-        deltas = parser.push(completion.text)
-        if completion.finish_reason is not None:
-            deltas += parser.finish()
-        choice.tokens += completion.token_ids
-        choice.deltas += deltas
-        if completion.finish_reason is not None and completion.stop_reason is None:
-            self._remember(choice.tokens, choice.deltas, completion.finish_reason == "stop")
-        self.usage.completion_tokens += len(completion.token_ids)
-        self.usage.reasoning_tokens += counter.tokens - before
+    async def _write(self, formats: ModelFormats, conversation: Conversation) -> None:
+        """Render and encode a conversation."""
+        prompt = await prompt_of(self._service, formats, conversation, self._client, self._request.names)
+        ids = None
+        if any(turn.role == "assistant" for turn in conversation.turns):
+            ids = await self._continued(formats, conversation, prompt)
+        if ids is None:
+            (ids,) = await encode(self._service, [prompt], False, self._client, self._request.names.prompt)
+        self._conversation, self._prompt, self._ids = conversation, prompt, ids
+
+    async def _write_truncated(self, formats: ModelFormats) -> None:
+        """The same for as much of the conversation as fits next to the answer; for all of it if nothing does,
+        so that the error tells its length."""
+        longest = self._service.require_engine().config.max_model_len
+        assert longest is not None
+        room = longest - (self._request.sampling.get("max_tokens") or 1)
+
+        async def attempt(conversation: Conversation) -> tuple[Conversation, str, list[int]] | None:
+            try:
+                await self._write(formats, conversation)
+            except ApiError as error:
+                if error.code != "context_length_exceeded":
+                    raise
+                return None
+            return (conversation, self._prompt, self._ids) if len(self._ids) <= room else None
+
+        written = await fitting(self._request.conversation, attempt)
+        if written is None:
+            await self._write(formats, self._request.conversation)
+        else:
+            self._conversation, self._prompt, self._ids = written
+
+    async def _continued(
+        self, formats: ModelFormats, conversation: Conversation, prompt: str
+    ) -> list[int] | None:
+        """The prompt's tokens, reusing the sampled tokens of the latest answer from this server; None if it
+        gave none of these answers."""
+        turns, tokenizer = conversation.turns, formats.tokenizer
+        said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
+        for position in reversed(said[-2:]):
+            entry = self._service.answers.recall(self._client, turns[position], prompt)
+            if entry is None or tokenizer is None:
+                continue
+            until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
+            head = await prompt_of(self._service, formats, until, self._client, self._request.names)
+            if not prompt.startswith(head) or entry.reasoning not in plain(head[entry.characters :]):
+                continue  # the format now writes this turn differently, for instance without its reasoning
+            tokens = entry.tokens.tolist()
+            if not entry.ended:
+                tokens += formats.ending(head)
+            elif not head.endswith(tokenizer.token_text(tokens[-1])):
+                tokens.pop()  # the answer's end token is rendered with the next turn
+            rest = [prompt[len(head) :]]
+            (new,) = await encode(self._service, rest, False, self._client, self._request.names.prompt)
+            return tokens + new
+        return None
+
+    # what the engine samples
+
+    def _sampling(
+        self, formats: ModelFormats, grammars: Grammars, marked: Mapping[int, str]
+    ) -> dict[str, Any]:
+        """Fields of SamplingParams."""
+        reading, conversation = self._reading, self._conversation
+        values = {**self._request.sampling, "marked_token_ids": frozenset(marked)}
+        if reading.calls and not conversation.offered:
+            # The model would imitate the calls in its history, and the client would get an empty answer.
+            unwanted = reading.format.form.markup & reading.tokens
+            values["bad_words"] = [*(values.get("bad_words") or ()), *sorted(unwanted)] or None
+        if reading.format.stops:
+            values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *reading.format.stops]
+        budget = self._request.thinking_budget
+        bounded = reading.tags is not None and (budget is not None or (reading.opened and grammars.whole))
+        if bounded and reading.format.close:
+            values["reasoning"] = ReasoningParams(
+                end=reading.format.close, start=reading.format.tags[0], open=reading.opened, budget=budget
+            )
+        return values | {"structured_outputs": grammars.structured, "calls": grammars.calls}
+
+    # the answer
+
+    def _read(self, output: CompletionOutput, prompt_logprobs: Any) -> Update:
+        completion = self._completions.get(output.index)
+        if completion is None:
+            completion = self._completions[output.index] = _Completion(self._reading)
+        parser, counter, ended = completion.parser, completion.counter, output.finish_reason is not None
+        if counter is not None:
+            before = counter.tokens
+            counter.push(output.token_ids, parser.reasoning, parser.calling)
+            self.usage.reasoning_tokens += counter.tokens - before
+        deltas = parser.push(output.text, last=ended)
+        completion.tokens += output.token_ids
+        completion.deltas += deltas
+        self.usage.completion_tokens += len(output.token_ids)
+        if ended and output.stop_reason is None and not self._reading.listed:
+            self._remember(completion, stopped=output.finish_reason == "stop")
         return Update(
-            index=completion.index,
-            deltas=self._wanted(deltas),
-            tokens=completion.token_ids,
-            logprobs=completion.logprobs,
+            index=output.index,
+            deltas=self._wanted(deltas) if parser.calls else deltas,
+            tokens=output.token_ids,
+            logprobs=output.logprobs,
             prompt_logprobs=prompt_logprobs,
-            finish=completion.finish_reason,
-            stop_reason=completion.stop_reason,
-            calls=parser.calls if self._reading.conversation.offered else 0,
-            cut=isinstance(completion.stop_reason, str) and _amid_call(choice.deltas),
+            finish=output.finish_reason,
+            stop_reason=output.stop_reason,
+            calls=parser.calls if self._conversation.offered else 0,
+            cut=isinstance(output.stop_reason, str) and _amid_call(completion.deltas),
         )
+
+    def _remember(self, completion: _Completion, stopped: bool) -> None:
+        """Keep the answer's tokens for a prompt that continues it."""
+        answer = collect(completion.deltas)
+        if stopped or (answer.text and not answer.calls):  # reasoning or a call cannot be closed midway
+            ended = stopped and completion.tokens[-1] in self._reading.format.ends
+            tokens = self._ids + completion.tokens
+            self._service.answers.remember(self._client, self._prompt, tokens, answer, ended)
 
     def _wanted(self, deltas: list[Delta]) -> list[Delta]:
         """Keep only the first call if parallel calls are off, and none without tools that may be called."""
-        conversation = self._reading.conversation
-        limit = 1 if conversation.offered else 0
-        if limit and conversation.parallel_calls:
+        limit = 1 if self._conversation.offered else 0
+        if limit and self._conversation.parallel_calls:
             return deltas
         return [
             delta
@@ -299,152 +410,37 @@ def _amid_call(deltas: list[Delta]) -> bool:
     return False
 
 
-async def begin(service: Service, request: TurnRequest, client: str) -> Turn:
-    """Render, encode and submit. If it raises ApiError, no request was started."""
-    formats = await service.formats()
-    conversation, prompt, ids = await _prompt(service, request, client)
-    form = formats.of_conversation(conversation)
-    room = request.sampling.get("max_tokens")
-    limits = grammars(conversation, request.structured, form, formats, room)
-    opened = form.tags is not None and prompt.rstrip().endswith(form.tags.open)
-    # A grammar starts after reasoning opened by the prompt, otherwise at the first token.
-    tags = form.tags if not limits.whole or opened else None
-    marked = formats.markup(form) if tags is not None or not limits.listed else {}
-    reading = Reading(
-        formats=formats,
-        form=form,
-        conversation=conversation,
-        tags=tags,
-        opened=opened,
-        listed=limits.listed,
-        tokens=frozenset(marked.values()),
-        raw=request.sampling.get("skip_special_tokens") is False,
-    )
-    values = dict(request.sampling) | {"marked_token_ids": frozenset(marked)}
-    if not conversation.offered and (conversation.tools or conversation.has_calls):
-        # The model would imitate the calls in its history, and the client would get an empty answer.
-        unwanted = form.markup & frozenset(marked.values())
-        values["bad_words"] = [*(values.get("bad_words") or ()), *sorted(unwanted)] or None
-    values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *formats.stops(form)] or None
-    job = await service.open(
-        client,
-        [ids],
-        build_params(
-            values
-            | {
-                "structured_outputs": limits.structured,
-                "calls": limits.calls,
-                "reasoning": _reasoning(tags, opened, request.thinking_budget, limits.whole, formats),
-            }
-        ),
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-        kind="delta" if request.stream else "final",
-        names=replace(request.names, structured="tools") if limits.listed else request.names,
-    )
-
-    def remember(tokens: list[int], deltas: list[Delta], stopped: bool) -> None:
-        if limits.listed:
-            return
-        answer = collect(deltas)
-        if stopped or (answer.text and not answer.calls):  # reasoning or a call cannot be closed midway
-            ended = stopped and tokens[-1] in formats.ends(form)
-            service.answers.remember(client, prompt, ids + tokens, answer, ended)
-
-    own = formats.source(form) is not None
-    unused = request.ignored + ignored(
-        request.conversation, request.thinking_budget, request.names, form, opened=opened, own=own
-    )
-    warn(unused, form)
-    return Turn(job, Usage(len(ids), with_cost=request.with_cost), reading, remember, unused)
+def _format_of(formats: ModelFormats, conversation: Conversation) -> ModelFormat:
+    """The format of a conversation."""
+    uses_tools = bool(conversation.offered) or conversation.has_calls
+    return formats.tools if uses_tools else formats.plain
 
 
-async def count(service: Service, request: TurnRequest, client: str) -> int:
-    """How many tokens the prompt of a request has. Raises ApiError."""
-    return len((await _prompt(service, request, client))[2])
-
-
-async def _prompt(service: Service, request: TurnRequest, client: str) -> tuple[Conversation, str, list[int]]:
-    """The conversation, perhaps without its oldest turns, its prompt and the prompt's tokens."""
-
-    async def written(conversation: Conversation) -> tuple[Conversation, str, list[int]]:
-        prompt = await render(service, conversation, client, request.names)
-        return conversation, prompt, await _encode(service, conversation, prompt, client, request.names)
-
-    async def attempt(conversation: Conversation) -> tuple[Conversation, str, list[int]] | None:
-        try:
-            found = await written(conversation)
-        except ApiError as error:
-            if error.code != "context_length_exceeded":
-                raise
-            return None
-        return found if len(found[2]) <= room else None
-
-    if not request.truncate:
-        return await written(request.conversation)
-    longest = service.require_engine().config.max_model_len
-    assert longest is not None
-    room = longest - (request.sampling.get("max_tokens") or 1)
-    return await fitting(request.conversation, attempt) or await written(request.conversation)
-
-
-async def _encode(
-    service: Service, conversation: Conversation, prompt: str, client: str, names: FieldNames
-) -> list[int]:
-    """The prompt's tokens, reusing the sampled tokens of the latest answer from this server."""
-    turns, tokenizer = conversation.turns, (await service.formats()).tokenizer
-    said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
-    for position in reversed(said[-2:]):
-        entry = service.answers.recall(client, turns[position], prompt)
-        if entry is None or tokenizer is None:
-            continue
-        until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
-        head = await render(service, until, client, names)
-        if not prompt.startswith(head) or entry.reasoning not in plain(head[entry.characters :]):
-            continue  # the format now writes this turn differently, for instance without its reasoning
-        tokens = entry.tokens.tolist()
-        if not entry.ended:
-            tokens += (await service.formats()).ending(head)
-        elif not head.endswith(tokenizer.token_text(tokens[-1])):
-            tokens.pop()  # the answer's end token is rendered with the next turn
-        return tokens + await service.encode(prompt[len(head) :], False, client, names.prompt)
-    return await service.encode(prompt, False, client, names.prompt)
-
-
-def _reasoning(
-    tags: Tags | None, opened: bool, budget: int | None, constrained: bool, formats: ModelFormats
-) -> ReasoningParams | None:
-    """The engine's reasoning parameters; None if it needs none."""
-    if tags is None or formats.tokenizer is None or (budget is None and not (constrained and opened)):
-        return None
-    return ReasoningParams(
-        end=tuple(formats.tokenizer.encode(tags.close, add_special_tokens=False)),
-        start=formats.token_id(tags.open),
-        open=opened,
-        budget=budget,
-    )
-
-
-async def render(service: Service, conversation: Conversation, client: str, names: FieldNames = CHAT) -> str:
+async def prompt_of(
+    service: Service,
+    formats: ModelFormats,
+    conversation: Conversation,
+    client: str,
+    names: FieldNames = CHAT,
+) -> str:
     """The prompt of a conversation, with marks in text that is not to become control tokens. Raises ApiError
     (400) if the format cannot express it."""
-    engine, formats = service.require_engine(), await service.formats()
-    form = formats.of_conversation(conversation)
-    if engine.tokenizer is None:
+    if formats.tokenizer is None:
         raise ApiError(400, "the model is served without a tokenizer, and so without a chat template")
+    chosen = _format_of(formats, conversation)
+    if conversation.effort is not None:
+        conversation = with_known_effort(conversation, chosen.form)
+    if conversation.has_calls:
+        conversation = conversation.with_results_in_call_order()
     rendering = Rendering(
-        mapped(conversation.with_results_in_call_order(), form),
-        form.name if formats.source(form) is None else None,
-        form.tags or THINK,
+        conversation,
+        None if chosen.own else chosen.form.name,
+        chosen.form.tags or THINK,
         formats.control,
-        formats.chosen.efforts,
-        engine.config.trust_special_tokens,
+        formats.efforts,
+        service.require_engine().config.trust_special_tokens,
     )
-    try:
-        return await service.prompt(rendering, client, names.prompt)
-    except ApiError as error:
-        error.message = unmarked(error.message)
-        raise
+    return await render(service, rendering, client, names.prompt)
 
 
 # The events of a turn with one answer, for APIs whose streams are a sequence of named events.

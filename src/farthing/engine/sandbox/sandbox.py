@@ -6,10 +6,11 @@ import json
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
+from functools import partial
 from hashlib import sha256
 from reprlib import Repr
 from typing import Any, TypeVar
@@ -189,7 +190,9 @@ class Local:
                 call.future.set_result(result)
 
 
+_HERE = 2_048  # characters that render and tokenize in one or two milliseconds, or four where all are rare
 _SHORT = 4_096  # characters that tokenize in a few milliseconds: a thread is enough
+_PER_TURN = 16  # characters that stand for the work on a turn without text
 _LIGHT = 131_072  # characters; a larger text may take longer
 _LIGHT_SECONDS, _HEAVY_SECONDS, _GRAMMAR_SECONDS = 2.0, 20.0, 2.0  # CPU time of a job
 _TEXT_MEMORY, _GRAMMAR_MEMORY = 1 << 30, 512 << 20  # bytes that a job may add
@@ -202,11 +205,16 @@ class Sandbox:
 
     Each method takes the client that its work is for: clients take turns (`turns.py`). All raise Busy for a
     client with too much waiting. Futures raise ValueError where the input is refused or exceeds its limits,
-    and RuntimeError where the machine is at fault.
+    and RuntimeError where the machine is at fault. The future of a text that takes no longer than waking up
+    a thread is done at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._here: defaultdict[str, float] = defaultdict(
+            float
+        )  # CPU seconds in the callers' threads, by client
 
         def setup() -> dict[str, Any]:
             return {"tokenizer": tokenizer.state(), "vocab_size": vocab_size}
@@ -225,14 +233,18 @@ class Sandbox:
 
     def seconds(self) -> Mapping[str, float]:
         """CPU time used so far, by client."""
-        total = self._local.turns.seconds()
-        for client, seconds in self._pool.turns.seconds().items():
-            total[client] = total.get(client, 0.0) + seconds
+        with self._lock:
+            total = dict(self._here)
+        for turns in (self._local.turns, self._pool.turns):
+            for client, seconds in turns.seconds().items():
+                total[client] = total.get(client, 0.0) + seconds
         return total
 
     def seconds_of(self, client: str) -> float:
         """CPU time that one client has used so far."""
-        return self._local.turns.seconds_of(client) + self._pool.turns.seconds_of(client)
+        with self._lock:
+            here = self._here.get(client, 0.0)
+        return here + self._local.turns.seconds_of(client) + self._pool.turns.seconds_of(client)
 
     def here(self, call: Callable[[], T], client: str = "") -> Future[T]:
         """Short work of the caller's own, in a thread."""
@@ -242,21 +254,22 @@ class Sandbox:
         self, texts: Sequence[str], add_special_tokens: bool = True, client: str = ""
     ) -> Future[list[list[int]]]:
         """Token ids of each text."""
-        if _is_short(texts):
-            return self._local.submit(lambda: self._encode(texts, add_special_tokens), client)
+        size = sum(map(len, texts))
+        encode = partial(self._tokenizer.encode, add_special_tokens=add_special_tokens)
+        if size <= _HERE:
+            return self._at_once(lambda: list(map(encode, texts)), client)
+        if size <= _SHORT:
+            return self._local.submit(lambda: list(map(encode, texts)), client)
         arguments = {"texts": list(texts), "add_special_tokens": add_special_tokens}
-        return self._submit("encode", arguments, "the text", sum(map(len, texts)), client)
+        return self._submit("encode", arguments, "the text", size, client)
 
     def encode_now(
         self, texts: Sequence[str], add_special_tokens: bool = True, client: str = ""
     ) -> list[list[int]]:
         """The same for a caller in a thread of its own, or in `here`, which may wait."""
-        if _is_short(texts):
-            return self._encode(texts, add_special_tokens)
+        if sum(map(len, texts)) <= _SHORT:
+            return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
         return self.encode(texts, add_special_tokens, client).result()
-
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-        return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
 
     def decode(self, ids: Sequence[int], client: str = "") -> Future[str]:
         """The text of token ids, special ones included."""
@@ -264,15 +277,19 @@ class Sandbox:
             return self._local.submit(lambda: self._tokenizer.decode(ids, skip_special_tokens=False), client)
         return self._submit("decode", {"ids": ids}, "tokens", len(ids), client)
 
-    def prompt(self, rendering: Rendering, max_characters: int, client: str = "") -> Future[str]:
+    def prompt(self, rendering: Rendering, max_tokens: int, client: str = "") -> Future[str]:
         """The prompt of a conversation.
 
         Packaged formats are linear in their input; a model's own template may do anything.
         """
-        size = json_size(rendering.conversation.document())
+        conversation = rendering.conversation
+        if rendering.form is not None and conversation.is_brief(_HERE, _PER_TURN):
+            return self._at_once(lambda: self._tokenizer.prompt(rendering), client)
+        size = json_size(conversation.document())
         if rendering.form is not None and size <= _SHORT:
             return self._local.submit(lambda: self._tokenizer.prompt(rendering), client)
-        arguments = {"rendering": rendering.document(), "max_characters": max_characters}
+        longest = self._tokenizer.max_characters(max_tokens)
+        arguments = {"rendering": rendering.document(), "max_characters": longest}
         return self._submit("prompt", arguments, "messages", size, client)
 
     def habits(self) -> Future[dict[str, Any]]:
@@ -309,15 +326,23 @@ class Sandbox:
         refused.set_exception(ValueError(why))
         self._verdicts.put(_digest(_arguments(constraint)), refused)
 
+    def _at_once(self, work: Callable[[], T], client: str) -> Future[T]:
+        """Do brief work in the caller's thread, and account for it."""
+        done: Future[T] = Future()
+        began = time.thread_time()
+        try:
+            done.set_result(work())
+        except Exception as error:  # the caller's
+            done.set_exception(error)
+        with self._lock:
+            self._here[client] += time.thread_time() - began
+        return done
+
     def _submit(
         self, name: str, arguments: Mapping[str, Any], what: str, size: int, client: str
     ) -> Future[Any]:
         seconds = _LIGHT_SECONDS if size <= _LIGHT else _HEAVY_SECONDS
         return self._pool.submit(Work(name, arguments, what, seconds, _TEXT_MEMORY, size), client)
-
-
-def _is_short(texts: Sequence[str]) -> bool:
-    return sum(map(len, texts)) <= _SHORT
 
 
 def _arguments(constraint: StructuredOutputsParams) -> dict[str, Any]:

@@ -241,7 +241,8 @@ class CpuOps(PackingOps):
         residual: bool = True,
     ) -> Tensor:
         """counts, ids and gates are addresses, 0 for none."""
-        self._check_file()
+        if self._file is not None:  # the background check may have found damage
+            self._file.raise_damage()
         x, scale = _rows(x), vector(norm.weight)
         tokens, hidden = x.shape
         out = empty(x, tokens, hidden)
@@ -251,11 +252,6 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
-    def _check_file(self) -> None:
-        """Called for every model; raises DamagedFile once the background check has found damage."""
-        if self._file is not None:
-            self._file.raise_damage()
-
     def stack(self, layers: Sequence[LayerHandles]) -> Stack:
         return pack_stack(layers)
 
@@ -263,7 +259,8 @@ class CpuOps(PackingOps):
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
-        self._check_file()
+        if self._file is not None:  # the background check may have found damage
+            self._file.raise_damage()
         return run_layers(self._native, _rows(h), stack, batch, cache, counts, span)
 
     def mlp(self, x: Tensor, weights: Experts, norm: Norm, residual: bool = True) -> Tensor:

@@ -153,12 +153,14 @@ def run_layers(
             continue
         if start > first:
             h, out = out, empty(h, tokens, hidden)
-        own, row = cache.of(run.window), run.row + (start - run.first) * run.rows
+        own = cache.of(run.window) if cache.windows else cache
+        slots = batch.of(run.window) if batch.windows else batch
+        row = run.row + (start - run.first) * run.rows
         seen, stride = (0, 0) if counts is None else (address(counts[start:]), row_stride(counts))
         try:
             native.layers(
                 stack.native, start, stop, native_rows(h), tokens, native_cache(own, row),
-                native_batch(batch.of(run.window)), stack.eps, seen, stride, native_rows(out),
+                native_batch(slots), stack.eps, seen, stride, native_rows(out),
             )  # fmt: skip
         except _native.PeerLost as error:
             raise PeerLost(*error.args) from error

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from fastapi import Body, FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,13 +24,14 @@ from farthing.conversation.types import (
     Tool,
     ToolCall,
     ToolChoice,
-    Turn,
 )
+from farthing.conversation.types import Turn as ChatTurn
 from farthing.engine.request import StructuredOutputsParams
 from farthing.server.api.messages_protocol import (
     CLIENT_TOOLS,
     CountRequest,
     InputMessage,
+    MessagesError,
     MessagesRequest,
     RedactedBlock,
     TextBlock,
@@ -38,14 +40,13 @@ from farthing.server.api.messages_protocol import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from farthing.server.errors import ApiError, anthropic_payload
+from farthing.server.errors import STATUSES, ApiError, Documented, anthropic_payload
+from farthing.server.formats import thinking_of
 from farthing.server.sampling import IssuedCalls, with_defaults
 from farthing.server.schema import MESSAGES, FieldNames
 from farthing.server.service import Service
-from farthing.server.stream import Ending, EventStream, named, to_json
-from farthing.server.thinking import thinking_of
-from farthing.server.turn import Turn as RunningTurn
-from farthing.server.turn import TurnRequest, Update, begin, count, events_of
+from farthing.server.stream import Ending, named, to_json
+from farthing.server.turn import Turn, TurnRequest, Update, events_of
 
 _UNSIGNED = "unsigned"  # instead of a signature, which is not checked when clients send it back
 _PING = named("ping", {"type": "ping"})
@@ -63,7 +64,7 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
         "stop": body.stop_sequences,
         "max_tokens": body.max_tokens,
     }
-    turn = await begin(
+    turn = Turn(
         service,
         TurnRequest(
             conversation=conversation_of(body),
@@ -80,20 +81,15 @@ async def messages(service: Service, body: MessagesRequest, request: Request, cl
         ),
         client,
     )
-    writer = _Writer(turn, model)
-    if body.stream:
-        every = service.config.keep_alive
-        stream = EventStream(turn.job, writer.stream(), ANTHROPIC, opening=writer.opening, every=every)
-        return turn.answer(stream)
-    document = await turn.job.guard(request.receive, writer.whole())
-    return turn.answer(Response(to_json(document), media_type="application/json"))
+    await turn.begin()
+    return await turn.answer(request, _Writer(turn, model))
 
 
 async def count_tokens(service: Service, body: CountRequest, client: str) -> Response:
     """The number of tokens in a request's prompt."""
     service.check_model(body.model)
     request = TurnRequest(conversation=conversation_of(body), names=_names(body))
-    tokens = await count(service, request, client)
+    tokens = await Turn(service, request, client).count()
     return Response(to_json({"input_tokens": tokens}), media_type="application/json")
 
 
@@ -110,7 +106,7 @@ def _names(body: CountRequest) -> FieldNames:
 
 def conversation_of(body: CountRequest) -> Conversation:
     """The conversation in a body. Raises ApiError (400)."""
-    turns = [Turn("system", text)] if (text := body.system_text) else []
+    turns = [ChatTurn("system", text)] if (text := body.system_text) else []
     issued = IssuedCalls()
     for position, message in enumerate(body.messages):
         for turn in _turns(message, position, issued):
@@ -146,10 +142,10 @@ def _choice(body: CountRequest) -> ToolChoice:
     return ToolChoice("required" if choice.type == "any" else "none")
 
 
-def _turns(message: InputMessage, position: int, issued: IssuedCalls) -> list[Turn]:
+def _turns(message: InputMessage, position: int, issued: IssuedCalls) -> list[ChatTurn]:
     """The turns of a message: a user's tool results are separate turns."""
     if isinstance(message.content, str):
-        return [Turn(message.role, message.content)]
+        return [ChatTurn(message.role, message.content)]
     if message.role == "assistant":
         return [_assistant(message, position)]
     if not message.content:
@@ -159,21 +155,21 @@ def _turns(message: InputMessage, position: int, issued: IssuedCalls) -> list[Tu
             param=f"messages[{position}].content",
             code="invalid_value",
         )
-    turns: list[Turn] = []
+    turns: list[ChatTurn] = []
     for number, block in enumerate(message.content):
         if isinstance(block, ToolResultBlock):
             issued.answer(block.tool_use_id, f"messages[{position}].content[{number}].tool_use_id")
-            turns.append(Turn("tool", block.text, call_id=block.tool_use_id))
+            turns.append(ChatTurn("tool", block.text, call_id=block.tool_use_id))
         elif not isinstance(block, TextBlock):
             raise _misplaced(block.type, message.role, position)
         elif turns and turns[-1].role == message.role:
-            turns[-1] = Turn(message.role, f"{turns[-1].text}\n\n{block.text}")
+            turns[-1] = ChatTurn(message.role, f"{turns[-1].text}\n\n{block.text}")
         else:
-            turns.append(Turn(message.role, block.text))
+            turns.append(ChatTurn(message.role, block.text))
     return turns
 
 
-def _assistant(message: InputMessage, position: int) -> Turn:
+def _assistant(message: InputMessage, position: int) -> ChatTurn:
     text: list[str] = []
     reasoning: list[str] = []
     calls: list[ToolCall] = []
@@ -190,7 +186,7 @@ def _assistant(message: InputMessage, position: int) -> Turn:
                 pass
             case _:
                 raise _misplaced(block.type, "assistant", position)
-    return Turn("assistant", "".join(text), "".join(reasoning), tuple(calls))
+    return ChatTurn("assistant", "".join(text), "".join(reasoning), tuple(calls))
 
 
 def _misplaced(kind: str, role: str, position: int) -> ApiError:
@@ -242,7 +238,9 @@ def _block(deltas: list[Delta]) -> dict[str, Any]:
 class _Writer:
     """Converts updates to Anthropic's documents and events."""
 
-    def __init__(self, turn: RunningTurn, model: str) -> None:
+    ending, pieced = ANTHROPIC, False
+
+    def __init__(self, turn: Turn, model: str) -> None:
         self._turn = turn
         self._message: dict[str, Any] = {
             "id": f"msg_{uuid.uuid4().hex}",
@@ -350,3 +348,25 @@ def _stop(update: Update) -> dict[str, Any]:
     if isinstance(update.stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": update.stop_reason}
     return {"stop_reason": "tool_use" if update.calls else "end_turn", "stop_sequence": None}
+
+
+# the routes
+
+
+def add_routes(api: FastAPI, service: Service, streamed: Documented) -> None:
+    """Add this API's routes. streamed: describes their answers in the OpenAPI document."""
+    errors: Documented = {status: {"model": MessagesError} for status in STATUSES}
+
+    @api.post(
+        "/v1/messages",
+        summary="Answer a conversation, as Anthropic's API does",
+        responses=errors | streamed,
+    )
+    async def create(request: Request, body: MessagesRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        return await messages(service, body, request, request.scope["client_name"])
+
+    @api.post("/v1/messages/count_tokens", summary="Number of tokens in a conversation", responses=errors)
+    async def count(request: Request, body: CountRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        return await count_tokens(service, body, request.scope["client_name"])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
+from fastapi import Body, FastAPI
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from farthing.conversation.types import (
     Answer,
@@ -22,21 +24,26 @@ from farthing.conversation.types import (
     Tool,
     ToolCall,
     ToolChoice,
-    Turn,
     collect,
 )
-from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams
+from farthing.conversation.types import Turn as ChatTurn
+from farthing.engine.request import CompletionOutput, RequestOutput, SamplingParams, StructuredOutputsParams
 from farthing.server.api.openai_protocol import (
     AllowedChoice,
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
+    ErrorResponse,
     Function,
     Message,
     NamedChoice,
     NamedFunction,
+    Thinking,
+    TokenizeRequest,
 )
 from farthing.server.api.openai_protocol import Tool as ToolField
-from farthing.server.errors import ApiError
+from farthing.server.errors import STATUSES, ApiError, Documented
+from farthing.server.formats import thinking_of
 from farthing.server.jobs import Job, Usage
 from farthing.server.sampling import (
     IssuedCalls,
@@ -48,12 +55,13 @@ from farthing.server.sampling import (
     structured,
     structured_field,
 )
-from farthing.server.schema import COMPLETIONS, FieldNames
+from farthing.server.schema import CHAT, COMPLETIONS, FieldNames
 from farthing.server.service import Service
-from farthing.server.stream import ChunkWriter, EventStream, PiecedAnswer, event, to_json
-from farthing.server.thinking import thinking_of
-from farthing.server.turn import Turn as RunningTurn
-from farthing.server.turn import TurnRequest, Update, begin
+from farthing.server.stream import OPENAI, ChunkWriter, EventStream, PiecedAnswer, Pieces, event, to_json
+from farthing.server.turn import Turn, TurnRequest, Update, prompt_of
+from farthing.server.work import decode, encode, submit
+
+ERRORS: Documented = {status: {"model": ErrorResponse} for status in STATUSES}
 
 # /v1/completions: prompts in, text out.
 
@@ -66,10 +74,10 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
         raise ApiError(
             400, "suffix is not supported: the model was not trained to fill in the middle", param="suffix"
         )
-    _check_best_of(body)
     params = completion_params(body, engine.default_sampling)
     prompts, texts = await _prompts(service, body, client)
-    job = await service.open(
+    job = await submit(
+        service,
         client,
         prompts,
         params,
@@ -87,12 +95,6 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     return Response(to_json(document), media_type="application/json")
 
 
-def _check_best_of(body: CompletionRequest | ChatCompletionRequest) -> None:
-    if body.best_of not in (None, body.n or 1):
-        why = f"best_of: got {body.best_of}; expected n, which is {body.n or 1}: answers are not ranked"
-        raise ApiError(400, f"{why}; request more with n and logprobs, and choose", param="best_of")
-
-
 async def _prompts(
     service: Service, body: CompletionRequest, client: str
 ) -> tuple[list[list[int]], list[str | None]]:
@@ -102,7 +104,7 @@ async def _prompts(
         prompt = [prompt]
     texts = [item if isinstance(item, str) else None for item in prompt]
     if isinstance(prompt[0], str):
-        return await service.encode_all(prompt, body.add_special_tokens, client), texts
+        return await encode(service, prompt, body.add_special_tokens, client), texts
     return prompt, texts
 
 
@@ -135,7 +137,7 @@ class _Answer:
         self.envelope = {
             "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
             "object": "text_completion",
-            "created": service.now(),
+            "created": int(time.time()),
             "model": model,
         }
         self.usage = Usage(sum(len(prompt) for prompt in prompts), with_cost=body.x_farthing)
@@ -158,7 +160,7 @@ class _Answer:
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
         """Yield SSE chunks, one string per engine output."""
-        writer = ChunkWriter(self.envelope, self.usage, self.body.stream_options, job)
+        writer = ChunkWriter(self.envelope, self.usage, job, self.body.stream_options)
         plain = not self.body.echo and self.body.logprobs is None
         async for position, output in job.outputs():
             if output.finished:
@@ -172,8 +174,8 @@ class _Answer:
             events = chain.from_iterable(event(writer.document(delta)) for delta in deltas)
             async for piece in self.turns.pieces(events, job.client):
                 yield piece
-        if last := writer.last():
-            yield last
+        if writer.with_usage:
+            yield writer.chunk()
 
     def _delta(self, position: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         """The choice of a chunk; a completion's first one starts with the echo."""
@@ -224,33 +226,27 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
     """Answer a chat request, streamed or as one document. Raises ApiError, ClientGone."""
     engine = service.require_engine()
     model = service.check_model(body.model)
-    _check_best_of(body)
-    turn = await begin(
+    constraint = structured(body, body.response_format)
+    turn = Turn(
         service,
         TurnRequest(
             conversation=conversation_of(body),
             sampling=chat_sampling(body, engine.default_sampling),
-            structured=structured(body, body.response_format),
+            structured=constraint,
             thinking_budget=_budget(body),
             priority=body.priority,
             cache_salt=body.cache_salt or "",
             stream=bool(body.stream),
             with_cost=body.x_farthing,
-            names=_names(body),
-            ignored=_ignored(body),
+            names=_names(body, constraint) if _RENAMING & body.model_fields_set else CHAT,
+            ignored=() if body.thinking is None else _ignored(body.thinking),
         ),
         client,
     )
+    await turn.begin()
     identity = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
-    envelope = {"id": identity, "object": "", "created": service.now(), "model": model}
-    answer = _Writer(body, turn, envelope, service)
-    if body.stream:
-        return turn.answer(EventStream(turn.job, answer.stream(), every=service.config.keep_alive))
-    document = await turn.job.guard(request.receive, answer.whole())
-    if body.logprobs or body.prompt_logprobs is not None:
-        pieced = PiecedAnswer(document, service.turns, client, service.config.request_timeout)
-        return turn.answer(pieced)
-    return turn.answer(Response(to_json(document), media_type="application/json"))
+    envelope = {"id": identity, "object": "", "created": int(time.time()), "model": model}
+    return await turn.answer(request, _Writer(body, turn, envelope, service))
 
 
 # the request
@@ -258,8 +254,9 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
 
 def conversation_of(body: ChatCompletionRequest) -> Conversation:
     """The conversation in a body. Raises ApiError (400)."""
-    thinking, _ = thinking_of(body.thinking.type if body.thinking else None)
-    thinking = body.enable_thinking if thinking is None else thinking
+    thinking = body.enable_thinking
+    if body.thinking is not None and (wish := thinking_of(body.thinking.type)[0]) is not None:
+        thinking = wish
     options = dict(body.chat_template_kwargs or {})
     if taken := _RESERVED & set(options):
         raise ApiError(
@@ -273,7 +270,7 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
     return Conversation(
         turns=turns_of(body.messages),
         tools=(*map(tool_of, body.tools or ()), *map(_function, body.functions or ())),
-        choice=_choice(body),
+        choice=_choice(body) if body.tools or body.functions else ToolChoice(),
         parallel_calls=body.parallel_tool_calls is not False and not body.functions,
         thinking=thinking,
         effort=_effort(body),
@@ -283,7 +280,14 @@ def conversation_of(body: ChatCompletionRequest) -> Conversation:
     )
 
 
-def _names(body: ChatCompletionRequest) -> FieldNames:
+# Fields that a client may use instead of those in `CHAT`.
+_RENAMING = {
+    *("max_completion_tokens", "thinking", "reasoning", "enable_thinking", "response_format"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+}
+
+
+def _names(body: ChatCompletionRequest, constraint: StructuredOutputsParams | None) -> FieldNames:
     """The names of the fields that the client used."""
     inner = body.thinking is not None and body.thinking.budget_tokens == _budget(body)
     return FieldNames(
@@ -293,12 +297,12 @@ def _names(body: ChatCompletionRequest) -> FieldNames:
         thinking="enable_thinking"
         if body.thinking is None and body.enable_thinking is not None
         else "thinking",
-        structured=structured_field(body, body.response_format),
+        structured=structured_field(body, body.response_format) if constraint else CHAT.structured,
     )
 
 
-def _ignored(body: ChatCompletionRequest) -> tuple[str, ...]:
-    _, known = thinking_of(body.thinking.type if body.thinking else None)
+def _ignored(thinking: Thinking) -> tuple[str, ...]:
+    _, known = thinking_of(thinking.type)
     return () if known else ("thinking.type",)
 
 
@@ -311,27 +315,26 @@ def _budget(body: ChatCompletionRequest) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def turns_of(messages: list[Message]) -> tuple[Turn, ...]:
+def turns_of(messages: list[Message]) -> tuple[ChatTurn, ...]:
     """The turns of messages. Raises ApiError (400) for results without a call."""
-    issued = IssuedCalls()
-    turns: list[Turn] = []
-    for position, message in enumerate(messages):
-        turn = _turn(message)
-        if message.role == "tool":
-            issued.answer(message.tool_call_id, f"messages[{position}].tool_call_id")
-        issued.issue(turn)
-        turns.append(turn)
-    return tuple(turns)
+    turns = tuple(map(_turn, messages))
+    if any(turn.calls or turn.role == "tool" for turn in turns):
+        issued = IssuedCalls()
+        for position, (message, turn) in enumerate(zip(messages, turns, strict=True)):
+            if message.role == "tool":
+                issued.answer(message.tool_call_id, f"messages[{position}].tool_call_id")
+            issued.issue(turn)
+    return turns
 
 
-def _turn(message: Message) -> Turn:
+def _turn(message: Message) -> ChatTurn:
     calls = tuple(
         ToolCall(call.id or "", call.function.name, call.function.arguments)
         for call in message.tool_calls or ()
     )
     if (older := message.function_call) is not None:
         calls += (ToolCall("", older.name, older.arguments),)
-    return Turn(
+    return ChatTurn(
         role="tool" if message.role == "function" else message.role,
         text=message.text,
         reasoning=message.reasoning_content or message.reasoning or "",
@@ -369,11 +372,14 @@ def _choice(body: ChatCompletionRequest) -> ToolChoice:
 class _Writer:
     """Converts updates to OpenAI's documents."""
 
+    ending, opening = OPENAI, None
+
     def __init__(
-        self, body: ChatCompletionRequest, turn: RunningTurn, envelope: dict[str, Any], service: Service
+        self, body: ChatCompletionRequest, turn: Turn, envelope: dict[str, Any], service: Service
     ) -> None:
         self._body, self._turn, self._envelope = body, turn, envelope
-        self._token_texts, self._turns = service.token_texts(), service.turns
+        self._service = service
+        self.pieced = bool(body.logprobs) or body.prompt_logprobs is not None
 
     # whole
 
@@ -386,7 +392,9 @@ class _Writer:
             "usage": self._turn.usage.document(self._turn.job),
         }
         if self._body.prompt_logprobs is not None:
-            document["prompt_logprobs"] = prompt_logprobs(updates[0].prompt_logprobs, self._token_texts)
+            document["prompt_logprobs"] = prompt_logprobs(
+                updates[0].prompt_logprobs, self._service.token_texts()
+            )
         return document
 
     def _choice(self, update: Update) -> dict[str, Any]:
@@ -419,7 +427,7 @@ class _Writer:
     async def stream(self) -> AsyncIterator[str]:
         """Yield SSE chunks, one string per engine output."""
         envelope = self._envelope | {"object": "chat.completion.chunk"}
-        writer = ChunkWriter(envelope, self._turn.usage, self._body.stream_options, self._turn.job)
+        writer = ChunkWriter(envelope, self._turn.usage, self._turn.job, self._body.stream_options)
         begun: set[int] = set()
         async for updates in self._turn.updates():
             entries: list[dict[str, Any]] = []
@@ -430,17 +438,17 @@ class _Writer:
                 entries += self._entries(update)
             if self._body.logprobs:
                 events = chain.from_iterable(event(writer.document(entry)) for entry in entries)
-                async for piece in self._turns.pieces(events, self._turn.job.client):
+                async for piece in self._service.turns.pieces(events, self._turn.job.client):
                     yield piece
             elif entries:
                 yield "".join(map(writer.chunk, entries))
-        if last := writer.last():
-            yield last
+        if writer.with_usage:
+            yield writer.chunk()
 
     def _entries(self, update: Update) -> list[dict[str, Any]]:
         """`choices` entries of one update; a choice's last one has its finish reason."""
         deltas = [delta for delta in map(self._delta, update.deltas) if delta is not None]
-        logprobs = self._logprobs(update) if update.tokens else None
+        logprobs = self._logprobs(update) if self._body.logprobs and update.tokens else None
         if logprobs is not None and not deltas:
             deltas = [{"content": ""}]  # tokens whose text is held back already have probabilities
         entries = [_entry(update.index, delta) for delta in deltas]
@@ -485,8 +493,57 @@ class _Writer:
         if not self._body.logprobs:
             return None
         top = self._body.top_logprobs or 0
-        return chat_logprobs(update.logprobs or [], top, self._token_texts)
+        return chat_logprobs(update.logprobs or [], top, self._service.token_texts())
 
 
 def _entry(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+# the routes
+
+
+def add_routes(api: FastAPI, service: Service, streamed: Documented) -> None:
+    """Add this API's routes. streamed: describes their answers in the OpenAPI document."""
+
+    @api.post("/v1/completions", summary="Complete prompts", responses=streamed)
+    async def completions(request: Request, body: CompletionRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        return await complete(service, body, request, request.scope["client_name"])
+
+    @api.post("/v1/chat/completions", summary="Answer a conversation", responses=streamed)
+    async def chat_completions(request: Request, body: ChatCompletionRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        return await chat(service, body, request, request.scope["client_name"])
+
+    @api.post("/tokenize", summary="Text or a conversation to token ids")
+    async def tokenize(request: Request, body: TokenizeRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        engine = service.require_engine()
+        service.check_model(body.model)
+        client = request.scope["client_name"]
+        if body.messages is None:
+            (ids,) = await encode(service, [body.prompt or ""], body.add_special_tokens, client)
+        else:
+            conversation = Conversation(
+                turns=turns_of(body.messages),
+                tools=tuple(map(tool_of, body.tools or ())),
+                generate=body.add_generation_prompt,
+            )
+            prompt = await prompt_of(service, await service.formats(), conversation, client)
+            (ids,) = await encode(service, [prompt], False, client, "messages")
+        document: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": engine.config.max_model_len,
+            "tokens": Pieces(ids),
+        }
+        if body.return_token_strs and engine.tokenizer:
+            text = engine.tokenizer.token_text
+            document["token_strs"] = Pieces(map(text, ids))
+        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
+
+    @api.post("/detokenize", summary="Token ids to text")
+    async def detokenize(request: Request, body: DetokenizeRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        service.check_model(body.model)
+        return JSONResponse({"prompt": await decode(service, body.tokens, request.scope["client_name"])})

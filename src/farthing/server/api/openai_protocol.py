@@ -147,10 +147,14 @@ class Sampling(Body):
         Annotated[list[TokenId], Field(min_length=1, max_length=2**20, fail_fast=True)] | None
     ) = None
     request_id: str | None = Field(default=None, pattern=r"^[\x21-\x7e]{1,256}$")
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # only as many as n: answers are not ranked
     x_farthing: bool = False  # the cost of the request, in `jobs.x_farthing`
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> Sampling:
+    def _options_agree(self) -> Sampling:
+        if self.best_of not in (None, self.n or 1):
+            problem = f": got {self.best_of}; expected n, which is {self.n or 1}: answers are not ranked"
+            raise FieldError("best_of", problem=f"{problem}; request more with n and logprobs, and choose")
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", problem=" needs stream = true")
         if self.prompt_logprobs is not None and self.stream:
@@ -169,7 +173,6 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=1024, fail_fast=True)]
     )
     suffix: str | None = None
-    best_of: int | None = Field(default=None, ge=1, le=128)
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -349,7 +352,6 @@ class ChatCompletionRequest(Sampling):
     prediction: dict[str, Any] | None = None
     safety_identifier: str | None = None
     # accepted only to be refused: ignoring them would change the answer
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     structural_tag: Any = None
     chat_template: Any = None
     # extensions
@@ -367,16 +369,8 @@ class ChatCompletionRequest(Sampling):
     def _consistent(self) -> ChatCompletionRequest:
         if self.functions and self.tools:
             raise FieldError("functions", problem=" is the older form of tools; set only one of them")
-        names = [tool.function.name for tool in self.tools or []]
-        names += [function.name for function in self.functions or []]
-        older = bool(self.functions) or self.function_call is not None
-        check_choice(
-            names,
-            self._chosen_names(),
-            required=self.tool_choice == "required",
-            tools="functions" if self.functions else "tools",
-            choice="function_call" if older and self.tool_choice is None else "tool_choice",
-        )
+        if self.tools or self.functions or self.tool_choice or self.function_call:
+            self._check_tools()
         if self.structural_tag is not None:
             raise FieldError("structural_tag", problem=f": {_TAGS}")
         if self.chat_template is not None:
@@ -390,6 +384,18 @@ class ChatCompletionRequest(Sampling):
             problem = " needs add_generation_prompt = false and a last assistant message"
             raise FieldError("continue_final_message", problem=problem)
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or []]
+        names += [function.name for function in self.functions or []]
+        older = bool(self.functions) or self.function_call is not None
+        check_choice(
+            names,
+            self._chosen_names(),
+            required=self.tool_choice == "required",
+            tools="functions" if self.functions else "tools",
+            choice="function_call" if older and self.tool_choice is None else "tool_choice",
+        )
 
     def _chosen_names(self) -> list[str]:
         if isinstance(self.tool_choice, NamedChoice):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import Body, FastAPI
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from farthing.conversation.arguments import parsed
 from farthing.conversation.types import (
@@ -20,9 +22,9 @@ from farthing.conversation.types import (
     Reasoning,
     Text,
     ToolCall,
-    Turn,
     collect,
 )
+from farthing.conversation.types import Turn as ChatTurn
 from farthing.engine.request import StructuredOutputsParams
 from farthing.server.api.responses_protocol import (
     CustomTool,
@@ -32,19 +34,18 @@ from farthing.server.api.responses_protocol import (
     resolved,
     turns_of,
 )
-from farthing.server.errors import ApiError
+from farthing.server.errors import ApiError, Documented
 from farthing.server.memory import Stored
 from farthing.server.sampling import with_defaults
 from farthing.server.schema import RESPONSES, short
 from farthing.server.service import Service
-from farthing.server.stream import Ending, EventStream, named, to_json
-from farthing.server.turn import Turn as RunningTurn
-from farthing.server.turn import TurnRequest, Update, begin, count, events_of
+from farthing.server.stream import Ending, named, to_json
+from farthing.server.turn import Turn, TurnRequest, Update, events_of
 
 # The input items of a stored response, for clients that did not keep the conversation themselves.
 
 _MAX_LIMIT = 100
-_Entry = tuple[str, Turn, int]  # prefix of its id, and the turn; of a call: its position in the turn
+_Entry = tuple[str, ChatTurn, int]  # prefix of its id, and the turn; of a call: its position in the turn
 
 
 def input_items(stored: Stored, limit: int, order: str, after: str | None) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def input_items(stored: Stored, limit: int, order: str, after: str | None) -> di
     }
 
 
-def _entries(turn: Turn) -> Iterator[_Entry]:
+def _entries(turn: ChatTurn) -> Iterator[_Entry]:
     if turn.reasoning:
         yield "rs", turn, 0
     if turn.role == "tool":
@@ -132,7 +133,7 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
     model = service.check_model(body.model)
     body, turns, conversation = _conversation(service, body, client)
     fields = {"temperature": body.temperature, "top_p": body.top_p}
-    turn = await begin(
+    turn = Turn(
         service,
         TurnRequest(
             conversation=conversation,
@@ -152,14 +153,9 @@ async def respond(service: Service, body: ResponsesRequest, request: Request, cl
         if body.store is not False:
             service.responses.put(client, (*turns, _said(answer)), document)
 
-    writer = _Writer(turn, body, _envelope(body, model, service.now()), keep)
-    if body.stream:
-        ending, every = Ending("", writer.failed), service.config.keep_alive
-        return turn.answer(
-            EventStream(turn.job, writer.stream(), ending, opening=writer.opening, every=every)
-        )
-    document = await turn.job.guard(request.receive, writer.whole())
-    return turn.answer(Response(to_json(document), media_type="application/json"))
+    await turn.begin()
+    envelope = _envelope(body, model, int(time.time()))
+    return await turn.answer(request, _Writer(turn, body, envelope, keep))
 
 
 async def count_tokens(service: Service, body: InputTokensRequest, client: str) -> Response:
@@ -170,17 +166,17 @@ async def count_tokens(service: Service, body: InputTokensRequest, client: str) 
         raise ApiError(400, "input is missing", param="input", code="missing_required_parameter")
     truncate = body.truncation == "auto"
     request = TurnRequest(conversation=conversation, truncate=truncate, names=RESPONSES)
-    tokens = await count(service, request, client)
+    tokens = await Turn(service, request, client).count()
     document = {"object": "response.input_tokens", "input_tokens": tokens}
     return Response(to_json(document), media_type="application/json")
 
 
 def _conversation(
     service: Service, body: ResponsesRequest, client: str
-) -> tuple[ResponsesRequest, tuple[Turn, ...], Conversation]:
+) -> tuple[ResponsesRequest, tuple[ChatTurn, ...], Conversation]:
     """The body without references, the turns of earlier responses and its own, and the whole conversation."""
     body = resolved(body, lambda identity: service.responses.item(client, identity))
-    earlier: tuple[Turn, ...] = ()
+    earlier: tuple[ChatTurn, ...] = ()
     if (identity := body.previous_response_id) is not None:
         found = service.responses.get(client, identity)
         if found is None:
@@ -208,8 +204,10 @@ def _structured(body: ResponsesRequest) -> StructuredOutputsParams | None:
     return StructuredOutputsParams(json=form.json_schema)
 
 
-def _said(answer: Answer) -> Turn:
-    return Turn("assistant", answer.text, answer.reasoning, tuple(ToolCall(*call) for call in answer.calls))
+def _said(answer: Answer) -> ChatTurn:
+    return ChatTurn(
+        "assistant", answer.text, answer.reasoning, tuple(ToolCall(*call) for call in answer.calls)
+    )
 
 
 def _envelope(body: ResponsesRequest, model: str, created: int) -> dict[str, Any]:
@@ -263,14 +261,17 @@ class _Open:
 class _Writer:
     """Converts updates to output items and their events; without streaming, only to the items."""
 
+    pieced = False
+
     def __init__(
         self,
-        turn: RunningTurn,
+        turn: Turn,
         body: ResponsesRequest,
         envelope: dict[str, Any],
         keep: Callable[[dict[str, Any], Answer], None],
     ) -> None:
         self._turn, self._envelope, self._keep = turn, envelope, keep
+        self.ending = Ending("", self.failed)
         self._tools = {declared.name: declared for declared in body.declared()}
         self._number = -1  # of the last event
         self._output: list[dict[str, Any]] = []  # items that are complete
@@ -427,3 +428,44 @@ def _input(arguments: str) -> str:
     """The text argument of a custom tool, or its beginning; anything else is passed on unchanged."""
     text = (parsed(arguments) or {}).get("input")
     return text if isinstance(text, str) else arguments
+
+
+# the routes
+
+
+def add_routes(api: FastAPI, service: Service, streamed: Documented) -> None:
+    """Add this API's routes. streamed: describes their answers in the OpenAPI document."""
+
+    @api.post("/v1/responses", summary="Answer items of a conversation", responses=streamed)
+    async def create(request: Request, body: ResponsesRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        return await respond(service, body, request, request.scope["client_name"])
+
+    @api.post("/v1/responses/input_tokens", summary="How many tokens a conversation has")
+    async def count(request: Request, body: InputTokensRequest = Body()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        return await count_tokens(service, body, request.scope["client_name"])
+
+    @api.get("/v1/responses/{identity}", summary="An earlier answer")
+    async def response(request: Request, identity: str, stream: bool = False) -> Response:
+        if stream:
+            raise ApiError(400, "stream: got true; expected false: earlier answers are whole", param="stream")
+        return JSONResponse(stored(service, request.scope["client_name"], identity).document)
+
+    @api.get("/v1/responses/{identity}/input_items", summary="What an earlier answer continued")
+    async def items(
+        request: Request, identity: str, limit: int = 20, order: str = "desc", after: str | None = None
+    ) -> Response:
+        earlier = stored(service, request.scope["client_name"], identity)
+        return JSONResponse(input_items(earlier, limit, order, after))
+
+    @api.post("/v1/responses/{identity}/cancel", summary="Not supported: no answer is made in the background")
+    async def cancel(request: Request, identity: str) -> Response:
+        stored(service, request.scope["client_name"], identity)
+        raise ApiError(400, "only background responses can be cancelled, and there are none here")
+
+    @api.delete("/v1/responses/{identity}", summary="Delete an earlier answer")
+    async def forget(request: Request, identity: str) -> Response:
+        stored(service, request.scope["client_name"], identity)
+        service.responses.delete(request.scope["client_name"], identity)
+        return JSONResponse({"id": identity, "object": "response", "deleted": True})
