@@ -1,8 +1,8 @@
 """GGUF files as the shards of a checkpoint: tensor names, stored forms, and values.
 
 A file is described once, by `describe`, under Hugging Face's names; the description is stored as INDEX in
-a model directory (see `farthing.model.gguf`), and `GgufShards` reads tensors by it. Q4_0 matrices appear
-as packed 4-bit groups of compressed-tensors, which have the same values. All other block types are decoded.
+a model directory (see `farthing.model.gguf`), and `GgufShards` reads tensors by it. Matrices keep the
+integers and scales of their blocks (see `farthing.checkpoint.gguf_types`).
 
 Legend: N rows, K columns, d head size.
 """
@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, PLAIN
 from farthing.checkpoint.shards import CheckpointError, Shards, read_json
 from farthing.lazy import gguf, np, torch
 from farthing.ops.arrays import dtype_name, numpy_dtype
+from farthing.ops.weights import Format, Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,29 +29,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INDEX = "gguf.json"
-GROUP = 32  # columns that share a scale in Q4_0
-_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_DECODED = (
-    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
-    "MXFP4",
-)  # fmt: skip
-_PARTS = ("weight_packed", "weight_scale", "weight_shape")
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The tensors of an architecture: GGUF's name without suffix -> Hugging Face's module.
+    """The tensors of an architecture: GGUF's name without `.weight` or `.bias` -> Hugging Face's module.
 
-    layer: of tensors blk.N.*; experts: of stacks [E, N, K], with {} for the expert. turned: matrices whose
-    rows are stored for rotation of neighbours, and the metadata field with their number of heads.
+    layer: of tensors blk.N.*, whole names where the suffix changes too; experts: of stacks [E, N, K], with {}
+    for the expert. turned: matrices whose rows are stored for rotation of neighbours, and the metadata field
+    with their number of heads.
     """
 
     layer: Mapping[str, str]
-    experts: Mapping[str, str]
-    turned: Mapping[str, str]
+    experts: Mapping[str, str] = field(default_factory=dict)
+    turned: Mapping[str, str] = field(default_factory=dict)
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GATED = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -59,25 +56,56 @@ _LAYER = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    **_GATED,
+}
+_LATENT = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.kv_b_proj",  # [H, c, n]: one matrix in two tensors
+    "attn_v_b": "self_attn.kv_b_proj",  # [H, v, c]
+}
+_GATE = {"ffn_gate_inp": "mlp.gate"}
+_V3 = {
+    **_GATE,
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    **{f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")},
 }
 _EXPERTS = {f"ffn_{part}_exps": f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+_MIXTRAL = {
+    f"ffn_{part}_exps": f"block_sparse_moe.experts.{{}}.{name}"
+    for part, name in (("gate", "w1"), ("up", "w3"), ("down", "w2"))
+}
+_SPARSE = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
+}
 ARCHITECTURES = {
-    "llama": Names(_LAYER, {}, {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}),
-    "qwen3": Names(_LAYER, {}, {}),
-    "qwen3moe": Names({**_LAYER, "ffn_gate_inp": "mlp.gate"}, _EXPERTS, {}),
+    "llama": Names(
+        {**_LAYER, **_SPARSE},
+        _MIXTRAL,
+        {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"},
+    ),
+    "qwen3": Names(_LAYER),
+    "qwen3moe": Names({**_LAYER, **_GATE}, _EXPERTS),
+    "deepseek2": Names({**_LAYER, **_LATENT, **_V3}, _EXPERTS),
+    "glm4moe": Names({**_LAYER, **_V3, "post_attention_norm": "post_attention_layernorm"}, _EXPERTS),
+    "minimax-m2": Names({**_LAYER, **_SPARSE}, _MIXTRAL),
 }
 COMPUTED = ("rope_freqs.weight",)  # tensors whose values follow from the configuration
+_JOINED = ("attn_k_b", "attn_v_b")
 
 
 def describe(
-    tensors: Sequence[Any], file: Path, architecture: str, heads: Callable[[str], int]
+    tensors: Sequence[Any], file: Path, architecture: str, heads: Callable[[str], int], layers: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Hugging Face's name, where and how it is stored) of every tensor of a file that `gguf` has opened.
 
-    heads: a count of heads by metadata field. Raises CheckpointError for names and types that are not read.
+    heads: a count of heads by metadata field; layers: how many are read, MTP layers follow them. Raises
+    CheckpointError for names and types that are not read.
     """
     names = ARCHITECTURES[architecture]
     for tensor in tensors:
@@ -85,22 +113,28 @@ def describe(
             continue
         stem, _, suffix = tensor.name.rpartition(".")
         layer, _, part = stem.removeprefix("blk.").partition(".") if stem.startswith("blk.") else ("", "", "")
+        if layer.isdecimal() and int(layer) >= layers:
+            continue
         module = _OUTER.get(stem) if not layer else names.layer.get(part) or names.experts.get(part)
-        if module is None or suffix not in ("weight", "bias") or (layer and not layer.isdecimal()):
+        whole = names.layer.get(f"{part}.{suffix}")
+        if (module or whole) is None or suffix not in ("weight", "bias") or not (layer or "0").isdecimal():
             raise CheckpointError(
                 f"{file}: {tensor.name[:200]}: expected the tensors of architecture {architecture!r}"
             )
         kind = tensor.tensor_type.name
-        if kind not in _PLAIN and kind not in _DECODED:
+        if kind not in PLAIN and kind not in FORMATS:
             raise CheckpointError(
                 f"{file}: {tensor.name[:200]}: found type {kind}; expected one of "
-                f"{', '.join((*_PLAIN, *_DECODED))} (llama-quantize --allow-requantize converts it to Q8_0)"
+                f"{', '.join((*PLAIN, *FORMATS))} (llama-quantize --allow-requantize converts it to Q8_0)"
             )
         shape = [int(n) for n in reversed(tensor.shape.tolist())]
         entry = {"file": str(file), "type": kind, "shape": shape, "offset": int(tensor.data_offset)}
         if part in names.turned:
             entry["heads"] = heads(names.turned[part])
-        stored = f"model.layers.{layer}.{module}.{suffix}" if layer else f"{module}.{suffix}"
+        stored = whole or f"{module}.{suffix}"
+        stored = f"model.layers.{layer}.{stored}" if layer else stored
+        if part in _JOINED:
+            stored = f"{stored}/{part}"
         if part not in names.experts:
             yield stored, entry
             continue
@@ -111,42 +145,26 @@ def describe(
             }  # fmt: skip
 
 
-def quantization_of(index: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The quantization_config of matrices that keep their 4-bit groups; {} if there are none."""
-    if not any(_keeps_groups(name, entry) for name, entry in index.items()):
-        return {}
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
-    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "config_groups": {"group_0": group},
-        "ignore": [],
-    }
-
-
-def _keeps_groups(name: str, entry: Mapping[str, Any]) -> bool:
-    return entry["type"] == "Q4_0" and name.endswith(("_proj.weight", "lm_head.weight"))
-
-
 class GgufShards(Shards):
     """The tensors of GGUF files by Hugging Face's names, as a model directory's INDEX lists them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._index: dict[str, dict[str, Any]] = read_json(path / INDEX)
-        self._maps: dict[str, NDArray[Any]] = {}
-        self._said = False
-        self.reading = lambda name: None
-        self.file_of = {}
+        for name in [name for name in self._index if "/" in name]:
+            whole, _, part = name.partition("/")
+            entry = self._index.pop(name)
+            joined = self._index.setdefault(whole, {"file": entry["file"], "type": "F32", "parts": {}})
+            joined["parts"][part] = entry
         for name, entry in self._index.items():
-            module = name.removesuffix(".weight")
-            kept = _keeps_groups(name, entry)
-            names = [f"{module}.{part}" for part in _PARTS] if kept else [name]
-            self.file_of.update(dict.fromkeys(names, entry["file"]))
+            if "parts" in entry:
+                entry["shape"] = _joined_shape(f"{path}: {name}", entry["parts"])
+        self._maps: dict[str, NDArray[Any]] = {}
+        self.reading = lambda name: None
+        self.file_of = {name: entry["file"] for name, entry in self._index.items()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor, decoded if its type has no equal here."""
+        """The tensor; that of blocks as bfloat16."""
         self.reading(name)
         array = self.array(name)
         if dtype_name(array.dtype) == "bfloat16":
@@ -155,55 +173,62 @@ class GgufShards(Shards):
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a numpy array."""
-        part, entry = name.rpartition(".")[2], self._entry(name)
-        if part == "weight_shape":
-            return np.array(entry["shape"], np.int64)
-        if part in _PARTS:
-            blocks = self._raw(name, entry).reshape(entry["shape"][0], -1, 2 + GROUP // 2)
-            return _scales(blocks) if part == "weight_scale" else _words(blocks)
-        if entry["type"] in _PLAIN:
-            plain: NDArray[Any] = self._raw(name, entry).view(numpy_dtype(_PLAIN[entry["type"]]))
+        entry = self._index[name]
+        if "parts" in entry:
+            return self.exact(name)
+        if entry["type"] in PLAIN:
+            plain: NDArray[Any] = self._raw(name, entry).view(numpy_dtype(PLAIN[entry["type"]]))
             return plain.reshape(entry["shape"])
-        self._say()
+        log.warning("%s is decoded to bfloat16", self._where(name, entry))
         return _to_bfloat16(self._where(name, entry), self.exact(name))
+
+    def stored(self, name: str) -> tuple[Format, int] | None:
+        return FORMATS.get(self._index[name]["type"]) if name in self._index else None
+
+    def weight(self, name: str) -> Weight | None:
+        entry = self._index.get(name)
+        if entry is None or entry["type"] in PLAIN:
+            return None
+        self.reading(name)
+        rows = self._raw(name, entry)
+        weight = BLOCKS[entry["type"]](rows.reshape(len(rows), -1, _block(entry)[1]))
+        assert weight.scale is not None
+        if not all(bool(t.isfinite().all()) for t in (weight.scale, weight.minimum) if t is not None):
+            raise CheckpointError(
+                f"{self._where(name, entry)}: expected finite scales, found NaN or infinity"
+            )
+        return weight
 
     def exact(self, name: str) -> NDArray[np.float32]:
         """The values of a tensor as the library `gguf` decodes them."""
-        entry = self._entry(name)
+        entry = self._index[name]
+        if "parts" in entry:
+            key, value = (self._decoded(name, entry["parts"][part]) for part in _JOINED)
+            joined: NDArray[np.float32] = np.concatenate((key.swapaxes(1, 2), value), 1)
+            return joined.reshape(entry["shape"])
+        return self._decoded(name, entry)
+
+    def _decoded(self, name: str, entry: Mapping[str, Any]) -> NDArray[np.float32]:
         kind = gguf.GGMLQuantizationType[entry["type"]]
         values: NDArray[np.float32] = gguf.quants.dequantize(self._raw(name, entry), kind)
         return values.reshape(entry["shape"])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, from the index only."""
-        rows, *columns = self._entry(name)["shape"]
-        part = name.rpartition(".")[2]
-        if part == "weight_shape":
-            return (2,)
-        per = {"weight_packed": 8, "weight_scale": GROUP}.get(part, 1)
-        return (rows, *(n // per for n in columns))
+        return tuple(self._index[name]["shape"])
 
     def nbytes(self, name: str) -> int:
-        """Bytes in the file; all of a matrix in 4-bit groups count as its integers'."""
-        if name.endswith(_PARTS[1:]):
-            return 0
-        entry = self._entry(name)
-        return _size(entry)
+        """Bytes in the file."""
+        return sum(map(_size, self._index[name].get("parts", {"": self._index[name]}).values()))
 
     def dtype(self, name: str) -> str:
         """The dtype of what `read` returns, as safetensors names it."""
-        part = name.rpartition(".")[2]
-        kinds = {"weight_packed": "I32", "weight_scale": "F16", "weight_shape": "I64"}
-        kind = self._entry(name)["type"]
-        return kinds.get(part) or (kind if kind in _PLAIN else "BF16")
+        kind = self._index[name]["type"]
+        return kind if kind in PLAIN else "BF16"
 
     def release(self) -> None:
         """Unmap every file; tensors already returned stay valid."""
         self._maps.clear()
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        module, _, part = name.rpartition(".")
-        return self._index[f"{module}.weight" if part in _PARTS else name]
 
     def _raw(self, name: str, entry: Mapping[str, Any]) -> NDArray[np.uint8]:
         """The bytes of a tensor, one row per row of a matrix in Hugging Face's order."""
@@ -233,43 +258,29 @@ class GgufShards(Shards):
         order = np.arange(len(flat)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
         return flat[order]
 
-    def _say(self) -> None:
-        """Log once which bytes are not kept."""
-        if self._said:
-            return
-        self._said = True
-        kept = {name for name, entry in self._index.items() if _keeps_groups(name, entry)}
-        decoded = [e for n, e in self._index.items() if e["type"] not in _PLAIN and n not in kept]
-        log.warning(
-            "%s: %d tensors in %s are decoded to bfloat16: %.2f GB in the file become %.2f GB; "
-            "--quantization int8 or int4 rounds their matrices again while loading",
-            next(iter(decoded))["file"], len(decoded), ", ".join(sorted({e["type"] for e in decoded})),
-            sum(map(_size, decoded)) / 1e9, sum(2 * prod(e["shape"]) for e in decoded) / 1e9,
-        )  # fmt: skip
-
     def _where(self, name: str, entry: Mapping[str, Any]) -> str:
         return f"{entry['file']}: {name} ({entry['type']})"
 
 
+def _joined_shape(where: str, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """[H (n + v), c] of keys [H, c, n] and values [H, v, c]."""
+    shapes = [parts[part]["shape"] if part in parts else [] for part in _JOINED]
+    if [len(s) for s in shapes] != [3, 3] or shapes[0][:2] != [shapes[1][0], shapes[1][2]]:
+        raise CheckpointError(f"{where}: found {shapes}; expected {' and '.join(_JOINED)} of the same heads")
+    (h, c, n), v = shapes[0], shapes[1][1]
+    return [h * (n + v), c]
+
+
+def _block(entry: Mapping[str, Any]) -> tuple[int, int]:
+    """Columns and bytes of a block."""
+    columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry["type"]]]
+    return int(columns), int(size)
+
+
 def _size(entry: Mapping[str, Any]) -> int:
     """Bytes of a tensor in its file."""
-    columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry["type"]]]
-    return int(prod(entry["shape"]) // columns * size)
-
-
-def _scales(blocks: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Q4_0 blocks [N, K / 32, 18] -> their scales [N, K / 32]."""
-    scales: NDArray[np.float16] = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
-    return scales
-
-
-def _words(blocks: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Q4_0 blocks -> their integers in order, eight in a word [N, K / 8]: a byte of a block holds columns j
-    and j + 16."""
-    codes = np.concatenate((blocks[..., 2:] & 15, blocks[..., 2:] >> 4), axis=-1)
-    pairs = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    words: NDArray[np.int32] = np.ascontiguousarray(pairs).view("<i4").reshape(len(blocks), -1)
-    return words
+    columns, size = _block(entry)
+    return int(prod(entry["shape"])) // columns * size
 
 
 def _to_bfloat16(where: str, values: NDArray[np.float32]) -> NDArray[Any]:

@@ -25,6 +25,7 @@ from farthing.model.load import config_of, names_in, parameter_shapes, source_of
 from farthing.model.types import type_named, type_of
 from farthing.ops.api import Ops
 from farthing.ops.torch_util import make_batch
+from farthing.ops.weights import INTEGERS
 
 # The parts of `farthing check` that run no layer: names and shapes of tensors, tokenizer, chat format.
 
@@ -57,14 +58,15 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
     if wrong:
         more = f"; {len(wrong) - 1:,} more of {count:,} are wrong" if len(wrong) > 1 else ""
         raise ValueError(wrong[0] + more)
-    kinds = " and ".join(sorted(formats, key=list(_FORMATS.values()).index))
+    order = [*_FORMATS.values(), *INTEGERS]
+    kinds = " and ".join(sorted(formats, key=order.index))
     return f"all {count:,} matrices and vectors of every layer are present, matrices in {kinds}"
 
 
 def _format(checkpoint: Checkpoint, stored: Callable[[str], str], name: str) -> str:
     """The format of a matrix that `_problem` found nothing wrong with."""
     stack, name = stored(_stack(name)), stored(name)
-    if checkpoint.has(f"{name}_packed"):
+    if checkpoint.has(f"{name}_packed") or checkpoint.in_groups(name):
         return checkpoint.stored_as(name.removesuffix(".weight"))[0]
     return _FORMATS[checkpoint.dtype(name if checkpoint.has(name) else stack)]
 

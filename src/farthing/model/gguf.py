@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, describe, quantization_of
+from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, describe
 from farthing.checkpoint.shards import CheckpointError
 from farthing.files import replace_json, replace_text
 from farthing.lazy import gguf, np
@@ -25,7 +25,7 @@ from farthing.model.fields import ConfigError, read_rope
 from farthing.tokenizer_gguf import tokenizer_of
 
 SUFFIX = ".gguf"
-_VERSION = 1  # of the directory's contents; those of another version are written again
+_VERSION = 2  # of the directory's contents; those of another version are written again
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -43,7 +43,9 @@ def open_gguf(path: Path) -> Path:
     tensors: dict[str, dict[str, Any]] = {}
     factors = None
     for file, reader in zip(files, readers, strict=True):
-        tensors |= dict(describe(reader.tensors, file, metadata.architecture, metadata.heads))
+        tensors |= dict(
+            describe(reader.tensors, file, metadata.architecture, metadata.heads, metadata.layers())
+        )
         factors = next((t.data for t in reader.tensors if t.name in COMPUTED), factors)
     config = _config(metadata, tensors, factors)
     backend, described = tokenizer_of(str(files[0]), metadata.tokenizer())
@@ -106,16 +108,24 @@ class Metadata:
         missing = name.endswith("_kv") and self.own(name) is None
         return self.whole("attention.head_count" if missing else name)
 
+    def layers(self) -> int:
+        """How many layers are read: all but those of MTP."""
+        return self.whole("block_count") - int(self.own("nextn_predict_layers", 0))
+
     def tokenizer(self) -> dict[str, Any]:
         """The fields of the tokenizer, without their prefixes."""
         fields = {n: self.get(n) for n in self._fields if n.startswith("tokenizer.")}
         return {n.removeprefix("tokenizer.").removeprefix("ggml."): value for n, value in fields.items()}
 
 
+def _experts(m: Metadata, count: str) -> dict[str, Any]:
+    return {count: m.whole("expert_count"), "num_experts_per_tok": m.whole("expert_used_count")}
+
+
 def _llama(m: Metadata) -> dict[str, Any]:
-    if m.own("expert_count"):
-        raise m.error("llama.expert_count: mixtures in llama form are not read; expected no experts")
-    return {"model_type": "llama"}
+    if not m.own("expert_count"):
+        return {"model_type": "llama"}
+    return {"model_type": "mixtral", **_experts(m, "num_local_experts")}
 
 
 def _qwen3(m: Metadata) -> dict[str, Any]:
@@ -125,10 +135,60 @@ def _qwen3(m: Metadata) -> dict[str, Any]:
 def _qwen3moe(m: Metadata) -> dict[str, Any]:
     return {
         "model_type": "qwen3_moe",
-        "num_experts": m.whole("expert_count"),
-        "num_experts_per_tok": m.whole("expert_used_count"),
+        **_experts(m, "num_experts"),
         "moe_intermediate_size": m.whole("expert_feed_forward_length"),
         "norm_topk_prob": True,  # llama.cpp always does
+    }
+
+
+def _v3_experts(m: Metadata) -> dict[str, Any]:
+    return {
+        **_experts(m, "n_routed_experts"),
+        "moe_intermediate_size": m.whole("expert_feed_forward_length"),
+        "n_shared_experts": m.own("expert_shared_count") or None,
+        "first_k_dense_replace": m.own("leading_dense_block_count", 0),
+        "routed_scaling_factor": _shortest(m.own("expert_weights_scale", 1.0)),
+        "norm_topk_prob": bool(m.own("expert_weights_norm", False)),
+        "n_group": m.own("expert_group_count") or 1,
+        "topk_group": m.own("expert_group_used_count") or 1,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _deepseek2(m: Metadata) -> dict[str, Any]:
+    """V2's softmax or V3's sigmoid. Lengths of keys and values are those of latents, in files with `_mla` of
+    heads."""
+    sigmoid, rotated = m.own("expert_gating_func", 1) == 2, m.whole("rope.dimension_count")
+    grouped = (m.own("expert_group_count") or 1) > 1
+    key, value = (
+        m.own(f"attention.{n}_length_mla") or m.whole(f"attention.{n}_length") for n in ("key", "value")
+    )
+    return {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "head_dim": None,
+        "num_key_value_heads": m.heads("attention.head_count"),
+        "q_lora_rank": m.own("attention.q_lora_rank"),
+        "kv_lora_rank": m.whole("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": key - rotated,
+        "v_head_dim": value,
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
+        "topk_method": "noaux_tc" if sigmoid else "group_limited_greedy" if grouped else "greedy",
+        **_v3_experts(m),
+    }
+
+
+def _glm4moe(m: Metadata) -> dict[str, Any]:
+    share = m.whole("rope.dimension_count") / m.whole("attention.key_length")
+    return {"model_type": "glm4_moe", "partial_rotary_factor": share, **_v3_experts(m)}
+
+
+def _minimax_m2(m: Metadata) -> dict[str, Any]:
+    return {
+        "model_type": "minimax_m2",
+        **_experts(m, "num_local_experts"),
+        "intermediate_size": m.own("expert_feed_forward_length") or m.whole("feed_forward_length"),
+        "rotary_dim": m.whole("rope.dimension_count"),
     }
 
 
@@ -136,7 +196,11 @@ _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3moe,
+    "deepseek2": _deepseek2,
+    "glm4moe": _glm4moe,
+    "minimax-m2": _minimax_m2,
 }
+_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2")
 
 
 def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
@@ -146,12 +210,13 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
         raise m.error("token_embd.weight is missing; expected a GGUF file of a whole model")
     heads, width = m.heads("attention.head_count"), m.whole("embedding_length")
     head = int(m.own("attention.key_length") or m.own("rope.dimension_count") or width // heads)
-    if m.own("rope.dimension_count", head) != head or m.own("attention.value_length", head) != head:
+    whole = m.own("rope.dimension_count", head) == head and m.own("attention.value_length", head) == head
+    if m.architecture not in _PARTLY_ROTATED and not whole:
         raise m.error("rope.dimension_count, attention.value_length: expected the width of a head")
     config: dict[str, Any] = {
         "hidden_size": width,
         "intermediate_size": m.whole("feed_forward_length"),
-        "num_hidden_layers": m.whole("block_count"),
+        "num_hidden_layers": m.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": m.heads("attention.head_count_kv"),
         "head_dim": head,
@@ -165,10 +230,11 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
     }
     if any(name.endswith("q_proj.bias") for name in tensors):
         config["attention_bias"] = True
+    if m.architecture == "glm4moe" and any(name.endswith("q_norm.weight") for name in tensors):
+        config["use_qk_norm"] = True
+    config = {name: value for name, value in config.items() if value is not None}
     if scaling := _scaling(m, config, head, factors):
         config["rope_scaling"] = scaling
-    if quantization := quantization_of(tensors):
-        config["quantization_config"] = quantization
     return config
 
 
@@ -190,6 +256,8 @@ def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) ->
         raise m.error(f"rope.scaling.type: got {kind!r}; expected none, linear or yarn")
     original = m.own("rope.scaling.original_context_length")
     context = {"original_max_position_embeddings": original} if original else {}
+    if log_multiplier := m.own("rope.scaling.yarn_log_multiplier"):  # latent attention: a tenth of it
+        context |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10 * log_multiplier, 6))
     return {"rope_type": kind, "factor": m.own("rope.scaling.factor"), **context}
 
 

@@ -1,0 +1,180 @@
+"""GGUF files of every architecture: random models, renamed as llama.cpp's converter names them, have the
+logits of their Hugging Face directory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("transformers")
+
+from farthing.checkpoint.gguf import _OUTER, ARCHITECTURES  # noqa: E402
+from farthing.hub import resolve_model  # noqa: E402
+from farthing.model.load import load  # noqa: E402
+from farthing.ops.select import select  # noqa: E402
+from tests.checkpoint.test_gguf import ALPHABET  # noqa: E402
+from tests.parity.families import build  # noqa: E402
+from tests.parity.paged import run  # noqa: E402
+
+Config = dict[str, Any]
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*?)\.?(weight|bias|e_score_correction_bias)")
+
+
+def base(c: Config) -> Config:
+    heads = c["num_attention_heads"]
+    size = c.get("head_dim") or c["hidden_size"] // heads
+    return {
+        "block_count": c["num_hidden_layers"], "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"], "feed_forward_length": c["intermediate_size"],
+        "attention.head_count": heads, "attention.head_count_kv": c.get("num_key_value_heads", heads),
+        "attention.layer_norm_rms_epsilon": float(c["rms_norm_eps"]), "attention.key_length": size,
+        "attention.value_length": size, "rope.dimension_count": size,
+        "rope.freq_base": float(c["rope_parameters"]["rope_theta"]),
+    }  # fmt: skip
+
+
+def experts(c: Config) -> Config:
+    return {
+        "expert_count": c["n_routed_experts"], "expert_used_count": c["num_experts_per_tok"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_shared_count": c["n_shared_experts"] or 0,
+        "leading_dense_block_count": c["first_k_dense_replace"],
+        "expert_weights_scale": float(c["routed_scaling_factor"]), "expert_weights_norm": c["norm_topk_prob"],
+    }  # fmt: skip
+
+
+def deepseek2(c: Config) -> Config:
+    key = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
+    return {
+        **base({**c, "num_key_value_heads": 1, "head_dim": c["kv_lora_rank"]}), **experts(c),
+        "attention.kv_lora_rank": c["kv_lora_rank"], "attention.key_length_mla": key,
+        "attention.value_length_mla": c["v_head_dim"], "rope.dimension_count": c["qk_rope_head_dim"],
+        "expert_group_count": c["n_group"], "expert_group_used_count": c["topk_group"],
+        "expert_gating_func": 2 if c["model_type"] == "deepseek_v3" else 1,
+        **({"attention.q_lora_rank": c["q_lora_rank"]} if c["q_lora_rank"] else {}),
+    }  # fmt: skip
+
+
+def mixtral(c: Config) -> Config:
+    return {**base(c), "expert_count": c["num_local_experts"], "expert_used_count": c["num_experts_per_tok"]}
+
+
+def glm4moe(c: Config) -> Config:
+    shared = base(c)
+    share = c["rope_parameters"]["partial_rotary_factor"]
+    return {
+        **shared, **experts(c), "rope.dimension_count": int(share * shared["attention.key_length"]),
+        "block_count": c["num_hidden_layers"] + 1, "nextn_predict_layers": 1,
+    }  # fmt: skip
+
+
+def minimax(c: Config) -> Config:
+    share = c["rope_parameters"].get("partial_rotary_factor", 1.0)
+    found = mixtral(c)
+    rotated = c.get("rotary_dim") or int(share * found["attention.key_length"])
+    return {**found, "expert_feed_forward_length": c["intermediate_size"], "rope.dimension_count": rotated}
+
+
+CASES: dict[str, tuple[str, Callable[[Config], Config]]] = {
+    "mixtral": ("llama", mixtral),
+    "deepseek_v2": ("deepseek2", deepseek2),
+    "deepseek_v3": ("deepseek2", deepseek2),
+    "glm4_moe": ("glm4moe", glm4moe),
+    "minimax_m2": ("minimax-m2", minimax),
+}
+
+
+def renamed(
+    tensors: dict[str, torch.Tensor], architecture: str, c: Config
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Tensors by GGUF's names: experts stacked, rows of rotated heads in pairs, kv_b_proj in two."""
+    names, out, stacks = ARCHITECTURES[architecture], {}, {}
+    layer = {v: k for k, v in names.layer.items() if not k.endswith("_b") or k == "attn_q_b"}
+    experts = {v: k for k, v in names.experts.items()}
+    for name, value in sorted(tensors.items(), key=lambda t: [int(n) for n in re.findall(r"\d+", t[0])]):
+        found = _LAYER.fullmatch(name)
+        array = value.float().numpy()
+        if found is None:
+            stem, _, suffix = name.rpartition(".")
+            out[f"{ {v: k for k, v in _OUTER.items()}[stem] }.{suffix}"] = array
+            continue
+        i, module, suffix = found.groups()
+        stack = re.sub(r"\.\d+\.", ".{}.", module)
+        if stack in experts:
+            stacks.setdefault(f"blk.{i}.{experts[stack]}.weight", []).append(array)
+        elif suffix.startswith("e_score"):
+            out[f"blk.{i}.exp_probs_b.bias"] = array
+        elif module == "self_attn.kv_b_proj":
+            nope, rank = c["qk_nope_head_dim"], c["kv_lora_rank"]
+            heads = array.reshape(c["num_attention_heads"], -1, rank)
+            out[f"blk.{i}.attn_k_b.weight"] = np.ascontiguousarray(heads[:, :nope].swapaxes(1, 2))
+            out[f"blk.{i}.attn_v_b.weight"] = np.ascontiguousarray(heads[:, nope:])
+        else:
+            part = (
+                "post_attention_norm"
+                if architecture == "glm4moe" and module == "post_attention_layernorm"
+                else layer[module]
+            )
+            if part in names.turned:
+                count = c["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+                array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+            out[f"blk.{i}.{part}.{suffix}"] = np.ascontiguousarray(array)
+    return {**out, **{name: np.stack(parts) for name, parts in stacks.items()}}
+
+
+@pytest.mark.parametrize("family", list(CASES))
+def test_logits_are_those_of_the_directory(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    architecture, metadata = CASES[family]
+    seed = next(s for s in range(100) if _plain(build(family, s, tmp_path / str(s)).config))
+    folder = tmp_path / str(seed)
+    c = build(family, seed, folder).config.to_dict()
+    w = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    for name, value in metadata(c).items():
+        add = (
+            w.add_bool
+            if isinstance(value, bool)
+            else w.add_uint32
+            if isinstance(value, int)
+            else w.add_float32
+        )
+        add(f"{architecture}.{name}", value)
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(ALPHABET[: c["vocab_size"]] + [f"<{i}>" for i in range(len(ALPHABET), c["vocab_size"])])
+    w.add_token_merges([])
+    for name, array in renamed(load_file(folder / "model.safetensors"), architecture, c).items():
+        w.add_tensor(name, array)
+    if architecture == "glm4moe":
+        w.add_tensor(f"blk.{c['num_hidden_layers']}.nextn.enorm.weight", np.ones(4, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    ids = torch.arange(12) % c["vocab_size"]
+    found, expected = (
+        run(load(path, select("reference", dtype=torch.float32)), ids, [12])
+        for path in (resolve_model(tmp_path / "model.gguf"), folder)
+    )
+    assert torch.equal(found, expected)
+
+
+def _plain(config: Any) -> bool:
+    """Whether GGUF says all of a random configuration: rotation of neighbours without scaling, no window."""
+    rope = config.rope_parameters
+    pairs = getattr(config, "rope_interleave", True) or config.model_type not in (
+        "deepseek_v2",
+        "deepseek_v3",
+    )
+    windowed = getattr(config, "sliding_window", None) is not None
+    return rope.get("rope_type", "default") == "default" and pairs and not windowed
