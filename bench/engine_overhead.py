@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import statistics
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -43,7 +44,9 @@ class NoModel:
         device=torch.device("cpu"), dtype=torch.float32, tensor=torch.from_numpy,
         no_gradients=torch.inference_mode,
     )  # fmt: skip
-    config = SimpleNamespace(n_routed_experts=None, router_size=0, vocab_size=VOCAB, eos_token_ids=())
+    config = replace(
+        ModelConfig.from_json(config("S")), n_routed_experts=None, vocab_size=VOCAB, eos_token_ids=()
+    )
 
     def __init__(self) -> None:
         self.hidden = torch.zeros(1024, 8)
@@ -120,7 +123,10 @@ def microseconds_per_step(
             [7] * 200, params, add_special_tokens=False, prompt_text=None, **options
         )
         stream = RequestStream(request, lambda: None)
-        core.add(RequestState(request, stream, RequestMetrics(), generations))
+        state = RequestState(request, stream, RequestMetrics(), generations)
+        for generation in generations:
+            generation.parent = state
+        core.add(state)
     while any(seq.num_output < 2 for seq in scheduler.running) or scheduler.waiting:
         core.step()
     times = []

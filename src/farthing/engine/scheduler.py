@@ -296,20 +296,23 @@ class Scheduler(Generic[S]):
         if self._queues or len(decoding) < len(self.running):
             spare //= 2
         for seq in decoding:
-            if seq.status is not Status.RUNNING or budget <= 0:
-                continue  # preempted for one with a better claim, or that one took all tokens
-            if seq.redo > max(0, spare) and seq is not decoding[0]:
+            if seq.status is not Status.RUNNING:
+                continue  # preempted for one with a better claim
+            redo = seq.redo
+            if redo and redo > spare and seq is not decoding[0]:
                 continue  # only the one with the best claim may compute tokens again in place of others
-            room = 0 if seq.redo else min(spare, seq.max_len - len(seq.tokens) - 1)
-            drafts = tuple(seq.drafts[: max(0, room)])
+            room = min(spare, seq.max_len - len(seq.tokens) - 1)
+            drafts = () if redo else tuple(seq.drafts[: max(0, room)])
             if not self._reserve(seq, len(seq.tokens) + len(drafts) + self.num_lookahead):
                 drafts = ()
                 if not self._make_room(seq, order):
                     continue
             if drafts and self.others and not self.kinds.guard(seq):
                 drafts = ()
-            spare -= len(drafts) + seq.redo
-            budget -= self._add(plan, seq, 1 + seq.redo, drafts)
+            spare -= len(drafts) + redo
+            budget -= self._add(plan, seq, 1 + redo, 1, drafts)
+            if redo and budget <= 0:
+                break
         return budget
 
     def _schedule_prompts(self, plan: list[Scheduled[S]], room: Room, admit: bool) -> None:
@@ -330,10 +333,9 @@ class Scheduler(Generic[S]):
             client = self.shares.next(begun.keys() | queued, self._urgency)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
-                if count := room.take(
-                    seq.num_pending, seq.scored, self.kinds.until(seq) if self.others else None
-                ):
-                    self._add(plan, seq, count)
+                pending, most = seq.num_pending, self.kinds.until(seq) if self.others else None
+                if count := room.take(pending, seq.scored, most):
+                    self._add(plan, seq, count, pending)
                 continue
             begun.pop(client, None)
             if client not in queued:
@@ -346,10 +348,9 @@ class Scheduler(Generic[S]):
             elif not room.offers(pending, head.scored) or (self._computing and self._awaits(head, len(hits))):
                 queued.discard(client)
             elif self._admit(head, hits):
-                count = room.take(
-                    head.num_pending, head.scored, self.kinds.until(head) if self.others else None
-                )
-                self._add(plan, head, count or 1, first=True)
+                pending, most = head.num_pending, self.kinds.until(head) if self.others else None
+                count = room.take(pending, head.scored, most) or 1
+                self._add(plan, head, count, pending, first=True)
             else:
                 queued.clear()
             queued &= self._queues.keys()
@@ -510,10 +511,17 @@ class Scheduler(Generic[S]):
             self._computed(seq, digest)
 
     def _add(
-        self, plan: list[Scheduled[S]], seq: S, count: int, drafts: tuple[int, ...] = (), first: bool = False
+        self,
+        plan: list[Scheduled[S]],
+        seq: S,
+        count: int,
+        pending: int,
+        drafts: tuple[int, ...] = (),
+        first: bool = False,
     ) -> int:
-        decode = seq.num_pending - seq.redo == 1 and seq.num_output > 0
-        sample = count == seq.num_pending
+        """Plan `count` of a sequence's tokens; pending: those that were never in the cache."""
+        decode = pending == 1 and seq.num_output > 0
+        sample = count == pending + seq.redo
         if self.others:
             self.kinds.grow(seq, seq.num_computed + count + len(drafts) + self.num_lookahead)
         plan.append(Scheduled(seq, seq.num_computed, count, drafts, sample, decode, first))
