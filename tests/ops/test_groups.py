@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import RouterSpec
+from farthing.ops.api import Norm, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, plan
 from farthing.ops.reference import ReferenceOps
@@ -95,12 +95,12 @@ def test_products(ops: CpuOps, name: str, tokens: int) -> None:
     for n in (16, 33, 100):
         w, x = weight(name, n, 512), torch.randn(tokens, 512) * torch.rand(512) * 3
         x[0, :2] = torch.tensor([30.0, -30.0])
-        y = ops.linear(x, ops.pack_linear(f"w{n}", lambda w=w: [w]), norm(512), EPS)  # type: ignore[misc]
+        y = ops.linear(x, ops.pack_linear(f"w{n}", lambda w=w: [w]), Norm(norm(512), EPS))  # type: ignore[misc]
         assert y.isfinite().all()
     scale = norm(512)
     y, z = (
-        ops.linear(x, ops.pack_linear("w", lambda: [w]), scale, EPS),
-        REF.linear(x, w.dequantize(), scale, EPS),
+        ops.linear(x, ops.pack_linear("w", lambda: [w]), Norm(scale, EPS)),
+        REF.linear(x, w.dequantize(), Norm(scale, EPS)),
     )
     assert distance(y, z) < BOUNDS[name]
 
@@ -120,8 +120,8 @@ def test_mixtures_of_experts(ops: CpuOps, name: str, tokens: int) -> None:
     spec, size = RouterSpec(8, 3), 256 if name in UNITS else 96
     w = experts(spec, name, size, size, size)
     x, scale = torch.randn(tokens, size), norm(size)
-    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), scale, EPS)
-    z = REF.moe(x, REF.pack_moe("m", spec, lambda: w), scale, EPS)
+    y = ops.moe(x.clone(), ops.pack_moe("m", spec, lambda: w), Norm(scale, EPS))
+    z = REF.moe(x, REF.pack_moe("m", spec, lambda: w), Norm(scale, EPS))
     assert distance(y - x, z - x) < 4 * BOUNDS[name]
 
 

@@ -18,7 +18,7 @@ from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, FORMATS, norm, on_device
-from tests.ops.parts import distance, weight
+from tests.ops.parts import UNITS, distance, weight
 
 REF = ReferenceOps(torch.float32)
 ROUNDED = 1e-5  # results in bfloat16: half the square of 2^-9
@@ -39,6 +39,13 @@ def test_int4_groups(group: int) -> None:
     w, x = weight("int4_zero", 40, 3 * group, group), torch.randn(5, 3 * group)
     y = linear(x.to(DEVICE), [pack(w, torch.float32, DEVICE)], None, None, torch.float32)
     assert distance(y.cpu(), x @ w.dequantize().t()) < BOUNDS["int4"]
+
+
+@pytest.mark.parametrize("name", [*UNITS, "q5_1"])
+def test_formats_that_take_the_place_of_another(name: str) -> None:
+    w, x = weight(name, 40, 512), torch.randn(5, 512)
+    y = linear(x.to(DEVICE), [pack(w, torch.float32, DEVICE)], None, None, torch.float32)
+    assert distance(y.cpu(), x @ w.dequantize().t()) < BOUNDS[name]
 
 
 def test_int4_groups_that_fit_no_tile_are_rejected() -> None:
