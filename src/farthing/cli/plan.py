@@ -335,7 +335,7 @@ class Planned:
             return None
         places = [self.shards.layout.place(r.rank) for r in self.ranks]
         return min(
-            (self.limit - r.total) // cache_bytes_per_token(self.shards, place, self.serving.cache_dtype)
+            (self.limit - r.total) // cache_bytes_per_token(self.shards, place, self.serving)
             for r, place in zip(self.ranks, places, strict=True)
         )
 

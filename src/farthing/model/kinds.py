@@ -149,6 +149,13 @@ class Sizing:
         most = max(self.used(blocks, none) - self.used(0, none), self.used(0, self.sizes(sequences, 0)))
         return max(1, min(sequences + blocks * self.block_size // CHECKPOINT_TOKENS, most // each))
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one more token takes, with its share of a checkpoint."""
+        block = (self.used(1, self.sizes(0, 0)) - self.used(0, self.sizes(0, 0))) // self.block_size
+        share = -(-self._each(1) // CHECKPOINT_TOKENS)
+        return block + min(block, share) if block else max(1, share)
+
     def checkpoints_in(self, sequences: int, memory: int) -> int:
         """The same of a cache that has this many bytes for blocks and checkpoints."""
         each, block = self._each(sequences), self.used(1, self.sizes(0, 0)) - self.used(0, self.sizes(0, 0))

@@ -280,8 +280,7 @@ class _Replica:
         t = self.target
         empty = replace(t.serving, cache_tokens=0, max_num_seqs=sequences)
         fitting = min(
-            (t.limit - r.total)
-            // cache_bytes_per_token(self.plan, self.layout.place(r.rank), t.serving.cache_dtype)
+            (t.limit - r.total) // cache_bytes_per_token(self.plan, self.layout.place(r.rank), t.serving)
             for r in self._ranks(empty)
         )
         fitting -= fitting % t.serving.block_size

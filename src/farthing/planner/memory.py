@@ -308,17 +308,21 @@ def stage_memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: 
     return [_rank(model, plan, place, holder, serving) for place in places]
 
 
-def cache_bytes_per_token(plan: ShardPlan, place: Place, cache_dtype: str) -> int:
-    """Cache bytes per token in this rank's layers that keep every token, index keys included."""
-    return _kinds(plan, place)[0].token_bytes(cache_dtype)
+def cache_bytes_per_token(plan: ShardPlan, place: Place, serving: Serving) -> int:
+    """Cache bytes that another token takes on this rank."""
+    return _sizing(plan, place, serving).token_bytes
 
 
 def cache_bytes(plan: ShardPlan, place: Place, serving: Serving) -> int:
     """Cache bytes of this rank: blocks that keep every token, then windows and states of all sequences."""
-    kinds = _kinds(plan, place)
-    sizing = Sizing(kinds, serving.cache_dtype, serving.block_size, serving.max_num_batched_tokens)
-    blocks, sequences = -(-serving.cache_tokens // serving.block_size), serving.max_num_seqs
+    sizing, sequences = _sizing(plan, place, serving), serving.max_num_seqs
+    blocks = -(-serving.cache_tokens // serving.block_size)
     return sizing.used(blocks, sizing.sizes(sequences, sizing.checkpoints(sequences, blocks)))
+
+
+def _sizing(plan: ShardPlan, place: Place, serving: Serving) -> Sizing:
+    kinds = _kinds(plan, place)
+    return Sizing(kinds, serving.cache_dtype, serving.block_size, serving.max_num_batched_tokens)
 
 
 def _kinds(plan: ShardPlan, place: Place) -> tuple[CacheKind, ...]:
