@@ -1,6 +1,6 @@
 """Every kernel of the CPU backend compared with the machine's limit.
 
-    python bench/kernels.py --model L576 [--only linear|moe|mla|head|sparse|cells] [--formats int4 int8 …]
+    python bench/kernels.py --model L576 [--only linear|moe|mla|delta|head|sparse|cells] [--formats int4 …]
 
 Shapes are those of one model of random_model.py. Weights are copied until they exceed the caches, so that a
 single row reads from memory, as in decoding. A row's limit is the longer of its bytes at the bandwidth and
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Norm, Place, RouterSpec
+from farthing.ops.api import AttentionSpec, DeltaParts, DeltaSpec, LatentCache, Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.cpu.weights import Attention, Experts, Linear, pack, plan, router_of
 from farthing.ops.torch_util import make_batch
@@ -221,6 +221,45 @@ def attend(
     b.time(name, tokens, calls, projections + bytes_cached, work, b.int8 / 2)
 
 
+def delta(b: Bench) -> None:
+    """Gated DeltaNet of Qwen3.6-35B-A3B: one token each of several sequences, whose states are read and
+    written, and a prompt. Bytes are those of states, tails and activations."""
+    s = DeltaSpec(16, 32, 128, 128, 4)
+    parts = DeltaParts(
+        torch.randn(s.width, s.channels), -torch.rand(32), torch.randn(32), torch.ones(s.value_dim)
+    )
+    handle = b.ops.pack_delta("delta", s, lambda: parts)
+    state_bytes = 4 * s.values * s.key_dim
+    for sequences, tokens in ((1, 1), (4, 1), (16, 1), (1, 16), (1, 512)):
+        layers = max(2, UNCACHED // (state_bytes * sequences))
+        state = b.ops.new_state(layers, sequences, s)
+        for each in state.tensors():
+            each.normal_()
+        batch = make_batch(
+            [tokens] * sequences, [100] * sequences, [[0] * 99] * sequences, BLOCK, list(range(sequences))
+        )
+        rows = sequences * tokens
+        x, gates = torch.randn(rows, s.channels + s.values), torch.randn(rows, 2 * s.value_heads)
+        cache = LatentCache(torch.empty(0), None, state=state)
+        calls = [
+            lambda i=i, c=cache, t=batch, x=x, g=gates: b.ops.delta(x, g, handle, Place(c, i, t))
+            for i in range(layers)
+        ]
+        size = sequences * (2 * state_bytes + 4 * s.width * s.channels) + 4 * rows * (
+            s.channels + 2 * s.values
+        )
+        work = 8.0 * rows * s.values * s.key_dim
+        name = "decode" if tokens == 1 else "prompt"
+        b.time(
+            f"delta {s.value_heads} x {s.key_dim} x {s.value_dim}, {name}",
+            rows,
+            calls,
+            size,
+            work,
+            b.int8 / 4,
+        )
+
+
 def head(b: Bench, name: str, size: str) -> None:
     """The output head with the argmax."""
     c = config(size)
@@ -254,6 +293,8 @@ def run(b: Bench, a: argparse.Namespace) -> None:
         if a.only in (None, "head"):
             head(b, name, a.model)
         b.alive = []
+    if a.only in (None, "delta"):
+        delta(b)
     if a.only in (None, "mla"):
         for name in a.formats:
             if name not in ("fp8", "nl4"):  # attention is never in these
@@ -301,7 +342,7 @@ def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, default="L576")
-    p.add_argument("--only", choices=["linear", "moe", "mla", "head", "sparse", "cells"])
+    p.add_argument("--only", choices=["linear", "moe", "mla", "delta", "head", "sparse", "cells"])
     p.add_argument("--zeros", type=float, default=0.4, help="share of zero blocks with --only sparse")
     p.add_argument(
         "--formats",

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "delta.h"
 #include "kernels.h"
 #include "latent_cache.h"
 #include "pack.h"
@@ -43,9 +44,10 @@ constexpr int kMostParts = 2;
 
 struct Moe {
   Router router;
-  std::shared_ptr<Packed> gate;  // null: no router, the shared MLP alone
+  std::shared_ptr<Packed> gate;  // [E, D], or [E + 1, D]; null: no router, the shared MLP alone
   bool has_shared = false;       // then the last of the experts
   int parts = 1;                 // of each expert: ranges of its width whose outputs are summed apart
+  bool shared_gate = false;      // the last row of `gate`, whose sigmoid scales the shared expert's output
   int hidden = 0;
   std::vector<Mlp> experts;  // [expert][part]
 
@@ -81,6 +83,7 @@ struct Attention {
   const float* q_norm = nullptr;  // [d] of each head, or [H d] of all heads together; or null
   const float* k_norm = nullptr;  // [d], or [G d]
   bool whole_norm = false;        // the norms are those of all heads together
+  bool gated = false;             // H d further columns, and as many of bias, whose sigmoid scales the output
 
   bool grouped() const { return rotated > 0; }
   int per_group() const { return heads / groups; }
@@ -102,12 +105,14 @@ struct Layer {  // one layer's weights; attention and feed are owned by the laye
   int q_width;          // columns of qkv_a's output that are the query, or its latent
   const float* o_bias;  // [D], or null
   std::shared_ptr<SharedSum> o_sum,
-      feed_sum;  // over the ranks that share attention, and the feed; null: this one alone
+      feed_sum;                  // over the ranks that share attention, and the feed; null: this one alone
+  const Delta* delta = nullptr;  // instead of attention: then qkv_a computes queries, keys, values and gates
+  std::shared_ptr<Packed> gates = nullptr;  // and this b and a
 };
 
 struct Layers {
   std::vector<Layer> layers;
-  std::vector<float> qkv, q, heads, biased, hidden;  // passed from one op to the next
+  std::vector<float> qkv, q, gates, heads, biased, hidden;  // passed from one op to the next
   void add(Layer layer);
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
@@ -136,7 +141,8 @@ struct MoeArgs {
 
 struct MlaArgs {
   Rows q;   // [T, H (n + r)], before rotation; overwritten if attention is grouped
-  Rows kv;  // [T, c + r], before norm and rotation; grouped: keys [T, G d] and values [T, G d], overwritten
+  Rows kv;  // [T, c + r], before norm and rotation; grouped: keys [T, G d] and values [T, G d], overwritten,
+            // and gates [T, H d]
   int tokens;
   Cache cache;
   Batch batch;
@@ -147,8 +153,9 @@ struct MlaArgs {
 struct LayersArgs {
   Rows x;  // [T, D]
   int tokens;
-  int first, last;  // the layers first .. last - 1
-  Cache cache;      // of the first of them
+  int first, last;   // the layers first .. last - 1
+  Cache cache;       // of the first of them
+  DeltaState state;  // of the first of them that has one
   Batch batch;
   float eps;
   int64_t* counts;  // [layer][E] from the first of them on, rows `counts_stride` apart; or null
@@ -171,6 +178,7 @@ struct Sizes {
   void linear(const Matrix& w, int tokens);
   void moe(const Moe& w, int tokens, int rows);
   void mla(const Attention& w, const Batch& batch);
+  void delta(const Delta& w);
   void index(const Indexer& s, int tokens, int keys, bool halves);
   void top_logits(const Matrix& head, int tokens, int k);
   void greedy(const Matrix& head, int tokens);
@@ -185,6 +193,7 @@ class Backend {
   void moe(const Moe& w, const MoeArgs& in);
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, const MlaArgs& in);
+  void delta(const Delta& w, const DeltaArgs& in);
   // See indexer.h: q [T, H d], k [T, d], w [T, H] -> out [T, top_k], or null: the keys are cached, no more.
   void index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
              const IndexBatch& batch, int32_t* out);

@@ -53,6 +53,7 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
 }  // namespace
 
 void bind_conv(nb::module_& module);
+void bind_delta(nb::module_& module);
 void bind_indexer(nb::module_& module);
 void bind_sizes(nb::module_& module);
 
@@ -183,7 +184,8 @@ NB_MODULE(_native, module) {
           "__init__",
           [](Moe* self, const Router& router, std::shared_ptr<Packed> gate, bool has_shared, int parts) {
             if (parts < 1 || parts > kMostParts) throw std::invalid_argument("an expert has one part or two");
-            new (self) Moe{router, std::move(gate), has_shared, parts};
+            const bool shared_gate = gate && gate->m.n == router.experts + 1;
+            new (self) Moe{router, std::move(gate), has_shared, parts, shared_gate, 0, {}};
             self->check_gate();
           },
           "router"_a, "gate"_a.none(), "has_shared"_a, "parts"_a = 1)
@@ -207,12 +209,12 @@ NB_MODULE(_native, module) {
       .def(
           "group",
           [](Attention& a, int groups, int rotated, uint64_t bias, uint64_t q_norm, uint64_t k_norm,
-             bool whole_norm) {
-            a.groups = groups, a.rotated = rotated, a.whole_norm = whole_norm;
+             bool whole_norm, bool gated) {
+            a.groups = groups, a.rotated = rotated, a.whole_norm = whole_norm, a.gated = gated;
             a.bias = at<float>(bias), a.q_norm = at<float>(q_norm), a.k_norm = at<float>(k_norm);
             a.check();
           },
-          "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a);
+          "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a, "gated"_a = false);
 
   nb::exception<NotFinite>(module, "NotFinite", PyExc_ArithmeticError);
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);
@@ -251,7 +253,17 @@ NB_MODULE(_native, module) {
                       at<float>(o_bias), std::move(o_sum), std::move(feed_sum)});
           },
           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a,
-          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a = 0);
+          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a = 0)
+      .def(
+          "add_recurrent",
+          [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkvz, std::shared_ptr<Packed> gates,
+             const Delta& delta, std::shared_ptr<Packed> o, std::shared_ptr<Packed> o_rest,
+             uint64_t feed_norm, const Moe& feed) {
+            self.add({at<float>(norm), nullptr, at<float>(feed_norm), std::move(qkvz), nullptr, std::move(o),
+                      std::move(o_rest), nullptr, &feed, 0, nullptr, nullptr, nullptr, &delta,
+                      std::move(gates)});
+          },
+          "norm"_a, "qkvz"_a, "gates"_a, "delta"_a, "o"_a, "o_rest"_a.none(), "feed_norm"_a, "feed"_a);
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")
@@ -314,12 +326,13 @@ NB_MODULE(_native, module) {
       .def(
           "layers",
           [](Backend& b, Layers& model, int first, int last, Rows x, int tokens, const Cache& cache,
-             const Batch& batch, float eps, uint64_t counts, int64_t counts_stride, Rows out) {
-            b.layers(model,
-                     {x, tokens, first, last, cache, batch, eps, at<int64_t>(counts), counts_stride, out});
+             const Batch& batch, float eps, uint64_t counts, int64_t counts_stride, Rows out,
+             const DeltaState* state) {
+            b.layers(model, {x, tokens, first, last, cache, state ? *state : DeltaState{}, batch, eps,
+                             at<int64_t>(counts), counts_stride, out});
           },
           "layers"_a, "first"_a, "last"_a, "x"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "counts"_a,
-          "counts_stride"_a, "out"_a, free)
+          "counts_stride"_a, "out"_a, "state"_a.none() = nb::none(), free)
       .def(
           "top_logits",
           [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps, int k,
@@ -346,6 +359,7 @@ NB_MODULE(_native, module) {
           "softmax", [](Backend& b, Rows x, int rows, int n, Rows out) { b.softmax(x, rows, n, out); }, "x"_a,
           "rows"_a, "n"_a, "out"_a, free);
   bind_conv(module);
+  bind_delta(module);
   bind_indexer(module);
   bind_sizes(module);
 }

@@ -51,6 +51,19 @@ struct IndexBlock {
   float* out;  // [keys] sums over the heads of w ReLU(q . key)
 };
 
+constexpr int kDeltaSteps = 16;  // tokens of a head that pass through its state together
+
+// Tokens through the state of one head of Gated DeltaNet (delta.h), in order.
+struct DeltaHead {
+  float* state;  // [key_dim][value_dim]
+  int key_dim, value_dim;
+  int steps;                  // at most kDeltaSteps
+  const float *q, *k;         // [steps][key_dim], normed
+  const float* v;             // [steps][value_dim]
+  const float *decay, *beta;  // [steps]
+  float* out;                 // [steps][value_dim]
+};
+
 // C [rows][ldc] = A [rows][lda] B [depth][columns], or C += A B. A has plain rows; B has rows of float, or of
 // pairs of bfloat16: [depth / 2][columns][2].
 struct Product {
@@ -130,6 +143,10 @@ struct Kernels {
                int count);  // see vision/layer.h
   void (*image_row)(const float* x, int64_t plane, int width, float scale, uint8_t* out);
   void (*index_scores)(const IndexBlock& b);
+  // silu(sum over `count` rows of row * weight), n columns.
+  void (*convolve)(const float* const* rows, const float* const* weights, int count, int n, float* out);
+  void (*gate)(float* y, const float* z, int n, bool silu);  // y *= sigmoid(z), or silu(z)
+  void (*delta)(const DeltaHead& h);
   Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
   bool index_halves;       // whether it takes q16 and k16
   bool split_act;          // wants hi and lo for bf16 matrices

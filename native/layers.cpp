@@ -19,6 +19,7 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
   const int T = in.tokens;
   Rows x = in.x;
   Cache cache = in.cache;
+  DeltaState state = in.state;
   int64_t* counts = in.counts;
   if (in.first < 0 || in.first > in.last || in.last > static_cast<int>(model.layers.size()))
     throw std::out_of_range("layers " + std::to_string(in.first) + " to " + std::to_string(in.last) + " of " +
@@ -28,14 +29,21 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
     const int hidden = l.o->m.n;
     const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->rows());
     linear(*l.qkv_a, {x, T, l.norm, in.eps, none, qkv});
-    Rows q = qkv;
-    if (l.q_b) {
-      q = Layers::rows(model.q, T, l.q_b->m.n);
-      linear(*l.q_b, {qkv, T, l.q_norm, in.eps, none, q});
-    }
-    const int cached = l.attention->groups;
     const Rows heads = Layers::rows(model.heads, T, l.o->m.k + (l.o_rest ? l.o_rest->m.k : 0));
-    mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
+    if (l.delta) {
+      const Rows gates = Layers::rows(model.gates, T, l.gates->m.n);
+      linear(*l.gates, {x, T, l.norm, in.eps, none, gates});
+      delta(*l.delta, {qkv, gates, T, state, in.batch, in.eps, heads});
+      state = state.next();
+    } else {
+      Rows q = qkv;
+      if (l.q_b) {
+        q = Layers::rows(model.q, T, l.q_b->m.n);
+        linear(*l.q_b, {qkv, T, l.q_norm, in.eps, none, q});
+      }
+      mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
+      cache = cache.row(l.attention->groups);
+    }
     if (l.o_bias) {
       const Rows biased = Layers::rows(model.biased, T, hidden);
       for (int t = 0; t < T; ++t)
@@ -49,7 +57,6 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
     moe(*l.feed, {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum});
     if (l.feed_sum) l.feed_sum->add(in.out, T, hidden, h);
     x = in.out;
-    cache = cache.row(cached);
     if (counts) counts += in.counts_stride;
   }
 }

@@ -190,8 +190,9 @@ class Mla {
     expanded_.run(team, 5);
     team.barrier();
     merge(team);
-    if (w_.grouped()) return;
+    if (w_.grouped() && !w_.gated) return;
     team.barrier();
+    if (w_.gated) return gate(team);
     project(team);
   }
 
@@ -405,6 +406,17 @@ class Mla {
              space_.partial.out + cell * lp, c);
       }
       put_latent(t, h, scratch, sum);
+    });
+  }
+
+  // Scales the outputs of grouped-query attention by the sigmoid of their gates.
+  void gate(Team& team) const {
+    const int d = w_.value, before = 2 * w_.groups * d;
+    team.for_units(6, in_.tokens, w_.heads, [&](int t, int h) {
+      float* gates = in_.kv.row(t) + before + static_cast<int64_t>(h) * d;
+      if (w_.bias)
+        kernels_.axpy(gates, w_.bias + w_.heads * d + before + static_cast<int64_t>(h) * d, 1.0f, d);
+      kernels_.gate(in_.out.row(t) + static_cast<int64_t>(h) * d, gates, d, false);
     });
   }
 

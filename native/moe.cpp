@@ -3,6 +3,7 @@
 // Legend: T tokens, D hidden size, E routed experts, k experts per token, R = T k routed rows, I expert
 // width.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "backend.h"
@@ -146,7 +147,7 @@ struct Space {
     most = rows;
     token_rows = most + T;
     experts = w.gate ? w.router.experts : 0;
-    score_ld = round_up(experts, kPanel);
+    score_ld = round_up(experts + w.shared_gate, kPanel);
     ld = act_stride(w.hidden);
     out_columns = sum_columns(w.hidden, T, threads);
     for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
@@ -199,6 +200,7 @@ class Experts {
 
   void run(Team& team) {
     normalize(team);
+    if (w_.gate && (!in_.chosen || w_.shared_gate)) score(team);
     if (in_.chosen) take_choice(team);
     else if (k_) route(team);
     Plan& plan = plans_[in_.tokens == 1 ? team.id() : 0];
@@ -241,7 +243,8 @@ class Experts {
     std::copy_n(in_.chosen_weights, s_.most, s_.weights + at);
   }
 
-  void route(Team& team) const {
+  // The product with the router, and with the shared expert's gate.
+  void score(Team& team) const {
     const int T = in_.tokens, blocks = (T + kRouteRows - 1) / kRouteRows, me = team.id();
     team.for_units(1, blocks, w_.gate->m.panels, [&](int b, int panel) {
       const int t0 = b * kRouteRows;
@@ -249,6 +252,10 @@ class Experts {
                     s_.scores + static_cast<size_t>(t0) * s_.score_ld + panel * kPanel, s_.score_ld);
     });
     team.barrier();
+  }
+
+  void route(Team& team) const {
+    const int T = in_.tokens, me = team.id();
     const auto choose = [&](int t, int to) {
       float scores[kMostExperts];
       std::copy_n(s_.scores + static_cast<size_t>(t) * s_.score_ld, s_.experts, scores);
@@ -336,12 +343,18 @@ class Experts {
     });
   }
 
+  float shared_weight(int t) const {
+    return w_.shared_gate
+               ? 1.0f / (1.0f + std::exp(-s_.scores[static_cast<size_t>(t) * s_.score_ld + s_.experts]))
+               : 1.0f;
+  }
+
   // The outputs of one expert, weighted, into the sums of their tokens.
   void add_rows(const Plan& plan, const Job& job, const float* from, int ld, int panels, float* sum) const {
     for (int m = 0; m < job.rows; ++m) {
       const int token = job.shared ? job.first + m : plan.token[job.first + m];
       kernels_.axpy(sum + static_cast<size_t>(token) * s_.out_columns, from + static_cast<size_t>(m) * ld,
-                    job.shared ? 1.0f : plan.weight[job.first + m], panels * kPanel);
+                    job.shared ? shared_weight(token) : plan.weight[job.first + m], panels * kPanel);
     }
   }
 
@@ -371,12 +384,13 @@ void Sizes::moe(const Moe& w, int tokens, int rows) {
 
 void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights) {
   w.router.check();
-  const int experts = w.router.experts, k = w.router.top_k;
-  std::vector<float> scores(static_cast<size_t>(tokens) * experts);
-  linear(*w.gate, {n, tokens, nullptr, 0.0f, {nullptr, 0}, {scores.data(), experts}});
+  const int k = w.router.top_k;
+  const size_t columns = w.gate->m.n;
+  std::vector<float> scores(tokens * columns);
+  linear(*w.gate, {n, tokens, nullptr, 0.0f, {nullptr, 0}, {scores.data(), static_cast<int64_t>(columns)}});
   std::vector<int32_t> chosen(k);
   for (int t = 0; t < tokens; ++t) {
-    choose_experts(w.router, scores.data() + static_cast<size_t>(t) * experts, chosen.data(),
+    choose_experts(w.router, scores.data() + t * columns, chosen.data(),
                    weights + static_cast<size_t>(t) * k);
     std::copy(chosen.begin(), chosen.end(), ids + static_cast<size_t>(t) * k);
   }

@@ -30,7 +30,7 @@ void require_plain_columns(const Packed& p, const char* what) {
 void Moe::check_gate() const {
   if (!gate) return;
   router.check();
-  require(*gate, router.experts, gate->m.k, "the router");
+  require(*gate, router.experts + shared_gate, gate->m.k, "the router");
   if (gate->m.quantized()) throw std::invalid_argument("the router is stored in integers; expected floats");
 }
 
@@ -41,7 +41,7 @@ void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
     const bool shared = has_shared && at / parts == routed();
     require(*gate_up, 2 * round_up(down->m.k, kPanel), hidden, "gate and up of an expert");
     require(*down, hidden, down->m.k, "down of an expert");
-    if (gate) require(*gate, router.experts, hidden, "the router");
+    if (gate) require(*gate, gate->m.n, hidden, "the router");
     const Mlp* other = shared ? nullptr : first(at % parts);
     if (other &&
         (!alike(*gate_up, *other->gate_up) || !alike(*down, *other->down) || down->m.k != other->down->m.k))
@@ -74,14 +74,24 @@ void Attention::check() const {
 }
 
 void Layers::add(Layer l) {
-  const Attention& a = *l.attention;
-  const int hidden = l.o->m.n, query = a.heads * (a.nope + a.rope), cached = a.groups * (a.latent + a.rope);
-  a.check();
-  require(*l.qkv_a, l.q_width + cached, hidden, "the projection to queries and latents");
-  if (l.q_b) require(*l.q_b, query, l.q_width, "the projection of the queries");
-  else if (l.q_width != query) require(*l.qkv_a, query + cached, hidden, "the projection to queries");
-  const int rest = l.o_rest ? l.o_rest->m.k : 0;
-  require(*l.o, hidden, a.heads * a.value - rest, "the output projection of attention");
+  const int hidden = l.o->m.n, rest = l.o_rest ? l.o_rest->m.k : 0;
+  int values;
+  if (l.delta) {
+    const Delta& d = *l.delta;
+    values = d.values();
+    require(*l.qkv_a, d.channels() + values, hidden, "the projection to queries, keys, values and gates");
+    require(*l.gates, 2 * d.value_heads, hidden, "the projection to b and a");
+  } else {
+    const Attention& a = *l.attention;
+    const int query = a.heads * (a.nope + a.rope),
+              cached = a.groups * (a.latent + a.rope) + (a.gated ? query : 0);
+    values = a.heads * a.value;
+    a.check();
+    require(*l.qkv_a, l.q_width + cached, hidden, "the projection to queries and latents");
+    if (l.q_b) require(*l.q_b, query, l.q_width, "the projection of the queries");
+    else if (l.q_width != query) require(*l.qkv_a, query + cached, hidden, "the projection to queries");
+  }
+  require(*l.o, hidden, values - rest, "the output projection of attention");
   if (rest) require(*l.o_rest, hidden, rest, "further columns of the output projection");
   if (l.feed->hidden != hidden) throw std::invalid_argument("experts and attention differ in hidden size");
   layers.push_back(std::move(l));

@@ -12,6 +12,7 @@
 #include "attend.inl"
 #include "keys.inl"
 #include "index.inl"
+#include "delta.inl"
 #include "expand.inl"
 #include "pack.inl"
 #include "vision/conv.inl"
@@ -42,6 +43,9 @@ constexpr Kernels table(const char* name) {
       .conv = conv,
       .image_row = image_row,
       .index_scores = index_scores,
+      .convolve = convolve,
+      .gate = gate,
+      .delta = delta,
       .wide = {product, pack_rows, weigh},
       .wide_halves = {},
       .index_halves = false,

@@ -111,6 +111,31 @@ GLM4: dict[str, Any] = dict(
     max_position_embeddings=2048,
 )
 
+# A small Qwen3-Next: two layers of Gated DeltaNet around gated attention, and a shared expert with a gate.
+QWEN3_NEXT: dict[str, Any] = dict(
+    model_type="qwen3_next",
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=32,
+    shared_expert_intermediate_size=32,
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "full_attention", "linear_attention"],
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    attention_bias=True,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_conv_kernel_dim=4,
+    num_experts=6,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    max_position_embeddings=2048,
+)
+
 
 def tiny(**changes: Any) -> dict[str, Any]:
     """One dense layer and one of four experts, plain RoPE, no groups, no MTP layer; updated by `changes`."""

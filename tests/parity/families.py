@@ -274,6 +274,47 @@ def granitemoe(rng: random.Random) -> Any:
     )
 
 
+def hybrid(rng: random.Random) -> dict[str, Any]:
+    """Fields of types with Gated DeltaNet in some layers, listed or every so many."""
+    layers = rng.choice([3, 4])
+    s = grouped(rng) | routed(rng) | dict(num_hidden_layers=layers, head_dim=rng.choice([8, 16, 20]))
+    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.5, 1.0])))
+    s |= dict(moe_intermediate_size=rng.choice([16, 24]), attention_bias=rng.random() < 0.3)
+    s |= dict(shared_expert_intermediate_size=rng.choice([12, 24]))
+    keys = rng.choice([1, 2, 3])
+    s |= dict(linear_num_key_heads=keys, linear_num_value_heads=keys * rng.choice([1, 2, 3]))
+    s |= dict(linear_key_head_dim=rng.choice([8, 10, 16]), linear_value_head_dim=rng.choice([8, 12, 16]))
+    s |= dict(linear_conv_kernel_dim=rng.choice([2, 3, 4, 4]))
+    if rng.random() < 0.5:
+        return s | dict(full_attention_interval=rng.choice([2, 3]))
+    kinds = ["linear_attention", "full_attention"]
+    return s | dict(layer_types=[*kinds, *(rng.choice(kinds) for _ in range(layers - 2))])
+
+
+def qwen3_next(rng: random.Random) -> Any:
+    s = hybrid(rng) | dict(norm_topk_prob=rng.random() < 0.5)
+    s |= dict(mlp_only_layers=rng.choice([[], [0], [1]]), decoder_sparse_step=rng.choice([1, 1, 2]))
+    return transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**s))
+
+
+def qwen3_5_moe(rng: random.Random) -> Any:
+    """In its wrapper with a vision tower, as released."""
+    text = hybrid(rng)
+    del text["intermediate_size"]
+    tied = text.pop("tie_word_embeddings")
+    half = int(text["head_dim"] * text["rope_parameters"]["partial_rotary_factor"]) // 2
+    text["rope_parameters"] |= dict(mrope_section=[half, 0, 0], mrope_interleaved=True)
+    vision = dict(hidden_size=32, intermediate_size=32, depth=1, num_heads=2, patch_size=4)
+    vision |= dict(out_hidden_size=text["hidden_size"], num_position_embeddings=16)
+    config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+def qwen3_5_moe_text(rng: random.Random) -> Any:
+    text = qwen3_5_moe(rng).config.text_config
+    return transformers.Qwen3_5MoeForCausalLM(text)
+
+
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
@@ -287,6 +328,9 @@ GROUPED: dict[str, Build] = {
     "mixtral": mixtral,
     "olmoe": olmoe,
     "granitemoe": granitemoe,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_text": qwen3_5_moe_text,
 }
 FAMILIES: dict[str, Build] = {
     "deepseek_v3": deepseek_v3,

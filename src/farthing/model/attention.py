@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 from farthing.lazy import np
 from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
+from farthing.model.delta import GatedDelta
 from farthing.model.heads import GroupedHeads
 from farthing.model.source import WeightSource
 from farthing.ops.api import AttentionSpec, GroupedParts, GroupedSpec, IndexerSpec, Norm, Ops, Place
-from farthing.ops.arrays import as_float32
+from farthing.ops.arrays import as_float32, host
+from farthing.ops.weights import Cut, Weight, cut_weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +28,7 @@ def norm_of(
 ) -> Norm:
     """A norm of the checkpoint, its weight times `scale`; width None: the hidden size."""
     weight = as_float32(weights.tensor(f"{name}.weight", (width or config.hidden_size,)))
+    weight = weight + config.norm_offset if config.norm_offset else weight
     return Norm(weight if scale == 1.0 else weight * scale, config.rms_norm_eps)
 
 
@@ -122,6 +125,7 @@ def grouped_spec(config: ModelConfig, heads: GroupedHeads) -> GroupedSpec:
         head_dim=heads.head_dim,
         rope_dim=heads.rotary_width,
         scale=heads.scale,
+        gated=heads.output_gate,
         interleaved=config.rope.interleaved,
         whole_norm=heads.qk_norm == "whole",
         norm_eps=config.rms_norm_eps,
@@ -145,22 +149,34 @@ class GroupedAttention:
         self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
         widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
         self.q_width = a.query_width
-        self.qkv_a = ops.pack_linear(
-            p + "qkv_a", lambda: [weights.weight(f"{p}{n}_proj", (w, d)) for n, w in widths.items()]
-        )
+        rows = widths | {"q": widths["q"] * (2 if a.output_gate else 1)}
+
+        def matrices() -> list[Weight]:
+            q, k, v = (weights.weight(f"{p}{n}_proj", (w, d)) for n, w in rows.items())
+            if not a.output_gate:
+                return [q, k, v]
+            query, gate = ([cut_weight(q, Cut(0, *ends)) for ends in each] for each in _gated_rows(a))
+            return [*query, k, v, *gate]
+
+        self.qkv_a = ops.pack_linear(p + "qkv_a", matrices)
 
         def vector(name: str, width: int) -> Tensor:
             return as_float32(weights.tensor(p + name, (width,)))
 
         def parts() -> GroupedParts:
-            bias = [vector(f"{n}_proj.bias", w) for n, w in widths.items()] if a.qkv_bias else None
             norms = [
                 vector(f"{n}_norm.weight", widths[n] if a.qk_norm == "whole" else a.head_dim)
+                + config.norm_offset
                 for n in ("q", "k")
                 if a.qk_norm is not None
             ]
-            joined = None if bias is None else ops.tensor(np.concatenate([np.asarray(b) for b in bias]))
-            return GroupedParts(joined, *norms) if norms else GroupedParts(joined)
+            if not a.qkv_bias:
+                return GroupedParts(None, *norms)
+            bias = [host(vector(f"{n}_proj.bias", w)) for n, w in rows.items()]
+            if a.output_gate:
+                query, gate = (np.concatenate([bias[0][slice(*e)] for e in each]) for each in _gated_rows(a))
+                bias = [query, *bias[1:], gate]
+            return GroupedParts(ops.tensor(np.concatenate(bias)), *norms)
 
         if layer in config.unrotated:
             rope = still(ops, rope)
@@ -177,11 +193,18 @@ class GroupedAttention:
         Also returns None: every token attends to all before it.
         """
         ops = self.ops
-        qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, (H + 2 G) d]
+        qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, (H + 2 G) d], then gates [T, H d]
         out = ops.gqa(qkv, self.heads, place)  # [T, H d]
         if self.o_bias is not None:
             h = h + self.o_bias.to(h)
         return ops.linear(out, self.o, residual=h), None
+
+
+def _gated_rows(a: GroupedHeads) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Rows of each head's query and of its gate, which follows it in q_proj."""
+    d = a.head_dim
+    starts = range(0, 2 * a.query_width, 2 * d)
+    return [(at, at + d) for at in starts], [(at + d, at + 2 * d) for at in starts]
 
 
 def still(ops: Ops, rope: Tensor) -> Tensor:
@@ -331,12 +354,16 @@ class LatentAttention:
         return ops.linear(out, self.o, residual=h), select
 
 
-AnyAttention = LatentAttention | GroupedAttention
+AnyAttention = LatentAttention | GroupedAttention | GatedDelta
 
 
 def attention_of(
     config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
 ) -> AnyAttention:
-    """A layer's attention in the form that the model has."""
+    """A layer's attention, or what it has instead, in the form that the model has."""
+    if config.is_recurrent(layer):
+        return GatedDelta(
+            config, ops, weights, layer, norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
+        )
     form = LatentAttention if isinstance(config.attention, LatentHeads) else GroupedAttention
     return form(config, ops, weights, layer, rope)

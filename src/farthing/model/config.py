@@ -21,7 +21,15 @@ from farthing.model.fields import (
     read_rope,
     wrong,
 )
-from farthing.model.heads import GroupedHeads, Heads, LatentHeads, read_grouped, read_latent
+from farthing.model.heads import (
+    DeltaHeads,
+    GroupedHeads,
+    Heads,
+    LatentHeads,
+    read_delta,
+    read_grouped,
+    read_latent,
+)
 from farthing.model.types import type_named, type_of
 
 __all__ = [
@@ -64,8 +72,11 @@ class ModelConfig:
     beyond_window: int | None = None  # the file's max_position_embeddings, if its sliding window is less
     windows: tuple[int, ...] = ()  # per hidden layer, how many tokens one attends to; 0, or no entry: all
     unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
+    recurrent: DeltaHeads | None = None  # of the layers that have a recurrent state instead of attention
+    recurrent_layers: tuple[int, ...] = ()
     query_scaling: QueryScaling | None = None
     rms_norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to the weights of norms, but for those of recurrent layers' outputs
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0  # of the embedding's output, and of the logits
     logit_scale: float = 1.0
@@ -87,6 +98,7 @@ class ModelConfig:
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    shared_gate: bool = False  # the shared expert's output x sigmoid of a learned product with its input
     shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
     # sparse attention; index_topk None: every layer attends to all cached tokens
     index_topk: int | None = None
@@ -130,8 +142,18 @@ class ModelConfig:
         """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
         more = more or self.shortcut_experts or self.n_identity_experts > 0
+        more = more or self.recurrent is not None or self.shared_gate or self.norm_offset > 0
         stored = type_named(self.model_type).names.stored
         return not more and all(stored(name) == name for name in _SAMPLES)
+
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether a layer has a recurrent state instead of attention. MTP layers have attention."""
+        return layer in self.recurrent_layers
+
+    @property
+    def attention_layers(self) -> int:
+        """Hidden layers with attention."""
+        return self.num_hidden_layers - len(self.recurrent_layers)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer; others attend to all tokens or an earlier layer's selection."""
@@ -211,6 +233,7 @@ class ModelConfig:
             indexer_types=tuple(self.indexer_types[i] for i in layers if self.indexer_types),
             unrotated=tuple(i - layers.start for i in self.unrotated if i in layers),
             windows=tuple(self.windows[i] for i in layers if self.windows),
+            recurrent_layers=tuple(i - layers.start for i in self.recurrent_layers if i in layers),
         )
 
     @classmethod
@@ -236,6 +259,8 @@ class ModelConfig:
             raw = kind.fields(raw)
             heads = read_grouped(raw) if kind.grouped else read_latent(raw)
             values = _checked(cls, raw) | _derived(raw)
+            if raw.get("recurrent_layers"):
+                values["recurrent"] = read_delta(raw)
             config = cls(**{**values, "attention": heads, "model_type": kind.name})
             check_config(config)
         except ValueError as error:
@@ -320,6 +345,7 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "indexer_types": tuple(raw.get("indexer_types") or ()),
         "unrotated": tuple(raw.get("unrotated") or ()),
         "windows": tuple(raw.get("windows") or ()),
+        "recurrent_layers": tuple(raw.get("recurrent_layers") or ()),
         "dense_layers": tuple(raw.get("dense_layers") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
         "eos_token_ids": _ids(raw.get("eos_token_id")),

@@ -115,7 +115,8 @@ class DecoderModel:
     ) -> LatentCache:
         """An empty paged cache for this model, MTP layers included.
 
-        windows: blocks of the layers with a window, by its size; None: num_blocks.
+        windows: blocks of the layers with a window, by its size; None: num_blocks. slots: of recurrent
+        states; None: num_blocks, so that a sequence can have that of its first block.
         """
         first, *others = cache_kinds(self.config)
 
@@ -127,6 +128,9 @@ class DecoderModel:
             if kind.window is not None:
                 blocks = num_blocks if windows is None else windows[kind.window]
                 cache.windows[kind.window] = paged(kind, blocks)
+        if self.config.recurrent is not None:
+            layers, spec = len(self.config.recurrent_layers), self.config.recurrent.spec
+            cache.state = self.ops.new_state(layers, num_blocks if slots is None else slots, spec)
         if self.config.index_topk is not None:
             cache.index = self.ops.new_index_cache(cache, first.index_rows, first.index_width)
         return cache

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.lazy import torch
 from farthing.model.attention import AnyAttention, attention_of, norm_of
 from farthing.model.config import ModelConfig
+from farthing.model.delta import GatedDelta
 from farthing.model.kinds import cache_place
 from farthing.model.source import WeightSource
 from farthing.ops.api import (
@@ -124,6 +125,9 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
             for j in range(e)
         ],
         shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_here else None,
+        shared_gate=as_float32(weights.tensor(f"{prefix}.shared_expert_gate.weight", (1, d)))
+        if config.shared_gate and shared_here
+        else None,
     )
 
 
@@ -136,11 +140,12 @@ def stacked(ops: Ops, layers: Sequence[tuple[AnyAttention, FeedForward]]) -> Han
 
 def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:
     """The handles of one layer for `Ops.stack`; None if it cannot represent the layer."""
-    if attention.query_scale is not None or attention.sparse:
-        return None
-    if feed.post_norm is not None or feed.beside is not None:
-        return None
     a = attention
+    if a.query_scale is not None or a.sparse or feed.post_norm is not None or feed.beside is not None:
+        return None
+    if isinstance(a, GatedDelta):
+        packed = a.norm, a.qkvz, 0, None, None, a.delta, a.o, feed.norm, feed.packed
+        return LayerHandles(*packed, rows=0, gates=a.gates)
     return LayerHandles(
         a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed,
         o_bias=a.o_bias, rows=a.rows, window=a.window,

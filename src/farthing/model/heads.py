@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 from farthing.model import fields as checked
 from farthing.model.fields import wrong
+from farthing.ops.api import DeltaSpec
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -116,6 +118,7 @@ class GroupedHeads:
     score_scale: float | None = None  # None: head_dim^-0.5
     # RMSNorm of queries and keys before rotation: of each head, or of all heads together
     qk_norm: Literal["head", "whole"] | None = None
+    output_gate: bool = False  # q_proj has a gate behind each query head; attention's output x sigmoid(gate)
     qkv_bias: bool = False
     o_bias: bool = False
 
@@ -141,8 +144,8 @@ class GroupedHeads:
 
     @property
     def first_width(self) -> int:
-        """Columns of the product that computes queries, keys and values."""
-        return self.query_width + 2 * self.key_width
+        """Columns of the product that computes queries, keys, values and output gates."""
+        return (2 if self.output_gate else 1) * self.query_width + 2 * self.key_width
 
     @property
     def output_width(self) -> int:
@@ -186,9 +189,10 @@ class GroupedHeads:
         """Name and shape of the parameters; p: prefix of the module."""
         widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width}
         for name, width in widths.items():
-            yield f"{p}{name}_proj.weight", (width, d)
+            rows = 2 * width if name == "q" and self.output_gate else width
+            yield f"{p}{name}_proj.weight", (rows, d)
             if self.qkv_bias:
-                yield f"{p}{name}_proj.bias", (width,)
+                yield f"{p}{name}_proj.bias", (rows,)
         if self.qk_norm is not None:
             for name in ("q", "k"):
                 whole = self.qk_norm == "whole"
@@ -209,6 +213,41 @@ class GroupedHeads:
                 f"partial_rotary_factor: {self.rotary_width} of {self.head_dim} elements of a head are "
                 "rotated; expected an even number of at least 2 and at most head_dim"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaHeads:
+    """The heads of Gated DeltaNet, in recurrent layers."""
+
+    spec: DeltaSpec
+    fused: bool = False  # projections are stored key head by key head, as in Qwen3-Next
+
+    def shapes(self, p: str, d: int) -> Shapes:
+        """Name and shape of the parameters; p: prefix of the module."""
+        s = self.spec
+        if self.fused:
+            yield p + "in_proj_qkvz.weight", (s.channels + s.values, d)
+            yield p + "in_proj_ba.weight", (2 * s.value_heads, d)
+        else:
+            yield p + "in_proj_qkv.weight", (s.channels, d)
+            yield p + "in_proj_z.weight", (s.values, d)
+            yield p + "in_proj_b.weight", (s.value_heads, d)
+            yield p + "in_proj_a.weight", (s.value_heads, d)
+        yield p + "conv1d.weight", (s.channels, 1, s.width)
+        yield p + "dt_bias", (s.value_heads,)
+        yield p + "A_log", (s.value_heads,)
+        yield p + "norm.weight", (s.value_dim,)
+        yield p + "out_proj.weight", (d, s.values)
+
+    @property
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes per layer and sequence, float32: of the state, and of the convolution's tail."""
+        return self.spec.state
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes per layer and sequence."""
+        return 4 * sum(map(prod, self.state))
 
 
 Heads = LatentHeads | GroupedHeads
@@ -257,9 +296,33 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
         int(size * share),
         score_scale=None if scale is None else checked.number("attention_multiplier", scale, above=0.0),
         qk_norm=raw.get("qk_norm"),
+        output_gate=raw.get("output_gate", False),
         qkv_bias=bias,
         o_bias=bias and raw.get("o_bias", True),
     )
+
+
+_DELTA_SIZES = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
+MOST_WIDTH = 8  # tokens under a convolution
+
+
+def read_delta(raw: Mapping[str, Any]) -> DeltaHeads:
+    """From a config.json with Qwen3-Next's fields, and `fused` as the type sets it.
+
+    Raises ValueError naming the field.
+    """
+    keys, values, key_dim, value_dim, width = (checked.integer(raw, name) for name in _DELTA_SIZES)
+    if values % keys:
+        raise wrong("linear_num_value_heads", values, f"a multiple of linear_num_key_heads = {keys}")
+    checked.in_range("linear_conv_kernel_dim", width, 2, MOST_WIDTH)
+    eps = checked.number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0)
+    return DeltaHeads(DeltaSpec(keys, values, key_dim, value_dim, width, eps), raw["fused"])
 
 
 def _head_size(raw: Mapping[str, Any], heads: int) -> int:

@@ -85,7 +85,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
             (kind.window or 0) * kind.token_bytes("bfloat16") + kind.state_bytes for kind in others
         ),
         flops_per_token=2 * (dense - count(routed) + active_routed),
-        attention_flops_per_context_token=2 * heads * config.num_hidden_layers,
+        attention_flops_per_context_token=2 * heads * config.attention_layers,
         dense_flops_per_token=2 * dense,
     )
 
@@ -135,7 +135,8 @@ def context_cost(config: ModelConfig, context: int) -> ContextCost:
     c, layers = config, config.num_hidden_layers
     flops, size = 2 * c.num_attention_heads * c.attention.dot_width, 2 * c.cache_per_layer
     most = context if c.index_topk is None else min(context, c.index_topk)
-    read, seen = (sum(min(n, c.window(i) or n) for i in range(layers)) for n in (most, context))
+    reading = [i for i in range(layers) if not c.is_recurrent(i)]
+    read, seen = (sum(min(n, c.window(i) or n) for i in reading) for n in (most, context))
     rows = sum(map(c.has_indexer, range(layers))) if most < context else 0
     index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes
     return ContextCost(

@@ -63,9 +63,12 @@ class CacheKind:
 
 
 def cache_place(config: ModelConfig, layer: int) -> tuple[int | None, int]:
-    """A layer's window, and its first row in the cache of the layers with the same one."""
+    """A layer's window, and its first row in the cache of the layers with the same one, or in the states."""
+    if config.is_recurrent(layer):
+        return None, sum(map(config.is_recurrent, range(layer)))
     window = config.window(layer)
-    return window, config.attention.cache_rows * sum(config.window(i) == window for i in range(layer))
+    same = sum(config.window(i) == window and not config.is_recurrent(i) for i in range(layer))
+    return window, config.attention.cache_rows * same
 
 
 def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
@@ -78,8 +81,9 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
     found: dict[int | None, list[int]] = {None: []}
     for layer in layers:
-        found.setdefault(config.window(layer), []).append(layer)
-    return tuple(
+        if not config.is_recurrent(layer):
+            found.setdefault(config.window(layer), []).append(layer)
+    paged = tuple(
         CacheKind(
             tuple(held),
             heads.cache_rows,
@@ -90,6 +94,9 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
         )
         for window, held in found.items()
     )
+    if config.recurrent is None:
+        return paged
+    return *paged, CacheKind(config.recurrent_layers, state=config.recurrent.state)
 
 
 # How many blocks and slots a cache has, besides the blocks that keep every token.

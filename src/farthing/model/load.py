@@ -196,7 +196,11 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
             yield p + "eh_proj.weight", (d, 2 * d)
             yield p + "shared_head.norm.weight", (d,)
         yield p + "input_layernorm.weight", (d,)
-        yield from c.attention.shapes(p + "self_attn.", d)
+        if c.is_recurrent(i):
+            assert c.recurrent is not None
+            yield from c.recurrent.shapes(p + "linear_attn.", d)
+        else:
+            yield from c.attention.shapes(p + "self_attn.", d)
         if c.has_indexer(i):
             yield from _indexer_shapes(c, p + "self_attn.indexer.")
         yield p + "post_attention_layernorm.weight", (d,)
@@ -237,6 +241,8 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
         yield p + "post_mlp_layernorm.weight", (d,)
     if c.n_shared_experts:
         yield from gated(p + "shared_experts.", c.shared_size)
+        if c.shared_gate:
+            yield p + "shared_expert_gate.weight", (1, d)
 
 
 def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -245,12 +251,11 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     parameters = {}
     for name, shape in parameter_shapes(config):
         noise = torch.randn(shape, generator=generator)
-        if name.endswith(".bias"):
+        if name.endswith(("bias", "A_log")):
             parameters[name] = 0.1 * noise
         elif "norm" in name:
-            parameters[name] = 1 + 0.1 * noise
-        elif name.endswith("e_score_correction_bias"):
-            parameters[name] = 0.1 * noise
+            offset = 0.0 if ".linear_attn." in name else config.norm_offset
+            parameters[name] = 1 - offset + 0.1 * noise
         elif name == "model.embed_tokens.weight":
             parameters[name] = noise
         else:

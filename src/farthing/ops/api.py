@@ -75,13 +75,14 @@ class GroupedSpec:
     interleaved: bool = False  # as in AttentionSpec
     whole_norm: bool = False  # norms are of all heads together, not of each
     norm_eps: float = 1e-6  # of the norms of queries and keys
+    gated: bool = False  # the output is multiplied by the sigmoid of further H d columns of the input
 
 
 @dataclass(frozen=True, slots=True)
 class GroupedParts:
     """What queries, keys and values pass through before rotation, float32; None: nothing."""
 
-    bias: Tensor | None = None  # [(H + 2 G) d]
+    bias: Tensor | None = None  # [(H + 2 G) d], and H d of the gates
     q_norm: Tensor | None = None  # [d], or [H d] of all heads together
     k_norm: Tensor | None = None  # [d], or [G d]
 
@@ -99,6 +100,43 @@ class IndexerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DeltaSpec:
+    """Layout of Gated DeltaNet (Yang et al. 2024): each of Hk key heads is shared by Hv / Hk value heads."""
+
+    key_heads: int  # Hk
+    value_heads: int  # Hv
+    key_dim: int  # dk
+    value_dim: int  # dv
+    width: int  # tokens under the causal convolution, whose C channels are all queries, keys and values
+    norm_eps: float = 1e-6  # of the output's norm
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return 2 * self.key_heads * self.key_dim + self.values
+
+    @property
+    def values(self) -> int:
+        """Columns of the output."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of a sequence's slot: [Hv, dk, dv] and [width - 1, C]."""
+        return (self.value_heads, self.key_dim, self.value_dim), (self.width - 1, self.channels)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaParts:
+    """Gated DeltaNet's parameters that are no matrices, float32. Decay is exp(rate softplus(a + shift))."""
+
+    conv: Tensor  # [width, C], the oldest token first
+    rate: Tensor  # [Hv]
+    shift: Tensor  # [Hv]
+    norm: Tensor  # [dv], of the output
+
+
+@dataclass(frozen=True, slots=True)
 class MoEWeights:
     """The input of `pack_moe`. Experts are read one at a time, so that they need not all fit in memory."""
 
@@ -107,6 +145,7 @@ class MoEWeights:
     # gate [I, D], up [I, D], down [D, I] of each; None: an identity, or on another rank: skipped here
     experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]] | None]
     shared: Callable[[], tuple[Weight, Weight, Weight]] | None
+    shared_gate: Tensor | None = None  # [1, D] float32: the shared expert's output x sigmoid(shared_gate n)
 
 
 @dataclass(slots=True)
@@ -214,7 +253,7 @@ class Place:
     """Where attention or the indexer of one layer writes and reads in a step."""
 
     cache: LatentCache
-    row: int  # the layer's first row in `cache.data`; for the indexer its row in `cache.index`
+    row: int  # the layer's first row in `cache.data`; an indexer's in `index`; a recurrence's in `state`
     batch: Batch
 
 
@@ -254,6 +293,8 @@ class LayerHandles:
     o_bias: Tensor | None = None  # [D]
     rows: int = 1  # cache rows
     window: int | None = None  # of attention
+    # Of a recurrent layer: b and a [2 Hv, D]. Then qkv_a is [C + Hv dv, D], and heads `pack_delta`'s.
+    gates: Handle | None = None
 
 
 class Ops(ABC):
@@ -336,6 +377,10 @@ class Ops(ABC):
         """Weight [d] and bias [d] of the index keys' LayerNorm; rope as in `pack_attention`."""
 
     @abstractmethod
+    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Handle:
+        """Gated DeltaNet's parameters that are no matrices."""
+
+    @abstractmethod
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
@@ -346,6 +391,10 @@ class Ops(ABC):
         blocks, device = like.data.shape[1:3], like.data.device
         scale = None if like.scale is None else torch.ones(rows, *blocks, device=device)
         return IndexCache(torch.zeros(rows, *blocks, width, dtype=like.data.dtype, device=device), scale)
+
+    def new_state(self, layers: int, slots: int, spec: DeltaSpec) -> StateCache:
+        """Slots for sequences; they need no clearing before a sequence starts."""
+        return StateCache(*(torch.zeros(layers, slots, *each, device=self.device) for each in spec.state))
 
     def copy_state(self, state: StateCache, source: Tensor, target: Tensor) -> None:
         """Copy the slots source [n] to the slots target [n], int32, in every layer; no slot is in both."""
@@ -379,10 +428,21 @@ class Ops(ABC):
 
     @abstractmethod
     def gqa(self, qkv: Tensor, heads: Handle, place: Place) -> Tensor:
-        """qkv [T, (H + 2 G) d] -> [T, H d]; the layer has G cache rows.
+        """qkv [T, (H + 2 G) d], and H d columns of gates -> [T, H d]; the layer has G cache rows.
 
         Adds biases, norms and rotates queries and keys, writes (value, key) to the batch's slots, then
         attends to the first `position + 1` cached tokens of each token's sequence. qkv may be overwritten.
+        """
+
+    @abstractmethod
+    def delta(self, x: Tensor, gates: Tensor, delta: Handle, place: Place) -> Tensor:
+        """Gated DeltaNet: x [T, C + Hv dv] (queries, keys, values, output gates z), gates [T, 2 Hv] (b, a)
+        -> [T, Hv dv].
+
+        Queries, keys and values pass through the convolution and SiLU; queries and keys are L2-normed, the
+        queries scaled by dk^-0.5. Every token then changes its head's state S, read from and written to the
+        batch's state slots: S = decay S; S = S + k (sigmoid(b) (v - S^T k))^T; o = S^T q; the result is
+        rms_norm(o) silu(z). A sequence whose first token of the step is at position 0 starts from zeros.
         """
 
     @abstractmethod
@@ -405,7 +465,8 @@ class Ops(ABC):
     def moe(
         self, x: Tensor, weights: Handle, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
-        """x + sum of weighted experts(n) + shared(n), n = rms_norm(x); without x if `residual` is False.
+        """x + sum of weighted experts(n) + shared(n), which its gate may scale, n = rms_norm(x); without x if
+        `residual` is False.
 
         x may be overwritten if it is added.
 

@@ -41,7 +41,7 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.reference import route
+from farthing.ops.reference import route, shared_weight
 from farthing.ops.weights import Weight
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -78,17 +78,31 @@ class OpsWrapper(Ops):
     pack_indexer = forwarded(Ops.pack_indexer)
     new_cache = forwarded(Ops.new_cache)
     new_index_cache = forwarded(Ops.new_index_cache)
+    pack_delta = forwarded(Ops.pack_delta)
+    new_state = forwarded(Ops.new_state)
+    copy_state = forwarded(Ops.copy_state)
     forget = forwarded(Ops.forget)
     embed = forwarded(Ops.embed)
     rms_norm = forwarded(Ops.rms_norm)
     linear = forwarded(Ops.linear)
     mla = forwarded(Ops.mla)
     gqa = forwarded(Ops.gqa)
+    delta = forwarded(Ops.delta)
     index = forwarded(Ops.index)
     mlp = forwarded(Ops.mlp)
     logits = forwarded(Ops.logits)
     top_logits = forwarded(Ops.top_logits)
     sample = forwarded(Ops.sample)
+
+
+def shared_output(
+    ops: Ops, x: Tensor, mlp: Handle, gate: Tensor | None, norm: Norm, residual: bool = True
+) -> Tensor:
+    """`Ops.mlp` of a shared expert that may have a gate [1, D]."""
+    if gate is None:
+        return ops.mlp(x, mlp, norm) if residual else ops.mlp(x, mlp, norm, residual=False)
+    out = ops.mlp(x, mlp, norm, residual=False).float() * shared_weight(ops.rms_norm(x, norm), gate)
+    return x + out.to(x.dtype) if residual else out.to(x.dtype)
 
 
 MARGIN = 1.25
@@ -252,6 +266,7 @@ class HybridMoE:
     loads: Sequence[Callable[[], Gated] | None]
     routed: Handle  # packed by the host
     shared: Handle | None  # on the device
+    shared_gate: Tensor | None
     hot: HotExperts
     norm: Norm | None = None  # the layer's, on the host
 
@@ -291,8 +306,9 @@ class HybridOps(OpsWrapper):
             w.gate.float().to(self.device),
             None if w.bias is None else w.bias.float().to(self.device),
             w.experts,
-            self._host.pack_moe(name, spec, lambda: replace(w, shared=None)),
+            self._host.pack_moe(name, spec, lambda: replace(w, shared=None, shared_gate=None)),
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
+            None if w.shared_gate is None else w.shared_gate.float().to(self.device),
             HotExperts(ExpertCache(min(self._capacity, spec.num_experts - spec.identities))),
         )
 
@@ -325,7 +341,9 @@ class HybridOps(OpsWrapper):
 
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Norm) -> Tensor:
         """x and the shared expert. x may be overwritten."""
-        return x if weights.shared is None else self._inner.mlp(x, weights.shared, norm)
+        if weights.shared is None:
+            return x
+        return shared_output(self._inner, x, weights.shared, weights.shared_gate, norm)
 
     def _begin(self, compute: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
         """Start the host's part; call the returned function for its result after queueing the device's part.

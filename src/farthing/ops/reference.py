@@ -18,6 +18,8 @@ from torch import Tensor
 from farthing.ops.api import (
     AttentionSpec,
     CacheDtype,
+    DeltaParts,
+    DeltaSpec,
     GroupedParts,
     GroupedSpec,
     HostOps,
@@ -28,6 +30,8 @@ from farthing.ops.api import (
     Place,
     RouterSpec,
 )
+from farthing.ops.delta import Delta, pack_delta
+from farthing.ops.delta import delta as advance
 from farthing.ops.indexer import Indexer, index
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import (
@@ -64,11 +68,22 @@ def pack_grouped(
     return Grouped(spec, GroupedParts(*moved), here(rope))
 
 
+def gated_output(out: Tensor, qkv: Tensor, g: Grouped) -> Tensor:
+    """Attention's output [T, H d] times the sigmoid of the last columns of qkv, if heads have gates."""
+    if not g.spec.gated:
+        return out
+    gate = qkv[:, -out.shape[1] :]
+    if g.parts.bias is not None:
+        gate = gate + g.parts.bias[-out.shape[1] :].to(gate.dtype)
+    return out * gate.sigmoid()
+
+
 def prepared(qkv: Tensor, g: Grouped, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv [T, (H + 2 G) d] -> queries [T, H, d], keys and values [T, G, d]: biased, normed and rotated."""
     s, parts = g.spec, g.parts
+    qkv = qkv[:, : (s.num_heads + 2 * s.kv_heads) * s.head_dim]
     if parts.bias is not None:
-        qkv = qkv + parts.bias.to(qkv.dtype)
+        qkv = qkv + parts.bias[: qkv.shape[1]].to(qkv.dtype)
     q, k, v = qkv.split((s.num_heads * s.head_dim, *(s.kv_heads * s.head_dim,) * 2), -1)
     if s.whole_norm:
         q, k = normed(q, parts.q_norm, s.norm_eps), normed(k, parts.k_norm, s.norm_eps)
@@ -141,7 +156,7 @@ def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
         keys, values = read_heads(cache, row, s.kv_heads, slots[None])
         seen = at <= batch.positions[start:stop, None]
         out[start:stop] = attend(q[start:stop], keys, values, seen[None], s)
-    return out
+    return gated_output(out, qkv, g)
 
 
 @dataclass(slots=True)
@@ -172,6 +187,7 @@ class _MoE:
     bias: Tensor | None
     experts: list[Gated | None]
     shared: Gated | None
+    shared_gate: Tensor | None
 
 
 class ReferenceOps(HostOps):
@@ -204,7 +220,8 @@ class ReferenceOps(HostOps):
         w = weights()
         experts = [self.pack_mlp(name, e) if e else None for e in w.experts]
         shared = self.pack_mlp(name, w.shared) if w.shared else None
-        return _MoE(spec, w.gate.float(), None if w.bias is None else w.bias.float(), experts, shared)
+        bias, shared_gate = (None if each is None else each.float() for each in (w.bias, w.shared_gate))
+        return _MoE(spec, w.gate.float(), bias, experts, shared, shared_gate)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -222,6 +239,9 @@ class ReferenceOps(HostOps):
     ) -> Indexer:
         weight, bias = norm()
         return Indexer(spec, weight.float(), bias.float(), rope)
+
+    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Delta:
+        return pack_delta(spec, parts(), lambda x: x)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -279,6 +299,9 @@ class ReferenceOps(HostOps):
     def gqa(self, qkv: Tensor, heads: Grouped, place: Place) -> Tensor:
         return attend_plainly(qkv, heads, place)
 
+    def delta(self, x: Tensor, gates: Tensor, delta: Delta, place: Place) -> Tensor:
+        return advance(x, gates, delta, place, 1)
+
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
         return index(q, k, w, indexer, place)
 
@@ -308,7 +331,7 @@ class ReferenceOps(HostOps):
         if weights.spec.identities:
             out += n.float() * identity_weight(ids, gates, weights.spec)
         if weights.shared is not None:
-            out += gated_mlp(n, weights.shared).float()
+            out += shared_weight(n, weights.shared_gate) * gated_mlp(n, weights.shared).float()
         return out.to(self.dtype) if x is None else x + out.to(self.dtype)
 
     def reroute(self, weights: _MoE, spec: RouterSpec) -> None:
@@ -387,6 +410,11 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * spec.scale
+
+
+def shared_weight(n: Tensor, gate: Tensor | None) -> Tensor | float:
+    """The factor [T, 1] of the shared expert's output; 1 without a gate [1, D]."""
+    return 1.0 if gate is None else F.linear(n.float(), gate).sigmoid()
 
 
 def identity_weight(ids: Tensor, gates: Tensor, spec: RouterSpec) -> Tensor:

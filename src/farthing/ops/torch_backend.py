@@ -22,6 +22,8 @@ from farthing.ops.api import (
     ALL,
     AttentionSpec,
     Batch,
+    DeltaParts,
+    DeltaSpec,
     GroupedParts,
     GroupedSpec,
     IndexerSpec,
@@ -32,8 +34,18 @@ from farthing.ops.api import (
     Place,
     RouterSpec,
 )
+from farthing.ops.delta import CHUNK, Delta, pack_delta
+from farthing.ops.delta import delta as advance
 from farthing.ops.indexer import Indexer
-from farthing.ops.reference import Gated, ReferenceOps, gated_mlp, identity_weight, normed, route
+from farthing.ops.reference import (
+    Gated,
+    ReferenceOps,
+    gated_mlp,
+    identity_weight,
+    normed,
+    route,
+    shared_weight,
+)
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import DeviceCopies, rotate, scaled, write_cache
 from farthing.ops.weights import Weight
@@ -69,6 +81,7 @@ class Experts:
     bias: Tensor | None
     experts: list[Mlp | None]  # None: an identity, or on another rank; empty if they are stacked
     shared: Mlp | None
+    shared_gate: Tensor | None
     stacked: tuple[Tensor, Tensor] | None  # [E, 2 I, D] and [E, D, I]
 
 
@@ -147,7 +160,7 @@ def expert_output(
     inner = (F.silu(gate) * up).float() * gates[0].unsqueeze(-1)
     out = (w.stacked[1][chosen].float() * inner.unsqueeze(1)).sum(-1).sum(0, keepdim=True)  # [1, D]
     if w.shared is not None:
-        out = out + gated(n, w.shared).float()
+        out = out + _shared(n, w.shared, w)
     return h + out.to(h.dtype), chosen, (ids[0] >= 0).long()
 
 
@@ -244,7 +257,11 @@ def mixture(n: Tensor, w: Experts, ids: Tensor, gates: Tensor, counts: Tensor | 
     out = F.embedding_bag(places, y, mode="sum", per_sample_weights=gates.to(y.dtype)).float()
     if w.spec.identities:
         out += n.float() * identity_weight(ids, gates, w.spec)
-    return out if w.shared is None else out + gated(n, w.shared).float()
+    return out if w.shared is None else out + _shared(n, w.shared, w)
+
+
+def _shared(n: Tensor, mlp: Mlp, w: Experts) -> Tensor:
+    return shared_weight(n, w.shared_gate) * gated(n, mlp).float()
 
 
 def _each(tokens: Tensor, numbers: list[int], w: Experts) -> Tensor:
@@ -331,8 +348,9 @@ class TorchOps(ReferenceOps):
         if len(pairs) == len(experts):
             stacked = torch.stack([e[0] for e in pairs]), torch.stack([e[1] for e in pairs])
             experts = []
-        bias = None if w.bias is None else w.bias.float().to(self.device)
-        return Experts(spec, w.gate.float().to(self.device), bias, experts, shared, stacked)
+        found = (None if each is None else each.float().to(self.device) for each in (w.bias, w.shared_gate))
+        bias, shared_gate = found
+        return Experts(spec, w.gate.float().to(self.device), bias, experts, shared, shared_gate, stacked)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -356,6 +374,9 @@ class TorchOps(ReferenceOps):
     ) -> Indexer:
         weight, bias = (part.float().to(self.device) for part in norm())
         return Indexer(spec, weight, bias, self._here(rope))
+
+    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Delta:
+        return pack_delta(spec, parts(), self._here)
 
     # -- computing op by op
 
@@ -386,7 +407,10 @@ class TorchOps(ReferenceOps):
         for p in plan:
             keys, read = reference.read_heads(cache, row, g.spec.kv_heads, p.slots)
             parts.append(reference.attend(q[p.start : p.stop], keys, read, p.seen, g.spec))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return reference.gated_output(torch.cat(parts) if len(parts) > 1 else parts[0], qkv, g)
+
+    def delta(self, x: Tensor, gates: Tensor, delta: Delta, place: Place) -> Tensor:
+        return advance(x, gates, delta, place, CHUNK)
 
     def _attention(self, q: Tensor, kv: Tensor, a: Heads, place: Place, plan: list[Span]) -> Tensor:
         cache, row, batch = place.cache, place.row, place.batch
@@ -415,7 +439,7 @@ class TorchOps(ReferenceOps):
     # -- computing layers
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if len({layer.window for layer in layers}) > 1:  # they have different blocks
+        if len({layer.window for layer in layers}) > 1 or any(layer.gates is not None for layer in layers):
             return None
         here = tuple(map(self._layer_here, layers))
         return Stack(here, all(map(_compilable, here)))

@@ -32,11 +32,16 @@ class DeviceCopies:
 
 
 def make_batch(
-    num_new: Sequence[int], num_cached: Sequence[int], block_tables: Sequence[Sequence[int]], block_size: int
+    num_new: Sequence[int],
+    num_cached: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size: int,
+    state_slots: Sequence[int] | None = None,
 ) -> Batch:
     """The batch that appends num_new[b] >= 1 tokens to sequence b with num_cached[b] cached tokens.
 
-    block_tables[b] lists the blocks of sequence b in order and must reach its last new token.
+    block_tables[b] lists the blocks of sequence b in order and must reach its last new token. Without
+    state_slots a sequence's slot has the number of its first block.
     """
     new = np.asarray(num_new, np.int64)
     cached = np.asarray(num_cached, np.int64)
@@ -55,6 +60,9 @@ def make_batch(
         query_start=torch.from_numpy(start.astype(np.int32)),
         context_lens=torch.from_numpy((new + cached).astype(np.int32)),
         block_table=torch.from_numpy(table.astype(np.int32)),
+        state_slots=torch.from_numpy(
+            table[:, 0].astype(np.int32) if state_slots is None else np.asarray(state_slots, np.int32)
+        ),
     )
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import Handle, LayerHandles, MoEWeights, Norm, Ops, RouterSpec
-from farthing.ops.hybrid import OpsWrapper, forwarded
+from farthing.ops.hybrid import OpsWrapper, forwarded, shared_output
 from farthing.ops.reference import identity_weight, largest
 from farthing.parallel.collectives import Group
 from farthing.parallel.shared import SharedGroup
@@ -46,6 +46,7 @@ class Experts:
 
     parts: dict[tuple[int, int], Handle]
     shared: Handle | None  # separate if no part takes every row
+    shared_gate: Tensor | None
     spec: RouterSpec  # of the whole layer
 
 
@@ -62,7 +63,7 @@ class ParallelOps(OpsWrapper):
         """Pack copied experts separately from those that take every row."""
         shares = self._shares(name)
         if set(shares) <= {(1, 0)} and not self._groups.dispatch:
-            return Experts({(1, 0): self._inner.pack_moe(name, self._local(spec), weights)}, None, spec)
+            return Experts({(1, 0): self._inner.pack_moe(name, self._local(spec), weights)}, None, None, spec)
         w = weights()
         parts = {
             share: self._inner.pack_moe(
@@ -71,7 +72,7 @@ class ParallelOps(OpsWrapper):
             for share, experts in shares.items()
         }
         shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
-        return Experts(parts, shared, spec)
+        return Experts(parts, shared, w.shared_gate, spec)
 
     def _local(self, spec: RouterSpec, share: tuple[int, int] = (1, 0)) -> RouterSpec:
         """The routing rule of one part. One rank adds the identities; none does if rows are dispatched."""
@@ -142,7 +143,7 @@ class ParallelOps(OpsWrapper):
                 counted = counts if part is whole else None
                 total[j::m] += self._inner.moe(rows, part, norm, counted, residual=False)
         if weights.shared is not None:
-            total += self._inner.mlp(x, weights.shared, norm, residual=False)
+            total += shared_output(self._inner, x, weights.shared, weights.shared_gate, norm, False)
         if whole is None and self._experts.index == 0 and weights.spec.identities:
             n = self._inner.rms_norm(x, norm)
             total += _identities(n, *self.route(n, weights), weights.spec)
@@ -176,7 +177,7 @@ class ParallelOps(OpsWrapper):
             summed.index_add_(0, chosen, partial)
         total[mine] = summed
         if weights.shared is not None:
-            total += self._inner.mlp(x, weights.shared, norm, residual=False)
+            total += shared_output(self._inner, x, weights.shared, weights.shared_gate, norm, False)
         return self._tp.all_reduce(total) if self._tp.size > 1 else total
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
@@ -229,5 +230,8 @@ def _identities(n: Tensor, ids: Tensor, gates: Tensor, spec: RouterSpec) -> Tens
 def _only(w: MoEWeights, experts: Sequence[int]) -> Callable[[], MoEWeights]:
     kept = set(experts)
     return lambda: replace(
-        w, experts=[load if e in kept else None for e, load in enumerate(w.experts)], shared=None
+        w,
+        experts=[load if e in kept else None for e, load in enumerate(w.experts)],
+        shared=None,
+        shared_gate=None,
     )

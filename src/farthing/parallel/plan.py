@@ -429,6 +429,8 @@ def _check(config: ModelConfig, layout: Layout) -> None:
         raise PlanError(
             "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
         )
+    if c.recurrent is not None and layout.world > 1:
+        raise PlanError("layers with a recurrent state are served by one rank; expected tp, pp, ep = 1")
     try:
         c.attention.per_rank(tp)
     except ValueError as error:

@@ -469,6 +469,8 @@ SAME = {
     "glm-4.7": "glm-4.6",
     "qwen3-coder-30b-a3b": "qwen3-30b-a3b-2507",
     "llama-3.3-70b": "llama-3.1-70b",
+    "qwen3.6-35b-a3b": "qwen3.5-35b-a3b",
+    "qwen3-coder-next": "qwen3-next-80b-a3b",
 }
 _UNSUPPORTED = ("deepseek-v4",)  # known names whose architecture is not served
 

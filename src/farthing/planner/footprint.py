@@ -39,7 +39,10 @@ class Stored:
         return self.kind in FLOAT_BYTES
 
 
-_QUANTIZED = ("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight")
+_QUANTIZED = (
+    *("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight"),
+    *("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight"),
+)
 _KEPT = ("eh_proj.weight", ".indexer.weights_proj.weight")  # published checkpoints keep these in bfloat16
 _EXPERT = re.compile(r"experts\.\d+\.(gate|up|down)_proj\.weight$")  # of a stack of a layer's experts
 StoredOf = Callable[[str], Stored]

@@ -134,6 +134,9 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
     def linear(n: int, k: int) -> None:
         sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
 
+    if c.recurrent is not None:
+        linear(c.recurrent.spec.channels + c.recurrent.spec.values, c.hidden_size)
+        linear(c.hidden_size, c.recurrent.spec.values)
     linear(s.attention.first_width, c.hidden_size)
     linear(c.hidden_size, s.attention.output_width)
     if isinstance(s.attention, GroupedHeads):
@@ -230,6 +233,8 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     a = s.attention
     own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
     outputs = a.first_width + own_query + a.output_width
+    if c.recurrent is not None:
+        outputs = max(outputs, c.recurrent.spec.channels + 2 * c.recurrent.spec.values)
     # Of all layers in one call; experts that are added a layer later are held until then.
     buffers = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
     return buffers + workspace
@@ -477,8 +482,8 @@ def _experts(
 
 def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
     """Bytes of this rank's part of a parameter, as the backend holds it."""
-    if len(local) == 1:
-        return 4 * local[0]
+    if len(local) != 2:
+        return 4 * prod(local)
     if name.endswith(".gate.weight"):
         return holder.gate(local[0], local[1], stored)
     if name.endswith("kv_b_proj.weight"):

@@ -148,9 +148,9 @@ class RankRoofline:
             "expert"
             if ".experts." in name
             else "attention"
-            if ".self_attn." in name
+            if ".self_attn." in name or ".linear_attn." in name
             else "shared"
-            if ".shared_experts." in name or name.endswith(".gate.weight")
+            if ".shared_experts." in name or name.endswith("gate.weight")
             else "dense"
         )
         whole = part == "expert" and self.layout.ep > 1  # experts are undivided
@@ -212,6 +212,8 @@ class RankRoofline:
         Sparse attention reads the selected keys, and all index keys where there are more than it selects.
         """
         c = self.config
+        if c.recurrent is not None and c.is_recurrent(layer):  # a state is read and written
+            return tokens * 2 * c.recurrent.state_bytes / self.bandwidth
         attended, scanned = min(context, c.window(layer) or context), 0.0
         if c.index_topk is not None and context > c.index_topk:
             attended, scanned = c.index_topk, context * c.has_indexer(layer)
@@ -227,6 +229,8 @@ class RankRoofline:
         masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
         """
         c = self.config
+        if c.recurrent is not None and c.is_recurrent(layer):  # four multiplications per element of the state
+            return tokens * 2 * c.recurrent.state_bytes / self.attention_flops
         seen = past + new / 2
         dense = 2 * min(seen, c.window(layer) or seen) * self._heads * c.attention.expanded_width
         if c.index_topk is None or past + new <= c.index_topk:

@@ -9,12 +9,10 @@ from typing import Any
 from farthing.model.fields import ConfigError
 from farthing.model.types import (
     axk1,
-    deepseek_v2,
     deepseek_v3,
     deepseek_v32,
     glm4_moe_lite,
     glm_moe_dsa,
-    kimi_k2,
     kimi_k25,
     llama,
     longcat_flash,
@@ -22,6 +20,7 @@ from farthing.model.types import (
     mistral_large_3,
     mixtral,
     qwen3_moe,
+    qwen3_next,
     sarvam_mla,
 )
 from farthing.model.types.base import ModelType, Names
@@ -32,10 +31,8 @@ __all__ = ["TYPES", "ModelType", "Names", "type_named", "type_of"]
 TYPES: Mapping[str, ModelType] = {
     kind.name: kind
     for kind in (
-        deepseek_v3.TYPE,
-        deepseek_v2.TYPE,
+        *deepseek_v3.TYPES,
         deepseek_v32.TYPE,
-        kimi_k2.TYPE,
         kimi_k25.TYPE,
         glm4_moe_lite.TYPE,
         mistral4.TYPE,
@@ -46,6 +43,7 @@ TYPES: Mapping[str, ModelType] = {
         sarvam_mla.TYPE,
         longcat_flash.TYPE,
         *qwen3_moe.TYPES,
+        *qwen3_next.TYPES,
         *mixtral.TYPES,
         *llama.TYPES,
     )

@@ -1,5 +1,16 @@
-"""DeepSeek-V3, V3.1, R1 and Moonlight: the base that other types are described against."""
+"""DeepSeek-V3, the base that other types are described against, and types that are nearly the same."""
 
-from farthing.model.types.base import ModelType
+from farthing.model.types.base import INTERLEAVED, Fields, ModelType
 
-TYPE = ModelType("deepseek_v3", "DeepSeek-V3, V3.1, R1; Moonlight")
+
+def _v2(raw: Fields) -> Fields:
+    """A softmax router without correction bias (V2 section 2.1.3)."""
+    defaults = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}
+    return defaults | {k: v for k, v in raw.items() if v is not None} | INTERLEAVED
+
+
+TYPES = (
+    ModelType("deepseek_v3", "DeepSeek-V3, V3.1, R1; Moonlight"),
+    ModelType("deepseek_v2", "DeepSeek-V2, V2-Lite", _v2),
+    ModelType("kimi_k2", "Kimi K2"),  # only sizes differ
+)

@@ -29,17 +29,21 @@ def experts(raw: Fields, name: str = "num_experts") -> dict[str, Any]:
     return {"n_routed_experts": integer(raw, key)}
 
 
-def _qwen3_moe(raw: Fields) -> Fields:
-    """norm_topk_prob is false if the field is absent, as in transformers; released files have it."""
+def sparse_layers(raw: Fields) -> dict[str, Any]:
+    """Which layers have no experts: all but every decoder_sparse_step-th, and mlp_only_layers."""
     layers = integer(raw, "num_hidden_layers")
     step = integer({"decoder_sparse_step": 1, **present(raw)}, "decoder_sparse_step")
     listed = raw.get("mlp_only_layers") or []
     if not isinstance(listed, list):
         raise wrong("mlp_only_layers", listed, "a list of layers")
     only = {in_range("mlp_only_layers", i, 0) for i in listed}
-    dense = [i for i in range(layers) if i in only or (i + 1) % step]
+    return {"dense_layers": [i for i in range(layers) if i in only or (i + 1) % step]}
+
+
+def _qwen3_moe(raw: Fields) -> Fields:
+    """norm_topk_prob is false if the field is absent, as in transformers; released files have it."""
     normalized = flag("norm_topk_prob", raw.get("norm_topk_prob", False))
-    fixed: dict[str, Any] = {"qk_norm": "head", "dense_layers": dense, "norm_topk_prob": normalized}
+    fixed: dict[str, Any] = {"qk_norm": "head", "norm_topk_prob": normalized, **sparse_layers(raw)}
     fixed |= in_window(raw, switch=True)
     return {**present(raw), **SOFTMAX, **experts(raw), **half_split(raw), **fixed}
 

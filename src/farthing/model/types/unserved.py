@@ -9,7 +9,7 @@ _NEEDS = {
         "gpt_oss", "granite", "hunyuan_v1_moe", "llama4", "llama4_text", "ministral", "olmo3", "phimoe",
         "qwen2", "qwen2_moe", "qwen3_vl_moe", "seed_oss", "starcoder2",
     ),
-    "linear attention is": ("kimi_linear", "minimax", "qwen3_5", "qwen3_5_moe", "qwen3_next"),
+    "linear attention is": ("kimi_linear", "minimax", "qwen3_5"),
     "state-space layers are": (
         "bamba", "falcon_h1", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h", "zamba2",
     ),

@@ -21,6 +21,7 @@ from farthing.ops.api import (
     ALL,
     Batch,
     CacheDtype,
+    DeltaSpec,
     IndexCache,
     LatentCache,
     LayerHandles,
@@ -28,6 +29,7 @@ from farthing.ops.api import (
     NotFinite,
     Place,
     RouterSpec,
+    StateCache,
 )
 from farthing.ops.arrays import (
     address,
@@ -48,11 +50,12 @@ from farthing.ops.cpu.stack import (
     native_cache,
     native_reads,
     native_rows,
+    native_state,
     pack_stack,
     run_layers,
     vector,
 )
-from farthing.ops.cpu.weights import Attention, Experts, Linear, PackingOps, router_of
+from farthing.ops.cpu.weights import Attention, Delta, Experts, Linear, PackingOps, router_of
 from farthing.ops.sampling import CANDIDATES, Filters
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import CACHE_DTYPES, CACHE_MAX
@@ -155,6 +158,15 @@ class CpuOps(PackingOps):
         scale = None if like.scale is None else self.tensor(np.ones(shape, np.float32))
         return IndexCache(self._lazy(dtype_name(like.data.dtype), *shape, width), scale)
 
+    def new_state(self, layers: int, slots: int, spec: DeltaSpec) -> StateCache:
+        return StateCache(*(self._lazy("float32", layers, slots, *each) for each in spec.state))
+
+    def copy_state(self, state: StateCache, source: Tensor, target: Tensor) -> None:
+        pairs = list(zip(arrays.host(source).tolist(), arrays.host(target).tolist(), strict=True))
+        for layer in (row for each in state.tensors() for row in arrays.host(each)):
+            for s, t in pairs:
+                layer[t] = layer[s]
+
     def embed(self, ids: Tensor, table: Any) -> Tensor:
         if isinstance(table, Linear):
             ids, out = contiguous(ids), empty(ids, ids.shape[0], table.k)
@@ -214,6 +226,16 @@ class CpuOps(PackingOps):
         out = empty(qkv, qkv.shape[0], heads.width)
         q, kv = qkv[:, : out.shape[1]], qkv[:, out.shape[1] :]
         self._mla(q, kv, heads, place.cache, place.row, native_batch(place.batch), out)
+        return out
+
+    def delta(self, x: Tensor, gates: Tensor, delta: Delta, place: Place) -> Tensor:
+        x, gates = _rows(x), _rows(gates)
+        tokens = x.shape[0]
+        out = empty(x, tokens, delta.width)
+        _native.delta(
+            self._native, delta.native, native_rows(x), native_rows(gates), tokens,
+            native_state(place), native_batch(place.batch), delta.eps, native_rows(out),
+        )  # fmt: skip
         return out
 
     def _mla(

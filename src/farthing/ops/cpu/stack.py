@@ -34,18 +34,20 @@ class Run:
     last: int  # the one after them
     window: int | None
     row: int  # of the first, in the cache of the layers with this window
-    rows: int  # per layer
+    states: int  # recurrent layers before the first
+    rows: tuple[int, ...]  # of each layer; a recurrent one has none
 
 
 def runs_of(layers: Sequence[LayerHandles]) -> tuple[Run, ...]:
     """All layers, in order."""
-    found, rows = list[Run](), Counter[int | None]()
+    found, rows, states = list[Run](), Counter[int | None](), 0
     for i, layer in enumerate(layers):
         if found and found[-1].window == layer.window:
-            found[-1] = replace(found[-1], last=i + 1)
+            found[-1] = replace(found[-1], last=i + 1, rows=(*found[-1].rows, layer.rows))
         else:
-            found.append(Run(i, i + 1, layer.window, rows[layer.window], layer.rows))
+            found.append(Run(i, i + 1, layer.window, rows[layer.window], states, (layer.rows,)))
         rows[layer.window] += layer.rows
+        states += layer.rows == 0
     return tuple(found)
 
 
@@ -65,15 +67,23 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     native = _native.Layers()
     alive: list[Any] = []
     for layer in layers:
+        if layer.gates is not None:
+            norm, feed_norm = vector(layer.norm.weight), vector(layer.feed_norm.weight)
+            native.add_recurrent(
+                address(norm), layer.qkv_a.packed, layer.gates.packed, layer.heads.native, layer.o.packed,
+                layer.o.rest, address(feed_norm), layer.feed.native,
+            )  # fmt: skip
+            alive += [norm, feed_norm, layer.heads, layer.feed]
+            continue
         norms = (layer.norm, layer.q_norm, layer.feed_norm)
         own = (*(None if norm is None else norm.weight for norm in norms), layer.o_bias)
         vectors = [None if w is None else vector(w) for w in own]
-        norm, q_norm, feed_norm, o_bias = (0 if w is None else address(w) for w in vectors)
+        norm_at, q_norm, feed_norm_at, o_bias = (0 if w is None else address(w) for w in vectors)
         q_b = None if layer.q_b is None else layer.q_b.packed
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
-            norm, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            layer.o.rest, feed_norm, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
+            norm_at, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
+            layer.o.rest, feed_norm_at, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
         )  # fmt: skip
         alive += [*vectors, layer.heads, layer.feed]
     eps = layers[0].norm.eps if layers else 0.0
@@ -120,6 +130,19 @@ def native_batch(batch: Batch) -> Any:
     )
 
 
+def native_state(place: Place) -> Any:
+    """Native view of recurrent states, starting at a layer, with the batch's slots."""
+    slots, state = place.batch.state_slots, place.cache.state
+    if slots is None or state is None:
+        raise ValueError("state_slots: got None; expected a slot per sequence, and a cache that has them")
+    steps = [row_stride(each) for each in state.tensors()]
+    starts = (
+        address(each) + place.row * step * each.itemsize
+        for each, step in zip(state.tensors(), steps, strict=True)
+    )
+    return _native.DeltaState(*starts, *steps, address(slots))
+
+
 def native_reads(batch: Batch, part: slice, reads: Chosen) -> Any:
     """Tokens `part` of a batch, each as a separate sequence that reads selected cache rows."""
     counts, slots, positions = reads.counts[part], reads.slots[part], batch.positions[part]
@@ -155,12 +178,14 @@ def run_layers(
             h, out = out, empty(h, tokens, hidden)
         own = cache.of(run.window) if cache.windows else cache
         slots = batch.of(run.window) if batch.windows else batch
-        row = run.row + (start - run.first) * run.rows
+        before = run.rows[: start - run.first]
+        row = run.row + sum(before)
+        state = native_state(Place(cache, run.states + before.count(0), batch)) if 0 in run.rows else None
         seen, stride = (0, 0) if counts is None else (address(counts[start:]), row_stride(counts))
         try:
             native.layers(
                 stack.native, start, stop, native_rows(h), tokens, native_cache(own, row),
-                native_batch(slots), stack.eps, seen, stride, native_rows(out),
+                native_batch(slots), stack.eps, seen, stride, native_rows(out), state,
             )  # fmt: skip
         except _native.PeerLost as error:
             raise PeerLost(*error.args) from error

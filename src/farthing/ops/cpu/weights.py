@@ -17,6 +17,8 @@ from farthing import _native
 from farthing.lazy import torch
 from farthing.ops.api import (
     AttentionSpec,
+    DeltaParts,
+    DeltaSpec,
     GroupedParts,
     GroupedSpec,
     HostOps,
@@ -215,6 +217,16 @@ class Attention:
     alive: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Gated DeltaNet's small parameters; owns the tensors that native code points to."""
+
+    native: Any
+    width: int  # columns of the output
+    eps: float  # of its norm
+    alive: tuple[Tensor, ...]
+
+
 class PackingOps(HostOps):
     """The part of `CpuOps` that packs, owns and saves weights."""
 
@@ -396,7 +408,7 @@ class PackingOps(HostOps):
         gate = (
             self._stored(f"{name}.gate")
             if w is None
-            else self._keep(f"{name}.gate", pack_dense(self._native, w.gate, False))
+            else self._keep(f"{name}.gate", pack_dense(self._native, _gate_rows(w), False))
         )
         router = router_of(spec)
         has_bias = (
@@ -490,9 +502,22 @@ class PackingOps(HostOps):
             spec.num_heads, 0, d, d, d, spec.scale, spec.interleaved, 0, address(rope[0]), address(rope[1])
         )
         bias, q_norm, k_norm = (0 if part is None else address(part) for part in kept)
-        native.group(spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm)
+        native.group(spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm, spec.gated)
         alive = (rope, *(part for part in kept if part is not None))
         return Attention(native, spec.num_heads * d, spec.norm_eps, alive)
+
+    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Delta:
+        stored = self._file is not None and f"{name}.conv" in self._file
+        found = None if stored else parts()
+        conv, rate, shift, norm = (
+            self._tensor(f"{name}.{part}", lambda part=part: getattr(found, part))  # type: ignore[misc]
+            for part in ("conv", "rate", "shift", "norm")
+        )
+        native = _native.Delta(
+            spec.key_heads, spec.value_heads, spec.key_dim, spec.value_dim, spec.width,
+            address(conv), address(rate), address(shift), address(norm),
+        )  # fmt: skip
+        return Delta(native, spec.values, spec.norm_eps, (conv, rate, shift, norm))
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
@@ -513,6 +538,11 @@ class PackingOps(HostOps):
         write_packed(
             path, self._quantization, self._blobs.items(), self.source, self._inputs, self._native.isa
         )
+
+
+def _gate_rows(w: MoEWeights) -> Tensor:
+    """The router's rows, and the row of the shared expert's gate."""
+    return w.gate if w.shared_gate is None else torch.cat((w.gate, w.shared_gate))
 
 
 def _missing() -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, LatentCache, Place
 from farthing.ops.gpu.launch import FP8_MAX, Config, config, dot, narrow, processors, round_half_even, widen
-from farthing.ops.reference import Grouped, prepared, read_heads, write_heads
+from farthing.ops.reference import Grouped, gated_output, prepared, read_heads, write_heads
 from farthing.ops.reference import attend as attend_heads
 from farthing.ops.selection import chosen, in_rows
 
@@ -528,7 +528,7 @@ def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Ten
         seen = None if span.end - span.begin == span.keys else at <= batch.positions[tokens, None]
         mixed = attend_heads(q[tokens], keys, values, None if seen is None else seen[None], s)
         out[tokens] = mixed.unflatten(1, (s.num_heads, -1))
-    return out.flatten(1)
+    return gated_output(out.flatten(1), qkv, heads)
 
 
 def _absorbed(

@@ -18,8 +18,11 @@ from farthing.ops.api import (
     AttentionSpec,
     Batch,
     CacheDtype,
+    DeltaParts,
+    DeltaSpec,
     GroupedParts,
     GroupedSpec,
+    Handle,
     IndexerSpec,
     LatentCache,
     LayerHandles,
@@ -29,17 +32,17 @@ from farthing.ops.api import (
     Place,
     RouterSpec,
 )
+from farthing.ops.gpu import delta as recurrence
 from farthing.ops.gpu import gemm
 from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expand_from, plan
 from farthing.ops.gpu.gemm import Part, combine, experts_mlp
 from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode
 from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_rows
-from farthing.ops.gpu.route import index, route, sort_by_expert
+from farthing.ops.gpu.route import index, pack_indexer, route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
 from farthing.ops.gpu.sparse import find
-from farthing.ops.indexer import Indexer
-from farthing.ops.reference import Grouped, identity_weight, largest, pack_grouped
+from farthing.ops.reference import Grouped, identity_weight, largest, pack_grouped, shared_weight
 from farthing.ops.sampling import Filters
 from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
 from farthing.ops.weights import Weight, rounded, static_scale
@@ -66,6 +69,7 @@ class Experts:
     routed: Mlp
     local: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are local
     shared: Mlp | None
+    shared_gate: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,6 +138,7 @@ class GpuOps(Ops):
             self._stack(name, w, here),
             local,
             None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared),
+            None if w.shared_gate is None else w.shared_gate.float().to(self.device),
         )
 
     def _stack(self, name: str, w: MoEWeights, here: list[int]) -> Mlp:
@@ -163,9 +168,12 @@ class GpuOps(Ops):
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
-    ) -> Indexer:
+    ) -> Handle:
         weight, bias = norm()
-        return Indexer(spec, self._vector(weight), self._vector(bias), self._here(rope))
+        return pack_indexer(spec, self._vector(weight), self._vector(bias), self._here(rope))
+
+    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Handle:
+        return recurrence.pack(spec, parts(), self._vector)
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -211,13 +219,16 @@ class GpuOps(Ops):
     def gqa(self, qkv: Tensor, heads: Grouped, place: Place) -> Tensor:
         return attend_grouped(_rows(qkv), heads, place, self._plan(place.batch, heads))
 
+    def delta(self, x: Tensor, gates: Tensor, delta: Handle, place: Place) -> Tensor:
+        return recurrence.advance(_rows(x), _rows(gates), delta, place)
+
     def _plan(self, batch: Batch, heads: Heads | Grouped) -> Plan:
         """A step's plan is the same for all layers, so it is made and read back from the device once."""
         if self._planned is None or self._planned[0] is not batch:
             self._planned = (batch, plan(batch, expand_from(heads)))
         return self._planned[1]
 
-    def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
+    def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Handle, place: Place) -> Tensor | None:
         return index(q, k, w, indexer, place)
 
     def mlp(self, x: Tensor, weights: Mlp, norm: Norm, residual: bool = True) -> Tensor:
@@ -258,6 +269,8 @@ class GpuOps(Ops):
         order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.local)
         y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
         shared = None if weights.shared is None else self._gated(n, weights.shared)
+        if shared is not None and weights.shared_gate is not None:
+            shared = shared_weight(n, weights.shared_gate) * shared.float()
         if weights.spec.identities:
             same = n.float() * identity_weight(ids, gates, weights.spec)
             shared = same if shared is None else shared.float() + same
@@ -274,7 +287,7 @@ class GpuOps(Ops):
         return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec, live)
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if len({layer.window for layer in layers}) > 1:  # they have different blocks
+        if len({layer.window for layer in layers}) > 1 or any(layer.gates is not None for layer in layers):
             return None
         return Stack(tuple(layers))
 

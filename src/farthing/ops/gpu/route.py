@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import Batch, IndexCache, Place, RouterSpec
+from farthing.ops.api import Batch, IndexCache, IndexerSpec, Place, RouterSpec
 from farthing.ops.gpu.launch import dot, widen
 from farthing.ops.indexer import Indexer, prepared_keys, rotated, top_positions, write_keys
 from farthing.ops.selection import sequences_of
@@ -196,6 +196,11 @@ def _index_scores(
     if EIGHT_BITS:
         total = total * tl.load(scale + slot, mask=seen, other=0.0)
     tl.store(out + token * stride_o + at, tl.where(seen, total, float("-inf")))
+
+
+def pack_indexer(spec: IndexerSpec, norm: Tensor, bias: Tensor, rope: Tensor) -> Indexer:
+    """An indexer of parameters on the device."""
+    return Indexer(spec, norm, bias, rope)
 
 
 def index(q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
