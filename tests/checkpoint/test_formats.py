@@ -72,6 +72,7 @@ SCHEMES = {
     "int-quantized": INT8,
     "pack-symmetric": INT4 | {"group_size": 32},
     "pack-asymmetric": INT4 | {"symmetric": False, "group_size": 64},
+    "pack-8-bit-groups": INT8 | {"strategy": "group", "group_size": 32},
     "pack-channel": INT4 | {"strategy": "channel"},
     "pack-8": INT8,
     "float-quantized": FP8,

@@ -252,10 +252,10 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
         input_bits if coarse else 8, _is_static(inputs), kind == "float",
     )  # fmt: skip
     supported = {
-        ("int-quantized", 8, "int"): ("tensor", "channel"),
+        ("int-quantized", 8, "int"): ("tensor", "channel", "group"),
         ("int-quantized", 4, "int"): ("tensor", "channel", "group"),
         ("pack-quantized", 4, "int"): ("tensor", "channel", "group"),
-        ("pack-quantized", 8, "int"): ("tensor", "channel"),
+        ("pack-quantized", 8, "int"): ("tensor", "channel", "group"),
         ("naive-quantized", 8, "int"): ("tensor", "channel"),
         ("float-quantized", 8, "float"): ("tensor", "block"),
         ("naive-quantized", 8, "float"): ("tensor", "block"),
@@ -299,7 +299,10 @@ def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:
     if scheme.bits == 8:
         if scheme.storage == "pack-quantized":
             data = (data[:, :k].to(torch.int16) - 128).to(torch.int8)
-        return Weight("int8", data, _rows(scale, n))
+        if scheme.strategy != "group":
+            return Weight("int8", data, _rows(scale, n))
+        _check_groups(scheme, scale, n, k, tensors)
+        return Weight("int8_groups", data, scale)
     nibbles = data[:, : k // 2] if scheme.storage == "pack-quantized" else pack_int4(data)
     return _int4(scheme, nibbles, _rows(scale, n) if scheme.strategy != "group" else scale, n, k, tensors)
 
@@ -307,6 +310,19 @@ def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:
 def _int4(
     scheme: Scheme, nibbles: Tensor, scale: Tensor, n: int, k: int, tensors: Mapping[str, Tensor]
 ) -> Weight:
+    _check_groups(scheme, scale, n, k, tensors)
+    if scheme.symmetric:
+        return Weight("int4", nibbles.contiguous(), scale)
+    zero = tensors["weight_zero_point"]
+    if zero.dtype == torch.int32:
+        expect("weight_zero_point", (-(-n // 8), scale.shape[1]), zero)
+        zero = _unpack_rows(zero, n)
+    expect("weight_zero_point", tuple(scale.shape), zero)
+    return Weight("int4", nibbles.contiguous(), scale, zero.to(torch.int8))
+
+
+def _check_groups(scheme: Scheme, scale: Tensor, n: int, k: int, tensors: Mapping[str, Tensor]) -> None:
+    """Whether scales are of groups of adjacent columns."""
     g = scheme.group_size if scheme.strategy == "group" and scheme.group_size else k
     if k % g or k % 2:
         raise CheckpointError(
@@ -318,14 +334,6 @@ def _int4(
         raise CheckpointError(
             "weight_g_idx permutes the columns; expected actorder 'static' or 'weight', or none"
         )
-    if scheme.symmetric:
-        return Weight("int4", nibbles.contiguous(), scale)
-    zero = tensors["weight_zero_point"]
-    if zero.dtype == torch.int32:
-        expect("weight_zero_point", (-(-n // 8), k // g), zero)
-        zero = _unpack_rows(zero, n)
-    expect("weight_zero_point", (n, k // g), zero)
-    return Weight("int4", nibbles.contiguous(), scale, zero.to(torch.int8))
 
 
 def expect(suffix: str, shape: tuple[int, ...], tensor: Tensor) -> None:

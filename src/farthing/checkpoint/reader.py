@@ -168,6 +168,10 @@ def has_weights(path: Path) -> bool:
     return all((path / name).is_file() for name in names)
 
 
+def _integers_of(scheme: ct.Scheme) -> Format:
+    return "int4" if scheme.bits == 4 else "int8_groups" if scheme.strategy == "group" else "int8"
+
+
 class Checkpoint:
     """One checkpoint, opened by `Checkpoint.open`.
 
@@ -278,18 +282,20 @@ class Checkpoint:
         """Format and columns of a group, from headers only, of a tensor that is whole in its own format."""
         return self._shards.stored(name)
 
-    def stored_as(self, module: str) -> tuple[str, int]:
+    def stored_as(self, module: str) -> tuple[Format, int]:
         """Format and columns of a matrix, from headers and config only."""
         if found := self.in_groups(f"{module}.weight"):
             return found[0], self.shape(f"{module}.weight")[1]
         if self.has(f"{module}.weight_packed"):
-            bits = 8 if (scheme := self._groups and self._groups.scheme(module)) and scheme.bits == 8 else 4
-            return f"int{bits}", int(self.tensor(f"{module}.weight_shape")[1])
+            scheme = self._groups.scheme(module) if self._groups else None
+            return ("int4" if scheme is None else _integers_of(scheme)), int(
+                self.tensor(f"{module}.weight_shape")[1]
+            )
         columns = self.shape(f"{module}.weight")[1]
         if not self.is_quantized(module):
             return "dense", columns
         scheme = self._groups.scheme(module) if self._groups else None
-        return ("fp8" if scheme is None or scheme.fp8 else f"int{scheme.bits}"), columns
+        return ("fp8" if scheme is None or scheme.fp8 else _integers_of(scheme)), columns
 
     def stored_bytes(self) -> int:
         """Size of the weight files."""

@@ -357,14 +357,14 @@ def group_for(columns: int, wanted: int) -> int | None:
 
 
 def stored_format(module: str, planned: str, recipe: Recipe, source: str, columns: int) -> str:
-    """The planned format, or the source's for "keep"; 8 bits if 4-bit groups do not divide the columns.
-    Ignored modules are dense."""
+    """The planned format, or the source's for "keep", if results can be in it, else dense; 8 bits if 4-bit
+    groups do not divide the columns. Ignored modules are dense."""
     if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
         return "dense"
     kind = source if planned == "keep" else planned
     if kind.startswith("int4") and group_for(columns, wanted_group(kind, recipe)) is None:
         return "int8"
-    return kind
+    return kind if kind.partition("-")[0] in ("int8", "int4", "fp8") else "dense"
 
 
 def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:

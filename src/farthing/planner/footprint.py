@@ -83,7 +83,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
         # Mistral's files name ignored modules as Hugging Face does, although tensors have Mistral's names.
         if scheme is None or groups.scheme(module) is None:
             return plain
-        kind: Kind = "int4" if scheme.bits == 4 else "fp8" if scheme.fp8 else "int8"
+        eight: Kind = "int8_groups" if scheme.strategy == "group" else "int8"
+        kind: Kind = "int4" if scheme.bits == 4 else "fp8" if scheme.fp8 else eight
         return Stored(kind, scheme.group_size or 128, not scheme.symmetric)
 
     return of
@@ -100,9 +101,9 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
             return Stored(*found)
         module = name.removesuffix(".weight")
         if checkpoint.has(f"{module}.weight_packed"):
-            columns = checkpoint.shape(f"{module}.weight_packed")[1] * 8
-            group = columns // checkpoint.shape(f"{module}.weight_scale")[1]
-            return Stored("int4", group, checkpoint.has(f"{module}.weight_zero_point"))
+            kind, columns = checkpoint.stored_as(module)
+            group = columns // checkpoint.shape(f"{module}.weight_scale")[-1]
+            return Stored(kind, group, checkpoint.has(f"{module}.weight_zero_point"))
         if not checkpoint.has(name):
             name = _EXPERT.sub(lambda m: f"experts.{'down' if m[1] == 'down' else 'gate_up'}_proj", name)
         if not checkpoint.has(name):
