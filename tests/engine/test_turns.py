@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from farthing.engine.sandbox.turns import Turns
+from farthing.engine.sandbox.turns import WorkQueue
 from farthing.shares import Busy
 
 
@@ -24,14 +24,14 @@ class Clock:
         return self.now
 
 
-def take(turns: Turns[Task]) -> str:
+def take(turns: WorkQueue[Task]) -> str:
     turn = turns.take()
     assert turn is not None
     return turn[1].name
 
 
 def test_clients_take_turns() -> None:
-    turns: Turns[Task] = Turns(places=8, places_each=8, credit=1.0, refill=0.0)
+    turns: WorkQueue[Task] = WorkQueue(places=8, places_each=8, credit=1.0, refill=0.0)
     for name in ("a1", "a2", "a3", "b1"):
         turns.put(name[0], Task(name))
     order = []
@@ -42,7 +42,7 @@ def test_clients_take_turns() -> None:
 
 
 def test_last_place_is_reserved_for_a_client_without_any() -> None:
-    turns: Turns[Task] = Turns(places=3, places_each=3, credit=1.0, refill=0.0)
+    turns: WorkQueue[Task] = WorkQueue(places=3, places_each=3, credit=1.0, refill=0.0)
     for name in ("a1", "a2", "a3", "a4"):
         turns.put("a", Task(name))
     assert [take(turns), take(turns)] == ["a1", "a2"]
@@ -53,7 +53,7 @@ def test_last_place_is_reserved_for_a_client_without_any() -> None:
 
 def test_client_without_credit_comes_last_and_gets_one_place() -> None:
     clock = Clock()
-    turns: Turns[Task] = Turns(places=4, places_each=2, credit=1.0, refill=0.1, clock=clock)
+    turns: WorkQueue[Task] = WorkQueue(places=4, places_each=2, credit=1.0, refill=0.1, clock=clock)
     turns.put("a", Task("a0"))
     assert turns.take() == ("a", Task("a0"), True)
     turns.done("a", 2.0)
@@ -68,7 +68,7 @@ def test_client_without_credit_comes_last_and_gets_one_place() -> None:
 
 def test_abandoned_work_is_a_debt() -> None:
     clock = Clock()
-    turns: Turns[Task] = Turns(places=4, places_each=2, credit=2.0, refill=0.5, clock=clock)
+    turns: WorkQueue[Task] = WorkQueue(places=4, places_each=2, credit=2.0, refill=0.5, clock=clock)
     for name in ("a0", "a1", "a2", "a3"):
         turns.put("a", Task(name))
     for seconds in (1.0, 2.0):  # as much as the credit may be abandoned
@@ -88,7 +88,7 @@ def test_abandoned_work_is_a_debt() -> None:
 
 
 def test_client_in_debt_is_served_as_soon_as_it_has_paid() -> None:
-    turns: Turns[Task] = Turns(places=2, places_each=1, credit=1.0, refill=10.0)
+    turns: WorkQueue[Task] = WorkQueue(places=2, places_each=1, credit=1.0, refill=10.0)
     turns.put("a", Task("a0"))
     take(turns)
     turns.done("a", 1.5, abandoned=True)
@@ -97,7 +97,7 @@ def test_client_in_debt_is_served_as_soon_as_it_has_paid() -> None:
 
 
 def test_queue_per_client_is_bounded() -> None:
-    turns: Turns[Task] = Turns(2, 1, 1.0, 0.0, max_waiting=3, max_bytes=100)
+    turns: WorkQueue[Task] = WorkQueue(2, 1, 1.0, 0.0, max_waiting=3, max_bytes=100)
     turns.put("a", Task("large", 1000))  # a single job may have any size
     with pytest.raises(Busy, match="1000 bytes"):
         turns.put("a", Task("small"))
@@ -109,7 +109,7 @@ def test_queue_per_client_is_bounded() -> None:
 
 
 def test_closed_queue_returns_waiting_jobs_and_ends_every_thread() -> None:
-    turns: Turns[Task] = Turns(2, 1, 1.0, 0.0)
+    turns: WorkQueue[Task] = WorkQueue(2, 1, 1.0, 0.0)
     turns.put("a", Task("a1"))
     assert turns.close() == [Task("a1")]
     assert turns.take() is None
@@ -120,7 +120,7 @@ def test_closed_queue_returns_waiting_jobs_and_ends_every_thread() -> None:
 
 def test_clients_without_debt_are_forgotten() -> None:
     clock = Clock()
-    turns: Turns[Task] = Turns(2, 1, 1.0, 1.0, clock=clock)
+    turns: WorkQueue[Task] = WorkQueue(2, 1, 1.0, 1.0, clock=clock)
     for i in range(100):
         turns.put(f"c{i}", Task("x"))
         take(turns)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from farthing.engine.request import Table, positions
 from farthing.server.sampling import TokenTexts, chat_logprobs, completion_logprobs, prompt_logprobs
-from farthing.server.stream import SIZE, FairLock, Gate, Pieces, Turns, event, texts
+from farthing.server.stream import SIZE, FairLock, Gate, Pieces, PieceWriter, event, texts
 from tests.server.harness import tokenizer
 
 
@@ -147,7 +147,7 @@ def test_pieces_are_small_and_built_one_per_iteration() -> None:
 
     async def run() -> list[str]:
         nonlocal turn
-        turns, sizes = Turns(), []
+        turns, sizes = PieceWriter(), []
 
         async def write(client: str) -> None:
             _, given_positions, _ = written(400, 20)

@@ -16,7 +16,7 @@ from farthing.server.memory import AnswerMemory, ResponseStore
 from farthing.server.quotas import Quotas
 from farthing.server.sampling import TokenTexts
 from farthing.server.schema import UnknownFields, short
-from farthing.server.stream import Turns
+from farthing.server.stream import PieceWriter
 from farthing.shares import Shares
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Service:
         self.chosen_formats: ModelFormats | None = None  # the result of `formats`, once it is known
         keys = (config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))
         self.several_keys = len(keys) > 1
-        self.turns = Turns()
+        self.piece_writer = PieceWriter()
         self._token_texts: TokenTexts | None = None
         self.responses = ResponseStore(keys=max(1, len(keys.names())))
         self.answers = AnswerMemory()

@@ -282,7 +282,7 @@ def event(document: Any) -> Iterator[str]:
     yield "\n\n"
 
 
-class Turns:
+class PieceWriter:
     """Takes turns between requests that write pieces, and between their clients."""
 
     def __init__(self) -> None:
@@ -320,8 +320,8 @@ class PiecedAnswer(StreamingResponse):
 
     media_type = "application/json"
 
-    def __init__(self, document: Any, turns: Turns, client: str, seconds: float) -> None:
-        super().__init__(turns.pieces(texts(document), client))
+    def __init__(self, document: Any, writer: PieceWriter, client: str, seconds: float) -> None:
+        super().__init__(writer.pieces(texts(document), client))
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -260,7 +260,8 @@ class Turn:
         else:
             document = await self.job.guard(http.receive, writer.whole())
             if writer.pieced:
-                response = PiecedAnswer(document, self._service.turns, self._client, config.request_timeout)
+                pieces, seconds = self._service.piece_writer, config.request_timeout
+                response = PiecedAnswer(document, pieces, self._client, seconds)
             else:
                 response = Response(to_json(document), media_type="application/json")
         if self._ignored:

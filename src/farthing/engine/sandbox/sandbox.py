@@ -16,7 +16,7 @@ from reprlib import Repr
 from typing import Any, TypeVar
 
 from farthing.engine.request import Rendering, StructuredOutputsParams
-from farthing.engine.sandbox.turns import Turns
+from farthing.engine.sandbox.turns import WorkQueue
 from farthing.engine.sandbox.workers import Pool, Work
 from farthing.engine.structured import check_size, constrained_field
 from farthing.engine.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class Local:
 
     def __init__(self) -> None:
         unlimited = float("inf")
-        self.turns: Turns[_Call] = Turns(_THREADS, 1, unlimited, 0.0, max_waiting=4096)
+        self.turns: WorkQueue[_Call] = WorkQueue(_THREADS, 1, unlimited, 0.0, max_waiting=4096)
         self._lock = threading.Lock()
         self._started = False
 

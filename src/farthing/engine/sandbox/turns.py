@@ -32,7 +32,7 @@ class Sized(Protocol):
 T = TypeVar("T", bound=Sized)
 
 
-class Turns(Generic[T]):
+class WorkQueue(Generic[T]):
     """A queue per client. Thread-safe."""
 
     def __init__(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from farthing.engine.sandbox import child
-from farthing.engine.sandbox.turns import Turns
+from farthing.engine.sandbox.turns import WorkQueue
 
 _START_SECONDS = 120.0  # for the server to start and load its tokenizer
 _ANSWER_SECONDS = 20.0  # for the server to fork or end a worker
@@ -235,7 +235,7 @@ class Pool:
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self.turns: Turns[Work] = Turns(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
+        self.turns: WorkQueue[Work] = WorkQueue(_PLACES, _PLACES_EACH, _CREDIT_SECONDS, _REFILL)
         self._idle: dict[bool, list[Worker]] = {
             False: [],
             True: [],

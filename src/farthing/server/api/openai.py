@@ -91,7 +91,7 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
         return EventStream(job, answer.stream(job), every=service.config.keep_alive)
     document = await job.guard(request.receive, answer.whole(job))
     if params.logprobs is not None or params.prompt_logprobs is not None:
-        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
+        return PiecedAnswer(document, service.piece_writer, client, service.config.request_timeout)
     return Response(to_json(document), media_type="application/json")
 
 
@@ -133,7 +133,7 @@ class _Answer:
         self._per_prompt = body.n or 1
         self.prompts, self.texts = prompts, texts
         self.tokenizer = service.require_engine().tokenizer
-        self.token_texts, self.turns = service.token_texts(), service.turns
+        self.token_texts, self.piece_writer = service.token_texts(), service.piece_writer
         self.envelope = {
             "id": f"cmpl-{body.request_id or uuid.uuid4().hex}",
             "object": "text_completion",
@@ -172,7 +172,7 @@ class _Answer:
                     yield "".join(chunks)
                 continue
             events = chain.from_iterable(event(writer.document(delta)) for delta in deltas)
-            async for piece in self.turns.pieces(events, job.client):
+            async for piece in self.piece_writer.pieces(events, job.client):
                 yield piece
         if writer.with_usage:
             yield writer.chunk()
@@ -438,7 +438,7 @@ class _Writer:
                 entries += self._entries(update)
             if self._body.logprobs:
                 events = chain.from_iterable(event(writer.document(entry)) for entry in entries)
-                async for piece in self._service.turns.pieces(events, self._turn.job.client):
+                async for piece in self._service.piece_writer.pieces(events, self._turn.job.client):
                     yield piece
             elif entries:
                 yield "".join(map(writer.chunk, entries))
@@ -540,7 +540,7 @@ def add_routes(api: FastAPI, service: Service, streamed: Documented) -> None:
         if body.return_token_strs and engine.tokenizer:
             text = engine.tokenizer.token_text
             document["token_strs"] = Pieces(map(text, ids))
-        return PiecedAnswer(document, service.turns, client, service.config.request_timeout)
+        return PiecedAnswer(document, service.piece_writer, client, service.config.request_timeout)
 
     @api.post("/detokenize", summary="Token ids to text")
     async def detokenize(request: Request, body: DetokenizeRequest = Body()) -> Response:
