@@ -16,11 +16,12 @@ from typing import Any
 
 from farthing.compress.api import held_out_sample, load_for
 from farthing.compress.evaluate import Baseline, calibration_corpus, compare_with, load_corpus, remember
-from farthing.compress.recipe import RECIPES, Recipe
+from farthing.compress.recipe import Recipe
 from farthing.compress.stream import Compression, run
 from farthing.files import to_json
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
+from farthing_lab.compress.recipe import RECIPES
 
 BASE = RECIPES["int8-kl"]
 

@@ -198,10 +198,10 @@ class Keeper:
 
 def calibrators(model: str, tokens: int, tensors: int) -> None:
     """Relative output error of W8A8 with each calibrator's threshold, on the same inputs."""
-    from farthing.compress.calibrate import Histogram, choose, round_tensor
+    from farthing.compress.calibrate import round_tensor
     from farthing.compress.quantize import int8_grid
-    from farthing.compress.recipe import OBSERVER_NAMES
     from farthing.hub import resolve_model
+    from farthing_lab.compress.ranges import OBSERVER_NAMES, Histogram, choose
 
     errors: dict[str, list[float]] = {}
     worse: Counter[str] = Counter()

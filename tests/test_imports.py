@@ -51,7 +51,6 @@ WIDE: dict[str, int] = {
     "farthing.cli.check": 15,
     "farthing.cli.plan": 14,
     "farthing.compress.api": 17,
-    "farthing.compress.sensitivity": 13,
     "farthing.engine.build": 17,
     "farthing.engine.engine": 17,
     "farthing.model.types": 17,

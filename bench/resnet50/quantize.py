@@ -18,7 +18,7 @@ from bench.resnet50.data import MEAN, STD
 from bench.resnet50.model import BLOCKS, Bottleneck
 from torch import Tensor, nn
 
-from farthing.compress.masks import mask
+from farthing_lab.compress.masks import mask
 from farthing_lab.train.lsq import fake_quantize
 from farthing_lab.vision.module import fold_batch_norms
 

@@ -22,7 +22,7 @@ from bench.resnet50.quantize import QuantResNet50, Range
 from rich.console import Console
 from torch import Tensor, nn
 
-from farthing.compress.masks import cubic_sparsity
+from farthing_lab.compress.masks import cubic_sparsity
 from farthing_lab.train.loop import BaseHook, LoopConfig, Schedule, Trainer
 from farthing_lab.train.lsq import compile_rounding
 

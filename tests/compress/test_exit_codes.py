@@ -176,12 +176,6 @@ def test_options_are_named_as_given(model_dir: Path, tmp_path: Path) -> None:
         assert result.stderr.strip() == (
             f"error: {flag}: got {value!r} with recipe 'int8'; expected --recipe auto"
         )
-    result = invoke(compress_app, model_dir, *out, "--observer", "mse")
-    assert result.exit_code == Exit.INPUT
-    assert result.stderr.strip() == (
-        "error: --observer: got 'mse' with recipe 'int8'; expected one with calibrated activation ranges, "
-        "such as int8-kl"
-    )
     result = invoke(compress_app, model_dir, *out, "--backend", "foo")
     assert result.exit_code == Exit.INPUT
     assert "backend: got 'foo'; expected 'auto' or one of" in result.stderr and "'simulate'" in result.stderr
@@ -216,12 +210,11 @@ def test_options_of_the_gate_are_refused_without_it(
         ("auto", {"max_drop": "1%"}),
         ("adaptive-experts", {"max_drop": "1%", "max_tokens": 100, "data": Path("text.jsonl")}),
         ("int8", {"data": Path("text.jsonl")}),  # which calibration leaves out
-        ("int8-kl", {"observer": "mse"}),
     ],
 )
 def test_what_the_recipe_reads_is_accepted_without_a_gate(recipe: str, given: dict[str, Any]) -> None:
     chosen = _recipe(CompressOptions(recipe=recipe, gate=False, **given), recipe, 0.01)
-    assert chosen.name == recipe and chosen.observer == given.get("observer", "auto")
+    assert chosen.name == recipe
 
 
 @pytest.mark.parametrize("flag", ["--max-tokens", "--window"])

@@ -11,9 +11,11 @@ import pytest
 from farthing.checkpoint.reader import Checkpoint, read_config
 from farthing.compress.api import Options, compress, grown
 from farthing.compress.export import choose_export, expected_bytes
-from farthing.compress.recipe import RECIPES, default_recipe
+from farthing.compress.recipe import default_recipe, known_recipes
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
+
+RECIPES = known_recipes()
 
 
 def nbytes(path: Path) -> int:

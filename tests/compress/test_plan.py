@@ -5,25 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.checkpoint.writer import CheckpointWriter
-from farthing.compress import plan as plans
 from farthing.compress import sensitivity
 from farthing.compress.api import Options, compress
 from farthing.compress.recipe import RECIPES
-from farthing.compress.sensitivity import Option
-from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
+from farthing.compress.size import Measure, reads_of, sizes_of
 from farthing.compress.stream import STATE
 from farthing.model.config import ModelConfig
 from farthing.model.inspect import checkpoint_cost
 
 SMALL = 600  # calibration tokens
-AUTO = replace(RECIPES["auto"], calibration_tokens=SMALL, sparsities=())
+AUTO = replace(RECIPES["auto"], calibration_tokens=SMALL)
 
 
 def stored(path: Path) -> int:
@@ -92,84 +87,9 @@ def test_unreachable_budget_is_rejected_and_measurements_are_kept(
         compress(model_dir, tmp_path / "out", recipe, options)
 
 
-def test_files_are_planned_without_zero_blocks(model_dir: Path, data: Path, tmp_path: Path) -> None:
+def test_files_are_planned_by_their_own_sizes(model_dir: Path, data: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPES["auto"], calibration_tokens=SMALL, measure="file")
     report = compress(model_dir, tmp_path / "out", recipe, Options(data, data, window=64)).report
-    assert report.plan is not None and "files store zeros" in report.plan["explanation"]
-    assert not any(m["sparsity"] for m in report.modules)
+    assert report.plan is not None and "all weight files" in report.plan["explanation"]
     groups = {m["group_size"] for m in report.modules if m["format"] == "int4"}
     assert groups <= {32, 64} and "KL int4-32" in report.plan["choices"][0]  # 128 divides no matrix here
-
-
-def test_the_better_of_two_block_shapes() -> None:
-    parts = ("model.layers.0.mlp", "model.layers.1.mlp")
-
-    def plan(fine_kl: float, whole_kl: float, **fields: Any) -> plans.PlanResult:
-        recipe = replace(RECIPES["auto"], **fields)
-        options = [Option(p, "int4-64", Sizes(100, 100, 100), 0.001) for p in parts]
-        options += [Option(p, "int4-64", Sizes(100, 52, 52), fine_kl, 0.5, "16x16") for p in parts]
-        options += [Option(p, "int4-64", Sizes(100, 50, 50), whole_kl, 0.5, "16x64") for p in parts]
-        chosen, why = plans.best_pattern(options, recipe, Sizes(0, 0, 0))
-        return plans.PlanResult(chosen, options, why, 2, Sizes(0, 0, 0), "memory")
-
-    for fine, whole, fields, expected in (
-        (0.002, 0.002, {"max_drop": 0.01}, "16x64"),  # fewer bytes
-        (0.002, 0.004, {"max_drop": 0.01}, "16x16"),  # only one part may lose so much
-        (0.002, 0.001, {"budget_bytes": 110, "max_drop": 0.05}, "16x64"),  # less loss
-        (0.002, 0.003, {"budget_bytes": 110, "max_drop": 0.05}, "16x16"),
-        (0.002, 0.003, {"budget_bytes": 101, "max_drop": 0.05}, "16x64"),  # nothing else fits
-    ):
-        result = plan(fine, whole, **fields)
-        prune = result.recipe(RECIPES["auto"]).prune
-        assert prune is not None and prune.pattern == expected
-        assert all(o.pattern == expected for o in result.chosen.values() if o.sparsity)
-    with pytest.raises(ValueError, match=r"budget_bytes: got 90 .*expected at least 104"):
-        plan(0.002, 0.003, budget_bytes=90)
-    assert plan(1.0, 1.0, max_drop=0.01).recipe(RECIPES["auto"]).prune is None
-
-
-def with_empty_blocks(source: Path, out: Path) -> Path:
-    """A copy with a checkerboard of near-zero 16x16 blocks in every feed-forward."""
-    checkpoint, writer = Checkpoint.open(source), CheckpointWriter(out)
-    for name in checkpoint.names():
-        tensor = checkpoint.tensor(name)
-        if ".mlp." in name and name.endswith("_proj.weight"):
-            rows, columns = (torch.arange(n) // 16 for n in tensor.shape)
-            tensor = tensor * torch.where((rows[:, None] + columns) % 2 == 0, 1.0, 1e-5)
-        writer.add(name, tensor)
-    writer.close(checkpoint.config, copy_from=source)
-    return out
-
-
-def test_auto_uses_zero_blocks_only_where_they_cost_nothing(
-    model_dir: Path, data: Path, tmp_path: Path
-) -> None:
-    options = Options(calibration=data, data=data, window=64)
-    recipe = replace(RECIPES["auto"], max_drop=1e-3, calibration_tokens=SMALL)
-    empty = with_empty_blocks(model_dir, tmp_path / "source")
-    full, half = (
-        compress(m, tmp_path / str(i), recipe, options).report for i, m in enumerate((model_dir, empty))
-    )
-    for report in (full, half):
-        assert report.plan is not None and report.quality is not None
-        assert "25%, 50%" in report.plan["explanation"] and "5 feed-forwards" in report.plan["explanation"]
-        assert report.quality.relative_increase < 0.01
-        assert all("KL int4-64, 50% of 16x16 blocks zero" in row for row in report.plan["choices"])
-    assert "chosen in none: the cheapest costs" in full.plan["explanation"]  # type: ignore[index]
-    assert not any(m["sparsity"] for m in full.modules)
-    assert "those of 16x16 chosen in 5" in half.plan["explanation"]  # type: ignore[index]
-    assert half.plan["predicted"]["memory"] < full.plan["predicted"]["memory"]  # type: ignore[index]
-    cut = [m for m in half.modules if ".mlp." in m["module"] and ".layers.3." not in m["module"]]
-    assert cut and sum(m["sparsity"] for m in cut) / len(cut) > 0.35
-    assert not any(m["sparsity"] for m in half.modules if m not in cut)  # attention and the MTP layer
-    formats = {m["module"]: m["format"] for m in half.modules}
-    assert formats["model.layers.3.eh_proj"] == "int8"  # not present in other layers
-    for module in ("self_attn.o_proj", "mlp.experts.0.up_proj"):  # drafts follow the last layer
-        assert formats[f"model.layers.3.{module}"] == formats[f"model.layers.2.{module}"]
-    for name, report in (("0", full), ("1", half)):
-        sizes, left_out = report.sizes["after"], sum(m["zero_block_bytes"] for m in report.modules)
-        assert sizes["file"] == stored(tmp_path / name) == sizes["memory"] + left_out
-    assert half.sizes["after"]["token"] < 0.95 * checkpoint_cost(tmp_path / "1").active_bytes
-    checkpoint = Checkpoint.open(tmp_path / "1")
-    up = checkpoint.weight("model.layers.0.mlp.up_proj").dequantize()
-    assert not up[:16, 16:32].any() and bool(up[:16, :16].any())

@@ -13,11 +13,14 @@ import torch
 
 from farthing.compress.api import Options, compress
 from farthing.compress.evaluate import PAGE, paged_batch
-from farthing.compress.recipe import RECIPES, Recipe
+from farthing.compress.recipe import Recipe, known_recipes
 from farthing.hub import resolve_model
 from farthing.model.load import load
 from farthing.ops.select import select
+from farthing_lab.compress.recipe import Study
 from tests.compress.conftest import write_model
+
+RECIPES = known_recipes()
 
 # Experts and matrices of several FP8 blocks, so that a scale per matrix differs from a scale per block.
 WIDE = {
@@ -56,7 +59,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    if recipe.prune is not None and recipe.prune.heal_steps:
+    if isinstance(recipe, Study) and recipe.prune is not None and recipe.prune.heal_steps:
         recipe = replace(recipe, prune=replace(recipe.prune, heal_steps=4))
     return recipe
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,7 @@ from farthing.model.config import ModelConfig
 if TYPE_CHECKING:
     from farthing.compress.api import Outcome
     from farthing.compress.evaluate import Verdict
-    from farthing.compress.recipe import Prune, Recipe
+    from farthing.compress.recipe import Recipe
 
 
 # `farthing eval`: evaluate a model, or compare it with another.
@@ -160,7 +160,6 @@ class CompressOptions:
     measure: str | None = _option(
         None, "Size that --budget limits: memory (default), file, or token (bytes read per token)"
     )
-    observer: str | None = _option(None, "Calibration observer: kl, mse, percentile or minmax")
     backend: str = _option(
         "auto", "Arithmetic of the gate: auto (the serving kernels), reference, simulate, cpu or gpu"
     )
@@ -250,11 +249,11 @@ def _recipe(options: CompressOptions, name: str, limit: float | None) -> Recipe:
 
     chosen = load_recipe(name)
     _refuse_unread(options, chosen)
-    overrides = {"observer": options.observer, "budget_bytes": options.budget, "measure": options.measure}
-    fields = {k: v for k, v in overrides.items() if v is not None}
-    if fields:
-        read = from_json({"scheme": chosen.scheme} | fields, chosen.name, "the command line")
-        chosen = replace(chosen, **{k: getattr(read, k) for k in fields})
+    limits = {"budget_bytes": options.budget, "measure": options.measure}
+    limits = {k: v for k, v in limits.items() if v is not None}
+    if limits:
+        read = from_json({"scheme": chosen.scheme} | limits, chosen.name, "the command line")
+        chosen = replace(chosen, **{k: getattr(read, k) for k in limits})
     if limit is not None and (chosen.scheme == "auto" or chosen.adaptive):
         chosen = replace(chosen, max_drop=limit)
     return chosen
@@ -265,11 +264,6 @@ def _refuse_unread(options: CompressOptions, chosen: Recipe) -> None:
     for flag, asked in (("--budget", options.budget), ("--measure", options.measure)):
         if asked is not None and chosen.scheme != "auto":
             raise ValueError(f"{flag}: got {asked!r} with recipe {chosen.name!r}; expected --recipe auto")
-    if options.observer is not None and not chosen.static:
-        raise ValueError(
-            f"--observer: got {options.observer!r} with recipe {chosen.name!r}; expected one with calibrated "
-            "activation ranges, such as int8-kl"
-        )
     if options.gate:
         return
     held_out = options.calibration is None and chosen.adaptive  # calibrates on held-out text
@@ -298,24 +292,22 @@ def _print(document: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_recipes(as_json: bool) -> None:
-    from farthing.compress.recipe import RECIPES, Recipe
+    from farthing.compress.recipe import known_recipes
 
     if as_json:
-        print(json.dumps({name: r.to_json() for name, r in RECIPES.items()}))
+        print(json.dumps({name: r.to_json() for name, r in known_recipes().items()}))
         return
-    for name, recipe in RECIPES.items():
-        typer.echo(f"{name:>18}  {_fields(recipe, Recipe(''))}")
+    for name, recipe in known_recipes().items():
+        typer.echo(f"{name:>18}  {_fields(recipe)}")
 
 
-def _fields(settings: Recipe | Prune, defaults: Recipe | Prune) -> str:
-    """The fields that differ from their defaults, and always `scheme`."""
-    from farthing.compress.recipe import Prune
-
+def _fields(chosen: Any) -> str:
+    """The fields that differ from their defaults, and always the first one that says what is done."""
     said = []
-    for name in settings.__dataclass_fields__:
-        value = getattr(settings, name)
-        if isinstance(value, Prune):
-            said.append(f"prune ({_fields(value, Prune())})")
-        elif name in ("scheme", "pattern") or (name != "name" and value != getattr(defaults, name)):
-            said.append(f"{name} {value}")
+    for field in fields(chosen):
+        value = getattr(chosen, field.name)
+        if is_dataclass(value):
+            said.append(f"{field.name} ({_fields(value)})")
+        elif field.name in ("scheme", "pattern") or (field.name != "name" and value != field.default):
+            said.append(f"{field.name} {value}")
     return ", ".join(said)

@@ -306,10 +306,8 @@ def _make(
     if recipe.scheme == "auto":
         assert corpus is not None
         plan = make_plan(source, out, recipe, corpus, progress)
-        recipe = plan.recipe(recipe)
-    state = run(
-        Compression(source, out, recipe, corpus, plan.format if plan else None, options.export), progress
-    )
+    form = plan.format if plan else None
+    state = run(Compression(source, out, recipe, corpus, form, options.export), progress)
     return _Made(recipe, state, plan, tokens=corpus.tokens if corpus else 0)
 
 

@@ -165,7 +165,7 @@ def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, re
 def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> int | None:
     """An estimate of the result's weight bytes before any work is done; None where a plan or pruning decides
     what is stored."""
-    if recipe.scheme == "auto" or recipe.adaptive or recipe.prune or recipe.experts or recipe.neurons:
+    if recipe.resizes:
         return None
     matrices = _matrices(checkpoint)
     parts = {f"{module}.{part}" for module in matrices for part in _PARTS}

@@ -244,45 +244,6 @@ class Layer:
             seen.setdefault((kind, tuple(self.weight(module).shape)), []).append(module)
         yield from seen.values()
 
-    def norm_groups(self) -> list[tuple[str, list[str], list[str]]]:
-        """(norm, matrices and plain tensors that read it): scales can move across the norm."""
-        p, have = self.prefix, set(self.modules())
-        attention = [
-            f"{p}self_attn.{a}" for a in ("q_a_proj", "q_proj", "k_proj", "v_proj", "kv_a_proj_with_mqa")
-        ]
-        mlps = [f"{m}.{part}" for m in self.mlps() for part in ("gate_proj", "up_proj")]
-        router = [f"{p}mlp.gate.weight"] if self.is_moe else []
-        groups = [
-            (f"{p}input_layernorm.weight", [m for m in attention if m in have], []),
-            (f"{p}post_attention_layernorm.weight", [m for m in mlps if m in have], router),
-        ]
-        for norm, fed in (("q_a_layernorm", "q_b_proj"), ("kv_a_layernorm", "kv_b_proj")):
-            if f"{p}self_attn.{norm}.weight" in self.tensors and f"{p}self_attn.{fed}" in have:
-                groups.append((f"{p}self_attn.{norm}.weight", [f"{p}self_attn.{fed}"], []))
-        return groups
-
-    def keep_experts(self, ids: list[int]) -> None:
-        """Drop all other routed experts and renumber."""
-        mlp = f"{self.prefix}mlp"
-        old = {n: t for n, t in self.tensors.items() if n.startswith(f"{mlp}.experts.")}
-        formats = dict(self.formats)
-        for name in old:
-            del self.tensors[name]
-            self.formats.pop(name.rpartition(".")[0], None)
-        for new, e in enumerate(ids):
-            for part in MLP:
-                source, target = f"{mlp}.experts.{e}.{part}", f"{mlp}.experts.{new}.{part}"
-                self.tensors[f"{target}.weight"] = old[f"{source}.weight"]
-                if source in formats:
-                    self.formats[target] = formats[source]
-                else:
-                    self.stored[f"{target}.weight"] = self.stored[f"{source}.weight"]
-        index = torch.tensor(ids)
-        for leaf in ("weight", "e_score_correction_bias"):
-            if f"{mlp}.gate.{leaf}" in self.tensors:
-                self.tensors[f"{mlp}.gate.{leaf}"] = self.tensors[f"{mlp}.gate.{leaf}"][index]
-        self.config = replace(self.config, n_routed_experts=len(ids))
-
 
 def group_columns(config: ModelConfig, module: str, columns: int) -> int:
     """The columns that groups of 4-bit weights must divide: of a routed expert those of all three projections
@@ -305,7 +266,7 @@ class Stream:
     hidden: Tensor  # [T, D]
     next_ids: Tensor  # [T]
     lengths: list[int]
-    unpruned: Tensor | None = None  # [T, D] in the source model, if layers are healed
+    others: dict[str, Tensor] = field(default_factory=dict)  # by `Recipe.streams`, [T, D] each
 
     def chunks(self, tokens: int) -> Iterator[tuple[slice, list[int]]]:
         """Whole windows, about `tokens` tokens at a time."""

@@ -1,4 +1,4 @@
-"""The automatic plan: how few bits, and how many zero blocks, each part of the model tolerates.
+"""The automatic plan: how few bits each part of the model tolerates.
 
 The damage of each format in each part is measured alone (`sensitivity.py`). For small changes damages add up
 (Taylor), and for a model that fits its data the mean KL equals the rise of log-perplexity. So the best plan
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.evaluate import Corpus
 from farthing.compress.layer import ATTENTION, MLP
-from farthing.compress.recipe import Prune, Recipe
+from farthing.compress.recipe import Recipe
 from farthing.compress.sensitivity import Notes, Option, measure, part_of
 from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
 from farthing.compress.stream import STATE, Progress, fingerprint
@@ -79,7 +79,6 @@ def _undominated(reached: dict[int, tuple[float, list[T]]]) -> dict[int, tuple[f
 
 CELLS = 2000  # resolution of the knapsack's budget
 SPENT = 0.6  # of max_drop; the rest leaves room for the gate's interval
-HEAL_STEPS = 120  # per layer whose feed-forward gets zero blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +96,6 @@ class PlanResult:
         """The format of a module, for `stream.Compression`; modules without options get 8 bits."""
         option = self.chosen.get(part_of(twin_of(module, self.layers)))
         return option.format if option else "int8"
-
-    def recipe(self, recipe: Recipe) -> Recipe:
-        """`recipe` with the plan's zero blocks."""
-        sparse = [o for o in self.chosen.values() if o.sparsity]
-        if not sparse:
-            return recipe
-        # A dense MLP's pattern must not match experts; no layer has both.
-        shares = tuple((f"{o.part}.*", o.sparsity) for o in sparse)
-        return replace(recipe, prune=Prune(sparse[0].pattern, 0.0, shares=shares, heal_steps=HEAL_STEPS))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-serializable values, for the report."""
@@ -127,39 +117,15 @@ def make_plan(
     Measurements are kept next to OUT's shards until OUT is complete, so a killed run resumes, and a run with
     another budget reuses them.
     """
-    if recipe.measure == "file":
-        recipe = replace(recipe, sparsities=())  # files keep zeros
     checkpoint = Checkpoint.open(source)
     asked = replace(recipe, max_drop=None, budget_bytes=None, measure="memory")
     notes = Notes(out / STATE / "sensitivity.json", fingerprint(source, asked, "", corpus))
     options = measure(checkpoint, recipe, corpus, progress, notes)
     config = ModelConfig.from_json(checkpoint.config)
     options, rest = whole_model(checkpoint, config, options)
-    chosen, why = best_pattern(options, recipe, rest)
-    why = f"{why}. {about_sparsity(options, chosen, recipe)}"
-    return PlanResult(chosen, options, why, config.num_hidden_layers, rest, recipe.measure)
-
-
-def best_pattern(options: Sequence[Option], recipe: Recipe, rest: Sizes) -> tuple[dict[str, Option], str]:
-    """The better of the plans with zero blocks of one shape; see `solve`."""
     parts = list(dict.fromkeys(o.part for o in options))
-    failed: ValueError | None = None
-    plans = []
-    for pattern in recipe.patterns:
-        try:
-            usable = [o for o in options if not o.sparsity or o.pattern == pattern]
-            plans.append(solve(usable, parts, recipe, rest))
-        except ValueError as error:
-            failed = failed or error
-    if failed and not plans:
-        raise failed
-
-    def goal(plan: tuple[dict[str, Option], str]) -> float:
-        if recipe.budget_bytes is None:
-            return _total(plan[0], rest).of(recipe.measure)
-        return sum(o.kl for o in plan[0].values())
-
-    return min(plans, key=goal)
+    chosen, why = solve(options, parts, recipe, rest)
+    return PlanResult(chosen, options, why, config.num_hidden_layers, rest, recipe.measure)
 
 
 def twin_of(module: str, layers: int) -> str:
@@ -197,7 +163,6 @@ def whole_model(
         rest += Sizes(more, more, more)
 
     def counted(option: Option) -> Option:
-        # MTP layers are not pruned, so they have no zero blocks.
         twins = round(option.sizes.file * following.get(option.part, 0) / own[option.part])
         return replace(option, sizes=option.sizes + Sizes(twins, twins, 0))
 
@@ -271,40 +236,6 @@ def _figures(chosen: Mapping[str, Option], rest: Sizes) -> str:
     return f"predicted {sum(o.kl for o in chosen.values()):.5f} nats per token; {_total(chosen, rest)}"
 
 
-def about_sparsity(options: Sequence[Option], chosen: Mapping[str, Option], recipe: Recipe) -> str:
-    """A sentence on which zero blocks were measured and chosen."""
-    tried = {o.part for o in options if o.sparsity}
-    if recipe.measure == "file":
-        return "Zero blocks were not measured: files store zeros"
-    if not recipe.sparsities:
-        return "The recipe has no zero blocks"
-    if not tried:
-        return "Zero blocks were not measured: they do not tile the feed-forwards, or these are too wide"
-    levels = ", ".join(f"{s:.0%}" for s in recipe.sparsities)
-    shapes = " and ".join(dict.fromkeys(o.pattern for o in options if o.sparsity))
-    measured = f"Zero {shapes} blocks ({levels}) were measured in {len(tried)} feed-forwards"
-    taken = [o for o in chosen.values() if o.sparsity]
-    if taken:
-        return f"{measured}, and those of {taken[0].pattern} chosen in {len(taken)}"
-    price = min(_price(o, options, recipe.measure) for o in options if o.sparsity)
-    rounded = [o for o in chosen.values() if o.format != "keep"]
-    rate = max((_price(o, options, recipe.measure) for o in rounded), default=0.0)
-    return (
-        f"{measured} and chosen in none: the cheapest costs {price:.2e} nats per megabyte saved, "
-        f"the most expensive chosen format {rate:.2e}"
-    )
-
-
-def _price(option: Option, options: Sequence[Option], measure: Measure) -> float:
-    """Nats per megabyte saved, against the part's next larger option without zeros."""
-    size = option.sizes.of(measure)
-    plain = [o for o in options if o.part == option.part and not o.sparsity and o.sizes.of(measure) > size]
-    if not plain:
-        return 0.0 if not option.sparsity else math.inf
-    nearest = min(plain, key=lambda o: o.sizes.of(measure))
-    return max(option.kl - nearest.kl, 0.0) / (nearest.sizes.of(measure) - size) * 1e6
-
-
 def one_per_part(
     options: Sequence[Option],
     parts: Sequence[str],
@@ -318,10 +249,10 @@ def one_per_part(
 
 
 def _choices(options: Sequence[Option], chosen: Mapping[str, Option]) -> list[dict[str, Any]]:
-    columns = list(dict.fromkeys(o.name for o in options))
+    columns = list(dict.fromkeys(o.format for o in options))
     rows = []
     for part, option in chosen.items():
-        row: dict[str, Any] = {"part": part, "chosen": option.name} | asdict(option.sizes)
-        own = {o.name: f"{o.kl:.6f}" for o in options if o.part == part}
+        row: dict[str, Any] = {"part": part, "chosen": option.format} | asdict(option.sizes)
+        own = {o.format: f"{o.kl:.6f}" for o in options if o.part == part}
         rows.append(row | {f"KL {name}": own.get(name, "") for name in columns})
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -159,101 +158,15 @@ def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
     return gram.view(b, groups, g, groups, g).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
 
 
-ALPHAS = tuple(i / 10 for i in range(11))
-Round = Callable[[Tensor, Tensor], Tensor]  # (w [N, K], gram [K, K]) -> its rounded value
-
-
-@dataclass(frozen=True, slots=True)
-class AwqScale:
-    """The factor of the weights' columns, and the candidate that it comes from."""
-
-    factor: Tensor  # [K]
-    alpha: float
-    duo: bool  # also divided by the weights' size
-    error: float  # relative to factor 1
-
-
-def awq_scale(
-    weights: Sequence[Tensor], grams: Sequence[Tensor], magnitude: Tensor, round_to: Round
-) -> AwqScale:
-    """The factor with the least output error over the matrices that share the input.
-
-    weights [N_i, K] with their grams [K, K] = sum of x x^T; magnitude [K] = mean |x|. Candidates:
-    magnitude^alpha, and magnitude^alpha / size^(1 - alpha), where size is the mean |w| of a column relative
-    to its row's largest. alpha = 0 changes nothing and is a candidate, so the error never grows.
-
-    1/s is folded into the preceding norm (or up projection), so it costs nothing at run time. AWQ (Lin et al.
-    2023) chooses s to protect weights with large inputs; SmoothQuant (Xiao et al. 2022) chooses it so that
-    activations are easier to round. Legend: N rows; K columns.
-    """
-    x = magnitude.clamp_min(1e-8)
-    size = torch.cat([w.abs() / w.abs().amax(1, keepdim=True).clamp_min(1e-20) for w in weights]).mean(0)
-    trials = {(a, False): x.pow(a) for a in ALPHAS}
-    trials |= {(a, True): x.pow(a) / (size.pow(1 - a) + 1e-4) for a in ALPHAS[:-1]}
-    errors: dict[tuple[float, bool], float] = {}
-    for key, trial in trials.items():
-        s = trials[key] = normalized(trial)
-        error = 0.0
-        for w, gram in zip(weights, grams, strict=True):
-            delta = round_to(w * s, gram / s.unsqueeze(1) / s) / s - w
-            error += float(((delta @ gram) * delta).sum())
-        errors[key] = error
-    best = min(errors, key=errors.__getitem__)
-    return AwqScale(trials[best], *best, errors[best] / max(errors[0.0, False], 1e-30))
-
-
-def smooth_scale(weights: Sequence[Tensor], absmax: Tensor, alpha: float) -> Tensor:
-    """SmoothQuant equation 4, as the factor on the weights: s_k = max|x_k|^alpha / max|W_k|^(1 - alpha)."""
-    column = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-    s = absmax.clamp_min(1e-5).pow(alpha) / column.clamp_min(1e-5).pow(1 - alpha)
-    return s.clamp(1e-4, 1e4)
-
-
-def normalized(s: Tensor) -> Tensor:
-    """Normalize s to a geometric middle of 1, within 10^-4 to 10^4, so that both sides keep their range."""
-    return (s / (s.max() * s.min()).sqrt()).clamp(1e-4, 1e4)
-
-
-def hadamard(n: int) -> Tensor:
-    """An orthogonal n x n matrix with entries of equal magnitude (Sylvester) if n is a power of two. For
-    n = 2^a * m it is H(2^a) repeated m times along the diagonal.
-
-    Hadamard rotation where it is exact and free (QuaRot, Ashkboos et al. 2024; SpinQuant).
-
-    An RMS norm without weights commutes with a rotation. After folding the norm's weight into the consumer, a
-    latent can be rotated by its producer (rows) and rotated back by its consumer (columns). The values of
-    each head can be rotated by kv_b and rotated back by o_proj. Nothing is added at inference.
-    """
-    power = n & -n
-    h = torch.ones(1, 1)
-    while h.shape[0] < power:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    whole: Tensor = torch.block_diag(*[h / power**0.5] * (n // power))
-    return whole
-
-
-def random_hadamard(n: int, seed: int) -> Tensor:
-    """`hadamard` with random column signs, to break up structured directions."""
-    signs = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return hadamard(n) * signs
-
-
-def rotate_latent(
-    producer: Tensor, norm: Tensor, consumer: Tensor, rotation: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(producer [c, D], norm [c], consumer [N, c]) with the latent rotated; the norm's weight becomes 1."""
-    return rotation.t() @ producer, torch.ones_like(norm), (consumer * norm) @ rotation
-
-
-def rotate_values(
-    kv_b: Tensor, o: Tensor, heads: int, nope: int, value: int, rotation: Tensor
-) -> tuple[Tensor, Tensor]:
-    """kv_b [H (n + v), c] and o [D, H v] with every head's values rotated by rotation [v, v]."""
-    rows = kv_b.view(heads, nope + value, -1).clone()
-    rows[:, nope:] = torch.einsum("vw,hvc->hwc", rotation, rows[:, nope:])
-    columns = torch.einsum("dhv,vw->dhw", o.view(-1, heads, value), rotation)
-    return rows.reshape(kv_b.shape), columns.reshape(o.shape)
-
+# Round or prune column by column, letting the remaining columns compensate for the error.
+#
+# GPTQ (Frantar et al. 2022, algorithm 1) and SparseGPT (Frantar and Alistarh 2023) in one: a column's new
+# value is its grid point, zero where masked, or itself. B matrices of one shape are processed at once.
+#
+# With H = U D U^T, U upper triangular with a unit diagonal, the best column after earlier errors E is w_k
+# + sum over i < k of E_i U_ik (Chee et al. 2023: LDLQ, which is GPTQ), so nothing is inverted; and the
+# error of the outputs under H is the sum over k of D_k |that column - its new value|^2. Legend: B
+# matrices; N rows; K columns.
 
 BLOCK = 64  # columns between products with all earlier errors
 

@@ -2,127 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from farthing.checkpoint.reader import quantization_in
-from farthing.compress.calibrate import Observer
-from farthing.compress.masks import BLOCKS, Pattern, Score, check_sparsity
+from farthing.compress.calibrate import Recorder, Wanted
+from farthing.compress.layer import Layer
 from farthing.compress.size import Measure
+from farthing.compress.work import LayerResult, LayerWork
 from farthing.config import parse_bytes
 from farthing.files import read
+from farthing.model.config import ModelConfig
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
 Algorithm = Literal["rtn", "gptq"]
-Scaling = Literal["none", "awq", "smoothquant"]
-Activations = Literal["none", "token", "tensor", "best"]
-Compensation = Literal["none", "sweep", "exact"]
-Scope = Literal["matrix", "family", "layer", "global"]
-Targets = Literal["experts", "all"]
 DEFAULT_DROP = 0.01
-_PRUNE_CHOICES: dict[str, Any] = {
-    "pattern": Pattern,
-    "score": Score,
-    "scope": Scope,
-    "compensation": Compensation,
-    "targets": Targets,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Prune:
-    """Weights to zero inside matrices."""
-
-    pattern: Pattern = "16x16"
-    sparsity: float = 0.3
-    score: Score = "obs"
-    # What shares a threshold: each matrix alone, the experts of a layer, a layer, or the model.
-    scope: Scope = "family"
-    # How the remaining weights compensate: not at all; column by column (SparseGPT); or by the least-squares
-    # solution, which is exact and needs a factorization for every strip of rows.
-    compensation: Compensation = "exact"
-    targets: Targets = "experts"  # feed-forwards, or attention as well
-    heal_steps: int = 0  # gradient steps per layer on the calibration text (`prune.py`)
-    shares: tuple[
-        tuple[str, float], ...
-    ] = ()  # (fnmatch pattern of modules, sparsity) overrides; first match wins
-
-    def share(self, module: str) -> float:
-        """The requested sparsity of one matrix."""
-        return next((s for pattern, s in self.shares if fnmatchcase(module, pattern)), self.sparsity)
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, "prune.sparsity")
-        for pattern, share in self.shares:
-            check_sparsity(share, f"prune.shares[{pattern!r}]")
-        if self.heal_steps < 0:
-            raise ValueError(f"prune.heal_steps: got {self.heal_steps}; expected 0 or more")
-        for name, kind in _PRUNE_CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"prune.{name}: got {getattr(self, name)!r}; expected one of {get_args(kind)}"
-                )
-        if self.scope == "global":
-            for name, accepted in (("score", ("magnitude",)), ("pattern", tuple(BLOCKS))):
-                if getattr(self, name) not in accepted:
-                    value = getattr(self, name)
-                    raise ValueError(
-                        f"prune.{name}: got {value!r} with prune.scope 'global'; expected one of {accepted}: "
-                        "the threshold for all layers must be known before the first is written"
-                    )
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe. Order of work in a layer: experts, neurons, rotation, scaling, mask, rounding.
+    """A recipe: how the matrices of every layer are rounded.
 
-    scheme: storage of every linear matrix; "keep" = as in the source; "auto" = planned per layer.
-    activations (int8 and int4): rounded at serving time with one dynamic scale per token ("token"), one
-    calibrated scale ("tensor"), whichever has less error ("best"), or not at all.
+    scheme: storage of every linear matrix; "keep" = as in the source; "auto" = planned per layer. activations
+    (int8 and int4): rounded at serving time with one dynamic scale per token ("token"), or not at all.
+    Packages with recipes of their own (entry points `farthing.recipes`) derive from this class and add to its
+    methods what happens to a layer before and after rounding.
     """
 
     name: str
     scheme: Scheme = "int8"
     algorithm: Algorithm = "rtn"
-    scaling: Scaling = "none"
-    smooth_alpha: float = 0.5
-    rotate: bool = False
     group_size: int = 64
     symmetric: bool = True
     act_order: bool = True
     damp: float = 0.01
-    activations: Activations = "none"
-    observer: Literal["auto", "kl", "mse", "percentile", "minmax"] = "auto"
-    prune: Prune | None = None
-    experts: float = 0.0  # share of routed experts to drop
-    neurons: float = 0.0  # share of neurons of every routed expert to drop
+    activations: str = "none"
     adaptive: bool = False  # calibrate the number of experts per token (`adaptive.py`), within max_drop
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
     # "auto" and "adaptive": maximum relative increase of perplexity; see `allowed_drop`
     max_drop: float | None = None
     budget_bytes: int | None = None  # "auto": size limit by `measure`, with the least loss within it
     measure: Measure = "memory"  # "auto": bytes in the kernels' layout, in files, or read per token
-    # "auto": shares of zero blocks to try in every feed-forward, and their shapes, of which it takes one
-    sparsities: tuple[float, ...] = ()
-    patterns: tuple[Literal["16x16", "16x64"], ...] = ("16x16", "16x64")
     calibration_tokens: int = 8192
     window: int = 512
 
     def __post_init__(self) -> None:
-        for name, kind in _CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {get_args(kind)}")
+        for name, accepted in self.choices().items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {accepted}")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size: got {self.group_size}; expected 32, 64 or 128")
-        for name in ("experts", "neurons"):
-            check_sparsity(getattr(self, name), name)
-        for sparsity in self.sparsities:
-            check_sparsity(sparsity, "sparsities")
-        if not set(self.patterns) <= {"16x16", "16x64"} or not self.patterns:
-            raise ValueError(f"patterns: got {self.patterns!r}; expected some of ('16x16', '16x64')")
         if self.max_drop is not None and not 0 <= self.max_drop < 10:
             raise ValueError(f"max_drop: got {self.max_drop}; expected a share such as 0.01")
         for name in ("budget_bytes", "measure"):
@@ -142,110 +74,102 @@ class Recipe:
             return DEFAULT_DROP
         return self.max_drop
 
-    @property
-    def static(self) -> bool:
-        """Whether activation ranges are calibrated."""
-        return self.activations in ("tensor", "best")
+    @classmethod
+    def choices(cls) -> dict[str, tuple[Any, ...]]:
+        """The accepted values of every field that has a fixed set of them."""
+        return {
+            "scheme": get_args(Scheme),
+            "algorithm": get_args(Algorithm),
+            "activations": ("none", "token"),
+            "measure": get_args(Measure),
+        }
 
     @property
     def needs_gram(self) -> bool:
         """Whether second moments of the inputs are needed."""
-        p = self.prune
-        pruned = p is not None and (p.compensation != "none" or p.score == "obs")
-        return self.algorithm == "gptq" or self.scaling == "awq" or pruned
-
-    @property
-    def heals(self) -> bool:
-        """Whether pruned layers are trained towards the unpruned model's hidden states."""
-        return self.prune is not None and self.prune.heal_steps > 0
+        return self.algorithm == "gptq"
 
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is needed."""
-        energy = self.heals or (self.prune is not None and self.prune.score != "magnitude")
-        structure = self.experts > 0 or self.neurons > 0 or self.adaptive
-        return (
-            self.needs_gram or self.static or energy or structure
-            or self.scaling != "none" or self.scheme in ("int8", "int4", "auto")
-        )  # fmt: skip
+        return self.needs_gram or self.adaptive or self.scheme in ("int8", "int4", "auto")
+
+    @property
+    def coarse(self) -> bool:
+        """Whether later layers calibrate on this layer's result, to compensate for it. int8 and FP8 are too
+        close to the original to be worth a second pass."""
+        return self.scheme in ("int4", "auto")
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the size of the result depends on what calibration shows."""
+        return self.scheme == "auto" or self.adaptive
+
+    @property
+    def clips_outputs(self) -> bool:
+        """Whether the ranges of 4-bit groups minimize the output error by second moments, not the energy."""
+        return False
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError for a model that this recipe cannot compress."""
+
+    def streams(self) -> tuple[str, ...]:
+        """Names of further hidden states that go from layer to layer beside the compressed model's."""
+        return ()
+
+    def begin(self, layers: Iterable[Layer]) -> Recipe:
+        """The recipe to apply, after a look at every layer where it needs one."""
+        return self
+
+    def recorder(self) -> Recorder:
+        """A new recorder of what calibration needs."""
+        return Recorder(Wanted(self.needs_gram))
+
+    def prepare(self, work: LayerWork) -> None:
+        """Record a layer's inputs, and change the layer before its matrices are rounded."""
+        if self.needs_data and work.stream is not None:
+            work.record()
+
+    def finish(self, work: LayerWork, result: LayerResult) -> None:
+        """Complete what is written of a layer after its matrices are rounded."""
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-serializable values, for the report and the fingerprint of a resumable run."""
         return asdict(self)
 
 
-_CHOICES: dict[str, Any] = {
-    "scheme": Scheme,
-    "algorithm": Algorithm,
-    "scaling": Scaling,
-    "activations": Activations,
-    "observer": Literal["auto", "kl", "mse", "percentile", "minmax"],
-    "measure": Measure,
-}
-OBSERVER_NAMES: tuple[Observer, ...] = ("kl", "mse", "percentile", "minmax")
-
 RECIPES: dict[str, Recipe] = {
     r.name: r
     for r in (
-        Recipe(
-            "int8-kl",
-            "int8",
-            scaling="smoothquant",
-            rotate=True,
-            activations="tensor",
-            calibration_tokens=16384,
-        ),
-        Recipe("int8-auto", "int8", activations="best", observer="auto", calibration_tokens=4096),
         Recipe("int8", "int8", activations="token", calibration_tokens=4096),
         Recipe("fp8-block", "fp8"),
         Recipe("int4-rtn", "int4"),
         Recipe("int4-gptq", "int4", algorithm="gptq", calibration_tokens=32768),
-        Recipe("int4-awq", "int4", scaling="awq", calibration_tokens=16384),
         Recipe("w4a8", "int4", algorithm="gptq", activations="token", calibration_tokens=32768),
-        Recipe("smoothquant", "int8", scaling="smoothquant", activations="token"),
-        Recipe(
-            "prune30-magnitude",
-            "keep",
-            prune=Prune("unstructured", 0.3, "magnitude", "layer", "none", "all"),
-        ),
-        Recipe("prune-wanda", "keep", prune=Prune("unstructured", 0.3, "wanda", "matrix", "none", "all")),
-        Recipe(
-            "prune-2of4",
-            "keep",
-            prune=Prune("2:4", 0.5, scope="matrix", heal_steps=120),
-            calibration_tokens=32768,
-        ),
-        Recipe(
-            "prune30-block16", "keep", prune=Prune("16x16", 0.3, heal_steps=120), calibration_tokens=32768
-        ),
-        Recipe(
-            "int4-block16-40",
-            "int4",
-            algorithm="gptq",
-            prune=Prune("16x16", 0.4, heal_steps=120),
-            calibration_tokens=32768,
-        ),
-        Recipe(
-            "int4-block64-40",
-            "int4",
-            algorithm="gptq",
-            prune=Prune("16x64", 0.4, heal_steps=120),
-            calibration_tokens=32768,
-        ),
-        Recipe("experts-reap", "keep", experts=0.25),
         Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),
-        Recipe("auto", "auto", algorithm="gptq", sparsities=(0.25, 0.5), calibration_tokens=32768),
+        Recipe("auto", "auto", algorithm="gptq", calibration_tokens=32768),
     )
 }
+
+
+def known_recipes() -> dict[str, Recipe]:
+    """The recipes of this package and of those that declare some (entry points `farthing.recipes`)."""
+    known = dict(RECIPES)
+    for point in entry_points(group="farthing.recipes"):
+        known |= point.load()
+    return known
 
 
 def load_recipe(name: str) -> Recipe:
     """A recipe by name, or from a YAML file. Raises ValueError with the accepted values."""
     if name in RECIPES:
         return RECIPES[name]
+    known = known_recipes()
+    if name in known:
+        return known[name]
     path = Path(name)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"recipe: got {name!r}; expected one of {', '.join(RECIPES)}, or a .yaml file")
+        raise ValueError(f"recipe: got {name!r}; expected one of {', '.join(known)}, or a .yaml file")
     if not path.is_file():
         raise ValueError(f"recipe: got {name!r}, which does not exist")
     import yaml
@@ -269,10 +193,21 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
             raise ValueError(f"expected a mapping of recipe fields, found {type(raw).__name__}")
         values: dict[str, Any] = {"name": name} | dict(raw)
         base = values.pop("base", None)
-        if base is not None and not (isinstance(base, str) and base in RECIPES):
-            raise ValueError(f"base: got {base!r}; expected one of {', '.join(RECIPES)}")
+        known = known_recipes()
+        if base is not None and not (isinstance(base, str) and base in known):
+            raise ValueError(f"base: got {base!r}; expected one of {', '.join(known)}")
         if values.get("budget_bytes") is not None:
             values["budget_bytes"] = parse_bytes("budget_bytes", values["budget_bytes"])
-        return read(Recipe, values, base=RECIPES[base] if base else None)
+        start = known[base] if base else None
+        kind = _kind(values, start, known)
+        if start is not None and not isinstance(start, kind):
+            start = kind(**asdict(start))
+        return read(kind, values, base=start)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _kind(values: Mapping[str, Any], base: Recipe | None, known: Mapping[str, Recipe]) -> type[Recipe]:
+    """The class of recipes that has all of these fields: the base's if it does."""
+    kinds = [Recipe if base is None else type(base), *map(type, known.values())]
+    return next((k for k in kinds if set(values) <= {f.name for f in fields(k)}), kinds[0])

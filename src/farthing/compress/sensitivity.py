@@ -1,9 +1,9 @@
-"""The effect of every format and every share of zero blocks on the whole model, part by part.
+"""The effect of every format on the whole model, part by part.
 
 A part is a layer's attention, its routed experts, its shared expert or its dense MLP. Each option is produced
-by the method that would write it (GPTQ for 4 bits; optimal brain surgery and a short healing for zero
-blocks), with statistics from one part of the calibration text. Its damage is the KL divergence of the model's
-next-token distributions on another part of the text, with only that part of the model changed.
+by the method that would write it (GPTQ for 4 bits), with statistics from one part of the calibration text.
+Its damage is the KL divergence of the model's next-token distributions on another part of the text, with only
+that part of the model changed.
 
 Legend: T sample tokens; D hidden size; V vocabulary.
 """
@@ -11,7 +11,7 @@ Legend: T sample tokens; D hidden size; V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,15 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.calibrate import Recorder, Wanted
 from farthing.compress.evaluate import Corpus, Window
 from farthing.compress.layer import Layer, Stream, TracedOps
-from farthing.compress.masks import BLOCKS, Pattern
-from farthing.compress.prune import heal, prune_layer
-from farthing.compress.recipe import Prune, Recipe
-from farthing.compress.size import Reads, Sizes, measured_shares, reads_of, zero_block_bytes
-from farthing.compress.stream import Progress, feed_forward_input, forward
-from farthing.compress.transform import Done, compress_layer, layer_stats
+from farthing.compress.recipe import Recipe
+from farthing.compress.size import Reads, Sizes, measured_shares, reads_of
+from farthing.compress.transform import compress_layer
+from farthing.compress.work import Done, forward
 from farthing.files import replace_json
 from farthing.model.config import ModelConfig
 
 FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
 SAMPLE = 2048  # tokens to measure a sensitivity on
-SPARSE_FORMATS = ("int4-64", "int8")  # of feed-forwards with zero blocks
-HEAL_STEPS = 30  # a quarter of the steps of the written model, so damage is an upper bound
-MOST_WORK = 2e12  # operations of brain surgery per layer; about ten seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +44,6 @@ class Option:
     format: str
     sizes: Sizes  # of its matrices
     kl: float  # nats a token
-    sparsity: float = 0.0  # share of blocks that are zero
-    pattern: Pattern = "16x16"  # of these blocks
-
-    @property
-    def name(self) -> str:
-        """Name in the report."""
-        zeros = f", {self.sparsity:.0%} of {self.pattern} blocks zero" if self.sparsity else ""
-        return f"{self.format}{zeros}"
 
 
 def part_of(module: str) -> str:
@@ -130,7 +117,7 @@ def measure(
     checkpoint: Checkpoint,
     recipe: Recipe,
     corpus: Corpus,
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     notes: Notes | None = None,
 ) -> list[Option]:
     """Measure every option of every part, with the model in memory. notes: results kept between runs."""
@@ -145,7 +132,7 @@ def measure(
         recorder = None if measured else Recorder(Wanted(gram=True))
         after = model.through(layer, fit, recorder)
         if recorder is not None:
-            measured = _layer_options(model, meter, layer, recorder, recipe, fit, after)
+            measured = _layer_options(model, meter, layer, recorder, recipe, len(fit.hidden))
             if notes:
                 notes.add(index, measured)
         options += measured or []
@@ -191,44 +178,15 @@ def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
 
 
 def _layer_options(
-    model: LayerwiseModel,
-    meter: Meter,
-    layer: Layer,
-    recorder: Recorder,
-    recipe: Recipe,
-    fit: Stream,
-    after: Tensor,
+    model: LayerwiseModel, meter: Meter, layer: Layer, recorder: Recorder, recipe: Recipe, tokens: int
 ) -> list[Option]:
     seen = recorder.experts.get(f"{layer.prefix}mlp")
-    routed = {layer.index: measured_shares(seen.tokens.tolist(), len(fit.hidden))} if seen else {}
+    routed = {} if seen is None else {layer.index: measured_shares(seen.tolist(), tokens)}
     trial = _Trial(meter, recorder, recipe, reads_of(model.config, routed))
     options = list(trial.kept(layer))
     for kind in FORMATS:
-        options += trial.rounded(layer, kind, {}, options)
-    prunes = [
-        Prune(pattern, sparsity)
-        for pattern in recipe.patterns
-        for sparsity in recipe.sparsities
-        if prunable(layer, pattern)
-    ]
-    if not prunes:
-        return options
-    x = feed_forward_input(layer, fit, model.embedding, model.final_norm)
-    for prune in prunes:
-        variant = replace(layer, tensors=dict(layer.tensors))
-        masks = prune_layer(variant, layer_stats(variant, recorder)[0], replace(recipe, prune=prune))
-        heal(variant, masks, x, after, HEAL_STEPS)
-        for kind in SPARSE_FORMATS:
-            options += trial.rounded(variant, kind, masks, options, prune)
+        options += trial.rounded(layer, kind, options)
     return options
-
-
-def prunable(layer: Layer, pattern: Pattern = "16x16") -> bool:
-    """Whether blocks tile the feed-forwards and brain surgery on them is within MOST_WORK."""
-    r, c = BLOCKS[pattern]
-    shapes = [layer.weight(m).shape for m in layer.modules() if ".mlp." in m]
-    work = sum(n / r * k**3 for n, k in shapes)
-    return all(n % r == 0 and k % c == 0 for n, k in shapes) and work <= MOST_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,42 +203,30 @@ class _Trial:
         copy = replace(layer, tensors=dict(layer.tensors))
         done = compress_layer(copy, None, self.recipe, lambda module: "keep").modules
         for part, modules in parts(list(done)).items():
-            yield Option(part, "keep", self._sizes(done, modules, {}), 0.0)
+            yield Option(part, "keep", self._sizes(done, modules), 0.0)
 
-    def rounded(
-        self,
-        layer: Layer,
-        kind: str,
-        masks: dict[str, Tensor],
-        known: Sequence[Option],
-        prune: Prune | None = None,
-    ) -> list[Option]:
+    def rounded(self, layer: Layer, kind: str, known: Sequence[Option]) -> list[Option]:
         """Every part in one format, except where the result equals a known option."""
-        sparsity, pattern = (prune.sparsity, prune.pattern) if prune else (0.0, "16x16")
         copy = replace(layer, tensors=dict(layer.tensors))
-        done = compress_layer(copy, self.recorder, self.recipe, lambda module: kind, masks).modules
+        done = compress_layer(copy, self.recorder, self.recipe, lambda module: kind).modules
         options = []
         for part, modules in parts(list(done)).items():
-            if sparsity and not all(m in masks for m in modules):
-                continue
-            sizes = self._sizes(done, modules, masks)
+            sizes = self._sizes(done, modules)
             # If a group size divides no matrix of the part, a smaller one was used.
-            same = (part, sparsity, pattern, sizes)
-            twins = (o for o in known if (o.part, o.sparsity, o.pattern, o.sizes) == same)
+            twins = (o for o in known if (o.part, o.sizes) == (part, sizes))
             if kind.startswith("int4") and any(o.format.startswith("int4") for o in twins):
                 continue
             kl = self.meter.kl(layer.index, {f"{m}.weight": done[m].weight.dequantize() for m in modules})
-            options.append(Option(part, kind, sizes, kl, sparsity, pattern))
+            options.append(Option(part, kind, sizes, kl))
         return options
 
-    def _sizes(self, done: Mapping[str, Done], modules: list[str], masks: Mapping[str, Tensor]) -> Sizes:
+    def _sizes(self, done: Mapping[str, Done], modules: list[str]) -> Sizes:
         file = memory = 0
         token = 0.0
         for m in modules:
             file += sum(t.nbytes for t in ct.encode(m, done[m].weight, packed=ct.EXPERTS in m).values())
-            size = done[m].weight.nbytes - zero_block_bytes(done[m].weight, masks.get(m))
-            memory += size
-            token += size * self.reads(m)
+            memory += done[m].weight.nbytes
+            token += done[m].weight.nbytes * self.reads(m)
         return Sizes(file, memory, round(token))
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,31 +20,18 @@ from torch import Tensor
 from farthing.checkpoint.compressed_tensors import GroupKey
 from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.writer import CheckpointWriter
-from farthing.compress.calibrate import Recorder, Wanted
-from farthing.compress.evaluate import PAGE, Corpus, paged_batch
+from farthing.compress.evaluate import Corpus
 from farthing.compress.export import encode, key_in, quantization_config
-from farthing.compress.layer import Layer, Stream, TracedOps, build, check_finite
-from farthing.compress.prune import (
-    choose_experts,
-    choose_neurons,
-    heal,
-    kept_neurons,
-    neuron_scores,
-    plan_experts,
-    prune_layer,
-    slice_mlp,
-    spread,
-)
+from farthing.compress.layer import Layer, Stream, TracedOps, check_finite
 from farthing.compress.recipe import Recipe
-from farthing.compress.transform import LayerResult, Plan, compress_layer, layer_stats, rotate, scale_inputs
+from farthing.compress.transform import Plan, compress_layer
+from farthing.compress.work import Advance, LayerResult, LayerWork, bfloat16_products
 from farthing.files import replace_json, replace_tensors
 from farthing.model.config import ModelConfig
 
-CHUNK = 4096  # calibration tokens per forward pass
 STEPS = 100  # of progress per layer
 PASSES, ROUNDING = 25, 40  # about the steps of a pass over the calibration text, and of rounding
 Progress = Callable[[str, int, int], None]  # (what, steps done, steps)
-Advance = Callable[[float], None]  # called with the share of a part that is done
 STATE = ".farthing"
 
 
@@ -94,18 +80,10 @@ def run(job: Compression, progress: Progress | None = None) -> Progressed:
             f"model_type: got {config.model_type!r}, which compression does not support; "
             "expected layers and tensor names like DeepSeek-V3's or Llama's"
         )
-    if job.recipe.rotate and not config.is_v3:
-        raise ValueError(
-            f"rotate: got true for model_type {config.model_type!r}; expected false: only latent attention "
-            "is rotated"
-        )
-    _check_structure(job.recipe, config)
+    job.recipe.check(config)
     layers = _layers(checkpoint, config)
     state, hidden = _resume(job)
-    prune = job.recipe.prune
-    if prune is not None and prune.scope == "global":
-        prune = spread(_each(checkpoint, config, layers), prune)
-        job = replace(job, recipe=replace(job.recipe, prune=prune))
+    job = replace(job, recipe=job.recipe.begin(_each(checkpoint, config, layers)))
     writer = CheckpointWriter(job.out, resume=state.next_layer >= 0)
     embedding = checkpoint.tensor("model.embed_tokens.weight")
     final_norm = checkpoint.tensor("model.norm.weight").float()
@@ -152,16 +130,6 @@ class _Steps:
         return advance
 
 
-def _check_structure(recipe: Recipe, config: ModelConfig) -> None:
-    for name in ("experts", "neurons"):
-        share = getattr(recipe, name)
-        if share and config.layer_sizes:
-            raise ValueError(
-                f"{name}: got {share}, but the layers of this model already differ in size (layer_sizes in "
-                "config.json); expected 0, or a model with equal layers"
-            )
-
-
 def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
     """Decoder layers in the files, including MTP layers (transformers drops those)."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
@@ -190,143 +158,23 @@ def _one_layer(
     steps: _Steps,
 ) -> LayerResult:
     recipe = job.recipe
+    work = LayerWork(layer, recipe.recorder, stream, embedding, final_norm, steps.part(PASSES))
+    recipe.prepare(work)
     plan = job.plan or (lambda module: recipe.scheme)
-    recorder, out = None, None
-
-    def record() -> tuple[Recorder, Tensor]:
-        assert stream is not None
-        wanted = Wanted(recipe.needs_gram, recipe.static)
-        ops = Recorder(wanted)
-        with bfloat16_products():
-            return ops, forward(layer, ops, stream, embedding, final_norm, steps.part(PASSES))
-
-    if stream is not None and stream.unpruned is not None and not layer.is_mtp:
-        teacher = replace(stream, hidden=stream.unpruned)
-        stream.unpruned = forward(layer, TracedOps(), teacher, embedding, final_norm)
-    if recipe.rotate:
-        rotate(layer, seed=layer.index)
-    if stream is not None and recipe.needs_data:
-        recorder, out = record()
-        if layer.is_moe and (recipe.experts or recipe.neurons):
-            _prune_structure(layer, recorder, recipe, state)
-            recorder, out = record()
-        if recipe.scaling != "none":
-            scale_inputs(layer, recorder.inputs, recipe)
-            recorder, out = record()
-    originals: dict[str, Tensor] | None = None
-    masks: dict[str, Tensor] = {}
-    if recipe.prune is not None:
-        originals = {m: layer.weight(m) for m in layer.modules()}
-        masks = prune_layer(layer, layer_stats(layer, recorder)[0], recipe)
-        if masks and stream is not None and stream.unpruned is not None and not layer.is_mtp:
-            x = feed_forward_input(layer, stream, embedding, final_norm)
-            healed = heal(layer, masks, x, stream.unpruned, recipe.prune.heal_steps)
-            state.healed.append({"layer": layer.index} | asdict(healed))
-        if recorder is not None and recipe.scheme not in ("keep", "fp8"):
-            recorder, out = record()
-    result = compress_layer(layer, recorder, recipe, plan, masks, originals, steps.part(ROUNDING))
+    result = compress_layer(
+        layer, work.recorder, recipe, plan, work.masks, work.originals, steps.part(ROUNDING)
+    )
+    recipe.finish(work, result)
+    state.changes |= work.changes
+    if work.healed is not None:
+        state.healed.append({"layer": layer.index} | work.healed)
     if stream is not None and not layer.is_mtp:
-        # Later layers calibrate on the result of coarse changes, to compensate for them. int8 and FP8 are
-        # too close to the original to be worth a second pass.
-        coarse = recipe.scheme in ("int4", "auto") or recipe.prune is not None
-        if coarse or out is None:
+        if recipe.coarse or work.out is None:
+            work.advance = steps.part(PASSES)
             with bfloat16_products():
-                out = forward(layer, TracedOps(), stream, embedding, final_norm, steps.part(PASSES))
-        stream.hidden = out
+                work.out = work.forward(TracedOps())
+        stream.hidden = work.out
     return result
-
-
-def forward(
-    layer: Layer,
-    ops: TracedOps,
-    stream: Stream,
-    embedding: Tensor,
-    final_norm: Tensor,
-    advance: Advance = lambda share: None,
-) -> Tensor:
-    """The layer's output for every calibration token, [T, D]."""
-    block = build(layer, ops, embedding, final_norm)
-    out = torch.empty_like(stream.hidden)
-    for rows, lengths in stream.chunks(CHUNK):
-        batch, blocks = paged_batch(lengths)
-        heads = layer.config.attention
-        cache = ops.new_cache(heads.cache_rows, blocks, PAGE, heads.cache_width, "float32")
-        out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
-        advance(rows.stop / len(out))
-    return out
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Float32 products round their factors to bfloat16 where the processor multiplies that faster, as serving
-    does; sums stay float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def feed_forward_input(layer: Layer, stream: Stream, embedding: Tensor, final_norm: Tensor) -> Tensor:
-    """The residual stream after attention, [T, D]."""
-    seen: list[Tensor] = []
-
-    class Window(TracedOps):
-        def moe(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-            seen.append(x)
-            return x
-
-        def mlp(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
-            seen.append(x)
-            return x
-
-    forward(layer, Window(), stream, embedding, final_norm)
-    return torch.cat(seen)
-
-
-def _prune_structure(layer: Layer, recorder: Recorder, recipe: Recipe, state: Progressed) -> None:
-    """Drop experts and neurons, the same number in every layer, since config.json has one number for all."""
-    c = layer.config
-    if recipe.experts:
-        grouped = c.topk_method != "greedy"
-        plan = plan_experts(
-            layer.experts,
-            recipe.experts,
-            c.n_group if grouped else 1,
-            c.topk_group if grouped else 1,
-            c.num_experts_per_tok,
-        )
-        seen = recorder.experts[f"{layer.prefix}mlp"]
-        pad = layer.experts - len(seen.tokens)
-        saliency = torch.nn.functional.pad(seen.saliency, (0, pad))
-        tokens = torch.nn.functional.pad(seen.tokens, (0, pad))
-        kept = choose_experts(saliency, tokens, plan)
-        renamed = {new: old for new, old in enumerate(kept)}
-        layer.keep_experts(kept)
-        state.changes["n_routed_experts"] = len(kept)
-        inputs = dict(recorder.inputs)
-        for new, old in renamed.items():
-            for part in ("gate_proj", "down_proj"):
-                old_name, new_name = (f"{layer.prefix}mlp.experts.{e}.{part}" for e in (old, new))
-                if old_name in inputs:
-                    recorder.inputs[new_name] = inputs[old_name]
-    if recipe.neurons:
-        width = kept_neurons(c.moe_intermediate_size, recipe.neurons)
-        for mlp in layer.mlps():  # the shared expert's width follows the routed experts'
-            shared = c.n_shared_experts if mlp.endswith("shared_experts") else 1
-            _prune_neurons(layer, mlp, recorder, width * shared)
-        layer.config = replace(layer.config, moe_intermediate_size=width)
-        state.changes["moe_intermediate_size"] = width
-
-
-def _prune_neurons(layer: Layer, mlp: str, recorder: Recorder, width: int) -> None:
-    gate, up, down = (layer.weight(f"{mlp}.{p}_proj") for p in ("gate", "up", "down"))
-    stats = recorder.inputs.get(f"{mlp}.down_proj")
-    energy = stats.mean_energy() if stats and stats.tokens else torch.ones(down.shape[1])
-    keep = choose_neurons(neuron_scores(down, energy), width)
-    for part, value in zip(("gate", "up", "down"), slice_mlp(gate, up, down, keep), strict=True):
-        layer.set(f"{mlp}.{part}_proj", value)
 
 
 # -- writing
@@ -391,9 +239,10 @@ def _stream(job: Compression, embedding: Tensor, hidden: dict[str, Tensor] | Non
     windows = job.calibration.windows
     ids = torch.cat([w.ids[:-1] for w in windows])
     start = torch.nn.functional.embedding(ids, embedding).float()
-    hidden = hidden or {"hidden": start} | ({"unpruned": start} if job.recipe.heals else {})
+    held = hidden or dict.fromkeys(("hidden", *job.recipe.streams()), start)
     next_ids, lengths = torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows]
-    return Stream(hidden["hidden"], next_ids, lengths, hidden.get("unpruned"))
+    others = {name: held[name] for name in job.recipe.streams()}
+    return Stream(held["hidden"], next_ids, lengths, others)
 
 
 def fingerprint(source: Path, recipe: Recipe, export: str, calibration: Corpus | None) -> str:
@@ -439,9 +288,7 @@ def _save(job: Compression, state: Progressed, writer: CheckpointWriter, stream:
     old = list(directory.glob("hidden-*.safetensors"))
     if stream is not None:
         target = directory / f"hidden-{state.next_layer}.safetensors"
-        hidden = {"hidden": stream.hidden} | (
-            {} if stream.unpruned is None else {"unpruned": stream.unpruned.clone()}
-        )
+        hidden = {"hidden": stream.hidden} | {name: t.clone() for name, t in stream.others.items()}
         replace_tensors(target, {k: t.contiguous() for k, t in hidden.items()})
     replace_json(directory / "state.json", asdict(state), indent=None)
     for file in old:

@@ -8,135 +8,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors import GroupKey, key_of
-from farthing.checkpoint.reader import shared_input
-from farthing.compress.calibrate import Histogram, InputStats, Recorder, choose, with_fallbacks
+from farthing.checkpoint.compressed_tensors import key_of
+from farthing.compress.calibrate import InputStats, Recorder, with_fallbacks
 from farthing.compress.layer import Layer, input_name
-from farthing.compress.prune import Stats, grams_of, parts_of
 from farthing.compress.quantize import (
     Feedback,
     Grid,
-    awq_scale,
     energy_of,
     int4_grid,
     int8_grid,
     output_error,
     quantize_fp8,
-    random_hadamard,
-    rotate_latent,
-    rotate_values,
-    smooth_scale,
     sweep,
 )
-from farthing.compress.recipe import OBSERVER_NAMES, Recipe
+from farthing.compress.recipe import Recipe
 from farthing.compress.size import zero_block_bytes
+from farthing.compress.work import Done, LayerResult
 from farthing.ops.weights import Weight
 
-JUDGES = 8  # experts whose outputs decide a shared input range
+GRAM_BYTES = 2**26  # of float64 grams in memory at once
+Stats = dict[str, InputStats]
 Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | int4-32 | int4-64 | int4-128 | fp8
-
-
-@dataclass(slots=True)
-class Done:
-    """One compressed module."""
-
-    weight: Weight
-    key: GroupKey | None
-    input_scale: float | None
-    report: dict[str, Any]
-
-
-@dataclass(slots=True)
-class LayerResult:
-    """Result of `compress_layer` for the writer; the layer itself then has the compressed values."""
-
-    modules: dict[str, Done] = field(default_factory=dict)
-    coverage: dict[str, Any] | None = None
-
-
-def rotate(layer: Layer, seed: int) -> None:
-    """Rotate both latents and the values of every head; the layer's function is unchanged."""
-    a, c = f"{layer.prefix}self_attn.", layer.config
-    have = set(layer.modules())
-    pairs = [("kv_a_layernorm", "kv_a_proj_with_mqa", "kv_b_proj", c.latent.kv_lora_rank)]
-    if c.latent.q_lora_rank:
-        pairs.append(("q_a_layernorm", "q_a_proj", "q_b_proj", c.latent.q_lora_rank))
-    for norm, producer, consumer, width in pairs:
-        if a + producer not in have:
-            continue
-        whole = layer.weight(a + producer)
-        rows, norm_weight, columns = rotate_latent(
-            whole[:width],
-            layer.tensors[f"{a}{norm}.weight"],
-            layer.weight(a + consumer),
-            random_hadamard(width, seed),
-        )
-        layer.set(a + producer, torch.cat((rows, whole[width:])))
-        layer.set(a + consumer, columns)
-        layer.tensors[f"{a}{norm}.weight"] = norm_weight
-    kv_b, o = rotate_values(
-        layer.weight(f"{a}kv_b_proj"),
-        layer.weight(f"{a}o_proj"),
-        c.num_attention_heads,
-        c.latent.qk_nope_head_dim,
-        c.latent.v_head_dim,
-        random_hadamard(c.latent.v_head_dim, seed + 1),
-    )
-    layer.set(f"{a}kv_b_proj", kv_b)
-    layer.set(f"{a}o_proj", o)
-
-
-def scale_inputs(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, float]:
-    """Move input scales across norms and up projections, keeping the function. Returns norm -> alpha."""
-    chosen: dict[str, float] = {}
-    for mlp in layer.mlps():
-        down = stats.get(f"{mlp}.down_proj")
-        if down is None:
-            continue
-        s, alpha = _factor(layer, [f"{mlp}.down_proj"], [down], down, recipe)
-        layer.set(f"{mlp}.down_proj", layer.weight(f"{mlp}.down_proj") * s)
-        layer.set(f"{mlp}.up_proj", layer.weight(f"{mlp}.up_proj") / s.unsqueeze(1))
-        chosen[f"{mlp}.down_proj"] = alpha
-    for norm, modules, plain in layer.norm_groups():
-        measured = [(m, stats[input_name(m)]) for m in modules if input_name(m) in stats]
-        if not measured:
-            continue
-        whole = max((st for _, st in measured), key=lambda st: st.tokens)
-        s, alpha = _factor(layer, [m for m, _ in measured], [st for _, st in measured], whole, recipe)
-        for module in modules:
-            layer.set(module, layer.weight(module) * s)
-        for name in plain:
-            layer.tensors[name] = layer.tensors[name] * s
-        layer.tensors[norm] = layer.tensors[norm] / s
-        chosen[norm] = alpha
-    return chosen
-
-
-def _factor(
-    layer: Layer, modules: list[str], stats: list[InputStats], whole: InputStats, recipe: Recipe
-) -> tuple[Tensor, float]:
-    weights = [layer.weight(m) for m in modules]
-    if recipe.scaling == "smoothquant":
-        absmax = torch.stack([st.absmax for st in stats]).amax(0)
-        return smooth_scale(weights, absmax, recipe.smooth_alpha), recipe.smooth_alpha
-
-    columns = layer.group_columns(modules[0])
-
-    def round_to(w: Tensor, gram: Tensor) -> Tensor:
-        energy = gram.diagonal()[None] / max(whole.tokens, 1)
-        value: Tensor = _grid(w[None], energy, recipe.scheme, recipe, columns, gram[None]).round(w[None])[0]
-        return value
-
-    grams = [st.gram if st.gram is not None else torch.diag(st.energy) for st in stats]
-    best = awq_scale(weights, grams, whole.magnitude / max(whole.tokens, 1), round_to)
-    return best.factor, best.alpha
 
 
 def compress_layer(
@@ -150,18 +48,16 @@ def compress_layer(
 ) -> LayerResult:
     """Round every matrix. `layer` then has the values that were written.
 
-    masks: of pruned modules, whose zeros stay. originals: the reference for errors; None: `layer`. Without
-    originals and calibrated ranges, each matrix is released as soon as it is rounded. advance: called with
-    the share of matrices that are done.
+    masks: of pruned modules, whose zeros stay. originals: the reference for errors; None: `layer`, each of
+    whose matrices is then released as soon as it is rounded. advance: called with the share of matrices that
+    are done.
     """
     result = LayerResult()
     stats, rare = layer_stats(layer, recorder)
     masks = masks or {}
-    if originals is None and recipe.static:
-        originals = {m: layer.weight(m) for m in layer.modules()}
     if layer.is_moe and recorder is not None:
         seen = recorder.experts.get(f"{layer.prefix}mlp")
-        tokens = [0] * layer.experts if seen is None else seen.tokens.tolist()
+        tokens = [0] * layer.experts if seen is None else seen.tolist()
         tokens += [0] * (layer.experts - len(tokens))
         result.coverage = {"tokens_per_expert": tokens, "fallbacks": sorted(rare)}
 
@@ -172,8 +68,10 @@ def compress_layer(
     for i, modules in enumerate(_each(compress, units), 1):
         result.modules |= modules
         advance(i / len(units))
-    if recipe.activations != "none":
-        _choose_activations(originals or {}, stats, recipe, result)
+    if recipe.activations == "token":
+        for done in result.modules.values():
+            if done.weight.format in ("int8", "int4"):
+                done.key = key_of(done.weight, "token")
     return result
 
 
@@ -190,6 +88,20 @@ def layer_stats(layer: Layer, recorder: Recorder | None) -> tuple[Stats, set[str
             stats.update(filled)
             rare.update(missing)
     return stats, rare
+
+
+def parts_of(layer: Layer, family: list[str]) -> Iterator[list[str]]:
+    """Split a family so that its grams fit in memory."""
+    if family:
+        k = layer.weight(family[0]).shape[1]
+        size = max(1, GRAM_BYTES // (8 * k * k))
+        yield from (family[i : i + size] for i in range(0, len(family), size))
+
+
+def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
+    """Second moments [B, K, K], None if one is missing."""
+    known = [s.gram for m in family if (s := stats.get(input_name(m))) is not None and s.gram is not None]
+    return torch.stack(known) if len(known) == len(family) else None
 
 
 Unit = list[list[str]]  # parts of families, such as some experts' gates and the same experts' ups
@@ -312,8 +224,8 @@ def _round(
     """(values [B, N, K], weights, squared output error [B] if it is known) of one format."""
     value, squared = part.w, None
     if kind == "int8" or kind.startswith("int4"):
-        clip = part.gram if recipe.scaling == "awq" else None
-        grid = _grid(part.w, part.energy, kind, recipe, layer.group_columns(names[0]), clip)
+        clip = part.gram if recipe.clips_outputs else None
+        grid = grid_of(part.w, part.energy, kind, recipe, layer.group_columns(names[0]), clip)
         if part.back is not None:
             value, squared = sweep(value, part.back, grid, part.keep)
         else:
@@ -336,7 +248,7 @@ def _errors(before: Tensor, after: Tensor, gram: Tensor | None, squared: Tensor 
     return squared / energy_of(before, gram).clamp_min(1e-30)
 
 
-def _grid(
+def grid_of(
     w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe, columns: int, gram: Tensor | None = None
 ) -> Grid:
     if not kind.startswith("int4"):
@@ -372,58 +284,3 @@ def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:
     x = rows if rows is not None else torch.eye(w.shape[1])
     exact = x @ w.t()
     return float((x @ value.t() - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
-
-
-def _choose_activations(
-    originals: Mapping[str, Tensor], stats: Stats, recipe: Recipe, result: LayerResult
-) -> None:
-    """Choose the activation rounding of every integer module, shared by modules that read one tensor."""
-    shared: dict[str, list[str]] = {}
-    for module, done in result.modules.items():
-        if done.weight.format in ("int8", "int4"):
-            shared.setdefault(shared_input(module), []).append(module)
-    for modules in shared.values():
-        scale: float | None = None
-        if recipe.static and (sample := _sample(modules, stats)) is not None:
-            observers = OBSERVER_NAMES if recipe.observer == "auto" else (recipe.observer,)
-            pairs = [(originals[m], result.modules[m].weight.dequantize()) for m in sample.modules]
-            choice = choose(sample.histogram, sample.rows, pairs, observers, recipe.activations == "best")
-            scale = choice.scale
-            for m in modules:
-                result.modules[m].report |= {"observer": choice.winner, "observer_errors": choice.errors}
-        for m in modules:
-            done = result.modules[m]
-            done.key = key_of(done.weight, "token" if scale is None else "tensor")
-            done.input_scale = scale
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    """Statistics of one input, and the matrices used to choose its rounding."""
-
-    histogram: Histogram
-    rows: Tensor  # [t, K]
-    modules: list[str]
-
-
-def _sample(modules: Sequence[str], stats: Stats) -> _Sample | None:
-    """The input that `modules` read, or None if calibration did not reach it.
-
-    Routed experts read parts of one tensor: their counts are added up, and the busiest few decide the
-    rounding.
-    """
-    seen: dict[str, InputStats] = {}
-    for module in modules:
-        st = stats.get(input_name(module))
-        if st is not None and st.histogram is not None and len(st.rows):
-            seen.setdefault(input_name(module), st)
-    if not seen:
-        return None
-    seen = {name: st for name, st in seen.items() if st.fallback is None} or seen
-    busiest = sorted(seen, key=lambda name: -seen[name].tokens)[:JUDGES]
-    histogram = Histogram()
-    for st in seen.values():
-        assert st.histogram is not None
-        histogram.merge(st.histogram)
-    rows = torch.cat([seen[name].rows for name in busiest])
-    return _Sample(histogram, rows, [m for m in modules if input_name(m) in busiest])

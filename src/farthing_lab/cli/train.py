@@ -246,7 +246,7 @@ def qat(options: dict[str, Any], as_json: Json = False) -> None:
 
       farthing train qat ./model --stages 0:W4A8 --tokens 2000000 --device cuda --batch-tokens 65536
     """
-    from farthing.compress.masks import BLOCKS
+    from farthing_lab.compress.masks import BLOCKS
     from farthing_lab.train.qat import train_qat
     from farthing_lab.train.qat_model import QatConfig, parse_stages
 

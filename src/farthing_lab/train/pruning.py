@@ -22,9 +22,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from farthing.compress.masks import cubic_sparsity
 from farthing.files import replace_json
 from farthing.model.config import LayerSizes
+from farthing_lab.compress.masks import cubic_sparsity
 from farthing_lab.train.evaluate import distillation, plot
 from farthing_lab.train.export import load_checkpoint, save_checkpoint
 from farthing_lab.train.finetune import (

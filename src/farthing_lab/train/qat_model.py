@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farthing.compress.masks import cubic_sparsity
 from farthing.compress.quantize import Feedback, int4_grid, sweep
+from farthing_lab.compress.masks import cubic_sparsity
 from farthing_lab.train.functional import Routing, dispatch, spans
 from farthing_lab.train.loop import BaseHook, Trainer
 from farthing_lab.train.lsq import Kind, Precision, QuantizedProduct, Tap

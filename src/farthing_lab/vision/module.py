@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from farthing.compress.calibrate import OBSERVERS, Histogram, Observer, refine
 from farthing.compress.evaluate import Interval, proportion_interval
 from farthing.compress.quantize import int8_grid
-from farthing.compress.recipe import OBSERVER_NAMES
+from farthing_lab.compress.ranges import OBSERVER_NAMES, OBSERVERS, Histogram, refine
+from farthing_lab.compress.settings import Observer
 
 SAMPLES = 8  # inputs kept per layer to measure its output error
 Layer = nn.Conv2d | nn.Linear

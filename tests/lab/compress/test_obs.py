@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farthing.compress.prune import Trace, block_trace, cheapest, least_squares, saliency
+from farthing_lab.compress.prune import Trace, block_trace, cheapest, least_squares, saliency
 
 DAMP = 0.01
 
@@ -80,8 +80,8 @@ def test_saliency_is_the_cost_of_cutting_one_weight() -> None:
 
 
 def test_costs_select_better_blocks_than_energy_and_compensation_helps() -> None:
-    from farthing.compress.masks import mask, scores
     from farthing.compress.quantize import Feedback, output_error, sweep
+    from farthing_lab.compress.masks import mask, scores
 
     w, x = random(0, 1, 64, 64), inputs(9, 400, 64)
     gram = (x.T @ x)[None]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from farthing.compress.calibrate import InputStats
-from farthing.compress.layer import Layer, TracedOps, input_name
-from farthing.compress.masks import BLOCKS, block_scores, global_budgets, mask, scores
+from farthing.compress.layer import MLP, Layer, TracedOps, input_name
 from farthing.compress.quantize import Feedback, sweep
-from farthing.compress.recipe import Prune, Recipe
+from farthing.compress.transform import Stats, grams_of, parts_of
+from farthing.compress.work import LayerWork
 from farthing.model.deepseek import FeedForward, router_spec
 from farthing.model.source import MemorySource
+from farthing_lab.compress.masks import BLOCKS, block_scores, global_budgets, mask, scores
+from farthing_lab.compress.ranges import StudyRecorder
+from farthing_lab.compress.settings import Prune, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,37 @@ def choose_experts(saliency: Tensor, tokens: Tensor, plan: ExpertPlan) -> list[i
     offset = torch.arange(plan.groups).unsqueeze(1) * groups.shape[1]
     return [int(i) for i in (best + offset).flatten()]
 
+
+def keep_experts(layer: Layer, ids: list[int]) -> None:
+    """Drop all other routed experts and renumber."""
+    mlp = f"{layer.prefix}mlp"
+    old = {n: t for n, t in layer.tensors.items() if n.startswith(f"{mlp}.experts.")}
+    formats = dict(layer.formats)
+    for name in old:
+        del layer.tensors[name]
+        layer.formats.pop(name.rpartition(".")[0], None)
+    for new, e in enumerate(ids):
+        for part in MLP:
+            source, target = f"{mlp}.experts.{e}.{part}", f"{mlp}.experts.{new}.{part}"
+            layer.tensors[f"{target}.weight"] = old[f"{source}.weight"]
+            if source in formats:
+                layer.formats[target] = formats[source]
+            else:
+                layer.stored[f"{target}.weight"] = layer.stored[f"{source}.weight"]
+    index = torch.tensor(ids)
+    for leaf in ("weight", "e_score_correction_bias"):
+        if f"{mlp}.gate.{leaf}" in layer.tensors:
+            layer.tensors[f"{mlp}.gate.{leaf}"] = layer.tensors[f"{mlp}.gate.{leaf}"][index]
+    layer.config = replace(layer.config, n_routed_experts=len(ids))
+
+
+# Retrain the remaining weights of a pruned layer with a few steps of gradient descent.
+#
+# Student: the pruned feed-forward on the pruned model's hidden states. Teacher: the layer's output in the
+# unpruned model, so that training also compensates the error of earlier layers (block-wise
+# reconstruction, as in BRECQ, Li et al. 2021, and EBFT, Guo et al. 2024). Zeros stay zeros.
+#
+# Legend: T calibration tokens; D hidden size.
 
 BATCH = 2048  # tokens per step
 RATE = 0.01  # learning rate relative to a matrix's root mean square
@@ -285,15 +320,10 @@ def least_squares(w: Tensor, gram: Tensor, keep: Tensor, rows: int = 1, damp: fl
 
 
 MOST = 0.9  # maximum share that a strip of blocks loses
-GRAM_BYTES = 2**26  # of float64 grams in memory at once
-Stats = dict[str, InputStats]
 
 
-def prune_layer(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, Tensor]:
-    """Prune `layer` by the recipe and update its remaining weights; returns module -> mask [N, K].
-
-    Legend: B matrices of one shape at once; N rows; K columns.
-    """
+def prune_layer(layer: Layer, stats: Stats, recipe: Settings) -> dict[str, Tensor]:
+    """Prune `layer` by the recipe and update its remaining weights; returns module -> mask [N, K]."""
     p = recipe.prune
     if p is None:
         return {}
@@ -312,7 +342,7 @@ def prune_layer(layer: Layer, stats: Stats, recipe: Recipe) -> dict[str, Tensor]
 BLOCKS_OBS = tuple(b for b in BLOCKS if b != "unstructured")
 
 
-def _remaining(w: Tensor, keep: Tensor, gram: Tensor | None, recipe: Recipe) -> Tensor:
+def _remaining(w: Tensor, keep: Tensor, gram: Tensor | None, recipe: Settings) -> Tensor:
     p = recipe.prune
     assert p is not None
     if p.compensation == "none" or gram is None:
@@ -320,20 +350,6 @@ def _remaining(w: Tensor, keep: Tensor, gram: Tensor | None, recipe: Recipe) -> 
     if p.compensation == "sweep":
         return sweep(w, Feedback.of(gram, recipe.act_order, recipe.damp), keep=keep)[0]
     return least_squares(w, gram, keep, BLOCKS.get(p.pattern, (1, 1))[0], recipe.damp)
-
-
-def parts_of(layer: Layer, family: list[str]) -> Iterator[list[str]]:
-    """Split a family so that its grams fit in memory."""
-    if family:
-        k = layer.weight(family[0]).shape[1]
-        size = max(1, GRAM_BYTES // (8 * k * k))
-        yield from (family[i : i + size] for i in range(0, len(family), size))
-
-
-def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
-    """Second moments [B, K, K], None if one is missing."""
-    grams = [s.gram for m in family if (s := stats.get(input_name(m))) is not None and s.gram is not None]
-    return torch.stack(grams) if len(grams) == len(family) else None
 
 
 def targets_of(layer: Layer, p: Prune) -> Iterator[list[str]]:
@@ -471,3 +487,66 @@ def pattern_of(module: str) -> str:
     return ".".join(
         "*" if before == "experts" else p for before, p in zip(["", *pieces], pieces, strict=False)
     )
+
+
+# Cut experts and neurons, the same number in every layer, since config.json has one number for all.
+
+
+def prune_structure(work: LayerWork, recipe: Settings) -> dict[str, int]:
+    """Cut a layer's experts and neurons by its recorded inputs; returns what changes in config.json."""
+    layer, recorder, changes = work.layer, work.recorder, {}
+    assert isinstance(recorder, StudyRecorder)
+    c, inputs = layer.config, dict(recorder.inputs)
+    if recipe.experts:
+        grouped = c.topk_method != "greedy"
+        plan = plan_experts(
+            layer.experts,
+            recipe.experts,
+            c.n_group if grouped else 1,
+            c.topk_group if grouped else 1,
+            c.num_experts_per_tok,
+        )
+        name = f"{layer.prefix}mlp"
+        pad = layer.experts - len(recorder.experts[name])
+        saliency = torch.nn.functional.pad(recorder.saliency[name], (0, pad))
+        kept = choose_experts(saliency, torch.nn.functional.pad(recorder.experts[name], (0, pad)), plan)
+        keep_experts(layer, kept)
+        changes["n_routed_experts"] = len(kept)
+        for new, old in enumerate(kept):
+            for part in ("gate_proj", "down_proj"):
+                before, after = (f"{name}.experts.{e}.{part}" for e in (old, new))
+                if before in recorder.inputs:
+                    inputs[after] = recorder.inputs[before]
+    if recipe.neurons:
+        width = kept_neurons(c.moe_intermediate_size, recipe.neurons)
+        for mlp in layer.mlps():  # the shared expert's width follows the routed experts'
+            shared = c.n_shared_experts if mlp.endswith("shared_experts") else 1
+            _prune_neurons(layer, mlp, inputs.get(f"{mlp}.down_proj"), width * shared)
+        layer.config = replace(layer.config, moe_intermediate_size=width)
+        changes["moe_intermediate_size"] = width
+    return changes
+
+
+def _prune_neurons(layer: Layer, mlp: str, stats: InputStats | None, width: int) -> None:
+    gate, up, down = (layer.weight(f"{mlp}.{p}_proj") for p in ("gate", "up", "down"))
+    energy = stats.mean_energy() if stats and stats.tokens else torch.ones(down.shape[1])
+    keep = choose_neurons(neuron_scores(down, energy), width)
+    for part, value in zip(("gate", "up", "down"), slice_mlp(gate, up, down, keep), strict=True):
+        layer.set(f"{mlp}.{part}_proj", value)
+
+
+def feed_forward_input(work: LayerWork) -> Tensor:
+    """The residual stream after attention, [T, D]."""
+    seen: list[Tensor] = []
+
+    class Window(TracedOps):
+        def moe(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+            seen.append(x)
+            return x
+
+        def mlp(self, x: Tensor, *args: Any, **named: Any) -> Tensor:
+            seen.append(x)
+            return x
+
+    work.forward(Window())
+    return torch.cat(seen)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.compress.calibrate import (
+from farthing_lab.compress.ranges import (
     BINS,
     EPS,
     OBSERVERS,

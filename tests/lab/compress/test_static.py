@@ -15,10 +15,10 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.shards import CheckpointError
 from farthing.compress.api import load_for
 from farthing.compress.evaluate import PAGE, paged_batch
-from farthing.compress.recipe import RECIPES, Recipe
 from farthing.compress.stream import Compression, run
 from farthing.model.load import load
 from farthing.ops.select import select
+from farthing_lab.compress.recipe import RECIPES, Study
 from tests.compress.conftest import corpus_of, write_model
 
 IDS = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
@@ -47,7 +47,7 @@ def scaled(source: Path, out: Path, factor: float) -> Path:
 @pytest.fixture(scope="module")
 def static(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("static") / "out"
-    recipe = Recipe("static", "int8", activations="tensor", observer="kl")
+    recipe = Study("static", "int8", activations="tensor", observer="kl")
     run(Compression(model_dir, out, recipe, corpus_of(data, model_dir, 64, 600)))
     return out
 

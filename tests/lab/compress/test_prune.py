@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.compress.masks import BLOCKS, block_scores, cubic_sparsity, global_budgets, mask, scores
 from farthing.compress.plan import one_per_part
-from farthing.compress.prune import (
+from farthing.compress.sensitivity import Option
+from farthing.compress.size import Sizes
+from farthing_lab.compress.masks import BLOCKS, block_scores, cubic_sparsity, global_budgets, mask, scores
+from farthing_lab.compress.prune import (
     choose_experts,
     choose_neurons,
     kept_neurons,
@@ -19,8 +21,6 @@ from farthing.compress.prune import (
     plan_experts,
     slice_mlp,
 )
-from farthing.compress.sensitivity import Option
-from farthing.compress.size import Sizes
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
