@@ -26,15 +26,12 @@ from typing import Any
 
 import torch
 
-from farthing.checkpoint.reader import Checkpoint
-from farthing.checkpoint.writer import CheckpointWriter
+from farthing.checkpoint import Checkpoint, CheckpointWriter
 from farthing.compress.api import Options, baseline, compress, held_out_sample, load_for
 from farthing.compress.evaluate import Comparison, Corpus, compare_with, halves, load_corpus
 from farthing.compress.recipe import load_recipe
 from farthing.config import EngineConfig
-from farthing.cost import usable_cpus
-from farthing.cost.meter import RaplMeter
-from farthing.cost.prices import Machine
+from farthing.cost import Machine, RaplMeter, usable_cpus
 from farthing.files import replace_json
 from farthing.model.config import ModelConfig
 from farthing.tokenizer_file import read_tokenizer

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, PLAIN
 from farthing.checkpoint.shards import CheckpointError, Shards, read_json
 from farthing.lazy import gguf, np, torch
-from farthing.ops.arrays import dtype_name, numpy_dtype
-from farthing.ops.weights import Format, Weight
+from farthing.ops import Format, Weight, dtype_name, numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

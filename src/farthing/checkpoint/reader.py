@@ -31,8 +31,7 @@ from farthing.checkpoint.shards import (
     read_json,
 )
 from farthing.lazy import torch
-from farthing.ops.arrays import dtype_name
-from farthing.ops.weights import FP8_BLOCK, Format, InputRounding, Weight
+from farthing.ops import FP8_BLOCK, Format, InputRounding, Weight, dtype_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

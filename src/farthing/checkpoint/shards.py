@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Self
 from safetensors import SafetensorError, safe_open
 
 from farthing.lazy import np
-from farthing.ops.arrays import numpy_dtype
+from farthing.ops import numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from farthing.ops.weights import Format, Weight
+    from farthing.ops import Format, Weight
 
 
 class CheckpointError(ValueError):

@@ -29,8 +29,7 @@ from farthing.config import (
 )
 from farthing.cost import usable_cpus
 from farthing.hub import resolve_config
-from farthing.model.config import ModelConfig
-from farthing.model.load import config_of
+from farthing.model import ModelConfig, config_of
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.estimate import (
     BANDWIDTH,

@@ -33,8 +33,7 @@ from farthing.compress.report import CompressionReport
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
 from farthing.compress.stream import Compression, Progress, Progressed, refuse_finished, run
 from farthing.config import Quantization
-from farthing.model.config import ModelConfig
-from farthing.model.decoder import DecoderModel
+from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import load, parameter_shapes
 from farthing.ops.api import Ops
 from farthing.ops.select import known_backends, select

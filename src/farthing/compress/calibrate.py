@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.layer import Matrix, TracedOps
 
 Rounding = Callable[[Tensor], Tensor]

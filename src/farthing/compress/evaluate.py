@@ -20,10 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from farthing.model.config import ModelConfig
-from farthing.model.decoder import DecoderModel
-from farthing.ops.api import Batch, LatentCache
-from farthing.ops.torch_util import make_batch
+from farthing.model import DecoderModel, ModelConfig
+from farthing.ops import Batch, LatentCache, make_batch
 from farthing.tokenizer_file import read_tokenizer
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import EXPERTS, GroupKey
-from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.layer import ATTENTION, MLP, group_columns
 from farthing.compress.recipe import Recipe
 from farthing.compress.transform import group_for, stored_format, wanted_group
-from farthing.model.config import ModelConfig
-from farthing.model.load import AdaptiveExperts
+from farthing.model import AdaptiveExperts, ModelConfig
 from farthing.ops.weights import FP8_BLOCK, Weight
 
 

@@ -15,13 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
+from farthing.model import FeedForward, MemorySource, ModelConfig, MTPLayer, router_spec
 from farthing.model.attention import attention_of, rope_table
-from farthing.model.config import ModelConfig
-from farthing.model.deepseek import FeedForward, MTPLayer, router_spec
-from farthing.model.source import MemorySource
-from farthing.ops.api import AttentionSpec, Batch, LatentCache, MoEWeights, Norm, Ops, Place, RouterSpec
+from farthing.ops import AttentionSpec, Batch, LatentCache, MoEWeights, Norm, Ops, Place, RouterSpec, Weight
 from farthing.ops.reference import ReferenceOps
-from farthing.ops.weights import Weight
 
 Gated = tuple[Weight, Weight, Weight]
 STACKED = (

@@ -19,9 +19,8 @@ from farthing.files import replace_json, replace_text
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import load
 from farthing.model.pack import pack_checkpoint
-from farthing.ops.api import LatentCache
+from farthing.ops import LatentCache, make_batch
 from farthing.ops.select import select
-from farthing.ops.torch_util import make_batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.calibrate import Recorder, Wanted
 from farthing.compress.evaluate import Corpus, Window
 from farthing.compress.layer import Layer, Stream, TracedOps

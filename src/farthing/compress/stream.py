@@ -17,9 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors import GroupKey
-from farthing.checkpoint.reader import Checkpoint
-from farthing.checkpoint.writer import CheckpointWriter
+from farthing.checkpoint import Checkpoint, CheckpointWriter, GroupKey
 from farthing.compress.evaluate import Corpus
 from farthing.compress.export import encode, key_in, quantization_config
 from farthing.compress.layer import Layer, Stream, TracedOps, check_finite

@@ -9,7 +9,9 @@
 Nothing here knows HTTP or the engine.
 """
 
+from farthing.conversation.base import ChatFormat, ControlTokens, Tags
 from farthing.conversation.types import (
+    Answer,
     CallArguments,
     CallStart,
     Conversation,
@@ -20,17 +22,23 @@ from farthing.conversation.types import (
     ToolCall,
     ToolChoice,
     Turn,
+    collect,
 )
 
 __all__ = [
+    "Answer",
     "CallArguments",
     "CallStart",
+    "ChatFormat",
+    "ControlTokens",
     "Conversation",
     "Delta",
     "Reasoning",
+    "Tags",
     "Text",
     "Tool",
     "ToolCall",
     "ToolChoice",
     "Turn",
+    "collect",
 ]

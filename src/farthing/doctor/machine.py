@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing import extras
-from farthing.cost import cpu_name, usable_cpus
-from farthing.cost.meter import open_meter
-from farthing.cost.prices import Prices
+from farthing.cost import Prices, cpu_name, open_meter, usable_cpus
 from farthing.extras import has_torch, how_to_install
 
 # The result of a check.

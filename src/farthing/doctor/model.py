@@ -14,18 +14,13 @@ import torch
 from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint, has_config, read_config
-from farthing.conversation.base import ControlTokens
+from farthing.conversation import ControlTokens, Conversation, Turn
 from farthing.conversation.select import Checkpoint as ChatFacts
 from farthing.conversation.select import Habits, choose
-from farthing.conversation.types import Conversation, Turn
 from farthing.engine.tokenizer import Tokenizer
-from farthing.model.config import ModelConfig
-from farthing.model.decoder import DecoderModel
-from farthing.model.load import config_of, names_in, parameter_shapes, source_of
+from farthing.model import DecoderModel, ModelConfig, config_of, names_in, parameter_shapes, source_of
 from farthing.model.types import type_named, type_of
-from farthing.ops.api import Ops
-from farthing.ops.torch_util import make_batch
-from farthing.ops.weights import INTEGERS
+from farthing.ops import INTEGERS, Ops, make_batch
 
 # The parts of `farthing check` that run no layer: names and shapes of tensors, tokenizer, chat format.
 

@@ -32,8 +32,7 @@ from farthing.engine.sequence import IntegrityError, Scheduled, Status
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer
-from farthing.ops.api import NotFinite, require_finite
-from farthing.ops.arrays import log_softmax
+from farthing.ops import NotFinite, log_softmax, require_finite
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.conversation.base import ControlTokens, Tags
-from farthing.conversation.types import Conversation
+from farthing.conversation import ControlTokens, Conversation, Tags
 
 
 @dataclass(frozen=True, slots=True)

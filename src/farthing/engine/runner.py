@@ -20,8 +20,7 @@ from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig, pars
 from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.lazy import torch
 from farthing.memory import available_memory, gigabytes
-from farthing.model.config import ModelConfig
-from farthing.model.kinds import CacheSizes, Sizing, cache_kinds
+from farthing.model import CacheSizes, ModelConfig, Sizing, cache_kinds
 from farthing.ops.api import ALL, Batch, Blocks, CacheDtype, LatentCache, Ops
 
 if TYPE_CHECKING:

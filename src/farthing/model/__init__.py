@@ -1,7 +1,47 @@
 """The DeepSeek-V3 model, one concept per file."""
 
-from farthing.model.config import ConfigError, ModelConfig
-from farthing.model.decoder import DecoderModel
-from farthing.model.load import load, random_model
+from farthing.model.config import ConfigError, ModelConfig, RopeConfig
+from farthing.model.decoder import DecoderModel, routers_of
+from farthing.model.deepseek import FeedForward, MTPLayer, moe_weights, router_spec
+from farthing.model.kinds import CacheKind, CacheSizes, Sizing, cache_kinds
+from farthing.model.load import (
+    IGNORED,
+    AdaptiveExperts,
+    claim,
+    config_of,
+    load,
+    names_in,
+    parameter_shapes,
+    random_model,
+    routers_for,
+    source_of,
+)
+from farthing.model.source import MemorySource, WeightSource
 
-__all__ = ["ConfigError", "DecoderModel", "ModelConfig", "load", "random_model"]
+__all__ = [
+    "IGNORED",
+    "AdaptiveExperts",
+    "CacheKind",
+    "CacheSizes",
+    "ConfigError",
+    "DecoderModel",
+    "FeedForward",
+    "MTPLayer",
+    "MemorySource",
+    "ModelConfig",
+    "RopeConfig",
+    "Sizing",
+    "WeightSource",
+    "cache_kinds",
+    "claim",
+    "config_of",
+    "load",
+    "moe_weights",
+    "names_in",
+    "parameter_shapes",
+    "random_model",
+    "router_spec",
+    "routers_for",
+    "routers_of",
+    "source_of",
+]

@@ -14,9 +14,19 @@ from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.model.delta import GatedDelta
 from farthing.model.heads import GroupedHeads
 from farthing.model.source import WeightSource
-from farthing.ops.api import AttentionSpec, GroupedParts, GroupedSpec, IndexerSpec, Norm, Ops, Place
+from farthing.ops import (
+    AttentionSpec,
+    Cut,
+    GroupedParts,
+    GroupedSpec,
+    IndexerSpec,
+    Norm,
+    Ops,
+    Place,
+    Weight,
+    cut_weight,
+)
 from farthing.ops.arrays import as_float32, host
-from farthing.ops.weights import Cut, Weight, cut_weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

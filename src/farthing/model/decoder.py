@@ -14,9 +14,18 @@ from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.kinds import CacheKind, cache_kinds, cache_place
 from farthing.model.source import WeightSource
-from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, Ops, Place, RouterSpec
-from farthing.ops.arrays import all_finite
-from farthing.ops.weights import Weight
+from farthing.ops import (
+    ALL,
+    Batch,
+    CacheDtype,
+    Handle,
+    LatentCache,
+    Ops,
+    Place,
+    RouterSpec,
+    Weight,
+    all_finite,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

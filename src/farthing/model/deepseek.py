@@ -12,7 +12,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.delta import GatedDelta
 from farthing.model.kinds import cache_place
 from farthing.model.source import WeightSource
-from farthing.ops.api import (
+from farthing.ops import (
     Batch,
     Handle,
     LatentCache,
@@ -22,9 +22,10 @@ from farthing.ops.api import (
     Ops,
     Place,
     RouterSpec,
+    Weight,
+    as_float32,
+    same,
 )
-from farthing.ops.arrays import as_float32, same
-from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,9 +16,8 @@ from farthing.model.decoder import EMBEDDING, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer
 from farthing.model.load import IGNORED, config_of, source_of, unread
 from farthing.model.source import WeightSource
-from farthing.ops.api import Ops
+from farthing.ops import Ops, Weight
 from farthing.ops.cpu import create
-from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
     from farthing.ops.cpu import CpuOps

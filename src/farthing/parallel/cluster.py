@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.model.config import ModelConfig
-from farthing.model.load import config_of
+from farthing.model import ModelConfig, config_of
 from farthing.ops.api import Batch, CacheDtype, LatentCache
 from farthing.parallel.plan import ShardPlan
 from farthing.parallel.rank import counted_layers

@@ -18,10 +18,8 @@ from math import prod
 from types import MappingProxyType
 
 from farthing.lazy import torch
-from farthing.model.config import ModelConfig
-from farthing.model.load import parameter_shapes
-from farthing.ops.api import Batch, Blocks
-from farthing.ops.weights import Cut, bounds
+from farthing.model import ModelConfig, parameter_shapes
+from farthing.ops import Batch, Blocks, Cut, bounds
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.model.config import ModelConfig
-from farthing.model.decoder import DecoderModel, routers_of
-from farthing.model.deepseek import FeedForward, moe_weights
-from farthing.model.load import claim, config_of, routers_for, source_of
-from farthing.model.source import WeightSource
-from farthing.ops.api import Batch, CacheDtype, LatentCache, Norm, Ops, RouterSpec
-from farthing.ops.weights import Cut, Weight, bounds, cut_weight
+from farthing.model import (
+    DecoderModel,
+    FeedForward,
+    ModelConfig,
+    WeightSource,
+    claim,
+    config_of,
+    moe_weights,
+    routers_for,
+    routers_of,
+    source_of,
+)
+from farthing.ops import (
+    Batch,
+    CacheDtype,
+    Cut,
+    LatentCache,
+    Norm,
+    Ops,
+    RouterSpec,
+    Weight,
+    bounds,
+    cut_weight,
+)
 from farthing.parallel.collectives import Alone, DistGroup, Group, fastest
 from farthing.parallel.ops import Groups, ParallelOps
 from farthing.parallel.plan import (

@@ -27,9 +27,8 @@ from torch._C._distributed_c10d import TCPStore
 from farthing import process as signals
 from farthing.config import EngineConfig
 from farthing.model.config import ModelConfig
-from farthing.ops.api import Batch, Blocks, Ops
+from farthing.ops import Batch, Blocks, Ops, PeerLost
 from farthing.ops.select import resolve, select
-from farthing.ops.weights import PeerLost
 from farthing.parallel.plan import Layout
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.shared import DIRECTORY, Arena, available

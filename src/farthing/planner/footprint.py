@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.checkpoint.reader import Checkpoint, quantization_in, read_quantization
-from farthing.model.config import ModelConfig
+from farthing.model import ModelConfig, names_in
 from farthing.model.fields import optional_section, wrong
-from farthing.model.load import names_in
 from farthing.model.types import type_of
 from farthing.ops.weights import INTEGERS, Format, int4_group, loaded_as
 

@@ -10,9 +10,8 @@ from math import prod
 from typing import Any
 
 from farthing.config import CPU_STEP_TOKENS
-from farthing.model.config import ModelConfig
+from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds
 from farthing.model.heads import GroupedHeads, Heads, LatentHeads
-from farthing.model.kinds import CacheKind, Sizing, cache_kinds
 from farthing.ops.cpu.stack import MOST_SCORES
 from farthing.ops.weights import Cut, bounds, loaded_as
 from farthing.parallel.plan import EMBEDDING, Layout, Place, PlanError, ShardPlan, layer_of, representatives

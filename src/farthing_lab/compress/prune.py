@@ -15,8 +15,7 @@ from farthing.compress.layer import MLP, Layer, TracedOps, input_name
 from farthing.compress.quantize import Feedback, sweep
 from farthing.compress.transform import Stats, grams_of, parts_of
 from farthing.compress.work import LayerWork
-from farthing.model.deepseek import FeedForward, router_spec
-from farthing.model.source import MemorySource
+from farthing.model import FeedForward, MemorySource, router_spec
 from farthing_lab.compress.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing_lab.compress.ranges import StudyRecorder
 from farthing_lab.compress.settings import Prune, Settings

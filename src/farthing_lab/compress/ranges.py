@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors import key_of
-from farthing.checkpoint.reader import shared_input
+from farthing.checkpoint import key_of, shared_input
 from farthing.compress.calibrate import Recorder, Wanted, round_tensor, round_token
 from farthing.compress.layer import Matrix, input_name
 from farthing.compress.transform import Stats

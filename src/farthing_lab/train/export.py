@@ -11,13 +11,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.checkpoint import Checkpoint, copy_companions
 from farthing.checkpoint.compressed_tensors import BLOCK, dequantize_blocks, quantize_blocks
-from farthing.checkpoint.reader import Checkpoint
-from farthing.checkpoint.writer import copy_companions
 from farthing.engine.tokenizer import DEEPSEEK_TEMPLATE as CHAT_TEMPLATE
 from farthing.files import replace_json, replace_tensors, replace_text
-from farthing.model.config import ModelConfig
-from farthing.model.load import IGNORED, config_of
+from farthing.model import IGNORED, ModelConfig, config_of
 from farthing_lab.train.data import BOS, EOS, PAD
 from farthing_lab.train.model import DeepSeekLM, MoE, to_json
 

@@ -22,8 +22,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from farthing.checkpoint import CheckpointWriter
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint.writer import CheckpointWriter
 from farthing.files import replace, replace_json
 from farthing.ops.weights import Weight, pack_int4
 from farthing_lab.train import qat_model
