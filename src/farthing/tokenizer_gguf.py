@@ -7,16 +7,33 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of token_type
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CJK = r"[一-龥぀-ゟ゠-ヿ]+"
+_DEEPSEEK = (
+    r"[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
-def _split(digits: str) -> Any:
-    words = pre_tokenizers.Split(Regex(_WORDS.format(digits=digits)), "isolated")
-    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def _split(*patterns: str) -> Any:
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _words(digits: str) -> Any:
+    return _split(_WORDS.format(digits=digits))
+
+
+def _cased(digits: str, endings: str = "") -> Any:
+    """Words that end where a capital letter follows a small one."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    words = rf"{start}{_UPPER}*{_LOWER}+{endings}|{start}{_UPPER}+{_LOWER}*{endings}"
+    return _split(rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def _bytes() -> Any:
@@ -27,11 +44,16 @@ def _bytes() -> Any:
 _CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": _bytes,
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()]),
-    "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
-    "qwen2": lambda: _split(r"\p{N}"),
+    "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
+    "qwen2": lambda: _words(r"\p{N}"),
+    "chatglm-bpe": lambda: _words(r"\p{N}{1,3}"),
+    "glm4": lambda: _words(r"\p{N}{1,3}"),
+    "deepseek-v3": lambda: _split(r"\p{N}{1,3}", _CJK, _DEEPSEEK),
+    "minimax-m2": lambda: _cased(r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"),
+    "tekken": lambda: _cased(r"\p{N}"),
 }
 _COMPOSED = ("qwen2",)  # their text is put into Unicode's composed form
-_WHOLE = ("llama-bpe",)  # a word that is a token is taken whole, whatever its merges
+_WHOLE = ("llama-bpe", "glm4", "tekken")  # a word that is a token is taken whole, whatever its merges
 
 
 def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
@@ -39,28 +61,23 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
 
     Raises ValueError for tokenizers that are not read, with those that are.
     """
-    if (model := fields.get("model")) != "gpt2":
+    if (model := fields.get("model")) not in ("gpt2", "llama"):
         raise ValueError(
-            f"{file}: tokenizer.ggml.model: got {model!r}; expected 'gpt2' (byte-level BPE); other models: "
-            "their Hugging Face directory with safetensors"
+            f"{file}: tokenizer.ggml.model: got {model!r}; expected 'gpt2' (byte-level BPE) or 'llama' "
+            "(SentencePiece); other models: their Hugging Face directory with safetensors"
         )
-    if (pre := fields.get("pre")) not in _CUTS:
+    pre = fields.get("pre")
+    if model == "gpt2" and pre not in _CUTS:
         raise ValueError(f"{file}: tokenizer.ggml.pre: got {pre!r}; expected one of {', '.join(_CUTS)}")
     tokens: list[str] = fields.get("tokens") or []
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if not tokens or len(vocabulary) < len(tokens):
         raise ValueError(f"{file}: tokenizer.ggml.tokens: expected a list of tokens without duplicates")
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("merges") or []]
-    try:
-        bpe = models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE)
-    except Exception as error:  # tokenizers raises nothing more specific
-        raise ValueError(f"{file}: tokenizer.ggml.merges: {error}") from error
-    backend = Tokenizer(bpe)
-    backend.pre_tokenizer = _CUTS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    if pre in _COMPOSED:
-        backend.normalizer = normalizers.NFC()
     kinds = fields.get("token_type") or []
+    try:
+        backend = _sentencepiece(vocabulary, fields) if model == "llama" else _byte_level(vocabulary, fields)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ValueError(f"{file}: tokenizer.ggml.merges or scores: {error}") from error
     backend.add_tokens(
         [
             AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -71,8 +88,41 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
     return backend, _described(tokens, fields)
 
 
+def _byte_level(vocabulary: dict[str, int], fields: Mapping[str, Any]) -> Tokenizer:
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.get("merges") or []]
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=fields["pre"] in _WHOLE))
+    backend.pre_tokenizer = _CUTS[fields["pre"]]()
+    backend.decoder = decoders.ByteLevel()
+    if fields["pre"] in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
+    return backend
+
+
+def _sentencepiece(vocabulary: dict[str, int], fields: Mapping[str, Any]) -> Tokenizer:
+    """Merges are every split of a token in two others; those of higher scores come first."""
+    scores, kinds = fields["scores"], fields["token_type"]
+    found = []
+    for token, i in vocabulary.items():
+        if kinds[i] == _NORMAL:
+            pairs = [(token[:k], token[k:]) for k in range(1, len(token))]
+            pairs = [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary]
+            found += [
+                (-scores[i], pair)
+                for pair in sorted(pairs, key=lambda p: (vocabulary[p[0]], vocabulary[p[1]]))
+            ]
+    merges = [pair for _, pair in sorted(found, key=lambda f: f[0])]
+    unknown = next((token for token, i in vocabulary.items() if kinds[i] == _UNKNOWN), None)
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = bool(fields.get("add_space_prefix", True))
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefix else [spaces])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return backend
+
+
 def _described(tokens: list[str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"add_bos_token": bool(fields.get("add_bos_token", False))}
+    found: dict[str, Any] = {"add_bos_token": bool(fields.get("add_bos_token", fields["model"] == "llama"))}
     for name in ("bos", "eos"):
         at = fields.get(f"{name}_token_id")
         if at is not None and at < len(tokens):

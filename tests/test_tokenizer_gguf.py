@@ -1,0 +1,65 @@
+"""Tokenizers from GGUF metadata: SentencePiece's merges by score, and how byte-level text is cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from farthing.tokenizer_gguf import _CUTS, tokenizer_of
+
+BYTES = [f"<0x{i:02X}>" for i in range(256)]
+
+
+def sentencepiece(**changes: object) -> dict[str, object]:
+    pieces = {"▁": -5.0, "a": -6.0, "b": -7.0, "c": -8.0, "ab": -1.0, "bc": -0.5, "▁a": -2.0, "▁ab": -3.0}
+    tokens = ["<unk>", "<s>", "</s>", *BYTES, *pieces, "<mark>"]
+    return {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 259 + list(pieces.values()) + [0.0],
+        "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces) + [3],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **changes,
+    }
+
+
+def test_sentencepiece_merges_the_best_score_first() -> None:
+    fields = sentencepiece()
+    tokens = fields["tokens"]
+    assert isinstance(tokens, list)
+    tokenizer, config = tokenizer_of("file", fields)
+
+    def pieces(text: str) -> list[str]:
+        return [tokens[i] for i in tokenizer.encode(text, add_special_tokens=False).ids]
+
+    assert pieces("abc") == ["▁a", "bc"]  # bc has the best score; ab is not possible any more
+    assert pieces("ab ab") == ["▁ab", "▁ab"]
+    assert pieces("é<mark>b") == ["▁", "<0xC3>", "<0xA9>", "<mark>", "▁", "b"]
+    for text in ("abc", " ab  c", "é\n"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+    assert config["add_bos_token"] and config["bos_token"] == "<s>"
+    bare, _ = tokenizer_of("file", sentencepiece(add_space_prefix=False))
+    assert bare.decode(bare.encode("ab", add_special_tokens=False).ids) == "ab"
+    assert [tokens[i] for i in bare.encode("ab", add_special_tokens=False).ids] == ["ab"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "expected"),
+    [
+        ("deepseek-v3", "x=1234;你好abc", ["x", "=", "123", "4", ";", "你好", "abc"]),
+        ("glm4", "It's 1234", ["It", "'s", "Ġ", "123", "4"]),
+        ("minimax-m2", "camelCase don't", ["camel", "Case", "Ġdon't"]),
+        ("tekken", "camelCase 12", ["camel", "Case", "Ġ", "1", "2"]),
+    ],
+)
+def test_text_is_cut_before_merging(pre: str, text: str, expected: list[str]) -> None:
+    found = [piece for piece, _ in _CUTS[pre]().pre_tokenize_str(text)]
+    cut = [p if p.isascii() or p.startswith("Ġ") else bytes_of(p) for p in found]
+    assert cut == expected
+
+
+def bytes_of(piece: str) -> str:
+    from tokenizers.decoders import ByteLevel
+
+    decoded: str = ByteLevel().decode([piece])
+    return decoded
