@@ -164,6 +164,10 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, Sizes]:
     kinds = cache_kinds(model.config, config.tensor_parallel_size)
     sizing = Sizing(kinds, dtype, config.block_size, budget, 0 if parsed is None else parsed[1])
     config, blocks, sizes = _divide(config, model, sizing, length)
+    for kind in kinds[1:]:
+        count = sizes.slots if kind.window is None else sizes.windows[kind.window]
+        what = f"{count} slots" if kind.state else f"{count} blocks"
+        log.info("cache of %d layers with a %s: %s", len(kind.layers), kind.name, what)
     if config.check_memory and device.type == "cpu":
         _check_fits(sizing.used(blocks, sizes) * _copies(config))
     capacity = blocks * config.block_size
