@@ -10,7 +10,9 @@ import pytest
 from farthing.conversation.base import THINK
 from farthing.conversation.output import OutputParser
 from farthing.conversation.types import Answer
-from tests.conversation.test_parse import FORMATS, IDS, Calls, answer
+from tests.conversation.test_parse import TAGGED as FORMATS
+from tests.conversation.test_parse import TAGGED_IDS as IDS
+from tests.conversation.test_parse import Calls, answer
 from tests.conversation.test_token_ids import BYTES, Make, parse, spelled, split, tokens
 
 CALL: Calls = [("get_weather", {"city": "see </think> there"})]

@@ -20,6 +20,8 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI, DelimitedCalls
 from farthing.conversation.formats.dsml import DsmlCalls, write_calls
 from farthing.conversation.formats.glm import GLM45, GLM47, GlmCalls
+from farthing.conversation.formats.harmony import HARMONY
+from farthing.conversation.formats.harmony import MARKS as harmony_marks
 from farthing.conversation.formats.hermes import HERMES
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.formats.llama3 import LLAMA3
@@ -157,6 +159,14 @@ def listed(calls: Calls, opener: str = "[TOOL_CALLS] ") -> str:
     return opener + json.dumps(list(items))
 
 
+def harmony(calls: Calls) -> str:
+    return "".join(
+        f"<|start|>assistant<|channel|>commentary to=functions.{n} <|constrain|>json<|message|>"
+        f"{json.dumps(a)}<|call|>"
+        for n, a in calls
+    )
+
+
 FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("v3", v3, lambda tokens=frozenset(): V3.calls(TOOLS, tokens)),
     ("v31", v31, lambda tokens=frozenset(): V31.calls(TOOLS, tokens)),
@@ -169,9 +179,12 @@ FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("qwen3_coder", qwen3_coder, lambda tokens=frozenset(): QWEN3_CODER.calls(TOOLS, tokens)),
     ("minimax", minimax, lambda tokens=frozenset(): MINIMAX_M2.calls(TOOLS, tokens)),
     ("mistral", mistral, lambda tokens=frozenset(): MISTRAL.calls(TOOLS, tokens)),
+    ("harmony", harmony, lambda tokens=frozenset(): HARMONY.calls(TOOLS, tokens)),
     ("mistral_list", listed, lambda tokens=frozenset(): MISTRAL_LIST.calls(TOOLS, tokens)),
 ]
 IDS = [name for name, _, _ in FORMATS]
+TAGGED = [each for each in FORMATS if each[0] != "harmony"]  # reasoning is between tags
+TAGGED_IDS = [name for name, _, _ in TAGGED]
 
 TEXT = st.text(max_size=12) | st.sampled_from(
     ["```", "\n", "<｜", "a<b", "2>&1", "</", '"', "\\", "é 日 🎉", "5"]
@@ -244,6 +257,7 @@ MARKUP += [
     '{"name": "f", "arguments": {',
     '"name": "f"',
 ]
+MARKUP += [*harmony_marks, " to=functions.f", " to=", "analysis", "final", "commentary to=functions.add-2 "]
 MARKUP += [MARK + token for token in SPECIAL[1]]
 SOUP = st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), max_size=14).map("".join)
 PARSERS: list[Callable[[], CallParser]] = [
@@ -256,7 +270,10 @@ PARSERS: list[Callable[[], CallParser]] = [
     NoCalls,
     lambda: KIMI_K2.calls(TOOLS),
     lambda: NoCalls(DEEPSEEK.all),
-    *(lambda form=form: form.calls(TOOLS) for form in (HERMES, QWEN3_CODER, MINIMAX_M2, MISTRAL, LLAMA3)),
+    *(
+        lambda form=form: form.calls(TOOLS)
+        for form in (HERMES, QWEN3_CODER, MINIMAX_M2, MISTRAL, LLAMA3, HARMONY)
+    ),
 ]
 
 

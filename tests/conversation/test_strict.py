@@ -18,6 +18,7 @@ from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
 from farthing.conversation.formats.glm import GLM45, GLM47
+from farthing.conversation.formats.harmony import HARMONY
 from farthing.conversation.formats.hermes import HERMES
 from farthing.conversation.formats.kimi_k2 import KIMI_K2
 from farthing.conversation.formats.minimax_m2 import MINIMAX_M2
@@ -47,6 +48,15 @@ from tests.conversation.test_token_ids import byte_tokenizer
 
 pytest.importorskip("llguidance")
 
+
+def harmony(calls: Calls) -> str:
+    """After a prompt, which begins the first message."""
+    return "<|call|><|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{json.dumps(arguments)}"
+        for name, arguments in calls
+    )
+
+
 FORMATS: list[tuple[ChatFormat | CallFormat, Callable[[Calls], str]]] = [
     (V3, v3),
     (V31, v31),
@@ -59,11 +69,13 @@ FORMATS: list[tuple[ChatFormat | CallFormat, Callable[[Calls], str]]] = [
     (QWEN3_CODER, qwen3_coder),
     (MINIMAX_M2, minimax),
     (MISTRAL, mistral),
+    (HARMONY, harmony),
 ]
+
 by_format = pytest.mark.parametrize(("form", "write"), FORMATS, ids=[form.name for form, _ in FORMATS])
 GLM_TAGS = [*("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")]
 OTHERS = ("<minimax:tool_call>", "</minimax:tool_call>", "[TOOL_CALLS]", "[ARGS]")
-MARKS = [*DEEPSEEK.all, *KIMI.all, "｜DSML｜", *GLM_TAGS, *OTHERS]
+MARKS = [*DEEPSEEK.all, *KIMI.all, *HARMONY.markup, "｜DSML｜", *GLM_TAGS, *OTHERS]
 VOCABULARIES: dict[str, tuple[list[str], list[str]]] = {  # special tokens, others
     "special": (["<s>", "</s>", *MARKS], []),
     "added": (["<s>", "</s>"], MARKS),  # as DeepSeek's own tokenizers declare them

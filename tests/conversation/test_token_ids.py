@@ -21,7 +21,9 @@ from farthing.conversation.output import OutputParser
 from farthing.conversation.types import Answer
 from farthing.engine.generation import Detokenizer
 from farthing.engine.tokenizer import Tokenizer
-from tests.conversation.test_parse import CALLS, CUTS, FORMATS, IDS, Calls, answer, plain
+from tests.conversation.test_parse import CALLS, CUTS, Calls, answer, plain
+from tests.conversation.test_parse import TAGGED as FORMATS
+from tests.conversation.test_parse import TAGGED_IDS as IDS
 
 Make = Callable[[frozenset[str]], CallParser]
 GLM = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")

@@ -36,6 +36,10 @@ class CallParser(Protocol):
     anywhere: bool  # calls may begin inside the reasoning; otherwise the parser reads only the answer
 
     @property
+    def reasoning(self) -> bool:
+        """Whether the next text is reasoning, as far as a parser knows that finds the reasoning itself."""
+
+    @property
     def inside(self) -> bool:
         """Whether the next text belongs to a call, as far as is known."""
 
@@ -52,6 +56,7 @@ class NoCalls:
     calls = 0
     anywhere = True
     inside = False
+    reasoning = False
 
     def __init__(self, marks: frozenset[str] = frozenset()) -> None:
         self._marks = literals(marks) if marks else None
@@ -78,6 +83,11 @@ class Machine:
     text; it must leave at most a bounded number of characters behind."""
 
     anywhere = True
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether the next text is reasoning: most parsers read only what is not."""
+        return False
 
     def __init__(self) -> None:
         self.calls = 0
@@ -138,6 +148,7 @@ class Delimiters:
 # The definition of a chat format.
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # that clients of all APIs may request
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names under which templates read it
 
 
 class FormatError(ValueError):
@@ -173,9 +184,9 @@ class CallFormat:
 class ChatFormat:
     """A named format: renders conversations and creates parsers of answers.
 
-    tags: around the reasoning; None: the model does not reason. efforts: the reasoning efforts the format can
-    express; ("none",) if reasoning can only be switched off, () if not even that. stops: tokens that end the
-    assistant's turn, besides the model's own.
+    tags: around the reasoning; None: the model does not reason, or the format is `whole`. efforts: the
+    reasoning efforts the format can express; ("none",) if reasoning can only be switched off, () if not even
+    that. stops: tokens that end the assistant's turn, besides the model's own.
     """
 
     name: str
@@ -187,6 +198,14 @@ class ChatFormat:
     stops: tuple[str, ...] = ()
     syntax: Syntax | None = None  # of calls, for grammars
     strips: bool = False  # `render` removes a block of reasoning at the beginning of an answer's text
+    whole: bool = False  # the parser reads every answer, and finds the reasoning itself
+    calling: frozenset[str] | None = None  # the part of `markup` without which there are no calls; None: all
+    answer: str = ""  # begins an answer without reasoning, which a grammar of the whole answer follows
+
+    @property
+    def reasons(self) -> bool:
+        """Whether models of this format reason."""
+        return self.tags is not None or self.whole
 
     def thinks(self, conversation: Conversation, default: bool) -> bool:
         """Whether the model should reason first: the client's choice, else the default."""

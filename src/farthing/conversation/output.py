@@ -319,7 +319,9 @@ class OutputParser:
     @property
     def reasoning(self) -> bool:
         """Whether the next text belongs to the reasoning, as far as is known."""
-        return self._splitter is not None and self._splitter.reasoning and not self.calling
+        if self._splitter is None:
+            return self._calls.reasoning
+        return self._splitter.reasoning and not self.calling
 
     @property
     def calling(self) -> bool:

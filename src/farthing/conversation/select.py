@@ -9,17 +9,17 @@ from functools import partial
 from hashlib import blake2b
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from farthing.conversation.arguments import object_of
-from farthing.conversation.base import BRACKETS, EFFORTS, THINK, CallFormat, ChatFormat, Tags
-from farthing.conversation.formats import deepseek_v3, deepseek_v31
+from farthing.conversation.base import BRACKETS, EFFORTS, REASONING, THINK, CallFormat, ChatFormat, Tags
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
-from farthing.conversation.formats.deepseek_v31 import V31
+from farthing.conversation.formats.deepseek_v31 import EITHER, V31
 from farthing.conversation.formats.deepseek_v32 import V32
-from farthing.conversation.formats.delimited import DEEPSEEK
 from farthing.conversation.formats.glm import GLM45, GLM47
+from farthing.conversation.formats.harmony import HARMONY
 from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
 from farthing.conversation.formats.written import BY_MARKUP
 from farthing.conversation.strict import JsonCalls
@@ -28,7 +28,8 @@ from farthing.conversation.strict import JsonCalls
 #
 # Templates of GLM, MiniMax and Qwen3-Coder iterate a call's arguments as an object, DeepSeek's append
 # them as text, and many accept both. Some print a call only if the text next to it is null, or refuse ids
-# of another length than 9. A template refuses efforts that its model does not know.
+# of another length than 9. A template refuses efforts that its model does not know. gpt-oss's prints one
+# call of a turn, whose text and reasoning it does not take together.
 
 Render = Callable[..., str]  # keyword arguments of a chat template -> prompt; raises ValueError
 
@@ -56,6 +57,8 @@ class Habits:
     empty: Literal["text", "null", "absent"] = "text"
     short_ids: bool = False
     efforts: tuple[str, ...] = ()
+    single: bool = False  # it prints only the first call of a turn
+    apart: bool = False  # it refuses text and reasoning in one turn that calls
 
     @property
     def described(self) -> str:
@@ -67,7 +70,8 @@ class Habits:
     def adapt(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Messages as the template expects them. Arguments that are no JSON object become one with their text
         as its only value, for a model's invalid call must not end a conversation."""
-        return [self._adapted(dict(message)) for message in messages]
+        adapted = [self._adapted(dict(message)) for message in messages]
+        return list(_one_by_one(adapted)) if self.single else adapted
 
     def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         if self.short_ids and isinstance(identity := message.get("tool_call_id"), str):
@@ -75,6 +79,10 @@ class Habits:
         if not message.get("tool_calls"):
             return message
         message["tool_calls"] = [self._call(dict(call)) for call in message["tool_calls"]]
+        if self.apart and message.get("content") and message.get("thinking"):
+            message["content"] = f"{message['thinking']}\n\n{message['content']}"
+            for name in REASONING:
+                message.pop(name, None)
         if not message.get("content") and self.empty != "text":
             message.pop("content", None)
             if self.empty == "null":
@@ -104,10 +112,42 @@ def probe(render: Render, names: frozenset[str]) -> Habits:
         # Null values and Python's notation show a template that was not written for objects.
         reads_object = _VALUE in whole and str(_ARGUMENTS) not in whole
         if _TEXT in text and (text == whole or not reads_object):
-            return Habits(True, "text", *habits, efforts)  # the text as the model wrote it
+            return _of_turns(render, Habits(True, "text", *habits, efforts))  # the text as the model wrote it
         if reads_object:
-            return Habits(True, "object", *habits, efforts)
+            return _of_turns(render, Habits(True, "object", *habits, efforts))
     return Habits(efforts=efforts)
+
+
+def _of_turns(render: Render, habits: Habits) -> Habits:
+    """The habits that show in turns with more than one call, or with a call, text and reasoning."""
+    loop = partial(_loop, render, (habits.empty, habits.short_ids), habits.arguments)
+    two = loop(names=("probe", "probe_again"))
+    text = loop(said={"content": "Probing."})
+    both = loop(said={"content": "Probing.", **dict.fromkeys(REASONING, "Hm.")})
+    return replace(habits, single=bool(two) and "probe_again" not in two, apart=bool(text) and not both)
+
+
+def _one_by_one(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Messages in which a turn has one call, which its result follows."""
+    at = 0
+    while at < len(messages):
+        message = messages[at]
+        at += 1
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            yield message
+            continue
+        end = at
+        while end < len(messages) and messages[end].get("role") == "tool":
+            end += 1
+        results, at = list(messages[at:end]), end
+        for place, call in enumerate(calls):
+            yield (message if place == 0 else {"role": "assistant", "content": ""}) | {"tool_calls": [call]}
+            own = [result for result in results if result.get("tool_call_id") == call.get("id")]
+            if place + 1 == len(calls):
+                own = results
+            results = [result for result in results if result not in own]
+            yield from own
 
 
 _Candidate = tuple[Literal["text", "null", "absent"], bool]
@@ -119,17 +159,26 @@ def _candidates() -> Iterator[_Candidate]:
         yield empty, short
 
 
-def _loop(render: Render, candidate: _Candidate, arguments: Literal["text", "object"]) -> str:
-    """The prompt of a tool loop; empty if the template refuses it."""
-    function = {"name": "probe", "arguments": _TEXT}
+def _loop(
+    render: Render,
+    candidate: _Candidate,
+    arguments: Literal["text", "object"],
+    names: Sequence[str] = ("probe",),
+    said: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """The prompt of a tool loop; empty if the template refuses it. said: further fields of the turn."""
+    calls = [
+        {
+            "id": f"call_of_a_{name}",
+            "type": "function",
+            "function": {"name": name, "arguments": _TEXT},
+        }
+        for name in names
+    ]
     turns: list[dict[str, Any]] = [
         {"role": "user", "content": "Probe."},
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call_of_a_probe", "type": "function", "function": function}],
-        },
-        {"role": "tool", "content": "Done.", "tool_call_id": "call_of_a_probe"},
+        {"role": "assistant", "content": "", "tool_calls": calls, **said},
+        *({"role": "tool", "content": "Done.", "tool_call_id": call["id"]} for call in calls),
     ]
     messages = Habits(True, arguments, *candidate).adapt(turns)
     try:
@@ -157,7 +206,8 @@ def _short(identity: str) -> str:
 
 
 FORMATS = {
-    each.name: each for each in (V3, R1, V31, V32, V4, KIMI_K2, KIMI_K2_THINKING, KIMI_K25, GLM45, GLM47)
+    each.name: each
+    for each in (V3, R1, V31, V32, V4, KIMI_K2, KIMI_K2_THINKING, KIMI_K25, GLM45, GLM47, HARMONY)
 }
 # Whose calls `--tool-call-parser` can name.
 CALLS: Mapping[str, CallFormat | ChatFormat] = FORMATS | {each.name: each for each in BY_MARKUP.values()}
@@ -185,20 +235,20 @@ _BY_TYPE = {
     "glm4_moe": GLM45,
     "glm4_moe_lite": GLM47,
     "glm_moe_dsa": GLM47,
+    "gpt_oss": HARMONY,
 }
-_BY_TOKEN = {"｜DSML｜": V4, "<|tool_calls_section_begin|>": KIMI_K2, "<arg_key>": GLM45}
+_BY_TOKEN = {
+    "｜DSML｜": V4,
+    "<|tool_calls_section_begin|>": KIMI_K2,
+    "<arg_key>": GLM45,
+    "<|channel|>": HARMONY,
+}
 # What a template contains: GLM's has Hermes' tags, too.
 _BY_MARKUP: Mapping[str, CallFormat | ChatFormat] = {
     "</arg_key><arg_value>": GLM47,
     "<arg_key>": GLM45,
     **BY_MARKUP,
 }
-
-
-# A template of DeepSeek's own may teach either way of writing a call, and the parser reads both.
-_EITHER = JsonCalls(
-    (DEEPSEEK.call_begin,), (deepseek_v3.STYLE, deepseek_v31.STYLE), DEEPSEEK.all, deepseek_v3.SECTION
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,18 +291,20 @@ def choose(
     from farthing.conversation.jinja import variables
 
     names = variables(source)
+    whole = related is not None and related.whole
+    efforts = related.efforts if related and whole else _efforts(names, checkpoint.habits)
     own = replace(
         related or V3,
         name=OWN,
-        tags=_tags(checkpoint, source, names),
-        efforts=_efforts(names, checkpoint.habits),
+        tags=None if whole else _tags(checkpoint, source, names),
+        efforts=efforts,
         syntax=related.syntax if related else _deepseek_syntax(checkpoint, source),
     )
     if related is None and (written := _written(source)) is not None:
         own = _calling(own, written)
     plain = _with_parsers(own, calls, reasoning)
     if "tools" in names:
-        return Chosen(plain, plain, source, checkpoint.habits.efforts)
+        return Chosen(plain, plain, source, efforts if whole else checkpoint.habits.efforts)
     packaged = _with_parsers(
         replace(related or _deepseek(checkpoint, names), tags=own.tags), calls, reasoning
     )
@@ -280,8 +332,8 @@ def _reasons(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> bool
 
 def _deepseek_syntax(checkpoint: Checkpoint, source: str) -> JsonCalls | None:
     """How a model of no other family writes calls, as far as is known."""
-    known = DEEPSEEK.call_begin in source or checkpoint.has_token(DEEPSEEK.call_begin)
-    return _EITHER if known else None
+    (opener,) = EITHER.openers
+    return EITHER if opener in source or checkpoint.has_token(opener) else None
 
 
 def _written(source: str) -> CallFormat | ChatFormat | None:

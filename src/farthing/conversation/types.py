@@ -207,6 +207,25 @@ class Conversation:
         """Whether an earlier turn called a tool."""
         return any(turn.calls for turn in self.turns)
 
+    def with_single_calls(self) -> Conversation:
+        """The same conversation with one call in a turn, which its result follows."""
+        turns: list[Turn] = []
+        waiting: list[Turn] = []  # later calls of a turn
+        for turn in self.turns:
+            if turn.role == "tool":
+                owner = next((t for t in waiting if t.calls[0].id == turn.call_id), None)
+                if owner is not None:
+                    turns.append(owner)
+                    waiting.remove(owner)
+            else:
+                turns += waiting
+                waiting = []
+            if len(turn.calls) > 1:
+                waiting = [Turn("assistant", calls=(call,)) for call in turn.calls[1:]]
+                turn = replace(turn, calls=turn.calls[:1])
+            turns.append(turn)
+        return replace(self, turns=(*turns, *waiting))
+
     def with_results_in_call_order(self) -> Conversation:
         """The same conversation, with the results between two assistant turns in the order of their calls.
 

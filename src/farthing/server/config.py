@@ -180,6 +180,7 @@ Format = Literal[
     "kimi_k25",
     "glm45",
     "glm47",
+    "harmony",
 ]
 CallsMode = Literal[
     "auto",

@@ -196,7 +196,7 @@ class Reading:
     listed: bool  # calls are JSON forced by a grammar instead of the model's format
     tokens: frozenset[str]  # markup that arrives as special tokens, each after a mark
     meaningless: frozenset[str]  # of these, the ones that are not shown where no call may be
-    calls: bool  # the answer may hold calls
+    calls: bool  # the answer may hold calls, or the format's parser reads every answer
 
     def parser(self) -> OutputParser | PlainParser:
         """A parser for one completion."""
@@ -251,8 +251,8 @@ def ignored_fields(
     if format.own and conversation.template_options.keys() & SWITCHES:
         thinking = None
     switched = "none" in form.efforts
-    always = form.tags is not None and (opened or not switched)  # or there is no telling
-    never = form.tags is None and not form.efforts
+    always = form.reasons and (opened or not switched)  # or there is no telling
+    never = not form.reasons and not form.efforts
     fields: list[str] = []
     if effort == "none":
         fields += [names.effort] * always

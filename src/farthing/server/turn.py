@@ -159,7 +159,8 @@ class _Completion:
 
     def __init__(self, reading: Reading) -> None:
         self.parser = reading.parser()
-        self.counter = reading.counter() if reading.tags is not None else None
+        reasons = reading.tags is not None or reading.format.form.whole
+        self.counter = reading.counter() if reasons else None
         self.tokens: list[int] = []
         self.deltas: list[Delta] = []
 
@@ -197,6 +198,9 @@ class Turn:
             grammars = grammars_of(conversation, request.structured, chosen, formats, max_tokens)
             if grammars.whole and not opened:
                 tags = None  # the grammar applies from the first token on
+        if chosen.form.answer and grammars.structured is not None and not conversation.resume:
+            (head,) = await encode(service, [chosen.form.answer], False, self._client, request.names.prompt)
+            self._ids = self._ids + head
         raw = request.sampling.get("skip_special_tokens") is False
         marked = {} if grammars.listed and tags is None else chosen.markup
         self._reading = Reading(
@@ -207,7 +211,7 @@ class Turn:
             listed=grammars.listed,
             tokens=(tokens := frozenset(marked.values())),
             meaningless=frozenset() if raw else tokens & chosen.form.markup,
-            calls=with_calls,
+            calls=with_calls or chosen.form.whole,
         )
         self.usage = Usage(len(self._ids), with_cost=request.with_cost)
         self.job = await submit(
@@ -335,9 +339,9 @@ class Turn:
         """Fields of SamplingParams."""
         reading, conversation = self._reading, self._conversation
         values = {**self._request.sampling, "marked_token_ids": frozenset(marked)}
-        if reading.calls and not conversation.offered:
+        if (conversation.tools or conversation.has_calls) and not conversation.offered:
             # The model would imitate the calls in its history, and the client would get an empty answer.
-            unwanted = reading.format.form.markup & reading.tokens
+            unwanted = (reading.format.form.calling or reading.format.form.markup) & reading.tokens
             values["bad_words"] = [*(values.get("bad_words") or ()), *sorted(unwanted)] or None
         if reading.format.stops:
             values["stop_token_ids"] = [*(values.get("stop_token_ids") or ()), *reading.format.stops]

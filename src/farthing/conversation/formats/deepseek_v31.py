@@ -12,10 +12,12 @@ from farthing.conversation.formats.deepseek_v3 import (
     ASSISTANT,
     OUTPUT_BEGIN,
     OUTPUT_END,
+    SECTION,
     USER,
     after_reasoning,
     system_text,
 )
+from farthing.conversation.formats.deepseek_v3 import STYLE as V3_STYLE
 from farthing.conversation.formats.delimited import DEEPSEEK as MARKS
 from farthing.conversation.formats.delimited import DelimitedCalls
 from farthing.conversation.strict import JsonCalls, Section
@@ -77,6 +79,8 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
 
 
 STYLE = (f"{{name}}{MARKS.separator}", MARKS.call_end)
+# A template of DeepSeek's own may teach either way of writing a call, and the parser reads both.
+EITHER = JsonCalls((MARKS.call_begin,), (V3_STYLE, STYLE), MARKS.all, SECTION)
 V31 = ChatFormat(
     "deepseek_v31",
     render,

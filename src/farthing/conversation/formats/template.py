@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from farthing.conversation.base import EFFORTS, FormatError
+from farthing.conversation.base import EFFORTS, REASONING, FormatError
 from farthing.conversation.types import Conversation, Turn
 
 _SAMPLE = 40  # leading characters that identify a text in the prompt
@@ -36,7 +36,7 @@ def _message(turn: Turn, developer: str) -> dict[str, Any]:
     message["role"] = developer if turn.role == "developer" else turn.role
     message["content"] = turn.text
     if turn.reasoning:  # under every name that templates read
-        message |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), turn.reasoning)
+        message |= dict.fromkeys(REASONING, turn.reasoning)
     if turn.name is not None:
         message["name"] = turn.name
     if turn.call_id is not None:
