@@ -70,18 +70,22 @@ inline void transpose(const uint32_t* in, uint32_t* out, int ldo) {
 // moved.
 void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* lo) {
   alignas(64) float top[16], sum[16], shrink[16];
-  alignas(64) int32_t visible[16];
+  alignas(64) int32_t visible[16], hidden[16];
   for (int r = 0; r < 16; ++r) {
     const bool live = r < b.rows;
     top[r] = live ? b.max[r] : kLowest;
     sum[r] = live ? b.sum[r] : 0.0f;
     visible[r] = !live ? 0 : b.visible[r] < b.keys ? b.visible[r] : b.keys;
+    hidden[r] = live && b.hidden ? b.hidden[r] : 0;
   }
-  const i32x16 seen = load<i32x16>(visible);
+  const __m512i last = _mm512_load_si512(visible), first = _mm512_load_si512(hidden);
+  const auto seen = [&](int key) {
+    const __m512i at = _mm512_set1_epi32(key);
+    return _kand_mask16(_mm512_cmpgt_epi32_mask(last, at), _mm512_cmple_epi32_mask(first, at));
+  };
   f32x16 best = loadf(top);
   for (int s = 0; s < kKeyBlock; ++s) {
-    const f32x16 v = _mm512_mask_blend_ps(_mm512_cmpgt_epi32_mask((__m512i)seen, _mm512_set1_epi32(s)),
-                                          splat(kLowest), loadf(scores + 16 * s));
+    const f32x16 v = _mm512_mask_blend_ps(seen(s), splat(kLowest), loadf(scores + 16 * s));
     store(scores + 16 * s, v);
     best = max(best, v);
   }
@@ -92,8 +96,7 @@ void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* l
   for (int s = 0; s < kKeyBlock; s += 2) {
     u32x16 high[2], low[2];
     for (int j = 0; j < 2; ++j) {
-      const __mmask16 live = _mm512_cmpgt_epi32_mask((__m512i)seen, _mm512_set1_epi32(s + j));
-      const f32x16 e = _mm512_maskz_mov_ps(live, exp(loadf(scores + 16 * (s + j)) - best));
+      const f32x16 e = _mm512_maskz_mov_ps(seen(s + j), exp(loadf(scores + 16 * (s + j)) - best));
       total += e;
       high[j] = float_to_bits(e) & 0xffff0000u;
       low[j] = float_to_bits(e - bits_to_float(high[j]));

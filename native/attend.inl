@@ -27,11 +27,13 @@ inline void online_softmax(const AttendBlock& b, float* scores) {
   for (int r = 0; r < b.rows; ++r) {
     float* s = scores + r * kKeyBlock;
     const int seen = b.visible[r] < 0 ? 0 : b.visible[r] < b.keys ? b.visible[r] : b.keys;
+    const int hidden = b.hidden && b.hidden[r] > 0 ? b.hidden[r] : 0;
     for (int i = seen; i < kKeyBlock; ++i) s[i] = kLowest;
-    if (seen == 0) {
+    if (seen <= hidden) {
       for (int i = 0; i < kKeyBlock; ++i) s[i] = 0.0f;
       continue;
     }
+    for (int i = 0; i < hidden; ++i) s[i] = kLowest;
     f32x16 best = loadf(s);
     for (int i = 16; i < kKeyBlock; i += 16) best = max(best, loadf(s + i));
     const float top = reduce_max(best), before = b.max[r];

@@ -2,6 +2,8 @@
 //
 // Legend: T tokens; D hidden size; E routed experts; I expert width; c latent; r rotary size; H heads.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -26,6 +28,7 @@ struct Router {  // see farthing.ops.api.RouterSpec
   float mass = -1.0f;  // adaptive when not negative
   int min_experts = 2;
   std::vector<float> bias;
+  std::vector<float> logit_bias;  // added before the activation; empty: none
 
   void check() const;  // throws on sizes that choose_experts would not survive
 };
@@ -33,6 +36,8 @@ struct Router {  // see farthing.ops.api.RouterSpec
 struct Mlp {                        // both null: an expert of another rank, or an identity
   std::shared_ptr<Packed> gate_up;  // interleaved panels, [2 I, D]
   std::shared_ptr<Packed> down;     // [D, I]
+  std::vector<float> in_bias;       // of the rows of gate_up, or empty
+  std::vector<float> out_bias;      // [D] padded to whole panels, or empty
 };
 
 // Logits that are NaN or infinite.
@@ -49,10 +54,13 @@ struct Moe {
   int parts = 1;                 // of each expert: ranges of its width whose outputs are summed apart
   bool shared_gate = false;      // the last row of `gate`, whose sigmoid scales the shared expert's output
   int hidden = 0;
+  Gate activation;
   std::vector<Mlp> experts;  // [expert][part]
 
   void check_gate() const;  // these throw std::invalid_argument on matrices that do not fit together
-  void add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down);  // the next part
+  // The next part, with a bias of each row of gate_up (null: none), and of down's.
+  void add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down, const float* in_bias,
+           const float* out_bias);
   int routed() const { return gate ? router.experts : 0; }
   int weighted() const { return routed() - router.identities; }  // routed experts that have weights
   int halves() const { return gate ? 2 : 1; }  // of the routed experts, which are summed apart
@@ -84,7 +92,15 @@ struct Attention {
   const float* k_norm = nullptr;  // [d], or [G d]
   bool whole_norm = false;        // the norms are those of all heads together
   bool gated = false;             // H d further columns, and as many of bias, whose sigmoid scales the output
+  int window = 0;                 // keys up to its own that a token sees; 0: all of them
+  const float* sinks = nullptr;   // [H] a score of each head that has no value, or null
 
+  // The first of a token's keys that it sees.
+  int first_key(int keys) const { return window ? std::max(0, keys - window) : 0; }
+  // The sum of a head's weights, relative to the reference `max`, with the sink's.
+  float with_sink(int head, float max, float sum) const {
+    return sinks ? sum + std::exp(sinks[head] - max) : sum;
+  }
   bool grouped() const { return rotated > 0; }
   int per_group() const { return heads / groups; }
   int group(int head) const { return head / per_group(); }

@@ -177,7 +177,8 @@ NB_MODULE(_native, module) {
       .def_rw("scale", &Router::scale)
       .def_rw("mass", &Router::mass)
       .def_rw("min_experts", &Router::min_experts)
-      .def_rw("bias", &Router::bias);
+      .def_rw("bias", &Router::bias)
+      .def_rw("logit_bias", &Router::logit_bias);
 
   nb::class_<Moe>(module, "Moe")
       .def(
@@ -192,10 +193,17 @@ NB_MODULE(_native, module) {
       .def_rw("router", &Moe::router)
       .def(
           "add",
-          [](Moe& m, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
-            m.add(std::move(gate_up), std::move(down));
+          [](Moe& m, std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down, uint64_t in_bias,
+             uint64_t out_bias) {
+            m.add(std::move(gate_up), std::move(down), at<float>(in_bias), at<float>(out_bias));
           },
-          "gate_up"_a.none(), "down"_a.none());
+          "gate_up"_a.none(), "down"_a.none(), "in_bias"_a = 0, "out_bias"_a = 0)
+      .def(
+          "activate",
+          [](Moe& m, float alpha, float cubic, float limit, float shift) {
+            m.activation = {alpha, cubic, limit, shift};
+          },
+          "alpha"_a, "cubic"_a, "limit"_a, "shift"_a);
 
   nb::class_<Attention>(module, "Attention")
       .def("__init__",
@@ -209,12 +217,15 @@ NB_MODULE(_native, module) {
       .def(
           "group",
           [](Attention& a, int groups, int rotated, uint64_t bias, uint64_t q_norm, uint64_t k_norm,
-             bool whole_norm, bool gated) {
+             bool whole_norm, bool gated, int window, uint64_t sinks) {
             a.groups = groups, a.rotated = rotated, a.whole_norm = whole_norm, a.gated = gated;
+            a.window = window;
             a.bias = at<float>(bias), a.q_norm = at<float>(q_norm), a.k_norm = at<float>(k_norm);
+            a.sinks = at<float>(sinks);
             a.check();
           },
-          "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a, "gated"_a = false);
+          "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a, "gated"_a, "window"_a,
+          "sinks"_a);
 
   nb::exception<NotFinite>(module, "NotFinite", PyExc_ArithmeticError);
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);

@@ -68,15 +68,16 @@ inline f32x16 move_references(const Scores& s, int lane, f32x16 best) {
 }
 
 constexpr float kHidden = -1.0e30f;  // a score whose weight is 0, far from overflow
+static_assert(kHidden < 1.0e4f * kUnseen);
 
-// Hides scores of keys that come after a query, and finds the largest of 16 queries.
+// Hides scores of keys that a query does not see, and finds the largest of 16 queries.
 inline f32x16 mask_scores(const Scores& s, int lane) {
   f32x16 best = splat(kLowest);
   float* at = s.scores + lane;
-  const i32x16 visible = load<i32x16>(s.visible + lane);
+  const i32x16 visible = load<i32x16>(s.visible + lane), hidden = load<i32x16>(s.hidden + lane);
   for (int key = 0; key < s.keys; ++key, at += kTileQueries) {
     f32x16 v = loadf(at);
-    if (s.masked) store(at, v = visible > splati(key) ? v : splat(kHidden));
+    if (s.masked) store(at, v = (visible > splati(key)) & (hidden <= splati(key)) ? v : splat(kHidden));
     best = max(best, v);
   }
   return best;

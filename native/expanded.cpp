@@ -17,8 +17,6 @@ namespace farthing {
 namespace {
 
 constexpr int kLeastQueries = 256;  // of a unit, if there are fewer heads than threads
-constexpr float kNothing = -3.0e38f;
-static_assert(kExpandFrom >= kWideBlock, "every query must see the first block of keys");
 static_assert(kWideBlock % 32 == 0 && kTileQueries % 16 == 0);
 
 }  // namespace
@@ -120,13 +118,13 @@ void Expanded::attend(const Unit& u, const Space& s) const {
   const size_t lanes = static_cast<size_t>(tiles(u)) * kTileQueries;
   if (!w_.grouped()) take_weights(u.head, s);
   take_queries(u, s);
-  std::fill_n(s.max, lanes, kNothing);
+  std::fill_n(s.max, lanes, kUnseen);
   std::fill_n(s.sum, lanes, 0.0f);
   std::fill_n(s.out, lanes * value_, 0.0f);
-  const int end = in_.batch.keys(u.last - 1);
-  for (int at = 0; at < end; at += kWideBlock) {
+  const int end = in_.batch.keys(u.last - 1), first = w_.first_key(in_.batch.keys(u.first));
+  for (int at = first / kWideBlock * kWideBlock; at < end; at += kWideBlock) {
     const int keys = std::min(kWideBlock, end - at);
-    expand(u, at, keys, s);
+    expand(u, at, keys, std::max(0, first - at), s);
     for (int tile = 0; tile < tiles(u); ++tile) attend_tile(u, tile, at, keys, s);
   }
   put_out(u, s);
@@ -166,13 +164,15 @@ void Expanded::take_queries(const Unit& u, const Space& s) const {
   }
 }
 
-// Keys [at, at + keys) of the head and their values; zeros up to a multiple of 32.
-void Expanded::expand(const Unit& u, int at, int keys, const Space& s) const {
+// Keys [at, at + keys) of the head and their values; zeros for the first `skipped`, which are not read, and
+// up to a multiple of 32.
+void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space& s) const {
   const size_t element = halves_ ? 2 : 4;
   const int rows = round_up(keys, 32), columns = nope_ + value_;
   const KeyReader reader(kernels_, in_.cache, in_.batch, shape_, s.key32, s.key16);
   const size_t row = shape_.width * element, rotary = row - shape_.latent_padded * element;
-  for (int i = 0; i < keys; ++i)
+  std::memset(s.latents, 0, skipped * row);
+  for (int i = skipped; i < keys; ++i)
     reader.copy({u.sequence, w_.group(u.head)}, at + i, halves_, s.latents + i * row);
   std::memset(s.latents + keys * row, 0, (rows - keys) * row);
   if (w_.grouped()) take_values(rows, s);
@@ -213,15 +213,19 @@ void Expanded::take_values(int rows, const Space& s) const {
 void Expanded::attend_tile(const Unit& u, int tile, int at, int keys, const Space& s) const {
   const int first = u.first + tile * kTileQueries, last = std::min(u.last, first + kTileQueries) - 1;
   const int seen = std::min(keys, in_.batch.keys(last) - at), rows = round_up(seen, 32);
-  if (seen <= 0) return;
-  int visible[kTileQueries];
-  for (int i = 0; i < kTileQueries; ++i) visible[i] = in_.batch.keys(std::min(first + i, last)) - at;
+  int visible[kTileQueries], hidden[kTileQueries];
+  for (int i = 0; i < kTileQueries; ++i) {
+    const int all = in_.batch.keys(std::min(first + i, last));
+    visible[i] = all - at, hidden[i] = w_.first_key(all) - at;
+  }
+  if (seen <= std::max(0, hidden[0])) return;
   const size_t lanes = static_cast<size_t>(tile) * kTileQueries;
   float* out = s.out + lanes * value_;
   const uint8_t* queries = s.queries + lanes * query_ * (halves_ ? 2 : 4);
   wide_.product({s.keys, query_, queries, kTileQueries, s.scores, kTileQueries, rows, query_, false});
+  const bool masked = visible[0] < rows || hidden[kTileQueries - 1] > 0;
   wide_.weigh(
-      {s.scores, rows, visible, visible[0] < rows, s.max + lanes, s.sum + lanes, out, value_, s.weighed});
+      {s.scores, rows, visible, hidden, masked, s.max + lanes, s.sum + lanes, out, value_, s.weighed});
   wide_.product({s.values, kWideBlock, s.weighed, kTileQueries, out, kTileQueries, value_, rows, true});
 }
 
@@ -230,7 +234,7 @@ void Expanded::put_out(const Unit& u, const Space& s) const {
     const size_t lane = t - u.first, tile = lane / kTileQueries;
     const float* from = s.out + tile * kTileQueries * value_ + lane % kTileQueries;
     float* to = in_.out.row(t) + static_cast<int64_t>(u.head) * w_.value;
-    const float inverse = 1.0f / s.sum[lane];
+    const float inverse = 1.0f / w_.with_sink(u.head, s.max[lane], s.sum[lane]);
     for (int i = 0; i < w_.value; ++i) to[i] = from[static_cast<size_t>(i) * kTileQueries] * inverse;
   }
 }

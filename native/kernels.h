@@ -20,7 +20,9 @@ struct AttendBlock {
   int k16_stride;
   const uint16_t* const*
       rows16;  // [2 * kKeyBlock] or the address of each key, the last repeated, then those of the next block
-  const int* visible;  // [rows] keys of this block each row may see
+  const int* visible;  // [rows] keys of this block each row may see …
+  const int* hidden;   // [rows] … but for so many, the first ones; null: for none
+  int skipped;         // first keys of the block that no row sees: they are not read
   float* max;          // [rows] reference of the weights: a score at most kSlack below the largest
   float* sum;          // [rows] running sum
   float* out;          // [rows][latent] running, not divided by sum
@@ -81,12 +83,14 @@ constexpr int kProductRows = 16;
 
 // Online softmax of a tile of expanded attention: scores of keys (rows) against kTileQueries queries.
 constexpr int kTileQueries = 48, kWideBlock = 96;  // queries of a tile; keys that are expanded at once
+constexpr float kUnseen = -1.0e25f;  // far below every score, and far above that of a hidden key
 struct Scores {
   float* scores;       // [keys][kTileQueries], overwritten
   int keys;            // multiple of 32
-  const int* visible;  // [kTileQueries] keys each query sees: none only after a block of which it saw some
+  const int* visible;  // [kTileQueries] keys each query sees …
+  const int* hidden;   // [kTileQueries] … but for so many, the first ones
   bool masked;         // whether a query sees fewer than `keys`
-  float* max;          // [kTileQueries] reference of the weights, as in AttendBlock
+  float* max;          // [kTileQueries] reference of the weights, as in AttendBlock; at first kUnseen
   float* sum;          // [kTileQueries]
   float* out;          // [values][kTileQueries], rescaled if the reference moved
   int values;
@@ -99,6 +103,13 @@ struct Wide {
   // [depth][columns] floats to the B of a product; both are multiples of 32 and 16.
   void (*pack)(const float* in, int depth, int columns, void* out);
   void (*weigh)(const Scores& s);
+};
+
+// The gate of an MLP: (up + shift) g sigmoid(alpha g (1 + cubic g^2)) with g at most limit and up within it on
+// both sides. Without changes SiLU; GELU's approximation by tanh is another.
+struct Gate {
+  float alpha = 1.0f, cubic = 0.0f, limit = __builtin_inff(), shift = 0.0f;
+  bool silu() const { return alpha == 1.0f && cubic == 0.0f && limit == __builtin_inff() && shift == 0.0f; }
 };
 
 struct ConvLayer;
@@ -118,7 +129,9 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* out);
   // x[0, k) of one row into the form `format` reads, from column `at` (a multiple of the group).
   void (*store_act)(const Matrix& w, const Act& x, int row, int at, const float* values, int k);
-  void (*silu_mul)(const float* gate_up, int rows, int ld, float* out, int ldo);  // 16 gate, 16 up -> 16
+  // 16 gate, 16 up, both plus bias [32] unless that is null -> 16
+  void (*gate_mul)(const Gate& gate, const float* gate_up, const float* bias, int rows, int ld, float* out,
+                   int ldo);
   void (*axpy)(float* y, const float* x, float a, int n);                         // y += a x
   void (*add)(float* y, const float* x, int n);                                   // y += x
   void (*blend)(float* y, float a, const float* x, float b, int n);               // y = a y + b x

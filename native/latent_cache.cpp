@@ -1,5 +1,6 @@
 #include "latent_cache.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cache_rows.h"
@@ -60,25 +61,28 @@ void KeyReader::copy(Source from, int key, bool halves, void* to) const {
   if (found != to) std::memcpy(to, found, sizeof(uint16_t) * shape_.width);
 }
 
-void KeyReader::look_ahead(Source from, int at, int keys) {
+void KeyReader::look_ahead(Source from, int at, int keys, int skipped) {
   if (form_ != Kernels::Keys::rows || !in_place()) return;
-  next_ = from, next_at_ = at, next_keys_ = keys;
-  for (int i = 0; i < keys; ++i) rows_[kKeyBlock + i] = half(from, at + i, nullptr);
+  next_ = from, next_at_ = at, next_keys_ = keys, next_skipped_ = skipped;
+  for (int i = skipped; i < keys; ++i) rows_[kKeyBlock + i] = half(from, at + i, nullptr);
+  std::fill_n(rows_ + kKeyBlock, skipped, rows_[kKeyBlock + skipped]);
   std::fill(rows_ + kKeyBlock + keys, rows_ + 2 * kKeyBlock, rows_[kKeyBlock + keys - 1]);
 }
 
 void KeyReader::fetch(Source from, int at, AttendBlock& b) {
-  const int keys = b.keys;
+  const int keys = b.keys, skipped = b.skipped;
   const size_t width = shape_.width;
+  const auto key = [&](int i) { return at + std::max(i, skipped); };
   switch (form_) {
     case Kernels::Keys::f32:
-      for (int i = 0; i < keys; ++i) expand(from, at + i, keys32_ + i * width);
+      for (int i = 0; i < keys; ++i) expand(from, key(i), keys32_ + i * width);
       b.k32 = keys32_;
       return;
     case Kernels::Keys::rows:
-      if (next_ == from && next_at_ == at && next_keys_ >= keys) std::copy_n(rows_ + kKeyBlock, keys, rows_);
+      if (next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped)
+        std::copy_n(rows_ + kKeyBlock, keys, rows_);
       else
-        for (int i = 0; i < keys; ++i) rows_[i] = half(from, at + i, keys16_ + i * width);
+        for (int i = 0; i < keys; ++i) rows_[i] = half(from, key(i), keys16_ + i * width);
       std::fill(rows_ + keys, rows_ + 2 * kKeyBlock, rows_[keys - 1]);
       next_.sequence = -1;
       b.rows16 = rows_;
@@ -92,7 +96,7 @@ void KeyReader::fetch(Source from, int at, AttendBlock& b) {
       }
       for (int i = 0; i < keys; ++i) {
         uint16_t* to = keys16_ + i * width;
-        const uint16_t* found = half(from, at + i, to);
+        const uint16_t* found = half(from, key(i), to);
         if (found != to) std::memcpy(to, found, sizeof(uint16_t) * width);
       }
       std::memset(keys16_ + keys * width, 0, sizeof(uint16_t) * width * (kKeyBlock - keys));

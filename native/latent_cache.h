@@ -54,10 +54,11 @@ class KeyReader {
     return cache.type == CacheType::f32 ? Kernels::Keys::f32 : kernels.keys;
   }
 
-  // Keys [at, at + b.keys) of a sequence into b.
+  // Keys [at, at + b.keys) of a sequence into b; the first one after b.skipped instead of those before it.
   void fetch(Source from, int at, AttendBlock& b);
-  // Finds keys [at, at + keys) of the block after the one just fetched, for the kernel to prefetch.
-  void look_ahead(Source from, int at, int keys);
+  // Finds keys [at, at + keys) of the block after the one just fetched, for the kernel to prefetch. The first
+  // `skipped` are not looked up.
+  void look_ahead(Source from, int at, int keys, int skipped);
   // One key expanded to float32 [width].
   void expand(Source from, int key, float* to) const;
   // The same, or in bfloat16.
@@ -78,7 +79,7 @@ class KeyReader {
   uint16_t* rest_;                            // low halves of split keys; not read again
   const uint16_t* rows_[2 * kKeyBlock] = {};  // keys of a block, and of the one after it
   Source next_ = {-1, 0};                     // contents of the second half
-  int next_at_ = 0, next_keys_ = 0;
+  int next_at_ = 0, next_keys_ = 0, next_skipped_ = 0;
 };
 
 }  // namespace farthing

@@ -29,13 +29,15 @@ constexpr float kNothing = -3.0e38f;
 struct Unit {
   KeyReader::Source from;
   int token, tokens, head, heads;  // tokens are numbered as in WideTokens::others
-  int keys;                        // that its last token sees
+  int first_key, keys;             // the first that its first token sees; those up to its last token
   int first_chunk, last_chunk;
   int slot;  // of its partial result, or -1 if it has all chunks
 
   int rows() const { return tokens * heads; }
-  int begin(int chunk) const { return Chunks::begin(chunk); }
+  int first() const { return Chunks::of(first_key); }
+  int begin(int chunk) const { return std::max(Chunks::begin(chunk), first_key / kKeyBlock * kKeyBlock); }
   int end(int chunk) const { return std::min(keys, Chunks::begin(chunk + 1)); }
+  int skipped(int at) const { return std::max(0, first_key - at); }  // keys of the block at `at`
 };
 
 struct Units {
@@ -51,18 +53,20 @@ struct Units {
       for (int g = 0; g < w.groups; ++g)
         for (int t = first; t < last; t += together)
           for (int h = 0; h < heads; h += kRows)
-            add(batch, wide, {b, g}, t, std::min(together, last - t), g * heads + h,
+            add(batch, wide, w, {b, g}, t, std::min(together, last - t), g * heads + h,
                 std::min(kRows, heads - h), last - first > kFewQueries);
     }
   }
 
  private:
-  void add(const Batch& batch, const WideTokens& wide, KeyReader::Source from, int token, int tokens,
-           int head, int heads, bool whole) {
-    const int keys = batch.keys(wide.others[token + tokens - 1]), chunks = Chunks::count(keys);
-    const int step = whole ? chunks : 1;
-    for (int c = 0; c < chunks; c += step)
-      list.push_back({from, token, tokens, head, heads, keys, c, c + step, step < chunks ? slots++ : -1});
+  void add(const Batch& batch, const WideTokens& wide, const Attention& w, KeyReader::Source from, int token,
+           int tokens, int head, int heads, bool whole) {
+    const int keys = batch.keys(wide.others[token + tokens - 1]),
+              first_key = w.first_key(batch.keys(wide.others[token]));
+    const int first = Chunks::of(first_key), last = Chunks::count(keys), step = whole ? last - first : 1;
+    for (int c = first; c < last; c += step)
+      list.push_back({from, token, tokens, head, heads, first_key, keys, c, c + step,
+                      step < last - first ? slots++ : -1});
   }
 };
 
@@ -122,7 +126,7 @@ struct Space {
                  cells = static_cast<size_t>(slots) * kRows;
     const bool split = kernels.split_act;
     head_parts = w.groups * parts_of(w);
-    row_size = std::max(w.latent + w.rope, w.nope);
+    row_size = std::max({w.latent + w.rope, w.nope, shape.latent_padded});
     if (!w.grouped()) {
       const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
       nope = work.act(uk, tokens * w.heads, split, uk.sparse);
@@ -168,8 +172,8 @@ class Mla {
         shape_(w.shape()),
         form_(KeyReader::form(kernels, in.cache)) {
     for (const Unit& u : units.list) {
-      const int chunks = Chunks::count(u.keys);
-      for (int i = 0; i < u.tokens && u.first_chunk == 0; ++i) {
+      const int chunks = Chunks::count(u.keys) - u.first();
+      for (int i = 0; i < u.tokens && u.first_chunk == u.first(); ++i) {
         space.first_slot[(u.token + i) * space.head_parts + Space::part(w, u.head)] = u.slot;
         space.first_row[u.token + i] = i * u.heads;
         space.parts[u.token + i] = u.slot < 0 ? 0 : chunks;
@@ -311,7 +315,7 @@ class Mla {
       }
       for (int r = 0; u.slot < 0 && r < b.rows; ++r)
         put_latent(u.token + r / u.heads, u.head + r % u.heads, sums.out + static_cast<size_t>(r) * b.latent,
-                   sums.sum[r]);
+                   sums.max[r], sums.sum[r]);
     });
   }
 
@@ -349,8 +353,8 @@ class Mla {
   }
 
   // Divides a row by the sum of its weights and takes it to the form W_UV reads; grouped: to the output.
-  void put_latent(int token, int head, float* row, float sum) const {
-    const float inverse = 1.0f / sum;
+  void put_latent(int token, int head, float* row, float max, float sum) const {
+    const float inverse = 1.0f / w_.with_sink(head, max, sum);
     for (int i = 0; i < w_.latent; ++i) row[i] *= inverse;
     if (w_.grouped()) {
       std::memcpy(in_.out.row(wide_.others[token]) + static_cast<int64_t>(head) * w_.value, row,
@@ -362,14 +366,19 @@ class Mla {
 
   void attend_chunk(const Unit& u, int index, int chunk, const Running& to, KeyReader& reader,
                     AttendBlock& b) const {
-    int visible[kRows];
+    int visible[kRows], hidden[kRows];
     b.visible = visible;
+    b.hidden = w_.window ? hidden : nullptr;
     b.max = to.max, b.sum = to.sum, b.out = to.out;
     to.clear(b.rows);
     const int end = u.end(chunk);
     for (int at = u.begin(chunk); at < end; at += kKeyBlock) {
       b.keys = std::min(kKeyBlock, end - at);
-      for (int j = 0; j < b.rows; ++j) visible[j] = in_.batch.keys(wide_.others[u.token + j / u.heads]) - at;
+      b.skipped = u.skipped(at);
+      for (int j = 0; j < b.rows; ++j) {
+        const int keys = in_.batch.keys(wide_.others[u.token + j / u.heads]);
+        visible[j] = keys - at, hidden[j] = w_.first_key(keys) - at;
+      }
       reader.fetch(u.from, at, b);
       look_ahead(u, index, chunk, at + kKeyBlock, reader);
       fetch_query(index + 1, at / kKeyBlock);
@@ -380,18 +389,19 @@ class Mla {
 
   // The keys that are read after those before `at`: of this unit, or of the next.
   void look_ahead(const Unit& u, int index, int chunk, int at, KeyReader& reader) const {
-    if (at < u.end(chunk)) return reader.look_ahead(u.from, at, std::min(kKeyBlock, u.end(chunk) - at));
+    if (at < u.end(chunk)) return reader.look_ahead(u.from, at, std::min(kKeyBlock, u.end(chunk) - at), 0);
     const bool last = chunk + 1 == u.last_chunk;
     if (last && index + 1 == static_cast<int>(units_.list.size())) return;
     const Unit& next = last ? units_.list[index + 1] : u;
     const int c = last ? next.first_chunk : chunk + 1;
-    reader.look_ahead(next.from, next.begin(c), std::min(kKeyBlock, next.end(c) - next.begin(c)));
+    const int first = next.begin(c);
+    reader.look_ahead(next.from, first, std::min(kKeyBlock, next.end(c) - first), next.skipped(first));
   }
 
   // Folds the chunks of split sequences.
   void merge(Team& team) const {
     if (units_.slots == 0) return;
-    const int T = tokens_, c = w_.latent, lp = shape_.latent_padded;
+    const int T = tokens_, lp = shape_.latent_padded;
     float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
     team.for_units(3, T, w_.heads, [&](int t, int h) {
       if (space_.parts[t] == 0) return;
@@ -399,13 +409,13 @@ class Mla {
                 at = space_.first_row[t] + Space::row_in_part(w_, h);
       size_t cell = static_cast<size_t>(slot) * kRows + at;
       float max = space_.partial.max[cell], sum = space_.partial.sum[cell];
-      std::copy_n(space_.partial.out + cell * lp, c, scratch);
+      std::copy_n(space_.partial.out + cell * lp, lp, scratch);
       for (int p = 1; p < space_.parts[t]; ++p) {
         cell += kRows;
         fold(kernels_, max, sum, scratch, space_.partial.max[cell], space_.partial.sum[cell],
-             space_.partial.out + cell * lp, c);
+             space_.partial.out + cell * lp, lp);
       }
-      put_latent(t, h, scratch, sum);
+      put_latent(t, h, scratch, max, sum);
     });
   }
 

@@ -1,4 +1,4 @@
-// Mixture of experts as one op: norm, route, sort by expert, gate + up + SiLU, down, weighted sum.
+// Mixture of experts as one op: norm, route, sort by expert, gate + up + activation, down, weighted sum.
 //
 // Legend: T tokens, D hidden size, E routed experts, k experts per token, R = T k routed rows, I expert
 // width.
@@ -80,7 +80,7 @@ struct Kind {
   const Matrix *in, *down;
   Act x;     // [T] normed tokens
   Act rows;  // [R] the same in expert order
-  Act mid;   // [R] or [T] SiLU(gate) * up
+  Act mid;   // [R] or [T] activation(gate) * up
 };
 
 void copy_row(const Act& from, int i, const Act& to, int j) {
@@ -114,14 +114,16 @@ int sum_columns(int hidden, int tokens, int threads) {
 int unit_columns(const Matrix& down) { return std::max(down.quantized() ? down.group : 64, 64); }
 
 // Columns [at, at + columns) of the intermediate of `rows` rows.
-void gate_up(const Kernels& k, const Matrix& in, const Matrix& down, const Act& x, const Act& mid, int rows,
-             int at, float* tile, float* hidden) {
+void gate_up(const Kernels& k, const Gate& gate, const Mlp& e, const Act& x, const Act& mid, int rows, int at,
+             float* tile, float* hidden) {
+  const Matrix &in = e.gate_up->m, &down = e.down->m;
+  const float* bias = e.in_bias.empty() ? nullptr : e.in_bias.data();
   const int columns = std::min(unit_columns(down), down.k - at), width = unit_columns(down);
   for (int m = 0; m < rows; m += kRowBlock) {
     const int some = std::min(kRowBlock, rows - m);
     for (int c = 0; c < columns; c += kPanel) {
       k.tile(in, (at + c) / kPanel * 2, 2, row(x, m), some, tile, kPairColumns);
-      k.silu_mul(tile, some, kPairColumns, hidden + c, width);
+      k.gate_mul(gate, tile, bias ? bias + 2 * (at + c) : nullptr, some, kPairColumns, hidden + c, width);
     }
     for (int i = 0; i < some; ++i)
       k.store_act(down, mid, m + i, at, hidden + static_cast<size_t>(i) * width, columns);
@@ -289,7 +291,7 @@ class Experts {
       const int at = step * unit_columns(e.down->m);
       if (at >= e.down->m.k) return;
       if (step + 1 == s_.steps && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
-      gate_up(kernels_, e.gate_up->m, e.down->m, alone() ? row(kind.x, me) : row(kind.rows, job.first),
+      gate_up(kernels_, w_.activation, e, alone() ? row(kind.x, me) : row(kind.rows, job.first),
               row(kind.mid, job.first), job.rows, at, s_.tiles + me * s_.tile_size,
               s_.hiddens + me * s_.hidden_size);
     });
@@ -319,14 +321,14 @@ class Experts {
         const Job& job = plan.jobs[j];
         float* sum = sums + job.sum * s_.sum_size;
         if (s_.apart) {
-          add_rows(plan, job, apart(job) + n0, s_.ld, panels, sum);
+          add_rows(plan, job, apart(job) + n0, s_.ld, n0, panels, sum);
           continue;
         }
         if (j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).down->m, n0 / kPanel);
         for (int m = 0; m < job.rows; m += kRowBlock) {
           const Job some = job.part_of(m, std::min(kRowBlock, job.rows - m));
           kernels_.tile(mlp(job).down->m, n0 / kPanel, panels, mid(some), some.rows, tile, wide);
-          add_rows(plan, some, tile, wide, panels, sum);
+          add_rows(plan, some, tile, wide, n0, panels, sum);
         }
       }
       for (size_t t = 0; t < plan.identity.size(); ++t)
@@ -349,12 +351,16 @@ class Experts {
                : 1.0f;
   }
 
-  // The outputs of one expert, weighted, into the sums of their tokens.
-  void add_rows(const Plan& plan, const Job& job, const float* from, int ld, int panels, float* sum) const {
+  // The outputs of one expert from column n0 on, weighted, into the sums of their tokens.
+  void add_rows(const Plan& plan, const Job& job, const float* from, int ld, int n0, int panels,
+                float* sum) const {
+    const std::vector<float>& bias = mlp(job).out_bias;
     for (int m = 0; m < job.rows; ++m) {
       const int token = job.shared ? job.first + m : plan.token[job.first + m];
-      kernels_.axpy(sum + static_cast<size_t>(token) * s_.out_columns, from + static_cast<size_t>(m) * ld,
-                    job.shared ? shared_weight(token) : plan.weight[job.first + m], panels * kPanel);
+      const float weight = job.shared ? shared_weight(token) : plan.weight[job.first + m];
+      float* to = sum + static_cast<size_t>(token) * s_.out_columns;
+      kernels_.axpy(to, from + static_cast<size_t>(m) * ld, weight, panels * kPanel);
+      if (!bias.empty()) kernels_.axpy(to, bias.data() + n0, weight, panels * kPanel);
     }
   }
 

@@ -13,6 +13,7 @@ namespace {
 constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
 void activate(const Router& r, float* s) {
+  for (size_t e = 0; e < r.logit_bias.size(); ++e) s[e] += r.logit_bias[e];
   if (r.sigmoid) {
     for (int e = 0; e < r.experts; ++e) s[e] = 1.0f / (1.0f + std::exp(-s[e]));
     return;
@@ -81,7 +82,9 @@ void Router::check() const {
   require(identities >= 0 && identities < experts, "identities", identities,
           "less than num_experts = " + std::to_string(experts));
   const int biases = static_cast<int>(bias.size());
-  require(biases == 0 || biases == experts, "biases", biases, "num_experts = " + std::to_string(experts));
+  const int logits = static_cast<int>(logit_bias.size());
+  for (const int count : {biases, logits})
+    require(count == 0 || count == experts, "biases", count, "num_experts = " + std::to_string(experts));
 }
 
 void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights) {

@@ -172,6 +172,20 @@ void silu_mul(const float* gate_up, int rows, int ld, float* out, int ldo) {
   }
 }
 
+void gate_mul(const Gate& gate, const float* gate_up, const float* bias, int rows, int ld, float* out,
+              int ldo) {
+  if (!bias && gate.silu()) return silu_mul(gate_up, rows, ld, out, ldo);
+  const f32x16 of_gate = bias ? loadf(bias) : f32x16{}, of_up = bias ? loadf(bias + 16) : f32x16{};
+  const f32x16 most = splat(gate.limit), least = splat(-gate.limit);
+  for (int m = 0; m < rows; ++m, gate_up += ld, out += ldo) {
+    f32x16 g = loadf(gate_up) + of_gate, up = loadf(gate_up + 16) + of_up;
+    g = g > most ? most : g;  // NaN stays NaN
+    up = up > most ? most : up < least ? least : up;
+    const f32x16 z = g * gate.alpha * (g * g * gate.cubic + 1.0f);
+    store(out, g / (exp(-z) + 1.0f) * (up + gate.shift));
+  }
+}
+
 void axpy(float* y, const float* x, float a, int n) {
   for_lanes(n, [&](int i) { store(y + i, fma(loadf(x + i), splat(a), loadf(y + i))); });
   for (int i = n / 16 * 16; i < n; ++i) y[i] += a * x[i];

@@ -34,7 +34,9 @@ void Moe::check_gate() const {
   if (gate->m.quantized()) throw std::invalid_argument("the router is stored in integers; expected floats");
 }
 
-void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
+void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down, const float* in_bias,
+              const float* out_bias) {
+  std::vector<float> in, out;
   if (down) {
     if (!hidden) hidden = down->m.n;
     const int at = static_cast<int>(experts.size());
@@ -48,8 +50,10 @@ void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down) {
       throw std::invalid_argument("experts of one layer differ in format or width");
     if (at % parts && !alike(*gate_up, *experts.back().gate_up))
       throw std::invalid_argument("parts of an expert differ in format");
+    if (in_bias) in.assign(in_bias, in_bias + gate_up->m.n);
+    if (out_bias) out.assign(out_bias, out_bias + hidden), out.resize(round_up(hidden, kPanel));
   }
-  experts.push_back({std::move(gate_up), std::move(down)});
+  experts.push_back({std::move(gate_up), std::move(down), std::move(in), std::move(out)});
 }
 
 void Attention::add(std::shared_ptr<Packed> uk, std::shared_ptr<Packed> uv) {
@@ -69,6 +73,7 @@ void Attention::check() const {
     if (static_cast<int>(w_uk.size()) != heads) throw std::invalid_argument("attention lacks heads");
     return;
   }
+  if (window < 0) throw std::invalid_argument("a window is negative");
   if (nope || latent != value || rope != value || rotated > rope || rotated % 2 || !w_uk.empty())
     throw std::invalid_argument("grouped attention has heads of other sizes than its keys and values");
 }

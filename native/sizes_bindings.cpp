@@ -23,7 +23,7 @@ std::shared_ptr<Packed> packed(const Storage& storage, int n, int k) {
 }
 
 Mlp mlp(const Storage& storage, int width, int hidden) {
-  return {packed(storage, 2 * round_up(width, kPanel), hidden), packed(storage, hidden, width)};
+  return {packed(storage, 2 * round_up(width, kPanel), hidden), packed(storage, hidden, width), {}, {}};
 }
 
 // width: of a routed expert; shared: of the shared expert, or of a dense MLP without a router; 0: none.

@@ -26,7 +26,7 @@ constexpr Kernels table(const char* name) {
       .tile = tile,
       .rms_norm = rms_norm,
       .store_act = store_act,
-      .silu_mul = silu_mul,
+      .gate_mul = gate_mul,
       .axpy = axpy,
       .add = add,
       .blend = blend,

@@ -157,7 +157,7 @@ def test_weights_in_mistrals_format_or_one_file(hub: Hub) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt_oss"}, "'gpt_oss', whose form of grouped-query attention is not served yet"),
+        ({"model_type": "cohere2"}, "'cohere2', whose form of grouped-query attention is not served yet"),
         (SMALL_V3 | {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu'"),
         (SMALL_V3 | {"quantization_config": {"quant_method": "awq"}}, "quant_method: got 'awq'"),
     ],

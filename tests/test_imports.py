@@ -52,7 +52,7 @@ WIDE: dict[str, int] = {
     "farthing.compress.api": 16,
     "farthing.engine.build": 17,
     "farthing.engine.engine": 17,
-    "farthing.model.types": 17,
+    "farthing.model.types": 18,
     "farthing.ops.gpu.backend": 13,
 }  # that put the others together
 ENTRY_POINTS = {"farthing.__main__"}

@@ -136,6 +136,23 @@ QWEN3_NEXT: dict[str, Any] = dict(
     max_position_embeddings=2048,
 )
 
+# A small gpt-oss: a window in two of three layers, sinks, biases everywhere, a clamped gate.
+GPT_OSS: dict[str, Any] = dict(
+    model_type="gpt_oss",
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    num_local_experts=6,
+    num_experts_per_tok=2,
+    sliding_window=9,
+    swiglu_limit=1.5,
+    max_position_embeddings=2048,
+)
+
 
 def tiny(**changes: Any) -> dict[str, Any]:
     """One dense layer and one of four experts, plain RoPE, no groups, no MTP layer; updated by `changes`."""

@@ -235,7 +235,10 @@ def test_commands_name_the_format(form: str, tmp_path: Path) -> None:
             {"quantization": {"qformat_weight": "nvfp4"}},
             "quantization.qformat_weight: got 'nvfp4'; expected 'fp8_e4m3'",
         ),
-        ({"quantization": {"bits": 4}}, "quant_method: got None; expected 'fp8' or 'compressed-tensors'"),
+        (
+            {"quantization": {"bits": 4}},
+            "quant_method: got None; expected 'fp8', 'mxfp4' or 'compressed-tensors'",
+        ),
     ],
 )
 def test_other_formats_are_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -212,18 +212,21 @@ def llama(rng: random.Random) -> Any:
 
 
 def mistral(rng: random.Random) -> Any:
-    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), sliding_window=rng.choice([None, 100]))
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), sliding_window=rng.choice([None, 5, 16]))
     return transformers.MistralForCausalLM(transformers.MistralConfig(**s))
 
 
 def qwen3(rng: random.Random) -> Any:
     s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**s, head_dim=rng.choice([8, 20])))
+    s |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=rng.choice([5, 16]))
+    s |= dict(head_dim=rng.choice([8, 20]), max_window_layers=rng.choice([0, 1]))
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**s))
 
 
 def smollm3(rng: random.Random) -> Any:
     s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
     s |= dict(num_hidden_layers=3, no_rope_layer_interval=rng.choice([2, 3]), pad_token_id=0)
+    s |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=rng.choice([5, 16]))
     return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**s))
 
 
@@ -232,6 +235,7 @@ def qwen3_moe(rng: random.Random) -> Any:
     s |= dict(moe_intermediate_size=rng.choice([16, 24]), norm_topk_prob=rng.random() < 0.5)
     s |= dict(mlp_only_layers=rng.choice([[], [0], [1]]), decoder_sparse_step=rng.choice([1, 1, 2]))
     s |= dict(head_dim=rng.choice([8, 20]), attention_bias=rng.random() < 0.5)
+    s |= dict(use_sliding_window=rng.random() < 0.3, sliding_window=rng.choice([5, 16]))
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**s))
 
 
@@ -253,7 +257,7 @@ def minimax_m2(rng: random.Random) -> Any:
 
 def mixtral(rng: random.Random) -> Any:
     s = grouped(rng) | routed(rng, "num_local_experts") | dict(rope_parameters=scaled_rope(rng))
-    s |= dict(head_dim=rng.choice([None, 10]), sliding_window=rng.choice([None, 100]))
+    s |= dict(head_dim=rng.choice([None, 10]), sliding_window=rng.choice([None, 5, 16]))
     if s["rope_parameters"]["rope_type"] != "default":  # transformers 5.24 then fails without a head_dim
         s["head_dim"] = s["head_dim"] or s["hidden_size"] // s["num_attention_heads"]
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**s))
@@ -315,6 +319,20 @@ def qwen3_5_moe_text(rng: random.Random) -> Any:
     return transformers.Qwen3_5MoeForCausalLM(text)
 
 
+def gpt_oss(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "num_local_experts") | dict(head_dim=rng.choice([8, 16, 20]))
+    s |= dict(sliding_window=rng.choice([1, 3, 8, 17]), attention_bias=rng.random() < 0.8, pad_token_id=0)
+    s |= dict(swiglu_limit=rng.choice([0.7, 7.0]), swiglu_alpha=rng.choice([1.0, 1.702]))
+    scaled = dict(rope_type="yarn", rope_theta=150000.0, factor=rng.choice([4.0, 32.0]), truncate=False)
+    scaled |= dict(beta_fast=32.0, beta_slow=1.0, original_max_position_embeddings=rng.choice([16, 64]))
+    s |= dict(rope_parameters=scaled if rng.random() < 0.7 else scaled_rope(rng))
+    if rng.random() < 0.5:
+        kinds = ("full_attention", "sliding_attention")
+        s |= dict(layer_types=[rng.choice(kinds) for _ in range(s["num_hidden_layers"])])
+    config = transformers.GptOssConfig(**s, attn_implementation="eager")
+    return transformers.GptOssForCausalLM(config)
+
+
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
@@ -331,6 +349,7 @@ GROUPED: dict[str, Build] = {
     "qwen3_next": qwen3_next,
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_5_moe_text": qwen3_5_moe_text,
+    "gpt_oss": gpt_oss,
 }
 FAMILIES: dict[str, Build] = {
     "deepseek_v3": deepseek_v3,
@@ -359,6 +378,8 @@ def build(name: str, seed: int, path: Path) -> Any:
             value.data = (0.0 if key.endswith("bias") else 1.0) + 0.1 * torch.randn_like(value)
         elif "e_score_correction_bias" in key or key.endswith("bias"):
             value.data = 0.1 * torch.randn_like(value)
+        elif "sinks" in key:
+            value.data = torch.randn_like(value)
         elif value.ndim > 1:
             value.data = torch.randn_like(value) * value.shape[-1] ** -0.5
     save(name, model, path, published=seed % 2 == 0)

@@ -66,6 +66,8 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "mixtral-8x7b": ("46.7", "12.9", "both"),
     "mixtral-8x22b": ("141", "39", "both"),
     "olmoe-1b-7b": ("6.9", "1.3", "both"),
+    "gpt-oss-20b": ("20.91", "3.61", "head"),
+    "gpt-oss-120b": ("116.83", "5.13", "head"),
     "granite-3.1-3b-a800m": ("3.3", "0.8", "neither"),
     "qwen3-8b": ("8.2", "8.2", "both"),
     "llama-3.1-8b": ("8", "8", "both"),

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 _KEYS = ("quantization_config", "compression_config")
 _MISTRAL, _WEIGHT = "quantization", "qformat_weight"  # in params.json
+MXFP4, MXFP4_GROUP = "mxfp4", 32  # and columns that share a scale
 
 
 def quantization_in(config: Mapping[str, Any]) -> Any:
@@ -58,7 +59,8 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 
 def read_quantization(quantization: Any) -> ct.Groups | None:
-    """The schemes of compressed-tensors; None for FP8 with its factors; CheckpointError for others."""
+    """The schemes of compressed-tensors; None for FP8 with its factors and for MXFP4, whose tensors have
+    names of their own. CheckpointError for others."""
     if not isinstance(quantization, dict):
         raise CheckpointError(
             f"config.json: quantization_config: got {type(quantization).__name__}; expected an object"
@@ -73,9 +75,12 @@ def read_quantization(quantization: Any) -> ct.Groups | None:
     method = quantization.get("quant_method")
     if method == ct.METHOD:
         return ct.Groups.from_json(quantization)
+    if method == MXFP4:
+        return None
     if method != "fp8":
         raise CheckpointError(
-            f"config.json: quantization_config.quant_method: got {method!r}; expected 'fp8' or {ct.METHOD!r}"
+            f"config.json: quantization_config.quant_method: got {method!r}; "
+            f"expected 'fp8', {MXFP4!r} or {ct.METHOD!r}"
         )
     block = quantization.get("weight_block_size")
     if block is not None and block != [FP8_BLOCK, FP8_BLOCK]:
@@ -354,7 +359,7 @@ class Checkpoint:
             self._groups = read_quantization(quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}/{error}") from None
-        self._fp8 = self._groups is None
+        self._fp8 = self._groups is None and method_of(quantization) != MXFP4
         if quantization.get("kv_cache_scheme"):
             log.info(
                 "%s: kv_cache_scheme is not applied; --kv-cache-dtype sets the cache's format", self.path

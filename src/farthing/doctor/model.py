@@ -18,14 +18,21 @@ from farthing.conversation import ControlTokens, Conversation, Turn
 from farthing.conversation.select import Checkpoint as ChatFacts
 from farthing.conversation.select import Habits, choose
 from farthing.engine.tokenizer import Tokenizer
-from farthing.model import DecoderModel, ModelConfig, config_of, names_in, parameter_shapes, source_of
+from farthing.model import (
+    DecoderModel,
+    ModelConfig,
+    config_of,
+    names_in,
+    parameter_shapes,
+    source_of,
+    stack_of,
+)
 from farthing.model.types import type_named, type_of
 from farthing.ops import INTEGERS, Ops, make_batch
 
 # The parts of `farthing check` that run no layer: names and shapes of tensors, tokenizer, chat format.
 
 TEXT = "The quick brown fox: 17 × 3 = 51, naïve, 你好."
-_EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 _FORMATS = {
     "F8_E4M3": "fp8",
     "BF16": "bfloat16",
@@ -33,6 +40,7 @@ _FORMATS = {
     "F32": "float32",
     "I8": "int8",
     "I4": "int4",
+    "U8": "mxfp4",
 }
 _MARK = re.compile(r"<[|｜][^<>]+[|｜]>")
 
@@ -45,7 +53,7 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
     formats: dict[str, None] = {}
     for name, shape in parameter_shapes(config):
         count += 1
-        if problem := _problem(checkpoint, stored, name, shape):
+        if problem := _problem(checkpoint, config, stored, name, shape):
             wrong.append(problem)
         elif len(shape) == 2:
             formats[_format(checkpoint, stored, name)] = None
@@ -60,34 +68,46 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
 
 def _format(checkpoint: Checkpoint, stored: Callable[[str], str], name: str) -> str:
     """The format of a matrix that `_problem` found nothing wrong with."""
-    stack, name = stored(_stack(name)), stored(name)
+    stack, name = stored(stack_of(name)), stored(name)
     if checkpoint.has(f"{name}_packed") or checkpoint.in_groups(name):
         return checkpoint.stored_as(name.removesuffix(".weight"))[0]
-    return _FORMATS[checkpoint.dtype(name if checkpoint.has(name) else stack)]
+    return _FORMATS[checkpoint.dtype(next(filter(checkpoint.has, (name, stack, f"{stack}_blocks"))))]
 
 
-def _problem(checkpoint: Checkpoint, stored: Callable[[str], str], name: str, shape: tuple[int, ...]) -> str:
+def _problem(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    stored: Callable[[str], str],
+    name: str,
+    shape: tuple[int, ...],
+) -> str:
     """What is wrong with a tensor, named as in V3; empty if nothing is."""
-    expert, stack, name = _EXPERT.fullmatch(name), stored(_stack(name)), stored(name)
+    expert, stack, name = re.search(r"\.experts\.(\d+)\.", name), stored(stack_of(name)), stored(name)
     if checkpoint.has(f"{name}_packed"):  # several columns in one number
         return ""
     actual: tuple[int, ...] | None = None
     if checkpoint.has(name):
         actual = checkpoint.shape(name)
-    elif expert and checkpoint.has(stack):  # one tensor for all experts of a layer
-        name, whole = stack, checkpoint.shape(stack)
-        shape = shape if expert["part"] == "down" else (2 * shape[0], shape[1])
-        if int(expert["index"]) >= whole[0]:
-            return f"{name} has {whole[0]} experts; expected more than {expert['index']}"
+    elif expert and (whole := _stacked_shape(checkpoint, config, stack)):  # one for all experts of a layer
+        name = stack
+        shape = shape if "down_proj" in stack else (2 * shape[0], *shape[1:])
+        if int(expert[1]) >= whole[0]:
+            return f"{name} has {whole[0]} experts; expected more than {expert[1]}"
         actual = whole[1:]
     if actual is None:
         return f"{name} is missing; expected shape {list(shape)}"
     return "" if actual == shape else f"{name} has shape {list(actual)}; expected {list(shape)}"
 
 
-def _stack(name: str) -> str:
-    """The tensor that holds an expert's matrix and those of all other experts of its layer."""
-    return _EXPERT.sub(lambda m: f"{m['stack']}.{'down' if m['part'] == 'down' else 'gate_up'}_proj", name)
+def _stacked_shape(checkpoint: Checkpoint, config: ModelConfig, stack: str) -> tuple[int, ...] | None:
+    """[E, N, K] of a stack of matrices, or [E, N] of one of biases; None if there is no such stack."""
+    if checkpoint.has(f"{stack}_blocks"):
+        experts, rows, groups, size = checkpoint.shape(f"{stack}_blocks")
+        return experts, rows, groups * size * 2
+    if not checkpoint.has(stack):
+        return None
+    experts, *inner = checkpoint.shape(stack)
+    return (experts, *(reversed(inner) if config.expert_bias else inner))
 
 
 def check_tokenizer(path: Path, config: ModelConfig | None) -> tuple[Tokenizer, str]:
@@ -166,8 +186,7 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
         if shown.index_topk is not None:
             facts["shown"] = replace(shown, index_topk=max(min(shown.index_topk, tokens // 2), 1))
         kind = type_named(config.model_type)
-        window = f"; {config.limit_by_window}" if config.limit_by_window else ""
-        return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers{window}"
+        return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
 
     yield (first := _part("configuration", configuration))
 

@@ -126,13 +126,11 @@ def _length(config: EngineConfig, model: ModelConfig) -> int:
     """max_model_len, by default the model's. Raises ValueError if it is more than that."""
     limit = model.max_position_embeddings
     if config.max_model_len is None:
-        if model.limit_by_window:
-            log.warning("%s, within which attention is the same without it", model.limit_by_window)
         return limit
     if config.max_model_len > limit:
-        which = "sliding_window" if model.limit_by_window else "max_position_embeddings"
         raise ValueError(
-            f"max_model_len: got {config.max_model_len}; expected at most {limit}, the model's {which}"
+            f"max_model_len: got {config.max_model_len}; expected at most {limit}, the model's "
+            "max_position_embeddings"
         )
     return config.max_model_len
 

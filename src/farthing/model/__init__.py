@@ -16,7 +16,7 @@ from farthing.model.load import (
     routers_for,
     source_of,
 )
-from farthing.model.source import MemorySource, WeightSource
+from farthing.model.source import MemorySource, WeightSource, stack_of
 
 __all__ = [
     "IGNORED",
@@ -44,4 +44,5 @@ __all__ = [
     "routers_for",
     "routers_of",
     "source_of",
+    "stack_of",
 ]

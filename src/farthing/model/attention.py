@@ -122,7 +122,7 @@ def _cos_sin_factor(rope: RopeConfig) -> float:
     return _mscale(rope.factor, 1.0)
 
 
-def grouped_spec(config: ModelConfig, heads: GroupedHeads) -> GroupedSpec:
+def grouped_spec(config: ModelConfig, heads: GroupedHeads, layer: int) -> GroupedSpec:
     """The head layout for the op.
 
     Grouped-query attention: query heads share key and value heads (Ainslie et al. 2023).
@@ -139,6 +139,7 @@ def grouped_spec(config: ModelConfig, heads: GroupedHeads) -> GroupedSpec:
         interleaved=config.rope.interleaved,
         whole_norm=heads.qk_norm == "whole",
         norm_eps=config.rms_norm_eps,
+        window=config.window(layer),
     )
 
 
@@ -174,23 +175,25 @@ class GroupedAttention:
             return as_float32(weights.tensor(p + name, (width,)))
 
         def parts() -> GroupedParts:
-            norms = [
-                vector(f"{n}_norm.weight", widths[n] if a.qk_norm == "whole" else a.head_dim)
+            q_norm, k_norm = (
+                None
+                if a.qk_norm is None
+                else vector(f"{n}_norm.weight", widths[n] if a.qk_norm == "whole" else a.head_dim)
                 + config.norm_offset
                 for n in ("q", "k")
-                if a.qk_norm is not None
-            ]
+            )
+            sinks = vector("sinks", a.num_attention_heads) if a.sinks else None
             if not a.qkv_bias:
-                return GroupedParts(None, *norms)
+                return GroupedParts(None, q_norm, k_norm, sinks)
             bias = [host(vector(f"{n}_proj.bias", w)) for n, w in rows.items()]
             if a.output_gate:
                 query, gate = (np.concatenate([bias[0][slice(*e)] for e in each]) for each in _gated_rows(a))
                 bias = [query, *bias[1:], gate]
-            return GroupedParts(ops.tensor(np.concatenate(bias)), *norms)
+            return GroupedParts(ops.tensor(np.concatenate(bias)), q_norm, k_norm, sinks)
 
         if layer in config.unrotated:
             rope = still(ops, rope)
-        self.heads = ops.pack_grouped(grouped_spec(config, a), parts(), rope)
+        self.heads = ops.pack_grouped(grouped_spec(config, a, layer), parts(), rope)
         o_shape = (d, a.output_width)
         self.o = ops.pack_output(
             p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), a.num_attention_heads
@@ -200,7 +203,7 @@ class GroupedAttention:
     def __call__(self, h: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' values and keys to the cache.
 
-        Also returns None: every token attends to all before it.
+        Also returns None: no token selects what it attends to.
         """
         ops = self.ops
         qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, (H + 2 G) d], then gates [T, H d]

@@ -31,6 +31,7 @@ from farthing.model.heads import (
     read_latent,
 )
 from farthing.model.types import type_named, type_of
+from farthing.ops.api import SILU, Gate
 
 __all__ = [
     "ConfigError",
@@ -69,7 +70,6 @@ class ModelConfig:
     attention: Heads
     max_position_embeddings: int
     rope: RopeConfig
-    beyond_window: int | None = None  # the file's max_position_embeddings, if its sliding window is less
     windows: tuple[int, ...] = ()  # per hidden layer, how many tokens one attends to; 0, or no entry: all
     unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
     recurrent: DeltaHeads | None = None  # of the layers that have a recurrent state instead of attention
@@ -96,6 +96,8 @@ class ModelConfig:
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
     router_bias: bool = True  # noaux_tc only: whether the gate has a correction bias
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    expert_bias: bool = False  # of the experts' matrices, and of the router's logits
+    gate: Gate = SILU  # activation of the experts
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     shared_gate: bool = False  # the shared expert's output x sigmoid of a learned product with its input
@@ -192,14 +194,6 @@ class ModelConfig:
         if self.n_shared_experts and self.shared_intermediate_size is not None:
             return self.shared_intermediate_size
         return self.n_shared_experts * self.moe_intermediate_size
-
-    @property
-    def limit_by_window(self) -> str | None:
-        """A clause that says how a sliding window limits the context; None if none does."""
-        if self.beyond_window is None:
-            return None
-        window = self.max_position_embeddings
-        return f"sliding_window limits the context to {window:,} of {self.beyond_window:,} tokens"
 
     def window(self, layer: int) -> int | None:
         """How many tokens, up to its own, one attends to in a layer; None for all of them."""
@@ -349,6 +343,7 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "dense_layers": tuple(raw.get("dense_layers") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
         "eos_token_ids": _ids(raw.get("eos_token_id")),
+        "gate": raw.get("gate") or SILU,
     }
     if raw[experts] is not None:
         derived |= {name: checked.integer(raw, name) for name in _OF_EXPERTS}

@@ -53,6 +53,7 @@ def router_spec(config: ModelConfig) -> RouterSpec:
         normalize=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
         identities=config.n_identity_experts,
+        gate=config.gate,
     )
 
 
@@ -129,6 +130,7 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
         shared_gate=as_float32(weights.tensor(f"{prefix}.shared_expert_gate.weight", (1, d)))
         if config.shared_gate and shared_here
         else None,
+        logit_bias=as_float32(weights.tensor(f"{prefix}.gate.bias", (e,))) if config.expert_bias else None,
     )
 
 

@@ -121,6 +121,7 @@ class GroupedHeads:
     output_gate: bool = False  # q_proj has a gate behind each query head; attention's output x sigmoid(gate)
     qkv_bias: bool = False
     o_bias: bool = False
+    sinks: bool = False  # each query head has a score without a value in its softmax
 
     @property
     def cache_rows(self) -> int:
@@ -197,6 +198,8 @@ class GroupedHeads:
             for name in ("q", "k"):
                 whole = self.qk_norm == "whole"
                 yield f"{p}{name}_norm.weight", (widths[name] if whole else self.head_dim,)
+        if self.sinks:
+            yield p + "sinks", (self.num_attention_heads,)
         yield p + "o_proj.weight", (d, self.output_width)
         if self.o_bias:
             yield p + "o_proj.bias", (d,)
@@ -277,8 +280,8 @@ def read_latent(raw: Mapping[str, Any]) -> LatentHeads:
 
 
 def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
-    """From a config.json with Llama's fields, and `qk_norm`, `o_bias` and `partial_rotary_factor` as the
-    type sets them.
+    """From a config.json with Llama's fields, and `qk_norm`, `o_bias`, `sinks` and `partial_rotary_factor`
+    as the type sets them.
 
     Raises ValueError naming the field.
     """
@@ -299,6 +302,7 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
         output_gate=raw.get("output_gate", False),
         qkv_bias=bias,
         o_bias=bias and raw.get("o_bias", True),
+        sinks=raw.get("sinks", False),
     )
 
 

@@ -17,6 +17,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.kinds import cache_kinds
 from farthing.model.load import names_in, parameter_shapes
+from farthing.model.source import stack_of
 from farthing.ops.torch_util import make_batch
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -106,15 +107,15 @@ def checkpoint_cost(path: Path) -> ModelCost:
 
     def size(name: str) -> int:
         if name.endswith("bias"):
-            return 0  # a gate's weight and bias share a module: its bytes are given to the weight
+            return 0  # a module's weight and bias share it: its bytes are given to the weight
         module = stored(name).rpartition(".")[0]
         if module in by_module or ".experts." not in name:
             return by_module.get(module, 0)
-        stack, _, part = name.partition(".experts.")  # one tensor for all experts of the layer
-        share = 1 if part.endswith("down_proj.weight") else 2
-        whole = stored(f"{stack}.experts.{'down_proj' if share == 1 else 'gate_up_proj'}")
+        whole = stored(stack_of(name))  # one tensor, or several, for all experts of the layer
+        share = 1 if whole.endswith("down_proj") else 2
         experts = config.at(int(name.split(".")[2])).n_routed_experts or 1
-        return checkpoint.nbytes(whole) // (share * experts) if checkpoint.has(whole) else 0
+        parts = (whole + suffix for suffix in ("", "_blocks", "_scales", "_bias"))
+        return sum(checkpoint.nbytes(p) for p in parts if checkpoint.has(p)) // (share * experts)
 
     return model_cost(config, size)
 

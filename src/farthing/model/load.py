@@ -14,7 +14,14 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.lazy import torch
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
-from farthing.model.source import ArraySource, MemorySource, RenamedSource, StackedExperts, WeightSource
+from farthing.model.source import (
+    ArraySource,
+    InterleavedExperts,
+    MemorySource,
+    RenamedSource,
+    StackedExperts,
+    WeightSource,
+)
 from farthing.model.types import Names, type_named
 from farthing.ops.api import Ops, RouterSpec
 
@@ -147,6 +154,8 @@ def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
         skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
         log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
     source = RenamedSource(checkpoint, names)
+    if config.expert_bias:
+        return InterleavedExperts(source)
     first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
     stacked = first is not None and source.has(f"model.layers.{first}.mlp.experts.down_proj")
     return StackedExperts(source) if stacked else source
@@ -222,10 +231,11 @@ def _indexer_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ..
 def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
     d = c.hidden_size
 
-    def gated(prefix: str, i: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield prefix + "gate_proj.weight", (i, d)
-        yield prefix + "up_proj.weight", (i, d)
-        yield prefix + "down_proj.weight", (d, i)
+    def gated(prefix: str, i: int, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for name, shape in (("gate_proj", (i, d)), ("up_proj", (i, d)), ("down_proj", (d, i))):
+            yield f"{prefix}{name}.weight", shape
+            if bias:
+                yield f"{prefix}{name}.bias", shape[:1]
 
     if not moe or c.shortcut_experts:
         yield from gated(p, c.intermediate_size)
@@ -235,8 +245,10 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
     yield p + "gate.weight", (c.router_size, d)
     if c.has_router_bias:
         yield p + "gate.e_score_correction_bias", (c.router_size,)
+    if c.expert_bias:
+        yield p + "gate.bias", (c.router_size,)
     for e in range(c.n_routed_experts):
-        yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size)
+        yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size, c.expert_bias)
     if c.post_mlp_norm:
         yield p + "post_mlp_layernorm.weight", (d,)
     if c.n_shared_experts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from farthing.checkpoint.compressed_tensors import BLOCK, block_scales
@@ -58,8 +59,9 @@ class MemorySource:
         return value
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """A dense matrix."""
-        return Weight("dense", self.tensor(f"{module}.weight", shape))
+        """A dense matrix; an expert's with its bias, if it has one."""
+        bias = self._tensors.get(f"{module}.bias") if ".experts." in module else None
+        return Weight("dense", self.tensor(f"{module}.weight", shape), bias=bias)
 
 
 class RenamedSource:
@@ -109,14 +111,27 @@ class ArraySource:
         return self._source.weight(module, shape)
 
 
+_EXPERT = re.compile(
+    r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj(?:\.(?P<kind>weight|bias))?"
+)
+
+
+def stack_of(name: str) -> str:
+    """The tensor of all of a layer's experts that holds one expert's matrix or bias, where they are stacked;
+    another name unchanged."""
+    found = _EXPERT.fullmatch(name)
+    if found is None:
+        return name
+    part = "down" if found["part"] == "down" else "gate_up"
+    return f"{found['stack']}.{part}_proj{'_bias' if found['kind'] == 'bias' else ''}"
+
+
 class StackedExperts:
     """Reads single experts from a source that stores a layer's experts as two stacks,
     `load.gate_up_proj` [E, 2 I, D] and `load.down_proj` [E, D, I].
 
     FP8 stacks have factors `*_proj_scale_inv`, one per expert or per 128 x 128 block of each expert.
     """
-
-    _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj")
 
     def __init__(self, source: WeightSource) -> None:
         self._source = source
@@ -135,11 +150,11 @@ class StackedExperts:
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a linear module; raises ValueError if a stack's slice has another shape."""
-        match = self._EXPERT.fullmatch(module)
+        match = _EXPERT.fullmatch(module)
         if match is None:
             return self._source.weight(module, shape)
         part, expert = match["part"], int(match["index"])
-        name = f"{match['stack']}.{'down' if part == 'down' else 'gate_up'}_proj"
+        name = stack_of(module)
         whole = self._source.tensor(name)[expert]
         matrix = whole if part == "down" else whole.chunk(2)[part == "up"]
         if shape is not None and tuple(matrix.shape) != shape:
@@ -166,3 +181,31 @@ class StackedExperts:
                 f"blocks of {BLOCK}; expected one number per expert"
             )
         return block_scales(name, scale, (n, k)).chunk(2)[part == "up"]
+
+
+_TWICE = 128  # for a bias of 127 of the exponents: the format's codes are twice the values
+
+
+class InterleavedExperts(StackedExperts):
+    """Reads single experts of gpt-oss: a layer's experts are stacks whose rows of gate and up alternate, with
+    `*_proj_bias` [E, N]. Matrices are transposed, [E, K, N], or MXFP4: `*_proj_blocks` uint8
+    [E, N, K / 32, 16] with two values in a byte, the first in its low half, and `*_proj_scales` uint8
+    [E, N, K / 32], powers of two."""
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """As in `StackedExperts`, with the matrix's bias."""
+        named = _EXPERT.fullmatch(module)
+        if named is None:
+            return self._source.weight(module, shape)
+        part, expert = named["part"], int(named["index"])
+        name = stack_of(module)
+        rows = slice(None) if part == "down" else slice(int(part == "up"), None, 2)
+        if self._source.has(f"{name}_blocks"):
+            blocks, scales = (self._source.tensor(f"{name}_{n}")[expert, rows] for n in ("blocks", "scales"))
+            factors = torch.exp2(scales.float() - _TWICE)
+            found = Weight("mxfp4", blocks.flatten(1), factors)
+        else:
+            found = Weight("dense", self._source.tensor(name)[expert].t()[rows])
+        if shape is not None and found.shape != shape:
+            raise ValueError(f"{module} has shape {found.shape}; expected {shape}")
+        return replace(found, bias=self._source.tensor(f"{name}_bias")[expert, rows].float())

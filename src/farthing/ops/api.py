@@ -10,6 +10,7 @@ L cache layers.
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +33,20 @@ CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """The activation of a gated MLP: (up + shift) g sigmoid(alpha g (1 + cubic g^2)), where g is at most
+    `limit` and up within it on both sides. By default SiLU; GELU's approximation by tanh is another."""
+
+    alpha: float = 1.0
+    cubic: float = 0.0
+    limit: float = math.inf
+    shift: float = 0.0
+
+
+SILU = Gate()
+
+
+@dataclass(frozen=True, slots=True)
 class RouterSpec:
     """The routing rule (DeepSeek-V3 section 2.1.2; V2 section 2.1.3)."""
 
@@ -47,6 +62,7 @@ class RouterSpec:
     mass: float | None = None
     min_experts: int = 2
     identities: int = 0  # the last experts, absent from MoEWeights: they return n, the normed input
+    gate: Gate = SILU  # of every expert, the shared one included
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,7 @@ class GroupedSpec:
     whole_norm: bool = False  # norms are of all heads together, not of each
     norm_eps: float = 1e-6  # of the norms of queries and keys
     gated: bool = False  # the output is multiplied by the sigmoid of further H d columns of the input
+    window: int | None = None  # how many tokens up to its own one attends to; None: all of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,7 @@ class GroupedParts:
     bias: Tensor | None = None  # [(H + 2 G) d], and H d of the gates
     q_norm: Tensor | None = None  # [d], or [H d] of all heads together
     k_norm: Tensor | None = None  # [d], or [G d]
+    sinks: Tensor | None = None  # [H], a score of each head that takes part in its softmax without a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +164,7 @@ class MoEWeights:
     experts: Sequence[Callable[[], tuple[Weight, Weight, Weight]] | None]
     shared: Callable[[], tuple[Weight, Weight, Weight]] | None
     shared_gate: Tensor | None = None  # [1, D] float32: the shared expert's output x sigmoid(shared_gate n)
+    logit_bias: Tensor | None = None  # [E] float32, added to the router's logits
 
 
 @dataclass(slots=True)
@@ -431,7 +450,8 @@ class Ops(ABC):
         """qkv [T, (H + 2 G) d], and H d columns of gates -> [T, H d]; the layer has G cache rows.
 
         Adds biases, norms and rotates queries and keys, writes (value, key) to the batch's slots, then
-        attends to the first `position + 1` cached tokens of each token's sequence. qkv may be overwritten.
+        attends to the first `position + 1` cached tokens of each token's sequence, or the last `window` of
+        those: what is before them is not read. qkv may be overwritten.
         """
 
     @abstractmethod

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from farthing.ops.api import (
     CacheDtype,
+    Gate,
     Handle,
     HostOps,
     MoEWeights,
@@ -41,7 +42,7 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.reference import route, shared_weight
+from farthing.ops.reference import gated_by, route, shared_weight
 from farthing.ops.weights import Weight
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -227,7 +228,6 @@ class HostTransfer:
 
 DECIDE_EVERY = 16  # steps between two reviews of a layer's hot experts
 Gated = tuple[Weight, Weight, Weight]
-Pair = tuple[Handle, Handle]  # an expert on the device: gate and up stacked, down
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,18 +239,35 @@ class Rows:
     parts: dict[int, slice]  # by expert, ascending
 
 
+@dataclass(frozen=True, slots=True)
+class HotExpert:
+    """An expert on the device."""
+
+    gate_up: Handle
+    down: Handle
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def __call__(self, ops: Ops, x: Tensor, activation: Gate) -> Tensor:
+        """Its output [T, D] for normed inputs."""
+        both = ops.linear(x, self.gate_up)
+        gate, up = (both if self.gate_up_bias is None else both + self.gate_up_bias).chunk(2, -1)
+        y = ops.linear(gated_by(activation, gate, up), self.down)
+        return y if self.down_bias is None else y + self.down_bias
+
+
 @dataclass(slots=True)
 class HotExperts:
     """A layer's experts on the device."""
 
     cache: ExpertCache
-    handles: dict[int, Pair] = field(default_factory=dict)
+    handles: dict[int, HotExpert] = field(default_factory=dict)
     evicted: int | None = None  # no longer resident; its weights may still be in use
     loading: int | None = None
-    load: Future[Pair] | None = None
+    load: Future[HotExpert] | None = None
     steps: int = 0
 
-    def serving(self) -> dict[int, Pair]:
+    def serving(self) -> dict[int, HotExpert]:
         """The experts the device computes in the next step."""
         return {expert: pair for expert, pair in self.handles.items() if expert != self.evicted}
 
@@ -263,6 +280,7 @@ class HybridMoE:
     spec: RouterSpec
     gate: Tensor  # [E, D] float32, on the device
     bias: Tensor | None  # [E]
+    logit_bias: Tensor | None  # [E]
     loads: Sequence[Callable[[], Gated] | None]
     routed: Handle  # packed by the host
     shared: Handle | None  # on the device
@@ -300,11 +318,13 @@ class HybridOps(OpsWrapper):
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> HybridMoE:
         w = weights()
+        bias, logit_bias = (None if b is None else b.float().to(self.device) for b in (w.bias, w.logit_bias))
         return HybridMoE(
             name,
             spec,
             w.gate.float().to(self.device),
-            None if w.bias is None else w.bias.float().to(self.device),
+            bias,
+            logit_bias,
             w.experts,
             self._host.pack_moe(name, spec, lambda: replace(w, shared=None, shared_gate=None)),
             None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
@@ -336,7 +356,7 @@ class HybridOps(OpsWrapper):
         out = self._shared(x, weights, norm)
         rows = rows_of(here["ids"].numpy())
         self._follow(weights, rows)
-        out = out + self._on_device(n, gates, rows, hot)
+        out = out + self._on_device(n, gates, rows, hot, weights.spec.gate)
         return (out + self._transfer.to_device(computed())).to(self.dtype)
 
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Norm) -> Tensor:
@@ -368,7 +388,9 @@ class HybridOps(OpsWrapper):
         cold = ids.masked_fill(torch.isin(ids, torch.tensor(list(hot), dtype=ids.dtype)), -1)
         return self._host.moe_chosen(x.clone(), routed, norm, cold, here["gates"]).float() - x
 
-    def _on_device(self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, Pair]) -> Tensor:
+    def _on_device(
+        self, n: Tensor, gates: Tensor, rows: Rows, hot: Mapping[int, HotExpert], activation: Gate
+    ) -> Tensor:
         """The sum of the hot experts [T, D] float32."""
         out = torch.zeros_like(n, dtype=torch.float32)
         chosen = [(hot[expert], part) for expert, part in rows.parts.items() if expert in hot]
@@ -376,10 +398,9 @@ class HybridOps(OpsWrapper):
             return out
         tokens, slots = self._transfer.indices(rows.tokens), self._transfer.indices(rows.slots)
         weight = gates[tokens, slots, None]
-        for (gate_up, down), part in chosen:
+        for expert, part in chosen:
             # One expert at a time: a sum over all rows at once would have no fixed order on a GPU.
-            gate, up = self._inner.linear(n[tokens[part]], gate_up).chunk(2, -1)
-            y = self._inner.linear(F.silu(gate) * up, down)
+            y = expert(self._inner, n[tokens[part]], activation)
             out.index_add_(0, tokens[part], y.float() * weight[part])
         return out
 
@@ -389,7 +410,7 @@ class HybridOps(OpsWrapper):
 
     def route(self, n: Tensor, weights: HybridMoE) -> tuple[Tensor, Tensor]:
         """Route in plain torch on the device, so that both sides use the same choice."""
-        return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
+        return route(F.linear(n.float(), weights.gate, weights.logit_bias), weights.bias, weights.spec)
 
     # -- hot experts
 
@@ -417,14 +438,16 @@ class HybridOps(OpsWrapper):
             hot.cache.loaded(hot.loading)
             hot.loading = hot.load = None
 
-    def _load(self, weights: HybridMoE, expert: int) -> Pair:
+    def _load(self, weights: HybridMoE, expert: int) -> HotExpert:
         load, name = weights.loads[expert], f"{weights.name}.hot.{expert}"
         assert load is not None
         with torch.inference_mode(), self._transfer.side_stream():
             gate, up, down = load()
-            return (
+            biases = None if gate.bias is None or up.bias is None else torch.cat((gate.bias, up.bias))
+            return HotExpert(
                 self._inner.pack_linear(f"{name}.gate_up", lambda: [gate, up]),
                 self._inner.pack_linear(f"{name}.down", lambda: [down]),
+                *(None if b is None else b.to(self.device, self.dtype) for b in (biases, down.bias)),
             )
 
     def settle(self) -> None:

@@ -7,7 +7,8 @@ Legend: see `farthing.ops.api`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops.api import (
+    SILU,
     AttentionSpec,
     CacheDtype,
     DeltaParts,
     DeltaSpec,
+    Gate,
     GroupedParts,
     GroupedSpec,
     HostOps,
@@ -64,8 +67,8 @@ def pack_grouped(
     spec: GroupedSpec, parts: GroupedParts, rope: Tensor, here: Callable[[Tensor], Tensor]
 ) -> Grouped:
     """here: copies a tensor to the device."""
-    moved = (None if part is None else here(part) for part in (parts.bias, parts.q_norm, parts.k_norm))
-    return Grouped(spec, GroupedParts(*moved), here(rope))
+    found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks)
+    return Grouped(spec, GroupedParts(*(None if part is None else here(part) for part in found)), here(rope))
 
 
 def gated_output(out: Tensor, qkv: Tensor, g: Grouped) -> Tensor:
@@ -129,16 +132,53 @@ def read_heads(cache: LatentCache, row: int, groups: int, slots: Tensor) -> tupl
     return k, v
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, s: GroupedSpec) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, g: Grouped) -> Tensor:
     """q [B t, H, d], k and v [B, G, S, d] -> [B t, H d]; seen [B, t, S] bool, None: up to a token's own."""
+    s = g.spec
     query = q.unflatten(0, (k.shape[0], -1)).transpose(1, 2)  # [B, H, t, d]
+    k, v = k.to(query.dtype), v.to(query.dtype)
+    if g.parts.sinks is not None:
+        query, k, v, seen = _with_sink(query, k, v, seen, g.parts.sinks / s.scale)
     causal = seen is None and query.shape[2] > 1
     mask = None if seen is None else seen.unsqueeze(1)
-    k, v = k.to(query.dtype), v.to(query.dtype)
     out = F.scaled_dot_product_attention(
         query, k, v, mask, is_causal=causal, scale=s.scale, enable_gqa=s.kv_heads != s.num_heads
     )
-    return out.transpose(1, 2).flatten(2).flatten(0, 1)
+    return out[..., : s.head_dim].transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _with_sink(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs of attention with a last key that is the sink, whose value is 0: a further column holds the
+    score [H] in queries, 1 in that key and 0 in the others."""
+    batch, _, t, _ = q.shape
+    column = score.to(q.dtype).view(1, -1, 1, 1).expand(batch, -1, t, 1)
+    k, v = F.pad(k, (0, 1, 0, 1)), F.pad(v, (0, 1, 0, 1))
+    k[..., -1, -1] = 1
+    if seen is None and t > 1:
+        seen = torch.ones(batch, t, t, dtype=torch.bool, device=q.device).tril()
+    return torch.cat((q, column), -1), k, v, None if seen is None else F.pad(seen, (0, 1), value=True)
+
+
+def pieces(start: int, stop: int, position: int, window: int | None) -> Iterator[tuple[slice, range]]:
+    """Tokens start … stop of one sequence, the first at `position`, in runs, each with the positions that it
+    attends to: one run, or as many as keep those close to a window."""
+    step = stop - start if window is None else max(window, _LEAST_RUN)
+    for at in range(start, stop, step):
+        end, first = min(stop, at + step), 0
+        if window is not None:
+            first = max(0, position + at - start - window + 1)
+        yield slice(at, end), range(first, position + end - start)
+
+
+_LEAST_RUN = 64  # tokens that attend in one call
+
+
+def visible(at: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Whether tokens at `positions` attend to cached tokens `at`, which broadcast."""
+    seen = at <= positions
+    return seen if window is None else seen & (at > positions - window)
 
 
 def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
@@ -151,11 +191,12 @@ def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
     starts, lengths = batch.query_start.tolist(), batch.context_lens.tolist()
     for b, length in enumerate(lengths):
         start, stop = starts[b], starts[b + 1]
-        at = torch.arange(length, device=q.device)
-        slots = batch.block_table[b, at // size].long() * size + at % size
-        keys, values = read_heads(cache, row, s.kv_heads, slots[None])
-        seen = at <= batch.positions[start:stop, None]
-        out[start:stop] = attend(q[start:stop], keys, values, seen[None], s)
+        for tokens, read in pieces(start, stop, length - (stop - start), s.window):
+            at = torch.arange(read.start, read.stop, device=q.device)
+            slots = batch.block_table[b, at // size].long() * size + at % size
+            keys, values = read_heads(cache, row, s.kv_heads, slots[None])
+            seen = visible(at, batch.positions[tokens, None], s.window)
+            out[tokens] = attend(q[tokens], keys, values, seen[None], g)
     return gated_output(out, qkv, g)
 
 
@@ -167,7 +208,15 @@ class Ranged:
     inputs: InputRounding
 
 
-Value = Tensor | Ranged
+@dataclass(slots=True)
+class Biased:
+    """A matrix whose products get a bias [N]."""
+
+    weight: Tensor | Ranged
+    bias: Tensor
+
+
+Value = Tensor | Ranged | Biased
 Gated = tuple[Value, Value, Value]
 
 
@@ -188,6 +237,7 @@ class _MoE:
     experts: list[Gated | None]
     shared: Gated | None
     shared_gate: Tensor | None
+    logit_bias: Tensor | None
 
 
 class ReferenceOps(HostOps):
@@ -211,17 +261,23 @@ class ReferenceOps(HostOps):
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Gated:
         gate, up, down = weights()
         return (
-            _ranged(self._value(gate, True), [gate, up]),
-            _ranged(self._value(up, True), [gate, up]),
-            _ranged(self._value(down, True), [down]),
+            self._biased(_ranged(self._value(gate, True), [gate, up]), gate),
+            self._biased(_ranged(self._value(up, True), [gate, up]), up),
+            self._biased(_ranged(self._value(down, True), [down]), down),
         )
+
+    def _biased(self, value: Tensor | Ranged, weight: Weight) -> Value:
+        if weight.bias is None:
+            return value
+        return Biased(value, weight.bias.to(self.device, self.dtype))
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> _MoE:
         w = weights()
         experts = [self.pack_mlp(name, e) if e else None for e in w.experts]
         shared = self.pack_mlp(name, w.shared) if w.shared else None
-        bias, shared_gate = (None if each is None else each.float() for each in (w.bias, w.shared_gate))
-        return _MoE(spec, w.gate.float(), bias, experts, shared, shared_gate)
+        found = (None if b is None else b.float() for b in (w.bias, w.shared_gate, w.logit_bias))
+        bias, shared_gate, logit_bias = found
+        return _MoE(spec, w.gate.float(), bias, experts, shared, shared_gate, logit_bias)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -327,18 +383,20 @@ class ReferenceOps(HostOps):
             if counts is not None:
                 counts[e] += token.numel()
             if expert is not None and token.numel():
-                out.index_add_(0, token, gated_mlp(n[token], expert).float() * gates[token, slot, None])
+                y = gated_mlp(n[token], expert, weights.spec.gate).float()
+                out.index_add_(0, token, y * gates[token, slot, None])
         if weights.spec.identities:
             out += n.float() * identity_weight(ids, gates, weights.spec)
         if weights.shared is not None:
-            out += shared_weight(n, weights.shared_gate) * gated_mlp(n, weights.shared).float()
+            shared = gated_mlp(n, weights.shared, weights.spec.gate).float()
+            out += shared_weight(n, weights.shared_gate) * shared
         return out.to(self.dtype) if x is None else x + out.to(self.dtype)
 
     def reroute(self, weights: _MoE, spec: RouterSpec) -> None:
         weights.spec = spec
 
     def route(self, n: Tensor, weights: _MoE) -> tuple[Tensor, Tensor]:
-        return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec)
+        return route(F.linear(n.float(), weights.gate, weights.logit_bias), weights.bias, weights.spec)
 
     def logits(self, x: Tensor, head: Value, norm: Norm) -> Tensor:
         return self.linear(x, head, norm).float()
@@ -367,23 +425,35 @@ def largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return values[:, :k], ids[:, :k], logits.logsumexp(-1)
 
 
-def _ranged(value: Tensor, shared: Sequence[Weight]) -> Value:
+def _ranged(value: Tensor, shared: Sequence[Weight]) -> Tensor | Ranged:
     """`value` with the calibrated range, if any, of the matrices that share its input."""
     inputs = inputs_of(shared)
     return value if inputs is None or inputs.scale is None else Ranged(value, inputs)
 
 
 def product(x: Tensor, weight: Value) -> Tensor:
-    """x W^T, with x rounded if the model says so."""
+    """x W^T, with x rounded if the model says so, and the bias if it has one."""
+    if isinstance(weight, Biased):
+        return product(x, weight.weight) + weight.bias
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
     return F.linear(weight.inputs(x.float(), x.shape[-1]).to(x.dtype), weight.weight)
 
 
-def gated_mlp(x: Tensor, weights: Gated) -> Tensor:
-    """down(silu(gate(x)) * up(x))."""
+def gated_mlp(x: Tensor, weights: Gated, activation: Gate = SILU) -> Tensor:
+    """down(activation(gate(x), up(x)))."""
     gate, up, down = weights
-    return product(F.silu(product(x, gate)) * product(x, up), down)
+    return product(gated_by(activation, product(x, gate), product(x, up)), down)
+
+
+def gated_by(a: Gate, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, or what `Gate` describes."""
+    if a == SILU:
+        return F.silu(gate) * up
+    if a.limit < math.inf:
+        gate, up = gate.clamp(max=a.limit), up.clamp(-a.limit, a.limit)
+    wide = a.alpha * gate if a.cubic == 0.0 else a.alpha * gate * (1 + a.cubic * gate.square())
+    return (up + a.shift) * (gate * torch.sigmoid(wide))
 
 
 def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,12 @@ from torch import Tensor
 from farthing.ops import reference
 from farthing.ops.api import (
     ALL,
+    SILU,
     AttentionSpec,
     Batch,
     DeltaParts,
     DeltaSpec,
+    Gate,
     GroupedParts,
     GroupedSpec,
     IndexerSpec,
@@ -40,6 +42,7 @@ from farthing.ops.indexer import Indexer
 from farthing.ops.reference import (
     Gated,
     ReferenceOps,
+    gated_by,
     gated_mlp,
     identity_weight,
     normed,
@@ -83,6 +86,7 @@ class Experts:
     shared: Mlp | None
     shared_gate: Tensor | None
     stacked: tuple[Tensor, Tensor] | None  # [E, 2 I, D] and [E, D, I]
+    logit_bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +100,16 @@ class Span:
     seen: Tensor | None
 
 
-def spans(batch: Batch, block_size: int) -> list[Span]:
-    """The batch's sequences; adjacent ones with a single token attend together."""
+def spans(batch: Batch, block_size: int, window: int | None = None) -> list[Span]:
+    """The batch's sequences; adjacent ones with a single token attend together.
+
+    window: what a token attends to at most; then sequences with several tokens are divided.
+    """
     starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
     offset = torch.arange(max(lens), device=batch.positions.device)
     table = batch.block_table.long()
+    if window is not None and window < max(lens):
+        return _windowed(batch, block_size, window, offset)
 
     def span(first: int, last: int) -> Span:
         rows = offset[: max(lens[first:last])]
@@ -118,6 +127,29 @@ def spans(batch: Batch, block_size: int) -> list[Span]:
             merged.append(span(first, b + 1))
             first = b + 1
     return merged
+
+
+def _windowed(batch: Batch, block_size: int, window: int, offset: Tensor) -> list[Span]:
+    starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
+    table = batch.block_table.long()
+    found, first = [], 0
+    for b, (start, stop) in enumerate(pairwise(starts)):
+        if stop - start == 1 and b + 1 < len(lens) and starts[b + 2] - stop == 1:
+            continue  # it attends together with the next
+        if stop - start == 1:
+            most = min(window, max(lens[first : b + 1]))
+            ends = batch.context_lens[first : b + 1, None].long()
+            rows = (ends - window).clamp_min(0) + offset[:most]  # [B, S]
+            slots = table[first : b + 1].gather(1, rows // block_size) * block_size + rows % block_size
+            found.append(Span(starts[first], stop, slots, (rows < ends).unsqueeze(1)))
+        else:
+            for tokens, read in reference.pieces(start, stop, lens[b] - (stop - start), window):
+                rows = offset[read.start : read.stop]
+                slots = table[b, rows // block_size] * block_size + rows % block_size
+                seen = reference.visible(rows, batch.positions[tokens, None], window)
+                found.append(Span(tokens.start, tokens.stop, slots[None], seen[None]))
+        first = b + 1
+    return found
 
 
 # -- one token through a layer
@@ -153,11 +185,11 @@ def expert_output(
     n = normed(h, layer.feed_norm.weight, layer.feed_norm.eps)
     w: Experts = layer.feed
     assert w.stacked is not None
-    ids, gates = route(F.linear(n.float(), w.gate), w.bias, w.spec)
+    ids, gates = route(F.linear(n.float(), w.gate, w.logit_bias), w.bias, w.spec)
     chosen = ids[0].clamp_min(0)
     # Products and sums instead of matrix products: compiled, they read the chosen experts in place.
     gate, up = (w.stacked[0][chosen].float() * n.float()).sum(-1).to(n.dtype).chunk(2, -1)  # [k, I]
-    inner = (F.silu(gate) * up).float() * gates[0].unsqueeze(-1)
+    inner = gated_by(w.spec.gate, gate, up).float() * gates[0].unsqueeze(-1)
     out = (w.stacked[1][chosen].float() * inner.unsqueeze(1)).sum(-1).sum(0, keepdim=True)  # [1, D]
     if w.shared is not None:
         out = out + _shared(n, w.shared, w)
@@ -167,12 +199,12 @@ def expert_output(
 # -- parts
 
 
-def gated(x: Tensor, w: Mlp) -> Tensor:
-    """down(silu(gate(x)) * up(x))."""
+def gated(x: Tensor, w: Mlp, activation: Gate = SILU) -> Tensor:
+    """down(activation(gate(x), up(x)))."""
     if len(w) == 3:
-        return gated_mlp(x, w)
+        return gated_mlp(x, w, activation)
     gate, up = F.linear(x, w[0]).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, w[1])
+    return F.linear(gated_by(activation, gate, up), w[1])
 
 
 def rotated(q: Tensor, kv: Tensor, a: Heads, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -261,16 +293,17 @@ def mixture(n: Tensor, w: Experts, ids: Tensor, gates: Tensor, counts: Tensor | 
 
 
 def _shared(n: Tensor, mlp: Mlp, w: Experts) -> Tensor:
-    return shared_weight(n, w.shared_gate) * gated(n, mlp).float()
+    return shared_weight(n, w.shared_gate) * gated(n, mlp, w.spec.gate).float()
 
 
 def _each(tokens: Tensor, numbers: list[int], w: Experts) -> Tensor:
     """tokens [N, D] in order of their expert, of which expert e has numbers[e] -> its output for each."""
     if w.stacked is None:
         parts = zip(tokens.split(numbers), w.experts, strict=True)
-        return torch.cat([torch.zeros_like(x) if e is None else gated(x, e) for x, e in parts])
+        act = w.spec.gate
+        return torch.cat([torch.zeros_like(x) if e is None else gated(x, e, act) for x, e in parts])
     gate, up = _products(tokens, numbers, w.stacked[0]).chunk(2, -1)
-    return _products(F.silu(gate) * up, numbers, w.stacked[1])
+    return _products(gated_by(w.spec.gate, gate, up), numbers, w.stacked[1])
 
 
 def _products(x: Tensor, numbers: list[int], matrices: Tensor) -> Tensor:
@@ -348,9 +381,11 @@ class TorchOps(ReferenceOps):
         if len(pairs) == len(experts):
             stacked = torch.stack([e[0] for e in pairs]), torch.stack([e[1] for e in pairs])
             experts = []
-        found = (None if each is None else each.float().to(self.device) for each in (w.bias, w.shared_gate))
-        bias, shared_gate = found
-        return Experts(spec, w.gate.float().to(self.device), bias, experts, shared, shared_gate, stacked)
+        given = (w.bias, w.shared_gate, w.logit_bias)
+        bias, shared_gate, added = (None if b is None else b.float().to(self.device) for b in given)
+        return Experts(
+            spec, w.gate.float().to(self.device), bias, experts, shared, shared_gate, stacked, added
+        )
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -397,7 +432,8 @@ class TorchOps(ReferenceOps):
         return self._attention(q, kv, heads, Place(in_rows(cache), place.row, batch), plan)
 
     def gqa(self, qkv: Tensor, heads: reference.Grouped, place: Place) -> Tensor:
-        return self._grouped(qkv, heads, place, spans(place.batch, place.cache.block_size))
+        plan = spans(place.batch, place.cache.block_size, heads.spec.window)
+        return self._grouped(qkv, heads, place, plan)
 
     def _grouped(self, qkv: Tensor, g: reference.Grouped, place: Place, plan: list[Span]) -> Tensor:
         cache, row, batch = place.cache, place.row, place.batch
@@ -406,7 +442,7 @@ class TorchOps(ReferenceOps):
         parts = []
         for p in plan:
             keys, read = reference.read_heads(cache, row, g.spec.kv_heads, p.slots)
-            parts.append(reference.attend(q[p.start : p.stop], keys, read, p.seen, g.spec))
+            parts.append(reference.attend(q[p.start : p.stop], keys, read, p.seen, g))
         return reference.gated_output(torch.cat(parts) if len(parts) > 1 else parts[0], qkv, g)
 
     def delta(self, x: Tensor, gates: Tensor, delta: Delta, place: Place) -> Tensor:
@@ -458,7 +494,8 @@ class TorchOps(ReferenceOps):
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,
         span: slice = ALL,
     ) -> Tensor:  # fmt: skip
-        plan = spans(batch, cache.block_size)
+        window = stack.layers[0].window if stack.layers else None  # of all of them
+        plan = spans(batch, cache.block_size, window)
         # A compiled function takes any number of cached tokens except 1, which torch.compile specializes.
         single = len(h) == 1 and plan[0].slots.shape[1] > 1
         if single and stack.compilable and span == ALL:
@@ -468,7 +505,8 @@ class TorchOps(ReferenceOps):
         for i in range(*span.indices(len(stack.layers))):
             layer = stack.layers[i]
             place = Place(cache, i * layer.rows, batch)
-            h = self._layer(h, layer, place, None if counts is None else counts[i], plan)
+            seen = None if counts is None else counts[i]
+            h = self._layer(h, layer, place, seen, plan)
         return h
 
     def _layer(

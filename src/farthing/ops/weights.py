@@ -104,6 +104,7 @@ class Weight:
     minimum: Tensor | None = None  # float32 [N, K/g], added to q times scale
     # iq4_xs, q4_k, q5_k, q6_k: float32 [N, K/256] each, of which scales and minimums are whole multiples
     units: tuple[Tensor, Tensor | None] | None = None
+    bias: Tensor | None = None  # [N] added to the product, of experts alone: attention has its own
 
     @property
     def nibbles(self) -> bool:
@@ -391,6 +392,9 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     """Rows (dim 0) or columns (dim 1) of a stored matrix; dense if the cut splits a scale block."""
     assert cut.dim is not None
     start, size = cut.start, cut.stop - cut.start
+    if weight.bias is not None:  # of columns, the first part has it, because their products are summed
+        kept = weight.bias.narrow(0, start, size) if cut.dim == 0 else None if start else weight.bias
+        return replace(cut_weight(replace(weight, bias=None), cut), bias=kept)
     if weight.format == "dense":
         return replace(weight, data=weight.data.narrow(cut.dim, start, size))
     assert weight.scale is not None

@@ -365,7 +365,7 @@ def layer_of(name: str) -> int | None:
 
 def _tp_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
     module = name.split(".")[-2]
-    dim = 0 if module in ROWS else 1 if module in COLUMNS else None
+    dim = 0 if module in ROWS or name.endswith(".sinks") else 1 if module in COLUMNS else None
     if dim is None or tp == 1 or len(shape) <= dim:  # o_proj's bias is added once, after the sum
         return Cut(None)
     if ".self_attn." in name:  # heads are never split, and key-value heads shared by ranks if there are fewer

@@ -508,4 +508,4 @@ def file_bytes(stored: Stored, shape: tuple[int, ...]) -> int:
     if stored.kind == "int8":
         return count + 4 * shape[0]
     groups = shape[0] * -(-shape[1] // stored.group)
-    return count // 2 + groups * (3 if stored.zero else 2)
+    return count // 2 + groups * (1 if stored.kind == "mxfp4" else 3 if stored.zero else 2)

@@ -6,14 +6,20 @@ native module they count as much as the stored format.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from farthing.checkpoint.reader import Checkpoint, quantization_in, read_quantization
-from farthing.model import ModelConfig, names_in
+from farthing.checkpoint.reader import (
+    MXFP4,
+    MXFP4_GROUP,
+    Checkpoint,
+    method_of,
+    quantization_in,
+    read_quantization,
+)
+from farthing.model import ModelConfig, names_in, stack_of
 from farthing.model.fields import optional_section, wrong
 from farthing.model.types import type_of
 from farthing.ops.weights import INTEGERS, Format, int4_group, loaded_as
@@ -43,7 +49,6 @@ _QUANTIZED = (
     *("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight"),
 )
 _KEPT = ("eh_proj.weight", ".indexer.weights_proj.weight")  # published checkpoints keep these in bfloat16
-_EXPERT = re.compile(r"experts\.\d+\.(gate|up|down)_proj\.weight$")  # of a stack of a layer's experts
 StoredOf = Callable[[str], Stored]
 
 
@@ -75,6 +80,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
         matrix = name.endswith(_QUANTIZED) and not name.endswith(_KEPT)
         if not quantization or not matrix:
             return plain
+        if method_of(quantization) == MXFP4:
+            return Stored("mxfp4", MXFP4_GROUP) if ".experts." in name else plain
         if groups is None:
             return Stored("fp8")
         module = name.removesuffix(".weight")
@@ -104,7 +111,9 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
             group = columns // checkpoint.shape(f"{module}.weight_scale")[-1]
             return Stored(kind, group, checkpoint.has(f"{module}.weight_zero_point"))
         if not checkpoint.has(name):
-            name = _EXPERT.sub(lambda m: f"experts.{'down' if m[1] == 'down' else 'gate_up'}_proj", name)
+            name = stack_of(name)
+        if checkpoint.has(f"{name}_blocks"):
+            return Stored("mxfp4", MXFP4_GROUP)
         if not checkpoint.has(name):
             return Stored("bfloat16")
         return Stored(_TENSORS.get(checkpoint.dtype(name), "int8"))

@@ -467,14 +467,13 @@ def _experts(
     holder: Holder,
     experts: int,
 ) -> int:
-    """Bytes of one matrix over all experts of a layer on this rank."""
+    """Bytes of one matrix or bias over all experts of a layer on this rank."""
     if not plan.holds_layer(layer_of(name) or 0, place):
         return 0
-    if plan.layout.ep == 1:
-        cut = plan.cut(name, place)
-        n, k = local_shape(shape, cut or Cut(None))
-    else:
-        n, k = shape
+    local = local_shape(shape, plan.cut(name, place) or Cut(None)) if plan.layout.ep == 1 else shape
+    if len(local) == 1:  # a bias
+        return 4 * local[0] * experts
+    n, k = local
     absent = holder.backend == "cpu" and plan.layout.ep > 1  # one block of zeros replaces the others
     return holder.matrix(n, k, stored, mlp=True) * (experts + absent)
 

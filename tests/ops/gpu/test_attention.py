@@ -20,6 +20,7 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import DEVICE, norm
 from tests.ops.parts import distance
+from tests.ops.test_gqa import Case, error, in_steps
 
 SPECS = {
     "small": AttentionSpec(4, 8, 8, 8, 32, 0.2),
@@ -156,3 +157,22 @@ def test_grouped_heads_agree_with_the_reference(name: str, cache_dtype: str) -> 
     exact = grouped_outputs(ReferenceOps(torch.float32), spec, inputs, cache_dtype)
     for a, b in zip(ours, exact, strict=True):
         assert distance(a, b) < CACHES[cache_dtype]
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, True), (5, False), (20, True), (64, True)])
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_windows_and_sinks(window: int | None, sinks: bool, cache_dtype: str) -> None:
+    """Against float64, and without reading blocks that no token sees (see `tests.ops.test_gqa`)."""
+    lengths = [90, 40, 1]
+    case = Case.random(GroupedSpec(4, 2, 16, 8, 0.3, window=window), lengths, sinks)
+    found = case.run(GpuOps(torch.float32, DEVICE), in_steps(lengths, 0), cache_dtype)
+    assert error(found, case.exact()) < CACHES[cache_dtype]
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5, 8])
+def test_splits_of_a_window(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them may have neither keys nor the sink."""
+    monkeypatch.setattr(decode_module, "splits_for", lambda *_: splits)
+    case = Case.random(GroupedSpec(4, 1, 16, 16, 0.3, window=40), [150], sinks=True)
+    found = case.run(GpuOps(torch.float32, DEVICE), [[(0, 140)], *([(i, 1)] for i in range(140, 150))])
+    assert error(found, case.exact()) < CACHES["float32"]

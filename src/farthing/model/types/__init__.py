@@ -13,6 +13,7 @@ from farthing.model.types import (
     deepseek_v32,
     glm4_moe_lite,
     glm_moe_dsa,
+    gpt_oss,
     kimi_k25,
     llama,
     longcat_flash,
@@ -45,6 +46,7 @@ TYPES: Mapping[str, ModelType] = {
         *qwen3_moe.TYPES,
         *qwen3_next.TYPES,
         *mixtral.TYPES,
+        gpt_oss.TYPE,
         *llama.TYPES,
     )
 }

@@ -79,17 +79,21 @@ def rotated_share(raw: Fields, default: float) -> dict[str, Any]:
     return {"partial_rotary_factor": next((share for share in shares if share is not None), default)}
 
 
-def in_window(raw: Fields, switch: bool = False) -> dict[str, Any]:
-    """max_position_embeddings of a model with a sliding window: at most the window, within which attention
-    is the same without it. switch: whether the type has `use_sliding_window`, false by default."""
+def sliding(raw: Fields, switch: bool = False, layers: Callable[[int], bool] | None = None) -> dict[str, Any]:
+    """The window of each layer. switch: whether the type has `use_sliding_window`, false by default; layers:
+    which ones have the window if `layer_types` is missing; None: all, whatever it says."""
     window = raw.get("sliding_window")
     used = not switch or flag("use_sliding_window", raw.get("use_sliding_window") or False)
     if window is None or not used:
         return {}
-    most = integer(raw, "max_position_embeddings")
-    if in_range("sliding_window", window, 1) >= most:
-        return {}
-    return {"max_position_embeddings": window, "beyond_window": most}
+    in_range("sliding_window", window, 1)
+    slides = [layers is None or layers(i) for i in range(layer_count(raw))]
+    if layers is not None and (kinds := per_layer(raw, "layer_types", _ATTENTION)):
+        slides = [kind == "sliding_attention" for kind in kinds]
+    return {"windows": [window if each else 0 for each in slides]}
+
+
+_ATTENTION = ("full_attention", "sliding_attention")
 
 
 def tied(raw: Fields) -> Fields:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from farthing.model.fields import flag, integer
-from farthing.model.types.base import Fields, ModelType, Names, half_split, in_window, present
+from farthing.model.fields import flag, in_range, integer
+from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding
 
 _INV_FREQ = Names(skipped=("*.rotary_emb.inv_freq",))
 DENSE: dict[str, Any] = {"n_routed_experts": None, "num_nextn_predict_layers": 0}
@@ -20,12 +20,13 @@ def _llama(raw: Fields) -> Fields:
 
 def _mistral(raw: Fields) -> Fields:
     """sliding_window is 4096 if the field is absent, as in transformers."""
-    return {**present(raw), **DENSE, **half_split(raw), **in_window({"sliding_window": 4096, **raw})}
+    return {**present(raw), **DENSE, **half_split(raw), **sliding({"sliding_window": 4096, **raw})}
 
 
 def _qwen3(raw: Fields) -> Fields:
-    fixed = {"qk_norm": "head", **in_window(raw, switch=True)}
-    return {"head_dim": 128, **present(raw), **DENSE, **half_split(raw), **fixed}
+    first = in_range("max_window_layers", raw.get("max_window_layers", 28), 0)
+    windows = sliding({"sliding_window": 4096, **raw}, switch=True, layers=lambda i: i >= first)
+    return {"head_dim": 128, **present(raw), **DENSE, **half_split(raw), "qk_norm": "head", **windows}
 
 
 def _smollm3(raw: Fields) -> Fields:
@@ -38,7 +39,7 @@ def _smollm3(raw: Fields) -> Fields:
     fixed = {
         "unrotated": [i for i in range(layers) if not listed[i]],
         "tie_word_embeddings": flag("tie_word_embeddings", raw.get("tie_word_embeddings", True)),
-        **in_window(raw, switch=True),
+        **sliding(raw, switch=True, layers=lambda i: not listed[i]),
     }
     return {"num_key_value_heads": 4, **present(raw), **DENSE, **half_split(raw, 2e6), **fixed}
 

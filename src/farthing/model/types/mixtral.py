@@ -10,9 +10,9 @@ from farthing.model.types.base import (
     ModelType,
     Names,
     half_split,
-    in_window,
     present,
     rotated_share,
+    sliding,
 )
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
 
@@ -47,7 +47,7 @@ def _width(raw: Fields) -> dict[str, int]:
 
 def _mixtral(raw: Fields) -> Fields:
     defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2}
-    fixed = {"norm_topk_prob": True, **experts(raw, _COUNT), **_width(raw), **in_window(raw)}
+    fixed = {"norm_topk_prob": True, **experts(raw, _COUNT), **_width(raw), **sliding(raw)}
     return {**defaults, **present(raw), **SOFTMAX, **half_split(raw, 1e6), **fixed}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, wrong
-from farthing.model.types.base import Fields, ModelType, half_split, in_window, present, rotated_share
+from farthing.model.types.base import Fields, ModelType, half_split, present, rotated_share, sliding
 
 # A softmax over all experts, whose best are taken without a correction bias.
 SOFTMAX: dict[str, Any] = {
@@ -44,7 +44,7 @@ def _qwen3_moe(raw: Fields) -> Fields:
     """norm_topk_prob is false if the field is absent, as in transformers; released files have it."""
     normalized = flag("norm_topk_prob", raw.get("norm_topk_prob", False))
     fixed: dict[str, Any] = {"qk_norm": "head", "norm_topk_prob": normalized, **sparse_layers(raw)}
-    fixed |= in_window(raw, switch=True)
+    fixed |= sliding({"sliding_window": 4096, **raw}, switch=True)
     return {**present(raw), **SOFTMAX, **experts(raw), **half_split(raw), **fixed}
 
 

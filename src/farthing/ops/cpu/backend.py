@@ -307,6 +307,7 @@ class CpuOps(PackingOps):
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         router = router_of(spec)
         router.bias = weights.native.router.bias
+        router.logit_bias = weights.native.router.logit_bias
         weights.native.router = router
         weights.spec = spec
 
@@ -353,6 +354,9 @@ class CpuOps(PackingOps):
         """Zeros in small pages that are allocated on first write. torch would write all of them now, and
         numpy would request huge pages, and each layer's last one would be mostly empty."""
         kind = numpy_dtype(dtype)
+        if not prod(shape):  # a model whose layers all have windows
+            zeros = np.zeros(shape, kind)
+            return zeros if self.arrays else torch.zeros(shape, dtype=getattr(torch, dtype))  # type: ignore[return-value]
         memory = mmap.mmap(-1, prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if self.arrays:
             return np.frombuffer(memory, kind).reshape(shape)  # type: ignore[return-value]

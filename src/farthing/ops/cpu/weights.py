@@ -207,6 +207,21 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class _Mlp:
+    """A packed part of an MLP."""
+
+    gate_up: Any
+    down: Any
+    gate_up_bias: Tensor | None = None  # in the order of gate_up's rows
+    down_bias: Tensor | None = None
+
+    def add_to(self, native: Any) -> None:
+        """As the next part of an expert; native code copies the biases."""
+        biases = (0 if b is None else address(b) for b in (self.gate_up_bias, self.down_bias))
+        native.add(self.gate_up, self.down, *biases)
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Heads, with W_UK and W_UV packed per head if they are latent; owns the tensors that native code points
     to."""
@@ -379,22 +394,35 @@ class PackingOps(HostOps):
         first, rest = (self._pack(f"{name}.part{p}", [half]) for p, half in enumerate(halves))
         return Linear(first, *whole.shape, rest)
 
-    def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> list[tuple[Any, Any]]:
-        """(gate and up, down) per part."""
+    def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> list[_Mlp]:
+        """One per part."""
         if self._parts > 1:
             return [self._pack_mlp(f"{name}.part{p}", w) for p, w in enumerate(halves_of(weights()))]
         gate_up, down = self._stored(f"{name}.gate_up"), self._stored(f"{name}.down")
-        return [self._pack_mlp(name, weights()) if gate_up is None or down is None else (gate_up, down)]
+        if gate_up is None or down is None:
+            return [self._pack_mlp(name, weights())]
+        names = (f"{name}.gate_up_bias", f"{name}.down_bias")
+        biases = (
+            self._tensor(n, _missing) if self._file is not None and n in self._file else None for n in names
+        )
+        return [_Mlp(gate_up, down, *biases)]
 
-    def _pack_mlp(self, name: str, weights: tuple[Weight, Weight, Weight]) -> tuple[Any, Any]:
+    def _pack_mlp(self, name: str, weights: tuple[Weight, Weight, Weight]) -> _Mlp:
         w_gate, w_up, w_down = weights
         gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
-        return gate_up, self._pack(f"{name}.down", [w_down], mlp=True)
+        down = self._pack(f"{name}.down", [w_down], mlp=True)
+        of_rows, of_columns = None, None
+        if w_gate.bias is not None and w_up.bias is not None:
+            pair = [w_gate.bias, w_up.bias]
+            of_rows = self._tensor(f"{name}.gate_up_bias", lambda: _interleaved(pair))
+        if (bias := w_down.bias) is not None:
+            of_columns = self._tensor(f"{name}.down_bias", lambda: bias)
+        return _Mlp(gate_up, down, of_rows, of_columns)
 
     def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Experts:
         native = _native.Moe(_native.Router(), None, True, self._parts)
         for part in self._mlp(name, weights):
-            native.add(*part)
+            part.add_to(native)
         return Experts(native, None)
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
@@ -422,7 +450,13 @@ class PackingOps(HostOps):
             else w is not None and w.shared is not None
         )
         shared = shared and not self.routed_only
+        logit_bias = f"{name}.logit_bias"
+        if w is None and self._file and logit_bias in self._file:
+            router.logit_bias = self._tensor(logit_bias, _missing).tolist()
+        elif w is not None and (added := w.logit_bias) is not None:
+            router.logit_bias = self._tensor(logit_bias, lambda: added).tolist()
         native = _native.Moe(router, gate, shared, self._parts)
+        native.activate(spec.gate.alpha, spec.gate.cubic, spec.gate.limit, spec.gate.shift)
         first = None
         loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
         if None in loads:
@@ -435,20 +469,20 @@ class PackingOps(HostOps):
                     native.add(None, None)
                 continue
             parts = self._mlp(f"{name}.experts.{e}", expert)
-            kinds = [(m.format, m.group) for part in parts for m in part]
+            kinds = [(m.format, m.group) for part in parts for m in (part.gate_up, part.down)]
             first = first or kinds
             if kinds != first:
                 raise ValueError(
                     f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format"
                 )
             for part in parts:
-                native.add(*part)
+                part.add_to(native)
         if first is None:
             raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
         if shared:
             load = _missing if w is None or w.shared is None else w.shared
             for part in self._mlp(f"{name}.shared", load):
-                native.add(*part)
+                part.add_to(native)
         return Experts(native, spec)
 
     def _stored_experts(self, name: str, count: int) -> list[Callable[[], Any] | None]:
@@ -497,12 +531,16 @@ class PackingOps(HostOps):
 
     def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Attention:
         rope, d = vector(rope), spec.head_dim
-        kept = [None if p is None else vector(p) for p in (parts.bias, parts.q_norm, parts.k_norm)]
+        found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks)
+        kept = [None if p is None else vector(p) for p in found]
         native = _native.Attention(
             spec.num_heads, 0, d, d, d, spec.scale, spec.interleaved, 0, address(rope[0]), address(rope[1])
         )
-        bias, q_norm, k_norm = (0 if part is None else address(part) for part in kept)
-        native.group(spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm, spec.gated)
+        bias, q_norm, k_norm, sinks = (0 if part is None else address(part) for part in kept)
+        native.group(
+            spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm, spec.gated, spec.window or 0,
+            sinks,
+        )  # fmt: skip
         alive = (rope, *(part for part in kept if part is not None))
         return Attention(native, spec.num_heads * d, spec.norm_eps, alive)
 
@@ -543,6 +581,12 @@ class PackingOps(HostOps):
 def _gate_rows(w: MoEWeights) -> Tensor:
     """The router's rows, and the row of the shared expert's gate."""
     return w.gate if w.shared_gate is None else torch.cat((w.gate, w.shared_gate))
+
+
+def _interleaved(biases: Sequence[Tensor]) -> Tensor:
+    """Of gate and up [I], in the order of their interleaved panels of 16 rows, with zeros for padding."""
+    padded = [torch.nn.functional.pad(b.float(), (0, -len(b) % 16)).view(-1, 16) for b in biases]
+    return torch.stack(padded, 1).flatten()
 
 
 def _missing() -> Any:

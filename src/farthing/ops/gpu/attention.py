@@ -8,6 +8,7 @@ n + r + v. So a sequence is expanded if it has more than c (n + v) / (2 c - n - 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, LatentCache, Place
 from farthing.ops.gpu.launch import FP8_MAX, Config, config, dot, narrow, processors, round_half_even, widen
-from farthing.ops.reference import Grouped, gated_output, prepared, read_heads, write_heads
+from farthing.ops.reference import (
+    Grouped,
+    gated_output,
+    pieces,
+    prepared,
+    read_heads,
+    visible,
+    write_heads,
+)
 from farthing.ops.reference import attend as attend_heads
 from farthing.ops.selection import chosen, in_rows
 
@@ -283,14 +292,16 @@ _RESULT = 4  # bytes of a head's result (written and reread) relative to a key: 
 
 @triton.jit
 def _decode(
-    q, q_pe, data, k_scale, table, sequences, positions, part, lse, scale, stride_t, splits,
+    q, q_pe, data, k_scale, table, sequences, positions, sinks, part, lse, scale, stride_t, splits,
     size: tl.constexpr, H: tl.constexpr, c: tl.constexpr, r: tl.constexpr, SPLIT: tl.constexpr,
-    C: tl.constexpr, R: tl.constexpr, EIGHT_BITS: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, EIGHT_BITS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    BH: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     query, block, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + query) + 1
-    share = tl.cdiv(tl.cdiv(length, splits), BK) * BK
-    begin = split * share
+    oldest = tl.maximum(length - WINDOW, 0) if WINDOW else 0
+    share = tl.cdiv(tl.cdiv(length - oldest, splits), BK) * BK
+    begin = oldest + split * share
     end = tl.minimum(begin + share, length)
     sequence = tl.load(sequences + query).to(tl.int64)
     h = block * BH + tl.arange(0, BH)
@@ -328,6 +339,14 @@ def _decode(
         if EIGHT_BITS:
             p = p * s_latent[None, :]
         acc = dot(narrow(p, ql.dtype), latent, acc * shrink[:, None])
+        top = new
+    if SINKS:
+        sink = tl.load(sinks + h, mask=h < H, other=float("-inf"))
+        sink = tl.where(split == 0, sink, float("-inf"))
+        new = tl.maximum(tl.maximum(top, sink), -1e30)  # a split may have neither keys nor the sink
+        shrink = tl.exp(top - new)
+        total = total * shrink + tl.exp(sink - new)
+        acc = acc * shrink[:, None]
         top = new
     at = row * splits + split
     any_key = total > 0.0
@@ -374,10 +393,12 @@ def splits_for(queries: int, heads: int, keys: int, c: Config, processors: int) 
 def decode(
     q: Tensor, q_pe: Tensor, cache: LatentCache, layer: int, table: Tensor, sequences: Tensor,
     positions: Tensor, scale: float, splits: int | None = None, choice: Config | None = None,
+    window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Queries q [n, H, c] in the latent space, q_pe [n, H, r] rotated -> mixed latents [n, H, c].
 
-    Query i attends to the first positions[i] + 1 tokens of sequence sequences[i] of table [B, max_blocks].
+    Query i attends to the first positions[i] + 1 tokens of sequence sequences[i] of table [B, max_blocks], or
+    to the last `window` of those; sinks [H] float32.
 
     Legend: n queries (tokens); H heads, BH per program; c latent, r rotary; BK keys per iteration; S splits.
 
@@ -395,15 +416,17 @@ def decode(
     if q.dtype is torch.float32:  # twice the bytes per tile
         kernel = "decode_float32"
     k = choice or config(kernel, heads, q.device)
-    count = splits or splits_for(n, heads, table.shape[1] * cache.block_size, k, processors(q.device))
+    keys = min(table.shape[1] * cache.block_size, window or sys.maxsize)
+    count = splits or splits_for(n, heads, keys, k, processors(q.device))
     out = torch.empty_like(q)
     part = out if count == 1 else torch.empty(n, heads, count, c, dtype=torch.float32, device=q.device)
     lse = torch.empty(n, heads, count, dtype=torch.float32, device=q.device) if count > 1 else part
     padded = max(16, triton.next_power_of_2(c))
     _decode[(n, triton.cdiv(heads, k.bm), count)](
         q, q_pe, data, data if cache.scale is None else cache.scale[layer], table, sequences, positions,
-        part, lse, scale, table.stride(0), count, size=cache.block_size, H=heads, c=c, r=r, SPLIT=count > 1,
-        C=padded, R=max(16, triton.next_power_of_2(r)), EIGHT_BITS=cache.scale is not None, BH=k.bm, BK=k.bk,
+        lse if sinks is None else sinks, part, lse, scale, table.stride(0), count, size=cache.block_size,
+        H=heads, c=c, r=r, SPLIT=count > 1, C=padded, R=max(16, triton.next_power_of_2(r)),
+        EIGHT_BITS=cache.scale is not None, SINKS=sinks is not None, WINDOW=window or 0, BH=k.bm, BK=k.bk,
         **k.resources,
     )  # fmt: skip
     if count > 1:
@@ -515,19 +538,22 @@ def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Ten
         for g in range(s.kv_heads):
             group = slice(g * each, (g + 1) * each)
             query = q[few, group].contiguous()
+            sinks = None if heads.parts.sinks is None else heads.parts.sinks[group]
             out[few, group] = decode(
                 torch.zeros_like(query), query, cache, row + g, batch.block_table, plan.sequences, positions,
-                s.scale,
+                s.scale, window=s.window, sinks=sinks,
             )  # fmt: skip
     size = cache.block_size
     for span in plan.expanded:
-        at = torch.arange(span.keys, device=q.device)
-        slots = batch.block_table[span.sequence, at // size].long() * size + at % size
-        keys, values = read_heads(cache, row, s.kv_heads, slots[None])
-        tokens = slice(span.begin, span.end)
-        seen = None if span.end - span.begin == span.keys else at <= batch.positions[tokens, None]
-        mixed = attend_heads(q[tokens], keys, values, None if seen is None else seen[None], s)
-        out[tokens] = mixed.unflatten(1, (s.num_heads, -1))
+        window = None if s.window is None or s.window >= span.keys else s.window
+        for tokens, read in pieces(span.begin, span.end, span.keys - (span.end - span.begin), window):
+            at = torch.arange(read.start, read.stop, device=q.device)
+            slots = batch.block_table[span.sequence, at // size].long() * size + at % size
+            keys, values = read_heads(cache, row, s.kv_heads, slots[None])
+            whole = window is None and tokens.stop - tokens.start == len(read)
+            seen = None if whole else visible(at, batch.positions[tokens, None], window)[None]
+            mixed = attend_heads(q[tokens], keys, values, seen, heads)
+            out[tokens] = mixed.unflatten(1, (s.num_heads, -1))
     return gated_output(out.flatten(1), qkv, heads)
 
 

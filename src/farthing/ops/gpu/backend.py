@@ -15,11 +15,13 @@ from torch import Tensor
 
 from farthing.ops.api import (
     ALL,
+    SILU,
     AttentionSpec,
     Batch,
     CacheDtype,
     DeltaParts,
     DeltaSpec,
+    Gate,
     GroupedParts,
     GroupedSpec,
     Handle,
@@ -57,6 +59,7 @@ class Mlp:
 
     gate_up: Matrix
     down: Matrix
+    biases: tuple[Tensor, Tensor] | None = None  # float32, of gate and up [E, 2, I] and of down [E, D]
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class Experts:
     local: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are local
     shared: Mlp | None
     shared_gate: Tensor | None
+    logit_bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +93,7 @@ class GpuOps(Ops):
         self._quantization = quantization
         self._fp8 = INTERPRETED or torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
         self._here = DeviceCopies(device)
-        self._planned: tuple[Batch, Plan] | None = None
+        self._planned: tuple[Tensor, Plan] | None = None
         self._graphs = DecodeGraphs()
 
     # -- packing
@@ -116,9 +120,16 @@ class GpuOps(Ops):
     def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Mlp:
         gate, up, down = weights()
         shared = static_scale([gate, up])
+        biases = None
+        if gate.bias is not None and up.bias is not None:
+            first = torch.stack((gate.bias, up.bias))
+            # On the other ranks of tensor parallelism down's is missing: it is added once.
+            last = torch.zeros(down.shape[0]) if down.bias is None else down.bias
+            biases = (self._vector(first[None]), self._vector(last[None]))
         return Mlp(
             pair(self._matrix(gate, shared), self._matrix(up, shared)),
             self._matrix(down, static_scale([down])),
+            biases,
         )
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
@@ -139,10 +150,12 @@ class GpuOps(Ops):
             local,
             None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared),
             None if w.shared_gate is None else w.shared_gate.float().to(self.device),
+            None if w.logit_bias is None else w.logit_bias.float().to(self.device),
         )
 
     def _stack(self, name: str, w: MoEWeights, here: list[int]) -> Mlp:
         downs: list[Matrix] = []
+        biases: list[tuple[Tensor, Tensor]] = []
 
         def pairs() -> Iterator[Matrix]:
             for e in here:
@@ -150,10 +163,14 @@ class GpuOps(Ops):
                 assert load is not None
                 expert = self.pack_mlp(f"{name}.experts.{e}", load)
                 downs.append(expert.down)
+                if expert.biases is not None:
+                    biases.append(expert.biases)
                 yield expert.gate_up
 
         gate_up = stack_experts(pairs(), len(here))
-        return Mlp(gate_up, stack_experts(downs, len(here)))
+        first, last = (torch.cat(each) for each in zip(*biases, strict=True)) if biases else (None, None)
+        both = None if first is None or last is None else (first, last)
+        return Mlp(gate_up, stack_experts(downs, len(here)), both)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -224,8 +241,9 @@ class GpuOps(Ops):
 
     def _plan(self, batch: Batch, heads: Heads | Grouped) -> Plan:
         """A step's plan is the same for all layers, so it is made and read back from the device once."""
-        if self._planned is None or self._planned[0] is not batch:
-            self._planned = (batch, plan(batch, expand_from(heads)))
+        step = batch.query_start  # batches of other kinds of layers share it
+        if self._planned is None or self._planned[0] is not step:
+            self._planned = (step, plan(batch, expand_from(heads)))
         return self._planned[1]
 
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Handle, place: Place) -> Tensor | None:
@@ -237,20 +255,24 @@ class GpuOps(Ops):
         added_to = _rows(x) if residual else torch.zeros_like(x)
         return combine(n, none, None, self._gated(n, weights), added_to)
 
-    def _gated(self, n: Tensor, weights: Mlp) -> Tensor:
+    def _gated(self, n: Tensor, weights: Mlp, activation: Gate = SILU) -> Tensor:
         """One MLP for all tokens: a grouped product with one group."""
         tokens = n.shape[0]
         order = torch.arange(tokens, dtype=torch.int32, device=n.device)
         starts = torch.arange(0, 2 * max(1, tokens), max(1, tokens), dtype=torch.int32, device=n.device)
-        return self._grouped(n, weights, order, starts, 1, None)
+        return self._grouped(n, weights, order, starts, 1, None, activation)
 
     def _grouped(
-        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None
-    ) -> Tensor:
+        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None,
+        activation: Gate,
+    ) -> Tensor:  # fmt: skip
         if weights.gate_up.inputs is not None:
             n = gemm.to_integers(n, weights.gate_up.inputs[0])  # experts of a layer share their input's range
         x, scale = normalize.quantize(n) if weights.gate_up.format == "fp8" else (n, None)
-        return experts_mlp(x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype)
+        return experts_mlp(
+            x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype,
+            activation=activation, biases=weights.biases,
+        )  # fmt: skip
 
     def moe(
         self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
@@ -267,8 +289,9 @@ class GpuOps(Ops):
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
         order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.local)
-        y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
-        shared = None if weights.shared is None else self._gated(n, weights.shared)
+        act = weights.spec.gate
+        y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates, act)
+        shared = None if weights.shared is None else self._gated(n, weights.shared, act)
         if shared is not None and weights.shared_gate is not None:
             shared = shared_weight(n, weights.shared_gate) * shared.float()
         if weights.spec.identities:
@@ -284,7 +307,8 @@ class GpuOps(Ops):
         return self._route(n, weights, None)
 
     def _route(self, n: Tensor, weights: Experts, live: Tensor | None) -> tuple[Tensor, Tensor]:
-        return route(F.linear(n.float(), weights.gate), weights.bias, weights.spec, live)
+        logits = F.linear(n.float(), weights.gate, weights.logit_bias)
+        return route(logits, weights.bias, weights.spec, live)
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
         if len({layer.window for layer in layers}) > 1 or any(layer.gates is not None for layer in layers):

@@ -8,6 +8,7 @@ inputs are normed (if there is a norm) and quantized in one separate pass before
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import Norm
-from farthing.ops.gpu.launch import FP8_MAX, LEAST_AMAX, Config, narrow, processors, product_config, silu
+from farthing.ops.api import SILU, Gate, Norm
+from farthing.ops.gpu.launch import FP8_MAX, LEAST_AMAX, Config, gated, narrow, processors, product_config
 from farthing.ops.gpu.matrix import FORMATS, FP8, Matrix, finish, fp8_twice, product
 from farthing.ops.gpu.sample import quantize, rms_norm
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
@@ -149,9 +150,11 @@ def _place(starts, tiles, upto, m, E, EP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _gate_up(
-    x, x_scale, w, w_scale, w_zero, order, starts, h, h_scale, h_inputs, N, K, E, stride_x, w_size, s_size,
-    STATIC: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
-    HAS_ZERO: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, x_scale, w, w_scale, w_zero, bias, order, starts, h, h_scale, h_inputs, N, K, E, stride_x, w_size,
+    s_size, STATIC: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ALPHA: tl.constexpr,
+    CUBIC: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tiles, upto = _tiles(starts, E, EP, BM)
     I = N // 2  # noqa: E741
@@ -173,7 +176,11 @@ def _gate_up(
                 tile % across * BN + tl.arange(0, BN), N, K, FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK,
             )  # fmt: skip
             gate, up = tl.split(tl.reshape(acc, (BM, OUT, 2)))
-        value = silu(gate) * up
+        if HAS_BIAS:  # [E, 2, I]
+            at = bias + e * N + i
+            gate += tl.load(at, mask=i < I, other=0.0)[None, :]
+            up += tl.load(at + I, mask=i < I, other=0.0)[None, :]
+        value = gated(gate, up, ALPHA, CUBIC, LIMIT, SHIFT)
         mask = live[:, None] & (i[None, :] < I)
         at = row.to(tl.int64)[:, None] * I + i[None, :]
         if FORMAT == FP8:
@@ -189,9 +196,10 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    h, h_scale, w, w_scale, w_zero, order, starts, gates, y, N, K, E, w_size, s_size,
+    h, h_scale, w, w_scale, w_zero, bias, order, starts, gates, y, N, K, E, w_size, s_size,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
-    HAS_GATES: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GATES: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     tiles, upto = _tiles(starts, E, EP, BM)
     across = tl.cdiv(N, BN)
@@ -207,6 +215,8 @@ def _down(
             FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK,
         )  # fmt: skip
         slot = tl.load(order + row, mask=live, other=0).to(tl.int64)
+        if HAS_BIAS:
+            acc += tl.load(bias + e * N + n, mask=n < N, other=0.0)[None, :]
         if HAS_GATES:
             acc = acc * tl.load(gates + slot, mask=live, other=0.0)[:, None]
         mask = live[:, None] & (n[None, :] < N)
@@ -237,9 +247,11 @@ def _combine(
 def experts_mlp(
     x: Tensor, x_scale: Tensor | None, gate_up: Matrix, down: Matrix, order: Tensor, starts: Tensor,
     slots: int, gates: Tensor | None, dtype: torch.dtype, choice: Config | None = None,
+    activation: Gate = SILU, biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """x [T, D] (FP8 with x_scale if the weights are FP8) -> [T * slots, D]: weighted expert output per slot.
 
+    biases: float32, of gate and up [E, 2, I] and of down [E, D].
     order, starts: see `route.sort_by_expert`. Rows of slots without a local expert are not written.
 
     Legend: R = T k slots, sorted by expert; E local experts; D hidden; I intermediate; BM x BN the tile size.
@@ -266,17 +278,19 @@ def experts_mlp(
     ep, at_once = triton.next_power_of_2(count), processors(device) * c.per_processor
     most = min(count, rows) + rows // bm  # upper bound on tile rows
     _gate_up[(min(at_once, most * triton.cdiv(inner, columns)),)](
-        x, x_scale, *_tensors(gate_up), order, starts, h, h_scale, down.inputs, gate_up.n,
-        gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(), _size(gate_up),
-        STATIC=down.inputs is not None, SLOTS=slots,
-        **_constants(gate_up), EP=ep, BM=bm, BN=bn, BK=c.bk, num_warps=warps, num_stages=c.num_stages,
+        x, x_scale, *_tensors(gate_up), None if biases is None else biases[0], order, starts, h, h_scale,
+        down.inputs, gate_up.n, gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(),
+        _size(gate_up), STATIC=down.inputs is not None, SLOTS=slots,
+        **_constants(gate_up), HAS_BIAS=biases is not None, ALPHA=activation.alpha, CUBIC=activation.cubic,
+        LIMIT=activation.limit if activation.limit < math.inf else 0.0, SHIFT=activation.shift,
+        EP=ep, BM=bm, BN=bn, BK=c.bk, num_warps=warps, num_stages=c.num_stages,
     )  # fmt: skip
     y = torch.empty(rows, down.n, dtype=dtype, device=device)
     most = min(count, rows) + rows // c.bm
     _down[(min(at_once, most * triton.cdiv(down.n, c.bn)),)](
-        h, h_scale, *_tensors(down), order, starts, gates, y, down.n, down.k, count,
-        down.data[0].numel(), _size(down), **_constants(down), HAS_GATES=gates is not None, EP=ep, BM=c.bm,
-        BN=c.bn, BK=c.bk, **c.resources,
+        h, h_scale, *_tensors(down), None if biases is None else biases[1], order, starts, gates, y, down.n,
+        down.k, count, down.data[0].numel(), _size(down), **_constants(down), HAS_BIAS=biases is not None,
+        HAS_GATES=gates is not None, EP=ep, BM=c.bm, BN=c.bn, BK=c.bk, **c.resources,
     )  # fmt: skip
     return y
 

@@ -94,6 +94,18 @@ def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def gated(gate, up, ALPHA: tl.constexpr, CUBIC: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
+    """`farthing.ops.api.Gate`; LIMIT 0: none."""
+    if LIMIT:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.clamp(up, -LIMIT, LIMIT)
+    wide = gate * ALPHA
+    if CUBIC:
+        wide = wide * (1.0 + CUBIC * gate * gate)
+    return gate / (1.0 + tl.exp(-wide)) * (up + SHIFT)
+
+
 # (hidden [T, D], batch, live [1] int32: how many of its rows are real) -> hidden [T, D]
 Layers = Callable[[Tensor, Batch, Tensor], Tensor]
 MOST_ROWS = 512

@@ -1,0 +1,220 @@
+"""Grouped-query attention with windows and sinks on every backend, against float64. Blocks of the cache that
+no token of a step sees are given to the ops as a block of NaN, so that reading one fails a test."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("farthing._native")
+
+from farthing.ops.api import Batch, GroupedParts, GroupedSpec, Ops, Place
+from farthing.ops.cpu import CpuOps
+from farthing.ops.reference import ReferenceOps, pack_grouped, prepared
+from farthing.ops.torch_backend import TorchOps
+from farthing.ops.torch_util import make_batch
+from tests.ops.parts import distance
+from tests.ops.test_cpu import ISAS, MLA_BOUNDS
+
+SIZES = {
+    "small": GroupedSpec(4, 2, 16, 8, 0.3),
+    "odd": GroupedSpec(6, 3, 20, 20, 0.25),
+    "gpt_oss": GroupedSpec(16, 2, 64, 64, 0.125),
+    "many": GroupedSpec(20, 1, 32, 32, 0.2),  # more heads than a unit has rows
+}
+_EXACT: dict[object, list[Tensor]] = {}
+Step = list[tuple[int, int]]  # (cached, new) of each sequence; none has more cached than it had tokens
+
+
+@dataclass
+class Case:
+    """Random inputs of sequences that grow step by step."""
+
+    spec: GroupedSpec
+    parts: GroupedParts
+    rope: Tensor
+    qkv: list[Tensor]  # of each sequence
+
+    @classmethod
+    def random(cls, spec: GroupedSpec, lengths: list[int], sinks: bool, seed: int = 0) -> Case:
+        torch.manual_seed(seed)
+        width = (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim
+        angles = torch.rand(max(lengths), spec.rope_dim // 2) * 6
+        parts = GroupedParts(
+            torch.randn(width) * 0.3, sinks=torch.randn(spec.num_heads) * 2 if sinks else None
+        )
+        qkv = [torch.randn(n, width) for n in lengths]
+        return cls(spec, parts, torch.stack((angles.cos(), angles.sin())), qkv)
+
+    def exact(self) -> list[Tensor]:
+        """Every sequence whole, [n, H d] float64."""
+        key = self.spec, len(self.qkv), self.parts.sinks is None, float(self.qkv[0].sum())
+        if key not in _EXACT:
+            _EXACT[key] = self._exact()
+        return _EXACT[key]
+
+    def _exact(self) -> list[Tensor]:
+        s, out = self.spec, []
+        wide = [None if p is None else p.double() for p in (self.parts.bias, self.parts.sinks)]
+        heads = pack_grouped(s, GroupedParts(wide[0], sinks=wide[1]), self.rope.double(), lambda x: x)
+        for x in self.qkv:
+            at = torch.arange(len(x))
+            q, k, v = prepared(x.double(), heads, at)
+            k, v = (y.repeat_interleave(s.num_heads // s.kv_heads, 1) for y in (k, v))
+            scores = torch.einsum("thd,shd->hts", q, k) * s.scale
+            far = at[None] > at[:, None]
+            if s.window is not None:
+                far |= at[None] <= at[:, None] - s.window
+            scores = scores.masked_fill(far, float("-inf"))
+            if heads.parts.sinks is not None:
+                column = heads.parts.sinks.view(-1, 1, 1).expand(-1, len(x), 1)
+                scores = torch.cat((scores, column), -1)
+            weights = scores.softmax(-1)[..., : len(x)]
+            out.append(torch.einsum("hts,shd->thd", weights, v).flatten(1))
+        return out
+
+    def run(self, ops: Ops, steps: list[Step], cache_dtype: Any = "float32", block: int = 16) -> list[Tensor]:
+        """The same, paged, in steps; the last block of the cache is NaN."""
+        s = self.spec
+        handle = ops.pack_grouped(s, self.parts, self.rope)
+        blocks = [-(-len(x) // block) for x in self.qkv]
+        order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).tolist()
+        tables = [order[sum(blocks[:b]) : sum(blocks[: b + 1])] for b in range(len(blocks))]
+        nothing = sum(blocks)
+        cache = ops.new_cache(2 * s.kv_heads, nothing + 1, block, 2 * s.head_dim, cache_dtype)
+        cache.data[:, nothing] = float("nan") if cache.data.dtype.is_floating_point else 127
+        if cache.scale is not None:
+            cache.scale[:, nothing] = float("nan")
+        out: list[list[Tensor]] = [[] for _ in self.qkv]
+        for step in steps:
+            some = [b for b, (_, new) in enumerate(step) if new]
+            batch = make_batch(
+                [step[b][1] for b in some],
+                [step[b][0] for b in some],
+                [self.seen(tables[b], step[b][0], block, nothing) for b in some],
+                block,
+            )
+            qkv = torch.cat([self.qkv[b][step[b][0] : sum(step[b])] for b in some])
+            found = ops.gqa(qkv.to(ops.dtype), handle, Place(cache, s.kv_heads, moved(batch, ops))).cpu()
+            for b, rows in zip(some, found.split([step[b][1] for b in some]), strict=True):
+                out[b].append(rows.float())
+        return [torch.cat(rows) for rows in out]
+
+    def seen(self, table: list[int], cached: int, block: int, nothing: int) -> list[int]:
+        first = 0 if self.spec.window is None else max(0, cached + 1 - self.spec.window)
+        return [nothing if i < first // block else b for i, b in enumerate(table)]
+
+
+def moved(batch: Batch, ops: Ops) -> Batch:
+    if ops.device.type == "cpu":
+        return batch
+    names = ("positions", "slots", "query_start", "context_lens", "block_table")
+    return Batch(*(getattr(batch, name).to(ops.device) for name in names))
+
+
+def in_steps(lengths: list[int], seed: int) -> list[Step]:
+    """Steps that mix prompts, chunks and single tokens; a sequence may rest."""
+    rng, at, steps = random.Random(seed), [0] * len(lengths), []
+    while at != lengths:
+        sizes = [rng.choice([0, 1, 1, 2, rng.randint(3, 90)]) for _ in lengths]
+        new = [min(size, n - done) for size, n, done in zip(sizes, lengths, at, strict=True)]
+        if any(new):
+            steps.append(list(zip(at, new, strict=True)))
+            at = [a + b for a, b in zip(at, new, strict=True)]
+    return steps
+
+
+WINDOWS = [None, 1, 7, 64, 128, 129]
+LENGTHS = [331, 40, 130, 1]
+
+
+def native(isa: str, least: int = 0) -> CpuOps:
+    ops = CpuOps(2, isa=isa)
+    ops._native.expand_tokens = least
+    return ops
+
+
+def error(found: list[Tensor], exact: list[Tensor]) -> float:
+    return max(distance(a, b) for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    ("name", "cache_dtype", "block"),
+    [
+        ("small", "float32", 4), ("odd", "bfloat16", 16), ("odd", "int8", 16), ("gpt_oss", "bfloat16", 64),
+        ("gpt_oss", "fp8", 16), ("gpt_oss", "float32", 16), ("many", "bfloat16", 16),
+    ],
+)  # fmt: skip
+def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, block: int) -> None:
+    case = Case.random(replace(SIZES[name], window=window), LENGTHS, sinks=True)
+    found = case.run(native(isa), in_steps(LENGTHS, 0), cache_dtype, block)
+    assert error(found, case.exact()) < MLA_BOUNDS[cache_dtype]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("window", [None, 30, 200, 700])
+@pytest.mark.parametrize(
+    ("name", "cache_dtype"), [("odd", "float32"), ("small", "bfloat16"), ("small", "int8")]
+)
+def test_large_chunks_of_long_prompts(isa: str, window: int | None, name: str, cache_dtype: str) -> None:
+    """They take expanded attention; other chunks of it give the same bits."""
+    lengths = [1330, 1200]
+    case = Case.random(replace(SIZES[name], window=window), lengths, sinks=True)
+    ways = [[(0, 1020, 1177, 1330), (0, 1199, 1200)], [(0, 1020, 1230, 1330), (0, 1199, 1200)]]
+    found = []
+    for cuts in ways:
+        steps = []
+        for i in range(3):
+            spans = [list(pairwise(c))[i] if i < len(c) - 1 else (0, 0) for c in cuts]
+            steps.append([(a, b - a) for a, b in spans])
+        found.append(case.run(native(isa, 40), steps, cache_dtype))
+        assert error(found[-1], case.exact()) < MLA_BOUNDS[cache_dtype]
+    absorbed = case.run(native(isa), steps, cache_dtype)
+    assert not torch.equal(found[0][0][1100:], absorbed[0][1100:])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [5, 100])
+def test_bits_do_not_depend_on_the_batch(isa: str, cache_dtype: str, window: int) -> None:
+    case = Case.random(replace(SIZES["odd"], window=window), LENGTHS, sinks=True)
+    ways = [
+        [[(0, n) for n in LENGTHS]],
+        *([in_steps(LENGTHS, seed) for seed in (1, 2)]),
+        [[(i, 1) if i < n else (n, 0) for n in LENGTHS] for i in range(max(LENGTHS))],
+    ]
+    first, *others = (case.run(native(isa), steps, cache_dtype) for steps in ways)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("sink", [-1e4, 1e4, float("-inf")])
+def test_extreme_sinks(isa: str, sink: float) -> None:
+    case = Case.random(replace(SIZES["small"], window=70), [150], sinks=True)
+    assert case.parts.sinks is not None
+    case.parts.sinks[1:] = sink
+    found = case.run(native(isa), [[(0, 150)]])
+    assert torch.allclose(found[0], case._exact()[0].float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(
+    ("name", "cache_dtype"), [("small", "float32"), ("odd", "float32"), ("many", "int8")]
+)
+def test_torch(backend: str, window: int | None, sinks: bool, name: str, cache_dtype: str) -> None:
+    device = torch.device("cpu")
+    ops = ReferenceOps(torch.float32) if backend == "reference" else TorchOps(device, torch.float32)
+    case = Case.random(replace(SIZES[name], window=window), LENGTHS, sinks)
+    found = case.run(ops, in_steps(LENGTHS, 0), cache_dtype)
+    assert error(found, case.exact()) < MLA_BOUNDS[cache_dtype]
