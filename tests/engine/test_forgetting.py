@@ -25,6 +25,7 @@ from farthing.ops.select import select
 
 from .conftest import GREEDY, VOCAB, Always, Greedy, greedy_of, tokens_of
 
+WINDOW = 10
 DENSE: dict[str, Any] = dict(
     vocab_size=VOCAB,
     hidden_size=32,
@@ -34,9 +35,17 @@ DENSE: dict[str, Any] = dict(
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=256,
+    sliding_window=WINDOW,
     rms_norm_eps=1e-6,
 )
 MODELS: dict[str, dict[str, Any]] = {
+    "every layer": DENSE | {"model_type": "mistral"},
+    "some layers": DENSE
+    | {
+        "model_type": "qwen3",
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "states": DENSE
     | {
         "model_type": "qwen3_next",
@@ -200,7 +209,7 @@ def test_planned_bytes_are_those_that_are_allocated(model: DecoderModel, dtype: 
 @given(memory=st.integers(1, 1 << 22), sequences=st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
 def test_a_cache_stays_within_its_memory(memory: int, sequences: int) -> None:
-    config = ModelConfig.from_json(MODELS["states"])
+    config = ModelConfig.from_json(MODELS["some layers"])
     model: Any = type("Shape", (), {"config": config, "ops": select("reference")})
     given = EngineConfig(
         kv_cache_memory=memory, max_num_seqs=sequences, max_num_batched_tokens=64, check_memory=False
