@@ -32,13 +32,15 @@ void gate(float* y, const float* z, int n, bool silu) {
 // Columns [at, at + 16 C) of a state, or the `lanes` first of 16. S' = e S + k d with d = (v - e S k) beta;
 // then S' q = e S q + (k q) d, so that one pass over the state updates it for a token and reads it for the
 // next. Each column's sums are in order of its rows, whatever C and the number of steps.
+//
+// state: the first of these columns, rows `stride` apart.
 template <int C, bool Whole>
-void delta_columns(const DeltaHead& h, const float* kq, int at, int lanes) {
+void delta_columns(const DeltaHead& h, const float* kq, int at, int lanes, float* state, int stride) {
   const auto get = [&](const float* p) { return Whole ? loadf(p) : load_some(p, lanes); };
   const auto put = [&](float* p, f32x16 v) { Whole ? store(p, v) : store_some(p, v, lanes); };
   f32x16 sk[C] = {}, sq[C] = {};
   for (int i = 0; i < h.key_dim; ++i) {
-    const float* s = h.state + static_cast<size_t>(i) * h.value_dim + at;
+    const float* s = state + static_cast<size_t>(i) * stride;
     const f32x16 k = splat(h.k[i]), q = splat(h.q[i]);
     for (int c = 0; c < C; ++c) {
       const f32x16 v = get(s + 16 * c);
@@ -58,8 +60,8 @@ void delta_columns(const DeltaHead& h, const float* kq, int at, int lanes) {
     const bool more = t + 1 < h.steps;
     const float *k = h.k + static_cast<size_t>(t) * h.key_dim, *k1 = k + h.key_dim,
                 *q1 = h.q + static_cast<size_t>(t + 1) * h.key_dim;
-    float* s = h.state + at;
-    for (int i = 0; i < h.key_dim; ++i, s += h.value_dim) {
+    float* s = state;
+    for (int i = 0; i < h.key_dim; ++i, s += stride) {
       const f32x16 key = splat(k[i]);
       f32x16 v[C];
       for (int c = 0; c < C; ++c) {
@@ -74,6 +76,21 @@ void delta_columns(const DeltaHead& h, const float* kq, int at, int lanes) {
       }
     }
   }
+}
+
+// Whole columns that several tokens pass, next to each other: rows a power of two apart would share few of
+// the sets of L1.
+template <int C>
+void delta_packed(const DeltaHead& h, const float* kq, int at) {
+  constexpr int kMostRows = 256, kWidth = 16 * C;
+  if (h.steps == 1 || h.key_dim > kMostRows)
+    return delta_columns<C, true>(h, kq, at, 16, h.state + at, h.value_dim);
+  alignas(64) float block[kMostRows * kWidth];
+  for (int i = 0; i < h.key_dim; ++i)
+    memcpy(block + i * kWidth, h.state + static_cast<size_t>(i) * h.value_dim + at, sizeof(float) * kWidth);
+  delta_columns<C, true>(h, kq, at, 16, block, kWidth);
+  for (int i = 0; i < h.key_dim; ++i)
+    memcpy(h.state + static_cast<size_t>(i) * h.value_dim + at, block + i * kWidth, sizeof(float) * kWidth);
 }
 
 void delta(const DeltaHead& h) {
@@ -92,10 +109,10 @@ void delta(const DeltaHead& h) {
   }
   int at = 0;
   if (h.steps == 1)
-    for (; at + 16 * kOne <= h.value_dim; at += 16 * kOne) delta_columns<kOne, true>(h, kq, at, 16);
-  for (; at + 16 * kMany <= h.value_dim; at += 16 * kMany) delta_columns<kMany, true>(h, kq, at, 16);
-  for (; at + 16 <= h.value_dim; at += 16) delta_columns<1, true>(h, kq, at, 16);
-  if (at < h.value_dim) delta_columns<1, false>(h, kq, at, h.value_dim - at);
+    for (; at + 16 * kOne <= h.value_dim; at += 16 * kOne) delta_packed<kOne>(h, kq, at);
+  for (; at + 16 * kMany <= h.value_dim; at += 16 * kMany) delta_packed<kMany>(h, kq, at);
+  for (; at + 16 <= h.value_dim; at += 16) delta_packed<1>(h, kq, at);
+  if (at < h.value_dim) delta_columns<1, false>(h, kq, at, h.value_dim - at, h.state + at, h.value_dim);
 }
 
 }  // namespace

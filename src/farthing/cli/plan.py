@@ -585,7 +585,7 @@ def _advice(planned: Planned) -> str:
     if layout is None:
         return (
             f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB per rank; "
-            "use fewer cache tokens or more memory"
+            "use --quantization, fewer cache tokens or sequences, or more memory"
         )
     return (
         f"the largest rank exceeds {limit / 1e9:.1f} GB; "
