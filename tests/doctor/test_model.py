@@ -45,6 +45,7 @@ def test_the_embedded_model_passes() -> None:
     [
         *("glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "longcat_flash", "kimi_k25", "mistral4"),
         *("mistral3", "smollm3", "glm4_moe", "minimax_m2", "granitemoe", "gpt_oss"),
+        *("qwen3_next", "qwen3_5_moe"),
     ],
 )
 def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None:

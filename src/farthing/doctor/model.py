@@ -242,10 +242,12 @@ def _part(name: str, run: Callable[[], str]) -> Finding:
 
 
 def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
-    """The model's first layers, without MTP layers."""
+    """The model's first layers, without MTP layers; by default up to the first with experts, and the first
+    with attention if others have none."""
+    attends = next((i for i in range(config.num_hidden_layers) if not config.is_recurrent(i)), 0)
     dense = next(filter(config.is_moe, range(config.num_hidden_layers)), config.num_hidden_layers)
     unit = config.moe_layer_freq if config.shortcut_experts else 1  # layers that belong together
-    wanted = -(-min(layers or dense + 1, config.num_hidden_layers) // unit) * unit
+    wanted = -(-min(layers or max(dense, attends) + 1, config.num_hidden_layers) // unit) * unit
     while True:
         short = replace(
             config.part(range(wanted)),
@@ -333,7 +335,8 @@ def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tenso
     for first, logits in ours.items():
         positions = torch.arange(first, first + len(ids))[None]
         with torch.inference_mode():
-            theirs = model.eval()(input_ids=ids[None], position_ids=positions).logits[0].float()
+            inputs = {"input_ids": ids[None], "position_ids": positions, "use_cache": False}
+            theirs = model.eval()(**inputs).logits[0].float()
         off = float((logits - theirs).abs().max() / theirs.abs().max())
         where = f" at position {first:,}" if first else ""
         if not off < CLOSE:
