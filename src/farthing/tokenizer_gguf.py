@@ -19,6 +19,11 @@ _DEEPSEEK = (
     r"|\s+(?!\S)|\s+"
 )
 
+_WITH_MARKS = (  # Qwen3.5: marks belong to words
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 def _split(*patterns: str) -> Any:
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
@@ -46,6 +51,7 @@ _CUTS: dict[str, Callable[[], Any]] = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()]),
     "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
     "qwen2": lambda: _words(r"\p{N}"),
+    "qwen35": lambda: _split(_WITH_MARKS),
     "chatglm-bpe": lambda: _words(r"\p{N}{1,3}"),
     "glm4": lambda: _words(r"\p{N}{1,3}"),
     "deepseek-v3": lambda: _split(r"\p{N}{1,3}", _CJK, _DEEPSEEK),

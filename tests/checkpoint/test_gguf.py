@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 gguf = pytest.importorskip("gguf")
 
-from farthing.checkpoint.gguf import GgufShards  # noqa: E402
-from farthing.checkpoint.gguf_types import FORMATS  # noqa: E402
+from farthing.checkpoint.gguf import GgufShards, _columns_in_order  # noqa: E402
+from farthing.checkpoint.gguf_types import BLOCKS, FORMATS  # noqa: E402
 from farthing.checkpoint.reader import Checkpoint  # noqa: E402
 from farthing.checkpoint.shards import CheckpointError  # noqa: E402
 from farthing.cli.app import app  # noqa: E402
@@ -180,6 +180,19 @@ def test_every_type_has_the_librarys_values(tmp_path: Path, kind: str) -> None:
     embedding = checkpoint.tensor("model.embed_tokens.weight", (VOCABULARY, WIDTH))
     assert torch.equal(embedding.float(), expected("token_embd.weight").to(embedding.dtype).float())
     assert sum(map(shards.nbytes, checkpoint.names())) == sum(int(t.n_bytes) for t in stored.values())
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *FROM_BYTES])
+def test_value_heads_are_put_in_order(kind: str) -> None:
+    """Of a recurrence with 4 key heads, 2 value heads of each, 64 wide: columns of the output projection."""
+    data = matrix(kind, 8, 512, seed=0)
+    weight = BLOCKS[kind](data.reshape(8, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1]))
+    order = np.arange(512).reshape(2, 4, 64).swapaxes(0, 1).reshape(-1)
+    found, expected = _columns_in_order(weight, order).dequantize(), weight.dequantize()[:, order]
+    if weight.units is None:
+        assert torch.equal(found, expected)
+    else:  # in 8 bits
+        assert float((found - expected).abs().max()) < 0.005 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K", "Q6_K", "MXFP4"])

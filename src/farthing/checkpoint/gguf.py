@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, PLAIN
 from farthing.checkpoint.shards import CheckpointError, Shards, read_json
 from farthing.lazy import gguf, np, torch
-from farthing.ops import Format, Weight, dtype_name, numpy_dtype
+from farthing.ops import Format, Weight, dtype_name, numpy_dtype, quantize_int8_groups
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,12 +36,13 @@ class Names:
 
     layer: of tensors blk.N.*, whole names where the suffix changes too; experts: of stacks [E, N, K], with {}
     for the expert. turned: matrices whose rows are stored for rotation of neighbours, and the metadata field
-    with their number of heads.
+    with their number of heads. around_zero: whether norms have weights around 0, GGUF's being around 1.
     """
 
     layer: Mapping[str, str]
     experts: Mapping[str, str] = field(default_factory=dict)
     turned: Mapping[str, str] = field(default_factory=dict)
+    around_zero: bool = False
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -82,6 +83,21 @@ _SPARSE = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
 }
+_DELTA = {
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+_SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
+}
 ARCHITECTURES = {
     "llama": Names(
         {**_LAYER, **_SPARSE},
@@ -93,13 +109,41 @@ ARCHITECTURES = {
     "deepseek2": Names({**_LAYER, **_LATENT, **_V3}, _EXPERTS),
     "glm4moe": Names({**_LAYER, **_V3, "post_attention_norm": "post_attention_layernorm"}, _EXPERTS),
     "minimax-m2": Names({**_LAYER, **_SPARSE}, _MIXTRAL),
+    "qwen35moe": Names(
+        {**_LAYER, **_GATE, **_DELTA, **_SHARED, "post_attention_norm": "post_attention_layernorm"},
+        _EXPERTS,
+        around_zero=True,
+    ),
 }
 COMPUTED = ("rope_freqs.weight",)  # tensors whose values follow from the configuration
 _JOINED = ("attn_k_b", "attn_v_b")
 
 
+@dataclass(frozen=True, slots=True)
+class ValueHeads:
+    """The heads of a recurrence: GGUF has the first value head of every key head first, then the second."""
+
+    keys: int
+    per: int  # value heads of a key head
+    key_dim: int
+    value_dim: int
+
+    def order(self, part: str) -> tuple[int, int, list[int]] | None:
+        """Of a tensor: (axis, rows before the values, [per, keys, width of a head]); None: as it is."""
+        width = 1 if part in ("ssm_beta", "ssm_alpha", "ssm_dt", "ssm_a") else self.value_dim
+        before = 2 * self.keys * self.key_dim if part in ("attn_qkv", "ssm_conv1d") else 0
+        if part not in (*(p.partition(".")[0] for p in _DELTA),) or part == "ssm_norm":
+            return None
+        return int(part == "ssm_out"), before, [self.per, self.keys, width]
+
+
 def describe(
-    tensors: Sequence[Any], file: Path, architecture: str, heads: Callable[[str], int], layers: int
+    tensors: Sequence[Any],
+    file: Path,
+    architecture: str,
+    heads: Callable[[str], int],
+    layers: int,
+    values: ValueHeads | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Hugging Face's name, where and how it is stored) of every tensor of a file that `gguf` has opened.
 
@@ -110,13 +154,17 @@ def describe(
     for tensor in tensors:
         if tensor.name in COMPUTED:
             continue
-        stem, _, suffix = tensor.name.rpartition(".")
-        layer, _, part = stem.removeprefix("blk.").partition(".") if stem.startswith("blk.") else ("", "", "")
+        block, layer, rest = [*tensor.name.split(".", 2), "", ""][:3]
+        if block != "blk":
+            layer, rest = "", tensor.name
+        stem, _, suffix = rest.rpartition(".")
+        part = stem or suffix
         if layer.isdecimal() and int(layer) >= layers:
             continue
-        module = _OUTER.get(stem) if not layer else names.layer.get(part) or names.experts.get(part)
-        whole = names.layer.get(f"{part}.{suffix}")
-        if (module or whole) is None or suffix not in ("weight", "bias") or not (layer or "0").isdecimal():
+        module = _OUTER.get(stem) if not layer else names.layer.get(stem) or names.experts.get(stem)
+        whole = names.layer.get(rest) if layer else None
+        plain = module is not None and suffix in ("weight", "bias")
+        if not (whole or plain) or not (layer or "0").isdecimal():
             raise CheckpointError(
                 f"{file}: {tensor.name[:200]}: expected the tensors of architecture {architecture!r}"
             )
@@ -130,6 +178,16 @@ def describe(
         entry = {"file": str(file), "type": kind, "shape": shape, "offset": int(tensor.data_offset)}
         if part in names.turned:
             entry["heads"] = heads(names.turned[part])
+        if values is not None and (order := values.order(part)):
+            entry["order"] = order
+        if names.around_zero and part.endswith("norm") and part != "ssm_norm":
+            entry["then"] = "minus 1"
+        if part == "ssm_a":
+            entry["then"] = "log"
+        if part == "ssm_conv1d" and len(shape) == 2:
+            entry["shape"] = [shape[0], 1, shape[1]]
+        if part == "ffn_gate_inp_shexp" and len(shape) == 1:
+            entry["shape"] = [1, *shape]
         stored = whole or f"{module}.{suffix}"
         stored = f"model.layers.{layer}.{stored}" if layer else stored
         if part in _JOINED:
@@ -177,7 +235,12 @@ class GgufShards(Shards):
             return self.exact(name)
         if entry["type"] in PLAIN:
             plain: NDArray[Any] = self._raw(name, entry).view(numpy_dtype(PLAIN[entry["type"]]))
-            return plain.reshape(entry["shape"])
+            plain = plain.reshape(entry["shape"])
+            if entry.get("order", (0,))[0]:
+                plain = plain[:, _values_in_order(entry)]
+            if "then" in entry:
+                plain = plain - 1 if entry["then"] == "minus 1" else np.log(-plain)
+            return plain
         log.warning("%s is decoded to bfloat16", self._where(name, entry))
         return _to_bfloat16(self._where(name, entry), self.exact(name))
 
@@ -191,6 +254,8 @@ class GgufShards(Shards):
         self.reading(name)
         rows = self._raw(name, entry)
         weight = BLOCKS[entry["type"]](rows.reshape(len(rows), -1, _block(entry)[1]))
+        if entry.get("order", (0,))[0]:
+            weight = _columns_in_order(weight, _values_in_order(entry))
         assert weight.scale is not None
         if not all(bool(t.isfinite().all()) for t in (weight.scale, weight.minimum) if t is not None):
             raise CheckpointError(
@@ -246,6 +311,9 @@ class GgufShards(Shards):
             )
         rows = data.reshape(prod(entry["shape"][:-1]), -1)
         heads = entry.get("heads")
+        if "order" in entry and entry["order"][0] == 0:
+            flat = rows if len(entry["shape"]) > 1 else data.reshape(entry["shape"][0], -1)
+            return flat[_values_in_order(entry)]
         if not heads:
             return rows
         # llama.cpp rotates neighbouring rows of a head, Hugging Face the first half with the second.
@@ -259,6 +327,31 @@ class GgufShards(Shards):
 
     def _where(self, name: str, entry: Mapping[str, Any]) -> str:
         return f"{entry['file']}: {name} ({entry['type']})"
+
+
+def _values_in_order(entry: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Where rows or columns of value heads are, by key head."""
+    axis, before, (per, keys, width) = entry["order"]
+    if before + per * keys * width != entry["shape"][axis]:
+        raise CheckpointError(f"{entry['file']}: found {entry['shape']}; expected {keys * per} value heads")
+    tiled = np.arange(per * keys * width).reshape(per, keys, width).swapaxes(0, 1).reshape(-1)
+    return np.concatenate((np.arange(before), before + tiled))
+
+
+def _columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
+    """Columns of whole groups reordered; where they share units or groups are wider, in 8 bits in groups."""
+    size = weight.group_size
+    groups = order.reshape(-1, size) if len(order) % size == 0 else order[None]
+    moved = np.array_equal(groups, groups[:, :1] + np.arange(groups.shape[1])) and bool(
+        (groups[:, 0] % size == 0).all()
+    )
+    if weight.units is not None or not moved:
+        return quantize_int8_groups(weight.dequantize()[:, torch.from_numpy(order)])
+    at = torch.from_numpy(groups[:, 0] // size)
+    packed = size // 2 if weight.nibbles else size
+    data = weight.data.unflatten(1, (-1, packed))[:, at].flatten(1).contiguous()
+    scale, minimum = (None if t is None else t[:, at] for t in (weight.scale, weight.minimum))
+    return replace(weight, data=data, scale=scale, minimum=minimum)
 
 
 def _joined_shape(where: str, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, describe
+from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, ValueHeads, describe
 from farthing.checkpoint.shards import CheckpointError
 from farthing.files import replace_json, replace_text
 from farthing.lazy import gguf, np
@@ -44,7 +44,14 @@ def open_gguf(path: Path) -> Path:
     factors = None
     for file, reader in zip(files, readers, strict=True):
         tensors |= dict(
-            describe(reader.tensors, file, metadata.architecture, metadata.heads, metadata.layers())
+            describe(
+                reader.tensors,
+                file,
+                metadata.architecture,
+                metadata.heads,
+                metadata.layers(),
+                metadata.value_heads(),
+            )
         )
         factors = next((t.data for t in reader.tensors if t.name in COMPUTED), factors)
     config = _config(metadata, tensors, factors)
@@ -111,6 +118,14 @@ class Metadata:
     def layers(self) -> int:
         """How many layers are read: all but those of MTP."""
         return self.whole("block_count") - int(self.own("nextn_predict_layers", 0))
+
+    def value_heads(self) -> ValueHeads | None:
+        """Of a recurrence, if the architecture has one."""
+        if self.own("ssm.time_step_rank") is None:
+            return None
+        values, keys = self.whole("ssm.time_step_rank"), self.whole("ssm.group_count")
+        width = self.whole("ssm.inner_size") // values
+        return ValueHeads(keys, values // keys, self.whole("ssm.state_size"), width)
 
     def tokenizer(self) -> dict[str, Any]:
         """The fields of the tokenizer, without their prefixes."""
@@ -192,6 +207,23 @@ def _minimax_m2(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _qwen35moe(m: Metadata) -> dict[str, Any]:
+    values = m.whole("ssm.time_step_rank")
+    return {
+        "model_type": "qwen3_5_moe_text",
+        **_experts(m, "num_experts"),
+        "moe_intermediate_size": m.whole("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": m.whole("expert_shared_feed_forward_length"),
+        "intermediate_size": None,
+        "partial_rotary_factor": m.whole("rope.dimension_count") / m.whole("attention.key_length"),
+        "linear_conv_kernel_dim": m.whole("ssm.conv_kernel"),
+        "linear_key_head_dim": m.whole("ssm.state_size"),
+        "linear_num_key_heads": m.whole("ssm.group_count"),
+        "linear_num_value_heads": values,
+        "linear_value_head_dim": m.whole("ssm.inner_size") // values,
+    }
+
+
 _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -199,8 +231,9 @@ _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "deepseek2": _deepseek2,
     "glm4moe": _glm4moe,
     "minimax-m2": _minimax_m2,
+    "qwen35moe": _qwen35moe,
 }
-_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2")
+_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35moe")
 
 
 def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
@@ -215,7 +248,7 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
         raise m.error("rope.dimension_count, attention.value_length: expected the width of a head")
     config: dict[str, Any] = {
         "hidden_size": width,
-        "intermediate_size": m.whole("feed_forward_length"),
+        "intermediate_size": m.own("feed_forward_length"),
         "num_hidden_layers": m.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": m.heads("attention.head_count_kv"),
@@ -230,6 +263,9 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
     }
     if any(name.endswith("q_proj.bias") for name in tensors):
         config["attention_bias"] = True
+    if m.value_heads() is not None:
+        recurrent = [f"model.layers.{i}.linear_attn.in_proj_qkv.weight" in tensors for i in range(m.layers())]
+        config["layer_types"] = ["linear_attention" if r else "full_attention" for r in recurrent]
     if m.architecture == "glm4moe" and any(name.endswith("q_norm.weight") for name in tensors):
         config["use_qk_norm"] = True
     config = {name: value for name, value in config.items() if value is not None}

@@ -36,6 +36,7 @@ from farthing.ops.weights import (
     int4_group,
     loaded_as,
     pack_int4,
+    quantize_int8_groups,
 )
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "make_batch",
     "numpy_dtype",
     "pack_int4",
+    "quantize_int8_groups",
     "require_finite",
     "same",
     "select",

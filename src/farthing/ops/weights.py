@@ -197,6 +197,14 @@ def quantize_int8(w: Tensor) -> Weight:
     return Weight("int8", (w / scale).round().clamp(-127, 127).to(torch.int8), scale)
 
 
+def quantize_int8_groups(w: Tensor, group_size: int = 32) -> Weight:
+    """Symmetric round-to-nearest with one scale of 16 bits per group of columns."""
+    groups = w.float().unflatten(1, (-1, group_size))
+    scale = (groups.abs().amax(-1) / 127).half().float().clamp_min(2.0**-24)
+    q = (groups / scale.unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8)
+    return Weight("int8_groups", q.flatten(1), scale)
+
+
 def loaded_as(quantization: str | None, mlp: bool) -> str | None:
     """The format of a matrix under `--quantization` at load time: "int4" rounds feed-forwards to 4 bits, but
     attention and head, which are few parameters and sensitive to rounding, to 8."""
