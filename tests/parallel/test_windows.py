@@ -1,0 +1,59 @@
+"""Windows on several ranks: stages with different kinds of caches, and ranks that share the heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+
+from farthing.config import EngineConfig
+from farthing.engine.build import build_engine
+from farthing.engine.request import SamplingParams
+from farthing.model.config import ModelConfig
+from farthing.model.load import random_parameters
+from farthing.model.types import type_named
+from tests.engine.test_forgetting import MODELS, prompt
+
+
+def save(path: Path, name: str) -> Path:
+    """A random checkpoint."""
+    config = ModelConfig.from_json(MODELS[name])
+    stored = type_named(config.model_type).names.stored
+    (path / "config.json").write_text(json.dumps(MODELS[name]))
+    save_file({stored(k): v for k, v in random_parameters(config, 5).items()}, path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers with a window, without, and with one: the second of two stages has no other."""
+    return save(tmp_path_factory.mktemp("windows"), "some layers")
+
+
+def answers(checkpoint: Path, **options: Any) -> list[list[int]]:
+    """Of two turns, the second of which finds the first in the cache."""
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    config = EngineConfig(
+        model=str(checkpoint), skip_tokenizer_init=True, backend="reference", num_blocks=64, block_size=4,
+        max_num_seqs=2, max_num_batched_tokens=16, threads=1, dtype="float32", **options,
+    )  # fmt: skip
+    with build_engine(config) as engine:
+        first = engine.submit(prompt(75), params).result().outputs[0].token_ids
+        second = engine.submit(prompt(75) + list(first) + prompt(5), params).result()
+        assert second.metrics.cached_tokens >= 75 + 20 - 1
+        return [list(first), list(second.outputs[0].token_ids)]
+
+
+@pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_ranks_generate_the_tokens_of_one(checkpoint: Path, layout: str) -> None:
+    assert answers(checkpoint, **{layout: 2}) == answers(checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["some layers", "states"])
+def test_another_process_computes_prompts(name: str, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, name)
+    assert answers(checkpoint, disaggregate=True) == answers(checkpoint)
