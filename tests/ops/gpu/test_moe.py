@@ -19,7 +19,7 @@ from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import gated_mlp
 from farthing.ops.reference import route as reference_route
 from farthing.ops.weights import Weight
-from tests.ops.gpu.parts import BOUNDS, DEVICE
+from tests.ops.gpu.parts import BOUNDS, DEVICE, FORMATS
 from tests.ops.parts import distance, weight
 
 ROUTERS = {
@@ -108,7 +108,7 @@ def expected_of(x: Tensor, ids: Tensor, gates: Tensor, experts: Sequence[Gated])
     return out
 
 
-@pytest.mark.parametrize("name", list(BOUNDS))
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("tokens", "hidden", "inner"), [(1, 64, 32), (10, 160, 96)])
 def test_grouped(name: str, tokens: int, hidden: int, inner: int) -> None:
     experts = [
