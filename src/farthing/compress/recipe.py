@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import entry_points
@@ -172,12 +173,10 @@ def load_recipe(name: str) -> Recipe:
         raise ValueError(f"recipe: got {name!r}; expected one of {', '.join(known)}, or a .yaml file")
     if not path.is_file():
         raise ValueError(f"recipe: got {name!r}, which does not exist")
-    import yaml
-
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raw = _load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return from_json(raw, path.stem, str(path))
 
 
@@ -208,6 +207,31 @@ def from_json(raw: Any, name: str, where: str) -> Recipe:
 
 
 def _kind(values: Mapping[str, Any], base: Recipe | None, known: Mapping[str, Recipe]) -> type[Recipe]:
-    """The class of recipes that has all of these fields: the base's if it does."""
-    kinds = [Recipe if base is None else type(base), *map(type, known.values())]
-    return next((k for k in kinds if set(values) <= {f.name for f in fields(k)}), kinds[0])
+    """The class of recipes that refuses fewest of these values; among equals the base's, or the first."""
+
+    def refused(kind: type[Recipe]) -> int:
+        names, choices = {field.name for field in fields(kind)}, kind.choices()
+        return sum(
+            name not in names or value not in choices.get(name, (value,)) for name, value in values.items()
+        )
+
+    return min([Recipe if base is None else type(base), *map(type, known.values())], key=refused)
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML document, in which 2:4 is text and not a number in base 60."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without the integers of YAML 1.1; those of YAML 1.2 are added below."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in pairs if tag != "tag:yaml.org,2002:int"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    integer = re.compile(r"[-+]?[0-9][0-9_]*$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", integer, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {error}") from error

@@ -14,6 +14,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.writer import CheckpointWriter
 from farthing.compress.api import Options, compress
 from farthing.compress.evaluate import Corpus, paged_batch
+from farthing.compress.recipe import load_recipe
 from farthing.compress.stream import Compression, run
 from farthing.model.load import load
 from farthing.ops.api import Place
@@ -134,3 +135,25 @@ def test_experts_of_layers_with_different_sizes_are_not_dropped(data: Path, tmp_
         ValueError, match=r"layers\.0\.mlp\.gate_proj is 40x64, which blocks of 16x16 do not tile"
     ):
         compress(odd, tmp_path / "out", RECIPES["prune30-block16"], Options(data, data, window=64))
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("scheme: int8\nactivations: best\n", "activations", "best"),  # a value that only this package has
+        ("prune:\n  pattern: 2:4\n", "prune", Prune("2:4")),  # not a number in base 60
+        ("base: int8\nscaling: awq\n", "scaling", "awq"),
+    ],
+)
+def test_recipe_files_have_the_fields_and_values_of_this_package(
+    tmp_path: Path, text: str, field: str, value: object
+) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert isinstance(recipe, Study) and getattr(recipe, field) == value
+
+
+def test_unknown_field_is_named_beside_fields_of_this_package(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("scaling: awq\nschme: int8\n")
+    with pytest.raises(ValueError, match=r"schme: unknown field; expected one of name, .*scaling"):
+        load_recipe(str(tmp_path / "r.yaml"))
