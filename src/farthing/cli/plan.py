@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from farthing.planner.estimate import CpuEstimate, Estimate
     from farthing.planner.footprint import StoredOf
     from farthing.planner.memory import RankMemory
-    from farthing.planner.roofline import Ceilings, Shares
+    from farthing.planner.roofline import Ceilings, Efficiency
 
 
 # The part of `farthing plan` that needs a price: throughput and dollars per million tokens.
@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 CACHE_HIT = 0.563  # of prompt tokens, as published by DeepSeek
 
 
-def print_estimate(planned: Planned, device: Ceilings, shares: Shares, as_json: bool) -> None:
+def print_estimate(planned: Planned, device: Ceilings, shares: Efficiency, as_json: bool) -> None:
     """Print an estimate of the deployment that the options describe. Raises ValueError if there is none."""
     e = _estimate(planned, device, shares)
     if as_json:
@@ -88,7 +88,7 @@ def print_estimate(planned: Planned, device: Ceilings, shares: Shares, as_json: 
     _print_estimate(planned, e, device)
 
 
-def _estimate(planned: Planned, device: Ceilings, shares: Shares) -> Estimate:
+def _estimate(planned: Planned, device: Ceilings, shares: Efficiency) -> Estimate:
 
     o = planned.options
     _check(planned)

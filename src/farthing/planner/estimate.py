@@ -31,9 +31,10 @@ from farthing.planner.memory import (
     shares_by_format,
     stage_memory,
 )
-from farthing.planner.roofline import BF16, FP8, NODE, Ceilings, RankRoofline, Shares, Workload
+from farthing.planner.roofline import BF16, FP8, NODE, Ceilings, Efficiency, RankRoofline, Workload
 
-BANDWIDTH = (0.65, 0.85)  # share of bandwidth while decoding: V2L's and L576's (docs/performance.md)
+# Share of bandwidth while decoding: of V2-Lite and of the 3B random model (docs/lab/cpu-against-peers.md).
+BANDWIDTH = (0.65, 0.85)
 INT8 = 0.60  # share of the INT8 peak with 512 rows: L576's
 MOST_ATTENTION = 0.5  # of the INT8 peak: bfloat16 has half the operations per instruction …
 ATTENTION = 0.4  # … of which expanded attention reaches 85 % (docs/lab/cpu-kernels.md)
@@ -95,15 +96,15 @@ def estimate(
             "int8: the estimate uses the INT8 ceiling"
         )
 
-    def server(bandwidth: float, peak: float, shares: Shares) -> _Server:
+    def server(bandwidth: float, peak: float, shares: Efficiency) -> _Server:
         return _Server(model, holder, Ceilings("CPU", 0, bandwidth, peak, peak, 0, 0), shares, cache_dtype)
 
-    everything = Shares(1.0, 1.0, MOST_ATTENTION, 1.0, 1.0)
+    everything = Efficiency(1.0, 1.0, MOST_ATTENTION, 1.0, 1.0)
     sizes = server(1.0, 1e9, everything)  # at 1 GB/s, seconds are gigabytes
     bandwidth = machine.sockets * machine.bandwidth
     limit = server(bandwidth, machine.peak, everything)
     low, high = (
-        server(bandwidth, machine.peak, Shares(INT8, INT8, ATTENTION, share, 1.0)) for share in BANDWIDTH
+        server(bandwidth, machine.peak, Efficiency(INT8, INT8, ATTENTION, share, 1.0)) for share in BANDWIDTH
     )
     steps = [
         DecodeSpeed(n, sizes.decode(n, workload), *(n / s.decode(n, workload) for s in (limit, low, high)))
@@ -122,7 +123,7 @@ class _Server:
     """All sockets as one device."""
 
     def __init__(
-        self, model: PlannedModel, holder: Holder, device: Ceilings, shares: Shares, cache_dtype: str
+        self, model: PlannedModel, holder: Holder, device: Ceilings, shares: Efficiency, cache_dtype: str
     ) -> None:
         plan = ShardPlan.build(model.config, Layout())
         experts = model.config.n_routed_experts or 0
@@ -159,7 +160,7 @@ class Target:
     serving: Serving
     limit: int  # bytes per GPU
     device: Ceilings
-    shares: Shares
+    shares: Efficiency
     sequences: int | None = None
 
     @property

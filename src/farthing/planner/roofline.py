@@ -37,7 +37,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class Efficiency:
     """Share of each ceiling that kernels reach."""
 
     dense: float
@@ -47,7 +47,7 @@ class Shares:
     network: float
 
 
-def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]:
+def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Efficiency]:
     """The declared ceilings, overridden by the user's measurements. Raises ValueError naming the field."""
     raw = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())
     devices = {name: Ceilings(name, **row) for name, row in raw["device"].items()}
@@ -60,9 +60,10 @@ def load_devices(path: Path | None = None) -> tuple[dict[str, Ceilings], Shares]
             )
             devices[name] = _device(name, base | row)
         shares |= own.get("share", {})
-    if set(shares) != {f.name for f in fields(Shares)} or not all(0 < s <= 1 for s in shares.values()):
-        raise ValueError(f"share: got {shares}; expected {[f.name for f in fields(Shares)]}, each in (0, 1]")
-    return devices, Shares(**shares)
+    names = [field.name for field in fields(Efficiency)]
+    if set(shares) != set(names) or not all(0 < s <= 1 for s in shares.values()):
+        raise ValueError(f"share: got {shares}; expected {names}, each in (0, 1]")
+    return devices, Efficiency(**shares)
 
 
 def _device(name: str, row: Mapping[str, Any]) -> Ceilings:
@@ -116,7 +117,7 @@ class RankRoofline:
         place: Place,
         holder: Holder,
         device: Ceilings,
-        shares: Shares,
+        shares: Efficiency,
         cache_dtype: str,
         experts: int,
     ) -> None:
