@@ -333,6 +333,7 @@ def gpt_oss(rng: random.Random) -> Any:
     return transformers.GptOssForCausalLM(config)
 
 
+HYBRID = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")  # types with recurrent layers
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
