@@ -194,3 +194,20 @@ def test_room_is_shared_between_keys(arrivals: list[str], limit: int) -> None:
         assert held.waiting == 0 and not held.occupied.is_set()
 
     asyncio.run(run())
+
+
+@pytest.mark.anyio
+async def test_requests_that_come_at_once_take_no_more_than_their_keys_part() -> None:
+    """Those that gave way count no longer, even before their tasks run."""
+    held = hold(lambda: False, limit=10)
+    end = asyncio.get_running_loop().time() + 60
+    tasks = [asyncio.create_task(held.until(lambda: None, end, "a")) for _ in range(10)]
+    while held.waiting < 10:
+        await asyncio.sleep(0)
+    tasks += [asyncio.create_task(held.until(lambda: None, end, "b")) for _ in range(8)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [task.done() for task in tasks] == [False] * 5 + [True] * 5 + [False] * 5 + [True] * 3
+    held.stopping = True
+    held.notify()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -87,14 +87,15 @@ class Hold:
 
     def _make_room(self, key: str) -> None:
         """Refuse the newest request of the key with most. Raises Refused if that is the one to come."""
-        waiting = self._shares.work
-        greediest = max(self._shares.present, key=waiting)
+        # Not `Shares.work`: it still counts those that were refused until their tasks run.
+        waiting = {name: len(sleeping) for name, sleeping in self._sleeping.items()}
+        greediest = max(waiting, key=waiting.__getitem__, default=key)
         sleeping = {f: order for f, order in self._sleeping.get(greediest, {}).items() if not f.done()}
-        mine = waiting(key) + 1 >= waiting(greediest) or not sleeping
+        mine = waiting.get(key, 0) + 1 >= waiting.get(greediest, 0) or not sleeping
         refused = Refused(
             503,
             f"no replica is ready and {self._limit} requests (the limit) already wait, "
-            f"{waiting(key if mine else greediest)} of this key; retry later",
+            f"{waiting.get(key if mine else greediest, 0)} of this key; retry later",
             headers={"Retry-After": "1"},
         )
         if mine:
