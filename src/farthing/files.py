@@ -130,7 +130,8 @@ _WORDS |= {Path: "a path", dict: "a mapping", tuple: "a list"}
 def read(cls: type[T], data: Any, where: str = "", base: T | None = None) -> T:
     """Build a dataclass from a (nested) mapping. Raises ValueError with the invalid field.
 
-    where: the field that holds the mapping, for errors. base: an instance with the defaults.
+    where: the field that holds the mapping, for errors. base: an instance with the defaults, also of the
+    dataclasses inside it.
 
     Declared types decide: numbers, strings, paths, literals, nested dataclasses, mappings, lists as tuples,
     and mappings as tuples of pairs. Errors name the field, its value and what is accepted.
@@ -142,7 +143,10 @@ def read(cls: type[T], data: Any, where: str = "", base: T | None = None) -> T:
     for name in data:
         if name not in names:
             raise ValueError(f"{_join(where, str(name))}: unknown field; expected one of {', '.join(names)}")
-    values = {name: _convert(hints[name], value, _join(where, name)) for name, value in data.items()}
+    values = {
+        name: _convert(hints[name], value, _join(where, name), getattr(base, name, None))
+        for name, value in data.items()
+    }
     if base is not None:
         return dataclasses.replace(base, **values)  # type: ignore[type-var]
     try:
@@ -155,15 +159,15 @@ def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """Convert `value` to the declared type of a field."""
+def _convert(hint: Any, value: Any, where: str, base: Any = None) -> Any:
+    """Convert `value` to the declared type of a field. base: an instance with the defaults of a dataclass."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        return _convert(next(a for a in arguments if a is not type(None)), value, where, base)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return read(hint, value, where)
+        return read(hint, value, where, base if isinstance(base, hint) else None)
     if origin is tuple and isinstance(value, list | Mapping):
         return _items(arguments[0], value, where)
     if origin is typing.Literal and value in arguments:

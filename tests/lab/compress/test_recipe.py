@@ -143,6 +143,11 @@ def test_experts_of_layers_with_different_sizes_are_not_dropped(data: Path, tmp_
         ("scheme: int8\nactivations: best\n", "activations", "best"),  # a value that only this package has
         ("prune:\n  pattern: 2:4\n", "prune", Prune("2:4")),  # not a number in base 60
         ("base: int8\nscaling: awq\n", "scaling", "awq"),
+        (
+            "base: prune-2of4\nprune: {heal_steps: 5}\n",
+            "prune",
+            Prune("2:4", 0.5, scope="matrix", heal_steps=5),
+        ),
     ],
 )
 def test_recipe_files_have_the_fields_and_values_of_this_package(
