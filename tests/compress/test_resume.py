@@ -15,8 +15,9 @@ import torch
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress import stream
+from farthing.compress.api import Options, compress
 from farthing.compress.recipe import RECIPES
-from farthing.compress.stream import Compression, run
+from farthing.compress.stream import STATE, Compression, run
 
 
 def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -78,3 +79,20 @@ def test_run_killed_while_renaming_shards_starts_over(model_dir: Path, tmp_path:
     run(job)
     a, b = Checkpoint.open(tmp_path / "out"), Checkpoint.open(tmp_path / "whole")
     assert set(a.names()) == set(b.names()) and a.stored_bytes() == b.stored_bytes()
+
+
+def test_a_run_that_ended_while_it_was_measured_resumes(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "measuring":
+            raise KeyboardInterrupt
+
+    out, options = tmp_path / "out", Options(data, data, window=64)
+    with pytest.raises(KeyboardInterrupt):
+        compress(model_dir, out, RECIPES["int4-rtn"], options, stop)
+    assert (out / "config.json").exists() and not (out / "report.json").exists()
+    written = {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors")}
+    with pytest.raises(ValueError, match="already has a model"):
+        compress(model_dir, out, RECIPES["int8"], options)
+    outcome = compress(model_dir, out, RECIPES["int4-rtn"], options)
+    assert outcome.path.exists() and outcome.report.modules and not (out / STATE).exists()
+    assert written == {f.name: f.stat().st_mtime_ns for f in out.glob("*.safetensors")}

@@ -31,7 +31,7 @@ from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
-from farthing.compress.stream import Compression, Progress, Progressed, refuse_finished, run
+from farthing.compress.stream import Compression, Progress, Progressed, finish, refuse_finished, run
 from farthing.config import Quantization
 from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import load, parameter_shapes
@@ -229,7 +229,9 @@ def compress(
         serving=after(out) if after else [],
     )
     try:
-        return Outcome(report, report.write(out), verdict)
+        outcome = Outcome(report, report.write(out), verdict)
+        finish(out)
+        return outcome
     except OSError as error:
         said = f"{error.strerror} (the model in {out} is complete; only its report is missing)"
         raise OSError(error.errno, said, error.filename) from error
@@ -306,7 +308,7 @@ def _make(
         assert corpus is not None
         plan = make_plan(source, out, recipe, corpus, progress)
     form = plan.format if plan else None
-    state = run(Compression(source, out, recipe, corpus, form, options.export), progress)
+    state = run(Compression(source, out, recipe, corpus, form, options.export), progress, keep=True)
     return _Made(recipe, state, plan, tokens=corpus.tokens if corpus else 0)
 
 

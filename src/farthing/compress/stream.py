@@ -63,14 +63,19 @@ class Progressed:
     healed: list[dict[str, Any]] = field(default_factory=list)  # errors of each layer, before and after
     keys: dict[str, dict[str, Any] | None] = field(default_factory=dict)
     changes: dict[str, int] = field(default_factory=dict)  # of config.json
+    complete: bool = False  # the model is written; what follows, such as a report, is not
 
     def group_keys(self) -> dict[str, GroupKey | None]:
         """The config group of every module written so far."""
         return {module: GroupKey(**key) if key else None for module, key in self.keys.items()}
 
 
-def run(job: Compression, progress: Progress | None = None) -> Progressed:
-    """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with the next step."""
+def run(job: Compression, progress: Progress | None = None, keep: bool = False) -> Progressed:
+    """Compress `job.source` into `job.out`. Raises CheckpointError or ValueError with the next step.
+
+    keep: leave the state of the run for a caller with more to do, which ends with `finish`; until then the
+    same job returns at once, and another one is refused.
+    """
     checkpoint = Checkpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
     if not config.is_plain:
@@ -81,6 +86,8 @@ def run(job: Compression, progress: Progress | None = None) -> Progressed:
     job.recipe.check(config)
     layers = _layers(checkpoint, config)
     state, hidden = _resume(job)
+    if state.complete:
+        return state
     job = replace(job, recipe=job.recipe.begin(_each(checkpoint, config, layers)))
     writer = CheckpointWriter(job.out, resume=state.next_layer >= 0)
     embedding = checkpoint.tensor("model.embed_tokens.weight")
@@ -100,10 +107,18 @@ def run(job: Compression, progress: Progress | None = None) -> Progressed:
         state.next_layer = index + 1
         _save(job, state, writer, stream)
     writer.close(_final_config(job, checkpoint, state), copy_from=job.source)
-    shutil.rmtree(job.out / STATE, ignore_errors=True)
+    state.complete = True
+    replace_json(job.out / STATE / "state.json", asdict(state), indent=None)
+    if not keep:
+        finish(job.out)
     if progress:
         progress("written", STEPS * layers, STEPS * layers)
     return state
+
+
+def finish(out: Path) -> None:
+    """Remove what a resumed run needs."""
+    shutil.rmtree(out / STATE, ignore_errors=True)
 
 
 class _Steps:
@@ -256,7 +271,10 @@ def fingerprint(source: Path, recipe: Recipe, export: str, calibration: Corpus |
 def refuse_finished(out: Path) -> None:
     """Raise ValueError if `out` has a model that is not an unfinished run's."""
     if (out / "config.json").exists() and not (out / STATE / "state.json").exists():
-        raise ValueError(f"{out} already has a model; choose another directory or remove it first")
+        raise ValueError(f"{out} {_TAKEN}")
+
+
+_TAKEN = "already has a model; choose another directory or remove it first"
 
 
 def _resume(job: Compression) -> tuple[Progressed, dict[str, Tensor] | None]:
@@ -267,6 +285,10 @@ def _resume(job: Compression) -> tuple[Progressed, dict[str, Tensor] | None]:
     file = directory / "state.json"
     if file.is_file():
         state = Progressed(**json.loads(file.read_text(encoding="utf-8")))
+        if state.complete and state.fingerprint != digest:
+            raise ValueError(f"{job.out} {_TAKEN}")
+        if state.complete:
+            return state, None
         parts = sorted(job.out.glob("part-*.safetensors"))
         # Fewer parts than shards: a run was killed while renaming them to their final names.
         if state.fingerprint == digest and len(parts) >= state.shards:
