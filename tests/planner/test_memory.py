@@ -219,3 +219,12 @@ def test_experts_on_the_host(tmp_path: Path) -> None:
     for options in (["--experts-on", "cpu", "--tp", "2"], ["--hot-experts", "2"]):
         run = CliRunner().invoke(app, [str(file), *options])
         assert run.exit_code == Exit.INPUT and "; expected " in run.output
+
+
+@pytest.mark.parametrize(("model", "memory_limit"), [("qwen3.6-35b-a3b", "32GB"), ("qwen3-30b-a3b", "24GB")])
+def test_error_names_options_with_which_one_rank_fits(model: str, memory_limit: str) -> None:
+    refused = CliRunner().invoke(app, [model, "--memory", memory_limit])
+    assert refused.exit_code == Exit.MISFIT
+    options = re.search(r"(--quantization int4(?: --max-num-seqs \d+)?)", refused.output)
+    assert options, refused.output
+    assert CliRunner().invoke(app, [model, "--memory", memory_limit, *options[1].split()]).exit_code == 0

@@ -57,6 +57,7 @@ from farthing.planner.memory import (
     fitting_layouts,
     memory,
     most_hot_experts,
+    smaller_options,
 )
 from farthing.planner.roofline import Workload, load_devices
 
@@ -582,14 +583,14 @@ def _advice(planned: Planned) -> str:
             f"{planned.serving.hot_experts} hot experts per layer exceed {limit / 1e9:.1f} GB; "
             f"--hot-experts {hot} would fit"
         )
+    options = smaller_options(*sizing)
     if layout is None:
-        return (
-            f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB per rank; "
-            "use --quantization, fewer cache tokens or sequences, or more memory"
-        )
+        fits = f"{options} would fit" if options else "use --quantization, fewer cache tokens, or more memory"
+        return f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB per rank; {fits}"
+    alone = f", as would {options} on one" if options else ""
     return (
         f"the largest rank exceeds {limit / 1e9:.1f} GB; "
-        f"--tp {layout.tp} --pp {layout.pp} --ep {layout.ep} ({layout.world} ranks) would fit"
+        f"--tp {layout.tp} --pp {layout.pp} --ep {layout.ep} ({layout.world} ranks) would fit{alone}"
     )
 
 

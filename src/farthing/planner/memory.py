@@ -392,6 +392,24 @@ def fitting_layouts(
             yield layout
 
 
+def smaller_options(model: PlannedModel, holder: Holder, serving: Serving, limit: int) -> str | None:
+    """The options of least change with which one rank fits in `limit` bytes: rounded weights, then fewer
+    sequences at a time. None if there are none."""
+    plan = ShardPlan.build(model.config, Layout())
+    asked = holder.quantization
+    for quantization in [asked] if asked else [None, "int8", "int4"]:
+        held = replace(holder, quantization=quantization)
+        if quantization and not any(held.rounds(stored) for _, stored in model.matrices):
+            continue
+        for sequences in (serving.max_num_seqs, 32, 16, 8, 4, 2, 1):
+            fewer = replace(serving, max_num_seqs=min(sequences, serving.max_num_seqs))
+            if max(rank.total for rank in memory(model, plan, held, fewer)) <= limit:
+                said = [] if quantization == asked else [f"--quantization {quantization}"]
+                said += [f"--max-num-seqs {sequences}"] if sequences < serving.max_num_seqs else []
+                return " ".join(said)
+    return None
+
+
 def most_hot_experts(model: PlannedModel, holder: Holder, serving: Serving, limit: int) -> int | None:
     """The most cached experts per layer, fewer than `serving` requests, that fit in `limit` bytes with
     everything else; None if even zero does not fit.
