@@ -17,7 +17,7 @@ from torch import Tensor
 
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.ops.api import Batch, RouterSpec
+from farthing.ops.api import Batch, Norm, Place, RouterSpec
 from farthing.ops.gpu import GpuOps, gemm, route, sample, sparse
 from farthing.ops.gpu import attention as decode
 from farthing.ops.gpu import attention as latent
@@ -260,7 +260,9 @@ def norm_quantize(tokens: int, d: int) -> Work:
         s = n.abs().amax(-1).clamp_min(1e-4) / 448
         return (n / s[..., None]).to(FP8), s
 
-    return Work(lambda: normalize.quantize(x, w, 1e-6), "copy", 3.0 * tokens * d, 0.0, peer, "torch, unfused")
+    return Work(
+        lambda: normalize.quantize(x, Norm(w, 1e-6)), "copy", 3.0 * tokens * d, 0.0, peer, "torch, unfused"
+    )
 
 
 def routing(tokens: int) -> Work:
@@ -335,7 +337,10 @@ def decode_step(batch: int, context: int) -> Work:
     cache = model.new_cache(batch * blocks, 64, "bfloat16")
     tables = [list(range(b * blocks, (b + 1) * blocks)) for b in range(batch)]
     host = make_batch([1] * batch, [context - 1] * batch, tables, 64)
-    step = Batch(*(getattr(host, name).to(CUDA) for name in Batch.__slots__))
+    tensors = {
+        name: value.to(CUDA) for name in Batch.__slots__ if isinstance(value := getattr(host, name), Tensor)
+    }
+    step = Batch(**tensors)
     ids = torch.randint(0, config.vocab_size, (batch,), device=CUDA)
     counts = torch.zeros(len(model.layers), config.n_routed_experts or 0, dtype=torch.int64, device=CUDA)
     model.forward(ids, step, cache, counts)
@@ -350,7 +355,7 @@ def decode_step(batch: int, context: int) -> Work:
     def plain() -> object:
         h = ops.embed(ids, model.embedding)
         for i, (attention, feed_forward) in enumerate(model.layers):
-            h, _ = attention(h, step, cache, i)
+            h, _ = attention(h, Place(cache, i, step))
             h = feed_forward(h)
         return model.top_logits(h, 1)
 

@@ -17,7 +17,7 @@ from farthing.checkpoint.compressed_tensors import quantize_blocks
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed import VERSION
 from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, pack
-from farthing.ops.weights import BLOCK, Weight
+from farthing.ops.weights import BLOCK, INTEGERS, Weight
 
 ROWS, COLUMNS, GROUP = 40, 192, 64  # 40: the last panel is padded
 
@@ -48,7 +48,8 @@ def layout() -> str:
     values = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
     values[: 2 * BLOCK, : 3 * BLOCK] = 0
     native, found = CpuOps(1)._native, xxhash.xxh3_64(str(VERSION).encode())
-    for kind in (*HELD, PackedFormat.Q8_PLANES):
+    rounded = [kind for kind, name in HELD.items() if name not in INTEGERS or name in ("int8", "int4")]
+    for kind in (*rounded, PackedFormat.Q8_PLANES):  # the others are packed as files hold them
         stored = kind == PackedFormat.FP8  # which is packed as stored only
         weight = Weight("fp8", *quantize_blocks(values)) if stored else Weight("dense", values)
         for blocks in (False, True):

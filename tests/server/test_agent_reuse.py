@@ -87,7 +87,14 @@ def embedded(monkeypatch: pytest.MonkeyPatch, required: bool) -> Iterator[Runnin
     assert engine.tokenizer is not None
     if not required:
         call = a_call(engine.tokenizer)
-        monkeypatch.setattr(Admission, "_constraint", lambda *arguments: call.copy())
+        generation = Admission._generation
+
+        def scripted(
+            admission: Admission, request: Any, index: int, seed: int, _: Any, penalized: Any
+        ) -> Any:
+            return generation(admission, request, index, seed, call.copy(), penalized)
+
+        monkeypatch.setattr(Admission, "_generation", scripted)
     with running(engine) as server:
         yield server
 

@@ -82,7 +82,8 @@ def _problem(
     shape: tuple[int, ...],
 ) -> str:
     """What is wrong with a tensor, named as in V3; empty if nothing is."""
-    expert, stack, name = re.search(r"\.experts\.(\d+)\.", name), stored(stack_of(name)), stored(name)
+    down, expert = ".down_proj" in name, re.search(r"\.experts\.(\d+)\.", name)
+    stack, name = stored(stack_of(name)), stored(name)
     if checkpoint.has(f"{name}_packed"):  # several columns in one number
         return ""
     actual: tuple[int, ...] | None = None
@@ -90,7 +91,7 @@ def _problem(
         actual = checkpoint.shape(name)
     elif expert and (whole := _stacked_shape(checkpoint, config, stack)):  # one for all experts of a layer
         name = stack
-        shape = shape if "down_proj" in stack else (2 * shape[0], *shape[1:])
+        shape = shape if down else (2 * shape[0], *shape[1:])
         if int(expert[1]) >= whole[0]:
             return f"{name} has {whole[0]} experts; expected more than {expert[1]}"
         actual = whole[1:]

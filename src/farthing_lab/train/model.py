@@ -41,7 +41,8 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # Fields that DeepSeek's config.json lacks or names differently.
 _OTHER = {
     *("rope", "query_scaling", "attention", "router_bias", "post_mlp_norm", "unrotated", "dense_layers"),
-    *("embedding_scale", "logit_scale"),
+    *("embedding_scale", "logit_scale", "norm_offset", "windows", "recurrent", "recurrent_layers"),
+    *("gate", "shared_gate", "expert_bias"),
     *("index_rope_interleaved", "indexer_types", "n_identity_experts", "shortcut_experts"),
     *("shared_intermediate_size", "layer_sizes", "eos_token_ids"),
 }

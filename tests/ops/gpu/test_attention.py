@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ STEPS = [[(0, 5), (0, 37), (0, 1)], [(5, 1), (37, 26), (1, 3)], [(6, 1), (63, 1)
 
 
 def moved(batch: Batch) -> Batch:
-    return Batch(*(getattr(batch, f).to(DEVICE) for f in Batch.__slots__))
+    tensors = {f: value.to(DEVICE) for f in Batch.__slots__ if isinstance(value := getattr(batch, f), Tensor)}
+    return replace(batch, **tensors)
 
 
 def outputs(
