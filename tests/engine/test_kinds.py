@@ -136,7 +136,7 @@ class Stored(Kinds):
     @rule()
     def restart(self) -> None:
         """Simulate another process with the same files."""
-        if not self.live and not self.store.loads:
+        if not (self.live or self.divided or self.store.loads):
             for memory in (self.memory, self.states, *self.window_memory):
                 memory.clear()
             self.restarted()

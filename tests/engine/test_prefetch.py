@@ -85,7 +85,7 @@ class Stored(SchedulerMachine):
     @rule()
     def restart(self) -> None:
         """Simulate another process with the same files."""
-        if not self.live and not self.store.loads:
+        if not (self.live or self.divided or self.store.loads):
             self.memory.clear()
             self.scheduler = self.new_scheduler(self.store)
             self.scheduler.worth_sharing = 1
