@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from farthing.checkpoint.reader import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.inspect import checkpoint_cost, model_cost, routing_report
 from farthing.model.load import random_model, random_parameters
 from farthing.ops.select import select
+from farthing.planner.footprint import stored_by_checkpoint
 from tests.tiny import SMALL_V3, V3
 
 
@@ -43,6 +45,20 @@ def test_stored_bytes(tmp_path: Path) -> None:
     stored = checkpoint_cost(tmp_path)
     assert stored.weight_bytes == sum(t.nbytes for t in tensors.values())
     assert stored.active_bytes == model_cost(ModelConfig.from_json(SMALL_V3)).active_bytes
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "qwen3_moe"])
+def test_stored_bytes_of_stacked_experts(name: str, tmp_path: Path) -> None:
+    """Granite's stacks have names of their own."""
+    pytest.importorskip("transformers")
+    from tests.parity.families import build
+
+    build(name, 1, tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    cost = checkpoint_cost(tmp_path)
+    assert cost.weight_bytes == pytest.approx(sum(map(checkpoint.nbytes, checkpoint.names())), rel=1e-3)
+    of = stored_by_checkpoint(tmp_path)
+    assert of("model.layers.1.mlp.experts.0.down_proj.weight").kind == "float32"
 
 
 def test_routing_report_counts_every_choice() -> None:

@@ -111,8 +111,8 @@ def checkpoint_cost(path: Path) -> ModelCost:
         module = stored(name).rpartition(".")[0]
         if module in by_module or ".experts." not in name:
             return by_module.get(module, 0)
-        whole = stored(stack_of(name))  # one tensor, or several, for all experts of the layer
-        share = 1 if whole.endswith("down_proj") else 2
+        stack = stack_of(name)  # one tensor, or several, for all experts of the layer
+        share, whole = 1 if stack.endswith("down_proj") else 2, stored(stack)
         experts = config.at(int(name.split(".")[2])).n_routed_experts or 1
         parts = (whole + suffix for suffix in ("", "_blocks", "_scales", "_bias"))
         return sum(checkpoint.nbytes(p) for p in parts if checkpoint.has(p)) // (share * experts)

@@ -101,8 +101,8 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
     checkpoint = Checkpoint.open(path)
     stored_name = names_in(checkpoint, ModelConfig.from_json(checkpoint.config)).stored
 
-    def of(name: str) -> Stored:
-        name = stored_name(name)
+    def of(parameter: str) -> Stored:
+        name = stored_name(parameter)
         if found := checkpoint.in_groups(name):
             return Stored(*found)
         module = name.removesuffix(".weight")
@@ -111,7 +111,7 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
             group = columns // checkpoint.shape(f"{module}.weight_scale")[-1]
             return Stored(kind, group, checkpoint.has(f"{module}.weight_zero_point"))
         if not checkpoint.has(name):
-            name = stack_of(name)
+            name = stored_name(stack_of(parameter))
         if checkpoint.has(f"{name}_blocks"):
             return Stored("mxfp4", MXFP4_GROUP)
         if not checkpoint.has(name):
