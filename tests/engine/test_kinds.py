@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule
 
 from farthing.engine.prefetch import BlockStore
 from farthing.engine.scheduler import Scheduler
@@ -13,7 +11,7 @@ from farthing.engine.sequence import Scheduled, Sequence
 from farthing.model.kinds import window_blocks
 
 from .scheduler_machine import COMMON, SchedulerMachine
-from .test_prefetch import FakeStore
+from .test_prefetch import OnDisk
 from .test_scheduler import run, sequence
 
 Content = tuple[str, tuple[int, ...]]
@@ -106,51 +104,14 @@ class NotCached(Kinds):
     caching = False
 
 
-class Stored(Kinds):
+class Stored(OnDisk, Kinds):
     """Reads of every kind from disk."""
 
     num_blocks, spare, slots = 20, 8, 9
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.store = FakeStore(self.block_size, self.memory)
-        self.restarted()
-
-    def restarted(self) -> None:
-        self.store.memories = [self.memory, *self.window_memory, self.states]
-        self.scheduler = self.new_scheduler(self.store)
-        self.scheduler.worth_sharing = 1
-
-    @precondition(lambda self: self.store.loads)
-    @rule(data=st.data())
-    def read_ends(self, data: st.DataObject) -> None:
-        load = data.draw(st.sampled_from(self.store.loads))
-        good = data.draw(st.integers(0, len(load.hashes)))
-        self.scheduler.loaded(load, self.store.fill(load, good))
-
-    @precondition(lambda self: self.store.kept)
-    @rule(data=st.data())
-    def evict_from_disk(self, data: st.DataObject) -> None:
-        del self.store.kept[data.draw(st.sampled_from(sorted(self.store.kept)))]
-
-    @rule()
-    def restart(self) -> None:
-        """Simulate another process with the same files."""
-        if not (self.live or self.divided or self.store.loads):
-            for memory in (self.memory, self.states, *self.window_memory):
-                memory.clear()
-            self.restarted()
-
-    def teardown(self) -> None:
-        bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))
-        for _ in range(bound):
-            for load in list(self.store.loads):
-                self.scheduler.loaded(load, self.store.fill(load, len(load.hashes)))
-            if not self.live:
-                break
-            self.step([True, False])
-            self.books()
-        super().teardown()
+    def memories(self) -> list[dict[int, Content]]:
+        """The last one has states."""
+        return [self.memory, *self.window_memory, self.states]
 
 
 CASES = settings(COMMON, max_examples=40)

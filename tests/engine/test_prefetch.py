@@ -61,12 +61,21 @@ class FakeStore:
         return len(load.hashes)
 
 
-class Stored(SchedulerMachine):
+class OnDisk(SchedulerMachine):
     """Reads that end late, early or not at all; blocks that are evicted from memory and from disk."""
 
     def __init__(self) -> None:
         super().__init__()
         self.store = FakeStore(self.block_size, self.memory)
+        self.begin()
+
+    def memories(self) -> list[dict[int, Content]]:
+        """By kind."""
+        return [self.memory]
+
+    def begin(self) -> None:
+        """A scheduler of another process."""
+        self.store.memories = self.memories()
         self.scheduler = self.new_scheduler(self.store)
         self.scheduler.worth_sharing = 1
 
@@ -86,9 +95,9 @@ class Stored(SchedulerMachine):
     def restart(self) -> None:
         """Simulate another process with the same files."""
         if not (self.live or self.divided or self.store.loads):
-            self.memory.clear()
-            self.scheduler = self.new_scheduler(self.store)
-            self.scheduler.worth_sharing = 1
+            for memory in self.memories():
+                memory.clear()
+            self.begin()
 
     def teardown(self) -> None:
         bound = 10 + sum(2 * s.max_len for s in self.live) * (1 + len(self.live))
@@ -100,6 +109,10 @@ class Stored(SchedulerMachine):
             self.step([True, False])
             self.books()
         super().teardown()
+
+
+class Stored(OnDisk):
+    """Of one kind."""
 
 
 class StoredRoomy(Stored):
