@@ -232,6 +232,14 @@ def test_deviations(text: str, answer: Answer) -> None:
         assert parsed(pieces) == answer
 
 
+@pytest.mark.parametrize("mark", ["", "<|constrain|>", "<|message|>Sure."])
+def test_head_without_end_becomes_text_at_the_same_place(mark: str) -> None:
+    text = "<|channel|>" + "x" * 600 + mark
+    whole = parsed([text])
+    assert whole.text.startswith("x")
+    assert all(parsed(pieces) == whole for pieces in cuts(text))
+
+
 def test_call_without_arguments() -> None:
     head = HEADS[0]
     assert called(parsed([head + "<|call|>"])) == [("weather", {})]

@@ -88,13 +88,15 @@ class HarmonyMessages(Machine):
     def _header(self) -> bool:
         """Up to the mark that ends it."""
         found = self._literals.find(self._buffer)
+        size = found[0] if found else self._literals.ready(self._buffer)
+        room = MAX_HEAD - len(self._head)
+        if size > room:  # no head is so long: from here on it is text, wherever the output is cut
+            self._take(max(room, 0))
+            self._begin_body("text")
+            return True
+        self._head += self._take(size)
         if found is None:
-            size = self._literals.ready(self._buffer)
-            self._head += self._take(size)
-            if len(self._head) > MAX_HEAD:  # no head is so long
-                self._begin_body("text")
             return False
-        self._head += self._take(found[0])
         mark = self._take(found[1] - found[0])
         if mark == MESSAGE:
             self._open()
