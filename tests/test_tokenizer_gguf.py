@@ -49,6 +49,7 @@ def test_sentencepiece_merges_the_best_score_first() -> None:
         ("deepseek-v3", "x=1234;你好abc", ["x", "=", "123", "4", ";", "你好", "abc"]),
         ("glm4", "It's 1234", ["It", "'s", "Ġ", "123", "4"]),
         ("minimax-m2", "camelCase don't", ["camel", "Case", "Ġdon't"]),
+        ("gpt-4o", "camelCase don't 1234", ["camel", "Case", "Ġdon't", "Ġ", "123", "4"]),
         ("tekken", "camelCase 12", ["camel", "Case", "Ġ", "1", "2"]),
     ],
 )

@@ -25,6 +25,9 @@ _WITH_MARKS = (  # Qwen3.5: marks belong to words
 )
 
 
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+
+
 def _split(*patterns: str) -> Any:
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -55,7 +58,8 @@ _CUTS: dict[str, Callable[[], Any]] = {
     "chatglm-bpe": lambda: _words(r"\p{N}{1,3}"),
     "glm4": lambda: _words(r"\p{N}{1,3}"),
     "deepseek-v3": lambda: _split(r"\p{N}{1,3}", _CJK, _DEEPSEEK),
-    "minimax-m2": lambda: _cased(r"\p{N}{1,3}", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"),
+    "gpt-4o": lambda: _cased(r"\p{N}{1,3}", _CONTRACTIONS),
+    "minimax-m2": lambda: _cased(r"\p{N}{1,3}", _CONTRACTIONS),
     "tekken": lambda: _cased(r"\p{N}"),
 }
 _COMPOSED = ("qwen2",)  # their text is put into Unicode's composed form

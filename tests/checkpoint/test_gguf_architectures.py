@@ -26,7 +26,7 @@ from tests.parity.paged import run  # noqa: E402
 
 Config = dict[str, Any]
 _LAYER = re.compile(
-    r"model\.layers\.(\d+)\.(.*?)\.?(weight|bias|e_score_correction_bias|A_log|dt_bias|gate_up_proj|down_proj)"
+    r"model\.layers\.(\d+)\.(.*?)\.?(weight|bias|e_score_correction_bias|A_log|dt_bias|sinks|(?:gate_up|down)_proj(?:_bias)?)"
 )
 
 
@@ -100,11 +100,33 @@ def qwen35moe(c: Config) -> Config:
     }  # fmt: skip
 
 
+def gpt_oss(c: Config) -> Config:
+    rope = c["rope_parameters"]
+    scaled = {
+        "rope.scaling.type": "yarn", "rope.scaling.factor": float(rope.get("factor", 0)),
+        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
+        "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+    }  # fmt: skip
+    return {
+        **mixtral(c), "expert_feed_forward_length": c["intermediate_size"],
+        "attention.sliding_window": c["sliding_window"], **(scaled if "factor" in rope else {}),
+    }  # fmt: skip
+
+
+def by_part(array: np.ndarray[Any, Any], keys: int, *widths: int) -> list[np.ndarray[Any, Any]]:
+    """Rows of Qwen3-Next's fused projections, a part of all key heads together."""
+    parts = np.split(array.reshape(keys, -1, array.shape[-1]), np.cumsum(widths)[:-1], 1)
+    return [part.reshape(-1, array.shape[-1]) for part in parts]
+
+
 def tiled(name: str, array: np.ndarray[Any, Any], c: Config) -> np.ndarray[Any, Any]:
     """A tensor of a recurrence or a norm as llama.cpp's converter writes it."""
     keys, values = c["linear_num_key_heads"], c["linear_num_value_heads"]
     if name.endswith("norm.weight") and "ssm_norm" not in name:
         return array + 1
+    if c["model_type"] == "qwen3_next":  # whose converter leaves value heads where they are
+        array = -np.exp(array) if name.endswith("ssm_a") else array
+        return array[:, 0] if "conv1d" in name else array
     if (".ssm_" not in name and not re.search("attn_(qkv|gate)", name)) or "ssm_norm" in name:
         return array
     axis = int("ssm_out" in name)
@@ -124,11 +146,13 @@ CASES: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "glm4_moe": ("glm4moe", glm4moe),
     "minimax_m2": ("minimax-m2", minimax),
     "qwen3_5_moe_text": ("qwen35moe", qwen35moe),
+    "qwen3_next": ("qwen3next", qwen35moe),
+    "gpt_oss": ("gpt-oss", gpt_oss),
 }
 
 
 def renamed(
-    tensors: dict[str, torch.Tensor], architecture: str, c: Config
+    tensors: dict[str, torch.Tensor], architecture: str, c: Config, legacy: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Tensors by GGUF's names: experts stacked, rows of rotated heads in pairs, kv_b_proj in two."""
     names, out, stacks = ARCHITECTURES[architecture], {}, {}
@@ -146,6 +170,24 @@ def renamed(
         stack = re.sub(r"\.\d+\.", ".{}.", module)
         if stack in experts:
             stacks.setdefault(f"blk.{i}.{experts[stack]}.weight", []).append(array)
+        elif architecture == "gpt-oss" and module == "mlp.experts":
+            kind = "bias" if suffix.endswith("_bias") else "weight"
+            array = array if kind == "bias" else array.swapaxes(1, 2)
+            halves = {"gate": array[:, ::2], "up": array[:, 1::2]} if "gate" in suffix else {"down": array}
+            for part, half in halves.items():
+                out[f"blk.{i}.ffn_{part}_exps.{kind}"] = np.ascontiguousarray(half)
+        elif module.endswith("in_proj_qkvz"):
+            keys, size = c["linear_num_key_heads"], c["linear_key_head_dim"]
+            values = c["linear_num_value_heads"] // keys * c["linear_value_head_dim"]
+            if legacy:
+                out[f"blk.{i}.ssm_in.weight"] = array
+                continue
+            *qkv, z = by_part(array, keys, size, size, values, values)
+            out[f"blk.{i}.attn_qkv.weight"], out[f"blk.{i}.attn_gate.weight"] = np.concatenate(qkv), z
+        elif module.endswith("in_proj_ba"):
+            out[f"blk.{i}.ssm_ba.weight"] = array
+        elif suffix == "sinks":
+            out[f"blk.{i}.attn_sinks.weight"] = array
         elif suffix in ("gate_up_proj", "down_proj"):
             parts = np.split(array, 2, 1) if suffix == "gate_up_proj" else [array]
             for part, stacked in zip(("gate", "up") if len(parts) > 1 else ("down",), parts, strict=True):
@@ -174,9 +216,9 @@ def renamed(
     return {**out, **{name: np.stack(parts) for name, parts in stacks.items()}}
 
 
-@pytest.mark.parametrize("family", list(CASES))
+@pytest.mark.parametrize(("family", "legacy"), [*((family, False) for family in CASES), ("qwen3_next", True)])
 def test_logits_are_those_of_the_directory(
-    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, legacy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     architecture, metadata = CASES[family]
@@ -190,6 +232,8 @@ def test_logits_are_those_of_the_directory(
             if isinstance(value, bool)
             else w.add_uint32
             if isinstance(value, int)
+            else w.add_string
+            if isinstance(value, str)
             else w.add_float32
         )
         add(f"{architecture}.{name}", value)
@@ -197,7 +241,7 @@ def test_logits_are_those_of_the_directory(
     w.add_tokenizer_pre("gpt-2")
     w.add_token_list(ALPHABET[: c["vocab_size"]] + [f"<{i}>" for i in range(len(ALPHABET), c["vocab_size"])])
     w.add_token_merges([])
-    for name, array in renamed(load_file(folder / "model.safetensors"), architecture, c).items():
+    for name, array in renamed(load_file(folder / "model.safetensors"), architecture, c, legacy).items():
         w.add_tensor(name, array)
     if architecture == "glm4moe":
         w.add_tensor(f"blk.{c['num_hidden_layers']}.nextn.enorm.weight", np.ones(4, np.float32))
@@ -216,6 +260,15 @@ def test_logits_are_those_of_the_directory(
 def _plain(config: Any) -> bool:
     """Whether GGUF says all of a random configuration: rotation of neighbours without scaling, no window."""
     rope = config.rope_parameters
+    if config.model_type == "gpt_oss":
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        plain = (config.swiglu_limit, getattr(config, "swiglu_alpha", 1.702)) == (7.0, 1.702)
+        known = rope["rope_type"] == "default" or (rope["rope_type"], rope["factor"]) == ("yarn", 32.0)
+        return plain and known and slides == [i % 2 == 0 for i in range(len(slides))]
+    if config.model_type == "qwen3_next" and (
+        not config.norm_topk_prob or config.mlp_only_layers or config.decoder_sparse_step > 1
+    ):
+        return False
     pairs = getattr(config, "rope_interleave", True) or config.model_type not in (
         "deepseek_v2",
         "deepseek_v3",

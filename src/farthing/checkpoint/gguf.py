@@ -37,12 +37,16 @@ class Names:
     layer: of tensors blk.N.*, whole names where the suffix changes too; experts: of stacks [E, N, K], with {}
     for the expert. turned: matrices whose rows are stored for rotation of neighbours, and the metadata field
     with their number of heads. around_zero: whether norms have weights around 0, GGUF's being around 1.
+    tiled: whether the heads of a recurrence are in the order of `ValueHeads`. fused: of tensors that hold
+    several modules, key head by key head, the parts of each (see `ValueHeads.widths`).
     """
 
     layer: Mapping[str, str]
     experts: Mapping[str, str] = field(default_factory=dict)
     turned: Mapping[str, str] = field(default_factory=dict)
     around_zero: bool = False
+    tiled: bool = False
+    fused: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -83,21 +87,25 @@ _SPARSE = {
     "ffn_gate_inp": "block_sparse_moe.gate",
     "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
 }
+_GATES = {"ssm_beta": "linear_attn.in_proj_b", "ssm_alpha": "linear_attn.in_proj_a"}
 _DELTA = {
     "attn_qkv": "linear_attn.in_proj_qkv",
     "attn_gate": "linear_attn.in_proj_z",
-    "ssm_beta": "linear_attn.in_proj_b",
-    "ssm_alpha": "linear_attn.in_proj_a",
     "ssm_conv1d": "linear_attn.conv1d",
     "ssm_dt.bias": "linear_attn.dt_bias",
     "ssm_a": "linear_attn.A_log",
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
+_FUSED: dict[str, dict[str, tuple[int, ...]]] = {
+    "ssm_in": {_DELTA["attn_qkv"]: (0, 1, 2), _DELTA["attn_gate"]: (3,)},
+    "ssm_ba": {_GATES["ssm_beta"]: (0,), _GATES["ssm_alpha"]: (1,)},
+}
 _SHARED = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
 }
+_POST = {"post_attention_norm": _LAYER["ffn_norm"]}
 ARCHITECTURES = {
     "llama": Names(
         {**_LAYER, **_SPARSE},
@@ -107,12 +115,16 @@ ARCHITECTURES = {
     "qwen3": Names(_LAYER),
     "qwen3moe": Names({**_LAYER, **_GATE}, _EXPERTS),
     "deepseek2": Names({**_LAYER, **_LATENT, **_V3}, _EXPERTS),
-    "glm4moe": Names({**_LAYER, **_V3, "post_attention_norm": "post_attention_layernorm"}, _EXPERTS),
+    "glm4moe": Names({**_LAYER, **_V3, **_POST}, _EXPERTS),
     "minimax-m2": Names({**_LAYER, **_SPARSE}, _MIXTRAL),
     "qwen35moe": Names(
-        {**_LAYER, **_GATE, **_DELTA, **_SHARED, "post_attention_norm": "post_attention_layernorm"},
-        _EXPERTS,
-        around_zero=True,
+        {**_LAYER, **_GATE, **_DELTA, **_GATES, **_SHARED, **_POST}, _EXPERTS, around_zero=True, tiled=True
+    ),
+    "qwen3next": Names(
+        {**_LAYER, **_GATE, **_DELTA, **_SHARED, **_POST}, _EXPERTS, around_zero=True, fused=_FUSED
+    ),
+    "gpt-oss": Names(
+        {**_LAYER, **_POST, "attn_sinks.weight": "self_attn.sinks", "ffn_gate_inp": "mlp.router"}, _EXPERTS
     ),
 }
 COMPUTED = ("rope_freqs.weight",)  # tensors whose values follow from the configuration
@@ -130,11 +142,32 @@ class ValueHeads:
 
     def order(self, part: str) -> tuple[int, int, list[int]] | None:
         """Of a tensor: (axis, rows before the values, [per, keys, width of a head]); None: as it is."""
-        width = 1 if part in ("ssm_beta", "ssm_alpha", "ssm_dt", "ssm_a") else self.value_dim
+        width = 1 if part in (*_GATES, "ssm_dt", "ssm_a") else self.value_dim
         before = 2 * self.keys * self.key_dim if part in ("attn_qkv", "ssm_conv1d") else 0
-        if part not in (*(p.partition(".")[0] for p in _DELTA),) or part == "ssm_norm":
+        if part not in (*(p.partition(".")[0] for p in _DELTA), *_GATES) or part == "ssm_norm":
             return None
         return int(part == "ssm_out"), before, [self.per, self.keys, width]
+
+    def widths(self, part: str) -> list[int]:
+        """Rows of each part that a fused tensor has of every key head."""
+        values = self.per * self.value_dim
+        return [self.key_dim, self.key_dim, values, values] if part == "ssm_in" else [self.per, self.per]
+
+
+def changes_of(
+    names: Names, part: str, heads: Callable[[str], int], values: ValueHeads | None
+) -> dict[str, Any]:
+    """How a tensor of GGUF differs from Hugging Face's, as fields of its entry."""
+    changes: dict[str, Any] = {}
+    if part in names.turned:
+        changes["heads"] = heads(names.turned[part])
+    if names.tiled and values is not None and (order := values.order(part)):
+        changes["order"] = order
+    if names.around_zero and part.endswith("norm") and part != "ssm_norm":
+        changes["then"] = "minus 1"
+    if part == "ssm_a":
+        changes["then"] = "log"
+    return changes
 
 
 def describe(
@@ -161,9 +194,10 @@ def describe(
         part = stem or suffix
         if layer.isdecimal() and int(layer) >= layers:
             continue
+        fused = names.fused.get(stem) if layer else None
         module = _OUTER.get(stem) if not layer else names.layer.get(stem) or names.experts.get(stem)
         whole = names.layer.get(rest) if layer else None
-        plain = module is not None and suffix in ("weight", "bias")
+        plain = (module or fused) is not None and suffix in ("weight", "bias")
         if not (whole or plain) or not (layer or "0").isdecimal():
             raise CheckpointError(
                 f"{file}: {tensor.name[:200]}: expected the tensors of architecture {architecture!r}"
@@ -176,20 +210,22 @@ def describe(
             )
         shape = [int(n) for n in reversed(tensor.shape.tolist())]
         entry = {"file": str(file), "type": kind, "shape": shape, "offset": int(tensor.data_offset)}
-        if part in names.turned:
-            entry["heads"] = heads(names.turned[part])
-        if values is not None and (order := values.order(part)):
-            entry["order"] = order
-        if names.around_zero and part.endswith("norm") and part != "ssm_norm":
-            entry["then"] = "minus 1"
-        if part == "ssm_a":
-            entry["then"] = "log"
+        entry |= changes_of(names, part, heads, values)
         if part == "ssm_conv1d" and len(shape) == 2:
             entry["shape"] = [shape[0], 1, shape[1]]
         if part == "ffn_gate_inp_shexp" and len(shape) == 1:
             entry["shape"] = [1, *shape]
-        stored = whole or f"{module}.{suffix}"
-        stored = f"model.layers.{layer}.{stored}" if layer else stored
+        prefix = f"model.layers.{layer}." if layer else ""
+        if fused is not None and values is not None:
+            for name, parts in fused.items():
+                widths = values.widths(part)
+                rows = values.keys * sum(widths[i] for i in parts)
+                yield f"{prefix}{name}.{suffix}", {
+                    **entry, "shape": [rows, *shape[1:]], "whole": shape,
+                    "parts_of": [values.keys, widths, parts],
+                }  # fmt: skip
+            continue
+        stored = prefix + (whole or f"{module}.{suffix}")
         if part in _JOINED:
             stored = f"{stored}/{part}"
         if part not in names.experts:
@@ -303,30 +339,39 @@ class GgufShards(Shards):
                 self._maps[file] = np.memmap(file, np.uint8, "c")
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: cannot be mapped: {error}") from error
-        size, start = _size(entry), entry["offset"]
+        whole = entry.get("whole", entry["shape"])
+        size, start = _size({**entry, "shape": whole}), entry["offset"]
         data = self._maps[file][start : start + size]
         if len(data) < size:
             raise CheckpointError(
                 f"{self._where(name, entry)}: expected {size} bytes, found {len(data)}: a truncated file"
             )
-        rows = data.reshape(prod(entry["shape"][:-1]), -1)
-        heads = entry.get("heads")
-        if "order" in entry and entry["order"][0] == 0:
-            flat = rows if len(entry["shape"]) > 1 else data.reshape(entry["shape"][0], -1)
-            return flat[_values_in_order(entry)]
-        if not heads:
-            return rows
-        # llama.cpp rotates neighbouring rows of a head, Hugging Face the first half with the second.
-        flat = rows if len(entry["shape"]) > 1 else data.reshape(entry["shape"][0], -1)
-        if len(flat) % (2 * heads):
-            raise CheckpointError(
-                f"{self._where(name, entry)}: found {len(flat)} rows; expected pairs of {heads} heads"
-            )
-        order = np.arange(len(flat)).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-        return flat[order]
+        order = rows_in_order(entry, whole[0])
+        if order is None:
+            return data.reshape(prod(whole[:-1]), -1)
+        return data.reshape(whole[0], -1)[order]
 
     def _where(self, name: str, entry: Mapping[str, Any]) -> str:
         return f"{entry['file']}: {name} ({entry['type']})"
+
+
+def rows_in_order(entry: Mapping[str, Any], rows: int) -> NDArray[np.int64] | None:
+    """Where the rows of Hugging Face's tensor are in GGUF's; None: in the same places."""
+    where = f"{entry.get('file')}: found {rows} rows"
+    if "parts_of" in entry:
+        keys, widths, parts = entry["parts_of"]
+        if rows != keys * sum(widths):
+            raise CheckpointError(f"{where}; expected {widths} of each of {keys} key heads")
+        by_head, ends = np.arange(rows).reshape(keys, -1), np.cumsum([0, *widths])
+        return np.concatenate([by_head[:, ends[i] : ends[i + 1]].reshape(-1) for i in parts])
+    if heads := entry.get("heads"):
+        if rows % (2 * heads):
+            raise CheckpointError(f"{where}; expected pairs of {heads} heads")
+        # llama.cpp rotates neighbouring rows of a head, Hugging Face the first half with the second.
+        return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    if "order" in entry and entry["order"][0] == 0:
+        return _values_in_order(entry)
+    return None
 
 
 def _values_in_order(entry: Mapping[str, Any]) -> NDArray[np.int64]:

@@ -273,6 +273,8 @@ class Checkpoint:
                 f"{self._where(f'{module}.weight')}: {module}.weight: expected shape {list(shape)}, "
                 f"found {list(weight.shape)}"
             )
+        if ".experts." in module and self.has(bias := f"{module}.bias"):
+            return replace(weight, bias=self.tensor(bias, weight.shape[:1]).float())
         return weight
 
     def is_quantized(self, module: str) -> bool:

@@ -25,7 +25,7 @@ from farthing.model.fields import ConfigError, read_rope
 from farthing.tokenizer_gguf import tokenizer_of
 
 SUFFIX = ".gguf"
-_VERSION = 2  # of the directory's contents; those of another version are written again
+_VERSION = 3  # of the directory's contents; those of another version are written again
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -224,6 +224,16 @@ def _qwen35moe(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(m: Metadata) -> dict[str, Any]:
+    width = m.own("expert_feed_forward_length") or m.whole("feed_forward_length")
+    return {
+        "model_type": "gpt_oss",
+        **_experts(m, "num_local_experts"),
+        "intermediate_size": width,
+        "sliding_window": m.whole("attention.sliding_window"),
+    }
+
+
 _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -232,8 +242,10 @@ _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "glm4moe": _glm4moe,
     "minimax-m2": _minimax_m2,
     "qwen35moe": _qwen35moe,
+    "qwen3next": _qwen35moe,  # described without fused projections
+    "gpt-oss": _gpt_oss,
 }
-_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35moe")
+_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35moe", "qwen3next")
 
 
 def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
@@ -261,17 +273,14 @@ def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any)
         "torch_dtype": "bfloat16",
         **_FIELDS[m.architecture](m),
     }
-    if any(name.endswith("q_proj.bias") for name in tensors):
-        config["attention_bias"] = True
+    config["attention_bias"] = any(name.endswith("q_proj.bias") for name in tensors)
     if m.value_heads() is not None:
         recurrent = [f"model.layers.{i}.linear_attn.in_proj_qkv.weight" in tensors for i in range(m.layers())]
         config["layer_types"] = ["linear_attention" if r else "full_attention" for r in recurrent]
     if m.architecture == "glm4moe" and any(name.endswith("q_norm.weight") for name in tensors):
         config["use_qk_norm"] = True
     config = {name: value for name, value in config.items() if value is not None}
-    if scaling := _scaling(m, config, head, factors):
-        config["rope_scaling"] = scaling
-    return config
+    return config | {"rope_scaling": _scaling(m, config, head, factors)}
 
 
 def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) -> dict[str, Any]:
@@ -287,11 +296,15 @@ def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) ->
         return llama3
     kind = m.own("rope.scaling.type", "none")
     if kind == "none":
-        return {}
+        return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
         raise m.error(f"rope.scaling.type: got {kind!r}; expected none, linear or yarn")
     original = m.own("rope.scaling.original_context_length")
-    context = {"original_max_position_embeddings": original} if original else {}
+    context: dict[str, Any] = {"original_max_position_embeddings": original} if original else {}
+    betas = {name: _shortest(m.own(f"rope.scaling.yarn_{name}")) for name in ("beta_fast", "beta_slow")}
+    context |= {name: beta for name, beta in betas.items() if beta is not None}
+    if m.architecture == "gpt-oss":
+        context["truncate"] = False
     if log_multiplier := m.own("rope.scaling.yarn_log_multiplier"):  # latent attention: a tenth of it
         context |= dict.fromkeys(("mscale", "mscale_all_dim"), round(10 * log_multiplier, 6))
     return {"rope_type": kind, "factor": m.own("rope.scaling.factor"), **context}

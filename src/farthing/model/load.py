@@ -154,11 +154,11 @@ def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
         skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
         log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
     source = RenamedSource(checkpoint, names)
-    if config.expert_bias:
-        return InterleavedExperts(source)
     first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
-    stacked = first is not None and source.has(f"model.layers.{first}.mlp.experts.down_proj")
-    return StackedExperts(source) if stacked else source
+    stack = f"model.layers.{first}.mlp.experts.down_proj"
+    if not any(source.has(f"{stack}{suffix}") for suffix in ("", "_blocks")):
+        return source
+    return InterleavedExperts(source) if config.expert_bias else StackedExperts(source)
 
 
 def claim(ops: Ops, source: str, path: str | Path) -> None:
