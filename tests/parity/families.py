@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 Build = Callable[[random.Random], Any]  # -> a transformers model with default initialization
 
@@ -333,7 +334,6 @@ def gpt_oss(rng: random.Random) -> Any:
     return transformers.GptOssForCausalLM(config)
 
 
-HYBRID = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")  # types with recurrent layers
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
@@ -385,6 +385,38 @@ def build(name: str, seed: int, path: Path) -> Any:
             value.data = torch.randn_like(value) * value.shape[-1] ** -0.5
     save(name, model, path, published=seed % 2 == 0)
     return model
+
+
+class InFloat64(TorchFunctionMode):
+    """Calls that ask for float32, such as those of norms and recurrences, get float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        named = {key: _wide(value) for key, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **named)
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
+
+
+def exact_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """ids [T] -> logits [T, V] with all of transformers' computing in float64; the model stays in it.
+
+    In float32 a small output of a recurrent layer, divided by its own norm, magnifies their rounding, so
+    that their two forms of the recurrence differ by more than ours from either.
+    """
+    model.double()
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"  # the grouped product knows no float64
+    with InFloat64():
+        logits: torch.Tensor = model(input_ids=ids[None]).logits[0]
+    assert logits.dtype is torch.float64
+    return logits
 
 
 def save(name: str, model: Any, path: Path, published: bool = True) -> None:
