@@ -269,12 +269,14 @@ NB_MODULE(_native, module) {
           "add_recurrent",
           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkvz, std::shared_ptr<Packed> gates,
              const Delta& delta, std::shared_ptr<Packed> o, std::shared_ptr<Packed> o_rest,
-             uint64_t feed_norm, const Moe& feed) {
+             uint64_t feed_norm, const Moe& feed, std::shared_ptr<SharedSum> o_sum,
+             std::shared_ptr<SharedSum> feed_sum) {
             self.add({at<float>(norm), nullptr, at<float>(feed_norm), std::move(qkvz), nullptr, std::move(o),
-                      std::move(o_rest), nullptr, &feed, 0, nullptr, nullptr, nullptr, &delta,
-                      std::move(gates)});
+                      std::move(o_rest), nullptr, &feed, 0, nullptr, std::move(o_sum), std::move(feed_sum),
+                      &delta, std::move(gates)});
           },
-          "norm"_a, "qkvz"_a, "gates"_a, "delta"_a, "o"_a, "o_rest"_a.none(), "feed_norm"_a, "feed"_a);
+          "norm"_a, "qkvz"_a, "gates"_a, "delta"_a, "o"_a, "o_rest"_a.none(), "feed_norm"_a, "feed"_a,
+          "o_sum"_a.none(), "feed_sum"_a.none());
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")

@@ -3,6 +3,7 @@
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer, moe_weights, router_spec
+from farthing.model.heads import GroupedHeads
 from farthing.model.kinds import CacheKind, CacheSizes, Sizing, cache_kinds
 from farthing.model.load import (
     IGNORED,
@@ -26,6 +27,7 @@ __all__ = [
     "ConfigError",
     "DecoderModel",
     "FeedForward",
+    "GroupedHeads",
     "MTPLayer",
     "MemorySource",
     "ModelConfig",

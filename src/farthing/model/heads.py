@@ -173,11 +173,6 @@ class GroupedHeads:
 
         Raises ValueError.
         """
-        if tp > 1 and self.qk_norm == "whole":
-            raise ValueError(
-                f"tp: got {tp}; expected 1: this model norms the queries of all heads together "
-                "(pp and ep divide it)"
-            )
         groups = self.num_key_value_heads
         if groups % tp and tp % groups:
             raise ValueError(
@@ -241,6 +236,24 @@ class DeltaHeads:
         yield p + "A_log", (s.value_heads,)
         yield p + "norm.weight", (s.value_dim,)
         yield p + "out_proj.weight", (d, s.values)
+
+    def per_rank(self, tp: int) -> DeltaHeads:
+        """The heads of one of `tp` ranks. Raises ValueError."""
+        keys = _divided("linear_num_key_heads", self.spec.key_heads, tp)
+        return replace(self, spec=replace(self.spec, key_heads=keys, value_heads=self.spec.value_heads // tp))
+
+    def divided(self, name: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
+        """The dimension of a parameter that ranks divide, and the widths along it of the matrices of which
+        each rank has a part; None: the parameter is of every head. name: without the prefix."""
+        module = name.split(".")[0]
+        if module == "norm":
+            return None
+        if module == "out_proj":
+            return 1, shape[1:]
+        if module in ("in_proj_qkv", "conv1d"):
+            keys = self.spec.key_heads * self.spec.key_dim
+            return 0, (keys, keys, self.spec.values)
+        return 0, shape[:1]
 
     @property
     def state(self) -> tuple[tuple[int, ...], ...]:

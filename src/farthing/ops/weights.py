@@ -6,7 +6,7 @@ Legend: N output rows, K input columns, g group size along K.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -384,6 +384,24 @@ class Cut:
     dim: int | None
     start: int = 0
     stop: int = 0
+    more: tuple[tuple[int, int], ...] = ()  # of several matrices stored as one: what follows the first's part
+
+    @property
+    def size(self) -> int:
+        """Elements along `dim`."""
+        return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Every [start, stop)."""
+        return (self.start, self.stop), *self.more
+
+    def of(self, value: Tensor) -> Tensor:
+        """This part of a tensor."""
+        if self.dim is None:
+            return value
+        parts = [value.narrow(self.dim, start, stop - start) for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
 
 def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -399,6 +417,8 @@ def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
 def cut_weight(weight: Weight, cut: Cut) -> Weight:
     """Rows (dim 0) or columns (dim 1) of a stored matrix; dense if the cut splits a scale block."""
     assert cut.dim is not None
+    if cut.more:
+        return _joined([cut_weight(weight, Cut(cut.dim, *span)) for span in cut.spans])
     start, size = cut.start, cut.stop - cut.start
     if weight.bias is not None:  # of columns, the first part has it, because their products are summed
         kept = weight.bias.narrow(0, start, size) if cut.dim == 0 else None if start else weight.bias
@@ -437,6 +457,22 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
         weight, data=data, scale=part(weight.scale), zero_point=part(weight.zero_point),
         minimum=part(weight.minimum), units=units,
     )  # fmt: skip
+
+
+def _joined(parts: Sequence[Weight]) -> Weight:
+    """Rows of one stored matrix below each other; dense if they do not join at the edges of scale blocks."""
+    first = parts[0]
+    aligned = first.format != "fp8" or all(part.shape[0] % FP8_BLOCK == 0 for part in parts[:-1])
+    if not aligned or any(part.format != first.format for part in parts):
+        return Weight("dense", torch.cat([p.dequantize() for p in parts]), rounded=True, inputs=first.inputs)
+
+    def cat(tensors: Iterable[Tensor | None]) -> Any:
+        found = [t for t in tensors if t is not None]
+        return torch.cat(found) if found else None
+
+    fields = {n: cat(getattr(p, n) for p in parts) for n in ("data", "scale", "zero_point", "minimum")}
+    units = first.units and tuple(map(cat, zip(*(p.units or () for p in parts), strict=True)))
+    return replace(first, **fields, units=units)
 
 
 def columns_of(weight: Weight, at: int) -> list[Weight]:

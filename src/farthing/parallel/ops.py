@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import Handle, LayerHandles, MoEWeights, Norm, Ops, RouterSpec
+from farthing.ops.api import (
+    GroupedParts,
+    GroupedSpec,
+    Handle,
+    LayerHandles,
+    MoEWeights,
+    Norm,
+    Ops,
+    Place,
+    RouterSpec,
+)
 from farthing.ops.hybrid import OpsWrapper, forwarded, shared_output
 from farthing.ops.reference import identity_weight, largest
 from farthing.parallel.collectives import Group
@@ -50,6 +60,16 @@ class Experts:
     spec: RouterSpec  # of the whole layer
 
 
+@dataclass(frozen=True, slots=True)
+class WholeNorm:
+    """This rank's heads, whose queries are normed together with those of all ranks, as are the keys."""
+
+    heads: Handle  # of `inner`, which norms nothing
+    bias: Tensor | None
+    norms: tuple[Tensor, Tensor]  # weights, of this rank's queries and keys
+    eps: float
+
+
 class ParallelOps(OpsWrapper):
     """`inner` on this rank's slices. shares: local experts by the name of the mixture of experts."""
 
@@ -74,6 +94,30 @@ class ParallelOps(OpsWrapper):
         shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
         return Experts(parts, shared, w.shared_gate, spec)
 
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Handle:
+        if not spec.whole_norm or self._tp.size == 1:
+            return self._inner.pack_grouped(spec, parts, rope)
+        assert parts.q_norm is not None and parts.k_norm is not None
+        rest = GroupedParts(None, None, None, parts.sinks)
+        heads = self._inner.pack_grouped(replace(spec, whole_norm=False), rest, rope)
+        bias = None if parts.bias is None else parts.bias.to(self.device)
+        norms = parts.q_norm.to(self.device), parts.k_norm.to(self.device)
+        return WholeNorm(heads, bias, norms, spec.norm_eps)
+
+    def gqa(self, qkv: Tensor, heads: Handle, place: Place) -> Tensor:
+        """Norms over the heads of all ranks take a sum of squares; ranks that share keys count them alike."""
+        if not isinstance(heads, WholeNorm):
+            return self._inner.gqa(qkv, heads, place)
+        if heads.bias is not None:
+            qkv = qkv + heads.bias.to(qkv.dtype)
+        queries, keys = map(len, heads.norms)
+        parts = qkv[:, :queries], qkv[:, queries : queries + keys]
+        squares = self._tp.all_reduce(torch.stack([x.float().square().sum(-1) for x in parts]))
+        for x, norm, total in zip(parts, heads.norms, squares, strict=True):
+            mean = total / (len(norm) * self._tp.size)
+            x.copy_(x.float() * (mean + heads.eps).rsqrt().unsqueeze(1) * norm)
+        return self._inner.gqa(qkv, heads.heads, place)
+
     def _local(self, spec: RouterSpec, share: tuple[int, int] = (1, 0)) -> RouterSpec:
         """The routing rule of one part. One rank adds the identities; none does if rows are dispatched."""
         adds = self._experts.index == 0 and share == (1, 0) and not self._groups.dispatch
@@ -88,6 +132,8 @@ class ParallelOps(OpsWrapper):
             return None
         attention, experts = (g.shared_sum() if isinstance(g, SharedGroup) else None for g in groups)
         local: list[LayerHandles] = []
+        if any(isinstance(layer.heads, WholeNorm) for layer in layers):
+            return None
         for layer in layers:
             feed, over = layer.feed, attention
             if isinstance(feed, Experts):

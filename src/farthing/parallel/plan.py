@@ -18,7 +18,7 @@ from math import prod
 from types import MappingProxyType
 
 from farthing.lazy import torch
-from farthing.model import ModelConfig, parameter_shapes
+from farthing.model import GroupedHeads, ModelConfig, parameter_shapes
 from farthing.ops import Batch, Blocks, Cut, bounds
 
 
@@ -194,6 +194,7 @@ VOCABULARY = (EMBEDDING, "lm_head.weight")
 # The dimension tensor parallelism cuts, by last component of the module's name.
 ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 COLUMNS = ("o_proj", "down_proj")
+NORMS = ("q_norm", "k_norm")  # along the rows, if they have a weight per head
 
 
 class PlanError(ValueError):
@@ -332,7 +333,7 @@ class ShardPlan:
             if cut is None:
                 continue
             size = nbytes(name) if nbytes else 2 * prod(shape)
-            total += size if cut.dim is None else size * (cut.stop - cut.start) // shape[cut.dim]
+            total += size if cut.dim is None else size * cut.size // shape[cut.dim]
         return total
 
     def _expert_cut(self, name: str, shape: tuple[int, ...], place: Place) -> Cut | None:
@@ -364,15 +365,33 @@ def layer_of(name: str) -> int | None:
 
 
 def _tp_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
-    module = name.split(".")[-2]
-    dim = 0 if module in ROWS or name.endswith(".sinks") else 1 if module in COLUMNS else None
+    if ".linear_attn." in name:
+        return _delta_cut(config, name, shape, tp, index)
+    module, heads = name.split(".")[-2], config.attention
+    whole_norm = isinstance(heads, GroupedHeads) and heads.qk_norm == "whole"
+    rows = (*ROWS, *NORMS) if whole_norm else ROWS
+    dim = 0 if module in rows or name.endswith(".sinks") else 1 if module in COLUMNS else None
     if dim is None or tp == 1 or len(shape) <= dim:  # o_proj's bias is added once, after the sum
         return Cut(None)
     if ".self_attn." in name:  # heads are never split, and key-value heads shared by ranks if there are fewer
-        parts = min(tp, config.attention.cache_rows) if module in ("k_proj", "v_proj") else tp
+        parts = min(tp, heads.cache_rows) if module in ("k_proj", "v_proj", "k_norm") else tp
         size, at = shape[dim] // parts, index * parts // tp
         return Cut(dim, at * size, (at + 1) * size)
     return Cut(dim, *bounds(shape[dim], tp, index))
+
+
+def _delta_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
+    assert config.recurrent is not None
+    divided = config.recurrent.divided(name.rpartition(".linear_attn.")[2], shape)
+    if divided is None or tp == 1:
+        return Cut(None)
+    dim, widths = divided
+    starts = itertools.accumulate(widths[:-1], initial=0)
+    first, *more = (
+        (at + width * index // tp, at + width * (index + 1) // tp)
+        for at, width in zip(starts, widths, strict=True)
+    )
+    return Cut(dim, *first, more=tuple(more))
 
 
 def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | None) -> tuple[range, ...]:
@@ -391,7 +410,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         if ".experts." in name and layout.ep > 1:
             size //= layout.ep
         elif layer is not None and (cut := _tp_cut(config, name, shape, layout.tp, 0)).dim is not None:
-            size = size * (cut.stop - cut.start) // shape[cut.dim]
+            size = size * cut.size // shape[cut.dim]
         if layer is not None and layer < layers:
             weight[layer] += size
         elif layer is not None:
@@ -427,10 +446,10 @@ def _check(config: ModelConfig, layout: Layout) -> None:
         raise PlanError(
             "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
         )
-    if c.recurrent is not None and layout.world > 1:
-        raise PlanError("layers with a recurrent state are served by one rank; expected tp, pp, ep = 1")
     try:
         c.attention.per_rank(tp)
+        if c.recurrent is not None:
+            c.recurrent.per_rank(tp)
     except ValueError as error:
         raise PlanError(str(error)) from None
     parts = {"intermediate_size": c.intermediate_size}

@@ -91,7 +91,7 @@ class ShardedSource:
         """A plain parameter, or its slice. The plan's shape is checked; `shape` is the local shape."""
         name, cut = self._cut(name)
         value = self._source.tensor(name, self._plan.shapes[name])
-        return value if cut.dim is None else value.narrow(cut.dim, cut.start, cut.stop - cut.start)
+        return cut.of(value)
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """A matrix, or its slice, in its stored format if the slice allows it."""
@@ -132,6 +132,7 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
         c.part(plan.stages[place.stage]),
         num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
         attention=c.attention.per_rank(tp),
+        recurrent=c.recurrent and c.recurrent.per_rank(tp),
         intermediate_size=stop - start,
         vocab_size=vocabulary.stop - vocabulary.start,
     )

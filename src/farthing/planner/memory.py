@@ -511,7 +511,7 @@ def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPla
 
 def local_shape(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
     """The shape of this rank's part."""
-    return tuple(cut.stop - cut.start if dim == cut.dim else size for dim, size in enumerate(shape))
+    return tuple(cut.size if dim == cut.dim else size for dim, size in enumerate(shape))
 
 
 def _item(stored: Stored) -> int:

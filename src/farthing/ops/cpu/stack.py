@@ -67,11 +67,12 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     native = _native.Layers()
     alive: list[Any] = []
     for layer in layers:
+        sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         if layer.gates is not None:
             norm, feed_norm = vector(layer.norm.weight), vector(layer.feed_norm.weight)
             native.add_recurrent(
                 address(norm), layer.qkv_a.packed, layer.gates.packed, layer.heads.native, layer.o.packed,
-                layer.o.rest, address(feed_norm), layer.feed.native,
+                layer.o.rest, address(feed_norm), layer.feed.native, *sums,
             )  # fmt: skip
             alive += [norm, feed_norm, layer.heads, layer.feed]
             continue
@@ -80,7 +81,6 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
         vectors = [None if w is None else vector(w) for w in own]
         norm_at, q_norm, feed_norm_at, o_bias = (0 if w is None else address(w) for w in vectors)
         q_b = None if layer.q_b is None else layer.q_b.packed
-        sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         native.add(
             norm_at, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
             layer.o.rest, feed_norm_at, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
