@@ -1,4 +1,4 @@
-"""Windows on several ranks: stages with different kinds of caches, and ranks that share the heads."""
+"""Windows and states on several ranks: stages with different kinds of caches, ranks that share the heads."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def save(path: Path, name: str) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers with a window, without, and with one: the second of two stages has no other."""
-    return save(tmp_path_factory.mktemp("windows"), "some layers")
+@pytest.fixture(scope="module", params=["some layers", "states"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers with a window (or state), without, and with one: the second of two stages has no other."""
+    return save(tmp_path_factory.mktemp("kinds"), request.param)
 
 
 def answers(checkpoint: Path, **options: Any) -> list[list[int]]:
