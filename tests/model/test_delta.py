@@ -20,7 +20,6 @@ from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
-from farthing.parallel.plan import Layout, PlanError, ShardPlan
 from tests.tiny import QWEN3_NEXT
 
 CONFIG = ModelConfig.from_json(QWEN3_NEXT)
@@ -142,9 +141,3 @@ def test_attention_layers_alone_have_cache_rows() -> None:
 def test_broken_fields_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.from_json(QWEN3_NEXT | changes)
-
-
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2), Layout(ep=2)])
-def test_several_ranks_are_refused(layout: Layout) -> None:
-    with pytest.raises(PlanError, match="recurrent state"):
-        ShardPlan.build(CONFIG, layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_model, random_parameters
+from farthing.model.kinds import cache_kinds
+from farthing.model.load import parameter_shapes, random_model, random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
@@ -20,7 +22,7 @@ from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, PlanError, ShardPlan, in_order, place
 from farthing.parallel.rank import Rank
-from tests.tiny import SMALL_V3, V3
+from tests.tiny import QWEN3_NEXT, SMALL_V3, V3
 
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 
@@ -84,6 +86,39 @@ def stored(kind: str, w: torch.Tensor) -> Weight:
         return quantize_int4(w, 32)
     scale = torch.rand(-(-w.shape[0] // 128), -(-w.shape[1] // 128)) + 0.5
     return Weight("fp8", w.to(torch.float8_e4m3fn), scale)
+
+
+@pytest.mark.parametrize("spans", [((0, 128), (256, 384)), ((128, 192), (300, 400))])
+def test_parts_of_blocks_are_joined_at_their_edges(spans: tuple[tuple[int, int], ...]) -> None:
+    weight = stored("fp8", torch.randn(512, 256))
+    first, *more = spans
+    cut = Cut(0, *first, more=tuple(more))
+    found = cut_weight(weight, cut)
+    assert torch.equal(found.dequantize(), cut.of(weight.dequantize()))
+    assert found.format == ("fp8" if first[0] == 0 else "dense")
+
+
+MINIMAX = QWEN3_NEXT | dict(model_type="minimax_m2", num_local_experts=6)
+
+
+@pytest.mark.parametrize("raw", [QWEN3_NEXT, QWEN3_NEXT | dict(model_type="qwen3_5_moe_text"), MINIMAX])
+def test_parts_have_the_shapes_of_a_ranks_model(raw: dict[str, Any]) -> None:
+    config, layout = ModelConfig.from_json(raw), Layout(tp=2)
+    plan = ShardPlan.build(config, layout)
+    for rank in range(2):
+        local = rank_module.local_config(plan, layout.place(rank))
+        for name, shape in parameter_shapes(local):
+            cut = plan.cut(name, layout.place(rank))
+            assert cut is not None
+            if "expert" not in name:
+                assert tuple(cut.of(torch.empty(plan.shapes[name])).shape) == shape, name
+    states = [kind.state_bytes for kind in cache_kinds(config) if kind.state]
+    assert [2 * kind.state_bytes for kind in cache_kinds(config, 2) if kind.state] == states
+
+
+def test_states_are_not_divided_by_any_number() -> None:
+    with pytest.raises(PlanError, match="tp: got 4; expected a divisor of linear_num_key_heads = 2"):
+        ShardPlan.build(ModelConfig.from_json(QWEN3_NEXT), Layout(tp=4))
 
 
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4", "fp8"])

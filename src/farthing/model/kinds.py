@@ -96,7 +96,7 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     )
     if config.recurrent is None:
         return paged
-    return *paged, CacheKind(config.recurrent_layers, state=config.recurrent.state)
+    return *paged, CacheKind(config.recurrent_layers, state=config.recurrent.per_rank(tp).state)
 
 
 # How many blocks and slots a cache has, besides the blocks that keep every token.
