@@ -34,3 +34,26 @@ def test_a_client_may_name_its_request(server: Running) -> None:
         answer = httpx.get(f"{server.url}/health", headers={"X-Request-Id": given})
         assert (answer.headers["x-request-id"] == given) == kept
         assert answer.headers["request-id"] == answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/v1//responses", "/v1/responses"),
+        ("/v1/chat/completions/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+    ],
+)
+def test_wrong_base_urls_are_named(server: Running, path: str, meant: str) -> None:
+    answer = httpx.post(server.url + path, json={})
+    assert answer.status_code == 404
+    assert f"{path} is not served; expected {meant}: the base URL" in answer.text
+    assert ("address alone" in answer.text) == (meant == "/v1/messages")
+
+
+def test_a_final_slash_after_models_and_an_unknown_path(server: Running) -> None:
+    assert "expected /v1/models: " in httpx.get(f"{server.url}/v1/models/").text
+    assert "the base URL" not in httpx.get(f"{server.url}/v1/unknown").text

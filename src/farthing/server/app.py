@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import uuid
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,7 +22,7 @@ import farthing
 from farthing.server.access import Access
 from farthing.server.api import messages, openai, responses
 from farthing.server.bodies import Bodies
-from farthing.server.errors import ApiError, ClientGone, Documented
+from farthing.server.errors import ApiError, ClientGone, Documented, is_anthropic
 from farthing.server.metrics import PAGES, Metrics
 from farthing.server.schema import describe_unparsed, describe_validation
 from farthing.server.service import Service
@@ -100,6 +101,17 @@ def reason(path: str) -> str | None:
     return None
 
 
+def misplaced(path: str, known: Collection[str]) -> str | None:
+    """A hint for a path that a client made from a wrong base URL; None if it ends in no known endpoint."""
+    parts = [] if path in known else [part for part in path.split("/") if part]
+    right = (f"/v1/{'/'.join(parts[i:])}" for i in range(len(parts)))
+    meant = next((each for each in right if each in known), None)
+    if meant is None:
+        return None
+    base = "this server's address alone" if is_anthropic(meant) else "this server's address and /v1"
+    return f"{path} is not served; expected {meant}: the base URL of a client is {base}, without a final slash"
+
+
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *PAGES})
 CLIENT_CLOSED = 499  # nginx's status for a client disconnect, seen only in logs and metrics
 _STREAMED: Documented = {
@@ -131,8 +143,8 @@ def create_app(service: Service) -> ASGIApp:
     responses.add_routes(api, service, _STREAMED)
     messages.add_routes(api, service, _STREAMED)
     _add_document(api)
-    _add_error_handlers(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
+    _add_error_handlers(api, paths)
     limits = service.config.max_body_bytes, service.config.body_timeout
     app: ASGIApp = Bodies(api, *limits, service.cache_digest)
     app = Access(app, service.config, OPEN_PATHS)
@@ -205,10 +217,12 @@ def _add_model_routes(api: FastAPI, service: Service) -> None:
 
     @api.get("/v1/models/{model:path}", summary="One model")
     async def model(model: str) -> Response:
+        if not model:
+            raise HTTPException(404)
         return JSONResponse(describe(service.check_model(model)))
 
 
-def _add_error_handlers(api: FastAPI) -> None:
+def _add_error_handlers(api: FastAPI, paths: Collection[str]) -> None:
     @api.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
         return error.response(request.scope)
@@ -223,7 +237,7 @@ def _add_error_handlers(api: FastAPI) -> None:
         path, status = request.url.path, error.status_code
         if status == 400 and error.detail == "There was an error parsing the body":
             return describe_unparsed(error.__cause__).response(request.scope)
-        absent = reason(path) if status in (404, 405) else None
+        absent = (reason(path) or misplaced(path, paths)) if status in (404, 405) else None
         if absent is not None:
             return ApiError(404, absent, code="unknown_url").response(request.scope)
         why = f"{request.method} {path}: {error.detail}"
