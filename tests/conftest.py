@@ -6,14 +6,20 @@ shared. It tries fewer examples than usual and the same ones in every run, so th
 its own; `make test-all` (`--hypothesis-profile thorough`) looks for new ones.
 """
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What the user's cache holds, such as packed models, decides nothing.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="farthing-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 _SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", _SHARED)
 settings.register_profile("quick", _SHARED, max_examples=40, derandomize=True)

@@ -21,7 +21,7 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
-from farthing.hub import _report, resolve_config, resolve_model
+from farthing.hub import resolve_config, resolve_model
 from farthing.model.fields import ConfigError
 from tests.tiny import SMALL_V3
 
@@ -275,7 +275,9 @@ def test_errors_of_a_repository_come_before_the_port_and_before_its_weights(
 def test_serve_requests_the_repository_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.files = {"config.json": CONFIG, "model.safetensors": "x", "tokenizer.json": "{}"}
     built: list[str] = []
-    monkeypatch.setattr("farthing.engine.build.build_engine", lambda config: built.append(config.model))
+    monkeypatch.setattr(
+        "farthing.engine.build.build_engine", lambda config, progress: built.append(config.model)
+    )
     monkeypatch.setattr("farthing.server.run.serve", lambda config, name, load: load() or 0)
     assert CliRunner().invoke(app, ["serve", ID]).exit_code == 0
     assert hub.asked == [f"/api/models/{ID}"] and sorted(hub.fetched) == sorted(hub.files)
@@ -306,19 +308,9 @@ def test_a_download_logs_bytes_and_time_left_and_not_its_requests(
     hub: Hub, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.files = {"config.json": CONFIG, "model.safetensors": "x" * 10**6, "tokenizer.json": "{}"}
-    monkeypatch.setattr("farthing.hub._REPORT_EVERY", 0.01)
+    monkeypatch.setattr("farthing.hub._LOOK_EVERY", 0.01)
     caplog.set_level(logging.INFO)
-    hub.held = lambda: "tokenizer.json" in hub.fetched and "0.0 GB, " in caplog.text
+    hub.held = lambda: "tokenizer.json" in hub.fetched and f"downloading {ID}: 0%" in caplog.text
     resolve_model(ID)
-    assert f"downloading {ID}: 0.0 GB of 0.0 GB, " in caplog.text
+    assert f"downloading {ID}: 0%" in caplog.text
     assert "HTTP Request" not in caplog.text
-
-
-def test_time_left_of_a_download(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    _report(ID, 2 * 10**9, 8 * 10**9, 100.0)
-    _report(ID, 0, 8 * 10**9, 10.0)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"downloading {ID}: 2.0 GB of 8.0 GB, about 300 s left",
-        f"downloading {ID}: 0.0 GB of 8.0 GB, no bytes yet",
-    ]

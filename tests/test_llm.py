@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
 from farthing import LLM, SamplingParams
-from farthing.cli.serve import generate_app
+from farthing.cli.generate import app as generate_app
 from farthing.config import EngineConfig
 from tests.tiny import tiny
 

@@ -209,7 +209,9 @@ class EngineConfig:
     )
     threads: int | None = _engine(None, "CPU threads; default: all cores", minimum=1)
     quantization: Quantization | None = _engine(None, "Format to round dense weights to while loading")
-    packed: str | None = _engine(None, "Packed file from `farthing compress --pack`; ranks write one each")
+    packed: str | None = _engine(
+        None, "Packed file; ranks write one each. `serve`: auto, in the cache, as of the embedded model"
+    )
     verify: bool = _engine(False, "Compare the checksums of the packed file before serving")
     speculate: str | None = _engine(None, "Drafts: mtp[:k], ngram[:k] or mtp+ngram[:k], at most k per step")
     experts: str = _engine("auto", "Experts per token: auto (config.json), all, adaptive:p[,min=2,max=8]")

@@ -38,6 +38,10 @@ def json_size(document: Any, per_value: int = 1) -> int:
     return size
 
 
+class BeingWritten(ValueError):
+    """Another process is writing the same file."""
+
+
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 

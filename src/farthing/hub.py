@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from hashlib import file_digest, sha1
 from pathlib import Path
 
 from farthing.checkpoint.reader import (
@@ -25,18 +25,19 @@ from farthing.checkpoint.reader import (
     read_quantization,
 )
 from farthing.checkpoint.shards import INDEX, MISTRAL_INDEX, SINGLE, read_index, unread_format
-from farthing.memory import gigabytes
 from farthing.model.config import ModelConfig
 from farthing.model.gguf import SUFFIX, name_of, open_gguf
+from farthing.process import Lines, Progress
 
 log = logging.getLogger(__name__)
 EMBEDDED = "mite"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # "./x" and "../x" are paths
+_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
 _PARALLEL = 8  # files
 _CLIENTS = ("httpx", "httpx2")  # of versions of huggingface_hub; each logs a line per request
-_REPORT_EVERY = 10.0  # seconds
+_LOOK_EVERY = 0.5  # seconds, at the bytes that have arrived
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +48,13 @@ class Found:
     absent: tuple[str, ...] = ()  # files that `fetch` downloads
     _repository: _Repository | None = None
 
-    def fetch(self) -> Path:
-        """The directory, with all files that serving reads."""
+    def fetch(self, progress: Progress | None = None) -> Path:
+        """The directory, with all files that serving reads. progress: in bytes; None: lines in the log.
+
+        Raises OSError for a file that cannot be downloaded, or not as the hub describes it.
+        """
         if self._repository is not None:
-            self._repository.fetch(self.absent, self.path)
+            self._repository.fetch(self.absent, self.path, progress or Lines(log.info))
         return self.path
 
 
@@ -235,19 +239,28 @@ class _Repository:
             )
         return tuple(absent)
 
-    def fetch(self, names: Collection[str], path: Path) -> None:
-        """Fetch files in parallel; logs every few seconds how far that is."""
-        blobs, began = path.parents[1] / "blobs", time.monotonic()
+    def fetch(self, names: Collection[str], path: Path, progress: Progress) -> None:
+        """Fetch files in parallel, each from where an earlier run ended, and compare their checksums."""
+        blobs = path.parents[1] / "blobs"
         needed, before = sum(self.sizes.get(n, 0) for n in names), _bytes_in(blobs)
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            waiting = {pool.submit(self._fetch, name, path.name) for name in names}
+            waiting = {pool.submit(self._fetch_checked, name, path.name) for name in names}
             while waiting:
-                done, waiting = wait(waiting, _REPORT_EVERY, FIRST_EXCEPTION)
+                done, waiting = wait(waiting, _LOOK_EVERY, FIRST_EXCEPTION)
                 if failed := next((each for each in done if each.exception()), None):
                     pool.shutdown(wait=False, cancel_futures=True)
                     failed.result()
-                if waiting:
-                    _report(self.model, _bytes_in(blobs) - before, needed, time.monotonic() - began)
+                received = min(_bytes_in(blobs) - before, needed) if waiting else needed
+                progress(f"downloading {self.model}", received, needed)
+
+    def _fetch_checked(self, name: str, revision: str) -> None:
+        file = self._fetch(name, revision).resolve()
+        if (found := _checksum(file)) != file.name:
+            file.unlink()
+            raise OSError(
+                f"model: {name} of {self.model}: the checksum is {found[:12]}…; expected {file.name[:12]}… "
+                "(the file was removed: run the same command to download it again)"
+            )
 
     def _fetch(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
@@ -273,9 +286,16 @@ def _bytes_in(blobs: Path) -> int:
     return total
 
 
-def _report(model: str, received: int, needed: int, seconds: float) -> None:
-    left = f"about {(needed - received) / received * seconds:,.0f} s left" if received > 0 else "no bytes yet"
-    log.info("downloading %s: %s of %s, %s", model, gigabytes(received), gigabytes(needed), left)
+def _checksum(blob: Path) -> str:
+    """What a file of the hub's cache should be called: SHA-256 of large files, Git's SHA-1 of small ones; the
+    name itself where it is no checksum, as of other hubs."""
+    if not _DIGEST.fullmatch(blob.name):
+        return blob.name
+    with blob.open("rb") as file:
+        if len(blob.name) == 64:
+            return file_digest(file, "sha256").hexdigest()
+        head = f"blob {blob.stat().st_size}\0".encode()
+        return sha1(head + file.read(), usedforsecurity=False).hexdigest()
 
 
 def _weights(model: str, names: Collection[str], path: Path) -> list[str]:

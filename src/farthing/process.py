@@ -66,6 +66,44 @@ def cache_dir() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "farthing"
 
 
+Progress = Callable[[str, int, int], None]  # what is done, how much of it so far, and of how much
+
+
+LINE_SECONDS = 10.0  # between lines of progress where stderr is no terminal
+
+
+def unseen(what: str, done: int, total: int) -> None:
+    """Progress that nothing shows."""
+
+
+class Lines:
+    """Progress as a line at once and then every few seconds, with the time left at the speed of this kind of
+    work."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._printed, self._began = -LINE_SECONDS, 0.0
+        self._first, self._total = 0, 0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total != self._total:  # another kind of work
+            self._began, self._first, self._total = now, done, total
+        if now - self._printed < LINE_SECONDS or done >= total:
+            return
+        self._printed = now
+        passed = done - self._first
+        left = (now - self._began) * (total - done) / passed if passed > 0 else None
+        said = "" if left is None else f", about {_duration(left)} left"
+        self._say(f"{what}: {done / total:.0%}{said}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 log = logging.getLogger(__name__)
 
 POPULATE_READ = 22  # MADV_POPULATE_READ

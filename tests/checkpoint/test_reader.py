@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from farthing.checkpoint.reader import Checkpoint
+
 READ = """
 import sys
 from pathlib import Path
@@ -22,6 +24,16 @@ assert found.array("a", (3, 4)).shape == (3, 4)
 assert len(found.fingerprint()) == 64
 assert "torch" not in sys.modules, "torch was imported"
 """
+
+
+def test_progress_counts_every_tensor_once_and_ends_with_the_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(300, 4), "b": torch.zeros(100, 4)}, str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    found, seen = Checkpoint.open(tmp_path), list[tuple[str, int]]()
+    found.watch(lambda what, done, total: seen.append((what, round(100 * done / total))))
+    for name in "aab":
+        found.tensor(name)
+    assert seen == [("loading", 73), ("loading", 98)]
 
 
 def test_headers_and_arrays_need_no_torch(tmp_path: Path) -> None:

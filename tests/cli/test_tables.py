@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from farthing.cli.tables import LINE_SECONDS, step_progress
+from farthing.cli.tables import step_progress
+from farthing.process import LINE_SECONDS
 
 
 def test_lines_begin_at_once_and_say_how_long_is_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("farthing.cli.tables.time.monotonic", lambda: now)
+    monkeypatch.setattr("farthing.process.time.monotonic", lambda: now)
     with step_progress("compressing") as progress:
         progress("layer 1 of 2", 0, 200)
         assert capsys.readouterr().err == "layer 1 of 2: 0%\n"

@@ -11,7 +11,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
@@ -103,19 +104,14 @@ def test_one_line_names_the_extra_and_the_index_of_wheels_without_cuda(
     assert said.endswith(f"(without CUDA: add --extra-index-url {extras.CPU_WHEELS})")
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the embedded model's packed file, in a process without torch."""
-    pytest.importorskip("farthing._native")
-    packed = tmp_path_factory.mktemp("packed") / "packed.bin"
-    pack = [sys.executable, "-m", "farthing", "pack", "mite", "--out", str(packed)]
-    subprocess.run(pack, check=True, capture_output=True, env=ENVIRONMENT, timeout=120)
-    arguments = ["serve", "mite", "--packed", str(packed), "--port", "0", "--threads", "1"]
+@contextmanager
+def served(begin: str, environment: Mapping[str, str]) -> Iterator[str]:
+    """The URL of `farthing serve` once it is ready. begin: Python in front of it."""
     process = subprocess.Popen(
-        [sys.executable, "-c", BLOCK + "main()", *arguments],
+        [sys.executable, "-c", f"{begin}from farthing.cli.app import main; main()", "serve", "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=environment,
     )
     assert process.stderr is not None
     said = ""
@@ -130,6 +126,17 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.kill()
         process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the embedded model in a process without torch, after a first start that packed it."""
+    pytest.importorskip("farthing._native")
+    environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+    with served("", environment):
+        pass
+    with served("import sys; sys.modules['torch'] = None; ", environment) as second:
+        yield second
 
 
 def test_a_packed_file_is_served(url: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -90,6 +92,23 @@ def test_serve_answer_drain_and_exit() -> None:
         assert chunks[-1].choices[0].finish_reason == "length"  # the drain let it finish
         assert process.wait(30) == 0
         assert process.stdout is not None and process.stdout.read() == ""
+
+
+@needs_model
+def test_start_up_ends_with_the_page_and_a_command_that_works() -> None:
+    with launched("--api-key", "me:sk-1") as (process, url):
+        assert process.stderr is not None
+        said = [""]
+        while not said[-1].startswith("curl "):
+            said.append(process.stderr.readline().partition(" INFO ")[2].strip())
+        page, curl = said[-2:]
+        assert page == f"page: {url}/" and httpx.get(f"{url}/").status_code == 200
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        curl = curl.replace('"Hello"}]', '"Hello"}], "max_tokens": 3')
+        environment = ENVIRONMENT | {"KEY": "sk-1"}
+        done = subprocess.run(curl, shell=True, text=True, capture_output=True, env=environment)
+        assert json.loads(done.stdout)["choices"][0]["finish_reason"] == "length", done
 
 
 @needs_model

@@ -32,6 +32,7 @@ from farthing.checkpoint.shards import (
 )
 from farthing.lazy import torch
 from farthing.ops import FP8_BLOCK, Format, InputRounding, Weight, dtype_name
+from farthing.process import Progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -222,6 +223,19 @@ class Checkpoint:
         with ReadAhead(self.path, [(name, self._shards.file_of[name]) for name in names]) as ahead:
             self._shards.reading = ahead.passed
             yield
+
+    def watch(self, progress: Progress) -> None:
+        """Report the bytes of the tensors read so far, each counted once."""
+        seen, done, total = set[str](), 0, self.stored_bytes()
+
+        def read(name: str) -> None:
+            nonlocal done
+            if name not in seen:
+                seen.add(name)
+                done += self.nbytes(name)
+                progress("loading", min(done, total), total)
+
+        self._shards.reading = read
 
     def holds(self, module: str) -> bool:
         """Always true: every expert is local (`farthing.parallel` overrides this per rank)."""

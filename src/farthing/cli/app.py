@@ -19,7 +19,7 @@ from farthing.cli.errors import exit_on_error
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
     "check": ("check", "Check a model directory: configuration, tokenizer, first layers."),
-    "generate": ("serve:generate_app", "Complete prompts on the command line."),
+    "generate": ("generate", "Complete prompts on the command line."),
     "inspect": ("check:inspect_app", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("compress:eval_app", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
     "compress": ("compress", "Write a smaller, faster checkpoint and check its accuracy."),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farthing.cli.errors import errors_as_one_line, one_line_errors
-from farthing.cli.tables import print_contexts, print_cost, print_routing
+from farthing.cli.errors import errors_as_one_line, log_lines, one_line_errors
+from farthing.cli.tables import print_contexts, print_cost, print_routing, step_progress
 from farthing.config import Quantization
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
@@ -89,14 +87,16 @@ def pack(
     It takes the memory of two packed layers. A run that was interrupted resumes after its last layer. Exits
     with 5 if a file could not be read or written.
     """
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s")
+    log_lines()
     with one_line_errors("pack"), errors_as_one_line("run the same command to resume"):
         if not out.parent.is_dir():
             raise ValueError(f"out: got {str(out)!r}; expected a file in an existing directory")
         from farthing.ops.cpu.packed import PackedFile
 
         began = time.perf_counter()
-        pack_checkpoint(resolve_model(model), out, quantization, threads)
+        path = resolve_model(model)
+        with step_progress("packing") as progress:
+            pack_checkpoint(path, out, quantization, threads, progress)
         typer.echo(f"{out}: {out.stat().st_size:,} bytes in {time.perf_counter() - began:.1f} s")
         if isa := PackedFile(out).sparse_for:
             typer.echo(f"zero blocks are left out where {isa} kernels are faster without them")

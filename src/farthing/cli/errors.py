@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from rich.markup import escape
@@ -40,6 +41,26 @@ def one_line_errors(command: str = "") -> Iterator[None]:
             raise
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2) from error
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to `sys.stderr` as it is at the time: above a progress bar while there is one."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Where records go."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        pass
+
+
+def log_lines() -> None:
+    """Log to stderr with time and level."""
+    logging.basicConfig(
+        level=logging.INFO, handlers=[_Stderr()], format="%(asctime)s %(levelname)s %(message)s"
+    )
 
 
 def exit_on_error(command: str) -> None:

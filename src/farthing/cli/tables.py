@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
@@ -22,13 +21,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from farthing import process
+
 if TYPE_CHECKING:
     from farthing.model.inspect import ContextCost, ModelCost, RoutingReport
 
 
 # Progress on stderr of long-running commands: a bar on a terminal, else a line now and then.
-
-LINE_SECONDS = 10.0  # between lines where stderr is no terminal
 
 
 @contextmanager
@@ -40,11 +39,12 @@ def token_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def step_progress(label: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Progress over named steps; the yielded function takes (name, done, total)."""
+def step_progress(label: str, say: Callable[[str], object] | None = None) -> Iterator[process.Progress]:
+    """Progress over named steps; the yielded function takes (name, done, total). say: prints a line where
+    stderr is no terminal; None: on stderr."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(console)
+        yield process.Lines(say or (lambda line: console.print(line, highlight=False)))
         return
     with _bar(TaskProgressColumn()) as bar:
         task = bar.add_task(label, total=None)
@@ -54,33 +54,6 @@ def step_progress(label: str) -> Iterator[Callable[[str, int, int], None]]:
 def _bar(count: ProgressColumn) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-class _Lines:
-    """A line at once and then every few seconds, with the time left at the speed of this kind of work."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._printed, self._began = -LINE_SECONDS, 0.0
-        self._first, self._total = 0, 0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if total != self._total:  # another kind of work
-            self._began, self._first, self._total = now, done, total
-        if now - self._printed < LINE_SECONDS or done >= total:
-            return
-        self._printed = now
-        passed = done - self._first
-        left = (now - self._began) * (total - done) / passed if passed > 0 else None
-        said = "" if left is None else f", about {_duration(left)} left"
-        self._console.print(f"{what}: {done / total:.0%}{said}", highlight=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 R = TypeVar("R", bound="Result")

@@ -27,6 +27,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.load import load
 from farthing.ops.api import LatentCache, Ops
 from farthing.ops.select import select
+from farthing.process import Progress, unseen
 
 # Load a model and start an engine for it.
 
@@ -38,7 +39,7 @@ ROUNDED_WHILE_LOADING = (
 )
 
 
-def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine:
+def load_engine(config: EngineConfig, new_cache: NewCache = own_cache, progress: Progress = unseen) -> Engine:
     """An engine with its model, tokenizer and recommended sampling; prompts are computed in it."""
     require_torch(config)
     path = resolve_model(config.model)
@@ -46,7 +47,7 @@ def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine
     if not config.skip_tokenizer_init:
         tokenizer = Tokenizer.from_directory(path, ModelConfig.from_directory(path).eos_token_ids)
         tokenizer.chat_template = template_source(config.chat_template) or tokenizer.chat_template
-    model = load_model(path, config)
+    model = load_model(path, config, progress)
     try:
         return Engine(model, config, tokenizer, generation_defaults(path), new_cache)
     except BaseException:
@@ -54,7 +55,7 @@ def load_engine(config: EngineConfig, new_cache: NewCache = own_cache) -> Engine
         raise
 
 
-def load_model(path: Path, config: EngineConfig) -> Model:
+def load_model(path: Path, config: EngineConfig, progress: Progress = unseen) -> Model:
     """The model of a checkpoint directory: in this process, or over ranks."""
     if config.quantization == "int4":
         log.info(ROUNDED_WHILE_LOADING, path)
@@ -62,7 +63,7 @@ def load_model(path: Path, config: EngineConfig) -> Model:
         from farthing.parallel.cluster import ParallelModel, RankOptions  # imports torch.distributed
 
         return ParallelModel(RankOptions(path, config))
-    return load(path, _ops(config, _without_torch(path, config)), config.experts)
+    return load(path, _ops(config, _without_torch(path, config)), config.experts, progress)
 
 
 def require_torch(config: EngineConfig) -> None:
@@ -372,12 +373,12 @@ def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connect
             engine.shutdown()  # abort prompts that are still being computed
 
 
-def build_engine(config: EngineConfig) -> Engine:
+def build_engine(config: EngineConfig, progress: Progress = unseen) -> Engine:
     """Load a model and start an engine over it.
 
     Raises ValueError naming a field that does not fit the model, OSError for a missing or unreadable file.
     """
     if not config.disaggregate:
-        return load_engine(config)
+        return load_engine(config, progress=progress)
 
     return load_disaggregated(config)

@@ -24,6 +24,7 @@ from farthing.model.source import (
 )
 from farthing.model.types import Names, type_named
 from farthing.ops.api import Ops, RouterSpec
+from farthing.process import Progress, unseen
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +120,7 @@ log = logging.getLogger(__name__)
 IGNORED = ("*.rotary_emb.inv_freq",)
 
 
-def load(path: str | Path, ops: Ops, experts: str = "auto") -> DecoderModel:
+def load(path: str | Path, ops: Ops, experts: str = "auto", progress: Progress = unseen) -> DecoderModel:
     """Read a Hugging Face directory onto a backend; `experts` as in `farthing.model.load`.
 
     Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected;
@@ -129,6 +130,8 @@ def load(path: str | Path, ops: Ops, experts: str = "auto") -> DecoderModel:
     config = config_of(checkpoint)
     claim(ops, checkpoint.fingerprint(), path)
     ops.weight_files = checkpoint.files()
+    if progress is not unseen:
+        checkpoint.watch(progress)
     routers = routers_for(config, checkpoint.config, experts)
     source = source_of(checkpoint, config)
     if ops.arrays:

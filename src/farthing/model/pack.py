@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
@@ -18,23 +17,26 @@ from farthing.model.load import IGNORED, config_of, source_of, unread
 from farthing.model.source import WeightSource
 from farthing.ops import Ops, Weight
 from farthing.ops.cpu import create
+from farthing.process import Progress, unseen
 
 if TYPE_CHECKING:
     from farthing.ops.cpu import CpuOps
     from farthing.ops.cpu.packed import PackedWriter
 
-log = logging.getLogger(__name__)
-
 
 def pack_checkpoint(
-    path: str | Path, target: str | Path, quantization: Quantization | None = None, threads: int | None = None
+    path: str | Path,
+    target: str | Path,
+    quantization: Quantization | None = None,
+    threads: int | None = None,
+    progress: Progress = unseen,
 ) -> None:
     """Write the file that `select("cpu", packed=target)` maps; the same bytes as `Ops.save_packed` of the
     loaded model. A run that was killed continues where it was.
 
     Raises ConfigError, CheckpointError or FileNotFoundError as `load` does, OSError if the disk is full.
     """
-    from farthing.ops.cpu.packed import PackedWriter
+    from farthing.ops.cpu.packed import PackedWriter  # the native module
 
     checkpoint = Checkpoint.open(Path(path))
     config = config_of(checkpoint)
@@ -43,13 +45,12 @@ def pack_checkpoint(
         PackedWriter(Path(target), quantization, checkpoint.fingerprint()) as writer,
         checkpoint.read_ahead(reading_order(checkpoint.names(), writer, config)),
     ):
-        whole = True
-        for part in write_parts(writer, config, source, lambda: create(None, threads, quantization, None)):
+        whole, total = True, config.num_hidden_layers + 1 + config.num_nextn_predict_layers
+        written = write_parts(writer, config, source, lambda: create(None, threads, quantization, None))
+        for done, part in enumerate(written, 1):
             checkpoint.release()
-            if part is None:
-                whole = False
-            else:
-                log.info("packed %s", part)
+            progress("packing", done, total)
+            whole = whole and part is not None
         if whole:
             checkpoint.finish(ignore=IGNORED + unread(config))
         writer.finish()

@@ -109,7 +109,9 @@ def misplaced(path: str, known: Collection[str]) -> str | None:
     if meant is None:
         return None
     base = "this server's address alone" if is_anthropic(meant) else "this server's address and /v1"
-    return f"{path} is not served; expected {meant}: the base URL of a client is {base}, without a final slash"
+    return (
+        f"{path} is not served; expected {meant}: the base URL of a client is {base}, without a final slash"
+    )
 
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *PAGES})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import json
 import logging
 import math
 import os
 import resource
+import shlex
 import signal
 import socket
 import sys
@@ -26,6 +28,7 @@ from farthing import process
 from farthing.process import loop_factory
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
+from farthing.server.errors import ApiError
 from farthing.server.guard import Connections, protocol
 from farthing.server.jobs import Accounts, machine_of
 from farthing.server.service import Service
@@ -237,6 +240,8 @@ async def _serve(
     service = Service(config, model)
     loop = asyncio.get_running_loop()
     failure: list[BaseException] = []
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def load_engine() -> None:
         try:
@@ -255,13 +260,12 @@ async def _serve(
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
             engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox
         log.info("ready after %.2f s", service.launch_to_ready)
-        asyncio.run_coroutine_threadsafe(service.formats(), loop)  # probes the template and logs the format
+        asyncio.run_coroutine_threadsafe(_announce(service, url), loop)
 
     loader = threading.Thread(target=load_engine, name="load", daemon=True)
     loader.start()  # in parallel with building the application
     server = make_server(service)
-    host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    log.info("listening on %s", url)
     try:
         await server.serve([listener])
     finally:
@@ -271,6 +275,21 @@ async def _serve(
     if failure:
         raise failure[0]
     return 0
+
+
+async def _announce(service: Service, url: str) -> None:
+    """Probe the template and log the chat format; then where a person and a program find the model."""
+    try:
+        await service.formats()
+    except ApiError:  # the engine failed, or the server ends
+        return
+    for any_address in ("0.0.0.0", "[::]"):
+        url = url.replace(any_address, "127.0.0.1")
+    key = ' -H "Authorization: Bearer $KEY"' if service.config.keys else ""
+    messages = [{"role": "user", "content": "Hello"}]
+    body = shlex.quote(json.dumps({"model": service.names[0], "messages": messages}))
+    log.info("page: %s/", url)
+    log.info("curl %s/v1/chat/completions%s -H 'Content-Type: application/json' -d %s", url, key, body)
 
 
 assert signal.SIGTERM in uvicorn.server.HANDLED_SIGNALS

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from farthing import _native, files
 from farthing.config import Quantization
+from farthing.files import BeingWritten
 from farthing.ops.weights import InputRounding, measured_for
 
 log = logging.getLogger(__name__)
@@ -313,7 +314,7 @@ class PackedWriter:
     def __init__(self, target: Path, quantization: str | None, source: str) -> None:
         """Resumes an unfinished file of the same checkpoint, quantization and ISA; replaces another one.
 
-        Raises ValueError if `target` is a directory, or if another process is packing it.
+        Raises ValueError if `target` is a directory, BeingWritten if another process is packing it.
         """
         if target.is_dir():
             raise ValueError(f"packed file {target} is a directory; expected the name of a file")
@@ -406,7 +407,7 @@ class PackedWriter:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise ValueError(
+            raise BeingWritten(
                 f"{self._target}: another process is packing it; expected one at a time"
             ) from None
         if self._partial.exists() and os.path.samestat(os.fstat(file.fileno()), self._partial.stat()):
