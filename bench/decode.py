@@ -34,7 +34,7 @@ from farthing.model.pack import pack_checkpoint
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from packed_layout import is_current, packed_file, stamp
 from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
-from random_model import SIZES, config, make_model
+from random_model import MODELS, config, make_model
 
 log = Console(stderr=True)
 PREFILL, BATCHES = (512,), (1, 8, 16)
@@ -71,13 +71,13 @@ def packed(model: Path, weights: str, threads: int) -> Path:
     return out
 
 
-def generating(llm: LLM, cached: Collection[int]) -> Seconds:
+def generating(llm: LLM, cached: Collection[int], vocabulary: int = 32000) -> Seconds:
     """Times `LLM.generate`: (batch, prompt tokens, new tokens) -> seconds."""
 
     def seconds(batch: int, prompt: int, new: int) -> float:
         # Prompts of decode runs never change, so they hit the prefix cache; other prompts are always new.
         numbers = random.Random(prompt if prompt in cached else None)
-        prompts = [[numbers.randrange(3, 32000) for _ in range(prompt)] for _ in range(batch)]
+        prompts = [[numbers.randrange(3, vocabulary) for _ in range(prompt)] for _ in range(batch)]
         params = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         start = time.perf_counter()
         llm.generate(prompts, params, use_tqdm=False)
@@ -96,7 +96,7 @@ def ours(model: Path, weights: str, threads: int, points: Sequence[Point], new: 
         skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(p.batch for p in points),
         max_num_batched_tokens=1024, kv_cache_dtype="bfloat16", num_blocks=blocks,
     )  # fmt: skip
-    seconds = generating(llm, {p.context for p in decoding})
+    seconds = generating(llm, {p.context for p in decoding}, config(model.name)["vocab_size"])
     seconds(1, WARM_UP, 4)
     for point in decoding:
         seconds(point.batch, point.context, 4)
@@ -232,7 +232,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=SIZES, default="L576")
+    p.add_argument("--model", choices=MODELS, default="L576")
     p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)

@@ -4,7 +4,8 @@ T = tokens of a prompt, B = sequences that decode together, C = cached tokens of
 
     prefill   2 (T·N + head) + 2 H (n + r + v) T (T + 1) / 2 operations, at the INT8 peak of vectors
               (half of it for bfloat16 weights), or one read of every weight touched, whichever takes longer
-    decode    the weights that B tokens touch under random routing, and B·C cached latents, at the
+    decode    the weights that B tokens touch under random routing, B·C cached latents or keys and values
+              (at most those of a window), and recurrent states twice, as they are written too, at the
               bandwidth of memory, or their operations at the INT8 peak, whichever takes longer
 
 N = matrix elements multiplied per token, without the output head, which only a prompt's last token needs.
@@ -18,8 +19,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from farthing.model.config import ModelConfig
 from farthing.ops.cpu.weights import PLANES_FROM
-from random_model import active_parameters, config, head_parameters, tensors
+from random_model import EMBEDDING, active_parameters, config, head_parameters, tensors
 
 
 class Bytes(NamedTuple):
@@ -45,9 +47,12 @@ _HIGH_NIBBLES = 0.5
 PEER_BYTES = {
     "BF16": Bytes(2.0, 2.0, 2.0, router=4.0),
     "Q8_0": Bytes(34 / 32, 34 / 32, 34 / 32, router=4.0),
+    # Feed-forwards in Q4_0 or MXFP4 (17 bytes a block), and 8 bits elsewhere, as in our int4.
+    "Q4_0+Q8_0": Bytes(18 / 32, 34 / 32, 34 / 32, router=4.0),
+    "MXFP4": Bytes(17 / 32, 34 / 32, 34 / 32, router=4.0),
     "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256, keys=34 / 32, router=4.0),
 }
-BYTES_PER_LATENT = 2
+BYTES_PER_CACHED = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -64,61 +69,84 @@ class Point:
         return self.context if self.kind == "prefill" else self.batch
 
 
-def experts_touched(c: dict[str, Any], tokens: int) -> float:
+def experts_touched(c: ModelConfig, tokens: int) -> float:
     """Expected number of experts per layer selected by at least one of `tokens` under random routing."""
-    experts, k = c["n_routed_experts"], c["num_experts_per_tok"]
-    return float(experts * (1 - (1 - k / experts) ** tokens))
+    experts, k = c.n_routed_experts or 0, c.num_experts_per_tok
+    return float(experts * (1 - (1 - k / max(experts, 1)) ** tokens))
 
 
-def operations(c: dict[str, Any], point: Point) -> float:
-    """Multiplications and additions of one step."""
-    per_key = c["num_attention_heads"] * c["num_hidden_layers"]
-    width = c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"]
-    body = active_parameters(c, c["num_experts_per_tok"]) - head_parameters(c)
+def keys_seen(c: ModelConfig, context: int) -> int:
+    """Cached tokens that a token behind `context` reads, summed over the layers with attention."""
+    layers = (i for i in range(c.num_hidden_layers) if not c.is_recurrent(i))
+    return sum(min(c.window(i) or context, context) for i in layers)
+
+
+def operations(raw: dict[str, Any], point: Point) -> float:
+    """Multiplications and additions of one step. A recurrent state takes four of each per value and token."""
+    c = ModelConfig.from_json(raw)
+    body = active_parameters(raw, c.num_experts_per_tok) - head_parameters(raw)
+    state = 0
+    if c.recurrent is not None:
+        state = 4 * math.prod(c.recurrent.state[0]) * len(c.recurrent_layers)
     if point.kind == "prefill":
-        pairs = point.context * (point.context + 1) / 2
-        return 2 * (point.context * body + head_parameters(c)) + 2 * per_key * width * pairs
-    absorbed = 2 * c["kv_lora_rank"] + c["qk_rope_head_dim"]  # decoding does not expand keys
-    attention = point.batch * (point.context + 1) * per_key * absorbed
-    return 2 * (point.batch * (body + head_parameters(c)) + attention)
+        pairs = sum(_pairs(c, i, point.context) for i in range(c.num_hidden_layers))
+        attention = c.num_attention_heads * c.attention.expanded_width * pairs
+        return 2 * (point.context * (body + state) + head_parameters(raw) + attention)
+    per_key = c.num_attention_heads * c.attention.dot_width  # decoding does not expand keys
+    attention = point.batch * keys_seen(c, point.context + 1) * per_key
+    return 2 * (point.batch * (body + state + head_parameters(raw)) + attention)
 
 
-def _bytes_of(c: dict[str, Any], each: Bytes, name: str) -> float:
+def _pairs(c: ModelConfig, layer: int, tokens: int) -> float:
+    """Queries times the keys that they see in one layer."""
+    if c.is_recurrent(layer):
+        return 0
+    seen = min(c.window(layer) or tokens, tokens)
+    return seen * (seen + 1) / 2 + (tokens - seen) * seen
+
+
+def _bytes_of(c: ModelConfig, each: Bytes, name: str) -> float:
     if name.startswith("lm_head"):
         return each.head
-    if ".mlp.gate." in name:
+    if ".mlp.gate." in name or "shared_expert_gate" in name:
         return each.router
     return each.feed_forward if ".mlp." in name else _attention_bytes(c, each, name)
 
 
-def _attention_bytes(c: dict[str, Any], each: Bytes, name: str) -> float:
+def _attention_bytes(c: ModelConfig, each: Bytes, name: str) -> float:
     if each.keys is None or "kv_" not in name:
         return each.attention
-    keys, values = c["qk_nope_head_dim"], 0 if "kv_a" in name else c["v_head_dim"]
+    keys, values = c.latent.qk_nope_head_dim, 0 if "kv_a" in name else c.latent.v_head_dim
     return float((keys * each.keys + values * each.attention) / (keys + values))
 
 
-def weight_bytes(c: dict[str, Any], each: Bytes, routed: float) -> float:
+def weight_bytes(raw: dict[str, Any], each: Bytes, routed: float) -> float:
     """Bytes of the matrices of a step that touches `routed` experts per layer, without the embedding."""
-    total = 0.0
-    for name, shape in tensors(c):
-        if name == "model.embed_tokens.weight" or len(shape) == 1:
+    c = ModelConfig.from_json(raw)
+    total = head_parameters(raw) * each.head if c.tie_word_embeddings else 0.0
+    for name, shape in tensors(raw):
+        if name == EMBEDDING or len(shape) != 2:
             continue
-        share = routed / c["n_routed_experts"] if ".experts." in name else 1
+        share = routed / (c.n_routed_experts or 1) if ".experts." in name else 1
         total += math.prod(shape) * _bytes_of(c, each, name) * share
     return total
 
 
-def bytes_read(c: dict[str, Any], weights: str, point: Point) -> float:
-    """Bytes of weights and cached latents that one step must read, in one of our formats or a peer's."""
+def bytes_read(raw: dict[str, Any], weights: str, point: Point) -> float:
+    """Bytes that one step must read, in one of our formats or a peer's: weights, caches, and recurrent
+    states, which it also writes."""
+    c = ModelConfig.from_json(raw)
     each = (BYTES_PER_WEIGHT | PEER_BYTES)[weights]
-    if weights in ("int8", "int4") and head_parameters(c) >= PLANES_FROM:
+    if raw.get("quantization_config") and weights in BYTES_PER_WEIGHT:  # experts stay as they are stored
+        each = each._replace(feed_forward=PEER_BYTES["Q4_0"].feed_forward)
+    if weights in ("int8", "int4") and head_parameters(raw) >= PLANES_FROM:
         each = each._replace(head=each.head * _HIGH_NIBBLES)
-    touched = weight_bytes(c, each, experts_touched(c, point.tokens))
+    touched = weight_bytes(raw, each, experts_touched(c, point.tokens))
     if point.kind == "prefill":
         return touched
-    latent = (c["kv_lora_rank"] + c["qk_rope_head_dim"]) * BYTES_PER_LATENT * c["num_hidden_layers"]
-    return touched + point.batch * point.context * latent
+    cached = c.attention.cache_rows * c.attention.cache_width * BYTES_PER_CACHED * keys_seen(c, point.context)
+    state = 2 * c.recurrent.state_bytes * len(c.recurrent_layers) if c.recurrent is not None else 0
+    return touched + point.batch * (cached + state)
 
 
 def limit(size: str, weights: str, point: Point, machine: dict[str, float]) -> float:

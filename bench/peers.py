@@ -8,6 +8,9 @@ llama-batched-bench uses token 0 for every sequence and position, so all sequenc
 and its batch rows read fewer weights than ours, whose sequences differ. To give it random tokens, replace the
 0 in `common_batch_add(batch, 0, …)` of its source by `rand() % llama_n_vocab(llama_get_model(ctx))`.
 
+`--gguf Q4_0+Q8_0` has feed-forwards in 4 bits and the rest in 8, the bytes of our int4; `--gguf MXFP4` keeps
+the experts of a gpt-oss checkpoint.
+
 Where memory does not hold two copies of a large model, repack it in a file beforehand and run that alone:
 `llama-quantize --repack MODEL-NAME-Q4_0.gguf MODEL-NAME-Q4_0_R8.gguf Q4_0_R8`, then `--gguf Q4_0_R8
 --no-repack`.
@@ -34,6 +37,7 @@ from limits import Point
 PROMPT, NEW = 128, 64
 WARM_UP = 512  # tokens of an untimed prompt, which use every expert
 GGUF_TYPES = {"bf16": ["BF16"], "int8": ["Q8_0"], "int4": ["Q4_0"]}
+FEED_FORWARD = r"ffn_(gate|up|down)(_exps|_shexp)?\.weight=q4_0"
 Measure = Callable[[Point], float | None]
 Seconds = Callable[[int, int, int], float]
 
@@ -81,15 +85,38 @@ class LlamaCpp:
     def gguf(self, model: Path, kind: str) -> Path:
         """The model in the peer's format, converted with the peer's tools."""
         whole = model.resolve().with_name(f"{model.name}-{self.name}.gguf")
+        out = whole if kind == "BF16" else whole.with_name(f"{model.name}-{self.name}-{kind}.gguf")
+        if out.exists():
+            return out
+        if kind == "MXFP4":  # experts as gpt-oss stores them
+            return self._convert(model, "q8_0", out)
         if not whole.exists():
-            convert = Path(__file__).with_name("convert_gguf.py")
-            script = self.sources / "convert_hf_to_gguf.py"
-            _run(sys.executable, convert, script, model, "--outtype", "bf16", "--outfile", whole)
-        if kind == "BF16":
-            return whole
-        out = whole.with_name(f"{model.name}-{self.name}-{kind}.gguf")
-        if not out.exists():
-            _run(self.binaries / "llama-quantize", whole, out, kind, "2")
+            self._convert(model, "bf16", whole)
+        if out != whole:
+            base, _, rest = kind.partition("+")
+            flag = "--custom-q" if self.repacks else "--tensor-type"
+            _run(
+                self.binaries / "llama-quantize",
+                *([flag, FEED_FORWARD] if rest else []),
+                whole,
+                out,
+                rest or base,
+                "2",
+            )
+        return out
+
+    def _convert(self, model: Path, kind: str, out: Path) -> Path:
+        convert = Path(__file__).with_name("convert_gguf.py")
+        _run(
+            sys.executable,
+            convert,
+            self.sources / "convert_hf_to_gguf.py",
+            model,
+            "--outtype",
+            kind,
+            "--outfile",
+            out,
+        )
         return out
 
     def measure(self, model: Path, kind: str, threads: int, repack: bool = True) -> Measure:

@@ -1,4 +1,7 @@
-"""Random checkpoints of DeepSeek's architecture, for measuring speed.
+"""Random checkpoints for measuring speed.
+
+Slices of the models people run have the first layers of a published config.json and as large a share of its
+vocabulary, so that head and layers have the weight that they have in the whole model.
 
 V3S: V3's own shape, one dense and one expert layer (13.9 B parameters). V2L: DeepSeek-V2-Lite's whole
 configuration (15.7 B). S576 and L576 have V3's head sizes (latent 512, rotary 64, nope = v = 128), which vLLM
@@ -11,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,10 @@ from rich.progress import track
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+
+from farthing.model.config import ModelConfig
+from farthing.model.load import parameter_shapes
+from farthing.model.types import type_named
 
 HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 SMALL: dict[str, Any] = {
@@ -53,11 +61,22 @@ SIZES = {
         "routed_scaling_factor": 1.0,
     },
 }  # fmt: skip
+# A published configuration, a number of layers with its mixture of kinds, and the class that peers know.
+SLICES: dict[str, tuple[str, int, str]] = {
+    "qwen3.6-35b-a3b": ("qwen3.5-35b-a3b", 4, "Qwen3_5MoeForCausalLM"),
+    "qwen3-30b-a3b": ("qwen3-30b-a3b-2507", 4, "Qwen3MoeForCausalLM"),
+    "gpt-oss-20b": ("gpt-oss-20b", 4, "GptOssForCausalLM"),
+    "glm-4.5-air": ("glm-4.5-air", 3, "Glm4MoeForCausalLM"),
+}
+MODELS = [*SIZES, *SLICES]
+EMBEDDING = "model.embed_tokens.weight"
 SHARD_BYTES = 1 << 31
 
 
 def config(size: str) -> dict[str, Any]:
     """The config.json of a size."""
+    if size in SLICES:
+        return _slice(*SLICES[size])
     common = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 32000,
         "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_layer_freq": 1, "scoring_func": "sigmoid",
@@ -72,42 +91,22 @@ def config(size: str) -> dict[str, Any]:
     return common | shape | {"num_key_value_heads": shape["num_attention_heads"]}
 
 
-def tensors(c: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in the order of the forward pass."""
-    d, heads, latent, rank = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["q_lora_rank"]
-    nope, rope, value = c["qk_nope_head_dim"], c["qk_rope_head_dim"], c["v_head_dim"]
+def _slice(published: str, layers: int, architecture: str) -> dict[str, Any]:
+    """The first layers of a published model, and as large a share of its vocabulary."""
+    raw = json.loads((files("farthing") / f"assets/configs/{published}.json").read_text(encoding="utf-8"))
+    c = raw.get("text_config") or raw
+    vocabulary = c["vocab_size"] * layers // c["num_hidden_layers"] // 64 * 64
+    if "layer_types" in c:
+        c["layer_types"] = c["layer_types"][:layers]
+    c.pop("num_nextn_predict_layers", None)
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    more = {"architectures": [architecture], "torch_dtype": "bfloat16", "num_hidden_layers": layers}
+    return c | more | ids | {"vocab_size": vocabulary}
 
-    def mlp(prefix: str, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        yield f"{prefix}.gate_proj.weight", (width, d)
-        yield f"{prefix}.up_proj.weight", (width, d)
-        yield f"{prefix}.down_proj.weight", (d, width)
 
-    yield "model.embed_tokens.weight", (c["vocab_size"], d)
-    for layer in range(c["num_hidden_layers"]):
-        p = f"model.layers.{layer}"
-        yield f"{p}.input_layernorm.weight", (d,)
-        if rank is None:
-            yield f"{p}.self_attn.q_proj.weight", (heads * (nope + rope), d)
-        else:
-            yield f"{p}.self_attn.q_a_proj.weight", (rank, d)
-            yield f"{p}.self_attn.q_a_layernorm.weight", (rank,)
-            yield f"{p}.self_attn.q_b_proj.weight", (heads * (nope + rope), rank)
-        yield f"{p}.self_attn.kv_a_proj_with_mqa.weight", (latent + rope, d)
-        yield f"{p}.self_attn.kv_a_layernorm.weight", (latent,)
-        yield f"{p}.self_attn.kv_b_proj.weight", (heads * (nope + value), latent)
-        yield f"{p}.self_attn.o_proj.weight", (d, heads * value)
-        yield f"{p}.post_attention_layernorm.weight", (d,)
-        if layer < c["first_k_dense_replace"]:
-            yield from mlp(f"{p}.mlp", c["intermediate_size"])
-            continue
-        yield f"{p}.mlp.gate.weight", (c["n_routed_experts"], d)
-        if c["topk_method"] == "noaux_tc":
-            yield f"{p}.mlp.gate.e_score_correction_bias", (c["n_routed_experts"],)
-        for e in range(c["n_routed_experts"]):
-            yield from mlp(f"{p}.mlp.experts.{e}", c["moe_intermediate_size"])
-        yield from mlp(f"{p}.mlp.shared_experts", c["n_shared_experts"] * c["moe_intermediate_size"])
-    yield "model.norm.weight", (d,)
-    yield "lm_head.weight", (c["vocab_size"], d)
+def tensors(c: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    """V3's names and the shapes of a config.json's parameters, in the order of the forward pass."""
+    return list(parameter_shapes(ModelConfig.from_json(c)))
 
 
 def head_parameters(c: dict[str, Any]) -> int:
@@ -117,21 +116,47 @@ def head_parameters(c: dict[str, Any]) -> int:
 
 def active_parameters(c: dict[str, Any], routed: float) -> int:
     """Matrix elements multiplied per token, with the head, with `routed` experts per layer."""
+    model = ModelConfig.from_json(c)
     total = 0.0
     for name, shape in tensors(c):
-        if name == "model.embed_tokens.weight" or len(shape) == 1:
-            continue
-        total += math.prod(shape) * (routed / c["n_routed_experts"] if ".experts." in name else 1)
-    return int(total)
+        if len(shape) == 2 and name != EMBEDDING:  # a convolution has three dimensions
+            total += math.prod(shape) * (routed / (model.n_routed_experts or 1) if ".experts." in name else 1)
+    return int(total + (head_parameters(c) if model.tie_word_embeddings else 0))
 
 
 def value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    if name.endswith("norm.weight"):
+    """A parameter of plausible scale."""
+    if "norm" in name:
         return (1 + 0.05 * torch.randn(shape, generator=g)).bfloat16()
-    if name.endswith("bias"):
-        return 0.02 * torch.randn(shape, generator=g)
-    gain = 1.0 if "embed" in name else shape[-1] ** -0.5
+    if name.endswith("A_log"):
+        return torch.rand(shape, generator=g)
+    if name.endswith(("bias", "sinks")):
+        small = 0.02 * torch.randn(shape, generator=g)
+        return small if name.endswith("correction_bias") else small.bfloat16()
+    gain = 1.0 if name == EMBEDDING else shape[-1] ** -0.5
     return (torch.randn(shape, generator=g) * gain).bfloat16()
+
+
+def stored(c: dict[str, Any], g: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint under the names that its type has for them."""
+    name_of = type_named(c["model_type"]).names.stored
+    packed = c.get("quantization_config", {}).get("quant_method") == "mxfp4"
+    for name, shape in tensors(c):
+        if not (packed and ".experts." in name):
+            yield name_of(name), value(name, shape, g)
+        elif name.endswith(".experts.0.gate_proj.weight"):
+            yield from _mxfp4(c, name_of(name.partition(".experts.")[0] + ".experts."), g)
+
+
+def _mxfp4(c: dict[str, Any], prefix: str, g: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """A layer's experts as gpt-oss stores them."""
+    experts, d, i = c["num_local_experts"], c["hidden_size"], c["intermediate_size"]
+    for part, rows, columns in (("gate_up", 2 * i, d), ("down", d, i)):
+        shape = (experts, rows, columns // 32)
+        scale = 126 - round(math.log2(3 * columns**0.5))  # codes have a root mean square of about 3
+        yield f"{prefix}{part}_proj_blocks", torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=g)
+        yield f"{prefix}{part}_proj_scales", torch.full(shape, scale + 1, dtype=torch.uint8)
+        yield f"{prefix}{part}_proj_bias", (0.02 * torch.randn(experts, rows, generator=g)).bfloat16()
 
 
 def write_tokenizer(out: Path, vocab: int) -> None:
@@ -174,8 +199,8 @@ def make_model(size: str, cache: Path, seed: int = 1234) -> Path:
     shard: dict[str, Tensor] = {}
     where: dict[str, str] = {}
     count, held, total = 1, 0, 0
-    for name, shape in track(list(tensors(c)), description=f"random model {size}", transient=True):
-        shard[name] = value(name, shape, g)
+    for name, tensor in track(stored(c, g), description=f"random model {size}", total=None, transient=True):
+        shard[name] = tensor
         size_of = shard[name].numel() * shard[name].element_size()
         held, total = held + size_of, total + size_of
         where[name] = f"model-{count:05d}.safetensors"

@@ -33,7 +33,7 @@ from typing import Any
 from decode import GGUF_TYPES, keep_section, log, packed
 from page_cache import evict, files_of_python, resident
 from peers import NEW, PROMPT, LlamaCpp
-from random_model import SIZES, make_model
+from random_model import MODELS, make_model
 
 OURS = """
 import sys
@@ -184,7 +184,7 @@ def measure(a: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=SIZES, default="L576")
+    p.add_argument("--model", choices=MODELS, default="L576")
     p.add_argument("--weights", choices=GGUF_TYPES, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)

@@ -65,6 +65,17 @@ NB_MODULE(_native, module) {
       "peak_ops", [](const std::string& what, int threads) { return peak_ops(what.c_str(), threads); },
       "what"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
+  module.def("prefetch_distances", [] {
+    const PrefetchDistances& d = prefetch_distances;
+    return std::tuple(d.bytes, d.nibbles, d.nibbles_near);
+  });
+  module.def(
+      "set_prefetch_distances",
+      [](int bytes, int nibbles, int nibbles_near) {
+        prefetch_distances = {bytes, nibbles, nibbles_near};
+      },
+      "bytes"_a, "nibbles"_a, "nibbles_near"_a);
+
   nb::enum_<Format> formats(module, "Format");
   for (size_t i = 0; i < std::size(kFormats); ++i) formats.value(kFormats[i].name, static_cast<Format>(i));
   module.def("held_formats", [] {  // the stored format that each holds without rounding

@@ -72,8 +72,8 @@ template <int M, Format F, int Bytes>
 [[gnu::always_inline]] inline void fetch_columns(const uint8_t* p) {
   if constexpr (M > kStream) return;
   EACH (int at = 0; at < Bytes; at += 64) {
-    if constexpr (traits(F).nibbles()) prefetch(p + kNear + at);
-    prefetch_far(p + kFar + at);
+    if constexpr (traits(F).nibbles()) prefetch(p + prefetch_distances.nibbles_near + at);
+    prefetch_far(p + prefetch_distances.bytes + at);
   }
 }
 

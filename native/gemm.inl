@@ -22,9 +22,7 @@ constexpr int kSparsePanels = 2;  // that read a block of rows one after the oth
 // would occupy the few buffers that its misses need. Only 4-bit weights, whose bytes take five instructions
 // each, are prefetched into L1 too, a little ahead: otherwise too few loads fit the processor's window. The
 // arithmetic of more rows hides memory latency only if their next panels are prefetched into L2 meanwhile.
-constexpr int kNear = 256, kFar = 1024, kFarNibbles = 2048;  // bytes
-constexpr int kStream = 2;                                   // rows up to which a panel is read as a stream
-constexpr int far_ahead(Format f) { return traits(f).nibbles() ? kFarNibbles : kFar; }
+constexpr int kStream = 2;  // rows up to which a panel is read as a stream
 
 // What a pass over panels prefetches into L2: of groups [from, to), the bytes `distance` ahead.
 struct Ahead {
@@ -36,8 +34,8 @@ template <int M, Format F>
 inline void fetch_stream(const uint8_t* p) {
   if constexpr (M > kStream) return;
   constexpr bool nibbles = traits(F).nibbles();
-  if constexpr (nibbles) prefetch(p + kNear);
-  prefetch_far(p + far_ahead(F));
+  if constexpr (nibbles) prefetch(p + prefetch_distances.nibbles_near);
+  prefetch_far(p + prefetch_distances.of(nibbles));
 }
 
 template <int M, int P>

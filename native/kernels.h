@@ -2,6 +2,7 @@
 #pragma once
 #include "cells.h"
 #include "matrix.h"
+#include "prefetch.h"
 #include "source.h"
 
 namespace farthing {

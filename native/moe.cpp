@@ -14,7 +14,6 @@ namespace {
 constexpr int kRowBlock = 256;  // rows whose intermediate tile stays in cache
 constexpr int kPairColumns = 2 * kPanel;
 constexpr int kRouteRows = 64;
-constexpr int kFetchStart = 2048;  // bytes that the kernels prefetch
 constexpr int kApart = 16;  // tokens up to which down projections are read expert by expert, then summed
 constexpr int kApartColumns = 64;
 constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kNarrowColumns
@@ -99,7 +98,8 @@ void copy_row(const Act& from, int i, const Act& to, int j) {
 // The beginning of a panel that will be read next but does not follow the one being read.
 void fetch_start(const Matrix& w, int panel) {
   const uint8_t* p = w.record(panel);
-  for (int at = 0; at < kFetchStart; at += 64) __builtin_prefetch(p + at, 0, 2);
+  const int bytes = prefetch_distances.of(traits(w.format).nibbles());
+  for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
 }
 
 // Columns of a unit of the sum. Every unit reads the intermediates of all experts, so there are only as many

@@ -26,7 +26,17 @@ def test_the_command_prints_one_json_document() -> None:
     document = json.loads(result.stdout)
     assert result.exit_code == 0 and document["healthy"]
     names = {check["name"] for check in document["checks"]}
-    assert {"cpu", "instruction sets", "size", "python", "torch", "cpu kernels", "energy", "backend"} <= names
+    assert {
+        "cpu",
+        "instruction sets",
+        "prefetching",
+        "size",
+        "python",
+        "torch",
+        "cpu kernels",
+        "energy",
+        "backend",
+    } <= names
     assert "read bandwidth" not in names
     assert all(check["status"] in ("ok", "info", "warn", "fail") for check in document["checks"])
 

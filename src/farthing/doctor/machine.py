@@ -97,6 +97,16 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
         advice="" if vector else "decoding is bound by memory and hardly suffers; long prompts will be slow",
         data={"instruction_sets": flags, "kernels": kernels},
     )
+    if native is not None:
+        far, nibbles, near = native.prefetch_distances()
+        yield Check(
+            group="processor",
+            name="prefetching",
+            status="info",
+            detail=f"at one or two rows 8-bit weights {far:,} bytes ahead, 4-bit weights {nibbles:,} into L2 "
+            f"and {near:,} into L1, by the processor's vendor",
+            data={"bytes": far, "nibbles": nibbles, "nibbles_near": near},
+        )
 
 
 def check_memory(measure: bool = True) -> Iterator[Check]:
