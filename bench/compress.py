@@ -37,7 +37,7 @@ RECIPES = [
     "smoothquant",
     "int4-rtn",
     "int4-awq",
-    "int4-gptq",
+    "int4",
     "w4a8",
     "auto",
     "experts-reap",

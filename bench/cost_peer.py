@@ -91,7 +91,7 @@ def main() -> None:
         workload = Workload(model=str(dense), prompts=prompts, output_tokens=NEW, tiny=tiny)
         levers = [Lever("Farthing bf16", {})]
         levers += [Lever("Farthing int4, rounded while loading", {"quantization": "int4"})]
-        levers += [Lever(f"Farthing {n}", HEAD, str(given.record / n)) for n in ("int8", "int4-gptq")]
+        levers += [Lever(f"Farthing {n}", HEAD, str(given.record / n)) for n in ("int8", "int4")]
         last = str(given.record / "adaptive")
         levers += [Lever("Farthing, every lever", HEAD | {"speculate": "mtp+ngram"}, last)]
         found: dict[str, list[Reading]] = {}

@@ -299,7 +299,7 @@ def test_compress_compares_memory_before_the_download(
 ) -> None:
     hub.files = {"config.json": CONFIG, "model.safetensors": "x"}
     monkeypatch.setattr("farthing.compress.needs.available_memory", lambda: 10**6)
-    arguments = ["compress", ID, "-o", str(tmp_path / "out"), "--recipe", "int4-gptq"]
+    arguments = ["compress", ID, "-o", str(tmp_path / "out"), "--recipe", "int4"]
     assert "model: compressing its largest layer takes about" in refused_by(*arguments)
     assert hub.fetched == ["config.json"]
 

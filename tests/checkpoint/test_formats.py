@@ -21,6 +21,7 @@ from torch import Tensor
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint import compressed_tensors as ctw
 from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import CheckpointError
 from farthing.checkpoint.writer import CheckpointWriter
 from farthing.ops.weights import Weight, pack_int4, quantize_int4, quantize_int8
 
@@ -216,6 +217,40 @@ def test_writer_output_is_read_by_compressed_tensors_and_the_reader(tmp_path: Pa
     stored = {n.rpartition(".")[2]: checkpoint.tensor(n) for n in checkpoint.names()}
     theirs = BaseCompressor.get_value_from_registry(config["format"]).decompress(stored, scheme)["weight"]
     torch.testing.assert_close(theirs.float(), weight.dequantize(), rtol=1e-6, atol=1e-7)
+
+
+def write_fitted(path: Path, weight: Weight, section: Any) -> Checkpoint:
+    writer = CheckpointWriter(path)
+    for tensor, value in ctw.encode("model.a", weight).items():
+        writer.add(tensor, value)
+    config = ctw.quantization_config({"model.a": ctw.key_of(weight)})
+    writer.close({"quantization_config": config, ctw.MARK: section})
+    return Checkpoint.open(path)
+
+
+def test_fitted_values_are_kept_and_others_read_even_steps(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    data = torch.randint(0, 256, (37, 80), generator=generator, dtype=torch.uint8)
+    scale = ctw.stored_scale(torch.randn(37, 5, generator=generator) / 1000)
+    weight = Weight("nl4", data, scale)
+    exact = write_fitted(tmp_path / "a", weight, ctw.VALUES).weight("model.a")
+    assert exact.format == "nl4"
+    assert torch.equal(exact.data, data) and torch.equal(exact.dequantize(), weight.dequantize())
+    even = write_fitted(tmp_path / "b", weight, None).weight("model.a")
+    assert even.format == "int4" and even.nbytes == exact.nbytes
+    far = (even.dequantize() - weight.dequantize()).norm() / weight.dequantize().norm()
+    assert 0.05 < float(far) < 0.2
+    with pytest.raises(CheckpointError, match=r"config.json: farthing: got .*int4_step.*; expected"):
+        write_fitted(tmp_path / "c", weight, ctw.VALUES | {"int4_step": -8}).weight("model.a")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-4000, 4000, width=32))
+def test_scales_of_fitted_values_survive_the_file(value: float) -> None:
+    once = ctw.stored_scale(torch.tensor([value]))
+    assert torch.equal(ctw.stored_scale(once), once) and bool(once != 0)
+    if abs(value) > 2.0**-18:
+        assert float(abs(once / value - 1)) <= 2.0**-8
 
 
 @settings(max_examples=60, deadline=None)

@@ -62,7 +62,7 @@ def test_equal_sizes_are_not_growth() -> None:
 def test_the_default_recipe_shrinks_the_source() -> None:
     """INT8 would make FP8 checkpoints and the embedded model larger."""
     assert default_recipe({"model_type": "deepseek_v3"}) == "int8"
-    assert default_recipe({"quantization_config": {"quant_method": "fp8"}}) == "int4-gptq"
+    assert default_recipe({"quantization_config": {"quant_method": "fp8"}}) == "int4"
     source = resolve_model("mite")
     chosen, before = default_recipe(read_config(source)), nbytes(source)
     assert (expected(source, "int8") or 0) > before > (expected(source, chosen) or before)

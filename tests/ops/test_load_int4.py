@@ -10,13 +10,14 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.weights import choose
+from farthing.ops.cpu.weights import Plan, choose, pack
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
 from farthing.ops.weights import (
     CODES,
     Weight,
     loaded_as,
+    pack_int4,
     quantize_int4,
     quantize_int8,
     rounded,
@@ -124,6 +125,25 @@ def test_products_with_codes(isa: str, tokens: int, hidden: int, width: int) -> 
     assert packed.format == _native.Format.NL4
     found = ops.mlp(x.clone(), handle, Norm(scale, 1e-6), residual=False)
     assert distance(found, ref.mlp(x, expected, Norm(scale, 1e-6), residual=False)) < 3 * BOUNDS["int4"]
+
+
+@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+def test_stored_codes_are_kept(isa: str) -> None:
+    q, scale = to_codes(random_rows(48, 256, "normal"))
+    scale = scale.bfloat16().float()
+    q[:16, :128] = 0  # blocks of zeros, which may be left out
+    stored = Weight("nl4", pack_int4(torch.searchsorted(torch.tensor(CODES, dtype=torch.int8), q) - 8), scale)
+    assert torch.equal(stored.quantized(), q)
+    ops = CpuOps(1, isa=isa)
+    packed = ops._pack("w", [stored], mlp=True)
+    assert packed.format == _native.Format.NL4
+    whole = pack(ops._native, [stored], Plan(packed.format, 64), blocks=False)
+    rows, found = torch.arange(48), torch.empty(48, 256)
+    whole.read_rows(rows.data_ptr(), 48, found.data_ptr())
+    assert torch.equal(found, stored.dequantize())
+    x = torch.randn(7, 256)
+    product = ops.linear(x, ops.pack_linear("v", lambda: [stored]))
+    assert distance(product, x @ stored.dequantize().t()) < BOUNDS["int4"]
 
 
 @pytest.mark.usefixtures("sparse_on_amx")

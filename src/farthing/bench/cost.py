@@ -38,8 +38,8 @@ from farthing.tokenizer_file import read_tokenizer
 
 # The rows of `farthing bench cost`: the original, then one more lever per row, calibrated within a budget.
 #
-# Weights are rounded by `int8` and `int4-gptq`, which leave the head alone; it is rounded to INT8
-# while loading. The calibrated adaptive experts may then use the rest of the budget. Every row's quality
+# Weights are rounded by `int8` and `int4`, with the head rounded to
+# INT8 while loading. The calibrated adaptive experts may then use the rest of the budget. Every row's quality
 # is measured against the original on held-out text not used for calibration. Speculation changes no
 # token, so its row has the quality of the previous one.
 
@@ -93,14 +93,14 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
     budget: maximum relative perplexity increase of all levers together. work: directory of the calibrated
     checkpoints; finished ones are reused.
 
-    Weights are rounded by `int8` and `int4-gptq`, which leave the head alone; it is rounded to INT8
+    Weights are rounded by `int8` and `int4`, with the head rounded to INT8
     while loading. The calibrated adaptive experts may then use the rest of the budget. Every row's quality is
     measured against the original on held-out text not used for calibration. Speculation changes no token, so
     its row has the quality of the previous one.
     """
     config = ModelConfig.from_directory(source)
     rows = [Lever(ORIGINAL), Lever("Farthing kernels and engine", {})]
-    for recipe in ("int8", "int4-gptq"):
+    for recipe in ("int8", "int4"):
         served = _calibrated(source, work / recipe, recipe, budget, say)
         rows.append(Lever(f"+ {recipe} weights", HEAD, str(served)))
     if config.n_routed_experts:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
-from farthing.ops.weights import FP8_BLOCK, Weight, pack_int4
+from farthing.ops.weights import CODES, FP8_BLOCK, Weight, pack_int4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -360,6 +360,44 @@ def _unpack_rows(words: Tensor, n: int) -> Tensor:
     return (pairs.to(torch.int8) - 8).t().contiguous()
 
 
+# Fitted values (NL4, the CODES of `farthing.ops.weights`) in files of 4-bit integers with even steps. The
+# integer is 7 minus the place among CODES, so that zero is zero, and its scale is STEP times as large, so
+# that the steps are about as far apart. Other programs thus read evenly spaced values near ours; we find
+# what the integers stand for in the section MARK of config.json. Scales have the 8 bits of bfloat16, which
+# survive the multiplication by STEP in float16.
+STEP = -13.5
+MARK = "farthing"
+
+
+VALUES: dict[str, Any] = {"int4_values": list(CODES), "int4_step": STEP}
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """Scales as they are after being written and read."""
+    return _read_scale(_written_scale(scale))
+
+
+def _written_scale(scale: Tensor) -> Tensor:
+    written = (scale.bfloat16().float() * STEP).half()
+    return torch.where(written == 0, torch.tensor(-(2.0**-24)).half(), written)  # of a group of zeros
+
+
+def _read_scale(scale: Tensor) -> Tensor:
+    return (scale.float() / STEP).bfloat16().float()
+
+
+def fitted(weight: Weight, mark: Any) -> Weight:
+    """A matrix of symmetric 4-bit integers as the values that config.json says they stand for; mark: what it
+    has under MARK. Raises CheckpointError for values of another version."""
+    found = {name: mark[name] for name in VALUES if name in mark} if isinstance(mark, Mapping) else {}
+    if not found or weight.format != "int4" or weight.zero_point is not None:
+        return weight
+    if found != VALUES:
+        raise CheckpointError(f"config.json: {MARK}: got {str(found)[:200]}; expected {VALUES}")
+    assert weight.scale is not None
+    return replace(weight, format="nl4", data=~weight.data, scale=_read_scale(weight.scale))
+
+
 VERSION = "0.20.0"
 EXPERTS = ".mlp.experts."  # part of every routed expert's module name
 EXPERTS_TARGET = r"re:.*\.mlp\.experts\.\d+\..*"
@@ -389,14 +427,18 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
     if weight.format == "dense":
         return {f"{module}.weight": weight.data}
     assert weight.scale is not None
-    size = weight.scale.abs() if weight.format == "int4" else weight.scale
+    scale, data = weight.scale, weight.data
+    size = scale.abs() if weight.nibbles else scale
     if not bool(((size > 0) & size.isfinite()).all()):
         raise ValueError(f"{module}: a scale is zero, negative or not finite; expected finite scales > 0")
-    out = {f"{module}.weight_scale": weight.scale}
+    if weight.format == "nl4":
+        scale, data = _written_scale(scale), ~data
+    elif weight.format == "int4" and torch.equal((half := scale.half()).float(), scale):
+        scale = half
+    out = {f"{module}.weight_scale": scale}
     if weight.format == "fp8" or (weight.format == "int8" and not packed):
-        return out | {f"{module}.weight": weight.data}
+        return out | {f"{module}.weight": data}
     n, k = weight.shape
-    data = weight.data
     if weight.format == "int8":
         data = (data.to(torch.int16) + 128).to(torch.uint8)
     out[f"{module}.weight_packed"] = _words(torch.nn.functional.pad(data, (0, -data.shape[1] % 4)))
@@ -410,7 +452,7 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
 class GroupKey:
     """The properties that define a config group when writing."""
 
-    format: str  # int8 | int4 | fp8
+    format: str  # int8 | int4 | nl4 | fp8
     group_size: int = 0
     symmetric: bool = True
     # token (dynamic) | tensor (static) | None (kept); int4 also group4: 4 bits, the weights' groups
@@ -422,8 +464,8 @@ def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
     """The config group a weight belongs to; None for a dense one."""
     if weight.format == "dense":
         return None
-    if weight.format == "int4":
-        return GroupKey("int4", weight.group_size, weight.zero_point is None, activations)
+    if weight.nibbles:
+        return GroupKey(weight.format, weight.group_size, weight.zero_point is None, activations)
     return GroupKey(weight.format, activations=activations if weight.format == "int8" else None)
 
 

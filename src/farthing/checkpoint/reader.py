@@ -434,7 +434,7 @@ class Checkpoint:
         self._used.update(f"{module}.{s}" for s in ct.OPTIONAL)
         try:
             self._check_dtype(scheme, tensors)
-            weight = self._checked(module, ct.decode(scheme, tensors))
+            weight = ct.fitted(self._checked(module, ct.decode(scheme, tensors)), self.config.get(ct.MARK))
             return replace(weight, inputs=self._inputs(module, scheme))
         except CheckpointError as error:
             if str(error).startswith(str(self.path)):

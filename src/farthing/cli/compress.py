@@ -148,7 +148,7 @@ class CompressOptions:
     out: Path | None = _option(None, "Output directory", flags=("-o",))
     recipe: str | None = _option(
         None,
-        "Recipe name (see --list) or .yaml file; default: int8 for weights in 16 or 32 bits, int4-gptq for "
+        "Recipe name (see --list) or .yaml file; default: int8 for weights in 16 or 32 bits, int4 for "
         "a quantized source",
     )
     calibration: Path | None = _option(None, "Calibration text: JSON lines with 'text' or 'ids'")
@@ -177,7 +177,7 @@ class CompressOptions:
 
 
 @app.command(
-    epilog="Examples:  farthing compress -o small  |  farthing compress ./model --recipe int4-gptq -o out "
+    epilog="Examples:  farthing compress -o small  |  farthing compress ./model --recipe int4 -o out "
     "--max-drop 1.5%  |  farthing compress ./model --recipe auto -o out --budget 2.5MB --measure token"
 )
 @with_options(options=CompressOptions)

@@ -25,7 +25,13 @@ from farthing.compress.evaluate import (
     load_corpus,
     remember,
 )
-from farthing.compress.export import choose_export, expected_bytes, expected_limits, transformers_limits
+from farthing.compress.export import (
+    choose_export,
+    expected_bytes,
+    expected_limits,
+    for_export,
+    transformers_limits,
+)
 from farthing.compress.needs import check_memory, check_needs
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
@@ -191,6 +197,7 @@ def compress(
     options = options or Options()
     start = time.monotonic()
     config = ModelConfig.from_directory(source)
+    recipe = for_export(options.export, recipe)
     options, judged = _ready(source, out, recipe, options, config)
     compressed = _make(source, out, recipe, options, config, progress)
     seconds = time.monotonic() - start

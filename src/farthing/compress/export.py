@@ -44,6 +44,13 @@ def fp8_config() -> dict[str, Any]:
     }
 
 
+def for_export(export: str, recipe: Recipe) -> Recipe:
+    """The recipe with what other programs read exactly, for files that are meant for them."""
+    if export == "llm-compressor" and recipe.values == "fitted":
+        return replace(recipe, values="even")
+    return recipe
+
+
 EXPORTS = ("auto", "compressed-tensors", "llm-compressor", "deepseek-fp8")
 Keys = Mapping[str, GroupKey | None]
 
@@ -57,6 +64,9 @@ def choose_export(wanted: str, recipe: Recipe, checkpoint: Checkpoint, config: M
     | compressed-tensors | packed in 32-bit words | blocks | Farthing, transformers 5.24 |
     | llm-compressor | plain int8, as llm-compressor writes them | blocks | Farthing, vLLM |
     | deepseek-fp8 | - | blocks with weight_scale_inv | Farthing, transformers 5.24, vLLM, SGLang |
+
+    compressed-tensors stores fitted values of 4 bits, which other programs read as evenly spaced ones;
+    llm-compressor stores values that were rounded to even steps.
 
     transformers 5.24 fuses the routed experts of a layer into one tensor and decompresses them while loading.
     It requires one scheme for all experts of the model, packed and symmetric; FP8 blocks only in DeepSeek's
@@ -82,8 +92,9 @@ def _is_deepseek_fp8(checkpoint: Checkpoint) -> bool:
 
 def key_in(export: str, module: str, key: GroupKey | None) -> GroupKey | None:
     """The config group of a module as `export` stores it."""
-    if key is not None and key.format == "int8" and EXPERTS in module and export == "compressed-tensors":
-        return replace(key, packed=True)
+    if key is not None and key.format == "int8" and export != "deepseek-fp8":
+        experts = EXPERTS in module and export == "compressed-tensors"
+        return replace(key, packed=experts or key.activations is None)
     return key
 
 
@@ -128,7 +139,7 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
             continue
         if key.format == "fp8":
             limits.append("routed experts are FP8 blocks in compressed-tensors; use --format deepseek-fp8")
-        if key.format == "int4" and not key.symmetric:
+        if key.format in ("int4", "nl4") and not key.symmetric:
             limits.append("routed experts have zero points (symmetric: false)")
         if key.format == "int8" and not key.packed:
             limits.append("routed experts are plain INT8; use --format compressed-tensors")
@@ -144,7 +155,7 @@ def _is_ragged(shape: tuple[int, ...]) -> bool:
 def _name(key: GroupKey | None) -> str:
     if key is None:
         return "dense"
-    return f"{key.format} in groups of {key.group_size}" if key.format == "int4" else key.format
+    return f"{key.format} in groups of {key.group_size}" if key.group_size else key.format
 
 
 def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> list[str]:
@@ -179,6 +190,7 @@ def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, rec
         else:
             scales = {
                 "int4": columns / (key.group_size or columns) if key else 0,
+                "nl4": columns / (key.group_size or columns) if key else 0,
                 "fp8": columns / FP8_BLOCK**2,
             }
             bytes_ = _WEIGHT_BYTES[kind] * columns + _SCALE_BYTES[kind] * scales.get(kind, 1.0)
@@ -187,8 +199,8 @@ def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, rec
 
 
 _PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point")
-_WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5}
-_SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2}
+_WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5, "nl4": 0.5}
+_SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2, "nl4": 2}
 
 
 def _rows(checkpoint: Checkpoint, module: str) -> int:
@@ -199,9 +211,8 @@ def _rows(checkpoint: Checkpoint, module: str) -> int:
 def _matrices(checkpoint: Checkpoint) -> list[str]:
     """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
-    return [
-        m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in (*ATTENTION, *MLP)
-    ]
+    kinds = (*ATTENTION, *MLP, "eh_proj")
+    return [m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in kinds]
 
 
 def _expected_key(
@@ -212,5 +223,6 @@ def _expected_key(
     columns = group_columns(config.at(int(module.split(".")[2])), module, columns)
     kind = stored_format(module, scheme, recipe, stored, columns)
     if kind.startswith("int4"):
-        return GroupKey("int4", group_for(columns, wanted_group(kind, recipe)) or 0, recipe.symmetric)
+        four = "nl4" if recipe.values == "fitted" else "int4"
+        return GroupKey(four, group_for(columns, wanted_group(kind, recipe)) or 0, recipe.symmetric)
     return GroupKey(kind) if kind in ("int8", "fp8") else None

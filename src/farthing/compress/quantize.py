@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors import quantize_blocks
-from farthing.ops.weights import Weight, pack_int4
+from farthing.checkpoint.compressed_tensors import quantize_blocks, stored_scale
+from farthing.ops.weights import CODES, RANGES, Weight, pack_int4
 
 
 def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight:
@@ -29,15 +30,16 @@ TINY = 1e-30  # smallest scale, for rows of zeros: no scale is ever zero
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """value = (q - zero) * scale with integer q in [low, high].
+    """value = (q - zero) * scale with integer q in [low, high], or q * scale with q one of CODES.
 
     Legend: B matrices at once; N rows; K columns; G groups of g = K / G columns.
     """
 
     scale: Tensor  # [B, N, G]
-    zero: Tensor | None  # [B, N, G], integers
-    low: int
-    high: int
+    zero: Tensor | None = None  # [B, N, G], integers
+    low: int = CODES[0]
+    high: int = CODES[-1]
+    fitted: bool = False  # q is one of CODES
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor | None]:
         """scale and zero point of every column, [B, N, K]."""
@@ -45,7 +47,15 @@ class Grid:
 
     def round(self, w: Tensor) -> Tensor:
         """The nearest values of the grid, [B, N, K]."""
-        return snap(w, *self.expand(w.shape[-1]), self.low, self.high)
+        return self.snap(w, *self.expand(w.shape[-1]))
+
+    def snap(self, w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The nearest values for these scales and zero points."""
+        if self.fitted:
+            return _nearest_codes(w / scale).mul_(scale)
+        if zero is None:
+            return (w / scale).round_().clamp_(self.low, self.high).mul_(scale)
+        return (w / scale + zero).round_().clamp_(self.low, self.high).sub_(zero).mul_(scale)
 
     def integers(self, value: Tensor) -> Tensor:
         """q of values on the grid, int8 [B, N, K]."""
@@ -54,8 +64,11 @@ class Grid:
         return q.round().clamp(self.low, self.high).to(torch.int8)
 
     def weights(self, value: Tensor) -> list[Weight]:
-        """The B matrices in storage format: int4 for 4 bits, int8 for 8."""
+        """The B matrices in storage format: int4 or nl4 for 4 bits, int8 for 8."""
         q = self.integers(value)
+        if self.fitted:
+            u = torch.searchsorted(torch.tensor(CODES, dtype=torch.int8), q) - 8
+            return [Weight("nl4", pack_int4(u[b]), self.scale[b].contiguous()) for b in range(len(q))]
         if self.high > 7:
             return [Weight("int8", q[b], self.scale[b].contiguous()) for b in range(len(q))]
         zeros = [
@@ -65,17 +78,18 @@ class Grid:
         return [Weight("int4", pack_int4(q[b]), self.scale[b].contiguous(), zeros[b]) for b in range(len(q))]
 
 
+_BETWEEN = torch.tensor([(a + b) / 2 for a, b in pairwise(CODES)])
+
+
+def _nearest_codes(x: Tensor) -> Tensor:
+    """The nearest of CODES."""
+    return torch.tensor(CODES, dtype=torch.float32)[torch.bucketize(x, _BETWEEN)]
+
+
 def _spread(x: Tensor, columns: int) -> Tensor:
     """[B, N, G] -> [B, N, K]; a view if a group is a whole row."""
     groups = x.shape[-1]
     return x.expand(-1, -1, columns) if groups == 1 else x.repeat_interleave(columns // groups, -1)
-
-
-def snap(w: Tensor, scale: Tensor, zero: Tensor | None, low: int, high: int) -> Tensor:
-    """Round to (q - zero) * scale."""
-    if zero is None:
-        return (w / scale).round_().clamp_(low, high).mul_(scale)
-    return (w / scale + zero).round_().clamp_(low, high).sub_(zero).mul_(scale)
 
 
 def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
@@ -88,7 +102,7 @@ def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
     scale = amax.clamp_min(127 * TINY) / 127
     if energy is None:
         return Grid(scale, None, -127, 127)
-    return Grid(_shrink(w, scale, None, energy, -127, 127, (1.0, 0.93, 0.86, 0.8)), None, -127, 127)
+    return _shrink(w, Grid(scale, None, -127, 127), energy, (1.0, 0.93, 0.86, 0.8))
 
 
 def int4_grid(
@@ -103,52 +117,68 @@ def int4_grid(
     With `gram` [B, K, K] the error includes correlations within a group (AWQ's search for a clip). Symmetric
     ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever has less error.
     """
-    b, n, k = w.shape
-    if k % group:
-        raise ValueError(f"group size {group} does not divide K = {k}; expected a divisor such as 32")
-    blocks = w.view(b, n, k // group, group)
-    if energy is None:
-        energy = torch.ones(b, k)
+    blocks, energy = _blocks(w, group, energy)
     if not symmetric:
         low = blocks.amin(-1).clamp_max(0)
         high = blocks.amax(-1).clamp_min(0)
         scale = ((high - low) / 15).clamp_min(TINY)
         zero = (-8 - low / scale).round().clamp(-8, 7)
-        return Grid(_shrink(w, scale, zero, energy, -8, 7, _SHRINKS, gram), zero, -8, 7)
+        return _in_16_bits(_shrink(w, Grid(scale, zero, -8, 7), energy, _SHRINKS, gram))
     scale = (blocks.abs().amax(-1) / 7.5).clamp_min(TINY)
-    return Grid(_shrink(w, scale, None, energy, -8, 7, (7.5 / 7, *_SHRINKS), gram), None, -8, 7)
+    found = _shrink(w, Grid(scale, None, -8, 7), energy, (7.5 / 7, *_SHRINKS), gram)
+    return _in_16_bits(found)
+
+
+def _in_16_bits(grid: Grid) -> Grid:
+    """The grid with scales that float16 holds, unless one is too small or too large for it."""
+    half = grid.scale.half()
+    held = bool(((half >= torch.finfo(torch.float16).tiny) & half.isfinite()).all())
+    return replace(grid, scale=half.float()) if held else grid
+
+
+def fitted_grid(w: Tensor, group: int, energy: Tensor | None = None) -> Grid:
+    """The values of CODES with one scale of 16 bits per `group` columns of w [B, N, K].
+
+    Scales have both signs, because CODES reach further on one side.
+    """
+    blocks, energy = _blocks(w, group, energy)
+    scale = (blocks.abs().amax(-1) / CODES[-1]).clamp_min(TINY)
+    shares = [share * sign for sign in (1, -1) for share in (1.1, *RANGES)]
+    found = _shrink(w, Grid(scale, fitted=True), energy, tuple(shares))
+    return replace(found, scale=stored_scale(found.scale))
+
+
+def _blocks(w: Tensor, group: int, energy: Tensor | None) -> tuple[Tensor, Tensor]:
+    """w as groups [B, N, G, g], and the energy of its columns, [B, K]."""
+    b, n, k = w.shape
+    if k % group:
+        raise ValueError(f"group size {group} does not divide K = {k}; expected a divisor such as 32")
+    return w.view(b, n, k // group, group), torch.ones(b, k) if energy is None else energy
 
 
 _SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 def _shrink(
-    w: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    energy: Tensor,
-    low: int,
-    high: int,
-    factors: tuple[float, ...],
-    gram: Tensor | None = None,
-) -> Tensor:
-    """The multiple of `scale` [B, N, G] with the least energy-weighted rounding error, group by group."""
-    b, n, k = w.shape
-    groups = scale.shape[-1]
-    weight = energy.view(b, 1, k)
+    w: Tensor, grid: Grid, energy: Tensor, factors: tuple[float, ...], gram: Tensor | None = None
+) -> Grid:
+    """The grid with the multiples of its scales that have the least energy-weighted rounding error, group by
+    group."""
+    b, n, _ = w.shape
+    groups = grid.scale.shape[-1]
     own = None if gram is None else _diagonal_blocks(gram, groups)
-    best = scale
-    least = torch.full_like(scale, torch.inf)
+    best = grid.scale
+    least = torch.full_like(best, torch.inf)
     for factor in factors:
-        trial = Grid(scale * factor, zero, low, high)
+        trial = replace(grid, scale=grid.scale * factor)
         delta = (trial.round(w) - w).view(b, n, groups, -1)
         if own is None:
-            error = (delta.square_() * weight.view(b, 1, groups, -1)).sum(-1)
+            error = (delta.square_() * energy.view(b, 1, groups, -1)).sum(-1)
         else:
             error = (torch.einsum("bngi,bgij->bngj", delta, own) * delta).sum(-1)
         better = error < least
         best, least = torch.where(better, trial.scale, best), torch.where(better, error, least)
-    return best
+    return replace(grid, scale=best)
 
 
 def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
@@ -244,7 +274,7 @@ def sweep(
             i = j - start
             new = left[:, i]
             if grid is not None and scale is not None:
-                new = snap(new, scale[:, i], None if zero is None else zero[:, i], grid.low, grid.high)
+                new = grid.snap(new, scale[:, i], None if zero is None else zero[:, i])
             if mask is not None:
                 new = new * mask[:, j]
             values[:, j] = new

@@ -19,6 +19,7 @@ from farthing.files import read
 from farthing.model.config import ModelConfig
 
 Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
+Values = Literal["even", "fitted"]
 Algorithm = Literal["rtn", "gptq"]
 DEFAULT_DROP = 0.01
 
@@ -27,14 +28,17 @@ DEFAULT_DROP = 0.01
 class Recipe:
     """A recipe: how the matrices of every layer are rounded.
 
-    scheme: storage of every linear matrix; "keep" = as in the source; "auto" = planned per layer. activations
-    (int8 and int4): rounded at serving time with one dynamic scale per token ("token"), or not at all.
+    scheme: storage of every linear matrix; "keep" = as in the source; "auto" = planned per layer. values: of
+    4 bits, evenly spaced, or fitted to weights, which only Farthing reads exactly. activations (int8 and
+    int4): rounded at serving time with one dynamic scale per token ("token"), or not at all.
     Packages with recipes of their own (entry points `farthing.recipes`) derive from this class and add to its
     methods what happens to a layer before and after rounding.
     """
 
     name: str
     scheme: Scheme = "int8"
+    values: Values = "even"
+    head: Literal["keep", "int8"] = "keep"  # int8: rounded while loading, because files share it
     algorithm: Algorithm = "rtn"
     group_size: int = 64
     symmetric: bool = True
@@ -43,6 +47,7 @@ class Recipe:
     activations: str = "none"
     adaptive: bool = False  # calibrate the number of experts per token (`adaptive.py`), within max_drop
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
+    wide: tuple[str, ...] = ()  # fnmatch patterns of modules that get 8 bits instead of 4
     # "auto" and "adaptive": maximum relative increase of perplexity; see `allowed_drop`
     max_drop: float | None = None
     budget_bytes: int | None = None  # "auto": size limit by `measure`, with the least loss within it
@@ -56,6 +61,8 @@ class Recipe:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; expected one of {accepted}")
         if self.group_size not in (32, 64, 128):
             raise ValueError(f"group_size: got {self.group_size}; expected 32, 64 or 128")
+        if self.values == "fitted" and not self.symmetric:
+            raise ValueError("symmetric: got false with values 'fitted'; expected values 'even'")
         if self.max_drop is not None and not 0 <= self.max_drop < 10:
             raise ValueError(f"max_drop: got {self.max_drop}; expected a share such as 0.01")
         for name in ("budget_bytes", "measure"):
@@ -80,6 +87,8 @@ class Recipe:
         """The accepted values of every field that has a fixed set of them."""
         return {
             "scheme": get_args(Scheme),
+            "values": get_args(Values),
+            "head": ("keep", "int8"),
             "algorithm": get_args(Algorithm),
             "activations": ("none", "token"),
             "measure": get_args(Measure),
@@ -145,10 +154,18 @@ RECIPES: dict[str, Recipe] = {
         Recipe("int8", "int8", activations="token", calibration_tokens=4096),
         Recipe("fp8-block", "fp8"),
         Recipe("int4-rtn", "int4"),
-        Recipe("int4-gptq", "int4", algorithm="gptq", calibration_tokens=32768),
+        Recipe(
+            "int4",
+            "int4",
+            "fitted",
+            "int8",
+            algorithm="gptq",
+            wide=("*.self_attn.*",),
+            calibration_tokens=32768,
+        ),
         Recipe("w4a8", "int4", algorithm="gptq", activations="token", calibration_tokens=32768),
         Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),
-        Recipe("auto", "auto", algorithm="gptq", calibration_tokens=32768),
+        Recipe("auto", "auto", "fitted", algorithm="gptq", calibration_tokens=32768),
     )
 }
 
@@ -182,7 +199,7 @@ def load_recipe(name: str) -> Recipe:
 
 def default_recipe(config: Mapping[str, Any]) -> str:
     """The recipe for a checkpoint whose user names none: the one that makes it smaller and loses least."""
-    return "int4-gptq" if quantization_in(config) else "int8"
+    return "int4" if quantization_in(config) else "int8"
 
 
 def from_json(raw: Any, name: str, where: str) -> Recipe:

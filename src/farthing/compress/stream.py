@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter, GroupKey
+from farthing.checkpoint.compressed_tensors import MARK, VALUES
 from farthing.compress.evaluate import Corpus
 from farthing.compress.export import encode, key_in, quantization_config
 from farthing.compress.layer import Layer, Stream, TracedOps, check_finite
@@ -231,12 +232,16 @@ def _write_layer(
 
 
 def _final_config(job: Compression, checkpoint: Checkpoint, state: Progressed) -> dict[str, Any]:
-    config = {
-        k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "compression_config")
-    }
+    replaced = ("quantization_config", "compression_config", MARK)
+    config = {k: v for k, v in checkpoint.config.items() if k not in replaced}
     for name, value in state.changes.items():  # under the names that the file has
         config |= {own: value for own in _NAMES.get(name, ()) if own in config} or {name: value}
     quantization = quantization_config(job.export, state.group_keys())
+    mark = VALUES if any(key and key.format == "nl4" for key in state.group_keys().values()) else {}
+    if job.recipe.head == "int8":
+        mark = mark | {"head": "int8"}
+    if mark:
+        config[MARK] = mark
     return config | ({"quantization_config": quantization} if quantization else {})
 
 

@@ -21,6 +21,7 @@ from farthing.compress.quantize import (
     Feedback,
     Grid,
     energy_of,
+    fitted_grid,
     int4_grid,
     int8_grid,
     output_error,
@@ -199,7 +200,7 @@ def _compress_part(
                 "format": weights[j].format,
                 "bits": 8 * weights[j].nbytes / w[0].numel(),
                 "zero_block_bytes": zero_block_bytes(weights[j], None if keep is None else values[j] != 0),
-                "group_size": weights[j].group_size if weights[j].format == "int4" else None,
+                "group_size": weights[j].group_size if weights[j].nibbles else None,
                 "sparsity": float((values[j] == 0).float().mean()) if keep is not None else 0.0,
                 "error": error,
                 "statistics": st.fallback if st else None,
@@ -254,6 +255,8 @@ def grid_of(
     if not kind.startswith("int4"):
         return int8_grid(w, energy)
     group = group_for(columns, wanted_group(kind, recipe)) or columns
+    if recipe.values == "fitted":
+        return fitted_grid(w, group, energy)
     return int4_grid(w, group, energy, recipe.symmetric, gram)
 
 
@@ -274,7 +277,11 @@ def stored_format(module: str, planned: str, recipe: Recipe, source: str, column
     if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
         return "dense"
     kind = source if planned == "keep" else planned
-    if kind.startswith("int4") and group_for(columns, wanted_group(kind, recipe)) is None:
+    kind = "int4" if kind == "nl4" else kind
+    if kind.startswith("int4") and (
+        group_for(columns, wanted_group(kind, recipe)) is None
+        or any(fnmatchcase(module, pattern) for pattern in recipe.wide)
+    ):
         return "int8"
     return kind if kind.partition("-")[0] in ("int8", "int4", "fp8") else "dense"
 

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 ROUNDED_WHILE_LOADING = (
     "int4: feed-forwards are rounded to 4 bits while loading, the rest to 8, without calibration; on the "
     "embedded model perplexity rises by 0.7 %% (95 %%: 0.5 to 0.8), on a GPU by 1.0 %%. With calibration and "
-    "a measured bound: farthing compress %s --recipe int4-gptq --max-drop 1%% -o OUT, then serve OUT"
+    "a measured bound: farthing compress %s --recipe int4 --max-drop 1%% -o OUT, then serve OUT"
 )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from farthing.checkpoint.compressed_tensors import MARK
 from farthing.checkpoint.reader import has_config, read_config
 from farthing.model import fields as checked
 from farthing.model.fields import (
@@ -17,6 +18,7 @@ from farthing.model.fields import (
     QueryScaling,
     RopeConfig,
     absent,
+    optional_section,
     read_query_scaling,
     read_rope,
     wrong,
@@ -80,6 +82,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     embedding_scale: float = 1.0  # of the embedding's output, and of the logits
     logit_scale: float = 1.0
+    rounded_head: bool = False  # the head was meant to be served in 8 bits, where the backend has them
     # mixture of experts; n_routed_experts None: every layer is dense
     n_routed_experts: int | None = None
     n_shared_experts: int = 0
@@ -250,12 +253,13 @@ class ModelConfig:
             raise ConfigError(f"config.json is a {type(raw).__name__}; expected an object")
         kind = type_of(raw)
         try:
+            rounded = _rounds_head(raw)
             raw = kind.fields(raw)
             heads = read_grouped(raw) if kind.grouped else read_latent(raw)
             values = _checked(cls, raw) | _derived(raw)
             if raw.get("recurrent_layers"):
                 values["recurrent"] = read_delta(raw)
-            config = cls(**{**values, "attention": heads, "model_type": kind.name})
+            config = cls(**{**values, "attention": heads, "model_type": kind.name, "rounded_head": rounded})
             check_config(config)
         except ValueError as error:
             message = kind.in_own_words(str(error))
@@ -348,6 +352,14 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw[experts] is not None:
         derived |= {name: checked.integer(raw, name) for name in _OF_EXPERTS}
     return derived
+
+
+def _rounds_head(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json says that the head was compressed to 8 bits, which files hold unrounded."""
+    head = optional_section(raw, MARK).get("head")
+    if head not in (None, "int8"):
+        raise wrong(f"{MARK}.head", head, "'int8'")
+    return head is not None
 
 
 def _ids(value: Any) -> tuple[int, ...]:

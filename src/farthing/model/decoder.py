@@ -81,7 +81,7 @@ class DecoderModel:
                 return weights.weight(EMBEDDING, shape)
             return weights.weight("lm_head", shape)
 
-        self.head = ops.pack_head("lm_head", head)
+        self.head = head_ops(config, ops).pack_head("lm_head", head)
         tied = config.tie_word_embeddings
         if first or tied or config.num_nextn_predict_layers:
             self.embedding = table_of(config, ops, weights, self.head if tied else None)
@@ -264,6 +264,11 @@ class DecoderModel:
 
     def close(self) -> None:
         """Does nothing: there is nothing to release."""
+
+
+def head_ops(config: ModelConfig, ops: Ops) -> Ops:
+    """The backend that packs the head."""
+    return ops.coarse() if config.rounded_head else ops
 
 
 def _feed(

@@ -205,7 +205,7 @@ class MTPLayer:
             main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
             if own_head := not same(own, weights.tensor(main, shape)):
                 head_weight = partial(Weight, "dense", own)
-        if own_head or ops is not exact:
+        if own_head or (ops is not exact and not config.rounded_head):
             head = ops.pack_head(p + "shared_head.head", head_weight)
         self.head = head
 

@@ -11,7 +11,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
 from farthing.model.attention import attention_of, rope_table
 from farthing.model.config import ModelConfig
-from farthing.model.decoder import EMBEDDING, routers_of
+from farthing.model.decoder import EMBEDDING, head_ops, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer
 from farthing.model.load import IGNORED, config_of, source_of, unread
 from farthing.model.source import WeightSource
@@ -114,7 +114,7 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
     def head(ops: Ops) -> object:
         source.weight(EMBEDDING, shape)  # read from the checkpoint, also when serving
         source.tensor("model.norm.weight", (config.hidden_size,))
-        return ops.pack_head("lm_head", head_weight)
+        return head_ops(config, ops).pack_head("lm_head", head_weight)
 
     def mtp(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 Format = Literal[
-    "dense", "int8", "int4", "fp8", "int8_groups", "mxfp4", "iq4_nl", "iq4_xs", "q4_1", "q5_1", "q4_k",
-    "q5_k", "q6_k",
+    "dense", "int8", "int4", "nl4", "fp8", "int8_groups", "mxfp4", "iq4_nl", "iq4_xs", "q4_1", "q5_1",
+    "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
 FP8_BLOCK = 128
 
@@ -35,11 +35,13 @@ class Integers:
 
 
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the values
+CODES = (-109, -85, -67, -51, -37, -24, -12, 0, 11, 23, 35, 48, 62, 78, 99, 127)  # native/formats.h says why
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 INTEGERS: dict[str, Integers] = {
     "int8": Integers(8),
     "int8_groups": Integers(8),
     "int4": Integers(offset=8),
+    "nl4": Integers(codes=CODES),
     "mxfp4": Integers(codes=(*_E2M1, *(-q for q in _E2M1))),
     "iq4_nl": Integers(codes=_IQ4),
     "iq4_xs": Integers(codes=_IQ4, unit=256),
@@ -89,7 +91,7 @@ class Weight:
     | int8  | int8 [N, K] | [N, 1] | - |
     | int8_groups, q6_k | int8 [N, K] | [N, K/g] | - |
     | int4  | uint8 [N, K/2]: u = q + 8, even k low nibble | [N, K/g] | maybe zero_point |
-    | mxfp4, iq4_nl, iq4_xs | uint8 [N, K/2]: indices into the format's codes | [N, K/g] | - |
+    | nl4, mxfp4, iq4_nl, iq4_xs | uint8 [N, K/2]: indices into the format's codes | [N, K/g] | - |
     | q4_1, q4_k | uint8 [N, K/2]: u = q | [N, K/g] | minimum |
     | q5_1, q5_k | int8 [N, K] | [N, K/g] | minimum |
     | fp8   | float8_e4m3fn [N, K] | [ceil(N/128), ceil(K/128)], multiplies | - |
@@ -217,7 +219,6 @@ def int4_group(columns: int) -> int | None:
 
 
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # candidate ranges, as shares of a group's largest magnitude
-CODES = (-109, -85, -67, -51, -37, -24, -12, 0, 11, 23, 35, 48, 62, 78, 99, 127)  # native/formats.h says why
 
 
 def round_to_grid(

@@ -466,14 +466,21 @@ def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder,
         if name == EMBEDDING:
             total += prod(local) * _item(stored)  # embeddings are read in their stored format
             if plan.config.tie_word_embeddings:
-                total += holder.matrix(local[0], local[1], stored)
+                total += holder.matrix(local[0], local[1], _head_stored(plan.config, holder, stored))
+        elif name == "lm_head.weight":
+            total += held_bytes(name, local, _head_stored(plan.config, holder, stored), plan, holder)
         else:
             total += held_bytes(name, local, stored, plan, holder)
     if holder.backend == "cpu" and plan.layout.world == 1 and plan.config.num_nextn_predict_layers:
         # A single rank uses a separate int8 head for drafts.
         c = plan.config
-        total += 0 if holder.quantization else holder.matrix(c.vocab_size, c.hidden_size, Stored("int8"))
+        rounded = holder.quantization or c.rounded_head
+        total += 0 if rounded else holder.matrix(c.vocab_size, c.hidden_size, Stored("int8"))
     return total
+
+
+def _head_stored(config: ModelConfig, holder: Holder, stored: Stored) -> Stored:
+    return Stored("int8") if config.rounded_head and holder.backend == "cpu" else stored
 
 
 def _experts(

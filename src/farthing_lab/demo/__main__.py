@@ -33,7 +33,7 @@ def main() -> None:
         _title("1. The model")
         print(cli("inspect"))
         _title("2. Compress it: calibrated INT4, then fewer experts for confident tokens")
-        int4 = compress("mite", Path(directory) / "int4", "int4-gptq")
+        int4 = compress("mite", Path(directory) / "int4", "int4")
         limits = ("--max-drop", "0.4%", "--max-tokens", MAX_TOKENS)
         adaptive = compress(int4.path, Path(directory) / "adaptive", "adaptive-experts", *limits)
         _title("3. Serve it: one answer, streamed")
