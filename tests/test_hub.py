@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -16,13 +17,15 @@ from urllib.parse import urlsplit
 import pytest
 from typer.testing import CliRunner
 
+from farthing import process
 from farthing.checkpoint.reader import has_weights
 from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
-from farthing.hub import resolve_config, resolve_model
+from farthing.hub import find_model, resolve_config, resolve_model, short_names
 from farthing.model.fields import ConfigError
+from farthing.planner.estimate import published
 from tests.tiny import SMALL_V3
 
 pytest.importorskip("huggingface_hub")
@@ -48,6 +51,10 @@ class Hub:
     asked: list[str] = field(default_factory=list)  # paths of the API
     held: Callable[[], bool] = lambda: True  # whether the weights may be sent
     endpoint: str = ""
+    large: frozenset[str] = frozenset()  # stored apart, by SHA-256: a request is redirected there
+    ranges: list[str] = field(default_factory=list)  # that were requested of large files
+    faults: list[int] = field(default_factory=list)  # bytes after which the next answers break off
+    damaged: bool = False  # whether large files arrive with another last byte
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = urlsplit(request.path).path
@@ -60,7 +67,13 @@ class Hub:
             ]
             self.send(request, json.dumps({"id": ID, "sha": SHA, "siblings": siblings}), "api")
             return
+        if path.startswith("/apart/"):
+            self.send_large(request, path.removeprefix("/apart/"))
+            return
         name = re.sub(rf"^/{ID}/resolve/(main|{SHA})/", "", path)
+        if name in self.large:
+            self.redirect(request, name)
+            return
         if name not in self.files:
             request.send_response(404)
             request.send_header("X-Error-Code", "RepoNotFound" if "/api/" in path else "EntryNotFound")
@@ -72,6 +85,38 @@ class Hub:
             while name == "model.safetensors" and not self.held():
                 time.sleep(0.01)
         self.send(request, self.files[name], name)
+
+    def redirect(self, request: BaseHTTPRequestHandler, name: str) -> None:
+        """To where large files are stored, with what the hub says of the file."""
+        request.send_response(302)
+        request.send_header("Location", f"{self.endpoint.replace('127.0.0.1', 'localhost')}/apart/{name}")
+        request.send_header("X-Linked-Etag", f'"{hashlib.sha256(self.files[name].encode()).hexdigest()}"')
+        request.send_header("X-Linked-Size", str(len(self.files[name])))
+        request.send_header("X-Repo-Commit", SHA)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+
+    def send_large(self, request: BaseHTTPRequestHandler, name: str) -> None:
+        """A file, or the rest of it from a byte on; breaks off where a fault says."""
+        body = self.files[name].encode()
+        if self.damaged:
+            body = body[:-1] + b"?"
+        begin = 0
+        if asked := request.headers.get("Range"):
+            self.ranges.append(asked)
+            begin = int(asked.removeprefix("bytes=").partition("-")[0])
+        request.send_response(206 if asked else 200)
+        request.send_header("Content-Length", str(len(body) - begin))
+        if asked:
+            request.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        request.end_headers()
+        if request.command != "GET":
+            return
+        self.fetched.append(name)
+        end = begin + self.faults.pop(0) if self.faults else len(body)
+        request.wfile.write(body[begin:end])
+        request.wfile.flush()
+        request.close_connection = True
 
     def send(self, request: BaseHTTPRequestHandler, text: str, tag: str) -> None:
         body = text.encode()
@@ -314,3 +359,95 @@ def test_a_download_logs_bytes_and_time_left_and_not_its_requests(
     resolve_model(ID)
     assert f"downloading {ID}: 0%" in caplog.text
     assert "HTTP Request" not in caplog.text
+
+
+@pytest.fixture(autouse=True)
+def files_of_a_megabyte_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farthing.hub._RESUMED", 1_000_000)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 65_536)
+
+
+def with_large(hub: Hub, size: int = 3_000_000) -> str:
+    """Weights that are stored apart; returns them."""
+    hub.files = {
+        "config.json": CONFIG,
+        "tokenizer.json": "{}",
+        "model.safetensors": "0123456789" * (size // 10),
+    }
+    hub.large = frozenset({"model.safetensors"})
+    return hub.files["model.safetensors"]
+
+
+def test_weights_arrive_by_redirect_and_a_broken_connection_resumes_where_it_was(hub: Hub) -> None:
+    text = with_large(hub)
+    hub.faults = [1_000_000]
+    assert (resolve_model(ID) / "model.safetensors").read_text() == text
+    assert hub.fetched.count("model.safetensors") == 2 and len(hub.ranges) == 1
+    assert 0 < int(re.findall(r"\d+", hub.ranges[0])[0]) <= 1_000_000
+
+
+def test_another_run_resumes_what_a_killed_one_left(hub: Hub, tmp_path: Path) -> None:
+    text = with_large(hub)
+    kept = find_model(ID).path.parents[1] / "blobs"
+    kept.mkdir(exist_ok=True)
+    part = kept / f"{hashlib.sha256(text.encode()).hexdigest()}.resumed.incomplete"
+    part.write_text(text[:2_000_000])
+    assert (resolve_model(ID) / "model.safetensors").read_text() == text
+    assert [re.findall(r"\d+", asked)[0] for asked in hub.ranges] == ["2000000"] and not part.exists()
+
+
+def test_a_file_with_another_checksum_is_removed(hub: Hub) -> None:
+    text = with_large(hub)
+    hub.damaged = True
+    with pytest.raises(
+        OSError, match=f"model.safetensors of {ID}: the checksum is .*…; expected .*download it"
+    ):
+        resolve_model(ID)
+    hub.damaged = False
+    assert (resolve_model(ID) / "model.safetensors").read_text() == text
+
+
+def test_pull_list_show_rm(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with_large(hub, 1000)
+
+    def said(*arguments: str) -> str:
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    shown = json.loads(said("show", ID, "--json"))
+    assert shown["type"] == "deepseek_v3" and shown["fit"].startswith("weights ")
+    assert set(hub.fetched) == {"config.json"}, "nothing else is downloaded"
+    assert json.loads(said("list", "--json"))[1]["state"] == "incomplete"
+    pulled = said("pull", ID)
+    assert "fit: weights " in pulled and "2 files, 1.0 kB downloaded to " in pulled
+    assert f"farthing run {ID}" in pulled and "complete in" in said("pull", ID, "--no-check-memory")
+    mine, theirs = json.loads(said("list", "--json"))
+    assert mine["model"] == "mite" and theirs["model"] == ID and theirs["state"] == ""
+    assert ID in said("list")
+    packed = process.cache_dir() / "packed" / f"{SHA}-x.packed"
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    packed.write_text("x")
+    assert CliRunner().invoke(app, ["rm", ID], input="n\n").exit_code == 2 and packed.is_file()
+    assert f"removed {ID}, " in said("rm", ID, "--yes")
+    assert [each["model"] for each in json.loads(said("list", "--json"))] == ["mite"]
+    assert not packed.exists()
+    assert "expected a model of the hub's cache" in refused_by("rm", ID)
+    assert "which belongs to ollama; remove it there" in refused_by("rm", "ollama:x:y")
+
+
+def test_pull_compares_memory_before_the_download(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_large(hub, 1000)
+    monkeypatch.setattr("farthing.cli.models.available_memory", lambda: 1000)
+    assert "needs " in refused_by("pull", ID) and set(hub.fetched) == {"config.json"}
+    assert CliRunner().invoke(app, ["pull", ID, "--no-check-memory"]).exit_code == 0
+
+
+def test_short_names_are_those_of_published_configurations(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(short_names()) == set(published())
+    monkeypatch.setattr("farthing.hub.short_names", lambda: {"small": ID})
+    with_large(hub, 1000)
+    assert resolve_model("Small") == resolve_model(ID)
+    with pytest.raises(FileNotFoundError, match=r"a short name such as small, or"):
+        resolve_model("smal")

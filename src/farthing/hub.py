@@ -1,38 +1,53 @@
-"""Find a model: the embedded one by name, a local directory, or a Hugging Face hub id.
+"""Find a model: the embedded one by name, a local directory, another program's, or one of the hub.
 
 Of a hub id, config.json is read and judged first; only then are the files downloaded that serving reads.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import re
 import shutil
-from collections.abc import Collection, Mapping
+import tomllib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 from hashlib import file_digest, sha1
 from pathlib import Path
 
+from farthing import stores
 from farthing.checkpoint.reader import (
     CONFIG,
     PARAMS,
     has_config,
+    has_weights,
     quantization_in,
     read_config,
     read_quantization,
 )
-from farthing.checkpoint.shards import INDEX, MISTRAL_INDEX, SINGLE, read_index, unread_format
+from farthing.checkpoint.shards import (
+    INDEX,
+    MISTRAL_INDEX,
+    SINGLE,
+    CheckpointError,
+    read_index,
+    unread_format,
+)
 from farthing.model.config import ModelConfig
 from farthing.model.gguf import SUFFIX, name_of, open_gguf
 from farthing.process import Lines, Progress
 
 log = logging.getLogger(__name__)
 EMBEDDED = "mite"
+_ASSETS = Path(__file__).parent / "assets"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # "./x" and "../x" are paths
+_RESUMED = 16 << 20  # bytes of a file from which a broken download is resumed
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
 _PARALLEL = 8  # files
@@ -47,6 +62,11 @@ class Found:
     path: Path
     absent: tuple[str, ...] = ()  # files that `fetch` downloads
     _repository: _Repository | None = None
+
+    @property
+    def to_download(self) -> int:
+        """Bytes of the files that `fetch` downloads."""
+        return self._repository.bytes_of(self.absent) if self._repository is not None else 0
 
     def fetch(self, progress: Progress | None = None) -> Path:
         """The directory, with all files that serving reads. progress: in bytes; None: lines in the log.
@@ -63,11 +83,11 @@ def find_model(model: str | Path) -> Found:
 
     Raises OSError, FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
     """
-    local = _local(model)
-    if local is None:
-        return _find(str(model), weights=True)
-    judge(local)
-    return Found(local)
+    place = _place(model)
+    if isinstance(place, str):
+        return _find(place, weights=True)
+    judge(place)
+    return Found(place)
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -75,8 +95,8 @@ def resolve_model(model: str | Path) -> Path:
 
     Raises FileNotFoundError or ValueError with the accepted values.
     """
-    local = _local(model)
-    return _find(str(model), weights=True).fetch() if local is None else local
+    place = _place(model)
+    return _find(place, weights=True).fetch() if isinstance(place, str) else place
 
 
 def resolve_config(model: str | Path) -> Path:
@@ -84,11 +104,11 @@ def resolve_config(model: str | Path) -> Path:
 
     Raises FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
     """
-    local = _local(model)
-    if local is None:
-        return _find(str(model), weights=False).path
-    judge(local)
-    return local
+    place = _place(model)
+    if isinstance(place, str):
+        return _find(place, weights=False).path
+    judge(place)
+    return place
 
 
 def judge(path: Path) -> None:
@@ -100,8 +120,15 @@ def judge(path: Path) -> None:
         read_quantization(quantization)
 
 
-def _local(model: str | Path) -> Path | None:
-    """The directory of a model on this machine; None for a hub id."""
+@cache
+def short_names() -> dict[str, str]:
+    """Names of released models, and their hub ids."""
+    names: dict[str, str] = tomllib.loads((_ASSETS / "models.toml").read_text(encoding="utf-8"))
+    return names
+
+
+def _place(model: str | Path) -> Path | str:
+    """The directory of a model on this machine, or a hub id."""
     path = Path(model).expanduser()
     if has_config(path):
         return path
@@ -109,24 +136,30 @@ def _local(model: str | Path) -> Path | None:
         return open_gguf(file)
     if str(model) == EMBEDDED:
         return _embedded()
+    if stores.program_of(str(model)):
+        found = stores.find(str(model))
+        return open_gguf(found) if found.is_file() else found
     if path.exists():
         raise FileNotFoundError(f"model: got {str(model)!r}; {_defect(path)}")
     if str(model) == _FORMER_NAME:
         raise FileNotFoundError(
             f"model: got {_FORMER_NAME!r}, the former name of the embedded model; expected {EMBEDDED!r}"
         )
-    if not _HUB_ID.fullmatch(str(model)):
+    name = short_names().get(str(model).lower(), str(model))
+    if not _HUB_ID.fullmatch(name):
+        close = (*get_close_matches(name.lower(), short_names(), n=1), "qwen3-30b-a3b")[0]
         raise FileNotFoundError(
-            f"model: got {str(model)!r}; expected '{EMBEDDED}', a directory, or a hub id like 'owner/name' "
-            "(names of published models are known only to `farthing inspect` and `farthing plan`)"
+            f"model: got {name!r}; expected '{EMBEDDED}', a directory, a GGUF file, a hub id like "
+            f"'owner/name', a short name such as {close}, or a name of `farthing list`"
         )
-    return None
+    return name
 
 
 def _gguf_in(path: Path) -> Path | None:
     """A GGUF file: the path itself, or the only model in a folder."""
     if path.is_file():
-        return path if path.suffix == SUFFIX else None
+        with path.open("rb") as file:  # Ollama's have no suffix
+            return path if path.suffix == SUFFIX or file.read(4) == b"GGUF" else None
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
     if len({name_of(file) for file in files}) > 1:
         raise FileNotFoundError(
@@ -144,7 +177,7 @@ def _defect(path: Path) -> str:
 
 
 def _embedded() -> Path:
-    path = Path(__file__).parent / "assets" / EMBEDDED
+    path = _ASSETS / EMBEDDED
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"the embedded model is not installed ({path} has no config.json); pass a directory or a hub id, "
@@ -209,6 +242,10 @@ class _Repository:
     model: str
     sizes: Mapping[str, int]  # of the files in its top folder, bytes; 0 where the hub does not say
 
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """The sum of files' sizes."""
+        return sum(self.sizes.get(name, 0) for name in names)
+
     def config(self) -> Path:
         """Fetch the configuration alone and judge it; returns its directory."""
         name = next((n for n in (CONFIG, PARAMS) if n in self.sizes), None)
@@ -231,7 +268,7 @@ class _Repository:
         small = [n for n in self.sizes if any(fnmatchcase(n, p) for p in _SMALL) and n not in indices[1:]]
         wanted = [*small, *_weights(self.model, self.sizes, path)]
         absent = [name for name in wanted if not (path / name).is_file()]  # `path` is named by the revision
-        needed, free = sum(self.sizes.get(n, 0) for n in absent), shutil.disk_usage(path).free
+        needed, free = self.bytes_of(absent), shutil.disk_usage(path).free
         if needed > free:
             raise OSError(
                 f"model: {self.model} needs {needed / 1e9:.1f} GB more, and {path} has {free / 1e9:.1f} GB "
@@ -242,9 +279,9 @@ class _Repository:
     def fetch(self, names: Collection[str], path: Path, progress: Progress) -> None:
         """Fetch files in parallel, each from where an earlier run ended, and compare their checksums."""
         blobs = path.parents[1] / "blobs"
-        needed, before = sum(self.sizes.get(n, 0) for n in names), _bytes_in(blobs)
+        needed, before = self.bytes_of(names), _bytes_in(blobs)
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            waiting = {pool.submit(self._fetch_checked, name, path.name) for name in names}
+            waiting = {pool.submit(self._fetch_checked, name, path.name, blobs) for name in names}
             while waiting:
                 done, waiting = wait(waiting, _LOOK_EVERY, FIRST_EXCEPTION)
                 if failed := next((each for each in done if each.exception()), None):
@@ -253,7 +290,9 @@ class _Repository:
                 received = min(_bytes_in(blobs) - before, needed) if waiting else needed
                 progress(f"downloading {self.model}", received, needed)
 
-    def _fetch_checked(self, name: str, revision: str) -> None:
+    def _fetch_checked(self, name: str, revision: str, blobs: Path) -> None:
+        if self.sizes.get(name, 0) >= _RESUMED:
+            self._fetch_blob(name, revision, blobs)
         file = self._fetch(name, revision).resolve()
         if (found := _checksum(file)) != file.name:
             file.unlink()
@@ -262,12 +301,41 @@ class _Repository:
                 "(the file was removed: run the same command to download it again)"
             )
 
+    def _fetch_blob(self, name: str, revision: str, blobs: Path) -> None:
+        """Fetch a large file into the cache, from the byte on where an earlier run ended. The library itself
+        begins again, and a weight file takes minutes."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils._headers import build_hf_headers
+
+        with self._errors(name):
+            url = hf_hub_url(self.model, name, revision=revision)
+            about = get_hf_file_metadata(url)
+            if about.etag is None or not _DIGEST.fullmatch(about.etag):  # not a name for a file
+                return
+            blob, part = blobs / about.etag, blobs / f"{about.etag}.resumed.incomplete"
+            blobs.mkdir(parents=True, exist_ok=True)
+            with part.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # another process may fetch the same
+                if not blob.exists():
+                    headers, size = build_hf_headers(), about.size
+                    http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
+                    file.flush()
+                    part.replace(blob)
+
     def _fetch(self, name: str, revision: str | None) -> Path:
         from huggingface_hub import hf_hub_download
+
+        with self._errors(name):
+            return Path(hf_hub_download(self.model, name, revision=revision))
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Name the model and the file. Raises OSError, or ValueError for a gated model."""
         from huggingface_hub.errors import GatedRepoError
 
         try:
-            return Path(hf_hub_download(self.model, name, revision=revision))
+            yield
         except GatedRepoError as error:
             raise ValueError(
                 f"model: got {self.model!r}, which is gated; expected HF_TOKEN set to a token of an account "
@@ -284,6 +352,51 @@ def _bytes_in(blobs: Path) -> int:
         with suppress(FileNotFoundError):  # renamed once it is complete
             total += file.stat().st_size
     return total
+
+
+# The models in the hub's cache.
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A model in the cache. path: its newest revision; revisions: hashes of all of them."""
+
+    model: str
+    path: Path
+    size: int  # bytes of all revisions
+    whole: bool  # whether its newest revision has all weights
+    revisions: tuple[str, ...]
+
+
+def cached() -> Iterator[Cached]:
+    """The models whose configuration is in the hub's cache, by name."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return
+    for repository in sorted(repositories, key=lambda r: r.repo_id):
+        newest = max(repository.revisions, key=lambda r: r.last_modified, default=None)
+        if repository.repo_type != "model" or newest is None or not has_config(newest.snapshot_path):
+            continue
+        hashes = tuple(sorted(revision.commit_hash for revision in repository.revisions))
+        path = newest.snapshot_path
+        yield Cached(repository.repo_id, path, repository.size_on_disk, _is_whole(path), hashes)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return has_weights(path)
+    except CheckpointError:
+        return False
+
+
+def remove_cached(model: Cached) -> None:
+    """Delete all revisions of a model. Raises OSError."""
+    from huggingface_hub import scan_cache_dir
+
+    scan_cache_dir().delete_revisions(*model.revisions).execute()
 
 
 def _checksum(blob: Path) -> str:

@@ -18,6 +18,10 @@ from farthing.cli.errors import exit_on_error
 # The fleet and the laboratory add theirs through the entry points of GROUP.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
+    "pull": ("models:pull_app", "Download the files of a model that serving reads."),
+    "list": ("models:list_app", "List the models on this machine."),
+    "show": ("models:show_app", "Show what a model is and how it fits this machine."),
+    "rm": ("models:rm_app", "Remove a downloaded model."),
     "check": ("check", "Check a model directory: configuration, tokenizer, first layers."),
     "generate": ("generate", "Complete prompts on the command line."),
     "inspect": ("check:inspect_app", "Show parameters, bytes and FLOPs per token, and routing."),

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from farthing import __version__
+from farthing.checkpoint.gguf import INDEX
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import EngineConfig, Quantization
 from farthing.files import BeingWritten
 from farthing.hub import EMBEDDED, Found, find_model
 from farthing.memory import available_memory, gigabytes
-from farthing.planner.fit import certainly_fits, weight_bytes
+from farthing.planner.fit import certainly_fits, fit, weight_bytes
 from farthing.process import Progress, cache_dir, unseen
 
 log = logging.getLogger(__name__)
 AUTO = "auto"  # of `packed`: a file in the user's cache directory
+_ROOM = 3  # times the packed file: free disk for which `--fit` keeps one
 _GPU = Path("/dev/nvidiactl")
 
 
@@ -33,6 +37,34 @@ def preflight(config: EngineConfig) -> Found:
     if config.check_memory and _on_this_cpu(config):
         _check_memory(config, model.path)
     return model
+
+
+def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
+    """The configuration with what `--fit` chooses for the fields that have their defaults; logs it.
+
+    Raises ValueError if nothing fits.
+    """
+    if not _on_this_cpu(config) or config.num_ranks > 1:
+        log.info("fit: chooses for one rank on a CPU; the options stay as they are")
+        return config
+    found = fit(path, available_memory(), config.quantization)
+    log.info("fit: %s", found)
+    chosen: dict[str, Any] = {}
+    if config.packed in (None, AUTO):
+        chosen["quantization"] = found.quantization
+    room = shutil.disk_usage(_existing(cache_dir())).free > _ROOM * found.weights
+    if config.packed is None and room and not (path / INDEX).is_file():  # GGUF is nearly packed already
+        chosen["packed"] = AUTO
+    if config.kv_cache_memory is None and config.num_blocks is None:
+        chosen |= {"kv_cache_memory": found.kv_cache_memory}
+        chosen |= {"max_model_len": found.max_model_len} if config.max_model_len is None else {}
+    if config.max_num_seqs == EngineConfig().max_num_seqs:
+        chosen["max_num_seqs"] = found.max_num_seqs
+    return replace(config, **chosen)
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
 
 
 def with_packed(config: EngineConfig, path: Path, progress: Progress | None = unseen) -> EngineConfig:

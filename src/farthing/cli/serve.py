@@ -11,7 +11,7 @@ import typer
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
-from farthing.cli.preflight import AUTO, preflight, with_packed
+from farthing.cli.preflight import AUTO, preflight, with_fit, with_packed
 from farthing.config import EngineConfig
 from farthing.process import page_in, remember
 from farthing.server.config import KeyRing, ServerConfig, gather_keys
@@ -37,7 +37,7 @@ _SERVING_EXTRAS = ("fast", "structured")
 # What `--help` shows: most users never need another option.
 _COMMON = frozenset({
     "model", "packed", "quantization", "backend", "threads", "max_model_len", "max_num_seqs",
-    "kv_cache_dtype", "kv_cache_memory", "speculate", "experts", "prefix_cache_dir", "host", "port",
+    "kv_cache_dtype", "fit", "speculate", "experts", "prefix_cache_dir", "host", "port",
     "served_model_name", "api_key_file",
 })  # fmt: skip
 
@@ -51,6 +51,12 @@ def _keys(help: str) -> Any:
 def serve(
     engine: dict[str, Any],
     server: dict[str, Any],
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="Choose format, context and cache by the memory.", rich_help_panel="Engine"
+        ),
+    ] = False,
     api_key: Annotated[
         list[str] | None, _keys("Required API key (repeatable); also FARTHING_API_KEY.")
     ] = None,
@@ -75,7 +81,9 @@ def serve(
             admin_keys=KeyRing(admin_api_key or []),
             metrics_keys=KeyRing(metrics_api_key or []),
         )
-        model = preflight(engine_config)
+        model = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
+        if fit:
+            engine_config = with_fit(engine_config, model.path)
         if not model.absent:
             engine_config = with_packed(engine_config, model.path, progress=None)
         if engine_config.packed not in (None, AUTO):

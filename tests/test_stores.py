@@ -1,0 +1,86 @@
+"""Models of Ollama, LM Studio and llama.cpp, in the folders that these programs write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from farthing import hub, stores
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("OLLAMA_MODELS", "LLAMA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def written(file: Path, content: str = "GGUF") -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    return file
+
+
+def ollama(home: Path, name: str, digest: str, kind: str = "model") -> Path:
+    """A manifest and its blob."""
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:0"},
+        {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"},
+    ]
+    written(home / "manifests" / name, json.dumps({"schemaVersion": 2, "layers": layers}))
+    return written(home / "blobs" / f"sha256-{digest}")
+
+
+def test_models_of_every_program_are_found_by_name(home: Path) -> None:
+    ours = home / ".ollama/models"
+    blob = ollama(ours, "registry.ollama.ai/library/qwen3/8b", "ab")
+    latest = ollama(ours, "registry.ollama.ai/someone/qwen3/latest", "cd")
+    other = ollama(ours, "hf.co/org/model-GGUF/Q4_K_M", "ef")
+    ollama(ours, "registry.ollama.ai/library/tensors/latest", "01", kind="tensor")
+    written(ours / "manifests/registry.ollama.ai/library/damaged/latest", "{")
+    studio = home / ".lmstudio/models/pub/repo"
+    parts = [written(studio / f"big-{i:05}-of-00002.gguf") for i in (1, 2)]
+    written(studio / "mmproj-f16.gguf")
+    whole = written(home / ".lmstudio/models/pub/mlx/config.json", "{}").parent
+    flat = written(home / ".cache/llama.cpp/org_model_q8_0.gguf")
+    assert {each.name: each.path for each in stores.stored()} == {
+        "ollama:qwen3:8b": blob,
+        "ollama:someone/qwen3:latest": latest,
+        "ollama:hf.co/org/model-GGUF:Q4_K_M": other,
+        "lmstudio:pub/mlx": whole,
+        "lmstudio:pub/repo/big": parts[0],
+        "llama.cpp:org_model_q8_0": flat,
+    }
+    assert {each.size for each in stores.stored() if each.name == "lmstudio:pub/repo/big"} == {8}
+    assert stores.find("ollama:someone/qwen3") == latest
+    with pytest.raises(
+        FileNotFoundError, match=r"got 'ollama:qwen3:9b'; expected .* such as ollama:qwen3:8b"
+    ):
+        stores.find("ollama:qwen3:9b")
+
+
+def test_folders_elsewhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MODELS", str(home / "o"))
+    monkeypatch.setenv("LLAMA_CACHE", str(home / "l"))
+    ollama(home / "o", "registry.ollama.ai/library/m/t", "ab")
+    written(home / "l/x.gguf")
+    assert [each.name for each in stores.stored()] == ["ollama:m:t", "llama.cpp:x"]
+
+
+def test_a_machine_without_them(home: Path) -> None:
+    assert list(stores.stored()) == []
+    assert stores.program_of("qwen3:8b") is None and stores.program_of("ollama") is None
+    with pytest.raises(FileNotFoundError, match="no model of ollama is on this machine"):
+        hub.resolve_model("ollama:qwen3:8b")
+
+
+def test_the_file_is_opened_in_place(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = ollama(home / ".ollama/models", "registry.ollama.ai/library/qwen3/8b", "ab")
+    opened = list[Path]()
+    monkeypatch.setattr("farthing.hub.open_gguf", lambda path: opened.append(path) or home)
+    hub.resolve_model("ollama:qwen3:8b")
+    hub.resolve_model(blob)
+    assert opened == [blob, blob]
