@@ -17,6 +17,7 @@ EXTRAS = {
     "train": "training curves",
     "ray": "ranks on several nodes",
     "gguf": "models in GGUF",
+    "mcp": "tools of MCP servers in `farthing chat`",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
 _DISTRIBUTIONS = {"yaml": "pyyaml", "grpc": "grpcio", "google": "protobuf", "pynvml": "nvidia-ml-py"}

@@ -18,6 +18,8 @@ from farthing.cli.errors import exit_on_error
 # The fleet and the laboratory add theirs through the entry points of GROUP.
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve", "Serve a model over the OpenAI-compatible HTTP API."),
+    "run": ("chat:run_app", "Download, serve and talk to a model."),
+    "chat": ("chat:chat_app", "Talk to a model in the terminal."),
     "pull": ("models:pull_app", "Download the files of a model that serving reads."),
     "list": ("models:list_app", "List the models on this machine."),
     "show": ("models:show_app", "Show what a model is and how it fits this machine."),

@@ -1,0 +1,269 @@
+"""A conversation with a server over HTTP, and the server that it is with: a running one, or one to start."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal
+from urllib.parse import urlsplit
+
+Message = dict[str, Any]
+ADDRESS = "http://127.0.0.1:8000"  # where `farthing serve` listens
+_CONNECT_SECONDS = 5.0
+_START_SECONDS = 3600.0  # of a large model that is packed first
+_END_SECONDS = 40.0
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of an answer as it arrives."""
+
+    kind: Literal["reasoning", "text"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A tool call of a whole answer; arguments as the model wrote them."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class Server:
+    """An OpenAI-compatible server. url: with or without /v1."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"server: got {url!r}; expected an address such as {ADDRESS}")
+        self._parts = parts
+        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {key}"} if key else {}
+        )
+        self.url = f"{parts.scheme}://{parts.netloc}{self._base}"
+
+    def models(self) -> list[str]:
+        """The names of the models served. Raises OSError or ValueError."""
+        with self._answer("GET", "/v1/models", None, _CONNECT_SECONDS) as answer:
+            return [str(model["id"]) for model in json.loads(answer.read())["data"]]
+
+    def ready(self) -> bool:
+        """Whether requests are accepted."""
+        with suppress(OSError, ValueError), self._answer("GET", "/ready", None, _CONNECT_SECONDS):
+            return True
+        return False
+
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a streamed chat completion; leaving the loop ends the request.
+
+        Raises OSError for a connection, ValueError with the server's message for an error.
+        """
+        with self._answer("POST", "/v1/chat/completions", body, None) as answer:
+            for line in answer:
+                data = line.decode().strip().removeprefix("data: ")
+                if data == "[DONE]":
+                    return
+                if not data.startswith("{"):  # a blank line or a comment that keeps the connection alive
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise ValueError(str(event["error"].get("message", event["error"])))
+                yield event
+
+    @contextmanager
+    def _answer(
+        self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
+    ) -> Iterator[http.client.HTTPResponse]:
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        assert self._parts.hostname
+        connection = kind(self._parts.hostname, self._parts.port, timeout=seconds)
+        try:
+            text = None if body is None else json.dumps(body)
+            connection.request(method, self._base + path, text, self._headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise ValueError(
+                    _message(answer.read(), f"{self.url}{path}: {answer.status} {answer.reason}")
+                )
+            yield answer
+        except http.client.HTTPException as error:
+            raise ConnectionError(f"{self.url}: {error!r}") from error
+        except OSError as error:
+            raise type(error)(f"{self.url}: {error}") from error
+        finally:
+            connection.close()
+
+
+def _message(body: bytes, otherwise: str) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(body)["error"]["message"])
+    return otherwise
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The messages so far, and how the next answer is requested."""
+
+    server: Server
+    model: str
+    tools: Sequence[dict[str, Any]] = ()
+    system: str = ""
+    effort: str | None = None  # reasoning_effort; None: the model's own
+    messages: list[Message] = field(default_factory=list)
+    reasoning: str = ""  # of the last answer
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> Iterator[Piece]:
+        """Add the user's message and stream the answer."""
+        self.messages.append({"role": "user", "content": text})
+        return self.answer()
+
+    def answer(self) -> Iterator[Piece]:
+        """Stream the answer to the messages so far, and add it to them; as much as arrived, if the loop is
+        left early. Without any answer the user's message is taken back."""
+        parts: dict[str, list[str]] = {"reasoning": [], "text": []}
+        calls: dict[int, dict[str, str]] = {}
+        whole = False
+        self.usage = {}
+        try:
+            for event in self.server.stream(self._body()):
+                self.usage = event.get("usage") or self.usage
+                for choice in event.get("choices", ())[:1]:
+                    yield from _pieces(choice.get("delta") or {}, parts, calls)
+            whole = True
+        finally:
+            self._keep("".join(parts["text"]), "".join(parts["reasoning"]), calls if whole else {})
+
+    @property
+    def calls(self) -> list[Call]:
+        """The tool calls of the last message that have no result yet."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            return []
+        made = self.messages[-1].get("tool_calls", ())
+        return [Call(c["id"], c["function"]["name"], c["function"]["arguments"]) for c in made]
+
+    def add_results(self, results: Sequence[tuple[Call, str]]) -> None:
+        """Add what tools returned."""
+        for call, text in results:
+            self.messages.append({"role": "tool", "tool_call_id": call.id, "content": text})
+
+    def clear(self) -> None:
+        """Begin a new conversation with the same settings."""
+        self.messages.clear()
+        self.reasoning, self.usage = "", {}
+
+    def markdown(self) -> str:
+        """The conversation as a document."""
+        titles = {"user": "You", "assistant": self.model, "tool": "Tool", "system": "System"}
+        texts = ((titles[m["role"]], str(m.get("content") or "")) for m in self._all())
+        return "\n\n".join(f"## {title}\n\n{text}" for title, text in texts) + "\n"
+
+    def _all(self) -> list[Message]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
+
+    def _body(self) -> dict[str, Any]:
+        options = {"stream_options": {"include_usage": True}, "x_farthing": True}
+        body = {"model": self.model, "messages": self._all(), "stream": True, **options}
+        body |= {"tools": list(self.tools)} if self.tools else {}
+        return body | ({"reasoning_effort": self.effort} if self.effort else {})
+
+    def _keep(self, text: str, reasoning: str, calls: dict[int, dict[str, str]]) -> None:
+        self.reasoning = reasoning
+        if not (text or reasoning or calls):
+            while self.messages and self.messages[-1]["role"] == "user":
+                self.messages.pop()
+            return
+        message: Message = {"role": "assistant", "content": text}
+        if reasoning:  # formats that keep reasoning across turns want it back
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = [
+                {"id": c["id"], "type": "function", "function": {k: c[k] for k in ("name", "arguments")}}
+                for c in calls.values()
+            ]
+        self.messages.append(message)
+
+
+def _pieces(
+    delta: dict[str, Any], parts: dict[str, list[str]], calls: dict[int, dict[str, str]]
+) -> Iterator[Piece]:
+    """Collect a delta, and yield what of it is shown while it arrives."""
+    if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
+        parts["reasoning"].append(reasoning)
+        yield Piece("reasoning", reasoning)
+    if text := delta.get("content"):
+        parts["text"].append(text)
+        yield Piece("text", text)
+    for part in delta.get("tool_calls") or ():
+        call = calls.setdefault(part["index"], {"id": "", "name": "", "arguments": ""})
+        function = part.get("function") or {}
+        call["id"] = part.get("id") or call["id"]
+        call["name"] += function.get("name") or ""
+        call["arguments"] += function.get("arguments") or ""
+
+
+# A server to talk to.
+
+
+def find(model: str | None, key: str | None) -> tuple[Server, str] | None:
+    """A server that listens at the usual address (FARTHING_URL) and serves the model, and its name there."""
+    server = Server(os.environ.get("FARTHING_URL") or ADDRESS, key)
+    with suppress(OSError, ValueError, KeyError):
+        names = server.models()
+        if names and (model is None or model in names) and server.ready():
+            return server, model or names[0]
+    return None
+
+
+@contextmanager
+def started(model: str, options: Sequence[str], say: Callable[[str], object]) -> Iterator[Server]:
+    """Start `farthing serve MODEL OPTIONS` on a free port, and end it on exit. say: shows what it does.
+
+    Raises RuntimeError with its error if it does not become ready.
+    """
+    command = [sys.executable, "-m", "farthing", "serve", model, "--port", "0", *options]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        try:
+            yield _when_ready(process, lambda: _read(log), say)
+        finally:
+            process.terminate()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _read(log: IO[str]) -> str:
+    return os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
+
+
+def _when_ready(
+    process: subprocess.Popen[bytes], read: Callable[[], str], say: Callable[[str], object]
+) -> Server:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        lines = [re.sub(r"^\S+ \S+ [A-Z]+ ", "", line) for line in read().splitlines()]
+        if process.poll() is not None:
+            error = next((line for line in reversed(lines) if line.startswith("error: ")), "")
+            raise RuntimeError(error.removeprefix("error: ") or "\n".join(lines[-5:]) or "the server ended")
+        url = next((line.split()[-1] for line in lines if line.startswith("listening on ")), None)
+        if url is not None and Server(url).ready():
+            return Server(url)
+        if lines:
+            say(lines[-1])
+        time.sleep(0.05)
+    raise RuntimeError(f"the server was not ready after {_START_SECONDS:.0f} s")

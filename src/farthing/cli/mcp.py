@@ -1,0 +1,100 @@
+"""MCP servers of a configuration file, whose tools `farthing chat` offers to the model."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from anyio.from_thread import start_blocking_portal
+
+if TYPE_CHECKING:
+    from mcp import Client, StdioServerParameters
+
+_SECTION = "mcpServers"  # as in the files of other clients
+
+
+def default_file() -> Path:
+    """Where the servers are read from, if the file exists."""
+    return Path.home() / ".config" / "farthing" / "mcp.json"
+
+
+class McpServers:
+    """The servers of a file, connected while in `with`. Needs the extra `mcp`.
+
+    The file is that of other clients: {"mcpServers": {NAME: {"command", "args", "env"} or {"url"}}}.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Raises ValueError for a file that is none, OSError for one that cannot be read."""
+        self._targets = {name: _target(file, name, each) for name, each in _read(file).items()}
+        self._stack = ExitStack()
+        self._owners: dict[str, Client] = {}
+        self.tools: list[dict[str, Any]] = []  # as chat completions take them
+
+    def __enter__(self) -> Self:
+        """Start or connect every server. Raises RuntimeError that names the one that fails."""
+        from mcp import Client
+
+        with ExitStack() as stack:
+            self._portal = stack.enter_context(start_blocking_portal())
+            for name, target in self._targets.items():
+                try:
+                    client = stack.enter_context(self._portal.wrap_async_context_manager(Client(target)))
+                    self._offer(client)
+                except Exception as error:  # whatever its transport raises
+                    raise RuntimeError(f"MCP server {name!r}: {_first(error)}") from error
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def call(self, name: str, arguments: str) -> str:
+        """The text that a tool returns, or what went wrong, for the model to read."""
+        if name not in self._owners:
+            return f"error: no tool {name!r}; expected one of {', '.join(self._owners)}"
+        try:
+            given = json.loads(arguments or "{}")
+            result = self._portal.call(self._owners[name].call_tool, name, given)
+        except Exception as error:  # of the arguments, the tool or the connection
+            return f"error: {_first(error)}"
+        content = (part.model_dump() for part in result.content)
+        return "\n".join(part.get("text") or f"[{part['type']}]" for part in content)
+
+    def _offer(self, client: Client) -> None:
+        for tool in self._portal.call(client.list_tools).tools:
+            described = tool.model_dump(by_alias=True)
+            if tool.name in self._owners:
+                raise ValueError(f"tool {tool.name!r} is offered by two servers; expected different names")
+            self._owners[tool.name] = client
+            function = {"name": tool.name, "description": described.get("description") or ""}
+            function["parameters"] = described["inputSchema"]
+            self.tools.append({"type": "function", "function": function})
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        servers = json.loads(file.read_text(encoding="utf-8"))[_SECTION]
+        return dict(servers.items())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file}: expected JSON with an object {_SECTION!r}: servers by name") from None
+
+
+def _target(file: Path, name: str, entry: Any) -> str | StdioServerParameters:
+    from mcp import StdioServerParameters
+
+    if isinstance(entry, dict) and isinstance(entry.get("url"), str):
+        return str(entry["url"])
+    if isinstance(entry, dict) and isinstance(entry.get("command"), str):
+        return StdioServerParameters(
+            command=entry["command"], args=entry.get("args", []), env=entry.get("env")
+        )
+    raise ValueError(f"{file}: {_SECTION}.{name}: expected a `command` with `args`, or a `url`")
+
+
+def _first(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):  # of the library's task groups
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,283 @@
+"""`farthing chat` against servers on real sockets, in a pseudo-terminal where it is about the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing.cli.chat import Screen, _account, obey, reply, split_blocks
+from farthing.cli.conversation import Conversation, Piece, Server, find, started
+from farthing.cli.mcp import McpServers
+from farthing.server.config import KeyRing
+from tests.server.harness import ScriptedEngine, letters, running
+
+ANSWER = "# Title\n\nSome **bold** text.\n\n```python\nx = 1\n\ny = 2\n```\n"
+THOUGHT = ["<think>", "why", " not", "</think>", "be", "cause"]
+ENVIRONMENT = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40", "NO_COLOR": "1"}
+
+
+class Terminal:
+    """`farthing chat` in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str) -> None:
+        master, slave = pty.openpty()
+        command = [sys.executable, "-m", "farthing", "chat", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, env=ENVIRONMENT, start_new_session=True
+        )
+        os.close(slave)
+        self._master, self.seen = master, ""
+
+    def until(self, text: str, seconds: float = 60.0) -> str:
+        """What is shown until a text is, and with it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            if select.select([self._master], [], [], 0.1)[0]:
+                try:
+                    self.seen += os.read(self._master, 65536).decode(errors="replace")
+                except OSError:  # it ended
+                    assert text in self.seen, self.seen
+        shown, _, self.seen = self.seen.partition(text)
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown + text)
+
+    def type(self, line: str) -> None:
+        os.write(self._master, f"{line}\n".encode())
+
+    def stop(self) -> None:
+        """Ctrl-C."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(30)
+        os.close(self._master)
+
+
+@contextmanager
+def terminal(*arguments: str) -> Iterator[Terminal]:
+    opened = Terminal(*arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
+    prompts = list[str]()
+
+    def script(prompt: str) -> list[str]:
+        prompts.append(prompt)
+        return letters(ANSWER, 7)
+
+    with (
+        running(ScriptedEngine(script)) as server,
+        terminal(f"{server.url}/v1/", "--system", "Be brief.") as t,
+    ):
+        t.until(">>> ")
+        t.type('"""two')
+        t.until("... ")
+        t.type('lines"""')
+        shown = t.until(">>> ")
+        assert "Title" in shown and "bold" in shown and "**" not in shown and "x = 1" in shown
+        assert re.search(r"\d+ tokens, [\d.]+/s; \d+ of prompt, \d+ cached", shown)
+        assert "Be brief." in prompts[0] and "two\nlines" in prompts[0]
+        t.type("/system Be long.")
+        t.until("system prompt: Be long.")
+        t.type("again \\")
+        t.until("... ")
+        t.type("please")
+        t.until("tokens")
+        assert "Be long." in prompts[1] and "again \nplease" in prompts[1] and "x = 1" in prompts[1]
+        t.type(f"/save {tmp_path / 'talk.md'}")
+        t.until("saved 4 messages")
+        assert (
+            (tmp_path / "talk.md").read_text().startswith("## System\n\nBe long.\n\n## You\n\ntwo\nlines\n")
+        )
+        t.type("/nothing")
+        t.until("Ctrl-C           stops an answer")
+        t.type("/bye")
+        assert t.process.wait(30) == 0
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_arrived() -> None:
+    engine = ScriptedEngine(["ab "], step=0.02, forever=True)
+    with running(engine) as server, terminal(server.url) as t:
+        t.until(">>> ")
+        t.type("go on")
+        t.until("ab")
+        t.stop()
+        t.until("(stopped)")
+        deadline = time.monotonic() + 20
+        while server.service.jobs and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not server.service.jobs, "the server stopped too"
+        t.until(">>> ")
+        t.stop()
+        t.until("Ctrl-D or /bye")
+        t.type("/save /dev/stdout/no")
+        t.until("Not a directory")
+        t.type("/bye")
+        assert t.process.wait(30) == 0
+
+
+def test_reasoning_is_folded() -> None:
+    with (
+        running(ScriptedEngine(THOUGHT), reasoning_parser="deepseek_r1") as server,
+        terminal(server.url) as t,
+    ):
+        t.until(">>> ")
+        t.type("hm")
+        shown = t.until("because")
+        assert "thought for" in shown and "why not" not in shown
+        t.until(">>> ")
+        t.type("/thoughts")
+        t.until("why not")
+
+
+def test_without_a_terminal_the_answer_is_plain_text() -> None:
+    with running(ScriptedEngine(letters(ANSWER, 5))) as server:
+        command = [sys.executable, "-m", "farthing", "chat", server.url]
+        for more, said in (([], "hello\n"), (["-p", "hello"], "")):
+            done = subprocess.run([*command, *more], input=said, text=True, capture_output=True, timeout=60)
+            assert (done.returncode, done.stdout) == (0, f"{ANSWER}\n"), done.stderr
+
+
+@pytest.mark.parametrize(("think", "effort"), [("on", "high"), ("off", "none"), ("low", "low"), (None, None)])
+def test_the_thinking_switch(
+    think: str | None, effort: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Conversation(Server("x:1"), "m", effort="medium")
+    obey(f"/think {think or ''}", talk, Screen())
+    assert talk.effort == effort and talk._body().get("reasoning_effort") == effort
+
+
+def test_errors_are_said_and_take_the_message_back(capsys: pytest.CaptureFixture[str]) -> None:
+    with running(ScriptedEngine(["ok"])) as server:
+        talk = Conversation(Server(server.url), "other")
+        assert not reply(talk, "hello", Screen(), None) and not talk.messages
+        assert "error: model: got 'other'; expected one of 'tiny'" in capsys.readouterr().out
+        talk.model = "tiny"
+        assert reply(talk, "hello", Screen(), None) and len(talk.messages) == 2
+        url = server.url
+    assert not reply(Conversation(Server(url), "tiny"), "x", Screen(), None)
+    with pytest.raises(ValueError, match="got 'ftp://x'; expected an address such as http"):
+        Server("ftp://x")
+
+
+def test_keys_and_servers_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(ScriptedEngine(["ok"]), keys=KeyRing(["me:sk-1"])) as server:
+        monkeypatch.setenv("FARTHING_URL", server.url)
+        assert find(None, None) is None, "without the key"
+        for model in (None, "tiny"):
+            found = find(model, "sk-1")
+            assert found and found[0].url == server.url and found[1] == "tiny"
+        assert find("other", "sk-1") is None
+
+
+def test_a_server_is_started_and_ended() -> None:
+    lines = list[str]()
+    with started("mite", ("--threads", "1"), lines.append) as server:
+        assert server.models() == ["mite"] and server.ready()
+    assert not server.ready()
+    with (
+        pytest.raises(RuntimeError, match=r"model: got '\./none'; expected"),
+        started("./none", (), lines.append),
+    ):
+        pass
+
+
+@given(st.text("ab\n`# ", max_size=60))
+def test_blocks_are_the_text_and_never_cut_code(text: str) -> None:
+    text = text.replace("`", "```")
+    whole, rest = split_blocks(text)
+    assert whole + rest == text
+    fences = [line for line in whole.splitlines() if line.lstrip().startswith("```")]
+    assert len(fences) % 2 == 0 and whole.endswith("\n") == bool(whole)
+
+
+MCP_SERVER = """
+from mcp.server import MCPServer
+server = MCPServer("test")
+
+@server.tool()
+def add(a: int, b: int) -> str:
+    "Add two numbers."
+    return str(a + b)
+
+server.run("stdio")
+"""
+
+
+def test_tools_of_mcp_servers_are_called_after_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mcp")
+    (tmp_path / "server.py").write_text(MCP_SERVER)
+    file = tmp_path / "mcp.json"
+    entry = {"command": sys.executable, "args": [str(tmp_path / "server.py")], "env": dict(os.environ)}
+    file.write_text(json.dumps({"mcpServers": {"calculator": entry}}))
+    asked, answers = list[str](), iter(["y", "n"])
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or next(answers))
+
+    class Scripted(Server):
+        bodies: ClassVar[list[dict[str, object]]] = []
+
+        def stream(self, body: dict[str, object]) -> Iterator[dict[str, object]]:  # type: ignore[override]
+            self.bodies.append(json.loads(json.dumps(body)))
+            function = {"name": "add", "arguments": '{"a": 2, "b": 3}'}
+            call = {"index": 0, "id": f"c{len(self.bodies)}", "function": function}
+            delta = {"content": "five"} if len(self.bodies) % 2 == 0 else {"tool_calls": [call]}
+            yield {"choices": [{"delta": delta}]}
+
+    with McpServers(file) as servers:
+        assert servers.tools[0]["function"]["name"] == "add"
+        assert set(servers.tools[0]["function"]["parameters"]["properties"]) == {"a", "b"}
+        assert servers.call("add", '{"a": "x"}').startswith(("error", "Error"))
+        assert servers.call("sub", "{}") == "error: no tool 'sub'; expected one of add"
+        talk = Conversation(Scripted("x:1"), "m", servers.tools)
+        assert reply(talk, "2 + 3?", Screen(), servers) and reply(talk, "again?", Screen(), servers)
+    results = [m["content"] for m in talk.messages if m["role"] == "tool"]
+    assert results == ["5", "error: the user does not allow this call"] and len(asked) == 2
+    assert talk.messages[-1]["content"] == "five" and Scripted.bodies[0]["tools"] == servers.tools
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"mcpServers": []}', '{"mcpServers": {"x": {"args": []}}}'])
+def test_files_that_name_no_server(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("mcp")
+    (tmp_path / "mcp.json").write_text(text)
+    with pytest.raises(ValueError, match="expected"):
+        McpServers(tmp_path / "mcp.json")
+
+
+def test_tokens_speed_and_price_of_an_answer() -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 40, "prompt_tokens_details": {"cached_tokens": 7}}
+    talk = Conversation(Server("x:1"), "m", usage=usage | {"x_farthing": {"usd": 1.5e-5}})
+    assert _account(talk, 2.0) == "40 tokens, 20.0/s; 9 of prompt, 7 cached; $0.000015"
+    talk.usage = {}  # of a server that reports none
+    assert _account(talk, 2.0) == ""
+
+
+def test_a_piece_is_text_or_reasoning() -> None:
+    with running(ScriptedEngine(THOUGHT), reasoning_parser="deepseek_r1") as server:
+        talk = Conversation(Server(server.url), "tiny")
+        pieces = list(talk.say("hm"))
+    assert "".join(p.text for p in pieces if p.kind == "text") == "because"
+    assert Piece("reasoning", "why") in pieces and talk.reasoning == "why not"
+    assert talk.messages[-1]["reasoning_content"] == "why not" and talk.usage["completion_tokens"]
