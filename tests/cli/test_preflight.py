@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.cli.app import app
-from farthing.cli.preflight import preflight, with_packed
+from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
 from farthing.hub import resolve_model
 from farthing.planner.fit import weight_bytes
@@ -43,6 +43,26 @@ def test_errors_of_a_model_come_before_the_port(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(V3))
     (tmp_path / "model.safetensors.index.json").write_text("{")
     assert "model.safetensors.index.json: not valid JSON" in said("serve", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_port")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "nope"), "backend: got 'nope'; expected 'auto' or one of"),
+        (("--backend", "cpu/avx9"), "instruction set 'avx9' is unknown or not supported"),
+        (("--backend", "torch/nope"), "device: got 'nope'"),
+        (("--chat-template", "nope.jinja"), "chat_template: got 'nope.jinja'; expected a readable file or"),
+        (("--chat-template", "{broken}"), "chat_template does not compile: Expected an expression"),
+    ],
+)
+def test_backend_and_template_are_checked_before_the_port(
+    arguments: tuple[str, str], message: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("farthing._native")
+    (tmp_path / "broken").write_text("{% if %}")
+    option, value = arguments
+    assert message in said("serve", option, value.format(broken=tmp_path / "broken"))
 
 
 @pytest.mark.usefixtures("no_port")
@@ -100,26 +120,3 @@ def test_threads_of_torch_sleep_while_they_wait() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert ran.stdout == "PASSIVE True\n", ran.stderr
-
-
-def test_the_embedded_model_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("farthing._native")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path, config = resolve_model("mite"), EngineConfig()
-    assert with_packed(config, path, progress=None) == config, "nothing is packed yet"
-    seen = list[tuple[str, int, int]]()
-    first = with_packed(config, path, lambda *step: seen.append(step))
-    assert first.packed is not None and Path(first.packed).parent == tmp_path / "farthing" / "packed"
-    assert [step[0] for step in seen] == ["packing"] * len(seen) and seen[-1][1] == seen[-1][2] == len(seen)
-    old = Path(first.packed).with_name(f"{Path(first.packed).stem[:-8]}00000000.packed")
-    Path(first.packed).rename(old)
-    seen.clear()
-    assert with_packed(config, path) == first and not old.exists(), "of another installation"
-    assert with_packed(config, path, progress=None) == first
-    for other in ({"backend": "reference"}, {"deterministic": True}, {"packed": "my.file"}):
-        changed = EngineConfig(**other)  # type: ignore[arg-type]
-        assert with_packed(changed, path) == changed
-    assert with_packed(EngineConfig(model="elsewhere"), path).packed is None
-    (tmp_path / "blocked").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
-    assert with_packed(config, path).packed is None

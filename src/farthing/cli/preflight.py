@@ -1,24 +1,21 @@
-"""What `farthing serve` finds out before it opens a port, and before it downloads weights; what it packs."""
+"""What `farthing serve` finds out before it opens a port, and before it downloads weights."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 from dataclasses import replace
-from hashlib import sha256
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from farthing import __version__
 from farthing.checkpoint.gguf import INDEX
 from farthing.checkpoint.reader import Checkpoint
-from farthing.config import EngineConfig, Quantization
-from farthing.files import BeingWritten
-from farthing.hub import EMBEDDED, Found, find_model
+from farthing.config import EngineConfig
+from farthing.hub import Found, find_model
 from farthing.memory import available_memory, gigabytes
+from farthing.ops.select import check
 from farthing.planner.fit import certainly_fits, fit, weight_bytes
-from farthing.process import Progress, cache_dir, unseen
+from farthing.process import cache_dir
 
 log = logging.getLogger(__name__)
 AUTO = "auto"  # of `packed`: a file in the user's cache directory
@@ -32,11 +29,23 @@ def preflight(config: EngineConfig) -> Found:
     Raises OSError or ValueError for a model that cannot be served, or not in the memory of this machine.
     """
     model = find_model(config.model)
+    if config.num_ranks == 1:
+        check(config.ops)
+    if config.chat_template is not None:
+        _check_template(config.chat_template)
     if not model.absent and any(model.path.glob("*.safetensors*")):
         Checkpoint.open(model.path)
-    if config.check_memory and _on_this_cpu(config):
+    if config.check_memory and on_this_cpu(config):
         _check_memory(config, model.path)
     return model
+
+
+def _check_template(option: str) -> None:
+    """Raises ValueError for a chat template that cannot be read or compiled."""
+    from farthing.conversation.jinja import compile_template
+    from farthing.conversation.select import template_source
+
+    compile_template(template_source(option) or "")
 
 
 def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
@@ -44,7 +53,7 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
 
     Raises ValueError if nothing fits.
     """
-    if not _on_this_cpu(config) or config.num_ranks > 1:
+    if not on_this_cpu(config) or config.num_ranks > 1:
         log.info("fit: chooses for one rank on a CPU; the options stay as they are")
         return config
     found = fit(path, available_memory(), config.quantization)
@@ -67,60 +76,7 @@ def _existing(path: Path) -> Path:
     return path if path.exists() else _existing(path.parent)
 
 
-def with_packed(config: EngineConfig, path: Path, progress: Progress | None = unseen) -> EngineConfig:
-    """The configuration with the packed file that `--packed auto`, the default of the embedded model, means;
-    without one where packed weights cannot serve. progress: of writing a missing file; None leaves it."""
-    wanted = config.packed == AUTO or (config.packed is None and config.model == EMBEDDED)
-    if not wanted:
-        return config
-    if config.deterministic or config.num_ranks > 1 or not (_on_this_cpu(config) and _packs(config.backend)):
-        return replace(config, packed=None)
-    if progress is None:
-        file = _cached_file(path, config.quantization)
-        return replace(config, packed=str(file)) if file.is_file() else config
-    written = _pack_once(path, config.quantization, config.threads, progress)
-    return replace(config, packed=None if written is None else str(written))
-
-
-def _cached_file(path: Path, quantization: Quantization | None) -> Path:
-    """The packed file of a model directory below the user's cache directory, whether it exists or not; one
-    per installation. Raises RuntimeError without a home directory."""
-    native = find_spec("farthing._native")
-    built = Path(native.origin).stat().st_mtime_ns if native and native.origin else 0
-    installed = sha256(f"{__version__} {built}".encode()).hexdigest()
-    model = f"{path.name}-{Checkpoint.open(path).fingerprint()[:16]}-{quantization or 'as-stored'}"
-    return cache_dir() / "packed" / f"{model}-{installed[:8]}.packed"
-
-
-def _pack_once(
-    path: Path,
-    quantization: Quantization | None = None,
-    threads: int | None = None,
-    progress: Progress = unseen,
-) -> Path | None:
-    """The packed file in the cache, written if it is missing, in place of those of other installations; None
-    where it cannot be written."""
-    from farthing.model.pack import pack_checkpoint  # numpy, which a refused model does not need
-
-    try:
-        file = _cached_file(path, quantization)
-        if not file.is_file():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pack_checkpoint(path, file, quantization, threads, progress)
-            for other in set(file.parent.glob(f"{file.stem[:-8]}*.packed")) - {file}:
-                other.unlink(missing_ok=True)
-    except (OSError, RuntimeError, BeingWritten) as error:
-        log.info("%s is not packed for the next start: %s", path, error)
-        return None
-    return file
-
-
-def _packs(backend: str) -> bool:
-    """Whether a backend's weights are packed."""
-    return backend.partition("/")[0] in ("auto", "cpu") and find_spec("farthing._native") is not None
-
-
-def _on_this_cpu(config: EngineConfig) -> bool:
+def on_this_cpu(config: EngineConfig) -> bool:
     """Whether weights and cache are in this machine's memory."""
     if config.nodes > 1 or config.experts_on is not None or config.device not in (None, "cpu"):
         return False

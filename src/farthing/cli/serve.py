@@ -11,7 +11,8 @@ import typer
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
-from farthing.cli.preflight import AUTO, preflight, with_fit, with_packed
+from farthing.cli.packed import with_packed
+from farthing.cli.preflight import AUTO, preflight, with_fit
 from farthing.config import EngineConfig
 from farthing.process import page_in, remember
 from farthing.server.config import KeyRing, ServerConfig, gather_keys

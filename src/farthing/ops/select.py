@@ -53,30 +53,45 @@ def select(
     arrays: tensors are numpy arrays and torch is not imported (backend 'cpu' only; others ignore it).
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
-    backends = known_backends()
     if backend == "auto":
         backend = resolve(backend)
         if backend == "torch":
             log.warning("the native CPU kernels are not built; serving with the slower torch ops")
-    name, _, part = backend.partition("/")
-    if name not in backends or (part and name not in _PARTS):
-        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {sorted(backends)}")
+    name, more = _named(backend)
     if parts is not None and name != "cpu":
         raise ValueError(f"deterministic: got True with backend {backend!r}; expected backend 'cpu'")
-    more: dict[str, Any] = {_PARTS[name]: part} if part else {}
     if parts is not None:
         more["parts"] = parts
     if arrays and name == "cpu":
         more["arrays"] = True
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else dtype if arrays and name == "cpu" else getattr(torch, dtype)
-    ops: Ops = import_module(backends[name]).create(
+    ops: Ops = import_module(known_backends()[name]).create(
         dtype=dtype, threads=threads, quantization=quantization, packed=packed, **more
     )
     if verify:
         ops.verify_packed()
     log.info("ops: %s", ops.name)
     return ops
+
+
+def check(backend: str) -> None:
+    """Raise what `select` would for a backend that cannot run on this machine; torch is not imported for the
+    CPU's."""
+    if backend != "auto":
+        name, more = _named(backend)
+        rest = {"arrays": True} if name == "cpu" else {}
+        module = import_module(known_backends()[name])
+        module.create(dtype=None, threads=1, quantization=None, packed=None, **more, **rest)
+
+
+def _named(backend: str) -> tuple[str, dict[str, Any]]:
+    """The name of a backend, and the options that follow it. Raises ValueError."""
+    backends = known_backends()
+    name, _, part = backend.partition("/")
+    if name not in backends or (part and name not in _PARTS):
+        raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {sorted(backends)}")
+    return name, {_PARTS[name]: part} if part else {}
 
 
 def resolve(backend: str) -> str:

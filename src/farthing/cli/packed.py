@@ -1,0 +1,72 @@
+"""Packed files in the user's cache directory, written by the first start of `farthing serve`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+from farthing import __version__
+from farthing.checkpoint.reader import Checkpoint
+from farthing.cli.preflight import AUTO, on_this_cpu
+from farthing.config import EngineConfig, Quantization
+from farthing.files import BeingWritten
+from farthing.hub import EMBEDDED
+from farthing.process import Progress, cache_dir, unseen
+
+log = logging.getLogger(__name__)
+
+
+def with_packed(config: EngineConfig, path: Path, progress: Progress | None = unseen) -> EngineConfig:
+    """The configuration with the packed file that `--packed auto`, the default of the embedded model, means;
+    without one where packed weights cannot serve. progress: of writing a missing file; None leaves it."""
+    wanted = config.packed == AUTO or (config.packed is None and config.model == EMBEDDED)
+    if not wanted:
+        return config
+    if config.deterministic or config.num_ranks > 1 or not (on_this_cpu(config) and _packs(config.backend)):
+        return replace(config, packed=None)
+    if progress is None:
+        file = _cached_file(path, config.quantization)
+        return replace(config, packed=str(file)) if file.is_file() else config
+    written = _pack_once(path, config.quantization, config.threads, progress)
+    return replace(config, packed=None if written is None else str(written))
+
+
+def _cached_file(path: Path, quantization: Quantization | None) -> Path:
+    """The packed file of a model directory below the user's cache directory, whether it exists or not; one
+    per installation. Raises RuntimeError without a home directory."""
+    native = find_spec("farthing._native")
+    built = Path(native.origin).stat().st_mtime_ns if native and native.origin else 0
+    installed = sha256(f"{__version__} {built}".encode()).hexdigest()
+    model = f"{path.name}-{Checkpoint.open(path).fingerprint()[:16]}-{quantization or 'as-stored'}"
+    return cache_dir() / "packed" / f"{model}-{installed[:8]}.packed"
+
+
+def _pack_once(
+    path: Path,
+    quantization: Quantization | None = None,
+    threads: int | None = None,
+    progress: Progress = unseen,
+) -> Path | None:
+    """The packed file in the cache, written if it is missing, in place of those of other installations; None
+    where it cannot be written."""
+    from farthing.model.pack import pack_checkpoint  # numpy, which a refused model does not need
+
+    try:
+        file = _cached_file(path, quantization)
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pack_checkpoint(path, file, quantization, threads, progress)
+            for other in set(file.parent.glob(f"{file.stem[:-8]}*.packed")) - {file}:
+                other.unlink(missing_ok=True)
+    except (OSError, RuntimeError, BeingWritten) as error:
+        log.info("%s is not packed for the next start: %s", path, error)
+        return None
+    return file
+
+
+def _packs(backend: str) -> bool:
+    """Whether a backend's weights are packed."""
+    return backend.partition("/")[0] in ("auto", "cpu") and find_spec("farthing._native") is not None
