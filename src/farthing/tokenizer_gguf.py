@@ -1,13 +1,16 @@
-"""The tokenizer that a GGUF file's metadata describes."""
+"""The tokenizer that a GGUF file's metadata describes, and the metadata that describes a tokenizer."""
 
 from __future__ import annotations
 
+import json
+import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # values of token_type
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -140,3 +143,78 @@ def _described(tokens: list[str], fields: Mapping[str, Any]) -> dict[str, Any]:
     if fields.get("chat_template"):
         found["chat_template"] = fields["chat_template"]
     return found
+
+
+# Text in which all of _CUTS differ, and what a normalizer composes.
+_PROBE = (
+    "It's DON'T we'LL 1234567 a1b22 camelCase HTTPServer x=12;y+=3/4 你好，世界かな ελληνικά Привет "
+    "e\u0301a\u0308   three   spaces\t\ttab\n\n  new\r\nline...!?  (a)[b]{c} <d>|e @f #g_h 🙂🙂 नमस्ते ١٢٣ "
+    "naïve \u00a0x /usr/bin\n"
+)
+
+
+def fields_of(where: str, backend: Tokenizer, rows: int, architecture: str) -> dict[str, Any]:
+    """The fields `model` to `merges` or `scores` of a tokenizer.json, with a token for each of `rows`.
+
+    Raises ValueError for a tokenizer that GGUF cannot describe: what `tokenizer_of` makes of the fields has
+    to cut a text alike.
+    """
+    stored = json.loads(backend.to_str())["model"]
+    if stored.get("type") != "BPE":
+        raise ValueError(f"{where}: got a tokenizer of type {stored.get('type')!r}; expected 'BPE'")
+    added = backend.get_added_tokens_decoder()
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if max(vocabulary.values()) >= rows:
+        raise ValueError(f"{where}: found token {max(vocabulary.values())}; expected less than {rows}")
+    tokens, kinds = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
+    for token, i in vocabulary.items():
+        tokens[i], kinds[i] = token, _NORMAL
+        if i in added:
+            tokens[i], kinds[i] = added[i].content, _CONTROL if added[i].special else _USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in stored["merges"]]
+    fields: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
+    if stored.get("byte_fallback"):
+        fields |= _scored(vocabulary, kinds, merges, stored.get("unk_token"))
+        first = backend.encode("a", add_special_tokens=False).tokens[:1]
+        fields |= {"model": "llama", "pre": "default", "add_space_prefix": bool(first[0].startswith("▁"))}
+    else:
+        pre = _pre_of(where, backend, bool(stored.get("ignore_merges")), architecture)
+        fields |= {"model": "gpt2", "pre": pre, "merges": merges}
+    expected = backend.encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer_of(where, fields)[0].encode(_PROBE, add_special_tokens=False).ids != expected:
+        raise ValueError(f"{where}: expected a tokenizer that GGUF describes; text would be cut otherwise")
+    return fields
+
+
+def _scored(
+    vocabulary: Mapping[str, int], kinds: list[int], merges: list[str], unknown: Any
+) -> dict[str, Any]:
+    """Scores that order the tokens as the merges do which make them; marks the tokens of bytes."""
+    scores = [0.0] * len(kinds)
+    rank: dict[str, int] = {}
+    for place, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", "", 1), place)
+    for token, i in vocabulary.items():
+        if kinds[i] == _NORMAL:
+            scores[i] = -float(rank.get(token, len(merges)))
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kinds[i] = _BYTE
+        elif token == unknown:
+            kinds[i] = _UNKNOWN
+    return {"scores": scores}
+
+
+def _pre_of(where: str, backend: Tokenizer, whole: bool, architecture: str) -> str:
+    """The name of how a tokenizer cuts text, of several equal ones the architecture's."""
+    normalizer, own = backend.normalizer, backend.pre_tokenizer
+    text = _PROBE if normalizer is None else normalizer.normalize_str(_PROBE)
+    composed = unicodedata.normalize("NFC", _PROBE)
+    cut = [] if own is None else [piece for piece, _ in own.pre_tokenize_str(_PROBE)]
+    for name in sorted(_CUTS, key=lambda name: not architecture.startswith(name)):
+        same = [piece for piece, _ in _CUTS[name]().pre_tokenize_str(_PROBE)] == cut
+        if same and whole == (name in _WHOLE) and text == (composed if name in _COMPOSED else _PROBE):
+            return name
+    raise ValueError(
+        f"{where}: found a tokenizer that cuts text in a way of its own; expected that of one of "
+        f"{', '.join(_CUTS)}"
+    )

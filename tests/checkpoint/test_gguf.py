@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 gguf = pytest.importorskip("gguf")
 
-from farthing.checkpoint.gguf import GgufShards, _columns_in_order  # noqa: E402
+from farthing.checkpoint.gguf import GgufShards, columns_in_order  # noqa: E402
 from farthing.checkpoint.gguf_types import BLOCKS, FORMATS  # noqa: E402
 from farthing.checkpoint.reader import Checkpoint  # noqa: E402
 from farthing.checkpoint.shards import CheckpointError  # noqa: E402
@@ -188,7 +188,7 @@ def test_value_heads_are_put_in_order(kind: str) -> None:
     data = matrix(kind, 8, 512, seed=0)
     weight = BLOCKS[kind](data.reshape(8, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1]))
     order = np.arange(512).reshape(2, 4, 64).swapaxes(0, 1).reshape(-1)
-    found, expected = _columns_in_order(weight, order).dequantize(), weight.dequantize()[:, order]
+    found, expected = columns_in_order(weight, order).dequantize(), weight.dequantize()[:, order]
     if weight.units is None:
         assert torch.equal(found, expected)
     else:  # in 8 bits

@@ -10,6 +10,7 @@ Legend: N rows, K columns, d head size.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -38,7 +39,8 @@ class Names:
     for the expert. turned: matrices whose rows are stored for rotation of neighbours, and the metadata field
     with their number of heads. around_zero: whether norms have weights around 0, GGUF's being around 1.
     tiled: whether the heads of a recurrence are in the order of `ValueHeads`. fused: of tensors that hold
-    several modules, key head by key head, the parts of each (see `ValueHeads.widths`).
+    several modules, key head by key head, the parts of each (see `ValueHeads.widths`). types: the model types
+    whose checkpoints are written so.
     """
 
     layer: Mapping[str, str]
@@ -47,8 +49,23 @@ class Names:
     around_zero: bool = False
     tiled: bool = False
     fused: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    types: tuple[str, ...] = ()
+
+    def stored(self, name: str) -> str:
+        """GGUF's name of a tensor; that of an expert's is the stack. Raises KeyError for names it lacks."""
+        if (found := _IN_LAYER.fullmatch(name)) is None:
+            module, _, suffix = name.rpartition(".")
+            return f"{ {v: k for k, v in _OUTER.items()}[module] }.{suffix}"
+        layer, inner = found.groups()
+        whole = {module: part for part, module in ({**self.experts, **self.layer}).items()}
+        if inner in whole:
+            return f"blk.{layer}.{whole[inner]}"
+        module, _, suffix = _EXPERT.sub(".{}.", inner).rpartition(".")
+        return f"blk.{layer}.{whole[module]}.{suffix}"
 
 
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
+_EXPERT = re.compile(r"\.\d+\.")
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _GATED = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 _LAYER = {
@@ -101,6 +118,7 @@ _FUSED: dict[str, dict[str, tuple[int, ...]]] = {
     "ssm_in": {_DELTA["attn_qkv"]: (0, 1, 2), _DELTA["attn_gate"]: (3,)},
     "ssm_ba": {_GATES["ssm_beta"]: (0,), _GATES["ssm_alpha"]: (1,)},
 }
+FUSED_INTO = {"linear_attn.in_proj_qkvz": "ssm_in", "linear_attn.in_proj_ba": "ssm_ba"}
 _SHARED = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
@@ -111,20 +129,33 @@ ARCHITECTURES = {
         {**_LAYER, **_SPARSE},
         _MIXTRAL,
         {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"},
+        types=("llama", "mistral", "mixtral"),
     ),
-    "qwen3": Names(_LAYER),
-    "qwen3moe": Names({**_LAYER, **_GATE}, _EXPERTS),
-    "deepseek2": Names({**_LAYER, **_LATENT, **_V3}, _EXPERTS),
-    "glm4moe": Names({**_LAYER, **_V3, **_POST}, _EXPERTS),
-    "minimax-m2": Names({**_LAYER, **_SPARSE}, _MIXTRAL),
+    "qwen3": Names(_LAYER, types=("qwen3",)),
+    "qwen3moe": Names({**_LAYER, **_GATE}, _EXPERTS, types=("qwen3_moe",)),
+    "deepseek2": Names(
+        {**_LAYER, **_LATENT, **_V3}, _EXPERTS, types=("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25")
+    ),
+    "glm4moe": Names({**_LAYER, **_V3, **_POST}, _EXPERTS, types=("glm4_moe",)),
+    "minimax-m2": Names({**_LAYER, **_SPARSE}, _MIXTRAL, types=("minimax_m2",)),
     "qwen35moe": Names(
-        {**_LAYER, **_GATE, **_DELTA, **_GATES, **_SHARED, **_POST}, _EXPERTS, around_zero=True, tiled=True
+        {**_LAYER, **_GATE, **_DELTA, **_GATES, **_SHARED, **_POST},
+        _EXPERTS,
+        around_zero=True,
+        tiled=True,
+        types=("qwen3_5_moe", "qwen3_5_moe_text"),
     ),
     "qwen3next": Names(
-        {**_LAYER, **_GATE, **_DELTA, **_SHARED, **_POST}, _EXPERTS, around_zero=True, fused=_FUSED
+        {**_LAYER, **_GATE, **_DELTA, **_SHARED, **_POST},
+        _EXPERTS,
+        around_zero=True,
+        fused=_FUSED,
+        types=("qwen3_next",),
     ),
     "gpt-oss": Names(
-        {**_LAYER, **_POST, "attn_sinks.weight": "self_attn.sinks", "ffn_gate_inp": "mlp.router"}, _EXPERTS
+        {**_LAYER, **_POST, "attn_sinks.weight": "self_attn.sinks", "ffn_gate_inp": "mlp.router"},
+        _EXPERTS,
+        types=("gpt_oss",),
     ),
 }
 COMPUTED = ("rope_freqs.weight",)  # tensors whose values follow from the configuration
@@ -273,7 +304,7 @@ class GgufShards(Shards):
             plain: NDArray[Any] = self._raw(name, entry).view(numpy_dtype(PLAIN[entry["type"]]))
             plain = plain.reshape(entry["shape"])
             if entry.get("order", (0,))[0]:
-                plain = plain[:, _values_in_order(entry)]
+                plain = plain[:, _columns_of(entry)]
             if "then" in entry:
                 plain = plain - 1 if entry["then"] == "minus 1" else np.log(-plain)
             return plain
@@ -291,7 +322,7 @@ class GgufShards(Shards):
         rows = self._raw(name, entry)
         weight = BLOCKS[entry["type"]](rows.reshape(len(rows), -1, _block(entry)[1]))
         if entry.get("order", (0,))[0]:
-            weight = _columns_in_order(weight, _values_in_order(entry))
+            weight = columns_in_order(weight, _columns_of(entry))
         assert weight.scale is not None
         if not all(bool(t.isfinite().all()) for t in (weight.scale, weight.minimum) if t is not None):
             raise CheckpointError(
@@ -370,21 +401,29 @@ def rows_in_order(entry: Mapping[str, Any], rows: int) -> NDArray[np.int64] | No
         # llama.cpp rotates neighbouring rows of a head, Hugging Face the first half with the second.
         return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
     if "order" in entry and entry["order"][0] == 0:
-        return _values_in_order(entry)
+        return values_in_order(entry["order"], rows, str(entry.get("file")))
     return None
 
 
-def _values_in_order(entry: Mapping[str, Any]) -> NDArray[np.int64]:
-    """Where rows or columns of value heads are, by key head."""
-    axis, before, (per, keys, width) = entry["order"]
-    if before + per * keys * width != entry["shape"][axis]:
-        raise CheckpointError(f"{entry['file']}: found {entry['shape']}; expected {keys * per} value heads")
+def values_in_order(order: Sequence[Any], size: int, where: str = "") -> NDArray[np.int64]:
+    """Where rows or columns of value heads are in GGUF, by key head; order: as `ValueHeads.order` says."""
+    _, before, (per, keys, width) = order
+    if before + per * keys * width != size:
+        raise CheckpointError(f"{where}: found {size} rows or columns; expected {keys * per} value heads")
     tiled = np.arange(per * keys * width).reshape(per, keys, width).swapaxes(0, 1).reshape(-1)
     return np.concatenate((np.arange(before), before + tiled))
 
 
-def _columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
+def _columns_of(entry: Mapping[str, Any]) -> NDArray[np.int64]:
+    return values_in_order(entry["order"], entry["shape"][1], entry["file"])
+
+
+def columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
     """Columns of whole groups reordered; where they share units or groups are wider, in 8 bits in groups."""
+    if weight.format == "fp8":
+        weight = Weight("dense", weight.dequantize())
+    if weight.format in ("dense", "int8"):
+        return replace(weight, data=weight.data[:, torch.from_numpy(order)])
     size = weight.group_size
     groups = order.reshape(-1, size) if len(order) % size == 0 else order[None]
     moved = np.array_equal(groups, groups[:, :1] + np.arange(groups.shape[1])) and bool(
@@ -395,8 +434,10 @@ def _columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
     at = torch.from_numpy(groups[:, 0] // size)
     packed = size // 2 if weight.nibbles else size
     data = weight.data.unflatten(1, (-1, packed))[:, at].flatten(1).contiguous()
-    scale, minimum = (None if t is None else t[:, at] for t in (weight.scale, weight.minimum))
-    return replace(weight, data=data, scale=scale, minimum=minimum)
+    scale, minimum, zero_point = (
+        None if t is None else t[:, at] for t in (weight.scale, weight.minimum, weight.zero_point)
+    )
+    return replace(weight, data=data, scale=scale, minimum=minimum, zero_point=zero_point)
 
 
 def _joined_shape(where: str, parts: Mapping[str, Mapping[str, Any]]) -> list[int]:

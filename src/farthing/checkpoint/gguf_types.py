@@ -1,4 +1,4 @@
-"""GGUF's block types as our stored formats: the same integers and scales, so nothing is rounded.
+"""GGUF's block types as our stored formats: the same integers and scales, so nothing is rounded; and back.
 
 A type's function takes the blocks of a matrix, uint8 [N, B, bytes of a block]. Legend: N rows; B blocks of a
 row; g columns that share a scale.
@@ -10,10 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np, torch
-from farthing.ops.weights import INTEGERS, Format, Weight
+from farthing.ops.weights import (
+    INTEGERS,
+    Format,
+    Weight,
+    quantize_int4,
+    quantize_int8_groups,
+    to_codes,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     Bytes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
@@ -158,3 +166,105 @@ FORMATS: dict[str, tuple[Format, int]] = {
     "Q5_K": ("q5_k", 32), "Q6_K": ("q6_k", 16), "IQ4_NL": ("iq4_nl", 32), "IQ4_XS": ("iq4_xs", 32),
     "MXFP4": ("mxfp4", 32),
 }  # fmt: skip
+
+
+# Writing: blocks of 32 columns that share a scale of 16 bits, or of MXFP4 an exponent.
+
+WRITTEN = ("Q8_0", "Q4_0", "IQ4_NL", "MXFP4", "BF16")
+BLOCK = 32
+
+
+def kind_for(weight: Weight) -> str:
+    """The written type that holds a matrix's values best, exactly if one does."""
+    if weight.format == "dense":
+        return {torch.float32: "F32", torch.float16: "F16"}.get(weight.data.dtype, "BF16")
+    if weight.shape[1] % BLOCK:
+        return "BF16"
+    if weight.format == "int4" and weight.zero_point is not None:
+        return "Q8_0"
+    exact = next((kind for kind in ("Q4_0", "MXFP4") if FORMATS[kind][0] == weight.format), None)
+    stored = INTEGERS.get(weight.format)
+    return exact or ("IQ4_NL" if stored is not None and stored.codes else "Q8_0")
+
+
+def encode(weight: Weight, kind: str) -> tuple[Bytes, bool]:
+    """A matrix as bytes [N, bytes of a row], and whether they have exactly its values.
+
+    Integers that the type can hold are kept, and their scales rounded to its 16 bits; other values are
+    rounded to the nearest.
+    """
+    if kind in PLAIN:
+        plain = weight.dequantize(getattr(torch, PLAIN[kind]))
+        exact = weight.format == "dense" and weight.data.dtype == plain.dtype
+        return plain.contiguous().view(torch.uint8).numpy(), exact
+    kept = weight if _holds(kind, weight) else nearest(weight.dequantize(), kind)
+    assert kept.scale is not None
+    scale = kept.scale.repeat_interleave(kept.group_size // BLOCK, 1)
+    if kind == "MXFP4":
+        stored = torch.log2(scale).round().clamp(-128, 126)
+        head, exact = (stored + 128).to(torch.uint8).unsqueeze(-1), bool((stored.exp2() == scale).all())
+    else:
+        halves = scale.half()
+        head, exact = halves.unsqueeze(-1).view(torch.uint8), torch.equal(halves.float(), scale)
+    if kind == "Q8_0":
+        q = kept.quantized().view(*kept.scale.shape, -1)
+        if kept.zero_point is not None:
+            q = q - kept.zero_point.unsqueeze(-1)
+        body = q.reshape(*scale.shape, BLOCK).to(torch.int8).view(torch.uint8)
+    else:
+        u = torch.stack((kept.data & 15, kept.data >> 4), -1).view(*scale.shape, BLOCK)
+        body = u[..., : BLOCK // 2] | u[..., BLOCK // 2 :] << 4
+    blocks: Bytes = torch.cat((head, body), -1).flatten(1).numpy()
+    return blocks, exact and kept is weight
+
+
+def _holds(kind: str, weight: Weight) -> bool:
+    """Whether a type has all integers of a matrix."""
+    stored = INTEGERS.get(weight.format)
+    if stored is None or weight.minimum is not None or weight.group_size % BLOCK:
+        return False
+    if kind == "Q8_0":
+        return not stored.codes
+    target = INTEGERS[FORMATS[kind][0]]
+    alike = (stored.bits, stored.codes, stored.offset) == (target.bits, target.codes, target.offset)
+    return alike and weight.zero_point is None
+
+
+_TOGETHER = 1 << 17  # values that are rounded at once: all that is computed of them stays in a core's cache
+
+
+def nearest(values: Tensor, kind: str) -> Weight:
+    """Values [N, K] rounded to a type, with scales of least squared error."""
+    parts = [_rounded(part, kind) for part in values.split(max(1, _TOGETHER // values.shape[1]))]
+    scale = torch.cat([part.scale for part in parts if part.scale is not None])
+    return Weight(parts[0].format, torch.cat([part.data for part in parts]), scale)
+
+
+def _rounded(values: Tensor, kind: str) -> Weight:
+    if kind == "Q8_0":
+        return quantize_int8_groups(values, BLOCK)
+    if kind == "Q4_0":
+        return quantize_int4(values, BLOCK)
+    name = FORMATS[kind][0]
+    codes, places = torch.tensor(INTEGERS[name].codes).sort(stable=True)
+    if kind == "MXFP4":
+        q, scale = _powers_of_two(values, codes.float())
+    else:
+        q, scale = to_codes(values, BLOCK, INTEGERS[name].codes)
+    u = places[torch.searchsorted(codes, q.long())].to(torch.uint8)
+    return Weight(name, u[:, ::2] | u[:, 1::2] << 4, scale)
+
+
+def _powers_of_two(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, K] and scales of groups, of two powers of two the one of less squared error."""
+    groups = values.unflatten(1, (-1, BLOCK))
+    between = (codes[1:] + codes[:-1]) / 2
+    top = groups.abs().amax(-1).clamp_min(2.0**-100)
+    low = (top / codes[-1]).log2().floor().exp2()  # reaches the largest magnitude at most twice
+    found = []
+    for scale in (low, 2 * low):
+        q = codes[torch.bucketize(groups / scale.unsqueeze(-1), between)]
+        found.append((q, scale, (q * scale.unsqueeze(-1) - groups).square().sum(-1)))
+    (q, scale, error), (wide, doubled, larger) = found
+    better = larger < error
+    return torch.where(better.unsqueeze(-1), wide, q).flatten(1), torch.where(better, doubled, scale)

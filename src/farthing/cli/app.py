@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("check:inspect_app", "Show parameters, bytes and FLOPs per token, and routing."),
     "eval": ("compress:eval_app", "Perplexity, bits per byte, MTP acceptance; or one model against another."),
     "compress": ("compress", "Write a smaller, faster checkpoint and check its accuracy."),
+    "export": ("export", "Write a GGUF file for llama.cpp, with the values of a compressed model."),
     "pack": ("check:pack_app", "Write the file that CPU replicas map instead of packing at start."),
     "bench": ("bench", "Measure serving, capacity and the cost of a token."),
     "plan": ("plan", "Memory and throughput of a deployment before it is loaded."),

@@ -27,6 +27,7 @@ from farthing.tokenizer_gguf import tokenizer_of
 SUFFIX = ".gguf"
 _VERSION = 3  # of the directory's contents; those of another version are written again
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+ENDS = ("eos", "eot", "eom")  # tokens that end an answer
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -39,7 +40,8 @@ def open_gguf(path: Path) -> Path:
     if target.is_dir():
         return target
     readers = [_opened(file) for file in files]
-    metadata = Metadata(files[0], readers[0].fields)
+    fields = {name: field.contents for name, field in readers[0].fields.items()}
+    metadata = Metadata(files[0], fields)
     tensors: dict[str, dict[str, Any]] = {}
     factors = None
     for file, reader in zip(files, readers, strict=True):
@@ -54,9 +56,9 @@ def open_gguf(path: Path) -> Path:
             )
         )
         factors = next((t.data for t in reader.tensors if t.name in COMPUTED), factors)
-    config = _config(metadata, tensors, factors)
+    config = config_of(metadata, tensors, factors)
     backend, described = tokenizer_of(str(files[0]), metadata.tokenizer())
-    ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")} - {None}
+    ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS} - {None}
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(mkdtemp(dir=target.parent, prefix=".making-"))
     try:
@@ -76,9 +78,9 @@ def open_gguf(path: Path) -> Path:
 
 
 class Metadata:
-    """The key-value fields of a file."""
+    """The key-value fields of a file: functions that return their values."""
 
-    def __init__(self, file: Path, fields: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, fields: Mapping[str, Callable[[], Any]]) -> None:
         self._file, self._fields = file, fields
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
@@ -95,7 +97,7 @@ class Metadata:
         """A field by its full name."""
         field = self._fields.get(name)
         try:
-            return default if field is None else field.contents()
+            return default if field is None else field()
         except UnicodeDecodeError as error:
             raise self.error(f"{name}: expected UTF-8: {error}") from None
 
@@ -182,7 +184,7 @@ def _deepseek2(m: Metadata) -> dict[str, Any]:
         "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
         "head_dim": None,
         "num_key_value_heads": m.heads("attention.head_count"),
-        "q_lora_rank": m.own("attention.q_lora_rank"),
+        "q_lora_rank": m.own("attention.q_lora_rank") or None,
         "kv_lora_rank": m.whole("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotated,
         "qk_nope_head_dim": key - rotated,
@@ -248,7 +250,7 @@ _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
 _PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35moe", "qwen3next")
 
 
-def _config(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
+def config_of(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
     """config.json of a file."""
     embedding = tensors.get("model.embed_tokens.weight")
     if embedding is None:

@@ -263,11 +263,11 @@ def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
     return Weight("int4", pack_int4(q), scale)
 
 
-def to_codes(w: Tensor, group_size: int = 64) -> tuple[Tensor, Tensor]:
-    """w [N, K] as CODES, int8 [N, K], and scales [N, K / group_size], as the CPU's NL4 holds it."""
-    codes = torch.tensor(CODES, dtype=torch.float32)
+def to_codes(w: Tensor, group_size: int = 64, values: Sequence[int] = CODES) -> tuple[Tensor, Tensor]:
+    """w [N, K] as values, int8 [N, K], and scales [N, K / group_size]; by default as the CPU's NL4 has it."""
+    codes = torch.tensor(values, dtype=torch.float32)
     between = (codes[1:] + codes[:-1]) / 2
-    ends = (float(CODES[-1]), float(CODES[0]))
+    ends = (float(values[-1]), float(values[0]))
     return round_to_grid(w, group_size, ends, lambda x, step: codes[torch.bucketize(x * (1 / step), between)])
 
 

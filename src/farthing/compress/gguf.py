@@ -1,0 +1,116 @@
+"""Write a checkpoint as one GGUF file.
+
+Quantized matrices keep their integers where GGUF has a type for them, so that a calibrated checkpoint stays
+calibrated; others are rounded to the nearest.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from farthing.checkpoint.gguf_types import WRITTEN
+from farthing.checkpoint.reader import Checkpoint
+from farthing.engine.tokenizer import Tokenizer
+from farthing.files import replace
+from farthing.lazy import gguf, np
+from farthing.memory import gigabytes
+from farthing.model.config import ModelConfig
+from farthing.model.gguf import ENDS
+from farthing.model.gguf_metadata import architecture_of, metadata_of, read_back
+from farthing.model.gguf_write import GgufTensors, Kept, Stored
+from farthing.tokenizer_gguf import fields_of
+
+log = logging.getLogger(__name__)
+SUFFIX = ".gguf"
+_TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
+
+
+def check_export(config: ModelConfig, out: Path, kind: str | None) -> None:
+    """Raise ValueError for what is refused of a model of which only the configuration is known."""
+    if out.suffix != SUFFIX or not out.absolute().parent.is_dir():
+        raise ValueError(f"out: got {str(out)!r}; expected a {SUFFIX} file in an existing directory")
+    if kind is not None and kind.upper() not in WRITTEN:
+        raise ValueError(f"type: got {kind!r}; expected {', '.join(WRITTEN).lower()}")
+    architecture_of(config)
+    if config.layer_sizes:
+        raise ValueError("model: its layers differ in size (layer_sizes), which GGUF cannot say")
+
+
+def export_gguf(
+    path: Path, out: Path, kind: str | None = None, progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, Kept]:
+    """Write the model directory `path` to `out`, which appears once it is complete; returns how matrices were
+    stored, by type.
+
+    kind: the type of dense and FP8 matrices, see `GgufTensors`. Raises ConfigError, CheckpointError or
+    ValueError before any work, OSError for too small a disk.
+    """
+    checkpoint = Checkpoint.open(path)
+    written = GgufTensors(checkpoint, kind and kind.upper())
+    check_export(written.config, out, kind)
+    metadata = metadata_of(written.config, written.architecture)
+    general = {"general.architecture": written.architecture}
+    read_back(written.config, out, general | metadata, written.read_as(), written.factors)
+    metadata |= {"general.type": "model", "general.name": path.name, "general.quantization_version": 2}
+    metadata |= _tokenizer(path, written)
+    for field, what in (("num_nextn_predict_layers", "MTP layer"), ("adaptive_experts", "adaptive rule")):
+        if checkpoint.config.get(field):
+            log.warning("%s: the %s of the model is left out", out, what)
+    tensors = list(written)
+    needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(out.absolute().parent).free
+    if needed > free:
+        raise OSError(f"{out} needs {gigabytes(needed)}, and {gigabytes(free)} are free; free some space")
+
+    def write(file: Path) -> None:
+        _write_header(file, written.architecture, metadata, tensors)
+        done = 0
+        with file.open("ab") as stream:
+            for tensor in tensors:
+                for part in tensor.parts():
+                    stream.write(np.ascontiguousarray(part).data)
+                    done += part.nbytes
+                    if progress:
+                        progress(f"writing {out.name}", done >> 10, needed >> 10)
+                stream.write(bytes(-stream.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+                checkpoint.release()
+
+    replace(out, write)
+    return dict(sorted(written.kept.items()))
+
+
+def _write_header(
+    file: Path, architecture: str, metadata: Mapping[str, Any], tensors: Sequence[Stored]
+) -> None:
+    writer = gguf.GGUFWriter(file, architecture)
+    for name, value in metadata.items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            writer.add_key_value(name, value, gguf.GGUFValueType[_TYPES[type(value)]])
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with file.open("ab") as stream:
+        stream.write(bytes(-stream.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
+def _tokenizer(path: Path, written: GgufTensors) -> dict[str, Any]:
+    """The fields of the tokenizer and the chat template. Raises ValueError or FileNotFoundError."""
+    tokenizer = Tokenizer.from_directory(path, written.config.eos_token_ids)
+    where = str(path / "tokenizer.json")
+    fields = fields_of(where, tokenizer.backend, written.config.vocab_size, written.architecture)
+    bos = tokenizer.bos_token_id
+    if bos is not None:
+        fields |= {"bos_token_id": bos, "add_bos_token": tokenizer.encode("")[:1] == [bos]}
+    fields |= {f"{end}_token_id": i for end, i in zip(ENDS, tokenizer.eos_token_ids, strict=False)}
+    found = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    template = tokenizer.chat_template
+    return found | ({"tokenizer.chat_template": template} if template else {})

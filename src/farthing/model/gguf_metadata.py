@@ -1,0 +1,156 @@
+"""The metadata of a model's GGUF file, which `farthing.model.gguf` reads back as the same configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from farthing.checkpoint.gguf import ARCHITECTURES
+from farthing.lazy import np
+from farthing.model.attention import frequencies
+from farthing.model.config import LatentHeads, ModelConfig
+from farthing.model.fields import ConfigError, RopeConfig
+from farthing.model.gguf import Metadata, config_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_GATING = {"softmax": 1, "sigmoid": 2}  # values of expert_gating_func
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The architecture under which a model is written. Raises ConfigError for others, with those that are."""
+    for name, names in ARCHITECTURES.items():
+        if config.model_type in names.types:
+            return name
+    types = ", ".join(kind for names in ARCHITECTURES.values() for kind in names.types)
+    raise ConfigError(
+        f"model_type: got {config.model_type!r}, which is not written as GGUF; expected {types}"
+    )
+
+
+def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
+    """The architecture's own fields, under their full names."""
+    own = {
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "vocab_size": c.vocab_size,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        **_heads(c),
+        **_rope(c.rope),
+        **(_experts(c) if c.n_routed_experts else {}),
+        **_recurrence(c),
+    }
+    if any(c.windows):
+        own["attention.sliding_window"] = max(c.windows)
+    if architecture == "qwen35moe":  # three axes of a position, which are equal in text
+        pairs = c.attention.rotary_width // 2
+        own["rope.dimension_sections"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3, 0]
+    return {f"{architecture}.{name}": value for name, value in own.items()}
+
+
+def _heads(c: ModelConfig) -> dict[str, Any]:
+    heads = c.attention
+    found = {"attention.head_count": heads.num_attention_heads, "rope.dimension_count": heads.rotary_width}
+    if not isinstance(heads, LatentHeads):
+        return found | {
+            "attention.head_count_kv": heads.num_key_value_heads,
+            "attention.key_length": heads.head_dim,
+            "attention.value_length": heads.head_dim,
+        }
+    return found | {
+        "attention.q_lora_rank": heads.q_lora_rank or 0,
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": heads.kv_lora_rank,
+        "attention.key_length": heads.cache_width,
+        "attention.value_length": heads.kv_lora_rank,
+        "attention.key_length_mla": heads.qk_head_dim,
+        "attention.value_length_mla": heads.v_head_dim,
+    }  # fmt: skip
+
+
+def _rope(rope: RopeConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {"rope.freq_base": rope.theta}
+    if rope.factor is None or rope.kind == "llama3":  # whose factors are a tensor
+        return found
+    found |= {
+        "rope.scaling.type": rope.kind,
+        "rope.scaling.factor": rope.factor,
+        "rope.scaling.original_context_length": rope.original_max_position,
+    }
+    if rope.kind == "yarn":
+        found |= {f"rope.scaling.yarn_{n}": getattr(rope, n) for n in ("beta_fast", "beta_slow")}
+    if rope.mscale_all_dim:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope.mscale_all_dim
+    return found
+
+
+def _experts(c: ModelConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "expert_count": c.n_routed_experts,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_count": c.n_shared_experts,
+        "expert_weights_scale": c.routed_scaling_factor,
+        "expert_weights_norm": c.norm_topk_prob,
+        "expert_gating_func": _GATING[c.scoring_func],
+        "leading_dense_block_count": c.first_k_dense_replace,
+    }
+    if c.n_group > 1:
+        found |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+    if c.shared_gate:
+        found["expert_shared_feed_forward_length"] = c.shared_size
+    return found
+
+
+def _recurrence(c: ModelConfig) -> dict[str, Any]:
+    if c.recurrent is None:
+        return {}
+    s = c.recurrent.spec
+    return {
+        "ssm.conv_kernel": s.width,
+        "ssm.state_size": s.key_dim,
+        "ssm.group_count": s.key_heads,
+        "ssm.time_step_rank": s.value_heads,
+        "ssm.inner_size": s.values,
+        "attention.recurrent_layers": [c.is_recurrent(i) for i in range(c.num_hidden_layers)],
+    }
+
+
+def rotary_factors(rope: RopeConfig, width: int) -> NDArray[np.float32] | None:
+    """The tensor of factors by which Llama 3 scales the frequencies of pairs; None for other scalings."""
+    if rope.factor is None or rope.kind != "llama3":
+        return None
+    factors: NDArray[np.float32] = frequencies(replace(rope, factor=None), width) / frequencies(rope, width)
+    return factors
+
+
+# Not compared: what the tokenizer's fields have, and projections that are read as if they were not fused.
+_UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "recurrent")
+
+
+def read_back(
+    config: ModelConfig, out: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]],
+    factors: NDArray[np.float32] | None,
+) -> ModelConfig:  # fmt: skip
+    """The configuration that a reader of the file will find. Raises ConfigError if it is another one.
+
+    tensors: Hugging Face's names and shapes of what the file will have.
+    """
+    described = Metadata(out, {name: partial(metadata.get, name) for name in metadata})
+    found = ModelConfig.from_json(config_of(described, tensors, factors))
+    if all(map(config.is_moe, range(config.num_hidden_layers))):  # no layer has an MLP of this width
+        config = replace(config, intermediate_size=found.intermediate_size)
+    for field in fields(ModelConfig):
+        own, read = getattr(config, field.name), getattr(found, field.name)
+        if own != read and field.name not in _UNCOMPARED:
+            raise ConfigError(
+                f"model: its {field.name} is {str(own)[:200]}, and GGUF of the architecture "
+                f"{described.architecture!r} can only say {str(read)[:200]}"
+            )
+    return found
