@@ -28,7 +28,8 @@ struct Router {  // see farthing.ops.api.RouterSpec
   float mass = -1.0f;  // adaptive when not negative
   int min_experts = 2;
   std::vector<float> bias;
-  std::vector<float> logit_bias;  // added before the activation; empty: none
+  std::vector<float> logit_bias;    // added before the activation; empty: none
+  std::vector<float> expert_scale;  // of the chosen experts' final weights; empty: none
 
   void check() const;  // throws on sizes that choose_experts would not survive
 };
@@ -90,6 +91,7 @@ struct Attention {
   const float* bias = nullptr;    // [(H + 2 G) d] added to queries, keys and values, or null
   const float* q_norm = nullptr;  // [d] of each head, or [H d] of all heads together; or null
   const float* k_norm = nullptr;  // [d], or [G d]
+  const float* v_norm = nullptr;  // [d] of each value, or null
   bool whole_norm = false;        // the norms are those of all heads together
   bool gated = false;             // H d further columns, and as many of bias, whose sigmoid scales the output
   int window = 0;                 // keys up to its own that a token sees; 0: all of them
@@ -113,6 +115,16 @@ struct Attention {
   }
 };
 
+// What some layers have after attention and feed. See farthing.ops.api.LayerHandles.
+struct Post {
+  const float* attention = nullptr;  // [D] norm of attention's output, before it is added; or null
+  const float* feed = nullptr;       // [D] norm of the feed's; or null, and then there is nothing below
+  const Moe* beside = nullptr;       // an MLP whose normed output is added to the feed's; or null
+  const float *input_norm = nullptr, *norm = nullptr, *feed_norm = nullptr;  // [D] of its input, its output
+                                                                             // and the feed's
+  float scale = 1.0f;                                                        // of the layer's output
+};
+
 struct Layer {  // one layer's weights; attention and feed are owned by the layer's creator
   const float *norm, *q_norm, *feed_norm;
   std::shared_ptr<Packed> qkv_a, q_b, o, o_rest;  // q_b null: the query comes whole from qkv_a
@@ -124,11 +136,12 @@ struct Layer {  // one layer's weights; attention and feed are owned by the laye
       feed_sum;                  // over the ranks that share attention, and the feed; null: this one alone
   const Delta* delta = nullptr;  // instead of attention: then qkv_a computes queries, keys, values and gates
   std::shared_ptr<Packed> gates = nullptr;  // and this b and a
+  Post post = {};
 };
 
 struct Layers {
   std::vector<Layer> layers;
-  std::vector<float> qkv, q, gates, heads, biased, hidden;  // passed from one op to the next
+  std::vector<float> qkv, q, gates, heads, biased, hidden, beside;  // passed from one op to the next
   void add(Layer layer);
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
@@ -214,8 +227,9 @@ class Backend {
   void index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
              const IndexBatch& batch, int32_t* out);
   void layers(Layers& model, const LayersArgs& in);
-  void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, int k, float* values,
-                  int64_t* ids, float* logsumexp);
+  // cap, unless 0: logits z become cap tanh(z / cap).
+  void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, float cap, int k,
+                  float* values, int64_t* ids, float* logsumexp);
   // The id of the largest logit of each row, the lowest of equal ones. A head of planes is read in part.
   void greedy(const Packed& head, Rows x, int tokens, const float* norm, float eps, int64_t* ids);
   void softmax(Rows x, int rows, int n, Rows out);
@@ -228,6 +242,9 @@ class Backend {
 
  private:
   void product(const Packed& w, const LinearArgs& in);  // `linear` without `Packed::next`
+  // y [T, D] = (x + norm(y)) scale, where y may first be the sum of two normed outputs.
+  void add_normed(Rows x, int tokens, int hidden, const float* norm, float eps, float scale, Rows y,
+                  const Post* both = nullptr, Rows beside = {nullptr, 0});
   void greedy_by_planes(const Packed& head, Rows x, int tokens, const float* norm, float eps, int64_t* ids);
   Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
               float eps, float* scratch);

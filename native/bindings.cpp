@@ -189,7 +189,8 @@ NB_MODULE(_native, module) {
       .def_rw("mass", &Router::mass)
       .def_rw("min_experts", &Router::min_experts)
       .def_rw("bias", &Router::bias)
-      .def_rw("logit_bias", &Router::logit_bias);
+      .def_rw("logit_bias", &Router::logit_bias)
+      .def_rw("expert_scale", &Router::expert_scale);
 
   nb::class_<Moe>(module, "Moe")
       .def(
@@ -228,15 +229,15 @@ NB_MODULE(_native, module) {
       .def(
           "group",
           [](Attention& a, int groups, int rotated, uint64_t bias, uint64_t q_norm, uint64_t k_norm,
-             bool whole_norm, bool gated, int window, uint64_t sinks) {
+             bool whole_norm, bool gated, int window, uint64_t sinks, uint64_t v_norm) {
             a.groups = groups, a.rotated = rotated, a.whole_norm = whole_norm, a.gated = gated;
             a.window = window;
             a.bias = at<float>(bias), a.q_norm = at<float>(q_norm), a.k_norm = at<float>(k_norm);
-            a.sinks = at<float>(sinks);
+            a.sinks = at<float>(sinks), a.v_norm = at<float>(v_norm);
             a.check();
           },
           "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a, "gated"_a, "window"_a,
-          "sinks"_a);
+          "sinks"_a, "v_norm"_a);
 
   nb::exception<NotFinite>(module, "NotFinite", PyExc_ArithmeticError);
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);
@@ -276,6 +277,15 @@ NB_MODULE(_native, module) {
           },
           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a,
           "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a = 0)
+      .def(
+          "post",  // of the layer that was added last; no addresses: it has none
+          [](Layers& self, uint64_t attention, uint64_t feed, const Moe* beside, uint64_t input_norm,
+             uint64_t norm, uint64_t feed_norm, float scale) {
+            self.layers.back().post = {
+                at<float>(attention), at<float>(feed),      beside, at<float>(input_norm),
+                at<float>(norm),      at<float>(feed_norm), scale};
+          },
+          "attention"_a, "feed"_a, "beside"_a.none(), "input_norm"_a, "norm"_a, "feed_norm"_a, "scale"_a)
       .def(
           "add_recurrent",
           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkvz, std::shared_ptr<Packed> gates,
@@ -359,12 +369,13 @@ NB_MODULE(_native, module) {
           "counts_stride"_a, "out"_a, "state"_a.none() = nb::none(), free)
       .def(
           "top_logits",
-          [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps, int k,
+          [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps, float cap, int k,
              uint64_t values, uint64_t ids, uint64_t logsumexp) {
-            b.top_logits(head, x, tokens, at<float>(norm), eps, k, at<float>(values), at<int64_t>(ids),
+            b.top_logits(head, x, tokens, at<float>(norm), eps, cap, k, at<float>(values), at<int64_t>(ids),
                          at<float>(logsumexp));
           },
-          "head"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "k"_a, "values"_a, "ids"_a, "logsumexp"_a, free)
+          "head"_a, "x"_a, "tokens"_a, "norm"_a, "eps"_a, "cap"_a, "k"_a, "values"_a, "ids"_a, "logsumexp"_a,
+          free)
       .def(
           "greedy",
           [](Backend& b, const Packed& head, Rows x, int tokens, uint64_t norm, float eps) {

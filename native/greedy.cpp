@@ -134,7 +134,7 @@ void Backend::greedy(const Packed& head, Rows x, int tokens, const float* norm, 
     if (many * kFew <= head.m.panels) return greedy_by_planes(head, x, tokens, norm, eps, ids);
   }
   std::vector<float> values(tokens), logsumexp(tokens);
-  top_logits(head, x, tokens, norm, eps, 1, values.data(), ids, logsumexp.data());
+  top_logits(head, x, tokens, norm, eps, 0.0f, 1, values.data(), ids, logsumexp.data());
 }
 
 void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const float* norm, float eps,
@@ -179,7 +179,7 @@ void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const flo
   }
   float value, logsumexp;
   for (const int t : unsure)
-    top_logits(head, {x.row(t), x.stride}, 1, norm, eps, 1, &value, ids + t, &logsumexp);
+    top_logits(head, {x.row(t), x.stride}, 1, norm, eps, 0.0f, 1, &value, ids + t, &logsumexp);
 }
 
 }  // namespace farthing

@@ -17,6 +17,15 @@ inline void insert(Best* list, int k, Best b) {
   list[i] = b;
 }
 
+// z becomes cap tanh(z / cap).
+void soft_cap(const Kernels& kernels, float* z, int n, float cap) {
+  float out[kColumns];
+  std::fill_n(out, n, 2.0f * cap);
+  for (int i = 0; i < n; ++i) z[i] *= 2.0f / cap;
+  kernels.gate(out, z, n, false);
+  for (int i = 0; i < n; ++i) z[i] = out[i] - cap;
+}
+
 void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t first, int k, Best* best,
                   float* max, float* sum) {
   kernels.exp_sum(logits, n, max, sum);
@@ -57,8 +66,8 @@ void Sizes::top_logits(const Matrix& head, int tokens, int k) {
   Space(work, kernels, head, tokens, k, threads);
 }
 
-void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* norm, float eps, int k,
-                         float* values, int64_t* ids, float* logsumexp) {
+void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* norm, float eps, float cap,
+                         int k, float* values, int64_t* ids, float* logsumexp) {
   const Matrix& w = packed.m;
   work_.reset();
   const Space space(work_, kernels, w, tokens, k, pool.size());
@@ -70,6 +79,7 @@ void Backend::top_logits(const Packed& packed, Rows x, int tokens, const float* 
       kernels.tile(w, c * kChunk, count, act, tokens, tile, kColumns);
       for (int t = 0; t < tokens; ++t) {
         const size_t at = static_cast<size_t>(c) * tokens + t;
+        if (cap != 0.0f) soft_cap(kernels, tile + t * kColumns, n, cap);
         reduce_chunk(kernels, tile + t * kColumns, n, static_cast<int64_t>(c) * kColumns, k,
                      space.best + at * k, space.max + at, space.sum + at);
       }

@@ -7,11 +7,32 @@
 
 namespace farthing {
 
+namespace {
+constexpr int kFewRows = 8;  // up to which one thread adds the outputs of attention and feed
+}
+
 Rows Layers::rows(std::vector<float>& memory, int tokens, int width) {
   const auto stride = static_cast<int64_t>(round_up(static_cast<size_t>(width), size_t{16}));
   if (memory.size() < static_cast<size_t>(tokens) * stride)
     memory.resize(static_cast<size_t>(tokens) * stride);
   return {memory.data(), stride};
+}
+
+void Backend::add_normed(Rows x, int tokens, int hidden, const float* norm, float eps, float scale, Rows y,
+                         const Post* both, Rows beside) {
+  const auto one = [&](int t) {
+    float* to = y.row(t);
+    if (both) {
+      kernels.rms_norm(to, both->feed_norm, eps, hidden, to);
+      kernels.rms_norm(beside.row(t), both->norm, eps, hidden, beside.row(t));
+      kernels.add(to, beside.row(t), hidden);
+    }
+    kernels.rms_norm(to, norm, eps, hidden, to);
+    kernels.blend(to, scale, x.row(t), scale, hidden);
+  };
+  if (tokens > kFewRows)
+    return pool.run([&](Team& team) { team.for_units(0, 1, tokens, [&](int, int t) { one(t); }); });
+  for (int t = 0; t < tokens; ++t) one(t);
 }
 
 void Backend::layers(Layers& model, const LayersArgs& in) {
@@ -52,10 +73,20 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
     }
     const Rows h = Layers::rows(model.hidden, T, hidden);
     // Over ranks, the residual, which they all have, is added to the sum.
-    linear(*l.o, {heads, T, nullptr, in.eps, l.o_sum ? none : x, h, l.o_rest.get()});
-    if (l.o_sum) l.o_sum->add(h, T, hidden, x);
-    moe(*l.feed, {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum});
-    if (l.feed_sum) l.feed_sum->add(in.out, T, hidden, h);
+    const Post& post = l.post;
+    linear(*l.o, {heads, T, nullptr, in.eps, l.o_sum || post.attention ? none : x, h, l.o_rest.get()});
+    if (l.o_sum) l.o_sum->add(h, T, hidden, post.attention ? none : x);
+    if (post.attention) add_normed(x, T, hidden, post.attention, in.eps, 1.0f, h);
+    moe(*l.feed, {h, T, l.feed_norm, in.eps, in.out, counts, nullptr, nullptr, !l.feed_sum && !post.feed});
+    if (l.feed_sum) l.feed_sum->add(in.out, T, hidden, post.feed ? none : h);
+    Rows beside = none;
+    if (post.beside) {
+      beside = Layers::rows(model.beside, T, hidden);
+      moe(*post.beside, {h, T, post.input_norm, in.eps, beside, nullptr, nullptr, nullptr, false});
+      if (l.o_sum) l.o_sum->add(beside, T, hidden);
+    }
+    if (post.feed)
+      add_normed(h, T, hidden, post.feed, in.eps, post.scale, in.out, post.beside ? &post : nullptr, beside);
     x = in.out;
     if (counts) counts += in.counts_stride;
   }

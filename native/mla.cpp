@@ -269,9 +269,11 @@ class Mla {
     if (norm) kernels_.rms_norm(row, norm, in_.eps, d, row);
     const int64_t at = static_cast<int64_t>(in_.batch.positions[t]) * (w_.rotated / 2);
     rotate_row(row, w_.rotated, w_.cos + at, w_.sin + at, w_.interleaved, 1.0f, row);
-    if (g >= 0)
-      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t],
-                          row + static_cast<int64_t>(w_.groups) * d, d, row, d);
+    if (g >= 0) {
+      float* value = row + static_cast<int64_t>(w_.groups) * d;
+      if (w_.v_norm) kernels_.rms_norm(value, w_.v_norm, in_.eps, d, value);
+      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t], value, d, row, d);
+    }
     const int place = wide_.place[t];
     if (place < 0) return;
     float* to = query(place, head);

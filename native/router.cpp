@@ -83,7 +83,8 @@ void Router::check() const {
           "less than num_experts = " + std::to_string(experts));
   const int biases = static_cast<int>(bias.size());
   const int logits = static_cast<int>(logit_bias.size());
-  for (const int count : {biases, logits})
+  const int scales = static_cast<int>(expert_scale.size());
+  for (const int count : {biases, logits, scales})
     require(count == 0 || count == experts, "biases", count, "num_experts = " + std::to_string(experts));
 }
 
@@ -102,6 +103,8 @@ void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights
   for (int i = 0; i < r.top_k; ++i) sum += weights[i];
   for (int i = 0; i < r.top_k; ++i)
     weights[i] = (r.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * r.scale;
+  for (int i = 0; i < r.top_k && !r.expert_scale.empty(); ++i)
+    if (ids[i] >= 0) weights[i] *= r.expert_scale[ids[i]];
 }
 
 }  // namespace farthing

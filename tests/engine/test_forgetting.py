@@ -46,6 +46,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "two widths": DENSE
+    | {
+        "model_type": "gemma4_text",
+        "global_head_dim": 16,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "enable_moe_block": True,
+        "num_experts": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 16,
+    },
     "states": DENSE
     | {
         "model_type": "qwen3_next",

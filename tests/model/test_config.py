@@ -31,7 +31,7 @@ def test_v3_values() -> None:
     assert f[11] < 10000.0 ** (-2 * 11 / 64)
     assert f[23] == pytest.approx(10000.0 ** (-2 * 23 / 64) / 40, rel=1e-5)
     # cos and sin are multiplied by m(mscale) / m(mscale_all_dim) = 1.
-    assert rope_table(config)[0, 0].tolist() == [1.0] * 32
+    assert rope_table(config.rope, 64, 4)[0, 0].tolist() == [1.0] * 32
 
 
 def test_aliases_of_newer_files() -> None:

@@ -22,6 +22,9 @@ ALSO = {
     "first_k_dense_replace": ("mlp_layer_types",),
     "index_topk": ("index_n_heads", "index_head_dim"),
     "q_lora_rank": ("index_topk",),
+    "num_hidden_layers": ("layer_types",),
+    "num_global_key_value_heads": ("num_key_value_heads",),
+    "global_head_dim": ("head_dim",),
 }
 
 
@@ -50,7 +53,7 @@ def shrunk(raw: dict[str, Any]) -> dict[str, Any]:
     """With few layers, so that parameters are quickly listed."""
     text = raw.get("text_config", raw)
     text.update({name: n for name, n in SMALL.items() if name in text})
-    for name in ("mlp_layer_types", "indexer_types"):
+    for name in ("mlp_layer_types", "indexer_types", "layer_types"):
         if name in text:
             text[name] = text[name][:4]
     return raw

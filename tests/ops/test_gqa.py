@@ -27,6 +27,7 @@ SIZES = {
     "odd": GroupedSpec(6, 3, 20, 20, 0.25),
     "gpt_oss": GroupedSpec(16, 2, 64, 64, 0.125),
     "many": GroupedSpec(20, 1, 32, 32, 0.2),  # more heads than a unit has rows
+    "gemma4": GroupedSpec(4, 2, 512, 512, 0.05),
 }
 _EXACT: dict[object, list[Tensor]] = {}
 Step = list[tuple[int, int]]  # (cached, new) of each sequence; none has more cached than it had tokens
@@ -47,7 +48,9 @@ class Case:
         width = (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim
         angles = torch.rand(max(lengths), spec.rope_dim // 2) * 6
         parts = GroupedParts(
-            torch.randn(width) * 0.3, sinks=torch.randn(spec.num_heads) * 2 if sinks else None
+            torch.randn(width) * 0.3,
+            sinks=torch.randn(spec.num_heads) * 2 if sinks else None,
+            v_norm=torch.rand(spec.head_dim) + 0.5,
         )
         qkv = [torch.randn(n, width) for n in lengths]
         return cls(spec, parts, torch.stack((angles.cos(), angles.sin())), qkv)
@@ -61,8 +64,9 @@ class Case:
 
     def _exact(self) -> list[Tensor]:
         s, out = self.spec, []
-        wide = [None if p is None else p.double() for p in (self.parts.bias, self.parts.sinks)]
-        heads = pack_grouped(s, GroupedParts(wide[0], sinks=wide[1]), self.rope.double(), lambda x: x)
+        given = (self.parts.bias, self.parts.sinks, self.parts.v_norm)
+        bias, sinks, norm = (None if p is None else p.double() for p in given)
+        heads = pack_grouped(s, GroupedParts(bias, sinks=sinks, v_norm=norm), self.rope.double(), lambda x: x)
         for x in self.qkv:
             at = torch.arange(len(x))
             q, k, v = prepared(x.double(), heads, at)
@@ -151,6 +155,7 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     [
         ("small", "float32", 4), ("odd", "bfloat16", 16), ("odd", "int8", 16), ("gpt_oss", "bfloat16", 64),
         ("gpt_oss", "fp8", 16), ("gpt_oss", "float32", 16), ("many", "bfloat16", 16),
+        ("gemma4", "bfloat16", 16),
     ],
 )  # fmt: skip
 def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, block: int) -> None:
@@ -162,7 +167,8 @@ def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, bloc
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("window", [None, 30, 200, 700])
 @pytest.mark.parametrize(
-    ("name", "cache_dtype"), [("odd", "float32"), ("small", "bfloat16"), ("small", "int8")]
+    ("name", "cache_dtype"),
+    [("odd", "float32"), ("small", "bfloat16"), ("small", "int8"), ("gemma4", "bfloat16")],
 )
 def test_large_chunks_of_long_prompts(isa: str, window: int | None, name: str, cache_dtype: str) -> None:
     """They take expanded attention; other chunks of it give the same bits."""

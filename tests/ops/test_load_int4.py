@@ -83,7 +83,7 @@ def test_only_feed_forwards_get_4_bits() -> None:
     assert torch.equal(
         ops.pack_linear("o", lambda: [Weight("dense", w)]), quantize_int8(w).dequantize(ops.dtype)
     )
-    gate = ops.pack_mlp("m", lambda: (Weight("dense", w),) * 3)[0]
+    gate = ops.pack_mlp("m", lambda: (Weight("dense", w),) * 3).parts[0]
     assert torch.equal(gate, rounded(Weight("dense", w), "int4", mlp=True).dequantize(ops.dtype))
 
 

@@ -70,7 +70,7 @@ def test_two_expert_ranks_of_cpu_kernels_generate_the_tokens_of_one(name: str, t
     ("name", "layout", "seed"),
     [
         ("qwen3_moe", "tp", 2), ("llama", "tp", 3), ("smollm3", "pp", 0), ("granitemoe", "ep", 0),
-        ("gpt_oss", "tp", 0), ("olmoe", "tp", 2), ("minimax_m2", "tp", 1),
+        ("gpt_oss", "tp", 0), ("olmoe", "tp", 2), ("minimax_m2", "tp", 1), ("gemma4_text", "tp", 1),
     ],
 )  # fmt: skip
 def test_two_ranks_of_grouped_heads(name: str, layout: str, seed: int, tmp_path: Path) -> None:

@@ -334,6 +334,48 @@ def gpt_oss(rng: random.Random) -> Any:
     return transformers.GptOssForCausalLM(config)
 
 
+def gemma(rng: random.Random) -> dict[str, Any]:
+    """Fields common to Gemma's types."""
+    s = grouped(rng) | dict(head_dim=rng.choice([8, 16, 20]), sliding_window=rng.choice([1, 3, 8, 17]))
+    s |= dict(num_hidden_layers=rng.choice([2, 3, 7]), pad_token_id=0, attn_implementation="eager")
+    if rng.random() < 0.5:
+        kinds = ("full_attention", "sliding_attention")
+        s |= dict(layer_types=[rng.choice(kinds) for _ in range(s["num_hidden_layers"])])
+    return s | dict(final_logit_softcapping=rng.choice([None, 2.0, 30.0]))
+
+
+def gemma3_text(rng: random.Random) -> Any:
+    s = gemma(rng) | dict(query_pre_attn_scalar=rng.choice([8, 24]))
+    if rng.random() < 0.5:
+        full, local = scaled_rope(rng), dict(rope_type="default", rope_theta=100.0)
+        s |= dict(rope_parameters=dict(full_attention=full, sliding_attention=local))
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**s))
+
+
+def gemma3(rng: random.Random) -> Any:
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(image_size=28, patch_size=14)
+    text = gemma3_text(rng).config
+    text.final_logit_softcapping = None  # transformers ignores it in this class
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=text.tie_word_embeddings
+    )
+    config._attn_implementation = "eager"
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def gemma4_text(rng: random.Random) -> Any:
+    s = gemma(rng) | dict(hidden_size_per_layer_input=0, global_head_dim=rng.choice([8, 16, 24]))
+    s |= dict(attention_k_eq_v=rng.random() < 0.5)
+    groups = [n for n in (1, 2, 3) if s["num_attention_heads"] % n == 0]
+    s |= dict(num_global_key_value_heads=rng.choice([None, *groups]))
+    if rng.random() < 0.7:
+        found = routed(rng)
+        s |= dict(enable_moe_block=True, num_experts=found["num_experts"], moe_intermediate_size=24)
+        s |= dict(top_k_experts=found["num_experts_per_tok"])
+    return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**s))
+
+
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
@@ -351,6 +393,9 @@ GROUPED: dict[str, Build] = {
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_5_moe_text": qwen3_5_moe_text,
     "gpt_oss": gpt_oss,
+    "gemma3_text": gemma3_text,
+    "gemma3": gemma3,
+    "gemma4_text": gemma4_text,
 }
 FAMILIES: dict[str, Build] = {
     "deepseek_v3": deepseek_v3,
@@ -379,6 +424,8 @@ def build(name: str, seed: int, path: Path) -> Any:
             value.data = (0.0 if key.endswith("bias") else 1.0) + 0.1 * torch.randn_like(value)
         elif "e_score_correction_bias" in key or key.endswith("bias"):
             value.data = 0.1 * torch.randn_like(value)
+        elif key.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+            value.data = 0.5 + torch.rand_like(value)
         elif "sinks" in key:
             value.data = torch.randn_like(value)
         elif value.ndim > 1:

@@ -76,6 +76,9 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "mistral-7b-v0.3": ("7.25", "7.25", "both"),
     "smollm3-3b": ("3.1", "3.1", "head"),
     "smollm2-135m": ("0.135", "0.135", "head"),
+    "gemma-3-270m": ("0.27", "0.27", "head"),
+    "gemma-3-1b": ("1.0", "1.0", "head"),
+    "gemma-4-26b-a4b": ("25.2", "3.8", "head"),
 }
 # 2.451 is published as 2.4, and 3.353 as 3.3: truncated, not rounded.
 TRUNCATED = {"deepseek-v2-lite", "qwen3-30b-a3b", "qwen3-30b-a3b-2507", "qwen3-coder-30b-a3b"}

@@ -16,9 +16,21 @@ from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model import FeedForward, MemorySource, ModelConfig, MTPLayer, router_spec
-from farthing.model.attention import attention_of, rope_table
-from farthing.ops import AttentionSpec, Batch, LatentCache, MoEWeights, Norm, Ops, Place, RouterSpec, Weight
-from farthing.ops.reference import ReferenceOps
+from farthing.model.attention import attention_of, layer_rope
+from farthing.ops import (
+    SILU,
+    AttentionSpec,
+    Batch,
+    Gate,
+    LatentCache,
+    MoEWeights,
+    Norm,
+    Ops,
+    Place,
+    RouterSpec,
+    Weight,
+)
+from farthing.ops.reference import ReferenceOps, capped, gated_by
 
 Gated = tuple[Weight, Weight, Weight]
 STACKED = (
@@ -71,16 +83,18 @@ class TracedOps(ReferenceOps):
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
         return self._matrix(name, *weights())
 
-    def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Any:
+    def pack_mlp(self, name: str, weights: Callable[[], Gated], activation: Gate = SILU) -> Any:
         gate, up, down = weights()
         parts = (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
-        return tuple(self._matrix(f"{name}.{part}", w) for part, w in parts)
+        return activation, *(self._matrix(f"{name}.{part}", w) for part, w in parts)
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Any:
         w = weights()
-        packed = super().pack_moe(name, spec, lambda: MoEWeights(w.gate, w.bias, (), None))
-        experts = [self.pack_mlp(f"{name}.experts.{e}", load) for e, load in enumerate(w.experts) if load]
-        shared = self.pack_mlp(f"{name}.shared_experts", w.shared) if w.shared else None
+        packed = super().pack_moe(name, spec, lambda: replace(w, experts=(), shared=None))
+        experts = [
+            self.pack_mlp(f"{name}.experts.{e}", load, spec.gate) for e, load in enumerate(w.experts) if load
+        ]
+        shared = self.pack_mlp(f"{name}.shared_experts", w.shared, spec.gate) if w.shared else None
         return name, packed, experts, shared
 
     def pack_attention(
@@ -95,10 +109,11 @@ class TracedOps(ReferenceOps):
     def _apply(self, matrix: Matrix, x: Tensor) -> Tensor:
         return F.linear(self.before(matrix, x), matrix.weight)
 
-    def _gated(self, x: Tensor, mlp: tuple[Matrix, Matrix, Matrix]) -> Tensor:
-        gate, up, down = mlp
+    def _gated(self, x: Tensor, mlp: tuple[Gate, Matrix, Matrix, Matrix]) -> Tensor:
+        activation, gate, up, down = mlp
         x = self.before(gate, x)
-        return self._apply(down, F.silu(F.linear(x, gate.weight)) * F.linear(x, up.weight))
+        inner = gated_by(activation, F.linear(x, gate.weight), F.linear(x, up.weight))
+        return self._apply(down, inner)
 
     def linear(
         self, x: Tensor, weight: Any, norm: Norm | None = None, residual: Tensor | None = None
@@ -137,7 +152,7 @@ class TracedOps(ReferenceOps):
         return x + out if residual else out
 
     def logits(self, x: Tensor, head: Any, norm: Norm) -> Tensor:
-        return self.linear(x, head, norm)
+        return capped(self.linear(x, head, norm), norm)
 
 
 ATTENTION = (
@@ -285,7 +300,7 @@ Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
 def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
     """The layer as the serving model builds it on `ops`: (hidden, next_ids, batch, cache) -> hidden."""
     c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
-    rope = ops.tensor(rope_table(c))
+    rope = ops.tensor(layer_rope(c, layer.index))
     router = router_spec(c) if layer.is_moe else None
     if layer.is_mtp:
         hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}

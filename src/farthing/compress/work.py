@@ -84,7 +84,7 @@ def forward(
     out = torch.empty_like(stream.hidden)
     for rows, lengths in stream.chunks(CHUNK):
         batch, blocks = paged_batch(lengths)
-        heads = layer.config.attention
+        heads = layer.config.heads(layer.index)
         cache = ops.new_cache(heads.cache_rows, blocks, PAGE, heads.cache_width, "float32")
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
         advance(rows.stop / len(out))

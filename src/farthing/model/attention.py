@@ -7,7 +7,8 @@ q the query latent.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np
 from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
@@ -42,15 +43,32 @@ def norm_of(
     return Norm(weight if scale == 1.0 else weight * scale, config.rms_norm_eps)
 
 
-def rope_table(config: ModelConfig) -> NDArray[np.float32]:
+def rope_tables(
+    config: ModelConfig, here: Callable[[NDArray[np.float32]], Any] = lambda table: table
+) -> list[Any]:
+    """The table of every layer, MTP layers included, on a device; layers share them."""
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
+    made = {key: here(layer_rope(config, layer)) for key, layer in zip(keys, layers, strict=True)}
+    return [made[key] for key in keys]
+
+
+def layer_rope(config: ModelConfig, layer: int) -> NDArray[np.float32]:
+    """The table of a layer."""
+    width, length = config.heads(layer).rotary_width, config.max_position_embeddings
+    if layer in config.unrotated:
+        return still(length, width)
+    return rope_table(config.rope_of(layer), width, length)
+
+
+def rope_table(rope: RopeConfig, width: int, length: int) -> NDArray[np.float32]:
     """(cos, sin) of every position and pair, float32 [2, length, r/2].
 
     Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
 
-    Legend: r rotary head size.
+    Legend: r rotary head size, `width`.
     """
-    rope, length = config.rope, config.max_position_embeddings
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, config.attention.rotary_width)
+    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, width)
     magnitude = 1.0
     if rope.factor is not None and rope.kind == "yarn":
         magnitude = _cos_sin_factor(rope)
@@ -69,6 +87,9 @@ def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
     if rope.factor is None:
         return theta
     if rope.kind == "linear":
+        return theta / np.float32(rope.factor)
+    if rope.kind == "proportional":
+        theta[int(rope.turning * dim // 2) :] = 0
         return theta / np.float32(rope.factor)
     if rope.kind == "llama3":
         return _llama3(rope, theta)
@@ -154,7 +175,7 @@ class GroupedAttention:
         self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
     ) -> None:
         p, d = f"model.layers.{layer}.self_attn.", config.hidden_size
-        a = config.attention
+        a = config.heads(layer)
         assert isinstance(a, GroupedHeads)
         self.ops, self.rows, self.window = ops, a.cache_rows, config.window(layer)
         self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
@@ -163,7 +184,8 @@ class GroupedAttention:
         rows = widths | {"q": widths["q"] * (2 if a.output_gate else 1)}
 
         def matrices() -> list[Weight]:
-            q, k, v = (weights.weight(f"{p}{n}_proj", (w, d)) for n, w in rows.items())
+            stored = ("q", "k", "k" if a.shared_kv else "v")
+            q, k, v = (weights.weight(f"{p}{n}_proj", (rows[n], d)) for n in stored)
             if not a.output_gate:
                 return [q, k, v]
             query, gate = ([cut_weight(q, Cut(0, *ends)) for ends in each] for each in _gated_rows(a))
@@ -183,22 +205,22 @@ class GroupedAttention:
                 for n in ("q", "k")
             )
             sinks = vector("sinks", a.num_attention_heads) if a.sinks else None
+            ones = ops.tensor(np.ones(a.head_dim, np.float32)) if a.value_norm else None
             if not a.qkv_bias:
-                return GroupedParts(None, q_norm, k_norm, sinks)
+                return GroupedParts(None, q_norm, k_norm, sinks, ones)
             bias = [host(vector(f"{n}_proj.bias", w)) for n, w in rows.items()]
             if a.output_gate:
                 query, gate = (np.concatenate([bias[0][slice(*e)] for e in each]) for each in _gated_rows(a))
                 bias = [query, *bias[1:], gate]
-            return GroupedParts(ops.tensor(np.concatenate(bias)), q_norm, k_norm, sinks)
+            return GroupedParts(ops.tensor(np.concatenate(bias)), q_norm, k_norm, sinks, ones)
 
-        if layer in config.unrotated:
-            rope = still(ops, rope)
         self.heads = ops.pack_grouped(grouped_spec(config, a, layer), parts(), rope)
         o_shape = (d, a.output_width)
         self.o = ops.pack_output(
             p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), a.num_attention_heads
         )
         self.o_bias = vector("o_proj.bias", d) if a.o_bias else None
+        self.post_norm = norm_of(config, weights, p + "post_norm") if config.post_norms else None
 
     def __call__(self, h: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' values and keys to the cache.
@@ -210,7 +232,11 @@ class GroupedAttention:
         out = ops.gqa(qkv, self.heads, place)  # [T, H d]
         if self.o_bias is not None:
             h = h + self.o_bias.to(h)
-        return ops.linear(out, self.o, residual=h), None
+        if self.post_norm is None:
+            return ops.linear(out, self.o, residual=h), None
+        # Ranks sum their products where there is a residual.
+        out = ops.linear(out, self.o, residual=h * 0)
+        return h + ops.rms_norm(out, self.post_norm), None
 
 
 def _gated_rows(a: GroupedHeads) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -220,11 +246,11 @@ def _gated_rows(a: GroupedHeads) -> tuple[list[tuple[int, int]], list[tuple[int,
     return [(at, at + d) for at in starts], [(at + d, at + 2 * d) for at in starts]
 
 
-def still(ops: Ops, rope: Tensor) -> Tensor:
-    """A table like `rope` that rotates nothing."""
-    table = np.zeros(tuple(rope.shape), np.float32)
+def still(length: int, width: int) -> NDArray[np.float32]:
+    """A table like `rope_table` that rotates nothing."""
+    table = np.zeros((2, length, width // 2), np.float32)
     table[0] = 1
-    return ops.tensor(table)
+    return table
 
 
 def indexer_spec(config: ModelConfig) -> IndexerSpec:
@@ -309,6 +335,7 @@ class LatentAttention:
     rows = 1  # of the cache
     window: int | None = None
     o_bias: Tensor | None = None
+    post_norm: Norm | None = None
 
     def __init__(
         self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor

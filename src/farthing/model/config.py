@@ -73,6 +73,8 @@ class ModelConfig:
     max_position_embeddings: int
     rope: RopeConfig
     windows: tuple[int, ...] = ()  # per hidden layer, how many tokens one attends to; 0, or no entry: all
+    windowed: GroupedHeads | None = None  # of layers with a window; None: the same
+    windowed_rope: RopeConfig | None = None
     unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
     recurrent: DeltaHeads | None = None  # of the layers that have a recurrent state instead of attention
     recurrent_layers: tuple[int, ...] = ()
@@ -83,6 +85,7 @@ class ModelConfig:
     embedding_scale: float = 1.0  # of the embedding's output, and of the logits
     logit_scale: float = 1.0
     rounded_head: bool = False  # the head was meant to be served in 8 bits, where the backend has them
+    logit_cap: float | None = None  # logits z become cap tanh(z / cap)
     # mixture of experts; n_routed_experts None: every layer is dense
     n_routed_experts: int | None = None
     n_shared_experts: int = 0
@@ -100,7 +103,7 @@ class ModelConfig:
     router_bias: bool = True  # noaux_tc only: whether the gate has a correction bias
     scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
     expert_bias: bool = False  # of the experts' matrices, and of the router's logits
-    gate: Gate = SILU  # activation of the experts
+    gate: Gate = SILU  # activation of MLPs and experts
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     shared_gate: bool = False  # the shared expert's output x sigmoid of a learned product with its input
@@ -112,6 +115,10 @@ class ModelConfig:
     index_rope_interleaved: bool = False
     indexer_types: tuple[Literal["full", "shared"], ...] = ()  # per hidden layer; empty: all "full"
     post_mlp_norm: bool = False  # norm on the MoE output before the residual add
+    post_norms: bool = False  # norms on the outputs of attention and of every feed-forward, likewise
+    parallel_mlp: bool = False  # MoE layers have a dense MLP too, each with norms of input and output
+    scaled_router: bool = False  # the router's input has learned scales, not the norm's; experts' weights too
+    layer_scalar: bool = False  # a layer's output is multiplied by a learned number
     shortcut_experts: bool = False  # MoE layers have a dense MLP too; experts are added a layer later
     num_nextn_predict_layers: int = 0
     layer_sizes: tuple[LayerSizes, ...] = ()
@@ -127,15 +134,25 @@ class ModelConfig:
             )
         return self.attention
 
+    def heads(self, layer: int) -> Heads:
+        """The attention heads of a layer."""
+        return self.attention if self.windowed is None or self.window(layer) is None else self.windowed
+
+    def rope_of(self, layer: int) -> RopeConfig:
+        """The rotary embedding of a layer."""
+        own = None if self.window(layer) is None else self.windowed_rope
+        return own or self.rope
+
+    def per_rank(self, tp: int) -> ModelConfig:
+        """This config with the heads of one of `tp` ranks. Raises ValueError."""
+        parts = {"attention": self.attention, "windowed": self.windowed, "recurrent": self.recurrent}
+        own: dict[str, Any] = {name: part and part.per_rank(tp) for name, part in parts.items()}
+        return replace(self, **own)
+
     @property
     def num_attention_heads(self) -> int:
         """Query heads."""
         return self.attention.num_attention_heads
-
-    @property
-    def cache_per_layer(self) -> int:
-        """Cached values per token and layer."""
-        return self.attention.cache_rows * self.attention.cache_width
 
     @property
     def is_v3(self) -> bool:
@@ -148,17 +165,13 @@ class ModelConfig:
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
         more = more or self.shortcut_experts or self.n_identity_experts > 0
         more = more or self.recurrent is not None or self.shared_gate or self.norm_offset > 0
+        more = more or self.post_norms
         stored = type_named(self.model_type).names.stored
         return not more and all(stored(name) == name for name in _SAMPLES)
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer has a recurrent state instead of attention. MTP layers have attention."""
         return layer in self.recurrent_layers
-
-    @property
-    def attention_layers(self) -> int:
-        """Hidden layers with attention."""
-        return self.num_hidden_layers - len(self.recurrent_layers)
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer; others attend to all tokens or an earlier layer's selection."""
@@ -259,6 +272,9 @@ class ModelConfig:
             values = _checked(cls, raw) | _derived(raw)
             if raw.get("recurrent_layers"):
                 values["recurrent"] = read_delta(raw)
+            if raw.get("windowed"):
+                own = {**raw, **raw["windowed"]}
+                values |= {"windowed": read_grouped(own), "windowed_rope": read_rope(own)}
             config = cls(**{**values, "attention": heads, "model_type": kind.name, "rounded_head": rounded})
             check_config(config)
         except ValueError as error:
@@ -310,7 +326,7 @@ def _checked(cls: type[ModelConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
         elif kind in (int, int | None):
             least = 1 if name in _POSITIVE else 0
             values[name] = checked.in_range(name, value, least, MOST.get(name, LARGEST))
-        elif kind is float:
+        elif kind in (float, float | None):
             values[name] = checked.number(name, value, above=0.0)
         elif kind is bool:
             values[name] = checked.flag(name, value)
@@ -389,6 +405,8 @@ def check_config(c: ModelConfig) -> None:
             raise ConfigError(f"{name}: got {value!r}; expected a positive integer")
     try:
         c.attention.check()
+        if c.windowed is not None:
+            c.windowed.check()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):

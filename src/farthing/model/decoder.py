@@ -6,10 +6,11 @@ Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E rou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np
-from farthing.model.attention import attention_of, norm_of, rope_table
+from farthing.model.attention import attention_of, norm_of, rope_tables
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.kinds import CacheKind, cache_kinds, cache_place
@@ -60,10 +61,13 @@ class DecoderModel:
         """first, last: whether the embedding, and the norm and head, belong to this pipeline stage."""
         self.config, self.ops = config, ops
         shape = (config.vocab_size, config.hidden_size)
-        rope = ops.tensor(rope_table(config))
+        ropes = rope_tables(config, ops.tensor)
         routers = routers or routers_of(config)
         self.layers = [
-            (attention_of(config, ops, weights, i, rope), FeedForward(config, ops, weights, i, routers[i]))
+            (
+                attention_of(config, ops, weights, i, ropes[i]),
+                FeedForward(config, ops, weights, i, routers[i]),
+            )
             for i in range(config.num_hidden_layers)
         ]
         self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
@@ -74,7 +78,8 @@ class DecoderModel:
             self.embedding = table_of(config, ops, weights) if first else None
             return
         # Logits are scaled by the norm before the head.
-        self.norm = norm_of(config, weights, "model.norm", scale=config.logit_scale)
+        norm = norm_of(config, weights, "model.norm", scale=config.logit_scale)
+        self.norm = replace(norm, cap=config.logit_cap or 0.0)
 
         def head() -> Weight:
             if config.tie_word_embeddings:
@@ -86,7 +91,7 @@ class DecoderModel:
         if first or tied or config.num_nextn_predict_layers:
             self.embedding = table_of(config, ops, weights, self.head if tied else None)
         self.mtp = [
-            MTPLayer(config, ops, weights, i, rope, routers[i], self.embedding, self.head, head)
+            MTPLayer(config, ops, weights, i, ropes[i], routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from farthing.model.kinds import cache_place
 from farthing.model.source import WeightSource
 from farthing.ops import (
     Batch,
+    Beside,
     Handle,
     LatentCache,
     LayerHandles,
@@ -72,32 +74,69 @@ class FeedForward:
         self.ops = ops
         self.norm = norm_of(config, weights, f"model.layers.{layer}.post_attention_layernorm")
         p = f"model.layers.{layer}.mlp"
+        dense = gated(weights, p, config.hidden_size, config.intermediate_size)
         self.is_moe = router is not None
+        self.beside: Handle | None = None  # a dense MLP on the experts' input (`apart`)
+        self.parallel: Beside | None = None  # one with its own norms
         if router is None:
-            self.packed = ops.pack_mlp(p, gated(weights, p, config.hidden_size, config.intermediate_size))
+            self.packed = ops.pack_mlp(p, dense, config.gate)
         else:
             self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, router))
-        self.beside: Handle | None = None  # a dense MLP on the experts' input (`apart`)
-        if self.is_moe and config.shortcut_experts:
-            dense = gated(weights, p, config.hidden_size, config.intermediate_size)
-            self.beside = ops.pack_mlp(f"{p}_beside", dense)
+            if config.shortcut_experts:
+                self.beside = ops.pack_mlp(f"{p}_beside", dense, config.gate)
+            if config.parallel_mlp:
+                outputs = (norm_of(config, weights, f"{p}.{name}") for name in _PARALLEL_NORMS)
+                self.parallel = Beside(ops.pack_mlp(f"{p}_beside", dense, config.gate), self.norm, *outputs)
+                self.norm = expert_norm(config, weights, p)
         self.post_norm: Norm | None = None
-        if self.is_moe and config.post_mlp_norm:
+        if config.post_norms or (self.is_moe and config.post_mlp_norm):
             self.post_norm = norm_of(config, weights, f"{p}.post_mlp_layernorm")
+        self.scale = 1.0  # of the layer's output
+        if config.layer_scalar:
+            self.scale = float(weights.tensor(f"model.layers.{layer}.layer_scalar", (1,))[0])
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
         """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""
-        if self.post_norm is not None:
-            added = self.ops.moe(h, self.packed, self.norm, counts, residual=False)
-            return h + self.ops.rms_norm(added, self.post_norm)
+        ops = self.ops
+        if self.post_norm is None:
+            if self.is_moe:
+                return ops.moe(h, self.packed, self.norm, counts)
+            return ops.mlp(h, self.packed, self.norm)
         if self.is_moe:
-            return self.ops.moe(h, self.packed, self.norm, counts)
-        return self.ops.mlp(h, self.packed, self.norm)
+            added = ops.moe(h, self.packed, self.norm, counts, residual=False)
+        else:
+            added = ops.mlp(h, self.packed, self.norm, residual=False)
+        if (other := self.parallel) is not None:
+            dense = ops.mlp(h, other.mlp, other.input_norm, residual=False)
+            added = ops.rms_norm(added, other.feed_norm) + ops.rms_norm(dense, other.norm)
+        out = h + ops.rms_norm(added, self.post_norm)
+        return out if self.scale == 1.0 else out * self.scale
 
     def apart(self, h: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """h [T, D] -> (h + mlp(norm(h)), experts(norm(h))); the next layer adds the second."""
         experts = self.ops.moe(h, self.packed, self.norm, counts, residual=False)
         return self.ops.mlp(h, self.beside, self.norm), experts
+
+
+_PARALLEL_NORMS = ("dense_post_norm", "expert_post_norm")  # of a parallel MLP's output, and the experts'
+_ALMOST_ZERO = 1e-20
+
+
+def expert_norm(config: ModelConfig, weights: WeightSource, prefix: str) -> Norm:
+    """The norm before experts that have a parallel MLP. No weight is 0: a scaled router divides by them."""
+    norm = norm_of(config, weights, f"{prefix}.expert_norm")
+    return replace(norm, weight=norm.weight + (norm.weight == 0) * _ALMOST_ZERO)
+
+
+def router_matrix(config: ModelConfig, weights: WeightSource, prefix: str, experts: int) -> Tensor:
+    """The router [E, D] float32, for the experts' input. A scaled one reads x / rms(x) times its own scales
+    instead of the norm's weight: its columns have the quotient."""
+    gate = as_float32(weights.tensor(f"{prefix}.gate.weight", (experts, config.hidden_size)))
+    if not config.scaled_router:
+        return gate
+    own = as_float32(weights.tensor(f"{prefix}.gate.input_scale", (config.hidden_size,)))
+    columns: Tensor = own * config.hidden_size**-0.5 / expert_norm(config, weights, prefix).weight
+    return gate * columns
 
 
 def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Gated]:
@@ -116,7 +155,7 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
     shared_size = config.shared_size
     shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
-        gate=as_float32(weights.tensor(f"{prefix}.gate.weight", (e, d))),
+        gate=router_matrix(config, weights, prefix, e),
         bias=as_float32(weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)))
         if config.has_router_bias
         else None,
@@ -131,6 +170,9 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
         if config.shared_gate and shared_here
         else None,
         logit_bias=as_float32(weights.tensor(f"{prefix}.gate.bias", (e,))) if config.expert_bias else None,
+        expert_scale=as_float32(weights.tensor(f"{prefix}.gate.expert_scale", (e,)))
+        if config.scaled_router
+        else None,
     )
 
 
@@ -144,14 +186,15 @@ def stacked(ops: Ops, layers: Sequence[tuple[AnyAttention, FeedForward]]) -> Han
 def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:
     """The handles of one layer for `Ops.stack`; None if it cannot represent the layer."""
     a = attention
-    if a.query_scale is not None or a.sparse or feed.post_norm is not None or feed.beside is not None:
+    if a.query_scale is not None or a.sparse or feed.beside is not None:
         return None
     if isinstance(a, GatedDelta):
         packed = a.norm, a.qkvz, 0, None, None, a.delta, a.o, feed.norm, feed.packed
         return LayerHandles(*packed, rows=0, gates=a.gates)
     return LayerHandles(
         a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed,
-        o_bias=a.o_bias, rows=a.rows, window=a.window,
+        o_bias=a.o_bias, rows=a.rows, window=a.window, attention_post=a.post_norm,
+        feed_post=feed.post_norm, beside=feed.parallel, scale=feed.scale,
     )  # fmt: skip
 
 

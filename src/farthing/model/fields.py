@@ -107,11 +107,13 @@ def optional_section(raw: Mapping[str, Any], name: str, null: bool = True) -> Ma
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary embedding: plain, or scaled by a factor: with YaRN (Peng et al. 2023), linearly, as Llama 3."""
+    """Rotary embedding: plain, or scaled by a factor: with YaRN (Peng et al. 2023), linearly, as Llama 3, or
+    with pairs that do not turn."""
 
     theta: float = 10000.0
     factor: float | None = None
-    kind: Literal["yarn", "linear", "llama3"] = "yarn"  # with a factor
+    kind: Literal["yarn", "linear", "llama3", "proportional"] = "yarn"  # with a factor
+    turning: float = 1.0  # proportional: share of the pairs that turn, the first ones
     # llama3: a pair is scaled by all of the factor below that many turns in the original context, and by none
     low_frequency: float = 1.0
     high_frequency: float = 4.0  # of it above that many
@@ -138,11 +140,11 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
     name = next((n for n in ("rope_parameters", "rope_scaling") if raw.get(n)), "rope_scaling")
     p = optional_section(raw, name)
     kind = p.get("rope_type", p.get("type", "default"))
-    if kind not in ("default", "yarn", "linear", "llama3"):
+    if kind not in ("default", "yarn", "linear", "llama3", "proportional"):
         raise wrong(
             f"{name}.{'rope_type' if 'rope_type' in p else 'type'}",
             kind,
-            "'yarn', 'llama3', 'linear' or no rope_scaling",
+            "'yarn', 'llama3', 'linear', 'proportional' or no rope_scaling",
         )
     theta = number(
         *(
@@ -160,6 +162,9 @@ def read_rope(raw: Mapping[str, Any]) -> RopeConfig:
         value = p.get(field)
         return default if value is None else number(f"{name}.{field}", value, above)
 
+    if kind == "proportional":
+        share = read("partial_rotary_factor", 1.0)
+        return RopeConfig(theta, read("factor", 1.0), kind, turning=share, interleaved=interleaved)
     if "factor" not in p:
         raise absent(f"{name}.factor", "a number greater than 0")
     original = p.get("original_max_position_embeddings", raw.get("max_position_embeddings"))

@@ -122,6 +122,8 @@ class GroupedHeads:
     qkv_bias: bool = False
     o_bias: bool = False
     sinks: bool = False  # each query head has a score without a value in its softmax
+    value_norm: bool = False  # RMSNorm of values, without a weight
+    shared_kv: bool = False  # values are what keys are before their norm and rotation
 
     @property
     def cache_rows(self) -> int:
@@ -185,6 +187,8 @@ class GroupedHeads:
         """Name and shape of the parameters; p: prefix of the module."""
         widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width}
         for name, width in widths.items():
+            if name == "v" and self.shared_kv:
+                continue
             rows = 2 * width if name == "q" and self.output_gate else width
             yield f"{p}{name}_proj.weight", (rows, d)
             if self.qkv_bias:
@@ -293,8 +297,8 @@ def read_latent(raw: Mapping[str, Any]) -> LatentHeads:
 
 
 def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
-    """From a config.json with Llama's fields, and `qk_norm`, `o_bias`, `sinks` and `partial_rotary_factor`
-    as the type sets them.
+    """From a config.json with Llama's fields, and those of `GroupedHeads` and `partial_rotary_factor` as the
+    type sets them.
 
     Raises ValueError naming the field.
     """
@@ -316,6 +320,8 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
         qkv_bias=bias,
         o_bias=bias and raw.get("o_bias", True),
         sinks=raw.get("sinks", False),
+        value_norm=raw.get("value_norm", False),
+        shared_kv=raw.get("shared_kv", False),
     )
 
 

@@ -69,7 +69,6 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     hidden = range(config.num_hidden_layers)
     first, *others = (kind.held_by(hidden) for kind in cache_kinds(config))
     first = replace(first, index_rows=sum(map(config.has_indexer, hidden)))
-    heads = config.num_attention_heads * config.attention.dot_width
     return ModelCost(
         total_parameters=count(main),
         active_parameters=count(always) + active_routed + head_rows * config.hidden_size,
@@ -86,9 +85,19 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
             (kind.window or 0) * kind.token_bytes("bfloat16") + kind.state_bytes for kind in others
         ),
         flops_per_token=2 * (dense - count(routed) + active_routed),
-        attention_flops_per_context_token=2 * heads * config.attention_layers,
+        attention_flops_per_context_token=sum(_attention_flops(config, i) for i in attending(config)),
         dense_flops_per_token=2 * dense,
     )
+
+
+def attending(config: ModelConfig) -> list[int]:
+    """The hidden layers with attention."""
+    return [i for i in range(config.num_hidden_layers) if not config.is_recurrent(i)]
+
+
+def _attention_flops(config: ModelConfig, layer: int) -> int:
+    """Per pair of tokens."""
+    return 2 * config.num_attention_heads * config.heads(layer).dot_width
 
 
 def _is_mtp(name: str, config: ModelConfig) -> bool:
@@ -133,15 +142,27 @@ class ContextCost:
 
 def context_cost(config: ModelConfig, context: int) -> ContextCost:
     """Decode, of latent attention in absorbed form: scores and values; the scan of index keys."""
-    c, layers = config, config.num_hidden_layers
-    flops, size = 2 * c.num_attention_heads * c.attention.dot_width, 2 * c.cache_per_layer
+    c = config
     most = context if c.index_topk is None else min(context, c.index_topk)
-    reading = [i for i in range(layers) if not c.is_recurrent(i)]
-    read, seen = (sum(min(n, c.window(i) or n) for i in reading) for n in (most, context))
-    rows = sum(map(c.has_indexer, range(layers))) if most < context else 0
+    rows = sum(map(c.has_indexer, range(c.num_hidden_layers))) if most < context else 0
     index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes
+
+    def over(tokens: int, each: Callable[[int], int]) -> int:
+        return sum(each(i) * min(tokens, c.window(i) or tokens) for i in attending(c))
+
+    def flops(layer: int) -> int:
+        return _attention_flops(c, layer)
+
+    def size(layer: int) -> int:
+        heads = c.heads(layer)
+        return 2 * heads.cache_rows * heads.cache_width
+
     return ContextCost(
-        context, flops * read + index * c.index_n_heads, size * read + index, flops * seen, size * seen
+        context,
+        over(most, flops) + index * c.index_n_heads,
+        over(most, size) + index,
+        over(context, flops),
+        over(context, size),
     )
 
 

@@ -68,7 +68,7 @@ def cache_place(config: ModelConfig, layer: int) -> tuple[int | None, int]:
         return None, sum(map(config.is_recurrent, range(layer)))
     window = config.window(layer)
     same = sum(config.window(i) == window and not config.is_recurrent(i) for i in range(layer))
-    return window, config.attention.cache_rows * same
+    return window, config.heads(layer).cache_rows * same
 
 
 def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
@@ -77,7 +77,7 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     The first keeps all tokens; it exists even if no layer is of this kind, because its blocks are what the
     prefix cache finds a sequence by. Windows follow, and states come last.
     """
-    heads = config.attention.per_rank(tp)
+    config = config.per_rank(tp)
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
     found: dict[int | None, list[int]] = {None: []}
     for layer in layers:
@@ -86,7 +86,7 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     paged = tuple(
         CacheKind(
             tuple(held),
-            heads.cache_rows,
+            (heads := config.attention if window is None else config.heads(held[0])).cache_rows,
             heads.cache_width,
             config.index_rows if window is None else 0,
             config.index_head_dim,
@@ -96,7 +96,7 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     )
     if config.recurrent is None:
         return paged
-    return *paged, CacheKind(config.recurrent_layers, state=config.recurrent.per_rank(tp).state)
+    return *paged, CacheKind(config.recurrent_layers, state=config.recurrent.state)
 
 
 # How many blocks and slots a cache has, besides the blocks that keep every token.

@@ -212,11 +212,15 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
             assert c.recurrent is not None
             yield from c.recurrent.shapes(p + "linear_attn.", d)
         else:
-            yield from c.attention.shapes(p + "self_attn.", d)
+            yield from c.heads(i).shapes(p + "self_attn.", d)
+        if c.post_norms:
+            yield p + "self_attn.post_norm.weight", (d,)
         if c.has_indexer(i):
             yield from _indexer_shapes(c, p + "self_attn.indexer.")
         yield p + "post_attention_layernorm.weight", (d,)
         yield from _feed_forward_shapes(c.at(i), p + "mlp.", c.is_moe(i))
+        if c.layer_scalar:
+            yield p + "layer_scalar", (1,)
     yield "model.norm.weight", (d,)
     if not c.tie_word_embeddings:
         yield "lm_head.weight", (v, d)
@@ -240,20 +244,26 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
             if bias:
                 yield f"{prefix}{name}.bias", shape[:1]
 
-    if not moe or c.shortcut_experts:
+    if not moe or c.shortcut_experts or c.parallel_mlp:
         yield from gated(p, c.intermediate_size)
+    if c.post_norms or (moe and c.post_mlp_norm):
+        yield p + "post_mlp_layernorm.weight", (d,)
     if not moe:
         return
+    if c.parallel_mlp:
+        for name in ("expert_norm", "dense_post_norm", "expert_post_norm"):
+            yield f"{p}{name}.weight", (d,)
     assert c.n_routed_experts is not None
     yield p + "gate.weight", (c.router_size, d)
     if c.has_router_bias:
         yield p + "gate.e_score_correction_bias", (c.router_size,)
     if c.expert_bias:
         yield p + "gate.bias", (c.router_size,)
+    if c.scaled_router:
+        yield p + "gate.input_scale", (d,)
+        yield p + "gate.expert_scale", (c.router_size,)
     for e in range(c.n_routed_experts):
         yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size, c.expert_bias)
-    if c.post_mlp_norm:
-        yield p + "post_mlp_layernorm.weight", (d,)
     if c.n_shared_experts:
         yield from gated(p + "shared_experts.", c.shared_size)
         if c.shared_gate:
@@ -268,7 +278,7 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
         noise = torch.randn(shape, generator=generator)
         if name.endswith(("bias", "A_log")):
             parameters[name] = 0.1 * noise
-        elif "norm" in name:
+        elif "norm" in name or name.endswith("scale") or name.endswith("scalar"):
             offset = 0.0 if ".linear_attn." in name else config.norm_offset
             parameters[name] = 1 - offset + 0.1 * noise
         elif name == "model.embed_tokens.weight":

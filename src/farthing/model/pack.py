@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
-from farthing.model.attention import attention_of, rope_table
+from farthing.model.attention import attention_of, rope_tables
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import EMBEDDING, head_ops, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer
@@ -96,12 +96,12 @@ def reading_order(names: Iterable[str], done: Container[str], config: ModelConfi
 def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Callable[[Ops], object]]]:
     """(name, a function that packs it) in the order in which `DecoderModel` packs."""
     shape = (config.vocab_size, config.hidden_size)
-    rope = rope_table(config)
+    ropes = rope_tables(config)
     routers = routers_of(config)
 
     def layer(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:
-            attention = attention_of(config, ops, source, i, ops.tensor(rope))
+            attention = attention_of(config, ops, source, i, ops.tensor(ropes[i]))
             return attention, FeedForward(config, ops, source, i, routers[i])
 
         return build
@@ -120,7 +120,7 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
         def build(ops: Ops) -> object:
             embedding = source.tensor("model.embed_tokens.weight", shape)
             return MTPLayer(
-                config, ops, source, i, ops.tensor(rope), routers[i], embedding, None, head_weight
+                config, ops, source, i, ops.tensor(ropes[i]), routers[i], embedding, None, head_weight
             )
 
         return build

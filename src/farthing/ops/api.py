@@ -103,6 +103,7 @@ class GroupedParts:
     q_norm: Tensor | None = None  # [d], or [H d] of all heads together
     k_norm: Tensor | None = None  # [d], or [G d]
     sinks: Tensor | None = None  # [H], a score of each head that takes part in its softmax without a value
+    v_norm: Tensor | None = None  # [d], of each head's value
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +166,7 @@ class MoEWeights:
     shared: Callable[[], tuple[Weight, Weight, Weight]] | None
     shared_gate: Tensor | None = None  # [1, D] float32: the shared expert's output x sigmoid(shared_gate n)
     logit_bias: Tensor | None = None  # [E] float32, added to the router's logits
+    expert_scale: Tensor | None = None  # [E] float32, of an expert's weight, after normalization
 
 
 @dataclass(slots=True)
@@ -282,6 +284,7 @@ class Norm:
 
     weight: Tensor  # [K]
     eps: float
+    cap: float = 0.0  # before an output head: its logits z become cap tanh(z / cap); 0: they do not
 
 
 class NotFinite(ArithmeticError):
@@ -292,6 +295,16 @@ def require_finite(logits: Tensor) -> None:
     """Raises NotFinite if a row of logits [n, V] has a NaN or an infinity."""
     if not all_finite(logits.sum(-1)):  # one NaN or infinity makes a row's sum one
         raise NotFinite("logits are NaN or infinite: the weights are broken, or the model overflows")
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """An MLP next to a layer's experts: the feed is norm(mlp(input_norm(h))) + feed_norm(experts(…))."""
+
+    mlp: Handle
+    input_norm: Norm  # these [D]
+    norm: Norm
+    feed_norm: Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +327,16 @@ class LayerHandles:
     window: int | None = None  # of attention
     # Of a recurrent layer: b and a [2 Hv, D]. Then qkv_a is [C + Hv dv, D], and heads `pack_delta`'s.
     gates: Handle | None = None
+    # Norms [D] of the outputs of attention and feed before they are added to h; only some backends have them.
+    attention_post: Norm | None = None
+    feed_post: Norm | None = None
+    beside: Beside | None = None  # with `feed_post`
+    scale: float = 1.0  # of the layer's output; with `feed_post`
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it has more than attention with heads of one form, a feed-forward and residuals."""
+        return self.gates is not None or self.attention_post is not None or self.feed_post is not None
 
 
 class Ops(ABC):
@@ -372,7 +395,9 @@ class Ops(ABC):
         return self.pack_linear(name, lambda: [weight()])
 
     @abstractmethod
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Handle:
+    def pack_mlp(
+        self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]], activation: Gate = SILU
+    ) -> Handle:
         """Pack a gated MLP: gate [I, D], up [I, D], down [D, I]."""
 
     @abstractmethod
@@ -476,7 +501,7 @@ class Ops(ABC):
 
     @abstractmethod
     def mlp(self, x: Tensor, weights: Handle, norm: Norm, residual: bool = True) -> Tensor:
-        """x + down(silu(gate(n)) * up(n)) with n = rms_norm(x); without x if `residual` is False.
+        """x + down(activation(gate(n), up(n))) with n = rms_norm(x); without x if `residual` is False.
 
         x may be overwritten if it is added.
         """

@@ -42,7 +42,7 @@ from farthing.ops.api import (
     Ops,
     RouterSpec,
 )
-from farthing.ops.reference import gated_by, route, shared_weight
+from farthing.ops.reference import gated_by, route, scaled_choice, shared_weight
 from farthing.ops.weights import Weight
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -281,6 +281,7 @@ class HybridMoE:
     gate: Tensor  # [E, D] float32, on the device
     bias: Tensor | None  # [E]
     logit_bias: Tensor | None  # [E]
+    expert_scale: Tensor | None  # [E]
     loads: Sequence[Callable[[], Gated] | None]
     routed: Handle  # packed by the host
     shared: Handle | None  # on the device
@@ -318,16 +319,18 @@ class HybridOps(OpsWrapper):
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> HybridMoE:
         w = weights()
-        bias, logit_bias = (None if b is None else b.float().to(self.device) for b in (w.bias, w.logit_bias))
+        given = (w.bias, w.logit_bias, w.expert_scale)
+        bias, logit_bias, scale = (None if b is None else b.float().to(self.device) for b in given)
         return HybridMoE(
             name,
             spec,
             w.gate.float().to(self.device),
             bias,
             logit_bias,
+            scale,
             w.experts,
             self._host.pack_moe(name, spec, lambda: replace(w, shared=None, shared_gate=None)),
-            None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared),
+            None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared, spec.gate),
             None if w.shared_gate is None else w.shared_gate.float().to(self.device),
             HotExperts(ExpertCache(min(self._capacity, spec.num_experts - spec.identities))),
         )
@@ -410,7 +413,8 @@ class HybridOps(OpsWrapper):
 
     def route(self, n: Tensor, weights: HybridMoE) -> tuple[Tensor, Tensor]:
         """Route in plain torch on the device, so that both sides use the same choice."""
-        return route(F.linear(n.float(), weights.gate, weights.logit_bias), weights.bias, weights.spec)
+        logits = F.linear(n.float(), weights.gate, weights.logit_bias)
+        return scaled_choice(*route(logits, weights.bias, weights.spec), weights.expert_scale)
 
     # -- hot experts
 

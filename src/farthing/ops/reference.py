@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ def pack_grouped(
     spec: GroupedSpec, parts: GroupedParts, rope: Tensor, here: Callable[[Tensor], Tensor]
 ) -> Grouped:
     """here: copies a tensor to the device."""
-    found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks)
+    found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks, parts.v_norm)
     return Grouped(spec, GroupedParts(*(None if part is None else here(part) for part in found)), here(rope))
 
 
@@ -93,6 +94,7 @@ def prepared(qkv: Tensor, g: Grouped, positions: Tensor) -> tuple[Tensor, Tensor
     q, k, v = (x.unflatten(-1, (-1, s.head_dim)) for x in (q, k, v))
     if not s.whole_norm:
         q, k = normed(q, parts.q_norm, s.norm_eps), normed(k, parts.k_norm, s.norm_eps)
+    v = normed(v, parts.v_norm, s.norm_eps)
     cos, sin = g.rope[:, positions].unsqueeze(2).unbind(0)  # [T, 1, rotated / 2]
 
     def turned(x: Tensor) -> Tensor:
@@ -220,6 +222,14 @@ Value = Tensor | Ranged | Biased
 Gated = tuple[Value, Value, Value]
 
 
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """A dense gated MLP, in whatever form a backend multiplies by it."""
+
+    parts: Any
+    activation: Gate
+
+
 @dataclass(slots=True)
 class _Attention:
     spec: AttentionSpec
@@ -238,6 +248,7 @@ class _MoE:
     shared: Gated | None
     shared_gate: Tensor | None
     logit_bias: Tensor | None
+    expert_scale: Tensor | None
 
 
 class ReferenceOps(HostOps):
@@ -258,8 +269,14 @@ class ReferenceOps(HostOps):
         parts = weights()
         return _ranged(torch.cat([self._value(w) for w in parts]), parts)
 
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Gated:
-        gate, up, down = weights()
+    def pack_mlp(
+        self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]], activation: Gate = SILU
+    ) -> Any:
+        return Mlp(self._matrices(weights()), activation)
+
+    def _matrices(self, weights: tuple[Weight, Weight, Weight]) -> Any:
+        """Those of an MLP in the form that this backend multiplies by."""
+        gate, up, down = weights
         return (
             self._biased(_ranged(self._value(gate, True), [gate, up]), gate),
             self._biased(_ranged(self._value(up, True), [gate, up]), up),
@@ -273,11 +290,11 @@ class ReferenceOps(HostOps):
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> _MoE:
         w = weights()
-        experts = [self.pack_mlp(name, e) if e else None for e in w.experts]
-        shared = self.pack_mlp(name, w.shared) if w.shared else None
-        found = (None if b is None else b.float() for b in (w.bias, w.shared_gate, w.logit_bias))
-        bias, shared_gate, logit_bias = found
-        return _MoE(spec, w.gate.float(), bias, experts, shared, shared_gate, logit_bias)
+        experts = [self._matrices(e()) if e else None for e in w.experts]
+        shared = self._matrices(w.shared()) if w.shared else None
+        given = (w.bias, w.shared_gate, w.logit_bias, w.expert_scale)
+        bias, shared_gate, *found = (None if b is None else b.float() for b in given)
+        return _MoE(spec, w.gate.float(), bias, experts, shared, shared_gate, *found)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -361,8 +378,8 @@ class ReferenceOps(HostOps):
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
         return index(q, k, w, indexer, place)
 
-    def mlp(self, x: Tensor, weights: Gated, norm: Norm, residual: bool = True) -> Tensor:
-        out = gated_mlp(self.rms_norm(x, norm), weights)
+    def mlp(self, x: Tensor, weights: Mlp, norm: Norm, residual: bool = True) -> Tensor:
+        out = gated_mlp(self.rms_norm(x, norm), weights.parts, weights.activation)
         return x + out if residual else out
 
     def moe(
@@ -396,10 +413,11 @@ class ReferenceOps(HostOps):
         weights.spec = spec
 
     def route(self, n: Tensor, weights: _MoE) -> tuple[Tensor, Tensor]:
-        return route(F.linear(n.float(), weights.gate, weights.logit_bias), weights.bias, weights.spec)
+        logits = F.linear(n.float(), weights.gate, weights.logit_bias)
+        return scaled_choice(*route(logits, weights.bias, weights.spec), weights.expert_scale)
 
     def logits(self, x: Tensor, head: Value, norm: Norm) -> Tensor:
-        return self.linear(x, head, norm).float()
+        return capped(self.linear(x, head, norm).float(), norm)
 
     def top_logits(self, x: Tensor, head: Value, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return largest(self.logits(x, head, norm), k)
@@ -480,6 +498,16 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * spec.scale
+
+
+def scaled_choice(ids: Tensor, weights: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A router's choice with the weight of each expert times its scale [E]; None: as it is."""
+    return (ids, weights) if scale is None else (ids, weights * scale[ids.clamp_min(0)])
+
+
+def capped(logits: Tensor, norm: Norm) -> Tensor:
+    """The logits of a head behind `norm`."""
+    return logits if norm.cap == 0.0 else norm.cap * torch.tanh(logits / norm.cap)
 
 
 def shared_weight(n: Tensor, gate: Tensor | None) -> Tensor | float:

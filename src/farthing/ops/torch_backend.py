@@ -87,6 +87,7 @@ class Experts:
     shared_gate: Tensor | None
     stacked: tuple[Tensor, Tensor] | None  # [E, 2 I, D] and [E, D, I]
     logit_bias: Tensor | None
+    expert_scale: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,8 @@ def queries(h: Tensor, layer: LayerHandles, positions: Tensor) -> tuple[Tensor, 
 def dense_output(h: Tensor, query: Tensor, keys: Tensor, layer: LayerHandles) -> Tensor:
     """The layer's output [1, D] with a dense MLP; keys [1, S, c + r]."""
     h = h + F.linear(values(attend(query, keys, None, layer.heads.spec), layer.heads, h.dtype), layer.o)
-    return h + gated(normed(h, layer.feed_norm.weight, layer.feed_norm.eps), layer.feed)
+    n = normed(h, layer.feed_norm.weight, layer.feed_norm.eps)
+    return h + gated(n, layer.feed.parts, layer.feed.activation)
 
 
 def expert_output(
@@ -366,25 +368,25 @@ class TorchOps(ReferenceOps):
     def _value(self, weight: Weight, mlp: bool = False) -> Tensor:
         return super()._value(weight, mlp).to(self.device)
 
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Any:
-        gate, up, down = super().pack_mlp(name, weights)
+    def _matrices(self, weights: tuple[Weight, Weight, Weight]) -> Mlp:
+        gate, up, down = super()._matrices(weights)
         if not (isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor)):
             return gate, up, down
         return torch.cat((gate, up)), down
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Any:
         w = weights()
-        experts: list[Mlp | None] = [None if e is None else self.pack_mlp(name, e) for e in w.experts]
-        shared = None if w.shared is None else self.pack_mlp(name, w.shared)
+        experts: list[Mlp | None] = [None if e is None else self._matrices(e()) for e in w.experts]
+        shared = None if w.shared is None else self._matrices(w.shared())
         pairs = [e for e in experts if e is not None and len(e) == 2]
         stacked = None
         if len(pairs) == len(experts):
             stacked = torch.stack([e[0] for e in pairs]), torch.stack([e[1] for e in pairs])
             experts = []
-        given = (w.bias, w.shared_gate, w.logit_bias)
-        bias, shared_gate, added = (None if b is None else b.float().to(self.device) for b in given)
+        given = (w.bias, w.shared_gate, w.logit_bias, w.expert_scale)
+        bias, shared_gate, *found = (None if b is None else b.float().to(self.device) for b in given)
         return Experts(
-            spec, w.gate.float().to(self.device), bias, experts, shared, shared_gate, stacked, added
+            spec, w.gate.float().to(self.device), bias, experts, shared, shared_gate, stacked, *found
         )
 
     def pack_attention(
@@ -462,8 +464,8 @@ class TorchOps(ReferenceOps):
                 parts.append(values(attend(absorbed(nope, pe, a), keys, p.seen, a.spec), a, self.dtype))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def mlp(self, x: Tensor, weights: Mlp, norm: Norm, residual: bool = True) -> Tensor:
-        out = gated(self.rms_norm(x, norm), weights)
+    def mlp(self, x: Tensor, weights: reference.Mlp, norm: Norm, residual: bool = True) -> Tensor:
+        out = gated(self.rms_norm(x, norm), weights.parts, weights.activation)
         return x + out if residual else out
 
     def _experts(
@@ -475,7 +477,7 @@ class TorchOps(ReferenceOps):
     # -- computing layers
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if len({layer.window for layer in layers}) > 1 or any(layer.gates is not None for layer in layers):
+        if len({layer.window for layer in layers}) > 1 or any(layer.is_special for layer in layers):
             return None
         here = tuple(map(self._layer_here, layers))
         return Stack(here, all(map(_compilable, here)))
@@ -610,7 +612,7 @@ def _compilable(layer: LayerHandles) -> bool:
     feed = layer.feed
     if isinstance(feed, Experts) and feed.stacked is None:
         return False
-    mlp = feed.shared if isinstance(feed, Experts) else feed
+    mlp = feed.shared if isinstance(feed, Experts) else feed.parts
     return all(isinstance(m, Tensor) for m in matrices) and (mlp is None or len(mlp) == 2)
 
 

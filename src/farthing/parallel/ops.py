@@ -91,7 +91,8 @@ class ParallelOps(OpsWrapper):
             )
             for share, experts in shares.items()
         }
-        shared = None if w.shared is None else self._inner.pack_mlp(f"{name}.shared_experts", w.shared)
+        load = w.shared
+        shared = load and self._inner.pack_mlp(f"{name}.shared_experts", load, spec.gate)
         return Experts(parts, shared, w.shared_gate, spec)
 
     def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Handle:

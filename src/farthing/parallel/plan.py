@@ -367,7 +367,8 @@ def layer_of(name: str) -> int | None:
 def _tp_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
     if ".linear_attn." in name:
         return _delta_cut(config, name, shape, tp, index)
-    module, heads = name.split(".")[-2], config.attention
+    layer, module = layer_of(name), name.split(".")[-2]
+    heads = config.attention if layer is None else config.heads(layer)
     whole_norm = isinstance(heads, GroupedHeads) and heads.qk_norm == "whole"
     rows = (*ROWS, *NORMS) if whole_norm else ROWS
     dim = 0 if module in rows or name.endswith(".sinks") else 1 if module in COLUMNS else None
@@ -447,9 +448,7 @@ def _check(config: ModelConfig, layout: Layout) -> None:
             "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
         )
     try:
-        c.attention.per_rank(tp)
-        if c.recurrent is not None:
-            c.recurrent.per_rank(tp)
+        c.per_rank(tp)
     except ValueError as error:
         raise PlanError(str(error)) from None
     parts = {"intermediate_size": c.intermediate_size}

@@ -129,10 +129,8 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
     start, stop = bounds(c.intermediate_size, tp, place.tp)
     vocabulary = plan.vocabulary(place)
     return replace(
-        c.part(plan.stages[place.stage]),
+        c.part(plan.stages[place.stage]).per_rank(tp),
         num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
-        attention=c.attention.per_rank(tp),
-        recurrent=c.recurrent and c.recurrent.per_rank(tp),
         intermediate_size=stop - start,
         vocab_size=vocabulary.stop - vocabulary.start,
     )

@@ -40,7 +40,7 @@ class Shard:
     """The sizes of a model on one rank."""
 
     config: ModelConfig
-    attention: Heads  # of this rank
+    kinds: tuple[Heads, ...]  # of attention, on this rank
     dense: int  # I of the dense layers on this rank; 0 if there are none
     expert: int
     shared: int
@@ -54,10 +54,12 @@ class Shard:
         c, layout, layers, head = plan.config, plan.layout, plan.stages[place.stage], plan.vocabulary(place)
         start, stop = bounds(c.intermediate_size, layout.tp, place.tp)
         cut = layout.tp if layout.ep == 1 else 1
+        own = c.per_rank(layout.tp)
+        beside = c.shortcut_experts or c.parallel_mlp
         return cls(
             c,
-            c.attention.per_rank(layout.tp),
-            stop - start if c.shortcut_experts or any(not c.is_moe(i) for i in layers) else 0,
+            tuple(dict.fromkeys(own.heads(i) for i in layers)),
+            stop - start if beside or any(not c.is_moe(i) for i in layers) else 0,
             c.moe_intermediate_size // cut if any(c.is_moe(i) for i in layers) else 0,
             c.shared_size // layout.tp,
             head.stop - head.start,
@@ -68,7 +70,7 @@ class Shard:
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.attention.num_attention_heads
+        return self.kinds[0].num_attention_heads
 
 
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
@@ -127,7 +129,7 @@ def _head(sizes: Any, s: Shard, holder: Holder, sequences: int) -> None:
 
 
 def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _Step) -> None:
-    """Sparse attention reads each token's selected keys as a separate sequence, a few tokens at once."""
+    """Each kind of heads, and recurrent layers."""
     c = s.config
 
     def linear(n: int, k: int) -> None:
@@ -136,16 +138,24 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
     if c.recurrent is not None:
         linear(c.recurrent.spec.channels + c.recurrent.spec.values, c.hidden_size)
         linear(c.hidden_size, c.recurrent.spec.values)
-    linear(s.attention.first_width, c.hidden_size)
-    linear(c.hidden_size, s.attention.output_width)
-    if isinstance(s.attention, GroupedHeads):
-        d, groups = s.attention.head_dim, s.attention.num_key_value_heads
-        one = _storage(holder, s.stored, d)
-        sizes.mla(one, s.heads, 0, d, d, d, step.sequences, step.tokens, step.keys, groups)
-        return
-    a = s.attention
+    for heads in s.kinds:
+        linear(heads.first_width, c.hidden_size)
+        linear(c.hidden_size, heads.output_width)
+        if isinstance(heads, GroupedHeads):
+            d, groups = heads.head_dim, heads.num_key_value_heads
+            one = _storage(holder, s.stored, d)
+            sizes.mla(one, s.heads, 0, d, d, d, step.sequences, step.tokens, step.keys, groups)
+        else:
+            _latent_attention(sizes, s, heads, holder, cache_dtype, step)
+
+
+def _latent_attention(
+    sizes: Any, s: Shard, a: LatentHeads, holder: Holder, cache_dtype: str, step: _Step
+) -> None:
+    """Sparse attention reads each token's selected keys as a separate sequence, a few tokens at once."""
+    c = s.config
     if a.q_lora_rank:
-        linear(a.query_width, a.q_lora_rank)
+        sizes.linear(_storage(holder, s.stored, a.q_lora_rank), a.query_width, a.q_lora_rank, step.total)
     packed = Stored("int8") if holder.quantization or not s.stored.is_float else s.stored
     widths = (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank)
     heads = (_storage(holder, packed, a.kv_lora_rank), s.heads, *widths)
@@ -188,7 +198,8 @@ def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, sto
     size.
     """
     c, layout = plan.config, plan.layout
-    rope = _FLOAT * c.max_position_embeddings * c.attention.rotary_width
+    tables = {(c.rope_of(i), c.heads(i).rotary_width) for i in plan.stages[place.stage]}
+    rope = _FLOAT * c.max_position_embeddings * sum(width for _, width in tables)
     table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)
     slots = 2 * SLOT_BYTES * _groups(layout) if layout.world > 1 and holder.backend != "gpu" else 0
     return rope + table * (place.rank == layout.driver) + slots + step(plan, place, holder, serving, stored)
@@ -208,19 +219,21 @@ def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored
 
 def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
     """Scores are stored three times (raw, masked, as weights) and dominate everything else."""
-    c, a, t = s.config, s.attention, tokens
-    # Per query head and token: the query as it meets a cached row, and what it reads.
-    width, read = a.cache_width, a.dot_width - a.cache_width if isinstance(a, LatentHeads) else a.head_dim
-    attention = item * t * (c.hidden_size + a.first_width + a.query_width + s.heads * read)
-    attention += _FLOAT * (
-        t * s.heads * (width + read) + keys * width * a.cache_rows + 3 * t * s.heads * keys
-    )
+    c, t = s.config, tokens
+
+    def attention(a: Heads) -> int:
+        # Per query head and token: the query as it meets a cached row, and what it reads.
+        width, read = a.cache_width, a.dot_width - a.cache_width if isinstance(a, LatentHeads) else a.head_dim
+        activations = item * t * (c.hidden_size + a.first_width + a.query_width + s.heads * read)
+        cached = t * s.heads * (width + read) + keys * width * a.cache_rows
+        return activations + _FLOAT * (cached + 3 * t * s.heads * keys)
+
     mlp = item * t * (3 * c.hidden_size + 3 * s.dense)
     routed = t * c.num_experts_per_tok if s.expert else 0
     one = min(t, routed)  # all tokens may select the same expert
     moe = item * t * (3 * c.hidden_size + 3 * s.shared) + _FLOAT * t * c.hidden_size
     moe += item * one * (2 * c.hidden_size + 3 * s.expert)
-    return max(attention, mlp, moe)
+    return max(*map(attention, s.kinds), mlp, moe)
 
 
 def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
@@ -229,21 +242,23 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     if workspace is None:
         return _estimate(s, holder.item, serving.max_num_batched_tokens)
     c, t = s.config, serving.max_num_batched_tokens
-    a = s.attention
-    own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
-    outputs = a.first_width + own_query + a.output_width
+
+    def outputs_of(a: Heads) -> int:
+        own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
+        return a.first_width + own_query + a.output_width
+
+    outputs = max(map(outputs_of, s.kinds))
     if c.recurrent is not None:
         outputs = max(outputs, c.recurrent.spec.channels + 2 * c.recurrent.spec.values)
     # Of all layers in one call; experts that are added a layer later are held until then.
-    buffers = _FLOAT * t * (outputs + (3 + c.shortcut_experts) * c.hidden_size)
+    buffers = _FLOAT * t * (outputs + (3 + (c.shortcut_experts or c.parallel_mlp)) * c.hidden_size)
     return buffers + workspace
 
 
 def _estimate(s: Shard, item: int, tokens: int) -> int:
     """Hidden states twice, plus the widest tensor of a layer."""
     c = s.config
-    a = s.attention
-    attention = 2 * a.query_width + a.output_width + 2 * s.heads * a.cache_width
+    attention = max(2 * a.query_width + a.output_width + 2 * s.heads * a.cache_width for a in s.kinds)
     routed = c.num_experts_per_tok * (c.hidden_size + 3 * s.expert) if s.expert else 0
     return item * tokens * (2 * c.hidden_size + max(attention, 3 * s.dense, routed))
 
@@ -339,10 +354,10 @@ def _kinds(plan: ShardPlan, place: Place) -> tuple[CacheKind, ...]:
     return replace(first, index_rows=sum(map(c.has_indexer, layers))), *others
 
 
-def cache_row_bytes(config: ModelConfig, cache_dtype: str, tp: int) -> tuple[int, int]:
-    """Bytes per token and layer on one of tp ranks: of latents, or keys and values, and of the index key;
+def cache_row_bytes(config: ModelConfig, layer: int, cache_dtype: str, tp: int) -> tuple[int, int]:
+    """Bytes per token of a layer on one of tp ranks: of latents, or keys and values, and of the index key;
     scales included."""
-    heads = config.attention.per_rank(tp)
+    heads = config.heads(layer).per_rank(tp)
     rows = CacheKind((0,), heads.cache_rows, heads.cache_width)
     index = CacheKind((), index_rows=1, index_width=config.index_head_dim)
     return rows.token_bytes(cache_dtype), index.token_bytes(cache_dtype)

@@ -218,9 +218,9 @@ class RankRoofline:
         attended, scanned = min(context, c.window(layer) or context), 0.0
         if c.index_topk is not None and context > c.index_topk:
             attended, scanned = c.index_topk, context * c.has_indexer(layer)
-        latent, index = cache_row_bytes(c, self.cache_dtype, self.layout.tp)
+        latent, index = cache_row_bytes(c, layer, self.cache_dtype, self.layout.tp)
         read = tokens * (attended * latent + scanned * index) / self.bandwidth
-        flops = tokens * (attended * self._absorbed + scanned * self._scored)
+        flops = tokens * (attended * self._absorbed(layer) + scanned * self._scored)
         return max(read, flops / self.attention_flops)
 
     def prefill_attention(self, layer: int, tokens: float, past: float, new: float) -> float:
@@ -233,23 +233,22 @@ class RankRoofline:
         if c.recurrent is not None and c.is_recurrent(layer):  # four multiplications per element of the state
             return tokens * 2 * c.recurrent.state_bytes / self.attention_flops
         seen = past + new / 2
-        dense = 2 * min(seen, c.window(layer) or seen) * self._heads * c.attention.expanded_width
+        dense = 2 * min(seen, c.window(layer) or seen) * self._heads * c.heads(layer).expanded_width
         if c.index_topk is None or past + new <= c.index_topk:
             return tokens * dense / self.attention_flops
         first = max(c.index_topk - past, 0)  # new tokens that select nothing
         attended = (first * (past + first / 2) + (new - first) * c.index_topk) / new
         scanned = (new - first) * (past + (first + new) / 2) / new * c.has_indexer(layer)
-        work = min(dense, attended * self._absorbed) + scanned * self._scored
+        work = min(dense, attended * self._absorbed(layer)) + scanned * self._scored
         return tokens * work / self.attention_flops
 
     @property
     def _heads(self) -> int:
         return self.config.num_attention_heads // self.layout.tp
 
-    @property
-    def _absorbed(self) -> int:
+    def _absorbed(self, layer: int) -> int:
         """Operations per query and key on the latent, all heads of this rank."""
-        return 2 * self._heads * self.config.attention.dot_width
+        return 2 * self._heads * self.config.heads(layer).dot_width
 
     @property
     def _scored(self) -> int:

@@ -126,13 +126,14 @@ GROUPED = {
     "biased": GroupedSpec(4, 2, 16, 8, 0.2),
     "interleaved": GroupedSpec(3, 3, 12, 12, 0.2, interleaved=True),
     "whole_norm": GroupedSpec(4, 1, 16, 16, 0.2, whole_norm=True),
+    "wide": GroupedSpec(2, 1, 512, 512, 0.05),
 }
 
 
 def grouped_outputs(ops: Any, spec: GroupedSpec, inputs: list[Tensor], cache_dtype: str) -> list[Tensor]:
     torch.manual_seed(1)
     q, k = (h * spec.head_dim if spec.whole_norm else spec.head_dim for h in (spec.num_heads, spec.kv_heads))
-    parts = GroupedParts(torch.randn(inputs[0].shape[1]), norm(q), norm(k))
+    parts = GroupedParts(torch.randn(inputs[0].shape[1]), norm(q), norm(k), v_norm=norm(spec.head_dim))
     handle = ops.pack_grouped(spec, parts, torch.rand(2, 70, spec.rope_dim // 2))
     cache = ops.new_cache(2 * spec.kv_heads, 24, 16, 2 * spec.head_dim, cache_dtype)
     results = []
@@ -147,7 +148,8 @@ def grouped_outputs(ops: Any, spec: GroupedSpec, inputs: list[Tensor], cache_dty
 
 
 @pytest.mark.parametrize(
-    ("name", "cache_dtype"), [("biased", "float32"), ("interleaved", "int8"), ("whole_norm", "fp8")]
+    ("name", "cache_dtype"),
+    [("biased", "float32"), ("interleaved", "int8"), ("whole_norm", "fp8"), ("wide", "bfloat16")],
 )
 def test_grouped_heads_agree_with_the_reference(name: str, cache_dtype: str) -> None:
     """Long chunks take torch's attention, few tokens the latent kernel, in the same step too."""

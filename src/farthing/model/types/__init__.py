@@ -10,7 +10,7 @@ from farthing.model.fields import ConfigError
 from farthing.model.types import (
     axk1,
     deepseek_v3,
-    deepseek_v32,
+    gemma,
     glm4_moe_lite,
     glm_moe_dsa,
     gpt_oss,
@@ -33,7 +33,6 @@ TYPES: Mapping[str, ModelType] = {
     kind.name: kind
     for kind in (
         *deepseek_v3.TYPES,
-        deepseek_v32.TYPE,
         kimi_k25.TYPE,
         glm4_moe_lite.TYPE,
         mistral4.TYPE,
@@ -48,6 +47,7 @@ TYPES: Mapping[str, ModelType] = {
         *mixtral.TYPES,
         gpt_oss.TYPE,
         *llama.TYPES,
+        *gemma.TYPES,
     )
 }
 

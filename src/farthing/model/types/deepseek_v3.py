@@ -1,6 +1,7 @@
 """DeepSeek-V3, the base that other types are described against, and types that are nearly the same."""
 
-from farthing.model.types.base import INTERLEAVED, Fields, ModelType
+from farthing.model.fields import integer
+from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix
 
 
 def _v2(raw: Fields) -> Fields:
@@ -9,8 +10,16 @@ def _v2(raw: Fields) -> Fields:
     return defaults | {k: v for k, v in raw.items() if v is not None} | INTERLEAVED
 
 
+def _v32(raw: Fields) -> Fields:
+    """A lightning indexer in every layer selects keys for attention. It rotates by halves; attention's own
+    rotation stays interleaved."""
+    fixed = {"index_rope_interleaved": False, "index_topk": integer(raw, "index_topk"), **INTERLEAVED}
+    return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
+
+
 TYPES = (
     ModelType("deepseek_v3", "DeepSeek-V3, V3.1, R1; Moonlight"),
     ModelType("deepseek_v2", "DeepSeek-V2, V2-Lite", _v2),
+    ModelType("deepseek_v32", "DeepSeek-V3.2, V3.2-Exp, V3.2-Speciale", _v32),
     ModelType("kimi_k2", "Kimi K2"),  # only sizes differ
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 _NEEDS = {
     "form of grouped-query attention is": (
         "apertus", "arcee", "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "exaone4",
-        "exaone_moe", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4", "glm4v_moe",
+        "exaone_moe", "gemma2", "gemma3n", "glm4", "glm4v_moe",
         "granite", "hunyuan_v1_moe", "llama4", "llama4_text", "ministral", "olmo3", "phimoe",
         "qwen2", "qwen2_moe", "qwen3_vl_moe", "seed_oss", "starcoder2",
     ),

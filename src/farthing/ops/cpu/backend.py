@@ -308,6 +308,7 @@ class CpuOps(PackingOps):
         router = router_of(spec)
         router.bias = weights.native.router.bias
         router.logit_bias = weights.native.router.logit_bias
+        router.expert_scale = weights.native.router.expert_scale
         weights.native.router = router
         weights.spec = spec
 
@@ -320,7 +321,11 @@ class CpuOps(PackingOps):
         return ids, gates
 
     def logits(self, x: Tensor, head: Linear, norm: Norm) -> Tensor:
-        return self.linear(x, head, norm)
+        logits = self.linear(x, head, norm)
+        if norm.cap:
+            z: Any = arrays.host(logits)
+            np.multiply(np.tanh(z / np.float32(norm.cap)), np.float32(norm.cap), out=z)
+        return logits
 
     def top_logits(self, x: Tensor, head: Linear, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
         if k > MOST_FUSED_TOP:
@@ -331,7 +336,7 @@ class CpuOps(PackingOps):
         logsumexp = empty(x, tokens)
         with _not_finite():
             self._native.top_logits(
-                head.packed, native_rows(x), tokens, address(scale), norm.eps, k,
+                head.packed, native_rows(x), tokens, address(scale), norm.eps, norm.cap, k,
                 address(values), address(ids), address(logsumexp),
             )  # fmt: skip
         return values, ids, logsumexp

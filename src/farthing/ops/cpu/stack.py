@@ -86,8 +86,20 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
             layer.o.rest, feed_norm_at, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
         )  # fmt: skip
         alive += [*vectors, layer.heads, layer.feed]
+        if layer.is_special:
+            alive += add_post(native, layer)
     eps = layers[0].norm.eps if layers else 0.0
     return Stack(native, len(layers), runs_of(layers), eps, tuple(alive))
+
+
+def add_post(native: Any, layer: LayerHandles) -> list[Any]:
+    """Add what follows attention and feed to the last layer; returns what owns the numbers."""
+    beside = layer.beside
+    rows = () if beside is None else (beside.input_norm, beside.norm, beside.feed_norm)
+    norms = [None if n is None else vector(n.weight) for n in (layer.attention_post, layer.feed_post, *rows)]
+    at = [0 if n is None else address(n) for n in norms] + [0] * (3 - len(rows))
+    native.post(*at[:2], None if beside is None else beside.mlp.native, *at[2:], layer.scale)
+    return [*norms, beside]
 
 
 def vector(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from farthing import _native
 from farthing.lazy import torch
 from farthing.ops.api import (
+    SILU,
     AttentionSpec,
     DeltaParts,
     DeltaSpec,
+    Gate,
     GroupedParts,
     GroupedSpec,
     HostOps,
@@ -419,8 +421,11 @@ class PackingOps(HostOps):
             of_columns = self._tensor(f"{name}.down_bias", lambda: bias)
         return _Mlp(gate_up, down, of_rows, of_columns)
 
-    def pack_mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> Experts:
+    def pack_mlp(
+        self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]], activation: Gate = SILU
+    ) -> Experts:
         native = _native.Moe(_native.Router(), None, True, self._parts)
+        native.activate(*astuple(activation))
         for part in self._mlp(name, weights):
             part.add_to(native)
         return Experts(native, None)
@@ -450,13 +455,13 @@ class PackingOps(HostOps):
             else w is not None and w.shared is not None
         )
         shared = shared and not self.routed_only
-        logit_bias = f"{name}.logit_bias"
-        if w is None and self._file and logit_bias in self._file:
-            router.logit_bias = self._tensor(logit_bias, _missing).tolist()
-        elif w is not None and (added := w.logit_bias) is not None:
-            router.logit_bias = self._tensor(logit_bias, lambda: added).tolist()
+        for vector_name in ("logit_bias", "expert_scale"):
+            key, given = f"{name}.{vector_name}", None if w is None else getattr(w, vector_name)
+            if given is not None or (w is None and self._file and key in self._file):
+                values = self._tensor(key, lambda given=given: given)  # type: ignore[misc]
+                setattr(router, vector_name, values.tolist())
         native = _native.Moe(router, gate, shared, self._parts)
-        native.activate(spec.gate.alpha, spec.gate.cubic, spec.gate.limit, spec.gate.shift)
+        native.activate(*astuple(spec.gate))
         first = None
         loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
         if None in loads:
@@ -531,15 +536,15 @@ class PackingOps(HostOps):
 
     def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Attention:
         rope, d = vector(rope), spec.head_dim
-        found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks)
+        found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks, parts.v_norm)
         kept = [None if p is None else vector(p) for p in found]
         native = _native.Attention(
             spec.num_heads, 0, d, d, d, spec.scale, spec.interleaved, 0, address(rope[0]), address(rope[1])
         )
-        bias, q_norm, k_norm, sinks = (0 if part is None else address(part) for part in kept)
+        bias, q_norm, k_norm, sinks, v_norm = (0 if part is None else address(part) for part in kept)
         native.group(
             spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm, spec.gated, spec.window or 0,
-            sinks,
+            sinks, v_norm,
         )  # fmt: skip
         alive = (rope, *(part for part in kept if part is not None))
         return Attention(native, spec.num_heads * d, spec.norm_eps, alive)

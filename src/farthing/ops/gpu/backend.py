@@ -44,7 +44,15 @@ from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_row
 from farthing.ops.gpu.route import index, pack_indexer, route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
 from farthing.ops.gpu.sparse import find
-from farthing.ops.reference import Grouped, identity_weight, largest, pack_grouped, shared_weight
+from farthing.ops.reference import (
+    Grouped,
+    capped,
+    identity_weight,
+    largest,
+    pack_grouped,
+    scaled_choice,
+    shared_weight,
+)
 from farthing.ops.sampling import Filters
 from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
 from farthing.ops.weights import Weight, rounded, static_scale
@@ -60,6 +68,7 @@ class Mlp:
     gate_up: Matrix
     down: Matrix
     biases: tuple[Tensor, Tensor] | None = None  # float32, of gate and up [E, 2, I] and of down [E, D]
+    activation: Gate = SILU
 
 
 @dataclass(slots=True)
@@ -74,6 +83,7 @@ class Experts:
     shared: Mlp | None
     shared_gate: Tensor | None
     logit_bias: Tensor | None
+    expert_scale: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,7 +127,7 @@ class GpuOps(Ops):
             run = []
         return parts + list(stack_rows(run)) if run else parts
 
-    def pack_mlp(self, name: str, weights: Callable[[], Gated]) -> Mlp:
+    def pack_mlp(self, name: str, weights: Callable[[], Gated], activation: Gate = SILU) -> Mlp:
         gate, up, down = weights()
         shared = static_scale([gate, up])
         biases = None
@@ -130,6 +140,7 @@ class GpuOps(Ops):
             pair(self._matrix(gate, shared), self._matrix(up, shared)),
             self._matrix(down, static_scale([down])),
             biases,
+            activation,
         )
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Experts:
@@ -146,14 +157,14 @@ class GpuOps(Ops):
             spec,
             w.gate.float().to(self.device),
             None if w.bias is None else w.bias.float().to(self.device),
-            self._stack(name, w, here),
+            self._stack(name, w, here, spec.gate),
             local,
-            None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared),
+            None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared, spec.gate),
             None if w.shared_gate is None else w.shared_gate.float().to(self.device),
-            None if w.logit_bias is None else w.logit_bias.float().to(self.device),
+            *(None if b is None else b.float().to(self.device) for b in (w.logit_bias, w.expert_scale)),
         )
 
-    def _stack(self, name: str, w: MoEWeights, here: list[int]) -> Mlp:
+    def _stack(self, name: str, w: MoEWeights, here: list[int], activation: Gate) -> Mlp:
         downs: list[Matrix] = []
         biases: list[tuple[Tensor, Tensor]] = []
 
@@ -170,7 +181,7 @@ class GpuOps(Ops):
         gate_up = stack_experts(pairs(), len(here))
         first, last = (torch.cat(each) for each in zip(*biases, strict=True)) if biases else (None, None)
         both = None if first is None or last is None else (first, last)
-        return Mlp(gate_up, stack_experts(downs, len(here)), both)
+        return Mlp(gate_up, stack_experts(downs, len(here)), both, activation)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -255,23 +266,22 @@ class GpuOps(Ops):
         added_to = _rows(x) if residual else torch.zeros_like(x)
         return combine(n, none, None, self._gated(n, weights), added_to)
 
-    def _gated(self, n: Tensor, weights: Mlp, activation: Gate = SILU) -> Tensor:
+    def _gated(self, n: Tensor, weights: Mlp) -> Tensor:
         """One MLP for all tokens: a grouped product with one group."""
         tokens = n.shape[0]
         order = torch.arange(tokens, dtype=torch.int32, device=n.device)
         starts = torch.arange(0, 2 * max(1, tokens), max(1, tokens), dtype=torch.int32, device=n.device)
-        return self._grouped(n, weights, order, starts, 1, None, activation)
+        return self._grouped(n, weights, order, starts, 1, None)
 
     def _grouped(
-        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None,
-        activation: Gate,
-    ) -> Tensor:  # fmt: skip
+        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None
+    ) -> Tensor:
         if weights.gate_up.inputs is not None:
             n = gemm.to_integers(n, weights.gate_up.inputs[0])  # experts of a layer share their input's range
         x, scale = normalize.quantize(n) if weights.gate_up.format == "fp8" else (n, None)
         return experts_mlp(
             x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype,
-            activation=activation, biases=weights.biases,
+            activation=weights.activation, biases=weights.biases,
         )  # fmt: skip
 
     def moe(
@@ -289,9 +299,8 @@ class GpuOps(Ops):
             chosen = ids.flatten()
             counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
         order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.local)
-        act = weights.spec.gate
-        y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates, act)
-        shared = None if weights.shared is None else self._gated(n, weights.shared, act)
+        y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
+        shared = None if weights.shared is None else self._gated(n, weights.shared)
         if shared is not None and weights.shared_gate is not None:
             shared = shared_weight(n, weights.shared_gate) * shared.float()
         if weights.spec.identities:
@@ -308,10 +317,10 @@ class GpuOps(Ops):
 
     def _route(self, n: Tensor, weights: Experts, live: Tensor | None) -> tuple[Tensor, Tensor]:
         logits = F.linear(n.float(), weights.gate, weights.logit_bias)
-        return route(logits, weights.bias, weights.spec, live)
+        return scaled_choice(*route(logits, weights.bias, weights.spec, live), weights.expert_scale)
 
     def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if len({layer.window for layer in layers}) > 1 or any(layer.gates is not None for layer in layers):
+        if len({layer.window for layer in layers}) > 1 or any(layer.is_special for layer in layers):
             return None
         return Stack(tuple(layers))
 
@@ -353,7 +362,7 @@ class GpuOps(Ops):
         return self.mlp(h, layer.feed, layer.feed_norm)
 
     def logits(self, x: Tensor, head: list[Part], norm: Norm) -> Tensor:
-        return self._linear(x, head, norm, None, torch.float32)
+        return capped(self._linear(x, head, norm, None, torch.float32), norm)
 
     def top_logits(self, x: Tensor, head: list[Part], norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return largest(self.logits(x, head, norm), k)
