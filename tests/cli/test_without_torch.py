@@ -42,6 +42,9 @@ WORKS = [
     "forecast --help",
     "fleet --help",
     "bench serve --help",
+    "chat --help",
+    "list --json",
+    "show mite --json",
     "doctor --no-measure --json",
 ]
 NEEDS_TORCH = [

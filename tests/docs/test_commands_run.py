@@ -32,6 +32,7 @@ ENVIRONMENT = os.environ | {
     "NO_COLOR": "1",
     "COLUMNS": "200",
     "TRITON_INTERPRET": "0",
+    "HF_HUB_OFFLINE": "1",
 }
 
 # Commands that run until they are stopped.
@@ -76,6 +77,8 @@ ELSEWHERE = {
     "--backend gpu": "gpu",
     "--nodes 2": "ray",
     "vllm serve": "vllm",
+    "qwen3-8b": "hub",
+    "ollama:": "ollama",
 }
 
 

@@ -62,3 +62,11 @@ def test_kernels_multiply_by_the_values_of_the_file(shipped: Path) -> None:
         found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
     )
     assert float(kl) < 0.02  # activations of 8 bits
+
+
+def test_run_answers_a_question(shipped: Path) -> None:
+    command = [sys.executable, "-m", "farthing", "run", str(shipped), "What is the capital of France?"]
+    done = subprocess.run(
+        [*command, "--temperature", "0", "--max-tokens", "16"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Paris" in done.stdout, done.stderr

@@ -235,6 +235,10 @@ _Key = Annotated[
 ]
 _System = Annotated[str, typer.Option("--system", help="System prompt.")]
 _Think = Annotated[str | None, typer.Option("--think", help="on, off, or an effort such as low.")]
+_Temperature = Annotated[
+    float | None, typer.Option(help="Sampling temperature, 0 for greedy; default: the checkpoint's.")
+]
+_Most = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Maximum tokens of an answer.")]
 _Mcp = Annotated[
     Path | None,
     typer.Option("--mcp", help="File of MCP servers; default: ~/.config/farthing/mcp.json, if it exists."),
@@ -254,6 +258,8 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.")] = None,
     system: _System = "",
     think: _Think = None,
+    temperature: _Temperature = None,
+    max_tokens: _Most = None,
     mcp: _Mcp = None,
     api_key: _Key = None,
 ) -> None:
@@ -271,7 +277,9 @@ def chat(
         else:
             served = model or EMBEDDED
             server = stack.enter_context(_started(served))
-        _talk(stack, Conversation(server, served, system=system), prompt, think, mcp)
+        talk = Conversation(server, served, system=system)
+        talk.sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        _talk(stack, talk, prompt, think, mcp)
 
 
 @run_app.command(
@@ -281,15 +289,19 @@ def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, as `farthing serve` takes it.")] = (
         EMBEDDED
     ),
-    prompt: Annotated[str | None, typer.Argument(help="Answer this and end.")] = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="Answer this and end.")] = None,
     system: _System = "",
     think: _Think = None,
+    temperature: _Temperature = None,
+    max_tokens: _Most = None,
     mcp: _Mcp = None,
 ) -> None:
     """Download MODEL if it is not here, serve it with the options that fit, and talk to it."""
     with one_line_errors("run"), ExitStack() as stack:
         server = stack.enter_context(_started(model))
-        _talk(stack, Conversation(server, model, system=system), prompt, think, mcp)
+        talk = Conversation(server, model, system=system)
+        talk.sampling = {"temperature": temperature, "max_tokens": max_tokens}
+        _talk(stack, talk, prompt, think, mcp)
 
 
 @contextlib.contextmanager
@@ -301,7 +313,8 @@ def _started(model: str) -> Iterator[Server]:
     with ExitStack() as stack:
         with console.status(f"starting {model}") as status:
             server = stack.enter_context(started(model, ("--fit",), lambda line: status.update(_cut(line))))
-        console.print(Text(f"{model} is served on {server.url} while this runs; /? for help", style="dim"))
+        said = f"{model} is served on {server.url} while this runs; /? for help"
+        console.print(Text(said, style="dim"), soft_wrap=True)
         yield server
 
 
@@ -323,7 +336,8 @@ def _talk(
         if not reply(talk, prompt, screen, servers):
             raise typer.Exit(2)
     elif not sys.stdin.isatty():
-        if not reply(talk, sys.stdin.read(), screen, servers):
+        said = sys.stdin.read()
+        if said.strip() and not reply(talk, said, screen, servers):
             raise typer.Exit(2)
     else:
         converse(talk, screen, servers)

