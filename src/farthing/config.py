@@ -198,7 +198,9 @@ _ranks = partial(option, group="Parallelism")
 class EngineConfig:
     """Everything an engine is built from. None: chosen when the engine is built."""
 
-    model: str = _engine("mite", "The embedded model, a directory, or a hub id", argument=True)
+    model: str = _engine(
+        "mite", "The embedded model, a directory, a GGUF file, a hub id, or a short name", argument=True
+    )
     dtype: Dtype = _engine("auto", "Activation dtype")
     backend: str = _engine(
         "auto", "Backend: auto, reference, cpu[/ISA], gpu, torch[/DEVICE], or a farthing.ops entry point"

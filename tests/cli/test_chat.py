@@ -19,10 +19,13 @@ from typing import ClassVar
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from farthing.cli.app import app
 from farthing.cli.chat import Screen, _account, obey, reply, split_blocks
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.mcp import McpServers
+from farthing.planner.estimate import published_config
 from farthing.server.config import KeyRing
 from tests.server.harness import ScriptedEngine, letters, running
 
@@ -197,10 +200,20 @@ def test_a_server_is_started_and_ended() -> None:
         assert server.models() == ["mite"] and server.ready()
     assert not server.ready()
     with (
-        pytest.raises(RuntimeError, match=r"model: got '\./none'; expected"),
+        pytest.raises(ChildProcessError, match=r"model: got '\./none'; expected"),
         started("./none", (), lines.append),
     ):
         pass
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published_config("qwen3-8b")))
+    monkeypatch.setattr("farthing.cli.chat.available_memory", lambda: 10**9)
+    monkeypatch.setattr("farthing.hub.Found.fetch", lambda *_: pytest.fail("downloaded"))
+    refused = CliRunner().invoke(app, ["run", str(tmp_path), "hello"])
+    assert refused.exit_code == 2 and "even with int4 weights" in refused.output
 
 
 @given(st.text("ab\n`# ", max_size=60))

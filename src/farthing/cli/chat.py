@@ -20,9 +20,13 @@ from rich.text import Text
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.errors import one_line_errors
 from farthing.cli.mcp import McpServers, default_file
+from farthing.cli.preflight import on_this_cpu
 from farthing.cli.tables import step_progress
+from farthing.config import EngineConfig
 from farthing.files import replace_text
 from farthing.hub import EMBEDDED, find_model
+from farthing.memory import available_memory
+from farthing.planner.fit import fit
 
 if TYPE_CHECKING:
     from farthing.cli.conversation import Call
@@ -306,10 +310,14 @@ def run(
 
 @contextlib.contextmanager
 def _started(model: str) -> Iterator[Server]:
-    """A server of a model, downloaded first."""
-    with step_progress(f"downloading {model}") as progress:
-        find_model(model).fetch(progress)
+    """A server of a model, downloaded first. Raises ValueError if it does not fit, before the download."""
     console = Console(stderr=True)
+    found = find_model(model)
+    if on_this_cpu(EngineConfig(model=model)):
+        chosen = fit(found.path, available_memory())
+        console.print(Text(f"fit: {chosen}", style="dim"), soft_wrap=True)
+    with step_progress(f"downloading {model}") as progress:
+        found.fetch(progress)
     with ExitStack() as stack:
         with console.status(f"starting {model}") as status:
             server = stack.enter_context(started(model, ("--fit",), lambda line: status.update(_cut(line))))

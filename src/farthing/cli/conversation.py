@@ -233,7 +233,7 @@ def find(model: str | None, key: str | None) -> tuple[Server, str] | None:
 def started(model: str, options: Sequence[str], say: Callable[[str], object]) -> Iterator[Server]:
     """Start `farthing serve MODEL OPTIONS` on a free port, and end it on exit. say: shows what it does.
 
-    Raises RuntimeError with its error if it does not become ready.
+    Raises ChildProcessError with its error if it does not become ready.
     """
     command = [sys.executable, "-m", "farthing", "serve", model, "--port", "0", *options]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -261,11 +261,13 @@ def _when_ready(
         lines = [re.sub(r"^\S+ \S+ [A-Z]+ ", "", line) for line in read().splitlines()]
         if process.poll() is not None:
             error = next((line for line in reversed(lines) if line.startswith("error: ")), "")
-            raise RuntimeError(error.removeprefix("error: ") or "\n".join(lines[-5:]) or "the server ended")
+            raise ChildProcessError(
+                error.removeprefix("error: ") or "\n".join(lines[-5:]) or "the server ended"
+            )
         url = next((line.split()[-1] for line in lines if line.startswith("listening on ")), None)
         if url is not None and Server(url).ready():
             return Server(url)
         if lines:
             say(lines[-1])
         time.sleep(0.05)
-    raise RuntimeError(f"the server was not ready after {_START_SECONDS:.0f} s")
+    raise ChildProcessError(f"the server was not ready after {_START_SECONDS:.0f} s")

@@ -13,7 +13,9 @@ import typer
 from farthing import hub, stores
 from farthing.checkpoint.reader import method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
+from farthing.cli.preflight import on_this_cpu
 from farthing.cli.tables import size, step_progress
+from farthing.config import EngineConfig
 from farthing.memory import available_memory
 from farthing.model import ModelConfig
 from farthing.planner.fit import fit
@@ -42,7 +44,7 @@ def pull(
     log_lines()
     with one_line_errors("pull"), errors_as_one_line("run the same command to resume"):
         found = hub.find_model(model)
-        if check_memory:
+        if check_memory and on_this_cpu(EngineConfig(model=model)):
             typer.echo(f"fit: {fit(found.path, available_memory())}")
         files = f"{len(found.absent)} files, {size(found.to_download)}"
         with step_progress("downloading") as progress:
