@@ -56,13 +56,18 @@ def write_model(path: Path, seed: int = 0, base: dict[str, Any] = TINY, **change
         # A larger head, so that some tokens are likelier than others.
         writer.add(name, tensor * 3 if name == "lm_head.weight" else tensor)
     writer.close(raw)
+    write_tokenizer(path)
+    return path
+
+
+def write_tokenizer(path: Path) -> None:
+    """A token for each byte, and two more."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<bos>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path / "tokenizer.json"))
-    return path
 
 
 def corpus_of(data: Path, model: Path, window: int, max_tokens: int | None = None) -> Corpus:

@@ -41,13 +41,14 @@ def ours(path: Path, ids: torch.Tensor) -> torch.Tensor:
 
 def theirs(path: Path, ids: torch.Tensor) -> torch.Tensor:
     """Logits of transformers without input rounding; it must find every tensor."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config = json.loads((path / "config.json").read_text())
     for group in config.get("quantization_config", {}).get("config_groups", {}).values():
         group["input_activations"] = None
     (path / "config.json").write_text(json.dumps(config))
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    kind = getattr(transformers, config["architectures"][0])
+    model, info = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
         logits: torch.Tensor = model(ids[None]).logits[0]

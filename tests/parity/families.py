@@ -416,7 +416,14 @@ FAMILIES: dict[str, Build] = {
 def build(name: str, seed: int, path: Path) -> Any:
     """A transformers model with random weights of plausible scale, saved to `path`."""
     torch.manual_seed(seed)
-    model = FAMILIES[name](random.Random(f"{name}{seed}")).float().eval()
+    model = fill(FAMILIES[name](random.Random(f"{name}{seed}")))
+    save(name, model, path, published=seed % 2 == 0)
+    return model
+
+
+def fill(model: Any) -> Any:
+    """Random float32 weights of plausible scale."""
+    model = model.float().eval()
     for key, value in [*model.named_parameters(), *model.named_buffers()]:
         if not value.is_floating_point() or "inv_freq" in key:
             continue
@@ -430,7 +437,6 @@ def build(name: str, seed: int, path: Path) -> Any:
             value.data = torch.randn_like(value)
         elif value.ndim > 1:
             value.data = torch.randn_like(value) * value.shape[-1] ** -0.5
-    save(name, model, path, published=seed % 2 == 0)
     return model
 
 

@@ -399,8 +399,8 @@ def fitted(weight: Weight, mark: Any) -> Weight:
 
 
 VERSION = "0.20.0"
-EXPERTS = ".mlp.experts."  # part of every routed expert's module name
-EXPERTS_TARGET = r"re:.*\.mlp\.experts\.\d+\..*"
+EXPERTS = ".experts."  # part of every routed expert's module name
+EXPERTS_TARGET = r"re:.*\.experts\.\d+\..*"
 
 
 def _pack_rows(zero: Tensor) -> Tensor:

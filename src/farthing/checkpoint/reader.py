@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
@@ -52,6 +52,11 @@ def quantization_in(config: Mapping[str, Any]) -> Any:
     parts = (config, text if isinstance(text, dict) else {})
     section = next((part[key] for part in parts for key in _KEYS if part.get(key)), None)
     return section or config.get(_MISTRAL) or None
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without its quantization."""
+    return {key: value for key, value in config.items() if key not in (*_KEYS, ct.MARK)}
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:
@@ -201,13 +206,17 @@ class Checkpoint:
             self._resolve(quantization)
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path) -> Self:
         """Read config.json and the index without mapping any file. Raises CheckpointError."""
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
         config = read_config(path)
         return cls(path, config, GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path))
+
+    def stored(self, name: str) -> str:
+        """A tensor's or module's name in the files; this class reads by that name."""
+        return name
 
     def names(self) -> Iterable[str]:
         """Every tensor name of the checkpoint."""
@@ -271,8 +280,7 @@ class Checkpoint:
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
-        scheme = self._groups.scheme(module) if self._groups else None
-        scale = self._scale_of(module)
+        scheme, scale = self._scheme(module), self._scale_of(module)
         if (whole := self._shards.weight(f"{module}.weight")) is not None:
             self._claim(f"{module}.weight")
             weight = whole
@@ -307,14 +315,14 @@ class Checkpoint:
         if found := self.in_groups(f"{module}.weight"):
             return found[0], self.shape(f"{module}.weight")[1]
         if self.has(f"{module}.weight_packed"):
-            scheme = self._groups.scheme(module) if self._groups else None
+            scheme = self._scheme(module)
             return ("int4" if scheme is None else _integers_of(scheme)), int(
                 self.tensor(f"{module}.weight_shape")[1]
             )
         columns = self.shape(f"{module}.weight")[1]
         if not self.is_quantized(module):
             return "dense", columns
-        scheme = self._groups.scheme(module) if self._groups else None
+        scheme = self._scheme(module)
         return ("fp8" if scheme is None or scheme.fp8 else _integers_of(scheme)), columns
 
     def stored_bytes(self) -> int:
@@ -380,6 +388,9 @@ class Checkpoint:
             log.info(
                 "%s: kv_cache_scheme is not applied; --kv-cache-dtype sets the cache's format", self.path
             )
+
+    def _scheme(self, module: str) -> ct.Scheme | None:
+        return self._groups.scheme(self.stored(module)) if self._groups else None
 
     def _dense(self, module: str, scheme: ct.Scheme | None) -> Weight:
         name = f"{module}.weight"

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
 from farthing.compress.calibrate import SimulatedOps
 from farthing.compress.evaluate import (
@@ -37,6 +36,7 @@ from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
 from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
+from farthing.compress.source import PlainCheckpoint
 from farthing.compress.stream import Compression, Progress, Progressed, finish, refuse_finished, run
 from farthing.config import Quantization
 from farthing.model import DecoderModel, ModelConfig
@@ -100,7 +100,7 @@ def baseline(
 
 def _tail(path: Path, backend: str) -> DecoderModel:
     """A model with only the norm and head."""
-    checkpoint = Checkpoint.open(path)
+    checkpoint = PlainCheckpoint.open(path)
     config = replace(
         ModelConfig.from_json(checkpoint.config),
         num_hidden_layers=0,
@@ -208,7 +208,7 @@ def compress(
         assert judged is not None
         quality = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
-    before, result = Checkpoint.open(source), Checkpoint.open(out)
+    before, result = PlainCheckpoint.open(source), PlainCheckpoint.open(out)
     larger = grown(before.stored_bytes(), result.stored_bytes())
     if larger:
         log.warning("%s", larger)
@@ -254,7 +254,7 @@ def grown(before: int, after: int) -> str | None:
     )
 
 
-def _weight_bytes(checkpoint: Checkpoint) -> int:
+def _weight_bytes(checkpoint: PlainCheckpoint) -> int:
     """Bytes of all tensors, without the headers of the files."""
     return sum(map(checkpoint.nbytes, checkpoint.names()))
 
@@ -268,7 +268,7 @@ def _ready(
     reproduce.
     """
     refuse_finished(out)
-    checkpoint = Checkpoint.open(source)
+    checkpoint = PlainCheckpoint.open(source)
     options = replace(options, export=choose_export(options.export, recipe, checkpoint, config))
     if limits := expected_limits(options.export, checkpoint, config, recipe):
         verb = "may" if recipe.scheme == "auto" or recipe.adaptive else "will"
@@ -319,7 +319,7 @@ def _make(
     return _Made(recipe, state, plan, tokens=corpus.tokens if corpus else 0)
 
 
-def _result(checkpoint: Checkpoint, compressed: _Made) -> Sizes:
+def _result(checkpoint: PlainCheckpoint, compressed: _Made) -> Sizes:
     """Sizes of the result, with experts read as often as in calibration or by the adaptive rule."""
     config = ModelConfig.from_json(checkpoint.config)
     routed = {

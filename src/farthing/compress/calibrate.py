@@ -14,6 +14,7 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.compress.layer import Matrix, TracedOps
+from farthing.compress.source import PlainCheckpoint
 
 Rounding = Callable[[Tensor], Tensor]
 FP8_MAX = 448.0
@@ -67,7 +68,7 @@ class Activations:
         """The rounding of a quantized module's input, None to keep it."""
         if self.fp8_everywhere:
             return round_fp8_group
-        index = self.groups.index(module) if self.groups else None
+        index = self.groups.index(self.checkpoint.stored(module)) if self.groups else None
         kind = None if index is None else self.kinds[index]
         if kind == "fp8":
             return round_fp8_group
@@ -89,7 +90,7 @@ class SimulatedOps(TracedOps):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.name = "reference float32, simulated activations"
-        self._activations = Activations.of(Checkpoint.open(path))
+        self._activations = Activations.of(PlainCheckpoint.open(path))
         self._rounding: dict[str, Rounding | None] = {}
 
     def before(self, matrix: Matrix, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import EXPERTS, GroupKey
-from farthing.compress.layer import ATTENTION, MLP, group_columns
+from farthing.compress.layer import MATRICES, group_columns
 from farthing.compress.recipe import Recipe
 from farthing.compress.transform import group_for, stored_format, wanted_group
 from farthing.model import AdaptiveExperts, ModelConfig
@@ -52,6 +52,7 @@ def for_export(export: str, recipe: Recipe) -> Recipe:
 
 
 EXPORTS = ("auto", "compressed-tensors", "llm-compressor", "deepseek-fp8")
+STACKS_ONLY = ("gpt_oss", "granitemoe")  # types of whose experts transformers 5.24 reads only stacks
 Keys = Mapping[str, GroupKey | None]
 
 
@@ -131,6 +132,8 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
     if ragged := [name for name in blocks if _is_ragged(checkpoint.shape(f"{name}.weight"))]:
         limits.append(f"FP8 blocks of 128 do not tile {ragged[0]}; without a GPU it assumes other blocks")
     experts = {key for name, key in keys.items() if EXPERTS in name}
+    if experts and checkpoint.config.get("model_type") in STACKS_ONLY:
+        limits.append("routed experts are stored one by one; of this type it reads stacks alone")
     if len(experts) > 1:
         named = sorted({_name(key) for key in experts})
         limits.append(f"routed experts are stored as {' and '.join(named)}; it requires one scheme for all")
@@ -211,7 +214,7 @@ def _rows(checkpoint: Checkpoint, module: str) -> int:
 def _matrices(checkpoint: Checkpoint) -> list[str]:
     """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
-    kinds = (*ATTENTION, *MLP, "eh_proj")
+    kinds = (*MATRICES, "eh_proj")
     return [m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in kinds]
 
 

@@ -30,7 +30,7 @@ from farthing.ops import (
     RouterSpec,
     Weight,
 )
-from farthing.ops.reference import ReferenceOps, capped, gated_by
+from farthing.ops.reference import ReferenceOps, capped, gated_by, shared_weight
 
 Gated = tuple[Weight, Weight, Weight]
 STACKED = (
@@ -43,6 +43,8 @@ def input_name(module: str) -> str:
     parent, _, leaf = module.rpartition(".")
     if leaf in ("q_a_proj", "q_proj", "k_proj", "v_proj", STACKED):
         return f"{parent}.kv_a_proj_with_mqa"
+    if leaf in ("in_proj_qkvz", "in_proj_z", "qkvz"):
+        return f"{parent}.in_proj_qkv"
     return f"{parent}.gate_proj" if leaf == "up_proj" else module
 
 
@@ -53,6 +55,7 @@ class Matrix:
     name: str
     weight: Tensor
     format: str  # as stored
+    bias: Tensor | None = None  # [N], of an expert
 
 
 class TracedOps(ReferenceOps):
@@ -78,7 +81,8 @@ class TracedOps(ReferenceOps):
     def _matrix(self, name: str, *weights: Weight) -> Matrix:
         quantized = next((w.format for w in weights if w.format != "dense"), "dense")
         values = [w.dequantize() for w in weights]
-        return Matrix(input_name(name), values[0] if len(values) == 1 else torch.cat(values), quantized)
+        whole = values[0] if len(values) == 1 else torch.cat(values)
+        return Matrix(input_name(name), whole, quantized, weights[0].bias)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
         return self._matrix(name, *weights())
@@ -107,13 +111,13 @@ class TracedOps(ReferenceOps):
     # -- computing
 
     def _apply(self, matrix: Matrix, x: Tensor) -> Tensor:
-        return F.linear(self.before(matrix, x), matrix.weight)
+        return F.linear(self.before(matrix, x), matrix.weight, matrix.bias)
 
     def _gated(self, x: Tensor, mlp: tuple[Gate, Matrix, Matrix, Matrix]) -> Tensor:
         activation, gate, up, down = mlp
         x = self.before(gate, x)
-        inner = gated_by(activation, F.linear(x, gate.weight), F.linear(x, up.weight))
-        return self._apply(down, inner)
+        both = (F.linear(x, matrix.weight, matrix.bias) for matrix in (gate, up))
+        return self._apply(down, gated_by(activation, *both))
 
     def linear(
         self, x: Tensor, weight: Any, norm: Norm | None = None, residual: Tensor | None = None
@@ -148,7 +152,7 @@ class TracedOps(ReferenceOps):
                 self.after_expert(name, e, gates[token, slot], y)
                 out.index_add_(0, token, y * gates[token, slot, None])
         if shared is not None:
-            out += self._gated(n, shared)
+            out += self._gated(n, shared) * shared_weight(n, router.shared_gate)
         return x + out if residual else out
 
     def logits(self, x: Tensor, head: Any, norm: Norm) -> Tensor:
@@ -165,7 +169,10 @@ ATTENTION = (
     "kv_b_proj",
     "o_proj",
 )
+DELTA = ("in_proj_qkvz", "in_proj_qkv", "in_proj_z", "out_proj")  # b and a are small and decide the decay
+DENSE = ("in_proj_ba", "in_proj_b", "in_proj_a", "shared_expert_gate")  # linear modules that stay as they are
 MLP = ("gate_proj", "up_proj", "down_proj")
+MATRICES = (*ATTENTION, *DELTA, *MLP)  # the last part of the name of what may be compressed
 SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
 
@@ -232,6 +239,7 @@ class Layer:
     def modules(self) -> list[str]:
         """Every linear matrix that may be compressed: attention, MLPs, eh_proj; not the router."""
         attention = [f"{self.prefix}self_attn.{a}" for a in ATTENTION]
+        attention += [f"{self.prefix}linear_attn.{a}" for a in DELTA]
         mlps = [f"{m}.{p}" for m in self.mlps() for p in MLP]
         candidates = [*attention, *mlps, f"{self.prefix}eh_proj"]
         return [m for m in candidates if f"{m}.weight" in self.tensors]

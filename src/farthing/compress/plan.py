@@ -18,10 +18,11 @@ from typing import Any, TypeVar
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.evaluate import Corpus
-from farthing.compress.layer import ATTENTION, MLP
+from farthing.compress.layer import MATRICES
 from farthing.compress.recipe import Recipe
 from farthing.compress.sensitivity import Notes, Option, measure, part_of
 from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
+from farthing.compress.source import PlainCheckpoint
 from farthing.compress.stream import STATE, Progress, fingerprint
 from farthing.model.config import ModelConfig
 
@@ -117,7 +118,7 @@ def make_plan(
     Measurements are kept next to OUT's shards until OUT is complete, so a killed run resumes, and a run with
     another budget reuses them.
     """
-    checkpoint = Checkpoint.open(source)
+    checkpoint = PlainCheckpoint.open(source)
     asked = replace(recipe, max_drop=None, budget_bytes=None, measure="memory")
     notes = Notes(out / STATE / "sensitivity.json", fingerprint(source, asked, "", corpus))
     options = measure(checkpoint, recipe, corpus, progress, notes)
@@ -174,7 +175,7 @@ def _modules(checkpoint: Checkpoint) -> list[str]:
 
 
 def _planned(module: str) -> bool:
-    return module.startswith("model.layers.") and module.rpartition(".")[2] in (*ATTENTION, *MLP, "eh_proj")
+    return module.startswith("model.layers.") and module.rpartition(".")[2] in (*MATRICES, "eh_proj")
 
 
 def solve(

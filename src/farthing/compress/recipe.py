@@ -160,7 +160,7 @@ RECIPES: dict[str, Recipe] = {
             "fitted",
             "int8",
             algorithm="gptq",
-            wide=("*.self_attn.*",),
+            wide=("*.self_attn.*", "*.linear_attn.*"),
             calibration_tokens=32768,
         ),
         Recipe("w4a8", "int4", algorithm="gptq", activations="token", calibration_tokens=32768),

@@ -27,6 +27,7 @@ from farthing.compress.evaluate import Corpus, Window
 from farthing.compress.layer import Layer, Stream, TracedOps
 from farthing.compress.recipe import Recipe
 from farthing.compress.size import Reads, Sizes, measured_shares, reads_of
+from farthing.compress.source import embedded, final_norm
 from farthing.compress.transform import compress_layer
 from farthing.compress.work import Done, forward
 from farthing.files import replace_json
@@ -52,8 +53,8 @@ def part_of(module: str) -> str:
     if len(pieces) < 5:
         return module
     layer = ".".join(pieces[:3])
-    if "self_attn" in pieces:
-        return f"{layer}.self_attn"
+    if pieces[3] in ("self_attn", "linear_attn"):
+        return f"{layer}.{pieces[3]}"
     return f"{layer}.mlp.{pieces[4]}" if pieces[4] in ("experts", "shared_experts") else f"{layer}.mlp"
 
 
@@ -64,14 +65,14 @@ class LayerwiseModel:
         self.config = ModelConfig.from_json(checkpoint.config)
         self.layers = [Layer.read(checkpoint, self.config, i) for i in range(self.config.num_hidden_layers)]
         self.embedding = checkpoint.tensor("model.embed_tokens.weight")
-        self.final_norm = checkpoint.tensor("model.norm.weight").float()
+        self.final_norm = final_norm(checkpoint, self.config)
         tied = self.config.tie_word_embeddings
         self.head = self.embedding.float() if tied else checkpoint.weight("lm_head").dequantize()
 
     def stream(self, windows: list[Window]) -> Stream:
         """Embedded tokens, the input of the first layer."""
         ids = torch.cat([w.ids[:-1] for w in windows])
-        hidden = F.embedding(ids, self.embedding).float()
+        hidden = embedded(self.config, self.embedding, ids)
         return Stream(hidden, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
 
     def through(self, layer: Layer, stream: Stream, ops: TracedOps | None = None) -> Tensor:
@@ -81,7 +82,7 @@ class LayerwiseModel:
     def log_probs(self, hidden: Tensor) -> Tensor:
         """[t, D] after the last layer -> [t, V]."""
         normed = F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.config.rms_norm_eps)
-        return F.linear(normed, self.head).log_softmax(-1)
+        return (F.linear(normed, self.head) * self.config.logit_scale).log_softmax(-1)
 
 
 class Meter:

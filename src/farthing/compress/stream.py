@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from farthing.checkpoint import Checkpoint, CheckpointWriter, GroupKey
+from farthing.checkpoint import CheckpointWriter, GroupKey
 from farthing.checkpoint.compressed_tensors import MARK, VALUES
+from farthing.checkpoint.reader import unquantized
 from farthing.compress.evaluate import Corpus
 from farthing.compress.export import encode, key_in, quantization_config
-from farthing.compress.layer import Layer, Stream, TracedOps, check_finite
+from farthing.compress.layer import DENSE, Layer, Stream, TracedOps, check_finite
 from farthing.compress.recipe import Recipe
+from farthing.compress.source import PlainCheckpoint, embedded, final_norm
 from farthing.compress.transform import Plan, compress_layer
 from farthing.compress.work import Advance, LayerResult, LayerWork, bfloat16_products
 from farthing.files import replace_json, replace_tensors
@@ -77,12 +79,12 @@ def run(job: Compression, progress: Progress | None = None, keep: bool = False) 
     keep: leave the state of the run for a caller with more to do, which ends with `finish`; until then the
     same job returns at once, and another one is refused.
     """
-    checkpoint = Checkpoint.open(job.source)
+    checkpoint = PlainCheckpoint.open(job.source)
     config = ModelConfig.from_json(checkpoint.config)
-    if not config.is_plain:
+    if not config.runs_by_layer:
         raise ValueError(
             f"model_type: got {config.model_type!r}, which compression does not support; "
-            "expected layers and tensor names like DeepSeek-V3's or Llama's"
+            "expected a type without sparse attention, shortcuts, identity experts and norms of outputs"
         )
     job.recipe.check(config)
     layers = _layers(checkpoint, config)
@@ -92,8 +94,8 @@ def run(job: Compression, progress: Progress | None = None, keep: bool = False) 
     job = replace(job, recipe=job.recipe.begin(_each(checkpoint, config, layers)))
     writer = CheckpointWriter(job.out, resume=state.next_layer >= 0)
     embedding = checkpoint.tensor("model.embed_tokens.weight")
-    final_norm = checkpoint.tensor("model.norm.weight").float()
-    stream = _stream(job, embedding, hidden)
+    norm = final_norm(checkpoint, config)
+    stream = _stream(job, config, embedding, hidden)
     if state.next_layer < 0:
         _write_top(checkpoint, config, writer, state)
         state.next_layer = 0
@@ -102,8 +104,8 @@ def run(job: Compression, progress: Progress | None = None, keep: bool = False) 
         steps = _Steps(progress, index, layers)
         layer = Layer.read(checkpoint, config, index)
         checkpoint.release()
-        result = _one_layer(job, layer, stream, embedding, final_norm, state, steps)
-        _write_layer(job, layer, result, writer, state)
+        result = _one_layer(job, layer, stream, embedding, norm, state, steps)
+        _write_layer(job, checkpoint, layer, result, writer, state)
         del layer, result  # free before the next one is read
         state.next_layer = index + 1
         _save(job, state, writer, stream)
@@ -144,7 +146,7 @@ class _Steps:
         return advance
 
 
-def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
+def _layers(checkpoint: PlainCheckpoint, config: ModelConfig) -> int:
     """Decoder layers in the files, including MTP layers (transformers drops those)."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
     while layers > config.num_hidden_layers and not checkpoint.has(f"model.layers.{layers - 1}.enorm.weight"):
@@ -152,7 +154,7 @@ def _layers(checkpoint: Checkpoint, config: ModelConfig) -> int:
     return layers
 
 
-def _each(checkpoint: Checkpoint, config: ModelConfig, layers: int) -> Iterator[Layer]:
+def _each(checkpoint: PlainCheckpoint, config: ModelConfig, layers: int) -> Iterator[Layer]:
     """Every layer, one in memory at a time."""
     for index in range(layers):
         yield Layer.read(checkpoint, config, index)
@@ -195,49 +197,64 @@ def _one_layer(
 
 
 def _write_top(
-    checkpoint: Checkpoint, config: ModelConfig, writer: CheckpointWriter, state: Progressed
+    checkpoint: PlainCheckpoint, config: ModelConfig, writer: CheckpointWriter, state: Progressed
 ) -> None:
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         check_finite(name, checkpoint.tensor(name))
-        writer.add(name, checkpoint.tensor(name))
+        writer.add(checkpoint.stored(name), checkpoint.tensor(name))
+    for name, tensor in checkpoint.skipped():
+        writer.add(name, tensor)
     if not config.tie_word_embeddings:
         head = checkpoint.weight("lm_head")
         value = head.data if head.format == "dense" else head.dequantize(torch.bfloat16)
         check_finite("lm_head.weight", value)
-        writer.add("lm_head.weight", value)
+        writer.add(checkpoint.stored("lm_head.weight"), value)
     state.keys["lm_head"] = None
     writer.flush()
 
 
 def _write_layer(
-    job: Compression, layer: Layer, result: LayerResult, writer: CheckpointWriter, state: Progressed
+    job: Compression,
+    checkpoint: PlainCheckpoint,
+    layer: Layer,
+    result: LayerResult,
+    writer: CheckpointWriter,
+    state: Progressed,
 ) -> None:
+    stored = checkpoint.stored
     for module, done in result.modules.items():
         key = key_in(job.export, module, done.key)
         for name, tensor in encode(job.export, module, done.weight, key).items():
-            writer.add(name, tensor)
+            writer.add(stored(name), tensor)
         if done.input_scale is not None:
-            writer.add(f"{module}.input_scale", torch.tensor([done.input_scale]))
+            writer.add(stored(f"{module}.input_scale"), torch.tensor([done.input_scale]))
         state.keys[module] = asdict(key) if key else None
         state.modules.append(done.report)
     for name, tensor in layer.tensors.items():
         if name.removesuffix(".weight") in result.modules:
             continue
+        module = name.removesuffix(".weight")
+        if module.endswith(DENSE):
+            state.keys[module] = None
         dtype = layer.stored.get(name, torch.float32)
         exact = torch.equal(tensor.to(dtype).float(), tensor)
-        writer.add(name, tensor.to(dtype) if exact else tensor.float())
+        writer.add(stored(name), tensor.to(dtype) if exact else tensor.float())
     if result.coverage is not None:
         state.coverage.append({"layer": layer.index} | result.coverage)
     writer.flush()
 
 
-def _final_config(job: Compression, checkpoint: Checkpoint, state: Progressed) -> dict[str, Any]:
-    replaced = ("quantization_config", "compression_config", MARK)
-    config = {k: v for k, v in checkpoint.config.items() if k not in replaced}
+def _final_config(job: Compression, checkpoint: PlainCheckpoint, state: Progressed) -> dict[str, Any]:
+    config = unquantized(checkpoint.config)
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = unquantized(text)
     for name, value in state.changes.items():  # under the names that the file has
         config |= {own: value for own in _NAMES.get(name, ()) if own in config} or {name: value}
-    quantization = quantization_config(job.export, state.group_keys())
-    mark = VALUES if any(key and key.format == "nl4" for key in state.group_keys().values()) else {}
+    keys = {checkpoint.stored(module): key for module, key in state.group_keys().items()}
+    others = (n for n, tensor in checkpoint.skipped() if n.endswith(".weight") and tensor.ndim == 2)
+    keys |= {name.removesuffix(".weight"): None for name in others}
+    quantization = quantization_config(job.export, keys)
+    mark = VALUES if any(key and key.format == "nl4" for key in keys.values()) else {}
     if job.recipe.head == "int8":
         mark = mark | {"head": "int8"}
     if mark:
@@ -251,12 +268,14 @@ _NAMES = {"n_routed_experts": ("n_routed_experts", "num_local_experts", "num_exp
 # -- resuming
 
 
-def _stream(job: Compression, embedding: Tensor, hidden: dict[str, Tensor] | None) -> Stream | None:
+def _stream(
+    job: Compression, config: ModelConfig, embedding: Tensor, hidden: dict[str, Tensor] | None
+) -> Stream | None:
     if job.calibration is None or not job.recipe.needs_data:
         return None
     windows = job.calibration.windows
     ids = torch.cat([w.ids[:-1] for w in windows])
-    start = torch.nn.functional.embedding(ids, embedding).float()
+    start = embedded(config, embedding, ids)
     held = hidden or dict.fromkeys(("hidden", *job.recipe.streams()), start)
     next_ids, lengths = torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows]
     others = {name: held[name] for name in job.recipe.streams()}

@@ -86,6 +86,8 @@ def forward(
         batch, blocks = paged_batch(lengths)
         heads = layer.config.heads(layer.index)
         cache = ops.new_cache(heads.cache_rows, blocks, PAGE, heads.cache_width, "float32")
+        if layer.config.recurrent is not None:
+            cache.state = ops.new_state(1, blocks, layer.config.recurrent.spec)
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
         advance(rows.stop / len(out))
     return out

@@ -16,8 +16,10 @@ from farthing.model.load import (
     random_model,
     routers_for,
     source_of,
+    unstacked,
 )
 from farthing.model.source import MemorySource, WeightSource, stack_of
+from farthing.model.types import Names
 
 __all__ = [
     "IGNORED",
@@ -31,6 +33,7 @@ __all__ = [
     "MTPLayer",
     "MemorySource",
     "ModelConfig",
+    "Names",
     "RopeConfig",
     "Sizing",
     "WeightSource",
@@ -47,4 +50,5 @@ __all__ = [
     "routers_of",
     "source_of",
     "stack_of",
+    "unstacked",
 ]

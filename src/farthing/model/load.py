@@ -156,7 +156,12 @@ def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     if names.skipped_because:
         skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
         log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
-    source = RenamedSource(checkpoint, names)
+    return unstacked(checkpoint, config)
+
+
+def unstacked(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
+    """The checkpoint's tensors under V3's names, single experts of stacks among them."""
+    source = RenamedSource(checkpoint, names_in(checkpoint, config))
     first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
     stack = f"model.layers.{first}.mlp.experts.down_proj"
     if not any(source.has(f"{stack}{suffix}") for suffix in ("", "_blocks")):

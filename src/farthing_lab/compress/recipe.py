@@ -66,6 +66,13 @@ class Study(Settings):
                 f"rotate: got true for model_type {config.model_type!r}; expected false: only latent "
                 "attention is rotated"
             )
+        plain = not (config.recurrent or config.shared_gate or config.norm_offset or config.expert_bias)
+        for name in ("scaling", "experts", "neurons"):
+            if not plain and getattr(self, name) not in ("none", 0):
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r} for model_type {config.model_type!r}; expected a "
+                    "recipe without it: it does not know biases of experts, gates and recurrent layers"
+                )
         for name in ("experts", "neurons"):
             share = getattr(self, name)
             if share and config.layer_sizes:

@@ -1,0 +1,123 @@
+"""Recipes on types with other names, stacked experts, recurrent layers or biases: results load and agree."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.api import Options, compress
+from farthing.compress.recipe import known_recipes
+from farthing.compress.source import PlainCheckpoint
+from farthing.model.config import ModelConfig
+from farthing.model.load import load, parameter_shapes
+from farthing.ops.select import select
+
+pytest.importorskip("transformers")
+
+from tests.parity.families import FAMILIES, fill, save
+
+from .conftest import write_tokenizer
+from .test_transformers import check, distance, ours
+
+RECIPES = known_recipes()
+TYPES = ("gpt_oss", "qwen3_next", "qwen3_5_moe", "granitemoe", "mixtral", "minimax_m2")
+WIDE = dict(hidden_size=128, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=3)
+WIDE |= dict(shared_expert_intermediate_size=64, vocab_size=264, head_dim=32, linear_value_head_dim=32)
+SERVED = ["int8", "int4-rtn", "int4", "w4a8", "fp8-block", "auto"]
+
+
+def source_model(name: str, path: Path) -> Path:
+    """With sizes that groups of 32 columns divide, and a tokenizer."""
+    model = FAMILIES[name](random.Random(f"{name}0"))
+    text = model.config.get_text_config()
+    for field, value in WIDE.items():
+        if hasattr(text, field):
+            setattr(text, field, value)
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:3]
+    save(name, fill(type(model)(model.config)), path)
+    write_tokenizer(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(n, marks=() if n == "int4-rtn" else pytest.mark.slow) for n in SERVED]
+)
+@pytest.mark.parametrize("name", TYPES)
+def test_compressed_models_load_and_agree(name: str, recipe: str, data: Path, tmp_path: Path) -> None:
+    source = source_model(name, tmp_path / "source")
+    ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
+    check(source, tmp_path / "out", RECIPES[recipe], ids, calibration=data)
+    before, after = PlainCheckpoint.open(source), PlainCheckpoint.open(tmp_path / "out")
+    worst = {"int8": 0.02, "fp8-block": 0.05}.get(recipe, 0.3)
+    for parameter, shape in parameter_shapes(ModelConfig.from_directory(source)):
+        module, leaf = parameter.rpartition(".")[::2]
+        if leaf == "weight" and len(shape) == 2:
+            old, new = (checkpoint.weight(module) for checkpoint in (before, after))
+            assert distance(new.dequantize(), old.dequantize()) < worst, module
+            assert new.bias is None or torch.equal(new.bias, old.bias)
+        else:
+            assert torch.equal(after.tensor(parameter), before.tensor(parameter)), parameter
+
+
+def test_mxfp4_stacks_are_read_expert_by_expert(data: Path, tmp_path: Path) -> None:
+    """Released gpt-oss files; 4-bit groups of 32 columns hold their values nearly."""
+    source = source_model("gpt_oss", tmp_path / "source")
+    generator = torch.Generator().manual_seed(1)
+    tensors = load_file(source / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = experts, rows, columns // 32
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator).to(torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(121, 124, shape, generator=generator).to(torch.uint8)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    raw = json.loads((source / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "mxfp4"}
+    }
+    (source / "config.json").write_text(json.dumps(raw))
+    before = PlainCheckpoint.open(source)
+    assert before.stored_as("model.layers.1.mlp.experts.2.up_proj") == ("mxfp4", 128)
+    outcome = compress(source, tmp_path / "out", RECIPES["int4-rtn"], Options(gate=False))
+    after = PlainCheckpoint.open(tmp_path / "out")
+    assert after.stored_as("model.layers.1.mlp.experts.2.up_proj") == ("int4", 128)
+    for module in ("model.layers.0.mlp.experts.1.gate_proj", "model.layers.2.mlp.experts.3.down_proj"):
+        assert distance(after.weight(module).dequantize(), before.weight(module).dequantize()) < 0.2
+    ids = torch.randint(2, 258, (40,), generator=generator)
+    assert 0 < distance(ours(tmp_path / "out", ids), ours(source, ids)) < 1
+    assert outcome.report.transformers_limits
+
+
+def test_a_vision_tower_is_copied(data: Path, tmp_path: Path) -> None:
+    source = source_model("qwen3_5_moe", tmp_path / "source")
+    compress(source, tmp_path / "out", RECIPES["int8"], Options(gate=False, calibration=data))
+    tower = {n for n in Checkpoint.open(source).names() if n.startswith("model.visual.")}
+    assert tower and tower <= set(Checkpoint.open(tmp_path / "out").names())
+
+
+@pytest.mark.parametrize(("recipe", "field"), [("smoothquant", "scaling"), ("experts-reap", "experts")])
+def test_recipes_that_change_functions_are_refused(
+    recipe: str, field: str, data: Path, tmp_path: Path
+) -> None:
+    source = source_model("gpt_oss", tmp_path / "source")
+    with pytest.raises(ValueError, match=f"{field}: got .* for model_type 'gpt_oss'; expected a recipe"):
+        compress(source, tmp_path / "out", RECIPES[recipe], Options(gate=False, calibration=data))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gpt_oss", "granitemoe"])
+def test_the_gate_and_adaptive_experts(name: str, data: Path, tmp_path: Path) -> None:
+    source = source_model(name, tmp_path / "source")
+    options = Options(calibration=data, data=data, max_drop=0.5, max_tokens=256, window=64)
+    outcome = compress(source, tmp_path / "int8", RECIPES["int8"], options)
+    assert outcome.report.quality is not None and outcome.report.quality.kl < 0.5
+    adaptive = replace(RECIPES["adaptive-experts"], max_drop=0.5, calibration_tokens=256, window=64)
+    compress(source, tmp_path / "adaptive", adaptive, replace(options, gate=False))
+    routers = load(tmp_path / "adaptive", select("reference")).config
+    assert routers == ModelConfig.from_directory(source)
+    assert "adaptive_experts" in json.loads((tmp_path / "adaptive" / "config.json").read_text())
