@@ -86,7 +86,7 @@ def test_every_recipe_loads_or_reports_why_not(name: str, data: Path, tmp_path: 
     source = write_model(tmp_path / "source", **WIDE)
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
     limits = check(source, tmp_path / "out", RECIPES[name], ids, calibration=data)
-    if name not in ("auto", "adaptive-experts"):
+    if name not in ("auto", "adaptive-experts", "int4"):
         assert not limits
 
 

@@ -131,6 +131,8 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
     blocks = [name for name, key in keys.items() if key is not None and key.format == "fp8"]
     if ragged := [name for name in blocks if _is_ragged(checkpoint.shape(f"{name}.weight"))]:
         limits.append(f"FP8 blocks of 128 do not tile {ragged[0]}; without a GPU it assumes other blocks")
+    if any(key is not None and key.format == "nl4" for key in keys.values()):
+        limits.append("4-bit values are fitted, and it reads evenly spaced ones; use values: even")
     experts = {key for name, key in keys.items() if EXPERTS in name}
     if experts and checkpoint.config.get("model_type") in STACKS_ONLY:
         limits.append("routed experts are stored one by one; of this type it reads stacks alone")
