@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from farthing.cli.app import app
-from farthing.cli.chat import Screen, _account, obey, reply, split_blocks
+from farthing.cli.chat import Screen, _account, obey, printable, reply, split_blocks
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.mcp import McpServers
 from farthing.planner.estimate import published_config
@@ -46,8 +46,8 @@ class Terminal:
         os.close(slave)
         self._master, self.seen = master, ""
 
-    def until(self, text: str, seconds: float = 60.0) -> str:
-        """What is shown until a text is, and with it."""
+    def read(self, text: str, seconds: float = 60.0) -> None:
+        """Wait until a text is shown."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
@@ -56,6 +56,10 @@ class Terminal:
                     self.seen += os.read(self._master, 65536).decode(errors="replace")
                 except OSError:  # it ended
                     assert text in self.seen, self.seen
+
+    def until(self, text: str) -> str:
+        """What is shown until a text is, and with it, without formatting."""
+        self.read(text)
         shown, _, self.seen = self.seen.partition(text)
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown + text)
 
@@ -277,6 +281,15 @@ def test_files_that_name_no_server(tmp_path: Path, text: str) -> None:
     (tmp_path / "mcp.json").write_text(text)
     with pytest.raises(ValueError, match="expected"):
         McpServers(tmp_path / "mcp.json")
+
+
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal() -> None:
+    evil = "a\x1b]52;c;eA==\x07b\x9b2J\r\nc\td"
+    assert printable(evil) == "a\ufffd]52;c;eA==\ufffdb\ufffd2J\nc\td"
+    with running(ScriptedEngine([evil])) as server, terminal(server.url, "-p", "x") as t:
+        assert t.process.wait(60) == 0
+        t.read("of prompt")
+        assert "]52;c" in t.seen and "\x1b]52" not in t.seen
 
 
 def test_tokens_speed_and_price_of_an_answer() -> None:

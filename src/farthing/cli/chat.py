@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ HELP = """\
 \"\"\"              begins and ends a message of several lines; so does a \\ at the end of a line
 Ctrl-C           stops an answer"""
 _FENCE = "```"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _MOST_CALLS = 25  # rounds of tool calls per message
 
 
@@ -67,7 +69,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line about the conversation."""
-        self.console.print(Text(text, style="dim"), soft_wrap=True)
+        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     def show(self, pieces: Iterator[Piece]) -> None:
         """An answer as it arrives."""
@@ -87,7 +89,7 @@ class Screen:
                 if thought and not rest:
                     live.console.print(Text(self._thought(time.monotonic() - began), style="dim"))
                     thought = 0
-                whole, rest = split_blocks(rest + piece.text)
+                whole, rest = split_blocks(rest + printable(piece.text))
                 if whole:
                     live.console.print(Markdown(whole))
                 live.update(Markdown(rest))
@@ -102,7 +104,7 @@ class Screen:
 
     def allowed(self, call: Call) -> bool:
         """Whether the user lets a tool run."""
-        self.console.print(Text(f"{call.name} {call.arguments}", style="yellow"), soft_wrap=True)
+        self.console.print(Text(printable(f"{call.name} {call.arguments}"), style="yellow"), soft_wrap=True)
         if call.name in self._always:
             return True
         try:
@@ -112,6 +114,11 @@ class Screen:
         if said.startswith("a"):
             self._always.add(call.name)
         return said.startswith(("y", "a"))
+
+
+def printable(text: str) -> str:
+    """A text without control characters, with which a model or a tool could change the terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
 
 
 def split_blocks(text: str) -> tuple[str, str]:
@@ -201,7 +208,7 @@ def reply(talk: Conversation, said: str, screen: Screen, servers: McpServers | N
         screen.say("(stopped)")
         return True
     except (OSError, ValueError) as error:
-        screen.console.print(Text(f"error: {error}", style="red"))
+        screen.console.print(Text(printable(f"error: {error}"), style="red"))
         return False
     if screen.formatted:
         screen.say(_account(talk, time.monotonic() - began))
