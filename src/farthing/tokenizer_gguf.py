@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -74,10 +74,10 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
 
     Raises ValueError for tokenizers that are not read, with those that are.
     """
-    if (model := fields.get("model")) not in ("gpt2", "llama"):
+    if (model := fields.get("model")) not in ("gpt2", "llama", "gemma4"):
         raise ValueError(
-            f"{file}: tokenizer.ggml.model: got {model!r}; expected 'gpt2' (byte-level BPE) or 'llama' "
-            "(SentencePiece); other models: their Hugging Face directory with safetensors"
+            f"{file}: tokenizer.ggml.model: got {model!r}; expected 'gpt2' (byte-level BPE), 'gemma4' or "
+            "'llama' (SentencePiece); other models: their Hugging Face directory with safetensors"
         )
     pre = fields.get("pre")
     if model == "gpt2" and pre not in _CUTS:
@@ -88,7 +88,7 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
         raise ValueError(f"{file}: tokenizer.ggml.tokens: expected a list of tokens without duplicates")
     kinds = fields.get("token_type") or []
     try:
-        backend = _sentencepiece(vocabulary, fields) if model == "llama" else _byte_level(vocabulary, fields)
+        backend = _byte_level(vocabulary, fields) if model == "gpt2" else _sentencepiece(vocabulary, fields)
     except Exception as error:  # tokenizers raises nothing more specific
         raise ValueError(f"{file}: tokenizer.ggml.merges or scores: {error}") from error
     backend.add_tokens(
@@ -112,8 +112,12 @@ def _byte_level(vocabulary: dict[str, int], fields: Mapping[str, Any]) -> Tokeni
 
 
 def _sentencepiece(vocabulary: dict[str, int], fields: Mapping[str, Any]) -> Tokenizer:
-    """Merges are every split of a token in two others; those of higher scores come first."""
+    """Without stored merges, they are every split of a token in two others; those of higher scores come
+    first."""
     scores, kinds = fields["scores"], fields["token_type"]
+    if fields["model"] == "gemma4":
+        parts = (merge.partition(" ") for merge in fields["merges"])
+        return _with_spaces(vocabulary, [(first, second) for first, _, second in parts], fields)
     found = []
     for token, i in vocabulary.items():
         if kinds[i] == _NORMAL:
@@ -123,7 +127,14 @@ def _sentencepiece(vocabulary: dict[str, int], fields: Mapping[str, Any]) -> Tok
                 (-scores[i], pair)
                 for pair in sorted(pairs, key=lambda p: (vocabulary[p[0]], vocabulary[p[1]]))
             ]
-    merges = [pair for _, pair in sorted(found, key=lambda f: f[0])]
+    return _with_spaces(vocabulary, [pair for _, pair in sorted(found, key=lambda f: f[0])], fields)
+
+
+def _with_spaces(
+    vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], fields: Mapping[str, Any]
+) -> Tokenizer:
+    """Spaces are letters, and bytes tokens; text is not cut before merging."""
+    kinds = fields["token_type"]
     unknown = next((token for token, i in vocabulary.items() if kinds[i] == _UNKNOWN), None)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(fields.get("add_space_prefix", True))

@@ -26,7 +26,7 @@ from tests.parity.paged import run  # noqa: E402
 
 Config = dict[str, Any]
 _LAYER = re.compile(
-    r"model\.layers\.(\d+)\.(.*?)\.?(weight|bias|e_score_correction_bias|A_log|dt_bias|sinks|(?:gate_up|down)_proj(?:_bias)?)"
+    r"model\.layers\.(\d+)\.(.*?)\.?(weight|bias|e_score_correction_bias|A_log|dt_bias|sinks|layer_scalar|(?:per_expert_)?scale|(?:gate_up|down)_proj(?:_bias)?)"
 )
 
 
@@ -113,6 +113,36 @@ def gpt_oss(c: Config) -> Config:
     }  # fmt: skip
 
 
+def gemma(c: Config) -> Config:
+    """What both have, with a pattern for layers; c: with the rotation of those that see all tokens."""
+    cap = c["final_logit_softcapping"]
+    return {
+        **base({**c, "rope_parameters": c["rope_parameters"]["full_attention"]}),
+        "attention.sliding_window": c["sliding_window"],
+        "rope.freq_base_swa": float(c["rope_parameters"]["sliding_attention"]["rope_theta"]),
+        **({"final_logit_softcapping": float(cap)} if cap else {}),
+    }  # fmt: skip
+
+
+def gemma4(c: Config) -> Config:
+    slides = [kind == "sliding_attention" for kind in c["layer_types"]]
+    own = {"head_dim": c["head_dim"], **next(iter(c["per_layer_config"].values()))}
+    groups = own.get("num_key_value_heads", c["num_key_value_heads"])
+    mixture = {
+        "expert_count": c["num_experts"], "expert_used_count": c["top_k_experts"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+    }  # fmt: skip
+    return {
+        **gemma(c), **(mixture if c["enable_moe_block"] else {}),
+        "attention.sliding_window_pattern": slides,
+        "attention.head_count_kv": [c["num_key_value_heads"] if s else groups for s in slides],
+        "attention.key_length": own["head_dim"], "attention.value_length": own["head_dim"],
+        "attention.key_length_swa": c["head_dim"], "attention.value_length_swa": c["head_dim"],
+        "rope.dimension_count": own["head_dim"], "rope.dimension_count_swa": c["head_dim"],
+        "attention.shared_kv_layers": 0, "embedding_length_per_layer_input": 0,
+    }  # fmt: skip
+
+
 def by_part(array: np.ndarray[Any, Any], keys: int, *widths: int) -> list[np.ndarray[Any, Any]]:
     """Rows of Qwen3-Next's fused projections, a part of all key heads together."""
     parts = np.split(array.reshape(keys, -1, array.shape[-1]), np.cumsum(widths)[:-1], 1)
@@ -121,7 +151,7 @@ def by_part(array: np.ndarray[Any, Any], keys: int, *widths: int) -> list[np.nda
 
 def tiled(name: str, array: np.ndarray[Any, Any], c: Config) -> np.ndarray[Any, Any]:
     """A tensor of a recurrence or a norm as llama.cpp's converter writes it."""
-    keys, values = c["linear_num_key_heads"], c["linear_num_value_heads"]
+    keys, values = (c.get(f"linear_num_{which}_heads", 0) for which in ("key", "value"))
     if name.endswith("norm.weight") and "ssm_norm" not in name:
         return array + 1
     if c["model_type"] == "qwen3_next":  # whose converter leaves value heads where they are
@@ -148,6 +178,8 @@ CASES: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "qwen3_5_moe_text": ("qwen35moe", qwen35moe),
     "qwen3_next": ("qwen3next", qwen35moe),
     "gpt_oss": ("gpt-oss", gpt_oss),
+    "gemma3_text": ("gemma3", gemma),
+    "gemma4_text": ("gemma4", gemma4),
 }
 
 
@@ -167,6 +199,10 @@ def renamed(
             out[f"{ {v: k for k, v in _OUTER.items()}[stem] }.{suffix}"] = array
             continue
         i, module, suffix = found.groups()
+        whole = layer.get(f"{module}.{suffix}".lstrip("."), "")
+        if architecture == "gemma4" and "." in whole:
+            out[f"blk.{i}.{whole}"] = array
+            continue
         stack = re.sub(r"\.\d+\.", ".{}.", module)
         if stack in experts:
             stacks.setdefault(f"blk.{i}.{experts[stack]}.weight", []).append(array)
@@ -189,6 +225,9 @@ def renamed(
         elif suffix == "sinks":
             out[f"blk.{i}.attn_sinks.weight"] = array
         elif suffix in ("gate_up_proj", "down_proj"):
+            if architecture == "gemma4" and suffix == "gate_up_proj" and not legacy:
+                out[f"blk.{i}.ffn_gate_up_exps.weight"] = array
+                continue
             parts = np.split(array, 2, 1) if suffix == "gate_up_proj" else [array]
             for part, stacked in zip(("gate", "up") if len(parts) > 1 else ("down",), parts, strict=True):
                 out[f"blk.{i}.ffn_{part}_exps.weight"] = np.ascontiguousarray(stacked)
@@ -216,7 +255,10 @@ def renamed(
     return {**out, **{name: np.stack(parts) for name, parts in stacks.items()}}
 
 
-@pytest.mark.parametrize(("family", "legacy"), [*((family, False) for family in CASES), ("qwen3_next", True)])
+@pytest.mark.parametrize(
+    ("family", "legacy"),
+    [*((family, False) for family in CASES), *((f, True) for f in ("qwen3_next", "gemma4_text"))],
+)
 def test_logits_are_those_of_the_directory(
     tmp_path: Path, family: str, legacy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +270,9 @@ def test_logits_are_those_of_the_directory(
     w = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
     for name, value in metadata(c).items():
         add = (
-            w.add_bool
+            w.add_array
+            if isinstance(value, list)
+            else w.add_bool
             if isinstance(value, bool)
             else w.add_uint32
             if isinstance(value, int)
@@ -245,6 +289,12 @@ def test_logits_are_those_of_the_directory(
         w.add_tensor(name, array)
     if architecture == "glm4moe":
         w.add_tensor(f"blk.{c['num_hidden_layers']}.nextn.enorm.weight", np.ones(4, np.float32))
+    if architecture == "gemma4":  # the factors of pairs that turn, and of others
+        size = metadata(c)["attention.key_length"]
+        turning = int(0.25 * size // 2)
+        w.add_tensor(
+            "rope_freqs.weight", np.array([1] * turning + [1e30] * (size // 2 - turning), np.float32)
+        )
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -260,6 +310,14 @@ def test_logits_are_those_of_the_directory(
 def _plain(config: Any) -> bool:
     """Whether GGUF says all of a random configuration: rotation of neighbours without scaling, no window."""
     rope = config.rope_parameters
+    if config.model_type == "gemma3_text":
+        slides = [kind == "sliding_attention" for kind in config.layer_types]
+        plain = rope["full_attention"]["rope_type"] == "default"
+        known = config.query_pre_attn_scalar == config.head_dim
+        return plain and known and slides == [bool((i + 1) % 6) for i in range(len(slides))]
+    if config.model_type == "gemma4_text":
+        both = len(set(config.layer_types)) == 2 and config.per_layer_config[len(config.layer_types) - 1]
+        return bool(config.enable_moe_block and config.attention_k_eq_v and both)
     if config.model_type == "gpt_oss":
         slides = [kind == "sliding_attention" for kind in config.layer_types]
         plain = (config.swiglu_limit, getattr(config, "swiglu_alpha", 1.702)) == (7.0, 1.702)

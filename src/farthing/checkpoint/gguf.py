@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,15 @@ class Names:
     """The tensors of an architecture: GGUF's name without `.weight` or `.bias` -> Hugging Face's module.
 
     layer: of tensors blk.N.*, whole names where the suffix changes too; experts: of stacks [E, N, K], with {}
-    for the expert. turned: matrices whose rows are stored for rotation of neighbours, and the metadata field
-    with their number of heads. around_zero: whether norms have weights around 0, GGUF's being around 1.
-    tiled: whether the heads of a recurrence are in the order of `ValueHeads`. fused: of tensors that hold
-    several modules, key head by key head, the parts of each (see `ValueHeads.widths`). types: the model types
-    whose checkpoints are written so.
+    for the expert, several where their rows follow each other. turned: matrices whose rows are stored for
+    rotation of neighbours, and the metadata field with their number of heads. around_zero: whether norms have
+    weights around 0, GGUF's being around 1. tiled: whether the heads of a recurrence are in the order of
+    `ValueHeads`. fused: of tensors that hold several modules, key head by key head, the parts of each (see
+    `ValueHeads.widths`). types: the model types whose checkpoints are written so.
     """
 
     layer: Mapping[str, str]
-    experts: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     turned: Mapping[str, str] = field(default_factory=dict)
     around_zero: bool = False
     tiled: bool = False
@@ -124,6 +125,21 @@ _SHARED = {
     **{f"ffn_{part}_shexp": f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down")},
 }
 _POST = {"post_attention_norm": _LAYER["ffn_norm"]}
+_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA4 = {
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    "layer_output_scale.weight": "layer_scalar",
+}
+_BESIDE = {f"ffn_{part}_exps": f"experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
 ARCHITECTURES = {
     "llama": Names(
         {**_LAYER, **_SPARSE},
@@ -156,6 +172,11 @@ ARCHITECTURES = {
         {**_LAYER, **_POST, "attn_sinks.weight": "self_attn.sinks", "ffn_gate_inp": "mlp.router"},
         _EXPERTS,
         types=("gpt_oss",),
+    ),
+    "gemma3": Names({**_LAYER, **_NORMS}, around_zero=True),
+    "gemma4": Names(
+        {**_LAYER, **_NORMS, **_GEMMA4},
+        {**_BESIDE, "ffn_gate_up_exps": (_BESIDE["ffn_gate_exps"], _BESIDE["ffn_up_exps"])},
     ),
 }
 COMPUTED = ("rope_freqs.weight",)  # tensors whose values follow from the configuration
@@ -259,13 +280,15 @@ def describe(
         stored = prefix + (whole or f"{module}.{suffix}")
         if part in _JOINED:
             stored = f"{stored}/{part}"
-        if part not in names.experts:
+        if whole or part not in names.experts:
             yield stored, entry
             continue
-        size = int(tensor.n_bytes) // shape[0]
-        for expert in range(shape[0]):
-            yield stored.format(expert), {
-                **entry, "shape": shape[1:], "offset": entry["offset"] + expert * size,
+        stacked = names.experts[part]
+        modules = (stacked,) if isinstance(stacked, str) else stacked
+        size, width = int(tensor.n_bytes) // shape[0] // len(modules), shape[1] // len(modules)
+        for i, (expert, each) in enumerate(product(range(shape[0]), modules)):
+            yield f"{prefix}{each.format(expert)}.{suffix}", {
+                **entry, "shape": [width, *shape[2:]], "offset": entry["offset"] + i * size,
             }  # fmt: skip
 
 

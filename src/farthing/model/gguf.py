@@ -115,6 +115,8 @@ class Metadata:
     def heads(self, name: str) -> int:
         """A count of heads; that of keys may be absent."""
         missing = name.endswith("_kv") and self.own(name) is None
+        if isinstance(self.own(name), list):  # of each layer, for the type to read
+            return 1
         return self.whole("attention.head_count" if missing else name)
 
     def layers(self) -> int:
@@ -236,6 +238,65 @@ def _gpt_oss(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _sliding(m: Metadata) -> list[str]:
+    """layer_types: the pattern is a distance, or one flag per layer."""
+    pattern, layers = m.own("attention.sliding_window_pattern", 6), range(m.layers())
+    slides = pattern if isinstance(pattern, list) else [bool((i + 1) % pattern) for i in layers]
+    if len(slides) < len(layers):
+        raise m.error(f"attention.sliding_window_pattern: expected a flag for each of {len(layers)} layers")
+    return ["sliding_attention" if slides[i] else "full_attention" for i in layers]
+
+
+def _gemma(m: Metadata) -> dict[str, Any]:
+    return {
+        "sliding_window": m.whole("attention.sliding_window"),
+        "layer_types": _sliding(m),
+        "final_logit_softcapping": m.own("final_logit_softcapping"),
+        "rope_local_base_freq": _shortest(m.own("rope.freq_base_swa", 10000.0)),
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+
+
+def _gemma3(m: Metadata) -> dict[str, Any]:
+    """llama.cpp knows the largest model, whose scores have another scale, by its layers."""
+    wide = m.whole("embedding_length") // m.heads("attention.head_count")
+    scale = wide if m.layers() == _LAYERS_OF_27B else m.whole("attention.key_length")
+    return {"model_type": "gemma3_text", "query_pre_attn_scalar": scale, **_gemma(m)}
+
+
+_LAYERS_OF_27B = 62
+
+
+def _gemma4(m: Metadata) -> dict[str, Any]:
+    found = _gemma(m)
+    counts = m.own("attention.head_count_kv")
+    counts = counts if isinstance(counts, list) else [counts] * m.layers()
+    groups = {kind: int(n) for kind, n in zip(found["layer_types"], counts, strict=False)}
+    local = m.whole("attention.key_length_swa")
+    if m.own("rope.dimension_count_swa", local) != local:
+        raise m.error("rope.dimension_count_swa: expected attention.key_length_swa")
+    mixture: dict[str, Any] = {"enable_moe_block": False}
+    if m.own("expert_count"):
+        width = m.own("expert_feed_forward_length")
+        mixture = {
+            "enable_moe_block": True,
+            "num_experts": m.whole("expert_count"),
+            "top_k_experts": m.whole("expert_used_count"),
+            "moe_intermediate_size": width[0] if isinstance(width, list) else width,
+        }
+    return {
+        "model_type": "gemma4_text",
+        **found,
+        **mixture,
+        "head_dim": local,
+        "global_head_dim": m.whole("attention.key_length"),
+        "num_key_value_heads": groups.get("sliding_attention", counts[0]),
+        "num_global_key_value_heads": groups.get("full_attention"),
+        "hidden_size_per_layer_input": m.own("embedding_length_per_layer_input", 0),
+        "num_kv_shared_layers": m.own("attention.shared_kv_layers", 0),
+    }
+
+
 _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
     "qwen3": _qwen3,
@@ -246,6 +307,8 @@ _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "qwen35moe": _qwen35moe,
     "qwen3next": _qwen35moe,  # described without fused projections
     "gpt-oss": _gpt_oss,
+    "gemma3": _gemma3,
+    "gemma4": _gemma4,
 }
 _PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35moe", "qwen3next")
 
@@ -281,8 +344,23 @@ def config_of(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: An
         config["layer_types"] = ["linear_attention" if r else "full_attention" for r in recurrent]
     if m.architecture == "glm4moe" and any(name.endswith("q_norm.weight") for name in tensors):
         config["use_qk_norm"] = True
+    if m.architecture == "gemma4":
+        full = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+        values = (f"model.layers.{i}.self_attn.v_proj.weight" in tensors for i in full)
+        config["attention_k_eq_v"] = not any(values)
+        config["rope_parameters"] = _proportional(config, factors)
+        factors = None
     config = {name: value for name, value in config.items() if value is not None}
     return config | {"rope_scaling": _scaling(m, config, head, factors)}
+
+
+def _proportional(config: Mapping[str, Any], factors: Any) -> dict[str, Any]:
+    """rope_parameters of Gemma 4: pairs that do not turn have a factor without bounds."""
+    stored = np.ones(1) if factors is None else np.asarray(factors).reshape(-1)
+    share = float((stored == 1).mean())
+    full = {"rope_type": "proportional", "partial_rotary_factor": share, "rope_theta": config["rope_theta"]}
+    local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+    return {"full_attention": full, "sliding_attention": local}
 
 
 def _scaling(m: Metadata, config: Mapping[str, Any], head: int, factors: Any) -> dict[str, Any]:
