@@ -11,6 +11,10 @@ from farthing.config import EngineConfig
 from farthing.hub import resolve_model
 
 
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_the_embedded_model_is_packed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("farthing._native")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -29,6 +33,11 @@ def test_the_embedded_model_is_packed_once(tmp_path: Path, monkeypatch: pytest.M
         changed = EngineConfig(**other)  # type: ignore[arg-type]
         assert with_packed(changed, path) == changed
     assert with_packed(EngineConfig(model="elsewhere"), path).packed is None
+    Path(first.packed).write_bytes(Path(first.packed).read_bytes()[:-1])
+    assert with_packed(config, path, progress=None) == config, "cut off"
+    assert with_packed(config, path) == first and with_packed(config, path, progress=None) == first
     (tmp_path / "blocked").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
     assert with_packed(config, path).packed is None
+    monkeypatch.setattr("farthing.cli.packed.cache_dir", homeless)
+    assert with_packed(config, path).packed is None and with_packed(config, path, progress=None) == config

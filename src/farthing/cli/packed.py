@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -28,8 +29,10 @@ def with_packed(config: EngineConfig, path: Path, progress: Progress | None = un
     if config.deterministic or config.num_ranks > 1 or not (on_this_cpu(config) and _packs(config.backend)):
         return replace(config, packed=None)
     if progress is None:
-        file = _cached_file(path, config.quantization)
-        return replace(config, packed=str(file)) if file.is_file() else config
+        with suppress(RuntimeError):  # without a home directory
+            if _is_whole(file := _cached_file(path, config.quantization)):
+                return replace(config, packed=str(file))
+        return config
     written = _pack_once(path, config.quantization, config.threads, progress)
     return replace(config, packed=None if written is None else str(written))
 
@@ -56,7 +59,7 @@ def _pack_once(
 
     try:
         file = _cached_file(path, quantization)
-        if not file.is_file():
+        if not _is_whole(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             pack_checkpoint(path, file, quantization, threads, progress)
             for other in set(file.parent.glob(f"{file.stem[:-8]}*.packed")) - {file}:
@@ -65,6 +68,17 @@ def _pack_once(
         log.info("%s is not packed for the next start: %s", path, error)
         return None
     return file
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a packed file exists and opens; a damaged one is written again."""
+    from farthing.ops.cpu.packed import PackedFile
+
+    try:
+        PackedFile(file)
+    except ValueError:
+        return False
+    return True
 
 
 def _packs(backend: str) -> bool:

@@ -61,8 +61,9 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     chosen: dict[str, Any] = {}
     if config.packed in (None, AUTO):
         chosen["quantization"] = found.quantization
-    room = shutil.disk_usage(_existing(cache_dir())).free > _ROOM * found.weights
-    if config.packed is None and room and not (path / INDEX).is_file():  # GGUF is nearly packed already
+    if (
+        config.packed is None and _room() > _ROOM * found.weights and not (path / INDEX).is_file()
+    ):  # GGUF is nearly packed already
         chosen["packed"] = AUTO
     if config.kv_cache_memory is None and config.num_blocks is None:
         chosen |= {"kv_cache_memory": found.kv_cache_memory}
@@ -72,8 +73,13 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     return replace(config, **chosen)
 
 
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.parent)
+def _room() -> int:
+    """Free bytes for the user's cache directory; 0 without a home directory."""
+    try:
+        place = cache_dir()
+    except RuntimeError:
+        return 0
+    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
 
 
 def on_this_cpu(config: EngineConfig) -> bool:
