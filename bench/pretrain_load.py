@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from farthing_fleet.forecast.base import Series
-from farthing_fleet.forecast.growth import FEATURES, History
-from farthing_fleet.forecast.lstm import Network, Pretrained, examples, train
-from farthing_fleet.forecast.members import PRETRAINED, QUANTILES, quantile_fit
-from farthing_lab.replay.trace import EXAMPLE, rate_load, read_trace
+from farthing_fleet.forecast.history import FEATURES, QUANTILES, History
+from farthing_fleet.forecast.lstm import PRETRAINED, Network, Pretrained, examples, quantile_fit, train
+from farthing_lab.replay.trace import rate_load, read_trace
 
 GRID_S = 60.0
 LEAD_S = 615.0
@@ -28,7 +27,7 @@ def choice(traces: Path) -> dict[str, Series]:
     """The training series, by service."""
     large = read_trace(traces / "servegen_language_m-large_rate.csv")
     taxi = read_trace(traces / "nab_nyc_taxi.csv.gz")
-    r1 = read_trace(EXAMPLE)
+    r1 = read_trace(traces / "servegen_reason_deepseek-r1_rate.csv")
     assert isinstance(large, Series) and isinstance(taxi, Series) and isinstance(r1, Series)
     return {"r1": r1, "m-large": large.head(7 * 144), "taxi": taxi.head(15 * 7 * 48)}
 

@@ -53,9 +53,12 @@ class Targets:
     queue_s: float = 0.2
     ttft_s: float | None = None
     tpot_s: float | None = None
+    late: float = 0.005  # share of requests that may miss their time to first token
 
     def breached(self, snapshot: Snapshot) -> bool:
-        """Whether TTFT or TPOT is above its target."""
+        """Whether TTFT or TPOT is above its target, or too many requests miss that of the TTFT."""
+        if snapshot.late_share is not None and snapshot.late_share > self.late:
+            return True
         pairs = ((snapshot.ttft_s, self.ttft_s), (snapshot.tpot_s, self.tpot_s))
         return any(value is not None and limit is not None and value > limit for value, limit in pairs)
 

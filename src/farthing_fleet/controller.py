@@ -18,9 +18,10 @@ from typing import Protocol
 from farthing.files import replace_text
 from farthing_fleet.actuators.base import Actuator, ActuatorError, LastDecision
 from farthing_fleet.decision_log import DecisionLog, read_log
-from farthing_fleet.forecast.base import FORECASTS, Forecast, write_forecasts
+from farthing_fleet.forecast.base import FORECASTS, write_forecast
 from farthing_fleet.metrics import FleetMetrics
 from farthing_fleet.policy import Held, Policy
+from farthing_fleet.rehearsal import Plan
 from farthing_fleet.signals import Source
 from farthing_fleet.types import Decision, PolicyState, Snapshot
 
@@ -30,15 +31,15 @@ _SAVE_S = 10.0  # between writes of the policy's state
 
 
 class Estimates(Protocol):
-    """Forecasters and capacity model, as used by the controller."""
+    """The rehearsal and the capacity model, as used by the controller."""
 
     def observe(self, now: float, snapshot: Snapshot) -> None:
         """Update from the signals of one step."""
         ...
 
-    def short(self, now: float) -> Forecast | None: ...
-
-    def mid(self, now: float) -> Forecast | None: ...
+    def plan(self, now: float) -> Plan | None:
+        """What should run now; None before a load."""
+        ...
 
     def capacity(self) -> float | None:
         """Learned capacity of a replica in load units per second; None: use the configured one."""
@@ -141,17 +142,13 @@ class Controller:
             return self.policy.decide(now, snapshot, current=current)
         self.estimates.observe(now, snapshot)
         self._maintain(now)
-        short, mid = self.estimates.short(now), self.estimates.mid(now)
-        with self._writing("forecasts"):
-            write_forecasts(self._forecasts, self.policy.config.unit, short, mid)
-        return self.policy.decide(
-            now,
-            snapshot,
-            short,
-            mid,
-            current=current,
-            capacity=self.estimates.capacity(),
-        )
+        plan, capacity = self.estimates.plan(now), self.estimates.capacity()
+        if plan is not None:
+            config, rate = self.policy.config, capacity or self.policy.config.capacity
+            lead_s = config.lead_s(snapshot.cold_start_s) + config.interval_s
+            with self._writing("forecasts"):
+                write_forecast(self._forecasts, config.unit, now, lead_s, plan.now * rate, plan.load * rate)
+        return self.policy.decide(now, snapshot, plan, current=current, capacity=capacity)
 
     async def _current(self, alarms: list[str]) -> int | None:
         try:

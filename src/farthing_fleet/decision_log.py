@@ -115,7 +115,7 @@ def report(decisions: Sequence[Decision]) -> Text:
         text.append(f"{when}  {_change(decision)}", style)
         text.append(f"  decided by {decision.decided_by}\n")
         levels = decision.levels
-        named = (("short", levels.short), ("mid", levels.mid), ("real time", levels.realtime))
+        named = (("short", levels.short), ("real time", levels.realtime))
         asked = ", ".join(f"{name} {value}" for name, value in named if value is not None)
         text.append(f"  levels: {asked or 'none'}\n  {decision.reason}\n")
         for alarm in decision.alarms:

@@ -15,11 +15,7 @@ from farthing_fleet.policy import Held
 from farthing_fleet.types import Decision
 
 _INPUTS = {  # of a decision -> its gauge
-    "utilization": ("farthing:fleet_target_utilization", "Target utilization, as adjusted by the SLO."),
-    "excused_s": (
-        "farthing:fleet_excused_seconds",
-        "Seconds for which late requests do not move the utilization, after a jump of the load.",
-    ),
+    "utilization": ("farthing:fleet_target_utilization", "Target utilization of the rule in use."),
 }
 
 

@@ -132,7 +132,6 @@ def make_source(config: FleetConfig) -> Source:
             timeout_s=signals.timeout_s,
             ttft_s=config.policy.slo.ttft_s,
             headers=headers,
-            leaving=signals.leaving,
         )
     if not signals.replicas:
         raise ValueError("signals: expected `prometheus`, a URL, or `replicas`, a list of base URLs")

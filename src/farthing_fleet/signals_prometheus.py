@@ -48,7 +48,6 @@ class PrometheusSource:
         ttft_s: float | None = None,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
-        leaving: str | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         if not url.startswith(("http://", "https://")):
@@ -58,7 +57,7 @@ class PrometheusSource:
         if selector and not (selector.startswith("{") and selector.endswith("}")):
             raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
-        self._window, self._stale_after, self._leaving = window_s, stale_after_s, leaving
+        self._window, self._stale_after = window_s, stale_after_s
         self._ttft_s = ttft_s  # a first token after this is late
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._cold_starts, self._wall = cold_starts, wall
@@ -86,14 +85,12 @@ class PrometheusSource:
         age, ready, lately = value.pop("age"), value.pop("ready"), value.pop("lately")
         if ready != lately:
             ready = None  # a replica is silent: part of the load is unseen, so do not scale down
-        leaving = value.pop("leaving", None)
         measured = self._cold_starts.p90 if self._cold_starts is not None else None
         cold_start = value.pop("cold_start_s")
         return Snapshot(
             time=self._wall() - (age or 0.0),
             current=current,
             ready=int(ready) if ready is not None else None,
-            leaving=round(leaving) if leaving is not None else 0,
             cold_start_s=measured if measured is not None else cold_start,
             late_share=late,
             stale=age is None or age > self._stale_after,
@@ -129,8 +126,6 @@ class PrometheusSource:
             "cold_start_s": f"quantile(0.9, {self._of(LAUNCH_METRIC)}) or "
             f"quantile(0.5, {ready_at}{self._pods} - {created} and time() - {created} < 86400)",
         }
-        if self._leaving:
-            questions["leaving"] = f"sum({self._leaving})"
         if d.queue_time:
             questions["queue_time_s"] = self._mean(d.queue_time)
         if d.cache_hits and d.cache_queries:

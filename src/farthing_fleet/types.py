@@ -19,13 +19,7 @@ class PolicyState:
     breach_since: float | None = None  # start of uninterrupted latency above the threshold
     step_time: float | None = None  # last step of the latency rule, and its target
     step_target: int = 0
-    utilization: float | None = None  # as adjusted by the SLO
-    slo_time: float | None = None  # time of the last adjustment
-    excused_until: float | None = None  # end of the lateness that a jump of the load causes
-    planned: list[tuple[float, float]] = field(default_factory=list)  # (time, load planned for)
-    history: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # (time, need) of the stabilization window
+    orders: list[tuple[float, int]] = field(default_factory=list)  # (ready at, replicas) that are starting
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -34,16 +28,18 @@ class PolicyState:
     def from_json(cls, text: str) -> PolicyState:
         try:
             data: dict[str, Any] = json.loads(text)
-            data["planned"] = [(float(t), float(n)) for t, n in data.get("planned", [])]
-            data["history"] = [(float(t), float(n)) for t, n in data.get("history", [])]
-            return cls(**data)
+            data["orders"] = [(float(t), int(n)) for t, n in data.get("orders", [])]
+            known = {entry.name for entry in fields(cls)}  # an older version saved more
+            if "last_time" not in data:
+                raise TypeError("no last_time")
+            return cls(**{name: value for name, value in data.items() if name in known})
         except (TypeError, ValueError) as error:
             raise ValueError(f"not a saved policy state ({error}): {text[:80]!r}") from error
 
 
 # The policy's decisions, with everything needed to explain them later.
 
-Level = Literal["short", "mid", "realtime"]
+Level = Literal["short", "realtime"]
 Action = Literal["up", "down", "hold"]
 
 
@@ -52,7 +48,6 @@ class Levels:
     """Replicas required by each level; None if the level has no estimate."""
 
     short: int | None = None
-    mid: int | None = None
     realtime: int | None = None
 
 
@@ -64,12 +59,12 @@ class Decision:
     current: int
     target: int
     action: Action
-    decided_by: str  # "short", "mid", "realtime", or what held it: "limits", "cooldown", "stale", …
+    decided_by: str  # "short", "realtime", or what held it: "limits", "cooldown", "stale", …
     levels: Levels
     reason: str
     required: int | None = None  # the maximum of the levels, before down rule and limits
     alarms: tuple[str, ...] = ()
-    inputs: dict[str, Any] = field(default_factory=dict)  # snapshot, forecasts' figures, capacity
+    inputs: dict[str, Any] = field(default_factory=dict)  # snapshot, plan, capacity
 
     def to_json(self) -> str:
         """One line of JSON, keys in a fixed order, no newline."""
@@ -80,7 +75,8 @@ class Decision:
         """Inverse of `to_json`. Raises ValueError with the reason."""
         try:
             data = json.loads(line)
-            levels = Levels(**data.pop("levels"))
+            levels = data.pop("levels")  # an older version had more of them
+            levels = Levels(levels.get("short"), levels.get("realtime"))
             data["alarms"] = tuple(data.get("alarms", ()))
             return cls(levels=levels, **data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
@@ -124,7 +120,6 @@ class Snapshot:
     running: float | None = None  # running requests
     kv_usage: float | None = None  # share of the cache in use, 0..1
     cold_start_s: float | None = None  # P90 of launch-to-ready; None: the configured one
-    leaving: int = 0  # ready replicas with a preemption notice (spot)
     stale: bool = False  # reported by the source (scrape failed, target down)
 
     @property

@@ -65,7 +65,6 @@ SHORTER: dict[tuple[str, ...], tuple[str, ...]] = {
     ("fleet", "up"): ("--port", "0", "--metrics", "127.0.0.1:0", "--no-standby"),
     ("fleet", "gateway"): ("--port", "0"),
     ("train", "mite"): ("--data", "sources", "--threads", "1", "--set", "eval_tokens=2000"),
-    ("forecast",): ("--begin", "0.95", "--refit", "7d"),
     ("replay",): ("--seeds", "1"),
 }
 
@@ -151,8 +150,7 @@ def run(command: Command, workspace: Path) -> None:
     for at, option in enumerate(words[:-1]):
         words[at + 1] = SHORT_VALUES.get(option, words[at + 1])
     reason = next((why for part, why in ELSEWHERE.items() if part in " ".join(words)), None)
-    if "--pools" not in words:  # which take no seeds
-        words += SHORTER.get(kind, ())
+    words += SHORTER.get(kind, ())
     if reason is not None:
         assert reason in finish(words, workspace, command, fails=True).lower(), command
     elif kind in SERVERS:

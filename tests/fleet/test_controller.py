@@ -17,9 +17,9 @@ from farthing_fleet.cli import app
 from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig, load
 from farthing_fleet.controller import Controller, load_state
 from farthing_fleet.decision_log import read_log
-from farthing_fleet.forecast.base import Forecast
 from farthing_fleet.metrics import FleetMetrics, MetricsServer
 from farthing_fleet.policy import Policy
+from farthing_fleet.rehearsal import Plan
 from farthing_fleet.run import run_controller
 from farthing_fleet.types import Decision, Snapshot
 from tests.fleet.doubles.kubernetes import FakeKubernetes
@@ -115,11 +115,8 @@ async def test_forecast_and_learned_capacity_reach_the_policy(tmp_path: Path) ->
         def observe(self, now: float, snapshot: Snapshot) -> None:
             self.seen.append(snapshot)
 
-        def short(self, now: float) -> Forecast:
-            return Forecast(now, 60.0, (6.0,), (7.0,), "test")
-
-        def mid(self, now: float) -> None:
-            return None
+        def plan(self, now: float) -> Plan:
+            return Plan(4.6, 3.5, 3.0, 1.31, "test")
 
         def capacity(self) -> float:
             return 2.0
@@ -132,7 +129,7 @@ async def test_forecast_and_learned_capacity_reach_the_policy(tmp_path: Path) ->
     loop = controller(tmp_path, Source(), Recorder(), estimates=estimates)
     decision = await loop.turn()
     assert decision is not None
-    assert (decision.decided_by, decision.target) == ("short", 5)  # ceil(7 / (0.7 · 2))
+    assert (decision.decided_by, decision.target) == ("short", 5)
     await asyncio.sleep(0.05)
     await loop.turn()  # the failed fit stops nothing
     assert len(estimates.seen) == 2 and estimates.maintained >= 1
@@ -213,11 +210,9 @@ async def test_metrics_server_shows_the_last_decision_and_its_age(tmp_path: Path
         decision = await loop.turn()
         text = await (await session.get("/metrics")).text()
         assert "farthing:fleet_desired_replicas 5.0" in text
-        assert "farthing:fleet_realtime_replicas 5.0" in text
+        assert "farthing:fleet_short_replicas 5.0" in text
         assert "farthing:fleet_cold_start_seconds 4.0" in text
-        assert (
-            "farthing:fleet_target_utilization 0.7" in text and "farthing:fleet_excused_seconds 0.0" in text
-        )
+        assert "farthing:fleet_target_utilization 0.7" in text
         assert 'farthing:fleet_decisions_total{action="up"} 1.0' in text
         assert decision is not None
         assert (await (await session.get("/decision")).json())["reason"] == decision.reason
@@ -229,7 +224,7 @@ async def test_metrics_server_shows_the_last_decision_and_its_age(tmp_path: Path
 # ---- configuration ----
 
 YAML = """
-policy: {capacity: 2, target_utilization: 0.6, levels: [short, realtime]}
+policy: {capacity: 2, target_utilization: 0.6}
 signals: {prometheus: "http://prometheus:9090", metrics: vllm}
 kubernetes: {target: deployment/deepseek, namespace: prod}
 keda: {address: "0.0.0.0:6000"}
@@ -240,7 +235,7 @@ state: /tmp/state
 def test_configuration_is_read(tmp_path: Path) -> None:
     (tmp_path / "fleet.yaml").write_text(YAML)
     config = load(tmp_path / "fleet.yaml")
-    assert config.policy == PolicyConfig(capacity=2.0, target_utilization=0.6, levels=("short", "realtime"))
+    assert config.policy == PolicyConfig(capacity=2.0, target_utilization=0.6)
     assert config.kubernetes is not None and config.kubernetes.target == "deployment/deepseek"
     assert config.external_metrics is None
     assert config.state == Path("/tmp/state")
@@ -257,8 +252,8 @@ def test_configuration_is_read(tmp_path: Path) -> None:
         ),
         ({"policy": {}}, r"policy: .*capacity"),
         (
-            {"policy": {"capacity": 1, "levels": ["shrt"]}},
-            r"policy.levels\[0\]: got 'shrt'; expected one of 'short', 'mid'",
+            {"policy": {"capacity": 1, "latency_of": "all"}},
+            r"policy.latency_of: got 'all'; expected one of",
         ),
         ({"signals": {"metrics": "tgi"}}, r"signals.metrics: got 'tgi'; expected auto"),
         ({"signals": []}, r"signals: got \[\]; expected a mapping"),
@@ -332,7 +327,7 @@ async def test_explain_prints_the_last_decisions(tmp_path: Path) -> None:
     runner = CliRunner()
     shown = runner.invoke(app, ["explain", "--state", str(tmp_path), "--last", "2"])
     assert shown.exit_code == 0
-    assert "up 2 -> 5  decided by realtime" in shown.stdout
+    assert "up 2 -> 5  decided by short" in shown.stdout
     assert "load is 3.5 requests/s, needs 5" in shown.stdout
     document = json.loads(
         runner.invoke(app, ["explain", "--state", str(tmp_path), "--changes", "--json"]).stdout

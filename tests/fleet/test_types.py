@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from farthing_fleet.config import PolicyConfig
 from farthing_fleet.decision_log import DecisionLog, read_log
-from farthing_fleet.forecast.base import Forecast
 from farthing_fleet.policy import Policy
+from farthing_fleet.rehearsal import Plan
 from farthing_fleet.types import Decision, Levels, Snapshot
 
 
 def decided(now: float = 0.0) -> Decision:
     snapshot = Snapshot(time=now, current=2, ready=2, request_rate=3.0, backlog=0.0, queue_time_s=0.0)
     return Policy(PolicyConfig(capacity=1.0)).decide(
-        now, snapshot, Forecast(now, 900, (3.0,), (4.0,), "lstm", 0.1)
+        now, snapshot, Plan(5.7, 4.0, 3.0, 1.43, "highest of 15 min")
     )
 
 
@@ -47,7 +47,7 @@ def test_samples_omit_levels_without_an_estimate() -> None:
     samples = decided().samples()
     assert samples["farthing:fleet_desired_replicas"] == 6
     assert samples["farthing:fleet_short_replicas"] == 6
-    assert "farthing:fleet_mid_replicas" not in samples
+    assert "farthing:fleet_realtime_replicas" not in samples
 
 
 def test_log_returns_the_last_decisions_and_skips_a_partial_line(tmp_path: Path) -> None:
@@ -68,20 +68,3 @@ def test_log_rotates(tmp_path: Path) -> None:
     assert log.path.stat().st_size <= 2000
     assert (tmp_path / "d.jsonl.1").exists()
     assert read_log(log.path, 1)[0].time == 19.0
-
-
-def test_peak_over_a_window_and_between_quantiles() -> None:
-    plan = Forecast(100.0, 10.0, (1.0, 5.0, 2.0), (2.0, 9.0, 3.0), "prophet")
-    assert plan.peak(100, 105, 0.9) == 2.0
-    assert plan.peak(100, 112, 0.5) == 5.0
-    assert plan.peak(100, 112, 0.7) == pytest.approx(7.0)
-    assert plan.peak(200, 300) is None
-    assert plan.peak(0, 99) is None
-
-
-@pytest.mark.parametrize(
-    "bad", [((), ()), ((1.0,), (1.0, 2.0)), ((float("nan"),), (1.0,)), ((-1.0,), (1.0,))]
-)
-def test_incomplete_forecast_is_rejected(bad: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
-    with pytest.raises(ValueError, match="Forecast"):
-        Forecast(0, 1, *bad, source="x")

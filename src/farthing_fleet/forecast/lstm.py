@@ -20,11 +20,88 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from farthing_fleet.forecast.base import Floats
-from farthing_fleet.forecast.growth import FEATURES, History
-from farthing_fleet.forecast.members import PRETRAINED, QUANTILES, LSTMConfig, Regression
+from farthing_fleet.forecast.history import FEATURES, QUANTILES, History
 
+PRETRAINED = Path(__file__).parent / "pretrained.safetensors"  # weights of the learned forecasters
 HISTORY_S = 7 * 86_400.0  # fine-tuning ignores older values
 _NETWORK = "network"  # prefix of the tensors of network i: "network.i."
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """Settings of the fine-tuning of `lstm.LSTM`, which needs torch."""
+
+    epochs: int = 4
+    batch: int = 256
+    learning_rate: float = 1e-3
+    least_leads: int = 72  # with less history the packaged networks are not changed
+    thin: int = 2  # train on every `thin`-th origin
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "least_leads", "thin"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"LSTMConfig.{name}: got {getattr(self, name)}; expected 1 or more")
+
+
+class Regression:
+    """Linear quantile regression on the features, regularized towards the packaged weights.
+
+    Fitted by iteratively reweighted least squares on the first run's history.
+    """
+
+    name = "regression"
+
+    def __init__(
+        self, start: Floats, centre: Floats, spread: Floats, penalty: float = 1000.0, thin: int = 3
+    ) -> None:
+        self._start, self._centre, self._spread = start, centre, spread  # [2, F + 1], [F], [F]
+        self.weights, self.penalty, self.thin = start.copy(), penalty, thin
+
+    def fit(self, history: History) -> None:
+        past = len(history) - history.lead
+        if past < 10 * history.lead:
+            return
+        chosen = slice(0, past, self.thin)
+        rows = self._rows(history.features[chosen, 0])
+        truth, level = history.target[:: self.thin, 0], history.level[chosen, 0]
+        importance = level / float(level.mean())
+        self.weights = np.stack(
+            [
+                quantile_fit(rows, truth, importance, q, self._start[i], self.penalty)
+                for i, q in enumerate(QUANTILES)
+            ]
+        )
+
+    def quantiles(self, history: History, first: int) -> Floats:
+        predicted = self._rows(history.features[first:]) @ self.weights.T
+        return np.asarray(np.maximum.accumulate(predicted, axis=-1), dtype=np.float64)
+
+    def _rows(self, features: Floats) -> Floats:
+        scaled = (features - self._centre) / self._spread
+        return np.concatenate([scaled, np.ones((*scaled.shape[:-1], 1))], axis=-1)
+
+
+def quantile_fit(
+    rows: Floats,
+    truth: Floats,
+    importance: Floats,
+    quantile: float,
+    start: Floats,
+    penalty: float,
+    iterations: int = 15,
+) -> Floats:
+    """Weights [F] with the least weighted pinball loss of `rows` [R, F] @ weights against `truth` [R].
+
+    `penalty` regularizes them towards `start`.
+    """
+    weights, ridge = start.copy(), penalty * np.eye(len(start))
+    for _ in range(iterations):
+        miss = truth - rows @ weights
+        weight = np.where(miss >= 0, quantile, 1 - quantile) / np.maximum(np.abs(miss), 3e-3) * importance
+        scaled = rows * weight[:, None]
+        solved = np.linalg.solve(scaled.T @ rows + ridge, scaled.T @ truth + ridge @ start)
+        weights = np.asarray(solved, dtype=np.float64)
+    return weights
 
 
 class Network(torch.nn.Module):

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from farthing_lab.replay.pools import PoolsConfig, compare
 from farthing_lab.replay.rate import Result
 from farthing_lab.replay.requests import replay_requests
-from farthing_lab.replay.run import POLICIES, Progress, Replay, ReplayConfig, base_of, replay
+from farthing_lab.replay.run import POLICIES, SHORT_RULES, Progress, Replay, ReplayConfig, base_of, replay
 from farthing_lab.replay.trace import EXAMPLE, RequestTrace, read_trace
+
+REQUEST_POLICIES = ("farthing", *SHORT_RULES, "static")
 
 
 def replay_file(
@@ -27,11 +28,10 @@ def replay_file(
         base_of(name)
     trace = read_trace(path if path is not None else EXAMPLE)
     if isinstance(trace, RequestTrace):
-        if picture is not None:
-            raise ValueError(f"{trace.name}: got single requests; expected a rate trace for a picture")
-        if config.second_half or config.failures_per_day:
-            name = "--second-half" if config.second_half else "--failures"
+        if picture is not None or config.failures_per_day:
+            name = "a picture" if picture is not None else "--failures"
             raise ValueError(f"{trace.name}: got single requests; expected a rate trace for {name}")
+        names = tuple(name for name in names if policies.strip() != "all" or name in REQUEST_POLICIES)
         return replay_requests(trace, names, config, progress)
     document, runs, made = replay(trace, names, config, progress)
     if picture is not None:
@@ -40,17 +40,7 @@ def replay_file(
     return document
 
 
-def replay_pools(
-    path: Path | None, pools: PoolsConfig, config: ReplayConfig, progress: Progress = lambda text: None
-) -> dict[str, Any]:
-    """Replay the requests at `path` in one pool and in separate prefill and decode pools."""
-    trace = read_trace(path if path is not None else EXAMPLE)
-    if not isinstance(trace, RequestTrace):
-        raise ValueError(f"{trace.name}: got a rate trace; expected single requests for --pools")
-    return compare(trace, pools, config, progress)
-
-
-# Plot of a replay: the load with its forecasts, and below it the replicas of each policy.
+# Plot of a replay: the load, and below it the replicas of each policy.
 
 
 def plot(made: Replay, runs: dict[str, Result], path: Path) -> None:
@@ -62,21 +52,12 @@ def plot(made: Replay, runs: dict[str, Result], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    span = made.span(1 if made.config.second_half else None)
-    hours = np.arange(span.start, span.stop) * made.setting.tick_s / 3600
+    hours = np.arange(made.ticks) * made.setting.tick_s / 3600
     thin = max(1, len(hours) // 2000)
     figure, (above, below) = plt.subplots(2, 1, figsize=(12, 7), sharex=True, layout="constrained")
-    lines = [("short: q90 of the peak", made.bound[span, 0], "tab:red")]
-    plan = np.where(made.floor[span, 0] == made.rate[span, 0], np.nan, made.floor[span, 0])
-    if not np.isnan(plan).all():  # without a plan the load replaces it
-        lines.append(("mid: floor of the day plan", plan, "tab:blue"))
-    lines.append(("load (60 s)", made.rate[span, 0], "black"))
-    for label, values, colour in lines:
-        above.plot(hours[::thin], values[::thin], lw=0.8, color=colour, label=label)
+    above.plot(hours[::thin], made.rate[::thin, 0], lw=0.8, color="black", label="load (60 s)")
     above.set_ylabel("load units/s")
-    above.set_title(
-        f"{made.series.name}: u = {made.config.utilization:g}, load time {made.config.load_time_s:g} s"
-    )
+    above.set_title(f"{made.series.name}, load time {made.config.load_time_s:g} s")
     for name, run in runs.items():
         below.step(hours[::thin], run.current[::thin], lw=0.9, where="post", label=name)
     below.set_ylabel("replicas billed")

@@ -1,129 +1,74 @@
-"""Scaling policies over lanes: Farthing's (the rule of `fleet.policy`, tested against it) and others'.
+"""Scaling rules over lanes: the controller's policy, and the short rules that it has to beat.
 
-Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, as a metrics server would report.
+Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, as a metrics server reports it.
 """
 
 from __future__ import annotations
 
-import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from farthing_fleet.config import SloConfig
-from farthing_fleet.forecast.base import Floats
-from farthing_fleet.forecast.growth import trailing_max
-from farthing_lab.replay.rate import Ints, View
-
-
-def whole(need: Floats) -> Ints:
-    """Whole replicas for a need: the ceiling, tolerant of rounding errors."""
-    return np.ceil(need - 1e-9).astype(np.int64)
+from farthing_fleet.config import PolicyConfig
+from farthing_fleet.policy import Policy
+from farthing_fleet.rehearsal import Rehearsal, Settings
+from farthing_fleet.types import Snapshot
+from farthing_lab.replay.rate import Floats, Ints, View, trailing_mean
 
 
 def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
     """ceil(load / (u·C)); [T, B] or [B]."""
-    return whole(load / (utilization * capacity))
+    return np.ceil(load / (utilization * capacity) - 1e-9).astype(np.int64)
 
 
-@dataclass
 class FarthingRule:
-    """`fleet.policy.Policy` for many lanes: the maximum of the levels, up immediately, down by the rule.
+    """The controller's policy: one `Policy` and one `Rehearsal` per lane.
 
-    `planned` [T, B] is the maximum of the forecast levels and the current load; backlog, latency and the
-    SLO's utilization follow from the queue.
+    `seen` [T, B] is the mean load of the tick before each tick.
     """
 
-    planned: Floats  # [T, B]
-    load: Floats  # [T, B]
-    utilization: Floats  # [B], the initial one if the SLO adjusts it
-    capacity: float
-    lead_s: float
-    tick_s: float
-    scale_down_below: float = 0.6
-    scale_up_above: float = 1.0
-    scale_down_spare: float = 0.0
-    stabilization_s: float = 0.0
-    min_replicas: int = 1
-    max_replicas: int = 1_000_000
-    realtime: bool = True
-    drain_s: float = 60.0
-    drains_fast: bool = True  # within drain_s at the target utilization, else within a cold start
-    latency_threshold_s: float = 0.2
-    latency_for_s: float = 30.0
-    latency_factor: float = 1.5
-    slo: SloConfig | None = None
+    def __init__(self, seen: Floats, config: PolicyConfig, wait_slo_s: float) -> None:
+        self._seen, self._config = seen, config
+        tick_s, capacity = config.interval_s, config.capacity
+        first = seen[: max(1, round(300 / tick_s))].mean(axis=0) / capacity  # a running service
+        settings = Settings(
+            tick_s,
+            config.cold_start_s,
+            wait_s=wait_slo_s,
+            target=config.slo.target,
+            drain_s=config.drain_s,
+            least=config.min_replicas,
+            most=config.max_replicas,
+        )
+        self.rehearsals = [Rehearsal(settings, float(load)) for load in first]
+        self._policies = [Policy(config) for _ in first]
+        start = np.ceil(1.25 * first - 1e-9).astype(np.int64)
+        self.start: Ints = np.clip(start, config.min_replicas, config.max_replicas)
+        self._rules: Counter[str] = Counter()
 
-    def __post_init__(self) -> None:
-        lanes = self.planned.shape[1]
-        self.u = np.broadcast_to(np.asarray(self.utilization, dtype=np.float64), (lanes,)).copy()
-        self.start: Ints = np.maximum(self.min_replicas, needed(self.planned[0], self.u, self.capacity))
-        self._breach = np.full(lanes, np.inf)  # start of the current breach
-        self._step_time = np.full(lanes, -np.inf)
-        self._step_target = np.zeros(lanes, np.int64)
-        self._recent: deque[Floats] = deque(maxlen=int(self.stabilization_s // self.tick_s) + 1)
-        self._calm = True  # no lane has a breach or an active step
-        self._excused_until = np.full(lanes, -np.inf)
-        self._reach = self._reachable() if self.slo is not None else self.planned
-
-    def _reachable(self) -> Floats:
-        """[T, B] load above which requests are late whatever the utilization; see `fleet.jumps`."""
-        assert self.slo is not None
-        lead, window = math.ceil(self.lead_s / self.tick_s) + 1, int(self.stabilization_s // self.tick_s) + 1
-        largest = trailing_max(self.planned, min(window, len(self.planned))) / self.slo.lowest
-        unknown = np.full((min(lead, len(largest)), largest.shape[1]), np.inf)
-        least = self.min_replicas * self.capacity
-        return np.concatenate([unknown, np.maximum(largest, least)])[: len(largest)]
+    def rules(self) -> dict[str, float]:
+        """Share of the time in which each rule was chosen, most used first."""
+        total = max(1, self._rules.total())
+        return {rule: round(count / total, 3) for rule, count in self._rules.most_common()}
 
     def decide(self, view: View) -> Ints:
-        if self.slo is not None:
-            self._follow_slo(view, self.slo)
-        need = self.planned[view.tick] / (self.u * self.capacity)
-        if self.realtime and (not self._calm or view.backlog.any()):
-            need = np.maximum(need, self._from_queue(view))
-        above = whole(need - self.scale_up_above * view.current) > 0
-        target = np.where(above, whole(need), self._down(need, view))
-        return np.asarray(np.clip(target, self.min_replicas, self.max_replicas), dtype=np.int64)
+        targets = [self._one(view, lane) for lane in range(len(self._policies))]
+        return np.array(targets, dtype=np.int64)
 
-    def _down(self, need: Floats, view: View) -> Ints:
-        """[B] the current replicas, or fewer where the rule allows that."""
-        largest, current = need, view.current
-        if self.stabilization_s > 0:
-            self._recent.append(need)
-            largest = np.maximum.reduce(list(self._recent))
-        if view.now < self.stabilization_s:  # no scale-down before a whole window
-            return current
-        wanted = whole(largest)
-        fits = whole(largest * (1 + self.scale_down_spare)) < current
-        if self.scale_down_below < 1:
-            fits &= wanted < self.scale_down_below * current
-        return np.where(fits, wanted, current)
-
-    def _follow_slo(self, view: View, slo: SloConfig) -> None:
-        jump = self.load[view.tick] > self._reach[view.tick]
-        end = view.now + self.lead_s + self.tick_s + self.drain_s
-        self._excused_until = np.where(jump, end, self._excused_until)
-        if view.tick > 0:
-            moved = slo.moved(self.u, view.late, self.tick_s)
-            self.u = np.where(view.now <= self._excused_until, self.u, moved)
-
-    def _from_queue(self, view: View) -> Floats:
-        drain = self.drain_s if self.drains_fast else max(self.drain_s, self.lead_s)
-        utilization = self.u if self.drains_fast else 1.0
-        load = self.load[view.tick] + view.backlog / drain
-        need = np.where(view.backlog > 0, load / (utilization * self.capacity), 0.0)
-        breached = view.wait > self.latency_threshold_s
-        self._breach = np.where(breached, np.minimum(self._breach, view.now), np.inf)
-        stepped = view.now - self._step_time < self.lead_s
-        lasting = view.now - self._breach >= self.latency_for_s  # False without a breach
-        step = lasting & ~stepped
-        self._step_time = np.where(step, view.now, self._step_time)
-        raised = np.ceil(self.latency_factor * np.maximum(1, view.ready) - 1e-9).astype(np.int64)
-        self._step_target = np.where(step, raised, self._step_target)
-        active = stepped | step
-        self._calm = not bool(breached.any() or active.any())
-        return np.asarray(np.maximum(need, np.where(active, self._step_target, 0)), dtype=np.float64)
+    def _one(self, view: View, lane: int) -> int:
+        load = float(self._seen[view.tick, lane])
+        plan = self.rehearsals[lane].observe(load / self._config.capacity)
+        self._rules[plan.rule] += 1
+        snapshot = Snapshot(
+            time=view.now,
+            current=int(view.current[lane]),
+            ready=int(view.ready[lane]),
+            request_rate=plan.now * self._config.capacity,
+            backlog=float(view.backlog[lane]),
+            queue_time_s=float(view.wait[lane]),
+        )
+        return self._policies[lane].decide(view.now, snapshot, plan).target
 
 
 @dataclass
@@ -165,7 +110,7 @@ class HpaRule:
 
 @dataclass
 class FixedRule:
-    """A fixed schedule of replicas [T, B]: static provisioning, or the oracle's demand."""
+    """A schedule of replicas [T, B] that does not depend on the fleet."""
 
     plan: Ints
 
@@ -174,3 +119,21 @@ class FixedRule:
 
     def decide(self, view: View) -> Ints:
         return np.asarray(self.plan[view.tick], dtype=np.int64)
+
+
+def highest(load: Floats, steps: int) -> Floats:
+    """[T, B] maximum of the last `steps` rows, by doubling."""
+    steps = max(1, min(steps, len(load)))
+    out, width = load.copy(), 1
+    while width < steps:
+        shift = min(width, steps - width)
+        out[shift:] = np.maximum(out[shift:], out[:-shift].copy())
+        width += shift
+    return out
+
+
+def deviations(load: Floats, steps: int) -> Floats:
+    """[T, B] mean and two standard deviations of the last `steps` rows."""
+    mean = trailing_mean(load, steps)
+    spread = np.sqrt(np.maximum(0.0, trailing_mean(load**2, steps) - mean**2))
+    return np.asarray(mean + 2 * spread, dtype=np.float64)

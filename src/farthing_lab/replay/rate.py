@@ -58,6 +58,11 @@ class View:
     wait: Floats  # wait of a request arriving now, seconds
     late: Floats  # share of the last tick's requests that exceeded the SLO's wait
 
+    def lanes(self, part: slice) -> View:
+        """The view of some lanes."""
+        counts = self.current[part], self.ready[part]
+        return View(self.tick, self.now, *counts, self.backlog[part], self.wait[part], self.late[part])
+
 
 class Rule(Protocol):
     """A policy over lanes. `start` replicas are ready at time 0."""
@@ -134,8 +139,7 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
     peaks, sums = by_tick.max(axis=1), by_tick.sum(axis=1) * setting.dt
     random = np.random.default_rng(seed)
     risk = setting.failures_per_day * setting.tick_s / 86400
-    zero = np.zeros(lanes)
-    late = zero
+    late = zero = np.zeros(lanes)
     for tick in range(ticks):
         pool.arrive(tick)
         if risk > 0:

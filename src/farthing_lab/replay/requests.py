@@ -1,158 +1,205 @@
-"""Replay of single requests through replicas with continuous batching.
+"""Replay of single requests through replicas with continuous batching and a prefix cache.
 
-A replica runs iterations. It admits a waiting request when its batch has room and computes the prompt, which
-pauses the batch; otherwise one iteration generates a token for every running request, in base + share · batch
-seconds. A request goes to the ready replica with the fewest requests; a removed replica drains first.
+A request goes to the ready replica that costs it least (`servers.Replica`); a removed replica drains first.
+The controller's policy sees what its signals would say: rates, the backlog, the queue time, TTFT and TPOT.
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from farthing_fleet.forecast.base import Floats, Series
+from farthing_fleet.capacity import OnlineCapacity, Targets
+from farthing_fleet.config import PolicyConfig
+from farthing_fleet.policy import Policy
+from farthing_fleet.rehearsal import Rehearsal, Settings
+from farthing_fleet.types import Snapshot
 from farthing_lab.replay.rate import View
-from farthing_lab.replay.run import RULE_OF, Progress, Replay, ReplayConfig, base_of
-from farthing_lab.replay.trace import RequestTrace
+from farthing_lab.replay.run import Progress, Replay, ReplayConfig, base_of
+from farthing_lab.replay.servers import ReplayedRequest, Replica, Times
+from farthing_lab.replay.trace import RequestTrace, binned
 
-BIN_S = 5.0  # of the rate series for forecasts
+Jobs = list[ReplayedRequest]
 
 
-@dataclass(frozen=True)
-class Service:
-    """Times of one replica; the defaults are of a large model on one node, before scaling."""
+class Scaler(Protocol):
+    """Decides on the replicas of a fleet."""
 
-    prefill_s_per_token: float = 1 / 8000
-    decode_base_s: float = 0.02
-    decode_share_s: float = 0.0005  # per request in the batch
-    max_batch: int = 32
+    interval_s: float
 
-    def capacity(self, trace: RequestTrace) -> float:
-        """Requests per second with a full batch, for the trace's mean request."""
-        step = self.decode_base_s + self.decode_share_s * self.max_batch
-        prefill = self.prefill_s_per_token * float(trace.prompt_tokens.mean())
-        return 1 / (prefill + float(trace.output_tokens.mean()) * step / self.max_batch)
-
-    def work(self, trace: RequestTrace) -> Floats:
-        """[R] cost of each request on a full replica, relative to the mean request."""
-        step = (self.decode_base_s + self.decode_share_s * self.max_batch) / self.max_batch
-        cost = self.prefill_s_per_token * trace.prompt_tokens + step * trace.output_tokens
-        return np.asarray(cost / cost.mean(), dtype=np.float64)
-
-    def fitted(self, trace: RequestTrace, capacity: float) -> Service:
-        """A replica with this capacity: the smallest sufficient batch, with all times scaled to match."""
-        for batch in range(1, self.max_batch + 1):
-            service = replace(self, max_batch=batch)
-            if service.capacity(trace) >= capacity or batch == self.max_batch:
-                break
-        factor = service.capacity(trace) / capacity
-        return replace(
-            service,
-            prefill_s_per_token=service.prefill_s_per_token * factor,
-            decode_base_s=service.decode_base_s * factor,
-            decode_share_s=service.decode_share_s * factor,
-        )
+    def target(self, now: float, fleet: Fleet) -> int: ...
 
 
 @dataclass
-class _Replica:
-    """One replica. `tokens` counts iterations; `finish` is a heap of the counts at which requests finish."""
+class Fleet:
+    """The replicas of one run, the unrouted requests, and the bill."""
 
-    service: Service
-    launched: float
-    ready_at: float
-    clock: float = 0.0
-    tokens: int = 0
-    waiting: deque[tuple[float, int, int]] = field(default_factory=deque)  # arrival, prompt, output
-    finish: list[int] = field(default_factory=list)
-    draining: bool = False
+    times: Times
+    load_time_s: float
+    chunk: int
+    replicas: list[Replica] = field(default_factory=list)
+    unrouted: deque[ReplayedRequest] = field(default_factory=deque)
+    done: Jobs = field(default_factory=list)
+    billed_s: float = 0.0
+    changes: int = 0
+    turns: int = 0
+    _direction: int = 0
 
-    @property
-    def requests(self) -> int:
-        return len(self.waiting) + len(self.finish)
+    def start(self, count: int) -> None:
+        """Replicas that are ready at time 0."""
+        self.replicas = [Replica(self.times, 0.0, 0.0, chunk=self.chunk) for _ in range(count)]
 
-    def advance(self, until: float, waits: list[float]) -> None:
-        """Simulate until the time `until`, finishing an iteration in flight. Appends waits of admitted
-        requests.
-        """
-        service = self.service
-        while self.clock < until:
-            if self.waiting and len(self.finish) < service.max_batch:
-                arrival, prompt, output = self.waiting.popleft()
-                self.clock = max(self.clock, arrival)
-                waits.append(self.clock - arrival)
-                self.clock += prompt * service.prefill_s_per_token
-                if output > 1:
-                    heapq.heappush(self.finish, self.tokens + output - 1)
-            elif self.finish:
-                step = service.decode_base_s + service.decode_share_s * len(self.finish)
-                count = min(self.finish[0] - self.tokens, max(1, math.ceil((until - self.clock) / step)))
-                self.clock += count * step
-                self.tokens += count
-                while self.finish and self.finish[0] <= self.tokens:
-                    heapq.heappop(self.finish)
-            else:
-                self.clock = until
-
-
-class _Fleet:
-    """All replicas of one run, the unrouted requests, and the bill."""
-
-    def __init__(self, service: Service, start: int, load_time_s: float) -> None:
-        self.service, self.load_time_s = service, load_time_s
-        self.replicas = [_Replica(service, 0.0, 0.0) for _ in range(start)]
-        self.unrouted: deque[tuple[float, int, int]] = deque()
-        self.waits: list[float] = []
-        self.billed_s = 0.0
-
-    def ready(self, now: float) -> list[_Replica]:
+    def ready(self, now: float) -> list[Replica]:
         return [r for r in self.replicas if r.ready_at <= now and not r.draining]
 
     @property
     def current(self) -> int:
         return sum(not r.draining for r in self.replicas)
 
-    def route(self, now: float, request: tuple[float, int, int]) -> None:
+    @property
+    def backlog(self) -> int:
+        """Requests without a first token that wait."""
+        return len(self.unrouted) + sum(len(r.waiting) for r in self.replicas)
+
+    def route(self, now: float, job: ReplayedRequest) -> None:
+        """Give a request to a replica, or keep it until one is ready."""
         ready = self.ready(now)
         if not ready:
-            self.unrouted.append(request)
+            self.unrouted.append(job)
             return
-        chosen = min(ready, key=lambda r: r.requests)
-        chosen.advance(now, self.waits)
-        chosen.waiting.append(request)
+        min(ready, key=lambda r: r.cost(job)).add(job)
 
     def settle(self, now: float) -> None:
         """Advance every replica to `now`, remove drained ones and route waiting requests."""
         for replica in self.replicas:
             if replica.ready_at <= now:
                 replica.clock = max(replica.clock, replica.ready_at)
-                replica.advance(now, self.waits)
+                replica.advance(now, self.done)
         for replica in [r for r in self.replicas if r.draining and not r.requests]:
-            self.billed_s += max(now, replica.launched) - replica.launched
+            self.billed_s += now - replica.launched
             self.replicas.remove(replica)
         while self.unrouted and self.ready(now):
             self.route(now, self.unrouted.popleft())
 
     def scale(self, now: float, target: int) -> None:
         """Launch or drain to reach `target` replicas: removes starting ones first, then the idlest."""
-        for _ in range(self.current, target):
-            self.replicas.append(
-                _Replica(self.service, now, now + self.load_time_s, clock=now + self.load_time_s)
-            )
+        change = target - self.current
+        if not change:
+            return
+        sign = 1 if change > 0 else -1
+        self.changes, self.turns = self.changes + 1, self.turns + (self._direction == -sign)
+        self._direction = sign
+        due = now + self.load_time_s
+        self.replicas += [Replica(self.times, now, due, due, chunk=self.chunk) for _ in range(change)]
         spare = sorted((r for r in self.replicas if not r.draining), key=lambda r: (-r.ready_at, r.requests))
-        for replica in spare[: max(0, self.current - target)]:
+        for replica in spare[: max(0, -change)]:
             replica.draining = True
             if replica.ready_at > now:
                 self.billed_s += now - replica.launched
                 self.replicas.remove(replica)
 
-    def backlog(self) -> int:
-        return len(self.unrouted) + sum(len(r.waiting) for r in self.replicas)
+    def bill(self, now: float) -> float:
+        """Replica-seconds until `now`."""
+        return self.billed_s + sum(now - r.launched for r in self.replicas)
+
+
+def simulate(jobs: Sequence[ReplayedRequest], scaler: Scaler, fleet: Fleet, span_s: float) -> float:
+    """Run the requests, then let the last replicas finish them; returns the replica-seconds of the span."""
+    following, step_s = 0, min(1.0, scaler.interval_s)
+    due = 0.0
+    for tick in range(round(span_s / step_s)):
+        now = tick * step_s
+        fleet.settle(now)
+        if now >= due - 1e-9:
+            fleet.scale(now, scaler.target(now, fleet))
+            due = now + scaler.interval_s
+        while following < len(jobs) and jobs[following].arrival < now + step_s:
+            fleet.route(now, jobs[following])
+            following += 1
+    billed, end = fleet.bill(span_s), span_s
+    for _ in range(100_000):  # finish the rest; its time is not billed
+        if len(fleet.done) >= len(jobs):
+            break
+        end += 60.0
+        fleet.settle(end)
+    return billed
+
+
+class Controlled:
+    """The controller: rehearsal, capacity model and policy on the signals of a fleet."""
+
+    def __init__(self, config: PolicyConfig, jobs: Sequence[ReplayedRequest], *, learns: bool) -> None:
+        """learns: the capacity follows the signals, else it is known."""
+        self.interval_s, self._config, self._jobs = config.interval_s, config, jobs
+        targets = Targets(config.latency_threshold_s, config.slo.ttft_s, config.slo.tpot_s)
+        self._capacity = OnlineCapacity(config.capacity, config.unit, targets)
+        self._policy, self._learns = Policy(config), learns
+        self._rehearsal: Rehearsal | None = None
+        self._arrived = self._finished = 0
+
+    def target(self, now: float, fleet: Fleet) -> int:
+        snapshot = self._signals(now, fleet)
+        load, config = snapshot.request_rate or 0.0, self._config
+        if self._learns:
+            self._capacity.observe(snapshot)
+        rate = self._capacity.estimate
+        if self._rehearsal is None:
+            told = Settings(
+                config.interval_s,
+                config.cold_start_s,
+                wait_s=config.slo.ttft_s,
+                target=config.slo.target,
+                drain_s=config.drain_s,
+                least=config.min_replicas,
+                most=config.max_replicas,
+            )
+            self._rehearsal = Rehearsal(told, load / rate)
+        plan = self._rehearsal.observe(load / rate)
+        return self._policy.decide(now, snapshot, plan, capacity=rate).target
+
+    def _signals(self, now: float, fleet: Fleet) -> Snapshot:
+        first, last = self._arrived, self._arrived
+        while last < len(self._jobs) and self._jobs[last].arrival < now:
+            last += 1
+        self._arrived = last
+        done = fleet.done[self._finished :]
+        self._finished = len(fleet.done)
+        arrived, passed = self._jobs[first:last], self.interval_s if now > 0 else 1.0
+        waits = [now - job.arrival for r in fleet.replicas for job in r.waiting]
+        waits += [now - job.arrival for job in fleet.unrouted]
+        times = [job.ttft_s for job in done]
+        ready = len(fleet.ready(now))
+        return Snapshot(
+            time=now,
+            current=fleet.current,
+            ready=ready,
+            request_rate=len(arrived) / passed,
+            prompt_token_rate=sum(job.prompt for job in arrived) / passed,
+            output_token_rate=sum(job.output for job in done) / passed,
+            backlog=float(len(waits)),
+            queue_time_s=float(np.mean(waits)) if waits else 0.0,
+            ttft_s=float(np.mean(times)) if times else None,
+            tpot_s=float(np.mean([job.tpot_s for job in done])) if done else None,
+        )
+
+
+class _Laned:
+    """A rule over lanes, for one fleet."""
+
+    def __init__(self, made: Replay, name: str, utilization: float) -> None:
+        self.interval_s, self._made = made.setting.tick_s, made
+        self.rule = made.rule(name, utilization)
+
+    def target(self, now: float, fleet: Fleet) -> int:
+        tick = min(self._made.ticks - 1, round(now / self.interval_s))
+        ready, backlog = len(fleet.ready(now)), float(fleet.backlog)
+        wait = np.array([backlog / max(ready * self._made.setting.capacity, 1e-9)])
+        counts = (np.array([fleet.current]), np.array([ready]), np.array([backlog]), wait, wait * 0)
+        return int(self.rule.decide(View(tick, now, *counts))[0])
 
 
 def replay_requests(
@@ -160,43 +207,36 @@ def replay_requests(
 ) -> dict[str, Any]:
     """Replay single requests against policies: the same document as a rate replay.
 
-    The service times are scaled so that one replica sustains `config.capacity` requests a second;
-    each seed moves every arrival by up to 5 s either way (without noise: not at all).
+    The service times are scaled so that one replica sustains `config.capacity` requests a second; each seed
+    moves every arrival by up to 5 s either way (without noise: not at all). A request is in time if its first
+    token comes within `wait_slo_s` of what its prompt takes on an idle replica.
     """
     mean = len(trace) / float(trace.arrival_s[-1])
     capacity = config.capacity if config.capacity is not None else mean / config.mean_replicas
-    service = Service().fitted(trace, capacity)
-    runs = [_jittered(trace, seed, config) for seed in range(config.seeds)]
-    single = replace(config, capacity=capacity, seeds=1, noise=0.0)
-    made = [Replay(_rates(run), single) for run in runs]
+    times = Times().fitted(trace, capacity)
     rows: dict[str, Any] = {}
     for name in names:
         progress(name)
-        base = base_of(name)
-        if base == "oracle":
-            utilization, outcomes = _oracle(runs, single, service)
-        else:
-            utilization = config.utilization if name == base else made[0].tune(base)
-            outcomes = [
-                _run(run, one, base, utilization, service) for run, one in zip(runs, made, strict=True)
-            ]
-        keys = ("instance_hours", "slo", "changes", "direction_changes")
-        row = {key: float(np.mean([outcome[key] for outcome in outcomes])) for key in keys}
-        rows[name] = {
-            **row,
-            "cost": row["instance_hours"] * config.price_per_hour,
-            "utilization": utilization,
-            "rule": RULE_OF.get(base, base),
-        }
+        if base_of(name) != name or name == "oracle":
+            raise ValueError(f"policy {name!r}: got single requests; expected a rate trace for it")
+        outcomes = [
+            _run(_jittered(trace, seed, config), name, config, capacity, times) for seed in _seeds(config)
+        ]
+        row = {key: float(np.mean([outcome[key] for outcome in outcomes])) for key in outcomes[0]}
+        parameters = "" if name == "farthing" else f"u {config.utilization:g}"
+        rows[name] = {**row, "cost": row["instance_hours"] * config.price_per_hour, "parameters": parameters}
     return {
         "trace": trace.name,
         "hours": float(trace.arrival_s[-1]) / 3600,
         "capacity": capacity,
         "load_time_s": config.load_time_s,
         "seeds": config.seeds,
-        "forecaster": {"model": config.short.model, "weights": made[0].weights},
         "policies": rows,
     }
+
+
+def _seeds(config: ReplayConfig) -> range:
+    return range(config.seeds)
 
 
 def _jittered(trace: RequestTrace, seed: int, config: ReplayConfig) -> RequestTrace:
@@ -205,82 +245,36 @@ def _jittered(trace: RequestTrace, seed: int, config: ReplayConfig) -> RequestTr
     shift = np.random.default_rng(seed).uniform(-5, 5, len(trace))
     arrival = np.clip(trace.arrival_s + shift, 0, None)
     order = np.argsort(arrival, kind="stable")
-    return RequestTrace(trace.name, arrival[order], trace.prompt_tokens[order], trace.output_tokens[order])
+    blocks = tuple(trace.blocks[i] for i in order) if trace.blocks else ()
+    prompt, output = trace.prompt_tokens[order], trace.output_tokens[order]
+    return RequestTrace(trace.name, arrival[order], prompt, output, blocks)
 
 
-def _oracle(
-    runs: list[RequestTrace], config: ReplayConfig, service: Service
-) -> tuple[float, list[dict[str, float]]]:
-    """The oracle's utilization and outcomes: it knows the work of every request, not only their number.
-
-    Work arrives unevenly within its minute, so the utilization is lowered until the SLO is kept.
-    """
-    told = replace(config, short=replace(config.short, model="last-value"))
-    made = [Replay(_rates(run, service.work(run)), told) for run in runs]
-    utilization = config.utilization
-    while True:
-        outcomes = [
-            _run(run, one, "oracle", utilization, service) for run, one in zip(runs, made, strict=True)
-        ]
-        kept = float(np.mean([outcome["slo"] for outcome in outcomes]))
-        if kept >= config.slo_target or utilization < 0.1:
-            return utilization, outcomes
-        utilization *= 0.93
-
-
-def _rates(trace: RequestTrace, weight: Floats | None = None) -> Series:
-    """Requests per second in bins of five seconds, each counted by its `weight` [R] (default 1)."""
-    return binned(trace.arrival_s, trace.name, weight)
-
-
-def binned(arrival_s: Floats, name: str, weight: Floats | None = None) -> Series:
-    """The rate of requests that arrive at these times."""
-    count = max(4, math.ceil(float(arrival_s[-1]) / BIN_S) + 1)
-    counts = np.bincount((arrival_s / BIN_S).astype(int), weights=weight, minlength=count)
-    return Series(0.0, BIN_S, counts / BIN_S, name)
+def requests_of(trace: RequestTrace) -> Jobs:
+    """The requests of a trace, by arrival."""
+    rows = zip(trace.arrival_s, trace.prompt_tokens, trace.output_tokens, strict=True)
+    blocks = trace.blocks or ((),) * len(trace)
+    return [
+        ReplayedRequest(float(at), int(prompt), int(output), found, uncached=int(prompt))
+        for (at, prompt, output), found in zip(rows, blocks, strict=True)
+    ]
 
 
 def _run(
-    trace: RequestTrace, made: Replay, name: str, utilization: float, service: Service
+    trace: RequestTrace, name: str, config: ReplayConfig, capacity: float, times: Times
 ) -> dict[str, float]:
-    """Run one policy on one trace; the last replicas finish the remaining requests."""
-    rule = made.rule(name, np.array([utilization]), made.span(None))
-    load_time = 0.0 if name == "oracle" else made.config.load_time_s
-    fleet = _Fleet(service, int(rule.start[0]), load_time)
-    tick_s, following = made.setting.tick_s, 0
-    changes = turns = direction = 0
-    for tick in range(made.ticks):
-        now = tick * tick_s
-        fleet.settle(now)
-        current, backlog = fleet.current, fleet.backlog()
-        ready = len(fleet.ready(now))
-        wait = backlog / max(ready * made.setting.capacity, 1e-9)
-        view = View(
-            tick,
-            now,
-            current=np.array([current]),
-            ready=np.array([ready]),
-            backlog=np.array([float(backlog)]),
-            wait=np.array([wait]),
-            late=np.array([float(wait > made.config.wait_slo_s)]),
-        )
-        delta = int(rule.decide(view)[0]) - current
-        if delta:
-            sign = 1 if delta > 0 else -1
-            changes, turns, direction = changes + 1, turns + (direction == -sign), sign
-            fleet.scale(now, current + delta)
-        while following < len(trace) and trace.arrival_s[following] < now + tick_s:
-            at = float(trace.arrival_s[following])
-            fleet.route(at, (at, int(trace.prompt_tokens[following]), int(trace.output_tokens[following])))
-            following += 1
-    end = made.ticks * tick_s
-    billed = fleet.billed_s + sum(end - r.launched for r in fleet.replicas)
-    for _ in range(10_000):  # finish the rest; its time is not billed
-        if not fleet.backlog():
-            break
-        end += 60.0
-        fleet.settle(end)
-    served = np.array(fleet.waits)
-    hours = float(made.oracle(utilization)[0]) if name == "oracle" else billed / 3600
-    slo = float((served <= made.config.wait_slo_s).sum()) / max(1, len(served) + fleet.backlog())
-    return {"instance_hours": hours, "slo": slo, "changes": changes, "direction_changes": turns}
+    single = replace(config, capacity=capacity, seeds=1, noise=0.0)
+    made, jobs = Replay(binned(trace), single), requests_of(trace)
+    laned = _Laned(made, name, config.utilization)
+    scaler: Scaler = Controlled(made.policy(), jobs, learns=False) if name == "farthing" else laned
+    fleet = Fleet(times, config.load_time_s, times.chunk(0.1))
+    fleet.start(int(laned.rule.start[0]))
+    billed = simulate(jobs, scaler, fleet, made.ticks * made.setting.tick_s)
+    idle = times.prefill_s
+    in_time = sum(job.ttft_s - job.uncached * idle <= config.wait_slo_s for job in fleet.done)
+    return {
+        "instance_hours": billed / 3600,
+        "slo": in_time / len(jobs),
+        "changes": fleet.changes,
+        "direction_changes": fleet.turns,
+    }

@@ -1,9 +1,7 @@
-"""Simulated replicas with a prefix cache, chunked prefill and continuous batching, for one pool or for two.
+"""A simulated replica with a prefix cache, chunked prefill and continuous batching.
 
-A `Whole` replica computes prompts and generates: an iteration adds a token to every running request and
-computes at most one chunk of a prompt, in base + share · batch + chunk · prefill seconds. A `Prefill` replica
-only computes prompts, one after the other; a `Decode` replica only generates, for requests whose cache
-entries were transferred to it.
+An iteration adds a token to every running request and computes at most one chunk of a prompt, in
+base + share · batch + chunk · prefill seconds.
 """
 
 from __future__ import annotations
@@ -12,9 +10,9 @@ import bisect
 import heapq
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from farthing_lab.replay.trace import BLOCK
+from farthing_lab.replay.trace import BLOCK, RequestTrace
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class Times:
     share_s: float = 0.0005  # per request in the batch and iteration
     max_batch: int = 32
     cache_blocks: int = 6000
-    transfer_s: float = 1.4e-6  # per prompt token, from a prefill to a decode replica: 70 kB at 50 GB/s
 
     def step_s(self, batch: int) -> float:
         """An iteration without a prompt."""
@@ -35,6 +32,26 @@ class Times:
     def chunk(self, tpot_s: float) -> int:
         """Prompt tokens per iteration with which a full batch meets `tpot_s`; at least 32."""
         return max(32, int((tpot_s - self.step_s(self.max_batch)) / self.prefill_s))
+
+    def capacity(self, prompt: float, output: float) -> float:
+        """Requests per second with a full batch, for a mean request."""
+        return 1 / (self.prefill_s * prompt + output * self.step_s(self.max_batch) / self.max_batch)
+
+    def fitted(self, trace: RequestTrace, capacity: float) -> Times:
+        """A replica with this capacity: the smallest sufficient batch, with all times scaled to match."""
+        prompt, output = float(trace.prompt_tokens.mean()), float(trace.output_tokens.mean())
+        found = self
+        for batch in range(1, self.max_batch + 1):
+            found = replace(self, max_batch=batch)
+            if found.capacity(prompt, output) >= capacity:
+                break
+        factor = found.capacity(prompt, output) / capacity
+        return replace(
+            found,
+            prefill_s=found.prefill_s * factor,
+            base_s=found.base_s * factor,
+            share_s=found.share_s * factor,
+        )
 
 
 @dataclass
@@ -60,8 +77,8 @@ class ReplayedRequest:
 
 
 @dataclass
-class Server:
-    """What all replicas have: their times, the queue, and whether they are ready or drain."""
+class Replica:
+    """`running` holds (iteration of the last token, order, request)."""
 
     times: Times
     launched: float
@@ -69,31 +86,19 @@ class Server:
     clock: float = 0.0
     waiting: deque[ReplayedRequest] = field(default_factory=deque)
     draining: bool = False
+    cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    queued: int = 0  # prompt tokens to compute, as estimated on arrival
+    running: list[tuple[int, int, ReplayedRequest]] = field(default_factory=list)
+    iterations: int = 0
+    admitted: int = 0
+    chunk: int = 512  # prompt tokens per iteration while requests run
+    current: ReplayedRequest | None = None  # its prompt is being computed
+    left: int = 0  # prompt tokens of it
 
     @property
     def requests(self) -> int:
         """Requests in the replica."""
-        return len(self.waiting)
-
-    def cost(self, job: ReplayedRequest) -> float:
-        """Routing cost: the replica with the lowest is chosen."""
-        return float(self.requests)
-
-    def add(self, job: ReplayedRequest) -> None:
-        """Route a request here."""
-        self.waiting.append(job)
-
-    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
-        """Simulate until `until`, finishing an iteration in flight; appends finished requests."""
-        raise NotImplementedError
-
-
-@dataclass
-class _Cached(Server):
-    """A replica with a prefix cache, routed to by queue and cached prefix as the gateway does."""
-
-    cache: OrderedDict[int, None] = field(default_factory=OrderedDict)
-    queued: int = 0  # prompt tokens to compute, as estimated on arrival
+        return len(self.waiting) + len(self.running) + (self.current is not None)
 
     def found(self, job: ReplayedRequest) -> int:
         """Prompt tokens in the cache."""
@@ -103,12 +108,14 @@ class _Cached(Server):
         return min(depth * BLOCK, job.prompt - 1)
 
     def cost(self, job: ReplayedRequest) -> float:
-        return self.queued + self.requests * BLOCK + 3 * (job.prompt - self.found(job))
+        """Routing cost, as the gateway's: the replica with the lowest is chosen."""
+        return self.queued + self.left + self.requests * BLOCK + 3 * (job.prompt - self.found(job))
 
     def add(self, job: ReplayedRequest) -> None:
+        """Route a request here."""
         job.uncached = job.prompt - self.found(job)
         self.queued += job.uncached
-        super().add(job)
+        self.waiting.append(job)
 
     def admit(self) -> ReplayedRequest:
         """Take the next request; its prompt's blocks are cached from now on."""
@@ -122,38 +129,6 @@ class _Cached(Server):
             self.cache.popitem(last=False)
         self.clock = max(self.clock, job.arrival)
         return job
-
-
-@dataclass
-class Prefill(_Cached):
-    """Computes prompts, one after the other; the first token is the prompt's last computation."""
-
-    current: ReplayedRequest | None = None
-
-    @property
-    def requests(self) -> int:
-        return len(self.waiting) + (self.current is not None)
-
-    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
-        while True:
-            if self.current is not None and self.clock <= until:
-                done.append(self.current)
-                self.current = None
-            if self.current is not None or not self.waiting or self.clock >= until:
-                break
-            self.current = job = self.admit()
-            self.clock += self.times.base_s + job.uncached * self.times.prefill_s
-            job.first = job.end = self.clock
-        self.clock = max(self.clock, until)
-
-
-@dataclass
-class _Batch(Server):
-    """A replica that generates: `running` holds (iteration of the last token, order, request)."""
-
-    running: list[tuple[int, int, ReplayedRequest]] = field(default_factory=list)
-    iterations: int = 0
-    admitted: int = 0
 
     def start(self, job: ReplayedRequest) -> None:
         """Put a request into the batch."""
@@ -174,45 +149,8 @@ class _Batch(Server):
         count = max(1, math.ceil((until - self.clock) / seconds))
         return min(count, self.running[0][0] - self.iterations) if self.running else count
 
-
-@dataclass
-class Decode(_Batch):
-    """Generates for requests whose prompt another replica computed."""
-
-    @property
-    def requests(self) -> int:
-        return len(self.waiting) + len(self.running)
-
     def advance(self, until: float, done: list[ReplayedRequest]) -> None:
-        while self.clock < until:
-            while self.waiting and len(self.running) < self.times.max_batch:
-                job = self.waiting[0]
-                if (arrives := job.first + job.prompt * self.times.transfer_s) > self.clock:
-                    if self.running:
-                        break
-                    self.clock = arrives
-                self.start(self.waiting.popleft())
-            if self.running:
-                seconds = self.times.step_s(len(self.running))
-                count = self.steps(until, seconds)
-                self.iterate(1 if self.waiting else count, seconds, done)
-            else:
-                self.clock = until
-
-
-@dataclass
-class Whole(_Batch, _Cached):
-    """Computes prompts in chunks next to the batch, and generates."""
-
-    chunk: int = 512  # prompt tokens per iteration while requests run
-    current: ReplayedRequest | None = None  # its prompt is being computed
-    left: int = 0  # prompt tokens of it
-
-    @property
-    def requests(self) -> int:
-        return len(self.waiting) + len(self.running) + (self.current is not None)
-
-    def advance(self, until: float, done: list[ReplayedRequest]) -> None:
+        """Simulate until `until`, finishing an iteration in flight; appends finished requests."""
         times = self.times
         while self.clock < until:
             if self.current is None and self.waiting and len(self.running) < times.max_batch:

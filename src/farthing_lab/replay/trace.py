@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from farthing_fleet.forecast.base import Series, read_series
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+BIN_S = 5.0  # of the rate of single requests
 BLOCK = 512  # tokens per block of a prompt, as in the Mooncake traces
-EXAMPLE = Path(__file__).parent / "traces" / "servegen_reason_deepseek-r1_rate.csv"
+EXAMPLE = Path(__file__).parent / "traces" / "servegen_language_m-mid_rate.csv"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,13 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
     prompts, outputs = np.maximum(1, data[:, 1:]).astype(np.int64).T
     blocks = tuple(row.blocks for row in rows)
     return RequestTrace(path.name.split(".")[0], data[:, 0] - data[0, 0], prompts, outputs, blocks)
+
+
+def binned(trace: RequestTrace) -> Series:
+    """The rate of requests in bins of `BIN_S`."""
+    count = max(4, math.ceil(float(trace.arrival_s[-1]) / BIN_S) + 1)
+    counts = np.bincount((trace.arrival_s / BIN_S).astype(int), minlength=count)
+    return Series(0.0, BIN_S, counts / BIN_S, trace.name)
 
 
 def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s: float = 10.0) -> Floats:

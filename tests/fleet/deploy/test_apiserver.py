@@ -152,7 +152,6 @@ def _config(load: Load, folder: Path, name: str, **sections: Any) -> dict[str, A
         "interval_s": 1.0,
         "cold_start_s": 5.0,
         "levels": ["realtime"],
-        "stabilization_s": 3.0,
         "scale_down_below": 1.0,
         "cooldown_s": 0.0,
         "latency_metric": "none",

@@ -79,7 +79,6 @@ def test_controller_reads_its_configuration_and_only_one_component_scales(
         == any(o["kind"] == "APIService" for o in objects)
     )
     assert bool(by_keda) == (config.keda is not None)
-    assert config.policy.rule == "slo"
     for hpa in by_hpa:
         names = {metric["external"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
         window = hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"]

@@ -2,24 +2,19 @@
 
 import asyncio
 import json
-import math
 import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farthing.files import read
 from farthing.server.config import KeyRing
 from farthing.server.dashboard.site import Dashboard
-from farthing_fleet.config import FleetConfig
 from farthing_fleet.decision_log import DecisionLog, sentence
-from farthing_fleet.estimates import make_estimates
-from farthing_fleet.forecast.base import Forecast, write_forecasts
-from farthing_fleet.forecast.short import MIXTURE
+from farthing_fleet.forecast.base import write_forecast
 from farthing_fleet.gateway import Gateway
 from farthing_fleet.gateway.process import fleet_data, pages_of
-from farthing_fleet.types import Decision, Levels, Snapshot
+from farthing_fleet.types import Decision, Levels
 
 SNAPSHOT = {"time": 1.0, "current": 2, "request_rate": 12.0, "prompt_token_rate": 900.0}
 
@@ -46,8 +41,7 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
         log.append(decision(target))
     with log.path.open("a") as file:
         file.write('{"time": 1, "torn')
-    curve = Forecast(10.0, 60.0, (5.0, 6.0), (7.0, 8.0), "lstm")
-    write_forecasts(tmp_path / "forecasts.json", "requests", curve, None)
+    write_forecast(tmp_path / "forecasts.json", "requests", 10.0, 60.0, 5.0, 7.0)
     gateway = Gateway()
     gateway.set_replicas = lambda wanted: gateway.balancer.update(wanted)  # type: ignore[assignment]
     gateway.set_replicas({"a": "http://127.0.0.1:9001"})
@@ -58,8 +52,8 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
         "the newest, the torn line left out"
     )
     assert data["gauges"]["desired"] == 79 and data["gauges"]["load"] == 12.0
-    assert data["forecasts"]["short"]["p90"] == [7.0, 8.0]
-    assert data["forecasts"]["realtime"]["p50"] == [12.0] and "mid" not in data["forecasts"]
+    assert data["forecasts"]["short"]["p90"] == [7.0]
+    assert data["forecasts"]["realtime"]["p50"] == [12.0]
     assert data["replicas"][0]["state"] == "ready" and data["gauges"]["usd_per_hour"] == 0.72
     assert abs(data["gauges"]["usd_per_million"] - 0.72 / 3600 / 1000 * 1e6) < 1e-12
     assert data["facts"]["capacity"] == "5 requests/s per replica"
@@ -67,10 +61,10 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
 
 
 def test_last_decision_is_a_sentence() -> None:
-    need = "short: growth (weight 45%) forecasts 6.863 requests/s (q0.90) within 3 s, needs 2"
+    need = "short: highest of 2 min by the last minute plans for 6.863 requests/s at 83% utilization, needs 2"
     assert sentence(replace(decision(1), reason=need)) == (
-        "Goes from 2 to 1 replica: growth (weight 45%) forecasts 6.863 requests/s (q0.90) within 3 s, "
-        "which needs 2."
+        "Goes from 2 to 1 replica: highest of 2 min by the last minute plans for 6.863 requests/s at 83% "
+        "utilization, which needs 2."
     )
     limited = "realtime: load is 4.6 requests/s, needs 6; limited to [1, 2]"
     assert sentence(replace(decision(2), reason=limited)) == (
@@ -78,21 +72,6 @@ def test_last_decision_is_a_sentence() -> None:
     )
     stale = "signals are missing or stale: hold, no scale-down"
     assert sentence(replace(decision(2), reason=stale)) == f"Keeps 2 replicas: {stale}."
-
-
-def test_forecast_bands_reach_the_page(tmp_path: Path) -> None:
-    """A quarter hour of load, forecast as in production and written like the controller does."""
-    config = read(FleetConfig, {"policy": {"capacity": 5.0}, "state": str(tmp_path)})
-    estimates = make_estimates(config)
-    for second in range(0, 900, 5):
-        load = 10.0 + 3.0 * math.sin(second / 60)
-        estimates.observe(1e9 + second, Snapshot(1e9 + second, current=2, ready=2, request_rate=load))
-    write_forecasts(
-        tmp_path / "forecasts.json", "requests", estimates.short(1e9 + 900), estimates.mid(1e9 + 900)
-    )
-    band = fleet_data(Gateway(), tmp_path)["forecasts"]["short"]
-    assert band["source"] in MIXTURE and band["step_s"] > 0
-    assert 7 <= band["p50"][0] < band["p90"][0] <= 20
 
 
 def test_repeated_holds_are_shown_once_with_the_last(tmp_path: Path) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from farthing_fleet.config import PolicyConfig
 from farthing_fleet.forecast.base import Series
-from farthing_fleet.forecast.short import ShortConfig
-from farthing_fleet.policy import Policy
-from farthing_fleet.types import Snapshot
 from farthing_lab.cli.replay import app
-from farthing_lab.replay.policies import FarthingRule, FixedRule, HpaRule
+from farthing_lab.replay.policies import FixedRule, HpaRule, deviations, highest
 from farthing_lab.replay.rate import Setting, View, simulate
-from farthing_lab.replay.requests import replay_requests
-from farthing_lab.replay.run import POLICIES, PlanConfig, Replay, ReplayConfig, base_of, cost_hours
+from farthing_lab.replay.requests import Fleet, requests_of
+from farthing_lab.replay.run import POLICIES, Replay, ReplayConfig, base_of, cost_hours
+from farthing_lab.replay.servers import Times
 from farthing_lab.replay.trace import EXAMPLE, RequestTrace, rate_load, read_trace
 
 
@@ -90,79 +86,6 @@ def test_failures_are_replaced_and_cost_slo() -> None:
     assert result.slo[0] < 1
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(0, 60), min_size=3, max_size=60),
-    st.sampled_from(["slo", "stabilized", "published"]),
-    st.integers(0, 2**16),
-    st.sampled_from([5.0, 20.0, 30.0, 77.0, 90.0, 250.0, 600.0]),
-)
-def test_vectorized_rule_equals_the_policy(
-    loads: list[float], name: str, seed: int, cold_start_s: float
-) -> None:
-    """FarthingRule and Policy decide the same for equal loads, backlogs, waits and late shares."""
-    compare_rules(loads, name, seed, cold_start_s)
-
-
-@pytest.mark.parametrize("cold_start_s", [5.0, 20.0, 50.0, 77.0, 100.0])
-def test_both_excuse_alike_when_the_cold_start_is_no_multiple_of_the_interval(cold_start_s: float) -> None:
-    for seed in range(4):
-        loads = [load for load in (1.9, 15.0, 0.0, 40.0, 8.0) for _ in range(12 + seed)]
-        compare_rules(loads, "slo", seed, cold_start_s)
-
-
-@pytest.mark.parametrize("gap", [0.0, 2.0, 8.0])
-def test_both_excuse_lateness_after_a_jump(gap: float) -> None:
-    jump, steady = [gap] * 70 + [10.0] * 30, [10.0] * 100
-    assert (compare_rules(jump, "slo", 1) > compare_rules(steady, "slo", 1)) == (gap < 5)
-
-
-def compare_rules(loads: list[float], name: str, seed: int, cold_start_s: float = 600.0) -> float:
-    """Run both; returns the utilization at the end."""
-    config = PolicyConfig(
-        capacity=1.0, levels=("realtime",), max_replicas=1000, rule=name, cold_start_s=cold_start_s
-    )
-    random = np.random.default_rng(seed)
-    load = np.array(loads)[:, None]
-    rule = FarthingRule(
-        load,
-        load,
-        np.array([0.7]),
-        1.0,
-        cold_start_s,
-        15.0,
-        scale_down_below=config.down_below,
-        scale_up_above=config.up_above,
-        scale_down_spare=config.down_spare,
-        stabilization_s=config.window_s(),
-        max_replicas=1000,
-        drains_fast=config.drains_fast,
-        slo=config.slo if config.by_slo else None,
-    )
-    policy, current = Policy(config), int(rule.start[0])
-    for tick, rate in enumerate(loads):
-        ready = int(random.integers(0, current + 1))
-        wait = float(random.choice([0.0, 0.0, 0.5, 3.0]))
-        late = float(random.choice([0.0, 0.3, 1.0]))
-        backlog = wait * max(ready, 1)
-        view = View(
-            tick,
-            tick * 15.0,
-            np.array([current]),
-            np.array([ready]),
-            np.array([backlog]),
-            np.array([wait]),
-            np.array([late]),
-        )
-        snapshot = Snapshot(
-            tick * 15.0, current, ready, rate, backlog=backlog, queue_time_s=wait, late_share=late
-        )
-        lane = int(rule.decide(view)[0])
-        assert lane == policy.decide(tick * 15.0, snapshot).target
-        current = lane
-    return policy.utilization
-
-
 def test_hpa_ignores_ten_percent_and_delays_scale_down() -> None:
     load = np.concatenate([np.full((30, 1), 10.0), np.full((1, 1), 10.9), np.full((60, 1), 5.0)])
     rule, current = HpaRule(load, 1.0, 1.0, 15.0), 10
@@ -179,38 +102,26 @@ def test_hpa_ignores_ten_percent_and_delays_scale_down() -> None:
     assert seen[-1] == 5
 
 
-def test_noise_on_a_constant_load_hardly_scales() -> None:
-    series = Series(0.0, 600.0, np.full(72, 10.0), "constant")
-    made = Replay(
-        series, ReplayConfig(seeds=2, short=ShortConfig(model="growth"), plan=PlanConfig(enabled=False))
-    )
-    for name in ("farthing", "stabilized"):
-        result = made.run(name, [0.7])
-        assert result.slo.min() == 1.0
-        assert result.changes.max() <= 20  # in twelve hours; without a tolerance about 140
+@pytest.mark.parametrize(("cold_start_s", "replicas"), [(10.0, 1), (120.0, 5), (600.0, 64), (1200.0, 20)])
+def test_a_constant_load_changes_nothing(cold_start_s: float, replicas: int) -> None:
+    """In half a day with 10 % of noise; `slow` tests the rest."""
+    assert changes(cold_start_s, replicas, 72) == 0
 
 
-@pytest.mark.parametrize("need", [2.5, 3.0, 3.6, 4.0, 5.6, 8.0])
-def test_noise_hardly_scales_a_small_fleet(need: float) -> None:
-    """The tolerances are fractions of a replica, so a need near a whole number does not flap."""
-    settings = ReplayConfig(
-        seeds=2, mean_replicas=0.7 * need, short=ShortConfig(model="growth"), plan=PlanConfig(enabled=False)
-    )
-    made = Replay(Series(0.0, 600.0, np.full(288, 10.0), "constant"), settings)
-    for name in ("farthing", "stabilized"):
-        result = made.run(name, [0.7])
-        assert result.slo.min() == 1.0
-        assert result.changes.max() <= 6  # in two days; with whole replicas up to 269
+@pytest.mark.slow
+@pytest.mark.parametrize("cold_start_s", [10.0, 30.0, 120.0, 600.0, 1200.0])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 4, 6, 8, 13, 20, 40, 64])
+def test_a_constant_load_changes_nothing_in_two_days(cold_start_s: float, replicas: int) -> None:
+    assert changes(cold_start_s, replicas, 288) == 0
 
 
-def test_forecasts_use_no_future_data() -> None:
-    series = read_trace(EXAMPLE)
-    assert isinstance(series, Series)
-    config = ReplayConfig(seeds=1)
-    whole = Replay(series, config)
-    part = Replay(series.head(72), replace(config, capacity=whole.setting.capacity))
-    shown = part.ticks - 40  # the shorter trace lacks the interpolation to the next point
-    assert np.array_equal(whole.bound[:shown], part.bound[:shown])
+def changes(cold_start_s: float, replicas: int, steps: int) -> int:
+    """Changes of the fleet on a constant load that needs so many replicas at 80 %."""
+    series = Series(0.0, 600.0, np.full(steps, 0.8 * replicas), "constant")
+    made = Replay(series, ReplayConfig(load_time_s=cold_start_s, capacity=1.0))
+    result = made.run(made.rule("farthing", 0.7))
+    assert result.slo.min() > 0.999999
+    return int(result.changes.max())
 
 
 def test_noise_has_mean_one_and_its_own_seed() -> None:
@@ -220,15 +131,21 @@ def test_noise_has_mean_one_and_its_own_seed() -> None:
     assert not np.array_equal(load[:, 0], load[:, 1])
 
 
-def test_example_meets_the_slo_at_less_cost_than_other_policies() -> None:
-    """SLO >= 99.5 % at no more than 1.20 x oracle, where the HPA's defaults miss the SLO."""
+def test_example_needs_fewer_hours_than_any_short_rule() -> None:
+    """The share in time is the policy's own, the parameters of the others are chosen in hindsight."""
     series = read_trace(EXAMPLE)
     assert isinstance(series, Series)
-    made = Replay(series, ReplayConfig(seeds=2))
-    ours, hpa = made.run("farthing", [0.7]), made.run("hpa", [0.7])
-    assert ours.slo.mean() >= 0.995
-    assert ours.instance_hours.mean() <= 1.20 * made.oracle(0.7).mean()
-    assert hpa.slo.mean() < 0.96
+    made = Replay(series, ReplayConfig(load_time_s=600.0))
+    row, _ = made.outcome("farthing", 0.995)
+    assert row["slo"] > 0.97 and sum(row["rules"].values()) == pytest.approx(1.0, abs=0.01)
+    best = made.best(row["slo"])
+    assert best is not None and row["instance_hours"] < 1.03 * best[2]
+
+
+def test_short_rules_are_what_they_say() -> None:
+    load = np.array([[1.0], [5.0], [2.0], [2.0], [2.0]])
+    assert highest(load, 3)[:, 0].tolist() == [1, 5, 5, 5, 2]
+    assert deviations(load, 2)[:, 0].tolist() == [1, 3 + 2 * 2, 3.5 + 2 * 1.5, 2, 2]
 
 
 def test_cli_prints_one_json_document_with_every_policy() -> None:
@@ -236,9 +153,12 @@ def test_cli_prints_one_json_document_with_every_policy() -> None:
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert list(document["policies"]) == list(POLICIES)
-    for row in document["policies"].values():
-        assert {"instance_hours", "slo", "changes", "direction_changes", "cost"} <= set(row)
+    ours = document["policies"]["farthing"]
+    for name, row in document["policies"].items():
+        assert {"instance_hours", "slo", "cost", "parameters"} <= set(row)
         assert 0 <= row["slo"] <= 1 and row["instance_hours"] > 0
+        if name.startswith("best-"):
+            assert row["slo"] >= ours["slo"]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +178,9 @@ def test_cli_errors_name_the_problem(arguments: list[str], message: str) -> None
 
 
 def test_names_of_policies() -> None:
-    assert base_of("stabilized-tuned") == "stabilized"
+    assert base_of("best-hpa") == "hpa"
     with pytest.raises(ValueError, match="expected one of"):
-        base_of("static-tuned")
+        base_of("best-static")
 
 
 def requests_file(path: Path, kind: str) -> Path:
@@ -288,46 +208,37 @@ def test_request_traces_are_recognized_and_replayed(tmp_path: Path, kind: str) -
     rows = json.loads(result.stdout)["policies"]
     assert rows["static"]["slo"] > 0.9
     assert rows["static"]["instance_hours"] > 0
-    assert {name: row["rule"] for name, row in rows.items()} == {
-        "static": "static",
-        "hpa": "hpa",
-        "farthing": "slo",
-    }
+    assert list(rows) == ["static", "hpa", "farthing"]
 
 
-@pytest.mark.parametrize("option", [["--second-half"], ["--failures", "1"]])
+@pytest.mark.parametrize("option", [["--policy", "oracle"], ["--failures", "1"]])
 def test_options_of_rate_traces_are_refused_for_requests(tmp_path: Path, option: list[str]) -> None:
     path = requests_file(tmp_path / "trace.gz", "azure")
-    result = CliRunner().invoke(app, [str(path), "--policy", "static", *option])
+    result = CliRunner().invoke(app, [str(path), *option])
     assert result.exit_code != 0
-    assert f"expected a rate trace for {option[0]}" in " ".join(result.output.split())
+    assert "expected a rate trace for" in " ".join(result.output.split())
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        "--pools --policy hpa",
-        "--pools --failures 1",
-        "--pools --price 2",
-        "--pools --second-half",
-        "--ttft 1",
-    ],
-)
-def test_options_that_would_be_ignored_are_refused(tmp_path: Path, option: str) -> None:
-    path = requests_file(tmp_path / "trace.gz", "azure")
-    result = CliRunner().invoke(app, [str(path), *option.split()])
-    assert result.exit_code == 2
-    name, got = (option.removeprefix("--pools ") + " ").split(" ", 1)
-    assert f"{name}: got {got.strip() or 'True'}" in " ".join(result.output.split())
+def test_the_rules_that_ran_are_named() -> None:
+    result = CliRunner().invoke(app, ["--policy", "farthing"])
+    assert result.exit_code == 0, result.output
+    assert "% highest of" in " ".join(result.output.split())
 
 
-def test_caption_names_the_rule_only_if_it_ran(tmp_path: Path) -> None:
-    path = requests_file(tmp_path / "trace.gz", "azure")
-    for policy, named in (("static", False), ("farthing", True)):
-        options = ["--policy", policy, "--seeds", "1", "--load-time", "60", "--model", "growth", "--no-plan"]
-        result = CliRunner().invoke(app, [str(path), *options])
-        assert result.exit_code == 0, result.output
-        assert ("rule slo" in " ".join(result.output.split())) == named
+def test_a_fleet_bills_drains_and_routes() -> None:
+    trace = RequestTrace("t", np.array([0.0, 0.0, 1.0]), np.array([100, 100, 100]), np.array([10, 10, 10]))
+    times = Times(prefill_s=0.001, base_s=0.01, share_s=0.0)
+    fleet = Fleet(times, 60.0, 512)
+    fleet.start(2)
+    for job in requests_of(trace):
+        fleet.route(0.0, job)
+    assert [replica.requests for replica in fleet.replicas] == [2, 1]
+    fleet.scale(1.0, 1)
+    fleet.scale(2.0, 3)
+    fleet.scale(3.0, 2)  # a starting one goes first
+    fleet.settle(10.0)
+    assert len(fleet.done) == 3 and fleet.current == 2 and fleet.changes == 3 and fleet.turns == 2
+    assert fleet.bill(10.0) == pytest.approx(10 + 10 + 8 + 1)
 
 
 @pytest.mark.parametrize(("name", "value"), [("noise", float("inf")), ("price_per_hour", -1.0)])
@@ -352,15 +263,3 @@ def test_picture(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--seeds", "1", "--policy", "hpa", "--picture", str(target), "--json"])
     assert result.exit_code == 0, result.output
     assert target.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_oracle_of_a_request_trace_meets_the_slo() -> None:
-    """A few requests that arrive together cause most of the work."""
-    random = np.random.default_rng(0)
-    arrivals = np.sort(random.uniform(0, 1800, 3000))
-    prompts = np.where(random.random(3000) < 0.05, 60_000, 500)
-    trace = RequestTrace("heavy", arrivals, prompts, random.integers(10, 400, 3000))
-    config = ReplayConfig(seeds=1, load_time_s=60.0, plan=PlanConfig(enabled=False))
-    row = replay_requests(trace, ("oracle",), config)["policies"]["oracle"]
-    assert row["slo"] >= 0.995
-    assert row["utilization"] < 0.7

@@ -1,0 +1,206 @@
+"""Loads to plan for, from the recent past alone: one pass, a few microseconds a step.
+
+Every plan answers "for which load should replicas be ordered now?", and none knows how many a load needs:
+`farthing_fleet.rehearsal` tries every plan with several windows and margins and chooses.
+
+    last       the mean of the last minute
+    deviation  the mean of the last minutes and two of their deviations
+    growth     the smoothed load, moved along a steep slope, times the 0.9 quantile of how far the peak of
+               the next lead exceeded such a forecast during the last day
+    day        the last minute times the growth within a lead at this time of the last days
+
+A lead is one cold start and one interval. Loads and times may have any unit and any clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+DAY_S = 86_400.0
+PLANS = ("last", "deviation", "growth", "day")
+SAYS = {  # in a reason
+    "last": "the last minute",
+    "deviation": "mean and two deviations",
+    "growth": "the growth of the last day",
+    "day": "the growth at this time of day",
+}
+
+_DEVIATIONS = 2.0
+_QUANTILE = 0.9
+_GROWTH = 1.25  # assumed until enough has been seen
+_ENOUGH = 360  # samples of the growth
+_REVERSION = 0.2  # weight of the last hour's mean
+_DEPART = 0.06  # the mean of one minute replaces that of three if it departs by this share
+_STEEP, _STEEP_S = 0.25, 600.0  # a slope is steep if it changes the load by this share in this time
+_TREND = 0.2  # share of the lead for which a steep slope continues
+_DAYS = ((1, 1.0), (2, 0.6), (3, 0.36), (7, 0.6))  # days back, and the weight of their growth
+_KEPT_DAYS = 8
+_TINY = 1e-9
+
+
+class Highest:
+    """The maximum of the last `steps` values."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._falling: deque[tuple[int, float]] = deque()  # later larger values make earlier ones irrelevant
+        self._count = 0
+
+    def add(self, value: float) -> float:
+        """The maximum with `value`."""
+        falling = self._falling
+        while falling and falling[-1][1] <= value:
+            falling.pop()
+        falling.append((self._count, value))
+        self._count += 1
+        if falling[0][0] < self._count - self._steps:
+            falling.popleft()
+        return falling[0][1]
+
+
+class Mean:
+    """The mean and deviation of the last `steps` values."""
+
+    def __init__(self, steps: int) -> None:
+        self._values: deque[float] = deque(maxlen=steps)
+        self._sum = self._squares = 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with `value`."""
+        if len(self._values) == self._values.maxlen:
+            oldest = self._values[0]
+            self._sum -= oldest
+            self._squares -= oldest * oldest
+        self._values.append(value)
+        self._sum += value
+        self._squares += value * value
+        return self.value
+
+    def reset(self) -> None:
+        """Forget all values."""
+        self._values.clear()
+        self._sum = self._squares = 0.0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def value(self) -> float:
+        """The mean; 0 without values."""
+        return max(0.0, self._sum / len(self._values)) if self._values else 0.0
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation."""
+        count = len(self._values)
+        return math.sqrt(max(0.0, self._squares / count - (self._sum / count) ** 2)) if count else 0.0
+
+
+class _Growth:
+    """The point forecast of `growth`, and the running quantile of how far the load's peak exceeded it."""
+
+    def __init__(self, step_s: float, lead_s: float) -> None:
+        def steps(seconds: float) -> int:
+            return max(1, round(seconds / step_s))
+
+        self._lead_s, self._lead = lead_s, steps(lead_s)
+        self._minute, self._three, self._hour = Mean(steps(60)), Mean(steps(180)), Mean(steps(3600))
+        self._recent: deque[float] = deque(maxlen=max(2, steps(300)))
+        offset = np.arange(self._recent.maxlen or 2) - ((self._recent.maxlen or 2) - 1) / 2
+        self._slope = offset / ((offset**2).sum() * step_s)
+        self._peak = Highest(self._lead)
+        self._every = steps(min(60.0, lead_s))
+        self._open: deque[tuple[int, float]] = deque()  # (step, forecast) until the outcome is known
+        self._seen: deque[float] = deque(maxlen=steps(DAY_S) // self._every or 1)
+        self.quantile, self._count = _GROWTH, 0
+
+    def add(self, load: float) -> float:
+        """The load to plan for after `load`."""
+        minute, three, hour = self._minute.add(load), self._three.add(load), self._hour.add(load)
+        level = minute if abs(minute - three) > _DEPART * three else three
+        self._recent.append(load)
+        point = (1 - _REVERSION) * level + _REVERSION * hour
+        if len(self._recent) == self._recent.maxlen:
+            slope = float(self._slope @ np.fromiter(self._recent, np.float64))
+            if abs(slope) * _STEEP_S > _STEEP * level:
+                point += _TREND * slope * self._lead_s
+        point = max(point, 0.5 * level)
+        self._learn(self._peak.add(minute), point)
+        return max(point * self.quantile, level)
+
+    def _learn(self, peak: float, point: float) -> None:
+        """`peak` is the highest load of the last lead."""
+        if self._count % self._every == 0:
+            self._open.append((self._count, max(point, _TINY)))
+            while self._open[0][0] <= self._count - self._lead:
+                self._seen.append(peak / self._open.popleft()[1])
+            if self._count % (10 * self._every) == 0 and self._seen:
+                seen = np.concatenate([self._seen, np.full(max(0, _ENOUGH - len(self._seen)), _GROWTH)])
+                rank = math.ceil(_QUANTILE * len(seen)) - 1
+                self.quantile = float(np.partition(seen, rank)[rank])
+        self._count += 1
+
+
+class _Days:
+    """How much the load grew within a lead at this time of the last days."""
+
+    def __init__(self, step_s: float, lead_s: float) -> None:
+        self._minute = max(1, round(60 / step_s))
+        self._day = round(DAY_S / (self._minute * step_s))
+        self._ahead = math.ceil(lead_s / (self._minute * step_s)) + 2
+        self._smooth = Mean(max(1, round(300 / step_s)))
+        self._history: list[float] = []  # five-minute means, one a minute
+        self._growth, self._count = 1.0, 0
+
+    def add(self, load: float) -> float:
+        """The growth; 1 before the second day."""
+        smooth = self._smooth.add(load)
+        if self._count % self._minute == 0:
+            self._history.append(smooth)
+            if len(self._history) > (_KEPT_DAYS + 1) * self._day:
+                del self._history[: self._day]
+            self._growth = self._mean()
+        self._count += 1
+        return self._growth
+
+    def _mean(self) -> float:
+        total = weights = 0.0
+        for days, weight in _DAYS:
+            at = len(self._history) - 1 - days * self._day
+            if at >= 0:
+                peak = max(self._history[at : at + self._ahead])
+                total += weight * min(4.0, max(0.5, peak / max(self._history[at], _TINY)))
+                weights += weight
+        return total / weights if weights else 1.0
+
+
+class RecentPlans:
+    """All plans over one load, advanced step by step."""
+
+    def __init__(self, step_s: float, lead_s: float) -> None:
+        self._last = Mean(max(1, round(min(60.0, 2 * lead_s) / step_s)))
+        self._window = Mean(max(1, round((300.0 if lead_s < 300 else 600.0) / step_s)))
+        self._growth, self._days = _Growth(step_s, lead_s), _Days(step_s, lead_s)
+
+    @property
+    def growth(self) -> float:
+        """The quantile of the growth within a lead."""
+        return self._growth.quantile
+
+    @growth.setter
+    def growth(self, value: float) -> None:
+        self._growth.quantile = value
+
+    def add(self, load: float) -> tuple[float, ...]:
+        """The loads to plan for after a step with the mean `load`, in the order of `PLANS`."""
+        last = self._last.add(load)
+        mean = self._window.add(load)
+        return (
+            last,
+            mean + _DEVIATIONS * self._window.deviation,
+            self._growth.add(load),
+            last * self._days.add(load),
+        )

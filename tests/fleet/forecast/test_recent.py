@@ -1,0 +1,50 @@
+"""Plans from the recent past: running figures, the growth within a lead, and the time of day."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farthing_fleet.forecast.recent import PLANS, Highest, Mean, RecentPlans
+
+values = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)
+
+
+@given(values, st.integers(1, 20))
+def test_running_figures_equal_those_of_the_window(loads: list[float], steps: int) -> None:
+    highest, mean = Highest(steps), Mean(steps)
+    for at, load in enumerate(loads):
+        window = loads[max(0, at + 1 - steps) : at + 1]
+        assert highest.add(load) == max(window)
+        assert mean.add(load) == pytest.approx(np.mean(window), rel=1e-9, abs=1e-3)
+        assert mean.deviation == pytest.approx(np.std(window), rel=1e-3, abs=1.0)
+
+
+@given(values, st.sampled_from([25.0, 135.0, 615.0]))
+def test_plans_are_finite_and_never_negative(loads: list[float], lead: float) -> None:
+    plans = RecentPlans(15.0, lead)
+    for load in loads:
+        made = plans.add(load)
+        assert len(made) == len(PLANS)
+        assert all(np.isfinite(plan) and plan >= 0 for plan in made)
+
+
+def test_growth_covers_nine_in_ten_peaks_of_the_next_lead() -> None:
+    random = np.random.default_rng(0)
+    loads = np.repeat(10 * np.exp(np.cumsum(random.normal(0, 0.05, 600)) * 0.5), 40)
+    plans, lead = RecentPlans(15.0, 600.0), 40
+    made = np.array([plans.add(float(load))[2] for load in loads])
+    peaks = np.array([loads[at + 1 : at + 1 + lead].max() for at in range(len(loads) - lead - 1)])
+    covered = (made[: len(peaks)] >= peaks)[8000:].mean()
+    assert 0.85 < covered < 0.97
+
+
+def test_the_day_plan_knows_a_rise_that_comes_every_day() -> None:
+    plans, at_rise = RecentPlans(60.0, 600.0), 0.0
+    for minute in range(2 * 1440):
+        day = plans.add(30.0 if minute % 1440 >= 720 else 10.0)[3]
+        if minute == 1440 + 715:
+            at_rise = day
+    assert at_rise > 25.0

@@ -1,0 +1,105 @@
+"""Rehearsed fleets: their queues, the choice of a rule, and a steady load."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from farthing_fleet.rehearsal import MARGINS, Fleets, Rehearsal, Settings, Steady, made_up_day
+
+
+def test_a_replica_serves_after_it_was_wanted_for_a_cold_start() -> None:
+    fleets = Fleets(Settings(15.0, 60.0), np.array([2.0]))
+    ready = []
+    for need in (2, 5, 5, 5, 5, 5, 3, 3, 5):
+        fleets.order(np.array([float(need)]), 1.0)
+        ready.append(int(fleets.ready[0]))
+    assert ready == [2, 2, 2, 2, 2, 5, 3, 3, 3]  # five after four steps; what was cancelled starts again
+
+
+def test_late_requests_are_those_that_wait_too_long() -> None:
+    """Load 2 on one replica for 15 s: waits grow to 15 s, and those beyond 2 s are late."""
+    fleets = Fleets(Settings(15.0, 60.0, drain_s=1e9), np.array([1.0]))
+    fleets.serve(2.0)
+    late, hours = fleets.settle()
+    assert float(late[0]) == pytest.approx(30.0 * 13 / 15)
+    assert float(hours[0]) == 1.0
+    assert float(fleets.backlog[0]) == 15.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.floats(0, 50), min_size=1, max_size=120),
+    st.sampled_from([10.0, 120.0, 600.0]),
+    st.integers(0, 3),
+)
+def test_invariants_of_the_fleets(loads: list[float], cold_start: float, least: int) -> None:
+    told = Settings(15.0, cold_start, least=least, most=40)
+    rehearsal = Rehearsal(told, loads[0], prior=False)
+    for load in loads:
+        plan = rehearsal.observe(load)
+        fleets = rehearsal._fleets
+        assert math.isfinite(plan.need) and plan.need >= 0
+        assert (fleets.ready <= fleets.orders).all() and (fleets.orders >= least).all()
+        assert (fleets.orders <= 40).all() and (fleets.backlog >= 0).all()
+        assert (np.diff(fleets.orders, axis=-1) >= 0).all() or fleets.backlog.any()
+
+
+def test_constant_load_is_served_at_a_high_utilization() -> None:
+    rehearsal = Rehearsal(Settings(15.0, 120.0), 20.0)
+    for load in 20.0 * np.random.default_rng(0).gamma(100, 0.01, 5760):
+        plan = rehearsal.observe(float(load))
+    assert plan.steady is not None and 20 < plan.steady.high < 24
+    assert 20 < plan.need < 26 and plan.late < 0.01
+
+
+def test_a_load_that_returns_every_ten_minutes_is_held_by_a_window() -> None:
+    """With a cold start of ten minutes no rule that follows the load serves it."""
+    rehearsal = Rehearsal(Settings(15.0, 600.0), 8.0)
+    needs = []
+    for step in range(3 * 5760):
+        needs.append(rehearsal.observe(20.0 if step % 40 < 8 else 4.0).need)
+    assert min(needs[-5760:]) >= 16.0
+
+
+def test_the_growth_at_this_time_of_day_is_ordered_before_it_comes() -> None:
+    """A load that quadruples at the same minute of every day, and nothing else."""
+    rehearsal = Rehearsal(Settings(60.0, 1200.0), 5.0)
+    needs = []
+    for minute in range(5 * 1440):
+        needs.append(rehearsal.observe(20.0 if 600 <= minute % 1440 < 900 else 5.0).need)
+    last = needs[-1440:]
+    assert max(last[:560]) < 20.0 or rehearsal.cheapest()["day"] > min(rehearsal.cheapest().values())
+    assert rehearsal.cheapest()["day"] == min(rehearsal.cheapest().values())
+
+
+def test_a_learned_forecaster_that_knows_the_future_is_cheapest() -> None:
+    loads = 10.0 * made_up_day(60.0)
+    rehearsal = Rehearsal(Settings(60.0, 600.0, learned="oracle"), float(loads[0]))
+    for at, load in enumerate(loads):
+        rehearsal.observe(float(load), float(loads[at : at + 12].max()))
+    costs = rehearsal.cheapest()
+    assert costs["oracle"] < 0.95 * min(cost for name, cost in costs.items() if name != "oracle")
+
+
+def test_margins_order_fleets_by_size() -> None:
+    assert (np.diff(MARGINS) > 0).all()
+
+
+def test_a_jump_ends_a_steady_load() -> None:
+    steady, random = Steady(15.0), np.random.default_rng(1)
+    for load in 10 * random.gamma(100, 0.01, 1000):
+        assert steady.add(float(load), 12.0) is not None
+    assert [steady.add(float(load), 12.0) for load in 20 * random.gamma(100, 0.01, 50)][-1] is None
+    for load in 20 * random.gamma(100, 0.01, 200):
+        found = steady.add(float(load), 25.0)
+    assert found is not None and found.high == pytest.approx(22.4, rel=0.05)
+
+
+def test_bursts_are_not_called_noise() -> None:
+    steady, random = Steady(15.0), np.random.default_rng(2)
+    assert [steady.add(float(load), 1.0) for load in random.exponential(10, 1000)][-1] is None
