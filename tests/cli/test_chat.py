@@ -198,11 +198,17 @@ def test_keys_and_servers_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert find("other", "sk-1") is None
 
 
-def test_a_server_is_started_and_ended() -> None:
+def test_run_fits_serves_answers_and_ends_the_server() -> None:
+    command = [sys.executable, "-m", "farthing", "run", "mite", "def f(", "--max-tokens", "4"]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=120, env=ENVIRONMENT)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert done.stderr.startswith("fit: weights fp8, ")
+    url = re.search(r"mite is served on (\S+) while this runs", done.stderr)
+    assert url and not Server(url[1]).ready()
+
+
+def test_a_server_that_cannot_start_says_why() -> None:
     lines = list[str]()
-    with started("mite", ("--threads", "1"), lines.append) as server:
-        assert server.models() == ["mite"] and server.ready()
-    assert not server.ready()
     with (
         pytest.raises(ChildProcessError, match=r"model: got '\./none'; expected"),
         started("./none", (), lines.append),
