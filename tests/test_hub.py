@@ -31,6 +31,7 @@ from tests.tiny import SMALL_V3
 pytest.importorskip("huggingface_hub")
 
 import huggingface_hub.constants as constants
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 ID = "owner/model"
@@ -451,3 +452,13 @@ def test_short_names_are_those_of_published_configurations(hub: Hub, monkeypatch
     assert resolve_model("Small") == resolve_model(ID)
     with pytest.raises(FileNotFoundError, match=r"a short name such as small, or"):
         resolve_model("smal")
+
+
+def test_downloads_show_one_progress(hub: Hub) -> None:
+    with_large(hub)
+    hub.faults = [2_000_000]  # so that it takes longer than a look
+    seen = list[tuple[str, int, int]]()
+    find_model(ID).fetch(lambda *step: seen.append(step))
+    assert seen[-1] == (f"downloading {ID}", 3_000_002, 3_000_002)
+    assert all(0 <= done <= total for _, done, total in seen)
+    assert are_progress_bars_disabled("huggingface_hub.http_get")

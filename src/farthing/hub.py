@@ -9,6 +9,7 @@ import fcntl
 import logging
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -52,6 +53,7 @@ _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
 _PARALLEL = 8  # files
 _CLIENTS = ("httpx", "httpx2")  # of versions of huggingface_hub; each logs a line per request
+_BARS = "huggingface_hub.http_get"  # a bar per file, where all files have one progress
 _LOOK_EVERY = 0.5  # seconds, at the bytes that have arrived
 
 
@@ -69,12 +71,13 @@ class Found:
         return self._repository.bytes_of(self.absent) if self._repository is not None else 0
 
     def fetch(self, progress: Progress | None = None) -> Path:
-        """The directory, with all files that serving reads. progress: in bytes; None: lines in the log.
+        """The directory, with all files that serving reads. progress: in bytes; None: lines in the log, or on
+        stderr where nothing shows the log.
 
         Raises OSError for a file that cannot be downloaded, or not as the hub describes it.
         """
         if self._repository is not None:
-            self._repository.fetch(self.absent, self.path, progress or Lines(log.info))
+            self._repository.fetch(self.absent, self.path, progress or Lines(_say))
         return self.path
 
 
@@ -191,6 +194,7 @@ def _find(model: str, weights: bool) -> Found:
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
         raise ValueError(
             f"model: got {model!r}, which is not a local directory; downloading it from the hub needs: "
@@ -199,6 +203,7 @@ def _find(model: str, weights: bool) -> Found:
     for client in _CLIENTS:
         if logging.getLogger(client).level == logging.NOTSET:
             logging.getLogger(client).setLevel(logging.WARNING)
+    disable_progress_bars(_BARS)
     try:
         info = HfApi().model_info(model, files_metadata=True)
     except RepositoryNotFoundError as error:
@@ -343,6 +348,13 @@ class _Repository:
             ) from error
         except Exception as error:
             raise OSError(f"model: cannot download {name} of {self.model}: {_first_line(error)}") from error
+
+
+def _say(line: str) -> None:
+    if log.isEnabledFor(logging.INFO):
+        log.info(line)
+    else:
+        print(line, file=sys.stderr)
 
 
 def _bytes_in(blobs: Path) -> int:
