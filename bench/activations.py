@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from farthing.compress.api import held_out_sample, load_for
-from farthing.compress.evaluate import Baseline, calibration_corpus, compare_with, load_corpus, remember
+from farthing.compress.evaluate import calibration_corpus, compare_with, load_corpus, remember
 from farthing.compress.recipe import Recipe
 from farthing.compress.stream import Compression, run
 from farthing.files import to_json
@@ -41,12 +41,12 @@ def measure(model: str, tokens: int, work: Path, backend: str) -> list[dict[str,
     held_out = load_corpus(held_out_sample(), source, config, 1024, tokens)
     calibration = calibration_corpus(source, config, held_out_sample(), BASE.calibration_tokens, BASE.window)
     before = load_for(source, backend)
-    baseline = Baseline(remember(before, held_out), before)
+    baseline = remember(before, held_out)
     rows = []
     for name, recipe in recipes().items():
         out = work / name.replace(" ", "-")
         run(Compression(source, out, recipe, calibration))
-        found = compare_with(baseline, load_for(out, backend), held_out)
+        found = compare_with(baseline, remember(load_for(out, backend), held_out), held_out)
         rows.append({"inputs": name, "backend": before.ops.name, **found.to_json()})
         print(to_json(rows[-1]), file=sys.stderr, flush=True)
     return rows

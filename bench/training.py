@@ -24,8 +24,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from farthing.compress.api import baseline, held_out_sample, load_for
-from farthing.compress.evaluate import PAGE, compare_with, load_corpus, paged_batch
+from farthing.compress.api import held_out_sample, load_for
+from farthing.compress.evaluate import PAGE, compare_with, load_corpus, paged_batch, remember
 from farthing.config import Quantization
 from farthing.files import replace_json
 from farthing.hub import resolve_model
@@ -189,11 +189,11 @@ def tradeoff(
     first, *others = paths
     config = ModelConfig.from_directory(paths[first][0])
     corpus = load_corpus(held_out_sample(), paths[first][0], config, 1024, max_tokens)
-    base = baseline(paths[first][0], corpus, "cpu")
+    base = remember(load_for(paths[first][0], "cpu"), corpus)
     lost = {first: (0.0, 0.0, 0.0)}
     for label in others:
         path, kind = paths[label]
-        found = compare_with(base, load_for(path, "cpu", quantization=kind), corpus)
+        found = compare_with(base, remember(load_for(path, "cpu", quantization=kind), corpus), corpus)
         lost[label] = (found.relative_increase, *found.interval)
     rows = serve(list(models.values()), threads, count)
     for row, label in zip(rows, models, strict=True):

@@ -49,7 +49,7 @@ FAN_OUT = 12  # modules of ours that one module imports
 WIDE: dict[str, int] = {
     "farthing.cli.check": 15,
     "farthing.cli.plan": 13,
-    "farthing.compress.api": 16,
+    "farthing.compress.api": 15,
     "farthing.engine.build": 17,
     "farthing.engine.engine": 17,
     "farthing.model.types": 18,

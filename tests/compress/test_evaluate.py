@@ -18,7 +18,9 @@ from farthing.checkpoint.writer import CheckpointWriter
 from farthing.cli.compress import eval_app
 from farthing.compress import api
 from farthing.compress.evaluate import compare, evaluate, proportion_interval, ratio_interval, student_t
+from farthing.model import decoder
 from farthing.model.decoder import DecoderModel
+from farthing.model.deepseek import FeedForward
 from farthing.model.load import load
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
@@ -187,16 +189,16 @@ def test_gate_is_exact_and_never_loads_both_models(
     other = write_model(tmp_path / "other", seed=1)
     corpus = corpus_of(data, model_dir, 64)
     expected = compare(load(model_dir, select("reference")), load(other, select("reference")), corpus)
-    loaded: list[weakref.ref[DecoderModel]] = []
+    built: list[weakref.ref[FeedForward]] = []
 
-    def watched(*args: Any) -> DecoderModel:
-        assert all(model() is None for model in loaded)
-        model = load(*args)
-        loaded.append(weakref.ref(model))
-        return model
+    def watched(*args: Any) -> FeedForward:
+        assert all(layer() is None for layer in built)  # one layer in memory at a time
+        layer = FeedForward(*args)
+        built.append(weakref.ref(layer))
+        return layer
 
-    monkeypatch.setattr(api, "load", watched)
+    monkeypatch.setattr(decoder, "FeedForward", watched)
     done: list[int] = []
     result = api.compare_in_turn(model_dir, other, corpus, ("reference", "reference"), done.append)
-    assert result == expected and len(loaded) == 2
+    assert result == expected and len(built) == 6
     assert sum(done) == 2 * corpus.tokens

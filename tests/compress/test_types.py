@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.api import Options, compress
+from farthing.compress.evaluate import remember
+from farthing.compress.layerwise import baseline
 from farthing.compress.recipe import known_recipes
 from farthing.compress.source import PlainCheckpoint
 from farthing.model.config import ModelConfig
@@ -23,7 +25,7 @@ pytest.importorskip("transformers")
 
 from tests.parity.families import FAMILIES, fill, save
 
-from .conftest import write_tokenizer
+from .conftest import corpus_of, write_tokenizer
 from .test_transformers import check, distance, ours
 
 RECIPES = known_recipes()
@@ -65,6 +67,18 @@ def test_compressed_models_load_and_agree(name: str, recipe: str, data: Path, tm
             assert new.bias is None or torch.equal(new.bias, old.bias)
         else:
             assert torch.equal(after.tensor(parameter), before.tensor(parameter)), parameter
+
+
+@pytest.mark.parametrize("name", [*TYPES, "glm_moe_dsa", "longcat_flash", "gemma3"])
+def test_layer_by_layer_is_the_whole_model(name: str, data: Path, tmp_path: Path) -> None:
+    source = source_model(name, tmp_path / "source")
+    corpus = corpus_of(data, source, 64)
+    whole = remember(load(source, select("reference")), corpus)
+    divided = baseline(source, corpus, "reference")
+    for found, expected in zip(divided.hidden, whole.hidden, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    rows = whole.hidden[0][:5]
+    torch.testing.assert_close(divided.tail.logits(rows), whole.tail.logits(rows), rtol=1e-4, atol=1e-4)
 
 
 def test_mxfp4_stacks_are_read_expert_by_expert(data: Path, tmp_path: Path) -> None:

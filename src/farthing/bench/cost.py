@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from farthing.checkpoint import Checkpoint, CheckpointWriter
-from farthing.compress.api import Options, baseline, compress, held_out_sample, load_for
-from farthing.compress.evaluate import Comparison, Corpus, compare_with, halves, load_corpus
+from farthing.compress.api import Options, compress, held_out_sample, load_for
+from farthing.compress.evaluate import Comparison, Corpus, compare_with, halves, load_corpus, remember
+from farthing.compress.layerwise import baseline
 from farthing.compress.recipe import load_recipe
 from farthing.config import EngineConfig
 from farthing.cost import Machine, RaplMeter, usable_cpus
@@ -118,7 +119,8 @@ def levers(source: Path, work: Path, budget: float, texts: Texts, say: Say = lam
 def quality(source: Path, model: Path, corpus: Corpus) -> Quality:
     """Quality of a checkpoint on the serving kernels relative to `source` in reference arithmetic."""
     served = load_for(model, **HEAD)
-    return _quality(compare_with(baseline(source, corpus, "reference"), served, corpus))
+    original = baseline(source, corpus, "reference")
+    return _quality(compare_with(original, remember(served, corpus), corpus))
 
 
 def qualities(source: Path, rows: Sequence[Lever], corpus: Corpus) -> Iterator[tuple[str, Quality | None]]:
@@ -132,7 +134,7 @@ def qualities(source: Path, rows: Sequence[Lever], corpus: Corpus) -> Iterator[t
         model = row.model or str(source)
         if model not in by_name:
             served = load_for(Path(model), quantization=row.options.get("quantization"))
-            by_name[model] = _quality(compare_with(base, served, corpus))
+            by_name[model] = _quality(compare_with(base, remember(served, corpus), corpus))
         yield row.name, by_name[model]
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.compress.adaptive import AdaptivePlan, calibrate_adaptive, write_adaptive
-from farthing.compress.calibrate import SimulatedOps
 from farthing.compress.evaluate import (
-    Baseline,
     Comparison,
     Corpus,
     Verdict,
@@ -22,7 +20,6 @@ from farthing.compress.evaluate import (
     compare_with,
     halves,
     load_corpus,
-    remember,
 )
 from farthing.compress.export import (
     choose_export,
@@ -31,6 +28,7 @@ from farthing.compress.export import (
     for_export,
     transformers_limits,
 )
+from farthing.compress.layerwise import baseline, has_fitted_values, ops_for
 from farthing.compress.needs import check_memory, check_needs
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
@@ -41,7 +39,6 @@ from farthing.compress.stream import Compression, Progress, Progressed, finish, 
 from farthing.config import Quantization
 from farthing.model import DecoderModel, ModelConfig
 from farthing.model.load import load, parameter_shapes
-from farthing.ops.api import Ops
 from farthing.ops.select import known_backends, select
 
 
@@ -67,9 +64,7 @@ def load_for(
 ) -> DecoderModel:
     """Load a model on a serving backend, which may round dense weights, or in float32 with simulated
     activation rounding."""
-    if quantization is not None:
-        return load(path, select(backend, quantization=quantization))
-    return load(path, _ops(path, "simulate" if simulate else backend))
+    return load(path, ops_for(path, "simulate" if simulate else backend, quantization))
 
 
 def compare_in_turn(
@@ -80,34 +75,13 @@ def compare_in_turn(
     progress: Callable[[int], None] | None = None,
     quantization: Quantization | None = None,
 ) -> Comparison:
-    """Compare B with A, with one model in memory at a time; A's hidden states, norm and head are kept.
+    """Compare B with A, with one layer in memory at a time, and both models' norms and heads.
 
     backends: of A and B; "simulate" is one. progress: called with tokens, twice the corpus in total.
     quantization: of B's dense weights while loading.
     """
-    base = baseline(a, corpus, backends[0], progress)
-    judged = load_for(b, backends[1], quantization=quantization)
-    return compare_with(base, judged, corpus, progress=progress)
-
-
-def baseline(
-    path: Path, corpus: Corpus, backend: str = "auto", progress: Callable[[int], None] | None = None
-) -> Baseline:
-    """Hidden states, norm and head of the model at `path`, to compare other models with it."""
-    hidden = remember(load_for(path, backend), corpus, progress=progress)
-    return Baseline(hidden, _tail(path, backend))
-
-
-def _tail(path: Path, backend: str) -> DecoderModel:
-    """A model with only the norm and head."""
-    checkpoint = PlainCheckpoint.open(path)
-    config = replace(
-        ModelConfig.from_json(checkpoint.config),
-        num_hidden_layers=0,
-        num_nextn_predict_layers=0,
-        layer_sizes=(),
-    )
-    return DecoderModel(config, _ops(path, backend), checkpoint, first=False)
+    first = baseline(a, corpus, backends[0], progress)
+    return compare_with(first, baseline(b, corpus, backends[1], progress, quantization), corpus)
 
 
 def check_backend(backend: str) -> None:
@@ -118,10 +92,6 @@ def check_backend(backend: str) -> None:
     if backend != "auto" and backend.partition("/")[0] not in backends:
         raise ValueError(f"backend: got {backend!r}; expected 'auto' or one of {backends}")
     select(backend)
-
-
-def _ops(path: Path, backend: str) -> Ops:
-    return SimulatedOps(path) if backend == "simulate" else select(backend)
 
 
 log = logging.getLogger(__name__)
@@ -168,6 +138,7 @@ class Outcome:
             "format": r.export,
             "transformers_limits": r.transformers_limits,
             "kl": q.kl if q else None,
+            "kl_elsewhere": r.elsewhere.kl if r.elsewhere else None,
             "greedy_agreement": q.greedy_agreement if q else None,
             "verdict": self.verdict.answer if self.verdict else None,
         }
@@ -178,7 +149,7 @@ def check_before_download(path: Path, out: Path, recipe: Recipe, options: Option
     refuse_finished(out)
     if options.check_memory:
         config = ModelConfig.from_directory(path)
-        check_memory(path, config, parameter_shapes(config), recipe, options.gate)
+        check_memory(config, parameter_shapes(config), recipe)
 
 
 def compress(
@@ -202,11 +173,11 @@ def compress(
     compressed = _make(source, out, recipe, options, config, progress)
     seconds = time.monotonic() - start
     peak = peak_memory()
-    quality = None
+    quality, elsewhere = None, None
     if options.gate:
         judged = compressed.judged or judged
         assert judged is not None
-        quality = _measure(source, out, options, judged, progress)
+        quality, elsewhere = _measure(source, out, options, judged, progress)
     verdict = quality.verdict(options.max_drop) if quality and options.max_drop is not None else None
     before, result = PlainCheckpoint.open(source), PlainCheckpoint.open(out)
     larger = grown(before.stored_bytes(), result.stored_bytes())
@@ -232,6 +203,7 @@ def compress(
         healed=compressed.state.healed,
         plan=compressed.plan.to_json() if compressed.plan else None,
         quality=quality,
+        elsewhere=elsewhere,
         verdict=verdict,
         serving=after(out) if after else [],
     )
@@ -277,7 +249,7 @@ def _ready(
     if expected is not None and (said := grown(_weight_bytes(checkpoint), expected)):
         log.warning("expected: %s", said)
     if options.check_memory:
-        check_needs(checkpoint, out, recipe, expected, options.gate)
+        check_needs(checkpoint, out, recipe, expected)
     if not options.gate:
         return options, None
     check_backend(options.backend)
@@ -363,18 +335,33 @@ def _held_out(source: Path, options: Options, config: ModelConfig) -> Corpus:
 
 def _measure(
     source: Path, out: Path, options: Options, corpus: Corpus, progress: Progress | None
-) -> Comparison:
+) -> tuple[Comparison, Comparison | None]:
+    """The result compared with the source, as Farthing serves it; and as other programs read its files, if
+    they read other weights."""
     # The source runs in its best arithmetic: dequantized, without activation rounding.
     of_source = "reference" if options.backend == "simulate" else options.backend
+    readings = [True, False] if has_fitted_values(out) else [True]
     done = 0
 
     def advance(tokens: int) -> None:
         nonlocal done
         done += tokens
         if progress:
-            progress("measuring", done, 2 * corpus.tokens)
+            progress("measuring", done, (1 + len(readings)) * corpus.tokens)
 
-    return compare_in_turn(source, out, corpus, (of_source, options.backend), advance)
+    original = baseline(source, corpus, of_source, advance)
+    served, *elsewhere = (
+        compare_with(original, baseline(out, corpus, options.backend, advance, exact=exact), corpus)
+        for exact in readings
+    )
+    for quality in elsewhere:
+        log.warning(
+            "other programs read evenly spaced values from these files: KL %.4f instead of %.4f; "
+            "--format llm-compressor writes values that are calibrated for them",
+            quality.kl,
+            served.kl,
+        )
+    return served, elsewhere[0] if elsewhere else None
 
 
 def peak_memory() -> int:

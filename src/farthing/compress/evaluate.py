@@ -394,14 +394,14 @@ class Baseline:
 
 def remember(
     model: DecoderModel, corpus: Corpus, batch_tokens: int = 4096, progress: Progress | None = None
-) -> list[Tensor]:
-    """The `hidden` of a Baseline: D numbers per token, where log-probabilities would need V."""
+) -> Baseline:
+    """A model to compare others with: D numbers per token, where log-probabilities would need V."""
     hidden = []
     for step in _steps(model, corpus.windows, batch_tokens):
         hidden.append(step.hidden.clone())
         if progress:
             progress(len(step.targets))
-    return hidden
+    return Baseline(hidden, model)
 
 
 def compare(
@@ -412,37 +412,29 @@ def compare(
     confidence: float = 0.95,
 ) -> Comparison:
     """Compare B with A, window by window. Raises ValueError if the vocabularies differ."""
-    return compare_with(Baseline(remember(a, corpus, batch_tokens), a), b, corpus, batch_tokens, confidence)
+    first, second = (remember(model, corpus, batch_tokens) for model in (a, b))
+    return compare_with(first, second, corpus, confidence)
 
 
-def compare_with(
-    a: Baseline,
-    b: DecoderModel,
-    corpus: Corpus,
-    batch_tokens: int = 4096,
-    confidence: float = 0.95,
-    progress: Progress | None = None,
-) -> Comparison:
-    """`compare` without A in memory; `batch_tokens` must be that of `remember`."""
-    if a.tail.config.vocab_size != b.config.vocab_size:
+def compare_with(a: Baseline, b: Baseline, corpus: Corpus, confidence: float = 0.95) -> Comparison:
+    """`compare` with neither model in memory."""
+    if a.tail.config.vocab_size != b.tail.config.vocab_size:
         raise ValueError(
-            f"vocab_size is {b.config.vocab_size} in B and {a.tail.config.vocab_size} in A; "
+            f"vocab_size is {b.tail.config.vocab_size} in B and {a.tail.config.vocab_size} in A; "
             "expected models with the same tokenizer"
         )
     loss_a, loss_b, kl, agree = 0.0, 0.0, 0.0, 0
     differences: list[float] = []
-    for left, right in zip(a.hidden, _steps(b, corpus.windows, batch_tokens), strict=True):
-        difference = []
-        for (rows, p), (_, q) in zip(_logits(a.tail, left), _logits(b, right.hidden), strict=True):
-            nll_a, nll_b = _nll(p, right.targets[rows]), _nll(q, right.targets[rows])
+    for group, left, right in zip(_groups(corpus.windows, a.hidden), a.hidden, b.hidden, strict=True):
+        targets, difference = _targets(group), []
+        for (rows, p), (_, q) in zip(_logits(a.tail, left), _logits(b.tail, right), strict=True):
+            nll_a, nll_b = _nll(p, targets[rows]), _nll(q, targets[rows])
             loss_a, loss_b = loss_a + float(nll_a.sum()), loss_b + float(nll_b.sum())
             difference.append(nll_b - nll_a)
             log_p = p.log_softmax(-1)
             kl += float((log_p.exp() * (log_p - q.log_softmax(-1))).sum(dtype=torch.float64))
             agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-        differences += [float(d.sum()) for d in torch.cat(difference).split(right.lengths)]
-        if progress:
-            progress(len(right.targets))
+        differences += [float(d.sum()) for d in torch.cat(difference).split([w.tokens for w in group])]
     if not math.isfinite(loss_a):
         raise ValueError(f"A: {BROKEN}")
     interval = ratio_interval(differences, [w.tokens for w in corpus.windows], confidence)
@@ -459,6 +451,16 @@ def compare_with(
         tokens=corpus.tokens,
         windows=len(corpus.windows),
     )
+
+
+def _groups(windows: Sequence[Window], hidden: Sequence[Tensor]) -> Iterator[list[Window]]:
+    """The windows of each batch of hidden states."""
+    left = iter(windows)
+    for part in hidden:
+        group: list[Window] = []
+        while sum(w.tokens for w in group) < len(part):
+            group.append(next(left))
+        yield group
 
 
 @dataclass(frozen=True, slots=True)
@@ -487,17 +489,31 @@ def _steps(
     model: DecoderModel, windows: Sequence[Window], batch_tokens: int, counts: Tensor | None = None
 ) -> Iterator[_Step]:
     cache: LatentCache | None = None
-    for group in batches(windows, batch_tokens):
-        lengths = [w.tokens for w in group]
-        batch, blocks = paged_batch(lengths)
-        if cache is None or cache.num_blocks < blocks:
-            dtype: Literal["float32", "bfloat16"] = (
-                "float32" if model.ops.dtype == torch.float32 else "bfloat16"
-            )
-            cache = model.new_cache(blocks, PAGE, dtype)
-        ids = torch.cat([w.ids[:-1] for w in group])
+    for group, ids, batch, blocks in paged_batches(windows, batch_tokens):
+        cache = cache_for(model, blocks, cache)
         hidden = model.forward(ids, batch, cache, counts)
-        yield _Step(hidden, torch.cat([w.ids[1:] for w in group]), lengths, batch, cache)
+        yield _Step(hidden, _targets(group), [w.tokens for w in group], batch, cache)
+
+
+def paged_batches(
+    windows: Sequence[Window], tokens: int = 4096
+) -> Iterator[tuple[list[Window], Tensor, Batch, int]]:
+    """(windows, their ids, batch, blocks of a cache) of about `tokens` tokens each."""
+    for group in batches(windows, tokens):
+        batch, blocks = paged_batch([w.tokens for w in group])
+        yield group, torch.cat([w.ids[:-1] for w in group]), batch, blocks
+
+
+def cache_for(model: DecoderModel, blocks: int, cache: LatentCache | None) -> LatentCache:
+    """A cache with so many blocks: the given one if it has as many."""
+    if cache is not None and cache.num_blocks >= blocks:
+        return cache
+    dtype: Literal["float32", "bfloat16"] = "float32" if model.ops.dtype == torch.float32 else "bfloat16"
+    return model.new_cache(blocks, PAGE, dtype)
+
+
+def _targets(group: Sequence[Window]) -> Tensor:
+    return torch.cat([w.ids[1:] for w in group])
 
 
 def located(model: DecoderModel, windows: Sequence[Window]) -> str:

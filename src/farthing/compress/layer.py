@@ -272,6 +272,15 @@ def group_columns(config: ModelConfig, module: str, columns: int) -> int:
     return common if ".mlp.experts." in module and common % SMALLEST_GROUP == 0 else columns
 
 
+def numbered(name: str, first: int) -> str:
+    """The name of a layer's tensor or module where the layer numbered 0 here is number `first`."""
+    start, found, rest = name.partition("model.layers.")
+    if start or not found:
+        return name
+    layer, dot, rest = rest.partition(".")
+    return f"{found}{int(layer) + first}{dot}{rest}"
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise ValueError with the tensor's name if it has NaN or infinity."""
     # A finite sum implies finite terms and needs no memory; finite terms may still overflow the sum.

@@ -15,7 +15,6 @@ from farthing.compress.layer import input_name
 from farthing.compress.recipe import Recipe
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
-from farthing.planner.fit import certainly_fits, weight_bytes
 
 Shapes = Iterable[tuple[str, tuple[int, ...]]]  # of tensors, by name
 
@@ -25,10 +24,10 @@ _COPIES = 1.5  # of a layer in float32: the layer, and the parts of it that are 
 _PROGRAM = 1 << 30  # bytes of Python, torch and buffers
 
 
-def check_needs(checkpoint: Checkpoint, out: Path, recipe: Recipe, expected: int | None, gate: bool) -> None:
+def check_needs(checkpoint: Checkpoint, out: Path, recipe: Recipe, expected: int | None) -> None:
     """Log what the run takes, and raise ValueError if that is more than is free.
 
-    expected: bytes of the result; None: at most the source's. gate: whether the models are also served.
+    expected: bytes of the result; None: at most the source's.
     """
     done = sum(file.stat().st_size for file in out.glob("*.safetensors")) if out.is_dir() else 0
     written = (expected or checkpoint.stored_bytes()) - done
@@ -41,14 +40,11 @@ def check_needs(checkpoint: Checkpoint, out: Path, recipe: Recipe, expected: int
         )
     config = ModelConfig.from_json(checkpoint.config)
     shapes = ((name, checkpoint.shape(name)) for name in checkpoint.names())
-    check_memory(checkpoint.path, config, shapes, recipe, gate)
+    check_memory(config, shapes, recipe)
 
 
-def check_memory(path: Path, config: ModelConfig, shapes: Shapes, recipe: Recipe, gate: bool) -> None:
-    """Log the memory that the run takes, and raise ValueError if that is more than is available.
-
-    `path` has at least config.json. gate: whether the models are also served.
-    """
+def check_memory(config: ModelConfig, shapes: Shapes, recipe: Recipe) -> None:
+    """Log the memory that the run takes, and raise ValueError if that is more than is available."""
     memory, free = memory_needed(shapes, config, recipe), available_memory()
     log.info("memory takes about %s", gigabytes(memory))
     if memory > free:
@@ -57,13 +53,6 @@ def check_memory(path: Path, config: ModelConfig, shapes: Shapes, recipe: Recipe
             f"{gigabytes(free)} are available; expected more memory, a recipe without second moments such as "
             "int4-rtn, or --no-check-memory"
         )
-    if gate and not certainly_fits(path, free):
-        served = weight_bytes(path)
-        if served > free:
-            raise ValueError(
-                f"model: serving it for the accuracy gate takes {gigabytes(served)} of memory, and "
-                f"{gigabytes(free)} are available; expected --no-gate, or --no-check-memory"
-            )
 
 
 def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:

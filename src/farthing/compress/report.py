@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import statistics
 import subprocess
 import sys
@@ -16,11 +17,15 @@ import torch
 
 from farthing.compress.evaluate import PAGE, Comparison, Verdict, paged_batch
 from farthing.files import replace_json, replace_text
+from farthing.memory import available_memory, gigabytes
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import load
 from farthing.model.pack import pack_checkpoint
 from farthing.ops import LatentCache, make_batch
 from farthing.ops.select import select
+from farthing.planner.fit import weight_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class CompressionReport:
     healed: list[dict[str, Any]]
     plan: dict[str, Any] | None
     quality: Comparison | None
+    elsewhere: Comparison | None  # as other programs read the files, if that differs
     verdict: Verdict | None
     serving: list[dict[str, Any]]
 
@@ -49,6 +55,7 @@ class CompressionReport:
         """The content of report.json."""
         document = {name: getattr(self, name) for name in self.__dataclass_fields__}
         document["quality"] = self.quality.to_json() if self.quality else None
+        document["elsewhere"] = self.elsewhere.to_json() if self.elsewhere else None
         document["verdict"] = str(self.verdict) if self.verdict else None
         return document
 
@@ -121,6 +128,8 @@ def _summary(report: CompressionReport) -> list[tuple[str, str]]:
             ("same greedy token", f"{q.greedy_agreement:.2%}"),
             ("measured on", f"{q.tokens:,} held-out tokens, {q.windows} windows"),
         ]
+    if report.elsewhere is not None:
+        rows.append(("KL divergence elsewhere", f"{report.elsewhere.kl:.6f}: other programs read even steps"))
     if report.verdict is not None:
         rows.append(("verdict", str(report.verdict)))
     return rows
@@ -230,6 +239,10 @@ def serving_figures(source: Path) -> Callable[[Path], list[dict[str, Any]]]:
     """A function of OUT for `api.compress(after=…)`: size, memory and decode speed of both models."""
 
     def rows(out: Path) -> list[dict[str, Any]]:
+        needed, free = weight_bytes(source) + weight_bytes(out), available_memory()
+        if needed > free:
+            log.info("not timed: both models take %s of %s", gigabytes(needed), gigabytes(free))
+            return []
         backend = select("auto").name
         models = {"source": load(source, select("auto")), "compressed": load(out, select("auto"))}
         speed = speeds(models)

@@ -1,0 +1,122 @@
+"""What a model makes of a text, with one layer in memory at a time, on the ops that serve it.
+
+A model of any size is judged so in the memory of its largest layer and of the text's hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from farthing.checkpoint.compressed_tensors import MARK
+from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.calibrate import SimulatedOps
+from farthing.compress.evaluate import Baseline, Corpus, cache_for, paged_batches
+from farthing.compress.layer import numbered
+from farthing.config import Quantization
+from farthing.model import DecoderModel, ModelConfig, WeightSource
+from farthing.model.decoder import routers_of
+from farthing.model.load import config_of, source_of
+from farthing.ops import Ops, Weight
+from farthing.ops.select import select
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _From:
+    """A source whose layers are numbered from one of them on."""
+
+    def __init__(self, source: WeightSource, first: int) -> None:
+        self._source, self._first = source, first
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return self._source.has(numbered(name, self._first))
+
+    def holds(self, module: str) -> bool:
+        """Whether a routed expert is to be computed here and not on another rank."""
+        return self._source.holds(numbered(module, self._first))
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter, checked as the source checks it."""
+        return self._source.tensor(numbered(name, self._first), shape)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a linear module, in whatever format it is stored."""
+        return self._source.weight(numbered(module, self._first), shape)
+
+
+def ops_for(path: Path, backend: str, quantization: Quantization | None = None) -> Ops:
+    """The ops of a backend; "simulate": those that round inputs as the checkpoint at `path` specifies."""
+    return SimulatedOps(path) if backend == "simulate" else select(backend, quantization=quantization)
+
+
+def has_fitted_values(path: Path) -> bool:
+    """Whether other programs read other weights from the files than Farthing does."""
+    return "int4_values" in Checkpoint.open(path).config.get(MARK, {})
+
+
+def spans(config: ModelConfig) -> Iterator[range]:
+    """Layers that depend on each other by more than the hidden states: those that reuse an indexer's
+    selection follow its layer, and experts that are added a layer later are in one span with all others."""
+    layers = config.num_hidden_layers
+    apart = [0, *range(1, layers)]
+    if config.shortcut_experts:
+        apart = [0]
+    elif config.index_topk is not None:
+        apart = [0, *filter(config.has_indexer, range(1, layers))]
+    for start, stop in zip(apart, [*apart[1:], layers], strict=True):
+        yield range(start, stop)
+
+
+def baseline(
+    path: Path,
+    corpus: Corpus,
+    backend: str = "auto",
+    progress: Callable[[int], None] | None = None,
+    quantization: Quantization | None = None,
+    exact: bool = True,
+) -> Baseline:
+    """Hidden states of the model at `path` on a backend, its norm and its head.
+
+    backend: "simulate" is one. progress: called with tokens, the corpus in total. quantization: of dense
+    weights while loading. exact: False to read the files as other programs do, which ignore what only
+    Farthing writes.
+    """
+    ops = ops_for(path, backend, quantization)
+    checkpoint = Checkpoint.open(path)
+    if not exact:
+        checkpoint.config.pop(MARK, None)
+    config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
+    source, routers = source_of(checkpoint, config), routers_of(config)
+    steps = list(paged_batches(corpus.windows))
+    none = replace(config.part(range(0)), layer_sizes=())
+    with torch.inference_mode():
+        table = DecoderModel(none, ops, source, [], last=False)
+        hidden = [table.embed(ids) for _, ids, _, _ in steps]
+        del table
+        for span in spans(config):
+            sizes = config.layer_sizes[span.start : span.stop]
+            ops.forget("")
+            if isinstance(ops, SimulatedOps):
+                ops.first = span.start
+            part = replace(config.part(span), layer_sizes=sizes)
+            model = DecoderModel(
+                part, ops, _From(source, span.start), routers[span.start : span.stop], False, False
+            )
+            cache = None
+            for i, (_, _, batch, blocks) in enumerate(steps):
+                cache = cache_for(model, blocks, cache)
+                hidden[i] = model.run_layers(hidden[i], batch, cache).clone()
+            del model, cache
+            checkpoint.release()
+            if progress:
+                done = [corpus.tokens * at // config.num_hidden_layers for at in (span.start, span.stop)]
+                progress(done[1] - done[0])
+        ops.forget("")
+        return Baseline(hidden, DecoderModel(none, ops, source, [], first=False))
