@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "compressed.h"
 #include "delta.h"
 #include "kernels.h"
 #include "latent_cache.h"
@@ -23,7 +24,8 @@ constexpr int kMostExperts = 1024;  // of a router, so that a token's scores fit
 struct Router {  // see farthing.ops.api.RouterSpec
   int experts = 0, top_k = 0, groups = 1, top_k_groups = 1;
   int identities = 0;  // the last of `experts`, which have no weights: their output is the normed input
-  bool sigmoid = true, top2_sum = true, normalize = true;
+  enum class Scoring { sigmoid, softmax, sqrt_softplus } scoring = Scoring::sigmoid;
+  bool top2_sum = true, normalize = true;
   float scale = 1.0f;
   float mass = -1.0f;  // adaptive when not negative
   int min_experts = 2;
@@ -96,6 +98,8 @@ struct Attention {
   bool gated = false;             // H d further columns, and as many of bias, whose sigmoid scales the output
   int window = 0;                 // keys up to its own that a token sees; 0: all of them
   const float* sinks = nullptr;   // [H] a score of each head that has no value, or null
+  // Queries come normed and rotated, and the cache is filled: a row's latent is key and value at once.
+  bool prepared = false;
 
   // The first of a token's keys that it sees.
   int first_key(int keys) const { return window ? std::max(0, keys - window) : 0; }
@@ -103,7 +107,7 @@ struct Attention {
   float with_sink(int head, float max, float sum) const {
     return sinks ? sum + std::exp(sinks[head] - max) : sum;
   }
-  bool grouped() const { return rotated > 0; }
+  bool grouped() const { return rotated > 0 || prepared; }
   int per_group() const { return heads / groups; }
   int group(int head) const { return head / per_group(); }
   void check() const;  // throws std::invalid_argument unless every head has its matrices
@@ -164,7 +168,7 @@ struct MoeArgs {
   Rows out;                               // [T, D]
   int64_t* counts = nullptr;              // [E], increased by the tokens of each expert; or null
   const int64_t* chosen = nullptr;        // [T, k] experts chosen by the caller, negative: none; or null
-  const float* chosen_weights = nullptr;  // [T, k]
+  const float* chosen_weights = nullptr;  // [T, k]; null: the router's weights of them
   bool residual = true;                   // whether x is added
 };
 
@@ -223,6 +227,12 @@ class Backend {
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, const MlaArgs& in);
   void delta(const Delta& w, const DeltaArgs& in);
+  // Norms and rotates queries and keys, and writes keys, entries and what later entries need.
+  void prepare_compressed(const Compressed& w, const CompressedArgs& in);
+  void turn_back(const Compressed& w, const int32_t* positions, Rows out, int tokens);  // the last of each head
+  // x [T, n D], found [T, …] the product with its norm -> out [T, D] and mix [T, n (n + 1)].
+  void collapse(const Streams& s, Rows x, Rows found, int tokens, Rows out, Rows mix);
+  void spread(int n, int hidden, Rows x, Rows y, Rows mix, int tokens, Rows out);
   // See indexer.h: q [T, H d], k [T, d], w [T, H] -> out [T, top_k], or null: the keys are cached, no more.
   void index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
              const IndexBatch& batch, int32_t* out);
@@ -261,5 +271,7 @@ void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int6
 
 // One token: scores [E] (before the activation) to k chosen experts and weights; skipped ones have id -1.
 void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights);
+// The weights of experts that were chosen otherwise.
+void weigh_experts(const Router& r, float* scores, const int64_t* chosen, int32_t* ids, float* weights);
 
 }  // namespace farthing

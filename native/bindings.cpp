@@ -52,6 +52,7 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
 
 }  // namespace
 
+void bind_compressed(nb::module_& module);
 void bind_conv(nb::module_& module);
 void bind_delta(nb::module_& module);
 void bind_indexer(nb::module_& module);
@@ -182,7 +183,9 @@ NB_MODULE(_native, module) {
       .def_rw("identities", &Router::identities)
       .def_rw("groups", &Router::groups)
       .def_rw("top_k_groups", &Router::top_k_groups)
-      .def_rw("sigmoid", &Router::sigmoid)
+      .def_prop_rw(
+          "scoring", [](const Router& r) { return static_cast<int>(r.scoring); },
+          [](Router& r, int scoring) { r.scoring = static_cast<Router::Scoring>(scoring); })
       .def_rw("top2_sum", &Router::top2_sum)
       .def_rw("normalize", &Router::normalize)
       .def_rw("scale", &Router::scale)
@@ -224,6 +227,9 @@ NB_MODULE(_native, module) {
              new (self) Attention{heads,       nope, rope, value,           latent,         scale,
                                   interleaved, {},   {},   at<float>(norm), at<float>(cos), at<float>(sin)};
            })
+      .def(
+          "prepare", [](Attention& a, uint64_t sinks) { a.prepared = true, a.sinks = at<float>(sinks); },
+          "sinks"_a)
       .def("add", [](Attention& a, std::shared_ptr<Packed> uk,
                      std::shared_ptr<Packed> uv) { a.add(std::move(uk), std::move(uv)); })
       .def(
@@ -393,6 +399,7 @@ NB_MODULE(_native, module) {
       .def(
           "softmax", [](Backend& b, Rows x, int rows, int n, Rows out) { b.softmax(x, rows, n, out); }, "x"_a,
           "rows"_a, "n"_a, "out"_a, free);
+  bind_compressed(module);
   bind_conv(module);
   bind_delta(module);
   bind_indexer(module);

@@ -146,6 +146,7 @@ void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const 
       const int64_t angle = static_cast<int64_t>(batch.positions[t]) * (s.rope / 2);
       const float *cos = s.cos + angle, *sin = s.sin + angle;
       if (part == 0) {
+        if (!k.at) return;  // keys are cached
         layer_norm(k.row(t), s, row);
         rotate_row(row, s.rope, cos, sin, s.interleaved, 1.0f, row);
         float* scale = cache.scale ? cache.scale + batch.slots[t] : nullptr;

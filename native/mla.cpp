@@ -182,7 +182,12 @@ class Mla {
   }
 
   void run(Team& team) const {
-    if (w_.grouped()) {
+    if (w_.prepared) {
+      team.for_units(0, in_.tokens, w_.heads, [&](int t, int h) {
+        if (wide_.place[t] >= 0) scale_query(in_.q.row(t) + static_cast<int64_t>(h) * w_.latent, w_.latent,
+                                             query(wide_.place[t], h), 0);
+      });
+    } else if (w_.grouped()) {
       prepare_and_cache(team);
     } else {
       rotate_and_cache(team);
@@ -275,10 +280,13 @@ class Mla {
       return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t], value, d, row, d);
     }
     const int place = wide_.place[t];
-    if (place < 0) return;
-    float* to = query(place, head);
+    if (place >= 0) scale_query(row, d, query(place, head), shape_.latent_padded);
+  }
+
+  // A query head as scores read it, from column `first` of a key on.
+  void scale_query(const float* row, int n, float* to, int first) const {
     std::fill(to, to + shape_.width, 0.0f);
-    for (int i = 0; i < d; ++i) to[shape_.latent_padded + i] = row[i] * w_.scale;
+    for (int i = 0; i < n; ++i) to[first + i] = row[i] * w_.scale;
   }
 
   // [T, n] W_UK -> [T, c] of each head. A ragged last panel is written after the latent, where zeros are.

@@ -202,8 +202,8 @@ class Experts {
 
   void run(Team& team) {
     normalize(team);
-    if (w_.gate && (!in_.chosen || w_.shared_gate)) score(team);
-    if (in_.chosen) take_choice(team);
+    if (w_.gate && (!in_.chosen_weights || w_.shared_gate)) score(team);
+    if (in_.chosen_weights) take_choice(team);
     else if (k_) route(team);
     Plan& plan = plans_[in_.tokens == 1 ? team.id() : 0];
     gather(team, plan);
@@ -261,8 +261,10 @@ class Experts {
     const auto choose = [&](int t, int to) {
       float scores[kMostExperts];
       std::copy_n(s_.scores + static_cast<size_t>(t) * s_.score_ld, s_.experts, scores);
-      choose_experts(w_.router, scores, s_.ids + static_cast<size_t>(to) * k_,
-                     s_.weights + static_cast<size_t>(to) * k_);
+      int32_t* ids = s_.ids + static_cast<size_t>(to) * k_;
+      float* weights = s_.weights + static_cast<size_t>(to) * k_;
+      if (in_.chosen) return weigh_experts(w_.router, scores, in_.chosen + int64_t{t} * k_, ids, weights);
+      choose_experts(w_.router, scores, ids, weights);
     };
     if (alone()) return choose(0, me);
     team.for_units(2, 1, T, [&](int, int t) { choose(t, t); });

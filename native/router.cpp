@@ -14,8 +14,13 @@ constexpr float kExcluded = -std::numeric_limits<float>::infinity();
 
 void activate(const Router& r, float* s) {
   for (size_t e = 0; e < r.logit_bias.size(); ++e) s[e] += r.logit_bias[e];
-  if (r.sigmoid) {
+  if (r.scoring == Router::Scoring::sigmoid) {
     for (int e = 0; e < r.experts; ++e) s[e] = 1.0f / (1.0f + std::exp(-s[e]));
+    return;
+  }
+  if (r.scoring == Router::Scoring::sqrt_softplus) {
+    for (int e = 0; e < r.experts; ++e)
+      s[e] = std::sqrt(std::max(s[e], 0.0f) + std::log1p(std::exp(-std::fabs(s[e]))));
     return;
   }
   const float top = *std::max_element(s, s + r.experts);
@@ -63,6 +68,15 @@ void keep_mass(const Router& r, int32_t* ids, float* weights) {
   }
 }
 
+void normalize(const Router& r, const int32_t* ids, float* weights) {
+  float sum = 0.0f;
+  for (int i = 0; i < r.top_k; ++i) sum += weights[i];
+  for (int i = 0; i < r.top_k; ++i)
+    weights[i] = (r.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * r.scale;
+  for (int i = 0; i < r.top_k && !r.expert_scale.empty(); ++i)
+    if (ids[i] >= 0) weights[i] *= r.expert_scale[ids[i]];
+}
+
 void require(bool ok, const char* name, int value, const std::string& expected) {
   if (!ok)
     throw std::invalid_argument(std::string(name) + " " + std::to_string(value) + " of a router; expected " +
@@ -99,12 +113,16 @@ void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights
     choice[ids[i]] = kExcluded;
   }
   if (r.mass >= 0.0f) keep_mass(r, ids, weights);
-  float sum = 0.0f;
-  for (int i = 0; i < r.top_k; ++i) sum += weights[i];
-  for (int i = 0; i < r.top_k; ++i)
-    weights[i] = (r.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * r.scale;
-  for (int i = 0; i < r.top_k && !r.expert_scale.empty(); ++i)
-    if (ids[i] >= 0) weights[i] *= r.expert_scale[ids[i]];
+  normalize(r, ids, weights);
+}
+
+void weigh_experts(const Router& r, float* scores, const int64_t* chosen, int32_t* ids, float* weights) {
+  activate(r, scores);
+  for (int i = 0; i < r.top_k; ++i) {
+    ids[i] = static_cast<int32_t>(std::clamp<int64_t>(chosen[i], 0, r.experts - 1));
+    weights[i] = scores[ids[i]];
+  }
+  normalize(r, ids, weights);
 }
 
 }  // namespace farthing

@@ -153,6 +153,40 @@ GPT_OSS: dict[str, Any] = dict(
     max_position_embeddings=2048,
 )
 
+# A small DeepSeek-V4: a window alone, a compressed past of two rates, the first layer's experts looked up.
+DEEPSEEK_V4: dict[str, Any] = dict(
+    model_type="deepseek_v4",
+    vocab_size=40,
+    hidden_size=48,
+    moe_intermediate_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    head_dim=24,
+    qk_rope_head_dim=8,
+    q_lora_rank=20,
+    o_groups=2,
+    o_lora_rank=12,
+    sliding_window=10,
+    layer_types=[
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "sliding_attention",
+        "compressed_sparse_attention",
+    ],
+    compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
+    rope_scaling={"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64},
+    index_n_heads=24,
+    index_head_dim=16,
+    index_topk=3,
+    n_routed_experts=6,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    num_hash_layers=1,
+    swiglu_limit=2.0,
+    hc_mult=4,
+    max_position_embeddings=2048,
+)
+
 
 def tiny(**changes: Any) -> dict[str, Any]:
     """One dense layer and one of four experts, plain RoPE, no groups, no MTP layer; updated by `changes`."""

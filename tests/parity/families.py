@@ -376,6 +376,47 @@ def gemma4_text(rng: random.Random) -> Any:
     return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**s))
 
 
+def deepseek_v4(rng: random.Random) -> Any:
+    """Rates small enough for short prompts to cross windows, and the released ones."""
+    heads, layers, groups = rng.choice([2, 4]), rng.choice([3, 4]), rng.choice([1, 2])
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    chosen = [*rng.sample(kinds[1:], 2), *(rng.choice(kinds) for _ in range(layers - 2))]
+    rng.shuffle(chosen)
+    sparse = rng.choice([2, 3, 4])
+    compress = dict(rope_type="yarn", factor=rng.choice([4.0, 16.0]), original_max_position_embeddings=16)
+    compress |= dict(beta_fast=32.0, beta_slow=1.0)
+    config = transformers.DeepseekV4Config(
+        vocab_size=rng.choice([61, 96]),
+        hidden_size=rng.choice([32, 48]),
+        moe_intermediate_size=rng.choice([16, 24]),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=rng.choice([16, 24]),
+        qk_rope_head_dim=rng.choice([4, 8]),
+        q_lora_rank=rng.choice([20, 32]),
+        num_experts_per_tok=rng.choice([1, 2, 4]),
+        n_routed_experts=rng.choice([4, 6]),
+        routed_scaling_factor=rng.choice([1.0, 1.5]),
+        max_position_embeddings=512,
+        layer_types=chosen,
+        compress_rates=dict(zip(kinds[1:], (sparse, sparse * rng.choice([2, 4])), strict=True)),
+        rope_parameters=compress if rng.random() < 0.7 else None,
+        hc_mult=rng.choice([2, 4]),
+        hc_sinkhorn_iters=rng.choice([2, 20]),
+        mlp_layer_types=[rng.choice(["hash_moe", "moe"]) for _ in range(layers)],
+        swiglu_limit=rng.choice([0.7, 10.0]),
+        sliding_window=rng.choice([3, 8, 12]),
+        o_groups=groups,
+        o_lora_rank=rng.choice([8, 12]),
+        index_n_heads=24,
+        index_head_dim=rng.choice([8, 16]),
+        index_topk=rng.choice([1, 2, 8]),
+        rms_norm_eps=rng.choice([1e-6, 1e-5]),
+        attn_implementation="eager",
+    )
+    return transformers.DeepseekV4ForCausalLM(config)
+
+
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
@@ -409,6 +450,7 @@ FAMILIES: dict[str, Build] = {
     "glm_moe_dsa": glm_moe_dsa,
     "sarvam_mla": sarvam_mla,
     "longcat_flash": longcat_flash,
+    "deepseek_v4": deepseek_v4,
     **GROUPED,
 }
 
@@ -425,6 +467,9 @@ def fill(model: Any) -> Any:
     """Random float32 weights of plausible scale."""
     model = model.float().eval()
     for key, value in [*model.named_parameters(), *model.named_buffers()]:
+        if key.endswith("tid2eid"):
+            experts = model.config.num_local_experts
+            value.data = torch.rand(len(value), experts).argsort(-1)[:, : value.shape[1]].contiguous()
         if not value.is_floating_point() or "inv_freq" in key:
             continue
         if "norm" in key and value.ndim == 1:
@@ -433,7 +478,7 @@ def fill(model: Any) -> Any:
             value.data = 0.1 * torch.randn_like(value)
         elif key.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
             value.data = 0.5 + torch.rand_like(value)
-        elif "sinks" in key:
+        elif "sinks" in key or key.endswith(("_hc.base", "hc_base")):
             value.data = torch.randn_like(value)
         elif value.ndim > 1:
             value.data = torch.randn_like(value) * value.shape[-1] ** -0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from math import lcm
 
 import torch
 
@@ -25,14 +26,15 @@ def run(
     model: DecoderModel, ids: torch.Tensor, chunks: list[int], dtype: CacheDtype = "float32"
 ) -> torch.Tensor:
     """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
-    blocks = (len(ids) + BLOCK - 1) // BLOCK
+    size = lcm(BLOCK, model.config.block_tokens)
+    blocks = (len(ids) + size - 1) // size
     table = torch.randperm(blocks + 3)[:blocks].tolist()
-    cache = model.new_cache(blocks + 3, BLOCK, dtype)
+    cache = model.new_cache(blocks + 3, size, dtype)
     out, start = [], 0
-    for size in chunks:
-        batch = make_batch([size], [start], [table], BLOCK)
-        out.append(model.logits(model.forward(ids[start : start + size], batch, cache)))
-        start += size
+    for count in chunks:
+        batch = make_batch([count], [start], [table], size)
+        out.append(model.logits(model.forward(ids[start : start + count], batch, cache)))
+        start += count
     return torch.cat(out)
 
 
@@ -46,11 +48,12 @@ def continues_greedily(logits: torch.Tensor, length: int, tokens: list[int]) -> 
 
 def greedy(model: DecoderModel, ids: torch.Tensor, steps: int) -> list[int]:
     """The `steps` most likely tokens after a prompt."""
-    blocks = (len(ids) + steps) // BLOCK + 1
-    table, cache = list(range(blocks)), model.new_cache(blocks, BLOCK, "float32")
+    size = lcm(BLOCK, model.config.block_tokens)
+    blocks = (len(ids) + steps) // size + 1
+    table, cache = list(range(blocks)), model.new_cache(blocks, size, "float32")
     tokens, start, step = [], 0, ids
     for _ in range(steps):
-        hidden = model.forward(step, make_batch([len(step)], [start], [table], BLOCK), cache)
+        hidden = model.forward(step, make_batch([len(step)], [start], [table], size), cache)
         start += len(step)
         step = model.top_logits(hidden[-1:], 1)[1][:, 0]
         tokens.append(int(step))

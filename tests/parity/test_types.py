@@ -24,7 +24,7 @@ from .paged import chunkings, continues_greedily, greedy, run
 CASES = [
     pytest.param(name, seed, marks=[pytest.mark.slow] if seed >= quick else ())
     for name in FAMILIES
-    for quick, seeds in [(2, 24) if name in GROUPED else (4, 8)]
+    for quick, seeds in [(2, 24) if name in (*GROUPED, "deepseek_v4") else (4, 8)]
     for seed in range(seeds)
 ]
 LENGTH = 21

@@ -150,6 +150,10 @@ def resolve(config: EngineConfig, model: Model) -> tuple[EngineConfig, Sizes]:
     Raises ValueError where the cache cannot hold max_model_len.
     """
     device = model.ops.device
+    if config.block_size % (multiple := model.config.block_tokens):
+        rounded = -(-config.block_size // multiple) * multiple
+        log.info("blocks have %d tokens, a multiple of this model's %d", rounded, multiple)
+        config = replace(config, block_size=rounded)
     dtype = cache_dtype(config, model)
     limit, length = model.config.max_position_embeddings, _length(config, model.config)
     most = CPU_STEP_TOKENS if device.type == "cpu" else GPU_STEP_TOKENS

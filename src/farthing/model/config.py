@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import lcm
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,16 +25,18 @@ from farthing.model.fields import (
     wrong,
 )
 from farthing.model.heads import (
+    CompressedHeads,
     DeltaHeads,
     GroupedHeads,
     Heads,
     LatentHeads,
+    read_compressed,
     read_delta,
     read_grouped,
     read_latent,
 )
 from farthing.model.types import type_named, type_of
-from farthing.ops.api import SILU, Gate
+from farthing.ops.api import SILU, Gate, StreamSpec
 
 __all__ = [
     "ConfigError",
@@ -78,6 +81,7 @@ class ModelConfig:
     unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
     recurrent: DeltaHeads | None = None  # of the layers that have a recurrent state instead of attention
     recurrent_layers: tuple[int, ...] = ()
+    streams: StreamSpec | None = None  # of the residual; None: one, to which outputs are added
     query_scaling: QueryScaling | None = None
     rms_norm_eps: float = 1e-6
     norm_offset: float = 0.0  # added to the weights of norms, but for those of recurrent layers' outputs
@@ -101,7 +105,8 @@ class ModelConfig:
     topk_group: int = 1
     topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
     router_bias: bool = True  # noaux_tc only: whether the gate has a correction bias
-    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    scoring_func: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
+    hashed_layers: tuple[int, ...] = ()  # whose experts are looked up by the token, not chosen by the router
     expert_bias: bool = False  # of the experts' matrices, and of the router's logits
     gate: Gate = SILU  # activation of MLPs and experts
     norm_topk_prob: bool = True
@@ -136,10 +141,14 @@ class ModelConfig:
 
     def heads(self, layer: int) -> Heads:
         """The attention heads of a layer."""
+        if isinstance(self.attention, CompressedHeads):
+            return self.attention.at(layer)
         return self.attention if self.windowed is None or self.window(layer) is None else self.windowed
 
     def rope_of(self, layer: int) -> RopeConfig:
         """The rotary embedding of a layer."""
+        if isinstance(self.attention, CompressedHeads) and not self.attention.rates[layer]:
+            return self.attention.window_rope
         own = None if self.window(layer) is None else self.windowed_rope
         return own or self.rope
 
@@ -163,6 +172,7 @@ class ModelConfig:
     def is_plain(self) -> bool:
         """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
         more = self.recurrent is not None or self.shared_gate or self.norm_offset > 0 or self.expert_bias
+        more = more or self.streams is not None
         stored = type_named(self.model_type).names.stored
         return self.runs_by_layer and not more and all(stored(name) == name for name in _SAMPLES)
 
@@ -175,6 +185,16 @@ class ModelConfig:
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer has a recurrent state instead of attention. MTP layers have attention."""
         return layer in self.recurrent_layers
+
+    @property
+    def compressed(self) -> CompressedHeads | None:
+        """The heads of attention to a compressed past, if the model has it."""
+        return self.attention if isinstance(self.attention, CompressedHeads) else None
+
+    @property
+    def block_tokens(self) -> int:
+        """A block of the cache has a multiple of this many tokens, so that entries do not cross its edge."""
+        return 1 if self.compressed is None else lcm(*filter(None, self.compressed.rates))
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer; others attend to all tokens or an earlier layer's selection."""
@@ -216,6 +236,8 @@ class ModelConfig:
 
     def window(self, layer: int) -> int | None:
         """How many tokens, up to its own, one attends to in a layer; None for all of them."""
+        if self.compressed is not None:
+            return self.compressed.sliding_window
         return (self.windows[layer] if layer < len(self.windows) else 0) or None
 
     def at(self, layer: int) -> ModelConfig:
@@ -271,7 +293,8 @@ class ModelConfig:
         try:
             rounded = _rounds_head(raw)
             raw = {MARK: raw.get(MARK), **kind.fields(raw)}  # beside text_config, if that is nested
-            heads = read_grouped(raw) if kind.grouped else read_latent(raw)
+            read = read_compressed if kind.compressed else read_grouped if kind.grouped else read_latent
+            heads: Heads = read(raw)
             values = _checked(cls, raw) | _derived(raw)
             if raw.get("recurrent_layers"):
                 values["recurrent"] = read_delta(raw)
@@ -293,6 +316,7 @@ class ModelConfig:
         return config
 
 
+SCORING = ("sigmoid", "softmax", "sqrtsoftplus")
 _SAMPLES = ("lm_head.weight", "model.layers.0.mlp.gate.weight")  # names that types change
 _REQUIRED = {
     "vocab_size",
@@ -365,6 +389,8 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         "recurrent_layers": tuple(raw.get("recurrent_layers") or ()),
         "dense_layers": tuple(raw.get("dense_layers") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
+        "hashed_layers": tuple(raw.get("hashed_layers") or ()),
+        "streams": raw.get("streams"),
         "eos_token_ids": _ids(raw.get("eos_token_id")),
         "gate": raw.get("gate") or SILU,
     }
@@ -416,8 +442,8 @@ def check_config(c: ModelConfig) -> None:
         raise ConfigError(
             f"topk_method: got {c.topk_method!r}; expected noaux_tc, greedy or group_limited_greedy"
         )
-    if c.scoring_func not in ("sigmoid", "softmax"):
-        raise ConfigError(f"scoring_func: got {c.scoring_func!r}; expected sigmoid or softmax")
+    if c.scoring_func not in SCORING:
+        raise ConfigError(f"scoring_func: got {c.scoring_func!r}; expected {', '.join(SCORING)}")
     if c.index_topk is not None:
         _check_indexer(c)
     if c.n_identity_experts < 0:

@@ -63,13 +63,7 @@ class DecoderModel:
         shape = (config.vocab_size, config.hidden_size)
         ropes = rope_tables(config, ops.tensor)
         routers = routers or routers_of(config)
-        self.layers = [
-            (
-                attention_of(config, ops, weights, i, ropes[i]),
-                FeedForward(config, ops, weights, i, routers[i]),
-            )
-            for i in range(config.num_hidden_layers)
-        ]
+        self.layers = [self._layer(weights, i, ropes[i], routers[i]) for i in range(config.num_hidden_layers)]
         self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
         self.windows = {window for window, _ in self.places}
         self.mtp: list[MTPLayer] = []
@@ -94,6 +88,13 @@ class DecoderModel:
             MTPLayer(config, ops, weights, i, ropes[i], routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)
         ]
+
+    def _layer(
+        self, weights: WeightSource, layer: int, rope: Tensor, router: RouterSpec | None
+    ) -> tuple[Any, Any]:
+        """A layer's attention, or what it has instead, and its feed-forward half."""
+        attention = attention_of(self.config, self.ops, weights, layer, rope)
+        return attention, FeedForward(self.config, self.ops, weights, layer, router)
 
     def unstack(self) -> None:
         """Release the fused stack; layers run op by op until `restack`."""
@@ -150,10 +151,11 @@ class DecoderModel:
         return cache
 
     def copy_states(self, cache: LatentCache, pairs: list[tuple[int, int]]) -> None:
-        """Copy recurrent states: (source, target) slots."""
-        assert cache.state is not None
+        """Copy what slots hold: (source, target)."""
+        kept = cache.state or cache.open
+        assert kept is not None
         source, target = (self.ops.tensor(np.array(slots, np.int32)) for slots in zip(*pairs, strict=True))
-        self.ops.copy_state(cache.state, source, target)
+        self.ops.copy_state(kept, source, target)
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """ids [T] int64 -> hidden [T, D] before the final norm.

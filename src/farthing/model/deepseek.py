@@ -157,7 +157,7 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
     return MoEWeights(
         gate=router_matrix(config, weights, prefix, e),
         bias=as_float32(weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)))
-        if config.has_router_bias
+        if config.has_router_bias and not weights.has(f"{prefix}.gate.tid2eid")
         else None,
         experts=[
             gated(weights, f"{prefix}.experts.{j}", d, i)

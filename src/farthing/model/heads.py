@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from farthing.model import fields as checked
-from farthing.model.fields import wrong
+from farthing.model.fields import RopeConfig, wrong
 from farthing.ops.api import DeltaSpec
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -270,7 +270,127 @@ class DeltaHeads:
         return 4 * sum(map(prod, self.state))
 
 
-Heads = LatentHeads | GroupedHeads
+@dataclass(frozen=True, slots=True)
+class CompressedHeads:
+    """Attention to a window and a compressed past (DeepSeek-V4). Field names follow config.json."""
+
+    num_attention_heads: int
+    head_dim: int
+    rotary_width: int  # the last elements of a head that are rotated
+    q_lora_rank: int
+    o_groups: int  # of heads, each with a projection to o_lora_rank columns of its own
+    o_lora_rank: int
+    sliding_window: int
+    rates: tuple[int, ...]  # of each layer, how many tokens become an entry; 0: a window alone
+    indexed: int  # the rate whose layers select entries, which pool the tokens of two windows
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+    window_rope: RopeConfig  # of layers with a window alone
+
+    cache_rows: ClassVar[int] = 1
+    num_key_value_heads: ClassVar[int] = 1
+
+    @property
+    def cache_width(self) -> int:
+        """Values per row and token: a head is key and value."""
+        return self.head_dim
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def first_width(self) -> int:
+        """Columns of the product that computes the queries' latent, keys, and what entries are made of, in
+        the layer with most of them."""
+        return max(self.q_lora_rank + self.head_dim + sum(self.pooled(i)) for i in range(len(self.rates)))
+
+    def pooled(self, layer: int) -> tuple[int, ...]:
+        """Columns that a layer's product has besides the queries' latent and the key: values and gates of
+        attention's pool, then of the indexer's, and its weights."""
+        rate, d, i = self.rates[layer], self.head_dim, self.index_head_dim
+        if not rate:
+            return ()
+        return (2 * d,) * 2 + (2 * i,) * 2 + (self.index_n_heads,) if rate == self.indexed else (d, d)
+
+    def most_keys(self, length: int) -> int:
+        """Rows of the cache that the last token of a sequence reads in a layer."""
+        past = [
+            length // r if r != self.indexed else min(length // r, self.index_topk) for r in self.rates if r
+        ]
+        return min(length, self.sliding_window) + max(past, default=0)
+
+    @property
+    def output_width(self) -> int:
+        """Columns of o_b_proj."""
+        return self.o_groups * self.o_lora_rank
+
+    @property
+    def dot_width(self) -> int:
+        """Multiplications per query head and cached key."""
+        return 2 * self.head_dim
+
+    @property
+    def expanded_width(self) -> int:
+        """The same in a prompt."""
+        return 2 * self.head_dim
+
+    def per_rank(self, tp: int) -> CompressedHeads:
+        """Raises ValueError for more than one rank."""
+        if tp > 1:
+            raise ValueError(f"tp: got {tp}; expected 1: the heads of a compressed past are not divided")
+        return self
+
+    def at(self, layer: int) -> CompressedHeads:
+        """Of one layer alone."""
+        return replace(self, rates=self.rates[layer : layer + 1])
+
+    def shapes(self, p: str, d: int) -> Shapes:
+        """Name and shape of a layer's parameters (`at`); p: prefix of the module."""
+        (rate,), h = self.rates, self.head_dim
+        yield p + "q_a_proj.weight", (self.q_lora_rank, d)
+        yield p + "q_a_norm.weight", (self.q_lora_rank,)
+        yield p + "q_b_proj.weight", (self.query_width, self.q_lora_rank)
+        yield p + "kv_proj.weight", (h, d)
+        yield p + "kv_norm.weight", (h,)
+        yield p + "sinks", (self.num_attention_heads,)
+        if rate:
+            yield from _pool_shapes(p + "compressor.", d, h, rate, rate == self.indexed)
+        if rate == self.indexed:
+            q = p + "compressor.indexer."
+            yield from _pool_shapes(q, d, self.index_head_dim, rate, True)
+            yield q + "q_b_proj.weight", (self.index_n_heads * self.index_head_dim, self.q_lora_rank)
+            yield q + "scorer.weights_proj.weight", (self.index_n_heads, d)
+        group = self.query_width // self.o_groups
+        yield p + "o_a_proj.weight", (self.output_width, group)
+        yield p + "o_b_proj.weight", (d, self.output_width)
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that no model has."""
+        if self.num_attention_heads % self.o_groups:
+            raise ValueError(
+                f"o_groups: got {self.o_groups}; expected a divisor of num_attention_heads = "
+                f"{self.num_attention_heads}"
+            )
+        for name, width in (("head_dim", self.head_dim), ("index_head_dim", self.index_head_dim)):
+            if self.rotary_width % 2 or not 2 <= self.rotary_width <= width:
+                raise ValueError(
+                    f"qk_rope_head_dim: got {self.rotary_width}; expected an even number of at least 2 and "
+                    f"at most {name} = {width}"
+                )
+
+
+def _pool_shapes(p: str, d: int, width: int, rate: int, overlapped: bool) -> Shapes:
+    columns = 2 * width if overlapped else width
+    yield p + "kv_proj.weight", (columns, d)
+    yield p + "gate_proj.weight", (columns, d)
+    yield p + "position_bias", (rate, columns)
+    yield p + "kv_norm.weight", (width,)
+
+
+Heads = LatentHeads | GroupedHeads | CompressedHeads
 
 
 def _divided(name: str, count: int, tp: int) -> int:
@@ -346,6 +466,26 @@ def read_delta(raw: Mapping[str, Any]) -> DeltaHeads:
     checked.in_range("linear_conv_kernel_dim", width, 2, MOST_WIDTH)
     eps = checked.number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0)
     return DeltaHeads(DeltaSpec(keys, values, key_dim, value_dim, width, eps), raw["fused"])
+
+
+_COMPRESSED_SIZES = (
+    "num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window",
+    "index_n_heads", "index_head_dim",
+)  # fmt: skip
+
+
+def read_compressed(raw: Mapping[str, Any]) -> CompressedHeads:
+    """From a config.json with DeepSeek-V4's fields, and `rates`, `indexed` and `window_rope` as the type sets
+    them. Raises ValueError naming the field."""
+    sizes = {name: checked.integer(raw, name) for name in _COMPRESSED_SIZES}
+    return CompressedHeads(
+        **sizes,
+        index_topk=checked.integer({"index_topk": raw["indexer"]}, "index_topk"),
+        rotary_width=checked.integer(raw, "qk_rope_head_dim"),
+        rates=tuple(raw["rates"]),
+        indexed=raw["indexed"],
+        window_rope=raw["window_rope"],
+    )
 
 
 def _head_size(raw: Mapping[str, Any], heads: int) -> int:

@@ -10,14 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from math import prod
+from math import ceil, prod
 from typing import TYPE_CHECKING
+
+from farthing.model.heads import CompressedHeads
 
 if TYPE_CHECKING:
     from farthing.model.config import ModelConfig
 
 _ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "fp8": 1, "int8": 1}
 _SCALES = ("fp8", "int8")  # dtypes with float32 scales: two per row and token, one per index key
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What layers with a compressed past keep in the blocks of a kind: a row for so many tokens."""
+
+    layers: tuple[int, ...]
+    past: int  # their rate
+    rate: int  # tokens of a row: 1 in a window
+    width: int
+    index_width: int = 0  # of index keys beside them
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """A float32 tensor that layers keep of a sequence, whatever its length."""
+
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]  # per layer and sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +54,8 @@ class CacheKind:
     index_rows: int = 0  # index keys per token, over all layers
     index_width: int = 0
     window: int | None = None  # tokens that a token sees, itself included; None: all before it
-    state: tuple[tuple[int, ...], ...] = ()  # float32 shapes per layer and sequence, instead of rows
+    state: tuple[StateShape, ...] = ()  # instead of rows
+    entries: tuple[Entries, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,24 +68,41 @@ class CacheKind:
         """Bytes per token of these layers; 0 for states."""
         item, scale = _ITEM_BYTES[dtype], 4 * (dtype in _SCALES)
         rows = len(self.layers) * self.rows * (self.width * item + 2 * scale)
-        return rows + self.index_rows * (self.index_width * item + scale)
+        past = sum(len(e.layers) * (e.width + e.index_width) * item / e.rate for e in self.entries)
+        return rows + self.index_rows * (self.index_width * item + scale) + ceil(past)
 
     @property
     def state_bytes(self) -> int:
         """Bytes per sequence of these layers, whatever its length."""
-        return 4 * len(self.layers) * sum(map(prod, self.state))
+        return 4 * sum(len(each.layers) * prod(each.shape) for each in self.state)
 
     def most_tokens(self, length: int) -> int:
         """Tokens of a sequence of `length` tokens that are kept."""
         return length if self.window is None else min(length, self.window)
 
     def held_by(self, layers: Collection[int]) -> CacheKind:
-        """What these of the layers keep, without index keys."""
-        return replace(self, layers=tuple(i for i in self.layers if i in layers), index_rows=0)
+        """What these of the layers keep, without index keys of sparse attention."""
+
+        def kept(of: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(i for i in of if i in layers)
+
+        return replace(
+            self,
+            layers=kept(self.layers),
+            index_rows=0,
+            state=tuple(replace(each, layers=kept(each.layers)) for each in self.state),
+            entries=tuple(replace(each, layers=kept(each.layers)) for each in self.entries),
+        )
 
 
 def cache_place(config: ModelConfig, layer: int) -> tuple[int | None, int]:
-    """A layer's window, and its first row in the cache of the layers with the same one, or in the states."""
+    """A layer's window, and its first row in the cache of the layers with the same one, or in the states.
+
+    A layer with a compressed past gets the whole cache, and its row among those of its rate.
+    """
+    if config.compressed is not None:
+        rates = config.compressed.rates
+        return None, rates[:layer].count(rates[layer])
     if config.is_recurrent(layer):
         return None, sum(map(config.is_recurrent, range(layer)))
     window = config.window(layer)
@@ -78,6 +117,8 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     prefix cache finds a sequence by. Windows follow, and states come last.
     """
     config = config.per_rank(tp)
+    if isinstance(config.attention, CompressedHeads):
+        return _compressed(config.attention)
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
     found: dict[int | None, list[int]] = {None: []}
     for layer in layers:
@@ -96,7 +137,30 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     )
     if config.recurrent is None:
         return paged
-    return *paged, CacheKind(config.recurrent_layers, state=config.recurrent.state)
+    own, shapes = config.recurrent_layers, config.recurrent.state
+    return *paged, CacheKind(own, state=tuple(StateShape(own, shape) for shape in shapes))
+
+
+def _compressed(heads: CompressedHeads) -> tuple[CacheKind, ...]:
+    """Entries of all tokens, a window, and the tokens of which there will be entries."""
+    by_rate = {
+        rate: tuple(i for i, each in enumerate(heads.rates) if each == rate)
+        for rate in sorted({*heads.rates})
+    }
+    past, opened = [], []
+    for rate, layers in by_rate.items():
+        if not rate:
+            continue
+        indexed = rate == heads.indexed
+        past.append(Entries(layers, rate, rate, heads.head_dim, heads.index_head_dim if indexed else 0))
+        columns = sum(heads.pooled(layers[0])) - (heads.index_n_heads if indexed else 0)
+        opened.append(StateShape(layers, (rate * (2 if indexed else 1), columns)))
+    own = tuple(Entries(layers, rate, 1, heads.head_dim) for rate, layers in by_rate.items())
+    every = tuple(range(len(heads.rates)))
+    kinds = [CacheKind((), entries=tuple(past)), CacheKind(every, window=heads.sliding_window, entries=own)]
+    if opened:
+        kinds.append(CacheKind(tuple(sorted(i for e in past for i in e.layers)), state=tuple(opened)))
+    return tuple(kinds)
 
 
 # How many blocks and slots a cache has, besides the blocks that keep every token.

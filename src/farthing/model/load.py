@@ -14,6 +14,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.lazy import torch
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
+from farthing.model.deepseek_v4 import DeepseekV4
 from farthing.model.source import (
     ArraySource,
     InterleavedExperts,
@@ -137,11 +138,19 @@ def load(path: str | Path, ops: Ops, experts: str = "auto", progress: Progress =
     if ops.arrays:
         names = names_in(checkpoint, config)
         source = ArraySource(source, lambda name, shape=None: checkpoint.array(names.stored(name), shape))
-    model = DecoderModel(config, ops, source, routers)
+    model = model_of(config, ops, source, routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
         checkpoint.finish(ignore=IGNORED + unread(config))
     checkpoint.release()
     return model
+
+
+def model_of(
+    config: ModelConfig, ops: Ops, source: WeightSource, routers: list[RouterSpec | None] | None = None
+) -> DecoderModel:
+    """The model of a config, with weights under V3's names, or V4's own."""
+    form = DecoderModel if config.compressed is None else DeepseekV4
+    return form(config, ops, source, routers)
 
 
 def unread(config: ModelConfig) -> tuple[str, ...]:
@@ -223,9 +232,13 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         if c.has_indexer(i):
             yield from _indexer_shapes(c, p + "self_attn.indexer.")
         yield p + "post_attention_layernorm.weight", (d,)
-        yield from _feed_forward_shapes(c.at(i), p + "mlp.", c.is_moe(i))
+        yield from _feed_forward_shapes(c.at(i), p + "mlp.", c.is_moe(i), i in c.hashed_layers)
+        for half in ("attn_hc.", "ffn_hc.") if c.streams else ():
+            yield from _stream_shapes(c, p + half)
         if c.layer_scalar:
             yield p + "layer_scalar", (1,)
+    if c.streams:
+        yield from _stream_shapes(c, "model.hc_head.hc_", ends=True)
     yield "model.norm.weight", (d,)
     if not c.tie_word_embeddings:
         yield "lm_head.weight", (v, d)
@@ -240,7 +253,18 @@ def _indexer_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ..
     yield p + "weights_proj.weight", (c.index_n_heads, c.hidden_size)
 
 
-def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _stream_shapes(c: ModelConfig, p: str, ends: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    assert c.streams is not None
+    n = c.streams.count
+    rows = n if ends else n * (n + 2)
+    yield p + "fn", (rows, n * c.hidden_size)
+    yield p + "base", (rows,)
+    yield p + "scale", (1 if ends else 3,)
+
+
+def _feed_forward_shapes(
+    c: ModelConfig, p: str, moe: bool, hashed: bool = False
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     d = c.hidden_size
 
     def gated(prefix: str, i: int, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -260,7 +284,9 @@ def _feed_forward_shapes(c: ModelConfig, p: str, moe: bool) -> Iterator[tuple[st
             yield f"{p}{name}.weight", (d,)
     assert c.n_routed_experts is not None
     yield p + "gate.weight", (c.router_size, d)
-    if c.has_router_bias:
+    if hashed:
+        yield p + "gate.tid2eid", (c.vocab_size, c.num_experts_per_tok)
+    elif c.has_router_bias:
         yield p + "gate.e_score_correction_bias", (c.router_size,)
     if c.expert_bias:
         yield p + "gate.bias", (c.router_size,)
@@ -281,7 +307,10 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     parameters = {}
     for name, shape in parameter_shapes(config):
         noise = torch.randn(shape, generator=generator)
-        if name.endswith(("bias", "A_log")):
+        if name.endswith("tid2eid"):
+            ranks = torch.rand(shape[0], config.router_size, generator=generator)
+            parameters[name] = ranks.argsort()[:, : shape[1]]
+        elif name.endswith(("bias", "A_log", "base")):
             parameters[name] = 0.1 * noise
         elif "norm" in name or name.endswith("scale") or name.endswith("scalar"):
             offset = 0.0 if ".linear_attn." in name else config.norm_offset
@@ -297,4 +326,4 @@ def random_model(
     config: ModelConfig, ops: Ops, seed: int = 0, routers: list[RouterSpec | None] | None = None
 ) -> DecoderModel:
     """A model with random weights, without any files."""
-    return DecoderModel(config, ops, MemorySource(random_parameters(config, seed)), routers)
+    return model_of(config, ops, MemorySource(random_parameters(config, seed)), routers)

@@ -54,7 +54,7 @@ class RouterSpec:
     top_k: int
     num_groups: int = 1
     top_k_groups: int = 1
-    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    scoring: Literal["sigmoid", "softmax", "sqrtsoftplus"] = "sigmoid"
     group_score: Literal["top2_sum", "max"] = "top2_sum"  # noaux_tc | group_limited_greedy
     normalize: bool = True
     scale: float = 1.0
@@ -156,6 +156,70 @@ class DeltaParts:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressedSpec:
+    """Attention to a window and to a compressed past (DeepSeek-V4 section 2.3): one head is the key and the
+    value of all queries, and every `rate` tokens become one more of those, an entry."""
+
+    num_heads: int  # H
+    head_dim: int  # d
+    rope_dim: int  # the last r of d are rotated, in adjacent pairs
+    window: int  # tokens up to its own one attends to
+    rate: int = 0  # 0: there are no entries
+    # What selects among entries, which then pool the tokens of two windows; its keys are entries, too.
+    index: IndexerSpec | None = None
+    norm_eps: float = 1e-6
+
+    @property
+    def pooled(self) -> tuple[int, ...]:
+        """Columns of the values that entries pool, attention's and the indexer's; as many are gates."""
+        if not self.rate:
+            return ()
+        return (self.head_dim,) if self.index is None else (2 * self.head_dim, 2 * self.index.head_dim)
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens of which an entry is made."""
+        return self.rate * (1 if self.index is None else 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolParts:
+    """How tokens become an entry, float32: values times the softmax, per column, of gates + bias; then a
+    norm."""
+
+    bias: Tensor  # [rate, d], or [rate, 2 d]
+    norm: Tensor  # [d]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedParts:
+    """The parameters of `CompressedSpec` that are no matrices, float32."""
+
+    norm: Tensor  # [d], of keys
+    sinks: Tensor  # [H], as in GroupedParts
+    pools: tuple[PoolParts, ...] = ()  # of attention's entries, and of the indexer's
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """Hyper-connections (DeepSeek-V4 section 2.2): a residual of several streams that are mixed."""
+
+    count: int  # n
+    steps: int  # of Sinkhorn's normalization of what mixes them
+    eps: float  # of that
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class StreamParts:
+    """How coefficients follow from the streams, float32: scale (weight x) + base of their normed x."""
+
+    weight: Tensor  # [n (n + 2), n D]: in, out, and how streams mix; or [n, n D] where they end
+    base: Tensor  # [n (n + 2)] or [n]
+    scale: Tensor  # [3] or [1]
+
+
+@dataclass(frozen=True, slots=True)
 class MoEWeights:
     """The input of `pack_moe`. Experts are read one at a time, so that they need not all fit in memory."""
 
@@ -193,6 +257,21 @@ class StateCache:
         return [self.data, self.tail]
 
 
+@dataclass(slots=True)
+class OpenCache:
+    """The tokens of which layers with a compressed past will make entries. A sequence has one slot.
+
+    Row p % open_tokens holds the pooled columns (`CompressedSpec`) of position p, so that a step writes its
+    own tokens' rows only, and a copy of a slot continues at any position.
+    """
+
+    rows: dict[int, Tensor]  # by rate [layers, slots, open_tokens, columns] float32
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, each [layers, slots, …]."""
+        return list(self.rows.values())
+
+
 ALL = slice(None)  # every layer of a stack
 
 
@@ -208,8 +287,12 @@ class LatentCache:
     scale: Tensor | None  # [L, num_blocks, block_size, 2] float32 (latent, rotary) for fp8 and int8
     index: IndexCache | None = None  # of models with sparse attention
     state: StateCache | None = None  # of models with recurrent layers; has slots instead of blocks
+    open: OpenCache | None = None  # of models with a compressed past; the same slots
     # Of the layers with a window, by its size; they have blocks of their own.
     windows: dict[int, LatentCache] = field(default_factory=dict)
+    # Of layers with a compressed past, by their rate: entries or, in a window's cache, the tokens in it.
+    # [rows, num_blocks, entries or tokens of a block, d]: one row per layer of that rate
+    entries: dict[int, Tensor] = field(default_factory=dict)
 
     def of(self, window: int | None) -> LatentCache:
         """The cache of the layers with this window; None: of those without."""
@@ -217,14 +300,14 @@ class LatentCache:
 
     def tensors(self) -> list[Tensor]:
         """All tensors with these blocks, each [*, num_blocks, …]: a block is a slice along dimension 1."""
-        kept = [self.data, self.scale]
+        kept = [self.data, self.scale, *self.entries.values()]
         if self.index is not None:
             kept += [self.index.data, self.index.scale]
         return [t for t in kept if t is not None]
 
     def by_kind(self) -> list[list[Tensor]]:
         """The tensors with the same blocks, or slots: of all tokens, of each window, of states."""
-        states = [] if self.state is None else [self.state.tensors()]
+        states = [kept.tensors() for kept in (self.state, self.open) if kept is not None]
         return [self.tensors(), *(own.tensors() for own in self.windows.values()), *states]
 
     @property
@@ -260,6 +343,7 @@ class Batch:
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
     state_slots: Tensor | None = None  # [B] int32, slot of each sequence in a `StateCache`
     windows: dict[int, Blocks] = field(default_factory=dict)  # by size; empty: blocks are the same
+    ids: Tensor | None = None  # [T] int64 tokens, of models that choose experts by them
 
     def of(self, window: int | None) -> Batch:
         """The batch for layers with this window; None: for those without."""
@@ -348,6 +432,7 @@ class Ops(ABC):
     source: str = ""  # fingerprint of the packed checkpoint, set by `farthing.model.load`
     weight_files: tuple[Path, ...] = ()  # of the checkpoint, set by `farthing.model.load`
     packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
+    compressed_past: bool = False  # whether it has the ops of DeepSeek-V4, from `pack_compressed` on
     sums_in_stack: bool = False  # whether `stack` supports sums over ranks
     arrays: bool = False  # tensors are numpy arrays instead of torch's
     routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file
@@ -424,6 +509,16 @@ class Ops(ABC):
     def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Handle:
         """Gated DeltaNet's parameters that are no matrices."""
 
+    def pack_compressed(
+        self, name: str, spec: CompressedSpec, parts: Callable[[], CompressedParts], rope: Tensor
+    ) -> Handle:
+        """The heads of attention to a compressed past; rope [2, max_len, r / 2] (cos, sin)."""
+        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+
+    def pack_streams(self, name: str, spec: StreamSpec, parts: Callable[[], StreamParts]) -> Handle:
+        """The parameters of hyper-connections."""
+        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+
     @abstractmethod
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -440,7 +535,18 @@ class Ops(ABC):
         """Slots for sequences; they need no clearing before a sequence starts."""
         return StateCache(*(torch.zeros(layers, slots, *each, device=self.device) for each in spec.state))
 
-    def copy_state(self, state: StateCache, source: Tensor, target: Tensor) -> None:
+    def new_past(
+        self, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
+    ) -> tuple[Tensor, Tensor]:
+        """Empty entries and window [rows, *, width] of layers with a compressed past, each in so many blocks
+        of so many."""
+        return tuple(self.new_cache(rows, *shape, width, dtype).data for shape in (entries, tokens))  # type: ignore[return-value]
+
+    def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
+        """Slots for sequences; they need no clearing before a sequence starts."""
+        return torch.zeros(layers, slots, tokens, columns, device=self.device)
+
+    def copy_state(self, state: StateCache | OpenCache, source: Tensor, target: Tensor) -> None:
         """Copy the slots source [n] to the slots target [n], int32, in every layer; no slot is in both."""
         for each in state.tensors():
             each[:, target.long()] = each[:, source.long()]
@@ -490,6 +596,28 @@ class Ops(ABC):
         rms_norm(o) silu(z). A sequence whose first token of the step is at position 0 starts from zeros.
         """
 
+    def compressed(self, q: Tensor, x: Tensor, index_q: Tensor | None, heads: Handle, place: Place) -> Tensor:
+        """Attention to a window and a compressed past: q [T, H d] -> [T, H d].
+
+        x [T, …]: the key d, values and gates of attention's pool, then of the indexer's, and its weights Hi,
+        as far as the layer has them; index_q [T, Hi di]. Everything is given before norms and rotation.
+
+        Norms every query without a weight, rotates queries and keys, writes the keys and the pooled columns
+        to the cache, and an entry for every `rate` tokens that are complete. A token at position p attends to
+        its window and to the first (p + 1) // rate entries, or the index.top_k of those with the largest
+        scores (`index`). What the output has been rotated by as a value is undone.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+
+    def collapse(self, x: Tensor, streams: Handle) -> tuple[Tensor, Tensor]:
+        """x [T, n D] -> the streams' weighted sum [T, D], and how `spread` mixes them [T, n (n + 1)]: empty
+        where the streams end."""
+        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+
+    def spread(self, x: Tensor, y: Tensor, mix: Tensor) -> Tensor:
+        """x [T, n D], y [T, D] -> mixed streams of x, and y added to each with its own weight [T, n D]."""
+        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+
     @abstractmethod
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Handle, place: Place) -> Tensor | None:
         """Select keys for `mla`: q [T, H d], k [T, d], w [T, H] -> positions [T, K] int32, ascending, padded
@@ -517,6 +645,12 @@ class Ops(ABC):
 
         counts [E] int64, if given, is increased by the tokens per expert.
         """
+
+    def moe_among(
+        self, x: Tensor, weights: Handle, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        """`moe` without the residual, of the experts chosen [T, k] int64, which the router weighs."""
+        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
 
     @abstractmethod
     def reroute(self, weights: Handle, spec: RouterSpec) -> None:

@@ -7,6 +7,7 @@ Legend: n rows; V vocabulary; k columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np, torch
@@ -58,6 +59,11 @@ def empty(x: Tensor, *shape: int, dtype: str = "float32") -> Tensor:
 def contiguous(x: Tensor) -> Tensor:
     """x, or a copy with its elements in order."""
     return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x.contiguous()
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor:
+    """Matrices with the same rows, next to each other."""
+    return np.concatenate(parts, 1) if isinstance(parts[0], np.ndarray) else torch.cat(list(parts), 1)
 
 
 def like(values: NDArray[Any], x: Tensor) -> Tensor:

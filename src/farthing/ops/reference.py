@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from farthing.ops import compressed as past
 from farthing.ops.api import (
     SILU,
     AttentionSpec,
     CacheDtype,
+    CompressedParts,
+    CompressedSpec,
     DeltaParts,
     DeltaSpec,
     Gate,
@@ -33,6 +37,8 @@ from farthing.ops.api import (
     Norm,
     Place,
     RouterSpec,
+    StreamParts,
+    StreamSpec,
 )
 from farthing.ops.delta import Delta, pack_delta
 from farthing.ops.delta import delta as advance
@@ -254,6 +260,8 @@ class _MoE:
 class ReferenceOps(HostOps):
     """Every op in torch, on any device torch runs on."""
 
+    compressed_past = True
+
     def __init__(self, dtype: torch.dtype, quantization: str | None = None) -> None:
         self.name = f"reference {str(dtype).removeprefix('torch.')}"
         self.device = torch.device("cpu")
@@ -316,6 +324,14 @@ class ReferenceOps(HostOps):
     def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Delta:
         return pack_delta(spec, parts(), lambda x: x)
 
+    def pack_compressed(
+        self, name: str, spec: CompressedSpec, parts: Callable[[], CompressedParts], rope: Tensor
+    ) -> past.Compressed:
+        return past.pack_heads(spec, parts(), rope, lambda x: x)
+
+    def pack_streams(self, name: str, spec: StreamSpec, parts: Callable[[], StreamParts]) -> past.Streams:
+        return past.pack_streams(spec, parts(), lambda x: x)
+
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
@@ -375,6 +391,17 @@ class ReferenceOps(HostOps):
     def delta(self, x: Tensor, gates: Tensor, delta: Delta, place: Place) -> Tensor:
         return advance(x, gates, delta, place, 1)
 
+    def compressed(
+        self, q: Tensor, x: Tensor, index_q: Tensor | None, heads: past.Compressed, place: Place
+    ) -> Tensor:
+        return past.attend(q, x, index_q, heads, place)
+
+    def collapse(self, x: Tensor, streams: past.Streams) -> tuple[Tensor, Tensor]:
+        return past.collapse(x, streams)
+
+    def spread(self, x: Tensor, y: Tensor, mix: Tensor) -> Tensor:
+        return past.spread(x, y, mix)
+
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:
         return index(q, k, w, indexer, place)
 
@@ -387,6 +414,13 @@ class ReferenceOps(HostOps):
     ) -> Tensor:
         n = self.rms_norm(x, norm)
         return self._experts(x if residual else None, n, weights, *self.route(n, weights), counts)
+
+    def moe_among(
+        self, x: Tensor, weights: _MoE, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        n = self.rms_norm(x, norm)
+        routed = route(F.linear(n.float(), weights.gate), None, weights.spec, chosen)
+        return self._experts(None, n, weights, *routed, counts)
 
     def moe_chosen(self, x: Tensor, weights: _MoE, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
         return self._experts(x, self.rms_norm(x, norm), weights, ids, gates, None)
@@ -474,13 +508,24 @@ def gated_by(a: Gate, gate: Tensor, up: Tensor) -> Tensor:
     return (up + a.shift) * (gate * torch.sigmoid(wide))
 
 
-def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor, Tensor]:
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
+}
+
+
+def route(
+    logits: Tensor, bias: Tensor | None, spec: RouterSpec, chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Router logits [T, E] float32 -> (ids [T, k] int64, weights [T, k] float32), heaviest choice first.
 
     DeepSeek-V3 section 2.1.2: the bias affects the selection but not the weights; excluded groups are minus
     infinity, because biased scores can be negative. Skipped experts (spec.mass) have id -1 and weight 0.
     """
-    scores = logits.sigmoid() if spec.scoring == "sigmoid" else logits.softmax(-1)
+    scores = SCORES[spec.scoring](logits)
+    if chosen is not None:
+        return chosen, _weighed(scores.gather(1, chosen), spec)
     choice = scores if bias is None else scores + bias
     if spec.num_groups > 1:
         groups = choice.view(-1, spec.num_groups, spec.num_experts // spec.num_groups)
@@ -495,9 +540,13 @@ def route(logits: Tensor, bias: Tensor | None, spec: RouterSpec) -> tuple[Tensor
     weights = scores.gather(1, ids)
     if spec.mass is not None:
         ids, weights = keep_mass(ids, weights, spec.mass, spec.min_experts)
+    return ids, _weighed(weights, spec)
+
+
+def _weighed(weights: Tensor, spec: RouterSpec) -> Tensor:
     if spec.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids, weights * spec.scale
+    return weights * spec.scale
 
 
 def scaled_choice(ids: Tensor, weights: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from farthing.config import CPU_STEP_TOKENS
 from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds
-from farthing.model.heads import GroupedHeads, Heads, LatentHeads
+from farthing.model.heads import CompressedHeads, GroupedHeads, Heads, LatentHeads
 from farthing.ops.cpu.stack import MOST_SCORES
 from farthing.ops.weights import Cut, bounds, loaded_as
 from farthing.parallel.plan import EMBEDDING, Layout, Place, PlanError, ShardPlan, layer_of, representatives
@@ -145,8 +145,22 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
             d, groups = heads.head_dim, heads.num_key_value_heads
             one = _storage(holder, s.stored, d)
             sizes.mla(one, s.heads, 0, d, d, d, step.sequences, step.tokens, step.keys, groups)
+        elif isinstance(heads, CompressedHeads):
+            linear(heads.query_width, heads.q_lora_rank)
+            linear(heads.o_lora_rank, heads.query_width // heads.o_groups)
+            _past(sizes, s, heads, holder, step)
         else:
             _latent_attention(sizes, s, heads, holder, cache_dtype, step)
+
+
+def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, step: _Step) -> None:
+    """Each token reads a window and entries as a separate sequence, a few tokens at once."""
+    from farthing.ops.cpu.backend import SELECTED_AT_ONCE
+
+    d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
+    sizes.mla(
+        _storage(holder, s.stored, d), s.heads, 0, d, d, d, min(step.total, SELECTED_AT_ONCE), 1, keys, 1
+    )
 
 
 def _latent_attention(

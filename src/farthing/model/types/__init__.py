@@ -10,6 +10,7 @@ from farthing.model.fields import ConfigError
 from farthing.model.types import (
     axk1,
     deepseek_v3,
+    deepseek_v4,
     gemma,
     glm4_moe_lite,
     glm_moe_dsa,
@@ -33,6 +34,7 @@ TYPES: Mapping[str, ModelType] = {
     kind.name: kind
     for kind in (
         *deepseek_v3.TYPES,
+        deepseek_v4.TYPE,
         kimi_k25.TYPE,
         glm4_moe_lite.TYPE,
         mistral4.TYPE,

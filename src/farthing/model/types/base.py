@@ -48,6 +48,7 @@ class ModelType:
     names: Names = Names()
     own_words: Mapping[str, str] = field(default_factory=dict)  # V3's field -> the file's, for messages
     grouped: bool = False  # grouped-query attention, with Llama's fields and tensor names; else latent
+    compressed: bool = False  # or attention to a compressed past, with DeepSeek-V4's
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
 
     def in_own_words(self, message: str) -> str:

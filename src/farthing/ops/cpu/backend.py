@@ -27,6 +27,7 @@ from farthing.ops.api import (
     LayerHandles,
     Norm,
     NotFinite,
+    OpenCache,
     Place,
     RouterSpec,
     StateCache,
@@ -43,6 +44,7 @@ from farthing.ops.arrays import (
     row_stride,
 )
 from farthing.ops.cpu import stack as indexing
+from farthing.ops.cpu.compressed import kept_of, native_rows_of, reads_of, select_entries
 from farthing.ops.cpu.stack import (
     NO_ROWS,
     Stack,
@@ -55,7 +57,16 @@ from farthing.ops.cpu.stack import (
     run_layers,
     vector,
 )
-from farthing.ops.cpu.weights import Attention, Delta, Experts, Linear, PackingOps, router_of
+from farthing.ops.cpu.weights import (
+    Attention,
+    Compressed,
+    Delta,
+    Experts,
+    Linear,
+    PackingOps,
+    Streams,
+    router_of,
+)
 from farthing.ops.sampling import CANDIDATES, Filters
 from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import CACHE_DTYPES, CACHE_MAX
@@ -145,6 +156,7 @@ class CpuOps(PackingOps):
 
     cache_dtype: CacheDtype = "float32"
     sums_in_stack = True
+    compressed_past = True
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -161,7 +173,7 @@ class CpuOps(PackingOps):
     def new_state(self, layers: int, slots: int, spec: DeltaSpec) -> StateCache:
         return StateCache(*(self._lazy("float32", layers, slots, *each) for each in spec.state))
 
-    def copy_state(self, state: StateCache, source: Tensor, target: Tensor) -> None:
+    def copy_state(self, state: StateCache | OpenCache, source: Tensor, target: Tensor) -> None:
         pairs = list(zip(arrays.host(source).tolist(), arrays.host(target).tolist(), strict=True))
         for layer in (row for each in state.tensors() for row in arrays.host(each)):
             for s, t in pairs:
@@ -238,6 +250,65 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
+    def new_past(
+        self, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
+    ) -> tuple[Tensor, Tensor]:
+        """In one memory, so that a token's rows have one numbering: those of the window come first."""
+        own, past = tokens[0] * tokens[1], entries[0] * entries[1]
+        whole: Any = self._lazy(CACHE_DTYPES[dtype], rows, own + past, width)
+
+        def part(at: slice, shape: tuple[int, int]) -> Tensor:
+            chosen = whole[:, at]
+            return chosen.reshape(rows, *shape, width) if self.arrays else chosen.unflatten(1, shape)  # type: ignore[no-any-return]
+
+        return part(slice(own, None), entries), part(slice(0, own), tokens)
+
+    def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
+        return self._lazy("float32", layers, slots, tokens, columns)
+
+    def compressed(
+        self, q: Tensor, x: Tensor, index_q: Tensor | None, heads: Compressed, place: Place
+    ) -> Tensor:
+        q, x = _rows(q), _rows(x)
+        index_q = None if index_q is None else _rows(index_q)
+        kept = kept_of(heads, place)
+        tokens, batch = q.shape[0], place.batch
+        args = _native.CompressedArgs(
+            native_rows(q), native_rows(x), NO_ROWS if index_q is None else native_rows(index_q), tokens,
+            *kept,
+        )  # fmt: skip
+        _native.prepare_compressed(self._native, heads.native, args)
+        select = None if index_q is None else select_entries(self._native, index_q, x, heads, place)
+        reads = reads_of(heads, place, args, select, tokens)
+        out = empty(q, tokens, heads.spec.num_heads * heads.spec.head_dim)
+        own = place.cache.of(heads.spec.window).entries[heads.spec.rate]
+        for at in range(0, tokens, SELECTED_AT_ONCE):
+            part = slice(at, at + SELECTED_AT_ONCE)
+            self._native.mla(
+                heads.attention, native_rows(q[part]), NO_ROWS, min(SELECTED_AT_ONCE, tokens - at),
+                native_rows_of(own, place.row), native_reads(batch, part, reads), heads.spec.norm_eps,
+                native_rows(out[part]),
+            )  # fmt: skip
+        _native.turn_back(self._native, heads.native, address(batch.positions), native_rows(out), tokens)
+        return out
+
+    def collapse(self, x: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
+        x = _rows(x)
+        found = self.linear(x, streams.product, Norm(streams.norm, streams.eps))
+        tokens = x.shape[0]
+        out, mix = empty(x, tokens, streams.width), empty(x, tokens, streams.mixed)
+        rows = (native_rows(each) for each in (x, found))
+        _native.collapse(self._native, streams.native, *rows, tokens, native_rows(out), native_rows(mix))
+        return out, mix
+
+    def spread(self, x: Tensor, y: Tensor, mix: Tensor) -> Tensor:
+        x, y = _rows(x), _rows(y)
+        tokens, width = y.shape
+        out = empty(x, *x.shape)
+        rows = (native_rows(each) for each in (x, y, mix))
+        _native.spread(self._native, x.shape[1] // width, width, *rows, tokens, native_rows(out))
+        return out
+
     def _mla(
         self, q: Tensor, kv: Tensor, heads: Attention, cache: LatentCache, row: int, batch: Any, out: Tensor
     ) -> None:
@@ -293,6 +364,12 @@ class CpuOps(PackingOps):
     ) -> Tensor:
         seen = 0 if counts is None else address(counts)
         return self._experts(x, weights, norm, seen, residual=residual)
+
+    def moe_among(
+        self, x: Tensor, weights: Experts, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        seen, ids = 0 if counts is None else address(counts), contiguous(chosen)
+        return self._experts(x, weights, norm, seen, address(ids), residual=False)
 
     def moe_chosen(self, x: Tensor, weights: Experts, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
         assert weights.spec is not None

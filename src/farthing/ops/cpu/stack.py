@@ -159,13 +159,13 @@ def native_reads(batch: Batch, part: slice, reads: Chosen) -> Any:
     """Tokens `part` of a batch, each as a separate sequence that reads selected cache rows."""
     counts, slots, positions = reads.counts[part], reads.slots[part], batch.positions[part]
     return _native.Batch(
-        positions.data_ptr(),
-        batch.slots[part].data_ptr(),
-        reads.starts.data_ptr(),
-        counts.data_ptr(),
-        slots.data_ptr(),
+        address(positions),
+        address(batch.slots[part]),
+        address(reads.starts),
+        address(counts),
+        address(slots),
         *slots.shape,
-        counts.data_ptr(),
+        address(counts),
     )
 
 

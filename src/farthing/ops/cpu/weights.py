@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,6 +18,8 @@ from farthing.lazy import torch
 from farthing.ops.api import (
     SILU,
     AttentionSpec,
+    CompressedParts,
+    CompressedSpec,
     DeltaParts,
     DeltaSpec,
     Gate,
@@ -27,6 +29,8 @@ from farthing.ops.api import (
     IndexerSpec,
     MoEWeights,
     RouterSpec,
+    StreamParts,
+    StreamSpec,
 )
 from farthing.ops.arrays import address
 from farthing.ops.cpu import stack as indexing
@@ -241,6 +245,30 @@ class Delta:
     native: Any
     width: int  # columns of the output
     eps: float  # of its norm
+    alive: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """Heads of a compressed past; owns the tensors that native code points to."""
+
+    spec: CompressedSpec
+    native: Any
+    attention: Any  # over the rows that a token reads
+    indexer: indexing.Indexer | None
+    alive: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Hyper-connections; owns the tensors that native code points to."""
+
+    native: Any
+    product: Linear
+    norm: Tensor  # [n D] of ones
+    eps: float
+    width: int  # of one stream
+    mixed: int  # numbers per token for `spread`
     alive: tuple[Tensor, ...]
 
 
@@ -562,6 +590,50 @@ class PackingOps(HostOps):
         )  # fmt: skip
         return Delta(native, spec.values, spec.norm_eps, (conv, rate, shift, norm))
 
+    def pack_compressed(
+        self, name: str, spec: CompressedSpec, parts: Callable[[], CompressedParts], rope: Tensor
+    ) -> Compressed:
+        stored = self._file is not None and f"{name}.norm" in self._file
+        found = None if stored else parts()
+        count = len(spec.pooled)
+        own: dict[str, Callable[[], Tensor]] = {
+            "norm": lambda: found.norm,  # type: ignore[union-attr]
+            "sinks": lambda: found.sinks,  # type: ignore[union-attr]
+        }
+        for i in range(count):
+            own[f"pool.{i}.bias"] = lambda i=i: found.pools[i].bias  # type: ignore[misc, union-attr]
+            own[f"pool.{i}.norm"] = lambda i=i: found.pools[i].norm  # type: ignore[misc, union-attr]
+        norm, sinks, *pools = (self._tensor(f"{name}.{part}", value) for part, value in own.items())
+        rope = vector(rope)
+        cos, sin = address(rope[0]), address(rope[1])
+        index, dims = spec.index, (spec.head_dim, spec.index.head_dim if spec.index else 0)
+        native = _native.Compressed(
+            spec.num_heads, spec.head_dim, spec.rope_dim, index.num_heads if index else 0, dims[1],
+            spec.window, spec.rate, index is not None, spec.norm_eps, address(norm), cos, sin,
+            [(dims[i], address(pools[2 * i]), address(pools[2 * i + 1])) for i in range(count)],
+        )  # fmt: skip
+        attention = _native.Attention(
+            spec.num_heads, 0, 0, spec.head_dim, spec.head_dim, spec.head_dim**-0.5, True, 0, cos, sin
+        )
+        attention.prepare(address(sinks))
+        selects = None if index is None else indexing.pack(replace(index, rope_dim=0), norm, norm, rope)
+        return Compressed(spec, native, attention, selects, (norm, sinks, rope, *pools))
+
+    def pack_streams(self, name: str, spec: StreamSpec, parts: Callable[[], StreamParts]) -> Streams:
+        packed = self._stored(f"{name}.fn")
+        found = parts() if packed is None else None
+        if found is not None:
+            packed = self._keep(f"{name}.fn", pack_dense(self._native, found.weight, False))
+        base = self._tensor(f"{name}.base", lambda: found.base)  # type: ignore[union-attr]
+        scale = self._tensor(f"{name}.scale", lambda: found.scale)  # type: ignore[union-attr]
+        assert packed is not None
+        rows, columns = packed.shape
+        ends, n = rows == spec.count, spec.count
+        native = _native.Streams(n, columns // n, spec.steps, spec.eps, ends, address(base), address(scale))
+        ones = self.tensor(np.ones(columns, np.float32))
+        product, mixed = Linear(packed, rows, columns), 0 if ends else n * (n + 1)
+        return Streams(native, product, ones, spec.norm_eps, columns // n, mixed, (base, scale))
+
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
     ) -> indexing.Indexer:
@@ -598,13 +670,16 @@ def _missing() -> Any:
     raise ValueError("the packed file lacks a part of this layer; pack the model again")
 
 
+SCORING = ("sigmoid", "softmax", "sqrtsoftplus")  # in the order of native/backend.h
+
+
 def router_of(spec: RouterSpec) -> Any:
     """The native router of a layer."""
     router = _native.Router()
     router.experts, router.top_k = spec.num_experts, spec.top_k
     router.identities = spec.identities
     router.groups, router.top_k_groups = spec.num_groups, spec.top_k_groups
-    router.sigmoid, router.top2_sum = spec.scoring == "sigmoid", spec.group_score == "top2_sum"
+    router.scoring, router.top2_sum = SCORING.index(spec.scoring), spec.group_score == "top2_sum"
     router.normalize, router.scale = spec.normalize, spec.scale
     router.mass = -1.0 if spec.mass is None else spec.mass
     router.min_experts = spec.min_experts

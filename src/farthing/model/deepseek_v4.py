@@ -1,0 +1,309 @@
+"""DeepSeek-V4, read top to bottom: a residual of several streams, attention to a window and a compressed
+past, and experts that the first layers look up by the token.
+
+Legend: T tokens; D hidden size; n streams; H query heads of size d; g groups of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from farthing.model.attention import norm_of
+from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.deepseek import FeedForward
+from farthing.model.kinds import cache_kinds
+from farthing.model.source import WeightSource
+from farthing.ops import (
+    ALL,
+    Batch,
+    CacheDtype,
+    CompressedParts,
+    CompressedSpec,
+    Cut,
+    Handle,
+    IndexCache,
+    IndexerSpec,
+    LatentCache,
+    OpenCache,
+    Ops,
+    Place,
+    PoolParts,
+    RouterSpec,
+    StreamParts,
+    Weight,
+    all_finite,
+    as_float32,
+    beside,
+    cut_weight,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def streams_of(config: ModelConfig, ops: Ops, weights: WeightSource, p: str, ends: bool = False) -> Handle:
+    """Hyper-connections (section 2.2): how the streams are summed for a half of a layer, and how its output
+    is added to each of them while they mix. p: prefix of the names; ends: they are summed a last time."""
+    spec, d = config.streams, config.hidden_size
+    assert spec is not None
+    n = spec.count
+    rows = n if ends else n * (n + 2)
+    shapes = {"fn": (rows, n * d), "base": (rows,), "scale": (1 if ends else 3,)}
+
+    def parts() -> StreamParts:
+        return StreamParts(*(as_float32(weights.tensor(p + name, shape)) for name, shape in shapes.items()))
+
+    return ops.pack_streams(p.rstrip("._"), spec, parts)
+
+
+class CompressedAttention:
+    """The first half of a layer (section 2.3)."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
+    ) -> None:
+        p, d, a = f"model.layers.{layer}.self_attn.", config.hidden_size, config.compressed
+        assert a is not None
+        self.ops = ops
+        self.streams = streams_of(config, ops, weights, f"model.layers.{layer}.attn_hc.")
+        self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
+        pools = [p + "compressor."] if a.rates[layer] else []
+        if indexed := a.rates[layer] == a.indexed:
+            pools.append(p + "compressor.indexer.")
+        modules = [p + "q_a_proj", p + "kv_proj"]
+        modules += [pool + name for pool in pools for name in ("kv_proj", "gate_proj")]
+        modules += [pools[1] + "scorer.weights_proj"] if indexed else []
+        widths = a.q_lora_rank, a.head_dim, *a.pooled(layer)
+        # One product over the hidden state computes the queries' latent and all that is kept of a token.
+        self.first = ops.pack_linear(
+            p + "first",
+            lambda: [weights.weight(m, (width, d)) for m, width in zip(modules, widths, strict=True)],
+        )
+        self.latent = a.q_lora_rank
+        self.q_norm = norm_of(config, weights, p + "q_a_norm", a.q_lora_rank)
+        q_shape = a.query_width, a.q_lora_rank
+        self.q = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
+        self.index_q = None
+        if indexed:
+            i_shape = a.index_n_heads * a.index_head_dim, a.q_lora_rank
+            self.index_q = ops.pack_linear(
+                pools[1] + "q_b_proj", lambda: [weights.weight(pools[1] + "q_b_proj", i_shape)]
+            )
+        self.heads = ops.pack_compressed(
+            p + "heads",
+            compressed_spec(config, layer),
+            lambda: _parts(config, weights, layer, pools),
+            rope,
+        )
+        group = a.query_width // a.o_groups
+        self.ends = list(accumulate([group] * a.o_groups, initial=0))
+        self.o_a = [
+            ops.pack_linear(f"{p}o_a_proj.{g}", lambda rows=rows: [self._group(weights, p, config, rows)])  # type: ignore[misc]
+            for g, rows in enumerate(pairwise(range(0, a.output_width + 1, a.o_lora_rank)))
+        ]
+        o_shape = d, a.output_width
+        self.o_b = ops.pack_linear(p + "o_b_proj", lambda: [weights.weight(p + "o_b_proj", o_shape)])
+
+    @staticmethod
+    def _group(weights: WeightSource, p: str, config: ModelConfig, rows: tuple[int, int]) -> Weight:
+        """A group's rows of o_a_proj."""
+        a = config.compressed
+        assert a is not None
+        shape = a.output_width, a.query_width // a.o_groups
+        return cut_weight(weights.weight(p + "o_a_proj", shape), Cut(0, *rows))
+
+    def __call__(self, x: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, None]:
+        """x [T, n D] -> [T, n D]; writes what is kept of the tokens to the cache."""
+        ops = self.ops
+        u, mix = ops.collapse(x, self.streams)
+        first = ops.linear(u, self.first, self.norm)
+        latent, kept = first[:, : self.latent], first[:, self.latent :]
+        q = ops.linear(latent, self.q, self.q_norm)
+        index_q = None if self.index_q is None else ops.linear(latent, self.index_q, self.q_norm)
+        out = ops.compressed(q, kept, index_q, self.heads, place)
+        parts = [ops.linear(out[:, a:b], o) for (a, b), o in zip(pairwise(self.ends), self.o_a, strict=True)]
+        return ops.spread(x, ops.linear(beside(parts), self.o_b), mix), None
+
+
+def compressed_spec(config: ModelConfig, layer: int) -> CompressedSpec:
+    """The head layout for the op."""
+    a = config.compressed
+    assert a is not None
+    index = None
+    if a.rates[layer] == a.indexed:
+        index = IndexerSpec(a.index_n_heads, a.index_head_dim, a.rotary_width, a.index_topk, interleaved=True)
+    return CompressedSpec(
+        num_heads=a.num_attention_heads,
+        head_dim=a.head_dim,
+        rope_dim=a.rotary_width,
+        window=a.sliding_window,
+        rate=a.rates[layer],
+        index=index,
+        norm_eps=config.rms_norm_eps,
+    )
+
+
+def _parts(config: ModelConfig, weights: WeightSource, layer: int, pools: list[str]) -> CompressedParts:
+    p, a = f"model.layers.{layer}.self_attn.", config.compressed
+    assert a is not None
+
+    def vector(name: str, *shape: int) -> Tensor:
+        return as_float32(weights.tensor(name, shape))
+
+    columns = a.pooled(layer)[::2]  # of the values of each pool
+    dims = a.head_dim, a.index_head_dim
+    return CompressedParts(
+        vector(p + "kv_norm.weight", a.head_dim),
+        vector(p + "sinks", a.num_attention_heads),
+        tuple(
+            PoolParts(
+                vector(pool + "position_bias", a.rates[layer], width), vector(pool + "kv_norm.weight", dim)
+            )
+            for pool, width, dim in zip(pools, columns, dims, strict=False)
+        ),
+    )
+
+
+class StreamedFeedForward(FeedForward):
+    """The second half of a layer: experts, which hashed layers look up by the token (section 2.1)."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, router: RouterSpec | None
+    ) -> None:
+        super().__init__(config, ops, weights, layer, router)
+        self.streams = streams_of(config, ops, weights, f"model.layers.{layer}.ffn_hc.")
+        self.table: Tensor | None = None
+        if layer in config.hashed_layers:
+            shape = config.vocab_size, config.num_experts_per_tok
+            self.table = weights.tensor(f"model.layers.{layer}.mlp.gate.tid2eid", shape)
+
+    def __call__(self, x: Tensor, counts: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+        """x [T, n D] -> [T, n D]; ids [T] int64, of a hashed layer."""
+        u, mix = self.ops.collapse(x, self.streams)
+        if self.table is None:
+            y = self.ops.moe(u, self.packed, self.norm, counts, residual=False)
+        else:
+            y = self.ops.moe_among(u, self.packed, self.norm, self.table[ids], counts)
+        return self.ops.spread(x, y, mix)
+
+
+class DeepseekV4(DecoderModel):
+    """The model over a backend."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        routers: list[RouterSpec | None] | None = None,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
+        assert config.compressed is not None
+        if not ops.compressed_past:
+            raise ValueError(
+                f"backend: got {ops.name!r}; expected 'cpu', 'torch' or 'reference': it does not compute the "
+                f"compressed past of {config.model_type!r}"
+            )
+        super().__init__(config, ops, weights, routers, first, last)
+        if last:
+            self.collapse = streams_of(config, ops, weights, "model.hc_head.hc_", ends=True)
+
+    def _layer(
+        self, weights: WeightSource, layer: int, rope: Tensor, router: RouterSpec | None
+    ) -> tuple[Any, Any]:
+        attention = CompressedAttention(self.config, self.ops, weights, layer, rope)
+        return attention, StreamedFeedForward(self.config, self.ops, weights, layer, router)
+
+    def restack(self) -> None:
+        """No backend computes the layers in one call."""
+        self.stack = None
+
+    def new_cache(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        dtype: CacheDtype = "bfloat16",
+        windows: Mapping[int, int] | None = None,
+        slots: int | None = None,
+    ) -> LatentCache:
+        """As in `DecoderModel`, with entries in the blocks that keep all tokens."""
+        past, window, *opened = cache_kinds(self.config)
+        assert window.window is not None
+        if block_size % self.config.block_tokens:
+            raise ValueError(
+                f"block_size: got {block_size}; expected a multiple of {self.config.block_tokens}, so that "
+                "entries do not cross the edges of blocks"
+            )
+        if dtype in ("fp8", "int8"):
+            raise ValueError(
+                f"kv_cache_dtype: got {dtype!r}; expected 'float32' or 'bfloat16' for this model"
+            )
+        blocks = num_blocks if windows is None else windows[window.window]
+        cache = self.ops.new_cache(0, num_blocks, block_size, past.width, dtype)
+        own = cache.windows[window.window] = self.ops.new_cache(0, blocks, block_size, past.width, dtype)
+        entries = {e.past: e for e in past.entries}
+        for kept in window.entries:
+            e = entries.get(kept.past)
+            shape = (num_blocks, block_size // e.rate) if e else (0, 0)
+            found = self.ops.new_past(len(kept.layers), shape, (blocks, block_size), kept.width, dtype)
+            if e:
+                cache.entries[e.past] = found[0]
+            own.entries[kept.past] = found[1]
+            if e and e.index_width:
+                cache.index = IndexCache(
+                    self.ops.new_cache(len(e.layers), *shape, e.index_width, dtype).data, None
+                )
+        count = num_blocks if slots is None else slots
+        shapes = [each for kind in opened for each in kind.state]
+        rates = self.config.compressed.rates if self.config.compressed else ()
+        if shapes:
+            rows = {rates[e.layers[0]]: self.ops.new_open(len(e.layers), count, *e.shape) for e in shapes}  # type: ignore[call-arg]
+            cache.open = OpenCache(rows)
+        return cache
+
+    def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
+        """ids [T] int64 -> hidden [T, D] before the final norm."""
+        return self.run_layers(self.embed(ids), replace(batch, ids=ids), cache, counts)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [T] int64 -> the embedding in every stream [T, n D]."""
+        assert self.config.streams is not None
+        h = super().embed(ids)
+        return beside([h] * self.config.streams.count)
+
+    def run_layers(
+        self,
+        h: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        counts: Tensor | None = None,
+        span: slice = ALL,
+    ) -> Tensor:
+        """All layers, and the streams' last sum: h [T, n D] -> [T, D]."""
+        if span != ALL:
+            raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
+        places = self._places(batch, cache)
+        for i, (attention, feed_forward) in enumerate(self.layers):
+            h, _ = attention(h, places[i])
+            h = feed_forward(h, None if counts is None else counts[i], batch.ids)
+        return self.ops.collapse(h, self.collapse)[0]
+
+    def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
+        """As in `DecoderModel`."""
+        h, places = self.embed(ids), self._places(batch, cache)
+        if not all_finite(h):
+            return "the embedding (model.embed_tokens)"
+        for i, (attention, feed_forward) in enumerate(self.layers):
+            h, _ = attention(h, places[i])
+            if not all_finite(h):
+                return f"layer {i}'s attention (model.layers.{i}.self_attn)"
+            h = feed_forward(h, None, ids)
+            if not all_finite(h):
+                return f"layer {i}'s experts (model.layers.{i}.mlp)"
+        logits = self.logits(self.ops.collapse(h, self.collapse)[0])
+        return None if all_finite(logits) else "the head (model.norm, lm_head)"

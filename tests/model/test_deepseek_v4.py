@@ -1,0 +1,207 @@
+"""Streams, a compressed past and experts chosen by the token, on every backend: a small DeepSeek-V4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("farthing._native")
+
+from farthing import _native
+from farthing.model.config import ConfigError, ModelConfig
+from farthing.model.decoder import DecoderModel
+from farthing.model.kinds import cache_kinds
+from farthing.model.load import load, random_model, random_parameters
+from farthing.model.types import type_named
+from farthing.ops.api import CacheDtype
+from farthing.ops.cpu.backend import CpuOps
+from farthing.ops.hybrid import HybridOps
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
+from tests.tiny import DEEPSEEK_V4
+
+CONFIG = ModelConfig.from_json(DEEPSEEK_V4)
+FLASH = dict(  # as released, without what is not read
+    model_type="deepseek_v4",
+    vocab_size=129280,
+    hidden_size=4096,
+    moe_intermediate_size=2048,
+    num_hidden_layers=43,
+    num_attention_heads=64,
+    head_dim=512,
+    qk_rope_head_dim=64,
+    q_lora_rank=1024,
+    o_groups=8,
+    o_lora_rank=1024,
+    compress_ratios=[0, 0, *(4, 128) * 20, 4],
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=6,
+    num_hash_layers=3,
+    max_position_embeddings=1 << 20,
+    rope_scaling={"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536},
+)
+
+
+def built(backend: str = "cpu", **options: Any) -> DecoderModel:
+    threads = None if backend == "reference" else options.pop("threads", 1)
+    return random_model(CONFIG, select(backend, torch.float32, threads, **options), seed=7)
+
+
+def logits(model: DecoderModel, dtype: CacheDtype = "float32", length: int = 60) -> torch.Tensor:
+    """A prompt in two chunks, a step of two sequences, and a step of one, over scattered blocks and slots
+    that held other sequences."""
+    ids = (torch.arange(length) * 7) % CONFIG.vocab_size
+    block = length // 8 + 2
+    cache = model.new_cache(2 * block, 8, dtype, slots=3)
+    assert cache.open is not None
+    for each in cache.open.tensors():
+        each += torch.nan
+    first, second = list(reversed(range(block))), list(range(block, block + 4))
+    parts = [
+        (ids[: length - 6], make_batch([length - 6], [0], [first], 8, [2])),
+        (ids[:9], make_batch([4, 5], [length - 6, 0], [first, second], 8, [2, 0])),
+        (ids[:3], make_batch([1, 2], [length - 2, 5], [first, second], 8, [2, 0])),
+        (ids[:1], make_batch([1], [length - 1], [first], 8, [2])),
+    ]
+    with torch.inference_mode():
+        return torch.cat([model.logits(model.forward(part, batch, cache)).float() for part, batch in parts])
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    return logits(built("reference"))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+def test_kernels_agree_with_the_reference(isa: str, expected: torch.Tensor) -> None:
+    assert distance(logits(random_model(CONFIG, CpuOps(2, isa=isa), seed=7)), expected) < 1e-5
+
+
+def test_rounded_cache_agrees_with_the_reference() -> None:
+    error = logits(built(), "bfloat16") - logits(built("reference"), "bfloat16")
+    assert (error.norm(dim=1) / logits(built()).norm(dim=1)).median() < 0.02
+
+
+def test_torch_agrees_with_the_reference(expected: torch.Tensor) -> None:
+    assert distance(logits(built("torch")), expected) < 1e-5
+
+
+def test_other_backends_say_that_they_cannot() -> None:
+    ops = HybridOps(select("torch", torch.float32), select("cpu", threads=1), 2)
+    with pytest.raises(ValueError, match=r"backend: got .*; expected 'cpu', 'torch' or 'reference'"):
+        random_model(CONFIG, ops, seed=7)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+def test_packed_file_gives_the_same_logits(quantization: str | None, tmp_path: Path) -> None:
+    path = str(tmp_path / "packed.bin")
+    model = built(quantization=quantization)
+    model.ops.save_packed(path)
+    mapped = built(packed=path)
+    assert mapped.ops.packed_from is not None
+    assert torch.equal(logits(model), logits(mapped))
+    exact = logits(built())  # the median token: rounding may change the choice of an entry or an expert
+    error = (logits(model) - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.median() < {None: 1e-6, "int8": 0.1, "int4": 0.6}[quantization]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31])
+def test_logits_do_not_depend_on_steps(length: int) -> None:
+    """To the bit: around the edges of windows and entries."""
+    model = built(threads=2)
+    ids = (torch.arange(40) * 5) % CONFIG.vocab_size
+    found = []
+    for steps in ([length, 40 - length], [1] * 40):
+        cache, at, out = model.new_cache(6, 8, "float32"), 0, []
+        for count in steps:
+            batch = make_batch([count], [at], [[3, 1, 4, 0, 5]], 8)
+            out.append(model.logits(model.forward(ids[at : at + count], batch, cache)))
+            at += count
+        found.append(torch.cat(out))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("layout", ["published", "saved", "own"])
+def test_files_of_every_layout_are_read(layout: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    names = type_named("deepseek_v4").names
+    stored = dict(zip(("published", "saved", "own"), (names.stored, *names.variants), strict=True))[layout]
+    save_file(
+        {stored(n): t.contiguous() for n, t in random_parameters(CONFIG, 7).items()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V4))
+    assert torch.equal(logits(load(tmp_path, select("cpu", torch.float32, 1))), logits(built()))
+
+
+def test_published_names() -> None:
+    stored, indexer = type_named("deepseek_v4").names.stored, "model.layers.3.self_attn.compressor.indexer."
+    pairs = {
+        "model.embed_tokens.weight": "embed.weight",
+        "lm_head": "head",
+        "model.norm.weight": "norm.weight",
+        "model.hc_head.hc_fn": "hc_head_fn",
+        "model.layers.3.attn_hc.base": "layers.3.hc_attn_base",
+        "model.layers.3.input_layernorm.weight": "layers.3.attn_norm.weight",
+        "model.layers.3.self_attn.q_a_proj": "layers.3.attn.wq_a",
+        "model.layers.3.self_attn.kv_norm.weight": "layers.3.attn.kv_norm.weight",
+        "model.layers.3.self_attn.o_a_proj": "layers.3.attn.wo_a",
+        "model.layers.3.self_attn.compressor.position_bias": "layers.3.attn.compressor.ape",
+        "model.layers.3.self_attn.compressor.gate_proj": "layers.3.attn.compressor.wgate",
+        indexer + "kv_proj": "layers.3.attn.indexer.compressor.wkv",
+        indexer + "kv_norm.weight": "layers.3.attn.indexer.compressor.norm.weight",
+        indexer + "q_b_proj": "layers.3.attn.indexer.wq_b",
+        indexer + "scorer.weights_proj": "layers.3.attn.indexer.weights_proj",
+        "model.layers.3.mlp.gate.e_score_correction_bias": "layers.3.ffn.gate.bias",
+        "model.layers.3.mlp.gate.tid2eid": "layers.3.ffn.gate.tid2eid",
+        "model.layers.3.mlp.experts.7.down_proj": "layers.3.ffn.experts.7.w2",
+        "model.layers.3.mlp.shared_experts.up_proj.weight": "layers.3.ffn.shared_experts.w3.weight",
+    }
+    assert {name: stored(name) for name in pairs} == pairs
+
+
+def test_flash_keeps_few_bytes_of_a_token() -> None:
+    config = ModelConfig.from_json(FLASH)
+    past, window, opened = cache_kinds(config)
+    assert config.block_tokens == 128
+    # 21 layers of a quarter of an entry and an index key, 20 of a 128th
+    assert past.token_bytes("bfloat16") == 21 * (512 + 128) * 2 // 4 + 20 * 512 * 2 // 128
+    assert window.token_bytes("bfloat16") == 43 * 512 * 2
+    assert opened.state_bytes == 4 * (21 * 8 * 2 * (1024 + 256) + 20 * 128 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(o_groups=3), "o_groups: got 3; expected a divisor of num_attention_heads = 4"),
+        (dict(qk_rope_head_dim=32), "qk_rope_head_dim: got 32; expected an even number .* head_dim = 24"),
+        (dict(layer_types=["sliding_attention"]), "layer_types has 1 entries; expected one per layer, 4"),
+        (dict(layer_types=["mamba"] * 4), "layer_types: got 'mamba'"),
+        (dict(layer_types=None, compress_ratios=[0, 4, 5, 4]), "compress_ratios: got"),
+        (dict(mlp_layer_types=["dense"] * 4), "mlp_layer_types: got 'dense'"),
+        (dict(hc_mult=0), "hc_mult: got 0"),
+        (dict(index_topk=0), "index_topk: got 0"),
+        (
+            dict(compress_rates={"compressed_sparse_attention": 0}),
+            "compress_rates.compressed_sparse_attention: got 0",
+        ),
+    ],
+)
+def test_rejected_configs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_json(DEEPSEEK_V4 | changes)
+
+
+def test_blocks_hold_whole_entries() -> None:
+    with pytest.raises(ValueError, match="block_size: got 4; expected a multiple of 8"):
+        built().new_cache(4, 4)
