@@ -5,11 +5,12 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.model.kinds import CacheKind, Sizing
+from farthing.model.kinds import CacheKind, Sizing, StateShape
 
 FULL = CacheKind((1, 3), rows=2, width=128)
 WINDOW = CacheKind((0, 2), rows=2, width=128, window=128)
-STATE = CacheKind((0, 1, 2), state=((4, 8, 8), (3, 64)))
+RECURRENT = (0, 1, 2)
+STATE = CacheKind(RECURRENT, state=tuple(StateShape(RECURRENT, s) for s in ((4, 8, 8), (3, 64))))
 
 
 def test_bytes_per_token_and_sequence() -> None:

@@ -191,9 +191,9 @@ def test_commands_accept_a_name() -> None:
     planned = run(app, ["plan", "deepseek-v3", "--gpu", "h100", "--price", "2.0", "--json"])
     assert planned.exit_code == 0 and json.loads(planned.stdout)["kind"] == "estimate"
     for command in ("inspect", "plan"):
-        refused = run(app, [command, "deepseek-v4"])
+        refused = run(app, [command, "deepseek-v4.1"])
         assert refused.exit_code == Exit.INPUT
-        assert "deepseek-v4 is not supported" in refused.output
+        assert "deepseek-v4.1 is not supported" in refused.output
         assert "the closest is 'deepseek-v" in refused.output
     assert run(app, ["inspect", "glm-5", "--prompts", __file__]).exit_code == Exit.INPUT
 

@@ -240,6 +240,12 @@ class ModelConfig:
             return self.compressed.sliding_window
         return (self.windows[layer] if layer < len(self.windows) else 0) or None
 
+    def keys_read(self, layer: int, context: int) -> int:
+        """Cached keys and entries that a token behind so many attends to in a layer, without an indexer."""
+        if self.compressed is not None:
+            return self.compressed.at(layer).most_keys(context)
+        return min(context, self.window(layer) or context)
+
     def at(self, layer: int) -> ModelConfig:
         """This config with the sizes of one layer."""
         if not self.layer_sizes:

@@ -148,7 +148,7 @@ def context_cost(config: ModelConfig, context: int) -> ContextCost:
     index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes
 
     def over(tokens: int, each: Callable[[int], int]) -> int:
-        return sum(each(i) * min(tokens, c.window(i) or tokens) for i in attending(c))
+        return sum(each(i) * c.keys_read(i, tokens) for i in attending(c))
 
     def flops(layer: int) -> int:
         return _attention_flops(c, layer)

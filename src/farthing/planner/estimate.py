@@ -473,7 +473,7 @@ SAME = {
     "qwen3.6-35b-a3b": "qwen3.5-35b-a3b",
     "qwen3-coder-next": "qwen3-next-80b-a3b",
 }
-_UNSUPPORTED = ("deepseek-v4",)  # known names whose architecture is not served
+_UNSUPPORTED = ("deepseek-v4.1",)  # known names whose architecture is not served
 
 
 def published() -> list[str]:

@@ -48,7 +48,10 @@ _QUANTIZED = (
     *("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight"),
     *("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight"),
 )
-_KEPT = ("eh_proj.weight", ".indexer.weights_proj.weight")  # published checkpoints keep these in bfloat16
+_KEPT = (  # published checkpoints keep these in bfloat16
+    *("eh_proj.weight", ".indexer.weights_proj.weight", ".scorer.weights_proj.weight"),
+    *(f".{of}.{part}_proj.weight" for of in ("compressor", "indexer") for part in ("kv", "gate")),
+)
 StoredOf = Callable[[str], Stored]
 
 
@@ -82,6 +85,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
             return plain
         if method_of(quantization) == MXFP4:
             return Stored("mxfp4", MXFP4_GROUP) if ".experts." in name else plain
+        if ".experts." in name and raw.get("expert_dtype") == "fp4":
+            return Stored("mxfp4", MXFP4_GROUP)
         if groups is None:
             return Stored("fp8")
         module = name.removesuffix(".weight")

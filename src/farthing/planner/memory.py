@@ -155,12 +155,15 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
 
 def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, step: _Step) -> None:
     """Each token reads a window and entries as a separate sequence, a few tokens at once."""
+    d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
+    one, at_once = _storage(holder, s.stored, d), min(step.total, _selected_at_once())
+    sizes.mla(one, s.heads, 0, d, d, d, at_once, 1, keys, 1)
+
+
+def _selected_at_once() -> int:
     from farthing.ops.cpu.backend import SELECTED_AT_ONCE
 
-    d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
-    sizes.mla(
-        _storage(holder, s.stored, d), s.heads, 0, d, d, d, min(step.total, SELECTED_AT_ONCE), 1, keys, 1
-    )
+    return SELECTED_AT_ONCE
 
 
 def _latent_attention(
@@ -176,12 +179,10 @@ def _latent_attention(
     if c.index_topk is None or step.keys <= c.index_topk:
         sizes.mla(*heads, step.sequences, step.tokens, step.keys)
     else:
-        from farthing.ops.cpu.backend import SELECTED_AT_ONCE
-
         scored = min(step.total, max(1, MOST_SCORES // step.keys))
         index = (c.index_n_heads, c.index_head_dim, c.index_topk)
         sizes.index(*index, scored, step.keys, cache_dtype != "float32")
-        sizes.mla(*heads, min(step.total, SELECTED_AT_ONCE), 1, c.index_topk)
+        sizes.mla(*heads, min(step.total, _selected_at_once()), 1, c.index_topk)
 
 
 def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
@@ -327,7 +328,11 @@ class PlannedModel:
     @property
     def projections(self) -> Stored:
         """Storage format of the layers' matrices."""
-        return next(stored for name, _, stored in self.parameters if name.endswith("o_proj.weight"))
+        return next(
+            stored
+            for name, _, stored in self.parameters
+            if name.endswith(("o_proj.weight", "o_b_proj.weight"))
+        )
 
 
 def memory(model: PlannedModel, plan: ShardPlan, holder: Holder, serving: Serving) -> list[RankMemory]:

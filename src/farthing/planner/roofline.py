@@ -215,7 +215,7 @@ class RankRoofline:
         c = self.config
         if c.recurrent is not None and c.is_recurrent(layer):  # a state is read and written
             return tokens * 2 * c.recurrent.state_bytes / self.bandwidth
-        attended, scanned = min(context, c.window(layer) or context), 0.0
+        attended, scanned = float(c.keys_read(layer, int(context))), 0.0
         if c.index_topk is not None and context > c.index_topk:
             attended, scanned = c.index_topk, context * c.has_indexer(layer)
         latent, index = cache_row_bytes(c, layer, self.cache_dtype, self.layout.tp)
@@ -233,7 +233,7 @@ class RankRoofline:
         if c.recurrent is not None and c.is_recurrent(layer):  # four multiplications per element of the state
             return tokens * 2 * c.recurrent.state_bytes / self.attention_flops
         seen = past + new / 2
-        dense = 2 * min(seen, c.window(layer) or seen) * self._heads * c.heads(layer).expanded_width
+        dense = 2 * c.keys_read(layer, int(seen)) * self._heads * c.heads(layer).expanded_width
         if c.index_topk is None or past + new <= c.index_topk:
             return tokens * dense / self.attention_flops
         first = max(c.index_topk - past, 0)  # new tokens that select nothing

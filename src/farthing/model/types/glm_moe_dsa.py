@@ -1,4 +1,5 @@
-"""GLM-5: V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection."""
+"""GLM-5, V3.2 with an interleaved indexer rotation and layers that reuse an earlier layer's selection, and
+GLM-4.7-Flash, V3 with other sizes and one expert group."""
 
 from farthing.model.fields import integer
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix, layer_count, per_layer
@@ -28,4 +29,11 @@ def _fields(raw: Fields) -> Fields:
     return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
 
 
-TYPE = ModelType("glm_moe_dsa", "GLM-5", _fields)
+def _flash(raw: Fields) -> Fields:
+    return {"first_k_dense_replace": 1, **raw, **dense_prefix(raw)}
+
+
+TYPES = (
+    ModelType("glm_moe_dsa", "GLM-5", _fields),
+    ModelType("glm4_moe_lite", "GLM-4.7-Flash", _flash),
+)
