@@ -29,6 +29,8 @@ PUBLISHED: dict[str, tuple[str, str, Literal["head", "neither", "both"]]] = {
     "deepseek-r1": ("671", "37", "head"),
     "deepseek-v3.1": ("671", "37", "head"),
     "deepseek-v3.2": ("671", "37", "head"),
+    "deepseek-v4-flash": ("284", "13", "head"),
+    "deepseek-v4-pro": ("1.6T", "49", "head"),
     "moonlight-16b": ("16", "3", "head"),
     "kimi-k2": ("1T", "32", "head"),  # "1T" in both model cards
     "kimi-k2.5": ("1T", "32", "head"),
