@@ -19,6 +19,8 @@ from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI, DelimitedCalls
 from farthing.conversation.formats.dsml import DsmlCalls, write_calls
+from farthing.conversation.formats.gemma import GEMMA4
+from farthing.conversation.formats.gemma import MARKS as GEMMA_MARKS
 from farthing.conversation.formats.glm import GLM45, GLM47, GlmCalls
 from farthing.conversation.formats.harmony import HARMONY
 from farthing.conversation.formats.harmony import MARKS as harmony_marks
@@ -167,6 +169,22 @@ def harmony(calls: Calls) -> str:
     )
 
 
+def gemma4(calls: Calls) -> str:
+    def written(value: Any) -> str:
+        if isinstance(value, str):
+            return f'<|"|>{value}<|"|>'
+        if isinstance(value, dict):
+            return "{" + ",".join(f"{written(key)}:{written(v)}" for key, v in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ",".join(map(written, value)) + "]"
+        return json.dumps(value)
+
+    def arguments(a: dict[str, Any]) -> str:  # keys are bare
+        return ",".join(f"{key}:{written(value)}" for key, value in a.items())
+
+    return "".join(f"<|tool_call>call:{name}{{{arguments(a)}}}<tool_call|>" for name, a in calls)
+
+
 FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("v3", v3, lambda tokens=frozenset(): V3.calls(TOOLS, tokens)),
     ("v31", v31, lambda tokens=frozenset(): V31.calls(TOOLS, tokens)),
@@ -180,10 +198,11 @@ FORMATS: list[tuple[str, Callable[[Calls], str], Callable[[], CallParser]]] = [
     ("minimax", minimax, lambda tokens=frozenset(): MINIMAX_M2.calls(TOOLS, tokens)),
     ("mistral", mistral, lambda tokens=frozenset(): MISTRAL.calls(TOOLS, tokens)),
     ("harmony", harmony, lambda tokens=frozenset(): HARMONY.calls(TOOLS, tokens)),
+    ("gemma4", gemma4, lambda tokens=frozenset(): GEMMA4.calls(TOOLS, tokens)),
     ("mistral_list", listed, lambda tokens=frozenset(): MISTRAL_LIST.calls(TOOLS, tokens)),
 ]
 IDS = [name for name, _, _ in FORMATS]
-TAGGED = [each for each in FORMATS if each[0] != "harmony"]  # reasoning is between tags
+TAGGED = [each for each in FORMATS if each[0] not in ("harmony", "gemma4")]  # reasoning is between tags
 TAGGED_IDS = [name for name, _, _ in TAGGED]
 
 TEXT = st.text(max_size=12) | st.sampled_from(
@@ -258,6 +277,7 @@ MARKUP += [
     '"name": "f"',
 ]
 MARKUP += [*harmony_marks, " to=functions.f", " to=", "analysis", "final", "commentary to=functions.add-2 "]
+MARKUP += [*GEMMA_MARKS, "thought\n", "call:f", "call:f{x:", "call:add-2", ":", "}"]
 MARKUP += [MARK + token for token in SPECIAL[1]]
 SOUP = st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), max_size=14).map("".join)
 PARSERS: list[Callable[[], CallParser]] = [
@@ -272,7 +292,7 @@ PARSERS: list[Callable[[], CallParser]] = [
     lambda: NoCalls(DEEPSEEK.all),
     *(
         lambda form=form: form.calls(TOOLS)
-        for form in (HERMES, QWEN3_CODER, MINIMAX_M2, MISTRAL, LLAMA3, HARMONY)
+        for form in (HERMES, QWEN3_CODER, MINIMAX_M2, MISTRAL, LLAMA3, HARMONY, GEMMA4)
     ),
 ]
 

@@ -178,6 +178,7 @@ class CallFormat:
     calls: MakesParser
     markup: frozenset[str]
     syntax: Syntax | None
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

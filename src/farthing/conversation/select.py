@@ -21,7 +21,7 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm import GLM45, GLM47
 from farthing.conversation.formats.harmony import HARMONY
 from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
-from farthing.conversation.formats.written import BY_MARKUP
+from farthing.conversation.formats.written import BY_MARKUP, BY_TYPE
 from farthing.conversation.strict import JsonCalls
 
 # What a chat template expects of the messages it gets. Rendering a short tool loop finds out.
@@ -236,6 +236,7 @@ _BY_TYPE = {
     "glm4_moe_lite": GLM47,
     "glm_moe_dsa": GLM47,
     "gpt_oss": HARMONY,
+    **BY_TYPE,
 }
 _BY_TOKEN = {
     "｜DSML｜": V4,
@@ -343,7 +344,8 @@ def _written(source: str) -> CallFormat | ChatFormat | None:
 
 def _calling(form: ChatFormat, other: CallFormat | ChatFormat) -> ChatFormat:
     """A format with the calls of another."""
-    return replace(form, calls=other.calls, markup=other.markup, syntax=other.syntax)
+    whole, tags = (True, None) if other.whole else (form.whole, form.tags)
+    return replace(form, calls=other.calls, markup=other.markup, syntax=other.syntax, whole=whole, tags=tags)
 
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from farthing.conversation.base import CallFormat
+from farthing.conversation.base import CallFormat, ChatFormat
+from farthing.conversation.formats.gemma import GEMMA3, GEMMA4
 from farthing.conversation.formats.hermes import HERMES
 from farthing.conversation.formats.llama3 import GRANITE, LLAMA3
 from farthing.conversation.formats.minimax_m2 import MINIMAX_M2
@@ -13,6 +14,7 @@ from farthing.conversation.formats.qwen3_coder import QWEN3_CODER
 
 # The first that a template contains decides: Qwen3-Coder's has Hermes' tags, too.
 BY_MARKUP: Mapping[str, CallFormat] = {
+    "<|tool_call>": GEMMA4,
     "<minimax:tool_call>": MINIMAX_M2,
     "<function=": QWEN3_CODER,
     "[ARGS]": MISTRAL,
@@ -21,3 +23,5 @@ BY_MARKUP: Mapping[str, CallFormat] = {
     "<tool_call>": HERMES,
     "<|start_header_id|>": LLAMA3,
 }
+# Formats that no command line can name, because they have no tools.
+BY_TYPE: Mapping[str, ChatFormat] = {"gemma3": GEMMA3, "gemma3_text": GEMMA3}
