@@ -19,7 +19,8 @@ from tests.tiny import QWEN3_NEXT
 from .conftest import EOS, VOCAB, Always, Greedy, MakeEngine, greedy_of, tokens_of
 from .test_engine import PROMPTS
 
-CONFIG = ModelConfig.from_json(QWEN3_NEXT | dict(vocab_size=VOCAB, eos_token_id=EOS))
+MORE = dict(vocab_size=VOCAB, eos_token_id=EOS, num_nextn_predict_layers=1)
+CONFIG = ModelConfig.from_json(QWEN3_NEXT | MORE)
 LONG = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
@@ -45,8 +46,9 @@ def greedy() -> Greedy:
         {"max_num_batched_tokens": 8, "max_num_seqs": 8},
         {"num_blocks": 40, "max_num_seqs": 4},
         {"speculate": "ngram"},
+        {"speculate": "mtp:2"},
     ],
-    ids=["chunks", "preempts", "drafts"],
+    ids=["chunks", "preempts", "ngram", "mtp"],
 )
 def test_tokens_are_those_of_one_sequence(
     make_engine: MakeEngine, greedy: Greedy, config: dict[str, Any]

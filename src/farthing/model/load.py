@@ -156,7 +156,9 @@ def model_of(
 def unread(config: ModelConfig) -> tuple[str, ...]:
     """Patterns of tensors that are not computed. transformers saves projections of identity experts."""
     identities = range(config.router_size - config.n_identity_experts, config.router_size)
-    return type_named(config.model_type).names.skipped + tuple(f"*.experts.{e}.*" for e in identities)
+    names = type_named(config.model_type).names
+    unused = () if names.drafts is None or config.num_nextn_predict_layers else ("mtp.*",)
+    return (*names.skipped, *unused, *(f"*.experts.{e}.*" for e in identities))
 
 
 def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
@@ -164,16 +166,18 @@ def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     names = names_in(checkpoint, config)
     if names.skipped_because:
         skipped = sum(any(fnmatchcase(n, p) for p in names.skipped) for n in checkpoint.names())
-        log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
+        if skipped:
+            log.info("%s: %d tensors skipped: %s", checkpoint.path, skipped, names.skipped_because)
     return unstacked(checkpoint, config)
 
 
 def unstacked(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     """The checkpoint's tensors under V3's names, single experts of stacks among them."""
     source = RenamedSource(checkpoint, names_in(checkpoint, config))
-    first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
-    stack = f"model.layers.{first}.mlp.experts.down_proj"
-    if not any(source.has(f"{stack}{suffix}") for suffix in ("", "_blocks")):
+    hidden, last = config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
+    first = (next(filter(config.is_moe, each), None) for each in (range(hidden), range(hidden, last)))
+    stacks = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in first]
+    if not any(source.has(f"{stack}{suffix}") for stack in stacks for suffix in ("", "_blocks")):
         return source
     return InterleavedExperts(source) if config.expert_bias else StackedExperts(source)
 
@@ -187,7 +191,7 @@ def claim(ops: Ops, source: str, path: str | Path) -> None:
 
 def names_in(checkpoint: Checkpoint, config: ModelConfig) -> Names:
     """The tensor names of a checkpoint."""
-    return type_named(config.model_type).names.used_in(checkpoint.has)
+    return type_named(config.model_type).names.used_in(checkpoint.has).in_model(config.num_hidden_layers)
 
 
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
@@ -196,6 +200,8 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     kind = type_named(config.model_type)
     names = names_in(checkpoint, config)
     mtp = names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
+    if not config.num_nextn_predict_layers and names.drafts is not None and checkpoint.has(mtp):
+        config = replace(config, num_nextn_predict_layers=1)  # of Qwen3-Next, whose config does not tell
     if config.num_nextn_predict_layers and not checkpoint.has(mtp):
         # transformers drops the MTP layer when saving a model but keeps the field.
         log.warning(

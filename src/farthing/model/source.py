@@ -151,7 +151,7 @@ class StackedExperts:
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a linear module; raises ValueError if a stack's slice has another shape."""
         match = _EXPERT.fullmatch(module)
-        if match is None:
+        if match is None or self._source.has(f"{module}.weight"):  # as some MTP layers have them
             return self._source.weight(module, shape)
         part, expert = match["part"], int(match["index"])
         name = stack_of(module)

@@ -180,7 +180,8 @@ class Rank:
         )
         self._draft_norms = [
             Norm(
-                source.tensor(f"model.layers.{i}.shared_head.norm.weight", (config.hidden_size,)).float(),
+                source.tensor(f"model.layers.{i}.shared_head.norm.weight", (config.hidden_size,)).float()
+                + config.norm_offset,
                 config.rms_norm_eps,
             )
             for i in range(

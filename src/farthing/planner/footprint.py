@@ -76,7 +76,9 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     text = optional_section(raw, "text_config")
     dtype = next((d for c in (raw, text) for d in (c.get("torch_dtype"), c.get("dtype")) if d), None)
     plain = Stored(_FLOATS.get(str(dtype), "bfloat16"))
-    quantization, stored_name = quantization_of(raw), type_of(raw).names.stored
+    layers = text.get("num_hidden_layers", raw.get("num_hidden_layers"))
+    names = type_of(raw).names.in_model(layers if isinstance(layers, int) else 0)
+    quantization, stored_name = quantization_of(raw), names.stored
     groups = read_quantization(quantization) if quantization else None
 
     def of(name: str) -> Stored:

@@ -13,6 +13,7 @@ from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, optional_section, wrong
 
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
 INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers
 
@@ -25,11 +26,27 @@ class Names:
     skipped: tuple[str, ...] = ()  # fnmatch patterns of stored tensors that are not computed here
     skipped_because: str = ""  # logged once if any of them is present
     variants: tuple[Callable[[str], str], ...] = ()  # other names that some writers of this type use
+    # From an MTP layer's number, the first being 0, and the rest of V3's name to the checkpoint's name.
+    drafts: Callable[[int, str], str] | None = None
 
     @classmethod
     def under(cls, prefix: str, skipped: tuple[str, ...] = (), because: str = "") -> Names:
         """V3's names under a prefix, as in checkpoints with a vision tower."""
         return cls(lambda name: prefix + name, skipped, because)
+
+    def in_model(self, layers: int) -> Names:
+        """These names in a model with so many hidden layers, which MTP layers follow."""
+        stored, drafts = self.stored, self.drafts
+        if drafts is None:
+            return self
+
+        def own(name: str) -> str:
+            match = _IN_LAYER.match(name)
+            if match is None or int(match[1]) < layers:
+                return stored(name)
+            return drafts(int(match[1]) - layers, name[match.end() :])
+
+        return replace(self, stored=own)
 
     def used_in(self, has: Callable[[str], bool]) -> Names:
         """These names, or those of the variant that a checkpoint uses. has: whether it has a tensor."""

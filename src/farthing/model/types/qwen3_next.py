@@ -42,6 +42,7 @@ def _hybrid(raw: Fields, fused: bool) -> dict[str, Any]:
         "shared_gate": True,
         "shared_intermediate_size": integer(raw, "shared_expert_intermediate_size"),
         **experts(raw),
+        "num_nextn_predict_layers": raw.get("mtp_num_hidden_layers") or raw.get("num_nextn_predict_layers"),
     }
 
 
@@ -75,14 +76,25 @@ def _under_language_model(name: str) -> str:
     return re.sub(r"^model\.", "model.language_model.", _stored(name))
 
 
-_MTP = ("mtp.*", "model.mtp.*")
-_TEXT_ONLY = "vision tower and MTP layer are not served; this model answers text only"
+_DRAFT = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc"}
+_DRAFT |= {"shared_head.norm": "norm"}
+
+
+def _drafts(layer: int, rest: str) -> str:
+    """The MTP layer has attention. Of several only the first one's input is described by these names."""
+    own = next((part for part in _DRAFT if f"{rest}.".startswith(f"{part}.")), None)
+    if own is not None:
+        return f"mtp.{_DRAFT[own]}{rest[len(own) :]}"
+    return _stored(f"mtp.layers.{layer}.{rest}")
+
+
+_VISION, _TEXT_ONLY = ("model.visual.*",), "the vision tower is not served; this model answers text only"
 TYPES = (
     ModelType(
         "qwen3_next",
         "Qwen3-Next-80B-A3B, Qwen3-Coder-Next",
         _qwen3_next,
-        Names(_stored, _MTP, "the MTP layer of this type is not supported"),
+        Names(_stored, drafts=_drafts),
         own_words={"shared_intermediate_size": "shared_expert_intermediate_size"},
         grouped=True,
     ),
@@ -90,14 +102,14 @@ TYPES = (
         "qwen3_5_moe",
         "Qwen3.5 and 3.6 mixtures: 35B-A3B, 122B-A10B, 397B-A17B (text)",
         _nested,
-        Names(_under_language_model, ("model.visual.*", *_MTP), _TEXT_ONLY, variants=(_stored,)),
+        Names(_under_language_model, _VISION, _TEXT_ONLY, variants=(_stored,), drafts=_drafts),
         grouped=True,
     ),
     ModelType(
         "qwen3_5_moe_text",
         "the text model of qwen3_5_moe on its own",
         _qwen3_5_moe,
-        Names(_stored, ("model.visual.*", *_MTP), _TEXT_ONLY, variants=(_under_language_model,)),
+        Names(_stored, _VISION, _TEXT_ONLY, variants=(_under_language_model,), drafts=_drafts),
         grouped=True,
     ),
 )
