@@ -1,6 +1,7 @@
 """Find a model: the embedded one by name, a local directory, another program's, or one of the hub.
 
-Of a hub id, config.json is read and judged first; only then are the files downloaded that serving reads.
+Of a hub id, config.json is read and judged first, or the header of a GGUF file; only then are the files
+downloaded that serving reads. A GGUF model of several in a folder or repository is named behind a colon.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ from farthing.checkpoint.shards import (
     read_index,
     unread_format,
 )
+from farthing.files import partial_of
 from farthing.model.config import ModelConfig
-from farthing.model.gguf import SUFFIX, name_of, open_gguf
-from farthing.process import Lines, Progress
+from farthing.model.gguf import header_size, open_gguf
+from farthing.process import Lines, Progress, cache_dir
+from farthing.quants import SUFFIX, Variant, choose, parts_of
 
 log = logging.getLogger(__name__)
 EMBEDDED = "mite"
 _ASSETS = Path(__file__).parent / "assets"
 _FORMER_NAME = "reference"
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # "./x" and "../x" are paths
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # "./x" and "../x" are paths
+_HEADER = 8 << 20  # bytes of a GGUF file that are fetched first; then twice as many
 _RESUMED = 16 << 20  # bytes of a file from which a broken download is resumed
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
@@ -64,6 +68,7 @@ class Found:
     path: Path
     absent: tuple[str, ...] = ()  # files that `fetch` downloads
     _repository: _Repository | None = None
+    gguf: Path | None = None  # where `fetch` downloads the file whose header `path` describes
 
     @property
     def to_download(self) -> int:
@@ -77,8 +82,9 @@ class Found:
         Raises OSError for a file that cannot be downloaded, or not as the hub describes it.
         """
         if self._repository is not None:
-            self._repository.fetch(self.absent, self.path, progress or Lines(_say))
-        return self.path
+            into = self._repository.folder if self.gguf else self.path
+            self._repository.fetch(self.absent, into, progress or Lines(_say))
+        return self.path if self.gguf is None else open_gguf(self.gguf)
 
 
 def find_model(model: str | Path) -> Found:
@@ -103,7 +109,8 @@ def resolve_model(model: str | Path) -> Path:
 
 
 def resolve_config(model: str | Path) -> Path:
-    """A directory with the model's config.json, judged; of a hub id nothing else is downloaded.
+    """A directory with the model's config.json, judged; of a hub id nothing else is downloaded. That of a
+    GGUF file lists its tensors, too, whose values are there only if the file is.
 
     Raises FileNotFoundError, ConfigError or CheckpointError, each with the accepted values.
     """
@@ -112,6 +119,16 @@ def resolve_config(model: str | Path) -> Path:
         return _find(place, weights=False).path
     judge(place)
     return place
+
+
+def resolve_shapes(model: str | Path) -> Path:
+    """A directory with the configuration and the sizes of all tensors: of a GGUF file on the hub its header,
+    of other hub ids everything. Raises as `resolve_model` does."""
+    place = _place(model)
+    if not isinstance(place, str):
+        return place
+    found = _find(place, weights=True)
+    return found.fetch() if found.gguf is None else found.path
 
 
 def judge(path: Path) -> None:
@@ -133,7 +150,8 @@ def short_names() -> dict[str, str]:
 def _place(model: str | Path) -> Path | str:
     """The directory of a model on this machine, or a hub id."""
     path = Path(model).expanduser()
-    if has_config(path):
+    plain = any((path / name).is_file() for name in (SINGLE, INDEX, MISTRAL_INDEX))
+    if has_config(path) and (plain or not any(path.glob(f"*{SUFFIX}"))):
         return path
     if (file := _gguf_in(path)) is not None:
         return open_gguf(file)
@@ -159,17 +177,17 @@ def _place(model: str | Path) -> Path | str:
 
 
 def _gguf_in(path: Path) -> Path | None:
-    """A GGUF file: the path itself, or the only model in a folder."""
+    """A GGUF file: the path itself, or that of a model in a folder, of several the one behind a colon."""
     if path.is_file():
         with path.open("rb") as file:  # Ollama's have no suffix
             return path if path.suffix == SUFFIX or file.read(4) == b"GGUF" else None
-    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
-    if len({name_of(file) for file in files}) > 1:
-        raise FileNotFoundError(
-            f"model: got {str(path)!r}, with {len(files)} GGUF files such as {files[0].name}; expected the "
-            "path of one of them"
-        )
-    return files[0] if files else None
+    name, _, wanted = path.name.rpartition(":")
+    folder = path if path.is_dir() or not name else path.with_name(name)
+    files = sorted({*folder.glob(f"*{SUFFIX}"), *folder.glob(f"*/*{SUFFIX}")}) if folder.is_dir() else []
+    if not files:
+        return None
+    sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+    return folder / choose(str(folder), sizes, "" if folder == path else wanted).files[0]
 
 
 def _defect(path: Path) -> str:
@@ -189,8 +207,9 @@ def _embedded() -> Path:
     return path
 
 
-def _find(model: str, weights: bool) -> Found:
+def _find(named: str, weights: bool) -> Found:
     """A hub id whose configuration is downloaded, and with `weights` the list of what else serving reads."""
+    model, _, wanted = named.partition(":")
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import RepositoryNotFoundError
@@ -212,17 +231,24 @@ def _find(model: str, weights: bool) -> Found:
             "HF_TOKEN set to a token that may read it"
         ) from error
     except Exception as error:  # the classes of connection errors differ between versions of the library
-        return Found(_cached(model, _first_line(error), weights))
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if "/" not in file.rfilename}
-    repository = _Repository(model, sizes)
+        return Found(_cached(model, wanted, _first_line(error), weights))
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    plain = bool({SINGLE, INDEX, MISTRAL_INDEX} & sizes.keys())
+    if wanted or (not plain and any(name.endswith(SUFFIX) for name in sizes)):
+        return _Repository(model, sizes, str(info.sha)).gguf(choose(model, sizes, wanted))
+    sizes = {name: size for name, size in sizes.items() if "/" not in name}
+    repository = _Repository(model, sizes, str(info.sha))
     path = repository.config()
     return Found(path, repository.absent(path), repository) if weights else Found(path)
 
 
-def _cached(model: str, reason: str, weights: bool) -> Path:
+def _cached(model: str, wanted: str, reason: str, weights: bool) -> Path:
     """What the cache has of a model while the hub cannot be reached."""
     from huggingface_hub import try_to_load_from_cache
 
+    for each in cached():
+        if each.model == model and (file := _gguf_in(Path(f"{each.path}:{wanted}") if wanted else each.path)):
+            return open_gguf(file)
     unreached = f"the hub cannot be reached ({reason}); expected a connection, a cached model or a directory"
     files = (try_to_load_from_cache(model, name) for name in (CONFIG, PARAMS))
     path = next((Path(file).parent for file in files if isinstance(file, str)), None)
@@ -245,7 +271,62 @@ class _Repository:
     """The newest revision of a hub repository."""
 
     model: str
-    sizes: Mapping[str, int]  # of the files in its top folder, bytes; 0 where the hub does not say
+    sizes: Mapping[str, int]  # of the files, bytes; 0 where the hub does not say
+    revision: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache has the files of this revision."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        name = repo_folder_name(repo_id=self.model, repo_type="model")
+        return Path(constants.HF_HUB_CACHE) / name / "snapshots" / self.revision
+
+    def gguf(self, chosen: Variant) -> Found:
+        """A model of GGUF files, judged by their headers. Raises OSError if the disk is too small for it."""
+        first, absent = chosen.files[0], tuple(f for f in chosen.files if not (self.folder / f).is_file())
+        if not absent:
+            path = open_gguf(self.folder / first)
+        else:
+            headers = cache_dir() / "headers" / self.folder.parents[1].name / self.revision
+            for name in chosen.files:
+                self._fetch_header(name, headers / name)
+            path = open_gguf(headers / first)
+        judge(path)
+        self._check_disk(absent)
+        return Found(path, absent, self, self.folder / first)
+
+    def _fetch_header(self, name: str, file: Path) -> None:
+        """A file as long as the repository's, of which only what stands before the tensors is fetched."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import get_session, hf_raise_for_status
+
+        size, wanted = self.sizes[name], _HEADER
+        while not file.exists():
+            wanted = min(wanted, size)
+            headers = build_hf_headers() | {"Range": f"bytes=0-{wanted - 1}"}
+            data = bytearray()
+            with self._errors(name):
+                url = hf_hub_url(self.model, name, revision=self.revision)
+                with get_session().stream("GET", url, headers=headers) as answer:
+                    hf_raise_for_status(answer)
+                    for part in answer.iter_bytes():  # a server without ranges sends all of it
+                        data += part
+                        if len(data) >= wanted:
+                            break
+            if len(data) < wanted:
+                raise OSError(f"model: {name} of {self.model}: got {len(data)} bytes; expected {wanted}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            draft = partial_of(file)
+            with draft.open("wb") as stream:
+                stream.write(data[:wanted])
+                stream.truncate(size)
+            if wanted == size or header_size(draft) <= wanted:
+                draft.replace(file)
+            draft.unlink(missing_ok=True)
+            wanted *= 2
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """The sum of files' sizes."""
@@ -273,13 +354,18 @@ class _Repository:
         small = [n for n in self.sizes if any(fnmatchcase(n, p) for p in _SMALL) and n not in indices[1:]]
         wanted = [*small, *_weights(self.model, self.sizes, path)]
         absent = [name for name in wanted if not (path / name).is_file()]  # `path` is named by the revision
-        needed, free = self.bytes_of(absent), shutil.disk_usage(path).free
+        self._check_disk(absent)
+        return tuple(absent)
+
+    def _check_disk(self, absent: Iterable[str]) -> None:
+        """Raise OSError if the disk of the cache is too small for files."""
+        disk = next(folder for folder in self.folder.parents if folder.is_dir())
+        needed, free = self.bytes_of(absent), shutil.disk_usage(disk).free
         if needed > free:
             raise OSError(
-                f"model: {self.model} needs {needed / 1e9:.1f} GB more, and {path} has {free / 1e9:.1f} GB "
+                f"model: {self.model} needs {needed / 1e9:.1f} GB more, and {disk} has {free / 1e9:.1f} GB "
                 "free; free some space, or set HF_HOME to a directory on another disk"
             )
-        return tuple(absent)
 
     def fetch(self, names: Collection[str], path: Path, progress: Progress) -> None:
         """Fetch files in parallel, each from where an earlier run ended, and compare their checksums."""
@@ -382,15 +468,17 @@ class Cached:
 
 def cached() -> Iterator[Cached]:
     """The models whose configuration is in the hub's cache, by name."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        repositories = scan_cache_dir().repos
+        repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return
     for repository in sorted(repositories, key=lambda r: r.repo_id):
         newest = max(repository.revisions, key=lambda r: r.last_modified, default=None)
-        if repository.repo_type != "model" or newest is None or not has_config(newest.snapshot_path):
+        if repository.repo_type != "model" or newest is None:
+            continue
+        if not has_config(newest.snapshot_path) and not any(newest.snapshot_path.rglob(f"*{SUFFIX}")):
             continue
         hashes = tuple(sorted(revision.commit_hash for revision in repository.revisions))
         path = newest.snapshot_path
@@ -398,6 +486,8 @@ def cached() -> Iterator[Cached]:
 
 
 def _is_whole(path: Path) -> bool:
+    if not has_config(path):
+        return all((f.parent / part).is_file() for f in path.rglob(f"*{SUFFIX}") for part in parts_of(f.name))
     try:
         return has_weights(path)
     except CheckpointError:
@@ -406,9 +496,9 @@ def _is_whole(path: Path) -> bool:
 
 def remove_cached(model: Cached) -> None:
     """Delete all revisions of a model. Raises OSError."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
 
-    scan_cache_dir().delete_revisions(*model.revisions).execute()
+    scan_cache_dir(constants.HF_HUB_CACHE).delete_revisions(*model.revisions).execute()
 
 
 def _checksum(blob: Path) -> str:

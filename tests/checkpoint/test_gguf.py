@@ -239,11 +239,12 @@ def test_split_files_and_folders(tmp_path: Path) -> None:
     file = write(tmp_path / "model-00001-of-00001.gguf", "llama", "F16")
     assert resolve_model(tmp_path) == resolve_model(file)
     file.rename(tmp_path / "model-00001-of-00002.gguf")
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.gguf is missing; expected all 00002"):
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.gguf is missing; expected all 2"):
         resolve_model(tmp_path)
     write(tmp_path / "other.gguf", "llama", "F16")
-    with pytest.raises(FileNotFoundError, match=r"2 GGUF files such as .*; expected the path of one"):
+    with pytest.raises(FileNotFoundError, match=r"the GGUF models model \(.*, other \(.*; expected .*:NAME"):
         resolve_model(tmp_path)
+    assert resolve_model(f"{tmp_path}:other") == resolve_model(tmp_path / "other.gguf")
 
 
 def test_the_tokenizer_and_template_come_from_the_metadata(tmp_path: Path) -> None:

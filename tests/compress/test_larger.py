@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from farthing.checkpoint.reader import Checkpoint, read_config
+from farthing.checkpoint.gguf import INDEX
+from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.api import Options, compress, grown
 from farthing.compress.export import choose_export, expected_bytes
 from farthing.compress.recipe import default_recipe, known_recipes
@@ -59,10 +60,17 @@ def test_equal_sizes_are_not_growth() -> None:
     assert grown(10, 10) is None
 
 
-def test_the_default_recipe_shrinks_the_source() -> None:
-    """INT8 would make FP8 checkpoints and the embedded model larger."""
-    assert default_recipe({"model_type": "deepseek_v3"}) == "int8"
-    assert default_recipe({"quantization_config": {"quant_method": "fp8"}}) == "int4"
+def test_the_default_recipe_shrinks_the_source(tmp_path: Path) -> None:
+    """INT8 would make FP8 checkpoints, GGUF and the embedded model larger."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    assert default_recipe(tmp_path) == "int8"
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8"}}))
+    assert default_recipe(tmp_path) == "int4"
+    for kind, recipe in (("F16", "int8"), ("Q4_K", "int4")):
+        (tmp_path / INDEX).write_text(
+            json.dumps({"a.weight": {"file": "f", "type": kind, "shape": [1, 256]}})
+        )
+        assert default_recipe(tmp_path) == recipe
     source = resolve_model("mite")
-    chosen, before = default_recipe(read_config(source)), nbytes(source)
+    chosen, before = default_recipe(source), nbytes(source)
     assert (expected(source, "int8") or 0) > before > (expected(source, chosen) or before)

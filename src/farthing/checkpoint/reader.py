@@ -59,6 +59,15 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*_KEYS, ct.MARK)}
 
 
+def is_quantized(path: Path) -> bool:
+    """Whether the weights of a model directory are stored in fewer than 16 bits, by its configuration or the
+    index of its GGUF file."""
+    if (path / GGUF_INDEX).is_file():
+        shards = GgufShards(path)
+        return any(shards.stored(name) for name in shards.file_of)
+    return bool(quantization_in(read_config(path)))
+
+
 def method_of(quantization: Mapping[str, Any]) -> str:
     """Its quant_method; 'dense' for an empty one."""
     return str(quantization.get("quant_method", "fp8" if _WEIGHT in quantization else "dense"))

@@ -281,8 +281,6 @@ def read_index(file: Path) -> dict[str, str]:
 def unread_format(names: Iterable[str], expected: str) -> str | None:
     """A clause for an error about weights that are not read so; None if there are none."""
     suffixes = {PurePosixPath(name).suffix for name in names}
-    if ".gguf" in suffixes:
-        return "the weights are GGUF; expected the path of one GGUF file on this disk"
     unreadable = next((kind for suffix, kind in _UNREAD.items() if suffix in suffixes), None)
     return unreadable and f"the weights are {unreadable}, which is not read yet; {expected} with safetensors"
 

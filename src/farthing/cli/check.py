@@ -13,7 +13,7 @@ import typer
 from farthing.cli.errors import errors_as_one_line, log_lines, one_line_errors
 from farthing.cli.tables import print_contexts, print_cost, print_routing, step_progress
 from farthing.config import Quantization
-from farthing.hub import resolve_model
+from farthing.hub import resolve_model, resolve_shapes
 from farthing.model.config import ModelConfig
 from farthing.model.inspect import checkpoint_cost, context_cost, model_cost, routing_report
 from farthing.model.load import load, parameter_shapes
@@ -49,7 +49,8 @@ def check(
     from farthing.doctor.model import check as findings
 
     try:
-        path, ops = resolve_model(model), select(backend, dtype=torch.float32)
+        ops = select(backend, dtype=torch.float32)
+        path = resolve_model(model)
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
@@ -127,7 +128,7 @@ def inspect(
     """Parameters, bytes and FLOPs per token, compared with a dense model of the same size."""
 
     with errors_as_one_line():
-        config, cost, path = _cost(model)
+        config, cost, path = _cost(model, prompts is not None)
         if prompts is not None and path is None:
             raise ValueError(f"{model} is a published configuration without weights; --prompts needs them")
     contexts = [context_cost(config, n) for n in CONTEXTS]
@@ -151,8 +152,8 @@ def inspect(
         print_routing(report)
 
 
-def _cost(model: str) -> tuple[ModelConfig, ModelCost, Path | None]:
-    """Cost of a checkpoint, or of a published configuration (path is None)."""
+def _cost(model: str, prompts: bool) -> tuple[ModelConfig, ModelCost, Path | None]:
+    """Cost of a checkpoint, whose values `prompts` need, or of a published configuration (path is None)."""
 
     raw = None if Path(model).expanduser().exists() else published_config(model)
     if raw is not None:
@@ -160,7 +161,7 @@ def _cost(model: str) -> tuple[ModelConfig, ModelCost, Path | None]:
         shapes = dict(parameter_shapes(config))
         return config, model_cost(config, lambda n: file_bytes(stored_of(n), shapes[n])), None
     try:
-        path = resolve_model(model)
+        path = resolve_model(model) if prompts else resolve_shapes(model)
     except FileNotFoundError as error:
         raise ValueError(f"{error}; {closest(model)}") from None
     return ModelConfig.from_directory(path), checkpoint_cost(path), path

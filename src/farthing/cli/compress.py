@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farthing.checkpoint.reader import read_config
 from farthing.cli.errors import errors_as_one_line, exit_on_verdict, with_options
 from farthing.cli.tables import step_progress, token_progress
 from farthing.config import Quantization, check, option
 from farthing.files import to_json
-from farthing.hub import find_model, resolve_model
+from farthing.hub import find_model
 from farthing.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -100,19 +99,23 @@ def _measure(
 ) -> tuple[dict[str, object], Verdict | None]:
     """The document to print, and the verdict if a limit is set. cut: (window, maximum tokens)."""
     from farthing.compress import evaluate as ev
-    from farthing.compress.api import compare_in_turn, held_out_sample, load_for
+    from farthing.compress.api import check_backend, compare_in_turn, held_out_sample, load_for
     from farthing.compress.evaluate import load_corpus
 
-    path = resolve_model(model)
+    if data is not None and not data.is_file():
+        raise FileNotFoundError(f"data: got {str(data)!r}; expected a file of JSON lines")
+    found, other = find_model(model), None if against is None else find_model(against)
+    check_backend(served.backend)  # before a download
+    path = found.fetch()
     config = ModelConfig.from_directory(path)
     corpus = load_corpus(data or held_out_sample(), path, config, cut[0], cut[1])
-    if against is None:
+    if other is None:
         with token_progress("measuring", corpus.tokens) as advance:
             judged = load_for(path, served.backend, quantization=served.quantization)
             return asdict(ev.evaluate(judged, corpus, progress=advance)), None
     with token_progress("comparing", 2 * corpus.tokens) as advance:
         backends = (served.backend, served.backend)
-        result = compare_in_turn(path, resolve_model(against), corpus, backends, advance, served.quantization)
+        result = compare_in_turn(path, other.fetch(), corpus, backends, advance, served.quantization)
     verdict = result.verdict(limit) if limit is not None else None
     document: dict[str, object] = result.to_json()
     if verdict is not None:
@@ -230,7 +233,7 @@ def _run(flags: CompressOptions, out: Path) -> Outcome:
         check_memory=flags.check_memory,
     )
     model = find_model(flags.model)
-    recipe = named or _recipe(flags, default_recipe(read_config(model.path)), limit)
+    recipe = named or _recipe(flags, default_recipe(model.path), limit)
     if model.absent:
         api.check_before_download(model.path, out, recipe, options)
     source = model.fetch()

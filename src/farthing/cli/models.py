@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from farthing import hub, stores
-from farthing.checkpoint.reader import method_of, read_config
+from farthing.checkpoint.reader import has_config, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
 from farthing.cli.preflight import on_this_cpu
 from farthing.cli.tables import size, step_progress
@@ -90,7 +90,8 @@ def _listed() -> Iterator[Listed]:
     embedded = hub.resolve_model(hub.EMBEDDED)
     yield Listed(hub.EMBEDDED, _bytes_in(embedded), *_state(embedded, whole=True), str(embedded))
     for each in hub.cached():
-        yield Listed(each.model, each.size, *_state(each.path, each.whole), str(each.path))
+        state = _state(each.path, each.whole) if has_config(each.path) else ("gguf", _incomplete(each.whole))
+        yield Listed(each.model, each.size, *state, str(each.path))
     for other in stores.stored():
         kind = ("gguf", "") if other.path.is_file() else _state(other.path, whole=True)
         yield Listed(other.name, other.size, *kind, str(other.path))
@@ -106,7 +107,11 @@ def _state(path: Path, whole: bool) -> tuple[str, str]:
         hub.judge(path)
     except ValueError:
         return kind, "not served"
-    return kind, "" if whole else "incomplete"
+    return kind, _incomplete(whole)
+
+
+def _incomplete(whole: bool) -> str:
+    return "" if whole else "incomplete"
 
 
 def _bytes_in(folder: Path) -> int:

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from farthing.checkpoint.reader import quantization_in
+from farthing.checkpoint.reader import is_quantized
 from farthing.compress.calibrate import Recorder, Wanted
 from farthing.compress.layer import Layer
 from farthing.compress.size import Measure
@@ -197,9 +197,9 @@ def load_recipe(name: str) -> Recipe:
     return from_json(raw, path.stem, str(path))
 
 
-def default_recipe(config: Mapping[str, Any]) -> str:
-    """The recipe for a checkpoint whose user names none: the one that makes it smaller and loses least."""
-    return "int4" if quantization_in(config) else "int8"
+def default_recipe(path: Path) -> str:
+    """The recipe for a model whose user names none: the one that makes it smaller and loses least."""
+    return "int4" if is_quantized(path) else "int8"
 
 
 def from_json(raw: Any, name: str, where: str) -> Recipe:

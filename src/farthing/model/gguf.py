@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ from farthing.files import replace_json, replace_text
 from farthing.lazy import gguf, np
 from farthing.model.attention import frequencies
 from farthing.model.fields import ConfigError, read_rope
+from farthing.quants import parts_of
 from farthing.tokenizer_gguf import tokenizer_of
 
-SUFFIX = ".gguf"
 _VERSION = 3  # of the directory's contents; those of another version are written again
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -35,7 +33,7 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 def open_gguf(path: Path) -> Path:
     """The model directory of a GGUF file, or of all files of a split one. Raises CheckpointError or
     ConfigError, each naming the file and what is accepted."""
-    files = _parts_of(path.resolve())
+    files = _parts_of(path.absolute())  # not where links of the hub's cache point to
     target = _cache() / f"{path.stem}-{_digest(files)}"
     if target.is_dir():
         return target
@@ -395,20 +393,11 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def name_of(path: Path) -> str:
-    """The name of a file's model, equal for all parts of a split one."""
-    part = _SPLIT.fullmatch(path.name)
-    return part[1] if part else path.name
-
-
 def _parts_of(path: Path) -> Sequence[Path]:
     """All files of a model of which `path` is one."""
-    part = _SPLIT.fullmatch(path.name)
-    if part is None:
-        return [path]
-    files = [path.with_name(f"{part[1]}-{i + 1:05}-of-{part[3]}.gguf") for i in range(int(part[3]))]
+    files = [path.with_name(name) for name in parts_of(path.name)]
     if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{path}: {missing[0]} is missing; expected all {part[3]} parts beside it")
+        raise CheckpointError(f"{path}: {missing[0]} is missing; expected all {len(files)} parts beside it")
     return files
 
 
@@ -419,6 +408,15 @@ def _opened(file: Path) -> Any:
         raise
     except Exception as error:  # the library raises whatever a damaged header leads to
         raise CheckpointError(f"{file}: not a whole GGUF file: {error}") from error
+
+
+def header_size(file: Path) -> int:
+    """Bytes before the tensors. Of a file that ends earlier and continues with zeros, at least as many as it
+    has: what is read of those cannot come before them."""
+    try:
+        return int(_opened(file).data_offset)
+    except CheckpointError:
+        return file.stat().st_size
 
 
 def _cache() -> Path:
