@@ -75,10 +75,14 @@ def experts_touched(c: ModelConfig, tokens: int) -> float:
     return float(experts * (1 - (1 - k / max(experts, 1)) ** tokens))
 
 
-def keys_seen(c: ModelConfig, context: int) -> int:
-    """Cached tokens that a token behind `context` reads, summed over the layers with attention."""
-    layers = (i for i in range(c.num_hidden_layers) if not c.is_recurrent(i))
-    return sum(min(c.window(i) or context, context) for i in layers)
+def with_attention(c: ModelConfig) -> list[int]:
+    """The layers that have attention."""
+    return [i for i in range(c.num_hidden_layers) if not c.is_recurrent(i)]
+
+
+def seen(c: ModelConfig, layer: int, tokens: int) -> int:
+    """How many of `tokens` a token behind them reads in a layer with attention."""
+    return min(c.window(layer) or tokens, tokens)
 
 
 def operations(raw: dict[str, Any], point: Point) -> float:
@@ -89,20 +93,22 @@ def operations(raw: dict[str, Any], point: Point) -> float:
     if c.recurrent is not None:
         state = 4 * math.prod(c.recurrent.state[0]) * len(c.recurrent_layers)
     if point.kind == "prefill":
-        pairs = sum(_pairs(c, i, point.context) for i in range(c.num_hidden_layers))
-        attention = c.num_attention_heads * c.attention.expanded_width * pairs
+        attention = sum(
+            c.heads(i).num_attention_heads * c.heads(i).expanded_width * _pairs(c, i, point.context)
+            for i in with_attention(c)
+        )
         return 2 * (point.context * (body + state) + head_parameters(raw) + attention)
-    per_key = c.num_attention_heads * c.attention.dot_width  # decoding does not expand keys
-    attention = point.batch * keys_seen(c, point.context + 1) * per_key
-    return 2 * (point.batch * (body + state + head_parameters(raw)) + attention)
+    attention = sum(  # decoding does not expand keys
+        c.heads(i).num_attention_heads * c.heads(i).dot_width * seen(c, i, point.context + 1)
+        for i in with_attention(c)
+    )
+    return 2 * point.batch * (body + state + head_parameters(raw) + attention)
 
 
 def _pairs(c: ModelConfig, layer: int, tokens: int) -> float:
-    """Queries times the keys that they see in one layer."""
-    if c.is_recurrent(layer):
-        return 0
-    seen = min(c.window(layer) or tokens, tokens)
-    return seen * (seen + 1) / 2 + (tokens - seen) * seen
+    """Queries of a prompt times the keys that they see in one layer."""
+    most = seen(c, layer, tokens)
+    return most * (most + 1) / 2 + (tokens - most) * most
 
 
 def _bytes_of(c: ModelConfig, each: Bytes, name: str) -> float:
@@ -144,7 +150,9 @@ def bytes_read(raw: dict[str, Any], weights: str, point: Point) -> float:
     touched = weight_bytes(raw, each, experts_touched(c, point.tokens))
     if point.kind == "prefill":
         return touched
-    cached = c.attention.cache_rows * c.attention.cache_width * BYTES_PER_CACHED * keys_seen(c, point.context)
+    layers = with_attention(c)
+    values = (c.heads(i).cache_rows * c.heads(i).cache_width * seen(c, i, point.context) for i in layers)
+    cached = BYTES_PER_CACHED * sum(values)
     state = 2 * c.recurrent.state_bytes * len(c.recurrent_layers) if c.recurrent is not None else 0
     return touched + point.batch * (cached + state)
 

@@ -16,7 +16,11 @@ from typing import Any
 BITS = {"int4": "4-bit", "int8": "8-bit", "bf16": "bf16"}
 PHASES = ["prefill", "decode"]
 # What readers know the models by, in the order of the table: real shapes first.
-NAMES = {"V3S": "V3 layer", "V2L": "V2-Lite", "L576": "3B random", "S576": "0.3B random"}
+NAMES = {
+    "qwen3.6-35b-a3b": "Qwen3.6-35B-A3B", "gpt-oss-20b": "gpt-oss-20b", "qwen3-30b-a3b": "Qwen3-30B-A3B",
+    "glm-4.5-air": "GLM-4.5-Air", "gemma-4-26b-a4b": "gemma-4-26B-A4B", "V3S": "V3 layer", "V2L": "V2-Lite",
+    "L576": "3B random", "S576": "0.3B random",
+}  # fmt: skip
 MODELS = list(NAMES)
 DEFAULT_CONTEXT = 128
 # Targets: (times the best peer, share of the limit) by (model, weights, phase, batch, context).

@@ -107,16 +107,9 @@ class LlamaCpp:
 
     def _convert(self, model: Path, kind: str, out: Path) -> Path:
         convert = Path(__file__).with_name("convert_gguf.py")
-        _run(
-            sys.executable,
-            convert,
-            self.sources / "convert_hf_to_gguf.py",
-            model,
-            "--outtype",
-            kind,
-            "--outfile",
-            out,
-        )
+        script = self.sources / "convert_hf_to_gguf.py"
+        flags = ["--no-mtp"] if "Qwen3_5" in (model / "config.json").read_text(encoding="utf-8") else []
+        _run(sys.executable, convert, script, model, "--outtype", kind, "--outfile", out, *flags)
         return out
 
     def measure(self, model: Path, kind: str, threads: int, repack: bool = True) -> Measure:

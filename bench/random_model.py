@@ -67,6 +67,7 @@ SLICES: dict[str, tuple[str, int, str]] = {
     "qwen3-30b-a3b": ("qwen3-30b-a3b-2507", 4, "Qwen3MoeForCausalLM"),
     "gpt-oss-20b": ("gpt-oss-20b", 4, "GptOssForCausalLM"),
     "glm-4.5-air": ("glm-4.5-air", 3, "Glm4MoeForCausalLM"),
+    "gemma-4-26b-a4b": ("gemma-4-26b-a4b", 6, "Gemma4ForCausalLM"),
 }
 MODELS = [*SIZES, *SLICES]
 EMBEDDING = "model.embed_tokens.weight"
@@ -99,9 +100,10 @@ def _slice(published: str, layers: int, architecture: str) -> dict[str, Any]:
     if "layer_types" in c:
         c["layer_types"] = c["layer_types"][:layers]
     c.pop("num_nextn_predict_layers", None)
+    tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     more = {"architectures": [architecture], "torch_dtype": "bfloat16", "num_hidden_layers": layers}
-    return c | more | ids | {"vocab_size": vocabulary}
+    return c | tied | more | ids | {"vocab_size": vocabulary}
 
 
 def tensors(c: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:

@@ -15,7 +15,7 @@ void score_tiles(const AttendBlock& b, float* scores) {  // [64 keys][16 rows]
   _tile_zero(2);
   _tile_zero(3);
   const int stride = b.k16_stride * 2;
-  for (int k = 0; k < b.width; k += 32) {
+  for (int k = b.first; k < b.width; k += 32) {
     _tile_loadd(6, b.q_hi + k * 16, 64);
     _tile_loadd(7, b.q_lo + k * 16, 64);
     const uint16_t* keys = b.k16 + k;

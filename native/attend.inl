@@ -2,11 +2,11 @@
 namespace farthing {
 namespace {
 
-// 4 query rows against 4 keys, summed over the width.
+// 4 query rows against 4 keys, summed from `first` over the width.
 template <int R>
-inline void dots(const float* q, const float* k, int width, float* scores, int lds, int keys) {
+inline void dots(const float* q, const float* k, int first, int width, float* scores, int lds, int keys) {
   f32x16 acc[R][4] = {};
-  for (int i = 0; i < width; i += 16) {
+  for (int i = first; i < width; i += 16) {
     f32x16 key[4];
     for (int s = 0; s < 4; ++s) key[s] = loadf(k + static_cast<size_t>(s < keys ? s : 0) * width + i);
     for (int r = 0; r < R; ++r) {
@@ -89,10 +89,10 @@ void attend(const AttendBlock& b) {
       const float *q = b.q + static_cast<size_t>(r) * b.width, *k = b.k32 + static_cast<size_t>(s) * b.width;
       float* at = scores + r * kKeyBlock + s;
       switch (b.rows - r) {
-        case 1: dots<1>(q, k, b.width, at, kKeyBlock, keys); break;
-        case 2: dots<2>(q, k, b.width, at, kKeyBlock, keys); break;
-        case 3: dots<3>(q, k, b.width, at, kKeyBlock, keys); break;
-        default: dots<4>(q, k, b.width, at, kKeyBlock, keys);
+        case 1: dots<1>(q, k, b.first, b.width, at, kKeyBlock, keys); break;
+        case 2: dots<2>(q, k, b.first, b.width, at, kKeyBlock, keys); break;
+        case 3: dots<3>(q, k, b.first, b.width, at, kKeyBlock, keys); break;
+        default: dots<4>(q, k, b.first, b.width, at, kKeyBlock, keys);
       }
     }
   online_softmax(b, scores);

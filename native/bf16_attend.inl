@@ -26,20 +26,21 @@ inline __m512 sum_each(const __m512* a) {
 }
 
 // The next block's keys are prefetched into L1 at an even rate while this one is computed, because a KV cache
-// larger than the processor's caches is read as a stream. Of every four keys, the scores prefetch two and the
-// weighted sum the other two.
+// larger than the processor's caches is read as a stream. Of every four keys' latents, the scores prefetch
+// two and the weighted sum the other two; where scores do not read latents, the weighted sum prefetches all.
+// Scores prefetch what follows the latents.
 
-// Scores of 4 query rows against 4 keys; missing rows and keys repeat the first. Prefetches N keys of
-// `next`.
+// Scores of 4 query rows against 4 keys; missing rows and keys repeat the first. Prefetches the latents of N
+// keys of `next`, and the rest of N keys and the second ones after them.
 template <int N>
-inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys, int width, float* scores,
-                        const uint16_t* const* next) {
+inline void score_block(const AttendBlock& b, const uint16_t* q, int rows, const uint16_t* const* keys,
+                        float* scores, const uint16_t* const* next) {
   __m512 acc[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
   const uint16_t* row[4];
-  for (int r = 0; r < 4; ++r) row[r] = q + static_cast<size_t>(r < rows ? r : 0) * width;
-  for (int k = 0; k < width; k += 32) {
+  for (int r = 0; r < 4; ++r) row[r] = q + static_cast<size_t>(r < rows ? r : 0) * b.width;
+  const auto step = [&](int k) __attribute__((always_inline)) {
     __m512i key[4];
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) key[s] = _mm512_loadu_si512(keys[s] + k);
@@ -50,6 +51,12 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
 #pragma GCC unroll 4
       for (int s = 0; s < 4; ++s) acc[4 * r + s] = dot_pairs(acc[4 * r + s], v, key[s]);
     }
+  };
+  int k = b.first;
+  for (; k < b.latent; k += 32) step(k);
+  for (; k < b.width; k += 32) {
+    for (int n = 0; n < N; ++n) prefetch(next[n + 2] + k);
+    step(k);
   }
   alignas(64) float sums[16];
   _mm512_store_ps(sums, sum_each(acc));
@@ -57,7 +64,8 @@ inline void score_block(const uint16_t* q, int rows, const uint16_t* const* keys
 }
 
 // out[R][32] += weights[R][keys] * keys[keys][32], two keys at a time; out is not read where it is fresh.
-template <int R, bool First>
+// Prefetches `Ahead` of the two keys that are as far in the next block.
+template <int R, int Ahead>
 inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int at, int pairs, float* out,
                       int latent, bool fresh) {
   alignas(64) static constexpr uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
@@ -71,7 +79,9 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
     b[r] = fresh ? f32x16{} : loadf(out + r * latent + 16);
   }
   for (int p = 0; p < pairs; ++p) {
-    if (First) prefetch(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
+    if constexpr (Ahead == 1) prefetch(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
+    if constexpr (Ahead == 2)
+      prefetch(keys[kKeyBlock + 2 * p] + at), prefetch(keys[kKeyBlock + 2 * p + 1] + at);
     const __m512i even = _mm512_loadu_si512(keys[2 * p] + at), odd = _mm512_loadu_si512(keys[2 * p + 1] + at);
     const __m512i x = _mm512_permutex2var_epi16(even, first, odd),
                   y = _mm512_permutex2var_epi16(even, second, odd);
@@ -87,13 +97,13 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
     store(out + r * latent, f32x16(a[r])), store(out + r * latent + 16, f32x16(b[r]));
 }
 
-template <bool First, int R = 8>
+template <int Ahead, int R = 8>
 inline void mix_rows(int rows, const uint16_t* weights, const uint16_t* const* keys, int pairs, float* out,
                      int latent, bool fresh) {
   if constexpr (R > 1)
-    if (rows < R) return mix_rows<First, R - 1>(rows, weights, keys, pairs, out, latent, fresh);
+    if (rows < R) return mix_rows<Ahead, R - 1>(rows, weights, keys, pairs, out, latent, fresh);
   for (int at = 0; at < latent; at += 32)
-    mix_pairs<R, First>(weights, keys, at, pairs, out + at, latent, fresh);
+    mix_pairs<R, Ahead>(weights, keys, at, pairs, out + at, latent, fresh);
 }
 
 inline void rows_to_bf16(const float* x, int n, uint16_t* out) {  // n % 32 == 0
@@ -110,18 +120,19 @@ void bf16_attend(const AttendBlock& b) {
   for (int s = 0; s < keys; s += 4)
     for (int r = 0; r < b.rows; r += 4) {
       const uint16_t* q = b.q_hi + static_cast<size_t>(r) * b.width;
+      const int some = b.rows - r < 4 ? b.rows - r : 4;
       float* to = scores + r * kKeyBlock + s;
-      if (b.rows <= 4) score_block<2>(q, b.rows, b.rows16 + s, b.width, to, next + s);
-      else if (r < 8)
-        score_block<1>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next + s + r / 4);
-      else score_block<0>(q, b.rows - r < 4 ? b.rows - r : 4, b.rows16 + s, b.width, to, next);
+      if (b.rows <= 4) score_block<2>(b, q, some, b.rows16 + s, to, next + s);
+      else if (r < 8) score_block<1>(b, q, some, b.rows16 + s, to, next + s + r / 4);
+      else score_block<0>(b, q, some, b.rows16 + s, to, next);
     }
   online_softmax(b, scores);
   rows_to_bf16(scores, b.rows * kKeyBlock, weights);
-  mix_rows<true>(b.rows < 8 ? b.rows : 8, weights, b.rows16, keys / 2, b.out, b.latent, b.fresh);
+  const auto mix = b.first ? mix_rows<2> : mix_rows<1>;
+  mix(b.rows < 8 ? b.rows : 8, weights, b.rows16, keys / 2, b.out, b.latent, b.fresh);
   if (b.rows > 8)
-    mix_rows<false>(b.rows - 8, weights + 8 * kKeyBlock, b.rows16, keys / 2,
-                    b.out + static_cast<size_t>(8) * b.latent, b.latent, b.fresh);
+    mix_rows<0>(b.rows - 8, weights + 8 * kKeyBlock, b.rows16, keys / 2,
+                b.out + static_cast<size_t>(8) * b.latent, b.latent, b.fresh);
 }
 
 }  // namespace

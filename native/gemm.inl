@@ -58,6 +58,19 @@ inline f32x16 fp8_to_float(const uint8_t* p) {
   return half_to_float(reinterpret_cast<const uint16_t*>(&half));
 }
 
+// 32 of them.
+inline void fp8_pair(const uint8_t* p, f32x16& a, f32x16& b) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(load<__m256i>(p)), 7);
+  const __m512i half = _mm512_and_si512(wide, _mm512_set1_epi16(static_cast<short>(0xbfff)));
+  a = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+  b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+#else
+  a = fp8_to_float(p);
+  b = fp8_to_float(p + 16);
+#endif
+}
+
 // Two columns of 16 rows of a panel in float32.
 template <Format F>
 inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
@@ -66,8 +79,7 @@ inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
     a = bits_to_float(v << 16);
     b = bits_to_float(v & 0xffff0000u);
   } else if constexpr (F == Format::fp8) {
-    a = fp8_to_float(p);
-    b = fp8_to_float(p + 16);
+    fp8_pair(p, a, b);
   } else {
     a = load<f32x16>(p);
     b = load<f32x16>(p + 64);

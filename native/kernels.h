@@ -15,12 +15,13 @@ struct AttendBlock {
   int rows;             // at most 16
   int width;            // padded to 32
   int latent;           // padded to 32
+  int first;            // column from which queries are not zero: 0, or latent
   int keys;             // at most kKeyBlock
   const float* k32;     // [keys][width] or null
   const uint16_t* k16;  // [kKeyBlock][k16_stride] bfloat16 or null
   int k16_stride;
-  const uint16_t* const*
-      rows16;  // [2 * kKeyBlock] or the address of each key, the last repeated, then those of the next block
+  const uint16_t* const* rows16;  // [2 * kKeyBlock] or the address of each key, the last repeated, then the
+                                  // cached rows of the next block, to be prefetched
   const int* visible;  // [rows] keys of this block each row may see …
   const int* hidden;   // [rows] … but for so many, the first ones; null: for none
   int skipped;         // first keys of the block that no row sees: they are not read
@@ -106,8 +107,8 @@ struct Wide {
   void (*weigh)(const Scores& s);
 };
 
-// The gate of an MLP: (up + shift) g sigmoid(alpha g (1 + cubic g^2)) with g at most limit and up within it on
-// both sides. Without changes SiLU; GELU's approximation by tanh is another.
+// The gate of an MLP: (up + shift) g sigmoid(alpha g (1 + cubic g^2)) with g at most limit and up within it
+// on both sides. Without changes SiLU; GELU's approximation by tanh is another.
 struct Gate {
   float alpha = 1.0f, cubic = 0.0f, limit = __builtin_inff(), shift = 0.0f;
   bool silu() const { return alpha == 1.0f && cubic == 0.0f && limit == __builtin_inff() && shift == 0.0f; }
@@ -133,17 +134,19 @@ struct Kernels {
   // 16 gate, 16 up, both plus bias [32] unless that is null -> 16
   void (*gate_mul)(const Gate& gate, const float* gate_up, const float* bias, int rows, int ld, float* out,
                    int ldo);
-  void (*axpy)(float* y, const float* x, float a, int n);                         // y += a x
-  void (*add)(float* y, const float* x, int n);                                   // y += x
-  void (*blend)(float* y, float a, const float* x, float b, int n);               // y = a y + b x
+  void (*axpy)(float* y, const float* x, float a, int n);            // y += a x
+  void (*add)(float* y, const float* x, int n);                      // y += x
+  void (*blend)(float* y, float a, const float* x, float b, int n);  // y = a y + b x
   // next: the row that follows, to prefetch; scratch: [n] if out, aligned, is to bypass the caches, or null.
   void (*softmax)(const float* x, const float* next, int n, float* scratch, float* out);
   // Largest of x and of x + margin * width in each of `count` panels, and of x in all.
   void (*bounds)(const float* x, const float* width, float margin, int count, float* tops, Peak* peak);
   void (*exp_sum)(const float* x, int n, float* max, float* sum);
   void (*attend)(const AttendBlock& b);
-  // One cached row to float32; scale of latent and rotary, or null.
+  // One cached row to float32 or bfloat16; scale of latent and rotary, or null.
   void (*load_key)(CacheType type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
+  void (*load_key16)(CacheType type, const uint8_t* row, const float* scale, const KeyShape& shape,
+                     uint16_t* out);
   void (*split)(const float* x, int n, uint16_t* hi, uint16_t* lo);  // x = hi + lo in bfloat16, n % 16 == 0
   void (*round_bf16)(const float* x, int n, uint16_t* out);
   // [rows][ldi] to [columns][ldo], multiples of 16.

@@ -23,14 +23,20 @@ KeyReader::KeyReader(const Kernels& kernels, const Cache& cache, const Batch& ba
       shape_(shape),
       form_(form(kernels, cache)),
       keys32_(keys32),
-      keys16_(keys16),
-      rest_(keys16 + static_cast<size_t>(kKeyBlock) * shape.width) {}
+      keys16_(keys16) {}
 
-const uint8_t* KeyReader::row(Source from, int key, int64_t* slot) const {
+// f(key, data, scale) for keys [begin, end): where the cache has them, with one division per block.
+template <class F>
+void KeyReader::for_rows(Source from, int begin, int end, F&& f) const {
   const int32_t* blocks = batch_.block_table + static_cast<int64_t>(from.sequence) * batch_.max_blocks;
-  *slot = static_cast<int64_t>(blocks[key / cache_.block_size]) * cache_.block_size + key % cache_.block_size;
-  return cache_.data + from.group * cache_.layer_bytes +
-         *slot * (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
+  const uint8_t* data = cache_.data + from.group * cache_.layer_bytes;
+  const float* scale = cache_.scale ? cache_.scale + from.group * cache_.layer_scales : nullptr;
+  const int64_t bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type), size = cache_.block_size;
+  for (int key = begin; key < end;) {
+    int64_t slot = blocks[key / size] * size + key % size;
+    for (const int last = std::min<int64_t>(end, (key / size + 1) * size); key < last; ++key, ++slot)
+      f(key, data + slot * bytes, scale ? scale + slot * 2 : nullptr);
+  }
 }
 
 // Whether the cache holds keys as the kernel reads them.
@@ -39,50 +45,56 @@ bool KeyReader::in_place() const {
          shape_.width == shape_.latent + shape_.rope;
 }
 
-void KeyReader::expand(Source from, int key, float* to) const {
-  int64_t slot;
-  const uint8_t* data = row(from, key, &slot);
-  const float* scale = cache_.scale ? cache_.scale + from.group * cache_.layer_scales + slot * 2 : nullptr;
-  kernels_.load_key(cache_.type, data, scale, shape_, to);
-}
-
 // One key in bfloat16: where it is cached, or in `to`.
-const uint16_t* KeyReader::half(Source from, int key, uint16_t* to) const {
-  int64_t slot;
-  if (in_place()) return reinterpret_cast<const uint16_t*>(row(from, key, &slot));
-  expand(from, key, keys32_);
-  kernels_.split(keys32_, shape_.width, to, rest_);
+const uint16_t* KeyReader::half(const uint8_t* data, const float* scale, uint16_t* to) const {
+  if (in_place()) return reinterpret_cast<const uint16_t*>(data);
+  kernels_.load_key16(cache_.type, data, scale, shape_, to);
   return to;
 }
 
 void KeyReader::copy(Source from, int key, bool halves, void* to) const {
-  if (!halves) return expand(from, key, static_cast<float*>(to));
-  const uint16_t* found = half(from, key, static_cast<uint16_t*>(to));
-  if (found != to) std::memcpy(to, found, sizeof(uint16_t) * shape_.width);
+  for_rows(from, key, key + 1, [&](int, const uint8_t* data, const float* scale) {
+    if (!halves) return kernels_.load_key(cache_.type, data, scale, shape_, static_cast<float*>(to));
+    const uint16_t* found = half(data, scale, static_cast<uint16_t*>(to));
+    if (found != to) std::memcpy(to, found, sizeof(uint16_t) * shape_.width);
+  });
 }
 
 void KeyReader::look_ahead(Source from, int at, int keys, int skipped) {
-  if (form_ != Kernels::Keys::rows || !in_place()) return;
+  if (form_ != Kernels::Keys::rows) return;
   next_ = from, next_at_ = at, next_keys_ = keys, next_skipped_ = skipped;
-  for (int i = skipped; i < keys; ++i) rows_[kKeyBlock + i] = half(from, at + i, nullptr);
-  std::fill_n(rows_ + kKeyBlock, skipped, rows_[kKeyBlock + skipped]);
-  std::fill(rows_ + kKeyBlock + keys, rows_ + 2 * kKeyBlock, rows_[kKeyBlock + keys - 1]);
+  const uint16_t** rows = rows_ + kKeyBlock;
+  for_rows(from, at + skipped, at + keys, [&](int key, const uint8_t* data, const float*) {
+    rows[key - at] = reinterpret_cast<const uint16_t*>(data);
+  });
+  std::fill_n(rows, skipped, rows[skipped]);
+  std::fill(rows + keys, rows + kKeyBlock, rows[keys - 1]);
 }
 
 void KeyReader::fetch(Source from, int at, AttendBlock& b) {
   const int keys = b.keys, skipped = b.skipped;
   const size_t width = shape_.width;
-  const auto key = [&](int i) { return at + std::max(i, skipped); };
+  const auto each = [&](auto&& f) {  // f(i, data, scale): i-th key of the block, but for skipped ones
+    for_rows(from, at + skipped, at + keys,
+             [&](int key, const uint8_t* data, const float* scale) { f(key - at, data, scale); });
+  };
   switch (form_) {
     case Kernels::Keys::f32:
-      for (int i = 0; i < keys; ++i) expand(from, key(i), keys32_ + i * width);
+      each([&](int i, const uint8_t* data, const float* scale) {
+        kernels_.load_key(cache_.type, data, scale, shape_, keys32_ + i * width);
+      });
+      for (int i = 0; i < skipped; ++i)
+        std::memcpy(keys32_ + i * width, keys32_ + skipped * width, sizeof(float) * width);
       b.k32 = keys32_;
       return;
     case Kernels::Keys::rows:
-      if (next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped)
+      if (in_place() && next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped)
         std::copy_n(rows_ + kKeyBlock, keys, rows_);
       else
-        for (int i = 0; i < keys; ++i) rows_[i] = half(from, key(i), keys16_ + i * width);
+        each([&](int i, const uint8_t* data, const float* scale) {
+          rows_[i] = half(data, scale, keys16_ + i * width);
+        });
+      std::fill_n(rows_, skipped, rows_[skipped]);
       std::fill(rows_ + keys, rows_ + 2 * kKeyBlock, rows_[keys - 1]);
       next_.sequence = -1;
       b.rows16 = rows_;
@@ -90,15 +102,19 @@ void KeyReader::fetch(Source from, int at, AttendBlock& b) {
     case Kernels::Keys::tiles:
       b.k16 = keys16_;
       b.k16_stride = shape_.width;
-      if (in_place() && cache_.block_size % kKeyBlock == 0 && keys == kKeyBlock) {
-        b.k16 = half(from, at, keys16_);
-        return;
-      }
-      for (int i = 0; i < keys; ++i) {
+      const bool whole = in_place() && cache_.block_size % kKeyBlock == 0 && keys == kKeyBlock;
+      each([&](int i, const uint8_t* data, const float* scale) {
+        if (whole) {
+          if (i == skipped) b.k16 = reinterpret_cast<const uint16_t*>(data) - skipped * width;
+          return;
+        }
         uint16_t* to = keys16_ + i * width;
-        const uint16_t* found = half(from, key(i), to);
+        const uint16_t* found = half(data, scale, to);
         if (found != to) std::memcpy(to, found, sizeof(uint16_t) * width);
-      }
+      });
+      if (whole) return;
+      for (int i = 0; i < skipped; ++i)
+        std::memcpy(keys16_ + i * width, keys16_ + skipped * width, sizeof(uint16_t) * width);
       std::memset(keys16_ + keys * width, 0, sizeof(uint16_t) * width * (kKeyBlock - keys));
   }
 }

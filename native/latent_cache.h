@@ -43,7 +43,7 @@ class KeyReader {
     bool operator==(const Source& o) const { return sequence == o.sequence && group == o.group; }
   };
 
-  static constexpr int kScratchRows = kKeyBlock + 2;  // of `width` bfloat16
+  static constexpr int kScratchRows = kKeyBlock;  // of `width` bfloat16
 
   // keys32 [kKeyBlock][width] and keys16 [kScratchRows][width] are scratch.
   KeyReader(const Kernels& kernels, const Cache& cache, const Batch& batch, KeyShape shape, float* keys32,
@@ -65,8 +65,9 @@ class KeyReader {
   void copy(Source from, int key, bool halves, void* to) const;
 
  private:
-  const uint8_t* row(Source from, int key, int64_t* slot) const;
-  const uint16_t* half(Source from, int key, uint16_t* to) const;
+  template <class F>
+  void for_rows(Source from, int begin, int end, F&& f) const;
+  const uint16_t* half(const uint8_t* data, const float* scale, uint16_t* to) const;
   bool in_place() const;
 
   const Kernels& kernels_;
@@ -76,8 +77,7 @@ class KeyReader {
   const Kernels::Keys form_;
   float* keys32_;
   uint16_t* keys16_;
-  uint16_t* rest_;                            // low halves of split keys; not read again
-  const uint16_t* rows_[2 * kKeyBlock] = {};  // keys of a block, and of the one after it
+  const uint16_t* rows_[2 * kKeyBlock] = {};  // keys of a block, and cached rows of the one after it
   Source next_ = {-1, 0};                     // contents of the second half
   int next_at_ = 0, next_keys_ = 0, next_skipped_ = 0;
 };

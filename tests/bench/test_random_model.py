@@ -17,7 +17,7 @@ NARROW = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "shared_expert_intermediate_size": 32,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
+    "linear_value_head_dim": 16, "num_global_key_value_heads": 1, "global_head_dim": 64,
 }  # fmt: skip
 
 
@@ -27,7 +27,9 @@ def models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("random_model")
 
 
-@pytest.mark.parametrize("size", ["qwen3.6-35b-a3b", "qwen3-30b-a3b", "gpt-oss-20b", "glm-4.5-air"])
+@pytest.mark.parametrize(
+    "size", ["qwen3.6-35b-a3b", "qwen3-30b-a3b", "gpt-oss-20b", "glm-4.5-air", "gemma-4-26b-a4b"]
+)
 def test_a_slice_is_served(
     models: ModuleType, size: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
