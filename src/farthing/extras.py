@@ -20,7 +20,7 @@ EXTRAS = {
     "mcp": "tools of MCP servers in `farthing chat`",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
-_DISTRIBUTIONS = {"yaml": "pyyaml", "grpc": "grpcio", "google": "protobuf", "pynvml": "nvidia-ml-py"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
 
 
 def how_to_install(*extras: str, options: str = "") -> str:

@@ -157,16 +157,6 @@ class ExternalMetricsConfig:
 
 
 @dataclass(frozen=True)
-class KedaConfig:
-    """The KEDA external scaler."""
-
-    address: str = "0.0.0.0:6000"
-
-    def __post_init__(self) -> None:
-        split_address(self.address, "keda.address")
-
-
-@dataclass(frozen=True)
 class FleetConfig:
     """The configuration of a controller."""
 
@@ -174,7 +164,6 @@ class FleetConfig:
     signals: SignalsConfig = field(default_factory=SignalsConfig)
     kubernetes: KubernetesConfig | None = None
     external_metrics: ExternalMetricsConfig | None = None
-    keda: KedaConfig | None = None
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     state: Path = Path("runs/fleet")  # decision log, policy state, forecasters
     metrics: str = "127.0.0.1:9400"  # HOST:PORT of the controller's own /metrics; port 0 picks a free one

@@ -206,17 +206,10 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
 
 
 async def _servers(config: FleetConfig, last_decision: LastDecision, stack: AsyncExitStack) -> None:
-    """Start the servers that an HPA and KEDA poll."""
+    """Start the server that an HPA polls."""
     if config.external_metrics is not None:
         server = await _external_metrics(config, last_decision)
         stack.push_async_callback(server.close)
-    if config.keda is not None:
-        from farthing_fleet.actuators.keda import KedaScaler
-
-        scaler = KedaScaler(last_decision)
-        port = await scaler.start(config.keda.address)
-        stack.push_async_callback(scaler.close)
-        log.info("KEDA external scaler: port %d", port)
 
 
 async def _external_metrics(config: FleetConfig, last_decision: LastDecision) -> Any:

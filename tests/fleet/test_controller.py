@@ -227,7 +227,6 @@ YAML = """
 policy: {capacity: 2, target_utilization: 0.6}
 signals: {prometheus: "http://prometheus:9090", metrics: vllm}
 kubernetes: {target: deployment/deepseek, namespace: prod}
-keda: {address: "0.0.0.0:6000"}
 state: /tmp/state
 """
 
@@ -258,7 +257,6 @@ def test_configuration_is_read(tmp_path: Path) -> None:
         ({"signals": {"metrics": "tgi"}}, r"signals.metrics: got 'tgi'; expected auto"),
         ({"signals": []}, r"signals: got \[\]; expected a mapping"),
         ({"metrics": "9400"}, r"^metrics: got '9400'; expected HOST:PORT"),
-        ({"keda": {"address": "foo"}}, r"^keda.address: got 'foo'; expected HOST:PORT"),
         ({"advise": "yes"}, r"advise: got 'yes'; expected true or false"),
     ],
 )
@@ -281,7 +279,6 @@ async def test_run_scales_a_deployment_by_replica_metrics(tmp_path: Path) -> Non
                 "policy": {"capacity": 1.0, "interval_s": 0.1, "latency_for_s": 0.2, "cold_start_s": 1.0},
                 "signals": {"replicas": [replica.url], "window_s": 1.0},
                 "kubernetes": {"api": api.url, "namespace": "prod", "target": "deployment/deepseek"},
-                "keda": {"address": "127.0.0.1:0"},
                 "state": str(tmp_path),
                 "metrics": "127.0.0.1:0",
             },

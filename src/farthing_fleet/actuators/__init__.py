@@ -3,9 +3,8 @@
 local             replicas as processes on this machine (the default)
 scale             patch `/scale` of a Deployment, StatefulSet or LeaderWorkerSet
 external_metrics  serve metrics to a Kubernetes HPA, which then scales
-keda              the same for KEDA, over gRPC
 lease             leader election, so that only one of several controllers acts
 
-`local` and `scale` `apply` a number of replicas. `external_metrics` and `keda` are polled and answer from a
+`local` and `scale` `apply` a number of replicas. `external_metrics` is polled and answers from a
 `LastDecision`.
 """

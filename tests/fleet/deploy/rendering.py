@@ -22,7 +22,7 @@ SETS = [
     "kustomize/overlays/hpa-signals",
     "kustomize/overlays/multi-node",
 ]
-EXAMPLES = ["examples/inference-gateway", "examples/keda-prometheus"]
+EXAMPLES = ["examples/inference-gateway"]
 LONG = "a-release-name-of-the-fifty-three-characters-helm-all"  # 53, Helm's limit
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},

@@ -78,7 +78,8 @@ def test_controller_reads_its_configuration_and_only_one_component_scales(
         == (config.external_metrics is not None)
         == any(o["kind"] == "APIService" for o in objects)
     )
-    assert bool(by_keda) == (config.keda is not None)
+    queries = [trigger["metadata"]["query"] for o in by_keda for trigger in o["spec"]["triggers"]]
+    assert all("farthing:fleet_desired_replicas" in query for query in queries)
     for hpa in by_hpa:
         names = {metric["external"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
         window = hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"]
