@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from farthing.checkpoint.compressed_tensors import quantize_blocks, stored_scale
-from farthing.ops.weights import CODES, RANGES, Weight, pack_int4
+from farthing.ops.weights import CODES, Weight, pack_int4
 
 
 def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight:
@@ -40,6 +39,11 @@ class Grid:
     low: int = CODES[0]
     high: int = CODES[-1]
     fitted: bool = False  # q is one of CODES
+
+    def rows(self, index: slice) -> Grid:
+        """That of some rows."""
+        zero = None if self.zero is None else self.zero[:, index]
+        return replace(self, scale=self.scale[:, index], zero=zero)
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor | None]:
         """scale and zero point of every column, [B, N, K]."""
@@ -78,12 +82,17 @@ class Grid:
         return [Weight("int4", pack_int4(q[b]), self.scale[b].contiguous(), zeros[b]) for b in range(len(q))]
 
 
-_BETWEEN = torch.tensor([(a + b) / 2 for a, b in pairwise(CODES)])
+# The nearest code of every half: thresholds between codes are whole multiples of it.
+_HALVES = 256
+_NEAREST = torch.tensor(
+    [min(CODES, key=lambda code: abs(code - (i - _HALVES + 0.5) / 2)) for i in range(2 * _HALVES)],
+    dtype=torch.float32,
+)
 
 
 def _nearest_codes(x: Tensor) -> Tensor:
     """The nearest of CODES."""
-    return torch.tensor(CODES, dtype=torch.float32)[torch.bucketize(x, _BETWEEN)]
+    return torch.take(_NEAREST, x.mul(2).add_(_HALVES).clamp_(0, 2 * _HALVES - 1).long())
 
 
 def _spread(x: Tensor, columns: int) -> Tensor:
@@ -143,9 +152,12 @@ def fitted_grid(w: Tensor, group: int, energy: Tensor | None = None) -> Grid:
     """
     blocks, energy = _blocks(w, group, energy)
     scale = (blocks.abs().amax(-1) / CODES[-1]).clamp_min(TINY)
-    shares = [share * sign for sign in (1, -1) for share in (1.1, *RANGES)]
+    shares = [share * sign for sign in (1, -1) for share in _SHARES]
     found = _shrink(w, Grid(scale, fitted=True), energy, tuple(shares))
     return replace(found, scale=stored_scale(found.scale))
+
+
+_SHARES = (1.0, 0.92, 0.85, 0.78, 0.7)  # of the largest magnitude, which become the largest code
 
 
 def _blocks(w: Tensor, group: int, energy: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -164,21 +176,33 @@ def _shrink(
 ) -> Grid:
     """The grid with the multiples of its scales that have the least energy-weighted rounding error, group by
     group."""
-    b, n, _ = w.shape
+    b, n, k = w.shape
+    rows = max(1, _AT_ONCE // (b * k))
+    if n > rows:
+        parts = [
+            _shrink(w[:, at : at + rows], grid.rows(slice(at, at + rows)), energy, factors, gram).scale
+            for at in range(0, n, rows)
+        ]
+        return replace(grid, scale=torch.cat(parts, 1))
     groups = grid.scale.shape[-1]
+    blocks, weight = w.reshape(b, n, groups, -1), energy.reshape(b, 1, groups, -1)
+    zero = None if grid.zero is None else grid.zero.unsqueeze(-1)
     own = None if gram is None else _diagonal_blocks(gram, groups)
     best = grid.scale
     least = torch.full_like(best, torch.inf)
     for factor in factors:
-        trial = replace(grid, scale=grid.scale * factor)
-        delta = (trial.round(w) - w).view(b, n, groups, -1)
+        scale = grid.scale * factor
+        delta = grid.snap(blocks, scale.unsqueeze(-1), zero).sub_(blocks)
         if own is None:
-            error = (delta.square_() * energy.view(b, 1, groups, -1)).sum(-1)
+            error = delta.square_().mul_(weight).sum(-1)
         else:
             error = (torch.einsum("bngi,bgij->bngj", delta, own) * delta).sum(-1)
         better = error < least
-        best, least = torch.where(better, trial.scale, best), torch.where(better, error, least)
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
     return replace(grid, scale=best)
+
+
+_AT_ONCE = 1 << 16  # numbers whose errors are compared at once: they stay in L2
 
 
 def _diagonal_blocks(gram: Tensor, groups: int) -> Tensor:
