@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import xxhash
 
-from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.checkpoint.floats import quantize_blocks
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed import VERSION
 from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, pack

@@ -26,16 +26,16 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// kind, data, scale, zero, n, k, group, minimum, units, minimum units
+// kind, data, scale, zero, n, k, group, minimum, units, minimum units, rows of an FP8 scale
 using SourceTuple =
-    std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, int, int, uint64_t, uint64_t, uint64_t>;
+    std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, int, int, uint64_t, uint64_t, uint64_t, int>;
 
 std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bool interleave,
                              const BlockCosts& costs, const std::vector<SourceTuple>& tuples) {
   std::vector<Source> sources;
-  for (const auto& [kind, data, scale, zeros, n, k, g, minimum, units, minimum_units] : tuples)
+  for (const auto& [kind, data, scale, zeros, n, k, g, minimum, units, minimum_units, rows] : tuples)
     sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g, at<float>(minimum),
-                       at<float>(units), at<float>(minimum_units)});
+                       at<float>(units), at<float>(minimum_units), rows});
   const nb::gil_scoped_release release;
   return Packed::pack(b.pool, b.kernels, b.arena, format, group, zero, interleave, costs, sources);
 }

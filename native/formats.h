@@ -6,13 +6,13 @@
 //
 //   f32   [K][16] float
 //   bf16  [K/2][16][2] bfloat16                                   (so a 16 x 32 block is an AMX tile)
-//   fp8   [K/128][16] float scales, then [K][16] e4m3
+//   fp8   [K/G][16] float scales, then [K][16] e4m3
 //   q8    [16] float row scales, then [K/4][16][4] uint8 = q + 128 (so a 16 x 64 block is an AMX tile)
 //   q4    [16] float row scales; [K/G][16] float16 scales relative to the row's largest magnitude, which may
 //         be negative; with zero points [K/G][16] int8; then [K/8][16][4] bytes: low nibble k % 8 < 4, high
 //         nibble the rest, each q + 8
 //   nl4   as q4 without zero points; a nibble is an index into the format's codes, as in mxfp4 and iq4_nl
-//   q8_groups  as q4, with [K/4][16][4] uint8 = q + 128
+//   q8_groups  as q4, zero points included, with [K/4][16][4] uint8 = q + 128
 //   q4_1  as q4, a nibble is q; after the scales come [K/G][16] float16 minimums, also relative to the row
 //   q4_k  [16] float row scales; [K/256][16] float16 units of the scales and as many of the minimums;
 //   [K/G][16]
@@ -84,7 +84,7 @@ constexpr Codes kE2m1({0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
 // The values of llama.cpp's IQ4_NL.
 constexpr Codes kIq4({-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}, 127);
 
-// Scales before the data of a record. blocks: float [K/128][16]; rows: float [16]; groups: rows, then float16
+// Scales before the data of a record. blocks: float [K/G][16]; rows: float [16]; groups: rows, then float16
 // [K/G][16] relative to them, of a group that each matrix chooses, and maybe int8 zero points; units: rows,
 // float16 [K/256][16] relative to them, and int8 [K/G][16] as multiples of these.
 enum class Scales { none, blocks, rows, groups, units };
@@ -109,7 +109,7 @@ struct FormatTraits {
   // Integers q, stored as q + 2^(bits - 1); the activations are integers too.
   constexpr bool quantized() const { return scales == Scales::rows || grouped(); }
   constexpr bool grouped() const { return scales == Scales::groups || scales == Scales::units; }
-  constexpr bool zeros() const { return grouped() && cells && !codes; }  // may have zero points
+  constexpr bool zeros() const { return scales == Scales::groups && !codes && !minimums; }  // zero points
   constexpr bool nibbles() const { return bits == 4; }
   constexpr int above() const { return bits > 4 && bits < 8 ? bits - 4 : 0; }  // bits beside the nibbles
   constexpr int step() const { return above() ? 32 / above() : 8; }            // columns unpacked at once
@@ -168,6 +168,7 @@ constexpr const FormatTraits& traits(Format format) { return kFormats[static_cas
 
 // Whether kernels can read groups of this many columns: they divide 64 or are a multiple of it.
 constexpr bool fits_group(const FormatTraits& format, int group, int columns) {
+  if (format.scales == Scales::blocks && (group == 32 || group == 64)) return columns % group == 0;
   if (!format.grouped()) return group == format.group;
   if (format.scales == Scales::units && (columns % kUnit || group > kUnit)) return false;
   return group >= 16 && group % format.step() == 0 && (64 % group == 0 || group % 64 == 0) &&

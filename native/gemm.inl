@@ -98,9 +98,10 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
   for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
   f32x16 total[P * M] = {};
   f32x16 even[P * M] = {}, odd[P * M] = {};
-  for (int g = 0, k0 = 0; k0 < w.kp; ++g, k0 += kActGroup) {
-    const int end = k0 + kActGroup < w.kp ? k0 + kActGroup : w.kp;
-    fetch_ahead<M>(data, ahead, g, bytes * kActGroup / 2);
+  const int group = blocks ? w.group : kActGroup;
+  for (int g = 0, k0 = 0; k0 < w.kp; ++g, k0 += group) {
+    const int end = k0 + group < w.kp ? k0 + group : w.kp;
+    fetch_ahead<M>(data, ahead, g, bytes * group / 2);
     for (int k = k0; k < end; k += 2) {
       f32x16 a[P], b[P];
       EACH (int i = 0; i < P; ++i) {
@@ -333,7 +334,7 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
 #endif
   const int at_once = w.quantized() && rows >= kMany ? kRowsOfMany : kRowsAtOnce;
   const int blocks = (rows + at_once - 1) / at_once;
-  const int groups = w.quantized() ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
+  const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   for (int i = 0; i < count;) {
     const int together = rows > kStream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
     PanelKernel kernel = nullptr;

@@ -101,13 +101,14 @@ struct Matrix {
     m.format = Format::q8_high;
     return m;
   }
-  // A dense matrix without data. The group matters only to formats that let each matrix choose it.
+  // A dense matrix without data. The group matters only to formats that let each matrix choose it; 0: theirs.
   static Matrix describe(Format format, int n, int k, int group, bool zero = false) {
     Matrix m;
     m.format = format;
     m.n = n;
     m.k = k;
-    m.group = traits(format).grouped() ? group : traits(format).group;
+    const FormatTraits& f = traits(format);
+    m.group = f.grouped() || (f.scales == Scales::blocks && group) ? group : f.group;
     m.zero = zero;
     m.kp = round_up(k, traits(format).multiple);
     m.panels = (n + kPanel - 1) / kPanel;

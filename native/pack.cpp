@@ -12,10 +12,6 @@
 namespace farthing {
 namespace {
 
-const float* block_scales(const Source& s, int row) {
-  return s.scale + static_cast<size_t>(row / kActGroup) * ((s.k + kActGroup - 1) / kActGroup);
-}
-
 size_t row_bytes(const Source& s) {
   const size_t k = s.k;
   switch (s.kind) {
@@ -58,30 +54,39 @@ void read_scales(const Matrix& m, const RowRef& ref, int lane, PanelScales& out)
   const Source& s = ref.source ? *ref.source : kNone;
   const bool stored = s.kind == Source::int8 || s.kind == Source::int4;
   if (!ref.source || stored) set_lane(out.scales, lane, s.scale, ref.row);
-  else if (m.format == Format::fp8) set_lane(out.scales, lane, block_scales(s, ref.row), 0);
+  else if (m.format == Format::fp8) set_lane(out.scales, lane, s.fp8_scales(ref.row), 0);
   set_lane(out.zeros, lane, s.zero, ref.row);
   set_lane(out.minimums, lane, s.minimum, ref.row);
   set_lane(out.units, lane, s.units, ref.row);
   set_lane(out.minimum_units, lane, s.minimum_units, ref.row);
 }
 
-// What a lane of numbers is divided by before they become float16: a power of two if they are then exact,
-// as those of 16-bit files are, else the largest magnitude. Group scales may be negative (AutoRound's
-// symmetric format).
+// Whether the numbers of a lane divided by this are float16, but for the rounding of float32.
+bool fits_halves(const std::vector<float>& numbers, int lane, float by) {
+  for (size_t i = lane; i < numbers.size(); i += kPanel) {
+    const float x = numbers[i], size = std::fabs(x);
+    if (size > 65504 * by || std::fabs(half_value(half_bits(x / by)) * by - x) > 0x1p-22f * size) return false;
+  }
+  return true;
+}
+
+// What a lane of numbers is divided by before they become float16: one that makes them exact, else the largest
+// magnitude. Of 16-bit files, a power of two is exact; of NVFP4, whose scales are a float32 times e4m3, the
+// largest magnitude divided by a significand of 8 to 15. Group scales may be negative (AutoRound's symmetric
+// format).
 float row_scale(const std::vector<float>& numbers, const std::vector<float>& more, int lane) {
   float top = 0.0f;
-  const auto each = [&](auto&& f) {
-    for (const auto* v : {&numbers, &more})
-      for (size_t i = lane; i < v->size(); i += kPanel) f((*v)[i]);
-  };
-  each([&](float x) { top = std::max(top, std::fabs(x)); });
+  for (const auto* v : {&numbers, &more})
+    for (size_t i = lane; i < v->size(); i += kPanel) top = std::max(top, std::fabs((*v)[i]));
   if (top < 0x1p-100f) return top;
+  const auto fits = [&](float by) { return fits_halves(numbers, lane, by) && fits_halves(more, lane, by); };
   const float power = std::ldexp(1.0f, std::ilogb(top) - 15);  // float16 reaches 2^16, and 2^-24 below
-  bool exact = true;
-  each([&](float x) {
-    exact &= std::fabs(x) <= 65504 * power && half_value(half_bits(x / power)) == x / power;
-  });
-  return exact ? power : top;
+  if (fits(power)) return power;
+  for (int significand = 8; significand < 16; ++significand) {
+    const float by = std::ldexp(top / static_cast<float>(significand), -11);
+    if (fits(by)) return by;
+  }
+  return top;
 }
 
 void write_halves(uint16_t* out, const std::vector<float>& numbers, const float* rows) {
@@ -130,7 +135,7 @@ size_t scale_count(const Source& s) {
   switch (s.kind) {
     case Source::int8:
     case Source::int4: return n * (k / s.group);
-    case Source::fp8: return (n + 127) / 128 * ((k + 127) / 128);
+    case Source::fp8: return (n + s.scale_rows - 1) / s.scale_rows * ((k + s.group - 1) / s.group);
     default: return 0;
   }
 }
@@ -192,7 +197,8 @@ bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, in
     if (!source) continue;
     rows.kind[lane] = source->kind;
     rows.row[lane] = static_cast<const uint8_t*>(source->data) + row_bytes(*source) * row;
-    if (source->kind == Source::fp8) rows.scale[lane] = block_scales(*source, row);
+    if (source->kind == Source::fp8) rows.scale[lane] = source->fp8_scales(row);
+    rows.group[lane] = source->group;
   }
   uint8_t* data = record + m.head_bytes();
   if (m.has_planes()) {

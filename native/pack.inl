@@ -21,10 +21,10 @@ inline void load_tile(const Matrix& w, const PanelRows& p, int at, float* tile) 
   for (int lane = 0; lane < kPanel; ++lane) {
     float* out = rows + lane * kTileColumns;
     const Source::Kind kind = p.kind[lane];
-    if (p.row[lane] && is_float(w, kind))
-      expand_part(float_type(kind), p.row[lane], at, n, kTileColumns,
-                  kind == Source::fp8 ? p.scale[lane][at / kActGroup] : 1.0f, out);
-    else memset(out, 0, sizeof(float) * kTileColumns);
+    if (!p.row[lane] || !is_float(w, kind)) memset(out, 0, sizeof(float) * kTileColumns);
+    else expand_part(float_type(kind), p.row[lane], at, n, kTileColumns, 1.0f, out);
+    if (p.row[lane] && is_float(w, kind) && kind == Source::fp8)
+      for (int i = 0; i < n; ++i) out[i] *= p.scale[lane][(at + i) / p.group[lane]];
   }
   transpose(rows, kTileColumns, kPanel, kTileColumns, tile, kPanel);
 }

@@ -52,7 +52,7 @@ float float_value(const Matrix& w, const uint8_t* record, int k, int lane) {
     return bf16_value(reinterpret_cast<const uint16_t*>(data)[k / 2 * 2 * kPanel + lane * 2 + k % 2]);
   const uint8_t b = data[at];
   const float value = half_value(static_cast<uint16_t>((b & 0x80) << 8 | (b & 0x7f) << 7)) * 256.0f;
-  return value * reinterpret_cast<const float*>(record)[k / kActGroup * kPanel + lane];
+  return value * reinterpret_cast<const float*>(record)[k / w.group * kPanel + lane];
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ from farthing.bench.cost import (
     qualities,
     tiny_checkpoint,
 )
-from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.checkpoint.floats import quantize_blocks
 from farthing.checkpoint.writer import CheckpointWriter
 from farthing.cost.prices import Hardware, Machine
 

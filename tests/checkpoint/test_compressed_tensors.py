@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.checkpoint.compressed_tensors import dequantize_blocks, quantize_blocks
+from farthing.checkpoint.floats import dequantize_blocks, quantize_blocks
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from compressed_tensors.quantization.utils import calculate_qparams
-from hypothesis import given, settings
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint import compressed_tensors as ctw
+from farthing.checkpoint.layout import Parts
 from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.shards import CheckpointError
 from farthing.checkpoint.writer import CheckpointWriter
@@ -49,7 +51,8 @@ def compress(w: Tensor, args: dict[str, Any], storage: str) -> tuple[dict[str, T
     weights = QuantizationArgs(**args)
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     n, k = w.shape
-    if args["strategy"] == "group":
+    state: dict[str, Tensor] = {"weight": w}
+    if "group" in args["strategy"]:
         blocks = w.view(n, -1, args["group_size"])
         low, high = blocks.amin(-1), blocks.amax(-1)
     elif args["strategy"] == "block":
@@ -58,17 +61,26 @@ def compress(w: Tensor, args: dict[str, Any], storage: str) -> tuple[dict[str, T
         low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
     else:
         low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-    scale, zero = calculate_qparams(low, high, weights)
-    state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
+    if args["strategy"] == "tensor_group":
+        state["weight_global_scale"] = generate_gparam(w.amin(), w.amax())
+    scale, zero = calculate_qparams(low, high, weights, state.get("weight_global_scale"))
+    state |= {"weight_scale": scale, "weight_zero_point": zero}
     compressor = BaseCompressor.get_value_from_registry(storage)
     packed = compressor.compress(state, scheme)
-    value = compressor.decompress(dict(packed), scheme)["weight"]
-    return packed, value.float()
+    value = compressor.decompress(dict(packed), scheme)["weight"].float()
+    if storage == "nvfp4-pack-quantized":  # which it rounds to bfloat16
+        q = unpack_fp4_from_uint8(packed["weight_packed"], n, k, torch.float32)
+        each = (packed["weight_scale"].float() / packed["weight_global_scale"]).repeat_interleave(16, 1)
+        torch.testing.assert_close(value, q * each, rtol=2**-7, atol=0)
+        value = q * each
+    return packed, value
 
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": [128, 128]}
+FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
+MX = {"type": "float", "symmetric": True, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 SCHEMES = {
     "int-quantized": INT8,
     "pack-symmetric": INT4 | {"group_size": 32},
@@ -76,21 +88,36 @@ SCHEMES = {
     "pack-8-bit-groups": INT8 | {"strategy": "group", "group_size": 32},
     "pack-channel": INT4 | {"strategy": "channel"},
     "pack-8": INT8,
+    "pack-8-asymmetric": INT8 | {"strategy": "group", "group_size": 64, "symmetric": False},
+    "pack-3-bit": INT4 | {"num_bits": 3, "group_size": 32},
+    "pack-2-bit-asymmetric": INT4 | {"num_bits": 2, "symmetric": False, "group_size": 16},
+    "pack-6-bit": INT4 | {"num_bits": 6, "strategy": "channel"},
     "float-quantized": FP8,
+    "float-quantized channel": FP8 | {"strategy": "channel", "block_structure": None},
+    "float-quantized tensor": FP8 | {"strategy": "tensor", "block_structure": None},
+    "nvfp4-pack-quantized": FP4 | {"strategy": "tensor_group", "group_size": 16},
+    "mxfp4-pack-quantized": MX | {"num_bits": 4},
+    "mxfp8-quantized": MX | {"num_bits": 8},
 }
+# What a scheme becomes in memory.
+HELD = {"int-quantized": "int8", "pack-8": "int8", "pack-6-bit": "int8", "mxfp8-quantized": "fp8"}
+HELD |= {n: "int8_groups" for n in ("pack-8-bit-groups", "pack-8-asymmetric")}
+HELD |= {n: "mxfp4" for n in ("nvfp4-pack-quantized", "mxfp4-pack-quantized")}
+HELD |= {n: "fp8" for n in SCHEMES if n.startswith("float")}
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("shape", [(16, 64), (43, 192), (129, 320)])
 def test_reads_what_compressed_tensors_writes(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
     args = SCHEMES[name]
-    storage = "pack-quantized" if name.startswith("pack") else name
+    storage = "pack-quantized" if name.startswith("pack") else name.partition(" ")[0]
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     packed, value = compress(w, args, storage)
     tensors = {f"model.layers.0.mlp.gate_proj.{k}": v for k, v in packed.items()}
     checkpoint = save(tmp_path, tensors, groups(args, storage))
     weight = checkpoint.weight("model.layers.0.mlp.gate_proj", shape)
-    assert weight.shape == shape
+    assert weight.shape == shape and weight.format == HELD.get(name, "int4")
+    assert checkpoint.stored_as("model.layers.0.mlp.gate_proj") == (weight.format, shape)
     torch.testing.assert_close(weight.dequantize(), value, rtol=1e-6, atol=1e-7)
     checkpoint.finish()
 
@@ -253,9 +280,9 @@ def test_scales_of_fitted_values_survive_the_file(value: float) -> None:
         assert float(abs(once / value - 1)) <= 2.0**-8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 24), st.integers(0, 2**31))
-def test_packing_agrees_with_the_package(n: int, half: int, seed: int) -> None:
+def test_packing_agrees_with_the_package(tmp_path: Path, n: int, half: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = torch.randint(-8, 8, (n, 2 * half), generator=generator, dtype=torch.int8)
     zero = torch.randint(-8, 8, (n, 1), generator=generator, dtype=torch.int8)
@@ -266,5 +293,5 @@ def test_packing_agrees_with_the_package(n: int, half: int, seed: int) -> None:
     assert torch.equal(encoded["m.weight_zero_point"], pack_to_int32(zero, 4, packed_dim=0))
     assert torch.equal(unpack_from_int32(encoded["m.weight_packed"], 4, q.shape), q)
     scheme = ct.Scheme("pack-quantized", 4, False, "group", 2 * half)
-    back = ct.decode(scheme, {k[2:]: v for k, v in encoded.items()})
-    assert torch.equal(back.data, weight.data) and torch.equal(back.zero_point, zero)
+    back = scheme.read(Parts(save(tmp_path, encoded), "m"))
+    assert torch.equal(back.data, weight.data) and torch.equal(back.dequantize(), weight.dequantize())

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.checkpoint.floats import quantize_blocks
 from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
@@ -237,7 +237,7 @@ def test_commands_name_the_format(form: str, tmp_path: Path) -> None:
         ),
         (
             {"quantization": {"bits": 4}},
-            "quant_method: got None; expected 'fp8', 'mxfp4' or 'compressed-tensors'",
+            "quant_method: got None; expected one of fp8",
         ),
     ],
 )
@@ -261,16 +261,16 @@ def test_factors_of_stacks_are_checked(tmp_path: Path) -> None:
     assert torch.equal(loading(torch.tensor([2.0])).scale, torch.full((1, 2), 2.0))
     for scale, words in (
         (tensors[name][:3], f"{name} has factors of 3 experts; expected more than 3"),
-        (torch.ones(4, 256, 1), f"{name}: expected one number or shape [2, 2]"),
+        (torch.ones(4, 255, 1), f"{name}: expected one number, 256 rows or shape [2, 2]"),
         (torch.full((4, 1, 1), float("nan")), f"{name}: expected finite scales"),
     ):
         with pytest.raises(CheckpointError, match=re.escape(words)):
             loading(scale)
 
 
-def test_factors_per_row_are_rejected(tmp_path: Path) -> None:
-    data = torch.ones(4, 8).to(torch.float8_e4m3fn)
-    save_file({"a.weight": data, "a.weight_scale": torch.ones(4, 1)}, tmp_path / "model.safetensors")
+def test_factors_per_row(tmp_path: Path) -> None:
+    data, scale = torch.ones(4, 8).to(torch.float8_e4m3fn), torch.arange(1.0, 5.0)[:, None]
+    save_file({"a.weight": data, "a.weight_scale": scale}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(HUB | dict(quantization_config=STATIC)))
-    with pytest.raises(CheckpointError, match=r"a.weight_scale: expected one number or shape \[1, 1\]"):
-        Checkpoint.open(tmp_path).weight("a")
+    weight = Checkpoint.open(tmp_path).weight("a")
+    assert weight.format == "fp8" and torch.equal(weight.dequantize(), scale.expand(4, 8))

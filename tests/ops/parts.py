@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ GROUPS = ["mxfp4", "iq4_nl", "int8_groups", "q4_1", "q5_1"]  # formats with scal
 UNITS = ["iq4_xs", "q4_k", "q5_k", "q6_k"]  # whose scales are multiples of units
 BOUNDS |= dict.fromkeys((*GROUPS, *UNITS), 1e-4)
 FORMATS = [name for name in BOUNDS if name not in UNITS and name != "q5_1"]
+# Other scales of formats above.
+SCALED = {"fp8_rows": 1e-9, "fp8_32": 1e-9, "int8_zero": 1e-4, "nvfp4": 1e-4}
+BOUNDS |= SCALED
 EPS = 1e-6
 
 ROUTERS = {
@@ -52,6 +57,8 @@ def weight(name: str, n: int, k: int, group: int = 32) -> Weight:
     if name == "fp8":
         scale = torch.rand((n + 127) // 128, (k + 127) // 128) + 0.5
         return Weight("fp8", (w * 16).to(torch.float8_e4m3fn), scale / 16)
+    if name in SCALED:
+        return scaled(name, n, k)
     if name in (*GROUPS, *UNITS):
         return in_groups(name, n, k, 16 if name == "q6_k" else group)
     w4 = quantize_int4(w, group)
@@ -59,6 +66,22 @@ def weight(name: str, n: int, k: int, group: int = 32) -> Weight:
         return w4
     assert w4.scale is not None
     return Weight("int4", w4.data, w4.scale, torch.randint(-4, 5, w4.scale.shape, dtype=torch.int8))
+
+
+def scaled(name: str, n: int, k: int) -> Weight:
+    """FP8 with a scale per row or 32 columns, 8 bits with zero points, and FP4 with scales of FP8."""
+    if name == "int8_zero":
+        w = in_groups("int8_groups", n, k, 32)
+        assert w.scale is not None
+        return replace(w, zero_point=torch.randint(-128, 128, w.scale.shape, dtype=torch.int8))
+    if name == "nvfp4":
+        w = in_groups("mxfp4", n, k, 16)
+        assert w.scale is not None
+        e4m3 = (torch.rand(w.scale.shape) * 448).to(torch.float8_e4m3fn).float()
+        return replace(w, scale=e4m3 * (torch.rand(1) / 448 / k**0.5))
+    data = (torch.randn(n, k) * 16 / k**0.5).to(torch.float8_e4m3fn)
+    scale = torch.rand(n, 1).expand(-1, -(-k // 128)) if name == "fp8_rows" else torch.rand(n, k // 32)
+    return Weight("fp8", data, (scale + 0.5) / 16)
 
 
 def in_groups(name: str, n: int, k: int, group: int) -> Weight:

@@ -16,7 +16,7 @@ from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, plan
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import INTEGERS, Cut, Weight, cut_weight, quantize_int8
-from tests.ops.parts import BOUNDS, EPS, GROUPS, UNITS, distance, experts, norm, weight
+from tests.ops.parts import BOUNDS, EPS, GROUPS, SCALED, UNITS, distance, experts, norm, weight
 from tests.ops.test_cpu import ISAS
 
 REF = ReferenceOps(torch.float32)
@@ -72,6 +72,27 @@ def test_rows_of_other_formats(ops: CpuOps, name: str) -> None:
         ops._blobs["w"].read_rows(values_at.ctypes.data, 1, found.numpy().ctypes.data)
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_values_of_other_scales_are_exact(ops: CpuOps, name: str) -> None:
+    for n, k in ((1, 32), (50, 160), (200, 512)):
+        w = weight(name, n, k)
+        packed = ops._pack("w", [w])
+        assert HELD[packed.format] == w.format
+        torch.testing.assert_close(values(packed, n, k), w.dequantize(), rtol=3e-7, atol=0)
+        del ops._blobs["w"]
+
+
+@pytest.mark.parametrize("name", ["fp8_rows", "fp8_32"])
+def test_fp8_of_other_scales_that_is_rounded_or_stacked(name: str) -> None:
+    """It becomes floats first: its scales are those of its rows and groups."""
+    w, x = weight(name, 48, 192), torch.randn(3, 192)
+    for quantization, stack in (("int8", [w]), (None, [w, weight("fp8", 16, 192)])):
+        ops = CpuOps(1, quantization)
+        y = ops.linear(x, ops.pack_linear("w", lambda s=stack: s))  # type: ignore[misc]
+        expected = torch.cat([x @ part.dequantize().t() for part in stack], 1)
+        assert distance(y, expected) < 1e-4
+
+
 def test_rows_of_a_head_in_planes() -> None:
     ops, w = CpuOps(1), quantize_int8(torch.randn(40, 128))
     found = values(ops._pack_as(Plan(PackedFormat.Q8_PLANES), "w", [w]), 40, 128)
@@ -90,7 +111,7 @@ def test_scales_of_16_bits_are_exact_at_any_distance(ops: CpuOps) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 12, 13, 40])
-@pytest.mark.parametrize("name", [*GROUPS, *UNITS])
+@pytest.mark.parametrize("name", [*GROUPS, *UNITS, *SCALED])
 def test_products(ops: CpuOps, name: str, tokens: int) -> None:
     for n in (16, 33, 100):
         w, x = weight(name, n, 512), torch.randn(tokens, 512) * torch.rand(512) * 3

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.checkpoint.compressed_tensors import quantize_blocks
+from farthing.checkpoint.floats import quantize_blocks
 from farthing.ops.cpu.weights import Plan, pack
 from farthing.ops.weights import CODES, Weight, quantize_int4, quantize_int8, to_codes
 
@@ -59,11 +59,13 @@ def nibbles(
     q: NDArray[np.int8], scale: NDArray[np.float32], zero: NDArray[np.int8] | None = None, offset: int = 8
 ) -> Bytes:
     s = panels(scale)
-    row = np.abs(s).max(2)
+    row = top = np.abs(s).max(2)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        power = np.exp2(np.floor(np.log2(row)) - 15).astype(np.float32)  # where scales are then exact
-        halves = (s / power[..., None]).astype(np.float16).astype(np.float32) * power[..., None]
-    row = np.where((row >= 2.0**-100) & (halves == s).all(2), power, row)
+        power = np.exp2(np.floor(np.log2(top)) - 15).astype(np.float32)
+        for by in (*((top / np.float32(i)) * np.float32(2.0**-11) for i in range(15, 7, -1)), power):
+            halves = (s / by[..., None]).astype(np.float16).astype(np.float32) * by[..., None]
+            fits = (np.abs(halves - s) <= np.float32(2.0**-22) * np.abs(s)).all(2)  # these are then exact
+            row = np.where((top >= 2.0**-100) & fits & (top <= np.float32(65504) * by), by, row)
     with np.errstate(invalid="ignore"):
         relative = np.where(row[..., None] > 0, s / row[..., None], 0).astype(np.float16)
     parts = [as_bytes(row), as_bytes(relative.transpose(0, 2, 1))]

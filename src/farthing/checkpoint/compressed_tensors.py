@@ -1,7 +1,7 @@
-"""The compressed-tensors format (0.20) in both directions, and FP8 in blocks, which several formats share.
+"""The compressed-tensors format (0.20) in both directions.
 
-Legend: N rows, K columns, g group size. Element i of a packed row sits at bit 4 i of its little-endian
-words, as u = q + 8; zero points are packed the same way along dimension 0.
+Legend: N rows, K columns, g group size. Element i of a packed row of b bits sits at bit b i of its
+little-endian words, as u = q + 2^(b - 1); zero points are packed the same way along dimension 0.
 """
 
 from __future__ import annotations
@@ -11,96 +11,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from farthing.checkpoint.floats import CACHE_SCALES, fp4, fp8, ue8m0
+from farthing.checkpoint.layout import (
+    Parts,
+    expect,
+    field,
+    format_of,
+    integers,
+    packed_integers,
+    pattern,
+    strings,
+    unpack,
+)
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
-from farthing.ops.weights import CODES, FP8_BLOCK, Weight, pack_int4
+from farthing.ops.weights import CODES, FP8_BLOCK, Format, InputRounding, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-BLOCK = 128
-E4M3_MAX = 448.0
-# Suffixes of a module's factor: DeepSeek's and transformers', compressed-tensors', Mistral's.
-SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
-# Calibrated factors of activations, which the kernels do not round to FP8.
-ACTIVATION_SCALES = ("*input_scale", "*activation_scale", "*.qscale_act")
-# Calibrated ranges of queries, keys and values (kv_cache_scheme); the latent cache has ranges of its own.
-CACHE_SCALES = ("*.self_attn.[qkv]_scale", "*.self_attn.[qkv]_zero_point")
-
-
-def block_scales(name: str, scale: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A stored factor as [ceil(N/128), ceil(K/128)] float32. Raises CheckpointError for other shapes.
-
-    FP8 weights: E4M3 with one float32 factor per 128 x 128 block (DeepSeek-V3 sec. 3.3.2) or per matrix.
-
-    The factor is stored under one of the names in SCALES and multiplies, whatever its name: W = W8 * scale of
-    its block. One factor for a whole matrix is the same as equal factors for all of its blocks. Shapes: W [N,
-    K]; scale_inv [ceil(N/block), ceil(K/block)]; the last block of a row or column may be ragged.
-    """
-    blocks = (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
-    if scale.numel() == 1:
-        return scale.float().reshape(1, 1).expand(blocks).contiguous()
-    if tuple(scale.shape) != blocks:
-        raise CheckpointError(
-            f"{name}: expected one number or shape {list(blocks)} (blocks of {BLOCK}), "
-            f"found {list(scale.shape)}"
-        )
-    return scale.float()
-
-
-def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
-    """W [N, K] floating -> (float8_e4m3fn [N, K], float32 scale_inv [ceil(N/block), ceil(K/block)]).
-
-    `ue8m0` rounds each scale up to a power of two, as DeepSeek-V3.1 stores them. A zero block gets scale 1.
-    """
-    _check_matrix("w", w)
-    if not w.is_floating_point():
-        raise ValueError(f"w has dtype {w.dtype}; expected a floating-point matrix")
-    if not torch.isfinite(w).all():
-        raise ValueError("w has inf or nan; expected finite weights")
-    tiles = _tiles(w.float(), block)  # [rows, block, cols, block]
-    amax = tiles.abs().amax(dim=(1, 3))
-    scale = torch.where(amax > 0, amax / E4M3_MAX, torch.ones_like(amax))
-    scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    if ue8m0:
-        scale = torch.exp2(torch.ceil(torch.log2(scale)))
-    scaled = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    return _untile(scaled, w.shape).to(torch.float8_e4m3fn), scale
-
-
-def dequantize_blocks(
-    w8: Tensor, scale_inv: Tensor, block: int = BLOCK, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The inverse: (w8 [N, K] E4M3, scale_inv float32) -> W [N, K] in `dtype` (float32), multiplied in
-    float32."""
-    dtype = dtype or torch.float32
-    _check_matrix("w8", w8)
-    expected = (-(-w8.shape[0] // block), -(-w8.shape[1] // block))
-    if tuple(scale_inv.shape) != expected:
-        raise ValueError(
-            f"scale_inv has shape {tuple(scale_inv.shape)}; expected {expected} for a {tuple(w8.shape)} "
-            f"weight in blocks of {block}"
-        )
-    tiles = _tiles(w8.float(), block) * scale_inv.float()[:, None, :, None]
-    return _untile(tiles, w8.shape).to(dtype)
-
-
-def _check_matrix(name: str, w: Tensor) -> None:
-    if w.ndim != 2 or 0 in w.shape:
-        raise ValueError(f"{name} has shape {tuple(w.shape)}; expected a non-empty matrix [N, K]")
-
-
-def _tiles(w: Tensor, block: int) -> Tensor:
-    """[N, K] -> [rows, block, cols, block], zero-padded to whole blocks."""
-    rows, cols = -(-w.shape[0] // block), -(-w.shape[1] // block)
-    padded = torch.nn.functional.pad(w, (0, cols * block - w.shape[1], 0, rows * block - w.shape[0]))
-    return padded.view(rows, block, cols, block)
-
-
-def _untile(tiles: Tensor, shape: torch.Size) -> Tensor:
-    rows, block, cols, _ = tiles.shape
-    return tiles.reshape(rows * block, cols * block)[: shape[0], : shape[1]].contiguous()
 
 
 METHOD = "compressed-tensors"
@@ -111,6 +39,7 @@ OPTIONAL = (
     "input_zero_point",
     "output_scale",
     "output_zero_point",
+    "input_global_scale",
     "input_clip",
     "qscale_act",
 )
@@ -120,17 +49,94 @@ OPTIONAL = (
 class Scheme:
     """How the weights of one config group are stored."""
 
-    storage: str  # int-quantized | pack-quantized | float-quantized
+    storage: str  # a key of _STORAGES
     bits: int
     symmetric: bool
-    strategy: str  # tensor | channel | group | block
+    strategy: str  # tensor | channel | group | tensor_group | block
     group_size: int | None
     input_bits: int = 8  # below 8 for some quantization-aware trained checkpoints
     static_inputs: bool = False  # inputs are quantized with each matrix's calibrated `input_scale`
-    fp8: bool = False  # float8_e4m3fn, not integers
+    floating: bool = False  # FP8 or FP4, not integers
+    block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)  # of the strategy
 
     def __str__(self) -> str:
         return f"{self.storage} {self.bits} bit {self.strategy}"
+
+    @property
+    def packed(self) -> bool:
+        """Whether integers are in 32-bit words."""
+        return self.storage == "pack-quantized"
+
+    @property
+    def format(self) -> Format:
+        """The format of what `read` returns."""
+        if self.floating:
+            return "fp8" if self.bits == 8 else "mxfp4"
+        return format_of(self.bits, self.group_size, self.symmetric)
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """(N, K); of packed integers, from a tensor."""
+        if self.packed:
+            n, k = (int(x) for x in parts.tensor("weight_shape", "int64", "int32").tolist())
+        else:
+            n, k = parts.shape("weight_packed" if self.format == "mxfp4" else "weight")
+        return n, k * 2 if self.format == "mxfp4" else k
+
+    def read(self, parts: Parts) -> Weight:
+        """The matrix and how its inputs are rounded."""
+        parts.skip(*OPTIONAL)
+        if self.format == "fp8":
+            weight = self._fp8(parts)
+        elif self.format == "mxfp4":
+            weight = self._fp4(parts)
+        else:
+            weight = self._integers(parts)
+        if self.static_inputs:
+            return replace(weight, inputs=InputRounding(8, scale=parts.input_scale()))
+        if self.input_bits == 8:
+            return weight
+        clip = float(parts.tensor("input_clip")) if parts.has("input_clip") else 1.0
+        return replace(weight, inputs=InputRounding(self.input_bits, clip))
+
+    def _fp8(self, parts: Parts) -> Weight:
+        block = (1, self.group_size) if self.group_size else self.block
+        return fp8(parts.matrix("weight", "float8_e4m3fn"), parts, block)
+
+    def _fp4(self, parts: Parts) -> Weight:
+        assert self.group_size is not None
+        scale = ue8m0(parts.tensor("weight_scale"))
+        if self.strategy == "tensor_group":
+            scale = scale / parts.tensor("weight_global_scale").float()
+        return fp4(parts.matrix("weight_packed", "uint8"), scale, self.group_size)
+
+    def _integers(self, parts: Parts) -> Weight:
+        if self.packed:
+            n, k = self.shape(parts)
+            words = parts.tensor("weight_packed", "int32")
+            expect("weight_packed", (n, -(-k * self.bits // 32)), words)
+            u = packed_integers(words, self.bits, k)
+        else:
+            q = parts.matrix("weight", "int8")
+            n, k = q.shape
+            u = (q.to(torch.int16) + (1 << self.bits - 1)).to(torch.uint8)
+            u = u[:, ::2] | u[:, 1::2] << 4 if self.bits == 4 and k % 2 == 0 else u
+        if k % 2 and self.bits <= 4:
+            raise CheckpointError(f"weight_scale: found {k} columns; expected an even number")
+        scale = parts.tensor("weight_scale").float()
+        scale = scale if self.group_size else _rows(scale, n)
+        order = parts.tensor("weight_g_idx") if parts.has("weight_g_idx") else None
+        return integers(self.bits, u, scale, self._zeros(parts, scale), self.group_size, order)
+
+    def _zeros(self, parts: Parts, scale: Tensor) -> Tensor | None:
+        """Zero points as unsigned integers."""
+        if self.symmetric:
+            return None
+        zero = parts.tensor("weight_zero_point", "int32", "int8")
+        if zero.dtype == torch.int8:
+            expect("weight_zero_point", tuple(scale.shape), zero)
+            return (zero.to(torch.int16) + (1 << self.bits - 1)).to(torch.uint8)
+        expect("weight_zero_point", (-(-scale.shape[0] * self.bits // 32), scale.shape[1]), zero)
+        return unpack(zero.t(), self.bits, scale.shape[0]).t()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +153,14 @@ class Targets:
         names: dict[str, int] = {}
         regexes: list[tuple[re.Pattern[str], int]] = []
         linear: int | None = None
-        for i, patterns in enumerate(groups):
-            for pattern in patterns:
-                if pattern.startswith("re:"):
-                    regexes.append((_regex(pattern[3:]), i))
-                elif pattern == "Linear":
+        for i, targets in enumerate(groups):
+            for target in targets:
+                if target.startswith("re:"):
+                    regexes.append((pattern(target[3:], "config.json: quantization_config"), i))
+                elif target == "Linear":
                     linear = i if linear is None else linear
                 else:
-                    names.setdefault(pattern, i)
+                    names.setdefault(target, i)
         return cls(names, tuple(regexes), linear)
 
     def match(self, module: str) -> int | None:
@@ -176,16 +182,22 @@ class Groups:
     def from_json(cls, raw: Mapping[str, Any]) -> Groups:
         """Validate and convert. Raises CheckpointError for any scheme without an implementation."""
         where = "config.json: quantization_config"
-        default = _field(raw, "format", str, where) or "dense"
-        groups = _field(raw, "config_groups", dict, where)
+        _refuse_online_transforms(where, raw)
+        default = field(raw, "format", str, where) or "dense"
+        groups = field(raw, "config_groups", dict, where)
         if groups is None:
             raise CheckpointError(f"{where}.config_groups is missing; expected an object")
         schemes, targets = [], []
         for name in groups:
-            group = _field(groups, name, dict, f"{where}.config_groups") or {}
+            group = field(groups, name, dict, f"{where}.config_groups") or {}
             schemes.append(_scheme(f"{where}.config_groups.{name[:80]}", group, default))
-            targets.append(_names(group, "targets", f"{where}.config_groups.{name[:80]}"))
-        return cls(tuple(schemes), Targets.of(targets), Targets.of([_names(raw, "ignore", where)]))
+            targets.append(strings(group, "targets", f"{where}.config_groups.{name[:80]}"))
+        return cls(tuple(schemes), Targets.of(targets), Targets.of([strings(raw, "ignore", where)]))
+
+    @property
+    def unread(self) -> Sequence[str]:
+        """Calibrated scales of queries, keys and values."""
+        return CACHE_SCALES
 
     def index(self, module: str) -> int | None:
         """The index of a Linear module's config group; None if it is ignored or not targeted."""
@@ -197,81 +209,92 @@ class Groups:
         return None if index is None else self.schemes[index]
 
 
-_KINDS = {str: "a string", int: "a whole number", dict: "an object", list: "a list"}
+def _refuse_online_transforms(where: str, raw: Mapping[str, Any]) -> None:
+    """Rotations of weights are stored applied; those of activations would have to be computed."""
+    config = field(raw, "transform_config", dict, where) or {}
+    groups = field(config, "config_groups", dict, f"{where}.transform_config") or {}
+    for name in groups:
+        at = f"{where}.transform_config.config_groups.{name[:80]}"
+        for apply in (
+            field(
+                field(groups, name, dict, f"{where}.transform_config.config_groups") or {}, "apply", list, at
+            )
+            or []
+        ):
+            location = apply.get("location") if isinstance(apply, dict) else apply
+            if location not in ("weight_input", "weight_output"):
+                raise CheckpointError(
+                    f"{at}: rotates activations while the model runs (location {str(location)[:40]!r}); "
+                    "that is not supported; expected rotations merged into weights, such as llm-compressor's "
+                    "SpinQuant with R1 and R2; quantize the model again with these or none"
+                )
 
 
-def _field(source: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
-    """A field of a configuration, None where it is missing or null. Raises CheckpointError for others."""
-    value = source.get(name)
-    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
-        return value
-    raise CheckpointError(f"{where}.{name[:80]}: got {str(value)[:80]!r}; expected {_KINDS[kind]}")
-
-
-def _names(source: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
-    names = _field(source, name, list, where) or []
-    if not all(isinstance(each, str) for each in names):
-        raise CheckpointError(f"{where}.{name}: got {str(names)[:80]!r}; expected a list of strings")
-    return tuple(names)
-
-
-def _regex(text: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"config.json: quantization_config names 're:{text[:80]}', which is not a valid pattern: {error}"
-        ) from None
+# (format, type, bits) -> strategies.
+_STORAGES = {
+    ("int-quantized", "int", (4, 8)): ("tensor", "channel", "group"),
+    ("pack-quantized", "int", (2, 3, 4, 5, 6, 7, 8)): ("tensor", "channel", "group"),
+    ("naive-quantized", "int", (8,)): ("tensor", "channel", "group"),
+    ("float-quantized", "float", (8,)): ("tensor", "channel", "group", "block"),
+    ("naive-quantized", "float", (8,)): ("tensor", "channel", "group", "block"),
+    ("mxfp8-quantized", "float", (8,)): ("group",),
+    ("mxfp4-pack-quantized", "float", (4,)): ("group",),
+    ("nvfp4-pack-quantized", "float", (4,)): ("tensor_group",),
+}
 
 
 def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
-    weights = _field(group, "weights", dict, where)
+    weights = field(group, "weights", dict, where)
     if weights is None:
         raise CheckpointError(f"{where}.weights is missing; expected an object")
-    storage = _field(group, "format", str, where) or default
-    bits = _field(weights, "num_bits", int, f"{where}.weights")
-    kind = _field(weights, "type", str, f"{where}.weights") or "int"
-    group_size = _field(weights, "group_size", int, f"{where}.weights")
-    strategy = _field(weights, "strategy", str, f"{where}.weights") or ("group" if group_size else "tensor")
-    inputs = _field(group, "input_activations", dict, where) or {}
-    input_bits = _field(inputs, "num_bits", int, f"{where}.input_activations")
-    coarse = inputs.get("type", "int") == "int" and input_bits is not None and input_bits < 8
+    storage = field(group, "format", str, where) or default
+    bits = field(weights, "num_bits", int, f"{where}.weights")
+    kind = field(weights, "type", str, f"{where}.weights") or "int"
+    group_size = field(weights, "group_size", int, f"{where}.weights")
+    strategy = field(weights, "strategy", str, f"{where}.weights") or ("group" if group_size else "tensor")
+    accepted = next((s for (f, t, b), s in _STORAGES.items() if (f, t) == (storage, kind) and bits in b), ())
+    if strategy not in accepted:
+        known = ", ".join(
+            f"{f} {'|'.join(map(str, b))} bit {t} {'|'.join(s)}" for (f, t, b), s in sorted(_STORAGES.items())
+        )
+        raise CheckpointError(
+            f"{where}: unknown quantization {storage} {bits} bit {kind} {strategy} (format, num_bits, type, "
+            f"strategy); expected {known}"
+        )
+    grouped = strategy in ("group", "tensor_group")
+    if grouped and (group_size is None or not 1 <= group_size <= _MOST_GROUP):
+        raise CheckpointError(f"{where}.weights.group_size: got {group_size}; expected 1 to {_MOST_GROUP}")
+    input_bits, static = _inputs(where, group, group_size)
+    symmetric = field(weights, "symmetric", bool, f"{where}.weights")
+    return Scheme(
+        storage, bits, symmetric is not False, strategy, group_size if grouped else None,
+        input_bits, static, kind == "float", _block(where, weights, strategy),
+    )  # fmt: skip
+
+
+def _inputs(where: str, group: Mapping[str, Any], group_size: int | None) -> tuple[int, bool]:
+    """Bits of the inputs if below 8, else 8, and whether their scale is calibrated."""
+    inputs = field(group, "input_activations", dict, where) or {}
+    bits = field(inputs, "num_bits", int, f"{where}.input_activations")
+    coarse = inputs.get("type", "int") == "int" and bits is not None and bits < 8
     if coarse and (inputs.get("strategy"), inputs.get("group_size")) != ("group", group_size):
         raise CheckpointError(
             f"{where}.input_activations: got {str(inputs)[:200]}; "
             "expected the weights' own groups below 8 bits"
         )
-    if strategy == "group" and (group_size is None or not 1 <= group_size <= _MOST_GROUP):
-        raise CheckpointError(f"{where}.weights.group_size: got {group_size}; expected 1 to {_MOST_GROUP}")
-    if not isinstance(symmetric := weights.get("symmetric", True), bool):
+    return bits if coarse else 8, _is_static(inputs)
+
+
+def _block(where: str, weights: Mapping[str, Any], strategy: str) -> tuple[int, int]:
+    block = field(weights, "block_structure", list, f"{where}.weights")
+    if strategy != "block":
+        return FP8_BLOCK, FP8_BLOCK
+    if not block or len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block) or block[1] % 32:
         raise CheckpointError(
-            f"{where}.weights.symmetric: got {str(symmetric)[:80]!r}; expected true or false"
+            f"{where}.block_structure: got {str(block)[:80]}; expected rows and columns, these a multiple of "
+            "32"
         )
-    scheme = Scheme(
-        storage, bits or 0, symmetric, strategy, group_size,
-        input_bits if coarse else 8, _is_static(inputs), kind == "float",
-    )  # fmt: skip
-    supported = {
-        ("int-quantized", 8, "int"): ("tensor", "channel", "group"),
-        ("int-quantized", 4, "int"): ("tensor", "channel", "group"),
-        ("pack-quantized", 4, "int"): ("tensor", "channel", "group"),
-        ("pack-quantized", 8, "int"): ("tensor", "channel", "group"),
-        ("naive-quantized", 8, "int"): ("tensor", "channel"),
-        ("float-quantized", 8, "float"): ("tensor", "block"),
-        ("naive-quantized", 8, "float"): ("tensor", "block"),
-    }
-    if strategy not in supported.get((storage, scheme.bits, kind), ()):
-        accepted = ", ".join(sorted(f"{f} {b} bit {k} {'|'.join(s)}" for (f, b, k), s in supported.items()))
-        raise CheckpointError(
-            f"{where}: unknown quantization {storage} {bits} bit {kind} {strategy} (format, num_bits, type, "
-            f"strategy); expected {accepted}"
-        )
-    if scheme.bits == 8 and not scheme.symmetric:
-        raise CheckpointError(f"{where}: asymmetric 8-bit weights are unknown; expected symmetric")
-    block = _field(weights, "block_structure", list, f"{where}.weights")
-    if strategy == "block" and block != [FP8_BLOCK, FP8_BLOCK]:
-        raise CheckpointError(f"{where}.block_structure: got {block}; expected [128, 128]")
-    return scheme
+    return block[0], block[1]
 
 
 def _is_static(inputs: Mapping[str, Any]) -> bool:
@@ -279,67 +302,6 @@ def _is_static(inputs: Mapping[str, Any]) -> bool:
     wanted = {"type": "int", "num_bits": 8, "strategy": "tensor", "symmetric": True}
     scheme = {"type": "int", "strategy": "tensor", "symmetric": True, **inputs}
     return bool(inputs) and not inputs.get("dynamic") and all(scheme.get(k) == v for k, v in wanted.items())
-
-
-def decode(scheme: Scheme, tensors: Mapping[str, Tensor]) -> Weight:
-    """A module's tensors by suffix ('weight', 'weight_packed', 'weight_scale', …) -> Weight.
-
-    Raises CheckpointError without file and module; the reader adds them.
-    """
-    scale = tensors["weight_scale"].float()
-    if scheme.storage == "pack-quantized":
-        n, k = (int(x) for x in tensors["weight_shape"].tolist())
-        expect("weight_packed", (n, -(-k * scheme.bits // 32)), tensors["weight_packed"])
-        data = tensors["weight_packed"].contiguous().view(torch.uint8)
-    else:
-        n, k = tensors["weight"].shape
-        data = tensors["weight"]
-    if scheme.fp8:
-        return Weight("fp8", data, block_scales("weight_scale", scale, (n, k)))
-    if scheme.bits == 8:
-        if scheme.storage == "pack-quantized":
-            data = (data[:, :k].to(torch.int16) - 128).to(torch.int8)
-        if scheme.strategy != "group":
-            return Weight("int8", data, _rows(scale, n))
-        _check_groups(scheme, scale, n, k, tensors)
-        return Weight("int8_groups", data, scale)
-    nibbles = data[:, : k // 2] if scheme.storage == "pack-quantized" else pack_int4(data)
-    return _int4(scheme, nibbles, _rows(scale, n) if scheme.strategy != "group" else scale, n, k, tensors)
-
-
-def _int4(
-    scheme: Scheme, nibbles: Tensor, scale: Tensor, n: int, k: int, tensors: Mapping[str, Tensor]
-) -> Weight:
-    _check_groups(scheme, scale, n, k, tensors)
-    if scheme.symmetric:
-        return Weight("int4", nibbles.contiguous(), scale)
-    zero = tensors["weight_zero_point"]
-    if zero.dtype == torch.int32:
-        expect("weight_zero_point", (-(-n // 8), scale.shape[1]), zero)
-        zero = _unpack_rows(zero, n)
-    expect("weight_zero_point", tuple(scale.shape), zero)
-    return Weight("int4", nibbles.contiguous(), scale, zero.to(torch.int8))
-
-
-def _check_groups(scheme: Scheme, scale: Tensor, n: int, k: int, tensors: Mapping[str, Tensor]) -> None:
-    """Whether scales are of groups of adjacent columns."""
-    g = scheme.group_size if scheme.strategy == "group" and scheme.group_size else k
-    if k % g or k % 2:
-        raise CheckpointError(
-            f"K = {k} with group_size {g}; expected an even K that is a multiple of the group size"
-        )
-    expect("weight_scale", (n, k // g), scale)
-    order = tensors.get("weight_g_idx")
-    if order is not None and not torch.equal(order.long(), torch.arange(k) // g):
-        raise CheckpointError(
-            "weight_g_idx permutes the columns; expected actorder 'static' or 'weight', or none"
-        )
-
-
-def expect(suffix: str, shape: tuple[int, ...], tensor: Tensor) -> None:
-    """Raise CheckpointError unless `tensor` has `shape`."""
-    if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{suffix}: expected shape {list(shape)}, found {list(tensor.shape)}")
 
 
 def _rows(scale: Tensor, n: int) -> Tensor:
@@ -351,13 +313,6 @@ def _rows(scale: Tensor, n: int) -> Tensor:
             f"weight_scale: expected {n} rows or one number, found shape {list(scale.shape)}"
         )
     return scale.reshape(n, 1)
-
-
-def _unpack_rows(words: Tensor, n: int) -> Tensor:
-    """int32 [ceil(N/8), G] packed along rows -> int8 [N, G]."""
-    nibbles = words.t().contiguous().view(torch.uint8)  # [G, 4 * words]
-    pairs = torch.stack((nibbles & 15, nibbles >> 4), -1).flatten(1)[:, :n]
-    return (pairs.to(torch.int8) - 8).t().contiguous()
 
 
 # Fitted values (NL4, the CODES of `farthing.ops.weights`) in files of 4-bit integers with even steps. The

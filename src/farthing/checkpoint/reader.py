@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint.compressed_tensors import ACTIVATION_SCALES, CACHE_SCALES, SCALES, block_scales
+from farthing.checkpoint.floats import SCALES, Fp8
 from farthing.checkpoint.gguf import INDEX as GGUF_INDEX
 from farthing.checkpoint.gguf import GgufShards
+from farthing.checkpoint.layout import Layout, Parts, Scheme
 from farthing.checkpoint.shards import (
     INDEX,
     MISTRAL_INDEX,
@@ -30,8 +31,8 @@ from farthing.checkpoint.shards import (
     read_index,
     read_json,
 )
-from farthing.lazy import torch
-from farthing.ops import FP8_BLOCK, Format, InputRounding, Weight, dtype_name
+from farthing.checkpoint.words import auto_round, awq, gptq
+from farthing.ops import Format, Weight, dtype_name
 from farthing.process import Progress
 
 if TYPE_CHECKING:
@@ -73,37 +74,43 @@ def method_of(quantization: Mapping[str, Any]) -> str:
     return str(quantization.get("quant_method", "fp8" if _WEIGHT in quantization else "dense"))
 
 
-def read_quantization(quantization: Any) -> ct.Groups | None:
-    """The schemes of compressed-tensors; None for FP8 with its factors and for MXFP4, whose tensors have
-    names of their own. CheckpointError for others."""
+def _mistral(quantization: Mapping[str, Any]) -> Layout:
+    if quantization[_WEIGHT] != "fp8_e4m3":
+        raise CheckpointError(
+            f"params.json: {_MISTRAL}.{_WEIGHT}: got {str(quantization[_WEIGHT])[:80]!r}; expected 'fp8_e4m3'"
+        )
+    return Fp8()
+
+
+_LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], Layout | None]] = {
+    "fp8": Fp8.from_json,
+    "fbgemm_fp8": Fp8.from_json,
+    MXFP4: lambda quantization: None,  # tensors have names of their own: `farthing.model.source`
+    ct.METHOD: ct.Groups.from_json,
+    "gptq": gptq,
+    "awq": awq,
+    "auto-round": auto_round,
+    "intel/auto-round": auto_round,
+}
+# Suffixes of tensors that only quantized modules have.
+MARKS = (*SCALES, "weight_packed", "qweight")
+
+
+def read_quantization(quantization: Any) -> Layout | None:
+    """The layout that a quantization_config declares; None for gpt-oss's. CheckpointError for others."""
     if not isinstance(quantization, dict):
         raise CheckpointError(
             f"config.json: quantization_config: got {type(quantization).__name__}; expected an object"
         )
     if _WEIGHT in quantization:
-        if quantization[_WEIGHT] != "fp8_e4m3":
-            raise CheckpointError(
-                f"params.json: {_MISTRAL}.{_WEIGHT}: got {str(quantization[_WEIGHT])[:80]!r}; "
-                "expected 'fp8_e4m3'"
-            )
-        return None
+        return _mistral(quantization)
     method = quantization.get("quant_method")
-    if method == ct.METHOD:
-        return ct.Groups.from_json(quantization)
-    if method == MXFP4:
-        return None
-    if method != "fp8":
+    if not isinstance(method, str) or method not in _LAYOUTS:
         raise CheckpointError(
-            f"config.json: quantization_config.quant_method: got {method!r}; "
-            f"expected 'fp8', {MXFP4!r} or {ct.METHOD!r}"
+            "config.json: quantization_config.quant_method: got "
+            f"{method[:80] if isinstance(method, str) else method!r}; expected one of {', '.join(_LAYOUTS)}"
         )
-    block = quantization.get("weight_block_size")
-    if block is not None and block != [FP8_BLOCK, FP8_BLOCK]:
-        raise CheckpointError(
-            f"config.json: quantization_config.weight_block_size: got {block}; expected [128, 128], "
-            "or null for one factor per matrix"
-        )
-    return None
+    return _LAYOUTS[method](quantization)
 
 
 SUFFIX = ".input_scale"
@@ -187,20 +194,11 @@ def has_weights(path: Path) -> bool:
     return all((path / name).is_file() for name in names)
 
 
-def _integers_of(scheme: ct.Scheme) -> Format:
-    return "int4" if scheme.bits == 4 else "int8_groups" if scheme.strategy == "group" else "int8"
-
-
 class Checkpoint:
     """One checkpoint, opened by `Checkpoint.open`.
 
-    | quantization_config.quant_method | what `weight` returns |
-    |---|---|
-    | (none) | dense, as stored: bf16, f16 or f32 |
-    | fp8, or Mistral's `quantization` | fp8 where a scale exists, else dense |
-    | compressed-tensors | int8, int4 or fp8 by config group and ignore list |
-
-    Of a GGUF file: the format of the tensor's type.
+    `weight` returns what the layout declared by config.json says (`_LAYOUTS`), of a GGUF file the format of
+    the tensor's type, and else the matrix as stored: bf16, f16 or f32.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
@@ -208,9 +206,8 @@ class Checkpoint:
         self.config = config
         self._shards = shards
         self._used: set[str] = set()
-        self._groups: ct.Groups | None = None
+        self._layout: Layout | None = None
         self._input_scales = InputScales(shards.file_of, shards.read)
-        self._fp8 = False
         if quantization := quantization_in(config):
             self._resolve(quantization)
 
@@ -289,16 +286,13 @@ class Checkpoint:
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
-        scheme, scale = self._scheme(module), self._scale_of(module)
         if (whole := self._shards.weight(f"{module}.weight")) is not None:
             self._claim(f"{module}.weight")
             weight = whole
-        elif self._fp8 and scale:
-            weight = self._fp8_matrix(module, scale)
-        elif scheme and scale:
-            weight = self._compressed(module, scheme, scale)
+        elif scheme := self.scheme(module):
+            weight = self._quantized(module, scheme)
         else:
-            weight = self._dense(module, scheme)
+            weight = self._dense(module)
         if shape is not None and weight.shape != tuple(shape):
             raise CheckpointError(
                 f"{self._where(f'{module}.weight')}: {module}.weight: expected shape {list(shape)}, "
@@ -310,29 +304,24 @@ class Checkpoint:
 
     def is_quantized(self, module: str) -> bool:
         """Whether the module is stored with scales."""
-        suffixes = (*SCALES, "weight_packed")
-        return (
-            any(self.has(f"{module}.{s}") for s in suffixes) or self.in_groups(f"{module}.weight") is not None
-        )
+        return any(self.has(f"{module}.{s}") for s in MARKS) or self.in_groups(f"{module}.weight") is not None
+
+    def scheme(self, module: str) -> Scheme | None:
+        """How a module is stored that is quantized by config.json and in the files."""
+        known = self._layout is not None and self.is_quantized(module)
+        return self._layout.scheme(self.stored(module)) if self._layout and known else None
 
     def in_groups(self, name: str) -> tuple[Format, int] | None:
         """Format and columns of a group, from headers only, of a tensor that is whole in its own format."""
         return self._shards.stored(name)
 
-    def stored_as(self, module: str) -> tuple[Format, int]:
-        """Format and columns of a matrix, from headers and config only."""
-        if found := self.in_groups(f"{module}.weight"):
-            return found[0], self.shape(f"{module}.weight")[1]
-        if self.has(f"{module}.weight_packed"):
-            scheme = self._scheme(module)
-            return ("int4" if scheme is None else _integers_of(scheme)), int(
-                self.tensor(f"{module}.weight_shape")[1]
-            )
-        columns = self.shape(f"{module}.weight")[1]
-        if not self.is_quantized(module):
-            return "dense", columns
-        scheme = self._scheme(module)
-        return ("fp8" if scheme is None or scheme.fp8 else _integers_of(scheme)), columns
+    def stored_as(self, module: str) -> tuple[Format, tuple[int, int]]:
+        """Format and shape of a matrix, from headers and config only."""
+        if scheme := self.scheme(module):
+            return scheme.format, scheme.shape(Parts(self, module))
+        found = self.in_groups(f"{module}.weight")
+        n, k = self.shape(f"{module}.weight")
+        return found[0] if found else "dense", (n, k)
 
     def stored_bytes(self) -> int:
         """Size of the weight files."""
@@ -368,10 +357,8 @@ class Checkpoint:
 
     def finish(self, ignore: Sequence[str] = ()) -> None:
         """Raise CheckpointError for tensors never read that match no fnmatch pattern in `ignore`."""
-        if self._fp8:
-            ignore = (*ignore, *ACTIVATION_SCALES)
-        if self._fp8 or self._groups:
-            ignore = (*ignore, *CACHE_SCALES)
+        if self._layout:
+            ignore = (*ignore, *self._layout.unread)
         unused = [
             n
             for n in self.names()
@@ -389,34 +376,24 @@ class Checkpoint:
 
     def _resolve(self, quantization: Any) -> None:
         try:
-            self._groups = read_quantization(quantization)
+            self._layout = read_quantization(quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}/{error}") from None
-        self._fp8 = self._groups is None and method_of(quantization) != MXFP4
         if quantization.get("kv_cache_scheme"):
             log.info(
                 "%s: kv_cache_scheme is not applied; --kv-cache-dtype sets the cache's format", self.path
             )
 
-    def _scheme(self, module: str) -> ct.Scheme | None:
-        return self._groups.scheme(self.stored(module)) if self._groups else None
-
-    def _dense(self, module: str, scheme: ct.Scheme | None) -> Weight:
+    def _dense(self, module: str) -> Weight:
         name = f"{module}.weight"
-        if self.is_quantized(module) and not scheme:
+        if self.is_quantized(module):
             raise CheckpointError(
                 f"{self._where(name)}: {module} is stored quantized, but config.json's quantization_config "
                 "does not target it; expected a config group that names it"
             )
         data = self.tensor(name)
         if dtype_name(data.dtype) not in FLOATS:
-            wanted = (
-                f"it next to one of {', '.join(SCALES)}"
-                if self._fp8
-                else "weight_scale"
-                if scheme
-                else "float32, bfloat16 or float16"
-            )
+            wanted = f"it next to one of {', '.join(MARKS)}" if self._layout else " or ".join(FLOATS)
             raise CheckpointError(f"{self._where(name)}: {name}: found {data.dtype}, expected {wanted}")
         if data.ndim != 2:
             raise CheckpointError(
@@ -424,65 +401,23 @@ class Checkpoint:
             )
         return Weight("dense", data)
 
-    def _scale_of(self, module: str) -> str | None:
-        """The suffix of a quantized module's scale."""
-        return next((suffix for suffix in SCALES if self.has(f"{module}.{suffix}")), None)
+    def input_scale(self, module: str) -> float:
+        """The calibrated scale of a module's input, and of all that read the same."""
+        return self._input_scales[module]
 
-    def _fp8_matrix(self, module: str, suffix: str) -> Weight:
-        name, scale = f"{module}.weight", f"{module}.{suffix}"
-        data = self.tensor(name)
-        if data.dtype != torch.float8_e4m3fn or data.ndim != 2:
-            raise CheckpointError(
-                f"{self._where(name)}: {name}: expected a float8_e4m3fn matrix, found {data.dtype} "
-                f"{list(data.shape)}"
-            )
+    def _quantized(self, module: str, scheme: Scheme) -> Weight:
         try:
-            factors = block_scales(scale, self.tensor(scale), (data.shape[0], data.shape[1]))
-        except CheckpointError as error:
-            raise CheckpointError(f"{self._where(scale)}: {error}") from None
-        return self._checked(module, Weight("fp8", data, factors))
-
-    def _compressed(self, module: str, scheme: ct.Scheme, scale: str) -> Weight:
-        packed = scheme.storage == "pack-quantized"
-        suffixes = ["weight_packed", "weight_shape"] if packed else ["weight"]
-        if not scheme.symmetric:
-            suffixes.append("weight_zero_point")
-        tensors = {s: self.tensor(f"{module}.{s}") for s in suffixes}
-        tensors["weight_scale"] = self.tensor(f"{module}.{scale}")
-        if self.has(f"{module}.weight_g_idx"):
-            tensors["weight_g_idx"] = self.tensor(f"{module}.weight_g_idx")
-        self._used.update(f"{module}.{s}" for s in ct.OPTIONAL)
-        try:
-            self._check_dtype(scheme, tensors)
-            weight = ct.fitted(self._checked(module, ct.decode(scheme, tensors)), self.config.get(ct.MARK))
-            return replace(weight, inputs=self._inputs(module, scheme))
+            weight = scheme.read(Parts(self, module))
+            if isinstance(scheme, ct.Scheme):
+                weight = ct.fitted(weight, self.config.get(ct.MARK))
+            return self._checked(module, weight)
         except CheckpointError as error:
             if str(error).startswith(str(self.path)):
                 raise
-            name = f"{module}.{suffixes[0]}"
-            raise CheckpointError(f"{self._where(name)}: {module}.{error}") from None
-
-    def _inputs(self, module: str, scheme: ct.Scheme) -> InputRounding | None:
-        if scheme.static_inputs:
-            return InputRounding(8, scale=self._input_scales[module])
-        if scheme.input_bits == 8:
-            return None
-        name = f"{module}.input_clip"
-        return InputRounding(scheme.input_bits, float(self.tensor(name)) if self.has(name) else 1.0)
-
-    def _check_dtype(self, scheme: ct.Scheme, tensors: dict[str, Tensor]) -> None:
-        if scheme.storage == "pack-quantized":
-            suffix, expected = "weight_packed", torch.int32
-        else:
-            suffix, expected = "weight", torch.float8_e4m3fn if scheme.fp8 else torch.int8
-        if tensors[suffix].dtype != expected:
-            raise CheckpointError(
-                f"{suffix}: expected {expected} for {scheme}, found {tensors[suffix].dtype}"
-            )
+            raise CheckpointError(f"{self._where(f'{module}.weight')}: {module}.{error}") from None
 
     def _checked(self, module: str, weight: Weight) -> Weight:
-        assert weight.scale is not None
-        if not bool(weight.scale.isfinite().all()):
+        if weight.scale is not None and not bool(weight.scale.isfinite().all()):
             raise CheckpointError(
                 f"{self._where(f'{module}.weight')}: {module}: expected finite scales, found NaN or infinity"
             )

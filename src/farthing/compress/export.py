@@ -186,9 +186,9 @@ def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, rec
     parts = {f"{module}.{part}" for module in matrices for part in _PARTS}
     total = sum(checkpoint.nbytes(name) for name in checkpoint.names() if name not in parts)
     for module in matrices:
-        stored, columns = checkpoint.stored_as(module)
+        stored, (rows, columns) = checkpoint.stored_as(module)
         key = key_in(export, module, _expected_key(checkpoint, config, module, recipe))
-        kind, rows = "dense" if key is None else key.format, _rows(checkpoint, module)
+        kind = "dense" if key is None else key.format
         if kind == stored:
             names = (f"{module}.{part}" for part in _PARTS)
             total += sum(checkpoint.nbytes(name) for name in names if checkpoint.has(name))
@@ -208,11 +208,6 @@ _WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5, "nl4": 0.5}
 _SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2, "nl4": 2}
 
 
-def _rows(checkpoint: Checkpoint, module: str) -> int:
-    packed = f"{module}.weight_packed"
-    return checkpoint.shape(packed if checkpoint.has(packed) else f"{module}.weight")[0]
-
-
 def _matrices(checkpoint: Checkpoint) -> list[str]:
     """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
@@ -223,7 +218,7 @@ def _matrices(checkpoint: Checkpoint) -> list[str]:
 def _expected_key(
     checkpoint: Checkpoint, config: ModelConfig, module: str, recipe: Recipe
 ) -> GroupKey | None:
-    stored, columns = checkpoint.stored_as(module)
+    stored, (_, columns) = checkpoint.stored_as(module)
     scheme = "int8" if recipe.scheme == "auto" else recipe.scheme
     columns = group_columns(config.at(int(module.split(".")[2])), module, columns)
     kind = stored_format(module, scheme, recipe, stored, columns)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.compressed_tensors import quantize_blocks, stored_scale
+from farthing.checkpoint.compressed_tensors import stored_scale
+from farthing.checkpoint.floats import quantize_blocks
 from farthing.ops.weights import CODES, Weight, pack_int4
 
 

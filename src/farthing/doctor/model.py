@@ -69,8 +69,9 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig) -> str:
 def _format(checkpoint: Checkpoint, stored: Callable[[str], str], name: str) -> str:
     """The format of a matrix that `_problem` found nothing wrong with."""
     stack, name = stored(stack_of(name)), stored(name)
-    if checkpoint.has(f"{name}_packed") or checkpoint.in_groups(name):
-        return checkpoint.stored_as(name.removesuffix(".weight"))[0]
+    module = name.removesuffix(".weight")
+    if checkpoint.is_quantized(module):
+        return checkpoint.stored_as(module)[0]
     return _FORMATS[checkpoint.dtype(next(filter(checkpoint.has, (name, stack, f"{stack}_blocks"))))]
 
 
@@ -84,8 +85,10 @@ def _problem(
     """What is wrong with a tensor, named as in V3; empty if nothing is."""
     down, expert = ".down_proj" in name, re.search(r"\.experts\.(\d+)\.", name)
     stack, name = stored(stack_of(name)), stored(name)
-    if checkpoint.has(f"{name}_packed"):  # several columns in one number
-        return ""
+    module = name.removesuffix(".weight")
+    if checkpoint.scheme(module):
+        found = checkpoint.stored_as(module)[1]
+        return "" if found == shape else f"{module} has shape {list(found)}; expected {list(shape)}"
     actual: tuple[int, ...] | None = None
     if checkpoint.has(name):
         actual = checkpoint.shape(name)

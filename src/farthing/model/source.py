@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from farthing.checkpoint.compressed_tensors import BLOCK, block_scales
+from farthing.checkpoint.floats import BLOCK, fp8_scales
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
 from farthing.model.types import Names
@@ -172,15 +172,16 @@ class StackedExperts:
             raise CheckpointError(f"{name}: expected finite scales, found NaN or infinity")
         n, k = whole.shape
         if part == "down":
-            return block_scales(name, scale, (n, k))
+            return fp8_scales(name, scale, (n, k))
         if scale.numel() == 1:
-            return block_scales(name, scale, (n // 2, k))
-        if n % (2 * BLOCK):
+            return fp8_scales(name, scale, (n // 2, k))
+        factors = fp8_scales(name, scale, (n, k))
+        if n % (2 * BLOCK) and len(factors) < n:
             raise CheckpointError(
                 f"{name}: found factors of blocks, but gate and up projection have {n // 2} rows, not whole "
                 f"blocks of {BLOCK}; expected one number per expert"
             )
-        return block_scales(name, scale, (n, k)).chunk(2)[part == "up"]
+        return factors.chunk(2)[part == "up"]
 
 
 _TWICE = 128  # for a bias of 127 of the exponents: the format's codes are twice the values

@@ -94,7 +94,7 @@ class Weight:
     | nl4, mxfp4, iq4_nl, iq4_xs | uint8 [N, K/2]: indices into the format's codes | [N, K/g] | - |
     | q4_1, q4_k | uint8 [N, K/2]: u = q | [N, K/g] | minimum |
     | q5_1, q5_k | int8 [N, K] | [N, K/g] | minimum |
-    | fp8   | float8_e4m3fn [N, K] | [ceil(N/128), ceil(K/128)], multiplies | - |
+    | fp8   | float8_e4m3fn [N, K] | [ceil(N/128) or N, ceil(K/128) or K/g], multiplies | - |
     """
 
     format: Format
@@ -125,8 +125,20 @@ class Weight:
         return (n, k * 2) if self.nibbles else (n, k)
 
     @property
+    def fp8_block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale in `fp8`: 128 rows or one, 128 columns or 32 or 64."""
+        assert self.scale is not None
+        (n, k), (rows, columns) = self.shape, self.scale.shape
+        return (
+            FP8_BLOCK if rows == -(-n // FP8_BLOCK) else 1,
+            FP8_BLOCK if columns == -(-k // FP8_BLOCK) else k // columns,
+        )
+
+    @property
     def group_size(self) -> int:
         """Columns that share one scale, where groups of columns do, else K."""
+        if self.format == "fp8":
+            return self.fp8_block[1]
         k = self.shape[1]
         return k // self.scale.shape[1] if self.grouped and self.scale is not None else k
 
@@ -163,8 +175,7 @@ class Weight:
             if self.minimum is not None:
                 value = value + self.minimum.unsqueeze(-1)
             return value.view(n, k).to(dtype)
-        rows = torch.arange(n) // FP8_BLOCK
-        columns = torch.arange(k) // FP8_BLOCK
+        rows, columns = (torch.arange(size) // b for size, b in zip((n, k), self.fp8_block, strict=True))
         return (self.data.float() * self.scale[rows][:, columns]).to(dtype)
 
 
@@ -429,13 +440,13 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     assert weight.scale is not None
     stored = INTEGERS.get(weight.format)
     if weight.format == "fp8":
-        unit = FP8_BLOCK
+        unit = weight.fp8_block[cut.dim]
     elif weight.grouped and cut.dim == 1:
         unit = max(weight.group_size, stored.unit if stored else 0)
     else:
         unit = 1
     inside = unit > 1 and start // unit == (cut.stop - 1) // unit  # the slice is inside one block
-    torn = start % unit and not inside
+    torn = bool(start % unit or (1 < unit < FP8_BLOCK and size % unit)) and not inside
     if weight.grouped and cut.dim == 1:
         torn = torn or bool(size % unit and (not inside or weight.units)) or bool(start % 2 or size % 2)
     if torn or (weight.units and inside and size != unit):

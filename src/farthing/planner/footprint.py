@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from farthing.checkpoint.layout import Scheme
 from farthing.checkpoint.reader import (
     MXFP4,
     MXFP4_GROUP,
@@ -22,7 +23,7 @@ from farthing.checkpoint.reader import (
 from farthing.model import ModelConfig, names_in, stack_of
 from farthing.model.fields import optional_section, wrong
 from farthing.model.types import type_of
-from farthing.ops.weights import INTEGERS, Format, int4_group, loaded_as
+from farthing.ops.weights import FP8_BLOCK, INTEGERS, Format, int4_group, loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Kind = Format | Literal["float32", "bfloat16", "float16"]
@@ -79,7 +80,7 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     layers = text.get("num_hidden_layers", raw.get("num_hidden_layers"))
     names = type_of(raw).names.in_model(layers if isinstance(layers, int) else 0)
     quantization, stored_name = quantization_of(raw), names.stored
-    groups = read_quantization(quantization) if quantization else None
+    layout = read_quantization(quantization) if quantization else None
 
     def of(name: str) -> Stored:
         matrix = name.endswith(_QUANTIZED) and not name.endswith(_KEPT)
@@ -89,18 +90,19 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
             return Stored("mxfp4", MXFP4_GROUP) if ".experts." in name else plain
         if ".experts." in name and raw.get("expert_dtype") == "fp4":
             return Stored("mxfp4", MXFP4_GROUP)
-        if groups is None:
-            return Stored("fp8")
         module = name.removesuffix(".weight")
-        scheme = groups.scheme(stored_name(module))
+        scheme = layout.scheme(stored_name(module)) if layout else None
         # Mistral's files name ignored modules as Hugging Face does, although tensors have Mistral's names.
-        if scheme is None or groups.scheme(module) is None:
+        if layout is None or scheme is None or layout.scheme(module) is None:
             return plain
-        eight: Kind = "int8_groups" if scheme.strategy == "group" else "int8"
-        kind: Kind = "int4" if scheme.bits == 4 else "fp8" if scheme.fp8 else eight
-        return Stored(kind, scheme.group_size or 128, not scheme.symmetric)
+        return _of_scheme(scheme)
 
     return of
+
+
+def _of_scheme(scheme: Scheme, columns: int = 128) -> Stored:
+    default = FP8_BLOCK if scheme.format == "fp8" else columns
+    return Stored(scheme.format, scheme.group_size or default, not scheme.symmetric)
 
 
 def stored_by_checkpoint(path: Path) -> StoredOf:
@@ -113,10 +115,8 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
         if found := checkpoint.in_groups(name):
             return Stored(*found)
         module = name.removesuffix(".weight")
-        if checkpoint.has(f"{module}.weight_packed"):
-            kind, columns = checkpoint.stored_as(module)
-            group = columns // checkpoint.shape(f"{module}.weight_scale")[-1]
-            return Stored(kind, group, checkpoint.has(f"{module}.weight_zero_point"))
+        if scheme := checkpoint.scheme(module):
+            return _of_scheme(scheme, checkpoint.stored_as(module)[1][1])
         if not checkpoint.has(name):
             name = stored_name(stack_of(parameter))
         if checkpoint.has(f"{name}_blocks"):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint, copy_companions
-from farthing.checkpoint.compressed_tensors import BLOCK, dequantize_blocks, quantize_blocks
+from farthing.checkpoint.floats import BLOCK, dequantize_blocks, quantize_blocks
 from farthing.engine.tokenizer import DEEPSEEK_TEMPLATE as CHAT_TEMPLATE
 from farthing.files import replace_json, replace_tensors, replace_text
 from farthing.model import IGNORED, ModelConfig, config_of

@@ -18,7 +18,7 @@ from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, FORMATS, norm, on_device
-from tests.ops.parts import UNITS, distance, weight
+from tests.ops.parts import SCALED, UNITS, distance, weight
 
 REF = ReferenceOps(torch.float32)
 ROUNDED = 1e-5  # results in bfloat16: half the square of 2^-9
@@ -41,7 +41,7 @@ def test_int4_groups(group: int) -> None:
     assert distance(y.cpu(), x @ w.dequantize().t()) < BOUNDS["int4"]
 
 
-@pytest.mark.parametrize("name", [*UNITS, "q5_1"])
+@pytest.mark.parametrize("name", [*UNITS, *SCALED, "q5_1"])
 def test_formats_that_take_the_place_of_another(name: str) -> None:
     w, x = weight(name, 40, 512), torch.randn(5, 512)
     y = linear(x.to(DEVICE), [pack(w, torch.float32, DEVICE)], None, None, torch.float32)

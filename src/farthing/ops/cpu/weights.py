@@ -84,7 +84,7 @@ def choose(stored: str, columns: int, group: int, quantization: str | None) -> P
         if rounded is not None:
             stored, group = "nl4" if quantization == "int4" else quantization, rounded
     packed = HOLDING.get(stored, PackedFormat.F32)
-    if not _native.is_grouped(packed):
+    if not _native.is_grouped(packed) and stored != "fp8":
         return Plan(packed)
     return Plan(packed, group) if _native.fits_group(packed, group, columns) else F32
 
@@ -131,20 +131,21 @@ def _finite(w: Weight) -> bool:
 
 
 def _source(w: Weight, target: Plan) -> tuple[tuple[Any, ...], list[Tensor]]:
-    """The native call's tuple (kind, data, scale, zero, n, k, group, minimum, units, units of the minimums)
-    and the tensors it points into."""
+    """The native call's tuple (kind, data, scale, zero, n, k, group, minimum, units, units of the minimums,
+    rows of an FP8 scale) and the tensors it points into."""
     n, k = w.shape
     if not _is_held(w, target) and w.format != "fp8":  # which native code converts
         data = w.data if w.format == "dense" else w.dequantize()
         data = data.contiguous() if data.dtype == torch.bfloat16 else data.float().contiguous()
         kind = Kind.BF16 if data.dtype == torch.bfloat16 else Kind.F32
-        return (kind, data.data_ptr(), 0, 0, n, k, k, 0, 0, 0), [data]
+        return (kind, data.data_ptr(), 0, 0, n, k, k, 0, 0, 0, 1), [data]
     kind = Kind.FP8 if w.format == "fp8" else Kind.INT4 if w.nibbles else Kind.INT8
     assert w.scale is not None
     numbers = [w.scale, w.zero_point, w.minimum, *(w.units or (None, None))]
     kept = [None if t is None else t.contiguous() for t in (w.data, w.scale.float(), *numbers[1:])]
     data_, scale, zero, *rest = (0 if t is None else t.data_ptr() for t in kept)
-    return (kind, data_, scale, zero, n, k, w.group_size, *rest), [t for t in kept if t is not None]
+    rows = w.fp8_block[0] if w.format == "fp8" else 1
+    return (kind, data_, scale, zero, n, k, w.group_size, *rest, rows), [t for t in kept if t is not None]
 
 
 def pack(

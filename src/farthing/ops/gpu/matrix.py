@@ -5,10 +5,10 @@ Legend: E matrices per stack (experts), N rows, K columns, g group size of int4.
 | format | data | scale float32 | zero |
 |---|---|---|---|
 | dense | activations' dtype [E, N, K] | - | - |
-| int8 | int8 [E, N, K] | [E, N] | - |
+| int8 | int8 or float8_e4m3fn [E, N, K] | [E, N] | - |
 | int4, mxfp4 | uint8 [E, N, P h], P = ceil(K / 2h) | [E, N, 2 ceil(K / 2g)] | int8 as scale, or None |
 | q4_1 | as int4, q = u | as int4 | float32 as scale: minimums |
-| int8_groups | int8 [E, N, K] | [E, N, K / g] | float32 as scale: minimums, or None |
+| int8_groups | int8 or float8_e4m3fn [E, N, K] | [E, N, K / g] | float32 as scale: minimums, or None |
 | fp8 | float8_e4m3fn [E, N, K] | [E, row blocks, ceil(K / 128)] | - |
 
 4 bits: each run of h bytes has h columns in the low nibbles and the next h columns in the high nibbles. Both
@@ -22,6 +22,7 @@ processes a tile of each.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,8 @@ from torch import Tensor
 
 from farthing.ops.gpu.launch import dot, narrow, widen
 from farthing.ops.weights import FP8_BLOCK, Weight
+
+log = logging.getLogger(__name__)
 
 DENSE = tl.constexpr(0)
 INT8 = tl.constexpr(1)
@@ -131,7 +134,7 @@ def _int8_groups(
     for start in range(0, K, STEP):
         k = start + j
         a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
-        b = tl.load(wide + k[:, None], mask=ok[None, :] & (k[:, None] < K), other=0)
+        b = tl.load(wide + k[:, None], mask=ok[None, :] & (k[:, None] < K), other=0.0)
         where = n * groups + start // GROUP
         part = dot(a, widen(b, a.dtype), tl.zeros_like(acc))
         acc += part * tl.load(w_scale + where, mask=ok, other=0.0)[None, :]
@@ -261,9 +264,26 @@ def pack(
         ranges = None if inputs is None else torch.full((1,), inputs, device=device)
         rows = scale[..., 0].contiguous() if ranges is None else scale[..., 0] * ranges
         return Matrix("int8", weight.data.to(device).contiguous()[None], rows, None, n, k, inputs=ranges)
+    if weight.format == "fp8" and weight.fp8_block != (FP8_BLOCK, FP8_BLOCK):
+        return _pack_scaled(weight, dtype, device)
     if weight.format == "fp8":
         return Matrix("fp8", weight.data.to(device).contiguous()[None], scale.contiguous(), None, n, k)
     return _pack_groups(weight, device)
+
+
+def _pack_scaled(weight: Weight, dtype: torch.dtype, device: torch.device) -> Matrix:
+    """FP8 with a scale per row or group, which take the places of int8: they are widened alike."""
+    n, k = weight.shape
+    group, scale = weight.fp8_block[1], weight.scale
+    assert scale is not None
+    data, scale = weight.data.to(device).contiguous()[None], scale.float().to(device)
+    if bool((scale == scale[:, :1]).all()) and len(scale) == n:
+        return Matrix("int8", data, scale[None, :, 0].contiguous(), None, n, k)
+    scale = scale.repeat_interleave(weight.fp8_block[0], 0)[:n]
+    if k % group:
+        log.warning("FP8 of %d x %d with groups of %d is decoded to %s", n, k, group, dtype)
+        return Matrix("dense", weight.dequantize(dtype).to(device)[None], None, None, n, k)
+    return Matrix("int8_groups", data, scale.contiguous()[None], None, n, k, group)
 
 
 def _pack_groups(weight: Weight, device: torch.device) -> Matrix:
@@ -271,6 +291,8 @@ def _pack_groups(weight: Weight, device: torch.device) -> Matrix:
     name, group, scale = _HOLDING.get(weight.format, weight.format), weight.group_size, weight.scale
     zero = weight.zero_point if weight.minimum is None else weight.minimum
     assert scale is not None
+    if name == "int8_groups" and weight.zero_point is not None:
+        zero = -(weight.zero_point.float() * scale.float())
     half, scale = half_of(group), scale.float().to(device)
     zero = None if zero is None else zero.to(device)
     if name == "int8_groups":
@@ -294,6 +316,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
     for m in parts[1:]:
         last = merged[-1]
         alike = (last.format, last.k, last.group) == (m.format, m.k, m.group)
+        alike = alike and last.data.dtype == m.data.dtype
         if not alike or (last.format == "fp8" and last.n % FP8_BLOCK):
             merged.append(m)
             continue
@@ -307,7 +330,8 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
 
 def pair(gate: Matrix, up: Matrix) -> Matrix:
     """gate [I, D] and up [I, D] -> one matrix [2 I, D]: interleaved rows; in FP8 concatenated."""
-    if (gate.format, gate.n, gate.k, gate.group) != (up.format, up.n, up.k, up.group):
+    kinds = [(m.format, m.n, m.k, m.group, m.data.dtype) for m in (gate, up)]
+    if kinds[0] != kinds[1]:
         raise ValueError(
             f"gate is {gate.format} {gate.n} x {gate.k} and up {up.format} {up.n} x {up.k}; "
             f"expected one format"
@@ -353,7 +377,7 @@ def _parts(m: Matrix) -> tuple[Tensor | None, ...]:
 
 
 def _kind(m: Matrix) -> tuple[object, ...]:
-    return m.format, m.n, m.k, m.group, m.zero is None, m.inputs is None
+    return m.format, m.n, m.k, m.group, m.zero is None, m.inputs is None, m.data.dtype
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
