@@ -106,9 +106,10 @@ def read_quantization(quantization: Any) -> Layout | None:
         return _mistral(quantization)
     method = quantization.get("quant_method")
     if not isinstance(method, str) or method not in _LAYOUTS:
+        shown = repr(method[:80]) if isinstance(method, str) else method
         raise CheckpointError(
-            "config.json: quantization_config.quant_method: got "
-            f"{method[:80] if isinstance(method, str) else method!r}; expected one of {', '.join(_LAYOUTS)}"
+            f"config.json: quantization_config.quant_method: got {shown}; expected one of "
+            f"{', '.join(_LAYOUTS)}; llm-compressor, GPTQModel and AutoRound write these"
         )
     return _LAYOUTS[method](quantization)
 
