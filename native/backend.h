@@ -229,7 +229,8 @@ class Backend {
   void delta(const Delta& w, const DeltaArgs& in);
   // Norms and rotates queries and keys, and writes keys, entries and what later entries need.
   void prepare_compressed(const Compressed& w, const CompressedArgs& in);
-  void turn_back(const Compressed& w, const int32_t* positions, Rows out, int tokens);  // the last of each head
+  void turn_back(const Compressed& w, const int32_t* positions, Rows out,
+                 int tokens);  // the last of each head
   // x [T, n D], found [T, …] the product with its norm -> out [T, D] and mix [T, n (n + 1)].
   void collapse(const Streams& s, Rows x, Rows found, int tokens, Rows out, Rows mix);
   void spread(int n, int hidden, Rows x, Rows y, Rows mix, int tokens, Rows out);

@@ -1,5 +1,5 @@
-// Everything around the scores of attention to a compressed past: what is kept of tokens, the entries that they
-// become, and which rows of the cache a token reads. Scores and sums are those of mla.cpp.
+// Everything around the scores of attention to a compressed past: what is kept of tokens, the entries that
+// they become, and which rows of the cache a token reads. Scores and sums are those of mla.cpp.
 //
 // Legend: see compressed.h.
 #include "compressed.h"
@@ -37,7 +37,8 @@ class Preparation {
     team.for_units(0, in_.tokens, heads, [&](int t, int h) {
       if (h < w_.heads) return query(t, h);
       if (h == w_.heads) return key(t, scratch);
-      turn(in_.index_q.row(t) + static_cast<int64_t>(h - w_.heads - 1) * w_.index_dim, w_.index_dim, t, 1.0f);
+      turn(in_.index_q.row(t) + static_cast<int64_t>(h - w_.heads - 1) * w_.index_dim, w_.index_dim,
+           in_.batch.positions[t]);
     });
     if (!w_.rate) return;
     team.for_units(1, static_cast<int>(closed_.size()), static_cast<int>(w_.pools.size()),
@@ -50,18 +51,17 @@ class Preparation {
   void query(int t, int h) const {
     float* row = in_.q.row(t) + static_cast<int64_t>(h) * w_.dim;
     kernels_.rms_norm(row, w_.ones.data(), w_.eps, w_.dim, row);
-    turn(row, w_.dim, t, 1.0f);
+    turn(row, w_.dim, in_.batch.positions[t]);
   }
 
   void key(int t, float* row) const {
     kernels_.rms_norm(in_.x.row(t), w_.norm, w_.eps, w_.dim, row);
-    turn(row, w_.dim, t, 1.0f);
+    turn(row, w_.dim, in_.batch.positions[t]);
     store(in_.own, in_.own_slots[t], row, w_.dim);
   }
 
-  // The last elements of a row, rotated by the angle of a token.
-  void turn(float* row, int dim, int t, float) const { turn_at(row, dim, in_.batch.positions[t]); }
-  void turn_at(float* row, int dim, int position) const {
+  // The last elements of a row, rotated by the angle of a position.
+  void turn(float* row, int dim, int position) const {
     const int64_t at = static_cast<int64_t>(position) * (w_.rope / 2);
     float* last = row + dim - w_.rope;
     rotate_row(last, w_.rope, w_.cos + at, w_.sin + at, true, 1.0f, last);
@@ -111,10 +111,11 @@ class Preparation {
     }
     for (int i = 0; i < pool.dim; ++i) sum[i] /= weight[i];
     kernels_.rms_norm(sum, pool.norm, w_.eps, pool.dim, sum);
-    turn_at(sum, pool.dim, first);
+    turn(sum, pool.dim, first);
     const Cache& to = in_.entries[number];
-    const int64_t block = in_.batch.block_table[static_cast<int64_t>(c.sequence) * in_.batch.max_blocks +
-                                                c.entry / to.block_size];
+    const int64_t block =
+        in_.batch
+            .block_table[static_cast<int64_t>(c.sequence) * in_.batch.max_blocks + c.entry / to.block_size];
     store(to, block * to.block_size + c.entry % to.block_size, sum, pool.dim);
   }
 
@@ -174,8 +175,7 @@ void compressed_reads(const Compressed& w, const CompressedArgs& in, const int32
       else if (w.rate)
         for (int e = 0; e < (position + 1) / w.rate; ++e) entry(e);
       for (int p = std::max(0, position - w.window + 1); p <= position; ++p) {
-        const int64_t block =
-            in.own_table[static_cast<int64_t>(b) * in.own_blocks + p / in.own.block_size];
+        const int64_t block = in.own_table[static_cast<int64_t>(b) * in.own_blocks + p / in.own.block_size];
         to[count++] = static_cast<int32_t>(block * in.own.block_size + p % in.own.block_size);
       }
       counts[t] = count;

@@ -21,38 +21,47 @@ T* at(uint64_t address) {
 void bind_compressed(nb::module_& module) {
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Compressed>(module, "Compressed")
-      .def("__init__",
-           [](Compressed* self, int heads, int dim, int rope, int index_heads, int index_dim, int window,
-              int rate, bool overlapped, float eps, uint64_t norm, uint64_t cos, uint64_t sin,
-              const std::vector<std::tuple<int, uint64_t, uint64_t>>& pools) {
-             new (self) Compressed{heads,
-                                   dim,
-                                   rope,
-                                   index_heads,
-                                   index_dim,
-                                   window,
-                                   rate,
-                                   overlapped,
-                                   eps,
-                                   at<const float>(norm),
-                                   at<const float>(cos),
-                                   at<const float>(sin),
-                                   std::vector<float>(dim, 1.0f),
-                                   {}};
-             for (const auto& [width, bias, weight] : pools)
-               self->pools.push_back({width, at<const float>(bias), at<const float>(weight)});
-             self->check();
-           });
-  nb::class_<CompressedArgs>(module, "CompressedArgs")
-      .def("__init__", [](CompressedArgs* self, Rows q, Rows x, Rows index_q, int tokens, const Cache& own,
-                          const std::vector<Cache>& entries, uint64_t open, uint64_t slots,
-                          const Batch& batch, uint64_t own_slots, uint64_t own_table, int own_blocks,
-                          int64_t own_total) {
-        new (self) CompressedArgs{q, x, index_q, tokens, own, {}, at<float>(open), at<const int32_t>(slots),
-                                  batch, at<const int64_t>(own_slots), at<const int32_t>(own_table),
-                                  own_blocks, own_total};
-        for (size_t i = 0; i < entries.size() && i < kMostPools; ++i) self->entries[i] = entries[i];
+      .def("__init__", [](Compressed* self, int heads, int dim, int rope, int index_heads, int index_dim,
+                          int window, int rate, bool overlapped, float eps, uint64_t norm, uint64_t cos,
+                          uint64_t sin, const std::vector<std::tuple<int, uint64_t, uint64_t>>& pools) {
+        new (self) Compressed{heads,
+                              dim,
+                              rope,
+                              index_heads,
+                              index_dim,
+                              window,
+                              rate,
+                              overlapped,
+                              eps,
+                              at<const float>(norm),
+                              at<const float>(cos),
+                              at<const float>(sin),
+                              std::vector<float>(dim, 1.0f),
+                              {}};
+        for (const auto& [width, bias, weight] : pools)
+          self->pools.push_back({width, at<const float>(bias), at<const float>(weight)});
+        self->check();
       });
+  nb::class_<CompressedArgs>(module, "CompressedArgs")
+      .def("__init__",
+           [](CompressedArgs* self, Rows q, Rows x, Rows index_q, int tokens, const Cache& own,
+              const std::vector<Cache>& entries, uint64_t open, uint64_t slots, const Batch& batch,
+              uint64_t own_slots, uint64_t own_table, int own_blocks, int64_t own_total) {
+             new (self) CompressedArgs{q,
+                                       x,
+                                       index_q,
+                                       tokens,
+                                       own,
+                                       {},
+                                       at<float>(open),
+                                       at<const int32_t>(slots),
+                                       batch,
+                                       at<const int64_t>(own_slots),
+                                       at<const int32_t>(own_table),
+                                       own_blocks,
+                                       own_total};
+             for (size_t i = 0; i < entries.size() && i < kMostPools; ++i) self->entries[i] = entries[i];
+           });
   module.def(
       "prepare_compressed",
       [](Backend& b, const Compressed& w, const CompressedArgs& in) { b.prepare_compressed(w, in); },

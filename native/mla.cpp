@@ -184,8 +184,9 @@ class Mla {
   void run(Team& team) const {
     if (w_.prepared) {
       team.for_units(0, in_.tokens, w_.heads, [&](int t, int h) {
-        if (wide_.place[t] >= 0) scale_query(in_.q.row(t) + static_cast<int64_t>(h) * w_.latent, w_.latent,
-                                             query(wide_.place[t], h), 0);
+        if (wide_.place[t] >= 0)
+          scale_query(in_.q.row(t) + static_cast<int64_t>(h) * w_.latent, w_.latent, query(wide_.place[t], h),
+                      0);
       });
     } else if (w_.grouped()) {
       prepare_and_cache(team);
