@@ -313,7 +313,7 @@ class Mla {
       b.rows = u.rows();
       b.width = shape_.width;
       b.latent = shape_.latent_padded;
-      b.first = w_.grouped() ? b.latent : 0;
+      b.first = w_.grouped() && !w_.prepared ? b.latent : 0;
       take_query(u, queries, b);
       const Running sums = u.slot < 0 ? at(space_.whole, me) : at(space_.partial, u.slot),
                     next = at(space_.chunk, me);

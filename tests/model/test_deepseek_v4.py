@@ -11,17 +11,22 @@ import torch
 
 pytest.importorskip("farthing._native")
 
+from safetensors.torch import save_file
+
 from farthing import _native
+from farthing.checkpoint.floats import dequantize_blocks, quantize_blocks
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.kinds import cache_kinds
-from farthing.model.load import load, random_model, random_parameters
+from farthing.model.load import load, model_of, random_model, random_parameters
+from farthing.model.source import MemorySource
 from farthing.model.types import type_named
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
+from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
 from tests.tiny import DEEPSEEK_V4
 
 CONFIG = ModelConfig.from_json(DEEPSEEK_V4)
@@ -132,8 +137,6 @@ def test_logits_do_not_depend_on_steps(length: int) -> None:
 
 @pytest.mark.parametrize("layout", ["published", "saved", "own"])
 def test_files_of_every_layout_are_read(layout: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     names = type_named("deepseek_v4").names
     stored = dict(zip(("published", "saved", "own"), (names.stored, *names.variants), strict=True))[layout]
     save_file(
@@ -142,6 +145,50 @@ def test_files_of_every_layout_are_read(layout: str, tmp_path: Path) -> None:
     )
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V4))
     assert torch.equal(logits(load(tmp_path, select("cpu", torch.float32, 1))), logits(built()))
+
+
+def fp4(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """w [N, K] -> E2M1 pairs int8 [N, K / 2], exponents [N, K / 32], and the values that they stand for."""
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    levels = torch.cat((levels, -levels))
+    groups = w.unflatten(1, (-1, 32))
+    scale = torch.exp2((groups.abs().amax(-1) / 6).log2().ceil())
+    codes = (groups.unsqueeze(-1) / scale[..., None, None] - levels).abs().argmin(-1)
+    values = (levels[codes] * scale.unsqueeze(-1)).flatten(1)
+    codes = codes.flatten(1).to(torch.uint8)
+    pairs = (codes[:, ::2] | codes[:, 1::2] << 4).view(torch.int8)
+    return pairs, (scale.log2() + 127).to(torch.uint8).view(torch.float8_e8m0fnu), values
+
+
+@pytest.mark.parametrize("expert_dtype", ["fp4", "fp8"])
+def test_released_files_are_read(expert_dtype: str, tmp_path: Path) -> None:
+    """FP8 in blocks and FP4 experts, with scales that are powers of two; ragged sizes included."""
+    raw = DEEPSEEK_V4 | dict(hidden_size=160, moe_intermediate_size=96, expert_dtype=expert_dtype)
+    raw |= {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    config, names = ModelConfig.from_json(raw), type_named("deepseek_v4").names
+    exact, stored = {}, {}
+    for name, value in random_parameters(config, 7).items():
+        module, own = name.removesuffix(".weight"), names.stored(name)
+        exact[name], stored[own] = value, value.contiguous()
+        kept = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "compressor", "_hc.", "hc_head")
+        if value.ndim != 2 or any(k in name for k in kept):
+            continue
+        if expert_dtype == "fp4" and ".experts." in name:
+            stored[own], scale, exact[name] = fp4(value)
+        else:
+            stored[own], factors = quantize_blocks(value, ue8m0=True)
+            exact[name], scale = dequantize_blocks(stored[own], factors), factors.to(torch.float8_e8m0fnu)
+        stored[f"{names.stored(module)}.scale"] = scale
+    save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ops = select("reference", torch.float32)
+    expected = logits(model_of(config, ops, MemorySource(exact)))
+    assert distance(logits(load(tmp_path, ops)), expected) < 1e-6
+    rounded = logits(load(tmp_path, select("cpu", torch.float32, 1))) - expected  # inputs have 8 bits
+    assert (rounded.norm(dim=1) / expected.norm(dim=1)).median() < 0.2
+    held, written = stored_by_checkpoint(tmp_path), stored_by_config(raw)
+    expert = "model.layers.1.mlp.experts.0.up_proj.weight"
+    assert held(expert).kind == written(expert).kind == ("mxfp4" if expert_dtype == "fp4" else "fp8")
 
 
 def test_published_names() -> None:

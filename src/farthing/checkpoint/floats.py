@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 E4M3_MAX = 448.0
-# Suffixes of a module's factor: DeepSeek's and transformers', compressed-tensors', Mistral's.
-SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight")
+# Suffixes of a module's factor: DeepSeek-V3's and transformers', compressed-tensors', Mistral's, V4's.
+SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
 # Calibrated factors of activations, which the kernels do not round to FP8.
 ACTIVATION_SCALES = ("*input_scale", "*activation_scale", "*.qscale_act")
 # Calibrated ranges of queries, keys and values (kv_cache_scheme); the latent cache has ranges of its own.
@@ -84,10 +84,30 @@ def fp4(packed: Tensor, scale: Tensor, group: int) -> Weight:
 
 
 @dataclass(frozen=True, slots=True)
+class Fp4:
+    """Scheme of DeepSeek-V4's experts: E2M1 beside powers of two."""
+
+    format: Format = "mxfp4"
+    group_size: int = 32
+    symmetric: bool = True
+
+    def shape(self, parts: Parts) -> tuple[int, int]:
+        """That of the matrix, two columns of which are in a byte."""
+        n, pairs = parts.shape("weight")
+        return n, 2 * pairs
+
+    def read(self, parts: Parts) -> Weight:
+        """The matrix with its factors."""
+        scale = ue8m0(parts.tensor("scale", "float8_e8m0fnu", "uint8"))
+        return fp4(parts.matrix("weight", "int8", "uint8"), scale, self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
 class Fp8:
     """Layout and scheme of E4M3 matrices beside a factor: of DeepSeek, transformers and Mistral."""
 
     block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
+    experts: Fp4 | None = None  # of routed experts; None: the same
     format: Format = "fp8"
     group_size: None = None
     symmetric: bool = True
@@ -96,23 +116,24 @@ class Fp8:
     def from_json(cls, raw: Mapping[str, Any]) -> Fp8:
         """From `quantization_config`, or params.json's `quantization`. Raises CheckpointError."""
         block = field(raw, "weight_block_size", list, "config.json: quantization_config")
+        experts = Fp4() if raw.get("expert_dtype") == "fp4" else None
         if block is None:
-            return cls()
+            return cls(experts=experts)
         if len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block) or block[1] % _GROUPS[0]:
             raise CheckpointError(
                 f"config.json: quantization_config.weight_block_size: got {str(block)[:80]}; expected rows "
                 "and columns, these a multiple of 32, or null for one factor per matrix"
             )
-        return cls((block[0], block[1]))
+        return cls((block[0], block[1]), experts)
 
     @property
     def unread(self) -> Sequence[str]:
         """Calibrated factors of activations."""
         return ACTIVATION_SCALES
 
-    def scheme(self, module: str) -> Fp8:
+    def scheme(self, module: str) -> Fp8 | Fp4:
         """That of every module that has a factor."""
-        return self
+        return self.experts if self.experts and ".experts." in module else self
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         """That of the stored matrix."""

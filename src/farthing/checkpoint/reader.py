@@ -52,6 +52,8 @@ def quantization_in(config: Mapping[str, Any]) -> Any:
     text = config.get("text_config")  # multimodal models nest the language model's config
     parts = (config, text if isinstance(text, dict) else {})
     section = next((part[key] for part in parts for key in _KEYS if part.get(key)), None)
+    if isinstance(section, dict) and "expert_dtype" in config:  # DeepSeek-V4 has it beside the section
+        section = {"expert_dtype": config["expert_dtype"], **section}
     return section or config.get(_MISTRAL) or None
 
 

@@ -88,8 +88,6 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
             return plain
         if method_of(quantization) == MXFP4:
             return Stored("mxfp4", MXFP4_GROUP) if ".experts." in name else plain
-        if ".experts." in name and raw.get("expert_dtype") == "fp4":
-            return Stored("mxfp4", MXFP4_GROUP)
         module = name.removesuffix(".weight")
         scheme = layout.scheme(stored_name(module)) if layout else None
         # Mistral's files name ignored modules as Hugging Face does, although tensors have Mistral's names.
