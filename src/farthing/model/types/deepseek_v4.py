@@ -5,8 +5,18 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from farthing.model.fields import RopeConfig, choice, in_range, integer, number, read_rope, wrong
-from farthing.model.types.base import Fields, ModelType, Names, layer_count, present
+from farthing.model.fields import (
+    RopeConfig,
+    choice,
+    in_range,
+    integer,
+    number,
+    optional_section,
+    read_rope,
+    section,
+    wrong,
+)
+from farthing.model.types.base import Fields, ModelType, Names, layer_count, per_layer, present
 from farthing.ops.api import Gate, StreamSpec
 
 _KINDS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
@@ -31,34 +41,36 @@ _DEFAULTS: dict[str, Any] = {
 
 def _rates(raw: Fields) -> tuple[list[int], int]:
     """The rate of each layer, and that of layers with an indexer."""
-    layers, given = layer_count(raw), raw.get("compress_rates") or {}
+    layers, given = layer_count(raw), optional_section(raw, "compress_rates")
     rates = _KINDS | {kind: integer(given, kind, within="compress_rates.") for kind in given}
     for kind, name in ((_SPARSE, "compress_rate_csa"), (_HEAVY, "compress_rate_hca")):
         if raw.get(name) is not None:
             rates[kind] = integer(raw, name)
-    if raw.get("layer_types") is not None:
-        kinds = [choice("layer_types", kind, tuple(_KINDS)) for kind in raw["layer_types"]]
-    elif raw.get("compress_ratios") is not None:
+    kinds, ratios = per_layer(raw, "layer_types", tuple(_KINDS)), raw.get("compress_ratios")
+    if not kinds and ratios is not None:
         named = {rate: kind for kind, rate in _KINDS.items()}
-        for rate in raw["compress_ratios"]:
-            if rate not in named:
-                raise wrong("compress_ratios", raw["compress_ratios"], "0, 4 or 128 per layer")
-        kinds = [named[rate] for rate in raw["compress_ratios"]]
-    else:
+        if not isinstance(ratios, list) or any(type(r) is not int or r not in named for r in ratios):
+            raise wrong("compress_ratios", ratios, "a list of 0, 4 or 128")
+        if len(ratios) < layers:
+            raise ValueError(
+                f"compress_ratios has {len(ratios)} entries; expected num_hidden_layers = {layers}"
+            )
+        kinds = [named[rate] for rate in ratios]
+    if not kinds:
         kinds = [_HEAVY if i < 2 or i % 2 == 0 else _SPARSE for i in range(layers)]
-    if len(kinds) < layers:
-        raise ValueError(f"layer_types has {len(kinds)} entries; expected one per layer, {layers}")
     return [rates[kind] for kind in kinds[:layers]], rates[_SPARSE]
 
 
 def _ropes(raw: Fields) -> tuple[dict[str, Any], RopeConfig]:
     """Fields of the rotation where the past is compressed, whose cosines YaRN does not scale, and that of
     layers with a window alone."""
-    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    given = optional_section(raw, "rope_parameters") or optional_section(raw, "rope_scaling")
     if "main" in given and "compress" in given:
-        plain, past = given["main"], dict(given["compress"])
+        plain, past = section(given, "main"), dict(section(given, "compress"))
     else:
-        plain, past = {"rope_theta": raw["rope_theta"]}, {**given, "rope_theta": raw["compress_rope_theta"]}
+        names = ("rope_theta", "compress_rope_theta")
+        own, theirs = (number(name, raw[name], above=0.0) for name in names)
+        plain, past = {"rope_theta": own}, {**given, "rope_theta": theirs}
     if past.get("rope_type", past.get("type")) == "yarn":
         past = {"attention_factor": 1.0, **past}
     return {"rope_parameters": past, "rope_scaling": None}, read_rope({"rope_parameters": plain})
@@ -72,11 +84,13 @@ def _fields(raw: Fields) -> Fields:
     if width is None:
         share = number("partial_rotary_factor", raw.get("partial_rotary_factor", 0.125), above=0.0)
         width = int(integer(raw, "head_dim") * share)
-    kinds = raw.get("mlp_layer_types")
-    if kinds is None:
+    kinds = per_layer(raw, "mlp_layer_types", ("hash_moe", "moe"))
+    if not kinds:
         hashed = in_range("num_hash_layers", raw.get("num_hash_layers", 3), 0)
         kinds = ["hash_moe" if i < hashed else "moe" for i in range(len(rates))]
-    kinds = [choice("mlp_layer_types", kind, ("hash_moe", "moe")) for kind in kinds]
+    in_range("num_nextn_predict_layers", raw.get("num_nextn_predict_layers", 0), 0, 64)  # which are skipped
+    in_range("num_key_value_heads", raw.get("num_key_value_heads", 1), 1, 1)
+    choice("expert_dtype", raw.get("expert_dtype", "fp8"), ("fp4", "fp8"))  # in files with scales
     limit = number("swiglu_limit", raw.get("swiglu_limit", 10.0), above=0.0)
     return {
         **raw,
