@@ -36,7 +36,8 @@ SERVED = ["int8", "int4-rtn", "int4", "w4a8", "fp8-block", "auto"]
 
 
 def source_model(name: str, path: Path) -> Path:
-    """With sizes that groups of 32 columns divide, and a tokenizer."""
+    """With sizes that groups of 32 columns divide, and a tokenizer. Same weights in any order of tests."""
+    torch.manual_seed(0)  # transformers rounds weights to float16, which at times flips a router's choice
     model = FAMILIES[name](random.Random(f"{name}0"))
     text = model.config.get_text_config()
     for field, value in WIDE.items():

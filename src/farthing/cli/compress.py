@@ -102,8 +102,8 @@ def _measure(
     from farthing.compress.api import check_backend, compare_in_turn, held_out_sample, load_for
     from farthing.compress.evaluate import load_corpus
 
-    if data is not None and not data.is_file():
-        raise FileNotFoundError(f"data: got {str(data)!r}; expected a file of JSON lines")
+    if data is not None:
+        ev.check_data(data)
     found, other = find_model(model), None if against is None else find_model(against)
     check_backend(served.backend)  # before a download
     path = found.fetch()

@@ -132,6 +132,14 @@ def halves(corpus: Corpus) -> tuple[Corpus, Corpus]:
     return Corpus(parts[0], 0), Corpus(parts[1], 0)
 
 
+def check_data(data: Path, option: str = "data") -> None:
+    """Raise FileNotFoundError if there is no such file. `option` names it in the error."""
+    if not data.is_file():
+        raise FileNotFoundError(
+            f"{option}: got {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
+        )
+
+
 def load_corpus(
     data: Path,
     model: Path,
@@ -145,10 +153,7 @@ def load_corpus(
     `model` is the directory with the tokenizer, `config` gives the vocabulary size. `option` names `data` in
     errors. Raises ValueError or FileNotFoundError.
     """
-    if not data.is_file():
-        raise FileNotFoundError(
-            f"{option}: got {str(data)!r}, which does not exist; expected JSON lines with 'text' or 'ids'"
-        )
+    check_data(data, option)
     window = min(window, config.max_position_embeddings)
     return windows_of(
         _documents(data, model, config), window, max_tokens, f"{option}: got {str(data)!r}, which"

@@ -222,7 +222,12 @@ def _expected_key(
     scheme = "int8" if recipe.scheme == "auto" else recipe.scheme
     columns = group_columns(config.at(int(module.split(".")[2])), module, columns)
     kind = stored_format(module, scheme, recipe, stored, columns)
+    activations = recipe.activations if recipe.activations != "none" else None
     if kind.startswith("int4"):
-        four = "nl4" if recipe.values == "fitted" else "int4"
-        return GroupKey(four, group_for(columns, wanted_group(kind, recipe)) or 0, recipe.symmetric)
-    return GroupKey(kind) if kind in ("int8", "fp8") else None
+        group = group_for(columns, wanted_group(kind, recipe)) or 0
+        if recipe.values == "fitted":
+            return GroupKey("nl4", group, recipe.symmetric)
+        return GroupKey("int4", group, recipe.symmetric, activations)
+    if kind == "int8":
+        return GroupKey(kind, activations=activations)
+    return GroupKey(kind) if kind == "fp8" else None

@@ -123,7 +123,7 @@ def make_plan(
     notes = Notes(out / STATE / "sensitivity.json", fingerprint(source, asked, "", corpus))
     options = measure(checkpoint, recipe, corpus, progress, notes)
     config = ModelConfig.from_json(checkpoint.config)
-    options, rest = whole_model(checkpoint, config, options)
+    options, rest = whole_model(checkpoint, config, options, recipe)
     parts = list(dict.fromkeys(o.part for o in options))
     chosen, why = solve(options, parts, recipe, rest)
     return PlanResult(chosen, options, why, config.num_hidden_layers, rest, recipe.measure)
@@ -139,7 +139,7 @@ def twin_of(module: str, layers: int) -> str:
 
 
 def whole_model(
-    checkpoint: Checkpoint, config: ModelConfig, options: Sequence[Option]
+    checkpoint: Checkpoint, config: ModelConfig, options: Sequence[Option], recipe: Recipe
 ) -> tuple[list[Option], Sizes]:
     """Options whose sizes include the MTP layers that copy them, and the sizes of all other parts."""
     layers = config.num_hidden_layers
@@ -147,6 +147,7 @@ def whole_model(
     own: dict[str, int] = {}  # parameters of each part
     following: dict[str, int] = {}  # of MTP layers that copy it
     alone = 0  # bytes of matrices in MTP layers that copy none, at 8 bits
+    shape = 16 if recipe.activations == "none" else 0  # stored with packed integers: two of 64 bits
     matrices = [m for m in _modules(checkpoint) if _planned(m)]
     for module in matrices:
         n, k = checkpoint.weight(module).shape
@@ -156,7 +157,7 @@ def whole_model(
         elif part in parts:
             following[part] = following.get(part, 0) + n * k
         else:
-            alone += n * k + 4 * n
+            alone += n * k + 4 * n + shape
     rest = sizes_of(checkpoint, reads_of(config), counts=lambda m: not _planned(m))
     if not config.tie_word_embeddings and checkpoint.is_quantized("lm_head"):  # is written in bfloat16
         n, k = checkpoint.weight("lm_head").shape
