@@ -96,7 +96,7 @@ TYPES = (
         "minimax_m2",
         "MiniMax-M2",
         _minimax_m2,
-        Names(_stored, _MTP, "MTP layers of this type are not served: released files have none"),
+        Names(_stored, _MTP, "the MTP layers of this type are not supported"),
         own_words={"partial_rotary_factor": "rotary_dim"},
         grouped=True,
     ),
