@@ -215,7 +215,7 @@ def test_weights_in_mistrals_format_or_one_file(hub: Hub) -> None:
     [
         ({"model_type": "cohere2"}, "'cohere2', whose form of grouped-query attention is not served yet"),
         (SMALL_V3 | {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu'"),
-        (SMALL_V3 | {"quantization_config": {"quant_method": "awq"}}, "quant_method: got 'awq'"),
+        (SMALL_V3 | {"quantization_config": {"quant_method": "hqq"}}, "quant_method: got 'hqq'"),
     ],
 )
 @pytest.mark.parametrize("command", ["serve", "compress"])

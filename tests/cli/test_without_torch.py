@@ -38,8 +38,7 @@ WORKS = [
     "plan deepseek-v2-lite --quantization int4 --memory 24GB",
     "inspect mite --json",
     "inspect deepseek-v3 --json",
-    "replay --model growth --policy farthing --seeds 1",
-    "forecast --help",
+    "replay --policy farthing --seeds 1",
     "fleet --help",
     "bench serve --help",
     "chat --help",
@@ -56,7 +55,6 @@ NEEDS_TORCH = [
     "compress mite --recipe int4 --out out",
     "train mite",
     "inspect mite --prompts prompts.txt",
-    "replay",
 ]
 
 

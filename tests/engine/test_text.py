@@ -233,7 +233,7 @@ def test_resolve_model(tmp_path: Path) -> None:
     assert resolve_model(tmp_path) == tmp_path
     with pytest.raises(FileNotFoundError, match="has no config"):
         resolve_model(tmp_path.parent)
-    with pytest.raises(FileNotFoundError, match="expected 'mite', a directory, or a hub id"):
+    with pytest.raises(FileNotFoundError, match="expected 'mite', a directory, a GGUF file, a hub id"):
         resolve_model("no/such/thing")
     for missing in ("./missing", "../missing"):
         with pytest.raises(FileNotFoundError, match="expected 'mite', a directory"):
