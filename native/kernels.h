@@ -22,13 +22,13 @@ struct AttendBlock {
   int k16_stride;
   const uint16_t* const* rows16;  // [2 * kKeyBlock] or the address of each key, the last repeated, then the
                                   // cached rows of the next block, to be prefetched
-  const int* visible;  // [rows] keys of this block each row may see …
-  const int* hidden;   // [rows] … but for so many, the first ones; null: for none
-  int skipped;         // first keys of the block that no row sees: they are not read
-  float* max;          // [rows] reference of the weights: a score at most kSlack below the largest
-  float* sum;          // [rows] running sum
-  float* out;          // [rows][latent] running, not divided by sum
-  bool fresh;          // nothing has been added to out yet, and it is not read
+  const int* visible;             // [rows] keys of this block each row may see …
+  const int* hidden;              // [rows] … but for so many, the first ones; null: for none
+  int skipped;                    // first keys of the block that no row sees: they are not read
+  float* max;                     // [rows] reference of the weights: a score at most kSlack below the largest
+  float* sum;                     // [rows] running sum
+  float* out;                     // [rows][latent] running, not divided by sum
+  bool fresh;                     // nothing has been added to out yet, and it is not read
 };
 constexpr int kKeyBlock = 64;
 

@@ -65,15 +65,16 @@ void read_scales(const Matrix& m, const RowRef& ref, int lane, PanelScales& out)
 bool fits_halves(const std::vector<float>& numbers, int lane, float by) {
   for (size_t i = lane; i < numbers.size(); i += kPanel) {
     const float x = numbers[i], size = std::fabs(x);
-    if (size > 65504 * by || std::fabs(half_value(half_bits(x / by)) * by - x) > 0x1p-22f * size) return false;
+    if (size > 65504 * by || std::fabs(half_value(half_bits(x / by)) * by - x) > 0x1p-22f * size)
+      return false;
   }
   return true;
 }
 
-// What a lane of numbers is divided by before they become float16: one that makes them exact, else the largest
-// magnitude. Of 16-bit files, a power of two is exact; of NVFP4, whose scales are a float32 times e4m3, the
-// largest magnitude divided by a significand of 8 to 15. Group scales may be negative (AutoRound's symmetric
-// format).
+// What a lane of numbers is divided by before they become float16: one that makes them exact, else the
+// largest magnitude. Of 16-bit files, a power of two is exact; of NVFP4, whose scales are a float32 times
+// e4m3, the largest magnitude divided by a significand of 8 to 15. Group scales may be negative (AutoRound's
+// symmetric format).
 float row_scale(const std::vector<float>& numbers, const std::vector<float>& more, int lane) {
   float top = 0.0f;
   for (const auto* v : {&numbers, &more})
