@@ -69,13 +69,15 @@ class Result:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Every command above, one after the other in one process."""
+    """Every command above, one after the other in one process, with an empty cache: a packed model in it
+    would be served without torch."""
     here = tmp_path_factory.mktemp("commands")
     (here / "prompts.txt").write_text("def f\n")
     lines = WORKS + NEEDS_TORCH
     done = subprocess.run(
         [sys.executable, "-c", BLOCK + RUN, json.dumps([shlex.split(line) for line in lines])],
-        capture_output=True, text=True, env=ENVIRONMENT, cwd=here, timeout=240,
+        capture_output=True, text=True, env=ENVIRONMENT | {"XDG_CACHE_HOME": str(here)}, cwd=here,
+        timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = map(json.loads, done.stdout.splitlines())
