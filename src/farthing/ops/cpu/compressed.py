@@ -11,14 +11,12 @@ from farthing import _native
 from farthing.lazy import np
 from farthing.ops.api import Place
 from farthing.ops.arrays import address, dtype_name, empty, host, like, row_stride
-from farthing.ops.cpu.stack import CACHE_TYPES, NO_ROWS, native_batch, native_rows
+from farthing.ops.cpu.stack import CACHE_TYPES, MOST_SCORES, NO_ROWS, native_batch, native_rows
 from farthing.ops.cpu.weights import Compressed
 from farthing.ops.selection import Chosen
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-MOST_SCORES = 1 << 22  # scores in memory at once; larger steps are scored in parts
 
 
 def _cache(data: Tensor, row: int, block_size: int) -> Any:
