@@ -42,6 +42,7 @@ SHARED = {
     "farthing.server.dashboard.site",
     "farthing.server.errors",
     "farthing.shares",
+    "farthing.upstream",
 }
 # Imports inside functions, outside `cli`, of modules that load torch, an accelerator or an optional extra.
 DEFERRED = 27

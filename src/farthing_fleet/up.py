@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from farthing import process
-from farthing_fleet.actuators.local import LocalConfig, LocalReplicas, last_lines, launch, signal_group
+from farthing.upstream import launch, signal_group
+from farthing_fleet.actuators.local import LocalConfig, LocalReplicas, last_lines
 from farthing_fleet.config import FleetConfig, split_address
 from farthing_fleet.controller import Controller, Estimates
 from farthing_fleet.estimates import make_estimates

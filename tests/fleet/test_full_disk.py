@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from farthing.files import partial_of
+from farthing.upstream import launch
 from farthing_fleet.actuators.base import LastDecision
-from farthing_fleet.actuators.local import launch
 from farthing_fleet.config import PolicyConfig
 from farthing_fleet.controller import Controller
 from farthing_fleet.decision_log import DecisionLog, read_log

@@ -104,3 +104,13 @@ def anthropic_payload(error: ApiError) -> dict[str, Any]:
 async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
     """Respond from a middleware."""
     await error.response(scope)(scope, receive, send)
+
+
+def error_event(message: str, path: str) -> bytes:
+    """The last event of an interrupted SSE stream. It starts with a blank line, which terminates a partial
+    event.
+    """
+    error = ApiError(502, message)
+    named = "event: error\n" if is_anthropic(path) or path == "/v1/responses" else ""
+    document = json.loads(error.body(is_anthropic(path))) | ({"type": "error"} if named else {})
+    return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()

@@ -9,75 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import logging
-import os
 import signal
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
 
 import aiohttp
 
+from farthing.upstream import ServerProcess, Watch, free_port, launch, signal_group
 from farthing_fleet.signals import ColdStarts
 from farthing_fleet.types import Decision
-
-# Child processes in their own group, which end when the parent ends.
-
-_LOG = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-def _die_with_parent() -> None:
-    """Runs in the child before exec: SIGTERM when the parent ends, even by SIGKILL (Linux prctl(2); no-op
-    elsewhere).
-    """
-    if hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-async def launch(
-    command: Sequence[str],
-    log: Path,
-    environment: Mapping[str, str],
-    *,
-    pass_fds: Sequence[int] = (),
-    stdin: int = asyncio.subprocess.DEVNULL,
-) -> asyncio.subprocess.Process:
-    """Start a command with its output in `log`, or discarded if the disk is full.
-
-    Raises OSError if it cannot be started.
-    """
-    with _opened(log) as output:
-        return await asyncio.create_subprocess_exec(
-            *command,
-            stdin=stdin,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, **environment},
-            start_new_session=True,
-            preexec_fn=_die_with_parent,
-            pass_fds=tuple(pass_fds),
-        )
-
-
-def _opened(log: Path) -> BinaryIO:
-    try:
-        return log.open("ab")
-    except OSError as problem:
-        _LOG.warning("%s cannot be written (%s); its output is discarded", log, problem.strerror)
-        return Path(os.devnull).open("ab")
-
-
-def signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
-    """Send a signal to a child's whole group; ignores a group that is gone."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
 
 
 def last_lines(log: Path, lines: int = 5) -> str:
@@ -90,8 +34,6 @@ def last_lines(log: Path, lines: int = 5) -> str:
 
 
 log = logging.getLogger(__name__)
-
-State = Literal["starting", "ready", "draining", "gone"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +59,17 @@ class LocalConfig:
     standby: tuple[str, ...] = ()
     standby_skips: int = 0
 
+    @property
+    def watch(self) -> Watch:
+        """How each replica is monitored."""
+        return Watch(
+            path=self.health_path,
+            ready_timeout=self.ready_timeout_s,
+            drain_timeout=self.drain_timeout_s,
+            liveness=self.liveness_s,
+            poll=self.poll_s,
+        )
+
     def __post_init__(self) -> None:
         if not any("{port}" in part for part in self.command):
             raise ValueError(
@@ -139,17 +92,10 @@ class Spare:
 
 
 @dataclass(eq=False)
-class LocalReplica:
+class LocalReplica(ServerProcess):
     """One replica process."""
 
-    name: str
-    port: int
-    url: str
-    process: asyncio.subprocess.Process
-    log: Path
-    launched: float  # monotonic
-    state: State = "starting"
-    reason: str = ""  # why it is gone
+    log: Path = field(kw_only=True)
     task: asyncio.Task[None] | None = None
 
 
@@ -256,13 +202,13 @@ class LocalReplicas:
         self._announce()
 
     async def _launch(self) -> None:
-        port, launched = _free_port(self.config.host), time.monotonic()
+        port, launched = free_port(self.config.host), time.monotonic()
         try:
             name, log_file, process = await self._begin(port)
         except OSError as problem:
             self._failed(f"{self.config.command[0]} could not be started: {problem}")
             return
-        replica = LocalReplica(name, port, f"http://{self.config.host}:{port}", process, log_file, launched)
+        replica = LocalReplica(name, f"http://{self.config.host}:{port}", process, launched, log=log_file)
         log.info("replica %s: pid %d, port %d", name, process.pid, port)
         self.replicas.append(replica)
         replica.task = asyncio.create_task(self._live(replica))
@@ -321,87 +267,29 @@ class LocalReplicas:
 
     async def _live(self, replica: LocalReplica) -> None:
         """Manage one replica from launch to exit."""
-        ended = asyncio.create_task(replica.process.wait())
-        try:
-            if await self._becomes_ready(replica, ended):
-                await self._stays_alive(replica, ended)
-        finally:
-            await self._end(replica, ended)
+        assert self._http is not None
+        was = await replica.live(self._http, self.config.watch, lambda took: self._ready(replica, took))
+        if was == "starting":
+            self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
+        elif was == "ready":
+            log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
         self.replicas.remove(replica)
         self._announce()
         if not self._closing and not self.given_up:
             await self._reconcile()
 
-    async def _becomes_ready(self, replica: LocalReplica, ended: asyncio.Task[int]) -> bool:
-        deadline = replica.launched + self.config.ready_timeout_s
-        while replica.state == "starting" and not ended.done():
-            if await self._probe(replica) == 200:
-                took = time.monotonic() - replica.launched
-                replica.state = "ready"
-                self.cold_starts.add(took)
-                self._failures, self._pause = 0, self.config.retry_s
-                log.info("replica %s is ready after %.2f s", replica.name, took)
-                self._announce()
-                self._keep_spare()
-                return True
-            if time.monotonic() > deadline:
-                replica.reason = f"not ready after {self.config.ready_timeout_s:g} s"
-                self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
-                return False
-            await asyncio.wait([ended], timeout=self.config.poll_s)
-        return replica.state == "draining"
-
-    async def _stays_alive(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
-        """Wait until the process ends or has not answered for `liveness_s` (hung)."""
-        answered = time.monotonic()
-        while not ended.done():
-            await asyncio.wait([ended], timeout=self.config.liveness_s / 10)
-            if replica.state == "draining" or await self._probe(replica) is not None:
-                answered = time.monotonic()
-            elif time.monotonic() - answered > self.config.liveness_s and not ended.done():
-                replica.reason = f"no answer for {self.config.liveness_s:g} s"
-                signal_group(replica.process, signal.SIGKILL)
-                await ended
-
-    async def _probe(self, replica: LocalReplica) -> int | None:
-        """The status code of its health check; None if it does not answer."""
-        assert self._http is not None
-        try:
-            async with self._http.get(replica.url + self.config.health_path) as answer:
-                return answer.status
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
-
-    async def _end(self, replica: LocalReplica, ended: asyncio.Task[int]) -> None:
-        """Reap the process, or stop it: SIGTERM, then after the drain timeout SIGKILL to its whole group."""
-        was = replica.state
-        if not ended.done():
-            signal_group(replica.process, signal.SIGTERM)
-            await asyncio.wait([ended], timeout=self.config.drain_timeout_s)
-        signal_group(replica.process, signal.SIGKILL)  # also any children left in its group
-        code = await ended
-        replica.state = "gone"
-        if was == "starting" and not replica.reason:
-            replica.reason = f"ended with {code} before it was ready"
-            self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
-        elif was == "ready":
-            replica.reason = replica.reason or f"died with {code}"
-            log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
+    def _ready(self, replica: LocalReplica, took: float) -> None:
+        self.cold_starts.add(took)
+        self._failures, self._pause = 0, self.config.retry_s
+        log.info("replica %s is ready after %.2f s", replica.name, took)
+        self._announce()
+        self._keep_spare()
 
     def _drain(self, replica: LocalReplica) -> None:
         """Take a replica out of rotation and let its requests finish."""
         if replica.state in ("starting", "ready"):
-            replica.state = "draining"
+            replica.drain(self.config.drain_timeout_s, _HANDOVER_S)
             self._announce()
-            asyncio.get_running_loop().call_later(_HANDOVER_S, signal_group, replica.process, signal.SIGTERM)
-            asyncio.get_running_loop().call_later(self.config.drain_timeout_s, self._kill, replica)
-
-    def _kill(self, replica: LocalReplica) -> None:
-        if replica.state == "draining":
-            log.warning(
-                "replica %s did not drain within %g s; killed", replica.name, self.config.drain_timeout_s
-            )
-            signal_group(replica.process, signal.SIGKILL)
 
     # ---- failures ----
 
@@ -443,9 +331,3 @@ def _fill(text: str, words: dict[str, str]) -> str:
     for name, value in words.items():
         text = text.replace("{" + name + "}", value)
     return text
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])

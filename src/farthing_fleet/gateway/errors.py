@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http
-import json
 from collections.abc import Mapping
 
 from aiohttp import web
@@ -59,13 +58,3 @@ def raw_error(status: int, message: str) -> bytes:
         f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
     )
     return head.encode() + body
-
-
-def error_event(message: str, path: str) -> bytes:
-    """The last event of an interrupted SSE stream. It starts with a blank line, which terminates a partial
-    event.
-    """
-    error = ApiError(502, message)
-    named = "event: error\n" if is_anthropic(path) or path == "/v1/responses" else ""
-    document = json.loads(error.body(is_anthropic(path))) | ({"type": "error"} if named else {})
-    return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,12 +17,12 @@ from typing import Final
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
-from yarl import URL
 
 from farthing.prompts import Prompt
-from farthing.server.errors import CODE_HEADER, OPENING_HEADER
+from farthing.server.errors import CODE_HEADER, error_event
+from farthing.upstream import ReplicaLost, end_to_end, holder, lost, named, part_of, send
 from farthing_fleet.gateway.config import GatewayConfig
-from farthing_fleet.gateway.errors import Refused, error_event
+from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.guard import guard_of
 from farthing_fleet.gateway.hold import Hold
 from farthing_fleet.gateway.metrics import GatewayMetrics
@@ -34,41 +34,12 @@ from farthing_fleet.gateway.replicas import (
     Poison,
     Replica,
     Silence,
-    find,
-    named,
 )
 
 BUSY: Final = 503  # answered before the first token by a replica that drains or is full
 _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
 _REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
-_OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
 _TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
-# RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
-_HOP = frozenset(
-    [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "http2-settings",
-        "expect",
-        "content-length",
-        "host",
-    ]
-)
-
-
-class ReplicaLost(Exception):
-    """A failed exchange. reached: the replica received at least part of the request."""
-
-    def __init__(self, reason: str, *, reached: bool) -> None:
-        super().__init__(reason)
-        self.reached = reached
 
 
 @dataclass(frozen=True)
@@ -97,65 +68,6 @@ class Outgoing:
         return self.method, self.target, self.body
 
 
-def request_headers(request: web.BaseRequest, peer: str) -> CIMultiDict[str]:
-    """The headers to forward: end-to-end ones, the client in X-Forwarded-For, and when streams open."""
-    headers = _end_to_end(request.headers.items(), request.headers.getall("Connection", []))
-    forwarded = headers.popall("X-Forwarded-For", [])
-    headers["X-Forwarded-For"] = ", ".join([*forwarded, peer])
-    headers[OPENING_HEADER] = _OPENS_AFTER
-    return headers
-
-
-def _end_to_end(headers: Iterable[tuple[str, str]], connection: Iterable[str]) -> CIMultiDict[str]:
-    named = {token.strip().lower() for value in connection for token in value.split(",")}
-    return CIMultiDict(
-        # Bytes that are not UTF-8 cannot be re-encoded.
-        (name, value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        for name, value in headers
-        if (lower := name.lower()) not in _HOP and lower not in named
-    )
-
-
-def make_session(config: GatewayConfig) -> aiohttp.ClientSession:
-    """The HTTP client for replicas: one connection per request, no decoding, redirects or cookies."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(
-            total=None, sock_connect=config.connect_timeout_s, sock_read=config.idle_timeout_s
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
-    )
-
-
-async def send(
-    session: aiohttp.ClientSession, replica: Replica, outgoing: Outgoing
-) -> aiohttp.ClientResponse:
-    """Send the request and wait for the head of the answer. Raises ReplicaLost.
-
-    Each exchange uses its own connection. A reused connection could contain unsolicited bytes from a replica,
-    which would become part of the next client's answer; and only on a fresh one is it certain whether the
-    replica received the request.
-    """
-    try:
-        answer = await session.request(
-            outgoing.method,
-            URL(replica.url + outgoing.target, encoded=True),
-            headers=outgoing.headers,
-            data=outgoing.body or None,
-            allow_redirects=False,
-        )
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
-        raise ReplicaLost(f"cannot connect to {replica.url} ({problem})", reached=False) from problem
-    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise ReplicaLost(_describe(problem), reached=True) from problem
-    if answer.status < 200:
-        answer.close()
-        raise ReplicaLost(f"unexpected status {answer.status}", reached=True)
-    return answer
-
-
 async def refusal(answer: aiohttp.ClientResponse) -> str:
     """The code of an error answer, or an empty string. Raises ReplicaLost."""
     if code := answer.headers.get(CODE_HEADER):
@@ -164,15 +76,9 @@ async def refusal(answer: aiohttp.ClientResponse) -> str:
         body = await answer.content.read(_REFUSAL)
         return str(json.loads(body)["error"]["code"])
     except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise ReplicaLost(_describe(problem), reached=True) from problem
+        raise lost(problem) from problem
     except (ValueError, KeyError, TypeError):
         return ""
-
-
-def _describe(problem: BaseException) -> str:
-    if isinstance(problem, aiohttp.ServerDisconnectedError):
-        return "the connection was closed"
-    return str(problem) or type(problem).__name__
 
 
 class Relay:
@@ -204,7 +110,7 @@ class Relay:
             with self._active.interruptible():
                 body = await self._answer.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise ReplicaLost(_describe(problem), reached=True) from problem
+            raise lost(problem) from problem
         return web.Response(status=self._answer.status, headers=self._headers(), body=body)
 
     async def stream(self) -> web.StreamResponse:
@@ -238,11 +144,8 @@ class Relay:
             guard.abort()
 
     async def _read(self) -> bytes:
-        try:
-            with self._active.interruptible():
-                data = await self._answer.content.readany()
-        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise ReplicaLost(_describe(problem), reached=True) from problem
+        with self._active.interruptible():
+            data = await part_of(self._answer)
         self._replica.heard = self._clock()
         return data
 
@@ -258,8 +161,7 @@ class Relay:
             raise ConnectionResetError("the client stopped reading") from problem
 
     def _headers(self) -> CIMultiDict[str]:
-        source = self._answer.headers
-        headers = _end_to_end(source.items(), source.getall("Connection", []))
+        headers = end_to_end(self._answer.headers.items())
         headers["X-Farthing-Replica"] = self._replica.name
         headers.setdefault("Server", "farthing")
         if (target := headers.get("Location", "")).startswith(self._replica.url + "/"):
@@ -328,7 +230,7 @@ class Proxy:
             )
         course = _Course(self._now(), self._now() + self._config.wait_s, client)
         if (identity := outgoing.earlier) is not None and len(self._balancer.candidates()) > 1:
-            course.holder = await find(self._session, self._balancer.candidates(), identity, outgoing.headers)
+            course.holder = await self._holder(identity, outgoing)
         while (replica := await self._next(outgoing, course)) is not None:
             answer = await self._try(request, outgoing, replica, course)
             if answer is not None:
@@ -342,6 +244,11 @@ class Proxy:
             f"no replica answered the request ({course.reason}; sent to {course.sent})",
             headers={"Retry-After": "1"},
         )
+
+    async def _holder(self, identity: str, outgoing: Outgoing) -> Replica | None:
+        replicas = self._balancer.candidates()
+        index = await holder(self._session, [each.url for each in replicas], identity, outgoing.headers)
+        return None if index is None else replicas[index]
 
     async def _next(self, outgoing: Outgoing, course: _Course) -> Replica | None:
         """The replica for the next try, waiting until one is ready. None: no more tries."""
@@ -397,7 +304,9 @@ class Proxy:
         Raises ReplicaLost and Interrupted only if the client has received nothing.
         """
         with active.interruptible():
-            answer = await send(self._session, replica, outgoing)
+            answer = await send(
+                self._session, replica.url, outgoing.method, outgoing.target, outgoing.headers, outgoing.body
+            )
         try:
             if answer.status == BUSY and not self._last(course):
                 await self._busy(outgoing, replica, course, active, answer)

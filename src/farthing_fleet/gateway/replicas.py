@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
 import time
 from bisect import insort
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -420,39 +419,6 @@ class Balancer:
         if len(self.replicas) > 1:
             self.prefixes.learn(prompt.blocks, replica.name)
         return self.uncached(prompt, depth)
-
-
-_PATH = re.compile(r"/v1/responses/(?!input_tokens\b|compact\b)([^/?]+)")
-_LONGEST = 128  # characters of an id
-_PASSED = ("Authorization", "X-Api-Key")
-_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
-
-
-def named(target: str) -> str | None:
-    """The id of a response in a request's target, as it is written there; None if there is none."""
-    match = _PATH.match(target)
-    return match[1] if match is not None else None
-
-
-async def find(
-    session: aiohttp.ClientSession, replicas: Sequence[Replica], identity: str, headers: Mapping[str, str]
-) -> Replica | None:
-    """The replica that answers for a response, with the credentials in `headers`; None if none does."""
-    if len(identity) > _LONGEST:
-        return None
-    passed = {name: headers[name] for name in _PASSED if name in headers}
-    path = f"/v1/responses/{quote(identity, safe='%')}"
-
-    async def stores(replica: Replica) -> bool:
-        try:
-            request = session.get(replica.url + path, headers=passed, timeout=_TIMEOUT, allow_redirects=False)
-            async with request as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
-
-    stored = await asyncio.gather(*map(stores, replicas))
-    return next((replica for replica, has in zip(replicas, stored, strict=True) if has), None)
 
 
 # Detects hung replicas, which accept requests but send nothing.

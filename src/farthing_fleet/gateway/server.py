@@ -16,13 +16,15 @@ from aiohttp import web
 
 from farthing.prompts import read_prompt
 from farthing.server.config import ambiguity, is_loopback
+from farthing.server.errors import OPENING_HEADER
+from farthing.upstream import make_session, request_headers
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.digests import Digests
 from farthing_fleet.gateway.errors import Refused, error_response
 from farthing_fleet.gateway.guard import Bodies, Door, guard_of, make_factory
 from farthing_fleet.gateway.hold import Hold, Waker
 from farthing_fleet.gateway.metrics import GatewayMetrics
-from farthing_fleet.gateway.proxy import Outgoing, Proxy, make_session, request_headers
+from farthing_fleet.gateway.proxy import Outgoing, Proxy
 from farthing_fleet.gateway.replicas import Balancer, Health, ReplicasFile
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ _VERSIONS = (aiohttp.HttpVersion10, aiohttp.HttpVersion11)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _BACKLOG = 2048  # connections waiting to be accepted
 _ACCEPTED = 32  # per iteration of the event loop, so that the first of a burst need not wait for the last
+_OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
 _FIRST_REQUEST_S = 1.0  # for a connection accepted just as the gateway stops
 
 
@@ -93,7 +96,7 @@ class Gateway:
 
         Returns the port.
         """
-        self._session = make_session(self.config)
+        self._session = make_session(self.config.connect_timeout_s, self.config.idle_timeout_s)
         self.proxy = Proxy(
             self.config, self.balancer, self.metrics, self.hold, self._session, self.health.alive
         )
@@ -234,13 +237,9 @@ class Gateway:
         async with self.bodies.read(request) as body:
             self.metrics.received.inc()
             prompt = read_prompt(body, self.config.prefix_blocks, self.config.prefix_block)
-            outgoing = Outgoing(
-                request.method,
-                request.rel_url.raw_path_qs,
-                request_headers(request, peer),
-                body,
-                prompt,
-            )
+            headers = request_headers(request.headers.items(), peer)
+            headers[OPENING_HEADER] = _OPENS_AFTER
+            outgoing = Outgoing(request.method, request.rel_url.raw_path_qs, headers, body, prompt)
             return await self.proxy.answer(request, outgoing, client)
 
     def _check_head(self, request: web.BaseRequest) -> None:

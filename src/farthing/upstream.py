@@ -1,0 +1,342 @@
+"""Servers behind a proxy: their processes, from launch to exit, and single exchanges with them.
+
+The fleet's gateway and local replicas, and the models of `farthing serve --models`, share this module.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal
+from urllib.parse import quote
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+log = logging.getLogger(__name__)
+
+# Child processes in their own group, which end when the parent ends.
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _die_with_parent() -> None:
+    """Runs in the child before exec: SIGTERM when the parent ends, even by SIGKILL (Linux prctl(2); no-op
+    elsewhere).
+    """
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+async def launch(
+    command: Sequence[str],
+    output: Path | None,
+    environment: Mapping[str, str],
+    *,
+    pass_fds: Sequence[int] = (),
+    stdin: int = asyncio.subprocess.DEVNULL,
+) -> asyncio.subprocess.Process:
+    """Start a command. output: the file that its output is appended to, or discarded if the disk is full;
+    None: a pipe, as the process's `stdout`.
+
+    Raises OSError if it cannot be started.
+    """
+    with contextlib.ExitStack() as opened:
+        to = asyncio.subprocess.PIPE if output is None else opened.enter_context(_opened(output))
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=stdin,
+            stdout=to,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+            pass_fds=tuple(pass_fds),
+        )
+
+
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return file.open("ab")
+    except OSError as problem:
+        log.warning("%s cannot be written (%s); its output is discarded", file, problem.strerror)
+        return Path(os.devnull).open("ab")
+
+
+def signal_group(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Send a signal to a child's whole group; ignores a group that is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def free_port(host: str) -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return int(sock.getsockname()[1])
+
+
+# The life of a server process: starting (no answer yet) -> ready -> draining (no new requests, SIGTERM,
+# in-flight requests finish) -> gone.
+
+State = Literal["starting", "ready", "draining", "gone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """How a server process is monitored. Times in seconds."""
+
+    path: str  # answers 200 once it is ready
+    ready_timeout: float
+    drain_timeout: float
+    liveness: float  # a ready server silent for this long is killed
+    poll: float = 0.05  # between health checks while it starts
+
+
+@dataclass(eq=False)
+class ServerProcess:
+    """A server as a child process."""
+
+    name: str
+    url: str
+    process: asyncio.subprocess.Process
+    launched: float  # monotonic
+    state: State = "starting"
+    reason: str = ""  # why it is gone
+
+    async def live(
+        self, http: aiohttp.ClientSession, watch: Watch, on_ready: Callable[[float], None]
+    ) -> State:
+        """Manage the process until it has exited. Returns its last state before that: "starting" if it never
+        became ready, "ready" if it died, and "draining". on_ready: gets the seconds since the launch."""
+        ended = asyncio.create_task(self.process.wait())
+        was: State = "starting"
+        try:
+            if await self._becomes_ready(http, watch, ended, on_ready):
+                await self._stays_alive(http, watch, ended)
+        finally:
+            was = await self._end(ended, watch.drain_timeout)
+        return was
+
+    def drain(self, timeout: float, handover: float = 0.0) -> None:
+        """Send SIGTERM after `handover` seconds, for a proxy to learn of it, and SIGKILL after `timeout`."""
+        self.state = "draining"
+        loop = asyncio.get_running_loop()
+        loop.call_later(handover, signal_group, self.process, signal.SIGTERM)
+        loop.call_later(timeout, self._kill, timeout)
+
+    async def _becomes_ready(
+        self,
+        http: aiohttp.ClientSession,
+        watch: Watch,
+        ended: asyncio.Task[int],
+        on_ready: Callable[[float], None],
+    ) -> bool:
+        deadline = self.launched + watch.ready_timeout
+        while self.state == "starting" and not ended.done():
+            if await self._probe(http, watch.path) == 200:
+                if self.state == "starting":  # else it was told to drain meanwhile
+                    self.state = "ready"
+                    on_ready(time.monotonic() - self.launched)
+                return True
+            if time.monotonic() > deadline:
+                self.reason = f"not ready after {watch.ready_timeout:g} s"
+                return False
+            await asyncio.wait([ended], timeout=watch.poll)
+        return self.state == "draining"
+
+    async def _stays_alive(self, http: aiohttp.ClientSession, watch: Watch, ended: asyncio.Task[int]) -> None:
+        """Wait until the process ends or has not answered for `liveness` seconds (hung)."""
+        answered = time.monotonic()
+        while not ended.done():
+            await asyncio.wait([ended], timeout=watch.liveness / 10)
+            if self.state == "draining" or await self._probe(http, watch.path) is not None:
+                answered = time.monotonic()
+            elif time.monotonic() - answered > watch.liveness and not ended.done():
+                self.reason = f"no answer for {watch.liveness:g} s"
+                signal_group(self.process, signal.SIGKILL)
+                await ended
+
+    async def _probe(self, http: aiohttp.ClientSession, path: str) -> int | None:
+        """The status code of its health check; None if it does not answer."""
+        try:
+            async with http.get(self.url + path) as answer:
+                return answer.status
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+
+    async def _end(self, ended: asyncio.Task[int], timeout: float) -> State:
+        """Reap the process, or stop it: SIGTERM, then after the timeout SIGKILL to its whole group."""
+        was = self.state
+        if not ended.done():
+            signal_group(self.process, signal.SIGTERM)
+            await asyncio.wait([ended], timeout=timeout)
+        signal_group(self.process, signal.SIGKILL)  # also any children left in its group
+        code = await ended
+        self.state = "gone"
+        if not self.reason and was != "draining":
+            died = f"died with {code}" if was == "ready" else f"ended with {code} before it was ready"
+            self.reason = died
+        return was
+
+    def _kill(self, timeout: float) -> None:
+        if self.state == "draining":
+            log.warning("%s did not drain within %g s; killed", self.name, timeout)
+            signal_group(self.process, signal.SIGKILL)
+
+
+# Exchanges.
+
+# RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
+_HOP = frozenset(
+    [
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "http2-settings",
+        "expect",
+        "content-length",
+        "host",
+    ]
+)
+
+
+class ReplicaLost(Exception):
+    """A failed exchange. reached: the server received at least part of the request."""
+
+    def __init__(self, reason: str, *, reached: bool) -> None:
+        super().__init__(reason)
+        self.reached = reached
+
+
+def end_to_end(headers: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
+    """The headers that a proxy passes on."""
+    headers = list(headers)
+    connection = (value for name, value in headers if name.lower() == "connection")
+    named = {token.strip().lower() for value in connection for token in value.split(",")}
+    return CIMultiDict(
+        # Bytes that are not UTF-8 cannot be re-encoded.
+        (name, value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+        for name, value in headers
+        if (lower := name.lower()) not in _HOP and lower not in named
+    )
+
+
+def request_headers(headers: Iterable[tuple[str, str]], peer: str) -> CIMultiDict[str]:
+    """The headers of a request to forward: the end-to-end ones, and the client in X-Forwarded-For."""
+    passed = end_to_end(headers)
+    forwarded = passed.popall("X-Forwarded-For", [])
+    passed["X-Forwarded-For"] = ", ".join([*forwarded, peer])
+    return passed
+
+
+def make_session(connect_timeout: float, idle_timeout: float) -> aiohttp.ClientSession:
+    """The HTTP client of a proxy: one connection per request, no decoding, redirects or cookies."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=idle_timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
+    )
+
+
+async def send(
+    session: aiohttp.ClientSession,
+    url: str,
+    method: str,
+    target: str,
+    headers: CIMultiDict[str],
+    body: bytes,
+) -> aiohttp.ClientResponse:
+    """Send a request to the server at `url` and wait for the head of the answer. Raises ReplicaLost.
+
+    target: path and query, as received. Each exchange uses its own connection. A reused connection could
+    contain unsolicited bytes from a server, which would become part of the next client's answer; and only on
+    a fresh one is it certain whether the server received the request.
+    """
+    try:
+        answer = await session.request(
+            method,
+            URL(url + target, encoded=True),
+            headers=headers,
+            data=body or None,
+            allow_redirects=False,
+        )
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
+        raise ReplicaLost(f"cannot connect to {url} ({problem})", reached=False) from problem
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise lost(problem) from problem
+    if answer.status < 200:
+        answer.close()
+        raise ReplicaLost(f"unexpected status {answer.status}", reached=True)
+    return answer
+
+
+def lost(problem: BaseException) -> ReplicaLost:
+    """An exchange that failed after the server had received the request."""
+    if isinstance(problem, aiohttp.ServerDisconnectedError):
+        return ReplicaLost("the connection was closed", reached=True)
+    return ReplicaLost(str(problem) or type(problem).__name__, reached=True)
+
+
+async def part_of(answer: aiohttp.ClientResponse) -> bytes:
+    """The next bytes of an answer; empty at its end. Raises ReplicaLost."""
+    try:
+        return await answer.content.readany()
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise lost(problem) from problem
+
+
+# Which server stores a response.
+
+_PATH = re.compile(r"/v1/responses/(?!input_tokens\b|compact\b)([^/?]+)")
+_LONGEST = 128  # characters of an id
+_PASSED = ("Authorization", "X-Api-Key")
+_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
+
+
+def named(target: str) -> str | None:
+    """The id of a response in a request's target, as it is written there; None if there is none."""
+    match = _PATH.match(target)
+    return match[1] if match is not None else None
+
+
+async def holder(
+    session: aiohttp.ClientSession, urls: Sequence[str], identity: str, headers: Mapping[str, str]
+) -> int | None:
+    """The index of the server that answers for a response, with the credentials in `headers`; None if none
+    does."""
+    if len(identity) > _LONGEST:
+        return None
+    passed = {name: headers[name] for name in _PASSED if name in headers}
+    path = f"/v1/responses/{quote(identity, safe='%')}"
+
+    async def stores(url: str) -> bool:
+        try:
+            request = session.get(url + path, headers=passed, timeout=_TIMEOUT, allow_redirects=False)
+            async with request as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return False
+
+    stored = await asyncio.gather(*map(stores, urls))
+    return stored.index(True) if True in stored else None
