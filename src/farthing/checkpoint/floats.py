@@ -47,6 +47,8 @@ def fp8_scales(
     row by 32, 64 or 128 columns. The last block of a row or column may be ragged. Raises CheckpointError.
     """
     (n, k), scale = shape, ue8m0(scale)
+    if scale.ndim == 4:  # ModelOpt's
+        scale = scale.flatten(2).flatten(0, 1)
     if scale.numel() == 1:
         return scale.reshape(1, 1).expand(-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)).contiguous()
     if tuple(scale.shape) in ((n,), (n, 1)) and block[1] % FP8_BLOCK == 0:
@@ -85,10 +87,12 @@ def fp4(packed: Tensor, scale: Tensor, group: int) -> Weight:
 
 @dataclass(frozen=True, slots=True)
 class Fp4:
-    """Scheme of DeepSeek-V4's experts: E2M1 beside powers of two."""
+    """Scheme of E2M1 beside factors of groups: powers of two, or E4M3 with a second factor for all."""
 
-    format: Format = "mxfp4"
     group_size: int = 32
+    scale: str = "scale"  # suffix of the factors: DeepSeek-V4's
+    second: str | None = None
+    format: Format = "mxfp4"
     symmetric: bool = True
 
     def shape(self, parts: Parts) -> tuple[int, int]:
@@ -98,7 +102,9 @@ class Fp4:
 
     def read(self, parts: Parts) -> Weight:
         """The matrix with its factors."""
-        scale = ue8m0(parts.tensor("scale", "float8_e8m0fnu", "uint8"))
+        dtypes = ("float8_e4m3fn",) if self.second else ("float8_e8m0fnu", "uint8")
+        scale = ue8m0(parts.tensor(self.scale, *dtypes))
+        scale = scale * parts.tensor(self.second).float() if self.second else scale
         return fp4(parts.matrix("weight", "int8", "uint8"), scale, self.group_size)
 
 

@@ -31,6 +31,7 @@ from farthing.checkpoint.shards import (
     read_index,
     read_json,
 )
+from farthing.checkpoint.toolkits import bitsandbytes, modelopt
 from farthing.checkpoint.words import auto_round, awq, gptq
 from farthing.ops import Format, Weight, dtype_name
 from farthing.process import Progress
@@ -93,9 +94,12 @@ _LAYOUTS: Mapping[str, Callable[[Mapping[str, Any]], Layout | None]] = {
     "awq": awq,
     "auto-round": auto_round,
     "intel/auto-round": auto_round,
+    "bitsandbytes": bitsandbytes,
+    "modelopt": modelopt,
+    "modelopt_fp4": modelopt,
 }
 # Suffixes of tensors that only quantized modules have.
-MARKS = (*SCALES, "weight_packed", "qweight")
+MARKS = (*SCALES, "weight_packed", "qweight", "weight.absmax", "SCB")
 
 
 def read_quantization(quantization: Any) -> Layout | None:
@@ -111,7 +115,7 @@ def read_quantization(quantization: Any) -> Layout | None:
         shown = repr(method[:80]) if isinstance(method, str) else method
         raise CheckpointError(
             f"config.json: quantization_config.quant_method: got {shown}; expected one of "
-            f"{', '.join(_LAYOUTS)}; llm-compressor, GPTQModel and AutoRound write these"
+            f"{', '.join(_LAYOUTS)}; llm-compressor, GPTQModel, AutoRound and ModelOpt write these"
         )
     return _LAYOUTS[method](quantization)
 
@@ -172,13 +176,17 @@ class InputScales:
 log = logging.getLogger(__name__)
 
 CONFIG, PARAMS = "config.json", "params.json"
+_MODELOPT = "hf_quant_config.json"  # beside a config.json that does not say how weights are quantized
 FLOATS = ("float32", "bfloat16", "float16")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json of a model directory, or params.json in Mistral's format. Raises CheckpointError."""
     if not has_config(path) or (path / CONFIG).is_file():
-        return read_json(path / CONFIG)
+        config = read_json(path / CONFIG)
+        if (path / _MODELOPT).is_file() and not quantization_in(config):
+            config["quantization_config"] = {"quant_method": "modelopt"} | read_json(path / _MODELOPT)
+        return config
     return {"model_type": "mistral_large_3"} | read_json(path / PARAMS)
 
 

@@ -99,6 +99,8 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
 
 
 def _of_scheme(scheme: Scheme, columns: int = 128) -> Stored:
+    if scheme.format == "dense":
+        return Stored("bfloat16")
     default = FP8_BLOCK if scheme.format == "fp8" else columns
     return Stored(scheme.format, scheme.group_size or default, not scheme.symmetric)
 
