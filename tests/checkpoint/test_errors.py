@@ -80,7 +80,7 @@ def test_shard_of_the_index_is_missing_or_lacks_the_tensor(directory: Path) -> N
             {"quant_method": "hqq"},
             (
                 "quant_method: got 'hqq'",
-                "expected one of fp8.*llm-compressor, GPTQModel and AutoRound write these",
+                "expected one of fp8.*llm-compressor, GPTQModel, AutoRound and ModelOpt write these",
             ),
         ),
         (
