@@ -14,6 +14,7 @@
 #include "latent_cache.h"
 #include "pack.h"
 #include "shared_sum.h"
+#include "streams.h"
 #include "threads.h"
 #include "workspace.h"
 
@@ -227,17 +228,13 @@ class Backend {
   void route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights);
   void mla(const Attention& w, const MlaArgs& in);
   void delta(const Delta& w, const DeltaArgs& in);
-  // Norms and rotates queries and keys, and writes keys, entries and what later entries need.
-  void prepare_compressed(const Compressed& w, const CompressedArgs& in);
-  void turn_back(const Compressed& w, const int32_t* positions, Rows out,
-                 int tokens);  // the last of each head
-  // x [T, n D], found [T, …] the product with its norm -> out [T, D] and mix [T, n (n + 1)].
-  void collapse(const Streams& s, Rows x, Rows found, int tokens, Rows out, Rows mix);
-  void spread(int n, int hidden, Rows x, Rows y, Rows mix, int tokens, Rows out);
+  void compressed(const Compressed& w, const CompressedArgs& in);
+  void streams(const Streams& s, const StreamsArgs& in);
   // See indexer.h: q [T, H d], k [T, d], w [T, H] -> out [T, top_k], or null: the keys are cached, no more.
   void index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
              const IndexBatch& batch, int32_t* out);
   void layers(Layers& model, const LayersArgs& in);
+  void layers(StreamedLayers& model, const StreamedArgs& in);
   // cap, unless 0: logits z become cap tanh(z / cap).
   void top_logits(const Packed& head, Rows x, int tokens, const float* norm, float eps, float cap, int k,
                   float* values, int64_t* ids, float* logsumexp);
@@ -252,6 +249,12 @@ class Backend {
   int expand_tokens = kExpandTokens;  // see expanded.h; 0: never
 
  private:
+  // Norms and rotates queries and keys, and writes keys, entries and what later entries need.
+  void prepare_compressed(const Compressed& w, const CompressedArgs& in);
+  // Finds the entries that each token reads; returns how many at most, 0: all.
+  int select_entries(const Compressed& w, const CompressedArgs& in, int longest);
+  // The first half of a layer of streams: u [T, D] -> y [T, D].
+  void attend(StreamedLayers& model, const StreamedLayer& l, const StreamedArgs& in, Rows u, Rows y);
   void product(const Packed& w, const LinearArgs& in);  // `linear` without `Packed::next`
   // y [T, D] = (x + norm(y)) scale, where y may first be the sum of two normed outputs.
   void add_normed(Rows x, int tokens, int hidden, const float* norm, float eps, float scale, Rows y,
@@ -260,6 +263,7 @@ class Backend {
   Act prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens, const float* norm,
               float eps, float* scratch);
   Workspace work_;
+  Selected selected_;
 };
 
 // Row `row` of a dense packed matrix, to float32 [k]. Throws std::invalid_argument if it has no such row.

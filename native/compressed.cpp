@@ -1,5 +1,5 @@
-// Everything around the scores of attention to a compressed past: what is kept of tokens, the entries that
-// they become, and which rows of the cache a token reads. Scores and sums are those of mla.cpp.
+// Attention to a compressed past as one op: what is kept of tokens, the entries that they become, and which
+// rows of the cache a token reads. Scores and sums are those of mla.cpp, those of entries of indexer.cpp.
 //
 // Legend: see compressed.h.
 #include "compressed.h"
@@ -11,9 +11,13 @@
 
 #include "backend.h"
 #include "cache_rows.h"
+#include "indexer.h"
 
 namespace farthing {
 namespace {
+
+constexpr int kTogether = 32;                      // tokens that attend at once, which bounds partial sums
+constexpr int64_t kMostScores = int64_t{1} << 22;  // of entries, in memory at once
 
 // A window of tokens that the step completes: an entry of a sequence.
 struct Closed {
@@ -23,10 +27,10 @@ struct Closed {
 class Preparation {
  public:
   Preparation(const Kernels& kernels, const Compressed& w, const CompressedArgs& in, float* scratch, int row)
-      : kernels_(kernels), w_(w), in_(in), scratch_(scratch), row_(row) {
-    for (int b = 0; w.rate && b < in.batch.sequences; ++b) {
-      const int last = in.batch.context_lens[b],
-                first = last - (in.batch.query_start[b + 1] - in.batch.query_start[b]);
+      : kernels_(kernels), w_(w), in_(in), batch_(in.batch.batch), scratch_(scratch), row_(row) {
+    for (int b = 0; w.rate && b < batch_.sequences; ++b) {
+      const int last = batch_.context_lens[b],
+                first = last - (batch_.query_start[b + 1] - batch_.query_start[b]);
       for (int e = first / w.rate; e < last / w.rate; ++e) closed_.push_back({b, e});
     }
   }
@@ -38,26 +42,26 @@ class Preparation {
       if (h < w_.heads) return query(t, h);
       if (h == w_.heads) return key(t, scratch);
       turn(in_.index_q.row(t) + static_cast<int64_t>(h - w_.heads - 1) * w_.index_dim, w_.index_dim,
-           in_.batch.positions[t]);
+           batch_.positions[t]);
     });
     if (!w_.rate) return;
     team.for_units(1, static_cast<int>(closed_.size()), static_cast<int>(w_.pools.size()),
                    [&](int i, int pool) { make_entry(closed_[i], pool, scratch); });
     team.barrier();  // entries read what is kept before it is overwritten
-    team.for_units(2, 1, in_.batch.sequences, [&](int, int b) { keep(b); });
+    team.for_units(2, 1, batch_.sequences, [&](int, int b) { keep(b); });
   }
 
  private:
   void query(int t, int h) const {
     float* row = in_.q.row(t) + static_cast<int64_t>(h) * w_.dim;
     kernels_.rms_norm(row, w_.ones.data(), w_.eps, w_.dim, row);
-    turn(row, w_.dim, in_.batch.positions[t]);
+    turn(row, w_.dim, batch_.positions[t]);
   }
 
   void key(int t, float* row) const {
     kernels_.rms_norm(in_.x.row(t), w_.norm, w_.eps, w_.dim, row);
-    turn(row, w_.dim, in_.batch.positions[t]);
-    store(in_.own, in_.own_slots[t], row, w_.dim);
+    turn(row, w_.dim, batch_.positions[t]);
+    store(in_.past.own, in_.batch.own_slots[t], row, w_.dim);
   }
 
   // The last elements of a row, rotated by the angle of a position.
@@ -73,16 +77,16 @@ class Preparation {
 
   // The pooled columns of a sequence's token: in the step, or kept of earlier ones.
   const float* pooled(int sequence, int position) const {
-    const int last = in_.batch.query_start[sequence + 1], length = in_.batch.context_lens[sequence];
+    const int last = batch_.query_start[sequence + 1], length = batch_.context_lens[sequence];
     const int t = last - (length - position);
-    if (t >= in_.batch.query_start[sequence]) return in_.x.row(t) + w_.dim;
+    if (t >= batch_.query_start[sequence]) return in_.x.row(t) + w_.dim;
     return kept(sequence, position);
   }
 
   float* kept(int sequence, int position) const {
     const int64_t row =
-        static_cast<int64_t>(in_.slots[sequence]) * w_.open_tokens() + position % w_.open_tokens();
-    return in_.open + row * w_.open_columns();
+        static_cast<int64_t>(in_.batch.slots[sequence]) * w_.open_tokens() + position % w_.open_tokens();
+    return in_.past.open + row * w_.open_columns();
   }
 
   // Softmax, column by column, of the gates of all tokens of a window, and the values' sum: one pass with a
@@ -112,22 +116,22 @@ class Preparation {
     for (int i = 0; i < pool.dim; ++i) sum[i] /= weight[i];
     kernels_.rms_norm(sum, pool.norm, w_.eps, pool.dim, sum);
     turn(sum, pool.dim, first);
-    const Cache& to = in_.entries[number];
+    const Cache& to = in_.past.entries[number];
     const int64_t block =
-        in_.batch
-            .block_table[static_cast<int64_t>(c.sequence) * in_.batch.max_blocks + c.entry / to.block_size];
+        batch_.block_table[static_cast<int64_t>(c.sequence) * batch_.max_blocks + c.entry / to.block_size];
     store(to, block * to.block_size + c.entry % to.block_size, sum, pool.dim);
   }
 
   void keep(int b) const {
-    const int begin = in_.batch.query_start[b], end = in_.batch.query_start[b + 1];
+    const int begin = batch_.query_start[b], end = batch_.query_start[b + 1];
     for (int t = std::max(begin, end - w_.open_tokens()); t < end; ++t)
-      std::memcpy(kept(b, in_.batch.positions[t]), in_.x.row(t) + w_.dim, sizeof(float) * w_.open_columns());
+      std::memcpy(kept(b, batch_.positions[t]), in_.x.row(t) + w_.dim, sizeof(float) * w_.open_columns());
   }
 
   const Kernels& kernels_;
   const Compressed& w_;
   const CompressedArgs& in_;
+  const Batch& batch_;
   float* scratch_;  // [threads][row]
   int row_;
   std::vector<Closed> closed_;
@@ -148,6 +152,70 @@ void Compressed::check() const {
     throw std::invalid_argument("a compressed past has one pool, or two with an indexer");
 }
 
+namespace {
+
+// The last entry that each token sees, and its sequence: what selection reads as positions.
+void look_back(const Compressed& w, const Batch& batch, Selected& s) {
+  s.last.clear(), s.sequences.clear();
+  for (int b = 0; b < batch.sequences; ++b)
+    for (int t = batch.query_start[b]; t < batch.query_start[b + 1]; ++t) {
+      s.last.push_back((batch.positions[t] + 1) / w.rate - 1);
+      s.sequences.push_back(b);
+    }
+}
+
+// The cache rows that each token reads, and how many: its entries, all or the selected ones, then its window.
+// Rows of entries are numbered after those of the window. Returns the most rows of a token.
+int find_rows(const Compressed& w, const CompressedArgs& in, int longest, int selected, Selected& s) {
+  const Batch& batch = in.batch.batch;
+  const Cache &own = in.past.own, &past = in.past.entries[0];
+  const int seen = w.rate ? longest / w.rate : 0,
+            most = std::min(w.window, longest) + (selected ? selected : seen);
+  s.rows.resize(static_cast<size_t>(in.tokens) * most);
+  s.counts.resize(in.tokens);
+  s.starts.resize(in.tokens + 1);
+  for (int t = 0; t <= in.tokens; ++t) s.starts[t] = t;
+  for (int b = 0; b < batch.sequences; ++b)
+    for (int t = batch.query_start[b]; t < batch.query_start[b + 1]; ++t) {
+      const int position = batch.positions[t];
+      const int32_t *table = batch.block_table + static_cast<int64_t>(b) * batch.max_blocks,
+                    *own_table = in.batch.own_table + static_cast<int64_t>(b) * in.batch.own_blocks;
+      int32_t* to = s.rows.data() + static_cast<int64_t>(t) * most;
+      int count = 0;
+      const auto entry = [&](int e) {
+        const int64_t at = static_cast<int64_t>(table[e / past.block_size]) * past.block_size;
+        to[count++] = static_cast<int32_t>(in.past.own_total + at + e % past.block_size);
+      };
+      if (selected) {
+        const int32_t* chosen = s.entries.data() + static_cast<int64_t>(t) * selected;
+        for (int i = 0; i < selected && chosen[i] >= 0; ++i) entry(chosen[i]);
+      } else if (w.rate) {
+        for (int e = 0; e < (position + 1) / w.rate; ++e) entry(e);
+      }
+      for (int p = std::max(0, position - w.window + 1); p <= position; ++p) {
+        const int64_t at = static_cast<int64_t>(own_table[p / own.block_size]) * own.block_size;
+        to[count++] = static_cast<int32_t>(at + p % own.block_size);
+      }
+      s.counts[t] = count;
+      std::fill(to + count, to + most, to[count - 1]);
+    }
+  return most;
+}
+
+// The last elements of each head, rotated back.
+void turn_back(const Compressed& w, const int32_t* positions, Rows out, int t, int h) {
+  float* last = out.row(t) + static_cast<int64_t>(h + 1) * w.dim - w.rope;
+  const int64_t at = static_cast<int64_t>(positions[t]) * (w.rope / 2);
+  const float *cos = w.cos + at, *sin = w.sin + at;
+  for (int i = 0; i < w.rope / 2; ++i) {
+    const float a = last[2 * i], b = last[2 * i + 1];
+    last[2 * i] = a * cos[i] + b * sin[i];
+    last[2 * i + 1] = b * cos[i] - a * sin[i];
+  }
+}
+
+}  // namespace
+
 void Backend::prepare_compressed(const Compressed& w, const CompressedArgs& in) {
   work_.reset();
   const int row = round_up(scratch_row(w), 16);
@@ -156,110 +224,46 @@ void Backend::prepare_compressed(const Compressed& w, const CompressedArgs& in) 
   pool.run([&](Team& team) { call.run(team); });
 }
 
-void compressed_reads(const Compressed& w, const CompressedArgs& in, const int32_t* select, int selected,
-                      int32_t* slots, int most, int32_t* counts) {
-  const Cache& past = in.entries[0];
-  for (int b = 0; b < in.batch.sequences; ++b)
-    for (int t = in.batch.query_start[b]; t < in.batch.query_start[b + 1]; ++t) {
-      const int position = in.batch.positions[t];
-      int32_t* to = slots + static_cast<int64_t>(t) * most;
-      int count = 0;
-      const auto entry = [&](int e) {
-        const int64_t block =
-            in.batch.block_table[static_cast<int64_t>(b) * in.batch.max_blocks + e / past.block_size];
-        to[count++] = static_cast<int32_t>(in.own_total + block * past.block_size + e % past.block_size);
-      };
-      if (select)
-        for (int i = 0; i < selected && select[static_cast<int64_t>(t) * selected + i] >= 0; ++i)
-          entry(select[static_cast<int64_t>(t) * selected + i]);
-      else if (w.rate)
-        for (int e = 0; e < (position + 1) / w.rate; ++e) entry(e);
-      for (int p = std::max(0, position - w.window + 1); p <= position; ++p) {
-        const int64_t block = in.own_table[static_cast<int64_t>(b) * in.own_blocks + p / in.own.block_size];
-        to[count++] = static_cast<int32_t>(block * in.own.block_size + p % in.own.block_size);
-      }
-      counts[t] = count;
-      std::fill(to + count, to + most, to[count - 1]);
-    }
-}
-
-void Backend::turn_back(const Compressed& w, const int32_t* positions, Rows out, int tokens) {
-  pool.run([&](Team& team) {
-    team.for_units(0, tokens, w.heads, [&](int t, int h) {
-      float* last = out.row(t) + static_cast<int64_t>(h + 1) * w.dim - w.rope;
-      const int64_t at = static_cast<int64_t>(positions[t]) * (w.rope / 2);
-      const float *cos = w.cos + at, *sin = w.sin + at;
-      for (int i = 0; i < w.rope / 2; ++i) {
-        const float a = last[2 * i], b = last[2 * i + 1];
-        last[2 * i] = a * cos[i] + b * sin[i];
-        last[2 * i + 1] = b * cos[i] - a * sin[i];
-      }
-    });
-  });
-}
-
-// Hyper-connections.
-
-namespace {
-
-float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
-
-// The mixing matrix m [n][n], made doubly stochastic: columns first, then rows and columns in turn.
-void balance(float* m, int n, int steps, float eps) {
-  for (int i = 0; i < n; ++i) {
-    const float top = *std::max_element(m + i * n, m + (i + 1) * n);
-    float sum = 0.0f;
-    for (int j = 0; j < n; ++j) sum += m[i * n + j] = std::exp(m[i * n + j] - top);
-    for (int j = 0; j < n; ++j) m[i * n + j] = m[i * n + j] / sum + eps;
+int Backend::select_entries(const Compressed& w, const CompressedArgs& in, int longest) {
+  if (!w.index || longest / w.rate <= w.index->top_k) return 0;
+  const Batch& batch = in.batch.batch;
+  const int k = w.index->top_k, weights = in.tokens ? w.dim + w.open_columns() : 0;
+  look_back(w, batch, selected_);
+  selected_.entries.resize(static_cast<size_t>(in.tokens) * k);
+  const int step = static_cast<int>(std::max(int64_t{1}, kMostScores / (longest / w.rate)));
+  for (int t = 0; t < in.tokens; t += step) {
+    const IndexBatch own{selected_.last.data() + t, nullptr, selected_.sequences.data() + t,
+                         batch.block_table, batch.max_blocks};
+    index(*w.index, {in.index_q.row(t), in.index_q.stride}, {nullptr, 0},
+          {in.x.row(t) + weights, in.x.stride}, std::min(step, in.tokens - t), in.past.entries[1], own,
+          selected_.entries.data() + static_cast<size_t>(t) * k);
   }
-  for (int step = 0; step < 2 * steps - 1; ++step) {
-    const int along = step % 2 ? 1 : n, across = step % 2 ? n : 1;  // a column's elements are n apart
-    for (int i = 0; i < n; ++i) {
-      float sum = eps;
-      for (int j = 0; j < n; ++j) sum += m[i * across + j * along];
-      for (int j = 0; j < n; ++j) m[i * across + j * along] /= sum;
-    }
+  return k;
+}
+
+void Backend::compressed(const Compressed& w, const CompressedArgs& in) {
+  const Batch& batch = in.batch.batch;
+  const int longest = *std::max_element(batch.context_lens, batch.context_lens + batch.sequences);
+  prepare_compressed(w, in);
+  const int chosen = select_entries(w, in, longest), most = find_rows(w, in, longest, chosen, selected_);
+  Cache rows = in.past.own;
+  rows.block_size = 1;
+  for (int t = 0; t < in.tokens; t += kTogether) {
+    const int some = std::min(kTogether, in.tokens - t);
+    const int32_t* counts = selected_.counts.data() + t;
+    const Batch each{batch.positions + t,
+                     nullptr,
+                     selected_.starts.data(),
+                     counts,
+                     selected_.rows.data() + static_cast<int64_t>(t) * most,
+                     some,
+                     most,
+                     counts};
+    mla(*w.attention,
+        {{in.q.row(t), in.q.stride}, {nullptr, 0}, some, rows, each, w.eps, {in.out.row(t), in.out.stride}});
   }
-}
-
-constexpr int kStreamColumns = 512;  // of a unit
-
-}  // namespace
-
-void Backend::collapse(const Streams& s, Rows x, Rows found, int tokens, Rows out, Rows mix) {
-  const int n = s.count, units = (s.hidden + kStreamColumns - 1) / kStreamColumns;
   pool.run([&](Team& team) {
-    team.for_units(0, tokens, units, [&](int t, int unit) {
-      const float* f = found.row(t);
-      const int at = unit * kStreamColumns, columns = std::min(kStreamColumns, s.hidden - at);
-      float* to = out.row(t) + at;
-      std::fill_n(to, columns, 0.0f);
-      for (int i = 0; i < n; ++i)
-        kernels.axpy(to, x.row(t) + static_cast<int64_t>(i) * s.hidden + at,
-                     sigmoid(f[i] * s.scale[0] + s.base[i]) + s.eps, columns);
-      if (unit || s.ends) return;
-      float* own = mix.row(t);
-      for (int i = 0; i < n; ++i) own[i] = 2.0f * sigmoid(f[n + i] * s.scale[1] + s.base[n + i]);
-      for (int i = 0; i < n * n; ++i) own[n + i] = f[2 * n + i] * s.scale[2] + s.base[2 * n + i];
-      balance(own + n, n, s.steps, s.eps);
-    });
-  });
-}
-
-void Backend::spread(int n, int hidden, Rows x, Rows y, Rows mix, int tokens, Rows out) {
-  const int units = (hidden + kStreamColumns - 1) / kStreamColumns;
-  pool.run([&](Team& team) {
-    team.for_units(0, tokens, units, [&](int t, int unit) {
-      const int at = unit * kStreamColumns, columns = std::min(kStreamColumns, hidden - at);
-      const float* own = mix.row(t);
-      for (int j = 0; j < n; ++j) {
-        float* to = out.row(t) + static_cast<int64_t>(j) * hidden + at;
-        std::fill_n(to, columns, 0.0f);
-        kernels.axpy(to, y.row(t) + at, own[j], columns);
-        for (int i = 0; i < n; ++i)
-          kernels.axpy(to, x.row(t) + static_cast<int64_t>(i) * hidden + at, own[n + i * n + j], columns);
-      }
-    });
+    team.for_units(0, in.tokens, w.heads, [&](int t, int h) { turn_back(w, batch.positions, in.out, t, h); });
   });
 }
 

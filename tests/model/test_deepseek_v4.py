@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,35 @@ def test_logits_do_not_depend_on_steps(length: int) -> None:
             at += count
         found.append(torch.cat(out))
     assert torch.equal(*found)
+
+
+def test_all_layers_in_one_call_compute_what_ops_one_by_one_do(expected: torch.Tensor) -> None:
+    model = built()
+    together = logits(model)
+    model.unstack()
+    assert model.layered is None
+    assert torch.equal(logits(model), together)
+
+
+def test_layers_can_be_computed_in_parts() -> None:
+    model = built()
+    ids, depth = (torch.arange(20) * 7) % CONFIG.vocab_size, CONFIG.num_hidden_layers
+    batch = replace(make_batch([20], [0], [[2, 0, 1]], 8), ids=ids)
+    whole = model.forward(ids, batch, model.new_cache(3, 8, "float32"))
+    cache, h = model.new_cache(3, 8, "float32"), model.embed(ids)
+    for first, last in ((0, 1), (1, depth - 1), (depth - 1, depth)):
+        h = model.run_layers(h, batch, cache, None, slice(first, last))
+    assert torch.equal(h, whole)
+
+
+def test_tokens_that_are_not_in_the_table_of_experts_are_refused() -> None:
+    model = built()
+    batch = make_batch([1], [0], [[0]], 8)
+    h = model.embed(torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="ids: got None"):
+        model.run_layers(h, batch, model.new_cache(1, 8, "float32"))
+    with pytest.raises(IndexError, match="token id 999999 is not in the vocabulary"):
+        model.run_layers(h, replace(batch, ids=torch.tensor([999999])), model.new_cache(1, 8, "float32"))
 
 
 @pytest.mark.parametrize("layout", ["published", "saved", "own"])

@@ -393,7 +393,8 @@ class Runner:
 
     def advance(self, step: Step, hidden: Tensor, first: int, last: int) -> Tensor:
         """The layers first .. last - 1 of `forward`: [T, D] -> [T, D]."""
-        return self._layered.run_layers(hidden, step.batch, self.cache, self.counts, slice(first, last))
+        batch = replace(step.batch, ids=step.ids)
+        return self._layered.run_layers(hidden, batch, self.cache, self.counts, slice(first, last))
 
     @property
     def _layered(self) -> Layered:

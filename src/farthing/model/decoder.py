@@ -5,7 +5,7 @@ Legend: T tokens of the step; D hidden size; V vocabulary; L cache layers; E rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ class DecoderModel:
         self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
         self.windows = {window for window, _ in self.places}
         self.mtp: list[MTPLayer] = []
+        self.ending = self._ending(weights) if last else None
         self.restack()
         if not last:
             self.embedding = table_of(config, ops, weights) if first else None
@@ -95,6 +96,10 @@ class DecoderModel:
         """A layer's attention, or what it has instead, and its feed-forward half."""
         attention = attention_of(self.config, self.ops, weights, layer, rope)
         return attention, FeedForward(self.config, self.ops, weights, layer, router)
+
+    def _ending(self, weights: WeightSource) -> Handle | None:
+        """What is between the last layer and the norm before the head, if this type has something there."""
+        return None
 
     def unstack(self) -> None:
         """Release the fused stack; layers run op by op until `restack`."""
@@ -195,12 +200,25 @@ class DecoderModel:
             return self.ops.run_stack(h, self.stack, batch, cache, counts, span)
         if span != ALL:
             raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
+        for _, out, _ in self._halves(h, batch, cache, counts):
+            h = out
+        return self._end(h)
+
+    def _halves(
+        self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """(name, output, what the next layer adds to it) of each half of each layer in turn."""
         select: Tensor | None = None  # the cached positions that sparse attention reads
         owed: Tensor | None = None  # output of the previous layer's experts that is not yet added
         places = self._places(batch, cache)
         for i, (attention, feed_forward) in enumerate(self.layers):
             h, select = attention(h, places[i], select)
+            yield f"layer {i}'s attention (model.layers.{i}.self_attn)", h, owed
             h, owed = _feed(feed_forward, h, owed, None if counts is None else counts[i])
+            yield f"layer {i}'s {'experts' if feed_forward.is_moe else 'MLP'} (model.layers.{i}.mlp)", h, owed
+
+    def _end(self, h: Tensor) -> Tensor:
+        """The last layer's output -> hidden [T, D] before the norm."""
         return h
 
     def _places(self, batch: Batch, cache: LatentCache) -> list[Place]:
@@ -211,18 +229,13 @@ class DecoderModel:
     def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
         """The first part of the model whose output has a NaN or an infinity, for the tokens of a step that
         was computed before; None if all are finite. Layer by layer, so slower than `forward`."""
-        h, select, owed = self.embed(ids), None, None
-        places = self._places(batch, cache)
-        if not _finite(h):
+        out = embedded = self.embed(ids)
+        if not all_finite(embedded):
             return "the embedding (model.embed_tokens)"
-        for i, (attention, feed_forward) in enumerate(self.layers):
-            h, select = attention(h, places[i], select)
-            if not _finite(h):
-                return f"layer {i}'s attention (model.layers.{i}.self_attn)"
-            h, owed = _feed(feed_forward, h, owed)
-            if not (_finite(h) and (owed is None or _finite(owed))):
-                return f"layer {i}'s {'experts' if feed_forward.is_moe else 'MLP'} (model.layers.{i}.mlp)"
-        return None if _finite(self.logits(h)) else "the head (model.norm, lm_head)"
+        for name, out, owed in self._halves(embedded, replace(batch, ids=ids), cache):
+            if not (all_finite(out) and (owed is None or all_finite(owed))):
+                return name
+        return None if all_finite(self.logits(self._end(out))) else "the head (model.norm, lm_head)"
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] of `forward` -> logits [n, V] float32."""
@@ -286,10 +299,6 @@ def _feed(
         return feed_forward.apart(h, counts)
     h = feed_forward(h, counts)
     return h if owed is None else h + owed, None
-
-
-def _finite(values: Tensor) -> bool:
-    return all_finite(values)
 
 
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:

@@ -6,7 +6,7 @@ Legend: T tokens; D hidden size; n streams; H query heads of size d; g groups of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from farthing.model.deepseek import FeedForward
 from farthing.model.kinds import cache_kinds
 from farthing.model.source import WeightSource
 from farthing.ops import (
-    ALL,
     Batch,
     CacheDtype,
     CompressedParts,
@@ -33,9 +32,9 @@ from farthing.ops import (
     Place,
     PoolParts,
     RouterSpec,
+    StreamedHandles,
     StreamParts,
     Weight,
-    all_finite,
     as_float32,
     beside,
     cut_weight,
@@ -57,7 +56,7 @@ def streams_of(config: ModelConfig, ops: Ops, weights: WeightSource, p: str, end
     def parts() -> StreamParts:
         return StreamParts(*(as_float32(weights.tensor(p + name, shape)) for name, shape in shapes.items()))
 
-    return ops.pack_streams(p.rstrip("._"), spec, parts)
+    return ops.pack_streams(p.rstrip("._"), spec, d, parts)
 
 
 class CompressedAttention:
@@ -106,6 +105,7 @@ class CompressedAttention:
             for g, rows in enumerate(pairwise(range(0, a.output_width + 1, a.o_lora_rank)))
         ]
         o_shape = d, a.output_width
+        self.rate = a.rates[layer]
         self.o_b = ops.pack_linear(p + "o_b_proj", lambda: [weights.weight(p + "o_b_proj", o_shape)])
 
     @staticmethod
@@ -126,7 +126,14 @@ class CompressedAttention:
         index_q = None if self.index_q is None else ops.linear(latent, self.index_q, self.q_norm)
         out = ops.compressed(q, kept, index_q, self.heads, place)
         parts = [ops.linear(out[:, a:b], o) for (a, b), o in zip(pairwise(self.ends), self.o_a, strict=True)]
-        return ops.spread(x, ops.linear(beside(parts), self.o_b), mix), None
+        return ops.spread(x, ops.linear(beside(parts), self.o_b), mix, self.streams), None
+
+    def handles(self, feed: StreamedFeedForward) -> StreamedHandles:
+        """The layer for `Ops.stack_streamed`."""
+        return StreamedHandles(
+            self.streams, self.norm, self.first, self.q_norm, self.q, self.index_q, self.heads, self.o_a,
+            self.o_b, feed.streams, feed.norm, feed.packed, feed.table, self.rate,
+        )  # fmt: skip
 
 
 def compressed_spec(config: ModelConfig, layer: int) -> CompressedSpec:
@@ -188,30 +195,17 @@ class StreamedFeedForward(FeedForward):
             y = self.ops.moe(u, self.packed, self.norm, counts, residual=False)
         else:
             y = self.ops.moe_among(u, self.packed, self.norm, self.table[ids], counts)
-        return self.ops.spread(x, y, mix)
+        return self.ops.spread(x, y, mix, self.streams)
 
 
 class DeepseekV4(DecoderModel):
     """The model over a backend."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        routers: list[RouterSpec | None] | None = None,
-        first: bool = True,
-        last: bool = True,
-    ) -> None:
-        assert config.compressed is not None
-        if not ops.compressed_past:
-            raise ValueError(
-                f"backend: got {ops.name!r}; expected 'cpu', 'torch' or 'reference': it does not compute the "
-                f"compressed past of {config.model_type!r}"
-            )
-        super().__init__(config, ops, weights, routers, first, last)
-        if last:
-            self.collapse = streams_of(config, ops, weights, "model.hc_head.hc_", ends=True)
+    def _ending(self, weights: WeightSource) -> Handle | None:
+        """The streams' last sum."""
+        if not weights.holds("model.hc_head"):  # the last stage has it
+            return None
+        return streams_of(self.config, self.ops, weights, "model.hc_head.hc_", ends=True)
 
     def _layer(
         self, weights: WeightSource, layer: int, rope: Tensor, router: RouterSpec | None
@@ -220,8 +214,8 @@ class DeepseekV4(DecoderModel):
         return attention, StreamedFeedForward(self.config, self.ops, weights, layer, router)
 
     def restack(self) -> None:
-        """No backend computes the layers in one call."""
-        self.stack = None
+        """As in `DecoderModel`."""
+        self.stack = self.ops.stack_streamed([a.handles(feed) for a, feed in self.layers], self.ending)
 
     def new_cache(
         self,
@@ -276,34 +270,17 @@ class DeepseekV4(DecoderModel):
         h = super().embed(ids)
         return beside([h] * self.config.streams.count)
 
-    def run_layers(
-        self,
-        h: Tensor,
-        batch: Batch,
-        cache: LatentCache,
-        counts: Tensor | None = None,
-        span: slice = ALL,
-    ) -> Tensor:
-        """All layers, and the streams' last sum: h [T, n D] -> [T, D]."""
-        if span != ALL:
-            raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
+    def _halves(
+        self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None
+    ) -> Iterator[tuple[str, Tensor, None]]:
+        """As in `DecoderModel`: h [T, n D]."""
         places = self._places(batch, cache)
         for i, (attention, feed_forward) in enumerate(self.layers):
             h, _ = attention(h, places[i])
+            yield f"layer {i}'s attention (model.layers.{i}.self_attn)", h, None
             h = feed_forward(h, None if counts is None else counts[i], batch.ids)
-        return self.ops.collapse(h, self.collapse)[0]
+            yield f"layer {i}'s experts (model.layers.{i}.mlp)", h, None
 
-    def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
-        """As in `DecoderModel`."""
-        h, places = self.embed(ids), self._places(batch, cache)
-        if not all_finite(h):
-            return "the embedding (model.embed_tokens)"
-        for i, (attention, feed_forward) in enumerate(self.layers):
-            h, _ = attention(h, places[i])
-            if not all_finite(h):
-                return f"layer {i}'s attention (model.layers.{i}.self_attn)"
-            h = feed_forward(h, None, ids)
-            if not all_finite(h):
-                return f"layer {i}'s experts (model.layers.{i}.mlp)"
-        logits = self.logits(self.ops.collapse(h, self.collapse)[0])
-        return None if all_finite(logits) else "the head (model.norm, lm_head)"
+    def _end(self, h: Tensor) -> Tensor:
+        """The streams' last sum [T, D]; on an earlier stage, the streams."""
+        return h if self.ending is None else self.ops.collapse(h, self.ending)[0]

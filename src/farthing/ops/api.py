@@ -423,6 +423,28 @@ class LayerHandles:
         return self.gates is not None or self.attention_post is not None or self.feed_post is not None
 
 
+@dataclass(frozen=True, slots=True)
+class StreamedHandles:
+    """The packed parts of a layer between hyper-connections, for `Ops.stack_streamed`."""
+
+    attention_streams: Handle
+    norm: Norm  # [D]
+    first: Handle  # of the queries' latent, and of all that is kept of a token
+    q_norm: Norm
+    q: Handle  # [H d, …]
+    index_q: Handle | None
+    heads: Handle
+    o_a: Sequence[Handle]  # of each group of heads
+    o_b: Handle
+    feed_streams: Handle
+    feed_norm: Norm  # [D]
+    feed: Handle
+    chosen: Tensor | None  # [V, k] int64 experts of every token; None: the router chooses
+    rate: int  # of its past
+    attention_sum: SharedSum | None = None  # as in `LayerHandles`
+    feed_sum: SharedSum | None = None
+
+
 class Ops(ABC):
     """A backend. Activations are `dtype` on `device`; a row stride larger than the width is allowed."""
 
@@ -432,7 +454,6 @@ class Ops(ABC):
     source: str = ""  # fingerprint of the packed checkpoint, set by `farthing.model.load`
     weight_files: tuple[Path, ...] = ()  # of the checkpoint, set by `farthing.model.load`
     packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
-    compressed_past: bool = False  # whether it has the ops of DeepSeek-V4, from `pack_compressed` on
     sums_in_stack: bool = False  # whether `stack` supports sums over ranks
     arrays: bool = False  # tensors are numpy arrays instead of torch's
     routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file
@@ -515,9 +536,13 @@ class Ops(ABC):
         """The heads of attention to a compressed past; rope [2, max_len, r / 2] (cos, sin)."""
         raise NotImplementedError(f"backend {self.name!r} has no compressed past")
 
-    def pack_streams(self, name: str, spec: StreamSpec, parts: Callable[[], StreamParts]) -> Handle:
-        """The parameters of hyper-connections."""
-        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+    def pack_streams(
+        self, name: str, spec: StreamSpec, hidden: int, parts: Callable[[], StreamParts]
+    ) -> Handle:
+        """The parameters of hyper-connections between streams of `hidden` columns."""
+        raise ValueError(
+            f"backend: got {self.name!r}; expected 'cpu', 'torch' or 'reference': it has no hyper-connections"
+        )
 
     @abstractmethod
     def new_cache(
@@ -614,8 +639,9 @@ class Ops(ABC):
         where the streams end."""
         raise NotImplementedError(f"backend {self.name!r} has no compressed past")
 
-    def spread(self, x: Tensor, y: Tensor, mix: Tensor) -> Tensor:
-        """x [T, n D], y [T, D] -> mixed streams of x, and y added to each with its own weight [T, n D]."""
+    def spread(self, x: Tensor, y: Tensor, mix: Tensor, streams: Handle) -> Tensor:
+        """x [T, n D], y [T, D] -> mixed streams of x, and y added to each with its own weight [T, n D]. x may
+        be overwritten."""
         raise NotImplementedError(f"backend {self.name!r} has no compressed past")
 
     @abstractmethod
@@ -665,6 +691,11 @@ class Ops(ABC):
 
         With ranks (`sums_in_stack`), the outputs of attention or feed-forward are summed over ranks.
         """
+        return None
+
+    def stack_streamed(self, layers: Sequence[StreamedHandles], ending: Handle | None) -> Handle | None:
+        """The same of layers between hyper-connections; ending: the streams' last sum, or None on a stage
+        before the last."""
         return None
 
     def run_stack(

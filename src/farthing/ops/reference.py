@@ -260,8 +260,6 @@ class _MoE:
 class ReferenceOps(HostOps):
     """Every op in torch, on any device torch runs on."""
 
-    compressed_past = True
-
     def __init__(self, dtype: torch.dtype, quantization: str | None = None) -> None:
         self.name = f"reference {str(dtype).removeprefix('torch.')}"
         self.device = torch.device("cpu")
@@ -329,7 +327,9 @@ class ReferenceOps(HostOps):
     ) -> past.Compressed:
         return past.pack_heads(spec, parts(), rope, lambda x: x)
 
-    def pack_streams(self, name: str, spec: StreamSpec, parts: Callable[[], StreamParts]) -> past.Streams:
+    def pack_streams(
+        self, name: str, spec: StreamSpec, hidden: int, parts: Callable[[], StreamParts]
+    ) -> past.Streams:
         return past.pack_streams(spec, parts(), lambda x: x)
 
     def new_cache(
@@ -399,7 +399,7 @@ class ReferenceOps(HostOps):
     def collapse(self, x: Tensor, streams: past.Streams) -> tuple[Tensor, Tensor]:
         return past.collapse(x, streams)
 
-    def spread(self, x: Tensor, y: Tensor, mix: Tensor) -> Tensor:
+    def spread(self, x: Tensor, y: Tensor, mix: Tensor, streams: past.Streams) -> Tensor:
         return past.spread(x, y, mix)
 
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Tensor | None:

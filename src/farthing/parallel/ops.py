@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,14 @@ from farthing.ops.api import (
     Ops,
     Place,
     RouterSpec,
+    StreamedHandles,
 )
 from farthing.ops.hybrid import OpsWrapper, forwarded, shared_output
 from farthing.ops.reference import identity_weight, largest
 from farthing.parallel.collectives import Group
 from farthing.parallel.shared import SharedGroup
 
+L = TypeVar("L", LayerHandles, StreamedHandles)
 Shares = Callable[[str], dict[tuple[int, int], tuple[int, ...]]]
 
 
@@ -125,16 +128,25 @@ class ParallelOps(OpsWrapper):
         return spec if adds else replace(spec, identities=0)
 
     def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
-        """True if this is the only rank or the backend can synchronize ranks, and experts are one part."""
+        if any(isinstance(layer.heads, WholeNorm) for layer in layers):
+            return None
+        local = self._local_layers(layers)
+        return None if local is None else self._inner.stack(local)
+
+    def stack_streamed(self, layers: Sequence[StreamedHandles], ending: Handle | None) -> Handle | None:
+        local = self._local_layers(layers)
+        return None if local is None else self._inner.stack_streamed(local, ending)
+
+    def _local_layers(self, layers: Sequence[L]) -> list[L] | None:
+        """Layers of the inner backend, if this is the only rank or the backend can synchronize ranks, and
+        experts are one part."""
         groups = (self._tp, self._experts)
         alone = all(g.size == 1 for g in groups)
         meets = self._inner.sums_in_stack and all(g.size == 1 or isinstance(g, SharedGroup) for g in groups)
         if self._groups.dispatch or not (alone or meets):
             return None
         attention, experts = (g.shared_sum() if isinstance(g, SharedGroup) else None for g in groups)
-        local: list[LayerHandles] = []
-        if any(isinstance(layer.heads, WholeNorm) for layer in layers):
-            return None
+        local: list[L] = []
         for layer in layers:
             feed, over = layer.feed, attention
             if isinstance(feed, Experts):
@@ -142,7 +154,7 @@ class ParallelOps(OpsWrapper):
                     return None
                 feed, over = feed.parts[1, 0], experts
             local.append(replace(layer, feed=feed, attention_sum=attention, feed_sum=over))
-        return self._inner.stack(local)
+        return local
 
     run_stack = forwarded(Ops.run_stack)
 

@@ -31,6 +31,7 @@ from farthing.ops.api import (
     Place,
     RouterSpec,
     StateCache,
+    StreamedHandles,
 )
 from farthing.ops.arrays import (
     address,
@@ -44,7 +45,7 @@ from farthing.ops.arrays import (
     row_stride,
 )
 from farthing.ops.cpu import stack as indexing
-from farthing.ops.cpu.compressed import kept_of, native_rows_of, reads_of, select_entries
+from farthing.ops.cpu.compressed import StreamedStack, native_past, pack_streamed, past_batch, run_streamed
 from farthing.ops.cpu.stack import (
     NO_ROWS,
     Stack,
@@ -156,7 +157,6 @@ class CpuOps(PackingOps):
 
     cache_dtype: CacheDtype = "float32"
     sums_in_stack = True
-    compressed_past = True
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
@@ -270,44 +270,29 @@ class CpuOps(PackingOps):
         self, q: Tensor, x: Tensor, index_q: Tensor | None, heads: Compressed, place: Place
     ) -> Tensor:
         q, x = _rows(q), _rows(x)
-        index_q = None if index_q is None else _rows(index_q)
-        kept = kept_of(heads, place)
-        tokens, batch = q.shape[0], place.batch
-        args = _native.CompressedArgs(
-            native_rows(q), native_rows(x), NO_ROWS if index_q is None else native_rows(index_q), tokens,
-            *kept,
-        )  # fmt: skip
-        _native.prepare_compressed(self._native, heads.native, args)
-        select = None if index_q is None else select_entries(self._native, index_q, x, heads, place)
-        reads = reads_of(heads, place, args, select, tokens)
+        index_rows = NO_ROWS if index_q is None else native_rows(_rows(index_q))
+        tokens = q.shape[0]
         out = empty(q, tokens, heads.spec.num_heads * heads.spec.head_dim)
-        own = place.cache.of(heads.spec.window).entries[heads.spec.rate]
-        for at in range(0, tokens, SELECTED_AT_ONCE):
-            part = slice(at, at + SELECTED_AT_ONCE)
-            self._native.mla(
-                heads.attention, native_rows(q[part]), NO_ROWS, min(SELECTED_AT_ONCE, tokens - at),
-                native_rows_of(own, place.row), native_reads(batch, part, reads), heads.spec.norm_eps,
-                native_rows(out[part]),
-            )  # fmt: skip
-        _native.turn_back(self._native, heads.native, address(batch.positions), native_rows(out), tokens)
+        _native.compressed(
+            self._native, heads.native, native_rows(q), native_rows(x), index_rows, tokens,
+            native_past(place.cache, heads.spec.window, heads.spec.rate), place.row,
+            past_batch(place.batch, heads.spec.window), native_rows(out),
+        )  # fmt: skip
         return out
 
     def collapse(self, x: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
         x = _rows(x)
-        found = self.linear(x, streams.product, Norm(streams.norm, streams.eps))
         tokens = x.shape[0]
         out, mix = empty(x, tokens, streams.width), empty(x, tokens, streams.mixed)
-        rows = (native_rows(each) for each in (x, found))
-        _native.collapse(self._native, streams.native, *rows, tokens, native_rows(out), native_rows(mix))
+        rows = native_rows(x), NO_ROWS, native_rows(mix)
+        _native.streams(self._native, streams.native, *rows, tokens, native_rows(out))
         return out, mix
 
-    def spread(self, x: Tensor, y: Tensor, mix: Tensor) -> Tensor:
+    def spread(self, x: Tensor, y: Tensor, mix: Tensor, streams: Streams) -> Tensor:
         x, y = _rows(x), _rows(y)
-        tokens, width = y.shape
-        out = empty(x, *x.shape)
         rows = (native_rows(each) for each in (x, y, mix))
-        _native.spread(self._native, x.shape[1] // width, width, *rows, tokens, native_rows(out))
-        return out
+        _native.streams(self._native, streams.native, *rows, x.shape[0], NO_ROWS)
+        return x
 
     def _mla(
         self, q: Tensor, kv: Tensor, heads: Attention, cache: LatentCache, row: int, batch: Any, out: Tensor
@@ -348,12 +333,17 @@ class CpuOps(PackingOps):
     def stack(self, layers: Sequence[LayerHandles]) -> Stack:
         return pack_stack(layers)
 
+    def stack_streamed(self, layers: Sequence[StreamedHandles], ending: Streams | None) -> StreamedStack:
+        return pack_streamed(layers, ending)
+
     def run_stack(
-        self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,
-        span: slice = ALL,
+        self, h: Tensor, stack: Stack | StreamedStack, batch: Batch, cache: LatentCache,
+        counts: Tensor | None, span: slice = ALL,
     ) -> Tensor:  # fmt: skip
         if self._file is not None:  # the background check may have found damage
             self._file.raise_damage()
+        if isinstance(stack, StreamedStack):
+            return run_streamed(self._native, _rows(h), stack, batch, cache, counts, span)
         return run_layers(self._native, _rows(h), stack, batch, cache, counts, span)
 
     def mlp(self, x: Tensor, weights: Experts, norm: Norm, residual: bool = True) -> Tensor:

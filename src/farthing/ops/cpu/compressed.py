@@ -1,98 +1,118 @@
-"""What native code reads of a compressed past: a layer's cache, and the rows that each token attends to.
+"""DeepSeek-V4's layers in one native call, and what native code reads of a compressed past.
 
-Legend: T tokens of the step; K rows that one of them reads; B sequences.
+Legend: T tokens of the step; n streams of D columns.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from farthing import _native
-from farthing.lazy import np
-from farthing.ops.api import Place
-from farthing.ops.arrays import address, dtype_name, empty, host, like, row_stride
-from farthing.ops.cpu.stack import CACHE_TYPES, MOST_SCORES, NO_ROWS, native_batch, native_rows
-from farthing.ops.cpu.weights import Compressed
-from farthing.ops.selection import Chosen
+from farthing.ops.api import Batch, LatentCache, StreamedHandles
+from farthing.ops.arrays import address, contiguous, dtype_name, empty, row_stride
+from farthing.ops.cpu.stack import CACHE_TYPES, native_batch, native_rows, vector
+from farthing.ops.cpu.weights import Streams
+from farthing.ops.weights import PeerLost
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _cache(data: Tensor, row: int, block_size: int) -> Any:
+def _cache(data: Tensor) -> Any:
+    """The rows of all layers of a rate."""
     step = row_stride(data) * data.itemsize
-    return _native.Cache(CACHE_TYPES[dtype_name(data.dtype)], address(data) + row * step, 0, block_size)
+    return _native.Cache(CACHE_TYPES[dtype_name(data.dtype)], address(data), 0, data.shape[2], step)
 
 
-def kept_of(heads: Compressed, place: Place) -> tuple[Any, ...]:
-    """The last arguments of `_native.CompressedArgs`."""
-    s, cache, batch = heads.spec, place.cache, place.batch
-    window, own = cache.of(s.window).entries[s.rate], batch.of(s.window)
-    entries, opened, slots = [], 0, 0
-    if s.rate:
-        past = cache.entries[s.rate]
-        entries.append(_cache(past, place.row, past.shape[2]))
-        if s.index is not None:
-            assert cache.index is not None
-            entries.append(_cache(cache.index.data, place.row, past.shape[2]))
-        assert cache.open is not None and batch.state_slots is not None
-        rows = cache.open.rows[s.rate]
-        opened = address(rows) + place.row * row_stride(rows) * rows.itemsize
-        slots = address(batch.state_slots)
-    return (
-        _cache(window, place.row, window.shape[2]), entries, opened, slots, native_batch(batch),
-        address(own.slots), address(own.block_table), own.block_table.shape[1],
-        window.shape[1] * window.shape[2],
+def native_past(cache: LatentCache, window: int, rate: int) -> Any:
+    """Native view of what the layers of a rate keep."""
+    own, entries, opened, step = cache.of(window).entries[rate], [], 0, 0
+    if rate:
+        assert cache.open is not None
+        kept, rows = cache.open.rows[rate], cache.entries[rate]
+        entries, opened, step = [_cache(rows)], address(kept), row_stride(kept)
+        if cache.index is not None and cache.index.data.shape[1:3] == rows.shape[1:3]:
+            entries.append(_cache(cache.index.data))
+    return _native.Past(_cache(own), entries, opened, step, own.shape[1] * own.shape[2])
+
+
+def past_batch(batch: Batch, window: int) -> Any:
+    """Native view of a step's index tensors."""
+    own, slots = batch.of(window), batch.state_slots
+    return _native.PastBatch(
+        native_batch(batch), 0 if slots is None else address(slots), address(own.slots),
+        address(own.block_table), own.block_table.shape[1],
     )  # fmt: skip
 
 
-def native_rows_of(own: Tensor, row: int) -> Any:
-    """A layer's rows, those of the window and the entries after them, as blocks of one."""
-    return _cache(own, row, 1)
+@dataclass(frozen=True, slots=True)
+class StreamedStack:
+    """Layers for `run_streamed`; `alive` owns what native code points to."""
+
+    native: Any
+    depth: int
+    window: int
+    rates: tuple[int, ...]  # of the pasts that layers refer to
+    width: int  # n D
+    ending: Streams | None  # the streams' last sum; None: another stage has it
+    vocabulary: int  # of the tables of experts; 0: there are none
+    eps: float
+    alive: tuple[Any, ...]
 
 
-def select_entries(native: Any, index_q: Tensor, x: Tensor, heads: Compressed, place: Place) -> Tensor | None:
-    """The entries that each token attends to [T, top_k] int32, ascending and padded with -1; None: all.
-
-    Entries are scored as tokens are by the lightning indexer: entry e is visible to a token that sees more
-    than e of them.
-    """
-    s, batch, cache = heads.spec, place.batch, place.cache
-    assert s.index is not None and heads.indexer is not None and cache.index is not None
-    longest = int(batch.context_lens.max()) // s.rate
-    if longest <= s.index.top_k:
-        return None
-    tokens = index_q.shape[0]
-    out = empty(index_q, tokens, s.index.top_k, dtype="int32")
-    last = (host(batch.positions) + 1) // s.rate - 1
-    lengths = np.diff(host(batch.query_start))
-    sequences = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    table, keys = batch.block_table, _cache(cache.index.data, place.row, cache.index.data.shape[2])
-    w = x[:, -s.index.num_heads :]
-    step = max(1, MOST_SCORES // longest)
-    for at in range(0, tokens, step):
-        part = slice(at, at + step)
-        seen, own = np.ascontiguousarray(last[part], np.int32), sequences[part]
-        rows = _native.IndexBatch(address(seen), 0, address(own), address(table), table.shape[1])
-        _native.index(
-            native, heads.indexer.native, native_rows(index_q[part]), NO_ROWS, native_rows(w[part]),
-            len(seen), keys, rows, address(out[part]),
+def pack_streamed(layers: Sequence[StreamedHandles], ending: Streams | None) -> StreamedStack:
+    """Collect the layers' packed parts without copying weights."""
+    native, alive, rows = _native.StreamedLayers(), list[Any](layers), Counter[int]()
+    rates, vocabulary = tuple(sorted({layer.rate for layer in layers})), 0
+    for layer in layers:
+        norms = [vector(norm.weight) for norm in (layer.norm, layer.q_norm, layer.feed_norm)]
+        chosen = None if layer.chosen is None else contiguous(layer.chosen)
+        if chosen is not None:
+            vocabulary = chosen.shape[0]
+        sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
+        native.add(
+            layer.attention_streams.native, layer.feed_streams.native, *map(address, norms),
+            layer.first.packed, layer.q.packed, None if layer.index_q is None else layer.index_q.packed,
+            [o.packed for o in layer.o_a], layer.o_b.packed, layer.heads.native, layer.feed.native,
+            0 if chosen is None else address(chosen), rates.index(layer.rate), rows[layer.rate], *sums,
         )  # fmt: skip
-    return out
-
-
-def reads_of(heads: Compressed, place: Place, args: Any, select: Tensor | None, tokens: int) -> Chosen:
-    """The rows that each token attends to, at most K of them."""
-    s, longest = heads.spec, int(place.batch.context_lens.max())
-    past = longest // s.rate if s.rate else 0
-    selected = 0 if select is None else select.shape[1]
-    most = min(s.window, longest) + (selected or past)
-    slots, counts = (
-        empty(place.batch.positions, *shape, dtype="int32") for shape in ((tokens, most), (tokens,))
+        rows[layer.rate] += 1
+        alive += [*norms, chosen]
+    if ending is not None:
+        native.end(ending.native)
+    streams, window = layers[0].attention_streams, layers[0].heads.spec.window
+    count = streams.spec.count * streams.width
+    return StreamedStack(
+        native, len(layers), window, rates, count, ending, vocabulary, layers[0].norm.eps, tuple(alive)
     )
-    _native.compressed_reads(
-        heads.native, args, 0 if select is None else address(select), selected, address(slots), most,
-        address(counts),
-    )  # fmt: skip
-    starts = like(np.arange(tokens + 1, dtype=np.int32), counts)
-    return Chosen(counts, slots, starts)
+
+
+def run_streamed(
+    native: Any,
+    h: Tensor,
+    stack: StreamedStack,
+    batch: Batch,
+    cache: LatentCache,
+    counts: Tensor | None,
+    span: slice,
+) -> Tensor:
+    """h [T, n D] float32 with unit column stride -> [T, n D], or [T, D] after the last of all layers."""
+    first, last, _ = span.indices(stack.depth)
+    tokens, ends = h.shape[0], stack.ending if last == stack.depth else None
+    out = empty(h, tokens, stack.width if ends is None else ends.width)
+    ids = None if batch.ids is None else contiguous(batch.ids)
+    if stack.vocabulary and ids is None:
+        raise ValueError("ids: got None; expected the tokens of the step, by which experts are chosen")
+    seen, stride = (0, 0) if counts is None else (address(counts[first:]), row_stride(counts))
+    try:
+        _native.streamed_layers(
+            native, stack.native, first, last, native_rows(h), tokens, 0 if ids is None else address(ids),
+            stack.vocabulary, [native_past(cache, stack.window, rate) for rate in stack.rates],
+            past_batch(batch, stack.window), stack.eps, seen, stride, native_rows(out),
+        )  # fmt: skip
+    except _native.PeerLost as error:
+        raise PeerLost(*error.args) from error
+    return out

@@ -255,9 +255,7 @@ class Compressed:
 
     spec: CompressedSpec
     native: Any
-    attention: Any  # over the rows that a token reads
-    indexer: indexing.Indexer | None
-    alive: tuple[Tensor, ...]
+    alive: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,12 +263,10 @@ class Streams:
     """Hyper-connections; owns the tensors that native code points to."""
 
     native: Any
-    product: Linear
-    norm: Tensor  # [n D] of ones
-    eps: float
+    spec: StreamSpec
     width: int  # of one stream
     mixed: int  # numbers per token for `spread`
-    alive: tuple[Tensor, ...]
+    alive: tuple[Any, ...]
 
 
 class PackingOps(HostOps):
@@ -608,32 +604,36 @@ class PackingOps(HostOps):
         rope = vector(rope)
         cos, sin = address(rope[0]), address(rope[1])
         index, dims = spec.index, (spec.head_dim, spec.index.head_dim if spec.index else 0)
-        native = _native.Compressed(
-            spec.num_heads, spec.head_dim, spec.rope_dim, index.num_heads if index else 0, dims[1],
-            spec.window, spec.rate, index is not None, spec.norm_eps, address(norm), cos, sin,
-            [(dims[i], address(pools[2 * i]), address(pools[2 * i + 1])) for i in range(count)],
-        )  # fmt: skip
         attention = _native.Attention(
             spec.num_heads, 0, 0, spec.head_dim, spec.head_dim, spec.head_dim**-0.5, True, 0, cos, sin
         )
         attention.prepare(address(sinks))
         selects = None if index is None else indexing.pack(replace(index, rope_dim=0), norm, norm, rope)
-        return Compressed(spec, native, attention, selects, (norm, sinks, rope, *pools))
+        native = _native.Compressed(
+            spec.num_heads, spec.head_dim, spec.rope_dim, index.num_heads if index else 0, dims[1],
+            spec.window, spec.rate, index is not None, spec.norm_eps, address(norm), cos, sin, attention,
+            selects and selects.native,
+            [(dims[i], address(pools[2 * i]), address(pools[2 * i + 1])) for i in range(count)],
+        )  # fmt: skip
+        return Compressed(spec, native, (norm, sinks, rope, *pools, attention, selects))
 
-    def pack_streams(self, name: str, spec: StreamSpec, parts: Callable[[], StreamParts]) -> Streams:
+    def pack_streams(
+        self, name: str, spec: StreamSpec, hidden: int, parts: Callable[[], StreamParts]
+    ) -> Streams:
         packed = self._stored(f"{name}.fn")
         found = parts() if packed is None else None
-        if found is not None:
-            packed = self._keep(f"{name}.fn", pack_dense(self._native, found.weight, False))
         base = self._tensor(f"{name}.base", lambda: found.base)  # type: ignore[union-attr]
         scale = self._tensor(f"{name}.scale", lambda: found.scale)  # type: ignore[union-attr]
-        assert packed is not None
-        rows, columns = packed.shape
-        ends, n = rows == spec.count, spec.count
-        native = _native.Streams(n, columns // n, spec.steps, spec.eps, ends, address(base), address(scale))
-        ones = self.tensor(np.ones(columns, np.float32))
-        product, mixed = Linear(packed, rows, columns), 0 if ends else n * (n + 1)
-        return Streams(native, product, ones, spec.norm_eps, columns // n, mixed, (base, scale))
+        columns = min(hidden, _STREAM_COLUMNS)
+        if found is not None:
+            product = _by_columns(found.weight, spec.count, columns)
+            packed = self._keep(f"{name}.fn", pack_dense(self._native, product, False))
+        n, ends = spec.count, len(base) == spec.count
+        native = _native.Streams(
+            n, hidden, columns, spec.steps, spec.eps, spec.norm_eps, ends, packed, address(base),
+            address(scale),
+        )  # fmt: skip
+        return Streams(native, spec, hidden, 0 if ends else n * (n + 1), (base, scale, packed))
 
     def pack_indexer(
         self, name: str, spec: IndexerSpec, norm: Callable[[], tuple[Tensor, Tensor]], rope: Tensor
@@ -654,6 +654,19 @@ class PackingOps(HostOps):
         write_packed(
             path, self._quantization, self._blobs.items(), self.source, self._inputs, self._native.isa
         )
+
+
+_STREAM_COLUMNS = 512  # of each stream, which native code multiplies at once
+
+
+def _by_columns(weight: Tensor, streams: int, columns: int) -> Tensor:
+    """A product with all streams [rows, n D] as products with `columns` of each of them, one below the other:
+    [units rows, n columns], where rows are padded to panels."""
+    by_stream = weight.unflatten(1, (streams, -1))
+    rows, width = len(weight), by_stream.shape[2]
+    padded = torch.nn.functional.pad(by_stream, (0, -width % columns, 0, 0, 0, -rows % 16))
+    units: Tensor = padded.unflatten(2, (-1, columns)).permute(2, 0, 1, 3)
+    return units.flatten(2).flatten(0, 1).contiguous()
 
 
 def _gate_rows(w: MoEWeights) -> Tensor:
