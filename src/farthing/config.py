@@ -127,6 +127,25 @@ def expected(each: Declared) -> str:
     return words + (", or None" if each.optional else "")
 
 
+def as_arguments(config: Any) -> list[str]:
+    """The command line of the options that differ from their defaults, the positional one first."""
+    kind: Any = type(config)
+    positional, words = [], []
+    for each in declared(kind):
+        value, flag = getattr(config, each.name), f"--{each.name.replace('_', '-')}"
+        if each.option.argument:
+            positional.append(str(value))
+        elif each.repeated:
+            words += [word for item in value for word in (flag, str(item))]
+        elif value == each.default:
+            continue
+        elif each.kind is bool:
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, str(value)]
+    return positional + words
+
+
 def _accepted(each: Declared, value: Any) -> bool:
     if each.choices:
         return value in each.choices

@@ -18,6 +18,7 @@ EXTRAS = {
     "ray": "ranks on several nodes",
     "gguf": "models in GGUF",
     "mcp": "tools of MCP servers in `farthing chat`",
+    "several": "several models in one server",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
 _DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}

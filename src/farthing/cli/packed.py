@@ -15,7 +15,7 @@ from farthing.cli.preflight import AUTO, on_this_cpu
 from farthing.config import EngineConfig, Quantization
 from farthing.files import BeingWritten
 from farthing.hub import EMBEDDED
-from farthing.process import Progress, cache_dir, unseen
+from farthing.process import Progress, cache_dir, page_in, unseen
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,12 @@ def with_packed(config: EngineConfig, path: Path, progress: Progress | None = un
         return config
     written = _pack_once(path, config.quantization, config.threads, progress)
     return replace(config, packed=None if written is None else str(written))
+
+
+def read_packed(config: EngineConfig) -> None:
+    """Start to read the packed file in the background, if it is known which one."""
+    if config.packed not in (None, AUTO):
+        page_in(Path(str(config.packed)))
 
 
 def _cached_file(path: Path, quantization: Quantization | None) -> Path:

@@ -11,11 +11,10 @@ import typer
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
-from farthing.cli.packed import with_packed
+from farthing.cli.packed import read_packed, with_packed
 from farthing.cli.preflight import AUTO, preflight, with_fit
 from farthing.config import EngineConfig
-from farthing.process import page_in, remember
-from farthing.server.config import KeyRing, ServerConfig, gather_keys
+from farthing.server.config import Given, KeyRing, ServerConfig, gather_keys
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -32,6 +31,8 @@ Examples:
 
   farthing serve ./DeepSeek-V3 --port 9000 --max-num-seqs 128 --kv-cache-dtype fp8
 
+  farthing serve --models ./models --models-memory 20GB
+
   farthing serve --host 0.0.0.0 --api-key-file keys.txt --tokens-per-minute 100000
 """
 _SERVING_EXTRAS = ("fast", "structured")
@@ -39,12 +40,16 @@ _SERVING_EXTRAS = ("fast", "structured")
 _COMMON = frozenset({
     "model", "packed", "quantization", "backend", "threads", "max_model_len", "max_num_seqs",
     "kv_cache_dtype", "fit", "speculate", "experts", "prefix_cache_dir", "host", "port",
-    "served_model_name", "api_key_file",
+    "served_model_name", "api_key_file", "models",
 })  # fmt: skip
 
 
 def _keys(help: str) -> Any:
     return typer.Option(metavar="[NAME:]KEY", help=help, rich_help_panel="HTTP")
+
+
+def _several(help: str, metavar: str | None = None) -> Any:
+    return typer.Option(metavar=metavar, help=help, rich_help_panel="Several models")
 
 
 @app.command(epilog=EPILOG)
@@ -70,6 +75,17 @@ def serve(
     metrics_api_key: Annotated[
         list[str] | None, _keys("Key for /metrics, required from other machines once set (repeatable).")
     ] = None,
+    models: Annotated[
+        Path | None,
+        _several("Several models instead of MODEL: a folder of them, or a TOML file with a table per model."),
+    ] = None,
+    models_memory: Annotated[
+        str | None,
+        _several("Memory of all loaded models (20GB); default: 80 % of what is available.", "BYTES"),
+    ] = None,
+    unload_after: Annotated[
+        float, _several("Seconds without a request after which a model is unloaded.", "SECONDS")
+    ] = 600.0,
 ) -> None:
     """Serve MODEL over HTTP: chat completions, responses, messages and completions; metrics and health."""
     log_lines()
@@ -82,13 +98,18 @@ def serve(
             admin_keys=KeyRing(admin_api_key or []),
             metrics_keys=KeyRing(metrics_api_key or []),
         )
+        if models is not None:
+            from farthing.server.front import serve_models  # imports an extra
+
+            keys = [*(api_key or []), *(admin_api_key or [])]
+            given = Given(engine, server, keys, api_key_file)
+            raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after))
         model = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
         if fit:
             engine_config = with_fit(engine_config, model.path)
         if not model.absent:
             engine_config = with_packed(engine_config, model.path, progress=None)
-        if engine_config.packed not in (None, AUTO):
-            page_in(Path(str(engine_config.packed)))
+        read_packed(engine_config)
         if not extras.has_torch():  # otherwise the import waits until the server listens
             from farthing.engine.build import require_torch
 
@@ -112,7 +133,6 @@ def _load(config: EngineConfig, model: Found) -> Engine:
             path = model.fetch(progress)
             packed = with_packed(config, path, progress)
             engine = build_engine(replace(packed, model=str(path)), progress)
-    remember("serve")
     return engine
 
 

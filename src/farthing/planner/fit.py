@@ -39,6 +39,12 @@ def weight_bytes(path: Path, quantization: str | None = None, sizes: tuple[int, 
     return sum(rank.weights for rank in memory(model, plan, Holder("cpu", 4, quantization), serving))
 
 
+def needed(path: Path, quantization: str | None, serving: Serving) -> RankMemory:
+    """The memory of one rank on a CPU."""
+    plan, model = _planned(path, Layout())
+    return memory(model, plan, Holder("cpu", 4, quantization), serving)[0]
+
+
 def _planned(path: Path, layout: Layout) -> tuple[ShardPlan, PlannedModel]:
     raw = read_config(path)
     stored: StoredOf = stored_by_checkpoint(path) if has_weights(path) else stored_by_config(raw)
@@ -93,23 +99,23 @@ def fit(path: Path, available: int, quantization: Quantization | None = None) ->
     method = method_of(quantization_of(read_config(path)))
     stored = next(s.kind for _, s in model.matrices) if method in ("dense", "gguf") else method
 
-    def needed(kind: str | None, context: int, tokens: int, sequences: int) -> RankMemory:
+    def at(kind: str | None, context: int, tokens: int, sequences: int) -> RankMemory:
         serving = Serving(tokens, context, max_num_seqs=sequences)
         return memory(model, plan, Holder("cpu", 4, kind), serving)[0]
 
-    usable, kinds = int(_USABLE * available), _formats(model, quantization, needed(None, 1, 0, 1).weights)
+    usable, kinds = int(_USABLE * available), _formats(model, quantization, at(None, 1, 0, 1).weights)
     lengths = [longest, *(2**n for n in range(30, 8, -1) if 2**n < longest)]
     for least in (min(_LEAST, longest), lengths[-1]):
         for kind in kinds:
             for sequences in _SEQUENCES:
-                if needed(kind, least, least, sequences).total > usable:
+                if at(kind, least, least, sequences).total > usable:
                     continue
-                context = next(n for n in lengths if needed(kind, n, n, sequences).total <= usable)
-                whole = needed(kind, context, context, sequences)
-                most = needed(kind, context, context * sequences, sequences).cache
+                context = next(n for n in lengths if at(kind, n, n, sequences).total <= usable)
+                whole = at(kind, context, context, sequences)
+                most = at(kind, context, context * sequences, sequences).cache
                 cache = max(whole.cache, min(most, (usable - whole.total) // 4 + whole.cache))
                 return Fit(kind, context, sequences, cache, stored, longest, whole.weights, available)
-    smallest = needed(kinds[-1], lengths[-1], lengths[-1], 1)
+    smallest = at(kinds[-1], lengths[-1], lengths[-1], 1)
     raise ValueError(
         f"model: {path.name} needs {gigabytes(smallest.total)} even with "
         f"{kinds[-1] or stored} weights and a context of {lengths[-1]} tokens, and {gigabytes(available)} "

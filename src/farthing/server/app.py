@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -22,6 +23,8 @@ import farthing
 from farthing.server.access import Access
 from farthing.server.api import messages, openai, responses
 from farthing.server.bodies import Bodies
+from farthing.server.cache_digest import CacheDigest
+from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError, ClientGone, Documented, is_anthropic
 from farthing.server.metrics import PAGES, Metrics
 from farthing.server.schema import describe_unparsed, describe_validation
@@ -37,9 +40,9 @@ class Answers:
     """ASGI middleware that adds the client's own X-Request-Id, or a new id, to the head of every answer, and
     counts answers by path and status. Unknown paths share one label."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, count: Counter, paths: frozenset[str]) -> None:
         self.app = app
-        self._count, self._paths = metrics.http_requests, paths
+        self._count, self._paths = count, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the request, and name and count its answer."""
@@ -147,18 +150,28 @@ def create_app(service: Service) -> ASGIApp:
     _add_document(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
     _add_error_handlers(api, paths)
-    limits = service.config.max_body_bytes, service.config.body_timeout
-    app: ASGIApp = Bodies(api, *limits, service.cache_digest)
-    app = Access(app, service.config, OPEN_PATHS)
-    if service.config.allowed_origins:
+    return guarded(api, service.config, metrics.http_requests, paths, service.cache_digest)
+
+
+def guarded(
+    app: ASGIApp,
+    config: ServerConfig,
+    count: Counter,
+    paths: frozenset[str],
+    digest: CacheDigest | None = None,
+) -> ASGIApp:
+    """An application behind the checks of bodies, keys and origins. count: of answers, by path and status."""
+    app = Bodies(app, config.max_body_bytes, config.body_timeout, digest)
+    app = Access(app, config, OPEN_PATHS)
+    if config.allowed_origins:
         app = CORSMiddleware(
             app,
-            allow_origins=service.config.allowed_origins,
+            allow_origins=config.allowed_origins,
             allow_methods=["GET", "HEAD", "POST", "DELETE"],
             allow_headers=["*"],  # SDKs send a dozen of their own, and new ones with every release
             expose_headers=["*"],  # no credentials of the browser are involved, so that * means all
         )
-    return Answers(app, metrics, paths)
+    return Answers(app, count, paths)
 
 
 def _add_document(api: FastAPI) -> None:

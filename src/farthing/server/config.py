@@ -8,12 +8,12 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from farthing.config import check, option
 
@@ -261,3 +261,13 @@ def gather_keys(api_keys: list[str], key_file: Path | None) -> KeyRing:
     """Keys from the command line, a file and the environment together."""
     ring = KeyRing(api_keys) | KeyRing.from_environment()
     return ring | KeyRing.from_file(key_file) if key_file else ring
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Options of `farthing serve` for every model of several. keys: without those in `key_file`."""
+
+    engine: Mapping[str, Any]
+    server: Mapping[str, Any]
+    keys: Sequence[str] = ()
+    key_file: Path | None = None

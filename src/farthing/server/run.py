@@ -20,9 +20,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from farthing import process
 from farthing.process import loop_factory
@@ -149,11 +150,21 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+class Drainable(Protocol):
+    """What a server drains before it exits."""
+
+    config: ServerConfig
+    draining: bool
+
+    async def drain(self) -> bool:
+        """Refuse new requests and let running ones finish; whether all of them did."""
+
+
 class Server(uvicorn.Server):
     """Uvicorn, except that SIGTERM and SIGINT drain first. While draining the server still responds, and
     /ready returns 503. A second signal exits immediately."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, guard: Connections) -> None:
+    def __init__(self, config: uvicorn.Config, service: Drainable, guard: Connections) -> None:
         super().__init__(config)
         self.guard = guard
         self.service = service
@@ -197,6 +208,11 @@ class Server(uvicorn.Server):
 
 def make_server(service: Service) -> Server:
     """A server for a service; `serve(sockets=[…])` runs it."""
+    return server_of(create_app(service), service)
+
+
+def server_of(app: ASGIApp, service: Drainable) -> Server:
+    """A server for an application."""
     limits = service.config
     guard = Connections(
         connection_limit(limits), limits.max_header_bytes, limits.header_timeout, limits.idle_timeout
@@ -205,7 +221,7 @@ def make_server(service: Service) -> Server:
     if not any(isinstance(each, LogLimit) for each in errors.filters):
         errors.addFilter(LogLimit())
     config = uvicorn.Config(
-        create_app(service),
+        app,
         http=cast("Any", protocol(guard)),
         ws="none",
         log_config=None,
@@ -240,8 +256,7 @@ async def _serve(
     service = Service(config, model)
     loop = asyncio.get_running_loop()
     failure: list[BaseException] = []
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    url = url_of(listener)
 
     def load_engine() -> None:
         try:
@@ -260,6 +275,7 @@ async def _serve(
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
             engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox
         log.info("ready after %.2f s", service.launch_to_ready)
+        process.remember("serve")
         asyncio.run_coroutine_threadsafe(_announce(service, url), loop)
 
     loader = threading.Thread(target=load_engine, name="load", daemon=True)
@@ -275,6 +291,12 @@ async def _serve(
     if failure:
         raise failure[0]
     return 0
+
+
+def url_of(listener: socket.socket) -> str:
+    """The URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 async def _announce(service: Service, url: str) -> None:

@@ -1,0 +1,365 @@
+"""`farthing serve --models`: one address for several models, each of which has a server process of its own.
+
+Requests are forwarded to the process of the model that they name, which is loaded if it is not. Lists of
+models, and loading and unloading, are answered here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import aiohttp
+import pydantic_core
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import farthing
+from farthing.process import loop_factory
+from farthing.server.app import guarded, misplaced, reason
+from farthing.server.config import ENVIRONMENT, Given, ServerConfig
+from farthing.server.dashboard.site import HEADERS, assets
+from farthing.server.errors import CODE_HEADER, ApiError, error_event, send_error
+from farthing.server.pool import Hosted, Pool, PoolConfig
+from farthing.server.presets import read_models
+from farthing.server.run import listen, server_of, url_of
+from farthing.server.schema import short
+from farthing.upstream import (
+    ReplicaLost,
+    end_to_end,
+    holder,
+    make_session,
+    named,
+    part_of,
+    request_headers,
+    send,
+)
+
+log = logging.getLogger("farthing.server")
+
+_CONNECT, _SILENCE = 2.0, 660.0  # seconds: of a connection, and of an answer, which the model's server bounds
+_TRIES = 2  # if the process ended before it had the request
+# Paths that are forwarded. Others are errors of the front, as they would be of any model's server.
+_FORWARDED = frozenset(
+    f"/v1/{path}"
+    for path in (
+        *("completions", "chat/completions", "responses", "responses/input_tokens", "messages"),
+        *("messages/count_tokens", "embeddings", "rerank"),
+    )
+) | {"/tokenize", "/detokenize", "/rerank", "/openapi.json", "/dashboard/data", "/cache/digest"}
+
+
+class Front:
+    """The state of the server in front: what `run.Server` drains."""
+
+    def __init__(self, config: ServerConfig, pool: Pool) -> None:
+        self.config, self.pool = config, pool
+        self.created = int(time.time())
+        self.session: aiohttp.ClientSession | None = None
+        self.draining = False
+
+    async def drain(self) -> bool:
+        """Refuse new requests, let running ones finish, and stop the models."""
+        self.draining = True
+        return await self.pool.drain()
+
+    def model(self, name: object) -> Hosted:
+        """The model of that name. Raises ApiError: 400 without a name, 404 for an unknown one."""
+        models = self.pool.models
+        expected = f"expected one of {', '.join(map(repr, models))}"
+        if name is None and len(models) == 1:
+            return next(iter(models.values()))
+        if name is None:
+            raise ApiError(
+                400, f"model is missing; {expected}", param="model", code="missing_required_parameter"
+            )
+        if isinstance(name, str) and (found := models.get(name) or models.get(name.removesuffix(":latest"))):
+            return found
+        raise ApiError(404, f"model: got {short(name)}; {expected}", param="model", code="model_not_found")
+
+    def describe(self, model: Hosted) -> dict[str, Any]:
+        """An entry of /v1/models."""
+        length = model.sized.engine.max_model_len
+        entry = {
+            "id": model.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "farthing",
+            "type": "model",  # from here to created_at: for Anthropic's SDK
+            "display_name": model.name,
+            "created_at": datetime.fromtimestamp(self.created, UTC).isoformat(),
+            "root": model.name,
+            "max_model_len": length,
+            "state": model.state,
+            "size": model.size,
+        }
+        if model.state == "loading":
+            entry["progress"] = model.lines[-1] if model.lines else "starting"
+        if model.state == "failed":
+            entry["error"] = model.error
+        return entry
+
+
+class _Forward:
+    """ASGI application: forwards a request to the model that it is for."""
+
+    def __init__(self, front: Front, known: frozenset[str]) -> None:
+        self._front, self._known = front, known
+
+    async def __call__(self, scope: Scope, receive: Receive, send_part: Send) -> None:
+        started = False
+
+        async def write(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send_part(message)
+
+        try:
+            body = await _whole(receive)
+            work = asyncio.ensure_future(self._answer(scope, body, write))
+            gone = asyncio.ensure_future(_disconnected(receive))
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            gone.cancel()
+            if not work.done():  # closes the connection to the model's server, which then ends the request
+                work.cancel()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()
+        except ApiError as error:
+            if not started:
+                await send_error(error, scope, receive, send_part)
+
+    async def _answer(self, scope: Scope, body: bytes, write: Send) -> None:
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+        passed = request_headers(headers, (scope.get("client") or ["unknown"])[0])
+        query = scope["query_string"].decode("latin-1")
+        target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
+        for attempt in range(1, _TRIES + 1):
+            model = await self._model(scope, body, query, passed)
+            try:
+                async with self._front.pool.use(model, scope["client_name"]) as url:
+                    await self._relay(model, url, scope, target, passed, body, write)
+                return
+            except ReplicaLost as problem:
+                if problem.reached or attempt == _TRIES:
+                    why = f"model: {model.name}: its process ended: {problem}"
+                    raise ApiError(502, why, code="model_lost") from problem
+            await self._front.pool.ended(model)
+
+    async def _relay(
+        self, model: Hosted, url: str, scope: Scope, target: str, headers: Any, body: bytes, write: Send
+    ) -> None:
+        """Raises ReplicaLost while the client has received nothing."""
+        assert self._front.session is not None
+        answer = await send(self._front.session, url, scope["method"], target, headers, body)
+        try:
+            if answer.status == 503 and answer.headers.get(CODE_HEADER) == "engine_failed":
+                self._front.pool.broken(model)
+            data = await part_of(answer)
+            raw = [
+                (k.lower().encode(), v.encode("latin-1"))
+                for k, v in end_to_end(answer.headers.items()).items()
+            ]
+            if (length := answer.headers.get("Content-Length")) is not None:
+                raw.append((b"content-length", length.encode()))
+            await write({"type": "http.response.start", "status": answer.status, "headers": raw})
+            try:
+                while data:
+                    await write({"type": "http.response.body", "body": data, "more_body": True})
+                    data = await part_of(answer)
+            except ReplicaLost as problem:
+                log.warning("%s: an answer was cut off: %s", model.name, problem)
+                if answer.content_type != "text/event-stream":
+                    raise ConnectionAbortedError(str(problem)) from problem
+                data = error_event(f"the model's process ended: {problem}", scope["path"])
+                await write({"type": "http.response.body", "body": data, "more_body": True})
+            await write({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            answer.close()
+
+    async def _model(self, scope: Scope, body: bytes, query: str, headers: Any) -> Hosted:
+        """The model that a request is for. Raises ApiError."""
+        front, path = self._front, scope["path"]
+        if path not in _FORWARDED and named(path) is None:
+            why = reason(path) or misplaced(path, self._known) or f"{scope['method']} {path}: Not Found"
+            raise ApiError(404, why, code="unknown_url")
+        if scope["method"] == "POST" and body:
+            return front.model(_name_in(body))
+        if chosen := parse_qs(query).get("model"):
+            return front.model(chosen[0])
+        loaded = sorted(
+            (each for each in front.pool.models.values() if each.state == "loaded" and each.server),
+            key=lambda each: -each.used,
+        )
+        if (identity := named(path)) is not None and front.session is not None:
+            urls = [each.server.url for each in loaded if each.server]
+            found = await holder(front.session, urls, identity, headers)
+            loaded = [] if found is None else [loaded[found]]
+        if not loaded:
+            raise ApiError(404, f"{path}: no loaded model has it; name one by ?model=", code="not_found")
+        return loaded[0]
+
+
+def _name_in(body: bytes) -> object:
+    """The model that a body names; None if it names none."""
+    try:
+        document = pydantic_core.from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    return document.get("model") if isinstance(document, dict) else None
+
+
+async def _whole(receive: Receive) -> bytes:
+    """The body, which `Bodies` has read."""
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+# What is answered here.
+
+
+class _Collector(Collector):
+    """Metrics of the front; those of a model are at /metrics?model=NAME while it is loaded."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    def collect(self) -> Iterable[Metric]:
+        """All metric families."""
+        pool = self._pool
+        state = GaugeMetricFamily("farthing:model_state", "1 for its state.", labels=["model_name", "state"])
+        size = GaugeMetricFamily("farthing:model_bytes", "Memory that it has.", labels=["model_name"])
+        for model in pool.models.values():
+            state.add_metric([model.name, model.state], 1.0)
+            size.add_metric([model.name], float(model.held))
+        yield state
+        yield size
+        yield GaugeMetricFamily("farthing:models_limit_bytes", "Memory of all models.", pool.config.limit)
+        yield GaugeMetricFamily("farthing:models_waiting", "Requests that wait for a model.", pool.waiting)
+        yield CounterMetricFamily("farthing:model_loads", "Processes started.", pool.loads)
+        yield CounterMetricFamily("farthing:model_unloads", "Processes ended on purpose.", pool.unloads)
+
+
+def create_front(front: Front) -> ASGIApp:
+    """The application in front of the models of a pool."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(front.pool))
+    labels = ["path", "status"]
+    count = Counter("farthing:http_requests", "HTTP requests answered.", labels, registry=registry)
+
+    async def metrics(request: Request) -> Response:
+        if request.query_params.get("model") is not None:
+            return await _metrics_of(front, request)
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(_: Request) -> Response:
+        data = [front.describe(each) for each in front.pool.models.values()]
+        pages = {"has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return JSONResponse({"object": "list", "data": data, **pages})
+
+    async def model(request: Request) -> Response:
+        return JSONResponse(front.describe(front.model(request.path_params["model"])))
+
+    async def change(request: Request) -> Response:
+        if not request.scope["viewer"].everything:
+            raise ApiError(403, "models are loaded and unloaded with an admin key", code="forbidden")
+        chosen = front.model(_name_in(await request.body()))
+        if request.url.path == "/models/load":
+            await front.pool.load(chosen, request.scope["client_name"])
+        else:
+            front.pool.unload(chosen)
+        return JSONResponse(front.describe(chosen))
+
+    async def alive(_: Request) -> Response:
+        if front.draining:
+            raise ApiError(503, "the server is shutting down", code="not_ready", retry_after=5)
+        return JSONResponse({"status": "ok"})
+
+    async def version(_: Request) -> Response:
+        return JSONResponse({"version": farthing.__version__})
+
+    async def page(request: Request) -> Response:
+        asset = assets()[request.url.path]
+        return Response(asset.body, media_type=asset.content_type, headers=HEADERS)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return error.response(request.scope)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        front.session = make_session(_CONNECT, _SILENCE)
+        await front.pool.start()
+        yield
+        await front.session.close()
+
+    routes = [
+        *(Route(path, page) for path in assets()),
+        *(Route(path, alive) for path in ("/health", "/ready")),
+        Route("/version", version),
+        Route("/metrics", metrics),
+        Route("/v1/models", models),
+        Route("/v1/models/{model:path}", model),
+        *(Route(path, change, methods=["POST"]) for path in ("/models/load", "/models/unload")),
+    ]
+    known = _FORWARDED | {route.path for route in routes}
+    routes.append(Route("/{path:path}", _Forward(front, known)))
+    app = Starlette(routes=routes, exception_handlers={ApiError: failed}, lifespan=lifespan)
+    app.router.redirect_slashes = False
+    return guarded(app, front.config, count, known)
+
+
+async def _metrics_of(front: Front, request: Request) -> Response:
+    """The metrics of a loaded model."""
+    model = front.model(request.query_params["model"])
+    if model.state != "loaded" or model.server is None or front.session is None:
+        raise ApiError(404, f"model: {model.name} is {model.state}; expected a loaded one", param="model")
+    try:
+        async with front.session.get(f"{model.server.url}/metrics") as answer:
+            return Response(await answer.read(), answer.status, media_type=answer.headers["Content-Type"])
+    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+        raise ApiError(502, f"model: {model.name}: {problem}", code="model_lost") from problem
+
+
+def serve_models(
+    config: ServerConfig, source: Path, given: Given, memory: str | None, unload_after: float
+) -> int:
+    """Serve the models of a folder or a file until SIGTERM or Ctrl-C; returns the exit status.
+
+    Raises OSError if the address is in use, and ValueError for models that cannot be served.
+    """
+    if unload_after < 0:
+        raise ValueError(f"unload_after: got {unload_after:g}; expected seconds, 0 or more")
+    models, limit = read_models(source, given, memory)
+    environment = {ENVIRONMENT: "\n".join([*given.keys, os.environ.get(ENVIRONMENT, "")])}
+    pool = Pool(models, PoolConfig(limit=limit, idle=unload_after), environment)
+    with listen(config.host, config.port) as listener, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        front = Front(config, pool)
+        log.info("listening on %s", url_of(listener))
+        for model in pool.models.values():
+            log.info("model %s: %.1f GB", model.name, model.size / 1e9)
+        runner.run(server_of(create_front(front), front).serve([listener]))
+    return 0

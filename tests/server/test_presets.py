@@ -1,0 +1,88 @@
+"""The models of `farthing serve --models`: folders, files, options, and their planned memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from farthing.config import EngineConfig, as_arguments
+from farthing.server.config import Given, ServerConfig
+from farthing.server.presets import read_presets
+from tests.tiny import tiny
+
+
+def model(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    raw = tiny(vocab_size=267, max_position_embeddings=4096) | changes
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+def test_a_folder_serves_what_can_be_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model(tmp_path / "one")
+    model(tmp_path / "two", model_type="bert")
+    (tmp_path / "notes").mkdir()
+    presets = read_presets(tmp_path, Given({}, {}))
+    assert [each.name for each in presets] == ["one"] and presets[0].type == "deepseek_v3"
+    assert "two is left out" in caplog.text and "bert" in caplog.text
+
+
+def test_a_file_gives_names_and_options_to_models(tmp_path: Path) -> None:
+    path = model(tmp_path / "tiny")
+    file = tmp_path / "models.toml"
+    file.write_text(
+        f'[fast]\nmodel = "{path}"\nquantization = "int4"\ntool-call-parser = "hermes"\n'
+        f'["long:one"]\nmodel = "{path}"\nmax_model_len = 512\nkv_cache_memory = "1MB"\n'
+    )
+    fast, long = read_presets(file, Given({"threads": 1}, {"request_timeout": 5.0}))
+    assert (fast.engine.quantization, fast.engine.threads, fast.server.tool_call_parser) == (
+        "int4", 1, "hermes",
+    )  # fmt: skip
+    assert (long.name, long.engine.kv_cache_memory) == ("long:one", 1_000_000)
+    command = long.sized(10**9, tmp_path / "keys").command(9)
+    assert command[3:5] == ["serve", str(path)]
+    line = " ".join(command)
+    for words in (
+        *("--port 9", "--threads 1", "--max-model-len 512", "--served-model-name long:one"),
+        *("--request-timeout 5.0", f"--api-key-file {tmp_path / 'keys'}"),
+    ):
+        assert words in line, line
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", "'x': expected a table with at least `model`"),
+        ("[x]\nsize = 1", "'x': expected a table"),
+        ('[x]\nmodel = "MODEL"\nsize = 1', r"\[x\]: size: no such option"),
+        ('[x]\nmodel = "MODEL"\nmax_model_len = 0', r"\[x\]: max_model_len: got 0; expected"),
+        ('[x]\nmodel = "MODEL"\nbackend = "gpu"', r"\[x\]: backend: got 'gpu'.*expected one rank on a CPU"),
+        ('[x]\nmodel = "/nowhere/at/all"', r"\[x\]: model: got '/nowhere/at/all'"),
+        ("[x", "is no TOML"),
+    ],
+)
+def test_errors_name_the_model_and_the_field(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "models.toml").write_text(text.replace("MODEL", str(model(tmp_path / "tiny"))))
+    with pytest.raises(ValueError, match=said):
+        read_presets(tmp_path / "models.toml", Given({}, {}))
+
+
+def test_context_and_cache_shrink_to_the_limit(tmp_path: Path) -> None:
+    (preset,) = read_presets(model(tmp_path / "all" / "tiny").parent, Given({}, {}))
+    whole = preset.sized(10**12)
+    assert whole.engine.max_model_len == 4096 and whole.engine.kv_cache_memory
+    less = preset.sized(whole.size - 1)
+    assert less.size < whole.size and less.engine.kv_cache_memory
+    assert less.engine.kv_cache_memory < whole.engine.kv_cache_memory
+    with pytest.raises(ValueError, match=r"tiny needs .* GB; expected at most the 0.0 GB of --models-memory"):
+        preset.sized(10**6)
+
+
+def test_arguments_are_the_options_that_differ() -> None:
+    assert as_arguments(EngineConfig()) == ["mite"]
+    config = EngineConfig(model="m", check_memory=False, verify=True, max_step_ms=5.0)
+    assert as_arguments(config) == ["m", "--verify", "--no-check-memory", "--max-step-ms", "5.0"]
+    assert as_arguments(ServerConfig(served_model_name=("a", "b")))[:2] == ["--served-model-name", "a"]
