@@ -179,8 +179,8 @@ def gemma4(calls: Calls) -> str:
             return "[" + ",".join(map(written, value)) + "]"
         return json.dumps(value)
 
-    def arguments(a: dict[str, Any]) -> str:  # keys are bare
-        return ",".join(f"{key}:{written(value)}" for key, value in a.items())
+    def arguments(a: dict[str, Any]) -> str:  # keys are bare, and sorted
+        return ",".join(f"{key}:{written(a[key])}" for key in sorted(a, key=str.lower))
 
     return "".join(f"<|tool_call>call:{name}{{{arguments(a)}}}<tool_call|>" for name, a in calls)
 

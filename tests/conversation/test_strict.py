@@ -17,6 +17,7 @@ from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
 from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.delimited import DEEPSEEK, KIMI
+from farthing.conversation.formats.gemma import GEMMA4
 from farthing.conversation.formats.glm import GLM45, GLM47
 from farthing.conversation.formats.harmony import HARMONY
 from farthing.conversation.formats.hermes import HERMES
@@ -33,6 +34,7 @@ from farthing.engine.tokenizer import Tokenizer
 from tests.conversation.test_parse import (
     Calls,
     dsml,
+    gemma4,
     glm,
     glm47,
     hermes,
@@ -70,12 +72,13 @@ FORMATS: list[tuple[ChatFormat | CallFormat, Callable[[Calls], str]]] = [
     (MINIMAX_M2, minimax),
     (MISTRAL, mistral),
     (HARMONY, harmony),
+    (GEMMA4, gemma4),
 ]
 
 by_format = pytest.mark.parametrize(("form", "write"), FORMATS, ids=[form.name for form, _ in FORMATS])
 GLM_TAGS = [*("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")]
 OTHERS = ("<minimax:tool_call>", "</minimax:tool_call>", "[TOOL_CALLS]", "[ARGS]")
-MARKS = [*DEEPSEEK.all, *KIMI.all, *HARMONY.markup, "｜DSML｜", *GLM_TAGS, *OTHERS]
+MARKS = [*DEEPSEEK.all, *KIMI.all, *HARMONY.markup, *GEMMA4.markup, "｜DSML｜", *GLM_TAGS, *OTHERS]
 VOCABULARIES: dict[str, tuple[list[str], list[str]]] = {  # special tokens, others
     "special": (["<s>", "</s>", *MARKS], []),
     "added": (["<s>", "</s>"], MARKS),  # as DeepSeek's own tokenizers declare them

@@ -98,3 +98,19 @@ def test_forbidden_words_and_tokens(thinker: Running) -> None:
     message = document["choices"][0]["message"]
     text = (message.get("reasoning_content") or "") + (message["content"] or "")
     assert len(text) == 30 and set(text) <= set("xz") and "xz" not in text
+
+
+GEMMA = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|channel>thought\n{# <|tool_call> #}"
+
+
+def test_prompt_that_ends_within_a_thought() -> None:
+    """As Gemma 4's does after a tool's result. A grammar of the whole answer ends the thought first."""
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": PARAMETERS}}
+    config = EngineConfig(max_num_seqs=8, num_blocks=512, block_size=4)
+    with running(Engine(tiny_model(), config, tokenizer(GEMMA))) as server:
+        letters = tokenizer().encode("xyz", add_special_tokens=False)
+        message = ask(server, allowed_token_ids=letters)["choices"][0]["message"]
+        assert len(message["reasoning_content"]) == 40 and not message["content"]
+        message = ask(server, response_format=schema, max_tokens=200)["choices"][0]["message"]
+        jsonschema.validate(json.loads(message["content"]), PARAMETERS)
+        assert not message.get("reasoning_content")

@@ -179,6 +179,7 @@ class CallFormat:
     markup: frozenset[str]
     syntax: Syntax | None
     whole: bool = False
+    within: Tags | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,7 @@ class ChatFormat:
     syntax: Syntax | None = None  # of calls, for grammars
     strips: bool = False  # `render` removes a block of reasoning at the beginning of an answer's text
     whole: bool = False  # the parser reads every answer, and finds the reasoning itself
+    within: Tags | None = None  # around that reasoning, if prompts may end within it
     calling: frozenset[str] | None = None  # the part of `markup` without which there are no calls; None: all
     answer: str = ""  # begins an answer without reasoning, which a grammar of the whole answer follows
 

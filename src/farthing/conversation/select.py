@@ -345,7 +345,8 @@ def _written(source: str) -> CallFormat | ChatFormat | None:
 def _calling(form: ChatFormat, other: CallFormat | ChatFormat) -> ChatFormat:
     """A format with the calls of another."""
     whole, tags = (True, None) if other.whole else (form.whole, form.tags)
-    return replace(form, calls=other.calls, markup=other.markup, syntax=other.syntax, whole=whole, tags=tags)
+    form = replace(form, markup=other.markup, syntax=other.syntax, within=other.within)
+    return replace(form, calls=other.calls, whole=whole, tags=tags)
 
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:

@@ -58,6 +58,13 @@ class Lark:
             schema = rebased(schema, f"#/$defs/{_ROOT}") | refers
         return self._rule("json", f"%json {json.dumps(dict(schema) | {'x-guidance': COMPACT})}")
 
+    def rule(self, key: str, build: Callable[[], str]) -> str:
+        """A rule that is built once per key, and may refer to itself."""
+        if key not in self._shared:
+            self._shared[key] = name = f"rule_{len(self._shared)}"
+            self._rules.append(f"{name}: {build()}")
+        return self._shared[key]
+
     def regex(self, pattern: str) -> str:
         """Text that a regular expression matches as a whole."""
         pattern = _SLASH.sub(r"\/", pattern)
@@ -94,7 +101,7 @@ def _escaped(text: str) -> str:
     return re.escape(text).replace("/", "\\/").replace("\\\n", "\\n")
 
 
-_ANY_OBJECT = {"type": "object"}
+ANY_OBJECT = {"type": "object"}
 # What else may stand at the root of a schema whose arguments are written parameter by parameter.
 _PLAIN_ROOT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 _PLAIN_ROOT |= {"title", "description", "$schema", "$id", "examples", "default", "$comment"}
@@ -210,7 +217,7 @@ class JsonCalls:
         parts = [lark.text(head.replace("{name}", tool.name))]
         if numbered:
             parts += (lark.regex("[0-9]{1,4}"), lark.text(tail))
-        schema = arguments_schema(tool) if tool.strict else _ANY_OBJECT
+        schema = arguments_schema(tool) if tool.strict else ANY_OBJECT
         return " ".join((*parts, lark.json(schema), lark.text(after)))
 
 

@@ -213,7 +213,11 @@ class Reading:
         if self.listed:
             return NamedCall(conversation.choice.names[0]) if conversation.choice.single else ListedCalls()
         if self.calls:
-            return self.format.form.calls(conversation.tools, self.tokens)
+            form = self.format.form
+            parser = form.calls(conversation.tools, self.tokens)
+            if self.opened and form.within is not None:
+                parser.push(form.within.open)
+            return parser
         return NoCalls(self.meaningless)
 
 

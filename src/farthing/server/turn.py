@@ -192,15 +192,17 @@ class Turn:
         chosen = _format_of(formats, conversation)
         tags = chosen.form.tags
         max_tokens = request.sampling.get("max_tokens")
-        opened = tags is not None and self._prompt.rstrip().endswith(tags.open)
+        within = tags or chosen.form.within
+        opened = within is not None and self._prompt.rstrip().endswith(within.open.rstrip())
         grammars = Grammars()
         if request.structured is not None or conversation.tools:
             grammars = grammars_of(conversation, request.structured, chosen, formats, max_tokens)
             if grammars.whole and not opened:
                 tags = None  # the grammar applies from the first token on
-        if chosen.form.answer and grammars.structured is not None and not conversation.resume:
-            (head,) = await encode(service, [chosen.form.answer], False, self._client, request.names.prompt)
-            self._ids = self._ids + head
+        answer = within.close if opened and tags is None and within is not None else chosen.form.answer
+        if answer and grammars.structured is not None and not conversation.resume:
+            (head,) = await encode(service, [answer], False, self._client, request.names.prompt)
+            self._ids, opened = self._ids + head, False
         raw = request.sampling.get("skip_special_tokens") is False
         marked = {} if grammars.listed and tags is None else chosen.markup
         self._reading = Reading(

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from farthing.conversation.arguments import resolved
 from farthing.conversation.base import (
     MAX_HEAD,
     CallFormat,
@@ -19,8 +22,11 @@ from farthing.conversation.base import (
     ControlTokens,
     FormatError,
     Machine,
+    Tags,
 )
+from farthing.conversation.forced import arguments_schema
 from farthing.conversation.scan import Trailing, literals
+from farthing.conversation.strict import ANY_OBJECT, Lark, Parameter, Section, text_value
 from farthing.conversation.types import Conversation, Delta, Reasoning, Tool
 
 CHANNEL, CHANNEL_END, CALL, CALL_END = "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"
@@ -216,6 +222,151 @@ class GemmaCalls(Machine):
             self._text(text)
 
 
+class NotationCalls:
+    """The grammar of calls. Members are sorted whatever their case, as in the published template."""
+
+    openers = (CALL,)
+    marks = MARKS
+    section = Section("", "", "")
+
+    def calls(self, tools: list[Tool], lark: Lark) -> str:
+        """See Syntax."""
+        return lark.either(self.call(tool, lark) for tool in tools)
+
+    def call(self, tool: Tool, lark: Lark) -> str:
+        """See Syntax."""
+        schema = arguments_schema(tool) if tool.strict else ANY_OBJECT
+        try:
+            body = _Values(tool.name, schema, lark).value(schema)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"tools: {tool.name!r} has a damaged schema; expected JSON Schema") from error
+        return f"{lark.text(_CALLED + tool.name)} {body} {lark.text(CALL_END)}"
+
+
+_NOTES = {"title", "description", "$schema", "$id", "examples", "default", "$comment", "$defs", "definitions"}
+_NUMBERS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
+_OF_KIND = {
+    "string": {"pattern", "format", "minLength", "maxLength"},
+    "integer": _NUMBERS,
+    "number": _NUMBERS,
+    "boolean": set[str](),
+    "null": set[str](),
+    "array": {"items", "minItems", "maxItems"},
+    "object": {"properties", "required", "additionalProperties", "maxProperties"},
+}
+_UNIONS = ("anyOf", "oneOf")
+_BROKEN_KEY = re.compile(r"^$|^\s|[{}:<\n]|\s$")
+
+
+class _Values:
+    """Expressions for the values that a tool's schema accepts. All methods raise ValueError."""
+
+    def __init__(self, tool: str, root: Mapping[str, Any], lark: Lark) -> None:
+        self._tool, self._root, self._lark = tool, root, lark
+
+    def value(self, schema: Any, name: str = "") -> str:
+        """name: the member that it belongs to."""
+        key = json.dumps([self._tool, schema], sort_keys=True)
+        return self._lark.rule(key, lambda: self._value(schema, name))
+
+    def _value(self, schema: Any, name: str) -> str:
+        if schema is True:
+            schema = {}
+        found = resolved(self._root, schema["$ref"]) if "$ref" in (schema or ()) else schema
+        if not isinstance(found, Mapping):
+            raise self._error(name, "what no value fits")
+        if found is not schema:
+            return self.value(found, name)
+        limits = set(schema) - _NOTES
+        if values := [schema["const"]] if "const" in schema else schema.get("enum"):
+            return self._lark.either(self._lark.text(self._written(value, name)) for value in values)
+        union = next((key for key in (*_UNIONS, "allOf") if key in schema), None)
+        if union is not None:
+            if limits - {union, "type"} or (union == "allOf" and len(schema[union]) > 1):
+                raise self._error(name, ", ".join(sorted(limits)))
+            return self._lark.either(self.value(member, name) for member in schema[union])
+        given = schema.get("type", next((k for k, own in _OF_KIND.items() if own & limits), list(_OF_KIND)))
+        kinds = [given] if isinstance(given, str) else given
+        if wrong := [k for k in kinds if k not in _OF_KIND]:
+            raise self._error(name, f"type {wrong[0]!r}")
+        if unknown := limits - {"type"}.union(*(_OF_KIND[kind] for kind in kinds)):
+            raise self._error(name, ", ".join(sorted(unknown)))
+        return self._lark.either(self._of_kind(kind, schema, name) for kind in kinds)
+
+    def _of_kind(self, kind: str, schema: Mapping[str, Any], name: str) -> str:
+        own = {key: schema[key] for key in _OF_KIND[kind] if key in schema}
+        match kind:
+            case "string":
+                text = Parameter(self._tool, name, {"type": kind, **own}, self._root, True)
+                return f"{self._lark.text(QUOTE)} {text_value(text, QUOTE, self._lark)}"
+            case "array":
+                return self._enclosed("[", self._items(schema, name), "]")
+            case "object":
+                return self._enclosed("{", self._members(schema, name), "}")
+            case "null":
+                return self._lark.text("null")
+            case _:
+                return self._lark.json({"type": kind, **own})
+
+    def _enclosed(self, begin: str, inner: str, end: str) -> str:
+        return f"{self._lark.text(begin)} {inner} {self._lark.text(end)}"
+
+    def _items(self, schema: Mapping[str, Any], name: str) -> str:
+        item = self.value(schema.get("items", {}), name)
+        return self._several(item, schema.get("minItems", 0), schema.get("maxItems"))
+
+    def _several(self, item: str, least: int, most: int | None) -> str:
+        if most == 0:
+            return ""
+        later = f"{max(least - 1, 0)},{'' if most is None else most - 1}"
+        some = f"{item} ({self._lark.text(',')} {item}){{{later}}}"
+        return some if least else f"({some})?"
+
+    def _members(self, schema: Mapping[str, Any], name: str) -> str:
+        """Declared members, each of which may follow any other before it; without any, free ones."""
+        declared, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(declared, Mapping) or not all(isinstance(key, str) for key in required):
+            raise TypeError("properties, required")
+        more, comma = schema.get("additionalProperties", not declared), self._lark.text(",")
+        members = {**{key: more or {} for key in required}, **declared}
+        if not members:
+            key = self._lark.regex(r"[^\s{}\[\],:<>\x22]{1,64}")
+            member = f"{key} {self._lark.text(':')} {self.value(more, name)}" if more is not False else ""
+            return self._several(member, 0, schema.get("maxProperties") if member else 0)
+        first = after = ""  # what follows if no member has been written, or if one has
+        for key in sorted(members, key=str.lower, reverse=True):
+            if _BROKEN_KEY.search(key):
+                raise self._error(name, f"the name {key!r}")
+            member = f"{self._lark.text(key + ':')} {self.value(members[key], key)} {after}"
+            if key in required:
+                first, later = member, f"{comma} {member}"
+            else:
+                first = self._lark.either((member, first)) if first else f"({member})?"
+                later = self._lark.either((f"{comma} {member}", after)) if after else f"({comma} {member})?"
+            after = self._shared(later)
+            first = self._shared(first)
+        return first
+
+    def _shared(self, expression: str) -> str:
+        return self._lark.rule(expression, lambda: expression)
+
+    def _written(self, value: Any, name: str) -> str:
+        if isinstance(value, Mapping):
+            pairs = (f"{key}:{self._written(value[key], name)}" for key in sorted(value, key=str.lower))
+            return f"{{{','.join(pairs)}}}"
+        if isinstance(value, list):
+            return f"[{','.join(self._written(item, name) for item in value)}]"
+        if isinstance(value, str) and QUOTE in value:
+            raise self._error(name, f"a text with {QUOTE}")
+        return f"{QUOTE}{value}{QUOTE}" if isinstance(value, str) else json.dumps(value)
+
+    def _error(self, name: str, how: str) -> ValueError:
+        return ValueError(
+            f"tools: {self._tool!r} is strict and limits {name or 'its parameters'!r} by {how}, which this "
+            "model's chat format cannot express; expected types, enum, const, anyOf, pattern or bounds"
+        )
+
+
 def render(conversation: Conversation, tokens: ControlTokens) -> str:
     """Gemma 3's prompt: a system text begins the first turn, and roles alternate. Raises FormatError."""
     if conversation.offered:
@@ -238,4 +389,5 @@ def render(conversation: Conversation, tokens: ControlTokens) -> str:
 
 _TURN, _TURN_END = "<start_of_turn>", "<end_of_turn>"
 GEMMA3 = ChatFormat("gemma3", render, stops=(_TURN_END,))
-GEMMA4 = CallFormat("gemma4", GemmaCalls, MARKS, None, whole=True)
+_THOUGHTS = Tags(f"{CHANNEL}{_THOUGHT}\n", CHANNEL_END)
+GEMMA4 = CallFormat("gemma4", GemmaCalls, MARKS, NotationCalls(), whole=True, within=_THOUGHTS)
