@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 EXTRAS = {
-    "torch": "checkpoints that are not packed, training and GPUs",
+    "torch": "quantized checkpoints that are not packed, training and GPUs",
     "fast": "a faster event loop and HTTP parser",
     "structured": "JSON schemas and grammars",
     "gpu": "the GPU backend and NVML energy",

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from farthing.checkpoint import Checkpoint
 
-found = Checkpoint.open(Path(sys.argv[1]))
+found = Checkpoint.open(Path(sys.argv[1]), arrays=True)
 assert found.has("a") and not found.has("b")
 assert (found.shape("a"), found.nbytes("a"), found.dtype("a")) == ((3, 4), 24, "BF16")
-assert found.array("a", (3, 4)).shape == (3, 4)
+assert found.plain() and found.tensor("a", (3, 4)).shape == (3, 4)
 assert len(found.fingerprint()) == 64
 assert "torch" not in sys.modules, "torch was imported"
 """

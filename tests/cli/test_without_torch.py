@@ -44,14 +44,14 @@ WORKS = [
     "chat --help",
     "list --json",
     "show mite --json",
+    "pack mite --out packed.bin",
+    "generate --prompt x --max-tokens 4",
     "doctor --no-measure --json",
 ]
 NEEDS_TORCH = [
-    "serve mite --port 0",
-    "generate --prompt x",
+    "serve mite --port 0 --speculate mtp",
     "check mite",
     "eval mite",
-    "pack mite --out packed.bin",
     "compress mite --recipe int4 --out out",
     "train mite",
     "inspect mite --prompts prompts.txt",
@@ -69,8 +69,7 @@ class Result:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """Every command above, one after the other in one process, with an empty cache: a packed model in it
-    would be served without torch."""
+    """Every command above, one after the other in one process, with an empty cache."""
     here = tmp_path_factory.mktemp("commands")
     (here / "prompts.txt").write_text("def f\n")
     lines = WORKS + NEEDS_TORCH
@@ -133,16 +132,14 @@ def served(begin: str, environment: Mapping[str, str]) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the embedded model in a process without torch, after a first start that packed it."""
+    """A server of the embedded model on its first start, which packs it."""
     pytest.importorskip("farthing._native")
     environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    with served("", environment):
-        pass
-    with served("import sys; sys.modules['torch'] = None; ", environment) as second:
-        yield second
+    with served("import sys; sys.modules['torch'] = None; ", environment) as first:
+        yield first
 
 
-def test_a_packed_file_is_served(url: str) -> None:
+def test_the_first_start_packs_and_serves(url: str) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     plain = client.completions.create(model="mite", prompt="def f(", max_tokens=8, temperature=0, logprobs=2)
     assert plain.usage and plain.usage.completion_tokens == 8

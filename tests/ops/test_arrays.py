@@ -10,8 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from farthing.checkpoint.floats import fp8_scales
 from farthing.checkpoint.shards import ArrayFile, CheckpointError
-from farthing.ops import arrays, sampling
+from farthing.ops import Weight, arrays, sampling
 from farthing.ops.cpu import backend
 from farthing.ops.sampling import Filters
 
@@ -76,3 +77,24 @@ def test_arrays_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_bytes(bytes(4))
     with pytest.raises(CheckpointError, match="truncated"):
         ArrayFile(tmp_path / "m.safetensors")
+
+
+def test_fp8_has_the_values_of_torch_in_blocks_rows_and_alone() -> None:
+    bits = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    ours = bits.view(arrays.numpy_dtype("float8_e4m3fn"))
+    theirs = torch.from_numpy(bits.copy()).view(torch.float8_e4m3fn)
+    assert np.array_equal(arrays.as_float32(ours), theirs.float().numpy(), equal_nan=True)
+    assert torch.equal(arrays.as_float32(theirs).isnan(), theirs.float().isnan())
+    for shape in ((1, 1), (2, 1)):
+        scale = np.linspace(0.5, 2, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        as_arrays = fp8_scales("scale", scale, (2, 128))  # type: ignore[arg-type]
+        as_tensors = fp8_scales("scale", torch.from_numpy(scale), (2, 128))
+        assert np.array_equal(as_arrays, as_tensors.numpy())
+        values = Weight("fp8", ours, as_arrays).dequantize()
+        assert np.array_equal(values, Weight("fp8", theirs, as_tensors).dequantize().numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize("values", [[1.0, -0.0], [1.0, 1.0 + 2**-20], [float("nan")], [float("inf")]])
+def test_whether_bfloat16_holds_every_value(values: list[float]) -> None:
+    x = np.array(values, np.float32)
+    assert arrays.is_bfloat16(x) == arrays.is_bfloat16(torch.from_numpy(x))  # type: ignore[arg-type]

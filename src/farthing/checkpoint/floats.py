@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.layout import Parts, expect, field
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
-from farthing.ops import FP8_BLOCK, Format, Weight, dtype_name
+from farthing.ops import FP8_BLOCK, Format, Weight, as_float32, dtype_name, repeated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ def ue8m0(scale: Tensor) -> Tensor:
     """Powers of two stored as their exponents, biased by 127, as float32."""
     if dtype_name(scale.dtype) == "uint8":
         return torch.exp2(scale.float() - 127)
-    return scale.float()
+    return as_float32(scale)
 
 
 def fp8_scales(
@@ -48,11 +49,11 @@ def fp8_scales(
     """
     (n, k), scale = shape, ue8m0(scale)
     if scale.ndim == 4:  # ModelOpt's
-        scale = scale.flatten(2).flatten(0, 1)
-    if scale.numel() == 1:
-        return scale.reshape(1, 1).expand(-(-n // FP8_BLOCK), -(-k // FP8_BLOCK)).contiguous()
+        scale = scale.reshape(prod(scale.shape[:2]), prod(scale.shape[2:]))
+    if prod(scale.shape) == 1:
+        return repeated(scale.reshape(1, 1), -(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
     if tuple(scale.shape) in ((n,), (n, 1)) and block[1] % FP8_BLOCK == 0:
-        return scale.reshape(n, 1).expand(n, -(-k // FP8_BLOCK)).contiguous()
+        return repeated(scale.reshape(n, 1), n, -(-k // FP8_BLOCK))
     rows, columns = block
     blocks = (-(-n // rows), -(-k // columns))
     if tuple(scale.shape) != blocks:

@@ -22,6 +22,7 @@ from farthing.checkpoint.gguf import INDEX as GGUF_INDEX
 from farthing.checkpoint.gguf import GgufShards
 from farthing.checkpoint.layout import Layout, Parts, Scheme
 from farthing.checkpoint.shards import (
+    DTYPES,
     INDEX,
     MISTRAL_INDEX,
     SINGLE,
@@ -33,11 +34,10 @@ from farthing.checkpoint.shards import (
 )
 from farthing.checkpoint.toolkits import bitsandbytes, modelopt
 from farthing.checkpoint.words import auto_round, awq, gptq
-from farthing.ops import Format, Weight, dtype_name
+from farthing.ops import Format, Weight, all_finite, as_float32, dtype_name
 from farthing.process import Progress
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from torch import Tensor
 
 
@@ -206,11 +206,13 @@ def has_weights(path: Path) -> bool:
 
 
 class Checkpoint:
-    """One checkpoint, opened by `Checkpoint.open`.
+    """One checkpoint, opened by `Checkpoint.open`. arrays: tensors are numpy's, and torch is not imported.
 
     `weight` returns what the layout declared by config.json says (`_LAYOUTS`), of a GGUF file the format of
     the tensor's type, and else the matrix as stored: bf16, f16 or f32.
     """
+
+    arrays = False
 
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
         self.path = path
@@ -223,13 +225,15 @@ class Checkpoint:
             self._resolve(quantization)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, arrays: bool = False) -> Self:
         """Read config.json and the index without mapping any file. Raises CheckpointError."""
         path = Path(path)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a directory; expected a Hugging Face model directory")
         config = read_config(path)
-        return cls(path, config, GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path))
+        opened = cls(path, config, GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path))
+        opened.arrays = arrays
+        return opened
 
     def stored(self, name: str) -> str:
         """A tensor's or module's name in the files; this class reads by that name."""
@@ -273,27 +277,22 @@ class Checkpoint:
         Raises CheckpointError if it is missing or has another shape.
         """
         self._claim(name)
-        tensor = self._shards.read(name)
-        self._check_shape(name, tensor, shape)
-        return tensor
+        tensor: Any = self._shards.array(name) if self.arrays else self._shards.read(name)
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            raise CheckpointError(
+                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(tensor.shape)}"
+            )
+        return tensor  # type: ignore[no-any-return]
 
-    def array(self, name: str, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
-        """`tensor` as a numpy array (see `farthing.ops.arrays`), without importing torch."""
-        self._claim(name)
-        array = self._shards.array(name)
-        self._check_shape(name, array, shape)
-        return array
+    def plain(self) -> bool:
+        """Whether numpy arrays suffice for all of it: floats, and FP8 in the blocks that kernels read."""
+        files = not isinstance(self._shards, GgufShards) and self._layout in (None, Fp8())
+        return files and all(self.dtype(name) in DTYPES for name in self.names())
 
     def _claim(self, name: str) -> None:
         if not self.has(name):
             raise CheckpointError(f"{self._where(name)}: {name} is missing{self._hint(name)}")
         self._used.add(name)
-
-    def _check_shape(self, name: str, tensor: Tensor | NDArray[Any], shape: tuple[int, ...] | None) -> None:
-        if shape is not None and tuple(tensor.shape) != tuple(shape):
-            raise CheckpointError(
-                f"{self._where(name)}: {name}: expected shape {list(shape)}, found {list(tensor.shape)}"
-            )
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a Linear module ('model.layers.0.mlp.gate_proj'), in its stored format."""
@@ -310,7 +309,7 @@ class Checkpoint:
                 f"found {list(weight.shape)}"
             )
         if ".experts." in module and self.has(bias := f"{module}.bias"):
-            return replace(weight, bias=self.tensor(bias, weight.shape[:1]).float())
+            return replace(weight, bias=as_float32(self.tensor(bias, weight.shape[:1])))
         return weight
 
     def is_quantized(self, module: str) -> bool:
@@ -428,7 +427,7 @@ class Checkpoint:
             raise CheckpointError(f"{self._where(f'{module}.weight')}: {module}.{error}") from None
 
     def _checked(self, module: str, weight: Weight) -> Weight:
-        if weight.scale is not None and not bool(weight.scale.isfinite().all()):
+        if weight.scale is not None and not all_finite(weight.scale):
             raise CheckpointError(
                 f"{self._where(f'{module}.weight')}: {module}: expected finite scales, found NaN or infinity"
             )

@@ -114,7 +114,7 @@ def _layout_fault(spans: dict[str, tuple[int, int]], size: int) -> str | None:
 
 # Plain tensors of safetensors files as numpy arrays, without torch.
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "I64": "<i8"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I64": "<i8"}
 _SMALL = 64 << 10  # tensors up to this size are copied: a view would keep the file mapped
 
 
@@ -130,6 +130,9 @@ class ArrayFile:
             self._header: dict[str, Any] = json.loads(file.read(length))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._start = 8 + length
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._header and name != "__metadata__"
 
     def names(self) -> set[str]:
         """The tensors in the file."""
@@ -330,6 +333,7 @@ class Shards:
 
     def array(self, name: str) -> NDArray[Any]:
         """The tensor as a numpy array; torch is not imported."""
+        self.reading(name)
         return self._array_file(name).read(name)
 
     def stored(self, name: str) -> tuple[Format, int] | None:
@@ -377,7 +381,7 @@ class Shards:
             if not (self.path / file).is_file():
                 raise CheckpointError(f"{self.path / file}: the file is missing, but {INDEX} names it")
             self._arrays[file] = ArrayFile(self.path / file)
-        if name not in self._arrays[file].names():
+        if name not in self._arrays[file]:
             raise CheckpointError(f"{self.path / file}: {name} is missing, though {INDEX} places it here")
         return self._arrays[file]
 

@@ -113,8 +113,8 @@ def serve(
         if not extras.has_torch():  # otherwise the import waits until the server listens
             from farthing.engine.build import require_torch
 
-            packed = None if engine_config.packed == AUTO else engine_config.packed  # packing needs torch
-            require_torch(replace(engine_config, packed=packed))
+            packed = None if engine_config.packed == AUTO else engine_config.packed
+            require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
 
         _suggest_extras()

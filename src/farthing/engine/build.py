@@ -22,9 +22,9 @@ from farthing.engine.request import EngineError, SamplingParams
 from farthing.engine.runner import Model, Sizes
 from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.extras import has_torch, needs_torch
-from farthing.hub import resolve_model
+from farthing.hub import find_model, resolve_model
 from farthing.model.config import ModelConfig
-from farthing.model.load import load
+from farthing.model.load import load, numpy_reads
 from farthing.ops.api import LatentCache, Ops
 from farthing.ops.select import select
 from farthing.process import Progress, unseen
@@ -70,14 +70,17 @@ def require_torch(config: EngineConfig) -> None:
     """Raises ModuleNotFoundError if torch is needed and not installed, before anything is downloaded."""
     if has_torch():
         return
-    local = config.packed is not None and config.num_ranks == 1
-    if not local or not _without_torch(resolve_model(config.model), config):
+    found = find_model(config.model) if config.num_ranks == 1 else None
+    if found is None or found.absent or not _without_torch(found.path, config):
         raise ModuleNotFoundError(needs_torch(), name="torch")
 
 
 def _without_torch(path: Path, config: EngineConfig) -> bool:
-    """Whether numpy arrays suffice as tensors: for weights in a packed file and layers in one native call."""
-    if config.packed is None or config.experts_on is not None or config.disaggregate or config.halves:
+    """Whether numpy arrays suffice as tensors: for layers in one native call, with weights in a packed file;
+    without torch also for those of a checkpoint that numpy can read."""
+    if config.experts_on is not None or config.disaggregate or config.halves:
+        return False
+    if config.packed is None and (has_torch() or not numpy_reads(path)):
         return False
     model = ModelConfig.from_directory(path)
     apart = model.shortcut_experts or model.post_mlp_norm or model.query_scaling or model.index_topk

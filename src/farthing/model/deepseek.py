@@ -93,7 +93,7 @@ class FeedForward:
             self.post_norm = norm_of(config, weights, f"{p}.post_mlp_layernorm")
         self.scale = 1.0  # of the layer's output
         if config.layer_scalar:
-            self.scale = float(weights.tensor(f"model.layers.{layer}.layer_scalar", (1,))[0])
+            self.scale = float(as_float32(weights.tensor(f"model.layers.{layer}.layer_scalar", (1,)))[0])
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
         """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""

@@ -16,7 +16,6 @@ from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek_v4 import DeepseekV4
 from farthing.model.source import (
-    ArraySource,
     InterleavedExperts,
     MemorySource,
     RenamedSource,
@@ -127,22 +126,23 @@ def load(path: str | Path, ops: Ops, experts: str = "auto", progress: Progress =
     Raises ConfigError, CheckpointError or FileNotFoundError, each naming what was found and expected;
     ValueError if the backend maps a packed file of another checkpoint.
     """
-    checkpoint = Checkpoint.open(Path(path))
+    checkpoint = Checkpoint.open(Path(path), arrays=ops.arrays)
     config = config_of(checkpoint)
     claim(ops, checkpoint.fingerprint(), path)
     ops.weight_files = checkpoint.files()
     if progress is not unseen:
         checkpoint.watch(progress)
     routers = routers_for(config, checkpoint.config, experts)
-    source = source_of(checkpoint, config)
-    if ops.arrays:
-        names = names_in(checkpoint, config)
-        source = ArraySource(source, lambda name, shape=None: checkpoint.array(names.stored(name), shape))
-    model = model_of(config, ops, source, routers)
+    model = model_of(config, ops, source_of(checkpoint, config), routers)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
         checkpoint.finish(ignore=IGNORED + unread(config))
     checkpoint.release()
     return model
+
+
+def numpy_reads(path: Path) -> bool:
+    """Whether a checkpoint is loaded into a CPU's kernels without torch."""
+    return Checkpoint.open(path).plain()
 
 
 def model_of(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from farthing.ops.cpu import CpuOps
     from farthing.ops.cpu.packed import PackedWriter
 
+_SMALL = 64 << 20  # bytes of weights that fit in memory whole and that one thread packs before others wake up
+
 
 def pack_checkpoint(
     path: str | Path,
@@ -32,13 +34,17 @@ def pack_checkpoint(
     progress: Progress = unseen,
 ) -> None:
     """Write the file that `select("cpu", packed=target)` maps; the same bytes as `Ops.save_packed` of the
-    loaded model. A run that was killed continues where it was.
+    loaded model. A run that was killed continues where it was. Torch is not imported for a checkpoint that
+    numpy can read.
 
     Raises ConfigError, CheckpointError or FileNotFoundError as `load` does, OSError if the disk is full.
     """
     from farthing.ops.cpu.packed import PackedWriter  # the native module
 
     checkpoint = Checkpoint.open(Path(path))
+    checkpoint.arrays = arrays = checkpoint.plain()
+    small = checkpoint.stored_bytes() <= _SMALL
+    threads = 1 if small else threads
     config = config_of(checkpoint)
     source = source_of(checkpoint, config)
     with (
@@ -46,9 +52,12 @@ def pack_checkpoint(
         checkpoint.read_ahead(reading_order(checkpoint.names(), writer, config)),
     ):
         whole, total = True, config.num_hidden_layers + 1 + config.num_nextn_predict_layers
-        written = write_parts(writer, config, source, lambda: create(None, threads, quantization, None))
+        written = write_parts(
+            writer, config, source, lambda: create(None, threads, quantization, None, arrays=arrays)
+        )
         for done, part in enumerate(written, 1):
-            checkpoint.release()
+            if not small:
+                checkpoint.release()
             progress("packing", done, total)
             whole = whole and part is not None
         if whole:

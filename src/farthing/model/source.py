@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from math import prod
+from typing import TYPE_CHECKING, Protocol
 
 from farthing.checkpoint.floats import BLOCK, fp8_scales
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
 from farthing.model.types import Names
-from farthing.ops.weights import Weight
+from farthing.ops import Weight, all_finite, as_float32, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,30 +88,6 @@ class RenamedSource:
         return self._source.weight(self._stored(module), shape)
 
 
-class ArraySource:
-    """Plain parameters as numpy arrays, for a backend whose tensors are arrays; matrices as from `source`."""
-
-    def __init__(self, source: WeightSource, array: Callable[..., Any]) -> None:
-        """array: of the name and shape, the parameter."""
-        self._source, self._array = source, array
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor of this full name exists."""
-        return self._source.has(name)
-
-    def holds(self, module: str) -> bool:
-        """Whether a routed expert is to be computed here and not on another rank."""
-        return self._source.holds(module)
-
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A plain parameter, checked as the source checks it."""
-        return self._array(name, shape)  # type: ignore[no-any-return]
-
-    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """The matrix of a linear module."""
-        return self._source.weight(module, shape)
-
-
 _EXPERT = re.compile(
     r"(?P<stack>.*\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj(?:\.(?P<kind>weight|bias))?"
 )
@@ -156,24 +133,24 @@ class StackedExperts:
         part, expert = match["part"], int(match["index"])
         name = stack_of(module)
         whole = self._source.tensor(name)[expert]
-        matrix = whole if part == "down" else whole.chunk(2)[part == "up"]
+        matrix = whole if part == "down" else _half(whole, part)
         if shape is not None and tuple(matrix.shape) != shape:
             raise ValueError(f"{module} has shape {tuple(matrix.shape)}; expected {shape}")
-        if matrix.dtype != torch.float8_e4m3fn:
+        if dtype_name(matrix.dtype) != "float8_e4m3fn":
             return Weight("dense", matrix)
         return Weight("fp8", matrix, self._factors(f"{name}_scale_inv", expert, whole, part))
 
     def _factors(self, name: str, expert: int, whole: Tensor, part: str) -> Tensor:
         stack = self._source.tensor(name)
-        if stack.numel() > 1 and expert >= len(stack):
+        if prod(stack.shape) > 1 and expert >= len(stack):
             raise CheckpointError(f"{name} has factors of {len(stack)} experts; expected more than {expert}")
-        scale = stack[expert] if stack.numel() > 1 else stack
-        if not bool(scale.isfinite().all()):
+        scale = stack[expert] if prod(stack.shape) > 1 else stack
+        if not all_finite(scale):
             raise CheckpointError(f"{name}: expected finite scales, found NaN or infinity")
         n, k = whole.shape
         if part == "down":
             return fp8_scales(name, scale, (n, k))
-        if scale.numel() == 1:
+        if prod(scale.shape) == 1:
             return fp8_scales(name, scale, (n // 2, k))
         factors = fp8_scales(name, scale, (n, k))
         if n % (2 * BLOCK) and len(factors) < n:
@@ -181,7 +158,13 @@ class StackedExperts:
                 f"{name}: found factors of blocks, but gate and up projection have {n // 2} rows, not whole "
                 f"blocks of {BLOCK}; expected one number per expert"
             )
-        return factors.chunk(2)[part == "up"]
+        return _half(factors, part)
+
+
+def _half(stacked: Tensor, part: str) -> Tensor:
+    """The rows of gate or up, which are stored one after the other."""
+    half = len(stacked) // 2
+    return stacked[half:] if part == "up" else stacked[:half]
 
 
 _TWICE = 128  # for a bias of 127 of the exponents: the format's codes are twice the values
@@ -206,7 +189,7 @@ class InterleavedExperts(StackedExperts):
             factors = torch.exp2(scales.float() - _TWICE)
             found = Weight("mxfp4", blocks.flatten(1), factors)
         else:
-            found = Weight("dense", self._source.tensor(name)[expert].t()[rows])
+            found = Weight("dense", self._source.tensor(name)[expert].T[rows])
         if shape is not None and found.shape != shape:
             raise ValueError(f"{module} has shape {found.shape}; expected {shape}")
-        return replace(found, bias=self._source.tensor(f"{name}_bias")[expert, rows].float())
+        return replace(found, bias=as_float32(self._source.tensor(f"{name}_bias")[expert, rows]))

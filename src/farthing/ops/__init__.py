@@ -31,7 +31,16 @@ from farthing.ops.api import (
     StreamSpec,
     require_finite,
 )
-from farthing.ops.arrays import all_finite, as_float32, beside, dtype_name, log_softmax, numpy_dtype, same
+from farthing.ops.arrays import (
+    all_finite,
+    as_float32,
+    beside,
+    dtype_name,
+    log_softmax,
+    numpy_dtype,
+    repeated,
+    same,
+)
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import (
@@ -99,6 +108,7 @@ __all__ = [
     "numpy_dtype",
     "pack_int4",
     "quantize_int8_groups",
+    "repeated",
     "require_finite",
     "same",
     "select",

@@ -8,6 +8,7 @@ Legend: n rows; V vocabulary; k columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np, torch
@@ -44,9 +45,42 @@ def as_float32(x: Tensor) -> Tensor:
     x_: Any = x
     if not isinstance(x_, np.ndarray):
         return x.float()
-    if dtype_name(x_.dtype) == "bfloat16":
-        return (x_.view("<u2").astype(np.uint32) << 16).view(np.float32)  # type: ignore[return-value]
+    kind = dtype_name(x_.dtype)
+    if kind == "bfloat16":
+        return (np.ascontiguousarray(x_).view("<u2").astype(np.uint32) << 16).view(np.float32)  # type: ignore[return-value]
+    if kind == "float8_e4m3fn":
+        return _e4m3()[np.ascontiguousarray(x_).view("u1")]  # type: ignore[no-any-return]
     return x_.astype(np.float32, copy=False)  # type: ignore[return-value]
+
+
+@cache
+def _e4m3() -> Any:
+    """The values of all bytes as E4M3 without infinities."""
+    byte = np.arange(256)
+    exponent, fraction = byte >> 3 & 15, byte & 7
+    value = np.where(exponent, np.ldexp(1 + fraction / 8, exponent - 7), np.ldexp(fraction / 8, -6))
+    value[byte & 127 == 127] = np.nan
+    return np.where(byte & 128, -value, value).astype(np.float32)
+
+
+def raw(x: Tensor) -> Tensor:
+    """The bytes of one-byte values."""
+    return x.view("u1") if isinstance(x, np.ndarray) else x.view(torch.uint8)  # type: ignore[call-overload, no-any-return]
+
+
+def is_bfloat16(x: Tensor) -> bool:
+    """Whether bfloat16 holds every value."""
+    if dtype_name(x.dtype) == "bfloat16":
+        return True
+    if not isinstance(x, np.ndarray):
+        return bool((x.bfloat16().to(x.dtype) == x).all())
+    values: Any = as_float32(x)
+    return not (np.ascontiguousarray(values).view("<u4") & 0xFFFF).any() and not np.isnan(values).any()
+
+
+def repeated(x: Tensor, *shape: int) -> Tensor:
+    """x with its single rows or columns repeated to a shape."""
+    return contiguous(np.broadcast_to(x, shape) if isinstance(x, np.ndarray) else x.expand(shape))  # type: ignore[arg-type]
 
 
 def empty(x: Tensor, *shape: int, dtype: str = "float32") -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from farthing.lazy import torch
+from farthing.lazy import np, torch
+from farthing.ops.arrays import as_float32, like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,9 +163,8 @@ class Weight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The value, [N, K], float32 by default."""
-        dtype = dtype or torch.float32
         if self.format == "dense":
-            return self.data.to(dtype)
+            return as_float32(self.data) if dtype is None else self.data.to(dtype)
         assert self.scale is not None
         n, k = self.shape
         if self.format in INTEGERS:
@@ -174,9 +174,12 @@ class Weight:
             value = q * self.scale.unsqueeze(-1)
             if self.minimum is not None:
                 value = value + self.minimum.unsqueeze(-1)
-            return value.view(n, k).to(dtype)
-        rows, columns = (torch.arange(size) // b for size, b in zip((n, k), self.fp8_block, strict=True))
-        return (self.data.float() * self.scale[rows][:, columns]).to(dtype)
+            value = value.view(n, k)
+        else:
+            blocks = zip((n, k), self.fp8_block, strict=True)
+            rows, columns = (like(np.arange(size) // block, self.scale) for size, block in blocks)
+            value = as_float32(self.data) * self.scale[rows][:, columns]
+        return value if dtype is None else value.to(dtype)
 
 
 def pack_int4(q: Tensor) -> Tensor:

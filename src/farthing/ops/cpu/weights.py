@@ -32,7 +32,7 @@ from farthing.ops.api import (
     StreamParts,
     StreamSpec,
 )
-from farthing.ops.arrays import address
+from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, host, is_bfloat16, like, raw
 from farthing.ops.cpu import stack as indexing
 from farthing.ops.cpu.packed import PackedFile, write_packed
 from farthing.ops.cpu.stack import vector
@@ -103,14 +103,10 @@ def packed_bytes(n: int, columns: int, plan: Plan, zero: bool = False) -> int:
     return int(_native.matrix_bytes(plan.format, plan.group, zero, n, columns))
 
 
-def _lossless_bf16(t: Tensor) -> bool:
-    return t.dtype == torch.bfloat16 or bool((t.bfloat16().to(t.dtype) == t).all())
-
-
 def _plan_one(w: Weight, quantization: str | None) -> Plan:
     dense = w.format == "dense"
     chosen = choose("float32" if dense else w.format, w.shape[1], w.group_size, quantization)
-    return Plan(PackedFormat.BF16) if dense and chosen == F32 and _lossless_bf16(w.data) else chosen
+    return Plan(PackedFormat.BF16) if dense and chosen == F32 and is_bfloat16(w.data) else chosen
 
 
 def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
@@ -127,7 +123,7 @@ def _is_held(w: Weight, target: Plan) -> bool:
 
 def _finite(w: Weight) -> bool:
     """Whether FP8 values have no NaN; native code checks everything else that it rounds."""
-    return w.format != "fp8" or bool(((w.data.view(torch.uint8) & 0x7F) != 0x7F).all())
+    return w.format != "fp8" or bool(((raw(w.data) & 0x7F) != 0x7F).all())
 
 
 def _source(w: Weight, target: Plan) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -136,14 +132,14 @@ def _source(w: Weight, target: Plan) -> tuple[tuple[Any, ...], list[Tensor]]:
     n, k = w.shape
     if not _is_held(w, target) and w.format != "fp8":  # which native code converts
         data = w.data if w.format == "dense" else w.dequantize()
-        data = data.contiguous() if data.dtype == torch.bfloat16 else data.float().contiguous()
-        kind = Kind.BF16 if data.dtype == torch.bfloat16 else Kind.F32
-        return (kind, data.data_ptr(), 0, 0, n, k, k, 0, 0, 0, 1), [data]
+        short = dtype_name(data.dtype) == "bfloat16"
+        data = contiguous(data) if short else vector(data)
+        return (Kind.BF16 if short else Kind.F32, address(data), 0, 0, n, k, k, 0, 0, 0, 1), [data]
     kind = Kind.FP8 if w.format == "fp8" else Kind.INT4 if w.nibbles else Kind.INT8
     assert w.scale is not None
-    numbers = [w.scale, w.zero_point, w.minimum, *(w.units or (None, None))]
-    kept = [None if t is None else t.contiguous() for t in (w.data, w.scale.float(), *numbers[1:])]
-    data_, scale, zero, *rest = (0 if t is None else t.data_ptr() for t in kept)
+    stored = (w.data, as_float32(w.scale), w.zero_point, w.minimum, *(w.units or (None, None)))
+    kept = [None if t is None else contiguous(t) for t in stored]
+    data_, scale, zero, *rest = (0 if t is None else address(t) for t in kept)
     rows = w.fp8_block[0] if w.format == "fp8" else 1
     return (kind, data_, scale, zero, n, k, w.group_size, *rest, rows), [t for t in kept if t is not None]
 
@@ -549,12 +545,12 @@ class PackingOps(HostOps):
         """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded."""
         quantized = self._quantization is not None or kv_b.format != "dense" or kv_b.rounded
         dense = kv_b.data if kv_b.format == "dense" else kv_b.dequantize()
-        heads = dense.view(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
-        w_uk, w_uv = heads.split((spec.nope_dim, spec.value_dim), dim=1)
+        heads = dense.reshape(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
+        w_uk, w_uv = heads[:, : spec.nope_dim], heads[:, spec.nope_dim :]
         return [
             (
-                self._keep(f"{name}.uk.{h}", pack_dense(self._native, w_uk[h].t().contiguous(), quantized)),
-                self._keep(f"{name}.uv.{h}", pack_dense(self._native, w_uv[h].contiguous(), quantized)),
+                self._keep(f"{name}.uk.{h}", pack_dense(self._native, w_uk[h].T, quantized)),
+                self._keep(f"{name}.uv.{h}", pack_dense(self._native, w_uv[h], quantized)),
             )
             for h in range(spec.num_heads)
         ]
@@ -671,13 +667,15 @@ def _by_columns(weight: Tensor, streams: int, columns: int) -> Tensor:
 
 def _gate_rows(w: MoEWeights) -> Tensor:
     """The router's rows, and the row of the shared expert's gate."""
-    return w.gate if w.shared_gate is None else torch.cat((w.gate, w.shared_gate))
+    if w.shared_gate is None:
+        return w.gate
+    return like(np.concatenate((host(w.gate), host(w.shared_gate))), w.gate)
 
 
 def _interleaved(biases: Sequence[Tensor]) -> Tensor:
     """Of gate and up [I], in the order of their interleaved panels of 16 rows, with zeros for padding."""
-    padded = [torch.nn.functional.pad(b.float(), (0, -len(b) % 16)).view(-1, 16) for b in biases]
-    return torch.stack(padded, 1).flatten()
+    padded = [np.pad(host(as_float32(b)), (0, -len(b) % 16)).reshape(-1, 16) for b in biases]
+    return like(np.stack(padded, 1).reshape(-1), biases[0])
 
 
 def _missing() -> Any:
