@@ -41,6 +41,7 @@ class MiteOptions:
     """A run that trains the embedded model."""
 
     out: Path = _option(Path("runs/mite"), "Run directory: state, record, checkpoint", flags=("-o",))
+    arch: Literal["v3", "v4"] = _option("v3", "Architecture: DeepSeek-V3's or DeepSeek-V4's")
     minutes: float | None = _option(None, "Run length in CPU minutes per thread; default: 90")
     tokens: int | None = _option(None, "Run length in tokens, instead of --minutes")
     resume: bool = _option(False, "Continue the run in --out")
@@ -175,6 +176,8 @@ def mite(
 
       farthing train mite --minutes 80 --threads 2
 
+      farthing train mite --arch v4 --out runs/mite-v4
+
       farthing train mite --resume --minutes 120
 
       farthing train mite --out /tmp/quick --tokens 200000 --set muon_lr=0.03
@@ -205,6 +208,7 @@ def mite(
             given.seed,
             overrides,
             given.precision,
+            arch=given.arch,
         )
     if summary is not None and as_json:
         typer.echo(to_json(summary))

@@ -16,18 +16,41 @@ from farthing.checkpoint.floats import BLOCK, dequantize_blocks, quantize_blocks
 from farthing.engine.tokenizer import DEEPSEEK_TEMPLATE as CHAT_TEMPLATE
 from farthing.files import replace_json, replace_tensors, replace_text
 from farthing.model import IGNORED, ModelConfig, config_of
+from farthing.model.types import type_named
+from farthing_lab.train import model as v3
+from farthing_lab.train import model_v4 as v4
 from farthing_lab.train.data import BOS, EOS, PAD
-from farthing_lab.train.model import DeepSeekLM, MoE, to_json
+from farthing_lab.train.model import DeepSeekLM, MoE
+
+
+def model_of(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> DeepSeekLM:
+    """An untrained model of the architecture."""
+    return DeepSeekLM(cfg, dtype) if cfg.compressed is None else v4.DeepSeekV4LM(cfg, dtype)
+
+
+def to_json(cfg: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
+    return v3.to_json(cfg) if cfg.compressed is None else v4.to_json(cfg)
 
 
 def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
     """(checkpoint name, view of the model's tensor) of every stored tensor."""
+    stored = type_named(model.cfg.model_type).names.stored
+    for name, view in _views(model):
+        yield stored(name), view
+
+
+def _views(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
+    """The same under the engine's names."""
     yield "model.embed_tokens.weight", model.embed_tokens
     yield "model.norm.weight", model.norm.weight
     if model.lm_head is not None:
         yield "lm_head.weight", model.lm_head.weight
     for i, layer in enumerate(model.layers):
         yield from _block_names(f"model.layers.{i}", layer)
+    if isinstance(model, v4.DeepSeekV4LM):
+        for name, p in model.hc_head.named_parameters():
+            yield f"model.hc_head.{name}", p
     if model.mtp is not None:
         prefix = f"model.layers.{model.cfg.num_hidden_layers}"
         for name in ("enorm", "hnorm", "eh_proj"):
@@ -42,7 +65,10 @@ def _block_names(prefix: str, block: torch.nn.Module) -> Iterator[tuple[str, Ten
             yield f"{prefix}.{name}", p
     moe = block.mlp
     if isinstance(moe, MoE):
-        yield f"{prefix}.mlp.gate.e_score_correction_bias", moe.gate.e_score_correction_bias
+        if isinstance(moe.gate, v4.RootRouter) and moe.gate.tid2eid is not None:
+            yield f"{prefix}.mlp.gate.tid2eid", moe.gate.tid2eid
+        else:
+            yield f"{prefix}.mlp.gate.e_score_correction_bias", moe.gate.e_score_correction_bias
         for e in range(moe.down.shape[0]):
             yield f"{prefix}.mlp.experts.{e}.gate_proj.weight", moe.gate_up[e, 0]
             yield f"{prefix}.mlp.experts.{e}.up_proj.weight", moe.gate_up[e, 1]
@@ -61,7 +87,8 @@ def from_tensors(model: DeepSeekLM, tensors: dict[str, Tensor]) -> None:
     Raises ValueError if a tensor is missing, unused or has the wrong shape, naming it.
     """
     views = dict(_names(model))
-    plain = {n: t for n, t in tensors.items() if not n.endswith("_scale_inv")}
+    factors = {_factor(n) for n, t in tensors.items() if t.dtype == torch.float8_e4m3fn}
+    plain = {n: t for n, t in tensors.items() if n not in factors}
     missing, unused = sorted(views.keys() - plain.keys()), sorted(plain.keys() - views.keys())
     if missing or unused:
         raise ValueError(f"checkpoint does not fit the config: missing {missing[:5]}, unused {unused[:5]}")
@@ -70,16 +97,30 @@ def from_tensors(model: DeepSeekLM, tensors: dict[str, Tensor]) -> None:
         if value.shape != view.shape:
             raise ValueError(f"{name}: expected shape {tuple(view.shape)}, found {tuple(value.shape)}")
         if value.dtype == torch.float8_e4m3fn:
-            value = dequantize_blocks(value, tensors[f"{name}_scale_inv"])
+            value = dequantize_blocks(value, tensors[_factor(name)])
         view.copy_(value)
 
 
+_PROJECTIONS_V4 = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3")
+
+
 def is_quantized(name: str) -> bool:
-    """Whether DeepSeek stores this weight as FP8 blocks: every projection, no embedding, norm, router or
-    indexer."""
+    """Whether DeepSeek stores this weight as FP8 blocks: every projection, no embedding, norm, router,
+    compressor, or indexer of V3.2."""
+    if not name.startswith("model."):  # V4's names
+        return name.split(".")[-2] in _PROJECTIONS_V4 and ".compressor." not in name if "." in name else False
     if ".indexer." in name:
         return False
     return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
+
+
+def _factor(name: str) -> str:
+    """The name of a quantized weight's factors."""
+    return f"{name}_scale_inv" if name.startswith("model.") else name.removesuffix("weight") + "scale"
+
+
+# Kept in float32: routers, hyper-connections, what pools and attention add to scores.
+_EXACT = (".mlp.gate.", ".ffn.gate.", "hc_", ".ape", ".attn_sink")
 
 
 def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
@@ -87,20 +128,28 @@ def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if is_quantized(name) and fp8:
-            stored[name], stored[f"{name}_scale_inv"] = quantize_blocks(value)
-        elif ".mlp.gate." in name:
+            stored[name], stored[_factor(name)] = quantize_blocks(value, ue8m0=not name.startswith("model."))
+        elif name.endswith("tid2eid"):
+            stored[name] = value.long()
+        elif any(part in name for part in _EXACT):
             stored[name] = value.float().contiguous()
         else:
             stored[name] = value.to(torch.bfloat16).contiguous()
     return stored
 
 
+def _architecture(cfg: ModelConfig) -> str:
+    if cfg.compressed is not None:
+        return "DeepseekV4ForCausalLM"
+    return "DeepseekV3ForCausalLM" if cfg.index_topk is None else "DeepseekV32ForCausalLM"
+
+
 def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
     """The `config.json` of a DeepSeek-V3 checkpoint."""
     config: dict[str, Any] = {
-        "architectures": ["DeepseekV3ForCausalLM" if cfg.index_topk is None else "DeepseekV32ForCausalLM"],
+        "architectures": [_architecture(cfg)],
         **to_json(cfg),
-        "num_key_value_heads": cfg.num_attention_heads,
+        "num_key_value_heads": cfg.num_attention_heads if cfg.compressed is None else 1,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -116,6 +165,8 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
         }
+        if cfg.compressed is not None:
+            config["quantization_config"]["scale_fmt"] = "ue8m0"
     return config
 
 
@@ -168,7 +219,7 @@ def load_checkpoint(path: Path) -> DeepSeekLM:
     Raises ConfigError, CheckpointError or ValueError, naming what does not fit.
     """
     checkpoint = Checkpoint.open(path)
-    model = DeepSeekLM(config_of(checkpoint))
+    model = model_of(config_of(checkpoint))
     read = [name for name in checkpoint.names() if not any(fnmatchcase(name, p) for p in IGNORED)]
     from_tensors(model, {name: checkpoint.tensor(name) for name in read})
     return model

@@ -439,10 +439,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(parameters for Muon, parameters for AdamW): AdamW gets embeddings, heads, routers and vectors."""
+    """(parameters for Muon, parameters for AdamW): AdamW gets embeddings, heads, routers, hyper-connections
+    and vectors."""
+    other = ("embed_tokens", "lm_head", ".gate.weight", "hc.", "hc_head.", "position_bias")
     muon: list[nn.Parameter] = []
     adam: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        plain = p.ndim < 2 or any(part in name for part in ("embed_tokens", "lm_head", ".gate.weight"))
+        plain = p.ndim < 2 or any(part in name for part in other)
         (adam if plain else muon).append(p)
     return muon, adam

@@ -19,7 +19,7 @@ from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.tokenizer_file import read_tokenizer
 from farthing_lab.train import data
 from farthing_lab.train.evaluate import evaluate
-from farthing_lab.train.export import load_checkpoint, save_checkpoint
+from farthing_lab.train.export import load_checkpoint, model_of, save_checkpoint, to_json
 from farthing_lab.train.fp8 import Fp8Config, Fp8Hook, use_fp8
 from farthing_lab.train.loop import (
     BaseHook,
@@ -31,7 +31,7 @@ from farthing_lab.train.loop import (
     plain,
     split_parameters,
 )
-from farthing_lab.train.model import DeepSeekLM, to_json
+from farthing_lab.train.model import DeepSeekLM
 
 MITE = ModelConfig(
     model_type="deepseek_v3",
@@ -62,6 +62,38 @@ MITE = ModelConfig(
     bos_token_id=0,
     eos_token_ids=(1,),
 )
+
+
+MITE_V4 = ModelConfig.from_json(
+    {
+        "model_type": "deepseek_v4",
+        "vocab_size": MITE.vocab_size,
+        "hidden_size": MITE.hidden_size,
+        "moe_intermediate_size": MITE.moe_intermediate_size,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "q_lora_rank": 128,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "compress_ratios": [0, 4, 128, 4, 128],
+        "compress_rope_theta": 10000.0,
+        "index_n_heads": 4,
+        "index_head_dim": 64,
+        "index_topk": 128,
+        "n_routed_experts": MITE.n_routed_experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 1.5,
+        "num_hash_layers": 1,
+        "max_position_embeddings": MITE.max_position_embeddings,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+)
+ARCHITECTURES = {"v3": MITE, "v4": MITE_V4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +169,7 @@ def build_trainer(
 ) -> Trainer:
     """A trainer ready to `run()` or to `load()` and run."""
     torch.manual_seed(seed)
-    model = DeepSeekLM(recipe.model, torch.bfloat16).to(device)
+    model = model_of(recipe.model, torch.bfloat16).to(device)
     hooks: list[BaseHook] = [BalanceHook(recipe.balance_speed)]
     if recipe.precision == "fp8":
         fp8 = Fp8Config(recipe.fp8_scaling, recipe.fp8_gradients, margin=recipe.fp8_margin)
@@ -271,7 +303,8 @@ def apply_settings(recipe: Recipe, settings: list[str]) -> Recipe:
             value = json.loads(raw)
         except json.JSONDecodeError:
             raise ValueError(f"--set {setting!r}: expected a JSON value, for example muon_lr=0.02") from None
-        value = tuple(tuple(v) for v in value) if isinstance(value, list) else value
+        if isinstance(value, list) and name in own:
+            value = tuple(map(tuple, value))
         change: dict[str, Any] = {name: value}
         if name in own:
             recipe = dataclasses.replace(recipe, **change)
@@ -321,6 +354,7 @@ def train_mite(
     precision: str = "bf16",
     eval_steps: int | None = None,
     final_tokens: int | None = None,
+    arch: str = "v3",
 ) -> dict[str, Any] | None:
     """Train the embedded model. Returns the summary, or None if interrupted (state is saved)."""
     if device not in ("auto", "cpu", "cuda"):
@@ -330,7 +364,7 @@ def train_mite(
     console = Console(stderr=True)
     tune_allocator()
     torch.set_num_threads(threads)
-    recipe = apply_settings(Recipe(precision=precision), settings)
+    recipe = apply_settings(Recipe(ARCHITECTURES[arch], precision=precision), settings)
     documents = data.find_sources(root)
     given = determining(recipe, seed, documents)
     check_start(out / "state.pt", given, resume)

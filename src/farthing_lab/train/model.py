@@ -155,10 +155,9 @@ def divergence(target: Tensor, scores: Tensor, keys: Tensor) -> Tensor:
 # Shapes: B sequences, T positions, r rotary part.
 
 
-def rope_table(cfg: ModelConfig, length: int) -> Tensor:
+def rope_table(theta: float, r: int, length: int) -> Tensor:
     """exp(i angle) [length, r/2] complex64 of plain RoPE."""
-    r = cfg.latent.qk_rope_head_dim
-    frequency = cfg.rope.theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
+    frequency = theta ** (-torch.arange(0, r, 2, dtype=torch.float32) / r)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
     return torch.polar(torch.ones_like(angle), angle)
 
@@ -317,11 +316,15 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
         self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, D] -> weights [N, K] float32 (differentiable) and expert ids [N, K]."""
+    def scores(self, x: Tensor) -> Tensor:
+        """x [N, D] -> [N, E] float32."""
+        return torch.sigmoid(F.linear(x.float(), self.weight.float()))
+
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [N, D] -> weights [N, K] float32 (differentiable) and expert ids [N, K], chosen unless given."""
         cfg = self.cfg
-        scores = torch.sigmoid(F.linear(x.float(), self.weight.float()))  # [N, E]
-        ids = self.choose(scores.detach())
+        scores = self.scores(x)
+        ids = self.choose(scores.detach()) if ids is None else ids
         weights = scores.gather(1, ids)
         if cfg.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -370,10 +373,10 @@ class MoE(nn.Module):
         self.products: tuple[Product, Product] | None = None
         self.tap: Callable[[Tensor, Routing, Tensor], None] | None = None  # neurons, routing, weights
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; ids [B T, K]: the experts, chosen here unless given."""
         flat, dtype = x.flatten(0, 1), self.compute_dtype
-        weights, ids = self.gate(flat)
+        weights, ids = self.gate(flat, ids)
         gate_up = self.gate_up.flatten(1, 2)  # [E, 2I, D]
         if self.products is None:
             routed = routed_experts(flat.to(dtype), weights, ids, gate_up.to(dtype), self.down.to(dtype))
@@ -437,17 +440,27 @@ class DeepSeekLM(nn.Module):
 
     def __init__(self, cfg: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        check_trainable(cfg)
+        self.check(cfg)
         self.cfg = cfg
         self.embed_tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.hidden_size) * 0.03)
-        self.layers = nn.ModuleList(
-            Block(cfg.at(i), dense=i < cfg.first_k_dense_replace) for i in range(cfg.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(self.block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         self.mtp = MTP(cfg.at(cfg.num_hidden_layers)) if cfg.num_nextn_predict_layers else None
-        self.register_buffer("turn", rope_table(cfg, cfg.max_position_embeddings), persistent=False)
+        self.register_buffer("turn", self.turns(cfg), persistent=False)
         self.set_compute_dtype(compute_dtype)
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Raise ConfigError unless the architecture is this one."""
+        check_trainable(cfg)
+
+    def block(self, cfg: ModelConfig, layer: int) -> nn.Module:
+        """A layer of the trunk."""
+        return Block(cfg.at(layer), dense=layer < cfg.first_k_dense_replace)
+
+    def turns(self, cfg: ModelConfig) -> Tensor:
+        """The rotations of all positions, `rope_table`'s."""
+        return rope_table(cfg.rope.theta, cfg.latent.qk_rope_head_dim, cfg.max_position_embeddings)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
         """The dtype of every matrix product; norms, router and residual stream stay float32."""
