@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from farthing.checkpoint.writer import CheckpointWriter
@@ -91,3 +92,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append(json.dumps({"path": f"{i}.py", "text": "".join(map(chr, codes.tolist()))}))
     file.write_text("\n".join(rows) + "\n")
     return file
+
+
+def widen_scales(path: Path) -> None:
+    """Store the 16-bit scales of a result as float32 numbers of the same values.
+
+    transformers multiplies integers by their scales in the scales' own type, so it rounds every weight to 16
+    bits where scales have 16 bits, and we do not.
+    """
+    for file in path.glob("*.safetensors"):
+        tensors = load_file(file)
+        scales = {name: tensor.float() for name, tensor in tensors.items() if name.endswith("weight_scale")}
+        save_file(tensors | scales, file, metadata={"format": "pt"})
