@@ -29,7 +29,7 @@ from .conftest import corpus_of, write_tokenizer
 from .test_transformers import check, distance, ours
 
 RECIPES = known_recipes()
-TYPES = ("gpt_oss", "qwen3_next", "qwen3_5_moe", "granitemoe", "mixtral", "minimax_m2")
+TYPES = ("gpt_oss", "qwen3_next", "qwen3_5_moe", "granitemoe", "mixtral", "minimax_m2", "gemma3_text")
 WIDE = dict(hidden_size=128, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=3)
 WIDE |= dict(shared_expert_intermediate_size=64, vocab_size=264, head_dim=32, linear_value_head_dim=32)
 SERVED = ["int8", "int4-rtn", "int4", "w4a8", "fp8-block", "auto"]
@@ -44,7 +44,9 @@ def source_model(name: str, path: Path) -> Path:
         if hasattr(text, field):
             setattr(text, field, value)
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:3]
+        text.layer_types = (3 * text.layer_types)[:3]
+    if WIDE["hidden_size"] % text.num_attention_heads:
+        text.num_attention_heads = text.num_key_value_heads = 4
     save(name, fill(type(model)(model.config)), path)
     write_tokenizer(path)
     return path

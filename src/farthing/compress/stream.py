@@ -84,7 +84,8 @@ def run(job: Compression, progress: Progress | None = None, keep: bool = False) 
     if not config.runs_by_layer:
         raise ValueError(
             f"model_type: got {config.model_type!r}, which compression does not support; "
-            "expected a type without sparse attention, shortcuts, identity experts and norms of outputs"
+            "expected a type without sparse attention, shortcuts, identity experts, parallel feed-forwards "
+            "and norms of the experts' outputs"
         )
     job.recipe.check(config)
     layers = _layers(checkpoint, config)

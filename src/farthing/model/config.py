@@ -172,15 +172,16 @@ class ModelConfig:
     def is_plain(self) -> bool:
         """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
         more = self.recurrent is not None or self.shared_gate or self.norm_offset > 0 or self.expert_bias
+        more = more or self.post_norms
         stored = type_named(self.model_type).names.stored
         return self.runs_by_layer and not more and all(stored(name) == name for name in _SAMPLES)
 
     @property
     def runs_by_layer(self) -> bool:
-        """Whether a layer is attention (or a recurrence) and a feed-forward that need nothing of others."""
+        """Whether a layer is attention (or a recurrence) and one feed-forward that need nothing of others."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
-        more = more or self.streams is not None
-        return not (more or self.post_norms or self.shortcut_experts or self.n_identity_experts > 0)
+        more = more or self.streams is not None or self.parallel_mlp or self.layer_scalar
+        return not (more or self.shortcut_experts or self.n_identity_experts > 0)
 
     def is_recurrent(self, layer: int) -> bool:
         """Whether a layer has a recurrent state instead of attention. MTP layers have attention."""
