@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("farthing._native")
 
 from farthing import _native
+from farthing.config import Quantization
 from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.weights import Plan, choose, pack
@@ -176,3 +177,14 @@ def test_values_that_are_not_finite_are_not_rounded(
 def test_finite_values_with_an_infinite_sum_are_rounded() -> None:
     w = Weight("dense", torch.full((16, 128), 1e38))
     assert CpuOps(1, "int4")._pack("w", [w], mlp=True).format == _native.Format.NL4
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_a_tied_embedding_is_read_from_the_head_of_8_bits(stored: Quantization) -> None:
+    ops, table = select("cpu", quantization=stored), torch.randn(70, 64).bfloat16()
+    head = ops.pack_head("lm_head", lambda: Weight("dense", table))
+    assert ops.pack_table("model.embed_tokens", lambda: Weight("dense", table), head) is head
+    assert torch.equal(ops.embed(torch.arange(70), head), quantize_int8(table.float()).dequantize())
+    exact = select("cpu")
+    head = exact.pack_head("lm_head", lambda: Weight("dense", table))
+    assert exact.pack_table("model.embed_tokens", lambda: Weight("dense", table), head) is not head

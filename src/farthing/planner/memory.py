@@ -498,9 +498,11 @@ def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder,
             continue
         local = local_shape(shape, cut)
         if name == EMBEDDING:
-            total += prod(local) * _item(stored)  # embeddings are read in their stored format
-            if plan.config.tie_word_embeddings:
-                total += holder.matrix(local[0], local[1], _head_stored(plan.config, holder, stored))
+            tied, head = plan.config.tie_word_embeddings, _head_stored(plan.config, holder, stored)
+            if not (tied and holder.backend == "cpu" and (holder.quantization or not head.is_float)):
+                total += prod(local) * _item(stored)  # embeddings are read in their stored format
+            if tied:
+                total += holder.matrix(local[0], local[1], head)
         elif name == "lm_head.weight":
             total += held_bytes(name, local, _head_stored(plan.config, holder, stored), plan, holder)
         else:

@@ -393,13 +393,19 @@ class PackingOps(HostOps):
 
     def pack_table(self, name: str, weight: Callable[[], Weight], head: Linear | None = None) -> Any:
         table = weight()
+        if self.is_table(head, table.format):
+            return head
         if table.format == "dense":
             return super().pack_table(name, lambda: table)
-        if head is not None and not head.packed.sparse and HELD[head.packed.format] == table.format:
-            return head
         packed = self._pack_as(plan([table], None), name, [table])
         del self._blobs[name]  # a packed file has no embedding
         return Linear(packed, *packed.shape)
+
+    def is_table(self, head: Linear | None, stored: str = "dense") -> bool:
+        if head is None or head.packed.sparse:
+            return False
+        held = HELD.get(head.packed.format, "int8")  # Q8_PLANES
+        return held == ("int8" if stored == "dense" else stored)
 
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Linear:
         packed = self._stored(name)
