@@ -1,7 +1,6 @@
 """The dashboard: curves from counters, the routes and their key, and the page in a real browser."""
 
 import json
-import shutil
 import socket
 import threading
 import time
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +22,7 @@ from farthing.engine.stats import BUCKETS, DiskStats, Histogram, HistogramSnapsh
 from farthing.server.dashboard.site import Dashboard, assets
 from farthing.server.dashboard.source import History, quantile, server_data
 from farthing.server.metrics import mount
+from tests.server.browser import browser_only, complaints, look, wait_for
 
 KEY = "a-key"
 
@@ -70,7 +69,11 @@ class Source:
 
     def __call__(self) -> dict[str, Any]:
         self.meter.record(Usage(decode_tokens=40, decode_seconds=0.1), 0.0, "m", "team")
-        return server_data("a model", self.snapshot(), self.meter.report(0.0), {"backend": "test"})
+        document = server_data("a model", self.snapshot(), self.meter.report(0.0), {"backend": "test"})
+        document["layers"] = 3  # layer 3 drafts
+        document["gauges"] |= {"memory": 4e8, "waiting": 60 if self.looks in (30, 31) else 1}
+        document["counters"] |= {"refused": self.looks, "cpu_seconds": 0.1 * self.looks}
+        return document
 
 
 def fleet() -> dict[str, Any]:
@@ -216,10 +219,6 @@ def test_failing_source_does_not_stop_the_sampler() -> None:
 
 # ---- the page in a browser ----
 
-browser_only = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="chromium is not installed"
-)
-
 
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
@@ -235,44 +234,6 @@ def serving(app: FastAPI) -> Iterator[str]:
             thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
-def look(browser: Any, url: str, width: int, scheme: str) -> None:
-    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-    browser.get(url)
-
-
-def wait_for(browser: Any, script: str) -> Any:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if value := browser.execute_script(f"return {script}"):
-            return value
-        time.sleep(0.05)
-    raise AssertionError(
-        f"never true: {script}; the page says {browser.execute_script('return document.body.innerText')}"
-    )
-
-
-def complaints(browser: Any) -> list[str]:
-    return [entry["message"] for entry in browser.get_log("browser") if "401" not in entry["message"]]
-
-
 PAINTED = """[...document.querySelectorAll("canvas")].filter((canvas) => canvas.width).every((canvas) =>
   canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean))"""
 
@@ -283,7 +244,7 @@ PAINTED = """[...document.querySelectorAll("canvas")].filter((canvas) => canvas.
 @pytest.mark.parametrize("kind", ["server", "gateway"])
 def test_page_renders_fits_and_logs_no_errors(browser: Any, kind: str, scheme: str, width: int) -> None:
     with serving(application(Source() if kind == "server" else fleet)) as url:
-        look(browser, url, width, scheme)
+        look(browser, f"{url}#charts", width, scheme)
         wait_for(browser, "document.querySelectorAll('.plot canvas').length >= 4")
         wait_for(browser, PAINTED)
         assert wait_for(browser, "document.documentElement.dataset.theme") == scheme
@@ -296,49 +257,6 @@ def test_page_renders_fits_and_logs_no_errors(browser: Any, kind: str, scheme: s
             assert text.splitlines().count("Replicas") == 1
         else:
             assert "Spending per key" in text and "team" in text and "3 × the layer's mean" in text
+            assert "draft" in text.splitlines() and "Memory" in text
         browser.get("about:blank")
-    assert complaints(browser) == []
-
-
-@browser_only
-def test_page_requests_the_key_and_streams_the_answer(browser: Any) -> None:
-    app = application(Source(), KEY)
-    seen: list[dict[str, Any]] = []
-
-    @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"data": [{"id": "a-model"}]}
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> StreamingResponse:
-        assert request.headers["authorization"] == f"Bearer {KEY}"
-        seen.append(await request.json())
-        events: list[dict[str, Any]] = [
-            {"choices": [{"delta": {"content": piece}}]} for piece in ("two <i>and</i> ", "two is four")
-        ]
-        events.append({"choices": [], "usage": {"completion_tokens": 7, "x_farthing": {"usd": 0.002}}})
-        lines = [f"data: {json.dumps(event)}\n\n" for event in events] + ["data: [DONE]\n\n"]
-        return StreamingResponse(iter(lines), media_type="text/event-stream")
-
-    with serving(app) as url:
-        look(browser, url, 1000, "light")
-        wait_for(browser, "document.querySelector('#login').open")
-        browser.execute_script(
-            "document.querySelector('#login-key').value = arguments[0];"
-            "document.querySelector('#login .primary').click()",
-            KEY,
-        )
-        wait_for(browser, "document.querySelector('#state').classList.contains('live')")
-        assert browser.execute_script("return sessionStorage.getItem('farthing.key')") == KEY
-        browser.execute_script(
-            "document.querySelector('.ask textarea').value = 'two and two?';"
-            "document.querySelector('.ask').requestSubmit()"
-        )
-        wait_for(browser, "document.querySelector('.used')")
-        answer = browser.execute_script("return document.querySelector('.answer').textContent")
-        used = browser.execute_script("return document.querySelector('.used').textContent")
-        browser.get("about:blank")
-    assert answer == "two <i>and</i> two is four"
-    assert "7 tokens" in used and "$0.002" in used
-    assert seen[0]["messages"] == [{"role": "user", "content": "two and two?"}] and seen[0]["stream"]
     assert complaints(browser) == []

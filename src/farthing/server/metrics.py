@@ -91,6 +91,11 @@ class Metrics:
 
         return generate_latest(self.registry) + (generate_latest(self.accounts) if accounts else b"")
 
+    def _refused(self) -> int:
+        """Requests to the API that were answered with an error status."""
+        samples = (sample for family in self.http_requests.collect() for sample in family.samples)
+        return int(sum(s.value for s in samples if _is_refusal(s.labels) and s.name.endswith("_total")))
+
     def add_routes(self, api: FastAPI) -> None:
         """Add what scrapers, gateways and the dashboard read."""
 
@@ -108,9 +113,13 @@ class Metrics:
 
         mount(
             api,
-            lambda: service_data(self._service),
+            lambda: service_data(self._service, self._refused()),
             lambda request, document: visible_to(request.scope["viewer"], document),
         )
+
+
+def _is_refusal(labels: Mapping[str, str]) -> bool:
+    return labels["path"].startswith("/v1/") and labels["status"][0] in "45" and labels["status"] != "499"
 
 
 async def _digest(service: Service) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import gc
 import json
 import logging
 import math
-import os
 import resource
 import shlex
 import signal
@@ -18,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -26,6 +24,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from farthing import process
+from farthing.memory import resident
 from farthing.process import loop_factory
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
@@ -77,12 +76,6 @@ class LogLimit(logging.Filter):
 
 _SECONDS = 10.0  # between looks at the resident memory
 _GROWTH = 1.05  # resident memory over that after the last trim, for another one
-_STATM = Path("/proc/self/statm")
-
-
-def resident() -> int:
-    """Resident bytes of this process."""
-    return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Trimmer:
@@ -102,7 +95,7 @@ class Trimmer:
 async def keep_trimmed() -> None:
     """Check every ten seconds, until cancelled. Returns at once where the C library cannot trim."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None or not _STATM.exists():
+    if trim is None or not resident():
         return
     trimmer = Trimmer(lambda: trim(0))
     while True:

@@ -1,4 +1,4 @@
-"""The operations dashboard: one page, its assets and its data.
+"""The page of a server: a chat, and charts behind a tab; its assets and its data.
 
     dashboard = router.mount(app, data, …)        # a FastAPI application: `/`, `/dashboard/…`
     Dashboard(data).start()                       # any other server: `asset(path)`, `document(since)`

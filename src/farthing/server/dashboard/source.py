@@ -8,7 +8,7 @@ A source document is plain JSON:
     counters    cumulative numbers, see `RATES` and `RATIOS`
     gauges      current numbers, drawn unchanged
     histograms  {name: {bounds, cumulative}}, drawn as name + _p50 and _p95
-    experts     {layer: [tokens of each expert]}
+    experts     {layer: [tokens of each expert]}; layers: their number without those that draft
     cost        {usd_per_hour, joules_source, declared, hardware, accounts: […]}
 
 A gateway adds `replicas`, `decisions`, `why` and `forecasts` (see docs/guide/observe.md).
@@ -16,6 +16,7 @@ A gateway adds `replicas`, `decisions`, `why` and `forecasts` (see docs/guide/ob
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.cost.meter import CostReport
 from farthing.engine.stats import HistogramSnapshot, StatsSnapshot
+from farthing.memory import resident
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -44,6 +46,9 @@ RATES = {
     "watts": "joules",
     "busy": "busy_seconds",
     "errors_ps": "errors",
+    "refused_ps": "refused",
+    "preemptions_ps": "preemptions",
+    "cpus": "cpu_seconds",
 }
 # point -> (numerator, denominator, factor)
 RATIOS = {
@@ -167,13 +172,17 @@ _COUNTERS = (
 _MOST_ACCOUNTS = 20
 
 
-def service_data(service: Service) -> dict[str, Any]:
-    """The document of a server whose engine may still be loading."""
+def service_data(service: Service, refused: int = 0) -> dict[str, Any]:
+    """The document of a server whose engine may still be loading. refused: requests answered by an error."""
     engine, accounts = service.engine, service.accounts
     if engine is None:
         return server_data(service.names[0], facts={"state": "the model is being loaded"})
     cost = accounts.report() if accounts else None
-    return server_data(service.names[0], engine.stats.snapshot(), cost, _facts(engine))
+    document = server_data(service.names[0], engine.stats.snapshot(), cost, _facts(engine))
+    document["layers"] = engine.model_config.num_hidden_layers
+    document["counters"] |= {"refused": refused, "cpu_seconds": time.process_time()}
+    document["gauges"]["memory"] = resident()
+    return document
 
 
 def _facts(engine: Engine) -> dict[str, str]:

@@ -1,11 +1,13 @@
-// The page: asks for news, keeps the points, and shows them with the view that fits the server's kind.
+// The page: a chat, and charts of the server behind a tab. Asks the server for news, and for its key.
 import { get, key, Refused } from "./api.js";
+import { Chat } from "./chat.js";
 import { h, seconds } from "./dom.js";
 import { GatewayView } from "./gateway.js";
 import { ServerView } from "./server.js";
 import { setup } from "./theme.js";
 
-const KEEP = 900;
+const KEEP = 900; // points
+const HIDDEN = 5000; // milliseconds between two questions while the charts are hidden
 const $ = (id) => document.getElementById(id);
 
 /** The points of the last minutes, column by column. */
@@ -31,6 +33,9 @@ class Points {
 
 const points = new Points();
 let view = null;
+let timer = null;
+
+const charts = () => location.hash === "#charts";
 
 function state(kind, text) {
   $("state").className = `state ${kind}`;
@@ -41,44 +46,63 @@ function show(data) {
   points.add(data.points);
   if (view?.kind !== data.kind) {
     view = data.kind === "gateway" ? new GatewayView() : new ServerView();
-    $("main").replaceChildren(view.element);
+    $("charts").replaceChildren(view.element);
   }
   $("title").replaceChildren(h("b", {}, data.title));
   document.title = `${data.title} · Farthing`;
-  view.show(data, points);
+  if (charts()) view.show(data, points);
 }
 
 async function login(refused) {
   const dialog = $("login");
   if (dialog.open) return;
-  $("login-problem").hidden = !refused;
+  $("login-problem").hidden = !(refused && key.get());
   $("login-key").value = "";
   dialog.returnValue = "cancel";
   dialog.showModal();
   await new Promise((done) => dialog.addEventListener("close", done, { once: true }));
-  if (dialog.returnValue === "use") key.set($("login-key").value.trim());
+  if (dialog.returnValue !== "use") return;
+  key.set($("login-key").value.trim());
+  chat.ready();
+  poll();
 }
 
 async function poll() {
-  let pause = 1000;
+  clearTimeout(timer);
+  let pause = HIDDEN;
   try {
+    const lost = $("state").classList.contains("lost");
     const data = await get(`/dashboard/data?since=${points.columns.t.at(-1) ?? 0}`);
-    pause = data.interval * 1000;
+    if (charts()) pause = data.interval * 1000;
     show(data);
-    state("live", data.uptime ? `up ${seconds(data.uptime)}` : "live");
+    state("live", data.uptime ? `up ${seconds(data.uptime)}` : data.facts?.state ?? "live");
+    if (lost) chat.ready();
   } catch (error) {
-    if (error instanceof Refused) {
-      state("lost", "API key needed");
-      await login(Boolean(key.get()));
-    } else {
-      state("lost", "no answer");
-      console.warn(error);
-      pause = 2000;
-    }
+    pause = 2000;
+    const refused = error instanceof Refused;
+    state("lost", refused ? "API key needed" : "no answer");
+    if (refused) await login(true);
   }
-  setTimeout(poll, pause);
+  clearTimeout(timer);
+  timer = setTimeout(poll, pause);
+}
+
+/** Show the view that the address names. */
+function route() {
+  $("chat").hidden = charts();
+  $("charts").hidden = !charts();
+  document.body.classList.toggle("chat-shown", !charts());
+  for (const [name, current] of [["chat", !charts()], ["charts", charts()]]) {
+    if (current) $(`tab-${name}`).setAttribute("aria-current", "page");
+    else $(`tab-${name}`).removeAttribute("aria-current");
+  }
+  if (charts()) poll();
 }
 
 setup($("theme"));
 $("key").addEventListener("click", () => login(false));
-poll();
+addEventListener("hashchange", route);
+const chat = new Chat($("chat"), login);
+route();
+chat.ready();
+if (!charts()) poll();

@@ -7,6 +7,9 @@ const TICKS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10
 const charts = new Set();
 onTheme(() => charts.forEach((chart) => chart.redraw()));
 
+const USUAL = 0.97; // share of the values that an axis shows whole
+const SPIKE = 3; // times the largest of them: what is drawn beyond the axis, with its value
+
 const sync = () => ({ key: "time", setSeries: false });
 
 /** A theme colour (#rrggbb) with an alpha. */
@@ -76,7 +79,7 @@ export class Chart {
         { ...axis, grid: { show: false }, space: 62, size: 26, incrs: TICKS, values: (u, ticks, at, space, step) => ticks.map((t) => clock(t).slice(0, step < 60 ? 8 : 5)) },
         { ...axis, size: 54, space: 34, values: (u, ticks) => ticks.map((tick) => format(tick)) },
       ],
-      hooks: { setCursor: [(u) => this.#legend(u.cursor.idx)], draw: [(u) => this.#now(u)] },
+      hooks: { setCursor: [(u) => this.#legend(u.cursor.idx)], draw: [(u) => this.#now(u), (u) => this.#spikes(u)] },
     };
   }
 
@@ -95,7 +98,37 @@ export class Chart {
   #range(low, high) {
     if (this.options.range) return this.options.range;
     if (!known(high) || high <= 0) return [0, 1];
-    return [0, high * 1.12];
+    const values = this.data.slice(1).flat().filter((value) => known(value) && value > 0).sort((a, b) => a - b);
+    const usual = values[Math.floor((values.length - 1) * USUAL)] ?? high;
+    return [0, (high > SPIKE * usual ? usual * 1.5 : high) * 1.12];
+  }
+
+  /** Marks above the axis where it cuts off a spike: a triangle and the largest value. */
+  #spikes(u) {
+    const top = u.scales.y.max;
+    const ratio = devicePixelRatio;
+    this.series.forEach((s, i) => {
+      const values = this.data[i + 1];
+      for (let at = 0; at < values.length; at += 1) {
+        if (!(values[at] > top)) continue;
+        let peak = at;
+        for (; values[at] > top; at += 1) if (values[at] > values[peak]) peak = at;
+        const x = u.valToPos(this.data[0][peak], "x", true);
+        const y = u.bbox.top;
+        u.ctx.save();
+        u.ctx.fillStyle = colour(s.color);
+        u.ctx.beginPath();
+        u.ctx.moveTo(x - 5 * ratio, y + 8 * ratio);
+        u.ctx.lineTo(x + 5 * ratio, y + 8 * ratio);
+        u.ctx.lineTo(x, y);
+        u.ctx.fill();
+        u.ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+        const right = x > u.bbox.left + u.bbox.width / 2;
+        u.ctx.textAlign = right ? "right" : "left";
+        u.ctx.fillText((s.format ?? this.options.format)(values[peak]), x + (right ? -8 : 8) * ratio, y + 9 * ratio);
+        u.ctx.restore();
+      }
+    });
   }
 
   /** What the legend says: under the cursor, else now. A forecast holds until its next step. */

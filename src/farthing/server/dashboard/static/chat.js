@@ -1,137 +1,240 @@
-// The playground: a chat or a completion, streamed, with what it took and cost.
-import { get, stream } from "./api.js";
-import { dollars, h, known, seconds, short } from "./dom.js";
+// The chat: the list of conversations, the one that is shown, and the message that is written.
+import { Refused } from "./api.js";
+import { all, Conversation } from "./conversations.js";
+import { h } from "./dom.js";
+import { reply } from "./reply.js";
+import { Settings } from "./settings.js";
+import { TurnView } from "./turn.js";
 
-export class Playground {
-  constructor() {
-    this.history = [];
-    this.mode = "chat";
-    this.talk = h("div.talk", { role: "log", ariaLive: "polite" });
-    this.input = h("textarea", { rows: 2, ariaLabel: "Prompt", onkeydown: (e) => this.#keys(e) });
-    this.tokens = h("input", { type: "number", min: 1, value: 128 });
-    this.temperature = h("input", { type: "number", min: 0, max: 2, step: 0.1, value: 0 });
+const SAVED_EVERY = 2000; // milliseconds, while an answer arrives
+
+export class Chat {
+  /** login(refused): asks for the API's key. */
+  constructor(element, login) {
+    this.login = login;
+    this.settings = new Settings();
+    this.views = new Map();
+    this.list = h("ul");
+    this.side = h("aside", { id: "conversations", ariaLabel: "Conversations" }, h("button.primary", { type: "button", onclick: () => this.fresh() }, "New chat"), this.list);
+    this.menu = h("button.quiet.menu", { type: "button", ariaExpanded: "false", "aria-controls": "conversations", onclick: () => this.#drawer(!element.classList.contains("drawer")) }, "Chats");
+    this.log = h("div.log-of-chat", { role: "log", ariaLabel: "Conversation", tabIndex: 0 });
+    this.input = h("textarea", { rows: 1, ariaLabel: "Message", placeholder: "Write a message", title: "Enter sends, Shift+Enter starts a new line", oninput: () => this.#grow(), onkeydown: (event) => this.#keys(event) });
     this.send = h("button.primary", { type: "submit" }, "Send");
-    this.modes = ["chat", "completion"].map((mode) =>
-      h("button", { type: "button", onclick: () => this.#choose(mode) }, mode === "chat" ? "Chat" : "Completion"));
-    this.clear = h("button.quiet", { type: "button", onclick: () => this.#reset() }, "Clear");
-    this.element = h("section.card.play", {},
-      h("header", {}, h("h2", {}, "Try it"), h("span.segments", {}, ...this.modes), h("span.end", {}, this.clear)),
-      this.talk,
-      h("form.ask", { onsubmit: (e) => this.#submit(e) }, this.input,
-        h("div.row", {}, h("label", {}, "Max tokens", this.tokens), h("label", {}, "Temperature", this.temperature), this.send)));
-    this.#choose("chat");
+    this.notice = h("p.problem", { role: "alert", hidden: true });
+    this.form = h("form.compose", { onsubmit: (event) => this.#submit(event) }, this.notice, this.input, h("div.row", {}, this.menu, ...this.settings.row, this.send));
+    this.element = element;
+    element.append(this.side, h("div.shade", { onclick: () => this.#drawer(false) }), h("section.talk", {}, this.log, this.form));
+    element.addEventListener("keydown", (event) => event.key === "Escape" && (this.abort ? this.abort.abort() : this.#drawer(false)));
+    addEventListener("storage", () => this.#list());
+    const [last] = all();
+    this.#open(last ?? new Conversation());
   }
 
-  #choose(mode) {
-    this.mode = mode;
-    this.modes.forEach((b) => (b.ariaPressed = String(b.textContent.toLowerCase() === mode)));
-    this.input.placeholder = mode === "chat" ? "Ask something. Enter sends, Shift+Enter starts a new line." : "Start a text or a program; the model continues it.";
-    this.input.classList.toggle("code", mode === "completion");
-    this.#reset();
+  /** Called when the chat comes into view, and when the server answers again. */
+  async ready() {
+    try {
+      await this.settings.load();
+      this.#notice("");
+      if (!this.conversation.turns.length) this.#draw();
+    } catch (error) {
+      if (!(error instanceof Refused)) this.#notice(error.message);
+    }
   }
 
-  #reset() {
+  fresh() {
+    this.#open(new Conversation());
+    this.input.focus();
+  }
+
+  #open(conversation) {
     this.abort?.abort();
-    this.history = [];
-    this.talk.replaceChildren(h("p.empty", {}, this.mode === "chat" ? "Nothing said yet." : "Nothing completed yet."));
+    this.conversation = conversation;
+    this.#drawer(false);
+    this.#list();
+    this.#draw();
+    this.#toEnd();
+  }
+
+  #drawer(open) {
+    this.element.classList.toggle("drawer", open);
+    this.menu.ariaExpanded = String(open);
+  }
+
+  #list() {
+    const stored = all();
+    const listed = JSON.stringify([this.conversation.id, ...stored.map(({ id, title }) => [id, title])]);
+    if (listed === this.listed) return; // the keyboard's focus stays where it is
+    this.listed = listed;
+    this.list.replaceChildren(...stored.map((each) => this.#entry(each)));
+    if (!stored.length) this.list.replaceChildren(h("li.empty", {}, "No conversations yet. They are stored in this browser only."));
+  }
+
+  #entry(conversation) {
+    const current = conversation.id === this.conversation.id;
+    const act = (label, action) => h("button", { type: "button", ariaLabel: `${label} “${conversation.title}”`, onclick: action }, label);
+    const open = h("button.open", { type: "button", title: conversation.title, ariaCurrent: String(current), onclick: () => current ? this.#drawer(false) : this.#open(conversation) }, conversation.title || "Untitled");
+    const entry = h("li", { className: current ? "current" : "" }, open, h("div.acts", {},
+      act("Rename", () => this.#rename(conversation, entry)), act("Export", () => download(conversation, this.settings.values)), act("Delete", () => this.#remove(conversation))));
+    return entry;
+  }
+
+  #rename(conversation, entry) {
+    const target = conversation.id === this.conversation.id ? this.conversation : conversation;
+    const input = h("input", { value: target.title, ariaLabel: "Title", maxLength: 100 });
+    const done = (keep) => {
+      if (keep && input.value.trim()) target.title = input.value.trim();
+      this.#save(target);
+    };
+    input.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") input.blur();
+      if (event.key === "Escape") input.value = target.title;
+    });
+    input.addEventListener("change", () => done(true));
+    input.addEventListener("blur", () => {
+      this.listed = null;
+      this.#list();
+    });
+    entry.replaceChildren(input);
+    input.select();
+  }
+
+  #remove(conversation) {
+    if (!confirm(`Delete “${conversation.title}”? It is stored nowhere else.`)) return;
+    if (conversation.id === this.conversation.id) {
+      this.abort?.abort();
+      this.conversation = new Conversation();
+      this.#draw();
+    }
+    conversation.remove();
+    this.#list();
+  }
+
+  #save(conversation = this.conversation) {
+    try {
+      conversation.save();
+    } catch {
+      this.#notice("This browser has no room for more: export and delete old conversations.");
+    }
+    if (!this.list.contains(document.activeElement?.closest("input"))) this.#list();
+  }
+
+  #draw() {
+    const { conversation } = this;
+    const actions = {
+      edit: (turn, text) => this.#say(turn.parent, { role: "user", text }),
+      again: (turn) => this.#answer(turn.parent),
+      show: (turn) => { conversation.show(turn); this.#save(); this.#draw(); },
+      results: (turn, found) => this.#answer(found.reduce((parent, each) => conversation.add(parent, { role: "tool", ...each }).id, turn.id)),
+      key: () => this.login(true),
+    };
+    this.views = new Map(conversation.path().map((turn) => [turn.id, new TurnView(conversation, turn, actions)]));
+    const greeting = h("div.greeting", {}, h("h1", {}, this.settings.values.model ? `Talk to ${this.settings.values.model.split("/").at(-1)}` : "Talk to the model"),
+      h("p", {}, "Conversations stay in this browser. Under each answer you see its speed, the prompt tokens that were cached, and its price."));
+    this.log.replaceChildren(...(this.views.size ? [...this.views.values()].map((view) => view.element) : [greeting]));
   }
 
   #keys(event) {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing || this.mode === "completion" && !event.ctrlKey) return;
-    event.preventDefault();
-    event.target.form.requestSubmit();
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      if (!this.abort) this.form.requestSubmit();
+    } else if (event.key === "ArrowUp" && !this.input.value) {
+      const last = this.conversation.path().findLast((turn) => turn.role === "user");
+      if (last && !this.abort) this.views.get(last.id)?.edit();
+    }
   }
 
-  async #submit(event) {
+  #submit(event) {
     event.preventDefault();
     if (this.abort) return this.abort.abort();
-    const text = this.mode === "chat" ? this.input.value.trim() : this.input.value;
-    if (!text) return;
-    this.talk.querySelector(".empty")?.remove();
-    this.abort = new AbortController();
-    this.send.textContent = "Stop";
-    const answer = this.#begin(text);
+    const text = this.input.value.trim();
+    if (!text) return undefined;
+    this.input.value = "";
+    this.#grow();
+    return this.#say(this.conversation.leaf, { role: "user", text });
+  }
+
+  #say(parent, turn) {
+    return this.#answer(this.conversation.add(parent, turn).id);
+  }
+
+  /** Add an answer below a turn, and stream it. */
+  async #answer(parent) {
+    this.abort?.abort();
+    const { conversation } = this;
+    const abort = (this.abort = new AbortController());
+    const turn = conversation.add(parent, { role: "assistant", text: "" });
+    this.#save();
+    this.#draw();
+    this.#toEnd();
+    this.#running(true);
+    const view = this.views.get(turn.id);
+    view.update(true);
     try {
-      await this.#run(text, answer);
+      if (!this.settings.values.model) await this.settings.load();
+      await reply(turn, conversation.messages(parent, this.settings.values.system), this.settings.values, abort.signal, this.#pacer(conversation, view));
     } catch (error) {
-      if (error.name !== "AbortError") this.talk.append(h("p.problem", {}, error.message));
-    } finally {
-      answer.classList.remove("running");
+      if (error.name === "AbortError") turn.end = "stopped";
+      else turn.problem = { message: error.message, status: error.status, code: error.code, wait: error.wait };
+      if (error instanceof Refused) this.login(true);
+    }
+    turn.done = true;
+    if (this.abort === abort) {
       this.abort = null;
-      this.send.textContent = "Send";
+      this.#running(false);
     }
+    this.#save(conversation);
+    this.#stick(() => (this.views.get(turn.id) ?? view).update(false));
   }
 
-  #begin(text) {
-    const answer = h("div.answer.running");
-    if (this.mode === "chat") {
-      this.talk.append(h("div.said", {}, text));
-      this.input.value = "";
-    } else {
-      answer.classList.add("code");
-      answer.append(h("span.given", {}, text));
-    }
-    this.talk.append(answer);
-    this.#scroll();
-    return answer;
-  }
-
-  async #run(text, answer) {
-    this.model ??= (await get("/v1/models")).data[0].id;
-    const chat = this.mode === "chat";
-    const body = {
-      model: this.model, stream: true, stream_options: { include_usage: true }, x_farthing: true,
-      max_tokens: Number(this.tokens.value) || 128, temperature: Number(this.temperature.value) || 0,
+  /** Show and store what has arrived, at most once per frame and once per `SAVED_EVERY`. */
+  #pacer(conversation, view) {
+    let [asked, saved] = [false, Date.now()];
+    const show = () => {
+      asked = false;
+      if (!view.turn.done) this.#stick(() => view.update(true));
     };
-    if (chat) body.messages = [...this.history, { role: "user", content: text }];
-    else body.prompt = text;
-    const began = performance.now();
-    const seen = { text: "", first: null, usage: null };
-    const parts = this.#parts(answer);
-    for await (const event of stream(chat ? "/v1/chat/completions" : "/v1/completions", body, this.abort.signal)) {
-      seen.usage = event.usage ?? seen.usage;
-      const choice = event.choices?.[0];
-      const delta = choice?.delta ?? {};
-      const thought = delta.reasoning_content ?? delta.reasoning;
-      const piece = chat ? delta.content : choice?.text;
-      if (thought || piece) seen.first ??= performance.now();
-      if (thought) parts.think(thought);
-      if (piece) parts.say(piece);
-      seen.text += piece ?? "";
-      if (thought || piece) this.#scroll();
-    }
-    if (chat) this.history.push({ role: "user", content: text }, { role: "assistant", content: seen.text });
-    answer.after(h("div.used", {}, used(seen, began)));
-    this.#scroll();
-  }
-
-  /** Where thoughts and text go; text nodes are extended, never parsed. */
-  #parts(answer) {
-    let thoughts = null;
-    const text = document.createTextNode("");
-    answer.append(text);
-    return {
-      think: (piece) => {
-        if (!thoughts) answer.prepend((thoughts = h("details", { open: true }, h("summary", {}, "Thinking"))));
-        thoughts.append(piece);
-      },
-      say: (piece) => text.appendData(piece),
+    return () => {
+      if (!asked) requestAnimationFrame(show);
+      asked = true;
+      if (Date.now() - saved > SAVED_EVERY) {
+        saved = Date.now();
+        this.#save(conversation);
+      }
     };
   }
 
-  #scroll() {
-    this.talk.scrollTop = this.talk.scrollHeight;
+  #running(running) {
+    this.send.textContent = running ? "Stop" : "Send";
+    this.log.ariaBusy = String(running);
+  }
+
+  #grow() {
+    this.input.style.height = "auto";
+    this.input.style.height = `${Math.min(this.input.scrollHeight + 2, innerHeight * 0.4)}px`;
+  }
+
+  #notice(text) {
+    this.notice.hidden = !text;
+    this.notice.textContent = text;
+  }
+
+  /** Change the log; stay at its end if it is shown. */
+  #stick(change) {
+    const { log } = this;
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    change();
+    if (atEnd) this.#toEnd();
+  }
+
+  #toEnd() {
+    this.log.scrollTop = this.log.scrollHeight;
   }
 }
 
-function used(seen, began) {
-  const tokens = seen.usage?.completion_tokens;
-  const spent = (performance.now() - (seen.first ?? began)) / 1e3;
-  const cost = seen.usage?.x_farthing?.usd;
-  return [
-    known(tokens) ? `${tokens} tokens` : null,
-    known(tokens) && tokens > 1 && spent > 0 ? `${short((tokens - 1) / spent)} tokens/s` : null,
-    seen.first ? `first after ${seconds((seen.first - began) / 1e3)}` : null,
-    known(cost) ? dollars(cost) : null,
-  ].filter(Boolean).join(" · ");
+/** A file with a conversation as shown, in the API's format. */
+function download(conversation, { system }) {
+  const document = { title: conversation.title, messages: conversation.messages(conversation.leaf, system) };
+  const url = URL.createObjectURL(new Blob([JSON.stringify(document, null, 2)], { type: "application/json" }));
+  h("a", { href: url, download: `${conversation.title.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "chat"}.json` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
 }

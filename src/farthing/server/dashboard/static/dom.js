@@ -15,6 +15,30 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
+/** A button that copies what `text()` returns, also where the page is not a secure context. */
+export function copyButton(text, label = "Copy") {
+  const button = h("button.copy", { type: "button" }, label);
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(text());
+    } catch {
+      const area = h("textarea", { value: text() });
+      button.append(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = label), 1500);
+  });
+  return button;
+}
+
+/** A table's rows; cells know their column's name, which narrow screens show beside each. */
+export function rows(names, cells, tag = "tr") {
+  return cells.map((row) => h(tag, {}, ...row.map((cell, i) => h("td", { "data-name": names[i] }, cell))));
+}
+
 export const known = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
 /** A number with three significant digits and k, M, G. */
@@ -57,6 +81,8 @@ export function dollars(value) {
 
 export const joules = (value) =>
   !known(value) ? "–" : value >= 3.6e5 ? short(value / 3.6e6) + " kWh" : value >= 1e4 ? short(value / 1e3) + " kJ" : short(value) + " J";
+
+export const bytes = (value) => (!known(value) ? "–" : value >= 1e9 ? short(value / 1e9) + " GB" : Math.round(value / 1e6) + " MB");
 
 export const watts = (value) => (known(value) ? short(value) + " W" : "–");
 

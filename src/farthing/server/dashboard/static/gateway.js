@@ -1,12 +1,12 @@
 // A fleet behind the gateway: load, forecasts with their bands, replicas, decisions with reasons.
 /* global uPlot */
 import { Chart } from "./chart.js";
-import { Playground } from "./chat.js";
-import { clock, dollars, h, known, seconds, short } from "./dom.js";
+import { clock, dollars, h, known, rows, seconds, short } from "./dom.js";
 import { facts, Tile } from "./server.js";
 
 const HORIZONS = { "30 min": 1800, "3 h": 10800, "24 h": 86400 };
 const FORECASTS = { short: ["minutes ahead", "s2"], mid: ["day plan", "s3"], realtime: ["real time", "s4"] };
+const REPLICA = ["Name", "State", "In flight", "Served", "Failed"];
 const STATES = { ready: "good", starting: "warn", draining: "warn", unhealthy: "bad" };
 
 export class GatewayView {
@@ -31,7 +31,7 @@ export class GatewayView {
     ], { title: "Replicas", format: short });
     this.rows = h("tbody");
     this.replicas.element.append(h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
-      ...["Name", "State", "In flight", "Served", "Failed"].map((name) => h(name === "State" ? "th.text" : "th", {}, name)))), this.rows)));
+      ...REPLICA.map((name) => h("th", {}, name)))), this.rows)));
     this.charts = [
       new Chart([{ name: "requests_ps", label: "arriving", color: "s1", fill: true }, { name: "errors_ps", label: "failed", color: "s2" }],
         { title: "Requests per second", format: short }),
@@ -40,7 +40,6 @@ export class GatewayView {
     ];
     this.why = h("p.why");
     this.log = h("ol.log");
-    this.play = new Playground();
     this.element = h("div", { style: { display: "contents" } },
       this.facts,
       h("div.tiles", {}, ...Object.values(this.tiles).map((tile) => tile.element)),
@@ -48,8 +47,7 @@ export class GatewayView {
       h("div.grid", {}, ...this.charts.map((chart) => chart.element)),
       h("div.grid.wide", {},
         h("section.card", {}, h("header", {}, h("h2", {}, "Decisions"), h("span.hint", {}, "newest first")), this.why, this.log),
-        this.replicas.element),
-      this.play.element);
+        this.replicas.element));
   }
 
   #forecastChart() {
@@ -109,9 +107,9 @@ export class GatewayView {
   }
 
   #replicas(replicas) {
-    this.rows.replaceChildren(...replicas.map((r) => h("tr", { title: r.url ?? "" },
-      h("td", {}, r.name), h("td.text", {}, h(`span.badge.${STATES[r.state] ?? "none"}`, {}, r.state)),
-      ...[r.inflight, r.served, r.failed].map((n) => h("td", {}, short(n))))));
+    this.rows.replaceChildren(...rows(REPLICA, replicas.map((r) => [
+      h("span", { title: r.url ?? "" }, r.name), h(`span.badge.${STATES[r.state] ?? "none"}`, {}, r.state),
+      ...[r.inflight, r.served, r.failed].map(short)])));
     if (!replicas.length) this.rows.replaceChildren(h("tr", {}, h("td.hint", { colSpan: 5 }, "no replica yet")));
   }
 

@@ -1,4 +1,4 @@
-// Experts: one row a layer, one column an expert; the colour is the load against the layer's mean.
+// Experts: one labelled row per layer, one column per expert; the color is the load relative to the layer's mean.
 import { h, short } from "./dom.js";
 import { isDark, onTheme } from "./theme.js";
 
@@ -19,6 +19,7 @@ function shade(value) {
 export class HeatMap {
   constructor() {
     this.canvas = h("canvas", { role: "img", "aria-label": "Tokens of each expert in each layer" });
+    this.names = h("div.names", { ariaHidden: "true" });
     this.summary = h("span.hint");
     this.ramp = h("i");
     this.tip = h("div.tip", { hidden: true });
@@ -27,9 +28,9 @@ export class HeatMap {
       h("button", { type: "button", onclick: () => this.#choose(name), ariaPressed: String(name === this.since) }, name === "minute" ? "Last minute" : "Since start"));
     this.element = h("section.card", {},
       h("header", {}, h("h2", {}, "Experts"), this.summary, h("span.segments.end", {}, ...this.buttons)),
-      h("div.heat", {}, this.canvas),
+      h("div.heat", {}, this.names, h("div.cells", {}, this.canvas)),
       h("div.scale", {}, h("span", {}, "0"), this.ramp, h("span", {}, `${TOP} × the layer's mean and more`),
-        h("span.hint", {}, "a row is a layer, a column an expert")));
+        h("span.hint", {}, "a column is an expert")));
     document.body.append(this.tip);
     this.past = [];
     this.canvas.addEventListener("pointermove", (event) => this.#hover(event));
@@ -38,7 +39,9 @@ export class HeatMap {
     new ResizeObserver(() => this.#draw()).observe(this.canvas.parentElement);
   }
 
-  show(now, experts) {
+  /** hidden: layers of the model; those above draft tokens. */
+  show(now, experts, hidden) {
+    this.hidden = hidden ?? Infinity;
     const layers = Object.keys(experts).map(Number).sort((a, b) => a - b);
     this.element.hidden = !layers.length;
     if (!layers.length) return;
@@ -74,6 +77,7 @@ export class HeatMap {
     this.canvas.height = Math.round(tall * this.rows.length * ratio);
     const context = this.canvas.getContext("2d");
     context.scale(ratio, ratio);
+    this.#label(tall);
     const gap = cell > 7 ? 2 : cell > 3.5 ? 1 : 0;
     this.rows.forEach((row, y) => {
       const mean = row.reduce((a, b) => a + b, 0) / row.length;
@@ -83,6 +87,19 @@ export class HeatMap {
       });
     });
     this.#legend();
+  }
+
+  #name(layer) {
+    return layer < this.hidden ? `layer ${layer}` : `draft layer ${layer}`;
+  }
+
+  /** Name as many rows as there is room for, and always those that draft. */
+  #label(tall) {
+    const step = Math.ceil(13 / tall);
+    this.names.replaceChildren(...this.layers.map((layer, y) => {
+      const name = layer >= this.hidden ? "draft" : y % step ? "" : String(layer);
+      return h("span", { title: this.#name(layer), style: { height: `${tall}px`, lineHeight: `${tall}px` } }, name);
+    }));
   }
 
   #legend() {
@@ -107,7 +124,7 @@ export class HeatMap {
     const x = row ? Math.floor(((event.clientX - box.left) / box.width) * row.length) : -1;
     if (!row || row[x] === undefined) return;
     const mean = row.reduce((a, b) => a + b, 0) / row.length;
-    this.tip.replaceChildren(h("b", {}, `layer ${this.layers[y]}, expert ${x}`), h("br"),
+    this.tip.replaceChildren(h("b", {}, `${this.#name(this.layers[y])}, expert ${x}`), h("br"),
       `${short(row[x])} tokens · ${mean ? short(row[x] / mean) : 0} × the mean`);
     this.tip.hidden = false;
     const left = Math.min(event.clientX + 12, innerWidth - this.tip.offsetWidth - 8);

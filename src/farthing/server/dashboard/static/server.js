@@ -1,7 +1,6 @@
-// One server: tiles, curves, experts, accounts, playground.
+// One server: tiles, curves, experts, accounts.
 import { Chart } from "./chart.js";
-import { Playground } from "./chat.js";
-import { dollars, h, joules, known, percent, seconds, short, watts } from "./dom.js";
+import { bytes, dollars, h, joules, known, percent, rows, seconds, short, watts } from "./dom.js";
 import { HeatMap } from "./heatmap.js";
 
 export class Tile {
@@ -25,6 +24,7 @@ export function facts(entries) {
   return entries.filter(([, value]) => value).map(([name, value]) => h("span", {}, `${name} `, h("b", {}, String(value))));
 }
 
+const COLUMNS = ["API key", "Requests", "Prompt", "Output", "Prefill", "Decode", "Total", "Energy"];
 const rate = (value) => (known(value) ? `${short(value)}/s` : "–");
 
 export class ServerView {
@@ -47,14 +47,13 @@ export class ServerView {
     this.costNote = h("span.hint");
     this.accountsCard = h("section.card", {}, h("header", {}, h("h2", {}, "Spending per key"), this.costNote),
       h("div.scroll", {}, h("table", {}, h("thead", {}, h("tr", {},
-        ...["API key", "Requests", "Prompt", "Output", "Prefill", "Decode", "Total", "Energy"].map((name) => h("th", {}, name)))), this.accounts)));
-    this.play = new Playground();
+        ...COLUMNS.map((name) => h("th", {}, name)))), this.accounts)));
     this.element = h("div", { style: { display: "contents" } },
       this.facts,
       h("div.tiles", {}, ...Object.values(this.tiles).map((tile) => tile.element)),
       h("div.grid", {}, ...this.charts.map((chart) => chart.element)),
       this.heat.element,
-      h("div.grid.wide", {}, this.play.element, this.accountsCard));
+      this.accountsCard);
   }
 
   #charts() {
@@ -65,6 +64,8 @@ export class ServerView {
     this.draftNote = h("span");
     this.speculation = new Chart([{ name: "acceptance", label: "drafts accepted", color: "s1" }],
       { title: "Speculation", hint: this.draftNote, format: percent, range: [0, 1] });
+    this.processors = new Chart([{ name: "cpus", label: "cores in use", color: "s1", fill: true }], { title: "CPU of this process", format: short });
+    this.memory = new Chart([{ name: "memory", label: "resident, mapped files included", color: "s3", fill: true }], { title: "Memory", format: bytes });
     this.power = new Chart([{ name: "watts", label: "", color: "s3", fill: true }], { title: "Power", format: watts });
     return [
       new Chart([
@@ -82,6 +83,13 @@ export class ServerView {
         { name: "prefix_hit", label: "prefix hits", color: "s3" },
       ], { title: "Cache", format: percent, range: [0, 1] }),
       new Chart([{ name: "usd_per_million", label: "idle time included", color: "s1" }], { title: "Dollars per million tokens", format: dollars }),
+      new Chart([
+        { name: "refused_ps", label: "refused", color: "s2" },
+        { name: "errors_ps", label: "failed", color: "s4" },
+        { name: "preemptions_ps", label: "preempted", color: "s3" },
+      ], { title: "Refusals, failures and preemptions per second", format: short }),
+      this.processors,
+      this.memory,
       this.speculation,
       this.power,
     ];
@@ -94,10 +102,12 @@ export class ServerView {
     this.#tiles(data, points);
     this.speculation.element.hidden = !data.counters.draft_tokens;
     this.power.element.hidden = !data.cost;
+    this.processors.element.hidden = data.counters.cpu_seconds === undefined;
+    this.memory.element.hidden = data.gauges.memory === undefined;
     this.power.series[0].text.data = data.cost?.joules_source ?? "";
     this.draftNote.textContent = `${short(data.counters.accepted_tokens / data.counters.drafts)} tokens accepted a step`;
     for (const chart of this.charts) if (!chart.element.hidden) chart.show(columns);
-    this.heat.show(data.now, data.experts ?? {});
+    this.heat.show(data.now, data.experts ?? {}, data.layers);
     this.#accounts(data.cost);
   }
 
@@ -123,11 +133,10 @@ export class ServerView {
     this.costNote.textContent = `energy ${cost.joules_source}; ` + (whole
       ? `busy ${percent(cost.utilization)} of the time; saved by cached prompts ${dollars(cost.saved_usd)} (estimated)`
       : "the spending of your key");
-    const rows = cost.accounts.map((a) => [a.api_key || "–", short(a.requests), short(a.prompt_tokens), short(a.output_tokens),
+    const spent = cost.accounts.map((a) => [a.api_key || "–", short(a.requests), short(a.prompt_tokens), short(a.output_tokens),
       dollars(a.prefill_usd), dollars(a.decode_usd), dollars(a.prefill_usd + a.decode_usd), joules(a.joules)]);
-    const cells = (row) => row.map((cell) => h("td", {}, cell));
-    this.accounts.replaceChildren(...rows.map((row) => h("tr", {}, ...cells(row))),
-      ...(whole ? [h("tr.muted", {}, ...cells(["idle time", "", "", "", "", "", dollars(cost.idle_usd), ""]))] : []),
-      h("tr", {}, ...cells([whole ? "all" : "sum", "", "", "", "", "", dollars(cost.usd), joules(cost.joules)])));
+    const idle = whole ? [["idle time", "", "", "", "", "", dollars(cost.idle_usd), ""]] : [];
+    this.accounts.replaceChildren(...rows(COLUMNS, spent), ...rows(COLUMNS, idle, "tr.muted"),
+      ...rows(COLUMNS, [[whole ? "all" : "sum", "", "", "", "", "", dollars(cost.usd), joules(cost.joules)]]));
   }
 }

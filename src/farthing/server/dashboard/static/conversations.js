@@ -1,0 +1,89 @@
+// Conversations in this browser's localStorage, one entry each. A conversation is a tree: editing or
+// regenerating a turn adds a sibling, and `leaf` says which path is shown.
+
+const PREFIX = "farthing.chat.";
+const SETTINGS = "farthing.settings";
+export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: 2048, temperature: "", top_p: "", seed: "", tools: "" };
+
+const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
+
+function read(name, otherwise) {
+  try {
+    return JSON.parse(localStorage.getItem(name)) ?? otherwise;
+  } catch {
+    return otherwise;
+  }
+}
+
+export const settings = {
+  get: () => ({ ...DEFAULTS, ...read(SETTINGS, {}) }),
+  set: (values) => localStorage.setItem(SETTINGS, JSON.stringify(values)),
+};
+
+/** Every conversation, the last changed first. */
+export function all() {
+  const names = Object.keys(localStorage).filter((name) => name.startsWith(PREFIX));
+  const found = names.map((name) => read(name, null)).filter((each) => each?.id && Array.isArray(each.turns));
+  return found.map((each) => new Conversation(each)).sort((a, b) => b.changed - a.changed);
+}
+
+export class Conversation {
+  constructor({ id = newId(), title = "", changed = Date.now(), turns = [], leaf = null } = {}) {
+    Object.assign(this, { id, title, changed, turns, leaf });
+  }
+
+  /** Store it. Throws if the browser has no room left. */
+  save() {
+    this.changed = Date.now();
+    localStorage.setItem(PREFIX + this.id, JSON.stringify(this));
+  }
+
+  remove() {
+    localStorage.removeItem(PREFIX + this.id);
+  }
+
+  /** Add a turn {role, text, …} below another one, and show it. */
+  add(parent, turn) {
+    const added = { id: newId(), parent, ...turn };
+    this.turns.push(added);
+    this.leaf = added.id;
+    if (!this.title && turn.role === "user") this.title = turn.text.trim().replace(/\s+/g, " ").slice(0, 60);
+    return added;
+  }
+
+  turn(id) {
+    return this.turns.find((each) => each.id === id) ?? null;
+  }
+
+  /** From the first turn to the shown leaf, or to another turn. */
+  path(to = this.leaf) {
+    const found = [];
+    for (let turn = this.turn(to); turn; turn = this.turn(turn.parent)) found.unshift(turn);
+    return found;
+  }
+
+  siblings(turn) {
+    return this.turns.filter((each) => each.parent === turn.parent);
+  }
+
+  /** Show a turn and the newest turns below it. */
+  show(turn) {
+    let last = turn;
+    for (let next = turn; next; next = this.turns.findLast((each) => each.parent === last.id)) last = next;
+    this.leaf = last.id;
+  }
+
+  /** The messages of a request, as the API has them. */
+  messages(to, system) {
+    const said = this.path(to).filter((turn) => turn.text || turn.calls?.length || turn.role !== "assistant").map(message);
+    return system.trim() ? [{ role: "system", content: system }, ...said] : said;
+  }
+}
+
+function message({ role, text, thoughts, calls, answers }) {
+  const found = { role, content: text };
+  if (thoughts) found.reasoning_content = thoughts;
+  if (calls?.length) found.tool_calls = calls;
+  if (answers) found.tool_call_id = answers;
+  return found;
+}
