@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -84,7 +85,7 @@ class Fake:
 
     @property
     def preset(self) -> Any:
-        return SimpleNamespace(name=self.name)
+        return SimpleNamespace(name=self.name, type="tiny")
 
     def command(self, port: int) -> list[str]:
         words = self.name, str(self.folder), str(self.delay), self.problem, str(port)
@@ -339,3 +340,22 @@ def test_only_admins_load_and_unload(tmp_path: Path) -> None:
         assert answer.json()["key"] == "Bearer k1"  # so that the model's server knows its clients
         unloaded = http.post("/models/unload", json={"model": "a"}, headers=root)
         assert unloaded.status_code == 200 and server.front.pool.unloads == 1
+
+
+def test_ollama_clients_see_all_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_LOOK", 0.05)
+    fakes = [Fake(name, tmp_path) for name in "ab"]
+    with served(*fakes) as server, httpx.Client(base_url=f"{server.url}/api", timeout=20) as http:
+        assert [each["name"] for each in http.get("/tags").json()["models"]] == ["a", "b"]
+        assert http.get("/ps").json() == {"models": []}
+        assert http.post("/show", json={"name": "b:latest"}).json()["model_info"]["tiny.context_length"] == 64
+        assert http.post("/pull", json={"model": "c"}).json()["error"].endswith("expected one of 'a', 'b'")
+        assert http.post("/chat", json={"model": "a", "keep_alive": "1h"}).json()["model"] == "a"
+        (kept,) = http.get("/ps").json()["models"]
+        left = datetime.fromisoformat(kept["expires_at"]) - datetime.now(UTC)
+        assert kept["name"] == "a" and 3500 < left.total_seconds() <= 3600
+        assert http.post("/chat", json={"model": "a", "keep_alive": 0}).status_code == 200
+        deadline = time.monotonic() + 20
+        while http.get("/ps").json()["models"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)

@@ -21,11 +21,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import farthing
 from farthing.server.access import Access
-from farthing.server.api import messages, openai, responses
+from farthing.server.api.routes import ERRORS, add_routes
 from farthing.server.bodies import Bodies
 from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import ServerConfig
-from farthing.server.errors import ApiError, ClientGone, Documented, is_anthropic
+from farthing.server.errors import ApiError, ClientGone, is_anthropic
 from farthing.server.metrics import PAGES, Metrics
 from farthing.server.schema import describe_unparsed, describe_validation
 from farthing.server.service import Service
@@ -65,6 +65,7 @@ class Answers:
 # Endpoints of OpenAI's and Anthropic's APIs that do not exist here, with the reasons.
 
 _STATELESS = "nothing is stored between requests except recent responses"
+_PULL = "models are managed by `farthing pull`, `list` and `rm`"
 _TEXT = "the model reads and writes text only"
 # Prefixes of paths, as far as a reason applies to all paths below.
 _REASONS = {
@@ -90,6 +91,11 @@ _REASONS = {
     "/v1/skills": "skills: the server runs no code",
     "/v1/fine_tuning": "fine-tuning: see `farthing train`",
     "/v1/evals": "evals: see `farthing eval`",
+    "/api/create": f"creating models: {_PULL}",
+    "/api/copy": f"copying models: {_PULL}",
+    "/api/delete": f"removing models: {_PULL}",
+    "/api/push": f"publishing models: {_PULL}",
+    "/api/blobs": f"files: {_PULL}",
     "/v1/organization": "administration of organizations",
     "/v1/organizations": "administration of organizations",
 }
@@ -117,14 +123,8 @@ def misplaced(path: str, known: Collection[str]) -> str | None:
     )
 
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", *PAGES})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/api/version", "/openapi.json", *PAGES})
 CLIENT_CLOSED = 499  # nginx's status for a client disconnect, seen only in logs and metrics
-_STREAMED: Documented = {
-    200: {
-        "content": {"application/json": {}, "text/event-stream": {}},
-        "description": "One document, or a stream",
-    }
-}
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -139,14 +139,12 @@ def create_app(service: Service) -> ASGIApp:
         root_path=service.config.root_path,
         servers=[{"url": service.config.root_path}] if service.config.root_path else None,
         openapi_url=None,  # see `_add_document`
-        responses=openai.ERRORS,
+        responses=ERRORS,
     )
     _add_state_routes(api, service)
     _add_model_routes(api, service)
     metrics.add_routes(api)
-    openai.add_routes(api, service, _STREAMED)
-    responses.add_routes(api, service, _STREAMED)
-    messages.add_routes(api, service, _STREAMED)
+    add_routes(api, service)
     _add_document(api)
     paths = frozenset(path for route in api.routes if (path := getattr(route, "path", None)))
     _add_error_handlers(api, paths)
@@ -203,6 +201,7 @@ def _add_state_routes(api: FastAPI, service: Service) -> None:
         service.require_engine()
         return JSONResponse({"status": "ready"})
 
+    @api.get("/api/version", summary="The version of this server, as Ollama's API tells it")
     @api.get("/version", summary="The version of this server")
     async def version() -> Response:
         return JSONResponse({"version": farthing.__version__})

@@ -1,8 +1,8 @@
 """Errors in the format of the API that was called, with the types and codes of its publisher.
 
 OpenAI: {"error": {"message", "type", "param", "code"}}. Anthropic, for /v1/messages: {"type": "error",
-"error": {"type", "message"}}. Both have the header X-Error-Code, the code or this server's own reason, for
-gateways and operators.
+"error": {"type", "message"}}. Ollama, for /api/…: {"error": message}. All have the header X-Error-Code, the
+code or this server's own reason, for gateways and operators.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class ApiError(Exception):
         if self.reason is not None:
             headers[CODE_HEADER] = self.reason
         anthropic = is_anthropic(scope["path"]) or _from_anthropic(scope)
-        return Response(self.body(anthropic), self.status, headers, media_type="application/json")
+        ollama = scope["path"].startswith("/api/")
+        text = json.dumps({"error": self.message}) if ollama else self.body(anthropic)
+        return Response(text, self.status, headers, media_type="application/json")
 
 
 def is_anthropic(path: str) -> bool:

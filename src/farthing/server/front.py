@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import aiohttp
-import pydantic_core
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -30,6 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import farthing
 from farthing.process import loop_factory
+from farthing.server.api.ollama import document_of, running, seconds, shown, tag
 from farthing.server.app import guarded, misplaced, reason
 from farthing.server.config import ENVIRONMENT, Given, ServerConfig
 from farthing.server.dashboard.site import HEADERS, assets
@@ -61,6 +61,7 @@ _FORWARDED = frozenset(
         *("messages/count_tokens", "embeddings", "rerank"),
     )
 ) | {"/tokenize", "/detokenize", "/rerank", "/openapi.json", "/dashboard/data", "/cache/digest"}
+_FORWARDED |= {f"/api/{path}" for path in ("chat", "generate", "embed", "embeddings")}
 
 
 class Front:
@@ -148,10 +149,12 @@ class _Forward:
         passed = request_headers(headers, (scope.get("client") or ["unknown"])[0])
         query = scope["query_string"].decode("latin-1")
         target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
+        document = document_of(body) if scope["method"] == "POST" and body else None
+        keep = seconds(document.get("keep_alive")) if document and scope["path"].startswith("/api/") else None
         for attempt in range(1, _TRIES + 1):
-            model = await self._model(scope, body, query, passed)
+            model = await self._model(scope, document, query, passed)
             try:
-                async with self._front.pool.use(model, scope["client_name"]) as url:
+                async with self._front.pool.use(model, scope["client_name"], keep) as url:
                     await self._relay(model, url, scope, target, passed, body, write)
                 return
             except ReplicaLost as problem:
@@ -191,14 +194,16 @@ class _Forward:
         finally:
             answer.close()
 
-    async def _model(self, scope: Scope, body: bytes, query: str, headers: Any) -> Hosted:
+    async def _model(
+        self, scope: Scope, document: Mapping[str, Any] | None, query: str, headers: Any
+    ) -> Hosted:
         """The model that a request is for. Raises ApiError."""
         front, path = self._front, scope["path"]
         if path not in _FORWARDED and named(path) is None:
             why = reason(path) or misplaced(path, self._known) or f"{scope['method']} {path}: Not Found"
             raise ApiError(404, why, code="unknown_url")
-        if scope["method"] == "POST" and body:
-            return front.model(_name_in(body))
+        if document is not None:
+            return front.model(document.get("model"))
         if chosen := parse_qs(query).get("model"):
             return front.model(chosen[0])
         loaded = sorted(
@@ -212,15 +217,6 @@ class _Forward:
         if not loaded:
             raise ApiError(404, f"{path}: no loaded model has it; name one by ?model=", code="not_found")
         return loaded[0]
-
-
-def _name_in(body: bytes) -> object:
-    """The model that a body names; None if it names none."""
-    try:
-        document = pydantic_core.from_json(body)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
-    return document.get("model") if isinstance(document, dict) else None
 
 
 async def _whole(receive: Receive) -> bytes:
@@ -286,7 +282,7 @@ def create_front(front: Front) -> ASGIApp:
     async def change(request: Request) -> Response:
         if not request.scope["viewer"].everything:
             raise ApiError(403, "models are loaded and unloaded with an admin key", code="forbidden")
-        chosen = front.model(_name_in(await request.body()))
+        chosen = front.model(document_of(await request.body()).get("model"))
         if request.url.path == "/models/load":
             await front.pool.load(chosen, request.scope["client_name"])
         else:
@@ -309,6 +305,27 @@ def create_front(front: Front) -> ASGIApp:
         assert isinstance(error, ApiError)
         return error.response(request.scope)
 
+    def entry(model: Hosted) -> dict[str, Any]:
+        return tag(model.name, model.sized.preset.type, model.size, front.created)
+
+    async def tags(request: Request) -> Response:
+        hosted = list(front.pool.models.values())
+        if request.url.path == "/api/tags":
+            return JSONResponse({"models": list(map(entry, hosted))})
+        now = time.monotonic()
+        return JSONResponse({"models": [
+            running(entry(each), each.kept_until - now, each.sized.engine.max_model_len)
+            for each in hosted if each.state == "loaded"
+        ]})  # fmt: skip
+
+    async def show(request: Request) -> Response:
+        document = document_of(await request.body())
+        chosen = front.model(document.get("model") or document.get("name"))
+        if request.url.path == "/api/pull":
+            return JSONResponse({"status": "success"})
+        capabilities = ["completion", "tools"]
+        return JSONResponse(shown(entry(chosen), chosen.sized.engine.max_model_len, capabilities))
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         front.session = make_session(_CONNECT, _SILENCE)
@@ -319,7 +336,9 @@ def create_front(front: Front) -> ASGIApp:
     routes = [
         *(Route(path, page) for path in assets()),
         *(Route(path, alive) for path in ("/health", "/ready")),
-        Route("/version", version),
+        *(Route(path, version) for path in ("/version", "/api/version")),
+        *(Route(path, tags) for path in ("/api/tags", "/api/ps")),
+        *(Route(path, show, methods=["POST"]) for path in ("/api/show", "/api/pull")),
         Route("/metrics", metrics),
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", model),

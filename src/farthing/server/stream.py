@@ -115,6 +115,7 @@ class Ending:
     done: str
     error: Callable[[ApiError], str]
     alive: str = ": keep-alive\n\n"  # a comment, which clients skip
+    media_type: str = "text/event-stream"
 
 
 _OPENS_AFTER = 1.0  # seconds without output until the API's first events are sent
@@ -160,8 +161,6 @@ class EventStream(Response):
     not wait in silence for a long prompt. From then on, pauses of `every` seconds are filled with `alive`.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self,
         job: Job,
@@ -172,7 +171,7 @@ class EventStream(Response):
         every: float,
     ) -> None:
         """opening: the API's first events, unless a chunk contained them; None: the API has none."""
-        self.status_code = 200
+        self.status_code, self.media_type = 200, ending.media_type
         self.background = None
         self.job, self.chunks, self.ending, self.opening = job, chunks, ending, opening
         self._every = every

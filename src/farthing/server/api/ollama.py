@@ -1,0 +1,463 @@
+"""/api/…: Ollama's API, for clients that speak no other. Chats and prompts take the path of /v1.
+
+Options that mean nothing here are ignored and named in a header; images are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from typing import Annotated, Any, Literal
+
+import pydantic_core
+from fastapi import Body as FromBody
+from fastapi import FastAPI
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from farthing.conversation.arguments import as_object, parsed
+from farthing.conversation.types import Conversation, Reasoning, Text, Tool, ToolCall, collect
+from farthing.conversation.types import Turn as ChatTurn
+from farthing.engine.request import StructuredOutputsParams
+from farthing.server.api.openai_protocol import MAX_MESSAGES, StopString
+from farthing.server.api.openai_protocol import Tool as ToolField
+from farthing.server.errors import STATUSES, ApiError, Documented
+from farthing.server.formats import IGNORED_HEADER, ModelFormats
+from farthing.server.sampling import IssuedCalls, with_defaults
+from farthing.server.schema import TEXT_ONLY, Body, FieldError, FieldNames, Strict, words
+from farthing.server.service import Service
+from farthing.server.stream import Ending, to_json
+from farthing.server.turn import Turn, TurnRequest, Update
+from farthing.server.work import encode
+
+_CHAT = FieldNames(
+    max_tokens="options.num_predict", effort="think", thinking="think", budget="think", structured="format"
+)
+_PROMPT = replace(_CHAT, prompt="prompt")
+_OLLAMA = Ending("", lambda error: f"{to_json({'error': error.message})}\n", "", "application/x-ndjson")
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+FOREVER = timedelta(days=36_500)  # of keep_alive below 0, for clients that expect a date
+
+
+def seconds(keep_alive: Any) -> float | None:
+    """keep_alive, such as 300 or "5m", in seconds; below 0 for ever, and None as if it were absent."""
+    if isinstance(keep_alive, int | float):
+        return FOREVER.total_seconds() if keep_alive < 0 else float(keep_alive)
+    parts = (
+        re.findall(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|$)", keep_alive) if isinstance(keep_alive, str) else []
+    )
+    if not parts:
+        return None
+    total = sum(float(number) * _UNITS.get(unit, 1.0) for number, unit in parts)
+    return FOREVER.total_seconds() if keep_alive[:1] == "-" else total
+
+
+# Request bodies.
+
+
+class Options(Strict):
+    """How to sample. Others of Ollama's options are ignored."""
+
+    temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
+    num_predict: int | None = Field(default=None, ge=-2, lt=2**31)  # below 0: until the model stops
+    repeat_penalty: float | None = Field(default=None, gt=0.01, le=100, allow_inf_nan=False)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Fields of SamplingParams, except the number of tokens."""
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "num_predict"}
+        return values | {"repetition_penalty": values.pop("repeat_penalty")}
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens at most; None: as many as fit."""
+        return self.num_predict if self.num_predict and self.num_predict > 0 else None
+
+
+def _no_images(value: Any) -> Any:
+    if value:
+        raise FieldError(problem=f": {TEXT_ONLY['image']}")
+    return value
+
+
+_Images = Annotated[list[Any] | None, BeforeValidator(_no_images)]
+
+
+class CallFunction(Strict):
+    """A call of an earlier turn."""
+
+    known = words("index")
+
+    name: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Call(Strict):
+    """A tool call in the history."""
+
+    known = words("type")
+
+    id: str | None = None
+    function: CallFunction
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    thinking: str = ""
+    images: _Images = None
+    tool_calls: list[Call] = Field(default_factory=list, max_length=1024, fail_fast=True)
+    tool_name: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class _Request(Body):
+    known = words("logprobs top_logprobs truncate shift")
+
+    model: str
+    stream: bool = True
+    options: Options = Options()
+    format: Literal["", "json"] | dict[str, Any] = ""
+    think: bool | Annotated[str, Field(max_length=64)] | None = None
+    keep_alive: float | str | None = None
+
+    @property
+    def structured(self) -> StructuredOutputsParams | None:
+        """The constraint on the answer."""
+        if isinstance(self.format, dict):
+            return StructuredOutputsParams(json=self.format)
+        return StructuredOutputsParams(json_object=True) if self.format else None
+
+    @property
+    def thinking(self) -> dict[str, Any]:
+        """Fields of a conversation."""
+        if isinstance(self.think, str):
+            return {"thinking": True, "effort": self.think}
+        return {"thinking": self.think}
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of options without effect."""
+        names = [name for name in self.options.model_extra or () if name.isidentifier() and name.isascii()]
+        return tuple(f"options.{name[:64]}" for name in names[:32])
+
+
+class ChatRequest(_Request):
+    """Body of /api/chat."""
+
+    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES, fail_fast=True)
+    tools: list[ToolField] = Field(default_factory=list, max_length=128, fail_fast=True)
+
+
+class GenerateRequest(_Request):
+    """Body of /api/generate."""
+
+    known = words("context logprobs top_logprobs truncate shift")
+
+    prompt: str = ""
+    system: str = ""
+    raw: bool = False  # without a chat template
+    images: _Images = None
+    suffix: str = ""
+    template: str = ""
+
+    @model_validator(mode="after")
+    def _supported(self) -> GenerateRequest:
+        if self.suffix:
+            raise FieldError("suffix", problem=": the model was not trained to fill in the middle")
+        if self.template:
+            raise FieldError("template", problem=": requests bring no template of their own")
+        return self
+
+
+class NamedRequest(Body):
+    """Body of /api/show and /api/pull."""
+
+    known = words("verbose insecure stream options system template")
+
+    model: str | None = None
+    name: str | None = None  # the older form
+
+    @property
+    def wanted(self) -> str:
+        """The model."""
+        return self.model or self.name or ""
+
+
+class OllamaError(BaseModel):
+    """The shape of every error."""
+
+    error: str
+
+
+# Conversations.
+
+
+def conversation_of(body: ChatRequest) -> Conversation:
+    """The conversation in a body. Raises ApiError (400) for results without a call."""
+    issued, turns = IssuedCalls(), []
+    for position, message in enumerate(body.messages):
+        calls = tuple(
+            ToolCall(
+                call.id or "", call.function.name, json.dumps(call.function.arguments, ensure_ascii=False)
+            )
+            for call in message.tool_calls
+        )
+        name = message.tool_name or message.name
+        turn = ChatTurn(message.role, message.content, message.thinking, calls, message.tool_call_id, name)
+        if message.role == "tool":
+            issued.answer(message.tool_call_id, f"messages[{position}].tool_call_id")
+        issued.issue(turn)
+        turns.append(turn)
+    functions = [tool.function for tool in body.tools]
+    tools = tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in functions)
+    return Conversation(tuple(turns), tools, **body.thinking)
+
+
+def _text(arguments: dict[str, Any]) -> str:
+    return json.dumps(arguments, ensure_ascii=False)
+
+
+class _RawTurn(Turn):
+    """A prompt that is no conversation."""
+
+    async def _write(self, formats: ModelFormats, conversation: Conversation) -> None:
+        (turn,) = conversation.turns
+        (self._ids,) = await encode(self._service, [turn.text], True, self._client, "prompt")
+        self._conversation, self._prompt = conversation, turn.text
+
+
+class _Writer:
+    """Converts updates to Ollama's documents, one a line."""
+
+    ending, opening, pieced = _OLLAMA, None, False
+
+    def __init__(self, turn: Turn, model: str, chat: bool) -> None:
+        self._turn, self._model, self._chat = turn, model, chat
+        self._began = time.monotonic_ns()
+        self._first = 0
+
+    async def whole(self) -> dict[str, Any]:
+        """The complete document."""
+        (update,) = await self._turn.whole()
+        answer = collect(update.deltas)
+        return self._document(answer.text, answer.reasoning, answer.calls) | self._end(update)
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Lines, one string per engine output. Calls follow when they are complete."""
+        calls: list[Any] = []
+        async for updates in self._turn.updates():
+            (update,) = updates
+            self._first = self._first or time.monotonic_ns()
+            lines = []
+            for delta in update.deltas:
+                match delta:
+                    case Text(text):
+                        lines.append(self._document(text))
+                    case Reasoning(text):
+                        lines.append(self._document("", text))
+                    case _:
+                        calls.append(delta)
+            if update.finish is not None:
+                if calls:
+                    lines.append(self._document("", "", collect(calls).calls))
+                lines.append(self._document("") | self._end(update))
+            if lines:
+                yield "".join(f"{to_json(line)}\n" for line in lines)
+
+    def _document(self, text: str, thinking: str = "", calls: Any = ()) -> dict[str, Any]:
+        document: dict[str, Any] = {"model": self._model, "created_at": _now(), "done": False}
+        reasoning = {"thinking": thinking} if thinking else {}
+        if not self._chat:
+            return document | {"response": text, **reasoning}
+        message: dict[str, Any] = {"role": "assistant", "content": text, **reasoning}
+        if calls:
+            message["tool_calls"] = [
+                {"id": identity, "function": {"index": index, "name": name, "arguments": _object(arguments)}}
+                for index, (identity, name, arguments) in enumerate(calls)
+            ]
+        return document | {"message": message}
+
+    def _end(self, update: Update) -> dict[str, Any]:
+        usage, now = self._turn.usage, time.monotonic_ns()
+        first = self._first or now
+        return {
+            "done": True,
+            "done_reason": "length" if update.finish == "length" else "stop",
+            "total_duration": now - self._began,
+            "load_duration": 0,
+            "prompt_eval_count": usage.prompt_tokens,
+            "prompt_eval_duration": first - self._began,
+            "eval_count": usage.completion_tokens,
+            "eval_duration": now - first,
+        }
+
+
+def _object(arguments: str) -> Any:
+    return parsed(as_object(arguments) or "{}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
+
+
+def loaded_answer(document: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The answer to a request without messages or prompt, which loads or, by keep_alive, unloads a model."""
+    empty = {"message": {"role": "assistant", "content": ""}} if path == "/api/chat" else {"response": ""}
+    reason = "unload" if seconds(document.get("keep_alive")) == 0 else "load"
+    return {
+        "model": document.get("model"),
+        "created_at": _now(),
+        **empty,
+        "done": True,
+        "done_reason": reason,
+    }
+
+
+# Lists of models, also of several in one server.
+
+
+def tag(name: str, kind: str, size: int, created: float) -> dict[str, Any]:
+    """A model in /api/tags and /api/ps."""
+    details = {"parent_model": "", "format": "safetensors", "family": kind, "families": [kind]}
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "size": size,
+        "digest": sha256(f"{name} {kind}".encode()).hexdigest(),
+        "details": details | {"parameter_size": "", "quantization_level": ""},
+    }
+
+
+def running(entry: Mapping[str, Any], left: float, context: int | None) -> dict[str, Any]:
+    """A loaded model in /api/ps. left: seconds until it may be unloaded."""
+    expires = datetime.now(UTC) + timedelta(seconds=min(left, FOREVER.total_seconds()))
+    return {**entry, "expires_at": expires.isoformat(), "size_vram": 0, "context_length": context}
+
+
+def shown(entry: Mapping[str, Any], context: int | None, capabilities: list[str]) -> dict[str, Any]:
+    """A model in /api/show."""
+    kind = entry["details"]["family"]
+    return {
+        "license": "",
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "modified_at": entry["modified_at"],
+        "details": entry["details"],
+        "model_info": {"general.architecture": kind, f"{kind}.context_length": context},
+        "capabilities": capabilities,
+    }
+
+
+# The routes.
+
+
+def add_routes(api: FastAPI, service: Service) -> None:
+    """Add this API's routes."""
+    errors: Documented = {status: {"model": OllamaError} for status in STATUSES}
+    streamed: Documented = {200: {"content": {"application/json": {}, _OLLAMA.media_type: {}}}}
+
+    def checked(name: str) -> str:
+        return service.check_model(name.removesuffix(":latest") if name not in service.names else name)
+
+    def entries() -> list[dict[str, Any]]:
+        kind = service.require_engine().model_config.model_type
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        return [tag(name, kind, size, service.created) for name in service.names]
+
+    async def answered(
+        body: _Request, request: Request, conversation: Conversation, names: FieldNames, raw: bool
+    ) -> Response:
+        engine, client = service.require_engine(), request.scope["client_name"]
+        turn = (_RawTurn if raw else Turn)(
+            service,
+            TurnRequest(
+                conversation=conversation,
+                sampling=with_defaults(body.options.sampling, engine.default_sampling)
+                | {"max_tokens": body.options.limit},
+                structured=body.structured,
+                stream=body.stream,
+                names=names,
+            ),
+            client,
+        )
+        writer = _Writer(turn, body.model, chat=isinstance(body, ChatRequest))
+        await turn.begin()
+        response = await turn.answer(request, writer)
+        if ignored := [*filter(None, [response.headers.get(IGNORED_HEADER)]), *body.ignored]:
+            response.headers[IGNORED_HEADER] = ", ".join(ignored)
+        return response
+
+    @api.post("/api/chat", summary="Answer a conversation, as Ollama's API does", responses=errors | streamed)
+    async def chat(request: Request, body: ChatRequest = FromBody()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        checked(body.model)
+        if not body.messages:
+            return JSONResponse(loaded_answer(body.model_dump(), "/api/chat"))
+        return await answered(body, request, conversation_of(body), _CHAT, raw=False)
+
+    @api.post(
+        "/api/generate",
+        summary="Answer or continue a prompt, as Ollama's API does",
+        responses=errors | streamed,
+    )
+    async def generate(request: Request, body: GenerateRequest = FromBody()) -> Response:
+        await service.unknown_fields.check(body, request.scope)
+        checked(body.model)
+        if not body.prompt:
+            return JSONResponse(loaded_answer(body.model_dump(), "/api/generate"))
+        turns = [ChatTurn("user", body.prompt)]
+        if body.system and not body.raw:
+            turns.insert(0, ChatTurn("system", body.system))
+        conversation = Conversation(tuple(turns), **({} if body.raw else body.thinking))
+        return await answered(body, request, conversation, _PROMPT, body.raw)
+
+    @api.get("/api/tags", summary="The models served, as Ollama's API lists them", responses=errors)
+    async def tags() -> Response:
+        return JSONResponse({"models": entries()})
+
+    @api.get("/api/ps", summary="The models loaded, as Ollama's API lists them", responses=errors)
+    async def loaded() -> Response:
+        context, left = service.require_engine().config.max_model_len, FOREVER.total_seconds()
+        return JSONResponse({"models": [running(entry, left, context) for entry in entries()]})
+
+    @api.post("/api/show", summary="One model, as Ollama's API describes it", responses=errors)
+    async def show(body: NamedRequest = FromBody()) -> Response:
+        name = checked(body.wanted)
+        entry = next(each for each in entries() if each["name"] == name)
+        thinks = (await service.formats()).plain.form.tags is not None
+        capabilities = ["completion", "tools", *(["thinking"] if thinks else [])]
+        return JSONResponse(shown(entry, service.require_engine().config.max_model_len, capabilities))
+
+    @api.post("/api/pull", summary="Whether a model is served; none is downloaded", responses=errors)
+    async def pull(body: NamedRequest = FromBody()) -> Response:
+        checked(body.wanted)
+        return JSONResponse({"status": "success"})
+
+
+def document_of(body: bytes) -> Mapping[str, Any]:
+    """The object of a body. Raises ApiError (400)."""
+    try:
+        document = pydantic_core.from_json(body)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from error
+    return document if isinstance(document, dict) else {}

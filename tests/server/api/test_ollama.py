@@ -1,0 +1,163 @@
+"""/api/…: Ollama's API, by plain HTTP and with its own client where that is installed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from farthing.server.api.ollama import FOREVER, seconds
+from tests.server.harness import Running, ScriptedEngine, letters, running
+from tests.server.test_chat import CALL, PARAMETERS, THINKING, TOOLS, USER
+
+
+def post(server: Running, path: str, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/api/{path}", json={"model": "tiny"} | body, timeout=60)
+
+
+def lines(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["Content-Type"].startswith("application/x-ndjson")
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def check_end(document: dict[str, Any]) -> None:
+    assert document["done"] is True and document["done_reason"] in ("stop", "length")
+    counts = {name: document[name] for name in document if name.endswith(("_count", "_duration"))}
+    assert len(counts) == 6 and all(isinstance(count, int) for count in counts.values())
+    assert counts["total_duration"] == counts["prompt_eval_duration"] + counts["eval_duration"] > 0
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_chat_streams_text_thinking_and_whole_calls(size: int) -> None:
+    script = letters(f"Hm.</think>{CALL}", size)
+    with running(ScriptedEngine(script, chat_template=THINKING)) as server:
+        streamed = lines(post(server, "chat", messages=USER, tools=TOOLS))
+        whole = post(server, "chat", messages=USER, tools=TOOLS, stream=False).json()
+    messages = [line["message"] for line in streamed]
+    assert "".join(each["content"] for each in messages) == whole["message"]["content"] == "Let me look."
+    assert "".join(each.get("thinking", "") for each in messages) == whole["message"]["thinking"] == "Hm."
+    (calls,) = [each["tool_calls"] for each in messages if "tool_calls" in each]
+    for made in (calls, whole["message"]["tool_calls"]):
+        assert [call["function"] for call in made] == [
+            {"index": 0, "name": "weather", "arguments": {"city": "Paris", "days": 2}},
+            {"index": 1, "name": "now", "arguments": {}},
+        ]
+    check_end(streamed[-1])
+    check_end(whole)
+    assert not any(line["done"] for line in streamed[:-1])
+
+
+def test_results_of_calls_reach_the_prompt() -> None:
+    engine = ScriptedEngine(["ok"])
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome", "days": 1}}}
+    turns = [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    with running(engine) as server:
+        turns.append({"role": "tool", "tool_name": "weather", "content": "18 degrees"})
+        assert lines(post(server, "chat", messages=turns, tools=TOOLS))[-1]["done"]
+        assert "18 degrees" in engine.prompts[0] and '"Rome"' in engine.prompts[0]
+        stray = post(server, "chat", messages=turns[-1:])
+        assert stray.status_code == 400 and "no earlier call" in stray.json()["error"]
+
+
+def test_options_become_sampling_parameters_and_unknown_ones_are_named() -> None:
+    engine = ScriptedEngine(["ok"])
+    options = {
+        "temperature": 0, "top_k": 5, "top_p": 0.5, "seed": 7, "stop": ["\n"], "num_predict": 9,
+        "repeat_penalty": 1.5, "num_ctx": 8192, "mirostat": 1,
+    }  # fmt: skip
+    with running(engine) as server:
+        answer = post(server, "generate", prompt="a", options=options, stream=False)
+        assert answer.headers["x-farthing-ignored"] == "options.num_ctx, options.mirostat", answer.headers
+        params = engine.params[0]
+        assert (params.temperature, params.top_k, params.top_p, params.seed) == (0, 5, 0.5, 7)
+        assert (params.max_tokens, params.stop, params.repetition_penalty) == (9, ["\n"], 1.5)
+        post(server, "generate", prompt="a", options={"num_predict": -1}, stream=False)
+        assert engine.params[1].max_tokens is None
+        for wrong in ({"temperature": -1}, {"top_k": "x"}, {"seed": 0.5}):
+            refused = post(server, "generate", prompt="a", options=wrong)
+            (name,) = wrong
+            assert refused.status_code == 400 and f"options.{name}" in refused.json()["error"]
+
+
+def test_generate_with_and_without_a_template() -> None:
+    engine = ScriptedEngine(["Pa", "ris"])
+    with running(engine) as server:
+        streamed = lines(post(server, "generate", prompt="Capital?", system="Be brief."))
+        assert "".join(line["response"] for line in streamed) == "Paris"
+        assert "Be brief." in engine.prompts[0] and engine.prompts[0] != "Capital?"
+        raw = post(server, "generate", prompt="Capital?", raw=True, stream=False).json()
+        assert raw["response"] == "Paris" and engine.prompts[1].endswith("Capital?")
+        assert "<｜User｜>" not in engine.prompts[1]
+        check_end(raw)
+
+
+def test_format_constrains_the_answer(tiny: Running) -> None:
+    options = {"num_predict": 300, "seed": 1}
+    body = {"messages": USER, "options": options, "stream": False}
+    answer = post(tiny, "chat", format=PARAMETERS, **body).json()
+    jsonschema.validate(json.loads(answer["message"]["content"]), PARAMETERS)
+    assert post(tiny, "chat", format="json", **body).json()["message"]["content"].startswith("{")
+
+
+def test_what_cannot_be_done_is_refused_clearly() -> None:
+    with running(ScriptedEngine(["ok"])) as server:
+        image = [{"role": "user", "content": "What is this?", "images": ["aGk="]}]
+        for answer, said in (
+            (post(server, "chat", messages=image), "reads text only"),
+            (post(server, "generate", prompt="a", images=["aGk="]), "reads text only"),
+            (post(server, "generate", prompt="a", suffix="b"), "fill in the middle"),
+            (post(server, "generate", prompt="a", model="other"), "expected one of 'tiny'"),
+            (post(server, "pull", model="other"), "expected one of 'tiny'"),
+            (post(server, "delete"), "farthing pull"),
+            (post(server, "chat", messages=USER, format="xml"), "format"),
+        ):
+            assert answer.status_code in (400, 404) and said in answer.json()["error"], answer.text
+
+
+def test_lists_and_descriptions(tiny: Running) -> None:
+    for path in ("tags", "ps"):
+        (entry,) = httpx.get(f"{tiny.url}/api/{path}").json()["models"]
+        assert entry["name"] == "tiny" and entry["details"]["family"] == "deepseek_v3" and entry["size"] > 0
+    shown = post(tiny, "show", model="tiny:latest").json()
+    assert shown["model_info"]["deepseek_v3.context_length"] == 2048
+    assert shown["capabilities"][:2] == ["completion", "tools"]
+    assert post(tiny, "pull").json() == {"status": "success"}
+    assert post(tiny, "chat", messages=[]).json()["done_reason"] == "load"
+    assert post(tiny, "generate", keep_alive=0).json()["done_reason"] == "unload"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, None), (0, 0.0), (300, 300.0), ("5m", 300.0), ("1h30m", 5400.0), ("100ms", 0.1), ("0", 0.0),
+        (-1, FOREVER.total_seconds()), ("-1m", FOREVER.total_seconds()), ("soon", None), ([], None),
+    ],
+)  # fmt: skip
+def test_keep_alive(given: object, expected: float | None) -> None:
+    assert seconds(given) == expected
+
+
+def test_its_own_client() -> None:
+    ollama = pytest.importorskip("ollama")
+    script = letters(f"Hm.</think>{CALL}", 5)
+    with running(ScriptedEngine(script, chat_template=THINKING)) as server:
+        client = ollama.Client(host=server.url)
+        answer = client.chat(model="tiny", messages=USER, tools=TOOLS, think=True, keep_alive="5m")
+        assert answer.message.thinking == "Hm." and answer.message.content == "Let me look."
+        assert answer.message.tool_calls[0].function.arguments == {"city": "Paris", "days": 2}
+        parts = list(client.chat(model="tiny", messages=USER, tools=TOOLS, stream=True))
+        assert "".join(part.message.content for part in parts) == "Let me look." and parts[-1].done
+        turns = [*USER, answer.message, {"role": "tool", "tool_name": "weather", "content": "18 degrees"}]
+        turns.append({"role": "tool", "tool_name": "now", "content": "noon"})
+        assert client.chat(model="tiny", messages=turns, tools=TOOLS).done
+        generated = client.generate(model="tiny", prompt="a", options={"num_predict": 5, "num_ctx": 99})
+        assert generated.response and generated.total_duration > 0
+        assert [model.model for model in client.list().models] == ["tiny"]
+        assert client.ps().models[0].expires_at and client.show("tiny").capabilities
+        assert client.pull("tiny").status == "success"
+        with pytest.raises(ollama.ResponseError, match="expected one of 'tiny'"):
+            client.chat(model="other", messages=USER)
