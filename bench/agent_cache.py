@@ -8,6 +8,10 @@ a token, are as published, so the published models compute the same tokens again
 
     python bench/agent_cache.py                # every model, restarted once
     python bench/agent_cache.py --restarts 4   # a new process on the same disk cache every fourth turn
+    python bench/agent_cache.py --peer PATH/llama-server   # the same weights and sessions on llama.cpp
+
+The peer gets the shapes as a GGUF file that `farthing export` writes. One slot computes all prompts; it is
+saved before a restart and restored after it. Its other settings are the defaults.
 """
 
 from __future__ import annotations
@@ -20,6 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from farthing.compress.gguf import export_gguf
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
@@ -27,6 +35,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import random_model
 from farthing.ops.select import select
+from glm_dsa_peer import Server
 
 VOCABULARY = 512
 COMMON: dict[str, Any] = {
@@ -62,6 +71,11 @@ class Shape:
     thinking: int = 40
     answer: int = 40
 
+    @property
+    def length(self) -> int:
+        """Tokens of the last prompt and its answer, at most."""
+        return self.instructions + self.turns * (self.result + self.thinking + self.answer)
+
 
 @dataclass
 class Count:
@@ -77,40 +91,102 @@ class Count:
         return self.again / max(1, self.repeated)
 
 
-def session(model: DecoderModel, shape: Shape, restarts: int, keep_thinking: bool, folder: Path) -> Count:
+class Ours:
+    """Our engine with a disk cache."""
+
+    def __init__(self, model: DecoderModel, shape: Shape, folder: Path) -> None:
+        self._model, self._new = model, shape.thinking + shape.answer
+        self._config = EngineConfig(
+            max_num_seqs=4, num_blocks=2 * shape.length // 16, max_model_len=shape.length + 64,
+            prefix_cache_dir=str(folder),
+        )  # fmt: skip
+        self._engine = Engine(model, self._config)
+
+    def turn(self, prompt: list[int]) -> tuple[list[int], int]:
+        """The answer, and how many tokens of the prompt were cached."""
+        params = SamplingParams(temperature=0, max_tokens=self._new, ignore_eos=True)
+        found = self._engine.submit(prompt, params).result()
+        return list(found.outputs[0].token_ids), found.metrics.cached_tokens
+
+    def restart(self) -> None:
+        """A new engine on the same disk cache."""
+        self.close()
+        self._engine = Engine(self._model, self._config)
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._engine.shutdown()
+
+
+class LlamaServer:
+    """A llama-server with one slot."""
+
+    def __init__(self, binary: Path, name: str, shape: Shape, folder: Path) -> None:
+        checkpoint, model = folder / name, folder / f"{name}.gguf"
+        raw = dict(MODELS[name].get("text_config", MODELS[name]))
+        config = transformers.AutoConfig.for_model(raw.pop("model_type"), **raw)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(checkpoint)
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        pair = (letters[0], letters[1])  # llama.cpp refuses a tokenizer without merges
+        vocabulary = {token: i for i, token in enumerate([*letters, "".join(pair)])}
+        tokenizer = Tokenizer(models.BPE(vocabulary, [pair]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.save(str(checkpoint / "tokenizer.json"))
+        export_gguf(checkpoint, model)
+        self._start = lambda: Server(binary, model, 2, shape.length + 64)
+        self._server, self._new = self._start(), shape.thinking + shape.answer
+
+    def turn(self, prompt: list[int]) -> tuple[list[int], int]:
+        """The answer, and how many tokens of the prompt were cached."""
+        found = self._server.complete(prompt, self._new, 1)
+        answer = [each["id"] for each in found["completion_probabilities"]]
+        return answer, len(prompt) - int(found["timings"]["prompt_n"])
+
+    def restart(self) -> None:
+        """A new process with the saved slot."""
+        self._server.slot("save", "slot.bin")
+        self._server.close()
+        self._server = self._start()
+        self._server.slot("restore", "slot.bin")
+
+    def close(self) -> None:
+        """Stop the process."""
+        self._server.close()
+
+
+def session(system: Ours | LlamaServer, shape: Shape, restarts: int, keep_thinking: bool) -> Count:
     """Run one session; restarts: turns that one process serves."""
-    draw, count = random.Random(1), Count()
+    draw, count, known = random.Random(1), Count(), 0
     prompt = [draw.randrange(2, VOCABULARY) for _ in range(shape.instructions)]
-    length = shape.instructions + shape.turns * (shape.result + shape.thinking + shape.answer)
-    config = EngineConfig(
-        max_num_seqs=4, num_blocks=2 * length // 16, max_model_len=length + 64, prefix_cache_dir=str(folder)
-    )
-    params = SamplingParams(temperature=0, max_tokens=shape.thinking + shape.answer, ignore_eos=True)
-    engine, known = Engine(model, config), 0
     try:
         for turn in range(shape.turns):
             if turn and turn % restarts == 0:
-                engine.shutdown()
-                engine = Engine(model, config)
+                system.restart()
             prompt += [draw.randrange(2, VOCABULARY) for _ in range(shape.result)]
-            found = engine.submit(prompt, params).result()
+            answer, cached = system.turn(prompt)
             count.sent += len(prompt)
             count.repeated += known
-            count.again += max(0, known - found.metrics.cached_tokens)
-            answer = found.outputs[0].token_ids
+            count.again += max(0, known - cached)
             known = len(prompt) + (len(answer) if keep_thinking else 0)
             prompt += answer if keep_thinking else answer[shape.thinking :]
     finally:
-        engine.shutdown()
+        system.close()
     return count
 
 
-def measure(name: str, shape: Shape, restarts: int, keep_thinking: bool, ops: str) -> Count:
+def measure(
+    name: str, shape: Shape, restarts: int, keep_thinking: bool, ops: str, peer: Path | None = None
+) -> Count:
     """One session of a model, with a disk cache of its own."""
-    model = random_model(ModelConfig.from_json(MODELS[name]), select(ops), seed=3)
-    model.ops.source = name  # identifies blocks on disk
     with tempfile.TemporaryDirectory() as folder:
-        return session(model, shape, restarts, keep_thinking, Path(folder))
+        if peer is not None:
+            system: Ours | LlamaServer = LlamaServer(peer, name, shape, Path(folder))
+        else:
+            model = random_model(ModelConfig.from_json(MODELS[name]), select(ops), seed=3)
+            model.ops.source = name  # identifies blocks on disk
+            system = Ours(model, shape, Path(folder))
+        return session(system, shape, restarts, keep_thinking)
 
 
 def main() -> None:
@@ -120,12 +196,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=Shape.turns)
     parser.add_argument("--restarts", type=int, default=10, help="turns that one process serves")
     parser.add_argument("--ops", default="cpu", help="backend; counts do not depend on it")
+    parser.add_argument("--peer", type=Path, metavar="PATH", help="llama-server, measured instead of ours")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     shape, rows = Shape(turns=a.turns), []
     for name in a.models:
         for keep in (True, False):
-            count = measure(name, shape, a.restarts, keep, a.ops)
+            count = measure(name, shape, a.restarts, keep, a.ops, a.peer)
             rows.append({"model": name, "thinking": "kept" if keep else "dropped", **asdict(count)})
             print(
                 f"{name:12} thinking {'kept' if keep else 'dropped':8} {count.repeated:8,} repeated tokens, "

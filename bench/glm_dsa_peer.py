@@ -49,7 +49,7 @@ class Server:
         port = self._url.rpartition(":")[2]
         folder = model.resolve().parent
         command = [binary.resolve(), "-m", model.resolve(), "-t", threads, "-c", context, "-np", 1]
-        command += ["--cache-ram", 0, "--port", port, "--slot-save-path", folder, *flags]
+        command += ["--port", port, "--slot-save-path", folder, *flags]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the process)
         # The peer always selects the first token too ("sink"); V3.2 and GLM-5 do not.
         self._process = subprocess.Popen(
@@ -116,7 +116,7 @@ class Peer:
             partial = self.file.with_suffix(".partial")
             glm_dsa_gguf.write(config, source, partial)
             partial.rename(self.file)
-        common = [binary, self.file, threads, context + 4096]
+        common = [binary, self.file, threads, context + 4096, "--cache-ram", 0]
         if not (folder / SAVED).exists():
             # With a top-k above the context it attends densely, which is faster, and caches index keys.
             server = Server(*common, "--dsa", "--dsa-top-k", 2**20, "-ub", 2048)
@@ -187,7 +187,7 @@ def agreement(binary: Path, prompt: int = 700, new: int = 16) -> dict[str, dict[
         file = Path(folder) / "small.gguf"
         glm_dsa_gguf.write(config, MemorySource(parameters), file, "f32")
         for way, flags in (("sparse", ["--dsa"]), ("dense", [])):
-            server = Server(binary, file, 1, 2048, *flags)
+            server = Server(binary, file, 1, 2048, "--cache-ram", 0, *flags)
             theirs = _distributions(server.complete(ids, new, config.vocab_size), config.vocab_size)
             server.close()
             known = theirs[:, 3:].log_softmax(-1)  # without the special tokens, some of which it suppresses

@@ -110,6 +110,15 @@ def _is(count: int | float, published: str) -> bool:
     return abs(count / unit - float(figure)) <= max(digit / 2, 0.01 * float(figure))
 
 
+@pytest.mark.parametrize("name", ["qwen3.5-35b-a3b", "qwen3.6-35b-a3b"])
+def test_the_draft_layer_of_a_hybrid_is_counted(name: str) -> None:
+    """Its files have one, with attention, experts and a projection of twice the width."""
+    raw = published_config(name)
+    assert raw is not None
+    cost = model_cost(ModelConfig.from_json(raw))
+    assert 256 * 3 * 2048 * 512 < cost.mtp_parameters < 850_000_000
+
+
 def test_bytes_of_a_released_checkpoint() -> None:
     """GLM-5.2's files hold 1,506,659,919,872 bytes; 21 of its layers and the MTP layer have an indexer."""
     raw = published_config("glm-5.2")
