@@ -99,6 +99,7 @@ struct Attention {
   bool gated = false;             // H d further columns, and as many of bias, whose sigmoid scales the output
   int window = 0;                 // keys up to its own that a token sees; 0: all of them
   const float* sinks = nullptr;   // [H] a score of each head that has no value, or null
+  FixedScales fixed = {};         // of values and keys
   // Queries come normed and rotated, and the cache is filled: a row's latent is key and value at once.
   bool prepared = false;
 

@@ -235,15 +235,17 @@ NB_MODULE(_native, module) {
       .def(
           "group",
           [](Attention& a, int groups, int rotated, uint64_t bias, uint64_t q_norm, uint64_t k_norm,
-             bool whole_norm, bool gated, int window, uint64_t sinks, uint64_t v_norm) {
+             bool whole_norm, bool gated, int window, uint64_t sinks, uint64_t v_norm, float value_scale,
+             float key_scale) {
             a.groups = groups, a.rotated = rotated, a.whole_norm = whole_norm, a.gated = gated;
             a.window = window;
             a.bias = at<float>(bias), a.q_norm = at<float>(q_norm), a.k_norm = at<float>(k_norm);
             a.sinks = at<float>(sinks), a.v_norm = at<float>(v_norm);
+            a.fixed = {value_scale, key_scale};
             a.check();
           },
           "groups"_a, "rotated"_a, "bias"_a, "q_norm"_a, "k_norm"_a, "whole_norm"_a, "gated"_a, "window"_a,
-          "sinks"_a, "v_norm"_a);
+          "sinks"_a, "v_norm"_a, "value_scale"_a, "key_scale"_a);
 
   nb::exception<NotFinite>(module, "NotFinite", PyExc_ArithmeticError);
   nb::exception<PeerLost>(module, "PeerLost", PyExc_RuntimeError);

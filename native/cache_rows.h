@@ -30,16 +30,17 @@ inline uint8_t e4m3(float f) {  // to nearest even; |f| <= 448
   return static_cast<uint8_t>(sign | ((b >> 20) - (120u << 3)));
 }
 
-// x [n] to elements [first, first + n) of a cache of that type, and its scale where the cache has 8 bits.
+// x [n] to elements [first, first + n) of a cache of that type, and its scale where the cache has 8 bits:
+// `fixed` if it is above 0 and the cache FP8, else that of the row.
 inline void write_row(const Kernels& kernels, CacheType type, uint8_t* data, size_t first, const float* x,
-                      int n, float* scale) {
+                      int n, float* scale, float fixed = 0.0f) {
   if (type == CacheType::f32)
     return static_cast<void>(std::memcpy(reinterpret_cast<float*>(data) + first, x, sizeof(float) * n));
   if (type == CacheType::bf16) return kernels.round_bf16(x, n, reinterpret_cast<uint16_t*>(data) + first);
   const float top = type == CacheType::fp8 ? 448.0f : 127.0f;
   float amax = 0.0f;
   for (int i = 0; i < n; ++i) amax = std::max(amax, std::fabs(x[i]));
-  *scale = std::max(amax / top, 1e-20f);
+  *scale = fixed > 0.0f && type == CacheType::fp8 ? fixed : std::max(amax / top, 1e-20f);
   for (int i = 0; i < n; ++i) {
     const float v = x[i] / *scale;
     data[first + i] =

@@ -8,11 +8,11 @@
 namespace farthing {
 
 void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, const float* latent, int c,
-                  const float* k_pe, int r) {
+                  const float* k_pe, int r, FixedScales fixed) {
   const size_t first = static_cast<size_t>(slot) * (c + r);
   float* scale = cache.scale + (cache.scale ? slot * 2 : 0);
-  write_row(kernels, cache.type, cache.data, first, latent, c, scale);
-  write_row(kernels, cache.type, cache.data, first + c, k_pe, r, scale + (cache.scale ? 1 : 0));
+  write_row(kernels, cache.type, cache.data, first, latent, c, scale, fixed.latent);
+  write_row(kernels, cache.type, cache.data, first + c, k_pe, r, scale + (cache.scale ? 1 : 0), fixed.key);
 }
 
 KeyReader::KeyReader(const Kernels& kernels, const Cache& cache, const Batch& batch, KeyShape shape,

@@ -31,9 +31,14 @@ struct Batch {                  // the tokens of one step, sorted by sequence; s
   int keys(int token) const { return visible ? visible[token] : positions[token] + 1; }
 };
 
-// Stores latent [c] and rotated key [r] in a slot, each quantized with its own scale in 8-bit caches.
+// Scales of latents and keys in an FP8 cache; 0: every row has its own.
+struct FixedScales {
+  float latent = 0.0f, key = 0.0f;
+};
+
+// Stores latent [c] and rotated key [r] in a slot, each with a scale in 8-bit caches.
 void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, const float* latent, int c,
-                  const float* k_pe, int r);
+                  const float* k_pe, int r, FixedScales fixed = {});
 
 // Keys of a sequence, a block at a time. One per thread.
 class KeyReader {

@@ -278,7 +278,7 @@ class Mla {
     if (g >= 0) {
       float* value = row + static_cast<int64_t>(w_.groups) * d;
       if (w_.v_norm) kernels_.rms_norm(value, w_.v_norm, in_.eps, d, value);
-      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t], value, d, row, d);
+      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t], value, d, row, d, w_.fixed);
     }
     const int place = wide_.place[t];
     if (place >= 0) scale_query(row, d, query(place, head), shape_.latent_padded);

@@ -220,7 +220,6 @@ def test_factors_of_the_input_become_part_of_the_matrix(
     [
         ({"quant_algo": "NVFP4_SVD"}, "quant_algo: got 'NVFP4_SVD'; expected MIXED_PRECISION or one of FP8"),
         ({"quant_algo": "NVFP4", "group_size": 32}, "group_size: got 32; expected 16"),
-        ({"quantization": {"quant_algo": None}}, "quant_algo: got 'none'"),
         (
             {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "x"}}},
             "quantization_config.a.quant_algo: got 'x'",

@@ -4,6 +4,7 @@ kernels unless said otherwise."""
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 pytest.importorskip("farthing._native")
 
 from farthing import LLM, _native
+from farthing.checkpoint.shards import CheckpointError
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model, random_parameters
+from farthing.model.load import load, random_model, random_parameters
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
@@ -175,3 +177,27 @@ def test_prefill_process_disk_cache_and_ranks_give_the_same_tokens(dtype: CacheD
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
         found.append([o.outputs[0].token_ids for o in outputs])
     assert all(tokens == found[0] for tokens in found)
+
+
+def test_calibrated_scales_of_the_cache_are_applied(
+    tmp_path: Path, expected: dict[CacheDtype, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """k_scale and v_scale of llm-compressor, and ModelOpt's names in the last layer, with an FP8 cache."""
+    (tmp_path / "config.json").write_text(json.dumps(GLM4 | dict(vocab_size=VOCAB, eos_token_id=EOS)))
+    tensors, last = random_parameters(CONFIG, seed=7), CONFIG.num_hidden_layers
+    for layer in range(last + 1):
+        for name in ("k", "v"):
+            own = f"{name}_proj.{name}_scale" if layer == last else f"{name}_scale"
+            tensors[f"model.layers.{layer}.self_attn.{own}"] = torch.tensor([0.002])
+    save_file(tensors, tmp_path / "model.safetensors")
+    with caplog.at_level(logging.INFO):
+        loaded = {name: load(tmp_path, select(name, torch.float32, None)) for name in ("reference", "cpu")}
+    assert "8 scales of keys and values (k_scale, v_scale) are applied to an FP8 cache" in caplog.text
+    reference = hidden(loaded["reference"], "fp8")
+    assert distance(hidden(loaded["cpu"], "fp8"), reference) < 0.02 < distance(reference, expected["fp8"])
+    assert distance(hidden(loaded["cpu"], "float32"), expected["float32"]) < 1e-5
+    del tensors["model.layers.0.self_attn.k_scale"]
+    tensors["model.layers.0.self_attn.k_scale"] = torch.tensor([float("nan")])
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.k_scale: got nan"):
+        load(tmp_path, select("reference", torch.float32, None))

@@ -70,6 +70,8 @@ class Case:
         for x in self.qkv:
             at = torch.arange(len(x))
             q, k, v = prepared(x.double(), heads, at)
+            if s.cache_scales is not None:
+                v, k = (in_e4m3(y, scale) for y, scale in zip((v, k), s.cache_scales, strict=True))
             k, v = (y.repeat_interleave(s.num_heads // s.kv_heads, 1) for y in (k, v))
             scores = torch.einsum("thd,shd->hts", q, k) * s.scale
             far = at[None] > at[:, None]
@@ -113,6 +115,11 @@ class Case:
     def seen(self, table: list[int], cached: int, block: int, nothing: int) -> list[int]:
         first = 0 if self.spec.window is None else max(0, cached + 1 - self.spec.window)
         return [nothing if i < first // block else b for i, b in enumerate(table)]
+
+
+def in_e4m3(x: Tensor, scale: float) -> Tensor:
+    """Rounded with one scale, as other servers do with calibrated ones; what is too large is cut off."""
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
 
 
 def moved(batch: Batch, ops: Ops) -> Batch:
@@ -224,3 +231,27 @@ def test_torch(backend: str, window: int | None, sinks: bool, name: str, cache_d
     case = Case.random(replace(SIZES[name], window=window), LENGTHS, sinks)
     found = case.run(ops, in_steps(LENGTHS, 0), cache_dtype)
     assert error(found, case.exact()) < MLA_BOUNDS[cache_dtype]
+
+
+SCALES = (0.004, 0.003)  # of values and keys, some of which are above 448 times as large
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", *ISAS])
+@pytest.mark.parametrize("window", [None, 64])
+def test_calibrated_scales_of_an_fp8_cache(backend: str, window: int | None) -> None:
+    """They replace those of every row, and only there."""
+    spec = replace(SIZES["odd"], window=window)
+    fixed, own = (
+        Case.random(replace(spec, cache_scales=scales), LENGTHS, sinks=True) for scales in (SCALES, None)
+    )
+    assert max(float(in_e4m3(x, s).abs().max()) for x in fixed.qkv for s in SCALES) < 1.8  # cut off at 448
+    device = torch.device("cpu")
+    made: dict[str, Ops] = {"reference": ReferenceOps(torch.float32)}
+    made["torch"] = TorchOps(device, torch.float32)
+    ops = made.get(backend) or native(backend)
+    steps = in_steps(LENGTHS, 0)
+    found = fixed.run(ops, steps, "fp8")
+    assert error(found, fixed.exact()) < (1e-5 if backend in made else MLA_BOUNDS["bfloat16"])
+    assert error(found, own.exact()) > 3 * MLA_BOUNDS["fp8"] > error(own.run(ops, steps, "fp8"), own.exact())
+    same = zip(fixed.run(ops, steps, "int8"), own.run(ops, steps, "int8"), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)

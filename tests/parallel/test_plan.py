@@ -21,8 +21,8 @@ from farthing.ops.weights import Cut, InputRounding, Weight, cut_weight, quantiz
 from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, PlanError, ShardPlan, in_order, place
-from farthing.parallel.rank import Rank
-from tests.tiny import QWEN3_NEXT, SMALL_V3, V3
+from farthing.parallel.rank import Rank, ShardedSource
+from tests.tiny import GLM4, QWEN3_NEXT, SMALL_V3, V3
 
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 
@@ -248,3 +248,15 @@ def test_micro_batches_compute_the_same_states() -> None:
         parts.append(model.forward(ids[a:b], plan.rows_of(batch, a, b), cache))
     torch.testing.assert_close(torch.cat(parts), whole)
     assert [rows for rows, _ in plan.micro_batches(batch, 4)] == [slice(0, 40)]  # too few rows to split
+
+
+def test_scales_of_the_cache_are_those_of_every_rank() -> None:
+    plan = ShardPlan.build(ModelConfig.from_json(GLM4), Layout(tp=2, pp=2))
+    first = f"model.layers.{plan.stages[1].start}."
+    names = [f"{first}self_attn.{part}" for part in ("k_scale", "v_proj.v_scale")]
+    source = MemorySource({name: torch.full((1,), 3.0) for name in names})
+    for index in (2, 3):  # of the second stage
+        rank = ShardedSource(source, plan, plan.layout.place(index))
+        for name in (name.replace(first, "model.layers.0.") for name in names):
+            assert rank.has(name) and float(rank.tensor(name)) == 3
+        assert not rank.has("model.layers.0.self_attn.v_scale")

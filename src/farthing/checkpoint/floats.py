@@ -25,8 +25,8 @@ E4M3_MAX = 448.0
 SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
 # Calibrated factors of activations, which the kernels do not round to FP8.
 ACTIVATION_SCALES = ("*input_scale", "*activation_scale", "*.qscale_act")
-# Calibrated ranges of queries, keys and values (kv_cache_scheme); the latent cache has ranges of its own.
-CACHE_SCALES = ("*.self_attn.[qkv]_scale", "*.self_attn.[qkv]_zero_point")
+# Calibrated ranges of queries, keys and values, of which `farthing.model.attention` reads some.
+CACHE_SCALES = ("*.self_attn.[qkv]_scale", "*.self_attn.[qkv]_zero_point", "*.self_attn.[kv]_proj.[kv]_scale")
 
 
 _GROUPS = (32, 64, 128)  # columns that share a scale, as kernels read them

@@ -389,10 +389,6 @@ class Checkpoint:
             self._layout = read_quantization(quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}/{error}") from None
-        if quantization.get("kv_cache_scheme"):
-            log.info(
-                "%s: kv_cache_scheme is not applied; --kv-cache-dtype sets the cache's format", self.path
-            )
 
     def _dense(self, module: str) -> Weight:
         name = f"{module}.weight"

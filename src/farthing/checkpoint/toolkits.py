@@ -237,7 +237,9 @@ _MIXED = "MIXED_PRECISION"
 
 
 def _algorithm(raw: Mapping[str, Any], where: str) -> Scheme | None:
-    name = field(raw, "quant_algo", str, where) or "none"
+    name = field(raw, "quant_algo", str, where)
+    if name is None:  # only the cache is quantized
+        return None
     if name.upper() not in _ALGORITHMS:
         raise CheckpointError(
             f"{where}.quant_algo: got {name[:80]!r}; expected {_MIXED} or one of {', '.join(_ALGORITHMS)}, "

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint import compressed_tensors as ct
-from farthing.checkpoint.floats import ACTIVATION_SCALES, Fp8
+from farthing.checkpoint.floats import ACTIVATION_SCALES, CACHE_SCALES, Fp8
 from farthing.checkpoint.layout import (
     WIDER,
     Layout,
@@ -135,7 +135,7 @@ class Named:
 
     base: Scheme | None
     rules: tuple[tuple[Callable[[str], object], Scheme | None], ...] = ()
-    unread: Sequence[str] = ACTIVATION_SCALES
+    unread: Sequence[str] = (*ACTIVATION_SCALES, *CACHE_SCALES)
 
     def scheme(self, module: str) -> Scheme | None:
         """That of a Linear module; None: not quantized."""

@@ -1,5 +1,6 @@
 """The DeepSeek-V3 model, one concept per file."""
 
+from farthing.model.attention import CACHE_SCALES
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer, moe_weights, router_spec
@@ -22,6 +23,7 @@ from farthing.model.source import MemorySource, WeightSource, stack_of
 from farthing.model.types import Names
 
 __all__ = [
+    "CACHE_SCALES",
     "IGNORED",
     "AdaptiveExperts",
     "CacheKind",

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import np
 from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.model.delta import GatedDelta
@@ -143,8 +144,28 @@ def _cos_sin_factor(rope: RopeConfig) -> float:
     return _mscale(rope.factor, 1.0)
 
 
-def grouped_spec(config: ModelConfig, heads: GroupedHeads, layer: int) -> GroupedSpec:
-    """The head layout for the op.
+# Of values and keys, by compressed-tensors and by ModelOpt.
+CACHE_SCALES = (("v_scale", "k_scale"), ("v_proj.v_scale", "k_proj.k_scale"))
+
+
+def cache_scales(weights: WeightSource, p: str) -> tuple[float, float] | None:
+    """Calibrated scales of values and keys; None: there are none, or several for the heads of a layer."""
+    names = next((own for own in CACHE_SCALES if all(weights.has(p + name) for name in own)), None)
+    if names is None:
+        return None
+    found = [host(as_float32(weights.tensor(p + name))).reshape(-1) for name in names]
+    if any(len(each) != 1 for each in found):
+        return None
+    value, key = (float(each[0]) for each in found)
+    if not (0 < value < math.inf and 0 < key < math.inf):
+        raise CheckpointError(f"{p}{names[1]}: got {key}, {names[0]}: got {value}; expected numbers above 0")
+    return value, key
+
+
+def grouped_spec(
+    config: ModelConfig, heads: GroupedHeads, layer: int, scales: tuple[float, float] | None = None
+) -> GroupedSpec:
+    """The head layout for the op; scales: `cache_scales`.
 
     Grouped-query attention: query heads share key and value heads (Ainslie et al. 2023).
 
@@ -161,6 +182,7 @@ def grouped_spec(config: ModelConfig, heads: GroupedHeads, layer: int) -> Groupe
         whole_norm=heads.qk_norm == "whole",
         norm_eps=config.rms_norm_eps,
         window=config.window(layer),
+        cache_scales=scales,
     )
 
 
@@ -214,7 +236,8 @@ class GroupedAttention:
                 bias = [query, *bias[1:], gate]
             return GroupedParts(ops.tensor(np.concatenate(bias)), q_norm, k_norm, sinks, ones)
 
-        self.heads = ops.pack_grouped(grouped_spec(config, a, layer), parts(), rope)
+        spec = grouped_spec(config, a, layer, cache_scales(weights, p))
+        self.heads = ops.pack_grouped(spec, parts(), rope)
         o_shape = (d, a.output_width)
         self.o = ops.pack_output(
             p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), a.num_attention_heads

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from farthing.lazy import torch
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek_v4 import DeepseekV4
+from farthing.model.heads import GroupedHeads
 from farthing.model.source import (
     InterleavedExperts,
     MemorySource,
@@ -134,6 +136,7 @@ def load(path: str | Path, ops: Ops, experts: str = "auto", progress: Progress =
         checkpoint.watch(progress)
     routers = routers_for(config, checkpoint.config, experts)
     model = model_of(config, ops, source_of(checkpoint, config), routers)
+    _say_cache_scales(checkpoint, config)
     if ops.packed_from is None:  # otherwise most weights come from the packed file
         checkpoint.finish(ignore=IGNORED + unread(config))
     checkpoint.release()
@@ -143,6 +146,20 @@ def load(path: str | Path, ops: Ops, experts: str = "auto", progress: Progress =
 def numpy_reads(path: Path) -> bool:
     """Whether a checkpoint is loaded into a CPU's kernels without torch."""
     return Checkpoint.open(path).plain()
+
+
+def _say_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Log what happens to calibrated ranges of keys and values, if there are any."""
+    names = [n for n in checkpoint.names() if n.endswith(("k_scale", "v_scale")) and ".self_attn." in n]
+    if not names:
+        return
+    if not isinstance(config.attention, GroupedHeads):
+        said = "are not applied, because the cache holds latents, and every row has a scale of its own"
+    elif any(prod(checkpoint.shape(name)) != 1 for name in names):
+        said = "are not applied, because heads have scales of their own; every row of an 8-bit cache has one"
+    else:
+        said = "are applied to an FP8 cache (--kv-cache-dtype fp8) and to no other"
+    log.info("%s: %d scales of keys and values (k_scale, v_scale) %s", checkpoint.path, len(names), said)
 
 
 def model_of(

@@ -93,6 +93,8 @@ class GroupedSpec:
     norm_eps: float = 1e-6  # of the norms of queries and keys
     gated: bool = False  # the output is multiplied by the sigmoid of further H d columns of the input
     window: int | None = None  # how many tokens up to its own one attends to; None: all of them
+    # Calibrated scales of values and keys in an FP8 cache; None: every row has its own.
+    cache_scales: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

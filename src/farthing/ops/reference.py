@@ -119,11 +119,13 @@ def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return weight.to(x.dtype) * x32.to(x.dtype)
 
 
-def write_heads(cache: LatentCache, row: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Store keys and values [T, G, d] in the rows from `row` on."""
+def write_heads(
+    cache: LatentCache, row: int, slots: Tensor, k: Tensor, v: Tensor, fixed: tuple[float, float] | None
+) -> None:
+    """Store keys and values [T, G, d] in the rows from `row` on; fixed: `GroupedSpec.cache_scales`."""
     rows = slice(row, row + k.shape[1])
     data = cache.data[rows].flatten(1, 2)
-    values, scale = quantized(v.transpose(0, 1), k.transpose(0, 1), data.dtype)
+    values, scale = quantized(v.transpose(0, 1), k.transpose(0, 1), data.dtype, fixed)
     data[:, slots] = values
     if cache.scale is not None and scale is not None:
         cache.scale[rows].flatten(1, 2)[:, slots] = scale
@@ -194,7 +196,7 @@ def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
     s, cache, row, batch = g.spec, place.cache, place.row, place.batch
     size = cache.block_size
     q, k, v = prepared(qkv, g, batch.positions.long())
-    write_heads(cache, row, batch.slots, k, v)
+    write_heads(cache, row, batch.slots, k, v, s.cache_scales)
     out = torch.empty(q.shape[0], s.num_heads * s.head_dim, dtype=q.dtype, device=q.device)
     starts, lengths = batch.query_start.tolist(), batch.context_lens.tolist()
     for b, length in enumerate(lengths):

@@ -440,7 +440,7 @@ class TorchOps(ReferenceOps):
     def _grouped(self, qkv: Tensor, g: reference.Grouped, place: Place, plan: list[Span]) -> Tensor:
         cache, row, batch = place.cache, place.row, place.batch
         q, k, v = reference.prepared(qkv, g, batch.positions.long())
-        reference.write_heads(cache, row, batch.slots, k, v)
+        reference.write_heads(cache, row, batch.slots, k, v, g.spec.cache_scales)
         parts = []
         for p in plan:
             keys, read = reference.read_heads(cache, row, g.spec.kv_heads, p.slots)

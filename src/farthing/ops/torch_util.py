@@ -103,13 +103,19 @@ def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k
         cache.scale[layer].flatten(0, 1)[slots] = scale
 
 
-def quantized(latent: Tensor, k_pe: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Rows [..., c + r] in a cache's dtype, with the scales [..., 2] of their parts if it is 8-bit."""
+def quantized(
+    latent: Tensor, k_pe: Tensor, dtype: torch.dtype, fixed: tuple[float, float] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows [..., c + r] in a cache's dtype, with the scales [..., 2] of their parts if it is 8-bit: `fixed`
+    ones in FP8, if there are such."""
     top = cache_max(dtype)
     if top is None:
         return torch.cat((latent, k_pe), -1).to(dtype), None
     both = latent.float(), k_pe.float()
-    scale = torch.stack([p.abs().amax(-1) / top for p in both], -1).clamp_min(1e-20)
+    if fixed is not None and dtype == torch.float8_e4m3fn:
+        scale = torch.stack([p.new_full(p.shape[:-1], f) for p, f in zip(both, fixed, strict=True)], -1)
+    else:
+        scale = torch.stack([p.abs().amax(-1) / top for p in both], -1).clamp_min(1e-20)
     values = torch.cat([p / scale[..., i : i + 1] for i, p in enumerate(both)], -1)
     return (values.round() if dtype == torch.int8 else values).clamp(-top, top).to(dtype), scale
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model import (
+    CACHE_SCALES,
     DecoderModel,
     FeedForward,
     ModelConfig,
@@ -52,6 +53,8 @@ from farthing.parallel.plan import (
 )
 from farthing.parallel.shared import Arena, SharedGroup, arena_bytes, group_bytes
 
+_SHARED = tuple(name for pair in CACHE_SCALES for name in pair)  # by all ranks of a stage
+
 
 class ShardedSource:
     """Maps local layers to the checkpoint's and slices tensors for tensor parallelism.
@@ -71,6 +74,8 @@ class ShardedSource:
     def has(self, name: str) -> bool:
         """Whether the tensor is in the checkpoint and read by this rank."""
         name = self._global(name)
+        if name.endswith(_SHARED):
+            return self._source.has(name)
         return (
             self._source.has(name)
             and name in self._plan.shapes
@@ -89,6 +94,8 @@ class ShardedSource:
 
     def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A plain parameter, or its slice. The plan's shape is checked; `shape` is the local shape."""
+        if name.endswith(_SHARED):
+            return self._source.tensor(self._global(name), shape)
         name, cut = self._cut(name)
         value = self._source.tensor(name, self._plan.shapes[name])
         return cut.of(value)

@@ -571,7 +571,7 @@ class PackingOps(HostOps):
         bias, q_norm, k_norm, sinks, v_norm = (0 if part is None else address(part) for part in kept)
         native.group(
             spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm, spec.gated, spec.window or 0,
-            sinks, v_norm,
+            sinks, v_norm, *(spec.cache_scales or (0.0, 0.0)),
         )  # fmt: skip
         alive = (rope, *(part for part in kept if part is not None))
         return Attention(native, spec.num_heads * d, spec.norm_eps, alive)

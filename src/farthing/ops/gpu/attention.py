@@ -530,7 +530,7 @@ def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Ten
     with its value, so queries have zeros there. Prompts take torch's attention."""
     s, cache, row, batch = heads.spec, place.cache, place.row, place.batch
     q, k, v = prepared(qkv, heads, batch.positions.long())
-    write_heads(cache, row, batch.slots, k, v)
+    write_heads(cache, row, batch.slots, k, v, s.cache_scales)
     out = torch.empty(q.shape[0], s.num_heads, s.head_dim, dtype=q.dtype, device=q.device)
     if plan.sequences is not None:
         few = slice(None) if plan.tokens is None else plan.tokens
