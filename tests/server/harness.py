@@ -190,6 +190,9 @@ class ScriptedEngine:
         )
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *map(_certain, request.prompt_token_ids[1:])]
+        if params.probe is not None:
+            width = self.model_config.hidden_size if params.probe == "hidden" else len(params.probe)
+            output.probe = np.ones(width, np.float32)
         deliver([(stream, output)])
 
     def between_steps(self, call: Callable[[Any], Any]) -> Future[Any]:

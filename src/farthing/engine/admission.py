@@ -123,6 +123,8 @@ class Admission:
             self._checked = params
         if params.stop:
             self.need_tokenizer("stop")
+        if params.probe is not None and self._config.num_ranks > 1:
+            raise ValueError(f"probe: got {params.probe!r} with {self._config.num_ranks} ranks; expected one")
 
     def _check_ids(self, field: str, tokens: Iterable[int] | None) -> None:
         for token in tokens or ():

@@ -32,7 +32,8 @@ from farthing.engine.sequence import IntegrityError, Scheduled, Status
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer
-from farthing.ops import NotFinite, log_softmax, require_finite
+from farthing.ops import NotFinite, as_float32, log_softmax, require_finite
+from farthing.ops.arrays import host
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,11 +103,13 @@ class EngineCore:
         self._divided: Divided | None = None
         stats.scheduler = lambda: self.scheduler.gauges()
         self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
+        self._probes = 0  # of them, those with a probe
 
     def add(self, state: RequestState) -> None:
         """Queue a request's first completion; the others follow once the prompt is in the prefix cache."""
         state.unfinished = len(state.generations)
         self._live[state] = None
+        self._probes += state.request.params.probe is not None
         if state.request.params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
         self.scheduler.add(state.generations[0])
@@ -237,10 +240,28 @@ class EngineCore:
         if not rows:
             return [], None
         picked = hidden if step.sampled is None else hidden[step.sampled]
+        if self._probes:
+            self._probe([item for item in plan if item.sample], picked)
+            if all(row.state.params.probe is not None for row in rows):
+                return [0] * len(rows), None  # spares the head
         tokens, table = sample(self.runner.model, picked, rows, self._pick)
         if table is None:
             return tokens, None
         return tokens, positions(table, [row.state.params.logprobs or 0 for row in rows], self._text)
+
+    def _probe(self, plan: list[Scheduled[Generation]], picked: Tensor) -> None:
+        """Read what requests want of their prompts' last tokens; picked: the rows to sample."""
+        model, row = self.runner.model, 0
+        for item in plan:
+            state, last = item.seq.parent, picked[row : row + 1]
+            row += 1 + len(item.drafts)
+            wanted = state.request.params.probe
+            if wanted == "hidden":
+                state.probe = host(as_float32(model.normed(last)))[0]
+            elif wanted is not None:
+                logits = model.logits(last)
+                require_finite(logits)
+                state.probe = host(as_float32(logits))[0, list(wanted)]
 
     def check(self) -> None:
         """When idle: check invariants. A violation is logged and counted, and the cache starts empty."""
@@ -389,6 +410,7 @@ class EngineCore:
         if state.unfinished:
             return
         del self._live[state]
+        self._probes -= state.request.params.probe is not None
         metrics = state.metrics
         metrics.finished_time = time.time()
         self.stats.e2e.observe(metrics.finished_time - metrics.arrival_time)

@@ -8,6 +8,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
 
 from farthing.conversation.scan import MARK
@@ -261,6 +263,7 @@ class RequestState:
     unfinished: int = 0
     prompt_logprobs: list[Position | None] | None = None
     reported_prompt: bool = False
+    probe: NDArray[np.float32] | None = None
 
     def output(self, moved: Seq[Generation]) -> RequestOutput:
         """New output of the given completions, with a copy of the current metrics."""
@@ -276,4 +279,5 @@ class RequestState:
             metrics=replace(self.metrics),
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self.metrics.cached_tokens,
+            probe=self.probe,
         )

@@ -216,6 +216,9 @@ class SamplingParams:
     calls: CallParams | None = None  # not together with structured_outputs
     bad_words: Sequence[str] | None = None  # texts the output never holds, as the tokenizer splits them
     allowed_token_ids: Sequence[int] | None = None  # no other token is drawn
+    # What to report of the prompt's last token, with max_tokens 1: the hidden state that the head reads, or
+    # the logits of these tokens. The token that follows means nothing.
+    probe: Literal["hidden"] | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, low, high, kind in _RANGES:
@@ -235,6 +238,8 @@ class SamplingParams:
             self._check_stop()
         if self.calls is not None and self.structured_outputs is not None:
             raise ValueError("calls: got a value with structured_outputs; expected one of them")
+        if self.probe is not None and (self.max_tokens, self.n) != (1, 1):
+            raise ValueError(f"probe: got {self.probe!r}; expected None, or max_tokens 1 and n 1")
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not -100 <= bias <= 100:
                 raise ValueError(
@@ -327,6 +332,7 @@ class RequestOutput:
     metrics: RequestMetrics
     prompt_logprobs: list[Position | None] | None = None
     num_cached_tokens: int = 0
+    probe: NDArray[np.float32] | None = None  # [D], or [tokens]; see SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -85,6 +85,9 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] -> logits [n, V] float32."""
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D] -> [n, D] after the final norm, which the head reads."""
+
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [n, D] -> (values [n, k], ids [n, k], logsumexp [n])."""
 

@@ -241,6 +241,10 @@ class DecoderModel:
         """hidden [n, D] of `forward` -> logits [n, V] float32."""
         return self.ops.logits(hidden, self.head, self.norm)
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D] of `forward` -> [n, D], which the head reads."""
+        return self.ops.rms_norm(hidden, self.norm)
+
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values [n, k], ids [n, k], logsumexp [n]) of the next token, without writing out all logits."""
         return self.ops.top_logits(hidden, self.head, self.norm, k)

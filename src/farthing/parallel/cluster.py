@@ -122,6 +122,10 @@ class ParallelModel:
         """See `DecoderModel.logits`."""
         return self._head("logits", hidden, len(hidden), None)  # type: ignore[no-any-return]
 
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Not available: admission refuses it."""
+        raise NotImplementedError("the final norm is on the last stage's ranks")
+
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `DecoderModel.top_logits`."""
         return self._head("top_logits", hidden, len(hidden), k, None)  # type: ignore[no-any-return]

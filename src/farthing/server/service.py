@@ -82,6 +82,8 @@ class Service:
         """The served name for the answer. Raises ApiError (404)."""
         if name is None or name in self.names:
             return name or self.names[0]
+        if (plain := name.removesuffix(":latest")) in self.names:  # as Ollama's clients write it
+            return plain
         accepted = ", ".join(repr(known) for known in self.names)
         raise ApiError(
             404,

@@ -15,7 +15,6 @@ CALLS = [
     ("POST", "/v1/responses/compact", "compaction"),
     ("POST", "/v1/conversations", "previous_response_id"),
     ("GET", "/v1/conversations/conv_1/items", "previous_response_id"),
-    ("POST", "/v1/embeddings", "embeddings"),
     ("POST", "/v1/batches", "batches"),
     ("GET", "/v1/files/file_1/content", "files"),
     ("POST", "/v1/audio/speech", "audio"),

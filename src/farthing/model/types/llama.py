@@ -44,9 +44,17 @@ def _smollm3(raw: Fields) -> Fields:
     return {"num_key_value_heads": 4, **present(raw), **DENSE, **half_split(raw, 2e6), **fixed}
 
 
+def _headless(name: str) -> str:
+    """The name in a checkpoint of the layers alone, as Qwen3-Embedding's: its embedding stands in for a head,
+    which nothing reads."""
+    return "embed_tokens.weight" if name == "lm_head.weight" else name.removeprefix("model.")
+
+
+_QWEN3_NAMES = Names(variants=(_headless,))
+
 TYPES = (
     ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, grouped=True),
     ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, grouped=True),
-    ModelType("qwen3", "Qwen3 0.6B to 32B", _qwen3, grouped=True),
+    ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, grouped=True),
     ModelType("smollm3", "SmolLM3", _smollm3, grouped=True),
 )

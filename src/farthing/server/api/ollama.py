@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import pydantic_core
 from fastapi import Body as FromBody
 from fastapi import FastAPI
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -26,7 +26,7 @@ from farthing.conversation.arguments import as_object, parsed
 from farthing.conversation.types import Conversation, Reasoning, Text, Tool, ToolCall, collect
 from farthing.conversation.types import Turn as ChatTurn
 from farthing.engine.request import StructuredOutputsParams
-from farthing.server.api.openai_protocol import MAX_MESSAGES, StopString
+from farthing.server.api.openai_protocol import MAX_MESSAGES, OllamaError, StopString
 from farthing.server.api.openai_protocol import Tool as ToolField
 from farthing.server.errors import STATUSES, ApiError, Documented
 from farthing.server.formats import IGNORED_HEADER, ModelFormats
@@ -201,12 +201,6 @@ class NamedRequest(Body):
         return self.model or self.name or ""
 
 
-class OllamaError(BaseModel):
-    """The shape of every error."""
-
-    error: str
-
-
 # Conversations.
 
 
@@ -376,9 +370,6 @@ def add_routes(api: FastAPI, service: Service) -> None:
     errors: Documented = {status: {"model": OllamaError} for status in STATUSES}
     streamed: Documented = {200: {"content": {"application/json": {}, _OLLAMA.media_type: {}}}}
 
-    def checked(name: str) -> str:
-        return service.check_model(name.removesuffix(":latest") if name not in service.names else name)
-
     def entries() -> list[dict[str, Any]]:
         kind = service.require_engine().model_config.model_type
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
@@ -410,7 +401,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
     @api.post("/api/chat", summary="Answer a conversation, as Ollama's API does", responses=errors | streamed)
     async def chat(request: Request, body: ChatRequest = FromBody()) -> Response:
         await service.unknown_fields.check(body, request.scope)
-        checked(body.model)
+        service.check_model(body.model)
         if not body.messages:
             return JSONResponse(loaded_answer(body.model_dump(), "/api/chat"))
         return await answered(body, request, conversation_of(body), _CHAT, raw=False)
@@ -422,7 +413,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
     )
     async def generate(request: Request, body: GenerateRequest = FromBody()) -> Response:
         await service.unknown_fields.check(body, request.scope)
-        checked(body.model)
+        service.check_model(body.model)
         if not body.prompt:
             return JSONResponse(loaded_answer(body.model_dump(), "/api/generate"))
         turns = [ChatTurn("user", body.prompt)]
@@ -442,7 +433,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
 
     @api.post("/api/show", summary="One model, as Ollama's API describes it", responses=errors)
     async def show(body: NamedRequest = FromBody()) -> Response:
-        name = checked(body.wanted)
+        name = service.check_model(body.wanted)
         entry = next(each for each in entries() if each["name"] == name)
         thinks = (await service.formats()).plain.form.tags is not None
         capabilities = ["completion", "tools", *(["thinking"] if thinks else [])]
@@ -450,7 +441,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
 
     @api.post("/api/pull", summary="Whether a model is served; none is downloaded", responses=errors)
     async def pull(body: NamedRequest = FromBody()) -> Response:
-        checked(body.wanted)
+        service.check_model(body.wanted)
         return JSONResponse({"status": "success"})
 
 

@@ -445,3 +445,9 @@ class ErrorResponse(BaseModel):
     """The shape of every error."""
 
     error: ErrorDetail
+
+
+class OllamaError(BaseModel):
+    """The shape of errors below /api."""
+
+    error: str

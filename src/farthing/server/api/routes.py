@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from farthing.server.api import messages, ollama, openai, responses
+from farthing.server.api import embeddings, messages, ollama, openai, responses
 from farthing.server.errors import Documented
 from farthing.server.service import Service
 
@@ -21,4 +21,5 @@ def add_routes(api: FastAPI, service: Service) -> None:
     """Add every API's routes."""
     for each in (openai, responses, messages):
         each.add_routes(api, service, _STREAMED)
+    embeddings.add_routes(api, service)
     ollama.add_routes(api, service)
