@@ -185,7 +185,7 @@ def test_values_that_a_type_lacks(tmp_path: Path) -> None:
     assert not exact and float((torch.from_numpy(found) - nl4.dequantize()).norm() / values.norm()) < 0.05
 
 
-def test_mxfp4_of_gpt_oss_is_kept(tmp_path: Path) -> None:
+def test_mxfp4_of_gpt_oss_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, out = tmp_path / "model", tmp_path / "model.gguf"
     raw = {
         "model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -214,6 +214,12 @@ def test_mxfp4_of_gpt_oss_is_kept(tmp_path: Path) -> None:
     assert config["rope_scaling"]["truncate"] is False and config["sliding_window"] == 8
     ids = torch.arange(20)
     assert torch.equal(logits(resolve_model(out), ids), logits(folder, ids))
+    assert "llama.cpp refuses" not in caplog.text
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({n: t for n, t in tensors.items() if n != "lm_head.weight"}, folder / "model.safetensors")
+    export_gguf(folder, out)
+    assert "llama.cpp refuses gpt-oss files without output.weight" in caplog.text
 
 
 def test_the_tokenizer_of_a_file_is_the_models(quantizable: Path, tmp_path: Path) -> None:

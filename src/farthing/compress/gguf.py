@@ -26,6 +26,8 @@ from farthing.tokenizer_gguf import fields_of
 
 log = logging.getLogger(__name__)
 SUFFIX = ".gguf"
+# Architectures of which llama.cpp requires output.weight; for others it takes the embedding.
+_WANT_HEAD = ("gpt-oss", "minimax-m2")
 _TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
 
 
@@ -60,6 +62,11 @@ def export_gguf(
     for field, what in (("num_nextn_predict_layers", "MTP layer"), ("adaptive_experts", "adaptive rule")):
         if checkpoint.config.get(field):
             log.warning("%s: the %s of the model is left out", out, what)
+    if written.config.tie_word_embeddings and written.architecture in _WANT_HEAD:
+        log.warning(
+            "%s: llama.cpp refuses %s files without output.weight, and this model's head is its embedding; "
+            "Farthing reads the file", out, written.architecture,
+        )  # fmt: skip
     tensors = list(written)
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(out.absolute().parent).free
     if needed > free:
