@@ -137,6 +137,7 @@ struct Layer {  // one layer's weights; attention and feed are owned by the laye
   const Attention* attention;
   const Moe* feed;
   int q_width;          // columns of qkv_a's output that are the query, or its latent
+  float inner_eps;      // of the norms within attention
   const float* o_bias;  // [D], or null
   std::shared_ptr<SharedSum> o_sum,
       feed_sum;                  // over the ranks that share attention, and the feed; null: this one alone

@@ -278,13 +278,15 @@ NB_MODULE(_native, module) {
           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkv_a, int q_width, uint64_t q_norm,
              std::shared_ptr<Packed> q_b, const Attention& attention, std::shared_ptr<Packed> o,
              std::shared_ptr<Packed> o_rest, uint64_t feed_norm, const Moe& feed,
-             std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum, uint64_t o_bias) {
+             std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum, uint64_t o_bias,
+             float inner_eps) {
             self.add({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
-                      std::move(q_b), std::move(o), std::move(o_rest), &attention, &feed, q_width,
+                      std::move(q_b), std::move(o), std::move(o_rest), &attention, &feed, q_width, inner_eps,
                       at<float>(o_bias), std::move(o_sum), std::move(feed_sum)});
           },
           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a,
-          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a = 0)
+          "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a,
+          "inner_eps"_a)
       .def(
           "post",  // of the layer that was added last; no addresses: it has none
           [](Layers& self, uint64_t attention, uint64_t feed, const Moe* beside, uint64_t input_norm,
@@ -301,8 +303,8 @@ NB_MODULE(_native, module) {
              uint64_t feed_norm, const Moe& feed, std::shared_ptr<SharedSum> o_sum,
              std::shared_ptr<SharedSum> feed_sum) {
             self.add({at<float>(norm), nullptr, at<float>(feed_norm), std::move(qkvz), nullptr, std::move(o),
-                      std::move(o_rest), nullptr, &feed, 0, nullptr, std::move(o_sum), std::move(feed_sum),
-                      &delta, std::move(gates)});
+                      std::move(o_rest), nullptr, &feed, 0, 0.0f, nullptr, std::move(o_sum),
+                      std::move(feed_sum), &delta, std::move(gates)});
           },
           "norm"_a, "qkvz"_a, "gates"_a, "delta"_a, "o"_a, "o_rest"_a.none(), "feed_norm"_a, "feed"_a,
           "o_sum"_a.none(), "feed_sum"_a.none());

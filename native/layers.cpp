@@ -60,9 +60,9 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
       Rows q = qkv;
       if (l.q_b) {
         q = Layers::rows(model.q, T, l.q_b->m.n);
-        linear(*l.q_b, {qkv, T, l.q_norm, in.eps, none, q});
+        linear(*l.q_b, {qkv, T, l.q_norm, l.inner_eps, none, q});
       }
-      mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, in.eps, heads});
+      mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, l.inner_eps, heads});
       cache = cache.row(l.attention->groups);
     }
     if (l.o_bias) {

@@ -39,7 +39,7 @@ def shape(rng: random.Random, groups: int = 1) -> dict[str, Any]:
         routed_scaling_factor=rng.choice([1.0, 2.5]),
         norm_topk_prob=True,
         max_position_embeddings=128,
-        rms_norm_eps=rng.choice([1e-6, 1e-5]),
+        rms_norm_eps=rng.choice([1e-6, 1e-3]),
         bos_token_id=0,
         eos_token_id=1,
     )

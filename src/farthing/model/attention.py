@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.shards import CheckpointError
@@ -328,6 +329,9 @@ class Indexer:
         return ops.index(q, k, w, self.keys, Place(place.cache, self.row, place.batch))
 
 
+LATENT_EPS = 1e-6  # transformers' norms of latents have it, whatever rms_norm_eps is
+
+
 def attention_spec(config: ModelConfig) -> AttentionSpec:
     """The head layout for the op."""
     a = config.latent
@@ -339,7 +343,7 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
         latent_dim=a.kv_lora_rank,
         scale=score_scale(config),
         interleaved=config.rope.interleaved,
-        norm_eps=config.rms_norm_eps,
+        norm_eps=LATENT_EPS,
     )
 
 
@@ -380,7 +384,8 @@ class LatentAttention:
         )
         self.q_norm, self.q_b = None, None
         if a.q_lora_rank:
-            self.q_norm = norm_of(c, weights, p + "q_a_layernorm", a.q_lora_rank, a.query_latent_scale)
+            q_norm = norm_of(c, weights, p + "q_a_layernorm", a.q_lora_rank, a.query_latent_scale)
+            self.q_norm = replace(q_norm, eps=LATENT_EPS)
             q_shape = (heads * a.qk_head_dim, a.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         self.sparse = c.index_topk is not None

@@ -58,7 +58,7 @@ class Stack:
     native: Any
     depth: int  # number of layers
     runs: tuple[Run, ...]
-    eps: float  # of every norm
+    eps: float  # of every norm, but for those within attention
     alive: tuple[Any, ...]
 
 
@@ -83,7 +83,7 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
         q_b = None if layer.q_b is None else layer.q_b.packed
         native.add(
             norm_at, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            layer.o.rest, feed_norm_at, layer.feed.native, *sums, **({"o_bias": o_bias} if o_bias else {}),
+            layer.o.rest, feed_norm_at, layer.feed.native, *sums, o_bias, layer.heads.eps,
         )  # fmt: skip
         alive += [*vectors, layer.heads, layer.feed]
         if layer.is_special:
