@@ -3,7 +3,7 @@
 
 const PREFIX = "farthing.chat.";
 const SETTINGS = "farthing.settings";
-export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: 2048, temperature: "", top_p: "", seed: "", tools: "" };
+export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: "", temperature: "", top_p: "", seed: "", tools: "" };
 
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 

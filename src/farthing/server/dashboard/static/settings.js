@@ -19,7 +19,7 @@ export class Settings {
       h("h2", { id: "settings-title" }, "Settings"),
       h("label", {}, "System prompt", h("textarea", { rows: 4, value: this.values.system, oninput: keep("system") })),
       h("div.pairs", {},
-        number("max_tokens", "Max tokens", { min: 1 }), number("temperature", "Temperature", { min: 0, max: 2, step: 0.1 }),
+        number("max_tokens", "Max tokens", { min: 1, placeholder: "the context's" }), number("temperature", "Temperature", { min: 0, max: 2, step: 0.1 }),
         number("top_p", "Top p", { min: 0.01, max: 1, step: 0.01 }), number("seed", "Seed", { placeholder: "random" })),
       h("label", {}, "Tools that the model may call (JSON); you give their results", this.tools), this.fault,
       h("menu", {}, h("button.primary", { type: "submit" }, "Done"))));
