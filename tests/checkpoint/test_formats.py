@@ -293,3 +293,25 @@ def test_packing_agrees_with_the_package(tmp_path: Path, n: int, half: int, seed
     scheme = ct.Scheme("pack-quantized", 4, False, "group", 2 * half)
     back = scheme.read(Parts(save(tmp_path, encoded), "m"))
     assert torch.equal(back.data, weight.data) and torch.equal(back.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_transforms_as_the_package_writes_them(tmp_path: Path, online: bool) -> None:
+    """Rotations merged into weights are read as stored; those of activations are refused by name."""
+    from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme
+
+    merged = [TransformArgs(targets=["re:.*gate_proj"], location="weight_input")]
+    running = [TransformArgs(targets=["re:.*down_proj"], location="input")]
+    schemes = {"R1": TransformScheme(type="hadamard", apply=merged)}
+    schemes |= {"R4": TransformScheme(type="hadamard", apply=running)} if online else {}
+    section = json.loads(TransformConfig(config_groups=schemes).model_dump_json())
+    packed, value = compress(torch.randn(16, 64), INT4 | {"group_size": 32}, "pack-quantized")
+    tensors = {f"model.a.{k}": v for k, v in packed.items()}
+    config = groups(INT4 | {"group_size": 32}, "pack-quantized") | {"transform_config": section}
+    if not online:
+        found = save(tmp_path, tensors, config).weight("model.a").dequantize()
+        torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-7)
+        return
+    words = r"config_groups\.R4: rotates activations while the model runs \(location 'input'\)"
+    with pytest.raises(CheckpointError, match=words):
+        save(tmp_path, tensors, config)
