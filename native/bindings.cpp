@@ -54,6 +54,7 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
 
 void bind_compressed(nb::module_& module);
 void bind_conv(nb::module_& module);
+void bind_calibration(nb::module_& module);
 void bind_delta(nb::module_& module);
 void bind_indexer(nb::module_& module);
 void bind_sizes(nb::module_& module);
@@ -405,6 +406,7 @@ NB_MODULE(_native, module) {
           "rows"_a, "n"_a, "out"_a, free);
   bind_compressed(module);
   bind_conv(module);
+  bind_calibration(module);
   bind_delta(module);
   bind_indexer(module);
   bind_sizes(module);

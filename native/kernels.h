@@ -114,6 +114,31 @@ struct Gate {
   bool silu() const { return alpha == 1.0f && cubic == 0.0f && limit == __builtin_inff() && shift == 0.0f; }
 };
 
+// The values that weights are rounded to, as multiples of a scale: integers in [low, high], or codes.
+constexpr int kHalves = 256;
+struct Levels {
+  float low, high;
+  const float* codes;  // [2 * kHalves] the nearest code of every half from -kHalves / 2 on; null: integers
+};
+
+constexpr int kSweepRows = 48, kSweepBlock = 64;  // rows of GPTQ's sweep side by side; columns of a block
+
+// Columns of a block of the sweep (calibrate.h), after the feedback of earlier blocks.
+struct SweepBlock {
+  Levels levels;
+  int columns;                 // at most kSweepBlock
+  float* left;                 // [columns][kSweepRows], used up
+  const float* const* own;     // [columns] of [kSweepRows]: before any feedback
+  const float* const* scales;  // [columns] of [kSweepRows]
+  const float* lower;          // lower[j * stride + i]: the share of column i's error that column j takes
+  int stride;
+  const float* pivots;   // [columns]
+  float damping;         // what a squared error counts less
+  float* errors;         // [columns][kSweepRows]
+  float* const* values;  // [columns] of [kSweepRows]
+  float* squared;        // [kSweepRows] sum of the squared errors of outputs
+};
+
 struct ConvLayer;
 struct ConvPair;
 struct Strip;
@@ -164,6 +189,9 @@ struct Kernels {
   void (*convolve)(const float* const* rows, const float* const* weights, int count, int n, float* out);
   void (*gate)(float* y, const float* z, int n, bool silu);  // y *= sigmoid(z), or silu(z)
   void (*delta)(const DeltaHead& h);
+  // Sum over n weights of energy (w - its nearest level)^2; n is a multiple of 16.
+  float (*rounding_error)(const Levels& levels, const float* w, const float* energy, float scale, int n);
+  void (*sweep_block)(const SweepBlock& b);
   Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
   bool index_halves;       // whether it takes q16 and k16
   bool split_act;          // wants hi and lo for bf16 matrices

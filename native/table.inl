@@ -15,6 +15,7 @@
 #include "delta.inl"
 #include "expand.inl"
 #include "pack.inl"
+#include "calibrate.inl"
 #include "vision/conv.inl"
 // clang-format on
 
@@ -47,6 +48,8 @@ constexpr Kernels table(const char* name) {
       .convolve = convolve,
       .gate = gate,
       .delta = delta,
+      .rounding_error = rounding_error,
+      .sweep_block = sweep_block,
       .wide = {product, pack_rows, weigh},
       .wide_halves = {},
       .index_halves = false,

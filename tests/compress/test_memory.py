@@ -44,3 +44,31 @@ def test_one_layer_in_memory_at_a_time(model_dir: Path, data: Path, tmp_path: Pa
     assert after - before < LIMIT
     report = json.loads((tmp_path / "large" / "report.json").read_text())
     assert len(report["coverage"]) == 13
+
+
+GATE = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from farthing.compress.api import compare_in_turn, load_corpus, peak_memory
+from farthing.model.config import ModelConfig
+def gate(path):
+    corpus = load_corpus(Path(sys.argv[3]), path, ModelConfig.from_directory(path), 64, 600)
+    compare_in_turn(path, path, corpus)
+    return peak_memory()
+print(gate(Path(sys.argv[1])), gate(Path(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+def test_the_gate_holds_one_layer_of_one_model(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    large = write_model(
+        tmp_path / "m", hidden_size=256, moe_intermediate_size=512, num_hidden_layers=14, n_routed_experts=8,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    assert Checkpoint.open(large).stored_bytes() > 1.4 * LIMIT
+    args = [sys.executable, "-c", GATE, str(model_dir), str(large), str(data)]
+    result = subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    before, after = (int(x) for x in result.stdout.split())
+    assert after - before < LIMIT

@@ -107,7 +107,7 @@ def test_damping_that_did_not_suffice_is_replaced() -> None:
     gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # its smaller eigenvalue is -0.05
     found = Feedback.of(gram[None], act_order=False)
     assert float(found.damping) == pytest.approx(0.1)
-    factored = found.upper[0] * found.pivots[0] @ found.upper[0].T
+    factored = found.lower[0].T * found.pivots[0] @ found.lower[0]
     torch.testing.assert_close(factored, gram + 0.1 * torch.eye(2))
 
 

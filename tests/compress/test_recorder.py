@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from farthing.compress import calibrate
+from farthing.compress import native
 from farthing.compress.calibrate import InputStats, Recorder, Wanted, with_fallbacks
 from farthing.compress.layer import Matrix
 
@@ -52,9 +52,9 @@ def test_rare_experts_use_their_peers_sums_and_widest_range() -> None:
     assert with_fallbacks({}, ["x"], least=8) == ({}, ["x"])
 
 
-def test_gram_in_strips_is_exact_and_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "STRIP", 5)
+def test_moments_without_native_code_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "runs", lambda x: False)
     x = torch.randint(-4, 5, (9, 12)).float()
-    gram = torch.ones(12, 12)
-    calibrate._add_gram(gram, x)
-    assert torch.equal(gram, 1 + x.T @ x)
+    stats = InputStats(moments=torch.ones(12, 12))
+    stats.add_moments(x)
+    assert stats.gram is not None and torch.equal(stats.gram, 1 + x.T @ x)

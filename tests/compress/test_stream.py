@@ -100,23 +100,24 @@ def test_transformers_loads_it_and_computes_the_same(
     run(Compression(source, out, recipe, corpus_of(data, source, 64, SMALL) if recipe.needs_data else None))
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
 
-    def distance(actual: torch.Tensor) -> float:
+    def distances(actual: torch.Tensor) -> torch.Tensor:
         theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         with torch.no_grad():
             expected = theirs(ids[None]).logits[0]
-        return float((actual - expected).norm() / expected.norm())
+        return (actual - expected).norm(dim=1) / expected.norm(dim=1)
 
-    # transformers also rounds the activations of kv_b, which our attention absorbs.
+    # transformers also rounds the activations of kv_b, which our attention absorbs. That changes all logits a
+    # little, and sends few tokens to other experts.
     model = load_for(out, "reference", simulate=True)
     batch, blocks = paged_batch([len(ids)])
     cache = model.new_cache(blocks, 16, "float32")
-    assert distance(model.logits(model.forward(ids, batch, cache))) < 0.1
+    assert float(distances(model.logits(model.forward(ids, batch, cache))).median()) < 0.1
     config = json.loads((out / "config.json").read_text())
     for group in config.get("quantization_config", {"config_groups": {}})["config_groups"].values():
         group["input_activations"] = None
     (out / "config.json").write_text(json.dumps(config))
     widen_scales(out)
-    assert distance(reference_logits(out, ids)) < 1e-4
+    assert float(distances(reference_logits(out, ids)).max()) < 1e-4
 
 
 def test_transformers_reads_fitted_values_as_even_steps(data: Path, tmp_path: Path) -> None:

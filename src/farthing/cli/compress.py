@@ -16,10 +16,12 @@ from farthing.cli.tables import step_progress, token_progress
 from farthing.config import Quantization, check, option
 from farthing.files import to_json
 from farthing.hub import find_model
+from farthing.memory import keep_freed_memory
 from farthing.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from farthing.compress.api import Outcome
+    from farthing.compress.estimate import Estimate
     from farthing.compress.evaluate import Verdict
     from farthing.compress.recipe import Recipe
 
@@ -174,6 +176,7 @@ class CompressOptions:
     timing: bool | None = _option(None, "Serve both models and time them; default: same as --gate")
     check_memory: bool = _option(True, "Refuse to begin with too little memory or disk")
     max_tokens: int | None = _option(None, "Held-out tokens to evaluate; default: about 16,384", minimum=1)
+    estimate: bool = _option(False, "Print time, memory and disk that the run takes, and exit")
 
     def __post_init__(self) -> None:
         check(self)
@@ -199,16 +202,17 @@ def compress(
         return
     with errors_as_one_line("run the same command to resume"):
         flags = CompressOptions(**options)
-        if flags.out is None:
+        if flags.out is None and not flags.estimate:
             raise typer.BadParameter("expected an output directory", param_hint="--out")
-        outcome = _run(flags, flags.out)
-    _print(outcome.to_json(), as_json)
-    if outcome.verdict is not None:
-        exit_on_verdict(outcome.verdict.answer, str(outcome.verdict))
+        found = _run(flags, flags.out or Path())
+    _print(found.to_json(), as_json)
+    verdict: Verdict | None = getattr(found, "verdict", None)
+    if verdict is not None:
+        exit_on_verdict(verdict.answer, str(verdict))
 
 
-def _run(flags: CompressOptions, out: Path) -> Outcome:
-    """Compress, then serve both models to time them, with both in memory."""
+def _run(flags: CompressOptions, out: Path) -> Outcome | Estimate:
+    """Compress, then serve both models to time them, with both in memory; or estimate what that takes."""
     # Torch's threads otherwise wait for each other in busy loops after every small op, and with fewer free
     # cores than threads that takes many times the work itself. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -232,8 +236,14 @@ def _run(flags: CompressOptions, out: Path) -> Outcome:
         gate=flags.gate,
         check_memory=flags.check_memory,
     )
+    keep_freed_memory()
     model = find_model(flags.model)
     recipe = named or _recipe(flags, default_recipe(model.path), limit)
+    if flags.estimate:
+        from farthing.compress.estimate import estimate
+
+        tokens = (flags.max_tokens or api.GATE_TOKENS) * flags.gate
+        return estimate(model.path, out, recipe, flags.format, tokens)
     if model.absent:
         api.check_before_download(model.path, out, recipe, options)
     source = model.fetch()

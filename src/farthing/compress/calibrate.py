@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
+from farthing.compress import native
 from farthing.compress.layer import Matrix, TracedOps, numbered
 from farthing.compress.source import PlainCheckpoint
 
@@ -109,17 +111,6 @@ class SimulatedOps(TracedOps):
 #
 # Legend: t tokens that reach a matrix; K columns of the matrix; D hidden size; E experts.
 
-STRIP = 1024  # columns
-
-
-def _add_gram(gram: Tensor, x: Tensor) -> None:
-    """gram [K, K] += x^T x; each strip from its diagonal on, mirrored, takes half of the products."""
-    for start in range(0, len(gram), STRIP):
-        stop = start + STRIP
-        own = x[:, start:stop].t() @ x[:, start:]
-        gram[start:stop, start:] += own
-        gram[stop:, start:stop] += own[:, STRIP:].t()
-
 
 @dataclass(slots=True)
 class InputStats:
@@ -129,13 +120,38 @@ class InputStats:
     energy: Tensor = field(default_factory=lambda: torch.zeros(0))  # [K] sum of x^2
     magnitude: Tensor = field(default_factory=lambda: torch.zeros(0))  # [K] sum of |x|
     absmax: Tensor = field(default_factory=lambda: torch.zeros(0))  # [K]
-    gram: Tensor | None = None  # [K, K] sum of x x^T
+    moments: Tensor | None = None  # [K, K] sum of x x^T …
+    halved: bool = False  # … in the lower half alone
     rows: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # [<= kept, K] a sample of inputs
     fallback: str | None = None  # the source of these statistics, if this input was too rare
+
+    @property
+    def gram(self) -> Tensor | None:
+        """Second moments, [K, K]."""
+        if self.moments is not None and self.halved:
+            for start in range(0, len(self.moments), _STRIP):
+                own = self.moments[start : start + _STRIP]
+                self.moments[:start, start : start + _STRIP] = own[:, :start].t()
+                square = own[:, start : start + _STRIP]
+                square.copy_(square.tril() + square.tril(-1).t())
+            self.halved = False
+        return self.moments
+
+    def add_moments(self, x: Tensor) -> None:
+        """Add those of inputs [t, K]."""
+        assert self.moments is not None
+        if native.runs(x):
+            native.add_moments(x, self.moments)
+            self.halved = True
+        else:
+            self.moments += x.t() @ x
 
     def mean_energy(self) -> Tensor:
         """E[x^2] per column, [K]."""
         return self.energy / max(self.tokens, 1)
+
+
+_STRIP = 1024  # columns that are mirrored at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,15 +183,15 @@ class Recorder(TracedOps):
             stats.energy, stats.magnitude = torch.zeros(x.shape[1]), torch.zeros(x.shape[1])
             stats.absmax = torch.zeros(x.shape[1])
             stats.rows = torch.zeros(0, x.shape[1])
-            stats.gram = torch.zeros(x.shape[1], x.shape[1]) if self.wanted.gram else None
+            stats.moments = torch.zeros(x.shape[1], x.shape[1]) if self.wanted.gram else None
         absolute = x32.abs()
         if not bool(absolute.max().isfinite()):
             raise ValueError(f"{matrix.name}: the input is NaN or infinite; the model cannot be calibrated")
         stats.energy += x32.square().sum(0)
         stats.magnitude += absolute.sum(0)
         stats.absmax = torch.maximum(stats.absmax, absolute.amax(0))
-        if stats.gram is not None:
-            _add_gram(stats.gram, x32)
+        if stats.moments is not None:
+            stats.add_moments(x32)
         self._sample(stats, x32)
         stats.tokens += len(x)
         return x
@@ -210,14 +226,13 @@ def with_fallbacks(
     rare = [n for n in names if n not in inputs or inputs[n].tokens < least]
     if not rare or not seen:
         return {n: inputs[n] for n in names if n in inputs}, rare
+    grams = [s.gram for s in seen if s.gram is not None]
     pooled = InputStats(
         tokens=sum(s.tokens for s in seen),
         energy=torch.stack([s.energy for s in seen]).sum(0),
         magnitude=torch.stack([s.magnitude for s in seen]).sum(0),
         absmax=torch.stack([s.absmax for s in seen]).amax(0),
-        gram=torch.stack([s.gram for s in seen if s.gram is not None]).sum(0)
-        if seen[0].gram is not None
-        else None,
+        moments=reduce(add, grams) if grams else None,
         rows=torch.cat([s.rows for s in seen])[:: max(1, len(seen))],
         fallback="mean of all experts, range of the widest",
     )

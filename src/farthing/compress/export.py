@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from farthing.compress.layer import MATRICES, group_columns
 from farthing.compress.recipe import Recipe
 from farthing.compress.transform import group_for, stored_format, wanted_group
 from farthing.model import AdaptiveExperts, ModelConfig
-from farthing.ops.weights import FP8_BLOCK, Weight
+from farthing.ops.weights import FP8_BLOCK, Format, Weight
 
 
 def encode_deepseek(module: str, weight: Weight) -> dict[str, Tensor]:
@@ -177,7 +177,21 @@ def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, re
     return limits
 
 
-def expected_bytes(export: str, checkpoint: Checkpoint, config: ModelConfig, recipe: Recipe) -> int | None:
+class Stored(Protocol):
+    """What is known of a checkpoint without reading its tensors."""
+
+    def names(self) -> Iterable[str]: ...
+
+    def has(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def nbytes(self, name: str) -> int: ...
+
+    def stored_as(self, module: str) -> tuple[Format, tuple[int, int]]: ...
+
+
+def expected_bytes(export: str, checkpoint: Stored, config: ModelConfig, recipe: Recipe) -> int | None:
     """An estimate of the result's weight bytes before any work is done; None where a plan or pruning decides
     what is stored."""
     if recipe.resizes:
@@ -208,16 +222,14 @@ _WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5, "nl4": 0.5}
 _SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2, "nl4": 2}
 
 
-def _matrices(checkpoint: Checkpoint) -> list[str]:
+def _matrices(checkpoint: Stored) -> list[str]:
     """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
     kinds = (*MATRICES, "eh_proj")
     return [m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in kinds]
 
 
-def _expected_key(
-    checkpoint: Checkpoint, config: ModelConfig, module: str, recipe: Recipe
-) -> GroupKey | None:
+def _expected_key(checkpoint: Stored, config: ModelConfig, module: str, recipe: Recipe) -> GroupKey | None:
     stored, (_, columns) = checkpoint.stored_as(module)
     scheme = "int8" if recipe.scheme == "auto" else recipe.scheme
     columns = group_columns(config.at(int(module.split(".")[2])), module, columns)

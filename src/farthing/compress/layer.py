@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.native import short_products
+from farthing.memory import return_freed_memory
 from farthing.model import FeedForward, MemorySource, ModelConfig, MTPLayer, router_spec
 from farthing.model.attention import attention_of, layer_rope
 from farthing.ops import (
@@ -57,6 +60,23 @@ class Matrix:
     format: str  # as stored
     bias: Tensor | None = None  # [N], of an expert
 
+    def times(self, x: Tensor) -> Tensor:
+        """The product with an input [T, K], float32 [T, N]."""
+        y = F.linear(x.to(self.weight.dtype), self.weight).float()
+        return y if self.bias is None else y + self.bias
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Products with matrices are those of bfloat16, as serving in it computes them, where the processor
+    multiplies that faster. Other float32 products round their factors to it; sums stay float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 
 class TracedOps(ReferenceOps):
     """float32. Subclasses override `before` (may replace the input) and `after_expert`.
@@ -82,6 +102,8 @@ class TracedOps(ReferenceOps):
         quantized = next((w.format for w in weights if w.format != "dense"), "dense")
         values = [w.dequantize() for w in weights]
         whole = values[0] if len(values) == 1 else torch.cat(values)
+        if short_products():
+            whole = whole.bfloat16()
         return Matrix(input_name(name), whole, quantized, weights[0].bias)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
@@ -111,12 +133,12 @@ class TracedOps(ReferenceOps):
     # -- computing
 
     def _apply(self, matrix: Matrix, x: Tensor) -> Tensor:
-        return F.linear(self.before(matrix, x), matrix.weight, matrix.bias)
+        return matrix.times(self.before(matrix, x))
 
     def _gated(self, x: Tensor, mlp: tuple[Gate, Matrix, Matrix, Matrix]) -> Tensor:
         activation, gate, up, down = mlp
         x = self.before(gate, x)
-        both = (F.linear(x, matrix.weight, matrix.bias) for matrix in (gate, up))
+        both = (matrix.times(x) for matrix in (gate, up))
         return self._apply(down, gated_by(activation, *both))
 
     def linear(
@@ -189,6 +211,7 @@ class Layer:
     @classmethod
     def read(cls, checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
         """Read and dequantize one layer. Raises CheckpointError, or ValueError for NaN or infinity."""
+        return_freed_memory()  # of the layer before
         prefix = f"model.layers.{index}."
         layer = cls(config.at(index), index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]

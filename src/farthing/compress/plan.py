@@ -113,7 +113,7 @@ class PlanResult:
 def make_plan(
     source: Path, out: Path, recipe: Recipe, corpus: Corpus, progress: Progress | None = None
 ) -> PlanResult:
-    """Measure every part and solve the knapsack for the recipe's budget. Loads the model into memory.
+    """Measure every part and solve the knapsack for the recipe's budget.
 
     Measurements are kept next to OUT's shards until OUT is complete, so a killed run resumes, and a run with
     another budget reuses them.

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from farthing.checkpoint.compressed_tensors import stored_scale
 from farthing.checkpoint.floats import quantize_blocks
+from farthing.compress import native
+from farthing.compress.native import fast_bfloat16
 from farthing.ops.weights import CODES, Weight, pack_int4
 
 
@@ -41,6 +43,11 @@ class Grid:
     high: int = CODES[-1]
     fitted: bool = False  # q is one of CODES
 
+    @property
+    def levels(self) -> native.Levels:
+        """What q may be."""
+        return self.low, self.high, self.fitted
+
     def rows(self, index: slice) -> Grid:
         """That of some rows."""
         zero = None if self.zero is None else self.zero[:, index]
@@ -72,7 +79,7 @@ class Grid:
         """The B matrices in storage format: int4 or nl4 for 4 bits, int8 for 8."""
         q = self.integers(value)
         if self.fitted:
-            u = torch.searchsorted(torch.tensor(CODES, dtype=torch.int8), q) - 8
+            u = _INDEX.index_select(0, q.view(torch.uint8).int().flatten()).view_as(q)
             return [Weight("nl4", pack_int4(u[b]), self.scale[b].contiguous()) for b in range(len(q))]
         if self.high > 7:
             return [Weight("int8", q[b], self.scale[b].contiguous()) for b in range(len(q))]
@@ -89,6 +96,11 @@ _NEAREST = torch.tensor(
     [min(CODES, key=lambda code: abs(code - (i - _HALVES + 0.5) / 2)) for i in range(2 * _HALVES)],
     dtype=torch.float32,
 )
+
+
+# The place of every code, minus 8, by its byte.
+_INDEX = torch.zeros(256, dtype=torch.int8)
+_INDEX[torch.tensor(CODES) % 256] = torch.arange(-8, 8, dtype=torch.int8)
 
 
 def _nearest_codes(x: Tensor) -> Tensor:
@@ -178,6 +190,9 @@ def _shrink(
     """The grid with the multiples of its scales that have the least energy-weighted rounding error, group by
     group."""
     b, n, k = w.shape
+    columns = k // grid.scale.shape[-1]
+    if gram is None and grid.zero is None and native.runs(w[..., :columns]):
+        return replace(grid, scale=native.search_ranges(w, grid.scale, grid.levels, energy, factors))
     rows = max(1, _AT_ONCE // (b * k))
     if n > rows:
         parts = [
@@ -231,7 +246,7 @@ class Feedback:
     """Second moments of the inputs, factored in the order in which their columns are processed."""
 
     order: Tensor  # [B, K] int64
-    upper: Tensor  # [B, K, K] float32, U
+    lower: Tensor  # [B, K, K] float32, U^T
     pivots: Tensor  # [B, K] float32, D
     damping: Tensor  # [B], what was added to the diagonal
 
@@ -246,27 +261,31 @@ class Feedback:
         energy = gram.diagonal(dim1=1, dim2=2)
         order = energy.argsort(-1, descending=True) if act_order else torch.arange(k).expand(b, k)
         # Reversed, because the Cholesky factor of the reversed H is the reversed U D^(1/2).
-        back = order.flip(1)
-        h = gram.gather(1, back.unsqueeze(2).expand(b, k, k)).gather(2, back.unsqueeze(1).expand(b, k, k))
+        h = torch.empty_like(gram)
+        for i, back in enumerate(order.flip(1)):
+            torch.index_select(gram[i].index_select(0, back), 1, back, out=h[i])
         # Scaled to a mean diagonal of 1: no overflow, no underflow.
         mean = energy.mean(-1).clamp_min(1e-20)
-        h = h.double() / mean.double().view(b, 1, 1)
+        h /= mean.view(b, 1, 1)
         added = 0.0
         while True:
             h.diagonal(dim1=1, dim2=2).add_(damp - added)
-            lower, failed = torch.linalg.cholesky_ex(h)
+            factor, failed = torch.linalg.cholesky_ex(h, upper=True)
+            if bool(failed.any()) and h.dtype is torch.float32:  # too close to singular for its precision
+                h = h.double()
+                factor, failed = torch.linalg.cholesky_ex(h, upper=True)
             if not bool(failed.any()):
-                diagonal = lower.diagonal(dim1=1, dim2=2)
-                upper = (lower / diagonal.unsqueeze(1)).float().flip(1, 2)
+                diagonal = factor.diagonal(dim1=1, dim2=2).clone()
+                lower = factor.div_(diagonal.unsqueeze(2)).float().flip(1, 2).contiguous()
                 pivots = diagonal.square().float().flip(1) * mean.unsqueeze(1)
-                return cls(order, upper, pivots, damp * mean)
+                return cls(order, lower, pivots, damp * mean)
             if damp > 1e6:
                 raise ValueError("the input statistics have NaN or infinity; expected finite numbers")
             added, damp = damp, 10 * damp
 
     def __getitem__(self, index: slice | Tensor) -> Feedback:
         """Those of some of the B matrices."""
-        return Feedback(self.order[index], self.upper[index], self.pivots[index], self.damping[index])
+        return Feedback(self.order[index], self.lower[index], self.pivots[index], self.damping[index])
 
 
 def sweep(
@@ -285,6 +304,9 @@ def sweep(
     rows; K columns.
     """
     b, n, k = w.shape
+    if grid is not None and grid.zero is None and keep is None and native.runs(w):
+        factors = back.order, back.lower, back.pivots, back.damping
+        return native.sweep(w, factors, grid.scale, grid.levels)
     rows = back.order.unsqueeze(2).expand(b, k, n)
     w = w.float().transpose(1, 2).gather(1, rows)  # [B, K, N]: a column at a time is contiguous
     mask = None if keep is None else keep.transpose(1, 2).gather(1, rows)
@@ -293,7 +315,7 @@ def sweep(
         stop = min(start + BLOCK, k)
         left = w[:, start:stop].clone()
         if start:
-            left.baddbmm_(back.upper[:, :start, start:stop].transpose(1, 2), errors[:, :start])
+            left.baddbmm_(back.lower[:, start:stop, :start], errors[:, :start])
         scale, zero = (None, None) if grid is None else _columns(grid, back.order[:, start:stop], k)
         for j in range(start, stop):
             i = j - start
@@ -304,7 +326,7 @@ def sweep(
                 new = new * mask[:, j]
             values[:, j] = new
             torch.sub(w[:, j], new, out=errors[:, j])
-            left[:, i + 1 :].addcmul_(back.upper[:, j, j + 1 : stop].unsqueeze(2), errors[:, j].unsqueeze(1))
+            left[:, i + 1 :].addcmul_(back.lower[:, j + 1 : stop, j].unsqueeze(2), errors[:, j].unsqueeze(1))
         missed = (left - values[:, start:stop]).square().sum(2)
         squared += (missed * back.pivots[:, start:stop]).sum(1)
     squared -= back.damping * errors.square().sum((1, 2))
@@ -325,7 +347,9 @@ def output_error(w: Tensor, value: Tensor, gram: Tensor) -> Tensor:
     return energy_of(value.float() - w.float(), gram) / energy_of(w, gram).clamp_min(1e-30)
 
 
-def energy_of(w: Tensor, gram: Tensor) -> Tensor:
-    """||w x||^2 over the calibration tokens, [B]."""
+def energy_of(w: Tensor, gram: Tensor, short: bool = False) -> Tensor:
+    """||w x||^2 over the calibration tokens, [B]. short: the product in bfloat16, if it is faster, for a w
+    whose rows do not cancel in it as rounding errors do."""
     w = w.float()
-    return ((w @ gram) * w).sum((1, 2)).clamp_min(0)
+    dtype = torch.bfloat16 if short and fast_bfloat16() else torch.float32
+    return ((w.to(dtype) @ gram.to(dtype)).float() * w).sum((1, 2)).clamp_min(0)

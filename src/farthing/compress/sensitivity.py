@@ -1,39 +1,42 @@
-"""The effect of every format on the whole model, part by part.
+"""What every format costs in every part of the model, with one layer in memory at a time.
 
 A part is a layer's attention, its routed experts, its shared expert or its dense MLP. Each option is produced
-by the method that would write it (GPTQ for 4 bits), with statistics from one part of the calibration text.
-Its damage is the KL divergence of the model's next-token distributions on another part of the text, with only
-that part of the model changed.
+by the method that would write it (GPTQ for 4 bits), with statistics from one part of the calibration text. On
+another part of the text its error is that of the layer's output. One option per layer, every part in PROBE,
+also passes through the later layers: the KL divergence of the next-token distributions that it causes,
+divided by its error, converts the errors of all options of that layer to nats.
 
-Legend: T sample tokens; D hidden size; V vocabulary.
+Legend: T sample tokens; D hidden size; V vocabulary; S states, the model's and those with one layer in PROBE.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.compress.calibrate import Recorder, Wanted
 from farthing.compress.evaluate import Corpus, Window
 from farthing.compress.export import encode, key_in
-from farthing.compress.layer import Layer, Stream, TracedOps
+from farthing.compress.layer import Layer, Stream, TracedOps, bfloat16_products
 from farthing.compress.recipe import Recipe
 from farthing.compress.size import Reads, Sizes, measured_shares, reads_of
 from farthing.compress.source import embedded, final_norm
 from farthing.compress.transform import compress_layer
 from farthing.compress.work import Done, forward
-from farthing.files import replace_json
+from farthing.files import replace_json, replace_tensors
 from farthing.model.config import ModelConfig
 
 FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
+PROBE = "int4-64"  # of a whole layer, passed through the later ones
 SAMPLE = 2048  # tokens to measure a sensitivity on
 
 
@@ -58,60 +61,67 @@ def part_of(module: str) -> str:
     return f"{layer}.mlp.{pieces[4]}" if pieces[4] in ("experts", "shared_experts") else f"{layer}.mlp"
 
 
-class LayerwiseModel:
-    """The source in memory, run layer by layer."""
+class Judge:
+    """Hidden states of the text that options are judged on, layer by layer."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, windows: list[Window], states: Tensor | None) -> None:
+        self._checkpoint = checkpoint
         self.config = ModelConfig.from_json(checkpoint.config)
-        self.layers = [Layer.read(checkpoint, self.config, i) for i in range(self.config.num_hidden_layers)]
-        self.embedding = checkpoint.tensor("model.embed_tokens.weight")
-        self.final_norm = final_norm(checkpoint, self.config)
-        tied = self.config.tie_word_embeddings
-        self.head = self.embedding.float() if tied else checkpoint.weight("lm_head").dequantize()
+        self._embedding = checkpoint.tensor("model.embed_tokens.weight")
+        self._norm = final_norm(checkpoint, self.config)
+        self._windows = windows
+        self.states = self.embedded(windows).hidden[None] if states is None else states  # [S, T, D]
 
-    def stream(self, windows: list[Window]) -> Stream:
-        """Embedded tokens, the input of the first layer."""
+    def embedded(self, windows: list[Window]) -> Stream:
+        """A text before the first layer."""
         ids = torch.cat([w.ids[:-1] for w in windows])
-        hidden = embedded(self.config, self.embedding, ids)
+        hidden = embedded(self.config, self._embedding, ids)
         return Stream(hidden, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
 
     def through(self, layer: Layer, stream: Stream, ops: TracedOps | None = None) -> Tensor:
         """Hidden states after `layer`, [T, D]."""
-        return forward(layer, ops or TracedOps(), stream, self.embedding, self.final_norm)
+        return forward(layer, ops or TracedOps(), stream, self._embedding, self._norm)
 
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """[t, D] after the last layer -> [t, V]."""
-        normed = F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, self.config.rms_norm_eps)
-        return (F.linear(normed, self.head) * self.config.logit_scale).log_softmax(-1)
+    def of(self, layer: Layer, states: Tensor) -> Tensor:
+        """`layer` of states [S, T, D]."""
+        windows = self._windows * len(states)
+        next_ids, lengths = torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows]
+        return self.through(layer, Stream(states.flatten(0, 1), next_ids, lengths)).view_as(states)
+
+    def divergences(self) -> list[float]:
+        """Mean KL(model || model with one layer in PROBE) for every layer, nats per token."""
+        tied = self.config.tie_word_embeddings
+        head = self._embedding.float() if tied else self._checkpoint.weight("lm_head").dequantize()
+
+        def log_probs(hidden: Tensor) -> Tensor:  # [t, D] -> [t, V]
+            normed = F.rms_norm(hidden, hidden.shape[-1:], self._norm, self.config.rms_norm_eps)
+            return (F.linear(normed, head) * self.config.logit_scale).log_softmax(-1)
+
+        totals = [0.0] * (len(self.states) - 1)
+        for rows in range(0, self.states.shape[1], _ROWS):
+            model, *others = self.states[:, rows : rows + _ROWS]
+            p = log_probs(model)
+            for i, other in enumerate(others):
+                totals[i] += float((p.exp() * (p - log_probs(other))).sum(dtype=torch.float64))
+        return [max(total / self.states.shape[1], 0.0) for total in totals]
 
 
-class Meter:
-    """KL between the model and the model with some matrices of one layer replaced."""
+_ROWS = 512  # tokens whose distributions are in memory at a time
 
-    def __init__(self, model: LayerwiseModel, windows: list[Window]) -> None:
-        self._model = model
-        self._before = model.stream(windows)  # input of the current layer
-        self._base = self._rest(0, model.layers[0], self._before)
 
-    def kl(self, index: int, changed: Mapping[str, Tensor]) -> float:
-        """Mean KL(base || changed) in nats per token; `index` must be the current layer."""
-        layer = self._model.layers[index]
-        other = self._rest(index, replace(layer, tensors={**layer.tensors, **changed}), self._before)
-        total = 0.0
-        for a, b in zip(self._base.split(512), other.split(512), strict=True):
-            p, q = self._model.log_probs(a), self._model.log_probs(b)
-            total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-        return max(total / len(other), 0.0)
+@dataclass(slots=True)
+class Measured:
+    """What is known of the first layers."""
 
-    def advance(self, index: int) -> None:
-        """Move on from layer `index` to the next one."""
-        self._before.hidden = self._model.through(self._model.layers[index], self._before)
+    options: list[Option] = field(default_factory=list)  # whose `kl` is still the error of the layer's output
+    probes: list[float] = field(default_factory=list)  # that error of each layer with all parts in PROBE
+    divergences: list[float] | None = None  # KL of each probe; known after the last layer
 
-    def _rest(self, index: int, layer: Layer, stream: Stream) -> Tensor:
-        """Hidden states after the last layer."""
-        for following in (layer, *self._model.layers[index + 1 :]):
-            stream = replace(stream, hidden=self._model.through(following, stream))
-        return stream.hidden
+    def in_nats(self) -> list[Option]:
+        """The options with their effect on the model."""
+        assert self.divergences is not None
+        rates = [kl / e if e else 0.0 for kl, e in zip(self.divergences, self.probes, strict=True)]
+        return [replace(o, kl=o.kl * rates[int(o.part.split(".")[2])]) for o in self.options]
 
 
 def measure(
@@ -121,51 +131,61 @@ def measure(
     progress: Callable[[str, int, int], None] | None = None,
     notes: Notes | None = None,
 ) -> list[Option]:
-    """Measure every option of every part, with the model in memory. notes: results kept between runs."""
-    model = LayerwiseModel(checkpoint)
+    """Measure every option of every part. notes: results kept between runs."""
+    measured, hidden = notes.read() if notes else (Measured(), {})
+    if measured.divergences is not None:
+        return measured.in_nats()
     fit_windows, judge_windows = split(corpus)
-    meter, fit = Meter(model, judge_windows), model.stream(fit_windows)
-    options: list[Option] = []
-    for index, layer in enumerate(model.layers):
+    judge = Judge(checkpoint, judge_windows, hidden.get("states"))
+    fit = judge.embedded(fit_windows)
+    fit.hidden = hidden.get("fit", fit.hidden)
+    layers = judge.config.num_hidden_layers
+    for index in range(len(measured.probes), layers):
         if progress:
-            progress(f"sensitivity of layer {index}", index, len(model.layers))
-        measured = notes.read(index) if notes else None
-        recorder = None if measured else Recorder(Wanted(gram=True))
-        after = model.through(layer, fit, recorder)
-        if recorder is not None:
-            measured = _layer_options(model, meter, layer, recorder, recipe, len(fit.hidden))
-            if notes:
-                notes.add(index, measured)
-        options += measured or []
-        fit.hidden = after
-        meter.advance(index)
-    return options
+            progress(f"sensitivity of layer {index}", index, layers)
+        layer = Layer.read(checkpoint, judge.config, index)
+        checkpoint.release()
+        recorder = Recorder(Wanted(gram=True))
+        with bfloat16_products():
+            fit.hidden = judge.through(layer, fit, recorder)
+        _measure_layer(judge, layer, recorder, recipe, measured, len(fit.hidden))
+        del layer, recorder  # free before the next one is read
+        if index + 1 == layers:
+            measured.divergences = judge.divergences()
+        if notes:
+            notes.write(measured, {"fit": fit.hidden, "states": judge.states})
+    return measured.in_nats()
 
 
 @dataclass(frozen=True, slots=True)
 class Notes:
-    """A file of the options of the layers measured so far, so that a killed run resumes."""
+    """What was measured so far, so that a killed run resumes, and another budget is planned at once."""
 
     file: Path
     fingerprint: str
 
-    def read(self, layer: int) -> list[Option] | None:
-        """Options of `layer` from an earlier run of the same job, or None."""
-        entry = self._all().get(str(layer))
-        return None if entry is None else [Option(**o | {"sizes": Sizes(**o["sizes"])}) for o in entry]
+    def read(self) -> tuple[Measured, dict[str, Tensor]]:
+        """Results of an earlier run of the same job, and the hidden states after its last layer."""
+        content = json.loads(self.file.read_text(encoding="utf-8")) if self.file.is_file() else {}
+        if content.get("fingerprint") != self.fingerprint:
+            return Measured(), {}
+        found = Measured(**content["measured"])
+        found.options = [Option(**o | {"sizes": Sizes(**o["sizes"])}) for o in content["measured"]["options"]]
+        hidden = self._hidden(len(found.probes))
+        return found, {} if found.divergences is not None else load_file(hidden)
 
-    def add(self, layer: int, options: list[Option]) -> None:
-        """Store a layer's options."""
-        layers = self._all() | {str(layer): [asdict(o) for o in options]}
+    def write(self, measured: Measured, hidden: dict[str, Tensor]) -> None:
+        """Store hidden states, then the file that refers to them."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        replace_json(self.file, {"fingerprint": self.fingerprint, "layers": layers}, indent=None)
+        layers = len(measured.probes)
+        if measured.divergences is None:
+            replace_tensors(self._hidden(layers), hidden)
+        content = {"fingerprint": self.fingerprint, "measured": asdict(measured)}
+        replace_json(self.file, content, indent=None)
+        self._hidden(layers - 1).unlink(missing_ok=True)
 
-    def _all(self) -> dict[str, Any]:
-        if not self.file.is_file():
-            return {}
-        content = json.loads(self.file.read_text(encoding="utf-8"))
-        layers: dict[str, Any] = content["layers"] if content["fingerprint"] == self.fingerprint else {}
-        return layers
+    def _hidden(self, layers: int) -> Path:
+        return self.file.with_name(f"sensitivity-{layers}.safetensors")
 
 
 def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
@@ -178,64 +198,78 @@ def split(corpus: Corpus) -> tuple[list[Window], list[Window]]:
     return corpus.windows[:cut] or corpus.windows, corpus.windows[cut:]
 
 
-def _layer_options(
-    model: LayerwiseModel, meter: Meter, layer: Layer, recorder: Recorder, recipe: Recipe, tokens: int
-) -> list[Option]:
+def _measure_layer(
+    judge: Judge, layer: Layer, recorder: Recorder, recipe: Recipe, measured: Measured, tokens: int
+) -> None:
+    """Measure the options of one layer, and pass the states through it."""
     seen = recorder.experts.get(f"{layer.prefix}mlp")
     routed = {} if seen is None else {layer.index: measured_shares(seen.tolist(), tokens)}
-    trial = _Trial(meter, recorder, recipe, reads_of(model.config, routed))
-    options = list(trial.kept(layer))
+    before, judge.states = judge.states[:1], judge.of(layer, judge.states)
+    trial = _Trial(judge, before, judge.states[:1], reads_of(judge.config, routed))
+    kept = compress_layer(replace(layer, tensors=dict(layer.tensors)), None, recipe, lambda module: "keep")
+    options = [Option(part, "keep", trial.sizes(done), 0.0) for part, done in parts(kept.modules).items()]
     for kind in FORMATS:
-        options += trial.rounded(layer, kind, options)
-    return options
+        copy = replace(layer, tensors=dict(layer.tensors))
+        result = compress_layer(copy, recorder, recipe, partial(_always, kind))
+        options += trial.options(layer, copy, kind, parts(result.modules), options)
+        if kind == PROBE:
+            probe = judge.of(copy, before)
+            measured.probes.append(trial.error(probe))
+    judge.states = torch.cat((judge.states, probe))
+    measured.options += options
+
+
+def _always(kind: str, module: str) -> str:
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """Produces and measures the options of one layer."""
+    """Measures the options of one layer."""
 
-    meter: Meter
-    recorder: Recorder
-    recipe: Recipe
+    judge: Judge
+    before: Tensor  # [1, T, D] input of the layer
+    after: Tensor  # its output
     reads: Reads
 
-    def kept(self, layer: Layer) -> Iterator[Option]:
-        """The format of the source."""
-        copy = replace(layer, tensors=dict(layer.tensors))
-        done = compress_layer(copy, None, self.recipe, lambda module: "keep").modules
-        for part, modules in parts(list(done)).items():
-            yield Option(part, "keep", self._sizes(done, modules), 0.0)
-
-    def rounded(self, layer: Layer, kind: str, known: Sequence[Option]) -> list[Option]:
-        """Every part in one format, except where the result equals a known option."""
-        copy = replace(layer, tensors=dict(layer.tensors))
-        done = compress_layer(copy, self.recorder, self.recipe, lambda module: kind).modules
-        options = []
-        for part, modules in parts(list(done)).items():
-            sizes = self._sizes(done, modules)
+    def options(
+        self,
+        layer: Layer,
+        rounded: Layer,
+        kind: str,
+        done: Mapping[str, dict[str, Done]],
+        known: list[Option],
+    ) -> Iterator[Option]:
+        """Every part in one format, as it is in `rounded`, except where the result equals a known option."""
+        for part, modules in done.items():
+            sizes = self.sizes(modules)
             # If a group size divides no matrix of the part, a smaller one was used.
             twins = (o for o in known if (o.part, o.sizes) == (part, sizes))
             if kind.startswith("int4") and any(o.format.startswith("int4") for o in twins):
                 continue
-            kl = self.meter.kl(layer.index, {f"{m}.weight": done[m].weight.dequantize() for m in modules})
-            options.append(Option(part, kind, sizes, kl))
-        return options
+            changed = {f"{m}.weight": rounded.weight(m) for m in modules}
+            out = self.judge.of(replace(layer, tensors=layer.tensors | changed), self.before)
+            yield Option(part, kind, sizes, self.error(out))
 
-    def _sizes(self, done: Mapping[str, Done], modules: list[str]) -> Sizes:
+    def error(self, out: Tensor) -> float:
+        """The mean squared error of the layer's output, relative to the output of each token."""
+        missed, size = (out - self.after).square().sum(-1), self.after.square().sum(-1)
+        return float((missed / size.clamp_min(1e-30)).mean(dtype=torch.float64))
+
+    def sizes(self, done: Mapping[str, Done]) -> Sizes:
         """Of the files, which the kernels' layout equals: nothing is pruned here."""
         file, token = 0, 0.0
-        for m in modules:
-            key = key_in("compressed-tensors", m, done[m].key)
-            stored = encode("compressed-tensors", m, done[m].weight, key)
+        for m, own in done.items():
+            stored = encode("compressed-tensors", m, own.weight, key_in("compressed-tensors", m, own.key))
             bytes_ = sum(t.nbytes for t in stored.values())
             file += bytes_
             token += bytes_ * self.reads(m)
         return Sizes(file, file, round(token))
 
 
-def parts(modules: list[str]) -> dict[str, list[str]]:
+def parts(modules: Mapping[str, Done]) -> dict[str, dict[str, Done]]:
     """Modules by part."""
-    grouped: dict[str, list[str]] = {}
-    for module in modules:
-        grouped.setdefault(part_of(module), []).append(module)
+    grouped: dict[str, dict[str, Done]] = {}
+    for module, done in modules.items():
+        grouped.setdefault(part_of(module), {})[module] = done
     return grouped

@@ -22,11 +22,11 @@ from farthing.checkpoint.compressed_tensors import MARK, VALUES
 from farthing.checkpoint.reader import unquantized
 from farthing.compress.evaluate import Corpus
 from farthing.compress.export import encode, key_in, quantization_config
-from farthing.compress.layer import DENSE, Layer, Stream, TracedOps, check_finite
+from farthing.compress.layer import DENSE, Layer, Stream, TracedOps, bfloat16_products, check_finite
 from farthing.compress.recipe import Recipe
 from farthing.compress.source import PlainCheckpoint, embedded, final_norm
 from farthing.compress.transform import Plan, compress_layer
-from farthing.compress.work import Advance, LayerResult, LayerWork, bfloat16_products
+from farthing.compress.work import Advance, LayerResult, LayerWork
 from farthing.files import replace_json, replace_tensors
 from farthing.model.config import ModelConfig
 

@@ -31,6 +31,7 @@ from farthing.compress.quantize import (
 from farthing.compress.recipe import Recipe
 from farthing.compress.size import zero_block_bytes
 from farthing.compress.work import Done, LayerResult
+from farthing.model.config import ModelConfig
 from farthing.ops.weights import Weight
 
 GRAM_BYTES = 2**26  # of float64 grams in memory at once
@@ -135,6 +136,15 @@ def _units(layer: Layer) -> list[Unit]:
         for part in parts_of(layer, family):
             units.setdefault(tuple(map(input_name, part)), []).append(part)
     return list(units.values())
+
+
+def round_piece(config: ModelConfig, recipe: Recipe, w: Tensor, recorder: Recorder) -> None:
+    """Round one matrix as it would be of a model, by the statistics of the recorder's only input."""
+    name = "model.layers.0.mlp.down_proj"
+    layer = Layer(config, 0, {f"{name}.weight": w})
+    _compress_unit(
+        layer, [[name]], {name: recorder.inputs[""]}, recipe, lambda module: recipe.scheme, None, {}
+    )
 
 
 def _compress_unit(
@@ -246,7 +256,7 @@ def _errors(before: Tensor, after: Tensor, gram: Tensor | None, squared: Tensor 
         return None
     if squared is None:
         return output_error(before, after, gram)
-    return squared / energy_of(before, gram).clamp_min(1e-30)
+    return squared / energy_of(before, gram, short=True).clamp_min(1e-30)
 
 
 def grid_of(

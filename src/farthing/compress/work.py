@@ -5,8 +5,7 @@ Legend: T calibration tokens; D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from farthing.checkpoint.compressed_tensors import GroupKey
 from farthing.compress.calibrate import Recorder
 from farthing.compress.evaluate import PAGE, paged_batch
-from farthing.compress.layer import Layer, Stream, TracedOps, build
+from farthing.compress.layer import Layer, Stream, TracedOps, bfloat16_products, build
 from farthing.ops.weights import Weight
 
 CHUNK = 4096  # calibration tokens per forward pass
@@ -91,15 +90,3 @@ def forward(
         out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
         advance(rows.stop / len(out))
     return out
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Float32 products round their factors to bfloat16 where the processor multiplies that faster, as serving
-    does; sums stay float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -79,10 +79,10 @@ class RunOptions:
         _allocate_for_training()
         import torch
 
+        from farthing.memory import keep_freed_memory
         from farthing_lab.train.finetune import Settings
-        from farthing_lab.train.mite import tune_allocator
 
-        tune_allocator()
+        keep_freed_memory()
         torch.set_num_threads(self.threads)
         return Settings(
             resolve_model(self.model),

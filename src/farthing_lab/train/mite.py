@@ -15,6 +15,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from farthing.memory import keep_freed_memory
 from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.tokenizer_file import read_tokenizer
 from farthing_lab.train import data
@@ -328,19 +329,6 @@ def determining(recipe: Recipe, seed: int, documents: Sequence[data.Document]) -
     return plain(own | {"seed": seed, "data": f"sha256 {text.hexdigest()[:16]}"})
 
 
-def tune_allocator() -> None:
-    """Keep freed memory in the process (glibc): page faults on activations cost more than the arithmetic."""
-    import ctypes
-
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20)):
-            libc.mallopt(option, value)
-    except (OSError, AttributeError):  # another C library: only slower
-        return
-
-
 def train_mite(
     out: Path,
     minutes: float | None,
@@ -362,7 +350,7 @@ def train_mite(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(stderr=True)
-    tune_allocator()
+    keep_freed_memory()
     torch.set_num_threads(threads)
     recipe = apply_settings(Recipe(ARCHITECTURES[arch], precision=precision), settings)
     documents = data.find_sources(root)

@@ -1,0 +1,48 @@
+"""What a run will take, before it begins."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.api import Options, compress
+from farthing.compress.estimate import _by_layer, _work, estimate
+from farthing.compress.recipe import RECIPES
+from farthing.model.config import ModelConfig
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "fp8-block", "auto"])
+def test_config_alone_is_enough(name: str, model_dir: Path, tmp_path: Path) -> None:
+    shutil.copy(model_dir / "config.json", tmp_path)
+    found = estimate(tmp_path, tmp_path / "out", RECIPES[name], "auto", 1000)
+    document = found.to_json()
+    config = ModelConfig.from_directory(model_dir)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    assert len(document["layer_seconds"]) == layers and min(found.layer_seconds) > 0 < found.gate_seconds
+    assert document["hours"] >= 0 and found.memory > 0 and (found.disk is None) == (name == "auto")
+    without = estimate(tmp_path, tmp_path / "out", RECIPES[name], "auto", 0)
+    assert without.gate_seconds == 0
+
+
+def test_disk_is_that_of_the_result(model_dir: Path, tmp_path: Path) -> None:
+    found = estimate(model_dir, tmp_path / "out", RECIPES["int4-rtn"], "auto", 0)
+    compress(model_dir, tmp_path / "out", RECIPES["int4-rtn"], Options(gate=False))
+    result = Checkpoint.open(tmp_path / "out")
+    assert found.disk == pytest.approx(sum(map(result.nbytes, result.names())), rel=0.02)
+
+
+def test_operations_follow_tokens_and_shapes(model_dir: Path) -> None:
+    config = ModelConfig.from_directory(model_dir)
+    matrices = [("model.layers.0.mlp.gate_proj", (30, 20)), ("model.layers.0.mlp.up_proj", (30, 20))]
+    one = _work(config, RECIPES["int8"], 0, matrices)
+    assert one.products == 4096 * 2 * 30 * 20 and one.moments == one.factors == 0
+    two = _work(config, RECIPES["int4"], 0, matrices)  # two passes, and second moments of the shared input
+    assert two.products == 2 * 32768 * 2 * 30 * 20
+    assert two.moments == 32768 * 20**2 and two.factors == 20**3 and two.rounding == 2 * 30 * 20**2
+    expert = [("model.layers.1.mlp.experts.0.gate_proj", (30, 20))]
+    share = config.num_experts_per_tok / (config.n_routed_experts or 1)
+    assert _work(config, RECIPES["int8"], 1, expert).products == 4096 * share * 30 * 20
+    assert len(_by_layer(config)) == config.num_hidden_layers + config.num_nextn_predict_layers
