@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import pytest
 
 from farthing.cost.prices import Hardware, Machine
@@ -317,3 +319,16 @@ def test_calls_settings_and_the_list(page: Any) -> None:
         look(page, server.url, 1280)
         assert wait_for(page, "document.querySelector('aside .empty')")
         assert complaints(page) == []
+
+
+def test_charts_count_refusals_of_the_api_alone() -> None:
+    with chatting(["ok"]) as (server, _), httpx.Client(base_url=server.url) as client:
+        assert client.post("/v1/chat/completions", json={"messages": []}).status_code == 400
+        assert client.get("/no-page").status_code == 404
+        assert client.get("/v1/models").status_code == 200
+        data = client.get("/dashboard/data").json()
+        deadline = time.monotonic() + 20
+        while data["counters"].get("refused") != 1 and time.monotonic() < deadline:
+            data = client.get("/dashboard/data").json()
+    assert data["counters"]["refused"] == 1
+    assert data["gauges"]["memory"] > 1 << 20 and data["counters"]["cpu_seconds"] > 0 and data["layers"] > 0
