@@ -5,7 +5,8 @@ T = tokens of a prompt, B = sequences that decode together, C = cached tokens of
     prefill   2 (T·N + head) + 2 H (n + r + v) T (T + 1) / 2 operations, at the INT8 peak of vectors
               (half of it for bfloat16 weights), or one read of every weight touched, whichever takes longer
     decode    the weights that B tokens touch under random routing, B·C cached latents or keys and values
-              (at most those of a window), and recurrent states twice, as they are written too, at the
+              (at most those of a window; of a compressed past a window, the entries that are selected, and
+              the index keys of all), and recurrent states twice, as they are written too, at the
               bandwidth of memory, or their operations at the INT8 peak, whichever takes longer
 
 N = matrix elements multiplied per token, without the output head, which only a prompt's last token needs.
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from farthing.model.config import ModelConfig
 from farthing.ops.cpu.weights import PLANES_FROM
-from random_model import EMBEDDING, active_parameters, config, head_parameters, tensors
+from random_model import EMBEDDING, TABLES, active_parameters, config, head_parameters, tensors
 
 
 class Bytes(NamedTuple):
@@ -81,7 +82,9 @@ def with_attention(c: ModelConfig) -> list[int]:
 
 
 def seen(c: ModelConfig, layer: int, tokens: int) -> int:
-    """How many of `tokens` a token behind them reads in a layer with attention."""
+    """How many of `tokens`, or entries, a token behind them reads in a layer with attention."""
+    if c.compressed is not None:
+        return c.compressed.at(layer).most_keys(tokens)
     return min(c.window(layer) or tokens, tokens)
 
 
@@ -102,11 +105,22 @@ def operations(raw: dict[str, Any], point: Point) -> float:
         c.heads(i).num_attention_heads * c.heads(i).dot_width * seen(c, i, point.context + 1)
         for i in with_attention(c)
     )
+    if (past := c.compressed) is not None:
+        keys = sum(scored(c, i, point.context) for i in with_attention(c))
+        attention += past.index_n_heads * past.index_head_dim * keys
     return 2 * point.batch * (body + state + head_parameters(raw) + attention)
+
+
+def scored(c: ModelConfig, layer: int, tokens: int) -> int:
+    """Index keys that a token behind so many is scored against."""
+    past = c.compressed
+    return tokens // past.indexed if past is not None and past.rates[layer] == past.indexed else 0
 
 
 def _pairs(c: ModelConfig, layer: int, tokens: int) -> float:
     """Queries of a prompt times the keys that they see in one layer."""
+    if c.compressed is not None:
+        return float(sum(seen(c, layer, at) for at in range(1, tokens + 1)))
     most = seen(c, layer, tokens)
     return most * (most + 1) / 2 + (tokens - most) * most
 
@@ -116,6 +130,8 @@ def _bytes_of(c: ModelConfig, each: Bytes, name: str) -> float:
         return each.head
     if ".mlp.gate." in name or "shared_expert_gate" in name:
         return each.router
+    if "_hc." in name or "hc_head" in name:
+        return 4.0  # in every format
     return each.feed_forward if ".mlp." in name else _attention_bytes(c, each, name)
 
 
@@ -131,7 +147,7 @@ def weight_bytes(raw: dict[str, Any], each: Bytes, routed: float) -> float:
     c = ModelConfig.from_json(raw)
     total = head_parameters(raw) * each.head if c.tie_word_embeddings else 0.0
     for name, shape in tensors(raw):
-        if name == EMBEDDING or len(shape) != 2:
+        if name == EMBEDDING or len(shape) != 2 or name.endswith(TABLES):
             continue
         share = routed / (c.n_routed_experts or 1) if ".experts." in name else 1
         total += math.prod(shape) * _bytes_of(c, each, name) * share
@@ -152,7 +168,9 @@ def bytes_read(raw: dict[str, Any], weights: str, point: Point) -> float:
         return touched
     layers = with_attention(c)
     values = (c.heads(i).cache_rows * c.heads(i).cache_width * seen(c, i, point.context) for i in layers)
-    cached = BYTES_PER_CACHED * sum(values)
+    indexed = sum(scored(c, i, point.context) for i in layers)
+    width = c.compressed.index_head_dim if c.compressed is not None else 0
+    cached = BYTES_PER_CACHED * (sum(values) + width * indexed)
     state = 2 * c.recurrent.state_bytes * len(c.recurrent_layers) if c.recurrent is not None else 0
     return touched + point.batch * (cached + state)
 

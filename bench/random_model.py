@@ -1,4 +1,4 @@
-"""Random checkpoints for measuring speed.
+"""Random checkpoints for measuring speed: `python bench/random_model.py --arch v4 [--cache DIR]` writes one.
 
 Slices of the models people run have the first layers of a published config.json and as large a share of its
 vocabulary, so that head and layers have the weight that they have in the whole model.
@@ -11,6 +11,7 @@ small heads.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from farthing.checkpoint.floats import quantize_blocks
 from farthing.model.config import ModelConfig
 from farthing.model.load import parameter_shapes
 from farthing.model.types import type_named
@@ -68,16 +70,20 @@ SLICES: dict[str, tuple[str, int, str]] = {
     "gpt-oss-20b": ("gpt-oss-20b", 4, "GptOssForCausalLM"),
     "glm-4.5-air": ("glm-4.5-air", 3, "Glm4MoeForCausalLM"),
     "gemma-4-26b-a4b": ("gemma-4-26b-a4b", 6, "Gemma4ForCausalLM"),
+    "v4": ("deepseek-v4-flash", 2, "DeepseekV4ForCausalLM"),
 }
+# Instead of the kinds of the first layers: one of each rate, of which the first chooses experts by the token.
+KINDS: dict[str, dict[str, Any]] = {"v4": {"compress_ratios": [4, 128], "num_hash_layers": 1}}
 MODELS = [*SIZES, *SLICES]
 EMBEDDING = "model.embed_tokens.weight"
+TABLES = ("tid2eid", "position_bias")  # with two dimensions, but no matrices of a product
 SHARD_BYTES = 1 << 31
 
 
 def config(size: str) -> dict[str, Any]:
     """The config.json of a size."""
     if size in SLICES:
-        return _slice(*SLICES[size])
+        return _slice(*SLICES[size]) | KINDS.get(size, {})
     common = {
         "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 32000,
         "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_layer_freq": 1, "scoring_func": "sigmoid",
@@ -121,7 +127,7 @@ def active_parameters(c: dict[str, Any], routed: float) -> int:
     model = ModelConfig.from_json(c)
     total = 0.0
     for name, shape in tensors(c):
-        if len(shape) == 2 and name != EMBEDDING:  # a convolution has three dimensions
+        if len(shape) == 2 and name != EMBEDDING and not name.endswith(TABLES):  # a convolution has three
             total += math.prod(shape) * (routed / (model.n_routed_experts or 1) if ".experts." in name else 1)
     return int(total + (head_parameters(c) if model.tie_word_embeddings else 0))
 
@@ -130,6 +136,10 @@ def value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     """A parameter of plausible scale."""
     if "norm" in name:
         return (1 + 0.05 * torch.randn(shape, generator=g)).bfloat16()
+    if name.endswith("tid2eid"):
+        return torch.rand(shape[0], 256, generator=g).topk(shape[1]).indices
+    if "_hc." in name or ".hc_head." in name:  # float32 in published files
+        return torch.full(shape, 0.1) if name.endswith("scale") else torch.randn(shape, generator=g) * 0.02
     if name.endswith("A_log"):
         return torch.rand(shape, generator=g)
     if name.endswith(("bias", "sinks")):
@@ -144,10 +154,32 @@ def stored(c: dict[str, Any], g: torch.Generator) -> Iterator[tuple[str, Tensor]
     name_of = type_named(c["model_type"]).names.stored
     packed = c.get("quantization_config", {}).get("quant_method") == "mxfp4"
     for name, shape in tensors(c):
-        if not (packed and ".experts." in name):
+        if c["model_type"] == "deepseek_v4" and _is_coded(name, shape):
+            yield from _coded(name_of(name), shape, g, ".experts." in name)
+        elif not (packed and ".experts." in name):
             yield name_of(name), value(name, shape, g)
         elif name.endswith(".experts.0.gate_proj.weight"):
             yield from _mxfp4(c, name_of(name.partition(".experts.")[0] + ".experts."), g)
+
+
+def _is_coded(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a published file of V4 has it in FP8 or FP4."""
+    plain = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "compressor.", "_hc.", "hc_head")
+    indexed = name.endswith("indexer.q_b_proj.weight")
+    return len(shape) == 2 and (indexed or not any(part in name for part in plain))
+
+
+def _coded(name: str, shape: tuple[int, ...], g: torch.Generator, fp4: bool) -> Iterator[tuple[str, Tensor]]:
+    """A matrix of V4 with its scales, which are powers of two: of blocks of 128 x 128, or of 32 columns."""
+    rows, columns = shape
+    scales = name.removesuffix("weight") + "scale"
+    if not fp4:
+        codes, factors = quantize_blocks(value(name, shape, g), ue8m0=True)
+        yield from ((name, codes), (scales, factors.to(torch.float8_e8m0fnu)))
+        return
+    exponent = 127 - round(math.log2(3 * columns**0.5))
+    yield name, torch.randint(256, (rows, columns // 2), dtype=torch.uint8, generator=g).view(torch.int8)
+    yield scales, torch.full((rows, columns // 32), exponent, dtype=torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def _mxfp4(c: dict[str, Any], prefix: str, g: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -214,3 +246,11 @@ def make_model(size: str, cache: Path, seed: int = 1234) -> Path:
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     return out
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--arch", choices=MODELS, required=True)
+    arguments.add_argument("--cache", type=Path, default=Path("/tmp/farthing-bench"))
+    given = arguments.parse_args()
+    print(make_model(given.arch, given.cache))

@@ -53,15 +53,17 @@ class Connection {
         ld_(act_stride(n_ * s.columns)),
         rows_(s.panels() * kPanel) {
     const auto T = static_cast<size_t>(in.tokens);
-    inputs_ = work.take<float>(static_cast<size_t>(threads) * kTogether * ld_);
+    inputs_ = work.take<float>(static_cast<size_t>(threads) * ld_);
+    acts_ = work.act(s.product->m, threads * kTogether, kernels.split_act, false);
     parts_ = work.take<float>(T * s.units() * rows_);
     squares_ = work.take<float>(T * s.units());
   }
 
   void run(Team& team) const {
     const int blocks = (in_.tokens + kTogether - 1) / kTogether;
-    float* inputs = inputs_ + static_cast<size_t>(team.id()) * kTogether * ld_;
-    team.for_units(0, blocks, s_.units(), [&](int block, int unit) { mix(block, unit, inputs); });
+    float* input = inputs_ + static_cast<size_t>(team.id()) * ld_;
+    const Act act = row(acts_, team.id() * kTogether);
+    team.for_units(0, blocks, s_.units(), [&](int block, int unit) { mix(block, unit, input, act); });
     if (!in_.out.at) return;
     team.barrier();
     team.for_units(1, in_.tokens, s_.units(), [&](int t, int unit) { collapse(t, unit); });
@@ -72,24 +74,23 @@ class Connection {
   int columns(int unit) const { return std::min(s_.columns, s_.hidden - begin(unit)); }
 
   // Some columns of all streams: y is added, and their part of the product is taken.
-  void mix(int block, int unit, float* inputs) const {
+  void mix(int block, int unit, float* input, const Act& act) const {
+    const Matrix& m = s_.product->m;
     const int first = block * kTogether, some = std::min(kTogether, in_.tokens - first),
               count = columns(unit);
     for (int i = 0; i < some; ++i) {
-      float* input = inputs + static_cast<size_t>(i) * ld_;
       std::fill_n(input, ld_, 0.0f);
       for (int j = 0; j < n_; ++j) stream(first + i, j, unit, input + j * s_.columns);
       if (in_.y.at)
         for (int j = 0; j < n_; ++j)
           std::memcpy(part(first + i, j, unit), input + j * s_.columns, sizeof(float) * count);
+      if (!in_.out.at) continue;
       squares_[static_cast<size_t>(first + i) * s_.units() + unit] = square_sum(input, ld_);
+      kernels_.store_act(m, act, i, 0, input, m.k);
     }
-    if (!in_.out.at) return;
-    Act act;
-    act.ld = ld_;
-    act.f32 = inputs;
-    kernels_.tile(s_.product->m, unit * s_.panels(), s_.panels(), act, some,
-                  parts_ + (static_cast<size_t>(unit) * in_.tokens + first) * rows_, rows_);
+    if (in_.out.at)
+      kernels_.tile(m, unit * s_.panels(), s_.panels(), act, some,
+                    parts_ + (static_cast<size_t>(unit) * in_.tokens + first) * rows_, rows_);
   }
 
   float* part(int t, int stream, int unit) const {
@@ -139,7 +140,8 @@ class Connection {
   const Streams& s_;
   const StreamsArgs& in_;
   const int n_, ld_, rows_;
-  float* inputs_;   // [threads][kTogether][ld]
+  float* inputs_;   // [threads][ld]
+  Act acts_;        // [threads][kTogether]
   float* parts_;    // [units][T][rows]
   float* squares_;  // [T][units]
 };
@@ -150,7 +152,7 @@ void Streams::check() const {
   if (count < 1 || hidden < 1 || columns < 1 || !product)
     throw std::invalid_argument("sizes of streams do not fit together");
   const Matrix& m = product->m;
-  if (m.format != Format::f32 || m.k != count * columns || m.n != units() * panels() * kPanel)
+  if (m.quantized() || m.k != count * columns || m.n != units() * panels() * kPanel)
     throw std::invalid_argument("a product with streams is not of their size");
 }
 

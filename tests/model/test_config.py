@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farthing.model.attention import frequencies, rope_table, score_scale
+from farthing.model.attention import RopeTable, Rotations, frequencies, score_scale
 from farthing.model.config import GroupedHeads, ModelConfig
 from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
 from farthing.model.types import TYPES
 from farthing.model.types.unserved import UNSERVED
+from farthing.ops.arrays import host
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.planner.estimate import published, published_config
 from tests.tiny import V3
 
@@ -31,7 +34,24 @@ def test_v3_values() -> None:
     assert f[11] < 10000.0 ** (-2 * 11 / 64)
     assert f[23] == pytest.approx(10000.0 ** (-2 * 23 / 64) / 40, rel=1e-5)
     # cos and sin are multiplied by m(mscale) / m(mscale_all_dim) = 1.
-    assert rope_table(config.rope, 64, 4)[0, 0].tolist() == [1.0] * 32
+    table = RopeTable(config, 0)
+    table.reach(1)
+    assert table.values[0, 0].tolist() == [1.0] * 32
+
+
+def test_rotations_are_computed_as_far_as_steps_reach() -> None:
+    """To the bit what one computation of all positions gives."""
+    config = ModelConfig.from_json(V3 | {"max_position_embeddings": 10000})
+    rotations = Rotations(config, select("cpu", threads=1))
+    (table,) = rotations._own.values()
+    table.values[:] = np.nan
+    for length in (1, 4097, 4097, 10000):
+        rotations.reach(make_batch([1], [length - 1], [[0] * length], 1))
+        computed = np.isfinite(table.values).all((0, 2))
+        assert computed.sum() == min(-(-length // 4096) * 4096, 10000)
+    turns = np.arange(10000, dtype=np.float32)[:, None] * frequencies(config.rope, 64)
+    assert (table.values == np.stack((np.cos(turns), np.sin(turns)))).all()
+    assert all(np.shares_memory(host(each), table.values) for each in rotations.tables)
 
 
 def test_aliases_of_newer_files() -> None:

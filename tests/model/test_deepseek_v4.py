@@ -20,6 +20,7 @@ from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.kinds import cache_kinds
 from farthing.model.load import load, model_of, random_model, random_parameters
+from farthing.model.pack import pack_checkpoint
 from farthing.model.source import MemorySource
 from farthing.model.types import type_named
 from farthing.ops.api import CacheDtype
@@ -118,6 +119,16 @@ def test_packed_file_gives_the_same_logits(quantization: str | None, tmp_path: P
     exact = logits(built())  # the median token: rounding may change the choice of an entry or an expert
     error = (logits(model) - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.median() < {None: 1e-6, "int8": 0.1, "int4": 0.6}[quantization]
+
+
+def test_a_checkpoint_is_packed_layer_by_layer(tmp_path: Path) -> None:
+    stored, packed = type_named("deepseek_v4").names.stored, tmp_path / "packed.bin"
+    tensors = {stored(n): t.contiguous() for n, t in random_parameters(CONFIG, 7).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V4))
+    pack_checkpoint(tmp_path, packed, "int8", 1)
+    mapped = load(tmp_path, select("cpu", torch.float32, 1, packed=str(packed)))
+    assert torch.equal(logits(mapped), logits(load(tmp_path, select("cpu", torch.float32, 1, "int8"))))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31])

@@ -19,7 +19,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.native import short_products
 from farthing.memory import return_freed_memory
 from farthing.model import FeedForward, MemorySource, ModelConfig, MTPLayer, router_spec
-from farthing.model.attention import attention_of, layer_rope
+from farthing.model.attention import RopeTable, attention_of
 from farthing.ops import (
     SILU,
     AttentionSpec,
@@ -340,7 +340,7 @@ Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
 def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
     """The layer as the serving model builds it on `ops`: (hidden, next_ids, batch, cache) -> hidden."""
     c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
-    rope = ops.tensor(layer_rope(c, layer.index))
+    rope = ops.tensor(RopeTable(c, layer.index).whole())
     router = router_spec(c) if layer.is_moe else None
     if layer.is_mtp:
         hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}

@@ -7,7 +7,6 @@ q the query latent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from farthing.model.heads import GroupedHeads
 from farthing.model.source import WeightSource
 from farthing.ops import (
     AttentionSpec,
+    Batch,
     Cut,
     GroupedParts,
     GroupedSpec,
@@ -45,40 +45,71 @@ def norm_of(
     return Norm(weight if scale == 1.0 else weight * scale, config.rms_norm_eps)
 
 
-def rope_tables(
-    config: ModelConfig, here: Callable[[NDArray[np.float32]], Any] = lambda table: table
-) -> list[Any]:
-    """The table of every layer, MTP layers included, on a device; layers share them."""
-    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
-    made = {key: here(layer_rope(config, layer)) for key, layer in zip(keys, layers, strict=True)}
-    return [made[key] for key in keys]
+class Rotations:
+    """The rotation tables of all layers, MTP layers included, on a device; layers share them.
+
+    In memory of the host they are computed as far as steps reach: a table of a million positions of 64
+    elements takes 256 MB, and pages that nothing was written to take none.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
+        """ops: whose device reads them; None: nothing does."""
+        layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+        keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
+        self._own = {key: RopeTable(config, layer) for key, layer in zip(keys, layers, strict=True)}
+        self._length, self._reached = config.max_position_embeddings, 0
+        if ops is not None and ops.device.type != "cpu":
+            self._fill(self._length)
+        here = {key: own.values if ops is None else ops.tensor(own.values) for key, own in self._own.items()}
+        self.tables: list[Any] = [here[key] for key in keys]
+
+    def reach(self, batch: Batch) -> None:
+        """Compute what a step reads."""
+        if self._reached < self._length and (longest := int(batch.context_lens.max())) > self._reached:
+            self._fill(longest)
+
+    def _fill(self, length: int) -> None:
+        for own in self._own.values():
+            self._reached = own.reach(length)
 
 
-def layer_rope(config: ModelConfig, layer: int) -> NDArray[np.float32]:
-    """The table of a layer."""
-    width, length = config.heads(layer).rotary_width, config.max_position_embeddings
-    if layer in config.unrotated:
-        return still(length, width)
-    return rope_table(config.rope_of(layer), width, length)
-
-
-def rope_table(rope: RopeConfig, width: int, length: int) -> NDArray[np.float32]:
-    """(cos, sin) of every position and pair, float32 [2, length, r/2].
+class RopeTable:
+    """(cos, sin) of a layer's positions and every pair, float32 [2, length, r/2], computed from the first on.
 
     Rotary position embedding: plain, or extended, as with YaRN (Peng et al. 2023, sections 3.2-3.4).
 
-    Legend: r rotary head size, `width`.
+    Legend: r rotary head size.
     """
-    angles = np.arange(length, dtype=np.float32)[:, None] * frequencies(rope, width)
-    magnitude = 1.0
-    if rope.factor is not None and rope.kind == "yarn":
-        magnitude = _cos_sin_factor(rope)
-    table = np.empty((2, *angles.shape), np.float32)
-    np.cos(angles, out=table[0])
-    np.sin(angles, out=table[1])
-    table *= np.float32(magnitude)
-    return table
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        rope, width = config.rope_of(layer), config.heads(layer).rotary_width
+        self._turns = frequencies(rope, width)
+        self._magnitude = 1.0
+        if layer in config.unrotated:
+            self._turns = np.zeros_like(self._turns)
+        elif rope.factor is not None and rope.kind == "yarn":
+            self._magnitude = _cos_sin_factor(rope)
+        self.values = np.empty((2, config.max_position_embeddings, width // 2), np.float32)
+        self._reached = 0
+
+    def reach(self, length: int) -> int:
+        """Compute at least so many positions, whole blocks; returns how many there are now."""
+        end = min(-(-length // _ROPE_BLOCK) * _ROPE_BLOCK, self.values.shape[1])
+        while (start := self._reached) < end:
+            self._reached = stop = min(start + _ROPE_BLOCK, end)
+            angles = np.arange(start, stop, dtype=np.float32)[:, None] * self._turns
+            np.cos(angles, out=self.values[0, start:stop])
+            np.sin(angles, out=self.values[1, start:stop])
+            self.values[:, start:stop] *= np.float32(self._magnitude)
+        return self._reached
+
+    def whole(self) -> NDArray[np.float32]:
+        """All positions."""
+        self.reach(self.values.shape[1])
+        return self.values
+
+
+_ROPE_BLOCK = 4096  # positions
 
 
 def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
@@ -268,13 +299,6 @@ def _gated_rows(a: GroupedHeads) -> tuple[list[tuple[int, int]], list[tuple[int,
     d = a.head_dim
     starts = range(0, 2 * a.query_width, 2 * d)
     return [(at, at + d) for at in starts], [(at + d, at + 2 * d) for at in starts]
-
-
-def still(length: int, width: int) -> NDArray[np.float32]:
-    """A table like `rope_table` that rotates nothing."""
-    table = np.zeros((2, length, width // 2), np.float32)
-    table[0] = 1
-    return table
 
 
 def indexer_spec(config: ModelConfig) -> IndexerSpec:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np
-from farthing.model.attention import attention_of, norm_of, rope_tables
+from farthing.model.attention import Rotations, attention_of, norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.kinds import CacheKind, cache_kinds, cache_place
@@ -61,13 +61,17 @@ class DecoderModel:
         """first, last: whether the embedding, and the norm and head, belong to this pipeline stage."""
         self.config, self.ops = config, ops
         shape = (config.vocab_size, config.hidden_size)
-        ropes = rope_tables(config, ops.tensor)
+        self.rotations = Rotations(config, ops)
+        ropes = self.rotations.tables
         routers = routers or routers_of(config)
-        self.layers = [self._layer(weights, i, ropes[i], routers[i]) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            self.build_layer(config, ops, weights, i, ropes[i], routers[i])
+            for i in range(config.num_hidden_layers)
+        ]
         self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
         self.windows = {window for window, _ in self.places}
         self.mtp: list[MTPLayer] = []
-        self.ending = self._ending(weights) if last else None
+        self.ending = self.build_ending(config, ops, weights) if last else None
         self.restack()
         if not last:
             self.embedding = table_of(config, ops, weights) if first else None
@@ -90,14 +94,22 @@ class DecoderModel:
             for i in range(config.num_hidden_layers, self.cache_layers)
         ]
 
-    def _layer(
-        self, weights: WeightSource, layer: int, rope: Tensor, router: RouterSpec | None
+    @classmethod
+    def build_layer(
+        cls,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        rope: Tensor,
+        router: RouterSpec | None,
     ) -> tuple[Any, Any]:
         """A layer's attention, or what it has instead, and its feed-forward half."""
-        attention = attention_of(self.config, self.ops, weights, layer, rope)
-        return attention, FeedForward(self.config, self.ops, weights, layer, router)
+        attention = attention_of(config, ops, weights, layer, rope)
+        return attention, FeedForward(config, ops, weights, layer, router)
 
-    def _ending(self, weights: WeightSource) -> Handle | None:
+    @classmethod
+    def build_ending(cls, config: ModelConfig, ops: Ops, weights: WeightSource) -> Handle | None:
         """What is between the last layer and the norm before the head, if this type has something there."""
         return None
 
@@ -192,6 +204,7 @@ class DecoderModel:
         Backends that support it run all layers in one call, with the same result as the loop.
         span: a part of the layers; only if `layered`.
         """
+        self.rotations.reach(batch)
         if self.stack is not None:
             if len(self.windows) == 1:  # else the stack knows which layers have which
                 (window,) = self.windows
@@ -267,6 +280,7 @@ class DecoderModel:
         step 0 takes `forward`'s hidden, step s > 0 the h' of step s - 1. Steps beyond the number of MTP
         layers reuse the last one.
         """
+        self.rotations.reach(batch)
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
         norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
         h = self.ops.rms_norm(hidden, norm)

@@ -201,17 +201,26 @@ class StreamedFeedForward(FeedForward):
 class DeepseekV4(DecoderModel):
     """The model over a backend."""
 
-    def _ending(self, weights: WeightSource) -> Handle | None:
-        """The streams' last sum."""
-        if not weights.holds("model.hc_head"):  # the last stage has it
-            return None
-        return streams_of(self.config, self.ops, weights, "model.hc_head.hc_", ends=True)
-
-    def _layer(
-        self, weights: WeightSource, layer: int, rope: Tensor, router: RouterSpec | None
+    @classmethod
+    def build_layer(
+        cls,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        rope: Tensor,
+        router: RouterSpec | None,
     ) -> tuple[Any, Any]:
-        attention = CompressedAttention(self.config, self.ops, weights, layer, rope)
-        return attention, StreamedFeedForward(self.config, self.ops, weights, layer, router)
+        """As in `DecoderModel`."""
+        attention = CompressedAttention(config, ops, weights, layer, rope)
+        return attention, StreamedFeedForward(config, ops, weights, layer, router)
+
+    @classmethod
+    def build_ending(cls, config: ModelConfig, ops: Ops, weights: WeightSource) -> Handle | None:
+        """The streams' last sum, which the last stage has."""
+        if not weights.holds("model.hc_head"):
+            return None
+        return streams_of(config, ops, weights, "model.hc_head.hc_", ends=True)
 
     def restack(self) -> None:
         """As in `DecoderModel`."""

@@ -166,8 +166,12 @@ def model_of(
     config: ModelConfig, ops: Ops, source: WeightSource, routers: list[RouterSpec | None] | None = None
 ) -> DecoderModel:
     """The model of a config, with weights under V3's names, or V4's own."""
-    form = DecoderModel if config.compressed is None else DeepseekV4
-    return form(config, ops, source, routers)
+    return form_of(config)(config, ops, source, routers)
+
+
+def form_of(config: ModelConfig) -> type[DecoderModel]:
+    """The class of a config's model."""
+    return DecoderModel if config.compressed is None else DeepseekV4
 
 
 def unread(config: ModelConfig) -> tuple[str, ...]:

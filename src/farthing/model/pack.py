@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
-from farthing.model.attention import attention_of, rope_tables
+from farthing.model.attention import Rotations
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import EMBEDDING, head_ops, routers_of
-from farthing.model.deepseek import FeedForward, MTPLayer
-from farthing.model.load import IGNORED, config_of, source_of, unread
+from farthing.model.deepseek import MTPLayer
+from farthing.model.load import IGNORED, config_of, form_of, source_of, unread
 from farthing.model.source import WeightSource
 from farthing.ops import Ops, Weight
 from farthing.ops.cpu import create
@@ -105,13 +105,12 @@ def reading_order(names: Iterable[str], done: Container[str], config: ModelConfi
 def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Callable[[Ops], object]]]:
     """(name, a function that packs it) in the order in which `DecoderModel` packs."""
     shape = (config.vocab_size, config.hidden_size)
-    ropes = rope_tables(config)
-    routers = routers_of(config)
+    ropes = Rotations(config).tables
+    routers, form = routers_of(config), form_of(config)
 
     def layer(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:
-            attention = attention_of(config, ops, source, i, ops.tensor(ropes[i]))
-            return attention, FeedForward(config, ops, source, i, routers[i])
+            return form.build_layer(config, ops, source, i, ops.tensor(ropes[i]), routers[i])
 
         return build
 
@@ -123,7 +122,8 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
     def head(ops: Ops) -> object:
         source.weight(EMBEDDING, shape)  # read from the checkpoint, also when serving
         source.tensor("model.norm.weight", (config.hidden_size,))
-        return head_ops(config, ops).pack_head("lm_head", head_weight)
+        ending = form.build_ending(config, ops, source)
+        return ending, head_ops(config, ops).pack_head("lm_head", head_weight)
 
     def mtp(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:

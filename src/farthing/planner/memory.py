@@ -214,7 +214,10 @@ def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, sto
     """
     c, layout = plan.config, plan.layout
     tables = {(c.rope_of(i), c.heads(i).rotary_width) for i in plan.stages[place.stage]}
-    rope = _FLOAT * c.max_position_embeddings * sum(width for _, width in tables)
+    positions = c.max_position_embeddings
+    if holder.backend != "gpu":
+        positions = min(positions, serving.max_model_len)
+    rope = _FLOAT * positions * sum(width for _, width in tables)
     table = 4 * serving.max_num_seqs * -(-serving.max_model_len // serving.block_size)
     slots = 2 * SLOT_BYTES * _groups(layout) if layout.world > 1 and holder.backend != "gpu" else 0
     return rope + table * (place.rank == layout.driver) + slots + step(plan, place, holder, serving, stored)
