@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from farthing.model.load import load, model_of, random_model, random_parameters
 from farthing.model.pack import pack_checkpoint
 from farthing.model.source import MemorySource
 from farthing.model.types import type_named
-from farthing.ops.api import CacheDtype
+from farthing.ops.api import CacheDtype, Ops
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
@@ -102,10 +103,15 @@ def test_torch_agrees_with_the_reference(expected: torch.Tensor) -> None:
     assert distance(logits(built("torch")), expected) < 1e-5
 
 
+@pytest.mark.parametrize("hot", [0, 2])
+def test_experts_on_the_host_agree_with_the_reference(hot: int, expected: torch.Tensor) -> None:
+    ops = HybridOps(select("torch", torch.float32), select("cpu", threads=1), hot)
+    assert distance(logits(random_model(CONFIG, ops, seed=7)), expected) < 1e-5
+
+
 def test_other_backends_say_that_they_cannot() -> None:
-    ops = HybridOps(select("torch", torch.float32), select("cpu", threads=1), 2)
-    with pytest.raises(ValueError, match=r"backend: got .*; expected 'cpu', 'torch' or 'reference'"):
-        random_model(CONFIG, ops, seed=7)
+    with pytest.raises(ValueError, match="backend: got 'gpu'; expected 'cpu', 'torch' or 'reference'"):
+        Ops.pack_streams(SimpleNamespace(name="gpu"), "", CONFIG.streams, 8, lambda: None)  # type: ignore[arg-type, return-value]
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

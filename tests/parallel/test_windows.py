@@ -23,11 +23,12 @@ def save(path: Path, name: str) -> Path:
     config = ModelConfig.from_json(MODELS[name])
     stored = type_named(config.model_type).names.stored
     (path / "config.json").write_text(json.dumps(MODELS[name]))
-    save_file({stored(k): v for k, v in random_parameters(config, 5).items()}, path / "model.safetensors")
+    tensors = {stored(k): v.contiguous() for k, v in random_parameters(config, 5).items()}
+    save_file(tensors, path / "model.safetensors")
     return path
 
 
-@pytest.fixture(scope="module", params=["some layers", "states"])
+@pytest.fixture(scope="module", params=["some layers", "states", "compressed"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Layers with a window (or state), without, and with one: the second of two stages has no other."""
     return save(tmp_path_factory.mktemp("kinds"), request.param)
@@ -37,8 +38,8 @@ def answers(checkpoint: Path, **options: Any) -> list[list[int]]:
     """Of two turns, the second of which finds the first in the cache."""
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     config = EngineConfig(
-        model=str(checkpoint), skip_tokenizer_init=True, backend="reference", num_blocks=64, block_size=4,
-        max_num_seqs=2, max_num_batched_tokens=16, threads=1, dtype="float32", **options,
+        model=str(checkpoint), skip_tokenizer_init=True, num_blocks=64, block_size=4, max_num_seqs=2,
+        max_num_batched_tokens=16, threads=1, dtype="float32", **{"backend": "reference"} | options,
     )  # fmt: skip
     with build_engine(config) as engine:
         first = engine.submit(prompt(75), params).result().outputs[0].token_ids
@@ -50,6 +51,13 @@ def answers(checkpoint: Path, **options: Any) -> list[list[int]]:
 @pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_two_ranks_generate_the_tokens_of_one(checkpoint: Path, layout: str) -> None:
     assert answers(checkpoint, **{layout: 2}) == answers(checkpoint)
+
+
+@pytest.mark.parametrize("layout", ["tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size"])
+def test_ranks_of_a_compressed_past_compute_in_one_call(layout: str, tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, "compressed")
+    exact: dict[str, Any] = dict(backend="cpu", kv_cache_dtype="float32")
+    assert answers(checkpoint, **exact, **{layout: 2}) == answers(checkpoint, **exact)
 
 
 @pytest.mark.slow

@@ -376,8 +376,8 @@ def gemma4_text(rng: random.Random) -> Any:
     return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**s))
 
 
-def deepseek_v4(rng: random.Random) -> Any:
-    """Rates small enough for short prompts to cross windows, and the released ones."""
+def deepseek_v4(rng: random.Random, **changes: Any) -> Any:
+    """Rates small enough for short prompts to cross windows."""
     heads, layers, groups = rng.choice([2, 4]), rng.choice([3, 4]), rng.choice([1, 2])
     kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
     chosen = [*rng.sample(kinds[1:], 2), *(rng.choice(kinds) for _ in range(layers - 2))]
@@ -385,7 +385,7 @@ def deepseek_v4(rng: random.Random) -> Any:
     sparse = rng.choice([2, 3, 4])
     compress = dict(rope_type="yarn", factor=rng.choice([4.0, 16.0]), original_max_position_embeddings=16)
     compress |= dict(beta_fast=32.0, beta_slow=1.0)
-    config = transformers.DeepseekV4Config(
+    settings = dict(
         vocab_size=rng.choice([61, 96]),
         hidden_size=rng.choice([32, 48]),
         moe_intermediate_size=rng.choice([16, 24]),
@@ -414,7 +414,7 @@ def deepseek_v4(rng: random.Random) -> Any:
         rms_norm_eps=rng.choice([1e-6, 1e-5]),
         attn_implementation="eager",
     )
-    return transformers.DeepseekV4ForCausalLM(config)
+    return transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**settings | changes))
 
 
 DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts

@@ -18,7 +18,7 @@ from farthing.ops.select import select
 
 pytest.importorskip("transformers")
 
-from .families import FAMILIES, GROUPED, build, exact_logits, save
+from .families import FAMILIES, GROUPED, build, deepseek_v4, exact_logits, fill, save
 from .paged import chunkings, continues_greedily, greedy, run
 
 CASES = [
@@ -55,6 +55,36 @@ def test_logits_and_greedy_tokens(name: str, seed: int, tmp_path: Path) -> None:
             tokens = greedy(ours, ids, STEPS)
             whole = torch.cat((ids, torch.tensor(tokens[:-1])))
             assert continues_greedily(exact_logits(theirs, whole), LENGTH, tokens), backend
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("edge", [127, 128, 129, 255])
+def test_v4_with_released_rates(edge: int, tmp_path: Path) -> None:
+    """Windows of 128 and entries of 4 and of 128 tokens, in chunks that end around their edges."""
+    length = 300
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    changes = dict(
+        num_hidden_layers=3,
+        layer_types=kinds,
+        compress_rates=dict(zip(kinds[1:], (4, 128), strict=True)),
+        sliding_window=128,
+        index_topk=16,
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+    )
+    theirs = fill(deepseek_v4(random.Random(edge), **changes))
+    save("deepseek_v4", theirs, tmp_path)
+    ids = torch.randint(2, theirs.config.vocab_size, (length,), generator=torch.manual_seed(edge))
+    with torch.inference_mode():
+        expected = exact_logits(theirs, ids)
+        for backend in ("reference", "cpu"):
+            ours = load(tmp_path, ops_of(backend, 1))
+            for chunks in (
+                [length],
+                [edge, 1, 1, length - edge - 2],
+                [edge - 3, *[1] * 6, length - edge - 3],
+            ):
+                error = (run(ours, ids, chunks) - expected).abs().max() / expected.abs().max()
+                assert error < 1e-4, f"{backend}, {chunks}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in GROUPED])

@@ -276,6 +276,8 @@ class ModelConfig:
             unrotated=tuple(i - layers.start for i in self.unrotated if i in layers),
             windows=tuple(self.windows[i] for i in layers if self.windows),
             recurrent_layers=tuple(i - layers.start for i in self.recurrent_layers if i in layers),
+            hashed_layers=tuple(i - layers.start for i in self.hashed_layers if i in layers),
+            attention=self.attention if self.compressed is None else self.compressed.part(layers),
         )
 
     @classmethod

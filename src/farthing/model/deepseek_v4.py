@@ -126,7 +126,8 @@ class CompressedAttention:
         index_q = None if self.index_q is None else ops.linear(latent, self.index_q, self.q_norm)
         out = ops.compressed(q, kept, index_q, self.heads, place)
         parts = [ops.linear(out[:, a:b], o) for (a, b), o in zip(pairwise(self.ends), self.o_a, strict=True)]
-        return ops.spread(x, ops.linear(beside(parts), self.o_b), mix, self.streams), None
+        y = ops.linear(beside(parts), self.o_b, residual=u * 0)  # ranks sum products with a residual
+        return ops.spread(x, y, mix, self.streams), None
 
     def handles(self, feed: StreamedFeedForward) -> StreamedHandles:
         """The layer for `Ops.stack_streamed`."""

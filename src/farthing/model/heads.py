@@ -338,14 +338,23 @@ class CompressedHeads:
         return 2 * self.head_dim
 
     def per_rank(self, tp: int) -> CompressedHeads:
-        """Raises ValueError for more than one rank."""
-        if tp > 1:
-            raise ValueError(f"tp: got {tp}; expected 1: the heads of a compressed past are not divided")
-        return self
+        """With a rank's groups of heads; entries and their indexer are the same on all. Raises ValueError."""
+        if self.o_groups % tp:
+            raise ValueError(f"tp: got {tp}; expected a divisor of o_groups = {self.o_groups}")
+        return replace(self, num_attention_heads=self.num_attention_heads // tp, o_groups=self.o_groups // tp)
+
+    def divided(self, name: str) -> int | None:
+        """The dimension along which ranks share a parameter of a layer, by its name; None: all have it."""
+        module = name.removesuffix(".weight").rpartition(".self_attn.")[2]
+        return {"q_b_proj": 0, "sinks": 0, "o_a_proj": 0, "o_b_proj": 1}.get(module)
+
+    def part(self, layers: range) -> CompressedHeads:
+        """Of some layers alone."""
+        return replace(self, rates=tuple(self.rates[i] for i in layers))
 
     def at(self, layer: int) -> CompressedHeads:
         """Of one layer alone."""
-        return replace(self, rates=self.rates[layer : layer + 1])
+        return self.part(range(layer, layer + 1))
 
     def shapes(self, p: str, d: int) -> Shapes:
         """Name and shape of a layer's parameters (`at`); p: prefix of the module."""

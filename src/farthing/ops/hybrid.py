@@ -81,6 +81,13 @@ class OpsWrapper(Ops):
     new_index_cache = forwarded(Ops.new_index_cache)
     pack_delta = forwarded(Ops.pack_delta)
     new_state = forwarded(Ops.new_state)
+    pack_compressed = forwarded(Ops.pack_compressed)
+    pack_streams = forwarded(Ops.pack_streams)
+    new_past = forwarded(Ops.new_past)
+    new_open = forwarded(Ops.new_open)
+    compressed = forwarded(Ops.compressed)
+    collapse = forwarded(Ops.collapse)
+    spread = forwarded(Ops.spread)
     copy_state = forwarded(Ops.copy_state)
     forget = forwarded(Ops.forget)
     embed = forwarded(Ops.embed)
@@ -362,6 +369,20 @@ class HybridOps(OpsWrapper):
         out = out + self._on_device(n, gates, rows, hot, weights.spec.gate)
         return (out + self._transfer.to_device(computed())).to(self.dtype)
 
+    def moe_among(
+        self, x: Tensor, weights: HybridMoE, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        """Experts that tokens choose are used alike, so none of them is copied to the device."""
+        host_norm = weights.norm = weights.norm or Norm(norm.weight.cpu(), norm.eps)
+        here = self._transfer.to_host(x=x, ids=chosen)
+        computed = self._begin(self._among, here, weights.routed, host_norm)
+        if counts is not None:
+            counts += torch.bincount(chosen.flatten(), minlength=len(counts)).to(counts)
+        out = torch.zeros_like(x)
+        if weights.shared is not None:
+            out = shared_output(self._inner, x, weights.shared, weights.shared_gate, norm, residual=False)
+        return (out + self._transfer.to_device(computed())).to(self.dtype)
+
     def _shared(self, x: Tensor, weights: HybridMoE, norm: Norm) -> Tensor:
         """x and the shared expert. x may be overwritten."""
         if weights.shared is None:
@@ -383,6 +404,11 @@ class HybridOps(OpsWrapper):
         """The sum of all routed experts [T, D] float32; their token counts are added to seen [E]."""
         x = here["x"].float()
         return self._host.moe(x.clone(), routed, norm, seen).float() - x
+
+    @torch.inference_mode()
+    def _among(self, here: HostCopies, routed: Handle, norm: Norm) -> Tensor:
+        """The sum of the experts that tokens chose [T, D] float32."""
+        return self._host.moe_among(here["x"].float(), routed, norm, here["ids"]).float()
 
     @torch.inference_mode()
     def _cold(self, here: HostCopies, routed: Handle, norm: Norm, hot: Collection[int]) -> Tensor:

@@ -192,7 +192,16 @@ class ParallelOps(OpsWrapper):
             total = self._moe_summed(x, weights, norm, counts)
         return x + total if residual else total
 
-    def _moe_summed(self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None) -> Tensor:
+    def moe_among(
+        self, x: Tensor, weights: Experts, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        if self._groups.dispatch:
+            raise ValueError("dp_attention: got True; expected False: tokens choose experts of this model")
+        return self._moe_summed(x, weights, norm, counts, chosen)
+
+    def _moe_summed(
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None, chosen: Tensor | None = None
+    ) -> Tensor:
         """Each rank computes its experts for every row; the results are summed over ranks."""
         whole = weights.parts.get((1, 0))
         total = torch.zeros_like(x)
@@ -200,7 +209,10 @@ class ParallelOps(OpsWrapper):
             rows = x[j::m]
             if len(rows):
                 counted = counts if part is whole else None
-                total[j::m] += self._inner.moe(rows, part, norm, counted, residual=False)
+                if chosen is None:
+                    total[j::m] += self._inner.moe(rows, part, norm, counted, residual=False)
+                else:
+                    total[j::m] += self._inner.moe_among(rows, part, norm, chosen[j::m], counted)
         if weights.shared is not None:
             total += shared_output(self._inner, x, weights.shared, weights.shared_gate, norm, False)
         if whole is None and self._experts.index == 0 and weights.spec.identities:

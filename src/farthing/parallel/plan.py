@@ -162,6 +162,7 @@ def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, B
         block_table=batch.block_table[own].contiguous(),
         state_slots=None if batch.state_slots is None else batch.state_slots[own].contiguous(),
         windows=_windows(batch, rows, own),
+        ids=None if batch.ids is None else batch.ids[rows],
     )
 
 
@@ -186,6 +187,7 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
         block_table=batch.block_table[present].contiguous(),
         state_slots=None if batch.state_slots is None else batch.state_slots[present].contiguous(),
         windows=_windows(batch, slice(start, stop), present),
+        ids=None if batch.ids is None else batch.ids[start:stop],
     )
 
 
@@ -365,6 +367,9 @@ def layer_of(name: str) -> int | None:
 
 
 def _tp_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
+    if ".self_attn." in name and config.compressed is not None:
+        dim = config.compressed.divided(name)
+        return Cut(None) if dim is None or tp == 1 else Cut(dim, *bounds(shape[dim], tp, index))
     if ".linear_attn." in name:
         return _delta_cut(config, name, shape, tp, index)
     layer, module = layer_of(name), name.split(".")[-2]

@@ -14,12 +14,12 @@ from torch import Tensor
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model import (
     CACHE_SCALES,
-    DecoderModel,
     FeedForward,
     ModelConfig,
     WeightSource,
     claim,
     config_of,
+    model_of,
     moe_weights,
     routers_for,
     routers_of,
@@ -83,7 +83,10 @@ class ShardedSource:
         )
 
     def holds(self, module: str) -> bool:
-        """Whether this rank computes an expert; a shared one belongs to one group of tp ranks."""
+        """Whether this rank computes an expert, of which a shared one belongs to one group of tp ranks, or
+        what follows the last layer."""
+        if not module.startswith("model.layers."):
+            return self._place.stage == self._plan.layout.pp - 1
         if module.endswith("shared_experts"):
             return self._place.copy == 0 or self._plan.layout.dp_attention
         module = self._global(module)
@@ -182,9 +185,7 @@ class Rank:
         local = local_config(self.plan, self.place)
         self.routers = local_routers(self.plan, self.place, routers or routers_of(config))
         # Every rank has its slice of embedding and head, and the norms before the head.
-        self.model = DecoderModel(
-            local, ParallelOps(ops, self._groups, self._shares), self._source, self.routers
-        )
+        self.model = model_of(local, ParallelOps(ops, self._groups, self._shares), self._source, self.routers)
         self._draft_norms = [
             Norm(
                 source.tensor(f"model.layers.{i}.shared_head.norm.weight", (config.hidden_size,)).float()
@@ -213,7 +214,7 @@ class Rank:
     def copy_states(self, pairs: list[tuple[int, int]]) -> None:
         """Copy the recurrent states of this rank's layers: (source, target) slots."""
         assert self.cache is not None
-        if self.cache.state is not None:
+        if self.cache.state is not None or self.cache.open is not None:
             self.model.copy_states(self.cache, pairs)
 
     def forward(self, ids: Tensor, batch: Batch) -> Tensor:
@@ -222,7 +223,7 @@ class Rank:
         Hidden states arrive from the previous stage and go to the next one, per micro-batch.
         """
         assert self.cache is not None
-        whole = batch
+        whole = batch = replace(batch, ids=ids)
         if self.layout.dp_attention:
             own, batch = own_sequences(whole, self.layout.copies, self.place.copy)
             ids = ids[own] if len(own) else ids[:1]
