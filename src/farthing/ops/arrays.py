@@ -95,6 +95,12 @@ def contiguous(x: Tensor) -> Tensor:
     return np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x.contiguous()
 
 
+def narrow(x: Tensor, dim: int, start: int, size: int) -> Tensor:
+    """Rows (dim 0) or columns (dim 1) [start, start + size), without a copy."""
+    part = slice(start, start + size)
+    return x[part] if dim == 0 else x[:, part]
+
+
 def beside(parts: Sequence[Tensor]) -> Tensor:
     """Matrices with the same rows, next to each other."""
     return np.concatenate(parts, 1) if isinstance(parts[0], np.ndarray) else torch.cat(list(parts), 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.lazy import np, torch
-from farthing.ops.arrays import as_float32, like
+from farthing.ops.arrays import as_float32, like, narrow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -436,10 +436,10 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
         return _joined([cut_weight(weight, Cut(cut.dim, *span)) for span in cut.spans])
     start, size = cut.start, cut.stop - cut.start
     if weight.bias is not None:  # of columns, the first part has it, because their products are summed
-        kept = weight.bias.narrow(0, start, size) if cut.dim == 0 else None if start else weight.bias
+        kept = narrow(weight.bias, 0, start, size) if cut.dim == 0 else None if start else weight.bias
         return replace(cut_weight(replace(weight, bias=None), cut), bias=kept)
     if weight.format == "dense":
-        return replace(weight, data=weight.data.narrow(cut.dim, start, size))
+        return replace(weight, data=narrow(weight.data, cut.dim, start, size))
     assert weight.scale is not None
     stored = INTEGERS.get(weight.format)
     if weight.format == "fp8":
@@ -453,19 +453,19 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     if weight.grouped and cut.dim == 1:
         torn = torn or bool(size % unit and (not inside or weight.units)) or bool(start % 2 or size % 2)
     if torn or (weight.units and inside and size != unit):
-        whole = weight.dequantize().narrow(cut.dim, start, size)
+        whole = narrow(weight.dequantize(), cut.dim, start, size)
         return Weight("dense", whole, rounded=True, inputs=weight.inputs)
     if weight.format == "int8":
-        scale = weight.scale.narrow(0, start, size) if cut.dim == 0 else weight.scale
-        return replace(weight, data=weight.data.narrow(cut.dim, start, size), scale=scale)
+        scale = narrow(weight.scale, 0, start, size) if cut.dim == 0 else weight.scale
+        return replace(weight, data=narrow(weight.data, cut.dim, start, size), scale=scale)
     packed = 2 if weight.nibbles and cut.dim == 1 else 1
-    data = weight.data.narrow(cut.dim, start // packed, size // packed)
+    data = narrow(weight.data, cut.dim, start // packed, size // packed)
 
     def part(t: Tensor | None, unit: int = weight.group_size if weight.grouped and cut.dim else unit) -> Any:
         if t is None:
             return None
         first = start // unit
-        return t.narrow(cut.dim or 0, first, (cut.stop - 1) // unit - first + 1)
+        return narrow(t, cut.dim or 0, first, (cut.stop - 1) // unit - first + 1)
 
     units = weight.units and (part(weight.units[0], unit), part(weight.units[1], unit))
     return replace(

@@ -664,11 +664,11 @@ _STREAM_COLUMNS = 512  # of each stream, which native code multiplies at once
 def _by_columns(weight: Tensor, streams: int, columns: int) -> Tensor:
     """A product with all streams [rows, n D] as products with `columns` of each of them, one below the other:
     [units rows, n columns], where rows are padded to panels."""
-    by_stream = weight.unflatten(1, (streams, -1))
-    rows, width = len(weight), by_stream.shape[2]
-    padded = torch.nn.functional.pad(by_stream, (0, -width % columns, 0, 0, 0, -rows % 16))
-    units: Tensor = padded.unflatten(2, (-1, columns)).permute(2, 0, 1, 3)
-    return units.flatten(2).flatten(0, 1).contiguous()
+    rows, width = weight.shape
+    by_stream = host(weight).reshape(rows, streams, width // streams)
+    padded = np.pad(by_stream, ((0, -rows % 16), (0, 0), (0, -(width // streams) % columns)))
+    units = padded.reshape(*padded.shape[:2], -1, columns).transpose(2, 0, 1, 3)
+    return like(np.ascontiguousarray(units.reshape(-1, streams * columns)), weight)
 
 
 def _gate_rows(w: MoEWeights) -> Tensor:
