@@ -12,6 +12,7 @@
 //         be negative; with zero points [K/G][16] int8; then [K/8][16][4] bytes: low nibble k % 8 < 4, high
 //         nibble the rest, each q + 8
 //   nl4   as q4 without zero points; a nibble is an index into the format's codes, as in mxfp4 and iq4_nl
+//   mxfp4  with groups of 32: [K/32][16] uint8, not float16: exponents of powers of two plus 127; 0 is 0
 //   q8_groups  as q4, zero points included, with [K/4][16][4] uint8 = q + 128
 //   q4_1  as q4, a nibble is q; after the scales come [K/G][16] float16 minimums, also relative to the row
 //   q4_k  [16] float row scales; [K/256][16] float16 units of the scales and as many of the minimums;
@@ -105,6 +106,7 @@ struct FormatTraits {
   bool minimums = false;         // stored as q >= 0; groups have a number that is added to their values
   const Codes* codes = nullptr;  // what nibbles are indices into
   Planes planes = Planes::none;
+  int powers = 0;  // columns of groups whose scales are powers of two, held as their exponents
 
   // Integers q, stored as q + 2^(bits - 1); the activations are integers too.
   constexpr bool quantized() const { return scales == Scales::rows || grouped(); }
@@ -155,7 +157,7 @@ constexpr FormatTraits kFormats[] = {
      .group = kActGroup,
      .planes = Planes::high},
     {.name = "Q8_GROUPS", .holds = "int8_groups", .bits = 8, .scales = Scales::groups},
-    {.name = "MXFP4", .holds = "mxfp4", .bits = 4, .scales = Scales::groups, .codes = &kE2m1},
+    {.name = "MXFP4", .holds = "mxfp4", .bits = 4, .scales = Scales::groups, .codes = &kE2m1, .powers = 32},
     {.name = "IQ4_NL", .holds = "iq4_nl", .bits = 4, .scales = Scales::groups, .codes = &kIq4},
     {.name = "Q4_1", .holds = "q4_1", .bits = 4, .scales = Scales::groups, .minimums = true},
     {.name = "Q4_K", .holds = "q4_k", .bits = 4, .scales = Scales::units, .minimums = true},

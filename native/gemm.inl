@@ -219,6 +219,9 @@ struct GroupNumbers {
 template <Format F>
 inline f32x16 of_group(const Matrix& w, const uint8_t* at, int g, int number) {
   constexpr bool units = traits(F).scales == Scales::units;
+  if constexpr (traits(F).powers)
+    if (w.has_powers())
+      return bits_to_float((u32x16)widen(reinterpret_cast<const int8_t*>(at) + g * kPanel) << 23);
   const int unit = (units ? g * w.group / kUnit : g) + number * w.units();
   const f32x16 found = half_to_float(reinterpret_cast<const uint16_t*>(at) + unit * kPanel);
   if constexpr (!units) return found;

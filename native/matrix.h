@@ -75,9 +75,13 @@ struct Matrix {
     }
     return round_up(scales, 64);
   }
-  // Of the scales of groups, in the order of formats.h: float16 ones, or their units, and multiples of these.
+  // Of the scales of groups, in the order of formats.h: float16 ones or exponents, or units and their
+  // multiples.
   int units() const { return format_traits().scales == Scales::units ? (kp + kUnit - 1) / kUnit : groups(); }
-  int multiples_at() const { return units() * 2 * kPanel * (format_traits().minimums ? 2 : 1); }
+  int multiples_at() const {
+    return units() * (has_powers() ? 1 : 2) * kPanel * (format_traits().minimums ? 2 : 1);
+  }
+  bool has_powers() const { return format_traits().powers && format_traits().powers == group; }
   int scale_bytes() const {
     const int multiples = format_traits().scales == Scales::units ? groups() * kPanel : 0;
     return multiples_at() + multiples * (format_traits().minimums ? 2 : 1);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -95,6 +96,17 @@ void write_halves(uint16_t* out, const std::vector<float>& numbers, const float*
     out[i] = rows[i % kPanel] > 0.0f ? half_bits(numbers[i] / rows[i % kPanel]) : uint16_t{0};
 }
 
+// The exponents of scales relative to the largest of their row, which all are powers of two (require_powers).
+void write_powers(uint8_t* out, const std::vector<float>& numbers, float* rows) {
+  std::fill_n(rows, kPanel, 0.0f);
+  for (size_t i = 0; i < numbers.size(); ++i) rows[i % kPanel] = std::max(rows[i % kPanel], numbers[i]);
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const float x = numbers[i];
+    out[i] = x > 0.0f ? static_cast<uint8_t>(std::max(127 + std::ilogb(x) - std::ilogb(rows[i % kPanel]), 0))
+                      : uint8_t{0};
+  }
+}
+
 void write_multiples(int8_t* out, const Matrix& m, const std::vector<float>& numbers,
                      const std::vector<float>& units) {
   for (size_t i = 0; i < numbers.size(); ++i) {
@@ -107,6 +119,7 @@ void write_groups(uint8_t* record, const Matrix& m, const PanelScales& s) {
   const bool units = m.format_traits().scales == Scales::units;
   const std::vector<float>&first = units ? s.units : s.scales, &second = units ? s.minimum_units : s.minimums;
   float* rows = reinterpret_cast<float*>(record);
+  if (m.has_powers()) return write_powers(record + 64, s.scales, rows);
   for (int lane = 0; lane < kPanel; ++lane) rows[lane] = row_scale(first, second, lane);
   uint16_t* halves = reinterpret_cast<uint16_t*>(record + 64);
   write_halves(halves, first, rows);
@@ -148,6 +161,25 @@ void require_finite_scales(const std::vector<Source>& sources) {
       if (!std::isfinite(s.scale[i]))
         throw std::invalid_argument("scale " + std::to_string(i) + " of " + std::to_string(count) + " is " +
                                     std::to_string(s.scale[i]) + "; expected finite scales");
+  }
+}
+
+// Positive numbers that are powers of two times each other have the same significand. Subnormal ones are as
+// good as zero.
+void require_powers(const Matrix& m, const std::vector<Source>& sources) {
+  if (!m.has_powers()) return;
+  const auto counts = [](float x) { return std::fabs(x) >= 0x1p-126f; };
+  const auto rest = [](float x) { return std::bit_cast<uint32_t>(x) & 0x807fffffu; };
+  for (const Source& s : sources) {
+    const size_t count = s.k / s.group;
+    for (const float* row = s.scale; row < s.scale + s.n * count; row += count) {
+      const float* first = std::find_if(row, row + count, counts);
+      for (const float* x = first; x < row + count; ++x)
+        if (counts(*x) && (*x < 0.0f || rest(*x) != rest(*first)))
+          throw std::invalid_argument("scale: got " + std::to_string(*x) + " beside " +
+                                      std::to_string(*first) + "; expected powers of two in groups of " +
+                                      std::to_string(m.group) + " of " + m.format_traits().name);
+    }
   }
 }
 
@@ -228,6 +260,7 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
   const int count = static_cast<int>(rows.size());
   m = Matrix::describe(format, count, sources[0].k, group, zero);
   require_roundable(m, sources);
+  require_powers(m, sources);
   packed->reserve(pool, *arena);
   std::atomic<bool> finite{true};
   pool.run([&](Team& team) {

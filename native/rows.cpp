@@ -1,4 +1,5 @@
 // Rows of packed matrices as float32: the values that kernels multiply by, exactly. An embedding is read so.
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -35,6 +36,8 @@ Numbers numbers(const Matrix& w, const uint8_t* record, int g, int lane) {
   const uint8_t* at = record + 64;
   const auto one = [&](int number) {
     const bool units = f.scales == Scales::units;
+    const int exponent = w.has_powers() ? at[g * kPanel + lane] : 0;
+    if (w.has_powers()) return exponent ? row * std::ldexp(1.0f, exponent - 127) : 0.0f;
     const int unit = (units ? g * w.group / kUnit : g) + number * w.units();
     const float found = row * half_value(reinterpret_cast<const uint16_t*>(at)[unit * kPanel + lane]);
     const auto* multiples = reinterpret_cast<const int8_t*>(at + w.multiples_at());

@@ -110,6 +110,22 @@ def test_scales_of_16_bits_are_exact_at_any_distance(ops: CpuOps) -> None:
     exact(ops, replace(weight("int8_groups", 33, 256), scale=torch.randn(33, 8).bfloat16().float()))
 
 
+def test_mxfp4_has_a_byte_per_group_of_32(ops: CpuOps) -> None:
+    """As in its files; a row's scales are as far apart as theirs can be, and some are zero."""
+    w = weight("mxfp4", 33, 256)
+    assert w.scale is not None
+    powers = torch.randint(-63, 63, w.scale.shape).float()
+    exact(ops, replace(w, scale=torch.exp2(powers) * (powers % 7 > 0)))
+    exact(ops, replace(w, scale=3 * torch.exp2(powers)))
+    packed, padded_rows = ops._pack("w", [w]), 48
+    assert packed.nbytes == padded_rows * (256 // 2 + 256 // 32 + 4)
+    for wrong in (1.5, -2.0):
+        scale = w.scale.clone()
+        scale[20, 3] *= wrong
+        with pytest.raises(ValueError, match="expected powers of two in groups of 32 of MXFP4"):
+            ops._pack("wrong", [replace(w, scale=scale)])
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 12, 13, 40])
 @pytest.mark.parametrize("name", [*GROUPS, *UNITS, *SCALED])
 def test_products(ops: CpuOps, name: str, tokens: int) -> None:
