@@ -19,6 +19,8 @@ from farthing import _native
 from farthing.checkpoint.floats import dequantize_blocks, quantize_blocks
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel
+from farthing.model.deepseek_v4 import DeepseekV4
+from farthing.model.inspect import model_cost
 from farthing.model.kinds import cache_kinds
 from farthing.model.load import load, model_of, random_model, random_parameters
 from farthing.model.pack import pack_checkpoint
@@ -272,6 +274,21 @@ def test_flash_keeps_few_bytes_of_a_token() -> None:
     assert past.token_bytes("bfloat16") == 21 * (512 + 128) * 2 // 4 + 20 * 512 * 2 // 128
     assert window.token_bytes("bfloat16") == 43 * 512 * 2
     assert opened.state_bytes == 4 * (21 * 8 * 2 * (1024 + 256) + 20 * 128 * 1024)
+
+
+def test_bytes_of_a_long_sequence_are_those_that_are_told() -> None:
+    """32k tokens of V4-Flash: what inspect prints, and the blocks and the slot that hold them."""
+    config, tokens, size = ModelConfig.from_json(FLASH), 1 << 15, 128
+    (window,) = {kind.window for kind in cache_kinds(config)} - {None}
+    blocks = {None: tokens // size, window: 2}  # the window's end is in a second block
+    own = SimpleNamespace(config=config, ops=CpuOps(1))
+    cache = DeepseekV4.new_cache(own, blocks[None], size, "bfloat16", {window: 2}, 1)  # type: ignore[arg-type]
+    assert cache.index is not None and cache.open is not None
+    paged = [*cache.entries.values(), cache.index.data, *cache.of(window).entries.values()]
+    held = sum(each.nbytes for each in (*paged, *cache.open.tensors()))
+    cost = model_cost(config)
+    told = tokens * cost.kv_bytes_per_token + cost.kv_bytes_per_sequence
+    assert told == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.parametrize(
