@@ -205,6 +205,7 @@ Transport = Literal["auto", "shared", "gloo"]
 ExpertsOn = Literal["cpu"]
 
 DEFAULT_DISK_BYTES = 10 << 30
+AUTO = "auto"  # of `packed`: a file in the user's cache directory
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 1024, 8192  # defaults of max_num_batched_tokens
 
 _engine = partial(option, group="Engine")

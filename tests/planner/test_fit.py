@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.cli.preflight import AUTO, with_fit
-from farthing.config import EngineConfig
+from farthing.cli.preflight import with_fit
+from farthing.config import AUTO, EngineConfig
 from farthing.planner.estimate import published_config
 from farthing.planner.fit import Fit, fit, weight_bytes
 from tests.tiny import SMALL_V3

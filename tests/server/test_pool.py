@@ -42,7 +42,8 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_): pass
     def do_GET(self):
         found = not self.path.startswith("/v1/responses/") or self.path.endswith(name)
-        self.answer(200 if found else 404, {"model": name, "path": self.path})
+        far = self.headers.get("X-Forwarded-For")
+        self.answer(200 if found else 404, {"model": name, "path": self.path, "far": far})
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if body.get("die"):
@@ -261,8 +262,8 @@ class Served:
 
 
 @contextmanager
-def served(*fakes: Fake, limit: int = 2, **config: Any) -> Iterator[Served]:
-    pool = pool_of(*fakes, limit=limit, drain_timeout=5.0)
+def served(*fakes: Fake, limit: int = 2, idle: float = 600.0, **config: Any) -> Iterator[Served]:
+    pool = pool_of(*fakes, limit=limit, idle=idle, drain_timeout=5.0)
     front = Front(ServerConfig(**config), pool)
     server = server_of(create_front(front), front)
     with listen("127.0.0.1", 0) as listener:
@@ -301,7 +302,7 @@ def test_requests_go_to_the_process_of_their_model(tmp_path: Path) -> None:
         ]  # fmt: skip
         assert http.get("/v1/models/a").json()["max_model_len"] == 64
         assert 'model_state{model_name="a",state="loaded"} 1.0' in http.get("/metrics").text
-        assert http.get("/metrics?model=a").json()["path"] == "/metrics"
+        assert http.get("/metrics?model=a").json()["path"] == "/metrics?model=a"
         assert b"<html" in http.get("/").content
 
 
@@ -340,6 +341,43 @@ def test_only_admins_load_and_unload(tmp_path: Path) -> None:
         assert answer.json()["key"] == "Bearer k1"  # so that the model's server knows its clients
         unloaded = http.post("/models/unload", json={"model": "a"}, headers=root)
         assert unloaded.status_code == 200 and server.front.pool.unloads == 1
+
+
+def test_watching_neither_loads_nor_keeps_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "_LOOK", 0.05)
+    fakes = [Fake(name, tmp_path) for name in "ab"]
+    with served(*fakes, idle=0.5) as server, httpx.Client(base_url=server.url, timeout=20) as http:
+        for path in ("/dashboard/data", "/dashboard/data?model=b", "/metrics?model=a"):
+            answer = http.get(path)
+            assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_loaded"
+        http.post("/v1/completions", json={"model": "a"})
+        assert http.get("/dashboard/data").json()["model"] == "a"
+        deadline = time.monotonic() + 20
+        while http.get("/dashboard/data").status_code == 200:  # as an open page asks
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert server.front.pool.loads == server.front.pool.unloads == 1
+
+
+def test_numbers_of_every_key_are_for_admins(tmp_path: Path) -> None:
+    keys = {"keys": KeyRing(["me:k1"]), "admin_keys": KeyRing(["root:k2"])}
+    with served(Fake("a", tmp_path), **keys) as server, httpx.Client(base_url=server.url, timeout=20) as http:
+        me, root = ({"Authorization": f"Bearer {key}"} for key in ("k1", "k2"))
+        http.post("/v1/completions", json={"model": "a"}, headers=me)
+        proxied = {"X-Forwarded-For": "203.0.113.9"}
+        assert "203.0.113.9" in http.get("/metrics?model=a", headers=proxied).json()["far"]
+        assert http.get("/metrics?model=a", headers=root | proxied).json()["far"] is None
+        assert http.get("/metrics?model=a").json()["far"] is None  # from this machine
+        assert http.get("/dashboard/data", headers=me).json()["far"]
+
+
+def test_web_pages_of_others_load_nothing(tmp_path: Path) -> None:
+    with served(Fake("a", tmp_path)) as server, httpx.Client(base_url=server.url) as http:
+        for path in ("/models/load", "/models/unload", "/api/pull", "/v1/completions", "/api/chat"):
+            headers = {"Content-Type": "text/plain", "Origin": "https://evil.example"}
+            answer = http.post(path, content=b'{"model": "a"}', headers=headers)
+            assert answer.status_code == 400 and "expected 'application/json'" in answer.text
+        assert server.front.pool.loads == 0
 
 
 def test_ollama_clients_see_all_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

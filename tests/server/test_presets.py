@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from farthing.config import EngineConfig, as_arguments
 from farthing.server.config import Given, ServerConfig
-from farthing.server.presets import read_presets
+from farthing.server.presets import read_models, read_presets
 from tests.tiny import tiny
 
 
@@ -28,6 +29,36 @@ def test_a_folder_serves_what_can_be_served(tmp_path: Path, caplog: pytest.LogCa
     presets = read_presets(tmp_path, Given({}, {}))
     assert [each.name for each in presets] == ["one"] and presets[0].type == "deepseek_v3"
     assert "two is left out" in caplog.text and "bert" in caplog.text
+
+
+def test_damaged_weights_and_shared_names_in_a_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model(tmp_path / "all" / "one")
+    (model(tmp_path / "all" / "two") / "model.safetensors").write_bytes(b"no weights")
+    models, _ = read_models(tmp_path / "all", Given({}, {}), "1GB")
+    assert [each.preset.name for each in models] == ["one"]
+    assert "two is left out" in caplog.text and "not a safetensors file" in caplog.text
+    (tmp_path / "models.toml").write_text(f'[two]\nmodel = "{tmp_path / "all" / "two"}"\n')
+    with pytest.raises(ValueError, match=r"\[two\]: .*not a safetensors file"):
+        read_models(tmp_path / "models.toml", Given({}, {}), "1GB")
+    with pytest.raises(ValueError, match="has no model that can be served"):
+        read_models(tmp_path / "all", Given({}, {}), "1MB")
+
+    (tmp_path / "all" / "one.gguf").touch()
+    monkeypatch.setattr("farthing.server.presets._preset", lambda name, options, _: SimpleNamespace(
+        name=name, type="tiny", path=options["model"]
+    ))  # fmt: skip
+    assert [each.name for each in read_presets(tmp_path / "all", Given({}, {}))] == ["one", "one.gguf", "two"]
+
+
+def test_a_start_keeps_a_packed_file_where_the_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (preset,) = read_presets(model(tmp_path / "all" / "tiny").parent, Given({}, {}))
+    assert "--packed auto" in " ".join(preset.sized(10**9).command(1))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert "--packed" not in preset.sized(10**9).command(1)
 
 
 def test_a_file_gives_names_and_options_to_models(tmp_path: Path) -> None:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from farthing.checkpoint.gguf import INDEX
 from farthing.checkpoint.reader import Checkpoint
-from farthing.config import EngineConfig
+from farthing.config import AUTO, EngineConfig
 from farthing.hub import Found, find_model
 from farthing.memory import available_memory, gigabytes
 from farthing.ops.select import check
-from farthing.planner.fit import certainly_fits, fit, weight_bytes
-from farthing.process import cache_dir
+from farthing.planner.fit import certainly_fits, fit, weight_bytes, worth_packing
 
 log = logging.getLogger(__name__)
-AUTO = "auto"  # of `packed`: a file in the user's cache directory
-_ROOM = 3  # times the packed file: free disk for which `--fit` keeps one
 _GPU = Path("/dev/nvidiactl")
 
 
@@ -61,9 +56,7 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     chosen: dict[str, Any] = {}
     if config.packed in (None, AUTO):
         chosen["quantization"] = found.quantization
-    if (
-        config.packed is None and _room() > _ROOM * found.weights and not (path / INDEX).is_file()
-    ):  # GGUF is nearly packed already
+    if config.packed is None and worth_packing(path, found.weights):
         chosen["packed"] = AUTO
     if config.kv_cache_memory is None and config.num_blocks is None:
         chosen |= {"kv_cache_memory": found.kv_cache_memory}
@@ -71,15 +64,6 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     if config.max_num_seqs == EngineConfig().max_num_seqs:
         chosen["max_num_seqs"] = found.max_num_seqs
     return replace(config, **chosen)
-
-
-def _room() -> int:
-    """Free bytes for the user's cache directory; 0 without a home directory."""
-    try:
-        place = cache_dir()
-    except RuntimeError:
-        return 0
-    return shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
 
 
 def on_this_cpu(config: EngineConfig) -> bool:

@@ -12,8 +12,8 @@ import typer
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
 from farthing.cli.packed import read_packed, with_packed
-from farthing.cli.preflight import AUTO, preflight, with_fit
-from farthing.config import EngineConfig
+from farthing.cli.preflight import preflight, with_fit
+from farthing.config import AUTO, EngineConfig
 from farthing.server.config import Given, KeyRing, ServerConfig, gather_keys
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def serve(
         if models is not None:
             from farthing.server.front import serve_models  # imports an extra
 
-            keys = [*(api_key or []), *(admin_api_key or [])]
+            # A model's server is open where the front is; where it is not, an admin is one more client.
+            keys = [*(api_key or []), *(admin_api_key or [])] if server_config.keys else []
             given = Given(engine, server, keys, api_key_file)
             raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after))
         model = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))

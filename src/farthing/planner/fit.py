@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from farthing.checkpoint.gguf import INDEX
 from farthing.checkpoint.reader import has_weights, method_of, read_config
 from farthing.config import Quantization
 from farthing.memory import gigabytes
@@ -19,7 +21,9 @@ from farthing.planner.footprint import (
     stored_by_config,
 )
 from farthing.planner.memory import PlannedModel, RankMemory, Serving, memory
+from farthing.process import cache_dir
 
+_ROOM = 3  # times the packed file: free disk for which one is kept
 SMALL = 8  # times the files: memory of which no format needs more
 
 
@@ -50,6 +54,17 @@ def _planned(path: Path, layout: Layout) -> tuple[ShardPlan, PlannedModel]:
     stored: StoredOf = stored_by_checkpoint(path) if has_weights(path) else stored_by_config(raw)
     plan = ShardPlan.build(ModelConfig.from_json(raw), layout)
     return plan, PlannedModel.of(plan, stored)
+
+
+def worth_packing(path: Path, weights: int) -> bool:
+    """Whether a packed file of so many bytes is kept in the user's cache directory by default: of no GGUF
+    file, which is nearly packed already, and only where the disk has ample room."""
+    try:
+        place = cache_dir()
+    except RuntimeError:  # no home directory
+        return False
+    free = shutil.disk_usage(next(each for each in (place, *place.parents) if each.exists())).free
+    return free > _ROOM * weights and not (path / INDEX).is_file()
 
 
 # `--fit`: the format, the context and the cache that suit the model and the memory.

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -205,27 +205,37 @@ def _add_state_routes(api: FastAPI, service: Service) -> None:
         return JSONResponse({"version": farthing.__version__})
 
 
+def model_entry(name: str, created: int, root: str, length: int | None) -> dict[str, Any]:
+    """An entry of /v1/models. length: tokens of context, if known."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "farthing",
+        "type": "model",  # from here to created_at: for Anthropic's SDK
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).isoformat(),
+        "root": root,
+        "max_model_len": length,
+        "max_input_tokens": length,
+        "max_tokens": length,
+    }
+
+
+def model_list(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The body of /v1/models."""
+    pages = {"has_more": False, "first_id": entries[0]["id"], "last_id": entries[-1]["id"]}
+    return {"object": "list", "data": entries, **pages}
+
+
 def _add_model_routes(api: FastAPI, service: Service) -> None:
     def describe(name: str) -> dict[str, Any]:
         length = service.engine.config.max_model_len if service.engine else None
-        return {
-            "id": name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "farthing",
-            "type": "model",  # from here to created_at: for Anthropic's SDK
-            "display_name": name,
-            "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
-            "root": service.names[0],
-            "max_model_len": length,
-            "max_input_tokens": length,
-            "max_tokens": length,
-        }
+        return model_entry(name, service.created, service.names[0], length)
 
     @api.get("/v1/models", summary="The models served")
     async def models() -> Response:
-        pages = {"has_more": False, "first_id": service.names[0], "last_id": service.names[-1]}
-        return JSONResponse({"object": "list", "data": list(map(describe, service.names)), **pages})
+        return JSONResponse(model_list(list(map(describe, service.names))))
 
     @api.get("/v1/models/{model:path}", summary="One model")
     async def model(model: str) -> Response:

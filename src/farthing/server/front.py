@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -30,14 +29,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import farthing
 from farthing.process import loop_factory
 from farthing.server.api.ollama import document_of, running, seconds, shown, tag
-from farthing.server.app import guarded, misplaced, reason
+from farthing.server.app import guarded, misplaced, model_entry, model_list, reason
 from farthing.server.config import ENVIRONMENT, Given, ServerConfig
 from farthing.server.dashboard.site import HEADERS, assets
 from farthing.server.errors import CODE_HEADER, ApiError, error_event, send_error
 from farthing.server.pool import Hosted, Pool, PoolConfig
 from farthing.server.presets import read_models
-from farthing.server.run import listen, server_of, url_of
-from farthing.server.schema import short
+from farthing.server.run import listen, say_where, server_of, url_of
+from farthing.server.schema import short, wrong_type
 from farthing.upstream import (
     ReplicaLost,
     end_to_end,
@@ -52,6 +51,7 @@ from farthing.upstream import (
 log = logging.getLogger("farthing.server")
 
 _CONNECT, _SILENCE = 2.0, 660.0  # seconds: of a connection, and of an answer, which the model's server bounds
+_CREDENTIALS = ("authorization", "x-api-key")
 _TRIES = 2  # if the process ended before it had the request
 # Paths that are forwarded. Others are errors of the front, as they would be of any model's server.
 _FORWARDED = frozenset(
@@ -60,8 +60,9 @@ _FORWARDED = frozenset(
         *("completions", "chat/completions", "responses", "responses/input_tokens", "messages"),
         *("messages/count_tokens", "embeddings", "rerank"),
     )
-) | {"/tokenize", "/detokenize", "/rerank", "/openapi.json", "/dashboard/data", "/cache/digest"}
+) | {"/tokenize", "/detokenize", "/rerank"}
 _FORWARDED |= {f"/api/{path}" for path in ("chat", "generate", "embed", "embeddings")}
+_WATCHED = frozenset({"/metrics", "/openapi.json", "/dashboard/data", "/cache/digest"})  # of a loaded model
 
 
 class Front:
@@ -94,20 +95,8 @@ class Front:
 
     def describe(self, model: Hosted) -> dict[str, Any]:
         """An entry of /v1/models."""
-        length = model.sized.engine.max_model_len
-        entry = {
-            "id": model.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "farthing",
-            "type": "model",  # from here to created_at: for Anthropic's SDK
-            "display_name": model.name,
-            "created_at": datetime.fromtimestamp(self.created, UTC).isoformat(),
-            "root": model.name,
-            "max_model_len": length,
-            "state": model.state,
-            "size": model.size,
-        }
+        entry = model_entry(model.name, self.created, model.name, model.sized.engine.max_model_len)
+        entry |= {"state": model.state, "size": model.size}
         if model.state == "loading":
             entry["progress"] = model.lines[-1] if model.lines else "starting"
         if model.state == "failed":
@@ -149,19 +138,36 @@ class _Forward:
         passed = request_headers(headers, (scope.get("client") or ["unknown"])[0])
         query = scope["query_string"].decode("latin-1")
         target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
-        document = document_of(body) if scope["method"] == "POST" and body else None
+        if scope["path"] in _WATCHED:
+            return await self._watch(
+                await self._model(scope, None, query, passed), scope, target, passed, write
+            )
+        document = _document(passed, body) if scope["method"] == "POST" and body else None
         keep = seconds(document.get("keep_alive")) if document and scope["path"].startswith("/api/") else None
         for attempt in range(1, _TRIES + 1):
             model = await self._model(scope, document, query, passed)
             try:
                 async with self._front.pool.use(model, scope["client_name"], keep) as url:
                     await self._relay(model, url, scope, target, passed, body, write)
-                return
+                return None
             except ReplicaLost as problem:
                 if problem.reached or attempt == _TRIES:
                     why = f"model: {model.name}: its process ended: {problem}"
                     raise ApiError(502, why, code="model_lost") from problem
             await self._front.pool.ended(model)
+        return None
+
+    async def _watch(self, model: Hosted, scope: Scope, target: str, passed: Any, write: Send) -> None:
+        """What a model reports of itself: it is neither loaded for it nor kept."""
+        if model.state != "loaded" or model.server is None:
+            why = f"model: {model.name} is {model.state}; expected a loaded one"
+            raise ApiError(404, why, param="model", code="model_not_loaded")
+        if scope["viewer"].everything:  # as if the request came from this machine
+            passed = {name: value for name, value in passed.items() if name.lower() in _CREDENTIALS}
+        try:
+            await self._relay(model, model.server.url, scope, target, passed, b"", write)
+        except ReplicaLost as problem:
+            raise ApiError(502, f"model: {model.name}: {problem}", code="model_lost") from problem
 
     async def _relay(
         self, model: Hosted, url: str, scope: Scope, target: str, headers: Any, body: bytes, write: Send
@@ -199,7 +205,7 @@ class _Forward:
     ) -> Hosted:
         """The model that a request is for. Raises ApiError."""
         front, path = self._front, scope["path"]
-        if path not in _FORWARDED and named(path) is None:
+        if path not in _FORWARDED | _WATCHED and named(path) is None:
             why = reason(path) or misplaced(path, self._known) or f"{scope['method']} {path}: Not Found"
             raise ApiError(404, why, code="unknown_url")
         if document is not None:
@@ -215,8 +221,16 @@ class _Forward:
             found = await holder(front.session, urls, identity, headers)
             loaded = [] if found is None else [loaded[found]]
         if not loaded:
-            raise ApiError(404, f"{path}: no loaded model has it; name one by ?model=", code="not_found")
+            raise ApiError(404, f"{path}: no model is loaded that has it", code="model_not_loaded")
         return loaded[0]
+
+
+def _document(headers: Mapping[str, str], body: bytes) -> Mapping[str, Any]:
+    """The object of a body that is declared as JSON. Raises ApiError (400)."""
+    declared = headers.get("Content-Type")
+    if not (declared or "").partition(";")[0].strip().lower().endswith(("/json", "+json")):
+        raise wrong_type(declared)
+    return document_of(body)
 
 
 async def _whole(receive: Receive) -> bytes:
@@ -266,15 +280,13 @@ def create_front(front: Front) -> ASGIApp:
     labels = ["path", "status"]
     count = Counter("farthing:http_requests", "HTTP requests answered.", labels, registry=registry)
 
-    async def metrics(request: Request) -> Response:
+    async def metrics(request: Request) -> Response | _Forward:
         if request.query_params.get("model") is not None:
-            return await _metrics_of(front, request)
+            return forward
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(_: Request) -> Response:
-        data = [front.describe(each) for each in front.pool.models.values()]
-        pages = {"has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return JSONResponse({"object": "list", "data": data, **pages})
+        return JSONResponse(model_list([front.describe(each) for each in front.pool.models.values()]))
 
     async def model(request: Request) -> Response:
         return JSONResponse(front.describe(front.model(request.path_params["model"])))
@@ -282,7 +294,7 @@ def create_front(front: Front) -> ASGIApp:
     async def change(request: Request) -> Response:
         if not request.scope["viewer"].everything:
             raise ApiError(403, "models are loaded and unloaded with an admin key", code="forbidden")
-        chosen = front.model(document_of(await request.body()).get("model"))
+        chosen = front.model(_document(request.headers, await request.body()).get("model"))
         if request.url.path == "/models/load":
             await front.pool.load(chosen, request.scope["client_name"])
         else:
@@ -302,7 +314,8 @@ def create_front(front: Front) -> ASGIApp:
         return Response(asset.body, media_type=asset.content_type, headers=HEADERS)
 
     async def failed(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ApiError)
+        if not isinstance(error, ApiError):
+            error = ApiError(500, "internal error; the server's log has the details")
         return error.response(request.scope)
 
     def entry(model: Hosted) -> dict[str, Any]:
@@ -319,7 +332,7 @@ def create_front(front: Front) -> ASGIApp:
         ]})  # fmt: skip
 
     async def show(request: Request) -> Response:
-        document = document_of(await request.body())
+        document = _document(request.headers, await request.body())
         chosen = front.model(document.get("model") or document.get("name"))
         if request.url.path == "/api/pull":
             return JSONResponse({"status": "success"})
@@ -344,23 +357,14 @@ def create_front(front: Front) -> ASGIApp:
         Route("/v1/models/{model:path}", model),
         *(Route(path, change, methods=["POST"]) for path in ("/models/load", "/models/unload")),
     ]
-    known = _FORWARDED | {route.path for route in routes}
-    routes.append(Route("/{path:path}", _Forward(front, known)))
-    app = Starlette(routes=routes, exception_handlers={ApiError: failed}, lifespan=lifespan)
+    known = _FORWARDED | _WATCHED | {route.path for route in routes}
+    forward = _Forward(front, known)
+    routes.append(Route("/{path:path}", forward))
+    app = Starlette(
+        routes=routes, exception_handlers={ApiError: failed, Exception: failed}, lifespan=lifespan
+    )
     app.router.redirect_slashes = False
     return guarded(app, front.config, count, known)
-
-
-async def _metrics_of(front: Front, request: Request) -> Response:
-    """The metrics of a loaded model."""
-    model = front.model(request.query_params["model"])
-    if model.state != "loaded" or model.server is None or front.session is None:
-        raise ApiError(404, f"model: {model.name} is {model.state}; expected a loaded one", param="model")
-    try:
-        async with front.session.get(f"{model.server.url}/metrics") as answer:
-            return Response(await answer.read(), answer.status, media_type=answer.headers["Content-Type"])
-    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise ApiError(502, f"model: {model.name}: {problem}", code="model_lost") from problem
 
 
 def serve_models(
@@ -380,5 +384,6 @@ def serve_models(
         log.info("listening on %s", url_of(listener))
         for model in pool.models.values():
             log.info("model %s: %.1f GB", model.name, model.size / 1e9)
+        say_where(url_of(listener), models[0].preset.name, config)
         runner.run(server_of(create_front(front), front).serve([listener]))
     return 0

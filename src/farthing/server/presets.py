@@ -6,21 +6,24 @@ import logging
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from farthing.checkpoint.reader import has_config, read_config
-from farthing.config import EngineConfig, as_arguments, parse_bytes
+from farthing.config import AUTO, EngineConfig, as_arguments, parse_bytes
 from farthing.hub import resolve_config, resolve_shapes
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
-from farthing.planner.fit import needed
+from farthing.planner.fit import needed, worth_packing
 from farthing.planner.memory import Serving
 from farthing.server.config import Given, ServerConfig
 
 log = logging.getLogger("farthing.server")
+
+_T = TypeVar("_T")
 
 _PER_MODEL = ("tool_call_parser", "reasoning_parser")  # options of the server that a model may have, too
 # What the server in front decides: the others answer only to it.
@@ -84,8 +87,11 @@ class Preset:
                     f"model: {self.name} needs {gigabytes(size)}; expected at most the {gigabytes(limit)} of "
                     "--models-memory, by a smaller model, kv_cache_memory or max_model_len"
                 )
-        chosen = replace(engine, kv_cache_memory=cache, max_model_len=context)
-        return Sized(self, chosen if engine.num_blocks is None else engine, size, key_file)
+        if engine.num_blocks is None:
+            engine = replace(engine, kv_cache_memory=cache, max_model_len=context)
+        if engine.packed is None and worth_packing(path, memory.weights):
+            engine = replace(engine, packed=AUTO)
+        return Sized(self, engine, size, key_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +117,15 @@ class Sized:
 def read_models(source: Path, given: Given, memory: str | None) -> tuple[list[Sized], int]:
     """The models that may be loaded, and the bytes that they may have together. memory: of the command line.
 
-    Raises as `read_presets` does, and ValueError for a model that does not fit.
+    Raises as `read_presets` does; a model that does not fit, or whose files are damaged, cannot be served.
     """
     share = int(_SHARE * available_memory())
     limit = share if memory is None else parse_bytes("models_memory", memory)
-    return [each.sized(limit, given.key_file) for each in read_presets(source, given)], limit
+    models = []
+    for preset in read_presets(source, given):
+        with _judged(source, preset.name):
+            models.append(preset.sized(limit, given.key_file))
+    return _some(models, source), limit
 
 
 def read_presets(source: Path, given: Given) -> list[Preset]:
@@ -128,25 +138,37 @@ def read_presets(source: Path, given: Given) -> list[Preset]:
     if (model := given.engine.get("model", EngineConfig().model)) != EngineConfig().model:
         raise ValueError(f"model: got {model!r} with --models, which names all; expected none")
     if source.is_dir():
-        found = {name: {"model": str(path)} for name, path in _models_in(source)}
+        found: dict[str, dict[str, Any]] = {}
+        for name, path in _models_in(source):  # a directory and a file may share a name
+            found[path.name if name in found else name] = {"model": str(path)}
     elif source.is_file():
         found = _tables(source)
     else:
         raise FileNotFoundError(f"models: got {str(source)!r}; expected a folder of models, or a TOML file")
     presets = []
     for name, options in found.items():
-        try:
+        with _judged(source, name):
             preset = _preset(name, options, given)
             preset.type  # noqa: B018  (judges config.json)
-        except (OSError, ValueError) as error:
-            if not source.is_dir():
-                raise ValueError(f"models: [{name}]: {error}") from error
-            log.warning("models: %s is left out: %s", name, error)
-            continue
-        presets.append(preset)
-    if not presets:
+            presets.append(preset)
+    return _some(presets, source)
+
+
+@contextmanager
+def _judged(source: Path, name: str) -> Iterator[None]:
+    """What cannot be served is left out of a folder, and an error in a file, which names it on purpose."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not source.is_dir():
+            raise ValueError(f"models: [{name}]: {error}") from error
+        log.warning("models: %s is left out: %s", name, error)
+
+
+def _some(models: list[_T], source: Path) -> list[_T]:
+    if not models:
         raise ValueError(f"models: {str(source)!r} has no model that can be served")
-    return presets
+    return models
 
 
 def _models_in(folder: Path) -> Iterator[tuple[str, Path]]:

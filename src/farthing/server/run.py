@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import gc
 import json
@@ -293,16 +294,19 @@ def url_of(listener: socket.socket) -> str:
 
 
 async def _announce(service: Service, url: str) -> None:
-    """Probe the template and log the chat format; then where a person and a program find the model."""
-    try:
+    """Probe the template and log the chat format; then say where the model is."""
+    with contextlib.suppress(ApiError):  # the engine failed, or the server ends
         await service.formats()
-    except ApiError:  # the engine failed, or the server ends
-        return
+        say_where(url, service.names[0], service.config)
+
+
+def say_where(url: str, model: str, config: ServerConfig) -> None:
+    """Log where a person and a program find a model."""
     for any_address in ("0.0.0.0", "[::]"):
         url = url.replace(any_address, "127.0.0.1")
-    key = ' -H "Authorization: Bearer $KEY"' if service.config.keys else ""
+    key = ' -H "Authorization: Bearer $KEY"' if config.keys else ""
     messages = [{"role": "user", "content": "Hello"}]
-    body = shlex.quote(json.dumps({"model": service.names[0], "messages": messages}))
+    body = shlex.quote(json.dumps({"model": model, "messages": messages}))
     log.info("page: %s/", url)
     log.info("curl %s/v1/chat/completions%s -H 'Content-Type: application/json' -d %s", url, key, body)
 

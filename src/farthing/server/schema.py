@@ -276,6 +276,12 @@ def unknown(value: Any, path: _Path = ()) -> Iterator[_Path]:
 # Describes an invalid body: one line that names the field, its value and the accepted values.
 
 
+def wrong_type(content_type: str | None) -> ApiError:
+    """Of a body that is not declared as JSON. Web pages of other origins cannot send one that is."""
+    got = "is missing" if content_type is None else f"is {short(content_type)}"
+    return ApiError(400, f"the header Content-Type {got}; expected 'application/json'")
+
+
 def describe_validation(errors: list[Any], content_type: str | None = None) -> ApiError:
     """Pydantic's first error as a 400. content_type: the request's header.
 
@@ -292,8 +298,7 @@ def describe_validation(errors: list[Any], content_type: str | None = None) -> A
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {cause or first['msg']}")
     if isinstance(first.get("input"), bytes):
-        got = "is missing" if content_type is None else f"is {short(content_type)}"
-        return ApiError(400, f"the header Content-Type {got}; expected 'application/json'")
+        return wrong_type(content_type)
     param = path_of(where) or None
     if first["type"] == "missing":
         return ApiError(
