@@ -5,8 +5,9 @@
 Every row is a set of weights of one model, dequantized and run by transformers in float32, so that nothing
 but the weights differs: KL divergence to the untouched model per token, and perplexity, on held-out chat,
 code and prose. All tools see the same calibration windows. The untouched model is the GGUF file's
-dequantized weights, which favours grids in groups of 32, as the file's are; one that contains the file's own
-(groups of 32 with a minimum, for Q4_1) would measure nothing, so there is none.
+dequantized weights, which favours grids in groups of 32, as the file's are. A row whose grid contains the
+file's own would measure nothing: there is none for Q4_1, and for other files --dither adds noise as wide
+as the steps of each group.
 
 Bytes are those of all tensors that are served, embedding and head included; numbers of 32 bits count as 16.
 
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint.compressed_tensors import MARK
+from farthing.checkpoint.gguf import ARCHITECTURES
 from farthing.compress.evaluate import Interval, ratio_interval
 from farthing.hub import resolve_model
 from farthing.ops.cpu.weights import choose, packed_bytes
@@ -47,7 +49,7 @@ from farthing.ops.weights import Weight, loaded_as, quantize_int8, rounded
 
 ROOT = Path(__file__).parents[1]
 sys.path = [path for path in sys.path if path != str(ROOT / "bench")]  # transformers would import kernels.py
-WINDOW, CALIBRATION, HELD_OUT = 512, 32, 4  # tokens; windows in all; windows of each kind
+WINDOW = 512  # tokens
 KINDS = ("chat", "code", "prose")
 TABLE = "model.embed_tokens.weight"
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -61,6 +63,7 @@ class Paths:
     work: Path
     llama: Path | None
     chats: Path  # a folder with what `write_chats` writes
+    model: Path | None = None
 
     @property
     def source(self) -> Path:
@@ -100,11 +103,24 @@ def stored_bytes(path: Path) -> int:
     return sum(checkpoint.nbytes(name) // (1 + (checkpoint.dtype(name) == "F32")) for name in names)
 
 
-def unpack(model: Path, out: Path) -> None:
+def dithered(w: Tensor, generator: torch.Generator) -> Tensor:
+    """With uniform noise as wide as the least distance of two values in each group of 32 columns, so that no
+    value is on its file's grid any more."""
+    groups = w.reshape(-1, 32)
+    gaps = groups.sort(1).values.diff(dim=1)
+    step = torch.where(gaps > 0, gaps, torch.inf).amin(1, keepdim=True)
+    noise = torch.rand(groups.shape, generator=generator) - 0.5
+    return (groups + noise * torch.where(step.isinf(), 0, step)).reshape(w.shape)
+
+
+def unpack(model: Path, out: Path, dither: bool) -> None:
     """The untouched model as float32 safetensors."""
     directory = resolve_model(model)
     out.mkdir(parents=True)
     tensors = {name: tensor.contiguous().clone() for name, tensor in tensors_of(model).items()}
+    if dither:
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: dithered(w, generator) if w.ndim == 2 else w for name, w in tensors.items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(directory / name, out / name)
@@ -174,8 +190,9 @@ def write_chats(model: Path, out: Path) -> None:
         (out / f"chat-{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def write_texts(paths: Paths) -> None:
-    """Windows of ids: for calibration a third of each kind, held out some of each; and the former as text."""
+def write_texts(paths: Paths, calibration: int, held_out: int) -> None:
+    """Windows of ids: for calibration so many in all, a third of each kind, and as text; held out so many of
+    each kind."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(paths.source / "tokenizer.json"))
@@ -200,14 +217,14 @@ def write_texts(paths: Paths) -> None:
 
     code = [json.loads(line)["text"] for line in sample().read_text(encoding="utf-8").splitlines()]
     held = {
-        "chat": windows(joined("heldout"), HELD_OUT, HELD_OUT),
-        "code": windows(code, HELD_OUT, 1),
-        "prose": windows([prose()], HELD_OUT, HELD_OUT),
+        "chat": windows(joined("heldout"), held_out, held_out),
+        "code": windows(code, held_out, 1),
+        "prose": windows([prose()], held_out, held_out),
     }
-    third = CALIBRATION // 3
+    third = calibration // 3
     given = windows(joined("calibration"), third, third)
     given += windows(topics(), third, 2)
-    given += windows(sources(), CALIBRATION - len(given), 1)
+    given += windows(sources(), calibration - len(given), 1)
     rows = [json.dumps({"kind": kind, "ids": ids}) for kind in KINDS for ids in held[kind]]
     paths.held_out.write_text("\n".join(rows) + "\n")
     paths.calibration.write_text("\n".join(json.dumps({"ids": ids}) for ids in given) + "\n")
@@ -312,7 +329,7 @@ def llm_compressor(group: int) -> Row:
                 dataset=data,
                 recipe=GPTQModifier(config_groups=groups, ignore=["lm_head"]),
                 max_seq_length=WINDOW,
-                num_calibration_samples=CALIBRATION,
+                num_calibration_samples=len(data),
             )
             model.save_pretrained(out, save_compressed=True)
         return Result(tensors_of(out), stored_bytes(out))
@@ -336,7 +353,7 @@ def auto_round(group: int, **more: Any) -> Row:
                 scheme={"bits": 4, "group_size": group, "sym": True, "data_type": "int", "act_bits": 16},
                 dataset=rows,
                 seqlen=WINDOW,
-                nsamples=CALIBRATION,
+                nsamples=len(rows),
                 device_map="cpu",
                 **more,
             )
@@ -361,8 +378,13 @@ def llama(kind: str) -> Row:
                 subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
 
         if not plain.exists():
-            command = [sys.executable, "-m", "farthing.cli.app", "export", str(paths.source), str(plain)]
-            subprocess.run(command, check=True)
+            model_type = json.loads((paths.source / "config.json").read_text())["model_type"]
+            if any(model_type in names.types for names in ARCHITECTURES.values()):
+                command = [sys.executable, "-m", "farthing.cli.app", "export", str(paths.source), str(plain)]
+                subprocess.run(command, check=True)
+            else:
+                run("llama-quantize", "--allow-requantize", paths.model, plain, "F32", 2)
+                replace_matrices(plain, tensors_of(paths.source))
         if not matrix.exists():
             text = paths.calibration.with_suffix(".txt")
             run("llama-imatrix", "-m", plain, "-f", text, "-o", matrix, "-c", WINDOW, "-t", 2)
@@ -377,6 +399,23 @@ def llama(kind: str) -> Row:
     return row
 
 
+def replace_matrices(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write matrices into a float32 GGUF file of an architecture that is not exported and turns no rows (see
+    `Names`)."""
+    import gguf
+
+    reader = gguf.GGUFReader(file, "r+")
+    field = reader.get_field("general.architecture")
+    assert field is not None
+    names = ARCHITECTURES[field.contents()]
+    assert not names.turned
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    for name, w in tensors.items():
+        if w.ndim == 2:
+            stored[names.stored(name)].data[...] = w.numpy()
+    reader.data.flush()
+
+
 def gguf_bytes(file: Path, plain: Path) -> int:
     """Bytes of a file's tensors, of which the library `gguf` may not know the types: without the header,
     which is as long as that of the float32 file."""
@@ -385,6 +424,7 @@ def gguf_bytes(file: Path, plain: Path) -> int:
 
 
 INT4 = {"base": "int4"}
+MOST_DOWN = [f"*.{layers}.mlp.down_proj" for layers in ("[0-9]", "1[0-2]", "1[7-9]", "2?")]  # 26 of 30
 # Its recipe of minutes; that of 1,000 iterations takes a day on two cores.
 LIGHT = {"iters": 50, "lr": 5e-3, "batch_size": 2, "enable_torch_compile": False}
 ROWS: dict[str, Row] = {
@@ -393,6 +433,10 @@ ROWS: dict[str, Row] = {
     "int4": ours(INT4),
     "int4, queries and outputs in 4 bits": ours(INT4 | {"wide": ["*.k_proj", "*.v_proj"]}),
     "int4 g32, all but values in 4 bits": ours(INT4 | {"group_size": 32, "wide": ["*.v_proj"]}),
+    "int4, values and down_proj in 8 bits": ours(INT4 | {"wide": ["*.v_proj", "*.down_proj"]}),
+    "int4 g32, values and most of down_proj in 8 bits": ours(
+        INT4 | {"group_size": 32, "wide": ["*.v_proj", *MOST_DOWN]}
+    ),
     "int4 g32": ours(INT4 | {"group_size": 32}),
     "load-time int4": loaded("int4"),
     "llm-compressor GPTQ g64": llm_compressor(64),
@@ -497,17 +541,20 @@ def main() -> None:
     parser.add_argument("--llama", type=Path)
     parser.add_argument("--chat-model", type=Path, help="SmolLM2, where --model is another; writes the chats")
     parser.add_argument("--chats", type=Path, help="folder of the chats, shared by models; default: --work")
+    parser.add_argument("--dither", action="store_true", help="add the noise of the file's steps")
+    parser.add_argument("--calibration-windows", type=int, default=32, help="in all, of 512 tokens")
+    parser.add_argument("--held-out-windows", type=int, default=4, help="of each kind")
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--against", default="int4")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    paths = Paths(args.work, args.llama, args.chats or args.work)
+    paths = Paths(args.work, args.llama, args.chats or args.work, args.model)
     if not (paths.chats / "chat-heldout.jsonl").exists():
         write_chats(args.chat_model or args.model, paths.chats)
     if not paths.source.exists():
-        unpack(args.model, paths.source)
+        unpack(args.model, paths.source, args.dither)
     if not paths.held_out.exists():
-        write_texts(paths)
+        write_texts(paths, args.calibration_windows, args.held_out_windows)
     for name in args.rows:
         row = measure(paths, name, ROWS[name])
         kl = mean(row["windows"])

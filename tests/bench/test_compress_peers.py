@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 
@@ -38,3 +39,12 @@ def test_rows_are_measured_against_the_untouched_model(bench: Any, tmp_path: Pat
     assert abs(kl["untouched"]) < 1e-6 and 0 < kl["load-time int4"] < kl["random"]
     assert found["load-time int4"]["bytes"] < found["untouched"]["bytes"]
     assert bench.measure(paths, "untouched", bench.ROWS["random"]) == found["untouched"]  # kept
+
+
+def test_dither_takes_every_value_off_its_grid_by_less_than_a_step(bench: Any) -> None:
+    grid = torch.arange(-16, 16) * torch.rand(8, 1, generator=torch.Generator().manual_seed(0))
+    grid[0] = 1.0  # a constant group has no steps
+    w = bench.dithered(grid, torch.Generator().manual_seed(1))
+    moved = (w - grid).abs() / grid.diff(dim=1)[:, :1]
+    assert torch.equal(w[0], grid[0])
+    assert bool((moved[1:] <= 0.5).all()) and 0.2 < float(moved[1:].mean()) < 0.3
