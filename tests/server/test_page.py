@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from farthing.server.config import KeyRing
 from farthing.server.jobs import Accounts
 from tests.server.browser import browser_only, complaints, look, requested, wait_for
 from tests.server.harness import Running, ScriptedEngine, running
+from tests.server.test_pool import Fake, served
 
 pytestmark = browser_only
 
@@ -332,3 +334,38 @@ def test_charts_count_refusals_of_the_api_alone() -> None:
             data = client.get("/dashboard/data").json()
     assert data["counters"]["refused"] == 1
     assert data["gauges"]["memory"] > 1 << 20 and data["counters"]["cpu_seconds"] > 0 and data["layers"] > 0
+
+
+def test_a_page_of_several_models_says_that_none_is_loaded(page: Any, tmp_path: Path) -> None:
+    with served(Fake("a", tmp_path), Fake("b", tmp_path)) as server:
+        look(page, server.url, 360)
+        wait_for(page, "document.querySelectorAll('.compose option[value]').length >= 2")
+        wait_for(page, "document.querySelector('#state.live')?.textContent === 'model not loaded'")
+        look(page, f"{server.url}/#charts", 360)
+        wait_for(page, "document.querySelector('#charts').textContent.includes('not loaded')")
+        assert server.front.pool.loads == 0
+        assert complaints(page) == []
+
+
+def test_two_tabs_keep_what_each_has_added_and_text_has_its_direction(page: Any) -> None:
+    with chatting(["<think>x</think>שלום עולם"]) as (server, _):
+        look(page, server.url, 360)
+        page.execute_script("localStorage.clear()")
+        look(page, server.url, 360)
+        wait_for(page, "document.querySelector('.compose option')")
+        say(page, "one")
+        style = "getComputedStyle(document.querySelector('.turn.assistant > .prose p'))"
+        assert page.execute_script(f"return [{style}.unicodeBidi, {style}.textAlign]") == [
+            "plaintext",
+            "start",
+        ]
+        page.execute_script(
+            "const name = Object.keys(localStorage).find((each) => each.startsWith('farthing.chat.'));"
+            "const other = JSON.parse(localStorage[name]);"
+            "other.turns.push({id: 'tab', parent: other.leaf, role: 'user', text: 'of another tab'});"
+            "localStorage[name] = JSON.stringify(other)"
+        )
+        say(page, "two")
+        stored = "Object.entries(localStorage).find(([name]) => name.startsWith('farthing.chat.'))[1]"
+        turns = page.execute_script(f"return JSON.parse({stored}).turns.map((each) => each.text)")
+        assert {"one", "two", "of another tab"} <= set(turns) and complaints(page) == []

@@ -43,9 +43,11 @@ function state(kind, text) {
 }
 
 function show(data) {
+  if (view?.title !== data.title) points.columns = { t: [] }; // of another model
   points.add(data.points);
-  if (view?.kind !== data.kind) {
+  if (view?.kind !== data.kind || view.title !== data.title) {
     view = data.kind === "gateway" ? new GatewayView() : new ServerView();
+    view.title = data.title;
     $("charts").replaceChildren(view.element);
   }
   $("title").replaceChildren(h("b", {}, data.title));
@@ -72,19 +74,30 @@ async function poll() {
   let pause = HIDDEN;
   try {
     const lost = $("state").classList.contains("lost");
-    const data = await get(`/dashboard/data?since=${points.columns.t.at(-1) ?? 0}`);
+    const model = encodeURIComponent(chat.settings.values.model); // of several, the one that is chosen
+    const data = await get(`/dashboard/data?since=${points.columns.t.at(-1) ?? 0}&model=${model}`);
     if (charts()) pause = data.interval * 1000;
     show(data);
     state("live", data.uptime ? `up ${seconds(data.uptime)}` : data.facts?.state ?? "live");
     if (lost) chat.ready();
   } catch (error) {
+    if (error.code === "model_not_loaded") return unloaded();
     pause = 2000;
     const refused = error instanceof Refused;
     state("lost", refused ? "API key needed" : "no answer");
     if (refused) await login(true);
+  } finally {
+    clearTimeout(timer);
+    timer = setTimeout(poll, pause);
   }
-  clearTimeout(timer);
-  timer = setTimeout(poll, pause);
+}
+
+/** The server has several models, and the chosen one is not in memory: a message loads it. */
+function unloaded() {
+  [view, points.columns] = [null, { t: [] }];
+  $("title").replaceChildren();
+  $("charts").replaceChildren(h("p.empty", {}, "The chosen model is not loaded. The next message loads it; its charts begin then."));
+  state("live", "model not loaded");
 }
 
 /** Show the view that the address names. */
@@ -97,6 +110,7 @@ function route() {
     else $(`tab-${name}`).removeAttribute("aria-current");
   }
   if (charts()) poll();
+  else chat.shown();
 }
 
 setup($("theme"));

@@ -30,7 +30,13 @@ export class Chat {
     this.#open(last ?? new Conversation());
   }
 
-  /** Called when the chat comes into view, and when the server answers again. */
+  /** Called when the chat comes into view: what was hidden could not be scrolled. */
+  shown() {
+    if (!this.seen) this.#toEnd();
+    this.seen = true;
+  }
+
+  /** Called at the start, and when the server answers again. */
   async ready() {
     try {
       await this.settings.load();

@@ -17,7 +17,13 @@ function read(name, otherwise) {
 
 export const settings = {
   get: () => ({ ...DEFAULTS, ...read(SETTINGS, {}) }),
-  set: (values) => localStorage.setItem(SETTINGS, JSON.stringify(values)),
+  set: (values) => {
+    try {
+      localStorage.setItem(SETTINGS, JSON.stringify(values));
+    } catch {
+      // Full: they hold until the page is left.
+    }
+  },
 };
 
 /** Every conversation, the last changed first. */
@@ -32,8 +38,10 @@ export class Conversation {
     Object.assign(this, { id, title, changed, turns, leaf });
   }
 
-  /** Store it. Throws if the browser has no room left. */
+  /** Store it, with the turns that another tab has added. Throws if the browser has no room left. */
   save() {
+    const own = new Set(this.turns.map((each) => each.id));
+    this.turns.push(...(read(PREFIX + this.id, null)?.turns ?? []).filter((each) => !own.has(each.id)));
     this.changed = Date.now();
     localStorage.setItem(PREFIX + this.id, JSON.stringify(this));
   }
