@@ -138,6 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert {s.id for s in decoding} <= {item.seq.id for item in plan}, "decoding comes first"
         for item in plan:
             self.write(item)
+            self.counted(item.seq)
         for item in plan:
             self.read(item)
         if divided:
@@ -168,6 +169,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(seq.blocks) * self.block_size >= min(seq.max_len, item.start + item.num_tokens), (
             "a slot for each token"
         )
+
+    def counted(self, seq: Sequence) -> None:
+        """Every prompt token was found or has one reason, if the cache was asked."""
+        if seq.missed is not None and not seq.preemptions:
+            assert sum(seq.missed) + seq.num_cached == seq.num_prompt and min(seq.missed) >= 0
+        assert (seq.missed is None) <= (not (self.caching and seq.read_cache))
 
     def read(self, item: Scheduled) -> None:
         """Check what the step attends to, and that no other sequence of the step wrote there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.engine.scheduler import Scheduler
-from farthing.engine.sequence import IntegrityError, Scheduled, Sequence, Status
+from farthing.engine.sequence import IntegrityError, Missed, Scheduled, Sequence, Status
 
 from .scheduler_machine import COMMON, SALTS, Bounds, SchedulerMachine
 
@@ -106,6 +107,29 @@ def sequence(
 def run(scheduler: Scheduler, plan: list[Scheduled]) -> None:
     for item in plan:
         scheduler.commit(item, [9] if item.sample else [])
+
+
+def test_why_prompt_tokens_are_computed() -> None:
+    scheduler = Scheduler(8, 4, max_num_seqs=2, max_num_batched_tokens=40)
+    numbers = itertools.count()
+
+    def why(prompt: list[int], cached: int, salt: str = "") -> Missed | None:
+        seq = sequence(next(numbers), prompt, output=1, salt=salt)
+        scheduler.add(seq)
+        run(scheduler, scheduler.schedule())
+        scheduler.finish(seq)
+        assert seq.num_cached == cached
+        return seq.missed
+
+    first = list(range(14))  # three blocks, and a tail of two tokens
+    assert why(first, 0) == Missed(new=14)
+    assert why([*first, *range(50, 55)], 14) == Missed(new=5)
+    edited = [*range(8), 99, *range(9, 14)]
+    assert why(edited, 8) == Missed(diverged=6)
+    assert why([*edited[:8], 98, *range(30, 44)], 8) == Missed(new=9, diverged=6)
+    assert why(first, 0, "other") == Missed(new=14)
+    why(list(range(100, 131)), 0)  # evicts everything
+    assert why(first, 0) == Missed(diverged=2, evicted=12)  # less than a block may have continued otherwise
 
 
 def test_decode_is_scheduled_before_prefill() -> None:

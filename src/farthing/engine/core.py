@@ -287,7 +287,7 @@ class EngineCore:
             self.stats.prefix_cache_hits += seq.num_cached
             if metrics.first_scheduled_time == 0.0:
                 metrics.first_scheduled_time = now
-                metrics.cached_tokens = seq.num_cached
+                metrics.cached_tokens, metrics.missed = seq.num_cached, seq.missed
                 self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
 
     def _commit(

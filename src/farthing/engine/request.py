@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farthing.conversation import ControlTokens, Conversation, Tags
+from farthing.engine.sequence import Missed
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +294,7 @@ class RequestMetrics:
     finished_time: float = 0.0
     prefill_tokens: int = 0  # prompt tokens computed, recomputation after preemption included
     cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    missed: Missed | None = None  # why the others were not; None: the cache was not read
     decode_tokens: int = 0  # output tokens
     # Wall time of the engine's steps, shared over the tokens of each step.
     prefill_seconds: float = 0.0

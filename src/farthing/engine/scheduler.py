@@ -261,6 +261,7 @@ class Scheduler(Generic[S]):
             for i in range(seq.num_registered, full):
                 self.prefix.register(seq.hashes[i], seq.blocks[i])
                 self._computed(seq, seq.hashes[i])
+            self.prefix.remember(seq.hashes, seq.salt, seq.num_registered, full)
             if self.prefetch.store is not None:
                 self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full
@@ -376,6 +377,9 @@ class Scheduler(Generic[S]):
         seq.blocks = shared + self.pool.allocate(self._blocks_for(len(seq.tokens)) - len(shared))
         seq.num_computed = seq.num_cached = cached
         seq.num_registered = len(hits)
+        if self.prefix.enabled and seq.read_cache and not seq.preemptions:
+            found = self.prefix.match(seq.hashes) if self.others else hits
+            seq.missed = self.prefix.missed(seq, len(found))
         if self.others:
             self.kinds.admit(seq, len(hits), cached, others)
         for digest in seq.hashes[len(hits) :]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from hashlib import blake2b
 from operator import attrgetter
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 
 class IntegrityError(AssertionError):
@@ -117,6 +117,15 @@ class BlockPool:
                 )
 
 
+class Missed(NamedTuple):
+    """Why tokens of a prompt are computed and not read from the prefix cache."""
+
+    new: int = 0  # never seen after what comes before them
+    diverged: int = 0  # an earlier prompt continued otherwise here: an edit, a fork, another question
+    evicted: int = 0  # computed before, and their blocks were given to others
+    state: int = 0  # their blocks are cached, but not the state or the window to continue after them
+
+
 _HASH_BYTES = 16  # a collision would reuse another prefix's cache; its probability at 2^40 blocks is 2^-49
 
 
@@ -211,6 +220,9 @@ class Tail:
     parts: tuple[tuple[Known, int], ...]
 
 
+_PAST = 65_536  # blocks whose hash is remembered, cached or not; a million tokens in blocks of 16
+
+
 class PrefixCache(Known):
     """The blocks that keep every token, and the tails of all kinds.
 
@@ -225,6 +237,7 @@ class PrefixCache(Known):
     def __init__(self, block_size: int, enabled: bool = True) -> None:
         super().__init__(enabled=enabled)
         self.block_size = block_size
+        self._past: OrderedDict[bytes, bytes | None] = OrderedDict()  # hash: of the latest block after it
 
     def sibling(self) -> Known:
         """Another kind's blocks, under the same hashes."""
@@ -237,6 +250,34 @@ class PrefixCache(Known):
             parent = self._parent(hashes, salt)
             data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
             hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
+
+    def remember(self, hashes: Seq[bytes], salt: str, first: int, end: int) -> None:
+        """The blocks first…end of `hashes` are computed; `missed` knows them after they are evicted, too."""
+        for i in range(first, end):
+            self._past[self._parent(hashes[max(0, i - 1) : i], salt)] = hashes[i]
+            self._past.setdefault(hashes[i], None)
+        while len(self._past) > _PAST:
+            self._past.popitem(last=False)
+
+    def missed(self, seq: Sequence, hits: int) -> Missed:
+        """Why the tokens of a prompt after the `num_cached` ones are computed. hits: its cached blocks."""
+        left, size = seq.num_prompt - seq.num_cached, self.block_size
+        state = min(left, max(0, hits * size - seq.num_cached))
+        at = hits
+        while at < len(seq.hashes) and seq.hashes[at] in self._past:
+            at += 1
+        evicted = min(left - state, (at - hits) * size)
+        left -= state + evicted
+        other, diverged = self._parent(seq.hashes[:at], seq.salt), 0
+        while left > diverged and seq.num_cached <= at * size:
+            following = self._past.get(other)
+            if following is None:
+                tail = self._tails.get(other)
+                diverged += len(tail.tokens) if tail is not None else 0
+                break
+            other, diverged = following, diverged + size
+        diverged = min(left, diverged)
+        return Missed(left - diverged, diverged, evicted, state)
 
     def keep_tail(
         self,
@@ -331,6 +372,7 @@ class Sequence:
     status: Status = Status.NEW
     num_computed: int = 0
     num_cached: int = 0  # tokens found in the prefix cache at the last admission
+    missed: Missed | None = None  # why the rest of the prompt is computed; None: the cache was not asked
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_registered: int = 0  # leading blocks registered in the prefix cache

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
@@ -15,6 +15,7 @@ from farthing.cost import cpu_name, meter, usable_cpus
 from farthing.cost.meter import CostMeter, CostReport, open_meter, together, usage_extension
 from farthing.cost.prices import Machine, Prices
 from farthing.engine.request import EngineError, EngineFailed, RequestAtFault, RequestOutput
+from farthing.engine.sequence import Missed
 from farthing.server.errors import ApiError, ClientGone
 
 if TYPE_CHECKING:
@@ -30,15 +31,35 @@ if TYPE_CHECKING:
 # Token usage of a request, in OpenAI's format.
 
 
+PROMPT_HEADER = "X-Farthing-Prompt"  # cached and computed tokens; missing if a stream opens before them
+
+
 @dataclass(slots=True)
 class Usage:
     """Token counts of one HTTP request, summed over its prompts and choices."""
 
     prompt_tokens: int
     completion_tokens: int = 0
-    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     reasoning_tokens: int = 0  # completion tokens
     with_cost: bool = False  # report the cost in `x_farthing`
+    prompts: dict[int, RequestMetrics] = field(default_factory=dict)  # by position
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache."""
+        return sum(metrics.cached_tokens for metrics in self.prompts.values())
+
+    @property
+    def computed(self) -> dict[str, int]:
+        """Prompt tokens that were not found there, by the reason; {} if the cache was not asked."""
+        found = [metrics.missed for metrics in self.prompts.values() if metrics.missed is not None]
+        totals = map(sum, zip(*found, strict=True))
+        return dict(zip((f"{name}_tokens" for name in Missed._fields), totals, strict=False))
+
+    def headers(self) -> dict[str, str]:
+        """The same as a header."""
+        counts = {"cached_tokens": self.cached_tokens, **self.computed}
+        return {PROMPT_HEADER: ", ".join(f"{k}={v}" for k, v in counts.items())} if self.prompts else {}
 
     def document(self, job: Job) -> dict[str, Any]:
         """The `usage` object of a job whose streams have all finished."""
@@ -46,7 +67,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, **self.computed},
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
         if self.with_cost and job.costs:

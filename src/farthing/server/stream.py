@@ -169,8 +169,10 @@ class EventStream(Response):
         *,
         opening: Callable[[], str] | None = None,
         every: float,
+        headers: Callable[[], dict[str, str]] = dict,
     ) -> None:
-        """opening: the API's first events, unless a chunk contained them; None: the API has none."""
+        """opening: the API's first events, unless a chunk contained them; None: the API has none.
+        headers: more of them, known when the stream begins."""
         self.status_code, self.media_type = 200, ending.media_type
         self.background = None
         self.job, self.chunks, self.ending, self.opening = job, chunks, ending, opening
@@ -178,6 +180,7 @@ class EventStream(Response):
         self._sending = asyncio.Lock()
         self._begun = False
         self._sent = 0.0  # time of the last chunk
+        self._more_headers = headers
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -222,6 +225,7 @@ class EventStream(Response):
     async def _send(self, send: Send, text: str, more: bool = True) -> None:
         async with self._sending:
             if not self._begun:
+                self.headers.update(self._more_headers())
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 self._begun = True
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})

@@ -246,7 +246,7 @@ class Turn:
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield the updates of each engine output. Raises ApiError if the engine fails."""
         async for _, output in self.job.outputs():
-            self.usage.cached_tokens = output.num_cached_tokens
+            self.usage.prompts[0] = output.metrics
             yield [self._read(completion, output.prompt_logprobs) for completion in output.outputs]
 
     async def whole(self) -> list[Update]:
@@ -261,8 +261,9 @@ class Turn:
         if self._request.stream:
             stream = writer.stream()
             response: Response = EventStream(
-                self.job, stream, writer.ending, opening=writer.opening, every=config.keep_alive
-            )
+                self.job, stream, writer.ending, opening=writer.opening, every=config.keep_alive,
+                headers=self.usage.headers,
+            )  # fmt: skip
         else:
             document = await self.job.guard(http.receive, writer.whole())
             if writer.pieced:
@@ -270,6 +271,7 @@ class Turn:
                 response = PiecedAnswer(document, pieces, self._client, seconds)
             else:
                 response = Response(to_json(document), media_type="application/json")
+            response.headers.update(self.usage.headers())
         if self._ignored:
             response.headers[IGNORED_HEADER] = ", ".join(self._ignored)
         return response

@@ -88,11 +88,16 @@ async def complete(service: Service, body: CompletionRequest, request: Request, 
     )
     answer = _Answer(service, body, model, params, prompts, texts)
     if body.stream:
-        return EventStream(job, answer.stream(job), every=service.config.keep_alive)
+        chunks, headers = answer.stream(job), answer.usage.headers
+        return EventStream(job, chunks, every=service.config.keep_alive, headers=headers)
     document = await job.guard(request.receive, answer.whole(job))
     if params.logprobs is not None or params.prompt_logprobs is not None:
-        return PiecedAnswer(document, service.piece_writer, client, service.config.request_timeout)
-    return Response(to_json(document), media_type="application/json")
+        pieces, seconds = service.piece_writer, service.config.request_timeout
+        response: Response = PiecedAnswer(document, pieces, client, seconds)
+    else:
+        response = Response(to_json(document), media_type="application/json")
+    response.headers.update(answer.usage.headers())
+    return response
 
 
 async def _prompts(
@@ -148,7 +153,7 @@ class _Answer:
         """The complete document."""
         choices: list[dict[str, Any]] = []
         async for position, output in job.outputs():
-            self.usage.cached_tokens += output.num_cached_tokens
+            self.usage.prompts[position] = output.metrics
             echo = self._echo(position, output)
             for completion in output.outputs:
                 choice = self._choice(position, completion, echo)
@@ -163,8 +168,7 @@ class _Answer:
         writer = ChunkWriter(self.envelope, self.usage, job, self.body.stream_options)
         plain = not self.body.echo and self.body.logprobs is None
         async for position, output in job.outputs():
-            if output.finished:
-                self.usage.cached_tokens += output.num_cached_tokens
+            self.usage.prompts[position] = output.metrics
             deltas = (self._delta(position, output, completion) for completion in output.outputs)
             if plain:
                 chunks = [writer.chunk(d) for d in deltas if d["text"] or d["finish_reason"]]
