@@ -123,6 +123,7 @@ class ScriptedEngine:
         self.prompts: list[str] = []
         self.params: list[SamplingParams] = []
         self.cancelled: list[str] = []
+        self.metrics: dict[str, RequestMetrics] = {}  # by request; empty ones for others
         self.running = 0
         self.queue_room: int | None = None
         self.error: Exception | None = None  # raised by submit
@@ -186,8 +187,9 @@ class ScriptedEngine:
             for i in range(params.n)
         ]
         output = RequestOutput(
-            request.request_id, None, request.prompt_token_ids, outputs, reason is not None, RequestMetrics()
-        )
+            request.request_id, None, request.prompt_token_ids, outputs, reason is not None,
+            self.metrics.get(request.request_id, RequestMetrics()),
+        )  # fmt: skip
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None, *map(_certain, request.prompt_token_ids[1:])]
         if params.probe is not None:
