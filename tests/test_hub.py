@@ -231,6 +231,18 @@ def test_a_model_that_cannot_be_served_costs_one_small_file(
     assert set(hub.fetched) == {"config.json"}
 
 
+def test_quantization_beside_the_configuration_is_judged_before_the_weights(hub: Hub) -> None:
+    hub.files = {
+        "config.json": CONFIG,
+        "hf_quant_config.json": json.dumps({"quantization": {"quant_algo": "W2A2_NOVEL"}}),
+        "model.safetensors": "x" * 1000,
+    }
+    for of in (resolve_config, resolve_model):
+        with pytest.raises(CheckpointError, match="quant_algo: got 'W2A2_NOVEL'"):
+            of(ID)
+    assert "model.safetensors" not in hub.fetched
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -25,6 +25,7 @@ from pathlib import Path
 from farthing import stores
 from farthing.checkpoint.reader import (
     CONFIG,
+    MODELOPT,
     PARAMS,
     has_config,
     has_weights,
@@ -340,6 +341,8 @@ class _Repository:
             said = unread_format(self.sizes, expected) or f"it has no {CONFIG}; {expected} with {CONFIG}"
             raise FileNotFoundError(f"model: got {self.model!r}; {said}")
         path = self._fetch(name, None).parent  # by the name of its branch, for the cache to know it
+        if MODELOPT in self.sizes:
+            self._fetch(MODELOPT, path.name)
         judge(path)
         return path
 

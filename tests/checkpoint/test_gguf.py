@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,18 @@ def write(path: Path, architecture: str, kind: str, layers: int = 2, **changes: 
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def _list(name: str, kind: int, count: int) -> bytes:
+    return _text(name) + struct.pack("<IIQ", 9, kind, count)
+
+
+def _tensor(name: str, kind: int, *shape: int) -> bytes:
+    return _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, 0)
 
 
 def packed_values(weight: Weight, n: int, k: int) -> torch.Tensor:
@@ -280,6 +293,53 @@ def test_damaged_files_are_errors(tmp_path: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(CheckpointError, match=r"model\.gguf: not a whole GGUF file"):
         resolve_model(file)
+
+
+HEADER = b"GGUF" + struct.pack("<I", 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (struct.pack("<QQ", 0, 1) + _list("x", 4, 1 << 40), r"1,099,511,627,776 values of an array"),
+        (
+            struct.pack("<QQ", 0, 1) + _list("x", 4, 1 << 22),
+            "has 4,145 bytes, and a field or tensor ends at 4,149",
+        ),
+        (struct.pack("<QQ", 0, 1) + _text("x") + struct.pack("<IQ", 8, 1 << 50), "ends at 1,125,899"),
+        (struct.pack("<QQ", 1 << 20, 0), "1,048,576 tensors; expected at most 131,072"),
+        (struct.pack("<QQ", 1, 0) + _tensor("a", 0, 1 << 40, 1 << 40), "a has 1,208,925,819,614,"),
+        (struct.pack("<QQ", 1, 0) + _tensor("a\n", 200, 4), r"a\\n has type 200, which the library gguf"),
+    ],
+)
+def test_headers_that_lie_are_errors_at_once(tmp_path: Path, data: bytes, message: str) -> None:
+    """Without as many objects as they claim: the library itself goes on behind the end of a file."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(HEADER + data + bytes(4096))
+    with pytest.raises(CheckpointError, match=message):
+        resolve_model(file)
+
+
+def test_metadata_must_describe_the_tensors(tmp_path: Path) -> None:
+    def patched(field: str, value: int, kind: int = 4) -> Path:
+        data = bytearray(write(tmp_path / "model.gguf", "llama", "F16").read_bytes())
+        at = data.index(f"llama.{field}".encode()) + len(f"llama.{field}") + 4
+        data[at - 4 : at + 4] = struct.pack("<II", kind, value)
+        file = tmp_path / f"{field}-{value}.gguf"
+        file.write_bytes(data)
+        return file
+
+    for field, value, message in (
+        ("block_count", 1, r"blk\.1\.attn_norm\.weight: expected the tensors of"),
+        ("block_count", 1 << 31, r"gguf: llama\.block_count: got 2147483648; expected at most 4096"),
+        ("embedding_length", 511, r"gguf: token_embd\.weight: found shape .* embedding_length = 511"),
+        ("attention.key_length", 1 << 20, "gguf: attention.key_length, rope.*: got 1048576; expected the"),
+        ("attention.head_count", 3, r"gguf: .*num_key_value_heads: got 2; expected a divisor"),
+    ):
+        with pytest.raises((CheckpointError, ConfigError), match=message):
+            resolve_model(patched(field, value))
+    with pytest.raises(ConfigError, match=r"gguf: metadata: expected that of 'llama': .* NaN"):
+        resolve_model(patched("attention.key_length", 0x7FC00000, kind=6))
 
 
 def test_llama3_rotary_factors_become_its_fields(tmp_path: Path) -> None:

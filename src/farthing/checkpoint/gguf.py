@@ -229,11 +229,12 @@ def describe(
     heads: Callable[[str], int],
     layers: int,
     values: ValueHeads | None = None,
+    blocks: int | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(Hugging Face's name, where and how it is stored) of every tensor of a file that `gguf` has opened.
 
-    heads: a count of heads by metadata field; layers: how many are read, MTP layers follow them. Raises
-    CheckpointError for names and types that are not read.
+    heads: a count of heads by metadata field; layers: how many are read, MTP layers follow them up to
+    `blocks`. Raises CheckpointError for names and types that are not read.
     """
     names = ARCHITECTURES[architecture]
     for tensor in tensors:
@@ -244,13 +245,14 @@ def describe(
             layer, rest = "", tensor.name
         stem, _, suffix = rest.rpartition(".")
         part = stem or suffix
-        if layer.isdecimal() and int(layer) >= layers:
+        if layer.isdecimal() and layers <= int(layer) < (blocks or layers):
             continue
         fused = names.fused.get(stem) if layer else None
         module = _OUTER.get(stem) if not layer else names.layer.get(stem) or names.experts.get(stem)
         whole = names.layer.get(rest) if layer else None
         plain = (module or fused) is not None and suffix in ("weight", "bias")
-        if not (whole or plain) or not (layer or "0").isdecimal():
+        inside = not layer or (layer.isdecimal() and int(layer) < layers)
+        if not (whole or plain) or not inside:
             raise CheckpointError(
                 f"{file}: {tensor.name[:200]}: expected the tensors of architecture {architecture!r}"
             )

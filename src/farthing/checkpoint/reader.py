@@ -176,7 +176,7 @@ class InputScales:
 log = logging.getLogger(__name__)
 
 CONFIG, PARAMS = "config.json", "params.json"
-_MODELOPT = "hf_quant_config.json"  # beside a config.json that does not say how weights are quantized
+MODELOPT = "hf_quant_config.json"  # beside a config.json that does not say how weights are quantized
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -184,8 +184,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read config.json of a model directory, or params.json in Mistral's format. Raises CheckpointError."""
     if not has_config(path) or (path / CONFIG).is_file():
         config = read_json(path / CONFIG)
-        if (path / _MODELOPT).is_file() and not quantization_in(config):
-            config["quantization_config"] = {"quant_method": "modelopt"} | read_json(path / _MODELOPT)
+        if (path / MODELOPT).is_file() and not quantization_in(config):
+            config["quantization_config"] = {"quant_method": "modelopt"} | read_json(path / MODELOPT)
         return config
     return {"model_type": "mistral_large_3"} | read_json(path / PARAMS)
 

@@ -166,7 +166,7 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
             for j in range(e)
         ],
         shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_here else None,
-        shared_gate=as_float32(weights.tensor(f"{prefix}.shared_expert_gate.weight", (1, d)))
+        shared_gate=weights.weight(f"{prefix}.shared_expert_gate", (1, d)).dequantize()
         if config.shared_gate and shared_here
         else None,
         logit_bias=as_float32(weights.tensor(f"{prefix}.gate.bias", (e,))) if config.expert_bias else None,

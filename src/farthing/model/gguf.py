@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from math import prod
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -20,12 +22,15 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.files import replace_json, replace_text
 from farthing.lazy import gguf, np
 from farthing.model.attention import frequencies
+from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError, read_rope
 from farthing.quants import parts_of
 from farthing.tokenizer_gguf import tokenizer_of
 
 _VERSION = 3  # of the directory's contents; those of another version are written again
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
+_MOST_VALUES, _MOST_TENSORS = 1 << 23, 1 << 17  # the largest vocabularies have 2**18 tokens
+_MOST_LAYERS = 4096
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -51,10 +56,18 @@ def open_gguf(path: Path) -> Path:
                 metadata.heads,
                 metadata.layers(),
                 metadata.value_heads(),
+                metadata.whole("block_count"),
             )
         )
         factors = next((t.data for t in reader.tensors if t.name in COMPUTED), factors)
-    config = config_of(metadata, tensors, factors)
+    try:
+        config = config_of(metadata, tensors, factors)
+        ModelConfig.from_json(config)
+    except ConfigError as error:
+        where = str(files[0])
+        raise (error if str(error).startswith(where) else metadata.error(str(error))) from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise metadata.error(f"metadata: expected that of {metadata.architecture!r}: {error}") from None
     backend, described = tokenizer_of(str(files[0]), metadata.tokenizer())
     ends = {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ENDS} - {None}
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +96,7 @@ class Metadata:
         self.architecture = str(self.get("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise self.error(
-                f"general.architecture: got {self.architecture!r}; expected one of "
+                f"general.architecture: got {self.architecture[:80]!r}; expected one of "
                 f"{', '.join(ARCHITECTURES)} (other models: their Hugging Face directory with safetensors)"
             )
 
@@ -119,7 +132,9 @@ class Metadata:
 
     def layers(self) -> int:
         """How many layers are read: all but those of MTP."""
-        return self.whole("block_count") - int(self.own("nextn_predict_layers", 0))
+        if (count := self.whole("block_count")) > _MOST_LAYERS:
+            raise self.error(f"{self.architecture}.block_count: got {count}; expected at most {_MOST_LAYERS}")
+        return count - int(self.own("nextn_predict_layers", 0))
 
     def value_heads(self) -> ValueHeads | None:
         """Of a recurrence, if the architecture has one."""
@@ -319,6 +334,11 @@ def config_of(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: An
     heads, width = m.heads("attention.head_count"), m.whole("embedding_length")
     head = int(m.own("attention.key_length") or m.own("rope.dimension_count") or width // heads)
     whole = m.own("rope.dimension_count", head) == head and m.own("attention.value_length", head) == head
+    if (found := list(embedding["shape"]))[1:] != [width]:
+        raise m.error(f"token_embd.weight: found shape {found}; expected embedding_length = {width} columns")
+    query = tensors.get("model.layers.0.self_attn.q_proj.weight")
+    if query is not None and head > query["shape"][0]:
+        raise m.error(f"attention.key_length, rope.dimension_count: got {head}; expected the width of a head")
     if m.architecture not in _PARTLY_ROTATED and not whole:
         raise m.error("rope.dimension_count, attention.value_length: expected the width of a head")
     config: dict[str, Any] = {
@@ -403,11 +423,53 @@ def _parts_of(path: Path) -> Sequence[Path]:
 
 def _opened(file: Path) -> Any:
     try:
-        return gguf.GGUFReader(file)
+        reader = _bounded()(file)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # the library raises whatever a damaged header leads to
-        raise CheckpointError(f"{file}: not a whole GGUF file: {error}") from error
+        raise CheckpointError(f"{file}: not a whole GGUF file: {_printable(error)}") from error
+    if reader.byte_order == "S":
+        raise CheckpointError(f"{file}: found the byte order of other machines; expected this one's")
+    return reader
+
+
+@cache
+def _bounded() -> Any:
+    """The library's reader, which itself goes on where a file has ended, and has an object per number."""
+
+    class Bounded(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"has {len(self.data):,} bytes, and a field or tensor ends at {end:,}")
+            return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY:
+                _at_most(_MOST_VALUES, "values of an array", self._get(orig_offs + 4, np.uint64)[0])
+            return super()._get_field_parts(orig_offs, raw_type)
+
+        def _build_tensor_info(self, offs: int, count: int) -> Any:
+            _at_most(_MOST_TENSORS, "tensors", count)
+            end, fields = super()._build_tensor_info(offs, count)
+            for field in fields:
+                kind, elements = int(field.parts[4][0]), prod(map(int, field.parts[3]))
+                if kind not in set(gguf.GGMLQuantizationType):
+                    raise ValueError(f"{field.name[:80]} has type {kind}, which the library gguf lacks")
+                if elements > 8 * len(self.data):  # no type has less than a bit
+                    raise ValueError(f"{field.name[:80]} has {elements:,} values, more than its bytes")
+            return end, fields
+
+    return Bounded
+
+
+def _printable(text: object) -> str:
+    return repr(str(text)[:200])[1:-1]
+
+
+def _at_most(most: int, what: str, count: int) -> None:
+    if count > most:
+        raise ValueError(f"has {int(count):,} {what}; expected at most {most:,}")
 
 
 def header_size(file: Path) -> int:

@@ -132,6 +132,7 @@ class StackedExperts:
             return self._source.weight(module, shape)
         part, expert = match["part"], int(match["index"])
         name = stack_of(module)
+        self._only_plain(name)
         whole = self._source.tensor(name)[expert]
         matrix = whole if part == "down" else _half(whole, part)
         if shape is not None and tuple(matrix.shape) != shape:
@@ -139,6 +140,14 @@ class StackedExperts:
         if dtype_name(matrix.dtype) != "float8_e4m3fn":
             return Weight("dense", matrix)
         return Weight("fp8", matrix, self._factors(f"{name}_scale_inv", expert, whole, part))
+
+    def _only_plain(self, name: str) -> None:
+        """Raise CheckpointError for a stack whose experts were quantized together."""
+        if self._source.has(f"{name}_weight_scale"):
+            raise CheckpointError(
+                f"{name} is one quantized tensor of all experts, as ModelOpt writes it, which is not read; "
+                "expected single experts, which llm-compressor writes, or a stack of floats"
+            )
 
     def _factors(self, name: str, expert: int, whole: Tensor, part: str) -> Tensor:
         stack = self._source.tensor(name)
@@ -189,6 +198,7 @@ class InterleavedExperts(StackedExperts):
             factors = torch.exp2(scales.float() - _TWICE)
             found = Weight("mxfp4", blocks.flatten(1), factors)
         else:
+            self._only_plain(name)
             found = Weight("dense", self._source.tensor(name)[expert].T[rows])
         if shape is not None and found.shape != shape:
             raise ValueError(f"{module} has shape {found.shape}; expected {shape}")

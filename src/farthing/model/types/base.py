@@ -14,6 +14,12 @@ from typing import Any
 from farthing.model.fields import flag, in_range, integer, optional_section, wrong
 
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = "model.layers.0.mlp.experts.0.down_proj."  # with what files of toolkits have of a matrix
+_PROBES = (
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.0.mlp.gate.weight",
+    *(_EXPERT + part for part in ("weight", "weight_packed", "qweight")),
+)
 Fields = Mapping[str, Any]  # a config.json, or the part of it that describes the language model
 INTERLEAVED: dict[str, Any] = {"rope_interleave": True}  # of types that ignore the field, as in transformers
 
@@ -50,8 +56,11 @@ class Names:
 
     def used_in(self, has: Callable[[str], bool]) -> Names:
         """These names, or those of the variant that a checkpoint uses. has: whether it has a tensor."""
-        probe = "model.layers.0.input_layernorm.weight"
-        variant = next((v for v in self.variants if has(v(probe)) and not has(self.stored(probe))), None)
+
+        def uses(variant: Callable[[str], str]) -> bool:
+            return any(has(variant(probe)) and not has(self.stored(probe)) for probe in _PROBES)
+
+        variant = next(filter(uses, self.variants), None)
         return self if variant is None else replace(self, stored=variant)
 
 

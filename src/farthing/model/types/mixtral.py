@@ -17,6 +17,7 @@ from farthing.model.types.base import (
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
 
 _MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(.*)")
+_BIAS = "e_score_correction_bias"
 _COUNT = "num_local_experts"
 _PART = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _EXPERT = re.compile(r"(experts\.\d+)\.(gate_proj|up_proj|down_proj)")
@@ -32,8 +33,22 @@ def _stored(name: str) -> str:
     if match is None:
         return name
     inner = _EXPERT.sub(lambda m: f"{m[1]}.{_PART[m[2]]}", match[2])
-    bias = "e_score_correction_bias"
-    return f"{match[1]}.block_sparse_moe.{bias if inner.endswith(bias) else inner}"
+    return f"{match[1]}.block_sparse_moe.{_BIAS if inner.endswith(_BIAS) else inner}"
+
+
+def _of_llm_compressor(name: str) -> str:
+    match = _MLP.fullmatch(name)
+    if match is None:
+        return name
+    return f"{match[1]}.block_sparse_moe.{_BIAS if match[2].endswith(_BIAS) else match[2]}"
+
+
+def _of_gptqmodel(name: str) -> str:
+    match = _MLP.fullmatch(name)
+    return f"{match[1]}.mlp.{_BIAS}" if match and match[2].endswith(_BIAS) else name
+
+
+_TOOLS = (_of_llm_compressor, _of_gptqmodel)  # as transformers' modules are called
 
 
 def _granite_stored(name: str) -> str:
@@ -91,12 +106,12 @@ def _granitemoe(raw: Fields) -> Fields:
 
 _MTP = ("model.mtp.*", "mtp.*")
 TYPES = (
-    ModelType("mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored), grouped=True),
+    ModelType("mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored, variants=_TOOLS), grouped=True),
     ModelType(
         "minimax_m2",
         "MiniMax-M2",
         _minimax_m2,
-        Names(_stored, _MTP, "the MTP layers of this type are not supported"),
+        Names(_stored, _MTP, "the MTP layers of this type are not supported", _TOOLS),
         own_words={"partial_rotary_factor": "rotary_dim"},
         grouped=True,
     ),
