@@ -1,7 +1,7 @@
 """Agents and Node clients from npm against scripted models.
 
 Set FARTHING_NODE_MODULES to a directory whose node_modules holds `openai`, `ai` with its providers,
-`@anthropic-ai/claude-code` and `@openai/codex`; missing packages are skipped.
+`@anthropic-ai/claude-code`, `@openai/codex` and `opencode-ai`; missing packages are skipped.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from farthing.config import EngineConfig
 from tests.conversation.test_parse import Calls, dsml
 from tests.server.api.loops import FORMATS, scripted
+from tests.server.api.sessions import CachingEngine
 from tests.server.api.snippets import blocks, pointed_at
 from tests.server.harness import Running, ScriptedEngine, letters, running
 
@@ -73,7 +73,7 @@ def test_the_snippet_for_vercels_sdk(tmp_path: Path) -> None:
         assert node(tmp_path, tmp_path / "snippet.mjs").strip() == "Hello there"
 
 
-def agent_engine(calls: Calls) -> ScriptedEngine:
+def agent_engine(calls: Calls) -> CachingEngine:
     """A model in V4's format that makes these calls one after another, then ends."""
     write = dsml("tool_calls")
 
@@ -85,9 +85,7 @@ def agent_engine(calls: Calls) -> ScriptedEngine:
             return letters("Enough.</think>ALL DONE")
         return letters(f"Thought {done}.</think>Step {done}." + write([calls[done]]))
 
-    engine = ScriptedEngine(say)
-    engine.config = EngineConfig(max_model_len=1_000_000, num_blocks=64, chat_template="deepseek_v4")
-    return engine
+    return CachingEngine(say, "deepseek_v4")
 
 
 def headless(server: Running, command: list[str], home: Path, **environment: str) -> str:
@@ -147,3 +145,47 @@ def test_codex(tmp_path: Path) -> None:
         printed = headless(server, command, tmp_path, CODEX_HOME=str(tmp_path / ".codex"))
     assert "ALL DONE" in printed and (tmp_path / "work" / "out.txt").read_text() == "hello\n"
     assert "<tool_result>" in engine.prompts[-1] and "hello" in engine.prompts[-1]
+
+
+TURNS = 20
+
+
+def long_session(tool: str, field: str, **more: str) -> CachingEngine:
+    """20 turns in which the model appends a line to a file and prints it."""
+    calls: Calls = [(tool, {field: f"echo line {i} >> out.txt; cat out.txt", **more}) for i in range(TURNS)]
+    return agent_engine(calls)
+
+
+def check_session(engine: CachingEngine, home: Path, printed: str) -> None:
+    assert "ALL DONE" in printed
+    assert (home / "work" / "out.txt").read_text() == "".join(f"line {i}\n" for i in range(TURNS))
+    print(f"{len(engine.counts)} requests, {sum(count for count, *_ in engine.counts)} prompt tokens: "
+          f"{engine.shares():.2%} of those that repeat are cached")  # fmt: skip
+    assert engine.shares() >= 0.97
+
+
+def test_twenty_turns_of_claude_code(tmp_path: Path) -> None:
+    need("@anthropic-ai/claude-code")
+    engine = long_session("Bash", "command", description="Append")
+    with running(engine) as server:
+        printed = headless(
+            server,
+            [str(MODULES / ".bin" / "claude"), "-p", "Write lines.", "--allowedTools", "Bash"],
+            tmp_path,
+            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
+            ANTHROPIC_BASE_URL=server.url, ANTHROPIC_AUTH_TOKEN="none",
+            ANTHROPIC_MODEL="tiny", ANTHROPIC_DEFAULT_HAIKU_MODEL="tiny",
+        )  # fmt: skip
+    check_session(engine, tmp_path, printed)
+
+
+def test_twenty_turns_of_opencode(tmp_path: Path) -> None:
+    need("opencode-ai")
+    engine = long_session("bash", "command", description="Append")
+    with running(engine) as server:
+        (tmp_path / "work").mkdir()
+        (snippet,) = blocks("clients", "json", "opencode")
+        (tmp_path / "work" / "opencode.json").write_text(pointed_at(snippet, server.url))
+        command = [str(MODULES / ".bin" / "opencode"), "run", "-m", "farthing/tiny", "Write lines."]
+        printed = headless(server, command, tmp_path, OPENCODE_DISABLE_MODELS_FETCH="1")
+    check_session(engine, tmp_path, printed)
