@@ -47,10 +47,16 @@ def gigabytes(n: int) -> str:
 
 def keep_freed_memory() -> None:
     """Keep freed memory in the process (glibc): page faults on activations cost more than the arithmetic."""
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # mallopt(3)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # with another C library only slower
-        for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
+        # One arena: what one thread frees, others use.
+        for option, value in (
+            (arena_max, 1),
+            (mmap_max, 0),
+            (trim_threshold, 2**31 - 1),
+            (top_pad, 64 << 20),
+        ):
             mallopt(option, value)
 
 

@@ -58,6 +58,39 @@ def test_a_killed_run_resumes_with_the_same_result(model_dir: Path, data: Path, 
     assert reports[0]["healed"] == reports[1]["healed"]
 
 
+def test_an_automatic_plan_killed_while_it_measures_resumes(
+    model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL before the second layer; the second run measures from there on, and plans the same."""
+    script = (
+        "import os, signal, sys\n"
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from farthing.compress.api import Options, compress\n"
+        "from farthing.compress.recipe import RECIPES\n"
+        "recipe = replace(RECIPES['auto'], max_drop=0.02, calibration_tokens=600)\n"
+        "def progress(what, done, total):\n"
+        "    print(what, flush=True)\n"
+        "    if what == 'sensitivity of layer 1' and sys.argv[4] == 'kill':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "options = Options(calibration=Path(sys.argv[3]), gate=False)\n"
+        "compress(Path(sys.argv[1]), Path(sys.argv[2]), recipe, options, progress)\n"
+    )
+
+    def go(out: str, mode: str) -> subprocess.CompletedProcess[str]:
+        args = [sys.executable, "-c", script, str(model_dir), str(tmp_path / out), str(data), mode]
+        return subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    killed = go("a", "kill")
+    assert killed.returncode == -signal.SIGKILL and "sensitivity of layer 0" in killed.stdout
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+    resumed, straight = go("a", "finish"), go("b", "finish")
+    assert resumed.returncode == straight.returncode == 0, resumed.stderr
+    assert "sensitivity of layer 0" not in resumed.stdout and "sensitivity of layer 1" in resumed.stdout
+    a, b = (json.loads((tmp_path / name / "report.json").read_text()) for name in "ab")
+    assert a["plan"] == b["plan"] and a["modules"] == b["modules"]
+
+
 def test_another_job_does_not_resume_and_a_finished_model_is_not_overwritten(
     model_dir: Path, tmp_path: Path
 ) -> None:

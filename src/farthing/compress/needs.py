@@ -20,7 +20,10 @@ Shapes = Iterable[tuple[str, tuple[int, ...]]]  # of tensors, by name
 
 log = logging.getLogger(__name__)
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-_COPIES = 1.5  # of a layer in float32: the layer, and the parts of it that are being compressed
+_COPIES = (
+    2  # of a layer in float32: the layer, and as much again in 16 bits, in rounding and in pages not returned
+)
+_FACTORED = 5  # arrays of the size of second moments while they are factored
 _PROGRAM = 1 << 30  # bytes of Python, torch and buffers
 
 
@@ -66,8 +69,14 @@ def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
             weights[layer[1]] += prod(shape) * packed
             if len(shape) == 2:
                 inputs[layer[1]][input_name(name.rpartition(".")[0])] = shape[1] * packed
-    moments = recipe.needs_data and recipe.needs_gram
-    layers = [4 * (_COPIES * weights[i] + sum(k * k for k in inputs[i].values()) * moments) for i in weights]
+    gram = recipe.needs_data and recipe.needs_gram
+
+    def of_layer(index: str) -> float:
+        squares = [k * k for k in inputs[index].values()] if gram else []
+        more = _FACTORED * max(squares, default=0)  # while rounding, when no matrix has a copy in 16 bits
+        return 4 * (weights[index] + max((_COPIES - 1) * weights[index], more) + sum(squares))
+
+    layers = map(of_layer, weights)
     hidden = 4 * 3 * recipe.calibration_tokens * config.hidden_size if recipe.needs_data else 0
     return round(max(layers, default=0)) + hidden + _PROGRAM
 

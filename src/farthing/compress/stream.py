@@ -182,6 +182,7 @@ def _one_layer(
         layer, work.recorder, recipe, plan, work.masks, work.originals, steps.part(ROUNDING)
     )
     recipe.finish(work, result)
+    work.forget()
     state.changes |= work.changes
     if work.healed is not None:
         state.healed.append({"layer": layer.index} | work.healed)

@@ -16,6 +16,7 @@ from farthing.checkpoint.compressed_tensors import GroupKey
 from farthing.compress.calibrate import Recorder
 from farthing.compress.evaluate import PAGE, paged_batch
 from farthing.compress.layer import Layer, Stream, TracedOps, bfloat16_products, build
+from farthing.memory import return_freed_memory
 from farthing.ops.weights import Weight
 
 CHUNK = 4096  # calibration tokens per forward pass
@@ -62,6 +63,12 @@ class LayerWork:
         self.recorder = self.recorder_of()
         with bfloat16_products():
             self.out = self.forward(self.recorder)
+        return_freed_memory()  # the matrices in 16 bits, before the factors of second moments
+
+    def forget(self) -> None:
+        """Free the statistics, before the matrices of the second pass are held."""
+        self.recorder = None
+        return_freed_memory()
 
     def forward(self, ops: TracedOps, hidden: Tensor | None = None) -> Tensor:
         """The layer's output for every calibration token, or for other hidden states, [T, D]."""
