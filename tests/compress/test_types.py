@@ -23,27 +23,41 @@ from farthing.ops.select import select
 
 pytest.importorskip("transformers")
 
-from tests.parity.families import FAMILIES, fill, save
+from tests.parity.families import FAMILIES, deepseek_v4, fill, save
 
 from .conftest import corpus_of, write_tokenizer
 from .test_transformers import check, distance, ours
 
 RECIPES = known_recipes()
-TYPES = ("gpt_oss", "qwen3_next", "qwen3_5_moe", "granitemoe", "mixtral", "minimax_m2", "gemma3_text")
+TYPES = (
+    *("gpt_oss", "qwen3_next", "qwen3_5_moe", "granitemoe", "mixtral", "minimax_m2", "gemma3_text"),
+    "deepseek_v4",
+)
 WIDE = dict(hidden_size=128, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=3)
 WIDE |= dict(shared_expert_intermediate_size=64, vocab_size=264, head_dim=32, linear_value_head_dim=32)
+_KINDS = ["compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"]
+V4 = WIDE | dict(  # its own fields, with rates that divide a block of the cache
+    qk_rope_head_dim=8,
+    q_lora_rank=32,
+    o_lora_rank=32,
+    num_attention_heads=4,
+    layer_types=_KINDS,
+    mlp_layer_types=["hash_moe", "moe", "moe"],
+    compress_rates={_KINDS[0]: 4, _KINDS[1]: 8},
+)
 SERVED = ["int8", "int4-rtn", "int4", "w4a8", "fp8-block", "auto"]
 
 
 def source_model(name: str, path: Path) -> Path:
     """With sizes that groups of 32 columns divide, and a tokenizer. Same weights in any order of tests."""
     torch.manual_seed(0)  # transformers rounds weights to float16, which at times flips a router's choice
-    model = FAMILIES[name](random.Random(f"{name}0"))
+    rng = random.Random(f"{name}0")
+    model = deepseek_v4(rng, **V4) if name == "deepseek_v4" else FAMILIES[name](rng)
     text = model.config.get_text_config()
     for field, value in WIDE.items():
         if hasattr(text, field):
             setattr(text, field, value)
-    if getattr(text, "layer_types", None):
+    if getattr(text, "layer_types", None) and name != "deepseek_v4":
         text.layer_types = (3 * text.layer_types)[:3]
     if WIDE["hidden_size"] % text.num_attention_heads:
         text.num_attention_heads = text.num_key_value_heads = 4
@@ -57,6 +71,8 @@ def source_model(name: str, path: Path) -> Path:
 )
 @pytest.mark.parametrize("name", TYPES)
 def test_compressed_models_load_and_agree(name: str, recipe: str, data: Path, tmp_path: Path) -> None:
+    if (name, recipe) == ("deepseek_v4", "auto"):
+        return  # refused
     source = source_model(name, tmp_path / "source")
     ids = torch.randint(2, 258, (40,), generator=torch.Generator().manual_seed(3))
     check(source, tmp_path / "out", RECIPES[recipe], ids, calibration=data)
@@ -70,6 +86,24 @@ def test_compressed_models_load_and_agree(name: str, recipe: str, data: Path, tm
             assert new.bias is None or torch.equal(new.bias, old.bias)
         else:
             assert torch.equal(after.tensor(parameter), before.tensor(parameter)), parameter
+
+
+def test_a_compressed_past_is_calibrated_and_served(data: Path, tmp_path: Path) -> None:
+    """DeepSeek-V4: matrices of groups of heads among those that are calibrated, the streams' as they are."""
+    source = source_model("deepseek_v4", tmp_path / "source")
+    options = Options(calibration=data, data=data, max_drop=0.5, max_tokens=256, window=64)
+    recipe = replace(RECIPES["int4"], calibration_tokens=512)
+    outcome = compress(source, tmp_path / "out", recipe, options)
+    assert outcome.report.quality is not None and outcome.report.quality.kl < 0.1
+    formats = {row["module"].removeprefix("model.layers.0."): row["format"] for row in outcome.report.modules}
+    for module in ("q_a_proj", "kv_proj", "compressor.indexer.q_b_proj", "o_a_proj", "o_b_proj"):
+        assert formats[f"self_attn.{module}"] == "int8"
+    assert formats["mlp.experts.1.down_proj"] == "nl4" and "self_attn.compressor.kv_proj" not in formats
+    before, after = PlainCheckpoint.open(source), PlainCheckpoint.open(tmp_path / "out")
+    for name in ("model.hc_head.hc_fn", "model.layers.0.mlp.gate.tid2eid", "model.layers.1.attn_hc.fn"):
+        assert torch.equal(after.tensor(name), before.tensor(name))
+    with pytest.raises(ValueError, match="recipe: got 'auto' for model_type 'deepseek_v4'; expected"):
+        compress(source, tmp_path / "auto", RECIPES["auto"], options)
 
 
 @pytest.mark.parametrize("name", [*TYPES, "glm_moe_dsa", "longcat_flash", "gemma3"])

@@ -240,6 +240,11 @@ def _ready(
     reproduce.
     """
     refuse_finished(out)
+    if config.streams is not None and (recipe.scheme == "auto" or recipe.adaptive):
+        raise ValueError(
+            f"recipe: got {recipe.name!r} for model_type {config.model_type!r}; expected one whose formats "
+            "are given, such as int4 or int8"
+        )
     checkpoint = PlainCheckpoint.open(source)
     options = replace(options, export=choose_export(options.export, recipe, checkpoint, config))
     if limits := expected_limits(options.export, checkpoint, config, recipe):

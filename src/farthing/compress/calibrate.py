@@ -15,7 +15,7 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.compress import native
-from farthing.compress.layer import Matrix, TracedOps, numbered
+from farthing.compress.layer import Matrix, TracedOps
 from farthing.compress.source import PlainCheckpoint
 
 Rounding = Callable[[Tensor], Tensor]
@@ -94,16 +94,14 @@ class SimulatedOps(TracedOps):
         self.name = "reference float32, simulated activations"
         self._activations = Activations.of(PlainCheckpoint.open(path))
         self._rounding: dict[str, Rounding | None] = {}
-        self.first = 0  # the layer that the model at hand numbers 0
 
     def before(self, matrix: Matrix, x: Tensor) -> Tensor:
         """Round the input as the checkpoint's scheme for this matrix says."""
         if matrix.format == "dense":
             return x
-        name = numbered(matrix.name, self.first)
-        if name not in self._rounding:
-            self._rounding[name] = self._activations.rounding(name)
-        rounding = self._rounding[name]
+        if matrix.name not in self._rounding:
+            self._rounding[matrix.name] = self._activations.rounding(matrix.name)
+        rounding = self._rounding[matrix.name]
         return x if rounding is None else rounding(x)
 
 

@@ -11,7 +11,7 @@ import math
 import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Literal
@@ -494,19 +494,20 @@ def _steps(
     model: DecoderModel, windows: Sequence[Window], batch_tokens: int, counts: Tensor | None = None
 ) -> Iterator[_Step]:
     cache: LatentCache | None = None
-    for group, ids, batch, blocks in paged_batches(windows, batch_tokens):
+    for group, ids, batch, blocks in paged_batches(windows, model.config, batch_tokens):
         cache = cache_for(model, blocks, cache)
         hidden = model.forward(ids, batch, cache, counts)
         yield _Step(hidden, _targets(group), [w.tokens for w in group], batch, cache)
 
 
 def paged_batches(
-    windows: Sequence[Window], tokens: int = 4096
+    windows: Sequence[Window], config: ModelConfig, tokens: int = 4096
 ) -> Iterator[tuple[list[Window], Tensor, Batch, int]]:
     """(windows, their ids, batch, blocks of a cache) of about `tokens` tokens each."""
     for group in batches(windows, tokens):
-        batch, blocks = paged_batch([w.tokens for w in group])
-        yield group, torch.cat([w.ids[:-1] for w in group]), batch, blocks
+        batch, blocks = paged_batch([w.tokens for w in group], page_of(config))
+        ids = torch.cat([w.ids[:-1] for w in group])
+        yield group, ids, replace(batch, ids=ids), blocks
 
 
 def cache_for(model: DecoderModel, blocks: int, cache: LatentCache | None) -> LatentCache:
@@ -514,7 +515,12 @@ def cache_for(model: DecoderModel, blocks: int, cache: LatentCache | None) -> La
     if cache is not None and cache.num_blocks >= blocks:
         return cache
     dtype: Literal["float32", "bfloat16"] = "float32" if model.ops.dtype == torch.float32 else "bfloat16"
-    return model.new_cache(blocks, PAGE, dtype)
+    return model.new_cache(blocks, page_of(model.config), dtype)
+
+
+def page_of(config: ModelConfig) -> int:
+    """Tokens of a block of a model's cache."""
+    return -(-PAGE // config.block_tokens) * config.block_tokens
 
 
 def _targets(group: Sequence[Window]) -> Tensor:
@@ -528,14 +534,14 @@ def located(model: DecoderModel, windows: Sequence[Window]) -> str:
     return "" if where is None else f"; the first output that is not finite is that of {where}"
 
 
-def paged_batch(lengths: Sequence[int]) -> tuple[Batch, int]:
+def paged_batch(lengths: Sequence[int], page: int = PAGE) -> tuple[Batch, int]:
     """A batch of whole sequences in consecutive blocks, and its number of blocks."""
     tables, first = [], 0
     for n in lengths:
-        count = -(-n // PAGE)
+        count = -(-n // page)
         tables.append(range(first, first + count))
         first += count
-    return make_batch(lengths, [0] * len(lengths), tables, PAGE), first
+    return make_batch(lengths, [0] * len(lengths), tables, page), first
 
 
 def _logits(model: DecoderModel, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import EXPERTS, GroupKey
-from farthing.compress.layer import MATRICES, group_columns
+from farthing.compress.layer import group_columns, is_matrix
 from farthing.compress.recipe import Recipe
 from farthing.compress.transform import group_for, stored_format, wanted_group
 from farthing.model import AdaptiveExperts, ModelConfig
@@ -53,6 +53,7 @@ def for_export(export: str, recipe: Recipe) -> Recipe:
 
 EXPORTS = ("auto", "compressed-tensors", "llm-compressor", "deepseek-fp8")
 STACKS_ONLY = ("gpt_oss", "granitemoe")  # types of whose experts transformers 5.24 reads only stacks
+RENAMED = "deepseek_v4"  # a type whose modules transformers 5.24 names otherwise than its files
 Keys = Mapping[str, GroupKey | None]
 
 
@@ -136,6 +137,8 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
     experts = {key for name, key in keys.items() if EXPERTS in name}
     if experts and checkpoint.config.get("model_type") in STACKS_ONLY:
         limits.append("routed experts are stored one by one; of this type it reads stacks alone")
+    if checkpoint.config.get("model_type") == RENAMED and any(keys.values()):
+        limits.append("matrices are quantized under names that it translates of plain ones alone")
     if len(experts) > 1:
         named = sorted({_name(key) for key in experts})
         limits.append(f"routed experts are stored as {' and '.join(named)}; it requires one scheme for all")
@@ -225,8 +228,7 @@ _SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2, "nl4": 2}
 def _matrices(checkpoint: Stored) -> list[str]:
     """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
-    kinds = (*MATRICES, "eh_proj")
-    return [m for m in modules if m.startswith("model.layers.") and m.rpartition(".")[2] in kinds]
+    return [m for m in modules if is_matrix(m)]
 
 
 def _expected_key(checkpoint: Stored, config: ModelConfig, module: str, recipe: Recipe) -> GroupKey | None:

@@ -18,14 +18,21 @@ from torch import Tensor
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.native import short_products
 from farthing.memory import return_freed_memory
-from farthing.model import FeedForward, MemorySource, ModelConfig, MTPLayer, router_spec
-from farthing.model.attention import RopeTable, attention_of
+from farthing.model import (
+    DecoderModel,
+    MemorySource,
+    ModelConfig,
+    MTPLayer,
+    WeightSource,
+    form_of,
+    router_spec,
+)
+from farthing.model.attention import RopeTable
 from farthing.ops import (
     SILU,
     AttentionSpec,
     Batch,
     Gate,
-    LatentCache,
     MoEWeights,
     Norm,
     Ops,
@@ -33,19 +40,22 @@ from farthing.ops import (
     RouterSpec,
     Weight,
 )
-from farthing.ops.reference import ReferenceOps, capped, gated_by, shared_weight
+from farthing.ops.reference import ReferenceOps, capped, gated_by, route, shared_weight
 
 Gated = tuple[Weight, Weight, Weight]
-STACKED = (
-    "qkv_a"  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, or k_proj and v_proj, which share their input
+STACKED = (  # products of matrices that share their input
+    "qkv_a",  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, or k_proj and v_proj
+    "first",  # q_a_proj and kv_proj, with what entries of a compressed past are made of
 )
 
 
 def input_name(module: str) -> str:
     """The name under which a module's input is reported; modules that share an input share a name."""
     parent, _, leaf = module.rpartition(".")
-    if leaf in ("q_a_proj", "q_proj", "k_proj", "v_proj", STACKED):
+    if leaf in ("q_a_proj", "q_proj", "k_proj", "v_proj", "kv_proj", *STACKED):
         return f"{parent}.kv_a_proj_with_mqa"
+    if parent.endswith(".o_a_proj"):  # a group of heads, whose statistics are those of all groups
+        return parent
     if leaf in ("in_proj_qkvz", "in_proj_z", "qkvz"):
         return f"{parent}.in_proj_qkv"
     return f"{parent}.gate_proj" if leaf == "up_proj" else module
@@ -88,6 +98,7 @@ class TracedOps(ReferenceOps):
     def __init__(self) -> None:
         super().__init__(torch.float32)
         self.name = "reference float32, traced"
+        self.first = 0  # the layer that the model at hand numbers 0
 
     def before(self, matrix: Matrix, x: Tensor) -> Tensor:
         """Called with the input [T, K] of `matrix`; the returned tensor replaces it."""
@@ -104,7 +115,7 @@ class TracedOps(ReferenceOps):
         whole = values[0] if len(values) == 1 else torch.cat(values)
         if short_products():
             whole = whole.bfloat16()
-        return Matrix(input_name(name), whole, quantized, weights[0].bias)
+        return Matrix(input_name(numbered(name, self.first)), whole, quantized, weights[0].bias)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
         return self._matrix(name, *weights())
@@ -121,7 +132,7 @@ class TracedOps(ReferenceOps):
             self.pack_mlp(f"{name}.experts.{e}", load, spec.gate) for e, load in enumerate(w.experts) if load
         ]
         shared = self.pack_mlp(f"{name}.shared_experts", w.shared, spec.gate) if w.shared else None
-        return name, packed, experts, shared
+        return numbered(name, self.first), packed, experts, shared
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -161,9 +172,19 @@ class TracedOps(ReferenceOps):
     def moe(
         self, x: Tensor, weights: Any, norm: Norm, counts: Tensor | None = None, residual: bool = True
     ) -> Tensor:
-        name, router, experts, shared = weights
         n = self.rms_norm(x, norm)
-        ids, gates = self.route(n, router)
+        out = self._mixture(n, weights, *self.route(n, weights[1]), counts)
+        return x + out if residual else out
+
+    def moe_among(
+        self, x: Tensor, weights: Any, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        n, router = self.rms_norm(x, norm), weights[1]
+        routed = route(F.linear(n.float(), router.gate), None, router.spec, chosen)
+        return self._mixture(n, weights, *routed, counts)
+
+    def _mixture(self, n: Tensor, weights: Any, ids: Tensor, gates: Tensor, counts: Tensor | None) -> Tensor:
+        name, router, experts, shared = weights
         out = torch.zeros_like(n)
         for e, expert in enumerate(experts):
             token, slot = torch.where(ids == e)
@@ -175,7 +196,7 @@ class TracedOps(ReferenceOps):
                 out.index_add_(0, token, y * gates[token, slot, None])
         if shared is not None:
             out += self._gated(n, shared) * shared_weight(n, router.shared_gate)
-        return x + out if residual else out
+        return out
 
     def logits(self, x: Tensor, head: Any, norm: Norm) -> Tensor:
         return capped(self.linear(x, head, norm), norm)
@@ -189,18 +210,32 @@ ATTENTION = (
     "v_proj",
     "kv_a_proj_with_mqa",
     "kv_b_proj",
+    "kv_proj",
+    "compressor.indexer.q_b_proj",
     "o_proj",
+    "o_a_proj",
+    "o_b_proj",
 )
 DELTA = ("in_proj_qkvz", "in_proj_qkv", "in_proj_z", "out_proj")  # b and a are small and decide the decay
-DENSE = ("in_proj_ba", "in_proj_b", "in_proj_a", "shared_expert_gate")  # linear modules that stay as they are
+DENSE = (  # linear modules that stay as they are
+    *("in_proj_ba", "in_proj_b", "in_proj_a", "shared_expert_gate", "scorer.weights_proj"),
+    *(f"{pool}.{name}" for pool in ("compressor", "indexer") for name in ("kv_proj", "gate_proj")),
+)
 MLP = ("gate_proj", "up_proj", "down_proj")
-MATRICES = (*ATTENTION, *DELTA, *MLP)  # the last part of the name of what may be compressed
+MATRICES = tuple(f".{name}" for name in (*ATTENTION, *DELTA, *MLP, "eh_proj"))
+
+
+def is_matrix(module: str) -> bool:
+    """Whether a recipe may compress a module, by its name."""
+    return module.startswith("model.layers.") and module.endswith(MATRICES) and not module.endswith(DENSE)
+
+
 SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
 
 @dataclass(slots=True)
 class Layer:
-    """Parameters of layer `index` by full name, matrices and vectors, in float32."""
+    """Parameters of layer `index` by full name, in float32; tables of integers as they are."""
 
     config: ModelConfig
     index: int
@@ -215,18 +250,20 @@ class Layer:
         prefix = f"model.layers.{index}."
         layer = cls(config.at(index), index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]
-        quantized = {n.rpartition(".")[0] for n in names if checkpoint.is_quantized(n.rpartition(".")[0])}
+        modules = {n.rpartition(".")[0] for n in names} - {f"{prefix}{half}_hc" for half in ("attn", "ffn")}
+        quantized = set(filter(checkpoint.is_quantized, modules))  # hyper-connections have a scale always
         for module in sorted(quantized):
             weight = checkpoint.weight(module)
             layer.tensors[f"{module}.weight"] = weight.dequantize()
             layer.formats[module] = weight.format
+            layer.stored[f"{module}.weight"] = torch.bfloat16  # if it is not to be compressed
         for name in names:
             module = name.rpartition(".")[0]
             if module in quantized and not name.endswith(".bias"):
                 continue
             tensor = checkpoint.tensor(name)
             layer.stored[name] = tensor.dtype
-            layer.tensors[name] = tensor.float()
+            layer.tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in layer.tensors.items():
             check_finite(name, tensor)
         return layer
@@ -316,6 +353,7 @@ class Stream:
     """Calibration activations between two layers."""
 
     hidden: Tensor  # [T, D]
+    ids: Tensor  # [T]
     next_ids: Tensor  # [T]
     lengths: list[int]
     others: dict[str, Tensor] = field(default_factory=dict)  # by `Recipe.streams`, [T, D] each
@@ -334,32 +372,68 @@ class Stream:
             yield slice(start, start + size), group
 
 
-Block = Callable[[Tensor, Tensor, Batch, LatentCache], Tensor]
+class LayersFrom:
+    """A source whose layers are numbered from one of them on."""
+
+    def __init__(self, source: WeightSource, first: int) -> None:
+        self._source, self._first = source, first
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of this full name exists."""
+        return self._source.has(numbered(name, self._first))
+
+    def holds(self, module: str) -> bool:
+        """Whether a routed expert is to be computed here and not on another rank."""
+        return self._source.holds(numbered(module, self._first))
+
+    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A plain parameter, checked as the source checks it."""
+        return self._source.tensor(numbered(name, self._first), shape)
+
+    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
+        """The matrix of a linear module, in whatever format it is stored."""
+        return self._source.weight(numbered(module, self._first), shape)
 
 
-def build(layer: Layer, ops: Ops, embedding: Tensor, final_norm: Tensor) -> Block:
-    """The layer as the serving model builds it on `ops`: (hidden, next_ids, batch, cache) -> hidden."""
-    c, source = replace(layer.config, num_nextn_predict_layers=0), MemorySource(layer.tensors)
-    rope = ops.tensor(RopeTable(c, layer.index).whole())
+def layers_of(
+    config: ModelConfig, ops: Ops, source: WeightSource, span: range, routers: list[RouterSpec | None]
+) -> DecoderModel:
+    """Some hidden layers of a model alone, as it has them."""
+    part = replace(config.part(span), layer_sizes=config.layer_sizes[span.start : span.stop])
+    if isinstance(ops, TracedOps):
+        ops.first = span.start
+    return form_of(config)(part, ops, LayersFrom(source, span.start), routers, False, False)
+
+
+Block = Callable[[Tensor, Tensor, Batch, int], Tensor]
+
+
+def build(layer: Layer, ops: TracedOps, embedding: Tensor, final_norm: Tensor, page: int) -> Block:
+    """The layer as the serving model has it, on `ops`: (hidden, next_ids, batch, blocks) -> hidden.
+
+    page: tokens of a block.
+    """
+    c, index = replace(layer.config, num_nextn_predict_layers=0), layer.index
     router = router_spec(c) if layer.is_moe else None
-    if layer.is_mtp:
-        hidden_only = {k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)}
-        mtp = MTPLayer(
-            c, ops, MemorySource(hidden_only), layer.index, rope, router, embedding, None, _no_head
-        )
-        mtp.layer = mtp.row = 0  # the cache below has one layer
+    if not layer.is_mtp:
+        model = layers_of(c, ops, MemorySource(layer.tensors), range(index, index + 1), [router])
 
-        def draft(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-            return mtp(next_ids, ops.rms_norm(h, Norm(final_norm, c.rms_norm_eps)), batch, cache)
+        def block(h: Tensor, next_ids: Tensor, batch: Batch, blocks: int) -> Tensor:
+            return model.run_layers(h, batch, model.new_cache(blocks, page, "float32"))
 
-        return draft
-    attention = attention_of(c, ops, source, layer.index, rope)
-    feed_forward = FeedForward(c, ops, source, layer.index, router)
+        return block
+    ops.first = 0
+    hidden_only = MemorySource({k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)})
+    rope = ops.tensor(RopeTable(c, index).whole())
+    mtp = MTPLayer(c, ops, hidden_only, index, rope, router, embedding, None, _no_head)
+    mtp.layer = mtp.row = 0  # the cache below has one layer
 
-    def block(h: Tensor, next_ids: Tensor, batch: Batch, cache: LatentCache) -> Tensor:
-        return feed_forward(attention(h, Place(cache, 0, batch))[0])
+    def draft(h: Tensor, next_ids: Tensor, batch: Batch, blocks: int) -> Tensor:
+        heads = c.heads(index)
+        cache = ops.new_cache(heads.cache_rows, blocks, page, heads.cache_width, "float32")
+        return mtp(next_ids, ops.rms_norm(h, Norm(final_norm, c.rms_norm_eps)), batch, cache)
 
-    return block
+    return draft
 
 
 def _no_head() -> Weight:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,39 +15,13 @@ from farthing.checkpoint.compressed_tensors import MARK
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.calibrate import SimulatedOps
 from farthing.compress.evaluate import Baseline, Corpus, cache_for, paged_batches
-from farthing.compress.layer import numbered
+from farthing.compress.layer import layers_of
 from farthing.config import Quantization
-from farthing.model import DecoderModel, ModelConfig, WeightSource
+from farthing.model import ModelConfig, form_of
 from farthing.model.decoder import routers_of
 from farthing.model.load import config_of, source_of
-from farthing.ops import Ops, Weight
+from farthing.ops import Ops
 from farthing.ops.select import select
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class _From:
-    """A source whose layers are numbered from one of them on."""
-
-    def __init__(self, source: WeightSource, first: int) -> None:
-        self._source, self._first = source, first
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor of this full name exists."""
-        return self._source.has(numbered(name, self._first))
-
-    def holds(self, module: str) -> bool:
-        """Whether a routed expert is to be computed here and not on another rank."""
-        return self._source.holds(numbered(module, self._first))
-
-    def tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A plain parameter, checked as the source checks it."""
-        return self._source.tensor(numbered(name, self._first), shape)
-
-    def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
-        """The matrix of a linear module, in whatever format it is stored."""
-        return self._source.weight(numbered(module, self._first), shape)
 
 
 def ops_for(path: Path, backend: str, quantization: Quantization | None = None) -> Ops:
@@ -94,21 +67,15 @@ def baseline(
         checkpoint.config.pop(MARK, None)
     config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
     source, routers = source_of(checkpoint, config), routers_of(config)
-    steps = list(paged_batches(corpus.windows))
-    none = replace(config.part(range(0)), layer_sizes=())
+    steps = list(paged_batches(corpus.windows, config))
+    none, form = replace(config.part(range(0)), layer_sizes=()), form_of(config)
     with torch.inference_mode():
-        table = DecoderModel(none, ops, source, [], last=False)
+        table = form(none, ops, source, [], last=False)
         hidden = [table.embed(ids) for _, ids, _, _ in steps]
         del table
         for span in spans(config):
-            sizes = config.layer_sizes[span.start : span.stop]
             ops.forget("")
-            if isinstance(ops, SimulatedOps):
-                ops.first = span.start
-            part = replace(config.part(span), layer_sizes=sizes)
-            model = DecoderModel(
-                part, ops, _From(source, span.start), routers[span.start : span.stop], False, False
-            )
+            model = layers_of(config, ops, source, span, routers[span.start : span.stop])
             cache = None
             for i, (_, _, batch, blocks) in enumerate(steps):
                 cache = cache_for(model, blocks, cache)
@@ -119,4 +86,5 @@ def baseline(
                 done = [corpus.tokens * at // config.num_hidden_layers for at in (span.start, span.stop)]
                 progress(done[1] - done[0])
         ops.forget("")
-        return Baseline(hidden, DecoderModel(none, ops, source, [], first=False))
+        tail = form(none, ops, source, [], first=False)
+        return Baseline([tail.end(h) for h in hidden], tail)

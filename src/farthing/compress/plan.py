@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.evaluate import Corpus
-from farthing.compress.layer import MATRICES
+from farthing.compress.layer import is_matrix
 from farthing.compress.recipe import Recipe
 from farthing.compress.sensitivity import Notes, Option, measure, part_of
 from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
@@ -148,7 +148,7 @@ def whole_model(
     following: dict[str, int] = {}  # of MTP layers that copy it
     alone = 0  # bytes of matrices in MTP layers that copy none, at 8 bits
     shape = 16 if recipe.activations == "none" else 0  # stored with packed integers: two of 64 bits
-    matrices = [m for m in _modules(checkpoint) if _planned(m)]
+    matrices = [m for m in _modules(checkpoint) if is_matrix(m)]
     for module in matrices:
         n, k = checkpoint.weight(module).shape
         part = part_of(twin_of(module, layers))
@@ -158,7 +158,7 @@ def whole_model(
             following[part] = following.get(part, 0) + n * k
         else:
             alone += n * k + 4 * n + shape
-    rest = sizes_of(checkpoint, reads_of(config), counts=lambda m: not _planned(m))
+    rest = sizes_of(checkpoint, reads_of(config), counts=lambda m: not is_matrix(m))
     if not config.tie_word_embeddings and checkpoint.is_quantized("lm_head"):  # is written in bfloat16
         n, k = checkpoint.weight("lm_head").shape
         more = 2 * n * k - checkpoint.weight("lm_head").nbytes
@@ -173,10 +173,6 @@ def whole_model(
 
 def _modules(checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.names()))
-
-
-def _planned(module: str) -> bool:
-    return module.startswith("model.layers.") and module.rpartition(".")[2] in (*MATRICES, "eh_proj")
 
 
 def solve(

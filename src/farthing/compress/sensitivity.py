@@ -76,7 +76,7 @@ class Judge:
         """A text before the first layer."""
         ids = torch.cat([w.ids[:-1] for w in windows])
         hidden = embedded(self.config, self._embedding, ids)
-        return Stream(hidden, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
+        return Stream(hidden, ids, torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows])
 
     def through(self, layer: Layer, stream: Stream, ops: TracedOps | None = None) -> Tensor:
         """Hidden states after `layer`, [T, D]."""
@@ -85,8 +85,9 @@ class Judge:
     def of(self, layer: Layer, states: Tensor) -> Tensor:
         """`layer` of states [S, T, D]."""
         windows = self._windows * len(states)
-        next_ids, lengths = torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows]
-        return self.through(layer, Stream(states.flatten(0, 1), next_ids, lengths)).view_as(states)
+        ids, next_ids = (torch.cat([w.ids[part] for w in windows]) for part in (slice(-1), slice(1, None)))
+        stream = Stream(states.flatten(0, 1), ids, next_ids, [w.tokens for w in windows])
+        return self.through(layer, stream).view_as(states)
 
     def divergences(self) -> list[float]:
         """Mean KL(model || model with one layer in PROBE) for every layer, nats per token."""

@@ -49,7 +49,8 @@ class PlainCheckpoint(Checkpoint):
 
 def embedded(config: ModelConfig, table: Tensor, ids: Tensor) -> Tensor:
     """The first layer's input [T, D] float32, for ids [T]."""
-    return F.embedding(ids, table).float() * config.embedding_scale
+    h = F.embedding(ids, table).float() * config.embedding_scale
+    return h if config.streams is None else h.repeat(1, config.streams.count)
 
 
 def final_norm(checkpoint: Checkpoint, config: ModelConfig) -> Tensor:

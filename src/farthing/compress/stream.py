@@ -201,7 +201,7 @@ def _one_layer(
 def _write_top(
     checkpoint: PlainCheckpoint, config: ModelConfig, writer: CheckpointWriter, state: Progressed
 ) -> None:
-    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+    for name in (n for n in checkpoint.names() if not n.startswith(("model.layers.", "lm_head."))):
         check_finite(name, checkpoint.tensor(name))
         writer.add(checkpoint.stored(name), checkpoint.tensor(name))
     for name, tensor in checkpoint.skipped():
@@ -239,8 +239,8 @@ def _write_layer(
         if module.endswith(DENSE):
             state.keys[module] = None
         dtype = layer.stored.get(name, torch.float32)
-        exact = torch.equal(tensor.to(dtype).float(), tensor)
-        writer.add(stored(name), tensor.to(dtype) if exact else tensor.float())
+        exact = torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
+        writer.add(stored(name), tensor.to(dtype) if exact else tensor)
     if result.coverage is not None:
         state.coverage.append({"layer": layer.index} | result.coverage)
     writer.flush()
@@ -281,7 +281,7 @@ def _stream(
     held = hidden or dict.fromkeys(("hidden", *job.recipe.streams()), start)
     next_ids, lengths = torch.cat([w.ids[1:] for w in windows]), [w.tokens for w in windows]
     others = {name: held[name] for name in job.recipe.streams()}
-    return Stream(held["hidden"], next_ids, lengths, others)
+    return Stream(held["hidden"], ids, next_ids, lengths, others)
 
 
 def fingerprint(source: Path, recipe: Recipe, export: str, calibration: Corpus | None) -> str:

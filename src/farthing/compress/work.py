@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farthing.checkpoint.compressed_tensors import GroupKey
 from farthing.compress.calibrate import Recorder
-from farthing.compress.evaluate import PAGE, paged_batch
+from farthing.compress.evaluate import page_of, paged_batch
 from farthing.compress.layer import Layer, Stream, TracedOps, bfloat16_products, build
 from farthing.memory import return_freed_memory
 from farthing.ops.weights import Weight
@@ -86,14 +86,12 @@ def forward(
     advance: Advance = lambda share: None,
 ) -> Tensor:
     """The layer's output for every calibration token, [T, D]."""
-    block = build(layer, ops, embedding, final_norm)
+    page = page_of(layer.config)
+    block = build(layer, ops, embedding, final_norm, page)
     out = torch.empty_like(stream.hidden)
     for rows, lengths in stream.chunks(CHUNK):
-        batch, blocks = paged_batch(lengths)
-        heads = layer.config.heads(layer.index)
-        cache = ops.new_cache(heads.cache_rows, blocks, PAGE, heads.cache_width, "float32")
-        if layer.config.recurrent is not None:
-            cache.state = ops.new_state(1, blocks, layer.config.recurrent.spec)
-        out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, cache)
+        batch, blocks = paged_batch(lengths, page)
+        batch = replace(batch, ids=stream.ids[rows])
+        out[rows] = block(stream.hidden[rows], stream.next_ids[rows], batch, blocks)
         advance(rows.stop / len(out))
     return out

@@ -180,7 +180,7 @@ class ModelConfig:
     def runs_by_layer(self) -> bool:
         """Whether a layer is attention (or a recurrence) and one feed-forward that need nothing of others."""
         more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
-        more = more or self.streams is not None or self.parallel_mlp or self.layer_scalar
+        more = more or self.parallel_mlp or self.layer_scalar
         return not (more or self.shortcut_experts or self.n_identity_experts > 0)
 
     def is_recurrent(self, layer: int) -> bool:

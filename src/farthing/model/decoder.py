@@ -215,7 +215,7 @@ class DecoderModel:
             raise ValueError(f"span: got {span}; expected every layer of a model without a stack")
         for _, out, _ in self._halves(h, batch, cache, counts):
             h = out
-        return self._end(h)
+        return self.end(h)
 
     def _halves(
         self, h: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None
@@ -230,7 +230,7 @@ class DecoderModel:
             h, owed = _feed(feed_forward, h, owed, None if counts is None else counts[i])
             yield f"layer {i}'s {'experts' if feed_forward.is_moe else 'MLP'} (model.layers.{i}.mlp)", h, owed
 
-    def _end(self, h: Tensor) -> Tensor:
+    def end(self, h: Tensor) -> Tensor:
         """The last layer's output -> hidden [T, D] before the norm."""
         return h
 
@@ -248,7 +248,7 @@ class DecoderModel:
         for name, out, owed in self._halves(embedded, replace(batch, ids=ids), cache):
             if not (all_finite(out) and (owed is None or all_finite(owed))):
                 return name
-        return None if all_finite(self.logits(self._end(out))) else "the head (model.norm, lm_head)"
+        return None if all_finite(self.logits(self.end(out))) else "the head (model.norm, lm_head)"
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] of `forward` -> logits [n, V] float32."""

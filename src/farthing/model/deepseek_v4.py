@@ -225,7 +225,8 @@ class DeepseekV4(DecoderModel):
 
     def restack(self) -> None:
         """As in `DecoderModel`."""
-        self.stack = self.ops.stack_streamed([a.handles(feed) for a, feed in self.layers], self.ending)
+        layers = [a.handles(feed) for a, feed in self.layers]
+        self.stack = self.ops.stack_streamed(layers, self.ending) if layers else None
 
     def new_cache(
         self,
@@ -291,6 +292,6 @@ class DeepseekV4(DecoderModel):
             h = feed_forward(h, None if counts is None else counts[i], batch.ids)
             yield f"layer {i}'s experts (model.layers.{i}.mlp)", h, None
 
-    def _end(self, h: Tensor) -> Tensor:
+    def end(self, h: Tensor) -> Tensor:
         """The streams' last sum [T, D]; on an earlier stage, the streams."""
         return h if self.ending is None else self.ops.collapse(h, self.ending)[0]
