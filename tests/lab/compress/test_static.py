@@ -59,14 +59,12 @@ def test_served_result_depends_on_the_ranges(static: Path, tmp_path: Path) -> No
     assert float((served - wide).abs().max()) > 0.1
 
 
-def test_every_backend_matches_the_simulation(static: Path, model_dir: Path) -> None:
+def test_every_backend_matches_the_simulation(static: Path) -> None:
     """Except for the products of kv_b, whose inputs only the kernels round, and for a token in twenty that
     this sends to another expert."""
     served, simulated = log_probs(static, "cpu"), log_probs(static, "simulate")
-    unrounded = log_probs(model_dir, "reference")
     apart = ((served - simulated).norm(dim=1) / simulated.norm(dim=1)).sort().values
-    assert float(apart[: len(apart) * 19 // 20].max()) < 0.025 and float(apart.median()) < 0.015
-    assert float((served - simulated).norm()) < 0.5 * float((unrounded - simulated).norm())
+    assert float(apart[: len(IDS) * 19 // 20].max()) < 0.025 and float(apart.median()) < 0.015
     assert float((log_probs(static, "reference") - simulated).norm() / simulated.norm()) < 1e-5
 
 
