@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 import farthing
 from farthing.cli import app as cli
@@ -134,3 +135,20 @@ def test_an_interrupt_during_an_import_arrives_after_it(
     finally:
         signal.signal(signal.SIGINT, before)
     assert sys.modules["interrupted"].complete
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("--admin-api-key root:k2", ((), ["root:k2"])),  # the models stay open, as the front does
+        ("--api-key me:k1 --admin-api-key root:k2", (["me:k1"], ["root:k2"])),
+    ],
+)
+def test_keys_of_several_models(monkeypatch: pytest.MonkeyPatch, keys: str, expected: Any) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(
+        "farthing.server.front.serve_models", lambda _, __, each, *___: given.append(each) or 0
+    )
+    result = CliRunner().invoke(cli.app, ["serve", "--models", ".", *keys.split()])
+    assert result.exit_code == 0, result.output
+    assert [(each.keys, each.admin_keys) for each in given] == [expected]

@@ -28,6 +28,7 @@ from farthing.cli.mcp import McpServers
 from farthing.planner.estimate import published_config
 from farthing.server.config import KeyRing
 from tests.server.harness import ScriptedEngine, letters, running
+from tests.server.test_pool import Fake, served
 
 ANSWER = "# Title\n\nSome **bold** text.\n\n```python\nx = 1\n\ny = 2\n```\n"
 THOUGHT = ["<think>", "why", " not", "</think>", "be", "cause"]
@@ -325,3 +326,14 @@ def test_a_piece_is_text_or_reasoning() -> None:
     assert "".join(p.text for p in pieces if p.kind == "text") == "because"
     assert Piece("reasoning", "why") in pieces and talk.reasoning == "why not"
     assert talk.messages[-1]["reasoning_content"] == "why not" and talk.usage["completion_tokens"]
+
+
+def test_a_server_of_several_models_serves_each_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(Fake("a", tmp_path), Fake("b", tmp_path)) as front:
+        monkeypatch.setenv("FARTHING_URL", front.url)
+        for wanted, expected in ((None, "a"), ("b", "b")):
+            found = find(wanted, None)
+            assert found is not None and found[1] == expected
+        assert find("c", None) is None and front.front.pool.loads == 0

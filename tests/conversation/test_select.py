@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from farthing.conversation.base import EFFORTS
 from farthing.conversation.jinja import compile_template, variables
-from farthing.conversation.select import Habits, probe
+from farthing.conversation.select import Checkpoint, Habits, choose, probe
 from farthing.engine.tokenizer import Tokenizer
 
 TURNS = (
@@ -164,3 +164,20 @@ def test_refusals_and_marks_of_training() -> None:
     assert variables("{% generation %}{{ tools }}{{ strftime_now('') }}{% endgeneration %}") == {"tools"}
     with pytest.raises(ValueError, match="does not compile"):
         compile_template("{% generation %}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template", "tokens", "expected"),
+    [
+        ("deepseek_v3", None, "", ("completion", "tools")),
+        ("gemma3_text", None, "", ("completion",)),
+        ("llama", "{{ messages }}", "", ("completion",)),  # prints no tools, and knows no markup of calls
+        ("llama", "{{ messages }}", "<｜tool▁calls▁begin｜>", ("completion", "tools")),
+        ("llama", "{{ messages }}{{ tools }}", "", ("completion", "tools")),
+        ("qwen3_moe", "{{ tools }}{{ enable_thinking }}<think>", "", ("completion", "tools", "thinking")),
+        ("gpt_oss", None, "", ("completion", "tools", "thinking")),
+    ],
+)
+def test_capabilities(model_type: str, template: str | None, tokens: str, expected: tuple[str, ...]) -> None:
+    checkpoint = Checkpoint(model_type, template, lambda token: token == tokens)
+    assert choose(checkpoint).capabilities == expected

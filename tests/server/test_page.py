@@ -265,6 +265,35 @@ CALL = (
 )
 
 
+NOTICE = "document.querySelector('.compose .problem:not([hidden])')?.textContent"
+
+
+def bring(page: Any, text: str) -> None:
+    """Choose a file of that text to import."""
+    page.execute_script(
+        "const [input, files] = [document.querySelector('aside input[type=file]'), new DataTransfer()];"
+        "files.items.add(new File([arguments[0]], 'chat.json')); input.files = files.files;"
+        "input.dispatchEvent(new Event('change'))",
+        text,
+    )
+
+
+def test_a_full_browser_is_said_and_stops_nothing(page: Any) -> None:
+    with chatting(greet) as (server, _):
+        look(page, server.url, 1280)
+        page.execute_script(
+            "localStorage.clear();"
+            "Storage.prototype.setItem = () => { throw new DOMException('', 'QuotaExceededError') }"
+        )
+        page.execute_script("document.querySelector('.compose select').dispatchEvent(new Event('change'))")
+        assert "settings hold until" in wait_for(page, NOTICE)
+        press(page, "Auto")
+        press(page, "Light")
+        say(page, "Hello")
+        assert "export and delete" in wait_for(page, NOTICE)
+        assert complaints(page) == []
+
+
 def test_calls_settings_and_the_list(page: Any) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
@@ -316,6 +345,17 @@ def test_calls_settings_and_the_list(page: Any) -> None:
             "tool",
             "assistant",
         ]
+        press(page, "Delete")
+        wait_for(page, "!document.querySelector('aside .open')")
+        bring(page, "no JSON")
+        assert "no exported conversation" in wait_for(page, NOTICE)
+        bring(page, json.dumps(exported))
+        wait_for(page, "document.querySelector('aside .open')?.textContent === 'Rome'")
+        assert texts(page, ".turn.assistant > .prose")[-1] == "18 degrees"
+        assert texts(page, ".call summary") == ["Calls weather"] and not texts(page, ".calls textarea")
+        assert texts(page, ".turn.tool summary") == ["Result of weather"]
+        say(page, "And tomorrow?")
+        assert "sunny" in engine.prompts[-1]
         press(page, "Delete")
         wait_for(page, "!document.querySelector('aside .open')")
         look(page, server.url, 1280)

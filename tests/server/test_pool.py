@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -82,11 +85,11 @@ class Fake:
     delay: float = 0.0
     problem: str = ""
     size: int = 1
-    engine: Any = field(default_factory=lambda: SimpleNamespace(max_model_len=64))
+    engine: Any = field(default_factory=lambda: SimpleNamespace(model="tiny", max_model_len=64))
 
     @property
     def preset(self) -> Any:
-        return SimpleNamespace(name=self.name, type="tiny")
+        return SimpleNamespace(name=self.name, type="tiny", stored="gguf", capabilities=("completion",))
 
     def command(self, port: int) -> list[str]:
         words = self.name, str(self.folder), str(self.delay), self.problem, str(port)
@@ -323,6 +326,99 @@ def test_a_client_that_leaves_ends_its_request_upstream(tmp_path: Path) -> None:
             time.sleep(0.02)
 
 
+@contextmanager
+def streaming(server: Served) -> Iterator[httpx.Response]:
+    """An answer of model `a` that has begun and does not end by itself."""
+    body = {"model": "a", "slow": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as answer:
+        while not server.front.pool.models["a"].users:
+            time.sleep(0.01)
+        yield answer
+
+
+def kill(server: Served) -> None:
+    process = server.front.pool.models["a"].server
+    assert process is not None
+    os.kill(process.process.pid, signal.SIGKILL)
+
+
+def test_a_process_killed_amid_a_stream_is_an_error_event(tmp_path: Path) -> None:
+    fake = Fake("a", tmp_path)
+    with served(fake) as server, httpx.Client(base_url=server.url, timeout=20) as http:
+        with streaming(server) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "data: x"
+            kill(server)
+            (event,) = [line for line in lines if "error" in line]
+        assert "process ended" in json.loads(event.removeprefix("data: "))["error"]["message"]
+        assert http.post("/v1/completions", json={"model": "a"}).status_code == 200
+        kill(server)  # while idle
+        assert http.post("/v1/completions", json={"model": "a"}).status_code == 200
+        assert fake.starts == 3
+
+
+def test_a_model_that_streams_is_neither_unloaded_nor_listed_as_expired(tmp_path: Path) -> None:
+    with served(Fake("a", tmp_path)) as server, streaming(server):
+        refused = httpx.post(f"{server.url}/models/unload", json={"model": "a"})
+        assert refused.status_code == 409 and refused.json()["error"]["code"] == "model_in_use"
+        (listed,) = httpx.get(f"{server.url}/api/ps").json()["models"]
+        assert datetime.fromisoformat(listed["expires_at"]) > datetime.now(UTC) + timedelta(seconds=500)
+
+
+# A front as a process of its own, by a program that serves one fake model.
+FRONT = """
+import asyncio, pathlib, sys
+from tests.server.test_pool import Fake, Front, ServerConfig, create_front, listen, pool_of, server_of
+front = Front(ServerConfig(), pool_of(Fake("a", pathlib.Path(sys.argv[1])), drain_timeout=1.0))
+with listen("127.0.0.1", 0) as listener:
+    print(listener.getsockname()[1], flush=True)
+    asyncio.run(server_of(create_front(front), front).serve([listener]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_model_outlives_its_front(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", FRONT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as front:
+        assert front.stdout is not None
+        url = f"http://127.0.0.1:{front.stdout.readline().strip()}/v1/completions"
+        body = {"model": "a", "slow": True}
+        with httpx.stream("POST", url, json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "data: x"
+            (started,) = [int(each.suffix[1:]) for each in tmp_path.glob("a.*")]
+            front.send_signal(number)
+            if number == signal.SIGTERM:  # the stream, which does not end by itself, has its drain time
+                refused = until_refused(url)
+                assert refused is None or refused.status_code == 503
+                assert sum("error" in line for line in lines) == 1
+        assert front.wait(20) in (0, 1) if number == signal.SIGTERM else front.wait(20) == -number
+    deadline = time.monotonic() + 20
+    while running_as(started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def until_refused(url: str) -> httpx.Response | None:
+    """The first answer that is no success; None if the port is closed."""
+    while True:
+        try:
+            answer = httpx.post(url, json={"model": "a"}, timeout=20)
+        except httpx.TransportError:
+            return None
+        if not answer.is_success:
+            return answer
+        time.sleep(0.02)
+
+
+def running_as(pid: int) -> bool:
+    """Whether that process runs, and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_a_lost_process_is_an_error_of_its_request_alone(tmp_path: Path) -> None:
     with served(Fake("a", tmp_path)) as server, httpx.Client(base_url=server.url, timeout=20) as http:
         lost = http.post("/v1/completions", json={"model": "a", "die": True})
@@ -371,6 +467,15 @@ def test_numbers_of_every_key_are_for_admins(tmp_path: Path) -> None:
         assert http.get("/dashboard/data", headers=me).json()["far"]
 
 
+def test_an_admin_key_alone_leaves_the_models_open(tmp_path: Path) -> None:
+    with (
+        served(Fake("a", tmp_path), admin_keys=KeyRing(["root:k2"])) as server,
+        httpx.Client(base_url=server.url, timeout=20) as http,
+    ):
+        for headers in ({}, {"Authorization": "Bearer k2"}, {"Authorization": "Bearer other"}):
+            assert http.post("/v1/completions", json={"model": "a"}, headers=headers).status_code == 200
+
+
 def test_web_pages_of_others_load_nothing(tmp_path: Path) -> None:
     with served(Fake("a", tmp_path)) as server, httpx.Client(base_url=server.url) as http:
         for path in ("/models/load", "/models/unload", "/api/pull", "/v1/completions", "/api/chat"):
@@ -385,8 +490,10 @@ def test_ollama_clients_see_all_models(tmp_path: Path, monkeypatch: pytest.Monke
     fakes = [Fake(name, tmp_path) for name in "ab"]
     with served(*fakes) as server, httpx.Client(base_url=f"{server.url}/api", timeout=20) as http:
         assert [each["name"] for each in http.get("/tags").json()["models"]] == ["a", "b"]
+        assert http.get("/tags").json()["models"][0]["details"]["format"] == "gguf"
         assert http.get("/ps").json() == {"models": []}
-        assert http.post("/show", json={"name": "b:latest"}).json()["model_info"]["tiny.context_length"] == 64
+        shown = http.post("/show", json={"name": "b:latest"}).json()
+        assert shown["model_info"]["tiny.context_length"] == 64 and shown["capabilities"] == ["completion"]
         assert http.post("/pull", json={"model": "c"}).json()["error"].endswith("expected one of 'a', 'b'")
         assert http.post("/chat", json={"model": "a", "keep_alive": "1h"}).json()["model"] == "a"
         (kept,) = http.get("/ps").json()["models"]

@@ -63,6 +63,11 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in (*_KEYS, ct.MARK)}
 
 
+def stored_as(path: Path) -> str:
+    """The format of a model's files: `gguf` or `safetensors`."""
+    return "gguf" if (path / GGUF_INDEX).is_file() or path.suffix == ".gguf" else "safetensors"
+
+
 def is_quantized(path: Path) -> bool:
     """Whether the weights of a model directory are stored in fewer than 16 bits, by its configuration or the
     index of its GGUF file."""

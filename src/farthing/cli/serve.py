@@ -14,7 +14,7 @@ from farthing.cli.errors import log_lines, one_line_errors, with_options
 from farthing.cli.packed import read_packed, with_packed
 from farthing.cli.preflight import preflight, with_fit
 from farthing.config import AUTO, EngineConfig
-from farthing.server.config import Given, KeyRing, ServerConfig, gather_keys
+from farthing.server.config import ADMIN_ENVIRONMENT, Given, KeyRing, ServerConfig, gather_keys
 
 if TYPE_CHECKING:
     from farthing.engine.engine import Engine
@@ -70,7 +70,8 @@ def serve(
         Path | None, typer.Option(help="File of keys, `name:key` or a key per line.", rich_help_panel="HTTP")
     ] = None,
     admin_api_key: Annotated[
-        list[str] | None, _keys("Key that also sees every key's spending (repeatable).")
+        list[str] | None,
+        _keys("Key that also sees every key's spending (repeatable); also FARTHING_ADMIN_API_KEY."),
     ] = None,
     metrics_api_key: Annotated[
         list[str] | None, _keys("Key for /metrics, required from other machines once set (repeatable).")
@@ -95,15 +96,13 @@ def serve(
         server_config = ServerConfig(
             **server,
             keys=gather_keys(api_key or [], api_key_file),
-            admin_keys=KeyRing(admin_api_key or []),
+            admin_keys=KeyRing(admin_api_key or []) | KeyRing.from_environment(ADMIN_ENVIRONMENT),
             metrics_keys=KeyRing(metrics_api_key or []),
         )
         if models is not None:
             from farthing.server.front import serve_models  # imports an extra
 
-            # A model's server is open where the front is; where it is not, an admin is one more client.
-            keys = [*(api_key or []), *(admin_api_key or [])] if server_config.keys else []
-            given = Given(engine, server, keys, api_key_file)
+            given = Given(engine, server, api_key or (), admin_api_key or (), api_key_file)
             raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after))
         model = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
         if fit:

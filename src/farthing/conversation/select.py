@@ -13,7 +13,16 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from farthing.conversation.arguments import object_of
-from farthing.conversation.base import BRACKETS, EFFORTS, REASONING, THINK, CallFormat, ChatFormat, Tags
+from farthing.conversation.base import (
+    BRACKETS,
+    EFFORTS,
+    REASONING,
+    THINK,
+    CallFormat,
+    ChatFormat,
+    NoCalls,
+    Tags,
+)
 from farthing.conversation.formats.deepseek_v3 import R1, V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import EITHER, V31
@@ -275,6 +284,13 @@ class Chosen:
     tools: ChatFormat
     template: str | None = None
     efforts: tuple[str, ...] = ()
+    offers: bool = True  # `tools` prints definitions of tools
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What conversations may use, in the words of Ollama's API."""
+        calls = self.offers and not isinstance(self.tools.calls(()), NoCalls)
+        return ("completion", *("tools",) * calls, *("thinking",) * self.plain.reasons)
 
 
 def choose(
@@ -309,8 +325,8 @@ def choose(
     packaged = _with_parsers(
         replace(related or _deepseek(checkpoint, names), tags=own.tags), calls, reasoning
     )
-    tools = packaged if _can_call(checkpoint) else plain
-    return Chosen(plain, tools, source, checkpoint.habits.efforts)
+    offers = _can_call(checkpoint)
+    return Chosen(plain, packaged if offers else plain, source, checkpoint.habits.efforts, offers)
 
 
 def _tags(checkpoint: Checkpoint, source: str, names: frozenset[str]) -> Tags | None:

@@ -22,6 +22,7 @@ from farthing.config import check, option
 log = logging.getLogger("farthing.server")
 
 ENVIRONMENT = "FARTHING_API_KEY"
+ADMIN_ENVIRONMENT = "FARTHING_ADMIN_API_KEY"
 ANONYMOUS = "anonymous"  # client name in limits and metrics when no key is required
 
 
@@ -270,4 +271,5 @@ class Given:
     engine: Mapping[str, Any]
     server: Mapping[str, Any]
     keys: Sequence[str] = ()
+    admin_keys: Sequence[str] = ()
     key_file: Path | None = None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from farthing.conversation import forced
@@ -56,6 +57,7 @@ class ModelFormats:
     tokenizer: Tokenizer | None
     control: ControlTokens
     efforts: tuple[str, ...]  # values of reasoning_effort that the own template accepts
+    capabilities: tuple[str, ...]  # as `Chosen` has them
 
     @classmethod
     async def of(cls, engine: Engine, config: ServerConfig) -> ModelFormats:
@@ -78,7 +80,8 @@ class ModelFormats:
             log.info("chat format: the model's template, which %s%s", habits, with_tools)
         plain = _in_tokens(chosen.plain, tokenizer, own=chosen.template is not None)
         tools = plain if chosen.tools is chosen.plain else _in_tokens(chosen.tools, tokenizer, own=False)
-        return cls(plain, tools, tokenizer, _control(tokenizer), chosen.efforts)
+        control = _control(tokenizer)
+        return cls(plain, tools, tokenizer, control, chosen.efforts, chosen.capabilities)
 
     def special_id(self, text: str) -> int | None:
         """The token id of a text that is a single control token, which no text in a grammar matches."""
@@ -136,6 +139,11 @@ async def _habits(engine: Engine) -> Habits:
         log.warning("the model's chat template failed: %s", error)
         return Habits()
     return Habits(**habits | {"efforts": tuple(habits["efforts"])})
+
+
+def made_for(model: str, word: str) -> bool:
+    """Whether a model's name or files tell that it was trained to `embed` or `rerank`."""
+    return word in model.lower() or (word == "embed" and (Path(model) / "modules.json").is_file())
 
 
 # The grammar of an answer: the client's, or the one of required or restricted tool calls.

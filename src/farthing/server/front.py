@@ -30,7 +30,7 @@ import farthing
 from farthing.process import loop_factory
 from farthing.server.api.ollama import document_of, running, seconds, shown, tag
 from farthing.server.app import guarded, misplaced, model_entry, model_list, reason
-from farthing.server.config import ENVIRONMENT, Given, ServerConfig
+from farthing.server.config import ADMIN_ENVIRONMENT, ENVIRONMENT, Given, ServerConfig
 from farthing.server.dashboard.site import HEADERS, assets
 from farthing.server.errors import CODE_HEADER, ApiError, error_event, send_error
 from farthing.server.pool import Hosted, Pool, PoolConfig
@@ -319,7 +319,8 @@ def create_front(front: Front) -> ASGIApp:
         return error.response(request.scope)
 
     def entry(model: Hosted) -> dict[str, Any]:
-        return tag(model.name, model.sized.preset.type, model.size, front.created)
+        preset = model.sized.preset
+        return tag(model.name, preset.stored, preset.type, model.size, front.created)
 
     async def tags(request: Request) -> Response:
         hosted = list(front.pool.models.values())
@@ -336,8 +337,9 @@ def create_front(front: Front) -> ASGIApp:
         chosen = front.model(document.get("model") or document.get("name"))
         if request.url.path == "/api/pull":
             return JSONResponse({"status": "success"})
-        capabilities = ["completion", "tools"]
-        return JSONResponse(shown(entry(chosen), chosen.sized.engine.max_model_len, capabilities))
+        capabilities = await asyncio.to_thread(lambda: chosen.sized.preset.capabilities)
+        engine = chosen.sized.engine
+        return JSONResponse(shown(entry(chosen), engine.model, engine.max_model_len, capabilities))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -377,7 +379,8 @@ def serve_models(
     if unload_after < 0:
         raise ValueError(f"unload_after: got {unload_after:g}; expected seconds, 0 or more")
     models, limit = read_models(source, given, memory)
-    environment = {ENVIRONMENT: "\n".join([*given.keys, os.environ.get(ENVIRONMENT, "")])}
+    rings = {ENVIRONMENT: given.keys, ADMIN_ENVIRONMENT: given.admin_keys}
+    environment = {name: "\n".join([*keys, os.environ.get(name, "")]) for name, keys in rings.items()}
     pool = Pool(models, PoolConfig(limit=limit, idle=unload_after), environment)
     with listen(config.host, config.port) as listener, asyncio.Runner(loop_factory=loop_factory()) as runner:
         front = Front(config, pool)

@@ -167,16 +167,20 @@ class Pool:
             await self._wait_for(model, client)
         server = model.server
         assert server is not None
+        self._keep(model, client, keep)  # also now, for a client reads its answer before the context ends
         try:
             yield server.url
         finally:
             model.users -= 1
             model.used = time.monotonic()
             if server is model.server:
-                least = model.used + self.config.idle
-                kept = max(least, model.keep.get(client, least)) if keep is None else model.used + keep
-                model.keep[client] = kept
+                self._keep(model, client, keep)
             self._advance()
+
+    def _keep(self, model: Hosted, client: str, keep: float | None) -> None:
+        least = model.used + self.config.idle
+        kept = max(least, model.keep.get(client, least)) if keep is None else model.used + keep
+        model.keep[client] = kept
 
     async def load(self, model: Hosted, client: str) -> None:
         """Load a model, also after it failed to start. Raises ApiError as `use` does."""

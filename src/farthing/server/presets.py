@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from farthing.checkpoint.reader import has_config, read_config
+from farthing.checkpoint.reader import has_config, read_config, stored_as
 from farthing.config import AUTO, EngineConfig, as_arguments, parse_bytes
+from farthing.conversation.select import Checkpoint, choose
+from farthing.engine.tokenizer import Tokenizer
 from farthing.hub import resolve_config, resolve_shapes
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
@@ -59,8 +61,27 @@ class Preset:
         return str(self.config.get("model_type"))
 
     @cached_property
+    def stored(self) -> str:
+        """The format of the model's files."""
+        return stored_as(self._path)
+
+    @cached_property
     def _path(self) -> Path:
         return resolve_config(self.engine.model)
+
+    @cached_property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the model's chat format can do, found without the model."""
+        try:
+            tokenizer = Tokenizer.from_directory(self._path)
+        except (OSError, ValueError):
+            return ("completion",)
+        own = None if tokenizer.trusted_template else tokenizer.chat_template
+        checkpoint = Checkpoint(
+            self.type, own, lambda token: tokenizer.backend.token_to_id(token) is not None
+        )
+        parsers = self.server.tool_call_parser, self.server.reasoning_parser
+        return choose(checkpoint, self.engine.chat_template, *parsers).capabilities
 
     def sized(self, limit: int, key_file: Path | None = None) -> Sized:
         """With a context and a cache for which the model fits the limit. Raises ValueError if none does.

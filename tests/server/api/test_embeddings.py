@@ -140,8 +140,9 @@ def test_what_is_wrong_is_named(embedder: tuple[Running, Any]) -> None:
     ):
         answer = post(server, "/v1/embeddings", **body)
         assert answer.status_code in (400, 404) and said in answer.json()["error"]["message"], answer.text
-    with pytest.raises(openai.BadRequestError):
-        server.client().embeddings.create(model="tiny", input="a", dimensions=65)
+    for wrong, said in (({"input": "a", "dimensions": 65}, "dimensions"), ({"input": "a" * 3000}, "input")):
+        with pytest.raises(openai.BadRequestError, match=said):
+            server.client().embeddings.create(model="tiny", **wrong)
 
 
 def test_ollama_embeddings(embedder: tuple[Running, Any]) -> None:

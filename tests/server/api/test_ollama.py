@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
 
+from farthing.engine.request import RequestMetrics
 from farthing.server.api.ollama import FOREVER, seconds
 from tests.server.harness import Running, ScriptedEngine, letters, running
 from tests.server.test_chat import CALL, PARAMETERS, THINKING, TOOLS, USER
@@ -28,7 +30,40 @@ def check_end(document: dict[str, Any]) -> None:
     assert document["done"] is True and document["done_reason"] in ("stop", "length")
     counts = {name: document[name] for name in document if name.endswith(("_count", "_duration"))}
     assert len(counts) == 6 and all(isinstance(count, int) for count in counts.values())
-    assert counts["total_duration"] == counts["prompt_eval_duration"] + counts["eval_duration"] > 0
+    spent = counts["prompt_eval_duration"], counts["eval_duration"]
+    assert min(spent) > 0 and counts["total_duration"] >= sum(spent)
+
+
+def test_durations_are_those_of_the_engine() -> None:
+    engine = ScriptedEngine(["Pa", "ris"])
+    for number in (1, 2):
+        engine.metrics[f"scripted-{number}"] = RequestMetrics(99.0, 100.0, 102.0, 107.0)
+    with running(engine) as server:
+        whole = post(server, "generate", prompt="a", stream=False).json()
+        for end in (whole, lines(post(server, "generate", prompt="a"))[-1]):
+            assert (end["prompt_eval_duration"], end["eval_duration"]) == (2 * 10**9, 5 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        (ScriptedEngine(chat_template=THINKING), ["completion", "tools", "thinking"]),
+        (
+            ScriptedEngine(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"),
+            ["completion", "tools"],
+        ),
+        ("Org/Some-Embedding-GGUF.gguf", ["embedding"]),
+    ],
+)
+def test_capabilities_are_those_of_the_chat_format(engine: Any, expected: list[str]) -> None:
+    if isinstance(engine, str):
+        name, engine = engine, ScriptedEngine()
+        engine.config = replace(engine.config, model=name)
+    with running(engine) as server:
+        shown = post(server, "show").json()
+    assert shown["capabilities"] == expected
+    stored = "gguf" if expected == ["embedding"] else "safetensors"
+    assert shown["details"]["format"] == stored
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -124,7 +159,7 @@ def test_lists_and_descriptions(tiny: Running) -> None:
         assert entry["name"] == "tiny" and entry["details"]["family"] == "deepseek_v3" and entry["size"] > 0
     shown = post(tiny, "show", model="tiny:latest").json()
     assert shown["model_info"]["deepseek_v3.context_length"] == 2048
-    assert shown["capabilities"][:2] == ["completion", "tools"]
+    assert shown["capabilities"] == ["completion", "tools"]
     assert post(tiny, "pull").json() == {"status": "success"}
     assert post(tiny, "chat", messages=[]).json()["done_reason"] == "load"
     assert post(tiny, "generate", keep_alive=0).json()["done_reason"] == "unload"

@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response
 from farthing.engine.request import SamplingParams
 from farthing.server.api.openai_protocol import OllamaError, TokenIds
 from farthing.server.errors import STATUSES, ApiError, Documented
+from farthing.server.formats import made_for
 from farthing.server.jobs import Job
 from farthing.server.schema import Body, FieldNames, Strict, words
 from farthing.server.service import Service
@@ -155,7 +156,7 @@ def _check_pooling(model: str) -> None:
 def warning(service: Service, word: str, what: str) -> dict[str, str]:
     """A header if the model's name does not tell that it is made for this."""
     model = service.require_engine().config.model
-    if word in model.lower() or (word == "embed" and (Path(model) / "modules.json").is_file()):
+    if made_for(model, word):
         return {}
     said = f"{service.names[0]} was not trained for {what}"
     log.warning("%s; expected a model such as Qwen3-%s", said, "Embedding" if word == "embed" else "Reranker")

@@ -9,38 +9,32 @@ import json
 import re
 import resource
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any
 
 import pydantic_core
 from fastapi import Body as FromBody
 from fastapi import FastAPI
-from pydantic import BeforeValidator, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from farthing.checkpoint.reader import stored_as
 from farthing.conversation.arguments import as_object, parsed
 from farthing.conversation.types import Conversation, Reasoning, Text, Tool, ToolCall, collect
 from farthing.conversation.types import Turn as ChatTurn
-from farthing.engine.request import StructuredOutputsParams
-from farthing.server.api.openai_protocol import MAX_MESSAGES, OllamaError, StopString
-from farthing.server.api.openai_protocol import Tool as ToolField
+from farthing.server.api.ollama_protocol import ApiRequest, ChatRequest, GenerateRequest, NamedRequest
+from farthing.server.api.openai_protocol import OllamaError
 from farthing.server.errors import STATUSES, ApiError, Documented
-from farthing.server.formats import IGNORED_HEADER, ModelFormats
+from farthing.server.formats import IGNORED_HEADER, ModelFormats, made_for
 from farthing.server.sampling import IssuedCalls, with_defaults
-from farthing.server.schema import TEXT_ONLY, Body, FieldError, FieldNames, Strict, words
 from farthing.server.service import Service
 from farthing.server.stream import Ending, to_json
 from farthing.server.turn import Turn, TurnRequest, Update
 from farthing.server.work import encode
 
-_CHAT = FieldNames(
-    max_tokens="options.num_predict", effort="think", thinking="think", budget="think", structured="format"
-)
-_PROMPT = replace(_CHAT, prompt="prompt")
 _OLLAMA = Ending("", lambda error: f"{to_json({'error': error.message})}\n", "", "application/x-ndjson")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 FOREVER = timedelta(days=36_500)  # of keep_alive below 0, for clients that expect a date
@@ -57,148 +51,6 @@ def seconds(keep_alive: Any) -> float | None:
         return None
     total = sum(float(number) * _UNITS.get(unit, 1.0) for number, unit in parts)
     return FOREVER.total_seconds() if keep_alive[:1] == "-" else total
-
-
-# Request bodies.
-
-
-class Options(Strict):
-    """How to sample. Others of Ollama's options are ignored."""
-
-    temperature: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: StopString | Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
-    num_predict: int | None = Field(default=None, ge=-2, lt=2**31)  # below 0: until the model stops
-    repeat_penalty: float | None = Field(default=None, gt=0.01, le=100, allow_inf_nan=False)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Fields of SamplingParams, except the number of tokens."""
-        values = {name: getattr(self, name) for name in type(self).model_fields if name != "num_predict"}
-        return values | {"repetition_penalty": values.pop("repeat_penalty")}
-
-    @property
-    def limit(self) -> int | None:
-        """Tokens at most; None: as many as fit."""
-        return self.num_predict if self.num_predict and self.num_predict > 0 else None
-
-
-def _no_images(value: Any) -> Any:
-    if value:
-        raise FieldError(problem=f": {TEXT_ONLY['image']}")
-    return value
-
-
-_Images = Annotated[list[Any] | None, BeforeValidator(_no_images)]
-
-
-class CallFunction(Strict):
-    """A call of an earlier turn."""
-
-    known = words("index")
-
-    name: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
-
-
-class Call(Strict):
-    """A tool call in the history."""
-
-    known = words("type")
-
-    id: str | None = None
-    function: CallFunction
-
-
-class Message(Strict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str = ""
-    thinking: str = ""
-    images: _Images = None
-    tool_calls: list[Call] = Field(default_factory=list, max_length=1024, fail_fast=True)
-    tool_name: str | None = None
-    name: str | None = None
-    tool_call_id: str | None = None
-
-
-class _Request(Body):
-    known = words("logprobs top_logprobs truncate shift")
-
-    model: str
-    stream: bool = True
-    options: Options = Options()
-    format: Literal["", "json"] | dict[str, Any] = ""
-    think: bool | Annotated[str, Field(max_length=64)] | None = None
-    keep_alive: float | str | None = None
-
-    @property
-    def structured(self) -> StructuredOutputsParams | None:
-        """The constraint on the answer."""
-        if isinstance(self.format, dict):
-            return StructuredOutputsParams(json=self.format)
-        return StructuredOutputsParams(json_object=True) if self.format else None
-
-    @property
-    def thinking(self) -> dict[str, Any]:
-        """Fields of a conversation."""
-        if isinstance(self.think, str):
-            return {"thinking": True, "effort": self.think}
-        return {"thinking": self.think}
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Names of options without effect."""
-        names = [name for name in self.options.model_extra or () if name.isidentifier() and name.isascii()]
-        return tuple(f"options.{name[:64]}" for name in names[:32])
-
-
-class ChatRequest(_Request):
-    """Body of /api/chat."""
-
-    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES, fail_fast=True)
-    tools: list[ToolField] = Field(default_factory=list, max_length=128, fail_fast=True)
-
-
-class GenerateRequest(_Request):
-    """Body of /api/generate."""
-
-    known = words("context logprobs top_logprobs truncate shift")
-
-    prompt: str = ""
-    system: str = ""
-    raw: bool = False  # without a chat template
-    images: _Images = None
-    suffix: str = ""
-    template: str = ""
-
-    @model_validator(mode="after")
-    def _supported(self) -> GenerateRequest:
-        if self.suffix:
-            raise FieldError("suffix", problem=": the model was not trained to fill in the middle")
-        if self.template:
-            raise FieldError("template", problem=": requests bring no template of their own")
-        return self
-
-
-class NamedRequest(Body):
-    """Body of /api/show and /api/pull."""
-
-    known = words("verbose insecure stream options system template")
-
-    model: str | None = None
-    name: str | None = None  # the older form
-
-    @property
-    def wanted(self) -> str:
-        """The model."""
-        return self.model or self.name or ""
 
 
 # Conversations.
@@ -246,7 +98,6 @@ class _Writer:
     def __init__(self, turn: Turn, model: str, chat: bool) -> None:
         self._turn, self._model, self._chat = turn, model, chat
         self._began = time.monotonic_ns()
-        self._first = 0
 
     async def whole(self) -> dict[str, Any]:
         """The complete document."""
@@ -259,7 +110,6 @@ class _Writer:
         calls: list[Any] = []
         async for updates in self._turn.updates():
             (update,) = updates
-            self._first = self._first or time.monotonic_ns()
             lines = []
             for delta in update.deltas:
                 match delta:
@@ -290,17 +140,18 @@ class _Writer:
         return document | {"message": message}
 
     def _end(self, update: Update) -> dict[str, Any]:
-        usage, now = self._turn.usage, time.monotonic_ns()
-        first = self._first or now
+        usage, spent = self._turn.usage, self._turn.usage.prompts[0]
+        started = spent.first_scheduled_time or spent.arrival_time
+        prompt, answer = spent.first_token_time - started, spent.finished_time - spent.first_token_time
         return {
             "done": True,
             "done_reason": "length" if update.finish == "length" else "stop",
-            "total_duration": now - self._began,
+            "total_duration": time.monotonic_ns() - self._began,
             "load_duration": 0,
             "prompt_eval_count": usage.prompt_tokens,
-            "prompt_eval_duration": first - self._began,
+            "prompt_eval_duration": max(1, int(prompt * 1e9)),  # clients divide by it
             "eval_count": usage.completion_tokens,
-            "eval_duration": now - first,
+            "eval_duration": max(1, int(answer * 1e9)),
         }
 
 
@@ -328,9 +179,9 @@ def loaded_answer(document: Mapping[str, Any], path: str) -> dict[str, Any]:
 # Lists of models, also of several in one server.
 
 
-def tag(name: str, kind: str, size: int, created: float) -> dict[str, Any]:
-    """A model in /api/tags and /api/ps."""
-    details = {"parent_model": "", "format": "safetensors", "family": kind, "families": [kind]}
+def tag(name: str, stored: str, kind: str, size: int, created: float) -> dict[str, Any]:
+    """A model in /api/tags and /api/ps. stored: the format of its files."""
+    details = {"parent_model": "", "format": stored, "family": kind, "families": [kind]}
     return {
         "name": name,
         "model": name,
@@ -347,8 +198,10 @@ def running(entry: Mapping[str, Any], left: float, context: int | None) -> dict[
     return {**entry, "expires_at": expires.isoformat(), "size_vram": 0, "context_length": context}
 
 
-def shown(entry: Mapping[str, Any], context: int | None, capabilities: list[str]) -> dict[str, Any]:
-    """A model in /api/show."""
+def shown(
+    entry: Mapping[str, Any], model: str, context: int | None, capabilities: Sequence[str]
+) -> dict[str, Any]:
+    """A model in /api/show. capabilities: of conversations."""
     kind = entry["details"]["family"]
     return {
         "license": "",
@@ -358,7 +211,7 @@ def shown(entry: Mapping[str, Any], context: int | None, capabilities: list[str]
         "modified_at": entry["modified_at"],
         "details": entry["details"],
         "model_info": {"general.architecture": kind, f"{kind}.context_length": context},
-        "capabilities": capabilities,
+        "capabilities": ["embedding"] if made_for(model, "embed") else [*capabilities],
     }
 
 
@@ -371,13 +224,12 @@ def add_routes(api: FastAPI, service: Service) -> None:
     streamed: Documented = {200: {"content": {"application/json": {}, _OLLAMA.media_type: {}}}}
 
     def entries() -> list[dict[str, Any]]:
-        kind = service.require_engine().model_config.model_type
+        engine = service.require_engine()
+        stored, kind = stored_as(Path(engine.config.model)), engine.model_config.model_type
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        return [tag(name, kind, size, service.created) for name in service.names]
+        return [tag(name, stored, kind, size, service.created) for name in service.names]
 
-    async def answered(
-        body: _Request, request: Request, conversation: Conversation, names: FieldNames, raw: bool
-    ) -> Response:
+    async def answered(body: ApiRequest, request: Request, conversation: Conversation, raw: bool) -> Response:
         engine, client = service.require_engine(), request.scope["client_name"]
         turn = (_RawTurn if raw else Turn)(
             service,
@@ -387,7 +239,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
                 | {"max_tokens": body.options.limit},
                 structured=body.structured,
                 stream=body.stream,
-                names=names,
+                names=body.names,
             ),
             client,
         )
@@ -404,7 +256,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         if not body.messages:
             return JSONResponse(loaded_answer(body.model_dump(), "/api/chat"))
-        return await answered(body, request, conversation_of(body), _CHAT, raw=False)
+        return await answered(body, request, conversation_of(body), raw=False)
 
     @api.post(
         "/api/generate",
@@ -420,7 +272,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
         if body.system and not body.raw:
             turns.insert(0, ChatTurn("system", body.system))
         conversation = Conversation(tuple(turns), **({} if body.raw else body.thinking))
-        return await answered(body, request, conversation, _PROMPT, body.raw)
+        return await answered(body, request, conversation, body.raw)
 
     @api.get("/api/tags", summary="The models served, as Ollama's API lists them", responses=errors)
     async def tags() -> Response:
@@ -435,9 +287,8 @@ def add_routes(api: FastAPI, service: Service) -> None:
     async def show(body: NamedRequest = FromBody()) -> Response:
         name = service.check_model(body.wanted)
         entry = next(each for each in entries() if each["name"] == name)
-        thinks = (await service.formats()).plain.form.tags is not None
-        capabilities = ["completion", "tools", *(["thinking"] if thinks else [])]
-        return JSONResponse(shown(entry, service.require_engine().config.max_model_len, capabilities))
+        config, formats = service.require_engine().config, await service.formats()
+        return JSONResponse(shown(entry, config.model, config.max_model_len, formats.capabilities))
 
     @api.post("/api/pull", summary="Whether a model is served; none is downloaded", responses=errors)
     async def pull(body: NamedRequest = FromBody()) -> Response:

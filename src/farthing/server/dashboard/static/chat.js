@@ -12,10 +12,10 @@ export class Chat {
   /** login(refused): asks for the API's key. */
   constructor(element, login) {
     this.login = login;
-    this.settings = new Settings();
+    this.settings = new Settings(() => this.#notice("This browser has no room for more: settings hold until the page is left."));
     this.views = new Map();
     this.list = h("ul");
-    this.side = h("aside", { id: "conversations", ariaLabel: "Conversations" }, h("button.primary", { type: "button", onclick: () => this.fresh() }, "New chat"), this.list);
+    this.side = h("aside", { id: "conversations", ariaLabel: "Conversations" }, h("button.primary", { type: "button", onclick: () => this.fresh() }, "New chat"), this.list, this.#importer());
     this.menu = h("button.quiet.menu", { type: "button", ariaExpanded: "false", "aria-controls": "conversations", onclick: () => this.#drawer(!element.classList.contains("drawer")) }, "Chats");
     this.log = h("div.log-of-chat", { role: "log", ariaLabel: "Conversation", tabIndex: 0 });
     this.input = h("textarea", { rows: 1, ariaLabel: "Message", placeholder: "Write a message", title: "Enter sends, Shift+Enter starts a new line", oninput: () => this.#grow(), onkeydown: (event) => this.#keys(event) });
@@ -82,6 +82,21 @@ export class Chat {
     const entry = h("li", { className: current ? "current" : "" }, open, h("div.acts", {},
       act("Rename", () => this.#rename(conversation, entry)), act("Export", () => download(conversation, this.settings.values)), act("Delete", () => this.#remove(conversation))));
     return entry;
+  }
+
+  /** A button that reads an exported conversation. */
+  #importer() {
+    const file = h("input", { type: "file", accept: ".json", hidden: true, onchange: async () => {
+      try {
+        const found = Conversation.of(await file.files[0].text());
+        this.#open(found);
+        this.#save();
+      } catch (error) {
+        this.#notice(`The file is no exported conversation: ${error.message}`);
+      }
+      file.value = "";
+    } });
+    return h("button.quiet", { type: "button", onclick: () => file.click() }, "Import", file);
   }
 
   #rename(conversation, entry) {

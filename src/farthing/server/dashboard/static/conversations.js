@@ -17,14 +17,18 @@ function read(name, otherwise) {
 
 export const settings = {
   get: () => ({ ...DEFAULTS, ...read(SETTINGS, {}) }),
-  set: (values) => {
-    try {
-      localStorage.setItem(SETTINGS, JSON.stringify(values));
-    } catch {
-      // Full: they hold until the page is left.
-    }
-  },
+  set: (values) => keep(SETTINGS, JSON.stringify(values)),
 };
+
+/** Store a text; false if the browser has no room left, and it holds only until the page is left. */
+export function keep(name, text) {
+  try {
+    localStorage.setItem(name, text);
+    return true;
+  } catch {
+    return false;
+  }
+}
 
 /** Every conversation, the last changed first. */
 export function all() {
@@ -36,6 +40,21 @@ export function all() {
 export class Conversation {
   constructor({ id = newId(), title = "", changed = Date.now(), turns = [], leaf = null } = {}) {
     Object.assign(this, { id, title, changed, turns, leaf });
+  }
+
+  /** Of a file as `download` writes it, or any with an API's messages. Throws for another one. */
+  static of(text) {
+    const { title = "", messages } = JSON.parse(text);
+    const found = new Conversation({ title: String(title).slice(0, 100) });
+    const names = new Map();
+    for (const { role, content, reasoning_content: thoughts, tool_calls: calls, tool_call_id: answers } of messages) {
+      if (!["user", "assistant", "tool"].includes(role)) continue; // a system prompt is one of the settings
+      const parts = Array.isArray(content) ? content.map((part) => part.text ?? "").join("") : content;
+      for (const call of calls ?? []) names.set(call.id, String(call.function.name));
+      found.add(found.leaf, { role, text: String(parts ?? ""), thoughts, calls, answers, name: names.get(answers), done: true });
+    }
+    if (!found.turns.length) throw new Error("no messages");
+    return found;
   }
 
   /** Store it, with the turns that another tab has added. Throws if the browser has no room left. */

@@ -6,7 +6,9 @@ import { h } from "./dom.js";
 const THINKING = { "": "Thinking: auto", none: "Thinking off", on: "Thinking on", low: "Thinking: low", medium: "Thinking: medium", high: "Thinking: high" };
 
 export class Settings {
-  constructor() {
+  /** full(): called when the browser has no room for them. */
+  constructor(full) {
+    this.full = full;
     this.values = settings.get();
     const keep = (name) => (event) => this.#set(name, event.target.value);
     const number = (name, label, more) => h("label", {}, label, h("input", { type: "number", value: this.values[name], placeholder: "the model's", oninput: keep(name), ...more }));
@@ -38,7 +40,7 @@ export class Settings {
 
   #set(name, value) {
     this.values[name] = value;
-    settings.set(this.values);
+    if (!settings.set(this.values)) this.full();
   }
 
   #tools({ target }) {

@@ -1,5 +1,7 @@
 // Light, dark, or as the system has it. Charts ask for colours when they draw.
 
+import { keep } from "./conversations.js";
+
 const STORE = "farthing.theme";
 const NAMES = ["auto", "light", "dark"];
 const system = matchMedia("(prefers-color-scheme: dark)");
@@ -20,7 +22,7 @@ export function setup(button) {
   const show = () => (button.textContent = chosen[0].toUpperCase() + chosen.slice(1));
   button.addEventListener("click", () => {
     chosen = NAMES[(NAMES.indexOf(chosen) + 1) % NAMES.length];
-    localStorage.setItem(STORE, chosen);
+    keep(STORE, chosen);
     show();
     apply();
   });
