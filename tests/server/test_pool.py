@@ -340,6 +340,10 @@ def kill(server: Served) -> None:
     process = server.front.pool.models["a"].server
     assert process is not None
     os.kill(process.process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while running_as(process.process.pid):  # until then it may take a connection, whose request is lost
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_process_killed_amid_a_stream_is_an_error_event(tmp_path: Path) -> None:
