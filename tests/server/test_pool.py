@@ -341,7 +341,7 @@ def kill(server: Served) -> None:
     assert process is not None
     os.kill(process.process.pid, signal.SIGKILL)
     deadline = time.monotonic() + 20
-    while running_as(process.process.pid):  # until then it may take a connection, whose request is lost
+    while server.front.pool.models["a"].server is process:  # until then it may take, and lose, a request
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
