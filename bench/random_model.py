@@ -105,7 +105,8 @@ def _slice(published: str, layers: int, architecture: str) -> dict[str, Any]:
     vocabulary = c["vocab_size"] * layers // c["num_hidden_layers"] // 64 * 64
     if "layer_types" in c:
         c["layer_types"] = c["layer_types"][:layers]
-    c.pop("num_nextn_predict_layers", None)
+    for drafts in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        c.pop(drafts, None)
     tied = {"tie_word_embeddings": raw.get("tie_word_embeddings", False)}
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     more = {"architectures": [architecture], "torch_dtype": "bfloat16", "num_hidden_layers": layers}

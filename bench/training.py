@@ -214,7 +214,8 @@ def tradeoff(
 def served_bytes(model: DecoderModel) -> int:
     """Bytes of the packed matrices and vectors, and of the embedding, that the CPU backend serves from."""
     assert isinstance(model.ops, CpuOps)
-    return model.embedding.nbytes + sum(packed.nbytes for _, packed in model.ops.packed_weights())
+    table = 0 if model.embedding is model.head else model.embedding.nbytes
+    return table + sum(packed.nbytes for _, packed in model.ops.packed_weights())
 
 
 def rounds(

@@ -231,8 +231,9 @@ def test_missing_tokenizer_error_names_the_next_step(tmp_path: Path) -> None:
 def test_resolve_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(tmp_path) == tmp_path
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no config"):
-        resolve_model(tmp_path.parent)
+        resolve_model(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="expected 'mite', a directory, a GGUF file, a hub id"):
         resolve_model("no/such/thing")
     for missing in ("./missing", "../missing"):

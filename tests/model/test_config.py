@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from farthing.model.attention import RopeTable, Rotations, frequencies, score_scale
+from farthing.model.attention import RopeTable, frequencies, score_scale
 from farthing.model.config import GroupedHeads, ModelConfig
+from farthing.model.decoder import Rotations
 from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
 from farthing.model.types import TYPES

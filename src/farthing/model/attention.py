@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import np
@@ -18,7 +18,6 @@ from farthing.model.heads import GroupedHeads
 from farthing.model.source import WeightSource
 from farthing.ops import (
     AttentionSpec,
-    Batch,
     Cut,
     GroupedParts,
     GroupedSpec,
@@ -43,34 +42,6 @@ def norm_of(
     weight = as_float32(weights.tensor(f"{name}.weight", (width or config.hidden_size,)))
     weight = weight + config.norm_offset if config.norm_offset else weight
     return Norm(weight if scale == 1.0 else weight * scale, config.rms_norm_eps)
-
-
-class Rotations:
-    """The rotation tables of all layers, MTP layers included, on a device; layers share them.
-
-    In memory of the host they are computed as far as steps reach: a table of a million positions of 64
-    elements takes 256 MB, and pages that nothing was written to take none.
-    """
-
-    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
-        """ops: whose device reads them; None: nothing does."""
-        layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-        keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
-        self._own = {key: RopeTable(config, layer) for key, layer in zip(keys, layers, strict=True)}
-        self._length, self._reached = config.max_position_embeddings, 0
-        if ops is not None and ops.device.type != "cpu":
-            self._fill(self._length)
-        here = {key: own.values if ops is None else ops.tensor(own.values) for key, own in self._own.items()}
-        self.tables: list[Any] = [here[key] for key in keys]
-
-    def reach(self, batch: Batch) -> None:
-        """Compute what a step reads."""
-        if self._reached < self._length and (longest := int(batch.context_lens.max())) > self._reached:
-            self._fill(longest)
-
-    def _fill(self, length: int) -> None:
-        for own in self._own.values():
-            self._reached = own.reach(length)
 
 
 class RopeTable:

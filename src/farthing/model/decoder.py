@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np
-from farthing.model.attention import Rotations, attention_of, norm_of
+from farthing.model.attention import RopeTable, attention_of, norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.kinds import CacheKind, cache_kinds, cache_place
@@ -41,6 +41,34 @@ def table_of(config: ModelConfig, ops: Ops, weights: WeightSource, head: Handle 
     if ops.arrays:
         return head if ops.is_table(head) else weights.tensor(f"{EMBEDDING}.weight", shape)
     return ops.pack_table(EMBEDDING, lambda: weights.weight(EMBEDDING, shape), head)
+
+
+class Rotations:
+    """The rotation tables of all layers, MTP layers included, on a device; layers share them.
+
+    In memory of the host they are computed as far as steps reach: a table of a million positions of 64
+    elements takes 256 MB, and pages that nothing was written to take none.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
+        """ops: whose device reads them; None: nothing does."""
+        layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+        keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
+        self._own = {key: RopeTable(config, layer) for key, layer in zip(keys, layers, strict=True)}
+        self._length, self._reached = config.max_position_embeddings, 0
+        if ops is not None and ops.device.type != "cpu":
+            self._fill(self._length)
+        here = {key: own.values if ops is None else ops.tensor(own.values) for key, own in self._own.items()}
+        self.tables: list[Any] = [here[key] for key in keys]
+
+    def reach(self, batch: Batch) -> None:
+        """Compute what a step reads."""
+        if self._reached < self._length and (longest := int(batch.context_lens.max())) > self._reached:
+            self._fill(longest)
+
+    def _fill(self, length: int) -> None:
+        for own in self._own.values():
+            self._reached = own.reach(length)
 
 
 class DecoderModel:
@@ -242,6 +270,7 @@ class DecoderModel:
     def first_not_finite(self, ids: Tensor, batch: Batch, cache: LatentCache) -> str | None:
         """The first part of the model whose output has a NaN or an infinity, for the tokens of a step that
         was computed before; None if all are finite. Layer by layer, so slower than `forward`."""
+        self.rotations.reach(batch)
         out = embedded = self.embed(ids)
         if not all_finite(embedded):
             return "the embedding (model.embed_tokens)"

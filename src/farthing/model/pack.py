@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
-from farthing.model.attention import Rotations
 from farthing.model.config import ModelConfig
-from farthing.model.decoder import EMBEDDING, head_ops, routers_of
+from farthing.model.decoder import EMBEDDING, Rotations, head_ops, routers_of
 from farthing.model.deepseek import MTPLayer
 from farthing.model.load import IGNORED, config_of, form_of, source_of, unread
 from farthing.model.source import WeightSource

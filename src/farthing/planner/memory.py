@@ -6,6 +6,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -431,18 +432,23 @@ def fitting_layouts(
 
 def smaller_options(model: PlannedModel, holder: Holder, serving: Serving, limit: int) -> str | None:
     """The options of least change with which one rank fits in `limit` bytes: rounded weights, then fewer
-    sequences at a time. None if there are none."""
+    sequences at a time, then a shorter context. None if there are none."""
     plan = ShardPlan.build(model.config, Layout())
-    asked = holder.quantization
-    for quantization in [asked] if asked else [None, "int8", "int4"]:
+    asked, most = holder.quantization, serving.max_num_seqs
+    formats = [asked] if asked else [None, "int8", "int4"]
+    chosen = serving.cache_tokens != serving.max_model_len  # a cache of the user's own size
+    lengths = [serving.max_model_len >> n for n in range(1 if chosen else 6)]
+    for length, quantization in product(lengths, formats):
         held = replace(holder, quantization=quantization)
         if quantization and not any(held.rounds(stored) for _, stored in model.matrices):
             continue
-        for sequences in (serving.max_num_seqs, 32, 16, 8, 4, 2, 1):
-            fewer = replace(serving, max_num_seqs=min(sequences, serving.max_num_seqs))
+        for sequences in sorted({min(most, n) for n in (most, 32, 16, 8, 4, 2, 1)}, reverse=True):
+            tokens = min(serving.cache_tokens, length)
+            fewer = replace(serving, max_num_seqs=sequences, max_model_len=length, cache_tokens=tokens)
             if max(rank.total for rank in memory(model, plan, held, fewer)) <= limit:
                 said = [] if quantization == asked else [f"--quantization {quantization}"]
-                said += [f"--max-num-seqs {sequences}"] if sequences < serving.max_num_seqs else []
+                said += [f"--max-num-seqs {sequences}"] if sequences < most else []
+                said += [f"--max-model-len {length}"] if length < lengths[0] else []
                 return " ".join(said)
     return None
 

@@ -102,12 +102,6 @@ def test_responses(tiny: Running, body: dict[str, Any], named: str) -> None:
     assert named in f"{error['message']} {error['param']}"
 
 
-def test_embeddings_error_gives_the_reason(tiny: Running) -> None:
-    answer = httpx.post(f"{tiny.url}/v1/embeddings", json={"input": "x"})
-    message = "/v1/embeddings is not served: embeddings: the model is a causal language model"
-    assert answer.status_code == 404 and answer.json()["error"]["message"] == message
-
-
 def test_keys_are_accepted_in_either_header() -> None:
     with running(ScriptedEngine(), keys=KeyRing(["me:secret"])) as server:
         client = anthropic.Anthropic(base_url=server.url, api_key="secret", max_retries=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from farthing.model.fields import integer, section, wrong
+from farthing.model.fields import in_range, integer, section, wrong
 from farthing.model.types.base import (
     Fields,
     ModelType,
@@ -31,6 +31,7 @@ def _hybrid(raw: Fields, fused: bool) -> dict[str, Any]:
     layers = integer(raw, "num_hidden_layers")
     every = integer({"full_attention_interval": 4, **present(raw)}, "full_attention_interval")
     kinds = per_layer(raw, "layer_types", _KINDS) or [_KINDS[(i + 1) % every == 0] for i in range(layers)]
+    drafts = "mtp_num_hidden_layers" if raw.get("mtp_num_hidden_layers") else "num_nextn_predict_layers"
     return {
         "recurrent_layers": [i for i, kind in enumerate(kinds) if kind == _KINDS[0]],
         "fused": fused,
@@ -42,7 +43,7 @@ def _hybrid(raw: Fields, fused: bool) -> dict[str, Any]:
         "shared_gate": True,
         "shared_intermediate_size": integer(raw, "shared_expert_intermediate_size"),
         **experts(raw),
-        "num_nextn_predict_layers": raw.get("mtp_num_hidden_layers") or raw.get("num_nextn_predict_layers"),
+        "num_nextn_predict_layers": in_range(drafts, raw.get(drafts) or 0, 0, 64),
     }
 
 

@@ -200,6 +200,11 @@ class Linear:
     k: int
     rest: Any = None  # the other columns if the product is summed in two parts
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """As of a table that is not packed."""
+        return self.n, self.k
+
 
 @dataclass(slots=True)
 class Experts:
