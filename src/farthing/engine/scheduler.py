@@ -258,10 +258,10 @@ class Scheduler(Generic[S]):
         full = min(seq.num_computed, len(seq.tokens)) // self.block_size
         if self.prefix.enabled and full > seq.num_registered:
             self.prefix.extend(seq.hashes, seq.tokens, seq.salt, full)
-            for i in range(seq.num_registered, full):
-                self.prefix.register(seq.hashes[i], seq.blocks[i])
-                self._computed(seq, seq.hashes[i])
-            self.prefix.remember(seq.hashes, seq.salt, seq.num_registered, full)
+            self.prefix.computed(seq.hashes, seq.salt, seq.blocks, seq.num_registered, full)
+            for digest in seq.hashes[seq.num_registered : full]:
+                if self._computing.get(digest) is seq:
+                    del self._computing[digest]
             if self.prefetch.store is not None:
                 self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full

@@ -251,11 +251,14 @@ class PrefixCache(Known):
             data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
             hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
 
-    def remember(self, hashes: Seq[bytes], salt: str, first: int, end: int) -> None:
-        """The blocks first…end of `hashes` are computed; `missed` knows them after they are evicted, too."""
+    def computed(self, hashes: Seq[bytes], salt: str, blocks: Seq[int], first: int, end: int) -> None:
+        """Register the blocks first…end of a sequence; `missed` knows them after they are evicted, too."""
         for i in range(first, end):
-            self._past[self._parent(hashes[max(0, i - 1) : i], salt)] = hashes[i]
-            self._past.setdefault(hashes[i], None)
+            digest, block = hashes[i], blocks[i]
+            if digest not in self._block_of:
+                self._block_of[digest], self._hash_of[block] = block, digest
+            self._past[self._parent(hashes[max(0, i - 1) : i], salt)] = digest
+            self._past.setdefault(digest, None)
         while len(self._past) > _PAST:
             self._past.popitem(last=False)
 

@@ -55,20 +55,20 @@ class Rotations:
         layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
         keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
         self._own = {key: RopeTable(config, layer) for key, layer in zip(keys, layers, strict=True)}
-        self._length, self._reached = config.max_position_embeddings, 0
+        self.length, self.reached = config.max_position_embeddings, 0
         if ops is not None and ops.device.type != "cpu":
-            self._fill(self._length)
+            self._fill(self.length)
         here = {key: own.values if ops is None else ops.tensor(own.values) for key, own in self._own.items()}
         self.tables: list[Any] = [here[key] for key in keys]
 
     def reach(self, batch: Batch) -> None:
         """Compute what a step reads."""
-        if self._reached < self._length and (longest := int(batch.context_lens.max())) > self._reached:
+        if self.reached < self.length and (longest := int(batch.context_lens.max())) > self.reached:
             self._fill(longest)
 
     def _fill(self, length: int) -> None:
         for own in self._own.values():
-            self._reached = own.reach(length)
+            self.reached = own.reach(length)
 
 
 class DecoderModel:
@@ -232,7 +232,9 @@ class DecoderModel:
         Backends that support it run all layers in one call, with the same result as the loop.
         span: a part of the layers; only if `layered`.
         """
-        self.rotations.reach(batch)
+        tables = self.rotations
+        if tables.reached < tables.length and int(batch.context_lens.max()) > tables.reached:
+            tables.reach(batch)
         if self.stack is not None:
             if len(self.windows) == 1:  # else the stack knows which layers have which
                 (window,) = self.windows

@@ -45,21 +45,17 @@ class Usage:
     prompts: dict[int, RequestMetrics] = field(default_factory=dict)  # by position
 
     @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache."""
-        return sum(metrics.cached_tokens for metrics in self.prompts.values())
-
-    @property
-    def computed(self) -> dict[str, int]:
-        """Prompt tokens that were not found there, by the reason; {} if the cache was not asked."""
+    def prompt_details(self) -> dict[str, int]:
+        """Prompt tokens found in the prefix cache, and, if it was asked, those that were not, by reason."""
         found = [metrics.missed for metrics in self.prompts.values() if metrics.missed is not None]
-        totals = map(sum, zip(*found, strict=True))
-        return dict(zip((f"{name}_tokens" for name in Missed._fields), totals, strict=False))
+        names = (f"{name}_tokens" for name in Missed._fields)
+        missed = dict(zip(names, map(sum, zip(*found, strict=True)), strict=False))
+        return {"cached_tokens": sum(each.cached_tokens for each in self.prompts.values()), **missed}
 
     def headers(self) -> dict[str, str]:
         """The same as a header."""
-        counts = {"cached_tokens": self.cached_tokens, **self.computed}
-        return {PROMPT_HEADER: ", ".join(f"{k}={v}" for k, v in counts.items())} if self.prompts else {}
+        counts = ", ".join(f"{name}={n}" for name, n in self.prompt_details.items())
+        return {PROMPT_HEADER: counts} if self.prompts else {}
 
     def document(self, job: Job) -> dict[str, Any]:
         """The `usage` object of a job whose streams have all finished."""
@@ -67,7 +63,7 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens, **self.computed},
+            "prompt_tokens_details": self.prompt_details,
             "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
         if self.with_cost and job.costs:

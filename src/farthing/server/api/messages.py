@@ -333,11 +333,13 @@ class _Writer:
 
     def _usage(self) -> dict[str, Any]:
         usage = self._turn.usage
+        missed = usage.prompt_details
+        cached = missed.pop("cached_tokens")
         return {
-            "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+            "input_tokens": usage.prompt_tokens - cached,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": usage.cached_tokens,
-            "input_tokens_details": usage.computed,
+            "cache_read_input_tokens": cached,
+            "input_tokens_details": missed,
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},
         }

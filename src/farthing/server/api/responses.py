@@ -319,11 +319,7 @@ class _Writer:
             "output": self._output,
             "usage": {
                 "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {
-                    "cached_tokens": usage.cached_tokens,
-                    "cache_write_tokens": 0,
-                    **usage.computed,
-                },
+                "input_tokens_details": {"cache_write_tokens": 0, **usage.prompt_details},
                 "output_tokens": usage.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
                 "total_tokens": usage.prompt_tokens + usage.completion_tokens,
