@@ -29,14 +29,19 @@ print(before, peak_memory())
 """
 
 
-@pytest.mark.slow
-def test_one_layer_in_memory_at_a_time(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    large = write_model(
-        tmp_path / "m", hidden_size=256, moe_intermediate_size=512, num_hidden_layers=14, n_routed_experts=8,
-        num_nextn_predict_layers=0,
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of many layers, larger than the limit."""
+    path = write_model(
+        tmp_path_factory.mktemp("large"), hidden_size=256, moe_intermediate_size=512, num_hidden_layers=14,
+        n_routed_experts=8, num_nextn_predict_layers=0,
     )  # fmt: skip
-    size = Checkpoint.open(large).stored_bytes()
-    assert size > 1.4 * LIMIT
+    assert Checkpoint.open(path).stored_bytes() > 1.4 * LIMIT
+    return path
+
+
+@pytest.mark.slow
+def test_one_layer_in_memory_at_a_time(model_dir: Path, large: Path, data: Path, tmp_path: Path) -> None:
     args = [sys.executable, "-c", SCRIPT, str(model_dir), str(large), str(data), str(tmp_path)]
     result = subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
@@ -61,12 +66,7 @@ print(gate(Path(sys.argv[1])), gate(Path(sys.argv[2])))
 
 
 @pytest.mark.slow
-def test_the_gate_holds_one_layer_of_one_model(model_dir: Path, data: Path, tmp_path: Path) -> None:
-    large = write_model(
-        tmp_path / "m", hidden_size=256, moe_intermediate_size=512, num_hidden_layers=14, n_routed_experts=8,
-        num_nextn_predict_layers=0,
-    )  # fmt: skip
-    assert Checkpoint.open(large).stored_bytes() > 1.4 * LIMIT
+def test_the_gate_holds_one_layer_of_one_model(model_dir: Path, large: Path, data: Path) -> None:
     args = [sys.executable, "-c", GATE, str(model_dir), str(large), str(data)]
     result = subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr

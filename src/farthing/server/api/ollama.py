@@ -61,9 +61,7 @@ def conversation_of(body: ChatRequest) -> Conversation:
     issued, turns = IssuedCalls(), []
     for position, message in enumerate(body.messages):
         calls = tuple(
-            ToolCall(
-                call.id or "", call.function.name, json.dumps(call.function.arguments, ensure_ascii=False)
-            )
+            ToolCall(call.id or "", call.function.name, _text(call.function.arguments))
             for call in message.tool_calls
         )
         name = message.tool_name or message.name
