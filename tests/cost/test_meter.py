@@ -129,6 +129,22 @@ def test_one_request_matches_manual_calculation() -> None:
     assert report.usd_per_million_output_tokens == pytest.approx(report.total.usd / 20 * 1e6)
 
 
+def test_a_meter_that_is_read_within_a_step_leaves_nothing_pending() -> None:
+    clock = Clock()
+    meter = CostMeter(MACHINE, EstimatedMeter(MACHINE.watts, MACHINE.idle_watts), clock)
+    clock.now = 9.0  # a step that began at 0 still runs
+    meter.observe(0.0)
+    clock.now = 10.0
+    cost = meter.record(Usage(prefill_seconds=2.5, decode_seconds=7.5, decode_tokens=1), 10.0, "m", "alice")
+    assert cost.account.spend.seconds == pytest.approx(1.0)  # what has been observed of the step
+    clock.now = 30.0
+    report = meter.report(10.0)
+    account = report.accounts["m", "alice"]
+    assert (account.prefill.seconds, account.decode.seconds) == pytest.approx((2.5, 7.5))
+    assert report.pending.seconds == pytest.approx(0.0, abs=1e-9)
+    conserved(report)
+
+
 def test_usage_extension_adds_up_and_is_plain_json() -> None:
     meter, _ = hour()
     cost = meter.record(Usage(prefill_tokens=3, prefill_seconds=1, decode_seconds=2), 40.0)

@@ -321,6 +321,7 @@ class CostMeter:
         self._wall = self._busy = self._joules = 0.0
         self._idle_joules = 0.0
         self._open = Spend()  # busy seconds and joules not yet charged to a request
+        self._late: list[tuple[Account, float, float]] = []  # (account, prefill, decode seconds) to charge
         self._accounts: dict[tuple[str, str], Account] = {}
         self._prefill_tokens, self._prefill_usd = 0, 0.0  # over all accounts
         self._watts, self._idle_watts = machine.watts, machine.idle_watts
@@ -338,11 +339,10 @@ class CostMeter:
         """
         with self._lock:
             self._observe(busy_seconds)
-            account = self._charge(usage)
             key = (model, api_key)
             if key not in self._accounts and len(self._accounts) >= self._max_accounts:
                 key = (model, OTHER)
-            self._accounts.setdefault(key, Account()).add(account)
+            account = self._charge(usage, self._accounts.setdefault(key, Account()), busy_seconds)
             utilization = self._busy / self._wall if self._wall > 0 else 0.0
         return RequestCost(account, self.machine, self._energy.source, utilization)
 
@@ -370,28 +370,46 @@ class CostMeter:
         self._open.joules += share * new_joules
         self._idle_joules += (1 - share) * new_joules
         self._wall, self._busy, self._joules = wall, busy, joules
+        late, self._late = self._late, []
+        for account, prefill, decode in late:
+            self._assign(account, prefill, decode, prefill + decode)
 
-    def _charge(self, usage: Usage) -> Account:
-        """Move the request's seconds and their share of joules out of the uncharged total."""
-        asked = usage.prefill_seconds + usage.decode_seconds
-        seconds = min(asked, self._open.seconds)
-        joules = self._open.joules * (seconds / self._open.seconds) if seconds > 0 else 0.0
-        prefill_share = usage.prefill_seconds / asked if asked > 0 else 0.0
-        prefill = self._priced(seconds * prefill_share, joules * prefill_share)
-        decode = self._priced(seconds * (1 - prefill_share), joules * (1 - prefill_share))
-        self._open = Spend(self._open.seconds - seconds, self._open.joules - joules)
-        self._prefill_tokens += usage.prefill_tokens
-        self._prefill_usd += prefill.usd
-        price = self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0
-        return Account(
+    def _charge(self, usage: Usage, total: Account, busy_seconds: float) -> Account:
+        """Charge a request to the account of its key, and return what was charged."""
+        account = Account(
             requests=1,
             prefill_tokens=usage.prefill_tokens,
             cached_tokens=usage.cached_tokens,
             decode_tokens=usage.decode_tokens,
-            prefill=prefill,
-            decode=decode,
-            saved_usd=usage.cached_tokens * price,  # an estimate: the mean price of a computed token
         )
+        total.add(account)
+        spent = self._assign(total, usage.prefill_seconds, usage.decode_seconds, busy_seconds - self._busy)
+        account.prefill, account.decode = spent
+        self._prefill_tokens += usage.prefill_tokens
+        self._prefill_usd += account.prefill.usd
+        price = self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0
+        account.saved_usd = usage.cached_tokens * price  # an estimate: the mean price of a computed token
+        total.saved_usd += account.saved_usd
+        return account
+
+    def _assign(self, account: Account, prefill: float, decode: float, late: float) -> tuple[Spend, Spend]:
+        """Move a request's seconds and their share of joules out of the uncharged total to an account.
+
+        late: seconds that the engine has reported and that will be observed as time passes, because the
+        meter was read in the middle of a step. The request's part of them is charged then.
+        """
+        asked = prefill + decode
+        seconds = min(asked, self._open.seconds)
+        joules = self._open.joules * (seconds / self._open.seconds) if seconds > 0 else 0.0
+        self._open = Spend(self._open.seconds - seconds, self._open.joules - joules)
+        share = prefill / asked if asked > 0 else 0.0
+        first = self._priced(seconds * share, joules * share)
+        then = self._priced(seconds * (1 - share), joules * (1 - share))
+        account.prefill.add(first)
+        account.decode.add(then)
+        if (left := min(asked - seconds, late)) > 1e-9:
+            self._late.append((account, left * share, left * (1 - share)))
+        return first, then
 
     def _priced(self, seconds: float, joules: float) -> Spend:
         per_second, per_joule = self._rates
