@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -32,6 +35,7 @@ from tests.server.test_pool import Fake, served
 
 ANSWER = "# Title\n\nSome **bold** text.\n\n```python\nx = 1\n\ny = 2\n```\n"
 THOUGHT = ["<think>", "why", " not", "</think>", "be", "cause"]
+EVENT = 'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": [{"delta": {"content": "ab"}}]}\n\n'
 ENVIRONMENT = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "40", "NO_COLOR": "1"}
 
 
@@ -155,6 +159,72 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_arrived() -> None:
         t.until("Not a directory")
         t.type("/bye")
         assert t.process.wait(30) == 0
+
+
+def test_ctrl_c_within_a_garbage_collection_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    """An exception that a callback of the collector raises is only reported."""
+    pressed = list[str]()
+
+    def press(phase: str, info: dict[str, int]) -> None:
+        if len(pressed) < 1:
+            pressed.append(phase)
+            signal.raise_signal(signal.SIGINT)
+
+    class Collecting(Screen):
+        def show(self, pieces: Iterator[Piece]) -> None:
+            for number, piece in enumerate(pieces):
+                print(piece.text, end="")
+                gc.callbacks.append(press)
+                gc.collect()
+                gc.callbacks.remove(press)
+                assert number < 1000, "Ctrl-C was lost"
+
+    before = signal.getsignal(signal.SIGINT)
+    with running(ScriptedEngine(["ab "], step=0.001, forever=True)) as server:
+        talk = Conversation(Server(server.url), "tiny")
+        assert reply(talk, "go on", Collecting(), None)
+    assert pressed and capsys.readouterr().out.endswith("(stopped)\n")
+    assert talk.messages[-1]["content"].startswith("ab")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("sent", ["", "HTTP/1.1 200 OK\r\n\r\n", EVENT])
+def test_ctrl_c_ends_the_wait_for_a_silent_server(sent: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with silent(sent, lambda: os.kill(os.getpid(), signal.SIGINT)) as url:
+        talk = Conversation(Server(url), "tiny")
+        assert reply(talk, "go on", Screen(), None)
+    assert "(stopped)" in capsys.readouterr().out
+
+
+def test_an_answer_that_the_server_breaks_off_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with silent(EVENT, None) as url:
+        talk = Conversation(Server(url), "tiny")
+        assert not reply(talk, "go on", Screen(), None)
+    assert "the connection ended amid an answer" in capsys.readouterr().out
+    assert talk.messages[-1]["content"] == "ab"  # what arrived is kept
+
+
+@contextmanager
+def silent(sent: str, then: Callable[[], None] | None) -> Iterator[str]:
+    """A server that reads a request, sends this, and then is silent until its client leaves. then: called
+    once it is silent; None: it ends the connection instead."""
+
+    def serve() -> None:
+        connection = listener.accept()[0]
+        with connection:
+            connection.recv(65536)
+            connection.sendall(sent.encode())
+            if then is not None:
+                then()
+                while connection.recv(65536):
+                    pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def test_reasoning_is_folded() -> None:

@@ -6,6 +6,8 @@ import http.client
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,7 @@ class Server:
             {"Authorization": f"Bearer {key}"} if key else {}
         )
         self.url = f"{parts.scheme}://{parts.netloc}{self._base}"
+        self._stopped = False  # by Ctrl-C
 
     def models(self) -> list[str]:
         """The names of the models served. Raises OSError or ValueError."""
@@ -68,10 +71,13 @@ class Server:
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed chat completion; leaving the loop ends the request.
 
-        Raises OSError for a connection, ValueError with the server's message for an error.
+        Raises OSError for a connection, ValueError with the server's message for an error, and
+        KeyboardInterrupt after Ctrl-C.
         """
         with self._answer("POST", "/v1/chat/completions", body, None) as answer:
             for line in answer:
+                if self._stopped:
+                    return
                 data = line.decode().strip().removeprefix("data: ")
                 if data == "[DONE]":
                     return
@@ -81,6 +87,7 @@ class Server:
                 if "error" in event:
                     raise ValueError(str(event["error"].get("message", event["error"])))
                 yield event
+            raise ConnectionError("the connection ended amid an answer")
 
     @contextmanager
     def _answer(
@@ -90,20 +97,44 @@ class Server:
         assert self._parts.hostname
         connection = kind(self._parts.hostname, self._parts.port, timeout=seconds)
         try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, self._base + path, text, self._headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise ValueError(
-                    _message(answer.read(), f"{self.url}{path}: {answer.status} {answer.reason}")
-                )
-            yield answer
+            connection.connect()
+            with self._until_stopped(connection.sock):
+                text = None if body is None else json.dumps(body)
+                connection.request(method, self._base + path, text, self._headers)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    raise ValueError(
+                        _message(answer.read(), f"{self.url}{path}: {answer.status} {answer.reason}")
+                    )
+                yield answer
         except http.client.HTTPException as error:
             raise ConnectionError(f"{self.url}: {error!r}") from error
         except OSError as error:
             raise type(error)(f"{self.url}: {error}") from error
         finally:
             connection.close()
+
+    @contextmanager
+    def _until_stopped(self, connection: socket.socket) -> Iterator[None]:
+        """Ctrl-C ends a connection, and raises KeyboardInterrupt here once that was noticed.
+
+        Python's own handler raises it wherever the main thread is, and if that is in a destructor or in a
+        callback of the garbage collector, it is lost.
+        """
+
+        def stop(*_: object) -> None:
+            self._stopped = True
+            with suppress(OSError):  # it has ended
+                connection.shutdown(socket.SHUT_RDWR)
+
+        self._stopped = False
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if self._stopped:
+                raise KeyboardInterrupt
 
 
 def _message(body: bytes, otherwise: str) -> str:
