@@ -24,6 +24,7 @@ from farthing.cli.app import app  # noqa: E402
 from farthing.engine.tokenizer import Tokenizer  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
 from farthing.model.fields import ConfigError  # noqa: E402
+from farthing.model.gguf import _bounded  # noqa: E402
 from farthing.model.load import load  # noqa: E402
 from farthing.ops.cpu import CpuOps  # noqa: E402
 from farthing.ops.select import select  # noqa: E402
@@ -304,7 +305,7 @@ HEADER = b"GGUF" + struct.pack("<I", 3)
         (struct.pack("<QQ", 0, 1) + _list("x", 4, 1 << 40), r"1,099,511,627,776 values of an array"),
         (
             struct.pack("<QQ", 0, 1) + _list("x", 4, 1 << 22),
-            "has 4,145 bytes, and a field or tensor ends at 4,149",
+            "has 4,145 bytes, and a field or tensor ends at 16,777,265",
         ),
         (struct.pack("<QQ", 0, 1) + _text("x") + struct.pack("<IQ", 8, 1 << 50), "ends at 1,125,899"),
         (struct.pack("<QQ", 1 << 20, 0), "1,048,576 tensors; expected at most 131,072"),
@@ -383,6 +384,41 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, int]:
     """A folder for damaged copies, a file's bytes, and the length of its header."""
     file = write(tmp_path_factory.mktemp("whole") / "model.gguf", "qwen3moe", "Q4_0", layers=1)
     return file.parent, file.read_bytes(), min(int(t.data_offset) for t in gguf.GGUFReader(file).tensors)
+
+
+_SCALARS = st.one_of(st.booleans(), st.integers(-(2**31), 2**31 - 1), st.floats(width=32, allow_nan=False))
+_VALUES = st.one_of(
+    _SCALARS,
+    st.text(max_size=9),
+    st.lists(st.text(max_size=9), max_size=5),
+    st.lists(st.booleans(), max_size=5),
+    st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5),
+    st.lists(st.floats(width=32, allow_nan=False), max_size=5),
+    st.lists(st.lists(st.text(max_size=3), min_size=1, max_size=3), min_size=1, max_size=3),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(_VALUES, max_size=6), swapped=st.booleans())
+def test_metadata_is_what_the_librarys_reader_finds(
+    tmp_path: Path, values: list[Any], swapped: bool
+) -> None:
+    endian = gguf.GGUFEndian.BIG if swapped else gguf.GGUFEndian.LITTLE
+    w = gguf.GGUFWriter(file := tmp_path / "model.gguf", "llama", endianess=endian)
+    for i, value in enumerate(values):
+        if value != []:  # the writer leaves out empty arrays
+            kind = gguf.GGUFValueType.get_type(value)
+            w.add_key_value(f"field.{i}", value, kind)
+    w.add_tensor("a.weight", np.zeros((2, 3), np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    expected, found = gguf.GGUFReader(file), _bounded()(file)
+    assert found.fields.keys() == expected.fields.keys() and found.data_offset == expected.data_offset
+    for name, field in expected.fields.items():
+        assert repr(found.fields[name].contents()) == repr(field.contents()), name
+    assert [t.data.tobytes() for t in found.tensors] == [t.data.tobytes() for t in expected.tensors]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

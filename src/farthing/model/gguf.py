@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import prod
@@ -435,7 +436,7 @@ def _opened(file: Path) -> Any:
 
 @cache
 def _bounded() -> Any:
-    """The library's reader, which itself goes on where a file has ended, and has an object per number."""
+    """The library's reader, which itself goes on where a file has ended, and reads arrays number by number."""
 
     class Bounded(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
@@ -445,8 +446,18 @@ def _bounded() -> Any:
             return super()._get(offset, dtype, count, override_order)
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-            if raw_type == gguf.GGUFValueType.ARRAY:
-                _at_most(_MOST_VALUES, "values of an array", self._get(orig_offs + 4, np.uint64)[0])
+            if raw_type != gguf.GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
+            kind, count, start = int(head[0][0]), int(head[1][0]), orig_offs + 12
+            _at_most(_MOST_VALUES, "values of an array", count)
+            types = [gguf.GGUFValueType.ARRAY, kind]
+            if (dtype := self.gguf_scalar_to_np.get(kind)) is not None:
+                values = self._get(start, dtype, count)
+                return 12 + values.nbytes, [*head, values], [2], types
+            if kind == gguf.GGUFValueType.STRING and self.byte_order == "I":
+                end, strings = _strings(self.data, start, count)
+                return end - orig_offs, head + strings, range(2, 2 + count), types
             return super()._get_field_parts(orig_offs, raw_type)
 
         def _build_tensor_info(self, offs: int, count: int) -> Any:
@@ -461,6 +472,19 @@ def _bounded() -> Any:
             return end, fields
 
     return Bounded
+
+
+def _strings(data: Any, at: int, count: int) -> tuple[int, list[Any]]:
+    """(where they end, the bytes of each) of an array's strings, each after its length."""
+    data, found = data.view(np.ndarray), []  # slices of a memory map cost several times as much
+    unpack = struct.Struct("=Q").unpack_from
+    for _ in range(count):
+        start = at + 8
+        at = start + unpack(data, at)[0]
+        if at > len(data):
+            raise ValueError(f"has {len(data):,} bytes, and a text ends at {at:,}")
+        found.append(data[start:at])
+    return at, found
 
 
 def _printable(text: object) -> str:
