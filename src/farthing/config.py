@@ -426,7 +426,13 @@ class EngineConfig:
     @property
     def num_ranks(self) -> int:
         """Number of processes that each hold a part of the model."""
-        return max(self.tensor_parallel_size, self.expert_parallel_size) * self.pipeline_parallel_size
+        tp, pp, ep = self.sizes
+        return max(tp, ep) * pp
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Ranks by tensor, pipeline and expert parallelism."""
+        return self.tensor_parallel_size, self.pipeline_parallel_size, self.expert_parallel_size
 
 
 DEFAULT_DRAFTS = 4  # maximum drafts per step; the MTP layer stops earlier where it is unsure

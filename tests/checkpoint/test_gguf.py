@@ -400,9 +400,7 @@ _VALUES = st.one_of(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(_VALUES, max_size=6), swapped=st.booleans())
-def test_metadata_is_what_the_librarys_reader_finds(
-    tmp_path: Path, values: list[Any], swapped: bool
-) -> None:
+def test_metadata_is_what_the_librarys_reader_finds(tmp_path: Path, values: list[Any], swapped: bool) -> None:
     endian = gguf.GGUFEndian.BIG if swapped else gguf.GGUFEndian.LITTLE
     w = gguf.GGUFWriter(file := tmp_path / "model.gguf", "llama", endianess=endian)
     for i, value in enumerate(values):

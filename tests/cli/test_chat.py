@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -399,7 +400,7 @@ def test_a_piece_is_text_or_reasoning() -> None:
 
 
 def test_a_server_of_several_models_serves_each_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with served(Fake("a", tmp_path), Fake("b", tmp_path)) as front:
         monkeypatch.setenv("FARTHING_URL", front.url)
@@ -407,3 +408,28 @@ def test_a_server_of_several_models_serves_each_by_its_name(
             found = find(wanted, None)
             assert found is not None and found[1] == expected
         assert find("c", None) is None and front.front.pool.loads == 0
+        refused = CliRunner().invoke(app, ["chat", front.url, "--model", "c"])
+        assert refused.exit_code == 2 and "model: got 'c'; expected one of a, b" in refused.output
+        refused = CliRunner().invoke(app, ["chat", "a", "--model", "b"])
+        assert refused.exit_code == 2 and "model: got both 'a' and 'b'" in refused.output
+        httpx.post(f"{front.url}/models/load", json={"model": "b"}, timeout=60)
+        found = find(None, None)
+        assert found is not None and found[1] == "b"  # the loaded one
+        talk = Conversation(found[0], "b")
+        for line, expected in (
+            ("/model", "  a  available\n* b  loaded\n"),
+            ("/model a", "* a  available\n  b  loaded\n"),
+            ("/model c", "error: model: got 'c'; expected one of a, b\n"),
+        ):
+            obey(line, talk, Screen())
+            assert capsys.readouterr().out == expected
+        assert talk.model == "a"
+
+
+def test_a_model_of_a_server_is_chosen_in_the_conversation() -> None:
+    with running(ScriptedEngine(["ok"])) as server, terminal(server.url, "--model", "tiny") as t:
+        assert "talking to tiny" in t.until(">>> ")
+        t.type("/model")
+        t.until("* tiny")
+        t.type("/bye")
+        assert t.process.wait(60) == 0

@@ -23,11 +23,11 @@ import httpx
 import pytest
 
 from farthing.server import pool as pool_module
-from farthing.server.config import KeyRing, ServerConfig
+from farthing.server.config import Given, KeyRing, ServerConfig
 from farthing.server.errors import ApiError
 from farthing.server.front import Front, create_front
 from farthing.server.pool import Pool, PoolConfig
-from farthing.server.presets import Sized
+from farthing.server.presets import Sized, read_models
 from farthing.server.run import listen, server_of
 
 # A server of one model: `slow` streams until its client leaves, then notes it; `die` ends the process.
@@ -367,6 +367,36 @@ def test_a_model_that_streams_is_neither_unloaded_nor_listed_as_expired(tmp_path
         assert refused.status_code == 409 and refused.json()["error"]["code"] == "model_in_use"
         (listed,) = httpx.get(f"{server.url}/api/ps").json()["models"]
         assert datetime.fromisoformat(listed["expires_at"]) > datetime.now(UTC) + timedelta(seconds=500)
+
+
+@pytest.mark.slow
+def test_a_model_of_two_ranks_answers_as_one_of_one(tmp_path: Path) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text('[one]\nmodel = "mite"\n[two]\nmodel = "mite"\ntensor_parallel_size = 2\n')
+    models, limit = read_models(file, Given({"kv_cache_memory": 10**8}, {}), "8GB")
+    body = {"prompt": "import os\n", "max_tokens": 8, "temperature": 0.0}
+    with (
+        served(*cast("list[Fake]", models), limit=limit) as server,
+        httpx.Client(base_url=server.url, timeout=200) as http,
+    ):
+        texts = [http.post("/v1/completions", json={"model": name, **body}) for name in ("one", "two")]
+        one, two = (each.raise_for_status().json()["choices"][0]["text"] for each in texts)
+        assert one == two
+        process = server.front.pool.models["two"].server
+        assert process is not None
+        ranks = [each for each in Path("/proc").glob("[0-9]*") if in_group(each, process.process.pid)]
+        assert len(ranks) >= 2
+    deadline = time.monotonic() + 60
+    while left := [each for each in ranks if in_group(each, process.process.pid)]:
+        assert time.monotonic() < deadline, [(each / "cmdline").read_text() for each in left]
+        time.sleep(0.02)
+
+
+def in_group(process: Path, group: int) -> bool:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[2]) == group
+    except OSError:
+        return False
 
 
 # A front as a process of its own, by a program that serves one fake model.

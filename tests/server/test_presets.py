@@ -90,7 +90,12 @@ def test_a_file_gives_names_and_options_to_models(tmp_path: Path) -> None:
         ("[x]\nsize = 1", "'x': expected a table"),
         ('[x]\nmodel = "MODEL"\nsize = 1', r"\[x\]: size: no such option"),
         ('[x]\nmodel = "MODEL"\nmax_model_len = 0', r"\[x\]: max_model_len: got 0; expected"),
-        ('[x]\nmodel = "MODEL"\nbackend = "gpu"', r"\[x\]: backend: got 'gpu'.*expected one rank on a CPU"),
+        ('[x]\nmodel = "MODEL"\nbackend = "gpu"', r"\[x\]: backend: got 'gpu'; expected the CPU of this"),
+        ('[x]\nmodel = "MODEL"\nbackend = "torch"\ndevice = "cuda"', r"\[x\]: device: got 'cuda'; expected"),
+        ('[x]\nmodel = "MODEL"\ntp = 2', r"\[x\]: tp: no such option"),
+        ('[x]\nmodel = "MODEL"\ntensor_parallel_size = 2\nnodes = 2', r"\[x\]: nodes: got 2; expected"),
+        ('[x]\nmodel = "MODEL"\nexperts_on = "cpu"', r"\[x\]: experts_on: got 'cpu'; expected"),
+        ('[x]\nmodel = "MODEL"\ndisaggregate = true', r"\[x\]: disaggregate: got True; expected"),
         ('[x]\nmodel = "/nowhere/at/all"', r"\[x\]: model: got '/nowhere/at/all'"),
         ("[x", "is no TOML"),
     ],
@@ -110,6 +115,18 @@ def test_context_and_cache_shrink_to_the_limit(tmp_path: Path) -> None:
     assert less.engine.kv_cache_memory < whole.engine.kv_cache_memory
     with pytest.raises(ValueError, match=r"tiny needs .* GB; expected at most the 0.0 GB of --models-memory"):
         preset.sized(10**6)
+
+
+def test_memory_of_all_ranks_is_counted(tmp_path: Path) -> None:
+    path = model(tmp_path / "tiny")
+    file = tmp_path / "models.toml"
+    table = f'[x]\nmodel = "{path}"\nkv_cache_memory = "1MB"\nquantization = "int4"\n'
+    file.write_text(table)
+    (one,) = (preset.sized(10**10) for preset in read_presets(file, Given({}, {})))
+    file.write_text(f"{table}tensor_parallel_size = 2\n")
+    (two,) = (preset.sized(10**10) for preset in read_presets(file, Given({}, {})))
+    assert "--tensor-parallel-size 2" in " ".join(two.command(1))
+    assert two.size - one.size > 300 << 20  # another process
 
 
 def test_arguments_are_the_options_that_differ() -> None:

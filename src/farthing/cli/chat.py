@@ -21,18 +21,18 @@ from rich.text import Text
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.errors import one_line_errors
 from farthing.cli.mcp import McpServers, default_file
-from farthing.cli.preflight import on_this_cpu
 from farthing.cli.tables import step_progress
 from farthing.config import EngineConfig
 from farthing.files import replace_text
 from farthing.hub import EMBEDDED, find_model
-from farthing.memory import available_memory
+from farthing.memory import available_memory, on_this_cpu
 from farthing.planner.fit import fit
 
 if TYPE_CHECKING:
     from farthing.cli.conversation import Call
 
 HELP = """\
+/model NAME      talk to another model of the server; without NAME list them
 /system TEXT     set the system prompt; without TEXT show it
 /think LEVEL     on, off, or an effort such as low; without LEVEL the model's own
 /thoughts        show the reasoning of the last answer
@@ -70,6 +70,10 @@ class Screen:
     def say(self, text: str) -> None:
         """A line about the conversation."""
         self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
+
+    def error(self, error: Exception) -> None:
+        """What went wrong, in one line."""
+        self.console.print(Text(printable(f"error: {error}"), style="red"), soft_wrap=True)
 
     def show(self, pieces: Iterator[Piece]) -> None:
         """An answer as it arrives."""
@@ -138,6 +142,7 @@ def converse(talk: Conversation, screen: Screen, servers: McpServers | None) -> 
     """Read, answer, until the end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history in `input`
+    screen.say(f"talking to {talk.model}; /? for help")
     while True:
         try:
             said = screen.read()
@@ -171,10 +176,25 @@ def obey(line: str, talk: Conversation, screen: Screen) -> None:
     elif name == "/clear":
         talk.clear()
         screen.say("a new conversation")
+    elif name == "/model":
+        switch(talk, rest, screen)
     elif name == "/save" and rest:
         save(talk, Path(rest).expanduser(), screen)
     else:
         screen.say(HELP)
+
+
+def switch(talk: Conversation, name: str, screen: Screen) -> None:
+    """Go on with another model; without a name, list the server's."""
+    try:
+        if name:
+            talk.model = talk.server.model(name)
+        served = talk.server.models()
+    except (OSError, ValueError) as error:
+        screen.error(error)
+        return
+    for each, state in served.items():
+        screen.say(f"{'*' if each == talk.model else ' '} {each}{f'  {state}' if state else ''}")
 
 
 def save(talk: Conversation, file: Path, screen: Screen) -> None:
@@ -208,7 +228,7 @@ def reply(talk: Conversation, said: str, screen: Screen, servers: McpServers | N
         screen.say("(stopped)")
         return True
     except (OSError, ValueError) as error:
-        screen.console.print(Text(printable(f"error: {error}"), style="red"))
+        screen.error(error)
         return False
     if screen.formatted:
         screen.say(_account(talk, time.monotonic() - began))
@@ -266,6 +286,9 @@ def chat(
             metavar="[MODEL|URL]", help="A model, or a server's address; default: what runs here."
         ),
     ] = None,
+    name: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Which model of the server at URL.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and end.")] = None,
     system: _System = "",
     think: _Think = None,
@@ -282,8 +305,10 @@ def chat(
         key = api_key.rpartition(":")[2] if api_key else None
         if model is not None and model.startswith(("http://", "https://")):
             server = Server(model, key)
-            served = server.models()[0]
-        elif found := find(model, key):
+            served = server.model(name)
+        elif model is not None and name is not None:
+            raise ValueError(f"model: got both {model!r} and {name!r}; expected one, or a server's address")
+        elif found := find(model := model or name, key):
             server, served = found
         else:
             served = model or EMBEDDED
@@ -328,7 +353,7 @@ def _started(model: str) -> Iterator[Server]:
     with ExitStack() as stack:
         with console.status(f"starting {model}") as status:
             server = stack.enter_context(started(model, ("--fit",), lambda line: status.update(_cut(line))))
-        said = f"{model} is served on {server.url} while this runs; /? for help"
+        said = f"{model} is served on {server.url} while this runs"
         console.print(Text(said, style="dim"), soft_wrap=True)
         yield server
 

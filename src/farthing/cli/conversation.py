@@ -57,10 +57,22 @@ class Server:
         self.url = f"{parts.scheme}://{parts.netloc}{self._base}"
         self._stopped = False  # by Ctrl-C
 
-    def models(self) -> list[str]:
-        """The names of the models served. Raises OSError or ValueError."""
+    def models(self) -> dict[str, str]:
+        """The names of the models served, each with its state where there are several. Raises OSError or
+        ValueError."""
         with self._answer("GET", "/v1/models", None, _CONNECT_SECONDS) as answer:
-            return [str(model["id"]) for model in json.loads(answer.read())["data"]]
+            return {str(each["id"]): str(each.get("state", "")) for each in json.loads(answer.read())["data"]}
+
+    def model(self, name: str | None) -> str:
+        """The name of a model that is served; None: of a loaded one, or else of the first. Raises OSError or
+        ValueError."""
+        if not (served := self.models()):
+            raise ValueError(f"{self.url} serves no model")
+        if name is None:
+            return next((each for each, state in served.items() if state == "loaded"), next(iter(served)))
+        if name not in served:
+            raise ValueError(f"model: got {name!r}; expected one of {', '.join(served)}")
+        return name
 
     def ready(self) -> bool:
         """Whether requests are accepted."""
@@ -254,9 +266,9 @@ def find(model: str | None, key: str | None) -> tuple[Server, str] | None:
     """A server that listens at the usual address (FARTHING_URL) and serves the model, and its name there."""
     server = Server(os.environ.get("FARTHING_URL") or ADDRESS, key)
     with suppress(OSError, ValueError, KeyError):
-        names = server.models()
-        if names and (model is None or model in names) and server.ready():
-            return server, model or names[0]
+        name = server.model(model)
+        if server.ready():
+            return server, name
     return None
 
 

@@ -13,10 +13,9 @@ import typer
 from farthing import hub, stores
 from farthing.checkpoint.reader import has_config, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
-from farthing.cli.preflight import on_this_cpu
 from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
-from farthing.memory import available_memory
+from farthing.memory import available_memory, on_this_cpu
 from farthing.model import ModelConfig
 from farthing.planner.fit import fit
 from farthing.planner.footprint import quantization_of

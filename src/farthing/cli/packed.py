@@ -11,10 +11,10 @@ from pathlib import Path
 
 from farthing import __version__
 from farthing.checkpoint.reader import Checkpoint
-from farthing.cli.preflight import on_this_cpu
 from farthing.config import AUTO, EngineConfig, Quantization
 from farthing.files import BeingWritten
 from farthing.hub import EMBEDDED
+from farthing.memory import on_this_cpu
 from farthing.process import Progress, cache_dir, page_in, unseen
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,11 @@ from typing import Any
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import AUTO, EngineConfig
 from farthing.hub import Found, find_model
-from farthing.memory import available_memory, gigabytes
+from farthing.memory import available_memory, gigabytes, on_this_cpu
 from farthing.ops.select import check
 from farthing.planner.fit import certainly_fits, fit, weight_bytes, worth_packing
 
 log = logging.getLogger(__name__)
-_GPU = Path("/dev/nvidiactl")
 
 
 def preflight(config: EngineConfig) -> Found:
@@ -66,14 +65,6 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     return replace(config, **chosen)
 
 
-def on_this_cpu(config: EngineConfig) -> bool:
-    """Whether weights and cache are in this machine's memory."""
-    if config.nodes > 1 or config.experts_on is not None or config.device not in (None, "cpu"):
-        return False
-    kind = config.backend.partition("/")[0]
-    return kind in ("cpu", "reference") or (kind == "auto" and not _GPU.exists())
-
-
 def _check_memory(config: EngineConfig, path: Path) -> None:
     free, cache = available_memory(), config.kv_cache_memory or 0
     if cache > free:
@@ -86,10 +77,9 @@ def _check_memory(config: EngineConfig, path: Path) -> None:
 
     if certainly_fits(path, free - cache):
         return
-    sizes = config.tensor_parallel_size, config.pipeline_parallel_size, config.expert_parallel_size
 
     def needed(quantization: str | None) -> int:
-        return weight_bytes(path, quantization, sizes) + cache
+        return weight_bytes(path, quantization, config.sizes) + cache
 
     if (wanted := needed(config.quantization)) <= free:
         return

@@ -16,7 +16,7 @@ from functools import cache
 from math import prod
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, cast
 
 from farthing.checkpoint.gguf import ARCHITECTURES, COMPUTED, INDEX, ValueHeads, describe
 from farthing.checkpoint.shards import CheckpointError
@@ -436,7 +436,7 @@ def _opened(file: Path) -> Any:
 
 @cache
 def _bounded() -> Any:
-    """The library's reader, which itself goes on where a file has ended, and reads arrays number by number."""
+    """The library's reader goes on where a file has ended, and reads every number of an array by itself."""
 
     class Bounded(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
@@ -451,8 +451,8 @@ def _bounded() -> Any:
             head = [self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)]
             kind, count, start = int(head[0][0]), int(head[1][0]), orig_offs + 12
             _at_most(_MOST_VALUES, "values of an array", count)
-            types = [gguf.GGUFValueType.ARRAY, kind]
-            if (dtype := self.gguf_scalar_to_np.get(kind)) is not None:
+            types, plain = [gguf.GGUFValueType.ARRAY, kind], cast("dict[int, Any]", self.gguf_scalar_to_np)
+            if (dtype := plain.get(kind)) is not None:
                 values = self._get(start, dtype, count)
                 return 12 + values.nbytes, [*head, values], [2], types
             if kind == gguf.GGUFValueType.STRING and self.byte_order == "I":

@@ -127,9 +127,7 @@ class RankOptions:
     @property
     def layout(self) -> Layout:
         """How the model is split over ranks."""
-        c = self.config
-        sizes = c.tensor_parallel_size, c.pipeline_parallel_size, c.expert_parallel_size
-        return Layout(*sizes, c.dp_attention)
+        return Layout(*self.config.sizes, self.config.dp_attention)
 
     def packed_file(self, rank: int) -> Path | None:
         """Path of a rank's packed file: the configured path with layout and rank appended."""

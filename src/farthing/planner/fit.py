@@ -34,19 +34,17 @@ def certainly_fits(path: Path, free: int) -> bool:
 
 
 def weight_bytes(path: Path, quantization: str | None = None, sizes: tuple[int, int, int] = (1, 1, 1)) -> int:
-    """Bytes of all ranks' weights as CPU kernels hold them, by the files' headers or else by config.json.
-
-    sizes: tp, pp, ep.
-    """
-    plan, model = _planned(path, Layout(*sizes))
+    """Bytes of all ranks' weights as CPU kernels hold them, by the files' headers or else by config.json."""
     serving = Serving(cache_tokens=0, max_model_len=1, max_num_batched_tokens=1, max_num_seqs=1)
-    return sum(rank.weights for rank in memory(model, plan, Holder("cpu", 4, quantization), serving))
+    return sum(rank.weights for rank in needed(path, quantization, serving, sizes))
 
 
-def needed(path: Path, quantization: str | None, serving: Serving) -> RankMemory:
-    """The memory of one rank on a CPU."""
-    plan, model = _planned(path, Layout())
-    return memory(model, plan, Holder("cpu", 4, quantization), serving)[0]
+def needed(
+    path: Path, quantization: str | None, serving: Serving, sizes: tuple[int, int, int] = (1, 1, 1)
+) -> list[RankMemory]:
+    """The memory of each rank on a CPU. sizes: tp, pp, ep."""
+    plan, model = _planned(path, Layout(*sizes))
+    return memory(model, plan, Holder("cpu", 4, quantization), serving)
 
 
 def _planned(path: Path, layout: Layout) -> tuple[ShardPlan, PlannedModel]:

@@ -17,7 +17,7 @@ from farthing.config import AUTO, EngineConfig, as_arguments, parse_bytes
 from farthing.conversation.select import Checkpoint, choose
 from farthing.engine.tokenizer import Tokenizer
 from farthing.hub import resolve_config, resolve_shapes
-from farthing.memory import available_memory, gigabytes
+from farthing.memory import available_memory, gigabytes, on_this_cpu
 from farthing.model.config import ModelConfig
 from farthing.planner.fit import needed, worth_packing
 from farthing.planner.memory import Serving
@@ -36,6 +36,13 @@ _IN_FRONT = {
     "allowed_hosts": (),
     "allowed_origins": (),
 }
+_DEFAULTS = EngineConfig()
+_ELSEWHERE = (
+    "device",
+    "nodes",
+    "experts_on",
+    "disaggregate",
+)  # options that take memory which is not counted
 _SHARE = 0.8  # of the available memory, for all models
 _CONTEXT = 32_768  # default tokens of context, where the model has as many and they fit
 _CACHES = 4  # caches of a whole context, where they fit
@@ -94,9 +101,9 @@ class Preset:
         while True:
             sequences = min(engine.max_num_seqs, 64)
             serving = Serving(caches * context, context, sequences, threads=engine.threads)
-            memory = needed(path, engine.quantization, serving)
-            cache = engine.kv_cache_memory or memory.cache
-            size = memory.total - memory.cache + cache + _PROCESS
+            ranks = needed(path, engine.quantization, serving, engine.sizes)
+            cache = engine.kv_cache_memory or sum(rank.cache for rank in ranks)
+            size = cache + sum(rank.total - rank.cache + _PROCESS for rank in ranks)
             if size <= limit:
                 break
             if caches > 1:
@@ -110,7 +117,7 @@ class Preset:
                 )
         if engine.num_blocks is None:
             engine = replace(engine, kv_cache_memory=cache, max_model_len=context)
-        if engine.packed is None and worth_packing(path, memory.weights):
+        if engine.packed is None and worth_packing(path, sum(rank.weights for rank in ranks)):
             engine = replace(engine, packed=AUTO)
         return Sized(self, engine, size, key_file)
 
@@ -223,9 +230,11 @@ def _preset(name: str, options: Mapping[str, Any], given: Given) -> Preset:
         raise ValueError(f"{unknown[0]}: no such option; expected one of `farthing serve` about the model")
     of_server = {each: own.pop(each) for each in _PER_MODEL if each in own}
     config = EngineConfig(**{**given.engine, **own})
-    if config.backend.partition("/")[0] not in ("auto", "cpu", "reference") or config.num_ranks > 1:
+    elsewhere = next((each for each in _ELSEWHERE if getattr(config, each) != getattr(_DEFAULTS, each)), None)
+    if elsewhere or not on_this_cpu(config):
+        option = elsewhere or "backend"
         raise ValueError(
-            f"backend: got {config.backend!r} with {config.num_ranks} ranks; expected one rank on a CPU: "
-            "only this machine's memory is counted"
+            f"{option}: got {getattr(config, option)!r}; expected the CPU of this machine, whose memory "
+            "several models share"
         )
     return Preset(name, config, ServerConfig(**{**given.server, **of_server, **_IN_FRONT}))
