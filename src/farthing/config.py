@@ -206,6 +206,7 @@ ExpertsOn = Literal["cpu"]
 
 DEFAULT_DISK_BYTES = 10 << 30
 AUTO = "auto"  # of `packed`: a file in the user's cache directory
+_GPU = Path("/dev/nvidiactl")
 CPU_STEP_TOKENS, GPU_STEP_TOKENS = 1024, 8192  # defaults of max_num_batched_tokens
 
 _engine = partial(option, group="Engine")
@@ -428,6 +429,14 @@ class EngineConfig:
         """Number of processes that each hold a part of the model."""
         tp, pp, ep = self.sizes
         return max(tp, ep) * pp
+
+    @property
+    def on_this_cpu(self) -> bool:
+        """Whether weights and cache are in this machine's memory."""
+        if self.nodes > 1 or self.experts_on is not None or self.device not in (None, "cpu"):
+            return False
+        kind = self.backend.partition("/")[0]
+        return kind in ("cpu", "reference") or (kind == "auto" and not _GPU.exists())
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -5,12 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from farthing.config import EngineConfig
-
-_GPU = Path("/dev/nvidiactl")
 
 
 def resident() -> int:
@@ -71,11 +65,3 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def on_this_cpu(config: EngineConfig) -> bool:
-    """Whether weights and cache are in this machine's memory."""
-    if config.nodes > 1 or config.experts_on is not None or config.device not in (None, "cpu"):
-        return False
-    kind = config.backend.partition("/")[0]
-    return kind in ("cpu", "reference") or (kind == "auto" and not _GPU.exists())

@@ -25,7 +25,7 @@ from farthing.cli.tables import step_progress
 from farthing.config import EngineConfig
 from farthing.files import replace_text
 from farthing.hub import EMBEDDED, find_model
-from farthing.memory import available_memory, on_this_cpu
+from farthing.memory import available_memory
 from farthing.planner.fit import fit
 
 if TYPE_CHECKING:
@@ -345,7 +345,7 @@ def _started(model: str) -> Iterator[Server]:
     """A server of a model, downloaded first. Raises ValueError if it does not fit, before the download."""
     console = Console(stderr=True)
     found = find_model(model)
-    if on_this_cpu(EngineConfig(model=model)):
+    if EngineConfig(model=model).on_this_cpu:
         chosen = fit(found.path, available_memory())
         console.print(Text(f"fit: {chosen}", style="dim"), soft_wrap=True)
     with step_progress(f"downloading {model}") as progress:

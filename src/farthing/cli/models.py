@@ -15,7 +15,7 @@ from farthing.checkpoint.reader import has_config, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
 from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
-from farthing.memory import available_memory, on_this_cpu
+from farthing.memory import available_memory
 from farthing.model import ModelConfig
 from farthing.planner.fit import fit
 from farthing.planner.footprint import quantization_of
@@ -43,7 +43,7 @@ def pull(
     log_lines()
     with one_line_errors("pull"), errors_as_one_line("run the same command to resume"):
         found = hub.find_model(model)
-        if check_memory and on_this_cpu(EngineConfig(model=model)):
+        if check_memory and EngineConfig(model=model).on_this_cpu:
             typer.echo(f"fit: {fit(found.path, available_memory())}")
         files = f"{len(found.absent)} files, {size(found.to_download)}"
         with step_progress("downloading") as progress:

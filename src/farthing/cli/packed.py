@@ -14,7 +14,6 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.config import AUTO, EngineConfig, Quantization
 from farthing.files import BeingWritten
 from farthing.hub import EMBEDDED
-from farthing.memory import on_this_cpu
 from farthing.process import Progress, cache_dir, page_in, unseen
 
 log = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ def with_packed(config: EngineConfig, path: Path, progress: Progress | None = un
     wanted = config.packed == AUTO or (config.packed is None and config.model == EMBEDDED)
     if not wanted:
         return config
-    if config.deterministic or config.num_ranks > 1 or not (on_this_cpu(config) and _packs(config.backend)):
+    if config.deterministic or config.num_ranks > 1 or not (config.on_this_cpu and _packs(config.backend)):
         return replace(config, packed=None)
     if progress is None:
         with suppress(RuntimeError):  # without a home directory

@@ -10,7 +10,7 @@ from typing import Any
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import AUTO, EngineConfig
 from farthing.hub import Found, find_model
-from farthing.memory import available_memory, gigabytes, on_this_cpu
+from farthing.memory import available_memory, gigabytes
 from farthing.ops.select import check
 from farthing.planner.fit import certainly_fits, fit, weight_bytes, worth_packing
 
@@ -29,7 +29,7 @@ def preflight(config: EngineConfig) -> Found:
         _check_template(config.chat_template)
     if not model.absent and any(model.path.glob("*.safetensors*")):
         Checkpoint.open(model.path)
-    if config.check_memory and on_this_cpu(config):
+    if config.check_memory and config.on_this_cpu:
         _check_memory(config, model.path)
     return model
 
@@ -47,7 +47,7 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
 
     Raises ValueError if nothing fits.
     """
-    if not on_this_cpu(config) or config.num_ranks > 1:
+    if not config.on_this_cpu or config.num_ranks > 1:
         log.info("fit: chooses for one rank on a CPU; the options stay as they are")
         return config
     found = fit(path, available_memory(), config.quantization)

@@ -17,7 +17,7 @@ from farthing.config import AUTO, EngineConfig, as_arguments, parse_bytes
 from farthing.conversation.select import Checkpoint, choose
 from farthing.engine.tokenizer import Tokenizer
 from farthing.hub import resolve_config, resolve_shapes
-from farthing.memory import available_memory, gigabytes, on_this_cpu
+from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
 from farthing.planner.fit import needed, worth_packing
 from farthing.planner.memory import Serving
@@ -231,7 +231,7 @@ def _preset(name: str, options: Mapping[str, Any], given: Given) -> Preset:
     of_server = {each: own.pop(each) for each in _PER_MODEL if each in own}
     config = EngineConfig(**{**given.engine, **own})
     elsewhere = next((each for each in _ELSEWHERE if getattr(config, each) != getattr(_DEFAULTS, each)), None)
-    if elsewhere or not on_this_cpu(config):
+    if elsewhere or not config.on_this_cpu:
         option = elsewhere or "backend"
         raise ValueError(
             f"{option}: got {getattr(config, option)!r}; expected the CPU of this machine, whose memory "
