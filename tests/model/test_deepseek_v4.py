@@ -219,6 +219,8 @@ def test_released_files_are_read(expert_dtype: str, tmp_path: Path) -> None:
     for name, value in random_parameters(config, 7).items():
         module, own = name.removesuffix(".weight"), names.stored(name)
         exact[name], stored[own] = value, value.contiguous()
+        if name.endswith("tid2eid") and expert_dtype == "fp4":
+            stored[own] = value.int()  # as some writers of files have it
         kept = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "compressor", "_hc.", "hc_head")
         if value.ndim != 2 or any(k in name for k in kept):
             continue

@@ -114,7 +114,8 @@ def _layout_fault(spans: dict[str, tuple[int, int]], size: int) -> str | None:
 
 # Plain tensors of safetensors files as numpy arrays, without torch.
 
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "I64": "<i8"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+DTYPES |= {"I64": "<i8", "I32": "<i4"}
 _SMALL = 64 << 10  # tensors up to this size are copied: a view would keep the file mapped
 
 

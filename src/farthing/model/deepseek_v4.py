@@ -36,6 +36,7 @@ from farthing.ops import (
     StreamParts,
     Weight,
     as_float32,
+    as_int64,
     beside,
     cut_weight,
 )
@@ -187,7 +188,7 @@ class StreamedFeedForward(FeedForward):
         self.table: Tensor | None = None
         if layer in config.hashed_layers:
             shape = config.vocab_size, config.num_experts_per_tok
-            self.table = weights.tensor(f"model.layers.{layer}.mlp.gate.tid2eid", shape)
+            self.table = as_int64(weights.tensor(f"model.layers.{layer}.mlp.gate.tid2eid", shape))
 
     def __call__(self, x: Tensor, counts: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x [T, n D] -> [T, n D]; ids [T] int64, of a hashed layer."""

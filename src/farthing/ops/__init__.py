@@ -34,6 +34,7 @@ from farthing.ops.api import (
 from farthing.ops.arrays import (
     all_finite,
     as_float32,
+    as_int64,
     beside,
     dtype_name,
     log_softmax,
@@ -97,6 +98,7 @@ __all__ = [
     "Weight",
     "all_finite",
     "as_float32",
+    "as_int64",
     "beside",
     "bounds",
     "cut_weight",

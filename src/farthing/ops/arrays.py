@@ -53,6 +53,11 @@ def as_float32(x: Tensor) -> Tensor:
     return x_.astype(np.float32, copy=False)  # type: ignore[return-value]
 
 
+def as_int64(x: Tensor) -> Tensor:
+    """Integers as int64, without a copy if they are."""
+    return x.astype(np.int64, copy=False) if isinstance(x, np.ndarray) else x.long()
+
+
 @cache
 def _e4m3() -> Any:
     """The values of all bytes as E4M3 without infinities."""
