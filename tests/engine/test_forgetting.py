@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.config import EngineConfig
+from farthing.engine.drafters import MtpDrafter
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
 from farthing.engine.runner import resolve
@@ -22,6 +23,7 @@ from farthing.model.decoder import DecoderModel
 from farthing.model.kinds import Sizing, cache_kinds
 from farthing.model.load import random_model
 from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from tests.tiny import DEEPSEEK_V4
 
 from .conftest import GREEDY, VOCAB, Always, Greedy, greedy_of, tokens_of
@@ -187,6 +189,40 @@ def test_rejected_and_accepted_drafts(start: Start, greedy: Greedy) -> None:
     output = engine.submit(tokens, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)).result()
     assert tokens_of(output) == guesses.expected
     assert guesses.wrong > 3 and engine.stats.accepted_tokens > 3
+
+
+def test_drafts_of_a_layer_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek-V4's own: drafts are those of a layer that saw the whole text, and rejected ones leave nothing
+    behind: in prompts of several steps, continued turns and preempted requests."""
+    raw = MODELS["compressed"] | {"num_nextn_predict_layers": 1}
+    model = random_model(ModelConfig.from_json(raw), select("reference"), seed=7)
+    greedy, drafted, size = greedy_of(model), [], 4
+    original = MtpDrafter.draft
+
+    def draft(self: MtpDrafter, seqs: list[Any], most: list[int], price: float) -> list[list[int]]:
+        found = original(self, seqs, most, price)
+        for seq, drafts in zip(seqs, found, strict=True):
+            ids = torch.tensor(seq.tokens)
+            blocks = -(-len(ids) // size)
+            cache = model.new_cache(blocks, size, "float32")
+            batch = make_batch([len(ids) - 1], [0], [list(range(blocks))], size)
+            last = model.draft(ids[1:], model.forward(ids[:-1], batch, cache), batch, cache)[-1:]
+            drafted.append((drafts[:1], model.draft_logits(last).argmax(-1).tolist()))
+        return found
+
+    monkeypatch.setattr(MtpDrafter, "draft", draft)
+    fixed: dict[str, Any] = dict(max_num_seqs=4, block_size=size, max_num_batched_tokens=24)
+    engine = Engine(model, EngineConfig(num_blocks=30, speculate="mtp:3", **fixed))
+    engine._core._speculator = Speculator([MtpDrafter(engine._core.runner, 3)], Always)
+    prompts = [prompt(n, n) for n in (5, 31, 33)]
+    longer = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    answers = [tokens_of(stream.result()) for stream in [engine.submit(p, longer) for p in prompts]]
+    assert answers == [greedy(p, 30) for p in prompts]
+    turn = prompts[1] + answers[1] + prompt(5, 2)
+    assert tokens_of(engine.submit(turn, GREEDY).result()) == greedy(turn, 12)
+    engine.shutdown()
+    engine._core.scheduler.check()
+    assert len(drafted) > 20 and all(not first or first == expected for first, expected in drafted)
 
 
 def test_a_restarted_engine_continues_from_the_disk(start: Start, greedy: Greedy, tmp_path: Path) -> None:

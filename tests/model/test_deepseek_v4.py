@@ -184,6 +184,128 @@ def test_tokens_that_are_not_in_the_table_of_experts_are_refused() -> None:
         model.run_layers(h, replace(batch, ids=torch.tensor([999999])), model.new_cache(1, 8, "float32"))
 
 
+def drafted(p: dict[str, torch.Tensor], x: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """The MTP layer as published, in float64, for a whole sequence: streams x [T, n, D] -> logits [T, V].
+    p: its parameters, without their prefix, and `embed` and `head`."""
+    a, s, eps = CONFIG.compressed, CONFIG.streams, CONFIG.rms_norm_eps
+    assert a is not None and s is not None
+    T, n, r = len(x), s.count, a.rotary_width
+
+    def unit(x: torch.Tensor, weight: str | None = None) -> torch.Tensor:
+        y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        return y if weight is None else y * p[f"{weight}.weight"]
+
+    def summed(x: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        f, scale, base = unit(x.flatten(1)) @ p[f"{name}fn"].T, p[f"{name}scale"], p[f"{name}base"]
+        pre = (f[:, :n] * scale[0] + base[:n]).sigmoid() + s.eps
+        u = torch.einsum("tn,tnd->td", pre, x)
+        if len(base) == n:
+            return u, pre, pre
+        post = 2 * (f[:, n : 2 * n] * scale[1] + base[n : 2 * n]).sigmoid()
+        mix = (f[:, 2 * n :] * scale[2] + base[2 * n :]).unflatten(1, (n, n)).softmax(-1) + s.eps
+        for step in range(s.steps):
+            mix = mix / (mix.sum(2, keepdim=True) + s.eps) if step else mix
+            mix = mix / (mix.sum(1, keepdim=True) + s.eps)
+        return u, post, mix
+
+    def turned(x: torch.Tensor, sign: float = 1.0) -> torch.Tensor:  # [T, H, d], the last r of d in pairs
+        angle = (
+            sign
+            * torch.arange(T).double()[:, None]
+            * a.window_rope.theta ** (-torch.arange(0, r, 2).double() / r)
+        )
+        pairs = torch.view_as_complex(x[..., -r:].unflatten(-1, (-1, 2)).contiguous())
+        pairs = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat((x[..., :-r], torch.view_as_real(pairs).flatten(-2)), -1)
+
+    def attended(u: torch.Tensor) -> torch.Tensor:
+        q = (
+            unit(u @ p["self_attn.q_a_proj.weight"].T, "self_attn.q_a_norm")
+            @ p["self_attn.q_b_proj.weight"].T
+        )
+        q = turned(unit(q.unflatten(1, (a.num_attention_heads, -1))))
+        k = turned(unit(u @ p["self_attn.kv_proj.weight"].T, "self_attn.kv_norm")[:, None])[:, 0]
+        gap = torch.arange(T)[:, None] - torch.arange(T)
+        scores = torch.einsum("thd,sd->hts", q, k) * a.head_dim**-0.5
+        scores = scores.masked_fill((gap < 0) | (gap >= a.sliding_window), float("-inf"))
+        sinks = p["self_attn.sinks"].view(-1, 1, 1).expand(-1, T, 1)
+        weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
+        out = turned(torch.einsum("hts,sd->thd", weights, k), -1.0).flatten(1).chunk(a.o_groups, 1)
+        rows = p["self_attn.o_a_proj.weight"].chunk(a.o_groups)
+        return (
+            torch.cat([o @ w.T for o, w in zip(out, rows, strict=True)], 1) @ p["self_attn.o_b_proj.weight"].T
+        )
+
+    def expert(u: torch.Tensor, name: str) -> torch.Tensor:
+        gate, up = (u @ p[f"{name}.{part}_proj.weight"].T for part in ("gate", "up"))
+        hidden = torch.nn.functional.silu(gate.clamp(max=2.0)) * up.clamp(-2.0, 2.0)
+        return hidden @ p[f"{name}.down_proj.weight"].T
+
+    def mixed(u: torch.Tensor) -> torch.Tensor:
+        scores = torch.nn.functional.softplus(u @ p["mlp.gate.weight"].T).sqrt()
+        chosen = (scores + p["mlp.gate.e_score_correction_bias"]).topk(CONFIG.num_experts_per_tok).indices
+        gates = torch.zeros_like(scores).scatter_(1, chosen, scores.gather(1, chosen))
+        gates = gates / gates.sum(1, keepdim=True) * CONFIG.routed_scaling_factor
+        experts = [expert(u, f"mlp.experts.{e}") for e in range(gates.shape[1])]
+        return expert(u, "mlp.shared_experts") + torch.einsum("te,etd->td", gates, torch.stack(experts))
+
+    e = unit(p["embed"][following], "enorm") @ p["e_proj.weight"].T
+    x = unit(x, "hnorm") @ p["h_proj.weight"].T + e[:, None]
+    halves = (("attn_hc.", "input_layernorm", attended), ("ffn_hc.", "post_attention_layernorm", mixed))
+    for name, norm, half in halves:
+        u, post, mix = summed(x, name)
+        x = post[:, :, None] * half(unit(u, norm))[:, None] + torch.einsum("tij,tid->tjd", mix, x)
+    return unit(summed(x, "hc_head.hc_")[0], "shared_head.norm") @ p["head"].T
+
+
+WITH_DRAFTS = DEEPSEEK_V4 | {"num_nextn_predict_layers": 1}
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_mtp_layer_agrees_with_its_description(backend: str) -> None:
+    config = ModelConfig.from_json(WITH_DRAFTS)
+    parameters, prefix = random_parameters(config, 7), f"model.layers.{config.num_hidden_layers}."
+    model = model_of(config, select(backend, torch.float32), MemorySource(parameters))
+    ids, cache = torch.arange(30) * 7 % config.vocab_size, model.new_cache(5, 8, "float32")
+    batch = make_batch([30], [0], [[3, 0, 1, 4]], 8)
+    with torch.inference_mode():
+        h = model.forward(ids, batch, cache)
+        found = model.draft_logits(model.draft(ids.roll(-1), h, batch, cache))
+        assert distance(model.logits(h), logits_of_whole(backend, ids)) < 1e-6, "with the last sum apart"
+    own = {name.removeprefix(prefix): v.double() for name, v in parameters.items() if name.startswith(prefix)}
+    own |= {"embed": parameters["model.embed_tokens.weight"].double()}
+    own |= {"head": parameters["lm_head.weight"].double()}
+    expected = drafted(own, h.double().unflatten(1, (4, -1)), ids.roll(-1))
+    assert distance(found, expected) < 1e-5
+
+
+def logits_of_whole(backend: str, ids: torch.Tensor) -> torch.Tensor:
+    """Of the model without its MTP layer."""
+    parameters = random_parameters(ModelConfig.from_json(WITH_DRAFTS), 7)
+    model = model_of(CONFIG, select(backend, torch.float32), MemorySource(parameters))
+    batch = make_batch([len(ids)], [0], [[3, 0, 1, 4]], 8)
+    return model.logits(model.forward(ids, batch, model.new_cache(5, 8, "float32")))
+
+
+def test_published_mtp_layers_are_read_and_packed(tmp_path: Path) -> None:
+    config, packed = ModelConfig.from_json(WITH_DRAFTS), tmp_path / "packed.bin"
+    stored = type_named("deepseek_v4").names.in_model(config.num_hidden_layers).stored
+    tensors = {stored(n): t.contiguous() for n, t in random_parameters(config, 7).items()}
+    named = {"e_proj.weight", "hc_head_fn", "norm.weight", "attn.wkv.weight", "ffn.gate.bias", "hc_ffn_scale"}
+    assert {f"mtp.0.{name}" for name in named} <= set(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(WITH_DRAFTS))
+    pack_checkpoint(tmp_path, packed, "int8", 1)
+    models = [load(tmp_path, select("cpu", torch.float32, 1, "int8"))]
+    models += [load(tmp_path, select("cpu", torch.float32, 1, packed=str(packed)))]
+    ids, found = torch.arange(20) % config.vocab_size, []
+    for model in models:
+        cache, batch = model.new_cache(3, 8, "float32"), make_batch([20], [0], [[2, 0, 1]], 8)
+        h = model.forward(ids, batch, cache)
+        found.append(model.draft_logits(model.draft(ids, h, batch, cache)))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("layout", ["published", "saved", "own"])
 def test_files_of_every_layout_are_read(layout: str, tmp_path: Path) -> None:
     names = type_named("deepseek_v4").names

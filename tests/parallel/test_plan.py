@@ -22,7 +22,7 @@ from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, PlanError, ShardPlan, in_order, place
 from farthing.parallel.rank import Rank, ShardedSource
-from tests.tiny import GLM4, QWEN3_NEXT, SMALL_V3, V3
+from tests.tiny import DEEPSEEK_V4, GLM4, QWEN3_NEXT, SMALL_V3, V3
 
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 
@@ -51,6 +51,13 @@ def test_every_element_is_read_once_per_replica(numbers: tuple[int, int, int], t
         assert read.min() == read.max(), f"{name} is read unevenly"
         if ".experts." in name:
             assert read.max() == 1, f"{name} is on several ranks"
+
+
+def test_ranks_leave_out_mtp_layers_that_read_streams() -> None:
+    config = ModelConfig.from_json(DEEPSEEK_V4 | {"num_nextn_predict_layers": 1})
+    assert ShardPlan.build(config, Layout()).config == config
+    plan = ShardPlan.build(config, Layout(tp=2))
+    assert plan.config.num_nextn_predict_layers == 0 and not [n for n in plan.shapes if ".e_proj" in n]
 
 
 def test_v3_on_32_ranks() -> None:

@@ -98,6 +98,13 @@ class _Behind:
     last: Tensor | None = None  # [1, D] the layer's output for the token before them
     lost: bool = False  # fell too far behind to be drafted for
 
+    def forget(self, block_size: int) -> None:
+        """Leave out tokens before the blocks that windows still have: only those of the last token matter."""
+        first = block_size * max((held.forgotten for held in self.seq.held), default=0)
+        if (early := first - self.start) > 0:
+            self.hidden = [torch.cat(self.hidden)[early:]]
+            self.start, self.count = first, self.count - early
+
 
 class MtpDrafter:
     """Takes the first draft from the layer's output and further ones by feeding its drafts back.
@@ -205,6 +212,8 @@ class MtpDrafter:
             return
         model, runner = self._runner.model, self._runner
         behind = [self._behind[seq.id] for seq in seqs]
+        for b in behind:
+            b.forget(runner.block_size)
         following: list[int] = []
         for seq, b in zip(seqs, behind, strict=True):
             following += seq.tokens[b.start + 1 : b.start + 1 + b.count]

@@ -277,8 +277,15 @@ class ModelConfig:
             windows=tuple(self.windows[i] for i in layers if self.windows),
             recurrent_layers=tuple(i - layers.start for i in self.recurrent_layers if i in layers),
             hashed_layers=tuple(i - layers.start for i in self.hashed_layers if i in layers),
-            attention=self.attention if self.compressed is None else self.compressed.part(layers),
+            attention=self.attention
+            if self.compressed is None
+            else self.compressed.part(layers, self.num_nextn_predict_layers),
         )
+
+    @property
+    def without_streamed_drafts(self) -> ModelConfig:
+        """This config without MTP layers that read streams: ranks and `compress` leave them out."""
+        return self if self.compressed is None else replace(self, num_nextn_predict_layers=0)
 
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from farthing.lazy import np
 from farthing.model.attention import RopeTable, attention_of, norm_of
@@ -76,6 +76,7 @@ class DecoderModel:
 
     embedding: Any  # of `table_of`
     stack: Handle | None  # all layers in one call, if the backend supports it
+    draft_layer: ClassVar[type[MTPLayer]] = MTPLayer
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class DecoderModel:
         if first or tied or config.num_nextn_predict_layers:
             self.embedding = table_of(config, ops, weights, self.head if tied else None)
         self.mtp = [
-            MTPLayer(config, ops, weights, i, ropes[i], routers[i], self.embedding, self.head, head)
+            self.draft_layer(config, ops, weights, i, ropes[i], routers[i], self.embedding, self.head, head)
             for i in range(config.num_hidden_layers, self.cache_layers)
         ]
 
@@ -313,19 +314,23 @@ class DecoderModel:
         """
         self.rotations.reach(batch)
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
-        h = self.ops.rms_norm(hidden, norm)
+        h = self.draft_input(hidden, step)
         return mtp(next_ids, h, batch, cache, None if counts is None else counts[mtp.layer])
+
+    def draft_input(self, hidden: Tensor, step: int) -> Tensor:
+        """What the MTP layer of a step reads of the states before it."""
+        norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
+        return self.ops.rms_norm(hidden, norm)
 
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """h' [n, D] of `draft` -> logits [n, V] float32 of the token after next_ids."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        return self.ops.logits(hidden, mtp.head, mtp.norm)
+        return self.ops.logits(mtp.end(hidden), mtp.head, mtp.norm)
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Like `top_logits`, for a draft."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        return self.ops.top_logits(hidden, mtp.head, mtp.norm, k)
+        return self.ops.top_logits(mtp.end(hidden), mtp.head, mtp.norm, k)
 
     def failure(self) -> str | None:
         """Always None: a model in this process fails by raising."""

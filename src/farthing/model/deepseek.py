@@ -233,9 +233,7 @@ class MTPLayer:
         self.enorm, self.hnorm, self.norm = (
             norm_of(config, weights, p + name) for name in ("enorm", "hnorm", "shared_head.norm")
         )
-        self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
-        self.attention = attention_of(config, ops, weights, layer, rope)
-        self.feed_forward = FeedForward(config, ops, weights, layer, router)
+        self.build(config, ops, weights, layer, rope, router)
         self.restack()
         self.embedding, own_head = embedding, False
         shape = (config.vocab_size, d)
@@ -252,9 +250,28 @@ class MTPLayer:
             head = ops.pack_head(p + "shared_head.head", head_weight)
         self.head = head
 
+    def build(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        rope: Tensor,
+        router: RouterSpec | None,
+    ) -> None:
+        """Pack the block, and what joins its two inputs."""
+        p, d = f"model.layers.{layer}.", config.hidden_size
+        self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
+        self.attention: Any = attention_of(config, ops, weights, layer, rope)
+        self.feed_forward = FeedForward(config, ops, weights, layer, router)
+
     def restack(self) -> None:
         """Rebuild the fused layer as currently packed, for backends that run it in one call."""
         self.stack = stacked(self.ops, [(self.attention, self.feed_forward)])
+
+    def end(self, h: Tensor) -> Tensor:
+        """The layer's output -> [T, D] before its norm."""
+        return h
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.model.attention import norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.deepseek import FeedForward
+from farthing.model.deepseek import FeedForward, MTPLayer
 from farthing.model.kinds import cache_kinds
 from farthing.model.source import WeightSource
 from farthing.ops import (
@@ -200,8 +200,57 @@ class StreamedFeedForward(FeedForward):
         return self.ops.spread(x, y, mix, self.streams)
 
 
+class StreamedDraft(MTPLayer):
+    """An MTP layer, which reads all streams of the model: h_i stays in streams, each normed and projected for
+    itself, and the projected embedding of the next token is added to all of them. It has a window alone."""
+
+    def build(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        weights: WeightSource,
+        layer: int,
+        rope: Tensor,
+        router: RouterSpec | None,
+    ) -> None:
+        """As in `MTPLayer`."""
+        p, d = f"model.layers.{layer}.", config.hidden_size
+        self.e_proj, self.h_proj = (
+            ops.pack_linear(p + name, lambda name=name: [weights.weight(p + name, (d, d))])  # type: ignore[misc]
+            for name in ("e_proj", "h_proj")
+        )
+        self.attention, self.feed_forward = DeepseekV4.build_layer(config, ops, weights, layer, rope, router)
+        self.ending = streams_of(config, ops, weights, p + "hc_head.hc_", ends=True)
+
+    def restack(self) -> None:
+        """The layer is computed op by op."""
+        self.stack = None
+
+    def end(self, h: Tensor) -> Tensor:
+        """The streams' last sum [T, D]."""
+        return self.ops.collapse(h, self.ending)[0]
+
+    def __call__(
+        self,
+        next_ids: Tensor,
+        h: Tensor,
+        batch: Batch,
+        cache: LatentCache,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """next_ids [T] = the token after each position, h [T, n D] -> h' [T, n D]."""
+        ops, tokens = self.ops, len(next_ids)
+        e = ops.linear(ops.embed(next_ids, self.embedding), self.e_proj, self.enorm)
+        x = ops.linear(h.reshape(-1, e.shape[1]), self.h_proj, self.hnorm).reshape(tokens, -1, e.shape[1])
+        x, _ = self.attention((x + e.unsqueeze(1)).flatten(1), Place(cache, self.row, batch))
+        return self.feed_forward(x, counts)
+
+
 class DeepseekV4(DecoderModel):
-    """The model over a backend."""
+    """The model over a backend. Where an MTP layer reads the streams, `forward` leaves them apart, and their
+    last sum belongs to the head."""
+
+    draft_layer = StreamedDraft
 
     @classmethod
     def build_layer(
@@ -227,7 +276,8 @@ class DeepseekV4(DecoderModel):
     def restack(self) -> None:
         """As in `DecoderModel`."""
         layers = [a.handles(feed) for a, feed in self.layers]
-        self.stack = self.ops.stack_streamed(layers, self.ending) if layers else None
+        ending = None if self.config.num_nextn_predict_layers else self.ending
+        self.stack = self.ops.stack_streamed(layers, ending) if layers else None
 
     def new_cache(
         self,
@@ -294,5 +344,31 @@ class DeepseekV4(DecoderModel):
             yield f"layer {i}'s experts (model.layers.{i}.mlp)", h, None
 
     def end(self, h: Tensor) -> Tensor:
-        """The streams' last sum [T, D]; on an earlier stage, the streams."""
-        return h if self.ending is None else self.ops.collapse(h, self.ending)[0]
+        """The streams' last sum [T, D]; on an earlier stage, and before an MTP layer, the streams."""
+        apart = self.ending is None or self.config.num_nextn_predict_layers
+        return h if apart else self.ops.collapse(h, self.ending)[0]
+
+    def _summed(self, hidden: Tensor) -> Tensor:
+        """hidden of `forward` -> [n, D], which the norm before the head reads."""
+        apart = self.config.num_nextn_predict_layers
+        return self.ops.collapse(hidden, self.ending)[0] if apart else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As in `DecoderModel`."""
+        return super().logits(self._summed(hidden))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """As in `DecoderModel`."""
+        return super().normed(self._summed(hidden))
+
+    def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As in `DecoderModel`."""
+        return super().top_logits(self._summed(hidden), k)
+
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """As in `DecoderModel`."""
+        return super().greedy(self._summed(hidden))
+
+    def draft_input(self, hidden: Tensor, step: int) -> Tensor:
+        """The streams as they are."""
+        return hidden

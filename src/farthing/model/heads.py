@@ -281,7 +281,7 @@ class CompressedHeads:
     o_groups: int  # of heads, each with a projection to o_lora_rank columns of its own
     o_lora_rank: int
     sliding_window: int
-    rates: tuple[int, ...]  # of each layer, how many tokens become an entry; 0: a window alone
+    rates: tuple[int, ...]  # of a layer, MTP too: how many tokens become an entry; 0: a window alone
     indexed: int  # the rate whose layers select entries, which pool the tokens of two windows
     index_n_heads: int
     index_head_dim: int
@@ -348,9 +348,9 @@ class CompressedHeads:
         module = name.removesuffix(".weight").rpartition(".self_attn.")[2]
         return {"q_b_proj": 0, "sinks": 0, "o_a_proj": 0, "o_b_proj": 1}.get(module)
 
-    def part(self, layers: range) -> CompressedHeads:
-        """Of some layers alone."""
-        return replace(self, rates=tuple(self.rates[i] for i in layers))
+    def part(self, layers: range, drafts: int = 0) -> CompressedHeads:
+        """Of some layers alone, and of MTP layers, which have a window alone."""
+        return replace(self, rates=(*(self.rates[i] for i in layers), *[0] * drafts))
 
     def at(self, layer: int) -> CompressedHeads:
         """Of one layer alone."""

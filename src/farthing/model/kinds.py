@@ -117,9 +117,9 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     prefix cache finds a sequence by. Windows follow, and states come last.
     """
     config = config.per_rank(tp)
-    if isinstance(config.attention, CompressedHeads):
-        return _compressed(config.attention)
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    if isinstance(config.attention, CompressedHeads):
+        return _compressed(config.attention.part(layers))
     found: dict[int | None, list[int]] = {None: []}
     for layer in layers:
         if not config.is_recurrent(layer):

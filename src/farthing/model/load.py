@@ -246,7 +246,12 @@ def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         if i >= c.num_hidden_layers:
             yield p + "enorm.weight", (d,)
             yield p + "hnorm.weight", (d,)
-            yield p + "eh_proj.weight", (d, 2 * d)
+            for name in ("e_proj", "h_proj") if c.streams else ():
+                yield f"{p}{name}.weight", (d, d)
+            if c.streams:
+                yield from _stream_shapes(c, p + "hc_head.hc_", ends=True)
+            else:
+                yield p + "eh_proj.weight", (d, 2 * d)
             yield p + "shared_head.norm.weight", (d,)
         yield p + "input_layernorm.weight", (d,)
         if c.is_recurrent(i):

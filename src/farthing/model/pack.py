@@ -11,7 +11,6 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.config import Quantization
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import EMBEDDING, Rotations, head_ops, routers_of
-from farthing.model.deepseek import MTPLayer
 from farthing.model.load import IGNORED, config_of, form_of, source_of, unread
 from farthing.model.source import WeightSource
 from farthing.ops import Ops, Weight
@@ -127,7 +126,7 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
     def mtp(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:
             embedding = source.tensor("model.embed_tokens.weight", shape)
-            return MTPLayer(
+            return form.draft_layer(
                 config, ops, source, i, ops.tensor(ropes[i]), routers[i], embedding, None, head_weight
             )
 

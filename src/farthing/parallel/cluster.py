@@ -43,8 +43,8 @@ class ParallelModel:
 
     def __init__(self, options: RankOptions) -> None:
         layout = options.layout
-        config = config_of(Checkpoint.open(options.path))
-        ShardPlan.build(config, layout)  # reject invalid layouts before starting any process
+        # Rejects invalid layouts before any process is started.
+        config = ShardPlan.build(config_of(Checkpoint.open(options.path)), layout).config
         arena = _arena(options, config)
         try:
             self._workers, arena = _start(options, arena)

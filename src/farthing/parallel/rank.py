@@ -363,7 +363,7 @@ def open_rank(
 ) -> Rank:
     """Load one rank of a checkpoint; reads only that rank's bytes."""
     checkpoint = Checkpoint.open(path)
-    config = config_of(checkpoint)
+    config = ShardPlan.build(config_of(checkpoint), layout).config
     routers = routers_for(config, checkpoint.config, experts)
     claim(ops, f"{checkpoint.fingerprint()}, {layout}, rank {rank}", path)
     return Rank(config, source_of(checkpoint, config), layout, rank, ops, routers, timeout, arena, nodes)

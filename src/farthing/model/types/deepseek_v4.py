@@ -88,7 +88,7 @@ def _fields(raw: Fields) -> Fields:
     if not kinds:
         hashed = in_range("num_hash_layers", raw.get("num_hash_layers", 3), 0)
         kinds = ["hash_moe" if i < hashed else "moe" for i in range(len(rates))]
-    in_range("num_nextn_predict_layers", raw.get("num_nextn_predict_layers", 0), 0, 64)  # which are skipped
+    drafts = in_range("num_nextn_predict_layers", raw.get("num_nextn_predict_layers", 0), 0, 64)
     in_range("num_key_value_heads", raw.get("num_key_value_heads", 1), 1, 1)
     choice("expert_dtype", raw.get("expert_dtype", "fp8"), ("fp4", "fp8"))  # in files with scales
     limit = number("swiglu_limit", raw.get("swiglu_limit", 10.0), above=0.0)
@@ -96,7 +96,7 @@ def _fields(raw: Fields) -> Fields:
         **raw,
         **rotated,
         "intermediate_size": integer(raw, "moe_intermediate_size"),
-        "rates": rates,
+        "rates": [*rates, *[0] * drafts],
         "indexed": indexed,
         "window_rope": plain,
         "qk_rope_head_dim": width,
@@ -106,7 +106,7 @@ def _fields(raw: Fields) -> Fields:
         "gate": Gate(limit=limit),
         "n_group": 1,
         "topk_group": 1,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": drafts,
         "streams": StreamSpec(
             in_range("hc_mult", raw.get("hc_mult", 4), 1, 16),
             in_range("hc_sinkhorn_iters", raw.get("hc_sinkhorn_iters", 20), 1),
@@ -119,7 +119,8 @@ def _fields(raw: Fields) -> Fields:
 _RENAMED = (  # from transformers' names, in this order
     (r"^model\.embed_tokens", "embed"),
     (r"^lm_head", "head"),
-    (r"^model\.hc_head\.hc_", "hc_head_"),
+    (r"\bhc_head\.hc_", "hc_head_"),
+    (r"\.shared_head\.norm\.", ".norm."),
     (r"^model\.", ""),
     (r"\.input_layernorm\.", ".attn_norm."),
     (r"\.post_attention_layernorm\.", ".ffn_norm."),
@@ -151,6 +152,10 @@ def _published(name: str) -> str:
     return name
 
 
+def _draft(number: int, name: str) -> str:
+    return f"mtp.{number}." + _published(f"model.layers.{number}.{name}").removeprefix(f"layers.{number}.")
+
+
 def _saved(name: str) -> str:
     """As transformers saves: the leaves of published files, under its own names of modules."""
     if not name.startswith("model.layers."):
@@ -164,9 +169,8 @@ TYPE = ModelType(
     _fields,
     Names(
         _published,
-        ("mtp.*", "model.mtp.*"),
-        "the MTP layer of this type is not supported",
         variants=(_saved, lambda name: name),
+        drafts=_draft,
     ),
     compressed=True,
 )
