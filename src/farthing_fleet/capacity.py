@@ -6,44 +6,25 @@ rho = prefill · P + decode · D of every second. At the limit of its latency ta
     capacity = 1 / (prefill · (prompt tokens per request, not cached) + decode · (output tokens per request))
 
 requests per second: a shift in lengths changes it before any queue grows. Learning moves the two costs only
-as far as a snapshot contradicts them: within all targets rho is at most 1; with a backlog, or with TTFT or
-TPOT above target, it is at least 1. Without token rates, the capacity itself is learned the same way.
+as far as a snapshot contradicts them: rho is 1 with a lasting queue, where P is what was processed rather
+than what arrived; it is at most 1 within all targets, and at least 1 with TTFT or TPOT above its target.
+With a target of TPOT, which grows as 1 / (1 - rho), rho is known at any load.
+Where no lengths are reported, a request counts as one prompt token.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from farthing_fleet.types import Snapshot
 
 DECODE_PER_PREFILL = 20.0  # initial cost of an output token, in prompt tokens
 MOST = 4.0  # the capacity at the guess's lengths stays within this factor of the guess
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """A measured capacity, as written by `farthing bench capacity --json` (`capacity` and `unit`)."""
-
-    per_replica: float  # load units per second
-    unit: str = "requests"  # or "tokens"
-    source: str = "configured"
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.per_replica) and self.per_replica > 0):
-            raise ValueError(f"Capacity.per_replica: got {self.per_replica}; expected a number above 0")
-        if self.unit not in ("requests", "tokens"):
-            raise ValueError(f"Capacity.unit: got {self.unit!r}; expected requests or tokens")
-
-    @classmethod
-    def read(cls, path: str | Path) -> Capacity:
-        """Read a JSON file with `capacity` and `unit`. Raises ValueError with what is missing."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or not isinstance(data.get("capacity"), int | float):
-            raise ValueError(f"{path}: no number `capacity`; write it with `farthing bench capacity --json`")
-        return cls(float(data["capacity"]), str(data.get("unit", "requests")), str(path))
+BOUND_RATE, QUEUE_RATE = 0.05, 0.2  # of learning: a bound is weaker evidence than a measured throughput
+LENGTH_RATE = 0.2
+WEAK = 0.5  # a replica that is less busy says less
+LIGHT = 0.15  # busier replicas do not show the time per token of an idle one
 
 
 @dataclass(frozen=True)
@@ -63,57 +44,77 @@ class Targets:
         return any(value is not None and limit is not None and value > limit for value, limit in pairs)
 
 
-@dataclass
-class _Costs:
-    """Seconds per uncached prompt token and per output token; the latest mean request lengths."""
-
-    prefill: float
-    decode: float
-    prompt: float
-    output: float
-    anchor: tuple[float, float] = field(init=False)  # request lengths at the guess
-
-    def __post_init__(self) -> None:
-        self.anchor = (self.prompt, self.output)
-
-    def busy(self, prompt: float, output: float) -> float:
-        return self.prefill * prompt + self.decode * output
-
-    def per_second(self) -> float:
-        """Requests per second at the latest lengths."""
-        return 1.0 / max(self.busy(self.prompt, self.output), 1e-12)
-
-    def move(self, prompt: float, output: float, rate: float) -> None:
-        """Move towards busy(prompt, output) = 1, each cost in proportion to its share; both stay positive."""
-        parts = (self.prefill * prompt, self.decode * output)
-        total = sum(parts)
-        if total <= 0:
-            return
-        step = rate * max(-1.0, min(1.0, (1.0 - total) / total))
-        self.prefill *= math.exp(step * parts[0] / total)
-        self.decode *= math.exp(step * parts[1] / total)
-
-
 class OnlineCapacity:
     """Learns the capacity from snapshots; starts from `guess`, within a factor of four of it."""
 
-    def __init__(
-        self, guess: float, unit: str = "requests", targets: Targets | None = None, rate: float = 0.05
-    ) -> None:
+    def __init__(self, guess: float, unit: str = "requests", targets: Targets | None = None) -> None:
         if not guess > 0:
             raise ValueError(f"OnlineCapacity.guess: got {guess}; expected a number above 0")
-        self.guess, self.unit, self.rate = guess, unit, rate
+        self.guess, self.unit = guess, unit
         self.targets = targets or Targets()
-        self._plain = guess  # load units/s, used while lengths are unknown
-        self._costs: _Costs | None = None
-        self._lengths = (0.0, 0.0)  # prompt and output tokens of a request
+        self._costs = (1.0 / guess, 0.0)  # seconds per uncached prompt token and per output token
+        self._computed: tuple[float, float] | None = None  # tokens per request, without cached ones
+        self._lengths = (0.0, 0.0)  # with cached ones
+        self._anchor = (1.0, 0.0)  # tokens per load unit at the guess
+        self._light: float | None = None  # seconds per output token of an idle replica
+        self._last: Snapshot | None = None
 
     @property
     def estimate(self) -> float:
         """Load units per second of one replica, at the latest request lengths."""
-        if self._costs is None:
-            return self._plain
-        return self._costs.per_second() * self._per_request
+        if self._computed is None:
+            return 1.0 / self._costs[0]
+        return self._per_request / max(self._busy(*self._computed), 1e-12)
+
+    @property
+    def costs(self) -> tuple[float, float] | None:
+        """Seconds per uncached prompt token and per output token; None while lengths are unknown."""
+        return self._costs if self._computed is not None else None
+
+    def observe(self, snapshot: Snapshot) -> float:
+        """Update from one snapshot; returns the estimate.
+
+        Snapshots that are stale, or across which replicas became ready or failed, are ignored.
+        """
+        last, self._last = self._last, snapshot
+        load, ready, queue = snapshot.load(self.unit), snapshot.ready, snapshot.queue_time_s
+        if snapshot.stale or load is None or not ready or queue is None:
+            return self.estimate
+        self._measure(snapshot)
+        if last is not None and last.ready != ready:
+            return self.estimate
+        queued = bool(snapshot.backlog) and queue > self.targets.queue_s
+        processed = self._processed(last, snapshot) if queued else 1.0
+        prompt, output = load * processed / ready, 0.0
+        if self._computed is not None:
+            cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
+            prompt = (snapshot.prompt_token_rate or 0.0) * (1 - cached) * processed / ready
+            output = (snapshot.output_token_rate or 0.0) / ready
+        busy = self._busy(prompt, output)
+        told = self._told_by_tpot(snapshot.tpot_s, busy)
+        if queued:
+            self._move(prompt, output, 1.0, QUEUE_RATE)
+        elif self.targets.breached(snapshot):
+            self._move(prompt, output, max(busy, 1.0), BOUND_RATE)
+        elif told is not None or (busy > 1 and not snapshot.backlog):
+            self._move(prompt, output, told if told is not None else 1.0, BOUND_RATE)
+        return self.estimate
+
+    def _told_by_tpot(self, tpot: float | None, busy: float) -> float | None:
+        """How busy the replicas are, by their time per output token: it grows as 1 / (1 - rho)."""
+        limit = self.targets.tpot_s
+        if tpot is None or limit is None or tpot <= 0:
+            return None
+        light = min(tpot, limit) * (1 - min(busy, 0.9))  # time per token without other requests
+        if self._light is None:
+            self._light = light
+        elif busy < LIGHT:
+            self._light += LENGTH_RATE * (light - self._light)
+        self._light = min(self._light, tpot, 0.9 * limit)
+        return (1 - self._light / tpot) / (1 - self._light / limit)
+
+    def _busy(self, prompt: float, output: float) -> float:
+        return self._costs[0] * prompt + self._costs[1] * output
 
     @property
     def _per_request(self) -> float:
@@ -122,81 +123,45 @@ class OnlineCapacity:
         by_unit = {"requests": 1.0, "prompt_tokens": prompt, "output_tokens": output}
         return by_unit.get(self.unit, prompt + output)
 
-    @property
-    def costs(self) -> tuple[float, float] | None:
-        """Seconds per uncached prompt token and per output token; None while lengths are unknown."""
-        return (self._costs.prefill, self._costs.decode) if self._costs is not None else None
+    def _processed(self, last: Snapshot | None, snapshot: Snapshot) -> float:
+        """The share of the arrivals that the replicas took out of the queue, which may exceed 1."""
+        arriving, passed = snapshot.request_rate, snapshot.time - last.time if last is not None else 0.0
+        if last is None or last.backlog is None or snapshot.backlog is None or passed <= 0 or not arriving:
+            return 1.0
+        return max(0.0, 1 - (snapshot.backlog - last.backlog) / (passed * arriving))
 
-    def observe(self, snapshot: Snapshot, completed: float | None = None) -> float:
-        """Update from one snapshot; `completed` is the load finished per second, if known.
-
-        Returns the estimate. Snapshots that are stale, or taken while replicas start or fail, are ignored.
-        """
-        load, ready = snapshot.load(self.unit), snapshot.ready
-        if snapshot.stale or load is None or not ready or snapshot.starting or snapshot.queue_time_s is None:
-            return self.estimate
-        saturated = bool(snapshot.backlog)
-        within = snapshot.queue_time_s <= self.targets.queue_s and not saturated
-        breached = self.targets.breached(snapshot)
-        if self._measure(snapshot):
-            self._learn_costs(snapshot, ready, within and not breached, saturated, breached)
-        else:
-            self._learn_plain(load / ready, completed, ready, within, saturated, breached)
-        return self.estimate
-
-    def _measure(self, snapshot: Snapshot) -> bool:
-        """Update the mean lengths; False while they are unknown."""
+    def _measure(self, snapshot: Snapshot) -> None:
+        """Update the mean lengths; the first ones turn the guess into two costs."""
         requests, prompt, output = (
             snapshot.request_rate,
             snapshot.prompt_token_rate,
             snapshot.output_token_rate,
         )
         if not requests or prompt is None or not output:
-            return self._costs is not None and prompt is not None and output is not None
-        cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
-        lengths = prompt / requests * (1 - cached), output / requests
-        self._lengths = (prompt / requests, output / requests)
-        if self._costs is None:
-            guess = self.guess / self._per_request
-            prefill = 1.0 / (guess * (lengths[0] + DECODE_PER_PREFILL * lengths[1]))
-            self._costs = _Costs(prefill, DECODE_PER_PREFILL * prefill, *lengths)
-        share = min(1.0, 4 * self.rate)
-        self._costs.prompt += share * (lengths[0] - self._costs.prompt)
-        self._costs.output += share * (lengths[1] - self._costs.output)
-        return True
-
-    def _learn_costs(
-        self, snapshot: Snapshot, ready: int, within: bool, saturated: bool, breached: bool
-    ) -> None:
-        assert self._costs is not None
-        cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
-        prompt = (snapshot.prompt_token_rate or 0.0) * (1 - cached) / ready
-        output = (snapshot.output_token_rate or 0.0) / ready
-        busy = self._costs.busy(prompt, output)
-        if saturated or (breached and busy < 1) or (within and busy > 1):
-            before = (self._costs.prefill, self._costs.decode)
-            self._costs.move(prompt, output, self.rate)
-            requests = 1.0 / max(self._costs.busy(*self._costs.anchor), 1e-12)
-            guess = self.guess / self._per_request
-            if not guess / MOST <= requests <= guess * MOST:
-                self._costs.prefill, self._costs.decode = before
-
-    def _learn_plain(
-        self,
-        carried: float,
-        completed: float | None,
-        ready: int,
-        within: bool,
-        saturated: bool,
-        breached: bool,
-    ) -> None:
-        if breached and not saturated:
-            observed = min(self._plain, carried)
-        elif within:
-            observed = max(self._plain, carried)
-        elif saturated and completed is not None and completed > 0:
-            observed = completed / ready
-        else:
             return
-        moved = self._plain + self.rate * (observed - self._plain)
-        self._plain = min(max(moved, self.guess / MOST), self.guess * MOST)
+        cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
+        lengths = prompt / requests, output / requests
+        computed = lengths[0] * (1 - cached), lengths[1]
+        if self._computed is None:
+            self._lengths, self._computed = lengths, computed
+            prefill = self._per_request / (self.guess * (computed[0] + DECODE_PER_PREFILL * computed[1]))
+            self._costs = prefill, DECODE_PER_PREFILL * prefill
+            self._anchor = computed[0] / self._per_request, computed[1] / self._per_request
+        self._lengths = _nearer(self._lengths, lengths)
+        self._computed = _nearer(self._computed, computed)
+
+    def _move(self, prompt: float, output: float, busy: float, rate: float) -> None:
+        """Move towards busy(prompt, output) = `busy`, each cost in proportion to its share."""
+        parts = (self._costs[0] * prompt, self._costs[1] * output)
+        total = sum(parts)
+        if total <= 0:
+            return
+        step = rate * max(-1.0, min(1.0, (busy - total) / max(total, WEAK)))
+        moved = [cost * math.exp(step * part / total) for cost, part in zip(self._costs, parts, strict=True)]
+        at_guess = self.guess * (moved[0] * self._anchor[0] + moved[1] * self._anchor[1])
+        back = min(max(at_guess, 1 / MOST), MOST) / at_guess
+        self._costs = moved[0] * back, moved[1] * back
+
+
+def _nearer(mean: tuple[float, float], seen: tuple[float, float]) -> tuple[float, float]:
+    return mean[0] + LENGTH_RATE * (seen[0] - mean[0]), mean[1] + LENGTH_RATE * (seen[1] - mean[1])

@@ -85,7 +85,7 @@ class LiveEstimates:
 
     def observe(self, now: float, snapshot: Snapshot) -> None:
         """Update from the signals of one step."""
-        self._capacity.observe(snapshot, self._completed(snapshot))
+        self._capacity.observe(snapshot)
         last, self._last = self._last, snapshot
         load = snapshot.load(self._policy.unit)
         if load is None or snapshot.stale or snapshot.ready is None or not np.isfinite(load) or load < 0:
@@ -156,16 +156,6 @@ class LiveEstimates:
         self._minute_start = time
         if len(self._points) > 2 * WEEKS_S / GRID_S:
             del self._points[: round(WEEKS_S / GRID_S)]
-
-    def _completed(self, snapshot: Snapshot) -> float | None:
-        """Load completed per second: arrivals minus the growth of the queue."""
-        last, load = self._last, snapshot.load(self._policy.unit)
-        if last is None or load is None or last.backlog is None or snapshot.backlog is None:
-            return None
-        passed = snapshot.time - last.time
-        if passed <= 0 or self._policy.unit != "requests":
-            return None
-        return max(0.0, load - (snapshot.backlog - last.backlog) / passed)
 
     # ---- output ----
 

@@ -2,13 +2,13 @@
 
     short      what the rule chosen by rehearsal wants (`farthing_fleet.rehearsal`); without one,
                load / (utilization · capacity)
-    realtime   the load, the backlog that the ordered replicas will not have drained, and the latency rule
-               "above the threshold for N seconds: factor × the ready replicas", one step per cold start
+    realtime   the load and the backlog, and the latency rule "above the threshold for N seconds: factor × the
+               ready replicas", one step per cold start
 
 The larger one counts, at once, up or down. Down only with all signals, not within a cold start of a start or
 a jump of the clock, and never while the load is steady and the fleet within the tolerances for noise.
 
-Orders are booked with the time at which they will serve (`Book`), so no need is ordered twice.
+Every answer is a total that includes the replicas which are starting, so no need is ordered twice.
 
 `Policy.decide` is a pure function of its arguments and `Policy.state`; it reads no clock and does no I/O, so
 the controller and replays use the same object. Times may come from any single clock; a jump of the clock is
@@ -30,7 +30,7 @@ from farthing_fleet.types import Action, Decision, Level, Levels, PolicyState, S
 
 # With a steady load a replica goes only if the fleet without it is larger than the need by this factor.
 SPARE = 1.2
-_SETTLE = 20  # intervals without scale-down after a start, if a cold start is not longer
+_SETTLE = 4  # intervals without scale-down after a start, if a cold start is not longer
 _FRESH_S = 5.0  # older reports are ignored: gateways report every second
 
 
@@ -85,44 +85,6 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
     )
 
 
-class Book:
-    """The replicas that were ordered and when they will serve, kept in the policy's state."""
-
-    def __init__(self, state: PolicyState) -> None:
-        self._state = state
-
-    def record(self, now: float, change: int, lead_s: float) -> None:
-        """Add an order, or cancel the newest ones."""
-        orders = self._state.orders
-        if change > 0:
-            orders.append((now + lead_s, change))
-        while change < 0 and orders:
-            due, count = orders.pop()
-            if count + change > 0:
-                orders.append((due, count + change))
-            change += count
-
-    def reconcile(self, now: float, starting: int, lead_s: float) -> None:
-        """Agree with the replicas that are starting: early ones serve already, unknown ones are new."""
-        orders = self._state.orders = sorted((min(due, now + lead_s), n) for due, n in self._state.orders)
-        known = sum(n for _, n in orders)
-        if known < starting:
-            orders.append((now + lead_s, starting - known))
-        excess = max(0, known - starting)
-        while excess > 0:  # the oldest ones are ready
-            due, count = orders.pop(0)
-            if count > excess:
-                orders.insert(0, (due, count - excess))
-            excess = max(0, excess - count)
-
-    def serving(self, now: float, lead_s: float) -> float:
-        """The mean number of ordered replicas that serve within the next `lead_s`."""
-        if lead_s <= 0:
-            return float(sum(n for _, n in self._state.orders))
-        left = ((max(0.0, lead_s - max(0.0, due - now)), n) for due, n in self._state.orders)
-        return sum(seconds * n for seconds, n in left) / lead_s
-
-
 @dataclass(frozen=True)
 class Need:
     """The result of one level with its reason."""
@@ -141,7 +103,6 @@ class Needs:
 
     def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
         self.config, self.state = config, state
-        self.book = Book(state)
 
     def levels(self, now: float, snapshot: Snapshot, plan: Plan | None, rate: float) -> dict[Level, Need]:
         """The replicas required by each level; `rate` is one replica's capacity."""
@@ -161,31 +122,24 @@ class Needs:
         return answers
 
     def _realtime(self, now: float, snapshot: Snapshot, load: float, rate: float) -> Need | None:
-        backlog = self._backlog(now, snapshot, load, rate)
+        backlog = self._backlog(snapshot, load, rate)
         step = self._latency_step(now, snapshot)
         found = [need for need in (backlog, step) if need is not None]
         return max(found, key=lambda need: need.exact) if found else None
 
-    def _backlog(self, now: float, snapshot: Snapshot, load: float, rate: float) -> Need | None:
-        """Replicas for the load and the backlog that will be left when an order of now would serve."""
+    def _backlog(self, snapshot: Snapshot, load: float, rate: float) -> Need | None:
+        """Replicas for the load and the backlog.
+
+        Replicas that are starting are not deducted from the backlog: they are part of the answer, a total.
+        """
         work = self._backlog_work(snapshot, load)
         if work <= 0:
             return None
-        lead = self.lead(snapshot) + self.config.interval_s
-        drain = max(self.config.drain_s, lead)
-        ready = snapshot.ready if snapshot.ready is not None else snapshot.current
-        self.book.reconcile(now, snapshot.starting, lead)
-        left = work + (load - (ready + self.book.serving(now, lead)) * rate) * lead
-        if left <= 0:
-            return None
-        need = (load + left / drain) / rate
+        drain = self.config.drain_s
+        need = (load + work / drain) / rate
         requests = "1 request" if snapshot.backlog == 1 else f"{snapshot.backlog:.4g} requests"
         text = f"backlog of {requests} besides {load:.4g} {self.config.unit}/s"
-        return Need(
-            need,
-            f"{text}: {left / rate:.0f} replica-seconds of it are left in {lead:.0f} s, needs "
-            f"{whole(need)} to process them in {drain:.0f} s",
-        )
+        return Need(need, f"{text}, needs {whole(need)} to process it in {drain:.0f} s")
 
     def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
         """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""
@@ -285,7 +239,6 @@ class Policy:
         target, held_by, why = self._bounded(now, best, snapshot, steady)
         if target != count:
             self.state.last_change = now
-            self._needs.book.record(now, target - count, self._needs.lead(snapshot))
         return Decision(
             time=now,
             current=count,

@@ -5,7 +5,7 @@ requests it would have made wait, is known exactly. A *rule* is a plan of `farth
 window whose highest plan counts, a bound by the highest load of two days (records are rare), and a margin:
 
     replicas = ceil(margin · highest plan of the window)
-             or, if more, load + expected backlog / drain time
+             or, if more, load + backlog / drain time
 
 Every rule has a simulated fleet with a queue, and its replicas serve one cold start after they were ordered.
 A replica serves now if it has been wanted for a whole cold start: ready = the lowest order of that time. That
@@ -53,7 +53,7 @@ class Settings:
     cold_start_s: float
     wait_s: float = 2.0  # requests that wait longer are late
     target: float = 0.995  # share of the requests that are not
-    drain_s: float = 60.0  # time to process a backlog, if a cold start is not longer
+    drain_s: float = 60.0  # a backlog orders the replicas that would process it in this time
     least: int = 1
     most: int = 1_000_000
     learned: str | None = None  # the name of a forecaster whose plan is observed, too
@@ -62,11 +62,6 @@ class Settings:
     def lead_s(self) -> float:
         """From a decision to the next one after its replicas serve."""
         return self.cold_start_s + self.step_s
-
-    @property
-    def drains_in_s(self) -> float:
-        """The time in which a backlog is processed."""
-        return max(self.drain_s, self.lead_s)
 
 
 @dataclass(frozen=True)
@@ -185,10 +180,8 @@ class Fleets:
         """Set the replicas for a need; `load` is the present one."""
         settings = self._settings
         if self._queued:
-            lead, drain = np.float32(settings.lead_s), np.float32(settings.drains_in_s)
-            serving = (self.ready + self.orders) / 2  # during the next lead
-            expected = self.backlog + (np.float32(load) - serving) * lead
-            need = np.where(expected > 0, np.maximum(need, load + expected / drain), need)
+            waiting = self.backlog / np.float32(settings.drain_s)
+            need = np.where(waiting > 0, np.maximum(need, np.float32(load) + waiting), need)
         orders = np.clip(np.ceil(need - 1e-6), settings.least, settings.most).astype(np.float32)
         self.hours += np.maximum(0, self.orders - orders) * (TERMINATION_S / settings.step_s)
         self.orders = self._block[self._at] = orders

@@ -19,7 +19,6 @@ class PolicyState:
     breach_since: float | None = None  # start of uninterrupted latency above the threshold
     step_time: float | None = None  # last step of the latency rule, and its target
     step_target: int = 0
-    orders: list[tuple[float, int]] = field(default_factory=list)  # (ready at, replicas) that are starting
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -28,7 +27,6 @@ class PolicyState:
     def from_json(cls, text: str) -> PolicyState:
         try:
             data: dict[str, Any] = json.loads(text)
-            data["orders"] = [(float(t), int(n)) for t, n in data.get("orders", [])]
             known = {entry.name for entry in fields(cls)}  # an older version saved more
             if "last_time" not in data:
                 raise TypeError("no last_time")

@@ -1,30 +1,17 @@
-"""Capacity: read from a file, and learned from the load of replicas."""
+"""Capacity, learned from the load of replicas."""
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 
-from farthing_fleet.capacity import Capacity, OnlineCapacity, Targets
+from farthing_fleet.capacity import OnlineCapacity, Targets
 from farthing_fleet.types import Snapshot
 
 
 def carried(rate: float, queue: float, backlog: float = 0.0, ready: int = 2, current: int = 2) -> Snapshot:
     return Snapshot(0.0, current, ready, rate, backlog=backlog, queue_time_s=queue)
-
-
-def test_read_and_errors(tmp_path: Path) -> None:
-    path = tmp_path / "capacity.json"
-    path.write_text(json.dumps({"capacity": 3.5, "unit": "tokens"}))
-    assert Capacity.read(path).per_replica == 3.5
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="bench capacity"):
-        Capacity.read(path)
-    with pytest.raises(ValueError, match="per_replica"):
-        Capacity(-1)
 
 
 def test_capacity_rises_with_load_within_the_targets() -> None:
@@ -36,18 +23,61 @@ def test_capacity_rises_with_load_within_the_targets() -> None:
     assert learner.estimate == pytest.approx(3.0, rel=0.01)
 
 
-def test_capacity_falls_to_the_throughput_of_a_saturated_fleet() -> None:
+def queued(learner: OnlineCapacity, arriving: float, throughput: float, current: int = 2) -> None:
+    """300 snapshots of two replicas whose queue grows by what they do not process."""
+    for second in range(300):
+        backlog = 50 + (arriving - throughput) * second
+        seen = Snapshot(second, current, 2, arriving, backlog=backlog, queue_time_s=5.0)
+        learner.observe(seen)
+
+
+@pytest.mark.parametrize("current", [2, 3])
+def test_capacity_falls_to_the_throughput_of_a_saturated_fleet(current: int) -> None:
+    """Also while replicas start: a fleet that is too small usually has some."""
     learner = OnlineCapacity(guess=4.0)
-    for _ in range(300):
-        learner.observe(carried(9.0, 5.0, backlog=50), completed=4.0)
+    queued(learner, 9.0, 4.0, current)
     assert learner.estimate == pytest.approx(2.0, rel=0.01)
 
 
-def test_starting_replicas_and_stale_signals_are_ignored() -> None:
+def test_capacity_rises_to_the_throughput_of_a_saturated_fleet() -> None:
     learner = OnlineCapacity(guess=1.0)
-    learner.observe(carried(6.0, 0.01, ready=1, current=2))
+    queued(learner, 9.0, 6.0)
+    assert learner.estimate == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_queue_counts_what_was_processed_not_what_arrived() -> None:
+    """Two replicas that get 9 requests/s and process 4: their prompts are those of 4."""
+    learner = OnlineCapacity(guess=4.0)
+    for second in range(300):
+        seen = tokens(9.0, 1000, 100 * 4 / 9, backlog=50 + 5.0 * second)
+        learner.observe(Snapshot(**{**vars(seen), "time": float(second)}))
+    assert learner.costs is not None
+    assert learner.costs[0] * 2000 + learner.costs[1] * 200 == pytest.approx(1.0, rel=0.01)
+
+
+def test_one_waiting_request_is_no_saturation() -> None:
+    learner = OnlineCapacity(guess=4.0)
+    for _ in range(100):
+        learner.observe(carried(1.0, 0.01, backlog=1))
+    assert learner.estimate == 4.0
+
+
+def test_snapshots_across_a_start_and_stale_ones_are_ignored() -> None:
+    learner = OnlineCapacity(guess=1.0)
+    learner.observe(carried(1.0, 0.01, ready=1, current=2))
+    learner.observe(carried(6.0, 0.01, ready=2, current=2))
     learner.observe(Snapshot(0.0, 2, 2, 6.0, backlog=0.0, queue_time_s=0.0, stale=True))
     assert learner.estimate == 1.0
+
+
+@pytest.mark.parametrize("guess", [3.0, 12.0])
+def test_the_time_per_token_tells_the_capacity_at_a_light_load(guess: float) -> None:
+    """5 ms / (1 - rho), of at most 50 ms; 1,000 tokens/s are a tenth of rho, so at most 9,000 are good."""
+    learner = OnlineCapacity(guess, targets=Targets(tpot_s=0.05))
+    for step in range(600):
+        rate = (0.5, 4.0)[step % 2]  # requests/s of 1,000 tokens on two replicas
+        learner.observe(tokens(rate, 1, 1000, tpot=0.005 / (1 - rate / 2 / 10)))
+    assert learner.estimate == pytest.approx(9.0, rel=0.25)
 
 
 def test_capacity_is_bounded_around_the_guess() -> None:
@@ -87,9 +117,8 @@ def test_learned_costs_are_bounded_around_the_guess(
 
 def test_capacity_without_lengths_does_not_fall_below_a_quarter_of_the_guess() -> None:
     learner = OnlineCapacity(guess=4.0)
-    for _ in range(500):
-        learner.observe(carried(9.0, 5.0, backlog=50), completed=0.1)
-    assert learner.estimate == 1.0
+    queued(learner, 9.0, 0.1)
+    assert learner.estimate == pytest.approx(1.0, rel=0.25)
 
 
 PREFILL, DECODE = 1 / 8000, 1 / 400  # true costs of the replica: busy seconds per token
@@ -107,7 +136,7 @@ def tokens(
         rate * prompt,
         rate * output,
         backlog=backlog,
-        queue_time_s=0.01,
+        queue_time_s=1.0 if backlog else 0.01,
         tpot_s=tpot,
     )
 

@@ -139,7 +139,7 @@ class Controlled:
         self._capacity = OnlineCapacity(config.capacity, config.unit, targets)
         self._policy, self._learns = Policy(config), learns
         self._rehearsal: Rehearsal | None = None
-        self._arrived = self._finished = 0
+        self._arrived = self._finished = self._generated = 0
 
     def target(self, now: float, fleet: Fleet) -> int:
         snapshot = self._signals(now, fleet)
@@ -172,14 +172,18 @@ class Controlled:
         waits = [now - job.arrival for r in fleet.replicas for job in r.waiting]
         waits += [now - job.arrival for job in fleet.unrouted]
         times = [job.ttft_s for job in done]
-        ready = len(fleet.ready(now))
+        ready, generated = len(fleet.ready(now)), self._generated
+        prompt = sum(job.prompt for job in arrived)
+        self._generated = sum(job.output for job in fleet.done) + sum(r.generated for r in fleet.replicas)
         return Snapshot(
             time=now,
             current=fleet.current,
             ready=ready,
             request_rate=len(arrived) / passed,
-            prompt_token_rate=sum(job.prompt for job in arrived) / passed,
-            output_token_rate=sum(job.output for job in done) / passed,
+            prompt_token_rate=prompt / passed,
+            output_token_rate=(self._generated - generated) / passed,
+            cached_share=1
+            - sum(job.uncached for job in arrived) / max(1, sum(job.prompt for job in arrived)),
             backlog=float(len(waits)),
             queue_time_s=float(np.mean(waits)) if waits else 0.0,
             ttft_s=float(np.mean(times)) if times else None,

@@ -100,6 +100,11 @@ class Replica:
         """Requests in the replica."""
         return len(self.waiting) + len(self.running) + (self.current is not None)
 
+    @property
+    def generated(self) -> int:
+        """Tokens of the running requests."""
+        return sum(job.output - (last - self.iterations) for last, _, job in self.running)
+
     def found(self, job: ReplayedRequest) -> int:
         """Prompt tokens in the cache."""
         blocks, cache = job.blocks, self.cache
@@ -127,7 +132,6 @@ class Replica:
             self.cache.move_to_end(block)
         while len(self.cache) > self.times.cache_blocks:
             self.cache.popitem(last=False)
-        self.clock = max(self.clock, job.arrival)
         return job
 
     def start(self, job: ReplayedRequest) -> None:
@@ -153,16 +157,18 @@ class Replica:
         """Simulate until `until`, finishing an iteration in flight; appends finished requests."""
         times = self.times
         while self.clock < until:
-            if self.current is None and self.waiting and len(self.running) < times.max_batch:
+            due = min(until, self.waiting[0].arrival) if self.waiting else until
+            full = len(self.running) >= times.max_batch
+            if self.current is None and self.waiting and due <= self.clock and not full:
                 self.current = self.admit()
                 self.left = self.current.uncached
             if self.current is not None:
                 self._compute(self.current, until, done)
             elif self.running:
                 seconds = times.step_s(len(self.running))
-                self.iterate(self.steps(until, seconds), seconds, done)
+                self.iterate(self.steps(until if full else due, seconds), seconds, done)
             else:
-                self.clock = until
+                self.clock = due
 
     def _compute(self, job: ReplayedRequest, until: float, done: list[ReplayedRequest]) -> None:
         """Iterations with chunks of the prompt; without running requests, the rest of it at once."""

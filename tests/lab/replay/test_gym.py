@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from farthing_lab.replay.gym import CHUNK, COLD_START_S, MOST, SPAN_S, TIMES, WORKLOADS, Keda
+from farthing_lab.replay.gym import CHUNK, COLD_START_S, MOST, SPAN_S, TIMES, WORKLOADS, Keda, score
 from farthing_lab.replay.requests import Fleet, simulate
 from farthing_lab.replay.servers import ReplayedRequest
 
@@ -45,3 +45,14 @@ def test_every_request_of_a_run_ends() -> None:
     fleet.start(1)
     billed = simulate(jobs, Keda(), fleet, 60.0)
     assert len(fleet.done) == len(jobs) and billed >= 60.0
+
+
+def test_one_replica_is_kept_where_it_suffices() -> None:
+    """Its time per token, far below the target, tells the capacity that no queue has shown."""
+    kept = score(WORKLOADS["shared prefix"], "farthing", seed=7)
+    assert kept.good > 0.99 and kept.replicas < 1.1
+
+
+def test_a_staircase_buys_more_good_requests_than_keda() -> None:
+    ours, keda = (score(WORKLOADS["staircase"], name, seed=7) for name in ("farthing", "keda"))
+    assert ours.good > 0.7 and ours.per_replica_second > 1.1 * keda.per_replica_second

@@ -36,6 +36,17 @@ def test_chunks_delay_running_requests_by_their_time_only() -> None:
     assert first.end - first.first == pytest.approx(100 * 0.012 + 3 * 0.03 + 0.002)
 
 
+def test_running_requests_do_not_stand_still_until_the_next_one_arrives() -> None:
+    """Requests are routed at the start of the second in which they arrive."""
+    first, second = ReplayedRequest(0.0, 100, 101), ReplayedRequest(0.9, 90, 2)
+    replica, done = Replica(TIMES, 0.0, 0.0, chunk=30), []
+    replica.add(first)
+    replica.add(second)
+    replica.advance(100.0, done)
+    assert first.end - first.first == pytest.approx(100 * 0.012 + 3 * 0.03 + 0.002)
+    assert second.first == pytest.approx(0.9 + 3 * 0.042, abs=0.012)
+
+
 def test_cached_blocks_are_not_computed_again() -> None:
     times = Times(prefill_s=0.001, base_s=0.0, cache_blocks=8)
     jobs = [ReplayedRequest(10.0 * i, 1100, 1, blocks=(1, 2) if i != 1 else (1, 3)) for i in range(3)]
