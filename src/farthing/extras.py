@@ -15,13 +15,14 @@ EXTRAS = {
     "fleet": "forecasts, gateway and Kubernetes",
     "compress": "compressed-tensors and ONNX export",
     "train": "training curves",
-    "ray": "ranks on several nodes",
+    "ray": "ranks on several nodes, and Ray Serve",
+    "events": "the prefix cache's blocks as events for routers",
     "gguf": "models in GGUF",
     "mcp": "tools of MCP servers in `farthing chat`",
     "several": "several models in one server",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
-_DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "zmq": "pyzmq"}
 
 
 def how_to_install(*extras: str, options: str = "") -> str:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shlex
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from farthing_fleet.decision_log import last_decisions, report
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run, scale and explain a fleet of replicas."
 )
+ray_app = typer.Typer(no_args_is_help=True, help="Replicas on a Ray cluster, by Ray Serve.")
+app.add_typer(ray_app, name="ray")
 
 _UP_EXAMPLES = """
 Examples:
@@ -33,6 +36,13 @@ Examples:
   farthing fleet up ./DeepSeek-V3 --max-replicas 4 --api-key-file keys.txt
 
   farthing fleet up --command "vllm serve ./model --port {port}" --health-path /health --metrics-names vllm
+"""
+_RAY_EXAMPLES = """
+Examples:
+
+  farthing fleet ray up
+
+  farthing fleet ray up ./DeepSeek-V3 ./Mixtral --address auto --max-replicas 4 --gpus 1
 """
 _RUN_EXAMPLES = """
 Examples:
@@ -63,10 +73,9 @@ _option = partial(option, group="Options")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UpOptions:
-    """A local fleet."""
+class FleetOptions:
+    """Replicas of one model, and how they are scaled."""
 
-    model: str = _option("mite", "A directory, a hub id, or the embedded model", argument=True)
     host: str = _option("127.0.0.1", "Address of the gateway")
     port: int = _option(8000, "Port of the gateway; 0: any free port")
     min_replicas: int = _option(1, "Minimum number of replicas", minimum=0)
@@ -77,19 +86,50 @@ class UpOptions:
     )
     serve_args: str = _option("", "Additional arguments for `farthing serve`")
     health_path: str = _option("/ready", "Path that answers 200 once a replica is ready")
-    metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
     api_key_file: Path | None = _option(
         None, "File of keys, one `name:key` or key per line, for the gateway and `farthing serve`"
     )
     ready_timeout: float = _option(600.0, "Maximum seconds for a replica to become ready")
-    standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
     config: Path | None = _option(None, "YAML file with policy, gateway and signals")
     state: Path = _option(Path("runs/fleet"), "Directory for logs, decisions and state")
-    metrics: str = _option("127.0.0.1:9400", "HOST:PORT of the controller's /metrics")
     advise: bool = _option(False, "Only recommend, never scale")
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """The fields of PolicyConfig."""
+        return {name: getattr(self, name) for name in ("min_replicas", "max_replicas", "capacity")}
+
+    def command_of(self, model: str) -> tuple[str, ...]:
+        """The command of a replica."""
+        from farthing_fleet.up import serve_command
+
+        if self.command:
+            return tuple(shlex.split(self.command))
+        return serve_command(model, tuple(shlex.split(self.serve_args)), self.api_key_file)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions(FleetOptions):
+    """A local fleet."""
+
+    model: str = _option("mite", "A directory, a hub id, or the embedded model", argument=True)
+    metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
+    standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
+    metrics: str = _option("127.0.0.1:9400", "HOST:PORT of the controller's /metrics")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayOptions(FleetOptions):
+    """A fleet on a Ray cluster."""
+
+    model: tuple[str, ...] = _option((), "Directories or hub ids; default: the embedded model", argument=True)
+    address: str | None = _option(None, "HOST:PORT of a cluster, or auto; default: a new one on this machine")
+    cpus: float = _option(1.0, "CPUs that a replica reserves", minimum=0)
+    gpus: float = _option(0.0, "GPUs that a replica reserves", minimum=0)
+    drain: float = _option(60.0, "Seconds for in-flight requests of a replica that goes", minimum=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,33 +163,26 @@ class GatewayOptions:
 @with_options(options=UpOptions)
 def up(options: dict[str, Any]) -> None:
     """Start a gateway and autoscaled replicas on this machine."""
-    from farthing_fleet.actuators.local import LocalConfig
     from farthing_fleet.config import local_fleet
-    from farthing_fleet.up import STANDBY, UpConfig, serve_command
+    from farthing_fleet.up import UpConfig, local_config
 
     _log_to_stderr()
     with _errors_to_user():
         chosen = UpOptions(**options)
-        serving = serve_command(chosen.model, tuple(shlex.split(chosen.serve_args)), chosen.api_key_file)
-        command = tuple(shlex.split(chosen.command)) if chosen.command else serving
         fleet = local_fleet(
             chosen.config,
-            policy={
-                "min_replicas": chosen.min_replicas,
-                "max_replicas": chosen.max_replicas,
-                "capacity": chosen.capacity,
-            },
+            policy=chosen.policy,
             metrics_names=chosen.metrics_names,
             state=chosen.state,
             metrics=chosen.metrics,
             advise=chosen.advise,
         )
-        local = LocalConfig(
-            command,
+        local = local_config(
+            chosen.command_of(chosen.model),
             chosen.state / "replicas",
+            standby=chosen.standby and not chosen.command,
             health_path=chosen.health_path,
             ready_timeout_s=chosen.ready_timeout,
-            **(STANDBY if chosen.standby and not chosen.command else {}),
         )
         asyncio.run(_up(UpConfig(fleet, local, chosen.host, chosen.port, chosen.api_key_file)))
 
@@ -176,6 +209,36 @@ async def _up(config: Any) -> None:
         await scaling
         await asyncio.gather(forecasters)
         _say("shutting down: in-flight requests finish first")
+
+
+@ray_app.command("up", epilog=_RAY_EXAMPLES)
+@with_options(options=RayOptions)
+def ray_up(options: dict[str, Any]) -> None:
+    """Serve models by Ray Serve, scaled by Farthing's policy, until Ctrl-C."""
+    from farthing_fleet.config import FleetConfig, PolicyConfig, load
+
+    _log_to_stderr()
+    with _errors_to_user():
+        chosen = RayOptions(**options)
+        fleet = load(chosen.config) if chosen.config else FleetConfig(PolicyConfig(**chosen.policy))
+        try:
+            from farthing_fleet.ray_serve import ServeConfig, serving
+        except ImportError as problem:
+            raise ValueError(f"Ray Serve needs the extra `ray`: {problem}") from problem
+        models = chosen.model or ("mite",)
+        config = ServeConfig(
+            commands={Path(model).name: chosen.command_of(model) for model in models},
+            fleet=replace(fleet, state=chosen.state, advise=chosen.advise or fleet.advise),
+            health_path=chosen.health_path,
+            ready_timeout_s=chosen.ready_timeout,
+            drain_s=chosen.drain,
+            cpus=chosen.cpus,
+            gpus=chosen.gpus,
+        )
+        with serving(config, chosen.address, chosen.host, chosen.port) as url:
+            _say(f"ready: OpenAI API at {url}/v1")
+            signal.sigwait((signal.SIGINT, signal.SIGTERM))
+            _say("shutting down: in-flight requests finish first")
 
 
 @app.command(epilog=_RUN_EXAMPLES)

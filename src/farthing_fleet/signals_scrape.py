@@ -44,6 +44,8 @@ class _History:
     samples: deque[Reading] = field(default_factory=deque)
 
     def add(self, sample: Reading, window_s: float) -> None:
+        if self.samples and sample.at <= self.samples[-1].at:  # told again
+            return
         self.samples.append(sample)
         while len(self.samples) > 2 and self.samples[1].at <= sample.at - window_s:
             self.samples.popleft()
@@ -145,15 +147,23 @@ class ScrapeSource:
         targets = dict(self._targets())
         texts = await asyncio.gather(*(self._get(f"{url}/metrics") for url in targets.values()))
         now = self._monotonic()
-        fresh = {name: self._take(name, text, now) for name, text in zip(targets, texts, strict=True)}
-        self._histories = {name: history for name, history in self._histories.items() if name in targets}
+        fresh = {name: self._parse(name, text, now) for name, text in zip(targets, texts, strict=True)}
+        return self.snapshot(current, fresh, await self._waiting_at_gateway())
+
+    def snapshot(
+        self, current: int, fresh: Mapping[str, Reading | None], waiting: float | None = None
+    ) -> Snapshot:
+        """The signals of a fleet with these readings. waiting: requests in front of the replicas."""
+        for name, sample in fresh.items():
+            if sample is not None:
+                self._histories.setdefault(name, _History()).add(sample, self._window)
+        self._histories = {name: history for name, history in self._histories.items() if name in fresh}
         self._report(fresh)
         samples = [sample for sample in fresh.values() if sample is not None]
-        waiting = await self._waiting_at_gateway()
         return Snapshot(
             time=self._wall(),
             current=current,
-            ready=len(samples) if len(samples) == len(targets) else None,
+            ready=len(samples) if len(samples) == len(fresh) else None,
             request_rate=self._arrivals(),
             prompt_token_rate=self._rate("prompt"),
             output_token_rate=self._rate("output"),
@@ -182,15 +192,12 @@ class ScrapeSource:
         except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
             return None
 
-    def _take(self, name: str, text: str | None, now: float) -> Reading | None:
+    def _parse(self, name: str, text: str | None, now: float) -> Reading | None:
         try:
-            sample = parse(text, self._dialect, now, self._ttft_s) if text is not None else None
+            return parse(text, self._dialect, now, self._ttft_s) if text is not None else None
         except ValueError as problem:
             log.warning("%s: /metrics is not in the Prometheus text format: %s", name, problem)
             return None
-        if sample is not None:
-            self._histories.setdefault(name, _History()).add(sample, self._window)
-        return sample
 
     def _report(self, fresh: Mapping[str, Reading | None]) -> None:
         """Log once when a replica's metrics are missing, and once when they are back."""

@@ -85,6 +85,11 @@ def serve_command(model: str, extra: tuple[str, ...] = (), keys: Path | None = N
 STANDBY: dict[str, Any] = {"standby": (sys.executable, "-m", "farthing_fleet.up"), "standby_skips": 3}
 
 
+def local_config(command: tuple[str, ...], directory: Path, *, standby: bool, **fields: Any) -> LocalConfig:
+    """How replicas are started. standby: keep a process that has imported what `serve_command` needs."""
+    return LocalConfig(command, directory, **fields, **(STANDBY if standby else {}))
+
+
 class GatewayProcess:
     """The gateway as a child process, restarted when it dies."""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,6 +23,7 @@ def scrape(server: Running) -> dict[str, dict[tuple[tuple[str, str], ...], float
     return samples
 
 
+ROOT = Path(__file__).parents[2]
 LABEL = (("model_name", "tiny"),)
 
 
@@ -47,6 +51,22 @@ def test_request_is_counted() -> None:
             assert found[f"farthing:{name}_sum"][LABEL] >= 0
         answered = found["farthing:http_requests_total"]
         assert answered[(("path", "/v1/completions"), ("status", "200"))] == 2
+
+
+def test_endpoint_picker_finds_what_it_is_configured_to_read() -> None:
+    text = (ROOT / "deploy/examples/inference-gateway/picker.yaml").read_text()
+    names = dict(re.findall(r"--([a-z-]+)-metric=(\S+)", text))
+    assert names.keys() == {
+        "total-queued-requests",
+        "total-running-requests",
+        "kv-cache-usage-percentage",
+        "cache-info",
+    }
+    with running(tiny_engine(num_blocks=300, block_size=16)) as server:
+        found = scrape(server)
+    assert all(LABEL in found[name] for role, name in names.items() if role != "cache-info")
+    ((labels, value),) = found[names["cache-info"]].items()
+    assert dict(labels) == {"model_name": "tiny", "block_size": "16", "num_gpu_blocks": "300"} and value == 1
 
 
 def test_tokens_of_each_expert_add_up() -> None:

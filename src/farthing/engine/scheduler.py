@@ -222,7 +222,7 @@ class Scheduler(Generic[S]):
 
     def renewed(self) -> Scheduler[S]:
         """A scheduler of the same blocks that holds nothing."""
-        return Scheduler(
+        renewed: Scheduler[S] = Scheduler(
             self.pool.num_blocks,
             self.block_size,
             self.max_num_seqs,
@@ -234,6 +234,10 @@ class Scheduler(Generic[S]):
             self.prefetch.store,
             *self.kinds.forms,
         )
+        if (listener := self.prefix.listener) is not None:
+            listener.cleared()
+            renewed.prefix.listener = listener
+        return renewed
 
     def settle(self, plan: Seq[Scheduled[S]]) -> None:
         """The layers of busy entries were computed, or are not wanted any more."""
@@ -258,7 +262,7 @@ class Scheduler(Generic[S]):
         full = min(seq.num_computed, len(seq.tokens)) // self.block_size
         if self.prefix.enabled and full > seq.num_registered:
             self.prefix.extend(seq.hashes, seq.tokens, seq.salt, full)
-            self.prefix.computed(seq.hashes, seq.salt, seq.blocks, seq.num_registered, full)
+            self.prefix.computed(seq, full)
             for digest in seq.hashes[seq.num_registered : full]:
                 if self._computing.get(digest) is seq:
                     del self._computing[digest]

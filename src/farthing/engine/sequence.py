@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from hashlib import blake2b
 from operator import attrgetter
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
 class IntegrityError(AssertionError):
@@ -129,12 +129,29 @@ class Missed(NamedTuple):
 _HASH_BYTES = 16  # a collision would reuse another prefix's cache; its probability at 2^40 blocks is 2^-49
 
 
+class Listener(Protocol):
+    """Is told which blocks of tokens the prefix cache holds, in the engine's thread."""
+
+    def stored(self, digests: Seq[bytes], parent: bytes | None, tokens: Seq[int]) -> None:
+        """Blocks that follow each other were computed. parent: the block before them, if any."""
+        ...
+
+    def removed(self, digest: bytes) -> None:
+        """A block was evicted."""
+        ...
+
+    def cleared(self) -> None:
+        """No block is left."""
+        ...
+
+
 class Known:
     """Maps hashes to the blocks of one kind and back. An entry is dropped when its block is reallocated."""
 
     def __init__(self, tails: dict[bytes, Tail] | None = None, enabled: bool = True) -> None:
         """tails: those of all kinds of a model."""
         self.enabled = enabled
+        self.listener: Listener | None = None
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._tails: dict[bytes, Tail] = {} if tails is None else tails  # by the hash before
@@ -187,6 +204,8 @@ class Known:
         digest = self._hash_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+            if self.listener is not None:
+                self.listener.removed(digest)
         parent = self._tail_of.get(block)
         if parent is not None:
             self._drop_tail(parent)
@@ -251,12 +270,16 @@ class PrefixCache(Known):
             data = array("q", tokens[i * size : (i + 1) * size]).tobytes()
             hashes.append(blake2b(parent + data, digest_size=_HASH_BYTES).digest())
 
-    def computed(self, hashes: Seq[bytes], salt: str, blocks: Seq[int], first: int, end: int) -> None:
-        """Register the blocks first…end of a sequence; `missed` knows them after they are evicted, too."""
-        for i in range(first, end):
-            digest, block = hashes[i], blocks[i]
+    def computed(self, seq: Sequence, end: int) -> None:
+        """Register the blocks of a sequence up to `end`; `missed` knows them after they are evicted, too."""
+        hashes, salt, size = seq.hashes, seq.salt, self.block_size
+        for i in range(seq.num_registered, end):
+            digest, block = hashes[i], seq.blocks[i]
             if digest not in self._block_of:
                 self._block_of[digest], self._hash_of[block] = block, digest
+                if self.listener is not None:
+                    before = hashes[i - 1] if i else None
+                    self.listener.stored((digest,), before, seq.tokens[i * size : (i + 1) * size])
             self._past[self._parent(hashes[max(0, i - 1) : i], salt)] = digest
             self._past.setdefault(digest, None)
         while len(self._past) > _PAST:

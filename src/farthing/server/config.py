@@ -216,6 +216,9 @@ class ServerConfig:
     )
     allowed_origins: tuple[str, ...] = _http((), "Web origin that may call the API by CORS (repeatable)")
     share_prefix_cache: bool = _http(False, "One prefix cache for all keys instead of one per key")
+    kv_events: str | None = _http(
+        None, "ZeroMQ endpoint that publishes the prefix cache's blocks as vLLM does (tcp://127.0.0.1:5557)"
+    )
     served_model_name: tuple[str, ...] = _http((), "Model name in the API (repeatable); default: MODEL")
     root_path: str = _http("", "Path prefix behind a proxy that strips it")
     tool_call_parser: CallsMode = _http("auto", "Format of tool calls to parse; auto: by checkpoint")

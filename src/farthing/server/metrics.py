@@ -188,6 +188,14 @@ class ServerCollector(Collector):
             yield launch
         if service.engine is not None:
             yield from engine_families(service.engine.stats.snapshot(), model)
+            config = service.engine.config
+            cache = GaugeMetricFamily(
+                "farthing:cache_config_info",
+                "Always 1. Tokens per cache block, and their number (under vLLM's label).",
+                labels=["model_name", "block_size", "num_gpu_blocks"],
+            )
+            cache.add_metric([model, str(config.block_size), str(config.num_blocks)], 1.0)
+            yield cache
 
 
 def engine_families(snapshot: StatsSnapshot, model: str) -> Iterator[Metric]:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -25,6 +25,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from farthing import process
+from farthing.extras import how_to_install
 from farthing.memory import resident
 from farthing.process import loop_factory
 from farthing.server.app import create_app
@@ -120,11 +121,29 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
     """
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    try:
+    with contextlib.closing(listener), _events(config) as follow:
+
+        def load_followed() -> Engine:
+            engine = load()
+            follow(engine)
+            return engine
+
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(config, model, load, listener))
-    finally:
-        listener.close()
+            return runner.run(_serve(config, model, load_followed, listener))
+
+
+@contextlib.contextmanager
+def _events(config: ServerConfig) -> Iterator[Callable[[Engine], None]]:
+    """What announces an engine's cached blocks, if that is configured. Raises ValueError."""
+    if config.kv_events is None:
+        yield lambda engine: None
+        return
+    try:
+        from farthing.server.kv_events import KvEvents
+    except ImportError as problem:
+        raise ValueError(f"kv_events requires {problem.name}: {how_to_install('events')}") from problem
+    with contextlib.closing(KvEvents(config.kv_events)) as events:
+        yield events.follow
 
 
 def listen(host: str, port: int) -> socket.socket:

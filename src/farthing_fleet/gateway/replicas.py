@@ -398,27 +398,31 @@ class Balancer:
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         depths = self.prefixes.depths(prompt.blocks)
-        return min(candidates, key=lambda r: (self._cost(r, prompt, depths.get(r.name, 0)), r.served))
-
-    def _cost(self, replica: Replica, prompt: Prompt, depth: int) -> float:
-        """Cost of a request on a replica that has its first `depth` blocks cached, in bytes of prompt text.
-
-        The queue delays only this request. Uncached text delays it and all later ones, so it has a weight.
-        """
-        uncached = self.uncached(prompt, depth)
-        running = replica.load * self.config.request_weight
-        return replica.queue + running + self.config.uncached_weight * uncached
-
-    def uncached(self, prompt: Prompt, depth: int) -> int:
-        """Bytes of the prompt after its first `depth` blocks."""
-        return max(0, prompt.size - depth * self.config.prefix_block)
+        return min(
+            candidates,
+            key=lambda r: (r.queue + cost(self.config, r.load, prompt, depths.get(r.name, 0)), r.served),
+        )
 
     def learn(self, prompt: Prompt, replica: Replica) -> int:
         """Record where a request is sent. Returns the bytes that the replica must compute for it."""
         depth = self.prefixes.depths(prompt.blocks).get(replica.name, 0)
         if len(self.replicas) > 1:
             self.prefixes.learn(prompt.blocks, replica.name)
-        return self.uncached(prompt, depth)
+        return uncached(self.config, prompt, depth)
+
+
+def cost(config: GatewayConfig, requests: int, prompt: Prompt, depth: int) -> float:
+    """Cost of a request on a replica that runs `requests` others and has the first `depth` blocks cached, in
+    bytes of prompt text.
+
+    A queue delays only this request. Uncached text delays it and all later ones, so it has a weight.
+    """
+    return requests * config.request_weight + config.uncached_weight * uncached(config, prompt, depth)
+
+
+def uncached(config: GatewayConfig, prompt: Prompt, depth: int) -> int:
+    """Bytes of the prompt after its first `depth` blocks."""
+    return max(0, prompt.size - depth * config.prefix_block)
 
 
 # Detects hung replicas, which accept requests but send nothing.
