@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,57 @@ def test_mxfp4_of_gpt_oss_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     save_file({n: t for n, t in tensors.items() if n != "lm_head.weight"}, folder / "model.safetensors")
     export_gguf(folder, out)
     assert "llama.cpp refuses gpt-oss files without output.weight" in caplog.text
+
+
+def exported(family: str, folder: Path, accepts: Callable[[Any], bool]) -> dict[str, Any]:
+    """The file's metadata of the first random model whose configuration is accepted and can be written."""
+    for seed in range(200):
+        config = build(family, seed, folder / str(seed)).config.get_text_config()
+        if accepts(config):
+            try:
+                export_gguf(with_tokenizer(folder / str(seed), config.vocab_size), folder / "m.gguf")
+            except ConfigError:
+                continue
+            break
+    fields = gguf.GGUFReader(folder / "m.gguf").fields
+    return {name: fields[name].contents() for name in fields}
+
+
+@pytest.mark.parametrize(
+    ("family", "accepts", "warning"),
+    [
+        ("minimax_m2", lambda c: c.tie_word_embeddings, "files without output.weight"),
+        ("gpt_oss", lambda c: not c.attention_bias, "whose attention lacks a bias on its output"),
+        ("qwen3", lambda c: c.attention_bias, "whose attention has a bias on its output"),
+        (
+            "qwen3_5_moe_text",
+            lambda c: c.linear_key_head_dim == 10,
+            "keys and values of Gated DeltaNet differ",
+        ),
+        ("deepseek_v2", lambda c: c.topk_group < c.n_group, "and so chooses other experts"),
+        ("llama", lambda c: c.attention_bias and c.tie_word_embeddings, None),
+        ("glm4_moe", lambda c: c.attention_bias, None),
+    ],
+)
+def test_what_llama_cpp_refuses_is_said(
+    family: str, accepts: Callable[[Any], bool], warning: str | None, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    exported(family, tmp_path, accepts)
+    assert (warning in caplog.text) if warning else "llama.cpp" not in caplog.text
+
+
+def test_rotated_pairs_take_turns_at_three_axes(tmp_path: Path) -> None:
+    """llama.cpp gives pair i to axis i % 3, while i < 3 * sections[axis], and another position beyond."""
+    found = exported("qwen3_5_moe_text", tmp_path, lambda c: c.head_dim == 8)
+    sections, pairs = found["qwen35moe.rope.dimension_sections"], found["qwen35moe.rope.dimension_count"] // 2
+    assert sum(sections) == pairs and all(i < 3 * sections[i % 3] for i in range(pairs))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_groups_of_experts_that_limit_nothing_are_left_out(family: str, tmp_path: Path) -> None:
+    found = exported(family, tmp_path, lambda c: c.topk_group == c.n_group == 2)
+    assert not any("expert_group" in name for name in found)
 
 
 def test_the_tokenizer_of_a_file_is_the_models(quantizable: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ calibrated; others are rounded to the nearest.
 from __future__ import annotations
 
 import logging
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,6 @@ from farthing.tokenizer_gguf import fields_of
 
 log = logging.getLogger(__name__)
 SUFFIX = ".gguf"
-# Architectures of which llama.cpp requires output.weight; for others it takes the embedding.
-_WANT_HEAD = ("gpt-oss", "minimax-m2")
 _TYPES = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING"}
 
 
@@ -62,12 +61,9 @@ def export_gguf(
     for field, what in (("num_nextn_predict_layers", "MTP layer"), ("adaptive_experts", "adaptive rule")):
         if checkpoint.config.get(field):
             log.warning("%s: the %s of the model is left out", out, what)
-    if written.config.tie_word_embeddings and written.architecture in _WANT_HEAD:
-        log.warning(
-            "%s: llama.cpp refuses %s files without output.weight, and this model's head is its embedding; "
-            "Farthing reads the file", out, written.architecture,
-        )  # fmt: skip
     tensors = list(written)
+    for reason in _not_in_llama_cpp(written.config, written.architecture, {t.name for t in tensors}):
+        log.warning("%s: llama.cpp %s; Farthing reads the file", out, reason)
     needed, free = sum(tensor.nbytes for tensor in tensors), shutil.disk_usage(out.absolute().parent).free
     if needed > free:
         raise OSError(f"{out} needs {gigabytes(needed)}, and {gigabytes(free)} are free; free some space")
@@ -87,6 +83,21 @@ def export_gguf(
 
     replace(out, write)
     return dict(sorted(written.kept.items()))
+
+
+def _not_in_llama_cpp(config: ModelConfig, architecture: str, names: Set[str]) -> Iterator[str]:
+    """What llama.cpp refuses or computes otherwise of a model that GGUF can say; `names` of its tensors."""
+    if config.tie_word_embeddings and architecture in ("gpt-oss", "minimax-m2"):
+        yield f"refuses {architecture} files without output.weight, and this model's head is its embedding"
+    biased = "blk.0.attn_output.bias" in {re.sub(r"\d+", "0", name) for name in names}
+    if biased != (architecture == "gpt-oss") and architecture != "llama":  # there it is optional
+        has = "has" if biased else "lacks"
+        yield f"refuses {architecture} files whose attention {has} a bias on its output, as this model's"
+    if (r := config.recurrent) is not None and r.spec.key_dim != r.spec.value_dim:
+        dims = f"{r.spec.key_dim} and {r.spec.value_dim}"
+        yield f"refuses {architecture} files whose keys and values of Gated DeltaNet differ in width ({dims})"
+    if config.n_group > 1 and config.topk_method == "group_limited_greedy":
+        yield "ranks groups of experts by their best two, not their best one, and so chooses other experts"
 
 
 def _write_header(

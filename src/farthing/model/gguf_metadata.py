@@ -48,9 +48,9 @@ def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
     }
     if any(c.windows):
         own["attention.sliding_window"] = max(c.windows)
-    if architecture == "qwen35moe":  # three axes of a position, which are equal in text
+    if architecture == "qwen35moe":  # pairs take turns at three axes of a position, which are equal in text
         pairs = c.attention.rotary_width // 2
-        own["rope.dimension_sections"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3, 0]
+        own["rope.dimension_sections"] = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
     return {f"{architecture}.{name}": value for name, value in own.items()}
 
 

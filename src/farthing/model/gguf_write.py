@@ -84,6 +84,12 @@ class GgufTensors:
 
     def __init__(self, checkpoint: Checkpoint, kind: str | None = None) -> None:
         self.config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
+        if (
+            self.config.topk_group == self.config.n_group
+        ):  # no limit; llama.cpp refuses one that limits nothing
+            self.config = replace(self.config, n_group=1, topk_group=1)
+            if self.config.topk_method == "group_limited_greedy":
+                self.config = replace(self.config, topk_method="greedy")
         self.architecture = architecture_of(self.config)
         self.kept: dict[str, Kept] = {}
         self._kind, self._source = kind, source_of(checkpoint, self.config)
