@@ -182,6 +182,18 @@ async def test_a_model_that_cannot_start_says_why_and_is_not_tried_again_at_once
         assert bad.starts == 2
 
 
+@pytest.mark.parametrize(("took", "stay"), [(1.0, 10.0), (5.0, 20.0), (100.0, 60.0)])
+def test_slow_loads_do_not_make_others_wait_for_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took: float, stay: float
+) -> None:
+    monkeypatch.setattr(pool_module, "_LEAST_LOADED", 10.0)
+    monkeypatch.setattr(pool_module, "_LEAST_LOADS", 4.0)
+    pool = pool_of(Fake("a", tmp_path), wait=600.0)
+    model = pool.models["a"]
+    model.loaded, model.took = 1000.0, took
+    assert pool._least(model) - model.loaded == stay
+
+
 @pytest.mark.anyio
 async def test_a_cancelled_wait_loads_nothing(tmp_path: Path) -> None:
     async with running(pool_of(*(Fake(name, tmp_path) for name in "abc"))) as pool:

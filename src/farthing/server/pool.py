@@ -37,6 +37,7 @@ State = Literal["available", "loading", "loaded", "unloading", "failed"]
 MOST_WAITING = 1024  # requests that wait for models
 _LEAST_LOADED = 10.0  # seconds for which a model takes requests before others that wait may replace it, ...
 _LEAST_LOADS = 4.0  # ... and at least this many times as long as loading it took
+_TURNS = 10  # ... unless loading is so slow that requests would wait too long: the stays in `wait` seconds
 _PAUSES = 30.0, 3600.0  # seconds after a first failure to start, doubled by each further one up to the last
 _LINES = 5  # of the output of a process that are kept
 _RECORD = re.compile(r"(?:\S+ \S+ (?P<level>[A-Z]+) )?(?P<text>.*)", re.DOTALL)  # as `log_lines` writes them
@@ -321,7 +322,8 @@ class Pool:
 
     def _least(self, model: Hosted) -> float:
         """Monotonic: from when on a model in use takes no new requests if others wait for its memory."""
-        return model.loaded + max(_LEAST_LOADED, _LEAST_LOADS * model.took)
+        least = min(_LEAST_LOADS * model.took, self.config.wait / _TURNS)
+        return model.loaded + max(_LEAST_LOADED, least)
 
     # processes
 
