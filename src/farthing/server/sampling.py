@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict
 
 from farthing.conversation.types import Turn
@@ -257,10 +258,22 @@ class IssuedCalls:
         self._waiting.update(call.id for call in turn.calls)
         self._known.update(call.id for call in turn.calls)
 
-    def answer(self, identity: str | None, field: str) -> None:
+    def add(self, turn: Turn, field: str) -> Turn:
+        """Match a result with its call, or issue calls; those without an id get one, for some clients leave it
+        out, and some templates refuse that. Raises ApiError (400)."""
+        if turn.role == "tool":
+            turn = replace(turn, call_id=self.answer(turn.call_id, field))
+        elif not all(call.id for call in turn.calls):
+            first = len(self._known)
+            calls = (replace(c, id=c.id or f"call_{i}") for i, c in enumerate(turn.calls, first))
+            turn = replace(turn, calls=tuple(calls))
+        self.issue(turn)
+        return turn
+
+    def answer(self, identity: str | None, field: str) -> str:
         """Match a result with its call; one without an id, with the earliest. Raises ApiError (400)."""
-        if self._take(identity):
-            return
+        if (found := self._take(identity)) is not None:
+            return found
         listed = [short(waiting) for waiting in self._waiting if waiting][:_LISTED]
         more = ", …" if len(self._waiting) > _LISTED else ""
         expected = f"expected the id of an earlier call without a result: {', '.join(listed)}{more}"
@@ -270,12 +283,12 @@ class IssuedCalls:
         separator = " " if identity is None else ": "
         raise ApiError(400, f"{field}{separator}{got}; {why}", param=field, code="invalid_value")
 
-    def _take(self, identity: str | None) -> bool:
-        """Whether a call was waiting for a result with this id. It no longer is."""
+    def _take(self, identity: str | None) -> str | None:
+        """The id of a call that waited for this result, and no longer does; None if there is none."""
         found = next(iter(self._waiting), None) if identity is None else identity
         if found is None or found not in self._waiting:
-            return False
+            return None
         self._waiting[found] -= 1
         if not self._waiting[found]:
             del self._waiting[found]
-        return True
+        return found

@@ -1,7 +1,6 @@
-"""Agents and Node clients from npm against scripted models.
+"""Long sessions of agents against scripted models, and the guide's snippets for Node.
 
-Set FARTHING_NODE_MODULES to a directory whose node_modules holds `openai`, `ai` with its providers,
-`@anthropic-ai/claude-code`, `@openai/codex` and `opencode-ai`; missing packages are skipped.
+The clients are those of tests/server/clients, in the folder FARTHING_CLIENTS; missing ones are skipped.
 """
 
 from __future__ import annotations
@@ -9,68 +8,33 @@ from __future__ import annotations
 import itertools
 import os
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conversation.test_parse import Calls, dsml
-from tests.server.api.loops import FORMATS, scripted
 from tests.server.api.sessions import CachingEngine
 from tests.server.api.snippets import blocks, pointed_at
+from tests.server.clients.test_matrix import need
 from tests.server.harness import Running, ScriptedEngine, letters, running
 
-HERE = Path(__file__).parent
-MODULES = Path(os.environ.get("FARTHING_NODE_MODULES", "nowhere")) / "node_modules"
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js"),
-    pytest.mark.skipif(not MODULES.is_dir(), reason="set FARTHING_NODE_MODULES"),
-]
+pytestmark = pytest.mark.slow
 
 
-def need(*packages: str) -> None:
-    """Skip the test without these packages."""
-    for package in packages:
-        if not (MODULES / package).is_dir():
-            pytest.skip(f"npm package {package} is not installed")
-
-
-def node(tmp_path: Path, script: Path, *arguments: str) -> str:
-    """Run a script next to the packages."""
-    if script.parent != tmp_path:
-        shutil.copy(script, tmp_path)
-    (tmp_path / "node_modules").symlink_to(MODULES)
-    done = subprocess.run(
-        ["node", script.name, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("format_", FORMATS)
-def test_openai_for_node(format_: str, tmp_path: Path) -> None:
-    need("openai")
-    with scripted(format_) as (server, _):
-        assert node(tmp_path, HERE / "openai.mjs", server.url).strip() == "ok"
-
-
-@pytest.mark.parametrize("format_", FORMATS)
-def test_vercel_sdk(format_: str, tmp_path: Path) -> None:
-    need("ai", "zod", "@ai-sdk/openai-compatible", "@ai-sdk/anthropic")
-    with scripted(format_) as (server, _):
-        text = "".join(f"Step {step}." for step in range(5)) + "Done."
-        assert node(tmp_path, HERE / "vercel.mjs", server.url).splitlines() == [f"0,1,2,3,4 {text}"] * 2
+def program(client: str, name: str) -> str:
+    """A program of a client's packages."""
+    return str(need(client) / "node_modules" / ".bin" / name)
 
 
 def test_the_snippet_for_vercels_sdk(tmp_path: Path) -> None:
-    need("ai", "@ai-sdk/openai-compatible")
+    (tmp_path / "node_modules").symlink_to(need("vercel") / "node_modules")
     (snippet,) = (block for block in blocks("clients", "js") if "createOpenAICompatible" in block)
     with running(ScriptedEngine(["Hello ", "there"])) as server:
         (tmp_path / "snippet.mjs").write_text(pointed_at(snippet, server.url))
-        assert node(tmp_path, tmp_path / "snippet.mjs").strip() == "Hello there"
+        command = ["node", "snippet.mjs"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip() == "Hello there", done.stderr
 
 
 def agent_engine(calls: Calls) -> CachingEngine:
@@ -108,7 +72,7 @@ def headless(server: Running, command: list[str], home: Path, **environment: str
 
 
 def test_claude_code(tmp_path: Path) -> None:
-    need("@anthropic-ai/claude-code")
+    claude = program("claude-code", "claude")
     file = tmp_path / "work" / "out.txt"
     calls: Calls = [
         ("Bash", {"command": "echo 'hello 日 >&1' > out.txt && cat out.txt", "description": "Write"}),
@@ -122,7 +86,7 @@ def test_claude_code(tmp_path: Path) -> None:
         assert shlex.split(last)[:2] == ["claude", "-p"]
         printed = headless(
             server,
-            [str(MODULES / ".bin" / "claude"), "-p", "Write hello.", "--allowedTools", "Bash,Read"],
+            [claude, "-p", "Write hello.", "--allowedTools", "Bash,Read"],
             tmp_path,
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
             **environment,
@@ -133,7 +97,7 @@ def test_claude_code(tmp_path: Path) -> None:
 
 
 def test_codex(tmp_path: Path) -> None:
-    need("@openai/codex")
+    codex = program("codex", "codex")
     commands = ("echo hello > out.txt", "cat out.txt")
     engine = agent_engine([("exec_command", {"cmd": command}) for command in commands])
     with running(engine) as server:
@@ -141,7 +105,7 @@ def test_codex(tmp_path: Path) -> None:
         (snippet,) = blocks("clients", "toml", "Codex")
         (tmp_path / ".codex" / "config.toml").write_text(pointed_at(snippet, server.url))
         options = ["--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json", "Hi."]
-        command = [str(MODULES / ".bin" / "codex"), "exec", *options]
+        command = [codex, "exec", *options]
         printed = headless(server, command, tmp_path, CODEX_HOME=str(tmp_path / ".codex"))
     assert "ALL DONE" in printed and (tmp_path / "work" / "out.txt").read_text() == "hello\n"
     assert "<tool_result>" in engine.prompts[-1] and "hello" in engine.prompts[-1]
@@ -165,12 +129,12 @@ def check_session(engine: CachingEngine, home: Path, printed: str) -> None:
 
 
 def test_twenty_turns_of_claude_code(tmp_path: Path) -> None:
-    need("@anthropic-ai/claude-code")
+    claude = program("claude-code", "claude")
     engine = long_session("Bash", "command", description="Append")
     with running(engine) as server:
         printed = headless(
             server,
-            [str(MODULES / ".bin" / "claude"), "-p", "Write lines.", "--allowedTools", "Bash"],
+            [claude, "-p", "Write lines.", "--allowedTools", "Bash"],
             tmp_path,
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC="1",
             ANTHROPIC_BASE_URL=server.url, ANTHROPIC_AUTH_TOKEN="none",
@@ -180,12 +144,12 @@ def test_twenty_turns_of_claude_code(tmp_path: Path) -> None:
 
 
 def test_twenty_turns_of_opencode(tmp_path: Path) -> None:
-    need("opencode-ai")
+    opencode = program("opencode", "opencode")
     engine = long_session("bash", "command", description="Append")
     with running(engine) as server:
         (tmp_path / "work").mkdir()
         (snippet,) = blocks("clients", "json", "opencode")
         (tmp_path / "work" / "opencode.json").write_text(pointed_at(snippet, server.url))
-        command = [str(MODULES / ".bin" / "opencode"), "run", "-m", "farthing/tiny", "Write lines."]
+        command = [opencode, "run", "-m", "farthing/tiny", "Write lines."]
         printed = headless(server, command, tmp_path, OPENCODE_DISABLE_MODELS_FETCH="1")
     check_session(engine, tmp_path, printed)

@@ -24,8 +24,8 @@ def test_snippet(page: str, number: int, code: str, capsys: pytest.CaptureFixtur
 
 
 def test_no_snippet_of_another_client_is_left_out() -> None:
-    """Blocks in other languages run in test_agents, where the client is installed from npm."""
-    assert [len(blocks("clients", language)) for language in ("js", "toml")] == [1, 1]
-    assert len(blocks("clients", "", "Claude Code")) == 1
+    """Blocks in other languages run in test_agents and in the matrix of clients."""
+    assert [len(blocks("clients", language)) for language in ("js", "toml", "json")] == [1, 1, 1]
+    assert all(len(blocks("clients", "", heading)) == 1 for heading in ("Claude Code", "qwen-code"))
     for page in PAGES[:3]:
         assert not any(blocks(page, language) for language in ("", "js", "toml", "sh"))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import anthropic
 import pytest
 
 from tests.conversation.published import SHAPES
-from tests.conversation.test_parse import Calls, hermes, listed, minimax, mistral, qwen3_coder
-from tests.server.harness import ScriptedEngine, letters, running
+from tests.server.api.loops import FORMATS as PACKAGED
+from tests.server.clients.drivers.common import CITY, LOOP, THOUGHT
+from tests.server.clients.model import FORMATS, engine
+from tests.server.harness import ScriptedEngine, running
 
 TOOL: dict[str, Any] = {"name": "look", "description": "Looks up.", "parameters": {"type": "object", "properties": {}}}  # fmt: skip  # noqa: E501
 WANTED = {
@@ -64,29 +65,17 @@ def test_the_second_turn_of_a_tool_loop(name: str, caplog: pytest.LogCaptureFixt
     assert f"reads the arguments of earlier calls as {form}" in caplog.text
 
 
-SAID: dict[str, tuple[str, Callable[[Calls], str]]] = {
-    "qwen3": ("Hm.</think>", hermes),
-    "qwen3_5": ("Hm.</think>", qwen3_coder),
-    "minimax_m2": ("Hm.</think>", minimax),
-    "mistral_small": ("", listed),
-    "mistral_small_4": ("[THINK]Hm.[/THINK]", mistral),
-    "llama3_1": ("", lambda calls: json.dumps({"name": calls[0][0], "parameters": calls[0][1]})),
-}
+# The formats that test_tool_loops does not run.
+OTHERS = [name for name in FORMATS if name not in PACKAGED]
 
 
-@pytest.mark.parametrize("name", SAID)
+@pytest.mark.parametrize("name", OTHERS)
 def test_calls_and_reasoning_of_a_stream(name: str) -> None:
-    reasoning, write = SAID[name]
-    opening = "<think>" if name == "qwen3" else ""  # the other templates open the reasoning themselves
-    engine = ScriptedEngine(
-        letters(opening + reasoning + write([("look", {"city": "Zürich"})])),
-        chat_template=SHAPES[name].source,
-    )
-    properties = {"type": "object", "properties": {"city": {"type": "string"}}}
-    with running(engine) as server:
+    properties = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+    with running(engine(name)) as server:
         stream = server.client().chat.completions.create(
             model="tiny",
-            messages=[{"role": "user", "content": "Where?"}],
+            messages=[{"role": "user", "content": LOOP}],
             tools=[{"type": "function", "function": TOOL | {"parameters": properties}}],  # type: ignore[list-item]
             stream=True,
         )
@@ -99,5 +88,5 @@ def test_calls_and_reasoning_of_a_stream(name: str) -> None:
                 assert call.function is not None and call.function.name in ("look", None)
                 called += call.function.arguments or ""
             ends.append(chunk.choices[0].finish_reason)
-    assert (thought, text) == ("Hm." if reasoning else "", "")
-    assert json.loads(called) == {"city": "Zürich"} and ends[-1] == "tool_calls"
+    assert (thought, text) == (THOUGHT if FORMATS[name].reasons else "", "")
+    assert json.loads(called) == CITY and ends[-1] == "tool_calls"

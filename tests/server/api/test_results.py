@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import httpx
 import pytest
 
 from tests.conversation.test_parse import v3
+from tests.server.clients.model import engine as scripted
 from tests.server.harness import Running, ScriptedEngine, running
 
 USER = {"role": "user", "content": "hi"}
@@ -150,3 +153,24 @@ def test_results_without_ids_answer_calls_in_turn(server: Running) -> None:
         answer = httpx.post(f"{server.url}/v1/chat/completions", json={"messages": [USER, *turns]})
         assert answer.status_code == status, answer.text
     assert answer.json()["error"]["param"] == "messages[1].tool_call_id"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+@pytest.mark.parametrize("name", ["mistral_7b", "kimi_k2"])
+def test_calls_without_ids_get_some(name: str, path: str) -> None:
+    """Ollama's clients send none. Mistral's template refuses that, and Kimi's results name their calls."""
+    written: Any = (lambda given: given) if path == "/api/chat" else json.dumps
+    calls = [{"function": {"name": "f", "arguments": written({"n": n})}} for n in (1, 2)]
+    results = [{"role": "tool", "content": f"found {n}"} for n in (1, 2)]
+    engine = scripted(name)
+    with running(engine) as server:
+        for content in ("", "more"):  # the ids are the same in the next turn
+            turns = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+            turns += [{"role": "assistant", "content": "ok"}, USER | {"content": content}] * bool(content)
+            answer = httpx.post(server.url + path, json={"model": "tiny", "messages": turns}, timeout=60)
+            assert answer.status_code == 200, answer.text
+    first, second = engine.prompts
+    made = r'"id": "(\w{9})"' if name == "mistral_7b" else r"<\|tool_call_begin\|>(functions\.f:\d)"
+    found = r'"call_id": "(\w{9})"' if name == "mistral_7b" else r"## Return of (functions\.f:\d)"
+    identities = re.findall(made, first)
+    assert len(set(identities)) == 2 and re.findall(found, first) == identities == re.findall(made, second)

@@ -66,10 +66,7 @@ def conversation_of(body: ChatRequest) -> Conversation:
         )
         name = message.tool_name or message.name
         turn = ChatTurn(message.role, message.content, message.thinking, calls, message.tool_call_id, name)
-        if message.role == "tool":
-            issued.answer(message.tool_call_id, f"messages[{position}].tool_call_id")
-        issued.issue(turn)
-        turns.append(turn)
+        turns.append(issued.add(turn, f"messages[{position}].tool_call_id"))
     functions = [tool.function for tool in body.tools]
     tools = tuple(Tool(f.name, f.description, f.parameters, f.strict) for f in functions)
     return Conversation(tuple(turns), tools, **body.thinking)

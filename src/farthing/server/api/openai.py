@@ -324,10 +324,7 @@ def turns_of(messages: list[Message]) -> tuple[ChatTurn, ...]:
     turns = tuple(map(_turn, messages))
     if any(turn.calls or turn.role == "tool" for turn in turns):
         issued = IssuedCalls()
-        for position, (message, turn) in enumerate(zip(messages, turns, strict=True)):
-            if message.role == "tool":
-                issued.answer(message.tool_call_id, f"messages[{position}].tool_call_id")
-            issued.issue(turn)
+        return tuple(issued.add(t, f"messages[{at}].tool_call_id") for at, t in enumerate(turns))
     return turns
 
 
