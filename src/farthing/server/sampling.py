@@ -259,8 +259,8 @@ class IssuedCalls:
         self._known.update(call.id for call in turn.calls)
 
     def add(self, turn: Turn, field: str) -> Turn:
-        """Match a result with its call, or issue calls; those without an id get one, for some clients leave it
-        out, and some templates refuse that. Raises ApiError (400)."""
+        """Match a result with its call, or issue calls. Those without an id get one, because some clients
+        leave it out and some templates refuse that. Raises ApiError (400)."""
         if turn.role == "tool":
             turn = replace(turn, call_id=self.answer(turn.call_id, field))
         elif not all(call.id for call in turn.calls):

@@ -30,6 +30,7 @@ from tests.server.harness import ScriptedEngine, letters
 
 _CALL = re.compile(r"Call the tool (\w+) with (\{.*?\})\.")
 _JSON = re.compile(r"Answer as JSON: (\{.*?\})\.")
+_ROOM = 200_000  # Claude Code asks for 32,000 after a prompt of 77,000
 _REFUSED = "does not allow"  # what `farthing chat` returns to the model for a refused call
 
 
@@ -105,8 +106,9 @@ def _declared(tool: str, prompt: str) -> bool:
 def engine(name: str) -> ScriptedEngine:
     """A server's engine with the model of a format."""
     spoken = FORMATS[name]
-    found = ScriptedEngine(chat_template=SHAPES[spoken.template].source if spoken.template else None)
+    source = SHAPES[spoken.template].source if spoken.template else None
+    found = ScriptedEngine(chat_template=source, max_model_len=_ROOM)
     if spoken.template is None:
-        found.config = EngineConfig(max_model_len=200_000, num_blocks=64, chat_template=name)
+        found.config = EngineConfig(max_model_len=_ROOM, num_blocks=64, chat_template=name)
     found.script = lambda prompt: letters(answer(spoken, prompt), 3)
     return found

@@ -22,8 +22,7 @@ def row(client: dict[str, Any]) -> str:
     """A client's line in the guide."""
     versions = [package.rpartition("@")[2].rpartition("==")[2] for package in client["packages"]]
     works = ["x" if check in client["checks"] else "" for check in CHECKS]
-    formats = str(len(FORMATS) if client["formats"] == "all" else len(client["formats"]))
-    cells = [client["title"], " + ".join(versions) or "–", client["api"], client["settings"], *works, formats]
+    cells = [client["title"], " + ".join(versions) or "–", client["api"], client["settings"], *works]
     return f"| {' | '.join(cells)} |"
 
 
@@ -31,7 +30,7 @@ def test_the_guide_lists_what_the_matrix_runs() -> None:
     page = (GUIDE / "clients.md").read_text(encoding="utf-8")
     table = page.split("## What is tested\n", 1)[1].split("\n## ", 1)[0]
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert rows == [row(client) for client in CLIENTS.values()]
+    assert rows == [row(client) for client in CLIENTS.values() if client.get("listed", True)]
 
 
 def test_every_format_of_calls_is_spoken() -> None:

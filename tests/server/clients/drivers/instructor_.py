@@ -29,7 +29,7 @@ def errors(url):
     try:
         ask(url, instructor.Mode.TOOLS, LOOP, "absent")
     except InstructorRetryException as error:
-        return error.failed_attempts[-1].exception.status_code
+        return error.__cause__.status_code
 
 
 run(
