@@ -46,7 +46,7 @@ from farthing.upstream import (
     request_headers,
     send,
 )
-from farthing_fleet.config import FleetConfig, PolicyConfig
+from farthing_fleet.config import FleetConfig, PolicyConfig, SloConfig
 from farthing_fleet.estimates import make_estimates
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.proxy import Outgoing
@@ -79,13 +79,13 @@ class Replica:
     """A server process. The actor ends with it, on which Serve replaces the replica at once."""
 
     async def __init__(  # type: ignore[misc]
-        self, command: tuple[str, ...], watch: Watch, ttft_s: float
+        self, command: tuple[str, ...], watch: Watch, slo: SloConfig
     ) -> None:
         port = free_port(_HOST)
         words = [part.replace("{port}", str(port)).replace("{host}", _HOST) for part in command]
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
         self._session = make_session(2.0, 600.0)
-        self._ttft_s, self._drain_s = ttft_s, watch.drain_timeout
+        self._slo, self._drain_s = slo, watch.drain_timeout
         process = await launch(words, None, {})
         self._server = ServerProcess(NAME, f"http://{_HOST}:{port}", process, time.monotonic())
         self._printing = asyncio.create_task(_print(process.stdout))
@@ -105,7 +105,7 @@ class Replica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The server's metrics as Serve's numbers, for `Scaling`."""
         async with self._http.get(self._server.url + "/metrics") as answer:
-            reading = parse(await answer.text(), None, time.monotonic(), self._ttft_s)
+            reading = parse(await answer.text(), None, time.monotonic(), self._slo.ttft_s, self._slo.tpot_s)
         if reading is None:
             return {}
         gauges = {name: value for name in _GAUGES if (value := getattr(reading, name)) is not None}
@@ -246,7 +246,7 @@ class Scaling(ScrapeSource):
     def __init__(self, config: str) -> None:
         """config: a FleetConfig as JSON."""
         self._fleet = read(FleetConfig, json.loads(config))
-        super().__init__(dict, window_s=self._fleet.signals.window_s, ttft_s=self._fleet.policy.slo.ttft_s)
+        super().__init__(dict, window_s=self._fleet.signals.window_s)
         self._seen: tuple[int, dict[str, Reading | None], float] | None = None
         self._target: int | None = None
         threading.Thread(target=lambda: asyncio.run(self._control()), daemon=True).start()
@@ -329,7 +329,7 @@ def _deployment(name: str, command: tuple[str, ...], config: ServeConfig) -> Any
         ),
         request_router_config=RequestRouterConfig(request_router_class=f"{__name__}.Prefix"),
     )
-    return deployment.bind(command, watch, policy.slo.ttft_s)
+    return deployment.bind(command, watch, policy.slo)
 
 
 def build(arguments: dict[str, Any]) -> Any:

@@ -131,6 +131,7 @@ def make_source(config: FleetConfig) -> Source:
             stale_after_s=config.policy.stale_after_s,
             timeout_s=signals.timeout_s,
             ttft_s=config.policy.slo.ttft_s,
+            tpot_s=config.policy.slo.tpot_s,
             headers=headers,
         )
     if not signals.replicas:
@@ -142,6 +143,7 @@ def make_source(config: FleetConfig) -> Source:
         window_s=signals.window_s,
         timeout_s=signals.timeout_s,
         ttft_s=config.policy.slo.ttft_s,
+        tpot_s=config.policy.slo.tpot_s,
     )
 
 

@@ -46,6 +46,7 @@ class PrometheusSource:
         stale_after_s: float = 60.0,
         timeout_s: float = 3.0,
         ttft_s: float | None = None,
+        tpot_s: float | None = None,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
         wall: Callable[[], float] = time.time,
@@ -58,7 +59,7 @@ class PrometheusSource:
             raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
         self._window, self._stale_after = window_s, stale_after_s
-        self._ttft_s = ttft_s  # a first token after this is late
+        self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._cold_starts, self._wall = cold_starts, wall
         self._session: aiohttp.ClientSession | None = None
@@ -155,14 +156,18 @@ class PrometheusSource:
         return f"({total} / ({count} > 0) or {count} * 0)"
 
     async def _late(self, d: Dialect) -> float | None:
-        """Share of first tokens that were late in the window; None without any."""
-        if self._ttft_s is None:
-            return None
-        rates = f"sum by (le) (rate({self._of(f'{d.ttft}_bucket')}[{self._window:g}s]))"
+        """Share of first or other tokens that were late in the window, the larger one; None without any."""
+        limits = zip(((d.ttft,), d.tpot), self._limits, strict=True)
+        limited = [(name, limit) for names, limit in limits if limit is not None for name in names]
+        shares = await asyncio.gather(*(self._late_of(name, limit) for name, limit in limited))
+        return max((share for share in shares if share is not None), default=None)
+
+    async def _late_of(self, histogram: str, limit: float) -> float | None:
+        rates = f"sum by (le) (rate({self._of(f'{histogram}_bucket')}[{self._window:g}s]))"
         data = await self._api("query", {"query": rates})
         buckets = {bound_of(row["metric"]["le"]): float(row["value"][1]) for row in data["result"]}
         total = max(buckets.values(), default=0.0)
-        return late_count(buckets, self._ttft_s) / total if total > 0 else None
+        return late_count(buckets, limit) / total if total > 0 else None
 
     # ---- the HTTP API ----
 

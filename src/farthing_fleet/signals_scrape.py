@@ -34,7 +34,7 @@ class Reading:
     waiting: float | None
     kv_usage: float | None
     launch_s: float | None  # launch to ready, if the server reports it
-    totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum" and "_count", "ttft_late"
+    totals: Mapping[str, float]  # "prompt", "output", "<histogram>_sum", "_count" and "_late"
 
 
 @dataclass
@@ -72,10 +72,17 @@ class _History:
         return (lengths[-1][1] - lengths[0][1]) / (lengths[-1][0] - lengths[0][0])
 
 
-def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = None) -> Reading | None:
+def parse(
+    text: str,
+    dialect: Dialect | None,
+    at: float,
+    ttft_s: float | None = None,
+    tpot_s: float | None = None,
+) -> Reading | None:
     """Parse one replica's /metrics text; None if no dialect is recognized.
 
-    First tokens after `ttft_s` are counted as late. Raises ValueError for other text.
+    First tokens after `ttft_s`, and others after `tpot_s`, are counted as late. Raises ValueError for other
+    text.
     """
     values: dict[str, float] = {}
     buckets: dict[str, dict[float, float]] = {}
@@ -105,8 +112,9 @@ def parse(text: str, dialect: Dialect | None, at: float, ttft_s: float | None = 
         if histogram and f"{histogram}_count" in values:
             totals[f"{key}_sum"] = values[f"{histogram}_sum"]
             totals[f"{key}_count"] = values[f"{histogram}_count"]
-    if ttft_s is not None and form.ttft in buckets:
-        totals["ttft_late"] = late_count(buckets[form.ttft], ttft_s)
+    for key, histogram, limit in (("ttft", form.ttft, ttft_s), ("tpot", tpot, tpot_s)):
+        if limit is not None and histogram in buckets:
+            totals[f"{key}_late"] = late_count(buckets[histogram], limit)
     running, waiting, kv_usage = (values.get(n) for n in (form.running, form.waiting, form.kv_usage))
     return Reading(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
 
@@ -123,6 +131,7 @@ class ScrapeSource:
         latency_window_s: float | None = None,
         timeout_s: float = 2.0,
         ttft_s: float | None = None,
+        tpot_s: float | None = None,
         gateway: str | None = None,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
@@ -131,7 +140,7 @@ class ScrapeSource:
     ) -> None:
         self._targets, self._dialect, self._window, self._gateway = targets, dialect, window_s, gateway
         self._latency_window = window_s if latency_window_s is None else latency_window_s
-        self._ttft_s = ttft_s  # a first token after this is late
+        self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
         self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
         self._session: aiohttp.ClientSession | None = None
@@ -194,7 +203,7 @@ class ScrapeSource:
 
     def _parse(self, name: str, text: str | None, now: float) -> Reading | None:
         try:
-            return parse(text, self._dialect, now, self._ttft_s) if text is not None else None
+            return parse(text, self._dialect, now, *self._limits) if text is not None else None
         except ValueError as problem:
             log.warning("%s: /metrics is not in the Prometheus text format: %s", name, problem)
             return None
@@ -247,9 +256,13 @@ class ScrapeSource:
         return reported.p90
 
     def _late(self) -> float | None:
-        """Share of first tokens that were late in the window; None without any."""
-        late, count = self._increase("ttft_late", self._window), self._increase("ttft_count", self._window)
-        return late / count if late is not None and count else None
+        """Share of first or other tokens that were late in the window, the larger one; None without any."""
+        shares = []
+        for key in ("ttft", "tpot"):
+            late, count = (self._increase(f"{key}_{kind}", self._window) for kind in ("late", "count"))
+            if late is not None and count:
+                shares.append(late / count)
+        return max(shares, default=None)
 
     def _mean(self, key: str) -> float | None:
         """Mean of a histogram over the latency window and all replicas; 0 without observations."""

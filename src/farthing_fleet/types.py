@@ -114,7 +114,7 @@ class Snapshot:
     ttft_s: float | None = None  # mean time to first token
     tpot_s: float | None = None  # mean time per output token
     cached_share: float | None = None  # share of prompt tokens served by a prefix cache, 0..1
-    late_share: float | None = None  # share of recent first tokens after slo.ttft_s, 0..1
+    late_share: float | None = None  # share of tokens after slo.ttft_s or slo.tpot_s, 0..1
     running: float | None = None  # running requests
     kv_usage: float | None = None  # share of the cache in use, 0..1
     cold_start_s: float | None = None  # P90 of launch-to-ready; None: the configured one

@@ -200,6 +200,7 @@ class LocalFleet:
             latency_window_s=_LATENCY_WINDOW_S,
             timeout_s=fleet.signals.timeout_s,
             ttft_s=fleet.policy.slo.ttft_s,
+            tpot_s=fleet.policy.slo.tpot_s,
             gateway=self.url,
             cold_starts=self.replicas.cold_starts,
         )

@@ -198,6 +198,23 @@ async def test_late_share_counts_requests_and_not_the_mean() -> None:
     assert idle.late_share is None
 
 
+@pytest.mark.parametrize(("tpot_s", "share"), [(2.0, 0.2), (None, 0.05)])
+def test_late_tokens_count_where_their_time_has_a_target(tpot_s: float | None, share: float) -> None:
+    def text(first: int, late_first: int, others: int, late_others: int) -> str:
+        counts = {"time_to_first_token": (first, late_first), "inter_token_latency": (others, late_others)}
+        lines = []
+        for name, (count, late) in counts.items():
+            family = f"vllm:{name}_seconds"
+            lines += [f"# TYPE {family} histogram", f'{family}_bucket{{le="2.0"}} {count - late}']
+            lines += [f'{family}_bucket{{le="+Inf"}} {count}', f"{family}_sum 1.0", f"{family}_count {count}"]
+        return "\n".join(["vllm:num_requests_waiting 0", *lines, ""])
+
+    reader = ScrapeSource(dict)
+    texts = text(0, 0, 0, 0), text(40, 2, 400, 80)
+    snapshots = [reader.snapshot(1, {"a": parse(t, None, at, 2.0, tpot_s)}) for at, t in enumerate(texts)]
+    assert snapshots[-1].late_share == pytest.approx(share)
+
+
 # ---- a real Prometheus ----
 
 
@@ -218,6 +235,8 @@ async def busy(*replicas: FakeReplica) -> None:
             replica.sums["ttft"] = [replica.sums["ttft"][0] + 2.0, replica.sums["ttft"][1] + 10]
             replica.sums["queue"] = [replica.sums["queue"][0] + 0.5, replica.sums["queue"][1] + 10]
             replica.late += 1
+            replica.sums["tpot"] = [replica.sums["tpot"][0] + 2.0, replica.sums["tpot"][1] + 100]
+            replica.late_tokens += 30
         await asyncio.sleep(0.25)
 
 
@@ -228,13 +247,21 @@ async def test_prometheus_returns_the_same_signals(tmp_path: Path, name: str) ->
         manager = prometheus(tmp_path, [f"127.0.0.1:{r.port}" for r in (a, b)])
         url, _ = await asyncio.to_thread(manager.__enter__)
         try:
-            reader = PrometheusSource(url, window_s=2.0, selector='{model_name=~"a|b"}', ttft_s=2.0)
+            reader = PrometheusSource(
+                url, window_s=2.0, selector='{model_name=~"a|b"}', ttft_s=2.0, tpot_s=2.0
+            )
             a.signals.update(waiting=3.0, kv=0.5)
             load = asyncio.create_task(busy(a, b))
 
             def complete(s: Snapshot) -> bool:  # each signal is a separate query: one may arrive first
                 queue = name == "sglang" or s.queue_time_s
-                load = s.ttft_s and s.late_share and s.prompt_token_rate and s.backlog
+                load = (
+                    s.ttft_s
+                    and s.late_share
+                    and (s.tpot_s or name == "sglang")
+                    and s.prompt_token_rate
+                    and s.backlog
+                )
                 return bool(load and queue) and s.ready == 2
 
             now = await eventually(lambda: reader.read(2), complete)
@@ -243,7 +270,7 @@ async def test_prometheus_returns_the_same_signals(tmp_path: Path, name: str) ->
             assert now.backlog == 3.0
             assert now.kv_usage == 0.25
             assert now.ttft_s == pytest.approx(0.2, rel=0.05)
-            assert now.late_share == pytest.approx(0.1, rel=0.05)
+            assert now.late_share == pytest.approx(0.1 if name == "sglang" else 0.3, rel=0.05)
             assert now.prompt_token_rate is not None and now.prompt_token_rate > 0
             assert now.queue_time_s == (None if name == "sglang" else pytest.approx(0.05, rel=0.05))
             assert not now.stale

@@ -42,7 +42,7 @@ _NAMES = {
 _NAMES["farthing"] = {key: name.replace("vllm:", "farthing:") for key, name in _NAMES["vllm"].items()}
 
 
-BOUND_S = 2.0  # of the only finite bucket of the time to first token
+BOUND_S = 2.0  # of the only finite bucket of the times to the first and between tokens
 
 
 class FakeReplica:
@@ -76,6 +76,7 @@ class FakeReplica:
         self.totals = {"prompt": 0.0, "output": 0.0}
         self.sums = {key: [0.0, 0.0] for key in ("queue", "ttft", "tpot", "e2e")}  # [sum, count]
         self.late = 0.0  # of the first tokens in `sums`, those after BOUND_S
+        self.late_tokens = 0.0  # of the others
         self._runner: web.AppRunner | None = None
 
     # ---- lifecycle ------------------------------------------------------------------------------------
@@ -230,10 +231,11 @@ class FakeReplica:
         put("output", "counter", ("", self.totals["output"]))
         for key, (total, count) in self.sums.items():
             put(key, "histogram", ("_sum", total), ("_count", count))
-        if ttft := names.get("ttft"):
-            total, labels = self.sums["ttft"][1], f'model_name="{self.name}"'
-            for bound, count in ((str(BOUND_S), total - self.late), ("+Inf", total)):
-                lines.append(f'{ttft}_bucket{{{labels},le="{bound}"}} {count}')
+        for key, late in (("ttft", self.late), ("tpot", self.late_tokens)):
+            if name := names.get(key):
+                total, labels = self.sums[key][1], f'model_name="{self.name}"'
+                for bound, count in ((str(BOUND_S), total - late), ("+Inf", total)):
+                    lines.append(f'{name}_bucket{{{labels},le="{bound}"}} {count}')
         return web.Response(
             text="\n".join(lines) + "\n", headers={"content-type": "text/plain; version=0.0.4"}
         )
