@@ -61,7 +61,7 @@ class Preparation {
   void key(int t, float* row) const {
     kernels_.rms_norm(in_.x.row(t), w_.norm, w_.eps, w_.dim, row);
     turn(row, w_.dim, batch_.positions[t]);
-    store(in_.past.own, in_.batch.own_slots[t], row, w_.dim);
+    store(in_.past.own, in_.batch.own_slots[t], row, w_.dim, 2);
   }
 
   // The last elements of a row, rotated by the angle of a position.
@@ -71,8 +71,10 @@ class Preparation {
     rotate_row(last, w_.rope, w_.cos + at, w_.sin + at, true, 1.0f, last);
   }
 
-  void store(const Cache& cache, int64_t slot, const float* row, int dim) const {
-    write_row(kernels_, cache.type, cache.data, static_cast<size_t>(slot) * dim, row, dim, nullptr);
+  // scales: of a slot in an 8-bit cache, of which the first is the row's.
+  void store(const Cache& cache, int64_t slot, const float* row, int dim, int scales) const {
+    write_row(kernels_, cache.type, cache.data, static_cast<size_t>(slot) * dim, row, dim,
+              cache.scale ? cache.scale + slot * scales : nullptr);
   }
 
   // The pooled columns of a sequence's token: in the step, or kept of earlier ones.
@@ -119,7 +121,7 @@ class Preparation {
     const Cache& to = in_.past.entries[number];
     const int64_t block =
         batch_.block_table[static_cast<int64_t>(c.sequence) * batch_.max_blocks + c.entry / to.block_size];
-    store(to, block * to.block_size + c.entry % to.block_size, sum, pool.dim);
+    store(to, block * to.block_size + c.entry % to.block_size, sum, pool.dim, number ? 1 : 2);
   }
 
   void keep(int b) const {

@@ -24,7 +24,6 @@ from farthing.ops import (
     CompressedSpec,
     Cut,
     Handle,
-    IndexCache,
     IndexerSpec,
     LatentCache,
     OpenCache,
@@ -295,10 +294,6 @@ class DeepseekV4(DecoderModel):
                 f"block_size: got {block_size}; expected a multiple of {self.config.block_tokens}, so that "
                 "entries do not cross the edges of blocks"
             )
-        if dtype in ("fp8", "int8"):
-            raise ValueError(
-                f"kv_cache_dtype: got {dtype!r}; expected 'float32' or 'bfloat16' for this model"
-            )
         blocks = num_blocks if windows is None else windows[window.window]
         cache = self.ops.new_cache(0, num_blocks, block_size, past.width, dtype)
         own = cache.windows[window.window] = self.ops.new_cache(0, blocks, block_size, past.width, dtype)
@@ -311,9 +306,7 @@ class DeepseekV4(DecoderModel):
                 cache.entries[e.past] = found[0]
             own.entries[kept.past] = found[1]
             if e and e.index_width:
-                cache.index = IndexCache(
-                    self.ops.new_cache(len(e.layers), *shape, e.index_width, dtype).data, None
-                )
+                cache.index = self.ops.new_index_cache(found[0], len(e.layers), e.index_width)
         count = num_blocks if slots is None else slots
         shapes = [each for kind in opened for each in kind.state]
         rates = self.config.compressed.rates if self.config.compressed else ()

@@ -68,7 +68,10 @@ class CacheKind:
         """Bytes per token of these layers; 0 for states."""
         item, scale = _ITEM_BYTES[dtype], 4 * (dtype in _SCALES)
         rows = len(self.layers) * self.rows * (self.width * item + 2 * scale)
-        past = sum(len(e.layers) * (e.width + e.index_width) * item / e.rate for e in self.entries)
+        past = 0.0
+        for e in self.entries:
+            index = e.index_width and e.index_width * item + scale
+            past += len(e.layers) * (e.width * item + 2 * scale + index) / e.rate
         return rows + self.index_rows * (self.index_width * item + scale) + ceil(past)
 
     @property

@@ -293,8 +293,8 @@ class LatentCache:
     # Of the layers with a window, by its size; they have blocks of their own.
     windows: dict[int, LatentCache] = field(default_factory=dict)
     # Of layers with a compressed past, by their rate: entries or, in a window's cache, the tokens in it.
-    # [rows, num_blocks, entries or tokens of a block, d]: one row per layer of that rate
-    entries: dict[int, Tensor] = field(default_factory=dict)
+    # one row per layer of that rate, with entries or tokens in the slots; the rotary part has no columns
+    entries: dict[int, LatentCache] = field(default_factory=dict)
 
     def of(self, window: int | None) -> LatentCache:
         """The cache of the layers with this window; None: of those without."""
@@ -302,7 +302,11 @@ class LatentCache:
 
     def tensors(self) -> list[Tensor]:
         """All tensors with these blocks, each [*, num_blocks, …]: a block is a slice along dimension 1."""
-        kept = [self.data, self.scale, *self.entries.values()]
+        kept = [
+            self.data,
+            self.scale,
+            *(t for past in self.entries.values() for t in (past.data, past.scale)),
+        ]
         if self.index is not None:
             kept += [self.index.data, self.index.scale]
         return [t for t in kept if t is not None]
@@ -547,9 +551,7 @@ class Ops(ABC):
         self, name: str, spec: StreamSpec, hidden: int, parts: Callable[[], StreamParts]
     ) -> Handle:
         """The parameters of hyper-connections between streams of `hidden` columns."""
-        raise ValueError(
-            f"backend: got {self.name!r}; expected 'cpu', 'torch' or 'reference': it has no hyper-connections"
-        )
+        raise NotImplementedError(f"backend {self.name!r} has no hyper-connections")
 
     @abstractmethod
     def new_cache(
@@ -569,10 +571,9 @@ class Ops(ABC):
 
     def new_past(
         self, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
-    ) -> tuple[Tensor, Tensor]:
-        """Empty entries and window [rows, *, width] of layers with a compressed past, each in so many blocks
-        of so many."""
-        return tuple(self.new_cache(rows, *shape, width, dtype).data for shape in (entries, tokens))  # type: ignore[return-value]
+    ) -> tuple[LatentCache, LatentCache]:
+        """Empty entries and window of layers with a compressed past, each in so many blocks of so many."""
+        return self.new_cache(rows, *entries, width, dtype), self.new_cache(rows, *tokens, width, dtype)
 
     def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
         """Slots for sequences; they need no clearing before a sequence starts."""

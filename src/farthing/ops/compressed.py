@@ -17,12 +17,14 @@ from torch import Tensor
 from farthing.ops.api import (
     CompressedParts,
     CompressedSpec,
+    IndexCache,
+    LatentCache,
     Place,
     PoolParts,
     StreamParts,
     StreamSpec,
 )
-from farthing.ops.indexer import top_positions
+from farthing.ops.indexer import top_positions, write_keys
 from farthing.ops.torch_util import rotate
 
 Here = Callable[[Tensor], Tensor]  # copies a tensor to the device
@@ -65,8 +67,8 @@ def attend(q: Tensor, x: Tensor, index_q: Tensor | None, a: Compressed, place: P
     cos, sin = a.rope[:, batch.positions.long()].unsqueeze(2).unbind(0)  # [T, 1, r / 2]
     query = _turned(_unit(q.float().unflatten(-1, (s.num_heads, -1)), s.norm_eps), cos, sin)
     key = _unit(x[:, None, : s.head_dim].float(), s.norm_eps) * a.parts.norm
-    own = place.cache.of(s.window).entries[s.rate][place.row].flatten(0, 1)
-    own[batch.of(s.window).slots] = _turned(key, cos, sin)[:, 0].to(own.dtype)
+    own = place.cache.of(s.window).entries[s.rate]
+    write_keys(_keys(own), place.row, batch.of(s.window).slots, _turned(key, cos, sin)[:, 0])
     if index_q is not None and s.index is not None:
         index_q = _turned(index_q.float().unflatten(-1, (s.index.num_heads, -1)), cos, sin)
     out = torch.empty_like(query)
@@ -99,19 +101,34 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((still, rotate(last, cos, sin, interleaved=True)), -1)
 
 
+def _keys(cache: LatentCache | IndexCache) -> IndexCache:
+    """With one scale per key: an entry's is that of the latent, and its rotary part is empty."""
+    if isinstance(cache, IndexCache):
+        return cache
+    return IndexCache(cache.data, None if cache.scale is None else cache.scale[..., 0])
+
+
+def _read(cache: LatentCache | IndexCache, row: int, slots: Tensor) -> Tensor:
+    """Keys [t, d] float32 in slots [t]."""
+    kept = _keys(cache)
+    keys = kept.data[row].flatten(0, 1)[slots].float()
+    return keys if kept.scale is None else keys * kept.scale[row].flatten(0, 1)[slots].unsqueeze(1)
+
+
 def _window(a: Compressed, place: Place, b: int, length: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [S, d] of a sequence up to `length` that its tokens of the step see, and which one does [t, S]."""
     s, table = a.spec, place.batch.of(a.spec.window).block_table[b]
-    kept = place.cache.of(s.window).entries[s.rate][place.row]
+    kept = place.cache.of(s.window).entries[s.rate]
     at = torch.arange(max(0, length - len(positions) - s.window + 1), length, device=positions.device)
-    size = kept.shape[1]
-    keys = kept.flatten(0, 1)[table[at // size].long() * size + at % size].float()
+    keys = _read(
+        kept, place.row, table[at // kept.block_size].long() * kept.block_size + at % kept.block_size
+    )
     return keys, (at <= positions[:, None]) & (at > positions[:, None] - s.window)
 
 
 def _slots(a: Compressed, place: Place, b: int, entries: Tensor) -> Tensor:
     """Slots of a sequence's entries, of which a block has as many as its tokens make."""
-    size = place.cache.entries[a.spec.rate].shape[2]
+    size = place.cache.entries[a.spec.rate].block_size
     return place.batch.block_table[b][entries // size].long() * size + entries % size
 
 
@@ -131,14 +148,15 @@ def _make_entries(x: Tensor, a: Compressed, place: Place, b: int, length: int) -
             rows = torch.cat((rows.new_zeros(s.rate, rows.shape[1]), rows))
         entries = torch.arange(first, last, device=x.device)
         turns = a.rope[:, entries * s.rate]
-        stores = [cache.entries[s.rate]] if cache.index is None else [cache.entries[s.rate], cache.index.data]
+        stores = [cache.entries[s.rate], cache.index]
         column = 0
         for pool, width, store in zip(a.parts.pools, s.pooled, stores, strict=False):
             values, gates = rows[:, column : column + 2 * width].split(width, -1)
             column += 2 * width
             entry = _pooled(values, gates, pool, s, empty=first == 0)
             entry = _turned(_unit(entry, s.norm_eps) * pool.norm, *turns.unbind(0))
-            store[place.row].flatten(0, 1)[_slots(a, place, b, entries)] = entry.to(store.dtype)
+            assert store is not None
+            write_keys(_keys(store), place.row, _slots(a, place, b, entries), entry)
     late = torch.arange(max(before, length - size), length, device=x.device)
     kept[late % size] = x[late - before]
 
@@ -174,13 +192,13 @@ def _past(
     seen = entries < ((positions + 1) // s.rate)[:, None]
     if selected is not None and s.index is not None and len(entries) > s.index.top_k:
         assert cache.index is not None
-        (query, w), keys = selected, cache.index.data[place.row].flatten(0, 1)[slots].float()
+        (query, w), keys = selected, _read(cache.index, place.row, slots)
         scores = torch.einsum("thd,ed->the", query, keys).relu() * s.index.head_dim**-0.5
         scores = torch.einsum("th,the->te", w * s.index.num_heads**-0.5, scores)
         best = top_positions(scores.masked_fill(~seen, float("-inf")), s.index.top_k).long()
         chosen = torch.zeros(len(positions), len(entries) + 1, dtype=torch.bool, device=seen.device)
         seen = chosen.scatter_(1, torch.where(best < 0, len(entries), best), True)[:, :-1]
-    return cache.entries[s.rate][place.row].flatten(0, 1)[slots].float(), seen
+    return _read(cache.entries[s.rate], place.row, slots), seen
 
 
 # Hyper-connections.

@@ -12,19 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.ops.api import Batch, LatentCache, StreamedHandles
-from farthing.ops.arrays import address, contiguous, dtype_name, empty, row_stride
-from farthing.ops.cpu.stack import CACHE_TYPES, native_batch, native_rows, vector
+from farthing.ops.arrays import address, contiguous, empty, row_stride
+from farthing.ops.cpu.stack import native_batch, native_cache, native_rows, vector
 from farthing.ops.cpu.weights import Streams
 from farthing.ops.weights import PeerLost
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _cache(data: Tensor) -> Any:
-    """The rows of all layers of a rate."""
-    step = row_stride(data) * data.itemsize
-    return _native.Cache(CACHE_TYPES[dtype_name(data.dtype)], address(data), 0, data.shape[2], step)
 
 
 def native_past(cache: LatentCache, window: int, rate: int) -> Any:
@@ -33,10 +27,10 @@ def native_past(cache: LatentCache, window: int, rate: int) -> Any:
     if rate:
         assert cache.open is not None
         kept, rows = cache.open.rows[rate], cache.entries[rate]
-        entries, opened, step = [_cache(rows)], address(kept), row_stride(kept)
-        if cache.index is not None and cache.index.data.shape[1:3] == rows.shape[1:3]:
-            entries.append(_cache(cache.index.data))
-    return _native.Past(_cache(own), entries, opened, step, own.shape[1] * own.shape[2])
+        entries, opened, step = [native_cache(rows)], address(kept), row_stride(kept)
+        if cache.index is not None and cache.index.data.shape[1:3] == rows.data.shape[1:3]:
+            entries.append(native_cache(cache.index))
+    return _native.Past(native_cache(own), entries, opened, step, own.num_blocks * own.block_size)
 
 
 def past_batch(batch: Batch, window: int) -> Any:

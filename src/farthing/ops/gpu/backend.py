@@ -1,7 +1,7 @@
 """`GpuOps`: the op signatures over Triton kernels. Legend: see `farthing.ops.api`.
 
 Two products use torch (cuBLAS): the router's float32 logits, and the small products per head around absorbed
-attention.
+attention. Of DeepSeek-V4, matrices, experts and hyper-connections have kernels; attention is torch's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from farthing.ops.api import (
     LayerHandles,
     MoEWeights,
     Norm,
-    Ops,
     Place,
     RouterSpec,
 )
@@ -38,12 +37,12 @@ from farthing.ops.gpu import delta as recurrence
 from farthing.ops.gpu import gemm
 from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expand_from, plan
-from farthing.ops.gpu.gemm import Part, combine, experts_mlp
+from farthing.ops.gpu.gemm import Part, combine, experts_mlp, find
+from farthing.ops.gpu.hyper import StreamedOps
 from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode
 from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_rows
 from farthing.ops.gpu.route import index, pack_indexer, route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
-from farthing.ops.gpu.sparse import find
 from farthing.ops.reference import (
     Grouped,
     capped,
@@ -53,6 +52,7 @@ from farthing.ops.reference import (
     scaled_choice,
     shared_weight,
 )
+from farthing.ops.reference import route as weigh
 from farthing.ops.sampling import Filters
 from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
 from farthing.ops.weights import Weight, rounded, static_scale
@@ -93,7 +93,7 @@ class Stack:
     layers: tuple[LayerHandles, ...]
 
 
-class GpuOps(Ops):
+class GpuOps(StreamedOps):
     """Every op on one CUDA device; activations are bfloat16 or float32, and FP8 if the weights are."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, quantization: str | None = None) -> None:
@@ -289,15 +289,23 @@ class GpuOps(Ops):
     ) -> Tensor:
         return self._moe(x, weights, norm, counts, None, residual)
 
+    def moe_among(
+        self, x: Tensor, weights: Experts, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    ) -> Tensor:
+        return self._moe(x, weights, norm, counts, None, False, chosen)
+
     def _moe(
         self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None, live: Tensor | None,
-        residual: bool = True,
+        residual: bool = True, chosen: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         n = self.rms_norm(x, norm)
-        ids, gates = self._route(n, weights, live)
+        if chosen is None:
+            ids, gates = self._route(n, weights, live)
+        else:
+            ids, gates = weigh(F.linear(n.float(), weights.gate), None, weights.spec, chosen.long())
         if counts is not None:
-            chosen = ids.flatten()
-            counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
+            seen = ids.flatten()
+            counts.scatter_add_(0, seen.clamp_min(0), (seen >= 0).to(counts.dtype))
         order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.local)
         y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
         shared = None if weights.shared is None else self._gated(n, weights.shared)

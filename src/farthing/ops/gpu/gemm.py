@@ -21,6 +21,7 @@ from farthing.ops.gpu.launch import FP8_MAX, LEAST_AMAX, Config, gated, narrow, 
 from farthing.ops.gpu.matrix import FORMATS, FP8, Matrix, finish, fp8_twice, product
 from farthing.ops.gpu.sample import quantize, rms_norm
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
+from farthing.ops.gpu.sparse import find as find  # for the backend
 from farthing.ops.weights import FP8_BLOCK
 
 Part = Matrix | TwoOfFour | Blocks

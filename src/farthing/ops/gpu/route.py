@@ -56,7 +56,7 @@ def _keep_mass(chosen, weight, mass, min_experts, K: tl.constexpr, KP: tl.conste
 def _route(
     logits, bias, ids, weights, live, E, scale, mass, min_experts,
     K: tl.constexpr, KP: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, G: tl.constexpr,
-    S: tl.constexpr, SIGMOID: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
+    S: tl.constexpr, SCORES: tl.constexpr, TOP2: tl.constexpr, NORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_MASS: tl.constexpr, HAS_LIVE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -65,8 +65,13 @@ def _route(
     expert = g * size + s  # [G, S]
     real = (g < GROUPS) & (s < size)
     score = tl.load(logits + token * E + expert, mask=real, other=float("-inf"))
-    if SIGMOID:
+    if SCORES == "sigmoid":
         score = 1.0 / (1.0 + tl.exp(-score))
+    elif SCORES == "sqrtsoftplus":
+        small = tl.exp(-tl.abs(score))
+        more = 1.0 + small  # the logarithm of a sum near 1 keeps its digits
+        log = tl.where(more == 1.0, small, tl.log(more) * small / tl.where(more == 1.0, 1.0, more - 1.0))
+        score = tl.sqrt(tl.maximum(score, 0.0) + log)
     else:
         e = tl.exp(score - tl.max(tl.max(score, 1), 0))
         score = e / tl.sum(tl.sum(e, 1), 0)
@@ -142,7 +147,7 @@ def route(
             logits, bias, ids, weights, live, spec.num_experts, spec.scale, spec.mass or 0.0,
             spec.min_experts, K=k, KP=triton.next_power_of_2(k), GROUPS=spec.num_groups,
             TOP_GROUPS=spec.top_k_groups, G=triton.next_power_of_2(spec.num_groups),
-            S=triton.next_power_of_2(spec.num_experts // spec.num_groups), SIGMOID=spec.scoring == "sigmoid",
+            S=triton.next_power_of_2(spec.num_experts // spec.num_groups), SCORES=spec.scoring,
             TOP2=spec.group_score == "top2_sum", NORMALIZE=spec.normalize, HAS_BIAS=bias is not None,
             HAS_MASS=spec.mass is not None, HAS_LIVE=live is not None, num_warps=1,
         )  # fmt: skip
