@@ -112,26 +112,14 @@ class LiveEstimates:
         passed = round((snapshot.time - last.time) / self._policy.interval_s)
         return max(1, passed) if passed <= _GAP else 1
 
-    def settings(self, learned: str | None = None) -> Settings:
-        """The fleet that is rehearsed."""
-        policy = self._policy
-        return Settings(
-            policy.interval_s,
-            self._cold_start,
-            wait_s=policy.slo.ttft_s,
-            target=policy.slo.target,
-            drain_s=policy.drain_s,
-            least=policy.min_replicas,
-            most=policy.max_replicas,
-            learned=learned,
-        )
-
     def _rehearsed(self, load: float) -> Rehearsal:
         """A rehearsal that has seen the last recorded loads."""
         capacity, every = self._capacity.estimate, max(1, round(GRID_S / self._policy.interval_s))
         past = [value for _, value in self._points[-(REHEARSED_STEPS // every) :]]
         first = float(np.mean(past[:5])) if past else load
-        made = Rehearsal(self.settings(self._learned[0] if self._learned else None), first / capacity)
+        learned = self._learned[0] if self._learned else None
+        told = Settings.of(self._policy, self._cold_start, learned)
+        made = Rehearsal(told, first / capacity)
         for value in past:
             for _ in range(every):
                 self._plan = made.observe(value / capacity)
@@ -188,7 +176,7 @@ class LiveEstimates:
         task = {
             "names": self._forecast.learned,
             "points": points,
-            "settings": asdict(self.settings()),
+            "settings": asdict(Settings.of(self._policy, self._cold_start)),
             "capacity": self._capacity.estimate,
             "prophet": asdict(self._forecast.prophet),
         }

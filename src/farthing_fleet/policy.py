@@ -366,6 +366,6 @@ def _inputs(snapshot: Snapshot, plan: Plan | None, capacity: float, utilization:
     return {
         "capacity": capacity,
         "utilization": 1 / plan.margin if plan is not None else utilization,
-        "snapshot": asdict(snapshot),
-        **({"plan": asdict(plan)} if plan is not None else {}),
+        "snapshot": dict(vars(snapshot)),  # `asdict` would be a third of a replay
+        **({"plan": dict(vars(plan))} if plan is not None else {}),
     }

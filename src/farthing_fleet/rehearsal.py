@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from farthing_fleet.config import PolicyConfig
 from farthing_fleet.forecast.recent import DAY_S, PLANS, SAYS, Highest, Mean, RecentPlans
 
 Floats = NDArray[np.float64]
@@ -57,6 +59,20 @@ class Settings:
     least: int = 1
     most: int = 1_000_000
     learned: str | None = None  # the name of a forecaster whose plan is observed, too
+
+    @classmethod
+    def of(cls, policy: PolicyConfig, cold_start_s: float | None = None, learned: str | None = None) -> Self:
+        """Those of a policy; `cold_start_s` is measured, if not the configured one."""
+        return cls(
+            policy.interval_s,
+            policy.cold_start_s if cold_start_s is None else cold_start_s,
+            wait_s=policy.slo.ttft_s,
+            target=policy.slo.target,
+            drain_s=policy.drain_s,
+            least=policy.min_replicas,
+            most=policy.max_replicas,
+            learned=learned,
+        )
 
     @property
     def lead_s(self) -> float:

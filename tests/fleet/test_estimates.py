@@ -60,7 +60,8 @@ def test_rehearses_the_measured_cold_start(tmp_path: Path) -> None:
     def cold_start(second: int, measured: float | None) -> float:
         now = BEGIN + second
         estimates.observe(now, Snapshot(now, 20, ready=20, request_rate=7.0, cold_start_s=measured))
-        return estimates.settings().cold_start_s
+        assert estimates._rehearsal is not None
+        return estimates._rehearsal.settings.cold_start_s
 
     assert cold_start(0, None) == 600.0
     assert cold_start(3615, 660.0) == 600.0
@@ -148,7 +149,7 @@ def test_admits_the_forecaster_that_saves_most(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("farthing_fleet.estimates.make", make)
     monkeypatch.setattr(estimates, "_trials", lambda: {"lstm": 0.005, "prophet": -0.02})
     estimates.maintain(BEGIN + 600)
-    assert made == [] and estimates.settings().learned is None
+    assert made == [] and estimates._learned is None
     monkeypatch.setattr(estimates, "_trials", lambda: {"lstm": 0.03, "prophet": 0.02})
     estimates.maintain(BEGIN + 600 + DAY)
     assert made == ["lstm"]

@@ -23,7 +23,7 @@ EPILOG = """Examples:
 
 farthing replay                                         (the example trace, all policies)
 
-farthing replay rates.csv --policy farthing,hpa,oracle --utilization 0.7 --load-time 600 --json
+farthing replay rates.csv --policy farthing,hpa,static --utilization 0.7 --load-time 600 --json
 
 farthing replay rates.csv --load-time 120 --picture fleet.png"""
 
@@ -40,13 +40,11 @@ class ReplayOptions:
         "all",
         "Comma-separated policies; best-NAME keeps the SLO of `farthing` with parameters chosen in hindsight",
     )
-    utilization: float = _option(0.7, "Target utilization of the short rules and the oracle")
+    utilization: float = _option(0.7, "Target utilization of the short rules")
     load_time: float = _option(600.0, "Seconds from launch to ready")
     capacity: float | None = _option(None, "Load units/s per replica; default: the mean load needs 20")
     seeds: int = _option(1, "Number of runs, each with its own noise")
     noise: float = _option(0.1, "Standard deviation of the load's noise, redrawn every 10 s")
-    price: float = _option(1.0, "Price per replica-hour")
-    failures: float = _option(0.0, "Failures per replica and day")
     picture: Path | None = _option(None, "Plot of load, forecast and replicas to write")
 
     def config(self) -> ReplayConfig:
@@ -57,8 +55,6 @@ class ReplayOptions:
             capacity=self.capacity,
             seeds=self.seeds,
             noise=self.noise,
-            price_per_hour=self.price,
-            failures_per_day=self.failures,
         )
 
     def replay(self, progress: Progress) -> dict[str, Any]:
@@ -91,12 +87,11 @@ def _print(document: dict[str, Any]) -> None:
     table = Table(
         title=f"{document['trace']}, {document['hours']:.1f} h, load time {document['load_time_s']:g} s"
     )
-    for column in ("policy", "instance-hours", "SLO %", "changes", "turns", "cost", "parameters"):
+    for column in ("policy", "instance-hours", "SLO %", "changes", "parameters"):
         table.add_column(column, justify="left" if column in ("policy", "parameters") else "right")
     for name, row in document["policies"].items():
         cells = [_cell(row, "instance_hours", ".1f"), _cell(row, "slo", ".2f", 100)]
-        cells += [_cell(row, "changes", ".0f"), _cell(row, "direction_changes", ".0f")]
-        table.add_row(name, *cells, _cell(row, "cost", ".2f"), row["parameters"])
+        table.add_row(name, *cells, _cell(row, "changes", ".0f"), row["parameters"])
     rules = document["policies"].get("farthing", {}).get("rules", {})
     if rules:
         used = "; ".join(f"{share:.0%} {rule}" for rule, share in list(rules.items())[:3])

@@ -28,9 +28,8 @@ def replay_file(
         base_of(name)
     trace = read_trace(path if path is not None else EXAMPLE)
     if isinstance(trace, RequestTrace):
-        if picture is not None or config.failures_per_day:
-            name = "a picture" if picture is not None else "--failures"
-            raise ValueError(f"{trace.name}: got single requests; expected a rate trace for {name}")
+        if picture is not None:
+            raise ValueError(f"{trace.name}: got single requests; expected a rate trace for a picture")
         names = tuple(name for name in names if policies.strip() != "all" or name in REQUEST_POLICIES)
         return replay_requests(trace, names, config, progress)
     document, runs, made = replay(trace, names, config, progress)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from farthing_fleet.config import PolicyConfig
+from farthing_fleet.forecast.history import trailing_mean
 from farthing_fleet.policy import Policy
 from farthing_fleet.rehearsal import Rehearsal, Settings
 from farthing_fleet.types import Snapshot
-from farthing_lab.replay.rate import Floats, Ints, View, trailing_mean
+from farthing_lab.replay.rate import Floats, Ints, View
 
 
 def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
@@ -28,19 +29,11 @@ class FarthingRule:
     `seen` [T, B] is the mean load of the tick before each tick.
     """
 
-    def __init__(self, seen: Floats, config: PolicyConfig, wait_slo_s: float) -> None:
+    def __init__(self, seen: Floats, config: PolicyConfig) -> None:
         self._seen, self._config = seen, config
         tick_s, capacity = config.interval_s, config.capacity
         first = seen[: max(1, round(300 / tick_s))].mean(axis=0) / capacity  # a running service
-        settings = Settings(
-            tick_s,
-            config.cold_start_s,
-            wait_s=wait_slo_s,
-            target=config.slo.target,
-            drain_s=config.drain_s,
-            least=config.min_replicas,
-            most=config.max_replicas,
-        )
+        settings = Settings.of(config)
         self.rehearsals = [Rehearsal(settings, float(load)) for load in first]
         self._policies = [Policy(config) for _ in first]
         start = np.ceil(1.25 * first - 1e-9).astype(np.int64)
@@ -119,17 +112,6 @@ class FixedRule:
 
     def decide(self, view: View) -> Ints:
         return np.asarray(self.plan[view.tick], dtype=np.int64)
-
-
-def highest(load: Floats, steps: int) -> Floats:
-    """[T, B] maximum of the last `steps` rows, by doubling."""
-    steps = max(1, min(steps, len(load)))
-    out, width = load.copy(), 1
-    while width < steps:
-        shift = min(width, steps - width)
-        out[shift:] = np.maximum(out[shift:], out[:-shift].copy())
-        width += shift
-    return out
 
 
 def deviations(load: Floats, steps: int) -> Floats:

@@ -3,8 +3,7 @@
 Shapes: B = lanes (seeds, or seeds x settings), T = ticks (decisions), S = sub-steps per tick. The queue is a
 fluid: within a sub-step load and replicas are constant, so the backlog changes linearly, and the share of
 arrivals that wait longer than the SLO is exact. A replica is billed from its launch and serves after the load
-time. A removed replica ends immediately if it is still starting; a ready one is billed for `drain_s` more. A
-failed replica is replaced by an immediate launch.
+time. A removed replica ends immediately if it is still starting; a ready one is billed for `drain_s` more.
 """
 
 from __future__ import annotations
@@ -29,17 +28,6 @@ class Setting:
     substeps: int = 3  # per tick
     drain_s: float = 30.0  # a removed ready replica is billed this much longer
     wait_slo_s: float = 2.0
-    failures_per_day: float = 0.0  # per ready replica
-
-    def __post_init__(self) -> None:
-        for name in ("capacity", "tick_s", "wait_slo_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Setting.{name}: got {getattr(self, name)}; expected a number above 0")
-        for name in ("load_time_s", "drain_s", "failures_per_day"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Setting.{name}: got {getattr(self, name)}; expected 0 or more")
-        if self.substeps < 1:
-            raise ValueError(f"Setting.substeps: got {self.substeps}; expected 1 or more")
 
     @property
     def dt(self) -> float:
@@ -56,12 +44,11 @@ class View:
     ready: Ints
     backlog: Floats  # waiting load units
     wait: Floats  # wait of a request arriving now, seconds
-    late: Floats  # share of the last tick's requests that exceeded the SLO's wait
 
     def lanes(self, part: slice) -> View:
         """The view of some lanes."""
         counts = self.current[part], self.ready[part]
-        return View(self.tick, self.now, *counts, self.backlog[part], self.wait[part], self.late[part])
+        return View(self.tick, self.now, *counts, self.backlog[part], self.wait[part])
 
 
 class Rule(Protocol):
@@ -79,7 +66,6 @@ class Result:
     instance_hours: Floats
     slo: Floats
     changes: Ints
-    direction_changes: Ints
     ready: Ints
     current: Ints
 
@@ -125,7 +111,7 @@ class _Pool:
         return ripe
 
 
-def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Result:
+def simulate(load: Floats, rule: Rule, setting: Setting) -> Result:
     """Run `rule` against `load` [T·S, B] (load units per second), for whole ticks."""
     steps, lanes = load.shape
     ticks = steps // setting.substeps
@@ -133,29 +119,20 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
     pool = _Pool(np.maximum(0, rule.start), load_ticks)
     backlog, good = np.zeros(lanes), np.zeros(lanes)
     billed, drained = np.zeros(lanes), np.zeros(lanes)
-    changes, turns, direction = (np.zeros(lanes, np.int64) for _ in range(3))
+    changes = np.zeros(lanes, np.int64)
     ready0, current0 = np.zeros(ticks, np.int64), np.zeros(ticks, np.int64)
     by_tick = load[: ticks * setting.substeps].reshape(ticks, setting.substeps, lanes)
     peaks, sums = by_tick.max(axis=1), by_tick.sum(axis=1) * setting.dt
-    random = np.random.default_rng(seed)
-    risk = setting.failures_per_day * setting.tick_s / 86400
-    late = zero = np.zeros(lanes)
+    zero = np.zeros(lanes)
     for tick in range(ticks):
         pool.arrive(tick)
-        if risk > 0:
-            dead = random.binomial(pool.ready, risk)
-            pool.ready -= dead
-            pool.launch(tick, dead)
         current = pool.ready + pool.starting
         queued = bool(backlog.any())
         wait = backlog / np.maximum(pool.ready * setting.capacity, 1e-9) if queued else zero
-        target = rule.decide(View(tick, tick * setting.tick_s, current, pool.ready, backlog, wait, late))
+        target = rule.decide(View(tick, tick * setting.tick_s, current, pool.ready, backlog, wait))
         delta = target - current
         if delta.any():
-            sign = np.sign(delta)
-            changes += sign != 0
-            turns += (sign != 0) & (direction != 0) & (sign != direction)
-            direction = np.where(sign != 0, sign, direction)
+            changes += delta != 0
             if (delta < 0).any():
                 drained += pool.take_away(tick, np.maximum(-delta, 0)) * setting.drain_s
             if (delta > 0).any():
@@ -163,13 +140,10 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
         rate: Floats = pool.ready.astype(np.float64) * setting.capacity
         if not queued and bool((peaks[tick] <= rate).all()):
             good += sums[tick]
-            late = zero
         else:
-            before = good.copy()
             for step in range(setting.substeps):
                 backlog, share = _flow(backlog, by_tick[tick, step], rate, setting)
                 good += share * by_tick[tick, step] * setting.dt
-            late = np.clip(1 - (good - before) / np.maximum(sums[tick], 1e-12), 0.0, 1.0)
         billed += (pool.ready + pool.starting) * setting.tick_s
         ready0[tick], current0[tick] = pool.ready[0], pool.ready[0] + pool.starting[0]
     total = sums.sum(axis=0)
@@ -177,7 +151,6 @@ def simulate(load: Floats, rule: Rule, setting: Setting, seed: int = 0) -> Resul
         instance_hours=(billed + drained) / 3600,
         slo=np.where(total > 0, np.minimum(1.0, good / np.maximum(total, 1e-12)), 1.0),
         changes=changes,
-        direction_changes=turns,
         ready=ready0,
         current=current0,
     )
@@ -191,11 +164,3 @@ def _flow(backlog: Floats, load: Floats, rate: Floats, setting: Setting) -> tupl
     low, high = np.minimum(first, last), np.maximum(first, last)
     share = np.clip((setting.wait_slo_s - low) / np.maximum(high - low, 1e-12), 0.0, 1.0)
     return after, np.where(high <= setting.wait_slo_s, 1.0, np.where(low >= setting.wait_slo_s, 0.0, share))
-
-
-def trailing_mean(values: Floats, steps: int) -> Floats:
-    """[N, B] mean of the last `steps` rows, fewer at the start."""
-    total = np.cumsum(np.concatenate([np.zeros((1, values.shape[1])), values]), axis=0)
-    last = np.arange(1, len(values) + 1)
-    first = np.maximum(0, last - max(1, steps))
-    return np.asarray((total[last] - total[first]) / (last - first)[:, None])

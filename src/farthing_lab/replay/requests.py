@@ -46,8 +46,6 @@ class Fleet:
     done: Jobs = field(default_factory=list)
     billed_s: float = 0.0
     changes: int = 0
-    turns: int = 0
-    _direction: int = 0
 
     def start(self, count: int) -> None:
         """Replicas that are ready at time 0."""
@@ -90,9 +88,7 @@ class Fleet:
         change = target - self.current
         if not change:
             return
-        sign = 1 if change > 0 else -1
-        self.changes, self.turns = self.changes + 1, self.turns + (self._direction == -sign)
-        self._direction = sign
+        self.changes += 1
         due = now + self.load_time_s
         self.replicas += [Replica(self.times, now, due, due, chunk=self.chunk) for _ in range(change)]
         spare = sorted((r for r in self.replicas if not r.draining), key=lambda r: (-r.ready_at, r.requests))
@@ -148,16 +144,7 @@ class Controlled:
             self._capacity.observe(snapshot)
         rate = self._capacity.estimate
         if self._rehearsal is None:
-            told = Settings(
-                config.interval_s,
-                config.cold_start_s,
-                wait_s=config.slo.ttft_s,
-                target=config.slo.target,
-                drain_s=config.drain_s,
-                least=config.min_replicas,
-                most=config.max_replicas,
-            )
-            self._rehearsal = Rehearsal(told, load / rate)
+            self._rehearsal = Rehearsal(Settings.of(config), load / rate)
         plan = self._rehearsal.observe(load / rate)
         return self._policy.decide(now, snapshot, plan, capacity=rate).target
 
@@ -202,7 +189,7 @@ class _Laned:
         tick = min(self._made.ticks - 1, round(now / self.interval_s))
         ready, backlog = len(fleet.ready(now)), float(fleet.backlog)
         wait = np.array([backlog / max(ready * self._made.setting.capacity, 1e-9)])
-        counts = (np.array([fleet.current]), np.array([ready]), np.array([backlog]), wait, wait * 0)
+        counts = (np.array([fleet.current]), np.array([ready]), np.array([backlog]), wait)
         return int(self.rule.decide(View(tick, now, *counts))[0])
 
 
@@ -211,9 +198,8 @@ def replay_requests(
 ) -> dict[str, Any]:
     """Replay single requests against policies: the same document as a rate replay.
 
-    The service times are scaled so that one replica sustains `config.capacity` requests a second; each seed
-    moves every arrival by up to 5 s either way (without noise: not at all). A request is in time if its first
-    token comes within `wait_slo_s` of what its prompt takes on an idle replica.
+    The service times are scaled so that one replica sustains `config.capacity` requests a second. A request
+    is in time if its first token comes within `slo.ttft_s` of what its prompt takes on an idle replica.
     """
     mean = len(trace) / float(trace.arrival_s[-1])
     capacity = config.capacity if config.capacity is not None else mean / config.mean_replicas
@@ -221,37 +207,19 @@ def replay_requests(
     rows: dict[str, Any] = {}
     for name in names:
         progress(name)
-        if base_of(name) != name or name == "oracle":
+        if base_of(name) != name:
             raise ValueError(f"policy {name!r}: got single requests; expected a rate trace for it")
-        outcomes = [
-            _run(_jittered(trace, seed, config), name, config, capacity, times) for seed in _seeds(config)
-        ]
-        row = {key: float(np.mean([outcome[key] for outcome in outcomes])) for key in outcomes[0]}
+        row = _run(trace, name, config, capacity, times)
         parameters = "" if name == "farthing" else f"u {config.utilization:g}"
-        rows[name] = {**row, "cost": row["instance_hours"] * config.price_per_hour, "parameters": parameters}
+        rows[name] = {**row, "parameters": parameters}
     return {
         "trace": trace.name,
         "hours": float(trace.arrival_s[-1]) / 3600,
         "capacity": capacity,
         "load_time_s": config.load_time_s,
-        "seeds": config.seeds,
+        "seeds": 1,
         "policies": rows,
     }
-
-
-def _seeds(config: ReplayConfig) -> range:
-    return range(config.seeds)
-
-
-def _jittered(trace: RequestTrace, seed: int, config: ReplayConfig) -> RequestTrace:
-    if config.noise == 0:
-        return trace
-    shift = np.random.default_rng(seed).uniform(-5, 5, len(trace))
-    arrival = np.clip(trace.arrival_s + shift, 0, None)
-    order = np.argsort(arrival, kind="stable")
-    blocks = tuple(trace.blocks[i] for i in order) if trace.blocks else ()
-    prompt, output = trace.prompt_tokens[order], trace.output_tokens[order]
-    return RequestTrace(trace.name, arrival[order], prompt, output, blocks)
 
 
 def requests_of(trace: RequestTrace) -> Jobs:
@@ -274,11 +242,10 @@ def _run(
     fleet = Fleet(times, config.load_time_s, times.chunk(0.1))
     fleet.start(int(laned.rule.start[0]))
     billed = simulate(jobs, scaler, fleet, made.ticks * made.setting.tick_s)
-    idle = times.prefill_s
-    in_time = sum(job.ttft_s - job.uncached * idle <= config.wait_slo_s for job in fleet.done)
+    idle, limit = times.prefill_s, config.slo.ttft_s
+    in_time = sum(job.ttft_s - job.uncached * idle <= limit for job in fleet.done)
     return {
         "instance_hours": billed / 3600,
         "slo": in_time / len(jobs),
         "changes": fleet.changes,
-        "direction_changes": fleet.turns,
     }

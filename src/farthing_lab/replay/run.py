@@ -1,4 +1,4 @@
-"""Replays of a rate trace: the load, the oracle, the policies, and the table of outcomes.
+"""Replays of a rate trace: the load, the policies, and the table of outcomes.
 
 Shapes: T = ticks, S = sub-steps per tick, B = lanes (seeds; settings x seeds while choosing in hindsight).
 """
@@ -13,46 +13,15 @@ import numpy as np
 
 from farthing_fleet.config import PolicyConfig, SloConfig
 from farthing_fleet.forecast.base import Series
-from farthing_lab.replay.policies import FarthingRule, FixedRule, HpaRule, deviations, highest, needed
-from farthing_lab.replay.rate import Floats, Ints, Result, Rule, Setting, View, simulate, trailing_mean
+from farthing_fleet.forecast.history import trailing_max, trailing_mean
+from farthing_lab.replay.policies import FarthingRule, FixedRule, HpaRule, deviations, needed
+from farthing_lab.replay.rate import Floats, Ints, Result, Rule, Setting, View, simulate
 from farthing_lab.replay.trace import rate_load
-
-# The oracle: the cheapest fleet that knows the future exactly but still pays for cold starts.
-#
-# d_t = max(1, ceil(trailing 60 s rate / (u·C))). For each level k, the k-th replica is needed during on =
-# {t: d_t >= k}. It costs its busy time, plus for every gap the smaller of the gap and the load time (keep
-# it, or stop and relaunch it in time), plus one load time if it is first needed after the start. The
-# total is the sum over levels.
-
-
-def demand(load: Floats, dt: float, capacity: float, utilization: float) -> Ints:
-    """[N, B] replicas needed at every step for `load` [N, B], from the trailing 60 s rate."""
-    return np.maximum(1, needed(trailing_mean(load, round(60 / dt)), utilization, capacity))
-
-
-def cost_hours(wanted: Ints, dt: float, load_time_s: float) -> float:
-    """Instance-hours of one lane's demand [N]."""
-    total = 0.0
-    for level in range(1, int(wanted.max()) + 1):
-        on = (wanted >= level).astype(np.int8)
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], on, [0]])))
-        begins, ends = edges[::2], edges[1::2]
-        gaps = (begins[1:] - ends[:-1]) * dt
-        total += on.sum() * dt + np.minimum(gaps, load_time_s).sum()
-        total += load_time_s if begins[0] > 0 else 0.0
-    return total / 3600
-
-
-def oracle_hours(load: Floats, dt: float, capacity: float, utilization: float, load_time_s: float) -> Floats:
-    """[B] instance-hours of the oracle for `load` [N, B]."""
-    wanted = demand(load, dt, capacity, utilization)
-    return np.array([cost_hours(wanted[:, lane], dt, load_time_s) for lane in range(wanted.shape[1])])
-
 
 # Rules of twenty lines. Their parameters may be chosen in hindsight: `best-NAME`.
 
 SHORT_RULES = ("keda", "hpa", "deviations", "highest")
-POLICIES = ("farthing", *SHORT_RULES, *(f"best-{name}" for name in SHORT_RULES), "static", "oracle")
+POLICIES = ("farthing", *SHORT_RULES, *(f"best-{name}" for name in SHORT_RULES), "static")
 WINDOWS_S = (300.0, 600.0, 1800.0, 3600.0, 7200.0)
 WINDOW_S = 3600.0  # of `deviations` and `highest` if it is not chosen in hindsight
 GRID = tuple(round(0.3 + 0.025 * k, 3) for k in range(37))  # utilizations
@@ -63,16 +32,13 @@ Progress = Callable[[str], None]
 class ReplayConfig:
     """Settings of a replay; `capacity` None: the trace's mean load needs `mean_replicas` replicas."""
 
-    utilization: float = 0.7  # of the short rules and the oracle
+    utilization: float = 0.7  # of the short rules
     load_time_s: float = 600.0
     capacity: float | None = None
     mean_replicas: float = 20.0
     seeds: int = 1
     noise: float = 0.1
-    price_per_hour: float = 1.0
     drain_s: float = 30.0
-    wait_slo_s: float = 2.0
-    failures_per_day: float = 0.0
     slo: SloConfig = field(default_factory=SloConfig)
 
     def __post_init__(self) -> None:
@@ -82,7 +48,7 @@ class ReplayConfig:
             raise ValueError(f"capacity: got {self.capacity}; expected a number above 0")
         if self.seeds < 1:
             raise ValueError(f"seeds: got {self.seeds}; expected 1 or more")
-        for name in ("noise", "price_per_hour"):
+        for name in ("noise", "load_time_s", "drain_s"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(f"{name}: got {getattr(self, name)}; expected a finite number, 0 or more")
 
@@ -126,8 +92,7 @@ class Replay:
             tick_s=60.0 if slow else 15.0,
             substeps=6 if slow else 3,
             drain_s=config.drain_s,
-            wait_slo_s=config.wait_slo_s,
-            failures_per_day=config.failures_per_day,
+            wait_slo_s=config.slo.ttft_s,
         )
         load = rate_load(series, self.setting.dt, config.seeds, config.noise)
         self.ticks = len(load) // self.setting.substeps
@@ -151,29 +116,22 @@ class Replay:
         """The policy; with `utilization` [U], over U lanes for each seed."""
         capacity, tick_s, rate = self.setting.capacity, self.setting.tick_s, self.rate
         if name == "farthing":
-            return FarthingRule(self.seen, self.policy(), self.config.wait_slo_s)
+            return FarthingRule(self.seen, self.policy())
         used = np.atleast_1d(np.asarray(utilization, dtype=np.float64))
         rate, used = np.tile(rate, (1, len(used))), np.repeat(used, rate.shape[1])
         if name == "hpa":
             return HpaRule(rate, used, capacity, tick_s)
         if name == "keda":
             return HpaRule(rate, used, capacity, tick_s, poll_s=max(30.0, tick_s), backlog_s=60.0)
-        if name == "oracle":
-            dt, every = self.setting.dt, self.setting.substeps
-            wanted = demand(self.load, dt, capacity, float(used[0]))
-            return FixedRule(wanted.reshape(self.ticks, every, -1).max(axis=1))
         steps = self.ticks if name == "static" else max(1, round(window_s / tick_s))
-        planned = deviations(rate, steps) if name == "deviations" else highest(rate, steps)
+        planned = deviations(rate, steps) if name == "deviations" else trailing_max(rate, steps)
         if name == "static":
             planned = np.broadcast_to(rate.max(axis=0), rate.shape)
         return FixedRule(np.maximum(1, needed(planned, used, capacity)))
 
-    def run(self, rule: Rule, copies: int = 1, load_time_s: float | None = None) -> Result:
+    def run(self, rule: Rule, copies: int = 1) -> Result:
         """Simulate over the whole trace; the load is repeated for `copies` lanes per seed."""
-        setting = self.setting
-        if load_time_s is not None:
-            setting = Setting(**{**setting.__dict__, "load_time_s": load_time_s})
-        return simulate(np.tile(self.load, (1, copies)), rule, setting)
+        return simulate(np.tile(self.load, (1, copies)), rule, self.setting)
 
     def curve(self) -> list[tuple[str, str, float, float]]:
         """(name, parameters, share in time, hours) of every short rule with every parameter."""
@@ -207,24 +165,16 @@ class Replay:
         if base != name:
             found = self.best(slo, base)
             if found is None:
-                empty = dict.fromkeys(("instance_hours", "slo", "cost"))
+                empty = dict.fromkeys(("instance_hours", "slo"))
                 return {**empty, "parameters": "none keeps the SLO"}, None
             label, share, hours = found
-            cost, parameters = hours * config.price_per_hour, label.partition(" ")[2]
-            return {"instance_hours": hours, "slo": share, "cost": cost, "parameters": parameters}, None
+            return {"instance_hours": hours, "slo": share, "parameters": label.partition(" ")[2]}, None
         rule = self.rule(name, config.utilization)
-        result = self.run(rule, load_time_s=0.0 if name == "oracle" else None)
-        spent = result.instance_hours
-        if name == "oracle":
-            setting = self.setting
-            dt, capacity = setting.dt, setting.capacity
-            spent = oracle_hours(self.load, dt, capacity, config.utilization, config.load_time_s)
+        result = self.run(rule)
         row: dict[str, Any] = {
-            "instance_hours": float(spent.mean()),
+            "instance_hours": float(result.instance_hours.mean()),
             "slo": float(result.slo.mean()),
             "changes": float(result.changes.mean()),
-            "direction_changes": float(result.direction_changes.mean()),
-            "cost": float(spent.mean()) * config.price_per_hour,
             "parameters": "" if name == "farthing" else f"u {config.utilization:g}",
         }
         if isinstance(rule, FarthingRule):
@@ -239,8 +189,6 @@ def replay(
     progress: Progress = lambda text: None,
 ) -> tuple[dict[str, Any], dict[str, Result], Replay]:
     """Replay `series` against `policies`. Returns the JSON document, the runs (for a plot) and the replay."""
-    for name in policies:
-        base_of(name)
     config = config or ReplayConfig()
     made = Replay(series, config, progress)
     rows, runs = {}, {}
