@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from farthing.checkpoint.reader import Checkpoint
+from farthing.compress.gguf import export_gguf
 from tests.compress.conftest import write_model
+from tests.compress.test_gguf import with_tokenizer
 
 LIMIT = 100 * 2**20  # bytes that a run may use beyond imports and a tiny model
 
@@ -56,19 +58,38 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from farthing.compress.api import compare_in_turn, load_corpus, peak_memory
+from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 def gate(path):
     corpus = load_corpus(Path(sys.argv[3]), path, ModelConfig.from_directory(path), 64, 600)
     compare_in_turn(path, path, corpus)
     return peak_memory()
-print(gate(Path(sys.argv[1])), gate(Path(sys.argv[2])))
+print(gate(Path(sys.argv[1])), gate(resolve_model(sys.argv[2])))
 """
+QWEN = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "head_dim": 64,
+    "vocab_size": 264, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "decoder_sparse_step": 1,
+    "mlp_only_layers": [], "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 256,
+    "tie_word_embeddings": False, "torch_dtype": "float32", "hidden_size": 256, "moe_intermediate_size": 512,
+    "num_hidden_layers": 14,
+}  # fmt: skip
 
 
 @pytest.mark.slow
-def test_the_gate_holds_one_layer_of_one_model(model_dir: Path, large: Path, data: Path) -> None:
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_moe", "gguf"])
+def test_the_gate_holds_one_layer_of_one_model(
+    kind: str, model_dir: Path, large: Path, data: Path, tmp_path: Path
+) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    if kind != "deepseek_v3":
+        large = write_model(tmp_path / "m", base=QWEN)
+        assert Checkpoint.open(large).stored_bytes() > 1.4 * LIMIT
+    if kind == "gguf":
+        export_gguf(with_tokenizer(large, 264), tmp_path / "m.gguf")
+        large = tmp_path / "m.gguf"
     args = [sys.executable, "-c", GATE, str(model_dir), str(large), str(data)]
-    result = subprocess.run(args, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    result = subprocess.run(args, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     before, after = (int(x) for x in result.stdout.split())
     assert after - before < LIMIT
