@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from farthing.model.config import ModelConfig
-from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_parameters
+from farthing.model.load import model_of, random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
@@ -59,7 +58,7 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
     ops = select(backend, torch.float32, 1, quantization)  # type: ignore[arg-type]
     # One rank has no groups: the engine drives the model itself.
     alone = layout.world == 1
-    model: Any = DecoderModel(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
+    model: Any = model_of(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
     blocks = list(range(tokens // 16 + 1))
     cache = model.new_cache(len(blocks), 16, "bfloat16")
     cache.data.zero_()  # its pages are not buffers

@@ -21,7 +21,7 @@ from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
 from farthing.planner.memory import PlannedModel, Serving, memory, step
 from tests.parallel.measured import growth
-from tests.tiny import V3
+from tests.tiny import DEEPSEEK_V4, V3
 
 ROOT = Path(__file__).parents[2]
 TOKENS = 1024
@@ -102,6 +102,24 @@ def test_step_uses_the_planned_memory(
     taken = measured(RAW, layout, backend, quantization, TOKENS)
     print(backend, quantization, layout, planned / 1e6, taken / 1e6, planned / taken)
     assert planned == pytest.approx(taken, rel=0.1)
+
+
+STREAMED = DEEPSEEK_V4 | dict(
+    vocab_size=512, hidden_size=512, moe_intermediate_size=256, num_attention_heads=8, head_dim=64,
+    qk_rope_head_dim=32, q_lora_rank=256, o_lora_rank=128, sliding_window=128, index_n_heads=8,
+    compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}, index_head_dim=64,
+    index_topk=64, n_routed_experts=8, num_experts_per_tok=4, rope_scaling=None,
+)  # fmt: skip
+
+
+@linux
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_streams_and_a_compressed_past_are_planned(quantization: str | None, measured: Measure) -> None:
+    """Buffers of DeepSeek-V4 with few weights; of the cache, the planned bytes are those that it has."""
+    plan = ShardPlan.build(ModelConfig.from_json(STREAMED), Layout())
+    serving, holder = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1), Holder("cpu", 4, quantization)
+    planned = step(plan, Layout().place(0), holder, serving, Stored("float32"))
+    assert planned == pytest.approx(measured(STREAMED, Layout(), "cpu", quantization, TOKENS), rel=0.05)
 
 
 @linux

@@ -149,13 +149,18 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
         elif isinstance(heads, CompressedHeads):
             linear(heads.query_width, heads.q_lora_rank)
             linear(heads.o_lora_rank, heads.query_width // heads.o_groups)
-            _past(sizes, s, heads, holder, step)
+            _past(sizes, s, heads, holder, cache_dtype, step)
         else:
             _latent_attention(sizes, s, heads, holder, cache_dtype, step)
 
 
-def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, step: _Step) -> None:
+def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, cache_dtype: str, step: _Step) -> None:
     """Each token reads a window and entries as a separate sequence, a few tokens at once."""
+    entries = step.keys // a.indexed
+    if a.indexed in a.rates and entries > a.index_topk:
+        scored = min(step.total, max(1, MOST_SCORES // entries))
+        index = a.index_n_heads, a.index_head_dim, a.index_topk
+        sizes.index(*index, scored, entries, cache_dtype != "float32")
     d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
     one, at_once = _storage(holder, s.stored, d), min(step.total, _selected_at_once())
     sizes.mla(one, s.heads, 0, d, d, d, at_once, 1, keys, 1)
@@ -263,14 +268,21 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     c, t = s.config, serving.max_num_batched_tokens
 
     def outputs_of(a: Heads) -> int:
+        if isinstance(a, CompressedHeads):  # attention's queries and outputs, an indexer's, and rows to read
+            index = a.index_n_heads * a.index_head_dim if a.indexed in a.rates else 0
+            rows = a.most_keys(max(serving.max_model_len, t))
+            return a.first_width + 2 * a.query_width + index + a.output_width + rows
         own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
         return a.first_width + own_query + a.output_width
 
     outputs = max(map(outputs_of, s.kinds))
     if c.recurrent is not None:
         outputs = max(outputs, c.recurrent.spec.channels + 2 * c.recurrent.spec.values)
+    streams = 0 if c.streams is None else c.streams.count  # before the layers and after each of them
+    outputs += streams * (streams + 1)
     # Of all layers in one call; experts that are added a layer later are held until then.
-    buffers = _FLOAT * t * (outputs + (3 + (c.shortcut_experts or c.parallel_mlp)) * c.hidden_size)
+    hidden = 3 + (c.shortcut_experts or c.parallel_mlp) + 2 * streams
+    buffers = _FLOAT * t * (outputs + hidden * c.hidden_size)
     return buffers + workspace
 
 
