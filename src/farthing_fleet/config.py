@@ -140,20 +140,9 @@ class KubernetesConfig:
     context: str | None = None
     namespace: str | None = None  # default: the pod's own
     target: str | None = None  # KIND/NAME: deployment, statefulset, leaderworkerset
-    patch: bool = True  # False: only read, for an HPA or KEDA that scales
+    patch: bool = True  # False: only read, for KEDA
     lease: str | None = "farthing-fleet"  # None: no election, for a single controller
     identity: str | None = None  # default: the host name (the pod's name)
-
-
-@dataclass(frozen=True)
-class ExternalMetricsConfig:
-    """The external-metrics API server for an HPA."""
-
-    certificate: Path
-    key: Path
-    host: str = "0.0.0.0"
-    port: int = 6443
-    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,7 +152,6 @@ class FleetConfig:
     policy: PolicyConfig
     signals: SignalsConfig = field(default_factory=SignalsConfig)
     kubernetes: KubernetesConfig | None = None
-    external_metrics: ExternalMetricsConfig | None = None
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     state: Path = Path("runs/fleet")  # decision log, policy state, forecasters
     metrics: str = "127.0.0.1:9400"  # HOST:PORT of the controller's own /metrics; port 0 picks a free one

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from farthing.files import replace_text
-from farthing_fleet.actuators.base import Actuator, ActuatorError, LastDecision
+from farthing_fleet.actuators.base import Actuator, ActuatorError
 from farthing_fleet.decision_log import DecisionLog, read_log
 from farthing_fleet.forecast.base import FORECASTS, write_forecast
 from farthing_fleet.metrics import FleetMetrics
@@ -61,14 +61,12 @@ class Controller:
         *,
         log_path: Path,
         estimates: Estimates | None = None,
-        last_decision: LastDecision | None = None,
         metrics: FleetMetrics | None = None,
         advise: bool = False,
         state_path: Path | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.policy, self.source, self.actuator, self.estimates = policy, source, actuator, estimates
-        self.last_decision = last_decision if last_decision is not None else LastDecision()
         self.metrics = metrics if metrics is not None else FleetMetrics()
         self.advise = advise
         self.log = DecisionLog(log_path)
@@ -171,7 +169,6 @@ class Controller:
                 log.warning("actuator: %s", problem)
                 decision = replace(decision, alarms=(*decision.alarms, f"actuator: {problem}"))
         self._target = decision.target if not blind else self._target
-        self.last_decision.post(decision)
         self.metrics.show(decision)
         with self._writing("decision log"):
             self.log.append(decision)

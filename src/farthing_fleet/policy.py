@@ -235,8 +235,8 @@ class Policy:
         answers = self._needs.levels(now, snapshot, plan, rate)
         decided_by, best = max(answers.items(), key=lambda item: item[1].exact)
         alarms += self._incomplete(snapshot) + self._implausible(snapshot)
-        steady = plan.steady if plan is not None and decided_by == "short" else None
-        target, held_by, why = self._bounded(now, best, snapshot, steady)
+        steady = plan.steady if plan is not None else None
+        target, held_by, why = self._bounded(now, best, snapshot, steady, now_needed=decided_by == "realtime")
         if target != count:
             self.state.last_change = now
         return Decision(
@@ -255,12 +255,16 @@ class Policy:
     # ---- bounds: noise, missing signals, cool-down, limits ----
 
     def _bounded(
-        self, now: float, need: Need, snapshot: Snapshot, steady: Noise | None
+        self, now: float, need: Need, snapshot: Snapshot, steady: Noise | None, *, now_needed: bool
     ) -> tuple[int, str, str]:
         """Target, the bound that applied ("" if none), and the reason in words."""
         config, state, current, target = self.config, self.state, snapshot.current, need.replicas
         held_by = why = ""
-        if steady is not None and steady.high <= current < 1 + SPARE * steady.need:
+        if (
+            steady is not None
+            and steady.high <= current < 1 + SPARE * steady.need
+            and (target < current or not now_needed)
+        ):
             if target != current:
                 held_by, why = "steady", f"the load is steady and needs {steady.need:.4g} on average"
             target = current

@@ -9,10 +9,10 @@ import socket
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from farthing_fleet.actuators.base import Actuator, LastDecision, ReadOnly
-from farthing_fleet.config import FleetConfig, KubernetesConfig, split_address
+from farthing_fleet.actuators.base import Actuator, ReadOnly
+from farthing_fleet.config import FleetConfig, split_address
 from farthing_fleet.controller import Controller, Estimates, load_state
 from farthing_fleet.gateway.replicas import write_replicas
 from farthing_fleet.metrics import MetricsServer
@@ -74,14 +74,12 @@ async def run_controller(
 
     Raises ValueError, ActuatorError or OSError.
     """
-    last_decision = LastDecision(max_age_s=max(120.0, 4 * config.policy.interval_s))
     config.state.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         source = make_source(config)
         stack.push_async_callback(source.close)
         actuator = await _actuator(config, stack)
-        await _servers(config, last_decision, stack)
-        controller = make_controller(config, source, actuator, estimates, last_decision=last_decision)
+        controller = make_controller(config, source, actuator, estimates)
         await serve_metrics(config, controller, stack)
         if isinstance(source, PrometheusSource) and isinstance(estimates, Remembering):
             await recall(config, source, estimates)
@@ -152,8 +150,6 @@ def make_controller(
     source: Source,
     actuator: Actuator,
     estimates: Estimates | None = None,
-    *,
-    last_decision: LastDecision | None = None,
 ) -> Controller:
     """The controller, with its log and saved state under `config.state`."""
     state_path = config.state / "policy.json"
@@ -163,7 +159,6 @@ def make_controller(
         actuator,
         log_path=config.state / "decisions.jsonl",
         estimates=estimates,
-        last_decision=last_decision,
         advise=config.advise,
         state_path=state_path,
     )
@@ -205,36 +200,3 @@ async def _actuator(config: FleetConfig, stack: AsyncExitStack) -> Actuator:
     await actuator.start()
     stack.push_async_callback(actuator.close)
     return actuator
-
-
-async def _servers(config: FleetConfig, last_decision: LastDecision, stack: AsyncExitStack) -> None:
-    """Start the server that an HPA polls."""
-    if config.external_metrics is not None:
-        server = await _external_metrics(config, last_decision)
-        stack.push_async_callback(server.close)
-
-
-async def _external_metrics(config: FleetConfig, last_decision: LastDecision) -> Any:
-    from farthing_fleet.actuators.external_metrics import ExternalMetrics, FrontProxy
-    from farthing_fleet.actuators.kubernetes import Access, authentication_config, connect, pod_namespace
-
-    kubernetes, asked = config.kubernetes or KubernetesConfig(), config.external_metrics
-    assert asked is not None
-    client = connect(kubernetes.api, kubernetes.context)
-
-    async def front_proxy() -> FrontProxy:
-        return FrontProxy.from_config_map(await authentication_config(client))
-
-    server = ExternalMetrics(
-        last_decision,
-        Access(client),
-        await front_proxy(),
-        certificate=asked.certificate,
-        key=asked.key,
-        labels=asked.labels,
-        namespace=kubernetes.namespace or pod_namespace(),
-        refresh=front_proxy,
-    )
-    port = await server.start(asked.host, asked.port)
-    log.info("external metrics: port %d", port)
-    return server

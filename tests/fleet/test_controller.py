@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing.files import read
-from farthing_fleet.actuators.base import ActuatorError, LastDecision
+from farthing_fleet.actuators.base import ActuatorError
 from farthing_fleet.cli import app
 from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig, load
 from farthing_fleet.controller import Controller, load_state
@@ -86,13 +86,12 @@ def controller(tmp_path: Path, source: Source, actuator: Recorder, **options: ob
 
 @pytest.mark.anyio
 async def test_turn_decides_logs_exposes_and_applies(tmp_path: Path) -> None:
-    source, actuator, last_decision = Source(request_rate=3.5), Recorder(), LastDecision()
-    loop = controller(tmp_path, source, actuator, last_decision=last_decision)
+    source, actuator = Source(request_rate=3.5), Recorder()
+    loop = controller(tmp_path, source, actuator)
     decision = await loop.turn()
     assert decision is not None
     assert (decision.current, decision.target, decision.action) == (2, 5, "up")
     assert actuator.asked == [5]
-    assert last_decision.value("desired_replicas") == 5.0
     assert loop.metrics.last == decision
     assert read_log(tmp_path / "decisions.jsonl") == [decision]
 
@@ -236,7 +235,6 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     config = load(tmp_path / "fleet.yaml")
     assert config.policy == PolicyConfig(capacity=2.0, target_utilization=0.6)
     assert config.kubernetes is not None and config.kubernetes.target == "deployment/deepseek"
-    assert config.external_metrics is None
     assert config.state == Path("/tmp/state")
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from farthing.files import partial_of
 from farthing.upstream import launch
-from farthing_fleet.actuators.base import LastDecision
 from farthing_fleet.config import PolicyConfig
 from farthing_fleet.controller import Controller
 from farthing_fleet.decision_log import DecisionLog, read_log
@@ -49,14 +48,13 @@ class Counter:
 
 
 def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
-    last_decision, actuator = LastDecision(), Counter()
+    actuator = Counter()
     policy = Policy(PolicyConfig(capacity=1.0, interval_s=0.05))
     loop = Controller(
         policy,
         Steady(),
         actuator,
         log_path=tmp_path / "decisions.jsonl",
-        last_decision=last_decision,
         state_path=tmp_path / "policy.json",
         wall=lambda: 1.0,
     )
@@ -70,8 +68,7 @@ def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
 
     asyncio.run(turns())
     assert actuator.count == 3
-    assert last_decision.value("desired_replicas") == 3.0
-    assert loop.metrics.last is not None
+    assert loop.metrics.last is not None and loop.metrics.last.target == 3
     assert any("disk: decision log" in alarm for alarm in loop.metrics.last.alarms)
     (tmp_path / "decisions.jsonl").unlink()  # space is available again
 

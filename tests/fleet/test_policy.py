@@ -150,6 +150,18 @@ def test_noise_of_a_steady_load_changes_nothing(current: int, need: float, noise
     assert decision.target == target
 
 
+def test_a_moment_of_backlog_does_not_take_a_replica_from_a_steady_fleet() -> None:
+    """The backlog decides with a need below the fleet, as the plan alone would."""
+    policy = Policy(CONFIG)
+    for now in range(0, 615, 15):
+        policy.decide(now, seen(now, 8, 1.0), planned(8.0))
+    rate = CONFIG.capacity * 6.96
+    snapshot = replace(seen(615, 8, rate), backlog=0.7)
+    decision = policy.decide(615, snapshot, planned(6.95, steady=Noise(7.12, 6.95)))
+    assert (decision.target, decision.decided_by) == (8, "steady")
+    assert decision.reason.startswith("realtime: backlog of 0.7 requests")
+
+
 def test_scales_down_to_the_plan_after_a_cold_start() -> None:
     policy = Policy(CONFIG)
     targets = [policy.decide(t, seen(t, 10, 1.0), planned(4.2)).target for t in range(0, 630, 15)]

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,59 +80,6 @@ def status_of(error: ActuatorError) -> int | None:
     """The HTTP status behind an error of `call`; None if there was no answer."""
     cause = error.__cause__
     return cause.status if isinstance(cause, ApiException) else None
-
-
-async def authentication_config(client: ApiClient) -> dict[str, str]:
-    """The data of ConfigMap kube-system/extension-apiserver-authentication: the front proxy."""
-    core = kubernetes.client.CoreV1Api(client)
-    name = "extension-apiserver-authentication"
-    config: Any = await call(f"ConfigMap {name}", core.read_namespaced_config_map, name, "kube-system")
-    return dict(config.data or {})
-
-
-class Access:
-    """SubjectAccessReview with a short-lived cache, as in other aggregated API servers."""
-
-    def __init__(
-        self, client: ApiClient, *, keep_s: float = 10.0, monotonic: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._api = kubernetes.client.AuthorizationV1Api(client)
-        self._keep, self._monotonic = keep_s, monotonic
-        self._answers: dict[Any, tuple[float, bool]] = {}
-
-    async def allowed(
-        self,
-        user: str,
-        groups: tuple[str, ...],
-        extra: Mapping[str, tuple[str, ...]],
-        attributes: Mapping[str, str],
-    ) -> bool:
-        """Whether the user may perform the action of `attributes`.
-
-        Raises ActuatorError if the API does not answer.
-        """
-        key = (user, groups, tuple(sorted(extra.items())), tuple(sorted(attributes.items())))
-        now = self._monotonic()
-        cached = self._answers.get(key)
-        if cached is not None and now - cached[0] < self._keep:
-            return cached[1]
-        kind = "nonResourceAttributes" if "path" in attributes else "resourceAttributes"
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SubjectAccessReview",
-            "spec": {
-                "user": user,
-                "groups": list(groups),
-                "extra": {name: list(values) for name, values in extra.items()},
-                kind: dict(attributes),
-            },
-        }
-        answer: Any = await call("SubjectAccessReview", self._api.create_subject_access_review, review)
-        allowed = bool(answer.status.allowed)
-        if len(self._answers) > 1000:
-            self._answers.clear()
-        self._answers[key] = (now, allowed)
-        return allowed
 
 
 def timestamp(seconds: float) -> str:
@@ -305,7 +252,7 @@ class Target:
 class ScalePatch:
     """The actuator. With an elector, only the leader writes.
 
-    An alternative to an HPA, whose tolerance of 0.1 ignores 10 -> 11. Needs `get` and `patch` on
+    Unlike an HPA, whose tolerance of 0.1 ignores 10 -> 11, it sets every number. Needs `get` and `patch` on
     `<resource>/scale`.
     """
 

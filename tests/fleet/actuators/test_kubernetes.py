@@ -11,7 +11,6 @@ import yaml
 
 from farthing_fleet.actuators.base import ActuatorError
 from farthing_fleet.actuators.kubernetes import (
-    Access,
     Elector,
     LeaseConfig,
     ScalePatch,
@@ -168,27 +167,6 @@ async def test_leader_without_an_api_stops_acting() -> None:
 def test_lease_times_must_be_in_order() -> None:
     with pytest.raises(ValueError, match="retry_s < renew_s < duration_s"):
         LeaseConfig(name="l", namespace="n", identity="i", renew_s=20.0)
-
-
-@pytest.mark.anyio
-async def test_access_reviews_are_cached_for_a_while() -> None:
-    clock = Clock()
-    async with FakeKubernetes() as api:
-        api.allow = lambda spec: spec["user"] == "hpa"
-        access = Access(connect(api.url), keep_s=10.0, monotonic=clock)
-        attributes = {"group": "external.metrics.k8s.io", "resource": "desired_replicas", "verb": "get"}
-        for _ in range(3):
-            assert await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
-        assert not await access.allowed("eve", (), {}, {"path": "/apis", "verb": "get"})
-        assert len(api.reviews) == 2
-        assert api.reviews[0]["resourceAttributes"] == attributes
-        assert api.reviews[0]["extra"] == {"scope": ["a"]}
-        assert api.reviews[1]["nonResourceAttributes"] == {"path": "/apis", "verb": "get"}
-        api.allow = lambda spec: False
-        clock.now += 9.9
-        assert await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
-        clock.now += 0.2
-        assert not await access.allowed("hpa", ("system:authenticated",), {"scope": ("a",)}, attributes)
 
 
 def test_connect_errors_name_accepted_values() -> None:

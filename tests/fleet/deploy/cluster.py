@@ -21,7 +21,7 @@ import pytest
 import yaml
 from cryptography.hazmat.primitives import serialization
 
-from tests.fleet.doubles.aggregator import Pair, issue
+from tests.fleet.doubles.certificates import Pair, issue
 from tests.fleet.doubles.services import free_port, require
 
 ADMIN, VIEWER = "admin-token", "viewer-token"
@@ -40,8 +40,6 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ca = issue(folder, "cluster-ca")
         self._serving = issue(folder, "apiserver", self._ca, server=True, hosts=("localhost",))
-        self._front_proxy_ca = issue(folder, "front-proxy-ca")
-        self._front_proxy = issue(folder, "front-proxy-client", self._front_proxy_ca)
         self._accounts: Pair = issue(folder, "accounts")
         public = self._accounts.key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -111,13 +109,6 @@ class Cluster:
             "--authorization-mode=RBAC",
             f"--token-auth-file={self.folder / 'tokens.csv'}",
             f"--client-ca-file={self._ca.certificate_file}",
-            f"--requestheader-client-ca-file={self._front_proxy_ca.certificate_file}",
-            "--requestheader-allowed-names=front-proxy-client",
-            "--requestheader-extra-headers-prefix=X-Remote-Extra-",
-            "--requestheader-group-headers=X-Remote-Group",
-            "--requestheader-username-headers=X-Remote-User",
-            f"--proxy-client-cert-file={self._front_proxy.certificate_file}",
-            f"--proxy-client-key-file={self._front_proxy.key_file}",
         ]
 
     def _manager(self) -> list[str]:
@@ -129,9 +120,7 @@ class Cluster:
             f"--cert-dir={self.folder / 'manager'}",
             "--use-service-account-credentials=true",
             "--leader-elect=false",
-            "--controllers=deployment-controller,replicaset-controller,horizontal-pod-autoscaler-controller,"
-            "serviceaccount-controller",
-            "--horizontal-pod-autoscaler-sync-period=1s",
+            "--controllers=deployment-controller,replicaset-controller,serviceaccount-controller",
             f"--service-account-private-key-file={self._accounts.key_file}",
             f"--root-ca-file={self._ca.certificate_file}",
         ]

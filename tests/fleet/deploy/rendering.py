@@ -17,18 +17,14 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "farthing"
 SETS = [
     "kustomize/base",
-    "kustomize/overlays/scale",
     "kustomize/overlays/keda",
-    "kustomize/overlays/hpa-signals",
     "kustomize/overlays/multi-node",
 ]
 EXAMPLES = ["examples/inference-gateway"]
 LONG = "a-release-name-of-the-fifty-three-characters-helm-all"  # 53, Helm's limit
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "cert-manager": {"tls": {"certManager": True}},
     "scale": {"fleet": {"mode": "scale"}, "replicas": {"kind": "StatefulSet"}},
-    "keda": {"fleet": {"mode": "keda"}},
     "no-gateway": {"gateway": {"enabled": False}},
     "bare": {
         "model": {"claim": ""},
@@ -36,7 +32,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "monitoring": {"enabled": False},
         "networkPolicy": {"enabled": False},
     },
-    "long-name": {"tls": {"certManager": True}},
+    "long-name": {},
 }
 
 Object = dict[str, Any]

@@ -7,7 +7,6 @@ read from the directory `FARTHING_CRDS` (*.yaml); without it custom resources ar
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import signal
 import subprocess
@@ -22,14 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.fleet.deploy.cluster import VIEWER, Cluster
+from tests.fleet.deploy.cluster import Cluster
 from tests.fleet.deploy.rendering import EXAMPLES, SETS, VALUES, Object, kustomized, rendered
-from tests.fleet.doubles.aggregator import issue
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-BUILT_IN = ("v1", "apps/v1", "policy/v1", "autoscaling/v2", "apiregistration.k8s.io/v1")
+BUILT_IN = ("v1", "apps/v1", "policy/v1", "autoscaling/v2")
 
 
 @pytest.fixture(scope="module")
@@ -165,58 +163,15 @@ def _config(load: Load, folder: Path, name: str, **sections: Any) -> dict[str, A
     }
 
 
-def _deploy(cluster: Cluster, overlay: str) -> None:
-    """Deploy the set with a new Deployment of one replica, without resources that need operators."""
+def _deploy(cluster: Cluster) -> None:
+    """Deploy the base with a new Deployment of one replica, without resources that need operators."""
     cluster.kubectl("delete", "deployment,hpa", "--all", "-n", "farthing", "--wait=true")
-    objects = [o for o in kustomized(overlay) if _known(cluster, o) and "cert-manager" not in o["apiVersion"]]
-    kept = [o for o in objects if o["kind"] not in ("APIService", "LeaderWorkerSet", "ScaledObject")]
-    cluster.apply([o for o in kept if o["metadata"]["name"] != "farthing-gateway"])
-
-
-def test_hpa_follows_the_external_metric_through_the_aggregator(cluster: Cluster, tmp_path: Path) -> None:
-    port = free_port()
-    ca = issue(tmp_path, "serving-ca")
-    serving = issue(tmp_path, "serving", ca, server=True, hosts=("farthing-fleet.farthing.svc", "localhost"))
-    _deploy(cluster, "kustomize/base")
-    (api,) = (o for o in kustomized("kustomize/base") if o["kind"] == "APIService")
-    api["metadata"].pop("annotations")
-    api["spec"]["caBundle"] = base64.b64encode(ca.pem.encode()).decode()
-    api["spec"]["service"]["port"] = port
-    # no pods run: the Service's name resolves to this machine instead
-    outside = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": "farthing-fleet", "namespace": "farthing"},
-        "spec": {"type": "ExternalName", "externalName": "localhost"},
-    }
-    cluster.kubectl("delete", "service", "farthing-fleet", "-n", "farthing")
-    cluster.apply([outside, api])
-    kubeconfig = cluster.kubeconfig(cluster.token("farthing-fleet", "farthing"), "controller")
-    metrics = {
-        "certificate": str(serving.certificate_file),
-        "key": str(serving.key_file),
-        "host": "127.0.0.1",
-        "port": port,
-        "labels": {"model": "deepseek-v3"},
-    }
-    target = {"target": "deployment/farthing", "patch": False, "namespace": "farthing"}
-    path = "/apis/external.metrics.k8s.io/v1beta1/namespaces/farthing/desired_replicas"
-    with Load() as load:
-        load.rate = 3.0
-        config = _config(load, tmp_path, "hpa", kubernetes=target, external_metrics=metrics)
-        with controller(tmp_path, "hpa", config, kubeconfig):
-            cluster.until(lambda: cluster.get(path)[0] == 200, 60, "the aggregator serves the metric")
-            cluster.until(lambda: cluster.replicas() == 5, 90, "the HPA requests 5")  # 3 / 0.7
-            assert cluster.get(path, VIEWER)[0] == 403  # SubjectAccessReview
-            load.rate = 6.0
-            cluster.until(lambda: cluster.replicas() == 9, 90, "the HPA asks for 9")
-        held = cluster.replicas()
-        cluster.until(lambda: cluster.get(path)[0] in (0, 500, 503), 30, "the metric is gone")
-        assert cluster.replicas() == held  # without a controller the HPA holds
+    objects = [o for o in kustomized("kustomize/base") if _known(cluster, o)]
+    cluster.apply([o for o in objects if o["metadata"]["name"] != "farthing-gateway"])
 
 
 def test_scale_patch_lease_handover_and_unavailable_control_plane(cluster: Cluster, tmp_path: Path) -> None:
-    _deploy(cluster, "kustomize/overlays/scale")
+    _deploy(cluster)
     kubeconfig = cluster.kubeconfig(cluster.token("farthing-fleet", "farthing"), "scaler")
     lease = "/apis/coordination.k8s.io/v1/namespaces/farthing/leases/farthing-fleet"
 
@@ -250,7 +205,7 @@ def test_scale_patch_lease_handover_and_unavailable_control_plane(cluster: Clust
 
 
 def test_controller_in_a_pod_uses_its_service_account(cluster: Cluster, tmp_path: Path) -> None:
-    _deploy(cluster, "kustomize/overlays/scale")
+    _deploy(cluster)
     account = tmp_path / "serviceaccount"
     account.mkdir()
     (account / "token").write_text(cluster.token("farthing-fleet", "farthing"))

@@ -126,7 +126,7 @@ def _deployment(objects: list[Object]) -> Object:
 
 
 def _long_port(objects: list[Object]) -> None:
-    _deployment(objects)["spec"]["template"]["spec"]["containers"][0]["ports"][1]["name"] = "external-metrics"
+    _deployment(objects)["spec"]["template"]["spec"]["containers"][0]["ports"][0]["name"] = "metrics-of-fleet"
 
 
 def _absent_probe_port(objects: list[Object]) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from farthing_fleet.actuators.base import METRICS
 from farthing_fleet.config import FleetConfig, load
-from tests.fleet.deploy.rendering import CHART, ROOT, VALUES, Object, charted, kustomized, pods
+from tests.fleet.deploy.rendering import CHART, ROOT, Object, charted, kustomized, pods
 
 
 def test_pods_are_restricted(objects: list[Object]) -> None:
@@ -66,56 +65,22 @@ def test_controller_reads_its_configuration_and_only_one_component_scales(
     assert config.kubernetes is not None and config.kubernetes.target is not None
     kind, _, name = config.kubernetes.target.partition("/")
     assert any(o["kind"].lower() == kind and o["metadata"]["name"] == name for o in objects)
-    by_hpa = [
-        o
-        for o in objects
-        if o["kind"] == "HorizontalPodAutoscaler" and o["spec"]["scaleTargetRef"]["name"] == name
-    ]
     by_keda = [o for o in objects if o["kind"] == "ScaledObject"]
-    assert len(by_hpa) + len(by_keda) + config.kubernetes.patch == 1
-    assert (
-        bool(by_hpa)
-        == (config.external_metrics is not None)
-        == any(o["kind"] == "APIService" for o in objects)
-    )
-    queries = [trigger["metadata"]["query"] for o in by_keda for trigger in o["spec"]["triggers"]]
-    assert all("farthing:fleet_desired_replicas" in query for query in queries)
-    for hpa in by_hpa:
-        names = {metric["external"]["metric"]["name"] for metric in hpa["spec"]["metrics"]}
-        window = hpa["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"]
-        assert window == (0 if names == {"desired_replicas"} else 300)  # the policy's window applies once
-        assert config.external_metrics is not None
-        assert (hpa["spec"]["minReplicas"], hpa["spec"]["maxReplicas"]) == (
-            config.policy.min_replicas,
-            config.policy.max_replicas,
-        )
-        for metric in hpa["spec"]["metrics"]:
-            assert metric["external"]["metric"]["name"] in METRICS
-            assert metric["external"]["metric"]["selector"]["matchLabels"] == config.external_metrics.labels
+    assert len(by_keda) + config.kubernetes.patch == 1
+    for trigger in (trigger for o in by_keda for trigger in o["spec"]["triggers"]):
+        assert "farthing:fleet_desired_replicas" in trigger["metadata"]["query"]
+    for scaled in by_keda:
+        limits = scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]
+        assert limits == (config.policy.min_replicas, config.policy.max_replicas)
 
 
-def test_permissions_are_those_the_controller_uses(objects: list[Object], tmp_path: Path) -> None:
-    config = _configuration(objects, tmp_path)
+def test_permissions_are_those_the_controller_uses(objects: list[Object]) -> None:
     roles = [o for o in objects if o["kind"] == "Role"]
     rules = [(r["apiGroups"], r["resources"], r["verbs"]) for role in roles for r in role["rules"]]
     assert (["apps"], ["deployments/scale", "statefulsets/scale"], ["get", "patch"]) in rules
     assert (["coordination.k8s.io"], ["leases"], ["get", "create", "update"]) in rules
     assert not any("*" in part for rule in rules for part in rule)
-    bound = {o["roleRef"]["name"] for o in objects if o["kind"] in ("RoleBinding", "ClusterRoleBinding")}
-    if config.external_metrics is not None:
-        assert {"system:auth-delegator", "extension-apiserver-authentication-reader"} <= bound
-
-
-def test_api_service_matches_the_apiservice(objects: list[Object]) -> None:
-    for api in (o for o in objects if o["kind"] == "APIService"):
-        asked = api["spec"]["service"]
-        service = next(
-            o for o in objects if o["kind"] == "Service" and o["metadata"]["name"] == asked["name"]
-        )
-        assert service["metadata"]["namespace"] == asked["namespace"]
-        assert asked["port"] in [port["port"] for port in service["spec"]["ports"]]
-        injected = "cert-manager.io/inject-ca-from" in api["metadata"].get("annotations", {})
-        assert injected != ("caBundle" in api["spec"])
+    assert not any(o["kind"].startswith("ClusterRole") for o in objects)
 
 
 def test_chart_lints_and_rejects_wrong_values() -> None:
@@ -124,7 +89,7 @@ def test_chart_lints_and_rejects_wrong_values() -> None:
     assert report["errors"] == []
     assert all(message["severity"] < 2 for message in report["messages"])
     for wrong in (
-        {"fleet": {"mode": "magic"}},
+        {"fleet": {"mode": "hpa"}},
         {"fleet": {"policy": {"capacity": 0}}},
         {"replicas": {"kind": "Pod"}},
     ):
@@ -134,7 +99,7 @@ def test_chart_lints_and_rejects_wrong_values() -> None:
 
 def test_chart_and_base_render_the_same_kinds() -> None:
     base = {o["kind"] for o in kustomized("kustomize/base")}
-    chart = {o["kind"] for o in charted(VALUES["cert-manager"])}
+    chart = {o["kind"] for o in charted({"fleet": {"mode": "scale"}})}
     assert chart == base - {"Namespace"}  # Helm gets its namespace as an argument
 
 

@@ -19,8 +19,6 @@ def _custom_model(api_version: str, kind: str) -> Any:
         import cloudcoil.models.prometheus_operator.v1 as models
     elif api_version == "keda.sh/v1alpha1":
         import cloudcoil.models.keda.v1alpha1 as models
-    elif api_version == "cert-manager.io/v1":
-        import cloudcoil.models.cert_manager.v1 as models
     else:
         raise AssertionError(f"no schema for {api_version} {kind}")
     return getattr(models, kind)
@@ -49,7 +47,7 @@ def check_schema(item: Object) -> None:
             kubernetes_validate.validate(body, KUBERNETES, strict=True)
     elif group.split("/")[0] in UNPUBLISHED:
         assert {"metadata", "spec"} <= set(item)
-    elif group.split("/")[0] in ("monitoring.coreos.com", "keda.sh", "cert-manager.io"):
+    elif group.split("/")[0] in ("monitoring.coreos.com", "keda.sh"):
         model = _custom_model(group, item["kind"]).model_validate(item)
         _same(item, model.model_dump(mode="json", by_alias=True, exclude_unset=True), item["kind"])
     else:

@@ -15,17 +15,12 @@ _SCALES = {
 
 
 class FakeKubernetes:
-    """`replicas[(plural, namespace, name)]` is the state; `down` answers 500 to all; `allow(spec)` decides
-    access reviews.
-    """
+    """`replicas[(plural, namespace, name)]` is the state; `down` answers 500 to all."""
 
     def __init__(self) -> None:
         self.replicas: dict[tuple[str, str, str], int] = {}
         self.patches: list[tuple[str, int]] = []
         self.leases: dict[tuple[str, str], dict[str, Any]] = {}
-        self.reviews: list[dict[str, Any]] = []
-        self.allow = lambda spec: True
-        self.front_proxy: dict[str, str] = {}  # data of extension-apiserver-authentication
         self.down = False
         self.version = 0
         self.port = 0
@@ -37,9 +32,6 @@ class FakeKubernetes:
         app.router.add_post(lease, self._create_lease)
         app.router.add_get(lease + "/{name}", self._get_lease)
         app.router.add_put(lease + "/{name}", self._put_lease)
-        app.router.add_post("/apis/authorization.k8s.io/v1/subjectaccessreviews", self._review)
-        path = "/api/v1/namespaces/kube-system/configmaps/extension-apiserver-authentication"
-        app.router.add_get(path, self._config_map)
         for plural, group in _SCALES.items():
             path = f"/apis/{group}/namespaces/{{ns}}/{{plural:{plural}}}/{{name}}/scale"
             app.router.add_get(path, self._get_scale)
@@ -66,11 +58,6 @@ class FakeKubernetes:
             return _status(500, "InternalError")
         answer: web.StreamResponse = await handler(request)
         return answer
-
-    async def _config_map(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {}, "data": self.front_proxy}
-        )
 
     # ---- /scale ----
 
@@ -135,12 +122,6 @@ class FakeKubernetes:
         return web.json_response(body, status=status)
 
     # ---- SubjectAccessReview ----
-
-    async def _review(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.reviews.append(body["spec"])
-        body["status"] = {"allowed": bool(self.allow(body["spec"]))}
-        return web.json_response(body, status=201)
 
 
 def _status(code: int, reason: str) -> web.Response:

@@ -1,16 +1,12 @@
-"""A fake kube-aggregator: real certificates, a real TLS client certificate, the X-Remote headers."""
+"""Certificates for servers and clients of tests."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
-import json
-import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -77,42 +73,3 @@ def issue(
         )
     )
     return Pair(certificate, key, *files)
-
-
-class Aggregator:
-    """Calls an aggregated API server as the kube-aggregator does."""
-
-    def __init__(self, folder: Path) -> None:
-        self.front_proxy_ca = issue(folder, "front-proxy-ca")
-        self.client = issue(folder, "front-proxy-client", self.front_proxy_ca)
-        self.serving_ca = issue(folder, "serving-ca")
-        self.serving = issue(folder, "farthing-fleet", self.serving_ca, server=True)
-
-    def config_map(self) -> dict[str, str]:
-        return {
-            "client-ca-file": self.serving_ca.pem,
-            "requestheader-client-ca-file": self.front_proxy_ca.pem,
-            "requestheader-allowed-names": json.dumps(["front-proxy-client"]),
-            "requestheader-username-headers": json.dumps(["X-Remote-User"]),
-            "requestheader-group-headers": json.dumps(["X-Remote-Group"]),
-            "requestheader-extra-headers-prefix": json.dumps(["X-Remote-Extra-"]),
-        }
-
-    async def get(
-        self, port: int, path: str, *, user: str | None = "hpa", pair: Pair | str | None = "own"
-    ) -> tuple[int, Any]:
-        """(status, body) of a GET; `pair` is the client certificate, None for none."""
-        context = ssl.create_default_context(cadata=self.serving_ca.pem)
-        shown = self.client if pair == "own" else pair
-        if isinstance(shown, Pair):
-            context.load_cert_chain(shown.certificate_file, shown.key_file)
-        headers = [("Accept", "application/vnd.kubernetes.protobuf, */*")]
-        if user is not None:
-            headers += [("X-Remote-User", user), ("X-Remote-Group", "system:serviceaccounts")]
-            headers += [("X-Remote-Group", "system:authenticated"), ("X-Remote-Extra-Scopes", "metrics")]
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"https://127.0.0.1:{port}{path}", ssl=context, headers=headers) as answer,
-        ):
-            is_json = answer.content_type == "application/json"
-            return answer.status, await (answer.json() if is_json else answer.text())
