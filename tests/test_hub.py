@@ -24,7 +24,7 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
-from farthing.hub import find_model, resolve_config, resolve_model, short_names
+from farthing.hub import BUNDLED, find_model, resolve_config, resolve_model, short_names
 from farthing.model.fields import ConfigError
 from farthing.planner.estimate import published
 from tests.tiny import SMALL_V3
@@ -437,19 +437,19 @@ def test_pull_list_show_rm(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     shown = json.loads(said("show", ID, "--json"))
     assert shown["type"] == "deepseek_v3" and shown["fit"].startswith("weights ")
     assert set(hub.fetched) == {"config.json"}, "nothing else is downloaded"
-    assert json.loads(said("list", "--json"))[1]["state"] == "incomplete"
+    assert json.loads(said("list", "--json"))[-1]["state"] == "incomplete"
     pulled = said("pull", ID)
     assert "fit: weights " in pulled and "2 files, 1.0 kB downloaded to " in pulled
     assert f"farthing run {ID}" in pulled and "complete in" in said("pull", ID, "--no-check-memory")
-    mine, theirs = json.loads(said("list", "--json"))
-    assert mine["model"] == "mite" and theirs["model"] == ID and theirs["state"] == ""
+    *mine, theirs = json.loads(said("list", "--json"))
+    assert [each["model"] for each in mine] == [*BUNDLED] and theirs["model"] == ID and theirs["state"] == ""
     assert ID in said("list")
     packed = process.cache_dir() / "packed" / f"{SHA}-x.packed"
     packed.parent.mkdir(parents=True, exist_ok=True)
     packed.write_text("x")
     assert CliRunner().invoke(app, ["rm", ID], input="n\n").exit_code == 2 and packed.is_file()
     assert f"removed {ID}, " in said("rm", ID, "--yes")
-    assert [each["model"] for each in json.loads(said("list", "--json"))] == ["mite"]
+    assert [each["model"] for each in json.loads(said("list", "--json"))] == [*BUNDLED]
     assert not packed.exists()
     assert "expected a model of the hub's cache" in refused_by("rm", ID)
     assert "which belongs to ollama; remove it there" in refused_by("rm", "ollama:x:y")

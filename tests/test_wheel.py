@@ -120,6 +120,8 @@ def test_wheel_has_everything_for_serving_and_no_sources(wheel: Path) -> None:
         "farthing/server/dashboard/static/index.html",
         "farthing/server/dashboard/static/vendor/uPlot.LICENSE",
         "farthing/assets/mite/model.safetensors",
+        "farthing/assets/mite-v4/model.safetensors",
+        "farthing/assets/mite-v4/tokenizer.json",
         "farthing/py.typed",
     ):
         assert needed in names

@@ -86,8 +86,9 @@ def list_models(as_json: _Json = False) -> None:
 
 
 def _listed() -> Iterator[Listed]:
-    embedded = hub.resolve_model(hub.EMBEDDED)
-    yield Listed(hub.EMBEDDED, _bytes_in(embedded), *_state(embedded, whole=True), str(embedded))
+    for name in hub.BUNDLED:
+        bundled = hub.resolve_model(name)
+        yield Listed(name, _bytes_in(bundled), *_state(bundled, whole=True), str(bundled))
     for each in hub.cached():
         state = _state(each.path, each.whole) if has_config(each.path) else ("gguf", _incomplete(each.whole))
         yield Listed(each.model, each.size, *state, str(each.path))

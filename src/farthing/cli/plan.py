@@ -28,7 +28,7 @@ from farthing.config import (
     parse_bytes,
 )
 from farthing.cost import usable_cpus
-from farthing.hub import resolve_config
+from farthing.hub import BUNDLED, resolve_config
 from farthing.model import ModelConfig, config_of
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.estimate import (
@@ -147,7 +147,8 @@ def _command(planned: Planned, e: Estimate) -> str | None:
     o, layout = planned.options, e.layout
     if layout is None:
         return None
-    servable = o.model == "mite" or "/" in o.model or Path(o.model).exists()  # others are configurations only
+    # Others are configurations only.
+    servable = o.model in BUNDLED or "/" in o.model or Path(o.model).exists()
     words = [f"farthing serve {o.model if servable else 'MODEL'} --backend gpu"]
     words += [f"--{n} {getattr(layout, n)}" for n in ("tp", "pp", "ep") if getattr(layout, n) > 1]
     words += ["--dp-attention --no-enable-prefix-caching"] if layout.dp_attention else []

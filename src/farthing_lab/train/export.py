@@ -101,14 +101,15 @@ def from_tensors(model: DeepSeekLM, tensors: dict[str, Tensor]) -> None:
         view.copy_(value)
 
 
-_PROJECTIONS_V4 = ("wq_a", "wq_b", "wkv", "wo_a", "wo_b", "w1", "w2", "w3")
+_PROJECTIONS_V4 = ("wq_a", "wq_b", "wkv", "wgate", "wo_a", "wo_b", "w1", "w2", "w3")
 
 
 def is_quantized(name: str) -> bool:
-    """Whether DeepSeek stores this weight as FP8 blocks: every projection, no embedding, norm, router,
-    compressor, or indexer of V3.2."""
+    """Whether a weight is stored as FP8 blocks, as DeepSeek's: every projection, no embedding, norm, router,
+    or indexer of V3.2. V4's compressors, in bfloat16 there, are too: both embedded models stay under 30 MB.
+    """
     if not name.startswith("model."):  # V4's names
-        return name.split(".")[-2] in _PROJECTIONS_V4 and ".compressor." not in name if "." in name else False
+        return "." in name and name.split(".")[-2] in _PROJECTIONS_V4
     if ".indexer." in name:
         return False
     return name.endswith("_proj.weight") or name.endswith("kv_a_proj_with_mqa.weight")
@@ -119,8 +120,8 @@ def _factor(name: str) -> str:
     return f"{name}_scale_inv" if name.startswith("model.") else name.removesuffix("weight") + "scale"
 
 
-# Kept in float32: routers, hyper-connections, what pools and attention add to scores.
-_EXACT = (".mlp.gate.", ".ffn.gate.", "hc_", ".ape", ".attn_sink")
+# Kept in float32: routers, what hyper-connections, pools and attention add to scores.
+_EXACT = (".mlp.gate.", ".ffn.gate.", "_base", "_scale", ".ape", ".attn_sink")
 
 
 def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
         if is_quantized(name) and fp8:
             stored[name], stored[_factor(name)] = quantize_blocks(value, ue8m0=not name.startswith("model."))
         elif name.endswith("tid2eid"):
-            stored[name] = value.long()
+            stored[name] = value.int()
         elif any(part in name for part in _EXACT):
             stored[name] = value.float().contiguous()
         else:

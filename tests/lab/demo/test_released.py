@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 
-from farthing_lab.demo.__main__ import QUESTION, RELEASED, released_model
+from farthing_lab.demo.__main__ import QUESTION, RELEASED, bundled_models, released_model
+
+
+def test_one_line_compares_the_embedded_models() -> None:
+    line = bundled_models()
+    assert line.startswith("mite: 0.840 bits per byte, 1.97 MB of cache for 2,048 tokens; mite-v4: ")
+    assert line.endswith("bits per byte, 0.51 MB of cache for 2,048 tokens") and "\n" not in line
 
 
 @pytest.mark.parametrize("error", [subprocess.TimeoutExpired("pip", 20), OSError("no pip")])
