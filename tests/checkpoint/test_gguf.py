@@ -21,7 +21,7 @@ from farthing.checkpoint.gguf_types import BLOCKS, FORMATS  # noqa: E402
 from farthing.checkpoint.reader import Checkpoint  # noqa: E402
 from farthing.checkpoint.shards import CheckpointError  # noqa: E402
 from farthing.cli.app import app  # noqa: E402
-from farthing.engine.tokenizer import Tokenizer  # noqa: E402
+from farthing.engine.tokenizer import Tokenizer, generation_defaults  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
 from farthing.model.fields import ConfigError  # noqa: E402
 from farthing.model.gguf import _bounded  # noqa: E402
@@ -62,8 +62,10 @@ def matrix(kind: str, *shape: int, seed: int) -> np.ndarray[Any, Any]:
 
 
 def write(path: Path, architecture: str, kind: str, layers: int = 2, **changes: Any) -> Path:
-    """A random model; `changes` replace metadata of the tokenizer, or add rotary factors."""
+    """A random model; `changes` replace metadata of the tokenizer, or add rotary factors or sampling."""
     w = gguf.GGUFWriter(path, architecture)
+    for name, value in changes.get("sampling", {}).items():
+        getattr(w, f"add_sampling_{name}")(value)
     w.add_block_count(layers)
     w.add_context_length(128)
     w.add_embedding_length(WIDTH)
@@ -268,6 +270,15 @@ def test_the_tokenizer_and_template_come_from_the_metadata(tmp_path: Path) -> No
     assert ids[-1] == 260 and tokenizer.backend.decode(ids[:-1]) == "Grüße 12!"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (257, (258,))
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_sampling_is_what_the_file_states_or_llama_cpp_takes(tmp_path: Path) -> None:
+    usual = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+    path = resolve_model(write(tmp_path / "silent.gguf", "llama", "F16"))
+    assert generation_defaults(path) == usual
+    stated = {"temp": 0.6, "top_k": 20}
+    path = resolve_model(write(tmp_path / "stated.gguf", "llama", "F16", sampling=stated))
+    assert generation_defaults(path) == usual | {"temperature": 0.6, "top_k": 20}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from farthing.compress.api import Options, compress  # noqa: E402
 from farthing.compress.gguf import export_gguf  # noqa: E402
 from farthing.compress.recipe import load_recipe  # noqa: E402
 from farthing.engine.tokenizer import Tokenizer as OurTokenizer  # noqa: E402
+from farthing.engine.tokenizer import generation_defaults  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
 from farthing.model.fields import ConfigError  # noqa: E402
 from farthing.model.load import config_of, load, source_of  # noqa: E402
@@ -108,6 +110,15 @@ def test_a_compressed_checkpoint_keeps_its_integers(
         assert torch.equal(mine.quantized(), other.quantized())
         # Scales of 32 bits become those of 16.
         assert torch.allclose(other.dequantize(), mine.dequantize(), rtol=2.0**-11, atol=0)
+
+
+def test_recommended_sampling_is_kept(quantizable: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(quantizable, folder)
+    stated = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0}
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+    export_gguf(folder, out := tmp_path / "model.gguf")
+    assert generation_defaults(resolve_model(out)) == stated
 
 
 @pytest.mark.parametrize("kind", [kind.lower() for kind in WRITTEN])

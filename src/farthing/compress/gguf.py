@@ -15,12 +15,12 @@ from typing import Any
 
 from farthing.checkpoint.gguf_types import WRITTEN
 from farthing.checkpoint.reader import Checkpoint
-from farthing.engine.tokenizer import Tokenizer
+from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.files import replace
 from farthing.lazy import gguf, np
 from farthing.memory import gigabytes
 from farthing.model.config import ModelConfig
-from farthing.model.gguf import ENDS
+from farthing.model.gguf import ENDS, SAMPLING
 from farthing.model.gguf_metadata import architecture_of, metadata_of, read_back
 from farthing.model.gguf_write import GgufTensors, Kept, Stored
 from farthing.tokenizer_gguf import fields_of
@@ -58,6 +58,8 @@ def export_gguf(
     read_back(written.config, out, general | metadata, written.read_as(), written.factors)
     metadata |= {"general.type": "model", "general.name": path.name, "general.quantization_version": 2}
     metadata |= _tokenizer(path, written)
+    stated = generation_defaults(path)
+    metadata |= {SAMPLING[name][0]: stated[name] for name in SAMPLING if name in stated}
     for field, what in (("num_nextn_predict_layers", "MTP layer"), ("adaptive_experts", "adaptive rule")):
         if checkpoint.config.get(field):
             log.warning("%s: the %s of the model is left out", out, what)

@@ -28,8 +28,15 @@ from farthing.model.fields import ConfigError, read_rope
 from farthing.quants import parts_of
 from farthing.tokenizer_gguf import tokenizer_of
 
-_VERSION = 3  # of the directory's contents; those of another version are written again
+_VERSION = 4  # of the directory's contents; those of another version are written again
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
+# By SamplingParams' names: the metadata, and what llama.cpp takes where a file does not state it.
+SAMPLING: Mapping[str, tuple[str, float]] = {
+    "temperature": ("general.sampling.temp", 0.8),
+    "top_k": ("general.sampling.top_k", 40),
+    "top_p": ("general.sampling.top_p", 0.95),
+    "min_p": ("general.sampling.min_p", 0.05),
+}
 _MOST_VALUES, _MOST_TENSORS = 1 << 23, 1 << 17  # the largest vocabularies have 2**18 tokens
 _MOST_LAYERS = 4096
 _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those computed
@@ -78,7 +85,9 @@ def open_gguf(path: Path) -> Path:
         replace_json(draft / INDEX, tensors, indent=None)
         replace_text(draft / "tokenizer.json", backend.to_str())
         replace_json(draft / "tokenizer_config.json", described)
-        replace_json(draft / "generation_config.json", {"eos_token_id": sorted(ends)} if ends else {})
+        sampling = {name: _shortest(metadata.get(*stated)) for name, stated in SAMPLING.items()}
+        eos = {"eos_token_id": sorted(ends)} if ends else {}
+        replace_json(draft / "generation_config.json", sampling | eos)
         draft.chmod(0o755)
         draft.rename(target)
     except OSError:
