@@ -40,6 +40,7 @@ PROMPTS = [" ".join(f"w{i * 37 + k:x}" for k in range(4 + 3 * i)) for i in range
 TAIL = 1 << 16  # bytes at the end of a file, by which a packed file knows its checkpoint
 GRACE = 0.5  # seconds in which text that was sent before an unload may still arrive
 MOST_WAIT = 600.0  # seconds of a request, as the server waits for its model
+MOST_END = 60.0  # seconds in which the server ends
 
 
 def write_models(work: Path) -> Path:
@@ -123,6 +124,20 @@ class Run:
                         return ""
         raise ConnectionError("the stream ended early")
 
+    async def send(self, minutes: float, clients: int, seed: int) -> None:
+        """All requests, once the server listens."""
+        while not (found := [line.split()[-1] for line in self.log if "listening on " in line]):
+            await asyncio.sleep(0.05)
+        self.url = found[0]
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=MOST_WAIT)) as http:
+            for model in NAMES:
+                for number in range(len(PROMPTS)):
+                    self.known[model, number] = await self.ask(http, model, number, False, False)
+            print("all answers are known; random requests begin", flush=True)
+            until = time.monotonic() + 60 * minutes
+            rngs = [random.Random(seed * 1000 + i) for i in range(clients)]
+            await asyncio.gather(*(self.client(http, rng, until) for rng in rngs))
+
     async def client(self, http: aiohttp.ClientSession, rng: random.Random, until: float) -> None:
         """Random requests, one after the other."""
         favourite = rng.choice(NAMES)
@@ -193,26 +208,22 @@ async def measure(listed: Path, limit: str, minutes: float, clients: int, seed: 
     )
     assert process.stderr is not None
     run = Run("")
-    tasks = [asyncio.create_task(run.read(process.stderr)), asyncio.create_task(run.watch(process.pid))]
+    reading = asyncio.create_task(run.read(process.stderr))
+    watching = asyncio.create_task(run.watch(process.pid))
+    ended = asyncio.create_task(process.wait())
+    sending = asyncio.create_task(run.send(minutes, clients, seed))
     try:
-        while not (found := [line.split()[-1] for line in run.log if "listening on " in line]):
-            if process.returncode is not None:
-                raise SystemExit("\n".join(run.log))
-            await asyncio.sleep(0.05)
-        run.url = found[0]
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=MOST_WAIT)) as http:
-            for model in NAMES:
-                for number in range(len(PROMPTS)):
-                    run.known[model, number] = await run.ask(http, model, number, False, False)
-            print("all answers are known; random requests begin", flush=True)
-            until = time.monotonic() + 60 * minutes
-            rngs = [random.Random(seed * 1000 + i) for i in range(clients)]
-            await asyncio.gather(*(run.client(http, rng, until) for rng in rngs))
+        await asyncio.wait({sending, reading, watching, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not sending.done():
+            raise SystemExit("\n".join([*run.log[-40:], "the server has ended, or could not be watched"]))
+        await sending
     finally:
+        sending.cancel()
         with suppress(ProcessLookupError):
             process.terminate()
-        await process.wait()
-        for task in tasks:
+        if not (await asyncio.wait({ended}, timeout=MOST_END))[0]:
+            process.kill()
+        for task in (reading, watching):
             task.cancel()
     return run
 

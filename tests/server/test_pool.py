@@ -209,6 +209,23 @@ async def test_a_cancelled_wait_loads_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_turn_that_comes_as_the_wait_ends_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, loop = pool_of(Fake("a", tmp_path)), asyncio.get_running_loop()
+    (model,) = pool.models.values()
+    model.state = "loading"
+    waiting = asyncio.create_task(pool._wait_for(model, ""))
+    await until(lambda: pool.waiting)
+    model.state = "loaded"
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now + 2 * pool.config.wait)
+    loop.call_soon(pool._wake)  # in the round in which the timer is due
+    await waiting
+    assert model.users == 1
+
+
+@pytest.mark.anyio
 async def test_clients_take_turns_in_loading(tmp_path: Path) -> None:
     fakes = [Fake(name, tmp_path) for name in "abcdz"]
     order: list[str] = []
@@ -492,13 +509,14 @@ def test_only_admins_load_and_unload(tmp_path: Path) -> None:
 def test_watching_neither_loads_nor_keeps_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "_LOOK", 0.05)
     fakes = [Fake(name, tmp_path) for name in "ab"]
-    with served(*fakes, idle=0.5) as server, httpx.Client(base_url=server.url, timeout=20) as http:
+    with served(*fakes) as server, httpx.Client(base_url=server.url, timeout=20) as http:
         for path in ("/dashboard/data", "/dashboard/data?model=b", "/metrics?model=a"):
             answer = http.get(path)
             assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_loaded"
         http.post("/v1/completions", json={"model": "a"})
         assert http.get("/dashboard/data").json()["model"] == "a"
-        deadline = time.monotonic() + 20
+        server.front.pool.models["a"].keep.clear()  # as if it had been idle for as long as that
+        deadline = time.monotonic() + 60
         while http.get("/dashboard/data").status_code == 200:  # as an open page asks
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -99,6 +99,11 @@ class _Wait:
     model: Hosted
     woken: asyncio.Future[None]
 
+    @property
+    def granted(self) -> bool:
+        """Whether the model counts it."""
+        return self.woken.done() and not self.woken.cancelled() and self.woken.exception() is None
+
 
 class Pool:
     """The models, and the requests that wait for them. Used only in the event loop."""
@@ -221,11 +226,12 @@ class Pool:
             async with asyncio.timeout(self.config.wait):
                 await wait.woken
         except TimeoutError:
-            why = f"model: {model.name} was not loaded within {self.config.wait:g} s; retry later"
-            raise ApiError(503, why, code="model_not_loaded", retry_after=30) from None
+            if not wait.granted:  # else its turn came in the same moment
+                why = f"model: {model.name} was not loaded within {self.config.wait:g} s; retry later"
+                raise ApiError(503, why, code="model_not_loaded", retry_after=30) from None
         except asyncio.CancelledError:
-            if wait.woken.done() and not wait.woken.cancelled() and wait.woken.exception() is None:
-                model.users -= 1  # the client left as its turn came
+            if wait.granted:  # the client left as its turn came
+                model.users -= 1
             raise
         finally:
             self._waiting.pop(wait, None)
