@@ -85,7 +85,7 @@ def fleet() -> dict[str, Any]:
         "title": "a fleet",
         "counters": {"requests": int(now * 5), "errors": 0},
         "gauges": {"load": 5.0, "ready": 2, "desired": 3, "waiting": 0},
-        "forecasts": {"short": forecast, "mid": {**forecast, "step_s": 1800.0, "source": "prophet"}},
+        "forecasts": {"short": forecast},
         "replicas": [{"name": "r0", "state": "ready", "inflight": 1, "served": 9, "failed": 0}],
         "decisions": [{**decision, "reason": "short: needs <b>3</b>", "alarms": ["a late signal"]}],
         "why": "Goes from 2 to 3 replicas: needs <b>3</b>.",

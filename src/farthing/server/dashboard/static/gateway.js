@@ -5,7 +5,7 @@ import { clock, dollars, h, known, rows, seconds, short } from "./dom.js";
 import { facts, Tile } from "./server.js";
 
 const HORIZONS = { "30 min": 1800, "3 h": 10800, "24 h": 86400 };
-const FORECASTS = { short: ["minutes ahead", "s2"], mid: ["day plan", "s3"], realtime: ["real time", "s4"] };
+const FORECASTS = { short: ["minutes ahead", "s2"], realtime: ["real time", "s4"] };
 const REPLICA = ["Name", "State", "In flight", "Served", "Failed"];
 const STATES = { ready: "good", starting: "warn", draining: "warn", unhealthy: "bad" };
 
@@ -124,7 +124,8 @@ export class GatewayView {
 
 /** When the last forecast ends; the current load is none. */
 function forecastEnd(forecasts) {
-  return Math.max(...["short", "mid"].map((name) => forecasts[name]).map((f) => (f ? f.start + f.p50.length * f.step_s : 0)));
+  const found = forecasts.short;
+  return found ? found.start + found.p50.length * found.step_s : 0;
 }
 
 /** A forecast's steps as [times, p90, p50]: one point where a step begins, one where the last ends. */
