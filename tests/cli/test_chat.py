@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import pty
@@ -23,10 +24,11 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from farthing.cli.app import app
-from farthing.cli.chat import Screen, _account, obey, printable, reply, split_blocks
+from farthing.cli.chat import Screen, _account, _one_line, obey, printable, reply, split_blocks
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.mcp import McpServers
 from farthing.planner.estimate import published_config
@@ -433,3 +435,10 @@ def test_a_model_of_a_server_is_chosen_in_the_conversation() -> None:
         t.until("* tiny")
         t.type("/bye")
         assert t.process.wait(60) == 0
+
+
+def test_the_servers_lines_stay_in_one_row_of_the_terminal() -> None:
+    console = Console(width=24, file=io.StringIO(), force_terminal=True)
+    with console.status(_one_line("error: [/etc/x] is no " + "y" * 200, console)) as status:
+        (row,) = console.render_lines(status.renderable)
+    assert "".join(each.text for each in row)[2:] == "error: [/etc/x] is no…"

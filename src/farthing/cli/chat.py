@@ -351,15 +351,20 @@ def _started(model: str) -> Iterator[Server]:
     with step_progress(f"downloading {model}") as progress:
         found.fetch(progress)
     with ExitStack() as stack:
-        with console.status(f"starting {model}") as status:
-            server = stack.enter_context(started(model, ("--fit",), lambda line: status.update(_cut(line))))
+        with console.status(_one_line(f"starting {model}", console)) as status:
+            server = stack.enter_context(
+                started(model, ("--fit",), lambda line: status.update(_one_line(line, console)))
+            )
         said = f"{model} is served on {server.url} while this runs"
         console.print(Text(said, style="dim"), soft_wrap=True)
         yield server
 
 
-def _cut(line: str) -> str:
-    return line if len(line) < 100 else f"{line[:99]}…"
+def _one_line(text: str, console: Console) -> Text:
+    """What fits beside the spinner; brackets are no markup."""
+    line = Text(text)
+    line.truncate(console.width - 2, overflow="ellipsis")
+    return line
 
 
 def _talk(
