@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from farthing_fleet.forecast.base import Series
 from farthing_fleet.forecast.history import FEATURES, QUANTILES, History
 from farthing_fleet.forecast.lstm import PRETRAINED, Network, Pretrained, examples, quantile_fit, train
 from farthing_lab.replay.trace import rate_load, read_trace
+from farthing_lab.series import Series
 
 GRID_S = 60.0
 LEAD_S = 615.0

@@ -15,9 +15,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from farthing_fleet.forecast.base import Series
 from farthing_lab.replay.run import SHORT_RULES, Replay, ReplayConfig
 from farthing_lab.replay.trace import binned, read_trace
+from farthing_lab.series import Series
 
 
 def main() -> None:

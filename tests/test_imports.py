@@ -31,7 +31,6 @@ LEVEL = {
 LEVEL |= {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # The fleet knows servers by HTTP and metrics; this is all that it shares with the product.
 SHARED = {
-    "farthing.bench.trace",
     "farthing.cli.app",
     "farthing.cli.errors",
     "farthing.config",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -31,7 +31,6 @@ class SloConfig:
 
 
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
-COUNTS = ("ready", "current")
 UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for separate pools
 _PLAUSIBLE_S = 900.0  # measured cold starts up to this are always believed
 
@@ -46,15 +45,13 @@ class PolicyConfig:
     slo: SloConfig = field(default_factory=SloConfig)
     min_replicas: int = 1
     max_replicas: int = 1000
-    max_step: int | None = None  # maximum replicas that one decision adds or removes
     cooldown_s: float = 0.0  # no scale-down within this time after any change
     interval_s: float = 15.0  # time between decisions
     cold_start_s: float = 600.0  # launch to ready, if the signals do not report it
     latency_metric: str = "queue_time"  # or "ttft", "tpot"; "none" disables the latency rule
     latency_threshold_s: float = 0.2
     latency_for_s: float = 30.0
-    latency_factor: float = 1.5
-    latency_of: str = "ready"  # replicas that the factor multiplies: "ready" or all "current" ones
+    latency_factor: float = 1.5  # of the ready replicas
     drain_s: float = 60.0  # target time to process a backlog
     stale_after_s: float = 60.0  # signals older than this count as missing
 
@@ -80,14 +77,12 @@ class PolicyConfig:
             "at least min_replicas",
             self.max_replicas >= max(1, self.min_replicas),
         )
-        _check("max_step", self.max_step, "1 or more, or none", self.max_step is None or self.max_step >= 1)
         _check(
             "latency_metric",
             self.latency_metric,
             f"one of {LATENCY_METRICS}",
             self.latency_metric in LATENCY_METRICS,
         )
-        _check("latency_of", self.latency_of, f"one of {COUNTS}", self.latency_of in COUNTS)
         _check("latency_factor", self.latency_factor, "above 1", self.latency_factor > 1)
 
     def lead_s(self, measured: float | None) -> float:
@@ -161,6 +156,12 @@ class FleetConfig:
     def __post_init__(self) -> None:
         split_address(self.metrics, "metrics")
 
+    def checked(self) -> Self:
+        """Itself. Raises ValueError if a rehearsal, which starts with a day of steps, would take minutes."""
+        interval_s = self.policy.interval_s
+        _check("interval_s", interval_s, "1 or more seconds", interval_s >= 1)
+        return self
+
 
 def split_address(text: str, field: str = "address") -> tuple[str, int]:
     """(host, port) of HOST:PORT. Raises ValueError with the field."""
@@ -179,7 +180,7 @@ def load(path: Path) -> FleetConfig:
     except yaml.YAMLError as problem:
         raise ValueError(f"{path} is not YAML: {problem}") from problem
     try:
-        return read(FleetConfig, data)
+        return read(FleetConfig, data).checked()
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
 

@@ -154,8 +154,7 @@ class Needs:
         lasting = state.breach_since is not None and now - state.breach_since >= config.latency_for_s
         if lasting and not stepped:
             # starting replicas already respond to the breach; multiplying them would count them twice
-            counted = snapshot.ready if config.latency_of == "ready" else None
-            number = snapshot.current if counted is None else counted
+            number = snapshot.current if snapshot.ready is None else snapshot.ready
             state.step_time, state.step_target = now, whole(config.latency_factor * max(1, number))
             stepped = True
         if not stepped:
@@ -271,9 +270,6 @@ class Policy:
         elif target < current:
             held_by, why = self._held(now, snapshot)
             target = current if held_by else target
-        if config.max_step is not None and abs(target - current) > config.max_step:
-            target = current + int(math.copysign(config.max_step, target - current))
-            held_by, why = "limits", f"at most {config.max_step} replicas per step"
         bounded = min(max(target, config.min_replicas), config.max_replicas)
         if bounded != target:
             held_by, why = "limits", f"limited to [{config.min_replicas}, {config.max_replicas}]"

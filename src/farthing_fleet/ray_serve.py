@@ -335,7 +335,9 @@ def _deployment(name: str, command: tuple[str, ...], config: ServeConfig) -> Any
 def build(arguments: dict[str, Any]) -> Any:
     """The application of a Serve configuration file: `import_path: farthing_fleet.ray_serve:build`, with the
     fields of `ServeConfig` as `args`. Raises ValueError."""
-    return application(read(ServeConfig, arguments))
+    config = read(ServeConfig, arguments)
+    config.fleet.checked()
+    return application(config)
 
 
 @contextmanager

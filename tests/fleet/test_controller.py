@@ -238,6 +238,14 @@ def test_configuration_is_read(tmp_path: Path) -> None:
     assert config.state == Path("/tmp/state")
 
 
+def test_an_interval_that_would_rehearse_for_minutes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "fleet.yaml").write_text("policy: {capacity: 2, interval_s: 0.05}")
+    with pytest.raises(
+        ValueError, match=r"fleet.yaml: policy.interval_s: got 0.05; expected 1 or more seconds$"
+    ):
+        load(tmp_path / "fleet.yaml")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -249,8 +257,8 @@ def test_configuration_is_read(tmp_path: Path) -> None:
         ),
         ({"policy": {}}, r"policy: .*capacity"),
         (
-            {"policy": {"capacity": 1, "latency_of": "all"}},
-            r"policy.latency_of: got 'all'; expected one of",
+            {"policy": {"capacity": 1, "latency_metric": "p99"}},
+            r"policy.latency_metric: got 'p99'; expected one of",
         ),
         ({"signals": {"metrics": "tgi"}}, r"signals.metrics: got 'tgi'; expected auto"),
         ({"signals": []}, r"signals: got \[\]; expected a mapping"),
@@ -345,7 +353,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
 async def test_run_exits_cleanly_on_sigterm(tmp_path: Path) -> None:
     async with FakeReplica(name="a") as replica:
         config = {
-            "policy": {"capacity": 1.0, "interval_s": 0.1},
+            "policy": {"capacity": 1.0, "interval_s": 1.0},
             "signals": {"replicas": [replica.url]},
             "state": str(tmp_path / "state"),
             "metrics": f"127.0.0.1:{free_port()}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,28 @@ from farthing_fleet.types import Snapshot
 
 DAY = 86400.0
 BEGIN = 20_000 * DAY
+
+
+USED = """
+import sys
+from pathlib import Path
+import farthing_fleet.cli, farthing_fleet.run
+from farthing_fleet.config import FleetConfig, PolicyConfig
+from farthing_fleet.estimates import make_estimates
+from farthing_fleet.types import Snapshot
+estimates = make_estimates(FleetConfig(PolicyConfig(capacity=1.0), state=Path(sys.argv[1])))
+for now in (0.0, 60.0, 120.0):
+    estimates.observe(now, Snapshot(now, 8, 8, request_rate=6.0, backlog=0.0, queue_time_s=0.0))
+    estimates.maintain(now)
+assert estimates.plan(120.0) is not None
+print([name for name in ("torch", "pandas", "prophet", "matplotlib", "scipy") if name in sys.modules])
+"""
+
+
+def test_without_an_admitted_forecaster_its_libraries_are_not_loaded(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", USED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def config(tmp_path: Path, **more: object) -> FleetConfig:

@@ -48,24 +48,23 @@ def test_latency_breach_scales_by_the_factor_once_per_cold_start() -> None:
 
 
 def test_next_step_of_a_lasting_breach_is_one_cold_start_after_the_first() -> None:
-    policy, current, targets = Policy(replace(CONFIG, latency_of="current")), 10, []
+    policy, current, targets = Policy(CONFIG), 10, []
     for now in range(0, 660, 15):
         current = policy.decide(now, seen(now, current, 5.0, queue_time_s=0.5)).target
         targets.append(current)
     assert targets[(30 + 600) // 15 - 1 :][:2] == [15, 23]
 
 
-@pytest.mark.parametrize(("of", "steps"), [("current", [15, 23]), ("ready", [18, 18])])
-def test_breaches_within_one_cold_start_do_not_compound(of: str, steps: list[int]) -> None:
+def test_breaches_within_one_cold_start_do_not_compound() -> None:
     """Ten requested, twelve serving (two draining); the breach is intermittent for two cold starts."""
-    policy, current, targets = Policy(replace(CONFIG, latency_of=of)), 10, []
+    policy, current, targets = Policy(CONFIG), 10, []
     for now in range(0, 1200, 15):
         latency = 0.1 if now % 120 == 0 else 0.5
         current = policy.decide(now, seen(now, current, 5.0, queue_time_s=latency, ready=12)).target
         targets.append(current)
-    first = targets.index(steps[0])
-    assert set(targets[first : first + 600 // 15]) == {steps[0]}
-    assert max(targets) == steps[1]  # the next step came after the cold start
+    first = targets.index(18)
+    assert set(targets[first : first + 600 // 15]) == {18}
+    assert max(targets) == 18  # the next step is of the ready replicas, too
 
 
 def test_interrupted_breach_restarts_its_timer() -> None:
@@ -246,11 +245,10 @@ def test_after_a_clock_jump_the_window_is_that_of_the_measured_cold_start() -> N
     assert (set(low[:40]), low[40]) == ({10}, 3)
 
 
-def test_limits_step_and_cooldown() -> None:
-    limited = replace(CONFIG, min_replicas=2, max_replicas=12, max_step=4)
-    assert Policy(limited).decide(0, seen(0, 5, 70.0)).target == 9
+def test_limits_and_cooldown() -> None:
+    limited = replace(CONFIG, min_replicas=2, max_replicas=12)
     assert Policy(limited).decide(0, seen(0, 11, 70.0)).target == 12
-    for current, target in ((3, 3 - 1), (11, 11 - 4)):
+    for current, target in ((3, 2), (11, 2)):
         policy = Policy(limited)
         for now in range(0, 600, 15):
             assert policy.decide(now, seen(now, current, 0.0)).target == current

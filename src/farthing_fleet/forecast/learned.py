@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from farthing.files import read
-from farthing_fleet.forecast.base import DAY_S, Floats, Series
+from farthing_fleet.forecast.base import DAY_S, Floats
 from farthing_fleet.forecast.history import History
 from farthing_fleet.forecast.prophet import ProphetConfig, ProphetForecaster
 from farthing_fleet.rehearsal import Rehearsal, Settings
@@ -79,9 +79,10 @@ class Seasonal:
         every = round(1800 / GRID_S)
         if len(loads) * GRID_S < 2 * DAY_S:
             return
-        coarse = Series(self._start, GRID_S, loads, "load").coarse(every)
-        self._prophet.fit(coarse)
-        path, _ = self._prophet.predict(round(2 * DAY_S / 1800))
+        skip = len(loads) % every  # the oldest, so that the end stays
+        coarse = loads[skip:].reshape(-1, every).mean(axis=1)
+        self._prophet.fit(self._start + skip * GRID_S, GRID_S * every, coarse)
+        path = self._prophet.predict(round(2 * DAY_S / 1800))
         at = np.arange(len(path) * every)
         self._path = np.interp(at, np.arange(len(path)) * every + every / 2, path)
         self._fitted = len(loads)

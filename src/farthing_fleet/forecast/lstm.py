@@ -27,20 +27,9 @@ HISTORY_S = 7 * 86_400.0  # fine-tuning ignores older values
 _NETWORK = "network"  # prefix of the tensors of network i: "network.i."
 
 
-@dataclass(frozen=True)
-class LSTMConfig:
-    """Settings of the fine-tuning of `lstm.LSTM`, which needs torch."""
-
-    epochs: int = 4
-    batch: int = 256
-    learning_rate: float = 1e-3
-    least_leads: int = 72  # with less history the packaged networks are not changed
-    thin: int = 2  # train on every `thin`-th origin
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "least_leads", "thin"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"LSTMConfig.{name}: got {getattr(self, name)}; expected 1 or more")
+EPOCHS, BATCH, RATE = 4, 256, 1e-3  # of fine-tuning
+LEAST_LEADS = 72  # with less history the packaged networks are not changed
+THIN = 2  # train on every second origin
 
 
 class Regression:
@@ -48,8 +37,6 @@ class Regression:
 
     Fitted by iteratively reweighted least squares on the first run's history.
     """
-
-    name = "regression"
 
     def __init__(
         self, start: Floats, centre: Floats, spread: Floats, penalty: float = 1000.0, thin: int = 3
@@ -123,28 +110,23 @@ class Network(torch.nn.Module):
 
 
 class LSTM:
-    """The member. Without `tune` it keeps the packaged weights."""
+    """The member."""
 
-    def __init__(
-        self, networks: Sequence[Network], config: LSTMConfig | None = None, tune: bool = True
-    ) -> None:
-        self.config, self.tune = config or LSTMConfig(), tune
-        self.name = "lstm" if tune else "lstm-shipped"
+    def __init__(self, networks: Sequence[Network]) -> None:
         self._shipped = list(networks)
         self.networks = list(networks)
 
     def fit(self, history: History) -> None:
         """Fine-tune the packaged networks on the first run of `history`."""
-        config = self.config
         recent = history.tail(round(HISTORY_S / history.step_s))
-        if not self.tune or len(recent) < config.least_leads * history.lead:
+        if len(recent) < LEAST_LEADS * history.lead:
             return
-        data = examples([recent], config.thin)
+        data = examples([recent], THIN)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             tuned = [copy.deepcopy(network) for network in self._shipped]
             for network in tuned:
-                train(network, data, config.epochs, config.learning_rate, config.batch)
+                train(network, data, EPOCHS, RATE, BATCH)
         self.networks = tuned
 
     def quantiles(self, history: History, first: int) -> Floats:
@@ -212,8 +194,8 @@ class Pretrained:
     centre: Floats  # [F]
     spread: Floats  # [F]
 
-    def lstm(self, config: LSTMConfig | None = None, tune: bool = True) -> LSTM:
-        return LSTM(self.networks, config, tune)
+    def lstm(self) -> LSTM:
+        return LSTM(self.networks)
 
     def regression(self) -> Regression:
         return Regression(self.start, self.centre, self.spread)

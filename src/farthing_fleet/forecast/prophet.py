@@ -6,11 +6,11 @@ import logging
 import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from farthing_fleet.forecast.base import DAY_S, Floats, Series
+from farthing_fleet.forecast.base import DAY_S, Floats
 
 HISTORY_S = 42 * DAY_S  # older values are ignored
 DAILY_ORDER, WEEKLY_ORDER = 20, 60  # of its seasonal Fourier series
@@ -35,32 +35,28 @@ class Event:
 
 @dataclass(frozen=True)
 class ProphetConfig:
-    """Settings of Prophet; docs/lab/learned-forecasts.md explains the defaults.
-
-    A load's trend over weeks predicts little of tomorrow: without a trend (`growth` flat) the error is half.
-    """
+    """What Prophet cannot see in the load."""
 
     country: str | None = None  # "US", "DE", …: public holidays of the library `holidays`
     events: tuple[Event, ...] = ()
-    growth: Literal["flat", "linear"] = "flat"
-    changepoint_prior_scale: float = 0.05  # of a linear trend
-    seasonality_prior_scale: float = 10.0
-    multiplicative: bool = True
-    log: bool = False  # forecast log(1 + value): for multiplicative noise
 
 
 class ProphetForecaster:
-    """`fit` on a series, `predict` on a grid after it. Deterministic; works offline."""
+    """`fit` on loads, `predict` on their grid after them. Deterministic; works offline.
+
+    A load's trend over weeks predicts little of tomorrow: without a trend the error is half.
+    """
 
     def __init__(self, config: ProphetConfig | None = None) -> None:
         self.config = config or ProphetConfig()
         self._model: Any = None
         self._step_s, self._end = 0.0, 0.0
 
-    def fit(self, series: Series) -> ProphetForecaster:
-        """Fit. Raises ValueError with less than two days of history, ModuleNotFoundError without Prophet."""
-        if len(series) * series.step_s < 2 * DAY_S:
-            raise ValueError(f"{series.name}: expected at least two days of history for Prophet")
+    def fit(self, start: float, step_s: float, values: Floats) -> None:
+        """Fit at least two days of loads at start, start + step_s, …; ModuleNotFoundError without Prophet."""
+        self._step_s, self._end = step_s, start + step_s * len(values)
+        values = values[-round(HISTORY_S / step_s) :]
+        times = self._end - step_s * np.arange(len(values), 0, -1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("prophet").setLevel(logging.ERROR)
@@ -68,40 +64,29 @@ class ProphetForecaster:
             import pandas
             from prophet import Prophet
 
-            recent = series.tail(max(2, round(HISTORY_S / series.step_s)))
-            weeks = len(recent) * recent.step_s / (7 * DAY_S)
+            weeks = len(values) * step_s / (7 * DAY_S)
             model = Prophet(
-                growth=self.config.growth if weeks >= 3 else "flat",
-                changepoint_prior_scale=self.config.changepoint_prior_scale,
-                seasonality_prior_scale=self.config.seasonality_prior_scale,
-                seasonality_mode="multiplicative" if self.config.multiplicative else "additive",
+                growth="flat",
+                seasonality_mode="multiplicative",
                 holidays=self._holidays(pandas),
-                interval_width=0.8,  # its upper edge is the 0.9 quantile
-                uncertainty_samples=200,
+                uncertainty_samples=0,
                 yearly_seasonality=False,
                 weekly_seasonality=WEEKLY_ORDER if weeks >= 2 else False,
                 daily_seasonality=DAILY_ORDER,
             )
             if self.config.country:
                 model.add_country_holidays(country_name=self.config.country)
-            values = np.log1p(recent.values) if self.config.log else recent.values
-            model.fit(pandas.DataFrame({"ds": _dates(recent.times), "y": values}), seed=0)
-        self._model, self._step_s, self._end = model, series.step_s, series.end
-        return self
+            model.fit(pandas.DataFrame({"ds": _dates(times), "y": values}), seed=0)
+        self._model = model
 
-    def predict(self, steps: int) -> tuple[Floats, Floats]:
-        """([steps], [steps]) median and 0.9 quantile of the steps after the fitted series."""
-        if self._model is None:
-            raise ValueError("ProphetForecaster.predict: call fit first")
+    def predict(self, steps: int) -> Floats:
+        """[steps] the medians of the steps after the fitted ones."""
         import pandas
 
         times = self._end + self._step_s * np.arange(steps, dtype=np.float64)
         np.random.seed(0)
         table = self._model.predict(pandas.DataFrame({"ds": _dates(times)}))
-        p50, p90 = (np.asarray(table[name], dtype=np.float64) for name in ("yhat", "yhat_upper"))
-        if self.config.log:
-            p50, p90 = np.expm1(p50), np.expm1(p90)
-        return np.maximum(p50, 0.0), np.maximum(p90, np.maximum(p50, 0.0))
+        return np.maximum(np.asarray(table["yhat"], dtype=np.float64), 0.0)
 
     def _holidays(self, pandas: Any) -> Any:
         rows = [

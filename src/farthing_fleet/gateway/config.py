@@ -6,32 +6,7 @@ from dataclasses import dataclass
 
 from farthing.prompts import BLOCK
 
-_COUNTS = (
-    "tries",
-    "unhealthy_after",
-    "breaker_failures",
-    "max_connections",
-    "max_client_connections",
-    "max_body",
-    "max_body_total",
-    "prefix_block",
-    "prefix_entries",
-)
-_SECONDS = (
-    "connect_timeout_s",
-    "idle_timeout_s",
-    "head_timeout_s",
-    "body_timeout_s",
-    "write_timeout_s",
-    "keepalive_s",
-    "wait_s",
-    "health_interval_s",
-    "health_timeout_s",
-    "breaker_open_s",
-    "poison_ttl_s",
-    "hung_margin_s",
-    "digest_interval_s",
-)
+_MAY_BE_ZERO = ("max_waiting", "drain_s", "request_weight", "uncached_weight", "prefix_blocks")
 
 
 @dataclass(frozen=True)
@@ -77,12 +52,13 @@ class GatewayConfig:
     digest_interval_s: float = 2.0  # between polls of a replica's cache digest
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"gateway.{name}: got {getattr(self, name)}; expected 1 or more")
-        for name in _SECONDS:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"gateway.{name}: got {getattr(self, name)}; expected seconds above 0")
+        for name, value in vars(self).items():
+            if name in _MAY_BE_ZERO:
+                continue
+            if name.endswith("_s") and not value > 0:
+                raise ValueError(f"gateway.{name}: got {value}; expected seconds above 0")
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"gateway.{name}: got {value}; expected 1 or more")
         if self.max_head < 1024:
             raise ValueError(f"gateway.max_head: got {self.max_head}; expected 1024 or more")
         if not self.health_path.startswith("/"):

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing.bench.load import LoadResult, Request, Slo, Target, Timing, run_load, summarize
-from farthing_fleet.forecast.base import read_series
 from farthing_fleet.types import Decision
 from farthing_lab.demo.levers import Measured, free_port, prompts, running
 from farthing_lab.replay.trace import EXAMPLE
+from farthing_lab.series import read_series
 
 # The demo's table, on the terminal and as one self-contained HTML page.
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from farthing_fleet.config import PolicyConfig, SloConfig
-from farthing_fleet.forecast.base import Series
 from farthing_fleet.forecast.history import trailing_max, trailing_mean
 from farthing_lab.replay.policies import FarthingRule, FixedRule, HpaRule, deviations, needed
 from farthing_lab.replay.rate import Floats, Ints, Result, Rule, Setting, View, simulate
 from farthing_lab.replay.trace import rate_load
+from farthing_lab.series import Series
 
 # Rules of twenty lines. Their parameters may be chosen in hindsight: `best-NAME`.
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farthing.bench.trace import MAX_SPAN_S, columns, first_line, requests_of
-from farthing_fleet.forecast.base import Series, read_series
+from farthing_lab.series import Series, read_series
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

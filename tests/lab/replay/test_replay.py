@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from farthing_fleet.forecast.base import Series
 from farthing_fleet.forecast.history import trailing_max
 from farthing_lab.cli.replay import app
 from farthing_lab.replay.policies import FixedRule, HpaRule, deviations
@@ -19,6 +18,7 @@ from farthing_lab.replay.requests import Fleet, requests_of
 from farthing_lab.replay.run import POLICIES, Replay, ReplayConfig, base_of
 from farthing_lab.replay.servers import Times
 from farthing_lab.replay.trace import EXAMPLE, RequestTrace, rate_load, read_trace
+from farthing_lab.series import Series
 
 
 def test_static_fleet_is_billed_for_its_time_and_keeps_the_slo() -> None:

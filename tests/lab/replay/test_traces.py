@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from farthing_fleet.forecast.base import Series
 from farthing_lab.cli.replay import app
 from farthing_lab.replay.trace import RequestTrace, read_trace
+from farthing_lab.series import Series
 
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 RATES = "t_s,total_rate_rps\n0,1\n"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from farthing.bench.trace import seconds
-from farthing_fleet.forecast.base import Series, read_series
+from farthing_lab.series import Series, read_series
 
 
 def test_reads_both_formats_plain_and_gzip(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_errors_name_wrong_columns_values_and_files(tmp_path: Path) -> None:
 def test_coarse_means_keep_the_end() -> None:
     series = Series(0.0, 60.0, np.arange(7.0)).coarse(3)
     assert series.values.tolist() == [2.0, 5.0]
-    assert (series.start, series.end, series.step_s) == (60.0, 420.0, 180.0)
+    assert (series.start, series.step_s) == (60.0, 180.0)
 
 
 def test_timestamps_with_seven_digits() -> None:
