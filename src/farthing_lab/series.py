@@ -61,7 +61,7 @@ class Series:
 def read_series(path: str | Path, most_s: float = math.inf) -> Series:
     """Read a rate series from CSV with columns `t_s,total_rate_rps` or `timestamp,value`, plain or gzip.
 
-    Values of the second form are counts per step and are kept. Missing steps are interpolated linearly.
+    Values of the second form are counts per step and become rates. Missing steps are interpolated linearly.
     Raises ValueError with the columns found, or with the line and field; also if it spans more than `most_s`.
     """
     path = Path(path)
@@ -84,4 +84,5 @@ def read_series(path: str | Path, most_s: float = math.inf) -> Series:
         raise ValueError(f"{path}: times do not increase; expected one row per step")
     check_span(path, when, times, [row.line for row in rows], min(most_s, _MAX_STEPS * step))
     grid = np.arange(data[0, 0], data[-1, 0] + step / 2, step)
-    return Series(float(data[0, 0]), step, np.interp(grid, data[:, 0], data[:, 1]), path.name.split(".")[0])
+    found = np.interp(grid, data[:, 0], data[:, 1]) / (1.0 if what == "total_rate_rps" else step)
+    return Series(float(data[0, 0]), step, found, path.name.split(".")[0])

@@ -21,6 +21,7 @@ def test_reads_both_formats_plain_and_gzip(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(b"timestamp,value\n2014-07-01 00:00:00,10\n2014-07-01 00:30:00,20\n"))
     series = read_series(packed)
     assert (series.step_s, series.start, series.name) == (1800.0, seconds("2014-07-01 00:00:00"), "b")
+    assert series.values.tolist() == [10 / 1800, 20 / 1800]
 
 
 def test_missing_step_is_interpolated(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class ProphetForecaster:
         """Fit at least two days of loads at start, start + step_s, …; ModuleNotFoundError without Prophet."""
         self._step_s, self._end = step_s, start + step_s * len(values)
         values = values[-round(HISTORY_S / step_s) :]
-        times = self._end - step_s * np.arange(len(values), 0, -1)
+        times = self._end - step_s * np.arange(len(values), 0, -1, dtype=np.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("prophet").setLevel(logging.ERROR)

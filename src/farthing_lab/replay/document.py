@@ -39,13 +39,8 @@ def replay_file(
     return document
 
 
-# Plot of a replay: the load, and below it the replicas of each policy.
-
-
 def plot(made: Replay, runs: dict[str, Result], path: Path) -> None:
-    """Plot the first seed's run to `path`, in the format of its suffix. Raises ModuleNotFoundError without
-    matplotlib.
-    """
+    """Plot the first seed's load and replicas. Raises ModuleNotFoundError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

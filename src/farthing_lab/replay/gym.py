@@ -113,10 +113,8 @@ def ours(jobs: list[ReplayedRequest]) -> Scaler:
     return Controlled(config, jobs, learns=True)
 
 
-SCALERS: dict[str, Callable[[list[ReplayedRequest]], Scaler]] = {
-    "farthing": ours,
-    "keda": lambda jobs: Keda(),
-}
+Made = Callable[[list[ReplayedRequest]], Scaler]
+SCALERS: dict[str, Made] = {"farthing": ours, "keda": lambda jobs: Keda()}
 
 
 def score(workload: Workload, scaler: str, seed: int = 0) -> Score:

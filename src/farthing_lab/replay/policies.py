@@ -15,7 +15,8 @@ from farthing_fleet.forecast.history import trailing_mean
 from farthing_fleet.policy import Policy
 from farthing_fleet.rehearsal import Rehearsal, Settings
 from farthing_fleet.types import Snapshot
-from farthing_lab.replay.rate import Floats, Ints, View
+from farthing_lab.replay.rate import View
+from farthing_lab.replay.trace import Floats, Ints
 
 
 def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from farthing_lab.replay.trace import Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -118,8 +116,7 @@ def simulate(load: Floats, rule: Rule, setting: Setting) -> Result:
     load_ticks = round(setting.load_time_s / setting.tick_s)
     pool = _Pool(np.maximum(0, rule.start), load_ticks)
     backlog, good = np.zeros(lanes), np.zeros(lanes)
-    billed, drained = np.zeros(lanes), np.zeros(lanes)
-    changes = np.zeros(lanes, np.int64)
+    billed, drained, changes = np.zeros(lanes), np.zeros(lanes), np.zeros(lanes, np.int64)
     ready0, current0 = np.zeros(ticks, np.int64), np.zeros(ticks, np.int64)
     by_tick = load[: ticks * setting.substeps].reshape(ticks, setting.substeps, lanes)
     peaks, sums = by_tick.max(axis=1), by_tick.sum(axis=1) * setting.dt

@@ -14,12 +14,11 @@ import numpy as np
 from farthing_fleet.config import PolicyConfig, SloConfig
 from farthing_fleet.forecast.history import trailing_max, trailing_mean
 from farthing_lab.replay.policies import FarthingRule, FixedRule, HpaRule, deviations, needed
-from farthing_lab.replay.rate import Floats, Ints, Result, Rule, Setting, View, simulate
-from farthing_lab.replay.trace import rate_load
+from farthing_lab.replay.rate import Result, Rule, Setting, View, simulate
+from farthing_lab.replay.trace import Floats, Ints, rate_load
 from farthing_lab.series import Series
 
 # Rules of twenty lines. Their parameters may be chosen in hindsight: `best-NAME`.
-
 SHORT_RULES = ("keda", "hpa", "deviations", "highest")
 POLICIES = ("farthing", *SHORT_RULES, *(f"best-{name}" for name in SHORT_RULES), "static")
 WINDOWS_S = (300.0, 600.0, 1800.0, 3600.0, 7200.0)
@@ -165,8 +164,7 @@ class Replay:
         if base != name:
             found = self.best(slo, base)
             if found is None:
-                empty = dict.fromkeys(("instance_hours", "slo"))
-                return {**empty, "parameters": "none keeps the SLO"}, None
+                return {"instance_hours": None, "slo": None, "parameters": "none keeps the SLO"}, None
             label, share, hours = found
             return {"instance_hours": hours, "slo": share, "parameters": label.partition(" ")[2]}, None
         rule = self.rule(name, config.utilization)
@@ -184,12 +182,11 @@ class Replay:
 
 def replay(
     series: Series,
-    policies: tuple[str, ...] = POLICIES,
-    config: ReplayConfig | None = None,
+    policies: tuple[str, ...],
+    config: ReplayConfig,
     progress: Progress = lambda text: None,
 ) -> tuple[dict[str, Any], dict[str, Result], Replay]:
-    """Replay `series` against `policies`. Returns the JSON document, the runs (for a plot) and the replay."""
-    config = config or ReplayConfig()
+    """The JSON document, the runs (for a plot) and the replay of `series` against `policies`."""
     made = Replay(series, config, progress)
     rows, runs = {}, {}
     slo = config.slo.target

@@ -42,11 +42,8 @@ def read_trace(path: str | Path) -> Series | RequestTrace:
     path = Path(path)
     first = first_line(path)
     names = set(columns(first))
-    if {"t_s", "total_rate_rps"} <= names:
+    if {"t_s", "total_rate_rps"} <= names or {"timestamp", "value"} <= names:
         return read_series(path, MAX_SPAN_S)
-    if {"timestamp", "value"} <= names:
-        counts = read_series(path, MAX_SPAN_S)
-        return Series(counts.start, counts.step_s, counts.values / counts.step_s, counts.name)
     rows = requests_of(path, first, "; CSV with t_s,total_rate_rps or timestamp,value")
     if len(rows) < 2:
         raise ValueError(f"{path}: got {len(rows)} requests; expected at least two")
@@ -69,8 +66,6 @@ def rate_load(series: Series, dt: float, seeds: int, noise: float = 0.1, noise_s
     `noise` is the standard deviation of the factor, redrawn every `noise_s` seconds for each of `seeds`
     lanes.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds: got {seeds}; expected 1 or more")
     steps = round(len(series) * series.step_s / dt)
     middle = (np.arange(steps) + 0.5) * dt
     base = np.interp(middle, np.arange(len(series)) * series.step_s, series.values)
