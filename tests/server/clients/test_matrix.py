@@ -72,14 +72,14 @@ def found(name: str) -> dict[str, dict[str, str]]:
         }  # fmt: skip
         done = subprocess.run(
             [*command(client, folder, home), json.dumps(list(zip(urls, thoughts, strict=True)))],
-            env=environment, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900,
+            env=environment, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # some clients print, too
     return dict(zip(formats, map(json.loads, lines), strict=True))
 
 
-@pytest.mark.timeout(960)
+@pytest.mark.timeout(1860)
 @pytest.mark.parametrize(("name", "check"), PAIRS, ids=[f"{name}-{check}" for name, check in PAIRS])
 def test_client(name: str, check: str) -> None:
     results = [

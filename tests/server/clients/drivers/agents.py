@@ -67,8 +67,10 @@ def ask(url, says, model="tiny"):
         "NO_PROXY": "127.0.0.1,localhost",
     }
     program = str(CLIENT / "node_modules" / ".bin" / command[0])
+    # opencode joins its arguments, and puts those with blanks in quotes, with their own quotes escaped.
+    words = says.split(" ") if CLIENT.name == "opencode" else [says]
     done = subprocess.run(
-        [program, *command[1:], says], cwd=work, env=own | blocked | environment,
+        [program, *command[1:], *words], cwd=work, env=own | blocked | environment,
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     return done, work
