@@ -52,10 +52,22 @@ def apart(talk: Conversation) -> Conversation:
     return replace(talk, turns=tuple(turns))
 
 
+def kept(talk: Conversation) -> Conversation:
+    """As Mistral 7B's template takes it: with a tool's result, the system turn is in the last user's turn."""
+    first, *rest = talk.turns
+    if first.role != "system" or not talk.has_calls or rest[-1].role == "user":
+        return talk
+    last = max(place for place, turn in enumerate(rest) if turn.role == "user")
+    rest[last] = replace(rest[last], text=f"{first.text}\n\n{rest[last].text}")
+    return replace(talk, turns=tuple(rest))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_prompts_are_those_of_transformers(name: str) -> None:
     shape, random, refused, looped = SHAPES[name], Random(name), 0, 0
     ours = Tokenizer(BACKEND, CONFIG, chat_template=shape.source)
+    taken = apart if ours.habits().single else kept if shape.drops else lambda same: same
+    assert ours.habits().drops is shape.drops
     assert ours.habits().calls is shape.tools and ours.habits().short_ids is shape.short_ids
     for talk in talks(crc32(name.encode()), COUNT, tools=shape.tools):
         talk = with_short_ids(talk) if shape.short_ids else talk
@@ -64,7 +76,7 @@ def test_prompts_are_those_of_transformers(name: str) -> None:
         )
         try:
             expected = THEIRS.apply_chat_template(
-                messages(apart(talk) if ours.habits().single else talk, shape.arguments, random),
+                messages(taken(talk), shape.arguments, random),
                 tools=declared(talk),
                 chat_template=shape.source,
                 tokenize=False,
@@ -79,5 +91,5 @@ def test_prompts_are_those_of_transformers(name: str) -> None:
         looped += talk.has_calls
         prompt = ours.render_chat(**arguments(talk, shape.source))
         assert prompt == expected
-        assert shape.drops or finished(talk, prompt) == prompt
+        assert (shape.drops and not talk.has_calls) or finished(talk, prompt) == prompt
     assert refused <= COUNT * 3 // 4 and (looped >= COUNT // 20) is shape.tools

@@ -18,6 +18,7 @@ from farthing.conversation.base import EFFORTS
 from farthing.conversation.jinja import compile_template, variables
 from farthing.conversation.select import Checkpoint, Habits, choose, probe
 from farthing.engine.tokenizer import Tokenizer
+from tests.conversation.published import SHAPES
 
 TURNS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content or '' }}"
@@ -82,7 +83,7 @@ LENGTH = (
         (template(TEXT, LENGTH), Habits(True, "text", "text", short_ids=True)),
         (TURNS.replace("CALL", ""), Habits()),
         ("{{ raise_exception('never') }}", Habits()),
-        ("{{ messages[0].content }}{{ reasoning_effort }}", Habits(efforts=EFFORTS)),
+        ("{{ messages[0].content }}{{ reasoning_effort }}", Habits(efforts=EFFORTS, leading=True)),
         (
             "{% if reasoning_effort not in ['low', 'high'] %}{{ raise_exception('level') }}{% endif %}",
             Habits(efforts=("low", "high")),
@@ -124,6 +125,60 @@ def test_short_ids_are_letters_and_digits_and_the_same_for_the_result() -> None:
     known = loop("{}")
     known[1]["tool_calls"][0]["id"] = known[2]["tool_call_id"] = "Abcdefg12"
     assert tokenizer(template(TEXT, LENGTH)).render_chat(known).startswith("Abcdefg12Abcdefg12")
+
+
+LATE = [
+    {"role": "system", "content": "Speak."},
+    {"role": "user", "content": "Hello."},
+    {"role": "system", "content": "It is late."},
+]
+
+
+@pytest.mark.parametrize("name", ["gemma4", "mistral_7b", "mistral_small", "smollm3"])
+def test_a_later_system_turn_joins_the_turn_before_it(name: str) -> None:
+    """Claude Code sends them; these templates refuse them, or leave them out."""
+    known = tokenizer(SHAPES[name].source)
+    assert known.habits().leading
+    said = known.render_chat(
+        [*LATE, {"role": "assistant", "content": "Ho."}, {"role": "user", "content": "So?"}]
+    )
+    joined = {"role": "user", "content": "Hello.\n\nIt is late."}
+    rest = [{"role": "assistant", "content": "Ho."}, {"role": "user", "content": "So?"}]
+    assert said == known.render_chat([LATE[0], joined, *rest]) and "It is late." in said
+    assert known.render_chat([*LATE, {"role": "user", "content": "So?"}]) == known.render_chat(
+        [LATE[0], {"role": "user", "content": "Hello.\n\nIt is late.\n\nSo?"}]
+    )
+
+
+def test_a_system_turn_after_an_answer_begins_the_next_users_turn() -> None:
+    hello, answer = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Ho."}
+    late, end = {"role": "system", "content": "It is late."}, {"role": "user", "content": "So?"}
+    known = tokenizer(SHAPES["mistral_7b"].source)
+    for turns, text in (([late], "It is late."), ([late, late, end], "It is late.\n\nIt is late.\n\nSo?")):
+        expected = known.render_chat([hello, answer, {"role": "user", "content": text}])
+        assert known.render_chat([hello, answer, *turns]) == expected
+
+
+def test_a_system_turn_after_a_result_joins_the_result() -> None:
+    known = tokenizer(SHAPES["mistral_7b"].source)
+    turns = loop({"city": "Rome"})
+    joined = [*turns[:2], turns[2] | {"content": "Here.\n\nIt is late."}]
+    assert known.render_chat([*turns, LATE[2]]) == known.render_chat(joined)
+
+
+def test_a_system_turn_that_a_result_would_drop_joins_the_last_users_turn() -> None:
+    known = tokenizer(SHAPES["mistral_7b"].source)
+    assert known.habits().drops and not tokenizer(SHAPES["mistral_small"].source).habits().drops
+    turns = [LATE[0], LATE[1], {"role": "assistant", "content": "Ho."}, *loop({"city": "Rome"})]
+    asked = known.render_chat(turns[:4])  # the template prints the system turn in this place itself
+    assert known.render_chat(turns).startswith(asked) and "Speak.\n\nWhere?" in asked
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm47", "minimax_m2", "llama3_1"])
+def test_a_later_system_turn_stays_where_the_template_prints_it(name: str) -> None:
+    known = tokenizer(SHAPES[name].source)
+    assert not known.habits().leading
+    assert "Hello.\n\nIt is late." not in known.render_chat(LATE)
 
 
 # The environment.

@@ -53,6 +53,7 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {}},
     },
 }
+_FIRST = ("system", "developer")  # roles of turns that some templates know only at the start
 _SHORT_ID = 9  # characters of the ids that Mistral's templates accept
 
 
@@ -68,6 +69,8 @@ class Habits:
     efforts: tuple[str, ...] = ()
     single: bool = False  # it prints only the first call of a turn
     apart: bool = False  # it refuses text and reasoning in one turn that calls
+    leading: bool = False  # it refuses or leaves out a system turn that is not at the start
+    drops: bool = False  # it leaves out the system turn after a tool's result
 
     @property
     def described(self) -> str:
@@ -80,6 +83,8 @@ class Habits:
         """Messages as the template expects them. Arguments that are no JSON object become one with their text
         as its only value, for a model's invalid call must not end a conversation."""
         adapted = [self._adapted(dict(message)) for message in messages]
+        adapted = _joined(adapted) if self.leading else adapted
+        adapted = _with_user(adapted) if self.drops else adapted
         return list(_one_by_one(adapted)) if self.single else adapted
 
     def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +118,12 @@ class Habits:
 
 def probe(render: Render, names: frozenset[str]) -> Habits:
     """The habits of a template that reads these variables."""
+    late = [{"role": "user", "content": "Probe."}, {"role": "system", "content": _VALUE}]
+    as_given, joined = (_prompt(render, messages) or "" for messages in (late, _joined(late)))
+    return replace(_of_calls(render, names), leading=_VALUE in joined and _VALUE not in as_given)
+
+
+def _of_calls(render: Render, names: frozenset[str]) -> Habits:
     asked = EFFORTS if "reasoning_effort" in names else ()
     efforts = tuple(effort for effort in asked if _accepts(render, effort))
     for habits in _candidates():
@@ -133,7 +144,42 @@ def _of_turns(render: Render, habits: Habits) -> Habits:
     two = loop(names=("probe", "probe_again"))
     text = loop(said={"content": "Probing."})
     both = loop(said={"content": "Probing.", **dict.fromkeys(REASONING, "Hm.")})
-    return replace(habits, single=bool(two) and "probe_again" not in two, apart=bool(text) and not both)
+    led = loop(before=[{"role": "system", "content": "Led."}])
+    single = bool(two) and "probe_again" not in two
+    return replace(
+        habits, single=single, apart=bool(text) and not both, drops=bool(led) and "Led." not in led
+    )
+
+
+def _joined(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which a system turn after the start is the end of the turn before it. After an assistant's
+    it is a user's turn, or the beginning of the one that follows."""
+    joined: list[dict[str, Any]] = []
+    moved = None  # the user's turn that ends with a system turn's text
+    for message in messages:
+        last, role = joined[-1] if joined else message, message.get("role")
+        late = role in _FIRST and last.get("role") not in _FIRST
+        if late and last.get("role") == "assistant":
+            moved = {"role": "user", "content": message.get("content", "")}
+            joined.append(moved)
+        elif late or (role == "user" and last is moved):
+            joined[-1] = last | {"content": f"{last.get('content', '')}\n\n{message.get('content', '')}"}
+            moved = joined[-1] if last.get("role") == "user" else None
+        else:
+            joined.append(message)
+    return joined
+
+
+def _with_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages in which the last user's turn begins with the system turn, unless nothing follows that turn:
+    there, a template that drops the system turn prints it so itself."""
+    users = [place for place, message in enumerate(messages) if message.get("role") == "user"]
+    if messages[0].get("role") not in _FIRST or not users or users[-1] == len(messages) - 1:
+        return messages
+    messages = list(messages)
+    first, last = messages[0], messages[users[-1]]
+    messages[users[-1]] = last | {"content": f"{first.get('content', '')}\n\n{last.get('content', '')}"}
+    return messages[1:]
 
 
 def _one_by_one(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -174,8 +220,10 @@ def _loop(
     arguments: Literal["text", "object"],
     names: Sequence[str] = ("probe",),
     said: Mapping[str, Any] = MappingProxyType({}),
+    before: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The prompt of a tool loop; empty if the template refuses it. said: further fields of the turn."""
+    """The prompt of a tool loop; empty if the template refuses it. said: further fields of the turn. before:
+    turns at the start."""
     calls = [
         {
             "id": f"call_of_a_{name}",
@@ -185,26 +233,28 @@ def _loop(
         for name in names
     ]
     turns: list[dict[str, Any]] = [
+        *before,
         {"role": "user", "content": "Probe."},
         {"role": "assistant", "content": "", "tool_calls": calls, **said},
         *({"role": "tool", "content": "Done.", "tool_call_id": call["id"]} for call in calls),
     ]
-    messages = Habits(True, arguments, *candidate).adapt(turns)
-    try:
-        return render(messages=messages, tools=[_TOOL], add_generation_prompt=True)
-    except ValueError:
-        return ""
+    return _prompt(render, Habits(True, arguments, *candidate).adapt(turns), [_TOOL]) or ""
 
 
 def _accepts(render: Render, effort: str) -> bool:
     thinks = effort != "none"
     switches = {"reasoning_effort": effort, "thinking": thinks, "enable_thinking": thinks}
-    messages = [{"role": "user", "content": "Probe."}]
+    return _prompt(render, [{"role": "user", "content": "Probe."}], **switches) is not None
+
+
+def _prompt(
+    render: Render, messages: Sequence[Mapping[str, Any]], tools: Any = None, **values: Any
+) -> str | None:
+    """The prompt; None if the template refuses it."""
     try:
-        render(messages=messages, tools=None, add_generation_prompt=True, **switches)
+        return render(messages=messages, tools=tools, add_generation_prompt=True, **values)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _short(identity: str) -> str:

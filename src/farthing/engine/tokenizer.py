@@ -357,7 +357,8 @@ class Tokenizer:
         if not messages:
             raise ValueError("messages is empty; expected at least one message")
         turns = flatten(messages)
-        if any(turn.get("tool_calls") for turn in turns):
+        late = any(turn["role"] in ("system", "developer") for turn in turns[1:])
+        if late or any(turn.get("tool_calls") for turn in turns):
             turns = self.habits().adapt(turns)
         values = {"tools": tools or None, "add_generation_prompt": add_generation_prompt, **kwargs}
         prompt = printed(self._render(messages=turns, **values))
