@@ -13,9 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from farthing_fleet.forecast.history import FEATURES, QUANTILES, History
-from farthing_fleet.forecast.lstm import PRETRAINED, Network, Pretrained, examples, quantile_fit, train
+from farthing_fleet.forecast.lstm import (
+    NETWORK,
+    PRETRAINED,
+    Network,
+    Pretrained,
+    examples,
+    quantile_fit,
+    train,
+)
 from farthing_lab.replay.trace import rate_load, read_trace
 from farthing_lab.series import Series
 
@@ -79,6 +88,18 @@ def pretrain(services: dict[str, Series], networks: int, epochs: int) -> Pretrai
     return Pretrained(made, start, centre, spread)
 
 
+def save(made: Pretrained, path: Path) -> None:
+    """Write everything to one safetensors file."""
+    tensors = {
+        f"{NETWORK}.{index}.{name}": tensor.contiguous()
+        for index, network in enumerate(made.networks)
+        for name, tensor in network.state_dict().items()
+    }
+    for name in ("start", "centre", "spread"):
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(made, name))).float()
+    save_file(tensors, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     services = {name: s for name, s in choice(args.traces).items() if name not in args.without}
-    pretrain(services, args.networks, args.epochs).save(args.out)
+    save(pretrain(services, args.networks, args.epochs), args.out)
 
 
 if __name__ == "__main__":

@@ -58,31 +58,17 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         positive = ("capacity", "interval_s", "latency_threshold_s", "drain_s", "stale_after_s")
         for name in positive:
-            _check(
-                name,
-                getattr(self, name),
-                "a number above 0",
-                _finite(getattr(self, name)) and getattr(self, name) > 0,
-            )
+            value = getattr(self, name)
+            _check(name, value, "a number above 0", math.isfinite(value) and value > 0)
         for name in ("cooldown_s", "cold_start_s", "latency_for_s"):
             value = getattr(self, name)
-            good = value is None or (_finite(value) and value >= 0)
-            _check(name, value, "seconds, 0 or more", good)
+            _check(name, value, "seconds, 0 or more", math.isfinite(value) and value >= 0)
         _check("unit", self.unit, f"one of {UNITS}", self.unit in UNITS)
         _check("target_utilization", self.target_utilization, "in (0, 1]", 0 < self.target_utilization <= 1)
         _check("min_replicas", self.min_replicas, "0 or more", self.min_replicas >= 0)
-        _check(
-            "max_replicas",
-            self.max_replicas,
-            "at least min_replicas",
-            self.max_replicas >= max(1, self.min_replicas),
-        )
-        _check(
-            "latency_metric",
-            self.latency_metric,
-            f"one of {LATENCY_METRICS}",
-            self.latency_metric in LATENCY_METRICS,
-        )
+        most, metric = self.max_replicas, self.latency_metric
+        _check("max_replicas", most, "at least min_replicas", most >= max(1, self.min_replicas))
+        _check("latency_metric", metric, f"one of {LATENCY_METRICS}", metric in LATENCY_METRICS)
         _check("latency_factor", self.latency_factor, "above 1", self.latency_factor > 1)
 
     def lead_s(self, measured: float | None) -> float:
@@ -95,10 +81,6 @@ class PolicyConfig:
     def longest_lead_s(self) -> float:
         """Longer measurements are mistakes, for instance by a pod that failed after it was ready."""
         return max(3 * self.cold_start_s, _PLAUSIBLE_S)
-
-
-def _finite(value: float) -> bool:
-    return math.isfinite(value)
 
 
 def _check(name: str, value: object, accepted: str, good: bool) -> None:

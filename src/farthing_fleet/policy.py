@@ -180,13 +180,8 @@ class Needs:
 
     def latency(self, snapshot: Snapshot) -> float | None:
         """The mean time that the latency rule observes, if measured."""
-        by_name = {
-            "queue_time": snapshot.queue_time_s,
-            "ttft": snapshot.ttft_s,
-            "tpot": snapshot.tpot_s,
-            "none": None,
-        }
-        return by_name[self.config.latency_metric]
+        metric = self.config.latency_metric
+        return getattr(snapshot, f"{metric}_s") if metric != "none" else None
 
 
 def whole(exact: float) -> int:

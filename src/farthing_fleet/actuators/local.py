@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class LocalConfig:
     """How replicas are started.
 
-    `{port}`, `{host}` and `{name}` in the command and environment are replaced.
+    `{port}`, `{host}` and `{name}` in the command are replaced.
     """
 
     command: tuple[str, ...]
@@ -53,7 +53,6 @@ class LocalConfig:
     poll_s: float = 0.05  # between health checks of a starting replica
     failures: int = 3  # failed launches in a row before launches pause
     retry_s: float = 30.0  # first pause after giving up; doubles up to ten times that
-    environment: dict[str, str] = field(default_factory=dict)
     # A command that waits on stdin for a JSON line with the arguments after `command[:standby_skips]`. One
     # such process is kept, so that the next replica skips its imports. Empty: none is kept.
     standby: tuple[str, ...] = ()
@@ -224,14 +223,7 @@ class LocalReplicas:
                 spare.process.stdin.close()
                 return spare.name, spare.log, spare.process
         name, log_file = self._new_name()
-        environment = dict(
-            zip(
-                self.config.environment,
-                self._filled(tuple(self.config.environment.values()), name, port),
-                strict=True,
-            )
-        )
-        process = await launch(self._filled(self.config.command, name, port), log_file, environment)
+        process = await launch(self._filled(self.config.command, name, port), log_file, {})
         return name, log_file, process
 
     def _new_name(self) -> tuple[str, Path]:

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from farthing_fleet.forecast.base import Floats
 from farthing_fleet.forecast.history import FEATURES, QUANTILES, History
 
 PRETRAINED = Path(__file__).parent / "pretrained.safetensors"  # weights of the learned forecasters
 HISTORY_S = 7 * 86_400.0  # fine-tuning ignores older values
-_NETWORK = "network"  # prefix of the tensors of network i: "network.i."
+NETWORK = "network"  # prefix of the tensors of network i: "network.i."
 
 
 EPOCHS, BATCH, RATE = 4, 256, 1e-3  # of fine-tuning
@@ -200,27 +200,16 @@ class Pretrained:
     def regression(self) -> Regression:
         return Regression(self.start, self.centre, self.spread)
 
-    def save(self, path: Path) -> None:
-        """Write everything to one safetensors file."""
-        tensors = {
-            f"{_NETWORK}.{index}.{name}": tensor.contiguous()
-            for index, network in enumerate(self.networks)
-            for name, tensor in network.state_dict().items()
-        }
-        for name in ("start", "centre", "spread"):
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(getattr(self, name))).float()
-        save_file(tensors, path)
-
     @classmethod
     def read(cls, path: Path = PRETRAINED) -> Pretrained:
         """Read the file. Raises FileNotFoundError, or ValueError if it was made for other features."""
         tensors = load_file(path)
         if tensors["centre"].shape != (FEATURES,):
             raise ValueError(f"{path}: made for {len(tensors['centre'])} features; expected {FEATURES}")
-        count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(_NETWORK))
+        count = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith(NETWORK))
         networks = []
         for index in range(count):
-            prefix = f"{_NETWORK}.{index}."
+            prefix = f"{NETWORK}.{index}."
             part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             network = Network(hidden=part["side.bias"].shape[0])
             network.load_state_dict(part)
