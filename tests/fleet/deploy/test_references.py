@@ -69,6 +69,7 @@ def test_controller_reads_its_configuration_and_only_one_component_scales(
     assert len(by_keda) + config.kubernetes.patch == 1
     for trigger in (trigger for o in by_keda for trigger in o["spec"]["triggers"]):
         assert "farthing:fleet_desired_replicas" in trigger["metadata"]["query"]
+        assert trigger["metadata"]["ignoreNullValues"] == "false"  # else a missing gauge counts as 0
     for scaled in by_keda:
         limits = scaled["spec"]["minReplicaCount"], scaled["spec"]["maxReplicaCount"]
         assert limits == (config.policy.min_replicas, config.policy.max_replicas)
