@@ -342,7 +342,22 @@ class CostMeter:
             key = (model, api_key)
             if key not in self._accounts and len(self._accounts) >= self._max_accounts:
                 key = (model, OTHER)
-            account = self._charge(usage, self._accounts.setdefault(key, Account()), busy_seconds)
+            total = self._accounts.setdefault(key, Account())
+            account = Account(
+                requests=1,
+                prefill_tokens=usage.prefill_tokens,
+                cached_tokens=usage.cached_tokens,
+                decode_tokens=usage.decode_tokens,
+            )
+            total.add(account)
+            late = busy_seconds - self._busy
+            spent = self._assign(total, usage.prefill_seconds, usage.decode_seconds, late)
+            account.prefill, account.decode = spent
+            self._prefill_tokens += usage.prefill_tokens
+            self._prefill_usd += account.prefill.usd
+            price = self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0
+            account.saved_usd = usage.cached_tokens * price  # an estimate: the mean price of a computed token
+            total.saved_usd += account.saved_usd
             utilization = self._busy / self._wall if self._wall > 0 else 0.0
         return RequestCost(account, self.machine, self._energy.source, utilization)
 
@@ -373,24 +388,6 @@ class CostMeter:
         late, self._late = self._late, []
         for account, prefill, decode in late:
             self._assign(account, prefill, decode, prefill + decode)
-
-    def _charge(self, usage: Usage, total: Account, busy_seconds: float) -> Account:
-        """Charge a request to the account of its key, and return what was charged."""
-        account = Account(
-            requests=1,
-            prefill_tokens=usage.prefill_tokens,
-            cached_tokens=usage.cached_tokens,
-            decode_tokens=usage.decode_tokens,
-        )
-        total.add(account)
-        spent = self._assign(total, usage.prefill_seconds, usage.decode_seconds, busy_seconds - self._busy)
-        account.prefill, account.decode = spent
-        self._prefill_tokens += usage.prefill_tokens
-        self._prefill_usd += account.prefill.usd
-        price = self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0
-        account.saved_usd = usage.cached_tokens * price  # an estimate: the mean price of a computed token
-        total.saved_usd += account.saved_usd
-        return account
 
     def _assign(self, account: Account, prefill: float, decode: float, late: float) -> tuple[Spend, Spend]:
         """Move a request's seconds and their share of joules out of the uncharged total to an account.
