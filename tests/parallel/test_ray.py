@@ -86,9 +86,10 @@ def test_two_nodes_generate_the_tokens_of_one_rank_and_a_dead_rank_ends_them(
         assert workers.nodes[0] == workers.nodes[1] != own == workers.nodes[3]
         assert type(model._rank._stage).__name__ == "SharedGroup"
         assert type(model._rank._before).__name__ == "DistGroup"
-        # Unlinked, so a crash cannot leak them. Other tests' files may exist for a moment.
-        files = list(Path("/dev/shm").glob("farthing-*"))
-        until(lambda: not any(file.exists() for file in files))
+        # Unlinked, so a crash cannot leak them.
+        mapped = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        shared = [line for line in mapped if "/dev/shm/farthing-" in line]
+        assert shared and all(line.endswith("(deleted)") for line in shared)
         os.kill(workers.pids[0], signal.SIGKILL)
         began = time.monotonic()
         with pytest.raises(RankFailed, match=r"rank 0 of 4 failed: .*; restart the replica"):

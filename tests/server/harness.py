@@ -264,7 +264,7 @@ def running(engine: Any, **config: Any) -> Iterator[Running]:
             engine.shutdown()
 
 
-def until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
+def until(condition: Callable[[], Any], timeout: float = 60.0) -> None:
     """Wait for a condition. Raises TimeoutError."""
     deadline = time.monotonic() + timeout
     while not condition():

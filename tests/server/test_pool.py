@@ -126,7 +126,7 @@ async def used(pool: Pool, name: str, client: str = "") -> None:
 
 
 async def until(true: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not true():
             await asyncio.sleep(0.01)
 

@@ -34,7 +34,7 @@ class KvEvents:
 
     def __init__(self, endpoint: str) -> None:
         """Raises ValueError unless `endpoint` can be bound."""
-        self._socket = zmq.Context.instance().socket(zmq.PUB)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUB)
         try:
             self._socket.bind(endpoint)
         except zmq.ZMQError as problem:
