@@ -41,7 +41,7 @@ class KvEvents:
             self._socket.close(linger=0)
             expected = "an endpoint such as tcp://127.0.0.1:5557"
             raise ValueError(f"kv_events: got {endpoint!r}; expected {expected}: {problem}") from problem
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._events: deque[list[Any]] = deque(maxlen=_MOST)
         self._block_size, self._number = 0, 0
         self._closing = threading.Event()
