@@ -351,8 +351,9 @@ class CostMeter:
             )
             total.add(account)
             late = busy_seconds - self._busy
-            spent = self._assign(total, usage.prefill_seconds, usage.decode_seconds, late)
-            account.prefill, account.decode = spent
+            account.prefill, account.decode = self._assign(
+                total, usage.prefill_seconds, usage.decode_seconds, late
+            )
             self._prefill_tokens += usage.prefill_tokens
             self._prefill_usd += account.prefill.usd
             price = self._prefill_usd / self._prefill_tokens if self._prefill_tokens else 0.0

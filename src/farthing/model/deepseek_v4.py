@@ -275,7 +275,7 @@ class DeepseekV4(DecoderModel):
     def restack(self) -> None:
         """As in `DecoderModel`."""
         layers = [a.handles(feed) for a, feed in self.layers]
-        ending = None if self.config.num_nextn_predict_layers else self.ending
+        ending = None if self._apart else self.ending
         self.stack = self.ops.stack_streamed(layers, ending) if layers else None
 
     def new_cache(
@@ -338,13 +338,16 @@ class DeepseekV4(DecoderModel):
 
     def end(self, h: Tensor) -> Tensor:
         """The streams' last sum [T, D]; on an earlier stage, and before an MTP layer, the streams."""
-        apart = self.ending is None or self.config.num_nextn_predict_layers
-        return h if apart else self.ops.collapse(h, self.ending)[0]
+        return h if self.ending is None or self._apart else self.ops.collapse(h, self.ending)[0]
+
+    @property
+    def _apart(self) -> bool:
+        """Whether `forward` leaves the streams apart, for MTP layers to read."""
+        return self.config.num_nextn_predict_layers > 0
 
     def _summed(self, hidden: Tensor) -> Tensor:
         """hidden of `forward` -> [n, D], which the norm before the head reads."""
-        apart = self.config.num_nextn_predict_layers
-        return self.ops.collapse(hidden, self.ending)[0] if apart else hidden
+        return self.ops.collapse(hidden, self.ending)[0] if self._apart else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As in `DecoderModel`."""

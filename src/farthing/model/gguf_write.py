@@ -83,13 +83,11 @@ class GgufTensors:
     """
 
     def __init__(self, checkpoint: Checkpoint, kind: str | None = None) -> None:
-        self.config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
-        if (
-            self.config.topk_group == self.config.n_group
-        ):  # no limit; llama.cpp refuses one that limits nothing
-            self.config = replace(self.config, n_group=1, topk_group=1)
-            if self.config.topk_method == "group_limited_greedy":
-                self.config = replace(self.config, topk_method="greedy")
+        config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
+        if config.topk_group == config.n_group:  # llama.cpp refuses groups of experts that limit nothing
+            method = "greedy" if config.topk_method == "group_limited_greedy" else config.topk_method
+            config = replace(config, n_group=1, topk_group=1, topk_method=method)
+        self.config = config
         self.architecture = architecture_of(self.config)
         self.kept: dict[str, Kept] = {}
         self._kind, self._source = kind, source_of(checkpoint, self.config)

@@ -37,12 +37,8 @@ _IN_FRONT = {
     "allowed_origins": (),
 }
 _DEFAULTS = EngineConfig()
-_ELSEWHERE = (
-    "device",
-    "nodes",
-    "experts_on",
-    "disaggregate",
-)  # options that take memory which is not counted
+# Options that take memory which is not counted.
+_ELSEWHERE = ("device", "nodes", "experts_on", "disaggregate")
 _SHARE = 0.8  # of the available memory, for all models
 _CONTEXT = 32_768  # default tokens of context, where the model has as many and they fit
 _CACHES = 4  # caches of a whole context, where they fit
