@@ -44,6 +44,9 @@ class Always(Gate):
     def price(self, batch: int) -> float:
         return 0.0
 
+    def may_pay(self, batch: int) -> bool:
+        return True
+
 
 @pytest.fixture(scope="session")
 def model() -> DecoderModel:

@@ -11,18 +11,22 @@ from safetensors.torch import save_file
 
 from farthing.config import EngineConfig
 from farthing.engine.build import build_engine
+from farthing.engine.drafters import MtpDrafter
 from farthing.engine.request import SamplingParams
+from farthing.engine.speculation import Gate
 from farthing.model.config import ModelConfig
 from farthing.model.load import random_parameters
 from farthing.model.types import type_named
+from tests.engine.conftest import Always
 from tests.engine.test_forgetting import MODELS, prompt
 
 
-def save(path: Path, name: str) -> Path:
+def save(path: Path, name: str, **changes: Any) -> Path:
     """A random checkpoint."""
-    config = ModelConfig.from_json(MODELS[name])
-    stored = type_named(config.model_type).names.stored
-    (path / "config.json").write_text(json.dumps(MODELS[name]))
+    raw = MODELS[name] | changes
+    config = ModelConfig.from_json(raw)
+    stored = type_named(config.model_type).names.in_model(config.num_hidden_layers).stored
+    (path / "config.json").write_text(json.dumps(raw))
     tensors = {stored(k): v.contiguous() for k, v in random_parameters(config, 5).items()}
     save_file(tensors, path / "model.safetensors")
     return path
@@ -58,6 +62,33 @@ def test_ranks_of_a_compressed_past_compute_in_one_call(layout: str, tmp_path: P
     checkpoint = save(tmp_path, "compressed")
     exact: dict[str, Any] = dict(backend="cpu", kv_cache_dtype="float32")
     assert answers(checkpoint, **exact, **{layout: 2}) == answers(checkpoint, **exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_ranks_draft_with_a_layer_that_reads_streams(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the drafts of one rank, and the tokens of a run without drafts."""
+    checkpoint = save(tmp_path, "compressed", num_nextn_predict_layers=1)
+    exact: dict[str, Any] = dict(backend=backend, kv_cache_dtype="float32")
+    plain, drafted = answers(checkpoint, **exact), []
+    original = MtpDrafter.draft
+
+    def draft(self: MtpDrafter, *arguments: Any) -> list[list[int]]:
+        drafted.append(original(self, *arguments))
+        return drafted[-1]
+
+    monkeypatch.setattr(MtpDrafter, "draft", draft)
+    monkeypatch.setattr("farthing.ops.cpu.backend.CpuOps.coarse", lambda ops: ops)  # as on ranks
+    for method in ("order", "price", "may_pay"):
+        monkeypatch.setattr(Gate, method, getattr(Always, method))
+    sizes = ("tensor", "pipeline", "expert") if backend == "cpu" else ("tensor",)
+    expected: list[list[list[int]]] = []
+    for layout in ({}, *({f"{kind}_parallel_size": 2} for kind in sizes)):
+        drafted.clear()
+        assert answers(checkpoint, speculate="mtp:3", **exact, **layout) == plain
+        expected = expected or drafted.copy()
+        assert len(drafted) > 10 and drafted == expected
 
 
 @pytest.mark.slow

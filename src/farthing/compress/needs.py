@@ -77,8 +77,7 @@ def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
         return 4 * (weights[index] + max((_COPIES - 1) * weights[index], more) + sum(squares))
 
     layers = map(of_layer, weights)
-    width = config.hidden_size * (config.streams.count if config.streams else 1)
-    hidden = 4 * 3 * recipe.calibration_tokens * width if recipe.needs_data else 0
+    hidden = 4 * 3 * recipe.calibration_tokens * config.state_width if recipe.needs_data else 0
     return round(max(layers, default=0)) + hidden + _PROGRAM
 
 

@@ -214,6 +214,11 @@ class ModelConfig:
         return self.n_routed_experts + self.n_identity_experts if self.n_routed_experts else 0
 
     @property
+    def state_width(self) -> int:
+        """Columns of what a layer passes on to the next one: those of all streams."""
+        return self.hidden_size * (1 if self.streams is None else self.streams.count)
+
+    @property
     def routed_per_token(self) -> float:
         """Routed experts per token: fewer than num_experts_per_tok if a balanced router picks identities."""
         return self.num_experts_per_tok * (self.n_routed_experts or 0) / max(self.router_size, 1)

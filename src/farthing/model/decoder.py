@@ -325,12 +325,16 @@ class DecoderModel:
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """h' [n, D] of `draft` -> logits [n, V] float32 of the token after next_ids."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        return self.ops.logits(mtp.end(hidden), mtp.head, mtp.norm)
+        return self.ops.logits(self.summed(hidden, step), mtp.head, mtp.norm)
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Like `top_logits`, for a draft."""
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        return self.ops.top_logits(mtp.end(hidden), mtp.head, mtp.norm, k)
+        return self.ops.top_logits(self.summed(hidden, step), mtp.head, mtp.norm, k)
+
+    def summed(self, hidden: Tensor, step: int | None = None) -> Tensor:
+        """hidden of `forward`, or of `draft` if a step is given -> [n, D], which the head's norm reads."""
+        return hidden
 
     def failure(self) -> str | None:
         """Always None: a model in this process fails by raising."""

@@ -212,6 +212,7 @@ class MTPLayer:
     """
 
     stack: Handle | None  # the layer in one call, if the backend supports it
+    ending: Handle | None = None  # how streams of its output are summed, if it has several
 
     def __init__(
         self,
@@ -268,10 +269,6 @@ class MTPLayer:
     def restack(self) -> None:
         """Rebuild the fused layer as currently packed, for backends that run it in one call."""
         self.stack = stacked(self.ops, [(self.attention, self.feed_forward)])
-
-    def end(self, h: Tensor) -> Tensor:
-        """The layer's output -> [T, D] before its norm."""
-        return h
 
     def __call__(
         self,

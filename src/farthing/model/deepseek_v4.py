@@ -225,10 +225,6 @@ class StreamedDraft(MTPLayer):
         """The layer is computed op by op."""
         self.stack = None
 
-    def end(self, h: Tensor) -> Tensor:
-        """The streams' last sum [T, D]."""
-        return self.ops.collapse(h, self.ending)[0]
-
     def __call__(
         self,
         next_ids: Tensor,
@@ -345,25 +341,27 @@ class DeepseekV4(DecoderModel):
         """Whether `forward` leaves the streams apart, for MTP layers to read."""
         return self.config.num_nextn_predict_layers > 0
 
-    def _summed(self, hidden: Tensor) -> Tensor:
-        """hidden of `forward` -> [n, D], which the norm before the head reads."""
+    def summed(self, hidden: Tensor, step: int | None = None) -> Tensor:
+        """As in `DecoderModel`: the streams' last sum."""
+        if step is not None:
+            return self.ops.collapse(hidden, self.mtp[min(step, len(self.mtp) - 1)].ending)[0]
         return self.ops.collapse(hidden, self.ending)[0] if self._apart else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As in `DecoderModel`."""
-        return super().logits(self._summed(hidden))
+        return super().logits(self.summed(hidden))
 
     def normed(self, hidden: Tensor) -> Tensor:
         """As in `DecoderModel`."""
-        return super().normed(self._summed(hidden))
+        return super().normed(self.summed(hidden))
 
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """As in `DecoderModel`."""
-        return super().top_logits(self._summed(hidden), k)
+        return super().top_logits(self.summed(hidden), k)
 
     def greedy(self, hidden: Tensor) -> list[int]:
         """As in `DecoderModel`."""
-        return super().greedy(self._summed(hidden))
+        return super().greedy(self.summed(hidden))
 
     def draft_input(self, hidden: Tensor, step: int) -> Tensor:
         """The streams as they are."""

@@ -285,8 +285,6 @@ class ShardPlan:
     ) -> ShardPlan:
         """Balance stages by bytes (2 per parameter unless `nbytes` is given). Raises PlanError."""
         _check(config, layout)
-        if layout.world > 1:
-            config = config.without_streamed_drafts
         return cls(config, layout, _stages(config, layout, nbytes), _shapes(config))
 
     @classmethod

@@ -255,7 +255,7 @@ class Rank:
     def draft(self, next_ids: Tensor, batch: Batch, step: int, hidden: Tensor | None = None) -> Tensor | None:
         """`DecoderModel.draft` on the last stage; the other ranks supply their rows of the embedding.
 
-        hidden [T, D]: valid on the driver.
+        hidden [T, D], or in streams: valid on the driver.
         """
         whole = batch
         if self.layout.dp_attention:
@@ -266,7 +266,7 @@ class Rank:
             self.model.ops.embed(own, self.model.embedding)
             return None
         assert self.cache is not None
-        hidden = self._stage.broadcast(self._rows(len(next_ids), hidden), 0)
+        hidden = self._stage.broadcast(self._rows(len(next_ids), hidden, self.plan.config.state_width), 0)
         if self.layout.dp_attention:
             drafted = self.model.draft(next_ids[rows], hidden[rows], batch, self.cache, step, self.counts)
             return self._gathered(drafted, whole)
@@ -338,17 +338,22 @@ class Rank:
         return self._placement(layer).shares(self.place.local)
 
     def _spread(self, rows: int, step: int | None, hidden: Tensor | None) -> tuple[Tensor, Norm]:
-        """Broadcast the driver's hidden states to all slices of the head; also returns the norm before it."""
+        """Broadcast the driver's hidden states to all slices of the head; also returns the norm before it.
+
+        Streams are summed on the driver, so that ranks receive [rows, D].
+        """
         group = self._groups.vocabulary
         root = self.layout.vocabulary_ranks(0).index(self.layout.driver)
         norm = self.model.norm if step is None else self._draft_norms[min(step, len(self._draft_norms) - 1)]
-        return group.broadcast(self._rows(rows, hidden), root), norm
+        if hidden is not None:
+            hidden = self.model.summed(hidden, step)
+        return group.broadcast(self._rows(rows, hidden, self.plan.config.hidden_size), root), norm
 
-    def _rows(self, rows: int, hidden: Tensor | None) -> Tensor:
+    def _rows(self, rows: int, hidden: Tensor | None, width: int) -> Tensor:
         if hidden is not None:
             return hidden
         ops = self.model.ops
-        return torch.empty(rows, self.model.config.hidden_size, dtype=ops.dtype, device=ops.device)
+        return torch.empty(rows, width, dtype=ops.dtype, device=ops.device)
 
 
 def open_rank(
