@@ -26,6 +26,7 @@ from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
 from farthing.hub import BUNDLED, find_model, resolve_config, resolve_model, short_names
 from farthing.model.fields import ConfigError
+from farthing.model.types.unserved import UNSERVED
 from farthing.planner.estimate import published
 from tests.tiny import SMALL_V3
 
@@ -210,24 +211,45 @@ def test_weights_in_mistrals_format_or_one_file(hub: Hub) -> None:
     assert (resolve_model(ID) / "consolidated-1.safetensors").is_file()
 
 
+# DeepSeek-V4.1-Flash as published, its facts that a reader of V4's configuration would meet first.
+V41 = {
+    "architectures": ["DeepseekV41ForCausalLM"],
+    "model_type": "deepseek_v41",
+    "text_config": {
+        "num_hidden_layers": 40,
+        "kv_source_layer_ids": [2, 8, 14, 20],
+        "compress_ratios": [0, 0, 2, *[1] * 37],
+        "sliding_window": 128,
+        "num_nextn_predict_layers": 3,
+        "max_position_embeddings": 1_048_576,
+        "scoring_func": "sqrtsoftplus",
+    },
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 32], "scale_fmt": "ue8m0"},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (V41, f"'deepseek_v41', whose {UNSERVED['deepseek_v41']} not served yet"),
         ({"model_type": "cohere2"}, "'cohere2', whose form of grouped-query attention is not served yet"),
         (SMALL_V3 | {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu'"),
         (SMALL_V3 | {"quantization_config": {"quant_method": "hqq"}}, "quant_method: got 'hqq'"),
     ],
 )
-@pytest.mark.parametrize("command", ["serve", "compress"])
+@pytest.mark.parametrize(
+    "command", ["serve --port 0", "compress -o {}/out", "plan", "inspect", "pull", "check"]
+)
 def test_a_model_that_cannot_be_served_costs_one_small_file(
     hub: Hub, config: dict[str, object], message: str, command: str, tmp_path: Path
 ) -> None:
     hub.files = {"config.json": json.dumps(config), "model.safetensors": "x" * 1000, "tokenizer.json": "{}"}
     with pytest.raises((ConfigError, CheckpointError), match=message):
         resolve_model(ID)
-    arguments = [command, ID, *(["-o", str(tmp_path / "out")] if command == "compress" else ["--port", "0"])]
-    refused = CliRunner().invoke(app, arguments)
-    assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+    name, *options = command.format(tmp_path).split()
+    refused = CliRunner().invoke(app, [name, ID, *options])
+    assert refused.exit_code == (1 if name == "check" else 2)
+    assert message in " ".join(refused.output.split())
     assert set(hub.fetched) == {"config.json"}
 
 

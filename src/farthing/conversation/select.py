@@ -288,7 +288,6 @@ def template_source(option: str | None) -> str | None:
 _BY_TYPE = {
     "deepseek_v32": V32,
     "deepseek_v4": V4,
-    "deepseek_v41": V4,
     "kimi_k2": KIMI_K2,
     "kimi_k25": KIMI_K25,
     "glm4_moe": GLM45,

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -57,26 +58,31 @@ def command(client: dict[str, Any], folder: Path, scratch: Path) -> list[str]:
     return [python, str(driver)]
 
 
-@cache
-def found(name: str) -> dict[str, dict[str, str]]:
-    """What each check of a client found in each format."""
-    client, folder = CLIENTS[name], need(name)
-    formats = list(FORMATS) if client["formats"] == "all" else client["formats"]
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(TemporaryDirectory()))
-        urls = [stack.enter_context(running(engine(each))).url for each in formats]
-        thoughts = [THOUGHT if FORMATS[each].reasons else "" for each in formats]
+def drive(name: str, servers: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """What each check of a client found on each server: its address, and the reasoning of its model."""
+    with TemporaryDirectory() as home:
         environment = {
-            "PATH": os.environ["PATH"], "HOME": str(home), "TERM": "dumb", "PYTHONPATH": str(ROOT),
-            "CLIENT": str(folder),
+            "PATH": os.environ["PATH"], "HOME": home, "TERM": "dumb", "PYTHONPATH": str(ROOT),
+            "CLIENT": str(FOLDER / name),
         }  # fmt: skip
         done = subprocess.run(
-            [*command(client, folder, home), json.dumps(list(zip(urls, thoughts, strict=True)))],
+            [*command(CLIENTS[name], need(name), Path(home)), json.dumps(servers)],
             env=environment, cwd=home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1800,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # some clients print, too
-    return dict(zip(formats, map(json.loads, lines), strict=True))
+    return list(map(json.loads, lines))
+
+
+@cache
+def found(name: str) -> dict[str, dict[str, str]]:
+    """What each check of a client found in each format."""
+    need(name)
+    formats = list(FORMATS) if CLIENTS[name]["formats"] == "all" else CLIENTS[name]["formats"]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(running(engine(each))).url for each in formats]
+        thoughts = [THOUGHT if FORMATS[each].reasons else "" for each in formats]
+        return dict(zip(formats, drive(name, list(zip(urls, thoughts, strict=True))), strict=True))
 
 
 @pytest.mark.timeout(1860)

@@ -13,7 +13,8 @@ _NEEDS = {
     "state-space layers are": (
         "bamba", "falcon_h1", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h", "zamba2",
     ),
-    "Engram, and compressed attention shared between layers, are": ("deepseek_v41",),
+    "Engram memory, entries and indices shared between layers, two-level index and lagged hyper-connections "
+    "are": ("deepseek_v41",),
 }  # fmt: skip
 UNSERVED = {name: reason for reason, names in _NEEDS.items() for name in names}
 
