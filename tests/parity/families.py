@@ -214,6 +214,7 @@ def llama(rng: random.Random) -> Any:
 
 def mistral(rng: random.Random) -> Any:
     s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), sliding_window=rng.choice([None, 5, 16]))
+    s |= dict(head_dim=rng.choice([s["hidden_size"] // s["num_attention_heads"], 10, 16]))
     return transformers.MistralForCausalLM(transformers.MistralConfig(**s))
 
 
@@ -228,6 +229,7 @@ def smollm3(rng: random.Random) -> Any:
     s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
     s |= dict(num_hidden_layers=3, no_rope_layer_interval=rng.choice([2, 3]), pad_token_id=0)
     s |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=rng.choice([5, 16]))
+    s |= dict(no_rope_layers=rng.choice([None, None, [1, 0, 0], [0, 1, 0]]))
     return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**s))
 
 
@@ -242,11 +244,13 @@ def qwen3_moe(rng: random.Random) -> Any:
 
 def glm4_moe(rng: random.Random) -> Any:
     s = grouped(rng) | routed(rng, "n_routed_experts") | dict(head_dim=rng.choice([8, 16]))
-    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.25, 0.5])))
+    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.25, 0.5, 1.0])))
     s |= dict(moe_intermediate_size=rng.choice([16, 24]), n_shared_experts=rng.choice([1, 2]))
     s |= dict(use_qk_norm=rng.random() < 0.5, attention_bias=rng.random() < 0.5, num_mtp_layers=0)
     s |= dict(first_k_dense_replace=rng.choice([0, 1]), routed_scaling_factor=rng.choice([1.0, 2.5]))
-    s |= dict(norm_topk_prob=rng.random() < 0.7)
+    s |= dict(norm_topk_prob=rng.random() < 0.7, n_group=rng.choice([1, 1, 2]))
+    s |= dict(topk_group=rng.randint(1, s["n_group"]))
+    s |= dict(num_experts_per_tok=min(s["num_experts_per_tok"], s["topk_group"] * 2))
     return transformers.Glm4MoeForCausalLM(transformers.Glm4MoeConfig(**s))
 
 
@@ -282,8 +286,8 @@ def granitemoe(rng: random.Random) -> Any:
 def hybrid(rng: random.Random) -> dict[str, Any]:
     """Fields of types with Gated DeltaNet in some layers, listed or every so many."""
     layers = rng.choice([3, 4])
-    s = grouped(rng) | routed(rng) | dict(num_hidden_layers=layers, head_dim=rng.choice([8, 16, 20]))
-    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.5, 1.0])))
+    s = grouped(rng) | routed(rng) | dict(num_hidden_layers=layers, head_dim=rng.choice([8, 16, 24]))
+    s |= dict(rope_parameters=scaled_rope(rng, partial_rotary_factor=rng.choice([0.25, 0.5, 1.0])))
     s |= dict(moe_intermediate_size=rng.choice([16, 24]), attention_bias=rng.random() < 0.3)
     s |= dict(shared_expert_intermediate_size=rng.choice([12, 24]))
     keys = rng.choice([1, 2, 3])
@@ -316,8 +320,9 @@ def qwen3_5_moe(rng: random.Random) -> Any:
 
 
 def qwen3_5_moe_text(rng: random.Random) -> Any:
-    text = qwen3_5_moe(rng).config.text_config
-    return transformers.Qwen3_5MoeForCausalLM(text)
+    config = qwen3_5_moe(rng).config
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings
+    return transformers.Qwen3_5MoeForCausalLM(config.text_config)
 
 
 def gpt_oss(rng: random.Random) -> Any:
@@ -341,13 +346,15 @@ def gemma(rng: random.Random) -> dict[str, Any]:
     if rng.random() < 0.5:
         kinds = ("full_attention", "sliding_attention")
         s |= dict(layer_types=[rng.choice(kinds) for _ in range(s["num_hidden_layers"])])
+    else:
+        s |= dict(_sliding_window_pattern=rng.choice([1, 2, 6]))
     return s | dict(final_logit_softcapping=rng.choice([None, 2.0, 30.0]))
 
 
 def gemma3_text(rng: random.Random) -> Any:
     s = gemma(rng) | dict(query_pre_attn_scalar=rng.choice([8, 24]))
     if rng.random() < 0.5:
-        full, local = scaled_rope(rng), dict(rope_type="default", rope_theta=100.0)
+        full, local = scaled_rope(rng), scaled_rope(rng) | dict(rope_theta=100.0)
         s |= dict(rope_parameters=dict(full_attention=full, sliding_attention=local))
     return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**s))
 
@@ -373,7 +380,27 @@ def gemma4_text(rng: random.Random) -> Any:
         found = routed(rng)
         s |= dict(enable_moe_block=True, num_experts=found["num_experts"], moe_intermediate_size=24)
         s |= dict(top_k_experts=found["num_experts_per_tok"])
+    if rng.random() < 0.5:
+        full = dict(rope_type="proportional", partial_rotary_factor=rng.choice([0.25, 0.5, 1.0]))
+        full |= dict(rope_theta=rng.choice([1e2, 1e6]), factor=rng.choice([1.0, 8.0]))
+        local = dict(rope_type="default", rope_theta=rng.choice([1e2, 1e4]))
+        s |= dict(rope_parameters=dict(full_attention=full, sliding_attention=local))
     return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**s))
+
+
+def gemma4(rng: random.Random) -> Any:
+    """In its wrapper with a vision tower, as released."""
+    text = gemma4_text(rng).config
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    vision |= dict(num_key_value_heads=2, head_dim=16, patch_size=4, position_embedding_size=16)
+    config = transformers.Gemma4Config(
+        text_config=text,
+        vision_config=vision,
+        audio_config=None,
+        tie_word_embeddings=text.tie_word_embeddings,
+    )
+    config._attn_implementation = "eager"
+    return transformers.Gemma4ForConditionalGeneration(config)
 
 
 def deepseek_v4(rng: random.Random, **changes: Any) -> Any:
@@ -437,6 +464,7 @@ GROUPED: dict[str, Build] = {
     "gemma3_text": gemma3_text,
     "gemma3": gemma3,
     "gemma4_text": gemma4_text,
+    "gemma4": gemma4,
 }
 FAMILIES: dict[str, Build] = {
     "deepseek_v3": deepseek_v3,

@@ -23,17 +23,29 @@ def chunkings(length: int, rng: random.Random) -> dict[str, list[int]]:
 
 
 def run(
-    model: DecoderModel, ids: torch.Tensor, chunks: list[int], dtype: CacheDtype = "float32"
+    model: DecoderModel,
+    ids: torch.Tensor,
+    chunks: list[int],
+    dtype: CacheDtype = "float32",
+    beside: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks."""
+    """Logits [T, V] of a prompt that enters the paged cache in chunks, over scattered blocks.
+
+    beside: a longer sequence of which each step has one token too, before the prompt's.
+    """
     size = lcm(BLOCK, model.config.block_tokens)
-    blocks = (len(ids) + size - 1) // size
-    table = torch.randperm(blocks + 3)[:blocks].tolist()
-    cache = model.new_cache(blocks + 3, size, dtype)
+    others = 0 if beside is None else 1
+    blocks = (max(len(ids), others and len(chunks)) + size - 1) // size
+    scattered = torch.randperm(2 * blocks + 3).tolist()
+    tables = [scattered[:blocks], scattered[blocks : 2 * blocks]][1 - others :]
+    cache = model.new_cache(2 * blocks + 3, size, dtype)
     out, start = [], 0
-    for count in chunks:
-        batch = make_batch([count], [start], [table], size)
-        out.append(model.logits(model.forward(ids[start : start + count], batch, cache)))
+    for step, count in enumerate(chunks):
+        batch = make_batch([*[1] * others, count], [*[step] * others, start], tables, size)
+        tokens = ids[start : start + count]
+        if beside is not None:
+            tokens = torch.cat((beside[step : step + 1], tokens))
+        out.append(model.logits(model.forward(tokens, batch, cache))[others:])
         start += count
     return torch.cat(out)
 
