@@ -69,6 +69,10 @@ class Call {
     const size_t size = static_cast<size_t>(w_.key_dim) * w_.value_dim;
     float* state = in_.state.data + (static_cast<size_t>(in_.state.slots[b]) * w_.value_heads + head) * size;
     if (first < last && in_.batch.positions[first] == 0) std::fill_n(state, size, 0.0f);
+    else if (forked(b))
+      std::memcpy(state,
+                  in_.state.data + (static_cast<size_t>(in_.state.sources[b]) * w_.value_heads + head) * size,
+                  sizeof(float) * size);
     for (int t = first; t < last; t += kDeltaSteps)
       steps(b, head, t, std::min(kDeltaSteps, last - t), state, s);
   }
@@ -103,22 +107,28 @@ class Call {
     const float *rows[kMostWidth], *weights[kMostWidth];
     int count = 0;
     for (int back = std::min(w_.width - 1, position); back >= 0; --back) {  // zeros before the first token
-      const float* row = t - back >= first ? in_.x.row(t - back) : tail(b, position - back);
+      const float* row =
+          t - back >= first ? in_.x.row(t - back) : tail(in_.state.sources[b], position - back);
       rows[count] = row + at;
       weights[count++] = w_.conv + static_cast<size_t>(w_.width - 1 - back) * w_.channels() + at;
     }
     kernels_.convolve(rows, weights, count, n, out);
   }
 
-  float* tail(int b, int position) const {
-    const int64_t row = static_cast<int64_t>(in_.state.slots[b]) * (w_.width - 1) + position % (w_.width - 1);
+  bool forked(int b) const { return in_.state.sources[b] != in_.state.slots[b]; }
+
+  float* tail(int slot, int position) const {
+    const int64_t row = static_cast<int64_t>(slot) * (w_.width - 1) + position % (w_.width - 1);
     return in_.state.tail + row * w_.channels();
   }
 
   void keep_tail(int b, int at, int n) const {
-    const int first = in_.batch.query_start[b], last = in_.batch.query_start[b + 1];
-    for (int t = std::max(first, last - (w_.width - 1)); t < last; ++t)
-      std::memcpy(tail(b, in_.batch.positions[t]) + at, in_.x.row(t) + at, sizeof(float) * n);
+    const int first = in_.batch.query_start[b], last = in_.batch.query_start[b + 1], rows = w_.width - 1;
+    const int slot = in_.state.slots[b];
+    for (int p = 0; p < rows && forked(b); ++p)
+      std::memcpy(tail(slot, p) + at, tail(in_.state.sources[b], p) + at, sizeof(float) * n);
+    for (int t = std::max(first, last - rows); t < last; ++t)
+      std::memcpy(tail(slot, in_.batch.positions[t]) + at, in_.x.row(t) + at, sizeof(float) * n);
   }
 
   const Kernels& kernels_;

@@ -27,7 +27,8 @@ struct DeltaState {
   float* data;  // [slots][Hv][dk][dv]
   float* tail;  // [slots][width - 1][C]: the convolution's input at position p is in row p % (width - 1)
   int64_t layer_data = 0, layer_tail = 0;  // from a layer's to the next one's
-  const int32_t* slots = nullptr;          // [sequences]
+  const int32_t* slots = nullptr;          // [sequences], written
+  const int32_t* sources = nullptr;        // [sequences], continued; another slot's is left as it is
 
   DeltaState next() const {
     DeltaState found = *this;

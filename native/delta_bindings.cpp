@@ -31,11 +31,11 @@ void bind_delta(nb::module_& module) {
       .def(
           "__init__",
           [](DeltaState* self, uint64_t data, uint64_t tail, int64_t layer_data, int64_t layer_tail,
-             uint64_t slots) {
-            new (self)
-                DeltaState{at<float>(data), at<float>(tail), layer_data, layer_tail, at<int32_t>(slots)};
+             uint64_t slots, uint64_t sources) {
+            new (self) DeltaState{at<float>(data), at<float>(tail),    layer_data,
+                                  layer_tail,      at<int32_t>(slots), at<int32_t>(sources)};
           },
-          "data"_a, "tail"_a, "layer_data"_a, "layer_tail"_a, "slots"_a);
+          "data"_a, "tail"_a, "layer_data"_a, "layer_tail"_a, "slots"_a, "sources"_a);
   module.def(
       "delta",
       [](Backend& b, const Delta& w, Rows x, Rows gates, int tokens, const DeltaState& state,

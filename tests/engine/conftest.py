@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import RequestOutput, SamplingParams
+from farthing.engine.sequence import Sequence
 from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model.config import ModelConfig
@@ -46,6 +47,33 @@ class Always(Gate):
 
     def may_pay(self, batch: int) -> bool:
         return True
+
+
+class Guesses:
+    """Drafts what follows in one of the texts, every second time with a wrong token among it."""
+
+    num_drafts, num_lookahead, costly = 4, 0, False
+
+    def __init__(self, *texts: list[int]) -> None:
+        self.texts, self.wrong = texts, 0
+
+    def observe(self, *arguments: Any) -> None: ...
+
+    def ready(self, seq: Sequence) -> bool:
+        return True
+
+    def draft(self, seqs: list[Sequence], most: list[int], price: float) -> list[list[int]]:
+        found = []
+        for seq in seqs:
+            length = len(seq.tokens)
+            text = next((text for text in self.texts if text[:length] == seq.tokens), [])
+            drafts = text[length:][: self.num_drafts]
+            if length % 2 and drafts:
+                at = length % len(drafts)
+                drafts[at] = abs(drafts[at] - 1)
+                self.wrong += 1
+            found.append(drafts)
+        return found
 
 
 @pytest.fixture(scope="session")

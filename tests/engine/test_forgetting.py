@@ -1,4 +1,4 @@
-"""Engines of models whose layers forget: prefix hits, preemption, drafts and restarts change no token."""
+"""Every kind of cache in an engine: prefix hits, preemption, drafts and restarts change no token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from farthing.engine.drafters import MtpDrafter
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
 from farthing.engine.runner import resolve
-from farthing.engine.sequence import Sequence
 from farthing.engine.speculation import Speculator
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
@@ -26,7 +25,7 @@ from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from tests.tiny import DEEPSEEK_V4
 
-from .conftest import GREEDY, VOCAB, Always, Greedy, greedy_of, tokens_of
+from .conftest import GREEDY, RAW, VOCAB, Always, Greedy, Guesses, greedy_of, tokens_of
 
 WINDOW = 10
 DENSE: dict[str, Any] = dict(
@@ -42,6 +41,8 @@ DENSE: dict[str, Any] = dict(
     rms_norm_eps=1e-6,
 )
 MODELS: dict[str, dict[str, Any]] = {
+    "latents": RAW,
+    "heads": DENSE | {"model_type": "llama"},
     "every layer": DENSE | {"model_type": "mistral"},
     "some layers": DENSE
     | {
@@ -157,37 +158,13 @@ def test_preempted_and_cancelled_requests(start: Start, greedy: Greedy) -> None:
     assert engine._core.scheduler.num_preemptions
 
 
-class Guesses:
-    """Drafts the expected tokens, every second time with a wrong one among them."""
-
-    num_drafts, num_lookahead, costly = 4, 0, False
-
-    def __init__(self, expected: list[int]) -> None:
-        self.expected, self.wrong = expected, 0
-
-    def observe(self, *arguments: Any) -> None: ...
-
-    def ready(self, seq: Sequence) -> bool:
-        return True
-
-    def draft(self, seqs: list[Sequence], most: list[int], price: float) -> list[list[int]]:
-        found = []
-        for seq in seqs:
-            drafts = self.expected[seq.num_output :][: self.num_drafts]
-            if len(seq.tokens) % 2 and drafts:
-                at = len(seq.tokens) % len(drafts)
-                drafts[at] = (drafts[at] + 1) % VOCAB
-                self.wrong += 1
-            found.append(drafts)
-        return found
-
-
 def test_rejected_and_accepted_drafts(start: Start, greedy: Greedy) -> None:
     engine, tokens = start(speculate="ngram:4"), prompt(29)
-    guesses = Guesses(greedy(tokens, 40))
+    expected = greedy(tokens, 40)
+    guesses = Guesses(tokens + expected)
     engine._core._speculator = Speculator([guesses], Always)
     output = engine.submit(tokens, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)).result()
-    assert tokens_of(output) == guesses.expected
+    assert tokens_of(output) == expected
     assert guesses.wrong > 3 and engine.stats.accepted_tokens > 3
 
 

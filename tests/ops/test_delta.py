@@ -185,13 +185,37 @@ def test_kernels_serve_numpy_arrays() -> None:
     as_arrays: Any = DeltaParts(*(np.asarray(each) for each in (p.conv, p.rate, p.shift, p.norm)))
     there = place(tensors.new_state(1, 2, s), 0, [6], [0], [1])
     expected = tensors.delta(x, gates, tensors.pack_delta("d", s, lambda: p), there)
-    fields: Any = {n: np.asarray(getattr(there.batch, n)) for n in there.batch.__slots__}
+    named = {n: getattr(there.batch, n) for n in there.batch.__slots__}
+    fields: Any = {n: np.asarray(each) for n, each in named.items() if isinstance(each, torch.Tensor)}
     cache = replace(there.cache, state=ops.new_state(1, 2, s))
     given: Any = np.asarray(x), np.asarray(gates)
     here = Place(cache, 0, replace(there.batch, **fields))
     y: Any = ops.delta(*given, ops.pack_delta("d", s, lambda: as_arrays), here)
     assert isinstance(y, np.ndarray)
     assert np.array_equal(y, expected.numpy())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_step_continues_another_slot_and_leaves_it(count: int) -> None:
+    """As after a copy of the state; the sequences beside it continue their own slot, or begin."""
+    ops, s = CpuOps(2), SPECS[2]
+    delta, (x, gates) = ops.pack_delta("d", s, lambda: parts_of(s)), inputs(s, 2 * count + 7, 1)
+    state = dirty(ops, s)
+    ops.delta(x[:7], gates[:7], delta, place(state, 1, [4, 3], [0, 0], [2, 0]))
+    there = place(state, 1, [count, 1, count], [4, 3, 0], [4, 0, 3])
+    copied = StateCache(*(each.clone() for each in state.tensors()))
+    ops.copy_state(copied, torch.tensor([2]), torch.tensor([4]))
+    rows = slice(6, 7 + 2 * count)
+    expected = ops.delta(
+        x[rows], gates[rows], delta, replace(there, cache=replace(there.cache, state=copied))
+    )
+    before = [each[1, 2].clone() for each in state.tensors()]
+    sources = torch.tensor([2, 0, 3], dtype=torch.int32)
+    batch = replace(there.batch, state_sources=sources)
+    assert torch.equal(ops.delta(x[rows], gates[rows], delta, replace(there, batch=batch)), expected)
+    for mine, theirs, kept in zip(state.tensors(), copied.tensors(), before, strict=True):
+        assert torch.equal(mine[1, [0, 4]], theirs[1, [0, 4]]) and torch.equal(mine[1, 2], kept)
+        assert torch.equal(mine[1, 3].nan_to_num(7.0), theirs[1, 3].nan_to_num(7.0))
 
 
 def test_batch_without_slots_is_refused() -> None:

@@ -23,13 +23,16 @@ def batch_of_three() -> Batch:
         context_lens=ints(2, 5, 3),
         block_table=table,
         state_slots=ints(7, 8, 9),
+        state_sources=ints(7, 2, 9),
         windows={4: Blocks(torch.arange(6) + 50, table + 10)},
     )
 
 
 def same(a: Batch, b: Batch) -> bool:
     assert a.state_slots is not None and b.state_slots is not None
+    assert a.state_sources is not None and b.state_sources is not None
     pairs = [(a.positions, b.positions), (a.state_slots, b.state_slots), (a.block_table, b.block_table)]
+    pairs.append((a.state_sources, b.state_sources))
     for window, own in a.windows.items():
         other = b.windows[window]
         pairs += [(own.slots, other.slots), (own.block_table, other.block_table)]
@@ -44,6 +47,7 @@ def test_a_batch_survives_the_wire() -> None:
 def test_rows_of_a_batch_keep_their_windows_and_slots() -> None:
     part = rows_of(batch_of_three(), 2, 5)
     assert part.state_slots is not None and part.state_slots.tolist() == [8, 9]
+    assert part.state_sources is not None and part.state_sources.tolist() == [2, 9]
     assert part.windows[4].slots.tolist() == [52, 53, 54]
     assert part.windows[4].block_table.tolist() == [[12, 13], [14, 15]]
     assert part.of(4).slots.tolist() == [52, 53, 54] and part.of(None) is part
@@ -53,4 +57,5 @@ def test_sequences_of_one_copy_keep_their_windows_and_slots() -> None:
     rows, own = own_sequences(batch_of_three(), copies=4, copy=2)
     assert rows.tolist() == [2]
     assert own.state_slots is not None and own.state_slots.tolist() == [8]
+    assert own.state_sources is not None and own.state_sources.tolist() == [2]
     assert own.windows[4].slots.tolist() == [52]

@@ -15,32 +15,33 @@ import torch
 from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.request import SamplingParams
+from farthing.engine.speculation import Speculator
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import load
 from farthing.ops.select import select
 
 pytest.importorskip("transformers")
 
-from tests.engine.conftest import Always, tokens_of
+from tests.engine.conftest import Always, Guesses, tokens_of
 
 from .families import FAMILIES, GROUPED, build, exact_logits
-from .paged import continues_greedily
+from .paged import continues_greedily, greedy
 
 LONG = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 TYPES = [pytest.param(name, marks=() if name in GROUPED else pytest.mark.slow) for name in FAMILIES]
 
 
 @contextmanager
-def engine_of(model: DecoderModel, size: int, blocks: int) -> Iterator[Engine]:
-    """An engine that always drafts; its invariants are checked at the end."""
+def engine_of(model: DecoderModel, size: int, blocks: int, guesses: Guesses) -> Iterator[Engine]:
+    """An engine that drafts these; its invariants are checked at the end."""
     config = EngineConfig(
         max_num_seqs=3, num_blocks=blocks, block_size=size, max_num_batched_tokens=10, speculate="ngram"
     )
     engine = Engine(model, config)
     try:
-        engine._core._speculator.gates = (Always(),)  # type: ignore[union-attr]
+        engine._core._speculator = Speculator([guesses], Always)
         yield engine
-        assert engine.stats.snapshot().draft_tokens > 0
+        assert guesses.wrong and engine.stats.snapshot().accepted_tokens > 0
     finally:
         engine.shutdown()
     engine._core.scheduler.check()
@@ -53,13 +54,16 @@ def test_greedy_tokens_of_an_engine(name: str, tmp_path: Path) -> None:
     size, rng = lcm(4, model.config.block_tokens), random.Random(name)
     start = [rng.randrange(2, 60) for _ in range(9)]
     prompts = [[*start, *(rng.randrange(2, 60) for _ in range(9 + i))] for i in range(3)]
-    with engine_of(model, size, blocks=124 // size) as engine:
+    texts = [prompt + greedy(model, torch.tensor(prompt), LONG.max_tokens) for prompt in prompts]
+    with engine_of(model, size, 124 // size, Guesses(*texts)) as engine:
         streams = [engine.submit(prompt, LONG, kind="final") for prompt in prompts]
         answers = [tokens_of(stream.result()) for stream in streams]
         assert engine.stats.snapshot().preemptions > 0
-    with engine_of(model, size, blocks=800 // size) as engine:
+    prompts.append([*texts[0][: len(prompts[0]) + 20], 3, 4])
+    texts.append(prompts[-1] + greedy(model, torch.tensor(prompts[-1]), LONG.max_tokens))
+    with engine_of(model, size, 800 // size, Guesses(*texts)) as engine:
         first = tokens_of(engine.submit(prompts[0], replace(LONG, max_tokens=20)).result())
-        prompts.append([*prompts[0], *first, 3, 4])
+        assert prompts[-1][:-2] == [*prompts[0], *first]
         again = engine.submit(prompts[-1], LONG).result()
         assert again.num_cached_tokens >= len(prompts[0]) // size * size
         answers.append(tokens_of(again))

@@ -9,9 +9,9 @@ Checkpoints are multiples of `every` tokens, the last edge of a block in a promp
 whose blocks and slot become part of its tail. A prefix hit continues after the longest prefix for which every
 kind has what it needs.
 
-A draft that is rejected has already changed the state. The state is therefore copied before drafts are
-computed; after a rejection the copy takes its place, and the accepted tokens are computed again, together
-with the next one.
+A draft that is rejected has already changed the state. A step with drafts therefore continues the state in
+another slot; after a rejection the sequence returns to the slot before, and the accepted tokens are computed
+again, together with the next one.
 """
 
 from __future__ import annotations
@@ -190,12 +190,13 @@ class Kinds:
                 held.blocks += w.pool.allocate(need)
 
     def guard(self, seq: Sequence) -> bool:
-        """Keep the state before drafts are computed. False if there is no slot, so that there can be none."""
+        """Keep the state before drafts, which are computed in another slot. False if there is none, so that
+        there can be no drafts."""
         if self.states is None:
             return True
         if not self.states.pool.num_free:
             return False
-        seq.backup = self._copy(self.states, seq.slot)
+        seq.backup, (seq.slot,) = seq.slot, self.states.pool.allocate(1)
         return True
 
     def _copy(self, states: Kind, source: int) -> int:

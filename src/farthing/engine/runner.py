@@ -302,6 +302,7 @@ class Runner:
         self._table = np.zeros(shape, dtype=np.int32)
         self._windows = {size: np.zeros(shape, dtype=np.int32) for size in _windows_of(model.config)}
         self._states = any(kind.state for kind in cache_kinds(model.config))
+        self._continues = model.config.recurrent is not None and model.ops.continues_states
         self._decoding: _Decoding | None = None
         config = model.config
         shape = (model.cache_layers, config.router_size)
@@ -429,7 +430,15 @@ class Runner:
             size: self._window(k, own, seqs, counts, positions, int(lens.max()))
             for k, (size, own) in enumerate(self._windows.items())
         }
-        states = self._tensor(np.array([seq.slot for seq in seqs], np.int32)) if self._states else None
+        states = sources = None
+        if self._states:
+            states = self._tensor(np.array([seq.slot for seq in seqs], np.int32))
+            before = [(seq.backup, seq.slot) for seq in seqs if seq.backup >= 0]
+            if before and self._continues:
+                kept = [seq.slot if seq.backup < 0 else seq.backup for seq in seqs]
+                sources = self._tensor(np.array(kept, np.int32))
+            elif before:
+                self.copy_states(before)
         return Batch(
             positions=self._tensor(positions),
             slots=self._tensor(slots),
@@ -437,6 +446,7 @@ class Runner:
             context_lens=self._tensor(lens),
             block_table=table,
             state_slots=states,
+            state_sources=sources,
             windows=windows,
         )
 

@@ -348,6 +348,8 @@ class Batch:
     context_lens: Tensor  # [B] int32, tokens of the sequence in the cache after this step
     block_table: Tensor  # [B, max_blocks] int32, blocks of each sequence in order
     state_slots: Tensor | None = None  # [B] int32, slot of each sequence in a `StateCache`
+    # [B] int32, the slots whose states the step continues and leaves as they are; None: state_slots.
+    state_sources: Tensor | None = None
     windows: dict[int, Blocks] = field(default_factory=dict)  # by size; empty: blocks are the same
     ids: Tensor | None = None  # [T] int64 tokens, of models that choose experts by them
 
@@ -462,6 +464,7 @@ class Ops(ABC):
     packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
     sums_in_stack: bool = False  # whether `stack` supports sums over ranks
     arrays: bool = False  # tensors are numpy arrays instead of torch's
+    continues_states: bool = False  # whether `delta` knows `Batch.state_sources`
     routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file
 
     def tensor(self, values: NDArray[Any]) -> Tensor:

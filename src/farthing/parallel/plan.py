@@ -161,6 +161,7 @@ def own_sequences(batch: Batch, copies: int, copy: int) -> tuple[torch.Tensor, B
         context_lens=batch.context_lens[own].contiguous(),
         block_table=batch.block_table[own].contiguous(),
         state_slots=None if batch.state_slots is None else batch.state_slots[own].contiguous(),
+        state_sources=None if batch.state_sources is None else batch.state_sources[own].contiguous(),
         windows=_windows(batch, rows, own),
         ids=None if batch.ids is None else batch.ids[rows],
     )
@@ -186,6 +187,7 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
         context_lens=batch.positions[ends - 1] + 1,
         block_table=batch.block_table[present].contiguous(),
         state_slots=None if batch.state_slots is None else batch.state_slots[present].contiguous(),
+        state_sources=None if batch.state_sources is None else batch.state_sources[present].contiguous(),
         windows=_windows(batch, slice(start, stop), present),
         ids=None if batch.ids is None else batch.ids[start:stop],
     )

@@ -157,6 +157,7 @@ class CpuOps(PackingOps):
 
     cache_dtype: CacheDtype = "float32"
     sums_in_stack = True
+    continues_states = True
 
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype

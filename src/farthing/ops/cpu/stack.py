@@ -152,7 +152,8 @@ def native_state(place: Place) -> Any:
         address(each) + place.row * step * each.itemsize
         for each, step in zip(state.tensors(), steps, strict=True)
     )
-    return _native.DeltaState(*starts, *steps, address(slots))
+    sources = slots if place.batch.state_sources is None else place.batch.state_sources
+    return _native.DeltaState(*starts, *steps, address(slots), address(sources))
 
 
 def native_reads(batch: Batch, part: slice, reads: Chosen) -> Any:
