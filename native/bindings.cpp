@@ -156,6 +156,9 @@ NB_MODULE(_native, module) {
              p.next = std::move(next);
            })
       .def_prop_ro("sparse", [](const Packed& p) { return p.m.sparse; })
+      .def_prop_ro("ordered", [](const Packed& p) { return p.m.order != nullptr; })
+      .def(
+          "reorder", [](Packed& p, uint64_t order) { p.reorder(at<int64_t>(order)); }, "order"_a)
       // How rows multiplied by it are rounded: (largest integer, share of a group's largest magnitude).
       .def("round_inputs", [](Packed& p, float top, float clip) { p.m.act_top = top, p.m.act_clip = clip; })
       .def("fix_input_scale", [](Packed& p, float scale) { p.m.act_scale = scale; })

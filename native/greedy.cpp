@@ -37,7 +37,7 @@ float length(const Act& x, int k, int group) {
 // Scratch of one call.
 struct Space {
   Act x;          // [T], or a row per thread for one token
-  float* norms;   // [threads][act_stride(K)]
+  float* norms;   // [threads][prepare_floats]
   float* tiles;   // [threads][T][kColumns]
   float* tops;    // [T][panels], a bound on the logits of each panel
   float* spread;  // [T], deviation of a logit relative to its row's scale
@@ -47,7 +47,7 @@ struct Space {
   Space(Workspace& work, const Matrix& w, int tokens, int threads) {
     const size_t each = threads, T = tokens;
     x = work.act(w, std::max(tokens, threads), false, false);
-    norms = work.take<float>(each * act_stride(w.k));
+    norms = work.take<float>(each * prepare_floats(w));
     tiles = work.take<float>(each * T * kColumns);
     tops = work.take<float>(w.panels * T);
     spread = work.take<float>(T);

@@ -43,7 +43,7 @@ void reduce_chunk(const Kernels& kernels, const float* logits, int n, int64_t fi
 struct Space {
   int chunks;
   Act x;                 // [T], or a row per thread for one token
-  float *norms, *tiles;  // [threads][act_stride(K)], [threads][T][kColumns]
+  float *norms, *tiles;  // [threads][prepare_floats], [threads][T][kColumns]
   Best* best;            // [chunks][T][k]
   float *max, *sum;      // [chunks][T]
 
@@ -51,7 +51,7 @@ struct Space {
     const size_t each = threads, T = tokens;
     chunks = (w.panels + kChunk - 1) / kChunk;
     x = work.act(w, std::max(tokens, threads), kernels.split_act, w.sparse);
-    norms = work.take<float>(each * act_stride(w.k));
+    norms = work.take<float>(each * prepare_floats(w));
     tiles = work.take<float>(each * T * kColumns);
     best = work.take<Best>(chunks * T * k);
     max = work.take<float>(chunks * T);

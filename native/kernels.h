@@ -151,6 +151,14 @@ struct Peak {
 
 struct Kernels {
   const char* name;
+  // A whole row x [w.k] in the form that `w` reads; scratch [w.k], which a matrix with an order needs.
+  void store_row(const Matrix& w, const Act& act, int row, const float* x, float* scratch) const {
+    if (w.order) {
+      for (int i = 0; i < w.k; ++i) scratch[i] = x[w.order[i]];
+      x = scratch;
+    }
+    store_act(w, act, row, 0, x, w.k);
+  }
   // out[m * ldo + 16 * i + lane] for `count` panels from `panel`, rows 0 … rows of x.
   void (*tile)(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
   void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* out);

@@ -14,14 +14,14 @@ Backend::Backend(int threads, const char* isa, const std::string& topology, bool
       arena(std::make_shared<Arena>(pool.nodes(), pool.real_nodes() && pool.nodes() > 1)) {}
 
 // Rows into the form the kernels of `w` read. One token: every thread its own copy, no barrier.
-// `scratch` has one row per thread.
+// `scratch` has prepare_floats per thread.
 Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Rows x, int tokens,
                      const float* norm, float eps, float* scratch) {
-  float* mine = scratch + static_cast<size_t>(team.id()) * act_stride(w.k);
+  float* mine = scratch + static_cast<size_t>(team.id()) * prepare_floats(w);
   const auto one = [&](int t, int to) {
     const float* from = x.row(t);
     if (norm) kernels.rms_norm(from, norm, eps, w.k, mine), from = mine;
-    kernels.store_act(w, act, to, 0, from, w.k);
+    kernels.store_row(w, act, to, from, mine + act_stride(w.k));
   };
   if (tokens == 1) {
     one(0, team.id());
@@ -80,7 +80,7 @@ constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
 // Scratch of one call.
 struct Space {
   Act x, rest;           // [T], or a row per thread for one token
-  float *norms, *tiles;  // [threads][act_stride(K)], [threads][kTile], twice with further columns
+  float *norms, *tiles;  // [threads][prepare_floats], [threads][kTile], twice with further columns
 
   Space(Workspace& work, const Kernels& kernels, const Matrix& w, const Matrix* further, int tokens,
         int threads) {
@@ -88,7 +88,7 @@ struct Space {
     const bool split = kernels.split_act;
     x = work.act(w, copies, split, w.sparse);
     if (further) rest = work.act(*further, copies, split, further->sparse);
-    norms = work.take<float>(static_cast<size_t>(threads) * act_stride(w.k));
+    norms = work.take<float>(static_cast<size_t>(threads) * prepare_floats(w));
     tiles = work.take<float>(threads * kTile * (further ? 2 : 1));
   }
 };

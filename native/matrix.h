@@ -36,6 +36,7 @@ struct Matrix {
   bool sparse = false;
   float act_top = 127.0f;             // largest integer of the activations, 7 for 4 bits (held in int8) …
   float act_clip = 1.0f;              // … and the share of a group's largest magnitude that it represents
+  const int32_t* order = nullptr;     // [k] column of the input that each column multiplies; null: the same
   float act_scale = 0.0f;             // above 0: one calibrated scale for every input, none measured (q8)
   size_t stride = 0;                  // bytes of a dense record, without low nibbles of planes
   const uint64_t* offsets = nullptr;  // [panels + 1] of a sparse matrix, from base[0]
@@ -123,6 +124,11 @@ struct Matrix {
 
 // Row stride of activations for K columns: whole cache lines, one more so that rows do not share a cache set.
 inline int act_stride(int k) { return round_up(k, 64) + 64; }
+
+// Scratch of a thread that brings a row into the form kernels read: normed, and in the matrix's order.
+inline size_t prepare_floats(const Matrix& w) {
+  return static_cast<size_t>(w.order ? 2 : 1) * act_stride(w.k);
+}
 
 // What kernels read of a row of activations for one cell of a sparse matrix, besides q.
 struct CellInput {

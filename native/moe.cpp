@@ -38,6 +38,7 @@ struct Job {
 struct Plan {
   std::vector<Job> jobs;
   std::vector<int> token;     // of a routed row
+  std::vector<int> expert;    // of a routed row
   std::vector<float> weight;  // of a routed row
   std::vector<int> start;
   std::vector<float> identity;  // of a token: the weight of the identities it chose; empty without any
@@ -58,11 +59,13 @@ struct Plan {
       start[e + 1] += start[e];
     }
     token.resize(start[routed]);
+    expert.resize(start[routed]);
     weight.resize(start[routed]);
     for (int i = 0; i < tokens * k; ++i)
       if (here(i)) {
         const int at = start[ids[i]]++;
         token[at] = i / k;
+        expert[at] = ids[i];
         weight[at] = weights[i];
       }
     const int same = w.router.identities;
@@ -134,12 +137,14 @@ void gate_up(const Kernels& k, const Gate& gate, const Mlp& e, const Act& x, con
 struct Space {
   int copies, most, token_rows, experts, score_ld, ld, unit = 64, steps = 0, out_columns, sum_count;
   bool sparse = false;
+  bool ordered = false;              // the routed experts read their input in orders of their own
   float *normed, *scores, *weights;  // [copies][ld], [copies][score_ld], [copies][k]
   int32_t* ids;                      // [copies][k]
   Kind kinds[kMostParts][2];         // routed, shared
   Act gate_x;                        // normed, as the router reads it
   float *tiles, *hiddens, *sums;     // [threads] each
   float* apart = nullptr;            // [parts][R + T][ld]: down projections before they are summed
+  float* turned = nullptr;           // [threads][ld] if a matrix has an order
   size_t tile_size, hidden_size, sum_size;
 
   // rows: of the routed experts, T k unless other ranks have some of them.
@@ -153,6 +158,9 @@ struct Space {
     ld = act_stride(w.hidden);
     out_columns = sum_columns(w.hidden, T, threads);
     for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
+    for (int e = 0; e < w.routed(); ++e) ordered |= w.expert(e).down && w.expert(e).gate_up->m.order;
+    if (ordered || (w.has_shared && w.expert(w.routed()).gate_up->m.order))
+      turned = work.take<float>(static_cast<size_t>(threads) * ld);
     normed = work.take<float>(static_cast<size_t>(copies) * ld);
     scores = work.take<float>(static_cast<size_t>(copies) * score_ld);
     ids = work.take<int32_t>(static_cast<size_t>(copies) * std::max(k, 1));
@@ -182,7 +190,9 @@ struct Space {
     kind.in = &in;
     kind.down = &down;
     kind.x = part ? kinds[0][i].x : work.act(in, copies, split, sparse);
-    kind.rows = part ? kinds[0][i].rows : i == 0 && T > 1 ? work.act(in, most, split, sparse) : kind.x;
+    kind.rows = part                           ? kinds[0][i].rows
+                : i == 0 && (T > 1 || ordered) ? work.act(in, most, split, sparse)
+                                               : kind.x;
     kind.mid = work.act(down, i == 0 ? most : T, split, sparse);
     unit = std::max(unit, unit_columns(down));
     steps = std::max(steps, (down.k + unit_columns(down) - 1) / unit_columns(down));
@@ -230,7 +240,8 @@ class Experts {
       kernels_.rms_norm(in_.x.row(t), in_.norm, in_.eps, w_.hidden, n);
       std::fill(n + w_.hidden, n + s_.ld, 0.0f);
       for (const Kind& kind : s_.kinds[0])
-        if (kind.x.ld) kernels_.store_act(*kind.in, kind.x, to, 0, n, w_.hidden);
+        if (kind.x.ld && !(s_.ordered && &kind == s_.kinds[0]))
+          kernels_.store_row(*kind.in, kind.x, to, n, turned(team));
     };
     if (alone()) return one(0, team.id());
     team.for_units(0, 1, in_.tokens, [&](int, int t) { one(t, t); });
@@ -271,16 +282,23 @@ class Experts {
     team.barrier();
   }
 
-  // Sorts the rows by expert and copies their activations in that order.
+  // Sorts the rows by expert and copies their activations in that order, or each as its expert reads it.
   void gather(Team& team, Plan& plan) const {
     if (alone()) {
       const size_t at = static_cast<size_t>(team.id()) * k_;
-      return plan.build(w_, s_.ids + at, s_.weights + at, 1);
+      plan.build(w_, s_.ids + at, s_.weights + at, 1);
+      if (!s_.ordered) return;
+    } else {
+      if (team.id() == 0) plan.build(w_, s_.ids, s_.weights, in_.tokens);
+      team.barrier();
     }
-    if (team.id() == 0) plan.build(w_, s_.ids, s_.weights, in_.tokens);
-    team.barrier();
-    team.for_units(3, 1, static_cast<int>(plan.token.size()),
-                   [&](int, int r) { copy_row(s_.kinds[0][0].x, plan.token[r], s_.kinds[0][0].rows, r); });
+    const Kind& kind = s_.kinds[0][0];
+    team.for_units(3, 1, static_cast<int>(plan.token.size()), [&](int, int r) {
+      if (!s_.ordered) return copy_row(kind.x, plan.token[r], kind.rows, r);
+      const size_t token = alone() ? team.id() : plan.token[r];
+      kernels_.store_row(w_.expert(plan.expert[r]).gate_up->m, kind.rows, r, s_.normed + token * s_.ld,
+                         turned(team));
+    });
     team.barrier();
   }
 
@@ -293,7 +311,8 @@ class Experts {
       const int at = step * unit_columns(e.down->m);
       if (at >= e.down->m.k) return;
       if (step + 1 == s_.steps && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
-      gate_up(kernels_, w_.activation, e, alone() ? row(kind.x, me) : row(kind.rows, job.first),
+      const bool own = alone() && (job.shared || !s_.ordered);
+      gate_up(kernels_, w_.activation, e, own ? row(kind.x, me) : row(kind.rows, job.first),
               row(kind.mid, job.first), job.rows, at, s_.tiles + me * s_.tile_size,
               s_.hiddens + me * s_.hidden_size);
     });
@@ -366,6 +385,7 @@ class Experts {
     }
   }
 
+  float* turned(const Team& team) const { return s_.turned + (s_.turned ? team.id() * size_t(s_.ld) : 0); }
   const Mlp& mlp(const Job& job) const { return w_.expert(job.expert, job.part); }
   Act mid(const Job& job) const { return row(s_.kinds[job.part][job.shared].mid, job.first); }
   float* apart(const Job& job) const {

@@ -288,6 +288,19 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
   return packed;
 }
 
+void Packed::reorder(const int64_t* order) {
+  order_.assign(m.k, -1);
+  std::vector<bool> found(m.k);
+  for (int i = 0; i < m.k; ++i) {
+    if (order[i] < 0 || order[i] >= m.k || found[order[i]])
+      throw std::invalid_argument("order: got column " + std::to_string(order[i]) + " at " +
+                                  std::to_string(i) + "; expected each of " + std::to_string(m.k) + " once");
+    found[order[i]] = true;
+    order_[i] = static_cast<int32_t>(order[i]);
+  }
+  m.order = order_.data();
+}
+
 void Packed::reserve(Pool& pool, Arena& arena) {
   m.parts = pool.nodes();
   for (int node = 0; node < m.parts; ++node) {

@@ -58,6 +58,8 @@ class Packed {
   // std::invalid_argument.
   static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
                                       size_t size, uint64_t name);
+  // The input's column that each column multiplies, [k]: all of them. Throws std::invalid_argument.
+  void reorder(const int64_t* order);
   size_t serialized_bytes() const;
   void serialize(uint8_t* out, uint64_t name) const;
   size_t weight_bytes() const;
@@ -68,6 +70,7 @@ class Packed {
   void place(Pool& pool, Arena& arena, const uint8_t* records);
   std::shared_ptr<Arena> arena_;
   std::vector<uint64_t> offsets_;
+  std::vector<int32_t> order_;
 };
 
 }  // namespace farthing

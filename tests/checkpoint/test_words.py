@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from farthing.checkpoint import layout
 from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.shards import CheckpointError
 from farthing.planner.footprint import stored_by_config
@@ -37,7 +35,7 @@ def integers(bits: int, group: int, symmetric: bool = True) -> tuple[Tensor, Ten
     """u [N, K], scales [N, G] float16 and zero points [N, G]."""
     g = torch.Generator().manual_seed(bits)
     u = torch.randint(0, 1 << bits, (N, K), generator=g)
-    scale = (torch.rand(N, K // group, generator=g) - 0.3).half()
+    scale = (torch.rand(N, -(-K // group), generator=g) - 0.3).half()
     zero = torch.randint(0, 1 << bits, scale.shape, generator=g)
     return u, scale, torch.full_like(zero, 1 << bits - 1) if symmetric else zero
 
@@ -94,18 +92,36 @@ def test_a_scale_for_a_whole_row(tmp_path: Path) -> None:
     assert torch.equal(opened(tmp_path, tensors, config).weight(MODULE).dequantize(), expected)
 
 
-def test_groups_of_columns_that_are_not_adjacent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They become 8 bits in groups of 32, which changes a matrix by 0.5 %."""
-    order = torch.arange(K)[torch.randperm(K, generator=torch.Generator().manual_seed(0))] // 32
-    tensors, expected = gptq_files(4, 32, True, 1, order)
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [32, 48])
+def test_groups_of_columns_that_are_not_adjacent(
+    tmp_path: Path, bits: int, symmetric: bool, group: int
+) -> None:
+    """Act-order: the stored columns are sorted by group; the last group may have fewer."""
+    order = (torch.arange(K) // group)[torch.randperm(K, generator=torch.Generator().manual_seed(0))]
+    tensors, expected = gptq_files(bits, group, symmetric, 0, order)
+    config = {
+        "quant_method": "gptq", "bits": bits, "group_size": group, "sym": symmetric, "desc_act": True,
+        "checkpoint_format": "gptq_v2",
+    }  # fmt: skip
     checkpoint = opened(tmp_path, tensors, config)
-    layout._say_widened.cache_clear()
-    with caplog.at_level(logging.WARNING):
-        weight = checkpoint.weight(MODULE)
-    assert weight.format == checkpoint.stored_as(MODULE)[0] == "int8_groups"
-    assert float((weight.dequantize() - expected).norm() / expected.norm()) < 0.006
-    assert "are not of adjacent columns (act-order): rounded to 8 bits" in caplog.text
+    weight = checkpoint.weight(MODULE)
+    assert torch.equal(weight.dequantize(), expected)
+    assert weight.format == checkpoint.stored_as(MODULE)[0] == ("int8_groups" if bits == 8 else "int4")
+    assert weight.order is not None and bool((order[weight.order].diff() >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("column", "found"), [(4, "a group outside 0 to 3"), (1, r"groups of \[31, 33, 32, 32\] columns")]
+)
+def test_groups_that_no_tool_writes(tmp_path: Path, column: int, found: str) -> None:
+    order = torch.arange(K) // 32
+    order[0] = column
+    tensors, _ = gptq_files(4, 32, True, 1, order.clamp_max(3))
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": True}
+    with pytest.raises(CheckpointError, match=f"g_idx: found {found}"):
+        opened(tmp_path, tensors | {"g_idx": order.int()}, config).weight(MODULE)
 
 
 def test_gptq_with_fields_of_modules(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, PLAIN
 from farthing.checkpoint.shards import CheckpointError, Shards, read_json
 from farthing.lazy import gguf, np, torch
-from farthing.ops import Format, Weight, dtype_name, numpy_dtype, quantize_int8_groups
+from farthing.ops import Format, Weight, dtype_name, numpy_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -444,7 +444,7 @@ def _columns_of(entry: Mapping[str, Any]) -> NDArray[np.int64]:
 
 
 def columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
-    """Columns of whole groups reordered; where they share units or groups are wider, in 8 bits in groups."""
+    """Columns reordered; where they share units or groups are wider, they stay and their order is stated."""
     if weight.format == "fp8":
         weight = Weight("dense", weight.dequantize())
     if weight.format in ("dense", "int8"):
@@ -455,7 +455,7 @@ def columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
         (groups[:, 0] % size == 0).all()
     )
     if weight.units is not None or not moved:
-        return quantize_int8_groups(weight.dequantize()[:, torch.from_numpy(order)])
+        return replace(weight, order=torch.from_numpy(order).argsort())
     at = torch.from_numpy(groups[:, 0] // size)
     packed = size // 2 if weight.nibbles else size
     data = weight.data.unflatten(1, (-1, packed))[:, at].flatten(1).contiguous()

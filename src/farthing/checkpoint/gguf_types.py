@@ -221,7 +221,7 @@ def encode(weight: Weight, kind: str) -> tuple[Bytes, bool]:
 def _holds(kind: str, weight: Weight) -> bool:
     """Whether a type has all integers of a matrix."""
     stored = INTEGERS.get(weight.format)
-    if stored is None or weight.minimum is not None or weight.group_size % BLOCK:
+    if stored is None or weight.minimum is not None or weight.order is not None or weight.group_size % BLOCK:
         return False
     if kind == "Q8_0":
         return not stored.codes

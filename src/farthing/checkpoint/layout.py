@@ -6,21 +6,18 @@ a value is (u - z) scale.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING, Any, Protocol
 
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
-from farthing.ops import Format, Weight, dtype_name, pack_int4, quantize_int8_groups
+from farthing.ops import Format, Weight, dtype_name, pack_int4
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 class TensorSource(Protocol):
@@ -197,7 +194,10 @@ def integers(
     expect("weight_scale", (n, -(-k // group)), scale)
     scale = scale.float()
     if order is not None and not torch.equal(order.long(), torch.arange(k) // group):
-        return _of_scattered(bits, u, scale, zero, order.long())
+        ordered = _sorted(order.long(), k, group, scale.shape[1])
+        u = torch.stack((u & 15, u >> 4), -1).flatten(1)[:, ordered] if bits == 4 else u[:, ordered]
+        u = u[:, ::2] | u[:, 1::2] << 4 if bits == 4 else u
+        return replace(integers(bits, u, scale, zero, group_size), order=ordered)
     if zero is None and bits > 4 and not group_size:
         return Weight("int8", _signed(u, middle), scale)
     offset = middle if zero is None or bits > 4 else 8
@@ -220,27 +220,16 @@ def _signed(u: Tensor, offset: int) -> Tensor:
     return (u.to(torch.int16) - offset).to(torch.int8)
 
 
-WIDER = 32  # columns that share a scale in matrices that are rounded to 8 bits
-
-
-def _of_scattered(bits: int, u: Tensor, scale: Tensor, zero: Tensor | None, order: Tensor) -> Weight:
-    """Groups of columns that are not adjacent, which kernels do not read, as 8 bits in groups."""
-    if bits == 4:
-        u = torch.stack((u & 15, u >> 4), -1).flatten(1)
-    expect("g_idx", (u.shape[1],), order)
-    if not bool(((order >= 0) & (order < scale.shape[1])).all()):
-        raise CheckpointError(f"g_idx: found a group outside 0 to {scale.shape[1] - 1}")
-    values = u.float() - (zero[:, order].float() if zero is not None else 1 << bits - 1)
-    values *= scale[:, order]
-    if u.shape[1] % WIDER:
-        return Weight("dense", values)
-    _say_widened(bits)
-    return quantize_int8_groups(values, WIDER)
-
-
-@cache
-def _say_widened(bits: int) -> None:
-    log.warning(
-        "groups of %d-bit weights are not of adjacent columns (act-order): rounded to 8 bits in groups of %d",
-        bits, WIDER,
-    )  # fmt: skip
+def _sorted(order: Tensor, k: int, group: int, groups: int) -> Tensor:
+    """The columns of each group after those of the one before, [K]; order: each column's group. Groups are of
+    one size, but the last may be cut off."""
+    expect("g_idx", (k,), order)
+    if not bool(((order >= 0) & (order < groups)).all()):
+        raise CheckpointError(f"g_idx: found a group outside 0 to {groups - 1}")
+    counts = torch.bincount(order, minlength=groups)
+    if bool((counts[:-1] != group).any()):
+        raise CheckpointError(
+            f"g_idx: found groups of {counts.tolist()[:8]} columns; expected {group} in each"
+        )
+    found: Tensor = order.argsort(stable=True)
+    return found

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.floats import ACTIVATION_SCALES, CACHE_SCALES, Fp8
 from farthing.checkpoint.layout import (
-    WIDER,
     Layout,
     Parts,
     Scheme,
@@ -54,22 +53,21 @@ class Words:
     bits: int
     columns: int | None  # that share a scale; None: all
     centered: bool  # zero points are half of the range
-    scattered: bool = False  # columns of a group are not adjacent (act-order)
 
     @property
     def format(self) -> Format:
         """The format of what `read` returns."""
-        return "int8_groups" if self.scattered else format_of(self.bits, self.columns, self.centered)
+        return format_of(self.bits, self.columns, self.centered)
 
     @property
     def group_size(self) -> int | None:
         """Columns that share a scale in it; None: all."""
-        return WIDER if self.scattered else self.columns
+        return self.columns
 
     @property
     def symmetric(self) -> bool:
         """Whether it has no zero points."""
-        return self.centered or self.scattered
+        return self.centered
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         """(N, K)."""
@@ -149,8 +147,7 @@ def _words(raw: Mapping[str, Any], order: str, symmetric: bool, where: str = _WH
         raise CheckpointError(f"{where}.bits: got {bits}; expected {accepted}")
     if group is None or not (group == -1 or 1 <= group <= 1 << 16):
         raise CheckpointError(f"{where}.group_size: got {group}; expected -1 or 1 to {1 << 16}")
-    act = field(raw, "desc_act", bool, where) and not field(raw, "static_groups", bool, where)
-    return Words(order, bits, None if group == -1 else group, symmetric, bool(act))
+    return Words(order, bits, None if group == -1 else group, symmetric)
 
 
 def _order(raw: Mapping[str, Any], names: Sequence[str], default: str, accepted: Sequence[str]) -> str:

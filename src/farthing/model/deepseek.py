@@ -26,6 +26,7 @@ from farthing.ops import (
     RouterSpec,
     Weight,
     as_float32,
+    folded,
     same,
 )
 
@@ -141,7 +142,7 @@ def router_matrix(config: ModelConfig, weights: WeightSource, prefix: str, exper
 
 def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Gated]:
     """A loader of gate [I, D], up [I, D] and down [D, I]."""
-    return lambda: (
+    return lambda: folded(
         weights.weight(f"{prefix}.gate_proj", (i, d)),
         weights.weight(f"{prefix}.up_proj", (i, d)),
         weights.weight(f"{prefix}.down_proj", (d, i)),

@@ -5,9 +5,11 @@ Legend: N output rows, K input columns, g group size along K.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.lazy import np, torch
@@ -16,6 +18,8 @@ from farthing.ops.arrays import as_float32, like, narrow
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+log = logging.getLogger(__name__)
 
 Format = Literal[
     "dense", "int8", "int4", "nl4", "fp8", "int8_groups", "mxfp4", "iq4_nl", "iq4_xs", "q4_1", "q5_1",
@@ -108,6 +112,8 @@ class Weight:
     # iq4_xs, q4_k, q5_k, q6_k: float32 [N, K/256] each, of which scales and minimums are whole multiples
     units: tuple[Tensor, Tensor | None] | None = None
     bias: Tensor | None = None  # [N] added to the product, of experts alone: attention has its own
+    # int64 [K], of formats with groups: column i of `data` is column order[i] of the matrix; None: the same
+    order: Tensor | None = None
 
     @property
     def nibbles(self) -> bool:
@@ -175,6 +181,8 @@ class Weight:
             if self.minimum is not None:
                 value = value + self.minimum.unsqueeze(-1)
             value = value.view(n, k)
+            if self.order is not None:
+                value = value[:, self.order.argsort()]
         else:
             blocks = zip((n, k), self.fp8_block, strict=True)
             rows, columns = (like(np.arange(size) // block, self.scale) for size, block in blocks)
@@ -219,6 +227,46 @@ def quantize_int8_groups(w: Tensor, group_size: int = 32) -> Weight:
     scale = (groups.abs().amax(-1) / 127).half().float().clamp_min(2.0**-24)
     q = (groups / scale.unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8)
     return Weight("int8_groups", q.flatten(1), scale)
+
+
+WIDER = 32  # columns that share a scale in matrices that are rounded to 8 bits
+
+
+def in_stored_order(weight: Weight) -> Weight:
+    """A matrix without an order: rounded to 8 bits in groups of adjacent columns, or dense if they do not
+    divide."""
+    if weight.order is None:
+        return weight
+    _say_wider(INTEGERS[weight.format].bits)
+    value = weight.dequantize()
+    whole = value.shape[1] % WIDER == 0
+    wider = quantize_int8_groups(value, WIDER) if whole else Weight("dense", value)
+    return replace(wider, inputs=weight.inputs, bias=weight.bias)
+
+
+@cache
+def _say_wider(bits: int) -> None:
+    log.warning(
+        "groups of %d-bit weights are not of adjacent columns, and ranks divide them or a GPU reads them: "
+        "rounded to 8 bits in groups of %d", bits, WIDER,
+    )  # fmt: skip
+
+
+def folded(gate: Weight, up: Weight, down: Weight) -> tuple[Weight, Weight, Weight]:
+    """A gated MLP whose inner neurons are in the order of down's columns, so that down needs none."""
+    if down.order is None:
+        return gate, up, down
+    return rows_in_order(gate, down.order), rows_in_order(up, down.order), replace(down, order=None)
+
+
+def rows_in_order(weight: Weight, order: Tensor) -> Weight:
+    """Rows `order` of a matrix; dense if they share scales."""
+    if weight.format == "fp8" and weight.fp8_block[0] > 1:
+        weight = Weight("dense", weight.dequantize(), rounded=True, inputs=weight.inputs, bias=weight.bias)
+    found = {name: getattr(weight, name) for name in ("data", "scale", "zero_point", "minimum", "bias")}
+    rows: dict[str, Any] = {name: None if t is None else t[order] for name, t in found.items()}
+    units: Any = weight.units and tuple(None if t is None else t[order] for t in weight.units)
+    return replace(weight, **rows, units=units)
 
 
 def loaded_as(quantization: str | None, mlp: bool) -> str | None:
@@ -435,6 +483,8 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     if cut.more:
         return _joined([cut_weight(weight, Cut(cut.dim, *span)) for span in cut.spans])
     start, size = cut.start, cut.stop - cut.start
+    if cut.dim == 1:
+        weight = in_stored_order(weight)
     if weight.bias is not None:  # of columns, the first part has it, because their products are summed
         kept = narrow(weight.bias, 0, start, size) if cut.dim == 0 else None if start else weight.bias
         return replace(cut_weight(replace(weight, bias=None), cut), bias=kept)

@@ -32,7 +32,17 @@ from farthing.ops.api import (
     StreamParts,
     StreamSpec,
 )
-from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, host, is_bfloat16, like, raw
+from farthing.ops.arrays import (
+    address,
+    as_float32,
+    contiguous,
+    dtype_name,
+    host,
+    is_bfloat16,
+    like,
+    raw,
+    same,
+)
 from farthing.ops.cpu import stack as indexing
 from farthing.ops.cpu.packed import PackedFile, write_packed
 from farthing.ops.cpu.stack import vector
@@ -110,9 +120,15 @@ def _plan_one(w: Weight, quantization: str | None) -> Plan:
 
 
 def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
-    """The common format of matrices packed together; float32 if their formats differ."""
+    """The common format of matrices packed together; float32 if their formats or orders differ."""
     plans = {_plan_one(w, quantization) for w in weights}
-    return plans.pop() if len(plans) == 1 else F32
+    return plans.pop() if len(plans) == 1 and _alike(weights) else F32
+
+
+def _alike(weights: Sequence[Weight]) -> bool:
+    """Whether the columns of matrices are in the same order."""
+    first, *others = (w.order for w in weights)
+    return all(first is o if first is None or o is None else same(o, first) for o in others)
 
 
 def _is_held(w: Weight, target: Plan) -> bool:
@@ -169,6 +185,8 @@ def pack(
         costs = ALWAYS if blocks else NEVER
     packed = native.pack(target.format, target.group, zero, interleave, costs, list(sources))
     del alive
+    if (order := weights[0].order) is not None and _is_held(weights[0], target):
+        packed.reorder(address(order))
     return packed
 
 
@@ -353,6 +371,8 @@ class PackingOps(HostOps):
         except ValueError as error:
             raise ValueError(f"packed file {str(self._file.path)!r}: {name!r}: {error}") from None
         packed = self._keep(name, self._round_inputs(name, packed, self._file.inputs(name)))
+        if (order := f"{name}.order") in self._file:
+            packed.reorder(address(self._keep(order, self.tensor(self._file.array(order)))))
         if (following := self._stored(f"{name}.next")) is not None:
             packed.follow(following)
         return packed
@@ -365,6 +385,8 @@ class PackingOps(HostOps):
             packed = pack(self._native, weights, target, interleave)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if packed.ordered:
+            self._keep(f"{name}.order", weights[0].order)
         return self._keep(name, self._round_inputs(name, packed, inputs_of(weights)))
 
     def _round_inputs(self, name: str, packed: Any, inputs: InputRounding | None) -> Any:
@@ -390,7 +412,7 @@ class PackingOps(HostOps):
     def _pack_rows(self, name: str, weights: Sequence[Weight]) -> Any:
         """Matrices stacked along their rows: those of one format together, others as `Packed::next`."""
         target = plan(weights[:1], quantization := loaded_as(self._quantization, mlp=False))
-        here = list(takewhile(lambda w: plan([w], quantization) == target, weights))
+        here = list(takewhile(lambda w: plan([weights[0], w], quantization) == target, weights))
         packed = self._pack_as(target, name, here)
         if len(here) < len(weights):
             packed.follow(self._pack_rows(f"{name}.next", weights[len(here) :]))

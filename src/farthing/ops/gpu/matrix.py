@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops.gpu.launch import dot, narrow, widen
-from farthing.ops.weights import FP8_BLOCK, Weight
+from farthing.ops.weights import FP8_BLOCK, Weight, in_stored_order
 
 log = logging.getLogger(__name__)
 
@@ -254,6 +254,7 @@ def pack(
 
     inputs: calibrated scale of the input of an int8 matrix.
     """
+    weight = in_stored_order(weight)
     n, k = weight.shape
     if weight.format == "dense" or (weight.format == "fp8" and not fp8):
         value = weight.data.to(dtype) if weight.format == "dense" else weight.dequantize(dtype)
