@@ -18,12 +18,15 @@ from farthing.compress.layerwise import baseline
 from farthing.compress.recipe import known_recipes
 from farthing.compress.source import PlainCheckpoint
 from farthing.model.config import ModelConfig
-from farthing.model.load import load, parameter_shapes
+from farthing.model.load import config_of, load, parameter_shapes, random_parameters
+from farthing.model.types import type_named
 from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 
 pytest.importorskip("transformers")
 
 from tests.parity.families import FAMILIES, deepseek_v4, fill, save
+from tests.tiny import DEEPSEEK_V4
 
 from .conftest import corpus_of, write_tokenizer
 from .test_transformers import check, distance, ours
@@ -78,7 +81,7 @@ def test_compressed_models_load_and_agree(name: str, recipe: str, data: Path, tm
     check(source, tmp_path / "out", RECIPES[recipe], ids, calibration=data)
     before, after = PlainCheckpoint.open(source), PlainCheckpoint.open(tmp_path / "out")
     worst = {"int8": 0.02, "fp8-block": 0.05}.get(recipe, 0.3)
-    for parameter, shape in parameter_shapes(ModelConfig.from_json(before.config)):
+    for parameter, shape in parameter_shapes(config_of(before)):
         module, leaf = parameter.rpartition(".")[::2]
         if leaf == "weight" and len(shape) == 2:
             old, new = (checkpoint.weight(module) for checkpoint in (before, after))
@@ -104,6 +107,47 @@ def test_a_compressed_past_is_calibrated_and_served(data: Path, tmp_path: Path) 
         assert torch.equal(after.tensor(name), before.tensor(name))
     with pytest.raises(ValueError, match="recipe: got 'auto' for model_type 'deepseek_v4'; expected"):
         compress(source, tmp_path / "auto", RECIPES["auto"], options)
+
+
+def with_drafts(path: Path) -> Path:
+    """A random DeepSeek-V4 with an MTP layer, as published."""
+    raw = DEEPSEEK_V4 | {
+        **dict(vocab_size=300, hidden_size=64, moe_intermediate_size=32, q_lora_rank=32, o_lora_rank=32),
+        **dict(head_dim=32, num_attention_heads=4, num_hidden_layers=2, num_nextn_predict_layers=1),
+        "layer_types": _KINDS[:2],
+    }
+    config = ModelConfig.from_json(raw)
+    stored = type_named("deepseek_v4").names.in_model(config.num_hidden_layers).stored
+    path.mkdir()
+    save_file(
+        {stored(n): t.contiguous() for n, t in random_parameters(config, 7).items()},
+        path / "model.safetensors",
+    )
+    (path / "config.json").write_text(json.dumps(raw))
+    write_tokenizer(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(n, marks=() if n in ("int4", "fp8-block") else pytest.mark.slow) for n in SERVED[:-1]],
+)
+def test_mtp_layers_that_read_streams_are_compressed(recipe: str, data: Path, tmp_path: Path) -> None:
+    source, out = with_drafts(tmp_path / "source"), tmp_path / "out"
+    options = Options(calibration=data, data=data, gate=False)
+    report = compress(source, out, replace(RECIPES[recipe], calibration_tokens=256), options).report
+    formats = {row["module"].removeprefix("model.layers.2."): row["format"] for row in report.modules}
+    for module in ("e_proj", "h_proj", "self_attn.q_b_proj", "self_attn.o_a_proj", "mlp.experts.1.up_proj"):
+        assert module in formats
+    ids, found = torch.arange(40) * 7 % 300, []
+    for path, backend in ((source, "reference"), (out, "reference"), (out, "cpu")):
+        model = load(path, select(backend, torch.float32))
+        cache, batch = model.new_cache(5, 8, "float32"), make_batch([40], [0], [[3, 0, 1, 4, 2]], 8)
+        h = model.forward(ids, batch, cache)
+        found.append(model.draft_logits(model.draft(ids.roll(-1), h, batch, cache)))
+    for each in found[1:]:  # of the median token: rounding may change the choice of an expert
+        errors = (each - found[0]).norm(dim=1) / found[0].norm(dim=1)
+        assert 0 < errors.median() < {"int8": 0.1, "fp8-block": 0.2}.get(recipe, 0.6)
 
 
 @pytest.mark.parametrize("name", [*TYPES, "glm_moe_dsa", "longcat_flash", "gemma3"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -337,6 +336,22 @@ def test_mtp_layer_agrees_with_its_description(backend: str) -> None:
     assert distance(found, expected) < 1e-5
 
 
+def test_an_mtp_layer_in_one_call_computes_what_ops_one_by_one_do() -> None:
+    config = ModelConfig.from_json(WITH_DRAFTS)
+    model, found = random_model(config, CpuOps(2), seed=7), []
+    ids, batch = torch.arange(30) * 7 % config.vocab_size, make_batch([30], [0], [[3, 0, 1, 4]], 8)
+    for layered in (True, False):
+        cache = model.new_cache(5, 8, "float32")
+        counts = torch.zeros(config.num_hidden_layers + 1, config.router_size, dtype=torch.int64)
+        h = model.forward(ids, batch, cache, counts)
+        first = model.draft(ids.roll(-1), h, batch, cache, counts=counts)
+        found.append((model.draft_logits(first), counts))
+        assert (model.mtp[0].stack is not None) is layered
+        model.unstack()
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert int(found[0][1][-1].sum()) == 30 * config.num_experts_per_tok
+
+
 def logits_of_whole(backend: str, ids: torch.Tensor) -> torch.Tensor:
     """Of the model without its MTP layer."""
     parameters = random_parameters(ModelConfig.from_json(WITH_DRAFTS), 7)
@@ -464,8 +479,7 @@ def test_bytes_of_a_long_sequence_are_those_that_are_told(dtype: CacheDtype) -> 
     config, tokens, size = ModelConfig.from_json(FLASH), 1 << 15, 128
     (window,) = {kind.window for kind in cache_kinds(config)} - {None}
     blocks = {None: tokens // size, window: 2}  # the window's end is in a second block
-    own = SimpleNamespace(config=config, ops=CpuOps(1))
-    cache = DeepseekV4.new_cache(own, blocks[None], size, dtype, {window: 2}, 1)  # type: ignore[arg-type]
+    cache = DeepseekV4.cache_of(config, CpuOps(1), blocks[None], size, dtype, {window: 2}, 1)
     held = sum(each.nbytes for kind in cache.by_kind() for each in kind)
     past, near, opened = cache_kinds(config)
     told = tokens * past.token_bytes(dtype) + 128 * near.token_bytes(dtype) + opened.state_bytes

@@ -148,7 +148,7 @@ def check_before_download(path: Path, out: Path, recipe: Recipe, options: Option
     """Raise ValueError for what `compress` would refuse of a model of which `path` has only config.json."""
     refuse_finished(out)
     if options.check_memory:
-        config = ModelConfig.from_directory(path).without_streamed_drafts
+        config = ModelConfig.from_directory(path)
         check_memory(config, parameter_shapes(config), recipe)
 
 
@@ -167,7 +167,7 @@ def compress(
     """
     options = options or Options()
     start = time.monotonic()
-    config = ModelConfig.from_directory(source).without_streamed_drafts
+    config = ModelConfig.from_directory(source)
     recipe = for_export(options.export, recipe)
     options, judged = _ready(source, out, recipe, options, config)
     compressed = _make(source, out, recipe, options, config, progress)

@@ -99,7 +99,7 @@ def estimate(path: Path, out: Path, recipe: Recipe, export: str, gate_tokens: in
 
     path: a model, of which config.json is enough. gate_tokens: held-out tokens of each model; 0: no gate.
     """
-    config = ModelConfig.from_directory(path).without_streamed_drafts
+    config = ModelConfig.from_directory(path)
     recipe = for_export(export, recipe)
     held: Stored = PlainCheckpoint.open(path) if any(path.glob("*.safetensors")) else Shapes(config)
     layers = _by_layer(config)

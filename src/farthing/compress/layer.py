@@ -22,7 +22,6 @@ from farthing.model import (
     DecoderModel,
     MemorySource,
     ModelConfig,
-    MTPLayer,
     WeightSource,
     form_of,
     router_spec,
@@ -222,7 +221,8 @@ DENSE = (  # linear modules that stay as they are
     *(f"{pool}.{name}" for pool in ("compressor", "indexer") for name in ("kv_proj", "gate_proj")),
 )
 MLP = ("gate_proj", "up_proj", "down_proj")
-MATRICES = tuple(f".{name}" for name in (*ATTENTION, *DELTA, *MLP, "eh_proj"))
+JOINS = ("eh_proj", "e_proj", "h_proj")  # of an MTP layer's inputs
+MATRICES = tuple(f".{name}" for name in (*ATTENTION, *DELTA, *MLP, *JOINS))
 
 
 def is_matrix(module: str) -> bool:
@@ -230,6 +230,7 @@ def is_matrix(module: str) -> bool:
     return module.startswith("model.layers.") and module.endswith(MATRICES) and not module.endswith(DENSE)
 
 
+_STREAMS = ("attn_hc", "ffn_hc", "hc_head")  # hyper-connections, which have a scale always
 SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
 
@@ -250,8 +251,8 @@ class Layer:
         prefix = f"model.layers.{index}."
         layer = cls(config.at(index), index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]
-        modules = {n.rpartition(".")[0] for n in names} - {f"{prefix}{half}_hc" for half in ("attn", "ffn")}
-        quantized = set(filter(checkpoint.is_quantized, modules))  # hyper-connections have a scale always
+        modules = {n.rpartition(".")[0] for n in names} - {f"{prefix}{each}" for each in _STREAMS}
+        quantized = set(filter(checkpoint.is_quantized, modules))
         for module in sorted(quantized):
             weight = checkpoint.weight(module)
             layer.tensors[f"{module}.weight"] = weight.dequantize()
@@ -297,11 +298,11 @@ class Layer:
         return [f"{mlp}.experts.{e}" for e in range(self.experts)] + shared
 
     def modules(self) -> list[str]:
-        """Every linear matrix that may be compressed: attention, MLPs, eh_proj; not the router."""
+        """Every linear matrix that may be compressed: attention, MLPs, an MTP layer's; not the router."""
         attention = [f"{self.prefix}self_attn.{a}" for a in ATTENTION]
         attention += [f"{self.prefix}linear_attn.{a}" for a in DELTA]
         mlps = [f"{m}.{p}" for m in self.mlps() for p in MLP]
-        candidates = [*attention, *mlps, f"{self.prefix}eh_proj"]
+        candidates = [*attention, *mlps, *(f"{self.prefix}{name}" for name in JOINS)]
         return [m for m in candidates if f"{m}.weight" in self.tensors]
 
     def group_columns(self, module: str) -> int:
@@ -425,13 +426,14 @@ def build(layer: Layer, ops: TracedOps, embedding: Tensor, final_norm: Tensor, p
     ops.first = 0
     hidden_only = MemorySource({k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)})
     rope = ops.tensor(RopeTable(c, index).whole())
-    mtp = MTPLayer(c, ops, hidden_only, index, rope, router, embedding, None, _no_head)
+    form, norm = form_of(c), Norm(final_norm, c.rms_norm_eps)
+    mtp = form.draft_layer(c, ops, hidden_only, index, rope, router, embedding, None, _no_head)
     mtp.layer = mtp.row = 0  # the cache below has one layer
+    alone = replace(layer.config, num_nextn_predict_layers=1).part(range(0))
 
     def draft(h: Tensor, next_ids: Tensor, batch: Batch, blocks: int) -> Tensor:
-        heads = c.heads(index)
-        cache = ops.new_cache(heads.cache_rows, blocks, page, heads.cache_width, "float32")
-        return mtp(next_ids, ops.rms_norm(h, Norm(final_norm, c.rms_norm_eps)), batch, cache)
+        cache = form.cache_of(alone, ops, blocks, page, "float32")
+        return mtp(next_ids, mtp.reads(h, norm), batch, cache)
 
     return draft
 

@@ -26,12 +26,8 @@ class PlainCheckpoint(Checkpoint):
     """A checkpoint under V3's names."""
 
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
-        model = ModelConfig.from_json(config)
-        if model.without_streamed_drafts != model:  # their MTP layers are left out
-            config = config | {"num_nextn_predict_layers": 0}
-            model = ModelConfig.from_json(config)
         super().__init__(path, config, shards)
-        own = Checkpoint(path, config, shards)
+        model, own = ModelConfig.from_json(config), Checkpoint(path, config, shards)
         self._names: Names = names_in(own, model)
         self._shards = _PlainShards(shards, own, model, self._names)
 

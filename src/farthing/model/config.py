@@ -287,11 +287,6 @@ class ModelConfig:
             else self.compressed.part(layers, self.num_nextn_predict_layers),
         )
 
-    @property
-    def without_streamed_drafts(self) -> ModelConfig:
-        """This config without MTP layers that read streams: ranks and `compress` leave them out."""
-        return self if self.compressed is None else replace(self, num_nextn_predict_layers=0)
-
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
         """Read `path`/config.json. Raises ConfigError or FileNotFoundError, each naming the fix."""

@@ -179,21 +179,35 @@ class DecoderModel:
         windows: blocks of the layers with a window, by its size; None: num_blocks. slots: of recurrent
         states; None: num_blocks, so that a sequence can have that of its first block.
         """
-        first, *others = cache_kinds(self.config)
+        return self.cache_of(self.config, self.ops, num_blocks, block_size, dtype, windows, slots)
+
+    @classmethod
+    def cache_of(
+        cls,
+        config: ModelConfig,
+        ops: Ops,
+        num_blocks: int,
+        block_size: int,
+        dtype: CacheDtype,
+        windows: Mapping[int, int] | None = None,
+        slots: int | None = None,
+    ) -> LatentCache:
+        """`new_cache` of a model with this config."""
+        first, *others = cache_kinds(config)
 
         def paged(kind: CacheKind, blocks: int) -> LatentCache:
-            return self.ops.new_cache(len(kind.layers) * kind.rows, blocks, block_size, kind.width, dtype)
+            return ops.new_cache(len(kind.layers) * kind.rows, blocks, block_size, kind.width, dtype)
 
         cache = paged(first, num_blocks)
         for kind in others:
             if kind.window is not None:
                 blocks = num_blocks if windows is None else windows[kind.window]
                 cache.windows[kind.window] = paged(kind, blocks)
-        if self.config.recurrent is not None:
-            layers, spec = len(self.config.recurrent_layers), self.config.recurrent.spec
-            cache.state = self.ops.new_state(layers, num_blocks if slots is None else slots, spec)
-        if self.config.index_topk is not None:
-            cache.index = self.ops.new_index_cache(cache, first.index_rows, first.index_width)
+        if config.recurrent is not None:
+            layers, spec = len(config.recurrent_layers), config.recurrent.spec
+            cache.state = ops.new_state(layers, num_blocks if slots is None else slots, spec)
+        if config.index_topk is not None:
+            cache.index = ops.new_index_cache(cache, first.index_rows, first.index_width)
         return cache
 
     def copy_states(self, cache: LatentCache, pairs: list[tuple[int, int]]) -> None:
@@ -314,13 +328,8 @@ class DecoderModel:
         """
         self.rotations.reach(batch)
         mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        h = self.draft_input(hidden, step)
+        h = mtp.reads(hidden, self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm)
         return mtp(next_ids, h, batch, cache, None if counts is None else counts[mtp.layer])
-
-    def draft_input(self, hidden: Tensor, step: int) -> Tensor:
-        """What the MTP layer of a step reads of the states before it."""
-        norm = self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm
-        return self.ops.rms_norm(hidden, norm)
 
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """h' [n, D] of `draft` -> logits [n, V] float32 of the token after next_ids."""

@@ -271,6 +271,10 @@ class MTPLayer:
         """Rebuild the fused layer as currently packed, for backends that run it in one call."""
         self.stack = stacked(self.ops, [(self.attention, self.feed_forward)])
 
+    def reads(self, hidden: Tensor, norm: Norm) -> Tensor:
+        """hidden [T, D] of the step before, and the norm before its head -> h of this one."""
+        return self.ops.rms_norm(hidden, norm)
+
     def __call__(
         self,
         next_ids: Tensor,

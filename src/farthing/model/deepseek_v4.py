@@ -15,7 +15,7 @@ from farthing.model.attention import norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek import FeedForward, MTPLayer
-from farthing.model.kinds import cache_kinds
+from farthing.model.kinds import cache_kinds, cache_place
 from farthing.model.source import WeightSource
 from farthing.ops import (
     Batch,
@@ -26,6 +26,7 @@ from farthing.ops import (
     Handle,
     IndexerSpec,
     LatentCache,
+    Norm,
     OpenCache,
     Ops,
     Place,
@@ -105,7 +106,7 @@ class CompressedAttention:
             for g, rows in enumerate(pairwise(range(0, a.output_width + 1, a.o_lora_rank)))
         ]
         o_shape = d, a.output_width
-        self.rate = a.rates[layer]
+        self.rate, self.row = a.rates[layer], cache_place(config, layer)[1]
         self.o_b = ops.pack_linear(p + "o_b_proj", lambda: [weights.weight(p + "o_b_proj", o_shape)])
 
     @staticmethod
@@ -133,7 +134,7 @@ class CompressedAttention:
         """The layer for `Ops.stack_streamed`."""
         return StreamedHandles(
             self.streams, self.norm, self.first, self.q_norm, self.q, self.index_q, self.heads, self.o_a,
-            self.o_b, feed.streams, feed.norm, feed.packed, feed.table, self.rate,
+            self.o_b, feed.streams, feed.norm, feed.packed, feed.table, self.rate, self.row,
         )  # fmt: skip
 
 
@@ -221,9 +222,13 @@ class StreamedDraft(MTPLayer):
         self.attention, self.feed_forward = DeepseekV4.build_layer(config, ops, weights, layer, rope, router)
         self.ending = streams_of(config, ops, weights, p + "hc_head.hc_", ends=True)
 
+    def reads(self, hidden: Tensor, norm: Norm) -> Tensor:
+        """The streams as they are."""
+        return hidden
+
     def restack(self) -> None:
-        """The layer is computed op by op."""
-        self.stack = None
+        """As in `MTPLayer`."""
+        self.stack = self.ops.stack_streamed([self.attention.handles(self.feed_forward)], None)
 
     def __call__(
         self,
@@ -237,7 +242,10 @@ class StreamedDraft(MTPLayer):
         ops, tokens = self.ops, len(next_ids)
         e = ops.linear(ops.embed(next_ids, self.embedding), self.e_proj, self.enorm)
         x = ops.linear(h.reshape(-1, e.shape[1]), self.h_proj, self.hnorm).reshape(tokens, -1, e.shape[1])
-        x, _ = self.attention((x + e.unsqueeze(1)).flatten(1), Place(cache, self.row, batch))
+        x = (x + e.unsqueeze(1)).flatten(1)
+        if self.stack is not None:
+            return ops.run_stack(x, self.stack, batch, cache, None if counts is None else counts[None])
+        x, _ = self.attention(x, Place(cache, self.row, batch))
         return self.feed_forward(x, counts)
 
 
@@ -273,41 +281,46 @@ class DeepseekV4(DecoderModel):
         layers = [a.handles(feed) for a, feed in self.layers]
         ending = None if self._apart else self.ending
         self.stack = self.ops.stack_streamed(layers, ending) if layers else None
+        for mtp in self.mtp:
+            mtp.restack()
 
-    def new_cache(
-        self,
+    @classmethod
+    def cache_of(
+        cls,
+        config: ModelConfig,
+        ops: Ops,
         num_blocks: int,
-        block_size: int = 16,
-        dtype: CacheDtype = "bfloat16",
+        block_size: int,
+        dtype: CacheDtype,
         windows: Mapping[int, int] | None = None,
         slots: int | None = None,
     ) -> LatentCache:
         """As in `DecoderModel`, with entries in the blocks that keep all tokens."""
-        past, window, *opened = cache_kinds(self.config)
+        past, window, *opened = cache_kinds(config)
         assert window.window is not None
-        if block_size % self.config.block_tokens:
+        if block_size % config.block_tokens:
             raise ValueError(
-                f"block_size: got {block_size}; expected a multiple of {self.config.block_tokens}, so that "
+                f"block_size: got {block_size}; expected a multiple of {config.block_tokens}, so that "
                 "entries do not cross the edges of blocks"
             )
         blocks = num_blocks if windows is None else windows[window.window]
-        cache = self.ops.new_cache(0, num_blocks, block_size, past.width, dtype)
-        own = cache.windows[window.window] = self.ops.new_cache(0, blocks, block_size, past.width, dtype)
+        cache = ops.new_cache(0, num_blocks, block_size, past.width, dtype)
+        own = cache.windows[window.window] = ops.new_cache(0, blocks, block_size, past.width, dtype)
         entries = {e.past: e for e in past.entries}
         for kept in window.entries:
             e = entries.get(kept.past)
             shape = (num_blocks, block_size // e.rate) if e else (0, 0)
-            found = self.ops.new_past(len(kept.layers), shape, (blocks, block_size), kept.width, dtype)
+            found = ops.new_past(len(kept.layers), shape, (blocks, block_size), kept.width, dtype)
             if e:
                 cache.entries[e.past] = found[0]
             own.entries[kept.past] = found[1]
             if e and e.index_width:
-                cache.index = self.ops.new_index_cache(found[0], len(e.layers), e.index_width)
+                cache.index = ops.new_index_cache(found[0], len(e.layers), e.index_width)
         count = num_blocks if slots is None else slots
         shapes = [each for kind in opened for each in kind.state]
-        rates = self.config.compressed.rates if self.config.compressed else ()
+        rates = config.compressed.rates if config.compressed else ()
         if shapes:
-            rows = {rates[e.layers[0]]: self.ops.new_open(len(e.layers), count, *e.shape) for e in shapes}  # type: ignore[call-arg]
+            rows = {rates[e.layers[0]]: ops.new_open(len(e.layers), count, *e.shape) for e in shapes}  # type: ignore[call-arg]
             cache.open = OpenCache(rows)
         return cache
 
@@ -362,7 +375,3 @@ class DeepseekV4(DecoderModel):
     def greedy(self, hidden: Tensor) -> list[int]:
         """As in `DecoderModel`."""
         return super().greedy(self.summed(hidden))
-
-    def draft_input(self, hidden: Tensor, step: int) -> Tensor:
-        """The streams as they are."""
-        return hidden

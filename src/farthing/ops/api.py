@@ -449,6 +449,7 @@ class StreamedHandles:
     feed: Handle
     chosen: Tensor | None  # [V, k] int64 experts of every token; None: the router chooses
     rate: int  # of its past
+    row: int  # among the layers of this rate
     attention_sum: SharedSum | None = None  # as in `LayerHandles`
     feed_sum: SharedSum | None = None
 

@@ -5,7 +5,6 @@ Legend: T tokens of the step; n streams of D columns.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
@@ -59,7 +58,7 @@ class StreamedStack:
 
 def pack_streamed(layers: Sequence[StreamedHandles], ending: Streams | None) -> StreamedStack:
     """Collect the layers' packed parts without copying weights."""
-    native, alive, rows = _native.StreamedLayers(), list[Any](layers), Counter[int]()
+    native, alive = _native.StreamedLayers(), list[Any](layers)
     rates, vocabulary = tuple(sorted({layer.rate for layer in layers})), 0
     for layer in layers:
         norms = [vector(norm.weight) for norm in (layer.norm, layer.q_norm, layer.feed_norm)]
@@ -71,9 +70,8 @@ def pack_streamed(layers: Sequence[StreamedHandles], ending: Streams | None) -> 
             layer.attention_streams.native, layer.feed_streams.native, *map(address, norms),
             layer.first.packed, layer.q.packed, None if layer.index_q is None else layer.index_q.packed,
             [o.packed for o in layer.o_a], layer.o_b.packed, layer.heads.native, layer.feed.native,
-            0 if chosen is None else address(chosen), rates.index(layer.rate), rows[layer.rate], *sums,
+            0 if chosen is None else address(chosen), rates.index(layer.rate), layer.row, *sums,
         )  # fmt: skip
-        rows[layer.rate] += 1
         alive += [*norms, chosen]
     if ending is not None:
         native.end(ending.native)
