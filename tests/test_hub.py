@@ -493,6 +493,16 @@ def test_short_names_are_those_of_published_configurations(hub: Hub, monkeypatch
         resolve_model("smal")
 
 
+def test_show_describes_a_published_model_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = CliRunner().invoke(app, ["show", "Qwen3-8B", "--json"])
+    shown = json.loads(done.output)
+    assert shown["model"] == short_names()["qwen3-8b"] and shown["path"] == "not downloaded"
+    assert shown["type"] == "qwen3" and shown["layers"] == 36 and not hub.asked and not hub.fetched
+    monkeypatch.setattr("farthing.cli.models.available_memory", lambda: 10**9)
+    small = json.loads(CliRunner().invoke(app, ["show", "qwen3-8b", "--json"]).output)
+    assert small["fit"].startswith("no: model: qwen3-8b needs ")
+
+
 def test_downloads_show_one_progress(hub: Hub) -> None:
     with_large(hub)
     hub.faults = [2_000_000]  # so that it takes longer than a look

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
 from farthing.memory import available_memory
 from farthing.model import ModelConfig
+from farthing.planner.estimate import published_config
 from farthing.planner.fit import fit
 from farthing.planner.footprint import quantization_of
 from farthing.process import cache_dir
@@ -123,7 +125,9 @@ show_app = typer.Typer(add_completion=False)
 
 @show_app.command()
 def show(model: _Model, as_json: _Json = False) -> None:
-    """What MODEL is, and how it would fit this machine. Of a hub id only its configuration is downloaded."""
+    """What MODEL is, and how it would fit this machine. Of a hub id only its configuration is downloaded, of
+    a short name nothing.
+    """
     with one_line_errors("show"):
         shown = _shown(model)
     if as_json:
@@ -135,7 +139,20 @@ def show(model: _Model, as_json: _Json = False) -> None:
 
 
 def _shown(model: str) -> dict[str, Any]:
-    path = hub.resolve_config(model)
+    name = hub.short_names().get(model.lower(), model)
+    here = Path(model).expanduser().exists() or any(each.model == name for each in hub.cached())
+    packaged = None if here else published_config(model)
+    if packaged is None:
+        path = hub.resolve_config(model)
+        return _described(name, path, str(path))
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / model.lower()
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(packaged), encoding="utf-8")
+        return _described(name, path, "not downloaded")
+
+
+def _described(name: str, path: Path, where: str) -> dict[str, Any]:
     raw = read_config(path)
     config = ModelConfig.from_json(raw)
     experts = config.n_routed_experts or 0
@@ -144,8 +161,8 @@ def _shown(model: str) -> dict[str, Any]:
     except ValueError as error:
         fits = f"no: {str(error).partition('; ')[0]}"
     return {
-        "model": hub.short_names().get(model.lower(), model),
-        "path": str(path),
+        "model": name,
+        "path": where,
         "type": config.model_type,
         "weights": method_of(quantization_of(raw)),
         "layers": config.num_hidden_layers,

@@ -153,7 +153,7 @@ class _Forward:
             except ReplicaLost as problem:
                 if problem.reached or attempt == _TRIES:
                     why = f"model: {model.name}: its process ended: {problem}"
-                    raise ApiError(502, why, code="model_lost") from problem
+                    raise ApiError(503, why, code="model_lost", retry_after=1) from problem
             await self._front.pool.ended(model)
         return None
 
@@ -167,7 +167,8 @@ class _Forward:
         try:
             await self._relay(model, model.server.url, scope, target, passed, b"", write)
         except ReplicaLost as problem:
-            raise ApiError(502, f"model: {model.name}: {problem}", code="model_lost") from problem
+            why = f"model: {model.name}: {problem}"
+            raise ApiError(503, why, code="model_lost", retry_after=1) from problem
 
     async def _relay(
         self, model: Hosted, url: str, scope: Scope, target: str, headers: Any, body: bytes, write: Send
