@@ -12,6 +12,7 @@ namespace {
 constexpr int kTogether = 8;  // tokens that share a block of keys
 constexpr int kChunk = 512;   // keys of a unit: enough units for all threads where one token decodes
 constexpr int kHead = 16;
+constexpr float kUnscaled[2] = {1.0f, 1.0f};  // scores are scaled instead
 
 struct Unit {
   int token, tokens, begin, end;  // against keys [begin, end)
@@ -80,9 +81,11 @@ struct Reader {
         std::memcpy(k16 + static_cast<size_t>(i) * dim, row, sizeof(uint16_t) * dim);
         continue;
       }
-      float* to = k32 + static_cast<size_t>(i) * layout.dim;
-      kernels.load_key(cache.type, row, nullptr, shape, to);
-      if (layout.halves) kernels.round_bf16(to, layout.dim, k16 + static_cast<size_t>(i) * layout.dim);
+      const size_t to = static_cast<size_t>(i) * layout.dim;
+      if (layout.halves)
+        kernels.load_key16(cache.type, row, kUnscaled, shape, k16 + to);
+      else
+        kernels.load_key(cache.type, row, nullptr, shape, k32 + to);
     }
   }
 };
