@@ -12,6 +12,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "address.h"
 #include "backend.h"
 #include "probe.h"
 
@@ -20,11 +21,6 @@ using namespace farthing;
 using nb::literals::operator""_a;
 
 namespace {
-
-template <class T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // kind, data, scale, zero, n, k, group, minimum, units, minimum units, rows of an FP8 scale
 using SourceTuple =

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "address.h"
+
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
@@ -226,11 +228,6 @@ namespace {
 const Kernels& best_kernels() {
   static const Kernels& best = select_kernels("auto");
   return best;
-}
-
-template <class T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
 }
 
 Levels levels(float low, float high, bool codes) { return {low, high, codes ? kNearestNl4.of : nullptr}; }

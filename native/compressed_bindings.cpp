@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "address.h"
 #include "backend.h"
 #include "indexer.h"
 
@@ -12,13 +13,6 @@ namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 using namespace farthing;
-
-namespace {
-template <class T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-}  // namespace
 
 void bind_compressed(nb::module_& module) {
   const auto free = nb::call_guard<nb::gil_scoped_release>();

@@ -1,19 +1,13 @@
 // The indexer's part of the Python module: addresses and sizes in, the GIL released while computing.
 #include <nanobind/nanobind.h>
 
+#include "address.h"
 #include "indexer.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 using namespace farthing;
-
-namespace {
-template <class T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-}  // namespace
 
 void bind_indexer(nb::module_& module) {
   nb::class_<Indexer>(module, "Indexer")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from farthing.model.config import ModelConfig
 from farthing.model.load import model_of, random_parameters
@@ -48,17 +49,26 @@ def growth(work: Callable[[], object]) -> int:
     return own_memory("VmHWM") - before
 
 
-def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int) -> int:
-    """Growth of rank 0's memory in bytes while it computes `tokens` of one sequence."""
+class Silent(Alone):
+    """A group whose other ranks send zeros."""
+
+    def broadcast(self, x: Tensor, root: int) -> Tensor:
+        return x.zero_()
+
+
+def measure(
+    raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int, rank: int = 0
+) -> int:
+    """Growth of a rank's memory in bytes while it computes `tokens` of one sequence."""
     # No huge pages: the warm-up step would touch whole ones, which would then not be counted.
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
-    rank_module.DistGroup = lambda ranks, timeout: Alone()  # type: ignore[assignment,misc]
+    rank_module.DistGroup = lambda ranks, timeout: Silent()  # type: ignore[assignment,misc]
     config = ModelConfig.from_json(raw)
     source = MemorySource(random_parameters(config))
     ops = select(backend, torch.float32, 1, quantization)  # type: ignore[arg-type]
     # One rank has no groups: the engine drives the model itself.
     alone = layout.world == 1
-    model: Any = model_of(config, ops, source) if alone else Rank(config, source, layout, 0, ops)
+    model: Any = model_of(config, ops, source) if alone else Rank(config, source, layout, rank, ops)
     blocks = list(range(tokens // 16 + 1))
     cache = model.new_cache(len(blocks), 16, "bfloat16")
     cache.data.zero_()  # its pages are not buffers
@@ -72,7 +82,8 @@ def measure(raw: dict[str, Any], layout: Layout, backend: str, quantization: str
             if alone:
                 model.top_logits(model.forward(ids, batch, cache)[-1:], 1)
             else:
-                model.top_logits(1, 1, hidden=model.forward(ids, batch)[-1:])
+                hidden = model.forward(ids, batch)[-1:]
+                model.top_logits(1, 1, hidden=hidden if model.last else hidden[:, : config.hidden_size])
 
     run(4)  # libraries and threads are loaded
     return growth(lambda: run(tokens))

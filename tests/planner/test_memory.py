@@ -21,15 +21,18 @@ from farthing.cli.errors import Exit
 from farthing.cli.plan import app
 from farthing.config import parse_bytes
 from farthing.hub import resolve_model
-from farthing.model.load import config_of
+from farthing.model.config import ModelConfig
+from farthing.model.kinds import Sizing, cache_kinds
+from farthing.model.load import config_of, random_parameters
+from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
-from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
+from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import PlannedModel, RankMemory, Serving, memory
-from tests.tiny import V3
+from tests.tiny import DEEPSEEK_V4, V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from random_model import config as bench_config
@@ -68,9 +71,18 @@ def held(rank: Rank) -> tuple[int, int]:
             slots = [s for c in type(item).__mro__ for s in getattr(c, "__slots__", ())]
             stack += [getattr(item, s) for s in slots if hasattr(item, s)]
             stack += list(getattr(item, "__dict__", {}).values())
-    cache = rank.new_cache(SERVING.cache_tokens // 16, 16, "bfloat16").data
-    rope = 4 * rank.model.config.max_position_embeddings * rank.model.config.latent.qk_rope_head_dim
-    return sum(weights.values()) - rope, cache.numel() * cache.element_size()
+    tables = {id(table): table.nbytes for table in rank.model.rotations.tables}
+    return sum(weights.values()) - sum(tables.values()), cache_of(rank, SERVING)
+
+
+def cache_of(rank: Rank, serving: Serving) -> int:
+    """Bytes of a rank's cache."""
+    blocks = serving.cache_tokens // serving.block_size
+    kinds = cache_kinds(rank.plan.config)
+    sizing = Sizing(kinds, serving.cache_dtype, serving.block_size, serving.max_num_batched_tokens)
+    sizes = sizing.sizes(serving.max_num_seqs, sizing.checkpoints(serving.max_num_seqs, blocks))
+    cache = rank.new_cache(blocks, serving.block_size, "bfloat16", sizes.windows, sizes.slots)
+    return sum(each.nbytes for kind in cache.by_kind() for each in kind)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -86,6 +98,31 @@ def test_rank_has_the_planned_bytes(backend: str, layout: Layout, monkeypatch: p
         weights, cache = held(rank)
         assert planned_rank.weights == pytest.approx(weights, rel=0.05)
         assert planned_rank.cache == cache
+
+
+V4 = DEEPSEEK_V4 | dict(
+    vocab_size=512, hidden_size=256, moe_intermediate_size=128, num_attention_heads=8, head_dim=64,
+    qk_rope_head_dim=32, q_lora_rank=128, o_lora_rank=64, index_n_heads=8, index_head_dim=64,
+    n_routed_experts=8, num_nextn_predict_layers=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("layout", [Layout(2), Layout(1, 2), Layout(1, 1, 2)], ids=repr)
+def test_rank_of_a_compressed_past_has_the_planned_bytes(
+    backend: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "cpu":
+        pytest.importorskip("farthing._native")
+    monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
+    config = ModelConfig.from_json(V4)
+    source, plan = MemorySource(random_parameters(config)), ShardPlan.build(config, layout)
+    model = PlannedModel.of(plan, lambda name: Stored("float32"))
+    for expected in memory(model, plan, Holder(backend, 4), SERVING):
+        rank = Rank(config, source, layout, expected.rank, select(backend, torch.float32, 1))
+        weights, cache = held(rank)
+        assert expected.weights == pytest.approx(weights, rel=0.05)
+        assert expected.cache == pytest.approx(cache, rel=0.01)
 
 
 def test_float16_checkpoint_is_packed_in_float32(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ BACKENDS = [
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux keeps these books")
 
 
-Measure = Callable[[dict[str, Any], Layout, str, str | None, int], int]
+Measure = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +58,18 @@ def measured() -> Iterator[Measure]:
     assert process.stdin is not None and process.stdout is not None
 
     def measure(
-        raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int
+        raw: dict[str, Any],
+        layout: Layout,
+        backend: str,
+        quantization: str | None,
+        tokens: int,
+        rank: int = 0,
     ) -> int:
         if backend == "cpu":
             pytest.importorskip("farthing._native")
         ranks = [layout.tp, layout.pp, layout.ep]
         asked = dict(raw=raw, layout=ranks, backend=backend, quantization=quantization, tokens=tokens)
+        asked |= {"rank": rank}
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         return int(process.stdout.readline().split()[-1])
@@ -113,13 +119,21 @@ STREAMED = DEEPSEEK_V4 | dict(
 
 
 @linux
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_streams_and_a_compressed_past_are_planned(quantization: str | None, measured: Measure) -> None:
-    """Buffers of DeepSeek-V4 with few weights; of the cache, the planned bytes are those that it has."""
-    plan = ShardPlan.build(ModelConfig.from_json(STREAMED), Layout())
-    serving, holder = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1), Holder("cpu", 4, quantization)
-    planned = step(plan, Layout().place(0), holder, serving, Stored("float32"))
-    assert planned == pytest.approx(measured(STREAMED, Layout(), "cpu", quantization, TOKENS), rel=0.05)
+@pytest.mark.parametrize(("backend", "quantization"), BACKENDS[:3])
+@pytest.mark.parametrize(
+    ("layout", "rank"),
+    [(Layout(), 0), (Layout(2), 0), (Layout(1, 2), 0), (Layout(1, 2), 1), (Layout(1, 1, 2), 0)],
+    ids=repr,
+)
+def test_streams_and_a_compressed_past_are_planned(
+    layout: Layout, rank: int, backend: str, quantization: str | None, measured: Measure
+) -> None:
+    """Buffers of DeepSeek-V4 with few weights; of weights and cache, `test_memory` compares the bytes."""
+    plan = ShardPlan.build(ModelConfig.from_json(STREAMED), layout)
+    serving, holder = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1), Holder(backend, 4, quantization)
+    planned = step(plan, layout.place(rank), holder, serving, Stored("float32"))
+    taken = measured(STREAMED, layout, backend, quantization, TOKENS, rank)
+    assert planned == pytest.approx(taken, rel=0.05)
 
 
 @linux

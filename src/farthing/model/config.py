@@ -219,6 +219,11 @@ class ModelConfig:
         return self.hidden_size * (1 if self.streams is None else self.streams.count)
 
     @property
+    def mixed_width(self) -> int:
+        """Coefficients by which the output of half a layer is added to the streams; 0 if there is one."""
+        return 0 if self.streams is None else self.streams.count * (self.streams.count + 1)
+
+    @property
     def routed_per_token(self) -> float:
         """Routed experts per token: fewer than num_experts_per_tok if a balanced router picks identities."""
         return self.num_experts_per_tok * (self.n_routed_experts or 0) / max(self.router_size, 1)

@@ -15,7 +15,16 @@ from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds
 from farthing.model.heads import CompressedHeads, GroupedHeads, Heads, LatentHeads
 from farthing.ops.cpu.stack import MOST_SCORES
 from farthing.ops.weights import Cut, bounds, loaded_as
-from farthing.parallel.plan import EMBEDDING, Layout, Place, PlanError, ShardPlan, layer_of, representatives
+from farthing.parallel.plan import (
+    EMBEDDING,
+    MICRO_ROWS,
+    Layout,
+    Place,
+    PlanError,
+    ShardPlan,
+    layer_of,
+    representatives,
+)
 from farthing.parallel.shared import SLOT_BYTES
 from farthing.planner.footprint import Holder, Stored, StoredOf
 
@@ -219,7 +228,7 @@ def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, sto
     size.
     """
     c, layout = plan.config, plan.layout
-    tables = {(c.rope_of(i), c.heads(i).rotary_width) for i in plan.stages[place.stage]}
+    tables = {(c.rope_of(i), c.heads(i).rotary_width) for i in _layers(plan, place)}
     positions = c.max_position_embeddings
     if holder.backend != "gpu":
         positions = min(positions, serving.max_model_len)
@@ -232,6 +241,27 @@ def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, sto
 def step(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, stored: Stored) -> int:
     """Bytes of buffers in a full step."""
     shard = Shard.of(plan, place, stored)
+    whole = serving.max_num_batched_tokens
+    c, layout = plan.config, plan.layout
+    parts = 1 if layout.dp_attention else max(1, min(layout.pp, whole // MICRO_ROWS))
+    tokens = -(-whole // parts)
+    bound = _computing(shard, plan, holder, replace(serving, max_num_batched_tokens=tokens))
+    if layout.world == 1 or (parts == 1 and holder.backend == "cpu"):
+        return bound
+    # Stages compute a part of the step at a time. They keep its embeddings, a part's input that they receive,
+    # and the outputs of all parts, which are joined at the end.
+    ends = place.stage == layout.pp - 1 and not c.num_nextn_predict_layers
+    width, out = c.state_width, c.hidden_size if ends else c.state_width
+    own = tokens * width
+    kept = whole * width + (whole - tokens) * out + own * (place.stage > 0)
+    if holder.backend != "cpu":
+        return bound + holder.item * kept
+    # `bound` has a part's input and output, of which what native code keeps remains at the end.
+    return bound + _FLOAT * max(kept - own, whole * (width + 2 * out) - 2 * own)
+
+
+def _computing(shard: Shard, plan: ShardPlan, holder: Holder, serving: Serving) -> int:
+    """Bytes of buffers while layers compute."""
     tokens = serving.max_num_batched_tokens
     if holder.backend == "reference":
         return _reference(shard, holder.item, tokens, max(serving.max_model_len, tokens))
@@ -246,6 +276,8 @@ def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
     c, t = s.config, tokens
 
     def attention(a: Heads) -> int:
+        if isinstance(a, CompressedHeads):
+            return _reference_past(s, a, item, t, keys)
         # Per query head and token: the query as it meets a cached row, and what it reads.
         width, read = a.cache_width, a.dot_width - a.cache_width if isinstance(a, LatentHeads) else a.head_dim
         activations = item * t * (c.hidden_size + a.first_width + a.query_width + s.heads * read)
@@ -258,6 +290,17 @@ def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
     moe = item * t * (3 * c.hidden_size + 3 * s.shared) + _FLOAT * t * c.hidden_size
     moe += item * one * (2 * c.hidden_size + 3 * s.expert)
     return max(*map(attention, s.kinds), mlp, moe)
+
+
+def _reference_past(s: Shard, a: CompressedHeads, item: int, tokens: int, keys: int) -> int:
+    """A window and every entry are read; the sink has a column of the weights."""
+    c = s.config
+    index = 2 * a.index_n_heads * a.index_head_dim if a.indexed in a.rates else 0
+    columns = c.state_width + c.hidden_size + c.mixed_width + a.first_width + 3 * a.query_width + index
+    past = max((keys // rate for rate in a.rates if rate), default=0)
+    read = min(keys, tokens + a.sliding_window - 1) + past
+    masks, scores = 2 * tokens * read, tokens * a.num_attention_heads * (3 * read + 2)
+    return item * tokens * columns + _FLOAT * (scores + read * a.head_dim) + masks
 
 
 def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
@@ -278,11 +321,11 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     outputs = max(map(outputs_of, s.kinds))
     if c.recurrent is not None:
         outputs = max(outputs, c.recurrent.spec.channels + 2 * c.recurrent.spec.values)
-    streams = 0 if c.streams is None else c.streams.count  # before the layers and after each of them
-    outputs += streams * (streams + 1)
     # Of all layers in one call; experts that are added a layer later are held until then.
-    hidden = 3 + (c.shortcut_experts or c.parallel_mlp) + 2 * streams
-    buffers = _FLOAT * t * (outputs + hidden * c.hidden_size)
+    hidden = (3 + (c.shortcut_experts or c.parallel_mlp)) * c.hidden_size
+    if c.streams is not None:  # before the layers and after each of them
+        hidden += 2 * c.state_width + c.mixed_width
+    buffers = _FLOAT * t * (outputs + hidden)
     return buffers + workspace
 
 
@@ -381,12 +424,15 @@ def _sizing(plan: ShardPlan, place: Place, serving: Serving) -> Sizing:
 
 def _kinds(plan: ShardPlan, place: Place) -> tuple[CacheKind, ...]:
     """What this rank's layers keep."""
-    c = plan.config
-    layers = {
-        i for i in range(c.num_hidden_layers + c.num_nextn_predict_layers) if plan.holds_layer(i, place)
-    }
+    c, layers = plan.config, _layers(plan, place)
     first, *others = (kind.held_by(layers) for kind in cache_kinds(c, plan.layout.tp))
     return replace(first, index_rows=sum(map(c.has_indexer, layers))), *others
+
+
+def _layers(plan: ShardPlan, place: Place) -> set[int]:
+    """This rank's layers, MTP layers included."""
+    layers = range(plan.config.num_hidden_layers + plan.config.num_nextn_predict_layers)
+    return {i for i in layers if plan.holds_layer(i, place)}
 
 
 def cache_row_bytes(config: ModelConfig, layer: int, cache_dtype: str, tp: int) -> tuple[int, int]:
@@ -556,8 +602,7 @@ def _experts(
     if len(local) == 1:  # a bias
         return 4 * local[0] * experts
     n, k = local
-    absent = holder.backend == "cpu" and plan.layout.ep > 1  # one block of zeros replaces the others
-    return holder.matrix(n, k, stored, mlp=True) * (experts + absent)
+    return holder.matrix(n, k, stored, mlp=True) * experts
 
 
 def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
