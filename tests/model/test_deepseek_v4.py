@@ -33,6 +33,8 @@ from farthing.ops.torch_util import make_batch
 from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
 from tests.tiny import DEEPSEEK_V4
 
+from .steps import distance, logits_of
+
 CONFIG = ModelConfig.from_json(DEEPSEEK_V4)
 FLASH = dict(  # as released, without what is not read
     model_type="deepseek_v4",
@@ -62,32 +64,12 @@ def built(backend: str = "cpu", **options: Any) -> DecoderModel:
 
 
 def logits(model: DecoderModel, dtype: CacheDtype = "float32", length: int = 60) -> torch.Tensor:
-    """A prompt in two chunks, a step of two sequences, and a step of one, over scattered blocks and slots
-    that held other sequences."""
-    ids = (torch.arange(length) * 7) % CONFIG.vocab_size
-    block = length // 8 + 2
-    cache = model.new_cache(2 * block, 8, dtype, slots=3)
-    assert cache.open is not None
-    for each in cache.open.tensors():
-        each += torch.nan
-    first, second = list(reversed(range(block))), list(range(block, block + 4))
-    parts = [
-        (ids[: length - 6], make_batch([length - 6], [0], [first], 8, [2])),
-        (ids[:9], make_batch([4, 5], [length - 6, 0], [first, second], 8, [2, 0])),
-        (ids[:3], make_batch([1, 2], [length - 2, 5], [first, second], 8, [2, 0])),
-        (ids[:1], make_batch([1], [length - 1], [first], 8, [2])),
-    ]
-    with torch.inference_mode():
-        return torch.cat([model.logits(model.forward(part, batch, cache)).float() for part, batch in parts])
+    return logits_of(model, (torch.arange(length) * 7) % CONFIG.vocab_size, dtype)
 
 
 @pytest.fixture(scope="module")
 def expected() -> torch.Tensor:
     return logits(built("reference"))
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("isa", _native.instruction_sets().split())

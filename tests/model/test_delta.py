@@ -22,6 +22,8 @@ from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from tests.tiny import QWEN3_NEXT
 
+from .steps import distance, logits_of
+
 CONFIG = ModelConfig.from_json(QWEN3_NEXT)
 
 
@@ -31,32 +33,12 @@ def built(backend: str = "cpu", **options: Any) -> DecoderModel:
 
 
 def logits(model: DecoderModel, dtype: CacheDtype = "float32", length: int = 40) -> torch.Tensor:
-    """A prompt in two chunks, a step of two sequences, and a step of one, over scattered blocks and slots
-    that held other sequences."""
-    ids = torch.arange(length) % CONFIG.vocab_size
-    cache, block = model.new_cache(40 + length // 8, 8, dtype, slots=3), length // 8 + 2
-    assert cache.state is not None
-    for each in cache.state.tensors():
-        each += torch.nan
-    first = list(reversed(range(block)))
-    second = list(range(block, block + 4))
-    parts = [
-        (ids[: length - 6], make_batch([length - 6], [0], [first], 8, [2])),
-        (ids[:9], make_batch([4, 5], [length - 6, 0], [first, second], 8, [2, 0])),
-        (ids[:3], make_batch([1, 2], [length - 2, 5], [first, second], 8, [2, 0])),
-        (ids[:1], make_batch([1], [length - 1], [first], 8, [2])),
-    ]
-    with torch.inference_mode():
-        return torch.cat([model.logits(model.forward(part, batch, cache)).float() for part, batch in parts])
+    return logits_of(model, torch.arange(length) % CONFIG.vocab_size, dtype)
 
 
 @pytest.fixture(scope="module")
 def expected() -> torch.Tensor:
     return logits(built("reference"))
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
 
 
 @pytest.mark.parametrize("isa", _native.instruction_sets().split())
