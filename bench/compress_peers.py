@@ -29,6 +29,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ from farthing.checkpoint.compressed_tensors import MARK
 from farthing.checkpoint.gguf import ARCHITECTURES
 from farthing.compress.evaluate import Interval, ratio_interval
 from farthing.hub import resolve_model
+from farthing.model.load import load
 from farthing.ops.cpu.weights import choose, packed_bytes
+from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, loaded_as, quantize_int8, rounded
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +56,21 @@ sys.path = [path for path in sys.path if path != str(ROOT / "bench")]  # transfo
 WINDOW = 512  # tokens
 KINDS = ("chat", "code", "prose")
 TABLE = "model.embed_tokens.weight"
-FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+FEED_FORWARD = ("*.gate_proj", "*.up_proj", "*.down_proj")
+MATRICES = {  # what can be in 4 bits alone, the rest in 8; latent attention has no keys and values
+    "nothing": (),
+    "queries": ("*.q_proj", "*.q_a_proj", "*.q_b_proj"),
+    "keys": ("*.k_proj",),
+    "values": ("*.v_proj",),
+    "latents": ("*.kv_a_proj_with_mqa", "*.kv_b_proj"),
+    "outputs": ("*.o_proj",),
+    "gates": ("*.gate_proj",),
+    "ups": ("*.up_proj",),
+    "downs": ("*.down_proj",),
+    "routed experts": ("*.experts.*",),
+    "shared experts": ("*.shared_experts.*",),
+    "embedding and head": ("model.embed_tokens", "lm_head"),
+}
 console = Console(width=150)
 
 
@@ -125,7 +143,9 @@ def unpack(model: Path, out: Path, dither: bool) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(directory / name, out / name)
     config = json.loads((directory / "config.json").read_text())
-    kind = {"llama": "LlamaForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}[config["model_type"]]
+    kinds = {"llama": "Llama", "gemma3_text": "Gemma3", "deepseek_v3": "DeepseekV3"}
+    kind = f"{kinds[config['model_type']]}ForCausalLM"
+    config.pop("quantization_config", None)
     config |= {"architectures": [kind], "torch_dtype": "float32", "dtype": "float32"}
     (out / "config.json").write_text(json.dumps(config, indent=1))
 
@@ -290,8 +310,9 @@ def ours(recipe: dict[str, Any]) -> Row:
     return row
 
 
-def loaded(quantization: str) -> Row:
-    """`farthing serve --quantization`: rounded while loading, without calibration."""
+def loaded(quantization: str, narrow: tuple[str, ...] = FEED_FORWARD) -> Row:
+    """`farthing serve --quantization`: rounded while loading, without calibration. narrow: fnmatch patterns
+    of the modules in 4 bits."""
 
     def row(paths: Paths, out: Path) -> Result:
         tensors, size = tensors_of(paths.source), 0
@@ -299,7 +320,7 @@ def loaded(quantization: str) -> Row:
             if w.ndim < 2:
                 size += 2 * w.numel()
                 continue
-            mlp = name.split(".")[-2] in FEED_FORWARD
+            mlp = any(fnmatchcase(name.removesuffix(".weight"), pattern) for pattern in narrow)
             size += packed_bytes(*w.shape, choose("float32", w.shape[1], 0, loaded_as(quantization, mlp)))
             tensors[name] = rounded(Weight("dense", w), quantization, mlp).dequantize()
         return Result(tensors, size)
@@ -439,6 +460,7 @@ ROWS: dict[str, Row] = {
     ),
     "int4 g32": ours(INT4 | {"group_size": 32}),
     "load-time int4": loaded("int4"),
+    **{f"4 bits: {name}": loaded("int4", patterns) for name, patterns in MATRICES.items()},
     "llm-compressor GPTQ g64": llm_compressor(64),
     "llm-compressor GPTQ g32": llm_compressor(32),
     "AutoRound g64, no iterations": auto_round(64, iters=0, disable_opt_rtn=False),
@@ -456,6 +478,8 @@ def hidden_of(paths: Paths, result: Result) -> list[Tensor]:
     """The normed hidden states of each held-out window, [T, D]."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if any(".experts." in name for name in result.tensors):
+        return _hidden_here(paths, result)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(paths.source), dtype=torch.float32)
     missing, unexpected = model.load_state_dict(result.tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
@@ -464,6 +488,20 @@ def hidden_of(paths: Paths, result: Result) -> list[Tensor]:
     for row in ids_in(paths.held_out):
         ids = torch.tensor([row["ids"][:-1]])
         found.append(model.model(input_ids=ids, use_cache=False).last_hidden_state[0].clone())
+    return found
+
+
+def _hidden_here(paths: Paths, result: Result) -> list[Tensor]:
+    """The same by our reference ops, of files whose experts transformers would have to stack."""
+    folder = paths.work / "row"
+    shutil.copytree(paths.source, folder, dirs_exist_ok=True)
+    save_file({name: w.contiguous() for name, w in result.tensors.items()}, folder / "model.safetensors")
+    model, found = load(folder, select("reference", dtype=torch.float32)), []
+    for row in ids_in(paths.held_out):
+        ids = torch.tensor(row["ids"][:-1])
+        blocks = list(range(-(-len(ids) // 16)))
+        batch, cache = make_batch([len(ids)], [0], [blocks], 16), model.new_cache(len(blocks), 16, "float32")
+        found.append(model.normed(model.forward(ids, batch, cache)).clone())
     return found
 
 

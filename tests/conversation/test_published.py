@@ -18,7 +18,7 @@ from farthing.engine.tokenizer import Tokenizer
 from tests.conversation.published import SHAPES
 from tests.conversation.talks import declared, messages, talks
 
-COUNT = 200
+COUNT = 400
 BACKEND = HfTokenizer(models.WordLevel({"x": 0}, unk_token="x"))
 THEIRS = PreTrainedTokenizerFast(tokenizer_object=BACKEND, bos_token="<s>", eos_token="</s>")
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>"}
