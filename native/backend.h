@@ -103,6 +103,23 @@ struct Attention {
   // Queries come normed and rotated, and the cache is filled: a row's latent is key and value at once.
   bool prepared = false;
 
+  // Whether a key is its value times k_norm but for the first rope / 2 elements of each half, which rotate:
+  // only those are cached besides the value. Else rope == value, and keys are cached whole.
+  bool shared() const { return rotated > 0 && rope < value; }
+  // A query head of grouped attention, normed and rotated, as scores read it: `to` has zeros, and what is
+  // for the rotary part of a key begins at `first`.
+  void put_query(const float* row, float* to, int first) const {
+    if (!shared()) {
+      for (int i = 0; i < value; ++i) to[first + i] = row[i] * scale;
+      return;
+    }
+    for (int i = 0; i < value; ++i)
+      if (i % (value / 2) >= rope / 2) to[i] = row[i] * k_norm[i] * scale;
+    for (int i = 0; i < rope; ++i) to[first + i] = row[turning(i)] * scale;
+  }
+  // The element of a head that is the i-th of those that rotate.
+  int turning(int i) const { return i < rope / 2 ? i : value / 2 + i - rope / 2; }
+
   // The first of a token's keys that it sees.
   int first_key(int keys) const { return window ? std::max(0, keys - window) : 0; }
   // The sum of a head's weights, relative to the reference `max`, with the sink's.

@@ -62,7 +62,7 @@ Expanded::Expanded(Workspace& work, const Kernels& kernels, const Attention& w, 
       halves_(in.cache.type != CacheType::f32 && kernels.wide_halves.product),
       wide_(halves_ ? kernels.wide_halves : kernels.wide),
       shape_(w.shape()),
-      nope_(round_up(w.nope, 32)),
+      nope_(w.shared() ? shape_.latent_padded : round_up(w.nope, 32)),
       value_(round_up(w.value, 32)),
       query_(nope_ + shape_.width - shape_.latent_padded) {
   if (tokens.parts.empty()) return;
@@ -81,7 +81,7 @@ Expanded::Expanded(Workspace& work, const Kernels& kernels, const Attention& w, 
 
 Expanded::Space Expanded::space(uint8_t* at) const {
   const size_t element = halves_ ? 2 : 4, block = kWideBlock, tile = kTileQueries, tiles = most_tiles_;
-  const size_t columns = nope_ + value_, c = shape_.latent_padded;
+  const size_t columns = nope_ + value_, c = w_.grouped() ? 0 : shape_.latent_padded;
   size_t used = 0;
   const auto take = [&](size_t bytes) {
     uint8_t* found = at ? at + used : nullptr;
@@ -144,7 +144,7 @@ void Expanded::take_weights(int head, const Space& s) const {
 // Scaled and rotated queries of the head, a tile at a time.
 void Expanded::take_queries(const Unit& u, const Space& s) const {
   const size_t tile_bytes = static_cast<size_t>(query_) * kTileQueries * (halves_ ? 2 : 4);
-  const int width = w_.nope + w_.rope;
+  const int width = w_.grouped() ? w_.value : w_.nope + w_.rope;
   for (int tile = 0; tile < tiles(u); ++tile) {
     const int first = u.first + tile * kTileQueries, count = std::min(kTileQueries, u.last - first);
     std::fill_n(s.floats, kTileQueries * query_, 0.0f);
@@ -152,7 +152,7 @@ void Expanded::take_queries(const Unit& u, const Space& s) const {
       const float* from = in_.q.row(first + i) + static_cast<int64_t>(u.head) * width;
       float* to = s.floats + i * query_;
       if (w_.grouped()) {  // rotated already
-        for (int k = 0; k < width; ++k) to[k] = from[k] * w_.scale;
+        w_.put_query(from, to, nope_);
         continue;
       }
       const int64_t at = static_cast<int64_t>(in_.batch.positions[first + i]) * (w_.rope / 2);
@@ -168,9 +168,9 @@ void Expanded::take_queries(const Unit& u, const Space& s) const {
 // up to a multiple of 32.
 void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space& s) const {
   const size_t element = halves_ ? 2 : 4;
-  const int rows = round_up(keys, 32), columns = nope_ + value_;
+  const int nope = w_.grouped() ? 0 : nope_, rows = round_up(keys, 32), columns = nope + value_;
   const KeyReader reader(kernels_, in_.cache, in_.batch, shape_, s.key32, s.key16);
-  const size_t row = shape_.width * element, rotary = row - shape_.latent_padded * element;
+  const size_t row = shape_.width * element, rest = (query_ - nope) * element;  // of a key, as cached
   std::memset(s.latents, 0, skipped * row);
   for (int i = skipped; i < keys; ++i)
     reader.copy({u.sequence, w_.group(u.head)}, at + i, halves_, s.latents + i * row);
@@ -182,12 +182,12 @@ void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space&
   for (int i = 0; i < rows; ++i) {
     uint8_t* to = s.keys + i * query_ * element;
     const float* from = s.floats + static_cast<size_t>(i) * columns;
-    if (halves_) kernels_.round_bf16(from, nope_, reinterpret_cast<uint16_t*>(to));
-    else std::memcpy(to, from, nope_ * element);
-    std::memcpy(to + nope_ * element, s.latents + (i + 1) * row - rotary, rotary);
+    if (halves_) kernels_.round_bf16(from, nope, reinterpret_cast<uint16_t*>(to));
+    else std::memcpy(to, from, nope * element);
+    std::memcpy(to + nope * element, s.latents + (i + 1) * row - rest, rest);
   }
   float* turned = halves_ ? s.turned : reinterpret_cast<float*>(s.values);
-  kernels_.transpose(s.floats + nope_, columns, rows, value_, turned, kWideBlock);
+  kernels_.transpose(s.floats + nope, columns, rows, value_, turned, kWideBlock);
   if (!halves_) return;
   for (int i = 0; i < value_; ++i)
     kernels_.round_bf16(turned + i * kWideBlock, rows,

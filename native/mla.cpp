@@ -4,6 +4,8 @@
 //
 // Grouped-query attention takes the same path: a key-value head is a row of the cache whose latent is the
 // value and whose rotary part is the key. Its queries have zeros for the latent, and nothing is projected.
+// Where keys are values with another norm (K = V), the rotary part has only what rotates of the key, and
+// queries read the rest in the latent.
 //
 // Legend: T tokens, H heads, n nope, r rotary, c latent, v value head size, W padded key width, G key-value
 // heads, d their width.
@@ -185,8 +187,7 @@ class Mla {
     if (w_.prepared) {
       team.for_units(0, in_.tokens, w_.heads, [&](int t, int h) {
         if (wide_.place[t] >= 0)
-          scale_query(in_.q.row(t) + static_cast<int64_t>(h) * w_.latent, w_.latent, query(wide_.place[t], h),
-                      0);
+          scale_query(in_.q.row(t) + static_cast<int64_t>(h) * w_.latent, query(wide_.place[t], h));
       });
     } else if (w_.grouped()) {
       prepare_and_cache(team);
@@ -237,29 +238,30 @@ class Mla {
   // Grouped-query attention: adds biases, norms and rotates queries and keys in place; caches keys and
   // values.
   void prepare_and_cache(Team& team) const {
-    const int heads = w_.heads + w_.groups, d = w_.rope;
+    const int heads = w_.heads + w_.groups, d = w_.value;
+    float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
     if (!w_.whole_norm)
       return team.for_units(0, in_.tokens, heads, [&](int t, int h) {
         add_bias(t, h);
-        prepare_head(t, h, w_.q_norm, w_.k_norm);
+        prepare_head(t, h, w_.q_norm, w_.k_norm, scratch);
       });
     team.for_units(0, 1, in_.tokens, [&](int, int t) {
       for (int h = 0; h < heads; ++h) add_bias(t, h);
       kernels_.rms_norm(in_.q.row(t), w_.q_norm, in_.eps, w_.heads * d, in_.q.row(t));
       kernels_.rms_norm(in_.kv.row(t), w_.k_norm, in_.eps, w_.groups * d, in_.kv.row(t));
-      for (int h = 0; h < heads; ++h) prepare_head(t, h, nullptr, nullptr);
+      for (int h = 0; h < heads; ++h) prepare_head(t, h, nullptr, nullptr, scratch);
     });
   }
 
   // A query head, or with H <= head the key and the value of a group.
   float* prepared(int t, int head) const {
-    return head < w_.heads ? in_.q.row(t) + static_cast<int64_t>(head) * w_.rope
-                           : in_.kv.row(t) + static_cast<int64_t>(head - w_.heads) * w_.rope;
+    return head < w_.heads ? in_.q.row(t) + static_cast<int64_t>(head) * w_.value
+                           : in_.kv.row(t) + static_cast<int64_t>(head - w_.heads) * w_.value;
   }
 
   void add_bias(int t, int head) const {
     if (!w_.bias) return;
-    const int d = w_.rope;
+    const int d = w_.value;
     float* to = prepared(t, head);
     const float* bias = w_.bias + static_cast<int64_t>(head) * d;
     for (int i = 0; i < d; ++i) to[i] += bias[i];
@@ -268,8 +270,8 @@ class Mla {
     for (int i = 0; i < d; ++i) to[i] += bias[i];
   }
 
-  void prepare_head(int t, int head, const float* q_norm, const float* k_norm) const {
-    const int d = w_.rope, g = head - w_.heads;
+  void prepare_head(int t, int head, const float* q_norm, const float* k_norm, float* scratch) const {
+    const int d = w_.value, g = head - w_.heads;
     const float* norm = g < 0 ? q_norm : k_norm;
     float* row = prepared(t, head);
     if (norm) kernels_.rms_norm(row, norm, in_.eps, d, row);
@@ -278,16 +280,21 @@ class Mla {
     if (g >= 0) {
       float* value = row + static_cast<int64_t>(w_.groups) * d;
       if (w_.v_norm) kernels_.rms_norm(value, w_.v_norm, in_.eps, d, value);
-      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t], value, d, row, d, w_.fixed);
+      for (int i = 0; i < w_.rope && w_.shared(); ++i) scratch[i] = row[w_.turning(i)];
+      return write_latent(kernels_, in_.cache.row(g), in_.batch.slots[t], value, d,
+                          w_.shared() ? scratch : row, w_.rope, w_.fixed);
     }
     const int place = wide_.place[t];
-    if (place >= 0) scale_query(row, d, query(place, head), shape_.latent_padded);
+    if (place < 0) return;
+    float* to = query(place, head);
+    std::fill(to, to + shape_.width, 0.0f);
+    w_.put_query(row, to, shape_.latent_padded);
   }
 
-  // A query head as scores read it, from column `first` of a key on.
-  void scale_query(const float* row, int n, float* to, int first) const {
+  // A query as scores read it where a latent is the whole key.
+  void scale_query(const float* row, float* to) const {
     std::fill(to, to + shape_.width, 0.0f);
-    for (int i = 0; i < n; ++i) to[first + i] = row[i] * w_.scale;
+    for (int i = 0; i < w_.latent; ++i) to[i] = row[i] * w_.scale;
   }
 
   // [T, n] W_UK -> [T, c] of each head. A ragged last panel is written after the latent, where zeros are.
@@ -313,7 +320,7 @@ class Mla {
       b.rows = u.rows();
       b.width = shape_.width;
       b.latent = shape_.latent_padded;
-      b.first = w_.grouped() && !w_.prepared ? b.latent : 0;
+      b.first = w_.grouped() && !w_.prepared && !w_.shared() ? b.latent : 0;
       take_query(u, queries, b);
       const Running sums = u.slot < 0 ? at(space_.whole, me) : at(space_.partial, u.slot),
                     next = at(space_.chunk, me);

@@ -74,8 +74,10 @@ void Attention::check() const {
     return;
   }
   if (window < 0) throw std::invalid_argument("a window is negative");
-  if (nope || latent != value || rope != value || rotated > rope || rotated % 2 || !w_uk.empty())
+  if (nope || latent != value || rope > value || rotated > value || rotated % 2 || !w_uk.empty())
     throw std::invalid_argument("grouped attention has heads of other sizes than its keys and values");
+  if (shared() && (rope % 2 || rotated != value || interleaved || whole_norm || !k_norm || !v_norm))
+    throw std::invalid_argument("keys cannot be computed from values");
 }
 
 void Layers::add(Layer l) {
@@ -88,8 +90,8 @@ void Layers::add(Layer l) {
     require(*l.gates, 2 * d.value_heads, hidden, "the projection to b and a");
   } else {
     const Attention& a = *l.attention;
-    const int query = a.heads * (a.nope + a.rope),
-              cached = a.groups * (a.latent + a.rope) + (a.gated ? query : 0);
+    const int key = a.grouped() ? a.value : a.rope, query = a.heads * (a.nope + key),
+              cached = a.groups * (a.latent + key) + (a.gated ? query : 0);
     values = a.heads * a.value;
     a.check();
     require(*l.qkv_a, l.q_width + cached, hidden, "the projection to queries and latents");

@@ -181,7 +181,7 @@ def test_router_reads_its_input_without_the_norm_of_the_experts() -> None:
 def test_cache_has_the_width_of_each_kind() -> None:
     model = built("gemma4")
     cache = model.new_cache(5, 4, windows={9: 3})
-    assert cache.data.shape == (2 * 1, 5, 4, 64) and cache.windows[9].data.shape == (1 * 2, 3, 4, 32)
+    assert cache.data.shape == (2 * 1, 5, 4, 32 + 8) and cache.windows[9].data.shape == (1 * 2, 3, 4, 32)
     names = {name for name, _ in parameter_shapes(CONFIGS["gemma4"])}
     assert "model.layers.0.self_attn.v_proj.weight" in names  # of sliding layers only: others have K = V
     assert "model.layers.1.self_attn.v_proj.weight" not in names

@@ -28,6 +28,8 @@ SIZES = {
     "gpt_oss": GroupedSpec(16, 2, 64, 64, 0.125),
     "many": GroupedSpec(20, 1, 32, 32, 0.2),  # more heads than a unit has rows
     "gemma4": GroupedSpec(4, 2, 512, 512, 0.05),
+    "K = V": GroupedSpec(4, 2, 64, 64, 0.1, turning=16),
+    "K = V, odd": GroupedSpec(6, 3, 24, 24, 0.2, turning=6),
 }
 _EXACT: dict[object, list[Tensor]] = {}
 Step = list[tuple[int, int]]  # (cached, new) of each sequence; none has more cached than it had tokens
@@ -53,6 +55,13 @@ class Case:
             v_norm=torch.rand(spec.head_dim) + 0.5,
         )
         qkv = [torch.randn(n, width) for n in lengths]
+        if spec.turning is not None:
+            angles[:, spec.turning // 2 :] = 0
+            columns = spec.kv_heads * spec.head_dim
+            for each in (*qkv, parts.bias):
+                each[..., -columns:] = each[..., -2 * columns : -columns]
+            norms = torch.rand(spec.head_dim) + 0.5, torch.ones(spec.head_dim)
+            parts = replace(parts, k_norm=norms[0], v_norm=norms[1])
         return cls(spec, parts, torch.stack((angles.cos(), angles.sin())), qkv)
 
     def exact(self) -> list[Tensor]:
@@ -64,9 +73,7 @@ class Case:
 
     def _exact(self) -> list[Tensor]:
         s, out = self.spec, []
-        given = (self.parts.bias, self.parts.sinks, self.parts.v_norm)
-        bias, sinks, norm = (None if p is None else p.double() for p in given)
-        heads = pack_grouped(s, GroupedParts(bias, sinks=sinks, v_norm=norm), self.rope.double(), lambda x: x)
+        heads = pack_grouped(s, self.parts, self.rope, lambda x: x.double())
         for x in self.qkv:
             at = torch.arange(len(x))
             q, k, v = prepared(x.double(), heads, at)
@@ -93,7 +100,8 @@ class Case:
         order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).tolist()
         tables = [order[sum(blocks[:b]) : sum(blocks[: b + 1])] for b in range(len(blocks))]
         nothing = sum(blocks)
-        cache = ops.new_cache(2 * s.kv_heads, nothing + 1, block, 2 * s.head_dim, cache_dtype)
+        width = s.head_dim + (s.turning or s.head_dim)
+        cache = ops.new_cache(2 * s.kv_heads, nothing + 1, block, width, cache_dtype)
         cache.data[:, nothing] = float("nan") if cache.data.dtype.is_floating_point else 127
         if cache.scale is not None:
             cache.scale[:, nothing] = float("nan")
@@ -162,7 +170,8 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     [
         ("small", "float32", 4), ("odd", "bfloat16", 16), ("odd", "int8", 16), ("gpt_oss", "bfloat16", 64),
         ("gpt_oss", "fp8", 16), ("gpt_oss", "float32", 16), ("many", "bfloat16", 16),
-        ("gemma4", "bfloat16", 16),
+        ("gemma4", "bfloat16", 16), ("K = V", "bfloat16", 16), ("K = V", "int8", 16), ("K = V", "fp8", 64),
+        ("K = V, odd", "float32", 4), ("K = V, odd", "bfloat16", 16),
     ],
 )  # fmt: skip
 def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, block: int) -> None:
@@ -175,7 +184,14 @@ def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, bloc
 @pytest.mark.parametrize("window", [None, 30, 200, 700])
 @pytest.mark.parametrize(
     ("name", "cache_dtype"),
-    [("odd", "float32"), ("small", "bfloat16"), ("small", "int8"), ("gemma4", "bfloat16")],
+    [
+        ("odd", "float32"),
+        ("small", "bfloat16"),
+        ("small", "int8"),
+        ("gemma4", "bfloat16"),
+        ("K = V", "bfloat16"),
+        ("K = V, odd", "float32"),
+    ],
 )
 def test_large_chunks_of_long_prompts(isa: str, window: int | None, name: str, cache_dtype: str) -> None:
     """They take expanded attention; other chunks of it give the same bits."""
@@ -223,7 +239,14 @@ def test_extreme_sinks(isa: str, sink: float) -> None:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(
-    ("name", "cache_dtype"), [("small", "float32"), ("odd", "float32"), ("many", "int8")]
+    ("name", "cache_dtype"),
+    [
+        ("small", "float32"),
+        ("odd", "float32"),
+        ("many", "int8"),
+        ("K = V", "float32"),
+        ("K = V, odd", "int8"),
+    ],
 )
 def test_torch(backend: str, window: int | None, sinks: bool, name: str, cache_dtype: str) -> None:
     device = torch.device("cpu")

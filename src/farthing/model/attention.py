@@ -180,6 +180,7 @@ def grouped_spec(
         head_dim=heads.head_dim,
         rope_dim=heads.rotary_width,
         scale=heads.scale,
+        turning=heads.turning,
         gated=heads.output_gate,
         interleaved=config.rope.interleaved,
         whole_norm=heads.qk_norm == "whole",

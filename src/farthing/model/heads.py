@@ -124,6 +124,7 @@ class GroupedHeads:
     sinks: bool = False  # each query head has a score without a value in its softmax
     value_norm: bool = False  # RMSNorm of values, without a weight
     shared_kv: bool = False  # values are what keys are before their norm and rotation
+    turning: int | None = None  # elements of a key that are more than its value times weights; None: all
 
     @property
     def cache_rows(self) -> int:
@@ -132,8 +133,8 @@ class GroupedHeads:
 
     @property
     def cache_width(self) -> int:
-        """Values per row and token: value + key."""
-        return 2 * self.head_dim
+        """Values per row and token: value + key, or what turns of the key."""
+        return self.head_dim + (self.turning or self.head_dim)
 
     @property
     def query_width(self) -> int:
@@ -158,12 +159,12 @@ class GroupedHeads:
     @property
     def dot_width(self) -> int:
         """Multiplications per query head and cached token."""
-        return 2 * self.head_dim
+        return 2 * self.head_dim + (self.turning or 0)
 
     @property
     def expanded_width(self) -> int:
         """The same in a prompt."""
-        return 2 * self.head_dim
+        return self.dot_width
 
     @property
     def scale(self) -> float:
@@ -438,6 +439,10 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
     share = 1.0 if partial is None else checked.number("partial_rotary_factor", partial, above=0.0)
     bias = checked.flag("attention_bias", raw.get("attention_bias") or False)
     scale = raw.get("attention_multiplier")
+    shared, turning = raw.get("shared_kv", False), None
+    if shared and raw.get("value_norm") and raw.get("qk_norm") == "head":
+        rope = checked.read_rope(raw)
+        turning = 2 * int(rope.turning * size // 2) if rope.kind == "proportional" else None
     return GroupedHeads(
         heads,
         groups,
@@ -450,7 +455,8 @@ def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:
         o_bias=bias and raw.get("o_bias", True),
         sinks=raw.get("sinks", False),
         value_norm=raw.get("value_norm", False),
-        shared_kv=raw.get("shared_kv", False),
+        shared_kv=shared,
+        turning=turning if turning and turning < size else None,
     )
 
 

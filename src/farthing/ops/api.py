@@ -88,6 +88,9 @@ class GroupedSpec:
     head_dim: int  # d
     rope_dim: int  # the first rope_dim of d are rotated
     scale: float
+    # Keys are values with k_norm's weights, but for so many elements that turn, the first ones of each half:
+    # only these are cached besides values. None: keys are cached whole.
+    turning: int | None = None
     interleaved: bool = False  # as in AttentionSpec
     whole_norm: bool = False  # norms are of all heads together, not of each
     norm_eps: float = 1e-6  # of the norms of queries and keys

@@ -119,27 +119,37 @@ def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return weight.to(x.dtype) * x32.to(x.dtype)
 
 
-def write_heads(
-    cache: LatentCache, row: int, slots: Tensor, k: Tensor, v: Tensor, fixed: tuple[float, float] | None
-) -> None:
-    """Store keys and values [T, G, d] in the rows from `row` on; fixed: `GroupedSpec.cache_scales`."""
+def turning(spec: GroupedSpec) -> Tensor:
+    """The elements of a key that are cached: all, or those that turn."""
+    count, half = spec.turning or spec.head_dim, spec.head_dim // 2
+    every = torch.arange(spec.head_dim)
+    return every[every % half < count // 2] if spec.turning else every
+
+
+def write_heads(cache: LatentCache, row: int, slots: Tensor, k: Tensor, v: Tensor, g: Grouped) -> None:
+    """Store keys and values [T, G, d] in the rows from `row` on."""
     rows = slice(row, row + k.shape[1])
     data = cache.data[rows].flatten(1, 2)
-    values, scale = quantized(v.transpose(0, 1), k.transpose(0, 1), data.dtype, fixed)
+    keys = k.transpose(0, 1)[..., turning(g.spec)]
+    values, scale = quantized(v.transpose(0, 1), keys, data.dtype, g.spec.cache_scales)
     data[:, slots] = values
     if cache.scale is not None and scale is not None:
         cache.scale[rows].flatten(1, 2)[:, slots] = scale
 
 
-def read_heads(cache: LatentCache, row: int, groups: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+def read_heads(cache: LatentCache, row: int, g: Grouped, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, G, S, d] float32 at slots [B, S]."""
-    rows = slice(row, row + groups)
-    pairs = cache.data[rows].flatten(1, 2)[:, slots].float()  # [G, B, S, 2 d]
-    width = pairs.shape[-1] // 2
+    rows, width = slice(row, row + g.spec.kv_heads), g.spec.head_dim
+    pairs = cache.data[rows].flatten(1, 2)[:, slots].float()  # [G, B, S, d + d], or d + what turns
     if cache.scale is not None and cache_max(cache.data.dtype):
         pairs = scaled(pairs, cache.scale[rows].flatten(1, 2)[:, slots], width)
-    v, k = pairs.transpose(0, 1).split(width, -1)
-    return k, v
+    v, k = pairs.transpose(0, 1).tensor_split([width], -1)
+    if g.spec.turning is None:
+        return k, v
+    assert g.parts.k_norm is not None
+    keys = v * g.parts.k_norm.float()
+    keys[..., turning(g.spec)] = k
+    return keys, v
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, g: Grouped) -> Tensor:
@@ -196,7 +206,7 @@ def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
     s, cache, row, batch = g.spec, place.cache, place.row, place.batch
     size = cache.block_size
     q, k, v = prepared(qkv, g, batch.positions.long())
-    write_heads(cache, row, batch.slots, k, v, s.cache_scales)
+    write_heads(cache, row, batch.slots, k, v, g)
     out = torch.empty(q.shape[0], s.num_heads * s.head_dim, dtype=q.dtype, device=q.device)
     starts, lengths = batch.query_start.tolist(), batch.context_lens.tolist()
     for b, length in enumerate(lengths):
@@ -204,7 +214,7 @@ def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:
         for tokens, read in pieces(start, stop, length - (stop - start), s.window):
             at = torch.arange(read.start, read.stop, device=q.device)
             slots = batch.block_table[b, at // size].long() * size + at % size
-            keys, values = read_heads(cache, row, s.kv_heads, slots[None])
+            keys, values = read_heads(cache, row, g, slots[None])
             seen = visible(at, batch.positions[tokens, None], s.window)
             out[tokens] = attend(q[tokens], keys, values, seen[None], g)
     return gated_output(out, qkv, g)

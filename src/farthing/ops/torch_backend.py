@@ -440,10 +440,10 @@ class TorchOps(ReferenceOps):
     def _grouped(self, qkv: Tensor, g: reference.Grouped, place: Place, plan: list[Span]) -> Tensor:
         cache, row, batch = place.cache, place.row, place.batch
         q, k, v = reference.prepared(qkv, g, batch.positions.long())
-        reference.write_heads(cache, row, batch.slots, k, v, g.spec.cache_scales)
+        reference.write_heads(cache, row, batch.slots, k, v, g)
         parts = []
         for p in plan:
-            keys, read = reference.read_heads(cache, row, g.spec.kv_heads, p.slots)
+            keys, read = reference.read_heads(cache, row, g, p.slots)
             parts.append(reference.attend(q[p.start : p.stop], keys, read, p.seen, g))
         return reference.gated_output(torch.cat(parts) if len(parts) > 1 else parts[0], qkv, g)
 

@@ -153,8 +153,8 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
         linear(c.hidden_size, heads.output_width)
         if isinstance(heads, GroupedHeads):
             d, groups = heads.head_dim, heads.num_key_value_heads
-            one = _storage(holder, s.stored, d)
-            sizes.mla(one, s.heads, 0, d, d, d, step.sequences, step.tokens, step.keys, groups)
+            one, key = _storage(holder, s.stored, d), heads.turning or d
+            sizes.mla(one, s.heads, 0, key, d, d, step.sequences, step.tokens, step.keys, groups)
         elif isinstance(heads, CompressedHeads):
             linear(heads.query_width, heads.q_lora_rank)
             linear(heads.o_lora_rank, heads.query_width // heads.o_groups)

@@ -173,6 +173,15 @@ def test_windows_and_sinks(window: int | None, sinks: bool, cache_dtype: str) ->
     assert error(found, case.exact()) < CACHES[cache_dtype]
 
 
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_keys_of_values(cache_dtype: str) -> None:
+    """K = V: the latent kernel finds the elements of a key that do not turn in its value."""
+    lengths = [90, 40, 1]
+    case = Case.random(GroupedSpec(4, 2, 64, 64, 0.1, turning=16), lengths, sinks=False)
+    found = case.run(GpuOps(torch.float32, DEVICE), in_steps(lengths, 0), cache_dtype)
+    assert error(found, case.exact()) < CACHES[cache_dtype]
+
+
 @pytest.mark.parametrize("splits", [1, 2, 5, 8])
 def test_splits_of_a_window(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them may have neither keys nor the sink."""

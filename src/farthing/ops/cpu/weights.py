@@ -593,8 +593,9 @@ class PackingOps(HostOps):
         found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks, parts.v_norm)
         kept = [None if p is None else vector(p) for p in found]
         native = _native.Attention(
-            spec.num_heads, 0, d, d, d, spec.scale, spec.interleaved, 0, address(rope[0]), address(rope[1])
-        )
+            spec.num_heads, 0, spec.turning or d, d, d, spec.scale, spec.interleaved, 0, address(rope[0]),
+            address(rope[1]),
+        )  # fmt: skip
         bias, q_norm, k_norm, sinks, v_norm = (0 if part is None else address(part) for part in kept)
         native.group(
             spec.kv_heads, spec.rope_dim, bias, q_norm, k_norm, spec.whole_norm, spec.gated, spec.window or 0,

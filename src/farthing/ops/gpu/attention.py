@@ -25,6 +25,7 @@ from farthing.ops.reference import (
     pieces,
     prepared,
     read_heads,
+    turning,
     visible,
     write_heads,
 )
@@ -526,22 +527,28 @@ def attend(
 
 
 def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Tensor:
-    """`Ops.gqa`. Few tokens take the latent kernel, one key-value head at a time: a key has no part in common
-    with its value, so queries have zeros there. Prompts take torch's attention."""
+    """`Ops.gqa`. Few tokens take the latent kernel, one key-value head at a time: where a key has no part in
+    common with its value, queries have zeros. Prompts take torch's attention."""
     s, cache, row, batch = heads.spec, place.cache, place.row, place.batch
     q, k, v = prepared(qkv, heads, batch.positions.long())
-    write_heads(cache, row, batch.slots, k, v, s.cache_scales)
+    write_heads(cache, row, batch.slots, k, v, heads)
     out = torch.empty(q.shape[0], s.num_heads, s.head_dim, dtype=q.dtype, device=q.device)
     if plan.sequences is not None:
         few = slice(None) if plan.tokens is None else plan.tokens
         each, positions = s.num_heads // s.kv_heads, batch.positions[few]
         for g in range(s.kv_heads):
             group = slice(g * each, (g + 1) * each)
-            query = q[few, group].contiguous()
+            query = q[few, group]
+            latent = torch.zeros_like(query)
+            if s.turning is not None and heads.parts.k_norm is not None:
+                at = turning(s)
+                latent = (query * heads.parts.k_norm).to(query.dtype)
+                latent[..., at] = 0
+                query = query[..., at]
             sinks = None if heads.parts.sinks is None else heads.parts.sinks[group]
             out[few, group] = decode(
-                torch.zeros_like(query), query, cache, row + g, batch.block_table, plan.sequences, positions,
-                s.scale, window=s.window, sinks=sinks,
+                latent.contiguous(), query.contiguous(), cache, row + g, batch.block_table, plan.sequences,
+                positions, s.scale, window=s.window, sinks=sinks,
             )  # fmt: skip
     size = cache.block_size
     for span in plan.expanded:
@@ -549,7 +556,7 @@ def attend_grouped(qkv: Tensor, heads: Grouped, place: Place, plan: Plan) -> Ten
         for tokens, read in pieces(span.begin, span.end, span.keys - (span.end - span.begin), window):
             at = torch.arange(read.start, read.stop, device=q.device)
             slots = batch.block_table[span.sequence, at // size].long() * size + at % size
-            keys, values = read_heads(cache, row, s.kv_heads, slots[None])
+            keys, values = read_heads(cache, row, heads, slots[None])
             whole = window is None and tokens.stop - tokens.start == len(read)
             seen = None if whole else visible(at, batch.positions[tokens, None], window)[None]
             mixed = attend_heads(q[tokens], keys, values, seen, heads)
