@@ -579,8 +579,22 @@ class Ops(ABC):
     def new_past(
         self, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
     ) -> tuple[LatentCache, LatentCache]:
-        """Empty entries and window of layers with a compressed past, each in so many blocks of so many."""
-        return self.new_cache(rows, *entries, width, dtype), self.new_cache(rows, *tokens, width, dtype)
+        """Empty entries and window of layers with a compressed past, each in so many blocks of so many.
+
+        Both are in one memory, so that a layer's rows have one numbering: those of the window come first.
+        """
+        own, past = tokens[0] * tokens[1], entries[0] * entries[1]
+        whole = self.new_cache(rows, 1, own + past, width, dtype)
+
+        def part(at: slice, shape: tuple[int, int]) -> LatentCache:
+            data, scale = (
+                None if each is None else each[:, 0, at].reshape(rows, *shape, each.shape[-1])
+                for each in (whole.data, whole.scale)
+            )
+            assert data is not None
+            return LatentCache(data, scale)
+
+        return part(slice(own, None), entries), part(slice(0, own), tokens)
 
     def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
         """Slots for sequences; they need no clearing before a sequence starts."""

@@ -1,10 +1,11 @@
 """Compile every kernel to machine code for an absent GPU, with Triton's assembler, without running it.
 
-    python tests/ops/gpu/compile_kernels.py [--capability 89] [--all]     # one JSON object per kernel
+    python tests/ops/gpu/compile_kernels.py [--capability 89] [--all | --parse]  # a line of JSON per kernel
 
 Uses the backend's launches at DeepSeek-V3's shapes, compiling each instead of launching it.
 --capability: 80 (A100), 86 (A10, RTX 30), 89 (L40, RTX 40), 90 (H100), 100 (B200), 120 (RTX 50).
 --all: every row count of the configuration files; default: the smallest and the largest.
+--parse: only what Triton's language checks, for the smallest.
 """
 
 from __future__ import annotations
@@ -22,14 +23,35 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver, jit
 
-from farthing.ops.api import Batch, IndexCache, LatentCache, Norm, RouterSpec
+from farthing.ops.api import (
+    Batch,
+    CompressedParts,
+    CompressedSpec,
+    DeltaParts,
+    DeltaSpec,
+    IndexCache,
+    IndexerSpec,
+    LatentCache,
+    Norm,
+    OpenCache,
+    Place,
+    PoolParts,
+    RouterSpec,
+    StateCache,
+    StreamParts,
+    StreamSpec,
+)
+from farthing.ops.compressed import Compressed, Streams
+from farthing.ops.delta import Delta
 from farthing.ops.gpu import attention as decode
 from farthing.ops.gpu import attention as latent
 from farthing.ops.gpu import attention as prefill
+from farthing.ops.gpu import compressed as pasts
+from farthing.ops.gpu import delta, hyper, launch, route, sample, sparse
 from farthing.ops.gpu import gemm as grouped
-from farthing.ops.gpu import launch, route, sample, sparse
 from farthing.ops.gpu import route as indexer
 from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu import sample as softmax
@@ -78,6 +100,11 @@ def matrix(name: str, n: int, k: int, count: int = 1, dtype: torch.dtype = BF16)
 
 def ints(*shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=I32)
+
+
+def decoding() -> Batch:
+    """A step of four sequences."""
+    return Batch(ints(4), torch.zeros(4).long(), torch.arange(5).int(), ints(4), ints(4, 64), ints(4))
 
 
 def products(sizes: list[int], fp8: bool) -> None:
@@ -138,6 +165,60 @@ def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
             )  # fmt: skip
 
 
+def past(kind: torch.dtype, rate: int, index: IndexerSpec | None) -> tuple[Compressed, LatentCache]:
+    """A layer of DeepSeek-V4-Flash, and its cache."""
+    spec = CompressedSpec(64, 512, 64, 128, rate, index)
+    pools = tuple(PoolParts(torch.empty(max(1, rate), n), torch.empty(n)) for n in spec.pooled)
+    parts = CompressedParts(torch.empty(512), torch.empty(64), pools)
+
+    def store(size: int, width: int, *pitch: int) -> tuple[Tensor, Tensor | None]:
+        data = torch.empty(1, 256, size, width, dtype=kind)
+        return data, None if kind.itemsize > 1 else torch.empty(1, 256, size, *pitch)
+
+    cache, own = (LatentCache(torch.empty(0, 64, 128, 512), None) for _ in range(2))
+    data, scale = store(128, 512, 2)  # the entries are in the memory of these
+    own.entries[rate] = LatentCache(data[:, :64], None if scale is None else scale[:, :64])
+    cache.windows[128] = own
+    if rate:
+        cache.entries[rate] = LatentCache(*store(128 // rate, 512, 2))
+        cache.open = OpenCache({rate: torch.empty(1, 4, spec.open_tokens, 2 * sum(spec.pooled))})
+    if index is not None:
+        cache.index = IndexCache(*store(128 // rate, index.head_dim))
+    return Compressed(spec, parts, torch.empty(2, 4096, 32)), cache
+
+
+def compressed(fp8: bool) -> None:
+    """DeepSeek-V4-Flash's attention of each kind over every kind of cache."""
+    index = IndexerSpec(64, 128, 64, 512, interleaved=True)
+    kinds = [(BF16, BF16), (F32, F32), (torch.int8, BF16)]
+    for kind, dtype in [*kinds, (FP8, BF16)] if fp8 else kinds:
+        for rate, selects in ((0, None), (4, index), (128, None)):
+            heads, cache = past(kind, rate, selects)
+            x = torch.empty(4, 512 + 2 * sum(heads.spec.pooled) + (64 if selects else 0), dtype=dtype)
+            q, index_q = torch.empty(4, 64 * 512, dtype=dtype), torch.empty(4, 64 * 128, dtype=dtype)
+            pasts.attend(q, x, index_q if selects else None, heads, Place(cache, 0, decoding()))
+
+
+def streams() -> None:
+    """DeepSeek-V4-Flash's hyper-connections, in a layer and at the end."""
+    x, y = torch.empty(4, 4 * 4096, dtype=BF16), torch.empty(4, 4096, dtype=BF16)
+    for n, scales in ((24, 3), (4, 1)):
+        parts = StreamParts(torch.empty(n, 4 * 4096), torch.empty(n), torch.empty(scales))
+        _, mix = hyper.collapse(x, Streams(StreamSpec(4, 20, 1e-6), parts))
+        if scales == 3:
+            hyper.spread(x, y, mix, 4)
+
+
+def recurrence() -> None:
+    """Gated DeltaNet of Qwen3-Next."""
+    spec = DeltaSpec(16, 32, 128, 128, 4)
+    parts = DeltaParts(torch.empty(4, spec.channels), torch.empty(32), torch.empty(32), torch.empty(128))
+    cache = LatentCache(torch.empty(0, 1, 1, 1), None)
+    cache.state = StateCache(*(torch.empty(1, 4, *each) for each in spec.state))
+    x = torch.empty(4, spec.channels + spec.values, dtype=BF16)
+    delta.advance(x, torch.empty(4, 64, dtype=BF16), Delta(spec, parts), Place(cache, 0, decoding()))
+
+
 def rows(fp8: bool) -> None:
     """Everything that works on rows of tokens."""
     x = torch.empty(4, HIDDEN, dtype=BF16)
@@ -174,22 +255,40 @@ def resources(kernel: Any) -> dict[str, Any]:
     }
 
 
-def compiled(capability: int, every: bool) -> Iterator[tuple[str, Any]]:
-    """(name, kernel) of every launch of the backend."""
+class Parsed(Exception):
+    """A kernel is in Triton's language."""
+
+
+def stop(*_: Any) -> None:
+    """Replaces a compiler's first stage."""
+    raise Parsed
+
+
+def compiled(capability: int, every: bool, parse: bool = False) -> Iterator[tuple[str, Any]]:
+    """(name, kernel) of every launch of the backend; parse: without compiling it, None in place of it."""
     seen: dict[str, tuple[str, Any]] = {}
     run = jit.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **options)
+        except Parsed:
+            seen[self.__name__] = (self.__name__, None)
+            return None
         seen[kernel.hash] = (self.__name__, kernel)
         return kernel
 
+    if parse:
+        CUDABackend.add_stages = lambda self, stages, *_: stages.update(ttir=stop)
     driver.set_active(Driver(capability))
     jit.JITFunction.run = compile_only
     launch._NONE = launch.Card(f"capability {capability}", 132, SHARED[capability] << 10, capability // 10)
     fp8 = capability >= FP8_FROM
-    products([8, 64, 512] if every else [8, 512], fp8)
+    products([8, 64, 512] if every else [8] if parse else [8, 512], fp8)
     attention([16, 32, 128] if every else [16], [64, 512] if every else [512], fp8)
+    compressed(fp8)
+    streams()
+    recurrence()
     rows(fp8)
     yield from seen.values()
 
@@ -198,10 +297,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--capability", type=int, choices=SHARED, default=90)
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--parse", action="store_true")
     options = parser.parse_args()
-    for name, kernel in compiled(options.capability, options.all):
-        limit = SHARED[options.capability] << 10
-        print(json.dumps({"kernel": name.removeprefix("_"), **resources(kernel), "limit": limit}), flush=True)
+    for name, kernel in compiled(options.capability, options.all, options.parse):
+        found = {} if kernel is None else {**resources(kernel), "limit": SHARED[options.capability] << 10}
+        print(json.dumps({"kernel": name.removeprefix("_"), **found}), flush=True)
 
 
 if __name__ == "__main__":

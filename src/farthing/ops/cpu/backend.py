@@ -251,22 +251,6 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
-    def new_past(
-        self, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
-    ) -> tuple[LatentCache, LatentCache]:
-        """In one memory, so that a token's rows have one numbering: those of the window come first."""
-        own, past = tokens[0] * tokens[1], entries[0] * entries[1]
-        whole = self.new_cache(rows, 1, own + past, width, dtype)
-
-        def part(at: slice, shape: tuple[int, int]) -> LatentCache:
-            def chosen(x: Any) -> Tensor:
-                x = x[:, 0, at]
-                return x.reshape(rows, *shape, -1) if self.arrays else x.unflatten(1, shape)  # type: ignore[no-any-return]
-
-            return LatentCache(chosen(whole.data), None if whole.scale is None else chosen(whole.scale))
-
-        return part(slice(own, None), entries), part(slice(0, own), tokens)
-
     def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
         return self._lazy("float32", layers, slots, tokens, columns)
 

@@ -60,7 +60,7 @@ def _rotate_queries(
 
 
 @triton.jit
-def _store_part(x, mask, data, scale, KIND: tl.constexpr):
+def store_part(x, mask, data, scale, KIND: tl.constexpr):
     """Store float32 x in the cache at data, with its scale if the cache is 8-bit."""
     if KIND == FP8_CACHE:
         s = tl.maximum(tl.max(tl.abs(tl.where(mask, x, 0.0)), 0) / FP8_MAX, 1e-20)
@@ -87,7 +87,7 @@ def _write_latent(
     latent = tl.load(x + j, mask=j < c, other=0.0).to(tl.float32)
     latent = latent * tl.rsqrt(tl.sum(latent * latent, 0) / c + eps)
     latent = latent * tl.load(norm + j, mask=j < c, other=0.0)
-    _store_part(latent, j < c, to + j, scale + slot * 2, KIND)
+    store_part(latent, j < c, to + j, scale + slot * 2, KIND)
     at = tl.load(positions + token).to(tl.int64) * (r // 2)
     i = tl.arange(0, R)
     step = 1 if INTERLEAVED else r // 2
@@ -100,7 +100,7 @@ def _write_latent(
     cosine = tl.load(cos + at + angle, mask=i < r, other=0.0)
     sine = tl.load(sin + at + angle, mask=i < r, other=0.0)
     key = own * cosine + tl.where(first, -peer, peer) * sine
-    _store_part(key, i < r, to + c + i, scale + slot * 2 + 1, KIND)
+    store_part(key, i < r, to + c + i, scale + slot * 2 + 1, KIND)
 
 
 @triton.jit
@@ -307,13 +307,15 @@ def _decode(
     sequence = tl.load(sequences + query).to(tl.int64)
     h = block * BH + tl.arange(0, BH)
     j, i, s = tl.arange(0, C), tl.arange(0, R), tl.arange(0, BK)
-    row = query * H + h
-    ql = tl.load(
-        q + row[:, None] * c + j[None, :], mask=(h[:, None] < H) & (j[None, :] < c), other=0.0
-    )  # [BH, C]
-    qp = tl.load(q_pe + row[:, None] * r + i[None, :], mask=(h[:, None] < H) & (i[None, :] < r), other=0.0)
+    row, live = query * H + h, h[:, None] < H
+    ql = tl.load(q + row[:, None] * c + j[None, :], mask=live & (j[None, :] < c), other=0.0)  # [BH, C]
+    if r:
+        qp = tl.load(q_pe + row[:, None] * r + i[None, :], mask=live & (i[None, :] < r), other=0.0)
     top = tl.full((BH,), float("-inf"), tl.float32)
     total = tl.zeros((BH,), tl.float32)
+    if SINKS:  # a key of the first split, whose value is zero
+        top = tl.where(split == 0, tl.load(sinks + h, mask=h < H, other=0.0), top)
+        total = tl.where(split == 0, 1.0, total)
     acc = tl.zeros((BH, C), tl.float32)
     for start in range(begin, end, BK):
         at = start + s
@@ -322,16 +324,19 @@ def _decode(
         slot = where * size + at % size
         key = data + slot[:, None] * (c + r)
         latent = tl.load(key + j[None, :], mask=ok[:, None] & (j[None, :] < c), other=0.0)
-        pe = tl.load(key + c + i[None, :], mask=ok[:, None] & (i[None, :] < r), other=0.0)
-        latent, pe = widen(latent, ql.dtype), widen(pe, ql.dtype)
+        latent = widen(latent, ql.dtype)
         score = dot(ql, tl.trans(latent), tl.zeros((BH, BK), tl.float32))
         if EIGHT_BITS:
             s_latent = tl.load(k_scale + slot * 2, mask=ok, other=0.0)
-            s_pe = tl.load(k_scale + slot * 2 + 1, mask=ok, other=0.0)
             score = score * s_latent[None, :]
-            score += dot(qp, tl.trans(pe), tl.zeros((BH, BK), tl.float32)) * s_pe[None, :]
-        else:
-            score = dot(qp, tl.trans(pe), score)
+        if r:
+            pe = tl.load(key + c + i[None, :], mask=ok[:, None] & (i[None, :] < r), other=0.0)
+            pe = widen(pe, ql.dtype)
+            if EIGHT_BITS:
+                s_pe = tl.load(k_scale + slot * 2 + 1, mask=ok, other=0.0)
+                score += dot(qp, tl.trans(pe), tl.zeros((BH, BK), tl.float32)) * s_pe[None, :]
+            else:
+                score = dot(qp, tl.trans(pe), score)
         score = tl.where(ok[None, :], score * scale, float("-inf"))
         new = tl.maximum(top, tl.max(score, 1))
         shrink = tl.exp(top - new)
@@ -341,17 +346,9 @@ def _decode(
             p = p * s_latent[None, :]
         acc = dot(narrow(p, ql.dtype), latent, acc * shrink[:, None])
         top = new
-    if SINKS:
-        sink = tl.load(sinks + h, mask=h < H, other=float("-inf"))
-        sink = tl.where(split == 0, sink, float("-inf"))
-        new = tl.maximum(tl.maximum(top, sink), -1e30)  # a split may have neither keys nor the sink
-        shrink = tl.exp(top - new)
-        total = total * shrink + tl.exp(sink - new)
-        acc = acc * shrink[:, None]
-        top = new
     at = row * splits + split
     any_key = total > 0.0
-    result = acc / tl.where(any_key, total, 1.0)[:, None]
+    result = acc * (1.0 / tl.where(any_key, total, 1.0))[:, None]
     mask = (h[:, None] < H) & (j[None, :] < c)
     tl.store(part + at[:, None] * c + j[None, :], narrow(result, part.dtype.element_ty), mask=mask)
     if SPLIT:
@@ -392,11 +389,11 @@ def splits_for(queries: int, heads: int, keys: int, c: Config, processors: int) 
 
 
 def decode(
-    q: Tensor, q_pe: Tensor, cache: LatentCache, layer: int, table: Tensor, sequences: Tensor,
+    q: Tensor, q_pe: Tensor | None, cache: LatentCache, layer: int, table: Tensor, sequences: Tensor,
     positions: Tensor, scale: float, splits: int | None = None, choice: Config | None = None,
     window: int | None = None, sinks: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Queries q [n, H, c] in the latent space, q_pe [n, H, r] rotated -> mixed latents [n, H, c].
+    """Queries q [n, H, c] in the latent space, q_pe [n, H, r] rotated, or None, -> mixed latents [n, H, c].
 
     Query i attends to the first positions[i] + 1 tokens of sequence sequences[i] of table [B, max_blocks], or
     to the last `window` of those; sinks [H] float32.
@@ -411,9 +408,10 @@ def decode(
     finish together (flash-decoding); a split without keys stores minus infinity as its sum.
     """
     n, heads, c = q.shape
-    r = q_pe.shape[2]
+    r = 0 if q_pe is None else q_pe.shape[2]
     data = cache.data[layer]
-    kernel = "decode" if cache.scale is None else "decode_8bit"
+    single = "decode_rows" if cache.block_size == 1 else "decode"  # rows of lists: 64 heads spill less so
+    kernel = single if cache.scale is None else "decode_8bit"
     if q.dtype is torch.float32:  # twice the bytes per tile
         kernel = "decode_float32"
     k = choice or config(kernel, heads, q.device)

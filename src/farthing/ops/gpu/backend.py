@@ -1,7 +1,7 @@
 """`GpuOps`: the op signatures over Triton kernels. Legend: see `farthing.ops.api`.
 
 Two products use torch (cuBLAS): the router's float32 logits, and the small products per head around absorbed
-attention. Of DeepSeek-V4, matrices, experts and hyper-connections have kernels; attention is torch's.
+attention. DeepSeek-V4's ops are in `hyper.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expand_from, plan
 from farthing.ops.gpu.gemm import Part, combine, experts_mlp, find
 from farthing.ops.gpu.hyper import StreamedOps
-from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode
+from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode, rows
 from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_rows
 from farthing.ops.gpu.route import index, pack_indexer, route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
@@ -226,7 +226,7 @@ class GpuOps(StreamedOps):
         return F.embedding(ids, self._here(table)).to(self.dtype)
 
     def rms_norm(self, x: Tensor, norm: Norm) -> Tensor:
-        return normalize.rms_norm(_rows(x), self._here_norm(norm))
+        return normalize.rms_norm(rows(x), self._here_norm(norm))
 
     def linear(
         self, x: Tensor, weight: list[Part], norm: Norm | None = None, residual: Tensor | None = None
@@ -239,16 +239,16 @@ class GpuOps(StreamedOps):
         if x.shape[1] != weight[0].k:
             raise ValueError(f"x has {x.shape[1]} columns; expected {weight[0].k}, the weight's")
         here = None if norm is None else self._here_norm(norm)
-        return gemm.linear(_rows(x), weight, here, residual, dtype)
+        return gemm.linear(rows(x), weight, here, residual, dtype)
 
     def mla(self, q: Tensor, kv: Tensor, heads: Heads, place: Place, select: Tensor | None = None) -> Tensor:
-        return attend(_rows(q), _rows(kv), heads, place, self._plan(place.batch, heads), select)
+        return attend(rows(q), rows(kv), heads, place, self._plan(place.batch, heads), select)
 
     def gqa(self, qkv: Tensor, heads: Grouped, place: Place) -> Tensor:
-        return attend_grouped(_rows(qkv), heads, place, self._plan(place.batch, heads))
+        return attend_grouped(rows(qkv), heads, place, self._plan(place.batch, heads))
 
     def delta(self, x: Tensor, gates: Tensor, delta: Handle, place: Place) -> Tensor:
-        return recurrence.advance(_rows(x), _rows(gates), delta, place)
+        return recurrence.advance(rows(x), rows(gates), delta, place)
 
     def _plan(self, batch: Batch, heads: Heads | Grouped) -> Plan:
         """A step's plan is the same for all layers, so it is made and read back from the device once."""
@@ -263,7 +263,7 @@ class GpuOps(StreamedOps):
     def mlp(self, x: Tensor, weights: Mlp, norm: Norm, residual: bool = True) -> Tensor:
         n = self.rms_norm(x, norm)
         none = torch.empty(x.shape[0], 0, dtype=torch.int64, device=x.device)
-        added_to = _rows(x) if residual else torch.zeros_like(x)
+        added_to = rows(x) if residual else torch.zeros_like(x)
         return combine(n, none, None, self._gated(n, weights), added_to)
 
     def _gated(self, n: Tensor, weights: Mlp) -> Tensor:
@@ -314,7 +314,7 @@ class GpuOps(StreamedOps):
         if weights.spec.identities:
             same = n.float() * identity_weight(ids, gates, weights.spec)
             shared = same if shared is None else shared.float() + same
-        return combine(y, ids, weights.local, shared, _rows(x) if residual else torch.zeros_like(x))
+        return combine(y, ids, weights.local, shared, rows(x) if residual else torch.zeros_like(x))
 
     def reroute(self, weights: Experts, spec: RouterSpec) -> None:
         weights.spec = spec
@@ -377,10 +377,5 @@ class GpuOps(StreamedOps):
 
     def sample(self, logits: Tensor, uniform: Tensor, filters: Filters | None = None) -> Tensor:
         if filters is None:
-            return sample_tokens(_rows(logits), uniform)
-        return sample_filtered(_rows(logits), uniform, filters)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows with unit column stride."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+            return sample_tokens(rows(logits), uniform)
+        return sample_filtered(rows(logits), uniform, filters)

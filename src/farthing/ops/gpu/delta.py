@@ -62,7 +62,7 @@ def _convolve(
 
 
 @triton.jit
-def _keep_tail(
+def keep_tail(
     x, tail, slots, sequences, positions, starts, stride_x, C, W: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -128,7 +128,7 @@ def advance(x: Tensor, gates: Tensor, d: Delta, place: Place) -> Tensor:
     _convolve[grid](
         x, d.parts.conv, tail, *where, qkv, x.stride(0), s.channels, W=s.width, BLOCK=_CHANNELS
     )  # fmt: skip
-    _keep_tail[grid](x, tail, *where, x.stride(0), s.channels, W=s.width, BLOCK=_CHANNELS)
+    keep_tail[grid](x, tail, *where, x.stride(0), s.channels, W=s.width, BLOCK=_CHANNELS)
     out = torch.empty(tokens, s.value_heads, s.value_dim, device=x.device)
     columns = min(_COLUMNS, triton.next_power_of_2(s.value_dim))
     _advance[(slots.shape[0], s.value_heads, triton.cdiv(s.value_dim, columns))](

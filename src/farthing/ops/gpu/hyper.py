@@ -1,5 +1,5 @@
-"""DeepSeek-V4 on a GPU: hyper-connections, whose coefficients and sums take one pass per half of a layer, and
-attention, which is torch's.
+"""DeepSeek-V4's ops on a GPU, and its hyper-connections: coefficients and sums take one pass per half of a
+layer, after torch's product. Attention is in `compressed.py`.
 
 Legend: T tokens; n streams of D columns; f [T, n (n + 2)] the product of normed streams with the weights.
 """
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from farthing.ops import compressed as past
 from farthing.ops.api import CompressedParts, CompressedSpec, Ops, Place, StreamParts, StreamSpec
-from farthing.ops.gpu.launch import narrow
+from farthing.ops.gpu.compressed import attend
+from farthing.ops.gpu.launch import narrow, rows
 
 _COLUMNS = 1024
 
@@ -113,7 +114,7 @@ class StreamedOps(Ops):
     def compressed(
         self, q: Tensor, x: Tensor, index_q: Tensor | None, heads: past.Compressed, place: Place
     ) -> Tensor:
-        return past.attend(q, x, index_q, heads, place)
+        return attend(rows(q), rows(x), None if index_q is None else rows(index_q), heads, place)
 
     def collapse(self, x: Tensor, streams: past.Streams) -> tuple[Tensor, Tensor]:
         return collapse(x.contiguous(), streams)

@@ -97,11 +97,11 @@ def silu(x):
 @triton.jit
 def gated(gate, up, ALPHA: tl.constexpr, CUBIC: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr):
     """`farthing.ops.api.Gate`; LIMIT 0: none."""
-    if LIMIT:
+    if LIMIT != 0.0:
         gate = tl.minimum(gate, LIMIT)
         up = tl.clamp(up, -LIMIT, LIMIT)
     wide = gate * ALPHA
-    if CUBIC:
+    if CUBIC != 0.0:
         wide = wide * (1.0 + CUBIC * gate * gate)
     return gate / (1.0 + tl.exp(-wide)) * (up + SHIFT)
 
@@ -367,3 +367,8 @@ def product_config(kind: str, weight: str, inputs: torch.dtype, rows: int, devic
 def processors(device: torch.device) -> int:
     """Number of multiprocessors of the device."""
     return card(device).processors
+
+
+def rows(x: Tensor) -> Tensor:
+    """Rows with unit column stride."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

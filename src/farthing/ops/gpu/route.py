@@ -225,10 +225,16 @@ def index(q: Tensor, k: Tensor, w: Tensor, indexer: Indexer, place: Place) -> Te
     q = rotated(q.float().unflatten(-1, (s.num_heads, s.head_dim)), cos[:, None], sin[:, None], s)
     q = q.to(k.dtype).contiguous()
     w = (w.float() * (s.num_heads * s.head_dim) ** -0.5).contiguous()
-    sequences = sequences_of(batch).to(torch.int32)
-    step = max(1, _MOST_SCORES // most)
+    return best(q, w, cache, row, batch, sequences_of(batch).to(torch.int32), s.top_k)
+
+
+def best(
+    q: Tensor, w: Tensor, cache: IndexCache, row: int, batch: Batch, sequences: Tensor, k: int
+) -> Tensor:
+    """The k best of the keys up to each token's position, [T, K] int32 as in `Ops.index`."""
+    step = max(1, _MOST_SCORES // (batch.block_table.shape[1] * cache.data.shape[2]))
     parts = [
-        top_positions(scores(q, w, cache, row, batch, sequences, slice(at, at + step)), s.top_k)
+        top_positions(scores(q, w, cache, row, batch, sequences, slice(at, at + step)), k)
         for at in range(0, q.shape[0], step)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
