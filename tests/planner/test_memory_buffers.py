@@ -118,11 +118,17 @@ STREAMED = DEEPSEEK_V4 | dict(
 )  # fmt: skip
 
 
+_FAST = ((Layout(), 0), (Layout(1, 2), 1))
+
+
 @linux
-@pytest.mark.parametrize(("backend", "quantization"), BACKENDS[:3])
 @pytest.mark.parametrize(
-    ("layout", "rank"),
-    [(Layout(), 0), (Layout(2), 0), (Layout(1, 2), 0), (Layout(1, 2), 1), (Layout(1, 1, 2), 0)],
+    ("backend", "quantization", "layout", "rank"),
+    [
+        pytest.param(*backend, *of, marks=() if backend[1] or of in _FAST else pytest.mark.slow)
+        for backend in (("reference", None), ("cpu", "int8"), ("cpu", None))
+        for of in ((Layout(), 0), (Layout(2), 0), (Layout(1, 2), 0), (Layout(1, 2), 1), (Layout(1, 1, 2), 0))
+    ],
     ids=repr,
 )
 def test_streams_and_a_compressed_past_are_planned(
