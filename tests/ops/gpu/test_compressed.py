@@ -193,22 +193,25 @@ def test_reference(name: str, dtype: CacheDtype, activations: torch.dtype) -> No
     agree(Case.random(spec, block, total(STEPS)), STEPS, dtype, activations)
 
 
-@pytest.mark.parametrize("splits", [2, 5])
-def test_splits_of_window_and_entries(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_of_window_and_entries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some have rows of both, some of one, some none."""
-    monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
+    monkeypatch.setattr(attention, "splits_for", lambda *_: 5)
     spec = CompressedSpec(2, 16, 8, 20, 2)
     steps: Steps = [[(0, 21), (1, 3)], [(0, 1), (1, 1)]]
     agree(Case.random(spec, 8, total(steps)), steps, "float32")
 
 
-@pytest.mark.parametrize(("rate", "index"), [(4, IndexerSpec(2, 8, 4, 3, interleaved=True)), (128, None)])
-def test_entries_do_not_depend_on_chunks(rate: int, index: IndexerSpec | None) -> None:
+@pytest.mark.parametrize(
+    ("rate", "index", "chunks"),
+    [(4, IndexerSpec(2, 8, 4, 3, interleaved=True), [3, 1, 1, 10, 1, 1, 2]), (128, None, [127, 1, 1, 2])],
+)
+def test_entries_do_not_depend_on_chunks(rate: int, index: IndexerSpec | None, chunks: list[int]) -> None:
     """Of V4's rates, bit by bit, over chunks that end before, at and after the edges of windows."""
-    case = Case.random(CompressedSpec(1, 8, 4, 8, rate, index), 128, [131, 1])
-    ops, chunks = GpuOps(torch.float32, DEVICE), [3, 1, 1, 122, 1, 1, 2]
-    _, expected = case.run(ReferenceOps(torch.float32), [[(0, 131)]], "float32")
-    _, whole = case.run(ops, [[(0, 131)]], "float32", attends=False)
+    length = sum(chunks)
+    case = Case.random(CompressedSpec(1, 8, 4, 8, rate, index), 128, [length, 1])
+    ops = GpuOps(torch.float32, DEVICE)
+    _, expected = case.run(ReferenceOps(torch.float32), [[(0, length)]], "float32")
+    _, whole = case.run(ops, [[(0, length)]], "float32", attends=False)
     _, parts = case.run(ops, [[(0, n)] for n in chunks], "float32", attends=False)
     for name, value in expected.items():
         assert distance(whole[name], value) < 1e-10, name
