@@ -459,6 +459,7 @@ ROWS: dict[str, Row] = {
         INT4 | {"group_size": 32, "wide": ["*.v_proj", *MOST_DOWN]}
     ),
     "int4 g32": ours(INT4 | {"group_size": 32}),
+    "int5": ours({"base": "int5"}),
     "load-time int4": loaded("int4"),
     **{f"4 bits: {name}": loaded("int4", patterns) for name, patterns in MATRICES.items()},
     "llm-compressor GPTQ g64": llm_compressor(64),

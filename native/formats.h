@@ -19,8 +19,8 @@
 //   [K/G][16]
 //         int8 scales in these units, and minimums; then nibbles as in q4
 //   iq4_xs  as q4_k without minimums, with codes
-//   q5_1, q5_k, q6_k  as q4_1 and q4_k, q6_k without minimums. A step of 32 or 16 columns has its nibbles,
-//   then 64 bytes
+//   q5_0, q5_1, q5_k, q6_k  as q4, q4_1 and q4_k, q6_k without minimums. A step of 32 or 16 columns has its
+//   nibbles, then 64 bytes
 //         [16][4] of the bits above: the first four columns have the lowest ones
 //   q8_planes  the bytes of q8 as nibbles: [16] float row scales, then the high ones [K/8][16][4] in the
 //         order of q4. The low ones of all panels follow the last record. q8_high is a view without them.
@@ -53,7 +53,8 @@ enum class Format : uint32_t {
   q5_k = 13,
   q6_k = 14,
   iq4_xs = 15,
-  q5_1 = 16
+  q5_1 = 16,
+  q5_0 = 17
 };
 
 // The values of a format's nibbles, as multiples of a group's scale.
@@ -165,6 +166,7 @@ constexpr FormatTraits kFormats[] = {
     {.name = "Q6_K", .holds = "q6_k", .bits = 6, .scales = Scales::units},
     {.name = "IQ4_XS", .holds = "iq4_xs", .bits = 4, .scales = Scales::units, .codes = &kIq4},
     {.name = "Q5_1", .holds = "q5_1", .bits = 5, .scales = Scales::groups, .minimums = true},
+    {.name = "Q5_0", .holds = "q5_0", .bits = 5, .scales = Scales::groups},
 };
 constexpr const FormatTraits& traits(Format format) { return kFormats[static_cast<int>(format)]; }
 

@@ -91,6 +91,8 @@ SCHEMES = {
     "pack-8-asymmetric": INT8 | {"strategy": "group", "group_size": 64, "symmetric": False},
     "pack-3-bit": INT4 | {"num_bits": 3, "group_size": 32},
     "pack-2-bit-asymmetric": INT4 | {"num_bits": 2, "symmetric": False, "group_size": 16},
+    "pack-5-bit": INT4 | {"num_bits": 5, "group_size": 32},
+    "pack-5-bit-asymmetric": INT4 | {"num_bits": 5, "symmetric": False, "group_size": 64},
     "pack-6-bit": INT4 | {"num_bits": 6, "strategy": "channel"},
     "float-quantized": FP8,
     "float-quantized channel": FP8 | {"strategy": "channel", "block_structure": None},
@@ -101,7 +103,8 @@ SCHEMES = {
 }
 # What a scheme becomes in memory.
 HELD = {"int-quantized": "int8", "pack-8": "int8", "pack-6-bit": "int8", "mxfp8-quantized": "fp8"}
-HELD |= {n: "int8_groups" for n in ("pack-8-bit-groups", "pack-8-asymmetric")}
+HELD |= {n: "int8_groups" for n in ("pack-8-bit-groups", "pack-8-asymmetric", "pack-5-bit-asymmetric")}
+HELD |= {"pack-5-bit": "q5_0"}
 HELD |= {n: "mxfp4" for n in ("nvfp4-pack-quantized", "mxfp4-pack-quantized")}
 HELD |= {n: "fp8" for n in SCHEMES if n.startswith("float")}
 
@@ -202,6 +205,9 @@ def test_several_groups_and_the_ignore_list(tmp_path: Path) -> None:
 WEIGHTS = {
     "int8": lambda w: quantize_int8(w),
     "int4": lambda w: quantize_int4(w, 32),
+    "int5": lambda w: Weight(
+        "q5_0", (w * 6).round().clamp(-16, 15).to(torch.int8), torch.rand(w.shape[0], w.shape[1] // 32) + 0.1
+    ),
     "int4-asymmetric": lambda w: Weight(
         "int4", quantize_int4(w, 32).data, quantize_int4(w, 32).scale,
         torch.randint(-8, 8, (w.shape[0], w.shape[1] // 32), dtype=torch.int8),
@@ -276,6 +282,14 @@ def test_scales_of_fitted_values_survive_the_file(value: float) -> None:
     assert torch.equal(ctw.stored_scale(once), once) and bool(once != 0)
     if abs(value) > 2.0**-18:
         assert float(abs(once / value - 1)) <= 2.0**-8
+
+
+@pytest.mark.parametrize("columns", [32, 160, 224])
+def test_packing_of_5_bits_agrees_with_the_package(columns: int) -> None:
+    q = torch.randint(-16, 16, (7, columns), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    encoded = ctw.encode("m", Weight("q5_0", q, torch.full((7, columns // 32), -0.5)))
+    assert torch.equal(encoded["m.weight_packed"], pack_to_int32(q, 5))
+    assert encoded["m.weight_scale"].dtype == torch.float16
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

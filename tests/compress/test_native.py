@@ -14,8 +14,8 @@ from farthing.compress.quantize import (
     Feedback,
     Grid,
     energy_of,
+    even_grid,
     fitted_grid,
-    int4_grid,
     int8_grid,
     output_error,
     sweep,
@@ -50,7 +50,8 @@ def test_moments_of_any_number_of_tokens(tokens: int, k: int) -> None:
 
 GRIDS: dict[str, Callable[[Tensor, Tensor], Grid]] = {
     "fitted": lambda w, energy: fitted_grid(w, 32, energy),
-    "int4": lambda w, energy: int4_grid(w, 32, energy),
+    "int4": lambda w, energy: even_grid(w, 32, energy),
+    "int5": lambda w, energy: even_grid(w, 32, energy, bits=5),
     "int8": lambda w, energy: int8_grid(w, energy),
 }
 

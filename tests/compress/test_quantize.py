@@ -13,8 +13,8 @@ from torch import Tensor
 from farthing.compress.calibrate import round_fp8_group, round_tensor, round_token
 from farthing.compress.quantize import (
     Feedback,
+    even_grid,
     fitted_grid,
-    int4_grid,
     int8_grid,
     output_error,
     quantize_fp8,
@@ -53,7 +53,7 @@ def obq(w: Tensor, h: Tensor, scale: Tensor, order: list[int], low: int, high: i
 def test_gptq_is_optimal_brain_quantization_in_its_order(act_order: bool) -> None:
     w, x = random(0, 2, 12, 96), torch.stack([correlated(1, 300, 96), correlated(4, 300, 96)])
     gram = x.transpose(1, 2) @ x
-    grid = int4_grid(w, 32)
+    grid = even_grid(w, 32)
     value, squared = sweep(w, Feedback.of(gram, act_order), grid)
     scale, _ = grid.expand(96)
     for b in range(2):
@@ -77,7 +77,7 @@ def test_gptq_onto_fitted_values() -> None:
         assert weight.format == "nl4" and set(weight.quantized().unique().tolist()) <= set(CODES)
         torch.testing.assert_close(weight.dequantize(), matrix)
     assert bool((output_error(w, value, gram) < 0.7 * output_error(w, grid.round(w), gram)).all())
-    even = int4_grid(w, 32, gram.diagonal(dim1=1, dim2=2))
+    even = even_grid(w, 32, gram.diagonal(dim1=1, dim2=2))
     beside = output_error(w, sweep(w, Feedback.of(gram), even)[0], gram)
     assert float(output_error(w, value, gram).sum() / beside.sum()) < 0.95
 
@@ -97,7 +97,7 @@ def test_pruning_sweep_is_least_squares_on_the_kept_columns() -> None:
 
 def test_rank_deficient_gram_is_damped() -> None:
     x = random(0, 3, 64)
-    value, _ = sweep(random(1, 1, 8, 64), Feedback.of((x.T @ x)[None]), int4_grid(random(1, 1, 8, 64), 32))
+    value, _ = sweep(random(1, 1, 8, 64), Feedback.of((x.T @ x)[None]), even_grid(random(1, 1, 8, 64), 32))
     assert bool(value.isfinite().all())
     empty = Feedback.of(torch.zeros(1, 64, 64))
     assert bool(sweep(random(1, 1, 8, 64), empty, int8_grid(random(1, 1, 8, 64)))[0].isfinite().all())
@@ -116,7 +116,7 @@ def test_damping_that_did_not_suffice_is_replaced() -> None:
 def test_grids_stay_within_their_bounds(seed: int, group: int, symmetric: bool, magnitude: float) -> None:
     w = random(seed, 2, 5, 128) * 10.0**magnitude
     w[0, 0] = 0
-    grid = int4_grid(w, group, symmetric=symmetric)
+    grid = even_grid(w, group, symmetric=symmetric)
     value = grid.round(w)
     for weight, v in zip(grid.weights(value), value, strict=True):
         torch.testing.assert_close(weight.dequantize(), v, rtol=1e-5, atol=1e-30)
@@ -149,7 +149,7 @@ def test_range_shrinks_where_the_largest_weight_does_not_matter() -> None:
 def test_zero_point_is_the_nearest_integer_and_zero_is_on_the_grid() -> None:
     w = torch.linspace(-0.6, 14.4, 32).repeat(3, 1)
     w[1], w[2] = 10 + w[1] / 15, -10 - w[2] / 15  # of one sign: the range is extended to zero
-    grid = int4_grid(w[None], 32, symmetric=False)
+    grid = even_grid(w[None], 32, symmetric=False)
     assert grid.zero is not None and grid.zero.flatten().tolist() == [-7, -8, 7]
     error = (grid.round(w[None]) - w[None]).abs()
     assert bool((error <= grid.scale * 0.5001).all())
@@ -170,7 +170,7 @@ def test_clip_may_use_correlations_of_columns() -> None:
     candidates = torch.stack([w.view(1, 4, 2, 32).abs().amax(-1) / 7.5 * factor for factor in factors])
     errors = torch.stack(list(map(error, candidates)))
     # The candidate with the least error, which is then rounded to 16 bits.
-    chosen = (candidates.half().float() == int4_grid(w, 32, gram=(x.T @ x)[None]).scale)[:, 0]
+    chosen = (candidates.half().float() == even_grid(w, 32, gram=(x.T @ x)[None]).scale)[:, 0]
     assert bool((chosen.sum(0) == 1).all())
     assert bool(((errors * chosen).sum(0) <= errors.amin(0) * (1 + 1e-4)).all())
 

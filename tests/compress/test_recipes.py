@@ -52,7 +52,7 @@ def test_the_command_and_its_gate(model_dir: Path, data: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("scheme: int5", "scheme: got 'int5'; expected one of"),
+        ("scheme: int7", "scheme: got 'int7'; expected one of"),
         ("grup_size: 3", "grup_size: unknown field; expected one of name, scheme"),
         ("prune: {sparsity: 2}", r"prune\.sparsity: got 2\.0; expected a share"),
         ("prune: {shares: {'*': 2}}", r"prune\.shares\['\*'\]: got 2\.0; expected a share"),

@@ -20,10 +20,17 @@ def distance(x: Tensor, y: Tensor) -> float:
 
 # Error bound per storage format, from int8 activations and float sums in another order.
 BOUNDS = {"f32": 1e-10, "bf16": 1e-9, "fp8": 1e-9, "int8": 1e-4, "int4": 1e-4, "int4_zero": 1e-4}
-GROUPS = ["mxfp4", "iq4_nl", "int8_groups", "q4_1", "q5_1"]  # formats with scales of 16 bits for groups
+GROUPS = [
+    "mxfp4",
+    "iq4_nl",
+    "int8_groups",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+]  # formats with scales of 16 bits for groups
 UNITS = ["iq4_xs", "q4_k", "q5_k", "q6_k"]  # whose scales are multiples of units
 BOUNDS |= dict.fromkeys((*GROUPS, *UNITS), 1e-4)
-FORMATS = [name for name in BOUNDS if name not in UNITS and name != "q5_1"]
+FORMATS = [name for name in BOUNDS if name not in UNITS and not name.startswith("q5")]
 # Other scales of formats above.
 SCALED = {"fp8_rows": 1e-9, "fp8_32": 1e-9, "int8_zero": 1e-4, "nvfp4": 1e-4}
 BOUNDS |= SCALED
@@ -89,7 +96,7 @@ def in_groups(name: str, n: int, k: int, group: int) -> Weight:
     stored, shape = INTEGERS[name], (n, k // group)
     low, high = (
         (-(1 << stored.bits - 1), 1 << stored.bits - 1)
-        if name in ("int8_groups", "q6_k")
+        if name in ("int8_groups", "q5_0", "q6_k")
         else (0, 1 << stored.bits)
     )
     u = torch.randint(low, high, (n, k), dtype=torch.int16)

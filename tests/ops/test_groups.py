@@ -45,7 +45,7 @@ def exact(ops: CpuOps, w: Weight) -> None:
 @pytest.mark.parametrize("group", [16, 32, 64, 128])
 @pytest.mark.parametrize("name", GROUPS)
 def test_values_in_groups_are_exact(ops: CpuOps, name: str, group: int) -> None:
-    if name == "q5_1" and group < 32:
+    if name.startswith("q5") and group < 32:
         return  # a step of the kernels has 32 columns
     for n, k in ((1, group), (16, 2 * group), (50, 3 * group)):
         exact(ops, weight(name, n, k, group))

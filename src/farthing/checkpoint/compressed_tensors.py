@@ -18,6 +18,7 @@ from farthing.checkpoint.layout import (
     field,
     format_of,
     integers,
+    pack_stream,
     packed_integers,
     pattern,
     strings,
@@ -25,7 +26,7 @@ from farthing.checkpoint.layout import (
 )
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import torch
-from farthing.ops.weights import CODES, FP8_BLOCK, Format, InputRounding, Weight
+from farthing.ops.weights import CODES, FP8_BLOCK, INTEGERS, Format, InputRounding, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -383,12 +384,12 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
         return {f"{module}.weight": weight.data}
     assert weight.scale is not None
     scale, data = weight.scale, weight.data
-    size = scale.abs() if weight.nibbles else scale
+    size = scale.abs() if weight.grouped else scale
     if not bool(((size > 0) & size.isfinite()).all()):
         raise ValueError(f"{module}: a scale is zero, negative or not finite; expected finite scales > 0")
     if weight.format == "nl4":
         scale, data = _written_scale(scale), ~data
-    elif weight.format == "int4" and torch.equal((half := scale.half()).float(), scale):
+    elif weight.format in ("int4", "q5_0") and torch.equal((half := scale.half()).float(), scale):
         scale = half
     out = {f"{module}.weight_scale": scale}
     if weight.format == "fp8" or (weight.format == "int8" and not packed):
@@ -396,6 +397,8 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
     n, k = weight.shape
     if weight.format == "int8":
         data = (data.to(torch.int16) + 128).to(torch.uint8)
+    if weight.format == "q5_0":
+        data = pack_stream(data + 16, 5)
     out[f"{module}.weight_packed"] = _words(torch.nn.functional.pad(data, (0, -data.shape[1] % 4)))
     out[f"{module}.weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
     if weight.zero_point is not None:
@@ -407,7 +410,7 @@ def encode(module: str, weight: Weight, packed: bool = False) -> dict[str, Tenso
 class GroupKey:
     """The properties that define a config group when writing."""
 
-    format: str  # int8 | int4 | nl4 | fp8
+    format: str  # int8 | q5_0 | int4 | nl4 | fp8
     group_size: int = 0
     symmetric: bool = True
     # token (dynamic) | tensor (static) | None (kept); int4 also group4: 4 bits, the weights' groups
@@ -419,7 +422,7 @@ def key_of(weight: Weight, activations: str | None = None) -> GroupKey | None:
     """The config group a weight belongs to; None for a dense one."""
     if weight.format == "dense":
         return None
-    if weight.nibbles:
+    if weight.grouped:
         return GroupKey(weight.format, weight.group_size, weight.zero_point is None, activations)
     return GroupKey(weight.format, activations=activations if weight.format == "int8" else None)
 
@@ -476,7 +479,8 @@ def _group(key: GroupKey, targets: Iterable[str]) -> dict[str, Any]:
             weights = _args(8, "int", "channel")
         else:
             storage = "pack-quantized"
-            weights = _args(4, "int", "group", group_size=key.group_size, symmetric=key.symmetric)
+            bits = INTEGERS[key.format].bits
+            weights = _args(bits, "int", "group", group_size=key.group_size, symmetric=key.symmetric)
     return {
         "format": storage,
         "targets": list(targets),

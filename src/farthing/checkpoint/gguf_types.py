@@ -96,7 +96,7 @@ def _q4_1(b: Bytes) -> Weight:
 
 def _q5_0(b: Bytes) -> Weight:
     u = _halves(b[..., 6:], 16) | _bits(b[..., 2:6]) << 4
-    return _made("int8_groups", u.astype(np.int8) - 16, _half(b, 0))
+    return _made("q5_0", u.astype(np.int8) - 16, _half(b, 0))
 
 
 def _q5_1(b: Bytes) -> Weight:
@@ -161,7 +161,7 @@ BLOCKS: dict[str, Callable[[Bytes], Weight]] = {
 }  # fmt: skip
 # What a type becomes, and the columns that share a scale.
 FORMATS: dict[str, tuple[Format, int]] = {
-    "Q4_0": ("int4", 32), "Q4_1": ("q4_1", 32), "Q5_0": ("int8_groups", 32), "Q5_1": ("q5_1", 32),
+    "Q4_0": ("int4", 32), "Q4_1": ("q4_1", 32), "Q5_0": ("q5_0", 32), "Q5_1": ("q5_1", 32),
     "Q8_0": ("int8_groups", 32), "Q2_K": ("q4_k", 16), "Q3_K": ("q6_k", 16), "Q4_K": ("q4_k", 32),
     "Q5_K": ("q5_k", 32), "Q6_K": ("q6_k", 16), "IQ4_NL": ("iq4_nl", 32), "IQ4_XS": ("iq4_xs", 32),
     "MXFP4": ("mxfp4", 32),

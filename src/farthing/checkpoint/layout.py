@@ -168,13 +168,22 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     return torch.stack(parts, -1).flatten(1)[:, :count]
 
 
+def pack_stream(u: Tensor, bits: int) -> Tensor:
+    """Integers [R, K] as streams of bits, lowest first: uint8 [R, bits ceil(K / 8)]."""
+    eights = torch.nn.functional.pad(u, (0, -u.shape[1] % 8)).unflatten(1, (-1, 8)).long()
+    value = sum((eights[..., i] << bits * i for i in range(8)), torch.zeros_like(eights[..., 0]))
+    return torch.stack([value >> 8 * i & 255 for i in range(bits)], -1).flatten(1).to(torch.uint8)
+
+
 def packed_integers(words: Tensor, bits: int, count: int) -> Tensor:
     """As `unpack`, but two integers of 4 bits stay in a byte, as `integers` takes them."""
     return unpack(words, 8, count // 2) if bits == 4 else unpack(words, bits, count)
 
 
 def format_of(bits: int, group_size: int | None, symmetric: bool) -> Format:
-    """The format of what `integers` returns: up to 4 bits are held in 4, others in 8."""
+    """The format of what `integers` returns: up to 4 bits are held in 4, others in 8 but for groups of 5."""
+    if bits == 5 and symmetric and group_size and group_size % 32 == 0:
+        return "q5_0"
     return "int4" if bits <= 4 else "int8" if symmetric and not group_size else "int8_groups"
 
 
@@ -204,7 +213,8 @@ def integers(
     points = None if zero is None else spread(_signed(zero, offset), group, k).contiguous()
     data = u.contiguous() if bits == 4 else _signed(u, offset)
     data = pack_int4(data) if bits < 4 else data
-    return Weight(format_of(bits, k, False), data, spread(scale, group, k).contiguous(), points)
+    scale = spread(scale, group, k).contiguous()
+    return Weight(format_of(bits, k // scale.shape[1], zero is None), data, scale, points)
 
 
 def spread(numbers: Tensor, group: int, k: int) -> Tensor:

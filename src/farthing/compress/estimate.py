@@ -139,7 +139,7 @@ def _work(config: ModelConfig, recipe: Recipe, layer: int, matrices: _Matrices) 
     tokens = recipe.calibration_tokens
     mtp = layer >= config.num_hidden_layers
     passes = 2 if recipe.coarse and not mtp else 1
-    rounds = int(recipe.scheme in ("int8", "int4"))
+    rounds = int(recipe.scheme in ("int8", "int5", "int4"))
     if recipe.scheme == "auto":  # every option is rounded, and judged alone on a sample of the text
         rounds = 1 + len(FORMATS)
         passes += 1 + (_PARTS * len(FORMATS) + layer) * SAMPLE // tokens

@@ -13,7 +13,7 @@ from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import EXPERTS, GroupKey
 from farthing.compress.layer import group_columns, is_matrix
 from farthing.compress.recipe import Recipe
-from farthing.compress.transform import group_for, stored_format, wanted_group
+from farthing.compress.transform import GROUPED, group_for, stored_format, wanted_group
 from farthing.model import AdaptiveExperts, ModelConfig
 from farthing.ops.weights import FP8_BLOCK, Format, Weight
 
@@ -147,7 +147,7 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
             continue
         if key.format == "fp8":
             limits.append("routed experts are FP8 blocks in compressed-tensors; use --format deepseek-fp8")
-        if key.format in ("int4", "nl4") and not key.symmetric:
+        if key.group_size and not key.symmetric:
             limits.append("routed experts have zero points (symmetric: false)")
         if key.format == "int8" and not key.packed:
             limits.append("routed experts are plain INT8; use --format compressed-tensors")
@@ -210,19 +210,17 @@ def expected_bytes(export: str, checkpoint: Stored, config: ModelConfig, recipe:
             names = (f"{module}.{part}" for part in _PARTS)
             total += sum(checkpoint.nbytes(name) for name in names if checkpoint.has(name))
         else:
-            scales = {
-                "int4": columns / (key.group_size or columns) if key else 0,
-                "nl4": columns / (key.group_size or columns) if key else 0,
-                "fp8": columns / FP8_BLOCK**2,
-            }
-            bytes_ = _WEIGHT_BYTES[kind] * columns + _SCALE_BYTES[kind] * scales.get(kind, 1.0)
+            scales = columns / FP8_BLOCK**2 if kind == "fp8" else 1.0
+            if key is not None and key.group_size:
+                scales = columns / key.group_size
+            bytes_ = _WEIGHT_BYTES[kind] * columns + _SCALE_BYTES[kind] * scales
             total += round(rows * bytes_)
     return total
 
 
 _PARTS = ("weight", "weight_scale", "weight_scale_inv", "weight_packed", "weight_shape", "weight_zero_point")
-_WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.5, "nl4": 0.5}
-_SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "int4": 2, "nl4": 2}
+_WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "q5_0": 0.625, "int4": 0.5, "nl4": 0.5}
+_SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "q5_0": 2, "int4": 2, "nl4": 2}
 
 
 def _matrices(checkpoint: Stored) -> list[str]:
@@ -237,8 +235,10 @@ def _expected_key(checkpoint: Stored, config: ModelConfig, module: str, recipe: 
     columns = group_columns(config.at(int(module.split(".")[2])), module, columns)
     kind = stored_format(module, scheme, recipe, stored, columns)
     activations = recipe.activations if recipe.activations != "none" else None
-    if kind.startswith("int4"):
+    if kind.startswith(GROUPED):
         group = group_for(columns, wanted_group(kind, recipe)) or 0
+        if kind.startswith("int5"):
+            return GroupKey("q5_0", group)
         if recipe.values == "fitted":
             return GroupKey("nl4", group, recipe.symmetric)
         return GroupKey("int4", group, recipe.symmetric, activations)

@@ -11,7 +11,7 @@ from farthing.checkpoint.compressed_tensors import stored_scale
 from farthing.checkpoint.floats import quantize_blocks
 from farthing.compress import native
 from farthing.compress.native import fast_bfloat16
-from farthing.ops.weights import CODES, Weight, pack_int4
+from farthing.ops.weights import CODES, Format, Weight, pack_int4
 
 
 def quantize_fp8(w: Tensor, name: str = "weight", ue8m0: bool = False) -> Weight:
@@ -76,13 +76,14 @@ class Grid:
         return q.round().clamp(self.low, self.high).to(torch.int8)
 
     def weights(self, value: Tensor) -> list[Weight]:
-        """The B matrices in storage format: int4 or nl4 for 4 bits, int8 for 8."""
+        """The B matrices in storage format: int4 or nl4 for 4 bits, q5_0 for 5, int8 for 8."""
         q = self.integers(value)
         if self.fitted:
             u = _INDEX.index_select(0, q.view(torch.uint8).int().flatten()).view_as(q)
             return [Weight("nl4", pack_int4(u[b]), self.scale[b].contiguous()) for b in range(len(q))]
         if self.high > 7:
-            return [Weight("int8", q[b], self.scale[b].contiguous()) for b in range(len(q))]
+            wide: Format = "q5_0" if self.high == 15 else "int8"
+            return [Weight(wide, q[b], self.scale[b].contiguous()) for b in range(len(q))]
         zeros = [
             None if self.zero is None else z.to(torch.int8)
             for z in (self.zero if self.zero is not None else q)
@@ -127,17 +128,19 @@ def int8_grid(w: Tensor, energy: Tensor | None = None) -> Grid:
     return _shrink(w, Grid(scale, None, -127, 127), energy, (1.0, 0.93, 0.86, 0.8))
 
 
-def int4_grid(
+def even_grid(
     w: Tensor,
     group: int,
     energy: Tensor | None = None,
     symmetric: bool = True,
     gram: Tensor | None = None,
+    bits: int = 4,
 ) -> Grid:
     """One scale (and zero point) per `group` columns of w [B, N, K]; ranges shrink as in `int8_grid`.
 
     With `gram` [B, K, K] the error includes correlations within a group (AWQ's search for a clip). Symmetric
-    ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever has less error.
+    ranges use all of [-8, 7]: the largest magnitude maps to -8 or to 7.5, whichever has less error; so do
+    those of 5 bits.
     """
     blocks, energy = _blocks(w, group, energy)
     if not symmetric:
@@ -146,8 +149,9 @@ def int4_grid(
         scale = ((high - low) / 15).clamp_min(TINY)
         zero = (-8 - low / scale).round().clamp(-8, 7)
         return _in_16_bits(_shrink(w, Grid(scale, zero, -8, 7), energy, _SHRINKS, gram))
-    scale = (blocks.abs().amax(-1) / 7.5).clamp_min(TINY)
-    found = _shrink(w, Grid(scale, None, -8, 7), energy, (7.5 / 7, *_SHRINKS), gram)
+    top = (1 << bits - 1) - 1
+    scale = (blocks.abs().amax(-1) / (top + 0.5)).clamp_min(TINY)
+    found = _shrink(w, Grid(scale, None, -top - 1, top), energy, ((top + 0.5) / top, *_SHRINKS), gram)
     return _in_16_bits(found)
 
 

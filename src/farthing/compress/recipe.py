@@ -18,7 +18,7 @@ from farthing.config import parse_bytes
 from farthing.files import read
 from farthing.model.config import ModelConfig
 
-Scheme = Literal["keep", "int8", "int4", "fp8", "auto"]
+Scheme = Literal["keep", "int8", "int5", "int4", "fp8", "auto"]
 Values = Literal["even", "fitted"]
 Algorithm = Literal["rtn", "gptq"]
 DEFAULT_DROP = 0.01
@@ -47,7 +47,7 @@ class Recipe:
     activations: str = "none"
     adaptive: bool = False  # calibrate the number of experts per token (`adaptive.py`), within max_drop
     ignore: tuple[str, ...] = ()  # fnmatch patterns of modules that stay dense
-    wide: tuple[str, ...] = ()  # fnmatch patterns of modules that get 8 bits instead of 4
+    wide: tuple[str, ...] = ()  # fnmatch patterns of modules that get 8 bits instead of 4 or 5
     # "auto" and "adaptive": maximum relative increase of perplexity; see `allowed_drop`
     max_drop: float | None = None
     budget_bytes: int | None = None  # "auto": size limit by `measure`, with the least loss within it
@@ -102,13 +102,13 @@ class Recipe:
     @property
     def needs_data(self) -> bool:
         """Whether calibration text is needed."""
-        return self.needs_gram or self.adaptive or self.scheme in ("int8", "int4", "auto")
+        return self.needs_gram or self.adaptive or self.scheme in ("int8", "int5", "int4", "auto")
 
     @property
     def coarse(self) -> bool:
         """Whether later layers calibrate on this layer's result, to compensate for it. int8 and FP8 are too
         close to the original to be worth a second pass."""
-        return self.scheme in ("int4", "auto")
+        return self.scheme in ("int5", "int4", "auto")
 
     @property
     def resizes(self) -> bool:
@@ -161,6 +161,14 @@ RECIPES: dict[str, Recipe] = {
             "int8",
             algorithm="gptq",
             wide=("*.self_attn.*", "*.linear_attn.*"),
+            calibration_tokens=32768,
+        ),
+        Recipe(
+            "int5",
+            "int5",
+            head="int8",
+            algorithm="gptq",
+            wide=("*.v_proj", "*.kv_a_proj_with_mqa", "*.kv_b_proj"),
             calibration_tokens=32768,
         ),
         Recipe("w4a8", "int4", algorithm="gptq", activations="token", calibration_tokens=32768),

@@ -35,7 +35,7 @@ from farthing.compress.work import Done, forward
 from farthing.files import replace_json, replace_tensors
 from farthing.model.config import ModelConfig
 
-FORMATS = ("int4-32", "int4-64", "int4-128", "int8")  # in addition to "keep"; INT4 by group size
+FORMATS = ("int4-32", "int4-64", "int4-128", "int5-64", "int8")  # in addition to "keep"; by group size
 PROBE = "int4-64"  # of a whole layer, passed through the later ones
 SAMPLE = 2048  # tokens to measure a sensitivity on
 

@@ -21,8 +21,8 @@ from farthing.compress.quantize import (
     Feedback,
     Grid,
     energy_of,
+    even_grid,
     fitted_grid,
-    int4_grid,
     int8_grid,
     output_error,
     quantize_fp8,
@@ -34,9 +34,10 @@ from farthing.compress.work import Done, LayerResult
 from farthing.model.config import ModelConfig
 from farthing.ops.weights import Weight
 
+GROUPED = ("int4", "int5")  # formats whose groups of columns have scales
 GRAM_BYTES = 2**26  # of float64 grams in memory at once
 Stats = dict[str, InputStats]
-Plan = Callable[[str], str]  # module -> keep | dense | int8 | int4 | int4-32 | int4-64 | int4-128 | fp8
+Plan = Callable[[str], str]  # module -> keep | dense | int8 | int5 | int4 | int4-32 | int5-64 | ... | fp8
 
 
 def compress_layer(
@@ -210,7 +211,7 @@ def _compress_part(
                 "format": weights[j].format,
                 "bits": 8 * weights[j].nbytes / w[0].numel(),
                 "zero_block_bytes": zero_block_bytes(weights[j], None if keep is None else values[j] != 0),
-                "group_size": weights[j].group_size if weights[j].nibbles else None,
+                "group_size": weights[j].group_size if weights[j].grouped else None,
                 "sparsity": float((values[j] == 0).float().mean()) if keep is not None else 0.0,
                 "error": error,
                 "statistics": st.fallback if st else None,
@@ -234,7 +235,7 @@ def _round(
 ) -> tuple[Tensor, list[Weight], Tensor | None]:
     """(values [B, N, K], weights, squared output error [B] if it is known) of one format."""
     value, squared = part.w, None
-    if kind == "int8" or kind.startswith("int4"):
+    if kind.startswith("int"):
         clip = part.gram if recipe.clips_outputs else None
         grid = grid_of(part.w, part.energy, kind, recipe, layer.group_columns(names[0]), clip)
         if part.back is not None:
@@ -262,16 +263,18 @@ def _errors(before: Tensor, after: Tensor, gram: Tensor | None, squared: Tensor 
 def grid_of(
     w: Tensor, energy: Tensor | None, kind: str, recipe: Recipe, columns: int, gram: Tensor | None = None
 ) -> Grid:
-    if not kind.startswith("int4"):
+    if kind == "int8":
         return int8_grid(w, energy)
     group = group_for(columns, wanted_group(kind, recipe)) or columns
+    if kind.startswith("int5"):
+        return even_grid(w, group, energy, gram=gram, bits=5)
     if recipe.values == "fitted":
         return fitted_grid(w, group, energy)
-    return int4_grid(w, group, energy, recipe.symmetric, gram)
+    return even_grid(w, group, energy, recipe.symmetric, gram)
 
 
 def wanted_group(kind: str, recipe: Recipe) -> int:
-    """The group size of a plan's format (`int4-32`), or the recipe's (`int4`)."""
+    """The group size of a plan's format (`int4-32`), or the recipe's (`int4`, `int5`)."""
     _, _, size = kind.partition("-")
     return int(size) if size else recipe.group_size
 
@@ -282,18 +285,18 @@ def group_for(columns: int, wanted: int) -> int | None:
 
 
 def stored_format(module: str, planned: str, recipe: Recipe, source: str, columns: int) -> str:
-    """The planned format, or the source's for "keep", if results can be in it, else dense; 8 bits if 4-bit
-    groups do not divide the columns. Ignored modules are dense."""
+    """The planned format, or the source's for "keep", if results can be in it, else dense; 8 bits if groups
+    do not divide the columns. Ignored modules are dense."""
     if any(fnmatchcase(module, pattern) for pattern in recipe.ignore):
         return "dense"
     kind = source if planned == "keep" else planned
-    kind = "int4" if kind == "nl4" else kind
-    if kind.startswith("int4") and (
+    kind = {"nl4": "int4", "q5_0": "int5"}.get(kind, kind)
+    if kind.startswith(GROUPED) and (
         group_for(columns, wanted_group(kind, recipe)) is None
         or any(fnmatchcase(module, pattern) for pattern in recipe.wide)
     ):
         return "int8"
-    return kind if kind.partition("-")[0] in ("int8", "int4", "fp8") else "dense"
+    return kind if kind.partition("-")[0] in ("int8", *GROUPED, "fp8") else "dense"
 
 
 def _sampled_error(w: Tensor, value: Tensor, rows: Tensor | None) -> float:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Format = Literal[
-    "dense", "int8", "int4", "nl4", "fp8", "int8_groups", "mxfp4", "iq4_nl", "iq4_xs", "q4_1", "q5_1",
-    "q4_k", "q5_k", "q6_k",
+    "dense", "int8", "int4", "nl4", "fp8", "int8_groups", "mxfp4", "iq4_nl", "iq4_xs", "q4_1", "q5_0",
+    "q5_1", "q4_k", "q5_k", "q6_k",
 ]  # fmt: skip
 FP8_BLOCK = 128
 
@@ -51,6 +51,7 @@ INTEGERS: dict[str, Integers] = {
     "iq4_nl": Integers(codes=_IQ4),
     "iq4_xs": Integers(codes=_IQ4, unit=256),
     "q4_1": Integers(minimums=True),
+    "q5_0": Integers(5),
     "q5_1": Integers(5, minimums=True),
     "q4_k": Integers(unit=256, minimums=True),
     "q5_k": Integers(5, unit=256, minimums=True),
@@ -94,7 +95,7 @@ class Weight:
     |---|---|---|---|
     | dense | float [N, K] | - | - |
     | int8  | int8 [N, K] | [N, 1] | - |
-    | int8_groups, q6_k | int8 [N, K] | [N, K/g] | - |
+    | int8_groups, q5_0, q6_k | int8 [N, K] | [N, K/g] | - |
     | int4  | uint8 [N, K/2]: u = q + 8, even k low nibble | [N, K/g] | maybe zero_point |
     | nl4, mxfp4, iq4_nl, iq4_xs | uint8 [N, K/2]: indices into the format's codes | [N, K/g] | - |
     | q4_1, q4_k | uint8 [N, K/2]: u = q | [N, K/g] | minimum |

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from farthing.compress.quantize import Feedback, int4_grid, sweep
+from farthing.compress.quantize import Feedback, even_grid, sweep
 from farthing_lab.compress.masks import cubic_sparsity
 from farthing_lab.train.functional import Routing, dispatch, spans
 from farthing_lab.train.loop import BaseHook, Trainer
@@ -189,7 +189,7 @@ def _round(product: QuantizedProduct, w: Tensor, gram: Tensor) -> None:
     quantizer = product.weight_quantizer
     own, gram = quantizer.pruned(w).float().cpu(), gram.cpu()
     keep = None if quantizer.keep is None else quantizer.pruned(torch.ones_like(w)).bool().cpu()
-    grid = int4_grid(own, quantizer.group, gram.diagonal(dim1=1, dim2=2))
+    grid = even_grid(own, quantizer.group, gram.diagonal(dim1=1, dim2=2))
     w.copy_(sweep(own, Feedback.of(gram), grid, keep)[0])
     quantizer.bits = 4
     quantizer.log_scale.copy_(grid.scale[..., None].log())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farthing.compress.quantize import int4_grid
+from farthing.compress.quantize import even_grid
 from farthing_lab.compress.rotate import hadamard, random_hadamard, rotate_latent, rotate_values
 from farthing_lab.compress.smooth import awq_scale, smooth_scale
 from tests.compress.test_quantize import correlated, random
@@ -20,7 +20,7 @@ def test_awq_equals_the_grid_search_of_its_paper() -> None:
     weights, magnitude = [random(5, 16, 64), random(6, 24, 64)], x.abs().mean(0)
 
     def round_to(w: Tensor, gram: Tensor) -> Tensor:
-        return int4_grid(w[None], 32).round(w[None])[0]
+        return even_grid(w[None], 32).round(w[None])[0]
 
     best = awq_scale(weights, [x.T @ x] * 2, magnitude, round_to)
     size = torch.cat([w.abs() / w.abs().max(dim=1, keepdim=True).values for w in weights]).mean(0)

@@ -208,7 +208,7 @@ FORMATS = {
     "dense": 0, "int8": 1, "int4": 2, "fp8": 3, "mxfp4": 4, "q4_1": 5, "int8_groups": 6,
 }  # as the kernels number them  # fmt: skip
 _HOLDING = {"q4_k": "q4_1"} | dict.fromkeys(
-    ("nl4", "iq4_nl", "iq4_xs", "q5_1", "q5_k", "q6_k"), "int8_groups"
+    ("nl4", "iq4_nl", "iq4_xs", "q5_0", "q5_1", "q5_k", "q6_k"), "int8_groups"
 )
 _MOST_HALF = 64
 _LEAST_HALF = 16  # the smallest inner dimension on tensor cores
