@@ -93,3 +93,10 @@ def test_files_are_planned_by_their_own_sizes(model_dir: Path, data: Path, tmp_p
     assert report.plan is not None and "all weight files" in report.plan["explanation"]
     groups = {m["group_size"] for m in report.modules if m["format"] == "int4"}
     assert groups <= {32, 64} and "KL int4-32" in report.plan["choices"][0]  # 128 divides no matrix here
+
+
+def test_a_limit_is_used_up() -> None:
+    """Costs are not rounded: 14 parts that fill the limit exactly all get their better option."""
+    rows = [[(0.0, 1.0), (333.3, 0.0)]] * 14
+    chosen = knapsack(rows, lambda o: o[0], lambda o: o[1], 14 * 333.3, 2000)
+    assert chosen == [(333.3, 0.0)] * 14

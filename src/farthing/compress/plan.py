@@ -9,7 +9,7 @@ bytes within the KL. Bytes are those of the whole model: in memory, in files, or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from operator import add
@@ -38,29 +38,25 @@ def knapsack(
     limit: float,
     cells: int,
 ) -> list[T]:
-    """Dynamic programming over `cells` cells of cost, minimizing the total value.
+    """Dynamic programming, minimizing the total value. Of the choices whose costs are in one of `cells` equal
+    parts of the limit, the best continues.
 
-    Costs are rounded up, so the limit holds. If rounding makes every choice exceed the limit, the cheapest
-    one is taken if it fits. Raises ValueError if it does not.
+    If none of those fits, the cheapest choice is taken. Raises ValueError if it does not fit either.
     """
-
-    def steps(option: T) -> int:
-        if cost(option) == 0:
-            return 0
-        return math.ceil(cost(option) / limit * cells - 1e-9) if limit > 0 else cells + 1
-
-    best: dict[int, tuple[float, list[T]]] = {0: (0.0, [])}  # cells spent -> (value, choice)
+    best: list[tuple[float, float, list[T]]] = [(0.0, 0.0, [])]  # (cost, value, choice)
     for row in rows:
-        reached: dict[int, tuple[float, list[T]]] = {}
-        for spent, (total, chosen) in best.items():
+        reached: dict[int, tuple[float, float, list[T]]] = {}
+        for spent, total, chosen in best:
             for option in row:
-                used = spent + steps(option)
-                candidate = total + value(option)
-                if used <= cells and (used not in reached or candidate < reached[used][0]):
-                    reached[used] = (candidate, [*chosen, option])
-        best = _undominated(reached)
+                used, candidate = spent + cost(option), total + value(option)
+                cell = int(used / limit * cells) if limit > 0 else 0
+                if used <= limit * (1 + 1e-12) and (
+                    cell not in reached or (candidate, used) < (reached[cell][1], reached[cell][0])
+                ):
+                    reached[cell] = (used, candidate, [*chosen, option])
+        best = _undominated(reached.values())
     if best:
-        return min(best.values(), key=lambda entry: entry[0])[1]
+        return min(best, key=lambda entry: entry[1])[2]
     cheapest = [min(row, key=cost) for row in rows]
     least = sum(map(cost, cheapest))
     if least > limit:
@@ -68,13 +64,13 @@ def knapsack(
     return cheapest
 
 
-def _undominated(reached: dict[int, tuple[float, list[T]]]) -> dict[int, tuple[float, list[T]]]:
+def _undominated(reached: Iterable[tuple[float, float, list[T]]]) -> list[tuple[float, float, list[T]]]:
     """Drop choices that another one beats in both cost and value."""
-    kept, least = {}, math.inf
-    for spent in sorted(reached):
-        if reached[spent][0] < least:
-            kept[spent] = reached[spent]
-            least = reached[spent][0]
+    kept, least = [], math.inf
+    for entry in sorted(reached, key=lambda entry: entry[:2]):
+        if entry[1] < least:
+            kept.append(entry)
+            least = entry[1]
     return kept
 
 
