@@ -11,6 +11,7 @@ import pytest
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress import sensitivity
 from farthing.compress.api import Options, compress
+from farthing.compress.plan import knapsack
 from farthing.compress.recipe import RECIPES
 from farthing.compress.size import Measure, reads_of, sizes_of
 from farthing.compress.stream import STATE
