@@ -88,7 +88,8 @@ def test_a_reader_finds_the_same_model(family: str, tmp_path: Path) -> None:
     assert all(figures.exact == figures.matrices for figures in kept.values())
     ids = torch.arange(12) % (config.vocab_size - 4)
     found, expected = logits(resolve_model(out), ids), logits(folder, ids)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    # Qwen3.5's and Gemma's norms are stored with 1 added, which rounds their float32.
+    torch.testing.assert_close(found, expected, rtol=0, atol=4e-6 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(("scheme", "group"), [("int4", 32), ("int4", 64), ("int8", None)])
