@@ -5,17 +5,16 @@
 namespace farthing {
 namespace {
 
-// Tile sizes whose sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. For many rows, integer
-// sums are faster if the float sums of their groups fit too; for few rows, fewer passes over the weights are.
-// With AVX-512, most matrices of integers take tiles of their own from eight rows on (many_rows.inl).
+// Tiles whose integer and float sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. Two panels by
+// six rows need half a load for each product; one panel by twelve would need a whole one, and processors that
+// start two products a cycle load no more than that.
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kRowsOfMany = 4, kSparseRows = 8;
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kSparseRows = 8;
 #elif defined(__AVX2__)
-constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kRowsOfMany = 4, kSparseRows = 4;
+constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kSparseRows = 4;
 #else
-constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kRowsOfMany = 2, kSparseRows = 2;
+constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kSparseRows = 2;
 #endif
-constexpr int kMany = 24;         // rows
 constexpr int kSparsePanels = 2;  // that read a block of rows one after the other
 
 // One or two rows read as fast as a bare copy if the next lines are prefetched into L2: prefetching into L1
@@ -317,14 +316,6 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
 // cells.inl
 void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
 
-}  // namespace
-}  // namespace farthing
-
-#include "many_rows.inl"
-
-namespace farthing {
-namespace {
-
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (w.sparse) {
     for (int i = 0; i < count; i += kSparsePanels)
@@ -332,11 +323,7 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
                   ldo);
     return;
   }
-#if defined(__AVX512VNNI__)
-  if (tile_of_rows(w, panel, count, x, rows, out, ldo)) return;
-#endif
-  const int at_once = w.quantized() && rows >= kMany ? kRowsOfMany : kRowsAtOnce;
-  const int blocks = (rows + at_once - 1) / at_once;
+  const int blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   for (int i = 0; i < count;) {
     const int together = rows > kStream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
