@@ -1,5 +1,6 @@
-// Gated DeltaNet as one op. A unit is one value head of one sequence, whose tokens pass through its state in
-// order, kDeltaSteps at a time, so that the state is read and written once for each of those.
+// Gated DeltaNet as one op. A unit is one value head of one sequence, or those of one key head where units
+// are enough, whose tokens pass through its state in order, kDeltaSteps at a time, so that the state is read
+// and written once for each of those.
 //
 // Legend: see delta.h.
 #include "delta.h"
@@ -17,6 +18,7 @@ namespace {
 constexpr float kNormEps = 1e-6f;  // of the L2 norm of queries and keys
 constexpr int kMostWidth = 8;
 constexpr int kTailParts = 8;  // units of a sequence's tail
+constexpr int kUnitsEach = 4;  // of heads, of a thread: more become units of several heads
 
 // Scratch of one thread.
 struct Space {
@@ -54,7 +56,11 @@ class Call {
 
   void run(Team& team) const {
     const Space mine = space_.of(w_, team.id());
-    team.for_units(0, in_.batch.sequences, w_.value_heads, [&](int b, int head) { advance(b, head, mine); });
+    // Value heads of one key head share its queries and keys.
+    const int sharing = w_.value_heads / w_.key_heads,
+              together = in_.batch.sequences * w_.key_heads >= kUnitsEach * team.size() ? sharing : 1;
+    team.for_units(0, in_.batch.sequences, w_.value_heads / together,
+                   [&](int b, int unit) { advance(b, unit * together, together, mine); });
     team.barrier();  // every head of a key head reads the tail of its queries and keys
     const int step = (w_.channels() + kTailParts - 1) / kTailParts;
     team.for_units(1, in_.batch.sequences, kTailParts, [&](int b, int part) {
@@ -64,34 +70,48 @@ class Call {
   }
 
  private:
-  void advance(int b, int head, const Space& s) const {
+  void advance(int b, int head, int heads, const Space& s) const {
     const int first = in_.batch.query_start[b], last = in_.batch.query_start[b + 1];
-    const size_t size = static_cast<size_t>(w_.key_dim) * w_.value_dim;
-    float* state = in_.state.data + (static_cast<size_t>(in_.state.slots[b]) * w_.value_heads + head) * size;
-    if (first < last && in_.batch.positions[first] == 0) std::fill_n(state, size, 0.0f);
-    else if (forked(b))
-      std::memcpy(state,
-                  in_.state.data + (static_cast<size_t>(in_.state.sources[b]) * w_.value_heads + head) * size,
-                  sizeof(float) * size);
-    for (int t = first; t < last; t += kDeltaSteps)
-      steps(b, head, t, std::min(kDeltaSteps, last - t), state, s);
+    for (int i = head; i < head + heads; ++i) begin(b, i, first < last && in_.batch.positions[first] == 0);
+    for (int t = first; t < last; t += kDeltaSteps) {
+      const int count = std::min(kDeltaSteps, last - t);
+      take_keys(b, head / (w_.value_heads / w_.key_heads), t, count, s);
+      for (int i = head; i < head + heads; ++i) steps(b, i, t, count, s);
+    }
   }
 
-  void steps(int b, int head, int t, int count, float* state, const Space& s) const {
-    const int key = head / (w_.value_heads / w_.key_heads), dk = w_.key_dim, dv = w_.value_dim;
-    const int keys = w_.key_heads * dk, value = 2 * keys + head * dv;
-    float decay[kDeltaSteps], beta[kDeltaSteps];
+  float* state(int slot, int head) const {
+    return in_.state.data + (static_cast<size_t>(slot) * w_.value_heads + head) * w_.key_dim * w_.value_dim;
+  }
+
+  // A state from which the sequence's tokens go on.
+  void begin(int b, int head, bool fresh) const {
+    const size_t size = static_cast<size_t>(w_.key_dim) * w_.value_dim;
+    float* to = state(in_.state.slots[b], head);
+    if (fresh) std::fill_n(to, size, 0.0f);
+    else if (forked(b)) std::memcpy(to, state(in_.state.sources[b], head), sizeof(float) * size);
+  }
+
+  void take_keys(int b, int key, int t, int count, const Space& s) const {
+    const int dk = w_.key_dim, keys = w_.key_heads * dk;
     for (int i = 0; i < count; ++i) {
       convolve(b, t + i, key * dk, dk, s.q + i * dk);
       convolve(b, t + i, keys + key * dk, dk, s.k + i * dk);
-      convolve(b, t + i, value, dv, s.v + i * dv);
       kernels_.rms_norm(s.q + i * dk, space_.q_norm, kNormEps / dk, dk, s.q + i * dk);
       kernels_.rms_norm(s.k + i * dk, space_.k_norm, kNormEps / dk, dk, s.k + i * dk);
+    }
+  }
+
+  void steps(int b, int head, int t, int count, const Space& s) const {
+    const int dk = w_.key_dim, dv = w_.value_dim, value = 2 * w_.key_heads * dk + head * dv;
+    float decay[kDeltaSteps], beta[kDeltaSteps];
+    for (int i = 0; i < count; ++i) {
+      convolve(b, t + i, value, dv, s.v + i * dv);
       const float* gates = in_.gates.row(t + i);
       beta[i] = 1.0f / (1.0f + std::exp(-gates[head]));
       decay[i] = std::exp(w_.rate[head] * softplus(gates[w_.value_heads + head] + w_.shift[head]));
     }
-    kernels_.delta({state, dk, dv, count, s.q, s.k, s.v, decay, beta, s.out});
+    kernels_.delta({state(in_.state.slots[b], head), dk, dv, count, s.q, s.k, s.v, decay, beta, s.out});
     for (int i = 0; i < count; ++i) {
       float* to = in_.out.row(t + i) + head * dv;
       kernels_.rms_norm(s.out + i * dv, w_.norm, in_.eps, dv, to);

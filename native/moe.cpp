@@ -259,9 +259,11 @@ class Experts {
   // The product with the router, and with the shared expert's gate.
   void score(Team& team) const {
     const int T = in_.tokens, blocks = (T + kRouteRows - 1) / kRouteRows, me = team.id();
-    team.for_units(1, blocks, w_.gate->m.panels, [&](int b, int panel) {
-      const int t0 = b * kRouteRows;
-      kernels_.tile(w_.gate->m, panel, 1, row(s_.gate_x, alone() ? me : t0), std::min(kRouteRows, T - t0),
+    const Matrix& gate = w_.gate->m;
+    team.for_units(1, blocks, (gate.panels + 1) / 2, [&](int b, int pair) {
+      const int t0 = b * kRouteRows, panel = 2 * pair;
+      kernels_.tile(gate, panel, std::min(2, gate.panels - panel), row(s_.gate_x, alone() ? me : t0),
+                    std::min(kRouteRows, T - t0),
                     s_.scores + static_cast<size_t>(t0) * s_.score_ld + panel * kPanel, s_.score_ld);
     });
     team.barrier();
