@@ -1,11 +1,11 @@
-"""The gateway's cost: time added to a request, and 500 concurrent streams, directly and through the gateway,
-interleaved.
+"""The gateway's cost: time added to a request, small requests per second, and 500 concurrent streams,
+directly and through the gateway, interleaved.
 
 Replica, gateway and relays are separate processes on loopback; this process is the client. The gateway is
 compared with nginx (the peer, if installed), with a Python relay that forwards bytes without parsing them
 (the limit for one more process in the same language), and with a proxy of a few lines on aiohttp, the
-gateway's HTTP library: `kept` reuses its connections to the replica, `fresh` opens one per request, as the
-gateway does.
+gateway's HTTP library: `kept` reuses its connections to the replica, as the gateway does, and `fresh` opens
+one per request.
 
     python bench/gateway.py [--requests 2000] [--streams 500] [--json]
 """
@@ -313,12 +313,48 @@ async def streams(port: int, count: int, tokens: int, interval: float) -> dict[s
     }
 
 
+class Endless(asyncio.Protocol):
+    """Sends the next request as soon as the answer to the last one is complete."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.answered, self.tail = data, 0, b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport: Any = transport
+        self.transport.write(self.data)
+
+    def data_received(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-15:]
+        if self.tail == b'{"status":"ok"}':
+            self.answered, self.tail = self.answered + 1, b""
+            self.transport.write(self.data)
+
+
+async def rate(port: int, connections: int, seconds: float) -> float:
+    """Small requests per second over `connections` connections, each with one request in flight."""
+    loop = asyncio.get_running_loop()
+    clients = [Endless(request()) for _ in range(connections)]
+    for client in clients:
+        await loop.create_connection(lambda client=client: client, HOST, port)  # type: ignore[misc]
+    await asyncio.sleep(0.5)
+    before, began = sum(client.answered for client in clients), time.perf_counter()
+    await asyncio.sleep(seconds)
+    answered, taken = sum(client.answered for client in clients) - before, time.perf_counter() - began
+    for client in clients:
+        client.transport.close()
+    return answered / taken
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, ways(Path(folder)) as ports:
         result: dict[str, Any] = {"latency": latency(ports, arguments.requests)}
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in ports}
         for _ in range(arguments.rounds):
             for name, port in ports.items():
+                with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                    result.setdefault("rates", {}).setdefault(name, []).append(
+                        runner.run(rate(port, arguments.connections, arguments.seconds))
+                    )
                 runs[name].append(
                     asyncio.run(streams(port, arguments.streams, arguments.tokens, arguments.interval))
                 )
@@ -340,8 +376,13 @@ def show(result: dict[str, Any], arguments: argparse.Namespace) -> None:
             f"{name:10}{row['whole_p50_ms']:11.3f}{row['whole_p99_ms']:8.3f}{row['first_byte_p50_ms']:17.3f}"
             f"{row['first_byte_p99_ms']:8.3f}{row['whole_p50_ms'] - base:12.3f}"
         )
-    rate = arguments.streams / arguments.interval if arguments.interval else float("inf")
-    print(f"\n{arguments.streams} streams of {arguments.tokens} tokens, {rate:,.0f} tokens/s offered, median")
+    print(f"\nsmall requests/s over {arguments.connections} connections, every round")
+    for name, rates in result["rates"].items():
+        print(f"{name:10}" + "".join(f"{each:9,.0f}" for each in rates))
+    offered = arguments.streams / arguments.interval if arguments.interval else float("inf")
+    print(
+        f"\n{arguments.streams} streams of {arguments.tokens} tokens, {offered:,.0f} tokens/s offered, median"
+    )
     print(f"{'':10}{'whole':>7}{'tokens/s':>10}{'first token p50':>17}{'gap p50':>10}{'gap p99':>10}  (ms)")
     for name, row in result["streams"].items():
         print(
@@ -359,6 +400,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--interval", type=float, default=0.05, help="seconds between tokens of one stream")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--connections", type=int, default=16, help="of the small requests")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of small requests, per path and round")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=int, help=argparse.SUPPRESS)

@@ -34,6 +34,7 @@ SHARED = {
     "farthing.cli.app",
     "farthing.cli.errors",
     "farthing.config",
+    "farthing.exchange",
     "farthing.files",
     "farthing.process",
     "farthing.prompts",

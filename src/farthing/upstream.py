@@ -1,6 +1,6 @@
-"""Servers behind a proxy: their processes, from launch to exit, and single exchanges with them.
+"""Server processes behind a proxy, from launch to exit.
 
-The fleet's gateway and local replicas, and the models of `farthing serve --models`, share this module.
+The fleet's local replicas and the models of `farthing serve --models` share this module.
 """
 
 from __future__ import annotations
@@ -10,19 +10,15 @@ import contextlib
 import ctypes
 import logging
 import os
-import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
-from urllib.parse import quote
 
 import aiohttp
-from multidict import CIMultiDict
-from yarl import URL
 
 log = logging.getLogger(__name__)
 
@@ -195,148 +191,3 @@ class ServerProcess:
         if self.state == "draining":
             log.warning("%s did not drain within %g s; killed", self.name, timeout)
             signal_group(self.process, signal.SIGKILL)
-
-
-# Exchanges.
-
-# RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
-_HOP = frozenset(
-    [
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "http2-settings",
-        "expect",
-        "content-length",
-        "host",
-    ]
-)
-
-
-class ReplicaLost(Exception):
-    """A failed exchange. reached: the server received at least part of the request."""
-
-    def __init__(self, reason: str, *, reached: bool) -> None:
-        super().__init__(reason)
-        self.reached = reached
-
-
-def end_to_end(headers: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
-    """The headers that a proxy passes on."""
-    headers = list(headers)
-    connection = (value for name, value in headers if name.lower() == "connection")
-    named = {token.strip().lower() for value in connection for token in value.split(",")}
-    return CIMultiDict(
-        # Bytes that are not UTF-8 cannot be re-encoded.
-        (name, value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
-        for name, value in headers
-        if (lower := name.lower()) not in _HOP and lower not in named
-    )
-
-
-def request_headers(headers: Iterable[tuple[str, str]], peer: str) -> CIMultiDict[str]:
-    """The headers of a request to forward: the end-to-end ones, and the client in X-Forwarded-For."""
-    passed = end_to_end(headers)
-    forwarded = passed.popall("X-Forwarded-For", [])
-    passed["X-Forwarded-For"] = ", ".join([*forwarded, peer])
-    return passed
-
-
-def make_session(connect_timeout: float, idle_timeout: float) -> aiohttp.ClientSession:
-    """The HTTP client of a proxy: one connection per request, no decoding, redirects or cookies."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout, sock_read=idle_timeout),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("Accept", "Accept-Encoding", "User-Agent", "Content-Type"),
-    )
-
-
-async def send(
-    session: aiohttp.ClientSession,
-    url: str,
-    method: str,
-    target: str,
-    headers: CIMultiDict[str],
-    body: bytes,
-) -> aiohttp.ClientResponse:
-    """Send a request to the server at `url` and wait for the head of the answer. Raises ReplicaLost.
-
-    target: path and query, as received. Each exchange uses its own connection. A reused connection could
-    contain unsolicited bytes from a server, which would become part of the next client's answer; and only on
-    a fresh one is it certain whether the server received the request.
-    """
-    try:
-        answer = await session.request(
-            method,
-            URL(url + target, encoded=True),
-            headers=headers,
-            data=body or None,
-            allow_redirects=False,
-        )
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as problem:
-        raise ReplicaLost(f"cannot connect to {url} ({problem})", reached=False) from problem
-    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise lost(problem) from problem
-    if answer.status < 200:
-        answer.close()
-        raise ReplicaLost(f"unexpected status {answer.status}", reached=True)
-    return answer
-
-
-def lost(problem: BaseException) -> ReplicaLost:
-    """An exchange that failed after the server had received the request."""
-    if isinstance(problem, aiohttp.ServerDisconnectedError):
-        return ReplicaLost("the connection was closed", reached=True)
-    return ReplicaLost(str(problem) or type(problem).__name__, reached=True)
-
-
-async def part_of(answer: aiohttp.ClientResponse) -> bytes:
-    """The next bytes of an answer; empty at its end. Raises ReplicaLost."""
-    try:
-        return await answer.content.readany()
-    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise lost(problem) from problem
-
-
-# Which server stores a response.
-
-_PATH = re.compile(r"/v1/responses/(?!input_tokens\b|compact\b)([^/?]+)")
-_LONGEST = 128  # characters of an id
-_PASSED = ("Authorization", "X-Api-Key")
-_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
-
-
-def named(target: str) -> str | None:
-    """The id of a response in a request's target, as it is written there; None if there is none."""
-    match = _PATH.match(target)
-    return match[1] if match is not None else None
-
-
-async def holder(
-    session: aiohttp.ClientSession, urls: Sequence[str], identity: str, headers: Mapping[str, str]
-) -> int | None:
-    """The index of the server that answers for a response, with the credentials in `headers`; None if none
-    does."""
-    if len(identity) > _LONGEST:
-        return None
-    passed = {name: headers[name] for name in _PASSED if name in headers}
-    path = f"/v1/responses/{quote(identity, safe='%')}"
-
-    async def stores(url: str) -> bool:
-        try:
-            request = session.get(url + path, headers=passed, timeout=_TIMEOUT, allow_redirects=False)
-            async with request as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return False
-
-    stored = await asyncio.gather(*map(stores, urls))
-    return stored.index(True) if True in stored else None

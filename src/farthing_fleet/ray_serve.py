@@ -32,23 +32,13 @@ from ray.serve.request_router import RequestRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from farthing.exchange import Upstream, end_to_end, request_headers
 from farthing.files import read
 from farthing.prompts import read_prompt
 from farthing.server.errors import ApiError, error_event
-from farthing.upstream import (
-    ServerProcess,
-    Watch,
-    end_to_end,
-    free_port,
-    launch,
-    make_session,
-    part_of,
-    request_headers,
-    send,
-)
-from farthing_fleet.config import FleetConfig, PolicyConfig, SloConfig
+from farthing.upstream import ServerProcess, Watch, free_port, launch
+from farthing_fleet.config import FleetConfig, GatewayConfig, PolicyConfig, SloConfig
 from farthing_fleet.estimates import make_estimates
-from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.proxy import Outgoing
 from farthing_fleet.gateway.replicas import PrefixIndex, cost
 from farthing_fleet.run import make_controller
@@ -84,7 +74,7 @@ class Replica:
         port = free_port(_HOST)
         words = [part.replace("{port}", str(port)).replace("{host}", _HOST) for part in command]
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
-        self._session = make_session(2.0, 600.0)
+        self._upstream = Upstream(2.0, 600.0)
         self._slo, self._drain_s = slo, watch.drain_timeout
         process = await launch(words, None, {})
         self._server = ServerProcess(NAME, f"http://{_HOST}:{port}", process, time.monotonic())
@@ -113,12 +103,12 @@ class Replica:
 
     async def answer(self, request: Outgoing) -> AsyncIterator[Any]:
         """The status and headers of the answer, then its bytes as they arrive. Raises ReplicaLost."""
-        answer = await send(
-            self._session, self._server.url, request.method, request.target, request.headers, request.body
+        answer = await self._upstream.send(
+            self._server.url, request.method, request.target, request.headers, request.body
         )
         try:
             yield answer.status, list(end_to_end(answer.headers.items()).items())
-            while data := await part_of(answer):
+            while data := await answer.part():
                 yield data
         finally:
             answer.close()
@@ -128,7 +118,7 @@ class Replica:
         self._server.drain(self._drain_s)
         await self._life
         await self._http.close()
-        await self._session.close()
+        self._upstream.close()
 
 
 async def _print(output: asyncio.StreamReader | None) -> None:

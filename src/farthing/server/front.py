@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import aiohttp
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -27,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import farthing
+from farthing.exchange import ReplicaLost, Upstream, end_to_end, holder, named, request_headers
 from farthing.process import loop_factory
 from farthing.server.api.ollama import document_of, running, seconds, shown, tag
 from farthing.server.app import guarded, misplaced, model_entry, model_list, reason
@@ -37,16 +37,6 @@ from farthing.server.pool import Hosted, Pool, PoolConfig
 from farthing.server.presets import read_models
 from farthing.server.run import listen, say_where, server_of, url_of
 from farthing.server.schema import short, wrong_type
-from farthing.upstream import (
-    ReplicaLost,
-    end_to_end,
-    holder,
-    make_session,
-    named,
-    part_of,
-    request_headers,
-    send,
-)
 
 log = logging.getLogger("farthing.server")
 
@@ -71,7 +61,7 @@ class Front:
     def __init__(self, config: ServerConfig, pool: Pool) -> None:
         self.config, self.pool = config, pool
         self.created = int(time.time())
-        self.session: aiohttp.ClientSession | None = None
+        self.upstream = Upstream(_CONNECT, _SILENCE)
         self.draining = False
 
     async def drain(self) -> bool:
@@ -174,12 +164,11 @@ class _Forward:
         self, model: Hosted, url: str, scope: Scope, target: str, headers: Any, body: bytes, write: Send
     ) -> None:
         """Raises ReplicaLost while the client has received nothing."""
-        assert self._front.session is not None
-        answer = await send(self._front.session, url, scope["method"], target, headers, body)
+        answer = await self._front.upstream.send(url, scope["method"], target, headers, body)
         try:
             if answer.status == 503 and answer.headers.get(CODE_HEADER) == "engine_failed":
                 self._front.pool.broken(model)
-            data = await part_of(answer)
+            data = await answer.part()
             raw = [
                 (k.lower().encode(), v.encode("latin-1"))
                 for k, v in end_to_end(answer.headers.items()).items()
@@ -190,10 +179,10 @@ class _Forward:
             try:
                 while data:
                     await write({"type": "http.response.body", "body": data, "more_body": True})
-                    data = await part_of(answer)
+                    data = await answer.part()
             except ReplicaLost as problem:
                 log.warning("%s: an answer was cut off: %s", model.name, problem)
-                if answer.content_type != "text/event-stream":
+                if not answer.event_stream:
                     raise ConnectionAbortedError(str(problem)) from problem
                 data = error_event(f"the model's process ended: {problem}", scope["path"])
                 await write({"type": "http.response.body", "body": data, "more_body": True})
@@ -217,9 +206,9 @@ class _Forward:
             (each for each in front.pool.models.values() if each.state == "loaded" and each.server),
             key=lambda each: -each.used,
         )
-        if (identity := named(path)) is not None and front.session is not None:
+        if (identity := named(path)) is not None:
             urls = [each.server.url for each in loaded if each.server]
-            found = await holder(front.session, urls, identity, headers)
+            found = await holder(front.upstream, urls, identity, headers)
             loaded = [] if found is None else [loaded[found]]
         if not loaded:
             raise ApiError(404, f"{path}: no model is loaded that has it", code="model_not_loaded")
@@ -344,10 +333,9 @@ def create_front(front: Front) -> ASGIApp:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        front.session = make_session(_CONNECT, _SILENCE)
         await front.pool.start()
         yield
-        await front.session.close()
+        front.upstream.close()
 
     routes = [
         *(Route(path, page) for path in assets()),

@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
+from farthing.exchange import Answer, ReplicaLost, Upstream, end_to_end, holder, named
 from farthing.prompts import Prompt
 from farthing.server.errors import CODE_HEADER, error_event
-from farthing.upstream import ReplicaLost, end_to_end, holder, lost, named, part_of, send
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.guard import guard_of
@@ -68,15 +67,12 @@ class Outgoing:
         return self.method, self.target, self.body
 
 
-async def refusal(answer: aiohttp.ClientResponse) -> str:
+async def refusal(answer: Answer) -> str:
     """The code of an error answer, or an empty string. Raises ReplicaLost."""
     if code := answer.headers.get(CODE_HEADER):
         return code
     try:
-        body = await answer.content.read(_REFUSAL)
-        return str(json.loads(body)["error"]["code"])
-    except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-        raise lost(problem) from problem
+        return str(json.loads(await answer.read(_REFUSAL))["error"]["code"])
     except (ValueError, KeyError, TypeError):
         return ""
 
@@ -88,7 +84,7 @@ class Relay:
         self,
         request: web.BaseRequest,
         replica: Replica,
-        answer: aiohttp.ClientResponse,
+        answer: Answer,
         active: Active,
         write_timeout_s: float,
     ) -> None:
@@ -96,7 +92,7 @@ class Relay:
         self._write_timeout_s = write_timeout_s
         self._clock = asyncio.get_running_loop().time
         self._length = _content_length(answer)
-        self.event_stream = answer.content_type == "text/event-stream"
+        self.event_stream = answer.event_stream
         self.response: web.StreamResponse | None = None  # set once the head is sent to the client
 
     async def whole(self) -> web.Response | None:
@@ -106,11 +102,8 @@ class Relay:
         """
         if self.event_stream or self._length is None or self._length > _WHOLE:
             return None
-        try:
-            with self._active.interruptible():
-                body = await self._answer.read()
-        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
-            raise lost(problem) from problem
+        with self._active.interruptible():
+            body = await self._answer.read(self._length)
         return web.Response(status=self._answer.status, headers=self._headers(), body=body)
 
     async def stream(self) -> web.StreamResponse:
@@ -145,7 +138,7 @@ class Relay:
 
     async def _read(self) -> bytes:
         with self._active.interruptible():
-            data = await part_of(self._answer)
+            data = await self._answer.part()
         self._replica.heard = self._clock()
         return data
 
@@ -175,7 +168,7 @@ class Relay:
         return self._length is None and "chunked" not in self._answer.headers.get("Transfer-Encoding", "")
 
 
-def _content_length(answer: aiohttp.ClientResponse) -> int | None:
+def _content_length(answer: Answer) -> int | None:
     value = answer.headers.get("Content-Length", "")
     return int(value) if value.isascii() and value.isdigit() else None
 
@@ -205,11 +198,11 @@ class Proxy:
         balancer: Balancer,
         metrics: GatewayMetrics,
         hold: Hold,
-        session: aiohttp.ClientSession,
+        upstream: Upstream,
         alive: Callable[[Replica], Awaitable[bool]],
     ) -> None:
         self._config, self._balancer, self._metrics = config, balancer, metrics
-        self._hold, self._session, self._alive = hold, session, alive
+        self._hold, self._upstream, self._alive = hold, upstream, alive
         self._poison = Poison(config.poison_ttl_s)
         self.silence = Silence(config.hung_margin_s)
         self._now = asyncio.get_running_loop().time
@@ -247,7 +240,7 @@ class Proxy:
 
     async def _holder(self, identity: str, outgoing: Outgoing) -> Replica | None:
         replicas = self._balancer.candidates()
-        index = await holder(self._session, [each.url for each in replicas], identity, outgoing.headers)
+        index = await holder(self._upstream, [each.url for each in replicas], identity, outgoing.headers)
         return None if index is None else replicas[index]
 
     async def _next(self, outgoing: Outgoing, course: _Course) -> Replica | None:
@@ -304,8 +297,8 @@ class Proxy:
         Raises ReplicaLost and Interrupted only if the client has received nothing.
         """
         with active.interruptible():
-            answer = await send(
-                self._session, replica.url, outgoing.method, outgoing.target, outgoing.headers, outgoing.body
+            answer = await self._upstream.send(
+                replica.url, outgoing.method, outgoing.target, outgoing.headers, outgoing.body
             )
         try:
             if answer.status == BUSY and not self._last(course):
@@ -387,7 +380,7 @@ class Proxy:
         replica: Replica,
         course: _Course,
         active: Active,
-        answer: aiohttp.ClientResponse,
+        answer: Answer,
     ) -> None:
         """The replica answered 503: draining, full, or its engine failed."""
         with active.interruptible():

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import aiohttp
 from aiohttp import web
 
+from farthing.exchange import Upstream, request_headers
 from farthing.prompts import read_prompt
 from farthing.server.config import ambiguity, is_loopback
 from farthing.server.errors import OPENING_HEADER
-from farthing.upstream import make_session, request_headers
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.digests import Digests
 from farthing_fleet.gateway.errors import Refused, error_response
@@ -85,7 +85,7 @@ class Gateway:
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: asyncio.Server | None = None
         self._local_only = False
-        self._session: aiohttp.ClientSession | None = None
+        self.upstream = Upstream(self.config.connect_timeout_s, self.config.idle_timeout_s)
 
     # ---- lifecycle ----
 
@@ -96,9 +96,8 @@ class Gateway:
 
         Returns the port.
         """
-        self._session = make_session(self.config.connect_timeout_s, self.config.idle_timeout_s)
         self.proxy = Proxy(
-            self.config, self.balancer, self.metrics, self.hold, self._session, self.health.alive
+            self.config, self.balancer, self.metrics, self.hold, self.upstream, self.health.alive
         )
         await self.health.start()
         if self._file is not None:
@@ -141,8 +140,7 @@ class Gateway:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.health.close()
-        if self._session is not None:
-            await self._session.close()
+        self.upstream.close()
         return len(left)
 
     def _close_idle(self, patient: bool) -> bool:
