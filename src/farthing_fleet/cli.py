@@ -60,6 +60,13 @@ Examples:
 
   farthing fleet gateway --replicas-dns farthing-replicas.farthing.svc:8000 --health-path /ready
 """
+_TUNE_EXAMPLES = """
+Examples:
+
+  farthing fleet tune fleet.yaml
+
+  farthing fleet tune fleet.yaml --advise
+"""
 _EXPLAIN_EXAMPLES = """
 Examples:
 
@@ -280,8 +287,7 @@ def gateway(
 
 async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path) -> None:
     """scratch: directory for the replicas that --replicas-dns finds."""
-    from farthing_fleet.config import split_address
-    from farthing_fleet.gateway import GatewayConfig
+    from farthing_fleet.config import GatewayConfig, split_address
     from farthing_fleet.gateway.process import serve
     from farthing_fleet.run import follow
 
@@ -305,6 +311,26 @@ async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path)
     finally:
         if following is not None:
             following.cancel()
+
+
+@app.command(epilog=_TUNE_EXAMPLES)
+def tune(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The controller's YAML file.")],
+    advise: Annotated[bool, typer.Option("--advise", help="Only print the table.")] = False,
+) -> None:
+    """Choose rule and utilization by replaying the controller's recorded load; it reads the choice itself."""
+    from farthing_fleet.config import load
+    from farthing_fleet.tune import table, tune, write
+
+    with _errors_to_user():
+        fleet = load(config)
+        found = tune(fleet)
+        if found is None:
+            _say(f"{fleet.state}: less than a day of recorded load; the default stays")
+            return
+        _print(table(found))
+        if not advise:
+            write(fleet, found)
 
 
 @app.command(epilog=_EXPLAIN_EXAMPLES)

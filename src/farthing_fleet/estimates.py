@@ -22,7 +22,7 @@ from farthing_fleet.config import FleetConfig
 from farthing_fleet.forecast.base import DAY_S
 from farthing_fleet.forecast.learned import GAIN, GRID_S, LEAST_S, NAMES, TRAIN_S, WEEKS_S, Learned, make
 from farthing_fleet.forecast.prophet import ProphetConfig
-from farthing_fleet.rehearsal import Plan, Rehearsal, Settings
+from farthing_fleet.rehearsal import Pinned, PinnedRule, Plan, Rehearsal, Settings
 from farthing_fleet.types import Snapshot
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ REHEARSED_STEPS = 3 * 5760  # of the recorded load that a new rehearsal replays:
 LEAD_CHANGE = 1.2  # the rehearsal is repeated when the measured lead differs by this factor,
 LEAD_CHANGE_S = 3600.0  # at most this often
 TRIAL_S = DAY_S
+TUNED = "tuned.json"  # in the state directory: what `farthing fleet tune` chose, as a `Pinned`
 _GAP = 20  # steps without a load after which the present one does not stand for the gap
 
 
@@ -60,7 +61,9 @@ class LiveEstimates:
         self._points = read_loads(self._path)  # (time, load) a minute
         self._cold_start = policy.cold_start_s
         self._lead_changed = -math.inf
-        self._rehearsal: Rehearsal | None = None
+        self._tuned = config.state / TUNED
+        self._pinned, self._stamp = Pinned(), 0
+        self._rehearsal: Rehearsal | PinnedRule | None = None
         self._learned: tuple[str, Learned] | None = None
         self._learned_plan: tuple[float, float] = (-math.inf, 0.0)  # (time, load)
         self._trained = self._tried = -math.inf
@@ -91,7 +94,7 @@ class LiveEstimates:
         if load is None or snapshot.stale or snapshot.ready is None or not np.isfinite(load) or load < 0:
             return
         measured = self._policy.lead_s(snapshot.cold_start_s)
-        if self._rehearsal is None or self._changed(measured, now):
+        if self._retuned() or self._rehearsal is None or self._changed(measured, now):
             self._cold_start, self._lead_changed = measured, now
             self._rehearsal = self._rehearsed(load)
             last = None
@@ -105,6 +108,24 @@ class LiveEstimates:
         far = max(lead, used) > LEAD_CHANGE * min(lead, used)
         return far and abs(now - self._lead_changed) >= LEAD_CHANGE_S
 
+    def _retuned(self) -> bool:
+        """Read what `farthing fleet tune` wrote since. Whether it is another choice; ignores a bad file."""
+        try:
+            stamp = self._tuned.stat().st_mtime_ns
+            if stamp == self._stamp:
+                return False
+            self._stamp = stamp
+            chosen = read(Pinned, json.loads(self._tuned.read_text()), TUNED)
+        except FileNotFoundError:
+            chosen, self._stamp = Pinned(), 0
+        except (OSError, ValueError) as problem:
+            log.warning("%s is ignored: %s", self._tuned, problem)
+            return False
+        changed, self._pinned = chosen != self._pinned, chosen
+        if changed:
+            log.info("tuned: %s", chosen)
+        return changed
+
     def _steps(self, last: Snapshot | None, snapshot: Snapshot) -> int:
         """Steps of the rehearsal since the last snapshot."""
         if last is None:
@@ -112,14 +133,15 @@ class LiveEstimates:
         passed = round((snapshot.time - last.time) / self._policy.interval_s)
         return max(1, passed) if passed <= _GAP else 1
 
-    def _rehearsed(self, load: float) -> Rehearsal:
-        """A rehearsal that has seen the last recorded loads."""
+    def _rehearsed(self, load: float) -> Rehearsal | PinnedRule:
+        """A rehearsal, or the pinned rule, that has seen the last recorded loads."""
         capacity, every = self._capacity.estimate, max(1, round(GRID_S / self._policy.interval_s))
         past = [value for _, value in self._points[-(REHEARSED_STEPS // every) :]]
         first = float(np.mean(past[:5])) if past else load
         learned = self._learned[0] if self._learned else None
         told = Settings.of(self._policy, self._cold_start, learned)
-        made = Rehearsal(told, first / capacity)
+        pinned = self._pinned != Pinned()
+        made = PinnedRule(told, self._pinned) if pinned else Rehearsal(told, first / capacity)
         for value in past:
             for _ in range(every):
                 self._plan = made.observe(value / capacity)

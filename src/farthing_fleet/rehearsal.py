@@ -101,6 +101,52 @@ class Plan:
     late: float = 0.0  # share of late requests of the rehearsed fleet
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """A rule in place of the rehearsed ones, which `farthing fleet tune` chose; without fields, none."""
+
+    utilization: float | None = None  # the highest load of five minutes runs at this one
+    replicas: int | None = None  # a static fleet
+
+    def __post_init__(self) -> None:
+        if self.utilization is not None and not 0 < self.utilization <= 1:
+            raise ValueError(f"utilization: got {self.utilization}; expected a number in (0, 1]")
+        if self.replicas is not None and self.replicas < 1:
+            raise ValueError(f"replicas: got {self.replicas}; expected 1 or more")
+
+    def __str__(self) -> str:
+        if self.replicas is not None:
+            return f"static fleet of {self.replicas}"
+        return f"highest load of 5 min at {self.utilization:.0%}" if self.utilization else "rehearsed rules"
+
+
+class PinnedRule:
+    """What a pinned rule wants: the interface of `Rehearsal`."""
+
+    def __init__(self, settings: Settings, pinned: Pinned) -> None:
+        self._pinned, self._load = pinned, FiveMinutes(settings.step_s)
+
+    def observe(self, load: float, learned: float | None = None) -> Plan:
+        """The plan after a step with this mean load."""
+        now, planned = self._load.add(load)
+        need = float(self._pinned.replicas or planned / (self._pinned.utilization or 1.0))
+        margin = need / planned if need > 0 and planned > 0 else 1.0
+        return Plan(need=need, load=planned, now=now, margin=margin, rule=f"tuned: {self._pinned}")
+
+
+class FiveMinutes:
+    """The load of the last minute and the highest one of five minutes, HPA's window before it scales down."""
+
+    def __init__(self, step_s: float) -> None:
+        self._minute = Mean(max(1, round(60 / step_s)))
+        self._highest = Highest(max(1, round(300 / step_s)))
+
+    def add(self, load: float) -> tuple[float, float]:
+        """Both after a step with this mean load."""
+        now = self._minute.add(load)
+        return now, self._highest.add(now)
+
+
 class Steady:
     """Whether the load is constant but for noise: no recent mean contradicts the mean since the last jump.
 
