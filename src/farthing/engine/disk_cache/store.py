@@ -56,22 +56,17 @@ class BlockMemory:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """tensors: [layers, blocks, …]"""
-        self._parts = []  # per tensor: memory, bytes of a block, offset of block 0 in each layer
-        for tensor in tensors:
-            whole = _bytes(tensor)
-            layers, blocks = tensor.shape[:2]
-            size = len(whole) // max(1, layers * blocks)
-            self._parts.append((whole, size, [layer * blocks * size for layer in range(layers)]))
-        self.block_bytes = sum(size * len(layers) for _, size, layers in self._parts)
+        """tensors: [layers, blocks, …], of which some are part of a larger one: a layer is contiguous."""
+        self._layers = []  # memory, bytes of a block
+        for layer in (layer for tensor in tensors for layer in tensor):
+            flat: Any = layer if isinstance(layer, np.ndarray) else layer.view(-1)  # never a copy
+            whole = _bytes(flat)
+            self._layers.append((whole, len(whole) // max(1, len(layer))))
+        self.block_bytes = sum(size for _, size in self._layers)
 
     def source(self, block: int) -> Pieces:
         """The memory of a block to write to a file."""
-        return [
-            whole[first + block * size : first + (block + 1) * size]
-            for whole, size, layers in self._parts
-            for first in layers
-        ]
+        return [whole[block * size : (block + 1) * size] for whole, size in self._layers]
 
     def target(self, block: int) -> tuple[Pieces, Callable[[], None]]:
         """Memory to read a block into, and a function that completes the read."""
