@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,13 @@ def test_planned_bytes_are_those_that_are_allocated(model: DecoderModel, dtype: 
     held = sum(t.numel() * t.element_size() for kind in cache.by_kind() for t in kind)
     sizing = Sizing(cache_kinds(model.config), dtype, config.block_size, config.max_num_batched_tokens)
     assert sizing.used(40, sizing.sizes(3, sizing.checkpoints(3, 40))) == held
+
+
+def test_a_cache_of_any_memory_keeps_no_more_states_than_its_blocks_can_use(model: DecoderModel) -> None:
+    """As many as if its number of blocks had been given, which `farthing plan` assumes."""
+    given = EngineConfig(max_num_seqs=3, kv_cache_dtype="float32", max_model_len=256)
+    config, sizes = resolve(given, model)
+    assert sizes == resolve(replace(given, num_blocks=config.num_blocks), model)[1]
 
 
 @given(memory=st.integers(1, 1 << 22), sequences=st.integers(1, 40))

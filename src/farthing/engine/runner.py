@@ -223,12 +223,14 @@ def _divide(
         )
         config = replace(config, max_num_seqs=sequences)
     fixed = sizing.used(0, sizing.sizes(sequences, 0))
-    sizes = sizing.sizes(sequences, sizing.checkpoints_in(sequences, max(0, memory - fixed)))
+    kept = sizing.checkpoints_in(sequences, max(0, memory - fixed))
+    sizes = sizing.sizes(sequences, kept)
     used, most = sizing.used(0, sizes), sequences * -(-length // size)
     block = sizing.used(1, sizes) - used
     blocks = (memory - used) // block if block else most
     if config.kv_cache_memory is None:
         blocks = max(1, min(most, blocks))
+        sizes = sizing.sizes(sequences, min(kept, sizing.checkpoints(sequences, blocks)))
     elif memory - used < block:
         raise ValueError(
             f"kv_cache_memory: got {config.kv_cache_memory} bytes; expected at least one block, "
