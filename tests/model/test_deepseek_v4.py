@@ -213,6 +213,15 @@ def test_layers_can_be_computed_in_parts() -> None:
     assert torch.equal(h, whole)
 
 
+@pytest.mark.parametrize("expert", [-1, 6])
+def test_a_table_with_experts_that_do_not_exist_is_refused(expert: int) -> None:
+    """The kernels take its numbers as they are."""
+    parameters = random_parameters(CONFIG, 7)
+    parameters["model.layers.0.mlp.gate.tid2eid"][3, 0] = expert
+    with pytest.raises(ValueError, match=f"layers.0.mlp.gate.tid2eid: found experts .*{expert}"):
+        model_of(CONFIG, select("cpu", torch.float32, 1), MemorySource(parameters))
+
+
 def test_tokens_that_are_not_in_the_table_of_experts_are_refused() -> None:
     model = built()
     batch = make_batch([1], [0], [[0]], 8)
@@ -489,6 +498,10 @@ def test_bytes_of_a_long_sequence_are_those_that_are_told(dtype: CacheDtype, dra
         (
             dict(compress_rates={"compressed_sparse_attention": 0}),
             "compress_rates.compressed_sparse_attention: got 0",
+        ),
+        (
+            dict(compress_rates={"compressed_sparse_attention": 8, "heavily_compressed_attention": 8}),
+            "compress_rates.heavily_compressed_attention: got 8",
         ),
     ],
 )

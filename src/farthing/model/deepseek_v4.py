@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from farthing.checkpoint.shards import CheckpointError
 from farthing.model.attention import norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
@@ -188,7 +189,13 @@ class StreamedFeedForward(FeedForward):
         self.table: Tensor | None = None
         if layer in config.hashed_layers:
             shape = config.vocab_size, config.num_experts_per_tok
-            self.table = as_int64(weights.tensor(f"model.layers.{layer}.mlp.gate.tid2eid", shape))
+            name = f"model.layers.{layer}.mlp.gate.tid2eid"
+            self.table = as_int64(weights.tensor(name, shape))
+            least, most = int(self.table.min()), int(self.table.max())
+            if least < 0 or most >= config.router_size:
+                raise CheckpointError(
+                    f"{name}: found experts {least} to {most}; expected 0 to {config.router_size - 1}"
+                )
 
     def __call__(self, x: Tensor, counts: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x [T, n D] -> [T, n D]; ids [T] int64, of a hashed layer."""

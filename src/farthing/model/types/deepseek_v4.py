@@ -46,6 +46,8 @@ def _rates(raw: Fields) -> tuple[list[int], int]:
     for kind, name in ((_SPARSE, "compress_rate_csa"), (_HEAVY, "compress_rate_hca")):
         if raw.get(name) is not None:
             rates[kind] = integer(raw, name)
+    if rates[_SPARSE] == rates[_HEAVY]:
+        raise wrong(f"compress_rates.{_HEAVY}", rates[_HEAVY], f"another rate than that of {_SPARSE}")
     kinds, ratios = per_layer(raw, "layer_types", tuple(_KINDS)), raw.get("compress_ratios")
     if not kinds and ratios is not None:
         named = {rate: kind for kind, rate in _KINDS.items()}
