@@ -192,6 +192,21 @@ def test_sparse_attention_costs_less_beyond_its_length() -> None:
     assert 4 < long.dense_bytes / long.bytes < 5
 
 
+def test_deepseek_v4_scores_the_index_keys_of_its_entries() -> None:
+    """21 layers with entries of 4 tokens, 20 with entries of 128; all 43 have a window of 128."""
+    raw = published_config("deepseek-v4-flash")
+    assert raw is not None
+    config = ModelConfig.from_json(raw)
+    short, long = context_cost(config, 2048), context_cost(config, 131072)
+    assert (short.flops, short.bytes) == (short.dense_flops, short.dense_bytes)
+    keys, scanned = 43 * 128 + 21 * 512 + 20 * 1024, 21 * 32768
+    assert long.bytes == (keys * 512 + scanned * 128) * 2
+    assert long.flops == 2 * 64 * (keys * 1024 + scanned * 128)
+    assert long.dense_bytes == (43 * 128 + 21 * 32768 + 20 * 1024) * 512 * 2
+    more = 2 * 64 * (20 * 1024 // 128 + 21 * 128 / 4)  # FLOPs of a step per token of context
+    assert model_cost(config).attention_flops_per_context_token == more
+
+
 def test_commands_accept_a_name() -> None:
     run = CliRunner().invoke
     shown = run(app, ["inspect", "Kimi-K2.5", "--json"])

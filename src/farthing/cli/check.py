@@ -147,7 +147,7 @@ def inspect(
         return
 
     print_cost(model, cost)
-    print_contexts(contexts, config.index_topk)
+    print_contexts(contexts, config.index_sizes[2])
     if report is not None:
         print_routing(report)
 

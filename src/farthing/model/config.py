@@ -251,11 +251,30 @@ class ModelConfig:
             return self.compressed.sliding_window
         return (self.windows[layer] if layer < len(self.windows) else 0) or None
 
-    def keys_read(self, layer: int, context: int) -> int:
-        """Cached keys and entries that a token behind so many attends to in a layer, without an indexer."""
+    def keys_read(self, layer: int, context: int, dense: bool = False) -> int:
+        """Cached keys and entries that a token behind so many attends to in a layer; dense: without what an
+        indexer saves."""
         if self.compressed is not None:
-            return self.compressed.at(layer).most_keys(context)
-        return min(context, self.window(layer) or context)
+            at = self.compressed.at(layer)
+            return (replace(at, index_topk=context) if dense else at).most_keys(context)
+        most = context if dense or self.index_topk is None else self.index_topk
+        return min(context, self.window(layer) or context, most)
+
+    def keys_scanned(self, layer: int, context: int) -> int:
+        """Index keys that a token behind so many scores in a layer: none where it would select all."""
+        if self.compressed is None:
+            keys, most = context * self.has_indexer(layer), self.index_sizes[2] or 0
+        else:
+            c, rate = self.compressed, self.compressed.rates[layer]
+            keys, most = context // rate if rate and rate == c.indexed else 0, c.index_topk
+        return keys if keys > most else 0
+
+    @property
+    def index_sizes(self) -> tuple[int, int, int | None]:
+        """Heads and width of an indexer, and how many keys or entries it selects; None: there is none."""
+        if (c := self.compressed) is None:
+            return self.index_n_heads, self.index_head_dim, self.index_topk
+        return c.index_n_heads, c.index_head_dim, c.index_topk if c.indexed in c.rates else None
 
     def at(self, layer: int) -> ModelConfig:
         """This config with the sizes of one layer."""

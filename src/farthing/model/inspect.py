@@ -38,7 +38,7 @@ class ModelCost:
     kv_bytes_per_token: int  # bf16, of the layers that keep every token
     kv_bytes_per_sequence: int  # of windows, bf16, and recurrent states, once a sequence is long enough
     flops_per_token: int  # excluding attention over the context
-    attention_flops_per_context_token: int  # absorbed decode, all layers
+    attention_flops_per_context_token: int  # that a further token of a long context adds to a step
     dense_flops_per_token: int  # a dense model of the same parameters
 
     @property
@@ -85,7 +85,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
             (kind.window or 0) * kind.token_bytes("bfloat16") + kind.state_bytes for kind in others
         ),
         flops_per_token=2 * (dense - count(routed) + active_routed),
-        attention_flops_per_context_token=sum(_attention_flops(config, i) for i in attending(config)),
+        attention_flops_per_context_token=_flops_added(config),
         dense_flops_per_token=2 * dense,
     )
 
@@ -93,6 +93,11 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
 def attending(config: ModelConfig) -> list[int]:
     """The hidden layers with attention."""
     return [i for i in range(config.num_hidden_layers) if not config.is_recurrent(i)]
+
+
+def _flops_added(config: ModelConfig, context: int = 1 << 20) -> int:
+    """By a token of the context, where it is longer than windows and than what an indexer selects."""
+    return (context_cost(config, 2 * context).flops - context_cost(config, context).flops) // context
 
 
 def _attention_flops(config: ModelConfig, layer: int) -> int:
@@ -143,26 +148,26 @@ class ContextCost:
 def context_cost(config: ModelConfig, context: int) -> ContextCost:
     """Decode, of latent attention in absorbed form: scores and values; the scan of index keys."""
     c = config
-    most = context if c.index_topk is None else min(context, c.index_topk)
-    rows = sum(map(c.has_indexer, range(c.num_hidden_layers))) if most < context else 0
-    index = rows * c.index_head_dim * context * 2  # FLOPs per head, and bytes
+    heads, width, _ = c.index_sizes
+    scanned = sum(c.keys_scanned(i, context) for i in range(c.num_hidden_layers))
+    index = 2 * width * scanned  # FLOPs per head, and bytes
 
-    def over(tokens: int, each: Callable[[int], int]) -> int:
-        return sum(each(i) * c.keys_read(i, tokens) for i in attending(c))
+    def over(dense: bool, each: Callable[[int], int]) -> int:
+        return sum(each(i) * c.keys_read(i, context, dense) for i in attending(c))
 
     def flops(layer: int) -> int:
         return _attention_flops(c, layer)
 
     def size(layer: int) -> int:
-        heads = c.heads(layer)
-        return 2 * heads.cache_rows * heads.cache_width
+        of = c.heads(layer)
+        return 2 * of.cache_rows * of.cache_width
 
     return ContextCost(
         context,
-        over(most, flops) + index * c.index_n_heads,
-        over(most, size) + index,
-        over(context, flops),
-        over(context, size),
+        over(False, flops) + index * heads,
+        over(False, size) + index,
+        over(True, flops),
+        over(True, size),
     )
 
 

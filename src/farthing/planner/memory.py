@@ -440,7 +440,7 @@ def cache_row_bytes(config: ModelConfig, layer: int, cache_dtype: str, tp: int) 
     scales included."""
     heads = config.heads(layer).per_rank(tp)
     rows = CacheKind((0,), heads.cache_rows, heads.cache_width)
-    index = CacheKind((), index_rows=1, index_width=config.index_head_dim)
+    index = CacheKind((), index_rows=1, index_width=config.index_sizes[1])
     return rows.token_bytes(cache_dtype), index.token_bytes(cache_dtype)
 
 

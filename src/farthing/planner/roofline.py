@@ -208,16 +208,11 @@ class RankRoofline:
         return seconds + read * self.products(parts["expert"], rows / read, self.shares.grouped)
 
     def decode_attention(self, layer: int, tokens: float, context: float) -> float:
-        """Absorbed MLA: the slower of reading the cache and the arithmetic of this rank's heads.
-
-        Sparse attention reads the selected keys, and all index keys where there are more than it selects.
-        """
+        """Absorbed MLA: the slower of reading the cache and the arithmetic of this rank's heads."""
         c = self.config
         if c.recurrent is not None and c.is_recurrent(layer):  # a state is read and written
             return tokens * 2 * c.recurrent.state_bytes / self.bandwidth
-        attended, scanned = float(c.keys_read(layer, int(context))), 0.0
-        if c.index_topk is not None and context > c.index_topk:
-            attended, scanned = c.index_topk, context * c.has_indexer(layer)
+        attended, scanned = c.keys_read(layer, int(context)), c.keys_scanned(layer, int(context))
         latent, index = cache_row_bytes(c, layer, self.cache_dtype, self.layout.tp)
         read = tokens * (attended * latent + scanned * index) / self.bandwidth
         flops = tokens * (attended * self._absorbed(layer) + scanned * self._scored)
@@ -232,10 +227,11 @@ class RankRoofline:
         c = self.config
         if c.recurrent is not None and c.is_recurrent(layer):  # four multiplications per element of the state
             return tokens * 2 * c.recurrent.state_bytes / self.attention_flops
-        seen = past + new / 2
-        dense = 2 * c.keys_read(layer, int(seen)) * self._heads * c.heads(layer).expanded_width
+        seen, each = int(past + new / 2), 2 * self._heads * c.heads(layer).expanded_width
         if c.index_topk is None or past + new <= c.index_topk:
-            return tokens * dense / self.attention_flops
+            scored = c.keys_scanned(layer, seen) * self._scored
+            return tokens * (c.keys_read(layer, seen) * each + scored) / self.attention_flops
+        dense = c.keys_read(layer, seen, dense=True) * each
         first = max(c.index_topk - past, 0)  # new tokens that select nothing
         attended = (first * (past + first / 2) + (new - first) * c.index_topk) / new
         scanned = (new - first) * (past + (first + new) / 2) / new * c.has_indexer(layer)
@@ -253,7 +249,8 @@ class RankRoofline:
     @property
     def _scored(self) -> int:
         """Operations per query and index key; every rank computes all index heads."""
-        return 2 * self.config.index_n_heads * self.config.index_head_dim
+        heads, width, _ = self.config.index_sizes
+        return 2 * heads * width
 
     def link(self, ranks: int) -> float:
         """Bytes per second between GPUs of a group: one network card per GPU, NVLink within a node."""
