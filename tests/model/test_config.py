@@ -130,6 +130,10 @@ def test_correction_range_of_yarn_is_rounded_unless_truncate_is_false() -> None:
     assert frequencies(rounded, 64) != pytest.approx(frequencies(exact, 64), rel=1e-2)
     with pytest.raises(ConfigError, match=r"rope_scaling\.truncate: got 'no'; expected true or false"):
         ModelConfig.from_json(V3 | {"rope_scaling": scaling | {"truncate": "no"}})
+    # An original context in which the first pair does not turn twice, as transformers computes it.
+    short = V3["rope_scaling"] | dict(truncate=False, beta_slow=2, original_max_position_embeddings=8)
+    found = frequencies(ModelConfig.from_json(V3 | {"rope_scaling": short}).rope, 64)
+    assert found == pytest.approx(pairs, rel=1e-5)
 
 
 def test_directory_errors(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def frequencies(rope: RopeConfig, dim: int) -> NDArray[np.float32]:
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    width = np.float32(max(high - low, 0.001))
+    width = np.float32(high - low or 0.001)  # below 0 of a very short original context: no pair is scaled
     ramp = ((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / width).clip(0, 1)
     mixed: NDArray[np.float32] = theta * (1 - ramp) + theta / np.float32(rope.factor) * ramp
     return mixed

@@ -125,6 +125,25 @@ def test_every_part_of_a_block_round_trips(tmp_path: Path, dtype: str, index: bo
     other.store.close()
 
 
+def test_layers_of_a_tensor_may_lie_apart(tmp_path: Path) -> None:
+    """As those of a compressed past do, which share a memory with their windows."""
+
+    def apart(cache: LatentCache) -> LatentCache:
+        whole = torch.stack((cache.data, torch.full_like(cache.data, 7)), 1)
+        return LatentCache(whole[:, 0], None)
+
+    rig = Rig(tmp_path, apart(cache_of()))
+    assert not rig.cache.data.is_contiguous()
+    before = copy_of(rig.cache, 7)
+    rig.compute(hashes_of(1), [7])
+    rig.store.close()
+    other = Rig(tmp_path, apart(cache_of()))
+    other.cache.data.zero_()
+    assert other.read(hashes_of(1), [3]) == 1
+    assert copy_of(other.cache, 3) == before
+    other.store.close()
+
+
 def test_runs_of_a_chain_share_a_file_and_are_written_once(tmp_path: Path) -> None:
     rig = Rig(tmp_path, cache_of())
     hashes = hashes_of(6)
