@@ -48,7 +48,7 @@ V4 = WIDE | dict(  # its own fields, with rates that divide a block of the cache
     mlp_layer_types=["hash_moe", "moe", "moe"],
     compress_rates={_KINDS[0]: 4, _KINDS[1]: 8},
 )
-SERVED = ["int8", "int4-rtn", "int4", "w4a8", "fp8-block", "auto"]
+SERVED = ["int5", "int8", "int4-rtn", "int4", "w4a8", "fp8-block", "auto"]
 
 
 def source_model(name: str, path: Path) -> Path:

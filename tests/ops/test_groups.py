@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing.ops.api import Norm, RouterSpec
-from farthing.ops.cpu import CpuOps
+from farthing.ops.cpu import CpuOps, weights
 from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, plan
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import INTEGERS, Cut, Weight, cut_weight, quantize_int8
@@ -91,6 +92,33 @@ def test_fp8_of_other_scales_that_is_rounded_or_stacked(name: str) -> None:
         y = ops.linear(x, ops.pack_linear("w", lambda s=stack: s))  # type: ignore[misc]
         expected = torch.cat([x @ part.dequantize().t() for part in stack], 1)
         assert distance(y, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("gate", "up"), [("int4", "int8"), ("int4_zero", "q5_0"), ("iq4_xs", "int8_groups"), ("q6_k", "iq4_nl")]
+)
+def test_gate_and_up_of_different_formats_keep_their_values(ops: CpuOps, gate: str, up: str) -> None:
+    """In 8 bits, not as float32: GGUF and GPTQModel let each matrix have a type of its own."""
+    x, scale = torch.randn(5, 256), Norm(norm(256), EPS)
+    mlp = weight(gate, 64, 256), weight(up, 64, 256), weight("int4", 256, 64)
+    y = ops.mlp(x, ops.pack_mlp("m", lambda: mlp), scale)
+    packed = ops._blobs["m.gate_up"]
+    assert packed.format == PackedFormat.Q8_GROUPS
+    rows = values(packed, 128, 256).view(-1, 2, 16, 256).transpose(0, 1).reshape(2, 64, 256)
+    torch.testing.assert_close(rows, torch.stack([w.dequantize() for w in mlp[:2]]), rtol=6e-4, atol=0)
+    assert distance(y, REF.mlp(x, REF.pack_mlp("m", lambda: mlp), scale)) < 1e-4
+
+
+def test_formats_that_become_floats_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    mlp = weight("q4_k", 64, 256), weight("int4", 64, 256), weight("int4", 256, 64)
+    weights._say_floats.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for name in "ab":
+            CpuOps(1).pack_mlp(name, lambda: mlp)
+    assert [r.getMessage() for r in caplog.records if "float32" in r.getMessage()] == [
+        "matrices in q4_k in groups of 32 and int4 in groups of 32 become float32, "
+        "because no kernel reads them"
+    ]
 
 
 def test_rows_of_a_head_in_planes() -> None:

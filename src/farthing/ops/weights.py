@@ -230,6 +230,27 @@ def quantize_int8_groups(w: Tensor, group_size: int = 32) -> Weight:
     return Weight("int8_groups", q.flatten(1), scale)
 
 
+def in_eight_bits(weights: Sequence[Weight]) -> Sequence[Weight]:
+    """The same values in one format, 8 bits in groups. Matrices that already share a format, and those that 8
+    bits cannot hold (not integers, with minimums or with an order), are returned unchanged."""
+    alike = {(w.format, w.group_size) for w in weights}
+    if len(alike) == 1 or any(w.format not in INTEGERS or w.minimum is not None for w in weights):
+        return weights
+    if any(w.order is not None for w in weights):
+        return weights
+    group = math.gcd(*(w.group_size for w in weights))
+
+    def widened(w: Weight) -> Weight:
+        assert w.scale is not None
+        scale, zero = (
+            None if t is None else t.repeat_interleave(w.group_size // group, 1)
+            for t in (w.scale, w.zero_point)
+        )
+        return replace(w, format="int8_groups", data=w.quantized(), scale=scale, zero_point=zero, units=None)
+
+    return [widened(w) for w in weights]
+
+
 WIDER = 32  # columns that share a scale in matrices that are rounded to 8 bits
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import astuple, dataclass, replace
+from functools import cache
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Self
 
@@ -56,6 +57,7 @@ from farthing.ops.weights import (
     columns_of,
     costs_of,
     halves_of,
+    in_eight_bits,
     inputs_of,
     int4_group,
     loaded_as,
@@ -197,6 +199,11 @@ def pack_dense(native: Any, matrix: Tensor, quantized: bool) -> Any:
 
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _say_floats(stored: tuple[str, ...]) -> None:
+    log.warning("matrices in %s become float32, because no kernel reads them", " and ".join(stored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +388,8 @@ class PackingOps(HostOps):
         return self._pack_as(plan(weights, loaded_as(self._quantization, mlp)), name, weights, interleave)
 
     def _pack_as(self, target: Plan, name: str, weights: Sequence[Weight], interleave: bool = False) -> Any:
+        if target == F32 and any(w.format != "dense" for w in weights):
+            _say_floats(tuple(f"{w.format} in groups of {w.group_size}" for w in weights))
         try:
             packed = pack(self._native, weights, target, interleave)
         except ValueError as error:
@@ -464,7 +473,8 @@ class PackingOps(HostOps):
         return [_Mlp(gate_up, down, *biases)]
 
     def _pack_mlp(self, name: str, weights: tuple[Weight, Weight, Weight]) -> _Mlp:
-        w_gate, w_up, w_down = weights
+        w_gate, w_up = in_eight_bits(weights[:2])
+        w_down = weights[2]
         gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
         down = self._pack(f"{name}.down", [w_down], mlp=True)
         of_rows, of_columns = None, None
