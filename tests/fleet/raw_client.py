@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from farthing.server.config import KeyRing
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles.replica import FakeReplica
 
 HOST = b"host: localhost\r\n"

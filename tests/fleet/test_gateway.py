@@ -15,8 +15,9 @@ import aiohttp
 import pytest
 
 from farthing.prompts import read_prompt
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.replicas import Breaker, read_replicas, write_replicas
+from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles.replica import FakeReplica
 
 CHAT = "/v1/chat/completions"

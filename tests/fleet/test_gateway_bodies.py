@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from farthing_fleet.gateway import GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
 from tests.fleet.raw_client import HOST, KEY, answer_of, connect, keyed, post
 from tests.fleet.test_gateway import CHAT, body, fleet
 

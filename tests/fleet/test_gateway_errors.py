@@ -9,7 +9,8 @@ import aiohttp
 import pytest
 
 from farthing.server.errors import CODE_HEADER
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.test_gateway import CHAT, body, fleet
 

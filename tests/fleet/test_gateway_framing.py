@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from farthing_fleet.gateway import GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
 from tests.fleet.raw_client import HOST, answer_of, connect, post
 from tests.fleet.test_gateway import body, fleet
 

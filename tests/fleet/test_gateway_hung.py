@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager, suppress
 import aiohttp
 import pytest
 
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.replicas import Active, Silence, make_replica
+from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
 from tests.fleet.test_gateway import CHAT, body, fleet

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.prompts import BLOCK, Prompt, read_prompt
-from farthing_fleet.gateway import GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.digests import parse
 from farthing_fleet.gateway.replicas import Balancer, PrefixIndex
 from tests.fleet.test_gateway import CHAT, body, fleet

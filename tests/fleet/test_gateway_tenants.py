@@ -10,8 +10,9 @@ import pytest
 
 from farthing.server.config import KeyRing
 from farthing.server.dashboard.site import Dashboard
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.process import pages_of
+from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles.replica import FakeReplica
 from tests.server.harness import Running, ScriptedEngine, running
 

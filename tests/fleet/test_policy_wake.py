@@ -14,7 +14,8 @@ from farthing_fleet.actuators.base import ReadOnly
 from farthing_fleet.actuators.local import LocalConfig
 from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig
 from farthing_fleet.controller import Controller
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.server import Gateway
 from farthing_fleet.metrics import MetricsServer
 from farthing_fleet.policy import Held, Policy, wake
 from farthing_fleet.types import Decision, Snapshot

@@ -15,7 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from farthing_fleet.gateway import Gateway, GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.server import Gateway
 from tests.e2e.test_serve_command import launched
 from tests.parallel.test_serving import tiny
 
@@ -66,7 +67,9 @@ async def story(processes: dict[str, tuple[subprocess.Popen[str], str]]) -> None
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             for url in urls.values():
                 await ready(session, url)
-            (rank,) = ranks_of(processes["two-ranks"][0])
+            while not (ranks := ranks_of(processes["two-ranks"][0])):  # proc(5): a look may miss a child
+                await asyncio.sleep(0.05)
+            (rank,) = ranks
             os.kill(rank, signal.SIGSTOP)  # requests from now on cannot be answered
             gateway.set_replicas({"two-ranks": urls["two-ranks"]})
             await until(lambda: len(gateway.balancer.candidates()) == 1)

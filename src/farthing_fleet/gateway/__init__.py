@@ -13,8 +13,3 @@ exchange   one request on one replica, relayed as it arrives
 
 health and silence take replicas out of rotation; poison stops a request from killing several replicas.
 """
-
-from farthing_fleet.gateway.config import GatewayConfig
-from farthing_fleet.gateway.server import Gateway
-
-__all__ = ["Gateway", "GatewayConfig"]

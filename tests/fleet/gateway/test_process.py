@@ -12,8 +12,8 @@ from farthing.server.config import KeyRing
 from farthing.server.dashboard.site import Dashboard
 from farthing_fleet.decision_log import DecisionLog, sentence
 from farthing_fleet.forecast.base import write_forecast
-from farthing_fleet.gateway import Gateway
 from farthing_fleet.gateway.process import fleet_data, pages_of
+from farthing_fleet.gateway.server import Gateway
 from farthing_fleet.types import Decision, Levels
 
 SNAPSHOT = {"time": 1.0, "current": 2, "request_rate": 12.0, "prompt_token_rate": 900.0}
