@@ -75,6 +75,7 @@ def glm4moe(c: Config) -> Config:
     return {
         **shared, **experts(c), "rope.dimension_count": int(share * shared["attention.key_length"]),
         "block_count": c["num_hidden_layers"] + 1, "nextn_predict_layers": 1,
+        "expert_group_count": c["n_group"], "expert_group_used_count": c["topk_group"],
     }  # fmt: skip
 
 
