@@ -22,7 +22,7 @@ from farthing_fleet.forecast.base import DAY_S
 from farthing_fleet.forecast.learned import GRID_S
 from farthing_fleet.rehearsal import FiveMinutes, Fleets, Floats, Pinned, Rehearsal, Settings
 
-UTILIZATIONS = tuple(round(0.3 + 0.05 * k, 2) for k in range(15))
+PERCENTS = tuple(range(30, 101))  # utilizations
 _STATIC = 40  # static fleets, from the mean load to the highest
 _LONGEST_S = 7 * DAY_S  # of the recorded load, the last
 _LEAST_STEP_S = 15.0
@@ -75,7 +75,7 @@ def outcomes(loads: Floats, settings: Settings) -> list[Row]:
     """What every candidate costs for these loads, in replicas, one per step."""
     counts = np.linspace(max(1.0, loads.mean()), max(1.0, loads.max()) + 1, _STATIC)
     statics = np.unique(np.clip(np.ceil(counts), max(1, settings.least), settings.most))
-    used = np.array(UTILIZATIONS)
+    used = np.array(PERCENTS) / 100
     rehearsal, recent = (
         Rehearsal(settings, float(loads[: round(300 / settings.step_s)].mean())),
         FiveMinutes(settings.step_s),
@@ -91,7 +91,7 @@ def outcomes(loads: Floats, settings: Settings) -> list[Row]:
         fixed.order(statics, now)
     rules = [
         Pinned(),
-        *(Pinned(utilization=u) for u in UTILIZATIONS),
+        *(Pinned(utilization=percent / 100) for percent in PERCENTS),
         *(Pinned(replicas=int(n)) for n in statics),
     ]
     late, hours = (np.concatenate(both) for both in zip(following.settle(), fixed.settle(), strict=True))
@@ -113,7 +113,8 @@ def write(config: FleetConfig, tuned: Tuned) -> None:
 
 
 def table(tuned: Tuned) -> Table:
-    """Hours and share in time of the candidates; of the static fleets, the smallest that keeps up."""
+    """Hours and share in time of the default, every fifth utilization, the smallest static fleet that keeps
+    up, and the choice."""
     made = Table(title=f"{tuned.days:.1f} days of recorded load")
     made.add_column("rule")
     for column in ("replica-hours", "% in time", ""):
@@ -124,7 +125,8 @@ def table(tuned: Tuned) -> Table:
         (row for row in statics if row.share >= needed), key=lambda row: row.hours, default=statics[-1]
     )
     for row in tuned.rows:
-        if row.rule.replicas is None or row in (shown, tuned.chosen):
+        fifth = row.rule.replicas is None and round(100 * (row.rule.utilization or 0)) % 5 == 0
+        if fifth or row in (shown, tuned.chosen):
             chosen = "chosen" if row is tuned.chosen else ""
             made.add_row(str(row.rule), f"{row.hours:.1f}", f"{100 * row.share:.2f}", chosen)
     return made
