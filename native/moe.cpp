@@ -314,9 +314,11 @@ class Experts {
       if (at >= e.down->m.k) return;
       if (step + 1 == s_.steps && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
       const bool own = alone() && (job.shared || !s_.ordered);
-      gate_up(kernels_, w_.activation, e, own ? row(kind.x, me) : row(kind.rows, job.first),
-              row(kind.mid, job.first), job.rows, at, s_.tiles + me * s_.tile_size,
-              s_.hiddens + me * s_.hidden_size);
+      const int some = own ? 1 : job.rows;  // an expert that a token alone has twice reads its one row twice
+      for (int r = 0; r < job.rows; r += some)
+        gate_up(kernels_, w_.activation, e, own ? row(kind.x, me) : row(kind.rows, job.first),
+                row(kind.mid, job.first + r), some, at, s_.tiles + me * s_.tile_size,
+                s_.hiddens + me * s_.hidden_size);
     });
   }
 

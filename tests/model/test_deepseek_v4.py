@@ -222,6 +222,25 @@ def test_a_table_with_experts_that_do_not_exist_is_refused(expert: int) -> None:
         model_of(CONFIG, select("cpu", torch.float32, 1), MemorySource(parameters))
 
 
+def test_a_table_of_floats_is_refused() -> None:
+    parameters = random_parameters(CONFIG, 7)
+    name = "model.layers.0.mlp.gate.tid2eid"
+    parameters[name] = parameters[name].float()
+    with pytest.raises(ValueError, match=f"{name}: found float32; expected integers"):
+        model_of(CONFIG, select("cpu", torch.float32, 1), MemorySource(parameters))
+
+
+def test_an_expert_that_the_table_has_twice_counts_twice() -> None:
+    """As in transformers, where each of its places has its weight."""
+    parameters = random_parameters(CONFIG, 7)
+    table = parameters["model.layers.0.mlp.gate.tid2eid"]
+    table[:] = table[:, :1]
+    given = MemorySource(parameters)
+    expected = logits(model_of(CONFIG, select("reference", torch.float32), given))
+    for backend in ("torch", "cpu"):
+        assert distance(logits(model_of(CONFIG, select(backend, torch.float32, 1), given)), expected) < 1e-5
+
+
 def test_tokens_that_are_not_in_the_table_of_experts_are_refused() -> None:
     model = built()
     batch = make_batch([1], [0], [[0]], 8)

@@ -40,6 +40,7 @@ from farthing.ops import (
     as_int64,
     beside,
     cut_weight,
+    dtype_name,
 )
 
 if TYPE_CHECKING:
@@ -190,7 +191,10 @@ class StreamedFeedForward(FeedForward):
         if layer in config.hashed_layers:
             shape = config.vocab_size, config.num_experts_per_tok
             name = f"model.layers.{layer}.mlp.gate.tid2eid"
-            self.table = as_int64(weights.tensor(name, shape))
+            table = weights.tensor(name, shape)
+            if "int" not in (dtype := dtype_name(table.dtype)):
+                raise CheckpointError(f"{name}: found {dtype}; expected integers, such as int64")
+            self.table = as_int64(table)
             least, most = int(self.table.min()), int(self.table.max())
             if least < 0 or most >= config.router_size:
                 raise CheckpointError(
