@@ -268,6 +268,23 @@ def test_factors_of_stacks_are_checked(tmp_path: Path) -> None:
             loading(scale)
 
 
+@pytest.mark.parametrize("found", [(1,), (1, 1), (256, 1)])
+def test_factors_are_of_the_blocks_that_the_config_declares(found: tuple[int, ...], tmp_path: Path) -> None:
+    """Fewer are a truncated file's; by default, one number or one per row is a format of its own."""
+    data = torch.ones(256, 256).to(torch.float8_e4m3fn)
+    save_file({"a.weight": data, "a.scale": torch.ones(found)}, tmp_path / "model.safetensors")
+
+    def opened(blocks: list[int] | None) -> Checkpoint:
+        raw = HUB | dict(quantization_config=STATIC | dict(weight_block_size=blocks))
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        return Checkpoint.open(tmp_path)
+
+    assert opened(None).weight("a").format == "fp8"
+    words = f"a.scale: expected shape [2, 2] (blocks of 128 x 128), found {list(found)}"
+    with pytest.raises(CheckpointError, match=re.escape(words)):
+        opened([128, 128]).weight("a")
+
+
 def test_factors_per_row(tmp_path: Path) -> None:
     data, scale = torch.ones(4, 8).to(torch.float8_e4m3fn), torch.arange(1.0, 5.0)[:, None]
     save_file({"a.weight": data, "a.weight_scale": scale}, tmp_path / "model.safetensors")

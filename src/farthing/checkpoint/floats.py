@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as field_of
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -40,25 +41,31 @@ def ue8m0(scale: Tensor) -> Tensor:
 
 
 def fp8_scales(
-    name: str, scale: Tensor, shape: tuple[int, int], block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
+    name: str,
+    scale: Tensor,
+    shape: tuple[int, int],
+    block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK),
+    declared: bool = False,
 ) -> Tensor:
     """The factors of a matrix of FP8 as `Weight` has them, from one number, one per row, or one per block.
 
+    declared: the configuration states the blocks, so that fewer factors are of a damaged file.
     Equal factors are repeated where a block has other sizes than those that kernels read: 128 x 128, or one
     row by 32, 64 or 128 columns. The last block of a row or column may be ragged. Raises CheckpointError.
     """
     (n, k), scale = shape, ue8m0(scale)
     if scale.ndim == 4:  # ModelOpt's
         scale = scale.reshape(prod(scale.shape[:2]), prod(scale.shape[2:]))
-    if prod(scale.shape) == 1:
-        return repeated(scale.reshape(1, 1), -(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-    if tuple(scale.shape) in ((n,), (n, 1)) and block[1] % FP8_BLOCK == 0:
-        return repeated(scale.reshape(n, 1), n, -(-k // FP8_BLOCK))
     rows, columns = block
     blocks = (-(-n // rows), -(-k // columns))
+    if prod(scale.shape) == 1 and (not declared or prod(blocks) == 1):
+        return repeated(scale.reshape(1, 1), -(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
+    if tuple(scale.shape) in ((n,), (n, 1)) and block[1] % FP8_BLOCK == 0 and not declared:
+        return repeated(scale.reshape(n, 1), n, -(-k // FP8_BLOCK))
     if tuple(scale.shape) != blocks:
+        others = "" if declared else f"one number, {n} rows or "
         raise CheckpointError(
-            f"{name}: expected one number, {n} rows or shape {list(blocks)} (blocks of {rows} x {columns}), "
+            f"{name}: expected {others}shape {list(blocks)} (blocks of {rows} x {columns}), "
             f"found {list(scale.shape)}"
         )
     if block == (FP8_BLOCK, FP8_BLOCK):
@@ -72,11 +79,11 @@ def fp8_scales(
     return across.repeat_interleave(rows, 0)[:n].contiguous()
 
 
-def fp8(data: Tensor, parts: Parts, block: tuple[int, int]) -> Weight:
+def fp8(data: Tensor, parts: Parts, block: tuple[int, int], declared: bool = False) -> Weight:
     """A matrix with its factor, under one of the names in SCALES."""
     suffix = next((s for s in SCALES if parts.has(s)), "weight_scale")
     n, k = data.shape
-    return Weight("fp8", data, fp8_scales(suffix, parts.tensor(suffix), (n, k), block))
+    return Weight("fp8", data, fp8_scales(suffix, parts.tensor(suffix), (n, k), block, declared))
 
 
 def fp4(packed: Tensor, scale: Tensor, group: int) -> Weight:
@@ -115,6 +122,7 @@ class Fp8:
 
     block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)
     experts: Fp4 | None = None  # of routed experts; None: the same
+    declared: bool = field_of(default=False, compare=False)  # the configuration states the blocks
     format: Format = "fp8"
     group_size: None = None
     symmetric: bool = True
@@ -131,7 +139,7 @@ class Fp8:
                 f"config.json: quantization_config.weight_block_size: got {str(block)[:80]}; expected rows "
                 "and columns, these a multiple of 32, or null for one factor per matrix"
             )
-        return cls((block[0], block[1]), experts)
+        return cls((block[0], block[1]), experts, declared=True)
 
     @property
     def unread(self) -> Sequence[str]:
@@ -150,7 +158,7 @@ class Fp8:
     def read(self, parts: Parts) -> Weight:
         """The matrix with its factors."""
         data = parts.matrix("weight", "float8_e4m3fn")
-        return fp8(data, parts, self.block)
+        return fp8(data, parts, self.block, self.declared)
 
 
 def quantize_blocks(w: Tensor, block: int = BLOCK, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
