@@ -462,3 +462,11 @@ def parse_speculate(value: str | None) -> tuple[tuple[str, ...], int] | None:
             f"with k in 1…{MAX_DRAFTS}"
         )
     return methods, drafts
+
+
+def check_drafts(value: str | None, layers: int) -> None:
+    """Raises ValueError if drafts of MTP layers are wanted of a model that has none."""
+    if "mtp" in (value or "") and not layers:
+        raise ValueError(
+            f"speculate: got {value!r}, but the model has no MTP layer; expected 'ngram' or None"
+        )

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from farthing.checkpoint.reader import Checkpoint
@@ -16,8 +18,10 @@ from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
 from farthing.hub import resolve_model
+from farthing.model.config import ModelConfig
+from farthing.model.load import random_parameters
 from farthing.planner.fit import weight_bytes
-from tests.tiny import V3
+from tests.tiny import DEEPSEEK_V4, V3, tiny
 
 
 @pytest.fixture
@@ -63,6 +67,29 @@ def test_backend_and_template_are_checked_before_the_port(
     (tmp_path / "broken").write_text("{% if %}")
     option, value = arguments
     assert message in said("serve", option, value.format(broken=tmp_path / "broken"))
+
+
+@pytest.mark.usefixtures("no_port")
+@pytest.mark.parametrize(
+    ("raw", "size", "weights"),
+    [
+        (tiny(), "num_attention_heads", False),
+        (tiny(), "num_attention_heads", True),
+        (DEEPSEEK_V4, "o_groups", True),
+    ],
+)
+def test_ranks_and_drafts_are_checked_before_the_port(
+    raw: dict[str, Any], size: str, weights: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    if weights:
+        config = ModelConfig.from_json(raw)
+        parameters = random_parameters(config, 7)
+        save_file({name: x.contiguous() for name, x in parameters.items()}, tmp_path / "model.safetensors")
+    served = "serve", str(tmp_path), "--backend", "cpu", "--packed", "auto"
+    assert f"tp: got 3; expected a divisor of {size} = {raw[size]}" in said(*served, "--tp", "3")
+    refused = said(*served, "--speculate", "mtp")
+    assert "speculate: got 'mtp', but the model has no MTP layer; expected 'ngram' or None" in refused
 
 
 @pytest.mark.usefixtures("no_port")

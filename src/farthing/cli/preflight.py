@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.config import AUTO, EngineConfig
+from farthing.config import AUTO, EngineConfig, check_drafts
 from farthing.hub import Found, find_model
 from farthing.memory import available_memory, gigabytes
+from farthing.model.config import ModelConfig
+from farthing.model.load import config_of
+from farthing.model.types import type_named
 from farthing.ops.select import check
+from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.fit import certainly_fits, fit, weight_bytes, worth_packing
 
 log = logging.getLogger(__name__)
@@ -27,11 +31,22 @@ def preflight(config: EngineConfig) -> Found:
         check(config.ops)
     if config.chat_template is not None:
         _check_template(config.chat_template)
-    if not model.absent and any(model.path.glob("*.safetensors*")):
-        Checkpoint.open(model.path)
+    _check_architecture(config, model)
     if config.check_memory and config.on_this_cpu:
         _check_memory(config, model.path)
     return model
+
+
+def _check_architecture(config: EngineConfig, model: Found) -> None:
+    """Raises ValueError for files, ranks or drafts that do not suit the model."""
+    if not model.absent and any(model.path.glob("*.safetensors*")):
+        found = config_of(Checkpoint.open(model.path))
+        check_drafts(config.speculate, found.num_nextn_predict_layers)
+    else:
+        found = ModelConfig.from_directory(model.path)
+        if type_named(found.model_type).names.drafts is None:  # others may have layers they do not declare
+            check_drafts(config.speculate, found.num_nextn_predict_layers)
+    ShardPlan.build(found, Layout(*config.sizes, config.dp_attention))
 
 
 def _check_template(option: str) -> None:

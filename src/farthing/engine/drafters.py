@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from farthing.config import check_drafts
 from farthing.engine.generation import Generation
 from farthing.engine.runner import Runner, Step
 from farthing.engine.sampler import Row, edit, sample_logits
@@ -124,8 +125,7 @@ class MtpDrafter:
     costly = True
 
     def __init__(self, runner: Runner, num_drafts: int) -> None:
-        if not runner.model.mtp:
-            raise ValueError("speculate: got 'mtp', but the model has no MTP layer; expected 'ngram' or None")
+        check_drafts("mtp", len(runner.model.mtp))
         self.num_drafts = num_drafts
         self.num_lookahead = num_drafts - 1
         self._runner = runner
