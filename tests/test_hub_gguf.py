@@ -127,7 +127,7 @@ def test_bad_options_are_refused_before_a_download(served: Hub, tmp_path: Path) 
         ["eval", f"{ID}:F16", "--backend", "abacus"],
         ["eval", f"{ID}:F16", "--against", f"{ID}:Q2_K"],
         ["pack", f"{ID}:F16", "-o", str(tmp_path / "none/packed.bin")],
-        ["compress", f"{ID}:F16", "-o", str(tmp_path / "out"), "--recipe", "int5"],
+        ["compress", f"{ID}:F16", "-o", str(tmp_path / "out"), "--recipe", "int7"],
     ):
         assert "expected" in refused_by(*arguments)
     assert served.sent < 80_000

@@ -169,6 +169,24 @@ def test_rejected_and_accepted_drafts(start: Start, greedy: Greedy) -> None:
     assert guesses.wrong > 3 and engine.stats.accepted_tokens > 3
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_rejected_drafts_in_caches_of_8_bits(dtype: Any) -> None:
+    """DeepSeek-V4's entries and open windows keep nothing of them: tokens equal those without drafts."""
+    torch.set_num_threads(1)
+    model = random_model(ModelConfig.from_json(MODELS["compressed"]), select("reference"), seed=7)
+    options: dict[str, Any] = dict(max_num_seqs=4, num_blocks=96, block_size=4, kv_cache_dtype=dtype)
+    sampled, found = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), []
+    for speculate in (None, "ngram:4"):
+        engine = Engine(model, EngineConfig(**options, speculate=speculate))
+        if found:
+            guesses = Guesses(prompt(29) + found[0])
+            engine._core._speculator = Speculator([guesses], Always)
+        found.append(tokens_of(engine.submit(prompt(29), sampled).result()))
+        engine.shutdown()
+    assert found[0] == found[1]
+    assert guesses.wrong > 3 and engine.stats.accepted_tokens > 3
+
+
 def test_drafts_of_a_layer_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V4's own: drafts are those of a layer that saw the whole text, and rejected ones leave nothing
     behind: in prompts of several steps, continued turns and preempted requests."""

@@ -140,6 +140,12 @@ def test_sparse_attention_is_cheaper_beyond_its_length() -> None:
         assert not any("sparse" in line for line in other.assumptions)
 
 
+def test_sparse_attention_to_entries_is_assumed_of_v4() -> None:
+    load = Workload(100_000, 1000, 0.0, 0.1)
+    found = groups(target("deepseek-v4-flash", "h800", redundant=32), 32, 144, load, 2.0)
+    assert any("sparse attention: a token attends to at most 512 entries" in a for a in found.assumptions)
+
+
 def _both() -> tuple[Target, Target]:
     return target("deepseek-v3.2", "h800", redundant=32), target("deepseek-v3", "h800", redundant=32)
 

@@ -423,9 +423,10 @@ def _estimate(replica: _Replica, prefill: Phase, workload: Workload, price: floa
 def _assumptions(replica: _Replica, w: Workload) -> tuple[str, ...]:
     t, c = replica.target, replica.target.config
     device, shares, separate = t.device, t.shares, isinstance(replica, _Group)
-    sparse = c.index_topk and (
-        f"sparse attention: a token attends to at most {c.index_topk:,} keys; in longer contexts, all index "
-        f"keys ({t.serving.cache_dtype}) are scored"
+    most = c.index_sizes[2]
+    sparse = most and (
+        f"sparse attention: a token attends to at most {most:,} {'entries' if c.compressed else 'keys'} that "
+        f"an indexer selects; in longer contexts, all index keys ({t.serving.cache_dtype}) are scored"
     )
     kind = "measured" if device.measured else "declared"
     formats = ", ".join(f"{k} {share:.1%}" for k, share in shares_by_format(t.model, t.holder).items())
