@@ -41,7 +41,7 @@ def test_every_packaged_file_is_valid_and_covers_every_kernel() -> None:
     default = read_configs(launch.FOLDER / "default.json")
     kernels = {f"{kind}_{name}" for kind in ("gemm", "grouped") for name in FORMATS}
     kernels |= {f"{kind}_float32" for kind in ("gemm", "grouped")}
-    kernels |= {"decode", "decode_8bit", "decode_float32", "prefill", "prefill_float32"}
+    kernels |= {"decode", "decode_rows", "decode_8bit", "decode_float32", "prefill", "prefill_float32"}
     assert set(default) == kernels | {"two_of_four", "blocks"}
     for path in launch.FOLDER.glob("*.json"):
         assert set(read_configs(path)) <= set(default)
