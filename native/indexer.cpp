@@ -82,10 +82,8 @@ struct Reader {
         continue;
       }
       const size_t to = static_cast<size_t>(i) * layout.dim;
-      if (layout.halves)
-        kernels.load_key16(cache.type, row, kUnscaled, shape, k16 + to);
-      else
-        kernels.load_key(cache.type, row, nullptr, shape, k32 + to);
+      if (layout.halves) kernels.load_key16(cache.type, row, kUnscaled, shape, k16 + to);
+      else kernels.load_key(cache.type, row, nullptr, shape, k32 + to);
     }
   }
 };
