@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from farthing.model.fields import (
@@ -147,6 +148,7 @@ _EXPERT = re.compile(r"(experts(?:\.\d+)?)\.(gate|down|up)_proj")
 _PARTS = {"gate": "w1", "down": "w2", "up": "w3"}
 
 
+@lru_cache(maxsize=8192)  # a plan asks for each name several times
 def _published(name: str) -> str:
     name = _EXPERT.sub(lambda m: f"{m[1]}.{_PARTS[m[2]]}", name)
     for pattern, by in _RENAMED:
