@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import httptools
 from multidict import CIMultiDict
 
-# RFC 9110 section 7.6.1: hop-by-hop fields. The HTTP library writes framing and Host.
+# RFC 9110 section 7.6.1: hop-by-hop fields, framing and Host, which each side writes itself.
 _HOP = frozenset(
     [
         "connection",
@@ -37,8 +37,6 @@ _HOP = frozenset(
         "host",
     ]
 )
-
-
 _IDLE_S = 3.0  # a kept connection; servers on uvicorn close theirs after 5 seconds
 _MAX_HEAD = 64 << 10  # bytes of an answer's head
 _AHEAD = 256 << 10  # bytes of a body received before the client takes them

@@ -327,18 +327,22 @@ class DecoderModel:
         layers reuse the last one.
         """
         self.rotations.reach(batch)
-        mtp = self.mtp[min(step, len(self.mtp) - 1)]
-        h = mtp.reads(hidden, self.norm if step == 0 else self.mtp[min(step - 1, len(self.mtp) - 1)].norm)
+        mtp = self.drafting(step)
+        h = mtp.reads(hidden, self.norm if step == 0 else self.drafting(step - 1).norm)
         return mtp(next_ids, h, batch, cache, None if counts is None else counts[mtp.layer])
+
+    def drafting(self, step: int) -> MTPLayer:
+        """The MTP layer of a step of `draft`."""
+        return self.mtp[min(step, len(self.mtp) - 1)]
 
     def draft_logits(self, hidden: Tensor, step: int = 0) -> Tensor:
         """h' [n, D] of `draft` -> logits [n, V] float32 of the token after next_ids."""
-        mtp = self.mtp[min(step, len(self.mtp) - 1)]
+        mtp = self.drafting(step)
         return self.ops.logits(self.summed(hidden, step), mtp.head, mtp.norm)
 
     def draft_top_logits(self, hidden: Tensor, k: int, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """Like `top_logits`, for a draft."""
-        mtp = self.mtp[min(step, len(self.mtp) - 1)]
+        mtp = self.drafting(step)
         return self.ops.top_logits(self.summed(hidden, step), mtp.head, mtp.norm, k)
 
     def summed(self, hidden: Tensor, step: int | None = None) -> Tensor:

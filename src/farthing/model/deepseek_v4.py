@@ -368,7 +368,7 @@ class DeepseekV4(DecoderModel):
     def summed(self, hidden: Tensor, step: int | None = None) -> Tensor:
         """As in `DecoderModel`: the streams' last sum."""
         if step is not None:
-            return self.ops.collapse(hidden, self.mtp[min(step, len(self.mtp) - 1)].ending)[0]
+            return self.ops.collapse(hidden, self.drafting(step).ending)[0]
         return self.ops.collapse(hidden, self.ending)[0] if self._apart else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
