@@ -26,6 +26,8 @@ class Prompt:
     size: int  # bytes of prompt text
     streamed: bool = False  # the request is for a stream
     previous: str | None = None  # id of the stored response that the request continues
+    model: str | None = None  # that the request names
+    parsed: bool = False  # the body is a JSON object
 
 
 def read_prompt(body: bytes, limit: int, block: int = BLOCK) -> Prompt:
@@ -33,12 +35,14 @@ def read_prompt(body: bytes, limit: int, block: int = BLOCK) -> Prompt:
     request = _parsed(body)
     text = body if request is None else prompt_text(request) or body
     fields = request or {}
-    previous = fields.get("previous_response_id")
+    previous, model = fields.get("previous_response_id"), fields.get("model")
     return Prompt(
         chain(text, block, limit),
         len(text),
         bool(fields.get("stream")),
         previous if isinstance(previous, str) else None,
+        model if isinstance(model, str) else None,
+        request is not None,
     )
 
 

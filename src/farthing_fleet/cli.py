@@ -155,7 +155,9 @@ class GatewayOptions:
     drain: float = _option(60.0, "Seconds for in-flight requests after SIGTERM")
     state: Path | None = _option(None, "The controller's state directory, shown on the dashboard")
     usd_per_hour: float | None = _option(None, "Price per replica-hour, for the dashboard", minimum=0)
-    wake: str | None = _option(None, "URL of the controller's /wake, which starts replicas for held requests")
+    wake: tuple[str, ...] = _option(
+        (), "URL of a controller's /wake, which starts replicas for held requests; MODEL=URL of each model"
+    )
     replica_key_file: Path | None = _option(
         None, "File with a metrics key of the replicas, for their cache digests"
     )

@@ -144,24 +144,19 @@ class Front:
         if target == "/v1/models" and len(self._models) > 1:
             return JSONResponse({"object": "list", "data": await self._listed(outgoing)})
         try:
-            return await self._answer(outgoing, self._named(body))
+            return await self._answer(outgoing, self._named(prompt.model))
         except ApiError as error:
             return error.response(request.scope)
 
-    def _named(self, body: bytes) -> Any:
-        """The handle of a request's model. Raises ApiError (404)."""
-        if len(self._models) > 1 and body:
-            try:
-                name = json.loads(body).get("model")
-            except (ValueError, AttributeError, RecursionError):
-                name = None
-            if name is not None and name not in self._models:
-                accepted = ", ".join(map(repr, self._models))
-                message = f"model: got {str(name)[:80]!r}; expected one of {accepted}"
-                raise ApiError(404, message, param="model", code="model_not_found")
-            if name is not None:
-                return self._models[name]
-        return next(iter(self._models.values()))
+    def _named(self, name: str | None) -> Any:
+        """The handle of a model. Raises ApiError (404)."""
+        if len(self._models) < 2 or name is None:
+            return next(iter(self._models.values()))
+        if name not in self._models:
+            accepted = ", ".join(map(repr, self._models))
+            message = f"model: got {name[:80]!r}; expected one of {accepted}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return self._models[name]
 
     async def _answer(self, outgoing: Outgoing, handle: Any) -> Response:
         """The answer of the first replica that sends a head. Raises ApiError (502)."""

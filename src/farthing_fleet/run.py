@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 from farthing_fleet.actuators.base import Actuator, ReadOnly
 from farthing_fleet.config import FleetConfig, split_address
 from farthing_fleet.controller import Controller, Estimates, load_state
-from farthing_fleet.gateway.replicas import write_replicas
+from farthing_fleet.gateway.replicas_file import write_replicas
 from farthing_fleet.metrics import MetricsServer
 from farthing_fleet.policy import Policy
 from farthing_fleet.signals import Source, dialect

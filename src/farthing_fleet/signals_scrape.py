@@ -120,7 +120,8 @@ def parse(
 
 
 class ScrapeSource:
-    """Reads every replica of `targets()`, and the number of requests waiting at a gateway, if any."""
+    """Reads every replica of `targets()`, and the number of requests waiting at a gateway, if any: all of
+    them, or those for `model`."""
 
     def __init__(
         self,
@@ -133,12 +134,14 @@ class ScrapeSource:
         ttft_s: float | None = None,
         tpot_s: float | None = None,
         gateway: str | None = None,
+        model: str | None = None,
         cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._targets, self._dialect, self._window, self._gateway = targets, dialect, window_s, gateway
+        self._targets, self._dialect, self._window = targets, dialect, window_s
+        self._gateway, self._model = gateway, model
         self._latency_window = window_s if latency_window_s is None else latency_window_s
         self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
@@ -224,7 +227,8 @@ class ScrapeSource:
         text = await self._get(f"{self._gateway}/metrics")
         for family in text_string_to_metric_families(text or ""):
             if family.name == "farthing:gateway_requests_waiting":
-                return float(family.samples[0].value)
+                own = (s for s in family.samples if self._model in (None, s.labels["model_name"]))
+                return sum(float(sample.value) for sample in own)
         return None
 
     def _rate(self, key: str) -> float | None:

@@ -26,7 +26,7 @@ from farthing_fleet.actuators.local import LocalConfig, LocalReplicas, last_line
 from farthing_fleet.config import FleetConfig, split_address
 from farthing_fleet.controller import Controller, Estimates
 from farthing_fleet.estimates import make_estimates
-from farthing_fleet.gateway.replicas import write_replicas
+from farthing_fleet.gateway.replicas_file import write_replicas
 from farthing_fleet.run import make_controller, serve_metrics
 from farthing_fleet.signals import dialect
 from farthing_fleet.signals_scrape import ScrapeSource

@@ -14,7 +14,7 @@ from farthing.upstream import launch
 from farthing_fleet.config import PolicyConfig
 from farthing_fleet.controller import Controller
 from farthing_fleet.decision_log import DecisionLog, read_log
-from farthing_fleet.gateway.replicas import read_replicas, write_replicas
+from farthing_fleet.gateway.replicas_file import read_replicas, write_replicas
 from farthing_fleet.policy import Policy
 from farthing_fleet.types import Decision, Levels, Snapshot
 
@@ -123,9 +123,9 @@ def test_replicas_file_is_overwritten_in_place(tmp_path: Path) -> None:
     partial_of(path).mkdir()  # the new file cannot be written
     many = {f"r{i}": f"http://127.0.0.1:{i}" for i in range(50)}
     write_replicas(path, many)
-    assert read_replicas(path) == many
+    assert read_replicas(path) == (many, ())
     write_replicas(path, {"b": "http://127.0.0.1:2"})
-    assert read_replicas(path) == {"b": "http://127.0.0.1:2"}
+    assert read_replicas(path) == ({"b": "http://127.0.0.1:2"}, ())
 
 
 def test_process_starts_without_a_log_it_cannot_open(tmp_path: Path) -> None:

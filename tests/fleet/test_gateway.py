@@ -16,7 +16,8 @@ import pytest
 
 from farthing.prompts import read_prompt
 from farthing_fleet.gateway.config import GatewayConfig
-from farthing_fleet.gateway.replicas import Breaker, read_replicas, write_replicas
+from farthing_fleet.gateway.replicas import Breaker
+from farthing_fleet.gateway.replicas_file import read_replicas, write_replicas
 from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles.replica import FakeReplica
 
@@ -297,7 +298,7 @@ async def test_everything_except_health_and_metrics_requires_a_key() -> None:
                 async with session.get(path) as answer:
                     assert answer.status == status, path
             async with session.get("/v1/models", headers={"authorization": "Bearer secret"}) as answer:
-                assert (await answer.json())["data"][0]["id"] == "r"
+                assert (await answer.json())["data"][0]["owned_by"] == "r"
         await gateway.stop(0)
 
 

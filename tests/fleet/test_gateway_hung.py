@@ -78,7 +78,7 @@ async def test_replica_whose_health_answers_but_whose_streams_are_silent_is_hung
         for number in range(120):  # enough to know the P99
             async with session.post(CHAT, json=body(f"{number}", stream=True)) as answer:
                 await answer.read()
-        limit = gateway.proxy.silence.limit_s
+        limit = gateway.proxy.silence("m").limit_s
         assert limit is not None and limit < 5
         stuck = replicas[0]
         stuck.stuck = True

@@ -28,8 +28,9 @@ async def raw_replica(reply: Callable[[bytes, asyncio.StreamWriter], Awaitable[N
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                if head.startswith(b"GET /health"):
-                    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                if head.startswith((b"GET /health", b"GET /v1/models")):
+                    status = b"200 OK" if head.startswith(b"GET /health") else b"404 Not Found"
+                    writer.write(b"HTTP/1.1 %s\r\ncontent-length: 0\r\n\r\n" % status)
                     continue
                 length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
                 await reply(await reader.readexactly(length), writer)

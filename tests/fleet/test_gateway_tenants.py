@@ -36,7 +36,7 @@ async def test_full_waiting_room_admits_another_key() -> None:
                 return answer.status
 
         flood = [asyncio.create_task(ask("sk-a")) for _ in range(16)]
-        while gateway.hold.waiting < 16:
+        while gateway.holds.waiting < 16:
             await asyncio.sleep(0.01)
         other = [asyncio.create_task(ask("sk-b")) for _ in range(2)]
         more = asyncio.create_task(ask("sk-a"))
@@ -83,7 +83,7 @@ async def test_preflight_of_a_browser_needs_no_key() -> None:
     with running(ScriptedEngine(["ok"]), keys=KEYS, allowed_origins=("https://page.example",)) as server:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
             asleep = await session.options("/v1/completions", headers=ask)
-            assert asleep.status == 401 and gateway.hold.waiting == 0  # it does not wake the fleet
+            assert asleep.status == 401 and gateway.holds.waiting == 0  # it does not wake the fleet
             gateway.set_replicas({"r": server.url})
             while not gateway.balancer.candidates():
                 await asyncio.sleep(0.01)

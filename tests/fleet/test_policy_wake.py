@@ -107,7 +107,7 @@ async def test_held_request_is_reported_to_keda(tmp_path: Path) -> None:
     server = MetricsServer(loop.metrics, held=loop.held)
     port = await server.start("127.0.0.1", 0)
     config = GatewayConfig(health_interval_s=0.05, wait_s=30)
-    gateway = Gateway(config, wake=f"http://127.0.0.1:{port}/wake")
+    gateway = Gateway(config, wake=[f"http://127.0.0.1:{port}/wake"])
     address = await gateway.start()
     async with (
         aiohttp.ClientSession(f"http://127.0.0.1:{address}") as session,
@@ -205,7 +205,7 @@ def test_reports_of_silent_gateways_expire() -> None:
 @pytest.mark.anyio
 async def test_invalid_wake_urls_and_reports_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="wake: got 'nowhere'"):
-        Gateway(wake="nowhere")
+        Gateway(wake=["nowhere"])
     loop = Controller(Policy(POLICY), Silent(), ReadOnly(), log_path=tmp_path / "d.jsonl")
     server = MetricsServer(loop.metrics, held=loop.held)
     port = await server.start("127.0.0.1", 0)

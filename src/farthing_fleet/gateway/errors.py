@@ -30,18 +30,21 @@ class Refused(Exception):
         message: str,
         *,
         code: str | None = None,
+        param: str | None = None,
         headers: Mapping[str, str] | None = None,
         close: bool = False,
     ) -> None:
         super().__init__(message)
-        self.status, self.code, self.headers, self.close = status, code, dict(headers or {}), close
+        self.status, self.code, self.param = status, code, param
+        self.headers, self.close = dict(headers or {}), close
 
 
 def error_response(refused: Refused, path: str) -> web.Response:
     """The response to a refused request of this path."""
+    error = ApiError(refused.status, str(refused), param=refused.param, code=refused.code)
     response = web.Response(
         status=refused.status,
-        text=ApiError(refused.status, str(refused), code=refused.code).body(is_anthropic(path)),
+        text=error.body(is_anthropic(path)),
         headers=refused.headers,
         content_type="application/json",
     )

@@ -12,6 +12,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
+from prometheus_client import Gauge
 
 from farthing.shares import Shares
 from farthing_fleet.gateway.errors import Refused
@@ -29,16 +30,21 @@ class Hold:
     way, so one key's requests never take the others' places.
     """
 
-    def __init__(self, limit: int, metrics: GatewayMetrics, available: Callable[[], bool]) -> None:
-        """available: whether some replica takes requests."""
-        self._limit, self._metrics, self._available = limit, metrics, available
+    def __init__(
+        self,
+        limit: int,
+        gauge: Gauge,
+        available: Callable[[], bool],
+        on_arrival: Callable[[], None] = lambda: None,
+    ) -> None:
+        """gauge: shows the number of waiting requests; available: whether some replica takes requests."""
+        self._limit, self._gauge, self._available, self._on_arrival = limit, gauge, available, on_arrival
         self._shares = Shares()
         # By key, in the order in which they went to sleep: waiting requests, each with the number of its
         # arrival and of the last look before.
         self._sleeping: dict[str, dict[asyncio.Future[None], tuple[int, int]]] = {}
         self._arrived = self._looks = 0
         self._timer: asyncio.TimerHandle | None = None
-        self.occupied = asyncio.Event()  # set while requests wait
         self.waiting = 0
         self.stopping = False
 
@@ -60,8 +66,8 @@ class Hold:
         self._shares.enter(key)
         self._arrived += 1
         arrived = self._arrived
-        self.occupied.set()
-        self._metrics.waiting.inc()
+        self._on_arrival()
+        self._gauge.inc()
         if self._timer is None:
             self._timer = loop.call_later(_AGAIN_S, self._look)
         try:
@@ -81,9 +87,7 @@ class Hold:
         finally:
             self.waiting -= 1
             self._shares.leave(key)
-            if not self.waiting:
-                self.occupied.clear()
-            self._metrics.waiting.dec()
+            self._gauge.dec()
 
     def _make_room(self, key: str) -> None:
         """Refuse the newest request of the key with most. Raises Refused if that is the one to come."""
@@ -147,6 +151,47 @@ class Hold:
         return {}
 
 
+class Holds:
+    """A Hold for each model, so that requests for one model never take the places or the turns of others."""
+
+    def __init__(self, limit: int, metrics: GatewayMetrics, available: Callable[[str], bool]) -> None:
+        """available: whether some replica of a pool takes requests."""
+        self._limit, self._metrics, self._available = limit, metrics, available
+        self._holds: dict[str, Hold] = {}
+        self.arrivals: list[asyncio.Event] = []  # set whenever a request begins to wait
+        self.stopping = False
+
+    def __getitem__(self, pool: str) -> Hold:
+        """The Hold of a pool."""
+        hold = self._holds.get(pool)
+        if hold is None:
+            gauge = self._metrics.waiting.labels(pool)
+            hold = Hold(self._limit, gauge, lambda: self._available(pool), self._arrived)
+            self._holds[pool] = hold
+        return hold
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait, of all models."""
+        return sum(hold.waiting for hold in self._holds.values())
+
+    def notify(self) -> None:
+        """As `Hold.notify`, for all models."""
+        for hold in self._holds.values():
+            hold.notify()
+
+    def stop(self) -> None:
+        """Let no request wait any longer."""
+        self.stopping = True
+        for hold in self._holds.values():
+            hold.stopping = True
+        self.notify()
+
+    def _arrived(self) -> None:
+        for event in self.arrivals:
+            event.set()
+
+
 # Reports held requests to the controller, which wakes a fleet that is scaled to zero.
 
 log = logging.getLogger(__name__)
@@ -156,14 +201,18 @@ _TIMEOUT_S = 2.0
 
 
 class Waker:
-    """Reports to the controller's `/wake`: immediately when the first request is held, then every second."""
+    """Reports to a controller's `/wake`: immediately when the first request is held, then every second."""
 
-    def __init__(self, url: str, hold: Hold) -> None:
-        """Raises ValueError unless `url` is http://HOST:PORT/PATH or https://…."""
+    def __init__(self, url: str, holds: Holds, pool: str | None = None) -> None:
+        """pool: whose requests are reported; None: all. Raises ValueError unless `url` is
+        http://HOST:PORT/PATH or https://….
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"wake: got {url!r}; expected a URL such as http://127.0.0.1:9400/wake")
-        self._url, self._hold = url, hold
+        self._url, self._holds, self._pool = url, holds, pool
+        self._arrival = asyncio.Event()
+        holds.arrivals.append(self._arrival)
         self._name = f"{socket.gethostname()}-{os.getpid()}"
 
     async def run(self) -> None:
@@ -172,16 +221,23 @@ class Waker:
         silent = False
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
-                await self._hold.occupied.wait()
+                if not self._waiting:
+                    self._arrival.clear()
+                    await self._arrival.wait()
+                    continue
                 problem = await self._report(session)
                 if problem and not silent:
                     log.warning("cannot reach the controller at %s: %s", self._url, problem)
                 silent = bool(problem)
                 await asyncio.sleep(_EVERY_S)
 
+    @property
+    def _waiting(self) -> int:
+        return self._holds.waiting if self._pool is None else self._holds[self._pool].waiting
+
     async def _report(self, session: aiohttp.ClientSession) -> str:
         """Send one report. Returns the problem, or an empty string."""
-        report = {"gateway": self._name, "waiting": self._hold.waiting}
+        report = {"gateway": self._name, "waiting": self._waiting}
         try:
             async with session.post(self._url, json=report) as answer:
                 return "" if answer.status < 300 else f"status {answer.status}"

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from farthing_fleet.gateway.replicas import Balancer
 
+_REPLICA = ["model_name", "replica"]
 _FIRST_BYTE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -21,7 +22,7 @@ class GatewayMetrics:
         self._requests = Counter(
             "farthing:gateway_requests",
             "Requests by replica and status; 499: the client disconnected.",
-            ["replica", "code"],
+            ["model_name", "replica", "code"],
             registry=self.registry,
         )
         self.received = Counter("farthing:gateway_received", "Requests accepted.", registry=self.registry)
@@ -31,21 +32,27 @@ class GatewayMetrics:
         self.waiting = Gauge(
             "farthing:gateway_requests_waiting",
             "Requests held until a replica is ready.",
+            ["model_name"],
             registry=self.registry,
         )
         self.first_byte = Histogram(
             "farthing:gateway_first_byte_seconds",
             "Time from the complete request to the first byte of its answer.",
+            ["model_name"],
             buckets=_FIRST_BYTE,
             registry=self.registry,
         )
+        self.waiting.labels("")  # shown before the first request
+        self.first_byte.labels("")
         self.registry.register(_Replicas(balancer))
-        self._children: dict[tuple[str, int], Counter] = {}
+        self._children: dict[tuple[str, str, int], Counter] = {}
 
-    def count(self, replica: str, status: int) -> None:
-        child = self._children.get((replica, status))
+    def count(self, pool: str, replica: str, status: int) -> None:
+        """Count an answered request."""
+        key = pool, replica, status
+        child = self._children.get(key)
         if child is None:
-            child = self._children[replica, status] = self._requests.labels(replica, str(status))
+            child = self._children[key] = self._requests.labels(pool, replica, str(status))
         child.inc()
 
     def render(self) -> bytes:
@@ -59,12 +66,12 @@ class _Replicas(Collector):
 
     def collect(self) -> Iterable[Metric]:
         available = GaugeMetricFamily(
-            "farthing:gateway_replica_available", "1 if the replica accepts requests.", labels=["replica"]
+            "farthing:gateway_replica_available", "1 if the replica accepts requests.", labels=_REPLICA
         )
         inflight = GaugeMetricFamily(
-            "farthing:gateway_replica_inflight", "Requests in flight.", labels=["replica"]
+            "farthing:gateway_replica_inflight", "Requests in flight.", labels=_REPLICA
         )
         for replica in self._balancer.replicas.values():
-            available.add_metric([replica.name], float(replica.available))
-            inflight.add_metric([replica.name], float(replica.inflight))
+            available.add_metric([replica.pool, replica.name], float(replica.available))
+            inflight.add_metric([replica.pool, replica.name], float(replica.inflight))
         return [available, inflight]

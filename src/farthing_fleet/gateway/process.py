@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ def _counters(gateway: Gateway) -> dict[str, float]:
 
 
 def _first_byte(gateway: Gateway) -> dict[str, Any]:
-    buckets = _samples(gateway, "first_byte_seconds_bucket")
-    return {
-        "bounds": [float(s.labels["le"]) for s in buckets[:-1]],
-        "cumulative": [int(s.value) for s in buckets],
-    }
+    counts: Counter[float] = Counter()
+    for sample in _samples(gateway, "first_byte_seconds_bucket"):  # of all models
+        counts[float(sample.labels["le"])] += int(sample.value)
+    bounds = sorted(counts)
+    return {"bounds": bounds[:-1], "cumulative": [counts[bound] for bound in bounds]}
 
 
 def _samples(gateway: Gateway, name: str) -> list[Sample]:
@@ -148,15 +149,15 @@ async def serve(
     api_key_file: Path | None = None,
     state: Path | None = None,
     usd_per_hour: float | None = None,
-    wake: str | None = None,
+    wake: Sequence[str] = (),
     replica_key_file: Path | None = None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
     state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: price per replica;
-    wake: the controller's URL for reports of held requests; replica_key_file: file with a key that may read
-    the replicas' metrics and cache digests. Raises ValueError for invalid keys or URLs, OSError if the port
-    is in use.
+    wake: URLs of controllers for reports of held requests, as `Gateway` has them; replica_key_file: file with
+    a key that may read the replicas' metrics and cache digests. Raises ValueError for invalid keys or URLs,
+    OSError if the port is in use.
     """
     raise_file_limit()
     keys = None

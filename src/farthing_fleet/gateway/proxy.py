@@ -17,14 +17,15 @@ from typing import Final
 from aiohttp import web
 from multidict import CIMultiDict
 
-from farthing.exchange import Answer, ReplicaLost, Upstream, end_to_end, holder, named
-from farthing.prompts import Prompt
-from farthing.server.errors import CODE_HEADER, error_event
+from farthing.exchange import Answer, ReplicaLost, Upstream, end_to_end, holder, named, request_headers
+from farthing.prompts import Prompt, read_prompt
+from farthing.server.errors import CODE_HEADER, OPENING_HEADER, error_event
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.guard import guard_of
-from farthing_fleet.gateway.hold import Hold
+from farthing_fleet.gateway.hold import Holds
 from farthing_fleet.gateway.metrics import GatewayMetrics
+from farthing_fleet.gateway.models import check_model
 from farthing_fleet.gateway.replicas import (
     Active,
     Balancer,
@@ -38,6 +39,7 @@ from farthing_fleet.gateway.replicas import (
 BUSY: Final = 503  # answered before the first token by a replica that drains or is full
 _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
 _REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
+_OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
 _TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
 
 
@@ -65,6 +67,14 @@ class Outgoing:
     def identity(self) -> Identity:
         """The key of requests that are equal to a replica."""
         return self.method, self.target, self.body
+
+
+def outgoing(request: web.BaseRequest, body: bytes, peer: str, config: GatewayConfig) -> Outgoing:
+    """What a replica receives of a client's request."""
+    headers = request_headers(request.headers.items(), peer)
+    headers[OPENING_HEADER] = _OPENS_AFTER
+    prompt = read_prompt(body, config.prefix_blocks, config.prefix_block)
+    return Outgoing(request.method, request.rel_url.raw_path_qs, headers, body, prompt)
 
 
 async def refusal(answer: Answer) -> str:
@@ -197,15 +207,19 @@ class Proxy:
         config: GatewayConfig,
         balancer: Balancer,
         metrics: GatewayMetrics,
-        hold: Hold,
+        holds: Holds,
         upstream: Upstream,
         alive: Callable[[Replica], Awaitable[bool]],
     ) -> None:
         self._config, self._balancer, self._metrics = config, balancer, metrics
-        self._hold, self._upstream, self._alive = hold, upstream, alive
+        self._holds, self._upstream, self._alive = holds, upstream, alive
         self._poison = Poison(config.poison_ttl_s)
-        self.silence = Silence(config.hung_margin_s)
+        self._silences: dict[str, Silence] = {}
         self._now = asyncio.get_running_loop().time
+
+    def silence(self, pool: str) -> Silence:
+        """How long the replicas of a pool may be silent."""
+        return self._silences.setdefault(pool, Silence(self._config.hung_margin_s))
 
     async def answer(
         self, request: web.BaseRequest, outgoing: Outgoing, client: str = ""
@@ -215,23 +229,23 @@ class Proxy:
         Raises Refused, or OSError if the client is lost.
         """
         if self._poison.refuses(outgoing.identity):
-            self._metrics.count("none", 422)
+            self._metrics.count(self._balancer.pool(outgoing.prompt.model), "none", 422)
             raise Refused(
                 422,
                 "a replica died with this request in flight; "
                 f"it is refused for {self._config.poison_ttl_s:g} s",
             )
         course = _Course(self._now(), self._now() + self._config.wait_s, client)
-        if (identity := outgoing.earlier) is not None and len(self._balancer.candidates()) > 1:
+        if (identity := outgoing.earlier) is not None:
             course.holder = await self._holder(identity, outgoing)
         while (replica := await self._next(outgoing, course)) is not None:
             answer = await self._try(request, outgoing, replica, course)
             if answer is not None:
                 return answer
-            if self._hold.stopping or self._poison.refuses(outgoing.identity):
+            if self._holds.stopping or self._poison.refuses(outgoing.identity):
                 break
             self._metrics.retries.inc()
-        self._metrics.count("none", course.status)
+        self._metrics.count(self._balancer.pool(outgoing.prompt.model), "none", course.status)
         raise Refused(
             course.status,
             f"no replica answered the request ({course.reason}; sent to {course.sent})",
@@ -239,7 +253,9 @@ class Proxy:
         )
 
     async def _holder(self, identity: str, outgoing: Outgoing) -> Replica | None:
-        replicas = self._balancer.candidates()
+        replicas = self._balancer.candidates(model=outgoing.prompt.model)
+        if len(replicas) < 2:
+            return None
         index = await holder(self._upstream, [each.url for each in replicas], identity, outgoing.headers)
         return None if index is None else replicas[index]
 
@@ -251,16 +267,16 @@ class Proxy:
         if course.holder is not None and not course.tried and course.holder.available:
             replica = course.holder
         if replica is None:
-            replica = await self._hold.until(
-                lambda: self._again(outgoing, course), course.deadline, course.client
-            )
+            hold = self._holds[self._balancer.pool(outgoing.prompt.model)]
+            replica = await hold.until(lambda: self._again(outgoing, course), course.deadline, course.client)
             course.held = True
         if replica is not None:
             course.tried.append(replica)
         return replica
 
     def _again(self, outgoing: Outgoing, course: _Course) -> Replica | None:
-        """An untried replica, or one that was unreachable a moment ago and may be back."""
+        """An untried replica, or one that was unreachable a moment ago and may be back. Raises Refused."""
+        check_model(self._balancer, outgoing.prompt.model)
         passed_over = [r for r in course.tried if r not in course.unreached]
         return self._balancer.choose(outgoing.prompt, passed_over)
 
@@ -280,7 +296,7 @@ class Proxy:
                 await self._lost(outgoing, replica, course, active, problem)
             except (asyncio.CancelledError, OSError):  # the client disconnected
                 replica.breaker.abandoned()
-                self._metrics.count(replica.name, 499)
+                self._metrics.count(replica.pool, replica.name, 499)
                 raise
         return None
 
@@ -301,7 +317,7 @@ class Proxy:
                 replica.url, outgoing.method, outgoing.target, outgoing.headers, outgoing.body
             )
         try:
-            if answer.status == BUSY and not self._last(course):
+            if answer.status == BUSY and not self._last(outgoing, course):
                 await self._busy(outgoing, replica, course, active, answer)
                 return None
             self._first_byte(replica, active, course)
@@ -311,14 +327,14 @@ class Proxy:
             except (ReplicaLost, Interrupted) as problem:
                 if relay.response is None:
                     raise
-                self._metrics.count(replica.name, 502)
+                self._metrics.count(replica.pool, replica.name, 502)
                 await self._break_off(relay, outgoing, replica, problem)
                 return relay.response
         finally:
             answer.close()
         replica.served += 1
         replica.breaker.succeeded()
-        self._metrics.count(replica.name, response.status)
+        self._metrics.count(replica.pool, replica.name, response.status)
         return response
 
     @contextmanager
@@ -347,15 +363,16 @@ class Proxy:
         active.heard = True
         replica.queued -= active.queued
         active.queued = 0
-        self._metrics.first_byte.observe(now - course.arrived)
+        self._metrics.first_byte.labels(replica.pool).observe(now - course.arrived)
         if active.streamed:
-            self.silence.observe(now - active.began)
+            self.silence(replica.pool).observe(now - active.began)
 
-    def _last(self, course: _Course) -> bool:
+    def _last(self, outgoing: Outgoing, course: _Course) -> bool:
         """Whether to pass on a busy replica's own answer."""
         if course.held and self._now() < course.deadline:
             return False
-        return course.sent + 1 >= self._config.tries or not self._balancer.candidates(course.tried)
+        model = outgoing.prompt.model
+        return course.sent + 1 >= self._config.tries or not self._balancer.candidates(course.tried, model)
 
     # ---- failed tries ----
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from bisect import insort
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import aiohttp
 
-from farthing.files import replace_text
 from farthing.prompts import Prompt
 from farthing_fleet.gateway.config import GatewayConfig
 
@@ -73,74 +70,7 @@ class Active:
             self._task = None
 
 
-# The replicas file, `{"replicas": [{"name": …, "url": …}]}`, watched for changes.
-
 log = logging.getLogger(__name__)
-
-_POLL_S = 0.05
-_ROOM = 8192  # minimum size of the file, so that a later version fits in place
-
-
-class ReplicasFile:
-    """Watches a file. A missing or invalid version leaves the set of replicas unchanged."""
-
-    def __init__(self, path: Path, on_change: Callable[[dict[str, str]], None]) -> None:
-        self._path, self._on_change = path, on_change
-        self._stamp: tuple[int, int] | None = None
-        self._problem = ""  # why the current version is ignored
-
-    async def follow(self) -> None:
-        """Read the file whenever it changes, forever."""
-        while True:
-            await asyncio.sleep(_POLL_S)
-            self.read()
-
-    def read(self) -> None:
-        """Report the file's replicas if it has changed."""
-        try:
-            stat = self._path.stat()
-            stamp = (stat.st_mtime_ns, stat.st_ino)
-            if stamp == self._stamp:
-                return
-            self._on_change(read_replicas(self._path))
-            self._stamp = stamp
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError) as problem:
-            if str(problem) != self._problem:
-                log.warning("replicas file %s ignored: %s", self._path, problem)
-            self._problem = str(problem)
-        else:
-            self._problem = ""
-
-
-def read_replicas(path: Path) -> dict[str, str]:
-    """{name: url} of a replicas file. Raises ValueError with the problem."""
-    try:
-        data = json.loads(path.read_text())
-        replicas = data["replicas"]
-        return {str(item["name"]): str(item["url"]) for item in replicas}
-    except (json.JSONDecodeError, KeyError, TypeError) as problem:
-        raise ValueError(
-            f'{path}: expected {{"replicas": [{{"name": …, "url": …}}]}} ({problem!r})'
-        ) from problem
-
-
-def write_replicas(path: Path, replicas: dict[str, str]) -> None:
-    """Replace a replicas file atomically.
-
-    If the disk is full it is overwritten in place, in its existing space; a reader that sees a partial file
-    reads again. Raises OSError if that fails too.
-    """
-    text = json.dumps({"replicas": [{"name": name, "url": url} for name, url in replicas.items()]})
-    text = text.ljust(_ROOM)
-    try:
-        replace_text(path, text, durable=False)
-    except OSError:
-        with path.open("r+b", buffering=0) as file:
-            file.write(text.encode())
-            file.truncate()
-
 
 Identity = tuple[str, str, bytes]  # method, path and query, body
 _ENTRIES = 4096
@@ -313,6 +243,10 @@ class Replica:
     inflight: int = 0
     queued: int = 0  # bytes of prompt text of streams without a first byte
     others: Others = Others()
+    entries: tuple[Mapping[str, Any], ...] = ()  # its /v1/models, as last read
+    read: bool = False  # since it became healthy
+    asks_for_key: bool = False  # before it lists its models
+    pool: str = ""  # the model that it serves; empty if it does not say
     heard: float = 0.0  # loop time of the last byte of any answer
 
     @property
@@ -339,7 +273,7 @@ class Replica:
         if ok:
             self.healthy = True
         elif self.failed_checks >= unhealthy_after:
-            self.healthy = False
+            self.healthy = self.read = self.asks_for_key = False
 
 
 def make_replica(name: str, url: str, config: GatewayConfig) -> Replica:
@@ -358,10 +292,16 @@ class Balancer:
         self.config = config
         self.replicas: dict[str, Replica] = {}
         self._leaving: list[Replica] = []
+        self._declared: tuple[str, ...] = ()
+        self._pools: dict[str, str] = {}  # name of a model or an adapter -> pool
+        self.pools: tuple[str, ...] = ()  # models, each with replicas of its own
         self.prefixes = PrefixIndex(config.prefix_entries)
 
-    def update(self, wanted: dict[str, str]) -> list[Replica]:
-        """Set the replicas to {name: url}; omitted ones drain. Returns the new ones."""
+    def update(self, wanted: dict[str, str], models: Sequence[str] = ()) -> list[Replica]:
+        """Set the replicas to {name: url}; omitted ones drain. Returns the new ones.
+
+        models: names that are accepted even while they have no replica.
+        """
         new = []
         for name, url in wanted.items():
             present = self.replicas.get(name)
@@ -374,6 +314,8 @@ class Balancer:
                 present.draining = False
         for replica in [r for name, r in self.replicas.items() if name not in wanted]:
             self._remove(replica)
+        self._declared = tuple(models)
+        self._sort()
         return new
 
     def _remove(self, replica: Replica) -> None:
@@ -388,13 +330,54 @@ class Balancer:
         """All replicas, including draining ones with requests left."""
         return [*self.replicas.values(), *self._leaving]
 
-    def candidates(self, tried: Sequence[Replica] = ()) -> list[Replica]:
-        """The available replicas not yet tried."""
-        return [r for r in self.replicas.values() if r not in tried and r.available]
+    # ---- models ----
+
+    def reported(self, replica: Replica, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Set the entries of a replica's /v1/models: its model, then further names and adapters."""
+        replica.entries, replica.read = tuple(entries), True
+        self._sort()
+
+    def _sort(self) -> None:
+        """Sort the replicas into pools. A pool is called by a declared name, or by its replicas' first."""
+        self._pools = {name: name for name in self._declared}
+        for replica in self.replicas.values():
+            names = [str(entry["id"]) for entry in replica.entries]
+            replica.pool = next((name for name in self._declared if name in names), (names or [""])[0])
+            for name in names:
+                self._pools.setdefault(name, replica.pool)
+        self.pools = tuple(dict.fromkeys(self._pools.values()))
+
+    def pool(self, model: str | None) -> str:
+        """The pool of a model; empty if it is not known."""
+        if model is None:
+            return ""
+        return self._pools.get(model) or self._pools.get(model.removesuffix(":latest"), "")
+
+    @property
+    def names(self) -> list[str]:
+        """The names that requests may use."""
+        return [name for name in self._pools if name]
+
+    def unknown(self, model: str | None) -> bool:
+        """Whether no replica serves a model.
+
+        A fleet of one model leaves that to its replicas. One that has yet to say what it serves may serve it.
+        """
+        if model is None or len(self.pools) < 2 or self.pool(model):
+            return False
+        return all(replica.pool for replica in self.replicas.values())
+
+    def candidates(self, tried: Sequence[Replica] = (), model: str | None = None) -> list[Replica]:
+        """The available replicas of a model (None: of any) that are not yet tried."""
+        pool = self.pool(model)
+        free = model is None or len(self.pools) < 2
+        return [
+            r for r in self.replicas.values() if (free or r.pool == pool) and r not in tried and r.available
+        ]
 
     def choose(self, prompt: Prompt, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica for a request, or None if no untried one is available."""
-        candidates = self.candidates(tried)
+        candidates = self.candidates(tried, prompt.model)
         if len(candidates) < 2:
             return candidates[0] if candidates else None
         depths = self.prefixes.depths(prompt.blocks)
@@ -432,7 +415,7 @@ _ENOUGH = 100  # with fewer TTFTs, only health checks detect failures
 
 
 class Silence:
-    """The P99 time to first token of streams over all replicas, plus a margin.
+    """The P99 time to first token of streams over all replicas of a model, plus a margin.
 
     A replica is hung if it has sent no byte of any answer for that long while a stream waits for its first
     one. Answers that are not streamed do not count: they are silent until complete.
@@ -471,12 +454,19 @@ _FIRST_CHECK_S = 0.1  # between checks of a replica that has never been healthy
 
 
 class Health:
-    """Monitors replicas; calls on_change when one becomes healthy or unhealthy."""
+    """Monitors replicas."""
 
     def __init__(
-        self, config: GatewayConfig, silence: Callable[[], Silence], on_change: Callable[[], None]
+        self,
+        config: GatewayConfig,
+        silence: Callable[[str], Silence],
+        meet: Callable[[Replica], Awaitable[None]],
+        on_change: Callable[[], None],
     ) -> None:
-        self._config, self._silence, self._on_change = config, silence, on_change
+        """silence: of a pool; meet: called before a replica counts as healthy; on_change: called when one
+        becomes healthy or unhealthy.
+        """
+        self._config, self._silence, self._meet, self._on_change = config, silence, meet, on_change
         self._session: aiohttp.ClientSession | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -517,6 +507,8 @@ class Health:
         while not replica.draining:
             before = replica.healthy
             status = await self.check(replica)
+            if status == 200 and not replica.read:
+                await self._meet(replica)
             replica.checked(status == 200, self._config.unhealthy_after)
             seen_healthy |= replica.healthy
             if replica.healthy != before:
@@ -524,10 +516,13 @@ class Health:
                 self._on_change()
             if status is None and not replica.healthy and before:
                 self._give_up(replica, "no answer to health checks")
-            elif replica.healthy and self._silence().hung(replica, asyncio.get_running_loop().time()):
+            elif replica.healthy and self._hung(replica):
                 replica.breaker.trip()
-                self._give_up(replica, f"silent for {self._silence().limit_s:.1f} s")
+                self._give_up(replica, f"silent for {self._silence(replica.pool).limit_s:.1f} s")
             await asyncio.sleep(self._config.health_interval_s if seen_healthy else _FIRST_CHECK_S)
+
+    def _hung(self, replica: Replica) -> bool:
+        return self._silence(replica.pool).hung(replica, asyncio.get_running_loop().time())
 
     def _give_up(self, replica: Replica, reason: str) -> None:
         """Move the requests that wait for a first byte to other replicas."""

@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
 
-from farthing.exchange import Upstream, request_headers
-from farthing.prompts import read_prompt
+from farthing.exchange import Upstream
 from farthing.server.config import ambiguity, is_loopback
-from farthing.server.errors import OPENING_HEADER
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.digests import Digests
 from farthing_fleet.gateway.errors import Refused, error_response
 from farthing_fleet.gateway.guard import Bodies, Door, guard_of, make_factory
-from farthing_fleet.gateway.hold import Hold, Waker
+from farthing_fleet.gateway.hold import Holds, Waker
 from farthing_fleet.gateway.metrics import GatewayMetrics
-from farthing_fleet.gateway.proxy import Outgoing, Proxy
-from farthing_fleet.gateway.replicas import Balancer, Health, ReplicasFile
+from farthing_fleet.gateway.models import PATH, Models
+from farthing_fleet.gateway.proxy import Proxy, outgoing
+from farthing_fleet.gateway.replicas import Balancer, Health
+from farthing_fleet.gateway.replicas_file import ReplicasFile
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ _VERSIONS = (aiohttp.HttpVersion10, aiohttp.HttpVersion11)
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _BACKLOG = 2048  # connections waiting to be accepted
 _ACCEPTED = 32  # per iteration of the event loop, so that the first of a burst need not wait for the last
-_OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
+_MODEL_URL = re.compile(r"(?:(.+)=(?=https?:))?(.*)")
 _FIRST_REQUEST_S = 1.0  # for a connection accepted just as the gateway stops
 
 
@@ -63,29 +64,40 @@ class Gateway:
         keys: Keys | None = None,
         replicas_file: Path | None = None,
         pages: Callable[[str, str], Page | None] | None = None,
-        wake: str | None = None,
+        wake: Sequence[str] = (),
         replica_key: str | None = None,
     ) -> None:
         """pages(path, query): pages served next to the API, which may require a key.
 
-        wake: the controller's URL for reports of held requests; replica_key: a metrics or admin key of the
+        wake: URLs of controllers for reports of held requests, each MODEL=URL if there are several models;
+        the names count as models even while they have no replica. replica_key: a metrics or admin key of the
         replicas, for reading their cache digests. Raises ValueError for an invalid URL.
         """
         self.config = config or GatewayConfig()
         self.balancer = Balancer(self.config)
         self.metrics = GatewayMetrics(self.balancer)
-        self.hold = Hold(self.config.max_waiting, self.metrics, lambda: bool(self.balancer.candidates()))
+        self.holds = Holds(
+            self.config.max_waiting,
+            self.metrics,
+            lambda pool: bool(self.balancer.candidates(model=pool or None)),
+        )
         self.door = Door(self.config)
         self.bodies = Bodies(self.config)
-        self.health = Health(self.config, lambda: self.proxy.silence, self.hold.notify)
+        self.upstream = Upstream(self.config.connect_timeout_s, self.config.idle_timeout_s)
+        self.models = Models(self.balancer, self.upstream, self.config.health_timeout_s)
+        self.health = Health(
+            self.config, lambda pool: self.proxy.silence(pool), self.models.meet, self.holds.notify
+        )
         self._pages, self._keys = pages, keys
         self._file = ReplicasFile(replicas_file, self.set_replicas) if replicas_file is not None else None
-        self._waker = Waker(wake, self.hold) if wake is not None else None
+        named = [_MODEL_URL.fullmatch(text).groups() for text in wake]  # type: ignore[union-attr]
+        self._wakers = [Waker(url, self.holds, name or None) for name, url in named]
+        self._awaited = [name for name, _ in named if name]  # models that a controller starts
+        self.balancer.update({}, self._awaited)
         self._digests = Digests(self.config, self.balancer, replica_key)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: asyncio.Server | None = None
         self._local_only = False
-        self.upstream = Upstream(self.config.connect_timeout_s, self.config.idle_timeout_s)
 
     # ---- lifecycle ----
 
@@ -97,15 +109,14 @@ class Gateway:
         Returns the port.
         """
         self.proxy = Proxy(
-            self.config, self.balancer, self.metrics, self.hold, self.upstream, self.health.alive
+            self.config, self.balancer, self.metrics, self.holds, self.upstream, self.health.alive
         )
         await self.health.start()
         if self._file is not None:
             self._file.read()
             self._tasks.append(asyncio.create_task(self._file.follow()))
         self._tasks.append(asyncio.create_task(self._digests.run()))
-        if self._waker is not None:
-            self._tasks.append(asyncio.create_task(self._waker.run()))
+        self._tasks += [asyncio.create_task(waker.run()) for waker in self._wakers]
         where: dict[str, Any] = {"sock": sock} if sock is not None else {"host": host, "port": port}
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
@@ -123,8 +134,7 @@ class Gateway:
 
         Returns the number of requests cut off.
         """
-        self.hold.stopping = True
-        self.hold.notify()
+        self.holds.stop()
         if self._listener is not None:
             self._listener.close()
         now = asyncio.get_running_loop().time
@@ -176,25 +186,29 @@ class Gateway:
     @property
     def stopping(self) -> bool:
         """Whether the gateway is shutting down."""
-        return self.hold.stopping
+        return self.holds.stopping
 
     # ---- replicas ----
 
-    def set_replicas(self, wanted: dict[str, str]) -> None:
-        """Set the replicas {name: url}. Raises ValueError for a URL that is not http://HOST:PORT."""
-        for replica in self.balancer.update(wanted):
+    def set_replicas(self, wanted: dict[str, str], models: Sequence[str] = ()) -> None:
+        """Set the replicas {name: url}, and models that are accepted even while they have none.
+
+        Raises ValueError for a URL that is not http://HOST:PORT.
+        """
+        for replica in self.balancer.update(wanted, [*models, *self._awaited]):
             log.info("replica %s at %s", replica.name, replica.url)
             self.health.watch(replica)
-        self.hold.notify()
+        self.holds.notify()
 
     def state(self) -> dict[str, Any]:
         """The state of the replicas, as JSON-serializable values."""
         return {
-            "waiting": self.hold.waiting,
+            "waiting": self.holds.waiting,
             "replicas": [
                 {
                     "name": r.name,
                     "url": r.url,
+                    "model": r.pool,
                     "healthy": r.healthy,
                     "available": r.available,
                     "inflight": r.inflight,
@@ -234,11 +248,12 @@ class Gateway:
         client = "" if open_to_all else self._check_key(request)
         async with self.bodies.read(request) as body:
             self.metrics.received.inc()
-            prompt = read_prompt(body, self.config.prefix_blocks, self.config.prefix_block)
-            headers = request_headers(request.headers.items(), peer)
-            headers[OPENING_HEADER] = _OPENS_AFTER
-            outgoing = Outgoing(request.method, request.rel_url.raw_path_qs, headers, body, prompt)
-            return await self.proxy.answer(request, outgoing, client)
+            sent = outgoing(request, body, peer, self.config)
+            prompt = await self.models.find(sent.prompt, sent.target, sent.headers, body)
+            sent = sent if prompt is sent.prompt else replace(sent, prompt=prompt)
+            if request.path == PATH and request.method == "GET" and len(self.balancer.pools) > 1:
+                return web.json_response(self.models.listed())
+            return await self.proxy.answer(request, sent, client)
 
     def _check_head(self, request: web.BaseRequest) -> None:
         """Reject requests that must not reach a replica. Raises Refused, or ConnectionError once answered."""

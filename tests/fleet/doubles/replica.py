@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -57,10 +58,12 @@ class FakeReplica:
         interval_s: float = 0.0,
         ready_after_s: float = 0.0,
         name: str = "fake",
+        models: Sequence[str] = ("m",),
     ) -> None:
         self.port, self.dialect, self.tokens, self.interval_s = port, dialect, tokens, interval_s
         self.ready_at = time.monotonic() + ready_after_s
-        self.name = name
+        self.name, self.models = name, list(models)
+        self.key = ""  # without which /v1/models is a 401
         self.dies_of = ""  # text in a request that kills the process; empty: none
         self.dies_late = False  # after the first byte of a stream
         self.digest: Any = None  # the response of /cache/digest; None: 404
@@ -119,7 +122,10 @@ class FakeReplica:
         return web.json_response({}, status=200 if time.monotonic() >= self.ready_at else 503)
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": self.name, "object": "model"}]})
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            return web.Response(status=401)
+        entries = [{"id": name, "object": "model", "owned_by": self.name} for name in self.models]
+        return web.json_response({"object": "list", "data": entries})
 
     async def _digest(self, request: web.Request) -> web.Response:
         if self.digest is None:

@@ -1,0 +1,128 @@
+"""Several models behind one address: what each replica serves, by its /v1/models.
+
+A replica is asked before it counts as healthy, and again when a request names a model that none serves: an
+adapter may have been loaded. One that wants an API key is asked with that of the next request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from farthing.exchange import ReplicaLost, Upstream
+from farthing.prompts import Prompt
+from farthing_fleet.gateway.errors import Refused
+from farthing_fleet.gateway.replicas import Balancer, Replica
+
+PATH = "/v1/models"
+_LONGEST = 1 << 20  # bytes of a list
+_AGAIN_S = 2.0  # between reads for unknown names
+_CREDENTIALS = ("Authorization", "X-Api-Key")
+
+
+def check_model(balancer: Balancer, model: str | None) -> None:
+    """Raises Refused (404) if no replica serves the model."""
+    if balancer.unknown(model):
+        message = f"model: got {str(model)[:80]!r}; expected one of {_named(balancer)}"
+        raise Refused(404, message, code="model_not_found", param="model")
+
+
+def _named(balancer: Balancer) -> str:
+    return ", ".join(map(repr, balancer.names))
+
+
+class Models:
+    """Reads what replicas serve, and finds the model of a request."""
+
+    def __init__(self, balancer: Balancer, upstream: Upstream, timeout: float) -> None:
+        """timeout: seconds for a replica's answer."""
+        self._balancer, self._upstream, self._timeout = balancer, upstream, timeout
+        self._read_at: dict[str, float] = {}  # URL of a replica -> loop time
+        self._reading = asyncio.Lock()
+
+    async def meet(self, replica: Replica, headers: Mapping[str, str] | None = None) -> None:
+        """Read what a replica serves, with the credentials in `headers`. One that lists nothing may serve
+        anything.
+        """
+        self._read_at[replica.url] = asyncio.get_running_loop().time()
+        try:
+            async with asyncio.timeout(self._timeout):
+                answer = await self._upstream.send(replica.url, "GET", PATH, headers or {})
+                try:
+                    body = await answer.read(_LONGEST)
+                finally:
+                    answer.close()
+        except (ReplicaLost, TimeoutError):
+            return
+        replica.asks_for_key = answer.status in (401, 403)
+        if not replica.asks_for_key:
+            self._balancer.reported(replica, _entries(body) if answer.status == 200 else ())
+
+    async def find(self, prompt: Prompt, target: str, headers: Mapping[str, str], body: bytes) -> Prompt:
+        """The prompt with the model that its request is for.
+
+        Raises Refused: 400 if it names none, 404 if none of the replicas serves it.
+        """
+        replicas = self._balancer.replicas.values()
+        if any(r.healthy and r.asks_for_key for r in replicas):
+            await self._refresh([r for r in replicas if r.asks_for_key], headers)
+        if len(self._balancer.pools) < 2:
+            return prompt
+        prompt = replace(prompt, model=prompt.model or self._elsewhere(prompt, target, body))
+        if prompt.model is None and body:
+            message = f"model is missing; expected one of {_named(self._balancer)}"
+            raise Refused(400, message, code="missing_required_parameter", param="model")
+        if self._balancer.unknown(prompt.model):
+            await self._refresh(list(replicas), headers)
+            check_model(self._balancer, prompt.model)
+        return prompt
+
+    def listed(self) -> dict[str, Any]:
+        """The body of /v1/models: all models and adapters."""
+        entries = {name: {"id": name, "object": "model"} for name in self._balancer.pools if name}
+        for replica in self._balancer.replicas.values():
+            entries |= {entry["id"]: dict(entry) for entry in replica.entries}
+        ids = list(entries)
+        return {
+            "object": "list",
+            "data": list(entries.values()),
+            "has_more": False,  # from here on: for Anthropic's SDK
+            "first_id": ids[0],
+            "last_id": ids[-1],
+        }
+
+    async def _refresh(self, replicas: list[Replica], headers: Mapping[str, str]) -> None:
+        passed = {name: headers[name] for name in _CREDENTIALS if name in headers}
+        async with self._reading:
+            before = asyncio.get_running_loop().time() - _AGAIN_S
+            due = [r for r in replicas if r.healthy and self._read_at.get(r.url, before) <= before]
+            await asyncio.gather(*(self.meet(replica, passed) for replica in due))
+
+    def _elsewhere(self, prompt: Prompt, target: str, body: bytes) -> str | None:
+        """The model that a request names in its path or query, or in a body that is too long to parse: there
+        the first field `model` with a known name counts.
+        """
+        parts = urlsplit(target)
+        if parts.path.startswith(PATH + "/"):
+            return unquote(parts.path[len(PATH) + 1 :])
+        if "model" in (query := parse_qs(parts.query)):
+            return query["model"][0]
+        if prompt.parsed:
+            return None
+        names = b"|".join(re.escape(json.dumps(name).encode()) for name in self._balancer.names)
+        found = re.search(rb'"model"\s*:\s*(' + names + rb")", body)
+        return json.loads(found[1]) if found is not None else None
+
+
+def _entries(body: bytes) -> list[Mapping[str, Any]]:
+    """The entries of a list of models; empty if it is none."""
+    try:
+        entries = json.loads(body)["data"]
+        return [entry for entry in entries if isinstance(entry["id"], str) and entry["id"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []

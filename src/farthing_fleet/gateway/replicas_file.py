@@ -1,0 +1,82 @@
+"""The file from which a gateway reads its replicas, watched for changes.
+
+    {"replicas": [{"name": NAME, "url": URL}], "models": [MODEL]}
+
+`models` (optional) names models that the gateway accepts even while they have no replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from farthing.files import replace_text
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_ROOM = 8192  # minimum size of the file, so that a later version fits in place
+
+
+class ReplicasFile:
+    """Watches a file. A missing or invalid version leaves the set of replicas unchanged."""
+
+    def __init__(self, path: Path, on_change: Callable[[dict[str, str], tuple[str, ...]], None]) -> None:
+        self._path, self._on_change = path, on_change
+        self._stamp: tuple[int, int] | None = None
+        self._problem = ""  # why the current version is ignored
+
+    async def follow(self) -> None:
+        """Read the file whenever it changes, forever."""
+        while True:
+            await asyncio.sleep(_POLL_S)
+            self.read()
+
+    def read(self) -> None:
+        """Report the file's replicas if it has changed."""
+        try:
+            stat = self._path.stat()
+            stamp = (stat.st_mtime_ns, stat.st_ino)
+            if stamp == self._stamp:
+                return
+            self._on_change(*read_replicas(self._path))
+            self._stamp = stamp
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as problem:
+            if str(problem) != self._problem:
+                log.warning("replicas file %s ignored: %s", self._path, problem)
+            self._problem = str(problem)
+        else:
+            self._problem = ""
+
+
+def read_replicas(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """{name: url} of a replicas file, and its models. Raises ValueError with the problem."""
+    try:
+        data = json.loads(path.read_text())
+        models = tuple(map(str, data.get("models", ())))
+        return {str(item["name"]): str(item["url"]) for item in data["replicas"]}, models
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as problem:
+        raise ValueError(
+            f'{path}: expected {{"replicas": [{{"name": …, "url": …}}]}} ({problem!r})'
+        ) from problem
+
+
+def write_replicas(path: Path, replicas: dict[str, str], models: Sequence[str] = ()) -> None:
+    """Replace a replicas file atomically.
+
+    If the disk is full it is overwritten in place, in its existing space; a reader that sees a partial file
+    reads again. Raises OSError if that fails too.
+    """
+    listed = [{"name": name, "url": url} for name, url in replicas.items()]
+    text = json.dumps({"replicas": listed, "models": list(models)}).ljust(_ROOM)
+    try:
+        replace_text(path, text, durable=False)
+    except OSError:
+        with path.open("r+b", buffering=0) as file:
+            file.write(text.encode())
+            file.truncate()
