@@ -44,6 +44,7 @@ from farthing.checkpoint import Checkpoint
 from farthing.checkpoint.compressed_tensors import MARK
 from farthing.checkpoint.gguf import ARCHITECTURES
 from farthing.compress.evaluate import Interval, ratio_interval
+from farthing.engine.tokenizer import Tokenizer as Served
 from farthing.hub import resolve_model
 from farthing.model.load import load
 from farthing.ops.cpu.weights import choose, packed_bytes
@@ -216,9 +217,7 @@ def write_texts(paths: Paths, calibration: int, held_out: int) -> None:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(paths.source / "tokenizer.json"))
-    bos = json.loads((paths.source / "config.json").read_text()).get("bos_token_id")
-    begin = json.loads((paths.source / "tokenizer_config.json").read_text()).get("add_bos_token", False)
-    start = [bos] if bos is not None and begin else []
+    start = Served.from_directory(paths.source).encode("")  # of every window, as of every text that is served
 
     def windows(texts: Iterator[str] | list[str], count: int, each: int) -> list[list[int]]:
         """The first `each` windows of every text."""
@@ -306,6 +305,16 @@ def ours(recipe: dict[str, Any]) -> Row:
         size += table.nbytes - 2 * tensors[TABLE].numel()
         tensors[TABLE] = table.dequantize()
         return Result(tensors, size)
+
+    return row
+
+
+def planned(peer: str) -> Row:
+    """`auto` at no more bytes than another row has."""
+
+    def row(paths: Paths, out: Path) -> Result:
+        limit = json.loads(paths.row(peer).with_suffix(".json").read_text())["bytes"]
+        return ours({"base": "auto", "budget_bytes": limit})(paths, out)
 
     return row
 
@@ -460,6 +469,8 @@ ROWS: dict[str, Row] = {
     ),
     "int4 g32": ours(INT4 | {"group_size": 32}),
     "int5": ours({"base": "int5"}),
+    "auto as IQ4_NL": planned("IQ4_NL imatrix"),
+    "auto as IQ4_K": planned("IQ4_K imatrix"),
     "load-time int4": loaded("int4"),
     **{f"4 bits: {name}": loaded("int4", patterns) for name, patterns in MATRICES.items()},
     "llm-compressor GPTQ g64": llm_compressor(64),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.api import Options, compress
 from farthing.compress.estimate import _by_layer, _work, estimate
+from farthing.compress.needs import memory_needed
 from farthing.compress.recipe import RECIPES
+from farthing.compress.sensitivity import ROWS, SAMPLE
 from farthing.model.config import ModelConfig
 
 
@@ -46,3 +49,19 @@ def test_operations_follow_tokens_and_shapes(model_dir: Path) -> None:
     share = config.num_experts_per_tok / (config.n_routed_experts or 1)
     assert _work(config, RECIPES["int8"], 1, expert).products == 4096 * share * 30 * 20
     assert len(_by_layer(config)) == config.num_hidden_layers + config.num_nextn_predict_layers
+
+
+def test_memory_of_auto_counts_what_passes_through_every_layer(model_dir: Path) -> None:
+    """States of the judged text, once per layer that was rounded, and distributions over the vocabulary."""
+    config = ModelConfig.from_directory(model_dir)
+    shapes = [(f"model.layers.0.mlp.{part}_proj.weight", (64, 64)) for part in ("gate", "up", "down")]
+
+    def needed(name: str, config: ModelConfig) -> int:
+        return memory_needed(shapes, config, RECIPES[name])
+
+    states = 4 * SAMPLE * config.hidden_size
+    deeper = replace(config, num_hidden_layers=config.num_hidden_layers + 100)
+    assert needed("auto", deeper) - needed("auto", config) >= 100 * states
+    assert needed("int4", deeper) == needed("int4", config)
+    wider = replace(config, vocab_size=config.vocab_size + 100_000)
+    assert needed("auto", wider) - needed("auto", config) >= 4 * ROWS * 3 * 100_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,15 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.writer import CheckpointWriter
 from farthing.cli.compress import eval_app
 from farthing.compress import api
-from farthing.compress.evaluate import compare, evaluate, proportion_interval, ratio_interval, student_t
-from farthing.model import decoder
+from farthing.compress.evaluate import (
+    calibration_corpus,
+    compare,
+    evaluate,
+    proportion_interval,
+    ratio_interval,
+    student_t,
+)
+from farthing.model import ModelConfig, decoder
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek import FeedForward
 from farthing.model.load import load
@@ -71,6 +79,25 @@ def sorted_byte(byte: int) -> int:
     others = [b for b in range(256) if b not in printable]
     character = chr(byte) if byte in printable else chr(256 + others.index(byte))
     return sorted(pre_tokenizers.ByteLevel.alphabet()).index(character)
+
+
+def test_every_window_begins_as_served_texts_do(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """A model without BOS in config.json, as GGUF files are read, gets the one that serving adds; where
+    serving adds it to every text, it is the first token of every window, and no token is predicted twice."""
+    copy = shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    plain = corpus_of(data, copy, 50)
+    assert {int(w.ids[0]) for w in plain.windows} > {0}  # of texts alone
+    (copy / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>", "add_bos_token": True}))
+    for bos in (0, None):
+        (copy / "config.json").write_text(json.dumps(config | {"bos_token_id": bos}))
+        corpus = corpus_of(data, copy, 50)
+        assert corpus.tokens == plain.tokens and all(int(w.ids[0]) == 0 for w in corpus.windows)
+        assert all(
+            torch.equal(a.ids[1:], b.ids[1:]) for a, b in zip(corpus.windows, plain.windows, strict=True)
+        )
+        files = calibration_corpus(copy, ModelConfig.from_directory(copy), None, 200, 50)
+        assert all(int(w.ids[0]) == 0 for w in files.windows)
 
 
 def test_model_compared_with_itself_and_with_a_worse_one(model_dir: Path, data: Path, tmp_path: Path) -> None:

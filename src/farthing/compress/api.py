@@ -33,7 +33,7 @@ from farthing.compress.needs import check_memory, check_needs
 from farthing.compress.plan import PlanResult, make_plan
 from farthing.compress.recipe import Recipe
 from farthing.compress.report import CompressionReport
-from farthing.compress.size import Sizes, measured_shares, reads_of, sizes_of
+from farthing.compress.size import Sizes, head_in_8_bits, measured_shares, reads_of, sizes_of
 from farthing.compress.source import PlainCheckpoint
 from farthing.compress.stream import Compression, Progress, Progressed, finish, refuse_finished, run
 from farthing.config import Quantization
@@ -308,6 +308,9 @@ def _result(checkpoint: PlainCheckpoint, compressed: _Made) -> Sizes:
             experts = config.at(layer).n_routed_experts or 1
             routed[layer] = [compressed.adaptive.experts_after / experts] * experts
     saved = {m["module"]: m["zero_block_bytes"] for m in compressed.state.modules if m["zero_block_bytes"]}
+    if config.rounded_head:
+        head, rounded = head_in_8_bits(checkpoint)
+        saved[head] = max(checkpoint.nbytes(f"{head}.weight") - rounded, 0)
     return sizes_of(checkpoint, reads_of(config, routed), saved)
 
 

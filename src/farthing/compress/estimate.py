@@ -30,7 +30,7 @@ from farthing.ops.weights import Format
 
 _ROWS, _SIDE = 1024, 2048  # of the measured matrix
 _TOKENS = 1024  # of the measured inputs
-_PARTS = 3  # of a layer that the automatic plan judges apart
+_PARTS = 8  # of a layer that the automatic plan judges apart, about
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from farthing.engine.tokenizer import Tokenizer as Served
 from farthing.model import DecoderModel, ModelConfig
 from farthing.ops import Batch, LatentCache, make_batch
 from farthing.tokenizer_file import read_tokenizer
@@ -160,25 +161,29 @@ def load_corpus(
     )
 
 
-def windows_of(
-    documents: Iterator[tuple[list[int], int]],
-    window: int,
-    max_tokens: int | None = None,
-    named: str = "the text",
-) -> Corpus:
-    """(ids, bytes) of each document -> windows of `window` predictions, every token predicted once.
+Documents = Iterator[tuple[list[int], int, bool]]  # ids, bytes, and whether a BOS begins every window
 
-    `named` begins the error about documents without text.
+
+def windows_of(
+    documents: Documents, window: int, max_tokens: int | None = None, named: str = "the text"
+) -> Corpus:
+    """Documents -> windows of `window` predictions, every token predicted once.
+
+    A model that never reads a text without BOS has it in front of every window: without one, Gemma's
+    perplexity triples. `named` begins the error about documents without text.
     """
     if window < 1:
         raise ValueError(f"window: got {window}; expected at least 1 token")
     windows: list[Window] = []
     tokens = total = 0
-    for number, (ids, size) in enumerate(documents):
+    for number, (ids, size, begun) in enumerate(documents):
         if max_tokens is not None and tokens >= max_tokens:
             break
         row = torch.tensor(ids, dtype=torch.int64)
-        windows += [Window(row[i : i + window + 1], number) for i in range(0, len(ids) - 1, window)]
+        pieces = [row[i : i + window + 1].clone() for i in range(0, len(ids) - 1, window)]
+        for piece in pieces if begun else ():
+            piece[0] = row[0]
+        windows += [Window(piece, number) for piece in pieces]
         tokens += max(len(ids) - 1, 0)
         total += size
     if not windows:
@@ -186,8 +191,8 @@ def windows_of(
     return Corpus(windows, total)
 
 
-def _documents(data: Path, model: Path, config: ModelConfig) -> Iterator[tuple[list[int], int]]:
-    tokenizer: Tokenizer | None = None
+def _documents(data: Path, model: Path, config: ModelConfig) -> Documents:
+    encode: Encoder | None = None
     with data.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -197,15 +202,16 @@ def _documents(data: Path, model: Path, config: ModelConfig) -> Iterator[tuple[l
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{data}:{number} is not JSON ({error})") from error
             ids: list[int]
+            begun = False
             if isinstance(row, dict) and isinstance(row.get("ids"), list):
                 ids, size = row["ids"], 0
             elif isinstance(row, dict) and isinstance(row.get("text"), str):
-                tokenizer = tokenizer or load_tokenizer(model)
-                ids, size = encode(tokenizer, row["text"], config.bos_token_id), _utf8_size(row["text"])
+                encode = encode or Encoder.of(model, config)
+                ids, size, begun = encode(row["text"]), _utf8_size(row["text"]), encode.always
             else:
                 raise ValueError(f"{data}:{number} has neither 'text' nor 'ids'; expected one of them")
             _check_ids(ids, config.vocab_size, f"{data}:{number}")
-            yield ids, size
+            yield ids, size, begun
 
 
 def _check_ids(ids: list[int], vocab_size: int, where: str) -> None:
@@ -229,10 +235,24 @@ def load_tokenizer(model: Path) -> Tokenizer:
     return read_tokenizer(file)
 
 
-def encode(tokenizer: Tokenizer, text: str, bos: int | None) -> list[int]:
-    """Token ids after one BOS, from which the first token is predicted."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids if bos is None else [bos, *ids]
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """Text -> token ids after one BOS, from which the first token is predicted."""
+
+    tokenizer: Tokenizer
+    front: list[int]
+    always: bool  # serving puts it in front of every text
+
+    @classmethod
+    def of(cls, model: Path, config: ModelConfig) -> Encoder:
+        """With the BOS of config.json, or, where it names none as for GGUF files, with what serving puts in
+        front."""
+        tokenizer, bos = load_tokenizer(model), config.bos_token_id
+        served = Served.from_directory(model).encode("")[:1]
+        return cls(tokenizer, served if bos is None else [bos], bool(served) and bos in (None, *served))
+
+    def __call__(self, text: str) -> list[int]:
+        return [*self.front, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
 
 def calibration_corpus(
@@ -242,7 +262,7 @@ def calibration_corpus(
 
     These sources are available wherever Python is, and calibration needs no labels.
     """
-    tokenizer = load_tokenizer(model)
+    encode = Encoder.of(model, config)
     window = min(window, config.max_position_embeddings)
     excluded = set(_paths(held_out)) if held_out and held_out.is_file() else set()
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -254,12 +274,12 @@ def calibration_corpus(
     if not files:
         raise FileNotFoundError(f"no Python sources under {root}; expected a calibration file")
 
-    def documents() -> Iterator[tuple[list[int], int]]:
+    def documents() -> Documents:
         for file in files:
             text = file.read_text(encoding="utf-8", errors="replace")
-            ids = encode(tokenizer, text, config.bos_token_id)[: window + 1]  # many files, one window each
+            ids = encode(text)[: window + 1]  # many files, one window each
             _check_ids(ids, config.vocab_size, f"{model / 'tokenizer.json'}")
-            yield ids, len(text.encode())
+            yield ids, len(text.encode()), encode.always
 
     return windows_of(documents(), window, tokens)
 

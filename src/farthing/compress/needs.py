@@ -13,6 +13,7 @@ from pathlib import Path
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.layer import input_name
 from farthing.compress.recipe import Recipe
+from farthing.compress.sensitivity import ROWS, SAMPLE
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
 
@@ -24,6 +25,7 @@ _COPIES = (
     2  # of a layer in float32: the layer, and as much again in 16 bits, in rounding and in pages not returned
 )
 _FACTORED = 5  # arrays of the size of second moments while they are factored
+_DISTRIBUTIONS = 5  # of the model and of one with a rounded layer, and between them
 _PROGRAM = 1 << 30  # bytes of Python, torch and buffers
 
 
@@ -59,7 +61,8 @@ def check_memory(config: ModelConfig, shapes: Shapes, recipe: Recipe) -> None:
 
 
 def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
-    """About the most bytes at a time: the largest layer, its inputs' moments, and the hidden states."""
+    """The most bytes at a time, with a tenth to spare: the largest layer, its inputs' moments, the hidden
+    states and the embedding."""
     weights: dict[str, int] = defaultdict(int)
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
     for name, shape in shapes:
@@ -76,9 +79,14 @@ def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
         more = _FACTORED * max(squares, default=0)  # while rounding, when no matrix has a copy in 16 bits
         return 4 * (weights[index] + max((_COPIES - 1) * weights[index], more) + sum(squares))
 
-    layers = map(of_layer, weights)
+    most = max(map(of_layer, weights), default=0.0)
     hidden = 4 * 3 * recipe.calibration_tokens * config.state_width if recipe.needs_data else 0
-    return round(max(layers, default=0)) + hidden + _PROGRAM
+    if recipe.scheme == "auto":  # a layer beside its rounded copy; the states of the judged text; the head
+        states = 4 * 3 * SAMPLE * (config.num_hidden_layers + 1) * config.state_width
+        head = 4 * config.vocab_size * (config.hidden_size + _DISTRIBUTIONS * ROWS)
+        most = max(most + 4 * max(weights.values(), default=0), head) + states
+    embedding = 4 * config.vocab_size * config.hidden_size
+    return round(1.1 * (most + hidden + embedding + _PROGRAM))
 
 
 def free_disk(path: Path) -> int:

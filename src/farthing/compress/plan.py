@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from math import prod
 from operator import add
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from farthing.compress.evaluate import Corpus
 from farthing.compress.layer import is_matrix
 from farthing.compress.recipe import Recipe
 from farthing.compress.sensitivity import Notes, Option, measure, part_of
-from farthing.compress.size import Measure, Sizes, reads_of, sizes_of
+from farthing.compress.size import Measure, Sizes, head_in_8_bits, reads_of, sizes_of
 from farthing.compress.source import PlainCheckpoint
 from farthing.compress.stream import STATE, Progress, fingerprint
 from farthing.model.config import ModelConfig
@@ -155,10 +156,11 @@ def whole_model(
         else:
             alone += n * k + 4 * n + shape
     rest = sizes_of(checkpoint, reads_of(config), counts=lambda m: not is_matrix(m))
-    if not config.tie_word_embeddings and checkpoint.is_quantized("lm_head"):  # is written in bfloat16
-        n, k = checkpoint.weight("lm_head").shape
-        more = 2 * n * k - checkpoint.weight("lm_head").nbytes
-        rest += Sizes(more, more, more)
+    head, rounded = head_in_8_bits(checkpoint)
+    stored = checkpoint.weight(head).nbytes
+    written = 2 * prod(checkpoint.weight(head).shape) if checkpoint.is_quantized(head) else stored
+    served = min(written, rounded) if recipe.head == "int8" else written
+    rest += Sizes(written - stored, served - stored, served - stored)
 
     def counted(option: Option) -> Option:
         twins = round(option.sizes.file * following.get(option.part, 0) / own[option.part])

@@ -173,7 +173,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe("w4a8", "int4", algorithm="gptq", activations="token", calibration_tokens=32768),
         Recipe("adaptive-experts", "keep", adaptive=True, max_drop=0.005, calibration_tokens=16384),
-        Recipe("auto", "auto", "fitted", algorithm="gptq", calibration_tokens=32768),
+        Recipe("auto", "auto", "fitted", "int8", algorithm="gptq", calibration_tokens=32768),
     )
 }
 

@@ -1,10 +1,11 @@
 """What every format costs in every part of the model, with one layer in memory at a time.
 
-A part is a layer's attention, its routed experts, its shared expert or its dense MLP. Each option is produced
-by the method that would write it (GPTQ for 4 bits), with statistics from one part of the calibration text. On
-another part of the text its error is that of the layer's output. One option per layer, every part in PROBE,
-also passes through the later layers: the KL divergence of the next-token distributions that it causes,
-divided by its error, converts the errors of all options of that layer to nats.
+A part is one matrix, the gate and the up-projection of an MLP, or all routed experts of a layer, which other
+programs want in one format. Each option is produced by the method that would write it (GPTQ for 4 bits), with
+statistics from one part of the calibration text. On another part of the text its error is that of the layer's
+output. One option per layer, every part in PROBE, also passes through the later layers: the KL divergence of
+the next-token distributions that it causes, divided by its error, converts the errors of all options of that
+layer to nats.
 
 Legend: T sample tokens; D hidden size; V vocabulary; S states, the model's and those with one layer in PROBE.
 """
@@ -51,14 +52,12 @@ class Option:
 
 
 def part_of(module: str) -> str:
-    """The part a module belongs to; an MTP layer's eh_proj is its own."""
-    pieces = module.split(".")
-    if len(pieces) < 5:
-        return module
-    layer = ".".join(pieces[:3])
-    if pieces[3] in ("self_attn", "linear_attn"):
-        return f"{layer}.{pieces[3]}"
-    return f"{layer}.mlp.{pieces[4]}" if pieces[4] in ("experts", "shared_experts") else f"{layer}.mlp"
+    """The part a module belongs to."""
+    layer, experts, _ = module.partition(".mlp.experts.")
+    if experts:
+        return f"{layer}.mlp.experts"
+    parent, up, _ = module.rpartition(".up_proj")
+    return f"{parent}.gate_proj" if up else module
 
 
 class Judge:
@@ -99,15 +98,15 @@ class Judge:
             return (F.linear(normed, head) * self.config.logit_scale).log_softmax(-1)
 
         totals = [0.0] * (len(self.states) - 1)
-        for rows in range(0, self.states.shape[1], _ROWS):
-            model, *others = self.states[:, rows : rows + _ROWS]
+        for rows in range(0, self.states.shape[1], ROWS):
+            model, *others = self.states[:, rows : rows + ROWS]
             p = log_probs(model)
             for i, other in enumerate(others):
                 totals[i] += float((p.exp() * (p - log_probs(other))).sum(dtype=torch.float64))
         return [max(total / self.states.shape[1], 0.0) for total in totals]
 
 
-_ROWS = 512  # tokens whose distributions are in memory at a time
+ROWS = 512  # tokens whose distributions are in memory at a time
 
 
 @dataclass(slots=True)

@@ -92,6 +92,14 @@ def sizes_of(
     return Sizes(file, file - sum(left_out.values()), round(token))
 
 
+def head_in_8_bits(checkpoint: Checkpoint) -> tuple[str, int]:
+    """The module of the output head, which may be the embedding, and its bytes with one scale per row, as it
+    is rounded while loading."""
+    module = "lm_head" if checkpoint.has("lm_head.weight") else "model.embed_tokens"
+    n, k = checkpoint.stored_as(module)[1]
+    return module, n * (k + 4)
+
+
 def zero_block_bytes(weight: Weight, keep: Tensor | None) -> int:
     """Bytes of `weight` that the kernels drop: blocks without a weight in `keep` [N, K], and the scales of
     cells without a block.
