@@ -10,6 +10,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -20,20 +21,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the user's cache holds, such as packed models, decides nothing.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="farthing-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Bytecode is kept whatever the environment says: otherwise each of the hundreds of processes that
+# tests start would compile all it imports.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 _SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", _SHARED)
 settings.register_profile("quick", _SHARED, max_examples=40, derandomize=True)
 settings.load_profile("quick")
+gc.disable()  # until all tests are imported
 
 
 def pytest_collection_finish() -> None:
     """The libraries that tests import are permanent: later collections skip them."""
+    gc.enable()
     gc.collect()
     gc.freeze()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # so that the interpreter can clear its modules
+    atexit.register(gc.unfreeze)  # so that the interpreter can clear its modules
 
 
 @pytest.fixture(scope="session")

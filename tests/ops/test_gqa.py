@@ -181,23 +181,25 @@ def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, bloc
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("window", [None, 30, 200, 700])
 @pytest.mark.parametrize(
-    ("name", "cache_dtype"),
+    ("name", "cache_dtype", "window"),
     [
-        ("odd", "float32"),
-        ("small", "bfloat16"),
-        ("small", "int8"),
-        ("gemma4", "bfloat16"),
-        ("K = V", "bfloat16"),
-        ("K = V, odd", "float32"),
+        *(
+            (*case, window)
+            for case in (
+                ("odd", "float32"), ("small", "bfloat16"), ("small", "int8"), ("K = V", "bfloat16"),
+                ("K = V, odd", "float32"),
+            )
+            for window in (None, 30, 200, 700)
+        ),
+        ("gemma4", "bfloat16", None), ("gemma4", "bfloat16", 200),  # wide heads are slow
     ],
-)
+)  # fmt: skip
 def test_large_chunks_of_long_prompts(isa: str, window: int | None, name: str, cache_dtype: str) -> None:
-    """They take expanded attention; other chunks of it give the same bits."""
-    lengths = [1330, 1200]
+    """They take expanded attention from position 1,024 on; other chunks of it give the same bits."""
+    lengths = [1150, 1080]
     case = Case.random(replace(SIZES[name], window=window), lengths, sinks=True)
-    ways = [[(0, 1020, 1177, 1330), (0, 1199, 1200)], [(0, 1020, 1230, 1330), (0, 1199, 1200)]]
+    ways = [[(0, 1020, 1077, 1150), (0, 1079, 1080)], [(0, 1020, 1101, 1150), (0, 1079, 1080)]]
     found = []
     for cuts in ways:
         steps = []
@@ -207,7 +209,7 @@ def test_large_chunks_of_long_prompts(isa: str, window: int | None, name: str, c
         found.append(case.run(native(isa, 40), steps, cache_dtype))
         assert error(found[-1], case.exact()) < MLA_BOUNDS[cache_dtype]
     absorbed = case.run(native(isa), steps, cache_dtype)
-    assert not torch.equal(found[0][0][1100:], absorbed[0][1100:])
+    assert not torch.equal(found[0][0][1024:], absorbed[0][1024:])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
