@@ -35,6 +35,8 @@ Examples:
 
   farthing fleet up ./DeepSeek-V3 --max-replicas 4 --api-key-file keys.txt
 
+  farthing fleet up ./Qwen3-8B ./gpt-oss-20b --min-replicas 0
+
   farthing fleet up --command "vllm serve ./model --port {port}" --health-path /health --metrics-names vllm
 """
 _RAY_EXAMPLES = """
@@ -81,7 +83,9 @@ _option = partial(option, group="Options")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetOptions:
-    """Replicas of one model, and how they are scaled."""
+    """Replicas of models, and how they are scaled."""
+
+    model: tuple[str, ...] = _option((), "Directories or hub ids; default: the embedded model", argument=True)
 
     host: str = _option("127.0.0.1", "Address of the gateway")
     port: int = _option(8000, "Port of the gateway; 0: any free port")
@@ -89,7 +93,7 @@ class FleetOptions:
     max_replicas: int = _option(2, "Maximum number of replicas", minimum=1)
     capacity: float = _option(1.0, "Requests/s per replica, as `farthing bench capacity` measures")
     command: str | None = _option(
-        None, "Replica command instead of `farthing serve MODEL`; {port} is replaced"
+        None, "Replica command instead of `farthing serve MODEL`; {port}, {model} and {served} are replaced"
     )
     serve_args: str = _option("", "Additional arguments for `farthing serve`")
     health_path: str = _option("/ready", "Path that answers 200 once a replica is ready")
@@ -109,30 +113,41 @@ class FleetOptions:
         """The fields of PolicyConfig."""
         return {name: getattr(self, name) for name in ("min_replicas", "max_replicas", "capacity")}
 
-    def command_of(self, model: str) -> tuple[str, ...]:
-        """The command of a replica."""
+    @property
+    def commands(self) -> dict[str, tuple[str, ...]]:
+        """The command of a replica by its model's name. Raises ValueError for two models of one name."""
+        models = self.model or ("mite",)
+        made = {Path(model).name: self._command_of(model) for model in models}
+        if len(made) < len(models):
+            raise ValueError(f"model: got {', '.join(models)}; expected names that differ")
+        return made
+
+    def _command_of(self, model: str) -> tuple[str, ...]:
         from farthing_fleet.up import serve_command
 
+        served = Path(model).name
         if self.command:
-            return tuple(shlex.split(self.command))
-        return serve_command(model, tuple(shlex.split(self.serve_args)), self.api_key_file)
+            words = shlex.split(self.command)
+            return tuple(word.replace("{model}", model).replace("{served}", served) for word in words)
+        extra = ("--served-model-name", served) if len(self.model) > 1 else ()
+        return serve_command(model, (*extra, *shlex.split(self.serve_args)), self.api_key_file)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions(FleetOptions):
     """A local fleet."""
 
-    model: str = _option("mite", "A directory, a hub id, or the embedded model", argument=True)
     metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
     standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
-    metrics: str = _option("127.0.0.1:9400", "HOST:PORT of the controller's /metrics")
+    metrics: str = _option(
+        "127.0.0.1:9400", "HOST:PORT of the controller's /metrics; further models take the next ports"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayOptions(FleetOptions):
     """A fleet on a Ray cluster."""
 
-    model: tuple[str, ...] = _option((), "Directories or hub ids; default: the embedded model", argument=True)
     address: str | None = _option(None, "HOST:PORT of a cluster, or auto; default: a new one on this machine")
     cpus: float = _option(1.0, "CPUs that a replica reserves", minimum=0)
     gpus: float = _option(0.0, "GPUs that a replica reserves", minimum=0)
@@ -145,8 +160,8 @@ class GatewayOptions:
 
     replica: tuple[str, ...] = _option((), "URL of a replica (repeatable)")
     replicas_file: Path | None = _option(None, "JSON file of replicas, reloaded on change")
-    replicas_dns: str | None = _option(
-        None, "HOST:PORT whose addresses are the replicas (a headless Service)"
+    replicas_dns: tuple[str, ...] = _option(
+        (), "HOST:PORT whose addresses are the replicas (a headless Service; repeatable)"
     )
     host: str = _option("127.0.0.1", "Address to listen on")
     port: int = _option(8000, "Port; 0: any free port")
@@ -186,29 +201,38 @@ def up(options: dict[str, Any]) -> None:
             metrics=chosen.metrics,
             advise=chosen.advise,
         )
-        local = local_config(
-            chosen.command_of(chosen.model),
-            chosen.state / "replicas",
-            standby=chosen.standby and not chosen.command,
-            health_path=chosen.health_path,
-            ready_timeout_s=chosen.ready_timeout,
-        )
-        asyncio.run(_up(UpConfig(fleet, local, chosen.host, chosen.port, chosen.api_key_file)))
+        commands = chosen.commands
+        models = {
+            name: local_config(
+                command,
+                chosen.state / "replicas",
+                standby=chosen.standby and not chosen.command,
+                health_path=chosen.health_path,
+                ready_timeout_s=chosen.ready_timeout,
+                prefix=f"{name}-" if len(commands) > 1 else "r",
+            )
+            for name, command in commands.items()
+        }
+        asyncio.run(_up(UpConfig(fleet, models, chosen.host, chosen.port, chosen.api_key_file)))
 
 
 async def _up(config: Any) -> None:
     from farthing_fleet.run import stop_event
-    from farthing_fleet.up import LocalFleet, load_estimates
+    from farthing_fleet.up import LocalFleet
 
     stop = stop_event()
     async with LocalFleet(config) as fleet:
-        _say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {fleet.metrics_port}")
-        forecasters = asyncio.create_task(load_estimates(fleet))
+        ports = ", ".join(str(model.metrics_port) for model in fleet.models)
+        _say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {ports}")
+        forecasters = [asyncio.create_task(model.load_estimates()) for model in fleet.models]
         scaling = asyncio.create_task(fleet.run(stop))
-        ready = asyncio.create_task(fleet.wait_ready(config.local.ready_timeout_s, _say))
-        await asyncio.wait([ready, scaling], return_when=asyncio.FIRST_COMPLETED)
-        if ready.done() and not ready.result():
-            _say(f"no replica became ready: {fleet.replicas.given_up or 'timed out'}")
+        waits = (m.wait_ready(m.replicas.config.ready_timeout_s, _say) for m in fleet.models)
+        ready: asyncio.Future[list[bool]] = asyncio.gather(*waits)
+        either: list[asyncio.Future[Any]] = [ready, scaling]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done() and not all(ready.result()):
+            lost = next(m for m, good in zip(fleet.models, ready.result(), strict=True) if not good)
+            _say(f"{lost.name}: no replica became ready: {lost.replicas.given_up or 'timed out'}")
             stop.set()
             await scaling
             raise typer.Exit(1)
@@ -216,7 +240,7 @@ async def _up(config: Any) -> None:
             _say("ready")
         ready.cancel()
         await scaling
-        await asyncio.gather(forecasters)
+        await asyncio.gather(*forecasters)
         _say("shutting down: in-flight requests finish first")
 
 
@@ -234,9 +258,8 @@ def ray_up(options: dict[str, Any]) -> None:
             from farthing_fleet.ray_serve import ServeConfig, serving
         except ImportError as problem:
             raise ValueError(f"Ray Serve needs the extra `ray`: {problem}") from problem
-        models = chosen.model or ("mite",)
         config = ServeConfig(
-            commands={Path(model).name: chosen.command_of(model) for model in models},
+            commands=chosen.commands,
             fleet=replace(fleet, state=chosen.state, advise=chosen.advise or fleet.advise),
             health_path=chosen.health_path,
             ready_timeout_s=chosen.ready_timeout,
@@ -294,9 +317,9 @@ async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path)
     from farthing_fleet.run import follow
 
     file, following = options.replicas_file, None
-    if options.replicas_dns is not None:
+    if options.replicas_dns:
         file = scratch / "replicas.json"
-        following = asyncio.create_task(follow(split_address(options.replicas_dns), file))
+        following = asyncio.create_task(follow(list(map(split_address, options.replicas_dns)), file))
     try:
         await serve(
             GatewayConfig(health_path=options.health_path, drain_s=options.drain),

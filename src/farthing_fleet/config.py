@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -134,9 +134,19 @@ class FleetConfig:
     metrics: str = "127.0.0.1:9400"  # HOST:PORT of the controller's own /metrics; port 0 picks a free one
     advise: bool = False  # only recommend
     forecast: dict[str, Any] = field(default_factory=dict)  # forecasters, events and holidays
+    models: dict[str, Any] = field(default_factory=dict)  # of `fleet up`: fields of `policy`, by model
 
     def __post_init__(self) -> None:
         split_address(self.metrics, "metrics")
+
+    def of(self, model: str) -> FleetConfig:
+        """The configuration of one of several models. Raises ValueError with an invalid field of `models`."""
+        own = {**asdict(self.policy), **(self.models.get(model) or {})}
+        try:
+            policy = read(PolicyConfig, own)
+        except ValueError as problem:
+            raise ValueError(f"models.{model}: {problem}") from problem
+        return replace(self, policy=policy, state=self.state / model, models={})
 
     def checked(self) -> Self:
         """Itself. Raises ValueError if a rehearsal, which starts with a day of steps, would take minutes."""

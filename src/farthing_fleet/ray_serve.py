@@ -289,7 +289,8 @@ def application(config: ServeConfig) -> Any:
 
 
 def _deployment(name: str, command: tuple[str, ...], config: ServeConfig) -> Any:
-    fleet = replace(config.fleet, state=(config.fleet.state / name).absolute())
+    fleet = config.fleet.of(name)
+    fleet = replace(fleet, state=fleet.state.absolute())
     policy = fleet.policy
     watch = Watch(
         path=config.health_path,

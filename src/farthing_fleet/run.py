@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -42,17 +43,20 @@ async def addresses(host: str, port: int) -> dict[str, str] | None:
     return {name: f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}" for name in names}
 
 
-async def follow(address: tuple[str, int], path: Path, every_s: float = EVERY_S) -> None:
-    """Resolve (host, port) every `every_s` seconds and write the replicas to `path` when they change."""
-    current: dict[str, str] | None = None
+async def follow(places: Sequence[tuple[str, int]], path: Path, every_s: float = EVERY_S) -> None:
+    """Resolve each (host, port) every `every_s` seconds and write the replicas to `path` when they change."""
+    current: dict[tuple[str, int], dict[str, str]] = {}
     while True:
-        latest = await addresses(*address)
-        if latest is None:
-            log.warning("%s: the resolver does not answer; keeping the last replicas", address[0])
-        elif latest != current:
-            write_replicas(path, latest)
-            log.info("%s: %d replicas", address[0], len(latest))
-            current = latest
+        before = dict(current)
+        for place in places:
+            latest = await addresses(*place)
+            if latest is None:
+                log.warning("%s: the resolver does not answer; keeping the last replicas", place[0])
+            elif latest != current.get(place):
+                current[place] = latest
+                log.info("%s: %d replicas", place[0], len(latest))
+        if current != before:
+            write_replicas(path, {name: url for found in current.values() for name, url in found.items()})
         await asyncio.sleep(every_s)
 
 

@@ -1,4 +1,4 @@
-"""`farthing fleet up`: a local fleet of a gateway and replicas, scaled by the controller.
+"""`farthing fleet up`: a local fleet of a gateway and the replicas of each model, scaled by its controller.
 
 The gateway is a separate process, so that forecasters never delay a token. Its listening socket belongs to
 this process, so no connection is refused while a gateway is replaced.
@@ -14,9 +14,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from farthing import process
 from farthing.upstream import launch, signal_group
 from farthing_fleet.actuators.local import LocalConfig, LocalReplicas, last_lines
 from farthing_fleet.config import FleetConfig, split_address
-from farthing_fleet.controller import Controller, Estimates
+from farthing_fleet.controller import Controller
 from farthing_fleet.estimates import make_estimates
 from farthing_fleet.gateway.replicas_file import write_replicas
 from farthing_fleet.run import make_controller, serve_metrics
@@ -64,11 +65,23 @@ class UpConfig:
     """Configuration of a local fleet."""
 
     fleet: FleetConfig
-    local: LocalConfig
+    models: Mapping[str, LocalConfig]  # how replicas are started, by the name that requests use
     host: str = "127.0.0.1"
     port: int = 8000  # 0 picks a free one
     api_key_file: Path | None = None
-    start_with: int | None = None  # replicas; default: the policy's minimum, at least one
+    start_with: int | None = None  # replicas of each; default: the policy's minimum, at least one
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.fleet.models) - set(self.models):
+            names = ", ".join(map(repr, self.models))
+            raise ValueError(f"models: got {min(unknown)!r}; expected names of {names}")
+
+    def fleet_of(self, number: int, model: str) -> FleetConfig:
+        """The configuration of a model's controller: with several, each has its directory and port."""
+        if len(self.models) == 1:
+            return self.fleet
+        host, port = split_address(self.fleet.metrics)
+        return replace(self.fleet.of(model), metrics=f"{host}:{port + number if port else 0}")
 
 
 def serve_command(model: str, extra: tuple[str, ...] = (), keys: Path | None = None) -> tuple[str, ...]:
@@ -147,25 +160,98 @@ class GatewayProcess:
             self._task.cancel()
 
 
+class LocalModel:
+    """The replicas of one model and their controller."""
+
+    def __init__(
+        self, name: str, fleet: FleetConfig, local: LocalConfig, on_change: Callable[[dict[str, str]], None]
+    ) -> None:
+        self.name, self.fleet = name, fleet
+        self.replicas = LocalReplicas(local, on_change=on_change)
+        self.controller: Controller | None = None
+        self.metrics_port = 0
+        fleet.state.mkdir(parents=True, exist_ok=True)
+
+    async def start(self, gateway: str, alone: bool, count: int | None, stack: AsyncExitStack) -> None:
+        """Start replicas and controller; they stop with the stack. gateway: its URL; alone: there is no other
+        model; count: of replicas.
+        """
+        fleet = self.fleet
+        await self.replicas.start()
+        stack.push_async_callback(self.replicas.close)
+        await self.replicas.scale(count if count is not None else max(1, fleet.policy.min_replicas))
+        source = ScrapeSource(
+            self.replicas.targets,
+            dialect=dialect(fleet.signals.metrics),
+            window_s=fleet.signals.window_s,
+            latency_window_s=_LATENCY_WINDOW_S,
+            timeout_s=fleet.signals.timeout_s,
+            ttft_s=fleet.policy.slo.ttft_s,
+            tpot_s=fleet.policy.slo.tpot_s,
+            gateway=gateway,
+            model=None if alone else self.name,
+            cold_starts=self.replicas.cold_starts,
+        )
+        stack.push_async_callback(source.close)
+        self.controller = make_controller(fleet, source, self.replicas)
+        self.metrics_port = await serve_metrics(fleet, self.controller, stack)
+
+    @property
+    def wake(self) -> str:
+        """The URL for the gateway's reports, on this machine."""
+        host, _ = split_address(self.fleet.metrics)
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        return f"http://{host}:{self.metrics_port}/wake"
+
+    async def wait_ready(self, timeout_s: float, tell: Callable[[str], None] = lambda text: None) -> bool:
+        """Whether the first replica became ready; `tell` is called every second with the elapsed time."""
+        began = time.monotonic()
+        while time.monotonic() - began < timeout_s:
+            if await self.replicas.wait_ready(1, 1.0):
+                return True
+            if self.replicas.given_up:
+                return False
+            tell(f"{self.name}: waiting for the first replica, {time.monotonic() - began:.0f} s")
+        return False
+
+    async def load_estimates(self) -> None:
+        """Load the forecasters; their imports take seconds, during which replicas start.
+
+        Raises ValueError if the `forecast` section of the configuration is invalid.
+        """
+        assert self.controller is not None
+        self.controller.estimates = await asyncio.to_thread(make_estimates, self.fleet)
+
+
 class LocalFleet:
-    """Gateway, replicas and controller.
+    """A gateway, and replicas with a controller for each model.
 
     An async context manager; `run` scales until stopped.
     """
 
-    def __init__(self, config: UpConfig, estimates: Estimates | None = None) -> None:
+    def __init__(self, config: UpConfig) -> None:
         self.config = config
-        state = config.fleet.state
-        state.mkdir(parents=True, exist_ok=True)
-        self._file = state / "replicas.json"
-        self.replicas = LocalReplicas(config.local, on_change=lambda ready: write_replicas(self._file, ready))
-        self._estimates = estimates
+        config.fleet.state.mkdir(parents=True, exist_ok=True)
+        self._file = config.fleet.state / "replicas.json"
+        self._ready: dict[str, dict[str, str]] = {}  # model -> {replica: url}
+        self.models = [
+            LocalModel(name, config.fleet_of(number, name), local, partial(self._announce, name))
+            for number, (name, local) in enumerate(config.models.items())
+        ]
         self._stack = AsyncExitStack()
         self.sock: socket.socket | None = None
         self.port = 0
-        self.metrics_port = 0
         self.gateway: GatewayProcess | None = None
-        self.controller: Controller | None = None
+
+    def _announce(self, model: str, ready: dict[str, str]) -> None:
+        self._ready[model] = ready
+        listed = {name: url for replicas in self._ready.values() for name, url in replicas.items()}
+        write_replicas(self._file, listed, self._names)
+
+    @property
+    def _names(self) -> list[str]:
+        """The models' names; a single one is left to its replicas."""
+        return [model.name for model in self.models] if len(self.models) > 1 else []
 
     @property
     def url(self) -> str:
@@ -183,77 +269,33 @@ class LocalFleet:
         await self._stack.aclose()
 
     async def _start(self) -> None:
-        """Start socket, replicas, gateway and controller; they stop in reverse order."""
-        config, fleet = self.config, self.config.fleet
+        """Start socket, replicas, controllers and gateway; they stop in reverse order."""
+        config = self.config
         self.sock = listen(config.host, config.port)
         self._stack.callback(self.sock.close)
         self.port = int(self.sock.getsockname()[1])
-        write_replicas(self._file, {})
-        await self.replicas.start()
-        self._stack.push_async_callback(self.replicas.close)
-        count = config.start_with if config.start_with is not None else max(1, fleet.policy.min_replicas)
-        await self.replicas.scale(count)
-        source = ScrapeSource(
-            self.replicas.targets,
-            dialect=dialect(fleet.signals.metrics),
-            window_s=fleet.signals.window_s,
-            latency_window_s=_LATENCY_WINDOW_S,
-            timeout_s=fleet.signals.timeout_s,
-            ttft_s=fleet.policy.slo.ttft_s,
-            tpot_s=fleet.policy.slo.tpot_s,
-            gateway=self.url,
-            cold_starts=self.replicas.cold_starts,
-        )
-        self._stack.push_async_callback(source.close)
-        self.controller = make_controller(fleet, source, self.replicas, self._estimates)
-        self.metrics_port = await serve_metrics(fleet, self.controller, self._stack)
-        self.gateway = GatewayProcess(self.sock, self._gateway_arguments(), fleet.state / "gateway.log")
+        write_replicas(self._file, {}, self._names)
+        for model in self.models:
+            await model.start(self.url, not self._names, config.start_with, self._stack)
+        log_file = config.fleet.state / "gateway.log"
+        self.gateway = GatewayProcess(self.sock, self._gateway_arguments(), log_file)
         await self.gateway.start()
         self._stack.push_async_callback(self.gateway.close)
 
     def _gateway_arguments(self) -> tuple[str, ...]:
-        arguments = ["--replicas-file", str(self._file), "--health-path", self.config.local.health_path]
+        path = next(iter(self.config.models.values())).health_path
+        arguments = ["--replicas-file", str(self._file), "--health-path", path]
         arguments += ["--state", str(self.config.fleet.state)]
-        arguments += ["--wake", f"http://{self._metrics_host}:{self.metrics_port}/wake"]
+        for model in self.models:
+            arguments += ["--wake", f"{model.name}={model.wake}" if self._names else model.wake]
         if self.config.api_key_file is not None:
             arguments += ["--api-key-file", str(self.config.api_key_file)]
         return tuple(arguments)
 
-    @property
-    def _metrics_host(self) -> str:
-        """Host at which this machine reaches the controller's metrics server."""
-        host, _ = split_address(self.config.fleet.metrics)
-        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
-
     async def run(self, stop: asyncio.Event) -> None:
         """Scale until `stop` is set."""
-        assert self.controller is not None
-        await self.controller.run(stop)
-
-    async def wait_ready(self, timeout_s: float, tell: Callable[[str], None] = lambda text: None) -> bool:
-        """Whether the first replica became ready; `tell` is called every second with the elapsed time."""
-        began = time.monotonic()
-        while time.monotonic() - began < timeout_s:
-            if await self.replicas.wait_ready(1, 1.0):
-                return True
-            if self.replicas.given_up:
-                return False
-            tell(f"waiting for the first replica, {time.monotonic() - began:.0f} s")
-        return False
-
-
-async def load_estimates(fleet: LocalFleet) -> None:
-    """Load the forecasters of a running fleet; their imports take seconds, during which replicas start.
-
-    Raises ValueError if the `forecast` section of the configuration is invalid.
-    """
-
-    def make() -> Estimates:
-
-        return make_estimates(fleet.config.fleet)
-
-    assert fleet.controller is not None
-    fleet.controller.estimates = await asyncio.to_thread(make)
+        controllers = [model.controller for model in self.models if model.controller is not None]
+        await asyncio.gather(*(controller.run(stop) for controller in controllers))
 
 
 def listen(host: str, port: int) -> socket.socket:

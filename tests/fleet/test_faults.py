@@ -177,7 +177,7 @@ def local(tmp_path: Path, *, replicas: int = 2, tokens: int = 5, interval_s: flo
         metrics="127.0.0.1:0",
     )
     config = LocalConfig((*command, "--interval", str(interval_s)), tmp_path / "logs")
-    return LocalFleet(UpConfig(fleet, config, port=0))
+    return LocalFleet(UpConfig(fleet, {"m": config}, port=0))
 
 
 async def _ask(session: aiohttp.ClientSession, number: int, results: list[str], *, stream: bool) -> None:
@@ -210,7 +210,7 @@ async def test_killed_replica_loses_no_request_without_an_error_and_is_replaced(
     async with local(tmp_path, tokens=15) as fleet:
         stop = asyncio.Event()
         scaling = asyncio.create_task(fleet.run(stop))
-        assert await fleet.replicas.wait_ready(2, 30)
+        assert await fleet.models[0].replicas.wait_ready(2, 30)
         await _healthy(fleet, 2)
         whole, streams = list[str](), list[str]()
         load = [
@@ -222,7 +222,7 @@ async def test_killed_replica_loses_no_request_without_an_error_and_is_replaced(
             answer = await session.post("/v1/chat/completions", json=body)
             await answer.content.readline()
             name = answer.headers["x-farthing-replica"]
-            victim = next(r for r in fleet.replicas.replicas if r.name == name)
+            victim = next(r for r in fleet.models[0].replicas.replicas if r.name == name)
             os.kill(victim.process.pid, signal.SIGKILL)
             events = [line async for line in answer.content if line.startswith(b"data: ")]
         assert b"replica lost" in events[-1]  # in flight there: its client receives an error
@@ -230,8 +230,8 @@ async def test_killed_replica_loses_no_request_without_an_error_and_is_replaced(
         assert set(whole) == {"whole"}  # nothing had been sent to the client, so they were retried elsewhere
         assert set(streams) <= {"whole", "error"}
         assert streams.count("error") < 50
-        await until(lambda: len(fleet.replicas.ready()) == 2)
-        assert victim.name not in fleet.replicas.ready()
+        await until(lambda: len(fleet.models[0].replicas.ready()) == 2)
+        assert victim.name not in fleet.models[0].replicas.ready()
         decisions = read_log(tmp_path / "state" / "decisions.jsonl", 10_000)
         assert all(d.target >= 2 for d in decisions)
         stop.set()
@@ -252,7 +252,7 @@ async def _healthy(fleet: LocalFleet, count: int) -> None:
 @pytest.mark.anyio
 async def test_gateway_replaced_under_load_loses_no_request(tmp_path: Path) -> None:
     async with local(tmp_path, tokens=20) as fleet:
-        assert await fleet.replicas.wait_ready(2, 30)
+        assert await fleet.models[0].replicas.wait_ready(2, 30)
         await _healthy(fleet, 2)
         results = list[str]()
         load = asyncio.create_task(_load(fleet.url, 3.0, results, stream=True))
@@ -266,7 +266,7 @@ async def test_gateway_replaced_under_load_loses_no_request(tmp_path: Path) -> N
 @pytest.mark.anyio
 async def test_killed_gateway_refuses_no_requests_and_recovers(tmp_path: Path) -> None:
     async with local(tmp_path, tokens=5) as fleet:
-        assert await fleet.replicas.wait_ready(2, 30)
+        assert await fleet.models[0].replicas.wait_ready(2, 30)
         await _healthy(fleet, 2)
         assert fleet.gateway is not None and fleet.gateway.process is not None
         results = list[str]()

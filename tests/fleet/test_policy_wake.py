@@ -34,7 +34,7 @@ def asleep(tmp_path: Path, *arguments: str) -> LocalFleet:
         policy=POLICY, signals=SignalsConfig(window_s=2.0), state=tmp_path / "state", metrics="127.0.0.1:0"
     )
     local = LocalConfig(command, tmp_path / "logs")
-    return LocalFleet(UpConfig(fleet, local, port=0, start_with=0))
+    return LocalFleet(UpConfig(fleet, {"m": local}, port=0, start_with=0))
 
 
 @pytest.mark.anyio
@@ -45,7 +45,7 @@ async def test_thousand_requests_wake_a_local_fleet_and_none_is_lost(tmp_path: P
             return answer.status
 
     async with asleep(tmp_path, "--ready-after", "1.0") as fleet:
-        assert fleet.replicas.ready() == {}
+        assert fleet.models[0].replicas.ready() == {}
         stop = asyncio.Event()
         scaling = asyncio.create_task(fleet.run(stop))
         connector = aiohttp.TCPConnector(limit=0)
@@ -54,7 +54,7 @@ async def test_thousand_requests_wake_a_local_fleet_and_none_is_lost(tmp_path: P
             answers = await asyncio.gather(*(ask(session, number) for number in range(1000)))
         took = time.monotonic() - began
         assert answers == [200] * 1000
-        cold_start = fleet.replicas.cold_starts.p90
+        cold_start = fleet.models[0].replicas.cold_starts.p90
         assert cold_start is not None
         print(f"cold start {cold_start:.2f} s, all answered after {took:.2f} s")
         assert took < cold_start + 20  # generous: a thousand answers take seconds on a busy machine
@@ -76,7 +76,7 @@ async def test_single_request_is_answered_about_when_the_replica_is_ready(tmp_pa
             async with session.post(CHAT, json=body()) as answer:
                 assert answer.status == 200
         took = time.monotonic() - began
-        cold_start = fleet.replicas.cold_starts.p90
+        cold_start = fleet.models[0].replicas.cold_starts.p90
         assert cold_start is not None
         print(f"cold start {cold_start:.2f} s, answered after {took:.2f} s")
         assert took < cold_start + 5

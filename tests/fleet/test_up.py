@@ -130,3 +130,59 @@ def test_replicas_get_the_key_file() -> None:
     command = serve_command("mite", ("--seed", "1"), Path("keys.txt"))
     assert command[-4:] == ("--api-key-file", "keys.txt", "--seed", "1")
     assert "--api-key-file" not in serve_command("mite")
+
+
+@pytest.mark.anyio
+async def test_up_serves_several_models(tmp_path: Path) -> None:
+    port, state = free_port(), tmp_path / "state"
+    (tmp_path / "fleet.yaml").write_text(
+        "policy: {capacity: 1.0, interval_s: 1.0}\nmodels: {second: {min_replicas: 2, max_replicas: 2}}\n"
+    )
+    options = ("some/first", "second", "--config", str(tmp_path / "fleet.yaml"))
+    process = await start(tmp_path, port, *options, replica="--model {served} --name {name}")
+    assert process.stderr is not None
+    said = b""
+    while not said.endswith(b"ready\n"):
+        line = await process.stderr.readline()
+        assert line, said
+        said += line
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        async with asyncio.timeout(60):
+            while len((await (await session.get("/fleet/replicas")).json())["replicas"]) < 3:
+                await asyncio.sleep(0.05)
+        for model in ("first", "second"):
+            request = {"model": model, "messages": []}
+            async with session.post("/v1/chat/completions", json=request) as answer:
+                assert answer.status == 200
+                assert answer.headers["x-farthing-replica"].startswith(f"{model}-")
+        async with session.post("/v1/chat/completions", json={"model": "x", "messages": []}) as answer:
+            assert answer.status == 404
+        async with asyncio.timeout(60):  # both controllers decide, and the dashboard shows both
+            while True:
+                shown = await (await session.get("/dashboard/data")).json()
+                if {entry["reason"].partition(":")[0] for entry in shown["decisions"]} == {"first", "second"}:
+                    break
+                await asyncio.sleep(0.05)
+    process.terminate()
+    rest = await process.stderr.read()
+    assert await process.wait() == 0, rest
+    assert (state / "first" / "decisions.jsonl").exists() and (state / "second" / "decisions.jsonl").exists()
+    assert children(state) == []
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("third: {capacity: 1}", "models: got 'third'; expected names of 'first', 'second'"),
+        ("first: {capacity: -1}", "models.first: policy.capacity: got -1"),
+        ("first: {speed: 1}", "models.first: "),
+    ],
+)
+@pytest.mark.anyio
+async def test_up_rejects_invalid_models(tmp_path: Path, models: str, message: str) -> None:
+    (tmp_path / "fleet.yaml").write_text(f"policy: {{capacity: 1.0}}\nmodels: {{{models}}}\n")
+    options = ("first", "second", "--config", str(tmp_path / "fleet.yaml"))
+    process = await start(tmp_path, free_port(), *options)
+    _, said = await process.communicate()
+    assert process.returncode == 2
+    assert message in said.decode()

@@ -57,6 +57,7 @@ class LocalConfig:
     # such process is kept, so that the next replica skips its imports. Empty: none is kept.
     standby: tuple[str, ...] = ()
     standby_skips: int = 0
+    prefix: str = "r"  # of the replicas' names
 
     @property
     def watch(self) -> Watch:
@@ -228,7 +229,7 @@ class LocalReplicas:
 
     def _new_name(self) -> tuple[str, Path]:
         self._count += 1
-        name = f"r{self._count}"
+        name = f"{self.config.prefix}{self._count}"
         return name, self.config.directory / f"{name}.log"
 
     def _filled(self, parts: Sequence[str], name: str, port: int) -> list[str]:

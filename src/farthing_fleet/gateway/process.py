@@ -57,7 +57,11 @@ def fleet_data(gateway: Gateway, state: Path | None, usd_per_hour: float | None 
     if usd_per_hour is not None:
         document["gauges"]["usd_per_hour"] = usd_per_hour * ready
     if state is not None:
-        _add_control(document, state)
+        several = {path.parent.name: recent(path) for path in sorted(state.glob(f"*/{DECISIONS}"))}
+        if several:
+            _add_models(document, {name: decisions for name, decisions in several.items() if decisions})
+        else:
+            _add_control(document, state)
     return document
 
 
@@ -112,6 +116,18 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
     tokens = (snapshot.prompt_token_rate or 0.0) + (snapshot.output_token_rate or 0.0)
     if tokens and "usd_per_hour" in gauges:
         gauges["usd_per_million"] = gauges["usd_per_hour"] / 3600 / tokens * 1e6
+
+
+def _add_models(document: dict[str, Any], made: Mapping[str, Sequence[Decision]]) -> None:
+    """The decisions of several models' controllers, by time."""
+    shown = [
+        _shown(decision) | {"reason": f"{name}: {decision.reason}"}
+        for name, decisions in made.items()
+        for decision in _telling(decisions)
+    ]
+    document["decisions"] = sorted(shown, key=lambda entry: entry["time"])[-_SHOWN:]
+    document["why"] = " ".join(f"{name}: {sentence(decisions[-1])}" for name, decisions in made.items())
+    document["gauges"]["desired"] = sum(decisions[-1].target for decisions in made.values())
 
 
 def _telling(decisions: Sequence[Decision]) -> list[Decision]:

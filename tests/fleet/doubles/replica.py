@@ -260,7 +260,8 @@ async def _main(arguments: argparse.Namespace) -> None:
         tokens=arguments.tokens,
         interval_s=arguments.interval,
         ready_after_s=arguments.ready_after,
-        name=f"pid-{os.getpid()}",
+        name=arguments.name or f"pid-{os.getpid()}",
+        models=(arguments.model,),
     )
     replica.dies_of, replica.dies_late = arguments.dies_of, arguments.dies_late
     await replica.start()
@@ -277,6 +278,8 @@ if __name__ == "__main__":
     parser.add_argument("--tokens", type=int, default=3)
     parser.add_argument("--interval", type=float, default=0.0)
     parser.add_argument("--ready-after", type=float, default=0.0)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--model", default="m")
     parser.add_argument("--dies-of", default="")
     parser.add_argument("--dies-late", action="store_true")
     parser.add_argument("--die-at-start", action="store_true")
