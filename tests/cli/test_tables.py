@@ -1,10 +1,11 @@
-"""Progress where stderr is no terminal."""
+"""Progress on a terminal, and where stderr is none."""
 
 from __future__ import annotations
 
 import pytest
+from rich.progress import TaskProgressColumn
 
-from farthing.cli.tables import step_progress
+from farthing.cli.tables import _bar, step_progress
 from farthing.process import LINE_SECONDS
 
 
@@ -28,3 +29,14 @@ def test_lines_begin_at_once_and_say_how_long_is_left(
         now += LINE_SECONDS
         progress("measuring", 5, 50)  # other work at another speed
         assert capsys.readouterr().err == "measuring: 10%\n"
+
+
+def test_a_bar_says_how_long_is_left_where_steps_take_minutes() -> None:
+    bar, now = _bar(TaskProgressColumn()), 0.0
+    bar.get_time = lambda: now
+    task = bar.add_task("layer 1 of 61", total=100)
+    bar.start_task(task)
+    for done in range(4):
+        bar.update(task, completed=done)
+        now += 90.0
+    assert bar.tasks[0].time_remaining == 97 * 90

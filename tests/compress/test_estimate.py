@@ -44,7 +44,8 @@ def test_operations_follow_tokens_and_shapes(model_dir: Path) -> None:
     assert one.products == 4096 * 2 * 30 * 20 and one.moments == one.factors == 0
     two = _work(config, RECIPES["int4"], 0, matrices)  # two passes, and second moments of the shared input
     assert two.products == 2 * 32768 * 2 * 30 * 20
-    assert two.moments == 32768 * 20**2 and two.factors == 20**3 and two.rounding == 2 * 30 * 20**2
+    assert two.moments == 32768 * 20**2 and two.rounding == 2 * 30 * 20**2
+    assert two.factors == 20**3 and two.sorting == 20**2
     expert = [("model.layers.1.mlp.experts.0.gate_proj", (30, 20))]
     share = config.num_experts_per_tok / (config.n_routed_experts or 1)
     assert _work(config, RECIPES["int8"], 1, expert).products == 4096 * share * 30 * 20

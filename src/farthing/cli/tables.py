@@ -53,7 +53,8 @@ def step_progress(label: str, say: Callable[[str], object] | None = None) -> Ite
 
 def _bar(count: ProgressColumn) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    # Steps of a large layer are minutes apart, and the default period of 30 s would hold one of them.
+    return Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=1800)
 
 
 R = TypeVar("R", bound="Result")

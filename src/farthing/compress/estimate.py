@@ -30,6 +30,7 @@ from farthing.ops.weights import Format
 
 _ROWS, _SIDE = 1024, 2048  # of the measured matrix
 _TOKENS = 1024  # of the measured inputs
+_FEW = 16  # rows whose rounding takes no time compared with that of the factors
 _PARTS = 8  # of a layer that the automatic plan judges apart, about
 
 
@@ -41,6 +42,7 @@ class Work:
     attention: float = 0.0  # H times a key's width, of every token and every key it sees: scores and values
     moments: float = 0.0  # K^2 of every token
     factors: float = 0.0  # K^3
+    sorting: float = 0.0  # K^2, of moments before and after they are factored
     rounding: float = 0.0  # N K^2, or N K _SIDE without second moments
 
     def seconds(self, rates: Work) -> float:
@@ -159,6 +161,7 @@ def _work(config: ModelConfig, recipe: Recipe, layer: int, matrices: _Matrices) 
         attention=passes * tokens * seen * width * config.attention.num_attention_heads,
         moments=sum(t * k * k for k, t in inputs.values()) * gram,
         factors=sum(k**3 for k, _ in inputs.values()) * gram * rounds,
+        sorting=sum(k**2 for k, _ in inputs.values()) * gram * rounds,
         rounding=rounding,
     )
 
@@ -183,15 +186,21 @@ def measured_rates(config: ModelConfig, recipe: Recipe) -> Work:
             scores @ keys
 
         attention = _time(attend) / (512 * q.numel())
-    recorder = recipe.recorder()
-    recorder.before(Matrix("", w, ""), x)
-    moments = _time(lambda: recorder.before(Matrix("", w, ""), x)) / (_TOKENS * _SIDE**2)
+        recorder = recipe.recorder()
+        recorder.before(Matrix("", w, ""), x)
+        seen = recorder.inputs[""]
+        moments = _time(lambda: seen.add_moments(x)) / (_TOKENS * _SIDE**2) if recipe.needs_gram else 0.0
     part = _plain(recipe, "int4") if recipe.scheme == "auto" else recipe
-    factors = (
-        _time(lambda: round_piece(config, part, w[:16], recorder)) / _SIDE**3 if recipe.needs_gram else 0
-    )
-    rounding = _time(lambda: round_piece(config, part, w, recorder)) - factors * _SIDE**3
-    return Work(products, attention, moments, factors, max(rounding, 0.0) / (w.numel() * _SIDE))
+    factors = sorting = 0.0
+    if recipe.needs_gram:
+        # Of the largest matrices, which take most of this time and are factored fastest.
+        large = torch.eye(2 * _SIDE)
+        factors = _time(lambda: torch.linalg.cholesky_ex(large, upper=True)) / len(large) ** 3
+        sorting = _time(lambda: round_piece(config, part, w[:_FEW], recorder)) / _SIDE**2 - factors * _SIDE
+    rounding = _time(lambda: round_piece(config, part, w, recorder))
+    rounding -= factors * _SIDE**3 + sorting * _SIDE**2
+    rates = products, attention, moments, factors, sorting, rounding / (w.numel() * _SIDE)
+    return Work(*(max(rate, 0.0) for rate in rates))
 
 
 def _time(f: Callable[[], object]) -> float:
