@@ -83,6 +83,9 @@ FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
 MX = {"type": "float", "symmetric": True, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
 SCHEMES = {
     "int-quantized": INT8,
+    "int-quantized 2-bit groups": INT4 | {"num_bits": 2, "group_size": 32},
+    "int-quantized 5-bit groups": INT4 | {"num_bits": 5, "group_size": 32},
+    "int-quantized 6-bit": INT8 | {"num_bits": 6},
     "pack-symmetric": INT4 | {"group_size": 32},
     "pack-asymmetric": INT4 | {"symmetric": False, "group_size": 64},
     "pack-8-bit-groups": INT8 | {"strategy": "group", "group_size": 32},
@@ -99,12 +102,14 @@ SCHEMES = {
     "float-quantized tensor": FP8 | {"strategy": "tensor", "block_structure": None},
     "nvfp4-pack-quantized": FP4 | {"strategy": "tensor_group", "group_size": 16},
     "mxfp4-pack-quantized": MX | {"num_bits": 4},
+    "mxfp6-pack-quantized": MX | {"num_bits": 6},
     "mxfp8-quantized": MX | {"num_bits": 8},
 }
 # What a scheme becomes in memory.
 HELD = {"int-quantized": "int8", "pack-8": "int8", "pack-6-bit": "int8", "mxfp8-quantized": "fp8"}
 HELD |= {n: "int8_groups" for n in ("pack-8-bit-groups", "pack-8-asymmetric", "pack-5-bit-asymmetric")}
-HELD |= {"pack-5-bit": "q5_0"}
+HELD |= {"pack-5-bit": "q5_0", "int-quantized 5-bit groups": "q5_0", "int-quantized 6-bit": "int8"}
+HELD |= {"mxfp6-pack-quantized": "int8_groups"}
 HELD |= {n: "mxfp4" for n in ("nvfp4-pack-quantized", "mxfp4-pack-quantized")}
 HELD |= {n: "fp8" for n in SCHEMES if n.startswith("float")}
 
@@ -123,6 +128,17 @@ def test_reads_what_compressed_tensors_writes(tmp_path: Path, name: str, shape: 
     assert checkpoint.stored_as("model.layers.0.mlp.gate_proj") == (weight.format, shape)
     torch.testing.assert_close(weight.dequantize(), value, rtol=1e-6, atol=1e-7)
     checkpoint.finish()
+
+
+def test_4_bit_inputs_of_a_token_stay_in_8(tmp_path: Path) -> None:
+    """llm-compressor's W4A4: the weights are what the file says, and inputs more exact than it asks for."""
+    w = torch.randn((16, 64), generator=torch.Generator().manual_seed(1))
+    packed, value = compress(w, INT4 | {"group_size": 32}, "int-quantized")
+    inputs = {"num_bits": 4, "type": "int", "strategy": "token", "symmetric": True, "dynamic": True}
+    quantization = groups(INT4 | {"group_size": 32}, "int-quantized", input_activations=inputs)
+    tensors = {f"model.layers.0.mlp.gate_proj.{k}": v for k, v in packed.items()}
+    weight = save(tmp_path, tensors, quantization).weight("model.layers.0.mlp.gate_proj")
+    assert torch.equal(weight.dequantize(), value) and weight.inputs is None
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (576, 200), (1, 1), (130, 257)])

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.reader import Checkpoint
 from farthing.doctor.model import MOST_BYTES, check, check_chat_format, float32_bytes, shortened
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.load import config_of
 from farthing.ops.select import select
+from farthing.ops.weights import quantize_int8
 from farthing.planner.estimate import published_config
 
 pytest.importorskip("transformers")
@@ -55,6 +57,28 @@ def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None
     found = states(tmp_path)
     assert found["transformers"][0] == found["tensors"][0] == "ok", found
     assert found["tokenizer"][0] == "failed" and "tokenizer.json" in found["tokenizer"][1]
+
+
+@pytest.mark.parametrize("inputs", ["token", "tensor"])
+def test_rounded_inputs_of_transformers_are_no_difference(inputs: str, tmp_path: Path) -> None:
+    """It rounds them for every token as llm-compressor's W8A8 asks for, the reference ops only to ranges."""
+    build("qwen3", 1, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    modules: dict[str, ct.GroupKey | None] = {"lm_head": None}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        module = name.removesuffix(".weight")
+        weight = quantize_int8(tensors.pop(name))
+        modules[module] = ct.key_of(weight, inputs)
+        tensors |= ct.encode(module, weight)
+        if inputs == "tensor":
+            tensors[f"{module}.input_scale"] = torch.tensor([0.02])
+    save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"quantization_config": ct.quantization_config(modules)})
+    )
+    found = states(tmp_path)
+    assert found["transformers"][0] == "ok", found
 
 
 def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

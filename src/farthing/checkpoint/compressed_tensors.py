@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from farthing.checkpoint.floats import CACHE_SCALES, fp4, fp8, ue8m0
+from farthing.checkpoint.floats import CACHE_SCALES, E2M3, fp4, fp8, ue8m0
 from farthing.checkpoint.layout import (
     Parts,
     expect,
@@ -57,7 +57,7 @@ class Scheme:
     group_size: int | None
     input_bits: int = 8  # below 8 for some quantization-aware trained checkpoints
     static_inputs: bool = False  # inputs are quantized with each matrix's calibrated `input_scale`
-    floating: bool = False  # FP8 or FP4, not integers
+    floating: bool = False  # FP8, FP6 or FP4, not integers
     block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)  # of the strategy
 
     def __str__(self) -> str:
@@ -72,24 +72,25 @@ class Scheme:
     def format(self) -> Format:
         """The format of what `read` returns."""
         if self.floating:
-            return "fp8" if self.bits == 8 else "mxfp4"
+            return _FLOATS[self.bits]
         return format_of(self.bits, self.group_size, self.symmetric)
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         """(N, K); of packed integers, from a tensor."""
         if self.packed:
             n, k = (int(x) for x in parts.tensor("weight_shape", "int64", "int32").tolist())
+        elif self.floating and self.bits < 8:
+            n, k = parts.shape("weight_packed")
+            k = k * 8 // self.bits
         else:
-            n, k = parts.shape("weight_packed" if self.format == "mxfp4" else "weight")
-        return n, k * 2 if self.format == "mxfp4" else k
+            n, k = parts.shape("weight")
+        return n, k
 
     def read(self, parts: Parts) -> Weight:
         """The matrix and how its inputs are rounded."""
         parts.skip(*OPTIONAL)
-        if self.format == "fp8":
-            weight = self._fp8(parts)
-        elif self.format == "mxfp4":
-            weight = self._fp4(parts)
+        if self.floating:
+            weight = {8: self._fp8, 6: self._fp6, 4: self._fp4}[self.bits](parts)
         else:
             weight = self._integers(parts)
         if self.static_inputs:
@@ -102,6 +103,14 @@ class Scheme:
     def _fp8(self, parts: Parts) -> Weight:
         block = (1, self.group_size) if self.group_size else self.block
         return fp8(parts.matrix("weight", "float8_e4m3fn"), parts, block)
+
+    def _fp6(self, parts: Parts) -> Weight:
+        """Every value of E2M3 is a multiple of 1/8, up to 60/8."""
+        n, k = self.shape(parts)
+        scale = ue8m0(parts.tensor("weight_scale", "uint8"))
+        expect("weight_scale", (n, -(-k // (self.group_size or k))), scale)
+        codes = unpack(parts.matrix("weight_packed", "uint8"), 6, k)
+        return Weight("int8_groups", torch.tensor(E2M3, dtype=torch.int8)[codes.long()], scale / 8)
 
     def _fp4(self, parts: Parts) -> Weight:
         assert self.group_size is not None
@@ -231,14 +240,17 @@ def _refuse_online_transforms(where: str, raw: Mapping[str, Any]) -> None:
                 )
 
 
+# Bits of floating-point numbers -> format.
+_FLOATS: Mapping[int, Format] = {8: "fp8", 6: "int8_groups", 4: "mxfp4"}
 # (format, type, bits) -> strategies.
 _STORAGES = {
-    ("int-quantized", "int", (4, 8)): ("tensor", "channel", "group"),
+    ("int-quantized", "int", (2, 3, 4, 5, 6, 7, 8)): ("tensor", "channel", "group"),
     ("pack-quantized", "int", (2, 3, 4, 5, 6, 7, 8)): ("tensor", "channel", "group"),
     ("naive-quantized", "int", (8,)): ("tensor", "channel", "group"),
     ("float-quantized", "float", (8,)): ("tensor", "channel", "group", "block"),
     ("naive-quantized", "float", (8,)): ("tensor", "channel", "group", "block"),
     ("mxfp8-quantized", "float", (8,)): ("group",),
+    ("mxfp6-pack-quantized", "float", (6,)): ("group",),
     ("mxfp4-pack-quantized", "float", (4,)): ("group",),
     ("nvfp4-pack-quantized", "float", (4,)): ("tensor_group",),
 }
@@ -274,16 +286,13 @@ def _scheme(where: str, group: Mapping[str, Any], default: str) -> Scheme:
 
 
 def _inputs(where: str, group: Mapping[str, Any], group_size: int | None) -> tuple[int, bool]:
-    """Bits of the inputs if below 8, else 8, and whether their scale is calibrated."""
+    """Bits of the inputs if below 8, else 8, and whether their scale is calibrated. Fewer bits are rounded to
+    only in the weights' own groups; a token's other inputs have 8, and FP8 and FP4 stay floats."""
     inputs = field(group, "input_activations", dict, where) or {}
     bits = field(inputs, "num_bits", int, f"{where}.input_activations")
     coarse = inputs.get("type", "int") == "int" and bits is not None and bits < 8
-    if coarse and (inputs.get("strategy"), inputs.get("group_size")) != ("group", group_size):
-        raise CheckpointError(
-            f"{where}.input_activations: got {str(inputs)[:200]}; "
-            "expected the weights' own groups below 8 bits"
-        )
-    return bits if coarse else 8, _is_static(inputs)
+    shared = (inputs.get("strategy"), inputs.get("group_size")) == ("group", group_size)
+    return bits if coarse and shared else 8, is_static(inputs)
 
 
 def _block(where: str, weights: Mapping[str, Any], strategy: str) -> tuple[int, int]:
@@ -298,7 +307,7 @@ def _block(where: str, weights: Mapping[str, Any], strategy: str) -> tuple[int, 
     return block[0], block[1]
 
 
-def _is_static(inputs: Mapping[str, Any]) -> bool:
+def is_static(inputs: Mapping[str, Any]) -> bool:
     """Whether inputs are symmetric INT8 with one calibrated scale. Others are quantized dynamically."""
     wanted = {"type": "int", "num_bits": 8, "strategy": "tensor", "symmetric": True}
     scheme = {"type": "int", "strategy": "tensor", "symmetric": True, **inputs}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BLOCK = 128
 E4M3_MAX = 448.0
+_E2M3 = (*range(8), *(8 + m << e for e in range(3) for m in range(8)))
+E2M3 = (*_E2M3, *(-q for q in _E2M3))  # eight times the values
 # Suffixes of a module's factor: DeepSeek-V3's and transformers', compressed-tensors', Mistral's, V4's.
 SCALES = ("weight_scale_inv", "weight_scale", "qscale_weight", "scale")
 # Calibrated factors of activations, which the kernels do not round to FP8.

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from farthing.checkpoint.reader import Checkpoint, has_config, read_config
+from farthing.checkpoint.compressed_tensors import is_static
+from farthing.checkpoint.reader import Checkpoint, has_config, quantization_in, read_config
 from farthing.conversation import ControlTokens, Conversation, Turn
 from farthing.conversation.select import Checkpoint as ChatFacts
 from farthing.conversation.select import Habits, choose
@@ -160,6 +161,7 @@ def check_chat_format(tokenizer: Tokenizer, model_type: str) -> str:
 
 State = Literal["ok", "failed", "skipped"]
 CLOSE = 1e-3  # of the largest logit; float32 on both sides
+DECODED = 2e-2  # if weights are quantized, which transformers may decode to 16 bits
 MOST_BYTES = 12 << 30  # of float32 weights that are read
 
 
@@ -321,7 +323,7 @@ def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tenso
     messages.set_verbosity_error()
     messages.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = _with_float_inputs(transformers.AutoConfig.from_pretrained(path))
         text = config.get_text_config()
         text.num_hidden_layers = shown.num_hidden_layers
         if shown.index_topk is not None:
@@ -337,19 +339,39 @@ def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tenso
             path, config=config, dtype=torch.float32
         )
     except Exception as error:  # an unknown type, a format it cannot read, custom code
-        reason = str(error).strip().partition("\n")[0]
-        raise _Skipped(f"cannot load this checkpoint ({type(error).__name__}: {reason})") from error
+        raise _Skipped(f"cannot load this checkpoint ({_first_line(error)})") from error
+    close = DECODED if quantization_in(read_config(path)) else CLOSE
     shown_at = []
     for first, logits in ours.items():
         positions = torch.arange(first, first + len(ids))[None]
-        with torch.inference_mode():
-            inputs = {"input_ids": ids[None], "position_ids": positions, "use_cache": False}
-            theirs = model.eval()(**inputs).logits[0].float()
+        inputs = {"input_ids": ids[None], "position_ids": positions, "use_cache": False}
+        try:
+            with torch.inference_mode():
+                theirs = model.eval()(**inputs).logits[0].float()
+        except (
+            Exception
+        ) as error:  # such as matrices that it decodes to another dtype than that of their input
+            raise _Skipped(f"cannot run this checkpoint ({_first_line(error)})") from error
         off = float((logits - theirs).abs().max() / theirs.abs().max())
         where = f" at position {first:,}" if first else ""
-        if not off < CLOSE:
+        if not off < close:
             raise ValueError(
-                f"logits{where} differ by {off:.1e} of the largest; expected less than {CLOSE:.0e}"
+                f"logits{where} differ by {off:.1e} of the largest; expected less than {close:.0e}"
             )
         shown_at.append(f"{off:.1e} of the largest{where}")
     return f"logits of {len(ids)} tokens differ by {', by '.join(shown_at)}"
+
+
+def _with_float_inputs(config: Any) -> Any:
+    """A configuration of transformers whose matrices do not round their inputs, as the reference ops do not.
+    Static ranges of 8 bits, which they do apply, stay."""
+    quantization = getattr(config, "quantization_config", None)
+    groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
+    for group in (groups or {}).values():
+        if isinstance(group, dict) and not is_static(group.get("input_activations") or {}):
+            group["input_activations"] = None
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
