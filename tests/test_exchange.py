@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from farthing.exchange import Answer, ReplicaLost, Upstream
+from tests.fleet.doubles.certificates import issue
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-trailer: 1\r\n\r\n"
@@ -221,3 +224,36 @@ def test_answer_is_the_same_however_it_is_cut(data: bytes, sizes: list[int]) -> 
         at, turn = at + sizes[turn % len(sizes)], turn + 1
     assert (answer.status, b"".join(answer._parts), answer._complete) == (200, b"ok", True)
     assert answer._reusable == (data in (OK, CHUNKED))
+
+
+@pytest.mark.anyio
+async def test_get_verifies_a_servers_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = issue(tmp_path, "authority")
+    leaf = issue(tmp_path, "leaf", authority, server=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(leaf.certificate_file, leaf.key_file)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    upstream = Upstream(60.0, 60.0)
+    with pytest.raises(ReplicaLost, match="certificate verify failed"):
+        await upstream.get(url, "/", timeout=60.0)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate_file))
+    for _ in range(2):
+        assert await upstream.get(url, "/", timeout=60.0) == (200, b"ok")
+    upstream.close()
+    server.close()
+
+
+@pytest.mark.anyio
+async def test_get_ends_after_its_time() -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    upstream = Upstream(60.0, 60.0)
+    with pytest.raises(ReplicaLost, match=r"no answer within 0\.05 s"):
+        await upstream.get(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "/", timeout=0.05)
+    server.close()

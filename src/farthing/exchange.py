@@ -39,6 +39,7 @@ _HOP = frozenset(
 )
 _IDLE_S = 3.0  # a kept connection; servers on uvicorn close theirs after 5 seconds
 _MAX_HEAD = 64 << 10  # bytes of an answer's head
+_MAX_BODY = 64 << 20  # bytes that `get` reads
 _AHEAD = 256 << 10  # bytes of a body received before the client takes them
 
 
@@ -155,10 +156,10 @@ class Answer:
 
     async def read(self, limit: int) -> bytes:
         """The body, up to the part that reaches `limit` bytes. Raises ReplicaLost."""
-        body = b""
+        body = bytearray()
         while len(body) < limit and (data := await self.part()):
             body += data
-        return body
+        return bytes(body)
 
     def close(self) -> None:
         """End the exchange. Its connection is kept if the answer was received completely and in order."""
@@ -260,7 +261,7 @@ class Upstream:
         self._connect_timeout = connect_timeout
         self._idle: dict[str, list[_Connection]] = {}
         self._sweep: asyncio.TimerHandle | None = None
-        self._addresses: dict[str, tuple[str, int, str]] = {}  # url -> host, port, Host header
+        self._addresses: dict[str, tuple[str, int, str, bool]] = {}  # url -> host, port, Host header, TLS
 
     async def send(
         self, url: str, method: str, target: str, headers: Mapping[str, str], body: bytes = b""
@@ -284,6 +285,27 @@ class Upstream:
             # A server that is gone now may have died of the request that was sent to it before.
             raise problem if kept is None else ReplicaLost(str(problem), reached=True) from problem
 
+    async def get(
+        self, url: str, target: str, headers: Mapping[str, str] | None = None, *, timeout: float = 2.0
+    ) -> tuple[int, bytes]:
+        """Status and body of a GET. timeout: seconds for all of it. Raises ReplicaLost."""
+        try:
+            async with asyncio.timeout(timeout):
+                answer = await self.send(url, "GET", target, headers or {})
+                try:
+                    return answer.status, await answer.read(_MAX_BODY)
+                finally:
+                    answer.close()
+        except TimeoutError as problem:
+            raise ReplicaLost(f"no answer within {timeout:g} s", reached=True) from problem
+
+    async def status(self, url: str, target: str) -> int | None:
+        """The status of a GET; None without an answer."""
+        try:
+            return (await self.get(url, target))[0]
+        except ReplicaLost:
+            return None
+
     async def _exchange(self, url: str, connection: _Connection, request: bytes) -> Answer:
         answer = Answer(self, url, connection, bodiless=request.startswith(b"HEAD "))
         try:
@@ -299,11 +321,11 @@ class Upstream:
         return answer
 
     async def _connect(self, url: str) -> _Connection:
-        host, port, _ = self._address(url)
+        host, port, _, tls = self._address(url)
         try:
             async with asyncio.timeout(self._connect_timeout):
                 loop = asyncio.get_running_loop()
-                return (await loop.create_connection(_Connection, host, port))[1]
+                return (await loop.create_connection(_Connection, host, port, ssl=tls or None))[1]
         except (OSError, TimeoutError) as problem:
             why = str(problem) or f"no answer within {self._connect_timeout:g} s"
             raise ReplicaLost(f"cannot connect to {url} ({why})", reached=False) from problem
@@ -319,11 +341,13 @@ class Upstream:
         head = text.replace("\n", "\r\n") + "\r\n\r\n"
         return head.encode("utf-8", "surrogateescape") + body
 
-    def _address(self, url: str) -> tuple[str, int, str]:
+    def _address(self, url: str) -> tuple[str, int, str, bool]:
         known = self._addresses.get(url)
         if known is None:
             parts = urlsplit(url)
-            known = self._addresses[url] = (parts.hostname or "", parts.port or 80, parts.netloc)
+            tls = parts.scheme == "https"
+            port = parts.port or (443 if tls else 80)
+            known = self._addresses[url] = (parts.hostname or "", port, parts.netloc, tls)
         return known
 
     # ---- kept connections ----

@@ -13,12 +13,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
-
-import aiohttp
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +85,7 @@ def free_port(host: str) -> int:
 # The life of a server process: starting (no answer yet) -> ready -> draining (no new requests, SIGTERM,
 # in-flight requests finish) -> gone.
 
+Probe = Callable[[str, str], Awaitable[int | None]]  # (URL, path) -> status of a GET; None without an answer
 State = Literal["starting", "ready", "draining", "gone"]
 
 
@@ -112,16 +111,14 @@ class ServerProcess:
     state: State = "starting"
     reason: str = ""  # why it is gone
 
-    async def live(
-        self, http: aiohttp.ClientSession, watch: Watch, on_ready: Callable[[float], None]
-    ) -> State:
+    async def live(self, probe: Probe, watch: Watch, on_ready: Callable[[float], None]) -> State:
         """Manage the process until it has exited. Returns its last state before that: "starting" if it never
         became ready, "ready" if it died, and "draining". on_ready: gets the seconds since the launch."""
         ended = asyncio.create_task(self.process.wait())
         was: State = "starting"
         try:
-            if await self._becomes_ready(http, watch, ended, on_ready):
-                await self._stays_alive(http, watch, ended)
+            if await self._becomes_ready(probe, watch, ended, on_ready):
+                await self._stays_alive(probe, watch, ended)
         finally:
             was = await self._end(ended, watch.drain_timeout)
         return was
@@ -135,14 +132,14 @@ class ServerProcess:
 
     async def _becomes_ready(
         self,
-        http: aiohttp.ClientSession,
+        probe: Probe,
         watch: Watch,
         ended: asyncio.Task[int],
         on_ready: Callable[[float], None],
     ) -> bool:
         deadline = self.launched + watch.ready_timeout
         while self.state == "starting" and not ended.done():
-            if await self._probe(http, watch.path) == 200:
+            if await probe(self.url, watch.path) == 200:
                 if self.state == "starting":  # else it was told to drain meanwhile
                     self.state = "ready"
                     on_ready(time.monotonic() - self.launched)
@@ -153,25 +150,17 @@ class ServerProcess:
             await asyncio.wait([ended], timeout=watch.poll)
         return self.state == "draining"
 
-    async def _stays_alive(self, http: aiohttp.ClientSession, watch: Watch, ended: asyncio.Task[int]) -> None:
+    async def _stays_alive(self, probe: Probe, watch: Watch, ended: asyncio.Task[int]) -> None:
         """Wait until the process ends or has not answered for `liveness` seconds (hung)."""
         answered = time.monotonic()
         while not ended.done():
             await asyncio.wait([ended], timeout=watch.liveness / 10)
-            if self.state == "draining" or await self._probe(http, watch.path) is not None:
+            if self.state == "draining" or await probe(self.url, watch.path) is not None:
                 answered = time.monotonic()
             elif time.monotonic() - answered > watch.liveness and not ended.done():
                 self.reason = f"no answer for {watch.liveness:g} s"
                 signal_group(self.process, signal.SIGKILL)
                 await ended
-
-    async def _probe(self, http: aiohttp.ClientSession, path: str) -> int | None:
-        """The status code of its health check; None if it does not answer."""
-        try:
-            async with http.get(self.url + path) as answer:
-                return answer.status
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return None
 
     async def _end(self, ended: asyncio.Task[int], timeout: float) -> State:
         """Reap the process, or stop it: SIGTERM, then after the timeout SIGKILL to its whole group."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
+from typing import Any
 
-from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -14,6 +20,7 @@ from prometheus_client.registry import Collector
 from farthing_fleet.policy import Held
 from farthing_fleet.types import Decision
 
+_MOST = 64 << 10  # bytes of a request's body
 _INPUTS = {  # of a decision -> its gauge
     "utilization": ("farthing:fleet_target_utilization", "Target utilization of the rule in use."),
 }
@@ -78,54 +85,106 @@ class _Last(Collector):
 
 
 class MetricsServer:
-    """Serves a controller's metrics. Healthy while its decisions are younger than `max_age_s`."""
+    """Serves a controller's metrics. Healthy while its decisions are younger than `max_age_s`.
+
+    The standard library's server, in threads: aiohttp would be a quarter of the controller's memory.
+    """
 
     def __init__(self, metrics: FleetMetrics, max_age_s: float = 120.0, held: Held | None = None) -> None:
         """held: receives the gateways' reports on /wake."""
         self._metrics, self._max_age, self._held = metrics, max_age_s, held
-        self._runner: web.AppRunner | None = None
+        self._server: ThreadingHTTPServer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self, host: str, port: int) -> int:
         """Start serving; returns the port. Raises OSError if it is in use."""
-        app = web.Application()
-        app.router.add_get("/metrics", self._render)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/decision", self._decision)
-        if self._held is not None:
-            app.router.add_post("/wake", self._wake)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, host, port).start()
-        return int(self._runner.addresses[0][1])
+        self._loop = asyncio.get_running_loop()
+        server = _Server6 if ":" in host else _Server
+        try:
+            self._server = server((host.strip("[]"), port), partial(_Handler, self.answer))
+        except OSError as problem:
+            why = f"metrics: cannot listen on {host}:{port}: {problem.strerror}"
+            raise OSError(problem.errno, why) from problem
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return int(self._server.server_address[1])
 
     async def close(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self._server is not None:
+            await asyncio.to_thread(self._server.shutdown)
+            self._server.server_close()
 
-    async def _render(self, request: web.Request) -> web.Response:
-        body = generate_latest(self._metrics.registry)
-        return web.Response(body=body, headers={"content-type": "text/plain; version=0.0.4"})
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, str, bytes]:
+        """Status, content type and body of an answer. Called in threads."""
+        if path == "/metrics" and method == "GET":
+            return 200, "text/plain; version=0.0.4", generate_latest(self._metrics.registry)
+        status, document = 404, {"error": f"{method} {path}: no such page"}
+        if path == "/health" and method == "GET":
+            status, document = self._health()
+        elif path == "/decision" and method == "GET":
+            last = self._metrics.last
+            if last is not None:
+                return 200, "application/json", last.to_json().encode()
+            document = {"error": "no decision yet"}
+        elif path == "/wake" and method == "POST" and self._held is not None:
+            status, document = self._wake(body)
+        return status, "application/json", json.dumps(document).encode()
 
-    async def _health(self, request: web.Request) -> web.Response:
+    def _health(self) -> tuple[int, dict[str, Any]]:
         age = self._metrics.age()
-        good = age is None or age <= self._max_age  # None: just started
-        return web.json_response(
-            {"status": "ok" if good else f"no decision for {age:.0f} s"}, status=200 if good else 503
-        )
+        if age is None or age <= self._max_age:  # None: just started
+            return 200, {"status": "ok"}
+        return 503, {"status": f"no decision for {age:.0f} s"}
 
-    async def _decision(self, request: web.Request) -> web.Response:
-        last = self._metrics.last
-        if last is None:
-            return web.json_response({"error": "no decision yet"}, status=404)
-        return web.json_response(json.loads(last.to_json()))
-
-    async def _wake(self, request: web.Request) -> web.Response:
+    def _wake(self, body: bytes) -> tuple[int, dict[str, Any]]:
         """Receive a gateway's number of held requests: {"gateway": NAME, "waiting": N}."""
-        assert self._held is not None
         try:
-            report = await request.json()
-            self._held.report(str(report["gateway"])[:100], int(report["waiting"]))
+            report = json.loads(body)
+            told = self._report(str(report["gateway"])[:100], int(report["waiting"]))
+            assert self._loop is not None
+            asyncio.run_coroutine_threadsafe(told, self._loop).result()
         except (ValueError, KeyError, TypeError) as problem:
-            message = f'expected {{"gateway": NAME, "waiting": N}} ({problem!r})'
-            return web.json_response({"error": message}, status=400)
-        return web.Response(status=204)
+            return 400, {"error": f'expected {{"gateway": NAME, "waiting": N}} ({problem!r})'}
+        return 200, {"status": "ok"}
+
+    async def _report(self, gateway: str, waiting: int) -> None:
+        assert self._held is not None
+        self._held.report(gateway, waiting)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def server_bind(self) -> None:
+        """As the base's, without its reverse look-up of the address."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = "", self.server_address[1]
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 10.0  # seconds for each read
+
+    def __init__(self, answer: Callable[[str, str, bytes], tuple[int, str, bytes]], *rest: Any) -> None:
+        self._answer = answer
+        super().__init__(*rest)
+
+    def do_GET(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        size = min(int(length), _MOST) if length.isascii() and length.isdigit() else 0
+        self.close_connection |= str(size) != length  # what is left is not another request
+        status, kind, body = self._answer(self.command, self.path.partition("?")[0], self.rfile.read(size))
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """No access log."""

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import aiohttp
 import ray
 from ray import serve
 from ray.exceptions import RayError
@@ -73,14 +72,15 @@ class Replica:
     ) -> None:
         port = free_port(_HOST)
         words = [part.replace("{port}", str(port)).replace("{host}", _HOST) for part in command]
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
         self._upstream = Upstream(2.0, 600.0)
         self._slo, self._drain_s = slo, watch.drain_timeout
         process = await launch(words, None, {})
         self._server = ServerProcess(NAME, f"http://{_HOST}:{port}", process, time.monotonic())
         self._printing = asyncio.create_task(_print(process.stdout))
         ready = asyncio.Event()
-        self._life = asyncio.create_task(self._server.live(self._http, watch, lambda _: ready.set()))
+        self._life = asyncio.create_task(
+            self._server.live(self._upstream.status, watch, lambda _: ready.set())
+        )
         waiting = asyncio.create_task(ready.wait())
         await asyncio.wait([waiting, self._life], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
@@ -94,8 +94,8 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The server's metrics as Serve's numbers, for `Scaling`."""
-        async with self._http.get(self._server.url + "/metrics") as answer:
-            reading = parse(await answer.text(), None, time.monotonic(), self._slo.ttft_s, self._slo.tpot_s)
+        _, text = await self._upstream.get(self._server.url, "/metrics")
+        reading = parse(text.decode(), None, time.monotonic(), self._slo.ttft_s, self._slo.tpot_s)
         if reading is None:
             return {}
         gauges = {name: value for name in _GAUGES if (value := getattr(reading, name)) is not None}
@@ -117,7 +117,6 @@ class Replica:
         """Called by Serve once no request is left, or `drain_s` has passed."""
         self._server.drain(self._drain_s)
         await self._life
-        await self._http.close()
         self._upstream.close()
 
 

@@ -7,15 +7,16 @@ samples look recent.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlencode, urlsplit
 
-import aiohttp
-
+from farthing.exchange import ReplicaLost, Upstream
 from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, ColdStarts, Dialect, bound_of, late_count
 from farthing_fleet.types import Snapshot
 
@@ -58,11 +59,13 @@ class PrometheusSource:
         if selector and not (selector.startswith("{") and selector.endswith("}")):
             raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
+        parts = urlsplit(self._url)
+        self._base, self._path = f"{parts.scheme}://{parts.netloc}", parts.path
         self._window, self._stale_after = window_s, stale_after_s
         self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
-        self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
+        self._timeout, self._headers = timeout_s, dict(headers or {})
+        self._http = Upstream(timeout_s, timeout_s)
         self._cold_starts, self._wall = cold_starts, wall
-        self._session: aiohttp.ClientSession | None = None
 
     # ---- the snapshot ----
 
@@ -210,14 +213,12 @@ class PrometheusSource:
         return await self.history(query, start, end, step_s)
 
     async def _api(self, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
+        target = f"{self._path}/api/v1/{path}?{urlencode(parameters)}"
         try:
-            async with self._session.get(f"{self._url}/api/v1/{path}", params=parameters) as answer:
-                body = await answer.json(content_type=None)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as problem:
-            said = problem or type(problem).__name__
-            raise PrometheusError(f"{self._url} does not answer: {said}") from problem
+            _, text = await self._http.get(self._base, target, self._headers, timeout=self._timeout)
+            body = json.loads(text)
+        except (ReplicaLost, ValueError) as problem:
+            raise PrometheusError(f"{self._url} does not answer: {problem}") from problem
         if not isinstance(body, dict) or body.get("status") != "success":
             said = body.get("error", "no error text") if isinstance(body, dict) else repr(body)[:80]
             raise PrometheusError(f"{self._url} rejects {dict(parameters)}: {said}")
@@ -225,5 +226,4 @@ class PrometheusSource:
         return data
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        self._http.close()

@@ -13,10 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
-import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from farthing.exchange import ReplicaLost, Upstream
 from farthing_fleet.signals import LAUNCH_METRIC, ColdStarts, Dialect, bound_of, detect, late_count
 from farthing_fleet.types import Snapshot
 
@@ -145,8 +146,8 @@ class ScrapeSource:
         self._latency_window = window_s if latency_window_s is None else latency_window_s
         self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
-        self._timeout, self._headers = aiohttp.ClientTimeout(total=timeout_s), dict(headers or {})
-        self._session: aiohttp.ClientSession | None = None
+        self._timeout, self._headers = timeout_s, dict(headers or {})
+        self._http = Upstream(timeout_s, timeout_s)
         self._histories: dict[str, _History] = {}
         self._silent: set[str] = set()
 
@@ -157,7 +158,7 @@ class ScrapeSource:
         policy may scale up but not down.
         """
         targets = dict(self._targets())
-        texts = await asyncio.gather(*(self._get(f"{url}/metrics") for url in targets.values()))
+        texts = await asyncio.gather(*map(self._get, targets.values()))
         now = self._monotonic()
         fresh = {name: self._parse(name, text, now) for name, text in zip(targets, texts, strict=True)}
         return self.snapshot(current, fresh, await self._waiting_at_gateway())
@@ -192,16 +193,16 @@ class ScrapeSource:
         )
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
+        self._http.close()
 
     async def _get(self, url: str) -> str | None:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
+        """The /metrics of a server."""
+        parts = urlsplit(url)
         try:
-            async with self._session.get(url) as answer:
-                return await answer.text() if answer.status == 200 else None
-        except (aiohttp.ClientError, TimeoutError, OSError, UnicodeDecodeError):
+            base, path = f"{parts.scheme}://{parts.netloc}", f"{parts.path}/metrics"
+            status, body = await self._http.get(base, path, self._headers, timeout=self._timeout)
+            return body.decode() if status == 200 else None
+        except (ReplicaLost, UnicodeDecodeError):
             return None
 
     def _parse(self, name: str, text: str | None, now: float) -> Reading | None:
@@ -224,7 +225,7 @@ class ScrapeSource:
     async def _waiting_at_gateway(self) -> float | None:
         if self._gateway is None:
             return None
-        text = await self._get(f"{self._gateway}/metrics")
+        text = await self._get(self._gateway)
         for family in text_string_to_metric_families(text or ""):
             if family.name == "farthing:gateway_requests_waiting":
                 own = (s for s in family.samples if self._model in (None, s.labels["model_name"]))

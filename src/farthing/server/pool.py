@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import aiohttp
-
+from farthing.exchange import Upstream
 from farthing.memory import gigabytes
 from farthing.server.errors import ApiError
 from farthing.server.presets import Sized
@@ -117,7 +116,7 @@ class Pool:
         self._environment = environment
         self._shares = Shares(ahead=min(each.size for each in self.models.values()))
         self._waiting: dict[_Wait, None] = {}  # in order of arrival
-        self._http: aiohttp.ClientSession | None = None
+        self._http = Upstream(2.0, 2.0)
         self._looking: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None  # looks again when a model may be closed
         self._watch = Watch(
@@ -134,7 +133,6 @@ class Pool:
 
     async def start(self) -> None:
         """Begin to look for idle models."""
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
         self._looking = asyncio.create_task(self._look())
 
     async def drain(self) -> bool:
@@ -152,8 +150,7 @@ class Pool:
         if self._looking is not None:
             self._looking.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._http is not None:
-            await self._http.close()
+        self._http.close()
         return not busy
 
     # requests
@@ -343,7 +340,6 @@ class Pool:
 
     async def _live(self, model: Hosted) -> None:
         """The life of a model's process."""
-        assert self._http is not None
         port, launched = free_port("127.0.0.1"), time.monotonic()
         was, reason = "starting", ""
         try:
@@ -351,7 +347,7 @@ class Pool:
             server = ServerProcess(model.name, f"http://127.0.0.1:{port}", process, launched)
             model.server = server
             reading = asyncio.create_task(self._read(model, server))
-            was = await server.live(self._http, self._watch, lambda took: self._ready(model, took))
+            was = await server.live(self._http.status, self._watch, lambda took: self._ready(model, took))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(reading, 1.0)
             reason = server.reason

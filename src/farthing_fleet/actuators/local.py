@@ -17,8 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
-
+from farthing.exchange import Upstream
 from farthing.upstream import ServerProcess, Watch, free_port, launch, signal_group
 from farthing_fleet.signals import ColdStarts
 from farthing_fleet.types import Decision
@@ -122,7 +121,7 @@ class LocalReplicas:
         self._failures = 0
         self._pause = config.retry_s
         self._retry: asyncio.TimerHandle | None = None
-        self._http: aiohttp.ClientSession | None = None
+        self._http = Upstream(2.0, 2.0)
         self._closing = False
         self._spare: Spare | None = None
         self._starting_spare: asyncio.Task[None] | None = None
@@ -133,7 +132,6 @@ class LocalReplicas:
 
     async def start(self) -> None:
         self.config.directory.mkdir(parents=True, exist_ok=True)
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0))
 
     async def current(self) -> int:
         return self._wanted
@@ -161,8 +159,7 @@ class LocalReplicas:
         await self._drop_spare()
         tasks = [r.task for r in self.replicas if r.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._http is not None:
-            await self._http.close()
+        self._http.close()
 
     # ---- state ----
 
@@ -260,8 +257,9 @@ class LocalReplicas:
 
     async def _live(self, replica: LocalReplica) -> None:
         """Manage one replica from launch to exit."""
-        assert self._http is not None
-        was = await replica.live(self._http, self.config.watch, lambda took: self._ready(replica, took))
+        was = await replica.live(
+            self._http.status, self.config.watch, lambda took: self._ready(replica, took)
+        )
         if was == "starting":
             self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
         elif was == "ready":

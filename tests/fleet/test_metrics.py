@@ -1,0 +1,52 @@
+"""The controller's HTTP server, and what it costs to import a controller."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import aiohttp
+import pytest
+
+from farthing_fleet.metrics import FleetMetrics, MetricsServer
+from tests.fleet.actuators.decided import decision
+
+
+@pytest.mark.anyio
+async def test_pages_of_a_controller() -> None:
+    now = [0.0]
+    metrics = FleetMetrics(monotonic=lambda: now[0])
+    server = MetricsServer(metrics, max_age_s=10.0)
+    port = await server.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+
+        async def status(path: str, method: str = "GET") -> int:
+            async with session.request(method, path) as answer:
+                await answer.read()
+                return answer.status
+
+        assert [await status(path) for path in ("/health", "/decision", "/nothing")] == [200, 404, 404]
+        assert await status("/wake", "POST") == 404  # this controller wakes no fleet
+        metrics.show(decision(3))
+        async with session.get("/decision") as answer:
+            assert (await answer.json())["target"] == 3
+        async with session.get("/metrics?all") as answer:
+            assert answer.headers["content-type"].startswith("text/plain")
+            assert "farthing:fleet_desired_replicas 3.0" in await answer.text()
+        now[0] = 11.0
+        async with session.get("/health") as answer:
+            assert (answer.status, await answer.json()) == (503, {"status": "no decision for 11 s"})
+    second = MetricsServer(metrics)
+    with pytest.raises(OSError, match=f"metrics: cannot listen on 127.0.0.1:{port}: Address already in use"):
+        await second.start("127.0.0.1", port)
+    await server.close()
+
+
+def test_controller_loads_no_http_framework() -> None:
+    """They were a quarter of its memory."""
+    heavy = "{'aiohttp', 'fastapi', 'uvicorn', 'starlette', 'pydantic', 'torch', 'pandas', 'kubernetes'}"
+    code = (
+        f"import sys, farthing_fleet.run, farthing_fleet.estimates; print(sorted({heavy} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
