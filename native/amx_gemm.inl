@@ -181,7 +181,7 @@ void bf16_block(int kp, const uint8_t* const* data, const Act& x, int rows, cons
 constexpr int kQuantizedTileRows = 13;  // fewer rows of integers are faster on vectors
 
 bool fits_tiles(const Matrix& w, const Act& x, int rows) {
-  if (!w.quantized()) return x.hi != nullptr;
+  if (!w.quantized()) return w.format_traits().halves && x.hi;
   return rows >= kQuantizedTileRows && !w.sparse && w.format_traits().planes == Planes::none &&
          w.group % 32 == 0 && w.kp % 32 == 0;
 }

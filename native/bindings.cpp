@@ -144,10 +144,10 @@ NB_MODULE(_native, module) {
   nb::class_<Packed>(module, "Packed")
       .def_prop_ro("format", [](const Packed& p) { return p.m.format; })
       .def_prop_ro("group", [](const Packed& p) { return p.m.group; })
-      .def_prop_ro("shape", [](const Packed& p) { return std::make_tuple(p.rows(), p.m.k); })
+      .def_prop_ro("shape", [](const Packed& p) { return std::make_tuple(p.rows(), p.m.inputs()); })
       .def("follow",
            [](Packed& p, std::shared_ptr<Packed> next) {
-             if (next->m.k != p.m.k || p.next)
+             if (next->m.inputs() != p.m.inputs() || p.next)
                throw std::invalid_argument("rows that follow have other columns");
              p.next = std::move(next);
            })
@@ -166,7 +166,7 @@ NB_MODULE(_native, module) {
           [](const Packed& p, uint64_t ids, int count, uint64_t out) {
             for (int i = 0; i < count; ++i)
               read_row(p.m, static_cast<int>(std::clamp<int64_t>(at<int64_t>(ids)[i], -1, INT_MAX)),
-                       at<float>(out) + static_cast<size_t>(i) * p.m.k);
+                       at<float>(out) + static_cast<size_t>(i) * p.m.inputs());
           },
           "ids"_a, "count"_a, "out"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("serialized_bytes", &Packed::serialized_bytes)

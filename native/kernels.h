@@ -154,7 +154,7 @@ struct Kernels {
   // A whole row x [w.k] in the form that `w` reads; scratch [w.k], which a matrix with an order needs.
   void store_row(const Matrix& w, const Act& act, int row, const float* x, float* scratch) const {
     if (w.order) {
-      for (int i = 0; i < w.k; ++i) scratch[i] = x[w.order[i]];
+      for (int i = 0; i < w.k; ++i) scratch[i] = w.order[i] < 0 ? 0.0f : x[w.order[i]];
       x = scratch;
     }
     store_act(w, act, row, 0, x, w.k);

@@ -50,7 +50,7 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
     const int hidden = l.o->m.n;
     const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->rows());
     linear(*l.qkv_a, {x, T, l.norm, in.eps, none, qkv});
-    const Rows heads = Layers::rows(model.heads, T, l.o->m.k + (l.o_rest ? l.o_rest->m.k : 0));
+    const Rows heads = Layers::rows(model.heads, T, l.o->m.inputs() + (l.o_rest ? l.o_rest->m.inputs() : 0));
     if (l.delta) {
       const Rows gates = Layers::rows(model.gates, T, l.gates->m.n);
       linear(*l.gates, {x, T, l.norm, in.eps, none, gates});

@@ -20,7 +20,7 @@ Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Row
   float* mine = scratch + static_cast<size_t>(team.id()) * prepare_floats(w);
   const auto one = [&](int t, int to) {
     const float* from = x.row(t);
-    if (norm) kernels.rms_norm(from, norm, eps, w.k, mine), from = mine;
+    if (norm) kernels.rms_norm(from, norm, eps, w.inputs(), mine), from = mine;
     kernels.store_row(w, act, to, from, mine + act_stride(w.k));
   };
   if (tokens == 1) {
@@ -80,7 +80,8 @@ constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
 // Scratch of one call.
 struct Space {
   Act x, rest;           // [T], or a row per thread for one token
-  float *norms, *tiles;  // [threads][prepare_floats], [threads][kTile], twice with further columns
+  float *norms, *turned;  // [threads][prepare_floats], of the matrix and of further columns
+  float* tiles;           // [threads][kTile], twice with further columns
 
   Space(Workspace& work, const Kernels& kernels, const Matrix& w, const Matrix* further, int tokens,
         int threads) {
@@ -89,6 +90,7 @@ struct Space {
     x = work.act(w, copies, split, w.sparse);
     if (further) rest = work.act(*further, copies, split, further->sparse);
     norms = work.take<float>(static_cast<size_t>(threads) * prepare_floats(w));
+    turned = work.take<float>(further && further->order ? threads * prepare_floats(*further) : 0);
     tiles = work.take<float>(threads * kTile * (further ? 2 : 1));
   }
 };
@@ -118,9 +120,9 @@ void Backend::product(const Packed& packed, const LinearArgs& in) {
   const Space space(work_, kernels, w, rest, T, pool.size());
   pool.run([&](Team& team) {
     const Act act = prepare(team, 0, w, space.x, in.x, T, in.norm, in.eps, space.norms);
-    const Rows right{in.x.at + w.k, in.x.stride};
+    const Rows right{in.x.at + w.inputs(), in.x.stride};
     const Act act_rest =
-        rest ? prepare(team, 1, *rest, space.rest, right, T, nullptr, in.eps, space.norms) : Act{};
+        rest ? prepare(team, 1, *rest, space.rest, right, T, nullptr, in.eps, space.turned) : Act{};
     float *tile = space.tiles + team.id() * kTile, *more = space.tiles + (pool.size() + team.id()) * kTile;
     team.for_units(2, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
       for_tiles(kernels, w, pair, act, T, tile, [&](int n0, int columns, int m0, int rows) {

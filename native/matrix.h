@@ -36,7 +36,8 @@ struct Matrix {
   bool sparse = false;
   float act_top = 127.0f;             // largest integer of the activations, 7 for 4 bits (held in int8) …
   float act_clip = 1.0f;              // … and the share of a group's largest magnitude that it represents
-  const int32_t* order = nullptr;     // [k] column of the input that each column multiplies; null: the same
+  const int32_t* order = nullptr;     // [k] column of the input that each column multiplies, or -1: none; …
+  int ordered = 0;                    // … of so many; null: the same
   float act_scale = 0.0f;             // above 0: one calibrated scale for every input, none measured (q8)
   size_t stride = 0;                  // bytes of a dense record, without low nibbles of planes
   const uint64_t* offsets = nullptr;  // [panels + 1] of a sparse matrix, from base[0]
@@ -64,6 +65,7 @@ struct Matrix {
   size_t part_bytes(int part) const { return (stride + plane_bytes()) * panels_of(part); }
   size_t dense_bytes() const { return (stride + plane_bytes()) * static_cast<size_t>(panels); }
   size_t panel_bytes(int panel) const { return sparse ? offsets[panel + 1] - offsets[panel] : stride; }
+  int inputs() const { return order ? ordered : k; }  // columns of the input
   int groups() const { return group ? (kp + group - 1) / group : 1; }
   int head_bytes() const {  // of a dense record: everything before its data
     int scales = 0;

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "backend.h"
 
@@ -79,7 +81,7 @@ struct Plan {
 
 // Activations of one kind of expert: routed, or shared (which may have another format or width).
 struct Kind {
-  const Matrix *in, *down;
+  const Matrix* in;  // of the first of these experts
   Act x;     // [T] normed tokens
   Act rows;  // [R] the same in expert order
   Act mid;   // [R] or [T] activation(gate) * up
@@ -114,6 +116,12 @@ int sum_columns(int hidden, int tokens, int threads) {
   return columns;
 }
 
+// Whether a row in the form that one matrix reads is also in that of the other.
+bool read_alike(const Matrix& a, const Matrix& b) {
+  return a.format == b.format && a.group == b.group && a.act_top == b.act_top && a.act_clip == b.act_clip &&
+         a.act_scale == b.act_scale && !a.order && !b.order;
+}
+
 int unit_columns(const Matrix& down) { return std::max(down.quantized() ? down.group : 64, 64); }
 
 // Columns [at, at + columns) of the intermediate of `rows` rows.
@@ -137,7 +145,7 @@ void gate_up(const Kernels& k, const Gate& gate, const Mlp& e, const Act& x, con
 struct Space {
   int copies, most, token_rows, experts, score_ld, ld, unit = 64, steps = 0, out_columns, sum_count;
   bool sparse = false;
-  bool ordered = false;              // the routed experts read their input in orders of their own
+  bool own_rows = false;           // the routed experts read their input in orders or formats of their own
   float *normed, *scores, *weights;  // [copies][ld], [copies][score_ld], [copies][k]
   int32_t* ids;                      // [copies][k]
   Kind kinds[kMostParts][2];         // routed, shared
@@ -157,10 +165,15 @@ struct Space {
     score_ld = round_up(experts + w.shared_gate, kPanel);
     ld = act_stride(w.hidden);
     out_columns = sum_columns(w.hidden, T, threads);
+    bool ordered = w.has_shared && w.expert(w.routed()).gate_up->m.order;
     for (const Mlp& e : w.experts) sparse |= e.down && (e.gate_up->m.sparse || e.down->m.sparse);
-    for (int e = 0; e < w.routed(); ++e) ordered |= w.expert(e).down && w.expert(e).gate_up->m.order;
-    if (ordered || (w.has_shared && w.expert(w.routed()).gate_up->m.order))
-      turned = work.take<float>(static_cast<size_t>(threads) * ld);
+    for (int e = 0; e < w.routed(); ++e) {
+      const Mlp& mlp = w.expert(e);
+      if (!mlp.down) continue;
+      ordered |= mlp.gate_up->m.order != nullptr;
+      own_rows |= !read_alike(mlp.gate_up->m, w.first(0)->gate_up->m);
+    }
+    if (ordered) turned = work.take<float>(static_cast<size_t>(threads) * ld);
     normed = work.take<float>(static_cast<size_t>(copies) * ld);
     scores = work.take<float>(static_cast<size_t>(copies) * score_ld);
     ids = work.take<int32_t>(static_cast<size_t>(copies) * std::max(k, 1));
@@ -168,8 +181,8 @@ struct Space {
     gate_x.ld = ld;
     gate_x.f32 = normed;
     for (int p = 0; p < w.parts; ++p) {
-      if (k) add(work, kernels, *w.first(p), p, 0, T);
-      if (w.has_shared) add(work, kernels, w.expert(w.routed(), p), p, 1, T);
+      if (k) add(work, kernels, w, {0, w.routed()}, p, 0, T);
+      if (w.has_shared) add(work, kernels, w, {w.routed(), w.routed() + 1}, p, 1, T);
     }
     tile_size = static_cast<size_t>(kRowBlock) * out_columns;
     hidden_size = static_cast<size_t>(kRowBlock) * unit;
@@ -183,19 +196,32 @@ struct Space {
 
  private:
   // Parts of an expert read the same input.
-  void add(Workspace& work, const Kernels& kernels, const Mlp& e, int part, int i, int T) {
+  void add(Workspace& work, const Kernels& kernels, const Moe& w, std::pair<int, int> experts, int part,
+           int i, int T) {
     const bool split = kernels.split_act;
-    const Matrix &in = e.gate_up->m, &down = e.down->m;
+    std::vector<const Matrix*> ins, downs;  // one of each form
+    const auto note = [](std::vector<const Matrix*>& forms, const Matrix& m) {
+      for (const Matrix* f : forms)
+        if (f->format == m.format && f->group == m.group) return;
+      forms.push_back(&m);
+    };
+    for (int e = experts.first; e < experts.second; ++e) {
+      const Mlp& mlp = w.expert(e, part);
+      if (!mlp.down) continue;
+      note(ins, mlp.gate_up->m);
+      note(downs, mlp.down->m);
+    }
     Kind& kind = kinds[part][i];
-    kind.in = &in;
-    kind.down = &down;
-    kind.x = part ? kinds[0][i].x : work.act(in, copies, split, sparse);
-    kind.rows = part                           ? kinds[0][i].rows
-                : i == 0 && (T > 1 || ordered) ? work.act(in, most, split, sparse)
-                                               : kind.x;
-    kind.mid = work.act(down, i == 0 ? most : T, split, sparse);
-    unit = std::max(unit, unit_columns(down));
-    steps = std::max(steps, (down.k + unit_columns(down) - 1) / unit_columns(down));
+    kind.in = ins[0];
+    kind.x = part ? kinds[0][i].x : work.act(ins, copies, split, sparse);
+    kind.rows = part                            ? kinds[0][i].rows
+                : i == 0 && (T > 1 || own_rows) ? work.act(ins, most, split, sparse)
+                                                : kind.x;
+    kind.mid = work.act(downs, i == 0 ? most : T, split, sparse);
+    for (const Matrix* down : downs) {
+      unit = std::max(unit, unit_columns(*down));
+      steps = std::max(steps, (down->k + unit_columns(*down) - 1) / unit_columns(*down));
+    }
   }
 };
 
@@ -240,7 +266,7 @@ class Experts {
       kernels_.rms_norm(in_.x.row(t), in_.norm, in_.eps, w_.hidden, n);
       std::fill(n + w_.hidden, n + s_.ld, 0.0f);
       for (const Kind& kind : s_.kinds[0])
-        if (kind.x.ld && !(s_.ordered && &kind == s_.kinds[0]))
+        if (kind.x.ld && !(s_.own_rows && &kind == s_.kinds[0]))
           kernels_.store_row(*kind.in, kind.x, to, n, turned(team));
     };
     if (alone()) return one(0, team.id());
@@ -289,14 +315,14 @@ class Experts {
     if (alone()) {
       const size_t at = static_cast<size_t>(team.id()) * k_;
       plan.build(w_, s_.ids + at, s_.weights + at, 1);
-      if (!s_.ordered) return;
+      if (!s_.own_rows) return;
     } else {
       if (team.id() == 0) plan.build(w_, s_.ids, s_.weights, in_.tokens);
       team.barrier();
     }
     const Kind& kind = s_.kinds[0][0];
     team.for_units(3, 1, static_cast<int>(plan.token.size()), [&](int, int r) {
-      if (!s_.ordered) return copy_row(kind.x, plan.token[r], kind.rows, r);
+      if (!s_.own_rows) return copy_row(kind.x, plan.token[r], kind.rows, r);
       const size_t token = alone() ? team.id() : plan.token[r];
       kernels_.store_row(w_.expert(plan.expert[r]).gate_up->m, kind.rows, r, s_.normed + token * s_.ld,
                          turned(team));
@@ -313,7 +339,7 @@ class Experts {
       const int at = step * unit_columns(e.down->m);
       if (at >= e.down->m.k) return;
       if (step + 1 == s_.steps && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
-      const bool own = alone() && (job.shared || !s_.ordered);
+      const bool own = alone() && (job.shared || !s_.own_rows);
       const int some = own ? 1 : job.rows;  // an expert that a token alone has twice reads its one row twice
       for (int r = 0; r < job.rows; r += some)
         gate_up(kernels_, w_.activation, e, own ? row(kind.x, me) : row(kind.rows, job.first),

@@ -289,14 +289,16 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
 }
 
 void Packed::reorder(const int64_t* order) {
-  order_.assign(m.k, -1);
-  std::vector<bool> found(m.k);
+  m.ordered = static_cast<int>(std::count_if(order, order + m.k, [](int64_t column) { return column != -1; }));
+  order_.assign(order, order + m.k);
+  std::vector<bool> found(m.ordered);
   for (int i = 0; i < m.k; ++i) {
-    if (order[i] < 0 || order[i] >= m.k || found[order[i]])
+    if (order[i] == -1) continue;
+    if (order[i] < 0 || order[i] >= m.ordered || found[order[i]])
       throw std::invalid_argument("order: got column " + std::to_string(order[i]) + " at " +
-                                  std::to_string(i) + "; expected each of " + std::to_string(m.k) + " once");
+                                  std::to_string(i) + "; expected each of " + std::to_string(m.ordered) +
+                                  " once");
     found[order[i]] = true;
-    order_[i] = static_cast<int32_t>(order[i]);
   }
   m.order = order_.data();
 }

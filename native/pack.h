@@ -58,7 +58,8 @@ class Packed {
   // std::invalid_argument.
   static std::shared_ptr<Packed> view(Pool& pool, std::shared_ptr<Arena> arena, const uint8_t* bytes,
                                       size_t size, uint64_t name);
-  // The input's column that each column multiplies, [k]: all of them. Throws std::invalid_argument.
+  // The input's column that each column multiplies, [k]: every one once, and -1 for none. Throws
+  // std::invalid_argument.
   void reorder(const int64_t* order);
   size_t serialized_bytes() const;
   void serialize(uint8_t* out, uint64_t name) const;

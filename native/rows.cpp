@@ -76,7 +76,9 @@ void read_row(const Matrix& w, int row, float* out) {
     const Numbers n = numbers(w, record, g, lane);
     for (; k < w.k && k < (g + 1) * w.group; ++k) {
       const int u = stored(f, data, low, k, lane), q = f.codes ? f.codes->of[u] : u + f.offset();
-      float& value = out[w.order ? w.order[k] : k];
+      const int column = w.order ? w.order[k] : k;
+      if (column < 0) continue;
+      float& value = out[column];
       value = static_cast<float>(q - n.zero) * n.scale;
       if (f.minimums) value += n.minimum;
     }

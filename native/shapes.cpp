@@ -8,11 +8,11 @@ namespace farthing {
 namespace {
 
 void require(const Packed& p, int n, int k, const char* what) {
-  if (p.rows() == n && p.m.k == k) return;
+  if (p.rows() == n && p.m.inputs() == k) return;
   const auto shape = [](int rows, int columns) {
     return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
   };
-  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.rows(), p.m.k) + "; expected " +
+  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.rows(), p.m.inputs()) + "; expected " +
                               shape(n, k));
 }
 
@@ -44,10 +44,10 @@ void Moe::add(std::shared_ptr<Packed> gate_up, std::shared_ptr<Packed> down, con
     require(*gate_up, 2 * round_up(down->m.k, kPanel), hidden, "gate and up of an expert");
     require(*down, hidden, down->m.k, "down of an expert");
     if (gate) require(*gate, gate->m.n, hidden, "the router");
+    if (down->m.order) throw std::invalid_argument("down of an expert has columns in another order");
     const Mlp* other = shared ? nullptr : first(at % parts);
-    if (other &&
-        (!alike(*gate_up, *other->gate_up) || !alike(*down, *other->down) || down->m.k != other->down->m.k))
-      throw std::invalid_argument("experts of one layer differ in format or width");
+    if (other && down->m.k != other->down->m.k)
+      throw std::invalid_argument("experts of one layer differ in width");
     if (at % parts && !alike(*gate_up, *experts.back().gate_up))
       throw std::invalid_argument("parts of an expert differ in format");
     if (in_bias) in.assign(in_bias, in_bias + gate_up->m.n);
@@ -81,7 +81,7 @@ void Attention::check() const {
 }
 
 void Layers::add(Layer l) {
-  const int hidden = l.o->m.n, rest = l.o_rest ? l.o_rest->m.k : 0;
+  const int hidden = l.o->m.n, rest = l.o_rest ? l.o_rest->m.inputs() : 0;
   int values;
   if (l.delta) {
     const Delta& d = *l.delta;

@@ -213,11 +213,11 @@ void Backend::attend(StreamedLayers& model, const StreamedLayer& l, const Stream
   compressed(
       *l.heads,
       {q, {first.at + latent, first.stride}, index_q, T, in.pasts[l.past].row(l.row), in.batch, heads});
-  const Rows groups = Layers::rows(model.latent, T, l.o_b->m.k);
+  const Rows groups = Layers::rows(model.latent, T, l.o_b->m.inputs());
   Rows from = heads, to = groups;
   for (const auto& o : l.o_a) {
     linear(*o, {from, T, nullptr, 0.0f, none, to});
-    from.at += o->m.k, to.at += o->m.n;
+    from.at += o->m.inputs(), to.at += o->m.n;
   }
   linear(*l.o_b, {groups, T, nullptr, 0.0f, none, y});
 }

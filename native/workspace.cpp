@@ -40,23 +40,29 @@ size_t Workspace::most_used() const {
   return total;
 }
 
-Act Workspace::act(const Matrix& w, int rows, bool split, bool sparse) {
+Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse) {
   Act a;
-  a.ld = act_stride(w.k);
+  bool floats = false, halves = false;
+  for (const Matrix* w : ws) {
+    a.ld = std::max(a.ld, act_stride(w->k));
+    floats |= !w->quantized();
+    halves |= split && w->format_traits().halves;
+    if (!w->quantized()) continue;
+    a.groups = std::max(a.groups, w->groups());
+    if (sparse) a.cell_count = std::max(a.cell_count, round_up(w->k, 64) / cell_columns(*w));
+  }
   const size_t cells = static_cast<size_t>(rows) * a.ld;
-  if (split && w.format_traits().halves) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
-  if (w.quantized()) {
-    a.groups = w.groups();
+  if (halves) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
+  if (a.groups) {
     a.q = take<int8_t>(cells);
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
     a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
-    if (!sparse) return a;
-    a.cell_count = round_up(w.k, 64) / cell_columns(w);
+  }
+  if (a.cell_count) {
     a.flipped = take<uint8_t>(cells);
     a.cells = take<CellInput>(static_cast<size_t>(rows) * a.cell_count);
-    return a;
   }
-  a.f32 = take<float>(cells);
+  if (floats) a.f32 = take<float>(cells);
   return a;
 }
 

@@ -19,7 +19,11 @@ class Workspace {
   T* take(size_t count) {
     return static_cast<T*>(raw(count * sizeof(T)));
   }
-  Act act(const Matrix& w, int rows, bool split, bool sparse);
+  // Rows in the form that a matrix reads, or each of them in that of any of these matrices of equal width.
+  Act act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse);
+  Act act(const Matrix& w, int rows, bool split, bool sparse) {
+    return act(std::vector<const Matrix*>{&w}, rows, split, sparse);
+  }
   // Most bytes that an op has taken so far; pages beyond them have never been written to.
   size_t most_used() const;
 

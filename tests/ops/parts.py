@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from farthing.ops.api import AttentionSpec, Batch, MoEWeights, RouterSpec
-from farthing.ops.weights import INTEGERS, Weight, quantize_int4, quantize_int8
+from farthing.ops.weights import INTEGERS, Weight, folded, quantize_int4, quantize_int8
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -149,6 +149,22 @@ def experts(spec: RouterSpec, name: str, hidden: int, width: int, shared: int | 
     gate = torch.randn(spec.num_experts, hidden) / hidden**0.5
     bias = torch.randn(spec.num_experts) * 0.1 if spec.scoring == "sigmoid" else None
     return MoEWeights(gate, bias, [lambda p=p: p for p in parts], None if common is None else lambda: common)
+
+
+def ordered_experts(spec: RouterSpec, name: str, hidden: int, width: int) -> MoEWeights:
+    """Gate and up of an expert share an order; those of experts, and of their down projections, differ."""
+    w = experts(spec, name, hidden, width, width)
+
+    def of(load: object) -> object:
+        gate, up, down = load()  # type: ignore[operator]
+        order = torch.randperm(hidden)
+        mlp = folded(
+            replace(gate, order=order), replace(up, order=order), replace(down, order=torch.randperm(width))
+        )
+        return lambda: mlp
+
+    loads = [of(load) for load in w.experts]
+    return replace(w, experts=loads, shared=of(w.shared))  # type: ignore[arg-type]
 
 
 def batch_of(lengths: list[tuple[int, int]], block_size: int, max_len: int) -> Batch:

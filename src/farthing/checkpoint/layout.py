@@ -230,6 +230,15 @@ def _signed(u: Tensor, offset: int) -> Tensor:
     return (u.to(torch.int16) - offset).to(torch.int8)
 
 
+GROUP_INDICES = ("g_idx", "weight_g_idx")  # suffixes of the group of each column: GPTQ, compressed-tensors
+
+
+def order_of(groups: Tensor) -> Tensor | None:
+    """The columns of a matrix, sorted by their groups; None if they are. groups: each column's, [K]."""
+    ascending = bool((groups[1:] >= groups[:-1]).all())
+    return None if ascending else groups.argsort(stable=True)
+
+
 def _sorted(order: Tensor, k: int, group: int, groups: int) -> Tensor:
     """The columns of each group after those of the one before, [K]; order: each column's group. Groups are of
     one size, but the last may be cut off."""

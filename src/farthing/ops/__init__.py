@@ -59,6 +59,7 @@ from farthing.ops.weights import (
     loaded_as,
     pack_int4,
     quantize_int8_groups,
+    rows_in_order,
 )
 
 __all__ = [
@@ -114,6 +115,7 @@ __all__ = [
     "quantize_int8_groups",
     "repeated",
     "require_finite",
+    "rows_in_order",
     "same",
     "select",
 ]

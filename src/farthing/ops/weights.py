@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.lazy import np, torch
-from farthing.ops.arrays import as_float32, like, narrow
+from farthing.ops.arrays import as_float32, dtype_name, like, narrow, same
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +113,8 @@ class Weight:
     # iq4_xs, q4_k, q5_k, q6_k: float32 [N, K/256] each, of which scales and minimums are whole multiples
     units: tuple[Tensor, Tensor | None] | None = None
     bias: Tensor | None = None  # [N] added to the product, of experts alone: attention has its own
-    # int64 [K], of formats with groups: column i of `data` is column order[i] of the matrix; None: the same
+    # int64, of formats with groups: column i of `data` is column order[i] of the matrix, and those of -1 are
+    # none of it: they fill groups that a slice divides. None: the same columns
     order: Tensor | None = None
 
     @property
@@ -129,6 +130,12 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K), independent of packing."""
+        n, k = self.stored
+        return n, k if self.order is None else int((self.order >= 0).sum())
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """N, and the columns of `data`, which are more than K where an order has some of -1."""
         n, k = self.data.shape
         return (n, k * 2) if self.nibbles else (n, k)
 
@@ -147,7 +154,7 @@ class Weight:
         """Columns that share one scale, where groups of columns do, else K."""
         if self.format == "fp8":
             return self.fp8_block[1]
-        k = self.shape[1]
+        k = self.stored[1]
         return k // self.scale.shape[1] if self.grouped and self.scale is not None else k
 
     @property
@@ -163,7 +170,7 @@ class Weight:
             raise ValueError(f"format {self.format!r} has no integers; expected one of {', '.join(INTEGERS)}")
         if stored.bits > 4:
             return self.data
-        u = torch.stack((self.data & 15, self.data >> 4), dim=-1).reshape(self.shape)
+        u = torch.stack((self.data & 15, self.data >> 4), dim=-1).reshape(self.stored)
         if stored.codes:
             return torch.tensor(stored.codes, dtype=torch.int8, device=u.device)[u.long()]
         return u.to(torch.int8) - stored.offset
@@ -173,7 +180,7 @@ class Weight:
         if self.format == "dense":
             return as_float32(self.data) if dtype is None else self.data.to(dtype)
         assert self.scale is not None
-        n, k = self.shape
+        n, k = self.stored
         if self.format in INTEGERS:
             q = self.quantized().float().view(n, -1, self.group_size)
             if self.zero_point is not None:
@@ -183,7 +190,7 @@ class Weight:
                 value = value + self.minimum.unsqueeze(-1)
             value = value.view(n, k)
             if self.order is not None:
-                value = value[:, self.order.argsort()]
+                value = value[:, self.order.argsort()[-self.shape[1] :]]
         else:
             blocks = zip((n, k), self.fp8_block, strict=True)
             rows, columns = (like(np.arange(size) // block, self.scale) for size, block in blocks)
@@ -230,47 +237,68 @@ def quantize_int8_groups(w: Tensor, group_size: int = 32) -> Weight:
     return Weight("int8_groups", q.flatten(1), scale)
 
 
-def in_eight_bits(weights: Sequence[Weight]) -> Sequence[Weight]:
-    """The same values in one format, 8 bits in groups. Matrices that already share a format, and those that 8
-    bits cannot hold (not integers, with minimums or with an order), are returned unchanged."""
-    alike = {(w.format, w.group_size) for w in weights}
-    if len(alike) == 1 or any(w.format not in INTEGERS or w.minimum is not None for w in weights):
-        return weights
-    if any(w.order is not None for w in weights):
-        return weights
-    group = math.gcd(*(w.group_size for w in weights))
-
-    def widened(w: Weight) -> Weight:
-        assert w.scale is not None
-        scale, zero = (
-            None if t is None else t.repeat_interleave(w.group_size // group, 1)
-            for t in (w.scale, w.zero_point)
-        )
-        return replace(w, format="int8_groups", data=w.quantized(), scale=scale, zero_point=zero, units=None)
-
-    return [widened(w) for w in weights]
-
-
 WIDER = 32  # columns that share a scale in matrices that are rounded to 8 bits
 
 
-def in_stored_order(weight: Weight) -> Weight:
-    """A matrix without an order: rounded to 8 bits in groups of adjacent columns, or dense if they do not
-    divide."""
-    if weight.order is None:
-        return weight
-    _say_wider(INTEGERS[weight.format].bits)
-    value = weight.dequantize()
-    whole = value.shape[1] % WIDER == 0
-    wider = quantize_int8_groups(value, WIDER) if whole else Weight("dense", value)
-    return replace(wider, inputs=weight.inputs, bias=weight.bias)
+def in_one_format(weights: Sequence[Weight]) -> Sequence[Weight]:
+    """Matrices of equal width in one format, as kernels read them together; unchanged if they are alike.
+
+    Integers become groups of 8 bits: of the same values, or rounded where there are minimums or several
+    orders. Others become dense.
+    """
+    first = weights[0]
+    ordered_alike = all(_same_order(w, first) for w in weights)
+    if ordered_alike and len({(w.format, w.group_size, w.data.dtype) for w in weights}) == 1:
+        return weights
+    if all(w.format in INTEGERS and w.minimum is None for w in weights) and ordered_alike:
+        group = math.gcd(*(w.group_size for w in weights))
+        return [_widened(w, group) for w in weights]
+    if all(w.format in INTEGERS for w in weights) and first.shape[1] % WIDER == 0:
+        _say_held(weights, f"rounded to 8 bits in groups of {WIDER}", 8.5)
+        return [_in_place_of(w, quantize_int8_groups(w.dequantize(), WIDER)) for w in weights]
+    floats = [w.data.dtype for w in weights if w.format == "dense"]
+    short = len(floats) < len(weights) and set(floats) <= {torch.bfloat16}
+    dtype = torch.bfloat16 if short else torch.float32
+    _say_held(weights, f"held in {dtype_name(dtype)}", 8 * dtype.itemsize)
+    return [_in_place_of(w, Weight("dense", w.dequantize(dtype))) for w in weights]
+
+
+def _same_order(a: Weight, b: Weight) -> bool:
+    return a.order is b.order or (a.order is not None and b.order is not None and same(a.order, b.order))
+
+
+def _widened(w: Weight, group: int) -> Weight:
+    assert w.scale is not None
+    scale, zero = (
+        None if t is None else t.repeat_interleave(w.group_size // group, 1) for t in (w.scale, w.zero_point)
+    )
+    return replace(w, format="int8_groups", data=w.quantized(), scale=scale, zero_point=zero, units=None)
+
+
+def _in_place_of(w: Weight, other: Weight) -> Weight:
+    return replace(other, inputs=w.inputs, bias=w.bias)
+
+
+def _say_held(weights: Sequence[Weight], how: str, bits: float) -> None:
+    def name(w: Weight) -> str:
+        kind = dtype_name(w.data.dtype) if w.format == "dense" else w.format
+        return f"{kind} in groups of {w.group_size}" if w.grouped else kind
+
+    n, k = weights[0].shape
+    before = sum(8 * w.nbytes for w in weights) / (n * k * len(weights))
+    _say_once(
+        tuple(name(w) + (" with an order" if w.order is not None else "") for w in weights),
+        how,
+        round(before, 1),
+        bits,
+    )
 
 
 @cache
-def _say_wider(bits: int) -> None:
+def _say_once(kinds: tuple[str, ...], how: str, before: float, after: float) -> None:
     log.warning(
-        "groups of %d-bit weights are not of adjacent columns, and ranks divide them or a GPU reads them: "
-        "rounded to 8 bits in groups of %d", bits, WIDER,
+        "matrices that are read together are stored in %s: they are %s, %g bits a weight instead of %g",
+        " and ".join(kinds), how, after, before,
     )  # fmt: skip
 
 
@@ -505,8 +533,8 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     if cut.more:
         return _joined([cut_weight(weight, Cut(cut.dim, *span)) for span in cut.spans])
     start, size = cut.start, cut.stop - cut.start
-    if cut.dim == 1:
-        weight = in_stored_order(weight)
+    if cut.dim == 1 and weight.order is not None:
+        return _ordered_columns(weight, start, cut.stop)
     if weight.bias is not None:  # of columns, the first part has it, because their products are summed
         kept = narrow(weight.bias, 0, start, size) if cut.dim == 0 else None if start else weight.bias
         return replace(cut_weight(replace(weight, bias=None), cut), bias=kept)
@@ -543,6 +571,45 @@ def cut_weight(weight: Weight, cut: Cut) -> Weight:
     return replace(
         weight, data=data, scale=part(weight.scale), zero_point=part(weight.zero_point),
         minimum=part(weight.minimum), units=units,
+    )  # fmt: skip
+
+
+def _ordered_columns(weight: Weight, start: int, stop: int) -> Weight:
+    """Columns [start, stop) of a matrix with an order: those that each group has of them, in groups of the
+    size that takes least memory, of which the last of each is filled up."""
+    order, scale = weight.order, weight.scale
+    assert order is not None and scale is not None
+    if weight.units is not None:
+        return _in_place_of(
+            weight, Weight("dense", narrow(weight.dequantize(), 1, start, stop - start), rounded=True)
+        )
+    group, groups = weight.group_size, scale.shape[1]
+    here = np.flatnonzero((order >= start) & (order < stop))
+    counts = np.bincount(here // group, minlength=groups)
+    bits = INTEGERS[weight.format].bits
+    least = 32 if 4 < bits < 8 else 16
+    sizes = [size for size in (16, 32, 64, 128) if size >= least and group % size == 0] or [group]
+
+    def size_of(size: int) -> float:  # a scale has 16 bits, a zero point 8
+        return float((-(-counts // size)).sum() * (size * bits + 16 + 8 * (weight.zero_point is not None)))
+
+    size = min(sizes, key=size_of)
+    each = -(-counts // size)  # groups of the new size, of each group
+    at = np.concatenate([[0], np.cumsum(each * size)])[:-1]  # the first column of each group
+    place = at[here // group] + np.arange(len(here)) - (np.cumsum(counts) - counts)[here // group]
+    taken, columns = np.zeros(each.sum() * size, np.int64), np.full(each.sum() * size, -1, np.int64)
+    taken[place], columns[place] = here, np.asarray(order)[here] - start
+    stored, whole = like(taken, scale), like(np.repeat(np.arange(groups), each), scale)
+    data = weight.data
+    if weight.nibbles:
+        u = torch.stack((data & 15, data >> 4), -1).flatten(1)[:, stored]
+        data = u[:, 0::2] | u[:, 1::2] << 4
+    else:
+        data = data[:, stored]
+    zero, minimum = (None if t is None else t[:, whole] for t in (weight.zero_point, weight.minimum))
+    return replace(
+        weight, data=data, scale=scale[:, whole], zero_point=zero, minimum=minimum,
+        order=like(columns, scale), bias=None if start else weight.bias,
     )  # fmt: skip
 
 

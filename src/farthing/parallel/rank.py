@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from farthing.checkpoint.layout import GROUP_INDICES, order_of
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model import (
     CACHE_SCALES,
@@ -36,6 +37,7 @@ from farthing.ops import (
     Weight,
     bounds,
     cut_weight,
+    rows_in_order,
 )
 from farthing.parallel.collectives import Alone, DistGroup, Group, fastest
 from farthing.parallel.ops import Groups, ParallelOps
@@ -107,8 +109,23 @@ class ShardedSource:
         """A matrix, or its slice, in its stored format if the slice allows it."""
         name, cut = self._cut(f"{module}.weight")
         rows, columns = self._plan.shapes[name]
-        weight = self._source.weight(name.removesuffix(".weight"), (rows, columns))
-        return weight if cut.dim is None else cut_weight(weight, cut)
+        module = name.removesuffix(".weight")
+        weight = self._source.weight(module, (rows, columns))
+        if cut.dim is None:
+            return weight
+        if (order := self._inner_order(module)) is not None:  # ranks divide the neurons in down's order
+            weight = rows_in_order(weight, order) if cut.dim == 0 else replace(weight, order=None)
+        return cut_weight(weight, cut)
+
+    def _inner_order(self, module: str) -> Tensor | None:
+        """The order of the columns of a gated MLP's down projection; None without one, or elsewhere."""
+        prefix, _, kind = module.rpartition(".")
+        if kind not in ("gate_proj", "up_proj", "down_proj"):
+            return None
+        for name in (f"{prefix}.down_proj.{suffix}" for suffix in GROUP_INDICES):
+            if self._source.has(name):
+                return order_of(self._source.tensor(name))
+        return None
 
     def _cut(self, name: str) -> tuple[str, Cut]:
         name = self._global(name)

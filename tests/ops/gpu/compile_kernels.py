@@ -16,6 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ def matrix(name: str, n: int, k: int, count: int = 1, dtype: torch.dtype = BF16)
     if name == "int4":
         data = torch.empty(count, n, k // 2, dtype=torch.uint8)
         return Matrix(name, data, torch.empty(count, n, k // 128), None, n, k, 128)
+    if name == "int8_groups":
+        data = torch.empty(count, n, k, dtype=torch.int8)
+        return Matrix(name, data, torch.empty(count, n, k // 32), None, n, k, 32)
     data = torch.empty(count, n, k, dtype=FP8)
     return Matrix(name, data, torch.empty(count, n // 128, k // 128), None, n, k, 0)
 
@@ -122,6 +126,15 @@ def products(sizes: list[int], fp8: bool) -> None:
                 x, scale, pair, down, ints(tokens * EXPERTS), ints(EXPERTS + 1), EXPERTS,
                 torch.empty(tokens * EXPERTS), dtype,
             )  # fmt: skip
+    x, gates = torch.empty(sizes[0], HIDDEN, dtype=BF16), torch.empty(sizes[0] * EXPERTS)
+    for name in ("int4", "int8_groups"):  # columns in an order
+        w, pair = (
+            replace(m, order=ints(len(m.data), HIDDEN))
+            for m in (matrix(name, INNER, HIDDEN), matrix(name, 2 * INNER, HIDDEN, EXPERTS))
+        )
+        down, tokens = matrix(name, HIDDEN, INNER, EXPERTS), (ints(len(gates)), ints(EXPERTS + 1))
+        gemm(x, w, torch.empty(len(x), INNER, dtype=BF16))
+        grouped.experts_mlp(x, None, pair, down, *tokens, EXPERTS, gates, BF16)
     for tokens in sizes:
         x, out = torch.empty(tokens, HIDDEN, dtype=BF16), torch.empty(tokens, INNER, dtype=BF16)
         values, places = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,9 +12,9 @@ pytest.importorskip("triton")
 from farthing.ops.api import MoEWeights, Norm, RouterSpec
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
-from farthing.ops.weights import Weight
+from farthing.ops.weights import Cut, Weight, cut_weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, norm
-from tests.ops.parts import distance, weight
+from tests.ops.parts import distance, ordered_experts, weight
 
 V3 = RouterSpec(8, 3, num_groups=4, top_k_groups=2, scale=2.5)
 
@@ -131,8 +133,56 @@ def test_unsupported_arguments_are_rejected(ops: GpuOps) -> None:
         ops.linear(torch.randn(1, 65, device=DEVICE), w)
     with pytest.raises(ValueError, match="no expert of 'm' is on this rank"):
         ops.pack_moe("m", V3, lambda: experts(V3, "f32", None, range(0)))
-    mixed = experts(V3, "f32", None)
-    odd = experts(V3, "int8", None).experts[3]
-    parts = [odd if e == 3 else load for e, load in enumerate(mixed.experts)]
-    with pytest.raises(ValueError, match="expert 3 is int8 64 x 64, the first dense 64 x 64"):
-        ops.pack_moe("m", V3, lambda: MoEWeights(mixed.gate, mixed.bias, parts, None))
+
+
+KINDS = ["int4", "int8", "bf16", "fp8", "mxfp4", "q4_1"]
+
+
+@pytest.mark.parametrize("here", [None, range(1, 6)])
+def test_experts_of_different_formats(ops: GpuOps, ref: ReferenceOps, here: range | None) -> None:
+    """Each in its own, in a stack of those that share it; down projections differ too."""
+    w = experts(V3, "int4", 32, here)
+    kinds = [KINDS[e % 6] for e in range(8)]  # two formats have two experts
+
+    def of(e: int) -> tuple[Weight, Weight, Weight]:
+        return weight(kinds[e], 32, 64), weight(kinds[e], 32, 64), weight(kinds[(e + 2) % 6], 64, 32)
+
+    parts = [of(e) for e in range(8)]
+    loads = [(lambda p=p: p) if here is None or e in here else None for e, p in enumerate(parts)]
+    w = replace(w, experts=loads)
+    x, scale = torch.randn(11, 64), norm(64)
+    handle, expected = ops.pack_moe("m", V3, lambda: w), ref.pack_moe("m", V3, lambda: w)
+    held = [e for stack in handle.routed for e in range(8) if stack.local is not None and stack.local[e] >= 0]
+    assert sorted(held) == list(here or range(8)) and len(handle.routed) == (6 if here is None else 5)
+    y, z = ops.moe(x.to(DEVICE), handle, Norm(scale, EPS)).cpu(), ref.moe(x, expected, Norm(scale, EPS))
+    assert distance(y - x, z - x) < 3 * BOUNDS["fp8"]
+
+
+@pytest.mark.parametrize(
+    ("gate", "up"), [("int4", "int8_groups"), ("int4_zero", "int4"), ("q4_1", "int4"), ("bf16", "int4")]
+)
+def test_gate_and_up_of_different_formats(ops: GpuOps, ref: ReferenceOps, gate: str, up: str) -> None:
+    mlp = weight(gate, 32, 64), weight(up, 32, 64, 16), weight("int4", 64, 32)
+    x, scale = torch.randn(5, 64), norm(64)
+    y = ops.mlp(x.to(DEVICE), ops.pack_mlp("m", lambda: mlp), Norm(scale, EPS), residual=False).cpu()
+    z = ref.mlp(x, ref.pack_mlp("m", lambda: mlp), Norm(scale, EPS), residual=False)
+    assert distance(y, z) < (1e-4 if gate in ("q4_1", "bf16") else 1e-9)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_zero", "int8_groups"])
+def test_orders(ops: GpuOps, ref: ReferenceOps, name: str) -> None:
+    """Of projections, of parts of their columns, and of experts; matrices of one order are merged."""
+    w, x = replace(weight(name, 48, 256), order=torch.randperm(256)), torch.randn(5, 256)
+    part = cut_weight(w, Cut(1, 96, 256))
+    for each, y in ((w, x), (part, x[:, 96:].contiguous())):
+        handle = ops.pack_linear("w", lambda w=each: [w, w])  # type: ignore[misc]
+        assert len(handle) == 1
+        product = ops.linear(y.to(DEVICE), handle).cpu()
+        assert distance(product, (y @ each.dequantize().t()).repeat(1, 2)) < 1e-10
+    with pytest.raises(ValueError, match="x has 256 columns; expected 160"):
+        ops.linear(x.to(DEVICE), ops.pack_linear("w", lambda: [part]))
+    spec, size = RouterSpec(8, 3), 64
+    moe = ordered_experts(spec, name, size, 32)
+    x, scale = torch.randn(7, size), Norm(norm(size), EPS)
+    y, z = (o.moe(x.to(DEVICE), o.pack_moe("m", spec, lambda: moe), scale).cpu() for o in (ops, ref))
+    assert distance(y - x, z - x) < 1e-9

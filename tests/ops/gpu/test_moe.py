@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from farthing.ops.api import RouterSpec
 from farthing.ops.gpu.gemm import combine, experts_mlp
 from farthing.ops.gpu.launch import Config
-from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts
+from farthing.ops.gpu.matrix import Matrix, MatrixStack, pack, pair
 from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import gated_mlp
@@ -80,10 +80,14 @@ Gated = tuple[Weight, Weight, Weight]
 
 def stacks(experts: Sequence[Gated]) -> tuple[Matrix, Matrix]:
     gates = [pair(pack(g, torch.float32, DEVICE), pack(u, torch.float32, DEVICE)) for g, u, _ in experts]
-    return (
-        stack_experts(gates, len(gates)),
-        stack_experts((pack(d, torch.float32, DEVICE) for _, _, d in experts), len(gates)),
-    )
+    return stacked(gates), stacked([pack(d, torch.float32, DEVICE) for _, _, d in experts])
+
+
+def stacked(parts: Sequence[Matrix]) -> Matrix:
+    stack = MatrixStack(len(parts))
+    for m in parts:
+        stack.add(m)
+    return stack.matrix()
 
 
 def run(x: Tensor, ids: Tensor, gates: Tensor, experts: Sequence[Gated], choice: Config | None) -> Tensor:

@@ -57,7 +57,7 @@ from farthing.ops.weights import (
     columns_of,
     costs_of,
     halves_of,
-    in_eight_bits,
+    in_one_format,
     inputs_of,
     int4_group,
     loaded_as,
@@ -117,7 +117,7 @@ def packed_bytes(n: int, columns: int, plan: Plan, zero: bool = False) -> int:
 
 def _plan_one(w: Weight, quantization: str | None) -> Plan:
     dense = w.format == "dense"
-    chosen = choose("float32" if dense else w.format, w.shape[1], w.group_size, quantization)
+    chosen = choose("float32" if dense else w.format, w.stored[1], w.group_size, quantization)
     return Plan(PackedFormat.BF16) if dense and chosen == F32 and is_bfloat16(w.data) else chosen
 
 
@@ -139,6 +139,10 @@ def _is_held(w: Weight, target: Plan) -> bool:
     return w.format != "dense" and HOLDING[w.format] == holding
 
 
+def _packed_shape(w: Weight, target: Plan) -> tuple[int, int]:
+    return w.stored if _is_held(w, target) else w.shape
+
+
 def _finite(w: Weight) -> bool:
     """Whether FP8 values have no NaN; native code checks everything else that it rounds."""
     return w.format != "fp8" or bool(((raw(w.data) & 0x7F) != 0x7F).all())
@@ -147,7 +151,7 @@ def _finite(w: Weight) -> bool:
 def _source(w: Weight, target: Plan) -> tuple[tuple[Any, ...], list[Tensor]]:
     """The native call's tuple (kind, data, scale, zero, n, k, group, minimum, units, units of the minimums,
     rows of an FP8 scale) and the tensors it points into."""
-    n, k = w.shape
+    n, k = _packed_shape(w, target)
     if not _is_held(w, target) and w.format != "fp8":  # which native code converts
         data = w.data if w.format == "dense" else w.dequantize()
         short = dtype_name(data.dtype) == "bfloat16"
@@ -173,7 +177,7 @@ def pack(
 
     blocks: whether blocks of zeros are left out; by default, where that saves time.
     """
-    columns = {w.shape[1] for w in weights}
+    columns = {_packed_shape(w, target)[1] for w in weights}
     if len(columns) != 1:
         raise ValueError(f"matrices with K = {sorted(columns)} cannot be stacked; expected one K")
     if target.format in _ROUNDED_TO and not all(_is_held(w, target) or _finite(w) for w in weights):
@@ -473,7 +477,7 @@ class PackingOps(HostOps):
         return [_Mlp(gate_up, down, *biases)]
 
     def _pack_mlp(self, name: str, weights: tuple[Weight, Weight, Weight]) -> _Mlp:
-        w_gate, w_up = in_eight_bits(weights[:2])
+        w_gate, w_up = in_one_format(weights[:2])
         w_down = weights[2]
         gate_up = self._pack(f"{name}.gate_up", [w_gate, w_up], interleave=True, mlp=True)
         down = self._pack(f"{name}.down", [w_down], mlp=True)
@@ -526,7 +530,6 @@ class PackingOps(HostOps):
                 setattr(router, vector_name, values.tolist())
         native = _native.Moe(router, gate, shared, self._parts)
         native.activate(*astuple(spec.gate))
-        first = None
         loads = self._stored_experts(name, spec.num_experts) if w is None else w.experts
         if None in loads:
             self._keep(
@@ -537,16 +540,9 @@ class PackingOps(HostOps):
                 for _ in range(self._parts):
                     native.add(None, None)
                 continue
-            parts = self._mlp(f"{name}.experts.{e}", expert)
-            kinds = [(m.format, m.group) for part in parts for m in (part.gate_up, part.down)]
-            first = first or kinds
-            if kinds != first:
-                raise ValueError(
-                    f"expert {e} of {name!r} is packed as {kinds}, the first as {first}; expected one format"
-                )
-            for part in parts:
+            for part in self._mlp(f"{name}.experts.{e}", expert):
                 part.add_to(native)
-        if first is None:
+        if all(load is None for load in loads):
             raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
         if shared:
             load = _missing if w is None or w.shared is None else w.shared

@@ -40,7 +40,7 @@ from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expa
 from farthing.ops.gpu.gemm import Part, combine, experts_mlp, find
 from farthing.ops.gpu.hyper import StreamedOps
 from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode, rows
-from farthing.ops.gpu.matrix import Matrix, pack, pair, stack_experts, stack_rows
+from farthing.ops.gpu.matrix import Matrix, MatrixStack, in_blocks, kind_of, pack, pair, stack_rows
 from farthing.ops.gpu.route import index, pack_indexer, route, sort_by_expert
 from farthing.ops.gpu.sample import sample_filtered, sample_tokens
 from farthing.ops.reference import (
@@ -55,7 +55,7 @@ from farthing.ops.reference import (
 from farthing.ops.reference import route as weigh
 from farthing.ops.sampling import Filters
 from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
-from farthing.ops.weights import Weight, rounded, static_scale
+from farthing.ops.weights import Weight, in_one_format, rounded, static_scale
 
 Gated = tuple[Weight, Weight, Weight]
 _FP8_CAPABILITY = (8, 9)  # Ada and Hopper have FP8 tensor cores
@@ -71,6 +71,14 @@ class Mlp:
     activation: Gate = SILU
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Experts of equal formats."""
+
+    mlp: Mlp
+    local: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are in it
+
+
 @dataclass(slots=True)
 class Experts:
     """A router and its experts."""
@@ -78,8 +86,8 @@ class Experts:
     spec: RouterSpec
     gate: Tensor  # [E, D] float32
     bias: Tensor | None
-    routed: Mlp
-    local: Tensor | None  # [E] int32, index of an expert in the stack or -1; None: all are local
+    routed: tuple[Routed, ...]  # by format
+    local: Tensor | None  # [E] int32, -1: an expert is not on this rank; None: all are
     shared: Mlp | None
     shared_gate: Tensor | None
     logit_bias: Tensor | None
@@ -108,10 +116,10 @@ class GpuOps(StreamedOps):
 
     # -- packing
 
-    def _matrix(self, weight: Weight, inputs: float | None) -> Matrix:
+    def _matrix(self, weight: Weight, inputs: float | None, quantize: bool = True) -> Matrix:
         # Matrices outside of feed-forwards have been rounded in `pack_linear`.
         weight = rounded(weight, self._quantization, mlp=True, codes=False)
-        return pack(weight, self.dtype, self.device, self._fp8, inputs)
+        return pack(weight, self.dtype, self.device, self._fp8, inputs, quantize)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
         parts: list[Part] = []
@@ -129,7 +137,9 @@ class GpuOps(StreamedOps):
 
     def pack_mlp(self, name: str, weights: Callable[[], Gated], activation: Gate = SILU) -> Mlp:
         gate, up, down = weights()
+        gate, up = in_one_format((gate, up))
         shared = static_scale([gate, up])
+        alike = in_blocks(gate) == in_blocks(down)  # a kernel's output is FP8 if its weights are
         biases = None
         if gate.bias is not None and up.bias is not None:
             first = torch.stack((gate.bias, up.bias))
@@ -137,8 +147,8 @@ class GpuOps(StreamedOps):
             last = torch.zeros(down.shape[0]) if down.bias is None else down.bias
             biases = (self._vector(first[None]), self._vector(last[None]))
         return Mlp(
-            pair(self._matrix(gate, shared), self._matrix(up, shared)),
-            self._matrix(down, static_scale([down])),
+            pair(self._matrix(gate, shared, alike), self._matrix(up, shared, alike)),
+            self._matrix(down, static_scale([down]), alike),
             biases,
             activation,
         )
@@ -148,40 +158,48 @@ class GpuOps(StreamedOps):
         here = [e for e, load in enumerate(w.experts) if load is not None]
         if not here:
             raise ValueError(f"no expert of {name!r} is on this rank; expected at least one per rank")
-        local = None
-        if len(here) < len(w.experts):
-            local = torch.full((len(w.experts),), -1, dtype=torch.int32)
-            local[here] = torch.arange(len(here), dtype=torch.int32)
-            local = local.to(self.device)
         return Experts(
             spec,
             w.gate.float().to(self.device),
             None if w.bias is None else w.bias.float().to(self.device),
-            self._stack(name, w, here, spec.gate),
-            local,
+            tuple(self._stacks(name, w, here, spec.gate)),
+            self._index(here, len(w.experts)),
             None if w.shared is None else self.pack_mlp(f"{name}.shared", w.shared, spec.gate),
             None if w.shared_gate is None else w.shared_gate.float().to(self.device),
             *(None if b is None else b.float().to(self.device) for b in (w.logit_bias, w.expert_scale)),
         )
 
-    def _stack(self, name: str, w: MoEWeights, here: list[int], activation: Gate) -> Mlp:
-        downs: list[Matrix] = []
-        biases: list[tuple[Tensor, Tensor]] = []
+    def _stacks(self, name: str, w: MoEWeights, here: list[int], activation: Gate) -> Iterator[Routed]:
+        gate_up: dict[object, MatrixStack] = {}  # these by the kind of an expert
+        down: dict[object, MatrixStack] = {}
+        biases: dict[object, list[tuple[Tensor, Tensor]]] = {}
+        experts: dict[object, list[int]] = {}
+        for at, e in enumerate(here):
+            load = w.experts[e]
+            assert load is not None
+            expert = self.pack_mlp(f"{name}.experts.{e}", load)
+            kind = kind_of(expert.gate_up), kind_of(expert.down), expert.biases is None
+            gate_up.setdefault(kind, MatrixStack(len(here) - at)).add(expert.gate_up)
+            down.setdefault(kind, MatrixStack(len(here) - at)).add(expert.down)
+            biases.setdefault(kind, []).extend([] if expert.biases is None else [expert.biases])
+            experts.setdefault(kind, []).append(e)
+        for each, held in experts.items():
+            first, last = (
+                (torch.cat(parts) for parts in zip(*biases[each], strict=True))
+                if biases[each]
+                else (None, None)
+            )
+            both = None if first is None or last is None else (first, last)
+            stack = Mlp(gate_up.pop(each).matrix(), down.pop(each).matrix(), both, activation)
+            yield Routed(stack, self._index(held, len(w.experts)))
 
-        def pairs() -> Iterator[Matrix]:
-            for e in here:
-                load = w.experts[e]
-                assert load is not None
-                expert = self.pack_mlp(f"{name}.experts.{e}", load)
-                downs.append(expert.down)
-                if expert.biases is not None:
-                    biases.append(expert.biases)
-                yield expert.gate_up
-
-        gate_up = stack_experts(pairs(), len(here))
-        first, last = (torch.cat(each) for each in zip(*biases, strict=True)) if biases else (None, None)
-        both = None if first is None or last is None else (first, last)
-        return Mlp(gate_up, stack_experts(downs, len(here)), both, activation)
+    def _index(self, here: list[int], experts: int) -> Tensor | None:
+        """[E] the index of each of `here`, -1 of others; None if they are all."""
+        if len(here) == experts:
+            return None
+        index = torch.full((experts,), -1, dtype=torch.int32)
+        index[here] = torch.arange(len(here), dtype=torch.int32)
+        return index.to(self.device)
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
@@ -236,8 +254,10 @@ class GpuOps(StreamedOps):
     def _linear(
         self, x: Tensor, weight: list[Part], norm: Norm | None, residual: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        if x.shape[1] != weight[0].k:
-            raise ValueError(f"x has {x.shape[1]} columns; expected {weight[0].k}, the weight's")
+        first = weight[0]
+        columns = first.k - (first.padding if isinstance(first, Matrix) else 0)
+        if x.shape[1] != columns:
+            raise ValueError(f"x has {x.shape[1]} columns; expected {columns}, the weight's")
         here = None if norm is None else self._here_norm(norm)
         return gemm.linear(rows(x), weight, here, residual, dtype)
 
@@ -274,14 +294,15 @@ class GpuOps(StreamedOps):
         return self._grouped(n, weights, order, starts, 1, None)
 
     def _grouped(
-        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None
-    ) -> Tensor:
+        self, n: Tensor, weights: Mlp, order: Tensor, starts: Tensor, slots: int, gates: Tensor | None,
+        y: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         if weights.gate_up.inputs is not None:
             n = gemm.to_integers(n, weights.gate_up.inputs[0])  # experts of a layer share their input's range
         x, scale = normalize.quantize(n) if weights.gate_up.format == "fp8" else (n, None)
         return experts_mlp(
             x, scale, weights.gate_up, weights.down, order, starts, slots, gates, self.dtype,
-            activation=weights.activation, biases=weights.biases,
+            activation=weights.activation, biases=weights.biases, y=y,
         )  # fmt: skip
 
     def moe(
@@ -306,8 +327,10 @@ class GpuOps(StreamedOps):
         if counts is not None:
             seen = ids.flatten()
             counts.scatter_add_(0, seen.clamp_min(0), (seen >= 0).to(counts.dtype))
-        order, starts = sort_by_expert(ids, weights.routed.down.data.shape[0], weights.local)
-        y = self._grouped(n, weights.routed, order, starts, ids.shape[1], gates)
+        y = torch.empty(ids.numel(), n.shape[1], dtype=self.dtype, device=n.device)
+        for routed in weights.routed:
+            order, starts = sort_by_expert(ids, routed.mlp.down.data.shape[0], routed.local)
+            self._grouped(n, routed.mlp, order, starts, ids.shape[1], gates, y)
         shared = None if weights.shared is None else self._gated(n, weights.shared)
         if shared is not None and weights.shared_gate is not None:
             shared = shared_weight(n, weights.shared_gate) * shared.float()

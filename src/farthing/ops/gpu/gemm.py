@@ -31,7 +31,7 @@ _TOGETHER = 8  # tile rows per group of programs
 
 @triton.jit
 def _gemm(
-    x, x_scale, w, w_scale, w_zero, residual, out, T, N, K, stride_x, stride_r, stride_o,
+    x, x_scale, x_order, w, w_scale, w_zero, residual, out, T, N, K, stride_x, stride_r, stride_o,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, TOGETHER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TWICE: tl.constexpr,
@@ -49,8 +49,9 @@ def _gemm(
         finish(more, m, n + BN, T, N, None, residual, out, stride_r, stride_o, False, HAS_RESIDUAL)
     else:
         acc = product(
-            x, rows, live, x_scale, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK
-        )
+            x, rows, live, x_scale, x_order, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO,
+            BM, BN, BK,
+        )  # fmt: skip
     finish(acc, m, n, T, N, None, residual, out, stride_r, stride_o, False, HAS_RESIDUAL)
 
 
@@ -76,7 +77,8 @@ def gemm(
     grid = (triton.cdiv(tokens, c.bm) * triton.cdiv(weight.n, c.bn),)
     twice = fp8 and c.bn > FP8_BLOCK
     _gemm[grid](
-        x, x_scale, weight.data, weight.scale, weight.zero, residual, out, tokens, weight.n, weight.k,
+        x, x_scale, weight.order, weight.data, weight.scale, weight.zero, residual, out, tokens, weight.n,
+        weight.k,
         1 if fp8 else x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
         FORMAT=FORMATS[weight.format], GROUP=weight.group or 1, HALF=weight.half or 1,
         HAS_ZERO=weight.zero is not None, HAS_RESIDUAL=residual is not None, TOGETHER=_TOGETHER,
@@ -151,8 +153,8 @@ def _place(starts, tiles, upto, m, E, EP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _gate_up(
-    x, x_scale, w, w_scale, w_zero, bias, order, starts, h, h_scale, h_inputs, N, K, E, stride_x, w_size,
-    s_size, STATIC: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
+    x, x_scale, x_order, w, w_scale, w_zero, bias, order, starts, h, h_scale, h_inputs, N, K, E, stride_x,
+    w_size, s_size, STATIC: tl.constexpr, SLOTS: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr,
     HALF: tl.constexpr, HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, ALPHA: tl.constexpr,
     CUBIC: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr,
@@ -172,9 +174,13 @@ def _gate_up(
                 i, I, I, I, K, BM, OUT,
             )  # fmt: skip
         else:
+            columns = x_order
+            if x_order is not None:
+                columns = x_order + e * K
             acc = product(
-                x, token * stride_x, live, x_scale, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size,
-                tile % across * BN + tl.arange(0, BN), N, K, FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK,
+                x, token * stride_x, live, x_scale, columns, w + e * w_size, w_scale + e * s_size,
+                w_zero + e * s_size, tile % across * BN + tl.arange(0, BN), N, K, FORMAT, GROUP, HALF,
+                HAS_ZERO, BM, BN, BK,
             )  # fmt: skip
             gate, up = tl.split(tl.reshape(acc, (BM, OUT, 2)))
         if HAS_BIAS:  # [E, 2, I]
@@ -212,7 +218,7 @@ def _down(
         if FORMAT != FP8:
             rows = rows * K
         acc = product(
-            h, rows, live, h_scale, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size, n, N, K,
+            h, rows, live, h_scale, None, w + e * w_size, w_scale + e * s_size, w_zero + e * s_size, n, N, K,
             FORMAT, GROUP, HALF, HAS_ZERO, BM, BN, BK,
         )  # fmt: skip
         slot = tl.load(order + row, mask=live, other=0).to(tl.int64)
@@ -248,12 +254,13 @@ def _combine(
 def experts_mlp(
     x: Tensor, x_scale: Tensor | None, gate_up: Matrix, down: Matrix, order: Tensor, starts: Tensor,
     slots: int, gates: Tensor | None, dtype: torch.dtype, choice: Config | None = None,
-    activation: Gate = SILU, biases: tuple[Tensor, Tensor] | None = None,
+    activation: Gate = SILU, biases: tuple[Tensor, Tensor] | None = None, y: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x [T, D] (FP8 with x_scale if the weights are FP8) -> [T * slots, D]: weighted expert output per slot.
 
     biases: float32, of gate and up [E, 2, I] and of down [E, D].
     order, starts: see `route.sort_by_expert`. Rows of slots without a local expert are not written.
+    y: the output, if other experts write the rest of it.
 
     Legend: R = T k slots, sorted by expert; E local experts; D hidden; I intermediate; BM x BN the tile size.
 
@@ -279,14 +286,15 @@ def experts_mlp(
     ep, at_once = triton.next_power_of_2(count), processors(device) * c.per_processor
     most = min(count, rows) + rows // bm  # upper bound on tile rows
     _gate_up[(min(at_once, most * triton.cdiv(inner, columns)),)](
-        x, x_scale, *_tensors(gate_up), None if biases is None else biases[0], order, starts, h, h_scale,
-        down.inputs, gate_up.n, gate_up.k, count, 1 if fp8 else x.stride(0), gate_up.data[0].numel(),
-        _size(gate_up), STATIC=down.inputs is not None, SLOTS=slots,
+        x, x_scale, gate_up.order, *_tensors(gate_up), None if biases is None else biases[0], order, starts,
+        h, h_scale, down.inputs, gate_up.n, gate_up.k, count, 1 if fp8 else x.stride(0),
+        gate_up.data[0].numel(), _size(gate_up), STATIC=down.inputs is not None, SLOTS=slots,
         **_constants(gate_up), HAS_BIAS=biases is not None, ALPHA=activation.alpha, CUBIC=activation.cubic,
         LIMIT=activation.limit if activation.limit < math.inf else 0.0, SHIFT=activation.shift,
         EP=ep, BM=bm, BN=bn, BK=c.bk, num_warps=warps, num_stages=c.num_stages,
     )  # fmt: skip
-    y = torch.empty(rows, down.n, dtype=dtype, device=device)
+    if y is None:
+        y = torch.empty(rows, down.n, dtype=dtype, device=device)
     most = min(count, rows) + rows // c.bm
     _down[(min(at_once, most * triton.cdiv(down.n, c.bn)),)](
         h, h_scale, *_tensors(down), None if biases is None else biases[1], order, starts, gates, y, down.n,

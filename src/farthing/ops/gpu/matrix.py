@@ -23,7 +23,7 @@ processes a tile of each.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops.gpu.launch import dot, narrow, widen
-from farthing.ops.weights import FP8_BLOCK, Weight, in_stored_order
+from farthing.ops.weights import FP8_BLOCK, Weight
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,13 @@ _BLOCK = tl.constexpr(128)  # rows and columns of an FP8 scale
 
 @triton.jit
 def product(
-    x, rows, live, x_scale, w, w_scale, w_zero, n, N, K,
+    x, rows, live, x_scale, order, w, w_scale, w_zero, n, N, K,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """x rows [BM] (element offsets, int64; x_scale of FP8: by row number) times w rows n [BN], transposed.
 
+    order [K], of formats with groups: the column of x that each column multiplies, or -1; None: the same.
     live [BM]: rows that exist. For FP8 `rows` counts rows of K columns each.
 
     Legend: BM x BN the tile size; K input columns; BK columns per iteration. x rows are given individually,
@@ -67,9 +68,9 @@ def product(
     if FORMAT == FP8:
         acc = _fp8(acc, x, rows, live, x_scale, w, w_scale, n, N, K)
     elif FORMAT == INT8_GROUPS:
-        acc = _int8_groups(acc, x, rows, live, w, w_scale, w_zero, n, N, K, GROUP, HALF, HAS_ZERO)
+        acc = _int8_groups(acc, x, rows, live, order, w, w_scale, w_zero, n, N, K, GROUP, HALF, HAS_ZERO)
     elif GROUP > 1:
-        acc = _nibbles(acc, x, rows, live, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO)
+        acc = _nibbles(acc, x, rows, live, order, w, w_scale, w_zero, n, N, K, FORMAT, GROUP, HALF, HAS_ZERO)
     else:
         wide = w + n.to(tl.int64)[None, :] * K
         for start in range(0, K, BK):
@@ -83,8 +84,18 @@ def product(
 
 
 @triton.jit
+def _inputs(x, rows, live, order, k, K):
+    """Columns k of x's rows, in the order of a matrix that has one."""
+    at, exists = k, k < K
+    if order is not None:
+        at = tl.load(order + k, mask=exists, other=-1)
+        exists = at >= 0
+    return tl.load(x + rows[:, None] + at[None, :], mask=live[:, None] & exists[None, :], other=0.0)
+
+
+@triton.jit
 def _nibbles(
-    acc, x, rows, live, w, w_scale, w_zero, n, N, K,
+    acc, x, rows, live, order, w, w_scale, w_zero, n, N, K,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, HAS_ZERO: tl.constexpr,
 ):  # fmt: skip
     runs = (K + 2 * HALF - 1) // (2 * HALF)
@@ -96,8 +107,7 @@ def _nibbles(
         codes = tl.load(wide + run * HALF + j[:, None], mask=ok[None, :], other=0)
         for high in tl.static_range(2):
             start = run * 2 * HALF + high * HALF
-            k = start + j
-            a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+            a = _inputs(x, rows, live, order, start + j, K)
             code = ((codes >> 4) if high else (codes & 15)).to(tl.int8)
             where = n * groups + start // GROUP
             scale = tl.load(w_scale + where, mask=ok, other=0.0)
@@ -124,7 +134,7 @@ def _minimums(a, minimum, ok):
 
 @triton.jit
 def _int8_groups(
-    acc, x, rows, live, w, w_scale, w_zero, n, N, K,
+    acc, x, rows, live, order, w, w_scale, w_zero, n, N, K,
     GROUP: tl.constexpr, STEP: tl.constexpr, HAS_ZERO: tl.constexpr,
 ):  # fmt: skip
     groups = K // GROUP
@@ -133,7 +143,7 @@ def _int8_groups(
     ok = n < N
     for start in range(0, K, STEP):
         k = start + j
-        a = tl.load(x + rows[:, None] + k[None, :], mask=live[:, None] & (k[None, :] < K), other=0.0)
+        a = _inputs(x, rows, live, order, k, K)
         b = tl.load(wide + k[:, None], mask=ok[None, :] & (k[:, None] < K), other=0.0)
         where = n * groups + start // GROUP
         part = dot(a, widen(b, a.dtype), tl.zeros_like(acc))
@@ -227,11 +237,14 @@ class Matrix:
     group: int = 0  # columns that share a scale, of formats that have groups
     # float32 [E]: calibrated scales of the inputs, which are passed as integers; `scale` includes them (int8)
     inputs: Tensor | None = None
+    order: Tensor | None = None  # int32 [E, k]: the input's column of each of its columns, or -1
+    padding: int = 0  # columns without one
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+        parts = (self.data, self.scale, self.zero, self.order)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
     @property
     def half(self) -> int:
@@ -248,13 +261,18 @@ def half_of(group: int) -> int:
 
 
 def pack(
-    weight: Weight, dtype: torch.dtype, device: torch.device, fp8: bool = True, inputs: float | None = None
+    weight: Weight,
+    dtype: torch.dtype,
+    device: torch.device,
+    fp8: bool = True,
+    inputs: float | None = None,
+    quantize: bool = True,
 ) -> Matrix:
     """Pack one matrix, E = 1. fp8: whether the device supports FP8; else it is stored in `dtype`.
 
     inputs: calibrated scale of the input of an int8 matrix.
+    quantize: whether inputs of FP8 in blocks are FP8 too.
     """
-    weight = in_stored_order(weight)
     n, k = weight.shape
     if weight.format == "dense" or (weight.format == "fp8" and not fp8):
         value = weight.data.to(dtype) if weight.format == "dense" else weight.dequantize(dtype)
@@ -265,11 +283,16 @@ def pack(
         ranges = None if inputs is None else torch.full((1,), inputs, device=device)
         rows = scale[..., 0].contiguous() if ranges is None else scale[..., 0] * ranges
         return Matrix("int8", weight.data.to(device).contiguous()[None], rows, None, n, k, inputs=ranges)
-    if weight.format == "fp8" and weight.fp8_block != (FP8_BLOCK, FP8_BLOCK):
+    if weight.format == "fp8" and not (quantize and in_blocks(weight)):
         return _pack_scaled(weight, dtype, device)
     if weight.format == "fp8":
         return Matrix("fp8", weight.data.to(device).contiguous()[None], scale.contiguous(), None, n, k)
     return _pack_groups(weight, device)
+
+
+def in_blocks(weight: Weight) -> bool:
+    """Whether it is FP8 whose products have inputs in FP8."""
+    return weight.format == "fp8" and weight.fp8_block == (FP8_BLOCK, FP8_BLOCK)
 
 
 def _pack_scaled(weight: Weight, dtype: torch.dtype, device: torch.device) -> Matrix:
@@ -288,7 +311,7 @@ def _pack_scaled(weight: Weight, dtype: torch.dtype, device: torch.device) -> Ma
 
 
 def _pack_groups(weight: Weight, device: torch.device) -> Matrix:
-    n, k = weight.shape
+    n, k = weight.stored
     name, group, scale = _HOLDING.get(weight.format, weight.format), weight.group_size, weight.scale
     zero = weight.zero_point if weight.minimum is None else weight.minimum
     assert scale is not None
@@ -308,7 +331,9 @@ def _pack_groups(weight: Weight, device: torch.device) -> Matrix:
         scale = F.pad(scale, (0, spare))
         zero = None if zero is None else F.pad(zero, (0, spare))
     zero = None if zero is None else zero.contiguous()[None]
-    return Matrix(name, data[None], scale.contiguous()[None], zero, n, k, group)
+    order = None if weight.order is None else weight.order.to(device, torch.int32)[None]
+    padding = k - weight.shape[1]
+    return Matrix(name, data[None], scale.contiguous()[None], zero, n, k, group, None, order, padding)
 
 
 def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
@@ -317,14 +342,14 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
     for m in parts[1:]:
         last = merged[-1]
         alike = (last.format, last.k, last.group) == (m.format, m.k, m.group)
-        alike = alike and last.data.dtype == m.data.dtype
+        alike = alike and last.data.dtype == m.data.dtype and _ordered_alike(last, m)
         if not alike or (last.format == "fp8" and last.n % FP8_BLOCK):
             merged.append(m)
             continue
         zero = _zeros(last, m)
         merged[-1] = Matrix(
             m.format, torch.cat((last.data, m.data), 1), _cat(last.scale, m.scale), zero, last.n + m.n, m.k,
-            m.group, m.inputs,
+            m.group, m.inputs, m.order, m.padding,
         )  # fmt: skip
     return merged
 
@@ -332,7 +357,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
 def pair(gate: Matrix, up: Matrix) -> Matrix:
     """gate [I, D] and up [I, D] -> one matrix [2 I, D]: interleaved rows; in FP8 concatenated."""
     kinds = [(m.format, m.n, m.k, m.group, m.data.dtype) for m in (gate, up)]
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] or not _ordered_alike(gate, up):
         raise ValueError(
             f"gate is {gate.format} {gate.n} x {gate.k} and up {up.format} {up.n} x {up.k}; "
             f"expected one format"
@@ -346,39 +371,60 @@ def pair(gate: Matrix, up: Matrix) -> Matrix:
     assert data is not None
     zero = alternate(_zero(gate), _zero(up)) if gate.zero is not None or up.zero is not None else None
     return Matrix(
-        gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group, gate.inputs
-    )
+        gate.format, data.view(gate.data.dtype), scale, zero, 2 * gate.n, gate.k, gate.group, gate.inputs,
+        gate.order, gate.padding,
+    )  # fmt: skip
 
 
-def stack_experts(parts: Iterable[Matrix], count: int) -> Matrix:
-    """`count` experts of one shape and format -> one stack, filled as they arrive."""
-    stack: Matrix | None = None
-    for i, m in enumerate(parts):
-        if stack is None:
-            data, scale, zero, inputs = (
-                None if t is None else t.new_empty((count, *t.shape[1:])) for t in _parts(m)
+class MatrixStack:
+    """Experts' matrices of one kind (`kind_of`), copied into one as they arrive."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._count = most, 0
+        self._whole: Matrix | None = None
+
+    def add(self, m: Matrix) -> None:
+        """The next expert's."""
+        if self._whole is None:
+            self._whole = _with(
+                m, [None if t is None else t.new_empty((self._most, *t.shape[1:])) for t in _parts(m)]
             )
-            assert data is not None
-            stack = replace(m, data=data, scale=scale, zero=zero, inputs=inputs)
-        if _kind(m) != _kind(stack):
-            raise ValueError(
-                f"expert {i} is {m.format} {m.n} x {m.k}, the first {stack.format} {stack.n} x {stack.k}; "
-                f"expected one format and shape"
-            )
-        for whole, part in zip(_parts(stack), _parts(m), strict=True):
+        for whole, part in zip(_parts(self._whole), _parts(m), strict=True):
             if whole is not None and part is not None:
-                whole[i] = part[0]
-    if stack is None:
-        raise ValueError("there are no experts to stack; expected at least one")
-    return stack
+                whole[self._count] = part[0]
+        self._count += 1
+
+    def matrix(self) -> Matrix:
+        """All of them, without the room for more."""
+        if self._whole is None:
+            raise ValueError("there are no experts to stack; expected at least one")
+        if self._count == self._most:
+            return self._whole
+        return _with(
+            self._whole, [None if t is None else t[: self._count].clone() for t in _parts(self._whole)]
+        )
+
+
+def _with(m: Matrix, parts: Sequence[Tensor | None]) -> Matrix:
+    data, scale, zero, inputs, order = parts
+    assert data is not None
+    return replace(m, data=data, scale=scale, zero=zero, inputs=inputs, order=order)
 
 
 def _parts(m: Matrix) -> tuple[Tensor | None, ...]:
-    return m.data, m.scale, m.zero, m.inputs
+    return m.data, m.scale, m.zero, m.inputs, m.order
 
 
-def _kind(m: Matrix) -> tuple[object, ...]:
-    return m.format, m.n, m.k, m.group, m.zero is None, m.inputs is None, m.data.dtype
+def kind_of(m: Matrix) -> tuple[object, ...]:
+    """What is equal for matrices in one stack."""
+    parts = m.zero is None, m.inputs is None, m.order is None
+    return m.format, m.n, m.k, m.group, m.data.dtype, *parts
+
+
+def _ordered_alike(a: Matrix, b: Matrix) -> bool:
+    if a.order is None or b.order is None:
+        return a.order is b.order
+    return torch.equal(a.order, b.order)
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
