@@ -8,6 +8,7 @@ latter always in `mlp`. Files written by these tools had the tensors that are wr
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,16 @@ from torch import Tensor
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.reader import Checkpoint
+from farthing.model.deepseek import gated
 from farthing.model.load import config_of, load, parameter_shapes, source_of
+from farthing.ops.api import Ops
 from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4
+from farthing.parallel.plan import Layout, ShardPlan
+from farthing.parallel.rank import ShardedSource
 from tests.checkpoint.test_words import in_words
+from tests.ops.parts import distance
 
 transformers = pytest.importorskip("transformers")
 
@@ -128,3 +135,128 @@ def test_experts_under_the_names_of_tools(
         assert read.format == "int4" and torch.equal(read.dequantize(), weight.dequantize())
         assert weight.bias is None or torch.equal(read.bias, weight.bias)
     load(tmp_path, select("reference", dtype=torch.float32))  # finds every tensor, and none is left over
+
+
+# Of experts, or single matrices of one: bits, columns of a group, symmetry, act-order.
+RULES: dict[str, tuple[int, int, bool, bool]] = {
+    r"experts\.0\.": (8, 32, True, False),
+    r"experts\.1\.(gate|up)_proj": (2, 16, False, True),
+    r"experts\.1\.down_proj": (4, 16, True, True),
+    r"experts\.2\.gate_proj": (8, 16, False, False),
+    r"layers\.1\..*experts\.3\.up_proj": (3, 32, True, False),
+    r"experts\.3\.": (4, 32, True, True),
+    r"self_attn\.o_proj": (4, 16, False, True),
+}
+BASE = (4, 32, False, False)
+
+
+def rounded(w: Tensor, bits: int, group: int, symmetric: bool, ordered: bool, seed: int) -> dict[str, Tensor]:
+    """A matrix [N, K] in GPTQ's tensors, and `value`; matrices of one seed share an order."""
+    n, k = w.shape
+    g = torch.Generator().manual_seed(seed)
+    columns = torch.randperm(k, generator=g) if ordered else torch.arange(k)
+    indices = torch.empty(k, dtype=torch.int64)
+    indices[columns] = torch.arange(k) // group
+    groups = w[:, columns].view(n, -1, group)
+    top, middle = (1 << bits) - 1, 1 << bits - 1
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    span = 2 * groups.abs().amax(-1) if symmetric else high - low
+    scale = (span / top).half().float()
+    zero = torch.full_like(scale, middle) if symmetric else (-low / scale).round().clamp(1, top)
+    u = (w / scale[:, indices] + zero[:, indices]).round().clamp(0, top)
+    return {
+        "value": (u - zero[:, indices]) * scale[:, indices],
+        "qweight": in_words(u.long().numpy().T, bits, 0),
+        "qzeros": in_words(zero.long().numpy().T - 1, bits, 1),
+        "scales": scale.half().t().contiguous(),
+        "g_idx": indices.int(),
+    }
+
+
+@pytest.fixture(scope="module")
+def mixed(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model in GPTQModel's layout with `dynamic`, in AutoRound's (without an order), and what each is
+    worth."""
+    source, found = load_file(models["Qwen3Moe"] / "model.safetensors"), {}
+    raw = json.loads((models["Qwen3Moe"] / "config.json").read_text())
+    plain = source_of(opened := Checkpoint.open(models["Qwen3Moe"]), config := config_of(opened))
+    stored = {
+        name.removesuffix(".weight"): plain.weight(name.removesuffix(".weight"), shape).dequantize()
+        for name, shape in parameter_shapes(config)
+        if name.endswith("_proj.weight")
+    }
+    for tool in ("gptq", "auto-round"):
+        kept = {n: t for n, t in source.items() if "_proj" not in n and ".experts." not in n}
+        values, tensors = dict(kept), dict(kept)
+        for module, w in stored.items():
+            bits, group, symmetric, ordered = next(
+                (r for p, r in RULES.items() if re.search(p, module)), BASE
+            )
+            seed = len(module.rpartition(".")[0]) + 100 * module.endswith("down_proj")
+            parts = rounded(w, bits, group, symmetric, ordered and tool == "gptq", seed)
+            values[f"{module}.weight"] = parts.pop("value")
+            tensors |= {f"{module}.{n}": t for n, t in parts.items() if n != "g_idx" or tool == "gptq"}
+        bits, group, symmetric, _ = BASE
+        base = {"bits": bits, "group_size": group, "sym": symmetric}
+        rules = {
+            p: {"bits": b, "group_size": g, "sym": s} for p, (b, g, s, _) in RULES.items()
+        }  # both tools' keys are patterns
+        section = (
+            {"quant_method": "gptq", "checkpoint_format": "gptq", "desc_act": True}
+            | {"dynamic": {f".*{p}": r for p, r in rules.items()}}
+            if tool == "gptq"
+            else {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+            | {"extra_config": {f".*{p}.*": r for p, r in rules.items()}}
+        )
+        for name, each, more in (
+            (tool, tensors, {"quantization_config": base | section}),
+            (f"{tool}-value", values, {}),
+        ):
+            found[name] = tmp_path_factory.mktemp(name)
+            save_file({n: t.contiguous() for n, t in each.items()}, found[name] / "model.safetensors")
+            (found[name] / "config.json").write_text(json.dumps(raw | {"torch_dtype": "float32"} | more))
+    return found
+
+
+def logits(path: Path, ops: Ops) -> Tensor:
+    model, ids = load(path, ops), torch.arange(20)
+    with torch.inference_mode():
+        hidden = model.forward(ids, make_batch([20], [0], [[1, 0]], 16), model.new_cache(2, 16))
+        return model.logits(hidden).float()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu", "gpu"])
+@pytest.mark.parametrize("tool", ["gptq", "auto-round"])
+def test_experts_of_one_layer_in_different_formats(tool: str, backend: str, mixed: dict[str, Path]) -> None:
+    """Bits, groups, symmetry and orders by expert and by matrix: logits of the dequantized model."""
+    if backend == "gpu":
+        pytest.importorskip("triton")
+    expected = logits(mixed[f"{tool}-value"], select("reference", dtype=torch.float32))
+    found = logits(mixed[tool], select(backend, dtype=None if backend == "cpu" else torch.float32))
+    assert distance(found, expected) < (
+        1e-3 if backend == "cpu" else 1e-7
+    )  # two orders of a gate and up are rounded
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_divide_columns_in_an_order_exactly(ranks: int, mixed: dict[str, Path]) -> None:
+    checkpoint = Checkpoint.open(mixed["gptq"])
+    config = config_of(checkpoint)
+    plan = ShardPlan.build(config, Layout(tp=ranks))
+    whole = source_of(checkpoint, config)
+    x = torch.randn(3, 64)
+    parts = [ShardedSource(whole, plan, plan.layout.place(r)) for r in range(ranks)]
+    for expert in range(4):
+        prefix = f"model.layers.0.mlp.experts.{expert}"
+        gate, up, down = (w.dequantize() for w in gated(whole, prefix, 64, 32)())
+        total = torch.zeros(3, 64)
+        for part in parts:
+            mlp = gated(part, prefix, 64, 32 // ranks)()
+            assert all(w.format != "dense" for w in mlp)
+            g, u, d = (w.dequantize() for w in mlp)
+            total += (torch.nn.functional.silu(x @ g.t()) * (x @ u.t())) @ d.t()
+        torch.testing.assert_close(total, (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down.t())
+    o = whole.weight("model.layers.0.self_attn.o_proj")
+    cut = [part.weight("model.layers.0.self_attn.o_proj") for part in parts]
+    assert o.order is not None and all(w.format == "int4" for w in cut)
+    assert torch.equal(torch.cat([w.dequantize() for w in cut], 1), o.dequantize())
