@@ -28,6 +28,8 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import ShardedSource
+from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
+from farthing.planner.memory import PlannedModel, _all_experts, shares_by_format
 from tests.checkpoint.test_words import in_words
 from tests.ops.parts import distance
 
@@ -260,3 +262,16 @@ def test_ranks_divide_columns_in_an_order_exactly(ranks: int, mixed: dict[str, P
     cut = [part.weight("model.layers.0.self_attn.o_proj") for part in parts]
     assert o.order is not None and all(w.format == "int4" for w in cut)
     assert torch.equal(torch.cat([w.dequantize() for w in cut], 1), o.dequantize())
+
+
+def test_the_plan_counts_the_bytes_of_each_expert(mixed: dict[str, Path]) -> None:
+    cpu = pytest.importorskip("farthing.ops.cpu")
+    path, ops = mixed["auto-round"], cpu.CpuOps(1)
+    load(path, ops)
+    held = sum(blob.nbytes for name, blob in ops.packed_weights() if ".experts." in name)
+    plan = ShardPlan.build(config_of(Checkpoint.open(path)), Layout())
+    model = PlannedModel.of(plan, stored_by_checkpoint(path))
+    config = json.loads((path / "config.json").read_text())
+    assert PlannedModel.of(plan, stored_by_config(config)).mixed == model.mixed
+    assert _all_experts(model, plan, plan.layout.place(0), Holder("cpu"), 4) == held
+    assert sum(shares_by_format(model, Holder("cpu")).values()) == pytest.approx(1)

@@ -6,8 +6,12 @@ native module they count as much as the stored format.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +27,7 @@ from farthing.checkpoint.reader import (
 from farthing.model import ModelConfig, names_in, stack_of
 from farthing.model.fields import optional_section, wrong
 from farthing.model.types import type_of
-from farthing.ops.weights import FP8_BLOCK, INTEGERS, Format, int4_group, loaded_as
+from farthing.ops.weights import FP8_BLOCK, INTEGERS, WIDER, Format, int4_group, loaded_as
 
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 Kind = Format | Literal["float32", "bfloat16", "float16"]
@@ -45,6 +49,7 @@ class Stored:
         return self.kind in FLOAT_BYTES
 
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 _QUANTIZED = (
     *("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight"),
     *("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight"),
@@ -81,8 +86,13 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
     names = type_of(raw).names.in_model(layers if isinstance(layers, int) else 0)
     quantization, stored_name = quantization_of(raw), names.stored
     layout = read_quantization(quantization) if quantization else None
+    alike = "experts" not in str(quantization)  # no rule tells experts apart
 
     def of(name: str) -> Stored:
+        return of_one(_EXPERT.sub(".experts.0.", name) if alike else name)
+
+    @cache
+    def of_one(name: str) -> Stored:
         matrix = name.endswith(_QUANTIZED) and not name.endswith(_KEPT)
         if not quantization or not matrix:
             return plain
@@ -126,6 +136,29 @@ def stored_by_checkpoint(path: Path) -> StoredOf:
         return Stored(_TENSORS.get(checkpoint.dtype(name), "int8"))
 
     return of
+
+
+def held_by_experts(name: str, stored_of: StoredOf, experts: int) -> dict[Stored, float]:
+    """The share of each format among a layer's experts in which backends hold a matrix; name: the first's."""
+    found: Counter[Stored] = Counter()
+    for e in range(experts):
+        own = name.replace(".experts.0.", f".experts.{e}.")
+        stored = stored_of(own)
+        if "down_proj" not in name:  # gate and up are held in one format
+            other = "up_proj" if "gate_proj" in name else "gate_proj"
+            stored = _together(stored, stored_of(re.sub("(gate|up)_proj", other, own)))
+        found[stored] += 1
+    return {stored: count / experts for stored, count in found.items()}
+
+
+def _together(a: Stored, b: Stored) -> Stored:
+    """As `farthing.ops.weights.in_one_format`."""
+    if (a.kind, a.group) == (b.kind, b.group):
+        return replace(a, zero=a.zero or b.zero)
+    if a.is_float or b.is_float or "fp8" in (a.kind, b.kind):
+        return Stored("float32" if "float32" in (a.kind, b.kind) else "bfloat16")
+    wider = any(INTEGERS[s.kind].minimums for s in (a, b))
+    return Stored("int8_groups", WIDER if wider else gcd(a.group, b.group), a.zero or b.zero)
 
 
 def matrix_bytes(n: int, k: int, stored: Stored) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -26,7 +26,7 @@ from farthing.parallel.plan import (
     representatives,
 )
 from farthing.parallel.shared import SLOT_BYTES
-from farthing.planner.footprint import Holder, Stored, StoredOf
+from farthing.planner.footprint import Holder, Stored, StoredOf, held_by_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,12 +367,23 @@ class PlannedModel:
     config: ModelConfig
     stored_of: StoredOf
     parameters: tuple[tuple[str, tuple[int, ...], Stored], ...]
+    # of matrices of experts that differ: the share of each format
+    mixed: Mapping[str, Mapping[Stored, float]]
 
     @classmethod
     def of(cls, plan: ShardPlan, stored_of: StoredOf) -> PlannedModel:
         """Build from any plan of the model."""
         kept = representatives(plan.config)
-        return cls(plan.config, stored_of, tuple((n, s, stored_of(n)) for n, s, _ in kept))
+        parameters = tuple((n, s, stored_of(n)) for n, s, _ in kept)
+        counts = {
+            n: held_by_experts(n, stored_of, count) for n, s, count in kept if count > 1 and len(s) == 2
+        }
+        mixed = {n: shares for n, shares in counts.items() if shares.keys() != {stored_of(n)}}
+        return cls(plan.config, stored_of, parameters, mixed)
+
+    def formats(self, name: str, stored: Stored) -> Mapping[Stored, float]:
+        """The share of each format of a parameter, or of what it represents."""
+        return self.mixed.get(name, {stored: 1.0})
 
     @property
     def matrices(self) -> list[tuple[str, Stored]]:
@@ -451,12 +462,13 @@ def experts_per_rank(config: ModelConfig, layout: Layout, redundant: int) -> int
 
 def shares_by_format(model: PlannedModel, holder: Holder) -> dict[str, float]:
     """Share of the parameters in each format that the backend holds, largest first."""
-    counts: dict[str, int] = {}
+    counts: dict[str, float] = {}
     multiplicity = {name: n for name, _, n in representatives(model.config)}
     for name, shape, stored in model.parameters:
         matrix = len(shape) == 2 and name != EMBEDDING
-        kind = holder.rounded(stored, shape[1], ".mlp." in name).kind if matrix else stored.kind
-        counts[kind] = counts.get(kind, 0) + prod(shape) * multiplicity[name]
+        for each, share in model.formats(name, stored).items():
+            kind = holder.rounded(each, shape[1], ".mlp." in name).kind if matrix else each.kind
+            counts[kind] = counts.get(kind, 0) + share * prod(shape) * multiplicity[name]
     total = sum(counts.values())
     return {kind: n / total for kind, n in sorted(counts.items(), key=lambda item: -item[1])}
 
@@ -549,9 +561,10 @@ def _rank(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, se
 def _all_experts(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
     """Weight bytes of every layer on this rank."""
     return sum(
-        _experts(name, shape, stored, plan, place, holder, experts)
+        round(share * _experts(name, shape, each, plan, place, holder, experts))
         for name, shape, stored in model.parameters
         if ".experts." in name
+        for each, share in model.formats(name, stored).items()
     )
 
 
