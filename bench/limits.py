@@ -2,12 +2,13 @@
 
 T = tokens of a prompt, B = sequences that decode together, C = cached tokens of each.
 
-    prefill   2 (T·N + head) + 2 H (n + r + v) T (T + 1) / 2 operations, at the INT8 peak of vectors
-              (half of it for bfloat16 weights), or one read of every weight touched, whichever takes longer
+    prefill   2 (T·N + head) operations at the INT8 peak (half of it for bfloat16 weights) and
+              2 H (n + r + v) T (T + 1) / 2 of attention at the bfloat16 peak, which is half of it, or one
+              read of every weight touched, whichever takes longer
     decode    the weights that B tokens touch under random routing, B·C cached latents or keys and values
               (at most those of a window; of a compressed past a window, the entries that are selected, and
               the index keys of all), and recurrent states twice, as they are written too, at the
-              bandwidth of memory, or their operations at the INT8 peak, whichever takes longer
+              bandwidth of memory, or their operations at these peaks, whichever takes longer
 
 N = matrix elements multiplied per token, without the output head, which only a prompt's last token needs.
 Attention of a prompt is counted with expanded keys and values (n + r + v multiplications per head, query and
@@ -88,8 +89,25 @@ def seen(c: ModelConfig, layer: int, tokens: int) -> int:
     return min(c.window(layer) or tokens, tokens)
 
 
+class Work(NamedTuple):
+    """Multiplications and additions of one step, by the unit that computes them."""
+
+    weights: float  # products with matrices, in their format
+    halves: float  # attention and index scores, in bfloat16
+    floats: float  # recurrent states: four of each per value and token
+
+    def seconds(self, int8: float, weights: str) -> float:
+        """At an INT8 peak: a vector or a tile holds half as many bfloat16 and a quarter as many floats."""
+        return (self.weights * (2 if weights == "bf16" else 1) + 2 * self.halves + 4 * self.floats) / int8
+
+
 def operations(raw: dict[str, Any], point: Point) -> float:
-    """Multiplications and additions of one step. A recurrent state takes four of each per value and token."""
+    """Multiplications and additions of one step."""
+    return sum(work(raw, point))
+
+
+def work(raw: dict[str, Any], point: Point) -> Work:
+    """The same by unit."""
     c = ModelConfig.from_json(raw)
     body = active_parameters(raw, c.num_experts_per_tok) - head_parameters(raw)
     state = 0
@@ -100,7 +118,8 @@ def operations(raw: dict[str, Any], point: Point) -> float:
             c.heads(i).num_attention_heads * c.heads(i).expanded_width * _pairs(c, i, point.context)
             for i in with_attention(c)
         )
-        return 2 * (point.context * (body + state) + head_parameters(raw) + attention)
+        tokens = point.context
+        return Work(2 * (tokens * body + head_parameters(raw)), 2 * attention, 2 * tokens * state)
     attention = sum(  # decoding does not expand keys
         c.heads(i).num_attention_heads * c.heads(i).dot_width * seen(c, i, point.context + 1)
         for i in with_attention(c)
@@ -108,7 +127,7 @@ def operations(raw: dict[str, Any], point: Point) -> float:
     if (past := c.compressed) is not None:
         keys = sum(scored(c, i, point.context) for i in with_attention(c))
         attention += past.index_n_heads * past.index_head_dim * keys
-    return 2 * point.batch * (body + state + head_parameters(raw) + attention)
+    return Work(*(2 * point.batch * each for each in (body + head_parameters(raw), attention, state)))
 
 
 def scored(c: ModelConfig, layer: int, tokens: int) -> int:
@@ -178,7 +197,7 @@ def bytes_read(raw: dict[str, Any], weights: str, point: Point) -> float:
 def limit(size: str, weights: str, point: Point, machine: dict[str, float]) -> float:
     """Upper bound on tokens/s of the machine."""
     c = config(size)
-    peak = max(machine["int8_gop_s"], machine["amx_int8_gop_s"]) * 1e9 / (2 if weights == "bf16" else 1)
-    computing = operations(c, point) / peak
+    peak = max(machine["int8_gop_s"], machine["amx_int8_gop_s"]) * 1e9
+    computing = work(c, point).seconds(peak, weights)
     reading = bytes_read(c, weights, point) / (machine["read_gb_s"] * 1e9)
     return point.tokens / max(computing, reading)

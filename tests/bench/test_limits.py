@@ -66,6 +66,22 @@ def test_decode_is_bound_by_bytes(limits: ModuleType) -> None:
         assert limits.limit("S", weights, point, MACHINE) == pytest.approx(MACHINE["read_gb_s"] * 1e9 / read)
 
 
+def test_attention_counts_at_the_bfloat16_peak(limits: ModuleType) -> None:
+    """And recurrent states, which are float32, at a quarter of the INT8 peak."""
+    c, point = limits.config("L576"), limits.Point("prefill", 1, 16384)
+    work = limits.work(c, point)
+    assert sum(work) == limits.operations(c, point)
+    heads, layers = c["num_attention_heads"], c["num_hidden_layers"]
+    width = c["qk_nope_head_dim"] + c["qk_rope_head_dim"] + c["v_head_dim"]
+    assert work.halves == 2 * heads * width * layers * 16384 * 16385 // 2
+    assert work.seconds(1.0, "int8") == work.weights + 2 * work.halves
+    assert work.seconds(1.0, "bf16") == 2 * (work.weights + work.halves)
+    recurrent = limits.work(limits.config("qwen3.6-35b-a3b"), limits.Point("decode", 2, 0))
+    assert (
+        recurrent.seconds(1.0, "int8") - recurrent.weights - 2 * recurrent.halves == 4 * recurrent.floats > 0
+    )
+
+
 @pytest.mark.parametrize(("size", "total"), [("V2L", 15.7e9), ("V3S", 13.9e9), ("L576", 3.2e9)])
 def test_sizes(limits: ModuleType, size: str, total: float) -> None:
     model = import_module("random_model")
