@@ -49,6 +49,13 @@ def test_cached_blocks_are_reused_last_and_oldest_first() -> None:
     assert reused == [0, 1, 2, 3, *reused[4:6], 0, 1]
 
 
+def test_reused_blocks_are_neighbours_in_ascending_order() -> None:
+    pool = BlockPool(12, is_cached=lambda block: True)
+    first = pool.allocate(8)
+    pool.release(reversed(first))  # the tail is reused first …
+    assert pool.allocate(8) == [4, 5, 6, 7, 8, 9, 10, 11]  # … but not backwards
+
+
 def test_exchanged_block_is_dropped_and_its_replacement_reused_first() -> None:
     cached, forgotten = {10, 11, 12}, []
     pool = BlockPool(3, forgotten.append, cached.__contains__, blocks=range(10, 13))
