@@ -25,10 +25,11 @@ inline __m512 sum_each(const __m512* a) {
   return halves(halves(four[0], four[1]), halves(four[2], four[3]));
 }
 
-// The next block's keys are prefetched into L1 at an even rate while this one is computed, because a KV cache
-// larger than the processor's caches is read as a stream. Of every four keys' latents, the scores prefetch
-// two and the weighted sum the other two; where scores do not read latents, the weighted sum prefetches all.
-// Scores prefetch what follows the latents.
+// The next block's keys are prefetched into L2 at an even rate while this one is computed, because a KV cache
+// larger than the processor's caches is read as a stream. L1 does not hold two blocks, and often not one: rows
+// of 1 KB share four of its sets. Of every four keys' latents, the scores prefetch two and the weighted sum the
+// other two; where scores do not read latents, the weighted sum prefetches all. Scores prefetch what follows
+// the latents.
 
 // Scores of 4 query rows against 4 keys; missing rows and keys repeat the first. Prefetches the latents of N
 // keys of `next`, and the rest of N keys and the second ones after them.
@@ -44,7 +45,7 @@ inline void score_block(const AttendBlock& b, const uint16_t* q, int rows, const
     __m512i key[4];
 #pragma GCC unroll 4
     for (int s = 0; s < 4; ++s) key[s] = _mm512_loadu_si512(keys[s] + k);
-    for (int n = 0; n < N; ++n) prefetch(next[n] + k);
+    for (int n = 0; n < N; ++n) prefetch_far(next[n] + k);
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
       const __m512i v = _mm512_loadu_si512(row[r] + k);
@@ -55,7 +56,7 @@ inline void score_block(const AttendBlock& b, const uint16_t* q, int rows, const
   int k = b.first;
   for (; k < b.latent; k += 32) step(k);
   for (; k < b.width; k += 32) {
-    for (int n = 0; n < N; ++n) prefetch(next[n + 2] + k);
+    for (int n = 0; n < N; ++n) prefetch_far(next[n + 2] + k);
     step(k);
   }
   alignas(64) float sums[16];
@@ -79,9 +80,9 @@ inline void mix_pairs(const uint16_t* weights, const uint16_t* const* keys, int 
     b[r] = fresh ? f32x16{} : loadf(out + r * latent + 16);
   }
   for (int p = 0; p < pairs; ++p) {
-    if constexpr (Ahead == 1) prefetch(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
+    if constexpr (Ahead == 1) prefetch_far(keys[kKeyBlock + 4 * (p / 2) + 2 + p % 2] + at);
     if constexpr (Ahead == 2)
-      prefetch(keys[kKeyBlock + 2 * p] + at), prefetch(keys[kKeyBlock + 2 * p + 1] + at);
+      prefetch_far(keys[kKeyBlock + 2 * p] + at), prefetch_far(keys[kKeyBlock + 2 * p + 1] + at);
     const __m512i even = _mm512_loadu_si512(keys[2 * p] + at), odd = _mm512_loadu_si512(keys[2 * p + 1] + at);
     const __m512i x = _mm512_permutex2var_epi16(even, first, odd),
                   y = _mm512_permutex2var_epi16(even, second, odd);
