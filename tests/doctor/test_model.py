@@ -81,6 +81,16 @@ def test_rounded_inputs_of_transformers_are_no_difference(inputs: str, tmp_path:
     assert found["transformers"][0] == "ok", found
 
 
+def test_inputs_that_auto_round_rounds_are_not_compared(tmp_path: Path) -> None:
+    build("qwen3", 1, tmp_path)
+    file = tmp_path / "config.json"
+    section = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp", "act_bits": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": section}))
+    assert states(tmp_path)["transformers"] == (
+        "skipped", "AutoRound's kernels round inputs to 4 bits, which the reference ops do not"
+    )  # fmt: skip
+
+
 def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although the checkpoint's index_topk is above the number of tokens."""
     build("deepseek_v32", 1, tmp_path)

@@ -338,6 +338,8 @@ def _compared(path: Path, shown: ModelConfig, ids: Tensor, ours: dict[int, Tenso
         model: Any = getattr(own, "from_pretrained", auto.from_pretrained)(
             path, config=config, dtype=torch.float32
         )
+    except _Skipped:
+        raise
     except Exception as error:  # an unknown type, a format it cannot read, custom code
         raise _Skipped(f"cannot load this checkpoint ({_first_line(error)})") from error
     close = DECODED if quantization_in(read_config(path)) else CLOSE
@@ -366,6 +368,9 @@ def _with_float_inputs(config: Any) -> Any:
     """A configuration of transformers whose matrices do not round their inputs, as the reference ops do not.
     Static ranges of 8 bits, which they do apply, stay."""
     quantization = getattr(config, "quantization_config", None)
+    bits = quantization.get("act_bits") if isinstance(quantization, dict) else None
+    if isinstance(bits, int) and bits < 16:
+        raise _Skipped(f"AutoRound's kernels round inputs to {bits} bits, which the reference ops do not")
     groups = quantization.get("config_groups") if isinstance(quantization, dict) else None
     for group in (groups or {}).values():
         if isinstance(group, dict) and not is_static(group.get("input_activations") or {}):
