@@ -120,8 +120,7 @@ class OnlineCapacity:
     def _per_request(self) -> float:
         """Load units per request at the latest lengths."""
         prompt, output = self._lengths
-        by_unit = {"requests": 1.0, "prompt_tokens": prompt, "output_tokens": output}
-        return by_unit.get(self.unit, prompt + output)
+        return 1.0 if self.unit == "requests" else prompt + output
 
     def _processed(self, last: Snapshot | None, snapshot: Snapshot) -> float:
         """The share of the arrivals that the replicas took out of the queue, which may exceed 1."""

@@ -31,7 +31,7 @@ class SloConfig:
 
 
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
-UNITS = ("requests", "tokens", "prompt_tokens", "output_tokens")  # the last two for separate pools
+UNITS = ("requests", "tokens")
 _PLAUSIBLE_S = 900.0  # measured cold starts up to this are always believed
 
 

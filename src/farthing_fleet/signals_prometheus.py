@@ -203,13 +203,9 @@ class PrometheusSource:
         if dialect is None:
             return []
         query = self._rate(f"{dialect.ttft}_count")
-        counters = {
-            "tokens": (dialect.prompt_tokens, dialect.output_tokens),
-            "prompt_tokens": (dialect.prompt_tokens,),
-            "output_tokens": (dialect.output_tokens,),
-        }
-        if tokens := counters.get(unit):
-            query = " + ".join(self._rate(f"{name}_total") for name in tokens)
+        if unit == "tokens":
+            names = dialect.prompt_tokens, dialect.output_tokens
+            query = " + ".join(self._rate(f"{name}_total") for name in names)
         return await self.history(query, start, end, step_s)
 
     async def _api(self, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:

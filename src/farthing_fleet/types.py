@@ -126,15 +126,9 @@ class Snapshot:
         return max(0, self.current - self.ready) if self.ready is not None else 0
 
     def load(self, unit: str) -> float | None:
-        """The load in `unit`, per second: arriving "requests", "prompt_tokens", "output_tokens", or "tokens"
-        (prompt and output).
-        """
+        """The load in `unit`, per second: arriving "requests", or "tokens" of prompts and outputs."""
         if unit == "requests":
             return self.request_rate
-        if unit == "prompt_tokens":
-            return self.prompt_token_rate
-        if unit == "output_tokens":
-            return self.output_token_rate
         if self.prompt_token_rate is None or self.output_token_rate is None:
             return None
         return self.prompt_token_rate + self.output_token_rate

@@ -98,8 +98,8 @@ def test_backlog_adds_replicas_to_process_it() -> None:
 
 def test_backlog_counts_in_units_of_the_load() -> None:
     """600 requests of 200 tokens each, in tokens of 100/s a replica."""
-    config = replace(CONFIG, unit="output_tokens", capacity=100.0, cold_start_s=45.0)
-    signals = seen(0, 10, 5.0, output_token_rate=1000.0, backlog=600.0)
+    config = replace(CONFIG, unit="tokens", capacity=100.0, cold_start_s=45.0)
+    signals = seen(0, 10, 5.0, prompt_token_rate=400.0, output_token_rate=600.0, backlog=600.0)
     assert Policy(config).decide(0, signals).target == 30  # 1000/s and 120,000 tokens in 60 s
     assert Policy(config).decide(0, replace(signals, request_rate=0.0)).target == 15
 
@@ -305,13 +305,6 @@ def test_never_below_the_need_and_never_down_without_signals(steps: list[tuple])
         if usable:
             assert decision.target >= rate / 0.7 - 1e-6
         current = decision.target
-
-
-@pytest.mark.parametrize(("unit", "target"), [("prompt_tokens", 10), ("output_tokens", 3)])
-def test_pools_scale_by_their_own_tokens(unit: str, target: int) -> None:
-    config = replace(CONFIG, unit=unit, capacity=1000.0, latency_metric="tpot")
-    signals = replace(seen(0, 1, 5.0), prompt_token_rate=7000.0, output_token_rate=2100.0, tpot_s=0.01)
-    assert Policy(config).decide(0, signals).target == target
 
 
 def test_implausible_cold_starts_are_capped_with_an_alarm() -> None:

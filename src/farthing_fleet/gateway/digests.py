@@ -14,8 +14,7 @@ import logging
 import struct
 from typing import Any
 
-import aiohttp
-
+from farthing.exchange import ReplicaLost, Upstream
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.replicas import Balancer, Replica
 
@@ -24,62 +23,47 @@ log = logging.getLogger(__name__)
 PATH = "/cache/digest"
 _ABSENT_S = 60.0
 _TIMEOUT_S = 2.0
-_MAX_BYTES = 8 << 20
 
 
 class Digests:
     """Polls every replica. key: bearer token for the replicas."""
 
-    def __init__(self, config: GatewayConfig, balancer: Balancer, key: str | None = None) -> None:
-        self._config, self._balancer = config, balancer
+    def __init__(
+        self, config: GatewayConfig, balancer: Balancer, upstream: Upstream, key: str | None = None
+    ) -> None:
+        self._config, self._balancer, self._upstream = config, balancer, upstream
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._absent: dict[str, float] = {}  # url -> loop time of the next poll
 
     async def run(self) -> None:
         """Poll forever."""
-        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self._headers) as http:
-            while True:
-                replicas = [r for r in self._balancer.replicas.values() if r.healthy]
-                if len(replicas) > 1:  # else there is nothing to choose
-                    await asyncio.gather(*(self.read(http, replica) for replica in replicas))
-                await asyncio.sleep(self._config.digest_interval_s)
+        while True:
+            replicas = [r for r in self._balancer.replicas.values() if r.healthy]
+            if len(replicas) > 1:  # else there is nothing to choose
+                await asyncio.gather(*map(self.read, replicas))
+            await asyncio.sleep(self._config.digest_interval_s)
 
-    async def read(self, http: aiohttp.ClientSession, replica: Replica) -> None:
+    async def read(self, replica: Replica) -> None:
         """Read the digest of one replica. Without an answer the last one is kept."""
         now = asyncio.get_running_loop().time()
         if self._absent.get(replica.url, 0.0) > now:
             return
         try:
-            async with http.get(replica.url + PATH) as answer:
-                document = await _document(answer) if answer.status == 200 else None
-            if document is None:
+            status, body = await self._upstream.get(replica.url, PATH, self._headers, timeout=_TIMEOUT_S)
+            if status != 200:
                 self._absent[replica.url] = now + _ABSENT_S
                 replica.report(0, 0.0)
                 return
+            document = json.loads(body)
             blocks = parse(document, self._config.prefix_block)
             replica.report(int(document["requests"]), float(document["waiting_bytes"]))
-        except (aiohttp.ClientError, OSError, TimeoutError):
+        except ReplicaLost:
             return
         except (ValueError, KeyError, TypeError) as problem:
             log.warning("replica %s: ignoring its cache digest: %r", replica.name, problem)
             self._absent[replica.url] = now + _ABSENT_S
             return
         self._balancer.prefixes.replace(replica.name, blocks)
-
-
-async def _document(answer: aiohttp.ClientResponse) -> dict[str, Any]:
-    """The JSON object of an answer. Raises ValueError."""
-    data = bytearray()
-    async for part in answer.content.iter_any():
-        data += part
-        if len(data) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-    document = json.loads(data)
-    if not isinstance(document, dict):
-        raise ValueError("not an object")
-    return document
 
 
 def parse(document: dict[str, Any], block: int) -> tuple[int, ...]:

@@ -20,7 +20,6 @@ from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.replicas import Balancer, Replica
 
 PATH = "/v1/models"
-_LONGEST = 1 << 20  # bytes of a list
 _AGAIN_S = 2.0  # between reads for unknown names
 _CREDENTIALS = ("Authorization", "X-Api-Key")
 
@@ -51,17 +50,12 @@ class Models:
         """
         self._read_at[replica.url] = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(self._timeout):
-                answer = await self._upstream.send(replica.url, "GET", PATH, headers or {})
-                try:
-                    body = await answer.read(_LONGEST)
-                finally:
-                    answer.close()
-        except (ReplicaLost, TimeoutError):
+            status, body = await self._upstream.get(replica.url, PATH, headers, timeout=self._timeout)
+        except ReplicaLost:
             return
-        replica.asks_for_key = answer.status in (401, 403)
+        replica.asks_for_key = status in (401, 403)
         if not replica.asks_for_key:
-            self._balancer.reported(replica, _entries(body) if answer.status == 200 else ())
+            self._balancer.reported(replica, _entries(body) if status == 200 else ())
 
     async def find(self, prompt: Prompt, target: str, headers: Mapping[str, str], body: bytes) -> Prompt:
         """The prompt with the model that its request is for.

@@ -94,7 +94,7 @@ class Gateway:
         self._wakers = [Waker(url, self.holds, name or None) for name, url in named]
         self._awaited = [name for name, _ in named if name]  # models that a controller starts
         self.balancer.update({}, self._awaited)
-        self._digests = Digests(self.config, self.balancer, replica_key)
+        self._digests = Digests(self.config, self.balancer, self.upstream, replica_key)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: asyncio.Server | None = None
         self._local_only = False
