@@ -61,3 +61,16 @@ def test_what_there_is_is_listed() -> None:
     with pytest.raises(FileNotFoundError, match="Q4_0"):
         choose("o/n", twice, "Q4_0")
     assert choose("o/n", twice, "b-Q4_0.gguf").files == (str(Path("b-Q4_0.gguf")),)
+
+
+def test_a_folder_of_several_models_needs_a_name() -> None:
+    sizes = {"smol-Q4_K_M.gguf": 1, "gemma-Q8_0.gguf": 2}
+    listed = (
+        r"models smol-Q4_K_M.gguf, gemma-Q8_0.gguf|models gemma-Q8_0.gguf, smol-Q4_K_M.gguf; expected f:NAME"
+    )
+    with pytest.raises(FileNotFoundError, match=listed):
+        choose("f", sizes, one=True)
+    assert choose("f", sizes, "q8_0", one=True).label == "Q8_0"
+    assert choose("f", sizes, "smol-Q4_K_M.gguf", one=True).label == "Q4_K_M"
+    assert choose("f", {"smol-Q4_K_M.gguf": 1, "smol-Q8_0.gguf": 2}, one=True).label == "Q4_K_M"
+    assert choose("f", sizes).label == "Q4_K_M"  # of a repository, which is one model

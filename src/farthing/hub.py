@@ -189,7 +189,7 @@ def _gguf_in(path: Path) -> Path | None:
     if not files:
         return None
     sizes = {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-    return folder / choose(str(folder), sizes, "" if folder == path else wanted).files[0]
+    return folder / choose(str(folder), sizes, "" if folder == path else wanted, one=True).files[0]
 
 
 def _defect(path: Path) -> str:

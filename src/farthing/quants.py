@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -59,20 +59,26 @@ def _label(name: str) -> str:
     return found[1].upper() if found else path.name
 
 
-def choose(model: str, sizes: Mapping[str, int], wanted: str = "") -> Variant:
+def choose(model: str, sizes: Mapping[str, int], wanted: str = "", one: bool = False) -> Variant:
     """The only model, the one of the wanted quantization, or of the first of DEFAULTS.
 
-    model: for the error, FileNotFoundError, which lists what there is.
+    model: for the error, FileNotFoundError, which lists what there is. one: without a name all files are to
+    be quantizations of one model, by their names, as in a repository; a folder may hold several models.
     """
     variants = variants_in(sizes)
-    labels = [label for label in (wanted.upper(), f"UD-{wanted.upper()}") if wanted] or DEFAULTS
+    names = [PurePosixPath(v.files[0]).name for v in variants]
+    several = one and len({_LABEL.sub("", name_of(name)) for name in names}) > 1  # models, not quantizations
+    labels: Sequence[str] = (
+        [wanted.upper(), f"UD-{wanted.upper()}"] if wanted else () if several else DEFAULTS
+    )
     for label in labels:
         found = [v for v in variants if label in (v.label.upper(), PurePosixPath(v.files[0]).name.upper())]
         if len(found) == 1:
             return found[0]
     if len(variants) == 1 and not wanted:
         return variants[0]
+    listed = names if several or len({v.label for v in variants}) < len(variants) else map(str, variants)
     raise FileNotFoundError(
         f"model: got {f'{model}:{wanted}' if wanted else model!r}, which has the GGUF models "
-        f"{', '.join(map(str, variants)) or 'none'}; expected {model}:NAME with one of these names"
+        f"{', '.join(listed) or 'none'}; expected {model}:NAME with one of these names"
     )

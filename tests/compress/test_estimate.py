@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from farthing.checkpoint.reader import Checkpoint
+from farthing.cli import app as cli
 from farthing.compress.api import Options, compress
 from farthing.compress.estimate import _by_layer, _work, estimate
 from farthing.compress.needs import memory_needed
@@ -66,3 +69,14 @@ def test_memory_of_auto_counts_what_passes_through_every_layer(model_dir: Path) 
     assert needed("int4", deeper) == needed("int4", config)
     wider = replace(config, vocab_size=config.vocab_size + 100_000)
     assert needed("auto", wider) - needed("auto", config) >= 4 * ROWS * 3 * 100_000
+
+
+def test_an_estimate_is_printed_as_sentences(model_dir: Path) -> None:
+    command = ["compress", str(model_dir), "--recipe", "int4-rtn", "--estimate", "--no-gate"]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, done.output
+    first, second = done.stdout.splitlines()
+    layers = r"on this machine: \d+ layers of up to [\d.]+ minutes, and no comparison\."
+    assert re.fullmatch(rf"Compression takes about [\d.]+ minutes {layers}", first)
+    sizes = r"memory \([\d.]+ GB are available\) and [\d.]+ GB of disk \([\d.]+ GB are free\)\."
+    assert re.fullmatch(rf"It needs [\d.]+ GB of {sizes}", second)

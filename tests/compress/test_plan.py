@@ -31,15 +31,24 @@ def stored(path: Path) -> int:
 
 @pytest.fixture(scope="module")
 def measurements(model_dir: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """State of a run that measured every option of AUTO and found its budget unreachable."""
+    """State of a run that measured every option of AUTO and found that its budget costs too much."""
     out = tmp_path_factory.mktemp("measured")
-    with pytest.raises(
-        ValueError, match=r"budget_bytes: got 1,000 \(weights read .*expected at least 1\d\d,"
-    ):
-        compress(
-            model_dir, out, replace(AUTO, measure="token", budget_bytes=1000), Options(data, data, window=64)
-        )
+    source = Checkpoint.open(model_dir)
+    size = sizes_of(source, reads_of(ModelConfig.from_json(source.config))).token
+    auto = replace(AUTO, measure="token", budget_bytes=size * 3 // 10, max_drop=1e-9)
+    with pytest.raises(ValueError, match=r"above max_drop 0.00%; expected a budget of"):
+        compress(model_dir, out, auto, Options(data, data, window=64))
     return out / STATE
+
+
+@pytest.mark.parametrize("measure", ["memory", "file", "token"])
+def test_an_unreachable_budget_is_refused_before_any_work(
+    measure: Measure, model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    auto = replace(AUTO, measure=measure, budget_bytes=1000)
+    with pytest.raises(ValueError, match=r"budget_bytes: got 1,000 \(.*expected at least \d\d\d,\d"):
+        compress(model_dir, tmp_path / "out", auto, Options(data, data, window=64))
+    assert not (tmp_path / "out" / STATE / "sensitivity.json").exists()
 
 
 def with_measurements(out: Path, measurements: Path) -> Path:

@@ -205,6 +205,9 @@ def compress(
         if flags.out is None and not flags.estimate:
             raise typer.BadParameter("expected an output directory", param_hint="--out")
         found = _run(flags, flags.out or Path())
+    if flags.estimate and not as_json:
+        typer.echo(str(found))
+        return
     _print(found.to_json(), as_json)
     verdict: Verdict | None = getattr(found, "verdict", None)
     if verdict is not None:

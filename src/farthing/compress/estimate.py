@@ -67,6 +67,26 @@ class Estimate:
         own = asdict(self) | {"layer_seconds": [round(each, 1) for each in self.layer_seconds]}
         return {"hours": round(seconds / 3600, 3), "seconds": seconds} | own
 
+    def __str__(self) -> str:
+        """As sentences."""
+        layers, judged = self.layer_seconds, self.gate_seconds
+
+        def taken(seconds: float) -> str:
+            return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{max(seconds, 1) / 60:.1f} minutes"
+
+        def size(count: int) -> str:
+            return f"{count / 1e9:.2f} GB"
+
+        result = "a result whose size its plan decides" if self.disk is None else f"{size(self.disk)} of disk"
+        compared = f"{taken(judged)} for the comparison with the source" if judged else "no comparison"
+        lines = (
+            f"Compression takes about {taken(sum(layers) + judged)} on this machine: {len(layers)} layers of "
+            f"up to {taken(max(layers))}, and {compared}.",
+            f"It needs {size(self.memory)} of memory ({size(self.free_memory)} are available) and {result} "
+            f"({size(self.free_disk)} are free).",
+        )
+        return "\n".join(lines)
+
 
 class Shapes:
     """A model of which only config.json is known, in 16 bits."""

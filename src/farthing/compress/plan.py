@@ -75,6 +75,7 @@ def _undominated(reached: Iterable[tuple[float, float, list[T]]]) -> list[tuple[
     return kept
 
 
+_LARGEST_GROUP = 128  # columns per scale
 CELLS = 2000  # resolution of the knapsack's budget
 SPENT = 0.6  # of max_drop; the rest leaves room for the gate's interval
 
@@ -116,10 +117,13 @@ def make_plan(
     another budget reuses them.
     """
     checkpoint = PlainCheckpoint.open(source)
+    config = ModelConfig.from_json(checkpoint.config)
+    if recipe.budget_bytes is not None:  # refused before any work
+        least, rest = whole_model(checkpoint, config, _least(checkpoint, config), recipe)
+        _refuse_small(_total({o.part: o for o in least}, rest), recipe, rest)
     asked = replace(recipe, max_drop=None, budget_bytes=None, measure="memory")
     notes = Notes(out / STATE / "sensitivity.json", fingerprint(source, asked, "", corpus))
     options = measure(checkpoint, recipe, corpus, progress, notes)
-    config = ModelConfig.from_json(checkpoint.config)
     options, rest = whole_model(checkpoint, config, options, recipe)
     parts = list(dict.fromkeys(o.part for o in options))
     chosen, why = solve(options, parts, recipe, rest)
@@ -169,6 +173,28 @@ def whole_model(
     return [counted(o) for o in options], rest + Sizes(alone, alone, 0)
 
 
+def _least(checkpoint: Checkpoint, config: ModelConfig) -> list[Option]:
+    """Every part at 4 bits with the fewest scales, which no measured option is smaller than."""
+    reads, sizes = reads_of(config), dict[str, Sizes]()
+    for module in filter(is_matrix, _modules(checkpoint)):
+        if int(module.split(".")[2]) < config.num_hidden_layers:
+            n, k = checkpoint.stored_as(module)[1]
+            own = n * k // 2 + 2 * n * -(-k // _LARGEST_GROUP)
+            part = part_of(module)
+            sizes[part] = sizes.get(part, Sizes(0, 0, 0)) + Sizes(own, own, round(own * reads(module)))
+    return [Option(part, "int4", size, 0.0) for part, size in sizes.items()]
+
+
+def _refuse_small(smallest: Sizes, recipe: Recipe, rest: Sizes) -> None:
+    """Raise ValueError if the smallest plan exceeds the budget."""
+    measure, budget = recipe.measure, recipe.budget_bytes
+    if budget is not None and smallest.of(measure) > budget:
+        raise ValueError(
+            f"budget_bytes: got {budget:,} ({_NAMES[measure]}); expected at least {smallest.of(measure):,}, "
+            f"the smallest plan (of it {rest.of(measure):,} for embedding, head, norms and routers)"
+        )
+
+
 def _modules(checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys(n.rpartition(".")[0] for n in checkpoint.names()))
 
@@ -198,12 +224,7 @@ def solve(
         )
         return chosen, f"{why}: {_figures(chosen, rest)}"
     smallest = _total({p: min((o for o in options if o.part == p), key=size) for p in parts}, rest)
-    if smallest.of(measure) > recipe.budget_bytes:
-        raise ValueError(
-            f"budget_bytes: got {recipe.budget_bytes:,} ({_NAMES[measure]}); expected at least "
-            f"{smallest.of(measure):,}, the smallest plan (of it {rest.of(measure):,} for embedding, head, "
-            "norms and routers)"
-        )
+    _refuse_small(smallest, recipe, rest)
     chosen = one_per_part(options, parts, size, kl, recipe.budget_bytes - rest.of(measure))
     predicted = sum(o.kl for o in chosen.values())
     if drop is not None and predicted > math.log1p(drop):
