@@ -47,7 +47,7 @@ from farthing.compress.evaluate import Interval, ratio_interval
 from farthing.engine.tokenizer import Tokenizer as Served
 from farthing.hub import resolve_model
 from farthing.model.load import load
-from farthing.ops.cpu.weights import choose, packed_bytes
+from farthing.ops.cpu.formats import choose, packed_bytes
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, loaded_as, quantize_int8, rounded

@@ -27,7 +27,8 @@ from rich.table import Table
 from farthing import _native
 from farthing.ops.api import AttentionSpec, DeltaParts, DeltaSpec, LatentCache, Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps, create
-from farthing.ops.cpu.weights import Attention, Experts, Linear, pack, plan, router_of
+from farthing.ops.cpu.formats import pack, plan
+from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells

@@ -12,7 +12,7 @@ import torch
 
 from farthing import _native
 from farthing.ops.api import Norm, RouterSpec
-from farthing.ops.cpu import weights as packing
+from farthing.ops.cpu import formats as packing
 from farthing.ops.cpu.weights import Experts, Linear, router_of
 from farthing.ops.weights import Weight
 

@@ -26,8 +26,8 @@ from farthing.config import Quantization
 from farthing.model.load import config_of
 from farthing.model.pack import write_parts
 from farthing.ops.cpu import CpuOps
+from farthing.ops.cpu.formats import Plan
 from farthing.ops.cpu.packed import PackedWriter
-from farthing.ops.cpu.weights import Plan
 from farthing.ops.weights import Weight
 from packed_layout import packed_file, stamp
 from random_model import SIZES, config, tensors, value, write_tokenizer

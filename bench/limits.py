@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from farthing.model.config import ModelConfig
-from farthing.ops.cpu.weights import PLANES_FROM
+from farthing.ops.cpu.formats import PLANES_FROM
 from random_model import EMBEDDING, TABLES, active_parameters, config, head_parameters, tensors
 
 

@@ -15,8 +15,8 @@ import xxhash
 
 from farthing.checkpoint.floats import quantize_blocks
 from farthing.ops.cpu import CpuOps
+from farthing.ops.cpu.formats import HELD, PackedFormat, Plan, pack
 from farthing.ops.cpu.packed import VERSION
-from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, pack
 from farthing.ops.weights import BLOCK, INTEGERS, Weight
 
 ROWS, COLUMNS, GROUP = 40, 192, 64  # 40: the last panel is padded

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from farthing.checkpoint import compressed_tensors as ct
+from farthing.checkpoint.layout import format_of, integers
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model.deepseek import gated
 from farthing.model.load import config_of, load, parameter_shapes, source_of
@@ -28,7 +29,7 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import ShardedSource
-from farthing.planner.footprint import Holder, stored_by_checkpoint, stored_by_config
+from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import PlannedModel, _all_experts, shares_by_format
 from tests.checkpoint.test_words import in_words
 from tests.ops.parts import distance
@@ -275,3 +276,15 @@ def test_the_plan_counts_the_bytes_of_each_expert(mixed: dict[str, Path]) -> Non
     assert PlannedModel.of(plan, stored_by_config(config)).mixed == model.mixed
     assert _all_experts(model, plan, plan.layout.place(0), Holder("cpu"), 4) == held
     assert sum(shares_by_format(model, Holder("cpu")).values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+@pytest.mark.parametrize(("k", "group"), [(96, 64), (80, 64), (224, 128), (128, 64)])
+def test_a_group_that_is_cut_off_is_counted_as_held(bits: int, k: int, group: int) -> None:
+    cpu = pytest.importorskip("farthing.ops.cpu")
+    u, scale = torch.randint(0, 1 << bits, (32, k), dtype=torch.uint8), torch.rand(32, -(-k // group)).half()
+    w = integers(bits, u[:, ::2] | u[:, 1::2] << 4 if bits == 4 else u, scale, None, group)
+    value = (u.float() - (1 << bits - 1)) * scale.float()[:, torch.arange(k) // group]
+    assert torch.equal(w.dequantize(), value)
+    held = cpu.CpuOps(1).pack_linear("w", lambda: [w]).packed.nbytes
+    assert Holder("cpu").matrix(32, k, Stored(format_of(bits, group, True), group)) == held

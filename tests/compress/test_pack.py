@@ -53,7 +53,7 @@ def test_block_sparse_weights_survive_packing_and_are_served(
     for name in experts:
         assert built[name].sparse and mapped[name].sparse  # type: ignore[attr-defined]
     assert not mapped["model.layers.0.self_attn.o_proj"].sparse  # type: ignore[attr-defined]
-    monkeypatch.setattr("farthing.ops.cpu.weights.costs_of", lambda kind, isa: NEVER)
+    monkeypatch.setattr("farthing.ops.cpu.formats.costs_of", lambda kind, isa: NEVER)
     dense, packed = logits(out, None)
     assert not any(packed[n].sparse for n in experts)  # type: ignore[attr-defined]
     assert float((actual - dense).norm() / dense.norm()) < 1e-4
@@ -61,7 +61,7 @@ def test_block_sparse_weights_survive_packing_and_are_served(
 
 @pytest.mark.usefixtures("sparse_on_amx")
 def test_packed_size_decreases_with_the_blocks() -> None:
-    from farthing.ops.cpu.weights import PackedFormat, Plan, pack
+    from farthing.ops.cpu.formats import PackedFormat, Plan, pack
     from farthing.ops.weights import Weight, quantize_int4
 
     native = select("cpu")._native  # type: ignore[attr-defined]

@@ -23,7 +23,7 @@ from farthing.compress.stream import Compression, run
 from farthing.model import DecoderModel
 from farthing.model.load import load
 from farthing.model.pack import pack_checkpoint
-from farthing.ops.cpu.weights import PackedFormat
+from farthing.ops.cpu.formats import PackedFormat
 from farthing.ops.select import select
 from farthing_lab.compress.ranges import StudyRecorder
 from farthing_lab.compress.recipe import Study

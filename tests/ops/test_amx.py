@@ -16,7 +16,8 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.weights import Linear, pack, plan
+from farthing.ops.cpu.formats import pack, plan
+from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import InputRounding, Weight
 from tests.ops.parts import EPS, ROUTERS, experts, norm, weight
 

@@ -13,7 +13,8 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.ops import weights
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.weights import Linear, pack, plan
+from farthing.ops.cpu.formats import pack, plan
+from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import NEVER, Weight, blocks_per_cell, costs_of, measured_for, saves_time
 from tests.ops.parts import BOUNDS, distance, weight
 

@@ -14,7 +14,7 @@ pytest.importorskip("farthing._native")
 
 from farthing.ops.api import Norm, RouterSpec
 from farthing.ops.cpu import CpuOps, weights
-from farthing.ops.cpu.weights import HELD, PackedFormat, Plan, plan
+from farthing.ops.cpu.formats import HELD, PackedFormat, Plan, plan
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import INTEGERS, Cut, Weight, cut_weight, quantize_int8
 from tests.ops.parts import BOUNDS, EPS, GROUPS, SCALED, UNITS, distance, experts, norm, weight

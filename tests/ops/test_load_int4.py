@@ -11,7 +11,7 @@ from farthing import _native
 from farthing.config import Quantization
 from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.weights import Plan, choose, pack
+from farthing.ops.cpu.formats import Plan, choose, pack
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
 from farthing.ops.weights import (

@@ -13,7 +13,7 @@ pytest.importorskip("farthing._native")
 from farthing.ops.api import MoEWeights, Norm, RouterSpec
 from farthing.ops.arrays import dtype_name
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.weights import HELD
+from farthing.ops.cpu.formats import HELD
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.weights import Weight

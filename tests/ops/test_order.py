@@ -17,7 +17,7 @@ pytest.importorskip("farthing._native")
 from farthing.ops import weights as stored
 from farthing.ops.api import Norm, RouterSpec
 from farthing.ops.cpu import CpuOps
-from farthing.ops.cpu.weights import PackedFormat
+from farthing.ops.cpu.formats import PackedFormat
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import Cut, Weight, columns_of, cut_weight, folded
 from tests.ops.parts import BOUNDS, EPS, distance, norm, ordered_experts, weight

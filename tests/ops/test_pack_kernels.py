@@ -14,7 +14,7 @@ pytest.importorskip("farthing._native")
 
 from farthing import _native
 from farthing.checkpoint.floats import quantize_blocks
-from farthing.ops.cpu.weights import Plan, pack
+from farthing.ops.cpu.formats import Plan, pack
 from farthing.ops.weights import CODES, Weight, quantize_int4, quantize_int8, to_codes
 
 ISAS = _native.instruction_sets().split()

@@ -13,7 +13,7 @@ pytest.importorskip("farthing._native")
 
 from farthing import _native
 from farthing.ops.api import Norm, NotFinite
-from farthing.ops.cpu import CpuOps, weights
+from farthing.ops.cpu import CpuOps, formats
 from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, norm, weight
@@ -22,14 +22,14 @@ from tests.ops.test_cpu import ISAS, threads_of
 
 @pytest.fixture(params=ISAS)
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:
-    monkeypatch.setattr(weights, "PLANES_FROM", 0)
+    monkeypatch.setattr(formats, "PLANES_FROM", 0)
     torch.manual_seed(0)
     return CpuOps(threads_of(request.param), isa=request.param)
 
 
 def heads(ops: CpuOps, w: Weight) -> tuple[Any, Any]:
     """The same head plain and in planes."""
-    dense = weights.pack(ops._native, [w], weights.Plan(_native.Format.Q8), blocks=False)
+    dense = formats.pack(ops._native, [w], formats.Plan(_native.Format.Q8), blocks=False)
     plain, planes = Linear(dense, *w.shape), ops.pack_head("planes", lambda: w)
     assert (plain.packed.format, planes.packed.format) == (_native.Format.Q8, _native.Format.Q8_PLANES)
     return plain, planes
@@ -53,7 +53,7 @@ def test_bits_and_tokens_of_a_plain_head(ops: CpuOps, k: int, tokens: int) -> No
 
 
 def test_rows_are_rounded_as_in_a_plain_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "PLANES_FROM", 0)
+    monkeypatch.setattr(formats, "PLANES_FROM", 0)
     ops, w = CpuOps(2, "int8"), weight("bf16", 500, 192)
     plain, planes = heads(ops, w)
     x = torch.randn(3, 192)
@@ -120,7 +120,7 @@ def test_logits_that_are_not_finite(ops: CpuOps) -> None:
 
 @pytest.mark.parametrize("topology", ["", "0;1"])
 def test_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: str) -> None:
-    monkeypatch.setattr(weights, "PLANES_FROM", 0)
+    monkeypatch.setattr(formats, "PLANES_FROM", 0)
     ops, x, scale = CpuOps(2, topology=topology), torch.randn(4, 128), norm(128)
     plain, planes = heads(ops, weight("int8", 900, 128))
     path = str(tmp_path / "packed")
@@ -135,7 +135,7 @@ def test_packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, topology: 
 def test_packed_file_with_planes_of_an_earlier_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "PLANES_FROM", 0)
+    monkeypatch.setattr(formats, "PLANES_FROM", 0)
     ops, path = CpuOps(1), tmp_path / "packed"
     heads(ops, weight("int8", 100, 64))
     ops.save_packed(str(path))
@@ -147,8 +147,8 @@ def test_packed_file_with_planes_of_an_earlier_version(
 
 
 def test_only_large_heads_of_integers_are_split() -> None:
-    q8, bf16 = weights.Plan(_native.Format.Q8), weights.Plan(_native.Format.BF16)
+    q8, bf16 = formats.Plan(_native.Format.Q8), formats.Plan(_native.Format.BF16)
     for rows, columns in ((129280, 7168), (102400, 2048)):
-        assert weights.for_head(q8, rows, columns).format == _native.Format.Q8_PLANES
-    assert weights.for_head(q8, 32000, 1024) == q8
-    assert weights.for_head(bf16, 129280, 7168) == bf16
+        assert formats.for_head(q8, rows, columns).format == _native.Format.Q8_PLANES
+    assert formats.for_head(q8, 32000, 1024) == q8
+    assert formats.for_head(bf16, 129280, 7168) == bf16

@@ -220,10 +220,14 @@ def integers(
 def spread(numbers: Tensor, group: int, k: int) -> Tensor:
     """Numbers [N, ceil(K/g)] of groups, of which the last may be cut off, as those of groups of one size that
     kernels read, if there is one: 16, 32 or a multiple of 64."""
-    most = gcd(group, k)
-    fits = (d for d in range(most, 15, -1) if most % d == 0 and (64 % d == 0 or d % 64 == 0))
-    size = next(fits, most)
+    size = group_within(group, k)
     return numbers if size == group else numbers[:, torch.arange(0, k, size) // group]
+
+
+def group_within(group: int, k: int) -> int:
+    """The largest size that kernels read and that divides groups and columns; their divisor if none is."""
+    most = gcd(group, k)
+    return next((d for d in range(most, 15, -1) if most % d == 0 and (64 % d == 0 or d % 64 == 0)), most)
 
 
 def _signed(u: Tensor, offset: int) -> Tensor:

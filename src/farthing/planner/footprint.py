@@ -15,7 +15,7 @@ from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
-from farthing.checkpoint.layout import Scheme
+from farthing.checkpoint.layout import Scheme, group_within
 from farthing.checkpoint.reader import (
     MXFP4,
     MXFP4_GROUP,
@@ -177,11 +177,11 @@ def matrix_bytes(n: int, k: int, stored: Stored) -> int:
 def packed_bytes(n: int, k: int, stored: Stored, quantization: str | None = None) -> int:
     """Bytes of the CPU backend's packed matrix."""
     try:
-        from farthing.ops.cpu import weights
+        from farthing.ops.cpu import formats
     except ImportError:  # no native module: an estimate
         return matrix_bytes(n, k, _rounded(stored, k, quantization))
-    plan = weights.choose(stored.kind, k, stored.group, quantization)
-    return weights.packed_bytes(n, k, plan, stored.zero)
+    plan = formats.choose(stored.kind, k, stored.group, quantization)
+    return formats.packed_bytes(n, k, plan, stored.zero)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,7 @@ class Holder:
         """A projection [N, K]; mlp: part of a feed-forward, 4 bits under `int4`; others get 8 bits."""
         if self.backend == "reference":
             return self.item * n * k
+        stored = _divided(stored, k)
         if self.backend == "gpu":
             packed = self.rounded(stored, k, mlp)
             return self.item * n * k if packed.is_float else matrix_bytes(n, k, packed)
@@ -224,6 +225,16 @@ class Holder:
     def rounded(self, stored: Stored, k: int, mlp: bool) -> Stored:
         """The format after rounding while loading: of dense weights, and of FP8 ones on the CPU."""
         return _rounded(stored, k, loaded_as(self.quantization, mlp)) if self.rounds(stored) else stored
+
+
+def _divided(stored: Stored, k: int) -> Stored:
+    """As held if the last group of columns is cut off: with scales of smaller groups (`layout.spread`)."""
+    if stored.kind not in ("int4", "int8_groups", "q5_0") or k % stored.group == 0:
+        return stored
+    group = group_within(stored.group, k)
+    return replace(
+        stored, kind="int8_groups" if stored.kind == "q5_0" and group % 32 else stored.kind, group=group
+    )
 
 
 def _rounded(stored: Stored, k: int, quantization: str | None) -> Stored:

@@ -120,7 +120,7 @@ class _Step:
 
 def _storage(holder: Holder, stored: Stored, columns: int) -> tuple[Any, int]:
     """The packed format and group of a matrix."""
-    from farthing.ops.cpu.weights import choose
+    from farthing.ops.cpu.formats import choose
 
     rounding = loaded_as(holder.quantization, mlp=True)  # an upper bound: 8-bit inputs have fewer groups
     plan = choose(stored.kind, columns, stored.group, rounding)
@@ -128,7 +128,7 @@ def _storage(holder: Holder, stored: Stored, columns: int) -> tuple[Any, int]:
 
 
 def _head(sizes: Any, s: Shard, holder: Holder, sequences: int) -> None:
-    from farthing.ops.cpu.weights import PackedFormat, choose, for_head
+    from farthing.ops.cpu.formats import PackedFormat, choose, for_head
 
     columns = s.config.hidden_size
     sizes.top_logits(_storage(holder, s.stored, columns), s.vocabulary, columns, sequences, 1)
