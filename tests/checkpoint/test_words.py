@@ -189,6 +189,19 @@ def test_auto_round(tmp_path: Path, packing: str, less: int) -> None:
     assert planned("model.layers.0.mlp.up_proj.weight").kind == "int4"
 
 
+def test_fp8_blocks_of_auto_round(tmp_path: Path) -> None:
+    """Its FP8_BLOCK: a list as the size of groups, and scales in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn((256, 128), generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand((2, 1), generator=generator).bfloat16()
+    config = {
+        "quant_method": "auto-round", "bits": 8, "data_type": "fp", "fmt": "e4m3", "group_size": [128, 128],
+        "packing_format": "auto_round:fp8", "weight_block_size": [128, 128], "act_bits": 8,
+    }  # fmt: skip
+    weight = opened(tmp_path, {"weight": data, "weight_scale_inv": scale}, config).weight(MODULE)
+    assert torch.equal(weight.dequantize(), data.float() * scale.float().repeat_interleave(128, 0))
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -222,6 +222,8 @@ def _rounded(raw: Mapping[str, Any], where: str) -> Scheme | None:
     bits, kind = field(raw, "bits", int, where), field(raw, "data_type", str, where) or "int"
     if bits is None or bits > 8:
         return None
+    if kind.startswith("fp") and bits == 8 and raw.get("fmt", "e4m3") == "e4m3":  # blocks are a list of two
+        return Fp8.from_json(raw)
     group = field(raw, "group_size", int, where)
     if kind == "int":
         packing = field(raw, "packing_format", str, where) or "auto"
@@ -236,8 +238,6 @@ def _rounded(raw: Mapping[str, Any], where: str) -> Scheme | None:
         return ct.Scheme("mxfp8-quantized", 8, True, "group", 32, floating=True)
     if kind.startswith("nv_fp") and bits == 4 and group == 16:
         return ct.Scheme("nvfp4-pack-quantized", 4, True, "tensor_group", 16, floating=True)
-    if kind.startswith("fp") and bits == 8 and raw.get("fmt", "e4m3") == "e4m3":
-        return Fp8()
     raise CheckpointError(
         f"{where}: got data_type {kind[:40]!r} with {bits} bits in groups of {group}; expected int, nv_fp of "
         "4 bits in groups of 16, mx_fp of 4 or 8 bits in groups of 32, or fp of 8 bits in e4m3"
