@@ -20,6 +20,7 @@ from farthing.compress.native import short_products
 from farthing.memory import return_freed_memory
 from farthing.model import (
     DecoderModel,
+    LayerSource,
     MemorySource,
     ModelConfig,
     WeightSource,
@@ -425,9 +426,9 @@ def build(layer: Layer, ops: TracedOps, embedding: Tensor, final_norm: Tensor, p
         return block
     ops.first = 0
     hidden_only = MemorySource({k: v for k, v in layer.tensors.items() if not k.endswith(_COPIES)})
-    rope = ops.tensor(RopeTable(c, index).whole())
+    at = LayerSource(c, ops, hidden_only, index, router, ops.tensor(RopeTable(c, index).whole()))
     form, norm = form_of(c), Norm(final_norm, c.rms_norm_eps)
-    mtp = form.draft_layer(c, ops, hidden_only, index, rope, router, embedding, None, _no_head)
+    mtp = form.draft_layer(at, embedding, None, _no_head)
     mtp.layer = mtp.row = 0  # the cache below has one layer
     alone = replace(layer.config, num_nextn_predict_layers=1).part(range(0))
 

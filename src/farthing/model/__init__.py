@@ -21,7 +21,7 @@ from farthing.model.load import (
     source_of,
     unstacked,
 )
-from farthing.model.source import MemorySource, WeightSource, stack_of
+from farthing.model.source import LayerSource, MemorySource, WeightSource, stack_of
 from farthing.model.types import Names
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "DecoderModel",
     "FeedForward",
     "GroupedHeads",
+    "LayerSource",
     "MTPLayer",
     "MemorySource",
     "ModelConfig",

@@ -15,7 +15,7 @@ from farthing.lazy import np
 from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
 from farthing.model.delta import GatedDelta
 from farthing.model.heads import GroupedHeads
-from farthing.model.source import WeightSource
+from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
     AttentionSpec,
     Cut,
@@ -197,14 +197,13 @@ class GroupedAttention:
     sparse = False
     q_norm, q_b = None, None
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
-    ) -> None:
-        p, d = f"model.layers.{layer}.self_attn.", config.hidden_size
+    def __init__(self, at: LayerSource) -> None:
+        config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
+        p, d = at.prefix + "self_attn.", config.hidden_size
         a = config.heads(layer)
         assert isinstance(a, GroupedHeads)
         self.ops, self.rows, self.window = ops, a.cache_rows, config.window(layer)
-        self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
+        self.norm = norm_of(config, weights, at.prefix + "input_layernorm")
         widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
         self.q_width = a.query_width
         rows = widths | {"q": widths["q"] * (2 if a.output_gate else 1)}
@@ -241,7 +240,7 @@ class GroupedAttention:
             return GroupedParts(ops.tensor(np.concatenate(bias)), q_norm, k_norm, sinks, ones)
 
         spec = grouped_spec(config, a, layer, cache_scales(weights, p))
-        self.heads = ops.pack_grouped(spec, parts(), rope)
+        self.heads = ops.pack_grouped(spec, parts(), at.rope)
         o_shape = (d, a.output_width)
         self.o = ops.pack_output(
             p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), a.num_attention_heads
@@ -293,13 +292,12 @@ def indexer_spec(config: ModelConfig) -> IndexerSpec:
 class Indexer:
     """One layer's indexer, over the normed hidden state and query latent of its layer's attention."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
-    ) -> None:
-        p, c, d = f"model.layers.{layer}.self_attn.indexer.", config, config.hidden_size
+    def __init__(self, at: LayerSource) -> None:
+        c, ops, weights = at.config, at.ops, at.weights
+        p, d = at.prefix + "self_attn.indexer.", c.hidden_size
         assert c.latent.q_lora_rank is not None
         self.ops = ops
-        self.row = sum(map(c.has_indexer, range(layer)))  # row in the index cache
+        self.row = sum(map(c.has_indexer, range(at.layer)))  # row in the index cache
         q_shape = (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
         self.q = ops.pack_linear(p + "wq_b", lambda: [weights.weight(p + "wq_b", q_shape)])
         self.k = ops.pack_linear(p + "wk", lambda: [weights.weight(p + "wk", (c.index_head_dim, d))])
@@ -311,7 +309,7 @@ class Indexer:
             p + "k_norm",
             indexer_spec(c),
             lambda: (weights.tensor(p + "k_norm.weight", shape), weights.tensor(p + "k_norm.bias", shape)),
-            rope,
+            at.rope,
         )
 
     def __call__(
@@ -360,14 +358,12 @@ class LatentAttention:
     o_bias: Tensor | None = None
     post_norm: Norm | None = None
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
-    ) -> None:
-        p = f"model.layers.{layer}.self_attn."
-        c, a, d = config, config.latent, config.hidden_size
+    def __init__(self, at: LayerSource) -> None:
+        c, ops, weights = at.config, at.ops, at.weights
+        p, a, d = at.prefix + "self_attn.", c.latent, c.hidden_size
         heads = a.num_attention_heads
         self.ops = ops
-        self.norm = norm_of(c, weights, f"model.layers.{layer}.input_layernorm")
+        self.norm = norm_of(c, weights, at.prefix + "input_layernorm")
         self.q_width = a.q_lora_rank or heads * a.qk_head_dim
         first = "q_a_proj" if a.q_lora_rank else "q_proj"
         # One product over the hidden state computes the query (or its latent) and the key-value latent.
@@ -385,7 +381,7 @@ class LatentAttention:
             q_shape = (heads * a.qk_head_dim, a.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         self.sparse = c.index_topk is not None
-        self.indexer = Indexer(c, ops, weights, layer, rope) if c.has_indexer(layer) else None
+        self.indexer = Indexer(at) if c.has_indexer(at.layer) else None
         kv_shape = (heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
         kv_norm = as_float32(weights.tensor(p + "kv_a_layernorm.weight", (a.kv_lora_rank,))) * a.latent_scale
         self.query_scale = query_scale(c, ops)
@@ -393,7 +389,7 @@ class LatentAttention:
             p + "kv_b_proj",
             attention_spec(c),
             lambda: (weights.weight(p + "kv_b_proj", kv_shape), kv_norm),
-            rope,
+            at.rope,
         )
         o_shape = (d, heads * a.v_head_dim)
         self.o = ops.pack_output(p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), heads)
@@ -421,13 +417,8 @@ class LatentAttention:
 AnyAttention = LatentAttention | GroupedAttention | GatedDelta
 
 
-def attention_of(
-    config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
-) -> AnyAttention:
+def attention_of(at: LayerSource) -> AnyAttention:
     """A layer's attention, or what it has instead, in the form that the model has."""
-    if config.is_recurrent(layer):
-        return GatedDelta(
-            config, ops, weights, layer, norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
-        )
-    form = LatentAttention if isinstance(config.attention, LatentHeads) else GroupedAttention
-    return form(config, ops, weights, layer, rope)
+    if at.config.is_recurrent(at.layer):
+        return GatedDelta(at, norm_of(at.config, at.weights, at.prefix + "input_layernorm"))
+    return LatentAttention(at) if isinstance(at.config.attention, LatentHeads) else GroupedAttention(at)

@@ -14,7 +14,7 @@ from farthing.model.attention import RopeTable, attention_of, norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
 from farthing.model.kinds import CacheKind, cache_kinds, cache_place
-from farthing.model.source import WeightSource
+from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
     ALL,
     Batch,
@@ -93,11 +93,13 @@ class DecoderModel:
         self.rotations = Rotations(config, ops)
         ropes = self.rotations.tables
         routers = routers or routers_of(config)
-        self.layers = [
-            self.build_layer(config, ops, weights, i, ropes[i], routers[i])
-            for i in range(config.num_hidden_layers)
-        ]
-        self.places = [cache_place(config, i) for i in range(config.num_hidden_layers)]
+        hidden = range(config.num_hidden_layers)
+
+        def at(layer: int) -> LayerSource:
+            return LayerSource(config, ops, weights, layer, routers[layer], ropes[layer])
+
+        self.layers = [self.build_layer(at(i)) for i in hidden]
+        self.places = [cache_place(config, i) for i in hidden]
         self.windows = {window for window, _ in self.places}
         self.mtp: list[MTPLayer] = []
         self.ending = self.build_ending(config, ops, weights) if last else None
@@ -119,23 +121,14 @@ class DecoderModel:
         if first or tied or config.num_nextn_predict_layers:
             self.embedding = table_of(config, ops, weights, self.head if tied else None)
         self.mtp = [
-            self.draft_layer(config, ops, weights, i, ropes[i], routers[i], self.embedding, self.head, head)
-            for i in range(config.num_hidden_layers, self.cache_layers)
+            self.draft_layer(at(i), self.embedding, self.head, head)
+            for i in range(len(hidden), self.cache_layers)
         ]
 
     @classmethod
-    def build_layer(
-        cls,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        layer: int,
-        rope: Tensor,
-        router: RouterSpec | None,
-    ) -> tuple[Any, Any]:
+    def build_layer(cls, at: LayerSource) -> tuple[Any, Any]:
         """A layer's attention, or what it has instead, and its feed-forward half."""
-        attention = attention_of(config, ops, weights, layer, rope)
-        return attention, FeedForward(config, ops, weights, layer, router)
+        return attention_of(at), FeedForward(at)
 
     @classmethod
     def build_ending(cls, config: ModelConfig, ops: Ops, weights: WeightSource) -> Handle | None:

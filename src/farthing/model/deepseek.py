@@ -12,7 +12,7 @@ from farthing.model.attention import AnyAttention, attention_of, norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.delta import GatedDelta
 from farthing.model.kinds import cache_place
-from farthing.model.source import WeightSource
+from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
     Batch,
     Beside,
@@ -63,18 +63,11 @@ def router_spec(config: ModelConfig) -> RouterSpec:
 class FeedForward:
     """One layer's MLP or mixture of experts, with its norm and residual."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        layer: int,
-        router: RouterSpec | None,
-    ) -> None:
-        config = config.at(layer)
+    def __init__(self, at: LayerSource) -> None:
+        config, ops, weights, router = at.config.at(at.layer), at.ops, at.weights, at.router
         self.ops = ops
-        self.norm = norm_of(config, weights, f"model.layers.{layer}.post_attention_layernorm")
-        p = f"model.layers.{layer}.mlp"
+        self.norm = norm_of(config, weights, at.prefix + "post_attention_layernorm")
+        p = at.prefix + "mlp"
         dense = gated(weights, p, config.hidden_size, config.intermediate_size)
         self.is_moe = router is not None
         self.beside: Handle | None = None  # a dense MLP on the experts' input (`apart`)
@@ -94,7 +87,7 @@ class FeedForward:
             self.post_norm = norm_of(config, weights, f"{p}.post_mlp_layernorm")
         self.scale = 1.0  # of the layer's output
         if config.layer_scalar:
-            self.scale = float(as_float32(weights.tensor(f"model.layers.{layer}.layer_scalar", (1,)))[0])
+            self.scale = float(as_float32(weights.tensor(at.prefix + "layer_scalar", (1,)))[0])
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
         """h [T, D] -> h + feed_forward(norm(h)) [T, D]; adds the tokens per expert to counts [E]."""
@@ -216,29 +209,19 @@ class MTPLayer:
     ending: Handle | None = None  # how streams of its output are summed, if it has several
 
     def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        layer: int,
-        rope: Tensor,
-        router: RouterSpec | None,
-        embedding: Any,
-        head: Handle,
-        head_weight: Callable[[], Weight],
+        self, at: LayerSource, embedding: Any, head: Handle, head_weight: Callable[[], Weight]
     ) -> None:
         """head, head_weight: the model's head, packed and unpacked."""
-        ops, exact = ops.coarse(), ops
-        p, d = f"model.layers.{layer}.", config.hidden_size
-        self.ops, self.layer = ops, layer
-        _, self.row = cache_place(config, layer)
+        config, ops, weights, p = at.config, at.ops.coarse(), at.weights, at.prefix
+        self.ops, self.layer = ops, at.layer
+        _, self.row = cache_place(config, at.layer)
         self.enorm, self.hnorm, self.norm = (
             norm_of(config, weights, p + name) for name in ("enorm", "hnorm", "shared_head.norm")
         )
-        self.build(config, ops, weights, layer, rope, router)
+        self.build(replace(at, ops=ops))
         self.restack()
         self.embedding, own_head = embedding, False
-        shape = (config.vocab_size, d)
+        shape = (config.vocab_size, config.hidden_size)
         # Released checkpoints contain copies of the main embedding and head: share unless they differ.
         if weights.has(p + "embed_tokens.weight"):
             own = weights.tensor(p + "embed_tokens.weight", shape)
@@ -248,24 +231,16 @@ class MTPLayer:
             main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
             if own_head := not same(own, weights.tensor(main, shape)):
                 head_weight = partial(Weight, "dense", own)
-        if own_head or (ops is not exact and not config.rounded_head):
+        if own_head or (ops is not at.ops and not config.rounded_head):
             head = ops.pack_head(p + "shared_head.head", head_weight)
         self.head = head
 
-    def build(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        layer: int,
-        rope: Tensor,
-        router: RouterSpec | None,
-    ) -> None:
+    def build(self, at: LayerSource) -> None:
         """Pack the block, and what joins its two inputs."""
-        p, d = f"model.layers.{layer}.", config.hidden_size
-        self.eh_proj = ops.pack_linear(p + "eh_proj", lambda: [weights.weight(p + "eh_proj", (d, 2 * d))])
-        self.attention: Any = attention_of(config, ops, weights, layer, rope)
-        self.feed_forward = FeedForward(config, ops, weights, layer, router)
+        name, d = at.prefix + "eh_proj", at.config.hidden_size
+        self.eh_proj = at.ops.pack_linear(name, lambda: [at.weights.weight(name, (d, 2 * d))])
+        self.attention: Any = attention_of(at)
+        self.feed_forward = FeedForward(at)
 
     def restack(self) -> None:
         """Rebuild the fused layer as currently packed, for backends that run it in one call."""

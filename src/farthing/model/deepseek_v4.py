@@ -17,7 +17,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek import FeedForward, MTPLayer
 from farthing.model.kinds import cache_kinds, cache_place
-from farthing.model.source import WeightSource
+from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
     Batch,
     CacheDtype,
@@ -32,7 +32,6 @@ from farthing.ops import (
     Ops,
     Place,
     PoolParts,
-    RouterSpec,
     StreamedHandles,
     StreamParts,
     Weight,
@@ -65,14 +64,13 @@ def streams_of(config: ModelConfig, ops: Ops, weights: WeightSource, p: str, end
 class CompressedAttention:
     """The first half of a layer (section 2.3)."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, rope: Tensor
-    ) -> None:
-        p, d, a = f"model.layers.{layer}.self_attn.", config.hidden_size, config.compressed
+    def __init__(self, at: LayerSource) -> None:
+        config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
+        p, d, a = at.prefix + "self_attn.", config.hidden_size, config.compressed
         assert a is not None
         self.ops = ops
-        self.streams = streams_of(config, ops, weights, f"model.layers.{layer}.attn_hc.")
-        self.norm = norm_of(config, weights, f"model.layers.{layer}.input_layernorm")
+        self.streams = streams_of(config, ops, weights, at.prefix + "attn_hc.")
+        self.norm = norm_of(config, weights, at.prefix + "input_layernorm")
         pools = [p + "compressor."] if a.rates[layer] else []
         if indexed := a.rates[layer] == a.indexed:
             pools.append(p + "compressor.indexer.")
@@ -99,7 +97,7 @@ class CompressedAttention:
             p + "heads",
             compressed_spec(config, layer),
             lambda: _parts(config, weights, layer, pools),
-            rope,
+            at.rope,
         )
         group = a.query_width // a.o_groups
         self.ends = list(accumulate([group] * a.o_groups, initial=0))
@@ -182,16 +180,15 @@ def _parts(config: ModelConfig, weights: WeightSource, layer: int, pools: list[s
 class StreamedFeedForward(FeedForward):
     """The second half of a layer: experts, which hashed layers look up by the token (section 2.1)."""
 
-    def __init__(
-        self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, router: RouterSpec | None
-    ) -> None:
-        super().__init__(config, ops, weights, layer, router)
-        self.streams = streams_of(config, ops, weights, f"model.layers.{layer}.ffn_hc.")
+    def __init__(self, at: LayerSource) -> None:
+        super().__init__(at)
+        config = at.config
+        self.streams = streams_of(config, at.ops, at.weights, at.prefix + "ffn_hc.")
         self.table: Tensor | None = None
-        if layer in config.hashed_layers:
+        if at.layer in config.hashed_layers:
             shape = config.vocab_size, config.num_experts_per_tok
-            name = f"model.layers.{layer}.mlp.gate.tid2eid"
-            table = weights.tensor(name, shape)
+            name = at.prefix + "mlp.gate.tid2eid"
+            table = at.weights.tensor(name, shape)
             if "int" not in (dtype := dtype_name(table.dtype)):
                 raise CheckpointError(f"{name}: found {dtype}; expected integers, such as int64")
             self.table = as_int64(table)
@@ -215,23 +212,15 @@ class StreamedDraft(MTPLayer):
     """An MTP layer, which reads all streams of the model: h_i stays in streams, each normed and projected for
     itself, and the projected embedding of the next token is added to all of them. It has a window alone."""
 
-    def build(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        layer: int,
-        rope: Tensor,
-        router: RouterSpec | None,
-    ) -> None:
+    def build(self, at: LayerSource) -> None:
         """As in `MTPLayer`."""
-        p, d = f"model.layers.{layer}.", config.hidden_size
+        p, d = at.prefix, at.config.hidden_size
         self.e_proj, self.h_proj = (
-            ops.pack_linear(p + name, lambda name=name: [weights.weight(p + name, (d, d))])  # type: ignore[misc]
+            at.ops.pack_linear(p + name, lambda name=name: [at.weights.weight(p + name, (d, d))])  # type: ignore[misc]
             for name in ("e_proj", "h_proj")
         )
-        self.attention, self.feed_forward = DeepseekV4.build_layer(config, ops, weights, layer, rope, router)
-        self.ending = streams_of(config, ops, weights, p + "hc_head.hc_", ends=True)
+        self.attention, self.feed_forward = DeepseekV4.build_layer(at)
+        self.ending = streams_of(at.config, at.ops, at.weights, p + "hc_head.hc_", ends=True)
 
     def reads(self, hidden: Tensor, norm: Norm) -> Tensor:
         """The streams as they are."""
@@ -267,18 +256,9 @@ class DeepseekV4(DecoderModel):
     draft_layer = StreamedDraft
 
     @classmethod
-    def build_layer(
-        cls,
-        config: ModelConfig,
-        ops: Ops,
-        weights: WeightSource,
-        layer: int,
-        rope: Tensor,
-        router: RouterSpec | None,
-    ) -> tuple[Any, Any]:
+    def build_layer(cls, at: LayerSource) -> tuple[Any, Any]:
         """As in `DecoderModel`."""
-        attention = CompressedAttention(config, ops, weights, layer, rope)
-        return attention, StreamedFeedForward(config, ops, weights, layer, router)
+        return CompressedAttention(at), StreamedFeedForward(at)
 
     @classmethod
     def build_ending(cls, config: ModelConfig, ops: Ops, weights: WeightSource) -> Handle | None:

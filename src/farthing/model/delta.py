@@ -11,10 +11,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from farthing.lazy import np
-from farthing.model.config import ModelConfig
 from farthing.model.heads import DeltaHeads
-from farthing.model.source import WeightSource
-from farthing.ops.api import DeltaParts, Norm, Ops, Place
+from farthing.model.source import LayerSource, WeightSource
+from farthing.ops.api import DeltaParts, Norm, Place
 from farthing.ops.arrays import as_float32, contiguous, host, like
 from farthing.ops.weights import Cut, Weight, cut_weight
 
@@ -29,9 +28,9 @@ class GatedDelta:
     query_scale = window = None
     sparse = False
 
-    def __init__(self, config: ModelConfig, ops: Ops, weights: WeightSource, layer: int, norm: Norm) -> None:
-        p, d = f"model.layers.{layer}.linear_attn.", config.hidden_size
-        heads = config.recurrent
+    def __init__(self, at: LayerSource, norm: Norm) -> None:
+        ops, weights, heads = at.ops, at.weights, at.config.recurrent
+        p, d = at.prefix + "linear_attn.", at.config.hidden_size
         assert heads is not None
         self.ops, self.norm = ops, norm
         self.qkvz = ops.pack_linear(p + "qkvz", lambda: _qkvz(weights, p, heads, d))

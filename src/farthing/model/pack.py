@@ -12,7 +12,7 @@ from farthing.config import Quantization
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import EMBEDDING, Rotations, head_ops, routers_of
 from farthing.model.load import IGNORED, config_of, form_of, source_of, unread
-from farthing.model.source import WeightSource
+from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import Ops, Weight
 from farthing.ops.cpu import create
 from farthing.process import Progress, unseen
@@ -106,9 +106,12 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
     ropes = Rotations(config).tables
     routers, form = routers_of(config), form_of(config)
 
+    def at(ops: Ops, layer: int) -> LayerSource:
+        return LayerSource(config, ops, source, layer, routers[layer], ops.tensor(ropes[layer]))
+
     def layer(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:
-            return form.build_layer(config, ops, source, i, ops.tensor(ropes[i]), routers[i])
+            return form.build_layer(at(ops, i))
 
         return build
 
@@ -126,9 +129,7 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
     def mtp(i: int) -> Callable[[Ops], object]:
         def build(ops: Ops) -> object:
             embedding = source.tensor("model.embed_tokens.weight", shape)
-            return form.draft_layer(
-                config, ops, source, i, ops.tensor(ropes[i]), routers[i], embedding, None, head_weight
-            )
+            return form.draft_layer(at(ops, i), embedding, None, head_weight)
 
         return build
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from farthing.checkpoint.floats import BLOCK, fp8_scales
 from farthing.checkpoint.shards import CheckpointError
@@ -16,6 +16,9 @@ from farthing.ops import Weight, all_finite, as_float32, dtype_name
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from farthing.model.config import ModelConfig
+    from farthing.ops import Ops, RouterSpec
 
 
 class WeightSource(Protocol):
@@ -36,6 +39,23 @@ class WeightSource(Protocol):
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """The matrix of a linear module, in whatever format it is stored."""
         ...
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """What one layer of a model is built from."""
+
+    config: ModelConfig
+    ops: Ops
+    weights: WeightSource
+    layer: int
+    router: RouterSpec | None = None  # None: a dense layer
+    rope: Any = None  # a tensor of `Rotations`; None: nothing that is built reads positions
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of its tensors."""
+        return f"model.layers.{self.layer}."
 
 
 class MemorySource:

@@ -15,7 +15,7 @@ from farthing.compress.layer import MLP, Layer, TracedOps, input_name
 from farthing.compress.quantize import Feedback, sweep
 from farthing.compress.transform import Stats, grams_of, parts_of
 from farthing.compress.work import LayerWork
-from farthing.model import FeedForward, MemorySource, router_spec
+from farthing.model import FeedForward, LayerSource, MemorySource, router_spec
 from farthing_lab.compress.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing_lab.compress.ranges import StudyRecorder
 from farthing_lab.compress.settings import Prune, Settings
@@ -161,7 +161,7 @@ def _forward(layer: Layer, parameters: dict[str, Tensor], masks: Mapping[str, Te
     changed = {f"{m}.weight": p * masks[m] for m, p in parameters.items()}
     source = MemorySource({**layer.tensors, **changed})
     router = router_spec(layer.config) if layer.is_moe else None
-    return FeedForward(layer.config, TracedOps(), source, layer.index, router)(x)
+    return FeedForward(LayerSource(layer.config, TracedOps(), source, layer.index, router))(x)
 
 
 def neuron_scores(down: Tensor, energy: Tensor) -> Tensor:
