@@ -170,7 +170,7 @@ class LiveEstimates:
     # ---- output ----
 
     def plan(self, now: float) -> Plan | None:
-        """What the chosen rule wants now; None before a load."""
+        """What the weighted rules want now; None before a load."""
         return self._plan
 
     def capacity(self) -> float | None:

@@ -1,6 +1,6 @@
 """Computes the number of replicas from signals and a plan.
 
-    short      what the rule chosen by rehearsal wants (`farthing_fleet.rehearsal`); without one,
+    short      what the rules weighted by rehearsal want (`farthing_fleet.rehearsal`); without any,
                load / (utilization · capacity)
     realtime   the load and the backlog, and the latency rule "above the threshold for N seconds: factor × the
                ready replicas", one step per cold start
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from farthing_fleet.config import PolicyConfig
-from farthing_fleet.rehearsal import Noise, Plan
+from farthing_fleet.rehearsal import Noise, Plan, drain
 from farthing_fleet.types import Action, Decision, Level, Levels, PolicyState, Snapshot
 
 # With a steady load a replica goes only if the fleet without it is larger than the need by this factor.
@@ -110,7 +110,8 @@ class Needs:
         assert load is not None  # the policy holds if it is missing
         unit = f"{self.config.unit}/s"
         if plan is not None:
-            text = f"{plan.rule} plans for {plan.load * rate:.4g} {unit} at {1 / plan.margin:.0%} utilization"
+            rule = plan.rule if plan.rules == 1 else f"the mean of {plan.rules} rules, led by {plan.rule},"
+            text = f"{rule} plans for {plan.load * rate:.4g} {unit} at {1 / plan.margin:.0%} utilization"
             short = Need(plan.need, f"{text}, needs {whole(plan.need)}")
         else:
             need = load / (self.config.target_utilization * rate)
@@ -135,11 +136,13 @@ class Needs:
         work = self._backlog_work(snapshot, load)
         if work <= 0:
             return None
-        drain = self.config.drain_s
-        need = (load + work / drain) / rate
+        extra = float(
+            drain(load / rate, work / rate, self.config.drain_s, self.lead(snapshot) + self.config.interval_s)
+        )
+        need = load / rate + extra
         requests = "1 request" if snapshot.backlog == 1 else f"{snapshot.backlog:.4g} requests"
         text = f"backlog of {requests} besides {load:.4g} {self.config.unit}/s"
-        return Need(need, f"{text}, needs {whole(need)} to process it in {drain:.0f} s")
+        return Need(need, f"{text}, needs {whole(need)} to process it in {work / rate / extra:.0f} s")
 
     def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
         """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""

@@ -1,20 +1,23 @@
-"""Chooses how to scale by rehearsing: hundreds of simulated fleets follow the load that was observed.
+"""Decides how to scale by rehearsing: hundreds of simulated fleets follow the load that was observed.
 
 A load does not depend on the fleet that serves it, so what any other rule would have cost, and how many
 requests it would have made wait, is known exactly. A *rule* is a plan of `farthing_fleet.forecast.recent`, a
 window whose highest plan counts, a bound by the highest load of two days (records are rare), and a margin:
 
     replicas = ceil(margin · highest plan of the window)
-             or, if more, load + backlog / drain time
+             or, if more, load + what drains the backlog (`drain`)
 
 Every rule has a simulated fleet with a queue, and its replicas serve one cold start after they were ordered.
 A replica serves now if it has been wanted for a whole cold start: ready = the lowest order of that time. That
-is the order book. Every ten minutes the rule with the least cost is chosen,
+is the order book. Every ten minutes the rules are weighted by their costs,
 
-    cost = replica-hours per load + `EXCESS` · (share of late requests beyond the error budget)
+    cost   = replica-hours per load + `PRICE` · (share of late requests beyond the error budget)
+    weight ~ 1 - (cost / least cost - 1) / `SPREAD`, not below zero
 
-both fading with a half-life of two days. A fleet starts with the evidence of six hours of a made-up day
-(`made_up_day`). Loads are in replicas: load units per second over one replica's capacity.
+both parts fading with a half-life of two days. What runs is the weighted mean of what the rules want: rules
+whose costs differ by less than chance share the decision, so that it does not jump between them. A fleet
+starts with the evidence of two hours of a made-up day (`made_up_day`). Loads are in replicas: load units per
+second over one replica's capacity.
 
 Shapes: P = plans, W = windows, B = bounds, M = margins.
 """
@@ -23,7 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +40,12 @@ WINDOWS = (0.25, 1, 3, 12, 48, 144)  # in leads, at most
 LONGEST_S = 7200.0
 BOUNDS = (math.inf, 1.25)  # of the highest five-minute mean of two days, before the margin is exceeded
 MARGINS = np.geomspace(0.9, 2.8, 40)
-EXCESS = 20.0
+PRICE = 20.0  # replica-seconds per request-second that is late
+SPREAD = 0.1  # a rule that costs this share more than the cheapest has no weight
 HALF_LIFE_S = 2 * DAY_S
-EVERY_S = 600.0  # between choices
-STICK = 0.02  # a rule is replaced by one that costs less by this share
+EVERY_S = 600.0  # between weighings
 START_S, START_MARGIN = 600.0, 1.25  # the least margin while too little has been seen to measure noise
-PRIOR_S = 6 * 3600.0  # weight of the made-up day
+PRIOR_S = 2 * 3600.0  # weight of the made-up day
 TERMINATION_S = 30.0  # a removed replica finishes its requests
 SHARE_OF_BUDGET = 0.8  # of the permitted late requests that a rule may have
 
@@ -55,7 +58,7 @@ class Settings:
     cold_start_s: float
     wait_s: float = 2.0  # requests that wait longer are late
     target: float = 0.995  # share of the requests that are not
-    drain_s: float = 60.0  # a backlog orders the replicas that would process it in this time
+    drain_s: float = 60.0  # a backlog is processed at most this fast
     least: int = 1
     most: int = 1_000_000
     learned: str | None = None  # the name of a forecaster whose plan is observed, too
@@ -90,15 +93,16 @@ class Noise:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the chosen rule wants now. Loads in replicas."""
+    """What the rules of least cost want now. Loads in replicas."""
 
     need: float  # replicas, not rounded, without the backlog
     load: float  # that is planned for
     now: float  # the load of the last minute
     margin: float  # replicas per load planned for
-    rule: str  # in words
+    rule: str  # of the greatest weight, in words
     steady: Noise | None = None  # while the load is constant but for noise
-    late: float = 0.0  # share of late requests of the rehearsed fleet
+    late: float = 0.0  # share of late requests of the rehearsed fleets
+    rules: int = 1  # that have a weight
 
 
 @dataclass(frozen=True)
@@ -201,6 +205,17 @@ class Steady:
             recent.reset()
 
 
+def drain(load: NDArray[Any], backlog: NDArray[Any], drain_s: float, lead_s: float) -> NDArray[Any]:
+    """Replicas that a backlog is worth besides those for the load.
+
+    x of them cost x · lead until they serve, and the load is late for another backlog / x, so that the sum is
+    least at x = √(price · load · backlog / lead): a spike of minutes that has passed orders little, a jump
+    that lasts orders much. At least as many as drain it in another lead, so that it ends without a load.
+    """
+    worth = np.maximum(backlog / lead_s, np.sqrt(PRICE * load * backlog / lead_s))
+    return np.minimum(backlog / drain_s, worth)
+
+
 class Fleets:
     """The simulated fleets of all rules, as arrays of any shape."""
 
@@ -242,8 +257,10 @@ class Fleets:
         """Set the replicas for a need; `load` is the present one."""
         settings = self._settings
         if self._queued:
-            waiting = self.backlog / np.float32(settings.drain_s)
-            need = np.where(waiting > 0, np.maximum(need, np.float32(load) + waiting), need)
+            extra = drain(
+                np.float32(load), self.backlog, np.float32(settings.drain_s), np.float32(settings.lead_s)
+            )
+            need = np.where(extra > 0, np.maximum(need, np.float32(load) + extra), need)
         orders = np.clip(np.ceil(need - 1e-6), settings.least, settings.most).astype(np.float32)
         self.hours += np.maximum(0, self.orders - orders) * (TERMINATION_S / settings.step_s)
         self.orders = self._block[self._at] = orders
@@ -283,7 +300,9 @@ class Rehearsal:
         self._every, self._steps = max(1, round(EVERY_S / step_s)), 0
         self._late, self._hours = np.zeros(shape), np.zeros(shape)
         self._time = self._arrived = self._arriving = 0.0
-        self._chosen, self._margin, self._share_late = (2, 1, 0), 1.25, 0.0
+        self._weights, self._margins = np.zeros(shape[:-1]), np.full(shape[:-1], 1.25)
+        self._weights[2, 1, 0] = 1.0
+        self._share_late = 0.0
         self._steady = Steady(step_s)
         if prior:
             self._imagine(max(first, 0.5))
@@ -296,7 +315,7 @@ class Rehearsal:
         weight = min(1.0, PRIOR_S / max(other._time, 1e-9))
         self._late, self._hours = other._late * weight, other._hours * weight
         self._time, self._arrived = other._time * weight, other._arrived * weight
-        self._chosen, self._margin = other._chosen, other._margin
+        self._weights, self._margins = other._weights, other._margins
         self._plans.growth = other._plans.growth
 
     def observe(self, load: float, learned: float | None = None) -> Plan:
@@ -313,18 +332,23 @@ class Rehearsal:
                 self._planned[row, column] = highest.add(plan)
         record = self._record.add(self._five.add(load))
         self._tops = self._bounds * record if record > 0 else self._bounds * 1e-9
-        planned = self._planned[:, :, None, None]
-        need = np.minimum(planned * MARGINS, np.maximum(self._tops[:, None], planned * 0.9))
-        self._fleets.order(need, plans[0])
+        self._fleets.order(self._bounded(self._planned[:, :, None, None], MARGINS), plans[0])
         self._steps += 1
         if self._steps % self._every == 0:
-            self._choose()
+            self._weigh()
         return self._plan(load, plans[0])
 
+    def _bounded(self, planned: Floats, margins: Floats) -> Floats:
+        """Replicas for these loads, by margin and within each bound; [P, W, B] or [P, W, B, M]."""
+        tops = self._tops if planned.ndim == 3 else self._tops[:, None]
+        return np.minimum(planned * margins, np.maximum(tops, planned * 0.9))
+
     def _plan(self, load: float, now: float) -> Plan:
-        row, column, bound = self._chosen
-        planned = float(self._planned[row, column])
-        need = min(planned * self._margin, max(float(self._tops[bound]), 0.9 * planned))
+        loads = self._planned[:, :, None]
+        wanted = self._bounded(loads, self._margins)
+        row, column, bound = np.unravel_index(int(self._weights.argmax()), self._weights.shape)
+        ended = wanted[row, column, bound] <= 0  # the longest windows of other rules last for hours
+        planned, need = (0.0 if ended else float((self._weights * part).sum()) for part in (loads, wanted))
         if self._steps * self.settings.step_s < max(START_S, self.settings.lead_s):
             need = max(need, START_MARGIN * planned)
         name, window_s = self.names[row], self._windows[column] * self.settings.step_s
@@ -333,14 +357,15 @@ class Rehearsal:
             need=need,
             load=planned,
             now=now,
-            margin=need / planned if planned > 0 else self._margin,
+            margin=need / planned if planned > 0 else START_MARGIN,
             rule=f"highest of {window} by {SAYS.get(name, name)}",
             steady=self._steady.add(load, need),
             late=self._share_late,
+            rules=int(np.count_nonzero(self._weights)),
         )
 
-    def _choose(self) -> None:
-        """Add the evidence of the last steps and choose the rule."""
+    def _weigh(self) -> None:
+        """Add the evidence of the last steps and weigh the rules."""
         late, hours = self._fleets.settle()
         passed = self._every * self.settings.step_s
         fades = 0.5 ** (passed / HALF_LIFE_S)
@@ -349,21 +374,18 @@ class Rehearsal:
         self._arrived, self._arriving = self._arrived * fades + self._arriving, 0.0
         self._time = self._time * fades + passed
         cost, shares = self.costs()
-        margins = np.argmin(cost, axis=-1)
-        best = np.take_along_axis(cost, margins[..., None], -1)[..., 0]
-        cheapest = np.unravel_index(int(np.argmin(best)), best.shape)
-        if best[cheapest] < best[self._chosen] * (1 - STICK):
-            self._chosen = (int(cheapest[0]), int(cheapest[1]), int(cheapest[2]))
-        margin = int(margins[self._chosen])
-        self._margin = float(MARGINS[margin])
-        self._share_late = float(shares[(*self._chosen, margin)])
+        best = cost.argmin(axis=-1)[..., None]
+        cost, shares = (np.take_along_axis(part, best, -1)[..., 0] for part in (cost, shares))
+        weights = np.maximum(0.0, 1 - (cost / max(float(cost.min()), 1e-9) - 1) / SPREAD)
+        self._weights, self._margins = weights / weights.sum(), MARGINS[best[..., 0]]
+        self._share_late = float((self._weights * shares).sum())
 
     def costs(self) -> tuple[Floats, Floats]:
         """([P, W, B, M] cost, [P, W, B, M] share of late requests) of every rule."""
         shares = np.minimum.accumulate(self._late / max(self._arrived, 1e-9), axis=-1)
         budget = SHARE_OF_BUDGET * (1 - self.settings.target)
         hours = self._hours / max(self._arrived, 1e-9)
-        return hours + EXCESS * np.maximum(0.0, shares - budget), shares
+        return hours + PRICE * np.maximum(0.0, shares - budget), shares
 
     def cheapest(self) -> dict[str, float]:
         """The cost of each plan with its best window, bound and margin."""

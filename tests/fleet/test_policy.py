@@ -123,6 +123,18 @@ def test_replicas_that_start_for_a_backlog_are_not_cancelled_while_it_lasts() ->
     assert targets == sorted(targets) and targets[-1] >= 30
 
 
+def test_a_backlog_that_a_spike_left_orders_what_it_is_worth() -> None:
+    """One request/s and 4500 requests waiting: 75 more replicas for 20 minutes drained it in a minute."""
+    decision = Policy(replace(CONFIG, cold_start_s=1185.0)).decide(0, seen(0, 2, 1.0, backlog=4500.0))
+    assert decision.target == 10
+    assert "backlog of 4500 requests besides 1 requests/s, needs 10 to process it in 520 s" in decision.reason
+
+
+def test_a_mean_of_rules_says_so() -> None:
+    decision = Policy(CONFIG).decide(0, seen(0, 2, 2.0), replace(planned(9.3), rules=7))
+    assert "the mean of 7 rules, led by highest of 15 min, plans for 6.51" in decision.reason
+
+
 def test_the_plan_decides_and_names_its_rule() -> None:
     decision = Policy(CONFIG).decide(0, seen(0, 2, 2.0), planned(9.3))
     assert (decision.target, decision.decided_by, decision.levels.short) == (10, "short", 10)

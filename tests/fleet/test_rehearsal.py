@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing_fleet.rehearsal import MARGINS, Fleets, Rehearsal, Settings, Steady, made_up_day
+from farthing_fleet.rehearsal import MARGINS, SPREAD, Fleets, Rehearsal, Settings, Steady, drain, made_up_day
 
 
 def test_a_replica_serves_after_it_was_wanted_for_a_cold_start() -> None:
@@ -29,6 +29,33 @@ def test_late_requests_are_those_that_wait_too_long() -> None:
     assert float(late[0]) == pytest.approx(30.0 * 13 / 15)
     assert float(hours[0]) == 1.0
     assert float(fleets.backlog[0]) == 15.0
+
+
+def test_a_spike_that_passed_orders_less_than_a_jump_that_lasts() -> None:
+    """A spike of five minutes at 16 leaves 75 minutes of work for a replica; a cold start takes 20 minutes.
+
+    Draining it in a minute took 75 replicas for 20 minutes each, to serve what was late anyway.
+    """
+    backlog = np.array([4500.0])
+    passed, lasting = (float(drain(np.array([load]), backlog, 60.0, 1200.0)[0]) for load in (1.0, 16.0))
+    assert passed == pytest.approx(math.sqrt(20 * 4500 / 1200)) and lasting == pytest.approx(4 * passed)
+    assert float(drain(np.array([16.0]), backlog, 60.0, 30.0)[0]) == 75.0  # at most this fast
+    assert float(drain(np.array([0.0]), backlog, 60.0, 1200.0)[0]) == 3.75  # it ends without a load, too
+
+
+def test_rules_share_the_decision_by_their_costs() -> None:
+    """The need lies between those of the rules that cost at most a tenth more than the cheapest."""
+    rehearsal = Rehearsal(Settings(60.0, 600.0), 10.0)
+    for load in 10.0 * made_up_day(60.0, seed=5):
+        plan = rehearsal.observe(float(load))
+    rehearsal._weigh()
+    plan = rehearsal.observe(10.0)
+    cost, weights = rehearsal.costs()[0].min(axis=-1), rehearsal._weights
+    assert weights.sum() == pytest.approx(1.0) and plan.rules == np.count_nonzero(weights) > 1
+    assert ((weights > 0) == (cost < (1 + SPREAD) * cost.min())).all()
+    assert weights.argmax() == cost.argmin()
+    wanted = rehearsal._bounded(rehearsal._planned[:, :, None], rehearsal._margins)[weights > 0]
+    assert wanted.min() <= plan.need <= wanted.max()
 
 
 @settings(max_examples=25, deadline=None)
