@@ -205,7 +205,7 @@ class Steady:
             recent.reset()
 
 
-def drain(load: NDArray[Any], backlog: NDArray[Any], drain_s: float, lead_s: float) -> NDArray[Any]:
+def drain(load: Any, backlog: Any, drain_s: float, lead_s: float) -> Any:
     """Replicas that a backlog is worth besides those for the load.
 
     x of them cost x · lead until they serve, and the load is late for another backlog / x, so that the sum is
@@ -257,9 +257,7 @@ class Fleets:
         """Set the replicas for a need; `load` is the present one."""
         settings = self._settings
         if self._queued:
-            extra = drain(
-                np.float32(load), self.backlog, np.float32(settings.drain_s), np.float32(settings.lead_s)
-            )
+            extra = drain(np.float32(load), self.backlog, settings.drain_s, settings.lead_s)
             need = np.where(extra > 0, np.maximum(need, np.float32(load) + extra), need)
         orders = np.clip(np.ceil(need - 1e-6), settings.least, settings.most).astype(np.float32)
         self.hours += np.maximum(0, self.orders - orders) * (TERMINATION_S / settings.step_s)
