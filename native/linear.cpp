@@ -79,7 +79,7 @@ constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
 
 // Scratch of one call.
 struct Space {
-  Act x, rest;           // [T], or a row per thread for one token
+  Act x, rest;            // [T], or a row per thread for one token
   float *norms, *turned;  // [threads][prepare_floats], of the matrix and of further columns
   float* tiles;           // [threads][kTile], twice with further columns
 

@@ -82,9 +82,9 @@ struct Plan {
 // Activations of one kind of expert: routed, or shared (which may have another format or width).
 struct Kind {
   const Matrix* in;  // of the first of these experts
-  Act x;     // [T] normed tokens
-  Act rows;  // [R] the same in expert order
-  Act mid;   // [R] or [T] activation(gate) * up
+  Act x;             // [T] normed tokens
+  Act rows;          // [R] the same in expert order
+  Act mid;           // [R] or [T] activation(gate) * up
 };
 
 void copy_row(const Act& from, int i, const Act& to, int j) {
@@ -145,7 +145,7 @@ void gate_up(const Kernels& k, const Gate& gate, const Mlp& e, const Act& x, con
 struct Space {
   int copies, most, token_rows, experts, score_ld, ld, unit = 64, steps = 0, out_columns, sum_count;
   bool sparse = false;
-  bool own_rows = false;           // the routed experts read their input in orders or formats of their own
+  bool own_rows = false;             // the routed experts read their input in orders or formats of their own
   float *normed, *scores, *weights;  // [copies][ld], [copies][score_ld], [copies][k]
   int32_t* ids;                      // [copies][k]
   Kind kinds[kMostParts][2];         // routed, shared

@@ -289,7 +289,8 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
 }
 
 void Packed::reorder(const int64_t* order) {
-  m.ordered = static_cast<int>(std::count_if(order, order + m.k, [](int64_t column) { return column != -1; }));
+  m.ordered =
+      static_cast<int>(std::count_if(order, order + m.k, [](int64_t column) { return column != -1; }));
   order_.assign(order, order + m.k);
   std::vector<bool> found(m.ordered);
   for (int i = 0; i < m.k; ++i) {

@@ -12,8 +12,8 @@ void require(const Packed& p, int n, int k, const char* what) {
   const auto shape = [](int rows, int columns) {
     return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
   };
-  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.rows(), p.m.inputs()) + "; expected " +
-                              shape(n, k));
+  throw std::invalid_argument(std::string(what) + " is a matrix " + shape(p.rows(), p.m.inputs()) +
+                              "; expected " + shape(n, k));
 }
 
 bool alike(const Packed& a, const Packed& b) { return a.m.format == b.m.format && a.m.group == b.m.group; }
