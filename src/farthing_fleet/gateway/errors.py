@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 from collections.abc import Mapping
+from typing import Any
 
 from aiohttp import web
 
@@ -18,33 +19,25 @@ def summary(problem: object) -> str:
     return lines[0].partition(": b'")[0][:200] if lines else "no HTTP/1.1"
 
 
-class Refused(Exception):
+class Refused(ApiError):
     """A request that the gateway answers with an error.
 
     close: the connection closes after the answer (the body may not have been read).
     """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        close: bool = False,
+        self, *error: Any, headers: Mapping[str, str] | None = None, close: bool = False, **named: Any
     ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
+        """error, named: as `ApiError` has them."""
+        super().__init__(*error, **named)
         self.headers, self.close = dict(headers or {}), close
 
 
 def error_response(refused: Refused, path: str) -> web.Response:
     """The response to a refused request of this path."""
-    error = ApiError(refused.status, str(refused), param=refused.param, code=refused.code)
     response = web.Response(
         status=refused.status,
-        text=error.body(is_anthropic(path)),
+        text=refused.body(is_anthropic(path)),
         headers=refused.headers,
         content_type="application/json",
     )

@@ -14,7 +14,7 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import aiohttp
 from aiohttp import web
@@ -31,26 +31,6 @@ _LINGER_S = 3.0  # for a client that still sends after it was answered
 _TCP_USER_TIMEOUT = 18  # Linux: milliseconds sent data may stay unacknowledged (tcp(7))
 
 Phase = Literal["head", "request", "closing"]
-
-
-class Handler(Protocol):
-    """aiohttp's side of a connection."""
-
-    def problem(self, body: aiohttp.StreamReader) -> str | None:
-        """Why the parser gave up within this body of the current request; None if it did not."""
-        ...
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
-
-    def connection_lost(self, exc: BaseException | None) -> None: ...
-
-    def data_received(self, data: bytes) -> None: ...
-
-    def eof_received(self) -> None: ...
-
-    def pause_writing(self) -> None: ...
-
-    def resume_writing(self) -> None: ...
 
 
 class Door:
@@ -87,7 +67,7 @@ class Guard(asyncio.Protocol):
     connection is closing).
     """
 
-    def __init__(self, door: Door, handler: Handler) -> None:
+    def __init__(self, door: Door, handler: GatewayProtocol) -> None:
         self._door, self._handler = door, handler
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import socket
@@ -11,9 +12,9 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
 from prometheus_client import Gauge
 
+from farthing.exchange import ReplicaLost, Upstream
 from farthing.shares import Shares
 from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.metrics import GatewayMetrics
@@ -198,6 +199,7 @@ log = logging.getLogger(__name__)
 
 _EVERY_S = 1.0
 _TIMEOUT_S = 2.0
+_JSON = {"Content-Type": "application/json"}
 
 
 class Waker:
@@ -211,35 +213,40 @@ class Waker:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"wake: got {url!r}; expected a URL such as http://127.0.0.1:9400/wake")
         self._url, self._holds, self._pool = url, holds, pool
+        self._base, self._target = (
+            f"{parts.scheme}://{parts.netloc}",
+            parts._replace(scheme="", netloc="").geturl() or "/",
+        )
+        self._http = Upstream(_TIMEOUT_S, _TIMEOUT_S)
         self._arrival = asyncio.Event()
         holds.arrivals.append(self._arrival)
         self._name = f"{socket.gethostname()}-{os.getpid()}"
 
     async def run(self) -> None:
         """Report forever."""
-        timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
         silent = False
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            while True:
-                if not self._waiting:
-                    self._arrival.clear()
-                    await self._arrival.wait()
-                    continue
-                problem = await self._report(session)
-                if problem and not silent:
-                    log.warning("cannot reach the controller at %s: %s", self._url, problem)
-                silent = bool(problem)
-                await asyncio.sleep(_EVERY_S)
+        while True:
+            if not self._waiting:
+                self._arrival.clear()
+                await self._arrival.wait()
+                continue
+            problem = await self._report()
+            if problem and not silent:
+                log.warning("cannot reach the controller at %s: %s", self._url, problem)
+            silent = bool(problem)
+            await asyncio.sleep(_EVERY_S)
 
     @property
     def _waiting(self) -> int:
         return self._holds.waiting if self._pool is None else self._holds[self._pool].waiting
 
-    async def _report(self, session: aiohttp.ClientSession) -> str:
+    async def _report(self) -> str:
         """Send one report. Returns the problem, or an empty string."""
-        report = {"gateway": self._name, "waiting": self._waiting}
+        report = json.dumps({"gateway": self._name, "waiting": self._waiting}).encode()
         try:
-            async with session.post(self._url, json=report) as answer:
-                return "" if answer.status < 300 else f"status {answer.status}"
-        except (aiohttp.ClientError, OSError, TimeoutError) as problem:
+            async with asyncio.timeout(_TIMEOUT_S):
+                answer = await self._http.send(self._base, "POST", self._target, _JSON, report)
+            answer.close()
+            return "" if answer.status < 300 else f"status {answer.status}"
+        except (ReplicaLost, TimeoutError) as problem:
             return str(problem) or type(problem).__name__

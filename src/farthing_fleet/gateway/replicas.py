@@ -14,8 +14,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import aiohttp
-
+from farthing.exchange import ReplicaLost, Upstream
 from farthing.prompts import Prompt
 from farthing_fleet.gateway.config import GatewayConfig
 
@@ -451,6 +450,7 @@ class Silence:
 # Health checks: polls each replica and detects replicas that stop answering.
 
 _FIRST_CHECK_S = 0.1  # between checks of a replica that has never been healthy
+_CLOSE = {"Connection": "close"}  # every check shows that the replica still accepts connections
 
 
 class Health:
@@ -467,21 +467,14 @@ class Health:
         becomes healthy or unhealthy.
         """
         self._config, self._silence, self._meet, self._on_change = config, silence, meet, on_change
-        self._session: aiohttp.ClientSession | None = None
+        self._http = Upstream(config.health_timeout_s, config.health_timeout_s)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    async def start(self) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=self._config.health_timeout_s),
-        )
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._session is not None:
-            await self._session.close()
+        self._http.close()
 
     def watch(self, replica: Replica) -> None:
         """Check a replica until it drains."""
@@ -491,11 +484,11 @@ class Health:
 
     async def check(self, replica: Replica) -> int | None:
         """The status code of one health check; None on timeout."""
-        assert self._session is not None
+        config = self._config
         try:
-            async with self._session.get(replica.url + self._config.health_path) as answer:
-                return answer.status
-        except (aiohttp.ClientError, OSError, TimeoutError):
+            timeout = config.health_timeout_s
+            return (await self._http.get(replica.url, config.health_path, _CLOSE, timeout=timeout))[0]
+        except ReplicaLost:
             return None
 
     async def alive(self, replica: Replica) -> bool:

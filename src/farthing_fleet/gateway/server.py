@@ -10,13 +10,13 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from farthing.exchange import Upstream
-from farthing.server.config import ambiguity, is_loopback
+from farthing.server.config import KeyRing, ambiguity, is_loopback
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.digests import Digests
 from farthing_fleet.gateway.errors import Refused, error_response
@@ -38,12 +38,6 @@ _MODEL_URL = re.compile(r"(?:(.+)=(?=https?:))?(.*)")
 _FIRST_REQUEST_S = 1.0  # for a connection accepted just as the gateway stops
 
 
-class Keys(Protocol):
-    """API keys: the client name of an Authorization header, None for an unknown key."""
-
-    def check(self, header_value: str | None) -> str | None: ...
-
-
 @dataclass(frozen=True)
 class Page:
     """A response of the dashboard. open: no key required."""
@@ -61,7 +55,7 @@ class Gateway:
         self,
         config: GatewayConfig | None = None,
         *,
-        keys: Keys | None = None,
+        keys: KeyRing | None = None,
         replicas_file: Path | None = None,
         pages: Callable[[str, str], Page | None] | None = None,
         wake: Sequence[str] = (),
@@ -111,7 +105,6 @@ class Gateway:
         self.proxy = Proxy(
             self.config, self.balancer, self.metrics, self.holds, self.upstream, self.health.alive
         )
-        await self.health.start()
         if self._file is not None:
             self._file.read()
             self._tasks.append(asyncio.create_task(self._file.follow()))
