@@ -23,6 +23,9 @@ DECODE_PER_PREFILL = 20.0  # initial cost of an output token, in prompt tokens
 MOST = 4.0  # the capacity at the guess's lengths stays within this factor of the guess
 BOUND_RATE, QUEUE_RATE = 0.05, 0.2  # of learning: a bound is weaker evidence than a measured throughput
 LENGTH_RATE = 0.2
+FIRST = (
+    20  # snapshots until the mean lengths count as known: at first, requests run that have answered little
+)
 WEAK = 0.5  # a replica that is less busy says less
 LIGHT = 0.15  # busier replicas do not show the time per token of an idle one
 
@@ -55,6 +58,7 @@ class OnlineCapacity:
         self._costs = (1.0 / guess, 0.0)  # seconds per uncached prompt token and per output token
         self._computed: tuple[float, float] | None = None  # tokens per request, without cached ones
         self._lengths = (0.0, 0.0)  # with cached ones
+        self._sums, self._measured = (0.0, 0.0, 0.0), 0  # load units and tokens of the first snapshots
         self._anchor = (1.0, 0.0)  # tokens per load unit at the guess
         self._light: float | None = None  # seconds per output token of an idle replica
         self._last: Snapshot | None = None
@@ -130,7 +134,7 @@ class OnlineCapacity:
         return max(0.0, 1 - (snapshot.backlog - last.backlog) / (passed * arriving))
 
     def _measure(self, snapshot: Snapshot) -> None:
-        """Update the mean lengths; the first ones turn the guess into two costs."""
+        """Update the mean lengths; those of the first snapshots turn the guess into two costs."""
         requests, prompt, output = (
             snapshot.request_rate,
             snapshot.prompt_token_rate,
@@ -143,11 +147,22 @@ class OnlineCapacity:
         computed = lengths[0] * (1 - cached), lengths[1]
         if self._computed is None:
             self._lengths, self._computed = lengths, computed
-            prefill = self._per_request / (self.guess * (computed[0] + DECODE_PER_PREFILL * computed[1]))
-            self._costs = prefill, DECODE_PER_PREFILL * prefill
-            self._anchor = computed[0] / self._per_request, computed[1] / self._per_request
-        self._lengths = _nearer(self._lengths, lengths)
-        self._computed = _nearer(self._computed, computed)
+        rate = max(LENGTH_RATE, 1 / (self._measured + 1))
+        self._lengths = _nearer(self._lengths, lengths, rate)
+        self._computed = _nearer(self._computed, computed, rate)
+        if self._measured < FIRST:
+            units = requests if self.unit == "requests" else prompt + output
+            self._settle((units, prompt * (1 - cached), output))
+
+    def _settle(self, seen: tuple[float, float, float]) -> None:
+        """The guess is that of the mean request so far: both costs follow, what was learned stays."""
+        before = self._anchor[0] + DECODE_PER_PREFILL * self._anchor[1]
+        units, prompt, output = (total + new for total, new in zip(self._sums, seen, strict=True))
+        self._sums, self._measured = (units, prompt, output), self._measured + 1
+        self._anchor = prompt / units, output / units
+        factor = before / (self._anchor[0] + DECODE_PER_PREFILL * self._anchor[1])
+        prefill, decode = self._costs[0], self._costs[1] or DECODE_PER_PREFILL * self._costs[0]
+        self._costs = prefill * factor, decode * factor
 
     def _move(self, prompt: float, output: float, busy: float, rate: float) -> None:
         """Move towards busy(prompt, output) = `busy`, each cost in proportion to its share."""
@@ -162,5 +177,5 @@ class OnlineCapacity:
         self._costs = moved[0] * back, moved[1] * back
 
 
-def _nearer(mean: tuple[float, float], seen: tuple[float, float]) -> tuple[float, float]:
-    return mean[0] + LENGTH_RATE * (seen[0] - mean[0]), mean[1] + LENGTH_RATE * (seen[1] - mean[1])
+def _nearer(mean: tuple[float, float], seen: tuple[float, float], rate: float) -> tuple[float, float]:
+    return mean[0] + rate * (seen[0] - mean[0]), mean[1] + rate * (seen[1] - mean[1])

@@ -145,6 +145,19 @@ def truth(prompt: float, output: float) -> float:
     return 1 / (PREFILL * prompt + DECODE * output)
 
 
+def test_the_guess_holds_for_the_mean_request_though_the_first_ones_still_run() -> None:
+    """At the start, requests have arrived that will answer for longer than a snapshot."""
+    learner = OnlineCapacity(guess=4.0)
+    for answered in (60, 200, 400):
+        assert learner.observe(tokens(1.0, 200, answered)) == pytest.approx(4.0, rel=0.5)
+    for _ in range(20):
+        learner.observe(tokens(1.0, 200, 600))
+    assert learner.estimate == pytest.approx(4.0, rel=0.1)
+    for _ in range(40):  # from then on, longer answers are more work
+        learner.observe(tokens(1.0, 200, 1200))
+    assert learner.estimate == pytest.approx(2.0, rel=0.1)
+
+
 def test_both_costs_are_learned_from_saturated_replicas() -> None:
     source, learner = random.Random(0), OnlineCapacity(guess=1.5)
     for _ in range(4000):
