@@ -86,3 +86,34 @@ async def test_expect_continue_is_answered_when_the_body_is_read() -> None:
         writer.write(head.replace(KEY, b"") + b"\r\n\r\n")
         assert (await answer_of(reader))[0] == 401
         writer.close()
+
+
+@pytest.mark.anyio
+async def test_body_that_arrives_with_its_head_is_none_of_it() -> None:
+    """An event loop may read several times from a socket before it starts the handler."""
+    async with fleet(1) as (gateway, _, _session, url):
+        for empty in (b"", b"\r\n"):
+            reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+            while not gateway.door.guards:
+                await asyncio.sleep(0.01)
+            (guard,) = gateway.door.guards
+            request = empty + post(json.dumps(body("x" * 300_000)).encode())
+            for start in range(0, len(request), 100_000):
+                guard.data_received(request[start : start + 100_000])
+            assert (await answer_of(reader))[0] == 200
+            writer.close()
+            while gateway.door.guards:
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.anyio
+async def test_empty_lines_are_no_head() -> None:
+    async with fleet(1) as (gateway, _, _session, url):
+        reader, writer = await connect(int(url.rsplit(":", 1)[1]))
+        while not gateway.door.guards:
+            await asyncio.sleep(0.01)
+        (guard,) = gateway.door.guards
+        for _ in range(3):
+            guard.data_received(b"\r\n" * 20_000)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 431 ")
+        writer.close()

@@ -109,8 +109,9 @@ class Guard(asyncio.Protocol):
         if not self._admitted or self._spoiled or (self.phase == "closing" and self._overrun(data)):
             return
         if self.phase == "head":
-            # Checked before counting this data: it may contain a whole head and part of a body.
-            if self._bytes > self._door.config.max_head:
+            # Checked before counting this data: it may contain a whole head and part of a body, of which more
+            # can arrive before the handler starts.
+            if self._bytes > self._door.config.max_head and self._after is None:
                 self.refuse(431, f"request head exceeds {self._door.config.max_head} bytes")
                 return
             if not self._bytes:
@@ -182,12 +183,13 @@ class Guard(asyncio.Protocol):
     def _measure(self, data: bytes) -> None:
         """Count the bytes after the head."""
         if self._after is None:
-            seen = self._tail + data
+            seen = self._tail + data if self._tail else data.lstrip(b"\r\n")  # empty lines before a head
             end = seen.find(_HEAD_END)
             self._after = len(seen) - end - len(_HEAD_END) if end >= 0 else None
+            self._tail = seen[-4:]
         else:
             self._after += len(data)
-        self._tail = (self._tail + data[-4:])[-4:]
+            self._tail = (self._tail + data[-4:])[-4:]
 
     def _more(self) -> bool:
         """Whether a part of another request was received during the one that ended.
