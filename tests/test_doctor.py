@@ -62,6 +62,20 @@ def test_instruction_sets_are_read_from_the_system(tmp_path: Path) -> None:
     assert found["instruction sets"].status == "ok"
 
 
+def test_hardware_threads_of_one_core_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
+    for cpu in (0, 1, 4, 5):
+        topology = tmp_path / f"cpu/cpu{cpu}/topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    for node in ("node0", "node1"):
+        (tmp_path / "node" / node).mkdir(parents=True)
+    found = by_name(machine.check_processor(system=tmp_path))["cores"]
+    assert found.data == {"cores": 2, "hardware_threads": 4, "memory_nodes": 2}
+    assert "--threads 2" in found.advice
+    assert "cores" not in by_name(machine.check_processor(system=tmp_path / "absent"))
+
+
 def test_without_native_kernels_numpy_measures_and_advice_is_given(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -72,8 +72,10 @@ GIB = 1 << 30
 _PROBE_BYTES = 512 << 20  # larger than all but the largest caches
 
 
-def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
-    """Name, vCPUs and instruction sets."""
+def check_processor(
+    cpuinfo: Path = Path("/proc/cpuinfo"), system: Path = Path("/sys/devices/system")
+) -> Iterator[Check]:
+    """Name, vCPUs, cores and memory nodes, and instruction sets."""
     name = cpu_name(cpuinfo) or platform.processor() or platform.machine()
     usable, present = usable_cpus(), os.cpu_count() or 1
     some = "" if usable == present else f" of {present}: affinity or a control group keeps the others"
@@ -84,6 +86,7 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
         detail=f"{name}, {usable} vCPUs{some}",
         data={"name": name, "usable": usable, "present": present, "architecture": platform.machine()},
     )
+    yield from _cores(system)
     flags = [flag for flag in INSTRUCTION_SETS if flag in _flags(cpuinfo)]
     native = _native()
     kernels = str(native.instruction_sets()) if native is not None else ""
@@ -107,6 +110,31 @@ def check_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Check]:
             f"and {near:,} into L1, by the processor's vendor",
             data={"bytes": far, "nibbles": nibbles, "nibbles_near": near},
         )
+
+
+def _cores(system: Path) -> Iterator[Check]:
+    """Cores and NUMA nodes of the CPUs this process may use, where Linux tells them."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    siblings = [system / f"cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in allowed]
+    try:
+        cores = len({file.read_text() for file in siblings})
+    except OSError:
+        return
+    if not cores:
+        return
+    nodes = max(len(list(system.glob("node/node[0-9]*"))), 1)
+    shared = len(allowed) > cores
+    yield Check(
+        group="processor",
+        name="cores",
+        status="info",
+        detail=f"{cores}, {nodes} memory node{'s' * (nodes > 1)}"
+        + (f", shared by {len(allowed)} hardware threads" if shared else ""),
+        advice=f"hardware threads of one core share its vector and tile units: compare --threads {cores}"
+        if shared
+        else "",
+        data={"cores": cores, "hardware_threads": len(allowed), "memory_nodes": nodes},
+    )
 
 
 def check_memory(measure: bool = True) -> Iterator[Check]:
