@@ -187,7 +187,7 @@ struct MoeArgs {
   float eps;
   Rows out;                               // [T, D]
   int64_t* counts = nullptr;              // [E], increased by the tokens of each expert; or null
-  const int64_t* chosen = nullptr;        // [T, k] experts chosen by the caller, negative: none; or null
+  const int64_t* chosen = nullptr;        // [T, k] experts chosen by the caller, or null
   const float* chosen_weights = nullptr;  // [T, k]; null: the router's weights of them
   bool residual = true;                   // whether x is added
 };
@@ -295,7 +295,7 @@ void embed(const uint8_t* table, bool half, int64_t ld, int64_t rows, const int6
 
 // One token: scores [E] (before the activation) to k chosen experts and weights; skipped ones have id -1.
 void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights);
-// The weights of experts that were chosen otherwise.
+// The weights of experts that were chosen otherwise, ids without an expert being the nearest with one.
 void weigh_experts(const Router& r, float* scores, const int64_t* chosen, int32_t* ids, float* weights);
 
 }  // namespace farthing

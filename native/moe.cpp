@@ -274,11 +274,14 @@ class Experts {
     team.barrier();
   }
 
-  // The caller's choice, where a plan is built from it. A negative id is no choice.
+  // The caller's choice, where a plan is built from it. An id without an expert is no choice.
   void take_choice(Team& team) const {
     if (!alone() && team.id() != 0) return;
     const size_t at = alone() ? static_cast<size_t>(team.id()) * k_ : 0;
-    for (int i = 0; i < s_.most; ++i) s_.ids[at + i] = static_cast<int32_t>(in_.chosen[i]);
+    for (int i = 0; i < s_.most; ++i) {
+      const bool exists = in_.chosen[i] >= 0 && in_.chosen[i] < w_.routed();
+      s_.ids[at + i] = exists ? static_cast<int32_t>(in_.chosen[i]) : -1;
+    }
     std::copy_n(in_.chosen_weights, s_.most, s_.weights + at);
   }
 

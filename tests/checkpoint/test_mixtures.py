@@ -27,12 +27,15 @@ from farthing.ops.api import Ops
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4
+from farthing.parallel.cluster import ParallelModel
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import ShardedSource
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import PlannedModel, _all_experts, shares_by_format
 from tests.checkpoint.test_words import in_words
 from tests.ops.parts import distance
+from tests.parallel.ranks import rank_options
+from tests.parallel.test_types import greedy
 
 transformers = pytest.importorskip("transformers")
 
@@ -263,6 +266,24 @@ def test_ranks_divide_columns_in_an_order_exactly(ranks: int, mixed: dict[str, P
     cut = [part.weight("model.layers.0.self_attn.o_proj") for part in parts]
     assert o.order is not None and all(w.format == "int4" for w in cut)
     assert torch.equal(torch.cat([w.dequantize() for w in cut], 1), o.dequantize())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_two_running_ranks_of_orders_compute_as_one(backend: str, mixed: dict[str, Path]) -> None:
+    """The tokens of one process; and its hidden states, where kernels round inputs in groups that ranks
+    divide."""
+    if backend == "cpu":
+        pytest.importorskip("farthing.ops.cpu")
+    one = load(mixed["gptq"], select(backend, dtype=torch.float32, threads=1))
+    two = ParallelModel(rank_options(mixed["gptq"], Layout(tp=2), backend=backend))
+    ids, batch = torch.arange(20), make_batch([20], [0], [[1, 0]], 16)
+    try:
+        with torch.inference_mode():
+            found, expected = (m.forward(ids, batch, m.new_cache(2, 16, "float32")) for m in (two, one))
+        assert distance(found, expected) < (1e-3 if backend == "cpu" else 1e-10)
+        assert backend == "cpu" or greedy(two) == greedy(one)
+    finally:
+        two.close()
 
 
 def test_the_plan_counts_the_bytes_of_each_expert(mixed: dict[str, Path]) -> None:

@@ -30,6 +30,7 @@ from farthing.compress.recipe import load_recipe  # noqa: E402
 from farthing.engine.tokenizer import Tokenizer as OurTokenizer  # noqa: E402
 from farthing.engine.tokenizer import generation_defaults  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
+from farthing.model import gguf_write  # noqa: E402
 from farthing.model.fields import ConfigError  # noqa: E402
 from farthing.model.load import config_of, load, source_of  # noqa: E402
 from farthing.ops.select import select  # noqa: E402
@@ -175,6 +176,29 @@ def test_rounding_stays_within_half_a_step(seed: int, kind: str, exponent: float
     assert float((found - values).norm() / values.norm()) < bound + (0.01 if exponent < -10 else 0)
     again, exact = encode(BLOCKS[kind](data.reshape(4, 2, -1)), kind)
     assert exact and np.array_equal(again, data)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_rows_are_rounded_on_all_cores(
+    quantizable: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bytes and figures of whole matrices."""
+    found = []
+    for together, rows in ((1 << 18, 128), (1, 16)):
+        monkeypatch.setattr(gguf_write, "_TOGETHER", together)
+        monkeypatch.setattr(gguf_write, "FP8_BLOCK", rows)
+        kept = export_gguf(quantizable, out := tmp_path / f"{rows}.gguf", kind.lower())
+        found.append((out.read_bytes(), {name: str(figures) for name, figures in kept.items()}))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_values_that_cannot_be_rounded_are_refused(kind: str, bad: float) -> None:
+    values = torch.ones(4, 64)
+    values[2, 3] = bad
+    with pytest.raises(ValueError, match="got NaN or infinity; expected finite values"):
+        encode(Weight("dense", values), kind)
 
 
 def test_values_that_a_type_lacks(tmp_path: Path) -> None:

@@ -250,6 +250,24 @@ def test_moe_with_given_routing(ops: CpuOps, ref: ReferenceOps, name: str, token
         ops.moe_chosen(x, handle, Norm(scale, EPS), ids[:, :2], gates)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_chosen_experts_that_do_not_exist(ops: CpuOps, tokens: int) -> None:
+    """Native code reads nothing of them; tables of files that have such numbers are refused at load."""
+    spec = RouterSpec(8, 3)
+    handle = ops.pack_moe("m", spec, lambda: experts(spec, "bf16", 64, 96, None))
+    x, scale, gates = torch.randn(tokens, 64), Norm(norm(64), EPS), torch.rand(tokens, 3)
+    ids = torch.stack([torch.randperm(8)[:3] for _ in range(tokens)])
+    bad, none, clamped = ids.clone(), ids.clone(), ids.clone()
+    for column, (number, nearest) in enumerate(((-1, 0), (8, 7), (1 << 40, 7))):
+        bad[:, column], none[:, column], clamped[:, column] = number, -1, nearest
+    y = ops.moe_chosen(x.clone(), handle, scale, bad, gates)
+    assert torch.equal(y, ops.moe_chosen(x.clone(), handle, scale, none, gates)) and torch.equal(y, x)
+    counts = torch.zeros(8, dtype=torch.int64)
+    among = ops.moe_among(x.clone(), handle, scale, bad, counts)
+    assert torch.equal(among, ops.moe_among(x.clone(), handle, scale, clamped))
+    assert counts.tolist() == [tokens, 0, 0, 0, 0, 0, 0, 2 * tokens]
+
+
 def test_reroute(ops: CpuOps, ref: ReferenceOps) -> None:
     w = experts(ROUTERS["v3"], "int8", 64, 64, None)
     handle, expected = (

@@ -16,8 +16,10 @@ from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
 from farthing.ops.weights import (
     CODES,
+    INTEGERS,
     Weight,
     loaded_as,
+    nearest_of,
     pack_int4,
     quantize_int4,
     quantize_int8,
@@ -102,6 +104,18 @@ def test_codes_are_never_worse_than_their_full_range(group: int, kind: str) -> N
     assert bool(found.isfinite().all())
     assert bool((errors(w, found, group) <= bound * (1 + 1e-5) + 1e-70).all())
     assert bool((found[w == 0] == 0).all())  # pruned weights stay zero
+
+
+@pytest.mark.parametrize("stored", [name for name, stored in INTEGERS.items() if stored.codes])
+def test_the_nearest_code(stored: str) -> None:
+    """Of two at the same distance the lower one, and the last ones beyond the ends."""
+    codes = sorted(set(INTEGERS[stored].codes))
+    between = (torch.tensor(codes[1:]) + torch.tensor(codes[:-1])) / 2
+    edges = torch.cat([between, torch.tensor(codes).float(), torch.linspace(-1e6, 1e6, 99)])
+    inf = torch.tensor(float("inf"))
+    x = torch.cat([edges, edges.nextafter(inf), edges.nextafter(-inf), 300 * torch.randn(2000)])
+    expected = torch.tensor(codes)[torch.bucketize(x, between)].float()
+    assert torch.equal(nearest_of(codes)(x), expected)
 
 
 def test_codes_beat_even_spacing() -> None:

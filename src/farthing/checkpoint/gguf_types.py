@@ -14,6 +14,8 @@ from farthing.ops.weights import (
     INTEGERS,
     Format,
     Weight,
+    check_finite,
+    nearest_of,
     quantize_int4,
     quantize_int8_groups,
     to_codes,
@@ -234,7 +236,8 @@ _TOGETHER = 1 << 17  # values that are rounded at once: all that is computed of 
 
 
 def nearest(values: Tensor, kind: str) -> Weight:
-    """Values [N, K] rounded to a type, with scales of least squared error."""
+    """Values [N, K] rounded to a type, with scales of least squared error. Raises ValueError for NaN."""
+    check_finite(values)
     parts = [_rounded(part, kind) for part in values.split(max(1, _TOGETHER // values.shape[1]))]
     scale = torch.cat([part.scale for part in parts if part.scale is not None])
     return Weight(parts[0].format, torch.cat([part.data for part in parts]), scale)
@@ -246,24 +249,22 @@ def _rounded(values: Tensor, kind: str) -> Weight:
     if kind == "Q4_0":
         return quantize_int4(values, BLOCK)
     name = FORMATS[kind][0]
-    codes, places = torch.tensor(INTEGERS[name].codes).sort(stable=True)
-    if kind == "MXFP4":
-        q, scale = _powers_of_two(values, codes.float())
-    else:
-        q, scale = to_codes(values, BLOCK, INTEGERS[name].codes)
-    u = places[torch.searchsorted(codes, q.long())].to(torch.uint8)
+    values_of = INTEGERS[name].codes
+    codes = sorted(set(values_of))
+    q, scale = _powers_of_two(values, codes) if kind == "MXFP4" else to_codes(values, BLOCK, codes)
+    places = [values_of.index(v) if v in values_of else 0 for v in range(codes[0], codes[-1] + 1)]
+    u = torch.tensor(places, dtype=torch.uint8)[q.int() - codes[0]]
     return Weight(name, u[:, ::2] | u[:, 1::2] << 4, scale)
 
 
-def _powers_of_two(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _powers_of_two(values: Tensor, codes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Codes [N, K] and scales of groups, of two powers of two the one of less squared error."""
     groups = values.unflatten(1, (-1, BLOCK))
-    between = (codes[1:] + codes[:-1]) / 2
-    top = groups.abs().amax(-1).clamp_min(2.0**-100)
+    top, rounds = groups.abs().amax(-1).clamp_min(2.0**-100), nearest_of(codes)
     low = (top / codes[-1]).log2().floor().exp2()  # reaches the largest magnitude at most twice
     found = []
     for scale in (low, 2 * low):
-        q = codes[torch.bucketize(groups / scale.unsqueeze(-1), between)]
+        q = rounds(groups / scale.unsqueeze(-1))
         found.append((q, scale, (q * scale.unsqueeze(-1) - groups).square().sum(-1)))
     (q, scale, error), (wide, doubled, larger) = found
     better = larger < error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod, sqrt
@@ -26,7 +28,7 @@ from farthing.model.config import LatentHeads
 from farthing.model.gguf_metadata import architecture_of, rotary_factors
 from farthing.model.load import config_of, parameter_shapes, source_of
 from farthing.model.types import type_named
-from farthing.ops.weights import Weight
+from farthing.ops.weights import FP8_BLOCK, Cut, Weight, cut_weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Floats = NDArray[np.float32]
 
+_TOGETHER = 1 << 16  # values of a matrix that a core takes at once, or a block of rows of FP8
 _PRECISE = "Q8_0"  # of attention, embedding and head, where others are rounded to 4 bits
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(.*)\.(weight|bias)")
 _PRECISE_IN_LLAMA_CPP = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")  # stored in float32
@@ -153,15 +156,19 @@ class GgufTensors:
         return self._kind if ".mlp." in module else _PRECISE
 
     def _encoded(self, weight: Weight, kind: str) -> Bytes:
-        data, exact = encode(weight, kind)
-        kept = self.kept.setdefault(kind, Kept())
-        kept.matrices += 1
-        kept.exact += exact
-        if not exact:
-            value = weight.dequantize()
-            kept.error += float((_decoded(data, kind) - value).square().sum(dtype=torch.float64))
-            kept.total += float(value.square().sum(dtype=torch.float64))
-        return data
+        """Rows by rows, on all cores: what is computed of some rows stays in a core's caches."""
+        n, k = weight.shape
+        step = max(FP8_BLOCK, _TOGETHER // k // FP8_BLOCK * FP8_BLOCK)
+        parts = [cut_weight(weight, Cut(0, at, min(at + step, n))) for at in range(0, n, step)]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            data, exact, errors = zip(*pool.map(partial(_measured, kind), parts), strict=True)
+            kept = self.kept.setdefault(kind, Kept())
+            kept.matrices += 1
+            kept.exact += all(exact)
+            if not all(exact):
+                kept.error += sum(errors)
+                kept.total += sum(pool.map(lambda part: _squares(part.dequantize()), parts))
+        return np.concatenate(data)
 
     def _matrix(self, name: str, module: str, shape: tuple[int, ...]) -> Stored:
         changes, (n, k) = self._changes(name), shape
@@ -266,6 +273,16 @@ def _in_place(rows: Any, changes: Mapping[str, Any]) -> Any:
 def _float32(tensor: Any) -> Floats:
     found: Floats = tensor.float().numpy()
     return found
+
+
+def _measured(kind: str, weight: Weight) -> tuple[Bytes, bool, float]:
+    """A matrix in a type, whether that has exactly its values, and the sum of squared errors."""
+    data, exact = encode(weight, kind)
+    return data, exact, 0.0 if exact else _squares(_decoded(data, kind) - weight.dequantize())
+
+
+def _squares(values: Any) -> float:
+    return float(values.square().sum(dtype=torch.float64))
 
 
 def _decoded(data: Bytes, kind: str) -> Any:

@@ -348,39 +348,57 @@ def round_to_grid(
         raise ValueError(f"group_size {group_size} does not divide K = {k}; use a divisor of K, such as 32")
     tiny = torch.finfo(torch.float32).tiny
     groups = w.float().view(n, -1, group_size)
-    top = groups.abs().amax(dim=-1)
-    scale = (top / reach[0]).clamp_min(tiny)
+    wide, top = groups.double(), groups.abs().amax(dim=-1)
+    check_finite(top)
+    scale, chosen = torch.empty_like(top), torch.empty_like(top)
     best = torch.full(top.shape, -1.0, dtype=torch.float64)
-    kept = torch.zeros_like(groups, dtype=torch.int8)
     for share in RANGES:
         for end in reach:
             step = (top * share / abs(end)).clamp_min(tiny) * math.copysign(1, end)
             q = nearest(groups, step.unsqueeze(-1))
-            dot = (groups.double() * q.double()).sum(-1)
-            square = q.double().square().sum(-1)
+            dot = (wide * q).sum(-1)
+            square = q.square_().sum(-1, dtype=torch.float64)
             gain = torch.where(square > 0, dot.square() / square.clamp_min(1), 0.0)
             better = gain > best
             best = torch.where(better, gain, best)
             fitted = torch.where(square > 0, dot / square.clamp_min(1), step.double()).float()
             fitted = torch.where(fitted.abs() < tiny, step, fitted)
-            scale = torch.where(better, fitted, scale)
-            kept = torch.where(better.unsqueeze(-1), q.to(torch.int8), kept)
-    return kept.view(n, k), scale
+            scale, chosen = torch.where(better, fitted, scale), torch.where(better, step, chosen)
+    return nearest(groups, chosen.unsqueeze(-1)).to(torch.int8).view(n, k), scale
+
+
+def check_finite(values: Tensor) -> None:
+    """Raise ValueError for values that cannot be rounded."""
+    if not bool(values.isfinite().all()):
+        raise ValueError("got NaN or infinity; expected finite values, because they are rounded to integers")
+
+
+def nearest_of(values: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Rounds to the nearest of ascending integers, of two the lower one. These have halves between them, so
+    the least half that is not below a number decides."""
+    low, high = 2 * values[0], 2 * values[-1]
+    codes = torch.tensor(values, dtype=torch.float32)
+    halves = torch.arange(low, high + 1) / 2
+    table = codes[torch.bucketize(halves, (codes[1:] + codes[:-1]) / 2)]
+
+    def rounded(x: Tensor) -> Tensor:
+        at = (x * 2).ceil_().clamp_(low, high).sub_(low).int()
+        return table.index_select(0, at.flatten()).view(x.shape)
+
+    return rounded
 
 
 def quantize_int4(w: Tensor, group_size: int = 64) -> Weight:
     """Symmetric rounding to [-8, 7] with one scale per group of columns, which may be negative, because -8
     reaches further than 7."""
-    q, scale = round_to_grid(w, group_size, (7.5, -7.5), lambda x, step: (x / step).round().clamp(-8, 7))
+    q, scale = round_to_grid(w, group_size, (7.5, -7.5), lambda x, step: (x / step).round_().clamp_(-8, 7))
     return Weight("int4", pack_int4(q), scale)
 
 
 def to_codes(w: Tensor, group_size: int = 64, values: Sequence[int] = CODES) -> tuple[Tensor, Tensor]:
     """w [N, K] as values, int8 [N, K], and scales [N, K / group_size]; by default as the CPU's NL4 has it."""
-    codes = torch.tensor(values, dtype=torch.float32)
-    between = (codes[1:] + codes[:-1]) / 2
-    ends = (float(values[-1]), float(values[0]))
-    return round_to_grid(w, group_size, ends, lambda x, step: codes[torch.bucketize(x * (1 / step), between)])
+    nearest, ends = nearest_of(values), (float(values[-1]), float(values[0]))
+    return round_to_grid(w, group_size, ends, lambda x, step: nearest(x * (1 / step)))
 
 
 def rounded(weight: Weight, quantization: str | None, mlp: bool = False, codes: bool = True) -> Weight:
