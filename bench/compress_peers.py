@@ -337,8 +337,9 @@ def loaded(quantization: str, narrow: tuple[str, ...] = FEED_FORWARD) -> Row:
     return row
 
 
-def llm_compressor(group: int) -> Row:
-    """GPTQ of llm-compressor with its default order of columns; the head stays in 16 bits."""
+def llm_compressor(group: int, best: bool = False) -> Row:
+    """GPTQ of llm-compressor, which rounds columns in the order of activation; the head stays in 16 bits.
+    best: ranges by squared error instead of extremes, keys and values in 8 bits."""
 
     def row(paths: Paths, out: Path) -> Result:
         if not (out / "config.json").exists():
@@ -353,7 +354,16 @@ def llm_compressor(group: int) -> Row:
             ])  # fmt: skip
             model = AutoModelForCausalLM.from_pretrained(paths.source, dtype=torch.float32)
             weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-            groups = {"group_0": {"targets": ["Linear"], "weights": weights | {"group_size": group}}}
+            weights |= {"group_size": group}
+            groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+            if best:
+                weights |= {"observer": "memoryless_mse"}
+                wide = [f"re:.*{name[1:]}$" for name in (*MATRICES["keys"], *MATRICES["values"])]
+                narrow = [f"re:.*{name[1:]}$" for name in (*FEED_FORWARD, "*.q_proj", "*.o_proj")]
+                groups = {
+                    "group_0": {"targets": narrow, "weights": weights},
+                    "group_1": {"targets": wide, "weights": weights | {"num_bits": 8}},
+                }
             oneshot(
                 model=model,
                 dataset=data,
@@ -475,6 +485,7 @@ ROWS: dict[str, Row] = {
     **{f"4 bits: {name}": loaded("int4", patterns) for name, patterns in MATRICES.items()},
     "llm-compressor GPTQ g64": llm_compressor(64),
     "llm-compressor GPTQ g32": llm_compressor(32),
+    "llm-compressor GPTQ g32, best": llm_compressor(32, best=True),
     "AutoRound g64, no iterations": auto_round(64, iters=0, disable_opt_rtn=False),
     "AutoRound g64": auto_round(64, **LIGHT),
     "AutoRound g32": auto_round(32, **LIGHT),
