@@ -240,7 +240,7 @@ def append_load(path: Path, time: float, load: float) -> None:
 
 
 def read_loads(path: Path) -> list[tuple[float, float]]:
-    """[(time, load)] of a load file, ordered by time. Skips partial lines.
+    """[(time, load)] of a load file, ordered by time. Skips partial lines, and loads that are none.
 
     Empty if there is no file.
     """
@@ -249,7 +249,10 @@ def read_loads(path: Path) -> list[tuple[float, float]]:
         for line in path.read_text(encoding="utf-8").splitlines():
             time, _, load = line.partition(",")
             try:
-                points.append((float(time), float(load)))
+                point = float(time), float(load)
+                if not (math.isfinite(sum(point)) and point[1] >= 0):
+                    raise ValueError(point)
+                points.append(point)
             except ValueError:
                 log.warning("%s: skipping line %r", path, line[:40])
     return sorted(points)

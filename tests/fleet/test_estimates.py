@@ -102,6 +102,8 @@ def test_partial_lines_of_the_load_file_are_skipped(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "12")
     assert read_loads(path) == [(0.0, 1.0), (60.0, 2.0)]
     assert read_loads(tmp_path / "none.csv") == []
+    path.write_text("0,1\n60,nan\n120,inf\nnan,1\n180,-1\n240,2\n")
+    assert read_loads(path) == [(0.0, 1.0), (240.0, 2.0)]
 
 
 def test_full_disk_loses_the_load_file_but_not_the_plan(tmp_path: Path) -> None:

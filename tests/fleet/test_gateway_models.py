@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 
 from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.replicas_file import read_replicas
 from farthing_fleet.gateway.server import Gateway
 from farthing_fleet.signals_scrape import ScrapeSource
 from tests.fleet.doubles.replica import FakeReplica
+from tests.fleet.raw_client import HOST, connect
 from tests.fleet.test_gateway import CHAT, body
 
 CONFIG = GatewayConfig(health_interval_s=0.05, wait_s=60.0, unhealthy_after=1, prefix_entries=64)
@@ -81,7 +85,7 @@ async def test_all_models_are_listed_and_an_unknown_one_is_a_404_that_names_them
         async with session.post(CHAT, json={**body(), "model": "c"}) as answer:
             error = (await answer.json())["error"]
             assert (answer.status, error["code"], error["param"]) == (404, "model_not_found", "model")
-            assert error["message"] == "model: got 'c'; expected one of 'a', 'a-lora', 'b', 'org/b'"
+            assert error["message"] == "model: got 'c'; expected one of 'a', 'b', 'a-lora', 'org/b'"
         async with session.post(CHAT, json={"messages": []}) as answer:
             assert answer.status == 400
             assert (await answer.json())["error"]["message"].startswith(
@@ -180,7 +184,6 @@ async def test_replicas_that_want_a_key_are_asked_with_the_clients() -> None:
         assert gateway.balancer.pools == ()
         async with session.get("/v1/models", headers={"authorization": "Bearer wrong"}) as answer:
             assert answer.status == 401
-        gateway.models._read_at.clear()
         headers = {"authorization": "Bearer secret"}
         for model in "abab":
             async with session.post(CHAT, json={**body(), "model": model}, headers=headers) as answer:
@@ -213,6 +216,66 @@ async def test_model_of_a_long_body_is_found() -> None:
         for model, name in (("a", "a1"), ('b"', 'b"1')):
             request = {"messages": [{"role": "user", "content": f'"model": "a{long}'}], "model": model}
             assert await served_by(session, request) == name
+
+
+@pytest.mark.anyio
+async def test_model_of_a_long_body_is_not_that_of_an_object_in_it() -> None:
+    async with in_front_of(replicas_of({"a1": ("a",), "b1": ("é",)})) as (_, session):
+        call = {"type": "tool_use", "input": {"model": "a", "text": '"}]'}}
+        turn = {"role": "assistant", "content": [call, {"type": "text", "text": "x" * (1 << 20)}]}
+        request = {"messages": [turn], '"model': "a", "model": "é"}
+        for ascii in (True, False):
+            data = json.dumps(request, ensure_ascii=ascii).encode()
+            async with session.post(CHAT, data=data) as answer:
+                assert answer.headers["x-farthing-replica"] == "b1"
+        async with session.post(CHAT, data=json.dumps({"messages": [turn]}).encode()) as answer:
+            assert answer.status == 400
+
+
+@pytest.mark.anyio
+async def test_target_that_is_no_url_is_a_404() -> None:
+    async with in_front_of(replicas_of({"a1": ("a",), "b1": ("b",)})) as (gateway, _):
+        reader, writer = await connect(gateway.address[1])
+        writer.write(b"GET //[ HTTP/1.1\r\n" + HOST + b"\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 404 ")
+        writer.close()
+
+
+@pytest.mark.anyio
+async def test_replica_that_lists_the_models_of_others_takes_none_of_their_requests() -> None:
+    replicas = replicas_of({"liar": ("c", "a", "b"), "a1": ("a",), "b1": ("b",)})
+    async with in_front_of(replicas) as (_, session):
+        for model, name in (("a", "a1"), ("b", "b1"), ("c", "liar")):
+            assert await served_by(session, {**body(), "model": model}) == name
+
+
+@pytest.mark.anyio
+async def test_replica_that_lists_nothing_gets_no_request_for_the_model_of_others() -> None:
+    async with in_front_of(replicas_of({"mute": (), "a1": ("a",)})) as (gateway, session):
+        assert gateway.balancer.pools == ("a",)
+        for turn in range(3):
+            assert await served_by(session, {**body(f"turn {turn}"), "model": "a"}) == "a1"
+
+
+@pytest.mark.anyio
+async def test_replica_that_answers_404_is_asked_for_its_models_again() -> None:
+    replicas = replicas_of({"a1": ("a",), "b1": ("b",)})
+    async with in_front_of(replicas) as (gateway, session):
+        replicas[1].models[:] = ["c"]  # restarted between two health checks
+        replicas[1].status = 404
+        async with session.post(CHAT, json={**body(), "model": "b"}) as answer:
+            assert answer.status == 404
+        replicas[1].status = 200
+        await until(lambda: gateway.balancer.pools == ("a", "c"))
+        assert await served_by(session, {**body(), "model": "c"}) == "b1"
+
+
+@pytest.mark.parametrize("models", ["mite", [1], [""], {"a": 1}])
+def test_models_of_a_replicas_file_are_a_list_of_names(models: Any, tmp_path: Path) -> None:
+    file = tmp_path / "replicas.json"
+    file.write_text(json.dumps({"replicas": [], "models": models}))
+    with pytest.raises(ValueError, match=r"models: got .*; expected a list of names"):
+        read_replicas(file)
 
 
 @pytest.mark.anyio

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
 
 from farthing.exchange import ReplicaLost, Upstream
 from farthing.prompts import Prompt
@@ -22,6 +22,8 @@ from farthing_fleet.gateway.replicas import Balancer, Replica
 PATH = "/v1/models"
 _AGAIN_S = 2.0  # between reads for unknown names
 _CREDENTIALS = ("Authorization", "X-Api-Key")
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_MOST_QUOTES = 1 << 18  # in a body of which the strings are skipped one by one
 
 
 def check_model(balancer: Balancer, model: str | None) -> None:
@@ -54,7 +56,9 @@ class Models:
         except ReplicaLost:
             return
         replica.asks_for_key = status in (401, 403)
-        if not replica.asks_for_key:
+        if replica.asks_for_key:
+            del self._read_at[replica.url]  # the next request may have the right key
+        else:
             self._balancer.reported(replica, _entries(body) if status == 200 else ())
 
     async def find(self, prompt: Prompt, target: str, headers: Mapping[str, str], body: bytes) -> Prompt:
@@ -63,7 +67,7 @@ class Models:
         Raises Refused: 400 if it names none, 404 if none of the replicas serves it.
         """
         replicas = self._balancer.replicas.values()
-        if any(r.healthy and r.asks_for_key for r in replicas):
+        if not self._balancer.pool(prompt.model) and any(r.healthy and r.asks_for_key for r in replicas):
             await self._refresh([r for r in replicas if r.asks_for_key], headers)
         if len(self._balancer.pools) < 2:
             return prompt
@@ -98,19 +102,30 @@ class Models:
             await asyncio.gather(*(self.meet(replica, passed) for replica in due))
 
     def _elsewhere(self, prompt: Prompt, target: str, body: bytes) -> str | None:
-        """The model that a request names in its path or query, or in a body that is too long to parse: there
-        the first field `model` with a known name counts.
-        """
-        parts = urlsplit(target)
-        if parts.path.startswith(PATH + "/"):
-            return unquote(parts.path[len(PATH) + 1 :])
-        if "model" in (query := parse_qs(parts.query)):
-            return query["model"][0]
-        if prompt.parsed:
-            return None
-        names = b"|".join(re.escape(json.dumps(name).encode()) for name in self._balancer.names)
-        found = re.search(rb'"model"\s*:\s*(' + names + rb")", body)
-        return json.loads(found[1]) if found is not None else None
+        """The model that a request names in its path or query, or in a body that is too long to parse."""
+        path, _, query = target.partition("?")
+        if path.startswith(PATH + "/"):
+            return unquote(path[len(PATH) + 1 :])
+        if "model" in (fields := parse_qs(query)):
+            return fields["model"][0]
+        return None if prompt.parsed else _field(body, self._balancer.names)
+
+
+def _field(body: bytes, names: Sequence[str]) -> str | None:
+    """The known name in the field `model` of a JSON object, not of one inside it; None without one.
+
+    In a body with very many strings, the first one counts.
+    """
+    written = {json.dumps(name, ensure_ascii=ascii) for name in names for ascii in (True, False)}
+    known = b"|".join(re.escape(name.encode("utf-8", "surrogatepass")) for name in written)
+    fine, depth, end = body.count(b'"') > _MOST_QUOTES, 0, 0
+    for found in re.finditer(rb'(?<!\\)"model"\s*:\s*(' + known + rb")", body):
+        between = b"" if fine else _STRING.sub(b"", body[end : found.start()])
+        depth += sum(map(between.count, (b"{", b"["))) - sum(map(between.count, (b"}", b"]")))
+        if fine or depth == 1:
+            return str(json.loads(found[1]))
+        end = found.end()
+    return None
 
 
 def _entries(body: bytes) -> list[Mapping[str, Any]]:

@@ -321,6 +321,8 @@ class Proxy:
                 await self._busy(outgoing, replica, course, active, answer)
                 return None
             self._first_byte(replica, active, course)
+            if answer.status == 404:  # perhaps it was restarted with another model
+                replica.read = False
             relay = Relay(request, replica, answer, active, self._config.write_timeout_s)
             try:
                 response = await relay.whole() or await relay.stream()

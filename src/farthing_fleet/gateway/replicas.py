@@ -342,8 +342,11 @@ class Balancer:
         for replica in self.replicas.values():
             names = [str(entry["id"]) for entry in replica.entries]
             replica.pool = next((name for name in self._declared if name in names), (names or [""])[0])
-            for name in names:
-                self._pools.setdefault(name, replica.pool)
+            if replica.pool:
+                self._pools[replica.pool] = replica.pool
+        for replica in self.replicas.values():  # a further name of one never takes another's model
+            for entry in replica.entries:
+                self._pools.setdefault(str(entry["id"]), replica.pool)
         self.pools = tuple(dict.fromkeys(self._pools.values()))
 
     def pool(self, model: str | None) -> str:
@@ -369,10 +372,10 @@ class Balancer:
     def candidates(self, tried: Sequence[Replica] = (), model: str | None = None) -> list[Replica]:
         """The available replicas of a model (None: of any) that are not yet tried."""
         pool = self.pool(model)
-        free = model is None or len(self.pools) < 2
-        return [
-            r for r in self.replicas.values() if (free or r.pool == pool) and r not in tried and r.available
-        ]
+        replicas = self.replicas.values()
+        known = pool and any(r.pool == pool for r in replicas)
+        free = model is None or (len(self.pools) < 2 and not known)
+        return [r for r in replicas if (free or r.pool == pool) and r not in tried and r.available]
 
     def choose(self, prompt: Prompt, tried: Sequence[Replica] = ()) -> Replica | None:
         """The replica for a request, or None if no untried one is available."""

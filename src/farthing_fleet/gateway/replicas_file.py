@@ -58,8 +58,10 @@ def read_replicas(path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
     """{name: url} of a replicas file, and its models. Raises ValueError with the problem."""
     try:
         data = json.loads(path.read_text())
-        models = tuple(map(str, data.get("models", ())))
-        return {str(item["name"]): str(item["url"]) for item in data["replicas"]}, models
+        models = data.get("models", [])
+        if not (isinstance(models, list) and all(name and isinstance(name, str) for name in models)):
+            raise ValueError(f"{path}: models: got {models!r}; expected a list of names")
+        return {str(item["name"]): str(item["url"]) for item in data["replicas"]}, tuple(models)
     except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as problem:
         raise ValueError(
             f'{path}: expected {{"replicas": [{{"name": …, "url": …}}]}} ({problem!r})'
