@@ -203,16 +203,40 @@ def test_modelopt_with_an_algorithm_for_each_layer(tmp_path: Path) -> None:
     assert kinds == ["mxfp4", "fp8", "bfloat16"]
 
 
-def test_factors_of_the_input_become_part_of_the_matrix(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    tensors, value, _ = stored("W4A16_AWQ")
-    factor = numbers(K, seed=7).abs()
+def with_factors(path: Path, **config: Any) -> tuple[Checkpoint, dict[str, Tensor], Tensor]:
+    """An MLP of ModelOpt's AWQ whose down projection has factors, its values, and the factors."""
+    down, value, _ = stored("W4A16_AWQ")
+    scale, u = numbers(K, 1, seed=5).abs(), nibbles(K, 128)
+    factor = numbers(K, seed=7).abs().bfloat16()
+    tensors = {f"{MODULE}.{k}": v for k, v in (down | {"pre_quant_scale": factor}).items()}
+    up = {"weight": u[::2] | u[1::2] << 4, "weight_scale": scale}
+    tensors |= {f"model.layers.0.mlp.up_proj.{k}": v for k, v in up.items()}
+    quantization = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
+    opened(path, {}, quantization)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "model.safetensors")
+    raw = {"model_type": "qwen3", "quantization_config": quantization} | config
+    (path / "config.json").write_text(json.dumps(raw))
+    return Checkpoint.open(path), {"up": ((u ^ 8).float() - 8) * scale, "down": value}, factor.float()
+
+
+def test_factors_of_a_down_projection_go_before_it(tmp_path: Path) -> None:
+    """ModelOpt's AWQ leaves `pre_quant_scale` there; both matrices keep their 4 bits."""
+    checkpoint, values, factor = with_factors(tmp_path)
+    up, down = (checkpoint.weight(f"model.layers.0.mlp.{name}_proj") for name in ("up", "down"))
+    assert (up.format, down.format) == ("int4", "int4")
+    assert torch.equal(down.dequantize(), values["down"])
+    torch.testing.assert_close(up.dequantize(), values["up"] * factor.unsqueeze(1), rtol=1e-6, atol=0)
+    checkpoint.finish()
+
+
+def test_factors_stay_where_the_neurons_are_clamped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     toolkits._say_dense.cache_clear()
-    config = {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}
-    weight = opened(tmp_path, tensors | {"pre_quant_scale": factor}, config).weight(MODULE)
-    assert torch.equal(weight.data, (value * factor).bfloat16())
-    assert "matrices with pre_quant_scale: held in 16 bits" in caplog.text
+    checkpoint, values, factor = with_factors(tmp_path, swiglu_limit=7.0)
+    up, down = (checkpoint.weight(f"model.layers.0.mlp.{name}_proj") for name in ("up", "down"))
+    torch.testing.assert_close(up.dequantize(), values["up"], rtol=1e-6, atol=0)
+    assert torch.equal(down.data, (values["down"] * factor).bfloat16())
+    assert "down_proj and its pre_quant_scale (of ModelOpt): held in 16 bits" in caplog.text
+    checkpoint.finish()
 
 
 @pytest.mark.parametrize(

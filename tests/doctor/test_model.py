@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.reader import Checkpoint
-from farthing.doctor.model import MOST_BYTES, check, check_chat_format, float32_bytes, shortened
+from farthing.doctor.model import MOST_BYTES, check, check_chat_format, float32_bytes, logits_of, shortened
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.load import config_of
@@ -60,7 +60,9 @@ def test_first_layers_agree_with_transformers(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("inputs", ["token", "tensor"])
-def test_rounded_inputs_of_transformers_are_no_difference(inputs: str, tmp_path: Path) -> None:
+def test_rounded_inputs_of_transformers_are_no_difference(
+    inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It rounds them for every token as llm-compressor's W8A8 asks for, the reference ops only to ranges."""
     build("qwen3", 1, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -79,6 +81,9 @@ def test_rounded_inputs_of_transformers_are_no_difference(inputs: str, tmp_path:
     )
     found = states(tmp_path)
     assert found["transformers"][0] == "ok", found
+    monkeypatch.setattr("farthing.doctor.model.logits_of", lambda *given: 1.005 * logits_of(*given))
+    state, detail = states(tmp_path)["transformers"]
+    assert (state, detail[-15:]) == ("failed", "less than 1e-03")
 
 
 def test_inputs_that_auto_round_rounds_are_not_compared(tmp_path: Path) -> None:
@@ -89,6 +94,15 @@ def test_inputs_that_auto_round_rounds_are_not_compared(tmp_path: Path) -> None:
     assert states(tmp_path)["transformers"] == (
         "skipped", "AutoRound's kernels round inputs to 4 bits, which the reference ops do not"
     )  # fmt: skip
+
+
+def test_weights_that_transformers_takes_for_numbers_are_not_compared(tmp_path: Path) -> None:
+    build("smollm3", 0, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "modelopt", "quant_algo": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    expected = ("skipped", "it takes weights of quant_method 'modelopt' for plain numbers")
+    assert states(tmp_path)["transformers"] == expected
 
 
 def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

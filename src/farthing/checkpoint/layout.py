@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 class TensorSource(Protocol):
     """The interface `Parts` needs from a checkpoint."""
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        ...
+
     def has(self, name: str) -> bool:
         """Whether a tensor of this full name exists."""
         ...
@@ -45,6 +50,14 @@ class Parts:
 
     def __init__(self, source: TensorSource, module: str) -> None:
         self._source, self.module = source, module
+
+    def beside(self, name: str) -> Parts:
+        """The tensors of another module of the same parent."""
+        return Parts(self._source, f"{self.module.rpartition('.')[0]}.{name}")
+
+    def setting(self, name: str) -> Any:
+        """A field of config.json; None without it."""
+        return self._source.config.get(name)
 
     def has(self, suffix: str) -> bool:
         """Whether there is one with this suffix."""

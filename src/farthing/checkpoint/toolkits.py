@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -176,14 +176,17 @@ class RowPairs:
 
 @dataclass(frozen=True, slots=True)
 class Smoothed:
-    """A matrix whose input may be multiplied by a factor per column (`pre_quant_scale`), which is then part
-    of the matrix."""
+    """A matrix whose input may be multiplied by a factor per column (`pre_quant_scale`).
+
+    Those of a gated MLP's `down_proj` go into the scales of `up_proj`, whose rows are these columns. Others
+    become part of the matrix, which then is dense.
+    """
 
     base: Scheme
 
     @property
     def format(self) -> Format:
-        """That of the matrix without factors, which most have: ModelOpt moves them to the norm before it."""
+        """That of the matrix without factors, which most have: of AWQ's, ModelOpt moves them to the norm."""
         return self.base.format
 
     @property
@@ -201,14 +204,27 @@ class Smoothed:
         return self.base.shape(parts)
 
     def read(self, parts: Parts) -> Weight:
-        """The product."""
-        weight = self.base.read(parts)
-        if not parts.has("pre_quant_scale"):
+        """The matrix with its own factors, and those of the one behind it."""
+        weight, own = self.base.read(parts), parts.module.rpartition(".")[2]
+        behind = parts.beside("down_proj")
+        if own == "up_proj" and _goes_before(behind):
+            assert weight.scale is not None
+            factor = behind.tensor("pre_quant_scale").float()
+            weight = replace(weight, scale=weight.scale * factor.unsqueeze(1))
+        if not parts.has("pre_quant_scale") or (own == "down_proj" and _goes_before(parts)):
             return weight
         factor = parts.tensor("pre_quant_scale")
         expect("pre_quant_scale", weight.shape[1:], factor)
-        _say_dense("matrices with pre_quant_scale")
+        _say_dense(f"{own} and its pre_quant_scale (of ModelOpt)")
         return Weight("dense", (weight.dequantize() * factor.float()).bfloat16())
+
+
+def _goes_before(down: Parts) -> bool:
+    """Whether the factors of a down projection's input can be those of the rows of `up_proj`."""
+    up = down.beside("up_proj")
+    if not (down.has("pre_quant_scale") and up.has("weight_scale")) or down.setting("swiglu_limit"):
+        return False  # unless rows have scales of their own and up's output is not clamped
+    return up.shape("weight_scale")[:1] == down.shape("pre_quant_scale") and not up.has("bias")
 
 
 def _int8(group: int, static: bool) -> Scheme:
