@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from farthing_fleet.policy import Held
 from farthing_fleet.types import Decision
 
 _MOST = 64 << 10  # bytes of a request's body
+_MOST_WAITING = 1_000_000  # requests that a gateway reports; more is a mistake
 _INPUTS = {  # of a decision -> its gauge
     "utilization": ("farthing:fleet_target_utilization", "Target utilization of the rule in use."),
 }
@@ -139,10 +141,10 @@ class MetricsServer:
         """Receive a gateway's number of held requests: {"gateway": NAME, "waiting": N}."""
         try:
             report = json.loads(body)
-            told = self._report(str(report["gateway"])[:100], int(report["waiting"]))
+            told = self._report(str(report["gateway"])[:100], min(int(report["waiting"]), _MOST_WAITING))
             assert self._loop is not None
             asyncio.run_coroutine_threadsafe(told, self._loop).result()
-        except (ValueError, KeyError, TypeError) as problem:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as problem:
             return 400, {"error": f'expected {{"gateway": NAME, "waiting": N}} ({problem!r})'}
         return 200, {"status": "ok"}
 
@@ -159,6 +161,11 @@ class _Server(ThreadingHTTPServer):
         """As the base's, without its reverse look-up of the address."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = "", self.server_address[1]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Without a traceback for a client that has left."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 class _Server6(_Server):

@@ -12,9 +12,10 @@ import logging
 import math
 import re
 import time
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import unquote, urlencode, urlsplit
 
 from farthing.exchange import ReplicaLost, Upstream
 from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, ColdStarts, Dialect, bound_of, late_count
@@ -60,10 +61,12 @@ class PrometheusSource:
             raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
         self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
         parts = urlsplit(self._url)
-        self._base, self._path = f"{parts.scheme}://{parts.netloc}", parts.path
+        user, _, host = parts.netloc.rpartition("@")
+        self._base, self._path = f"{parts.scheme}://{host}", parts.path
+        login = {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"} if user else {}
         self._window, self._stale_after = window_s, stale_after_s
         self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
-        self._timeout, self._headers = timeout_s, dict(headers or {})
+        self._timeout, self._headers = timeout_s, {**login, **(headers or {})}
         self._http = Upstream(timeout_s, timeout_s)
         self._cold_starts, self._wall = cold_starts, wall
 
@@ -211,13 +214,16 @@ class PrometheusSource:
     async def _api(self, path: str, parameters: Mapping[str, str]) -> dict[str, Any]:
         target = f"{self._path}/api/v1/{path}?{urlencode(parameters)}"
         try:
-            _, text = await self._http.get(self._base, target, self._headers, timeout=self._timeout)
-            body = json.loads(text)
+            status, text = await self._http.get(self._base, target, self._headers, timeout=self._timeout)
         except (ReplicaLost, ValueError) as problem:
-            raise PrometheusError(f"{self._url} does not answer: {problem}") from problem
+            raise PrometheusError(f"{self._base} does not answer: {problem}") from problem
+        try:
+            body = json.loads(text)
+        except ValueError as problem:
+            raise PrometheusError(f"{self._base} answers {status} and no JSON: {text[:80]!r}") from problem
         if not isinstance(body, dict) or body.get("status") != "success":
             said = body.get("error", "no error text") if isinstance(body, dict) else repr(body)[:80]
-            raise PrometheusError(f"{self._url} rejects {dict(parameters)}: {said}")
+            raise PrometheusError(f"{self._base} rejects {dict(parameters)}: {said}")
         data: dict[str, Any] = body["data"]
         return data
 

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from farthing_fleet.metrics import FleetMetrics, MetricsServer
+from farthing_fleet.policy import Held
 from tests.fleet.actuators.decided import decision
 
 
@@ -40,6 +41,23 @@ async def test_pages_of_a_controller() -> None:
     with pytest.raises(OSError, match=f"metrics: cannot listen on 127.0.0.1:{port}: Address already in use"):
         await second.start("127.0.0.1", port)
     await server.close()
+
+
+@pytest.mark.anyio
+async def test_odd_reports_of_a_gateway_are_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    held = Held()
+    server = MetricsServer(FleetMetrics(), held=held)
+    port = await server.start("127.0.0.1", 0)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+        odd = ['{"gateway": "g", "waiting": ' + number + "}" for number in ("1e999", "NaN", "-1")]
+        for text in ("", "[" * 60_000, *odd):
+            async with session.post("/wake", data=text) as answer:
+                assert answer.status == 400
+        async with session.post("/wake", json={"gateway": "g", "waiting": 1e300}) as answer:
+            assert answer.status == 200
+    await server.close()
+    assert held.total() == 1_000_000  # not a number that no float holds
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_controller_loads_no_http_framework() -> None:

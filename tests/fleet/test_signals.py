@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import BasicAuth, web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -323,6 +324,30 @@ async def test_prometheus_errors_quote_the_server(tmp_path: Path) -> None:
         await reader.close()
     finally:
         await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+@pytest.mark.anyio
+async def test_login_in_the_url_of_prometheus_is_basic_authentication() -> None:
+    async def query(request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != BasicAuth("me", "a:/b").encode() or "@" in request.host:
+            return web.Response(status=401, text="Unauthorized")
+        return web.json_response({"status": "success", "data": {"resultType": "scalar", "result": [0, "2"]}})
+
+    app = web.Application()
+    app.router.add_get("/at/api/v1/query", query)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    host = f"127.0.0.1:{runner.addresses[0][1]}"
+    source = PrometheusSource(f"http://me:a%3A%2Fb@{host}/at/", timeout_s=60.0)
+    assert await source.scalar("2") == 2.0
+    await source.close()
+    source = PrometheusSource(f"http://me:secret@{host}/at", timeout_s=60.0)
+    with pytest.raises(PrometheusError, match=f"http://{host} answers 401 and no JSON: b'Unauthorized'"):
+        await source.scalar("2")
+    await source.close()
+    await runner.cleanup()
 
 
 def test_pods_cold_start_is_the_median_of_new_pods_of_the_selector() -> None:
