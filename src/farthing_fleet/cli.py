@@ -89,9 +89,11 @@ class FleetOptions:
 
     host: str = _option("127.0.0.1", "Address of the gateway")
     port: int = _option(8000, "Port of the gateway; 0: any free port")
-    min_replicas: int = _option(1, "Minimum number of replicas", minimum=0)
-    max_replicas: int = _option(2, "Maximum number of replicas", minimum=1)
-    capacity: float = _option(1.0, "Requests/s per replica, as `farthing bench capacity` measures")
+    min_replicas: int | None = _option(None, "Minimum number of replicas; default: 1", minimum=0)
+    max_replicas: int | None = _option(None, "Maximum number of replicas; default: 2", minimum=1)
+    capacity: float | None = _option(
+        None, "Requests/s per replica, as `farthing bench capacity` measures; default: 1"
+    )
     command: str | None = _option(
         None, "Replica command instead of `farthing serve MODEL`; {port}, {model} and {served} are replaced"
     )
@@ -101,8 +103,10 @@ class FleetOptions:
         None, "File of keys, one `name:key` or key per line, for the gateway and `farthing serve`"
     )
     ready_timeout: float = _option(600.0, "Maximum seconds for a replica to become ready")
-    config: Path | None = _option(None, "YAML file with policy, gateway and signals")
-    state: Path = _option(Path("runs/fleet"), "Directory for logs, decisions and state")
+    config: Path | None = _option(
+        None, "YAML file with policy and signals; replica counts, capacity and --state take precedence"
+    )
+    state: Path | None = _option(None, "Directory for logs, decisions and state; default: runs/fleet")
     advise: bool = _option(False, "Only recommend, never scale")
 
     def __post_init__(self) -> None:
@@ -110,8 +114,9 @@ class FleetOptions:
 
     @property
     def policy(self) -> dict[str, Any]:
-        """The fields of PolicyConfig."""
-        return {name: getattr(self, name) for name in ("min_replicas", "max_replicas", "capacity")}
+        """The fields of PolicyConfig that are set."""
+        names = ("min_replicas", "max_replicas", "capacity")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def commands(self) -> dict[str, tuple[str, ...]]:
@@ -139,8 +144,9 @@ class UpOptions(FleetOptions):
 
     metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
     standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
-    metrics: str = _option(
-        "127.0.0.1:9400", "HOST:PORT of the controller's /metrics; further models take the next ports"
+    metrics: str | None = _option(
+        None,
+        "HOST:PORT of the controller's /metrics; default: 127.0.0.1:9400; further models take the next ports",
     )
 
 
@@ -195,7 +201,7 @@ def up(options: dict[str, Any]) -> None:
         chosen = UpOptions(**options)
         fleet = local_fleet(
             chosen.config,
-            policy=chosen.policy,
+            chosen.policy,
             metrics_names=chosen.metrics_names,
             state=chosen.state,
             metrics=chosen.metrics,
@@ -205,7 +211,7 @@ def up(options: dict[str, Any]) -> None:
         models = {
             name: local_config(
                 command,
-                chosen.state / "replicas",
+                fleet.state / "replicas",
                 standby=chosen.standby and not chosen.command,
                 health_path=chosen.health_path,
                 ready_timeout_s=chosen.ready_timeout,
@@ -248,19 +254,19 @@ async def _up(config: Any) -> None:
 @with_options(options=RayOptions)
 def ray_up(options: dict[str, Any]) -> None:
     """Serve models by Ray Serve, scaled by Farthing's policy, until Ctrl-C."""
-    from farthing_fleet.config import FleetConfig, PolicyConfig, load
+    from farthing_fleet.config import make_fleet
 
     _log_to_stderr()
     with _errors_to_user():
         chosen = RayOptions(**options)
-        fleet = load(chosen.config) if chosen.config else FleetConfig(PolicyConfig(**chosen.policy))
+        fleet = make_fleet(chosen.config, chosen.policy, state=chosen.state, advise=chosen.advise)
         try:
             from farthing_fleet.ray_serve import ServeConfig, serving
         except ImportError as problem:
             raise ValueError(f"Ray Serve needs the extra `ray`: {problem}") from problem
         config = ServeConfig(
             commands=chosen.commands,
-            fleet=replace(fleet, state=chosen.state, advise=chosen.advise or fleet.advise),
+            fleet=fleet,
             health_path=chosen.health_path,
             ready_timeout_s=chosen.ready_timeout,
             drain_s=chosen.drain,

@@ -129,7 +129,6 @@ class FleetConfig:
     policy: PolicyConfig
     signals: SignalsConfig = field(default_factory=SignalsConfig)
     kubernetes: KubernetesConfig | None = None
-    gateway: GatewayConfig = field(default_factory=GatewayConfig)
     state: Path = Path("runs/fleet")  # decision log, policy state, forecasters
     metrics: str = "127.0.0.1:9400"  # HOST:PORT of the controller's own /metrics; port 0 picks a free one
     advise: bool = False  # only recommend
@@ -190,23 +189,23 @@ _LOCAL = {
 }
 
 
-def local_fleet(
-    path: Path | None,
-    *,
-    policy: Mapping[str, Any],
-    metrics_names: str,
-    state: Path,
-    metrics: str,
-    advise: bool,
+def make_fleet(
+    path: Path | None, policy: Mapping[str, Any], *, advise: bool = False, **fields: Any
 ) -> FleetConfig:
-    """Build the configuration. Raises ValueError with the invalid field."""
-    if path is not None:
-        loaded = load(path)
-        return replace(loaded, state=state, metrics=metrics, advise=advise or loaded.advise)
-    return FleetConfig(
-        policy=PolicyConfig(**{**_LOCAL, **policy}),
-        signals=SignalsConfig(metrics=metrics_names, window_s=5.0, timeout_s=2.0),
-        state=state,
-        metrics=metrics,
-        advise=advise,
-    )
+    """The configuration of a fleet that a command starts: the fields that are set, over those of the file.
+
+    Raises ValueError with the invalid field.
+    """
+    fleet = load(path) if path is not None else FleetConfig(PolicyConfig(capacity=1.0, max_replicas=2))
+    given = {name: value for name, value in fields.items() if value is not None}
+    return replace(fleet, policy=replace(fleet.policy, **policy), advise=advise or fleet.advise, **given)
+
+
+def local_fleet(
+    path: Path | None, policy: Mapping[str, Any], *, metrics_names: str, **fields: Any
+) -> FleetConfig:
+    """The same for `farthing fleet up`, where intervals are seconds without a file."""
+    if path is None:
+        policy = {**_LOCAL, **policy}
+        fields["signals"] = SignalsConfig(metrics=metrics_names, window_s=5.0, timeout_s=2.0)
+    return make_fleet(path, policy, **fields)

@@ -9,6 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from farthing_fleet.cli import UpOptions
+from farthing_fleet.config import load, local_fleet
 from farthing_fleet.up import serve_command
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
@@ -130,6 +132,23 @@ def test_replicas_get_the_key_file() -> None:
     command = serve_command("mite", ("--seed", "1"), Path("keys.txt"))
     assert command[-4:] == ("--api-key-file", "keys.txt", "--seed", "1")
     assert "--api-key-file" not in serve_command("mite")
+
+
+def test_options_take_precedence_over_the_file_which_does_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.yaml"
+    file.write_text("policy: {capacity: 3, max_replicas: 8}\nstate: there\nmetrics: 0.0.0.0:9500\n")
+    given = UpOptions(min_replicas=0, config=file)
+    fleet = local_fleet(
+        file, given.policy, metrics_names="auto", state=given.state, metrics=given.metrics, advise=False
+    )
+    assert (fleet.policy.min_replicas, fleet.policy.max_replicas, fleet.policy.capacity) == (0, 8, 3)
+    assert (fleet.state, fleet.metrics) == (Path("there"), "0.0.0.0:9500")
+    alone = local_fleet(None, UpOptions().policy, metrics_names="auto", state=tmp_path)
+    assert (alone.policy.min_replicas, alone.policy.max_replicas, alone.policy.capacity) == (1, 2, 1)
+    assert (alone.policy.interval_s, alone.state) == (1.0, tmp_path)
+    file.write_text("policy: {capacity: 3}\ngateway: {max_waiting: 7}\n")
+    with pytest.raises(ValueError, match="gateway: unknown field"):  # no command would read it
+        load(file)
 
 
 @pytest.mark.anyio
