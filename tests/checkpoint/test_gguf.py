@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,6 +197,46 @@ def test_every_type_has_the_librarys_values(tmp_path: Path, kind: str) -> None:
     embedding = checkpoint.tensor("model.embed_tokens.weight", (VOCABULARY, WIDTH))
     assert torch.equal(embedding.float(), expected("token_embd.weight").to(embedding.dtype).float())
     assert sum(map(shards.nbytes, checkpoint.names())) == sum(int(t.n_bytes) for t in stored.values())
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K"])
+def test_what_is_held_in_another_form_is_said(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, with bytes; dense matrices and experts of a loaded model have the library's values."""
+    file, ops = write(tmp_path / "model.gguf", "qwen3moe", kind, layers=1), CpuOps(1)
+    with caplog.at_level(logging.INFO):
+        load(resolve_model(file), ops)
+    said = [r.getMessage().partition(": ")[2] for r in caplog.records if "are held as" in r.getMessage()]
+    form = {"Q2_K": "Q4_K", "Q3_K": "Q6_K"}[kind]
+    assert len(said) == 1
+    assert said[0].startswith(f"{kind} matrices are held as {form} in groups of 16, of the same values: ")
+    stored = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors}
+    blobs = dict(ops.packed_weights())
+    down = {f".experts.{e}.down": stored["blk.0.ffn_down_exps.weight"][e] for e in range(4)}
+    for end, value in (down | {".o_proj": stored["blk.0.attn_output.weight"]}).items():
+        (packed,) = (blob for name, blob in blobs.items() if name.endswith(end))
+        found, ids = np.empty(value.shape, np.float32), np.arange(len(value))
+        packed.read_rows(ids.ctypes.data, len(value), found.ctypes.data)
+        assert np.array_equal(found, value)
+
+
+@pytest.mark.parametrize("kind", [*QUANTIZED, *FROM_BYTES])
+def test_gpus_hold_the_librarys_values(kind: str) -> None:
+    """Also 5 and 6 bits and IQ4 as 8 bits: integers are the same, scales and minimums float32."""
+    pytest.importorskip("triton")
+    from farthing.ops.gpu.matrix import pack
+
+    data = matrix(kind, 16, 512, seed=1)
+    weight = BLOCKS[kind](data.reshape(16, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1]))
+    held = pack(weight, torch.bfloat16, torch.device("cpu"))
+    if held.format != "int8_groups":
+        assert held.format == {"q4_k": "q4_1"}.get(weight.format, weight.format)
+        return
+    assert held.scale is not None
+    value = held.data[0].float().view(16, -1, held.group) * held.scale[0].unsqueeze(-1)
+    value = (value if held.zero is None else value + held.zero[0].unsqueeze(-1)).flatten(1)
+    assert np.array_equal(value.numpy(), gguf.quants.dequantize(data, Type[kind]))
 
 
 @pytest.mark.parametrize("kind", [*QUANTIZED, *FROM_BYTES])

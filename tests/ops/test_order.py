@@ -188,10 +188,17 @@ def test_bytes_of_divided_columns() -> None:
         assert 8 * packed.nbytes / (64 * size) < most
 
 
-def test_units_of_divided_columns_become_floats() -> None:
+def test_units_of_divided_columns_become_floats(caplog: pytest.LogCaptureFixture) -> None:
     w = shuffled(weight("q4_k", 16, 512))
-    part = cut_weight(w, Cut(1, 0, 256))
-    assert part.format == "dense" and torch.equal(part.data, w.dequantize()[:, :256])
+    stored._say_floats.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        parts = [cut_weight(w, Cut(1, start, start + 256)) for start in (0, 256)]
+    for part, start in zip(parts, (0, 256), strict=True):
+        assert part.format == "dense" and torch.equal(part.data, w.dequantize()[:, start : start + 256])
+    assert [r.getMessage() for r in caplog.records] == [
+        "columns of matrices in q4_k with an order are divided: the parts are held in float32, 32 bits a "
+        "weight instead of 6, because units do not fit them"
+    ]
 
 
 def test_halves_of_one_rank_have_orders_of_their_own() -> None:

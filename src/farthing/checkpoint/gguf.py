@@ -18,9 +18,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, PLAIN
+from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, HELD_AS, PLAIN, bits_held
 from farthing.checkpoint.shards import CheckpointError, Shards, read_json
 from farthing.lazy import gguf, np, torch
+from farthing.memory import gigabytes
 from farthing.ops import Format, Weight, dtype_name, numpy_dtype
 
 if TYPE_CHECKING:
@@ -309,6 +310,7 @@ class GgufShards(Shards):
             if "parts" in entry:
                 entry["shape"] = _joined_shape(f"{path}: {name}", entry["parts"])
         self._maps: dict[str, NDArray[Any]] = {}
+        self._said = False
         self.reading = lambda name: None
         self.file_of = {name: entry["file"] for name, entry in self._index.items()}
 
@@ -344,6 +346,8 @@ class GgufShards(Shards):
         if entry is None or entry["type"] in PLAIN:
             return None
         self.reading(name)
+        if entry["type"] in HELD_AS:
+            self._say_held()
         rows = self._raw(name, entry)
         weight = BLOCKS[entry["type"]](rows.reshape(len(rows), -1, _block(entry)[1]))
         if entry.get("order", (0,))[0]:
@@ -354,6 +358,20 @@ class GgufShards(Shards):
                 f"{self._where(name, entry)}: expected finite scales, found NaN or infinity"
             )
         return weight
+
+    def _say_held(self) -> None:
+        """Log once what the kernels hold in the form of another type, and what that takes."""
+        if self._said:
+            return
+        self._said = True
+        entries = [entry for entry in self._index.values() if entry["type"] in HELD_AS]
+        types = sorted({entry["type"] for entry in entries})
+        held = sum(prod(entry["shape"]) * bits_held(entry["type"]) / 8 for entry in entries)
+        log.info(
+            "%s: %s matrices are held as %s in groups of 16, of the same values: %s instead of %s",
+            self.path, " and ".join(types), " and ".join(HELD_AS[kind] for kind in types),
+            gigabytes(int(held)), gigabytes(sum(map(_size, entries))),
+        )  # fmt: skip
 
     def exact(self, name: str) -> NDArray[np.float32]:
         """The values of a tensor as the library `gguf` decodes them."""

@@ -168,6 +168,15 @@ FORMATS: dict[str, tuple[Format, int]] = {
     "Q5_K": ("q5_k", 32), "Q6_K": ("q6_k", 16), "IQ4_NL": ("iq4_nl", 32), "IQ4_XS": ("iq4_xs", 32),
     "MXFP4": ("mxfp4", 32),
 }  # fmt: skip
+# Types whose integers have the form of another one with more bits.
+HELD_AS = {kind: name.upper() for kind, (name, _) in FORMATS.items() if name.upper() in {*FORMATS} - {kind}}
+
+
+def bits_held(kind: str) -> float:
+    """Of a weight of a type with units, in its format: integers, scales of 8 bits, and units of 16."""
+    name, group = FORMATS[kind]
+    stored = INTEGERS[name]
+    return stored.bits + (1 + stored.minimums) * (8 / group + 16 / stored.unit)
 
 
 # Writing: blocks of 32 columns that share a scale of 16 bits, or of MXFP4 an exponent.

@@ -295,6 +295,15 @@ def _say_held(weights: Sequence[Weight], how: str, bits: float) -> None:
 
 
 @cache
+def _say_floats(stored: str, bits: float) -> None:
+    log.warning(
+        "columns of matrices in %s with an order are divided: the parts are held in float32, 32 bits a "
+        "weight instead of %g, because units do not fit them",
+        stored, bits,
+    )  # fmt: skip
+
+
+@cache
 def _say_once(kinds: tuple[str, ...], how: str, before: float, after: float) -> None:
     log.warning(
         "matrices that are read together are stored in %s: they are %s, %g bits a weight instead of %g",
@@ -598,6 +607,7 @@ def _ordered_columns(weight: Weight, start: int, stop: int) -> Weight:
     order, scale = weight.order, weight.scale
     assert order is not None and scale is not None
     if weight.units is not None:
+        _say_floats(weight.format, round(8 * weight.nbytes / weight.data.shape[0] / weight.shape[1], 1))
         return _in_place_of(
             weight, Weight("dense", narrow(weight.dequantize(), 1, start, stop - start), rounded=True)
         )
