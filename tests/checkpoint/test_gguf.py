@@ -296,7 +296,7 @@ def test_split_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.gguf is missing; expected all 2"):
         resolve_model(tmp_path)
     write(tmp_path / "other.gguf", "llama", "F16")
-    with pytest.raises(FileNotFoundError, match=r"the GGUF models model \(.*, other \(.*; expected .*:NAME"):
+    with pytest.raises(FileNotFoundError, match=r"the GGUF models model-0.*, other\.gguf; expected .*:NAME"):
         resolve_model(tmp_path)
     assert resolve_model(f"{tmp_path}:other") == resolve_model(tmp_path / "other.gguf")
 
