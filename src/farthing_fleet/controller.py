@@ -13,41 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from farthing.files import replace_text
 from farthing_fleet.actuators.base import Actuator, ActuatorError
 from farthing_fleet.decision_log import DecisionLog, read_log
-from farthing_fleet.forecast.base import FORECASTS, write_forecast
+from farthing_fleet.estimates import LiveEstimates
 from farthing_fleet.metrics import FleetMetrics
 from farthing_fleet.policy import Held, Policy
-from farthing_fleet.rehearsal import Plan
 from farthing_fleet.signals import Source
 from farthing_fleet.types import Decision, PolicyState, Snapshot
 
 log = logging.getLogger(__name__)
 
 _SAVE_S = 10.0  # between writes of the policy's state
-
-
-class Estimates(Protocol):
-    """The rehearsal and the capacity model, as used by the controller."""
-
-    def observe(self, now: float, snapshot: Snapshot) -> None:
-        """Update from the signals of one step."""
-        ...
-
-    def plan(self, now: float) -> Plan | None:
-        """What should run now; None before a load."""
-        ...
-
-    def capacity(self) -> float | None:
-        """Learned capacity of a replica in load units per second; None: use the configured one."""
-        ...
-
-    def maintain(self, now: float) -> None:
-        """Refit models that are due. Called in a thread, one call at a time; may be slow."""
-        ...
 
 
 class Controller:
@@ -60,7 +38,7 @@ class Controller:
         actuator: Actuator,
         *,
         log_path: Path,
-        estimates: Estimates | None = None,
+        estimates: LiveEstimates | None = None,
         metrics: FleetMetrics | None = None,
         advise: bool = False,
         state_path: Path | None = None,
@@ -70,7 +48,6 @@ class Controller:
         self.metrics = metrics if metrics is not None else FleetMetrics()
         self.advise = advise
         self.log = DecisionLog(log_path)
-        self._forecasts = log_path.with_name(FORECASTS)
         self._state_path, self._saved_at = state_path, 0.0
         self._wall = wall
         self.held = Held()
@@ -141,12 +118,10 @@ class Controller:
         self.estimates.observe(now, snapshot)
         self._maintain(now)
         plan, capacity = self.estimates.plan(now), self.estimates.capacity()
-        if plan is not None:
-            config, rate = self.policy.config, capacity or self.policy.config.capacity
-            lead_s = config.lead_s(snapshot.cold_start_s) + config.interval_s
-            with self._writing("forecasts"):
-                write_forecast(self._forecasts, config.unit, now, lead_s, plan.now * rate, plan.load * rate)
-        return self.policy.decide(now, snapshot, plan, current=current, capacity=capacity)
+        decision = self.policy.decide(now, snapshot, plan, current=current, capacity=capacity)
+        config = self.policy.config
+        lead_s = config.lead_s(snapshot.cold_start_s) + config.interval_s
+        return replace(decision, inputs={**decision.inputs, "unit": config.unit, "lead_s": lead_s})
 
     async def _current(self, alarms: list[str]) -> int | None:
         try:
@@ -182,7 +157,7 @@ class Controller:
             return
         self._maintenance = asyncio.create_task(self._maintained(self.estimates, now))
 
-    async def _maintained(self, estimates: Estimates, now: float) -> None:
+    async def _maintained(self, estimates: LiveEstimates, now: float) -> None:
         try:
             await asyncio.to_thread(estimates.maintain, now)
         except Exception:  # a failed fit must not stop the real-time level

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -51,13 +51,8 @@ def read_log(path: str | Path, last: int = 10) -> list[Decision]:
         raise FileNotFoundError(f"decision log {path} does not exist; expected the controller's log")
     with path.open(encoding="utf-8") as file:
         lines = deque((line for line in file if line.strip()), maxlen=last + 1)
-    return list(_whole(lines))[-last:] if last > 0 else []
-
-
-def _whole(lines: Sequence[str] | deque[str]) -> Iterator[Decision]:
-    for line in lines:
-        if line.endswith("\n"):
-            yield Decision.from_json(line)
+    whole = [line for line in lines if line.endswith("\n")]
+    return [Decision.from_json(line) for line in whole[-last:]]
 
 
 def recent(path: Path) -> list[Decision]:
@@ -90,7 +85,7 @@ def last_decisions(state: Path, last: int, *, changes: bool = False) -> list[Dec
 
     Raises FileNotFoundError if no controller has written there.
     """
-    path = state / "decisions.jsonl"
+    path = state / DECISIONS
     if not changes:
         return read_log(path, last)
     return [d for d in read_log(path, _ALL) if d.target != d.current][-last:]

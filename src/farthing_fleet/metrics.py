@@ -23,9 +23,6 @@ from farthing_fleet.types import Decision
 
 _MOST = 64 << 10  # bytes of a request's body
 _MOST_WAITING = 1_000_000  # requests that a gateway reports; more is a mistake
-_INPUTS = {  # of a decision -> its gauge
-    "utilization": ("farthing:fleet_target_utilization", "Target utilization of the rule in use."),
-}
 
 
 class FleetMetrics:
@@ -77,9 +74,9 @@ class _Last(Collector):
         for kind in sorted({alarm.partition(":")[0] for alarm in decision.alarms}):
             kinds.add_metric([kind], 1.0)
         yield kinds
-        for key, (name, text) in _INPUTS.items():
-            if key in decision.inputs:
-                yield GaugeMetricFamily(name, text, value=decision.inputs[key])
+        if (used := decision.inputs.get("utilization")) is not None:
+            text = "Target utilization of the rule in use."
+            yield GaugeMetricFamily("farthing:fleet_target_utilization", text, value=used)
         snapshot = decision.inputs.get("snapshot", {})
         if snapshot.get("cold_start_s") is not None:
             text = "P90 of the time from launch to ready."

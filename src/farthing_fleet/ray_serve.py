@@ -258,9 +258,6 @@ class Scaling(ScrapeSource):
         _, readings, queued = self._seen
         return self.snapshot(current, readings, queued)
 
-    async def start(self) -> None:
-        """No-op."""
-
     async def current(self) -> int | None:
         return self._seen[0] if self._seen is not None else None
 

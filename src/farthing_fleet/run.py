@@ -10,11 +10,11 @@ import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from farthing_fleet.actuators.base import Actuator, ReadOnly
 from farthing_fleet.config import FleetConfig, split_address
-from farthing_fleet.controller import Controller, Estimates, load_state
+from farthing_fleet.controller import Controller, load_state
+from farthing_fleet.estimates import LiveEstimates
 from farthing_fleet.gateway.replicas_file import write_replicas
 from farthing_fleet.metrics import MetricsServer
 from farthing_fleet.policy import Policy
@@ -72,7 +72,7 @@ def stop_event() -> asyncio.Event:
 
 
 async def run_controller(
-    config: FleetConfig, stop: asyncio.Event, estimates: Estimates | None = None
+    config: FleetConfig, stop: asyncio.Event, estimates: LiveEstimates | None = None
 ) -> None:
     """Run a controller with everything in the configuration.
 
@@ -85,22 +85,12 @@ async def run_controller(
         actuator = await _actuator(config, stack)
         controller = make_controller(config, source, actuator, estimates)
         await serve_metrics(config, controller, stack)
-        if isinstance(source, PrometheusSource) and isinstance(estimates, Remembering):
+        if isinstance(source, PrometheusSource) and estimates is not None:
             await recall(config, source, estimates)
         await controller.run(stop)
 
 
-@runtime_checkable
-class Remembering(Protocol):
-    """Estimates that accept past load."""
-
-    @property
-    def remembers_until(self) -> float | None: ...
-
-    def remember(self, points: list[tuple[float, float]]) -> None: ...
-
-
-async def recall(config: FleetConfig, source: PrometheusSource, estimates: Remembering) -> None:
+async def recall(config: FleetConfig, source: PrometheusSource, estimates: LiveEstimates) -> None:
     """Query Prometheus for the load that the estimates did not observe.
 
     Without an answer they start empty.
@@ -153,7 +143,7 @@ def make_controller(
     config: FleetConfig,
     source: Source,
     actuator: Actuator,
-    estimates: Estimates | None = None,
+    estimates: LiveEstimates | None = None,
 ) -> Controller:
     """The controller, with its log and saved state under `config.state`."""
     state_path = config.state / "policy.json"

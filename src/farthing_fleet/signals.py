@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from farthing_fleet.types import Snapshot
@@ -39,9 +39,9 @@ class Dialect:
         return (*own, self.ttft, *optional, *self.tpot)
 
 
-def _vllm_style(name: str, prefix: str) -> Dialect:
+def _vllm_style(prefix: str) -> Dialect:
     return Dialect(
-        name=name,
+        name=prefix,
         running=f"{prefix}:num_requests_running",
         waiting=f"{prefix}:num_requests_waiting",
         kv_usage=f"{prefix}:kv_cache_usage_perc",
@@ -56,18 +56,16 @@ def _vllm_style(name: str, prefix: str) -> Dialect:
 
 
 DIALECTS: dict[str, Dialect] = {
-    "farthing": _vllm_style("farthing", "farthing"),
-    "vllm": _vllm_style("vllm", "vllm"),
-    "sglang": Dialect(
-        name="sglang",
+    "farthing": _vllm_style("farthing"),
+    "vllm": _vllm_style("vllm"),
+    "sglang": replace(
+        _vllm_style("sglang"),
         running="sglang:num_running_reqs",
         waiting="sglang:num_queue_reqs",
         kv_usage="sglang:token_usage",
-        prompt_tokens="sglang:prompt_tokens",
-        output_tokens="sglang:generation_tokens",
-        ttft="sglang:time_to_first_token_seconds",
         queue_time="sglang:queue_time_seconds",
-        tpot=("sglang:inter_token_latency_seconds", "sglang:time_per_output_token_seconds"),
+        cache_hits=None,
+        cache_queries=None,
     ),
 }
 

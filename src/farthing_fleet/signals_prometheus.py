@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit
 
 from farthing.exchange import ReplicaLost, Upstream
-from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, ColdStarts, Dialect, bound_of, late_count
+from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, Dialect, bound_of, late_count
 from farthing_fleet.types import Snapshot
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,6 @@ class PrometheusSource:
         timeout_s: float = 3.0,
         ttft_s: float | None = None,
         tpot_s: float | None = None,
-        cold_starts: ColdStarts | None = None,
         headers: Mapping[str, str] | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -68,7 +67,7 @@ class PrometheusSource:
         self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
         self._timeout, self._headers = timeout_s, {**login, **(headers or {})}
         self._http = Upstream(timeout_s, timeout_s)
-        self._cold_starts, self._wall = cold_starts, wall
+        self._wall = wall
 
     # ---- the snapshot ----
 
@@ -92,13 +91,10 @@ class PrometheusSource:
         age, ready, lately = value.pop("age"), value.pop("ready"), value.pop("lately")
         if ready != lately:
             ready = None  # a replica is silent: part of the load is unseen, so do not scale down
-        measured = self._cold_starts.p90 if self._cold_starts is not None else None
-        cold_start = value.pop("cold_start_s")
         return Snapshot(
             time=self._wall() - (age or 0.0),
             current=current,
             ready=int(ready) if ready is not None else None,
-            cold_start_s=measured if measured is not None else cold_start,
             late_share=late,
             stale=age is None or age > self._stale_after,
             **value,

@@ -137,7 +137,6 @@ class ScrapeSource:
         gateway: str | None = None,
         model: str | None = None,
         cold_starts: ColdStarts | None = None,
-        headers: Mapping[str, str] | None = None,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -146,7 +145,7 @@ class ScrapeSource:
         self._latency_window = window_s if latency_window_s is None else latency_window_s
         self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
-        self._timeout, self._headers = timeout_s, dict(headers or {})
+        self._timeout = timeout_s
         self._http = Upstream(timeout_s, timeout_s)
         self._histories: dict[str, _History] = {}
         self._silent: set[str] = set()
@@ -200,7 +199,7 @@ class ScrapeSource:
         parts = urlsplit(url)
         try:
             base, path = f"{parts.scheme}://{parts.netloc}", f"{parts.path}/metrics"
-            status, body = await self._http.get(base, path, self._headers, timeout=self._timeout)
+            status, body = await self._http.get(base, path, timeout=self._timeout)
             return body.decode() if status == 200 else None
         except (ReplicaLost, UnicodeDecodeError):
             return None

@@ -181,7 +181,7 @@ class LocalModel:
         stack.push_async_callback(self.replicas.close)
         await self.replicas.scale(count if count is not None else max(1, fleet.policy.min_replicas))
         source = ScrapeSource(
-            self.replicas.targets,
+            self.replicas.ready,
             dialect=dialect(fleet.signals.metrics),
             window_s=fleet.signals.window_s,
             latency_window_s=_LATENCY_WINDOW_S,

@@ -58,8 +58,7 @@ def test_full_disk_is_an_alarm_and_scaling_continues(tmp_path: Path) -> None:
         state_path=tmp_path / "policy.json",
         wall=lambda: 1.0,
     )
-    for file in ("policy.json", "forecasts.json"):
-        partial_of(tmp_path / file).symlink_to(FULL)
+    partial_of(tmp_path / "policy.json").symlink_to(FULL)
     (tmp_path / "decisions.jsonl").symlink_to(FULL)
 
     async def turns() -> None:

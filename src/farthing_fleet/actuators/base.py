@@ -14,8 +14,6 @@ class ActuatorError(Exception):
 class Actuator(Protocol):
     """Sets a number of replicas."""
 
-    async def start(self) -> None: ...
-
     async def current(self) -> int | None:
         """Replicas requested now; None if unknown.
 
@@ -27,8 +25,6 @@ class Actuator(Protocol):
         """Request `decision.target` replicas without waiting until they are ready. Raises ActuatorError."""
         ...
 
-    async def close(self) -> None: ...
-
 
 class ReadOnly:
     """Reads `/scale` if a target is given; otherwise the controller counts the serving replicas."""
@@ -36,14 +32,8 @@ class ReadOnly:
     def __init__(self, scale: Actuator | None = None) -> None:
         self._scale = scale
 
-    async def start(self) -> None:
-        """No-op."""
-
     async def current(self) -> int | None:
         return await self._scale.current() if self._scale is not None else None
 
     async def apply(self, decision: Decision) -> None:
         """No-op: others act on the decision."""
-
-    async def close(self) -> None:
-        """No-op."""

@@ -167,10 +167,6 @@ class LocalReplicas:
         """{name: url} of the replicas that accept requests."""
         return {r.name: r.url for r in self.replicas if r.state == "ready"}
 
-    def targets(self) -> dict[str, str]:
-        """{name: url} of the replicas to collect metrics from: the ready ones."""
-        return self.ready()
-
     async def wait_ready(self, count: int, timeout_s: float) -> bool:
         """Whether `count` replicas are ready within `timeout_s`; returns early if launches are paused."""
         deadline = time.monotonic() + timeout_s

@@ -22,7 +22,6 @@ from prometheus_client.samples import Sample
 from farthing.server.config import KeyRing, warn_if_public
 from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Dashboard
 from farthing_fleet.decision_log import DECISIONS, recent, sentence
-from farthing_fleet.forecast.base import FORECASTS, read_forecasts
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.server import Gateway, Page
@@ -92,7 +91,10 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
     """Decisions with their reasons, forecasts, and the load they were made for."""
     decisions = recent(state / DECISIONS)
     document["decisions"] = [_shown(decision) for decision in _telling(decisions)[-_SHOWN:]]
-    unit, document["forecasts"] = read_forecasts(state / FORECASTS)
+    planned = next((d for d in reversed(decisions) if {"plan", "lead_s"} <= d.inputs.keys()), None)
+    if planned is not None:
+        document["forecasts"]["short"] = _planned(planned)
+    unit = planned.inputs["unit"] if planned is not None else "requests"
     document["unit"] = f"{unit}/s"
     if not decisions:
         return
@@ -116,6 +118,14 @@ def _add_control(document: dict[str, Any], state: Path) -> None:
     tokens = (snapshot.prompt_token_rate or 0.0) + (snapshot.output_token_rate or 0.0)
     if tokens and "usd_per_hour" in gauges:
         gauges["usd_per_million"] = gauges["usd_per_hour"] / 3600 / tokens * 1e6
+
+
+def _planned(decision: Decision) -> dict[str, Any]:
+    """The load at a decision, and the one that it planned for over a lead."""
+    inputs, plan = decision.inputs, decision.inputs["plan"]
+    now, load = plan["now"] * inputs["capacity"], plan["load"] * inputs["capacity"]
+    band = {"p50": [now], "p90": [max(now, load)], "source": "plan"}
+    return {"start": decision.time, "step_s": inputs["lead_s"], **band}
 
 
 def _add_models(document: dict[str, Any], made: Mapping[str, Sequence[Decision]]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 from farthing.server.config import KeyRing
 from farthing.server.dashboard.site import Dashboard
 from farthing_fleet.decision_log import DecisionLog, sentence
-from farthing_fleet.forecast.base import write_forecast
 from farthing_fleet.gateway.process import fleet_data, pages_of
 from farthing_fleet.gateway.server import Gateway
 from farthing_fleet.types import Decision, Levels
@@ -20,7 +19,13 @@ SNAPSHOT = {"time": 1.0, "current": 2, "request_rate": 12.0, "prompt_token_rate"
 
 
 def decision(target: int) -> Decision:
-    inputs = {"snapshot": SNAPSHOT | {"output_token_rate": 100.0, "cold_start_s": 42.0}, "capacity": 5.0}
+    inputs = {
+        "snapshot": SNAPSHOT | {"output_token_rate": 100.0, "cold_start_s": 42.0},
+        "capacity": 5.0,
+        "plan": {"now": 1.0, "load": 1.4},
+        "unit": "requests",
+        "lead_s": 60.0,
+    }
     return Decision(1.0, 2, target, "up", "short", Levels(short=target), "short: needs more", inputs=inputs)
 
 
@@ -41,7 +46,6 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
         log.append(decision(target))
     with log.path.open("a") as file:
         file.write('{"time": 1, "torn')
-    write_forecast(tmp_path / "forecasts.json", "requests", 10.0, 60.0, 5.0, 7.0)
     gateway = Gateway()
     gateway.set_replicas = lambda wanted: gateway.balancer.update(wanted)  # type: ignore[assignment]
     gateway.set_replicas({"a": "http://127.0.0.1:9001"})
@@ -52,7 +56,13 @@ def test_decisions_forecasts_and_prices_come_from_the_state_directory(tmp_path: 
         "the newest, the torn line left out"
     )
     assert data["gauges"]["desired"] == 79 and data["gauges"]["load"] == 12.0
-    assert data["forecasts"]["short"]["p90"] == [7.0]
+    assert data["forecasts"]["short"] == {
+        "start": 1.0,
+        "step_s": 60.0,
+        "p50": [5.0],
+        "p90": [7.0],
+        "source": "plan",
+    }
     assert data["forecasts"]["realtime"]["p50"] == [12.0]
     assert data["replicas"][0]["state"] == "ready" and data["gauges"]["usd_per_hour"] == 0.72
     assert abs(data["gauges"]["usd_per_million"] - 0.72 / 3600 / 1000 * 1e6) < 1e-12
