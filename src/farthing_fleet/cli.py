@@ -8,7 +8,8 @@ import logging
 import shlex
 import signal
 import sys
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from farthing.config import check, option
 from farthing.process import loop_factory
 from farthing_fleet.actuators.base import ActuatorError
 from farthing_fleet.decision_log import last_decisions, report
+from farthing_fleet.gateway.config import GatewayOptions
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run, scale and explain a fleet of replicas."
@@ -160,35 +162,6 @@ class RayOptions(FleetOptions):
     drain: float = _option(60.0, "Seconds for in-flight requests of a replica that goes", minimum=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayOptions:
-    """A gateway and where it finds its replicas."""
-
-    replica: tuple[str, ...] = _option((), "URL of a replica (repeatable)")
-    replicas_file: Path | None = _option(None, "JSON file of replicas, reloaded on change")
-    replicas_dns: tuple[str, ...] = _option(
-        (), "HOST:PORT whose addresses are the replicas (a headless Service; repeatable)"
-    )
-    host: str = _option("127.0.0.1", "Address to listen on")
-    port: int = _option(8000, "Port; 0: any free port")
-    health_path: str = _option("/health", "Path that answers 200 while a replica is ready")
-    api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
-    drain: float = _option(60.0, "Seconds for in-flight requests after SIGTERM")
-    state: Path | None = _option(None, "The controller's state directory, shown on the dashboard")
-    usd_per_hour: float | None = _option(None, "Price per replica-hour, for the dashboard", minimum=0)
-    wake: tuple[str, ...] = _option(
-        (), "URL of a controller's /wake, which starts replicas for held requests; MODEL=URL of each model"
-    )
-    replica_key_file: Path | None = _option(
-        None, "File with a metrics key of the replicas, for their cache digests"
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if sum(map(bool, (self.replica, self.replicas_file, self.replicas_dns))) != 1:
-            raise ValueError("expected one of --replica, --replicas-file and --replicas-dns")
-
-
 @app.command(epilog=_UP_EXAMPLES)
 @with_options(options=UpOptions)
 def up(options: dict[str, Any]) -> None:
@@ -308,40 +281,11 @@ def gateway(
     fd: Annotated[int | None, typer.Option(help="Take over this open socket instead.", hidden=True)] = None,
 ) -> None:
     """Serve one OpenAI-compatible address in front of many replicas."""
+    from farthing_fleet.gateway.process import serve
 
     _log_to_stderr()
-    with _errors_to_user(), tempfile.TemporaryDirectory(prefix="farthing-gateway-") as scratch:
-        chosen = GatewayOptions(**options)
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(_serve_gateway(chosen, fd, Path(scratch)))
-
-
-async def _serve_gateway(options: GatewayOptions, fd: int | None, scratch: Path) -> None:
-    """scratch: directory for the replicas that --replicas-dns finds."""
-    from farthing_fleet.config import GatewayConfig, split_address
-    from farthing_fleet.gateway.process import serve
-    from farthing_fleet.run import follow
-
-    file, following = options.replicas_file, None
-    if options.replicas_dns:
-        file = scratch / "replicas.json"
-        following = asyncio.create_task(follow(list(map(split_address, options.replicas_dns)), file))
-    try:
-        await serve(
-            GatewayConfig(health_path=options.health_path, drain_s=options.drain),
-            replicas={f"r{i}": url for i, url in enumerate(options.replica, 1)},
-            replicas_file=file,
-            address=(options.host, options.port),
-            fd=fd,
-            api_key_file=options.api_key_file,
-            state=options.state,
-            usd_per_hour=options.usd_per_hour,
-            wake=options.wake,
-            replica_key_file=options.replica_key_file,
-        )
-    finally:
-        if following is not None:
-            following.cancel()
+    with _errors_to_user(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(serve(GatewayOptions(**options), fd))
 
 
 @app.command(epilog=_TUNE_EXAMPLES)
@@ -399,14 +343,11 @@ def _log_to_stderr() -> None:
     )
 
 
-class _errors_to_user:
+@contextmanager
+def _errors_to_user() -> Iterator[None]:
     """User errors become one line and exit status 2; bugs keep their traceback."""
-
-    def __enter__(self) -> None:
-        """No setup."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-
-        if isinstance(error, (ValueError, OSError, ActuatorError)):
-            typer.echo(f"farthing fleet: {error}", err=True)
-            raise typer.Exit(2) from error
+    try:
+        yield
+    except (ValueError, OSError, ActuatorError) as error:
+        typer.echo(f"farthing fleet: {error}", err=True)
+        raise typer.Exit(2) from error

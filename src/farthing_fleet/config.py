@@ -11,7 +11,6 @@ from typing import Any, Self
 import yaml
 
 from farthing.files import read
-from farthing_fleet.gateway.config import GatewayConfig as GatewayConfig  # for those who import the others
 from farthing_fleet.signals import dialect
 
 
@@ -175,8 +174,6 @@ def load(path: Path) -> FleetConfig:
     except ValueError as problem:
         raise ValueError(f"{path}: {problem}") from problem
 
-
-# The configuration of a local fleet: defaults, overridden by a YAML file, overridden by the command line.
 
 # A local replica is ready in seconds, so intervals are seconds here; a cluster uses quarter minutes.
 _LOCAL = {

@@ -7,58 +7,19 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from farthing_fleet.actuators.base import Actuator, ReadOnly
 from farthing_fleet.config import FleetConfig, split_address
 from farthing_fleet.controller import Controller, load_state
 from farthing_fleet.estimates import LiveEstimates
-from farthing_fleet.gateway.replicas_file import write_replicas
 from farthing_fleet.metrics import MetricsServer
 from farthing_fleet.policy import Policy
 from farthing_fleet.signals import Source, dialect
 from farthing_fleet.signals_prometheus import PrometheusError, PrometheusSource
 from farthing_fleet.signals_scrape import ScrapeSource
 
-# Replicas by DNS: the addresses behind a headless Service, kept in the file a gateway watches.
-
 log = logging.getLogger(__name__)
-
-EVERY_S = 2.0
-# DNS errors of a headless Service without a ready pod: "no such name" and "no address". Other errors (such as
-# a resolver that is down) say nothing about the replicas.
-_EMPTY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
-
-
-async def addresses(host: str, port: int) -> dict[str, str] | None:
-    """{address: URL} for every address of `host`; None if the resolver does not answer."""
-    loop = asyncio.get_running_loop()
-    try:
-        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as problem:
-        return {} if problem.errno in _EMPTY else None
-    names = sorted({str(entry[4][0]) for entry in infos})
-    return {name: f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}" for name in names}
-
-
-async def follow(places: Sequence[tuple[str, int]], path: Path, every_s: float = EVERY_S) -> None:
-    """Resolve each (host, port) every `every_s` seconds and write the replicas to `path` when they change."""
-    current: dict[tuple[str, int], dict[str, str]] = {}
-    while True:
-        before = dict(current)
-        for place in places:
-            latest = await addresses(*place)
-            if latest is None:
-                log.warning("%s: the resolver does not answer; keeping the last replicas", place[0])
-            elif latest != current.get(place):
-                current[place] = latest
-                log.info("%s: %d replicas", place[0], len(latest))
-        if current != before:
-            write_replicas(path, {name: url for found in current.values() for name, url in found.items()})
-        await asyncio.sleep(every_s)
-
 
 _RECALL_S = 28 * 86400.0  # past load given to the forecasters
 

@@ -362,8 +362,8 @@ async def test_replicas_file_is_watched_and_an_invalid_one_is_ignored(tmp_path: 
 
 @pytest.mark.anyio
 async def test_errors_name_the_problem(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gateway.tries: got 0"):
-        GatewayConfig(tries=0)
+    with pytest.raises(ValueError, match=r"gateway.health_path: got 'x'"):
+        GatewayConfig(health_path="x")
     path = tmp_path / "r.json"
     path.write_text('{"replica": []}')
     with pytest.raises(ValueError, match="replicas"):

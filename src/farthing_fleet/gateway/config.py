@@ -1,12 +1,13 @@
-"""The gateway's settings."""
+"""The gateway's settings, and the options of its command."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
+from farthing.config import check, option
 from farthing.prompts import BLOCK
-
-_MAY_BE_ZERO = ("max_waiting", "drain_s", "request_weight", "uncached_weight", "prefix_blocks")
 
 
 @dataclass(frozen=True)
@@ -52,16 +53,39 @@ class GatewayConfig:
     digest_interval_s: float = 2.0  # between polls of a replica's cache digest
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name in _MAY_BE_ZERO:
-                continue
-            if name.endswith("_s") and not value > 0:
-                raise ValueError(f"gateway.{name}: got {value}; expected seconds above 0")
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"gateway.{name}: got {value}; expected 1 or more")
-        if self.max_head < 1024:
-            raise ValueError(f"gateway.max_head: got {self.max_head}; expected 1024 or more")
         if not self.health_path.startswith("/"):
             raise ValueError(
                 f"gateway.health_path: got {self.health_path!r}; expected a path starting with /"
             )
+
+
+_option = partial(option, group="Options")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayOptions:
+    """A gateway and where it finds its replicas."""
+
+    replica: tuple[str, ...] = _option((), "URL of a replica (repeatable)")
+    replicas_file: Path | None = _option(None, "JSON file of replicas, reloaded on change")
+    replicas_dns: tuple[str, ...] = _option(
+        (), "HOST:PORT whose addresses are the replicas (a headless Service; repeatable)"
+    )
+    host: str = _option("127.0.0.1", "Address to listen on")
+    port: int = _option(8000, "Port; 0: any free port")
+    health_path: str = _option("/health", "Path that answers 200 while a replica is ready")
+    api_key_file: Path | None = _option(None, "File of keys, one `name:key` or key per line")
+    drain: float = _option(60.0, "Seconds for in-flight requests after SIGTERM")
+    state: Path | None = _option(None, "The controller's state directory, shown on the dashboard")
+    usd_per_hour: float | None = _option(None, "Price per replica-hour, for the dashboard", minimum=0)
+    wake: tuple[str, ...] = _option(
+        (), "URL of a controller's /wake, which starts replicas for held requests; MODEL=URL of each model"
+    )
+    replica_key_file: Path | None = _option(
+        None, "File with a metrics key of the replicas, for their cache digests"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if sum(map(bool, (self.replica, self.replicas_file, self.replicas_dns))) != 1:
+            raise ValueError("expected one of --replica, --replicas-file and --replicas-dns")

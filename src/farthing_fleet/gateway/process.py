@@ -21,9 +21,11 @@ from prometheus_client.samples import Sample
 
 from farthing.server.config import KeyRing, warn_if_public
 from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Dashboard
+from farthing_fleet.config import split_address
 from farthing_fleet.decision_log import DECISIONS, recent, sentence
-from farthing_fleet.gateway.config import GatewayConfig
+from farthing_fleet.gateway.config import GatewayConfig, GatewayOptions
 from farthing_fleet.gateway.errors import Refused
+from farthing_fleet.gateway.replicas_file import follow
 from farthing_fleet.gateway.server import Gateway, Page
 from farthing_fleet.types import Decision, Snapshot
 
@@ -165,57 +167,44 @@ log = logging.getLogger(__name__)
 _SAMPLE_S, _SAMPLES = 2.0, 1800  # one hour of dashboard samples
 
 
-async def serve(
-    config: GatewayConfig,
-    *,
-    replicas: dict[str, str],
-    replicas_file: Path | None = None,
-    address: tuple[str, int] = ("127.0.0.1", 8000),
-    fd: int | None = None,
-    api_key_file: Path | None = None,
-    state: Path | None = None,
-    usd_per_hour: float | None = None,
-    wake: Sequence[str] = (),
-    replica_key_file: Path | None = None,
-) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain.
+async def serve(options: GatewayOptions, fd: int | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain. fd: an open socket to listen on.
 
-    state: the controller's directory, whose decisions the dashboard shows; usd_per_hour: price per replica;
-    wake: URLs of controllers for reports of held requests, as `Gateway` has them; replica_key_file: file with
-    a key that may read the replicas' metrics and cache digests. Raises ValueError for invalid keys or URLs,
-    OSError if the port is in use.
+    Raises ValueError for invalid keys or URLs, OSError if the port is in use.
     """
     raise_file_limit()
-    keys = None
-    if api_key_file is not None:
-        keys = KeyRing.from_file(api_key_file)
+    keys = KeyRing.from_file(options.api_key_file) if options.api_key_file is not None else None
     replica_key = None
-    if replica_key_file is not None:
-        replica_key = replica_key_file.read_text().strip()
-        warn_if_public(replica_key_file)
-
+    if options.replica_key_file is not None:
+        replica_key = options.replica_key_file.read_text().strip()
+        warn_if_public(options.replica_key_file)
+    places = [split_address(text) for text in options.replicas_dns]
+    state, usd_per_hour = options.state, options.usd_per_hour
     dashboard = Dashboard(lambda: fleet_data(gateway, state, usd_per_hour), _SAMPLE_S, _SAMPLES)
     gateway = Gateway(
-        config,
+        GatewayConfig(health_path=options.health_path, drain_s=options.drain),
         keys=keys,
-        replicas_file=replicas_file,
+        replicas_file=options.replicas_file,
         pages=pages_of(dashboard),
-        wake=wake,
+        wake=options.wake,
         replica_key=replica_key,
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     sock = socket.socket(fileno=fd) if fd is not None else None
-    port = await gateway.start(*address, sock=sock)
-    if replicas:
-        gateway.set_replicas(replicas)
+    port = await gateway.start(options.host, options.port, sock=sock)
+    if options.replica:
+        gateway.set_replicas({f"r{number}": url for number, url in enumerate(options.replica, 1)})
     gc.collect()
     gc.freeze()  # imports are permanent: full collections can skip them
     log.info("gateway on port %d, dashboard at /", port)
-    sampling = asyncio.create_task(_sample(dashboard))
+    tasks = [asyncio.create_task(_sample(dashboard))]
+    if places:
+        tasks.append(asyncio.create_task(follow(places, gateway.set_replicas)))
     await stop.wait()
-    sampling.cancel()
+    for task in tasks:
+        task.cancel()
     broken = await gateway.stop()
     log.info("gateway stopped; %d requests were cut off", broken)
 

@@ -218,14 +218,6 @@ class Breaker:
         self._open_until = self.clock() + self._pause
 
 
-@dataclass(frozen=True)
-class Others:
-    """Load of a replica from other gateways and direct requests, by its last digest."""
-
-    requests: int = 0  # running and waiting
-    queued: float = 0.0  # estimated bytes of waiting prompt text
-
-
 @dataclass(eq=False)
 class Replica:
     """A replica and its state."""
@@ -241,7 +233,7 @@ class Replica:
     active: set[Active] = field(default_factory=set)  # in-flight requests
     inflight: int = 0
     queued: int = 0  # bytes of prompt text of streams without a first byte
-    others: Others = Others()
+    elsewhere: tuple[int, float] = (0, 0.0)  # requests and queued bytes of other gateways and clients
     entries: tuple[Mapping[str, Any], ...] = ()  # its /v1/models, as last read
     read: bool = False  # since it became healthy
     asks_for_key: bool = False  # before it lists its models
@@ -251,16 +243,16 @@ class Replica:
     @property
     def queue(self) -> float:
         """Bytes of prompt text to compute first."""
-        return self.queued + self.others.queued
+        return self.queued + self.elsewhere[1]
 
     @property
     def load(self) -> int:
         """Requests in flight."""
-        return self.inflight + self.others.requests
+        return self.inflight + self.elsewhere[0]
 
     def report(self, requests: int, queued: float) -> None:
         """Update from a digest's load; the excess over our own requests is others'."""
-        self.others = Others(max(0, requests - self.inflight), max(0.0, queued - self.queued))
+        self.elsewhere = max(0, requests - self.inflight), max(0.0, queued - self.queued)
 
     @property
     def available(self) -> bool:

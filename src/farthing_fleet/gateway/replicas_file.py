@@ -1,4 +1,4 @@
-"""The file from which a gateway reads its replicas, watched for changes.
+"""Where a gateway finds its replicas: a file, watched for changes, or names in DNS.
 
     {"replicas": [{"name": NAME, "url": URL}], "models": [MODEL]}
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -82,3 +83,41 @@ def write_replicas(path: Path, replicas: dict[str, str], models: Sequence[str] =
         with path.open("r+b", buffering=0) as file:
             file.write(text.encode())
             file.truncate()
+
+
+# Replicas by DNS: the addresses behind a headless Service.
+
+EVERY_S = 2.0
+# DNS errors of a headless Service without a ready pod: "no such name" and "no address". Other errors (such as
+# a resolver that is down) say nothing about the replicas.
+_EMPTY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+
+
+async def addresses(host: str, port: int) -> dict[str, str] | None:
+    """{address: URL} for every address of `host`; None if the resolver does not answer."""
+    loop = asyncio.get_running_loop()
+    try:
+        infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except socket.gaierror as problem:
+        return {} if problem.errno in _EMPTY else None
+    names = sorted({str(entry[4][0]) for entry in infos})
+    return {name: f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}" for name in names}
+
+
+async def follow(
+    places: Sequence[tuple[str, int]], on_change: Callable[[dict[str, str]], None], every_s: float = EVERY_S
+) -> None:
+    """Resolve each (host, port) every `every_s` seconds, forever; report the replicas when they change."""
+    current: dict[tuple[str, int], dict[str, str]] = {}
+    while True:
+        before = dict(current)
+        for place in places:
+            latest = await addresses(*place)
+            if latest is None:
+                log.warning("%s: the resolver does not answer; keeping the last replicas", place[0])
+            elif latest != current.get(place):
+                current[place] = latest
+                log.info("%s: %d replicas", place[0], len(latest))
+        if current != before:
+            on_change({name: url for found in current.values() for name, url in found.items()})
+        await asyncio.sleep(every_s)

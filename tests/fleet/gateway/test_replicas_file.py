@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from farthing_fleet.gateway.replicas_file import read_replicas, write_replicas
-from farthing_fleet.run import addresses, follow
+from farthing_fleet.gateway.replicas_file import addresses, follow
 
 
 def _resolver(monkeypatch: pytest.MonkeyPatch, answers: list[list[str] | int]) -> None:
@@ -49,22 +47,19 @@ def test_service_without_ready_pods_is_empty_unlike_a_resolver_failure(
 
 
 @pytest.mark.anyio
-async def test_file_follows_changes_and_survives_a_resolver_failure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_replicas_follow_changes_and_survive_a_resolver_failure(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = tmp_path / "replicas.json"
     seen: list[list[str]] = []
     done = asyncio.Event()
 
-    def write(path: Path, replicas: dict[str, str]) -> None:
-        write_replicas(path, replicas)
-        seen.append(list(read_replicas(path)[0]))
+    def changed(replicas: dict[str, str]) -> None:
+        seen.append(list(replicas))
         if not replicas:
             done.set()
 
-    monkeypatch.setattr("farthing_fleet.run.write_replicas", write)
     _resolver(monkeypatch, [["10.0.0.1"], socket.EAI_AGAIN, ["10.0.0.1", "10.0.0.2"], socket.EAI_NONAME])
-    following = asyncio.create_task(follow([("replicas.test", 8000)], path, every_s=0.001))
+    following = asyncio.create_task(follow([("replicas.test", 8000)], changed, every_s=0.001))
     async with asyncio.timeout(60):
         await done.wait()
     following.cancel()
@@ -73,13 +68,12 @@ async def test_file_follows_changes_and_survives_a_resolver_failure(
 
 @pytest.mark.anyio
 async def test_replicas_of_several_services_are_listed_together(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written: asyncio.Queue[dict[str, str]] = asyncio.Queue()
-    monkeypatch.setattr("farthing_fleet.run.write_replicas", lambda _, replicas: written.put_nowait(replicas))
     _resolver(monkeypatch, [["10.0.0.1"], ["10.0.0.2"], ["10.0.0.1"], socket.EAI_AGAIN])
     places = [("a.test", 8000), ("b.test", 8001)]
-    following = asyncio.create_task(follow(places, tmp_path / "replicas.json", every_s=0.001))
+    following = asyncio.create_task(follow(places, written.put_nowait, every_s=0.001))
     async with asyncio.timeout(60):
         assert await written.get() == {"10.0.0.1": "http://10.0.0.1:8000", "10.0.0.2": "http://10.0.0.2:8001"}
     following.cancel()
