@@ -19,7 +19,6 @@ import typer
 
 from farthing.cli.errors import with_options
 from farthing.config import check, option
-from farthing.process import loop_factory
 from farthing_fleet.actuators.base import ActuatorError
 from farthing_fleet.decision_log import last_decisions, report
 from farthing_fleet.gateway.config import GatewayOptions
@@ -281,11 +280,11 @@ def gateway(
     fd: Annotated[int | None, typer.Option(help="Take over this open socket instead.", hidden=True)] = None,
 ) -> None:
     """Serve one OpenAI-compatible address in front of many replicas."""
-    from farthing_fleet.gateway.process import serve
+    from farthing_fleet.gateway.process import run
 
     _log_to_stderr()
-    with _errors_to_user(), asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(serve(GatewayOptions(**options), fd))
+    with _errors_to_user():
+        run(GatewayOptions(**options), fd)
 
 
 @app.command(epilog=_TUNE_EXAMPLES)

@@ -11,6 +11,7 @@ from typing import Any, Self
 import yaml
 
 from farthing.files import read
+from farthing_fleet.gateway.config import GatewayConfig as GatewayConfig  # for those who import the others
 from farthing_fleet.signals import dialect
 
 

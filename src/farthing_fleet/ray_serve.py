@@ -36,9 +36,8 @@ from farthing.files import read
 from farthing.prompts import read_prompt
 from farthing.server.errors import ApiError, error_event
 from farthing.upstream import ServerProcess, Watch, free_port, launch
-from farthing_fleet.config import FleetConfig, PolicyConfig, SloConfig
+from farthing_fleet.config import FleetConfig, GatewayConfig, PolicyConfig, SloConfig
 from farthing_fleet.estimates import make_estimates
-from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.proxy import Outgoing
 from farthing_fleet.gateway.replicas import PrefixIndex, cost
 from farthing_fleet.run import make_controller

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs
 
 from prometheus_client.samples import Sample
 
+from farthing.process import loop_factory
 from farthing.server.config import KeyRing, warn_if_public
 from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Dashboard
 from farthing_fleet.config import split_address
@@ -167,11 +168,16 @@ log = logging.getLogger(__name__)
 _SAMPLE_S, _SAMPLES = 2.0, 1800  # one hour of dashboard samples
 
 
-async def serve(options: GatewayOptions, fd: int | None = None) -> None:
+def run(options: GatewayOptions, fd: int | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. fd: an open socket to listen on.
 
     Raises ValueError for invalid keys or URLs, OSError if the port is in use.
     """
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(_serve(options, fd))
+
+
+async def _serve(options: GatewayOptions, fd: int | None) -> None:
     raise_file_limit()
     keys = KeyRing.from_file(options.api_key_file) if options.api_key_file is not None else None
     replica_key = None

@@ -125,7 +125,7 @@ async def test_launches_of_replicas_that_never_become_ready_pause_with_a_reason_
     replicas = local(tmp_path, "--ready-after", "3600", ready_timeout_s=0.8, failures=2, retry_s=0.3)
     await replicas.start()
     await replicas.scale(1)
-    assert not await replicas.wait_ready(1, 20)
+    assert not await replicas.wait_ready(1, 120)
     assert "not ready after 0.8 s" in replicas.given_up
     launches = replicas._count  # private: the number of launches
     assert launches == 2
