@@ -27,7 +27,7 @@ from aiohttp import web
 
 from farthing_fleet.actuators.kubernetes import ScalePatch, Target, connect
 from farthing_fleet.actuators.local import LocalConfig, LocalReplicas
-from farthing_fleet.config import PolicyConfig
+from farthing_fleet.config import PolicyConfig, SignalsConfig
 from farthing_fleet.controller import Controller
 from farthing_fleet.policy import Policy
 from farthing_fleet.signals_scrape import ScrapeSource
@@ -88,7 +88,8 @@ async def breach_to_request(lasting: float, interval: float) -> float:
         capacity=16.0, interval_s=interval, latency_for_s=lasting, cold_start_s=5.0, stale_after_s=10.0
     )
     with tempfile.TemporaryDirectory() as folder:
-        source = ScrapeSource(lambda: dict.fromkeys("abcd", url), window_s=5.0, latency_window_s=2.0)
+        signals = SignalsConfig(window_s=5.0)
+        source = ScrapeSource(lambda: dict.fromkeys("abcd", url), signals, latency_window_s=2.0)
         actuator = ScalePatch(connect(url), Target.parse("deployment/d", "n"))
         controller = Controller(Policy(policy), source, actuator, log_path=Path(folder) / "d.jsonl")
         stop = asyncio.Event()

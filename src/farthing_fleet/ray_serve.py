@@ -230,7 +230,7 @@ class Scaling(ScrapeSource):
     def __init__(self, config: str) -> None:
         """config: a FleetConfig as JSON."""
         self._fleet = read(FleetConfig, json.loads(config))
-        super().__init__(dict, window_s=self._fleet.signals.window_s)
+        super().__init__(dict, self._fleet.signals)
         self._seen: tuple[int, dict[str, Reading | None], float] | None = None
         self._target: int | None = None
         threading.Thread(target=lambda: asyncio.run(self._control()), daemon=True).start()

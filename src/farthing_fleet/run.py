@@ -15,7 +15,7 @@ from farthing_fleet.controller import Controller, load_state
 from farthing_fleet.estimates import LiveEstimates
 from farthing_fleet.metrics import MetricsServer
 from farthing_fleet.policy import Policy
-from farthing_fleet.signals import Source, dialect
+from farthing_fleet.signals import Source
 from farthing_fleet.signals_prometheus import PrometheusError, PrometheusSource
 from farthing_fleet.signals_scrape import ScrapeSource
 
@@ -71,33 +71,13 @@ async def recall(config: FleetConfig, source: PrometheusSource, estimates: LiveE
 
 def make_source(config: FleetConfig) -> Source:
     """The source of signals. Raises ValueError if none is configured."""
-    signals = config.signals
+    signals, slo = config.signals, config.policy.slo
     if signals.prometheus:
-        headers = {}
-        if signals.token_file is not None:
-            headers["Authorization"] = f"Bearer {signals.token_file.read_text().strip()}"
-        return PrometheusSource(
-            signals.prometheus,
-            selector=signals.selector,
-            dialect=dialect(signals.metrics),
-            window_s=signals.window_s,
-            stale_after_s=config.policy.stale_after_s,
-            timeout_s=signals.timeout_s,
-            ttft_s=config.policy.slo.ttft_s,
-            tpot_s=config.policy.slo.tpot_s,
-            headers=headers,
-        )
+        return PrometheusSource(signals, slo, stale_after_s=config.policy.stale_after_s)
     if not signals.replicas:
         raise ValueError("signals: expected `prometheus`, a URL, or `replicas`, a list of base URLs")
     targets = {url: url.rstrip("/") for url in signals.replicas}
-    return ScrapeSource(
-        lambda: targets,
-        dialect=dialect(signals.metrics),
-        window_s=signals.window_s,
-        timeout_s=signals.timeout_s,
-        ttft_s=config.policy.slo.ttft_s,
-        tpot_s=config.policy.slo.tpot_s,
-    )
+    return ScrapeSource(lambda: targets, signals, slo)
 
 
 def make_controller(

@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit
 
 from farthing.exchange import ReplicaLost, Upstream
-from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, Dialect, bound_of, late_count
+from farthing_fleet.config import SignalsConfig, SloConfig
+from farthing_fleet.signals import DIALECTS, LAUNCH_METRIC, Dialect, bound_of, dialect, late_count
 from farthing_fleet.types import Snapshot
 
 log = logging.getLogger(__name__)
@@ -34,40 +35,41 @@ class PrometheusError(Exception):
 class PrometheusSource:
     """Reads a deployment's signals from Prometheus.
 
-    `selector` filters every metric, for example `{namespace="prod",model_name="deepseek-v3"}`.
-    `window_s` must span at least two scrapes. Samples older than `stale_after_s` make the snapshot stale.
+    `signals.selector` filters every metric, for example `{namespace="prod",model_name="deepseek-v3"}`;
+    `signals.window_s` must span at least two scrapes.
     """
 
     def __init__(
         self,
-        url: str,
+        signals: SignalsConfig,
+        slo: SloConfig | None = None,
         *,
-        selector: str = "",
-        dialect: Dialect | None = None,
-        window_s: float = 30.0,
         stale_after_s: float = 60.0,
-        timeout_s: float = 3.0,
-        ttft_s: float | None = None,
-        tpot_s: float | None = None,
-        headers: Mapping[str, str] | None = None,
         wall: Callable[[], float] = time.time,
     ) -> None:
+        """slo: tokens later than its times count as late. Samples older than `stale_after_s` make a snapshot
+        stale.
+        """
+        url, selector, self._window = signals.prometheus or "", signals.selector, signals.window_s
         if not url.startswith(("http://", "https://")):
             raise ValueError(
                 f"signals.prometheus: got {url!r}; expected a URL such as http://prometheus:9090"
             )
         if selector and not (selector.startswith("{") and selector.endswith("}")):
             raise ValueError(f'signals.selector: got {selector!r}; expected {{label="value",…}}')
-        self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect
+        self._url, self._selector, self._dialect = url.rstrip("/"), selector, dialect(signals.metrics)
         parts = urlsplit(self._url)
         user, _, host = parts.netloc.rpartition("@")
         self._base, self._path = f"{parts.scheme}://{host}", parts.path
-        login = {"Authorization": f"Basic {b64encode(unquote(user).encode()).decode()}"} if user else {}
-        self._window, self._stale_after = window_s, stale_after_s
-        self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
-        self._timeout, self._headers = timeout_s, {**login, **(headers or {})}
-        self._http = Upstream(timeout_s, timeout_s)
-        self._wall = wall
+        self._stale_after, self._wall = stale_after_s, wall
+        self._limits = (slo.ttft_s, slo.tpot_s) if slo is not None else (None, None)
+        self._headers: dict[str, str] = {}
+        if signals.token_file is not None:
+            self._headers["Authorization"] = f"Bearer {signals.token_file.read_text().strip()}"
+        elif user:
+            self._headers["Authorization"] = f"Basic {b64encode(unquote(user).encode()).decode()}"
+        self._timeout = signals.timeout_s
+        self._http = Upstream(self._timeout, self._timeout)
 
     # ---- the snapshot ----
 
@@ -77,12 +79,12 @@ class PrometheusSource:
         `ready` is None while a replica that was reported within `stale_after_s` is missing.
         """
         try:
-            dialect = self._dialect or await self._detect()
-            if dialect is None:
+            form = self._dialect or await self._detect()
+            if form is None:
                 return Snapshot(time=self._wall(), current=current, stale=True)
-            questions = self._questions(dialect)
+            questions = self._questions(form)
             answers, late = await asyncio.gather(
-                asyncio.gather(*(self.scalar(text) for text in questions.values())), self._late(dialect)
+                asyncio.gather(*(self.scalar(text) for text in questions.values())), self._late(form)
             )
         except PrometheusError as problem:
             log.warning("signals: %s", problem)
@@ -101,11 +103,11 @@ class PrometheusSource:
         )
 
     async def _detect(self) -> Dialect | None:
-        for dialect in DIALECTS.values():
-            if await self.scalar(f"count({self._of(dialect.waiting)})"):
-                log.info("signals: %s metrics found in Prometheus", dialect.name)
-                self._dialect = dialect
-                return dialect
+        for form in DIALECTS.values():
+            if await self.scalar(f"count({self._of(form.waiting)})"):
+                log.info("signals: %s metrics found in Prometheus", form.name)
+                self._dialect = form
+                return form
         return None
 
     def _of(self, metric: str) -> str:
@@ -198,12 +200,12 @@ class PrometheusSource:
         self, unit: str, start: float, end: float, step_s: float
     ) -> list[tuple[float, float]]:
         """Past load for forecasters: (time, requests/s or tokens/s). Raises PrometheusError."""
-        dialect = self._dialect or await self._detect()
-        if dialect is None:
+        form = self._dialect or await self._detect()
+        if form is None:
             return []
-        query = self._rate(f"{dialect.ttft}_count")
+        query = self._rate(f"{form.ttft}_count")
         if unit == "tokens":
-            names = dialect.prompt_tokens, dialect.output_tokens
+            names = form.prompt_tokens, form.output_tokens
             query = " + ".join(self._rate(f"{name}_total") for name in names)
         return await self.history(query, start, end, step_s)
 

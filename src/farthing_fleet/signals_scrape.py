@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from prometheus_client.parser import text_string_to_metric_families
 
 from farthing.exchange import ReplicaLost, Upstream
-from farthing_fleet.signals import LAUNCH_METRIC, ColdStarts, Dialect, bound_of, detect, late_count
+from farthing_fleet.config import SignalsConfig, SloConfig
+from farthing_fleet.signals import LAUNCH_METRIC, ColdStarts, Dialect, bound_of, detect, dialect, late_count
 from farthing_fleet.types import Snapshot
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,12 @@ class _History:
 
 def parse(
     text: str,
-    dialect: Dialect | None,
+    form: Dialect | None,
     at: float,
     ttft_s: float | None = None,
     tpot_s: float | None = None,
 ) -> Reading | None:
-    """Parse one replica's /metrics text; None if no dialect is recognized.
+    """Parse one replica's /metrics text, of this form or a known one; None if none is recognized.
 
     First tokens after `ttft_s`, and others after `tpot_s`, are counted as late. Raises ValueError for other
     text.
@@ -95,7 +96,7 @@ def parse(
                 counts[bound] = counts.get(bound, 0.0) + sample.value
             elif not sample.name.endswith("_created"):
                 values[sample.name] = values.get(sample.name, 0.0) + sample.value
-    form = dialect or detect(values)
+    form = form or detect(values)
     if form is None:
         return None
     totals: dict[str, float] = {}
@@ -120,6 +121,9 @@ def parse(
     return Reading(at, running, waiting, kv_usage, values.get(LAUNCH_METRIC), totals)
 
 
+_DEFAULT = SignalsConfig()
+
+
 class ScrapeSource:
     """Reads every replica of `targets()`, and the number of requests waiting at a gateway, if any: all of
     them, or those for `model`."""
@@ -127,26 +131,24 @@ class ScrapeSource:
     def __init__(
         self,
         targets: Targets,
+        signals: SignalsConfig = _DEFAULT,
+        slo: SloConfig | None = None,
         *,
-        dialect: Dialect | None = None,
-        window_s: float = 15.0,
         latency_window_s: float | None = None,
-        timeout_s: float = 2.0,
-        ttft_s: float | None = None,
-        tpot_s: float | None = None,
         gateway: str | None = None,
         model: str | None = None,
         cold_starts: ColdStarts | None = None,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._targets, self._dialect, self._window = targets, dialect, window_s
+        """slo: tokens later than its times count as late."""
+        self._targets, self._dialect, self._window = targets, dialect(signals.metrics), signals.window_s
         self._gateway, self._model = gateway, model
-        self._latency_window = window_s if latency_window_s is None else latency_window_s
-        self._limits = ttft_s, tpot_s  # a first token, or another, after this is late
+        self._latency_window = self._window if latency_window_s is None else latency_window_s
+        self._limits = (slo.ttft_s, slo.tpot_s) if slo is not None else (None, None)
         self._cold_starts, self._wall, self._monotonic = cold_starts, wall, monotonic
-        self._timeout = timeout_s
-        self._http = Upstream(timeout_s, timeout_s)
+        self._timeout = signals.timeout_s
+        self._http = Upstream(self._timeout, self._timeout)
         self._histories: dict[str, _History] = {}
         self._silent: set[str] = set()
 

@@ -29,7 +29,6 @@ from farthing_fleet.controller import Controller
 from farthing_fleet.estimates import make_estimates
 from farthing_fleet.gateway.replicas_file import write_replicas
 from farthing_fleet.run import make_controller, serve_metrics
-from farthing_fleet.signals import dialect
 from farthing_fleet.signals_scrape import ScrapeSource
 
 PRELOAD = ("torch", "farthing.engine.engine", "farthing.server.app", "farthing.server.run", "uvicorn")
@@ -182,12 +181,9 @@ class LocalModel:
         await self.replicas.scale(count if count is not None else max(1, fleet.policy.min_replicas))
         source = ScrapeSource(
             self.replicas.ready,
-            dialect=dialect(fleet.signals.metrics),
-            window_s=fleet.signals.window_s,
+            fleet.signals,
+            fleet.policy.slo,
             latency_window_s=_LATENCY_WINDOW_S,
-            timeout_s=fleet.signals.timeout_s,
-            ttft_s=fleet.policy.slo.ttft_s,
-            tpot_s=fleet.policy.slo.tpot_s,
             gateway=gateway,
             model=None if alone else self.name,
             cold_starts=self.replicas.cold_starts,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from farthing.files import read
-from farthing_fleet.config import FleetConfig, PolicyConfig
+from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig
 from farthing_fleet.estimates import LiveEstimates, append_load, make_estimates, read_loads
 from farthing_fleet.policy import Policy
 from farthing_fleet.run import recall
@@ -123,7 +123,7 @@ def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.M
         return [(end - 60.0 * k, 3.0) for k in range(30, 0, -1)]
 
     monkeypatch.setattr(PrometheusSource, "load_history", history)
-    fleet, source = config(tmp_path), PrometheusSource("http://127.0.0.1:9")
+    fleet, source = config(tmp_path), PrometheusSource(SignalsConfig("http://127.0.0.1:9"))
     asyncio.run(recall(fleet, source, make_estimates(fleet)))
     assert asked == [("requests", pytest.approx(28 * DAY))]
     again = make_estimates(fleet)

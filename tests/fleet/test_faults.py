@@ -55,7 +55,7 @@ async def test_prometheus_gone_holds_and_comes_back(tmp_path: Path) -> None:
         api.replicas[KEY] = 5
         manager = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"])
         url, process = await asyncio.to_thread(manager.__enter__)
-        source = PrometheusSource(url, window_s=2.0, timeout_s=0.5, stale_after_s=3.0)
+        source = PrometheusSource(SignalsConfig(url, window_s=2.0, timeout_s=0.5), stale_after_s=3.0)
         actuator = ScalePatch(connect(api.url), TARGET)
         # The load of 5 replicas: 3.5 requests/s at 0.7 · 1.0; it ends while metrics are unavailable.
         loop = Controller(Policy(POLICY), source, actuator, log_path=tmp_path / "d.jsonl")
@@ -100,7 +100,7 @@ async def _keep_busy(replica: FakeReplica, rate: float) -> None:
 async def test_api_server_outage_holds_then_acts(tmp_path: Path) -> None:
     async with FakeKubernetes() as api, FakeReplica(name="a") as replica:
         api.replicas[KEY] = 2
-        source = ScrapeSource(lambda: {"a": replica.url}, window_s=1.0)
+        source = ScrapeSource(lambda: {"a": replica.url}, SignalsConfig(window_s=1.0))
         loop = Controller(
             Policy(POLICY), source, ScalePatch(connect(api.url), TARGET), log_path=tmp_path / "d.jsonl"
         )
@@ -134,7 +134,7 @@ async def test_clock_jump_never_scales_down(tmp_path: Path) -> None:
         def wall() -> float:
             return 1e9 + clock() + jump[0]
 
-        source = ScrapeSource(lambda: {"a": replica.url}, window_s=1.0, wall=wall)
+        source = ScrapeSource(lambda: {"a": replica.url}, SignalsConfig(window_s=1.0), wall=wall)
         loop = Controller(
             Policy(POLICY),
             source,

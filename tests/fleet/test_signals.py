@@ -14,6 +14,7 @@ from aiohttp import BasicAuth, web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farthing_fleet.config import SignalsConfig, SloConfig
 from farthing_fleet.signals import DIALECTS, ColdStarts, detect, dialect, late_count
 from farthing_fleet.signals_prometheus import PrometheusError, PrometheusSource
 from farthing_fleet.signals_scrape import ScrapeSource, parse
@@ -78,12 +79,13 @@ class Clock:
         self.mono += seconds
 
 
-def source(clock: Clock, *replicas: FakeReplica, **options: object) -> ScrapeSource:
+def source(clock: Clock, *replicas: FakeReplica, slo: SloConfig | None = None) -> ScrapeSource:
     return ScrapeSource(
         lambda: {r.name: r.url for r in replicas},
+        SignalsConfig(window_s=15.0),
+        slo,
         wall=lambda: clock.wall,
         monotonic=lambda: clock.mono,
-        **options,  # type: ignore[arg-type]
     )
 
 
@@ -185,7 +187,7 @@ def test_late_count_is_within_the_bucket_of_the_limit(times: list[float], limit:
 async def test_late_share_counts_requests_and_not_the_mean() -> None:
     clock = Clock()
     async with FakeReplica(name="a") as a, FakeReplica(name="b") as b:
-        reader = source(clock, a, b, ttft_s=2.0)
+        reader = source(clock, a, b, slo=SloConfig())
         assert (await reader.read(2)).late_share is None
         for replica, late in ((a, 4.0), (b, 0.0)):
             replica.sums["ttft"], replica.late = [30.0, 40.0], late
@@ -249,7 +251,7 @@ async def test_prometheus_returns_the_same_signals(tmp_path: Path, name: str) ->
         url, _ = await asyncio.to_thread(manager.__enter__)
         try:
             reader = PrometheusSource(
-                url, window_s=2.0, selector='{model_name=~"a|b"}', ttft_s=2.0, tpot_s=2.0
+                SignalsConfig(url, '{model_name=~"a|b"}', window_s=2.0), SloConfig(ttft_s=2.0, tpot_s=2.0)
             )
             a.signals.update(waiting=3.0, kv=0.5)
             load = asyncio.create_task(busy(a, b))
@@ -290,7 +292,7 @@ async def test_unresponsive_prometheus_and_missing_targets_make_snapshots_stale(
     await replica.start()
     manager = prometheus(tmp_path, [f"127.0.0.1:{replica.port}"])
     url, process = await asyncio.to_thread(manager.__enter__)
-    reader = PrometheusSource(url, window_s=2.0, timeout_s=0.5, stale_after_s=5.0)
+    reader = PrometheusSource(SignalsConfig(url, window_s=2.0, timeout_s=0.5), stale_after_s=5.0)
     try:
         await eventually(lambda: reader.read(1), lambda s: not s.stale)
         os.kill(process.pid, signal.SIGSTOP)
@@ -310,14 +312,14 @@ async def test_unresponsive_prometheus_and_missing_targets_make_snapshots_stale(
 @pytest.mark.anyio
 async def test_prometheus_errors_quote_the_server(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^signals.prometheus: got .*http://prometheus:9090"):
-        PrometheusSource("prometheus:9090")
+        PrometheusSource(SignalsConfig("prometheus:9090"))
     with pytest.raises(ValueError, match=r"^signals.selector: got"):
-        PrometheusSource("http://p:9090", selector="model=x")
+        PrometheusSource(SignalsConfig("http://p:9090", "model=x"))
 
     manager = prometheus(tmp_path, [])
     url, _ = await asyncio.to_thread(manager.__enter__)
     try:
-        reader = PrometheusSource(url)
+        reader = PrometheusSource(SignalsConfig(url))
         with pytest.raises(PrometheusError, match="parse error"):
             await reader.scalar("sum(")
         assert await reader.scalar("vector(1) == 2") is None
@@ -352,7 +354,7 @@ async def test_login_in_the_url_of_prometheus_is_basic_authentication() -> None:
 
 def test_pods_cold_start_is_the_median_of_new_pods_of_the_selector() -> None:
     source = PrometheusSource(
-        "http://prometheus", selector='{namespace="prod",model_name="a,b",pod=~"v3-.{1,9}"}'
+        SignalsConfig("http://prometheus", '{namespace="prod",model_name="a,b",pod=~"v3-.{1,9}"}')
     )
     pods = '{namespace="prod",pod=~"v3-.{1,9}"}'
     assert source._questions(DIALECTS["vllm"])["cold_start_s"].endswith(
