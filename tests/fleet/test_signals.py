@@ -342,10 +342,10 @@ async def test_login_in_the_url_of_prometheus_is_basic_authentication() -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     host = f"127.0.0.1:{runner.addresses[0][1]}"
-    source = PrometheusSource(f"http://me:a%3A%2Fb@{host}/at/", timeout_s=60.0)
+    source = PrometheusSource(SignalsConfig(f"http://me:a%3A%2Fb@{host}/at/", timeout_s=60.0))
     assert await source.scalar("2") == 2.0
     await source.close()
-    source = PrometheusSource(f"http://me:secret@{host}/at", timeout_s=60.0)
+    source = PrometheusSource(SignalsConfig(f"http://me:secret@{host}/at", timeout_s=60.0))
     with pytest.raises(PrometheusError, match=f"http://{host} answers 401 and no JSON: b'Unauthorized'"):
         await source.scalar("2")
     await source.close()

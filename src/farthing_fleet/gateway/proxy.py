@@ -185,8 +185,10 @@ def _content_length(answer: Answer) -> int | None:
 
 @dataclass
 class _Course:
-    """Progress of one request."""
+    """One request and its progress."""
 
+    request: web.BaseRequest
+    outgoing: Outgoing
     arrived: float  # loop time
     deadline: float
     client: str
@@ -235,11 +237,11 @@ class Proxy:
                 "a replica died with this request in flight; "
                 f"it is refused for {self._config.poison_ttl_s:g} s",
             )
-        course = _Course(self._now(), self._now() + self._config.wait_s, client)
+        course = _Course(request, outgoing, self._now(), self._now() + self._config.wait_s, client)
         if (identity := outgoing.earlier) is not None:
             course.holder = await self._holder(identity, outgoing)
-        while (replica := await self._next(outgoing, course)) is not None:
-            answer = await self._try(request, outgoing, replica, course)
+        while (replica := await self._next(course)) is not None:
+            answer = await self._try(replica, course)
             if answer is not None:
                 return answer
             if self._holds.stopping or self._poison.refuses(outgoing.identity):
@@ -259,78 +261,69 @@ class Proxy:
         index = await holder(self._upstream, [each.url for each in replicas], identity, outgoing.headers)
         return None if index is None else replicas[index]
 
-    async def _next(self, outgoing: Outgoing, course: _Course) -> Replica | None:
+    async def _next(self, course: _Course) -> Replica | None:
         """The replica for the next try, waiting until one is ready. None: no more tries."""
         if course.sent >= self._config.tries:
             return None
-        replica = self._balancer.choose(outgoing.prompt, course.tried)
+        prompt = course.outgoing.prompt
+        replica = self._balancer.choose(prompt, course.tried)
         if course.holder is not None and not course.tried and course.holder.available:
             replica = course.holder
         if replica is None:
-            hold = self._holds[self._balancer.pool(outgoing.prompt.model)]
-            replica = await hold.until(lambda: self._again(outgoing, course), course.deadline, course.client)
+            hold = self._holds[self._balancer.pool(prompt.model)]
+            replica = await hold.until(lambda: self._again(course), course.deadline, course.client)
             course.held = True
         if replica is not None:
             course.tried.append(replica)
         return replica
 
-    def _again(self, outgoing: Outgoing, course: _Course) -> Replica | None:
+    def _again(self, course: _Course) -> Replica | None:
         """An untried replica, or one that was unreachable a moment ago and may be back. Raises Refused."""
-        check_model(self._balancer, outgoing.prompt.model)
+        check_model(self._balancer, course.outgoing.prompt.model)
         passed_over = [r for r in course.tried if r not in course.unreached]
-        return self._balancer.choose(outgoing.prompt, passed_over)
+        return self._balancer.choose(course.outgoing.prompt, passed_over)
 
-    async def _try(
-        self, request: web.BaseRequest, outgoing: Outgoing, replica: Replica, course: _Course
-    ) -> web.StreamResponse | None:
+    async def _try(self, replica: Replica, course: _Course) -> web.StreamResponse | None:
         """One try. None if the client has received nothing; `course` has the reason. Raises OSError if the
         client is lost.
         """
-        with self._inflight(outgoing, replica) as active:
+        with self._inflight(course.outgoing, replica) as active:
             try:
-                return await self._exchange(request, outgoing, replica, course, active)
+                return await self._exchange(replica, course, active)
             except Interrupted as problem:
                 replica.breaker.abandoned()
-                self._interrupted(outgoing, replica, course, problem)
+                self._interrupted(replica, course, problem)
             except ReplicaLost as problem:
-                await self._lost(outgoing, replica, course, active, problem)
+                await self._lost(replica, course, active, problem)
             except (asyncio.CancelledError, OSError):  # the client disconnected
                 replica.breaker.abandoned()
                 self._metrics.count(replica.pool, replica.name, 499)
                 raise
         return None
 
-    async def _exchange(
-        self,
-        request: web.BaseRequest,
-        outgoing: Outgoing,
-        replica: Replica,
-        course: _Course,
-        active: Active,
-    ) -> web.StreamResponse | None:
+    async def _exchange(self, replica: Replica, course: _Course, active: Active) -> web.StreamResponse | None:
         """Send the request and relay the answer.
 
         Raises ReplicaLost and Interrupted only if the client has received nothing.
         """
+        sent = course.outgoing
         with active.interruptible():
-            answer = await self._upstream.send(
-                replica.url, outgoing.method, outgoing.target, outgoing.headers, outgoing.body
-            )
+            answer = await self._upstream.send(replica.url, sent.method, sent.target, sent.headers, sent.body)
         try:
-            if answer.status == BUSY and not self._last(outgoing, course):
-                await self._busy(outgoing, replica, course, active, answer)
+            if answer.status == BUSY and not self._last(course):
+                await self._busy(replica, course, active, answer)
                 return None
             self._first_byte(replica, active, course)
             if answer.status == 404:  # perhaps it was restarted with another model
                 replica.read = False
-            relay = Relay(request, replica, answer, active, self._config.write_timeout_s)
+            relay = Relay(course.request, replica, answer, active, self._config.write_timeout_s)
             try:
                 response = await relay.whole() or await relay.stream()
             except (ReplicaLost, Interrupted) as problem:
                 if relay.response is None:
                     raise
                 self._metrics.count(replica.pool, replica.name, 502)
-                await self._break_off(relay, outgoing, replica, problem)
+                await self._break_off(relay, course, replica, problem)
                 return relay.response
         finally:
             answer.close()
@@ -369,17 +362,17 @@ class Proxy:
         if active.streamed:
             self.silence(replica.pool).observe(now - active.began)
 
-    def _last(self, outgoing: Outgoing, course: _Course) -> bool:
+    def _last(self, course: _Course) -> bool:
         """Whether to pass on a busy replica's own answer."""
         if course.held and self._now() < course.deadline:
             return False
-        model = outgoing.prompt.model
+        model = course.outgoing.prompt.model
         return course.sent + 1 >= self._config.tries or not self._balancer.candidates(course.tried, model)
 
     # ---- failed tries ----
 
     async def _break_off(
-        self, relay: Relay, outgoing: Outgoing, replica: Replica, problem: ReplicaLost | Interrupted
+        self, relay: Relay, course: _Course, replica: Replica, problem: ReplicaLost | Interrupted
     ) -> None:
         """End an answer that started but cannot be completed."""
         if isinstance(problem, Interrupted) and problem.why == "stopping":
@@ -390,24 +383,17 @@ class Proxy:
         replica.breaker.failed()
         # The client may retry it. A long answer is also cut off by what is not its fault: a suspect at most.
         if isinstance(problem, Interrupted) or not await self._alive(replica):
-            self._poison.strike(outgoing.identity, alone=False)
+            self._poison.strike(course.outgoing.identity, alone=False)
         await relay.break_off(f"replica lost: {problem}")
 
-    async def _busy(
-        self,
-        outgoing: Outgoing,
-        replica: Replica,
-        course: _Course,
-        active: Active,
-        answer: Answer,
-    ) -> None:
+    async def _busy(self, replica: Replica, course: _Course, active: Active, answer: Answer) -> None:
         """The replica answered 503: draining, full, or its engine failed."""
         with active.interruptible():
             code = await refusal(answer)
         if code == "engine_failed":
             course.sent += 1
             course.reason = f"{replica.name}: its engine failed"
-            self._poison.strike(outgoing.identity, alone=active.alone)
+            self._poison.strike(course.outgoing.identity, alone=active.alone)
         else:
             course.reason = f"{replica.name} is busy or draining"
             if course.held:
@@ -417,19 +403,15 @@ class Proxy:
         replica.served += 1
         replica.breaker.succeeded()
 
-    def _interrupted(
-        self, outgoing: Outgoing, replica: Replica, course: _Course, problem: Interrupted
-    ) -> None:
+    def _interrupted(self, replica: Replica, course: _Course, problem: Interrupted) -> None:
         course.sent += 1
         course.reason = f"{replica.name}: {problem}"
         if problem.why == "hung":
             course.status = 504
             replica.failed += 1
-            self._poison.strike(outgoing.identity, alone=False)
+            self._poison.strike(course.outgoing.identity, alone=False)
 
-    async def _lost(
-        self, outgoing: Outgoing, replica: Replica, course: _Course, active: Active, problem: ReplicaLost
-    ) -> None:
+    async def _lost(self, replica: Replica, course: _Course, active: Active, problem: ReplicaLost) -> None:
         """The exchange failed. If the replica still answers health checks, it only closed the connection;
         otherwise it died, possibly because of this request.
         """
@@ -442,4 +424,4 @@ class Proxy:
         course.sent += 1
         course.status = 502
         if not await self._alive(replica):
-            self._poison.strike(outgoing.identity, alone=active.alone)
+            self._poison.strike(course.outgoing.identity, alone=active.alone)
