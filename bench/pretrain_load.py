@@ -45,7 +45,7 @@ def minutes(series: Series, seed: int) -> History:
     """The load history of a controller: minute means of the interpolated trace with noise."""
     load = rate_load(series, 10.0, seed + 1, 0.1)[:, seed]
     whole = len(load) // 6 * 6
-    return History(load[:whole].reshape(-1, 6).mean(axis=1)[:, None], GRID_S, LEAD_S)
+    return History(load[:whole].reshape(-1, 6).mean(axis=1), GRID_S, LEAD_S)
 
 
 def histories(series: Series) -> list[History]:
@@ -55,9 +55,7 @@ def histories(series: Series) -> list[History]:
     for every in (1, 2, 3):
         points = series.coarse(every)
         made += [
-            History(points.values[:, None], points.step_s, points.step_s * lead)
-            for lead in (1, 2)
-            if len(points) > 60
+            History(points.values, points.step_s, points.step_s * lead) for lead in (1, 2) if len(points) > 60
         ]
     return made
 

@@ -32,12 +32,6 @@ class Dialect:
     cache_queries: str | None = None  # counter, prompt tokens looked up
     tpot: tuple[str, ...] = ()  # histograms, seconds; the first one found is used
 
-    def names(self) -> tuple[str, ...]:
-        """All metric families of this dialect."""
-        optional = [name for name in (self.queue_time, self.cache_hits, self.cache_queries) if name]
-        own = (self.running, self.waiting, self.kv_usage, self.prompt_tokens, self.output_tokens)
-        return (*own, self.ttft, *optional, *self.tpot)
-
 
 def _vllm_style(prefix: str) -> Dialect:
     return Dialect(
@@ -139,6 +133,3 @@ class ColdStarts:
             return None
         ordered = sorted(self._seconds)
         return ordered[math.ceil(0.9 * len(ordered)) - 1]
-
-    def __len__(self) -> int:
-        return len(self._seconds)

@@ -1,6 +1,6 @@
 """The recent load as features of the learned forecasters.
 
-Shapes: n = steps of the grid, B = runs side by side, F = features, W = length of a sequence.
+Shapes: n = steps of the grid, F = features, W = length of a sequence.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DEPART = 0.06
 
 
 def trailing_mean(values: Floats, steps: int) -> Floats:
-    """[N, B] mean of the last `steps` rows, fewer at the start."""
-    total = np.cumsum(np.concatenate([np.zeros((1, values.shape[1])), values]), axis=0)
+    """The mean of the last `steps` rows, fewer at the start."""
+    total = np.cumsum(np.concatenate([np.zeros_like(values[:1]), values]), axis=0)
     last = np.arange(1, len(values) + 1)
     first = np.maximum(0, last - max(1, steps))
-    return np.asarray((total[last] - total[first]) / (last - first)[:, None], dtype=np.float64)
+    return np.asarray(((total[last] - total[first]).T / (last - first)).T, dtype=np.float64)
 
 
 def trailing_max(values: Floats, steps: int) -> Floats:
-    """[N, B] maximum of the last `steps` rows, by doubling: O(N log steps)."""
+    """The maximum of the last `steps` rows, by doubling: O(N log steps)."""
     steps = max(1, min(steps, len(values)))
     out, width = values.copy(), 1
     while width < steps:
@@ -38,20 +38,16 @@ def trailing_max(values: Floats, steps: int) -> Floats:
 
 
 def trailing_slope(values: Floats, steps: int, step_s: float) -> Floats:
-    """[N, B] least-squares slope per second over the last `steps` rows; the first row is repeated before the
-    start.
-    """
+    """[n] least-squares slope per second over the last `steps` values; the first is repeated before it."""
     if steps < 2:
         return np.zeros_like(values)
     offset = np.arange(steps) - (steps - 1) / 2
     weight = offset / ((offset**2).sum() * step_s)
-    padded = np.concatenate([np.repeat(values[:1], steps - 1, axis=0), values])
-    columns = [np.convolve(padded[:, lane], weight[::-1], mode="valid") for lane in range(values.shape[1])]
-    return np.stack(columns, axis=1)
+    return np.convolve(np.pad(values, (steps - 1, 0), mode="edge"), weight[::-1], mode="valid")
 
 
 def steady_load(raw: Floats, step_s: float) -> Floats:
-    """[N, B] the smoothed load: the slow mean, or the fast one where they differ much."""
+    """[n] the smoothed load: the slow mean, or the fast one where they differ much."""
     fast = trailing_mean(raw, round(FAST_S / step_s))
     slow = trailing_mean(raw, round(SLOW_S / step_s))
     return np.where(np.abs(fast - slow) > DEPART * slow, fast, slow)
@@ -70,14 +66,13 @@ TINY = 1e-6  # a load up to this is no traffic: one request in eleven days
 
 @dataclass(frozen=True)
 class History:
-    """Loads [n, B] on a grid of `step_s`, to be forecast over `lead_s`.
+    """Loads [n] on a grid of `step_s`, to be forecast over `lead_s`.
 
     Times are in *leads* (one cold start plus one interval), so that one model works for cold starts of a
     minute or an hour. Loads are logarithms relative to the current level, so that scale does not matter. The
     target is y = log(peak of the load within the next lead / current level).
 
-    Shapes: n = steps of the grid, B = parallel runs (1 in production), F = features, W = length of a
-    sequence. Row t uses nothing after step t.
+    Row t of an array uses nothing after step t.
     """
 
     load: Floats
@@ -94,12 +89,12 @@ class History:
 
     @cached_property
     def level(self) -> Floats:
-        """[n, B] the smoothed load; `TINY` without traffic, never zero."""
+        """[n] the smoothed load; `TINY` without traffic, never zero."""
         return np.maximum(steady_load(self.load, self.step_s), TINY)
 
     @cached_property
     def target(self) -> Floats:
-        """[n - lead, B] y of every origin with a known outcome."""
+        """[n - lead] y of every origin with a known outcome."""
         peak = trailing_max(self.load, self.lead)[self.lead :]
         y = np.log(np.maximum(peak, TINY) / self.level[: -self.lead])
         return np.asarray(np.clip(y, -LARGEST, LARGEST), dtype=np.float64)
@@ -108,16 +103,12 @@ class History:
         """The last `steps` steps."""
         return replace(self, load=self.load[max(0, len(self) - steps) :])
 
-    def head(self, steps: int) -> History:
-        """The first `steps` steps."""
-        return replace(self, load=self.load[:steps])
-
     def _steps(self, leads: float) -> int:
         return max(1, round(leads * self.lead))
 
     @cached_property
     def features(self) -> Floats:
-        """[n, B, F]: logarithms of trailing means and peaks over the level, slopes, noise, the lead."""
+        """[n, F]: logarithms of trailing means and peaks over the level, slopes, noise, the lead."""
         level = self.level
         columns = [_log(trailing_mean(self.load, self._steps(w)) / level) for w in MEANS]
         for leads in SLOPES:
@@ -131,14 +122,13 @@ class History:
 
     @cached_property
     def sequences(self) -> Floats:
-        """[n, B, W, 2]: the last W means over half a lead, relative to the level, and their differences."""
+        """[n, W, 2]: the last W means over half a lead, relative to the level, and their differences."""
         width = max(1, self.lead // 2)
         means = trailing_mean(self.load, width)
         reach = SEQUENCE * width
-        padded = np.concatenate([np.repeat(means[:1], reach, axis=0), means])
-        windows = sliding_window_view(padded, reach + 1, axis=0)[..., ::width]  # [n, B, W + 1]
-        relative = np.clip(_log(windows / self.level[..., None]), -LARGEST, LARGEST)
-        return np.stack([relative[..., 1:], 5 * np.diff(relative, axis=-1)], axis=-1)
+        windows = sliding_window_view(np.pad(means, (reach, 0), mode="edge"), reach + 1)[:, ::width]
+        relative = np.clip(_log(windows / self.level[:, None]), -LARGEST, LARGEST)  # [n, W + 1]
+        return np.stack([relative[:, 1:], 5 * np.diff(relative, axis=1)], axis=-1)
 
 
 def _log(ratio: Floats) -> Floats:

@@ -56,13 +56,13 @@ class Neural:
         self._lead_s = max(lead_s, GRID_S)
 
     def fit(self, loads: Floats) -> None:
-        self._model.fit(History(loads[:, None], GRID_S, self._lead_s))
+        self._model.fit(History(loads, GRID_S, self._lead_s))
 
     def plans(self, loads: Floats, count: int) -> Floats:
-        history = History(loads[:, None], GRID_S, self._lead_s)
+        history = History(loads, GRID_S, self._lead_s)
         history = history.tail(count + _REACH * history.lead)
-        upper = self._model.quantiles(history, len(history) - count)[:, 0, 1]
-        return np.asarray(history.level[-count:, 0] * np.exp(upper), dtype=np.float64)
+        upper = self._model.quantiles(history, len(history) - count)[:, 1]
+        return np.asarray(history.level[-count:] * np.exp(upper), dtype=np.float64)
 
 
 class Seasonal:

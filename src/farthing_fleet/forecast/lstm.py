@@ -30,36 +30,36 @@ NETWORK = "network"  # prefix of the tensors of network i: "network.i."
 EPOCHS, BATCH, RATE = 4, 256, 1e-3  # of fine-tuning
 LEAST_LEADS = 72  # with less history the packaged networks are not changed
 THIN = 2  # train on every second origin
+REGRESSION_THIN, PENALTY = 3, 1000.0
 
 
 class Regression:
     """Linear quantile regression on the features, regularized towards the packaged weights.
 
-    Fitted by iteratively reweighted least squares on the first run's history.
+    Fitted by iteratively reweighted least squares.
     """
 
-    def __init__(
-        self, start: Floats, centre: Floats, spread: Floats, penalty: float = 1000.0, thin: int = 3
-    ) -> None:
+    def __init__(self, start: Floats, centre: Floats, spread: Floats) -> None:
         self._start, self._centre, self._spread = start, centre, spread  # [2, F + 1], [F], [F]
-        self.weights, self.penalty, self.thin = start.copy(), penalty, thin
+        self.weights = start.copy()
 
     def fit(self, history: History) -> None:
         past = len(history) - history.lead
         if past < 10 * history.lead:
             return
-        chosen = slice(0, past, self.thin)
-        rows = self._rows(history.features[chosen, 0])
-        truth, level = history.target[:: self.thin, 0], history.level[chosen, 0]
+        chosen = slice(0, past, REGRESSION_THIN)
+        rows = self._rows(history.features[chosen])
+        truth, level = history.target[::REGRESSION_THIN], history.level[chosen]
         importance = level / float(level.mean())
         self.weights = np.stack(
             [
-                quantile_fit(rows, truth, importance, q, self._start[i], self.penalty)
+                quantile_fit(rows, truth, importance, q, self._start[i], PENALTY)
                 for i, q in enumerate(QUANTILES)
             ]
         )
 
     def quantiles(self, history: History, first: int) -> Floats:
+        """[o, Q] of the origins from `first` on."""
         predicted = self._rows(history.features[first:]) @ self.weights.T
         return np.asarray(np.maximum.accumulate(predicted, axis=-1), dtype=np.float64)
 
@@ -117,7 +117,7 @@ class LSTM:
         self.networks = list(networks)
 
     def fit(self, history: History) -> None:
-        """Fine-tune the packaged networks on the first run of `history`."""
+        """Fine-tune the packaged networks on `history`."""
         recent = history.tail(round(HISTORY_S / history.step_s))
         if len(recent) < LEAST_LEADS * history.lead:
             return
@@ -130,20 +130,15 @@ class LSTM:
         self.networks = tuned
 
     def quantiles(self, history: History, first: int) -> Floats:
-        """[o, B, 2]; computed in chunks, so that a long replay needs little memory."""
-        n, lanes = len(history) - first, history.load.shape[1]
-        sequences, features = history.sequences, history.features
-        levels = np.empty((n * lanes, len(QUANTILES)))
-        for begin in range(0, n, 4096):
-            rows = slice(first + begin, min(first + begin + 4096, len(history)))
-            inputs = [
-                torch.from_numpy(np.ascontiguousarray(part[rows])).float() for part in (sequences, features)
-            ]
-            flat = [part.reshape(-1, *part.shape[2:]) for part in inputs]
+        """[o, Q] of the origins from `first` on, in chunks, so that a long replay needs little memory."""
+        made = [np.empty((0, len(QUANTILES)))]
+        for begin in range(first, len(history), 4096):
+            rows = slice(begin, begin + 4096)
+            inputs = [torch.from_numpy(part[rows]).float() for part in (history.sequences, history.features)]
             with torch.no_grad():
-                out = torch.stack([network(*flat) for network in self.networks]).mean(0)
-            levels[begin * lanes : begin * lanes + len(out)] = out.double().numpy()
-        return levels.reshape(n, lanes, len(QUANTILES))
+                out = torch.stack([network(*inputs) for network in self.networks]).mean(0)
+            made.append(out.double().numpy())
+        return np.concatenate(made)
 
 
 def examples(histories: Sequence[History], thin: int) -> list[torch.Tensor]:
@@ -151,11 +146,11 @@ def examples(histories: Sequence[History], thin: int) -> list[torch.Tensor]:
     parts: list[list[Floats]] = [[], [], [], []]
     for history in histories:
         chosen = slice(0, len(history.target), thin)
-        level = history.level[chosen, 0]
+        level = history.level[chosen]
         rows = (
-            history.sequences[chosen, 0],
-            history.features[chosen, 0],
-            history.target[chosen, 0].clip(-1, 1),
+            history.sequences[chosen],
+            history.features[chosen],
+            history.target[chosen].clip(-1, 1),
             level / level.mean(),
         )
         for part, row in zip(parts, rows, strict=True):
