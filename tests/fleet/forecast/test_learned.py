@@ -66,8 +66,8 @@ def test_walk_trains_on_what_was_known() -> None:
 
 
 def test_features_are_scale_free() -> None:
-    one, two = (History(scale * MINUTES[:600, None], 60.0, 600.0) for scale in (1.0, 100.0))
-    assert one.features.shape == (600, 1, FEATURES)
+    one, two = (History(scale * MINUTES[:600], 60.0, 600.0) for scale in (1.0, 100.0))
+    assert one.features.shape == (600, FEATURES)
     assert np.allclose(one.features, two.features)
     assert np.allclose(one.target, two.target)
 
