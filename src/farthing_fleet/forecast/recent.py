@@ -8,6 +8,8 @@ Every plan answers "for which load should replicas be ordered now?", and none kn
     growth     the smoothed load, moved along a steep slope, times the 0.9 quantile of how far the peak of
                the next lead exceeded such a forecast during the last day
     day        the last minute times the growth within a lead at this time of the last days
+    hour       the median of what the last four hours reached from these minutes until a lead later, or the
+               last minute if that is more: work that a clock starts, which no recent minute announces
 
 A lead is one cold start and one interval. Loads and times may have any unit and any clock.
 """
@@ -16,16 +18,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from statistics import median
 
 import numpy as np
 
 DAY_S = 86_400.0
-PLANS = ("last", "deviation", "growth", "day")
+PLANS = ("last", "deviation", "growth", "day", "hour")
 SAYS = {  # in a reason
     "last": "the last minute",
     "deviation": "mean and two deviations",
     "growth": "the growth of the last day",
     "day": "the growth at this time of day",
+    "hour": "the same minutes of the last hours",
 }
 
 _DEVIATIONS = 2.0
@@ -38,6 +42,7 @@ _STEEP, _STEEP_S = 0.25, 600.0  # a slope is steep if it changes the load by thi
 _TREND = 0.2  # share of the lead for which a steep slope continues
 _DAYS = ((1, 1.0), (2, 0.6), (3, 0.36), (7, 0.6))  # days back, and the weight of their growth
 _KEPT_DAYS = 8
+_HOURS = 4  # hours back
 _TINY = 1e-9
 
 
@@ -177,6 +182,29 @@ class _Days:
         return total / weights if weights else 1.0
 
 
+class _Hours:
+    """What the load reached within a lead from these minutes of the last hours."""
+
+    def __init__(self, step_s: float, lead_s: float) -> None:
+        self._minute = max(1, round(60 / step_s))
+        self._hour = max(1, round(3600 / (self._minute * step_s)))
+        self._ahead = min(self._hour, math.ceil(lead_s / (self._minute * step_s)) + 1)
+        self._mean = Mean(self._minute)
+        self._history: deque[float] = deque(maxlen=_HOURS * self._hour + 1)  # means of a minute
+        self._count, self._median = 0, 0.0
+
+    def add(self, load: float) -> float:
+        """The median; the highest mean of a minute so far before the second hour."""
+        mean = self._mean.add(load)
+        if self._count % self._minute == 0:
+            self._history.append(mean)
+            seen = list(self._history)
+            starts = range(len(seen) - 1 - self._hour, -1, -self._hour)
+            self._median = median([max(seen[at : at + self._ahead]) for at in starts] or [max(seen)])
+        self._count += 1
+        return self._median
+
+
 class RecentPlans:
     """All plans over one load, advanced step by step."""
 
@@ -184,6 +212,7 @@ class RecentPlans:
         self._last = Mean(max(1, round(min(60.0, 2 * lead_s) / step_s)))
         self._window = Mean(max(1, round((300.0 if lead_s < 300 else 600.0) / step_s)))
         self._growth, self._days = _Growth(step_s, lead_s), _Days(step_s, lead_s)
+        self._hours = _Hours(step_s, lead_s)
 
     @property
     def growth(self) -> float:
@@ -203,4 +232,5 @@ class RecentPlans:
             mean + _DEVIATIONS * self._window.deviation,
             self._growth.add(load),
             last * self._days.add(load),
+            max(last, self._hours.add(load)),
         )

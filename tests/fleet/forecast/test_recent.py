@@ -48,3 +48,19 @@ def test_the_day_plan_knows_a_rise_that_comes_every_day() -> None:
         if minute == 1440 + 715:
             at_rise = day
     assert at_rise > 25.0
+
+
+def test_the_hour_plan_knows_batches_that_a_clock_starts() -> None:
+    plans, hours = RecentPlans(10.0, 130.0), []
+    for step in range(6 * 360):
+        hours.append(plans.add(50.0 if 1800 <= step * 10 % 3600 < 2280 else 5.0)[4])
+    last = np.array(hours[-360:])
+    assert last[: 180 - 30].max() == 5.0, "nothing is held between batches"
+    assert last[180 - 10] == 50.0, "a lead before the batch it is planned for"
+    assert last[180 + 30] == 50.0, "and while it runs"
+
+
+def test_a_batch_that_came_once_is_not_expected_again() -> None:
+    plans = RecentPlans(10.0, 130.0)
+    made = [plans.add(50.0 if 5 * 360 <= step < 5 * 360 + 48 else 5.0)[4] for step in range(7 * 360)]
+    assert max(made[6 * 360 - 30 :]) == 5.0
