@@ -259,7 +259,9 @@ class Policy:
         held_by = why = ""
         if (
             steady is not None
-            and steady.high <= current < 1 + SPARE * steady.need
+            and steady.high <= current
+            # either may differ by noise only: a plan may know of a rise that the load does not show yet
+            and max(current, target) < 1 + SPARE * steady.need
             and (target < current or not now_needed)
         ):
             if target != current:

@@ -149,6 +149,7 @@ def test_the_plan_decides_and_names_its_rule() -> None:
         (10, 10.4, Noise(9.8, 9.5), 10),
         (10, 10.4, Noise(10.2, 9.5), 11),  # the load with its noise exceeds the fleet
         (10, 7.0, Noise(6.5, 7.0), 7),  # a replica fewer is more than 20 % above the need
+        (10, 94.0, Noise(9.8, 9.5), 94),  # a plan knows of a rise that the load does not show
         (2, 1.0, Noise(0.8, 0.9), 2),
         (1, 0.9, Noise(0.7, 0.9), 1),
     ],
