@@ -37,6 +37,7 @@ from farthing.ops.select import select  # noqa: E402
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8, rounded  # noqa: E402
 from farthing.tokenizer_gguf import _CUTS, fields_of, tokenizer_of  # noqa: E402
 from tests.compress.conftest import write_model  # noqa: E402
+from tests.ops.parts import weight  # noqa: E402
 from tests.parity.families import build  # noqa: E402
 from tests.parity.paged import run  # noqa: E402
 
@@ -199,6 +200,43 @@ def test_values_that_cannot_be_rounded_are_refused(kind: str, bad: float) -> Non
     values[2, 3] = bad
     with pytest.raises(ValueError, match="got NaN or infinity; expected finite values"):
         encode(Weight("dense", values), kind)
+
+
+def test_experts_of_different_formats_share_a_type_that_holds_all(quantizable: Path, tmp_path: Path) -> None:
+    recipe = replace(load_recipe("int4-rtn"), group_size=32, wide=("*.experts.1.*",))
+    small, out = tmp_path / "small", tmp_path / "model.gguf"
+    compress(quantizable, small, recipe, Options(gate=False, check_memory=False))
+    export_gguf(with_tokenizer(small, 264), out)
+    sources = [source_of(c, config_of(c)) for c in map(Checkpoint.open, (resolve_model(out), small))]
+    for e in range(3):
+        found, expected = (s.weight(f"model.layers.1.mlp.experts.{e}.up_proj").dequantize() for s in sources)
+        assert float((found - expected).norm() / expected.norm()) < 0.006  # scales of 16 bits
+
+
+def test_a_matrix_that_cannot_be_rounded_is_named(quantizable: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(quantizable, tmp_path / "model")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    (file,) = (f for f in copy.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"^blk\.1\.ffn_up_exps\.weight: got NaN or infinity; expected"):
+        export_gguf(copy, tmp_path / "model.gguf", "q8_0")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_zero_points_of_8_bits() -> None:
+    """Differences of up to 9 bits are rounded, those of 8 bits are kept."""
+    torch.manual_seed(0)
+    wide = weight("int8_zero", 16, 64)
+    assert wide.scale is not None
+    narrow = replace(wide, data=wide.data // 4, zero_point=torch.full(wide.scale.shape, 60, dtype=torch.int8))
+    for w, kept in ((wide, False), (narrow, True)):
+        written, exact = encode(w, kind_for(w))
+        found = torch.from_numpy(gguf.quants.dequantize(written, gguf.GGMLQuantizationType.Q8_0))
+        value = w.dequantize()
+        assert exact == kept and float((found - value).norm() / value.norm()) < 0.01
+        assert not exact or torch.equal(found, value)
 
 
 def test_values_that_a_type_lacks(tmp_path: Path) -> None:

@@ -218,15 +218,19 @@ def encode(weight: Weight, kind: str) -> tuple[Bytes, bool]:
         halves = scale.half()
         head, exact = halves.unsqueeze(-1).view(torch.uint8), torch.equal(halves.float(), scale)
     if kind == "Q8_0":
-        q = kept.quantized().view(*kept.scale.shape, -1)
-        if kept.zero_point is not None:
-            q = q - kept.zero_point.unsqueeze(-1)
-        body = q.reshape(*scale.shape, BLOCK).to(torch.int8).view(torch.uint8)
+        body = _less_zero(kept).reshape(*scale.shape, BLOCK).to(torch.int8).view(torch.uint8)
     else:
         u = torch.stack((kept.data & 15, kept.data >> 4), -1).view(*scale.shape, BLOCK)
         body = u[..., : BLOCK // 2] | u[..., BLOCK // 2 :] << 4
     blocks: Bytes = torch.cat((head, body), -1).flatten(1).numpy()
     return blocks, exact and kept is weight
+
+
+def _less_zero(weight: Weight) -> Tensor:
+    """The integers [N, K/g, g] less their zero points, with which those of 8 bits may need 9."""
+    assert weight.scale is not None
+    q = weight.quantized().view(*weight.scale.shape, -1)
+    return q if weight.zero_point is None else q.short() - weight.zero_point.unsqueeze(-1)
 
 
 def _holds(kind: str, weight: Weight) -> bool:
@@ -235,7 +239,8 @@ def _holds(kind: str, weight: Weight) -> bool:
     if stored is None or weight.minimum is not None or weight.order is not None or weight.group_size % BLOCK:
         return False
     if kind == "Q8_0":
-        return not stored.codes
+        q = None if stored.codes or weight.zero_point is None else _less_zero(weight)
+        return not stored.codes and (q is None or bool(((q >= -128) & (q <= 127)).all()))
     target = INTEGERS[FORMATS[kind][0]]
     alike = (stored.bits, stored.codes, stored.offset) == (target.bits, target.codes, target.offset)
     return alike and weight.zero_point is None

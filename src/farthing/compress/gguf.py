@@ -75,11 +75,14 @@ def export_gguf(
         done = 0
         with file.open("ab") as stream:
             for tensor in tensors:
-                for part in tensor.parts():
-                    stream.write(np.ascontiguousarray(part).data)
-                    done += part.nbytes
-                    if progress:
-                        progress(f"writing {out.name}", done >> 10, needed >> 10)
+                try:
+                    for part in tensor.parts():
+                        stream.write(np.ascontiguousarray(part).data)
+                        done += part.nbytes
+                        if progress:
+                            progress(f"writing {out.name}", done >> 10, needed >> 10)
+                except ValueError as error:
+                    raise ValueError(f"{tensor.name}: {error}") from None
                 stream.write(bytes(-stream.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
                 checkpoint.release()
 

@@ -192,7 +192,8 @@ class GgufTensors:
                 self._name(name), lambda: np.stack([_float32(bias) for bias in biases]), (count, *shape)
             )
         n, k = shape
-        kind = self._kind_of(self._source.weight(modules[0], (n, k)), modules[0])
+        kinds = {self._kind_of(self._source.weight(module, (n, k)), module) for module in modules}
+        kind = kinds.pop() if len(kinds) == 1 else "BF16" if kinds & {*PLAIN} else "Q8_0"  # experts differ
 
         def parts() -> Iterator[Bytes]:
             for module in modules:
