@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from scipy import stats
+from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
 from farthing.checkpoint.reader import Checkpoint
@@ -98,6 +99,22 @@ def test_every_window_begins_as_served_texts_do(model_dir: Path, data: Path, tmp
         )
         files = calibration_corpus(copy, ModelConfig.from_directory(copy), None, 200, 50)
         assert all(int(w.ids[0]) == 0 for w in files.windows)
+
+
+def test_a_token_that_serving_appends_begins_no_window(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model_dir, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text()) | {"bos_token_id": None}
+    (copy / "config.json").write_text(json.dumps(config))
+    plain = corpus_of(data, copy, 50)
+    tokenizer = Tokenizer.from_file(str(copy / "tokenizer.json"))
+    end = ("<bos>", 0)
+    for template, begun in (("$A <bos>", False), ("<bos> $A <bos>", True)):
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[end])
+        tokenizer.save(str(copy / "tokenizer.json"))
+        windows = corpus_of(data, copy, 50).windows
+        assert all(int(w.ids[0]) == 0 for w in windows) == begun
+        if not begun:
+            assert [w.ids.tolist() for w in windows] == [w.ids.tolist() for w in plain.windows]
 
 
 def test_model_compared_with_itself_and_with_a_worse_one(model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -248,7 +248,8 @@ class Encoder:
         """With the BOS of config.json, or, where it names none as for GGUF files, with what serving puts in
         front."""
         tokenizer, bos = load_tokenizer(model), config.bos_token_id
-        served = Served.from_directory(model).encode("")[:1]
+        whole, plain = (Served.from_directory(model).encode("a", special)[:1] for special in (True, False))
+        served = whole if whole != plain else []  # a template may append tokens alone
         return cls(tokenizer, served if bos is None else [bos], bool(served) and bos in (None, *served))
 
     def __call__(self, text: str) -> list[int]:
