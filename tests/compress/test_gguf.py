@@ -225,6 +225,16 @@ def test_a_matrix_that_cannot_be_rounded_is_named(quantizable: Path, tmp_path: P
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.parametrize(("name", "group"), [("nvfp4", 16), ("iq4_nl", 16), ("int4", 16), ("mxfp4", 32)])
+def test_4_bits_that_fit_no_type_are_not_rounded_to_4_bits_again(name: str, group: int) -> None:
+    torch.manual_seed(0)
+    w = weight(name, 16, 256, group)
+    w = replace(w, order=torch.randperm(256)) if group == 32 else w
+    written, _ = encode(w, kind := kind_for(w))
+    found = torch.from_numpy(gguf.quants.dequantize(written, gguf.GGMLQuantizationType[kind]))
+    assert float((found - w.dequantize()).norm() / w.dequantize().norm()) < 0.01
+
+
 def test_zero_points_of_8_bits() -> None:
     """Differences of up to 9 bits are rounded, those of 8 bits are kept."""
     torch.manual_seed(0)

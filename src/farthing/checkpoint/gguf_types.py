@@ -191,8 +191,8 @@ def kind_for(weight: Weight) -> str:
         return {torch.float32: "F32", torch.float16: "F16"}.get(weight.data.dtype, "BF16")
     if weight.shape[1] % BLOCK:
         return "BF16"
-    if weight.format == "int4" and weight.zero_point is not None:
-        return "Q8_0"
+    if weight.order is not None or weight.group_size % BLOCK or weight.zero_point is not None:
+        return "Q8_0"  # 4 bits would be rounded once more
     exact = next((kind for kind in ("Q4_0", "MXFP4") if FORMATS[kind][0] == weight.format), None)
     stored = INTEGERS.get(weight.format)
     return exact or ("IQ4_NL" if stored is not None and stored.codes else "Q8_0")
