@@ -26,10 +26,10 @@ inline __m512 sum_each(const __m512* a) {
 }
 
 // The next block's keys are prefetched into L2 at an even rate while this one is computed, because a KV cache
-// larger than the processor's caches is read as a stream. L1 does not hold two blocks, and often not one: rows
-// of 1 KB share four of its sets. Of every four keys' latents, the scores prefetch two and the weighted sum the
-// other two; where scores do not read latents, the weighted sum prefetches all. Scores prefetch what follows
-// the latents.
+// larger than the processor's caches is read as a stream. L1 does not hold two blocks, and often not one:
+// rows of 1 KB share four of its sets. Of every four keys' latents, the scores prefetch two and the weighted
+// sum the other two; where scores do not read latents, the weighted sum prefetches all. Scores prefetch what
+// follows the latents.
 
 // Scores of 4 query rows against 4 keys; missing rows and keys repeat the first. Prefetches the latents of N
 // keys of `next`, and the rest of N keys and the second ones after them.

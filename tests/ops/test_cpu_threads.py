@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farthing.ops.api import Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps, create
-from farthing.ops.weights import Weight, quantize_int4
+from farthing.ops.weights import quantize_int4
 from tests.ops.parts import SPECS, batch_of, experts, weight
 
 native = pytest.importorskip("farthing._native")
@@ -114,17 +114,6 @@ def test_bad_arguments_are_named() -> None:
         CpuOps(1, topology=";")
     with pytest.raises(ValueError, match=r"K = \[64, 128\]"):
         CpuOps(1).pack_linear("w", lambda: [weight("int8", 16, 64), weight("int8", 16, 128)])
-
-
-def test_experts_of_two_formats_are_rejected() -> None:
-    spec = RouterSpec(2, 1)
-    w = experts(spec, "int8", 64, 64, None)
-    odd = tuple(
-        Weight(q.format, q.data, q.scale) for q in (quantize_int4(torch.randn(64, 64), 32) for _ in range(3))
-    )
-    mixed = type(w)(w.gate, w.bias, [w.experts[0], lambda: odd], None)  # type: ignore[arg-type,return-value]
-    with pytest.raises(ValueError, match="expert 1 of 'm'"):
-        CpuOps(1).pack_moe("m", spec, lambda: mixed)
 
 
 def test_many_threads_do_not_change_a_bit() -> None:
