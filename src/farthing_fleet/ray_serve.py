@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -47,6 +48,7 @@ from farthing_fleet.types import Decision
 NAME = "farthing"  # of the application
 _TRIES = 2  # replicas per request; a second one only before the client has received a byte
 _HOST = "127.0.0.1"
+_LONGEST_ROUTING_S = 60.0  # from a request's arrival until it counts in a queue
 _GAUGES = ("running", "waiting", "kv_usage", "launch_s")
 _LOST = (RayError, RayServeException)
 
@@ -197,24 +199,47 @@ async def _relay(parts: Any, headers: list[tuple[str, str]], path: str) -> Async
         yield error_event("the replica was lost before the answer was complete", path)
 
 
+def _id(request: Any) -> str:
+    return str(request.metadata.internal_request_id)
+
+
 class Prefix(RequestRouter):  # type: ignore[misc]
     """Serve's request router with the gateway's rule: few requests in flight, little uncached prompt text."""
 
     def initialize_state(self, **_: Any) -> None:
         self._config = GatewayConfig()
         self._prefixes = PrefixIndex(self._config.prefix_entries)
+        self._chosen: dict[str, tuple[Any, Any]] = {}  # request -> itself and its replica until it is sent
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[Any]:
         prompt = pending_request.args[0].prompt if pending_request is not None else read_prompt(b"", 0)
         depths = self._prefixes.depths(prompt.blocks)
+        coming = self._coming()
 
         def of(replica: Any) -> float:
-            requests = self.replica_queue_len_cache.get(replica.replica_id) or 0
+            requests = (self.replica_queue_len_cache.get(replica.replica_id) or 0) + coming[
+                replica.replica_id
+            ]
             return cost(self._config, requests, prompt, depths.get(str(replica.replica_id), 0))
 
-        return [[replica] for replica in sorted(candidate_replicas, key=of)]
+        found = sorted(candidate_replicas, key=of)
+        if pending_request is not None and found:
+            self._chosen[_id(pending_request)] = pending_request, found[0].replica_id
+        return [[replica] for replica in found]
+
+    def _coming(self) -> Counter[Any]:
+        """Requests by replica that Serve's queue lengths do not contain yet: those that arrive together would
+        otherwise all choose the same replica."""
+        begun = time.time() - _LONGEST_ROUTING_S
+        self._chosen = {
+            name: (request, replica)
+            for name, (request, replica) in self._chosen.items()
+            if request.created_at > begun and not request.future.cancelled()
+        }
+        return Counter(replica for _, replica in self._chosen.values())
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
+        self._chosen.pop(_id(pending_request), None)
         self._prefixes.learn(pending_request.args[0].prompt.blocks, str(replica_id))
 
     def update_replicas(self, replicas: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 
+from farthing.prompts import read_prompt
 from farthing_fleet.config import FleetConfig, PolicyConfig
 from tests.fleet.doubles.services import free_port
 
 pytest.importorskip("ray.serve", exc_type=ImportError)
-from farthing_fleet.ray_serve import Scaling, ServeConfig, reading_of, serving
+from farthing_fleet.ray_serve import Prefix, Scaling, ServeConfig, reading_of, serving
 
 ROOT = Path(__file__).parents[2]
 REPLICA = ROOT / "tests" / "fleet" / "doubles" / "replica.py"
@@ -95,6 +97,30 @@ def test_readings_pass_through_numbers() -> None:
     assert reading is not None and (reading.at, reading.waiting, reading.kv_usage) == (3.0, 2.0, None)
     assert reading.totals == {"prompt": 7.0}
     assert reading_of({"running": 1.0}) is None  # the server did not answer
+
+
+def test_requests_that_arrive_together_choose_different_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Prefix, "replica_queue_len_cache", {"a": 1})
+    router = Prefix.__new__(Prefix)
+    router.initialize_state()
+    replicas = [SimpleNamespace(replica_id=name) for name in "abc"]
+
+    def request(name: str) -> Any:
+        return SimpleNamespace(
+            args=[SimpleNamespace(prompt=read_prompt(b"{}", 0))],
+            metadata=SimpleNamespace(internal_request_id=name),
+            created_at=time.time(),
+            future=SimpleNamespace(cancelled=lambda: False),
+        )
+
+    asked = [request(str(i)) for i in range(5)]
+    first = [asyncio.run(router.choose_replicas(replicas, one))[0][0].replica_id for one in asked]
+    assert sorted(first) == ["a", "b", "b", "c", "c"]
+    for one, name in zip(asked, first, strict=True):
+        router.on_request_routed(one, name, None)
+    assert not router._chosen, "Serve counts them now"
 
 
 class Stream(threading.Thread):
