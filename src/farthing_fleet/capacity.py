@@ -23,9 +23,8 @@ DECODE_PER_PREFILL = 20.0  # initial cost of an output token, in prompt tokens
 MOST = 4.0  # the capacity at the guess's lengths stays within this factor of the guess
 BOUND_RATE, QUEUE_RATE = 0.05, 0.2  # of learning: a bound is weaker evidence than a measured throughput
 LENGTH_RATE = 0.2
-FIRST = (
-    20  # snapshots until the mean lengths count as known: at first, requests run that have answered little
-)
+# Snapshots until the mean lengths count as known: at first, requests run that have answered little.
+FIRST = 20
 WEAK = 0.5  # a replica that is less busy says less
 LIGHT = 0.15  # busier replicas do not show the time per token of an idle one
 

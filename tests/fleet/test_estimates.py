@@ -35,9 +35,8 @@ for now in (0.0, 60.0, 120.0):
     estimates.observe(now, Snapshot(now, 8, 8, request_rate=6.0, backlog=0.0, queue_time_s=0.0))
     estimates.maintain(now)
 assert estimates.plan(120.0) is not None
-absent = ("aiohttp", "torch", "pandas", "prophet", "matplotlib", "scipy", "starlette")
-absent = *absent, "farthing_fleet.gateway.server"
-print([name for name in absent if name in sys.modules])
+absent = "aiohttp torch pandas prophet matplotlib scipy starlette farthing_fleet.gateway.server"
+print([name for name in absent.split() if name in sys.modules])
 """
 
 

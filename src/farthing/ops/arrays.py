@@ -118,8 +118,10 @@ def like(values: NDArray[Any], x: Tensor) -> Tensor:
     return torch.from_numpy(values).to(x.device)
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same shape and values."""
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same shape and values, or neither exists."""
+    if a is None or b is None or a is b:
+        return a is b
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else torch.equal(a, b)
 
 

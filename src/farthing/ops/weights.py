@@ -247,7 +247,7 @@ def in_one_format(weights: Sequence[Weight]) -> Sequence[Weight]:
     orders. Others become dense.
     """
     first = weights[0]
-    ordered_alike = all(_same_order(w, first) for w in weights)
+    ordered_alike = all(same(w.order, first.order) for w in weights)
     if ordered_alike and len({(w.format, w.group_size, w.data.dtype) for w in weights}) == 1:
         return weights
     if all(w.format in INTEGERS and w.minimum is None for w in weights) and ordered_alike:
@@ -261,10 +261,6 @@ def in_one_format(weights: Sequence[Weight]) -> Sequence[Weight]:
     dtype = torch.bfloat16 if short else torch.float32
     _say_held(weights, f"held in {dtype_name(dtype)}", 8 * dtype.itemsize)
     return [_in_place_of(w, Weight("dense", w.dequantize(dtype))) for w in weights]
-
-
-def _same_order(a: Weight, b: Weight) -> bool:
-    return a.order is b.order or (a.order is not None and b.order is not None and same(a.order, b.order))
 
 
 def _widened(w: Weight, group: int) -> Weight:

@@ -85,13 +85,8 @@ def _plan_one(w: Weight, quantization: str | None) -> Plan:
 def plan(weights: Sequence[Weight], quantization: str | None) -> Plan:
     """The common format of matrices packed together; float32 if their formats or orders differ."""
     plans = {_plan_one(w, quantization) for w in weights}
-    return plans.pop() if len(plans) == 1 and _alike(weights) else F32
-
-
-def _alike(weights: Sequence[Weight]) -> bool:
-    """Whether the columns of matrices are in the same order."""
-    first, *others = (w.order for w in weights)
-    return all(first is o if first is None or o is None else same(o, first) for o in others)
+    alike = len(plans) == 1 and all(same(w.order, weights[0].order) for w in weights)
+    return plans.pop() if alike else F32
 
 
 def _is_held(w: Weight, target: Plan) -> bool:

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from farthing.ops.arrays import same
 from farthing.ops.gpu.launch import dot, narrow, widen
 from farthing.ops.weights import FP8_BLOCK, Weight
 
@@ -342,7 +343,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
     for m in parts[1:]:
         last = merged[-1]
         alike = (last.format, last.k, last.group) == (m.format, m.k, m.group)
-        alike = alike and last.data.dtype == m.data.dtype and _ordered_alike(last, m)
+        alike = alike and last.data.dtype == m.data.dtype and same(last.order, m.order)
         if not alike or (last.format == "fp8" and last.n % FP8_BLOCK):
             merged.append(m)
             continue
@@ -357,7 +358,7 @@ def stack_rows(parts: Sequence[Matrix]) -> list[Matrix]:
 def pair(gate: Matrix, up: Matrix) -> Matrix:
     """gate [I, D] and up [I, D] -> one matrix [2 I, D]: interleaved rows; in FP8 concatenated."""
     kinds = [(m.format, m.n, m.k, m.group, m.data.dtype) for m in (gate, up)]
-    if kinds[0] != kinds[1] or not _ordered_alike(gate, up):
+    if kinds[0] != kinds[1] or not same(gate.order, up.order):
         raise ValueError(
             f"gate is {gate.format} {gate.n} x {gate.k} and up {up.format} {up.n} x {up.k}; "
             f"expected one format"
@@ -419,12 +420,6 @@ def kind_of(m: Matrix) -> tuple[object, ...]:
     """What is equal for matrices in one stack."""
     parts = m.zero is None, m.inputs is None, m.order is None
     return m.format, m.n, m.k, m.group, m.data.dtype, *parts
-
-
-def _ordered_alike(a: Matrix, b: Matrix) -> bool:
-    if a.order is None or b.order is None:
-        return a.order is b.order
-    return torch.equal(a.order, b.order)
 
 
 def _cat(a: Tensor | None, b: Tensor | None) -> Tensor | None:
