@@ -14,8 +14,9 @@ pytest.importorskip("farthing._native")
 
 from farthing.ops.api import LatentCache, Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps
+from farthing.ops.cut import columns_of, halves_of
 from farthing.ops.torch_util import make_batch
-from farthing.ops.weights import Weight, columns_of, halves_of
+from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
 from tests.ops.test_cpu import ISAS, threads_of
 

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("farthing._native")
 
+from farthing.ops import cut
 from farthing.ops import weights as stored
 from farthing.ops.api import Norm, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import PackedFormat
+from farthing.ops.cut import Cut, columns_of, cut_weight
 from farthing.ops.reference import ReferenceOps
-from farthing.ops.weights import Cut, Weight, columns_of, cut_weight, folded
+from farthing.ops.weights import Weight, folded
 from tests.ops.parts import BOUNDS, EPS, distance, norm, ordered_experts, weight
 from tests.ops.test_cpu import ISAS
 from tests.ops.test_groups import values
@@ -190,7 +192,7 @@ def test_bytes_of_divided_columns() -> None:
 
 def test_units_of_divided_columns_become_floats(caplog: pytest.LogCaptureFixture) -> None:
     w = shuffled(weight("q4_k", 16, 512))
-    stored._say_floats.cache_clear()
+    cut._say_floats.cache_clear()
     with caplog.at_level(logging.WARNING):
         parts = [cut_weight(w, Cut(1, start, start + 256)) for start in (0, 256)]
     for part, start in zip(parts, (0, 256), strict=True):

@@ -15,9 +15,10 @@ from farthing.model.config import ModelConfig
 from farthing.model.kinds import cache_kinds
 from farthing.model.load import parameter_shapes, random_model, random_parameters
 from farthing.model.source import MemorySource
+from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
-from farthing.ops.weights import Cut, InputRounding, Weight, cut_weight, quantize_int4, quantize_int8
+from farthing.ops.weights import InputRounding, Weight, quantize_int4, quantize_int8
 from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, PlanError, ShardPlan, in_order, place

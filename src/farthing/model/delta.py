@@ -15,7 +15,8 @@ from farthing.model.heads import DeltaHeads
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops.api import DeltaParts, Norm, Place
 from farthing.ops.arrays import as_float32, contiguous, host, like
-from farthing.ops.weights import Cut, Weight, cut_weight
+from farthing.ops.cut import Cut, cut_weight
+from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,8 @@ from farthing.model.config import LatentHeads
 from farthing.model.gguf_metadata import architecture_of, rotary_factors
 from farthing.model.load import config_of, parameter_shapes, source_of
 from farthing.model.types import type_named
-from farthing.ops.weights import FP8_BLOCK, Cut, Weight, cut_weight
+from farthing.ops.cut import Cut, cut_weight
+from farthing.ops.weights import FP8_BLOCK, Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

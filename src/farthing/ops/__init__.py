@@ -42,18 +42,16 @@ from farthing.ops.arrays import (
     repeated,
     same,
 )
+from farthing.ops.cut import Cut, bounds, cut_weight
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import (
     FP8_BLOCK,
     INTEGERS,
-    Cut,
     Format,
     InputRounding,
     PeerLost,
     Weight,
-    bounds,
-    cut_weight,
     folded,
     int4_group,
     loaded_as,

@@ -14,7 +14,8 @@ from farthing.config import CPU_STEP_TOKENS
 from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds
 from farthing.model.heads import CompressedHeads, GroupedHeads, Heads, LatentHeads
 from farthing.ops.cpu.stack import MOST_SCORES
-from farthing.ops.weights import Cut, bounds, loaded_as
+from farthing.ops.cut import Cut, bounds
+from farthing.ops.weights import loaded_as
 from farthing.parallel.plan import (
     EMBEDDING,
     MICRO_ROWS,

@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 from farthing.ops.api import MoEWeights, Norm, RouterSpec
+from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
-from farthing.ops.weights import Cut, Weight, cut_weight
+from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, norm
 from tests.ops.parts import distance, ordered_experts, weight
 

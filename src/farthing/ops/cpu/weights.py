@@ -43,11 +43,10 @@ from farthing.ops.cpu import stack as indexing
 from farthing.ops.cpu.formats import F32, HELD, Plan, for_head, pack, pack_dense, plan
 from farthing.ops.cpu.packed import PackedFile, write_packed
 from farthing.ops.cpu.stack import vector
+from farthing.ops.cut import columns_of, halves_of
 from farthing.ops.weights import (
     InputRounding,
     Weight,
-    columns_of,
-    halves_of,
     in_one_format,
     inputs_of,
     loaded_as,
