@@ -23,7 +23,6 @@ from torch import Tensor
 from farthing.engine.tokenizer import Tokenizer as Served
 from farthing.model import DecoderModel, ModelConfig
 from farthing.ops import Batch, LatentCache, make_batch
-from farthing.tokenizer_file import read_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +226,6 @@ def _utf8_size(text: str) -> int:
     return len(text.encode(errors="replace"))  # JSON may contain lone surrogates
 
 
-def load_tokenizer(model: Path) -> Tokenizer:
-    """Load tokenizer.json of a model directory."""
-    file = model / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; expected a tokenizer, or data given as 'ids'")
-    return read_tokenizer(file)
-
-
 @dataclass(frozen=True, slots=True)
 class Encoder:
     """Text -> token ids after one BOS, from which the first token is predicted."""
@@ -247,10 +238,12 @@ class Encoder:
     def of(cls, model: Path, config: ModelConfig) -> Encoder:
         """With the BOS of config.json, or, where it names none as for GGUF files, with what serving puts in
         front."""
-        tokenizer, bos = load_tokenizer(model), config.bos_token_id
-        whole, plain = (Served.from_directory(model).encode("a", special)[:1] for special in (True, False))
-        served = whole if whole != plain else []  # a template may append tokens alone
-        return cls(tokenizer, served if bos is None else [bos], bool(served) and bos in (None, *served))
+        if not (file := model / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"{file} does not exist; expected a tokenizer, or data given as 'ids'")
+        served, bos = Served.from_directory(model), config.bos_token_id
+        whole, plain = (served.encode("a", special)[:1] for special in (True, False))
+        front = whole if whole != plain else []  # a template may append tokens alone
+        return cls(served.backend, front if bos is None else [bos], bool(front) and bos in (None, *front))
 
     def __call__(self, text: str) -> list[int]:
         return [*self.front, *self.tokenizer.encode(text, add_special_tokens=False).ids]
