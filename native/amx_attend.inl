@@ -1,179 +1,249 @@
-// Online softmax attention on AMX tiles: 64 bfloat16 keys against up to 16 query rows. Included by
-// kernels_amx.cpp.
+// Online softmax attention on AMX tiles: up to 128 bfloat16 keys against up to 64 query rows. Keys are exact;
+// queries and weights are rounded to bfloat16, sums are float32. Included by kernels_amx.cpp.
 //
-// Scores are computed transposed, [key][row]: then the tile's rows are the keys as stored in the cache.
-// Queries and weights enter as hi + lo, so that only the cache itself is rounded to bfloat16.
+// Scores are computed transposed, [key][row]: then the rows of a tile are 16 keys where the cache has them.
+// Weights become tiles of [row][key], and the values of 32 columns are interleaved by pairs of keys once for
+// all rows.
 namespace farthing {
 namespace {
 
-void score_tiles(const AttendBlock& b, float* scores) {  // [64 keys][16 rows]
-  TileConfig c;
-  for (int i = 0; i < 8; ++i) c.set(i, 16, 64);
-  c.load();
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  const int stride = b.k16_stride * 2;
-  for (int k = b.first; k < b.width; k += 32) {
-    _tile_loadd(6, b.q_hi + k * 16, 64);
-    _tile_loadd(7, b.q_lo + k * 16, 64);
-    const uint16_t* keys = b.k16 + k;
-    _tile_loadd(4, keys, stride);
-    _tile_loadd(5, keys + static_cast<size_t>(16) * b.k16_stride, stride);
+constexpr int kAmxKeys = kTileBlock.keys;  // of a block
+constexpr int kTileCells = 256;            // floats of a tile, or pairs
+constexpr int kScoreColumns = 192;         // of two tiles of queries that stay in L1 while keys pass
+
+// Prefetches the next block's rows into L2 at an even rate while this one is computed.
+class NextRows {
+ public:
+  NextRows(const AttendBlock& b, int steps)
+      : rows_(b.rows16 + kAmxKeys), bytes_(b.row_bytes), rate_((kAmxKeys << 16) / steps + 1) {}
+
+  void advance(int steps) {
+    due_ += rate_ * steps;
+    for (; done_ < kAmxKeys && done_ < due_ >> 16; ++done_) {
+      const auto* row = reinterpret_cast<const uint8_t*>(rows_[done_]);
+      for (int i = 0; i < bytes_; i += 64) prefetch_far(row + i);
+    }
+  }
+
+ private:
+  const uint16_t* const* rows_;
+  const int bytes_, rate_;  // rows a step, in 1 / 65536
+  int due_ = 0, done_ = 0;
+};
+
+// Scores of K x 16 keys and R x 16 rows, added up from column `from` to `to`. Row tiles are kAmxKeys apart.
+template <int K, int R>
+inline void score_tiles(const AttendBlock& b, const uint16_t* const* keys, const uint16_t* q, int from,
+                        int to, float* scores, NextRows& next) {
+  static_assert(R == 1 ? K <= 4 : R == 2 && K <= 2);
+  constexpr int kOther =
+      R == 2 ? kAmxKeys * 16 : 2 * kTileCells;  // from scores of tiles 0, 1 to those of 2, 3
+  float *second = scores + kTileCells, *third = scores + kOther, *fourth = third + kTileCells;
+  const int stride = b.width * 2;
+  if (from > b.first) {
+    _tile_loadd(0, scores, 64);
+    if constexpr (K > 1) _tile_loadd(1, second, 64);
+    if constexpr (K > 2 || R > 1) _tile_loadd(2, third, 64);
+    if constexpr (K > 3 || R * K > 2) _tile_loadd(3, fourth, 64);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int k = from; k < to; k += 32) {
+    _tile_loadd(4, keys[0] + k, stride);
+    _tile_loadd(6, q + k * 16, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 5, 6);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_dpbf16ps(1, 5, 7);
-    _tile_loadd(4, keys + static_cast<size_t>(32) * b.k16_stride, stride);
-    _tile_loadd(5, keys + static_cast<size_t>(48) * b.k16_stride, stride);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_dpbf16ps(3, 5, 6);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (R > 1) {
+      _tile_loadd(7, q + static_cast<size_t>(16) * b.width + k * 16, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (K > 1) {
+      _tile_loadd(5, keys[16] + k, stride);
+      _tile_dpbf16ps(1, 5, 6);
+      if constexpr (R > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    if constexpr (K > 2) {
+      _tile_loadd(4, keys[32] + k, stride);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (K > 3) {
+      _tile_loadd(5, keys[48] + k, stride);
+      _tile_dpbf16ps(3, 5, 6);
+    }
+    next.advance(K * R);
   }
   _tile_stored(0, scores, 64);
-  _tile_stored(1, scores + 256, 64);
-  _tile_stored(2, scores + 512, 64);
-  _tile_stored(3, scores + 768, 64);
+  if constexpr (K > 1) _tile_stored(1, second, 64);
+  if constexpr (K > 2 || R > 1) _tile_stored(2, third, 64);
+  if constexpr (K > 3 || R * K > 2) _tile_stored(3, fourth, 64);
 }
 
-// 16 x 16 of 32 bits.
-inline void transpose(const uint32_t* in, uint32_t* out, int ldo) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(in + 16 * i);
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_store_si512(out + (i)*ldo, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
-    _mm512_store_si512(out + (i + 8) * ldo, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
-    _mm512_store_si512(out + (i + 4) * ldo, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88));
-    _mm512_store_si512(out + (i + 12) * ldo, _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd));
+// scores [R][kAmxKeys][16]
+template <int R>
+void score_rows(const AttendBlock& b, const uint16_t* q, float* scores, NextRows& next) {
+  constexpr int kMost = R == 1 ? 4 : 2;
+  const int groups = (b.keys + 15) / 16;
+  for (int from = b.first; from < b.width; from += kScoreColumns) {
+    const int to = from + kScoreColumns < b.width ? from + kScoreColumns : b.width;
+    const auto some = [&]<int K>(int g) {
+      score_tiles<K, R>(b, b.rows16 + 16 * g, q, from, to, scores + g * kTileCells, next);
+    };
+    int g = 0;
+    for (; g + kMost <= groups; g += kMost) some.template operator()<kMost>(g);
+    if constexpr (R == 1)
+      if (g + 2 <= groups) some.template operator()<2>(g), g += 2;
+    if (g < groups) some.template operator()<1>(g);
   }
 }
 
-// scores [64][16] -> weights as tiles hi, lo [16 rows][64 keys] bfloat16; rescales out where a reference
-// moved.
-void weight_tiles(const AttendBlock& b, float* scores, uint16_t* hi, uint16_t* lo) {
-  alignas(64) float top[16], sum[16], shrink[16];
-  alignas(64) int32_t visible[16], hidden[16];
-  for (int r = 0; r < 16; ++r) {
-    const bool live = r < b.rows;
-    top[r] = live ? b.max[r] : kLowest;
-    sum[r] = live ? b.sum[r] : 0.0f;
-    visible[r] = !live ? 0 : b.visible[r] < b.keys ? b.visible[r] : b.keys;
-    hidden[r] = live && b.hidden ? b.hidden[r] : 0;
+struct RowsSeen {  // keys of the block that each of 16 rows sees
+  __m512i last, first;
+  bool all;
+
+  __mmask16 at(int key) const {
+    const __m512i k = _mm512_set1_epi32(key);
+    return _kand_mask16(_mm512_cmpgt_epi32_mask(last, k), _mm512_cmple_epi32_mask(first, k));
   }
-  const __m512i last = _mm512_load_si512(visible), first = _mm512_load_si512(hidden);
-  const auto seen = [&](int key) {
-    const __m512i at = _mm512_set1_epi32(key);
-    return _kand_mask16(_mm512_cmpgt_epi32_mask(last, at), _mm512_cmple_epi32_mask(first, at));
-  };
-  f32x16 best = loadf(top);
-  for (int s = 0; s < kKeyBlock; ++s) {
-    const f32x16 v = _mm512_mask_blend_ps(seen(s), splat(kLowest), loadf(scores + 16 * s));
-    store(scores + 16 * s, v);
-    best = max(best, v);
+};
+
+inline RowsSeen rows_seen(const AttendBlock& b, int row, int rows, int keys) {
+  alignas(64) int32_t visible[16] = {}, hidden[16] = {};
+  bool all = rows == 16;
+  for (int r = 0; r < rows; ++r) {
+    visible[r] = b.visible[row + r] < b.keys ? b.visible[row + r] : b.keys;
+    hidden[r] = b.hidden ? b.hidden[row + r] : 0;
+    all = all && visible[r] >= keys && hidden[r] <= 0;
   }
-  best = best > loadf(top) + kSlack ? best : loadf(top);
-  store(shrink, exp(loadf(top) - best));
-  f32x16 total = loadf(sum) * loadf(shrink);
-  alignas(64) uint32_t pairs_hi[32 * 16], pairs_lo[32 * 16];
-  for (int s = 0; s < kKeyBlock; s += 2) {
-    u32x16 high[2], low[2];
-    for (int j = 0; j < 2; ++j) {
-      const f32x16 e = _mm512_maskz_mov_ps(seen(s + j), exp(loadf(scores + 16 * (s + j)) - best));
-      total += e;
-      high[j] = float_to_bits(e) & 0xffff0000u;
-      low[j] = float_to_bits(e - bits_to_float(high[j]));
+  return {_mm512_load_si512(visible), _mm512_load_si512(hidden), all};
+}
+
+// The largest of `best` and of the scores that each row sees; those of other keys are hidden.
+inline f32x16 largest_seen(const RowsSeen& seen, float* scores, int keys, f32x16 best) {
+  f32x16 other = best;
+  for (int s = 0; s < keys; s += 2) {
+    f32x16 a = loadf(scores + 16 * s), b = loadf(scores + 16 * s + 16);
+    if (!seen.all) {
+      store(scores + 16 * s, a = _mm512_mask_blend_ps(seen.at(s), splat(kHidden), a));
+      store(scores + 16 * s + 16, b = _mm512_mask_blend_ps(seen.at(s + 1), splat(kHidden), b));
     }
-    store(pairs_hi + 8 * s, (high[0] >> 16) | high[1]);
-    store(pairs_lo + 8 * s, (low[0] >> 16) | (low[1] & 0xffff0000u));
+    best = max(best, a), other = max(other, b);
   }
-  for (int i = 0; i < 2; ++i) {
-    transpose(pairs_hi + 256 * i, reinterpret_cast<uint32_t*>(hi) + 16 * i, 32);
-    transpose(pairs_lo + 256 * i, reinterpret_cast<uint32_t*>(lo) + 16 * i, 32);
+  return max(best, other);
+}
+
+// scores [keys][16] of rows from `row` on -> weights as tiles [keys / 32][16 rows][32 keys] of bfloat16, keys
+// rounded up to 32; rescales out where a reference moved.
+void weight_tiles(const AttendBlock& b, int row, float* scores, uint16_t* weights) {
+  const int rows = b.rows - row < 16 ? b.rows - row : 16, keys = round_up(b.keys, 32);
+  const __mmask16 live = static_cast<__mmask16>((1u << rows) - 1);
+  const f32x16 before = max(splat(kUnseen), _mm512_mask_loadu_ps(splat(kUnseen), live, b.max + row));
+  const f32x16 largest = largest_seen(rows_seen(b, row, rows, keys), scores, keys, before);
+  const f32x16 best = largest > before + kSlack ? largest : before;
+  const f32x16 shrink = exp(before - best), log2e = splat(1.44269504f), offset = best * log2e;
+  f32x16 total = f32x16(_mm512_maskz_loadu_ps(live, b.sum + row)) * shrink;
+  alignas(64) float pairs[kTileCells];  // [16 pairs of keys][16 rows]
+  for (int s = 0; s < keys; s += 32) {
+    for (int i = 0; i < 32; i += 2) {
+      const float* at = scores + 16 * (s + i);
+      const __m512 even = exp2_short(_mm512_fmsub_ps(loadf(at), log2e, offset)),
+                   odd = exp2_short(_mm512_fmsub_ps(loadf(at + 16), log2e, offset));
+      total += f32x16(even) + f32x16(odd);
+      _mm512_store_si512(pairs + 8 * i, pair_up(even, odd));
+    }
+    transpose16(pairs, 16, reinterpret_cast<float*>(weights) + 8 * s, 16);
   }
-  store(top, best);
-  store(sum, total);
-  for (int r = 0; r < b.rows; ++r) {
-    b.max[r] = top[r];
-    b.sum[r] = sum[r];
-    if (b.fresh || shrink[r] == 1.0f) continue;
-    float* o = b.out + static_cast<size_t>(r) * b.latent;
-    for (int i = 0; i < b.latent; i += 16) store(o + i, loadf(o + i) * shrink[r]);
+  _mm512_mask_storeu_ps(b.max + row, live, best);
+  _mm512_mask_storeu_ps(b.sum + row, live, total);
+  if (b.fresh || !_mm512_mask_cmp_ps_mask(live, shrink, splat(1.0f), _CMP_NEQ_UQ)) return;
+  alignas(64) float by[16];
+  store(by, shrink);
+  for (int r = 0; r < rows; ++r) {
+    if (by[r] == 1.0f) continue;
+    float* o = b.out + static_cast<size_t>(row + r) * b.latent;
+    for (int i = 0; i < b.latent; i += 16) store(o + i, loadf(o + i) * by[r]);
   }
 }
 
-// Two rows of 32 columns to pairs: [16 columns][2] twice.
-alignas(64) const uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-
-void mix_tiles(const AttendBlock& b, const uint16_t* hi, const uint16_t* lo) {
-  TileConfig c;
-  for (int i = 0; i < 4; ++i) c.set(4 + i, b.rows, 64);
-  for (int i = 0; i < 2; ++i) c.set(i, b.rows, 64), c.set(2 + i, 16, 64);
-  c.load();
-  _tile_loadd(4, hi, 128);
-  _tile_loadd(5, hi + 32, 128);
-  _tile_loadd(6, lo, 128);
-  _tile_loadd(7, lo + 32, 128);
-  const __m512i first = _mm512_load_si512(kFirst), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-  alignas(64) uint16_t values[2][2][16 * 32];  // [column block][key half]
-  for (int at = 0; at < b.latent; at += 32) {
-    for (int s = 0; s < kKeyBlock; s += 2) {
-      const uint16_t* k = b.k16 + static_cast<size_t>(s) * b.k16_stride + at;
-      const __m512i x = _mm512_loadu_si512(k), y = _mm512_loadu_si512(k + b.k16_stride);
-      _mm512_store_si512(values[0][s / 32] + s % 32 * 16, _mm512_permutex2var_epi16(x, first, y));
-      _mm512_store_si512(values[1][s / 32] + s % 32 * 16, _mm512_permutex2var_epi16(x, second, y));
-    }
-    float* o = b.out + at;
-    stored();
-    if (b.fresh) {
-      _tile_zero(0);
-      _tile_zero(1);
-    } else {
-      _tile_loadd(0, o, b.latent * 4);
-      _tile_loadd(1, o + 16, b.latent * 4);
-    }
-    _tile_loadd(2, values[0][0], 64);
-    _tile_loadd(3, values[1][0], 64);
-    _tile_dpbf16ps(0, 4, 2);
-    _tile_dpbf16ps(1, 4, 3);
-    _tile_dpbf16ps(0, 6, 2);
-    _tile_dpbf16ps(1, 6, 3);
-    _tile_loadd(2, values[0][1], 64);
-    _tile_loadd(3, values[1][1], 64);
-    _tile_dpbf16ps(0, 5, 2);
-    _tile_dpbf16ps(1, 5, 3);
-    _tile_dpbf16ps(0, 7, 2);
-    _tile_dpbf16ps(1, 7, 3);
-    _tile_stored(0, o, b.latent * 4);
-    _tile_stored(1, o + 16, b.latent * 4);
+// 32 columns of `keys` values to tiles of pairs: [2 x 16 columns][kAmxKeys / 32][16 pairs][16][2].
+inline void interleave(const uint16_t* const* rows, int at, int keys, uint16_t* values) {
+  alignas(64) static constexpr uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                   37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                   11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  for (int s = 0; s < keys; s += 2) {
+    const __m512i x = _mm512_loadu_si512(rows[s] + at), y = _mm512_loadu_si512(rows[s + 1] + at);
+    _mm512_store_si512(values + 16 * s, _mm512_permutex2var_epi16(x, first, y));
+    _mm512_store_si512(values + 16 * (kAmxKeys + s), _mm512_permutex2var_epi16(x, second, y));
   }
+}
+
+// out [R x 16 rows][32 columns] += weights x values; the weights of a row tile are 16 kAmxKeys.
+template <int R>
+inline void mix_tiles(const AttendBlock& b, const uint16_t* weights, const uint16_t* values, int keys,
+                      float* out) {
+  const int stride = b.latent * 4;
+  float* other = out + static_cast<size_t>(16) * b.latent;
+  if (b.fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, out, stride);
+    _tile_loadd(1, out + 16, stride);
+    if constexpr (R > 1) _tile_loadd(2, other, stride);
+    if constexpr (R > 1) _tile_loadd(3, other + 16, stride);
+  }
+  for (int s = 0; s < keys; s += 32) {
+    _tile_loadd(4, weights + 16 * s, 64);
+    _tile_loadd(6, values + 16 * s, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, values + 16 * (kAmxKeys + s), 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R > 1) {
+      _tile_loadd(5, weights + 16 * (kAmxKeys + s), 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, stride);
+  _tile_stored(1, out + 16, stride);
+  if constexpr (R > 1) _tile_stored(2, other, stride);
+  if constexpr (R > 1) _tile_stored(3, other + 16, stride);
 }
 
 void amx_attend(const AttendBlock& b) {
-  if (!b.k16) return attend(b);
-  alignas(64) float scores[kKeyBlock * 16];
-  alignas(64) uint16_t hi[16 * kKeyBlock], lo[16 * kKeyBlock];
-  score_tiles(b, scores);
-  weight_tiles(b, scores, hi, lo);
-  mix_tiles(b, hi, lo);
+  if (!b.rows16) return attend(b);
+  alignas(64) float scores[2 * kAmxKeys * 16];
+  alignas(64) uint16_t weights[kTileBlock.rows * kAmxKeys], values[2 * kAmxKeys * 16];
+  const int tiles = (b.rows + 15) / 16, keys = round_up(b.keys, 32);
+  TileConfig c;
+  for (int i = 0; i < 8; ++i) c.set(i, 16, 64);
+  c.load();
+  // In products; interleaving the values takes about as long as eight.
+  const int mixed = keys / 16 * tiles + 8;
+  NextRows next(b, (b.keys + 15) / 16 * tiles * ((b.width - b.first) / 32) + mixed * (b.latent / 32));
+  for (int t = 0; t < tiles; t += 2) {
+    const uint16_t* q = b.q16 + static_cast<size_t>(16 * t) * b.width;
+    const bool both = t + 1 < tiles;
+    if (both) score_rows<2>(b, q, scores, next);
+    else score_rows<1>(b, q, scores, next);
+    for (int i = 0; i <= both; ++i)
+      weight_tiles(b, 16 * (t + i), scores + i * kAmxKeys * 16, weights + 16 * (t + i) * kAmxKeys);
+  }
+  for (int at = 0; at < b.latent; at += 32) {
+    interleave(b.rows16, at, keys, values);
+    stored();
+    for (int t = 0; t < tiles; t += 2) {
+      const uint16_t* w = weights + 16 * t * kAmxKeys;
+      float* out = b.out + static_cast<size_t>(16 * t) * b.latent + at;
+      if (t + 1 < tiles) mix_tiles<2>(b, w, values, keys, out);
+      else mix_tiles<1>(b, w, values, keys, out);
+    }
+    next.advance(mixed);
+  }
   _tile_release();
 }
 

@@ -120,7 +120,7 @@ void bf16_attend(const AttendBlock& b) {
   const uint16_t* const* next = b.rows16 + kKeyBlock;
   for (int s = 0; s < keys; s += 4)
     for (int r = 0; r < b.rows; r += 4) {
-      const uint16_t* q = b.q_hi + static_cast<size_t>(r) * b.width;
+      const uint16_t* q = b.q16 + static_cast<size_t>(r) * b.width;
       const int some = b.rows - r < 4 ? b.rows - r : 4;
       float* to = scores + r * kKeyBlock + s;
       if (b.rows <= 4) score_block<2>(b, q, some, b.rows16 + s, to, next + s);

@@ -49,8 +49,6 @@ struct Expanded::Space {
   float *max, *sum;        // [tiles][kTileQueries]
   float* scores;           // [kWideBlock][kTileQueries]
   float *floats, *turned;  // weights, a tile's queries, or a block's keys and values before they are rounded
-  float* key32;            // of a KeyReader
-  uint16_t* key16;
   size_t bytes;
 };
 
@@ -102,8 +100,6 @@ Expanded::Space Expanded::space(uint8_t* at) const {
   s.scores = floats(block * tile);
   s.floats = floats(std::max({c * columns, block * columns, tile * query_}));
   s.turned = floats(std::max({nope_ * c, value_ * block, query_ * tile}));
-  s.key32 = floats(shape_.width);
-  s.key16 = reinterpret_cast<uint16_t*>(take(sizeof(uint16_t) * KeyReader::kScratchRows * shape_.width));
   s.bytes = used;
   return s;
 }
@@ -169,7 +165,7 @@ void Expanded::take_queries(const Unit& u, const Space& s) const {
 void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space& s) const {
   const size_t element = halves_ ? 2 : 4;
   const int nope = w_.grouped() ? 0 : nope_, rows = round_up(keys, 32), columns = nope + value_;
-  const KeyReader reader(kernels_, in_.cache, in_.batch, shape_, s.key32, s.key16);
+  const KeyReader reader(kernels_, in_.cache, in_.batch, shape_, nullptr, nullptr);
   const size_t row = shape_.width * element, rest = (query_ - nope) * element;  // of a key, as cached
   std::memset(s.latents, 0, skipped * row);
   for (int i = skipped; i < keys; ++i)

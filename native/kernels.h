@@ -7,30 +7,32 @@
 
 namespace farthing {
 
-// One block of online softmax attention: R query rows against S keys in one contiguous array.
+// One block of online softmax attention: rows of queries against keys, both at most those of its BlockShape.
 struct AttendBlock {
-  const float* q;        // [rows][width], scaled
-  const uint16_t* q_hi;  // bfloat16: [width/2][16][2] and its rest in tile order (AMX), or [rows][width]
-  const uint16_t* q_lo;
-  int rows;             // at most 16
-  int width;            // padded to 32
-  int latent;           // padded to 32
-  int first;            // column from which queries are not zero: 0, or latent
-  int keys;             // at most kKeyBlock
-  const float* k32;     // [keys][width] or null
-  const uint16_t* k16;  // [kKeyBlock][k16_stride] bfloat16 or null
-  int k16_stride;
-  const uint16_t* const* rows16;  // [2 * kKeyBlock] or the address of each key, the last repeated, then the
-                                  // cached rows of the next block, to be prefetched
-  const int* visible;             // [rows] keys of this block each row may see …
-  const int* hidden;              // [rows] … but for so many, the first ones; null: for none
-  int skipped;                    // first keys of the block that no row sees: they are not read
-  float* max;                     // [rows] reference of the weights: a score at most kSlack below the largest
-  float* sum;                     // [rows] running sum
-  float* out;                     // [rows][latent] running, not divided by sum
-  bool fresh;                     // nothing has been added to out yet, and it is not read
+  const float* q;       // [rows][width], scaled
+  const uint16_t* q16;  // bfloat16 [rows][width]; tiles: [rows / 16][width / 2][16][2], padded with zeros
+  int rows;
+  int width;   // padded to 32
+  int latent;  // padded to 32
+  int first;   // column from which queries are not zero: 0, or latent
+  int keys;
+  const float* k32;               // [keys][width] or null
+  const uint16_t* const* rows16;  // or the address of each key, the last repeated up to BlockShape::keys,
+                                  // then as many cached rows of the next block, to be prefetched
+  int row_bytes;       // of a cached row
+  const int* visible;  // [rows] keys of this block each row may see …
+  const int* hidden;   // [rows] … but for so many, the first ones; null: for none
+  int skipped;         // first keys of the block that no row sees: they are not read
+  float* max;          // [rows] reference of the weights: a score at most kSlack below the largest
+  float* sum;          // [rows] running sum
+  float* out;          // [rows][latent] running, not divided by sum; tiles: padded to 16 rows
+  bool fresh;          // nothing has been added to out yet, and it is not read
 };
-constexpr int kKeyBlock = 64;
+constexpr int kKeyBlock = 64, kTileRows = 16;
+struct BlockShape {
+  int rows = kTileRows, keys = kKeyBlock;
+};
+constexpr BlockShape kTileBlock = {64, 128};
 
 enum class CacheType : int { f32 = 0, bf16 = 1, fp8 = 2, int8 = 3 };
 inline int cell_bytes(CacheType t) { return t == CacheType::f32 ? 4 : t == CacheType::bf16 ? 2 : 1; }
@@ -203,11 +205,10 @@ struct Kernels {
   Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
   bool index_halves;       // whether it takes q16 and k16
   bool split_act;          // wants hi and lo for bf16 matrices
-  enum class Keys {
-    f32,
-    tiles,
-    rows
-  } keys;  // what attend reads of a rounded cache: k32; k16 and q_hi, q_lo; rows16 and q_hi
+  // What attend reads of a rounded cache: k32; or rows16 and q16, tiles with every group of 16 keys, of those
+  // up to b.keys, `width` columns apart from each other.
+  enum class Keys { f32, tiles, rows } keys;
+  static constexpr BlockShape block(Keys keys) { return keys == Keys::tiles ? kTileBlock : BlockShape{}; }
 };
 
 extern const Kernels kernels_portable;

@@ -5,9 +5,9 @@
 
 #include "amx_gemm.inl"
 
-#include "amx_attend.inl"
-
 #include "bf16_expand.inl"
+
+#include "amx_attend.inl"
 
 #include "amx_expand.inl"
 

@@ -22,6 +22,7 @@ KeyReader::KeyReader(const Kernels& kernels, const Cache& cache, const Batch& ba
       batch_(batch),
       shape_(shape),
       form_(form(kernels, cache)),
+      block_(Kernels::block(form_).keys),
       keys32_(keys32),
       keys16_(keys16) {}
 
@@ -61,61 +62,60 @@ void KeyReader::copy(Source from, int key, bool halves, void* to) const {
 }
 
 void KeyReader::look_ahead(Source from, int at, int keys, int skipped) {
-  if (form_ != Kernels::Keys::rows) return;
+  if (form_ == Kernels::Keys::f32) return;
   next_ = from, next_at_ = at, next_keys_ = keys, next_skipped_ = skipped;
-  const uint16_t** rows = rows_ + kKeyBlock;
+  const uint16_t** rows = rows_ + block_;
   for_rows(from, at + skipped, at + keys, [&](int key, const uint8_t* data, const float*) {
     rows[key - at] = reinterpret_cast<const uint16_t*>(data);
   });
   std::fill_n(rows, skipped, rows[skipped]);
-  std::fill(rows + keys, rows + kKeyBlock, rows[keys - 1]);
+  std::fill(rows + keys, rows + block_, rows[keys - 1]);
 }
 
 void KeyReader::fetch(Source from, int at, AttendBlock& b) {
-  const int keys = b.keys, skipped = b.skipped;
+  b.row_bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
+  if (form_ != Kernels::Keys::f32) {
+    find_rows(from, at, b);
+    if (form_ == Kernels::Keys::tiles) align_groups(b.keys);
+    b.rows16 = rows_;
+    return;
+  }
   const size_t width = shape_.width;
-  const auto each = [&](auto&& f) {  // f(i, data, scale): i-th key of the block, but for skipped ones
-    for_rows(from, at + skipped, at + keys,
-             [&](int key, const uint8_t* data, const float* scale) { f(key - at, data, scale); });
-  };
-  switch (form_) {
-    case Kernels::Keys::f32:
-      each([&](int i, const uint8_t* data, const float* scale) {
-        kernels_.load_key(cache_.type, data, scale, shape_, keys32_ + i * width);
-      });
-      for (int i = 0; i < skipped; ++i)
-        std::memcpy(keys32_ + i * width, keys32_ + skipped * width, sizeof(float) * width);
-      b.k32 = keys32_;
-      return;
-    case Kernels::Keys::rows:
-      if (in_place() && next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped)
-        std::copy_n(rows_ + kKeyBlock, keys, rows_);
-      else
-        each([&](int i, const uint8_t* data, const float* scale) {
-          rows_[i] = half(data, scale, keys16_ + i * width);
-        });
-      std::fill_n(rows_, skipped, rows_[skipped]);
-      std::fill(rows_ + keys, rows_ + 2 * kKeyBlock, rows_[keys - 1]);
-      next_.sequence = -1;
-      b.rows16 = rows_;
-      return;
-    case Kernels::Keys::tiles:
-      b.k16 = keys16_;
-      b.k16_stride = shape_.width;
-      const bool whole = in_place() && cache_.block_size % kKeyBlock == 0 && keys == kKeyBlock;
-      each([&](int i, const uint8_t* data, const float* scale) {
-        if (whole) {
-          if (i == skipped) b.k16 = reinterpret_cast<const uint16_t*>(data) - skipped * width;
-          return;
-        }
-        uint16_t* to = keys16_ + i * width;
-        const uint16_t* found = half(data, scale, to);
-        if (found != to) std::memcpy(to, found, sizeof(uint16_t) * width);
-      });
-      if (whole) return;
-      for (int i = 0; i < skipped; ++i)
-        std::memcpy(keys16_ + i * width, keys16_ + skipped * width, sizeof(uint16_t) * width);
-      std::memset(keys16_ + keys * width, 0, sizeof(uint16_t) * width * (kKeyBlock - keys));
+  for_rows(from, at + b.skipped, at + b.keys, [&](int key, const uint8_t* data, const float* scale) {
+    kernels_.load_key(cache_.type, data, scale, shape_, keys32_ + (key - at) * width);
+  });
+  for (int i = 0; i < b.skipped; ++i)
+    std::memcpy(keys32_ + i * width, keys32_ + b.skipped * width, sizeof(float) * width);
+  b.k32 = keys32_;
+}
+
+// The addresses of a block's keys in bfloat16.
+void KeyReader::find_rows(Source from, int at, const AttendBlock& b) {
+  const int keys = b.keys, skipped = b.skipped;
+  if (in_place() && next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped)
+    std::copy_n(rows_ + block_, keys, rows_);
+  else
+    for_rows(from, at + skipped, at + keys, [&](int key, const uint8_t* data, const float* scale) {
+      rows_[key - at] = half(data, scale, keys16_ + static_cast<size_t>(key - at) * shape_.width);
+    });
+  std::fill_n(rows_, skipped, rows_[skipped]);
+  std::fill(rows_ + keys, rows_ + 2 * block_, rows_[keys - 1]);
+  next_.sequence = -1;
+}
+
+// Copies groups of 16 keys whose rows do not follow each other; blocks of the cache with a multiple of 16
+// tokens have such groups only at the ends of what a sequence sees.
+void KeyReader::align_groups(int keys) {
+  const size_t width = shape_.width;
+  for (int g = 0; g < keys; g += 16) {
+    int i = 1;
+    while (i < 16 && rows_[g + i] == rows_[g] + i * width) ++i;
+    if (i == 16) continue;
+    for (i = g; i < g + 16; ++i) {
+      uint16_t* to = keys16_ + i * width;
+      if (rows_[i] != to) std::memcpy(to, rows_[i], sizeof(uint16_t) * width);
+      rows_[i] = to;
+    }
   }
 }
 

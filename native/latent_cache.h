@@ -48,9 +48,7 @@ class KeyReader {
     bool operator==(const Source& o) const { return sequence == o.sequence && group == o.group; }
   };
 
-  static constexpr int kScratchRows = kKeyBlock;  // of `width` bfloat16
-
-  // keys32 [kKeyBlock][width] and keys16 [kScratchRows][width] are scratch.
+  // keys32 and keys16 [BlockShape::keys][width] are scratch of `fetch`.
   KeyReader(const Kernels& kernels, const Cache& cache, const Batch& batch, KeyShape shape, float* keys32,
             uint16_t* keys16);
 
@@ -73,6 +71,8 @@ class KeyReader {
   template <class F>
   void for_rows(Source from, int begin, int end, F&& f) const;
   const uint16_t* half(const uint8_t* data, const float* scale, uint16_t* to) const;
+  void find_rows(Source from, int at, const AttendBlock& b);
+  void align_groups(int keys);
   bool in_place() const;
 
   const Kernels& kernels_;
@@ -80,10 +80,11 @@ class KeyReader {
   const Batch& batch_;
   const KeyShape shape_;
   const Kernels::Keys form_;
+  const int block_;  // most keys of a block
   float* keys32_;
   uint16_t* keys16_;
-  const uint16_t* rows_[2 * kKeyBlock] = {};  // keys of a block, and cached rows of the one after it
-  Source next_ = {-1, 0};                     // contents of the second half
+  const uint16_t* rows_[2 * kTileBlock.keys] = {};  // keys of a block, and cached rows of the one after it
+  Source next_ = {-1, 0};                           // contents of the second half
   int next_at_ = 0, next_keys_ = 0, next_skipped_ = 0;
 };
 

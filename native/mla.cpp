@@ -21,8 +21,8 @@
 namespace farthing {
 namespace {
 
-constexpr int kRows = 16;       // (token, head) rows of a unit
-constexpr int kFetchRows = 4;   // of the next unit that are prefetched with a block of keys
+constexpr int kMostRows = kTileBlock.rows;  // (token, head) rows of a unit
+constexpr int kFetchRows = 4;   // of the next unit, in sixteen, that are prefetched with a block of keys
 constexpr int kFewQueries = 8;  // up to which a unit takes one chunk of keys; more queries are work enough
 constexpr int kColumns = 64;    // outputs of a unit of projection
 constexpr float kNothing = -3.0e38f;
@@ -37,7 +37,7 @@ struct Unit {
 
   int rows() const { return tokens * heads; }
   int first() const { return Chunks::of(first_key); }
-  int begin(int chunk) const { return std::max(Chunks::begin(chunk), first_key / kKeyBlock * kKeyBlock); }
+  int begin(int chunk, int block) const { return std::max(Chunks::begin(chunk), first_key / block * block); }
   int end(int chunk) const { return std::min(keys, Chunks::begin(chunk + 1)); }
   int skipped(int at) const { return std::max(0, first_key - at); }  // keys of the block at `at`
 };
@@ -45,22 +45,43 @@ struct Unit {
 struct Units {
   std::vector<Unit> list;
   int slots = 0;
+  int rows = kTileRows;  // a unit has at most so many
 
-  Units(const Batch& batch, const WideTokens& wide, const Attention& w) {
-    const int heads = w.per_group(), together = std::max(1, kRows / heads);  // tokens
+  // As many rows as `form` takes at once, unless threads would be idle then. Results do not depend on it.
+  Units(const Batch& batch, const WideTokens& wide, const Attention& w, Kernels::Keys form, int threads) {
+    int most = 0;
+    for (int b = 0; b < batch.sequences; ++b)
+      most = std::max(most, (batch.query_start[b + 1] - batch.query_start[b]) * w.per_group());
+    while (rows < std::min(most, Kernels::block(form).rows)) rows *= 2;
+    for (;; rows /= 2) {
+      divide(batch, wide, w);
+      if (rows == kTileRows || static_cast<int>(list.size()) >= 2 * threads) return;
+    }
+  }
+
+  // The unit among a token's that has a head, and the head's row there.
+  int parts(const Attention& w) const { return (w.per_group() + rows - 1) / rows; }
+  int part(const Attention& w, int head) const {
+    return w.group(head) * parts(w) + head % w.per_group() / rows;
+  }
+  int row_in_part(const Attention& w, int head) const { return head % w.per_group() % rows; }
+
+ private:
+  void divide(const Batch& batch, const WideTokens& wide, const Attention& w) {
+    const int heads = w.per_group(), together = std::max(1, rows / heads);  // tokens
+    list.clear(), slots = 0;
     int last = 0;
     for (int b = 0; b < batch.sequences; ++b) {
       const int first = last;
       for (int t = batch.query_start[b]; t < batch.query_start[b + 1]; ++t) last += wide.place[t] >= 0;
       for (int g = 0; g < w.groups; ++g)
         for (int t = first; t < last; t += together)
-          for (int h = 0; h < heads; h += kRows)
+          for (int h = 0; h < heads; h += rows)
             add(batch, wide, w, {b, g}, t, std::min(together, last - t), g * heads + h,
-                std::min(kRows, heads - h), last - first > kFewQueries);
+                std::min(rows, heads - h), last - first > kFewQueries);
     }
   }
 
- private:
   void add(const Batch& batch, const WideTokens& wide, const Attention& w, KeyReader::Source from, int token,
            int tokens, int head, int heads, bool whole) {
     const int keys = batch.keys(wide.others[token + tokens - 1]),
@@ -72,7 +93,7 @@ struct Units {
   }
 };
 
-// Running softmax of up to kRows query rows: maxima, sums and unnormalized outputs [rows][latent].
+// Running softmax of the rows of a unit: maxima, sums and unnormalized outputs [rows][latent].
 struct Running {
   float *max, *sum, *out;
 
@@ -92,42 +113,29 @@ void fold(const Kernels& kernels, float& max, float& sum, float* out, float next
   max = std::max(max, next_max);
 }
 
-// [rows][W] to tile order [W / 2][16][2], high and low halves; row_hi and row_lo are scratch.
-void tile_query(const Kernels& kernels, const float* const* q, int rows, int width, uint16_t* hi,
-                uint16_t* lo, uint16_t* row_hi, uint16_t* row_lo) {
-  std::memset(hi, 0, sizeof(uint16_t) * width * kRows);
-  std::memset(lo, 0, sizeof(uint16_t) * width * kRows);
-  for (int r = 0; r < rows; ++r) {
-    kernels.split(q[r], width, row_hi, row_lo);
-    for (int k = 0; k < width; k += 2) {
-      std::memcpy(hi + (k / 2 * kRows + r) * 2, row_hi + k, 4);
-      std::memcpy(lo + (k / 2 * kRows + r) * 2, row_lo + k, 4);
-    }
-  }
-}
-
 // Scratch of one call.
 struct Space {
   Act nope, latent;   // inputs of W_UK and W_UV, a head's tokens together
   float* query;       // [H][T][W]
-  Running partial;    // [slots][kRows] …
-  Running whole;      // [threads][kRows] …
-  Running chunk;      // [threads][kRows] …
-  float* keys32;      // [threads][kKeyBlock][W]
-  uint16_t* keys16;   // [threads][KeyReader::kScratchRows][W]
-  uint16_t* queries;  // [threads][2 kRows + 2][W], or as many bytes of [kRows][W] floats
+  Running partial;    // [slots][rows] …
+  Running whole;      // [threads][rows] …
+  Running chunk;      // [threads][rows] …
+  float* keys32;      // [threads][block][W] …
+  uint16_t* keys16;   // … or so
+  uint16_t* queries;  // [threads][rows + kTileRows][W], or as many bytes of floats
   float* row;         // [threads][row_size]
   float* tile;        // [threads][T][kColumns]
   int *first_slot, *first_row,
       *parts;  // [T][head parts], [T], [T]: where merge finds a row's partial results, if it has any
   int row_size, head_parts;
 
-  Space(Workspace& work, const Kernels& kernels, const Attention& w, int tokens, int slots, int threads) {
+  Space(Workspace& work, const Kernels& kernels, const Attention& w, int tokens, const Units& units,
+        Kernels::Keys form, int threads) {
     const KeyShape shape = w.shape();
-    const size_t T = tokens, H = w.heads, W = shape.width, each = threads,
-                 cells = static_cast<size_t>(slots) * kRows;
-    const bool split = kernels.split_act;
-    head_parts = w.groups * parts_of(w);
+    const size_t T = tokens, H = w.heads, W = shape.width, each = threads, rows = units.rows,
+                 block = Kernels::block(form).keys, cells = units.slots * rows;
+    const bool split = kernels.split_act, floats = form == Kernels::Keys::f32;
+    head_parts = w.groups * units.parts(w);
     row_size = std::max({w.latent + w.rope, w.nope, shape.latent_padded});
     if (!w.grouped()) {
       const Matrix &uk = w.w_uk[0]->m, &uv = w.w_uv[0]->m;
@@ -138,24 +146,17 @@ struct Space {
     partial = {work.take<float>(cells), work.take<float>(cells),
                work.take<float>(cells * shape.latent_padded)};
     for (Running* running : {&whole, &chunk})
-      *running = {work.take<float>(each * kRows), work.take<float>(each * kRows),
-                  work.take<float>(each * kRows * shape.latent_padded)};
-    keys32 = work.take<float>(each * kKeyBlock * W);
-    keys16 = work.take<uint16_t>(each * KeyReader::kScratchRows * W);
-    queries = work.take<uint16_t>(each * (2 * kRows + 2) * W);
+      *running = {work.take<float>(each * rows), work.take<float>(each * rows),
+                  work.take<float>(each * rows * shape.latent_padded)};
+    keys32 = work.take<float>(floats ? each * block * W : 0);
+    keys16 = work.take<uint16_t>(floats ? 0 : each * block * W);
+    queries = work.take<uint16_t>(each * (rows + kTileRows) * W);
     row = work.take<float>(each * row_size);
     tile = work.take<float>(each * std::max<size_t>(T, 1) * kColumns);
     first_slot = work.take<int>(T * head_parts);
     first_row = work.take<int>(T);
     parts = work.take<int>(T);
   }
-
-  static int parts_of(const Attention& w) { return (w.per_group() + kRows - 1) / kRows; }
-  // The unit among a token's that has a head, and the head's row there.
-  static int part(const Attention& w, int head) {
-    return w.group(head) * parts_of(w) + head % w.per_group() / kRows;
-  }
-  static int row_in_part(const Attention& w, int head) { return head % w.per_group() % kRows; }
 };
 
 // One call, phase by phase. Phases that share no barrier share no data.
@@ -172,11 +173,12 @@ class Mla {
         space_(space),
         expanded_(expanded),
         shape_(w.shape()),
-        form_(KeyReader::form(kernels, in.cache)) {
+        form_(KeyReader::form(kernels, in.cache)),
+        block_(Kernels::block(form_).keys) {
     for (const Unit& u : units.list) {
       const int chunks = Chunks::count(u.keys) - u.first();
       for (int i = 0; i < u.tokens && u.first_chunk == u.first(); ++i) {
-        space.first_slot[(u.token + i) * space.head_parts + Space::part(w, u.head)] = u.slot;
+        space.first_slot[(u.token + i) * space.head_parts + units.part(w, u.head)] = u.slot;
         space.first_row[u.token + i] = i * u.heads;
         space.parts[u.token + i] = u.slot < 0 ? 0 : chunks;
       }
@@ -311,9 +313,9 @@ class Mla {
   // Scores, softmax and weighted sums of keys, unit by unit.
   void attend(Team& team) const {
     const size_t me = team.id(), W = shape_.width;
-    KeyReader reader(kernels_, in_.cache, in_.batch, shape_, space_.keys32 + me * kKeyBlock * W,
-                     space_.keys16 + me * KeyReader::kScratchRows * W);
-    uint16_t* queries = space_.queries + me * (2 * kRows + 2) * W;
+    KeyReader reader(kernels_, in_.cache, in_.batch, shape_, space_.keys32 + me * block_ * W,
+                     space_.keys16 + me * block_ * W);
+    uint16_t* queries = space_.queries + me * (units_.rows + kTileRows) * W;
     team.for_units(2, 1, static_cast<int>(units_.list.size()), [&](int, int i) {
       const Unit& u = units_.list[i];
       AttendBlock b{};
@@ -344,28 +346,30 @@ class Mla {
 
   // A unit's rows in the form that the kernel reads.
   void take_query(const Unit& u, uint16_t* to, AttendBlock& b) const {
-    const int W = shape_.width;
-    const float* rows[kRows];
-    for (int r = 0; r < b.rows; ++r) rows[r] = query(u.token + r / u.heads, u.head + r % u.heads);
-    b.q_hi = to;
-    b.q_lo = to + kRows * W;  // of tiles only
-    if (form_ == Kernels::Keys::tiles)
-      return tile_query(kernels_, rows, b.rows, W, to, to + kRows * W, to + 2 * kRows * W,
-                        to + (2 * kRows + 1) * W);
-    if (form_ == Kernels::Keys::rows) {
-      for (int r = 0; r < b.rows; ++r) kernels_.round_bf16(rows[r], W, to + static_cast<size_t>(r) * W);
-      return;
-    }
+    const size_t W = shape_.width;
     auto* floats = reinterpret_cast<float*>(to);
-    for (int r = 0; r < b.rows; ++r) std::copy_n(rows[r], W, floats + static_cast<size_t>(r) * W);
-    b.q = floats;
+    b.q = floats, b.q16 = to;
+    // Rows of pairs are transposed for tiles, 16 at a time, from behind the tiles.
+    const bool tiles = form_ == Kernels::Keys::tiles;
+    uint16_t* plain = tiles ? to + units_.rows * W : to;
+    for (int r = 0; r < b.rows; ++r) {
+      const float* row = query(u.token + r / u.heads, u.head + r % u.heads);
+      if (form_ == Kernels::Keys::f32) std::copy_n(row, W, floats + r * W);
+      else kernels_.round_bf16(row, shape_.width, plain + (tiles ? r % kTileRows : r) * W);
+      if (!tiles || ((r + 1) % kTileRows && r + 1 < b.rows)) continue;
+      const int tile = r / kTileRows * kTileRows, some = r + 1 - tile;
+      std::fill(plain + some * W, plain + kTileRows * W, uint16_t{0});
+      kernels_.transpose(reinterpret_cast<const float*>(plain), shape_.width / 2, kTileRows, shape_.width / 2,
+                         reinterpret_cast<float*>(to + tile * W), kTileRows);
+    }
   }
 
-  // Prefetches a few rows of a unit with each block of keys of the one before it.
+  // Prefetches a part of a unit's rows with each block of keys of the one before it.
   void fetch_query(int index, int block) const {
     if (index == static_cast<int>(units_.list.size())) return;
     const Unit& u = units_.list[index];
-    for (int r = block * kFetchRows; r < std::min((block + 1) * kFetchRows, u.rows()); ++r) {
+    const int some = kFetchRows * units_.rows / kTileRows;
+    for (int r = block * some; r < std::min((block + 1) * some, u.rows()); ++r) {
       const float* row = query(u.token + r / u.heads, u.head + r % u.heads);
       for (int i = 0; i < shape_.width; i += 16) __builtin_prefetch(row + i, 0, 2);
     }
@@ -385,36 +389,36 @@ class Mla {
 
   void attend_chunk(const Unit& u, int index, int chunk, const Running& to, KeyReader& reader,
                     AttendBlock& b) const {
-    int visible[kRows], hidden[kRows];
+    int visible[kMostRows], hidden[kMostRows];
     b.visible = visible;
     b.hidden = w_.window ? hidden : nullptr;
     b.max = to.max, b.sum = to.sum, b.out = to.out;
     to.clear(b.rows);
-    const int end = u.end(chunk);
-    for (int at = u.begin(chunk); at < end; at += kKeyBlock) {
-      b.keys = std::min(kKeyBlock, end - at);
+    const int begin = u.begin(chunk, block_), end = u.end(chunk);
+    for (int at = begin; at < end; at += block_) {
+      b.keys = std::min(block_, end - at);
       b.skipped = u.skipped(at);
       for (int j = 0; j < b.rows; ++j) {
         const int keys = in_.batch.keys(wide_.others[u.token + j / u.heads]);
         visible[j] = keys - at, hidden[j] = w_.first_key(keys) - at;
       }
       reader.fetch(u.from, at, b);
-      look_ahead(u, index, chunk, at + kKeyBlock, reader);
-      fetch_query(index + 1, at / kKeyBlock);
-      b.fresh = at == u.begin(chunk);
+      look_ahead(u, index, chunk, at + block_, reader);
+      fetch_query(index + 1, (at - begin) / block_);
+      b.fresh = at == begin;
       kernels_.attend(b);
     }
   }
 
   // The keys that are read after those before `at`: of this unit, or of the next.
   void look_ahead(const Unit& u, int index, int chunk, int at, KeyReader& reader) const {
-    if (at < u.end(chunk)) return reader.look_ahead(u.from, at, std::min(kKeyBlock, u.end(chunk) - at), 0);
+    if (at < u.end(chunk)) return reader.look_ahead(u.from, at, std::min(block_, u.end(chunk) - at), 0);
     const bool last = chunk + 1 == u.last_chunk;
     if (last && index + 1 == static_cast<int>(units_.list.size())) return;
     const Unit& next = last ? units_.list[index + 1] : u;
     const int c = last ? next.first_chunk : chunk + 1;
-    const int first = next.begin(c);
-    reader.look_ahead(next.from, first, std::min(kKeyBlock, next.end(c) - first), next.skipped(first));
+    const int first = next.begin(c, block_);
+    reader.look_ahead(next.from, first, std::min(block_, next.end(c) - first), next.skipped(first));
   }
 
   // Folds the chunks of split sequences.
@@ -424,13 +428,13 @@ class Mla {
     float* scratch = space_.row + static_cast<size_t>(team.id()) * space_.row_size;
     team.for_units(3, T, w_.heads, [&](int t, int h) {
       if (space_.parts[t] == 0) return;
-      const int slot = space_.first_slot[t * space_.head_parts + Space::part(w_, h)],
-                at = space_.first_row[t] + Space::row_in_part(w_, h);
-      size_t cell = static_cast<size_t>(slot) * kRows + at;
+      const int slot = space_.first_slot[t * space_.head_parts + units_.part(w_, h)],
+                at = space_.first_row[t] + units_.row_in_part(w_, h);
+      size_t cell = static_cast<size_t>(slot) * units_.rows + at;
       float max = space_.partial.max[cell], sum = space_.partial.sum[cell];
       std::copy_n(space_.partial.out + cell * lp, lp, scratch);
       for (int p = 1; p < space_.parts[t]; ++p) {
-        cell += kRows;
+        cell += units_.rows;
         fold(kernels_, max, sum, scratch, space_.partial.max[cell], space_.partial.sum[cell],
              space_.partial.out + cell * lp, lp);
       }
@@ -465,7 +469,7 @@ class Mla {
   }
 
   Running at(const Running& all, size_t slot) const {
-    const size_t cell = slot * kRows;
+    const size_t cell = slot * units_.rows;
     return {all.max + cell, all.sum + cell, all.out + cell * shape_.latent_padded};
   }
 
@@ -479,6 +483,7 @@ class Mla {
   const Expanded& expanded_;
   const KeyShape shape_;
   const Kernels::Keys form_;
+  const int block_;  // keys
 };
 
 }  // namespace
@@ -486,22 +491,25 @@ class Mla {
 void Sizes::mla(const Attention& w, const Batch& batch) {
   MlaArgs in{};
   in.tokens = batch.query_start[batch.sequences];
-  in.cache.type = CacheType::f32;  // which takes more than the others
   in.batch = batch;
-  for (const int least : {0, kExpandTokens}) {  // a step of as many tokens may take either attention
-    const WideTokens wide(batch, in.tokens, least);
-    const Units units(batch, wide, w);
-    work.reset();
-    const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units.slots, threads);
-    const Expanded expanded(work, kernels, w, in, wide, threads);
-  }
+  for (const int least : {0, kExpandTokens})  // a step of as many tokens may take either attention
+    for (const CacheType type : {CacheType::f32, CacheType::bf16}) {
+      in.cache.type = type;
+      const WideTokens wide(batch, in.tokens, least);
+      const Kernels::Keys form = KeyReader::form(kernels, in.cache);
+      const Units units(batch, wide, w, form, threads);
+      work.reset();
+      const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units, form, threads);
+      const Expanded expanded(work, kernels, w, in, wide, threads);
+    }
 }
 
 void Backend::mla(const Attention& w, const MlaArgs& in) {
   const WideTokens wide(in.batch, in.tokens, expand_tokens);
-  const Units units(in.batch, wide, w);
+  const Kernels::Keys form = KeyReader::form(kernels, in.cache);
+  const Units units(in.batch, wide, w, form, pool.size());
   work_.reset();
-  const Space space(work_, kernels, w, static_cast<int>(wide.others.size()), units.slots, pool.size());
+  const Space space(work_, kernels, w, static_cast<int>(wide.others.size()), units, form, pool.size());
   const Expanded expanded(work_, kernels, w, in, wide, pool.size());
   const Mla call(kernels, w, in, wide, units, space, expanded);
   pool.run([&](Team& team) { call.run(team); });
