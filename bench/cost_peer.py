@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from farthing.bench.cost import HEAD, Lever, Workload, bf16_checkpoint, compare, prompts_for
-from farthing.cost import cpu_name, usable_cpus
 from farthing.cost.prices import Machine, Prices
+from farthing.cpus import cpu_name, usable_cpus
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from peers import LlamaCpp

@@ -36,10 +36,13 @@ std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bo
   return Packed::pack(b.pool, b.kernels, b.arena, format, group, zero, interleave, costs, sources);
 }
 
-std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int units) {
+// late: milliseconds by which thread 1 comes late, as if it had no core.
+std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int units, int late) {
   std::vector<std::vector<int>> seen(b.pool.size());
-  b.pool.run(
-      [&](Team& team) { team.for_units(0, 1, units, [&](int, int u) { seen[team.id()].push_back(u); }); });
+  b.pool.run([&](Team& team) {
+    if (late && team.id() == 1) std::this_thread::sleep_for(std::chrono::milliseconds(late));
+    team.for_units(0, 1, units, [&](int, int u) { seen[team.id()].push_back(u); });
+  });
   std::vector<std::tuple<int, int, int, int>> out;  // thread, node, unit, units of the thread
   for (int t = 0; t < b.pool.size(); ++t)
     for (int u : seen[t]) out.emplace_back(t, b.pool.node_of(t), u, static_cast<int>(seen[t].size()));
@@ -63,6 +66,7 @@ NB_MODULE(_native, module) {
       "peak_ops", [](const std::string& what, int threads) { return peak_ops(what.c_str(), threads); },
       "what"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
 
+  module.def("nodes_of_pages", &nodes_of_pages, "addresses"_a);
   module.def("prefetch_distances", [] {
     const PrefetchDistances& d = prefetch_distances;
     return std::tuple(d.bytes, d.nibbles, d.nibbles_near);
@@ -322,6 +326,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("nodes", [](const Backend& b) { return b.pool.nodes(); })
       .def_rw("expand_tokens", &Backend::expand_tokens)
       .def_prop_ro("workspace_bytes", &Backend::workspace_bytes)
+      .def_prop_ro("node_memory", [](const Backend& b) { return b.arena->used(); })
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })
       .def("pack", &pack)
       .def(
@@ -330,7 +335,7 @@ NB_MODULE(_native, module) {
             return Packed::view(b.pool, b.arena, at<uint8_t>(address), size, name);
           },
           "address"_a, "size"_a, "name"_a)
-      .def("units_of_threads", &units_of_threads)
+      .def("units_of_threads", &units_of_threads, "units"_a, "late"_a = 0)
       .def(
           "rms_norm",
           [](Backend& b, Rows x, int tokens, int k, uint64_t weight, float eps, Rows out) {

@@ -11,7 +11,7 @@ namespace farthing {
 Backend::Backend(int threads, const char* isa, const std::string& topology, bool pin)
     : pool(threads, topology, pin),
       kernels(select_kernels(isa)),
-      arena(std::make_shared<Arena>(pool.nodes(), pool.real_nodes() && pool.nodes() > 1)) {}
+      arena(std::make_shared<Arena>(pool.numbers(), pool.pinned() && pool.nodes() > 1)) {}
 
 // Rows into the form the kernels of `w` read. One token: every thread its own copy, no barrier.
 // `scratch` has prepare_floats per thread.

@@ -15,7 +15,7 @@ namespace farthing {
 
 constexpr int kBlock = 16;      // columns of a sparsity block
 constexpr int kCellBlocks = 4;  // most blocks of a cell (cells.h)
-constexpr int kMaxParts = 8;    // maximum NUMA nodes of a matrix
+constexpr int kMaxParts = 16;   // maximum NUMA nodes of a matrix
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 inline size_t round_up(size_t x, size_t to) { return (x + to - 1) / to * to; }

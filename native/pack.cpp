@@ -318,12 +318,12 @@ void Packed::place(Pool& pool, Arena& arena, const uint8_t* records) {
   if (!m.sparse) {
     reserve(pool, arena);
     const uint8_t* low = records + m.stride * static_cast<size_t>(m.panels);
-    for (int node = 0; node < m.parts; ++node) {
-      const size_t before = m.first[node], count = m.panels_of(node);
-      uint8_t* to = const_cast<uint8_t*>(m.base[node]);
-      std::memcpy(to, records + m.stride * before, m.stride * count);
-      std::memcpy(to + m.stride * count, low + m.plane_bytes() * before, m.plane_bytes() * count);
-    }
+    pool.run([&](Team& team) {  // written first by the node's threads, which puts it into its memory
+      team.for_units(0, 1, m.panels, [&](int, int panel) {
+        std::memcpy(const_cast<uint8_t*>(m.record(panel)), records + m.stride * panel, m.stride);
+        std::memcpy(const_cast<uint8_t*>(m.low_plane(panel)), low + m.plane_bytes() * panel, m.plane_bytes());
+      });
+    });
     return;
   }
   m.parts = 1;

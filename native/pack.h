@@ -3,6 +3,7 @@
 #include <array>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cells.h"
@@ -16,22 +17,31 @@ namespace farthing {
 // Memory for packed weights: large pages if available, one list of slabs per node.
 class Arena {
  public:
-  explicit Arena(int nodes, bool bind) : slabs_(nodes), bind_(bind) {}
+  // nodes: their numbers. bind: whether memory is requested from them, in vain in many containers: what is
+  // written first by a node's threads is on it anyway.
+  Arena(const std::vector<int>& nodes, bool bind) : nodes_(nodes), slabs_(nodes.size()), bind_(bind) {}
   ~Arena();
   Arena(const Arena&) = delete;
   uint8_t* take(int node, size_t bytes);
   void give_back(int node, const uint8_t* at);  // what was taken last; its bytes are not cleared
   size_t bytes() const { return bytes_; }
+  // (number of the node, address, bytes) of what is used.
+  std::vector<std::tuple<int, uint64_t, uint64_t>> used() const;
 
  private:
   struct Slab {
     uint8_t* at = nullptr;
     size_t size = 0, used = 0;
   };
+  std::vector<int> nodes_;
   std::vector<std::vector<Slab>> slabs_;
   bool bind_;
   size_t bytes_ = 0;
 };
+
+// The memory node of each page, without moving any; negative: an errno, ENOENT of a page that was never
+// touched. Throws std::system_error if the system does not tell.
+std::vector<int> nodes_of_pages(const std::vector<uint64_t>& addresses);
 
 // Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel.
 using BlockCosts = std::array<double, kCellBlocks>;

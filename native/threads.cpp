@@ -1,7 +1,6 @@
 #include "threads.h"
 
 #include <algorithm>
-#include <fstream>
 #include <sstream>
 #include <stdexcept>
 #if defined(__linux__)
@@ -9,68 +8,55 @@
 #include <sched.h>
 #endif
 
+#include "matrix.h"
 #include "spin.h"
 
 namespace farthing {
 namespace {
 
-constexpr auto kAwake =
-    std::chrono::milliseconds(2);  // longer than the Python between two steps, whose caches are cold
+// Longer than the Python between two steps, whose caches are cold.
+constexpr auto kAwake = std::chrono::milliseconds(2);
+// At a barrier. Longer than threads with a core each are apart, unless one has lost its core.
+constexpr auto kPatience = std::chrono::microseconds(500);
 
-std::vector<int> parse_cpus(const std::string& list) {
-  std::vector<int> cpus;
+// Cores in a list such as "0-3,5+13".
+std::vector<std::vector<int>> parse_cores(const std::string& list) {
+  std::vector<std::vector<int>> cores;
   std::stringstream in(list);
   for (std::string part; std::getline(in, part, ',');) {
-    if (part.empty() || part == "\n") continue;
     const size_t dash = part.find('-');
-    const int low = std::stoi(part),
-              high = dash == std::string::npos ? low : std::stoi(part.substr(dash + 1));
-    for (int c = low; c <= high; ++c) cpus.push_back(c);
+    if (dash == std::string::npos) {
+      std::vector<int>& core = cores.emplace_back();
+      std::stringstream siblings(part);
+      for (std::string cpu; std::getline(siblings, cpu, '+');) core.push_back(std::stoi(cpu));
+      continue;
+    }
+    for (int c = std::stoi(part); c <= std::stoi(part.substr(dash + 1)); ++c) cores.push_back({c});
   }
-  return cpus;
+  return cores;
 }
 
-std::vector<std::vector<int>> parse_topology(const std::string& text) {
-  std::vector<std::vector<int>> nodes;
+std::vector<Node> parse_topology(const std::string& text) {
+  if (text.empty()) return std::vector<Node>(1);
+  std::vector<Node> nodes;
   std::stringstream in(text);
-  for (std::string part; std::getline(in, part, ';');)
-    if (auto cpus = parse_cpus(part); !cpus.empty()) nodes.push_back(cpus);
-  if (nodes.empty())
-    throw std::invalid_argument("topology '" + text + "' names no CPU; expected lists such as '0-3;4-7'");
+  for (std::string part; std::getline(in, part, ';');) {
+    const size_t colon = part.find(':');
+    Node node{static_cast<int>(nodes.size()), parse_cores(part.substr(colon + 1))};  // npos + 1 is 0
+    if (colon != std::string::npos) node.number = std::stoi(part);
+    if (!node.cores.empty()) nodes.push_back(std::move(node));
+  }
+  if (nodes.empty() || nodes.size() > kMaxParts)
+    throw std::invalid_argument("topology '" + text + "' has " + std::to_string(nodes.size()) +
+                                " nodes with CPUs; expected 1 to " + std::to_string(kMaxParts) +
+                                ", such as '0-3;4-7'");
   return nodes;
 }
 
-bool allowed(int cpu) {
-#if defined(__linux__)
-  static const cpu_set_t set = [] {
-    cpu_set_t s;
-    CPU_ZERO(&s);
-    sched_getaffinity(0, sizeof s, &s);
-    return s;
-  }();
-  return cpu < CPU_SETSIZE && CPU_ISSET(cpu, &set);
-#else
-  return true;
-#endif
-}
-
-std::vector<std::vector<int>> machine_topology() {
-  std::vector<std::vector<int>> nodes;
-  for (int i = 0; i < 8; ++i) {
-    std::ifstream file("/sys/devices/system/node/node" + std::to_string(i) + "/cpulist");
-    std::string text;
-    if (!file || !std::getline(file, text)) break;
-    std::vector<int> cpus;
-    for (int c : parse_cpus(text))
-      if (allowed(c)) cpus.push_back(c);
-    if (!cpus.empty()) nodes.push_back(cpus);
-  }
-  if (nodes.empty()) {
-    nodes.emplace_back();
-    for (unsigned c = 0; c < std::max(1u, std::thread::hardware_concurrency()); ++c)
-      nodes[0].push_back(static_cast<int>(c));
-  }
-  return nodes;
+std::vector<int> all_cpus(const Node& node) {
+  std::vector<int> cpus;
+  for (const auto& core : node.cores) cpus.insert(cpus.end(), core.begin(), core.end());
+  return cpus;
 }
 
 void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
@@ -83,48 +69,55 @@ void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
 #endif
 }
 
+// Until the gate has opened since it was seen; after `most` the thread sleeps.
+void wait_at(const std::atomic<uint32_t>& opened, uint32_t seen, Clock::duration most) {
+  if (!spin([&] { return opened.load(std::memory_order_acquire) != seen; }, most))
+    opened.wait(seen, std::memory_order_acquire);
+}
+
 }  // namespace
 
-Pool::Pool(int threads, const std::string& topology, bool pin) {
+Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads), pin_(pin) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-  real_ = topology.empty();
-  cpus_ = real_ ? machine_topology() : parse_topology(topology);
-  if (static_cast<int>(cpus_.size()) > threads) cpus_.resize(threads);
-  size_ = threads;
-  size_t total = 0;
-  for (auto& c : cpus_) total += c.size();
+  nodes_ = parse_topology(topology);
+  if (nodes() > threads) nodes_.resize(threads);
+  size_t total = 0, before = 0;
+  for (const Node& node : nodes_) total += std::max<size_t>(node.cores.size(), 1);
   int given = 0;
-  size_t before = 0;
-  for (auto& c : cpus_) {  // threads in proportion to a node's CPUs, at least one each
-    before += c.size();
-    const int left = static_cast<int>(cpus_.size() - node_threads_.size()) - 1;
+  for (const Node& node : nodes_) {  // threads in proportion to a node's cores, at least one each
+    before += std::max<size_t>(node.cores.size(), 1);
+    const int left = nodes() - static_cast<int>(node_threads_.size()) - 1;
     int until = static_cast<int>(before * threads / total);
     until = std::min(std::max(until, given + 1), threads - left);
     first_thread_.push_back(given);
     node_threads_.push_back(until - given);
     for (; given < until; ++given) node_of_.push_back(static_cast<int>(node_threads_.size()) - 1);
   }
-  counters_ = std::vector<Counter>(static_cast<size_t>(kPhases) * size_);
+  for (auto& set : counters_) set = std::vector<Counters>(size_);
+  starts_ = std::vector<Gate>(nodes());
+  barriers_ = std::vector<Gate>(nodes());
+  node_groups_ = std::vector<Arrivals>(nodes());
+  all_nodes_.expected = nodes();
   int groups = 0;
-  for (const int threads : node_threads_)
-    for (int t = 0; t < threads; ++t) {
-      if (t % kGroup == 0) ++groups;
-      group_of_.push_back(groups - 1);
-    }
-  groups_ = std::vector<Group>(groups);
-  for (const int g : group_of_) ++groups_[g].threads;
-  pin_ = pin || (real_ && nodes() > 1);
+  for (int t = 0; t < size_; ++t) {
+    const int node = node_of_[t];
+    if ((t - first_thread_[node]) % kGroup == 0) ++groups, ++node_groups_[node].expected;
+    group_of_.push_back(groups - 1);
+  }
+  groups_ = std::vector<Arrivals>(groups);
+  for (const int g : group_of_) ++groups_[g].expected;
   for (int t = 1; t < size_; ++t)
     workers_.emplace_back([this, t] {
-      if (pin_) pin_to(cpus_[node_of_[t]]);
+      const Node& node = nodes_[node_of_[t]];
+      const bool alone = static_cast<int>(node.cores.size()) == node_threads_[node_of_[t]];
+      if (pin_) pin_to(alone ? node.cores[t - first_thread_[node_of_[t]]] : all_cpus(node));
       loop(t);
     });
 }
 
 Pool::~Pool() {
   stop_ = true;
-  epoch_.fetch_add(1);
-  epoch_.notify_all();
+  for (Gate& gate : starts_) gate.open();
   for (auto& w : workers_) w.join();
 }
 
@@ -133,13 +126,13 @@ Share Pool::share(int node, int units) const {
   return {static_cast<int>(u * before / size_), static_cast<int>(u * (before + node_threads_[node]) / size_)};
 }
 
-bool Pool::take(int phase, int id, int units, Taken& t) {
+bool Pool::take(int phase, int id, int set, int units, Taken& t) {
   const int node = node_of_[id], first = first_thread_[node], threads = node_threads_[node];
   for (; t.other < threads; ++t.other) {
     const int part = (id - first + t.other) % threads;
     const int64_t u = units;
     const int begin = static_cast<int>(u * part / threads), end = static_cast<int>(u * (part + 1) / threads);
-    std::atomic<uint64_t>& taken = counters_[static_cast<size_t>(phase) * size_ + first + part].taken;
+    std::atomic<uint64_t>& taken = counters_[set][first + part].taken[phase];
     uint64_t seen = taken.load(std::memory_order_relaxed);
     for (;;) {
       const int front = static_cast<int>(seen & 0xffffffffu), back = static_cast<int>(seen >> 32);
@@ -157,52 +150,60 @@ bool Pool::take(int phase, int id, int units, Taken& t) {
   return false;
 }
 
-void Pool::start(void (*call)(void*, Team&), void* data) {
-  for (auto& c : counters_) c.taken.store(0, std::memory_order_relaxed);
-  Team team(*this, 0);
-  static thread_local const Pool* pinned = nullptr;  // callers are not known before they call
-  if (pin_ && pinned != this) {
-    pin_to(cpus_[0]);
-    pinned = this;
-  }
-  if (size_ == 1) return call(data, team);
-  call_ = call;
-  data_ = data;
-  epoch_.fetch_add(1, std::memory_order_release);
-  epoch_.notify_all();
-  call(data, team);
-  team.barrier();
+// Every thread clears the counters that it uses in the next region, which nothing reads in this one. One
+// thread would wait for the lines of all.
+void Pool::work(int id, uint32_t region) {
+  const int set = static_cast<int>(region % 2);
+  for (auto& taken : counters_[1 - set][id].taken) taken.store(0, std::memory_order_relaxed);
+  Team team(*this, id, set);
+  call_(data_, team);
 }
 
-void Pool::wait_epoch(uint32_t seen) {
-  if (!spin([&] { return epoch_.load(std::memory_order_acquire) != seen; }, kAwake))
-    epoch_.wait(seen, std::memory_order_acquire);
+void Pool::start(void (*call)(void*, Team&), void* data) {
+  static thread_local const Pool* pinned = nullptr;  // callers are not known before they call
+  if (pin_ && pinned != this) {  // to the node alone: what the caller starts later inherits it
+    pin_to(all_cpus(nodes_[0]));
+    pinned = this;
+  }
+  call_ = call;
+  data_ = data;
+  const uint32_t region = starts_[0].opened.load(std::memory_order_relaxed) + 1;
+  for (Gate& gate : starts_) gate.open();
+  work(0, region);
+  Team(*this, 0, 0).barrier();
 }
 
 void Pool::loop(int id) {
-  Team team(*this, id);
-  for (uint32_t seen = 0;; ++seen) {
-    wait_epoch(seen);
+  for (uint32_t region = 0;; ++region) {
+    wait_at(starts_[node_of_[id]].opened, region, kAwake);
     if (stop_) return;
-    call_(data_, team);
+    work(id, region + 1);
     arrive(id);  // thread 0 alone waits for the others
   }
 }
 
+bool Pool::Arrivals::last() {
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) != expected - 1) return false;
+  arrived.store(0, std::memory_order_relaxed);
+  return true;
+}
+
+void Pool::Gate::open() {
+  opened.fetch_add(1);
+  opened.notify_all();
+}
+
 void Pool::arrive(int id) {
-  Group& group = groups_[group_of_[id]];
-  if (group.arrived.fetch_add(1, std::memory_order_acq_rel) != group.threads - 1) return;
-  group.arrived.store(0, std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) != static_cast<int>(groups_.size()) - 1) return;
-  arrived_.store(0, std::memory_order_relaxed);
-  sense_.fetch_add(1, std::memory_order_release);
+  if (!groups_[group_of_[id]].last() || !node_groups_[node_of_[id]].last() || !all_nodes_.last()) return;
+  for (Gate& gate : barriers_) gate.open();
 }
 
 void Team::barrier() {
   if (pool_.size_ == 1) return;
-  const uint32_t sense = pool_.sense_.load(std::memory_order_acquire);
+  const auto& opened = pool_.barriers_[pool_.node_of_[id_]].opened;
+  const uint32_t sense = opened.load(std::memory_order_acquire);
   pool_.arrive(id_);
-  spin([&] { return pool_.sense_.load(std::memory_order_acquire) != sense; }, {});
+  wait_at(opened, sense, kPatience);
 }
 
 }  // namespace farthing

@@ -3,7 +3,8 @@
 // Each thread has a contiguous part of the units and takes it from the front, so that what it reads is one
 // stream; one that is done takes from the back of another's part, so that a thread that loses its core does
 // not delay the others. Every unit is computed whole by one thread and nothing is summed across threads, so
-// that the number of threads never changes a result.
+// that the number of threads never changes a result. A thread that waits too long sleeps until it is woken,
+// so that one without a core gets one.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -22,7 +23,7 @@ class Pool;
 
 class Team {
  public:
-  Team(Pool& pool, int id) : pool_(pool), id_(id) {}
+  Team(Pool& pool, int id, int set) : pool_(pool), id_(id), set_(set) {}
   int id() const { return id_; }
   int size() const;
   void barrier();
@@ -34,23 +35,35 @@ class Team {
 
  private:
   Pool& pool_;
-  int id_;
+  int id_, set_;  // the region's counters
+};
+
+// A memory node: its number, and its cores as the hardware threads of each.
+struct Node {
+  int number = 0;
+  std::vector<std::vector<int>> cores;
 };
 
 class Pool {
  public:
   static constexpr int kPhases = 8;
 
-  // topology: "" reads the machine's; else CPU lists a node, such as "0-3;4-7". pin: bind threads to the
-  // CPUs of their node, as on every machine that has several.
+  // topology: cores a node, such as "0-3;4-7" or "0:0+4,1+5;1:2+6,3+7" with nodes' numbers and cores of two
+  // hardware threads; "" is one node. pin: bind threads to the CPUs of their node, and each to a core of its
+  // own if they are as many; memory is bound to nodes too.
   Pool(int threads, const std::string& topology, bool pin);
   ~Pool();
   Pool(const Pool&) = delete;
 
   int size() const { return size_; }
-  int nodes() const { return static_cast<int>(node_threads_.size()); }
+  int nodes() const { return static_cast<int>(nodes_.size()); }
   int node_of(int thread) const { return node_of_[thread]; }
-  bool real_nodes() const { return real_; }
+  bool pinned() const { return pin_; }
+  std::vector<int> numbers() const {  // by which the system knows the nodes
+    std::vector<int> found;
+    for (const Node& node : nodes_) found.push_back(node.number);
+    return found;
+  }
   Share share(int node, int units) const;  // the node's part of 0 … units
 
   template <class F>
@@ -64,42 +77,48 @@ class Pool {
 
  private:
   friend class Team;
-  struct alignas(64) Counter {
-    std::atomic<uint64_t> taken{
-        0};  // units of a thread's part: low half from the front, high half from the back
+  // Units taken of a thread's part in each phase: low half from the front, high half from the back.
+  struct alignas(64) Counters {
+    std::atomic<uint64_t> taken[kPhases] = {};
   };
   struct Taken {
     int begin = 0, end = 0;
     int other = 0;  // parts, from the thread's own on, that are used up
   };
-  // Threads arrive in groups, so that a counter is shared by few cores, and almost always by one node's.
-  static constexpr int kGroup = 16;
-  struct alignas(64) Group {
+  // Threads arrive in groups, groups at their node, and nodes at one counter, so that few cores share a
+  // counter and only the last of a node touches what other nodes do. It opens the gates of all nodes.
+  static constexpr int kGroup = 8;
+  struct alignas(64) Arrivals {
     std::atomic<int> arrived{0};
-    int threads = 0;
+    int expected = 0;
+    bool last();  // whether this is the last arrival; the next one is the first again
   };
-  void arrive(int id);  // the last one changes sense_
+  struct alignas(64) Gate {
+    std::atomic<uint32_t> opened{0};
+    void open();
+  };
+  void arrive(int id);
   void start(void (*call)(void*, Team&), void* data);
+  void work(int id, uint32_t region);
   void loop(int id);
-  void wait_epoch(uint32_t seen);
-  bool take(int phase, int id, int units, Taken& t);
+  bool take(int phase, int id, int set, int units, Taken& t);
 
   std::mutex mutex_;
   int size_ = 1;
-  bool real_ = false, pin_ = false;
-  std::vector<std::vector<int>> cpus_;  // of each node
-  std::vector<int> node_threads_;       // threads of each node
+  bool pin_ = false;
+  std::vector<Node> nodes_;
+  std::vector<int> node_threads_;  // threads of each node
   std::vector<int> node_of_;
   std::vector<std::thread> workers_;
-  std::vector<int> first_thread_;  // of each node
-  std::vector<Counter> counters_;  // [phase][thread]
-  std::vector<Group> groups_;      // [(thread of its node) / kGroup, node by node]
+  std::vector<int> first_thread_;      // of each node
+  std::vector<Counters> counters_[2];  // [thread], of even and odd regions: a thread clears its other one
+  std::vector<Arrivals> groups_;       // [(thread of its node) / kGroup, node by node]
   std::vector<int> group_of_;
+  std::vector<Arrivals> node_groups_;  // of each node
+  Arrivals all_nodes_;
+  std::vector<Gate> starts_, barriers_;  // of each node
   void (*call_)(void*, Team&) = nullptr;
   void* data_ = nullptr;
-  alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<int> arrived_{0};  // groups
-  alignas(64) std::atomic<uint32_t> sense_{0};
   std::atomic<bool> stop_{false};
 };
 
@@ -112,7 +131,7 @@ void Team::for_units(int phase, int outer, int inner, F&& f) {
   const int width = s.end - s.begin;
   if (width <= 0) return;
   Pool::Taken t;
-  while (pool_.take(phase, id_, outer * width, t))
+  while (pool_.take(phase, id_, set_, outer * width, t))
     for (int u = t.begin; u < t.end; ++u) f(u / width, s.begin + u % width);
 }
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from farthing import extras
 from farthing.cli.check import doctor_app
+from farthing.cpus import Cpus
 from farthing.doctor import Check, Diagnosis, machine
 from farthing.doctor import machine as software
 
@@ -62,18 +63,28 @@ def test_instruction_sets_are_read_from_the_system(tmp_path: Path) -> None:
     assert found["instruction sets"].status == "ok"
 
 
-def test_hardware_threads_of_one_core_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 4, 5}, raising=False)
-    for cpu in (0, 1, 4, 5):
-        topology = tmp_path / f"cpu/cpu{cpu}/topology"
-        topology.mkdir(parents=True)
-        (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
-    for node in ("node0", "node1"):
-        (tmp_path / "node" / node).mkdir(parents=True)
-    found = by_name(machine.check_processor(system=tmp_path))["cores"]
-    assert found.data == {"cores": 2, "hardware_threads": 4, "memory_nodes": 2}
-    assert "--threads 2" in found.advice
-    assert "cores" not in by_name(machine.check_processor(system=tmp_path / "absent"))
+def test_cores_nodes_and_the_choice_of_threads_are_told() -> None:
+    def told(cpus: Cpus) -> str:
+        return by_name(machine.check_processor(cpus=cpus))["cores"].detail
+
+    two = Cpus({0: ((0, 4), (1, 5)), 1: ((2, 6), (3, 7))}, machine_nodes=2)
+    assert told(two).startswith(
+        "4 of 8 hardware threads, 2 memory nodes; 4 threads by default, each bound to a core; the placement"
+    )
+    assert told(Cpus({0: ((0,), (1,))})) == "2, 1 memory node; 2 threads by default"
+    assert told(Cpus({0: ((0,), (1,))}, 1.5)) == "2, 1 memory node, quota 1.5 CPUs; 1 thread by default"
+    assert told(Cpus({1: ((2,), (3,))}, machine_nodes=2)).startswith("2, 1 of 2 memory nodes; 2 threads by")
+    found = by_name(machine.check_processor(cpus=two))["cores"].data
+    assert found == {"cores": 4, "hardware_threads": 8, "memory_nodes": 2, "quota": None, "threads": 4}
+
+
+def test_a_system_that_does_not_tell_where_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(addresses: list[int]) -> list[int]:
+        raise RuntimeError("move_pages: Operation not permitted")
+
+    monkeypatch.setattr("farthing._native.nodes_of_pages", refuse)
+    (found,) = (c for c in machine.check_processor(cpus=Cpus({0: ((0,),)}, None, 2)) if c.name == "cores")
+    assert found.detail.endswith("cannot be verified (move_pages: Operation not permitted)")
 
 
 def test_without_native_kernels_numpy_measures_and_advice_is_given(

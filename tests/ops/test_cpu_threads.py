@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from farthing.cpus import own_cpus
 from farthing.ops.api import Norm, Place, RouterSpec
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.weights import quantize_int4
@@ -82,7 +84,7 @@ def test_each_node_computes_its_share_of_the_weights() -> None:
 @given(
     threads=st.integers(1, 5),
     units=st.integers(1, 300),
-    topology=st.sampled_from(["", "0", "0;1", "0-2;3", "0;1;2"]),
+    topology=st.sampled_from(["", "0", "0;1", "0-2;3", "0;1;2", "3:0+4,1+5;7:2+6"]),
 )
 def test_every_unit_is_computed_once(threads: int, units: int, topology: str) -> None:
     backend = native.Backend(threads, "auto", topology)
@@ -112,12 +114,14 @@ def test_bad_arguments_are_named() -> None:
         CpuOps(1, isa="sse9")
     with pytest.raises(ValueError, match="topology ';'"):
         CpuOps(1, topology=";")
+    with pytest.raises(ValueError, match="has 17 nodes"):
+        CpuOps(17, topology=";".join(map(str, range(17))))
     with pytest.raises(ValueError, match=r"K = \[64, 128\]"):
         CpuOps(1).pack_linear("w", lambda: [weight("int8", 16, 64), weight("int8", 16, 128)])
 
 
 def test_many_threads_do_not_change_a_bit() -> None:
-    """More threads than meet in one counter, in groups of 16 and 4 and on nodes of 10."""
+    """More threads than meet in one counter, in groups of 8, 8 and 4 and of 8 and 2."""
     x = torch.randn(3, 64)
     w = quantize_int4(torch.randn(1100, 64))
     expected = CpuOps(1)
@@ -129,10 +133,22 @@ def test_many_threads_do_not_change_a_bit() -> None:
             assert torch.equal(ops.linear(x, packed), first)
 
 
+def test_threads_that_wait_for_a_late_one_sleep() -> None:
+    """Three threads wait 300 ms for one that has no core, and use next to no processor time."""
+    backend = native.Backend(4)
+    backend.units_of_threads(8)
+    began = time.process_time()
+    assert len(backend.units_of_threads(8, late=300)) == 8
+    assert time.process_time() - began < 0.15
+
+
+# Threads and their affinity: those that are as many as a node's cores have a core each, with all of its
+# hardware threads; the caller keeps the whole node, because what it starts inherits that.
 PINNED = """
-import os, threading
+import os, sys, threading
 from farthing import _native
-backend = _native.Backend(4, "auto", "0;1", True)
+threads, topology, *expected = sys.argv[1:]
+backend = _native.Backend(int(threads), "auto", topology, True)
 found = []
 def call():
     backend.units_of_threads(8)
@@ -140,12 +156,32 @@ def call():
 caller = threading.Thread(target=call)
 caller.start()
 caller.join()
+free = os.sched_getaffinity(os.getpid())
 tasks = [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")]
-assert found == [{0}], found
-assert tasks.count({1}) == 2 and {0} in tasks, tasks
+bound = sorted("".join(map(str, sorted(task))) for task in found + [t for t in tasks if t != free])
+assert bound == sorted(expected), (bound, expected)
 """
 
 
-@pytest.mark.skipif(not {0, 1} <= os.sched_getaffinity(0), reason="pins threads to CPUs 0 and 1")
-def test_threads_are_pinned_to_their_node() -> None:
-    subprocess.run([sys.executable, "-c", PINNED], check=True)
+@pytest.mark.skipif(os.sched_getaffinity(0) != {0, 1}, reason="pins threads to CPUs 0 and 1")
+@pytest.mark.parametrize(
+    ("threads", "topology", "bound"),
+    [
+        (4, "0;1", ["0", "0", "1", "1"]),
+        (4, "5:0;2:1", ["0", "0", "1", "1"]),
+        (2, "0;1", ["0", "1"]),
+        (2, "0,1", ["01", "1"]),
+        (3, "0:0;1:1,0", ["0", "1", "0"]),
+    ],
+)
+def test_threads_are_pinned_to_their_node_or_core(threads: int, topology: str, bound: list[str]) -> None:
+    subprocess.run([sys.executable, "-c", PINNED, str(threads), topology, *bound], check=True)
+
+
+def test_memory_of_nodes_is_told_by_their_numbers() -> None:
+    backend = CpuOps(4, topology="3:0,1;8:2,3")
+    packed = backend.pack_linear("w", lambda: [weight("int4", 16 * 64, 64)]).packed
+    memory = backend._native.node_memory
+    assert [node for node, _, _ in memory] == [3, 8]
+    assert sum(size for _, _, size in memory) >= packed.nbytes
+    assert set(native.nodes_of_pages([address for _, address, _ in memory])) <= own_cpus().nodes.keys()

@@ -32,7 +32,7 @@ from farthing.compress.evaluate import Comparison, Corpus, compare_with, halves,
 from farthing.compress.layerwise import baseline
 from farthing.compress.recipe import load_recipe
 from farthing.config import EngineConfig
-from farthing.cost import Machine, RaplMeter, usable_cpus
+from farthing.cost import Machine, RaplMeter
 from farthing.files import replace_json
 from farthing.model.config import ModelConfig
 from farthing.tokenizer_file import read_tokenizer
@@ -305,7 +305,7 @@ def compare(
         # The two rows needed for the claims run first, in case the run is interrupted.
         for lever in (rows[0], *reversed(rows[1:])):
             if len(book.probes[lever.name]) <= turn:
-                tries = [_probe(lever, workload, machine, n) for n in sorted({1, usable_cpus()})]
+                tries = [_probe(lever, workload, machine, n) for n in sorted({1, machine.count})]
                 book.add(lever.name, min(tries, key=lambda probe: probe.latency_ms))
             on_probe(lever.name)
     by_name = qualities or {}

@@ -37,7 +37,8 @@ from farthing.bench.load import (
 from farthing.cli.errors import Exit, errors_as_one_line, with_options
 from farthing.cli.tables import print_percentiles, report, token_progress
 from farthing.config import check, inherited, option
-from farthing.cost import Prices, cpu_name, usable_cpus
+from farthing.cost import Prices
+from farthing.cpus import cpu_name, usable_cpus
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 

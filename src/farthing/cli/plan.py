@@ -27,7 +27,7 @@ from farthing.config import (
     option,
     parse_bytes,
 )
-from farthing.cost import usable_cpus
+from farthing.cpus import own_cpus
 from farthing.hub import BUNDLED, resolve_config
 from farthing.model import ModelConfig, config_of
 from farthing.parallel.plan import Layout, ShardPlan
@@ -388,7 +388,7 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
 
 
 def _measure() -> tuple[int, float, float]:
-    """Usable CPUs here; GB/s that they read; INT8 GOP/s of each with all busy."""
+    """Threads that would serve here; GB/s that they read; INT8 GOP/s of each with all busy."""
 
     try:
         from farthing import _native
@@ -397,7 +397,7 @@ def _measure() -> tuple[int, float, float]:
             "the CPU kernels are not built, so nothing can be measured; expected --socket-bandwidth and "
             "--core-int8"
         ) from None
-    cpus = usable_cpus()
+    cpus = own_cpus().threads()
     peak = max(_native.peak_ops(kind, cpus) for kind in ("vnni_int8", "amx_int8"))
     return cpus, _native.read_bandwidth(cpus, PROBE), peak / cpus
 

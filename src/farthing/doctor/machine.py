@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing import extras
-from farthing.cost import Prices, cpu_name, open_meter, usable_cpus
+from farthing.cost import Prices, open_meter
+from farthing.cpus import CPUINFO, Cpus, cpu_name, own_cpus, usable_cpus
 from farthing.extras import has_torch, how_to_install
 
 # The result of a check.
@@ -72,9 +73,7 @@ GIB = 1 << 30
 _PROBE_BYTES = 512 << 20  # larger than all but the largest caches
 
 
-def check_processor(
-    cpuinfo: Path = Path("/proc/cpuinfo"), system: Path = Path("/sys/devices/system")
-) -> Iterator[Check]:
+def check_processor(cpuinfo: Path = CPUINFO, cpus: Cpus | None = None) -> Iterator[Check]:
     """Name, vCPUs, cores and memory nodes, and instruction sets."""
     name = cpu_name(cpuinfo) or platform.processor() or platform.machine()
     usable, present = usable_cpus(), os.cpu_count() or 1
@@ -86,7 +85,7 @@ def check_processor(
         detail=f"{name}, {usable} vCPUs{some}",
         data={"name": name, "usable": usable, "present": present, "architecture": platform.machine()},
     )
-    yield from _cores(system)
+    yield _cores(cpus or own_cpus())
     flags = [flag for flag in INSTRUCTION_SETS if flag in _flags(cpuinfo)]
     native = _native()
     kernels = str(native.instruction_sets()) if native is not None else ""
@@ -112,29 +111,41 @@ def check_processor(
         )
 
 
-def _cores(system: Path) -> Iterator[Check]:
-    """Cores and NUMA nodes of the CPUs this process may use, where Linux tells them."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
-    siblings = [system / f"cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in allowed]
-    try:
-        cores = len({file.read_text() for file in siblings})
-    except OSError:
-        return
-    if not cores:
-        return
-    nodes = max(len(list(system.glob("node/node[0-9]*"))), 1)
-    shared = len(allowed) > cores
-    yield Check(
+def _cores(cpus: Cpus) -> Check:
+    """Cores and memory nodes that this process may use, and the threads that are chosen for them."""
+    nodes, threads = len(cpus.nodes), cpus.threads()
+    others = f" of {cpus.machine_nodes}" if cpus.machine_nodes > nodes else ""
+    shared = f" of {cpus.hardware_threads} hardware threads" if cpus.hardware_threads > cpus.cores else ""
+    quota = "" if cpus.quota is None else f", quota {cpus.quota:g} CPUs"
+    bound = ", bound to their nodes" if nodes > 1 else ""
+    if cpus.pinned and threads == cpus.cores:
+        bound = ", each bound to a core"
+    return Check(
         group="processor",
         name="cores",
         status="info",
-        detail=f"{cores}, {nodes} memory node{'s' * (nodes > 1)}"
-        + (f", shared by {len(allowed)} hardware threads" if shared else ""),
-        advice=f"hardware threads of one core share its vector and tile units: compare --threads {cores}"
-        if shared
-        else "",
-        data={"cores": cores, "hardware_threads": len(allowed), "memory_nodes": nodes},
+        detail=f"{cpus.cores}{shared}, {nodes}{others} memory node{'s' * (cpus.machine_nodes > 1)}{quota}; "
+        f"{threads} thread{'s' * (threads > 1)} by default{bound}{_verified(cpus)}",
+        data={
+            "cores": cpus.cores,
+            "hardware_threads": cpus.hardware_threads,
+            "memory_nodes": nodes,
+            "quota": cpus.quota,
+            "threads": threads,
+        },
     )
+
+
+def _verified(cpus: Cpus) -> str:
+    """Whether the system tells on which memory nodes weights are."""
+    native = _native()
+    if cpus.machine_nodes == 1 or native is None:
+        return ""
+    try:
+        native.nodes_of_pages([id(native)])
+    except RuntimeError as error:
+        return f"; the placement of weights cannot be verified ({error})"
+    return "; the placement of weights is verified after loading"
 
 
 def check_memory(measure: bool = True) -> Iterator[Check]:
@@ -152,7 +163,7 @@ def check_memory(measure: bool = True) -> Iterator[Check]:
     )
     if not measure:
         return
-    rate, how = read_bandwidth(usable_cpus())
+    rate, how = read_bandwidth(own_cpus().threads())
     # every token reads each active weight once
     yield Check(
         group="memory",

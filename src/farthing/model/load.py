@@ -166,7 +166,9 @@ def model_of(
     config: ModelConfig, ops: Ops, source: WeightSource, routers: list[RouterSpec | None] | None = None
 ) -> DecoderModel:
     """The model of a config, with weights under V3's names, or V4's own."""
-    return form_of(config)(config, ops, source, routers)
+    model = form_of(config)(config, ops, source, routers)
+    ops.check_placement()
+    return model
 
 
 def form_of(config: ModelConfig) -> type[DecoderModel]:

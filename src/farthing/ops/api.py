@@ -767,6 +767,9 @@ class Ops(ABC):
     def verify_packed(self) -> None:  # noqa: B027  (only backends that map packed files have some)
         """Verify every checksum of a mapped packed file. Raises ValueError naming the first mismatch."""
 
+    def check_placement(self) -> None:  # noqa: B027  (only backends that bind weights to memory nodes)
+        """Log whether a loaded model's weights are in the memory nodes that read them."""
+
     def save_packed(self, path: str) -> None:
         """Write packed weights to one file for `select(…, packed=path)`; ValueError if unsupported."""
         raise ValueError(f"backend {self.name!r} has no packed format; use backend 'cpu'")

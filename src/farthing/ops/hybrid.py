@@ -314,6 +314,9 @@ class HybridOps(OpsWrapper):
         self._computing = ThreadPoolExecutor(1, "farthing-experts")
         self._loading = ThreadPoolExecutor(1, "farthing-hot")
 
+    def check_placement(self) -> None:
+        self._host.check_placement()
+
     def coarse(self) -> Self:
         device, host = self._inner.coarse(), self._host.coarse()
         if device is self._inner and host is self._host:

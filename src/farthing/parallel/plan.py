@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 from math import prod
 from types import MappingProxyType
 
+from farthing.cpus import own_cpus
 from farthing.lazy import torch
 from farthing.model import GroupedHeads, ModelConfig, parameter_shapes
 from farthing.ops import Batch, Blocks, Cut, bounds
@@ -126,6 +127,11 @@ def _make_room(
 # Micro-batches of a step, so that pipeline stages work in parallel.
 
 MICRO_ROWS = 64  # smaller micro-batches are bound by reading weights, larger ones by arithmetic
+
+
+def threads_of_rank(chosen: int | None, neighbours: int) -> int:
+    """Threads of each of the ranks on one host: so many as chosen, or a share of its cores."""
+    return chosen or own_cpus().threads(neighbours)
 
 
 def micro_batches(batch: Batch, most: int) -> list[tuple[slice, Batch]]:

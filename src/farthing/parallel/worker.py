@@ -29,7 +29,7 @@ from farthing.config import EngineConfig
 from farthing.model.config import ModelConfig
 from farthing.ops import Batch, Blocks, Ops, PeerLost
 from farthing.ops.select import resolve, select
-from farthing.parallel.plan import Layout
+from farthing.parallel.plan import Layout, threads_of_rank
 from farthing.parallel.rank import Rank, counted_layers, open_rank, shared_bytes
 from farthing.parallel.shared import DIRECTORY, Arena, available
 
@@ -144,7 +144,7 @@ class RankOptions:
         neighbours = [r for r in range(layout.world) if layout.node(r, c.nodes) == node]
         if self.device == "cuda" and c.nodes == 1:  # with several nodes, Ray assigns the GPU
             torch.cuda.set_device(neighbours.index(rank) % torch.cuda.device_count())
-        threads = c.threads or max(1, len(os.sched_getaffinity(0)) // len(neighbours))
+        threads = threads_of_rank(c.threads, len(neighbours))
         file = self.packed_file(rank)
         packed = str(file) if file and file.exists() else None
         return select(c.ops, c.dtype, threads, c.quantization, packed, c.verify, c.halves)

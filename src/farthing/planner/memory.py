@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from farthing.parallel.plan import (
     ShardPlan,
     layer_of,
     representatives,
+    threads_of_rank,
 )
 from farthing.parallel.shared import SLOT_BYTES
 from farthing.planner.footprint import Holder, Stored, StoredOf, held_by_experts
@@ -267,7 +267,7 @@ def _computing(shard: Shard, plan: ShardPlan, holder: Holder, serving: Serving) 
     if holder.backend == "reference":
         return _reference(shard, holder.item, tokens, max(serving.max_model_len, tokens))
     if holder.backend == "cpu":
-        threads = serving.threads or max(1, len(os.sched_getaffinity(0)) // plan.layout.world)
+        threads = threads_of_rank(serving.threads, plan.layout.world)
         return _cpu(shard, holder, serving, threads)
     return _estimate(shard, holder.item, tokens)
 

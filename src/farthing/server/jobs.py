@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
-from farthing.cost import cpu_name, meter, usable_cpus
+from farthing.cost import meter
 from farthing.cost.meter import CostMeter, CostReport, open_meter, together, usage_extension
 from farthing.cost.prices import Machine, Prices
+from farthing.cpus import cpu_name, usable_cpus
 from farthing.engine.request import EngineError, EngineFailed, RequestAtFault, RequestOutput
 from farthing.engine.sequence import Missed
 from farthing.server.errors import ApiError, ClientGone

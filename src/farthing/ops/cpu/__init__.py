@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
+from farthing.cpus import own_cpus
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
 
@@ -36,7 +36,7 @@ def create(
 
     Activations are always float32: kernels read float32, and bfloat16 would only add rounding. `dtype` sets
     the dtype of the latent cache: float32 if requested, else bfloat16, which halves the bytes that attention
-    reads. `threads` defaults to the CPUs this process may use. `arrays`, `parts`: see `farthing.ops.select`.
+    reads. `threads` defaults to the cores this process may use. `arrays`, `parts`: see `farthing.ops.select`.
     Raises ImportError if `farthing._native` is not built, ValueError for a bad argument.
     """
     from farthing.ops.cpu.backend import CpuOps
@@ -49,7 +49,7 @@ def create(
     if not arrays:  # two thread pools would compete for cores, so torch uses only the calling thread
         torch.set_num_threads(1)
     ops = CpuOps(
-        threads or len(os.sched_getaffinity(0)), quantization, packed, isa,
+        threads or own_cpus().threads(), quantization, packed, isa,
         parts=parts or 1, expand=parts is None, arrays=arrays,
     )  # fmt: skip
     ops.cache_dtype = "float32" if kind == "float32" else "bfloat16"

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from farthing import _native
+from farthing.cpus import own_cpus
 from farthing.lazy import torch
 from farthing.ops.api import (
     SILU,
@@ -42,6 +43,7 @@ from farthing.ops.arrays import (
 from farthing.ops.cpu import stack as indexing
 from farthing.ops.cpu.formats import F32, HELD, Plan, for_head, pack, pack_dense, plan
 from farthing.ops.cpu.packed import PackedFile, write_packed
+from farthing.ops.cpu.placement import check_placement
 from farthing.ops.cpu.stack import vector
 from farthing.ops.cut import columns_of, halves_of
 from farthing.ops.weights import (
@@ -170,14 +172,15 @@ class PackingOps(HostOps):
     ) -> None:
         """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately.
 
-        arrays: tensors are numpy arrays instead of torch's.
+        topology: simulated memory nodes; by default the real ones. arrays: tensors are numpy arrays.
         expand: whether large chunks of long prompts take expanded attention (`native/expanded.h`).
         """
         self.arrays = arrays
         self.device = HOST if arrays else torch.device("cpu")  # type: ignore[assignment]
         if not arrays:
             self.dtype = torch.float32
-        self._native = _native.Backend(threads, isa, topology)
+        cpus, pin = own_cpus(), not topology and own_cpus().pinned
+        self._native = _native.Backend(threads, isa, topology or cpus.topology, pin)
         if not expand:
             self._native.expand_tokens = 0
         self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
@@ -210,6 +213,9 @@ class PackingOps(HostOps):
     def verify_packed(self) -> None:
         if self._file is not None:
             self._file.verify()
+
+    def check_placement(self) -> None:
+        check_placement(self._native.node_memory, self._file)
 
     def coarse(self) -> Self:
         if self._quantization is not None:
