@@ -120,17 +120,18 @@ inline RowsSeen rows_seen(const AttendBlock& b, int row, int rows, int keys) {
 }
 
 // The largest of `best` and of the scores that each row sees; those of other keys are hidden.
+template <bool All>
 inline f32x16 largest_seen(const RowsSeen& seen, float* scores, int keys, f32x16 best) {
-  f32x16 other = best;
-  for (int s = 0; s < keys; s += 2) {
-    f32x16 a = loadf(scores + 16 * s), b = loadf(scores + 16 * s + 16);
-    if (!seen.all) {
-      store(scores + 16 * s, a = _mm512_mask_blend_ps(seen.at(s), splat(kHidden), a));
-      store(scores + 16 * s + 16, b = _mm512_mask_blend_ps(seen.at(s + 1), splat(kHidden), b));
+  f32x16 most[4] = {best, best, best, best};
+  for (int s = 0; s < keys; s += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* at = scores + 16 * (s + i);
+      f32x16 v = loadf(at);
+      if (!All) store(at, v = _mm512_mask_blend_ps(seen.at(s + i), splat(kHidden), v));
+      most[i] = max(most[i], v);
     }
-    best = max(best, a), other = max(other, b);
-  }
-  return max(best, other);
+  return max(max(most[0], most[1]), max(most[2], most[3]));
 }
 
 // scores [keys][16] of rows from `row` on -> weights as tiles [keys / 32][16 rows][32 keys] of bfloat16, keys
@@ -139,7 +140,8 @@ void weight_tiles(const AttendBlock& b, int row, float* scores, uint16_t* weight
   const int rows = b.rows - row < 16 ? b.rows - row : 16, keys = round_up(b.keys, 32);
   const __mmask16 live = static_cast<__mmask16>((1u << rows) - 1);
   const f32x16 before = max(splat(kUnseen), _mm512_mask_loadu_ps(splat(kUnseen), live, b.max + row));
-  const f32x16 largest = largest_seen(rows_seen(b, row, rows, keys), scores, keys, before);
+  const RowsSeen seen = rows_seen(b, row, rows, keys);
+  const f32x16 largest = (seen.all ? largest_seen<true> : largest_seen<false>)(seen, scores, keys, before);
   const f32x16 best = largest > before + kSlack ? largest : before;
   const f32x16 shrink = exp(before - best), log2e = splat(1.44269504f), offset = best * log2e;
   f32x16 total = f32x16(_mm512_maskz_loadu_ps(live, b.sum + row)) * shrink;
@@ -166,20 +168,20 @@ void weight_tiles(const AttendBlock& b, int row, float* scores, uint16_t* weight
   }
 }
 
-// 32 columns of `keys` values to tiles of pairs: [2 x 16 columns][kAmxKeys / 32][16 pairs][16][2].
-inline void interleave(const uint16_t* const* rows, int at, int keys, uint16_t* values) {
+// 32 columns of values [begin, end) to tiles of pairs: [2 x 16 columns][kAmxKeys / 32][16 pairs][16][2].
+inline void interleave(const uint16_t* const* rows, int at, int begin, int end, uint16_t* values) {
   alignas(64) static constexpr uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                    37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                                    11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-  for (int s = 0; s < keys; s += 2) {
+  for (int s = begin; s < end; s += 2) {
     const __m512i x = _mm512_loadu_si512(rows[s] + at), y = _mm512_loadu_si512(rows[s + 1] + at);
     _mm512_store_si512(values + 16 * s, _mm512_permutex2var_epi16(x, first, y));
     _mm512_store_si512(values + 16 * (kAmxKeys + s), _mm512_permutex2var_epi16(x, second, y));
   }
 }
 
-// out [R x 16 rows][32 columns] += weights x values; the weights of a row tile are 16 kAmxKeys.
+// out [R x 16 rows][32 columns] += weights x values; each row tile has 16 kAmxKeys weights.
 template <int R>
 inline void mix_tiles(const AttendBlock& b, const uint16_t* weights, const uint16_t* values, int keys,
                       float* out) {
@@ -214,17 +216,36 @@ inline void mix_tiles(const AttendBlock& b, const uint16_t* weights, const uint1
   if constexpr (R > 1) _tile_stored(3, other + 16, stride);
 }
 
+// The values of the next 32 columns are interleaved between the products of these.
+void mix_rows(const AttendBlock& b, const uint16_t* weights, int steps, NextRows& next) {
+  alignas(64) uint16_t values[2][2 * kAmxKeys * 16];
+  const int tiles = (b.rows + 15) / 16, keys = round_up(b.keys, 32),
+            part = round_up(keys / ((tiles + 1) / 2), 2);
+  interleave(b.rows16, 0, 0, keys, values[0]);
+  for (int at = 0, side = 0; at < b.latent; at += 32, side ^= 1) {
+    for (int t = 0, from = 0; t < tiles; t += 2, from += part) {
+      const int to = from + part < keys ? from + part : keys;
+      if (at + 32 < b.latent) interleave(b.rows16, at + 32, from, to, values[side ^ 1]);
+      stored();
+      const uint16_t* w = weights + 16 * t * kAmxKeys;
+      float* out = b.out + static_cast<size_t>(16 * t) * b.latent + at;
+      if (t + 1 < tiles) mix_tiles<2>(b, w, values[side], keys, out);
+      else mix_tiles<1>(b, w, values[side], keys, out);
+    }
+    next.advance(steps);
+  }
+}
+
 void amx_attend(const AttendBlock& b) {
   if (!b.rows16) return attend(b);
   alignas(64) float scores[2 * kAmxKeys * 16];
-  alignas(64) uint16_t weights[kTileBlock.rows * kAmxKeys], values[2 * kAmxKeys * 16];
-  const int tiles = (b.rows + 15) / 16, keys = round_up(b.keys, 32);
+  alignas(64) uint16_t weights[kTileBlock.rows * kAmxKeys];
   TileConfig c;
   for (int i = 0; i < 8; ++i) c.set(i, 16, 64);
   c.load();
-  // In products; interleaving the values takes about as long as eight.
-  const int mixed = keys / 16 * tiles + 8;
-  NextRows next(b, (b.keys + 15) / 16 * tiles * ((b.width - b.first) / 32) + mixed * (b.latent / 32));
+  // In products; interleaving the values of 32 columns takes about as long as 16.
+  const int tiles = (b.rows + 15) / 16, groups = (b.keys + 15) / 16, steps = groups * tiles + 16;
+  NextRows next(b, groups * tiles * ((b.width - b.first) / 32) + steps * (b.latent / 32));
   for (int t = 0; t < tiles; t += 2) {
     const uint16_t* q = b.q16 + static_cast<size_t>(16 * t) * b.width;
     const bool both = t + 1 < tiles;
@@ -233,17 +254,7 @@ void amx_attend(const AttendBlock& b) {
     for (int i = 0; i <= both; ++i)
       weight_tiles(b, 16 * (t + i), scores + i * kAmxKeys * 16, weights + 16 * (t + i) * kAmxKeys);
   }
-  for (int at = 0; at < b.latent; at += 32) {
-    interleave(b.rows16, at, keys, values);
-    stored();
-    for (int t = 0; t < tiles; t += 2) {
-      const uint16_t* w = weights + 16 * t * kAmxKeys;
-      float* out = b.out + static_cast<size_t>(16 * t) * b.latent + at;
-      if (t + 1 < tiles) mix_tiles<2>(b, w, values, keys, out);
-      else mix_tiles<1>(b, w, values, keys, out);
-    }
-    next.advance(mixed);
-  }
+  mix_rows(b, weights, steps, next);
   _tile_release();
 }
 
