@@ -57,14 +57,14 @@ const Choice kChoices[] = {
     {&kernels_portable, [] { return true; }},
 };
 
-// AMD: measured on Zen 4 and 5 (120 to 130 ns), where twice as much changes nothing. Intel: measured on
-// Emerald Rapids, whose memory takes 180 to 200 ns: 1.1x at 1, 8 and 16 rows.
+// Intel: measured on Emerald Rapids, whose memory takes 180 to 200 ns: 1.1x at 1, 8 and 16 rows. AMD:
+// measured on Zen 5, where memory read fast enough to tell; 512 bytes and more into L1 are slower there.
 PrefetchDistances distances_of_vendor() {
 #if defined(__x86_64__)
   unsigned a, b, c, d;
   if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx) return {4096, 8192, 1024};
 #endif
-  return {1024, 2048, 256};
+  return {4096, 8192, 256};
 }
 
 // The one instruction set that tests leave (make test-isa), or nothing.

@@ -20,28 +20,25 @@ constexpr int kSparsePanels = 2;  // that read a block of rows one after the oth
 // One or two rows read as fast as a bare copy if the next lines are prefetched into L2: prefetching into L1
 // would occupy the few buffers that its misses need. Only 4-bit weights, whose bytes take five instructions
 // each, are prefetched into L1 too, a little ahead: otherwise too few loads fit the processor's window. The
-// arithmetic of more rows hides memory latency only if their next panels are prefetched into L2 meanwhile.
+// arithmetic of more rows hides memory latency only if their next panels are prefetched into L2 meanwhile,
+// at an even rate: a group's lines at once would hold every buffer while the sums wait for L1.
 constexpr int kStream = 2;  // rows up to which a panel is read as a stream
 
-// What a pass over panels prefetches into L2: of groups [from, to), the bytes `distance` ahead.
+// What a pass over panels prefetches into L2: the bytes `distance` ahead of groups [from, to), counted panel
+// after panel if each has so many `groups`. Of two passes each then takes a panel, at an even rate.
 struct Ahead {
   size_t distance;
-  int from, to;
+  int from, to, groups = 0;
+  size_t of(int panel, int g) const {  // 0: those that are read, which are in L1 then
+    const int at = panel * groups + g;
+    return at >= from && at < to ? distance : 0;
+  }
 };
 
 template <int M, Format F>
-inline void fetch_stream(const uint8_t* p) {
-  if constexpr (M > kStream) return;
-  constexpr bool nibbles = traits(F).nibbles();
-  if constexpr (nibbles) prefetch(p + prefetch_distances.nibbles_near);
-  prefetch_far(p + prefetch_distances.of(nibbles));
-}
-
-template <int M, int P>
-inline void fetch_ahead(const uint8_t* const (&data)[P], Ahead a, int g, int bytes) {
-  if (M <= kStream || g < a.from || g >= a.to) return;
-  for (int i = 0; i < P; ++i)
-    for (int at = 0; at < bytes; at += 64) prefetch_far(data[i] + a.distance + at);
+inline void fetch(const uint8_t* p, size_t ahead) {
+  if constexpr (M <= kStream && traits(F).nibbles()) prefetch(p + prefetch_distances.nibbles_near);
+  prefetch_far(p + ahead);
 }
 
 // The scales before a record's data, into L1. One or two rows read them next to the data, and processors'
@@ -100,13 +97,14 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
   const int group = blocks ? w.group : kActGroup;
   for (int g = 0, k0 = 0; k0 < w.kp; ++g, k0 += group) {
     const int end = k0 + group < w.kp ? k0 + group : w.kp;
-    fetch_ahead<M>(data, ahead, g, bytes * group / 2);
+    size_t far[P];
+    for (int i = 0; i < P; ++i) far[i] = ahead.of(i, g);
     for (int k = k0; k < end; k += 2) {
       f32x16 a[P], b[P];
       EACH (int i = 0; i < P; ++i) {
         load_pair<F>(data[i], a[i], b[i]);
-        if (bytes >= 64 || k % 4 == 0) fetch_stream<M, F>(data[i]);
-        if (bytes > 64) fetch_stream<M, F>(data[i] + 64);
+        if (bytes >= 64 || k % 4 == 0) fetch<M, F>(data[i], far[i]);
+        if (bytes > 64) fetch<M, F>(data[i] + 64, far[i]);
         data[i] += bytes;
       }
       EACH (int m = 0; m < M; ++m) {
@@ -176,10 +174,11 @@ constexpr int stream_bytes(Format f) {
 }
 
 // `columns` (whole steps) of P quantized panels; two chains of sums where registers allow. `low`: the low
-// nibbles of panels in planes.
+// nibbles of panels in planes. `far`, `far_low`: what is prefetched ahead.
 template <int M, int P, Format F>
 [[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const uint8_t* (&low)[P],
-                                               const int8_t* x, int ld, int columns, i32x16 (&acc)[P * M],
+                                               const int8_t* x, int ld, int columns, const size_t (&far)[P],
+                                               const size_t (&far_low)[P], i32x16 (&acc)[P * M],
                                                i32x16 (&more)[P * M]) {
   constexpr bool planes = traits(F).planes == Planes::both;
   constexpr int step = traits(F).step(), bytes = step * stream_bytes(F);
@@ -196,9 +195,9 @@ template <int M, int P, Format F>
       }
     });
     EACH (int i = 0; i < P; ++i) {
-      EACH (int at = 0; at < bytes; at += 64) fetch_stream<M, F>(data[i] + at);
+      EACH (int at = 0; at < bytes; at += 64) fetch<M, F>(data[i] + at, far[i]);
       data[i] += bytes;
-      if constexpr (planes) fetch_stream<M, F>(low[i]), low[i] += bytes;
+      if constexpr (planes) fetch<M, F>(low[i], far_low[i]), low[i] += bytes;
     }
   }
 }
@@ -264,13 +263,15 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
   for (int g = 0, k = 0; k < w.kp; ++g, k += w.group) {
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
     i32x16 acc[P * M], more[P * M] = {};
-    fetch_ahead<M>(data, ahead, g, stream_bytes(F) * w.group);
-    if constexpr (planes)
-      fetch_ahead<M>(low, {w.plane_bytes() * P, ahead.from, ahead.to}, g, stream_bytes(F) * w.group);
+    size_t far[P], far_low[P];
+    for (int i = 0; i < P; ++i) {
+      far[i] = ahead.of(i, g);
+      far_low[i] = M <= kStream || !far[i] ? far[i] : w.plane_bytes() * P;
+    }
     EACH (int m = 0; m < M; ++m)
       EACH (int i = 0; i < P; ++i)
         acc[i * M + m] = starts_at_zero(F) ? i32x16{} : splati(x.comp[m * x.groups + g]);
-    dot_columns<M, P, F>(data, low, x.q + k, x.ld, end - k, acc, more);
+    dot_columns<M, P, F>(data, low, x.q + k, x.ld, end - k, far, far_low, acc, more);
     EACH (int i = 0; i < P; ++i) {
       const GroupNumbers n = group_numbers<F, Zero>(w, record[i] + 64, g);
       EACH (int m = 0; m < M; ++m) {
@@ -325,15 +326,20 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
   }
   const int blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
+  // A row's products with 16 bytes of FP8 wait for each other's sums: a second panel has sums of its own.
+  const bool stream = rows <= kStream && (kPanelsAtOnce == 1 || traits(w.format).scales != Scales::blocks);
+  const size_t distance = prefetch_distances.of(traits(w.format).nibbles());
   for (int i = 0; i < count;) {
-    const int together = rows > kStream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
+    const int together = !stream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
     PanelKernel kernel = nullptr;
     for (int b = 0, m = 0, before = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
       if (some != before)
         kernel = together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
       before = some;
-      const Ahead ahead{w.stride * together, groups * b / blocks, groups * (b + 1) / blocks};
+      const int parts = groups * together;
+      const Ahead ahead{stream ? distance : w.stride * together, parts * b / blocks, parts * (b + 1) / blocks,
+                        groups};
       kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
       m += some;
     }
