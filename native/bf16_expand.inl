@@ -67,7 +67,7 @@ void weigh_pairs(const Scores& s) {
   const __m512 log2e = _mm512_set1_ps(1.44269504f);
   uint16_t* weights = static_cast<uint16_t*>(s.weights);
   for (int lane = 0; lane < kTileQueries; lane += 16) {
-    const __m512 reference = move_references(s, lane, mask_scores(s, lane));
+    const __m512 reference = new_references(s, lane);
     const __m512 offset = _mm512_mul_ps(reference, log2e);
     __m512 total = _mm512_setzero_ps();
     const float* at = s.scores + lane;

@@ -70,23 +70,32 @@ inline f32x16 move_references(const Scores& s, int lane, f32x16 best) {
 constexpr float kHidden = -1.0e30f;  // a score whose weight is 0, far from overflow
 static_assert(kHidden < 1.0e4f * kUnseen);
 
-// Hides scores of keys that a query does not see, and finds the largest of 16 queries.
+// Hides scores of keys that a query does not see, and finds the largest of 16 queries. s.keys % 4 == 0.
+template <bool Masked>
 inline f32x16 mask_scores(const Scores& s, int lane) {
-  f32x16 best = splat(kLowest);
+  f32x16 most[4] = {splat(kLowest), splat(kLowest), splat(kLowest), splat(kLowest)};
   float* at = s.scores + lane;
   const i32x16 visible = load<i32x16>(s.visible + lane), hidden = load<i32x16>(s.hidden + lane);
-  for (int key = 0; key < s.keys; ++key, at += kTileQueries) {
-    f32x16 v = loadf(at);
-    if (s.masked) store(at, v = (visible > splati(key)) & (hidden <= splati(key)) ? v : splat(kHidden));
-    best = max(best, v);
-  }
-  return best;
+  for (int key = 0; key < s.keys; key += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, at += kTileQueries) {
+      f32x16 v = loadf(at);
+      if (Masked)
+        store(at, v = (visible > splati(key + i)) & (hidden <= splati(key + i)) ? v : splat(kHidden));
+      most[i] = max(most[i], v);
+    }
+  return max(max(most[0], most[1]), max(most[2], most[3]));
+}
+
+// Moves the references of 16 queries where their new scores require it. Returns them.
+inline f32x16 new_references(const Scores& s, int lane) {
+  return move_references(s, lane, s.masked ? mask_scores<true>(s, lane) : mask_scores<false>(s, lane));
 }
 
 void weigh(const Scores& s) {
   float* weights = static_cast<float*>(s.weights);
   for (int lane = 0; lane < kTileQueries; lane += 16) {
-    const f32x16 reference = move_references(s, lane, mask_scores(s, lane));
+    const f32x16 reference = new_references(s, lane);
     f32x16 total = {};
     for (int key = 0; key < s.keys; ++key) {
       const f32x16 e = exp(loadf(s.scores + key * kTileQueries + lane) - reference);

@@ -66,7 +66,7 @@ class Case:
 
     def exact(self) -> list[Tensor]:
         """Every sequence whole, [n, H d] float64."""
-        key = self.spec, len(self.qkv), self.parts.sinks is None, float(self.qkv[0].sum())
+        key = self.spec, tuple(map(len, self.qkv)), self.parts.sinks is None, float(self.qkv[0].sum())
         if key not in _EXACT:
             _EXACT[key] = self._exact()
         return _EXACT[key]
