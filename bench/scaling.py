@@ -2,31 +2,29 @@
 
     python bench/scaling.py [--model S576] [--beyond 64] [--into FILE]
 
-Per number of threads: the bandwidth of reading memory; the time of a minimal op, which is mostly waking and
-joining the pool; and decoding of the packed model at batch 1 and 8. `--beyond` adds a run with more threads
-than cores, where the pool's waiting threads must give way instead of spinning. Prints one JSON line per
-number of threads; `share` is the rate divided by that of one thread and by the threads with a core.
+Per number of threads: the bandwidth of reading memory; the time of an empty region of the pool, and of each
+barrier in one; decoding of the packed model at batch 1 and 8; and how many regions and barriers a step has.
+`--beyond` adds a run with more threads than cores, where the pool's waiting threads must give way instead of
+spinning. Prints one JSON line per number of threads; `share` is the rate divided by that of one thread and by
+the threads with a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from decode import log, packed
 from farthing import LLM, SamplingParams, _native
-from farthing.ops.cpu import CpuOps
-from random_model import SIZES, make_model
+from farthing.cpus import own_cpus
+from random_model import MODELS, make_model
 
 READ = 1 << 30  # bytes
-CALLS = 300
+BARRIERS = 50  # of a region that measures them
 PROMPT, NEW = 16, 64
 
 
@@ -36,20 +34,23 @@ def counts(cores: int, beyond: int) -> list[int]:
     return [*powers, cores, *([beyond] if beyond > cores else [])]
 
 
-def call_microseconds(threads: int) -> float:
-    """Median time of an op that does almost nothing."""
-    ops = CpuOps(threads, arrays=True)
-    x: Any = np.ones((64, 64), np.float32)
-    times = []
-    for _ in range(CALLS):
-        began = time.perf_counter()
-        ops.rms_norm(x, x[0], 1e-6)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e6
+def meeting_microseconds(threads: int, most: float = 1.0) -> tuple[float, float]:
+    """(an empty region, each barrier in one): the best of several means."""
+    pool = _native.Backend(threads, "auto", (cpus := own_cpus()).topology, cpus.pinned)
+    regions, passes = 1000, 20
+    best = [float("inf")] * 2
+    began = time.perf_counter()
+    for _ in range(passes):
+        for i, barriers in enumerate((0, BARRIERS)):
+            best[i] = min(best[i], pool.region_seconds(barriers, regions) * 1e6)
+        if time.perf_counter() - began > most:
+            break
+    return best[0], (best[1] - best[0]) / BARRIERS
 
 
-def tokens_per_second(model: Path, file: Path, threads: int, batch: int, rounds: int) -> float:
-    """Decoding from the last first token to the end; all prompts fit into one step."""
+def decoding(model: Path, file: Path, threads: int, batch: int, rounds: int) -> tuple[float, float, float]:
+    """(tokens/s, regions and barriers of a step), from the last first token to the end; all prompts fit into
+    one step."""
     options: dict[str, Any] = dict(backend="cpu", packed=file, threads=threads, skip_tokenizer_init=True)
     params = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
     prompts = [[3 + i] * PROMPT for i in range(batch)]
@@ -61,20 +62,27 @@ def tokens_per_second(model: Path, file: Path, threads: int, batch: int, rounds:
             return batch * (NEW - 1) / (ended - began)
 
         rate()
-        return statistics.median(rate() for _ in range(rounds))
+        native = llm.engine._model.ops._native  # type: ignore[attr-defined]
+        regions, barriers = native.meetings
+        rates = [rate() for _ in range(rounds)]
+        steps = rounds * NEW
+        regions, barriers = (
+            (after - b) / steps for after, b in zip(native.meetings, (regions, barriers), strict=True)
+        )
+        return statistics.median(rates), regions, barriers
 
 
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=SIZES, default="S576")
+    p.add_argument("--model", choices=MODELS, default="S576")
     p.add_argument("--weights", choices=("int4", "int8", "bf16"), default="int4")
     p.add_argument("--beyond", type=int, default=64, help="threads of the oversubscribed run; 0: none")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=Path.home() / ".cache/farthing/bench")
     p.add_argument("--into", type=Path, metavar="FILE", help="file to write the curve to")
     a = p.parse_args()
-    cores = len(os.sched_getaffinity(0))
+    cores = own_cpus().threads()
     model = make_model(a.model, a.cache)
     file = packed(model, a.weights, cores)
     rows: list[dict[str, Any]] = []
@@ -82,9 +90,10 @@ def main() -> None:
         log.print(f"{threads} threads")
         row: dict[str, Any] = {"threads": threads, "cores": cores}
         row["read_gb_s"] = round(_native.read_bandwidth(threads, READ), 1)
-        row["call_us"] = round(call_microseconds(threads), 1)
+        row["region_us"], row["barrier_us"] = (round(t, 2) for t in meeting_microseconds(threads))
         for batch in (1, 8):
-            rate = tokens_per_second(model, file, threads, batch, a.rounds)
+            rate, regions, barriers = decoding(model, file, threads, batch, a.rounds)
+            row[f"batch_{batch}_regions"], row[f"batch_{batch}_barriers"] = round(regions), round(barriers)
             row[f"batch_{batch}"] = round(rate, 1)
             alone = rows[0][f"batch_{batch}"] if rows else rate
             row[f"batch_{batch}_share"] = round(rate / alone / min(threads, cores), 2)

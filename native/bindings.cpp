@@ -1,8 +1,10 @@
 // The Python module farthing._native: addresses and sizes in, nothing copied, the GIL released while
 // computing.
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <iterator>
+#include <thread>
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
@@ -47,6 +49,16 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
   for (int t = 0; t < b.pool.size(); ++t)
     for (int u : seen[t]) out.emplace_back(t, b.pool.node_of(t), u, static_cast<int>(seen[t].size()));
   return out;
+}
+
+// Seconds of a region with so many barriers, as the mean of many.
+double region_seconds(Backend& b, int barriers, int regions) {
+  const auto began = std::chrono::steady_clock::now();
+  for (int i = 0; i < regions; ++i)
+    b.pool.run([&](Team& team) {
+      for (int j = 0; j < barriers; ++j) team.barrier();
+    });
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() / regions;
 }
 
 }  // namespace
@@ -335,6 +347,9 @@ NB_MODULE(_native, module) {
             return Packed::view(b.pool, b.arena, at<uint8_t>(address), size, name);
           },
           "address"_a, "size"_a, "name"_a)
+      .def_prop_ro("meetings", [](const Backend& b) { return b.pool.meetings(); })
+      .def("region_seconds", &region_seconds, "barriers"_a, "regions"_a,
+           nb::call_guard<nb::gil_scoped_release>())
       .def("units_of_threads", &units_of_threads, "units"_a, "late"_a = 0)
       .def(
           "rms_norm",

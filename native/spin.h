@@ -6,7 +6,7 @@
 namespace farthing {
 
 using Clock = std::chrono::steady_clock;
-constexpr auto kImpatient = std::chrono::microseconds(100);  // then yield to the thread we are waiting on
+constexpr auto kImpatient = std::chrono::microseconds(100);  // most threads have a core each
 
 // About 60 ns. A hypervisor that counts consecutive PAUSE instructions concludes that the core spins
 // uselessly and stops it for 30 us or more; it does not count pauses that are further apart.
@@ -19,9 +19,10 @@ inline void relax() {
 #endif
 }
 
-// Waits until done(), for at most `most` (zero: no limit). Returns whether it is done.
+// Waits until done(), for at most `most` (zero: no limit), and after `impatient` yields to other threads.
+// Returns whether it is done.
 template <class F>
-inline bool spin(F&& done, Clock::duration most) {
+inline bool spin(F&& done, Clock::duration most, Clock::duration impatient = kImpatient) {
   const Clock::time_point start = Clock::now();
   for (;;) {
     for (int i = 0; i < 16; ++i) {
@@ -30,7 +31,7 @@ inline bool spin(F&& done, Clock::duration most) {
     }
     const Clock::duration waited = Clock::now() - start;
     if (most.count() && waited > most) return false;
-    if (waited > kImpatient) std::this_thread::yield();
+    if (waited > impatient) std::this_thread::yield();
   }
 }
 

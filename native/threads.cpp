@@ -69,12 +69,6 @@ void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
 #endif
 }
 
-// Until the gate has opened since it was seen; after `most` the thread sleeps.
-void wait_at(const std::atomic<uint32_t>& opened, uint32_t seen, Clock::duration most) {
-  if (!spin([&] { return opened.load(std::memory_order_acquire) != seen; }, most))
-    opened.wait(seen, std::memory_order_acquire);
-}
-
 }  // namespace
 
 Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads), pin_(pin) {
@@ -106,6 +100,10 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
   }
   groups_ = std::vector<Arrivals>(groups);
   for (const int g : group_of_) ++groups_[g].expected;
+  size_t cpus = 0;
+  for (const Node& node : nodes_) cpus += all_cpus(node).size();
+  if (cpus == 0) cpus = std::thread::hardware_concurrency();  // that this process may use
+  if (threads > static_cast<int>(cpus)) impatient_ = Clock::duration::zero();
   for (int t = 1; t < size_; ++t)
     workers_.emplace_back([this, t] {
       const Node& node = nodes_[node_of_[t]];
@@ -175,7 +173,7 @@ void Pool::start(void (*call)(void*, Team&), void* data) {
 
 void Pool::loop(int id) {
   for (uint32_t region = 0;; ++region) {
-    wait_at(starts_[node_of_[id]].opened, region, kAwake);
+    starts_[node_of_[id]].wait(region, kAwake, impatient_);
     if (stop_) return;
     work(id, region + 1);
     arrive(id);  // thread 0 alone waits for the others
@@ -186,6 +184,12 @@ bool Pool::Arrivals::last() {
   if (arrived.fetch_add(1, std::memory_order_acq_rel) != expected - 1) return false;
   arrived.store(0, std::memory_order_relaxed);
   return true;
+}
+
+// Until the gate has opened since it was seen; after `most` the thread sleeps.
+void Pool::Gate::wait(uint32_t seen, Clock::duration most, Clock::duration impatient) const {
+  if (!spin([&] { return opened.load(std::memory_order_acquire) != seen; }, most, impatient))
+    opened.wait(seen, std::memory_order_acquire);
 }
 
 void Pool::Gate::open() {
@@ -200,10 +204,10 @@ void Pool::arrive(int id) {
 
 void Team::barrier() {
   if (pool_.size_ == 1) return;
-  const auto& opened = pool_.barriers_[pool_.node_of_[id_]].opened;
-  const uint32_t sense = opened.load(std::memory_order_acquire);
+  const Pool::Gate& gate = pool_.barriers_[pool_.node_of_[id_]];
+  const uint32_t seen = gate.opened.load(std::memory_order_acquire);
   pool_.arrive(id_);
-  wait_at(opened, sense, kPatience);
+  gate.wait(seen, kPatience, pool_.impatient_);
 }
 
 }  // namespace farthing

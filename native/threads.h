@@ -11,7 +11,10 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include "spin.h"
 
 namespace farthing {
 
@@ -64,6 +67,8 @@ class Pool {
     for (const Node& node : nodes_) found.push_back(node.number);
     return found;
   }
+  // Regions and barriers so far, the end of each region being one.
+  std::pair<uint32_t, uint32_t> meetings() const { return {starts_[0].opened, barriers_[0].opened}; }
   Share share(int node, int units) const;  // the node's part of 0 … units
 
   template <class F>
@@ -96,6 +101,7 @@ class Pool {
   struct alignas(64) Gate {
     std::atomic<uint32_t> opened{0};
     void open();
+    void wait(uint32_t seen, Clock::duration most, Clock::duration impatient) const;
   };
   void arrive(int id);
   void start(void (*call)(void*, Team&), void* data);
@@ -106,6 +112,7 @@ class Pool {
   std::mutex mutex_;
   int size_ = 1;
   bool pin_ = false;
+  Clock::duration impatient_ = kImpatient;  // zero if threads share CPUs
   std::vector<Node> nodes_;
   std::vector<int> node_threads_;  // threads of each node
   std::vector<int> node_of_;

@@ -133,6 +133,13 @@ def test_many_threads_do_not_change_a_bit() -> None:
             assert torch.equal(ops.linear(x, packed), first)
 
 
+def test_regions_and_barriers_are_counted() -> None:
+    backend = native.Backend(3, topology="0;1")
+    before = backend.meetings
+    assert backend.region_seconds(barriers=4, regions=5) > 0
+    assert [after - b for after, b in zip(backend.meetings, before, strict=True)] == [5, 5 * 5]
+
+
 def test_threads_that_wait_for_a_late_one_sleep() -> None:
     """Three threads wait 300 ms for one that has no core, and use next to no processor time."""
     backend = native.Backend(4)
@@ -149,16 +156,16 @@ import os, sys, threading
 from farthing import _native
 threads, topology, *expected = sys.argv[1:]
 backend = _native.Backend(int(threads), "auto", topology, True)
-found = []
+found, free = [], os.sched_getaffinity(0)
 def call():
     backend.units_of_threads(8)
     found.append(os.sched_getaffinity(0))
+    others = [int(t) for t in os.listdir("/proc/self/task") if int(t) != threading.get_native_id()]
+    found.extend(mask for t in others if (mask := os.sched_getaffinity(t)) != free)
 caller = threading.Thread(target=call)
 caller.start()
 caller.join()
-free = os.sched_getaffinity(os.getpid())
-tasks = [os.sched_getaffinity(int(t)) for t in os.listdir("/proc/self/task")]
-bound = sorted("".join(map(str, sorted(task))) for task in found + [t for t in tasks if t != free])
+bound = sorted("".join(map(str, sorted(mask))) for mask in found)
 assert bound == sorted(expected), (bound, expected)
 """
 
