@@ -226,12 +226,16 @@ void Expanded::attend_tile(const Unit& u, int tile, int at, int keys, const Spac
 }
 
 void Expanded::put_out(const Unit& u, const Space& s) const {
-  for (int t = u.first; t < u.last; ++t) {
-    const size_t lane = t - u.first, tile = lane / kTileQueries;
-    const float* from = s.out + tile * kTileQueries * value_ + lane % kTileQueries;
-    float* to = in_.out.row(t) + static_cast<int64_t>(u.head) * w_.value;
-    const float inverse = 1.0f / w_.with_sink(u.head, s.max[lane], s.sum[lane]);
-    for (int i = 0; i < w_.value; ++i) to[i] = from[static_cast<size_t>(i) * kTileQueries] * inverse;
+  for (int tile = 0; tile < tiles(u); ++tile) {
+    const int first = u.first + tile * kTileQueries, count = std::min(kTileQueries, u.last - first);
+    const size_t lanes = static_cast<size_t>(tile) * kTileQueries;
+    kernels_.transpose(s.out + lanes * value_, kTileQueries, value_, kTileQueries, s.turned, value_);
+    for (int i = 0; i < count; ++i) {
+      const float* from = s.turned + static_cast<size_t>(i) * value_;
+      float* to = in_.out.row(first + i) + static_cast<int64_t>(u.head) * w_.value;
+      const float inverse = 1.0f / w_.with_sink(u.head, s.max[lanes + i], s.sum[lanes + i]);
+      for (int k = 0; k < w_.value; ++k) to[k] = from[k] * inverse;
+    }
   }
 }
 
