@@ -19,14 +19,14 @@ struct AttendBlock {
   const float* k32;               // [keys][width] or null
   const uint16_t* const* rows16;  // or the address of each key, the last repeated up to BlockShape::keys,
                                   // then as many cached rows of the next block, to be prefetched
-  int row_bytes;       // of a cached row
-  const int* visible;  // [rows] keys of this block each row may see …
-  const int* hidden;   // [rows] … but for so many, the first ones; null: for none
-  int skipped;         // first keys of the block that no row sees: they are not read
-  float* max;          // [rows] reference of the weights: a score at most kSlack below the largest
-  float* sum;          // [rows] running sum
-  float* out;          // [rows][latent] running, not divided by sum; tiles: padded to 16 rows
-  bool fresh;          // nothing has been added to out yet, and it is not read
+  int row_bytes;                  // of a cached row
+  const int* visible;             // [rows] keys of this block each row may see …
+  const int* hidden;              // [rows] … but for so many, the first ones; null: for none
+  int skipped;                    // first keys of the block that no row sees: they are not read
+  float* max;                     // [rows] reference of the weights: a score at most kSlack below the largest
+  float* sum;                     // [rows] running sum
+  float* out;                     // [rows][latent] running, not divided by sum; tiles: padded to 16 rows
+  bool fresh;                     // nothing has been added to out yet, and it is not read
 };
 constexpr int kKeyBlock = 64, kTileRows = 16;
 struct BlockShape {
