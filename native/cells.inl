@@ -129,7 +129,7 @@ void panel_sparse(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
   const uint8_t* record = w.record(panel);
   const Cells cells = cells_of(w, record);
   CellCursor c{cells.cells, cells.scales, cells.data, cells.data};
-  if constexpr (M <= kStream) fetch_head(record, cells.data);
+  if constexpr (M <= kStream) fetch_head<true>(record, cells.data, 0);
   f32x16 total[M] = {};
   add_cells<M, F, 4>(w, record, cells.counts[0], x, ahead, c, total);
   add_cells<M, F, 3>(w, record, cells.counts[1], x, ahead, c, total);

@@ -9,20 +9,32 @@ namespace {
 // six rows need half a load for each product; one panel by twelve would need a whole one, and processors that
 // start two products a cycle load no more than that.
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kSparseRows = 8;
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kSparseRows = 8, kByteRows = 8;
 #elif defined(__AVX2__)
-constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kSparseRows = 4;
+constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kSparseRows = 4, kByteRows = 4;
 #else
-constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kSparseRows = 2;
+constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kSparseRows = 2, kByteRows = 2;
 #endif
 constexpr int kSparsePanels = 2;  // that read a block of rows one after the other
 
-// One or two rows read as fast as a bare copy if the next lines are prefetched into L2: prefetching into L1
-// would occupy the few buffers that its misses need. Only 4-bit weights, whose bytes take five instructions
-// each, are prefetched into L1 too, a little ahead: otherwise too few loads fit the processor's window. The
+// Few rows read as fast as a bare copy if the next lines are prefetched into L2: prefetching into L1 would
+// occupy the few buffers that its misses need. Only 4-bit weights, whose bytes take five instructions each,
+// are prefetched into L1 too, a little ahead: otherwise too few loads fit the processor's window. The
 // arithmetic of more rows hides memory latency only if their next panels are prefetched into L2 meanwhile,
 // at an even rate: a group's lines at once would hold every buffer while the sums wait for L1.
-constexpr int kStream = 2;  // rows up to which a panel is read as a stream
+constexpr int kStream = 2;  // rows up to which block-sparse panels are read as a stream
+
+constexpr bool in_bytes(Format f) {  // integers that need no unpacking
+  return traits(f).quantized() && traits(f).bits == 8 && traits(f).planes == Planes::none;
+}
+
+// Rows up to which a panel is read once, as a stream. A row's products with 16 bytes of FP8 wait for each
+// other's sums: a second panel has sums of its own.
+constexpr int stream_rows(Format f) {
+  if (traits(f).scales == Scales::blocks && kPanelsAtOnce > 1) return 0;
+  if (in_bytes(f)) return kByteRows;
+  return traits(f).nibbles() && kRowsAtOnce > 2 ? 3 : 2;
+}
 
 // What a pass over panels prefetches into L2: the bytes `distance` ahead of groups [from, to), counted panel
 // after panel if each has so many `groups`. Of two passes each then takes a panel, at an even rate.
@@ -37,14 +49,19 @@ struct Ahead {
 
 template <int M, Format F>
 inline void fetch(const uint8_t* p, size_t ahead) {
-  if constexpr (M <= kStream && traits(F).nibbles()) prefetch(p + prefetch_distances.nibbles_near);
+  if constexpr (M <= stream_rows(F) && traits(F).nibbles()) prefetch(p + prefetch_distances.nibbles_near);
   prefetch_far(p + ahead);
 }
 
-// The scales before a record's data, into L1. One or two rows read them next to the data, and processors'
-// prefetchers follow the data alone much further than two streams that take turns.
-inline void fetch_head(const uint8_t* record, const uint8_t* data) {
-  for (const uint8_t* p = record; p < data; p += 64) prefetch(p);
+// The scales before a record's data. A stream reads them next to the data, and processors' prefetchers
+// follow the data alone much further than two streams that take turns: they go into L1 first. What is `ahead`
+// of them is prefetched too, as it is by the data.
+template <bool Stream>
+inline void fetch_head(const uint8_t* record, const uint8_t* data, size_t ahead) {
+  for (const uint8_t* p = record; p < data; p += 64) {
+    if constexpr (Stream) prefetch(p);
+    if (ahead) prefetch_far(p + ahead);
+  }
 }
 
 // e4m3 moved into a float16 is the value times 2^-8, subnormals included; the scale carries the 2^8.
@@ -91,7 +108,10 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
   constexpr int bytes = 2 * traits(F).bytes_a_column();  // of two columns
   constexpr bool blocks = traits(F).scales == Scales::blocks;
   const uint8_t *record[P], *data[P];
-  for (int i = 0; i < P; ++i) record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
+  for (int i = 0; i < P; ++i) {
+    record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
+    if constexpr (blocks) fetch_head<M <= stream_rows(F)>(record[i], data[i], ahead.of(i, 0));
+  }
   f32x16 total[P * M] = {};
   f32x16 even[P * M] = {}, odd[P * M] = {};
   const int group = blocks ? w.group : kActGroup;
@@ -258,7 +278,8 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     record[i] = w.record(panel + i), data[i] = record[i] + w.head_bytes();
     if constexpr (planes) low[i] = w.low_plane(panel + i);
   }
-  if constexpr (M <= kStream && traits(F).grouped()) fetch_head(record[0], data[0]);
+  if constexpr (traits(F).grouped())
+    for (int i = 0; i < P; ++i) fetch_head<M <= stream_rows(F)>(record[i], data[i], ahead.of(i, 0));
   f32x16 total[P * M] = {};
   for (int g = 0, k = 0; k < w.kp; ++g, k += w.group) {
     const int end = k + w.group < w.kp ? k + w.group : w.kp;
@@ -266,7 +287,7 @@ void panels_quantized(const Matrix& w, int panel, const Act& x, Ahead ahead, flo
     size_t far[P], far_low[P];
     for (int i = 0; i < P; ++i) {
       far[i] = ahead.of(i, g);
-      far_low[i] = M <= kStream || !far[i] ? far[i] : w.plane_bytes() * P;
+      far_low[i] = M <= stream_rows(F) || !far[i] ? far[i] : w.plane_bytes() * P;
     }
     EACH (int m = 0; m < M; ++m)
       EACH (int i = 0; i < P; ++i)
@@ -303,7 +324,11 @@ PanelKernel panel_in(const Matrix& w) {
 template <int M, int P, size_t... I>
 PanelKernel panel_of(const Matrix& w, std::index_sequence<I...>) {
   PanelKernel found = nullptr;
-  ((w.format == Format{I} && (found = panel_in<M, P, Format{I}>(w))), ...);
+  const auto look = [&]<Format F>() {
+    if constexpr (M <= kRowsAtOnce || in_bytes(F))
+      if (w.format == F) found = panel_in<M, P, F>(w);
+  };
+  (look.template operator()<Format{I}>(), ...);
   return found;
 }
 
@@ -324,19 +349,20 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
                   ldo);
     return;
   }
-  const int blocks = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const bool stream = rows <= stream_rows(w.format);
+  const int blocks = stream ? 1 : (rows + kRowsAtOnce - 1) / kRowsAtOnce;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
-  // A row's products with 16 bytes of FP8 wait for each other's sums: a second panel has sums of its own.
-  const bool stream = rows <= kStream && (kPanelsAtOnce == 1 || traits(w.format).scales != Scales::blocks);
   const size_t distance = prefetch_distances.of(traits(w.format).nibbles());
+  PanelKernel kernel = nullptr;
+  int before = 0;  // its shape
   for (int i = 0; i < count;) {
     const int together = !stream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
-    PanelKernel kernel = nullptr;
-    for (int b = 0, m = 0, before = 0; b < blocks; ++b) {
+    for (int b = 0, m = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
-      if (some != before)
-        kernel = together == 1 ? panel_kernel<1>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
-      before = some;
+      if (const int shape = some * kPanelsAtOnce + together; shape != before) {
+        kernel = together == 1 ? panel_kernel<1, kByteRows>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+        before = shape;
+      }
       const int parts = groups * together;
       const Ahead ahead{stream ? distance : w.stride * together, parts * b / blocks, parts * (b + 1) / blocks,
                         groups};

@@ -31,6 +31,19 @@ void activate(const Router& r, float* s) {
 
 int argmax(const float* x, int n) { return static_cast<int>(std::max_element(x, x + n) - x); }
 
+// The k largest of x, of equal ones the first. One pass: few of many numbers enter the list.
+void find_largest(const float* x, int n, int k, int32_t* ids) {
+  float best[kMostExperts];
+  std::fill_n(best, k, kExcluded);
+  std::fill_n(ids, k, 0);
+  for (int i = 0; i < n; ++i) {
+    if (!(x[i] > best[k - 1])) continue;
+    int at = k - 1;
+    for (; at > 0 && x[i] > best[at - 1]; --at) best[at] = best[at - 1], ids[at] = ids[at - 1];
+    best[at] = x[i], ids[at] = i;
+  }
+}
+
 float group_score(const Router& r, const float* x, int n) {
   const int best = argmax(x, n);
   if (!r.top2_sum) return x[best];
@@ -107,11 +120,8 @@ void choose_experts(const Router& r, float* scores, int32_t* ids, float* weights
   activate(r, scores);
   for (int e = 0; e < r.experts; ++e) choice[e] = scores[e] + (r.bias.empty() ? 0.0f : r.bias[e]);
   if (r.groups > 1) exclude_groups(r, choice);
-  for (int i = 0; i < r.top_k; ++i) {
-    ids[i] = argmax(choice, r.experts);
-    weights[i] = scores[ids[i]];
-    choice[ids[i]] = kExcluded;
-  }
+  find_largest(choice, r.experts, r.top_k, ids);
+  for (int i = 0; i < r.top_k; ++i) weights[i] = scores[ids[i]];
   if (r.mass >= 0.0f) keep_mass(r, ids, weights);
   normalize(r, ids, weights);
 }

@@ -25,6 +25,7 @@ def numpy_dtype(name: str) -> Any:
     return np.dtype([(name, BITS[name])] if name in BITS else name)
 
 
+@cache
 def dtype_name(dtype: Any) -> str:
     """The name of a dtype as torch spells it, without the module: 'bfloat16'."""
     return dtype.names[0] if getattr(dtype, "names", None) else str(dtype).removeprefix("torch.")
