@@ -347,6 +347,7 @@ NB_MODULE(_native, module) {
             return Packed::view(b.pool, b.arena, at<uint8_t>(address), size, name);
           },
           "address"_a, "size"_a, "name"_a)
+      .def_prop_ro("yields_at_once", [](const Backend& b) { return b.pool.yields_at_once(); })
       .def_prop_ro("meetings", [](const Backend& b) { return b.pool.meetings(); })
       .def("region_seconds", &region_seconds, "barriers"_a, "regions"_a,
            nb::call_guard<nb::gil_scoped_release>())

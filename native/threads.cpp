@@ -16,8 +16,9 @@ namespace {
 
 // Longer than the Python between two steps, whose caches are cold.
 constexpr auto kAwake = std::chrono::milliseconds(2);
-// At a barrier. Longer than threads with a core each are apart, unless one has lost its core.
-constexpr auto kPatience = std::chrono::microseconds(500);
+// At a barrier. Longer than a turn of the scheduler; a thread that sleeps beside a busy process
+// gets its core back late.
+constexpr auto kPatience = std::chrono::milliseconds(20);
 
 // Cores in a list such as "0-3,5+13".
 std::vector<std::vector<int>> parse_cores(const std::string& list) {

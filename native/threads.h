@@ -62,6 +62,7 @@ class Pool {
   int nodes() const { return static_cast<int>(nodes_.size()); }
   int node_of(int thread) const { return node_of_[thread]; }
   bool pinned() const { return pin_; }
+  bool yields_at_once() const { return impatient_ == Clock::duration::zero(); }
   std::vector<int> numbers() const {  // by which the system knows the nodes
     std::vector<int> found;
     for (const Node& node : nodes_) found.push_back(node.number);

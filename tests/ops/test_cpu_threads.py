@@ -140,6 +140,24 @@ def test_regions_and_barriers_are_counted() -> None:
     assert [after - b for after, b in zip(backend.meetings, before, strict=True)] == [5, 5 * 5]
 
 
+@pytest.mark.parametrize(
+    ("threads", "topology", "yields"),
+    [
+        (4, "0-3", False),
+        (5, "0-3", True),
+        (8, "0:0+4,1+5;1:2+6,3+7", False),
+        (9, "0:0+4,1+5;1:2+6,3+7", True),
+    ],
+)
+def test_threads_beyond_the_cpus_do_not_spin(threads: int, topology: str, yields: bool) -> None:
+    assert native.Backend(threads, topology=topology).yields_at_once is yields
+
+
+def test_threads_beyond_the_affinity_do_not_spin() -> None:
+    cpus = len(os.sched_getaffinity(0))
+    assert not native.Backend(cpus).yields_at_once and native.Backend(cpus + 1).yields_at_once
+
+
 def test_threads_that_wait_for_a_late_one_sleep() -> None:
     """Three threads wait 300 ms for one that has no core, and use next to no processor time."""
     backend = native.Backend(4)
