@@ -178,8 +178,8 @@ def bytes_read(raw: dict[str, Any], weights: str, point: Point) -> float:
     states, which it also writes."""
     c = ModelConfig.from_json(raw)
     each = (BYTES_PER_WEIGHT | PEER_BYTES)[weights]
-    if raw.get("quantization_config") and weights in BYTES_PER_WEIGHT:  # experts stay as they are stored
-        each = each._replace(feed_forward=PEER_BYTES["Q4_0"].feed_forward)
+    if raw.get("quantization_config") and weights in BYTES_PER_WEIGHT:  # experts stay in MXFP4
+        each = each._replace(feed_forward=PEER_BYTES["MXFP4"].feed_forward)
     if weights in ("int8", "int4") and head_parameters(raw) >= PLANES_FROM:
         each = each._replace(head=each.head * _HIGH_NIBBLES)
     touched = weight_bytes(raw, each, experts_touched(c, point.tokens))
