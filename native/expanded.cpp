@@ -168,8 +168,7 @@ void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space&
   const KeyReader reader(kernels_, in_.cache, in_.batch, shape_, nullptr, nullptr);
   const size_t row = shape_.width * element, rest = (query_ - nope) * element;  // of a key, as cached
   std::memset(s.latents, 0, skipped * row);
-  for (int i = skipped; i < keys; ++i)
-    reader.copy({u.sequence, w_.group(u.head)}, at + i, halves_, s.latents + i * row);
+  reader.copy({u.sequence, w_.group(u.head)}, at + skipped, at + keys, halves_, s.latents + skipped * row);
   std::memset(s.latents + keys * row, 0, (rows - keys) * row);
   if (w_.grouped()) take_values(rows, s);
   else

@@ -53,11 +53,13 @@ const uint16_t* KeyReader::half(const uint8_t* data, const float* scale, uint16_
   return to;
 }
 
-void KeyReader::copy(Source from, int key, bool halves, void* to) const {
-  for_rows(from, key, key + 1, [&](int, const uint8_t* data, const float* scale) {
-    if (!halves) return kernels_.load_key(cache_.type, data, scale, shape_, static_cast<float*>(to));
-    const uint16_t* found = half(data, scale, static_cast<uint16_t*>(to));
-    if (found != to) std::memcpy(to, found, sizeof(uint16_t) * shape_.width);
+void KeyReader::copy(Source from, int begin, int end, bool halves, void* to) const {
+  for_rows(from, begin, end, [&](int key, const uint8_t* data, const float* scale) {
+    const size_t at = static_cast<size_t>(key - begin) * shape_.width;
+    if (!halves) return kernels_.load_key(cache_.type, data, scale, shape_, static_cast<float*>(to) + at);
+    uint16_t* row = static_cast<uint16_t*>(to) + at;
+    const uint16_t* found = half(data, scale, row);
+    if (found != row) std::memcpy(row, found, sizeof(uint16_t) * shape_.width);
   });
 }
 

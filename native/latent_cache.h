@@ -62,10 +62,8 @@ class KeyReader {
   // Finds keys [at, at + keys) of the block after the one just fetched, for the kernel to prefetch. The first
   // `skipped` are not looked up.
   void look_ahead(Source from, int at, int keys, int skipped);
-  // One key expanded to float32 [width].
-  void expand(Source from, int key, float* to) const;
-  // The same, or in bfloat16.
-  void copy(Source from, int key, bool halves, void* to) const;
+  // Keys [begin, end) in float32, or in bfloat16: [keys][width].
+  void copy(Source from, int begin, int end, bool halves, void* to) const;
 
  private:
   template <class F>
