@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells
+from kernels_tiles import crossing, measure_tiles, tile_table
 from random_model import SIZES, config
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
@@ -339,11 +341,24 @@ def sparse(b: Bench, a: argparse.Namespace) -> None:
     Console(width=110).print(table)
 
 
+def tiles(b: Bench, a: argparse.Namespace) -> None:
+    """Products on AMX tiles, and from how many rows on they pay."""
+    many, few = measure_tiles(b, a.formats, a.small)
+    if a.json:
+        print(json.dumps([asdict(r) for r in many + few]))
+        return
+    console = Console(width=110)
+    console.print(tile_table(many, b))
+    for _, rows in groupby(few, key=lambda r: r.kernel):
+        console.print(crossing(list(rows)))
+
+
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", choices=SIZES, default="L576")
-    p.add_argument("--only", choices=["linear", "moe", "mla", "delta", "head", "sparse", "cells"])
+    p.add_argument("--only", choices=["linear", "moe", "mla", "delta", "head", "sparse", "cells", "tiles"])
+    p.add_argument("--small", action="store_true", help="sizes for emulated tiles, with --only tiles")
     p.add_argument("--zeros", type=float, default=0.4, help="share of zero blocks with --only sparse")
     p.add_argument(
         "--formats",
@@ -361,6 +376,9 @@ def main() -> None:
     b = Bench(a.threads, a.isa, a.passes, a.rows)
     if a.only in ("sparse", "cells"):
         sparse(b, a)
+        return
+    if a.only == "tiles":
+        tiles(b, a)
         return
     run(b, a)
     machine = {"read_gb_s": b.read, "int8_gop_s": b.int8}

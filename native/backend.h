@@ -220,6 +220,9 @@ struct Indexer;
 struct IndexBatch;
 
 constexpr int kExpandTokens = 192;  // tokens of a sequence in a step from which expanding its keys pays
+// Tokens of a step from which matrices take activations in blocks, and rows that an expert must have on
+// average.
+constexpr int kTileTokens = 32, kTileExpertRows = 12;
 
 // What an op takes from a workspace, without running it. `rows`: rows of routed experts, all of which one
 // rank may get; the weights' matrices need no data.
@@ -227,6 +230,7 @@ struct Sizes {
   const Kernels& kernels;
   int threads;
   Workspace work{Workspace::Memory::none};
+  int tile_tokens = kTileTokens;
 
   void linear(const Matrix& w, int tokens);
   void moe(const Moe& w, int tokens, int rows);
@@ -266,6 +270,7 @@ class Backend {
   const Kernels& kernels;
   std::shared_ptr<Arena> arena;
   int expand_tokens = kExpandTokens;  // see expanded.h; 0: never
+  int tile_tokens = kTileTokens;      // 0: never
 
  private:
   // Norms and rotates queries and keys, and writes keys, entries and what later entries need.

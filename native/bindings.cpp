@@ -337,6 +337,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("threads", [](const Backend& b) { return b.pool.size(); })
       .def_prop_ro("nodes", [](const Backend& b) { return b.pool.nodes(); })
       .def_rw("expand_tokens", &Backend::expand_tokens)
+      .def_rw("tile_tokens", &Backend::tile_tokens)
       .def_prop_ro("workspace_bytes", &Backend::workspace_bytes)
       .def_prop_ro("node_memory", [](const Backend& b) { return b.arena->used(); })
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })

@@ -159,22 +159,30 @@ inline i32x16 dot4_of(i32x16 acc, bytes64 u, const decltype(splat4(nullptr))& s)
   return traits(F).small() ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
 }
 
-// What is multiplied with columns 4 I … 4 I + 3 of a step. `low`: the low nibbles of panels in planes.
+// What is stored of columns 4 I … 4 I + 3 of a step.
 template <Format F, int I>
-inline bytes64 quad(const uint8_t* p, const uint8_t* low = nullptr) {
+inline bytes64 stored_quad(const uint8_t* p) {
   constexpr FormatTraits format = traits(F);
-  if constexpr (format.planes == Planes::both) {
-    const bytes64 high = load_bytes(p), rest = load_bytes(low);
-    return I ? join_nibbles(high_nibbles(high), high_nibbles(rest))
-             : join_nibbles(low_nibbles(high), low_nibbles(rest));
-  } else if constexpr (format.bits == 8) {
+  if constexpr (format.bits == 8) {
     return load_bytes(p + 64 * I);
   } else {
     const bytes64 pair = load_bytes(p + I / 2 * 64), nibbles = I % 2 ? high_nibbles(pair) : low_nibbles(pair);
-    if constexpr (format.above() == 0) return factors<F>(nibbles);
+    if constexpr (format.above() == 0) return nibbles;
     else
       return with_bits<4 - format.above() * I>(nibbles, load_bytes(p + format.step() * 8),
                                                ((1 << format.above()) - 1) << 4);
+  }
+}
+
+// What is multiplied with them. `low`: the low nibbles of panels in planes.
+template <Format F, int I>
+inline bytes64 quad(const uint8_t* p, const uint8_t* low = nullptr) {
+  if constexpr (traits(F).planes == Planes::both) {
+    const bytes64 high = load_bytes(p), rest = load_bytes(low);
+    return I ? join_nibbles(high_nibbles(high), high_nibbles(rest))
+             : join_nibbles(low_nibbles(high), low_nibbles(rest));
+  } else {
+    return factors<F>(stored_quad<F, I>(p));
   }
 }
 

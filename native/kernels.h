@@ -205,11 +205,17 @@ struct Kernels {
   Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
   bool index_halves;       // whether it takes q16 and k16
   bool split_act;          // wants hi and lo for bf16 matrices
+  bool blocks;             // takes activations in blocks
   // What attend reads of a rounded cache: k32; or rows16 and q16, tiles with every group of 16 keys, of those
   // up to b.keys, `width` columns apart from each other.
   enum class Keys { f32, tiles, rows } keys;
   static constexpr BlockShape block(Keys keys) { return keys == Keys::tiles ? kTileBlock : BlockShape{}; }
 };
+
+// Whether the matrices of an op take activations in blocks, if they can: with least tokens, 0: never.
+inline bool takes_blocks(const Kernels& kernels, int tokens, int least) {
+  return kernels.blocks && least > 0 && tokens > 1 && tokens >= least;
+}
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)

@@ -3,6 +3,8 @@
 
 #include "tiles.h"
 
+#include "amx_blocks.inl"
+
 #include "amx_gemm.inl"
 
 #include "bf16_expand.inl"
@@ -18,6 +20,8 @@ namespace {
 constexpr Kernels better() {
   Kernels kernels = table("amx");
   kernels.tile = amx_tile;
+  kernels.store_act = amx_store_act;
+  kernels.blocks = true;
   kernels.attend = amx_attend;
   kernels.split_act = true;
   kernels.keys = Kernels::Keys::tiles;

@@ -34,20 +34,22 @@ Act Backend::prepare(Team& team, int phase, const Matrix& w, const Act& act, Row
 
 namespace {
 
-constexpr int kPair = 2;        // panels a kernel call computes
-constexpr int kRowBlock = 256;  // rows of the tile of outputs that stays in cache
+// What a kernel call computes: a tile of outputs that stays in cache. Rows in blocks take more, as the panels
+// of a call share what is read of the rows, and all rows share what the panels' bytes are made from.
+struct Shape {
+  int panels = 2, rows = 256;
 
-// f(first column, columns, first row, rows, tile [rows][32]) for a pair of panels.
-template <class F>
-void for_tiles(const Kernels& kernels, const Matrix& w, int pair, const Act& x, int rows, float* tile,
-               F&& f) {
-  const int panel = pair * kPair, count = std::min(kPair, w.panels - panel);
-  for (int m = 0; m < rows; m += kRowBlock) {
-    const int some = std::min(kRowBlock, rows - m);
-    kernels.tile(w, panel, count, row(x, m), some, tile, 32);
-    f(panel * kPanel, std::min(count * kPanel, w.n - panel * kPanel), m, some);
+  int width() const { return panels * kPanel; }
+  size_t size() const { return static_cast<size_t>(rows) * width(); }
+  static Shape of(const Act& x, const Matrix& w, int threads) {
+    constexpr int most = 16, units = 4;  // panels; calls that each thread should get
+    Shape s;
+    if (!x.blocks) return s;
+    s.rows = 512;
+    while (s.panels < most && w.panels >= 2 * s.panels * units * threads) s.panels *= 2;
+    return s;
   }
-}
+};
 
 }  // namespace
 
@@ -62,9 +64,9 @@ void Backend::rms_norm(Rows x, int tokens, int k, const float* weight, float eps
 namespace {
 
 // Columns [n0, n0 + columns) of a tile's rows to the output, with the residual added.
-void write_tile(const LinearArgs& in, const float* tile, int n0, int columns, int m0, int rows) {
+void write_tile(const LinearArgs& in, const float* tile, int ld, int n0, int columns, int m0, int rows) {
   for (int m = 0; m < rows; ++m) {
-    const float* from = tile + m * 32;
+    const float* from = tile + static_cast<size_t>(m) * ld;
     float* to = in.out.row(m0 + m) + n0;
     if (!in.residual.at) {
       std::memcpy(to, from, sizeof(float) * columns);
@@ -75,23 +77,23 @@ void write_tile(const LinearArgs& in, const float* tile, int n0, int columns, in
   }
 }
 
-constexpr size_t kTile = static_cast<size_t>(kRowBlock) * 32;
-
 // Scratch of one call.
 struct Space {
   Act x, rest;            // [T], or a row per thread for one token
   float *norms, *turned;  // [threads][prepare_floats], of the matrix and of further columns
-  float* tiles;           // [threads][kTile], twice with further columns
+  Shape shape;
+  float* tiles;  // [threads] of that shape, twice with further columns
 
   Space(Workspace& work, const Kernels& kernels, const Matrix& w, const Matrix* further, int tokens,
-        int threads) {
+        int threads, int tile_tokens) {
     const int copies = std::max(tokens, threads);
-    const bool split = kernels.split_act;
-    x = work.act(w, copies, split, w.sparse);
-    if (further) rest = work.act(*further, copies, split, further->sparse);
+    const bool split = kernels.split_act, blocks = takes_blocks(kernels, tokens, tile_tokens);
+    x = work.act(w, copies, split, w.sparse, blocks);
+    if (further) rest = work.act(*further, copies, split, further->sparse, blocks);
+    shape = Shape::of(x, w, threads);
     norms = work.take<float>(static_cast<size_t>(threads) * prepare_floats(w));
     turned = work.take<float>(further && further->order ? threads * prepare_floats(*further) : 0);
-    tiles = work.take<float>(threads * kTile * (further ? 2 : 1));
+    tiles = work.take<float>(threads * shape.size() * (further ? 2 : 1));
   }
 };
 
@@ -99,7 +101,7 @@ struct Space {
 
 void Sizes::linear(const Matrix& w, int tokens) {
   work.reset();
-  Space(work, kernels, w, nullptr, tokens, threads);
+  Space(work, kernels, w, nullptr, tokens, threads, tile_tokens);
 }
 
 void Backend::linear(const Packed& packed, const LinearArgs& in) {
@@ -117,22 +119,27 @@ void Backend::product(const Packed& packed, const LinearArgs& in) {
   if (rest && (in.norm || rest->n != w.n)) throw std::invalid_argument("further columns do not fit a matrix");
   const int T = in.tokens;
   work_.reset();
-  const Space space(work_, kernels, w, rest, T, pool.size());
+  const Space space(work_, kernels, w, rest, T, pool.size(), tile_tokens);
+  const Shape shape = space.shape;
   pool.run([&](Team& team) {
     const Act act = prepare(team, 0, w, space.x, in.x, T, in.norm, in.eps, space.norms);
     const Rows right{in.x.at + w.inputs(), in.x.stride};
     const Act act_rest =
         rest ? prepare(team, 1, *rest, space.rest, right, T, nullptr, in.eps, space.turned) : Act{};
-    float *tile = space.tiles + team.id() * kTile, *more = space.tiles + (pool.size() + team.id()) * kTile;
-    team.for_units(2, 1, (w.panels + kPair - 1) / kPair, [&](int, int pair) {
-      for_tiles(kernels, w, pair, act, T, tile, [&](int n0, int columns, int m0, int rows) {
+    float *tile = space.tiles + team.id() * shape.size(),
+          *more = space.tiles + (pool.size() + team.id()) * shape.size();
+    team.for_units(2, 1, (w.panels + shape.panels - 1) / shape.panels, [&](int, int unit) {
+      const int panel = unit * shape.panels, count = std::min(shape.panels, w.panels - panel);
+      const int n0 = panel * kPanel, columns = std::min(shape.width(), w.n - n0);
+      for (int m = 0; m < T; m += shape.rows) {
+        const int rows = std::min(shape.rows, T - m);
+        kernels.tile(w, panel, count, row(act, m), rows, tile, shape.width());
         if (rest) {
-          const int panels = (columns + kPanel - 1) / kPanel;
-          kernels.tile(*rest, n0 / kPanel, panels, row(act_rest, m0), rows, more, 32);
-          kernels.add(tile, more, rows * 32);
+          kernels.tile(*rest, panel, count, row(act_rest, m), rows, more, shape.width());
+          kernels.add(tile, more, rows * shape.width());
         }
-        write_tile(in, tile, n0, columns, m0, rows);
-      });
+        write_tile(in, tile, shape.width(), n0, columns, m, rows);
+      }
     });
   });
 }

@@ -96,6 +96,11 @@ struct Matrix {
   size_t plane_bytes() const { return has_planes() ? static_cast<size_t>(kp) * (kPanel / 2) : 0; }
   int block_bytes() const { return kBlock * format_traits().bytes_a_column(); }  // of a sparsity block
   bool quantized() const { return format_traits().quantized(); }
+  // Whether rows in blocks may multiply it: inputs of 4 bits are rounded group by group.
+  bool fits_blocks() const {
+    if (!quantized()) return format_traits().halves;
+    return !sparse && format_traits().planes == Planes::none && act_top == 127.0f && act_clip == 1.0f;
+  }
   // Whether a column can be read without scales of groups or blocks (Kernels::unpack).
   bool has_plain_columns() const {
     const Scales s = format_traits().scales;
@@ -132,6 +137,15 @@ inline size_t prepare_floats(const Matrix& w) {
   return static_cast<size_t>(w.order ? 2 : 1) * act_stride(w.k);
 }
 
+// Columns of activations that share a scale in the form for many rows on tiles (amx_blocks.inl), at most: a
+// pair of panels and 32 rows of that many bytes fit in L1 together. All blocks of K columns have about the
+// same.
+constexpr int kBlockColumns = 512;
+inline int block_columns(int k) {
+  const int blocks = (k + kBlockColumns - 1) / kBlockColumns;
+  return round_up((k + blocks - 1) / blocks, 64);
+}
+
 // What kernels read of a row of activations for one cell of a sparse matrix, besides q.
 struct CellInput {
   int32_t comp[kCellBlocks];  // -offset * sum of the columns of each block: takes the offset back out
@@ -140,14 +154,20 @@ struct CellInput {
 };
 
 // M rows of activations in the forms the kernels of one format read. Rows are padded with zeros.
+//
+// In blocks of ld columns, for tiles: [blocks][M][ld] of q or hi, with a scale and comp of every block, and
+// `rest` with as many further ones: what is left of a row's block that has outliers; scale 0: it has none.
 struct Act {
   int ld = 0;              // row stride, elements
   int groups = 0;          // row stride of scale and comp
   int cell_count = 0;      // row stride of cells
+  int blocks = 0;          // of columns; 0: rows are whole
+  size_t block = 0;        // from one block to the next, elements
   float* f32 = nullptr;    // the others
-  uint16_t* hi = nullptr;  // on AMX, for bf16: x = hi + lo to 16 bits of mantissa
+  uint16_t* hi = nullptr;  // on AMX, for bf16: x = hi + lo to 16 bits of mantissa; in blocks x = hi
   uint16_t* lo = nullptr;
   int8_t* q = nullptr;  // quantized formats
+  int8_t* rest = nullptr;
   float* scale = nullptr;
   int32_t* comp = nullptr;     // -offset * sum of a group: takes the weights' offset back out
   CellInput* cells = nullptr;  // for sparse matrices
@@ -161,6 +181,7 @@ inline Act row(const Act& a, int m) {
   if (a.hi) r.hi = a.hi + at;
   if (a.lo) r.lo = a.lo + at;
   if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
+  if (a.rest) r.rest = a.rest + at;
   if (a.cells) r.cells = a.cells + i * a.cell_count;
   if (a.flipped) r.flipped = a.flipped + at;
   return r;

@@ -22,6 +22,7 @@ constexpr int kNarrow = 64;  // tokens up to which a unit of the sum has kNarrow
 constexpr int kNarrowColumns = 128;
 constexpr int kMostColumns = 256;  // of a unit of the sum with more tokens …
 constexpr int kUnitsEach = 4;      // … of which each thread gets as many
+constexpr int kGateColumns = 256;  // of gate and up that rows in blocks meet at once
 
 // One part of an expert and its rows. Rows of the routed experts follow each other; the shared expert's are
 // the tokens.
@@ -89,14 +90,18 @@ struct Kind {
 
 void copy_row(const Act& from, int i, const Act& to, int j) {
   const Act a = row(from, i), b = row(to, j);
-  if (a.f32) std::memcpy(b.f32, a.f32, sizeof(float) * a.ld);
-  if (a.hi) std::memcpy(b.hi, a.hi, 2 * a.ld);
-  if (a.lo) std::memcpy(b.lo, a.lo, 2 * a.ld);
-  if (!a.q) return;
-  std::memcpy(b.q, a.q, a.ld);
-  std::memcpy(b.scale, a.scale, sizeof(float) * a.groups);
-  std::memcpy(b.comp, a.comp, sizeof(int32_t) * a.groups);
-  if (a.flipped) std::memcpy(b.flipped, a.flipped, a.ld);
+  const auto columns = [&](auto* x, auto* y) {
+    for (int n = 0; x && n < std::max(a.blocks, 1); ++n)
+      std::memcpy(y + n * b.block, x + n * a.block, sizeof *x * a.ld);
+  };
+  columns(a.f32, b.f32);
+  columns(a.hi, b.hi);
+  columns(a.lo, b.lo);
+  columns(a.q, b.q);
+  columns(a.rest, b.rest);
+  columns(a.flipped, b.flipped);
+  if (a.q) std::memcpy(b.scale, a.scale, sizeof(float) * a.groups);
+  if (a.q) std::memcpy(b.comp, a.comp, sizeof(int32_t) * a.groups);
   if (a.cells) std::memcpy(b.cells, a.cells, sizeof(CellInput) * a.cell_count);
 }
 
@@ -122,19 +127,26 @@ bool read_alike(const Matrix& a, const Matrix& b) {
          a.act_scale == b.act_scale && !a.order && !b.order;
 }
 
-int unit_columns(const Matrix& down) { return std::max(down.quantized() ? down.group : 64, 64); }
+// Columns of an intermediate that are computed at once: those that share a scale.
+int unit_columns(const Matrix& down, const Act& mid) {
+  return mid.blocks ? mid.ld : std::max(down.quantized() ? down.group : 64, 64);
+}
 
 // Columns [at, at + columns) of the intermediate of `rows` rows.
 void gate_up(const Kernels& k, const Gate& gate, const Mlp& e, const Act& x, const Act& mid, int rows, int at,
              float* tile, float* hidden) {
   const Matrix &in = e.gate_up->m, &down = e.down->m;
   const float* bias = e.in_bias.empty() ? nullptr : e.in_bias.data();
-  const int columns = std::min(unit_columns(down), down.k - at), width = unit_columns(down);
+  const int width = unit_columns(down, mid), columns = std::min(width, down.k - at),
+            ld = x.blocks ? kGateColumns : kPairColumns;
   for (int m = 0; m < rows; m += kRowBlock) {
     const int some = std::min(kRowBlock, rows - m);
     for (int c = 0; c < columns; c += kPanel) {
-      k.tile(in, (at + c) / kPanel * 2, 2, row(x, m), some, tile, kPairColumns);
-      k.gate_mul(gate, tile, bias ? bias + 2 * (at + c) : nullptr, some, kPairColumns, hidden + c, width);
+      const int beside = c % (ld / 2) * 2;  // of the tile's columns
+      if (beside == 0)
+        k.tile(in, (at + c) / kPanel * 2, std::min(ld / kPanel, (columns - c + kPanel - 1) / kPanel * 2),
+               row(x, m), some, tile, ld);
+      k.gate_mul(gate, tile + beside, bias ? bias + 2 * (at + c) : nullptr, some, ld, hidden + c, width);
     }
     for (int i = 0; i < some; ++i)
       k.store_act(down, mid, m + i, at, hidden + static_cast<size_t>(i) * width, columns);
@@ -156,7 +168,8 @@ struct Space {
   size_t tile_size, hidden_size, sum_size;
 
   // rows: of the routed experts, T k unless other ranks have some of them.
-  Space(Workspace& work, const Kernels& kernels, const Moe& w, int T, int rows, int threads) {
+  Space(Workspace& work, const Kernels& kernels, const Moe& w, int T, int rows, int threads,
+        int tile_tokens) {
     const int k = w.gate ? w.router.top_k : 0;
     copies = T == 1 ? threads : T;
     most = rows;
@@ -180,11 +193,14 @@ struct Space {
     weights = work.take<float>(static_cast<size_t>(copies) * std::max(k, 1));
     gate_x.ld = ld;
     gate_x.f32 = normed;
+    // All experts of a step take one form, however many tokens choose each.
+    const bool blocks = takes_blocks(kernels, T, tile_tokens),
+               many = blocks && T * k >= std::min(kTileExpertRows, tile_tokens) * w.routed();
     for (int p = 0; p < w.parts; ++p) {
-      if (k) add(work, kernels, w, {0, w.routed()}, p, 0, T);
-      if (w.has_shared) add(work, kernels, w, {w.routed(), w.routed() + 1}, p, 1, T);
+      if (k) add(work, kernels, w, {0, w.routed()}, p, 0, T, many);
+      if (w.has_shared) add(work, kernels, w, {w.routed(), w.routed() + 1}, p, 1, T, blocks);
     }
-    tile_size = static_cast<size_t>(kRowBlock) * out_columns;
+    tile_size = static_cast<size_t>(kRowBlock) * (blocks ? std::max(out_columns, kGateColumns) : out_columns);
     hidden_size = static_cast<size_t>(kRowBlock) * unit;
     sum_size = static_cast<size_t>(T) * out_columns;
     sum_count = w.parts * w.halves();
@@ -197,12 +213,12 @@ struct Space {
  private:
   // Parts of an expert read the same input.
   void add(Workspace& work, const Kernels& kernels, const Moe& w, std::pair<int, int> experts, int part,
-           int i, int T) {
+           int i, int T, bool blocks) {
     const bool split = kernels.split_act;
     std::vector<const Matrix*> ins, downs;  // one of each form
     const auto note = [](std::vector<const Matrix*>& forms, const Matrix& m) {
       for (const Matrix* f : forms)
-        if (f->format == m.format && f->group == m.group) return;
+        if (f->format == m.format && f->group == m.group && f->fits_blocks() == m.fits_blocks()) return;
       forms.push_back(&m);
     };
     for (int e = experts.first; e < experts.second; ++e) {
@@ -213,14 +229,15 @@ struct Space {
     }
     Kind& kind = kinds[part][i];
     kind.in = ins[0];
-    kind.x = part ? kinds[0][i].x : work.act(ins, copies, split, sparse);
+    kind.x = part ? kinds[0][i].x : work.act(ins, copies, split, sparse, blocks);
     kind.rows = part                            ? kinds[0][i].rows
-                : i == 0 && (T > 1 || own_rows) ? work.act(ins, most, split, sparse)
+                : i == 0 && (T > 1 || own_rows) ? work.act(ins, most, split, sparse, blocks)
                                                 : kind.x;
-    kind.mid = work.act(downs, i == 0 ? most : T, split, sparse);
+    kind.mid = work.act(downs, i == 0 ? most : T, split, sparse, blocks);
     for (const Matrix* down : downs) {
-      unit = std::max(unit, unit_columns(*down));
-      steps = std::max(steps, (down->k + unit_columns(*down) - 1) / unit_columns(*down));
+      const int columns = unit_columns(*down, kind.mid);
+      unit = std::max(unit, columns);
+      steps = std::max(steps, (down->k + columns - 1) / columns);
     }
   }
 };
@@ -339,7 +356,7 @@ class Experts {
       const Job& job = plan.jobs[j];
       const Mlp& e = mlp(job);
       const Kind& kind = s_.kinds[job.part][job.shared];
-      const int at = step * unit_columns(e.down->m);
+      const int at = step * unit_columns(e.down->m, kind.mid);
       if (at >= e.down->m.k) return;
       if (step + 1 == s_.steps && j + 1 < jobs) fetch_start(mlp(plan.jobs[j + 1]).gate_up->m, 0);
       const bool own = alone() && (job.shared || !s_.own_rows);
@@ -440,7 +457,7 @@ int routed_rows(const Moe& w, int tokens) { return w.gate ? tokens * w.router.to
 
 void Sizes::moe(const Moe& w, int tokens, int rows) {
   work.reset();
-  Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads);
+  Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads, tile_tokens);
 }
 
 void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights) {
@@ -460,7 +477,7 @@ void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weigh
 void Backend::moe(const Moe& w, const MoeArgs& in) {
   if (w.gate) w.router.check();
   work_.reset();
-  const Space space(work_, kernels, w, in.tokens, routed_rows(w, in.tokens), pool.size());
+  const Space space(work_, kernels, w, in.tokens, routed_rows(w, in.tokens), pool.size(), tile_tokens);
   Experts call(kernels, w, in, space, pool.size());
   pool.run([&](Team& team) { call.run(team); });
   if (in.counts) call.count();

@@ -54,6 +54,7 @@ constexpr Kernels table(const char* name) {
       .wide_halves = {},
       .index_halves = false,
       .split_act = false,
+      .blocks = false,
       .keys = Kernels::Keys::f32,
   };
 }

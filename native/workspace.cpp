@@ -10,6 +10,7 @@ namespace farthing {
 namespace {
 
 constexpr size_t kChunkBytes = size_t{8} << 20;
+constexpr int kTileRows = 32;  // that tiles may read behind the last row
 
 }  // namespace
 
@@ -40,7 +41,27 @@ size_t Workspace::most_used() const {
   return total;
 }
 
-Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse) {
+Act Workspace::in_blocks(const std::vector<const Matrix*>& ws, int rows) {
+  Act a;
+  const int k = ws[0]->k;
+  a.ld = block_columns(k);
+  a.blocks = (k + a.ld - 1) / a.ld;
+  a.block = static_cast<size_t>(rows) * a.ld;
+  const size_t cells = a.blocks * a.block + static_cast<size_t>(kTileRows) * a.ld;
+  const auto quantized = [](const Matrix* w) { return w->quantized(); };
+  if (!std::all_of(ws.begin(), ws.end(), quantized)) a.hi = take<uint16_t>(cells);
+  if (std::none_of(ws.begin(), ws.end(), quantized)) return a;
+  a.groups = 2 * a.blocks;
+  a.q = take<int8_t>(cells);
+  a.rest = take<int8_t>(cells);
+  a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
+  a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
+  return a;
+}
+
+Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse, bool blocks) {
+  const auto fits = [](const Matrix* w) { return w->fits_blocks(); };
+  if (blocks && std::all_of(ws.begin(), ws.end(), fits)) return in_blocks(ws, rows);
   Act a;
   bool floats = false, halves = false;
   for (const Matrix* w : ws) {

@@ -20,14 +20,16 @@ class Workspace {
     return static_cast<T*>(raw(count * sizeof(T)));
   }
   // Rows in the form that a matrix reads, or each of them in that of any of these matrices of equal width.
-  Act act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse);
-  Act act(const Matrix& w, int rows, bool split, bool sparse) {
-    return act(std::vector<const Matrix*>{&w}, rows, split, sparse);
+  // In blocks if all of them fit.
+  Act act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse, bool blocks = false);
+  Act act(const Matrix& w, int rows, bool split, bool sparse, bool blocks = false) {
+    return act(std::vector<const Matrix*>{&w}, rows, split, sparse, blocks);
   }
   // Most bytes that an op has taken so far; pages beyond them have never been written to.
   size_t most_used() const;
 
  private:
+  Act in_blocks(const std::vector<const Matrix*>& ws, int rows);
   void* raw(size_t bytes);
   struct Chunk {
     uint8_t* at;

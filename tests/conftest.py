@@ -12,6 +12,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -52,3 +55,23 @@ def sparse_on_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     from farthing.ops import weights
 
     monkeypatch.setitem(weights.COSTS, "amx", weights.COSTS["avx512"])
+
+
+@pytest.fixture(scope="module")
+def exact_on_amx() -> Iterator[None]:
+    """Steps of every size take the form of small ones on AMX, where only `--deterministic` promises the bits
+    that the module's tests compare; other instruction sets have no other form."""
+    if find_spec("farthing._native") is None:
+        yield
+        return
+    from farthing.ops.cpu import CpuOps
+
+    start = CpuOps.__init__
+
+    def init(self: CpuOps, *args: Any, **options: Any) -> None:
+        start(self, *args, **options)
+        self._native.tile_tokens = 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuOps, "__init__", init)
+        yield

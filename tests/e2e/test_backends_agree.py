@@ -8,6 +8,8 @@ pytest.importorskip("farthing._native")
 
 from farthing import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 PROMPTS = ["def fibonacci(n):\n", "import os\nimport sys\n\nclass Path"]
 TIE = 1e-2  # logit difference below which the order of two tokens depends on rounding
 

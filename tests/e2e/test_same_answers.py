@@ -14,6 +14,8 @@ from farthing.hub import EMBEDDED, resolve_model
 from farthing.model.load import load
 from farthing.ops.select import select
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 FORMATS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
@@ -87,7 +89,8 @@ def test_some_answers_of_every_instruction_set(isa: str) -> None:
 
 
 def test_some_answers_of_two_ranks() -> None:
-    ranks = together(ISAS[0], "int8", 6, 12, **RANKS["ep"])
+    exact = {"deterministic": True} if ISAS[0] == "amx" else {}  # in the ranks' processes
+    ranks = together(ISAS[0], "int8", 6, 12, **exact, **RANKS["ep"])
     assert ranks == alone(ISAS[0], "int8", 6, 12)
 
 
@@ -114,7 +117,7 @@ def test_200_answers(isa: str, name: str) -> None:
     assert twice(isa, name, 200, 32) == [expected, expected]
     for speculate in DRAFTS:
         assert together(isa, name, 200, 32, speculate=speculate) == expected, speculate
-    for layout, sizes in RANKS.items():
+    for layout, sizes in RANKS.items() if isa != "amx" else ():  # there --deterministic promises it, below
         assert together(isa, name, 200, 32, **sizes) == expected, layout
 
 

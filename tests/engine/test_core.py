@@ -20,6 +20,8 @@ from farthing.ops.select import select
 from tests.engine.conftest import tokens_of
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 DEPTH = 4
 SHORT, LONG = 4, 48  # prompt tokens of a mixed step, and of divided layers
 RAW = tiny(

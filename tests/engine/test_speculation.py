@@ -24,6 +24,8 @@ from farthing.model.load import random_model
 
 from .conftest import RAW, Always, MakeEngine, next_logits, tokens_of
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 
 class Oracle:
     """Drafts the true continuation, with errors at given positions."""

@@ -15,6 +15,8 @@ from farthing.ops.cpu import CpuOps
 from farthing.ops.torch_util import make_batch
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 CONFIG = tiny(
     hidden_size=64,
     num_hidden_layers=3,

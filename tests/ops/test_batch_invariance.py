@@ -1,5 +1,5 @@
 """A token's result is bitwise independent of the batch and of prompt chunking, without expanded attention
-(test_expanded.py) also in long prompts."""
+(test_expanded.py) also in long prompts. On AMX only `--deterministic` promises it (test_amx.py)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
 from tests.ops.test_cpu import ISAS, threads_of
+
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
 
 BLOCK = 16
 LENGTH = 600  # several chunks of keys
@@ -207,7 +209,7 @@ def test_threads_and_long_sequences() -> None:
     rope, blocks = torch.stack((angles.cos(), angles.sin())), list(range(-(-length // BLOCK)))
     results = []
     for threads, isa in ((1, "auto"), (3, "auto")):
-        ops = CpuOps(threads, isa=isa, expand=False)
+        ops = CpuOps(threads, isa=isa, exact=True)
         handle = ops.pack_attention("a", spec, lambda: (w, torch.ones(32)), rope)
         cache = ops.new_cache(1, len(blocks), BLOCK, 40, "bfloat16")
         whole = ops.mla(q, kv, handle, Place(cache, 0, make_batch([length], [0], [blocks], BLOCK)))

@@ -18,6 +18,8 @@ from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import NEVER, Weight, blocks_per_cell, costs_of, measured_for, saves_time
 from tests.ops.parts import BOUNDS, distance, weight
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 ISAS = _native.instruction_sets().split()
 
 

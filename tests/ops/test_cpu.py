@@ -31,6 +31,8 @@ from tests.ops.parts import (
     zero_blocks,
 )
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 ISAS = _native.instruction_sets().split()
 
 

@@ -19,6 +19,8 @@ from farthing.ops.cpu import CpuOps, create
 from farthing.ops.weights import quantize_int4
 from tests.ops.parts import SPECS, batch_of, experts, weight
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 native = pytest.importorskip("farthing._native")
 
 

@@ -21,6 +21,8 @@ from farthing.ops.weights import INTEGERS, Weight, quantize_int8
 from tests.ops.parts import BOUNDS, EPS, GROUPS, SCALED, UNITS, distance, experts, norm, weight
 from tests.ops.test_cpu import ISAS
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 REF = ReferenceOps(torch.float32)
 
 

@@ -21,6 +21,8 @@ from tests.ops.parts import BOUNDS, EPS, FORMATS, SCALED, UNITS, distance, exper
 from tests.ops.test_cpu import ISAS
 from tests.ops.test_packed_file import never
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 REF = ReferenceOps(torch.float32)
 NAMES = [*FORMATS, *SCALED, *UNITS, "q5_0", "q5_1"]
 SPEC = RouterSpec(len(NAMES), 6)

@@ -27,6 +27,8 @@ from tests.ops.test_cpu import ISAS
 from tests.ops.test_groups import values
 from tests.ops.test_packed_file import never
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 REF = ReferenceOps(torch.float32)
 NAMES = ["int4", "int4_zero", "int8_groups", "int8_zero", "q4_k"]
 

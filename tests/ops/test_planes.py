@@ -19,6 +19,8 @@ from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, norm, weight
 from tests.ops.test_cpu import ISAS, threads_of
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 
 @pytest.fixture(params=ISAS)
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuOps:

@@ -24,6 +24,8 @@ from farthing.model.load import random_parameters
 from farthing.parallel.cluster import ParallelModel
 from tests.tiny import SMALL_V3
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 PROMPTS = ["def fibonacci(n):\n", "import os\n", "class Stack:\n    def"]
 COMBINATIONS = [(t, p, e) for t in (1, 2) for p in (1, 2) for e in (1, 2) if t * p * e > 1]
 EVERYTHING: dict[str, Any] = dict(max_model_len=128, num_blocks=32, threads=1)

@@ -50,7 +50,7 @@ def create(
         torch.set_num_threads(1)
     ops = CpuOps(
         threads or own_cpus().threads(), quantization, packed, isa,
-        parts=parts or 1, expand=parts is None, arrays=arrays,
+        parts=parts or 1, exact=parts is not None, arrays=arrays,
     )  # fmt: skip
     ops.cache_dtype = "float32" if kind == "float32" else "bfloat16"
     return ops

@@ -167,13 +167,14 @@ class PackingOps(HostOps):
         isa: str = "auto",
         topology: str = "",
         parts: int = 1,
-        expand: bool = True,
+        exact: bool = False,
         arrays: bool = False,
     ) -> None:
         """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately.
 
         topology: simulated memory nodes; by default the real ones. arrays: tensors are numpy arrays.
-        expand: whether large chunks of long prompts take expanded attention (`native/expanded.h`).
+        exact: with no form whose rounding depends on the size of a step: neither expanded attention
+        (`native/expanded.h`) nor blocks of columns on AMX tiles (`native/amx_blocks.inl`).
         """
         self.arrays = arrays
         self.device = HOST if arrays else torch.device("cpu")  # type: ignore[assignment]
@@ -181,8 +182,8 @@ class PackingOps(HostOps):
             self.dtype = torch.float32
         cpus, pin = own_cpus(), not topology and own_cpus().pinned
         self._native = _native.Backend(threads, isa, topology or cpus.topology, pin)
-        if not expand:
-            self._native.expand_tokens = 0
+        if exact:
+            self._native.expand_tokens = self._native.tile_tokens = 0
         self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
         self._parts = parts
         self._file = PackedFile(packed) if packed else None
