@@ -48,7 +48,7 @@ inline void online_softmax(const AttendBlock& b, float* scores) {
     }
     f32x16 total = {};
     for (int i = 0; i < kKeyBlock; i += 16) {
-      const f32x16 e = exp(loadf(s + i) - b.max[r]);
+      const f32x16 e = exp_below(loadf(s + i) - b.max[r]);
       total += e;
       store(s + i, e);
     }

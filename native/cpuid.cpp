@@ -27,7 +27,9 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+}
 
 #if defined(FARTHING_EMULATE_AMX)
 bool has_amx() { return has_avx512_bf16(); }

@@ -7,6 +7,23 @@
 
 namespace farthing {
 
+// A query for keys of 8 bits. Its numbers follow as two bytes or pairs of two, in two arrays of [width] bytes
+// that multiply the same keys.
+struct ByteQuery {
+  int32_t minus[2][16];  // of latents and rotary part: what the sums start at, to take an offset of keys out
+  float scale[2];
+  float unused[14];
+  uint8_t bytes[];
+
+  static size_t size(int width) { return sizeof(ByteQuery) + 2 * static_cast<size_t>(width); }
+  const ByteQuery* row(int i, int width) const {
+    return reinterpret_cast<const ByteQuery*>(reinterpret_cast<const uint8_t*>(this) + i * size(width));
+  }
+};
+// Columns of a key of 8 bits that is attended to as cached; from the least on, queries take no more room than
+// as floats.
+constexpr int kLeastByteColumns = 128, kMostByteColumns = 2048;
+
 // One block of online softmax attention: rows of queries against keys, both at most those of its BlockShape.
 struct AttendBlock {
   const float* q;       // [rows][width], scaled
@@ -20,6 +37,8 @@ struct AttendBlock {
   const uint16_t* const* rows16;  // or the address of each key, the last repeated up to BlockShape::keys,
                                   // then as many cached rows of the next block, to be prefetched
   int row_bytes;                  // of a cached row
+  const ByteQuery* q_bytes;       // [rows], where rows16 has keys of 8 bits as cached …
+  const float* key_scales;        // … and [2][kKeyBlock] the scales of their latents and rotary parts
   const int* visible;             // [rows] keys of this block each row may see …
   const int* hidden;              // [rows] … but for so many, the first ones; null: for none
   int skipped;                    // first keys of the block that no row sees: they are not read
@@ -151,6 +170,12 @@ struct Peak {
   int panel;
 };
 
+// Attention over keys of 8 bits as cached, or null where attend reads them converted.
+struct ByteAttend {
+  void (*attend)(const AttendBlock& b);
+  void (*take_query)(const float* x, int latent, int width, ByteQuery& q);
+};
+
 struct Kernels {
   const char* name;
   // A whole row x [w.k] in the form that `w` reads; scratch [w.k], which a matrix with an order needs.
@@ -178,6 +203,7 @@ struct Kernels {
   void (*bounds)(const float* x, const float* width, float margin, int count, float* tops, Peak* peak);
   void (*exp_sum)(const float* x, int n, float* max, float* sum);
   void (*attend)(const AttendBlock& b);
+  ByteAttend attend_int8, attend_fp8;
   // One cached row to float32 or bfloat16; scale of latent and rotary, or null.
   void (*load_key)(CacheType type, const uint8_t* row, const float* scale, const KeyShape& shape, float* out);
   void (*load_key16)(CacheType type, const uint8_t* row, const float* scale, const KeyShape& shape,
@@ -207,8 +233,8 @@ struct Kernels {
   bool split_act;          // wants hi and lo for bf16 matrices
   bool blocks;             // takes activations in blocks
   // What attend reads of a rounded cache: k32; or rows16 and q16, tiles with every group of 16 keys, of those
-  // up to b.keys, `width` columns apart from each other.
-  enum class Keys { f32, tiles, rows } keys;
+  // up to b.keys, `width` columns apart from each other. ByteAttend reads bytes.
+  enum class Keys { f32, tiles, rows, bytes } keys;
   static constexpr BlockShape block(Keys keys) { return keys == Keys::tiles ? kTileBlock : BlockShape{}; }
 };
 

@@ -24,6 +24,7 @@ constexpr Kernels better() {
   kernels.blocks = true;
   kernels.attend = amx_attend;
   kernels.split_act = true;
+  kernels.attend_int8 = {};  // tiles take converted keys
   kernels.keys = Kernels::Keys::tiles;
   kernels.wide_halves = {amx_product, pack_pairs, weigh_pairs};
   kernels.index_scores = bf16_index_scores;

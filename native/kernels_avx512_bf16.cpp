@@ -12,6 +12,7 @@ namespace {
 constexpr Kernels better() {
   Kernels kernels = table("avx512_bf16");
   kernels.attend = bf16_attend;
+  kernels.attend_fp8 = {attend_bytes<Fp8Keys>, take_query<Fp8Keys>};
   kernels.keys = Kernels::Keys::rows;
   kernels.wide_halves = wide_pairs;
   kernels.index_scores = bf16_index_scores;

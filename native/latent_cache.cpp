@@ -15,29 +15,46 @@ void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, cons
   write_row(kernels, cache.type, cache.data, first + c, k_pe, r, scale + (cache.scale ? 1 : 0), fixed.key);
 }
 
+const ByteAttend* KeyReader::in_bytes(const Kernels& kernels, const Cache& cache, const KeyShape& shape) {
+  for (const int n : {shape.latent, shape.rope})  // products of half of kMostByteColumns fit 32 bits
+    if (n % 64 || n > kMostByteColumns / 2) return nullptr;
+  const ByteAttend& found = cache.type == CacheType::int8 ? kernels.attend_int8 : kernels.attend_fp8;
+  return cell_bytes(cache.type) == 1 && found.attend && shape.width >= kLeastByteColumns ? &found : nullptr;
+}
+
 KeyReader::KeyReader(const Kernels& kernels, const Cache& cache, const Batch& batch, KeyShape shape,
                      float* keys32, uint16_t* keys16)
     : kernels_(kernels),
       cache_(cache),
       batch_(batch),
       shape_(shape),
-      form_(form(kernels, cache)),
+      form_(form(kernels, cache, shape)),
       block_(Kernels::block(form_).keys),
       keys32_(keys32),
       keys16_(keys16) {}
 
-// f(key, data, scale) for keys [begin, end): where the cache has them, with one division per block.
+// f(key, count, data, scale) for keys [begin, end), those of a block together: where the cache has them.
 template <class F>
-void KeyReader::for_rows(Source from, int begin, int end, F&& f) const {
+void KeyReader::for_runs(Source from, int begin, int end, F&& f) const {
   const int32_t* blocks = batch_.block_table + static_cast<int64_t>(from.sequence) * batch_.max_blocks;
   const uint8_t* data = cache_.data + from.group * cache_.layer_bytes;
   const float* scale = cache_.scale ? cache_.scale + from.group * cache_.layer_scales : nullptr;
   const int64_t bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type), size = cache_.block_size;
   for (int key = begin; key < end;) {
-    int64_t slot = blocks[key / size] * size + key % size;
-    for (const int last = std::min<int64_t>(end, (key / size + 1) * size); key < last; ++key, ++slot)
-      f(key, data + slot * bytes, scale ? scale + slot * 2 : nullptr);
+    const int64_t slot = blocks[key / size] * size + key % size;
+    const int count = static_cast<int>(std::min<int64_t>(end, (key / size + 1) * size)) - key;
+    f(key, count, data + slot * bytes, scale ? scale + slot * 2 : nullptr);
+    key += count;
   }
+}
+
+// f(key, data, scale) for each of them.
+template <class F>
+void KeyReader::for_rows(Source from, int begin, int end, F&& f) const {
+  const int64_t bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
+  for_runs(from, begin, end, [&](int key, int count, const uint8_t* data, const float* scale) {
+    for (int i = 0; i < count; ++i) f(key + i, data + i * bytes, scale ? scale + 2 * i : nullptr);
+  });
 }
 
 // Whether the cache holds keys as the kernel reads them.
@@ -77,7 +94,8 @@ void KeyReader::look_ahead(Source from, int at, int keys, int skipped) {
 void KeyReader::fetch(Source from, int at, AttendBlock& b) {
   b.row_bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
   if (form_ != Kernels::Keys::f32) {
-    find_rows(from, at, b);
+    form_ == Kernels::Keys::bytes ? find_bytes(from, at, b) : find_rows(from, at, b);
+    b.key_scales = scales_;
     if (form_ == Kernels::Keys::tiles) align_groups(b.keys);
     b.rows16 = rows_;
     return;
@@ -102,6 +120,28 @@ void KeyReader::find_rows(Source from, int at, const AttendBlock& b) {
     });
   std::fill_n(rows_, skipped, rows_[skipped]);
   std::fill(rows_ + keys, rows_ + 2 * block_, rows_[keys - 1]);
+  next_.sequence = -1;
+}
+
+// The addresses of a block's keys of 8 bits, and their scales.
+void KeyReader::find_bytes(Source from, int at, const AttendBlock& b) {
+  const int keys = b.keys, skipped = b.skipped;
+  float *latent = scales_, *rotary = scales_ + kKeyBlock;
+  const bool found = next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped;
+  if (found) std::copy_n(rows_ + kKeyBlock, keys, rows_);
+  for_runs(from, at + skipped, at + keys, [&](int key, int count, const uint8_t* data, const float* scale) {
+    for (int i = 0, to = key - at; i < count; ++i, ++to)
+      latent[to] = scale[2 * i], rotary[to] = scale[2 * i + 1];
+    const int64_t bytes = shape_.latent + shape_.rope;
+    for (int i = 0; i < count && !found; ++i)
+      rows_[key - at + i] = reinterpret_cast<const uint16_t*>(data + i * bytes);
+  });
+  const auto repeat = [&](auto* x) {  // where no key is read
+    std::fill_n(x, skipped, x[skipped]);
+    std::fill(x + keys, x + kKeyBlock, x[keys - 1]);
+  };
+  repeat(rows_), repeat(latent), repeat(rotary);
+  std::fill_n(rows_ + kKeyBlock, kKeyBlock, rows_[keys - 1]);
   next_.sequence = -1;
 }
 

@@ -52,9 +52,12 @@ class KeyReader {
   KeyReader(const Kernels& kernels, const Cache& cache, const Batch& batch, KeyShape shape, float* keys32,
             uint16_t* keys16);
 
-  // What attend reads of this cache.
-  static Kernels::Keys form(const Kernels& kernels, const Cache& cache) {
-    return cache.type == CacheType::f32 ? Kernels::Keys::f32 : kernels.keys;
+  // What attends to keys of 8 bits as cached, or null.
+  static const ByteAttend* in_bytes(const Kernels& kernels, const Cache& cache, const KeyShape& shape);
+  // What attention reads of this cache.
+  static Kernels::Keys form(const Kernels& kernels, const Cache& cache, const KeyShape& shape) {
+    if (cache.type == CacheType::f32) return Kernels::Keys::f32;
+    return in_bytes(kernels, cache, shape) ? Kernels::Keys::bytes : kernels.keys;
   }
 
   // Keys [at, at + b.keys) of a sequence into b; the first one after b.skipped instead of those before it.
@@ -67,9 +70,12 @@ class KeyReader {
 
  private:
   template <class F>
+  void for_runs(Source from, int begin, int end, F&& f) const;
+  template <class F>
   void for_rows(Source from, int begin, int end, F&& f) const;
   const uint16_t* half(const uint8_t* data, const float* scale, uint16_t* to) const;
   void find_rows(Source from, int at, const AttendBlock& b);
+  void find_bytes(Source from, int at, const AttendBlock& b);
   void align_groups(int keys);
   bool in_place() const;
 
@@ -82,7 +88,8 @@ class KeyReader {
   float* keys32_;
   uint16_t* keys16_;
   const uint16_t* rows_[2 * kTileBlock.keys] = {};  // keys of a block, and cached rows of the one after it
-  Source next_ = {-1, 0};                           // contents of the second half
+  float scales_[2 * kKeyBlock];                     // of keys of 8 bits, as AttendBlock::key_scales
+  Source next_ = {-1, 0};                           // contents of the second half of rows
   int next_at_ = 0, next_keys_ = 0, next_skipped_ = 0;
 };
 

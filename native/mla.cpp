@@ -173,7 +173,8 @@ class Mla {
         space_(space),
         expanded_(expanded),
         shape_(w.shape()),
-        form_(KeyReader::form(kernels, in.cache)),
+        form_(KeyReader::form(kernels, in.cache, shape_)),
+        bytes_(KeyReader::in_bytes(kernels, in.cache, shape_)),
         block_(Kernels::block(form_).keys) {
     for (const Unit& u : units.list) {
       const int chunks = Chunks::count(u.keys) - u.first();
@@ -348,7 +349,11 @@ class Mla {
   void take_query(const Unit& u, uint16_t* to, AttendBlock& b) const {
     const size_t W = shape_.width;
     auto* floats = reinterpret_cast<float*>(to);
-    b.q = floats, b.q16 = to;
+    b.q = floats, b.q16 = to, b.q_bytes = reinterpret_cast<const ByteQuery*>(to);
+    for (int r = 0; r < b.rows && bytes_; ++r)
+      bytes_->take_query(query(u.token + r / u.heads, u.head + r % u.heads), b.latent, shape_.width,
+                         const_cast<ByteQuery&>(*b.q_bytes->row(r, shape_.width)));
+    if (bytes_) return;
     // Rows of pairs are transposed for tiles, 16 at a time, from behind the tiles.
     const bool tiles = form_ == Kernels::Keys::tiles;
     uint16_t* plain = tiles ? to + units_.rows * W : to;
@@ -406,7 +411,7 @@ class Mla {
       look_ahead(u, index, chunk, at + block_, reader);
       fetch_query(index + 1, (at - begin) / block_);
       b.fresh = at == begin;
-      kernels_.attend(b);
+      (bytes_ ? bytes_->attend : kernels_.attend)(b);
     }
   }
 
@@ -483,7 +488,8 @@ class Mla {
   const Expanded& expanded_;
   const KeyShape shape_;
   const Kernels::Keys form_;
-  const int block_;  // keys
+  const ByteAttend* const bytes_;  // where keys are read as cached
+  const int block_;                // keys
 };
 
 }  // namespace
@@ -496,7 +502,7 @@ void Sizes::mla(const Attention& w, const Batch& batch) {
     for (const CacheType type : {CacheType::f32, CacheType::bf16}) {
       in.cache.type = type;
       const WideTokens wide(batch, in.tokens, least);
-      const Kernels::Keys form = KeyReader::form(kernels, in.cache);
+      const Kernels::Keys form = KeyReader::form(kernels, in.cache, w.shape());
       const Units units(batch, wide, w, form, threads);
       work.reset();
       const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units, form, threads);
@@ -506,7 +512,7 @@ void Sizes::mla(const Attention& w, const Batch& batch) {
 
 void Backend::mla(const Attention& w, const MlaArgs& in) {
   const WideTokens wide(in.batch, in.tokens, expand_tokens);
-  const Kernels::Keys form = KeyReader::form(kernels, in.cache);
+  const Kernels::Keys form = KeyReader::form(kernels, in.cache, w.shape());
   const Units units(in.batch, wide, w, form, pool.size());
   work_.reset();
   const Space space(work_, kernels, w, static_cast<int>(wide.others.size()), units, form, pool.size());

@@ -10,6 +10,9 @@
 #include "softmax.inl"
 #include "gemm.inl"
 #include "attend.inl"
+#if defined(__AVX512VNNI__)
+#include "byte_attend.inl"
+#endif
 #include "keys.inl"
 #include "index.inl"
 #include "delta.inl"
@@ -21,6 +24,12 @@
 
 namespace farthing {
 namespace {
+#if defined(__AVX512VNNI__)
+constexpr ByteAttend kAttendInt8 = {attend_bytes<Int8Keys>, take_query<Int8Keys>};
+#else
+constexpr ByteAttend kAttendInt8 = {};
+#endif
+
 constexpr Kernels table(const char* name) {
   return {
       .name = name,
@@ -35,6 +44,8 @@ constexpr Kernels table(const char* name) {
       .bounds = bounds,
       .exp_sum = exp_sum,
       .attend = attend,
+      .attend_int8 = kAttendInt8,
+      .attend_fp8 = {},
       .load_key = load_key<float>,
       .load_key16 = load_key16,
       .split = split,

@@ -169,7 +169,7 @@ def error(found: list[Tensor], exact: list[Tensor]) -> float:
     ("name", "cache_dtype", "block"),
     [
         ("small", "float32", 4), ("odd", "bfloat16", 16), ("odd", "int8", 16), ("gpt_oss", "bfloat16", 64),
-        ("gpt_oss", "fp8", 16), ("gpt_oss", "float32", 16), ("many", "bfloat16", 16),
+        ("gpt_oss", "fp8", 16), ("gpt_oss", "int8", 16), ("gpt_oss", "float32", 16), ("many", "bfloat16", 16),
         ("gemma4", "bfloat16", 16), ("K = V", "bfloat16", 16), ("K = V", "int8", 16), ("K = V", "fp8", 64),
         ("K = V, odd", "float32", 4), ("K = V, odd", "bfloat16", 16),
     ],
@@ -214,10 +214,13 @@ def test_large_chunks_of_long_prompts(isa: str, window: int | None, name: str, c
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "cache_dtype"),
+    [("odd", "float32"), ("odd", "bfloat16"), ("gpt_oss", "int8"), ("gpt_oss", "fp8")],
+)
 @pytest.mark.parametrize("window", [5, 100])
-def test_bits_do_not_depend_on_the_batch(isa: str, cache_dtype: str, window: int) -> None:
-    case = Case.random(replace(SIZES["odd"], window=window), LENGTHS, sinks=True)
+def test_bits_do_not_depend_on_the_batch(isa: str, name: str, cache_dtype: str, window: int) -> None:
+    case = Case.random(replace(SIZES[name], window=window), LENGTHS, sinks=True)
     ways = [
         [[(0, n) for n in LENGTHS]],
         *([in_steps(LENGTHS, seed) for seed in (1, 2)]),
