@@ -22,6 +22,8 @@ from tests.ops.models import logits_of, tiny_checkpoint
 from tests.ops.parts import BOUNDS, EPS, distance, norm, weight, zero_blocks
 from tests.ops.test_cpu import ISAS
 
+pytestmark = pytest.mark.usefixtures("exact_on_amx")
+
 
 @pytest.fixture(params=ISAS)
 def ops(request: pytest.FixtureRequest) -> CpuOps:
