@@ -200,7 +200,8 @@ void Pool::Gate::open() {
 
 void Pool::arrive(int id) {
   if (!groups_[group_of_[id]].last() || !node_groups_[node_of_[id]].last() || !all_nodes_.last()) return;
-  for (Gate& gate : barriers_) gate.open();
+  // The caller's last: it may start a region as soon as its own is open, in which others read these gates.
+  for (auto gate = barriers_.rbegin(); gate != barriers_.rend(); ++gate) gate->open();
 }
 
 void Team::barrier() {

@@ -142,6 +142,15 @@ def test_regions_and_barriers_are_counted() -> None:
     assert [after - b for after, b in zip(backend.meetings, before, strict=True)] == [5, 5 * 5]
 
 
+@pytest.mark.parametrize(("threads", "topology"), [(3, "0;1;2"), (4, "0;1")])
+def test_regions_follow_each_other_while_gates_are_opened(threads: int, topology: str) -> None:
+    """A thread of another node that met a barrier before the end of the last region had opened its gate took
+    that opening for its own, and the pool stood still within about a thousand regions."""
+    code = "import sys; from farthing import _native as n; n.Backend(int(sys.argv[1]), topology=sys.argv[2])"
+    code += ".region_seconds(barriers=1, regions=1000)"
+    subprocess.run([sys.executable, "-c", code, str(threads), topology], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("threads", "topology", "yields"),
     [
