@@ -71,6 +71,7 @@ void bind_indexer(nb::module_& module);
 void bind_sizes(nb::module_& module);
 
 NB_MODULE(_native, module) {
+  module.attr("MOST_NODES") = kMaxParts;
   module.def("instruction_sets", [] { return std::string(supported_kernels()); });
   module.def("read_bandwidth", &read_bandwidth, "threads"_a, "bytes"_a,
              nb::call_guard<nb::gil_scoped_release>());

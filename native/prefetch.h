@@ -1,4 +1,4 @@
-// How far ahead loops over one or two rows prefetch their weights: a property of the machine.
+// How far ahead loops over few rows prefetch their weights: a property of the machine.
 //
 // A stream that is prefetched D bytes ahead reads at most D bytes per latency of memory and thread: 2 KB are
 // 10 GB/s at 200 ns. A greater distance than a machine needs drops lines before they are read.

@@ -73,6 +73,8 @@ def test_cores_nodes_and_the_choice_of_threads_are_told() -> None:
     )
     assert told(Cpus({0: ((0,), (1,))})) == "2, 1 memory node; 2 threads by default"
     assert told(Cpus({0: ((0,), (1,))}, 1.5)) == "2, 1 memory node, quota 1.5 CPUs; 1 thread by default"
+    few = Cpus({0: ((0,),), 1: ((1,),)}, 1.0, machine_nodes=2)
+    assert "1 thread by default; the placement" in told(few), "fewer threads than nodes are not bound"
     assert told(Cpus({1: ((2,), (3,))}, machine_nodes=2)).startswith("2, 1 of 2 memory nodes; 2 threads by")
     found = by_name(machine.check_processor(cpus=two))["cores"].data
     assert found == {"cores": 4, "hardware_threads": 8, "memory_nodes": 2, "quota": None, "threads": 4}

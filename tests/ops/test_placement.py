@@ -4,13 +4,15 @@ import ctypes
 import errno
 import logging
 import mmap
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from farthing.cpus import Cpus, own_cpus
-from farthing.ops.cpu import CpuOps, placement
+from farthing.ops.cpu import CpuOps, placement, weights
 from farthing.ops.cpu.placement import SAMPLED, check_file, check_nodes
 from tests.ops.parts import weight
 
@@ -92,6 +94,28 @@ def test_a_mapped_file_is_checked_where_a_machine_has_other_nodes(
     (record,) = log.records
     assert "packed file" in record.message
     assert "1 of 1 pages sampled are on other memory nodes" in record.message or "unknown" in record.message
+
+
+@pytest.mark.parametrize(("nodes", "threads"), [(2, 1), (17, 17)])
+def test_threads_that_nodes_do_not_fit_are_not_bound(
+    nodes: int, threads: int, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
+) -> None:
+    """Two processes of one thread each would share node 0, and 17 nodes are more than a matrix has parts."""
+    machine = Cpus({number: ((0,),) for number in range(nodes)}, machine_nodes=nodes)
+    for module in (placement, weights):
+        monkeypatch.setattr(module, "own_cpus", lambda: machine)
+    affinity = []
+
+    def call() -> None:
+        ops = CpuOps(threads)
+        ops.pack_linear("w", lambda: [weight("int8", 640, 64)])
+        ops.check_placement()
+        affinity.extend([ops._native.nodes, os.sched_getaffinity(0)])
+
+    caller = threading.Thread(target=call)
+    caller.start()
+    caller.join()
+    assert affinity == [1, os.sched_getaffinity(0)] and not log.records
 
 
 def test_memory_bound_to_nodes_is_checked(

@@ -105,7 +105,7 @@ def check_processor(cpuinfo: Path = CPUINFO, cpus: Cpus | None = None) -> Iterat
             group="processor",
             name="prefetching",
             status="info",
-            detail=f"at one or two rows 8-bit weights {far:,} bytes ahead, 4-bit weights {nibbles:,} into L2 "
+            detail=f"for few rows 8-bit weights {far:,} bytes ahead, 4-bit weights {nibbles:,} into L2 "
             f"and {near:,} into L1, by the processor's vendor",
             data={"bytes": far, "nibbles": nibbles, "nibbles_near": near},
         )
@@ -117,9 +117,9 @@ def _cores(cpus: Cpus) -> Check:
     others = f" of {cpus.machine_nodes}" if cpus.machine_nodes > nodes else ""
     shared = f" of {cpus.hardware_threads} hardware threads" if cpus.hardware_threads > cpus.cores else ""
     quota = "" if cpus.quota is None else f", quota {cpus.quota:g} CPUs"
-    bound = ", bound to their nodes" if nodes > 1 else ""
-    if cpus.pinned and threads == cpus.cores:
-        bound = ", each bound to a core"
+    native, bound = _native(), ""
+    if native is not None and cpus.pinned and nodes <= min(threads, native.MOST_NODES):
+        bound = ", each bound to a core" if threads == cpus.cores else ", bound to their nodes" * (nodes > 1)
     return Check(
         group="processor",
         name="cores",
@@ -177,10 +177,10 @@ def check_memory(measure: bool = True) -> Iterator[Check]:
 
 def read_bandwidth(threads: int) -> tuple[float, str]:
     """(GB/s, method): the native kernels' probe, else numpy, which reports less."""
-    native = _native()
+    native, some = _native(), f"{threads} thread{'s' * (threads > 1)}"
     if native is not None:
-        return float(native.read_bandwidth(threads, _PROBE_BYTES)), f"native, {threads} threads"
-    return _numpy_bandwidth(threads), f"numpy, {threads} threads, a lower bound"
+        return float(native.read_bandwidth(threads, _PROBE_BYTES)), f"native, {some}"
+    return _numpy_bandwidth(threads), f"numpy, {some}, a lower bound"
 
 
 def _numpy_bandwidth(threads: int, size: int = _PROBE_BYTES // 2, passes: int = 4) -> float:

@@ -20,7 +20,7 @@ _PAGE = 4096
 def check_placement(memory: Sequence[tuple[int, int, int]], file: PackedFile | None) -> None:
     """Check weights: those packed into nodes' memory, (node, address, bytes), or else a mapped file."""
     cpus = own_cpus()
-    if len(cpus.nodes) > 1:
+    if len({node for node, _, _ in memory}) > 1:
         check_nodes(memory)
     elif cpus.machine_nodes > 1 and file is not None:
         check_file(str(file.path), file.pages(), cpus.nodes)

@@ -180,8 +180,12 @@ class PackingOps(HostOps):
         self.device = HOST if arrays else torch.device("cpu")  # type: ignore[assignment]
         if not arrays:
             self.dtype = torch.float32
-        cpus, pin = own_cpus(), not topology and own_cpus().pinned
-        self._native = _native.Backend(threads, isa, topology or cpus.topology, pin)
+        cpus = own_cpus()
+        if topology or len(cpus.nodes) > min(threads, _native.MOST_NODES):
+            # Bound, processes of few threads would all share the first nodes.
+            self._native = _native.Backend(threads, isa, topology)
+        else:
+            self._native = _native.Backend(threads, isa, cpus.topology, cpus.pinned)
         if exact:
             self._native.expand_tokens = self._native.tile_tokens = 0
         self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
