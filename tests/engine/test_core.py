@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,7 +28,8 @@ RAW = tiny(
     vocab_size=320, max_position_embeddings=256, num_hidden_layers=DEPTH, num_nextn_predict_layers=1,
     eos_token_id=1,
 )  # fmt: skip
-DECODING = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
+# Long enough that none ends before the prompts of its test arrive.
+DECODING = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True, logprobs=2)
 ANSWER = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=2, prompt_logprobs=1)
 
 
@@ -70,6 +71,18 @@ class Watched:
         for stream in streams:
             next(iter(stream))
         return streams
+
+    def arriving(
+        self, before: Callable[[list[RequestStream]], object], *prompts: list[int], client: str = ""
+    ) -> list[RequestStream]:
+        """Requests that arrive between two steps; `before` gets them before their first layers."""
+
+        def submit(core: object) -> list[RequestStream]:
+            streams = [self.engine.submit(each, ANSWER, client=client) for each in prompts]
+            self.before = [lambda: before(streams)]
+            return streams
+
+        return self.engine.between_steps(submit).result()
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +129,7 @@ def test_divided_prompts_get_the_same_answers(model: DecoderModel, speculate: st
 def test_cancelled_prompt_keeps_its_blocks_until_its_layers_are_done(watched: Watched) -> None:
     engine = watched.engine
     others = watched.decoding()
-    kept = engine.submit(prompt(1, 20), ANSWER)
-    gone = engine.submit(prompt(2, 20), ANSWER)
-    watched.before = [gone.cancel]
+    kept, gone = watched.arriving(lambda streams: streams[1].cancel(), prompt(1, 20), prompt(2, 20))
     assert gone.result().outputs[0].finish_reason == "abort"
     alone = texts(kept.result())
     for stream in others:
@@ -128,8 +139,7 @@ def test_cancelled_prompt_keeps_its_blocks_until_its_layers_are_done(watched: Wa
 
 def test_layers_of_cancelled_prompts_are_not_computed(watched: Watched) -> None:
     others = watched.decoding()
-    gone = watched.engine.submit(prompt(3, 30), ANSWER)
-    watched.before = [gone.cancel]
+    (gone,) = watched.arriving(lambda streams: streams[0].cancel(), prompt(3, 30))
     assert gone.result().outputs[0].finish_reason == "abort"
     for stream in others:
         stream.result()
@@ -139,8 +149,7 @@ def test_layers_of_cancelled_prompts_are_not_computed(watched: Watched) -> None:
 def test_short_prompt_does_not_wait_for_a_divided_one(watched: Watched) -> None:
     engine, answers = watched.engine, []
     others = watched.decoding()
-    long = engine.submit(prompt(4, 40), ANSWER)
-    watched.before = [lambda: answers.append(engine.submit([5, 6, 7], ANSWER))]
+    (long,) = watched.arriving(lambda _: answers.append(engine.submit([5, 6, 7], ANSWER)), prompt(4, 40))
     late = long.result().metrics.first_token_time
     assert answers[0].result().metrics.first_token_time < late
     for stream in others:
@@ -165,8 +174,11 @@ def test_another_clients_prompt_does_not_wait_for_all_layers(watched: Watched) -
     engine, answers = watched.engine, []
     others = [engine.submit([7, 9, 11], DECODING, client="decoding")]
     next(iter(others[0]))
-    flood = [engine.submit(prompt(i, 40), ANSWER, client="flood") for i in range(3)]
-    watched.before = [lambda: answers.append(engine.submit(prompt(9, 12), ANSWER, client="new"))]
+    flood = watched.arriving(
+        lambda _: answers.append(engine.submit(prompt(9, 12), ANSWER, client="new")),
+        *(prompt(i, 40) for i in range(3)),
+        client="flood",
+    )
     last = max(stream.result().metrics.first_token_time for stream in flood)
     assert answers[0].result().metrics.first_token_time < last
     for stream in others:
@@ -175,6 +187,6 @@ def test_another_clients_prompt_does_not_wait_for_all_layers(watched: Watched) -
 
 def test_rest_of_the_layers_follows_at_once_where_nothing_decodes(watched: Watched) -> None:
     others = watched.decoding(1)
-    watched.before = [others[0].cancel]
-    watched.engine.submit(prompt(5, 40), ANSWER).result()
+    (long,) = watched.arriving(lambda _: others[0].cancel(), prompt(5, 40))
+    long.result()
     assert [(first, last) for _, first, last in watched.spans] == [(0, 1), (1, DEPTH)]
