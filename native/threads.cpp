@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <system_error>
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -113,20 +114,30 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
   for (const Node& node : nodes_) cpus += all_cpus(node).size();
   if (cpus == 0) cpus = std::thread::hardware_concurrency();  // that this process may use
   if (threads > static_cast<int>(cpus)) impatient_ = Clock::duration::zero();
-  for (int t = 1; t < size_; ++t)
-    workers_.emplace_back([this, t] {
-      const Node& node = nodes_[node_of_[t]];
-      const bool alone = static_cast<int>(node.cores.size()) == node_threads_[node_of_[t]];
-      if (pin_) pin_to(alone ? node.cores[t - first_thread_[node_of_[t]]] : all_cpus(node));
-      loop(t);
-    });
+  try {
+    for (int t = 1; t < size_; ++t)
+      workers_.emplace_back([this, t] {
+        const Node& node = nodes_[node_of_[t]];
+        const bool alone = static_cast<int>(node.cores.size()) == node_threads_[node_of_[t]];
+        if (pin_) pin_to(alone ? node.cores[t - first_thread_[node_of_[t]]] : all_cpus(node));
+        loop(t);
+      });
+  } catch (const std::system_error& error) {
+    const size_t started = workers_.size() + 1;
+    end();
+    throw std::invalid_argument("threads: got " + std::to_string(size_) + "; expected at most " +
+                                std::to_string(started) + ", as the system starts no more (" + error.what() +
+                                ")");
+  }
 }
 
-Pool::~Pool() {
+void Pool::end() {
   stop_ = true;
   for (Gate& gate : starts_) gate.open();
   for (auto& w : workers_) w.join();
 }
+
+Pool::~Pool() { end(); }
 
 Share Pool::share(int node, int units) const {
   const int64_t u = units, before = first_thread_[node];

@@ -110,6 +110,7 @@ class Pool {
   void start(void (*call)(void*, Team&), void* data);
   void work(int id, uint32_t region);
   void loop(int id);
+  void end();
   bool take(int phase, int id, int set, int units, Taken& t);
 
   static std::atomic<int> forks_;  // that made this process

@@ -170,6 +170,24 @@ except RuntimeError as error:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_more_threads_than_the_system_starts_are_refused() -> None:
+    """The process was aborted. Address space for few stacks is a limit as containers set for processes."""
+    code = """
+import resource
+from farthing import _native
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)
+try:
+    _native.Backend(5000)
+except ValueError as error:
+    assert "threads: got 5000; expected at most " in str(error), error
+else:
+    raise AssertionError
+assert len(_native.Backend(2).units_of_threads(8)) == 8
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("threads", "topology", "yields"),
     [
