@@ -72,6 +72,24 @@ void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
 #endif
 }
 
+std::vector<int> affinity() {
+  std::vector<int> cpus;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (pthread_getaffinity_np(pthread_self(), sizeof set, &set) != 0) return cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
+#endif
+  return cpus;
+}
+
+// A thread that calls a pool is bound by its first call and free again when it destroys the pool.
+struct Caller {
+  const Pool* pool = nullptr;
+  std::vector<int> cpus;  // before
+};
+thread_local Caller caller;
+
 }  // namespace
 
 std::atomic<int> Pool::forks_{0};
@@ -137,7 +155,12 @@ void Pool::end() {
   for (auto& w : workers_) w.join();
 }
 
-Pool::~Pool() { end(); }
+Pool::~Pool() {
+  end();
+  if (caller.pool != this) return;
+  pin_to(caller.cpus);
+  caller.pool = nullptr;
+}
 
 Share Pool::share(int node, int units) const {
   const int64_t u = units, before = first_thread_[node];
@@ -178,10 +201,10 @@ void Pool::work(int id, uint32_t region) {
 }
 
 void Pool::start(void (*call)(void*, Team&), void* data) {
-  static thread_local const Pool* pinned = nullptr;  // callers are not known before they call
-  if (pin_ && pinned != this) {  // to the node alone: what the caller starts later inherits it
+  if (pin_ && caller.pool != this) {  // to the node alone: what the caller starts later inherits it
+    if (!caller.pool) caller.cpus = affinity();
     pin_to(all_cpus(nodes_[0]));
-    pinned = this;
+    caller.pool = this;
   }
   call_ = call;
   data_ = data;

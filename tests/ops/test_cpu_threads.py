@@ -233,6 +233,11 @@ caller.start()
 caller.join()
 bound = sorted("".join(map(str, sorted(mask))) for mask in found)
 assert bound == sorted(expected), (bound, expected)
+backend.units_of_threads(8)
+other = _native.Backend(2, "auto", "0;1", True)
+other.units_of_threads(8)
+del backend, other
+assert os.sched_getaffinity(0) == free, "the thread that ends a pool has its CPUs back"
 """
 
 
