@@ -229,6 +229,7 @@ constexpr int kTileTokens = 32, kTileExpertRows = 12;
 struct Sizes {
   const Kernels& kernels;
   int threads;
+  CacheType cache;
   Workspace work{Workspace::Memory::none};
   int tile_tokens = kTileTokens;
 

@@ -498,16 +498,15 @@ void Sizes::mla(const Attention& w, const Batch& batch) {
   MlaArgs in{};
   in.tokens = batch.query_start[batch.sequences];
   in.batch = batch;
-  for (const int least : {0, kExpandTokens})  // a step of as many tokens may take either attention
-    for (const CacheType type : {CacheType::f32, CacheType::bf16}) {
-      in.cache.type = type;
-      const WideTokens wide(batch, in.tokens, least);
-      const Kernels::Keys form = KeyReader::form(kernels, in.cache, w.shape());
-      const Units units(batch, wide, w, form, threads);
-      work.reset();
-      const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units, form, threads);
-      const Expanded expanded(work, kernels, w, in, wide, threads);
-    }
+  in.cache.type = cache;
+  const Kernels::Keys form = KeyReader::form(kernels, in.cache, w.shape());
+  for (const int least : {0, kExpandTokens}) {  // a step of as many tokens may take either attention
+    const WideTokens wide(batch, in.tokens, least);
+    const Units units(batch, wide, w, form, threads);
+    work.reset();
+    const Space space(work, kernels, w, static_cast<int>(wide.others.size()), units, form, threads);
+    const Expanded expanded(work, kernels, w, in, wide, threads);
+  }
 }
 
 void Backend::mla(const Attention& w, const MlaArgs& in) {

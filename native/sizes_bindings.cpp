@@ -69,10 +69,10 @@ void bind_sizes(nb::module_& module) {
   nb::class_<Sizes>(module, "Sizes")
       .def(
           "__init__",
-          [](Sizes* self, int threads, const std::string& isa) {
-            new (self) Sizes{select_kernels(isa.c_str()), threads};
+          [](Sizes* self, int threads, CacheType cache, const std::string& isa) {
+            new (self) Sizes{select_kernels(isa.c_str()), threads, cache};
           },
-          "threads"_a, "isa"_a = "auto")
+          "threads"_a, "cache"_a, "isa"_a = "auto")
       .def_prop_ro("workspace_bytes", [](const Sizes& s) { return s.work.most_used(); })
       .def(
           "linear",

@@ -33,7 +33,7 @@ def steps(model: DecoderModel, serving: Serving) -> None:
     """A prompt as long as the budget, then the last token of every sequence."""
     count, size = serving.max_num_seqs, serving.block_size
     blocks = -(-serving.max_model_len // size)
-    cache = model.new_cache(count * blocks, size, "bfloat16")
+    cache = model.new_cache(count * blocks, size, serving.cache_dtype)
     tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(count)]
     tokens, length = serving.max_num_batched_tokens, serving.max_model_len
     prompt = make_batch([tokens], [length - tokens], tables[:1], size)
@@ -53,6 +53,20 @@ def test_planned_workspace_covers_expanded_attention() -> None:
     shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
     planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)
     assert planned is not None and planned >= ops._native.workspace_bytes
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "fp8", "int8"])
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_planned_workspace_of_other_caches(tokens: int, cache_dtype: str) -> None:
+    config = ModelConfig.from_json(RAW)
+    ops: Any = select("cpu", torch.float32, 2)
+    serving = Serving(208, 208, max_num_seqs=1, max_num_batched_tokens=tokens, cache_dtype=cache_dtype)
+    with torch.inference_mode():
+        steps(DecoderModel(config, ops, MemorySource(random_parameters(config))), serving)
+    plan = ShardPlan.build(config, Layout())
+    shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
+    planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)
+    assert planned == ops._native.workspace_bytes
 
 
 @pytest.mark.parametrize(

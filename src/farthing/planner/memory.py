@@ -84,6 +84,7 @@ class Shard:
         return self.kinds[0].num_attention_heads
 
 
+_CACHE_TYPES = {"float32": "F32", "bfloat16": "BF16", "fp8": "FP8", "int8": "INT8"}
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
 
 
@@ -97,7 +98,8 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
         from farthing import _native
     except ImportError:
         return None
-    sizes, budget = _native.Sizes(threads), serving.max_num_batched_tokens
+    cache = getattr(_native.CacheType, _CACHE_TYPES[serving.cache_dtype])
+    sizes, budget = _native.Sizes(threads, cache), serving.max_num_batched_tokens
     sequences = min(serving.max_num_seqs, budget)
     each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
     for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
