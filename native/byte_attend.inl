@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kPiece = 64;  // columns of a vector of keys
 constexpr int kQueryBits = 7, kQueryTop = (127 << kQueryBits) + 63, kWeightTop = 0xffff;
+constexpr float kLeastTop = 2e-34f;  // numbers below it become 0; kWeightTop / kLeastTop is finite
 
 // The sums of 16 vectors, in their order; add(x, y) on vectors of 32 bits.
 template <class F>
@@ -54,7 +55,7 @@ struct Int8Keys {
   static float take_query(const float* x, int n, uint8_t* high, uint8_t* low, int32_t* minus) {
     f32x16 top = {}, nothing = {};
     for_lanes(n, [&](int i) { top = max(top, abs(loadf(x + i))), nothing += loadf(x + i) * 0.0f; });
-    const float amax = reduce_max(top), inverse = amax > 1e-30f ? kQueryTop / amax : 0.0f;
+    const float amax = reduce_max(top), inverse = amax > kLeastTop ? kQueryTop / amax : 0.0f;
     for (int i = 0; i < n; i += 16) {
       const __m512i v = _mm512_cvtps_epi32(loadf(x + i) * inverse);
       const __m512i up = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(64)), kQueryBits);
@@ -75,7 +76,7 @@ struct Int8Keys {
   static float take_weights(const f32x16 (&x)[kKeyBlock / 16], int row, uint32_t (*to)[8][2]) {
     f32x16 top = {}, nothing = {};
     for (const f32x16& v : x) top = max(top, v), nothing += v * 0.0f;
-    const float most = reduce_max(top), inverse = most > 1e-30f ? kWeightTop / most : 0.0f;
+    const float most = reduce_max(top), inverse = most > kLeastTop ? kWeightTop / most : 0.0f;
     alignas(64) uint8_t bytes[2][kKeyBlock];
     for (int i = 0; i < kKeyBlock / 16; ++i) {
       const __m512i v = _mm512_cvtps_epi32(x[i] * inverse);
@@ -221,8 +222,8 @@ inline void byte_scores(const AttendBlock& b, const FourQueries& q, int r, const
                         float* scores) {
   const auto* const* next = reinterpret_cast<const uint8_t* const*>(b.rows16) + kKeyBlock + s;
   const auto scaled = [&](int part, f32x16 dots) {
-    return dots * _mm512_broadcast_f32x4(_mm_loadu_ps(b.key_scales + part * kKeyBlock + s)) *
-           loadf(q.scale[part]);
+    const f32x16 by = _mm512_broadcast_f32x4(_mm_loadu_ps(b.key_scales + part * kKeyBlock + s));
+    return dots * (by * loadf(q.scale[part]));  // with one scale alone, dots may overflow
   };
   f32x16 sum = {};
   if (b.first == 0)

@@ -71,7 +71,9 @@ def test_arithmetic(isa: str, cache_dtype: CacheDtype, shape: tuple[int, int, in
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cache_dtype", list(TYPES))
-@pytest.mark.parametrize("case", ["zero keys", "zero values", "zero query", "huge", "tiny", "few large"])
+@pytest.mark.parametrize(
+    "case", ["zero keys", "zero values", "zero query", "huge", "tiny", "uneven", "few large"]
+)
 def test_extremes(isa: str, cache_dtype: CacheDtype, case: str) -> None:
     torch.manual_seed(2)
     heads, groups, size = shape = 8, 2, 64
@@ -88,6 +90,9 @@ def test_extremes(isa: str, cache_dtype: CacheDtype, case: str) -> None:
     if case == "tiny":  # scores of 0 in effect; values whose scale is close to the least normal number
         k *= 1e-12
         v *= 1e-12
+    if case == "uneven":  # ordinary scores of very large keys and very small queries
+        k *= 1e32
+        q *= 1e-32
     if case == "few large":  # the rest of a row is subnormal in FP8, of both signs and 0
         for y in (k, v):
             y[..., 1:] *= 2e-5

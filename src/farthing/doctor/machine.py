@@ -64,6 +64,7 @@ INSTRUCTION_SETS = (
     "avx512f",
     "avx512bw",
     "avx512_vnni",
+    "avx512_vbmi",
     "avx512_bf16",
     "amx_tile",
     "amx_int8",
