@@ -100,8 +100,10 @@ struct Space {
 }  // namespace
 
 void Sizes::linear(const Matrix& w, int tokens) {
-  work.reset();
-  Space(work, kernels, w, nullptr, tokens, threads, tile_tokens);
+  for (const int least : {0, kTileTokens}) {
+    work.reset();
+    Space(work, kernels, w, nullptr, tokens, threads, least);
+  }
 }
 
 void Backend::linear(const Packed& packed, const LinearArgs& in) {

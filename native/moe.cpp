@@ -456,8 +456,10 @@ int routed_rows(const Moe& w, int tokens) { return w.gate ? tokens * w.router.to
 }  // namespace
 
 void Sizes::moe(const Moe& w, int tokens, int rows) {
-  work.reset();
-  Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads, tile_tokens);
+  for (const int least : {0, kTileTokens}) {
+    work.reset();
+    Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads, least);
+  }
 }
 
 void Backend::route(const Moe& w, Rows n, int tokens, int64_t* ids, float* weights) {
