@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-WORKERS ?= 2
+# Many tests wait for servers and timers: three processes keep two cores busy.
+WORKERS ?= 3
 farthing_tests       := tests --ignore=tests/fleet --ignore=tests/lab
 farthing_fleet_tests := tests/fleet
 farthing_lab_tests   := tests/lab
