@@ -130,7 +130,8 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
   for (const int g : group_of_) ++groups_[g].expected;
   size_t cpus = 0;
   for (const Node& node : nodes_) cpus += all_cpus(node).size();
-  if (cpus == 0) cpus = std::thread::hardware_concurrency();  // that this process may use
+  if (cpus == 0) cpus = affinity().size();
+  if (cpus == 0) cpus = std::thread::hardware_concurrency();  // the machine's
   if (threads > static_cast<int>(cpus)) impatient_ = Clock::duration::zero();
   try {
     for (int t = 1; t < size_; ++t)
