@@ -1,6 +1,6 @@
 """Every kernel of the CPU backend compared with the machine's limit.
 
-    python bench/kernels.py --model L576 [--only linear|moe|mla|delta|head|sparse|cells] [--formats int4 …]
+    python bench/kernels.py --model L576 [--only linear|moe|mla|delta|head|sparse|cells|tiles] [--formats …]
 
 Shapes are those of one model of random_model.py. Weights are copied until they exceed the caches, so that a
 single row reads from memory, as in decoding. A row's limit is the longer of its bytes at the bandwidth and

@@ -1,7 +1,8 @@
-"""Products on AMX tiles beside the units' peak, the vector loops and oneDNN, and where the forms cross.
+"""Products on AMX tiles beside the units' peak, the exact form and oneDNN, and where the forms cross.
 
 `python bench/kernels.py --only tiles`. Both forms run on the same instruction set: in blocks of columns, and
-as `--deterministic` computes. They take turns; a figure is the median over passes. oneDNN runs after them.
+as `--deterministic` computes: integers on vectors, bfloat16 on tiles too, with activations in two halves.
+They take turns; a figure is the median over passes. oneDNN runs after them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class TileRow:
 
     kernel: str
     rows: int
-    tiles: float
-    vectors: float
+    blocks: float
+    exact: float
     onednn: float  # int8, weights prepacked by torch; 0: not measured
-    peak: float  # of the tiles, measured in the same run; 0: unknown, as where they are emulated
+    peak: float  # of the tiles in that format, by a measurement in INT8; 0: unknown, as where emulated
 
 
 def gop_s(calls: Sequence[Callable[[], Any]], work: float, passes: int) -> list[float]:
@@ -53,7 +54,7 @@ def gop_s(calls: Sequence[Callable[[], Any]], work: float, passes: int) -> list[
 
 
 def forms(b: Bench, call: Callable[[], Any]) -> list[Callable[[], Any]]:
-    """The call in blocks of columns whatever its rows, and on vectors."""
+    """The call in blocks of columns whatever its rows, and in the exact form."""
 
     def of(least: int) -> Callable[[], Any]:
         def run() -> None:
@@ -90,7 +91,8 @@ def products(b: Bench, formats: Sequence[str], n: int, ks: Sequence[int], rows: 
                 torch.set_num_threads(b.threads)
                 (theirs,) = gop_s([peer], work, b.passes)
                 torch.set_num_threads(1)
-            found.append(TileRow(f"{name} {n} x {k}", rows, *ours, theirs, peak))
+            most = peak / 2 if name == "bf16" else peak  # a tile has half as many bfloat16
+            found.append(TileRow(f"{name} {n} x {k}", rows, *ours, theirs, most))
     return found
 
 
@@ -126,25 +128,24 @@ def gate(b: Bench, k: int) -> Any:
 
 
 def crossing(rows: Sequence[TileRow]) -> str:
-    """From how many rows on tiles are at least as fast as vectors."""
-    slower = [r.rows for r in rows if r.tiles < r.vectors]
+    """From how many rows on blocks are at least as fast as the exact form."""
+    slower = [r.rows for r in rows if r.blocks < r.exact]
     later = [r.rows for r in rows if r.rows > max(slower, default=0)]
-    return f"{rows[0].kernel}: tiles from {min(later)} rows on" if later else f"{rows[0].kernel}: vectors"
+    return f"{rows[0].kernel}: blocks from {min(later)} rows on" if later else f"{rows[0].kernel}: exact"
 
 
 def tile_table(rows: Sequence[TileRow], b: Bench) -> Table:
     """GOP/s, and shares of the tiles' peak."""
-    peak = rows[0].peak
-    title = f"{b.ops.name}: INT8 on tiles {peak:,.0f} GOP/s, on vectors {b.int8:,.0f}"
-    table = Table("kernel", "rows", "tiles", "of the peak", "vectors", "oneDNN", title=title)
+    title = f"{b.ops.name}: GOP/s; INT8 on vectors {b.int8:,.0f}"
+    table = Table("kernel", "rows", "blocks", "tiles' peak", "of it", "exact", "oneDNN", title=title)
     for r in rows:
-        share = f"{r.tiles / r.peak:.0%}" if r.peak else ""
         table.add_row(
             r.kernel,
             str(r.rows),
-            f"{r.tiles:.0f}",
-            share,
-            f"{r.vectors:.0f}",
+            f"{r.blocks:.0f}",
+            f"{r.peak:,.0f}" if r.peak else "",
+            f"{r.blocks / r.peak:.0%}" if r.peak else "",
+            f"{r.exact:.0f}",
             f"{r.onednn:.0f}" if r.onednn else "",
         )
     return table
