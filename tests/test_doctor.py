@@ -131,6 +131,31 @@ def test_extras_are_read_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> N
     assert found["fleet"].advice == "pip install '.[fleet]' in a checkout of Farthing"
 
 
+def test_extras_of_other_distributions_are_found_by_the_bare_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray[serve]` is no distribution: `ray` is, and what its extra needs."""
+    lines = {
+        "farthing": ['ray[serve]>=2.51; extra == "ray"', 'httpx[http2]; extra == "fleet"'],
+        "ray": [
+            'starlette>=1; extra == "serve"',
+            'uvicorn[standard]; extra == "serve"',
+            'py-spy; python_version < "3" and extra == "serve"',
+            'no-such-thing; extra == "tune"',
+        ],
+        "httpx": ['no-such-thing>=3 ; extra == "http2"'],
+    }
+    monkeypatch.setattr(extras, "requires", lambda name: lines.get(name))
+
+    def version(name: str) -> str:
+        if name not in (*lines, "starlette", "uvicorn"):
+            raise extras.PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(extras, "version", version)
+    monkeypatch.setattr(extras, "declared", extras.declared.__wrapped__)
+    assert extras.missing("ray") == [] and extras.extra_for("ray") == "ray"
+    assert extras.missing("fleet") == ["httpx[http2]"], "httpx alone is not enough"
+
+
 def test_missing_compiler_is_reported_but_is_not_a_failure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ EXTRAS = {
     "several": "several models in one server",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
+_NAME = re.compile(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?")
+_EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
 _DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "zmq": "pyzmq"}
 
 
@@ -47,17 +49,24 @@ def has_torch() -> bool:
 @cache
 def declared() -> dict[str, list[str]]:
     """{extra: distribution names} of EXTRAS, those of extras that it includes too; {} if not installed."""
+    extras = {extra: names for extra, names in _extras("farthing").items() if extra in EXTRAS}
+    return {extra: _flat(extras, extra) for extra in extras}
+
+
+def _extras(distribution: str, conditional: bool = True) -> dict[str, list[str]]:
+    """{extra: distribution names} of an installed distribution; {} if it is not installed. `conditional`:
+    with those needed only on some systems or versions of Python."""
     try:
-        lines = requires("farthing") or []
+        lines = requires(distribution) or []
     except PackageNotFoundError:
         return {}
     extras: dict[str, list[str]] = {}
     for line in lines:
-        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
-        name = re.match(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?", line)
-        if extra and name and extra.group(1) in EXTRAS:
+        name, marker = _NAME.match(line), line.partition(";")[2]
+        extra = _EXTRA.search(marker)
+        if name and extra and (conditional or extra.group() == marker.strip()):
             extras.setdefault(extra.group(1), []).append(name.group())
-    return {extra: _flat(extras, extra) for extra in extras}
+    return extras
 
 
 def _flat(extras: dict[str, list[str]], extra: str) -> list[str]:
@@ -77,7 +86,11 @@ def missing(extra: str) -> list[str]:
 def extra_for(module: str, preferred: str = "") -> str | None:
     """The extra that provides a top-level module, `preferred` if several do; None if none does."""
     distribution = _normal(_DISTRIBUTIONS.get(module, module))
-    extras = [extra for extra, names in declared().items() if distribution in map(_normal, names)]
+    extras = [
+        extra
+        for extra, names in declared().items()
+        if distribution in (_normal(_bare(name)) for name in names)
+    ]
     return preferred if preferred in extras else next(iter(extras), None)
 
 
@@ -85,9 +98,17 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _installed(distribution: str) -> bool:
+def _bare(name: str) -> str:
+    """`ray` of `ray[serve]`: metadata is found by the name alone."""
+    return name.partition("[")[0]
+
+
+def _installed(name: str) -> bool:
+    """Whether a distribution is installed, with what the extras that its name lists need everywhere."""
     try:
-        version(distribution)
+        version(_bare(name))
     except PackageNotFoundError:
         return False
-    return True
+    listed = name.removeprefix(_bare(name)).strip("[]").split(",")
+    needs = _extras(_bare(name), conditional=False)
+    return all(_installed(need) for extra in listed for need in needs.get(extra, ()))
