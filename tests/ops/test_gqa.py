@@ -283,3 +283,26 @@ def test_calibrated_scales_of_an_fp8_cache(backend: str, window: int | None) -> 
     assert error(found, own.exact()) > 3 * MLA_BOUNDS["fp8"] > error(own.run(ops, steps, "fp8"), own.exact())
     same = zip(fixed.run(ops, steps, "int8"), own.run(ops, steps, "int8"), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
+
+
+def shows_what_is_not_finite(ops: Ops, cache_dtype: str, scales: tuple[float, float] | None = None) -> None:
+    """In every later token and head that reads it, and in no other sequence or head. Before it in the same
+    step, its weight of 0 may be multiplied by it."""
+    case = Case.random(replace(SIZES["odd"], cache_scales=scales), [90, 40, 40], sinks=True)
+    heads, groups, size = 6, 3, 20
+    key, value = heads * size + 3, (heads + groups + 1) * size + 3  # of the first group, of the second
+    case.qkv[0][30, key] = case.qkv[0][40, value] = float("nan")
+    case.qkv[1][39, key] = float("inf")
+    steps = [[(0, 28), (0, 30), (0, 0)], [(28, 40), (30, 10), (0, 40)], [(68, 22), (0, 0), (0, 0)]]
+    found = [x.view(len(x), groups, -1).isnan() for x in case.run(ops, steps, cache_dtype)]
+    assert found[0][30:, 0].all() and found[0][40:, 1].all() and found[1][39, 0].all()
+    found[0][28:, :2], found[1][30:, 0] = False, False
+    assert not any(x.any() for x in found)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", *ISAS])
+@pytest.mark.parametrize(("cache_dtype", "scales"), [("int8", None), ("fp8", None), ("fp8", SCALES)])
+def test_what_is_not_finite_shows(backend: str, cache_dtype: str, scales: tuple[float, float] | None) -> None:
+    made: dict[str, Ops] = {"reference": ReferenceOps(torch.float32)}
+    made["torch"] = TorchOps(torch.device("cpu"), torch.float32)
+    shows_what_is_not_finite(made.get(backend) or native(backend), cache_dtype, scales)

@@ -112,10 +112,9 @@ def quantized(
     if top is None:
         return torch.cat((latent, k_pe), -1).to(dtype), None
     both = latent.float(), k_pe.float()
+    scale = torch.stack([p.abs().amax(-1) / top for p in both], -1).clamp_min(1e-20)
     if fixed is not None and dtype == torch.float8_e4m3fn:
-        scale = torch.stack([p.new_full(p.shape[:-1], f) for p, f in zip(both, fixed, strict=True)], -1)
-    else:
-        scale = torch.stack([p.abs().amax(-1) / top for p in both], -1).clamp_min(1e-20)
+        scale = scale.new_tensor(fixed) + 0 * scale  # NaN where a number is not finite
     values = torch.cat([p / scale[..., i : i + 1] for i, p in enumerate(both)], -1)
     return (values.round() if dtype == torch.int8 else values).clamp(-top, top).to(dtype), scale
 

@@ -21,7 +21,7 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import DEVICE, norm
 from tests.ops.parts import distance
-from tests.ops.test_gqa import Case, error, in_steps
+from tests.ops.test_gqa import Case, error, in_steps, shows_what_is_not_finite
 
 SPECS = {
     "small": AttentionSpec(4, 8, 8, 8, 32, 0.2),
@@ -55,6 +55,24 @@ def outputs(
     return results
 
 
+def inputs_of(spec: AttentionSpec) -> tuple[Weight, dict[str, Any]]:
+    rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
+    w = Weight("dense", torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5)
+    angles = torch.rand(128, spec.rope_dim // 2) * 6
+    parts: dict[str, Any] = {
+        "rope": torch.stack((angles.cos(), angles.sin())),
+        "norm": norm(spec.latent_dim),
+        "inputs": [
+            (
+                torch.randn(tokens, spec.num_heads * (spec.nope_dim + spec.rope_dim)),
+                torch.randn(tokens, 8 + spec.latent_dim + spec.rope_dim)[:, 8:],
+            )
+            for tokens in (sum(new for _, new in step) for step in STEPS)
+        ],
+    }
+    return w, parts
+
+
 @pytest.mark.parametrize(
     ("name", "cache_dtype", "dtype"),
     [
@@ -71,24 +89,27 @@ def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytes
     for module in (attention, decode_module):
         monkeypatch.setattr(module, "config", lambda *_: Config(bm=16, bk=16))
     spec = SPECS[name]
-    rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
-    w = Weight("dense", torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5)
-    angles = torch.rand(128, spec.rope_dim // 2) * 6
-    parts = {
-        "rope": torch.stack((angles.cos(), angles.sin())),
-        "norm": norm(spec.latent_dim),
-        "inputs": [
-            (
-                torch.randn(tokens, spec.num_heads * (spec.nope_dim + spec.rope_dim)),
-                torch.randn(tokens, 8 + spec.latent_dim + spec.rope_dim)[:, 8:],
-            )
-            for tokens in (sum(new for _, new in step) for step in STEPS)
-        ],
-    }
+    w, parts = inputs_of(spec)
     ours = outputs(GpuOps(dtype, DEVICE), spec, w, parts, cache_dtype)
     expected = outputs(ReferenceOps(torch.float32), spec, w, parts, cache_dtype)
     for y, z in zip(ours, expected, strict=True):
         assert distance(y, z) < (CACHES[cache_dtype] if dtype is torch.float32 else 1e-3)
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "int8"])
+def test_what_is_not_finite_shows(cache_dtype: str) -> None:
+    """A NaN in a latent or an infinity in a rotary key, in all tokens that read it."""
+    w, parts = inputs_of(SPECS["small"])
+    parts["inputs"][0][1][30, 4] = float("nan")  # of the second sequence
+    parts["inputs"][1][1][-1, -1] = float("inf")  # of the third
+    found = outputs(GpuOps(torch.float32, DEVICE), SPECS["small"], w, parts, cache_dtype)
+    lost = [[*range(30, 42)], [*range(1, 27), 29], [1, 2]]
+    for y, rows in zip(found, lost, strict=True):
+        assert y[rows].isnan().all()
+        y[rows] = 0
+    found[0][5:30] = 0  # before it in the same step, its weight of 0 is multiplied by it
+    assert all(torch.isfinite(y).all() for y in found)
+    shows_what_is_not_finite(GpuOps(torch.float32, DEVICE), cache_dtype)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])

@@ -60,14 +60,23 @@ def _rotate_queries(
 
 
 @triton.jit
+def _top(x, mask):
+    """The largest magnitude of x, NaN if a number is not finite. Maxima of floats drop NaN; bits of
+    magnitudes have the order of their numbers, with NaN above all."""
+    bits = tl.where(mask, x, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    top = tl.max(bits, 0).to(tl.float32, bitcast=True)
+    return top + top * 0.0
+
+
+@triton.jit
 def store_part(x, mask, data, scale, KIND: tl.constexpr):
     """Store float32 x in the cache at data, with its scale if the cache is 8-bit."""
     if KIND == FP8_CACHE:
-        s = tl.maximum(tl.max(tl.abs(tl.where(mask, x, 0.0)), 0) / FP8_MAX, 1e-20)
+        s = tl.maximum(_top(x, mask) / FP8_MAX, 1e-20, propagate_nan=tl.PropagateNan.ALL)
         tl.store(data, narrow(tl.clamp(x / s, -FP8_MAX, FP8_MAX), tl.float8e4nv), mask=mask)
         tl.store(scale, s)
     elif KIND == INT8_CACHE:
-        s = tl.maximum(tl.max(tl.abs(tl.where(mask, x, 0.0)), 0) / 127.0, 1e-20)
+        s = tl.maximum(_top(x, mask) / 127.0, 1e-20, propagate_nan=tl.PropagateNan.ALL)
         tl.store(data, round_half_even(tl.clamp(x / s, -127.0, 127.0)).to(tl.int8), mask=mask)
         tl.store(scale, s)
     else:
