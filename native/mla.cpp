@@ -86,7 +86,9 @@ struct Units {
            int tokens, int head, int heads, bool whole) {
     const int keys = batch.keys(wide.others[token + tokens - 1]),
               first_key = w.first_key(batch.keys(wide.others[token]));
-    const int first = Chunks::of(first_key), last = Chunks::count(keys), step = whole ? last - first : 1;
+    // One even if it has no key, so that something is written.
+    const int first = Chunks::of(first_key), last = std::max(first + 1, Chunks::count(keys)),
+              step = whole ? last - first : 1;
     for (int c = first; c < last; c += step)
       list.push_back({from, token, tokens, head, heads, first_key, keys, c, c + step,
                       step < last - first ? slots++ : -1});
@@ -380,10 +382,12 @@ class Mla {
     }
   }
 
-  // Divides a row by the sum of its weights and takes it to the form W_UV reads; grouped: to the output.
+  // Divides a row by the sum of its weights and takes it to the form W_UV reads; grouped: to the output. A
+  // token without keys, as where every score that selects them is NaN, has a sum of 0, no row, and an output
+  // of 0.
   void put_latent(int token, int head, float* row, float max, float sum) const {
     const float inverse = 1.0f / w_.with_sink(head, max, sum);
-    for (int i = 0; i < w_.latent; ++i) row[i] *= inverse;
+    for (int i = 0; i < w_.latent; ++i) row[i] = sum == 0.0f ? 0.0f : row[i] * inverse;
     if (w_.grouped()) {
       std::memcpy(in_.out.row(wide_.others[token]) + static_cast<int64_t>(head) * w_.value, row,
                   sizeof(float) * w_.value);
@@ -421,6 +425,7 @@ class Mla {
     const bool last = chunk + 1 == u.last_chunk;
     if (last && index + 1 == static_cast<int>(units_.list.size())) return;
     const Unit& next = last ? units_.list[index + 1] : u;
+    if (next.keys == 0) return;
     const int c = last ? next.first_chunk : chunk + 1;
     const int first = next.begin(c, block_);
     reader.look_ahead(next.from, first, std::min(block_, next.end(c) - first), next.skipped(first));

@@ -100,3 +100,20 @@ def test_slots_follow_each_sequences_blocks() -> None:
     assert found.slots[1, 0].item() == 8
     assert found.slots[2].tolist() == [13, 5]
     assert found.starts.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
+@pytest.mark.parametrize("name", ["reference", *CPUS])
+def test_a_token_without_keys_attends_to_nothing(name: str, dtype: CacheDtype) -> None:
+    """As where all scores of its keys are NaN. It had what an earlier step left in memory."""
+    ops = backend(name)
+    handle, cache, batch, q, kv = step(ops, dtype)
+    select = positions(batch, 3)
+    expected = ops.mla(q, kv, handle, Place(cache, 1, batch), select)
+    for lost in ([1], [0, len(q) - 1], [*range(len(q))]):
+        none = select.clone()
+        none[lost] = -1
+        out = ops.mla(q, kv, handle, Place(cache, 1, batch), none)
+        assert not out[lost].any()
+        kept = [t for t in range(len(q)) if t not in lost]
+        assert torch.equal(out[kept], expected[kept])
