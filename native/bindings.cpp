@@ -51,12 +51,19 @@ std::vector<std::tuple<int, int, int, int>> units_of_threads(Backend& b, int uni
   return out;
 }
 
-// Seconds of a region with so many barriers, as the mean of many.
-double region_seconds(Backend& b, int barriers, int regions) {
+// Seconds of a region with so many barriers, as the mean of many. memory: of each thread, the barriers after
+// which it has none left; threads that are not named have enough.
+double region_seconds(Backend& b, int barriers, int regions, const std::vector<int>& memory) {
   const auto began = std::chrono::steady_clock::now();
   for (int i = 0; i < regions; ++i)
     b.pool.run([&](Team& team) {
-      for (int j = 0; j < barriers; ++j) team.barrier();
+      const size_t me = static_cast<size_t>(team.id());
+      const int last = me < memory.size() ? memory[me] : barriers + 1;
+      for (int j = 0; j < barriers; ++j) {
+        if (j == last) throw std::bad_alloc();
+        team.barrier();
+      }
+      if (last == barriers) throw std::bad_alloc();
     });
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() / regions;
 }
@@ -351,7 +358,8 @@ NB_MODULE(_native, module) {
           "address"_a, "size"_a, "name"_a)
       .def_prop_ro("yields_at_once", [](const Backend& b) { return b.pool.yields_at_once(); })
       .def_prop_ro("meetings", [](const Backend& b) { return b.pool.meetings(); })
-      .def("region_seconds", &region_seconds, "barriers"_a, "regions"_a,
+      .def("free_caller", [](const Backend& b) { b.pool.free_caller(); })
+      .def("region_seconds", &region_seconds, "barriers"_a, "regions"_a, "memory"_a = std::vector<int>(),
            nb::call_guard<nb::gil_scoped_release>())
       .def("units_of_threads", &units_of_threads, "units"_a, "late"_a = 0)
       .def(

@@ -83,7 +83,8 @@ std::vector<int> affinity() {
   return cpus;
 }
 
-// A thread that calls a pool is bound by its first call and free again when it destroys the pool.
+// A thread that calls a pool is bound by its first region, and free again once it says so or destroys the
+// pool: binding and freeing it takes the kernel longer than a barrier, and a step has hundreds of regions.
 struct Caller {
   const Pool* pool = nullptr;
   std::vector<int> cpus;  // before
@@ -116,6 +117,7 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
     for (; given < until; ++given) node_of_.push_back(static_cast<int>(node_threads_.size()) - 1);
   }
   for (auto& set : counters_) set = std::vector<Counters>(size_);
+  progress_ = std::vector<Progress>(size_);
   starts_ = std::vector<Gate>(nodes());
   barriers_ = std::vector<Gate>(nodes());
   node_groups_ = std::vector<Arrivals>(nodes());
@@ -158,6 +160,10 @@ void Pool::end() {
 
 Pool::~Pool() {
   end();
+  free_caller();
+}
+
+void Pool::free_caller() const {
   if (caller.pool != this) return;
   pin_to(caller.cpus);
   caller.pool = nullptr;
@@ -195,10 +201,45 @@ bool Pool::take(int phase, int id, int set, int units, Taken& t) {
 // Every thread clears the counters that it uses in the next region, which nothing reads in this one. One
 // thread would wait for the lines of all.
 void Pool::work(int id, uint32_t region) {
-  const int set = static_cast<int>(region % 2);
-  for (auto& taken : counters_[1 - set][id].taken) taken.store(0, std::memory_order_relaxed);
-  Team team(*this, id, set);
-  call_(data_, team);
+  Team team(*this, id, region);
+  for (auto& taken : counters_[1 - team.set_][id].taken) taken.store(0, std::memory_order_relaxed);
+  try {
+    call_(data_, team);
+    progress_[id].set(region, Progress::kDone);
+  } catch (const Left&) {
+  } catch (...) {
+    fail(team);
+  }
+}
+
+// In the handler of an exception between two barriers, or after the last. Threads that do not fail come to
+// the same next barrier, or to the end, and wait there for this one: none is further, and none that is behind
+// can leave earlier. So this one finds out which it is, and if it is a barrier meets the others there once
+// more.
+void Pool::fail(const Team& team) {
+  {
+    const std::lock_guard<std::mutex> one_at_a_time(failing_);
+    if (!failure_) failure_ = std::current_exception();
+  }
+  progress_[team.id_].set(team.region_, Progress::kFailed);
+  leave_at_.store(team.barriers_ + 1, std::memory_order_relaxed);  // seen by all who meet this thread there
+  if (at_barrier(team)) meet(team.id_);
+}
+
+// Waits for a thread that does not fail. If all do, it is the end.
+bool Pool::at_barrier(const Team& team) const {
+  for (;; std::this_thread::yield()) {
+    bool all_failed = true;
+    for (const Progress& other : progress_) {
+      const uint64_t at = other.at.load(std::memory_order_acquire);
+      const uint32_t region = static_cast<uint32_t>(at >> 32), barriers = static_cast<uint32_t>(at);
+      const bool failed = region == team.region_ && barriers == Progress::kFailed;
+      all_failed &= failed;
+      if (region != team.region_ || failed || barriers == team.barriers_) continue;  // not there yet
+      return barriers != Progress::kDone;
+    }
+    if (all_failed) return false;
+  }
 }
 
 void Pool::start(void (*call)(void*, Team&), void* data) {
@@ -212,7 +253,10 @@ void Pool::start(void (*call)(void*, Team&), void* data) {
   const uint32_t region = starts_[0].opened.load(std::memory_order_relaxed) + 1;
   for (Gate& gate : starts_) gate.open();
   work(0, region);
-  Team(*this, 0, 0).barrier();
+  meet(0);
+  if (!failure_) return;
+  leave_at_.store(0, std::memory_order_relaxed);
+  std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void Pool::loop(int id) {
@@ -247,12 +291,18 @@ void Pool::arrive(int id) {
   for (auto gate = barriers_.rbegin(); gate != barriers_.rend(); ++gate) gate->open();
 }
 
-void Team::barrier() {
-  if (pool_.size_ == 1) return;
-  const Pool::Gate& gate = pool_.barriers_[pool_.node_of_[id_]];
+void Pool::meet(int id) {
+  if (size_ == 1) return;
+  const Gate& gate = barriers_[node_of_[id]];
   const uint32_t seen = gate.opened.load(std::memory_order_acquire);
-  pool_.arrive(id_);
-  gate.wait(seen, kPatience, pool_.impatient_);
+  arrive(id);
+  gate.wait(seen, kPatience, impatient_);
+}
+
+void Team::barrier() {
+  pool_.progress_[id_].set(region_, ++barriers_);
+  pool_.meet(id_);
+  if (pool_.leave_at_.load(std::memory_order_relaxed) == barriers_) throw Pool::Left();
 }
 
 }  // namespace farthing

@@ -8,6 +8,7 @@
 #pragma once
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -26,9 +27,11 @@ class Pool;
 
 class Team {
  public:
-  Team(Pool& pool, int id, int set) : pool_(pool), id_(id), set_(set) {}
+  Team(Pool& pool, int id, uint32_t region)
+      : pool_(pool), id_(id), set_(static_cast<int>(region % 2)), region_(region) {}
   int id() const { return id_; }
   int size() const;
+  // Every thread meets the others at the same barriers of a region. Throws if one of them cannot.
   void barrier();
 
   // f(outer, inner) for every pair, each exactly once over the team. `phase` counts the loops of a region
@@ -37,8 +40,10 @@ class Team {
   void for_units(int phase, int outer, int inner, F&& f);
 
  private:
+  friend class Pool;
   Pool& pool_;
-  int id_, set_;  // the region's counters
+  int id_, set_;                    // the region's counters
+  uint32_t region_, barriers_ = 0;  // barriers so far
 };
 
 // A memory node: its number, and its cores as the hardware threads of each.
@@ -58,6 +63,9 @@ class Pool {
   ~Pool();
   Pool(const Pool&) = delete;
 
+  // Gives the calling thread back the CPUs that it had before its first region; the next one binds it again.
+  void free_caller() const;
+
   int size() const { return size_; }
   int nodes() const { return static_cast<int>(nodes_.size()); }
   int node_of(int thread) const { return node_of_[thread]; }
@@ -72,6 +80,8 @@ class Pool {
   std::pair<uint32_t, uint32_t> meetings() const { return {starts_[0].opened, barriers_[0].opened}; }
   Share share(int node, int units) const;  // the node's part of 0 … units
 
+  // f(team) by every thread. If some throw, the others leave at their next barrier, and the first exception
+  // is thrown here once all have left.
   template <class F>
   void run(F&& f) {
     struct Job {
@@ -88,6 +98,16 @@ class Pool {
   struct alignas(64) Counters {
     std::atomic<uint64_t> taken[kPhases] = {};
   };
+  // How far a thread is, for those that cannot go on: the barriers that it has come to in a region, or kDone
+  // or kFailed. Each writes its own, and nothing reads it while all goes well.
+  struct alignas(64) Progress {
+    static constexpr uint32_t kDone = ~0u, kFailed = ~0u - 1;
+    std::atomic<uint64_t> at{0};
+    void set(uint32_t region, uint32_t to) {
+      at.store(static_cast<uint64_t>(region) << 32 | to, std::memory_order_release);
+    }
+  };
+  struct Left {};  // thrown by a barrier at which threads leave a region
   struct Taken {
     int begin = 0, end = 0;
     int other = 0;  // parts, from the thread's own on, that are used up
@@ -107,6 +127,9 @@ class Pool {
   };
   [[noreturn]] static void throw_forked();
   void arrive(int id);
+  void meet(int id);
+  void fail(const Team& team);
+  bool at_barrier(const Team& team) const;
   void start(void (*call)(void*, Team&), void* data);
   void work(int id, uint32_t region);
   void loop(int id);
@@ -132,6 +155,10 @@ class Pool {
   std::vector<Gate> starts_, barriers_;  // of each node
   void (*call_)(void*, Team&) = nullptr;
   void* data_ = nullptr;
+  std::vector<Progress> progress_;     // [thread]
+  std::atomic<uint32_t> leave_at_{0};  // the barrier of this region at which threads leave it; 0: none
+  std::mutex failing_;
+  std::exception_ptr failure_;  // the first of a region
   std::atomic<bool> stop_{false};
 };
 

@@ -152,6 +152,35 @@ def test_regions_follow_each_other_while_gates_are_opened(threads: int, topology
     subprocess.run([sys.executable, "-c", code, str(threads), topology], check=True, timeout=120)
 
 
+# Threads that run out of memory between any two barriers, in most regions a few at once: what is thrown there
+# is thrown by the region, once every thread has left it, and the next one computes as before.
+FAILING = """
+import random, sys
+from farthing import _native
+threads, topology, regions = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+backend, rng = _native.Backend(threads, topology=topology), random.Random(threads)
+for _ in range(regions):
+    barriers = rng.randint(0, 3)
+    memory = [rng.choice([9, 9, *range(barriers + 1)]) for _ in range(threads)]
+    try:
+        backend.region_seconds(barriers, 1, memory)
+        assert min(memory) == 9, (barriers, memory)
+    except MemoryError:
+        assert min(memory) < 9, (barriers, memory)
+    if rng.random() < 0.3:
+        assert sorted(unit for _, _, unit, _ in backend.units_of_threads(40)) == list(range(40))
+before = backend.meetings
+backend.region_seconds(barriers=2, regions=3)
+assert [after - b for after, b in zip(backend.meetings, before)] == [3, 9 * (threads > 1)]
+"""
+
+
+@pytest.mark.parametrize(("threads", "topology"), [(1, ""), (2, ""), (2, "0;1"), (3, "0;1;2"), (9, "0;1")])
+def test_what_a_thread_throws_reaches_the_caller(threads: int, topology: str) -> None:
+    command = [sys.executable, "-c", FAILING, str(threads), topology, str(400 if threads < 3 else 60)]
+    subprocess.run(command, check=True, timeout=300)
+
+
 def test_a_forked_process_is_refused_and_does_not_wait_for_threads_it_does_not_have() -> None:
     code = """
 import os
@@ -234,6 +263,10 @@ found, free = [], os.sched_getaffinity(0)
 def call():
     backend.units_of_threads(8)
     found.append(os.sched_getaffinity(0))
+    backend.free_caller()
+    assert os.sched_getaffinity(0) == free, "until its next region"
+    backend.units_of_threads(8)
+    assert os.sched_getaffinity(0) == found[0]
     others = [int(t) for t in os.listdir("/proc/self/task") if int(t) != threading.get_native_id()]
     found.extend(mask for t in others if (mask := os.sched_getaffinity(t)) != free)
 caller = threading.Thread(target=call)

@@ -768,7 +768,8 @@ class Ops(ABC):
         """Verify every checksum of a mapped packed file. Raises ValueError naming the first mismatch."""
 
     def check_placement(self) -> None:  # noqa: B027  (only backends that bind weights to memory nodes)
-        """Log whether a loaded model's weights are in the memory nodes that read them."""
+        """Log whether a loaded model's weights are in the memory nodes that read them. The thread that loaded
+        them may use all of its CPUs again."""
 
     def save_packed(self, path: str) -> None:
         """Write packed weights to one file for `select(…, packed=path)`; ValueError if unsupported."""

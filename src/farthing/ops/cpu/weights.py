@@ -221,6 +221,7 @@ class PackingOps(HostOps):
 
     def check_placement(self) -> None:
         check_placement(self._native.node_memory, self._file)
+        self._native.free_caller()  # a thread that loads a model does not stay on the first node
 
     def coarse(self) -> Self:
         if self._quantization is not None:
