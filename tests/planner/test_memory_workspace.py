@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -92,3 +94,13 @@ def test_planned_workspace_is_the_backends(
     shard = Shard.of(plan, plan.layout.place(0), Stored(stored))
     planned = workspace_bytes(shard, Holder("cpu", 4, quantization), serving, threads)
     assert planned == max(taken)
+
+
+def test_without_the_native_module_there_is_no_figure() -> None:
+    code = """
+import sys
+sys.modules["farthing._native"] = None
+from farthing.planner.memory import Serving, workspace_bytes
+assert workspace_bytes(None, None, Serving(1400, 1400, max_num_seqs=1, max_num_batched_tokens=300), 2) is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from farthing.checkpoint.gguf import (
 )
 from farthing.checkpoint.gguf_types import BLOCK, BLOCKS, PLAIN, encode, kind_for
 from farthing.checkpoint.reader import Checkpoint
+from farthing.cpus import usable_cpus
 from farthing.lazy import gguf, np, torch
 from farthing.model.config import LatentHeads
 from farthing.model.gguf_metadata import architecture_of, rotary_factors
@@ -161,7 +161,7 @@ class GgufTensors:
         n, k = weight.shape
         step = max(FP8_BLOCK, _TOGETHER // k // FP8_BLOCK * FP8_BLOCK)
         parts = [cut_weight(weight, Cut(0, at, min(at + step, n))) for at in range(0, n, step)]
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             data, exact, errors = zip(*pool.map(partial(_measured, kind), parts), strict=True)
             kept = self.kept.setdefault(kind, Kept())
             kept.matrices += 1

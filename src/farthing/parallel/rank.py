@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from farthing.checkpoint.layout import GROUP_INDICES, order_of
 from farthing.checkpoint.reader import Checkpoint
+from farthing.cpus import usable_cpus
 from farthing.model import (
     CACHE_SCALES,
     FeedForward,
@@ -436,7 +436,7 @@ def _make_groups(
     groups: dict[Ranks, Group] = {}
     offset, mine = 0, layout.node(rank, nodes)
     neighbours = sum(layout.node(r, nodes) == mine for r in range(layout.world))
-    crowded = neighbours > len(os.sched_getaffinity(0))
+    crowded = neighbours > usable_cpus()
     for ranks in group_ranks(layout):
         homes = _homes(layout, ranks, nodes)
         if arena is None or len(homes) > 1:

@@ -12,7 +12,6 @@ from typing import Any
 from farthing.config import CPU_STEP_TOKENS
 from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds
 from farthing.model.heads import CompressedHeads, GroupedHeads, Heads, LatentHeads
-from farthing.ops.cpu.stack import MOST_SCORES
 from farthing.ops.cut import Cut, bounds
 from farthing.ops.weights import loaded_as
 from farthing.parallel.plan import (
@@ -84,7 +83,6 @@ class Shard:
         return self.kinds[0].num_attention_heads
 
 
-_CACHE_TYPES = {"float32": "F32", "bfloat16": "BF16", "fp8": "FP8", "int8": "INT8"}
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
 
 
@@ -96,10 +94,11 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
     """
     try:
         from farthing import _native
+        from farthing.ops.cpu.stack import cache_type
     except ImportError:
         return None
-    cache = getattr(_native.CacheType, _CACHE_TYPES[serving.cache_dtype])
-    sizes, budget = _native.Sizes(threads, cache), serving.max_num_batched_tokens
+    sizes = _native.Sizes(threads, cache_type(serving.cache_dtype))
+    budget = serving.max_num_batched_tokens
     sequences = min(serving.max_num_seqs, budget)
     each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
     for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
@@ -170,12 +169,18 @@ def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, cache_dtype:
     """Each token reads a window and entries as a separate sequence, a few tokens at once."""
     entries = step.keys // a.indexed
     if a.indexed in a.rates and entries > a.index_topk:
-        scored = min(step.total, max(1, MOST_SCORES // entries))
+        scored = _scored_at_once(step, entries)
         index = a.index_n_heads, a.index_head_dim, a.index_topk
         sizes.index(*index, scored, entries, cache_dtype != "float32")
     d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
     one, at_once = _storage(holder, s.stored, d), min(step.total, _selected_at_once())
     sizes.mla(one, s.heads, 0, d, d, d, at_once, 1, keys, 1)
+
+
+def _scored_at_once(step: _Step, keys: int) -> int:
+    from farthing.ops.cpu.stack import MOST_SCORES
+
+    return min(step.total, max(1, MOST_SCORES // keys))
 
 
 def _selected_at_once() -> int:
@@ -197,7 +202,7 @@ def _latent_attention(
     if c.index_topk is None or step.keys <= c.index_topk:
         sizes.mla(*heads, step.sequences, step.tokens, step.keys)
     else:
-        scored = min(step.total, max(1, MOST_SCORES // step.keys))
+        scored = _scored_at_once(step, step.keys)
         index = (c.index_n_heads, c.index_head_dim, c.index_topk)
         sizes.index(*index, scored, step.keys, cache_dtype != "float32")
         sizes.mla(*heads, min(step.total, _selected_at_once()), 1, c.index_topk)

@@ -12,18 +12,24 @@ from farthing.lazy import torch
 from farthing.ops.api import Batch, IndexCache, IndexerSpec, LatentCache, LayerHandles, Place
 from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, empty, row_stride
 from farthing.ops.selection import Chosen, sequences_of
+from farthing.ops.torch_util import CACHE_DTYPES
 from farthing.ops.weights import PeerLost
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-CACHE_TYPES = {
+_CACHE_TYPES = {  # by the dtype of the tensor
     "float32": _native.CacheType.F32,
     "bfloat16": _native.CacheType.BF16,
     "float8_e4m3fn": _native.CacheType.FP8,
     "int8": _native.CacheType.INT8,
 }
+
+
+def cache_type(dtype: str) -> Any:
+    """The native type of a cache."""
+    return _CACHE_TYPES[CACHE_DTYPES[dtype]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,7 @@ def native_cache(cache: LatentCache | IndexCache, layer: int = 0) -> Any:
     layer_bytes = row_stride(data) * data.itemsize
     layer_scales = 0 if scale is None else row_stride(scale)
     return _native.Cache(
-        CACHE_TYPES[dtype_name(data.dtype)],
+        _CACHE_TYPES[dtype_name(data.dtype)],
         address(data) + layer * layer_bytes,
         0 if scale is None else address(scale) + layer * layer_scales * scale.itemsize,
         data.shape[2],
