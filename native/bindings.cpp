@@ -89,14 +89,17 @@ NB_MODULE(_native, module) {
   module.def("nodes_of_pages", &nodes_of_pages, "addresses"_a);
   module.def("prefetch_distances", [] {
     const PrefetchDistances& d = prefetch_distances;
-    return std::tuple(d.bytes, d.nibbles, d.nibbles_near);
+    return std::tuple(d.bytes, d.nibbles, d.nibbles_near, d.rows, d.byte_rows);
   });
   module.def(
       "set_prefetch_distances",
-      [](int bytes, int nibbles, int nibbles_near) {
-        prefetch_distances = {bytes, nibbles, nibbles_near};
+      [](int bytes, int nibbles, int nibbles_near, int rows, int byte_rows) {
+        prefetch_distances = {bytes, nibbles, nibbles_near, rows, byte_rows};
       },
-      "bytes"_a, "nibbles"_a, "nibbles_near"_a);
+      "bytes"_a, "nibbles"_a, "nibbles_near"_a, "rows"_a, "byte_rows"_a);
+  module.def("one_product_a_cycle", [] { return one_product_a_cycle; });
+  module.def(
+      "set_one_product_a_cycle", [](bool one) { one_product_a_cycle = one; }, "one"_a);
 
   nb::enum_<Format> formats(module, "Format");
   for (size_t i = 0; i < std::size(kFormats); ++i) formats.value(kFormats[i].name, static_cast<Format>(i));

@@ -90,22 +90,7 @@ struct Int8Keys {
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-// The bytes of |x| in bfloat16, high ones first, by its 7 bits in FP8.
-struct Fp8Table {
-  alignas(64) uint8_t bytes[2][128];
-  constexpr Fp8Table() : bytes() {
-    for (int x = 0; x < 128; ++x) {
-      int exponent = x >> 3, mantissa = x & 7;
-      if (exponent == 0) {
-        for (exponent = 1; mantissa && mantissa < 8; --exponent) mantissa *= 2;
-        mantissa -= mantissa ? 8 : 0;
-      }
-      const int bits = x ? (exponent + 120) << 7 | mantissa << 4 : 0;
-      bytes[0][x] = static_cast<uint8_t>(bits >> 8), bytes[1][x] = static_cast<uint8_t>(bits);
-    }
-  }
-};
-constexpr Fp8Table kFp8Table;
+constexpr Fp8Table kFp8Keys(0);
 
 struct Fp8Keys {
   static constexpr int kForms = 2;
@@ -121,13 +106,9 @@ struct Fp8Keys {
 
   // Bytes 0 and 2 of dwords, then bytes 1 and 3.
   static void expand(__m512i x, __m512i* to) {
-    const auto look_up = [&](int i) {
-      return _mm512_permutex2var_epi8(_mm512_load_si512(kFp8Table.bytes[i]), x,
-                                      _mm512_load_si512(kFp8Table.bytes[i] + 64));
-    };
     constexpr int merge = 0xf8;  // a | b & c
-    const __m512i low = look_up(1),
-                  high = _mm512_ternarylogic_epi32(look_up(0), x, _mm512_set1_epi8(-128), merge);
+    __m512i low, high;
+    kFp8Keys.look_up(x, low, high);
     to[0] = _mm512_ternarylogic_epi32(_mm512_slli_epi16(high, 8), low, _mm512_set1_epi16(0xff), merge);
     to[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(-256), merge);
   }

@@ -6,14 +6,15 @@ namespace farthing {
 namespace {
 
 // Tiles whose integer and float sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. Two panels by
-// six rows need half a load for each product; one panel by twelve would need a whole one, and processors that
-// start two products a cycle load no more than that.
+// six rows need half a load for each product; one panel by twelve needs a whole one, and processors that
+// start two products a cycle load no more than that. Those that start one have fewer instructions a product
+// with it, in integers of more than six rows.
 #if defined(__AVX512F__)
-constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kSparseRows = 8, kByteRows = 8;
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kLongRows = 12, kSparseRows = 8, kByteRows = 8;
 #elif defined(__AVX2__)
-constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kSparseRows = 4, kByteRows = 4;
+constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kLongRows = 4, kSparseRows = 4, kByteRows = 4;
 #else
-constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kSparseRows = 2, kByteRows = 2;
+constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kLongRows = 2, kSparseRows = 2, kByteRows = 2;
 #endif
 constexpr int kSparsePanels = 2;  // that read a block of rows one after the other
 
@@ -26,6 +27,12 @@ constexpr int kStream = 2;  // rows up to which block-sparse panels are read as 
 
 constexpr bool in_bytes(Format f) {  // integers that need no unpacking
   return traits(f).quantized() && traits(f).bits == 8 && traits(f).planes == Planes::none;
+}
+
+// Rows of a tile of one panel. Bytes are as fast with rows that compilers can address by pointers.
+constexpr int long_rows(Format f) {
+  if (!traits(f).quantized() || traits(f).planes != Planes::none) return kRowsAtOnce;
+  return in_bytes(f) && kLongRows > kRowsAtOnce ? 10 : kLongRows;
 }
 
 // Rows up to which a panel is read once, as a stream. A row's products with 16 bytes of FP8 wait for each
@@ -102,10 +109,70 @@ inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
 // Sums of M rows by P panels. Loops over them are unrolled early, so that they stay in registers.
 #define EACH _Pragma("GCC unroll 16") for
 
+#if defined(__AVX512VBMI__)
+// The bytes of |x| times 2^-shift in bfloat16, high ones first, by its 7 bits in FP8 (e4m3).
+struct Fp8Table {
+  alignas(64) uint8_t bytes[2][128];
+  constexpr explicit Fp8Table(int shift) : bytes() {
+    for (int x = 0; x < 128; ++x) {
+      int exponent = x >> 3, mantissa = x & 7;
+      if (exponent == 0) {
+        for (exponent = 1; mantissa && mantissa < 8; --exponent) mantissa *= 2;
+        mantissa -= mantissa ? 8 : 0;
+      }
+      const int bits = x ? (exponent + 120 - shift) << 7 | mantissa << 4 : 0;
+      bytes[0][x] = static_cast<uint8_t>(bits >> 8), bytes[1][x] = static_cast<uint8_t>(bits);
+    }
+  }
+  void look_up(__m512i x, __m512i& low, __m512i& high) const {  // with signs
+    constexpr int merge = 0xf8;                                 // a | b & c
+    const auto of = [&](int i) {
+      return _mm512_permutex2var_epi8(_mm512_load_si512(bytes[i]), x, _mm512_load_si512(bytes[i] + 64));
+    };
+    low = of(1), high = _mm512_ternarylogic_epi32(of(0), x, _mm512_set1_epi8(-128), merge);
+  }
+};
+constexpr Fp8Table kFp8Weights(8);
+
+// Where bytes 2 and 3 of 16 floats are in the low and then the high bytes of four columns.
+struct Fp8Order {
+  alignas(64) uint8_t at[4][64];
+  constexpr Fp8Order() : at() {
+    for (int i = 0; i < 64; ++i) {
+      uint8_t* const to = at[i / 16] + i % 16 * 4;
+      to[2] = static_cast<uint8_t>(i), to[3] = static_cast<uint8_t>(64 + i);
+    }
+  }
+};
+constexpr Fp8Order kFp8Order;
+#endif
+
+// Columns of a panel that become float32 at once, FP8 times 2^-8.
+#if defined(__AVX512VBMI__)
+constexpr int columns_at_once(Format f) { return f == Format::fp8 ? 4 : 2; }
+#else
+constexpr int columns_at_once(Format) { return 2; }
+#endif
+
+template <Format F>
+inline void load_columns(const uint8_t* p, f32x16* to) {
+#if defined(__AVX512VBMI__)
+  if constexpr (F == Format::fp8) {
+    __m512i low, high;
+    kFp8Weights.look_up(load<__m512i>(p), low, high);
+    EACH (int i = 0; i < 4; ++i)
+      to[i] = (f32x16)_mm512_maskz_permutex2var_epi8(0xccccccccccccccccu, low,
+                                                     _mm512_load_si512(kFp8Order.at[i]), high);
+    return;
+  }
+#endif
+  load_pair<F>(p, to[0], to[1]);
+}
+
 // M rows by P panels of float weights; even and odd columns are summed apart, in every format and shape.
 template <int M, int P, Format F>
 void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr int bytes = 2 * traits(F).bytes_a_column();  // of two columns
+  constexpr int step = columns_at_once(F), bytes = step * traits(F).bytes_a_column();
   constexpr bool blocks = traits(F).scales == Scales::blocks;
   const uint8_t *record[P], *data[P];
   for (int i = 0; i < P; ++i) {
@@ -119,19 +186,23 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
     const int end = k0 + group < w.kp ? k0 + group : w.kp;
     size_t far[P];
     for (int i = 0; i < P; ++i) far[i] = ahead.of(i, g);
-    for (int k = k0; k < end; k += 2) {
-      f32x16 a[P], b[P];
+    for (int k = k0; k < end; k += step) {
+      f32x16 columns[P][step];
       EACH (int i = 0; i < P; ++i) {
-        load_pair<F>(data[i], a[i], b[i]);
+        load_columns<F>(data[i], columns[i]);
         if (bytes >= 64 || k % 4 == 0) fetch<M, F>(data[i], far[i]);
         if (bytes > 64) fetch<M, F>(data[i] + 64, far[i]);
         data[i] += bytes;
       }
-      EACH (int m = 0; m < M; ++m) {
-        const f32x16 s = splat(x.f32[m * x.ld + k]), t = splat(x.f32[m * x.ld + k + 1]);
-        EACH (int i = 0; i < P; ++i)
-          even[i * M + m] = fma(a[i], s, even[i * M + m]), odd[i * M + m] = fma(b[i], t, odd[i * M + m]);
-      }
+      EACH (int m = 0; m < M; ++m)
+        EACH (int c = 0; c < step; c += 2) {
+          const float* at = x.f32 + m * x.ld + k + c;
+          const f32x16 s = splat(at[0]), t = splat(at[1]);
+          EACH (int i = 0; i < P; ++i) {
+            even[i * M + m] = fma(columns[i][c], s, even[i * M + m]);
+            odd[i * M + m] = fma(columns[i][c + 1], t, odd[i * M + m]);
+          }
+        }
     }
     if (!blocks) continue;
     EACH (int i = 0; i < P; ++i) {
@@ -158,6 +229,35 @@ template <Format F>
 inline i32x16 dot4_of(i32x16 acc, bytes64 u, const decltype(splat4(nullptr))& s) {
   return traits(F).small() ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
 }
+
+// Whether a tile has more rows than there are registers for pointers to them. Row m is then at an address of
+// one instruction: a pointer plus 1, 3, 5 … times the distance between rows, times 1, 2, 4 or 8. (Compilers
+// keep a pointer per row otherwise, some of them in vector registers.)
+constexpr bool by_strides(Format f, int rows, int panels) {
+  return panels == 1 && rows > kRowsAtOnce && !in_bytes(f);
+}
+
+#if defined(__AVX512VNNI__)
+// acc += dot products with the four bytes of row m. An instruction that broadcasts them itself, because two
+// threads on one core share what it can issue.
+template <size_t Row, int Offset>
+[[gnu::always_inline]] inline void add_row(i32x16& acc, bytes64 u, const int8_t* p, size_t ld) {
+  constexpr size_t scale = Row & -Row;  // the power of two in Row
+  typedef const int8_t all[];
+  if constexpr (Row == 0)
+    asm("vpdpbusd %c3(%2)%{1to16%}, %1, %0" : "+v"(acc) : "v"(u), "r"(p), "i"(Offset), "m"(*(all*)p));
+  else
+    asm("vpdpbusd %c3(%2,%4,%c5)%{1to16%}, %1, %0"
+        : "+v"(acc)
+        : "v"(u), "r"(p), "i"(Offset), "r"(Row / scale * ld), "i"(scale), "m"(*(all*)p));
+}
+
+template <int Offset, size_t... Row>
+[[gnu::always_inline]] inline void add_rows(i32x16* acc, bytes64 u, const int8_t* p, size_t ld,
+                                            std::index_sequence<Row...>) {
+  (add_row<Row, Offset>(acc[Row], u, p, ld), ...);
+}
+#endif
 
 // What is stored of columns 4 I … 4 I + 3 of a step.
 template <Format F, int I>
@@ -214,6 +314,12 @@ template <int M, int P, Format F>
     for_quads<F>([&]<int I>() __attribute__((always_inline)) {
       bytes64 u[P];
       EACH (int i = 0; i < P; ++i) u[i] = quad<F, I>(data[i], low[i]);
+#if defined(__AVX512VNNI__)
+      if constexpr (by_strides(F, M, P)) {
+        add_rows<4 * I>(acc, u[0], x + k, ld, std::make_index_sequence<M>());
+        return;
+      }
+#endif
       EACH (int m = 0; m < M; ++m) {
         const auto s = splat4(x + static_cast<size_t>(m) * ld + k + 4 * I);
         EACH (int i = 0; i < P; ++i) {
@@ -321,7 +427,7 @@ template <int M, int P, Format F>
 PanelKernel panel_in(const Matrix& w) {
   constexpr FormatTraits format = traits(F);
   if constexpr (format.quantized()) {
-    if constexpr (format.zeros())
+    if constexpr (format.zeros() && M <= kByteRows)
       if (w.zero) return panels_quantized<M, P, F, true>;
     return panels_quantized<M, P, F, false>;
   } else {
@@ -333,7 +439,7 @@ template <int M, int P, size_t... I>
 PanelKernel panel_of(const Matrix& w, std::index_sequence<I...>) {
   PanelKernel found = nullptr;
   const auto look = [&]<Format F>() {
-    if constexpr (M <= kRowsAtOnce || in_bytes(F))
+    if constexpr (M <= kRowsAtOnce || (P == 1 && M <= long_rows(F)))
       if (w.format == F) found = panel_in<M, P, F>(w);
   };
   (look.template operator()<Format{I}>(), ...);
@@ -358,21 +464,24 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     return;
   }
   const bool stream = rows <= stream_rows(w.format);
-  const int blocks = stream ? 1 : (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+  const bool tall = one_product_a_cycle && rows > kRowsAtOnce && w.quantized() && !w.zero;
+  const int at_once = tall ? long_rows(w.format) : kRowsAtOnce;
+  const int blocks = stream ? 1 : (rows + at_once - 1) / at_once;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
+  const bool close = stream && rows <= prefetch_distances.rows_of(in_bytes(w.format));
   const size_t distance = prefetch_distances.of(traits(w.format).nibbles());
   PanelKernel kernel = nullptr;
   int before = 0;  // its shape
   for (int i = 0; i < count;) {
-    const int together = !stream && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
+    const int together = !stream && !tall && i + kPanelsAtOnce <= count ? kPanelsAtOnce : 1;
     for (int b = 0, m = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
       if (const int shape = some * kPanelsAtOnce + together; shape != before) {
-        kernel = together == 1 ? panel_kernel<1, kByteRows>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+        kernel = together == 1 ? panel_kernel<1, kLongRows>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
         before = shape;
       }
       const int parts = groups * together;
-      const Ahead ahead{stream ? distance : w.stride * together, parts * b / blocks, parts * (b + 1) / blocks,
+      const Ahead ahead{close ? distance : w.stride * together, parts * b / blocks, parts * (b + 1) / blocks,
                         groups};
       kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
       m += some;

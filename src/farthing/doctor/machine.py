@@ -101,14 +101,20 @@ def check_processor(cpuinfo: Path = CPUINFO, cpus: Cpus | None = None) -> Iterat
         data={"instruction_sets": flags, "kernels": kernels},
     )
     if native is not None:
-        far, nibbles, near = native.prefetch_distances()
+        far, nibbles, near, rows, byte_rows = native.prefetch_distances()
         yield Check(
             group="processor",
             name="prefetching",
             status="info",
             detail=f"for few rows 8-bit weights {far:,} bytes ahead, 4-bit weights {nibbles:,} into L2 "
-            f"and {near:,} into L1, by the processor's vendor",
-            data={"bytes": far, "nibbles": nibbles, "nibbles_near": near},
+            f"and {near:,} into L1, by the kind of processor",
+            data={
+                "bytes": far,
+                "nibbles": nibbles,
+                "nibbles_near": near,
+                "rows": rows,
+                "byte_rows": byte_rows,
+            },
         )
 
 
