@@ -12,36 +12,15 @@ constexpr int kPiece = 64;  // columns of a vector of keys
 constexpr int kQueryBits = 7, kQueryTop = (127 << kQueryBits) + 63, kWeightTop = 0xffff;
 constexpr float kLeastTop = 2e-34f;  // numbers below it become 0; kWeightTop / kLeastTop is finite
 
-// The sums of 16 vectors, in their order; add(x, y) on vectors of 32 bits.
-template <class F>
-inline __m512i sum_lanes(const __m512i* a, F&& add) {
-  __m512i four[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512i* v = a + 4 * i;
-    const __m512i x = add(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
-    const __m512i y = add(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
-    four[i] = add(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
-  }
-  const auto halves = [&](__m512i x, __m512i y) {
-    return add(_mm512_shuffle_i32x4(x, y, 0x88), _mm512_shuffle_i32x4(x, y, 0xdd));
-  };
-  return halves(halves(four[0], four[1]), halves(four[2], four[3]));
-}
-
 struct Int8Keys {
   static constexpr int kForms = 1;  // vectors that a vector of keys becomes
   static constexpr int kShift = 8;  // of the first sums of weighted values, before the second are added
 
   // Keys enter products 128 too large, because that operand has no sign. A query's `minus` starts the sums at
   // -1/128 of what this adds; shifting them makes it whole.
-  static __m512i key(const uint8_t* from, int column, int) {
-    return _mm512_xor_si512(_mm512_loadu_si512(from + column), _mm512_set1_epi8(-128));
-  }
+  static __m512i unsign(__m512i keys) { return _mm512_xor_si512(keys, _mm512_set1_epi8(-128)); }
   static __m512i between(__m512i sum) { return _mm512_slli_epi32(sum, kQueryBits); }
-  static f32x16 sum_each(const __m512i* a) {
-    return to_float((i32x16)sum_lanes(a, [](__m512i x, __m512i y) { return _mm512_add_epi32(x, y); }));
-  }
+  static __m512i add(__m512i x, __m512i y) { return _mm512_add_epi32(x, y); }
   static void expand(__m512i keys, __m512i* to) { *to = keys; }
   // Compilers move the sums of the intrinsic between registers.
   static void multiply(__m512i& acc, __m512i positive, __m512i by) {
@@ -52,42 +31,41 @@ struct Int8Keys {
   static f32x16 total(__m512i sum) { return to_float((i32x16)sum); }
 
   // A part of a query, n columns: 2^7 high + low. Its scale is NaN where a number is not finite.
-  static float take_query(const float* x, int n, uint8_t* high, uint8_t* low, int32_t* minus) {
+  static float take_query(const float* x, int n, uint8_t* high, uint8_t* low, int32_t& minus) {
     f32x16 top = {}, nothing = {};
     for_lanes(n, [&](int i) { top = max(top, abs(loadf(x + i))), nothing += loadf(x + i) * 0.0f; });
     const float amax = reduce_max(top), inverse = amax > kLeastTop ? kQueryTop / amax : 0.0f;
+    __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < n; i += 16) {
       const __m512i v = _mm512_cvtps_epi32(loadf(x + i) * inverse);
       const __m512i up = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(64)), kQueryBits);
       store(high + i, _mm512_cvtepi32_epi8(up));
       store(low + i, _mm512_cvtepi32_epi8(_mm512_sub_epi32(v, _mm512_slli_epi32(up, kQueryBits))));
+      sum = _mm512_add_epi32(sum, v);
     }
-    __m512i sum = _mm512_setzero_si512(), rest = sum;
-    for (int i = 0; i < n; i += kPiece) {  // of what meets in a lane
-      multiply(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(high + i));
-      multiply(rest, _mm512_set1_epi8(1), _mm512_loadu_si512(low + i));
-    }
-    sum = _mm512_add_epi32(_mm512_slli_epi32(sum, kQueryBits), rest);
-    store(minus, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    minus = -reduce_add((i32x16)sum);
     return amax / kQueryTop + reduce_add(nothing);
   }
 
-  // Weights of a row [kKeyBlock], of four keys high bytes and low bytes. Returns their scale.
-  static float take_weights(const f32x16 (&x)[kKeyBlock / 16], int row, uint32_t (*to)[8][2]) {
+  // Weights of a row [kKeyBlock] as high bytes and low bytes. Returns their scale.
+  static float take_weights(const f32x16 (&x)[kKeyBlock / 16], uint32_t* high, uint32_t* low) {
     f32x16 top = {}, nothing = {};
     for (const f32x16& v : x) top = max(top, v), nothing += v * 0.0f;
     const float most = reduce_max(top), inverse = most > kLeastTop ? kWeightTop / most : 0.0f;
-    alignas(64) uint8_t bytes[2][kKeyBlock];
-    for (int i = 0; i < kKeyBlock / 16; ++i) {
-      const __m512i v = _mm512_cvtps_epi32(x[i] * inverse);
-      store(bytes[0] + 16 * i, _mm512_cvtepi32_epi8(_mm512_srli_epi32(v, 8)));
-      store(bytes[1] + 16 * i, _mm512_cvtepi32_epi8(v));
-    }
-    for (int g = 0; g < kKeyBlock / 4; ++g)
-      for (int p = 0; p < 2; ++p) memcpy(&to[g][row][p], bytes[p] + 4 * g, 4);
+    const auto pair = [&](int i) {
+      return _mm512_packus_epi32(_mm512_cvtps_epi32(x[i] * inverse), _mm512_cvtps_epi32(x[i + 1] * inverse));
+    };
+    const __m512i a = pair(0), b = pair(2), lowest = _mm512_set1_epi16(0xff);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const auto put = [&](uint32_t* to, __m512i first, __m512i second) {
+      store(to, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second)));
+    };
+    put(high, _mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));
+    put(low, _mm512_and_si512(a, lowest), _mm512_and_si512(b, lowest));
     return most / kWeightTop + reduce_add(nothing);
   }
 };
+static_assert(kKeyBlock == 64);
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 constexpr Fp8Table kFp8Keys(0);
@@ -96,13 +74,9 @@ struct Fp8Keys {
   static constexpr int kForms = 2;
   static constexpr int kShift = 0;
 
-  static __m512i key(const uint8_t* from, int column, int form) {  // of expanded keys
-    return _mm512_load_si512(from + 2 * column + kPiece * form);
-  }
+  static __m512i unsign(__m512i keys) { return keys; }
   static __m512i between(__m512i sum) { return sum; }
-  static f32x16 sum_each(const __m512i* a) {
-    return (f32x16)sum_lanes(a, [](__m512i x, __m512i y) { return (__m512i)((f32x16)x + (f32x16)y); });
-  }
+  static __m512i add(__m512i x, __m512i y) { return (__m512i)((f32x16)x + (f32x16)y); }
 
   // Bytes 0 and 2 of dwords, then bytes 1 and 3.
   static void expand(__m512i x, __m512i* to) {
@@ -118,20 +92,21 @@ struct Fp8Keys {
   static void mix(__m512i& acc, __m512i weights, __m512i values) { score(acc, weights, values); }
   static f32x16 total(__m512i sum) { return (f32x16)sum; }
 
-  static float take_query(const float* x, int n, uint8_t* first, uint8_t* second, int32_t* minus) {
+  static float take_query(const float* x, int n, uint8_t* first, uint8_t* second, int32_t& minus) {
     for (int i = 0; i < n; i += 16) {
       const __m256i pairs = in_pairs(loadf(x + i));
       store(first + i, _mm256_castsi256_si128(pairs));
       store(second + i, _mm256_extracti128_si256(pairs, 1));
     }
-    store(minus, _mm512_setzero_si512());
+    minus = 0;
     return 1.0f;
   }
-  static float take_weights(const f32x16 (&x)[kKeyBlock / 16], int row, uint32_t (*to)[8][2]) {
-    alignas(64) uint32_t pairs[kKeyBlock / 16][2][4];
-    for (int i = 0; i < kKeyBlock / 16; ++i) store(pairs[i], in_pairs(x[i]));
-    for (int g = 0; g < kKeyBlock / 4; ++g)
-      for (int p = 0; p < 2; ++p) to[g][row][p] = pairs[g / 4][p][g % 4];
+  static float take_weights(const f32x16 (&x)[kKeyBlock / 16], uint32_t* first, uint32_t* second) {
+    for (int i = 0; i < kKeyBlock / 16; ++i) {
+      const __m256i pairs = in_pairs(x[i]);
+      store(first + 4 * i, _mm256_castsi256_si128(pairs));
+      store(second + 4 * i, _mm256_extracti128_si256(pairs, 1));
+    }
     return 1.0f;
   }
 
@@ -152,70 +127,114 @@ void take_query(const float* x, int latent, int width, ByteQuery& q) {
   }
 }
 
-// Products of 4 rows and 4 keys from column `from` to `to` of a part. Prefetches the same columns of N keys
-// of `next`.
-template <class Keys, int N>
-inline f32x16 byte_dots(const ByteQuery* const* row, const uint8_t* const* keys, int part, int from, int to,
-                        int width, const uint8_t* const* next) {
-  __m512i acc[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) acc[i] = _mm512_loadu_si512(row[i / 4]->minus[part]);
+constexpr int kGroup =
+    32;  // keys whose scores are computed together, one in every lane: no sum crosses lanes
+constexpr int kStrip = 256;  // their columns that are transposed together
+constexpr int kRows = 8;     // queries that are multiplied together
+
+// A piece of 16 keys to [kPiece / 4] vectors of four columns of each key, two vectors apart; other forms
+// follow a strip later.
+template <class Keys>
+inline void transpose_keys(const uint8_t* const* keys, int at, __m512i* to) {
+  __m512i of[4][4];  // [4 columns in 4][4 keys]: keys in lanes of 128 bits
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const auto row = [&](int i) { return Keys::unsign(_mm512_loadu_si512(keys[4 * j + i] + at)); };
+    const __m512i a = row(0), b = row(1), c = row(2), d = row(3);
+    const __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+    const __m512i ab_up = _mm512_unpackhi_epi32(a, b), cd_up = _mm512_unpackhi_epi32(c, d);
+    of[0][j] = _mm512_unpacklo_epi64(ab, cd), of[1][j] = _mm512_unpackhi_epi64(ab, cd);
+    of[2][j] = _mm512_unpacklo_epi64(ab_up, cd_up), of[3][j] = _mm512_unpackhi_epi64(ab_up, cd_up);
+  }
+  const auto put = [&](int i, __m512i x) {
+    __m512i forms[Keys::kForms];
+    Keys::expand(x, forms);
+    for (int f = 0; f < Keys::kForms; ++f) to[(f * kStrip / 4 + i) * 2] = forms[f];
+  };
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const auto& x = of[k];
+    const __m512i even = _mm512_shuffle_i32x4(x[0], x[1], 0x88), odd = _mm512_shuffle_i32x4(x[0], x[1], 0xdd);
+    const __m512i even2 = _mm512_shuffle_i32x4(x[2], x[3], 0x88),
+                  odd2 = _mm512_shuffle_i32x4(x[2], x[3], 0xdd);
+    put(k, _mm512_shuffle_i32x4(even, even2, 0x88)), put(4 + k, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+    put(8 + k, _mm512_shuffle_i32x4(even, even2, 0xdd)), put(12 + k, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+  }
+}
+
+// What the scores of a group prefetch meanwhile.
+struct NextKeys {
+  const uint8_t* const* keys;  // [kGroup] of the next block, or null
+  int at;                      // the first column
+  bool all;                    // or every second key
+};
+
+// total[R][2] (+)= products of R rows and a group's columns. Not inlined: compilers then keep the sums in
+// memory.
+template <class Keys, int R>
+[[gnu::noinline]] void score_strip(const ByteQuery* q, int width, int part, int at, const __m512i* keys,
+                                   int dwords, __m512i* total, bool fresh, NextKeys ahead) {
+  __m512i acc[R][2];
+  const size_t stride = ByteQuery::size(width);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    acc[r][0] = acc[r][1] = _mm512_set1_epi32(fresh ? q->row(r, width)->minus[part] : 0);
   const auto pass = [&](int form) __attribute__((always_inline)) {
-    for (int k = from; k < to; k += kPiece) {
-      __m512i key[4];
-#pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s) key[s] = Keys::key(keys[s], k, form);
-      for (int n = 0; n < N && form == 0; ++n) prefetch_far(next[n] + k);
-#pragma GCC unroll 4
-      for (int r = 0; r < 4; ++r) {
-        const __m512i v = _mm512_loadu_si512(row[r]->bytes + form * width + k);
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; ++s) Keys::score(acc[4 * r + s], key[s], v);
+    const __m512i* key = keys + (Keys::kForms > 1 ? form * kStrip / 2 : 0);
+    const uint8_t* from = q->bytes + form * width + at;
+    for (int i = 0; i < dwords; ++i, key += 2, from += 4) {
+      if (ahead.keys && (form == 0 || ahead.all))
+        prefetch_far(ahead.keys[2 * (i % 16) + form] + ahead.at + i / 16 * kPiece);
+      const __m512i first = key[0], second = key[1];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const __m512i by = _mm512_set1_epi32(load<int32_t>(from + r * stride));
+        Keys::score(acc[r][0], first, by), Keys::score(acc[r][1], second, by);
       }
     }
   };
   pass(0);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) acc[i] = Keys::between(acc[i]);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) acc[r][0] = Keys::between(acc[r][0]), acc[r][1] = Keys::between(acc[r][1]);
   pass(1);
-  return Keys::sum_each(acc);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+    for (int g = 0; g < 2; ++g) total[2 * r + g] = fresh ? acc[r][g] : Keys::add(total[2 * r + g], acc[r][g]);
 }
 
-// Four queries; missing ones repeat the first.
-struct FourQueries {
-  const ByteQuery* row[4];
-  alignas(64) float scale[2][16];  // of each part, every row's four times
+template <class Keys, int R = kRows, class... A>
+inline void score_rows(int rows, A... a) {
+  if constexpr (R > 1)
+    if (rows < R) return score_rows<Keys, R - 1>(rows, a...);
+  score_strip<Keys, R>(a...);
+}
 
-  FourQueries() = default;
-  FourQueries(const AttendBlock& b, int first) {
-    for (int i = 0; i < 16; ++i) {
-      row[i / 4] = b.q_bytes->row(first + i / 4 < b.rows ? first + i / 4 : first, b.width);
-      for (int part = 0; part < 2; ++part) scale[part][i] = row[i / 4]->scale[part];
-    }
-  }
-};
-
-// Scores of four rows from r on against 4 keys from s on. The next block's keys are prefetched at an even
-// rate (see bf16_attend.inl): the scores prefetch two of four keys' latents and all that follows them; where
+// Scores of all rows against the group of keys from s on. The next block's keys are prefetched at an even
+// rate (see bf16_attend.inl): the scores prefetch every second key's latents and all that follows them; where
 // they read no latents, the weighted sum prefetches all.
 template <class Keys>
-inline void byte_scores(const AttendBlock& b, const FourQueries& q, int r, const uint8_t* const* keys, int s,
-                        float* scores) {
-  const auto* const* next = reinterpret_cast<const uint8_t* const*>(b.rows16) + kKeyBlock + s;
-  const auto scaled = [&](int part, f32x16 dots) {
-    const f32x16 by = _mm512_broadcast_f32x4(_mm_loadu_ps(b.key_scales + part * kKeyBlock + s));
-    return dots * (by * loadf(q.scale[part]));  // with one scale alone, dots may overflow
-  };
-  f32x16 sum = {};
-  if (b.first == 0)
-    sum = scaled(0, r ? byte_dots<Keys, 0>(q.row, keys, 0, 0, b.latent, b.width, next)
-                      : byte_dots<Keys, 2>(q.row, keys, 0, 0, b.latent, b.width, next));
-  if (b.latent < b.width)
-    sum += scaled(1, r ? byte_dots<Keys, 0>(q.row, keys, 1, b.latent, b.width, b.width, next)
-                       : byte_dots<Keys, 4>(q.row, keys, 1, b.latent, b.width, b.width, next));
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)  // there is room for those of missing rows
-    _mm_store_ps(scores + (r + i) * kKeyBlock + s, _mm512_extractf32x4_ps(sum, i));
+inline void byte_scores(const AttendBlock& b, int s, float* scores) {
+  const auto* const* keys = reinterpret_cast<const uint8_t* const*>(b.rows16) + s;
+  const auto* const* next = keys + kKeyBlock;
+  alignas(64) __m512i strip[Keys::kForms * kStrip / 2], total[2 * kTileRows];
+  for (int part = b.first ? 1 : 0; part < 2; ++part) {
+    const int begin = part ? b.latent : 0, end = part ? b.width : b.latent;
+    for (int at = begin; at < end; at += kStrip) {
+      const int columns = end - at < kStrip ? end - at : kStrip;
+      for (int i = 0; i < columns; i += kPiece)
+        for (int g = 0; g < 2; ++g) transpose_keys<Keys>(keys + 16 * g, at + i, strip + i / 2 + g);
+      for (int r = 0; r < b.rows; r += kRows)
+        score_rows<Keys>(b.rows - r, b.q_bytes->row(r, b.width), b.width, part, at, strip, columns / 4,
+                         total + 2 * r, at == begin, NextKeys{r ? nullptr : next, at, part == 1});
+    }
+    for (int i = 0; i < 2 * b.rows && begin < end; ++i) {
+      float* to = scores + i / 2 * kKeyBlock + s + i % 2 * 16;
+      const f32x16 by = loadf(b.key_scales + part * kKeyBlock + s + i % 2 * 16) *
+                        b.q_bytes->row(i / 2, b.width)->scale[part];
+      const f32x16 dots = Keys::total(total[i]) * by;  // with one scale alone, dots may overflow
+      store(to, part && !b.first ? loadf(to) + dots : dots);
+    }
+  }
 }
 
 // Four keys of 64 columns to [4][16 columns][4 keys], a form kKeyBlock vectors after the other.
@@ -237,15 +256,15 @@ inline void interleave(const uint8_t* const* keys, int at, __m512i* to) {
 }
 
 struct ByteWeights {
-  alignas(64) uint32_t dwords[2][kKeyBlock / 4][8][2];  // of rows 0 … 7 and 8 … 15
+  alignas(64) uint32_t dwords[2][2][kRows][kKeyBlock / 4];  // of rows 0 … 7 and 8 … 15
   float scale[16];
 };
 
 // out[R][16 C] += weights * values, `groups` of four keys; out is not read where it is fresh. Not inlined:
 // compilers then keep the sums in memory.
 template <class Keys, int R, int C>
-[[gnu::noinline]] void mix_bytes(const uint32_t (*weights)[8][2], const float* scale, const __m512i* values,
-                                 int groups, float* out, int latent, bool fresh) {
+[[gnu::noinline]] void mix_bytes(const uint32_t (*weights)[kRows][kKeyBlock / 4], const float* scale,
+                                 const __m512i* values, int groups, float* out, int latent, bool fresh) {
   __m512i acc[R * C];
 #pragma GCC unroll 16
   for (int i = 0; i < R * C; ++i) acc[i] = _mm512_setzero_si512();
@@ -256,7 +275,7 @@ template <class Keys, int R, int C>
       for (int c = 0; c < C; ++c) v[c] = from[4 * g + c];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const __m512i by = _mm512_set1_epi32(static_cast<int>(weights[g][r][i]));
+        const __m512i by = _mm512_set1_epi32(static_cast<int>(weights[i][r][g]));
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) Keys::mix(acc[C * r + c], by, v[c]);
       }
@@ -290,22 +309,10 @@ inline void mix_strip(const AttendBlock& b, const ByteWeights& w, int row, const
 
 template <class Keys>
 void attend_bytes(const AttendBlock& b) {
-  alignas(64) float scores[16 * kKeyBlock];
-  alignas(64) uint8_t expanded[Keys::kForms > 1 ? 4 * Keys::kForms * kMostByteColumns : 1];
+  alignas(64) float scores[kTileRows * kKeyBlock];
   const auto* const* key = reinterpret_cast<const uint8_t* const*>(b.rows16);
   const auto* const* next = key + kKeyBlock;
-  FourQueries queries[4];
-  for (int r = 0; r < b.rows; r += 4) queries[r / 4] = FourQueries(b, r);
-  for (int s = 0; s < b.keys; s += 4) {
-    const uint8_t* keys[4];
-    for (int i = 0; i < 4; ++i) {
-      keys[i] = Keys::kForms > 1 ? expanded + i * Keys::kForms * b.width : key[s + i];
-      for (int at = b.first; at < b.width && Keys::kForms > 1; at += kPiece)
-        Keys::expand(_mm512_loadu_si512(key[s + i] + at),
-                     reinterpret_cast<__m512i*>(expanded + (i * b.width + at) * Keys::kForms));
-    }
-    for (int r = 0; r < b.rows; r += 4) byte_scores<Keys>(b, queries[r / 4], r, keys, s, scores);
-  }
+  for (int s = 0; s < b.keys; s += kGroup) byte_scores<Keys>(b, s, scores);
   online_softmax(b, scores);
   ByteWeights weights;
   for (int r = 0; r < b.rows; ++r) {  // times the scales of latents, which may be NaN where the weight is 0
@@ -315,13 +322,14 @@ void attend_bytes(const AttendBlock& b) {
       x[i] = _mm512_maskz_mul_ps(_mm512_cmp_ps_mask(w, splat(0.0f), _CMP_NEQ_UQ), w,
                                  loadf(b.key_scales + 16 * i));
     }
-    weights.scale[r] = Keys::take_weights(x, r % 8, weights.dwords[r / 8]);
+    auto& to = weights.dwords[r / kRows];
+    weights.scale[r] = Keys::take_weights(x, to[0][r % kRows], to[1][r % kRows]);
   }
   const int groups = (b.keys + 3) / 4;
   alignas(64) __m512i values[Keys::kForms * kKeyBlock];
   for (int at = 0; at < b.latent; at += kPiece) {
     for (int g = 0; g < groups; ++g) {
-      for (int n = b.first ? 0 : 2; n < 4; ++n) prefetch_far(next[4 * g + n] + at);
+      for (int n = b.first ? 0 : 1; n < 4; n += b.first ? 1 : 2) prefetch_far(next[4 * g + n] + at);
       interleave<Keys>(key + 4 * g, at, values + 4 * g);
     }
     for (int r = 0; r < b.rows; r += 8) mix_strip<Keys>(b, weights, r, values, groups, b.out + at);

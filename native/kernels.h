@@ -10,9 +10,9 @@ namespace farthing {
 // A query for keys of 8 bits. Its numbers follow as two bytes or pairs of two, in two arrays of [width] bytes
 // that multiply the same keys.
 struct ByteQuery {
-  int32_t minus[2][16];  // of latents and rotary part: what the sums start at, to take an offset of keys out
+  int32_t minus[2];  // of latents and rotary part: what the sums start at, to take an offset of keys out
   float scale[2];
-  float unused[14];
+  float unused[12];
   uint8_t bytes[];
 
   static size_t size(int width) { return sizeof(ByteQuery) + 2 * static_cast<size_t>(width); }

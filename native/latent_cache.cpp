@@ -39,10 +39,13 @@ void KeyReader::for_runs(Source from, int begin, int end, F&& f) const {
   const int32_t* blocks = batch_.block_table + static_cast<int64_t>(from.sequence) * batch_.max_blocks;
   const uint8_t* data = cache_.data + from.group * cache_.layer_bytes;
   const float* scale = cache_.scale ? cache_.scale + from.group * cache_.layer_scales : nullptr;
-  const int64_t bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type), size = cache_.block_size;
-  for (int key = begin; key < end;) {
-    const int64_t slot = blocks[key / size] * size + key % size;
-    const int count = static_cast<int>(std::min<int64_t>(end, (key / size + 1) * size)) - key;
+  const int64_t bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
+  const unsigned size = cache_.block_size;
+  unsigned block = begin / size;
+  for (int key = begin; key < end; ++block) {
+    const unsigned skipped = key - block * size;
+    const int64_t slot = static_cast<int64_t>(blocks[block]) * size + skipped;
+    const int count = std::min<int>(end - key, size - skipped);
     f(key, count, data + slot * bytes, scale ? scale + slot * 2 : nullptr);
     key += count;
   }
@@ -84,17 +87,25 @@ void KeyReader::look_ahead(Source from, int at, int keys, int skipped) {
   if (form_ == Kernels::Keys::f32) return;
   next_ = from, next_at_ = at, next_keys_ = keys, next_skipped_ = skipped;
   const uint16_t** rows = rows_ + block_;
-  for_rows(from, at + skipped, at + keys, [&](int key, const uint8_t* data, const float*) {
-    rows[key - at] = reinterpret_cast<const uint16_t*>(data);
-  });
+  find_addresses(from, at, keys, skipped, rows);
   std::fill_n(rows, skipped, rows[skipped]);
   std::fill(rows + keys, rows + block_, rows[keys - 1]);
+}
+
+// Addresses of cached keys [at + skipped, at + keys).
+void KeyReader::find_addresses(Source from, int at, int keys, int skipped, const uint16_t** rows) const {
+  const int64_t bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
+  for_runs(from, at + skipped, at + keys, [&](int key, int count, const uint8_t* data, const float*) {
+    for (int i = 0; i < count; ++i, data += bytes)
+      rows[key - at + i] = reinterpret_cast<const uint16_t*>(data);
+  });
 }
 
 void KeyReader::fetch(Source from, int at, AttendBlock& b) {
   b.row_bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
   if (form_ != Kernels::Keys::f32) {
     form_ == Kernels::Keys::bytes ? find_bytes(from, at, b) : find_rows(from, at, b);
+    if (!rows_[block_]) std::fill_n(rows_ + block_, block_, rows_[0]);  // nothing to be prefetched yet
     b.key_scales = scales_;
     if (form_ == Kernels::Keys::tiles) align_groups(b.keys);
     b.rows16 = rows_;
@@ -119,7 +130,7 @@ void KeyReader::find_rows(Source from, int at, const AttendBlock& b) {
       rows_[key - at] = half(data, scale, keys16_ + static_cast<size_t>(key - at) * shape_.width);
     });
   std::fill_n(rows_, skipped, rows_[skipped]);
-  std::fill(rows_ + keys, rows_ + 2 * block_, rows_[keys - 1]);
+  std::fill(rows_ + keys, rows_ + block_, rows_[keys - 1]);
   next_.sequence = -1;
 }
 
@@ -129,19 +140,16 @@ void KeyReader::find_bytes(Source from, int at, const AttendBlock& b) {
   float *latent = scales_, *rotary = scales_ + kKeyBlock;
   const bool found = next_ == from && next_at_ == at && next_keys_ >= keys && next_skipped_ <= skipped;
   if (found) std::copy_n(rows_ + kKeyBlock, keys, rows_);
-  for_runs(from, at + skipped, at + keys, [&](int key, int count, const uint8_t* data, const float* scale) {
+  else find_addresses(from, at, keys, skipped, rows_);
+  for_runs(from, at + skipped, at + keys, [&](int key, int count, const uint8_t*, const float* scale) {
     for (int i = 0, to = key - at; i < count; ++i, ++to)
       latent[to] = scale[2 * i], rotary[to] = scale[2 * i + 1];
-    const int64_t bytes = shape_.latent + shape_.rope;
-    for (int i = 0; i < count && !found; ++i)
-      rows_[key - at + i] = reinterpret_cast<const uint16_t*>(data + i * bytes);
   });
   const auto repeat = [&](auto* x) {  // where no key is read
     std::fill_n(x, skipped, x[skipped]);
     std::fill(x + keys, x + kKeyBlock, x[keys - 1]);
   };
   repeat(rows_), repeat(latent), repeat(rotary);
-  std::fill_n(rows_ + kKeyBlock, kKeyBlock, rows_[keys - 1]);
   next_.sequence = -1;
 }
 

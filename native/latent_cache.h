@@ -74,6 +74,7 @@ class KeyReader {
   template <class F>
   void for_rows(Source from, int begin, int end, F&& f) const;
   const uint16_t* half(const uint8_t* data, const float* scale, uint16_t* to) const;
+  void find_addresses(Source from, int at, int keys, int skipped, const uint16_t** rows) const;
   void find_rows(Source from, int at, const AttendBlock& b);
   void find_bytes(Source from, int at, const AttendBlock& b);
   void align_groups(int keys);

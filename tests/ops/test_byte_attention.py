@@ -17,7 +17,8 @@ from tests.ops.test_cpu import ISAS
 AS_CACHED = {("avx512_vnni", "int8"): 3e-4, ("avx512_bf16", "int8"): 3e-4}
 BOUND = 1.5e-2
 TYPES: dict[CacheDtype, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-SHAPES = [(8, 2, 64), (12, 1, 128), (2, 2, 256), (40, 2, 64)]  # heads, key-value heads, head size
+# Heads, key-value heads, head size. Queries are multiplied 8 at a time, keys 256 columns at a time.
+SHAPES = [(8, 2, 64), (12, 1, 128), (2, 2, 256), (40, 2, 64), (7, 1, 64), (18, 2, 192), (3, 1, 320)]
 
 
 def attended(
@@ -99,6 +100,19 @@ def test_extremes(isa: str, cache_dtype: CacheDtype, case: str) -> None:
             y[..., 5] = -0.0
     found, exact = attended(isa, shape, cache_dtype, x.flatten(1))
     assert torch.isfinite(found).all()
+    assert error((found, exact)) < BOUND
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cache_dtype", list(TYPES))
+def test_largest_sums(isa: str, cache_dtype: CacheDtype) -> None:
+    """Every column of queries and keys has the largest number: sums of integers almost fill 32 bits."""
+    heads, groups, size = shape = 2, 1, 1024
+    x = torch.ones(70, heads + 2 * groups, size)
+    x[::3, heads:] = -1
+    x[:, :heads] = 2 * size**-0.5
+    found, exact = attended(isa, shape, cache_dtype, x.flatten(1))
+    assert exact.abs().min() > 0.5
     assert error((found, exact)) < BOUND
 
 
