@@ -225,7 +225,7 @@ def test_a_missing_directory_is_named_as_given(tmp_path: Path) -> None:
     assert result.stderr.strip() == f"error: out: got {str(out)!r}; expected a file in an existing directory"
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "minimax_m2", "smollm3", "glm4_moe"])
+@pytest.mark.parametrize("name", ["granitemoe", "minimax_m2", "smollm3", "glm4_moe", "gpt_oss"])
 def test_grouped_types_are_packed_and_served_without_torch(name: str, tmp_path: Path) -> None:
     """Stacked experts, other names, tied embeddings, layers without rotation, biases."""
     pytest.importorskip("transformers")
@@ -240,7 +240,8 @@ def test_grouped_types_are_packed_and_served_without_torch(name: str, tmp_path: 
     for arrays in (False, True):
         model = load(tmp_path, select("cpu", threads=1, packed=str(tmp_path / "packed"), arrays=arrays))
         ids = np.arange(2, 22)
-        batch = make_batch([20], [0], [[1, 0]], 16)
-        hidden = model.forward(model.ops.tensor(ids), batch, model.new_cache(2, 16, "float32"))
+        batch, cache = make_batch([20], [0], [[1, 0]], 16), model.new_cache(2, 16, "float32")
+        hidden = model.forward(model.ops.tensor(ids), batch, cache)
         logits.append(np.asarray(model.logits(hidden)))
+        assert model.first_not_finite(model.ops.tensor(ids), batch, cache) is None
     assert np.array_equal(*logits)

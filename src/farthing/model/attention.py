@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import np
@@ -257,7 +257,8 @@ class GroupedAttention:
         qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, (H + 2 G) d], then gates [T, H d]
         out = ops.gqa(qkv, self.heads, place)  # [T, H d]
         if self.o_bias is not None:
-            h = h + self.o_bias.to(h)
+            bias: Any = self.o_bias  # of numpy where nothing needs torch: float32, as h is
+            h = h + (bias if isinstance(bias, np.ndarray) else bias.to(h))
         if self.post_norm is None:
             return ops.linear(out, self.o, residual=h), None
         # Ranks sum their products where there is a residual.
