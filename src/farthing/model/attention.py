@@ -257,8 +257,10 @@ class GroupedAttention:
         qkv = ops.linear(h, self.qkv_a, self.norm)  # [T, (H + 2 G) d], then gates [T, H d]
         out = ops.gqa(qkv, self.heads, place)  # [T, H d]
         if self.o_bias is not None:
-            bias: Any = self.o_bias  # of numpy where nothing needs torch: float32, as h is
-            h = h + (bias if isinstance(bias, np.ndarray) else bias.to(h))
+            bias: Any = self.o_bias
+            if not isinstance(bias, np.ndarray):  # arrays are float32, as h is
+                bias = bias.to(h)
+            h = h + bias
         if self.post_norm is None:
             return ops.linear(out, self.o, residual=h), None
         # Ranks sum their products where there is a residual.
