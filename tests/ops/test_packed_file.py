@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import queue
 import random
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +19,7 @@ pytest.importorskip("farthing._native")
 from farthing.ops.api import AttentionSpec, Norm, NotFinite, RouterSpec
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import F32, plan
-from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile, PackedFile, write_packed
+from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile, write_packed
 from farthing.ops.weights import Weight
 from tests.ops.parts import SPECS, experts, weight, zero_blocks
 from tests.ops.test_cpu_threads import results
@@ -218,23 +214,6 @@ def test_flipped_bits_are_detected(tmp_path: Path) -> None:
         time.sleep(0.05)
     with pytest.raises(DamagedFile, match="the checksum of 'a' does not match"):
         ops._file.raise_damage()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
-def test_background_check_gives_way_to_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: queue.Queue[tuple[int, int]] = queue.Queue()
-
-    def note(self: PackedFile, name: str, rate: int | None = None) -> bool:
-        found.put((threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0)))
-        return True
-
-    two_matrices(tmp_path / "m")
-    before = os.getpriority(os.PRIO_PROCESS, 0)
-    monkeypatch.setattr(PackedFile, "_matches", note)
-    CpuOps(1, packed=str(tmp_path / "m"))
-    thread, priority = found.get(timeout=10)
-    assert (thread != threading.get_native_id(), priority) == (True, 19)
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_damage_stops_models_that_run_op_by_op(tmp_path: Path) -> None:

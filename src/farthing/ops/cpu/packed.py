@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +36,6 @@ HEADER = struct.Struct("<8sQQQ32x")
 DTYPES = {name: np.dtype(name) for name in ("float32", "int64")}
 CHECKED_AT_ONCE = 8 << 20  # bytes
 CHECKED_PER_SECOND = 1 << 30  # bytes/s of the background thread: a small share of memory bandwidth
-LOWEST_PRIORITY = 19
 
 
 class DamagedFile(RuntimeError):
@@ -185,8 +183,6 @@ class PackedFile:
         self._stop.set()
 
     def _check(self) -> None:
-        if sys.platform == "linux":  # where threads have priorities; steps wait for a core that hashes
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         for name in self._entries:
             if self._stop.is_set():
                 return
