@@ -82,8 +82,8 @@ bool is_zen4_or_older() {
 }
 
 // Intel: measured on Emerald Rapids, whose memory takes 180 to 200 ns: 1.1x at 1, 8 and 16 rows. Zen 5: where
-// memory read fast enough to tell; 512 bytes and more into L1 are slower there. Zen 4 loses a third of the
-// bandwidth of one row at 4 KB.
+// memory read fast enough to tell; 512 bytes and more into L1 are slower there. Zen 4 loses a quarter of the
+// bandwidth of one row at 4 KB, in all but bytes, which both distances suit alike.
 PrefetchDistances distances_of_processor() {
   if (is_intel()) return {4096, 8192, 1024, kAnyRows, kAnyRows};
   if (is_zen4_or_older()) return {512, 512, 256, 1, 4};

@@ -464,7 +464,8 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     return;
   }
   const bool stream = rows <= stream_rows(w.format);
-  const bool tall = one_product_a_cycle && rows > kRowsAtOnce && w.quantized() && !w.zero;
+  // Not where that is no larger: floats and planes.
+  const bool tall = one_product_a_cycle && rows > kRowsAtOnce && long_rows(w.format) > kRowsAtOnce && !w.zero;
   const int at_once = tall ? long_rows(w.format) : kRowsAtOnce;
   const int blocks = stream ? 1 : (rows + at_once - 1) / at_once;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
