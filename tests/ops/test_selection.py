@@ -10,6 +10,7 @@ from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, Ops,
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.selection import chosen
+from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch, read_cache, rotate
 from farthing.ops.weights import Weight
 
@@ -21,6 +22,8 @@ CPUS = _native.instruction_sets().split()
 
 
 def backend(name: str) -> Ops:
+    if name == "torch":
+        return TorchOps(torch.device("cpu"), torch.float32)
     return ReferenceOps(torch.float32) if name == "reference" else CpuOps(2, isa=name)
 
 
@@ -56,7 +59,7 @@ def positions(batch: Batch, k: int | None, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("name", ["reference", *CPUS])
+@pytest.mark.parametrize("name", ["reference", "torch", *CPUS])
 def test_all_positions_equal_dense_attention(name: str, dtype: CacheDtype) -> None:
     ops = backend(name)
     handle, cache, batch, q, kv = step(ops, dtype)
@@ -67,7 +70,7 @@ def test_all_positions_equal_dense_attention(name: str, dtype: CacheDtype) -> No
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize("name", ["torch", *CPUS])
 def test_selected_positions_match_the_reference(name: str, dtype: CacheDtype, k: int) -> None:
     outs = []
     for each in (backend("reference"), backend(name)):
@@ -103,7 +106,7 @@ def test_slots_follow_each_sequences_blocks() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("name", ["reference", *CPUS])
+@pytest.mark.parametrize("name", ["reference", "torch", *CPUS])
 def test_a_token_without_keys_attends_to_nothing(name: str, dtype: CacheDtype) -> None:
     """As where all scores of its keys are NaN. It had what an earlier step left in memory."""
     ops = backend(name)

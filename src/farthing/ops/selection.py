@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Chosen:
     """Cache rows read by a step: token t, as sequence t, reads slots[t, :counts[t]]."""
 
-    counts: Tensor  # [T] int32, at least 1
+    counts: Tensor  # [T] int32; 0: the token attends to nothing
     slots: Tensor  # [T, K] int32, arbitrary after a token's last one
     starts: Tensor  # [T + 1] int32: 0 … T, as `Batch.query_start`
 

@@ -237,9 +237,11 @@ def attend(query: Tensor, keys: Tensor, seen: Tensor | None, s: AttentionSpec) -
         shared = keys.unsqueeze(1).expand(-1, s.num_heads, -1, -1)
         return _causal(grouped.transpose(1, 2), shared, shared, seen, s)[..., : s.latent_dim]
     scores = torch.bmm(grouped.squeeze(1), keys.transpose(1, 2)) * s.scale
-    if seen is not None:
-        scores = scores.masked_fill(~seen, float("-inf"))
-    return torch.bmm(scores.softmax(-1), keys[..., : s.latent_dim])
+    if seen is None:
+        weights = scores.softmax(-1)
+    else:  # filled twice: the softmax of a token that sees nothing is NaN
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).masked_fill(~seen, 0.0)
+    return torch.bmm(weights, keys[..., : s.latent_dim])
 
 
 def attend_expanded(
