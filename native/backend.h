@@ -233,7 +233,7 @@ struct Sizes {
   CacheType cache;
   Workspace work{Workspace::Memory::none};
 
-  void linear(const Matrix& w, int tokens);
+  void linear(const Matrix& w, const Matrix* further, int tokens);  // or null: columns packed apart
   void moe(const Moe& w, int tokens, int rows);
   void mla(const Attention& w, const Batch& batch);
   void delta(const Delta& w);

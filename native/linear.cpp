@@ -99,10 +99,10 @@ struct Space {
 
 }  // namespace
 
-void Sizes::linear(const Matrix& w, int tokens) {
+void Sizes::linear(const Matrix& w, const Matrix* further, int tokens) {
   for (const int least : {0, kTileTokens}) {
     work.reset();
-    Space(work, kernels, w, nullptr, tokens, threads, least);
+    Space(work, kernels, w, further, tokens, threads, least);
   }
 }
 

@@ -2,8 +2,10 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <climits>
+#include <stdexcept>
 
 #include "indexer.h"
 
@@ -15,6 +17,8 @@ using namespace farthing;
 namespace {
 
 using Storage = std::tuple<Format, int>;  // and the group, if matrices choose it
+// Of an MLP that is summed in parts, each of them: the storage of its down projection, and its width.
+using Parts = std::vector<std::tuple<Storage, int>>;
 
 std::shared_ptr<Packed> packed(const Storage& storage, int n, int k) {
   auto p = std::make_shared<Packed>();
@@ -22,23 +26,33 @@ std::shared_ptr<Packed> packed(const Storage& storage, int n, int k) {
   return p;
 }
 
-Mlp mlp(const Storage& storage, int width, int hidden) {
-  return {packed(storage, 2 * round_up(width, kPanel), hidden), packed(storage, hidden, width), {}, {}};
+std::vector<Mlp> mlp(const Storage& storage, const Parts& parts, int hidden) {
+  std::vector<Mlp> all;
+  for (const auto& [down, width] : parts)
+    all.push_back(
+        {packed(storage, 2 * round_up(width, kPanel), hidden), packed(down, hidden, width), {}, {}});
+  return all;
 }
 
-// width: of a routed expert; shared: of the shared expert, or of a dense MLP without a router; 0: none.
-void size_moe(Sizes& s, const Storage& storage, int hidden, int experts, int top_k, int width, int shared,
-              int tokens, int rows) {
+// storage: of gate and up. routed: a routed expert; shared: the shared expert, or a dense MLP without a
+// router; empty: none.
+void size_moe(Sizes& s, const Storage& storage, int hidden, int experts, int top_k, const Parts& routed,
+              const Parts& shared, int tokens, int rows) {
   Moe m;
   m.hidden = hidden;
-  m.has_shared = shared > 0;
+  m.parts = static_cast<int>((experts ? routed : shared).size());
+  if (m.parts < 1 || m.parts > kMostParts || (experts && !shared.empty() && shared.size() != routed.size()))
+    throw std::invalid_argument("experts have one part or two, and all of them as many");
+  m.has_shared = !shared.empty();
   if (experts) {
     m.router.experts = experts;
     m.router.top_k = top_k;
     m.gate = packed({Format::f32, 0}, experts, hidden);
-    m.experts.assign(static_cast<size_t>(experts), mlp(storage, width, hidden));
+    const std::vector<Mlp> one = mlp(storage, routed, hidden);
+    for (int e = 0; e < experts; ++e) m.experts.insert(m.experts.end(), one.begin(), one.end());
   }
-  if (shared) m.experts.push_back(mlp(storage, shared, hidden));
+  const std::vector<Mlp> beside = mlp(storage, shared, hidden);
+  m.experts.insert(m.experts.end(), beside.begin(), beside.end());
   s.moe(m, tokens, rows);
 }
 
@@ -76,11 +90,12 @@ void bind_sizes(nb::module_& module) {
       .def_prop_ro("workspace_bytes", [](const Sizes& s) { return s.work.most_used(); })
       .def(
           "linear",
-          [](Sizes& s, const Storage& storage, int n, int k, int tokens) {
-            s.linear(packed(storage, n, k)->m, tokens);
+          [](Sizes& s, const Storage& storage, int n, int k, int tokens, bool halved) {
+            const auto w = packed(storage, n, k);
+            s.linear(w->m, halved ? &w->m : nullptr, tokens);
           },
-          "storage"_a, "n"_a, "k"_a, "tokens"_a)
-      .def("moe", &size_moe, "storage"_a, "hidden"_a, "experts"_a, "top_k"_a, "width"_a, "shared"_a,
+          "storage"_a, "n"_a, "k"_a, "tokens"_a, "halved"_a = false)  // halved: k are the columns of a half
+      .def("moe", &size_moe, "storage"_a, "hidden"_a, "experts"_a, "top_k"_a, "routed"_a, "shared"_a,
            "tokens"_a, "rows"_a = INT_MAX)
       .def("mla", &size_mla, "storage"_a, "heads"_a, "nope"_a, "rope"_a, "value"_a, "latent"_a, "sequences"_a,
            "tokens"_a, "keys"_a, "groups"_a = 0)

@@ -394,11 +394,7 @@ class EngineConfig:
     def _check_deterministic(self) -> None:
         if not self.deterministic:
             return
-        tp, ep = self.tensor_parallel_size, self.expert_parallel_size
-        if tp > 2 or (tp == 2 and ep > 1):
-            raise ValueError(
-                f"deterministic: got True with tp {tp} and ep {ep}; expected tp 1, or tp 2 with ep 1"
-            )
+        halves_of_rank(self.tensor_parallel_size, self.expert_parallel_size)
         if self.experts_on is not None:
             raise ValueError(
                 f"deterministic: got True with experts_on {self.experts_on!r}; expected experts_on None"
@@ -414,15 +410,11 @@ class EngineConfig:
 
     @property
     def halves(self) -> int | None:
-        """Number of halves of a row-parallel product per rank; None unless deterministic.
-
-        One rank sums two halves as `--tp 2` would. A packed file has undivided matrices, and so have the
-        ranks of `--ep`.
-        """
+        """`halves_of_rank`, 1 with a packed file, whose matrices are undivided; None unless deterministic."""
         if not self.deterministic:
             return None
-        undivided = self.packed is not None or self.expert_parallel_size > 1
-        return 1 if undivided else 2 // self.tensor_parallel_size
+        undivided = self.packed is not None
+        return 1 if undivided else halves_of_rank(self.tensor_parallel_size, self.expert_parallel_size)
 
     @property
     def num_ranks(self) -> int:
@@ -446,6 +438,17 @@ class EngineConfig:
 
 DEFAULT_DRAFTS = 4  # maximum drafts per step; the MTP layer stops earlier where it is unsure
 MAX_DRAFTS = 16
+
+
+def halves_of_rank(tp: int, ep: int) -> int:
+    """Halves of a row-parallel product that a rank sums apart with `deterministic`: two on one rank, as
+    `--tp 2` would. Raises ValueError for a layout that sums in another order.
+    """
+    if tp > 2 or (tp == 2 and ep > 1):
+        raise ValueError(
+            f"deterministic: got True with tp {tp} and ep {ep}; expected tp 1, or tp 2 with ep 1"
+        )
+    return 1 if ep > 1 else 2 // tp
 
 
 def parse_speculate(value: str | None) -> tuple[tuple[str, ...], int] | None:

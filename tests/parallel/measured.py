@@ -57,15 +57,22 @@ class Silent(Alone):
 
 
 def measure(
-    raw: dict[str, Any], layout: Layout, backend: str, quantization: str | None, tokens: int, rank: int = 0
+    raw: dict[str, Any],
+    layout: Layout,
+    backend: str,
+    quantization: str | None,
+    tokens: int,
+    rank: int = 0,
+    halves: int | None = None,
 ) -> int:
-    """Growth of a rank's memory in bytes while it computes `tokens` of one sequence."""
+    """Growth of a rank's memory in bytes while it computes `tokens` of one sequence. halves: as `select`'s
+    `parts`."""
     # No huge pages: the warm-up step would touch whole ones, which would then not be counted.
     ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
     rank_module.DistGroup = lambda ranks, timeout: Silent()  # type: ignore[assignment,misc]
     config = ModelConfig.from_json(raw)
     source = MemorySource(random_parameters(config))
-    ops = select(backend, torch.float32, 1, quantization)  # type: ignore[arg-type]
+    ops = select(backend, torch.float32, 1, quantization, parts=halves)  # type: ignore[arg-type]
     # One rank has no groups: the engine drives the model itself.
     alone = layout.world == 1
     model: Any = model_of(config, ops, source) if alone else Rank(config, source, layout, rank, ops)

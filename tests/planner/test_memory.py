@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import PlannedModel, RankMemory, Serving, memory
-from tests.tiny import DEEPSEEK_V4, V3
+from tests.tiny import DEEPSEEK_V4, GLM4, QWEN3_NEXT, V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from random_model import config as bench_config
@@ -98,6 +99,29 @@ def test_rank_has_the_planned_bytes(backend: str, layout: Layout, monkeypatch: p
         weights, cache = held(rank)
         assert planned_rank.weights == pytest.approx(weights, rel=0.05)
         assert planned_rank.cache == cache
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("raw", [V3, GLM4, QWEN3_NEXT], ids=lambda raw: str(raw["model_type"]))
+def test_halves_have_the_planned_bytes(
+    raw: dict[str, Any], quantization: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--deterministic` packs some matrices in two, each with scales and padding of its own."""
+    pytest.importorskip("farthing._native")
+    monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
+    sizes = dict(hidden_size=256, intermediate_size=640, moe_intermediate_size=384, num_hidden_layers=3,
+                 num_attention_heads=4, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2,
+                 first_k_dense_replace=1, vocab_size=512, num_nextn_predict_layers=0)  # fmt: skip
+    config = ModelConfig.from_json(raw | sizes)
+    source, plan = MemorySource(random_parameters(config)), ShardPlan.build(config, Layout())
+    model = PlannedModel.of(plan, lambda name: Stored("float32"))
+    differ = []
+    for halves in (1, 2):
+        (expected,) = memory(model, plan, Holder("cpu", 4, quantization, halves), SERVING)
+        rank = Rank(config, source, Layout(), 0, select("cpu", None, 1, quantization, parts=halves))
+        differ.append(expected.weights - held(rank)[0])
+        assert expected.weights == pytest.approx(held(rank)[0], rel=0.01)
+    assert differ[0] == differ[1]
 
 
 V4 = DEEPSEEK_V4 | dict(
@@ -213,6 +237,21 @@ def test_unknown_choices(option: str, value: str, accepted: str) -> None:
     run = CliRunner().invoke(app, ["mite", option, value])
     assert run.exit_code == 2
     assert option in run.output and repr(value) in run.output and accepted in run.output
+
+
+def test_deterministic() -> None:
+    """One rank's halves, and layouts without them."""
+
+    def plan(*options: str) -> Result:
+        return CliRunner().invoke(app, ["mite", "--json", *options])
+
+    plain, halved = (json.loads(plan(*more).stdout)["ranks"][0] for more in ([], ["--deterministic"]))
+    assert halved["buffers"] > plain["buffers"] and halved["cache"] == plain["cache"]
+    pair = [json.loads(plan("--tp", "2", *more).stdout)["ranks"] for more in ([], ["--deterministic"])]
+    assert pair[0] == pair[1]
+    for options in (["--tp", "4"], ["--tp", "2", "--ep", "2"], ["--gpu", "h100"], ["--experts-on", "cpu"]):
+        refused = plan("--deterministic", *options)
+        assert refused.exit_code == Exit.INPUT and "deterministic" in refused.output
 
 
 def test_parse_bytes() -> None:

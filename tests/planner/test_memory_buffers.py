@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from farthing.checkpoint.reader import Checkpoint
+from farthing.config import halves_of_rank
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.load import config_of
@@ -64,12 +65,13 @@ def measured() -> Iterator[Measure]:
         quantization: str | None,
         tokens: int,
         rank: int = 0,
+        halves: int | None = None,
     ) -> int:
         if backend == "cpu":
             pytest.importorskip("farthing._native")
         ranks = [layout.tp, layout.pp, layout.ep]
         asked = dict(raw=raw, layout=ranks, backend=backend, quantization=quantization, tokens=tokens)
-        asked |= {"rank": rank}
+        asked |= {"rank": rank, "halves": halves}
         process.stdin.write(json.dumps(asked) + "\n")
         process.stdin.flush()
         return int(process.stdout.readline().split()[-1])
@@ -107,6 +109,16 @@ def test_step_uses_the_planned_memory(
     planned = step(plan, layout.place(0), Holder(backend, 4, quantization), serving, Stored("float32"))
     taken = measured(RAW, layout, backend, quantization, TOKENS)
     print(backend, quantization, layout, planned / 1e6, taken / 1e6, planned / taken)
+    assert planned == pytest.approx(taken, rel=0.1)
+
+
+@linux
+@pytest.mark.parametrize("tp", [1, 2])
+def test_deterministic_step_uses_the_planned_memory(tp: int, measured: Measure) -> None:
+    plan, halves = ShardPlan.build(ModelConfig.from_json(RAW), layout := Layout(tp)), halves_of_rank(tp, 1)
+    serving, holder = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1), Holder("cpu", 4, "int8", halves)
+    planned = step(plan, layout.place(0), holder, serving, Stored("float32"))
+    taken = measured(RAW, layout, "cpu", "int8", TOKENS, halves=halves)
     assert planned == pytest.approx(taken, rel=0.1)
 
 

@@ -9,16 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from farthing.config import halves_of_rank
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
+from farthing.parallel import rank as rank_module
+from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, ShardPlan
+from farthing.parallel.rank import Rank
 from farthing.planner.footprint import Holder, Stored
 from farthing.planner.memory import Serving, Shard, workspace_bytes
 from tests.planner.test_memory_buffers import RAW
+from tests.tiny import GLM4, QWEN3_NEXT
 
 pytest.importorskip("farthing._native")
 
@@ -94,6 +99,45 @@ def test_planned_workspace_is_the_backends(
     shard = Shard.of(plan, plan.layout.place(0), Stored(stored))
     planned = workspace_bytes(shard, Holder("cpu", 4, quantization), serving, threads)
     assert planned == max(taken)
+
+
+# Widths whose halves differ: blocks of 128 columns stay whole.
+WIDE = dict(
+    vocab_size=512, hidden_size=512, intermediate_size=640, moe_intermediate_size=384, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, max_position_embeddings=2048, num_nextn_predict_layers=0,
+)  # fmt: skip
+DIVIDED: dict[str, dict[str, Any]] = {
+    "latent": RAW | dict(intermediate_size=640, moe_intermediate_size=384),
+    "grouped": GLM4 | WIDE,
+    "odd heads": GLM4 | WIDE | dict(num_attention_heads=5, num_key_value_heads=5),
+    "recurrent": QWEN3_NEXT | WIDE | dict(shared_expert_intermediate_size=640, linear_num_value_heads=16,
+                                          linear_value_head_dim=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 7, 200])
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", DIVIDED)
+def test_planned_workspace_with_deterministic(
+    name: str, tp: int, tokens: int, quantization: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One rank sums halves, as two ranks would; both without the forms that depend on a step's size."""
+    config = ModelConfig.from_json(DIVIDED[name])
+    if config.num_attention_heads % tp:
+        pytest.skip("heads are not divided among ranks")
+    monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
+    parameters = {n: t.to(torch.bfloat16) for n, t in random_parameters(config).items()}
+    serving = Serving(5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens)
+    halves, layout = halves_of_rank(tp, 1), Layout(tp)
+    ops: Any = select("cpu", torch.float32, 2, quantization, parts=halves)
+    rank = Rank(config, MemorySource(parameters), layout, 0, ops)
+    with torch.inference_mode():
+        steps(rank.model, serving)
+    plan = ShardPlan.build(config, layout)
+    shard = Shard.of(plan, layout.place(0), Stored("bfloat16"))
+    planned = workspace_bytes(shard, Holder("cpu", 4, quantization, halves), serving, 2)
+    assert planned == ops._native.workspace_bytes
 
 
 def test_without_the_native_module_there_is_no_figure() -> None:

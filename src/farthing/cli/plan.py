@@ -23,6 +23,7 @@ from farthing.config import (
     ExpertsOn,
     Quantization,
     check,
+    halves_of_rank,
     inherited,
     option,
     parse_bytes,
@@ -234,6 +235,7 @@ class PlanOptions:
     gpu: str | None = _main(None, "GPU whose memory and ceilings to use, such as h100")
     backend: Backend | None = _main(None, "Backend; default: gpu with --gpu, else cpu")
     dtype: Dtype = _served("dtype", group="Options")
+    deterministic: bool = _served("deterministic", group="Options")
 
     quantization: Quantization | None = _served("quantization", group="Memory")
     kv_tokens: int | None = _memory(None, "KV cache size in tokens; default: max-model-len", minimum=1)
@@ -291,6 +293,10 @@ class PlanOptions:
         if self.price is not None and self.gpu is None:
             raise ValueError("price is set without a GPU; expected --gpu NAME")
         self._check_cores()
+        if self.deterministic and (self.experts_on or self.backend in ("reference", "gpu") or self.gpu):
+            raise ValueError("deterministic is set; expected backend cpu and no experts-on with it")
+        if self.deterministic:
+            halves_of_rank(layout.tp, layout.ep)
         if self.redundant_experts and self.price is None and layout.ep == 1:
             raise ValueError(f"redundant-experts: got {self.redundant_experts}; expected 0 unless --ep > 1")
 
@@ -502,7 +508,8 @@ def _plan(options: PlanOptions, device: Ceilings | None) -> Planned:
     config, stored_of, raw = _read(options.model)
     backend = options.backend or ("gpu" if options.gpu else "cpu")
     item = 2 if options.dtype == "auto" and backend == "gpu" else FLOAT_BYTES.get(options.dtype, 4)
-    holder = Holder(backend, item, options.quantization)
+    halves = halves_of_rank(options.layout.tp, options.layout.ep) if options.deterministic else 1
+    holder = Holder(backend, item, options.quantization, halves)
     serving = _serving(options, backend, config)
     shards = ShardPlan.build(config, options.layout)
     model = PlannedModel.of(shards, stored_of)

@@ -40,11 +40,15 @@ def weight_bytes(path: Path, quantization: str | None = None, sizes: tuple[int, 
 
 
 def needed(
-    path: Path, quantization: str | None, serving: Serving, sizes: tuple[int, int, int] = (1, 1, 1)
+    path: Path,
+    quantization: str | None,
+    serving: Serving,
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    halves: int = 1,
 ) -> list[RankMemory]:
-    """The memory of each rank on a CPU. sizes: tp, pp, ep."""
+    """The memory of each rank on a CPU. sizes: tp, pp, ep; halves: of a `Holder`."""
     plan, model = _planned(path, Layout(*sizes))
-    return memory(model, plan, Holder("cpu", 4, quantization), serving)
+    return memory(model, plan, Holder("cpu", 4, quantization, halves), serving)
 
 
 def _planned(path: Path, layout: Layout) -> tuple[ShardPlan, PlannedModel]:

@@ -62,16 +62,17 @@ class Shard:
     def of(cls, plan: ShardPlan, place: Place, stored: Stored) -> Shard:
         """stored: storage of the layers' projections."""
         c, layout, layers, head = plan.config, plan.layout, plan.stages[place.stage], plan.vocabulary(place)
-        start, stop = bounds(c.intermediate_size, layout.tp, place.tp)
         cut = layout.tp if layout.ep == 1 else 1
         own = c.per_rank(layout.tp)
         beside = c.shortcut_experts or c.parallel_mlp
         return cls(
-            c,
+            own,
             tuple(dict.fromkeys(own.heads(i) for i in layers)),
-            stop - start if beside or any(not c.is_moe(i) for i in layers) else 0,
-            c.moe_intermediate_size // cut if any(c.is_moe(i) for i in layers) else 0,
-            c.shared_size // layout.tp,
+            _width(c.intermediate_size, layout.tp, place.tp)
+            if beside or any(not c.is_moe(i) for i in layers)
+            else 0,
+            _width(c.moe_intermediate_size, cut, place.tp % cut) if any(map(c.is_moe, layers)) else 0,
+            _width(c.shared_size, layout.tp, place.tp),
             head.stop - head.start,
             stored,
             layout.ep,
@@ -81,6 +82,12 @@ class Shard:
     def heads(self) -> int:
         """Query heads."""
         return self.kinds[0].num_attention_heads
+
+
+def _width(columns: int, parts: int, index: int) -> int:
+    """Columns of one of `parts` of an MLP."""
+    start, stop = bounds(columns, parts, index)
+    return stop - start
 
 
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
@@ -147,12 +154,18 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
     def linear(n: int, k: int) -> None:
         sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
 
+    def output(columns: int, heads: int) -> None:
+        halved = holder.halves > 1 and heads % holder.halves == 0
+        k = columns // holder.halves if halved else columns
+        sizes.linear(_storage(holder, s.stored, k), c.hidden_size, k, step.total, halved)
+
     if c.recurrent is not None:
-        linear(c.recurrent.spec.channels + c.recurrent.spec.values, c.hidden_size)
-        linear(c.hidden_size, c.recurrent.spec.values)
+        spec = c.recurrent.spec
+        linear(spec.channels + spec.values, c.hidden_size)
+        output(spec.values, spec.value_heads)
     for heads in s.kinds:
         linear(heads.first_width, c.hidden_size)
-        linear(c.hidden_size, heads.output_width)
+        output(heads.output_width, 1 if isinstance(heads, CompressedHeads) else s.heads)
         if isinstance(heads, GroupedHeads):
             d, groups = heads.head_dim, heads.num_key_value_heads
             one, key = _storage(holder, s.stored, d), heads.turning or d
@@ -211,14 +224,19 @@ def _latent_attention(
 def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
     c = s.config
     storage = _storage(holder, s.stored, c.hidden_size)
+
+    def parts(width: int) -> list[tuple[tuple[Any, int], int]]:
+        own = [_width(width, holder.halves, i) for i in range(holder.halves)] if width else []
+        return [(_storage(holder, s.stored, columns), columns) for columns in own]
+
     if s.dense:
-        sizes.moe(storage, c.hidden_size, 0, 0, 0, s.dense, tokens)
+        sizes.moe(storage, c.hidden_size, 0, 0, [], parts(s.dense), tokens)
     if s.expert:
         rows = tokens * c.num_experts_per_tok
         if s.expert_ranks > 1:
             rows = int(rows * _UNEVEN / s.expert_ranks)
         chosen = (c.router_size, c.num_experts_per_tok)
-        sizes.moe(storage, c.hidden_size, *chosen, s.expert, s.shared, tokens, rows)
+        sizes.moe(storage, c.hidden_size, *chosen, parts(s.expert), parts(s.shared), tokens, rows)
 
 
 _FLOAT = 4
@@ -622,8 +640,7 @@ def _experts(
     local = local_shape(shape, plan.cut(name, place) or Cut(None)) if plan.layout.ep == 1 else shape
     if len(local) == 1:  # a bias
         return 4 * local[0] * experts
-    n, k = local
-    return holder.matrix(n, k, stored, mlp=True) * experts
+    return _packed_bytes(name, local, stored, plan, holder) * experts
 
 
 def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
@@ -636,7 +653,29 @@ def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPla
         a = plan.config.latent
         heads = local[0] // (a.qk_nope_head_dim + a.v_head_dim)
         return holder.heads(heads, a.qk_nope_head_dim, a.v_head_dim, a.kv_lora_rank, stored)
-    return holder.matrix(local[0], local[1], stored, mlp=".mlp." in name)
+    return _packed_bytes(name, local, stored, plan, holder)
+
+
+def _packed_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
+    """Bytes of a projection, of each of its halves if the backend sums those apart."""
+    n, k = local
+    module, count, mlp = name.split(".")[-2], holder.halves, ".mlp." in name
+    shapes = [(n, k)]
+    if count > 1 and module == "down_proj":
+        shapes = [(n, _width(k, count, i)) for i in range(count)]
+    elif count > 1 and module in ("gate_proj", "up_proj"):
+        shapes = [(_width(n, count, i), k) for i in range(count)]
+    elif count > 1 and module in ("o_proj", "out_proj") and _heads(name, plan) % count == 0:
+        shapes = [(n, k // count)] * count
+    return sum(holder.matrix(*shape, stored, mlp=mlp) for shape in shapes)
+
+
+def _heads(name: str, plan: ShardPlan) -> int:
+    """Heads of a layer's attention or recurrence on a rank."""
+    config = plan.config.per_rank(plan.layout.tp)
+    if ".linear_attn." in name and config.recurrent is not None:
+        return config.recurrent.spec.value_heads
+    return config.num_attention_heads
 
 
 def local_shape(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:
