@@ -54,6 +54,10 @@ def test_it_continues_a_text(shipped: Path) -> None:
             model=model, prompt="Water boils at a temperature of", max_tokens=8, temperature=0
         )
         assert "100 degrees" in done.choices[0].text
+        said = client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+        )
+        assert said.usage is not None and said.usage.prompt_tokens == 10  # with the marks of both turns
 
 
 def test_embeddings_are_the_values_of_the_file(shipped: Path) -> None:

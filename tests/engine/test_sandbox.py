@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from farthing.conversation.base import THINK, ControlTokens
+from farthing.conversation.select import BY_TYPE, Checkpoint, choose
 from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from farthing.engine.engine import Engine
 from farthing.engine.request import Rendering, SamplingParams, StructuredOutputsParams
@@ -203,6 +204,14 @@ def test_conversation_is_rendered_the_same(tokenizer: Tokenizer) -> None:
             assert box.prompt(packaged, 1000).result(60) == own.prompt(packaged)
     finally:
         box.close()
+
+
+@pytest.mark.parametrize("kind", BY_TYPE)
+def test_models_without_a_template_get_the_format_of_their_type(tokenizer: Tokenizer, kind: str) -> None:
+    form = choose(Checkpoint(kind, None, lambda token: False)).plain
+    given = replace(message("Hello"), form=form.name)
+    expected = form.render(given.conversation, given.control)
+    assert "Hello" in tokenizer.prompt(given) == expected
 
 
 def regex(text: str) -> StructuredOutputsParams:

@@ -30,7 +30,7 @@ from farthing.conversation.formats.deepseek_v32 import V32
 from farthing.conversation.formats.glm import GLM45, GLM47
 from farthing.conversation.formats.harmony import HARMONY
 from farthing.conversation.formats.kimi_k2 import KIMI_K2, KIMI_K2_THINKING, KIMI_K25
-from farthing.conversation.formats.written import BY_MARKUP, BY_TYPE
+from farthing.conversation.formats.written import BY_MARKUP, TOOLLESS
 from farthing.conversation.strict import JsonCalls
 
 # What a chat template expects of the messages it gets. Rendering a short tool loop finds out.
@@ -268,6 +268,8 @@ FORMATS = {
     each.name: each
     for each in (V3, R1, V31, V32, V4, KIMI_K2, KIMI_K2_THINKING, KIMI_K25, GLM45, GLM47, HARMONY)
 }
+# Also those that no command line can name, because they have no tools.
+PACKAGED: Mapping[str, ChatFormat] = FORMATS | {each.name: each for each in TOOLLESS.values()}
 # Whose calls `--tool-call-parser` can name.
 CALLS: Mapping[str, CallFormat | ChatFormat] = FORMATS | {each.name: each for each in BY_MARKUP.values()}
 OWN = "own"  # the checkpoint's template
@@ -285,7 +287,7 @@ def template_source(option: str | None) -> str | None:
         ) from error
 
 
-_BY_TYPE = {
+BY_TYPE = {
     "deepseek_v32": V32,
     "deepseek_v4": V4,
     "kimi_k2": KIMI_K2,
@@ -294,7 +296,7 @@ _BY_TYPE = {
     "glm4_moe_lite": GLM47,
     "glm_moe_dsa": GLM47,
     "gpt_oss": HARMONY,
-    **BY_TYPE,
+    **TOOLLESS,
 }
 _BY_TOKEN = {
     "｜DSML｜": V4,
@@ -416,7 +418,7 @@ def _calling(form: ChatFormat, other: CallFormat | ChatFormat) -> ChatFormat:
 
 def _related(checkpoint: Checkpoint) -> ChatFormat | None:
     """The packaged format of the model's family; None for DeepSeek V3, R1, V3.1 and unknown models."""
-    form = _BY_TYPE.get(checkpoint.model_type)
+    form = BY_TYPE.get(checkpoint.model_type)
     if form is None:
         form = next((form for token, form in _BY_TOKEN.items() if checkpoint.has_token(token)), None)
     if form is KIMI_K2 and checkpoint.has_token(THINK.open):  # both releases have the same type

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from farthing.conversation.formats import template
 from farthing.conversation.scan import MARK, alternatives, plain
-from farthing.conversation.select import FORMATS, Habits, probe
+from farthing.conversation.select import PACKAGED, Habits, probe
 from farthing.conversation.untrusted import TRUSTED, Untrusted, printed
 from farthing.engine.request import Rendering
 from farthing.tokenizer_file import read_tokenizer
@@ -374,7 +374,7 @@ class Tokenizer:
         """The prompt of a conversation, with marks in text that is not to become control tokens. Raises
         ValueError if the format cannot express it."""
         marking = TRUSTED if rendering.trusted else self.untrusted
-        form = None if rendering.form is None else FORMATS[rendering.form]
+        form = None if rendering.form is None else PACKAGED[rendering.form]
         removed = rendering.tags if form is None or form.strips else None
         talk = marking.conversation(rendering.conversation, removed)
         if form is not None:

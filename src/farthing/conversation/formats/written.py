@@ -23,5 +23,5 @@ BY_MARKUP: Mapping[str, CallFormat] = {
     "<tool_call>": HERMES,
     "<|start_header_id|>": LLAMA3,
 }
-# Formats that no command line can name, because they have no tools.
-BY_TYPE: Mapping[str, ChatFormat] = {"gemma3": GEMMA3, "gemma3_text": GEMMA3}
+# Formats without tools, by model type.
+TOOLLESS: Mapping[str, ChatFormat] = {"gemma3": GEMMA3, "gemma3_text": GEMMA3}
