@@ -117,11 +117,12 @@ def test_splits_agree_even_if_some_have_no_keys(splits: int) -> None:
     ops = GpuOps(torch.float32, DEVICE)
     cache = ops.new_cache(1, 40, 16, 40, "float32")
     cache.data.normal_()
-    q, pe = torch.randn(2, 3, 32, device=DEVICE), torch.randn(2, 3, 8, device=DEVICE)
+    q, pe = torch.randn(3, 3, 32, device=DEVICE), torch.randn(3, 3, 8, device=DEVICE)
     table = torch.randperm(40, device=DEVICE).view(2, 20).int()
-    where = torch.tensor([0, 299], dtype=torch.int32, device=DEVICE)
-    order = torch.arange(2, dtype=torch.int32, device=DEVICE)
+    where = torch.tensor([0, 299, -1], dtype=torch.int32, device=DEVICE)
+    order = torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
     y = decode(q, pe, cache, 0, table, order, where, 0.3, splits).cpu()
+    assert not y[2].any()  # a token that attends to nothing
     for i, length in enumerate((1, 300)):
         keys = cache.data[0][table[i].long()].flatten(0, 1)[:length].cpu()
         scores = (torch.cat((q, pe), -1)[i].cpu() @ keys.t()) * 0.3

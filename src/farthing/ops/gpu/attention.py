@@ -370,8 +370,9 @@ def _combine(part, lse, out, S, c: tl.constexpr, SP: tl.constexpr, BC: tl.conste
     row = tl.program_id(0).to(tl.int64)
     s, j = tl.arange(0, SP), tl.program_id(1) * BC + tl.arange(0, BC)
     sums = tl.load(lse + row * S + s, mask=s < S, other=float("-inf"))
-    weight = tl.exp(sums - tl.max(sums, 0))
-    weight = weight / tl.sum(weight, 0)
+    top = tl.max(sums, 0)
+    weight = tl.exp(sums - tl.where(top == float("-inf"), 0.0, top))  # of a token without keys zeros
+    weight = weight / tl.maximum(tl.sum(weight, 0), 1.0)  # at least 1 but for those
     rows = part + (row * S + s[:, None]) * c + j[None, :]
     # A split without keys has stored zeros.
     parts = tl.load(rows, mask=(s[:, None] < S) & (j[None, :] < c), other=0.0)
