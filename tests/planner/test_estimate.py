@@ -17,6 +17,7 @@ from farthing.cli.errors import Exit
 from farthing.cli.plan import app
 from farthing.model.config import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.buffers import Serving
 from farthing.planner.estimate import (
     Estimate,
     Target,
@@ -28,7 +29,7 @@ from farthing.planner.estimate import (
     smallest,
 )
 from farthing.planner.footprint import Holder, stored_by_config
-from farthing.planner.memory import PlannedModel, Serving
+from farthing.planner.memory import PlannedModel
 from farthing.planner.roofline import Workload, load_devices
 
 DEVICES, SHARES = load_devices()

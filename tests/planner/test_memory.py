@@ -31,8 +31,9 @@ from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
+from farthing.planner.buffers import Serving
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint, stored_by_config
-from farthing.planner.memory import PlannedModel, RankMemory, Serving, memory
+from farthing.planner.memory import PlannedModel, RankMemory, memory
 from tests.tiny import DEEPSEEK_V4, GLM4, QWEN3_NEXT, V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))

@@ -19,8 +19,9 @@ from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.load import config_of
 from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.buffers import Serving, step
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint
-from farthing.planner.memory import PlannedModel, Serving, memory, step
+from farthing.planner.memory import PlannedModel, memory
 from tests.parallel.measured import growth
 from tests.tiny import DEEPSEEK_V4, V3
 

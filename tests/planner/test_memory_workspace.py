@@ -20,8 +20,8 @@ from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.parallel.rank import Rank
+from farthing.planner.buffers import Serving, Shard, workspace_bytes
 from farthing.planner.footprint import Holder, Stored
-from farthing.planner.memory import Serving, Shard, workspace_bytes
 from tests.planner.test_memory_buffers import RAW
 from tests.tiny import GLM4, QWEN3_NEXT
 
@@ -144,7 +144,7 @@ def test_without_the_native_module_there_is_no_figure() -> None:
     code = """
 import sys
 sys.modules["farthing._native"] = None
-from farthing.planner.memory import Serving, workspace_bytes
+from farthing.planner.buffers import Serving, workspace_bytes
 assert workspace_bytes(None, None, Serving(1400, 1400, max_num_seqs=1, max_num_batched_tokens=300), 2) is None
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -32,6 +32,7 @@ from farthing.cpus import own_cpus
 from farthing.hub import BUNDLED, resolve_config
 from farthing.model import ModelConfig, config_of
 from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.buffers import Serving
 from farthing.planner.estimate import (
     BANDWIDTH,
     INT8,
@@ -53,7 +54,6 @@ from farthing.planner.footprint import (
 )
 from farthing.planner.memory import (
     PlannedModel,
-    Serving,
     cache_bytes_per_token,
     fitting_layouts,
     memory,

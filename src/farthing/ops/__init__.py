@@ -42,7 +42,7 @@ from farthing.ops.arrays import (
     repeated,
     same,
 )
-from farthing.ops.cut import Cut, bounds, cut_weight
+from farthing.ops.cut import Cut, bounds, cut_weight, share_of
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import (
@@ -116,4 +116,5 @@ __all__ = [
     "rows_in_order",
     "same",
     "select",
+    "share_of",
 ]

@@ -57,6 +57,12 @@ def bounds(size: int, parts: int, index: int) -> tuple[int, int]:
     return min(size, unit * (blocks * index // parts)), min(size, unit * (blocks * (index + 1) // parts))
 
 
+def share_of(size: int, parts: int, index: int) -> int:
+    """The size of one of the slices of `bounds`."""
+    start, stop = bounds(size, parts, index)
+    return stop - start
+
+
 def cut_weight(weight: Weight, cut: Cut) -> Weight:
     """Rows (dim 0) or columns (dim 1) of a stored matrix; dense if the cut splits a scale block."""
     assert cut.dim is not None

@@ -329,6 +329,11 @@ class ShardPlan:
             return place.stage == self.layout.pp - 1
         return layer in self.stages[place.stage]
 
+    def layers_of(self, place: Place) -> set[int]:
+        """A rank's layers, MTP layers included."""
+        layers = range(self.config.num_hidden_layers + self.config.num_nextn_predict_layers)
+        return {i for i in layers if self.holds_layer(i, place)}
+
     def experts(self, place: Place) -> range:
         """The routed experts of a rank."""
         count = (self.config.n_routed_experts or 0) // self.layout.ep

@@ -35,9 +35,9 @@ from farthing.ops import (
     Ops,
     RouterSpec,
     Weight,
-    bounds,
     cut_weight,
     rows_in_order,
+    share_of,
 )
 from farthing.parallel.collectives import Alone, DistGroup, Group, fastest
 from farthing.parallel.ops import Groups, ParallelOps
@@ -153,12 +153,11 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
     """The config of a rank's model: its layers, heads, and slice of dense and shared experts."""
     c, tp = plan.config, plan.layout.tp
     last = place.stage == plan.layout.pp - 1
-    start, stop = bounds(c.intermediate_size, tp, place.tp)
     vocabulary = plan.vocabulary(place)
     return replace(
         c.part(plan.stages[place.stage]).per_rank(tp),
         num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
-        intermediate_size=stop - start,
+        intermediate_size=share_of(c.intermediate_size, tp, place.tp),
         vocab_size=vocabulary.stop - vocabulary.start,
     )
 

@@ -20,11 +20,11 @@ from typing import Any
 from farthing.model.config import ModelConfig
 from farthing.ops.weights import FP8_BLOCK, INTEGERS
 from farthing.parallel.plan import MICRO_ROWS, Layout, ShardPlan
+from farthing.planner.buffers import Serving
 from farthing.planner.footprint import FLOAT_BYTES, Holder, Stored
 from farthing.planner.memory import (
     PlannedModel,
     RankMemory,
-    Serving,
     cache_bytes_per_token,
     experts_per_rank,
     fitting_layouts,

@@ -13,6 +13,7 @@ from farthing.config import Quantization
 from farthing.memory import gigabytes
 from farthing.model.config import ModelConfig
 from farthing.parallel.plan import Layout, ShardPlan
+from farthing.planner.buffers import Serving
 from farthing.planner.footprint import (
     Holder,
     StoredOf,
@@ -20,7 +21,7 @@ from farthing.planner.footprint import (
     stored_by_checkpoint,
     stored_by_config,
 )
-from farthing.planner.memory import PlannedModel, RankMemory, Serving, memory
+from farthing.planner.memory import PlannedModel, RankMemory, memory
 from farthing.process import cache_dir
 
 _ROOM = 3  # times the packed file: free disk for which one is kept

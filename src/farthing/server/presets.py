@@ -19,8 +19,8 @@ from farthing.engine.tokenizer import Tokenizer
 from farthing.hub import resolve_config, resolve_shapes
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
+from farthing.planner.buffers import Serving
 from farthing.planner.fit import needed, worth_packing
-from farthing.planner.memory import Serving
 from farthing.server.config import Given, ServerConfig
 
 log = logging.getLogger("farthing.server")
