@@ -17,16 +17,15 @@ from torch import Tensor
 
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.ops.api import Batch, Norm, Place, RouterSpec
+from farthing.ops.api import Batch, Norm, Place
 from farthing.ops.gpu import GpuOps, gemm, route, sample, sparse
-from farthing.ops.gpu import attention as decode
-from farthing.ops.gpu import attention as latent
-from farthing.ops.gpu import attention as prefill
+from farthing.ops.gpu import attention as kernels
 from farthing.ops.gpu import gemm as grouped
 from farthing.ops.gpu import sample as fused_softmax
 from farthing.ops.gpu import sample as normalize
 from farthing.ops.gpu.matrix import Matrix, pack
 from farthing.ops.reference import route as reference_route
+from farthing.ops.specs import RouterSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 
@@ -188,7 +187,7 @@ def mla_decode(batch: int, context: int, heads: int, cache_dtype: Any) -> Work:
         return F.scaled_dot_product_attention(query, keys, keys[..., :512], scale=0.07)
 
     return Work(
-        lambda choice=None: decode.decode(q, pe, cache, 0, table, order, at, 0.07, choice=choice), "copy",
+        lambda choice=None: kernels.decode(q, pe, cache, 0, table, order, at, 0.07, choice=choice), "copy",
         moved, 2.0 * batch * context * heads * (576 + 512), peer, "torch SDPA on latents",
     )  # fmt: skip
 
@@ -203,7 +202,7 @@ def mla_prefill(batch: int, length: int, heads: int) -> Work:
     first = _ints([s for s, _ in spans])
     wide = [_normal(batch, heads, length, d) for d in (192, 192, 128)]
     return Work(
-        lambda choice=None: prefill.prefill(
+        lambda choice=None: kernels.prefill(
             q, pe, kv, key, out, spans, first, [length] * batch, 0.07, (heads, 128, 64, 128), choice
         ),
         "bf16", 0.0, 1.0 * batch * length * length * heads * (192 + 128),
@@ -223,7 +222,7 @@ def rotary(tokens: int, heads: int) -> Work:
         return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(BF16)
 
     return Work(
-        lambda: latent.rotate_queries(q, positions, rope, heads, 128, 64, True), "copy",
+        lambda: kernels.rotate_queries(q, positions, rope, heads, 128, 64, True), "copy",
         2.0 * tokens * heads * 64 * 2, 0.0, peer, "torch",
     )  # fmt: skip
 

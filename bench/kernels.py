@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, DeltaParts, DeltaSpec, LatentCache, Norm, Place, RouterSpec
+from farthing.ops.api import LatentCache, Norm, Place
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.cpu.formats import pack, plan
-from farthing.ops.cpu.weights import Attention, Experts, Linear, router_of
+from farthing.ops.cpu.weights import Experts, Heads, Linear, router_of
+from farthing.ops.specs import AttentionSpec, DeltaParts, DeltaSpec, RouterSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells
@@ -197,7 +198,7 @@ def mla(b: Bench, size: str, weights: str) -> None:
 def attend(
     b: Bench,
     s: AttentionSpec,
-    handle: Attention,
+    handle: Heads,
     name: str,
     new: list[int],
     cached: list[int],

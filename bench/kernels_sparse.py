@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from farthing import _native
-from farthing.ops.api import Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu import formats as packing
 from farthing.ops.cpu.weights import Experts, Linear, router_of
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import Weight
 
 SHAPES = ((2048, 2048), (7168, 2048))

@@ -17,8 +17,9 @@ import torch
 from rich.table import Table
 
 from farthing import _native
-from farthing.ops.api import Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu.weights import Experts, Linear, router_of
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import Weight, quantize_int8
 
 if TYPE_CHECKING:

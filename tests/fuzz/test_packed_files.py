@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import AttentionSpec, Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile
+from farthing.ops.specs import AttentionSpec, RouterSpec
 from tests.fuzz.test_checkpoint_files import changed_values
 from tests.ops.parts import EPS, FORMATS, experts, weight, zero_blocks
 

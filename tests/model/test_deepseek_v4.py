@@ -25,10 +25,11 @@ from farthing.model.load import load, model_of, random_model, random_parameters
 from farthing.model.pack import pack_checkpoint
 from farthing.model.source import MemorySource
 from farthing.model.types import type_named
-from farthing.ops.api import CacheDtype, StreamParts, StreamSpec
+from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
+from farthing.ops.specs import StreamParts, StreamSpec
 from farthing.ops.torch_util import make_batch
 from farthing.planner.footprint import stored_by_checkpoint, stored_by_config
 from tests.tiny import DEEPSEEK_V4

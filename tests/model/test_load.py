@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError
 from farthing.model.load import AdaptiveExperts, random_model
-from farthing.ops.api import RouterSpec
 from farthing.ops.reference import route
 from farthing.ops.select import select
+from farthing.ops.specs import RouterSpec
 from farthing.ops.torch_util import make_batch
 from tests.tiny import SMALL_V3
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from farthing.ops.api import AttentionSpec, Batch, MoEWeights, RouterSpec
+from farthing.ops.api import Batch
+from farthing.ops.specs import AttentionSpec, MoEWeights, RouterSpec
 from farthing.ops.weights import INTEGERS, Weight, folded, quantize_int4, quantize_int8
 
 

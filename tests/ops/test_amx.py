@@ -18,10 +18,11 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import pack, plan
 from farthing.ops.cpu.weights import Linear
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import InputRounding, Weight, quantize_int8
 from tests.ops.parts import EPS, GROUPS, ROUTERS, UNITS, distance, experts, norm, ordered_experts, weight
 

@@ -15,8 +15,9 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, GroupedSpec, Place
+from farthing.ops.api import Place
 from farthing.ops.cpu import CpuOps
+from farthing.ops.specs import AttentionSpec, GroupedSpec
 from farthing.ops.torch_util import make_batch
 from tests.ops.parts import distance, norm, weight
 from tests.ops.test_cpu import MLA_BOUNDS

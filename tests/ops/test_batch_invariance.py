@@ -12,9 +12,10 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import LatentCache, Norm, Place, RouterSpec
+from farthing.ops.api import LatentCache, Norm, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cut import columns_of, halves_of
+from farthing.ops.specs import RouterSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
@@ -200,7 +201,7 @@ def test_attention_in_a_batch_with_other_sequences(ops: CpuOps, cache_dtype: str
 
 def test_threads_and_long_sequences() -> None:
     """Chunks of every length, on one thread and on three."""
-    from farthing.ops.api import AttentionSpec
+    from farthing.ops.specs import AttentionSpec
 
     spec, length = AttentionSpec(2, 8, 8, 8, 32, 0.3), 6000
     torch.manual_seed(0)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import CacheDtype, GroupedParts, GroupedSpec, LatentCache, Place
+from farthing.ops.api import CacheDtype, LatentCache, Place
 from farthing.ops.cpu import CpuOps
+from farthing.ops.specs import GroupedParts, GroupedSpec
 from farthing.ops.torch_util import make_batch
 from tests.ops.test_cpu import ISAS
 

@@ -13,9 +13,10 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Batch, Norm, Place, RouterSpec
+from farthing.ops.api import Batch, Norm, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import AttentionSpec, RouterSpec
 from farthing.ops.weights import Weight
 from tests.ops.parts import (
     BOUNDS,

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farthing.cpus import own_cpus
-from farthing.ops.api import Norm, Place, RouterSpec
+from farthing.ops.api import Norm, Place
 from farthing.ops.cpu import CpuOps, create
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import quantize_int4
 from tests.ops.parts import SPECS, batch_of, experts, weight
 

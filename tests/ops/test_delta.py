@@ -13,9 +13,10 @@ import torch
 pytest.importorskip("farthing._native")
 
 from farthing import _native
-from farthing.ops.api import DeltaParts, DeltaSpec, LatentCache, Ops, Place, StateCache
+from farthing.ops.api import LatentCache, Ops, Place, StateCache
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import DeltaParts, DeltaSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import AttentionSpec, Batch, LatentCache, Place
+from farthing.ops.api import Batch, LatentCache, Place
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import AttentionSpec
 from farthing.ops.torch_util import write_cache
 from farthing.ops.weights import Weight
 from tests.ops.parts import SPECS, batch_of, distance, norm, weight

@@ -14,9 +14,10 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import Batch, GroupedParts, GroupedSpec, Ops, Place
+from farthing.ops.api import Batch, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps, pack_grouped, prepared
+from farthing.ops.specs import GroupedParts, GroupedSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch
 from tests.ops.parts import distance

@@ -12,11 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps, weights
 from farthing.ops.cpu.formats import HELD, PackedFormat, Plan, plan
 from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import INTEGERS, Weight, quantize_int8
 from tests.ops.parts import BOUNDS, EPS, GROUPS, SCALED, UNITS, distance, experts, norm, weight
 from tests.ops.test_cpu import ISAS

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing import _native
-from farthing.ops.api import Batch, CacheDtype, IndexerSpec, LatentCache, Ops, Place
+from farthing.ops.api import Batch, CacheDtype, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.indexer import read_keys, top_positions
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import IndexerSpec
 from farthing.ops.torch_util import make_batch
 from tests.ops.test_cpu import threads_of
 

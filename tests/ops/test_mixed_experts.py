@@ -10,11 +10,12 @@ import torch
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import MoEWeights, Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.arrays import dtype_name
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import HELD
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import MoEWeights, RouterSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.weights import Weight
 from tests.ops.parts import BOUNDS, EPS, FORMATS, SCALED, UNITS, distance, experts, norm, weight

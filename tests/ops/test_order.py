@@ -16,11 +16,12 @@ pytest.importorskip("farthing._native")
 
 from farthing.ops import cut
 from farthing.ops import weights as stored
-from farthing.ops.api import Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import PackedFormat
 from farthing.ops.cut import Cut, columns_of, cut_weight
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import Weight, folded
 from tests.ops.parts import BOUNDS, EPS, distance, norm, ordered_experts, weight
 from tests.ops.test_cpu import ISAS

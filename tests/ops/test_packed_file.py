@@ -16,10 +16,11 @@ import xxhash
 
 pytest.importorskip("farthing._native")
 
-from farthing.ops.api import AttentionSpec, Norm, NotFinite, RouterSpec
+from farthing.ops.api import Norm, NotFinite
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import F32, plan
 from farthing.ops.cpu.packed import HEADER, MAGIC, DamagedFile, write_packed
+from farthing.ops.specs import AttentionSpec, RouterSpec
 from farthing.ops.weights import Weight
 from tests.ops.parts import SPECS, experts, weight, zero_blocks
 from tests.ops.test_cpu_threads import results

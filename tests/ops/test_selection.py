@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from farthing import _native
-from farthing.ops.api import AttentionSpec, Batch, CacheDtype, LatentCache, Ops, Place
+from farthing.ops.api import Batch, CacheDtype, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.selection import chosen
+from farthing.ops.specs import AttentionSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch, read_cache, rotate
 from farthing.ops.weights import Weight

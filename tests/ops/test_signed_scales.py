@@ -14,9 +14,10 @@ from torch import Tensor
 pytest.importorskip("farthing._native")
 
 from farthing.checkpoint.compressed_tensors import encode
-from farthing.ops.api import MoEWeights, Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import MoEWeights, RouterSpec
 from farthing.ops.weights import Weight, pack_int4
 from tests.ops.models import logits_of, tiny_checkpoint
 from tests.ops.parts import BOUNDS, EPS, distance, norm, weight, zero_blocks

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from farthing.config import EngineConfig
 from farthing.model.load import load
-from farthing.ops.api import AttentionSpec, CacheDtype, Norm, Place
+from farthing.ops.api import CacheDtype, Norm, Place
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
+from farthing.ops.specs import AttentionSpec
 from farthing.ops.torch_backend import TorchOps, create
 from farthing.ops.torch_util import make_batch
 from tests.ops.models import logits_of, tiny_checkpoint

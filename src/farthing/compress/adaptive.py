@@ -22,7 +22,7 @@ from farthing.compress.evaluate import Corpus, ratio_interval, window_losses
 from farthing.compress.plan import knapsack
 from farthing.files import replace_json
 from farthing.model import AdaptiveExperts, DecoderModel, routers_of
-from farthing.ops.api import RouterSpec
+from farthing.ops.specs import RouterSpec
 
 GRID = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 BUDGET_STEPS = 400  # resolution of the knapsack

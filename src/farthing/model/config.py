@@ -36,7 +36,7 @@ from farthing.model.heads import (
     read_latent,
 )
 from farthing.model.types import type_named, type_of
-from farthing.ops.api import SILU, Gate, StreamSpec
+from farthing.ops.specs import SILU, Gate, StreamSpec
 
 __all__ = [
     "ConfigError",

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from farthing.lazy import np
 from farthing.model.heads import DeltaHeads
 from farthing.model.source import LayerSource, WeightSource
-from farthing.ops.api import DeltaParts, Norm, Place
+from farthing.ops.api import Norm, Place
 from farthing.ops.arrays import as_float32, contiguous, host, like
 from farthing.ops.cut import Cut, cut_weight
+from farthing.ops.specs import DeltaParts
 from farthing.ops.weights import Weight
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from farthing.model import fields as checked
 from farthing.model.fields import RopeConfig, wrong
-from farthing.ops.api import DeltaSpec
+from farthing.ops.specs import DeltaSpec
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 

@@ -25,7 +25,8 @@ from farthing.model.source import (
     WeightSource,
 )
 from farthing.model.types import Names, type_named
-from farthing.ops.api import Ops, RouterSpec
+from farthing.ops.api import Ops
+from farthing.ops.specs import RouterSpec
 from farthing.process import Progress, unseen
 
 if TYPE_CHECKING:

@@ -2,33 +2,20 @@
 
 from farthing.ops.api import (
     ALL,
-    SILU,
-    AttentionSpec,
     Batch,
     Beside,
     Blocks,
     CacheDtype,
-    CompressedParts,
-    CompressedSpec,
-    Gate,
-    GroupedParts,
-    GroupedSpec,
     Handle,
     IndexCache,
-    IndexerSpec,
     LatentCache,
     LayerHandles,
-    MoEWeights,
     Norm,
     NotFinite,
     OpenCache,
     Ops,
     Place,
-    PoolParts,
-    RouterSpec,
     StreamedHandles,
-    StreamParts,
-    StreamSpec,
     require_finite,
 )
 from farthing.ops.arrays import (
@@ -44,6 +31,21 @@ from farthing.ops.arrays import (
 )
 from farthing.ops.cut import Cut, bounds, cut_weight, share_of
 from farthing.ops.select import select
+from farthing.ops.specs import (
+    SILU,
+    AttentionSpec,
+    CompressedParts,
+    CompressedSpec,
+    Gate,
+    GroupedParts,
+    GroupedSpec,
+    IndexerSpec,
+    MoEWeights,
+    PoolParts,
+    RouterSpec,
+    StreamParts,
+    StreamSpec,
+)
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import (
     FP8_BLOCK,

@@ -14,17 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import (
-    CompressedParts,
-    CompressedSpec,
-    IndexCache,
-    LatentCache,
-    Place,
-    PoolParts,
-    StreamParts,
-    StreamSpec,
-)
+from farthing.ops.api import IndexCache, LatentCache, Place
 from farthing.ops.indexer import top_positions, write_keys
+from farthing.ops.specs import CompressedParts, CompressedSpec, PoolParts, StreamParts, StreamSpec
 from farthing.ops.torch_util import rotate
 
 Here = Callable[[Tensor], Tensor]  # copies a tensor to the device

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import DeltaParts, DeltaSpec, Place
+from farthing.ops.api import Place
+from farthing.ops.specs import DeltaParts, DeltaSpec
 
 NORM_EPS = 1e-6  # of the L2 norm of queries and keys
 CHUNK = 64  # tokens whose corrections of the state are solved for together

@@ -32,17 +32,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farthing.ops.api import (
-    CacheDtype,
-    Gate,
-    Handle,
-    HostOps,
-    MoEWeights,
-    Norm,
-    Ops,
-    RouterSpec,
-)
+from farthing.ops.api import CacheDtype, Handle, HostOps, Norm, Ops
 from farthing.ops.reference import gated_by, route, scaled_choice, shared_weight
+from farthing.ops.specs import Gate, MoEWeights, RouterSpec
 from farthing.ops.weights import Weight
 
 Method = TypeVar("Method", bound=Callable[..., Any])

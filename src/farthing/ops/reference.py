@@ -8,7 +8,7 @@ Legend: see `farthing.ops.api`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import compressed as past
-from farthing.ops.api import (
+from farthing.ops.api import CacheDtype, HostOps, LatentCache, Norm, Place
+from farthing.ops.delta import Delta, pack_delta
+from farthing.ops.delta import delta as advance
+from farthing.ops.indexer import Indexer, index
+from farthing.ops.selection import chosen, in_rows, pieces, visible
+from farthing.ops.specs import (
     SILU,
     AttentionSpec,
-    CacheDtype,
     CompressedParts,
     CompressedSpec,
     DeltaParts,
@@ -30,20 +34,12 @@ from farthing.ops.api import (
     Gate,
     GroupedParts,
     GroupedSpec,
-    HostOps,
     IndexerSpec,
-    LatentCache,
     MoEWeights,
-    Norm,
-    Place,
     RouterSpec,
     StreamParts,
     StreamSpec,
 )
-from farthing.ops.delta import Delta, pack_delta
-from farthing.ops.delta import delta as advance
-from farthing.ops.indexer import Indexer, index
-from farthing.ops.selection import chosen, in_rows
 from farthing.ops.torch_util import (
     cache_max,
     empty_cache,
@@ -179,26 +175,6 @@ def _with_sink(
     if seen is None and t > 1:
         seen = torch.ones(batch, t, t, dtype=torch.bool, device=q.device).tril()
     return torch.cat((q, column), -1), k, v, None if seen is None else F.pad(seen, (0, 1), value=True)
-
-
-def pieces(start: int, stop: int, position: int, window: int | None) -> Iterator[tuple[slice, range]]:
-    """Tokens start … stop of one sequence, the first at `position`, in runs, each with the positions that it
-    attends to: one run, or as many as keep those close to a window."""
-    step = stop - start if window is None else max(window, _LEAST_RUN)
-    for at in range(start, stop, step):
-        end, first = min(stop, at + step), 0
-        if window is not None:
-            first = max(0, position + at - start - window + 1)
-        yield slice(at, end), range(first, position + end - start)
-
-
-_LEAST_RUN = 64  # tokens that attend in one call
-
-
-def visible(at: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """Whether tokens at `positions` attend to cached tokens `at`, which broadcast."""
-    seen = at <= positions
-    return seen if window is None else seen & (at > positions - window)
 
 
 def attend_plainly(qkv: Tensor, g: Grouped, place: Place) -> Tensor:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,24 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import reference
-from farthing.ops.api import (
-    ALL,
-    SILU,
-    AttentionSpec,
-    Batch,
-    DeltaParts,
-    DeltaSpec,
-    Gate,
-    GroupedParts,
-    GroupedSpec,
-    IndexerSpec,
-    LatentCache,
-    LayerHandles,
-    MoEWeights,
-    Norm,
-    Place,
-    RouterSpec,
-)
+from farthing.ops.api import ALL, Batch, LatentCache, LayerHandles, Norm, Place
 from farthing.ops.delta import CHUNK, Delta, pack_delta
 from farthing.ops.delta import delta as advance
 from farthing.ops.indexer import Indexer
@@ -49,7 +31,19 @@ from farthing.ops.reference import (
     route,
     shared_weight,
 )
-from farthing.ops.selection import chosen, in_rows
+from farthing.ops.selection import Span, chosen, in_rows, spans
+from farthing.ops.specs import (
+    SILU,
+    AttentionSpec,
+    DeltaParts,
+    DeltaSpec,
+    Gate,
+    GroupedParts,
+    GroupedSpec,
+    IndexerSpec,
+    MoEWeights,
+    RouterSpec,
+)
 from farthing.ops.torch_util import DeviceCopies, rotate, scaled, write_cache
 from farthing.ops.weights import Weight
 
@@ -88,69 +82,6 @@ class Experts:
     stacked: tuple[Tensor, Tensor] | None  # [E, 2 I, D] and [E, D, I]
     logit_bias: Tensor | None
     expert_scale: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Sequences that attend together: tokens start … stop, one per sequence, or all of one sequence."""
-
-    start: int
-    stop: int
-    slots: Tensor  # [B, S] int64, cache rows
-    # [B, t, S] bool, rows a token attends to; None: those up to its own, and t is 1 or S
-    seen: Tensor | None
-
-
-def spans(batch: Batch, block_size: int, window: int | None = None) -> list[Span]:
-    """The batch's sequences; adjacent ones with a single token attend together.
-
-    window: what a token attends to at most; then sequences with several tokens are divided.
-    """
-    starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
-    offset = torch.arange(max(lens), device=batch.positions.device)
-    table = batch.block_table.long()
-    if window is not None and window < max(lens):
-        return _windowed(batch, block_size, window, offset)
-
-    def span(first: int, last: int) -> Span:
-        rows = offset[: max(lens[first:last])]
-        slots = table[first:last, rows // block_size] * block_size + rows % block_size
-        tokens = starts[last] - starts[first]
-        if last - first == 1 and tokens in (1, lens[first]):
-            return Span(starts[first], starts[last], slots, None)
-        positions = batch.positions[starts[first] : starts[last]].view(last - first, -1, 1)
-        return Span(starts[first], starts[last], slots, rows <= positions)
-
-    merged, first = [], 0
-    single = [stop - start == 1 for start, stop in pairwise(starts)]
-    for b, alone in enumerate(single):
-        if not alone or b + 1 == len(single) or not single[b + 1]:
-            merged.append(span(first, b + 1))
-            first = b + 1
-    return merged
-
-
-def _windowed(batch: Batch, block_size: int, window: int, offset: Tensor) -> list[Span]:
-    starts, lens = batch.query_start.tolist(), batch.context_lens.tolist()
-    table = batch.block_table.long()
-    found, first = [], 0
-    for b, (start, stop) in enumerate(pairwise(starts)):
-        if stop - start == 1 and b + 1 < len(lens) and starts[b + 2] - stop == 1:
-            continue  # it attends together with the next
-        if stop - start == 1:
-            most = min(window, max(lens[first : b + 1]))
-            ends = batch.context_lens[first : b + 1, None].long()
-            rows = (ends - window).clamp_min(0) + offset[:most]  # [B, S]
-            slots = table[first : b + 1].gather(1, rows // block_size) * block_size + rows % block_size
-            found.append(Span(starts[first], stop, slots, (rows < ends).unsqueeze(1)))
-        else:
-            for tokens, read in reference.pieces(start, stop, lens[b] - (stop - start), window):
-                rows = offset[read.start : read.stop]
-                slots = table[b, rows // block_size] * block_size + rows % block_size
-                seen = reference.visible(rows, batch.positions[tokens, None], window)
-                found.append(Span(tokens.start, tokens.stop, slots[None], seen[None]))
-        first = b + 1
-    return found
 
 
 # -- one token through a layer

@@ -16,20 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import (
-    GroupedParts,
-    GroupedSpec,
-    Handle,
-    LayerHandles,
-    MoEWeights,
-    Norm,
-    Ops,
-    Place,
-    RouterSpec,
-    StreamedHandles,
-)
+from farthing.ops.api import Handle, LayerHandles, Norm, Ops, Place, StreamedHandles
 from farthing.ops.hybrid import OpsWrapper, forwarded, shared_output
 from farthing.ops.reference import identity_weight, largest
+from farthing.ops.specs import GroupedParts, GroupedSpec, MoEWeights, RouterSpec
 from farthing.parallel.collectives import Group
 from farthing.parallel.shared import SharedGroup
 

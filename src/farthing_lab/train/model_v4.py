@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farthing.model.config import ConfigError, ModelConfig
-from farthing.ops.api import StreamSpec
 from farthing.ops.indexer import top_positions
+from farthing.ops.specs import StreamSpec
 from farthing_lab.train.model import (
     NONE,
     DeepSeekLM,

@@ -27,29 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver, jit
 
-from farthing.ops.api import (
-    Batch,
-    CompressedParts,
-    CompressedSpec,
-    DeltaParts,
-    DeltaSpec,
-    IndexCache,
-    IndexerSpec,
-    LatentCache,
-    Norm,
-    OpenCache,
-    Place,
-    PoolParts,
-    RouterSpec,
-    StateCache,
-    StreamParts,
-    StreamSpec,
-)
+from farthing.ops.api import Batch, IndexCache, LatentCache, Norm, OpenCache, Place, StateCache
 from farthing.ops.compressed import Compressed, Streams
 from farthing.ops.delta import Delta
-from farthing.ops.gpu import attention as decode
-from farthing.ops.gpu import attention as latent
-from farthing.ops.gpu import attention as prefill
+from farthing.ops.gpu import attention as kernels
 from farthing.ops.gpu import compressed as pasts
 from farthing.ops.gpu import delta, hyper, launch, route, sample, sparse
 from farthing.ops.gpu import gemm as grouped
@@ -60,6 +41,17 @@ from farthing.ops.gpu.gemm import gemm
 from farthing.ops.gpu.matrix import Matrix
 from farthing.ops.sampling import Filters
 from farthing.ops.selection import in_rows
+from farthing.ops.specs import (
+    CompressedParts,
+    CompressedSpec,
+    DeltaParts,
+    DeltaSpec,
+    IndexerSpec,
+    PoolParts,
+    RouterSpec,
+    StreamParts,
+    StreamSpec,
+)
 
 BF16, FP8, F32, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32, torch.int32
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB per program (CUDA programming guide)
@@ -154,13 +146,13 @@ def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
         scale = None if kind.itemsize > 1 else torch.empty(1, 64, 64, 2)
         cache = LatentCache(torch.empty(1, 64, 64, 576, dtype=kind), scale)
         kv, slots = torch.empty(4, 576, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-        latent.write_latent(kv, torch.empty(512), 1e-6, ints(4), rope, True, cache, 0, slots)
-        latent.gather(cache, 0, ints(4, 16), [5, 6], 512, dtype)
+        kernels.write_latent(kv, torch.empty(512), 1e-6, ints(4), rope, True, cache, 0, slots)
+        kernels.gather(cache, 0, ints(4, 16), [5, 6], 512, dtype)
         for h in heads:
-            latent.rotate_queries(torch.empty(4, h * 192, dtype=dtype), ints(4), rope, h, 128, 64, True)
+            kernels.rotate_queries(torch.empty(4, h * 192, dtype=dtype), ints(4), rope, h, 128, 64, True)
             q, pe = torch.empty(4, h, 512, dtype=dtype), torch.empty(4, h, 64, dtype=dtype)
-            decode.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=64)
-            decode.decode(q, pe, in_rows(cache), 0, ints(4, 2048), ints(4), ints(4), 0.1, splits=8)
+            kernels.decode(q, pe, cache, 0, ints(4, 16), ints(4), ints(4), 0.1, splits=64)
+            kernels.decode(q, pe, in_rows(cache), 0, ints(4, 2048), ints(4), ints(4), 0.1, splits=8)
         keys = IndexCache(
             torch.empty(1, 64, 64, 128, dtype=kind), None if scale is None else torch.empty(1, 64, 64)
         )
@@ -171,7 +163,7 @@ def attention(heads: list[int], spans: list[int], fp8: bool) -> None:
     h = 16
     for t in spans:
         for dtype in (BF16, F32):
-            prefill.prefill(
+            kernels.prefill(
                 torch.empty(t, h * 192, dtype=dtype), torch.empty(t, h, 64, dtype=dtype),
                 torch.empty(t, h * 256, dtype=dtype), torch.empty(t, 64, dtype=dtype),
                 torch.empty(t, h * 128, dtype=dtype), [(0, t)], ints(1), [t], 0.1, (h, 128, 64, 128),

@@ -11,12 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import AttentionSpec, Batch, GroupedParts, GroupedSpec, Place
+from farthing.ops.api import Batch, Place
 from farthing.ops.gpu import GpuOps, attention
-from farthing.ops.gpu import attention as decode_module
 from farthing.ops.gpu.attention import decode, splits_for
 from farthing.ops.gpu.launch import Config
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import AttentionSpec, GroupedParts, GroupedSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import DEVICE, norm
@@ -86,8 +86,7 @@ def inputs_of(spec: AttentionSpec) -> tuple[Weight, dict[str, Any]]:
 )
 def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small tiles, so that a prompt has several and some are on the diagonal.
-    for module in (attention, decode_module):
-        monkeypatch.setattr(module, "config", lambda *_: Config(bm=16, bk=16))
+    monkeypatch.setattr(attention, "config", lambda *_: Config(bm=16, bk=16))
     spec = SPECS[name]
     w, parts = inputs_of(spec)
     ours = outputs(GpuOps(dtype, DEVICE), spec, w, parts, cache_dtype)
@@ -207,7 +206,7 @@ def test_keys_of_values(cache_dtype: str) -> None:
 @pytest.mark.parametrize("splits", [1, 2, 5, 8])
 def test_splits_of_a_window(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them may have neither keys nor the sink."""
-    monkeypatch.setattr(decode_module, "splits_for", lambda *_: splits)
+    monkeypatch.setattr(attention, "splits_for", lambda *_: splits)
     case = Case.random(GroupedSpec(4, 1, 16, 16, 0.3, window=40), [150], sinks=True)
     found = case.run(GpuOps(torch.float32, DEVICE), [[(0, 140)], *([(i, 1)] for i in range(140, 150))])
     assert error(found, case.exact()) < CACHES["float32"]

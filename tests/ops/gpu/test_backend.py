@@ -9,10 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import MoEWeights, Norm, RouterSpec
+from farthing.ops.api import Norm
 from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import MoEWeights, RouterSpec
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, EPS, norm
 from tests.ops.parts import distance, ordered_experts, weight

@@ -12,22 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import (
-    CacheDtype,
-    CompressedParts,
-    CompressedSpec,
-    IndexerSpec,
-    LatentCache,
-    OpenCache,
-    Ops,
-    Place,
-    PoolParts,
-)
+from farthing.ops.api import CacheDtype, LatentCache, OpenCache, Ops, Place
 from farthing.ops.gpu import GpuOps, attention
 from farthing.ops.gpu.compressed import write
 from farthing.ops.gpu.launch import Config
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.selection import sequences_of
+from farthing.ops.specs import CompressedParts, CompressedSpec, IndexerSpec, PoolParts
 from farthing.ops.torch_util import make_batch
 from tests.ops.gpu.parts import DEVICE, norm
 from tests.ops.gpu.test_attention import CACHES, moved

@@ -10,7 +10,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import RouterSpec
 from farthing.ops.gpu.gemm import combine, experts_mlp
 from farthing.ops.gpu.launch import Config
 from farthing.ops.gpu.matrix import Matrix, MatrixStack, pack, pair
@@ -18,6 +17,7 @@ from farthing.ops.gpu.route import route, sort_by_expert
 from farthing.ops.gpu.sample import quantize
 from farthing.ops.reference import gated_mlp
 from farthing.ops.reference import route as reference_route
+from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import BOUNDS, DEVICE, FORMATS
 from tests.ops.parts import distance, weight

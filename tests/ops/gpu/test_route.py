@@ -8,9 +8,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import AttentionSpec, CacheDtype, IndexerSpec, Ops, Place
+from farthing.ops.api import CacheDtype, Ops, Place
 from farthing.ops.gpu import GpuOps
 from farthing.ops.reference import ReferenceOps
+from farthing.ops.specs import AttentionSpec, IndexerSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.ops.gpu.parts import DEVICE

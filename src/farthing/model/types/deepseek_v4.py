@@ -18,7 +18,7 @@ from farthing.model.fields import (
     wrong,
 )
 from farthing.model.types.base import Fields, ModelType, Names, layer_count, per_layer, present
-from farthing.ops.api import Gate, StreamSpec
+from farthing.ops.specs import Gate, StreamSpec
 
 _KINDS = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 _SPARSE, _HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"

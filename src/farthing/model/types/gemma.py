@@ -14,7 +14,7 @@ from farthing.model.fields import flag, integer, number, optional_section, secti
 from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding, tied
 from farthing.model.types.llama import DENSE
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
-from farthing.ops.api import Gate
+from farthing.ops.specs import Gate
 
 _GELU = Gate(alpha=2 * math.sqrt(2 / math.pi), cubic=0.044715)
 _FULL, _SLIDING = "full_attention", "sliding_attention"

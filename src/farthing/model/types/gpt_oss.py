@@ -8,7 +8,7 @@ from typing import Any
 from farthing.model.fields import integer, number
 from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
-from farthing.ops.api import Gate
+from farthing.ops.specs import Gate
 
 _GATE = re.compile(r"(model\.layers\.\d+\.mlp)\.gate\.(weight|bias)")
 _DEFAULTS: dict[str, Any] = {

@@ -21,7 +21,6 @@ from farthing.ops.api import (
     ALL,
     Batch,
     CacheDtype,
-    DeltaSpec,
     IndexCache,
     LatentCache,
     LayerHandles,
@@ -29,7 +28,6 @@ from farthing.ops.api import (
     NotFinite,
     OpenCache,
     Place,
-    RouterSpec,
     StateCache,
     StreamedHandles,
 )
@@ -59,10 +57,9 @@ from farthing.ops.cpu.stack import (
     vector,
 )
 from farthing.ops.cpu.weights import (
-    Attention,
     Compressed,
-    Delta,
     Experts,
+    Heads,
     Linear,
     PackingOps,
     Streams,
@@ -70,6 +67,7 @@ from farthing.ops.cpu.weights import (
 )
 from farthing.ops.sampling import CANDIDATES, Filters
 from farthing.ops.selection import chosen, in_rows
+from farthing.ops.specs import DeltaSpec, RouterSpec
 from farthing.ops.torch_util import CACHE_DTYPES, CACHE_MAX
 
 if TYPE_CHECKING:
@@ -218,9 +216,7 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
-    def mla(
-        self, q: Tensor, kv: Tensor, heads: Attention, place: Place, select: Tensor | None = None
-    ) -> Tensor:
+    def mla(self, q: Tensor, kv: Tensor, heads: Heads, place: Place, select: Tensor | None = None) -> Tensor:
         q, kv = _rows(q), _rows(kv)
         tokens, batch = q.shape[0], place.batch
         out = empty(q, tokens, heads.width)
@@ -234,14 +230,14 @@ class CpuOps(PackingOps):
             self._mla(q[part], kv[part], heads, rows, place.row, own, out[part])
         return out
 
-    def gqa(self, qkv: Tensor, heads: Attention, place: Place) -> Tensor:
+    def gqa(self, qkv: Tensor, heads: Heads, place: Place) -> Tensor:
         qkv = _rows(qkv)
         out = empty(qkv, qkv.shape[0], heads.width)
         q, kv = qkv[:, : out.shape[1]], qkv[:, out.shape[1] :]
         self._mla(q, kv, heads, place.cache, place.row, native_batch(place.batch), out)
         return out
 
-    def delta(self, x: Tensor, gates: Tensor, delta: Delta, place: Place) -> Tensor:
+    def delta(self, x: Tensor, gates: Tensor, delta: Heads, place: Place) -> Tensor:
         x, gates = _rows(x), _rows(gates)
         tokens = x.shape[0]
         out = empty(x, tokens, delta.width)
@@ -283,7 +279,7 @@ class CpuOps(PackingOps):
         return x
 
     def _mla(
-        self, q: Tensor, kv: Tensor, heads: Attention, cache: LatentCache, row: int, batch: Any, out: Tensor
+        self, q: Tensor, kv: Tensor, heads: Heads, cache: LatentCache, row: int, batch: Any, out: Tensor
     ) -> None:
         """batch: the native batch struct."""
         self._native.mla(

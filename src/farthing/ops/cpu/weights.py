@@ -17,23 +17,7 @@ from numpy.typing import NDArray
 from farthing import _native
 from farthing.cpus import own_cpus
 from farthing.lazy import torch
-from farthing.ops.api import (
-    SILU,
-    AttentionSpec,
-    CompressedParts,
-    CompressedSpec,
-    DeltaParts,
-    DeltaSpec,
-    Gate,
-    GroupedParts,
-    GroupedSpec,
-    HostOps,
-    IndexerSpec,
-    MoEWeights,
-    RouterSpec,
-    StreamParts,
-    StreamSpec,
-)
+from farthing.ops.api import HostOps
 from farthing.ops.arrays import (
     address,
     as_float32,
@@ -46,6 +30,22 @@ from farthing.ops.cpu.packed import PackedFile, write_packed
 from farthing.ops.cpu.placement import check_placement
 from farthing.ops.cpu.stack import vector
 from farthing.ops.cut import columns_of, halves_of
+from farthing.ops.specs import (
+    SILU,
+    AttentionSpec,
+    CompressedParts,
+    CompressedSpec,
+    DeltaParts,
+    DeltaSpec,
+    Gate,
+    GroupedParts,
+    GroupedSpec,
+    IndexerSpec,
+    MoEWeights,
+    RouterSpec,
+    StreamParts,
+    StreamSpec,
+)
 from farthing.ops.weights import (
     InputRounding,
     Weight,
@@ -116,23 +116,13 @@ class _Mlp:
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """Heads, with W_UK and W_UV packed per head if they are latent; owns the tensors that native code points
-    to."""
+class Heads:
+    """Attention's heads, with W_UK and W_UV packed per head if they are latent, or a recurrence's; owns the
+    tensors that native code points to."""
 
     native: Any
     width: int  # columns of the output
     eps: float  # of its norms
-    alive: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """Gated DeltaNet's small parameters; owns the tensors that native code points to."""
-
-    native: Any
-    width: int  # columns of the output
-    eps: float  # of its norm
     alive: tuple[Tensor, ...]
 
 
@@ -427,7 +417,7 @@ class PackingOps(HostOps):
 
     def pack_attention(
         self, name: str, spec: AttentionSpec, weights: Callable[[], tuple[Weight, Tensor]], rope: Tensor
-    ) -> Attention:
+    ) -> Heads:
         if self._file is not None and f"{name}.norm" in self._file:
             norm = self._tensor(f"{name}.norm", _missing)
             heads = [
@@ -445,7 +435,7 @@ class PackingOps(HostOps):
         )  # fmt: skip
         for uk, uv in heads:
             native.add(uk, uv)
-        return Attention(native, spec.num_heads * spec.value_dim, spec.norm_eps, (norm, rope))
+        return Heads(native, spec.num_heads * spec.value_dim, spec.norm_eps, (norm, rope))
 
     def _pack_heads(self, name: str, spec: AttentionSpec, kv_b: Weight) -> list[tuple[Any, Any]]:
         """W_UK transposed [c, n] and W_UV [v, c] per head; int8 if weights are rounded."""
@@ -461,7 +451,7 @@ class PackingOps(HostOps):
             for h in range(spec.num_heads)
         ]
 
-    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Attention:
+    def pack_grouped(self, spec: GroupedSpec, parts: GroupedParts, rope: Tensor) -> Heads:
         rope, d = vector(rope), spec.head_dim
         found = (parts.bias, parts.q_norm, parts.k_norm, parts.sinks, parts.v_norm)
         kept = [None if p is None else vector(p) for p in found]
@@ -475,9 +465,9 @@ class PackingOps(HostOps):
             sinks, v_norm, *(spec.cache_scales or (0.0, 0.0)),
         )  # fmt: skip
         alive = (rope, *(part for part in kept if part is not None))
-        return Attention(native, spec.num_heads * d, spec.norm_eps, alive)
+        return Heads(native, spec.num_heads * d, spec.norm_eps, alive)
 
-    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Delta:
+    def pack_delta(self, name: str, spec: DeltaSpec, parts: Callable[[], DeltaParts]) -> Heads:
         stored = self._file is not None and f"{name}.conv" in self._file
         found = None if stored else parts()
         conv, rate, shift, norm = (
@@ -488,7 +478,7 @@ class PackingOps(HostOps):
             spec.key_heads, spec.value_heads, spec.key_dim, spec.value_dim, spec.width,
             address(conv), address(rate), address(shift), address(norm),
         )  # fmt: skip
-        return Delta(native, spec.values, spec.norm_eps, (conv, rate, shift, norm))
+        return Heads(native, spec.values, spec.norm_eps, (conv, rate, shift, norm))
 
     def pack_compressed(
         self, name: str, spec: CompressedSpec, parts: Callable[[], CompressedParts], rope: Tensor

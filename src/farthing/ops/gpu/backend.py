@@ -13,30 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import (
-    ALL,
-    SILU,
-    AttentionSpec,
-    Batch,
-    CacheDtype,
-    DeltaParts,
-    DeltaSpec,
-    Gate,
-    GroupedParts,
-    GroupedSpec,
-    Handle,
-    IndexerSpec,
-    LatentCache,
-    LayerHandles,
-    MoEWeights,
-    Norm,
-    Place,
-    RouterSpec,
-)
+from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, LayerHandles, Norm, Place
 from farthing.ops.gpu import delta as recurrence
 from farthing.ops.gpu import gemm
 from farthing.ops.gpu import sample as normalize
-from farthing.ops.gpu.attention import Heads, Plan, attend, attend_grouped, expand_from, plan
+from farthing.ops.gpu.attend import Heads, Plan, attend, attend_grouped, expand_from, plan
 from farthing.ops.gpu.gemm import Part, combine, experts_mlp, find
 from farthing.ops.gpu.hyper import StreamedOps
 from farthing.ops.gpu.launch import INTERPRETED, DecodeGraphs, is_decode, rows
@@ -54,6 +35,18 @@ from farthing.ops.reference import (
 )
 from farthing.ops.reference import route as weigh
 from farthing.ops.sampling import Filters
+from farthing.ops.specs import (
+    SILU,
+    AttentionSpec,
+    DeltaParts,
+    DeltaSpec,
+    Gate,
+    GroupedParts,
+    GroupedSpec,
+    IndexerSpec,
+    MoEWeights,
+    RouterSpec,
+)
 from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
 from farthing.ops.weights import Weight, in_one_format, rounded, static_scale
 

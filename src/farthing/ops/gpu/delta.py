@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import DeltaParts, DeltaSpec, Place
+from farthing.ops.api import Place
 from farthing.ops.delta import NORM_EPS, Delta, pack_delta
 from farthing.ops.gpu.launch import silu, widen
 from farthing.ops.selection import sequences_of
+from farthing.ops.specs import DeltaParts, DeltaSpec
 
 _CHANNELS = 256  # of a program of the convolution
 _COLUMNS = 32  # of a state, at most

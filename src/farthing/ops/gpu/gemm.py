@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import SILU, Gate, Norm
+from farthing.ops.api import Norm
 from farthing.ops.gpu.launch import FP8_MAX, LEAST_AMAX, Config, gated, narrow, processors, product_config
 from farthing.ops.gpu.matrix import FORMATS, FP8, Matrix, finish, fp8_twice, product
 from farthing.ops.gpu.sample import quantize, rms_norm
 from farthing.ops.gpu.sparse import Blocks, TwoOfFour, multiply
 from farthing.ops.gpu.sparse import find as find  # for the backend
+from farthing.ops.specs import SILU, Gate
 from farthing.ops.weights import FP8_BLOCK
 
 Part = Matrix | TwoOfFour | Blocks

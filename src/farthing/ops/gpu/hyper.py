@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from farthing.ops import compressed as past
-from farthing.ops.api import CompressedParts, CompressedSpec, Ops, Place, StreamParts, StreamSpec
+from farthing.ops.api import Ops, Place
 from farthing.ops.gpu.compressed import attend
 from farthing.ops.gpu.launch import narrow, rows
+from farthing.ops.specs import CompressedParts, CompressedSpec, StreamParts, StreamSpec
 
 _COLUMNS = 1024
 

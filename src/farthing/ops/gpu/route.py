@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from farthing.ops.api import Batch, IndexCache, IndexerSpec, Place, RouterSpec
+from farthing.ops.api import Batch, IndexCache, Place
 from farthing.ops.gpu.launch import dot, widen
 from farthing.ops.indexer import Indexer, prepared_keys, rotated, top_positions, write_keys
 from farthing.ops.selection import sequences_of
+from farthing.ops.specs import IndexerSpec, RouterSpec
 
 
 @triton.jit
