@@ -223,6 +223,22 @@ def changes_of(
     return changes
 
 
+def _stored(tensor: Any, file: Path, part: str) -> dict[str, Any]:
+    """Where a tensor is, and its type and shape. Raises CheckpointError for a type that is not read."""
+    kind = tensor.tensor_type.name
+    if kind not in PLAIN and kind not in FORMATS:
+        raise CheckpointError(
+            f"{file}: {tensor.name[:200]}: found type {kind}; expected one of "
+            f"{', '.join((*PLAIN, *FORMATS))} (llama-quantize --allow-requantize converts it to Q8_0)"
+        )
+    shape = [int(n) for n in reversed(tensor.shape.tolist())]
+    if part == "ssm_conv1d" and len(shape) == 2:
+        shape.insert(1, 1)
+    if part == "ffn_gate_inp_shexp" and len(shape) == 1:
+        shape.insert(0, 1)
+    return {"file": str(file), "type": kind, "shape": shape, "offset": int(tensor.data_offset)}
+
+
 def describe(
     tensors: Sequence[Any],
     file: Path,
@@ -257,19 +273,8 @@ def describe(
             raise CheckpointError(
                 f"{file}: {tensor.name[:200]}: expected the tensors of architecture {architecture!r}"
             )
-        kind = tensor.tensor_type.name
-        if kind not in PLAIN and kind not in FORMATS:
-            raise CheckpointError(
-                f"{file}: {tensor.name[:200]}: found type {kind}; expected one of "
-                f"{', '.join((*PLAIN, *FORMATS))} (llama-quantize --allow-requantize converts it to Q8_0)"
-            )
+        entry = _stored(tensor, file, part) | changes_of(names, part, heads, values)
         shape = [int(n) for n in reversed(tensor.shape.tolist())]
-        entry = {"file": str(file), "type": kind, "shape": shape, "offset": int(tensor.data_offset)}
-        entry |= changes_of(names, part, heads, values)
-        if part == "ssm_conv1d" and len(shape) == 2:
-            entry["shape"] = [shape[0], 1, shape[1]]
-        if part == "ffn_gate_inp_shexp" and len(shape) == 1:
-            entry["shape"] = [1, *shape]
         prefix = f"model.layers.{layer}." if layer else ""
         if fused is not None and values is not None:
             for name, parts in fused.items():

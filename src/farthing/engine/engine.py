@@ -211,17 +211,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="farthing-engine", daemon=True)
         self._thread.start()
         atexit.register(_shutdown, weakref.ref(self))
-        log.info(
-            "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens per step, max_model_len %d",
-            *(
-                c.num_blocks,
-                c.block_size,
-                sizes.dtype,
-                c.max_num_seqs,
-                c.max_num_batched_tokens,
-                c.max_model_len,
-            ),
-        )
+        said = "engine: %d blocks of %d tokens (%s), %d sequences, %d tokens per step, max_model_len %d"
+        limits = c.max_num_seqs, c.max_num_batched_tokens, c.max_model_len
+        log.info(said, c.num_blocks, c.block_size, sizes.dtype, *limits)
 
     def submit(
         self,

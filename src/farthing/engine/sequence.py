@@ -180,11 +180,13 @@ class Known:
             blocks.append(block)
         return blocks
 
-    def register(self, digest: bytes, block: int) -> None:
-        """Register a fully computed block. A second copy of known tokens is not registered."""
-        if self.enabled and digest not in self._block_of:
-            self._block_of[digest] = block
-            self._hash_of[block] = digest
+    def register(self, digest: bytes, block: int) -> bool:
+        """Register a fully computed block, unless it is a second copy of known tokens; whether it was."""
+        if not self.enabled or digest in self._block_of:
+            return False
+        self._block_of[digest] = block
+        self._hash_of[block] = digest
+        return True
 
     def locate(self, digest: bytes) -> tuple[int, int] | None:
         """The block of a hash and its number of reallocations; may be called from any thread.
@@ -277,12 +279,10 @@ class PrefixCache(Known):
         """Register the blocks of a sequence up to `end`; `missed` knows them after they are evicted, too."""
         hashes, salt, size = seq.hashes, seq.salt, self.block_size
         for i in range(seq.num_registered, end):
-            digest, block = hashes[i], seq.blocks[i]
-            if digest not in self._block_of:
-                self._block_of[digest], self._hash_of[block] = block, digest
-                if self.listener is not None:
-                    before = hashes[i - 1] if i else None
-                    self.listener.stored((digest,), before, seq.tokens[i * size : (i + 1) * size])
+            digest = hashes[i]
+            if self.register(digest, seq.blocks[i]) and self.listener is not None:
+                before = hashes[i - 1] if i else None
+                self.listener.stored((digest,), before, seq.tokens[i * size : (i + 1) * size])
             self._past[self._parent(hashes[max(0, i - 1) : i], salt)] = digest
             self._past.setdefault(digest, None)
         while len(self._past) > _PAST:

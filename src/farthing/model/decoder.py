@@ -291,19 +291,19 @@ class DecoderModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] of `forward` -> logits [n, V] float32."""
-        return self.ops.logits(hidden, self.head, self.norm)
+        return self.ops.logits(self.summed(hidden), self.head, self.norm)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """hidden [n, D] of `forward` -> [n, D], which the head reads."""
-        return self.ops.rms_norm(hidden, self.norm)
+        return self.ops.rms_norm(self.summed(hidden), self.norm)
 
     def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values [n, k], ids [n, k], logsumexp [n]) of the next token, without writing out all logits."""
-        return self.ops.top_logits(hidden, self.head, self.norm, k)
+        return self.ops.top_logits(self.summed(hidden), self.head, self.norm, k)
 
     def greedy(self, hidden: Tensor) -> list[int]:
         """The most likely next token per row of hidden [n, D]."""
-        return self.ops.greedy(hidden, self.head, self.norm)
+        return self.ops.greedy(self.summed(hidden), self.head, self.norm)
 
     def draft(
         self,

@@ -350,19 +350,3 @@ class DeepseekV4(DecoderModel):
         if step is not None:
             return self.ops.collapse(hidden, self.drafting(step).ending)[0]
         return self.ops.collapse(hidden, self.ending)[0] if self._apart else hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """As in `DecoderModel`."""
-        return super().logits(self.summed(hidden))
-
-    def normed(self, hidden: Tensor) -> Tensor:
-        """As in `DecoderModel`."""
-        return super().normed(self.summed(hidden))
-
-    def top_logits(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As in `DecoderModel`."""
-        return super().top_logits(self.summed(hidden), k)
-
-    def greedy(self, hidden: Tensor) -> list[int]:
-        """As in `DecoderModel`."""
-        return super().greedy(self.summed(hidden))

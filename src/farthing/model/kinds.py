@@ -79,10 +79,6 @@ class CacheKind:
         """Bytes per sequence of these layers, whatever its length."""
         return 4 * sum(len(each.layers) * prod(each.shape) for each in self.state)
 
-    def most_tokens(self, length: int) -> int:
-        """Tokens of a sequence of `length` tokens that are kept."""
-        return length if self.window is None else min(length, self.window)
-
     def held_by(self, layers: Collection[int]) -> CacheKind:
         """What these of the layers keep, without index keys of sparse attention."""
 

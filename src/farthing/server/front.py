@@ -263,6 +263,79 @@ class _Collector(Collector):
         yield CounterMetricFamily("farthing:model_unloads", "Processes ended on purpose.", pool.unloads)
 
 
+class _Answers:
+    """What the front answers itself: the models, their pages, Ollama's lists, and loading on request."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    def routes(self) -> list[Route]:
+        """A route each."""
+        return [
+            *(Route(path, self.page) for path in assets()),
+            *(Route(path, self.alive) for path in ("/health", "/ready")),
+            *(Route(path, self.version) for path in ("/version", "/api/version")),
+            *(Route(path, self.tags) for path in ("/api/tags", "/api/ps")),
+            *(Route(path, self.show, methods=["POST"]) for path in ("/api/show", "/api/pull")),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
+            *(Route(path, self.change, methods=["POST"]) for path in ("/models/load", "/models/unload")),
+        ]
+
+    async def models(self, _: Request) -> Response:
+        front = self._front
+        return JSONResponse(model_list([front.describe(each) for each in front.pool.models.values()]))
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._front.describe(self._front.model(request.path_params["model"])))
+
+    async def change(self, request: Request) -> Response:
+        front = self._front
+        if not request.scope["viewer"].everything:
+            raise ApiError(403, "models are loaded and unloaded with an admin key", code="forbidden")
+        chosen = front.model(_document(request.headers, await request.body()).get("model"))
+        if request.url.path == "/models/load":
+            await front.pool.load(chosen, request.scope["client_name"])
+        else:
+            front.pool.unload(chosen)
+        return JSONResponse(front.describe(chosen))
+
+    async def alive(self, _: Request) -> Response:
+        if self._front.draining:
+            raise ApiError(503, "the server is shutting down", code="not_ready", retry_after=5)
+        return JSONResponse({"status": "ok"})
+
+    async def version(self, _: Request) -> Response:
+        return JSONResponse({"version": farthing.__version__})
+
+    async def page(self, request: Request) -> Response:
+        asset = assets()[request.url.path]
+        return Response(asset.body, media_type=asset.content_type, headers=HEADERS)
+
+    async def tags(self, request: Request) -> Response:
+        hosted = list(self._front.pool.models.values())
+        if request.url.path == "/api/tags":
+            return JSONResponse({"models": list(map(self._entry, hosted))})
+        now = time.monotonic()
+        return JSONResponse({"models": [
+            running(self._entry(each), each.kept_until - now, each.sized.engine.max_model_len)
+            for each in hosted if each.state == "loaded"
+        ]})  # fmt: skip
+
+    async def show(self, request: Request) -> Response:
+        document = _document(request.headers, await request.body())
+        chosen = self._front.model(document.get("model") or document.get("name"))
+        if request.url.path == "/api/pull":
+            return JSONResponse({"status": "success"})
+        capabilities = await asyncio.to_thread(lambda: chosen.sized.preset.capabilities)
+        engine = chosen.sized.engine
+        return JSONResponse(shown(self._entry(chosen), engine.model, engine.max_model_len, capabilities))
+
+    def _entry(self, model: Hosted) -> dict[str, Any]:
+        preset = model.sized.preset
+        return tag(model.name, preset.stored, preset.type, model.size, self._front.created)
+
+
 def create_front(front: Front) -> ASGIApp:
     """The application in front of the models of a pool."""
     registry = CollectorRegistry()
@@ -275,61 +348,10 @@ def create_front(front: Front) -> ASGIApp:
             return forward
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def models(_: Request) -> Response:
-        return JSONResponse(model_list([front.describe(each) for each in front.pool.models.values()]))
-
-    async def model(request: Request) -> Response:
-        return JSONResponse(front.describe(front.model(request.path_params["model"])))
-
-    async def change(request: Request) -> Response:
-        if not request.scope["viewer"].everything:
-            raise ApiError(403, "models are loaded and unloaded with an admin key", code="forbidden")
-        chosen = front.model(_document(request.headers, await request.body()).get("model"))
-        if request.url.path == "/models/load":
-            await front.pool.load(chosen, request.scope["client_name"])
-        else:
-            front.pool.unload(chosen)
-        return JSONResponse(front.describe(chosen))
-
-    async def alive(_: Request) -> Response:
-        if front.draining:
-            raise ApiError(503, "the server is shutting down", code="not_ready", retry_after=5)
-        return JSONResponse({"status": "ok"})
-
-    async def version(_: Request) -> Response:
-        return JSONResponse({"version": farthing.__version__})
-
-    async def page(request: Request) -> Response:
-        asset = assets()[request.url.path]
-        return Response(asset.body, media_type=asset.content_type, headers=HEADERS)
-
     async def failed(request: Request, error: Exception) -> Response:
         if not isinstance(error, ApiError):
             error = ApiError(500, "internal error; the server's log has the details")
         return error.response(request.scope)
-
-    def entry(model: Hosted) -> dict[str, Any]:
-        preset = model.sized.preset
-        return tag(model.name, preset.stored, preset.type, model.size, front.created)
-
-    async def tags(request: Request) -> Response:
-        hosted = list(front.pool.models.values())
-        if request.url.path == "/api/tags":
-            return JSONResponse({"models": list(map(entry, hosted))})
-        now = time.monotonic()
-        return JSONResponse({"models": [
-            running(entry(each), each.kept_until - now, each.sized.engine.max_model_len)
-            for each in hosted if each.state == "loaded"
-        ]})  # fmt: skip
-
-    async def show(request: Request) -> Response:
-        document = _document(request.headers, await request.body())
-        chosen = front.model(document.get("model") or document.get("name"))
-        if request.url.path == "/api/pull":
-            return JSONResponse({"status": "success"})
-        capabilities = await asyncio.to_thread(lambda: chosen.sized.preset.capabilities)
-        engine = chosen.sized.engine
-        return JSONResponse(shown(entry(chosen), engine.model, engine.max_model_len, capabilities))
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -337,17 +359,7 @@ def create_front(front: Front) -> ASGIApp:
         yield
         front.upstream.close()
 
-    routes = [
-        *(Route(path, page) for path in assets()),
-        *(Route(path, alive) for path in ("/health", "/ready")),
-        *(Route(path, version) for path in ("/version", "/api/version")),
-        *(Route(path, tags) for path in ("/api/tags", "/api/ps")),
-        *(Route(path, show, methods=["POST"]) for path in ("/api/show", "/api/pull")),
-        Route("/metrics", metrics),
-        Route("/v1/models", models),
-        Route("/v1/models/{model:path}", model),
-        *(Route(path, change, methods=["POST"]) for path in ("/models/load", "/models/unload")),
-    ]
+    routes = [Route("/metrics", metrics), *_Answers(front).routes()]
     known = _FORWARDED | _WATCHED | {route.path for route in routes}
     forward = _Forward(front, known)
     routes.append(Route("/{path:path}", forward))

@@ -149,60 +149,67 @@ class _Growth:
         self._count += 1
 
 
-class _Days:
-    """How much the load grew within a lead at this time of the last days."""
+class _ByMinute:
+    """A figure from the means of the load of which one a minute is kept, computed anew with each of them."""
 
-    def __init__(self, step_s: float, lead_s: float) -> None:
-        self._minute = max(1, round(60 / step_s))
-        self._day = round(DAY_S / (self._minute * step_s))
-        self._ahead = math.ceil(lead_s / (self._minute * step_s)) + 2
-        self._smooth = Mean(max(1, round(300 / step_s)))
-        self._history: list[float] = []  # five-minute means, one a minute
-        self._growth, self._count = 1.0, 0
+    def __init__(self, step_s: float, mean_s: float, kept_s: float, first: float) -> None:
+        """mean_s: the time of a mean; kept_s: the time of which they are kept; first: the figure before."""
+        self._minute = max(1, round(60 / step_s))  # steps
+        self._minute_s = self._minute * step_s
+        self._mean = Mean(max(1, round(mean_s / step_s)))
+        self._history: deque[float] = deque(maxlen=self._minutes(kept_s) + 1)
+        self._value, self._count = first, 0
+
+    def _minutes(self, seconds: float) -> int:
+        return max(1, round(seconds / self._minute_s))
 
     def add(self, load: float) -> float:
-        """The growth; 1 before the second day."""
-        smooth = self._smooth.add(load)
+        """The figure after a step with this load."""
+        mean = self._mean.add(load)
         if self._count % self._minute == 0:
-            self._history.append(smooth)
-            if len(self._history) > (_KEPT_DAYS + 1) * self._day:
-                del self._history[: self._day]
-            self._growth = self._mean()
+            self._history.append(mean)
+            self._value = self._computed()
         self._count += 1
-        return self._growth
+        return self._value
 
-    def _mean(self) -> float:
+    def _computed(self) -> float:
+        raise NotImplementedError
+
+    def _peak(self, at: int, count: int) -> float:
+        return max(self._history[i] for i in range(at, min(at + count, len(self._history))))
+
+
+class _Days(_ByMinute):
+    """How much the load grew within a lead at this time of the last days; 1 before the second day."""
+
+    def __init__(self, step_s: float, lead_s: float) -> None:
+        super().__init__(step_s, 300.0, _KEPT_DAYS * DAY_S, 1.0)
+        self._day = self._minutes(DAY_S)
+        self._ahead = math.ceil(lead_s / self._minute_s) + 2
+
+    def _computed(self) -> float:
         total = weights = 0.0
         for days, weight in _DAYS:
             at = len(self._history) - 1 - days * self._day
             if at >= 0:
-                peak = max(self._history[at : at + self._ahead])
-                total += weight * min(4.0, max(0.5, peak / max(self._history[at], _TINY)))
+                growth = self._peak(at, self._ahead) / max(self._history[at], _TINY)
+                total += weight * min(4.0, max(0.5, growth))
                 weights += weight
         return total / weights if weights else 1.0
 
 
-class _Hours:
-    """What the load reached within a lead from these minutes of the last hours."""
+class _Hours(_ByMinute):
+    """What the load reached within a lead from these minutes of the last hours, in the median; before the
+    second hour its highest mean of a minute."""
 
     def __init__(self, step_s: float, lead_s: float) -> None:
-        self._minute = max(1, round(60 / step_s))
-        self._hour = max(1, round(3600 / (self._minute * step_s)))
-        self._ahead = min(self._hour, math.ceil(lead_s / (self._minute * step_s)) + 1)
-        self._mean = Mean(self._minute)
-        self._history: deque[float] = deque(maxlen=_HOURS * self._hour + 1)  # means of a minute
-        self._count, self._median = 0, 0.0
+        super().__init__(step_s, 60.0, 3600.0 * _HOURS, 0.0)
+        self._hour = self._minutes(3600.0)
+        self._ahead = min(self._hour, math.ceil(lead_s / self._minute_s) + 1)
 
-    def add(self, load: float) -> float:
-        """The median; the highest mean of a minute so far before the second hour."""
-        mean = self._mean.add(load)
-        if self._count % self._minute == 0:
-            self._history.append(mean)
-            seen = list(self._history)
-            starts = range(len(seen) - 1 - self._hour, -1, -self._hour)
-            self._median = median([max(seen[at : at + self._ahead]) for at in starts] or [max(seen)])
-        self._count += 1
-        return self._median
+    def _computed(self) -> float:
+        starts = range(len(self._history) - 1 - self._hour, -1, -self._hour)
+        return median([self._peak(at, self._ahead) for at in starts] or [max(self._history)])
 
 
 class RecentPlans:

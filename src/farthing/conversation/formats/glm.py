@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from farthing.conversation.arguments import object_of
 from farthing.conversation.base import MAX_HEAD, THINK, ChatFormat, ControlTokens
-from farthing.conversation.formats.parameters import ParameterCalls, json_object
+from farthing.conversation.formats.parameters import ParameterCalls
 from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import Conversation, Tool, Turn
 
@@ -100,14 +100,7 @@ class GlmCalls(ParameterCalls):
             self._name, self._late, self._state = [key], [], self._after_key
 
     def _end_json(self) -> None:
-        text = "".join(self._late).strip()
-        call = json.loads(json_object(text) or "{}")
-        name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-        if isinstance(name, str) and self._callable(name) and isinstance(arguments, dict):
-            self._start_call(name)
-            self._stray = [json.dumps(arguments, ensure_ascii=False)]
-        else:
-            self._outer(text)
+        self._call_as_json("".join(self._late).strip())
         self._state = self._in_call
 
     def _abandon(self) -> None:

@@ -129,6 +129,16 @@ class ParameterCalls(Machine):
         self._begin(name)
         self._schema, self._open, self._count = self._schemas.get(name), True, 0
 
+    def _call_as_json(self, text: str) -> None:
+        """Text in place of a call: a call as a JSON object, which `_end_call` will end, or text."""
+        call = json.loads(json_object(text) or "{}")
+        name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
+        if isinstance(name, str) and self._callable(name) and isinstance(arguments, dict):
+            self._start_call(name)
+            self._stray = [json.dumps(arguments, ensure_ascii=False)]
+        else:
+            self._outer(text)
+
     def _end_call(self) -> None:
         stray, self._stray = "".join(self._stray), []
         if not self._open:

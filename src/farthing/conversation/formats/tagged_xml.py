@@ -7,11 +7,10 @@ The formats do not say which values are strings: the tool's schema does.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from farthing.conversation.base import MAX_HEAD, CallFormat
-from farthing.conversation.formats.parameters import ParameterCalls, json_object
+from farthing.conversation.formats.parameters import ParameterCalls
 from farthing.conversation.scan import MARK
 from farthing.conversation.strict import Section, TaggedCalls
 from farthing.conversation.types import Tool
@@ -148,13 +147,7 @@ class XmlCalls(ParameterCalls):
     def _end_json(self) -> None:
         """What stands between the outer tags outside a call: a call as JSON, or text."""
         text, self._stray = "".join(self._stray).strip(), []
-        call = json.loads(json_object(text) or "{}")
-        name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
-        if isinstance(name, str) and self._callable(name) and isinstance(arguments, dict):
-            self._start_call(name)
-            self._stray = [json.dumps(arguments, ensure_ascii=False)]
-        else:
-            self._outer(text)
+        self._call_as_json(text)
 
     # Values.
 

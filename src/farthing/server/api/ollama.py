@@ -213,6 +213,31 @@ def shown(
 # The routes.
 
 
+async def _answered(
+    service: Service, body: ApiRequest, request: Request, conversation: Conversation, raw: bool
+) -> Response:
+    """A turn's answer; raw: of a prompt that is continued, without a chat format."""
+    engine, client = service.require_engine(), request.scope["client_name"]
+    turn = (_RawTurn if raw else Turn)(
+        service,
+        TurnRequest(
+            conversation=conversation,
+            sampling=with_defaults(body.options.sampling, engine.default_sampling)
+            | {"max_tokens": body.options.limit},
+            structured=body.structured,
+            stream=body.stream,
+            names=body.names,
+        ),
+        client,
+    )
+    writer = _Writer(turn, body.model, chat=isinstance(body, ChatRequest))
+    await turn.begin()
+    response = await turn.answer(request, writer)
+    if ignored := [*filter(None, [response.headers.get(IGNORED_HEADER)]), *body.ignored]:
+        response.headers[IGNORED_HEADER] = ", ".join(ignored)
+    return response
+
+
 def add_routes(api: FastAPI, service: Service) -> None:
     """Add this API's routes."""
     errors: Documented = {status: {"model": OllamaError} for status in STATUSES}
@@ -224,34 +249,13 @@ def add_routes(api: FastAPI, service: Service) -> None:
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         return [tag(name, stored, kind, size, service.created) for name in service.names]
 
-    async def answered(body: ApiRequest, request: Request, conversation: Conversation, raw: bool) -> Response:
-        engine, client = service.require_engine(), request.scope["client_name"]
-        turn = (_RawTurn if raw else Turn)(
-            service,
-            TurnRequest(
-                conversation=conversation,
-                sampling=with_defaults(body.options.sampling, engine.default_sampling)
-                | {"max_tokens": body.options.limit},
-                structured=body.structured,
-                stream=body.stream,
-                names=body.names,
-            ),
-            client,
-        )
-        writer = _Writer(turn, body.model, chat=isinstance(body, ChatRequest))
-        await turn.begin()
-        response = await turn.answer(request, writer)
-        if ignored := [*filter(None, [response.headers.get(IGNORED_HEADER)]), *body.ignored]:
-            response.headers[IGNORED_HEADER] = ", ".join(ignored)
-        return response
-
     @api.post("/api/chat", summary="Answer a conversation, as Ollama's API does", responses=errors | streamed)
     async def chat(request: Request, body: ChatRequest = FromBody()) -> Response:
         await service.unknown_fields.check(body, request.scope)
         service.check_model(body.model)
         if not body.messages:
             return JSONResponse(loaded_answer(body.model_dump(), "/api/chat"))
-        return await answered(body, request, conversation_of(body), raw=False)
+        return await _answered(service, body, request, conversation_of(body), raw=False)
 
     @api.post(
         "/api/generate",
@@ -267,7 +271,7 @@ def add_routes(api: FastAPI, service: Service) -> None:
         if body.system and not body.raw:
             turns.insert(0, ChatTurn("system", body.system))
         conversation = Conversation(tuple(turns), **({} if body.raw else body.thinking))
-        return await answered(body, request, conversation, body.raw)
+        return await _answered(service, body, request, conversation, body.raw)
 
     @api.get("/api/tags", summary="The models served, as Ollama's API lists them", responses=errors)
     async def tags() -> Response:
