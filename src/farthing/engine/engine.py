@@ -230,9 +230,11 @@ class Engine:
     ) -> RequestStream:
         """Validate a request and queue it. See the top of this file.
 
-        priority: smaller is more urgent; one level outweighs `priority_step` seconds of waiting. prompt_text:
-        reported as the prompt's text when `prompt` is token ids.
-        client: clients share the engine fairly, whatever each submits.
+        priority: smaller is more urgent; one level outweighs `priority_step` seconds of waiting. cache_salt:
+        only requests with the same one share cached prefixes. prompt_text: reported as the prompt's text when
+        `prompt` is token ids. client: clients share the engine fairly, whatever each submits.
+
+        Also raises EngineFailed, as `health` does.
         """
         self.health()
         request, generations = self._admission.admit(

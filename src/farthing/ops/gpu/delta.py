@@ -66,6 +66,7 @@ def _convolve(
 def keep_tail(
     x, tail, slots, sequences, positions, starts, stride_x, C, W: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """The convolution's input x [T, C] of each sequence's last W - 1 tokens, to its slot's rows of tail."""
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.load(sequences + token)
