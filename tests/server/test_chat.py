@@ -92,6 +92,13 @@ def test_second_turn_reuses_the_first_from_the_cache(client: OpenAI) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= 64
 
 
+def test_the_schema_of_an_object_is_that_of_llama_cpp(tiny: Running) -> None:
+    form = {"type": "json_object", "schema": {"const": {"a": 7}}}
+    body = {"messages": USER, "max_tokens": 64, "response_format": form}
+    said = httpx.post(f"{tiny.url}/v1/chat/completions", json=body).json()
+    assert json.loads(said["choices"][0]["message"]["content"]) == {"a": 7}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(client: OpenAI, stream: bool) -> None:
     options = {
@@ -340,6 +347,7 @@ def test_engine_abort_is_an_error() -> None:
         {"messages": USER, "tools": [{"type": "function", "function": {"name": "x" * 257}}]},
         {"messages": USER, "top_logprobs": 2},
         {"messages": USER, "response_format": {"type": "json_schema"}},
+        {"messages": USER, "response_format": {"type": "text", "schema": {}}},
         {"messages": USER, "response_format": {"type": "yaml"}},
         {"messages": USER, "chat_template_kwargs": {"messages": []}},
         {"messages": USER, "continue_final_message": True},

@@ -80,6 +80,8 @@ def structured_field(body: Sampling, response_format: ResponseFormat | None) -> 
     """The name of the field with the constraint on the output."""
     if response_format is not None and response_format.json_schema is not None:
         return "response_format.json_schema.schema"
+    if response_format is not None and response_format.object_schema is not None:
+        return "response_format.schema"
     names = (f"guided_{name}" for name in _GUIDED)
     return next((name for name in names if getattr(body, name) is not None), "structured_outputs")
 
@@ -96,7 +98,9 @@ def structured(body: Sampling, response_format: ResponseFormat | None) -> Struct
     for name in _GUIDED:
         if (value := getattr(body, f"guided_{name}")) is not None:
             chosen[name] = value
-    if response_format is not None and response_format.type == "json_object":
+    if response_format is not None and response_format.object_schema is not None:
+        chosen["json"] = response_format.object_schema
+    elif response_format is not None and response_format.type == "json_object":
         chosen["json_object"] = True
     elif response_format is not None and response_format.json_schema is not None:
         chosen["json"] = response_format.json_schema.json_schema

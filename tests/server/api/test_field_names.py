@@ -106,6 +106,7 @@ NAMES = [
         {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
         "response_format.json_schema.schema",
     ),
+    (CHAT, {"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format.schema"),
     (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
     (RESPONSES, {"max_output_tokens": 10**8}, "max_output_tokens"),
     (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": SCHEMA}}}, "text.format.schema"),

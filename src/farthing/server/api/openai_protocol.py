@@ -63,10 +63,11 @@ _TAGS = "structural tags are not supported; use tools, whose calls follow their 
 
 
 class ResponseFormat(Strict):
-    """text, any JSON object, or JSON that matches a schema."""
+    """text, any JSON object, or JSON that matches a schema. schema: of `json_object`, as llama.cpp has it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    object_schema: dict[str, Any] | None = Field(default=None, alias="schema")
 
     @field_validator("type", mode="before")
     @classmethod
@@ -79,6 +80,8 @@ class ResponseFormat(Strict):
     def _schema_present(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise FieldError("json_schema", problem=" goes with type 'json_schema', and only with it")
+        if self.object_schema is not None and self.type != "json_object":
+            raise FieldError("schema", problem=" goes with type 'json_object', and only with it")
         return self
 
 
