@@ -13,6 +13,8 @@ from farthing.server.errors import ApiError, send_error
 
 LOCAL = "localhost"  # stands for every name and address of this machine
 _NUMBERS = ("/metrics", "/cache/digest")  # for scrapers and gateways
+_BY_CURL = b"application/x-www-form-urlencoded"
+_FROM_PAGES = {b"origin", b"referer", b"sec-fetch-site", b"sec-fetch-mode"}
 _PROXIED = (b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via")
 
 
@@ -72,6 +74,8 @@ class Access:
         elif self._needs_key and path not in self._open and client is None and admin is None:
             raise _unknown_key(header)
         scope["viewer"] = Viewer(everything, client or ANONYMOUS)
+        if path.startswith("/api/"):
+            _declare_json(scope, headers)
 
     def _check_host(self, host: bytes) -> None:
         """Check the Host header: DNS rebinding would let a web page reach a visitor's keyless server."""
@@ -84,6 +88,14 @@ class Access:
             raise ApiError(
                 403, f"the Host {name!r} is not served here; see --allowed-hosts", code="host_not_allowed"
             )
+
+
+def _declare_json(scope: Scope, headers: dict[bytes, bytes]) -> None:
+    """Ollama takes every body as JSON, so its clients, and `curl -d` in its documentation, need not say so.
+    Web pages, whose requests name their origin, must: browsers ask the server first if they may."""
+    if headers.get(b"content-type", _BY_CURL) == _BY_CURL and not _FROM_PAGES & headers.keys():
+        others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+        scope["headers"] = [*others, (b"content-type", b"application/json")]
 
 
 def _credentials(headers: dict[bytes, bytes]) -> str:

@@ -44,6 +44,20 @@ def test_durations_are_those_of_the_engine() -> None:
             assert (end["prompt_eval_duration"], end["eval_duration"]) == (2 * 10**9, 5 * 10**9)
 
 
+def test_only_web_pages_must_declare_json() -> None:
+    form, body = "application/x-www-form-urlencoded", b'{"model": "tiny", "prompt": "a", "stream": false}'
+    with running(ScriptedEngine(["Pa", "ris"])) as server:
+
+        def status(path: str = "/api/generate", **headers: str) -> int:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            return httpx.post(server.url + path, content=body, headers=named).status_code
+
+        assert status() == status(content_type=form) == 200
+        assert status(content_type="text/plain") == status("/v1/completions", content_type=form) == 400
+        for page in ({"origin": "null"}, {"referer": "http://a.example"}, {"sec_fetch_site": "cross-site"}):
+            assert status(content_type=form, **page) == status(**page) == 400
+
+
 @pytest.mark.parametrize(
     ("engine", "expected"),
     [
