@@ -473,3 +473,11 @@ def check_drafts(value: str | None, layers: int) -> None:
         raise ValueError(
             f"speculate: got {value!r}, but the model has no MTP layer; expected 'ngram' or None"
         )
+
+
+def check_length(value: int | None, limit: int) -> None:
+    """Raises ValueError for a max_model_len beyond a model's max_position_embeddings."""
+    if value is not None and value > limit:
+        raise ValueError(
+            f"max_model_len: got {value}; expected at most {limit}, the model's max_position_embeddings"
+        )

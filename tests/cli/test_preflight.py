@@ -56,11 +56,12 @@ def test_errors_of_a_model_come_before_the_port(tmp_path: Path) -> None:
         (("--backend", "nope"), "backend: got 'nope'; expected 'auto' or one of"),
         (("--backend", "cpu/avx9"), "instruction set 'avx9' is unknown or not supported"),
         (("--backend", "torch/nope"), "device: got 'nope'"),
+        (("--max-model-len", "9999999"), "max_model_len: got 9999999; expected at most 2048, the model's"),
         (("--chat-template", "nope.jinja"), "chat_template: got 'nope.jinja'; expected a readable file or"),
         (("--chat-template", "{broken}"), "chat_template does not compile: Expected an expression"),
     ],
 )
-def test_backend_and_template_are_checked_before_the_port(
+def test_options_are_checked_before_the_port(
     arguments: tuple[str, str], message: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("farthing._native")

@@ -156,15 +156,17 @@ def _described(name: str, path: Path, where: str) -> dict[str, Any]:
     raw = read_config(path)
     config = ModelConfig.from_json(raw)
     experts = config.n_routed_experts or 0
+    weights = method_of(quantization_of(raw))
     try:
-        fits = str(fit(path, available_memory()))
+        found = fit(path, available_memory())
+        fits, weights = str(found), found.stored
     except ValueError as error:
         fits = f"no: {str(error).partition('; ')[0]}"
     return {
         "model": name,
         "path": where,
         "type": config.model_type,
-        "weights": method_of(quantization_of(raw)),
+        "weights": weights,
         "layers": config.num_hidden_layers,
         "experts": f"{config.num_experts_per_tok} of {experts} per token" if experts else "none",
         "context": config.max_position_embeddings,

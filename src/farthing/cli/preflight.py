@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.config import AUTO, EngineConfig, check_drafts
+from farthing.config import AUTO, EngineConfig, check_drafts, check_length
 from farthing.hub import Found, find_model
 from farthing.memory import available_memory, gigabytes
 from farthing.model.config import ModelConfig
@@ -38,7 +38,7 @@ def preflight(config: EngineConfig) -> Found:
 
 
 def _check_architecture(config: EngineConfig, model: Found) -> None:
-    """Raises ValueError for files, ranks or drafts that do not suit the model."""
+    """Raises ValueError for files, ranks, drafts or a length that do not suit the model."""
     if not model.absent and any(model.path.glob("*.safetensors*")):
         found = config_of(Checkpoint.open(model.path))
         check_drafts(config.speculate, found.num_nextn_predict_layers)
@@ -46,6 +46,7 @@ def _check_architecture(config: EngineConfig, model: Found) -> None:
         found = ModelConfig.from_directory(model.path)
         if type_named(found.model_type).names.drafts is None:  # others may have layers they do not declare
             check_drafts(config.speculate, found.num_nextn_predict_layers)
+    check_length(config.max_model_len, found.max_position_embeddings)
     ShardPlan.build(found, Layout(*config.sizes, config.dp_attention))
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig, parse_speculate
+from farthing.config import CPU_STEP_TOKENS, GPU_STEP_TOKENS, EngineConfig, check_length, parse_speculate
 from farthing.engine.sequence import S, Scheduled, Sequence
 from farthing.lazy import torch
 from farthing.memory import available_memory, gigabytes
@@ -128,14 +128,8 @@ _CPU_SHARE, _GPU_SHARE = 0.25, 0.85  # of the memory that is free after loading 
 def _length(config: EngineConfig, model: ModelConfig) -> int:
     """max_model_len, by default the model's. Raises ValueError if it is more than that."""
     limit = model.max_position_embeddings
-    if config.max_model_len is None:
-        return limit
-    if config.max_model_len > limit:
-        raise ValueError(
-            f"max_model_len: got {config.max_model_len}; expected at most {limit}, the model's "
-            "max_position_embeddings"
-        )
-    return config.max_model_len
+    check_length(config.max_model_len, limit)
+    return limit if config.max_model_len is None else config.max_model_len
 
 
 @dataclass(frozen=True, slots=True)
