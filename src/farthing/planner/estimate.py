@@ -492,12 +492,13 @@ def published_config(name: str) -> dict[str, Any] | None:
 
 
 def closest(name: str) -> str:
-    """A hint for an unknown name: all known names and the closest match."""
-    close = get_close_matches(name.lower(), published(), n=1, cutoff=0.75)
-    hint = f"; the closest is {close[0]!r}" if close else ""
+    """A hint for an unknown name: the known names that are close, or all."""
+    close = get_close_matches(name.lower(), published(), n=3, cutoff=0.75)
     family = next((prefix for prefix in _UNSUPPORTED if name.lower().startswith(prefix)), None)
     refused = f"{family} is not supported; " if family else ""
-    return f"{refused}published configurations: {', '.join(published())}{hint}"
+    return (
+        f"{refused}published configurations{' like it' if close else ''}: {', '.join(close or published())}"
+    )
 
 
 def file_bytes(stored: Stored, shape: tuple[int, ...]) -> int:
