@@ -161,12 +161,16 @@ struct Layer {  // one layer's weights; attention and feed are owned by the laye
   const Delta* delta = nullptr;  // instead of attention: then qkv_a computes queries, keys, values and gates
   std::shared_ptr<Packed> gates = nullptr;  // and this b and a
   Post post = {};
+  int kind = 0;  // which of a call's caches and batches are its own
+  int row = 0;   // its first row of that cache, or its state's among those of all layers
 };
 
 struct Layers {
   std::vector<Layer> layers;
   std::vector<float> qkv, q, gates, heads, biased, hidden, beside;  // passed from one op to the next
-  void add(Layer layer);
+  std::vector<int> used;  // rows of each kind's cache, by the layers so far
+  int states = 0;         // recurrent layers so far
+  void add(Layer layer, int kind);
   static Rows rows(std::vector<float>& memory, int tokens, int width);
 };
 
@@ -206,10 +210,10 @@ struct MlaArgs {
 struct LayersArgs {
   Rows x;  // [T, D]
   int tokens;
-  int first, last;   // the layers first .. last - 1
-  Cache cache;       // of the first of them
-  DeltaState state;  // of the first of them that has one
-  Batch batch;
+  int first, last;             // the layers first .. last - 1
+  std::vector<Cache> caches;   // of each kind of layer, such as those with a window, from row 0 on
+  std::vector<Batch> batches;  // … and where the tokens are there
+  DeltaState state;            // of the model's first layer that has one
   float eps;
   int64_t* counts;  // [layer][E] from the first of them on, rows `counts_stride` apart; or null
   int64_t counts_stride;

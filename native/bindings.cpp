@@ -306,14 +306,15 @@ NB_MODULE(_native, module) {
              std::shared_ptr<Packed> q_b, const Attention& attention, std::shared_ptr<Packed> o,
              std::shared_ptr<Packed> o_rest, uint64_t feed_norm, const Moe& feed,
              std::shared_ptr<SharedSum> o_sum, std::shared_ptr<SharedSum> feed_sum, uint64_t o_bias,
-             float inner_eps) {
+             float inner_eps, int kind) {
             self.add({at<float>(norm), at<float>(q_norm), at<float>(feed_norm), std::move(qkv_a),
                       std::move(q_b), std::move(o), std::move(o_rest), &attention, &feed, q_width, inner_eps,
-                      at<float>(o_bias), std::move(o_sum), std::move(feed_sum)});
+                      at<float>(o_bias), std::move(o_sum), std::move(feed_sum)},
+                     kind);
           },
           "norm"_a, "qkv_a"_a, "q_width"_a, "q_norm"_a, "q_b"_a.none(), "attention"_a, "o"_a,
           "o_rest"_a.none(), "feed_norm"_a, "feed"_a, "o_sum"_a.none(), "feed_sum"_a.none(), "o_bias"_a,
-          "inner_eps"_a)
+          "inner_eps"_a, "kind"_a)
       .def(
           "post",  // of the layer that was added last; no addresses: it has none
           [](Layers& self, uint64_t attention, uint64_t feed, const Moe* beside, uint64_t input_norm,
@@ -328,13 +329,14 @@ NB_MODULE(_native, module) {
           [](Layers& self, uint64_t norm, std::shared_ptr<Packed> qkvz, std::shared_ptr<Packed> gates,
              const Delta& delta, std::shared_ptr<Packed> o, std::shared_ptr<Packed> o_rest,
              uint64_t feed_norm, const Moe& feed, std::shared_ptr<SharedSum> o_sum,
-             std::shared_ptr<SharedSum> feed_sum) {
+             std::shared_ptr<SharedSum> feed_sum, int kind) {
             self.add({at<float>(norm), nullptr, at<float>(feed_norm), std::move(qkvz), nullptr, std::move(o),
                       std::move(o_rest), nullptr, &feed, 0, 0.0f, nullptr, std::move(o_sum),
-                      std::move(feed_sum), &delta, std::move(gates)});
+                      std::move(feed_sum), &delta, std::move(gates)},
+                     kind);
           },
           "norm"_a, "qkvz"_a, "gates"_a, "delta"_a, "o"_a, "o_rest"_a.none(), "feed_norm"_a, "feed"_a,
-          "o_sum"_a.none(), "feed_sum"_a.none());
+          "o_sum"_a.none(), "feed_sum"_a.none(), "kind"_a);
 
   const auto free = nb::call_guard<nb::gil_scoped_release>();
   nb::class_<Backend>(module, "Backend")
@@ -403,13 +405,13 @@ NB_MODULE(_native, module) {
           "attention"_a, "q"_a, "kv"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "out"_a, free)
       .def(
           "layers",
-          [](Backend& b, Layers& model, int first, int last, Rows x, int tokens, const Cache& cache,
-             const Batch& batch, float eps, uint64_t counts, int64_t counts_stride, Rows out,
+          [](Backend& b, Layers& model, int first, int last, Rows x, int tokens, std::vector<Cache> caches,
+             std::vector<Batch> batches, float eps, uint64_t counts, int64_t counts_stride, Rows out,
              const DeltaState* state) {
-            b.layers(model, {x, tokens, first, last, cache, state ? *state : DeltaState{}, batch, eps,
-                             at<int64_t>(counts), counts_stride, out});
+            b.layers(model, {x, tokens, first, last, std::move(caches), std::move(batches),
+                             state ? *state : DeltaState{}, eps, at<int64_t>(counts), counts_stride, out});
           },
-          "layers"_a, "first"_a, "last"_a, "x"_a, "tokens"_a, "cache"_a, "batch"_a, "eps"_a, "counts"_a,
+          "layers"_a, "first"_a, "last"_a, "x"_a, "tokens"_a, "caches"_a, "batches"_a, "eps"_a, "counts"_a,
           "counts_stride"_a, "out"_a, "state"_a.none() = nb::none(), free)
       .def(
           "top_logits",

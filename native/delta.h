@@ -30,9 +30,9 @@ struct DeltaState {
   const int32_t* slots = nullptr;          // [sequences], written
   const int32_t* sources = nullptr;        // [sequences], continued; another slot's is left as it is
 
-  DeltaState next() const {
+  DeltaState row(int i) const {  // of the i-th layer after this one
     DeltaState found = *this;
-    found.data += layer_data, found.tail += layer_tail;
+    found.data += i * layer_data, found.tail += i * layer_tail;
     return found;
   }
 };

@@ -39,31 +39,33 @@ void Backend::layers(Layers& model, const LayersArgs& in) {
   const Rows none{nullptr, 0};
   const int T = in.tokens;
   Rows x = in.x;
-  Cache cache = in.cache;
-  DeltaState state = in.state;
   int64_t* counts = in.counts;
   if (in.first < 0 || in.first > in.last || in.last > static_cast<int>(model.layers.size()))
     throw std::out_of_range("layers " + std::to_string(in.first) + " to " + std::to_string(in.last) + " of " +
                             std::to_string(model.layers.size()));
+  if (in.caches.size() != model.used.size() || in.batches.size() != model.used.size())
+    throw std::invalid_argument(std::to_string(in.caches.size()) + " caches and " +
+                                std::to_string(in.batches.size()) + " batches; expected " +
+                                std::to_string(model.used.size()) + ", the kinds of layers");
   for (int i = in.first; i < in.last; ++i) {
     const Layer& l = model.layers[i];
     const int hidden = l.o->m.n;
+    const Batch& batch = in.batches[l.kind];
     const Rows qkv = Layers::rows(model.qkv, T, l.qkv_a->rows());
     linear(*l.qkv_a, {x, T, l.norm, in.eps, none, qkv});
     const Rows heads = Layers::rows(model.heads, T, l.o->m.inputs() + (l.o_rest ? l.o_rest->m.inputs() : 0));
     if (l.delta) {
       const Rows gates = Layers::rows(model.gates, T, l.gates->m.n);
       linear(*l.gates, {x, T, l.norm, in.eps, none, gates});
-      delta(*l.delta, {qkv, gates, T, state, in.batch, in.eps, heads});
-      state = state.next();
+      delta(*l.delta, {qkv, gates, T, in.state.row(l.row), batch, in.eps, heads});
     } else {
       Rows q = qkv;
       if (l.q_b) {
         q = Layers::rows(model.q, T, l.q_b->m.n);
         linear(*l.q_b, {qkv, T, l.q_norm, l.inner_eps, none, q});
       }
-      mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, in.batch, l.inner_eps, heads});
-      cache = cache.row(l.attention->groups);
+      const Cache cache = in.caches[l.kind].row(l.row);
+      mla(*l.attention, {q, {qkv.at + l.q_width, qkv.stride}, T, cache, batch, l.inner_eps, heads});
     }
     if (l.o_bias) {
       const Rows biased = Layers::rows(model.biased, T, hidden);

@@ -80,7 +80,10 @@ void Attention::check() const {
     throw std::invalid_argument("keys cannot be computed from values");
 }
 
-void Layers::add(Layer l) {
+void Layers::add(Layer l, int kind) {
+  if (kind < 0 || kind > static_cast<int>(used.size()))
+    throw std::invalid_argument("kind " + std::to_string(kind) + " of a layer; expected 0 to " +
+                                std::to_string(used.size()));
   const int hidden = l.o->m.n, rest = l.o_rest ? l.o_rest->m.inputs() : 0;
   int values;
   if (l.delta) {
@@ -101,6 +104,10 @@ void Layers::add(Layer l) {
   require(*l.o, hidden, values - rest, "the output projection of attention");
   if (rest) require(*l.o_rest, hidden, rest, "further columns of the output projection");
   if (l.feed->hidden != hidden) throw std::invalid_argument("experts and attention differ in hidden size");
+  if (kind == static_cast<int>(used.size())) used.push_back(0);
+  l.kind = kind;
+  l.row = l.delta ? states++ : used[kind];
+  if (!l.delta) used[kind] += l.attention->groups;
   layers.push_back(std::move(l));
 }
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from farthing import _native
@@ -34,37 +33,13 @@ def cache_type(dtype: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive layers with the same window, which one native call computes."""
-
-    first: int
-    last: int  # the one after them
-    window: int | None
-    row: int  # of the first, in the cache of the layers with this window
-    states: int  # recurrent layers before the first
-    rows: tuple[int, ...]  # of each layer; a recurrent one has none
-
-
-def runs_of(layers: Sequence[LayerHandles]) -> tuple[Run, ...]:
-    """All layers, in order."""
-    found, rows, states = list[Run](), Counter[int | None](), 0
-    for i, layer in enumerate(layers):
-        if found and found[-1].window == layer.window:
-            found[-1] = replace(found[-1], last=i + 1, rows=(*found[-1].rows, layer.rows))
-        else:
-            found.append(Run(i, i + 1, layer.window, rows[layer.window], states, (layer.rows,)))
-        rows[layer.window] += layer.rows
-        states += layer.rows == 0
-    return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
 class Stack:
     """Layers for `run_layers`; `alive` owns the tensors that native code points to."""
 
     native: Any
     depth: int  # number of layers
-    runs: tuple[Run, ...]
+    windows: tuple[int | None, ...]  # each once; those of layers that share a cache
+    recurrent: bool  # whether some layers are
     eps: float  # of every norm, but for those within attention
     alive: tuple[Any, ...]
 
@@ -73,13 +48,15 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
     """Collect the layers' packed parts without copying weights."""
     native = _native.Layers()
     alive: list[Any] = []
+    windows = tuple(dict.fromkeys(layer.window for layer in layers))
     for layer in layers:
+        kind = windows.index(layer.window)
         sums = [s and _native.SharedSum(*astuple(s)) for s in (layer.attention_sum, layer.feed_sum)]
         if layer.gates is not None:
             norm, feed_norm = vector(layer.norm.weight), vector(layer.feed_norm.weight)
             native.add_recurrent(
                 address(norm), layer.qkv_a.packed, layer.gates.packed, layer.heads.native, layer.o.packed,
-                layer.o.rest, address(feed_norm), layer.feed.native, *sums,
+                layer.o.rest, address(feed_norm), layer.feed.native, *sums, kind,
             )  # fmt: skip
             alive += [norm, feed_norm, layer.heads, layer.feed]
             continue
@@ -90,13 +67,14 @@ def pack_stack(layers: Sequence[LayerHandles]) -> Stack:
         q_b = None if layer.q_b is None else layer.q_b.packed
         native.add(
             norm_at, layer.qkv_a.packed, layer.q_width, q_norm, q_b, layer.heads.native, layer.o.packed,
-            layer.o.rest, feed_norm_at, layer.feed.native, *sums, o_bias, layer.heads.eps,
+            layer.o.rest, feed_norm_at, layer.feed.native, *sums, o_bias, layer.heads.eps, kind,
         )  # fmt: skip
         alive += [*vectors, layer.heads, layer.feed]
         if layer.is_special:
             alive += add_post(native, layer)
     eps = layers[0].norm.eps if layers else 0.0
-    return Stack(native, len(layers), runs_of(layers), eps, tuple(alive))
+    recurrent = any(layer.gates is not None for layer in layers)
+    return Stack(native, len(layers), windows, recurrent, eps, tuple(alive))
 
 
 def add_post(native: Any, layer: LayerHandles) -> list[Any]:
@@ -137,15 +115,16 @@ def native_cache(cache: LatentCache | IndexCache, layer: int = 0) -> Any:
     )
 
 
-def native_batch(batch: Batch) -> Any:
-    """Native view of a step's index tensors."""
+def native_batch(batch: Batch, window: int | None = None) -> Any:
+    """Native view of a step's index tensors, for layers with this window."""
+    blocks = batch if window is None or not batch.windows else batch.windows[window]
     return _native.Batch(
         address(batch.positions),
-        address(batch.slots),
+        address(blocks.slots),
         address(batch.query_start),
         address(batch.context_lens),
-        address(batch.block_table),
-        *batch.block_table.shape,
+        address(blocks.block_table),
+        *blocks.block_table.shape,
     )
 
 
@@ -190,25 +169,19 @@ def run_layers(
     tokens, hidden = h.shape
     first, last, _ = span.indices(stack.depth)
     out = empty(h, tokens, hidden)
-    for run in stack.runs:
-        start, stop = max(first, run.first), min(last, run.last)
-        if start >= stop:
-            continue
-        if start > first:
-            h, out = out, empty(h, tokens, hidden)
-        own = cache.of(run.window) if cache.windows else cache
-        slots = batch.of(run.window) if batch.windows else batch
-        before = run.rows[: start - run.first]
-        row = run.row + sum(before)
-        state = native_state(Place(cache, run.states + before.count(0), batch)) if 0 in run.rows else None
-        seen, stride = (0, 0) if counts is None else (address(counts[start:]), row_stride(counts))
-        try:
-            native.layers(
-                stack.native, start, stop, native_rows(h), tokens, native_cache(own, row),
-                native_batch(slots), stack.eps, seen, stride, native_rows(out), state,
-            )  # fmt: skip
-        except _native.PeerLost as error:
-            raise PeerLost(*error.args) from error
+    if first == last:
+        return out
+    seen, stride = (0, 0) if counts is None else (address(counts[first:]), row_stride(counts))
+    try:
+        native.layers(
+            stack.native, first, last, native_rows(h), tokens,
+            [native_cache(cache.of(window)) for window in stack.windows],
+            [native_batch(batch, window) for window in stack.windows],
+            stack.eps, seen, stride, native_rows(out),
+            native_state(Place(cache, 0, batch)) if stack.recurrent else None,
+        )  # fmt: skip
+    except _native.PeerLost as error:
+        raise PeerLost(*error.args) from error
     return out
 
 
