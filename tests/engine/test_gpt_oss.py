@@ -21,6 +21,7 @@ from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
+from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
 from tests.tiny import GPT_OSS
 
@@ -127,6 +128,14 @@ def test_experts_on_the_host_give_the_same_logits(expected: dict[CacheDtype, tor
         for _ in range(3):
             assert distance(hidden(model), expected["float32"]) < 1e-5
             ops.settle()
+
+
+def test_layers_of_several_windows_can_be_divided(model: DecoderModel) -> None:
+    ids, batch = torch.arange(20), make_batch([20], [0], [[2, 0, 1]], 8)
+    h, cache = model.embed(ids), model.new_cache(3, 8)
+    for layer in range(CONFIG.num_hidden_layers):
+        h = model.run_layers(h, batch, cache, span=slice(layer, layer + 1))
+    assert torch.equal(h, model.forward(ids, batch, model.new_cache(3, 8)))
 
 
 def test_layers_run_in_one_call(model: DecoderModel) -> None:
