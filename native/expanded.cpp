@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cache_rows.h"
 
@@ -174,6 +175,7 @@ void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space&
   else
     wide_.product(
         {s.latents, shape_.width, s.weights, columns, s.floats, columns, rows, shape_.latent_padded, false});
+  clear_damaged(u, at, keys, s);
   for (int i = 0; i < rows; ++i) {
     uint8_t* to = s.keys + i * query_ * element;
     const float* from = s.floats + static_cast<size_t>(i) * columns;
@@ -187,6 +189,23 @@ void Expanded::expand(const Unit& u, int at, int keys, int skipped, const Space&
   for (int i = 0; i < value_; ++i)
     kernels_.round_bf16(turned + i * kWideBlock, rows,
                         reinterpret_cast<uint16_t*>(s.values) + i * kWideBlock);
+}
+
+// As in KeyReader::fetch: values that are not finite become zeros where some queries of the unit do not see
+// them, and the sums of those that do NaN.
+void Expanded::clear_damaged(const Unit& u, int at, int keys, const Space& s) const {
+  const int nope = w_.grouped() ? 0 : nope_;
+  const int all_from = w_.first_key(in_.batch.keys(u.last - 1)) - at, all_to = in_.batch.keys(u.first) - at;
+  for (int i = 0; i < keys; ++i) {
+    float* values = s.floats + static_cast<size_t>(i) * (nope + value_) + nope;
+    if ((i >= all_from && i < all_to) || !has_overflow(values, value_)) continue;
+    std::fill_n(values, value_, 0.0f);
+    for (int t = u.first; t < u.last; ++t) {
+      const int seen = in_.batch.keys(t);
+      if (at + i < seen && at + i >= w_.first_key(seen))
+        s.sum[t - u.first] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
 }
 
 // The latents of a block, which are the values of grouped-query attention, in float32.

@@ -43,6 +43,7 @@ class Expanded {
   void take_queries(const Unit& u, const Space& s) const;
   void expand(const Unit& u, int at, int keys, int skipped, const Space& s) const;
   void take_values(int rows, const Space& s) const;
+  void clear_damaged(const Unit& u, int at, int keys, const Space& s) const;
   void attend_tile(const Unit& u, int tile, int at, int keys, const Space& s) const;
   void put_out(const Unit& u, const Space& s) const;
   int tiles(const Unit& u) const { return (u.last - u.first + kTileQueries - 1) / kTileQueries; }

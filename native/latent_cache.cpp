@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cache_rows.h"
 
@@ -101,6 +102,18 @@ void KeyReader::find_addresses(Source from, int at, int keys, int skipped, const
   });
 }
 
+// damaged(key) says whether a key of the block that some rows do not see has such values, and clears it.
+template <class F>
+void KeyReader::clear_damaged(const AttendBlock& b, F&& damaged) const {
+  const int all_from = b.hidden ? b.hidden[b.rows - 1] : 0, all_to = b.visible[0];
+  for (int key = b.skipped; key < b.keys; ++key) {
+    if ((key >= all_from && key < all_to) || !damaged(key)) continue;
+    for (int r = 0; r < b.rows; ++r)
+      if (key < b.visible[r] && (!b.hidden || key >= b.hidden[r]))
+        b.sum[r] = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
 void KeyReader::fetch(Source from, int at, AttendBlock& b) {
   b.row_bytes = (shape_.latent + shape_.rope) * cell_bytes(cache_.type);
   if (form_ != Kernels::Keys::f32) {
@@ -114,6 +127,12 @@ void KeyReader::fetch(Source from, int at, AttendBlock& b) {
   const size_t width = shape_.width;
   for_rows(from, at + b.skipped, at + b.keys, [&](int key, const uint8_t* data, const float* scale) {
     kernels_.load_key(cache_.type, data, scale, shape_, keys32_ + (key - at) * width);
+  });
+  clear_damaged(b, [&](int key) {
+    float* row = keys32_ + key * width;
+    if (!has_overflow(row, b.latent)) return false;
+    std::fill_n(row, width, 0.0f);
+    return true;
   });
   for (int i = 0; i < b.skipped; ++i)
     std::memcpy(keys32_ + i * width, keys32_ + b.skipped * width, sizeof(float) * width);
@@ -129,6 +148,13 @@ void KeyReader::find_rows(Source from, int at, const AttendBlock& b) {
     for_rows(from, at + skipped, at + keys, [&](int key, const uint8_t* data, const float* scale) {
       rows_[key - at] = half(data, scale, keys16_ + static_cast<size_t>(key - at) * shape_.width);
     });
+  clear_damaged(b, [&](int key) {
+    if (!has_overflow(rows_[key], b.latent)) return false;
+    uint16_t* row = keys16_ + static_cast<size_t>(key) * shape_.width;
+    std::fill_n(row, shape_.width, uint16_t{0});
+    rows_[key] = row;
+    return true;
+  });
   std::fill_n(rows_, skipped, rows_[skipped]);
   std::fill(rows_ + keys, rows_ + block_, rows_[keys - 1]);
   next_.sequence = -1;

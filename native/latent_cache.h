@@ -1,5 +1,7 @@
 // The paged cache of latents: where a token's row is written, and keys in the form a kernel reads.
 #pragma once
+#include <bit>
+
 #include "kernels.h"
 
 namespace farthing {
@@ -40,6 +42,18 @@ struct FixedScales {
 void write_latent(const Kernels& kernels, const Cache& cache, int64_t slot, const float* latent, int c,
                   const float* k_pe, int r, FixedScales fixed = {});
 
+// Whether a number is NaN, infinite, or too large for bfloat16.
+inline bool has_overflow(const uint16_t* x, int n) {
+  uint32_t any = 0;
+  for (int i = 0; i < n; ++i) any |= (x[i] & 0x7fffu) + 0x80u;
+  return any & 0x8000u;
+}
+inline bool has_overflow(const float* x, int n) {
+  uint32_t any = 0;
+  for (int i = 0; i < n; ++i) any |= (std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu) + 0x808000u;
+  return any >> 31;
+}
+
 // Keys of a sequence, a block at a time. One per thread.
 class KeyReader {
  public:
@@ -61,6 +75,10 @@ class KeyReader {
   }
 
   // Keys [at, at + b.keys) of a sequence into b; the first one after b.skipped instead of those before it.
+  // Rows of b see what b.visible and b.hidden say, none more than the next. Kernels multiply every value by
+  // every row's weight, also by 0: so one that is not finite, and that some rows do not see, becomes zeros,
+  // and the sums of rows that see it NaN. Values of 8 bits are finite, and their scales are left out where
+  // the weight is 0.
   void fetch(Source from, int at, AttendBlock& b);
   // Finds keys [at, at + keys) of the block after the one just fetched, for the kernel to prefetch. The first
   // `skipped` are not looked up.
@@ -77,6 +95,8 @@ class KeyReader {
   void find_addresses(Source from, int at, int keys, int skipped, const uint16_t** rows) const;
   void find_rows(Source from, int at, const AttendBlock& b);
   void find_bytes(Source from, int at, const AttendBlock& b);
+  template <class F>
+  void clear_damaged(const AttendBlock& b, F&& damaged) const;
   void align_groups(int keys);
   bool in_place() const;
 

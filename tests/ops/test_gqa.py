@@ -288,7 +288,7 @@ def test_calibrated_scales_of_an_fp8_cache(backend: str, window: int | None) -> 
 
 def shows_what_is_not_finite(ops: Ops, cache_dtype: str, scales: tuple[float, float] | None = None) -> None:
     """In every later token and head that reads it, and in no other sequence or head. Before it in the same
-    step, its weight of 0 may be multiplied by it."""
+    step, its weight of 0 may be multiplied by it; native kernels do not (test_damaged_rows.py)."""
     case = Case.random(replace(SIZES["odd"], cache_scales=scales), [90, 40, 40], sinks=True)
     heads, groups, size = 6, 3, 20
     key, value = heads * size + 3, (heads + groups + 1) * size + 3  # of the first group, of the second
