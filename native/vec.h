@@ -87,9 +87,11 @@ inline f32x16 bf16_to_float(const uint16_t* p) {
   return bits_to_float(__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
 }
 
-inline u16x16 float_to_bf16(f32x16 v) {  // to nearest even
+inline u16x16 float_to_bf16(f32x16 v) {  // to nearest even; what is not finite stays so
   const u32x16 b = float_to_bits(v);
-  return __builtin_convertvector((b + 0x7fffu + ((b >> 16) & 1u)) >> 16, u16x16);
+  // All ones if the exponent is: rounding would carry a NaN with many ones into the sign, to 0.
+  const i32x16 special = (i32x16)((b & 0x7fffffffu) + 0x00800000u) >> 31;
+  return __builtin_convertvector((b + ((0x7fffu + ((b >> 16) & 1u)) & ~(u32x16)special)) >> 16, u16x16);
 }
 
 inline f32x16 half_to_float(const uint16_t* p) {
@@ -165,11 +167,12 @@ inline int reduce_add(i32x16 v) {
 }
 #endif
 
-// e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0.
+// e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0, NaN NaN: of two
+// operands, max and min return the second if one is NaN.
 inline f32x16 exp(f32x16 x) {
   const f32x16 floor = splat(-87.0f);
   const i32x16 dead = x < floor;
-  x = min(max(x, floor), splat(88.0f));
+  x = min(splat(88.0f), max(floor, x));
   const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const f32x16 shifted = fma(x, splat(1.44269504f), magic);
   const f32x16 n = shifted - magic;
