@@ -154,14 +154,29 @@ size_t scale_count(const Source& s) {
   }
 }
 
+void require_finite(const char* what, const float* numbers, size_t count) {
+  for (size_t i = 0; numbers && i < count; ++i)
+    if (!std::isfinite(numbers[i]))
+      throw std::invalid_argument(std::string(what) + " " + std::to_string(i) + " of " +
+                                  std::to_string(count) + " is " + std::to_string(numbers[i]) +
+                                  "; expected finite " + what + "s");
+}
+
 void require_finite_scales(const std::vector<Source>& sources) {
   for (const Source& s : sources) {
-    const size_t count = scale_count(s);
-    for (size_t i = 0; i < count; ++i)
-      if (!std::isfinite(s.scale[i]))
-        throw std::invalid_argument("scale " + std::to_string(i) + " of " + std::to_string(count) + " is " +
-                                    std::to_string(s.scale[i]) + "; expected finite scales");
+    const size_t units = static_cast<size_t>(s.n) * (s.k / kUnit);
+    require_finite("scale", s.scale, scale_count(s));
+    require_finite("minimum", s.minimum, scale_count(s));
+    require_finite("unit", s.units, units);
+    require_finite("unit", s.minimum_units, units);
   }
+}
+
+// E4M3 has no infinity, and NaN where all bits but the sign's are ones. Kernels would read it as 480.
+bool has_nan(const uint8_t* e4m3, int n) {
+  uint8_t any = 0;
+  for (int i = 0; i < n; ++i) any |= static_cast<uint8_t>((e4m3[i] & 0x7f) + 1);
+  return any & 0x80;
 }
 
 // Positive numbers that are powers of two times each other have the same significand. Subnormal ones are as
@@ -221,7 +236,7 @@ void split_nibbles(const uint8_t* data, size_t bytes, uint8_t* high, uint8_t* lo
   }
 }
 
-// False if a value that is rounded is not finite.
+// False if a value of FP8, or one that is rounded, is not finite.
 bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, int count, PanelScales& scales,
                  uint8_t* record, uint8_t* low) {
   PanelRows rows = {};
@@ -232,6 +247,7 @@ bool write_panel(const Matrix& m, const Kernels& kernels, const RowRef* refs, in
     rows.row[lane] = static_cast<const uint8_t*>(source->data) + row_bytes(*source) * row;
     if (source->kind == Source::fp8) rows.scale[lane] = source->fp8_scales(row);
     rows.group[lane] = source->group;
+    if (source->kind == Source::fp8 && has_nan(rows.row[lane], source->k)) return false;
   }
   uint8_t* data = record + m.head_bytes();
   if (m.has_planes()) {
@@ -274,7 +290,7 @@ std::shared_ptr<Packed> Packed::pack(Pool& pool, const Kernels& kernels, std::sh
   });
   if (!finite)
     throw std::invalid_argument(
-        "got NaN or infinity; expected finite values, because they are rounded to integers");
+        "got NaN or infinity; expected finite values of FP8, and where they are rounded to integers");
   if (has_cells(m)) {
     std::vector<uint8_t> cells;
     if (to_cells(m, costs, cells, packed->offsets_)) {

@@ -258,6 +258,20 @@ def test_integers_are_kept_by_the_kernels(tmp_path: Path, kind: str) -> None:
     assert float((found - exact).std() / exact.std()) < 0.03
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"])
+def test_scales_that_are_not_finite_are_refused(tmp_path: Path, kind: str) -> None:
+    """A factor of float16 or, in MXFP4, an exponent whose bits are all ones."""
+    file = write(tmp_path / "model.gguf", "llama", kind)
+    reader = gguf.GGUFReader(file, "r+")
+    tensor = next(t for t in reader.tensors if t.name == "blk.0.attn_q.weight")
+    size = gguf.GGML_QUANT_SIZES[Type[kind]][1]
+    at = 208 if kind == "Q6_K" else 0
+    tensor.data.reshape(-1)[size + at : size + at + 2] = 0xFF
+    reader.data.flush()
+    with pytest.raises(CheckpointError, match="expected finite scales, found NaN or infinity"):
+        load(resolve_model(file), select("cpu"))
+
+
 def test_what_is_decoded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = resolve_model(write(tmp_path / "model.gguf", "llama", "Q5_1"))
     load(path, select("cpu"))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 pytest.importorskip("farthing._native")
 
 from farthing import LLM, SamplingParams, _native
+from farthing.checkpoint.shards import CheckpointError
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import load, random_model, random_parameters
@@ -197,6 +198,15 @@ def test_mxfp4_files_have_the_values_of_transformers(tmp_path: Path) -> None:
     packed = dict(ops.packed_weights())
     kinds = {packed[f"model.layers.0.mlp.experts.0.{part}"].format for part in ("gate_up", "down")}
     assert kinds == {_native.Format.MXFP4}
+
+
+def test_scales_of_mxfp4_that_are_nan_are_refused(tmp_path: Path) -> None:
+    tensors = published(tmp_path / "model", True)
+    name = "model.layers.0.mlp.experts.down_proj_scales"
+    tensors[name][1, 0, 0] = 255
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name}: expected finite scales, found NaN"):
+        load(tmp_path / "model", select("cpu"))
 
 
 @pytest.mark.slow

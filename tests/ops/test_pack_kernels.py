@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -228,3 +229,29 @@ def test_values_that_are_not_finite_are_refused(native: Any, plan: Plan, value: 
             with pytest.raises(ValueError, match="got NaN or infinity; expected finite values"):
                 pack(native, [Weight("dense", changed)], plan)
         pack(native, [Weight("dense", w)], plan)
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("name", ["FP8", "F32", "BF16", "Q8", "Q8_PLANES", "Q4", "NL4"])
+def test_nan_in_fp8_is_refused(native: Any, name: str, code: int) -> None:
+    """Kernels would read it as 480, other programs as NaN."""
+    plan = Plan(getattr(_native.Format, name), 64 if name in ("Q4", "NL4") else 0)
+    data = torch.full((33, 192), 0x7E, dtype=torch.uint8)
+    data[::2] = 0xFE
+    w = Weight("fp8", data.view(torch.float8_e4m3fn), torch.ones(1, 2))
+    pack(native, [w], plan)
+    for row, column in ((0, 0), (32, 191), (17, 100)):
+        changed = data.clone()
+        changed[row, column] = code
+        with pytest.raises(ValueError, match="got NaN or infinity; expected finite values"):
+            pack(native, [replace(w, data=changed.view(torch.float8_e4m3fn))], plan)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000, 0x7F800001, 0x7F800000, 0xFF800000])
+def test_what_is_not_finite_stays_so_in_bfloat16(native: Any, bits: int) -> None:
+    w = torch.ones(16, 32)
+    w.view(torch.int32)[3, 5] = bits - (bits >> 31 << 32)
+    packed = record_bytes(pack(native, [Weight("dense", w)], Plan(_native.Format.BF16)))
+    found = torch.from_numpy(packed.view(np.int16).astype(np.int32) << 16).view(torch.float32)
+    assert int((~found.isfinite()).sum()) == 1
+    assert int((found == 1).sum()) == 16 * 32 - 1

@@ -149,6 +149,19 @@ def test_non_finite_scales_are_rejected(name: str, bad: float) -> None:
         CpuOps(1).pack_linear("w", lambda: [w])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("name", "part"), [("q4_1", "minimum"), ("q4_k", "unit"), ("q4_k", "minimum unit"), ("q6_k", "unit")]
+)
+def test_non_finite_minimums_and_units_are_rejected(name: str, part: str, bad: float) -> None:
+    w = weight(name, 32, 512)
+    found = w.minimum if part == "minimum" else (w.units or ())[part == "minimum unit"]
+    assert found is not None
+    found.view(-1)[-1] = bad
+    with pytest.raises(ValueError, match=rf"w: {part.split()[-1]} \d+ of \d+ is (nan|inf); expected finite"):
+        CpuOps(1).pack_linear("w", lambda: [w])
+
+
 def same_logits(path: Path) -> None:
     """Check that the CPU backend and the reference compute the same logits of a checkpoint."""
 

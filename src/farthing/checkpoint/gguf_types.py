@@ -152,7 +152,8 @@ def _iq4_xs(b: Bytes) -> Weight:
 
 
 def _mxfp4(b: Bytes) -> Weight:
-    scale = np.ldexp(np.float32(1), b[..., 0].astype(np.int32) - 128)
+    exponents = b[..., 0].astype(np.int32)
+    scale = np.where(exponents < 255, np.ldexp(np.float32(1), exponents - 128), np.float32("nan"))
     return _made("mxfp4", _halves(b[..., 1:], 16), scale)
 
 

@@ -215,6 +215,8 @@ class InterleavedExperts(StackedExperts):
         rows = slice(None) if part == "down" else slice(int(part == "up"), None, 2)
         if self._source.has(f"{name}_blocks"):
             blocks, scales = (self._source.tensor(f"{name}_{n}")[expert, rows] for n in ("blocks", "scales"))
+            if bool((scales == 255).any()):  # NaN in E8M0
+                raise CheckpointError(f"{name}_scales: expected finite scales, found NaN")
             factors = torch.exp2(scales.float() - _TWICE)
             found = Weight("mxfp4", blocks.flatten(1), factors)
         else:
