@@ -3,6 +3,8 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <new>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <system_error>
@@ -62,13 +64,13 @@ std::vector<int> all_cpus(const Node& node) {
   return cpus;
 }
 
-void pin_to([[maybe_unused]] const std::vector<int>& cpus) {
+void pin_to([[maybe_unused]] const std::vector<int>& cpus, [[maybe_unused]] pthread_t thread) {
 #if defined(__linux__)
   cpu_set_t set;
   CPU_ZERO(&set);
   for (const int cpu : cpus)
     if (cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
-  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+  pthread_setaffinity_np(thread, sizeof set, &set);
 #endif
 }
 
@@ -83,12 +85,53 @@ std::vector<int> affinity() {
   return cpus;
 }
 
-// A thread that calls a pool is bound by its first region, and free again once it says so or destroys the
-// pool: binding and freeing it takes the kernel longer than a barrier, and a step has hundreds of regions.
+// A thread that calls a pool is bound by its first region, and free again once it says so or the pool is
+// gone, whichever thread destroys it: binding and freeing it takes the kernel longer than a barrier, and a
+// step has hundreds of regions.
 struct Caller {
-  const Pool* pool = nullptr;
+  std::atomic<const Pool*> pool{nullptr};
   std::vector<int> cpus;  // before
+  const pthread_t thread = pthread_self();
+
+  Caller();
+  ~Caller();
+  void bind(const Pool* to, const std::vector<int>& to_cpus);
+  void free(const Pool* from);
 };
+
+// Those of all threads that live. Never destroyed: threads may end after static objects.
+struct Callers {
+  std::mutex changing;
+  std::set<Caller*> all;
+};
+Callers& callers() {
+  static Callers& found = *new Callers;
+  return found;
+}
+
+Caller::Caller() {
+  const std::lock_guard<std::mutex> one_at_a_time(callers().changing);
+  callers().all.insert(this);
+}
+
+Caller::~Caller() {
+  const std::lock_guard<std::mutex> one_at_a_time(callers().changing);
+  callers().all.erase(this);
+}
+
+void Caller::bind(const Pool* to, const std::vector<int>& to_cpus) {
+  const std::lock_guard<std::mutex> one_at_a_time(callers().changing);
+  if (!pool) cpus = affinity();
+  pin_to(to_cpus, thread);
+  pool = to;
+}
+
+void Caller::free(const Pool* from) {  // while callers().changing is held: its thread lives
+  if (pool != from) return;
+  pin_to(cpus, thread);
+  pool = nullptr;
+}
+
 thread_local Caller caller;
 
 }  // namespace
@@ -101,7 +144,11 @@ void Pool::throw_forked() {
 
 Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads), pin_(pin) {
   if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-  [[maybe_unused]] static const int counting = pthread_atfork(nullptr, nullptr, [] { ++forks_; });
+  [[maybe_unused]] static const int counting = pthread_atfork(nullptr, nullptr, [] {
+    ++forks_;
+    new (&callers()) Callers;  // one thread is left, and another may have held the old one's mutex
+    callers().all.insert(&caller);
+  });
   nodes_ = parse_topology(topology);
   if (nodes() > threads) nodes_.resize(threads);
   size_t total = 0, before = 0;
@@ -140,7 +187,7 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
       workers_.emplace_back([this, t] {
         const Node& node = nodes_[node_of_[t]];
         const bool alone = static_cast<int>(node.cores.size()) == node_threads_[node_of_[t]];
-        if (pin_) pin_to(alone ? node.cores[t - first_thread_[node_of_[t]]] : all_cpus(node));
+        if (pin_) pin_to(alone ? node.cores[t - first_thread_[node_of_[t]]] : all_cpus(node), pthread_self());
         loop(t);
       });
   } catch (const std::system_error& error) {
@@ -160,13 +207,15 @@ void Pool::end() {
 
 Pool::~Pool() {
   end();
-  free_caller();
+  if (forks_before_ != forks_) return;  // the other callers are threads of the process before
+  const std::lock_guard<std::mutex> one_at_a_time(callers().changing);
+  for (Caller* each : callers().all) each->free(this);
 }
 
 void Pool::free_caller() const {
-  if (caller.pool != this) return;
-  pin_to(caller.cpus);
-  caller.pool = nullptr;
+  Caller& mine = caller;  // before the lock, which its constructor takes
+  const std::lock_guard<std::mutex> one_at_a_time(callers().changing);
+  mine.free(this);
 }
 
 Share Pool::share(int node, int units) const {
@@ -243,11 +292,8 @@ bool Pool::at_barrier(const Team& team) const {
 }
 
 void Pool::start(void (*call)(void*, Team&), void* data) {
-  if (pin_ && caller.pool != this) {  // to the node alone: what the caller starts later inherits it
-    if (!caller.pool) caller.cpus = affinity();
-    pin_to(all_cpus(nodes_[0]));
-    caller.pool = this;
-  }
+  if (pin_ && caller.pool != this)  // to the node alone: what the caller starts later inherits it
+    caller.bind(this, all_cpus(nodes_[0]));
   call_ = call;
   data_ = data;
   const uint32_t region = starts_[0].opened.load(std::memory_order_relaxed) + 1;

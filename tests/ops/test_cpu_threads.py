@@ -280,6 +280,27 @@ other = _native.Backend(2, "auto", "0;1", True)
 other.units_of_threads(8)
 del backend, other
 assert os.sched_getaffinity(0) == free, "the thread that ends a pool has its CPUs back"
+backend, called, ended = _native.Backend(2, "auto", topology, True), threading.Event(), threading.Event()
+def stay():
+    backend.units_of_threads(8)
+    found[:] = [os.sched_getaffinity(0)]
+    called.set()
+    ended.wait()
+    found.append(os.sched_getaffinity(0))
+caller = threading.Thread(target=stay)
+caller.start()
+called.wait()
+del backend
+ended.set()
+caller.join()
+assert found[1] == free, "and so has every other thread that called it"
+pid = os.fork()
+if pid == 0:
+    backend = _native.Backend(2, "auto", topology, True)
+    backend.units_of_threads(8)
+    del backend
+    os._exit(os.sched_getaffinity(0) != free)
+assert os.waitpid(pid, 0)[1] == 0, "after a fork too"
 """
 
 
@@ -296,6 +317,19 @@ assert os.sched_getaffinity(0) == free, "the thread that ends a pool has its CPU
 )
 def test_threads_are_pinned_to_their_node_or_core(threads: int, topology: str, bound: list[str]) -> None:
     subprocess.run([sys.executable, "-c", PINNED, str(threads), topology, *bound], check=True)
+
+
+FREED_FIRST = """
+from farthing import _native
+backend = _native.Backend(2)
+backend.free_caller()
+backend.units_of_threads(8)
+backend.free_caller()
+"""
+
+
+def test_a_thread_that_never_called_a_pool_may_be_freed() -> None:
+    subprocess.run([sys.executable, "-c", FREED_FIRST], check=True, timeout=60)
 
 
 def test_memory_of_nodes_is_told_by_their_numbers() -> None:
