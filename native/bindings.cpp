@@ -100,6 +100,9 @@ NB_MODULE(_native, module) {
   module.def("one_product_a_cycle", [] { return one_product_a_cycle; });
   module.def(
       "set_one_product_a_cycle", [](bool one) { one_product_a_cycle = one; }, "one"_a);
+  module.def("fast_pairs", [] { return fast_pairs; });
+  module.def(
+      "set_fast_pairs", [](bool fast) { fast_pairs = fast; }, "fast"_a);
 
   nb::enum_<Format> formats(module, "Format");
   for (size_t i = 0; i < std::size(kFormats); ++i) formats.value(kFormats[i].name, static_cast<Format>(i));

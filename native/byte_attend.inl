@@ -68,8 +68,6 @@ struct Int8Keys {
 static_assert(kKeyBlock == 64);
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-constexpr Fp8Table kFp8Keys(0);
-
 struct Fp8Keys {
   static constexpr int kForms = 2;
   static constexpr int kShift = 0;
@@ -82,7 +80,7 @@ struct Fp8Keys {
   static void expand(__m512i x, __m512i* to) {
     constexpr int merge = 0xf8;  // a | b & c
     __m512i low, high;
-    kFp8Keys.look_up(x, low, high);
+    kFp8.look_up(x, low, high);
     to[0] = _mm512_ternarylogic_epi32(_mm512_slli_epi16(high, 8), low, _mm512_set1_epi16(0xff), merge);
     to[1] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(-256), merge);
   }

@@ -105,6 +105,7 @@ bool offered(const Choice& c) {
 
 PrefetchDistances prefetch_distances = distances_of_processor();
 bool one_product_a_cycle = is_zen4_or_older();
+bool fast_pairs = !is_intel();
 
 const char* supported_kernels() {
   static const std::string names = [] {

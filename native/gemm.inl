@@ -110,69 +110,35 @@ inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
 #define EACH _Pragma("GCC unroll 16") for
 
 #if defined(__AVX512VBMI__)
-// The bytes of |x| times 2^-shift in bfloat16, high ones first, by its 7 bits in FP8 (e4m3).
+// The bytes of |x| in bfloat16 by its 7 bits in FP8 (e4m3): low ones, and high ones without these bits, so
+// that one instruction puts them and the sign back.
 struct Fp8Table {
-  alignas(64) uint8_t bytes[2][128];
-  constexpr explicit Fp8Table(int shift) : bytes() {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr Fp8Table() : low(), high() {
     for (int x = 0; x < 128; ++x) {
       int exponent = x >> 3, mantissa = x & 7;
       if (exponent == 0) {
         for (exponent = 1; mantissa && mantissa < 8; --exponent) mantissa *= 2;
         mantissa -= mantissa ? 8 : 0;
       }
-      const int bits = x ? (exponent + 120 - shift) << 7 | mantissa << 4 : 0;
-      bytes[0][x] = static_cast<uint8_t>(bits >> 8), bytes[1][x] = static_cast<uint8_t>(bits);
+      const int bits = x ? (exponent + 120) << 7 | mantissa << 4 : 0;
+      low[x] = static_cast<uint8_t>(bits), high[x] = static_cast<uint8_t>(bits >> 8 ^ x);
     }
   }
-  void look_up(__m512i x, __m512i& low, __m512i& high) const {  // with signs
-    constexpr int merge = 0xf8;                                 // a | b & c
-    const auto of = [&](int i) {
-      return _mm512_permutex2var_epi8(_mm512_load_si512(bytes[i]), x, _mm512_load_si512(bytes[i] + 64));
-    };
-    low = of(1), high = _mm512_ternarylogic_epi32(of(0), x, _mm512_set1_epi8(-128), merge);
+  static __m512i find(const uint8_t* table, __m512i x) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), x, _mm512_load_si512(table + 64));
+  }
+  void look_up(__m512i x, __m512i& low_bytes, __m512i& high_bytes) const {  // with signs
+    low_bytes = find(low, x), high_bytes = _mm512_xor_si512(find(high, x), x);
   }
 };
-constexpr Fp8Table kFp8Weights(8);
-
-// Where bytes 2 and 3 of 16 floats are in the low and then the high bytes of four columns.
-struct Fp8Order {
-  alignas(64) uint8_t at[4][64];
-  constexpr Fp8Order() : at() {
-    for (int i = 0; i < 64; ++i) {
-      uint8_t* const to = at[i / 16] + i % 16 * 4;
-      to[2] = static_cast<uint8_t>(i), to[3] = static_cast<uint8_t>(64 + i);
-    }
-  }
-};
-constexpr Fp8Order kFp8Order;
+constexpr Fp8Table kFp8;
 #endif
-
-// Columns of a panel that become float32 at once, FP8 times 2^-8.
-#if defined(__AVX512VBMI__)
-constexpr int columns_at_once(Format f) { return f == Format::fp8 ? 4 : 2; }
-#else
-constexpr int columns_at_once(Format) { return 2; }
-#endif
-
-template <Format F>
-inline void load_columns(const uint8_t* p, f32x16* to) {
-#if defined(__AVX512VBMI__)
-  if constexpr (F == Format::fp8) {
-    __m512i low, high;
-    kFp8Weights.look_up(load<__m512i>(p), low, high);
-    EACH (int i = 0; i < 4; ++i)
-      to[i] = (f32x16)_mm512_maskz_permutex2var_epi8(0xccccccccccccccccu, low,
-                                                     _mm512_load_si512(kFp8Order.at[i]), high);
-    return;
-  }
-#endif
-  load_pair<F>(p, to[0], to[1]);
-}
 
 // M rows by P panels of float weights; even and odd columns are summed apart, in every format and shape.
 template <int M, int P, Format F>
 void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* out, int ldo) {
-  constexpr int step = columns_at_once(F), bytes = step * traits(F).bytes_a_column();
+  constexpr int bytes = 2 * traits(F).bytes_a_column();
   constexpr bool blocks = traits(F).scales == Scales::blocks;
   const uint8_t *record[P], *data[P];
   for (int i = 0; i < P; ++i) {
@@ -186,23 +152,22 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
     const int end = k0 + group < w.kp ? k0 + group : w.kp;
     size_t far[P];
     for (int i = 0; i < P; ++i) far[i] = ahead.of(i, g);
-    for (int k = k0; k < end; k += step) {
-      f32x16 columns[P][step];
+    for (int k = k0; k < end; k += 2) {
+      f32x16 a[P], b[P];
       EACH (int i = 0; i < P; ++i) {
-        load_columns<F>(data[i], columns[i]);
+        load_pair<F>(data[i], a[i], b[i]);
         if (bytes >= 64 || k % 4 == 0) fetch<M, F>(data[i], far[i]);
         if (bytes > 64) fetch<M, F>(data[i] + 64, far[i]);
         data[i] += bytes;
       }
-      EACH (int m = 0; m < M; ++m)
-        EACH (int c = 0; c < step; c += 2) {
-          const float* at = x.f32 + m * x.ld + k + c;
-          const f32x16 s = splat(at[0]), t = splat(at[1]);
-          EACH (int i = 0; i < P; ++i) {
-            even[i * M + m] = fma(columns[i][c], s, even[i * M + m]);
-            odd[i * M + m] = fma(columns[i][c + 1], t, odd[i * M + m]);
-          }
+      EACH (int m = 0; m < M; ++m) {
+        const float* at = x.f32 + m * x.ld + k;
+        const f32x16 s = splat(at[0]), t = splat(at[1]);
+        EACH (int i = 0; i < P; ++i) {
+          even[i * M + m] = fma(a[i], s, even[i * M + m]);
+          odd[i * M + m] = fma(b[i], t, odd[i * M + m]);
         }
+      }
     }
     if (!blocks) continue;
     EACH (int i = 0; i < P; ++i) {
@@ -453,8 +418,9 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
   return panel_of<M, P>(w, std::make_index_sequence<std::size(kFormats)>());
 }
 
-// cells.inl
+// cells.inl, fp8_pairs.inl
 void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
+PanelKernel pairs_kernel(int panels, int rows);
 
 void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
   if (w.sparse) {
@@ -464,9 +430,11 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     return;
   }
   const bool stream = rows <= stream_rows(w.format);
+  const bool pairs = x.pairs && w.format == Format::fp8;
   // Not where that is no larger: floats and planes.
-  const bool tall = one_product_a_cycle && rows > kRowsAtOnce && long_rows(w.format) > kRowsAtOnce && !w.zero;
-  const int at_once = tall ? long_rows(w.format) : kRowsAtOnce;
+  const int most = pairs ? kLongRows : long_rows(w.format);
+  const bool tall = one_product_a_cycle && rows > kRowsAtOnce && most > kRowsAtOnce && !w.zero;
+  const int at_once = tall ? most : kRowsAtOnce;
   const int blocks = stream ? 1 : (rows + at_once - 1) / at_once;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   const bool close = stream && rows <= prefetch_distances.rows_of(in_bytes(w.format));
@@ -478,7 +446,9 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     for (int b = 0, m = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
       if (const int shape = some * kPanelsAtOnce + together; shape != before) {
-        kernel = together == 1 ? panel_kernel<1, kLongRows>(w, some) : panel_kernel<kPanelsAtOnce>(w, some);
+        kernel = pairs           ? pairs_kernel(together, some)
+                 : together == 1 ? panel_kernel<1, kLongRows>(w, some)
+                                 : panel_kernel<kPanelsAtOnce>(w, some);
         before = shape;
       }
       const int parts = groups * together;
@@ -495,5 +465,7 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
 }  // namespace farthing
 
 #include "cells.inl"
+// It takes definitions of cells.inl.
+#include "fp8_pairs.inl"
 #undef EACH_BLOCK
 #undef EACH

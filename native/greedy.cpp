@@ -46,7 +46,7 @@ struct Space {
 
   Space(Workspace& work, const Matrix& w, int tokens, int threads) {
     const size_t each = threads, T = tokens;
-    x = work.act(w, std::max(tokens, threads), false, false);
+    x = work.act(w, std::max(tokens, threads), Split{}, false);
     norms = work.take<float>(each * prepare_floats(w));
     tiles = work.take<float>(each * T * kColumns);
     tops = work.take<float>(w.panels * T);

@@ -50,7 +50,7 @@ struct Space {
   Space(Workspace& work, const Kernels& kernels, const Matrix& w, int tokens, int k, int threads) {
     const size_t each = threads, T = tokens;
     chunks = (w.panels + kChunk - 1) / kChunk;
-    x = work.act(w, std::max(tokens, threads), kernels.split_act, w.sparse);
+    x = work.act(w, std::max(tokens, threads), kernels.act_split(), w.sparse);
     norms = work.take<float>(each * prepare_floats(w));
     tiles = work.take<float>(each * T * kColumns);
     best = work.take<Best>(chunks * T * k);

@@ -186,6 +186,7 @@ struct Kernels {
     }
     store_act(w, act, row, 0, x, w.k);
   }
+  Split act_split() const { return {splits.halves, splits.pairs && fast_pairs}; }
   // out[m * ldo + 16 * i + lane] for `count` panels from `panel`, rows 0 … rows of x.
   void (*tile)(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
   void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* out);
@@ -230,7 +231,7 @@ struct Kernels {
   void (*sweep_block)(const SweepBlock& b);
   Wide wide, wide_halves;  // the second where there are bfloat16 products, else null
   bool index_halves;       // whether it takes q16 and k16
-  bool split_act;          // wants hi and lo for bf16 matrices
+  Split splits;            // pairs: where the processor is fast with them
   bool blocks;             // takes activations in blocks
   // What attend reads of a rounded cache: k32; or rows16 and q16, tiles with every group of 16 keys, of those
   // up to b.keys, `width` columns apart from each other. ByteAttend reads bytes.

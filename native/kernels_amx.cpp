@@ -23,7 +23,7 @@ constexpr Kernels better() {
   kernels.store_act = amx_store_act;
   kernels.blocks = true;
   kernels.attend = amx_attend;
-  kernels.split_act = true;
+  kernels.splits.halves = true;
   kernels.attend_int8 = {};  // tiles take converted keys
   kernels.keys = Kernels::Keys::tiles;
   kernels.wide_halves = {amx_product, pack_pairs, weigh_pairs};

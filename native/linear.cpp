@@ -87,7 +87,8 @@ struct Space {
   Space(Workspace& work, const Kernels& kernels, const Matrix& w, const Matrix* further, int tokens,
         int threads, int tile_tokens) {
     const int copies = std::max(tokens, threads);
-    const bool split = kernels.split_act, blocks = takes_blocks(kernels, tokens, tile_tokens);
+    const Split split = kernels.act_split();
+    const bool blocks = takes_blocks(kernels, tokens, tile_tokens);
     x = work.act(w, copies, split, w.sparse, blocks);
     if (further) rest = work.act(*further, copies, split, further->sparse, blocks);
     shape = Shape::of(x, w, threads);

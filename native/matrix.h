@@ -166,12 +166,18 @@ struct Act {
   float* f32 = nullptr;    // the others
   uint16_t* hi = nullptr;  // on AMX, for bf16: x = hi + lo to 16 bits of mantissa; in blocks x = hi
   uint16_t* lo = nullptr;
-  int8_t* q = nullptr;  // quantized formats
+  uint32_t* pairs = nullptr;  // for fp8: of two columns hi, then lo; instead of f32 where they are fast
+  int8_t* q = nullptr;        // quantized formats
   int8_t* rest = nullptr;
   float* scale = nullptr;
   int32_t* comp = nullptr;     // -offset * sum of a group: takes the weights' offset back out
   CellInput* cells = nullptr;  // for sparse matrices
   uint8_t* flipped = nullptr;  // q + 128, for sparse matrices and many rows (many_cells.inl)
+};
+
+// Which matrices take activations as hi + lo: bfloat16 as halves, fp8 as pairs.
+struct Split {
+  bool halves = false, pairs = false;
 };
 
 inline Act row(const Act& a, int m) {
@@ -180,6 +186,7 @@ inline Act row(const Act& a, int m) {
   if (a.f32) r.f32 = a.f32 + at;
   if (a.hi) r.hi = a.hi + at;
   if (a.lo) r.lo = a.lo + at;
+  if (a.pairs) r.pairs = a.pairs + at;
   if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
   if (a.rest) r.rest = a.rest + at;
   if (a.cells) r.cells = a.cells + i * a.cell_count;

@@ -136,7 +136,8 @@ struct Space {
     const KeyShape shape = w.shape();
     const size_t T = tokens, H = w.heads, W = shape.width, each = threads, rows = units.rows,
                  block = Kernels::block(form).keys, cells = units.slots * rows;
-    const bool split = kernels.split_act, floats = form == Kernels::Keys::f32;
+    const Split split = kernels.act_split();
+    const bool floats = form == Kernels::Keys::f32;
     head_parts = w.groups * units.parts(w);
     row_size = std::max({w.latent + w.rope, w.nope, shape.latent_padded});
     if (!w.grouped()) {

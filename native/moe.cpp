@@ -97,6 +97,7 @@ void copy_row(const Act& from, int i, const Act& to, int j) {
   columns(a.f32, b.f32);
   columns(a.hi, b.hi);
   columns(a.lo, b.lo);
+  columns(a.pairs, b.pairs);
   columns(a.q, b.q);
   columns(a.rest, b.rest);
   columns(a.flipped, b.flipped);
@@ -214,7 +215,7 @@ struct Space {
   // Parts of an expert read the same input.
   void add(Workspace& work, const Kernels& kernels, const Moe& w, std::pair<int, int> experts, int part,
            int i, int T, bool blocks) {
-    const bool split = kernels.split_act;
+    const Split split = kernels.act_split();
     std::vector<const Matrix*> ins, downs;  // one of each form
     const auto note = [](std::vector<const Matrix*>& forms, const Matrix& m) {
       for (const Matrix* f : forms)

@@ -26,4 +26,7 @@ extern PrefetchDistances prefetch_distances;  // of this kind of processor; test
 // Whether it starts one product of 512 bits a cycle, which may then load its own operand, or two.
 extern bool one_product_a_cycle;
 
+// Whether it starts products of bfloat16 pairs as often as those of floats, which have half the operands.
+extern bool fast_pairs;
+
 }  // namespace farthing

@@ -27,6 +27,22 @@ void split(const float* x, int k, uint16_t* hi, uint16_t* lo) {  // k a multiple
   });
 }
 
+#if defined(__AVX512BF16__)
+// Pairs of columns as hi, then lo; zeros from k to `to`. Rounded by the processor, which keeps NaN.
+void split_pairs(const float* x, int k, int to, uint32_t* out) {
+  alignas(64) constexpr static int turns[] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+  for (int i = 0; i < to; i += 16) {
+    f32x16 v = {};
+    if (i + 16 <= k) v = loadf(x + i);
+    else if (i < k) memcpy(&v, x + i, sizeof(float) * (k - i));
+    const __m256i hi = (__m256i)_mm512_cvtneps_pbh(v);
+    const __m256i lo = (__m256i)_mm512_cvtneps_pbh(v - bf16_to_float(reinterpret_cast<const uint16_t*>(&hi)));
+    store(out + i, _mm512_permutexvar_epi32(_mm512_load_si512(turns),
+                                            _mm512_inserti64x4(_mm512_castsi256_si512(hi), lo, 1)));
+  }
+}
+#endif
+
 void round_to_bf16(const float* x, int k, uint16_t* out) {
   for_lanes(k, [&](int i) { store(out + i, float_to_bf16(loadf(x + i))); });
   for (int i = k / 16 * 16; i < k; ++i) {
@@ -159,6 +175,10 @@ void store_act(const Matrix& w, const Act& x, int row, int at, const float* valu
     }
     return;
   }
+#if defined(__AVX512BF16__)
+  if (x.pairs && w.format == Format::fp8)
+    return split_pairs(values, k, last ? to - at : k, x.pairs + start + at);
+#endif
   float* out = x.f32 + start;
   if (out + at != values) memcpy(out + at, values, sizeof(float) * k);
   if (last) pad(out, w.k, to);

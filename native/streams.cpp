@@ -54,7 +54,7 @@ class Connection {
         rows_(s.panels() * kPanel) {
     const auto T = static_cast<size_t>(in.tokens);
     inputs_ = work.take<float>(static_cast<size_t>(threads) * ld_);
-    acts_ = work.act(s.product->m, threads * kTogether, kernels.split_act, false);
+    acts_ = work.act(s.product->m, threads * kTogether, kernels.act_split(), false);
     parts_ = work.take<float>(T * s.units() * rows_);
     squares_ = work.take<float>(T * s.units());
   }

@@ -64,7 +64,7 @@ constexpr Kernels table(const char* name) {
       .wide = {product, pack_rows, weigh},
       .wide_halves = {},
       .index_halves = false,
-      .split_act = false,
+      .splits = {.halves = false, .pairs = kPairs},
       .blocks = false,
       .keys = Kernels::Keys::f32,
   };

@@ -59,21 +59,24 @@ Act Workspace::in_blocks(const std::vector<const Matrix*>& ws, int rows) {
   return a;
 }
 
-Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse, bool blocks) {
+Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, Split split, bool sparse, bool blocks) {
   const auto fits = [](const Matrix* w) { return w->fits_blocks(); };
   if (blocks && std::all_of(ws.begin(), ws.end(), fits)) return in_blocks(ws, rows);
   Act a;
-  bool floats = false, halves = false;
+  bool floats = false, halves = false, pairs = false;
   for (const Matrix* w : ws) {
     a.ld = std::max(a.ld, act_stride(w->k));
-    floats |= !w->quantized();
-    halves |= split && w->format_traits().halves;
+    const bool in_pairs = split.pairs && w->format_traits().scales == Scales::blocks;
+    pairs |= in_pairs;
+    floats |= !w->quantized() && !in_pairs;
+    halves |= split.halves && w->format_traits().halves;
     if (!w->quantized()) continue;
     a.groups = std::max(a.groups, w->groups());
     if (sparse) a.cell_count = std::max(a.cell_count, round_up(w->k, 64) / cell_columns(*w));
   }
   const size_t cells = static_cast<size_t>(rows) * a.ld;
   if (halves) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
+  if (pairs) a.pairs = take<uint32_t>(cells);
   if (a.groups) {
     a.q = take<int8_t>(cells);
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);

@@ -21,8 +21,8 @@ class Workspace {
   }
   // Rows in the form that a matrix reads, or each of them in that of any of these matrices of equal width.
   // In blocks if all of them fit.
-  Act act(const std::vector<const Matrix*>& ws, int rows, bool split, bool sparse, bool blocks = false);
-  Act act(const Matrix& w, int rows, bool split, bool sparse, bool blocks = false) {
+  Act act(const std::vector<const Matrix*>& ws, int rows, Split split, bool sparse, bool blocks = false);
+  Act act(const Matrix& w, int rows, Split split, bool sparse, bool blocks = false) {
     return act(std::vector<const Matrix*>{&w}, rows, split, sparse, blocks);
   }
   // Most bytes that an op has taken so far; pages beyond them have never been written to.

@@ -11,7 +11,8 @@ pytest.importorskip("farthing._native")
 
 from farthing import _native
 from farthing.ops.cpu import CpuOps
-from tests.ops.parts import BOUNDS, weight
+from farthing.ops.weights import Weight
+from tests.ops.parts import BOUNDS, distance, weight
 from tests.ops.test_cpu import ISAS, threads_of
 
 Distances = tuple[int, int, int, int, int]
@@ -19,10 +20,11 @@ Distances = tuple[int, int, int, int, int]
 
 @pytest.fixture
 def distances() -> Iterator[Distances]:
-    before, one = _native.prefetch_distances(), _native.one_product_a_cycle()
+    before, one, fast = _native.prefetch_distances(), _native.one_product_a_cycle(), _native.fast_pairs()
     yield before
     _native.set_prefetch_distances(*before)
     _native.set_one_product_a_cycle(one)
+    _native.set_fast_pairs(fast)
 
 
 def test_this_processor_has_whole_lines(distances: Distances) -> None:
@@ -57,3 +59,38 @@ def test_both_tiles_have_the_same_results(isa: str, form: str, distances: Distan
         _native.set_one_product_a_cycle(one)
         for rows in (5, 7, 9, 10, 11, 23):
             assert torch.equal(ops.linear(x[:rows], linear), alone[:rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("form", "n", "k"), [("fp8", 80, 256), ("fp8", 33, 100), ("fp8_32", 65, 160), ("fp8_rows", 48, 416)]
+)
+def test_fp8_by_floats_and_by_pairs(
+    isa: str, fast: bool, form: str, n: int, k: int, distances: Distances
+) -> None:
+    """Rows of any magnitude, alone and together."""
+    torch.manual_seed(0)
+    _native.set_fast_pairs(fast)
+    ops, w = CpuOps(threads_of(isa), isa=isa), weight(form, n, k)
+    linear = ops.pack_linear("w", lambda: [w])
+    x = torch.randn(27, k) * 10.0 ** torch.linspace(-24, 24, 27)[:, None]
+    exact = x.double() @ w.dequantize().double().T
+    alone = torch.cat([ops.linear(row[None], linear) for row in x])
+    assert max(map(distance, alone.double(), exact)) < BOUNDS[form]
+    for one in (False, True):
+        _native.set_one_product_a_cycle(one)
+        for rows in (2, 3, 6, 7, 11, 12, 13, 27):
+            assert torch.equal(ops.linear(x[:rows], linear), alone[:rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fast", [False, True])
+def test_every_fp8_number(isa: str, fast: bool, distances: Distances) -> None:
+    _native.set_fast_pairs(fast)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(32, 1)
+    codes[:, [127, 255]] = 0  # NaN
+    w = Weight("fp8", codes.view(torch.float8_e4m3fn), torch.full((1, 2), 0.375))
+    linear = CpuOps(threads_of(isa), isa=isa).pack_linear("w", lambda: [w])
+    found = CpuOps(threads_of(isa), isa=isa).linear(torch.eye(256), linear)
+    assert torch.equal(found, w.dequantize().T)
