@@ -97,6 +97,9 @@ def test_the_schema_of_an_object_is_that_of_llama_cpp(tiny: Running) -> None:
     body = {"messages": USER, "max_tokens": 64, "response_format": form}
     said = httpx.post(f"{tiny.url}/v1/chat/completions", json=body).json()
     assert json.loads(said["choices"][0]["message"]["content"]) == {"a": 7}
+    form["schema"] = {}  # any object, as without one
+    said = httpx.post(f"{tiny.url}/v1/chat/completions", json=body).json()
+    assert said["choices"][0]["message"]["content"].lstrip().startswith("{")
 
 
 @pytest.mark.parametrize("stream", [False, True])

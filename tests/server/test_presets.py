@@ -115,6 +115,9 @@ def test_context_and_cache_shrink_to_the_limit(tmp_path: Path) -> None:
     assert less.engine.kv_cache_memory < whole.engine.kv_cache_memory
     with pytest.raises(ValueError, match=r"tiny needs .* GB; expected at most the 0.0 GB of --models-memory"):
         preset.sized(10**6)
+    (longer,) = read_presets(tmp_path / "all", Given({"max_model_len": 4097}, {}))
+    with pytest.raises(ValueError, match="max_model_len: got 4097; expected at most 4096"):
+        longer.sized(10**12)
 
 
 def test_memory_of_all_ranks_is_counted(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from farthing.checkpoint.reader import has_config, read_config, stored_as
-from farthing.config import AUTO, EngineConfig, as_arguments, parse_bytes
+from farthing.config import AUTO, EngineConfig, as_arguments, check_length, parse_bytes
 from farthing.conversation.select import Checkpoint, choose
 from farthing.engine.tokenizer import Tokenizer
 from farthing.hub import resolve_config, resolve_shapes
@@ -92,6 +92,7 @@ class Preset:
         key_file: the keys that its server accepts, besides those in the environment."""
         path, engine = resolve_shapes(self.engine.model), self.engine
         longest = ModelConfig.from_json(self.config).max_position_embeddings
+        check_length(engine.max_model_len, longest)
         context = engine.max_model_len or min(longest, _CONTEXT)
         caches = _CACHES
         while True:

@@ -98,7 +98,7 @@ def structured(body: Sampling, response_format: ResponseFormat | None) -> Struct
     for name in _GUIDED:
         if (value := getattr(body, f"guided_{name}")) is not None:
             chosen[name] = value
-    if response_format is not None and response_format.object_schema is not None:
+    if response_format is not None and response_format.object_schema:  # an empty one says: any object
         chosen["json"] = response_format.object_schema
     elif response_format is not None and response_format.type == "json_object":
         chosen["json_object"] = True
