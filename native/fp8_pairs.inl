@@ -8,16 +8,16 @@ namespace {
 constexpr bool kPairs = true;
 
 // Four columns of 16 rows in the order in which unpacking them in lanes of 16 bytes makes pairs of columns.
-struct PairOrder {
+struct Fp8Order {
   alignas(64) uint8_t at[64];
-  constexpr PairOrder() : at() {
+  constexpr Fp8Order() : at() {
     for (int row = 0; row < kPanel; ++row)
       for (int column = 0; column < 4; ++column)
         at[row / 4 * 16 + column / 2 * 8 + row % 4 * 2 + column % 2] =
             static_cast<uint8_t>(column * kPanel + row);
   }
 };
-constexpr PairOrder kPairOrder;
+constexpr Fp8Order kFp8Order;
 
 struct Pairs {
   __m512i first, second;  // of columns 0, 1 and 2, 3
@@ -25,7 +25,7 @@ struct Pairs {
 
 inline Pairs pairs_of(const uint8_t* p) {
   __m512i low, high;
-  kFp8.look_up(_mm512_permutexvar_epi8(_mm512_load_si512(kPairOrder.at), load<__m512i>(p)), low, high);
+  kFp8.look_up(_mm512_permutexvar_epi8(_mm512_load_si512(kFp8Order.at), load<__m512i>(p)), low, high);
   return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
 }
 
