@@ -79,6 +79,18 @@ async def test_up_reports_why_no_replica_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
+async def test_up_launches_an_unknown_model_once(tmp_path: Path) -> None:
+    options = ("--port", str(free_port()), "--metrics", "127.0.0.1:0", "--state", str(tmp_path))
+    words = ("-m", "farthing", "fleet", "up", "unknown", *options)
+    process = await asyncio.create_subprocess_exec(sys.executable, *words, stderr=asyncio.subprocess.PIPE)
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    assert b"unknown: no replica became ready: r1: ended with 2 " in said
+    assert b"got 'unknown'; expected " in said
+    assert not (tmp_path / "replicas" / "r2.log").exists()
+
+
+@pytest.mark.anyio
 async def test_up_rejects_a_port_in_use(tmp_path: Path) -> None:
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]

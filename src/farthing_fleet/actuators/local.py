@@ -257,7 +257,8 @@ class LocalReplicas:
             self._http.status, self.config.watch, lambda took: self._ready(replica, took)
         )
         if was == "starting":
-            self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}")
+            invalid = replica.process.returncode == _INVALID and self.cold_starts.p90 is None
+            self._failed(f"{replica.name}: {replica.reason}{last_lines(replica.log)}", final=invalid)
         elif was == "ready":
             log.warning("replica %s %s%s", replica.name, replica.reason, last_lines(replica.log))
         self.replicas.remove(replica)
@@ -280,9 +281,10 @@ class LocalReplicas:
 
     # ---- failures ----
 
-    def _failed(self, reason: str) -> None:
-        self._failures += 1
-        log.error("launch failed (%d in a row): %s", self._failures, reason)
+    def _failed(self, reason: str, *, final: bool = False) -> None:
+        """final: another launch would fail in the same way."""
+        self._failures = self.config.failures if final else self._failures + 1
+        log.error("launch failed%s: %s", "" if final else f" ({self._failures} in a row)", reason)
         if self._failures >= self.config.failures and not self._closing:
             self.given_up = reason
             log.error("launches paused for %g s or until the replica count changes", self._pause)
@@ -311,6 +313,7 @@ class LocalReplicas:
         self._changed.set()
 
 
+_INVALID = 2  # exit status for an invalid option or model: Farthing's and most programs'
 _HANDOVER_S = 0.2  # time for the gateway, which reads its replicas file every 0.05 s, before SIGTERM
 
 
