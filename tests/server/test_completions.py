@@ -159,7 +159,7 @@ def test_tokenize_and_detokenize(tiny: Running) -> None:
         ({"prompt": [1, "a"]}, "prompt[1]"),
         ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": [319, 5000]}, None),
-        ({"prompt": "a", "max_tokens": -1}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": -2}, "max_tokens"),
         ({"prompt": "a", "max_tokens": 10**9}, "max_tokens"),
         ({"prompt": "a", "temperature": "hot"}, "temperature"),
         ({"prompt": "a", "temperature": 3}, "temperature"),
@@ -192,6 +192,16 @@ def test_errors_name_bad_fields(tiny: Running, body: dict[str, object], param: s
     if param is not None:
         assert error["param"] == param, error
         assert param in error["message"]
+
+
+def test_minus_one_is_no_limit(tiny: Running) -> None:
+    body = {"prompt": "a", "max_tokens": -1, "stop_token_ids": list(range(256)), "seed": 1}
+    limited = httpx.post(f"{tiny.url}/v1/completions", json=body)
+    assert limited.status_code == 200, limited.text
+    for name in ("max_tokens", "max_completion_tokens"):
+        chat = {"messages": [{"role": "user", "content": "a"}], name: -1, "stop_token_ids": list(range(256))}
+        answer = httpx.post(f"{tiny.url}/v1/chat/completions", json=chat)
+        assert answer.status_code == 200, answer.text
 
 
 def test_unknown_model(client: OpenAI) -> None:
