@@ -9,11 +9,14 @@ from farthing.process import read_ahead
 
 def main() -> None:
     """Entry point of the `farthing` script."""
-    if "serve" in sys.argv[1:2]:
-        read_ahead("serve")
-    from farthing.cli.app import main as run
+    try:  # around the imports, too, during which Ctrl-C would print a traceback
+        if "serve" in sys.argv[1:2]:
+            read_ahead("serve")
+        from farthing.cli.app import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells do: 128 and the signal's number
 
 
 if __name__ == "__main__":

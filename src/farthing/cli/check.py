@@ -19,7 +19,7 @@ from farthing.model.inspect import checkpoint_cost, context_cost, model_cost, ro
 from farthing.model.load import load, parameter_shapes
 from farthing.model.pack import pack_checkpoint
 from farthing.ops.select import select
-from farthing.planner.estimate import closest, file_bytes, published_config
+from farthing.planner.estimate import file_bytes, published_config, unknown
 from farthing.planner.footprint import stored_by_config
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _cost(model: str, prompts: bool) -> tuple[ModelConfig, ModelCost, Path | Non
     try:
         path = resolve_model(model) if prompts else resolve_shapes(model)
     except FileNotFoundError as error:
-        raise ValueError(f"{error}; {closest(model)}") from None
+        raise unknown(model, error) from None
     return ModelConfig.from_directory(path), checkpoint_cost(path), path
 
 

@@ -117,7 +117,7 @@ def errors_as_one_line(then: str | None = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        _fail(str(error), Exit.INPUT, error)
+        _fail(_one_line(error), Exit.INPUT, error)
     except OSError as error:
         said = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         if error.errno in _FULL:

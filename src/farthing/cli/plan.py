@@ -364,6 +364,8 @@ def _print_ranks(planned: Planned) -> None:
         numbers = (size(n) for n in (r.weights, r.cache, r.buffers, r.total))
         table.add_row(str(r.rank), f"{r.layers[0]}–{r.layers[1] - 1}", str(r.experts), *numbers)
     Console().print(table)
+    if planned.holder.backend != "gpu":
+        Console().print("not counted: Python and PyTorch, about 0.3 GB per process", highlight=False)
     if host := sum(r.host for r in ranks):
         Console().print(f"host memory for routed experts: {size(host)}")
     if limit is not None:

@@ -26,7 +26,7 @@ from farthing.hub import resolve_config
 from farthing.model import ModelConfig, config_of
 from farthing.parallel.plan import Layout, ShardPlan
 from farthing.planner.buffers import Serving
-from farthing.planner.estimate import closest, published_config
+from farthing.planner.estimate import published_config, unknown
 from farthing.planner.footprint import (
     FLOAT_BYTES,
     Holder,
@@ -262,7 +262,7 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     try:
         path = resolve_config(model)
     except FileNotFoundError as error:
-        raise ValueError(f"{error}; {closest(model)}") from None
+        raise unknown(model, error) from None
     if not has_weights(path):  # of a hub id
         raw = read_config(path)
         return ModelConfig.from_json(raw), stored_by_config(raw), raw

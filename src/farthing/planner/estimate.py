@@ -32,6 +32,7 @@ from farthing.planner.memory import (
     stage_memory,
 )
 from farthing.planner.roofline import BF16, FP8, NODE, Ceilings, Efficiency, RankRoofline, Workload
+from farthing.quants import SUFFIX
 
 # Share of bandwidth while decoding: of V2-Lite and of the 3B random model (docs/lab/cpu-against-peers.md).
 BANDWIDTH = (0.65, 0.85)
@@ -489,6 +490,14 @@ def published_config(name: str) -> dict[str, Any] | None:
     file = _CONFIGS / f"{SAME.get(name.lower(), name.lower())}.json"
     raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return raw
+
+
+def unknown(model: str, error: FileNotFoundError) -> Exception:
+    """The error, for a name with the published names that are like it. A path or an id of the hub is none,
+    nor is a file of this machine that could not be opened."""
+    if error.errno is not None or "/" in model or model.endswith(SUFFIX):
+        return error
+    return ValueError(f"{error}; {closest(model)}")
 
 
 def closest(name: str) -> str:

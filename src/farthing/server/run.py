@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 PERIOD = 10.0  # seconds
 MOST = 5  # records of one message in a period
+_CANCELLED = "asyncio.exceptions.CancelledError"
 _MESSAGES = 64  # messages counted at a time; beyond that, counting starts over
 
 
@@ -62,6 +63,8 @@ class LogLimit(logging.Filter):
         if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
             return False
         message = str(record.msg)
+        if message.rstrip().endswith(_CANCELLED):  # Ctrl-C during start-up; Starlette writes the text
+            return False
         if self._clock() - self._began >= PERIOD or len(self._counts) > _MESSAGES:
             self._held_back = {m: n - MOST for m, n in self._counts.items() if n > MOST}
             self._counts, self._began = {}, self._clock()
