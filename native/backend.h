@@ -241,7 +241,7 @@ struct Sizes {
   void moe(const Moe& w, int tokens, int rows);
   void mla(const Attention& w, const Batch& batch);
   void delta(const Delta& w);
-  void index(const Indexer& s, int tokens, int keys, bool halves);
+  void index(const Indexer& s, int tokens, int keys);
   void top_logits(const Matrix& head, int tokens, int k);
   void greedy(const Matrix& head, int tokens);
 };

@@ -125,8 +125,7 @@ void take_query(const float* x, int latent, int width, ByteQuery& q) {
   }
 }
 
-constexpr int kGroup =
-    32;  // keys whose scores are computed together, one in every lane: no sum crosses lanes
+constexpr int kScored = 32;  // keys that are scored together, each in a lane: no sum crosses lanes
 constexpr int kStrip = 256;  // their columns that are transposed together
 constexpr int kRows = 8;     // queries that are multiplied together
 
@@ -162,7 +161,7 @@ inline void transpose_keys(const uint8_t* const* keys, int at, __m512i* to) {
 
 // What the scores of a group prefetch meanwhile.
 struct NextKeys {
-  const uint8_t* const* keys;  // [kGroup] of the next block, or null
+  const uint8_t* const* keys;  // [kScored] of the next block, or null
   int at;                      // the first column
   bool all;                    // or every second key
 };
@@ -254,7 +253,7 @@ inline void interleave(const uint8_t* const* keys, int at, __m512i* to) {
 }
 
 struct ByteWeights {
-  alignas(64) uint32_t dwords[2][2][kRows][kKeyBlock / 4];  // of rows 0 … 7 and 8 … 15
+  alignas(64) uint32_t dwords[2][2][kRows][kKeyBlock / 4];  // of the first kRows, and the others
   float scale[16];
 };
 
@@ -294,14 +293,14 @@ template <class Keys, int R, int C>
     }
 }
 
-template <class Keys, int R = 8>
+template <class Keys, int R = kRows>
 inline void mix_strip(const AttendBlock& b, const ByteWeights& w, int row, const __m512i* values, int groups,
                       float* out) {
   if constexpr (R > 1)
     if (b.rows - row < R) return mix_strip<Keys, R - 1>(b, w, row, values, groups, out);
   constexpr int C = R > 4 ? 2 : 4;
   for (int c = 0; c < 4; c += C)
-    mix_bytes<Keys, R, C>(w.dwords[row / 8], w.scale + row, values + c, groups,
+    mix_bytes<Keys, R, C>(w.dwords[row / kRows], w.scale + row, values + c, groups,
                           out + static_cast<size_t>(row) * b.latent + 16 * c, b.latent, b.fresh);
 }
 
@@ -310,7 +309,7 @@ void attend_bytes(const AttendBlock& b) {
   alignas(64) float scores[kTileRows * kKeyBlock];
   const auto* const* key = reinterpret_cast<const uint8_t* const*>(b.rows16);
   const auto* const* next = key + kKeyBlock;
-  for (int s = 0; s < b.keys; s += kGroup) byte_scores<Keys>(b, s, scores);
+  for (int s = 0; s < b.keys; s += kScored) byte_scores<Keys>(b, s, scores);
   online_softmax(b, scores);
   ByteWeights weights;
   for (int r = 0; r < b.rows; ++r) {  // times the scales of latents, which may be NaN where the weight is 0
@@ -330,7 +329,7 @@ void attend_bytes(const AttendBlock& b) {
       for (int n = b.first ? 0 : 1; n < 4; n += b.first ? 1 : 2) prefetch_far(next[4 * g + n] + at);
       interleave<Keys>(key + 4 * g, at, values + 4 * g);
     }
-    for (int r = 0; r < b.rows; r += 8) mix_strip<Keys>(b, weights, r, values, groups, b.out + at);
+    for (int r = 0; r < b.rows; r += kRows) mix_strip<Keys>(b, weights, r, values, groups, b.out + at);
   }
 }
 

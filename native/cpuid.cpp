@@ -68,17 +68,29 @@ bool is_intel() {
 #endif
 }
 
-bool is_zen4_or_older() {
+struct Amd {                       // of Hygon, whose cores are Zen's, too
+  unsigned family = 0, model = 0;  // 0: another vendor's
+
+  bool is_zen4_or_older() const { return family && family < 0x1a; }
+  // Strix Point and Krackan Point have Zen 5 cores whose vector units are 256 bits wide, as Zen 4's.
+  bool has_half_units() const {
+    return is_zen4_or_older() || (family == 0x1a && (model >> 4 == 2 || model >> 4 == 6));
+  }
+};
+
+Amd amd() {
+  Amd found;
 #if defined(__x86_64__)
-  constexpr unsigned zen5 = 0x1a;
+  constexpr unsigned hygon = 0x6f677948;  // "Hygo"
   unsigned a, b, c, d;
-  if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx || !__get_cpuid(1, &a, &b, &c, &d))
-    return false;
+  if (!__get_cpuid(0, &a, &b, &c, &d) || (b != signature_AMD_ebx && b != hygon) ||
+      !__get_cpuid(1, &a, &b, &c, &d))
+    return found;
   const unsigned family = a >> 8 & 15;
-  return family + (family == 15 ? a >> 20 & 255 : 0) < zen5;
-#else
-  return false;
+  found.family = family + (family == 15 ? a >> 20 & 255 : 0);
+  found.model = (a >> 4 & 15) | (a >> 12 & 0xf0);
 #endif
+  return found;
 }
 
 // Intel: measured on Emerald Rapids, whose memory takes 180 to 200 ns: 1.1x at 1, 8 and 16 rows. Zen 5: where
@@ -86,7 +98,7 @@ bool is_zen4_or_older() {
 // bandwidth of one row at 4 KB, in all but bytes, which both distances suit alike.
 PrefetchDistances distances_of_processor() {
   if (is_intel()) return {4096, 8192, 1024, kAnyRows, kAnyRows};
-  if (is_zen4_or_older()) return {512, 512, 256, 1, 4};
+  if (amd().is_zen4_or_older()) return {512, 512, 256, 1, 4};
   return {4096, 8192, 256, kAnyRows, kAnyRows};
 }
 
@@ -104,7 +116,7 @@ bool offered(const Choice& c) {
 }  // namespace
 
 PrefetchDistances prefetch_distances = distances_of_processor();
-bool one_product_a_cycle = is_zen4_or_older();
+bool one_product_a_cycle = amd().has_half_units();
 bool fast_pairs = !is_intel();
 
 const char* supported_kernels() {

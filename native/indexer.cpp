@@ -88,6 +88,10 @@ struct Reader {
   }
 };
 
+bool reads_halves(const Kernels& kernels, CacheType cache) {
+  return kernels.index_halves && cache != CacheType::f32;
+}
+
 // Scratch of one call.
 struct Space {
   Layout layout;
@@ -123,15 +127,15 @@ struct Space {
 
 }  // namespace
 
-void Sizes::index(const Indexer& s, int tokens, int keys, bool halves) {
+void Sizes::index(const Indexer& s, int tokens, int keys) {
   work.reset();
-  Space(work, s, halves && kernels.index_halves, keys > s.top_k ? tokens : 0, keys, threads);
+  Space(work, s, reads_halves(kernels, cache), keys > s.top_k ? tokens : 0, keys, threads);
 }
 
 void Backend::index(const Indexer& s, Rows q, Rows k, Rows w, int tokens, const Cache& cache,
                     const IndexBatch& batch, int32_t* out) {
   const int T = tokens;
-  const bool halves = kernels.index_halves && cache.type != CacheType::f32;
+  const bool halves = reads_halves(kernels, cache.type);
   const std::vector<Unit> units = out ? plan_units(s, batch, T) : std::vector<Unit>{};
   int most = 1;
   for (int t = 0; t < T; ++t) most = std::max(most, batch.positions[t] + 1);

@@ -103,10 +103,10 @@ void bind_sizes(nb::module_& module) {
           "delta", [](Sizes& s, const Delta& w) { s.delta(w); }, "delta"_a)
       .def(
           "index",
-          [](Sizes& s, int heads, int dim, int top_k, int tokens, int keys, bool halves) {
-            s.index({heads, dim, 0, top_k}, tokens, keys, halves);
+          [](Sizes& s, int heads, int dim, int top_k, int tokens, int keys) {
+            s.index({heads, dim, 0, top_k}, tokens, keys);
           },
-          "heads"_a, "dim"_a, "top_k"_a, "tokens"_a, "keys"_a, "halves"_a)
+          "heads"_a, "dim"_a, "top_k"_a, "tokens"_a, "keys"_a)
       .def(
           "top_logits",
           [](Sizes& s, const Storage& storage, int n, int k, int tokens, int top) {

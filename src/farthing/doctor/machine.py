@@ -102,11 +102,12 @@ def check_processor(cpuinfo: Path = CPUINFO, cpus: Cpus | None = None) -> Iterat
     )
     if native is not None:
         far, nibbles, near, rows, byte_rows = native.prefetch_distances()
+        few = "few rows" if rows > 1 else f"one row (of bytes: up to {byte_rows})"
         yield Check(
             group="processor",
             name="prefetching",
             status="info",
-            detail=f"for few rows 8-bit weights {far:,} bytes ahead, 4-bit weights {nibbles:,} into L2 "
+            detail=f"for {few} 8-bit weights {far:,} bytes ahead, 4-bit weights {nibbles:,} into L2 "
             f"and {near:,} into L1, by the kind of processor",
             data={
                 "bytes": far,

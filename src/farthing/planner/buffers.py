@@ -89,7 +89,7 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
     sequences = min(serving.max_num_seqs, budget)
     each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
     for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
-        _attention(sizes, s, holder, serving.cache_dtype, step)
+        _attention(sizes, s, holder, step)
         _feeds(sizes, s, holder, step.total)
         _head(sizes, s, holder, step.sequences)
     return int(sizes.workspace_bytes)
@@ -127,7 +127,7 @@ def _head(sizes: Any, s: Shard, holder: Holder, sequences: int) -> None:
         sizes.greedy((head.format, head.group), s.vocabulary, columns, sequences)
 
 
-def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _Step) -> None:
+def _attention(sizes: Any, s: Shard, holder: Holder, step: _Step) -> None:
     """Each kind of heads, and recurrent layers."""
     c = s.config
 
@@ -153,18 +153,18 @@ def _attention(sizes: Any, s: Shard, holder: Holder, cache_dtype: str, step: _St
         elif isinstance(heads, CompressedHeads):
             linear(heads.query_width, heads.q_lora_rank)
             linear(heads.o_lora_rank, heads.query_width // heads.o_groups)
-            _past(sizes, s, heads, holder, cache_dtype, step)
+            _past(sizes, s, heads, holder, step)
         else:
-            _latent_attention(sizes, s, heads, holder, cache_dtype, step)
+            _latent_attention(sizes, s, heads, holder, step)
 
 
-def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, cache_dtype: str, step: _Step) -> None:
+def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, step: _Step) -> None:
     """Each token reads a window and entries as a separate sequence, a few tokens at once."""
     entries = step.keys // a.indexed
     if a.indexed in a.rates and entries > a.index_topk:
         scored = _scored_at_once(step, entries)
         index = a.index_n_heads, a.index_head_dim, a.index_topk
-        sizes.index(*index, scored, entries, cache_dtype != "float32")
+        sizes.index(*index, scored, entries)
     d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
     one, at_once = _storage(holder, s.stored, d), min(step.total, _selected_at_once())
     sizes.mla(one, s.heads, 0, d, d, d, at_once, 1, keys, 1)
@@ -182,9 +182,7 @@ def _selected_at_once() -> int:
     return SELECTED_AT_ONCE
 
 
-def _latent_attention(
-    sizes: Any, s: Shard, a: LatentHeads, holder: Holder, cache_dtype: str, step: _Step
-) -> None:
+def _latent_attention(sizes: Any, s: Shard, a: LatentHeads, holder: Holder, step: _Step) -> None:
     """Sparse attention reads each token's selected keys as a separate sequence, a few tokens at once."""
     c = s.config
     if a.q_lora_rank:
@@ -197,7 +195,7 @@ def _latent_attention(
     else:
         scored = _scored_at_once(step, step.keys)
         index = (c.index_n_heads, c.index_head_dim, c.index_topk)
-        sizes.index(*index, scored, step.keys, cache_dtype != "float32")
+        sizes.index(*index, scored, step.keys)
         sizes.mla(*heads, min(step.total, _selected_at_once()), 1, c.index_topk)
 
 
