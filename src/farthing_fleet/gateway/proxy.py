@@ -244,7 +244,10 @@ class Proxy:
             answer = await self._try(replica, course)
             if answer is not None:
                 return answer
-            if self._holds.stopping or self._poison.refuses(outgoing.identity):
+            if self._holds.stopping:
+                break
+            if self._poison.refuses(outgoing.identity):
+                course.reason += ", perhaps because of it"
                 break
             self._metrics.retries.inc()
         self._metrics.count(self._balancer.pool(outgoing.prompt.model), "none", course.status)
