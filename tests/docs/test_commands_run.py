@@ -89,8 +89,10 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(path / "DeepSeek-V2-Lite", **V2_LITE)
     # The tokenizer of bytes does not have the tokens that DeepSeek's own chat format writes.
     (path / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    for name in ("DeepSeek-V3", "DeepSeek-V3.2"):
+    for name in ("DeepSeek-V3", "DeepSeek-V3.2", "Qwen3-30B-A3B"):
         (path / name).symlink_to(path / "model")
+    (path / "models").mkdir()
+    (path / "models/one").symlink_to(path / "model")
     (path / "keys.txt").write_text("someone:sk-1\n")
     (path / "mine.yaml").write_text(RECIPE)
     (path / "text.jsonl").write_text((EMBEDDED / "heldout.jsonl").read_text())
