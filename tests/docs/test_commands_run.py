@@ -76,7 +76,8 @@ ELSEWHERE = {
     "--backend gpu": "gpu",
     "--nodes 2": "ray",
     "vllm serve": "vllm",
-    "qwen3-8b": "hub",
+    **{f"{verb} qwen3-8b": "hub" for verb in ("run", "--fit", "pull", "rm")},
+    "compress deepseek-ai/": "hub",
     "ollama:": "ollama",
 }
 
