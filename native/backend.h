@@ -228,13 +228,14 @@ constexpr int kExpandTokens = 192;  // tokens of a sequence in a step from which
 // average.
 constexpr int kTileTokens = 32, kTileExpertRows = 12;
 
-// What an op takes from a workspace, without running it: the most of what its forms take, as `exact` decides
-// between them. `rows`: rows of routed experts, all of which one rank may get; the weights' matrices need no
-// data.
+// What an op takes from a workspace, without running it: the most of what its forms take. exact: of those
+// whose rounding does not depend on the size of a step. `rows`: rows of routed experts, all of which one rank
+// may get; the weights' matrices need no data.
 struct Sizes {
   const Kernels& kernels;
   int threads;
   CacheType cache;
+  bool exact = false;
   Workspace work{Workspace::Memory::none};
 
   void linear(const Matrix& w, const Matrix* further, int tokens);  // or null: columns packed apart

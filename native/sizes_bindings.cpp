@@ -83,10 +83,10 @@ void bind_sizes(nb::module_& module) {
   nb::class_<Sizes>(module, "Sizes")
       .def(
           "__init__",
-          [](Sizes* self, int threads, CacheType cache, const std::string& isa) {
-            new (self) Sizes{select_kernels(isa.c_str()), threads, cache};
+          [](Sizes* self, int threads, CacheType cache, bool exact, const std::string& isa) {
+            new (self) Sizes{select_kernels(isa.c_str()), threads, cache, exact};
           },
-          "threads"_a, "cache"_a, "isa"_a = "auto")
+          "threads"_a, "cache"_a, "exact"_a = false, "isa"_a = "auto")
       .def_prop_ro("workspace_bytes", [](const Sizes& s) { return s.work.most_used(); })
       .def(
           "linear",

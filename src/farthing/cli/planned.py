@@ -198,7 +198,7 @@ def plan_of(options: PlanOptions, device: Ceilings | None) -> Planned:
     config, stored_of, raw = _read(options.model)
     backend = options.backend or ("gpu" if options.gpu else "cpu")
     item = 2 if options.dtype == "auto" and backend == "gpu" else FLOAT_BYTES.get(options.dtype, 4)
-    halves = halves_of_rank(options.layout.tp, options.layout.ep) if options.deterministic else 1
+    halves = halves_of_rank(options.layout.tp, options.layout.ep) if options.deterministic else None
     holder = Holder(backend, item, options.quantization, halves)
     serving = _serving(options, backend, config)
     shards = ShardPlan.build(config, options.layout)

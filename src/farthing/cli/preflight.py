@@ -66,7 +66,7 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     if not config.on_this_cpu or config.num_ranks > 1:
         log.info("fit: chooses for one rank on a CPU; the options stay as they are")
         return config
-    found = fit(path, available_memory(), config.quantization)
+    found = fit(path, available_memory(), config.quantization, config.halves)
     log.info("fit: %s", found)
     chosen: dict[str, Any] = {}
     if config.packed in (None, AUTO):

@@ -84,7 +84,7 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
         from farthing.ops.cpu.stack import cache_type
     except ImportError:
         return None
-    sizes = _native.Sizes(threads, cache_type(serving.cache_dtype))
+    sizes = _native.Sizes(threads, cache_type(serving.cache_dtype), holder.halves is not None)
     budget = serving.max_num_batched_tokens
     sequences = min(serving.max_num_seqs, budget)
     each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
@@ -135,8 +135,9 @@ def _attention(sizes: Any, s: Shard, holder: Holder, step: _Step) -> None:
         sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
 
     def output(columns: int, heads: int) -> None:
-        halved = holder.halves > 1 and heads % holder.halves == 0
-        k = columns // holder.halves if halved else columns
+        halves = holder.halves or 1
+        halved = halves > 1 and heads % halves == 0
+        k = columns // halves if halved else columns
         sizes.linear(_storage(holder, s.stored, k), c.hidden_size, k, step.total, halved)
 
     if c.recurrent is not None:
@@ -204,7 +205,8 @@ def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
     storage = _storage(holder, s.stored, c.hidden_size)
 
     def parts(width: int) -> list[tuple[tuple[Any, int], int]]:
-        own = [share_of(width, holder.halves, i) for i in range(holder.halves)] if width else []
+        halves = holder.halves or 1
+        own = [share_of(width, halves, i) for i in range(halves)] if width else []
         return [(_storage(holder, s.stored, columns), columns) for columns in own]
 
     if s.dense:

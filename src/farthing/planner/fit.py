@@ -45,7 +45,7 @@ def needed(
     quantization: str | None,
     serving: Serving,
     sizes: tuple[int, int, int] = (1, 1, 1),
-    halves: int = 1,
+    halves: int | None = None,
 ) -> list[RankMemory]:
     """The memory of each rank on a CPU. sizes: tp, pp, ep; halves: of a `Holder`."""
     plan, model = _planned(path, Layout(*sizes))
@@ -103,12 +103,15 @@ class Fit:
         )
 
 
-def fit(path: Path, available: int, quantization: Quantization | None = None) -> Fit:
+def fit(
+    path: Path, available: int, quantization: Quantization | None = None, halves: int | None = None
+) -> Fit:
     """The options with which a model suits the memory, by its files or else by config.json.
 
     Weights of 1 GB and more are rounded to int8, which costs 0.1 % of perplexity and halves the bytes of
     a token; to int4 where that is what leaves room for 8,192 tokens. Then the context is as long, and the
-    sequences are as many, as the rest has room for. quantization: the only rounding to try.
+    sequences are as many, as the rest has room for. quantization: the only rounding to try. halves: of a
+    `Holder`.
 
     Raises ValueError if nothing fits.
     """
@@ -119,7 +122,7 @@ def fit(path: Path, available: int, quantization: Quantization | None = None) ->
 
     def at(kind: str | None, context: int, tokens: int, sequences: int) -> RankMemory:
         serving = Serving(tokens, context, max_num_seqs=sequences)
-        return memory(model, plan, Holder("cpu", 4, kind), serving)[0]
+        return memory(model, plan, Holder("cpu", 4, kind, halves), serving)[0]
 
     usable, kinds = int(_USABLE * available), _formats(model, quantization, at(None, 1, 0, 1).weights)
     lengths = [longest, *(2**n for n in range(30, 8, -1) if 2**n < longest)]

@@ -191,7 +191,8 @@ class Holder:
     backend: str  # reference, cpu or gpu
     item: int = 4  # bytes per activation, and per weight of the reference backend
     quantization: str | None = None  # round-to-nearest while loading
-    halves: int = 1  # of row-parallel matrices, which a rank sums apart with `--deterministic`
+    # With `--deterministic`, halves of row-parallel matrices that a rank sums apart, 1 or 2. None without it.
+    halves: int | None = None
 
     def matrix(self, n: int, k: int, stored: Stored, mlp: bool = False) -> int:
         """A projection [N, K]; mlp: part of a feed-forward, 4 bits under `int4`; others get 8 bits."""

@@ -98,7 +98,7 @@ class Preset:
         while True:
             sequences = min(engine.max_num_seqs, 64)
             serving = Serving(caches * context, context, sequences, threads=engine.threads)
-            ranks = needed(path, engine.quantization, serving, engine.sizes, engine.halves or 1)
+            ranks = needed(path, engine.quantization, serving, engine.sizes, engine.halves)
             cache = engine.kv_cache_memory or sum(rank.cache for rank in ranks)
             size = cache + sum(rank.total - rank.cache + _PROCESS for rank in ranks)
             if size <= limit:
