@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import httpx
 import pytest
@@ -29,7 +30,7 @@ from typer.testing import CliRunner
 
 from farthing.cli.app import app
 from farthing.cli.chat import Screen, _account, _one_line, obey, printable, reply, split_blocks
-from farthing.cli.conversation import Conversation, Piece, Server, find, started
+from farthing.cli.conversation import Conversation, Piece, Server, _lines, find, started
 from farthing.cli.mcp import McpServers
 from farthing.planner.estimate import published_config
 from farthing.server.config import KeyRing
@@ -212,6 +213,17 @@ def test_an_answer_that_the_server_breaks_off_is_an_error(capsys: pytest.Capture
         assert not reply(talk, "go on", Screen(), None)
     assert "the connection ended amid an answer" in capsys.readouterr().out
     assert talk.messages[-1]["content"] == "ab"  # what arrived is kept
+
+
+def test_a_reset_ends_an_answer_as_any_end_does() -> None:
+    def reset() -> Iterator[bytes]:
+        yield b"data: {}"
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    lines = _lines(cast(HTTPResponse, reset()))
+    assert next(lines) == b"data: {}"
+    with pytest.raises(ConnectionError, match="the connection ended amid an answer"):
+        next(lines)
 
 
 @contextmanager

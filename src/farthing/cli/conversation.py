@@ -87,7 +87,7 @@ class Server:
         KeyboardInterrupt after Ctrl-C.
         """
         with self._answer("POST", "/v1/chat/completions", body, None) as answer:
-            for line in answer:
+            for line in _lines(answer):
                 if self._stopped:
                     return
                 data = line.decode().strip().removeprefix("data: ")
@@ -99,7 +99,6 @@ class Server:
                 if "error" in event:
                     raise ValueError(str(event["error"].get("message", event["error"])))
                 yield event
-            raise ConnectionError("the connection ended amid an answer")
 
     @contextmanager
     def _answer(
@@ -147,6 +146,13 @@ class Server:
             signal.signal(signal.SIGINT, before)
             if self._stopped:
                 raise KeyboardInterrupt
+
+
+def _lines(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The lines of a stream, which says itself when it is complete. Raises ConnectionError at its end."""
+    with suppress(ConnectionResetError):
+        yield from answer
+    raise ConnectionError("the connection ended amid an answer")
 
 
 def _message(body: bytes, otherwise: str) -> str:

@@ -26,6 +26,7 @@ urgent running sequence is only preempted while busy ones hold the blocks, so th
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
@@ -46,7 +47,6 @@ from farthing.engine.sequence import (
     Scheduled,
     Sequence,
     Status,
-    insert,
     remove,
 )
 from farthing.model.kinds import CHECKPOINT_TOKENS
@@ -390,7 +390,7 @@ class Scheduler(Generic[S]):
             self._computing.setdefault(digest, seq)
         seq.row, seq.row_filled = self._rows.pop(), 0
         seq.status = Status.RUNNING
-        insert(self.running, seq)
+        insort(self.running, seq, key=KEY)
         return True
 
     def _fits(self, seq: S, hits: list[int]) -> bool:

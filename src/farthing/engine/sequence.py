@@ -460,7 +460,7 @@ class Queues(dict[str, list[S]]):
 
     def push(self, seq: S) -> None:
         """Insert a sequence in order."""
-        insert(self.setdefault(seq.client, []), seq)
+        insort(self.setdefault(seq.client, []), seq, key=KEY)
 
     def drop(self, seq: S) -> None:
         """Remove a sequence."""
@@ -468,11 +468,6 @@ class Queues(dict[str, list[S]]):
         remove(queue, seq)
         if not queue:
             del self[seq.client]
-
-
-def insert(sequences: list[S], seq: S) -> None:
-    """Insert a sequence in order."""
-    insort(sequences, seq, key=KEY)
 
 
 def remove(sequences: list[S], seq: S) -> None:

@@ -175,7 +175,7 @@ def run_layers(
     try:
         native.layers(
             stack.native, first, last, native_rows(h), tokens,
-            [native_cache(cache.of(window)) for window in stack.windows],
+            [native_cache(cache.of(w) if cache.windows else cache) for w in stack.windows],
             [native_batch(batch, window) for window in stack.windows],
             stack.eps, seen, stride, native_rows(out),
             native_state(Place(cache, 0, batch)) if stack.recurrent else None,
