@@ -135,9 +135,8 @@ def _attention(sizes: Any, s: Shard, holder: Holder, step: _Step) -> None:
         sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
 
     def output(columns: int, heads: int) -> None:
-        halves = holder.halves or 1
-        halved = halves > 1 and heads % halves == 0
-        k = columns // halves if halved else columns
+        halved = holder.parts > 1 and heads % holder.parts == 0
+        k = columns // holder.parts if halved else columns
         sizes.linear(_storage(holder, s.stored, k), c.hidden_size, k, step.total, halved)
 
     if c.recurrent is not None:
@@ -205,8 +204,7 @@ def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
     storage = _storage(holder, s.stored, c.hidden_size)
 
     def parts(width: int) -> list[tuple[tuple[Any, int], int]]:
-        halves = holder.halves or 1
-        own = [share_of(width, halves, i) for i in range(halves)] if width else []
+        own = [share_of(width, holder.parts, i) for i in range(holder.parts)] if width else []
         return [(_storage(holder, s.stored, columns), columns) for columns in own]
 
     if s.dense:

@@ -194,6 +194,11 @@ class Holder:
     # With `--deterministic`, halves of row-parallel matrices that a rank sums apart, 1 or 2. None without it.
     halves: int | None = None
 
+    @property
+    def parts(self) -> int:
+        """Into which a rank divides row-parallel matrices."""
+        return self.halves or 1
+
     def matrix(self, n: int, k: int, stored: Stored, mlp: bool = False) -> int:
         """A projection [N, K]; mlp: part of a feed-forward, 4 bits under `int4`; others get 8 bits."""
         if self.backend == "reference":

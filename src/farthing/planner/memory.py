@@ -309,7 +309,7 @@ def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPla
 def _packed_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
     """Bytes of a projection, of each of its halves if the backend sums those apart."""
     n, k = local
-    module, count, mlp = name.split(".")[-2], holder.halves or 1, ".mlp." in name
+    module, count, mlp = name.split(".")[-2], holder.parts, ".mlp." in name
     shapes = [(n, k)]
     if count > 1 and module == "down_proj":
         shapes = [(n, share_of(k, count, i)) for i in range(count)]

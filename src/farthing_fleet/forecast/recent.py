@@ -150,7 +150,7 @@ class _Growth:
 
 
 class _ByMinute:
-    """A figure from the means of the load of which one a minute is kept, computed anew with each of them."""
+    """A figure from the means of the load of which one a minute is kept, computed again with each of them."""
 
     def __init__(self, step_s: float, mean_s: float, kept_s: float, first: float) -> None:
         """mean_s: the time of a mean; kept_s: the time of which they are kept; first: the figure before."""

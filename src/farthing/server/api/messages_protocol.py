@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, Tag, model_validator
 
-from farthing.server.api.openai_protocol import Count, StopString, Word
+from farthing.server.api.openai_protocol import Count, StopString, Tokens, Word
 from farthing.server.schema import (
     TEXT_ONLY,
     Body,
@@ -308,7 +308,7 @@ class MessagesRequest(CountRequest):
         "user_profile_id workspace_id",
     )
 
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    max_tokens: Tokens
     stop_sequences: Annotated[list[StopString], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None

@@ -24,6 +24,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
+Tokens = Annotated[int, Field(ge=1, lt=2**31)]  # of an answer
 # Clients of llama.cpp and Ollama send -1 for as many tokens as fit.
 Limit = BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
 # Validation of a list stops at its first invalid item: describing 200,000 would take seconds.
@@ -334,8 +335,8 @@ class ChatCompletionRequest(Sampling):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[Annotated[int, Field(ge=1, lt=2**31)] | None, Limit] = None
-    max_completion_tokens: Annotated[Annotated[int, Field(ge=1, lt=2**31)] | None, Limit] = None
+    max_tokens: Annotated[Tokens | None, Limit] = None
+    max_completion_tokens: Annotated[Tokens | None, Limit] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
