@@ -26,7 +26,7 @@ from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
 from farthing.hub import BUNDLED, find_model, resolve_config, resolve_model, short_names
 from farthing.model.fields import ConfigError
-from farthing.model.types.unserved import UNSERVED
+from farthing.model.types.unserved import unserved
 from farthing.planner.estimate import published
 from tests.tiny import SMALL_V3
 
@@ -231,8 +231,8 @@ V41 = {
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (V41, f"'deepseek_v41', whose {UNSERVED['deepseek_v41']} not served yet"),
-        ({"model_type": "cohere2"}, "'cohere2', whose form of grouped-query attention is not served yet"),
+        (V41, f"'deepseek_v41', whose {unserved()['deepseek_v41']} not served yet"),
+        ({"model_type": "cohere2"}, "'cohere2', whose form of layers is not served yet"),
         (SMALL_V3 | {"hidden_act": "gelu"}, "hidden_act: got 'gelu'; expected 'silu'"),
         (SMALL_V3 | {"quantization_config": {"quant_method": "hqq"}}, "quant_method: got 'hqq'"),
     ],

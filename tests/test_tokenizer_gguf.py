@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
-from farthing.tokenizer_gguf import _CUTS, tokenizer_of
+from farthing.tokenizer_gguf import _CUTS, _SAME, tokenizer_of
 
 BYTES = [f"<0x{i:02X}>" for i in range(256)]
 
@@ -51,12 +52,27 @@ def test_sentencepiece_merges_the_best_score_first() -> None:
         ("minimax-m2", "camelCase don't", ["camel", "Case", "Ġdon't"]),
         ("gpt-4o", "camelCase don't 1234", ["camel", "Case", "Ġdon't", "Ġ", "123", "4"]),
         ("tekken", "camelCase 12", ["camel", "Case", "Ġ", "1", "2"]),
+        ("deepseek-llm", "Don't x=12;你好", ["Don", "'", "t", "Ġx", "=", "1", "2", ";", "你好"]),
+        ("deepseek-coder", "Don't x=12", ["Don", "'", "t", "Ġx", "=", "1", "2"]),
+        ("kimi-k2", "你好abc camelCase 1234", ["你好", "abc", "Ġcamel", "Case", "Ġ", "123", "4"]),
+        ("seed-coder", "x!?\n 12", ["x", "!?", "\n", "Ġ", "1", "2"]),
+        ("smaug-bpe", "It's 1234", ["It", "'s", "Ġ", "123", "4"]),
     ],
 )
 def test_text_is_cut_before_merging(pre: str, text: str, expected: list[str]) -> None:
     found = [piece for piece, _ in _CUTS[pre]().pre_tokenize_str(text)]
     cut = [p if p.isascii() or p.startswith("Ġ") else bytes_of(p) for p in found]
     assert cut == expected
+
+
+def test_other_names_of_a_cut_are_read_as_it() -> None:
+    """Each name that llama.cpp treats as another one's, which makes the same tokens of a text."""
+    tokens = sorted(ByteLevel.alphabet())
+    text = "It's 1234 camelCase 你好!?\n x"
+    for name, cut in _SAME.items():
+        fields = {"model": "gpt2", "tokens": tokens, "merges": [], "token_type": [1] * len(tokens)}
+        ids = [tokenizer_of("file", fields | {"pre": pre})[0].encode(text).ids for pre in (name, cut)]
+        assert ids[0] == ids[1]
 
 
 def bytes_of(piece: str) -> str:

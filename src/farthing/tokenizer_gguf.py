@@ -31,6 +31,27 @@ _WITH_MARKS = (  # Qwen3.5: marks belong to words
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
 
+_HAN_APART = (rf"[{inner}&&[^\p{{Han}}]]" for inner in (_UPPER[1:-1], _LOWER[1:-1]))
+_KIMI_UPPER, _KIMI_LOWER = _HAN_APART
+# How Kimi cuts text before merging: Chinese characters apart, words with their case, up to three digits.
+KIMI = "|".join(
+    (
+        r"[\p{Han}]+",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}*{_KIMI_LOWER}+{_CONTRACTIONS}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_KIMI_UPPER}+{_KIMI_LOWER}*{_CONTRACTIONS}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+# DeepSeek-V2: letters that have a case, punctuation in ASCII and its full width, Chinese to Korean.
+_V2_TEXT = (
+    r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+"
+)  # fmt: skip
+
+
 def _split(*patterns: str) -> Any:
     cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -51,20 +72,37 @@ def _bytes() -> Any:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
+def _digits_apart() -> Any:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()])
+
+
 # tokenizer.ggml.pre -> how text is cut before merging
 _CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": _bytes,
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _bytes()]),
+    "smollm": _digits_apart,
     "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
+    "smaug-bpe": lambda: _words(r"\p{N}{1,3}"),
     "qwen2": lambda: _words(r"\p{N}"),
+    "stablelm2": lambda: _words(r"\p{N}"),
     "qwen35": lambda: _split(_WITH_MARKS),
     "chatglm-bpe": lambda: _words(r"\p{N}{1,3}"),
     "glm4": lambda: _words(r"\p{N}{1,3}"),
+    "deepseek-llm": lambda: _split(*_V2_TEXT, r"\p{N}"),
+    "deepseek-coder": lambda: _split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _V2_TEXT[-1], r"\p{N}"),
     "deepseek-v3": lambda: _split(r"\p{N}{1,3}", _CJK, _DEEPSEEK),
+    "kimi-k2": lambda: _split(KIMI),
     "gpt-4o": lambda: _cased(r"\p{N}{1,3}", _CONTRACTIONS),
     "minimax-m2": lambda: _cased(r"\p{N}{1,3}", _CONTRACTIONS),
     "tekken": lambda: _cased(r"\p{N}"),
+    "seed-coder": lambda: _split(_WORDS.format(digits=r"\p{N}").replace(r"]+[\r\n]*", r"\r\n]+")),
 }
+# Further names of the same cuts.
+_SAME = {
+    "olmo": "gpt-2", "mellum": "gpt-2", "refact": "smollm", "starcoder": "smollm", "command-r": "smollm",
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe", "falcon3": "llama-bpe",
+    "dbrx": "smaug-bpe", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "hunyuan": "stablelm2",
+    "solar-open": "stablelm2", "hunyuan-dense": "deepseek-v3", "joyai-llm": "deepseek-v3", "llama4": "gpt-4o",
+}  # fmt: skip
 _COMPOSED = ("qwen2",)  # their text is put into Unicode's composed form
 _WHOLE = ("llama-bpe", "glm4", "tekken")  # a word that is a token is taken whole, whatever its merges
 
@@ -79,9 +117,10 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
             f"{file}: tokenizer.ggml.model: got {model!r}; expected 'gpt2' (byte-level BPE), 'gemma4' or "
             "'llama' (SentencePiece); other models: their Hugging Face directory with safetensors"
         )
-    pre = fields.get("pre")
-    if model == "gpt2" and pre not in _CUTS:
-        raise ValueError(f"{file}: tokenizer.ggml.pre: got {pre!r}; expected one of {', '.join(_CUTS)}")
+    fields = {**fields, "pre": _SAME.get(pre := fields.get("pre"), pre)}
+    if model == "gpt2" and fields["pre"] not in _CUTS:
+        known = ", ".join(sorted([*_CUTS, *_SAME]))
+        raise ValueError(f"{file}: tokenizer.ggml.pre: got {pre!r}; expected one of {known}")
     tokens: list[str] = fields.get("tokens") or []
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if not tokens or len(vocabulary) < len(tokens):

@@ -69,6 +69,32 @@ def mixtral(c: Config) -> Config:
     return {**base(c), "expert_count": c["num_local_experts"], "expert_used_count": c["num_experts_per_tok"]}
 
 
+def qwen2moe(c: Config) -> Config:
+    return {
+        **base(c), "expert_count": c["num_experts"], "expert_used_count": c["num_experts_per_tok"],
+        "expert_feed_forward_length": c["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": c["shared_expert_intermediate_size"],
+    }  # fmt: skip
+
+
+def olmoe(c: Config) -> Config:
+    return {**base(c), "expert_count": c["num_experts"], "expert_used_count": c["num_experts_per_tok"]}
+
+
+def granite(c: Config) -> Config:
+    count = {"expert_count": c["num_local_experts"]} if "num_local_experts" in c else {}
+    used = {"expert_used_count": c["num_experts_per_tok"]} if count else {}
+    return {
+        **base(c), **count, **used, "attention.scale": float(c["attention_multiplier"]),
+        "embedding_scale": float(c["embedding_multiplier"]), "logit_scale": float(c["logits_scaling"]),
+        "residual_scale": float(c["residual_multiplier"]),
+    }  # fmt: skip
+
+
+def dots1(c: Config) -> Config:
+    return {**base(c), **experts(c), "expert_gating_func": 2}
+
+
 def glm4moe(c: Config) -> Config:
     shared = base(c)
     share = c["rope_parameters"]["partial_rotary_factor"]
@@ -87,11 +113,14 @@ def minimax(c: Config) -> Config:
 
 
 def qwen35moe(c: Config) -> Config:
-    shared = base({**c, "intermediate_size": 1})
+    c = {**c, "intermediate_size": c.get("intermediate_size", 1)}
+    return {**qwen2moe(c), **qwen35(c)}
+
+
+def qwen35(c: Config) -> Config:
+    shared = base(c)
     return {
-        **shared, "expert_count": c["num_experts"], "expert_used_count": c["num_experts_per_tok"],
-        "expert_feed_forward_length": c["moe_intermediate_size"],
-        "expert_shared_feed_forward_length": c["shared_expert_intermediate_size"],
+        **shared,
         "rope.dimension_count": int(
             c["rope_parameters"]["partial_rotary_factor"] * shared["attention.key_length"]
         ),
@@ -177,7 +206,16 @@ CASES: dict[str, tuple[str, Callable[[Config], Config]]] = {
     "glm4_moe": ("glm4moe", glm4moe),
     "minimax_m2": ("minimax-m2", minimax),
     "qwen3_5_moe_text": ("qwen35moe", qwen35moe),
+    "qwen3_5_text": ("qwen35", qwen35),
     "qwen3_next": ("qwen3next", qwen35moe),
+    "qwen2": ("qwen2", base),
+    "qwen2_moe": ("qwen2moe", qwen2moe),
+    "smollm3": ("smollm3", base),
+    "granite": ("granite", granite),
+    "granitemoe": ("granitemoe", granite),
+    "olmoe": ("olmoe", olmoe),
+    "seed_oss": ("seed_oss", base),
+    "dots1": ("dots1", dots1),
     "gpt_oss": ("gpt-oss", gpt_oss),
     "gemma3_text": ("gemma3", gemma),
     "gemma4_text": ("gemma4", gemma4),
@@ -225,6 +263,10 @@ def renamed(
             out[f"blk.{i}.ssm_ba.weight"] = array
         elif suffix == "sinks":
             out[f"blk.{i}.attn_sinks.weight"] = array
+        elif module.endswith(("input_linear", "output_linear")):
+            parts = np.split(array, 2, 1) if module.endswith("input_linear") else [array]
+            for part, stacked in zip(("gate", "up") if len(parts) > 1 else ("down",), parts, strict=True):
+                out[f"blk.{i}.ffn_{part}_exps.weight"] = np.ascontiguousarray(stacked)
         elif suffix in ("gate_up_proj", "down_proj"):
             if architecture == "gemma4" and suffix == "gate_up_proj" and not legacy:
                 out[f"blk.{i}.ffn_gate_up_exps.weight"] = array
@@ -250,7 +292,7 @@ def renamed(
             )
             if part in names.turned:
                 count = c["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-                array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
+                array = array.reshape(count, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
             name = f"blk.{i}.{part}.{suffix}"
             out[name] = tiled(name, array, c) if names.around_zero else np.ascontiguousarray(array)
     return {**out, **{name: np.stack(parts) for name, parts in stacks.items()}}
@@ -265,7 +307,7 @@ def test_logits_are_those_of_the_directory(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     architecture, metadata = CASES[family]
-    seed = next(s for s in range(100) if _plain(build(family, s, tmp_path / str(s)).config))
+    seed = next(s for s in range(400) if _plain(build(family, s, tmp_path / str(s)).config))
     folder = tmp_path / str(seed)
     c = build(family, seed, folder).config.to_dict()
     w = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
@@ -328,9 +370,18 @@ def _plain(config: Any) -> bool:
         not config.norm_topk_prob or config.mlp_only_layers or config.decoder_sparse_step > 1
     ):
         return False
+    if config.model_type == "qwen2_moe" and (
+        config.norm_topk_prob or config.mlp_only_layers or config.decoder_sparse_step > 1
+    ):
+        return False
+    if config.model_type == "olmoe" and config.norm_topk_prob:
+        return False
+    if config.model_type == "smollm3":
+        plain = rope["rope_type"] == "default" and not config.use_sliding_window
+        return plain and all(config.no_rope_layers)
     pairs = getattr(config, "rope_interleave", True) or config.model_type not in (
         "deepseek_v2",
         "deepseek_v3",
     )
-    windowed = getattr(config, "sliding_window", None) is not None
+    windowed = bool(getattr(config, "sliding_window", None))
     return rope.get("rope_type", "default") == "default" and pairs and not windowed

@@ -43,7 +43,8 @@ from tests.parity.paged import run  # noqa: E402
 
 FAMILIES = (
     "llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k25", "glm4_moe",
-    "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss",
+    "minimax_m2", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "gpt_oss", "qwen2", "qwen2_moe", "smollm3",
+    "granite", "granitemoe", "olmoe", "seed_oss", "dots1", "qwen3_5", "qwen3_5_text",
 )  # fmt: skip
 
 

@@ -15,11 +15,12 @@ from farthing.model.decoder import Rotations
 from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
 from farthing.model.types import TYPES
-from farthing.model.types.unserved import UNSERVED
+from farthing.model.types.unserved import FILE, unserved
 from farthing.ops.arrays import host
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.planner.estimate import published, published_config
+from tests.model.unserved_types import listed
 from tests.tiny import V3
 
 
@@ -42,7 +43,8 @@ def test_v3_values() -> None:
 
 def test_rotations_are_computed_as_far_as_steps_reach() -> None:
     """To the bit what one computation of all positions gives."""
-    config = ModelConfig.from_json(V3 | {"max_position_embeddings": 10000})
+    scaling = V3["rope_scaling"] | dict(original_max_position_embeddings=250)
+    config = ModelConfig.from_json(V3 | {"max_position_embeddings": 10000, "rope_scaling": scaling})
     rotations = Rotations(config, select("cpu", threads=1))
     (table,) = rotations._own.values()
     table.values[:] = np.nan
@@ -108,13 +110,39 @@ def test_errors_name_field_value_and_accepted_values(change: dict[str, object], 
         ModelConfig.from_json(V3 | change)
 
 
-@pytest.mark.parametrize("name", sorted(UNSERVED))
-def test_popular_types_name_what_is_not_served(name: str) -> None:
-    assert name not in TYPES  # a type that is added leaves the list
-    with pytest.raises(ConfigError) as refused:
-        ModelConfig.from_json({"model_type": name})
-    assert f"got '{name}', whose {UNSERVED[name]} not served yet; expected one of" in str(refused.value)
-    assert "did you mean" not in str(refused.value)
+def test_types_of_transformers_name_what_is_not_served() -> None:
+    for name, needs in unserved().items():
+        assert name not in TYPES  # a type that is added leaves the list
+        with pytest.raises(ConfigError) as refused:
+            ModelConfig.from_json({"model_type": name})
+        assert f"got '{name}', whose {needs} not served yet; expected one of" in str(refused.value)
+        assert "did you mean" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_the_list_of_refused_types_is_that_of_the_installed_transformers() -> None:
+    """Every week with the newest version: `python -m tests.model.unserved_types` writes the list again."""
+    pytest.importorskip("transformers")
+    assert json.loads(FILE.read_text()) == listed()
+
+
+@pytest.mark.parametrize(
+    ("positions", "scaling", "longest"),
+    [
+        (40960, dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),
+        (40960, dict(type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),
+        (32768, dict(rope_type="yarn", factor=2.0), 65536),
+        (131072, dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),
+        (262144, dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 262144),
+        (1000, dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 1000),
+        (40960, dict(rope_type="linear", factor=4.0), 40960),
+        (40960, None, 40960),
+    ],
+)
+def test_yarn_lengthens_the_context(positions: int, scaling: dict[str, object] | None, longest: int) -> None:
+    """As Qwen's instructions for long texts: the file's own number stays, and rope_scaling is added."""
+    raw = (published_config("qwen3-8b") or {}) | dict(max_position_embeddings=positions, rope_scaling=scaling)
+    assert ModelConfig.from_json(raw).max_position_embeddings == longest
 
 
 def test_correction_range_of_yarn_is_rounded_unless_truncate_is_false() -> None:

@@ -218,6 +218,26 @@ def mistral(rng: random.Random) -> Any:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**s))
 
 
+def qwen2(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), use_sliding_window=rng.random() < 0.5)
+    s |= dict(sliding_window=rng.choice([5, 16]), max_window_layers=rng.choice([0, 1]))
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**s))
+
+
+def seed_oss(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), head_dim=rng.choice([None, 10, 16]))
+    s |= dict(attention_bias=rng.random() < 0.7, pad_token_id=0)
+    s |= dict(attention_out_bias=s["attention_bias"] and rng.random() < 0.5)
+    return transformers.SeedOssForCausalLM(transformers.SeedOssConfig(**s))
+
+
+def granite(rng: random.Random) -> Any:
+    s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
+    s |= dict(embedding_multiplier=rng.choice([1.0, 12.0]), residual_multiplier=rng.choice([1.0, 0.22]))
+    s |= dict(attention_multiplier=rng.choice([0.1, 0.5]), logits_scaling=rng.choice([1.0, 6.0]))
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**s))
+
+
 def qwen3(rng: random.Random) -> Any:
     s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
     s |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=rng.choice([5, 16]))
@@ -229,7 +249,7 @@ def smollm3(rng: random.Random) -> Any:
     s = grouped(rng) | dict(rope_parameters=scaled_rope(rng), attention_bias=rng.random() < 0.5)
     s |= dict(num_hidden_layers=3, no_rope_layer_interval=rng.choice([2, 3]), pad_token_id=0)
     s |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=rng.choice([5, 16]))
-    s |= dict(no_rope_layers=rng.choice([None, None, [1, 0, 0], [0, 1, 0]]))
+    s |= dict(no_rope_layers=rng.choice([None, None, [1, 0, 0], [0, 1, 0], [1, 1, 1]]))
     return transformers.SmolLM3ForCausalLM(transformers.SmolLM3Config(**s))
 
 
@@ -240,6 +260,37 @@ def qwen3_moe(rng: random.Random) -> Any:
     s |= dict(head_dim=rng.choice([8, 20]), attention_bias=rng.random() < 0.5)
     s |= dict(use_sliding_window=rng.random() < 0.3, sliding_window=rng.choice([5, 16]))
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**s))
+
+
+def qwen2_moe(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng) | dict(rope_parameters=scaled_rope(rng), qkv_bias=rng.random() < 0.7)
+    s |= dict(moe_intermediate_size=rng.choice([16, 24]), norm_topk_prob=rng.random() < 0.5)
+    s |= dict(mlp_only_layers=rng.choice([[], [0], [1]]), decoder_sparse_step=rng.choice([1, 1, 2]))
+    s |= dict(use_sliding_window=rng.random() < 0.5, sliding_window=rng.choice([5, 16]))
+    s |= dict(max_window_layers=rng.choice([1, 2, 28]))
+    s |= dict(shared_expert_intermediate_size=rng.choice([12, 24]))
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**s))
+
+
+def dots1(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "n_routed_experts") | dict(rope_parameters=scaled_rope(rng))
+    s |= dict(moe_intermediate_size=rng.choice([16, 24]), n_shared_experts=rng.choice([1, 2]))
+    s |= dict(first_k_dense_replace=rng.choice([0, 1]), routed_scaling_factor=rng.choice([1.0, 2.5]))
+    s |= dict(norm_topk_prob=rng.random() < 0.7, n_group=rng.choice([1, 1, 2]))
+    s |= dict(topk_group=rng.randint(1, s["n_group"]), attention_bias=rng.random() < 0.5)
+    s |= dict(num_experts_per_tok=min(s["num_experts_per_tok"], s["topk_group"] * 2))
+    s |= dict(sliding_window=rng.choice([None, 5, 16]), max_window_layers=rng.choice([0, 1, 62]))
+    return transformers.Dots1ForCausalLM(transformers.Dots1Config(**s))
+
+
+def solar_open(rng: random.Random) -> Any:
+    s = grouped(rng) | routed(rng, "n_routed_experts") | dict(head_dim=rng.choice([8, 16]))
+    s |= dict(rope_parameters=scaled_rope(rng))
+    s |= dict(moe_intermediate_size=rng.choice([16, 24]), n_shared_experts=rng.choice([1, 2]))
+    s |= dict(attention_bias=rng.random() < 0.5, routed_scaling_factor=rng.choice([1.0, 2.5]))
+    s |= dict(norm_topk_prob=rng.random() < 0.7)
+    del s["intermediate_size"]
+    return transformers.SolarOpenForCausalLM(transformers.SolarOpenConfig(**s))
 
 
 def glm4_moe(rng: random.Random) -> Any:
@@ -306,17 +357,39 @@ def qwen3_next(rng: random.Random) -> Any:
     return transformers.Qwen3NextForCausalLM(transformers.Qwen3NextConfig(**s))
 
 
-def qwen3_5_moe(rng: random.Random) -> Any:
-    """In its wrapper with a vision tower, as released."""
-    text = hybrid(rng)
-    del text["intermediate_size"]
-    tied = text.pop("tie_word_embeddings")
+def _with_vision(text: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(text_config, vision_config) of Qwen3.5's wrappers."""
     half = int(text["head_dim"] * text["rope_parameters"]["partial_rotary_factor"]) // 2
     text["rope_parameters"] |= dict(mrope_section=[half, 0, 0], mrope_interleaved=True)
     vision = dict(hidden_size=32, intermediate_size=32, depth=1, num_heads=2, patch_size=4)
     vision |= dict(out_hidden_size=text["hidden_size"], num_position_embeddings=16)
+    return text, vision
+
+
+def qwen3_5_moe(rng: random.Random) -> Any:
+    """In its wrapper with a vision tower, as released."""
+    text, vision = _with_vision(hybrid(rng))
+    del text["intermediate_size"]
+    tied = text.pop("tie_word_embeddings")
     config = transformers.Qwen3_5MoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     return transformers.Qwen3_5MoeForConditionalGeneration(config)
+
+
+def qwen3_5(rng: random.Random) -> Any:
+    """In its wrapper with a vision tower, as released."""
+    text, vision = _with_vision(hybrid(rng))
+    tied = text.pop("tie_word_embeddings")
+    for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        del text[name]
+    del text["shared_expert_intermediate_size"]
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
+def qwen3_5_text(rng: random.Random) -> Any:
+    config = qwen3_5(rng).config
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings
+    return transformers.Qwen3_5ForCausalLM(config.text_config)
 
 
 def qwen3_5_moe_text(rng: random.Random) -> Any:
@@ -444,20 +517,38 @@ def deepseek_v4(rng: random.Random, **changes: Any) -> Any:
     return transformers.DeepseekV4ForCausalLM(transformers.DeepseekV4Config(**settings | changes))
 
 
-DENSE = ("llama", "mistral", "qwen3", "smollm3")  # types without experts
+DENSE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "seed_oss",
+    "granite",
+    "qwen3_5",
+    "qwen3_5_text",
+)  # types without experts
 WHOLE_NORM = ("minimax_m2", "olmoe")  # that norm the queries of all heads together
 GROUPED: dict[str, Build] = {
     "llama": llama,
     "mistral": mistral,
+    "qwen2": qwen2,
     "qwen3": qwen3,
     "smollm3": smollm3,
+    "seed_oss": seed_oss,
+    "granite": granite,
+    "qwen2_moe": qwen2_moe,
     "qwen3_moe": qwen3_moe,
     "glm4_moe": glm4_moe,
     "minimax_m2": minimax_m2,
     "mixtral": mixtral,
     "olmoe": olmoe,
     "granitemoe": granitemoe,
+    "dots1": dots1,
+    "solar_open": solar_open,
     "qwen3_next": qwen3_next,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_text": qwen3_5_text,
     "qwen3_5_moe": qwen3_5_moe,
     "qwen3_5_moe_text": qwen3_5_moe_text,
     "gpt_oss": gpt_oss,

@@ -141,14 +141,28 @@ _GEMMA4 = {
     "layer_output_scale.weight": "layer_scalar",
 }
 _BESIDE = {f"ffn_{part}_exps": f"experts.{{}}.{part}_proj" for part in ("gate", "up", "down")}
+_TURNED = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
 ARCHITECTURES = {
     "llama": Names(
         {**_LAYER, **_SPARSE},
         _MIXTRAL,
-        {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"},
+        _TURNED,
         types=("llama", "mistral", "mixtral"),
     ),
+    "qwen2": Names(_LAYER, types=("qwen2",)),
+    "qwen2moe": Names({**_LAYER, **_GATE, **_SHARED}, _EXPERTS, types=("qwen2_moe",)),
     "qwen3": Names(_LAYER, types=("qwen3",)),
+    "smollm3": Names(_LAYER, turned=_TURNED, types=("smollm3",)),
+    "granite": Names(_LAYER, turned=_TURNED, types=("granite",)),
+    "granitemoe": Names(
+        {**_LAYER, "ffn_gate_inp": "block_sparse_moe.router.layer"},
+        {part: f"block_sparse_moe.{module.removeprefix('mlp.')}" for part, module in _EXPERTS.items()},
+        _TURNED,
+        types=("granitemoe",),
+    ),
+    "olmoe": Names({**_LAYER, **_GATE}, _EXPERTS, types=("olmoe",)),
+    "seed_oss": Names({**_LAYER, **_POST}, types=("seed_oss",)),
+    "dots1": Names({**_LAYER, **_V3}, _EXPERTS, types=("dots1",)),
     "qwen3moe": Names({**_LAYER, **_GATE}, _EXPERTS, types=("qwen3_moe",)),
     "deepseek2": Names(
         {**_LAYER, **_LATENT, **_V3}, _EXPERTS, types=("deepseek_v2", "deepseek_v3", "kimi_k2", "kimi_k25")
@@ -161,6 +175,12 @@ ARCHITECTURES = {
         around_zero=True,
         tiled=True,
         types=("qwen3_5_moe", "qwen3_5_moe_text"),
+    ),
+    "qwen35": Names(
+        {**_LAYER, **_DELTA, **_GATES, **_POST},
+        around_zero=True,
+        tiled=True,
+        types=("qwen3_5", "qwen3_5_text"),
     ),
     "qwen3next": Names(
         {**_LAYER, **_GATE, **_DELTA, **_SHARED, **_POST},

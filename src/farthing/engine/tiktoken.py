@@ -20,24 +20,10 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from farthing.tokenizer_gguf import KIMI
+
 VOCABULARY = "tiktoken.model"
 RESERVED = 256  # ids after the vocabulary; those without a name are `<|reserved_token_ID|>`
-# How Kimi cuts text before merging: Chinese characters apart, words with their case, up to three digits.
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PATTERN = "|".join(
-    (
-        r"[\p{Han}]+",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:
@@ -85,7 +71,7 @@ def convert(ranks: Mapping[bytes, int], named: Mapping[int, tuple[str, bool]]) -
             merges.append((text(parts[0]), text(parts[1])))
     vocabulary = {text(token): rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    split = pre_tokenizers.Split(Regex(KIMI), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, ByteLevel(add_prefix_space=False, use_regex=False)]
     )

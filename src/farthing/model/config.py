@@ -341,6 +341,7 @@ class ModelConfig:
             if raw.get("windowed"):
                 own = {**raw, **raw["windowed"]}
                 values |= {"windowed": read_grouped(own), "windowed_rope": read_rope(own)}
+            values["max_position_embeddings"] = _stretched(values["max_position_embeddings"], values["rope"])
             config = cls(**{**values, "attention": heads, "model_type": kind.name, "rounded_head": rounded})
             check_config(config)
         except ValueError as error:
@@ -437,6 +438,14 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw[experts] is not None:
         derived |= {name: checked.integer(raw, name) for name in _OF_EXPERTS}
     return derived
+
+
+def _stretched(positions: int, rope: RopeConfig) -> int:
+    """The longest context: YaRN's factor times the original one, if config.json names less, as in Qwen's
+    instructions for long texts. Fewer positions than the original context has are a limit that is meant."""
+    if rope.factor is None or rope.kind != "yarn" or positions < rope.original_max_position:
+        return positions
+    return min(max(positions, int(rope.original_max_position * rope.factor)), MOST["max_position_embeddings"])
 
 
 def _rounds_head(raw: Mapping[str, Any]) -> bool:

@@ -170,8 +170,40 @@ def _llama(m: Metadata) -> dict[str, Any]:
     return {"model_type": "mixtral", **_experts(m, "num_local_experts")}
 
 
-def _qwen3(m: Metadata) -> dict[str, Any]:
-    return {"model_type": "qwen3"}
+def _typed(model_type: str) -> Callable[[Metadata], dict[str, Any]]:
+    """Of an architecture without fields of its own."""
+    return lambda m: {"model_type": model_type}
+
+
+def _qwen2moe(m: Metadata) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2_moe",
+        **_experts(m, "num_experts"),
+        "moe_intermediate_size": m.whole("expert_feed_forward_length"),
+        "shared_expert_intermediate_size": m.whole("expert_shared_feed_forward_length"),
+        "norm_topk_prob": False,  # llama.cpp never does
+    }
+
+
+def _olmoe(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "olmoe", **_experts(m, "num_experts"), "norm_topk_prob": False}
+
+
+def _smollm3(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "smollm3", "no_rope_layer_interval": 4}  # as llama.cpp takes for granted
+
+
+def _granite(m: Metadata) -> dict[str, Any]:
+    named = {
+        "embedding_multiplier": "embedding_scale",
+        "residual_multiplier": "residual_scale",
+        "attention_multiplier": "attention.scale",
+        "logits_scaling": "logit_scale",
+    }
+    found = {ours: _shortest(m.own(theirs)) for ours, theirs in named.items() if m.own(theirs)}
+    if not m.own("expert_count"):
+        return {"model_type": "granite", **found}
+    return {"model_type": "granitemoe", **_experts(m, "num_local_experts"), **found}
 
 
 def _qwen3moe(m: Metadata) -> dict[str, Any]:
@@ -220,6 +252,10 @@ def _deepseek2(m: Metadata) -> dict[str, Any]:
     }
 
 
+def _dots1(m: Metadata) -> dict[str, Any]:
+    return {"model_type": "dots1", **_v3_experts(m), "layer_types": ["full_attention"] * m.layers()}
+
+
 def _glm4moe(m: Metadata) -> dict[str, Any]:
     share = m.whole("rope.dimension_count") / m.whole("attention.key_length")
     return {"model_type": "glm4_moe", "partial_rotary_factor": share, **_v3_experts(m)}
@@ -235,13 +271,20 @@ def _minimax_m2(m: Metadata) -> dict[str, Any]:
 
 
 def _qwen35moe(m: Metadata) -> dict[str, Any]:
-    values = m.whole("ssm.time_step_rank")
     return {
+        **_qwen35(m),
         "model_type": "qwen3_5_moe_text",
         **_experts(m, "num_experts"),
         "moe_intermediate_size": m.whole("expert_feed_forward_length"),
         "shared_expert_intermediate_size": m.whole("expert_shared_feed_forward_length"),
         "intermediate_size": None,
+    }
+
+
+def _qwen35(m: Metadata) -> dict[str, Any]:
+    values = m.whole("ssm.time_step_rank")
+    return {
+        "model_type": "qwen3_5_text",
         "partial_rotary_factor": m.whole("rope.dimension_count") / m.whole("attention.key_length"),
         "linear_conv_kernel_dim": m.whole("ssm.conv_kernel"),
         "linear_key_head_dim": m.whole("ssm.state_size"),
@@ -322,18 +365,27 @@ def _gemma4(m: Metadata) -> dict[str, Any]:
 
 _FIELDS: dict[str, Callable[[Metadata], dict[str, Any]]] = {
     "llama": _llama,
-    "qwen3": _qwen3,
+    "qwen2": _typed("qwen2"),
+    "qwen2moe": _qwen2moe,
+    "qwen3": _typed("qwen3"),
+    "smollm3": _smollm3,
+    "granite": _granite,
+    "granitemoe": _granite,
+    "olmoe": _olmoe,
+    "seed_oss": _typed("seed_oss"),
+    "dots1": _dots1,
     "qwen3moe": _qwen3moe,
     "deepseek2": _deepseek2,
     "glm4moe": _glm4moe,
     "minimax-m2": _minimax_m2,
+    "qwen35": _qwen35,
     "qwen35moe": _qwen35moe,
     "qwen3next": _qwen35moe,  # described without fused projections
     "gpt-oss": _gpt_oss,
     "gemma3": _gemma3,
     "gemma4": _gemma4,
 }
-_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35moe", "qwen3next")
+_PARTLY_ROTATED = ("deepseek2", "glm4moe", "minimax-m2", "qwen35", "qwen35moe", "qwen3next")
 
 
 def config_of(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: Any) -> dict[str, Any]:
@@ -366,7 +418,9 @@ def config_of(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: An
         "torch_dtype": "bfloat16",
         **_FIELDS[m.architecture](m),
     }
-    config["attention_bias"] = any(name.endswith("q_proj.bias") for name in tensors)
+    for field, module in (("attention_bias", "q_proj"), ("attention_out_bias", "o_proj")):
+        config[field] = any(name.endswith(f"{module}.bias") for name in tensors)
+    config["qkv_bias"] = config["attention_bias"]
     if m.value_heads() is not None:
         recurrent = [f"model.layers.{i}.linear_attn.in_proj_qkv.weight" in tensors for i in range(m.layers())]
         config["layer_types"] = ["linear_attention" if r else "full_attention" for r in recurrent]

@@ -45,13 +45,27 @@ def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
         **_rope(c.rope),
         **(_experts(c) if c.n_routed_experts else {}),
         **_recurrence(c),
+        **(_multipliers(c) if architecture.startswith("granite") else {}),
     }
     if any(c.windows):
         own["attention.sliding_window"] = max(c.windows)
-    if architecture == "qwen35moe":  # pairs take turns at three axes of a position, which are equal in text
+    if architecture in (
+        "qwen35",
+        "qwen35moe",
+    ):  # pairs take turns at three axes of a position, which are equal in text
         pairs = c.attention.rotary_width // 2
         own["rope.dimension_sections"] = [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]
     return {f"{architecture}.{name}": value for name, value in own.items()}
+
+
+def _multipliers(c: ModelConfig) -> dict[str, Any]:
+    """Granite's, as for branches of the residual that are not scaled: see `farthing.model.types.llama`."""
+    return {
+        "embedding_scale": c.embedding_scale,
+        "residual_scale": 1.0,
+        "attention.scale": c.attention.scale,
+        "logit_scale": 1.0 / c.logit_scale,
+    }
 
 
 def _heads(c: ModelConfig) -> dict[str, Any]:

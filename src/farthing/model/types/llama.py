@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from farthing.model.fields import flag, in_range, integer
+from farthing.model.fields import flag, in_range, integer, number, wrong
 from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding
 
 _INV_FREQ = Names(skipped=("*.rotary_emb.inv_freq",))
 DENSE: dict[str, Any] = {"n_routed_experts": None, "num_nextn_predict_layers": 0}
+QKV_BIAS: dict[str, Any] = {"attention_bias": True, "o_bias": False}  # Qwen2's
 
 
 def _llama(raw: Fields) -> Fields:
@@ -23,10 +24,50 @@ def _mistral(raw: Fields) -> Fields:
     return {**present(raw), **DENSE, **half_split(raw), **sliding({"sliding_window": 4096, **raw})}
 
 
-def _qwen3(raw: Fields) -> Fields:
+def qwen_windows(raw: Fields, switch: bool = True) -> dict[str, Any]:
+    """Layers from max_window_layers on have the window, unless layer_types says otherwise."""
     first = in_range("max_window_layers", raw.get("max_window_layers", 28), 0)
-    windows = sliding({"sliding_window": 4096, **raw}, switch=True, layers=lambda i: i >= first)
-    return {"head_dim": 128, **present(raw), **DENSE, **half_split(raw), "qk_norm": "head", **windows}
+    return sliding({"sliding_window": 4096, **raw}, switch=switch, layers=lambda i: i >= first)
+
+
+def _qwen2(raw: Fields) -> Fields:
+    return {**present(raw), **DENSE, **half_split(raw), **QKV_BIAS, **qwen_windows(raw)}
+
+
+def _qwen3(raw: Fields) -> Fields:
+    fixed = {"qk_norm": "head", **qwen_windows(raw)}
+    return {"head_dim": 128, **present(raw), **DENSE, **half_split(raw), **fixed}
+
+
+def _seed_oss(raw: Fields) -> Fields:
+    """The output has a bias of its own switch, off in released files."""
+    given = {"attention_bias": True, "attention_out_bias": False, **present(raw)}
+    bias, o_bias = (flag(name, given[name]) for name in ("attention_bias", "attention_out_bias"))
+    if o_bias and not bias:
+        raise wrong("attention_out_bias", True, "false where attention_bias is false")
+    sizes = {"head_dim": 128, "num_key_value_heads": 8}
+    return {**sizes, **present(raw), **DENSE, **half_split(raw), "attention_bias": bias, "o_bias": o_bias}
+
+
+def multipliers(raw: Fields) -> dict[str, Any]:
+    """Granite's: of the embedding, the residual branches, the scores and the logits.
+
+    A residual stream divided by residual_multiplier needs no multiplier of its branches: norms do not depend
+    on the scale of their input but for eps, which is divided by the square.
+    """
+    named = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+    embedding, residual, scores, logits = (number(n, raw.get(n, 1.0), above=0.0) for n in named)
+    eps = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0)
+    return {
+        "rms_norm_eps": eps / residual**2,
+        "embedding_scale": embedding / residual,
+        "attention_multiplier": scores,
+        "logit_scale": 1.0 / logits,
+    }
+
+
+def _granite(raw: Fields) -> Fields:
+    return {**present(raw), **DENSE, **half_split(raw), **multipliers(raw)}
 
 
 def _smollm3(raw: Fields) -> Fields:
@@ -55,6 +96,9 @@ _QWEN3_NAMES = Names(variants=(_headless,))
 TYPES = (
     ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, grouped=True),
     ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, grouped=True),
+    ModelType("qwen2", "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1", _qwen2, grouped=True),
     ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, grouped=True),
     ModelType("smollm3", "SmolLM3", _smollm3, grouped=True),
+    ModelType("seed_oss", "Seed-OSS 36B", _seed_oss, grouped=True),
+    ModelType("granite", "Granite 3.x, dense", _granite, grouped=True),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from farthing.model.fields import integer, number
+from farthing.model.fields import integer
 from farthing.model.types.base import (
     Fields,
     ModelType,
@@ -14,6 +14,7 @@ from farthing.model.types.base import (
     rotated_share,
     sliding,
 )
+from farthing.model.types.llama import multipliers
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
 
 _MLP = re.compile(r"(model\.layers\.\d+)\.mlp\.(.*)")
@@ -84,23 +85,7 @@ def _minimax_m2(raw: Fields) -> Fields:
 
 
 def _granitemoe(raw: Fields) -> Fields:
-    """Multipliers of the embedding, the residual branches, the scores and the logits.
-
-    A residual stream divided by residual_multiplier needs no multiplier of its branches: norms do not depend
-    on the scale of their input but for eps, which is divided by the square.
-    """
-    named = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-    embedding, residual, scores, logits = (number(n, raw.get(n, 1.0), above=0.0) for n in named)
-    eps = number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6), above=0.0)
-    fixed = {
-        "rms_norm_eps": eps / residual**2,
-        "embedding_scale": embedding / residual,
-        "attention_multiplier": scores,
-        "logit_scale": 1.0 / logits,
-        "norm_topk_prob": True,
-        **experts(raw, _COUNT),
-        **_width(raw),
-    }
+    fixed = {**multipliers(raw), "norm_topk_prob": True, **experts(raw, _COUNT), **_width(raw)}
     return {**present(raw), **SOFTMAX, **half_split(raw), **fixed}
 
 

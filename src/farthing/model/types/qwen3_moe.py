@@ -1,14 +1,25 @@
-"""Qwen3's mixtures, OLMoE and GLM-4.5: grouped-query attention with V3's layout of experts.
+"""Qwen2's and Qwen3's mixtures, OLMoE, GLM-4.5 and its relatives: grouped-query attention with V3's layout of
+experts.
 
 They differ in QK-norm, in the router and in which layers have experts.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, wrong
-from farthing.model.types.base import Fields, ModelType, half_split, present, rotated_share, sliding
+from farthing.model.types.base import (
+    Fields,
+    ModelType,
+    Names,
+    half_split,
+    present,
+    rotated_share,
+    sliding,
+)
+from farthing.model.types.llama import qwen_windows
 
 # A softmax over all experts, whose best are taken without a correction bias.
 SOFTMAX: dict[str, Any] = {
@@ -40,6 +51,31 @@ def sparse_layers(raw: Fields) -> dict[str, Any]:
     return {"dense_layers": [i for i in range(layers) if i in only or (i + 1) % step]}
 
 
+_SHARED = re.compile(r"\.mlp\.shared_experts\.")
+
+
+def shared_stored(name: str) -> str:
+    """The name of a tensor where the shared expert's are called `shared_expert`."""
+    return _SHARED.sub(".mlp.shared_expert.", name)
+
+
+def shared_expert(raw: Fields) -> dict[str, Any]:
+    """One shared expert with a gate of its own."""
+    width = integer(raw, "shared_expert_intermediate_size")
+    return {"n_shared_experts": 1, "shared_gate": True, "shared_intermediate_size": width}
+
+
+def _qwen2_moe(raw: Fields) -> Fields:
+    """Queries, keys and values have biases; a shared expert has a gate of its own."""
+    bias = flag("qkv_bias", raw.get("qkv_bias", True))
+    fixed: dict[str, Any] = {"attention_bias": bias, "o_bias": False, **sparse_layers(raw)}
+    fixed["norm_topk_prob"] = flag("norm_topk_prob", raw.get("norm_topk_prob", False))
+    most = in_range("max_window_layers", raw.get("max_window_layers", 28), 0)
+    windows = {"sliding_window": 4096, **raw}
+    fixed |= sliding(windows, switch=True, layers=lambda i: i % 2 == 0 and i < most)
+    return {**present(raw), **SOFTMAX, **experts(raw), **half_split(raw), **fixed, **shared_expert(raw)}
+
+
 def _qwen3_moe(raw: Fields) -> Fields:
     """norm_topk_prob is false if the field is absent, as in transformers; released files have it."""
     normalized = flag("norm_topk_prob", raw.get("norm_topk_prob", False))
@@ -66,8 +102,30 @@ def _glm4_moe(raw: Fields) -> Fields:
     return {**defaults, **present(raw), **half_split(raw), **fixed}
 
 
+def _dots1(raw: Fields) -> Fields:
+    """V3's experts behind heads with norms, in some layers with a window."""
+    fixed = {"qk_norm": "head", "num_nextn_predict_layers": 0}
+    fixed |= qwen_windows({"max_window_layers": 62, **raw}, switch=False)
+    defaults = {"first_k_dense_replace": 0, "norm_topk_prob": False}
+    return {**defaults, **present(raw), **half_split(raw), **fixed}
+
+
+def _solar_open(raw: Fields) -> Fields:
+    """GLM-4.5 without norms of heads; every layer has experts."""
+    fixed: dict[str, Any] = {"o_bias": False, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    fixed["intermediate_size"] = integer(raw, "moe_intermediate_size")  # of no layer
+    defaults = {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "n_shared_experts": 1}
+    return {**defaults, **present(raw), **half_split(raw, 1e6), **fixed}
+
+
+OWN_WORDS = {"shared_intermediate_size": "shared_expert_intermediate_size"}
 TYPES = (
+    ModelType(
+        "qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _qwen2_moe, Names(shared_stored), OWN_WORDS, grouped=True
+    ),
     ModelType("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B", _qwen3_moe, grouped=True),
     ModelType("glm4_moe", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _glm4_moe, grouped=True),
     ModelType("olmoe", "OLMoE", _olmoe, grouped=True),
+    ModelType("dots1", "dots.llm1", _dots1, grouped=True),
+    ModelType("solar_open", "Solar Open 100B", _solar_open, grouped=True),
 )

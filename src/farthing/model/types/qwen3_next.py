@@ -7,6 +7,7 @@ weights around zero, and the shared expert has a gate of its own.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from farthing.model.fields import in_range, integer, section, wrong
@@ -20,14 +21,21 @@ from farthing.model.types.base import (
     rotated_share,
     tied,
 )
-from farthing.model.types.qwen3_moe import SOFTMAX, experts, sparse_layers
+from farthing.model.types.qwen3_moe import (
+    OWN_WORDS,
+    SOFTMAX,
+    experts,
+    shared_expert,
+    shared_stored,
+    sparse_layers,
+)
 
 _KINDS = ("linear_attention", "full_attention")
-_SHARED = re.compile(r"\.mlp\.shared_experts\.")
 
 
 def _hybrid(raw: Fields, fused: bool) -> dict[str, Any]:
-    """What the types share. Layers are listed, or every full_attention_interval-th has attention."""
+    """What the types share but for experts. Layers are listed, or every full_attention_interval-th has
+    attention."""
     layers = integer(raw, "num_hidden_layers")
     every = integer({"full_attention_interval": 4, **present(raw)}, "full_attention_interval")
     kinds = per_layer(raw, "layer_types", _KINDS) or [_KINDS[(i + 1) % every == 0] for i in range(layers)]
@@ -39,42 +47,45 @@ def _hybrid(raw: Fields, fused: bool) -> dict[str, Any]:
         "output_gate": True,
         "norm_offset": 1.0,
         **rotated_share(raw, 0.25),
-        "n_shared_experts": 1,
-        "shared_gate": True,
-        "shared_intermediate_size": integer(raw, "shared_expert_intermediate_size"),
-        **experts(raw),
         "num_nextn_predict_layers": in_range(drafts, raw.get(drafts) or 0, 0, 64),
     }
 
 
 def _qwen3_next(raw: Fields) -> Fields:
     defaults = {"norm_topk_prob": True, "head_dim": 256, "num_key_value_heads": 2}
-    fixed = {**_hybrid(raw, True), **sparse_layers(raw)}
+    fixed = {**_hybrid(raw, True), **experts(raw), **shared_expert(raw), **sparse_layers(raw)}
     return {**defaults, **present(raw), **SOFTMAX, **half_split(raw), **fixed}
 
 
 def _qwen3_5_moe(raw: Fields) -> Fields:
     """Every layer has experts, whose weights are always normalized."""
-    fixed = {**_hybrid(raw, False), "norm_topk_prob": True}
+    fixed = {**_hybrid(raw, False), **experts(raw), **shared_expert(raw), "norm_topk_prob": True}
     fixed["intermediate_size"] = integer(raw, "moe_intermediate_size")  # of no layer
     defaults = {"head_dim": 256, "num_key_value_heads": 2}
     return {**defaults, **present(raw), **SOFTMAX, **half_split(raw), **fixed}
 
 
-def _nested(raw: Fields) -> Fields:
-    text = section(raw, "text_config")
-    if text.get("model_type") not in (None, "qwen3_5_moe_text"):
-        raise wrong("text_config.model_type", text.get("model_type"), "'qwen3_5_moe_text'")
-    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
-    return _qwen3_5_moe({**ids, **text, **tied(raw)})
+def _qwen3_5(raw: Fields) -> Fields:
+    """No layer has experts."""
+    defaults = {"head_dim": 256, "num_key_value_heads": 4}
+    return {**defaults, **present(raw), **half_split(raw), **_hybrid(raw, False), "n_routed_experts": None}
 
 
-def _stored(name: str) -> str:
-    return _SHARED.sub(".mlp.shared_expert.", name)
+def _nested(fields: Callable[[Fields], Fields], kind: str) -> Callable[[Fields], Fields]:
+    """Of a checkpoint with a vision tower."""
+
+    def read(raw: Fields) -> Fields:
+        text = section(raw, "text_config")
+        if text.get("model_type") not in (None, kind):
+            raise wrong("text_config.model_type", text.get("model_type"), repr(kind))
+        ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
+        return fields({**ids, **text, **tied(raw)})
+
+    return read
 
 
 def _under_language_model(name: str) -> str:
-    return re.sub(r"^model\.", "model.language_model.", _stored(name))
+    return re.sub(r"^model\.", "model.language_model.", shared_stored(name))
 
 
 _DRAFT = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc"}
@@ -86,7 +97,7 @@ def _drafts(layer: int, rest: str) -> str:
     own = next((part for part in _DRAFT if f"{rest}.".startswith(f"{part}.")), None)
     if own is not None:
         return f"mtp.{_DRAFT[own]}{rest[len(own) :]}"
-    return _stored(f"mtp.layers.{layer}.{rest}")
+    return shared_stored(f"mtp.layers.{layer}.{rest}")
 
 
 _VISION, _TEXT_ONLY = ("model.visual.*",), "the vision tower is not served; this model answers text only"
@@ -95,22 +106,36 @@ TYPES = (
         "qwen3_next",
         "Qwen3-Next-80B-A3B, Qwen3-Coder-Next",
         _qwen3_next,
-        Names(_stored, drafts=_drafts),
-        own_words={"shared_intermediate_size": "shared_expert_intermediate_size"},
+        Names(shared_stored, drafts=_drafts),
+        own_words=OWN_WORDS,
         grouped=True,
     ),
     ModelType(
         "qwen3_5_moe",
         "Qwen3.5 and 3.6 mixtures: 35B-A3B, 122B-A10B, 397B-A17B (text)",
-        _nested,
-        Names(_under_language_model, _VISION, _TEXT_ONLY, variants=(_stored,), drafts=_drafts),
+        _nested(_qwen3_5_moe, "qwen3_5_moe_text"),
+        Names(_under_language_model, _VISION, _TEXT_ONLY, variants=(shared_stored,), drafts=_drafts),
         grouped=True,
     ),
     ModelType(
         "qwen3_5_moe_text",
         "the text model of qwen3_5_moe on its own",
         _qwen3_5_moe,
-        Names(_stored, _VISION, _TEXT_ONLY, variants=(_under_language_model,), drafts=_drafts),
+        Names(shared_stored, _VISION, _TEXT_ONLY, variants=(_under_language_model,), drafts=_drafts),
+        grouped=True,
+    ),
+    ModelType(
+        "qwen3_5",
+        "Qwen3.5 and 3.6, dense: 0.8B to 27B (text)",
+        _nested(_qwen3_5, "qwen3_5_text"),
+        Names(_under_language_model, _VISION, _TEXT_ONLY, variants=(shared_stored,), drafts=_drafts),
+        grouped=True,
+    ),
+    ModelType(
+        "qwen3_5_text",
+        "the text model of qwen3_5 on its own",
+        _qwen3_5,
+        Names(shared_stored, _VISION, _TEXT_ONLY, variants=(_under_language_model,), drafts=_drafts),
         grouped=True,
     ),
 )

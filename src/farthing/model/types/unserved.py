@@ -1,24 +1,30 @@
-"""Popular model types that are not served, by what they would need. A type that is added leaves this list."""
+"""Model types that transformers knows and this engine does not serve, by what they would need.
+
+The lists are written by `python -m tests.model.unserved_types` from the installed transformers; tests compare
+them, every week with its newest version.
+"""
 
 from __future__ import annotations
 
-_NEEDS = {
-    "form of grouped-query attention is": (
-        "apertus", "arcee", "cohere", "cohere2", "dbrx", "ernie4_5", "ernie4_5_moe", "exaone4",
-        "exaone_moe", "gemma2", "gemma3n", "glm4", "glm4v_moe",
-        "granite", "hunyuan_v1_moe", "llama4", "llama4_text", "ministral", "olmo3", "phimoe",
-        "qwen2", "qwen2_moe", "qwen3_vl_moe", "seed_oss", "starcoder2",
-    ),
-    "linear attention is": ("kimi_linear", "minimax", "qwen3_5"),
-    "state-space layers are": (
-        "bamba", "falcon_h1", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h", "zamba2",
-    ),
-    "Engram memory, entries and indices shared between layers, two-level index and lagged hyper-connections "
-    "are": ("deepseek_v41",),
-}  # fmt: skip
-UNSERVED = {name: reason for reason, names in _NEEDS.items() for name in names}
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+FILE = Path(__file__).parents[2] / "assets" / "unserved.json"
+_LATER = {  # released before transformers has them
+    "deepseek_v41": "Engram memory, entries and indices shared between layers, two-level index and lagged "
+    "hyper-connections are",
+}
+
+
+@cache
+def unserved() -> Mapping[str, str]:
+    """Model type -> what it needs, as the subject of "... not served yet"."""
+    listed = json.loads(FILE.read_text(encoding="utf-8"))
+    return {name: needs for needs, names in listed.items() for name in names} | _LATER
 
 
 def why_unserved(name: object) -> str | None:
     """What a type needs, as the subject of "... not served yet"; None for a type that is not listed."""
-    return UNSERVED.get(name) if isinstance(name, str) else None
+    return unserved().get(name) if isinstance(name, str) else None
