@@ -56,7 +56,6 @@ def test_sentencepiece_merges_the_best_score_first() -> None:
         ("deepseek-coder", "Don't x=12", ["Don", "'", "t", "Ġx", "=", "1", "2"]),
         ("kimi-k2", "你好abc camelCase 1234", ["你好", "abc", "Ġcamel", "Case", "Ġ", "123", "4"]),
         ("seed-coder", "x!?\n 12", ["x", "!?", "\n", "Ġ", "1", "2"]),
-        ("smaug-bpe", "It's 1234", ["It", "'s", "Ġ", "123", "4"]),
     ],
 )
 def test_text_is_cut_before_merging(pre: str, text: str, expected: list[str]) -> None:

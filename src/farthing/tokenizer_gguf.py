@@ -81,7 +81,6 @@ _CUTS: dict[str, Callable[[], Any]] = {
     "gpt-2": _bytes,
     "smollm": _digits_apart,
     "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
-    "smaug-bpe": lambda: _words(r"\p{N}{1,3}"),
     "qwen2": lambda: _words(r"\p{N}"),
     "stablelm2": lambda: _words(r"\p{N}"),
     "qwen35": lambda: _split(_WITH_MARKS),
@@ -100,8 +99,9 @@ _CUTS: dict[str, Callable[[], Any]] = {
 _SAME = {
     "olmo": "gpt-2", "mellum": "gpt-2", "refact": "smollm", "starcoder": "smollm", "command-r": "smollm",
     "llama3": "llama-bpe", "llama-v3": "llama-bpe", "pixtral": "llama-bpe", "falcon3": "llama-bpe",
-    "dbrx": "smaug-bpe", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "hunyuan": "stablelm2",
-    "solar-open": "stablelm2", "hunyuan-dense": "deepseek-v3", "joyai-llm": "deepseek-v3", "llama4": "gpt-4o",
+    "smaug-bpe": "chatglm-bpe", "dbrx": "chatglm-bpe", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2",
+    "hunyuan": "stablelm2", "solar-open": "stablelm2", "hunyuan-dense": "deepseek-v3",
+    "joyai-llm": "deepseek-v3", "llama4": "gpt-4o",
 }  # fmt: skip
 _COMPOSED = ("qwen2",)  # their text is put into Unicode's composed form
 _WHOLE = ("llama-bpe", "glm4", "tekken")  # a word that is a token is taken whole, whatever its merges
@@ -199,7 +199,7 @@ def _described(tokens: list[str], fields: Mapping[str, Any]) -> dict[str, Any]:
 _PROBE = (
     "It's DON'T we'LL 1234567 a1b22 camelCase HTTPServer x=12;y+=3/4 你好，世界かな ελληνικά Привет "
     "e\u0301a\u0308   three   spaces\t\ttab\n\n  new\r\nline...!?  (a)[b]{c} <d>|e @f #g_h 🙂🙂 नमस्ते ١٢٣ "
-    "naïve \u00a0x /usr/bin\n"
+    "naïve \u00a0x /usr/bin\nend;\n"
 )
 
 

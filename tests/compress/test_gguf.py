@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -114,6 +115,34 @@ def test_a_compressed_checkpoint_keeps_its_integers(
         assert torch.equal(mine.quantized(), other.quantized())
         # Scales of 32 bits become those of 16.
         assert torch.allclose(other.dequantize(), mine.dequantize(), rtol=2.0**-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "export", "expected", "most"),
+    [
+        ("int4", "auto", "IQ4_NL", 0.2), ("int4", "llm-compressor", "Q4_0", 0.1),
+        ("int5", "auto", "Q5_0", 0.1), ("int8", "auto", "Q8_0", 0.1),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_recipe_is_exported(
+    name: str, export: str, expected: str, most: float, tied: bool, tmp_path: Path
+) -> None:
+    """The head, which recipes round while loading, is stored in 8 bits; the divergence is printed."""
+    source = write_model(tmp_path / "v3", num_nextn_predict_layers=0, tie_word_embeddings=tied)
+    small, out = tmp_path / "small", tmp_path / "small.gguf"
+    options = Options(gate=False, check_memory=False, export=export)
+    compress(with_tokenizer(source, 264), small, load_recipe(name), options)
+    done = CliRunner().invoke(app, ["export", str(small), str(out)])
+    assert done.exit_code == 0, done.output
+    stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out).tensors}
+    head = "token_embd.weight" if tied else "output.weight"
+    assert stored["blk.2.ffn_down_exps.weight"] == expected
+    rounded = config_of(Checkpoint.open(small)).rounded_head
+    assert stored[head] == ("Q8_0" if rounded else "F32")
+    assert rounded == (name != "int8")
+    found = re.findall(r"KL divergence from .*: (\d\.\d+) nats", done.output)
+    assert [float(kl) < most for kl in found] == [True], found
 
 
 def test_recommended_sampling_is_kept(quantizable: Path, tmp_path: Path) -> None:
@@ -399,11 +428,11 @@ def test_sentencepiece_is_written_as_scores() -> None:
     ("changes", "arguments", "message"),
     [
         (
-            {"model_type": "olmoe"},
+            {"model_type": "axk1"},
             [],
-            "model_type: got 'olmoe', which is not written as GGUF; expected llama",
+            "model_type: got 'axk1', which is not written as GGUF; expected llama",
         ),
-        ({}, ["--type", "q4_k"], "type: got 'q4_k'; expected q8_0, q4_0, iq4_nl, mxfp4, bf16"),
+        ({}, ["--type", "q4_k"], "type: got 'q4_k'; expected q8_0, q5_0, q4_0, iq4_nl, mxfp4, bf16"),
         ({"rope_interleave": False}, [], "can only say RopeConfig(theta=10000.0, factor=None"),
         ({"layer_sizes": [{}] * 3}, [], "its layers differ in size"),
     ],
@@ -416,8 +445,6 @@ def test_refusals_come_before_any_work(
     for file in quantizable.iterdir():
         (folder / file.name).symlink_to(file)
     raw = json.loads((quantizable / "config.json").read_text()) | changes
-    if changes.get("model_type") == "olmoe":
-        raw |= {"num_experts": 8}
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(raw))
     refused = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "out.gguf"), *arguments])

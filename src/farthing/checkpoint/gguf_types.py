@@ -18,6 +18,7 @@ from farthing.ops.weights import (
     nearest_of,
     quantize_int4,
     quantize_int8_groups,
+    round_to_grid,
     to_codes,
 )
 
@@ -182,7 +183,7 @@ def bits_held(kind: str) -> float:
 
 # Writing: blocks of 32 columns that share a scale of 16 bits, or of MXFP4 an exponent.
 
-WRITTEN = ("Q8_0", "Q4_0", "IQ4_NL", "MXFP4", "BF16")
+WRITTEN = ("Q8_0", "Q5_0", "Q4_0", "IQ4_NL", "MXFP4", "BF16")
 BLOCK = 32
 
 
@@ -194,7 +195,7 @@ def kind_for(weight: Weight) -> str:
         return "BF16"
     if weight.order is not None or weight.group_size % BLOCK or weight.zero_point is not None:
         return "Q8_0"  # 4 bits would be rounded once more
-    exact = next((kind for kind in ("Q4_0", "MXFP4") if FORMATS[kind][0] == weight.format), None)
+    exact = next((kind for kind in ("Q4_0", "Q5_0", "MXFP4") if FORMATS[kind][0] == weight.format), None)
     stored = INTEGERS.get(weight.format)
     return exact or ("IQ4_NL" if stored is not None and stored.codes else "Q8_0")
 
@@ -220,6 +221,11 @@ def encode(weight: Weight, kind: str) -> tuple[Bytes, bool]:
         head, exact = halves.unsqueeze(-1).view(torch.uint8), torch.equal(halves.float(), scale)
     if kind == "Q8_0":
         body = _less_zero(kept).reshape(*scale.shape, BLOCK).to(torch.int8).view(torch.uint8)
+    elif kind == "Q5_0":
+        u = (kept.quantized().view(*scale.shape, BLOCK) + 16).to(torch.uint8)
+        fifth = (u >> 4).view(*scale.shape, 4, 8) << torch.arange(8, dtype=torch.uint8)
+        low = u & 15
+        body = torch.cat((fifth.sum(-1).to(torch.uint8), low[..., :16] | low[..., 16:] << 4), -1)
     else:
         u = torch.stack((kept.data & 15, kept.data >> 4), -1).view(*scale.shape, BLOCK)
         body = u[..., : BLOCK // 2] | u[..., BLOCK // 2 :] << 4
@@ -263,6 +269,11 @@ def _rounded(values: Tensor, kind: str) -> Weight:
         return quantize_int8_groups(values, BLOCK)
     if kind == "Q4_0":
         return quantize_int4(values, BLOCK)
+    if kind == "Q5_0":
+        grid = round_to_grid(
+            values, BLOCK, (15.5, -15.5), lambda x, step: (x / step).round_().clamp_(-16, 15)
+        )
+        return Weight("q5_0", *grid)
     name = FORMATS[kind][0]
     values_of = INTEGERS[name].codes
     codes = sorted(set(values_of))

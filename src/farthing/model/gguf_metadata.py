@@ -144,8 +144,9 @@ def rotary_factors(rope: RopeConfig, width: int) -> NDArray[np.float32] | None:
     return factors
 
 
-# Not compared: what the tokenizer's fields have, and projections that are read as if they were not fused.
-_UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "recurrent")
+# Not compared: what the tokenizer's fields have, projections that are read as if they were not fused, and a
+# head that the file has rounded.
+_UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "recurrent", "rounded_head")
 
 
 def read_back(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _TOGETHER = 1 << 16  # values of a matrix that a core takes at once, or a block of rows of FP8
-_PRECISE = "Q8_0"  # of attention, embedding and head, where others are rounded to 4 bits
+_PRECISE = "Q8_0"  # of attention, embedding and head, where others are rounded to 4 or 5 bits
 _EXPERT = re.compile(r"(model\.layers\.\d+\.mlp\.experts)\.(\d+)\.(.*)\.(weight|bias)")
 _PRECISE_IN_LLAMA_CPP = ("mlp.gate.weight", "mlp.shared_expert_gate.weight")  # stored in float32
 
@@ -82,8 +82,8 @@ def block_of(kind: str) -> tuple[int, int]:
 class GgufTensors:
     """The tensors of a checkpoint under the architecture that its type has. Raises ConfigError for others.
 
-    kind: the type of dense and FP8 matrices; of types of 4 bits, only those of feed-forwards. None: that of
-    their own values.
+    kind: the type of dense and FP8 matrices; below 8 bits, of feed-forwards' alone. None: that of their own
+    values.
     """
 
     def __init__(self, checkpoint: Checkpoint, kind: str | None = None) -> None:
@@ -150,6 +150,9 @@ class GgufTensors:
         return changes_of(self._names, suffix if part.isdecimal() else part, count, self._values)
 
     def _kind_of(self, weight: Weight, module: str) -> str:
+        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        if self.config.rounded_head and module == head and not weight.shape[1] % BLOCK:
+            return _PRECISE  # as it is served
         if self._kind is None or weight.format not in ("dense", "fp8"):
             return kind_for(weight)
         if self._kind in PLAIN or weight.shape[1] % BLOCK:
