@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farthing.engine import sampler
-from farthing.engine.request import SamplingParams, positions
+from farthing.engine.request import RANGES, SMALLEST_TOP_P, SamplingParams, positions
 from farthing.engine.sampler import (
     PromptTokens,
     Row,
@@ -25,6 +25,8 @@ from farthing.engine.sampler import (
     stream_seed,
     uniform,
 )
+from farthing.ops.arrays import largest, logsumexp
+from farthing.ops.cpu import CpuOps
 from farthing.ops.sampling import invert
 
 V = 50
@@ -296,3 +298,61 @@ def test_contradictions_are_named() -> None:
         SamplingParams(min_tokens=9, max_tokens=3)
     with pytest.raises(ValueError, match="detokenize"):
         SamplingParams(stop="x", detokenize=False)
+
+
+class Logits:
+    """A head whose hidden states are the logits, on one kind of tensor."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.ops = CpuOps(1, arrays=isinstance(raw, np.ndarray))
+
+    def logits(self, hidden: Any) -> Any:
+        return hidden.copy() if isinstance(hidden, np.ndarray) else hidden.clone()
+
+    def top_logits(self, hidden: Any, k: int) -> Any:
+        return (*largest(hidden, k), logsumexp(hidden)[:, 0])
+
+    def greedy(self, hidden: Any) -> list[int]:
+        return hidden.argmax(-1).tolist()  # type: ignore[no-any-return]
+
+
+def edges(low: float, high: float, kind: type) -> st.SearchStrategy[Any]:
+    """The bounds of a field, and 0 and 1 where it accepts them."""
+    return st.sampled_from([kind(v) for v in (low, 0, 1, high) if low <= v <= high])
+
+
+FIELDS = {
+    name: edges(max(low, SMALLEST_TOP_P) if name == "top_p" else low, high, kind)
+    for name, low, high, kind in RANGES
+    if name not in ("n", "max_tokens", "min_tokens", "prompt_logprobs", "seed")
+}
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(2, 70),
+    st.fixed_dictionaries({}, optional=FIELDS | {"logit_bias": st.just({0: -100.0, 1: 100.0})}),
+    st.integers(0, 99),
+)
+@settings(max_examples=200)
+def test_arrays_and_tensors_give_the_same_tokens(
+    n: int, vocabulary: int, fields: dict[str, Any], seed: int
+) -> None:
+    """At every bound of every numeric field, in any combination."""
+    raw: Any = np.random.default_rng(seed).normal(size=(n, vocabulary)).astype(np.float32) * 3
+    params, results = SamplingParams(**fields), []
+    for hidden in (raw, torch.from_numpy(raw)):
+        head = Logits(hidden)
+        states = [SamplingState(params, seed + i, PromptTokens([0]), (1,)) for i in range(n)]
+        results.append(sample(head, hidden, [Row(state) for state in states], head.ops.sample))  # type: ignore[arg-type]
+    (tokens, table), (expected, same) = results
+    # A random number on the border of two tokens may fall to either.
+    assert tokens == expected or not params.greedy
+    assert all(0 <= token < vocabulary for token in tokens)
+    assert (table is None) == (same is None) == (params.logprobs is None)
+    if table is not None and same is not None:
+        least = 1 + min(params.logprobs or 0, vocabulary)
+        assert table.ids.shape == table.values.shape == same.ids.shape and table.ids.shape[1] >= least
+        np.testing.assert_allclose(table.values[:, 1:], same.values[:, 1:], atol=1e-4)
+        assert np.isfinite(table.values).all() and (table.ranks >= 1).all()

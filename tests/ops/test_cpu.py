@@ -366,6 +366,15 @@ def ops_again(ops: CpuOps) -> CpuOps:
     return CpuOps(threads_of(ops._native.isa), isa=ops._native.isa)
 
 
+@pytest.mark.parametrize("k", [7, 8, 64, 65])
+def test_top_logits_of_a_vocabulary_smaller_than_k(ops: CpuOps, ref: ReferenceOps, k: int) -> None:
+    w, x, scale = weight("bf16", 7, 64), torch.randn(3, 64), norm(64)
+    handle, expected = ops.pack_linear("h", lambda: [w]), ref.pack_linear("h", lambda: [w])
+    found, wanted = (o.top_logits(x, h, Norm(scale, EPS), k) for o, h in ((ops, handle), (ref, expected)))
+    assert found[1].shape == (3, 7) and torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("k", [1, 5, 100])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_top_logits(ops: CpuOps, ref: ReferenceOps, k: int, tokens: int) -> None:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from farthing.config import EngineConfig
 from farthing.conversation.scan import plain
 from farthing.engine.constraints import All, Constraint, ReasoningBudget, Vocabulary
@@ -79,8 +81,7 @@ class Admission:
         limits = params.structured_outputs, params.calls, params.reasoning, params.bad_words
         if any(limits) or params.allowed_token_ids is not None:
             matcher = self._constraint(params, client)
-        if matcher is not None:
-            self._check_first_token(params, matcher)
+        self._check_first_token(params, matcher)
         number = next(self._numbers)
         request = Request(
             request_id=request_id or f"request-{number}",
@@ -131,18 +132,21 @@ class Admission:
             if not isinstance(token, int) or not 0 <= token < self._vocab:
                 raise ValueError(f"{field} has {token!r}; expected a token id in [0, {self._vocab})")
 
-    def _check_first_token(self, params: SamplingParams, matcher: Constraint) -> None:
-        (allowed,) = matcher.masks([], self._vocab)
-        if params.min_tokens > 0:
-            allowed = allowed.copy()
-            allowed[list(self._ends(params))] = False
-        if not allowed.any():
+    def _check_first_token(self, params: SamplingParams, matcher: Constraint | None) -> None:
+        ends = self._ends(params) if params.min_tokens > 0 else ()
+        if matcher is None:
+            left = len(ends) < self._vocab
+        else:
+            (allowed,) = matcher.masks([], self._vocab)
+            left = bool(np.delete(allowed, list(ends)).any())
+        if not left:
             raise ValueError(no_token_left(params))
 
     def _ends(self, params: SamplingParams) -> tuple[int, ...]:
-        """Tokens that end a completion."""
+        """Tokens of the model that end a completion. A tokenizer may name others that the model lacks."""
         eos = frozenset() if params.ignore_eos else self._eos
-        return tuple(sorted(eos | frozenset(params.stop_token_ids or ())))
+        ends = eos | frozenset(params.stop_token_ids or ())
+        return tuple(sorted(token for token in ends if token < self._vocab))
 
     def _constraint(self, params: SamplingParams, client: str) -> Constraint | None:
         """All constraints on the next token, combined; None if there are none."""

@@ -222,7 +222,7 @@ class SamplingParams:
     probe: Literal["hidden"] | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high, kind in _RANGES:
+        for name, low, high, kind in RANGES:
             value = getattr(self, name)
             if value is None and name in _OPTIONAL:
                 continue
@@ -266,7 +266,7 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-_RANGES: tuple[tuple[str, float, float, type], ...] = (
+RANGES: tuple[tuple[str, float, float, type], ...] = (
     ("n", 1, 128, int),
     ("temperature", 0, 100, float),
     ("top_k", -1, 2**31, int),

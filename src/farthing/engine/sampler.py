@@ -190,7 +190,7 @@ def report(raw: Tensor, tokens: Sequence[int], top: int) -> Table:
     index = _index(tokens, raw)[:, None]
     own = gather(raw, index)
     above = (raw > own).sum(-1)
-    values, ids = largest(raw, min(top, raw.shape[1]))
+    values, ids = largest(raw, top)
     return _table(index, ids, values, own, above + 1)
 
 

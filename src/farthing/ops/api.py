@@ -552,7 +552,8 @@ class Ops(ABC):
 
     @abstractmethod
     def top_logits(self, x: Tensor, head: Handle, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The k largest logits: (values [T, k] float32, ids [T, k] int64, logsumexp of all [T] float32).
+        """The k largest logits, all of them if k exceeds V: (values [T, k] float32, ids [T, k] int64,
+        logsumexp of all [T] float32).
 
         Equal values are ordered by the smaller id.
         """

@@ -166,13 +166,16 @@ def where(condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row [n, V], in order: (values, ids int64), each [n, k]."""
+    """The k largest of every row [n, V], in order: (values, ids int64), each [n, min(k, V)]."""
     x_: Any = x
+    k = min(k, x_.shape[1])
     if not isinstance(x_, np.ndarray):
         values, ids = x.topk(k, dim=-1)
         return values, ids
-    part = np.argpartition(x_, x_.shape[1] - k, axis=1)[:, x_.shape[1] - k :] if k < x_.shape[1] else None
-    inner = x_ if part is None else np.take_along_axis(x_, part, 1)
+    if k == 0:  # there is no element to partition at
+        part: Any = np.empty((len(x_), 0), np.int64)
+    else:
+        part = np.argpartition(x_, x_.shape[1] - k, axis=1)[:, x_.shape[1] - k :]
+    inner = np.take_along_axis(x_, part, 1)
     order = np.argsort(-inner, axis=1, kind="stable")
-    top: Any = order if part is None else np.take_along_axis(part, order, 1)
-    return np.take_along_axis(inner, order, 1), top  # type: ignore[return-value]
+    return np.take_along_axis(inner, order, 1), np.take_along_axis(part, order, 1)  # type: ignore[return-value]

@@ -379,6 +379,7 @@ class CpuOps(PackingOps):
         return logits
 
     def top_logits(self, x: Tensor, head: Linear, norm: Norm, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        k = min(k, head.n)
         if k > MOST_FUSED_TOP:
             return _sorted(self.logits(x, head, norm), k)
         x, scale = _rows(x), vector(norm.weight)
