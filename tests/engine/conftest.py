@@ -19,14 +19,13 @@ from farthing.engine.speculation import Gate
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model
-from farthing.ops.select import select
-from farthing.ops.torch_util import make_batch
+from tests.served import form_for, next_logits, served_model
 from tests.tiny import tiny
 
 VOCAB = 320
 EOS = 1
 RAW = tiny(vocab_size=VOCAB, max_position_embeddings=256, num_nextn_predict_layers=1, eos_token_id=EOS)
+CONFIG = ModelConfig.from_json(RAW)
 MakeEngine = Callable[..., Engine]
 Greedy = Callable[[list[int], int], list[int]]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -80,7 +79,7 @@ class Guesses:
 def model() -> DecoderModel:
     """One dense layer, one MoE layer and an MTP layer."""
     torch.set_num_threads(1)
-    return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
+    return served_model(CONFIG)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +111,8 @@ def make_engine(model: DecoderModel, tokenizer: Tokenizer) -> Iterator[MakeEngin
 
     def make(with_tokenizer: bool = True, **config: Any) -> Engine:
         defaults = {"max_num_seqs": 8, "num_blocks": 64, "block_size": 4, "max_num_batched_tokens": 32}
-        engine = Engine(model, EngineConfig(**(defaults | config)), tokenizer if with_tokenizer else None)
+        options = EngineConfig(**(defaults | config))
+        engine = Engine(form_for(model, options), options, tokenizer if with_tokenizer else None)
         engines.append(engine)
         return engine
 
@@ -126,23 +126,15 @@ def make_engine(model: DecoderModel, tokenizer: Tokenizer) -> Iterator[MakeEngin
         assert engine.stats.integrity_failures == 0
 
 
-def next_logits(model: DecoderModel, tokens: list[int]) -> torch.Tensor:
-    """Logits [V] after `tokens`, from one pass over all of them, without the engine."""
-    cache = model.new_cache(num_blocks=32, block_size=16, dtype="float32")
-    count = len(tokens)
-    batch = make_batch([count], [0], [list(range(-(-count // 16)))], 16)
-    hidden = model.forward(torch.tensor(tokens), batch, cache)
-    return model.logits(hidden[-1:])[0]
-
-
 @pytest.fixture(scope="module")
-def greedy(model: DecoderModel) -> Greedy:
-    """The next `count` greedy tokens, each recomputed from scratch."""
-    return greedy_of(model)
+def greedy() -> Greedy:
+    """The next `count` greedy tokens, each recomputed from scratch by a second model, because the kernels run
+    one call at a time."""
+    return greedy_of(served_model(CONFIG))
 
 
 def greedy_of(model: DecoderModel) -> Greedy:
-    """`greedy` for a model without a running engine, or whose backend allows concurrent calls (reference)."""
+    """`greedy` for a model without a running engine."""
 
     @cache
     def computed(prompt: tuple[int, ...], count: int) -> list[int]:

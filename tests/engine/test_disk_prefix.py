@@ -16,8 +16,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import RequestOutput, SamplingParams
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model
-from farthing.ops.select import select
+from tests.served import form_for, served_model
 
 from .conftest import RAW
 from .test_sparse import TYPES, save
@@ -32,7 +31,7 @@ def model(request: pytest.FixtureRequest) -> DecoderModel:
     torch.set_num_threads(1)
     name: str = getattr(request, "param", "dense")
     raw = {"dense": RAW, **TYPES}[name]
-    model = random_model(ModelConfig.from_json(raw), select("reference"), seed=7)
+    model = served_model(ModelConfig.from_json(raw))
     model.ops.source = name
     return model
 
@@ -48,7 +47,7 @@ def start(model: DecoderModel, tmp_path: Path) -> Iterator[Start]:
     def make(directory: Path = tmp_path, **options: Any) -> Engine:
         fixed: dict[str, Any] = dict(max_num_seqs=4, num_blocks=64, block_size=4, max_num_batched_tokens=32)
         config = EngineConfig(prefix_cache_dir=str(directory), **(fixed | options))
-        engines.append(Engine(model, config))
+        engines.append(Engine(form_for(model, config), config))
         return engines[-1]
 
     yield make

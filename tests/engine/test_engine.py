@@ -13,8 +13,9 @@ from farthing.engine.request import (
     SamplingParams,
 )
 from farthing.model.decoder import DecoderModel
+from tests.served import next_logits, served_model
 
-from .conftest import GREEDY, Always, Greedy, MakeEngine, next_logits, tokens_of
+from .conftest import CONFIG, GREEDY, Always, Greedy, MakeEngine, tokens_of
 
 PROMPTS = [
     [5, 6, 7],
@@ -118,7 +119,8 @@ def test_completions_of_one_prompt_share_it(make_engine: MakeEngine) -> None:
     assert output.metrics.prefill_tokens == 40 + 2 * 4  # the others compute only the last block
 
 
-def test_logprobs_equal_those_of_the_model(make_engine: MakeEngine, model: DecoderModel) -> None:
+def test_logprobs_equal_those_of_the_model(make_engine: MakeEngine) -> None:
+    model = served_model(CONFIG)  # the kernels run one call at a time
     engine = make_engine()
     params = SamplingParams(
         temperature=0.7, seed=1, max_tokens=4, logprobs=3, prompt_logprobs=2, ignore_eos=True

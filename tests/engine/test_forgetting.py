@@ -24,6 +24,7 @@ from farthing.model.kinds import Sizing, cache_kinds
 from farthing.model.load import random_model
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
+from tests.served import served_model
 from tests.tiny import DEEPSEEK_V4
 
 from .conftest import GREEDY, RAW, VOCAB, Always, Greedy, Guesses, greedy_of, tokens_of
@@ -91,14 +92,14 @@ Start = Callable[..., Engine]
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest) -> DecoderModel:
     torch.set_num_threads(1)
-    found = random_model(ModelConfig.from_json(MODELS[request.param]), select("reference"), seed=7)
+    found = served_model(ModelConfig.from_json(MODELS[request.param]))
     found.ops.source = request.param
     return found
 
 
 @pytest.fixture(scope="module")
 def greedy(model: DecoderModel) -> Greedy:
-    return greedy_of(model)
+    return greedy_of(served_model(model.config))
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_rejected_and_accepted_drafts(start: Start, greedy: Greedy) -> None:
 def test_rejected_drafts_in_caches_of_8_bits(dtype: Any) -> None:
     """DeepSeek-V4's entries and open windows keep nothing of them: tokens equal those without drafts."""
     torch.set_num_threads(1)
-    model = random_model(ModelConfig.from_json(MODELS["compressed"]), select("reference"), seed=7)
+    model = served_model(ModelConfig.from_json(MODELS["compressed"]))
     options: dict[str, Any] = dict(max_num_seqs=4, num_blocks=96, block_size=4, kv_cache_dtype=dtype)
     sampled, found = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), []
     for speculate in (None, "ngram:4"):
@@ -254,7 +255,7 @@ def test_planned_bytes_are_those_that_are_allocated(model: DecoderModel, dtype: 
     config, sizes = resolve(EngineConfig(num_blocks=40, max_num_seqs=3, kv_cache_dtype=dtype), model)
     assert config.num_blocks and config.max_num_batched_tokens
     cache = model.new_cache(40, config.block_size, dtype, sizes.windows, sizes.slots)
-    held = sum(t.numel() * t.element_size() for kind in cache.by_kind() for t in kind)
+    held = sum(t.nbytes for kind in cache.by_kind() for t in kind)
     sizing = Sizing(cache_kinds(model.config), dtype, config.block_size, config.max_num_batched_tokens)
     assert sizing.used(40, sizing.sizes(3, sizing.checkpoints(3, 40))) == held
 

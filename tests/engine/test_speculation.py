@@ -20,9 +20,9 @@ from farthing.engine.sequence import Scheduled, Sequence
 from farthing.engine.speculation import Gate, Speculator, worthwhile
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model
+from tests.served import next_logits, served_model
 
-from .conftest import RAW, Always, MakeEngine, next_logits, tokens_of
+from .conftest import CONFIG, RAW, Always, MakeEngine, tokens_of
 
 pytestmark = pytest.mark.usefixtures("exact_on_amx")
 
@@ -154,8 +154,9 @@ def test_rejected_drafts_preserve_the_models_distribution(
     assert rate == pytest.approx(accepted, abs=5 * (accepted * (1 - accepted) / count) ** 0.5)
 
 
-def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine, model: DecoderModel) -> None:
+def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine) -> None:
     """The first draft, recomputed from scratch over the whole sequence."""
+    model = served_model(CONFIG, arrays=False)
     import torch
 
     from farthing.ops.torch_util import make_batch
@@ -174,7 +175,7 @@ def test_mtp_drafts_equal_those_of_the_layer(make_engine: MakeEngine, model: Dec
     # Near the end a sequence has no slot for the second draft.
     assert sum(len(proposed) == 2 for _, proposed in drafts) >= 5
     for tokens, proposed in drafts:
-        cache = model.new_cache(8, 16, "float32")
+        cache = model.new_cache(8, 16, model.ops.cache_dtype)
         count = len(tokens) - 1
         batch = make_batch([count], [0], [list(range(4))], 16)
         with torch.inference_mode():
@@ -351,7 +352,7 @@ def test_bad_speculate(value: str) -> None:
         EngineConfig(speculate=value)
 
 
-def test_mtp_without_the_layer_is_rejected(model: DecoderModel) -> None:
-    bare = random_model(ModelConfig.from_json(RAW | {"num_nextn_predict_layers": 0}), model.ops)
+def test_mtp_without_the_layer_is_rejected() -> None:
+    bare = served_model(ModelConfig.from_json(RAW | {"num_nextn_predict_layers": 0}))
     with pytest.raises(ValueError, match="the model has no MTP layer; expected 'ngram' or None"):
         Engine(bare, EngineConfig(speculate="mtp"))

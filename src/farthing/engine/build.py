@@ -82,9 +82,12 @@ def _without_torch(path: Path, config: EngineConfig) -> bool:
         return False
     if config.packed is None and (has_torch() or not numpy_reads(path)):
         return False
-    model = ModelConfig.from_directory(path)
-    apart = model.shortcut_experts or model.post_mlp_norm or model.query_scaling or model.index_topk
-    return not apart and "mtp" not in (config.speculate or "")
+    return runs_on_arrays(ModelConfig.from_directory(path)) and "mtp" not in (config.speculate or "")
+
+
+def runs_on_arrays(model: ModelConfig) -> bool:
+    """Whether every layer is part of one native call, so that tensors can be numpy arrays."""
+    return not (model.shortcut_experts or model.post_mlp_norm or model.query_scaling or model.index_topk)
 
 
 def _ops(config: EngineConfig, arrays: bool) -> Ops:
