@@ -3,12 +3,14 @@ tensors, in one thread of the CPU's kernels; with tensors of torch where the ser
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 
 _PACKED: dict[str, Path] = {}
-_CONFIGS: dict[DecoderModel, tuple[ModelConfig, int, str | None]] = {}
+_CONFIGS: WeakKeyDictionary[DecoderModel, tuple[ModelConfig, int, str | None]] = WeakKeyDictionary()
 
 
 def served_model(
@@ -59,6 +61,9 @@ def _with_torch(model: DecoderModel) -> DecoderModel:
     found = served_model(config, seed, dtype, arrays=False)
     found.ops.source = model.ops.source
     return found
+
+
+atexit.register(_with_torch.cache_clear)  # nanobind reports native weights that outlive the interpreter
 
 
 def next_logits(model: DecoderModel, tokens: list[int]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
+from tests.served import served_model
 from tests.tiny import GPT_OSS
 
 from .conftest import EOS, GREEDY, VOCAB, Greedy, MakeEngine, greedy_of, tokens_of
@@ -46,13 +47,13 @@ def built(backend: str = "cpu", **options: Any) -> DecoderModel:
 @pytest.fixture(scope="module")
 def model() -> DecoderModel:
     torch.set_num_threads(1)
-    return built()
+    return served_model(CONFIG, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def greedy() -> Greedy:
     """Greedy tokens of a second model, because the kernels run one call at a time."""
-    return greedy_of(built())
+    return greedy_of(served_model(CONFIG, dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +132,8 @@ def test_experts_on_the_host_give_the_same_logits(expected: dict[CacheDtype, tor
             ops.settle()
 
 
-def test_layers_of_several_windows_can_be_divided(model: DecoderModel) -> None:
+def test_layers_of_several_windows_can_be_divided() -> None:
+    model = built()
     ids, batch = torch.arange(20), make_batch([20], [0], [[2, 0, 1]], 8)
     h, cache = model.embed(ids), model.new_cache(3, 8)
     for layer in range(CONFIG.num_hidden_layers):
@@ -139,7 +141,8 @@ def test_layers_of_several_windows_can_be_divided(model: DecoderModel) -> None:
     assert torch.equal(h, model.forward(ids, batch, model.new_cache(3, 8)))
 
 
-def test_layers_run_in_one_call(model: DecoderModel) -> None:
+def test_layers_run_in_one_call() -> None:
+    model = built()
     assert model.stack is not None
     model.unstack()
     apart = hidden(model)

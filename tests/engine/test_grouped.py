@@ -24,6 +24,7 @@ from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
+from tests.served import served_model
 from tests.tiny import GLM4
 
 from .conftest import EOS, GREEDY, VOCAB, Always, Greedy, MakeEngine, greedy_of, tokens_of
@@ -43,13 +44,13 @@ def built(backend: str = "cpu", **options: Any) -> DecoderModel:
 @pytest.fixture(scope="module")
 def model() -> DecoderModel:
     torch.set_num_threads(1)
-    return built()
+    return served_model(CONFIG, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def greedy() -> Greedy:
     """Greedy tokens of a second model, because the kernels run one call at a time."""
-    return greedy_of(built())
+    return greedy_of(served_model(CONFIG, dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,8 @@ def test_layers_can_be_divided(backend: str) -> None:
     assert torch.equal(h, whole)
 
 
-def test_layers_run_in_one_call(model: DecoderModel) -> None:
+def test_layers_run_in_one_call() -> None:
+    model = built()
     assert model.stack is not None
     model.unstack()
     apart = hidden(model)

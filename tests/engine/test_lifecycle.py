@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from farthing.config import EngineConfig
+from farthing.engine.constraints import Refused
+from farthing.engine.core import MOST_FAILURES
 from farthing.engine.engine import Engine
 from farthing.engine.request import (
+    INTERNAL,
     EngineError,
     EngineFailed,
     EngineStopped,
@@ -104,15 +107,18 @@ def test_shutdown_aborts_and_is_idempotent(make_engine: MakeEngine) -> None:
         engine.submit([4])
 
 
-def test_failing_model_fails_every_stream_and_health(model: DecoderModel) -> None:
+def test_model_that_always_fails_ends_the_engine(model: DecoderModel) -> None:
     engine = Engine(model)
     engine._core.runner.forward = broken  # type: ignore[method-assign, assignment]
-    streams = [engine.submit([4]) for _ in range(2)]
-    for stream in streams:
-        with pytest.raises(EngineError, match="out of memory"):
-            stream.result()
+    for _ in range(MOST_FAILURES - 1):
+        with pytest.raises(EngineError, match=f"^{re.escape(INTERNAL)}$"):
+            engine.submit([4]).result()
+        engine.health()
+    with pytest.raises(EngineFailed, match="3 steps in a row could not be computed"):
+        engine.submit([4]).result()
     engine._thread.join(10)
-    with pytest.raises(EngineError, match="out of memory"):
+    assert engine.ended
+    with pytest.raises(EngineFailed, match="3 steps in a row"):
         engine.health()
     with pytest.raises(EngineError):
         engine.submit([4])
@@ -145,7 +151,7 @@ class Refusing:
         return np.ones((1, vocab), dtype=bool)
 
     def consume(self, token: int) -> None:
-        raise ValueError(f"token {token} refused")
+        raise Refused(f"token {token} refused")
 
 
 def test_invariants_are_checked_when_idle(make_engine: MakeEngine) -> None:
@@ -195,13 +201,20 @@ def test_step_beyond_its_timeout_is_unhealthy(make_engine: MakeEngine) -> None:
         (SamplingParams(max_tokens=1, prompt_logprobs=1), "layer 1's attention (model.layers.1.self_attn)"),
     ],
 )
-def test_logits_that_are_not_finite_name_the_layer(params: SamplingParams, where: str) -> None:
+def test_logits_that_are_not_finite_name_the_layer(
+    params: SamplingParams, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log. A client reads nothing of it, and the engine ends if no step succeeds in between."""
     broken = random_model(ModelConfig.from_json(RAW), select("reference"), seed=3)
     layer, part = int(where[6]), int("mlp" in where)
     broken.layers[layer][part].norm.weight[3] = float("nan")
-    expected = pytest.raises(EngineFailed, match=re.escape(f"output that is not finite is that of {where}"))
-    with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine, expected:
-        engine.submit(list(range(20, 40)), params).result()
+    with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine:
+        for _ in range(MOST_FAILURES - 1):
+            with pytest.raises(EngineError, match=f"^{re.escape(INTERNAL)}$"):
+                engine.submit(list(range(20, 40)), params).result()
+        with pytest.raises(EngineFailed):
+            engine.submit(list(range(20, 40)), params).result()
+    assert f"the first output that is not finite is that of {where}" in caplog.text
 
 
 def test_engine_survives_callers_that_no_longer_wait(make_engine: MakeEngine) -> None:

@@ -12,8 +12,7 @@ pytest.importorskip("farthing._native")
 from farthing.engine.request import SamplingParams
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model
-from farthing.ops.select import select
+from tests.served import served_model
 from tests.tiny import QWEN3_NEXT
 
 from .conftest import EOS, VOCAB, Always, Greedy, MakeEngine, greedy_of, tokens_of
@@ -24,20 +23,16 @@ CONFIG = ModelConfig.from_json(QWEN3_NEXT | MORE)
 LONG = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
-def built() -> DecoderModel:
-    return random_model(CONFIG, select("cpu", torch.float32, 1), seed=7)
-
-
 @pytest.fixture(scope="module")
 def model() -> DecoderModel:
     torch.set_num_threads(1)
-    return built()
+    return served_model(CONFIG, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def greedy() -> Greedy:
     """Greedy tokens of a second model, because the kernels run one call at a time."""
-    return greedy_of(built())
+    return greedy_of(served_model(CONFIG, dtype="float32"))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import json
 import re
 import threading
@@ -41,11 +42,10 @@ from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model
-from farthing.ops.select import select
 from farthing.server.config import ServerConfig
 from farthing.server.run import Server, listen, make_server
 from farthing.server.service import Service
+from tests.served import form_for, served_model
 from tests.tiny import tiny
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
@@ -73,7 +73,10 @@ def tokenizer(chat_template: str | None = None) -> Tokenizer:
 def tiny_model() -> DecoderModel:
     """A dense and a MoE layer with random weights."""
     torch.set_num_threads(1)
-    return random_model(ModelConfig.from_json(RAW), select("reference"), seed=7)
+    return served_model(ModelConfig.from_json(RAW))
+
+
+atexit.register(tiny_model.cache_clear)  # nanobind reports native weights that outlive the interpreter
 
 
 def letters(text: str, size: int = 1) -> list[str]:
@@ -85,7 +88,8 @@ def letters(text: str, size: int = 1) -> list[str]:
 def tiny_engine(**config: Any) -> Engine:
     """The real engine on the tiny model; the caller shuts it down."""
     defaults = {"max_num_seqs": 64, "num_blocks": 1024, "block_size": 4, "max_num_batched_tokens": 256}
-    return Engine(tiny_model(), EngineConfig(**(defaults | config)), tokenizer())
+    options = EngineConfig(**(defaults | config))
+    return Engine(form_for(tiny_model(), options), options, tokenizer())
 
 
 def _certain(token: int) -> Position:

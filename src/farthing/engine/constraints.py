@@ -16,6 +16,10 @@ from farthing.engine.request import ReasoningParams
 Masks = NDArray[np.bool_]
 
 
+class Refused(ValueError):
+    """The request's own limits end it: no token is left, or its grammar takes too long."""
+
+
 class Constraint(Protocol):
     """A constraint on the continuation of a completion."""
 
@@ -24,7 +28,7 @@ class Constraint(Protocol):
         """Nothing may follow any more."""
 
     def consume(self, token: int) -> None:
-        """Advance. Raises ValueError if the token is not allowed."""
+        """Advance. Raises Refused if the token is not allowed."""
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """How many of `tokens` are allowed from here."""
@@ -65,14 +69,14 @@ class ReasoningBudget:
         return not self._inside and self._answer is not None and self._answer.stopped
 
     def consume(self, token: int) -> None:
-        """Advance. Raises ValueError if the token is not allowed."""
+        """Advance. Raises Refused if the token is not allowed."""
         if not self._inside:
             if self._answer is not None:
                 self._answer.consume(token)
             return
         forced = self._forced()
         if forced not in (None, token):
-            raise ValueError(f"reasoning: token {token} exceeds the budget of {self._params.budget}")
+            raise Refused(f"reasoning: token {token} exceeds the budget of {self._params.budget}")
         self._step(token)
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
@@ -248,7 +252,7 @@ class All:
         return any(part.stopped for part in self._parts)
 
     def consume(self, token: int) -> None:
-        """Advance. Raises ValueError if the token is not allowed."""
+        """Advance. Raises Refused if the token is not allowed."""
         for part in self._parts:
             part.consume(token)
 

@@ -2,26 +2,32 @@
 
 The scheduler plans, the runner computes hidden states, and the sampler draws tokens. Matching drafts are
 accepted, completions receive their tokens and may end, and the speculator drafts for the next step.
+
+An exception in one request's part of a step (its tokens, its grammar, its text, its delivery) ends that
+request. Any other one ends the requests of the step, and all others are computed again in an empty cache.
+Where that happens in several steps in a row, the engine ends.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from farthing.engine.constraints import Refused
 from farthing.engine.generation import Generation, RequestState
 from farthing.engine.pace import Pace
 from farthing.engine.request import (
+    INTERNAL,
     EngineError,
+    EngineFailed,
     FinishReason,
     Position,
     RequestAtFault,
     RequestOutput,
-    RequestStream,
     deliver,
     positions,
 )
@@ -73,8 +79,10 @@ class Divided:
 log = logging.getLogger(__name__)
 
 _PROMPT_ROWS = 128  # prompt positions per chunk of logits
+MOST_FAILURES = 3  # steps in a row that fail before the engine ends
 
-Delivery = tuple[RequestStream, RequestOutput | EngineError]
+Delivery = tuple[RequestState, RequestOutput | EngineError]
+Faults = dict[Generation, Exception]  # of a step, by the completion at whose turn they were raised
 
 
 class EngineCore:
@@ -104,6 +112,9 @@ class EngineCore:
         stats.scheduler = lambda: self.scheduler.gauges()
         self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
         self._probes = 0  # of them, those with a probe
+        self._planned: Seq[Scheduled[Generation]] = ()  # what the step in progress computes
+        self._failures = 0  # steps in a row that failed
+        self._failed_drafts = 0  # times in a row that drafting failed
 
     def add(self, state: RequestState) -> None:
         """Queue a request's first completion; the others follow once the prompt is in the prefix cache."""
@@ -112,28 +123,83 @@ class EngineCore:
         self._probes += state.request.params.probe is not None
         if state.request.params.prompt_logprobs is not None:
             state.prompt_logprobs = [None]
-        self.scheduler.add(state.generations[0])
+        try:
+            self.scheduler.add(state.generations[0])
+        except Exception as error:
+            self._fault(state, error)
 
     def cancel(self, state: RequestState, reason: FinishReason = "abort") -> None:
         """End a request now and deliver its output so far. No effect on a finished request."""
         if state.unfinished == 0:
             return
-        for gen in state.generations:
-            if gen.finish_reason is None:
-                gen.abort(reason)
-                self._retire(gen)
-        deliver([(state.stream, state.output(state.generations))])
+        try:
+            for gen in state.generations:
+                if gen.finish_reason is None:
+                    gen.abort(reason)
+                    self._retire(gen)
+            output = state.output(state.generations)
+        except Exception as error:
+            self._fault(state, error)
+        else:
+            self._deliver([(state, output)])
 
     def fail(self, state: RequestState, error: EngineError) -> None:
         """End a request with an error."""
         if state.unfinished == 0:
             return
         for gen in state.generations:
-            if gen.finish_reason is None:
-                gen.abort("error")
+            if gen.status is not Status.FINISHED:
+                gen.finish_reason = "error"
                 self._retire(gen)
         error.metrics = replace(state.metrics)
-        deliver([(state.stream, error)])
+        self._deliver([(state, error)])
+
+    def _fault(self, state: RequestState, error: Exception) -> None:
+        """End a request after an exception in its own part of the work. The others go on."""
+        if isinstance(error, Refused):
+            reason: EngineError = RequestAtFault(str(error))
+        else:
+            log.error("%s failed", state.request.request_id, exc_info=error)
+            reason = EngineError(INTERNAL)
+            for gen in state.generations:
+                gen.tainted = True
+        try:
+            self.fail(state, reason)
+        except Exception as worse:  # the scheduler does not know its sequences
+            self._recover(worse, [state])
+
+    def _recover(self, error: Exception, ended: Iterable[RequestState]) -> None:
+        """Go on after an exception that may have left plans, blocks and caches in any state, without the
+        requests `ended`. Raises EngineFailed where that would not help."""
+        self._failures += 1
+        if (failure := self.runner.model.failure()) is not None:
+            raise EngineFailed(f"engine failed: {failure}") from error
+        if self._failures >= MOST_FAILURES:
+            raise EngineFailed(
+                f"engine failed: {self._failures} steps in a row could not be computed"
+            ) from error
+        log.error("a step failed; its requests end, and others are computed again", exc_info=error)
+        self.stats.failed_steps += 1
+        # Whatever breaks the scheduler a second time waits or runs: nothing shows which one it is.
+        self._renew(set(ended) or (self.live() if self._failures > 1 else ()))
+
+    def _renew(self, ended: Iterable[RequestState]) -> None:
+        """Begin again with an empty cache: these requests end, and others are computed from their first
+        token, which gives the same tokens."""
+        self._planned, self._divided = (), None
+        unfinished = [gen for state in self._live for gen in state.generations if gen.finish_reason is None]
+        begun = [gen for gen in unfinished if gen.status in (Status.WAITING, Status.RUNNING)]
+        for state in self._live:
+            for gen in state.generations:
+                if gen.status is not Status.FINISHED:
+                    gen.reset()
+                    gen.status = Status.NEW
+        self.scheduler = self.scheduler.renewed()
+        for state in ended:
+            self.fail(state, EngineError(INTERNAL))
+        for gen in begun:
+            if gen.status is Status.NEW:
+                self.scheduler.add(gen)
 
     def live(self) -> list[RequestState]:
         """Unfinished requests."""
@@ -141,9 +207,22 @@ class EngineCore:
 
     def step(self) -> bool:
         """Compute one step and deliver its outputs. False if there is nothing to do. The caller turns
-        gradients off."""
+        gradients off. Raises EngineFailed if no further step can be computed."""
+        self._planned = ()
+        try:
+            computed = self._step()
+        except EngineFailed:
+            raise
+        except Exception as error:
+            self._recover(error, {item.seq.parent for item in self._planned})
+            return True
+        if computed:
+            self._failures = 0
+        return computed
+
+    def _step(self) -> bool:
         began = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self._planned = self.scheduler.schedule()
         if not plan and self._divided is None:
             return False
         if self.scheduler.others:
@@ -158,6 +237,7 @@ class EngineCore:
         if now:
             step = self.runner.prepare(now)
             self._complete(now, step, self.runner.forward(step), began)
+        self._planned = () if self._divided is None else self._divided.plan
         interference = self.scheduler.interference
         if self._divided is not None:
             # A divided prompt advances after this step's own work, unless that used the time that decoding
@@ -179,25 +259,57 @@ class EngineCore:
 
         whole: the plan was computed in one step, so its duration says how long such steps take.
         """
-        try:
-            tokens, logprobs = self._sample(plan, step, hidden)
-            if any(item.seq.scored for item in plan):
-                self._prompt_logprobs(plan, step, hidden)
-        except NotFinite as broken:
-            raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
-        moved, failed = self._commit(plan, tokens, logprobs)
+        faults: Faults = {}
+        tokens, logprobs = self._sample(plan, step, hidden, faults)
+        if any(item.seq.scored for item in plan):
+            self._prompt_logprobs(plan, step, hidden, faults)
+        if faults:
+            self._judge(plan, step, faults)
+        moved = self._commit(plan, tokens, logprobs)
         if self.scheduler.others:
             self.scheduler.copy_states(self.runner.copy_states)
         if self._speculator is not None:
-            learn = self._speculator.after if whole else self._speculator.observe
-            learn(plan, step, hidden, time.perf_counter() - began)
+            self._speculate(self._speculator, plan, step, hidden, began, whole)
         seconds = time.perf_counter() - began
         if whole and self._pace is not None:
             self._pace.observe(*_counts(plan), seconds)
         self._account(plan, seconds)
         self._report(moved)
-        for state, error in failed:
-            self.fail(state, error)
+
+    def _judge(self, plan: list[Scheduled[Generation]], step: Step, faults: Faults) -> None:
+        """End the requests whose tokens could not be drawn or scored. Raises NotFinite if no row of the step
+        is finite, which says that the model is broken, or its cache, rather than a request."""
+        finite = [gen for gen, error in faults.items() if not isinstance(error, NotFinite)]
+        if not finite and all(item.seq in faults for item in plan if item.sample or item.seq.scored):
+            broken = next(iter(faults.values()))
+            raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
+        for gen, error in faults.items():
+            self._fault(gen.parent, error)
+
+    def _speculate(
+        self,
+        speculator: Speculator,
+        plan: list[Scheduled[Generation]],
+        step: Step,
+        hidden: Tensor,
+        began: float,
+        whole: bool,
+    ) -> None:
+        """Learn from a step and draft for the next one. Without drafts the tokens are the same, so that a
+        failure ends no request."""
+        learn = speculator.after if whole else speculator.observe
+        try:
+            learn(plan, step, hidden, time.perf_counter() - began)
+        except Exception:
+            self._failed_drafts += 1
+            log.exception("drafting failed; the next step has no drafts")
+            for item in plan:
+                item.seq.drafts = []
+            if self._failed_drafts == MOST_FAILURES:
+                log.error("speculation is off: drafting failed %d times in a row", MOST_FAILURES)
+                self._speculator = None
+        else:
+            self._failed_drafts = 0
 
     def _divide(self, plan: list[Scheduled[Generation]]) -> None:
         """Begin with prompts whose layers several steps compute."""
@@ -228,26 +340,53 @@ class EngineCore:
         self._divided = None
 
     def _sample(
-        self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor
-    ) -> tuple[list[int], list[Position] | None]:
-        """The tokens of a step, and their log-probabilities if a request wants some."""
+        self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor, faults: Faults
+    ) -> tuple[list[int], list[Position | None]]:
+        """The tokens of a step, and their log-probabilities where requests want some.
+
+        If that fails, it is tried for one sequence at a time, so that only those fail that cannot be sampled.
+        """
+        items = [item for item in plan if item.sample]
+        if not items:
+            return [], []
+        picked = hidden if step.sampled is None else hidden[step.sampled]
+        try:
+            return self._draw(items, picked)
+        except Exception:
+            if self.runner.model.failure() is not None:  # rather than the requests
+                raise
+        tokens: list[int] = []
+        found: list[Position | None] = []
+        for item in items:
+            count = 1 + len(item.drafts)
+            own = picked[len(tokens) : len(tokens) + count]
+            try:
+                drawn, entries = self._draw([item], own)
+            except Exception as error:
+                faults[item.seq] = error
+                drawn, entries = [0] * count, [None] * count
+            tokens += drawn
+            found += entries
+        return tokens, found
+
+    def _draw(
+        self, items: list[Scheduled[Generation]], picked: Tensor
+    ) -> tuple[list[int], list[Position | None]]:
+        """The same for the sequences that picked [n, D] belongs to."""
         rows = [
             Row(item.seq.sampling, item.drafts, ahead)
-            for item in plan
-            if item.sample
+            for item in items
             for ahead in range(1 + len(item.drafts))
         ]
-        if not rows:
-            return [], None
-        picked = hidden if step.sampled is None else hidden[step.sampled]
+        nothing: list[Position | None] = [None] * len(rows)
         if self._probes:
-            self._probe([item for item in plan if item.sample], picked)
+            self._probe(items, picked)
             if all(row.state.params.probe is not None for row in rows):
-                return [0] * len(rows), None  # spares the head
+                return [0] * len(rows), nothing  # spares the head
         tokens, table = sample(self.runner.model, picked, rows, self._pick)
         if table is None:
-            return tokens, None
-        return tokens, positions(table, [row.state.params.logprobs or 0 for row in rows], self._text)
+            return tokens, nothing
+        return tokens, [*positions(table, [row.state.params.logprobs or 0 for row in rows], self._text)]
 
     def _probe(self, plan: list[Scheduled[Generation]], picked: Tensor) -> None:
         """Read what requests want of their prompts' last tokens; picked: the rows to sample."""
@@ -265,16 +404,16 @@ class EngineCore:
 
     def check(self) -> None:
         """When idle: check invariants. A violation is logged and counted, and the cache starts empty."""
-        if self.scheduler.num_waiting:
-            return  # for the disk
+        if self.scheduler.prefetch.reading:
+            return
         try:
             self.scheduler.check()
             if not self.scheduler.unused or self._live:
                 raise IntegrityError("blocks or requests are still held while idle")
-        except IntegrityError:
+        except Exception:
             log.exception("engine invariants violated; dropping the prefix cache")
             self.stats.integrity_failures += 1
-            self.scheduler = self.scheduler.renewed()
+            self._renew(self.live())
 
     def _admitted(self, plan: list[Scheduled[Generation]]) -> None:
         now = time.time()
@@ -291,38 +430,41 @@ class EngineCore:
                 self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
 
     def _commit(
-        self, plan: list[Scheduled[Generation]], tokens: list[int], logprobs: list[Position] | None
-    ) -> tuple[list[Generation], list[tuple[RequestState, EngineError]]]:
-        """Append to each completion its sampled tokens, up to the first rejected draft."""
+        self, plan: list[Scheduled[Generation]], tokens: list[int], logprobs: list[Position | None]
+    ) -> list[Generation]:
+        """Append to each completion its sampled tokens, up to the first rejected draft. Returns those that
+        got some."""
         moved: list[Generation] = []
-        failed: list[tuple[RequestState, EngineError]] = []
         row = 0
         for item in plan:
-            gen = item.seq
-            if not gen.active:  # cancelled while its layers were computed
-                row += item.sample
+            gen, first = item.seq, row
+            row += (1 + len(item.drafts)) * item.sample
+            if not gen.active:  # cancelled while its layers were computed, or it has failed
                 continue
             if not item.sample:
                 self.scheduler.commit(item, [])
                 continue
-            taken: list[int] = []
             try:
-                for ahead in range(1 + len(item.drafts)):
-                    token = tokens[row + ahead]
-                    taken.append(token)
-                    ended = gen.push(token, None if logprobs is None else logprobs[row + ahead])
-                    if ended or ahead == len(item.drafts) or token != item.drafts[ahead]:
-                        break
-            except ValueError as error:
-                failed.append((gen.parent, RequestAtFault(str(error))))
-            row += 1 + len(item.drafts)
+                taken = self._take(item, tokens[first:row], logprobs[first:row])
+            except Exception as error:
+                self._fault(gen.parent, error)
+                continue
             self.scheduler.commit(item, taken)
             self.stats.generation_tokens += len(taken)
             gen.parent.metrics.decode_tokens += len(taken)
             if item.drafts:
                 self._count_drafts(item, len(taken) - 1)
             moved.append(gen)
-        return moved, failed
+        return moved
+
+    def _take(
+        self, item: Scheduled[Generation], tokens: list[int], logprobs: list[Position | None]
+    ) -> list[int]:
+        """Give a completion its tokens, up to the first rejected draft or its end."""
+        for ahead, (token, entry) in enumerate(zip(tokens, logprobs, strict=True)):
+            if item.seq.push(token, entry) or ahead == len(item.drafts) or token != item.drafts[ahead]:
+                return tokens[: ahead + 1]
+        raise AssertionError("a step samples a token more than it has drafts")
 
     def _count_drafts(self, item: Scheduled[Generation], accepted: int) -> None:
         metrics = item.seq.parent.metrics
@@ -334,26 +476,36 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.verified(item, accepted)
 
-    def _prompt_logprobs(self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor) -> None:
+    def _prompt_logprobs(
+        self, plan: list[Scheduled[Generation]], step: Step, hidden: Tensor, faults: Faults
+    ) -> None:
         began, count = time.perf_counter(), 0
         for item, row in zip(plan, step.starts, strict=False):
-            state = item.seq.parent
-            entries, top = state.prompt_logprobs, state.request.params.prompt_logprobs
-            if entries is None or top is None or len(entries) >= item.seq.num_prompt:
+            if not item.seq.scored or item.seq in faults:
                 continue
-            # The row of position p predicts token p + 1. After a preemption some entries exist already.
-            first = len(entries) - 1
-            stop = min(item.start + item.count, item.seq.num_prompt - 1)
-            for p in range(first, stop, _PROMPT_ROWS):
-                end = min(p + _PROMPT_ROWS, stop)
-                at = row + p - item.start
-                raw = self.runner.model.logits(hidden[at : at + end - p])
-                require_finite(raw)
-                table = report(log_softmax(raw), item.seq.tokens[p + 1 : end + 1], top)
-                entries.extend(positions(table, [top] * (end - p), self._text))
-            count += max(0, stop - first)
+            try:
+                count += self._score(item, hidden[row : row + item.count])
+            except Exception as error:
+                faults[item.seq] = error
         if count and self._pace is not None:
             self._pace.observe_scores(count, time.perf_counter() - began)
+
+    def _score(self, item: Scheduled[Generation], hidden: Tensor) -> int:
+        """Log-probabilities of a prompt's tokens, from hidden [T, D]; returns how many."""
+        state = item.seq.parent
+        entries, top = state.prompt_logprobs, state.request.params.prompt_logprobs
+        if entries is None or top is None or len(entries) >= item.seq.num_prompt:
+            return 0
+        # The row of position p predicts token p + 1. After a preemption some entries exist already.
+        first = len(entries) - 1
+        stop = min(item.start + item.count, item.seq.num_prompt - 1)
+        for p in range(first, stop, _PROMPT_ROWS):
+            end = min(p + _PROMPT_ROWS, stop)
+            raw = self.runner.model.logits(hidden[p - item.start : end - item.start])
+            require_finite(raw)
+            table = report(log_softmax(raw), item.seq.tokens[p + 1 : end + 1], top)
+            entries.extend(positions(table, [top] * (end - p), self._text))
+        return max(0, stop - first)
 
     def _account(self, plan: list[Scheduled[Generation]], seconds: float) -> None:
         """Attribute the step's wall time to its tokens."""
@@ -379,7 +531,23 @@ class EngineCore:
         now = time.time()
         news: dict[RequestState, list[Generation]] = {}
         for gen in moved:
-            state, metrics = gen.parent, gen.parent.metrics
+            if gen.parent.unfinished:  # it may have failed after it got its tokens
+                news.setdefault(gen.parent, []).append(gen)
+        items: list[Delivery] = []
+        for state, gens in news.items():
+            try:
+                output = self._news(state, gens, now)
+            except Exception as error:
+                self._fault(state, error)
+                continue
+            if output is not None:
+                items.append((state, output))
+        self._deliver(items)
+
+    def _news(self, state: RequestState, gens: list[Generation], now: float) -> RequestOutput | None:
+        """What to deliver after completions of a request got tokens; None: nothing yet."""
+        metrics = state.metrics
+        for gen in gens:
             if metrics.first_token_time == 0.0:
                 metrics.first_token_time = now
                 self.stats.ttft.observe(now - metrics.arrival_time)
@@ -389,16 +557,22 @@ class EngineCore:
                 self.stats.itl.observe(now - gen.last_token_time)
             gen.last_token_time = now
             metrics.preemptions = sum(g.preemptions for g in state.generations)
-            news.setdefault(state, []).append(gen)
             if gen.finish_reason is not None:
                 self._retire(gen)
-        items: list[Delivery] = []
-        for state, gens in news.items():
-            if state.request.kind == "delta":
-                items.append((state.stream, state.output(gens)))
-            elif state.unfinished == 0:
-                items.append((state.stream, state.output(state.generations)))
-        deliver(items)
+        if state.request.kind == "delta":
+            return state.output(gens)
+        return state.output(state.generations) if state.unfinished == 0 else None
+
+    def _deliver(self, items: list[Delivery]) -> None:
+        """Hand outputs to their streams. A request whose stream cannot take its own ends with an error."""
+        refused = deliver([(state.stream, item) for state, item in items])
+        states = {state.stream: state for state, _ in items} if refused else {}
+        for stream, error in refused:
+            if states[stream].unfinished:
+                self._fault(states[stream], error)
+            else:
+                log.error("%s: its last output could not be delivered", stream.request_id, exc_info=error)
+                deliver([(stream, EngineError(INTERNAL))])
 
     def _retire(self, gen: Generation) -> None:
         """Account for a completion that has ended, and for its request if it was the last one."""

@@ -302,11 +302,16 @@ class Engine:
         if failure is not None:
             raise EngineFailed(f"engine failed: {failure}")
         if self._error is not None:
-            raise EngineFailed(f"engine failed: {self._error!r}") from self._error
+            raise EngineFailed(str(self._ending())) from self._error
         began = self._step_began
         if began is not None and time.monotonic() - began > self.config.step_timeout:
             seconds = time.monotonic() - began
             raise EngineFailed(f"no step was completed for {seconds:.0f} s; restart the replica")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the engine's thread has failed: it never computes again, and `health` raises."""
+        return self._error is not None
 
     def drain(self, timeout: float | None = None) -> bool:
         """Accept no more requests and wait for those in flight. False: `timeout` seconds passed and the rest
@@ -445,11 +450,16 @@ class Engine:
             for state in self._core.live():
                 self._core.cancel(state)
             return
-        error = EngineFailed(f"engine failed: {self._error!r}")
-        deliver([(state.stream, error) for state in [*self._core.live(), *pending]])
+        deliver([(state.stream, self._ending()) for state in [*self._core.live(), *pending]])
         with self._changed:
             self._live = 0
             self._changed.notify_all()
+
+    def _ending(self) -> EngineFailed:
+        """The error of requests in an engine whose thread has failed; the log has the exception."""
+        if isinstance(self._error, EngineFailed):
+            return EngineFailed(str(self._error))
+        return EngineFailed("engine failed: its thread ended; the server's log has the details")
 
 
 def _shutdown(reference: weakref.ref[Engine]) -> None:

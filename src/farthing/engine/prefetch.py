@@ -90,6 +90,11 @@ class Prefetch(Generic[S]):
         return ((kind, block) for load in self._loads for kind, block in load.held if kind)
 
     @property
+    def reading(self) -> bool:
+        """Whether blocks are being read."""
+        return bool(self._loads)
+
+    @property
     def waiters(self) -> Iterator[S]:
         """Sequences waiting for a read."""
         return (seq for load in self._loads for seq in load.waiters)
@@ -118,10 +123,21 @@ class Prefetch(Generic[S]):
         for kind, block in [*((0, block) for block in load.before), *load.present]:
             self._pools[kind].share([block])
         load.blocks.extend(self._pools[kind].allocate(1)[0] for kind in load.kinds)
+        self.store.read(load)
+        self._add(load)
+        return True
+
+    def take_over(self, other: Prefetch[S]) -> None:
+        """Reads that another one has begun still fill their blocks; nothing waits for them any more."""
+        for load in other._loads:
+            load.waiters.clear()
+            for kind, block in load.held:
+                self._pools[kind].share([block])
+            self._add(load)
+
+    def _add(self, load: Load[S]) -> None:
         self._loads.append(load)
         self._load_of |= dict.fromkeys(load.span, load)
-        self.store.read(load)
-        return True
 
     def _available(self, seq: S, hits: int, wanted: list[bytes]) -> int:
         """Number of `wanted` blocks that are in memory or on disk, as is what other kinds need after them."""

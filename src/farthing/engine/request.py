@@ -108,6 +108,9 @@ MAX_LOGPROBS = 128
 SMALLEST_TOP_P = 1e-30  # float32 rounds smaller ones to 0
 
 
+INTERNAL = "internal error; the server's log has the details"  # names nothing of the engine to a client
+
+
 class EngineError(RuntimeError):
     """A request, or the whole engine, failed while running."""
 
@@ -461,11 +464,21 @@ def _size(output: RequestOutput) -> int:
     )
 
 
-def deliver(items: Iterable[tuple[RequestStream, RequestOutput | EngineError]]) -> None:
-    """Hand outputs to their streams, waking each event loop once rather than once per stream."""
+def deliver(
+    items: Iterable[tuple[RequestStream, RequestOutput | EngineError]],
+) -> list[tuple[RequestStream, Exception]]:
+    """Hand outputs to their streams, waking each event loop once rather than once per stream.
+
+    Returns the streams that could not take theirs, and why.
+    """
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    refused: list[tuple[RequestStream, Exception]] = []
     for stream, item in items:
-        waiter = stream._put(item)
+        try:
+            waiter = stream._put(item)
+        except Exception as error:
+            refused.append((stream, error))
+            continue
         if waiter is not None:
             loops.setdefault(waiter[0], []).append(waiter[1])
     for loop, futures in loops.items():
@@ -473,6 +486,7 @@ def deliver(items: Iterable[tuple[RequestStream, RequestOutput | EngineError]]) 
             loop.call_soon_threadsafe(_wake, futures)
         except RuntimeError:  # the loop is closed, and with it every reader
             continue
+    return refused
 
 
 def merge(outputs: Iterable[RequestOutput]) -> RequestOutput:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from farthing.engine.constraints import Constraint
+from farthing.engine.constraints import Constraint, Refused
 from farthing.engine.request import SamplingParams, Table
 from farthing.ops.api import require_finite
 from farthing.ops.arrays import gather, host, largest, like, log_softmax, where
@@ -87,9 +87,9 @@ class SamplingState:
         self.plain = p.greedy and not edited
 
     def push(self, token: int) -> None:
-        """Account for a token appended to the output. Raises ValueError if no token was allowed there."""
+        """Account for a token appended to the output. Raises Refused if no token was allowed there."""
         if self.num_output == self.dead_end:
-            raise ValueError(no_token_left(self.params))
+            raise Refused(no_token_left(self.params))
         self.num_output += 1
         if self.penalized:
             self.counts[token] += 1

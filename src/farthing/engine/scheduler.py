@@ -221,7 +221,7 @@ class Scheduler(Generic[S]):
         return not any(pool.usage for pool in self.pools)
 
     def renewed(self) -> Scheduler[S]:
-        """A scheduler of the same blocks that holds nothing."""
+        """A scheduler of the same blocks that holds no sequence and no prefix; reads from disk continue."""
         renewed: Scheduler[S] = Scheduler(
             self.pool.num_blocks,
             self.block_size,
@@ -237,6 +237,8 @@ class Scheduler(Generic[S]):
         if (listener := self.prefix.listener) is not None:
             listener.cleared()
             renewed.prefix.listener = listener
+        renewed.num_preemptions = self.num_preemptions
+        renewed.prefetch.take_over(self.prefetch)
         return renewed
 
     def settle(self, plan: Seq[Scheduled[S]]) -> None:
@@ -481,15 +483,29 @@ class Scheduler(Generic[S]):
     def _preempt(self, seq: S) -> None:
         self.running.remove(seq)
         self._free(seq)
-        seq.num_computed = seq.num_cached = 0
-        seq.read_from = -1
-        seq.drafts = []
-        seq.preemptions += 1
+        seq.reset()
         self.num_preemptions += 1
         self.add(seq)
 
     def _free(self, seq: S, whole: bool = True) -> None:
         """Give back what a sequence holds. whole: False if its last step was given up half-way."""
+        if seq.tainted:
+            self._forget(seq)
+        else:
+            self._leave(seq, whole)
+        self.pool.release(reversed(seq.blocks))
+        seq.blocks = []
+        if self.others:
+            self.kinds.release(seq)
+        if self.prefetch.store is not None and not seq.tainted:
+            self.prefetch.used(seq.hashes[: seq.num_registered])
+        if self._computing:
+            self._give_up(seq)
+        self._rows.append(seq.row)
+        seq.row = -1
+
+    def _leave(self, seq: S, whole: bool) -> None:
+        """Leave in the prefix cache what is needed to continue a sequence at its end."""
         full = seq.num_registered
         tail = seq.tokens[full * self.block_size : seq.num_computed]
         others: list[tuple[Known, int]] = []
@@ -498,16 +514,13 @@ class Scheduler(Generic[S]):
             self.prefetch.kept(seq.hashes, kept)
         if self.prefix.enabled and tail and (whole or not (self.others and self.kinds.whole_tails)):
             self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
-        self.pool.release(reversed(seq.blocks))
-        seq.blocks = []
-        if self.others:
-            self.kinds.release(seq)
-        if self.prefetch.store is not None:
-            self.prefetch.used(seq.hashes[: seq.num_registered])
-        if self._computing:
-            self._give_up(seq)
-        self._rows.append(seq.row)
-        seq.row = -1
+
+    def _forget(self, seq: S) -> None:
+        """Leave nothing: no later prompt finds a block that this sequence computed, or read."""
+        for known in self.known:
+            for digest in seq.hashes:
+                if digest in known:
+                    known.forget(known[digest])
 
     def _prompts(self) -> list[S]:
         """Running prompts that can be continued."""

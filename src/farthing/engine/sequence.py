@@ -204,7 +204,7 @@ class Known:
         return block in self._hash_of or block in self._tail_of
 
     def forget(self, block: int) -> None:
-        """Drop a block that is about to be overwritten."""
+        """Drop a block that is about to be overwritten, or whose contents may be wrong."""
         self._reused[block] += 1
         digest = self._hash_of.pop(block, None)
         if digest is not None:
@@ -416,6 +416,15 @@ class Sequence:
     checkpoint: int = 0  # the last edge of its prompt at which it is worth keeping what other kinds hold
     row: int = -1  # while running: a unique index below max_num_seqs
     row_filled: int = 0  # blocks already copied to the runner's table
+    tainted: bool = False  # what it computed may be wrong: nothing of it stays in the prefix cache
+
+    def reset(self) -> None:
+        """It holds nothing of a cache any more: all of its tokens are to be computed again."""
+        self.blocks, self.held, self.drafts = [], [], []
+        self.num_computed = self.num_cached = self.num_registered = self.redo = 0
+        self.row = self.slot = self.backup = self.read_from = -1
+        self.busy = False
+        self.preemptions += 1
 
     @property
     def key(self) -> tuple[float, int]:

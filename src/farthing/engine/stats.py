@@ -85,6 +85,7 @@ class StatsSnapshot:
     steps: int
     busy_seconds: float  # wall time inside steps
     integrity_failures: int
+    failed_steps: int
     prefix_disk: DiskStats
     requests_finished: dict[str, int]  # by finish reason
     # histograms, seconds
@@ -112,6 +113,7 @@ class Stats:
     steps: int = 0
     busy_seconds: float = 0.0
     integrity_failures: int = 0
+    failed_steps: int = 0
     disk: DiskStats = field(default_factory=DiskStats)
     finished: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("stop", "length", "abort", "error"), 0)
@@ -143,6 +145,7 @@ class Stats:
             steps=self.steps,
             busy_seconds=self.busy_seconds,
             integrity_failures=self.integrity_failures,
+            failed_steps=self.failed_steps,
             prefix_disk=replace(self.disk),
             requests_finished=dict(self.finished),
             time_to_first_token=self.ttft.snapshot(),

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
 from farthing.conversation.scan import MARK, marked
-from farthing.engine.constraints import Constraint, Masks
+from farthing.engine.constraints import Constraint, Masks, Refused
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
 from farthing.extras import how_to_install
@@ -137,17 +137,17 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def consume(self, token: int) -> None:
-        """Advance by a token. Raises ValueError if it is not allowed, or the grammar is too slow."""
+        """Advance by a token. Raises Refused if it is not allowed, or the grammar is too slow."""
         if self._refusal is not None:
-            raise ValueError(self._refusal)
+            raise Refused(self._refusal)
         began = time.thread_time()
         accepted = self._matcher.consume_token(token)
         self._cost.charge(time.thread_time() - began, masks=1)
         if not accepted:
             why, name = _brief(self._matcher.get_error()), f"structured_outputs.{self._cost.field}"
             if "too many" in why:  # states, expressions or items: see _LIMITS
-                raise ValueError(f"{name} is too complex ({why}); expected a simpler one")
-            raise ValueError(f"{name}: token {token} is not allowed: {why}")
+                raise Refused(f"{name} is too complex ({why}); expected a simpler one")
+            raise Refused(f"{name}: token {token} is not allowed: {why}")
 
     def valid_prefix(self, tokens: Sequence[int]) -> int:
         """Number of leading `tokens` that the grammar allows."""

@@ -71,6 +71,7 @@ class ParallelModel:
         else:
             self._counts = torch.zeros(counted_layers(config), config.router_size, dtype=torch.int64)
         self._options, self._steps = options, 0
+        self._failure: str | None = None  # of a call
         self._balanced = self._counts.clone()
 
     @property
@@ -173,7 +174,7 @@ class ParallelModel:
 
     def failure(self) -> str | None:
         """Why the model cannot continue; None if it can."""
-        return self._workers.failure()
+        return self._failure or self._workers.failure()
 
     def close(self) -> None:
         """Stop the workers."""
@@ -190,13 +191,18 @@ class ParallelModel:
         return self._guard(lambda: getattr(self._rank, method)(*arguments, hidden=hidden))
 
     def _guard(self, compute: Callable[[], Any]) -> Any:
-        """Run this rank's part; a broken collective is reported as a failure of the rank that broke it."""
+        """Run this rank's part; a broken collective is reported as a failure of the rank that broke it.
+
+        After any exception the ranks are at different places, so that no later call can be answered.
+        """
         try:
             return compute()
-        except RuntimeError as error:
+        except Exception as error:
             failure = self._workers.failure(wait=self._workers.notice)
             if failure is None:
-                raise
+                log.error("rank %d, the driver's, failed", self._options.layout.driver, exc_info=error)
+                failure = f"rank {self._options.layout.driver}, the driver's, failed; restart the replica"
+            self._failure = failure
             raise RankFailed(failure) from error
 
 

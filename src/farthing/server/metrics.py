@@ -48,6 +48,7 @@ COUNTERS = {
     "engine_steps": ("steps", "Engine steps."),
     "engine_busy_seconds": ("busy_seconds", "Seconds spent in steps."),
     "integrity_failures": ("integrity_failures", "Failed self-checks of the idle engine."),
+    "failed_steps": ("failed_steps", "Steps that failed, whose requests ended with an error."),
     "prefix_disk_hits": ("prefix_disk.hits", "Prompt tokens read from the prefix cache on disk."),
     "prefix_disk_read_bytes": ("prefix_disk.read_bytes", "Bytes read from it."),
     "prefix_disk_read_seconds": ("prefix_disk.read_seconds", "Seconds spent reading, in the background."),
