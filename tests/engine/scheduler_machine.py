@@ -112,6 +112,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.finish(seq)
         self.live.remove(seq)
 
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """A step fails, half-written; some of its sequences end, and all others are computed again."""
+        plan = self.scheduler.schedule()
+        for item in plan:
+            self.write(item)
+            for position in range(item.start + item.num_tokens // 2, item.start + item.num_tokens):
+                self.memory[self.slot(item.seq, position)] = ("half-written", ())
+        ended = [item.seq for item in plan if data.draw(st.booleans())]
+        self.live = [seq for seq in self.live if seq not in ended]
+        self.divided = []
+        shared = self.scheduler.worth_sharing
+        self.scheduler = self.scheduler.renewed(self.live)
+        self.scheduler.worth_sharing = shared
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def taint(self, data: st.DataObject) -> None:
+        """What a sequence computed turns out to be wrong: nothing finds it any more."""
+        seq = data.draw(st.sampled_from(self.scheduler.running))
+        wrong = [b for b in seq.blocks if self.scheduler.pool.refs(b) == 1 and not seq.busy]
+        seq.tainted = True
+        self.scheduler.finish(seq)
+        self.live.remove(seq)
+        for block in wrong:
+            for slot in range(block * self.block_size, (block + 1) * self.block_size):
+                self.memory[slot] = ("wrong", ())
+
     @rule(together=st.none() | st.integers(1, 6), divided=st.none() | st.integers(1, 6))
     def pace(self, together: int | None, divided: int | None) -> None:
         self.limits.together, self.limits.divided = together, divided

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -168,7 +168,7 @@ class EngineCore:
         except Exception as worse:  # the scheduler does not know its sequences
             self._recover(worse, [state])
 
-    def _recover(self, error: Exception, ended: Iterable[RequestState]) -> None:
+    def _recover(self, error: Exception, ended: Collection[RequestState]) -> None:
         """Go on after an exception that may have left plans, blocks and caches in any state, without the
         requests `ended`. Raises EngineFailed where that would not help."""
         self._failures += 1
@@ -181,25 +181,23 @@ class EngineCore:
         log.error("a step failed; its requests end, and others are computed again", exc_info=error)
         self.stats.failed_steps += 1
         # Whatever breaks the scheduler a second time waits or runs: nothing shows which one it is.
-        self._renew(set(ended) or (self.live() if self._failures > 1 else ()))
+        self._renew(ended or (self.live() if self._failures > 1 else ()))
 
-    def _renew(self, ended: Iterable[RequestState]) -> None:
-        """Begin again with an empty cache: these requests end, and others are computed from their first
+    def _renew(self, ended: Collection[RequestState]) -> None:
+        """Begin again with an empty cache: the requests `ended` end, and others are computed from their first
         token, which gives the same tokens."""
         self._planned, self._divided = (), None
-        unfinished = [gen for state in self._live for gen in state.generations if gen.finish_reason is None]
-        begun = [gen for gen in unfinished if gen.status in (Status.WAITING, Status.RUNNING)]
-        for state in self._live:
-            for gen in state.generations:
-                if gen.status is not Status.FINISHED:
-                    gen.reset()
-                    gen.status = Status.NEW
-        self.scheduler = self.scheduler.renewed()
+        again: list[Generation] = []
+        for gen in [gen for state in self._live for gen in state.generations]:
+            if gen.status is Status.NEW or gen.status is Status.FINISHED:
+                continue
+            if gen.parent in ended or gen.finish_reason is not None:
+                gen.status = Status.NEW  # to the new scheduler
+            else:
+                again.append(gen)
+        self.scheduler = self.scheduler.renewed(again)
         for state in ended:
             self.fail(state, EngineError(INTERNAL))
-        for gen in begun:
-            if gen.status is Status.NEW:
-                self.scheduler.add(gen)
 
     def live(self) -> list[RequestState]:
         """Unfinished requests."""

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from itertools import chain
 from typing import Generic
@@ -220,8 +220,9 @@ class Scheduler(Generic[S]):
         """Whether no block or slot is referenced."""
         return not any(pool.usage for pool in self.pools)
 
-    def renewed(self) -> Scheduler[S]:
-        """A scheduler of the same blocks that holds no sequence and no prefix; reads from disk continue."""
+    def renewed(self, again: Iterable[S] = ()) -> Scheduler[S]:
+        """A scheduler of the same blocks without any prefix, in which the sequences `again` wait to be
+        computed from their first token. Reads from disk continue. This one must not be used any more."""
         renewed: Scheduler[S] = Scheduler(
             self.pool.num_blocks,
             self.block_size,
@@ -239,6 +240,11 @@ class Scheduler(Generic[S]):
             renewed.prefix.listener = listener
         renewed.num_preemptions = self.num_preemptions
         renewed.prefetch.take_over(self.prefetch)
+        for seq in again:
+            seq.preemptions += seq.status is Status.RUNNING
+            seq.reset()
+            seq.status = Status.NEW
+            renewed.add(seq)
         return renewed
 
     def settle(self, plan: Seq[Scheduled[S]]) -> None:
@@ -484,6 +490,7 @@ class Scheduler(Generic[S]):
         self.running.remove(seq)
         self._free(seq)
         seq.reset()
+        seq.preemptions += 1
         self.num_preemptions += 1
         self.add(seq)
 

@@ -424,7 +424,6 @@ class Sequence:
         self.num_computed = self.num_cached = self.num_registered = self.redo = 0
         self.row = self.slot = self.backup = self.read_from = -1
         self.busy = False
-        self.preemptions += 1
 
     @property
     def key(self) -> tuple[float, int]:
