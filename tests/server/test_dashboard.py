@@ -56,6 +56,7 @@ class Source:
             steps=self.looks,
             busy_seconds=0.0,
             integrity_failures=0,
+            failed_steps=0,
             prefix_disk=DiskStats(),
             requests_finished={"stop": self.looks, "error": 0},
             time_to_first_token=self.ttft.snapshot(),

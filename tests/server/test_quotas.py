@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from farthing.engine.constraints import Refused
 from farthing.engine.generation import Generation
 from farthing.engine.request import EngineStopped, QueueFull
 from farthing.engine.sandbox import workers
@@ -130,7 +131,10 @@ def test_error_for_unknown_hardware_names_it(tmp_path: Path) -> None:
         machine_of(torch.device("cpu"), None, "abacus")
 
 
-def test_failed_request_is_charged_and_leaves_nothing_pending(priced: Running) -> None:
+@pytest.mark.parametrize(("error", "status"), [(Refused, 400), (ValueError, 500)])
+def test_failed_request_is_charged_and_leaves_nothing_pending(
+    priced: Running, error: type[Exception], status: int
+) -> None:
     core, real = priced.service.engine._core, Generation.push
     pushed = 0
 
@@ -138,13 +142,13 @@ def test_failed_request_is_charged_and_leaves_nothing_pending(priced: Running) -
         nonlocal pushed
         pushed += 1
         if pushed == 3:
-            raise ValueError("refused")
+            raise error("refused")
         return real(self, token, logprobs)
 
     before = costs(priced, "device_seconds").get(("alice", "decode"), 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generation, "push", push)
-        assert post(priced).status_code == 400
+        assert post(priced).status_code == status
     assert costs(priced, "device_seconds")[("alice", "decode")] > before
     accounts = priced.service.accounts
     assert accounts is not None

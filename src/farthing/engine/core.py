@@ -263,7 +263,9 @@ class EngineCore:
             self._prompt_logprobs(plan, step, hidden, faults)
         if faults:
             self._judge(plan, step, faults)
-        moved = self._commit(plan, tokens, logprobs)
+        moved = self._commit(plan, tokens, logprobs, faults)
+        for gen in faults:
+            gen.finish_reason = "error"  # so that nothing drafts for it
         if self.scheduler.others:
             self.scheduler.copy_states(self.runner.copy_states)
         if self._speculator is not None:
@@ -273,16 +275,16 @@ class EngineCore:
             self._pace.observe(*_counts(plan), seconds)
         self._account(plan, seconds)
         self._report(moved)
+        for gen, error in faults.items():  # after they were charged for the step
+            self._fault(gen.parent, error)
 
     def _judge(self, plan: list[Scheduled[Generation]], step: Step, faults: Faults) -> None:
-        """End the requests whose tokens could not be drawn or scored. Raises NotFinite if no row of the step
-        is finite, which says that the model is broken, or its cache, rather than a request."""
+        """Raises NotFinite if no row of the step is finite, which says that the model is broken, or its cache,
+        rather than the requests."""
         finite = [gen for gen, error in faults.items() if not isinstance(error, NotFinite)]
         if not finite and all(item.seq in faults for item in plan if item.sample or item.seq.scored):
             broken = next(iter(faults.values()))
             raise NotFinite(f"{broken}{self.runner.first_not_finite(step)}") from broken
-        for gen, error in faults.items():
-            self._fault(gen.parent, error)
 
     def _speculate(
         self,
@@ -428,7 +430,11 @@ class EngineCore:
                 self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
 
     def _commit(
-        self, plan: list[Scheduled[Generation]], tokens: list[int], logprobs: list[Position | None]
+        self,
+        plan: list[Scheduled[Generation]],
+        tokens: list[int],
+        logprobs: list[Position | None],
+        faults: Faults,
     ) -> list[Generation]:
         """Append to each completion its sampled tokens, up to the first rejected draft. Returns those that
         got some."""
@@ -437,7 +443,7 @@ class EngineCore:
         for item in plan:
             gen, first = item.seq, row
             row += (1 + len(item.drafts)) * item.sample
-            if not gen.active:  # cancelled while its layers were computed, or it has failed
+            if gen in faults or not gen.active:  # it was cancelled while its layers were computed
                 continue
             if not item.sample:
                 self.scheduler.commit(item, [])
@@ -445,7 +451,7 @@ class EngineCore:
             try:
                 taken = self._take(item, tokens[first:row], logprobs[first:row])
             except Exception as error:
-                self._fault(gen.parent, error)
+                faults[gen] = error
                 continue
             self.scheduler.commit(item, taken)
             self.stats.generation_tokens += len(taken)
@@ -529,8 +535,7 @@ class EngineCore:
         now = time.time()
         news: dict[RequestState, list[Generation]] = {}
         for gen in moved:
-            if gen.parent.unfinished:  # it may have failed after it got its tokens
-                news.setdefault(gen.parent, []).append(gen)
+            news.setdefault(gen.parent, []).append(gen)
         items: list[Delivery] = []
         for state, gens in news.items():
             try:
