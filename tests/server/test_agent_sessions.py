@@ -9,7 +9,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.server.api.loops import FORMATS, THOUGHT
+from tests.server.api.loops import FORMATS, THOUGHT, THOUGHTLESS
 from tests.server.api.sessions import CachingEngine
 from tests.server.harness import Running, letters, running
 
@@ -20,6 +20,7 @@ SCHEMA: dict[str, Any] = {
     "properties": {"command": {"type": "string"}},
     "required": ["command"],
 }
+FORGETFUL = ("deepseek_v32", "glm47")  # drop all thoughts where the user says more
 SYSTEM = "You work in a repository. Keep to its habits. " * 20
 
 
@@ -30,9 +31,9 @@ def session(format_: str) -> Iterator[tuple[Running, CachingEngine]]:
 
     def say(prompt: str) -> list[str]:
         done = prompt.count("RESULT-")
-        text = f"{THOUGHT} {done}</think>" if opened else ""
+        text = f"{THOUGHT} {done}</think>" if opened else THOUGHTLESS.get(format_, "")
         call = write([("bash", {"command": f'grep -n "f_{done}" src >&1'})])
-        return letters(text + ("Done." if done >= TURNS else f"Step {done}.\n{call}"), 7)
+        return letters(text + ("Done." if done >= TURNS else f"Step {done}.{call}"), 7)
 
     engine = CachingEngine(say, format_)
     with running(engine) as server:
@@ -104,14 +105,14 @@ def test_opencode(format_: str) -> None:
 def test_claude_code(format_: str) -> None:
     with session(format_) as (server, engine):
         claude_code(server, [{"role": "user", "content": [{"type": "text", "text": "Find the function."}]}])
-        check(engine, continued=format_ != "deepseek_v32")  # which drops thoughts where the user says more
+        check(engine, continued=format_ not in FORGETFUL)
 
 
 def check(engine: CachingEngine, continued: bool = True) -> None:
     """continued: every prompt continues the one before."""
     print(f"{len(engine.counts)} requests: {engine.shares():.2%} of repeating tokens cached")
     assert len(engine.counts) == TURNS + 1
-    assert engine.shares() >= 0.97
+    assert engine.shares() >= 0.995
     for (before, *_), (prompt, repeated, cached) in zip(engine.counts, engine.counts[1:], strict=False):
         least = max(before, repeated) if continued else repeated
         assert cached >= least - 16, (before, prompt, repeated, cached)
@@ -126,9 +127,9 @@ def test_forks_and_edits_reuse_what_they_share(format_: str) -> None:
         fork = [*turns[:22], {"role": "user", "content": "Look in the tests instead."}]
         opencode(server, list(fork), 10)
         prompt, repeated, cached = engine.counts[whole]
-        assert repeated > 0.8 * prompt and cached >= repeated - 16
+        assert repeated > (0.4 if format_ in FORGETFUL else 0.8) * prompt and cached >= repeated - 16
         found = engine.metrics[f"scripted-{whole + 1}"].missed
         assert found is not None and found.evicted == found.state == 0 and found.diverged > 0
         edited = [*turns[:11], turns[11] | {"content": "RESULT-4: no such file"}, *turns[12:22]]
         opencode(server, edited, 10)
-        assert engine.shares() >= 0.97
+        assert engine.shares() >= 0.995

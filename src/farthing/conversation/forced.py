@@ -99,8 +99,9 @@ def _integer(node: Mapping[str, Any]) -> dict[str, Any]:
     return limits
 
 
-# For llguidance: at most one blank between two tokens, so that a weak model cannot waste its budget on them.
-COMPACT = {"whitespace_pattern": " "}
+# For llguidance: blanks only where templates print them. A weak model cannot waste its budget on more, and
+# the next prompt has a call's text as it was sampled, also if the client sends the arguments as an object.
+COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MAX_CALLS = 8  # in parallel, for the same reason
 _TOKENS = 100  # of the answer's limit for each further call: models that repeat themselves still finish
 

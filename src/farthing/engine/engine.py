@@ -181,6 +181,7 @@ class Engine:
         speculator = build_speculator(c.speculate, runner)
         pace = Pace(c.max_step_ms / 1000, model.config.num_hidden_layers if model.layered else 0)
         self._store = open_store(c, model, cache, self.stats.disk, self._loaded)
+        self.disk_folder = self._store.folder if self._store else None  # of the prefix cache
         scheduler: Scheduler[Generation] = Scheduler(
             c.num_blocks,
             c.block_size,

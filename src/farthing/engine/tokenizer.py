@@ -341,6 +341,17 @@ class Tokenizer:
         """A token alone as text; parts of a character become U+FFFD."""
         return self.token_bytes(token).decode("utf-8", "replace")
 
+    def spelled(self, tokens: Sequence[int]) -> bytes | None:
+        """What tokens within a longer text stand for, equal for two splits of one text; None if that is
+        uncertain: for an unknown token, or a part of a character."""
+        if self.byte_level:
+            pieces = [self.token_bytes(token) for token in tokens]
+            return b"".join(pieces) if all(pieces) else None
+        before = min(self.control_ids, default=None)  # decoders drop a text's first space
+        text = self.decode(([] if before is None else [before]) + list(tokens), skip_special_tokens=False)
+        known = all(self.backend.id_to_token(token) is not None for token in tokens)
+        return text.encode() if known and "\ufffd" not in text else None
+
     def render_chat(
         self,
         /,

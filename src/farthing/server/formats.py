@@ -87,14 +87,6 @@ class ModelFormats:
         """The token id of a text that is a single control token, which no text in a grammar matches."""
         return None if self.tokenizer is None else _special_id(self.tokenizer, text)
 
-    def ending(self, text: str) -> list[int]:
-        """The token that ends a turn, if a text ends with one."""
-        if self.tokenizer is None:
-            return []
-        stops = (self.control.eos, *self.tools.form.stops, *self.plain.form.stops)
-        ids = (self.tokenizer.backend.token_to_id(stop) for stop in stops if stop and text.endswith(stop))
-        return [token for token in ids if token is not None][:1]
-
 
 def _in_tokens(form: ChatFormat, tokenizer: Tokenizer | None, *, own: bool) -> ModelFormat:
     if tokenizer is None:

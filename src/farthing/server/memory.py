@@ -1,111 +1,211 @@
-"""What the server remembers between requests: exact tokens of earlier turns, and stored responses."""
+"""What the server remembers between requests: exact tokens of earlier answers, and stored responses."""
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from farthing.conversation.types import Answer, Turn
+import xxhash
+
+from farthing.conversation.types import Turn
 from farthing.files import json_size
+from farthing.server.answer_log import AnswerLog, Written
 from farthing.shares import Shares
 
-# Exact tokens of earlier turns, so that a conversation's prompt begins with tokens in the prefix cache.
-#
-# Clients send the model's answers back as text, which may be tokenized differently: sampled text is not
-# always split as the tokenizer splits it, arguments are serialized again, and white space is dropped. The
-# prefix cache would then end at the first difference, and a long history would be recomputed. So the
-# tokens of each answer are stored with the prompt before them, and a later prompt that continues both
-# reuses them.
+if TYPE_CHECKING:
+    from farthing.engine.tokenizer import Tokenizer
 
-MAX_TOKENS = 8 << 20  # tokens stored in total, 4 bytes each
-_SHORT = 65_536  # characters of one answer's arguments; longer ones must come back as they were sent
-_SAME = 8  # stored answers of equal text, from different conversations
+# Exact tokens of earlier answers, so that a conversation's next prompt begins with what is cached.
+#
+# Text does not determine tokens: a model does not always split its text as the tokenizer does. With the
+# tokenizer's split the prefix cache would end at the first answer that differs, and a long history would be
+# recomputed. So the tokens of each answer are stored under a digest of the tokens before it.
+#
+# A prompt is the tokenizer's split of what the template renders. Only the text between two control tokens may
+# be split as the model split it, and only if both splits spell the same text. Whatever is stored, the model
+# therefore reads the rendered prompt, with its control tokens where the template put them.
+
+MAX_TOKENS = 8 << 20  # stored in total, 4 bytes each
+_PER_ANSWER = 128  # tokens that stand for the memory of an entry
+_SAME = 1024  # answers stored under one key
+_COMPARED = 8  # of these, the newest that begin as a prompt does
+
+# How an answer is continued: with the tokens that were sampled, or as another text than the model wrote.
+Continued = Literal["sampled", "changed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
-    """An answer: the digest and length of the prompt's text, the tokens of both, and the reasoning."""
+class Prompt:
+    """The tokens of a conversation. key: of those up to `start`, where the text after the last control token
+    begins; None: there is no control token, and the answer cannot be stored."""
 
-    digest: bytes
-    characters: int
-    tokens: array[int]
-    reasoning: str
-    ended: bool  # by an end token; False: the answer was truncated, or a grammar ended it
-
-    def precedes(self, prompt: str) -> bool:
-        """Whether a prompt begins with the text before this answer."""
-        return len(prompt) >= self.characters and _digest(prompt[: self.characters]) == self.digest
+    ids: list[int]
+    tokenizer: Tokenizer | None = None
+    key: int | None = None
+    start: int = 0
+    latest: Continued | None = None  # the last answer of this server in it
 
 
 class AnswerMemory:
-    """Answers by client and content. Evicts the least recently used answer of the client that has most."""
+    """Answers by client and place. Evicts the least recently used answer of the client that has most. Used
+    only in the event loop."""
 
     def __init__(self, tokens: int = MAX_TOKENS) -> None:
+        self.continued: dict[Continued, int] = dict.fromkeys(get_args(Continued), 0)  # prompts submitted
         self._room, self._used = tokens, 0
         self._shares = Shares(tokens)
-        self._kept: dict[str, OrderedDict[bytes, list[Remembered]]] = {}  # clients without any are absent
+        self._kept: dict[str, OrderedDict[int, list[Written]]] = {}  # clients without any are absent
+        self._log: AnswerLog | None = None
 
-    def remember(
-        self, client: str, prompt: str, tokens: Sequence[int], answer: Answer, ended: bool = True
-    ) -> None:
-        """tokens: of the prompt, the answer and, if `ended`, its end."""
-        if len(tokens) > self._room:
+    def persist(self, folder: Path) -> None:
+        """Load the answers that earlier processes stored for this folder of cached blocks, and store later
+        ones for it."""
+        self._log = AnswerLog(folder)
+        for client, key, written in self._log.read():
+            self._keep(client, key, written)
+
+    def close(self) -> None:
+        """Finish storing."""
+        if self._log is not None:
+            self._log.close()
+
+    def remember(self, client: str, prompt: Prompt, answer: Sequence[int]) -> None:
+        """answer: its tokens, including those with which the server made it begin."""
+        tokenizer = prompt.tokenizer
+        if prompt.key is None or tokenizer is None:
             return
-        key = _key(answer.text, tuple((name, text) for _, name, text in answer.calls))
-        entry = Remembered(_digest(prompt), len(prompt), array("i", tokens), answer.reasoning.strip(), ended)
+        tail = prompt.ids[prompt.start :]
+        tokens = [*tail, *answer]
+        opening = tokenizer.spelled(tokens[: _end(tokens, 0, tokenizer)])
+        if opening is None:
+            return
+        written = Written(xxhash.xxh3_64_intdigest(opening), len(tail), array("I", tokens))
+        if self._keep(client, prompt.key, written) and self._log is not None:
+            self._log.append(client, prompt.key, written)
+
+    def prompt(self, client: str, ids: list[int], tokenizer: Tokenizer) -> Prompt:
+        """A conversation that was just tokenized, with the sampled tokens of its answers."""
+        kept = self._kept.get(client, OrderedDict())
+        controls = tokenizer.control_ids
+        parts: list[int] = []
+        done = key = start = 0  # ids[:done] are in `parts`
+        latest: Continued | None = None
+        data = memoryview(array("I", ids)).cast("B")
+        for after in [at + 1 for at, token in enumerate(ids) if token in controls]:
+            key, start = xxhash.xxh3_64_intdigest(data[4 * start : 4 * after], key), after
+            if after < done or key not in kept:
+                continue
+            kept.move_to_end(key)
+            match = _match(ids, after, kept[key], tokenizer)
+            parts += ids[done:after] + match.tokens
+            done = match.end
+            latest = "sampled" if match.whole else "changed" if match.changed else latest
+        if not start:
+            return Prompt(ids)
+        parts += ids[done:]
+        tail = next(at for at, token in enumerate(reversed(parts)) if token in controls)
+        return Prompt(parts, tokenizer, key, len(parts) - tail, latest)
+
+    def _keep(self, client: str, key: int, written: Written) -> bool:
+        """Store an answer; False if it is too large, or the last one under its key."""
+        size = len(written.tokens) + _PER_ANSWER
+        if size > self._room:
+            return False
         kept = self._kept.setdefault(client, OrderedDict())
         entries = kept.setdefault(key, [])
-        entries.append(entry)
         kept.move_to_end(key)
-        self._count(client, len(tokens))
+        if entries and entries[-1] == written:
+            return False
+        entries.append(written)
+        self._count(client, size)
         while len(entries) > _SAME:
-            self._count(client, -len(entries.pop(0).tokens))
+            self._count(client, -len(entries.pop(0).tokens) - _PER_ANSWER)
         while self._used > self._room:
             greediest = self._shares.greediest(self._kept)
             _, oldest = self._kept[greediest].popitem(last=False)
             if not self._kept[greediest]:
                 del self._kept[greediest]
-            self._count(greediest, -sum(len(entry.tokens) for entry in oldest))
-
-    def recall(self, client: str, turn: Turn, prompt: str) -> Remembered | None:
-        """The answer with the content of `turn` whose preceding text begins `prompt`."""
-        key = _key(turn.text, tuple((call.name, call.arguments) for call in turn.calls))
-        kept = self._kept.get(client, OrderedDict())
-        if key not in kept:
-            return None
-        kept.move_to_end(key)
-        said = turn.reasoning.strip()
-        for entry in reversed(kept[key]):
-            if said in ("", entry.reasoning) and entry.precedes(prompt):
-                return entry
-        return None
+            self._count(greediest, -sum(len(entry.tokens) + _PER_ANSWER for entry in oldest))
+        return True
 
     def _count(self, client: str, tokens: int) -> None:
         self._used += tokens
         self._shares.charge(client, tokens)
 
 
-def _key(text: str, calls: tuple[tuple[str, str], ...]) -> bytes:
-    short = sum(len(arguments) for _, arguments in calls) <= _SHORT
-    said = [(name, _canonical(arguments) if short else arguments) for name, arguments in calls]
-    return _digest(json.dumps([text.strip(), said]))
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """Sampled tokens for the ids of a prompt from a place up to `end`."""
+
+    tokens: list[int]
+    end: int
+    whole: bool = False  # the answer's text is all there
+    changed: bool = False  # an answer was given there, and it is not this one
 
 
-def _canonical(arguments: str) -> str:
-    """Arguments independent of spacing and the order of keys."""
-    try:
-        return json.dumps(json.loads(arguments or "{}"), sort_keys=True)
-    except (ValueError, RecursionError):
-        return arguments
+def _match(ids: list[int], at: int, entries: list[Written], tokenizer: Tokenizer) -> _Match:
+    """The longest match of the answers to the prompt that ends after ids[:at], which end a control token."""
+    end = _end(ids, at, tokenizer)
+    text = tokenizer.spelled(ids[at:end])
+    if text is None:
+        return _Match([], at)
+    opening = xxhash.xxh3_64_intdigest(text)
+    alike = [entry for entry in reversed(entries) if entry.opening == opening][:_COMPARED]
+    found = [_compared(ids, at, entry.tokens.tolist(), tokenizer) for entry in alike]
+    best = max(found, key=lambda match: (match.whole, match.end), default=_Match([], at))
+    if best.whole:
+        return best
+    return replace(best, changed=_changed(text, entries[-_COMPARED:], end == len(ids), tokenizer))
 
 
-def _digest(text: str) -> bytes:
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _changed(text: bytes, entries: list[Written], last: bool, tokenizer: Tokenizer) -> bool:
+    """Whether a text continues the prompt of one of these answers otherwise than all of them. last: it ends
+    the prompt, so it may be the opening of the next answer alone."""
+    asked = False
+    for entry in entries:
+        tokens = entry.tokens.tolist()
+        tail = tokenizer.spelled(tokens[: entry.prompt])
+        end = _end(tokens, 0, tokenizer)
+        said = tokenizer.spelled(tokens[:end])
+        if tail is None or said is None or not text.startswith(tail):
+            continue
+        if text.startswith(said) and said != tail and end >= len(tokens) - 1:
+            return False  # the same text, but no control token follows it
+        asked = asked or text != tail or not last
+    return asked
+
+
+def _compared(ids: list[int], at: int, tokens: list[int], tokenizer: Tokenizer) -> _Match:
+    """The tokens of an answer up to the first text or control token that differs."""
+    place = 0
+    while True:
+        end, stop = _end(ids, at, tokenizer), _end(tokens, place, tokenizer)
+        if not _same(ids[at:end], tokens[place:stop], tokenizer):
+            return _Match(tokens[:place], at)
+        last = stop >= len(tokens) - 1  # at most the token that ends the turn follows
+        if end == len(ids) or stop == len(tokens) or ids[end] != tokens[stop]:
+            return _Match(tokens[:stop], end, whole=last)
+        at, place = end + 1, stop + 1
+        if place == len(tokens):
+            return _Match(tokens, at, whole=True)
+
+
+def _same(ids: list[int], tokens: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether both spell the same text."""
+    if ids == tokens:
+        return True
+    text = tokenizer.spelled(ids)
+    return text is not None and text == tokenizer.spelled(tokens)
+
+
+def _end(ids: Sequence[int], at: int, tokenizer: Tokenizer) -> int:
+    """Where the text that begins at a place ends: at a control token or the end."""
+    controls = tokenizer.control_ids
+    return next((place for place in range(at, len(ids)) if ids[place] in controls), len(ids))
 
 
 # Answers of /v1/responses for later requests to continue: in memory, with a bounded share per key.

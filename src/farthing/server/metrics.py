@@ -179,6 +179,15 @@ class ServerCollector(Collector):
         for name, count in list(service.unknown_fields.counts.items()):
             ignored.add_metric([name], float(count))
         yield ignored
+        answers = CounterMetricFamily(
+            "farthing:continued_answers",
+            "Prompts that continue an answer of this server: sampled, with the tokens that the model wrote; "
+            "changed, tokenized again because the prompt has another text there.",
+            labels=["tokens"],
+        )
+        for name, count in service.answers.continued.items():
+            answers.add_metric([name], float(count))
+        yield answers
         if service.launch_to_ready is not None:
             launch = GaugeMetricFamily(
                 "farthing:launch_to_ready_seconds",

@@ -281,6 +281,8 @@ async def _serve(
             service.accounts = Accounts(engine, machine, service.names[0])
             if engine.tokenizer is not None:
                 engine.tokenizer.prepare()
+            if engine.disk_folder is not None:
+                service.answers.persist(engine.disk_folder)
         except BaseException as error:
             failure.append(error)
             loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server
@@ -303,6 +305,7 @@ async def _serve(
     finally:
         if service.engine is not None:
             await asyncio.to_thread(service.engine.shutdown)
+            await asyncio.to_thread(service.answers.close)
         gc.unfreeze()  # so that native weights are freed at shutdown; otherwise nanobind reports leaks
     if failure:
         raise failure[0]

@@ -13,7 +13,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from farthing.conversation.base import THINK
-from farthing.conversation.scan import plain
 from farthing.conversation.types import CallArguments, CallStart, Conversation, Delta, collect
 from farthing.conversation.types import Turn as ChatTurn
 from farthing.engine.request import (
@@ -36,6 +35,7 @@ from farthing.server.formats import (
     with_known_effort,
 )
 from farthing.server.jobs import Usage
+from farthing.server.memory import Prompt
 from farthing.server.sampling import build_params
 from farthing.server.schema import CHAT, FieldNames
 from farthing.server.stream import Ending, EventStream, PiecedAnswer, to_json
@@ -176,8 +176,8 @@ class Turn:
     def __init__(self, service: Service, request: TurnRequest, client: str) -> None:
         self._service, self._request, self._client = service, request, client
         self._conversation = request.conversation
-        self._prompt = ""
-        self._ids: list[int] = []  # of the prompt
+        self._prompt, self._tokenized = "", Prompt([])
+        self._head: list[int] = []  # tokens with which the answer is made to begin
         self._completions: dict[int, _Completion] = {}  # by index
         self._ignored = request.ignored
 
@@ -201,8 +201,8 @@ class Turn:
                 tags = None  # the grammar applies from the first token on
         answer = within.close if opened and tags is None and within is not None else chosen.form.answer
         if answer and grammars.structured is not None and not conversation.resume:
-            (head,) = await encode(service, [answer], False, self._client, request.names.prompt)
-            self._ids, opened = self._ids + head, False
+            (self._head,) = await encode(service, [answer], False, self._client, request.names.prompt)
+            opened = False
         raw = request.sampling.get("skip_special_tokens") is False
         marked = {} if grammars.listed and tags is None else chosen.markup
         self._reading = Reading(
@@ -215,17 +215,20 @@ class Turn:
             meaningless=frozenset() if raw else tokens & chosen.form.markup,
             calls=with_calls or chosen.form.whole,
         )
-        self.usage = Usage(len(self._ids), with_cost=request.with_cost)
+        ids = self._tokenized.ids + self._head
+        self.usage = Usage(len(ids), with_cost=request.with_cost)
         self.job = await submit(
             service,
             self._client,
-            [self._ids],
+            [ids],
             build_params(self._sampling(formats, grammars, marked)),
             priority=request.priority,
             cache_salt=request.cache_salt,
             kind="delta" if request.stream else "final",
             names=replace(request.names, structured="tools") if grammars.listed else request.names,
         )
+        if (latest := self._tokenized.latest) is not None:
+            service.answers.continued[latest] += 1
         wishes = request.conversation.effort, request.conversation.thinking, request.thinking_budget
         if any(wish is not None for wish in wishes):
             self._ignored += ignored_fields(
@@ -241,7 +244,7 @@ class Turn:
         formats, request = await self._service.formats(), self._request
         whole = request.conversation
         await (self._write_truncated(formats) if request.truncate else self._write(formats, whole))
-        return len(self._ids)
+        return len(self._tokenized.ids)
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield the updates of each engine output. Raises ApiError if the engine fails."""
@@ -281,12 +284,10 @@ class Turn:
     async def _write(self, formats: ModelFormats, conversation: Conversation) -> None:
         """Render and encode a conversation."""
         prompt = await prompt_of(self._service, formats, conversation, self._client, self._request.names)
-        ids = None
-        if any(turn.role == "assistant" for turn in conversation.turns):
-            ids = await self._continued(formats, conversation, prompt)
-        if ids is None:
-            (ids,) = await encode(self._service, [prompt], False, self._client, self._request.names.prompt)
-        self._conversation, self._prompt, self._ids = conversation, prompt, ids
+        (ids,) = await encode(self._service, [prompt], False, self._client, self._request.names.prompt)
+        assert formats.tokenizer is not None  # or there would be no prompt
+        tokenized = self._service.answers.prompt(self._client, ids, formats.tokenizer)
+        self._conversation, self._prompt, self._tokenized = conversation, prompt, tokenized
 
     async def _write_truncated(self, formats: ModelFormats) -> None:
         """The same for as much of the conversation as fits next to the answer; for all of it if nothing does,
@@ -295,45 +296,21 @@ class Turn:
         assert longest is not None
         room = longest - (self._request.sampling.get("max_tokens") or 1)
 
-        async def attempt(conversation: Conversation) -> tuple[Conversation, str, list[int]] | None:
+        async def attempt(conversation: Conversation) -> tuple[Conversation, str, Prompt] | None:
             try:
                 await self._write(formats, conversation)
             except ApiError as error:
                 if error.code != "context_length_exceeded":
                     raise
                 return None
-            return (conversation, self._prompt, self._ids) if len(self._ids) <= room else None
+            fits = len(self._tokenized.ids) <= room
+            return (conversation, self._prompt, self._tokenized) if fits else None
 
         written = await fitting(self._request.conversation, attempt)
         if written is None:
             await self._write(formats, self._request.conversation)
         else:
-            self._conversation, self._prompt, self._ids = written
-
-    async def _continued(
-        self, formats: ModelFormats, conversation: Conversation, prompt: str
-    ) -> list[int] | None:
-        """The prompt's tokens, reusing the sampled tokens of the latest answer from this server; None if it
-        gave none of these answers."""
-        turns, tokenizer = conversation.turns, formats.tokenizer
-        said = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
-        for position in reversed(said[-2:]):
-            entry = self._service.answers.recall(self._client, turns[position], prompt)
-            if entry is None or tokenizer is None:
-                continue
-            until = replace(conversation, turns=turns[: position + 1], generate=False, resume=False)
-            head = await prompt_of(self._service, formats, until, self._client, self._request.names)
-            if not prompt.startswith(head) or entry.reasoning not in plain(head[entry.characters :]):
-                continue  # the format now writes this turn differently, for instance without its reasoning
-            tokens = entry.tokens.tolist()
-            if not entry.ended:
-                tokens += formats.ending(head)
-            elif not head.endswith(tokenizer.token_text(tokens[-1])):
-                tokens.pop()  # the answer's end token is rendered with the next turn
-            rest = [prompt[len(head) :]]
-            (new,) = await encode(self._service, rest, False, self._client, self._request.names.prompt)
-            return tokens + new
-        return None
+            self._conversation, self._prompt, self._tokenized = written
 
     # what the engine samples
 
@@ -372,8 +349,10 @@ class Turn:
         completion.tokens += output.token_ids
         completion.deltas += deltas
         self.usage.completion_tokens += len(output.token_ids)
-        if ended and output.stop_reason is None and not self._reading.listed:
-            self._remember(completion, stopped=output.finish_reason == "stop")
+        whole = output.finish_reason in ("stop", "length") and not isinstance(output.stop_reason, str)
+        if whole and not self._reading.listed:  # or the client does not get what the model wrote
+            answer = self._head + completion.tokens
+            self._service.answers.remember(self._client, self._tokenized, answer)
         return Update(
             index=output.index,
             deltas=self._wanted(deltas) if parser.calls else deltas,
@@ -385,14 +364,6 @@ class Turn:
             calls=parser.calls if self._conversation.offered else 0,
             cut=isinstance(output.stop_reason, str) and _amid_call(completion.deltas),
         )
-
-    def _remember(self, completion: _Completion, stopped: bool) -> None:
-        """Keep the answer's tokens for a prompt that continues it."""
-        answer = collect(completion.deltas)
-        if stopped or (answer.text and not answer.calls):  # reasoning or a call cannot be closed midway
-            ended = stopped and completion.tokens[-1] in self._reading.format.ends
-            tokens = self._ids + completion.tokens
-            self._service.answers.remember(self._client, self._prompt, tokens, answer, ended)
 
     def _wanted(self, deltas: list[Delta]) -> list[Delta]:
         """Keep only the first call if parallel calls are off, and none without tools that may be called."""

@@ -35,6 +35,8 @@ FORMATS: dict[str, tuple[Callable[[Calls], str], bool]] = {
     "glm45": (glm, False),
     "glm47": (glm47, True),
 }
+# What such a model writes before an answer without reasoning.
+THOUGHTLESS = {"glm45": "\n<think></think>\n", "kimi_k2_thinking": "<think></think>"}
 
 
 def arguments(step: int) -> dict[str, Any]:

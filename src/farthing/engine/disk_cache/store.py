@@ -226,6 +226,11 @@ class DiskStore:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def folder(self) -> Path:
+        """The directory of the blocks; its name identifies model and cache."""
+        return self._shelves[0].index.folder
+
     # -- the engine's thread
 
     def attach(self, known: Sequence[Known]) -> None:

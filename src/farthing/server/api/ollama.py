@@ -10,6 +10,7 @@ import re
 import resource
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -81,8 +82,9 @@ class _RawTurn(Turn):
 
     async def _write(self, formats: ModelFormats, conversation: Conversation) -> None:
         (turn,) = conversation.turns
-        (self._ids,) = await encode(self._service, [turn.text], True, self._client, "prompt")
+        (ids,) = await encode(self._service, [turn.text], True, self._client, "prompt")
         self._conversation, self._prompt = conversation, turn.text
+        self._tokenized = replace(self._tokenized, ids=ids)
 
 
 class _Writer:
