@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -55,6 +56,41 @@ def test_prefixes_of_a_killed_server_are_reused(tmp_path: Path) -> None:
         assert 0 < metric(url, "prefix_disk_read_bytes_total") <= written
         assert metric(url, "prefix_disk_bytes") > 0
         assert ask(url, "sk-2") == (text, 0), "another key's prompts stay its own"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@needs_model
+def test_a_conversation_goes_on_after_a_restart(tmp_path: Path) -> None:
+    """Its answers keep their sampled tokens, which the tokenizer often splits otherwise, for their key."""
+    options = ("--prefix-cache-dir", str(tmp_path), "--api-key", "me:sk-1", "--api-key", "you:sk-2")
+    turns: list[Any] = []
+
+    def talk(url: str, text: str, key: str = "sk-1", **fields: Any) -> tuple[int, int, int]:
+        """Tokens of the prompt, how many were cached, and tokens of the answer."""
+        asked = {"role": "user", "content": text}
+        answer = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0).chat.completions.create(
+            model="mite", messages=[*turns, asked], max_tokens=40, temperature=2.0, seed=len(turns), **fields
+        )
+        found = answer.usage
+        assert found is not None and found.prompt_tokens_details is not None
+        if key == "sk-1":
+            turns.extend([asked, {"role": "assistant", "content": answer.choices[0].message.content}])
+        return found.prompt_tokens, found.prompt_tokens_details.cached_tokens or 0, found.completion_tokens
+
+    with launched(*options) as (process, url):
+        wait_ready(url)
+        for number in range(4):
+            prompt, _, said = talk(url, f"x = {number}")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    with launched(*options) as (process, url):
+        wait_ready(url)
+        _, cached, _ = talk(url, "y = 1")
+        assert cached > prompt + said - 32  # two blocks
+        counted = httpx.get(f"{url}/metrics", headers={"Authorization": "Bearer sk-1"}).text
+        assert 'continued_answers_total{tokens="sampled"} 1.0' in counted
+        assert talk(url, "y = 2", "sk-2")[1] == 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
 

@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -118,7 +117,7 @@ class AnswerLog:
                 if room < 0:
                     path.unlink()
         path = self._root / f"{self._prefix}{uuid4().hex}{_SUFFIX}"
-        file = path.open("xb", opener=partial(os.open, mode=0o600))
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         file.write(_MAGIC)
         return file
 
