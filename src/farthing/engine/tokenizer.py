@@ -293,11 +293,14 @@ class Tokenizer:
         exact = self.byte_level and self.backend.normalizer is None
         return tokens * self._longest * (1 if exact else 4)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, plain: bool = False) -> list[int]:
         """Token ids; add_special_tokens puts the BOS token in front where the model has it so.
 
-        A rendered prompt may contain text that `untrusted` has marked, which becomes no control token.
+        plain: nothing in the text becomes a control token. A rendered prompt may contain text that
+        `untrusted` has marked, which becomes none either.
         """
+        if plain:
+            text = self.untrusted.text(text)
         if MARK in text:
             front = self.encode("") if add_special_tokens else []
             ids = self._guarded.encode(text)

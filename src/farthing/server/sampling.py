@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections import Counter
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
@@ -250,7 +250,9 @@ class IssuedCalls:
 
     def __init__(self, earlier: Iterable[Turn] = ()) -> None:
         """earlier: turns that were checked before."""
-        self._waiting: Counter[str] = Counter()  # calls without a result, in order
+        # How often calls without a result were made, in order: of a dict, finding the first entry takes as
+        # long as there were entries before it.
+        self._waiting: OrderedDict[str, int] = OrderedDict()
         self._known: set[str] = set()
         for turn in earlier:
             self.issue(turn)
@@ -259,8 +261,9 @@ class IssuedCalls:
 
     def issue(self, turn: Turn) -> None:
         """Add the calls of a turn."""
-        self._waiting.update(call.id for call in turn.calls)
-        self._known.update(call.id for call in turn.calls)
+        for call in turn.calls:
+            self._waiting[call.id] = self._waiting.get(call.id, 0) + 1
+            self._known.add(call.id)
 
     def add(self, turn: Turn, field: str) -> Turn:
         """Match a result with its call, or issue calls. Those without an id get one, because some clients

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import Repr
+from types import NoneType
 from typing import Annotated, Any, ClassVar, get_args
 
 from pydantic import (
@@ -153,7 +154,7 @@ log = logging.getLogger("farthing.server")
 HEAVY = "farthing.heavy"  # key in the scope of a request whose body has many values
 _MAX_NAMES = 64  # distinct names that clients can add to the log and the metric
 OTHER = "other"
-_SCALARS = (int, str)
+_PLAIN = (str, int, float, NoneType, dict)  # values without declared fields
 _LONGEST = 80  # characters of a name
 _Path = tuple[str | int, ...]
 
@@ -257,20 +258,20 @@ class UnknownFields:
         self.counts[name] = self.counts.get(name, 0) + 1
 
 
-def unknown(value: Any, path: _Path = ()) -> Iterator[_Path]:
+def unknown(value: Any) -> list[_Path]:
     """Paths of the undeclared fields of a body and of the objects within it."""
-    if isinstance(value, list):
-        for position, item in enumerate(value):
-            if not isinstance(item, _SCALARS):  # long lists are token ids
-                yield from unknown(item, (*path, position))
+    if isinstance(value, list):  # long lists are token ids
+        inner = ((at, unknown(item)) for at, item in enumerate(value) if not isinstance(item, _PLAIN))
+        return [(at, *path) for at, paths in inner for path in paths]
     if not isinstance(value, Strict):
-        return
-    for name, extra in (value.model_extra or {}).items():
-        if extra is not None and name not in value.known:  # SDKs send back all they received, even null
-            yield (*path, name)
-    for name in value.model_fields_set:
-        if isinstance(inner := getattr(value, name, None), BaseModel | list):
-            yield from unknown(inner, (*path, name))
+        return []
+    extra = value.model_extra or {}
+    # SDKs send back all they received, even null.
+    found: list[_Path] = [(n,) for n, each in extra.items() if each is not None and n not in value.known]
+    for name, each in vars(value).items():
+        if not isinstance(each, _PLAIN) and (paths := unknown(each)):
+            found += [(name, *path) for path in paths]
+    return found
 
 
 # Describes an invalid body: one line that names the field, its value and the accepted values.

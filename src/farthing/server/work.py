@@ -37,13 +37,23 @@ _AT_ONCE = 32  # sequences submitted per iteration of the event loop
 
 
 async def encode(
-    service: Service, texts: Sequence[str], add_special_tokens: bool, client: str, param: str = "prompt"
+    service: Service,
+    texts: Sequence[str],
+    add_special_tokens: bool,
+    client: str,
+    param: str = "prompt",
+    plain: bool = False,
 ) -> list[list[int]]:
     """Token ids of each text. Raises ApiError: 400 if the model has no tokenizer or a text cannot fit its
-    context, 429 if the client has too much work waiting. param: the field to name in errors."""
+    context, 429 if the client has too much work waiting. param: the field to name in errors. plain: nothing
+    in a text becomes a control token."""
     longest = max(map(len, texts), default=0)
     return await _within_limits(
-        service, lambda sandbox: sandbox.encode(texts, add_special_tokens, client), client, param, longest
+        service,
+        lambda sandbox: sandbox.encode(texts, add_special_tokens, client, plain),
+        client,
+        param,
+        longest,
     )
 
 
@@ -91,8 +101,7 @@ async def _within_limits(
     sandbox = engine.sandbox
     if sandbox is None:
         raise ApiError(400, "the model is served without a tokenizer; expected token ids", param=param)
-    if characters > (engine.config.max_model_len or 0):  # as a token has at least one character
-        _check_length(engine, characters, param)
+    check_length(engine, characters, param)
     if service.quotas is not None:
         service.quotas.admit_work(client, sandbox.seconds_of(client))
     try:
@@ -106,7 +115,10 @@ async def _within_limits(
         raise ApiError(503, str(error), code="not_ready", retry_after=5) from error
 
 
-def _check_length(engine: Engine, characters: int, param: str) -> None:
+def check_length(engine: Engine, characters: int, param: str) -> None:
+    """Raises ApiError (400) for a text of so many characters that it cannot fit the model's context."""
+    if characters <= (engine.config.max_model_len or 0):  # as a token has at least one character
+        return
     assert engine.tokenizer is not None and engine.config.max_model_len is not None
     longest = engine.tokenizer.max_characters(engine.config.max_model_len)
     if characters > longest:

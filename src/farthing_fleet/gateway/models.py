@@ -22,7 +22,8 @@ from farthing_fleet.gateway.replicas import Balancer, Replica
 PATH = "/v1/models"
 _AGAIN_S = 2.0  # between reads for unknown names
 _CREDENTIALS = ("Authorization", "X-Api-Key")
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# To its end, or to the end of the body: a search that gave up there would begin again at every later quote.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _MOST_QUOTES = 1 << 18  # in a body of which the strings are skipped one by one
 
 

@@ -110,9 +110,9 @@ class Jobs:
         except ValueError as error:  # texts can still be tokenized
             self._compiler = error
 
-    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    def encode(self, texts: list[str], add_special_tokens: bool, plain: bool) -> list[list[int]]:
         """Token ids of each text."""
-        return [self._tokenizer.encode(text, add_special_tokens) for text in texts]
+        return [self._tokenizer.encode(text, add_special_tokens, plain) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special ones included."""

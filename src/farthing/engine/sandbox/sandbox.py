@@ -15,6 +15,7 @@ from hashlib import sha256
 from reprlib import Repr
 from typing import Any, TypeVar
 
+from farthing.conversation.types import Conversation
 from farthing.engine.request import Rendering, StructuredOutputsParams
 from farthing.engine.sandbox.turns import WorkQueue
 from farthing.engine.sandbox.workers import Pool, Work
@@ -193,6 +194,7 @@ class Local:
 _HERE = 2_048  # characters that render and tokenize in one or two milliseconds, or four where all are rare
 _SHORT = 4_096  # characters that tokenize in a few milliseconds: a thread is enough
 _PER_TURN = 16  # characters that stand for the work on a turn without text
+_PER_OBJECT = 48  # characters that stand for the names of an object's fields
 _LIGHT = 131_072  # characters; a larger text may take longer
 _LIGHT_SECONDS, _HEAVY_SECONDS, _GRAMMAR_SECONDS = 2.0, 20.0, 2.0  # CPU time of a job
 _TEXT_MEMORY, _GRAMMAR_MEMORY = 1 << 30, 512 << 20  # bytes that a job may add
@@ -251,17 +253,17 @@ class Sandbox:
         return self._local.submit(call, client)
 
     def encode(
-        self, texts: Sequence[str], add_special_tokens: bool = True, client: str = ""
+        self, texts: Sequence[str], add_special_tokens: bool = True, client: str = "", plain: bool = False
     ) -> Future[list[list[int]]]:
-        """Token ids of each text."""
+        """Token ids of each text. plain: nothing in it becomes a control token."""
         size = sum(map(len, texts))
-        encode = partial(self._tokenizer.encode, add_special_tokens=add_special_tokens)
+        encode = partial(self._tokenizer.encode, add_special_tokens=add_special_tokens, plain=plain)
         if size <= _HERE:
             return self._at_once(lambda: list(map(encode, texts)), client)
         if size <= _SHORT:
             return self._local.submit(lambda: list(map(encode, texts)), client)
-        arguments = {"texts": list(texts), "add_special_tokens": add_special_tokens}
-        return self._submit("encode", arguments, "the text", size, client)
+        arguments = {"texts": list(texts), "add_special_tokens": add_special_tokens, "plain": plain}
+        return self._submit("encode", lambda: arguments, "the text", size, client)
 
     def encode_now(
         self, texts: Sequence[str], add_special_tokens: bool = True, client: str = ""
@@ -275,7 +277,7 @@ class Sandbox:
         """The text of token ids, special ones included."""
         if len(ids) <= _SHORT:
             return self._local.submit(lambda: self._tokenizer.decode(ids, skip_special_tokens=False), client)
-        return self._submit("decode", {"ids": ids}, "tokens", len(ids), client)
+        return self._submit("decode", lambda: {"ids": ids}, "tokens", len(ids), client)
 
     def prompt(self, rendering: Rendering, max_tokens: int, client: str = "") -> Future[str]:
         """The prompt of a conversation.
@@ -285,16 +287,21 @@ class Sandbox:
         conversation = rendering.conversation
         if rendering.form is not None and conversation.is_brief(_HERE, _PER_TURN):
             return self._at_once(lambda: self._tokenizer.prompt(rendering), client)
-        size = json_size(conversation.document())
+        size = _size(conversation)
         if rendering.form is not None and size <= _SHORT:
             return self._local.submit(lambda: self._tokenizer.prompt(rendering), client)
         longest = self._tokenizer.max_characters(max_tokens)
-        arguments = {"rendering": rendering.document(), "max_characters": longest}
-        return self._submit("prompt", arguments, "messages", size, client)
+        return self._submit(
+            "prompt",
+            lambda: {"rendering": rendering.document(), "max_characters": longest},
+            "messages",
+            size,
+            client,
+        )
 
     def habits(self) -> Future[dict[str, Any]]:
         """What the chat template expects of messages: fields of `Habits`."""
-        return self._submit("habits", {}, "the chat template", 0, "")
+        return self._submit("habits", dict, "the chat template", 0, "")
 
     def grammar(self, constraint: StructuredOutputsParams, client: str = "") -> Future[str]:
         """The text of a constraint's grammar, for `GrammarCompiler.build`.
@@ -314,7 +321,7 @@ class Sandbox:
             field = constrained_field(constraint)
             what = f"structured_outputs.{field} ({_BRIEF.repr(arguments[field])})"
             limits = _GRAMMAR_SECONDS, _GRAMMAR_MEMORY
-            job = Work("grammar", {"constraint": arguments}, what, *limits, size=json_size(arguments))
+            job = Work("grammar", lambda: {"constraint": arguments}, what, *limits, size=json_size(arguments))
             self._pool.submit(job, client).add_done_callback(lambda done: self._verdicts.put(key, done))
             return job
 
@@ -339,10 +346,22 @@ class Sandbox:
         return done
 
     def _submit(
-        self, name: str, arguments: Mapping[str, Any], what: str, size: int, client: str
+        self, name: str, arguments: Callable[[], Mapping[str, Any]], what: str, size: int, client: str
     ) -> Future[Any]:
         seconds = _LIGHT_SECONDS if size <= _LIGHT else _HEAVY_SECONDS
         return self._pool.submit(Work(name, arguments, what, seconds, _TEXT_MEMORY, size), client)
+
+
+def _size(conversation: Conversation) -> int:
+    """About how many characters a conversation has, everything included."""
+    size = json_size(conversation.template_options)
+    for turn in conversation.turns:
+        size += _PER_OBJECT + len(turn.text) + len(turn.reasoning) + len(turn.call_id or turn.name or "")
+        size += json_size(turn.extra) if turn.extra else 0
+        size += sum(_PER_OBJECT + len(call.id) + len(call.name) + len(call.arguments) for call in turn.calls)
+    for tool in conversation.tools:
+        size += _PER_OBJECT + len(tool.name) + len(tool.description or "") + json_size(tool.parameters)
+    return size
 
 
 def _arguments(constraint: StructuredOutputsParams) -> dict[str, Any]:

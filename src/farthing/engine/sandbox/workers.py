@@ -30,11 +30,12 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RA
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """One call: the name of a job, its arguments, of about `size` bytes, what errors call its input, and the
-    CPU seconds and bytes of memory it may take."""
+    """One call: the name of a job, what makes its arguments, of about `size` bytes, what errors call its
+    input, and the CPU seconds and bytes of memory it may take. Arguments are made in the thread that sends
+    them, because those of a long conversation would hold the event loop."""
 
     name: str
-    arguments: Mapping[str, Any]
+    arguments: Callable[[], Mapping[str, Any]]
     what: str
     seconds: float
     memory: int
@@ -151,7 +152,7 @@ class Worker:
         try:
             if spent:
                 self._yield(_SPENT)
-            child.send(self._connection, [job.name, job.arguments, job.seconds, job.memory], deadline)
+            child.send(self._connection, [job.name, job.arguments(), job.seconds, job.memory], deadline)
             slow = not self._answers_within(_SLICE_SECONDS)
             if slow and not spent:
                 self._yield(_SLOW)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -31,11 +31,12 @@ from farthing.server.formats import made_for
 from farthing.server.jobs import Job
 from farthing.server.schema import Body, FieldNames, Strict, words
 from farthing.server.service import Service
-from farthing.server.work import encode, submit
+from farthing.server.work import check_length, encode, submit
 
 log = logging.getLogger("farthing.server")
 
 MOST_INPUTS = 1024  # of a request
+_BATCH = 65_536  # characters of documents that are joined with their query and tokenized at once
 WARNING_HEADER = "X-Farthing-Warning"
 _Text = Annotated[str, Field(min_length=1)]
 _PROBE = partial(SamplingParams, max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -182,12 +183,42 @@ async def scores(service: Service, request: Request, body: RerankRequest) -> tup
         raise ApiError(400, why, param="model", code="unsupported_model")
     before, after = await encode(service, [_BEFORE, _AFTER], False, client)
     head = f"<Instruct>: {body.instruction}\n<Query>: {body.query}\n<Document>: "
-    texts = [tokenizer.untrusted.text(head + text) for text in body.texts]
-    middle = await encode(service, texts, False, client, "documents")
-    prompts = [[*before, *ids, *after] for ids in middle]
+    _check_lengths(service, head, body.texts)
+    prompts = [
+        [*before, *ids, *after]
+        for texts in _batches(head, body.texts)
+        for ids in await encode(service, texts, False, client, "documents", plain=True)
+    ]
     probe = _PROBE(probe=tuple(token for token in answers if token is not None))
     logits = (await _probed(service, request, prompts, probe, _DOCUMENTS)).astype(np.float64)
     return (1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))).tolist(), sum(map(len, prompts))
+
+
+def _check_lengths(service: Service, head: str, texts: Sequence[str]) -> None:
+    """Raises ApiError (400) before anything is joined: a query stands before each of its documents, so that a
+    body of 2 MB can mean 2 GB of text."""
+    engine, most = service.require_engine(), service.config.max_body_bytes
+    check_length(engine, len(head), "query")
+    check_length(engine, len(head) + max(map(len, texts)), "documents")
+    total = len(head) * len(texts) + sum(map(len, texts))
+    if total > most:
+        why = f"documents: {len(texts)} with the query before each have {total} characters"
+        raise ApiError(
+            400, f"{why}; expected at most {most}", param="documents", code="context_length_exceeded"
+        )
+
+
+def _batches(head: str, texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts that the model reads, as many at once as have `_BATCH` characters together."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(head) + len(text) > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(head + text)
+        size += len(batch[-1])
+    yield batch
 
 
 # The routes.

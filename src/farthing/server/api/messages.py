@@ -39,6 +39,7 @@ from farthing.server.api.messages_protocol import (
     ToolDefinition,
     ToolResultBlock,
     ToolUseBlock,
+    texts,
 )
 from farthing.server.errors import STATUSES, ApiError, Documented, anthropic_payload
 from farthing.server.formats import thinking_of
@@ -156,17 +157,18 @@ def _turns(message: InputMessage, position: int, issued: IssuedCalls) -> list[Ch
             code="invalid_value",
         )
     turns: list[ChatTurn] = []
+    said: list[TextBlock] = []  # since the last result
     for number, block in enumerate(message.content):
-        if isinstance(block, ToolResultBlock):
-            issued.answer(block.tool_use_id, f"messages[{position}].content[{number}].tool_use_id")
-            turns.append(ChatTurn("tool", block.text, call_id=block.tool_use_id))
-        elif not isinstance(block, TextBlock):
+        if isinstance(block, TextBlock):
+            said.append(block)
+            continue
+        if not isinstance(block, ToolResultBlock):
             raise _misplaced(block.type, message.role, position)
-        elif turns and turns[-1].role == message.role:
-            turns[-1] = ChatTurn(message.role, f"{turns[-1].text}\n\n{block.text}")
-        else:
-            turns.append(ChatTurn(message.role, block.text))
-    return turns
+        issued.answer(block.tool_use_id, f"messages[{position}].content[{number}].tool_use_id")
+        turns += [ChatTurn(message.role, texts(said))] if said else []
+        turns.append(ChatTurn("tool", block.text, call_id=block.tool_use_id))
+        said = []
+    return [*turns, ChatTurn(message.role, texts(said))] if said else turns
 
 
 def _assistant(message: InputMessage, position: int) -> ChatTurn:

@@ -38,20 +38,22 @@ from farthing.server.work import encode
 
 _OLLAMA = Ending("", lambda error: f"{to_json({'error': error.message})}\n", "", "application/x-ndjson")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST = 64  # characters of a duration: the search for its parts takes quadratic time
 FOREVER = timedelta(days=36_500)  # of keep_alive below 0, for clients that expect a date
 
 
 def seconds(keep_alive: Any) -> float | None:
     """keep_alive, such as 300 or "5m", in seconds; below 0 for ever, and None as if it were absent."""
+    forever = FOREVER.total_seconds()
     if isinstance(keep_alive, int | float):
-        return FOREVER.total_seconds() if keep_alive < 0 else float(keep_alive)
-    parts = (
-        re.findall(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|$)", keep_alive) if isinstance(keep_alive, str) else []
-    )
+        return float(keep_alive) if 0 <= keep_alive <= forever else forever
+    if not isinstance(keep_alive, str) or len(keep_alive) > _LONGEST:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ns|us|µs|ms|s|m|h|$)", keep_alive)
     if not parts:
         return None
     total = sum(float(number) * _UNITS.get(unit, 1.0) for number, unit in parts)
-    return FOREVER.total_seconds() if keep_alive[:1] == "-" else total
+    return forever if keep_alive[:1] == "-" else min(total, forever)
 
 
 # Conversations.

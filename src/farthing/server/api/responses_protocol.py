@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -467,17 +469,19 @@ def turns_of(body: ResponsesRequest, earlier: tuple[Turn, ...]) -> tuple[Turn, .
         return (Turn("user", body.input),)
     issued = IssuedCalls(earlier)
     turns: list[Turn] = []
+    said: list[Turn] = []  # by the assistant, since the last turn of others
     for position, item in enumerate(body.input):
         assert not isinstance(item, Reference)  # replaced by `resolved`
         for turn in (_turn(item),) if isinstance(item, Item) else _foreign(item):
             if turn.role == "tool":
                 issued.answer(turn.call_id, f"input[{position}].call_id")
             issued.issue(turn)
-            if turn.role == "assistant" and turns and turns[-1].role == "assistant":
-                turns[-1] = _joined(turns[-1], turn)
-            else:
-                turns.append(turn)
-    return tuple(turns)
+            if turn.role == "assistant":
+                said.append(turn)
+                continue
+            turns += (*_joined(said), turn)
+            said = []
+    return (*turns, *_joined(said))
 
 
 def resolved(body: ResponsesRequest, find: Callable[[str], dict[str, Any] | None]) -> ResponsesRequest:
@@ -543,10 +547,10 @@ def _name(item: Item) -> str:
     return f"{item.namespace}.{item.name}" if item.namespace else item.name or ""
 
 
-def _joined(one: Turn, other: Turn) -> Turn:
-    return replace(
-        one,
-        text=one.text + other.text,
-        reasoning=one.reasoning + other.reasoning,
-        calls=one.calls + other.calls,
-    )
+def _joined(said: Sequence[Turn]) -> list[Turn]:
+    """Consecutive turns of the assistant as one; none if there are none."""
+    if len(said) < 2:
+        return [*said]
+    text, reasoning = ("".join(map(attrgetter(name), said)) for name in ("text", "reasoning"))
+    calls = tuple(chain.from_iterable(turn.calls for turn in said))
+    return [replace(said[0], text=text, reasoning=reasoning, calls=calls)]
