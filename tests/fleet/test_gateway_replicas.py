@@ -11,9 +11,11 @@ from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing_fleet.gateway.config import GatewayConfig
-from farthing_fleet.gateway.replicas import Poison
+from farthing_fleet.gateway.replicas import Poison, make_replica
 from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles import replica as double
 from tests.fleet.doubles.services import free_port
@@ -148,19 +150,50 @@ async def mortal(count: int, *arguments: str) -> AsyncIterator[tuple[dict[str, s
 
 
 @pytest.mark.anyio
-async def test_request_that_kills_its_replica_is_not_sent_to_another() -> None:
+async def test_request_that_kills_its_replica_kills_two_at_most() -> None:
     async with mortal(3) as (urls, dead), in_front_of(urls) as (_, session):
         async with session.post(CHAT, json=body("poison")) as answer:
             assert answer.status == 502
-            assert "sent to 1" in (await answer.json())["error"]["message"]
+            assert "sent to 2" in (await answer.json())["error"]["message"]
         for _ in range(3):
             async with session.post(CHAT, json=body("poison")) as answer:
                 assert answer.status == 422
-        while not dead():
+        while dead() < 2:
             await asyncio.sleep(0.01)
         async with session.post(CHAT, json=body("harmless")) as answer:
             assert answer.status == 200
+        assert dead() == 2
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [1, 12])
+async def test_one_death_makes_no_text_unanswerable(count: int, stream: bool) -> None:
+    """However many requests of one text it interrupts: most deaths are not theirs."""
+
+    async def ask(session: aiohttp.ClientSession) -> int:
+        async with session.post(CHAT, json=body("popular", stream=stream)) as answer:
+            await answer.text()
+            return answer.status
+
+    fleet = mortal(2, "--tokens", "20", "--interval", "0.05")
+    async with fleet as (urls, dead), in_front_of(urls) as (gateway, session):
+        crowd = [asyncio.create_task(ask(session)) for _ in range(count)]
+        replicas = gateway.balancer.replicas
+        while sum(r.inflight for r in replicas.values()) < count:
+            await asyncio.sleep(0.01)
+        busy = max(replicas.values(), key=lambda r: r.inflight)
+        await ask_to_die(busy.url)
+        assert set(await asyncio.gather(*crowd)) == {200}
+        assert [await ask(session) for _ in range(3)] == [200] * 3
         assert dead() == 1
+
+
+async def ask_to_die(url: str) -> None:
+    """Kill a replica by a request that the gateway does not see."""
+    async with aiohttp.ClientSession(url) as direct:
+        with suppress(aiohttp.ClientError):
+            await direct.post(CHAT, json=body("poison"))
 
 
 @pytest.mark.anyio
@@ -199,14 +232,35 @@ async def test_poison_among_others_kills_two_replicas_at_most() -> None:
 def test_poison_entries_are_bounded_and_expire() -> None:
     now = [0.0]
     poison = Poison(10.0, clock=lambda: now[0])
-    poison.strike(("POST", "/a", b"x"), alone=True)
+    poison.strike(("POST", "/a", b"x"), life=1)
+    poison.strike(("POST", "/a", b"x"), life=2)
     assert poison.refuses(("POST", "/a", b"x")) and not poison.refuses(("POST", "/b", b"x"))
-    poison.strike(("POST", "/c", b""), alone=False)
-    assert not poison.refuses(("POST", "/c", b""))
-    poison.strike(("POST", "/c", b""), alone=False)
-    assert poison.refuses(("POST", "/c", b""))
     now[0] = 10.0
-    assert not poison.refuses(("POST", "/a", b"x")) and not poison.refuses(("POST", "/c", b""))
+    assert not poison.refuses(("POST", "/a", b"x"))
     for number in range(10_000):
-        poison.strike(("POST", f"/{number}", b""), alone=True)
+        poison.strike(("POST", f"/{number}", b""), life=3)
     assert len(poison) <= 4096
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40))
+def test_a_text_is_refused_after_two_deaths_and_not_before(strikes: list[tuple[int, int]]) -> None:
+    """strikes: (life, text) of every request that a death interrupts."""
+    poison = Poison(10.0, clock=lambda: 0.0)
+    for life, text in strikes:
+        poison.strike(("POST", "/", bytes([text])), life)
+    for text in range(3):
+        deaths = {life for life, other in strikes if other == text}
+        assert poison.refuses(("POST", "/", bytes([text]))) == (len(deaths) >= 2)
+
+
+def test_each_death_ends_a_life() -> None:
+    replica = make_replica("a", "http://127.0.0.1:1", GatewayConfig())
+    lives = {replica.life}
+    for _ in range(3):
+        replica.checked(True, 2)
+        lives.add(replica.life)
+        replica.checked(True, 2)
+        replica.checked(False, 2)
+        assert replica.life in lives
+        replica.checked(False, 2)
+    assert len(lives) == 4

@@ -234,7 +234,7 @@ class Proxy:
             self._metrics.count(self._balancer.pool(outgoing.prompt.model), "none", 422)
             raise Refused(
                 422,
-                "a replica died with this request in flight; "
+                "replicas died twice with this request in flight; "
                 f"it is refused for {self._config.poison_ttl_s:g} s",
             )
         course = _Course(request, outgoing, self._now(), self._now() + self._config.wait_s, client)
@@ -295,7 +295,7 @@ class Proxy:
                 return await self._exchange(replica, course, active)
             except Interrupted as problem:
                 replica.breaker.abandoned()
-                self._interrupted(replica, course, problem)
+                self._interrupted(replica, course, active, problem)
             except ReplicaLost as problem:
                 await self._lost(replica, course, active, problem)
             except (asyncio.CancelledError, OSError):  # the client disconnected
@@ -326,7 +326,7 @@ class Proxy:
                 if relay.response is None:
                     raise
                 self._metrics.count(replica.pool, replica.name, 502)
-                await self._break_off(relay, course, replica, problem)
+                await self._break_off(relay, course, replica, active, problem)
                 return relay.response
         finally:
             answer.close()
@@ -338,9 +338,7 @@ class Proxy:
     @contextmanager
     def _inflight(self, outgoing: Outgoing, replica: Replica) -> Iterator[Active]:
         """Count the request on its replica."""
-        active = Active(outgoing.streamed, self._now(), alone=not replica.active)
-        for other in replica.active:
-            other.alone = False
+        active = Active(outgoing.streamed, self._now(), life=replica.life)
         replica.active.add(active)
         replica.inflight += 1
         replica.breaker.sent()
@@ -375,7 +373,12 @@ class Proxy:
     # ---- failed tries ----
 
     async def _break_off(
-        self, relay: Relay, course: _Course, replica: Replica, problem: ReplicaLost | Interrupted
+        self,
+        relay: Relay,
+        course: _Course,
+        replica: Replica,
+        active: Active,
+        problem: ReplicaLost | Interrupted,
     ) -> None:
         """End an answer that started but cannot be completed."""
         if isinstance(problem, Interrupted) and problem.why == "stopping":
@@ -384,9 +387,8 @@ class Proxy:
             return
         replica.failed += 1
         replica.breaker.failed()
-        # The client may retry it. A long answer is also cut off by what is not its fault: a suspect at most.
         if isinstance(problem, Interrupted) or not await self._alive(replica):
-            self._poison.strike(course.outgoing.identity, alone=False)
+            self._poison.strike(course.outgoing.identity, active.life)
         await relay.break_off(f"replica lost: {problem}")
 
     async def _busy(self, replica: Replica, course: _Course, active: Active, answer: Answer) -> None:
@@ -396,7 +398,7 @@ class Proxy:
         if code == "engine_failed":
             course.sent += 1
             course.reason = f"{replica.name}: its engine failed"
-            self._poison.strike(course.outgoing.identity, alone=active.alone)
+            self._poison.strike(course.outgoing.identity, active.life)
         else:
             course.reason = f"{replica.name} is busy or draining"
             if course.held:
@@ -406,13 +408,13 @@ class Proxy:
         replica.served += 1
         replica.breaker.succeeded()
 
-    def _interrupted(self, replica: Replica, course: _Course, problem: Interrupted) -> None:
+    def _interrupted(self, replica: Replica, course: _Course, active: Active, problem: Interrupted) -> None:
         course.sent += 1
         course.reason = f"{replica.name}: {problem}"
         if problem.why == "hung":
             course.status = 504
             replica.failed += 1
-            self._poison.strike(course.outgoing.identity, alone=False)
+            self._poison.strike(course.outgoing.identity, active.life)
 
     async def _lost(self, replica: Replica, course: _Course, active: Active, problem: ReplicaLost) -> None:
         """The exchange failed. If the replica still answers health checks, it only closed the connection;
@@ -427,4 +429,4 @@ class Proxy:
         course.sent += 1
         course.status = 502
         if not await self._alive(replica):
-            self._poison.strike(course.outgoing.identity, alone=active.alone)
+            self._poison.strike(course.outgoing.identity, active.life)

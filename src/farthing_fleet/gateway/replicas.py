@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from bisect import insort
@@ -10,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -41,7 +43,7 @@ class Active:
     began: float  # loop time
     heard: bool = False  # the replica has sent a byte
     queued: int = 0  # bytes of prompt text to compute before the first byte
-    alone: bool = True  # no other request was ever in flight on the replica meanwhile
+    life: int = 0  # of the replica
     _task: asyncio.Task[object] | None = None
     _why: Why | None = None
 
@@ -73,43 +75,41 @@ log = logging.getLogger(__name__)
 
 Identity = tuple[str, str, bytes]  # method, path and query, body
 _ENTRIES = 4096
-_GUILTY = 2  # strikes
+_GUILTY = 2  # deaths
 
 
 class Poison:
-    """Strikes per request digest; the oldest entries are evicted first, and each expires after `ttl_s`.
+    """Deaths per request digest; the oldest entries are evicted first, and each expires after `ttl_s`.
 
-    A request that was alone on the replica is assumed to be the cause and refused until its entry expires.
-    With several, or in the middle of an answer, each is a suspect: it may be sent to one more replica, and is
-    refused once a second one dies.
+    A replica may die of a request or of anything else, so one death proves nothing, however many requests it
+    interrupts: each may be sent again. A request that was in flight at two deaths is refused.
     """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._ttl, self._clock = ttl_s, clock
-        self._strikes: OrderedDict[bytes, tuple[int, float]] = OrderedDict()  # (strikes, expiry)
+        self._deaths: OrderedDict[bytes, tuple[frozenset[int], float]] = OrderedDict()  # (lives, expiry)
 
     def __len__(self) -> int:
-        return len(self._strikes)
+        return len(self._deaths)
 
-    def strike(self, identity: Identity, *, alone: bool) -> None:
-        """Record that a replica died with this request in flight."""
+    def strike(self, identity: Identity, life: int) -> None:
+        """Record that this life of a replica ended with the request in flight."""
         key = _digest(identity)
-        strikes = self._current(key) + (_GUILTY if alone else 1)
-        self._strikes[key] = (strikes, self._clock() + self._ttl)
-        self._strikes.move_to_end(key)
-        while len(self._strikes) > _ENTRIES:
-            self._strikes.popitem(last=False)
+        self._deaths[key] = (self._current(key) | {life}, self._clock() + self._ttl)
+        self._deaths.move_to_end(key)
+        while len(self._deaths) > _ENTRIES:
+            self._deaths.popitem(last=False)
 
     def refuses(self, identity: Identity) -> bool:
         """Whether this request must not be sent to another replica."""
-        return bool(self._strikes) and self._current(_digest(identity)) >= _GUILTY
+        return bool(self._deaths) and len(self._current(_digest(identity))) >= _GUILTY
 
-    def _current(self, key: bytes) -> int:
-        strikes, expiry = self._strikes.get(key, (0, 0.0))
-        if strikes and expiry <= self._clock():
-            del self._strikes[key]
-            return 0
-        return strikes
+    def _current(self, key: bytes) -> frozenset[int]:
+        lives, expiry = self._deaths.get(key, (frozenset(), 0.0))
+        if lives and expiry <= self._clock():
+            del self._deaths[key]
+            return frozenset()
+        return lives
 
 
 def _digest(identity: Identity) -> bytes:
@@ -218,6 +218,9 @@ class Breaker:
         self._open_until = self.clock() + self._pause
 
 
+_LIVES = itertools.count()
+
+
 @dataclass(eq=False)
 class Replica:
     """A replica and its state."""
@@ -239,6 +242,7 @@ class Replica:
     asks_for_key: bool = False  # before it lists its models
     pool: str = ""  # the model that it serves; empty if it does not say
     heard: float = 0.0  # loop time of the last byte of any answer
+    life: int = field(default_factory=partial(next, _LIVES))  # another one after it died or hung
 
     @property
     def queue(self) -> float:
@@ -261,10 +265,15 @@ class Replica:
     def checked(self, ok: bool, unhealthy_after: int) -> None:
         """Record one health check."""
         self.failed_checks = 0 if ok else self.failed_checks + 1
-        if ok:
+        if ok and not self.healthy:
             self.healthy = True
-        elif self.failed_checks >= unhealthy_after:
+            self.begin_life()
+        elif not ok and self.failed_checks >= unhealthy_after:
             self.healthy = self.read = self.asks_for_key = False
+
+    def begin_life(self) -> None:
+        """What happens from now on has other causes than what happened before."""
+        self.life = next(_LIVES)
 
 
 def make_replica(name: str, url: str, config: GatewayConfig) -> Replica:
@@ -518,3 +527,4 @@ class Health:
         log.warning("replica %s: %s; moving %d unanswered requests", replica.name, reason, len(unanswered))
         for active in unanswered:
             active.interrupt("hung")
+        replica.begin_life()
