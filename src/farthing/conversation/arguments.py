@@ -15,22 +15,49 @@ from farthing.conversation.scan import MARK
 
 Kinds = frozenset[str] | None  # JSON types a schema accepts; None: not known
 
-_MAX_REFERENCES = 8  # of references and unions in a schema
+MAX_REFERENCES = 8  # of references and unions in a schema
+_MAX_STEPS = 64  # of a reference
 _PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
-def kinds_of(parameters: Mapping[str, Any] | None, name: str) -> Kinds:
-    """The JSON types that a function's schema accepts for a parameter."""
+class Budget:
+    """How many parts of schemas are looked at: references let a small schema stand for a very large one."""
+
+    def __init__(self, parts: int) -> None:
+        self._most = self._left = parts
+
+    def spend(self, parts: int = 1) -> None:
+        """Raises ValueError once there were too many."""
+        self._left -= parts
+        if self._left < 0:
+            raise ValueError(
+                f"tools: their schemas, with what they refer to, have more than {self._most} parts; expected "
+                "fewer"
+            )
+
+
+_BUDGET = 1024  # of one parameter of an answer
+
+
+def kinds_of(parameters: Mapping[str, Any] | None, name: str, budget: Budget | None = None) -> Kinds:
+    """The JSON types that a function's schema accepts for a parameter. Raises ValueError if that takes more
+    than the budget; without one they are then not known."""
     properties = (parameters or {}).get("properties")
     schema = properties.get(name) if isinstance(properties, Mapping) else None
-    return _kinds(schema, parameters or {}, _MAX_REFERENCES)
+    try:
+        return _kinds(schema, parameters or {}, MAX_REFERENCES, budget or Budget(_BUDGET))
+    except ValueError:
+        if budget is not None:
+            raise
+        return None
 
 
-def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> Kinds:
+def _kinds(schema: Any, root: Mapping[str, Any], depth: int, budget: Budget) -> Kinds:
+    budget.spend()
     if not isinstance(schema, Mapping) or not depth:
         return None
     if isinstance(reference := schema.get("$ref"), str):
-        return _kinds(resolved(root, reference), root, depth - 1)
+        return _kinds(resolved(root, reference), root, depth - 1, budget)
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset({declared})
@@ -39,19 +66,20 @@ def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> Kinds:
     if "const" in schema:
         return frozenset({_kind(schema["const"])})
     if isinstance(values := schema.get("enum"), list) and values:
+        budget.spend(len(values))
         return frozenset(map(_kind, values))
     for union in ("anyOf", "oneOf"):
         if isinstance(branches := schema.get(union), list) and branches:
-            found = [_kinds(branch, root, depth - 1) for branch in branches]
+            found = [_kinds(branch, root, depth - 1, budget) for branch in branches]
             return None if None in found else frozenset().union(*(kinds for kinds in found if kinds))
     if isinstance(parts := schema.get("allOf"), list):
-        return next((kinds for part in parts if (kinds := _kinds(part, root, depth - 1))), None)
+        return next((kinds for part in parts if (kinds := _kinds(part, root, depth - 1, budget))), None)
     return None
 
 
 def resolved(root: Mapping[str, Any], reference: str) -> Any:
-    """What a reference within a schema refers to; None if there is no such part."""
-    if not reference.startswith("#"):
+    """What a reference within a schema refers to; None if there is no such part, or it is too far away."""
+    if not reference.startswith("#") or reference.count("/") > _MAX_STEPS:
         return None
     node: Any = root
     for step in reference[1:].split("/")[1:]:

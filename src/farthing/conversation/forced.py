@@ -74,7 +74,7 @@ def _members(node: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if kinds is None and "properties" not in node:
         return {}
-    if not isinstance(required, list) or any(name not in list(properties) for name in required):
+    if not isinstance(required, list) or not all(declared(name, properties) for name in required):
         return {}  # to be refused by the grammar, or a required member that is not declared
     if "properties" in node and "additionalProperties" not in node:
         return {"additionalProperties": False}
@@ -84,6 +84,11 @@ def _members(node: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     least = node.get("minProperties", 0)
     return {"maxProperties": MOST_MEMBERS + max(len(properties), least if isinstance(least, int) else 0)}
+
+
+def declared(name: Any, properties: Mapping[str, Any]) -> bool:
+    """Whether an entry of `required` is the name of one of the properties."""
+    return isinstance(name, str) and name in properties
 
 
 def _integer(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def schema(conversation: Conversation, room: int | None = None) -> dict[str, Any
 
 def eligible(conversation: Conversation) -> list[Tool]:
     """The tools of which one must be called."""
-    names = conversation.choice.names
+    names = set(conversation.choice.names)
     return [tool for tool in conversation.tools if not names or tool.name in names]
 
 

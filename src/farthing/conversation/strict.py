@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from farthing.conversation import forced
-from farthing.conversation.arguments import Kinds, kinds_of, resolved
-from farthing.conversation.forced import COMPACT, arguments_schema, object_schema, rebased
+from farthing.conversation.arguments import MAX_REFERENCES, Budget, Kinds, kinds_of, resolved
+from farthing.conversation.forced import COMPACT, arguments_schema, declared, object_schema, rebased
 from farthing.conversation.types import Conversation, Tool
 
 # Builds a Lark grammar, as llguidance reads it, of texts that hold special tokens and JSON.
@@ -23,6 +23,8 @@ from farthing.conversation.types import Conversation, Tool
 _SLASH = re.compile(r"(?<!\\)/")  # would end a regular expression
 _ANY = r"(.|\n)"
 _ROOT = "root"  # the name of a whole schema among the definitions of its part
+MAX_CHARACTERS = 262_144  # of a grammar
+_MAX_PARTS = 32_768  # of the schemas in it, counting one as often as it is referred to
 
 
 class Lark:
@@ -37,6 +39,11 @@ class Lark:
         self._split = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
         self._rules: list[str] = []
         self._shared: dict[str, str] = {}  # definition -> name
+        self._size = 0  # characters of the rules
+        self._roots: dict[
+            int, Mapping[str, Any]
+        ] = {}  # by identity, which would be given to others otherwise
+        self.budget = Budget(_MAX_PARTS)
 
     def text(self, literal: str) -> str:
         """A literal text; nothing for an empty one."""
@@ -53,16 +60,20 @@ class Lark:
 
     def json(self, schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> str:
         """JSON that fits a schema. root: the schema that references in it refer to, if that is another."""
-        if root is not None and '"$ref"' in json.dumps(schema):
-            refers = {"$defs": {_ROOT: rebased(root, f"#/$defs/{_ROOT}")}}
-            schema = rebased(schema, f"#/$defs/{_ROOT}") | refers
-        return self._rule("json", f"%json {json.dumps(dict(schema) | {'x-guidance': COMPACT})}")
+        if root is None or '"$ref"' not in (text := json.dumps(schema)):
+            return self._rule("json", _json(schema))
+        self._roots[id(root)] = root
+        refers = f"#/$defs/{_ROOT}"
+        return self.rule(
+            f"{id(root)} {text}",
+            lambda: _json(rebased(schema, refers) | {"$defs": {_ROOT: rebased(root, refers)}}),
+        )
 
     def rule(self, key: str, build: Callable[[], str]) -> str:
         """A rule that is built once per key, and may refer to itself."""
         if key not in self._shared:
             self._shared[key] = name = f"rule_{len(self._shared)}"
-            self._rules.append(f"{name}: {build()}")
+            self._add(f"{name}: {build()}")
         return self._shared[key]
 
     def regex(self, pattern: str) -> str:
@@ -83,8 +94,17 @@ class Lark:
         key = f"{lazy} {definition}"
         if key not in self._shared:
             self._shared[key] = name = f"{kind}_{len(self._shared)}"
-            self._rules.append(f"{name}{'[lazy]' if lazy else ''}: {definition}")
+            self._add(f"{name}{'[lazy]' if lazy else ''}: {definition}")
         return self._shared[key]
+
+    def _add(self, rule: str) -> None:
+        self._size += len(rule)
+        if self._size > MAX_CHARACTERS:  # every parameter with a reference repeats the whole schema
+            raise ValueError(
+                f"tools: their schemas make a grammar of more than {MAX_CHARACTERS} characters; expected "
+                "simpler ones"
+            )
+        self._rules.append(rule)
 
     def _pieces(self, literal: str) -> list[str]:
         pieces, at = [], 0
@@ -95,6 +115,10 @@ class Lark:
 
     def _terminal(self, piece: str) -> str:
         return self._tokens.get(piece) or json.dumps(piece, ensure_ascii=False)
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps(dict(schema) | {'x-guidance': COMPACT})}"
 
 
 def _escaped(text: str) -> str:
@@ -160,9 +184,13 @@ def call_grammar(
     restricted = choice.names or any(tool.strict for tool in conversation.offered)
     if syntax is None or choice.mode != "auto" or not restricted:
         return None
-    tools = [tool for tool in conversation.offered if not choice.names or tool.name in choice.names]
+    names = set(choice.names)
+    tools = [tool for tool in conversation.offered if not names or tool.name in names]
     lark = Lark(syntax.marks, special)
-    return CallGrammar(syntax.openers, lark.grammar(syntax.calls(tools, lark)))
+    try:
+        return CallGrammar(syntax.openers, lark.grammar(syntax.calls(tools, lark)))
+    except RecursionError:
+        raise ValueError("tools: a schema is nested too deeply; expected fewer levels") from None
 
 
 def forced_grammar(
@@ -180,7 +208,7 @@ def forced_grammar(
     lark, section, opener = Lark(syntax.marks, special), syntax.section, syntax.openers[0]
     try:
         calls = [syntax.call(replace(tool, strict=True), lark) for tool in forced.eligible(conversation)]
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     first = f"{lark.text(section.begin + opener)} {lark.either(calls)}"
     between = f"{lark.text(section.between)}? " if section.between else ""
@@ -230,27 +258,32 @@ class Parameter:
     schema: Mapping[str, Any]
     root: Mapping[str, Any]
     required: bool
+    budget: Budget
 
     @property
     def kinds(self) -> Kinds:
         """JSON types the schema accepts; None: any."""
-        return kinds_of(self.root, self.name)
+        return kinds_of(self.root, self.name, self.budget)
 
     @property
     def free(self) -> bool:
         """Whether the schema accepts any string."""
-        return any(_free(branch) for branch in _branches(self.schema, self.root))
+        return any(map(_free, self.branches()))
+
+    def branches(self) -> Iterator[Mapping[str, Any]]:
+        """The schema, or the members of the unions it is made of, without references."""
+        return _branches(self.schema, self.root, self.budget)
 
     def options(self) -> list[str] | None:
         """The strings of a schema that lists its values, all of them strings."""
-        (schema, *more) = _branches(self.schema, self.root)
+        (schema, *more) = self.branches()
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if more or not isinstance(values, list) or not values:
             return None
         return values if all(isinstance(value, str) and value for value in values) else None
 
 
-def parameters_of(tool: Tool) -> list[Parameter] | None:
+def parameters_of(tool: Tool, budget: Budget) -> list[Parameter] | None:
     """A strict tool's parameters in order; None if its schema says more than what each of them may be."""
     schema = arguments_schema(tool)
     properties = schema.get("properties")
@@ -259,9 +292,12 @@ def parameters_of(tool: Tool) -> list[Parameter] | None:
     if any(not isinstance(part, Mapping) or set(name) & _MARKUP for name, part in properties.items()):
         return None
     required = schema.get("required", [])
-    if not isinstance(required, list) or any(name not in list(properties) for name in required):
+    if not isinstance(required, list) or not all(declared(name, properties) for name in required):
         return None
-    return [Parameter(tool.name, name, part, schema, name in required) for name, part in properties.items()]
+    needed = set(required)
+    return [
+        Parameter(tool.name, name, part, schema, name in needed, budget) for name, part in properties.items()
+    ]
 
 
 def text_value(parameter: Parameter, end: str, lark: Lark) -> str:
@@ -275,7 +311,7 @@ def text_value(parameter: Parameter, end: str, lark: Lark) -> str:
 
 def _pattern(parameter: Parameter) -> str:
     """A regular expression for a string with a pattern or a length."""
-    (schema, *more) = _branches(parameter.schema, parameter.root)
+    (schema, *more) = parameter.branches()
     limits = _LIMITS & set(schema)
     if limits == {"pattern"} and not more and isinstance(pattern := schema["pattern"], str):
         starts, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
@@ -292,16 +328,16 @@ def _pattern(parameter: Parameter) -> str:
 
 
 def _branches(
-    schema: Mapping[str, Any], root: Mapping[str, Any], depth: int = 8
+    schema: Mapping[str, Any], root: Mapping[str, Any], budget: Budget, depth: int = MAX_REFERENCES
 ) -> Iterator[Mapping[str, Any]]:
-    """A schema, or the members of the unions it is made of, without references."""
+    budget.spend()
     if isinstance(reference := schema.get("$ref"), str) and depth:
         schema = found if isinstance(found := resolved(root, reference), Mapping) else {}
     for union in ("anyOf", "oneOf"):
         if isinstance(members := schema.get(union), list) and depth:
             for member in members:
                 if isinstance(member, Mapping):
-                    yield from _branches(member, root, depth - 1)
+                    yield from _branches(member, root, budget, depth - 1)
             return
     yield schema
 
@@ -342,7 +378,7 @@ class TaggedCalls:
     def call(self, tool: Tool, lark: Lark) -> str:
         """See Syntax."""
         line = '"\\n"?'
-        parameters = parameters_of(tool) if tool.strict else None
+        parameters = parameters_of(tool, lark.budget) if tool.strict else None
         if parameters is not None:
             body = " ".join(
                 f"({self._parameter(parameter, lark)} {line}){'' if parameter.required else '?'}"

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
 from farthing.conversation.scan import MARK, marked
+from farthing.conversation.strict import MAX_CHARACTERS
 from farthing.engine.constraints import Constraint, Masks, Refused
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
@@ -60,7 +61,6 @@ class MaskTime:
 
 
 MAX_DEPTH = 64  # maximum nesting of a schema, and of brackets in a regex or grammar
-MAX_CHARACTERS = 262_144  # maximum characters of a constraint
 MAX_VALUES = 32_768  # maximum values in a schema
 MAX_CHOICES = 16_384
 MAX_BUILD_SECONDS = 0.25  # to compile; `examine` rejects slower grammars. 16,000 choices take 0.1 s

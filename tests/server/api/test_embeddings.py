@@ -23,6 +23,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model.load import load
 from farthing.ops.select import select
+from farthing.server.api import embeddings
 from farthing.server.api.embeddings import _AFTER, _BEFORE
 from tests.server.harness import Running, running
 
@@ -188,3 +189,28 @@ def test_relevance_is_that_of_transformers(tmp_path: Path) -> None:
 def encoded(text: str, trusted: bool) -> list[int]:
     """A client's text has no control tokens."""
     return tokenizer().encode(text if trusted else tokenizer().untrusted.text(text), False)
+
+
+def test_query_is_not_repeated_for_more_text_than_a_body(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one body means is bounded before any of it is made: here, 4 GB of text."""
+    monkeypatch.setattr(embeddings, "_BATCH", 500)
+    path = tmp_path / "Qwen3-Reranker-tiny"
+    saved(transformers.Qwen3ForCausalLM, path)
+    with running(engine_of(path), max_body_bytes=1 << 20) as server:
+        for query, documents, field in (
+            ("q" * 400_000, ["d"] * 1024, "query"),
+            ("q", ["d" * 400_000], "documents"),
+            ("q" * 1900, ["d"] * 1024, "documents"),
+        ):
+            answer = post(server, "/v1/rerank", query=query, documents=documents)
+            error = answer.json()["error"]
+            assert answer.status_code == 400 and error["param"] == field, answer.text
+            assert error["code"] == "context_length_exceeded"
+        fits = post(server, "/v1/rerank", query="q" * 100, documents=[f"{at}" * 90 for at in range(12)])
+        assert len(fits.json()["results"]) == 12, fits.text
+        whole = {each["index"]: each["relevance_score"] for each in fits.json()["results"]}
+        for at in (0, 7, 11):  # the same in a batch of its own
+            (alone,) = post(server, "/v1/rerank", query="q" * 100, documents=[f"{at}" * 90]).json()["results"]
+            assert abs(alone["relevance_score"] - whole[at]) < 1e-5

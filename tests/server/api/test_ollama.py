@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -184,6 +185,9 @@ def test_lists_and_descriptions(tiny: Running) -> None:
     [
         (None, None), (0, 0.0), (300, 300.0), ("5m", 300.0), ("1h30m", 5400.0), ("100ms", 0.1), ("0", 0.0),
         (-1, FOREVER.total_seconds()), ("-1m", FOREVER.total_seconds()), ("soon", None), ([], None),
+        ("9" * 4000 + "s", None), ("9" * 60 + "h", FOREVER.total_seconds()),
+        (10**400, FOREVER.total_seconds()), (math.inf, FOREVER.total_seconds()),
+        (math.nan, FOREVER.total_seconds()),
     ],
 )  # fmt: skip
 def test_keep_alive(given: object, expected: float | None) -> None:

@@ -272,6 +272,8 @@ class _Values:
     def _value(self, schema: Any, name: str) -> str:
         if schema is True:
             schema = {}
+        if "$ref" in (schema or ()) and len(schema) > 1:  # what it refers to is written once
+            return self.value({"$ref": schema["$ref"]}, name)
         found = resolved(self._root, schema["$ref"]) if "$ref" in (schema or ()) else schema
         if not isinstance(found, Mapping):
             raise self._error(name, "what no value fits")
@@ -297,7 +299,7 @@ class _Values:
         own = {key: schema[key] for key in _OF_KIND[kind] if key in schema}
         match kind:
             case "string":
-                text = Parameter(self._tool, name, {"type": kind, **own}, self._root, True)
+                text = Parameter(self._tool, name, {"type": kind, **own}, self._root, True, self._lark.budget)
                 return f"{self._lark.text(QUOTE)} {text_value(text, QUOTE, self._lark)}"
             case "array":
                 return self._enclosed("[", self._items(schema, name), "]")
@@ -333,12 +335,13 @@ class _Values:
             key = self._lark.regex(r"[^\s{}\[\],:<>\x22]{1,64}")
             member = f"{key} {self._lark.text(':')} {self.value(more, name)}" if more is not False else ""
             return self._several(member, 0, schema.get("maxProperties") if member else 0)
+        needed = set(required)
         first = after = ""  # what follows if no member has been written, or if one has
         for key in sorted(members, key=str.lower, reverse=True):
             if _BROKEN_KEY.search(key):
                 raise self._error(name, f"the name {key!r}")
             member = f"{self._lark.text(key + ':')} {self.value(members[key], key)} {after}"
-            if key in required:
+            if key in needed:
                 first, later = member, f"{comma} {member}"
             else:
                 first = self._lark.either((member, first)) if first else f"({member})?"

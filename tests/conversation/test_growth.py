@@ -1,0 +1,87 @@
+"""Grammars of tools' schemas take time in proportion to the schemas, whatever refers to what in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from farthing.conversation.arguments import kinds_of
+from farthing.conversation.forced import schema as forced_schema
+from farthing.conversation.select import CALLS
+from farthing.conversation.strict import MAX_CHARACTERS, call_grammar, forced_grammar
+from farthing.conversation.types import Conversation, Tool, ToolChoice, Turn
+from tests.growth import chained, excess
+
+SYNTAXES = {name: form.syntax for name, form in CALLS.items() if form.syntax is not None}
+TEXT = {"type": "string"}
+
+
+def objects(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), **more}
+
+
+def shared(size: int, definition: Any) -> dict[str, Any]:
+    """Parameters that all refer to one definition, none of them in the same words."""
+    parameters = {f"p{at}": {"$ref": "#/$defs/a", "description": f"{at}"} for at in range(size)}
+    return objects(parameters, **{"$defs": {"a": definition}})
+
+
+def layered(size: int) -> dict[str, Any]:
+    """Unions of references to a union of references, and so on: few words for very many branches."""
+    layers = {f"l{at}": {"anyOf": [{"$ref": f"#/$defs/l{at + 1}"}] * size} for at in range(4)}
+    return objects({"p": {"$ref": "#/$defs/l0"}}, **{"$defs": layers | {"l4": {"type": "string"}}})
+
+
+SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "parameters": lambda size: objects({f"p{at}": TEXT for at in range(size)}),
+    "optional parameters": lambda size: {
+        "type": "object",
+        "properties": {f"p{at}": TEXT for at in range(size)},
+    },
+    "required names": lambda size: {"type": "object", "properties": {"a": TEXT}, "required": ["a"] * size},
+    "chained references": chained,
+    "references to the whole": lambda size: objects({f"p{at}": {"$ref": "#"} for at in range(size)}),
+    "references to a union": lambda size: shared(size, {"anyOf": [TEXT, {"const": 1}] * size}),
+    "references to an enumeration": lambda size: shared(size, {"enum": [f"{at}" for at in range(size)]}),
+    "references to an object": lambda size: shared(size, objects({f"q{at}": TEXT for at in range(size)})),
+    "references to a far reference": lambda size: shared(size, {"$ref": "#" + "/$defs" * size}),
+    "layered unions": lambda size: layered(size // 8),
+    "empty unions": lambda size: shared(size, {"anyOf": [{"anyOf": []}] * size}),
+    "enumeration": lambda size: objects({"a": {"enum": [f"{at}" for at in range(size)]}}),
+    "slashes": lambda size: objects({"a": {"type": "string", "pattern": "\\/" * size}}),
+    "long name": lambda size: objects({"a" * size: TEXT}),
+}
+
+
+def conversation(schema: dict[str, Any], mode: Any) -> Conversation:
+    return Conversation((Turn("user", "hi"),), (Tool("f", None, schema, True),), ToolChoice(mode))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", SYNTAXES)
+def test_grammars_grow_with_the_schema(form: str, shape: str) -> None:
+    def build(size: int) -> None:
+        for mode, grammar in (("auto", call_grammar), ("required", forced_grammar)):
+            with suppress(ValueError):  # the error of a client
+                made = grammar(conversation(schemas[size], mode), SYNTAXES[form], lambda _: None)
+                assert made is None or len(made.grammar) < 2 * MAX_CHARACTERS
+        forced_schema(conversation(schemas[size], "required"))
+
+    schemas = {size: SHAPES[shape](size) for size in (200, 800)}
+    assert excess(build, 200, noticed=0.02) is None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_types_of_a_parameter_are_found_in_bounded_time(shape: str) -> None:
+    schemas = {size: SHAPES[shape](size) for size in (1000, 4000)}
+    assert excess(lambda size: kinds_of(schemas[size], "p0"), 1000) is None
+
+
+def test_references_within_reason_are_followed() -> None:
+    schema = shared(50, {"anyOf": [TEXT, {"enum": [*range(50)]}]})
+    assert kinds_of(schema, "p7") == {"string", "integer"}
+    for syntax in SYNTAXES.values():
+        assert call_grammar(conversation(schema, "auto"), syntax, lambda _: None) is not None
