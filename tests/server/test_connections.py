@@ -261,6 +261,34 @@ def status_of(server: Running, request: bytes) -> bytes:
         return answer(connection).partition(b"\r\n")[0].split()[1]
 
 
+@pytest.mark.parametrize("field", [b"Authorization", b"X-Api-Key"])
+@pytest.mark.parametrize("second", [b"Bearer sk-1", b"Bearer other", b""])
+def test_two_headers_with_a_key_are_rejected(field: bytes, second: bytes) -> None:
+    """A proxy may have checked the one that the server does not read."""
+    with running(ScriptedEngine(), keys=KeyRing(["me:sk-1"])) as server:
+        head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n%s: Bearer sk-1\r\n" % field
+        assert status_of(server, head + b"%s: %s\r\n\r\n" % (field.lower(), second)) == b"400"
+        assert healthy(server)
+
+
+@pytest.mark.slow
+def test_client_that_does_not_read_is_disconnected_without_an_error_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = ScriptedEngine(["ok " * 50] * 1200)
+    body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
+    text = json.dumps(body).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(engine, request_timeout=8.0) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(text) + text)
+        assert client.recv(12) == b"HTTP/1.1 200"
+        until(lambda: not len(server.guard), 30.0)
+        assert healthy(server)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("first", [b"localhost", b"evil.example"])
 def test_two_host_headers_are_rejected(first: bytes) -> None:
     with running(ScriptedEngine()) as server:

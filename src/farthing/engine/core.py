@@ -38,8 +38,7 @@ from farthing.engine.sequence import IntegrityError, Scheduled, Status
 from farthing.engine.speculation import Speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer
-from farthing.ops import NotFinite, as_float32, log_softmax, require_finite
-from farthing.ops.arrays import host
+from farthing.ops import NotFinite, as_float32, host, log_softmax, require_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -279,8 +278,8 @@ class EngineCore:
             self._fault(gen.parent, error)
 
     def _judge(self, plan: list[Scheduled[Generation]], step: Step, faults: Faults) -> None:
-        """Raises NotFinite if no row of the step is finite, which says that the model is broken, or its cache,
-        rather than the requests."""
+        """Raises NotFinite if no row of the step is finite: the model or its cache is broken, not one
+        request."""
         finite = [gen for gen, error in faults.items() if not isinstance(error, NotFinite)]
         if not finite and all(item.seq in faults for item in plan if item.sample or item.seq.scored):
             broken = next(iter(faults.values()))
