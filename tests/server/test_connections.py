@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest

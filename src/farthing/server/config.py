@@ -136,9 +136,9 @@ def too_fine(chunks: int, size: int) -> bool:
     return chunks > MOST + size // LEAST
 
 
-# Which host a request is for: the same rule for the server and the gateway.
+# Which host a request is for, and by which key: the same rule for the server and the gateway.
 #
-# A proxy in front may route, or check access, by one of the names while this server goes by another.
+# A proxy in front may route, or check access, by one of several values while this server goes by another.
 
 
 _HOST = re.compile(rb"(?:\[[0-9a-z.:%]+\]|[^][\s,/\\?#@:<>\"]+)?(?::\d*)?")
@@ -148,12 +148,16 @@ _PORTS = {b"http": b":80", b"https": b":443"}  # that a URL need not name
 def ambiguity(
     target: bytes, headers: Iterable[tuple[bytes, bytes]], version: tuple[int, int] = (1, 1)
 ) -> str | None:
-    """What a head whose host is not clear should have; None if it is. target: as received."""
-    hosts = [value.strip().lower() for name, value in headers if name.lower() == b"host"]
+    """What a head whose host or key is not clear should have; None if both are. target: as received."""
+    fields = [(name.lower(), value) for name, value in headers]
+    hosts = [value.strip().lower() for name, value in fields if name == b"host"]
     if len(hosts) > 1 or (not hosts and version >= (1, 1)):
         return "expected one Host header"
     if hosts and not _HOST.fullmatch(hosts[0]):
         return "expected a Host header of one host, perhaps with a port"
+    for single in (b"authorization", b"x-api-key"):
+        if sum(name == single for name, _ in fields) > 1:
+            return f"expected one {single.decode().title()} header"
     authority = None if target.startswith(b"/") else _authority(target)
     if authority is not None:
         port = _PORTS.get(target.partition(b":")[0].lower(), b"")

@@ -38,6 +38,10 @@ class ClientGone(Exception):
     """The client closed its connection, so no response is possible."""
 
 
+class ClientTooSlow(Exception):
+    """The client left its answer unread until the deadline: the connection is closed within the answer."""
+
+
 class ApiError(Exception):
     """An error response.
 

@@ -16,9 +16,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farthing.server.config import TOO_FINE, ambiguity, too_fine
+from farthing.server.errors import ClientTooSlow
 
 log = logging.getLogger("farthing.server")
 
@@ -193,8 +195,15 @@ class Guarded(HttpToolsProtocol):
                 cycle.message_event.set()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            except ClientTooSlow:
+                cycle.disconnected = True  # uvicorn would log an error
+                self.transport.abort()
+
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, answer)  # type: ignore[arg-type]
 
     def on_message_begin(self) -> None:
         """Handle the first byte of a head."""

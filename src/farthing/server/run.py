@@ -9,6 +9,7 @@ import gc
 import json
 import logging
 import math
+import os
 import resource
 import shlex
 import signal
@@ -114,10 +115,14 @@ _OTHER_FILES = 128  # file descriptors reserved for everything except connection
 _BACKLOG = 2048  # connections waiting to be accepted
 _SWITCH_SECONDS = 0.00005  # maximum wait of the engine thread for the GIL, about 30 times per step
 _CLOSE_SECONDS = 5  # grace period for connections to close after the drain
+_LOOK = 0.5  # seconds between looks at the engine's health
+_PATIENCE = 30.0  # seconds in which an engine may recover: a step ends late, a suspended rank resumes
+_STOP_SECONDS = 10.0  # for a failed engine to end its thread and its processes
 
 
 def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
-    """Serve until SIGTERM or Ctrl-C; returns the exit status.
+    """Serve until SIGTERM or Ctrl-C; returns the exit status. It is 1 if the engine failed: nothing in this
+    process can answer any more, and whatever supervises it starts another.
 
     `load` builds the engine in a separate thread while the socket already answers /health. Raises OSError
     before loading the model if the address is in use.
@@ -300,16 +305,48 @@ async def _serve(
     loader.start()  # in parallel with building the application
     server = make_server(service)
     log.info("listening on %s", url)
+    watching = asyncio.ensure_future(_end_if_broken(service, server))
+    broken = False
     try:
         await server.serve([listener])
     finally:
+        broken = watching.done()
+        watching.cancel()
         if service.engine is not None:
-            await asyncio.to_thread(service.engine.shutdown)
+            await (_abandon if broken else asyncio.to_thread)(service.engine.shutdown)
             await asyncio.to_thread(service.answers.close)
         gc.unfreeze()  # so that native weights are freed at shutdown; otherwise nanobind reports leaks
     if failure:
         raise failure[0]
-    return 0
+    return int(broken)
+
+
+async def _end_if_broken(service: Service, server: Server) -> None:
+    """Return, and end the server, once its engine has failed, or has been unhealthy for long. The errors of
+    requests are sent first."""
+    healthy = time.monotonic()
+    while True:
+        await asyncio.sleep(_LOOK)
+        reason = service.broken()
+        if reason is None:
+            healthy = time.monotonic()
+        elif service.engine is not None and (service.engine.ended or time.monotonic() - healthy > _PATIENCE):
+            log.critical("%s; this process ends, for a supervisor to start another", reason)
+            server.should_exit = True
+            return
+
+
+async def _abandon(shutdown: Callable[[], None]) -> None:
+    """Shut a failed engine down. Where its thread hangs in a step, end the process without it."""
+    stopping = threading.Thread(target=shutdown, name="shutdown", daemon=True)
+    stopping.start()
+    deadline = time.monotonic() + _STOP_SECONDS
+    while stopping.is_alive():
+        if time.monotonic() > deadline:
+            log.critical("the engine does not end: exiting without it")
+            logging.shutdown()
+            os._exit(1)
+        await asyncio.sleep(0.05)
 
 
 def url_of(listener: socket.socket) -> str:

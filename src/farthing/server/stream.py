@@ -7,7 +7,7 @@ import json
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,7 @@ import pydantic_core
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from farthing.server.errors import OPENING_HEADER, ApiError, ClientGone, send_error
+from farthing.server.errors import OPENING_HEADER, ApiError, ClientGone, ClientTooSlow, send_error
 from farthing.server.jobs import Job
 from farthing.shares import Shares
 
@@ -118,6 +118,16 @@ class Ending:
     media_type: str = "text/event-stream"
 
 
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    """Raises ClientTooSlow where sending takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise ClientTooSlow from None
+
+
 _OPENS_AFTER = 1.0  # seconds without output until the API's first events are sent
 _OPENING = OPENING_HEADER.lower().encode()
 OPENAI = Ending("data: [DONE]\n\n", lambda error: f"data: {error.body()}\n\ndata: [DONE]\n\n")
@@ -194,9 +204,8 @@ class EventStream(Response):
                 await send_error(error, scope, receive, send)
                 return
             event = self.ending.error(error).encode()
-            with suppress(TimeoutError):  # does not wait for a client that stopped reading
-                async with asyncio.timeout(_LAST_WORD):
-                    await send({"type": "http.response.body", "body": event, "more_body": False})
+            async with _within(_LAST_WORD):  # does not wait for a client that stopped reading
+                await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _pump(self, send: Send, scope: Scope) -> None:
         patience = self._every if self.opening is None else min(_OPENS_AFTER, self._every)
@@ -329,6 +338,5 @@ class PiecedAnswer(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the document."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._seconds):
-                await super().__call__(scope, receive, send)
+        async with _within(self._seconds):
+            await super().__call__(scope, receive, send)
