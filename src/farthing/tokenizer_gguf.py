@@ -117,7 +117,8 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
             f"{file}: tokenizer.ggml.model: got {model!r}; expected 'gpt2' (byte-level BPE), 'gemma4' or "
             "'llama' (SentencePiece); other models: their Hugging Face directory with safetensors"
         )
-    fields = {**fields, "pre": _SAME.get(pre := fields.get("pre"), pre)}
+    pre = fields.get("pre")
+    fields = {**fields, "pre": _SAME.get(str(pre), pre)}
     if model == "gpt2" and fields["pre"] not in _CUTS:
         known = ", ".join(sorted([*_CUTS, *_SAME]))
         raise ValueError(f"{file}: tokenizer.ggml.pre: got {pre!r}; expected one of {known}")

@@ -196,8 +196,8 @@ def repeats(engine: Splitting) -> list[tuple[int, int]]:
 
 
 QUICK = ("chatml", "gemma3", "gpt_oss", "packaged deepseek_v3")
-# Their templates write earlier answers otherwise than the prompt that asks for one begins them, within a block
-# of the cache, whose part before the difference is computed again.
+# Their templates write earlier answers otherwise than the prompt that asks for one begins them, within a
+# block of the cache, whose part before the difference is computed again.
 PARTIAL = {
     *("qwen3", "mistral_7b", "mistral_small", "mixtral", "deepseek_v2", "deepseek_r1", "deepseek_v31"),
     "packaged deepseek_r1",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.checkpoint.gguf import ARCHITECTURES
 from farthing.lazy import np
 from farthing.model.attention import frequencies
-from farthing.model.config import LatentHeads, ModelConfig
+from farthing.model.config import GroupedHeads, LatentHeads, ModelConfig
 from farthing.model.fields import ConfigError, RopeConfig
 from farthing.model.gguf import Metadata, config_of
 
@@ -60,6 +60,7 @@ def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
 
 def _multipliers(c: ModelConfig) -> dict[str, Any]:
     """Granite's, as for branches of the residual that are not scaled: see `farthing.model.types.llama`."""
+    assert isinstance(c.attention, GroupedHeads)
     return {
         "embedding_scale": c.embedding_scale,
         "residual_scale": 1.0,

@@ -475,12 +475,12 @@ class Ops(ABC):
     def collapse(self, x: Tensor, streams: Handle) -> tuple[Tensor, Tensor]:
         """x [T, n D] -> the streams' weighted sum [T, D], and how `spread` mixes them [T, n (n + 1)]: empty
         where the streams end."""
-        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+        raise NotImplementedError(f"backend {self.name!r} has no residual of several streams")
 
     def spread(self, x: Tensor, y: Tensor, mix: Tensor, streams: Handle) -> Tensor:
         """x [T, n D], y [T, D] -> mixed streams of x, and y added to each with its own weight [T, n D]. x may
         be overwritten."""
-        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+        raise NotImplementedError(f"backend {self.name!r} has no residual of several streams")
 
     @abstractmethod
     def index(self, q: Tensor, k: Tensor, w: Tensor, indexer: Handle, place: Place) -> Tensor | None:
@@ -514,7 +514,7 @@ class Ops(ABC):
         self, x: Tensor, weights: Handle, norm: Norm, chosen: Tensor, counts: Tensor | None = None
     ) -> Tensor:
         """`moe` without the residual, of the experts chosen [T, k] int64, which the router weighs."""
-        raise NotImplementedError(f"backend {self.name!r} has no compressed past")
+        raise NotImplementedError(f"backend {self.name!r} has no routing among chosen experts")
 
     @abstractmethod
     def reroute(self, weights: Handle, spec: RouterSpec) -> None:
