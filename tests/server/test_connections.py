@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import resource
 import socket
 import struct
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from farthing.server.config import KeyRing, ServerConfig
+from farthing.server.errors import ClientTooSlow
 from farthing.server.run import connection_limit, listen
 from tests.server.harness import Running, ScriptedEngine, running, until
 
@@ -273,21 +273,26 @@ def test_two_headers_with_a_key_are_rejected(field: bytes, second: bytes) -> Non
         assert healthy(server)
 
 
-@pytest.mark.slow
+async def unread(scope: Scope, receive: Receive, send: Send) -> None:
+    """An application whose answers are left unread."""
+    while scope["type"] == "lifespan":
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    raise ClientTooSlow
+
+
 def test_client_that_does_not_read_is_disconnected_without_an_error_in_the_log(
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = ScriptedEngine(["ok " * 50] * 1200)
-    body: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "logprobs": True}
-    text = json.dumps(body).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with running(engine, request_timeout=8.0) as server, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", server.port))
-        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(text) + text)
-        assert client.recv(12) == b"HTTP/1.1 200"
-        until(lambda: not len(server.guard), 30.0)
-        assert healthy(server)
+    monkeypatch.setattr("farthing.server.run.create_app", lambda service: unread)
+    with running(ScriptedEngine()) as server, sockets(server, 1) as (client,):
+        client.sendall(HEAD + b"\r\n")
+        answer(client)  # until the server has closed
+        until(lambda: not len(server.guard))
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

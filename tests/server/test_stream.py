@@ -8,12 +8,25 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.engine.request import Table, positions
+from farthing.server import stream
+from farthing.server.errors import ApiError, ClientTooSlow
 from farthing.server.sampling import TokenTexts, chat_logprobs, completion_logprobs, prompt_logprobs
-from farthing.server.stream import SIZE, FairLock, Gate, Pieces, PieceWriter, event, texts
+from farthing.server.stream import (
+    SIZE,
+    EventStream,
+    FairLock,
+    Gate,
+    PiecedAnswer,
+    Pieces,
+    PieceWriter,
+    event,
+    texts,
+)
 from tests.server.harness import tokenizer
 
 
@@ -165,3 +178,36 @@ def test_pieces_are_small_and_built_one_per_iteration() -> None:
     assert max(map(len, pieces)) < SIZE + 4_096
     most = max(made.count(each) for each in set(made))
     assert most <= 60  # of about 2,400 texts
+
+
+class Late:
+    """A job whose deadline passes as soon as its work is done."""
+
+    async def guard(self, receive: Any, work: Any) -> None:
+        await work
+        raise ApiError(504, "late")
+
+
+async def one_chunk() -> Any:
+    yield "data: a\n\n"
+
+
+@pytest.mark.parametrize("kind", ["pieces", "events"])
+def test_answers_that_nothing_reads_raise_client_too_slow(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_LAST_WORD", 0.01)
+    answer: Any = PiecedAnswer({"a": Pieces([1])}, PieceWriter(), "", 0.01)
+    if kind == "events":
+        answer = EventStream(Late(), one_chunk(), every=60.0)  # type: ignore[arg-type]
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if kind == "pieces" or len(sent) > 3:  # what follows the stream's own end
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        scope = {"type": "http", "path": "/v1/completions", "headers": []}
+        await answer(scope, asyncio.Event().wait, send)
+
+    with pytest.raises(ClientTooSlow):
+        asyncio.run(run())
