@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,16 @@ import pytest
 import torch
 
 from farthing.config import EngineConfig
-from farthing.engine.build import _Prompt, adopt, hand_over, load_engine
+from farthing.engine import build
+from farthing.engine.build import _Computed, _Prompt, adopt, hand_over, load_engine
+from farthing.engine.core import MOST_FAILURES
+from farthing.engine.engine import Engine
 from farthing.engine.scheduler import Scheduler
 from farthing.engine.sequence import Sequence
 from farthing.ops.api import LatentCache, StateCache
+from tests.served import served_model
+
+from .conftest import CONFIG
 
 SIZE, COUNT = 2, 8
 PROMPT = _Prompt(1, [3, 1, 4, 1, 5, 9, 2], "", 0)  # three full blocks
@@ -158,3 +166,58 @@ def test_what_every_kind_keeps_is_handed_over(shared: bool) -> None:
     here.scheduler.check()
     if not shared:
         there.scheduler.check()
+
+
+class Prefill:
+    """The prefill process's main function, in a thread, over an engine of the test."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.exited = threading.Event()
+        monkeypatch.setattr(build, "load_engine", lambda *_: engine)
+        monkeypatch.setattr("farthing.process.leave_to_parent", lambda: None)
+        monkeypatch.setattr("farthing.engine.build.os._exit", lambda status: self.exited.set())
+        self.connection, theirs = Pipe()
+        arguments = engine.config, engine.cache, theirs
+        self.thread = threading.Thread(target=build._serve_prompts, args=arguments, daemon=True)
+        self.thread.start()
+        assert self.connection.recv() == "ready"
+
+    def compute(self, number: int) -> Any:
+        self.connection.send(_Prompt(number, list(range(20)), "", 0))
+        assert self.connection.poll(20)
+        computed = self.connection.recv()
+        self.connection.send([])
+        return computed
+
+    def close(self) -> None:
+        self.connection.close()
+        self.thread.join(20)
+
+
+def fail(step: object) -> Any:
+    raise RuntimeError("out of memory")
+
+
+def test_prompt_that_fails_in_the_prefill_process_is_handed_over_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(served_model(CONFIG), EngineConfig(num_blocks=64, block_size=4, max_num_seqs=4))
+    forward = engine._core.runner.forward
+    prefill = Prefill(engine, monkeypatch)
+    engine._core.runner.forward = fail  # type: ignore[method-assign]
+    assert prefill.compute(1) == _Computed(1, [])
+    engine._core.runner.forward = forward  # type: ignore[method-assign]
+    assert len(prefill.compute(2).blocks) == 4  # and the last one's tokens are computed again
+    prefill.close()
+    assert not prefill.exited.is_set()
+
+
+def test_prefill_process_ends_when_its_engine_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(served_model(CONFIG), EngineConfig(num_blocks=64, block_size=4, max_num_seqs=4))
+    engine._core.runner.forward = fail  # type: ignore[method-assign]
+    prefill = Prefill(engine, monkeypatch)
+    for number in range(MOST_FAILURES - 1):
+        assert prefill.compute(number) == _Computed(number, [])
+    prefill.connection.send(_Prompt(MOST_FAILURES, list(range(20)), "", 0))
+    assert prefill.exited.wait(20)
+    prefill.close()

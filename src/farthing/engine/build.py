@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -359,11 +360,18 @@ def _serve_prompts(config: EngineConfig, cache: LatentCache, connection: Connect
 
     def compute(prompt: _Prompt) -> None:
         params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        stream = engine.submit(
-            prompt.tokens, params, priority=prompt.order, cache_salt=prompt.salt, kind="final"
-        )
-        stream.result()
-        engine.between_steps(lambda core: give(core, prompt)).result()
+        try:
+            stream = engine.submit(
+                prompt.tokens, params, priority=prompt.order, cache_salt=prompt.salt, kind="final"
+            )
+            stream.result()
+        except (EngineError, ValueError):
+            log.exception("a prompt failed; the decoding engine computes what is missing of it")
+        try:
+            engine.between_steps(lambda core: give(core, prompt)).result()
+        except EngineError:
+            if not ended.is_set():  # the engine has failed: the decoding engine computes all prompts
+                os._exit(1)
 
     with engine, ThreadPoolExecutor(config.max_num_seqs) as pool:
         try:
