@@ -32,14 +32,14 @@ def command(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def launched(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def launched(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(the process, its URL) once it listens."""
     process = subprocess.Popen(
-        command("--port", "0", "--threads", "1", "--backend", "reference", *arguments),
+        command("--port", "0", "--threads", "1", *arguments),
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
     )
     try:
         assert process.stderr is not None
@@ -128,8 +128,7 @@ def test_drain_time_is_bounded() -> None:
 
 @needs_model
 def test_ctrl_c_exits_without_errors() -> None:
-    pytest.importorskip("farthing._native")
-    with launched("--backend", "cpu") as (process, url):
+    with launched() as (process, url):
         wait_ready(url)
         body = {"model": "mite", "prompt": "a", "max_tokens": 4}
         assert httpx.post(f"{url}/v1/completions", json=body).status_code == 200
@@ -137,6 +136,32 @@ def test_ctrl_c_exits_without_errors() -> None:
         out, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and not out
     assert all(" INFO " in line for line in errors.splitlines()), errors
+
+
+@needs_model
+def test_every_way_of_sampling_without_torch(tmp_path: Path) -> None:
+    """As installed by default. The first one is the plainest request for log probabilities."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+    bodies = {
+        "/v1/chat/completions": [chat | {"logprobs": True}, chat | {"logprobs": True, "top_logprobs": 3}],
+        "/v1/completions": [
+            {"prompt": "import ", "max_tokens": 3, "seed": 1} | more
+            for more in (
+                {"logprobs": 0, "temperature": 0}, {"logprobs": 0, "echo": True}, {"prompt_logprobs": 0},
+                {"top_k": 5, "top_p": 0.5, "min_p": 0.1}, {"repetition_penalty": 1.5, "logprobs": 1},
+                {"logit_bias": {"5": 100}}, {"allowed_token_ids": [5]}, {"bad_words": ["a"]}, {"n": 2},
+            )
+        ],
+    }  # fmt: skip
+    with launched(PYTHONPATH=str(tmp_path)) as (_, url):
+        wait_ready(url)
+        for path, each in bodies.items():
+            for body in each:
+                answer = httpx.post(url + path, json=body, timeout=60)
+                assert answer.status_code == 200, (body, answer.text)
+                assert answer.json()["choices"]
+        assert httpx.get(f"{url}/ready").status_code == 200
 
 
 def fails(*arguments: str) -> str:
