@@ -22,6 +22,7 @@ from farthing.config import EngineConfig
 from farthing.engine.engine import Engine
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model.load import load
+from farthing.model.pack import pack_checkpoint
 from farthing.ops.select import select
 from farthing.server.api import embeddings
 from farthing.server.api.embeddings import _AFTER, _BEFORE
@@ -61,14 +62,20 @@ def saved(kind: Any, path: Path) -> Any:
     return model
 
 
-def engine_of(path: Path, backend: str = "reference") -> Engine:
+def engine_of(path: Path, backend: str = "served") -> Engine:
+    """served: packed, with arrays of numpy, as `farthing serve` does it."""
     config = EngineConfig(
         model=str(path), num_blocks=512, block_size=4, max_num_batched_tokens=256, kv_cache_dtype="float32"
     )
-    return Engine(load(path, select(backend, torch.float32, 1)), config, tokenizer())
+    if backend != "served":
+        return Engine(load(path, select(backend, torch.float32, 1)), config, tokenizer())
+    packed = path / "packed"
+    pack_checkpoint(path, packed, threads=1)
+    ops = select("cpu", "float32", 1, packed=str(packed), arrays=True)
+    return Engine(load(path, ops), config, tokenizer())
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
+@pytest.fixture(scope="module", params=["served", "reference"])
 def embedder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Running, Any]]:
