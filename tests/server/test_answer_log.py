@@ -126,11 +126,14 @@ def test_files_are_bounded_and_the_oldest_are_removed(
 def test_a_full_disk_costs_the_records_and_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "missing" / "identity"
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "identity"
     with caplog.at_level(logging.WARNING):
         store(folder, [record(number) for number in range(400)])
     assert len(caplog.records) == 1 and "cannot store answers" in caplog.text
     assert not list(AnswerLog(folder).read())
+    store(tmp_path / "removed" / "identity", [record(1)])
+    assert list(AnswerLog(tmp_path / "removed" / "identity").read()) == [record(1)]
 
 
 def test_nothing_is_stored_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

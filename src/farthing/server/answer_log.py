@@ -116,6 +116,7 @@ class AnswerLog:
                 room -= max(path.stat().st_size, FILE_BYTES // 16)  # which bounds their number, too
                 if room < 0:
                     path.unlink()
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed
         path = self._root / f"{self._prefix}{uuid4().hex}{_SUFFIX}"
         file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
         file.write(_MAGIC)
