@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import re
 import shutil
 import sys
@@ -21,6 +22,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from hashlib import file_digest, sha1
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from farthing import stores
 from farthing.checkpoint.reader import (
@@ -41,7 +43,7 @@ from farthing.checkpoint.shards import (
     read_index,
     unread_format,
 )
-from farthing.files import partial_of
+from farthing.files import partial_of, replace_text
 from farthing.model.config import ModelConfig
 from farthing.model.gguf import header_size, open_gguf
 from farthing.process import Lines, Progress, cache_dir
@@ -54,8 +56,10 @@ _ASSETS = Path(__file__).parent / "assets"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # "./x" and "../x" are paths
 _HEADER = 8 << 20  # bytes of a GGUF file that are fetched first; then twice as many
-_RESUMED = 16 << 20  # bytes of a file from which a broken download is resumed
-_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+_MOST_HEADER = 128 << 20  # bytes of a GGUF file before its tensors; a vocabulary of 2**18 tokens takes 10 MB
+_REVISION = re.compile("[0-9a-f]{40}")
+_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # Git's SHA-1 of a small file, SHA-256 of a large one
+_UNDECLARED = 64 << 20  # bytes of a file whose size the hub does not say
 _SMALL = ("*.json", "*.jinja", "tokenizer*", "tiktoken.model")  # of the top folder
 _PARALLEL = 8  # files
 _CLIENTS = ("httpx", "httpx2")  # of versions of huggingface_hub; each logs a line per request
@@ -84,8 +88,7 @@ class Found:
         Raises OSError for a file that cannot be downloaded, or not as the hub describes it.
         """
         if self._repository is not None:
-            into = self._repository.folder if self.gguf else self.path
-            self._repository.fetch(self.absent, into, progress or Lines(_say))
+            self._repository.fetch(self.absent, progress or Lines(_say))
         return self.path if self.gguf is None else open_gguf(self.gguf)
 
 
@@ -235,13 +238,31 @@ def _find(named: str, weights: bool) -> Found:
     except Exception as error:  # the classes of connection errors differ between versions of the library
         return Found(_cached(model, wanted, _first_line(error), weights))
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    _check_listing(model, sizes, revision := str(info.sha))
     plain = bool({SINGLE, INDEX, MISTRAL_INDEX} & sizes.keys())
     if wanted or (not plain and any(name.endswith(SUFFIX) for name in sizes)):
-        return _Repository(model, sizes, str(info.sha)).gguf(choose(model, sizes, wanted))
+        return _Repository(model, sizes, revision).gguf(choose(model, sizes, wanted))
     sizes = {name: size for name, size in sizes.items() if "/" not in name}
-    repository = _Repository(model, sizes, str(info.sha))
+    repository = _Repository(model, sizes, revision)
     path = repository.config()
     return Found(path, repository.absent(path), repository) if weights else Found(path)
+
+
+def _check_listing(model: str, names: Iterable[str], revision: str) -> None:
+    """Raise OSError for names of files, or of the revision, that would lead out of the cache."""
+    strange = [name for name in names if not _is_plain(name)]
+    if strange or not _REVISION.fullmatch(revision):
+        got = f"a file {strange[0][:80]!r}" if strange else f"the revision {revision[:80]!r}"
+        raise OSError(
+            f"model: {model}: the hub lists {got}; expected names below the repository and a revision of 40 "
+            "hexadecimal digits (do not trust this hub)"
+        )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name stays below the folder that it is put into."""
+    steps = name.split("/")
+    return not {"", ".", ".."} & set(steps) and "\\" not in name and min(map(ord, name)) >= ord(" ")
 
 
 def _cached(model: str, wanted: str, reason: str, weights: bool) -> Path:
@@ -308,6 +329,9 @@ class _Repository:
         size, wanted = self.sizes[name], _HEADER
         while not file.exists():
             wanted = min(wanted, size)
+            if wanted > _MOST_HEADER:
+                most = f"{_MOST_HEADER >> 20} MB"
+                raise self._refused(name, f"its header does not end within {most}; expected a GGUF file")
             headers = build_hf_headers() | {"Range": f"bytes=0-{wanted - 1}"}
             data = bytearray()
             with self._errors(name):
@@ -319,7 +343,7 @@ class _Repository:
                         if len(data) >= wanted:
                             break
             if len(data) < wanted:
-                raise OSError(f"model: {name} of {self.model}: got {len(data)} bytes; expected {wanted}")
+                raise self._refused(name, f"got {len(data)} bytes; expected {wanted}")
             file.parent.mkdir(parents=True, exist_ok=True)
             draft = partial_of(file)
             with draft.open("wb") as stream:
@@ -341,9 +365,12 @@ class _Repository:
             expected = "expected a repository"
             said = unread_format(self.sizes, expected) or f"it has no {CONFIG}; {expected} with {CONFIG}"
             raise FileNotFoundError(f"model: got {self.model!r}; {said}")
-        path = self._fetch(name, None).parent  # by the name of its branch, for the cache to know it
+        path = self._fetch(name).parent
+        branch = self.folder.parents[1] / "refs" / "main"  # by which the cache finds it without a connection
+        branch.parent.mkdir(exist_ok=True)
+        replace_text(branch, self.revision)
         if MODELOPT in self.sizes:
-            self._fetch(MODELOPT, path.name)
+            self._fetch(MODELOPT)
         judge(path)
         return path
 
@@ -354,7 +381,7 @@ class _Repository:
         """
         indices = [name for name in (INDEX, MISTRAL_INDEX) if name in self.sizes]
         if indices:
-            self._fetch(indices[0], path.name)
+            self._fetch(indices[0])
         small = [n for n in self.sizes if any(fnmatchcase(n, p) for p in _SMALL) and n not in indices[1:]]
         wanted = [*small, *_weights(self.model, self.sizes, path)]
         absent = [name for name in wanted if not (path / name).is_file()]  # `path` is named by the revision
@@ -371,12 +398,12 @@ class _Repository:
                 "free; free some space, or set HF_HOME to a directory on another disk"
             )
 
-    def fetch(self, names: Collection[str], path: Path, progress: Progress) -> None:
+    def fetch(self, names: Collection[str], progress: Progress) -> None:
         """Fetch files in parallel, each from where an earlier run ended, and compare their checksums."""
-        blobs = path.parents[1] / "blobs"
+        blobs = self._blobs
         needed, before = self.bytes_of(names), _bytes_in(blobs)
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            waiting = {pool.submit(self._fetch_checked, name, path.name, blobs) for name in names}
+            waiting = {pool.submit(self._fetch, name) for name in names}
             while waiting:
                 done, waiting = wait(waiting, _LOOK_EVERY, FIRST_EXCEPTION)
                 if failed := next((each for each in done if each.exception()), None):
@@ -385,44 +412,61 @@ class _Repository:
                 received = min(_bytes_in(blobs) - before, needed) if waiting else needed
                 progress(f"downloading {self.model}", received, needed)
 
-    def _fetch_checked(self, name: str, revision: str, blobs: Path) -> None:
-        if self.sizes.get(name, 0) >= _RESUMED:
-            self._fetch_blob(name, revision, blobs)
-        file = self._fetch(name, revision).resolve()
-        if (found := _checksum(file)) != file.name:
-            file.unlink()
-            raise OSError(
-                f"model: {name} of {self.model}: the checksum is {found[:12]}…; expected {file.name[:12]}… "
-                "(the file was removed: run the same command to download it again)"
-            )
+    @property
+    def _blobs(self) -> Path:
+        """Where the cache has the contents of files, by their checksums."""
+        return self.folder.parents[1] / "blobs"
 
-    def _fetch_blob(self, name: str, revision: str, blobs: Path) -> None:
-        """Fetch a large file into the cache, from the byte on where an earlier run ended. The library itself
-        begins again, and a weight file takes minutes."""
+    def _fetch(self, name: str) -> Path:
+        """A file of this revision in the cache, put there as the hub's library does: its content under its
+        checksum, and a link to it under its name. The library takes what a hub sends for both as they are."""
+        link = self.folder / name
+        if not link.is_file():
+            with self._errors(name):
+                blob = self._fetch_blob(name)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                draft = partial_of(link)
+                draft.unlink(missing_ok=True)
+                draft.symlink_to(os.path.relpath(blob, link.parent))
+                draft.replace(link)
+        return link
+
+    def _fetch_blob(self, name: str) -> Path:
+        """The content of a file, from the byte on where an earlier run ended. The library itself begins
+        again, and a weight file takes minutes."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils._headers import build_hf_headers
 
-        with self._errors(name):
-            url = hf_hub_url(self.model, name, revision=revision)
-            about = get_hf_file_metadata(url)
-            if about.etag is None or not _DIGEST.fullmatch(about.etag):  # not a name for a file
-                return
-            blob, part = blobs / about.etag, blobs / f"{about.etag}.resumed.incomplete"
-            blobs.mkdir(parents=True, exist_ok=True)
-            with part.open("ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # another process may fetch the same
-                if not blob.exists():
-                    headers, size = build_hf_headers(), about.size
-                    http_get(url, file, resume_size=file.tell(), headers=headers, expected_size=size)
-                    file.flush()
-                    part.replace(blob)
+        url = hf_hub_url(self.model, name, revision=self.revision)
+        about = get_hf_file_metadata(url)
+        digest = about.etag or ""
+        if not _DIGEST.fullmatch(digest):
+            raise self._refused(name, f"the hub calls it {digest[:80]!r}; expected a checksum in hexadecimal")
+        blob, part = self._blobs / digest, self._blobs / f"{digest}.resumed.incomplete"
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another process may fetch the same
+            if not blob.exists():
+                size = about.size or self.sizes.get(name)
+                bounded = cast("BinaryIO", _Bounded(file, size or _UNDECLARED))
+                http_get(
+                    url, bounded, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size
+                )
+                file.flush()
+                if (found := _checksum(part, digest)) != digest:
+                    part.unlink()
+                    raise self._refused(
+                        name,
+                        f"the checksum is {found[:12]}…; expected {digest[:12]}… (the file was removed: run "
+                        "the same command to download it again)",
+                    )
+                part.replace(blob)
+        part.unlink(missing_ok=True)
+        return blob
 
-    def _fetch(self, name: str, revision: str | None) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        with self._errors(name):
-            return Path(hf_hub_download(self.model, name, revision=revision))
+    def _refused(self, name: str, why: str) -> _Refused:
+        return _Refused(f"model: {name} of {self.model}: {why}")
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -431,6 +475,8 @@ class _Repository:
 
         try:
             yield
+        except _Refused:
+            raise
         except GatedRepoError as error:
             raise ValueError(
                 f"model: got {self.model!r}, which is gated; expected HF_TOKEN set to a token of an account "
@@ -505,16 +551,33 @@ def remove_cached(model: Cached) -> None:
     scan_cache_dir(constants.HF_HUB_CACHE).delete_revisions(*model.revisions).execute()
 
 
-def _checksum(blob: Path) -> str:
-    """What a file of the hub's cache should be called: SHA-256 of large files, Git's SHA-1 of small ones; the
-    name itself where it is no checksum, as of other hubs."""
-    if not _DIGEST.fullmatch(blob.name):
-        return blob.name
-    with blob.open("rb") as file:
-        if len(blob.name) == 64:
-            return file_digest(file, "sha256").hexdigest()
-        head = f"blob {blob.stat().st_size}\0".encode()
-        return sha1(head + file.read(), usedforsecurity=False).hexdigest()
+def _checksum(file: Path, like: str) -> str:
+    """SHA-256 of a file, or, if that is as long, Git's SHA-1."""
+    with file.open("rb") as content:
+        if len(like) == 64:
+            return file_digest(content, "sha256").hexdigest()
+        head = f"blob {file.stat().st_size}\0".encode()
+        return sha1(head + content.read(), usedforsecurity=False).hexdigest()
+
+
+class _Refused(OSError):
+    """What a hub sent is not what it should be."""
+
+
+class _Bounded:
+    """A file of at most `most` bytes, whatever a server sends."""
+
+    def __init__(self, file: BinaryIO, most: int) -> None:
+        self._file, self._most = file, most
+
+    def write(self, data: bytes) -> int:
+        """Raises OSError for a byte more."""
+        if self._file.tell() + len(data) > self._most:
+            raise OSError(f"the hub sends more than the {self._most} bytes that it said")
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _weights(model: str, names: Collection[str], path: Path) -> list[str]:

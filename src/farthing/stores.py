@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _PART = re.compile(r"(.*)-(\d{5})-of-\d{5}")
+_DIGEST = re.compile("sha256:([0-9a-f]{64})")
 _MODEL_LAYER = "application/vnd.ollama.image.model"
 _OLLAMA_HUB = "registry.ollama.ai"  # names of models from there begin after it
 
@@ -58,8 +59,8 @@ def _ollama() -> Iterator[tuple[str, Path, int]]:
         for file in sorted((home / "manifests").glob("*/*/*/*")):
             layers = _layers(file)
             weights = next((layer for layer in layers if layer.get("mediaType") == _MODEL_LAYER), None)
-            blob = home / "blobs" / str((weights or {}).get("digest", "")).replace(":", "-")
-            if weights is None or not blob.is_file():
+            digest = _DIGEST.fullmatch(str((weights or {}).get("digest")))
+            if digest is None or not (blob := home / "blobs" / f"sha256-{digest[1]}").is_file():
                 continue
             host, owner, model, tag = file.parts[-4:]
             parts = [host] * (host != _OLLAMA_HUB) + [owner] * (owner != "library") + [model]

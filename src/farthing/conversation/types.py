@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # The pieces a model's output is parsed into: reasoning, text and tool calls, in the order written.
@@ -78,14 +77,9 @@ def collect(deltas: list[Delta]) -> Answer:
     return Answer("".join(text), "".join(reasoning), done)
 
 
-@cache
-def _names(kind: type[Any]) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind))
-
-
 def _fields(value: Any) -> dict[str, Any]:
     """The fields of a dataclass as they are, not copied."""
-    return {name: getattr(value, name) for name in _names(type(value))}
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
 
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
