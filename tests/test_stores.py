@@ -25,13 +25,20 @@ def written(file: Path, content: str = "GGUF") -> Path:
 
 
 def ollama(home: Path, name: str, digest: str, kind: str = "model") -> Path:
-    """A manifest and its blob."""
+    """A manifest and its blob. digest: the checksum, or what is repeated in it."""
+    digest = digest * 32 if len(digest) == 2 else digest
     layers = [
         {"mediaType": "application/vnd.ollama.image.template", "digest": "sha256:0"},
         {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}"},
     ]
     written(home / "manifests" / name, json.dumps({"schemaVersion": 2, "layers": layers}))
     return written(home / "blobs" / f"sha256-{digest}")
+
+
+@pytest.mark.parametrize("digest", ["../../../elsewhere", "a" * 63, "A" * 64, "", "/etc/passwd"])
+def test_a_manifest_names_no_file_but_its_blob(home: Path, digest: str) -> None:
+    ollama(home / ".ollama/models", "registry.ollama.ai/library/qwen3/8b", digest)
+    assert not list(stores.stored())
 
 
 def test_models_of_every_program_are_found_by_name(home: Path) -> None:

@@ -84,7 +84,7 @@ class App:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.engine = Scripted()
-        self.status = 0
+        self.status = self.largest = 0  # largest: bytes of a part of the answer
 
         async def create() -> Any:
             service = Service(ServerConfig(), "tiny")
@@ -105,8 +105,11 @@ class App:
             sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
+        self.largest = 0
+
         async def send(message: Any) -> None:
             self.status = message.get("status", self.status)
+            self.largest = max(self.largest, len(message.get("body", b"")))
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {
@@ -267,3 +270,9 @@ def test_texts_are_joined_once() -> None:
     for role in ("user", "assistant"):
         asked = {size: MessagesRequest.model_validate(blocks(size, role)) for size in sizes}
         assert excess(lambda size, asked=asked: messages.conversation_of(asked[size]), 500) is None
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/api/embed"])
+def test_long_answers_are_written_in_pieces(app: App, path: str) -> None:
+    app.post(path, json.dumps({"model": "tiny", "input": ["a"] * 1000}).encode())
+    assert app.status == 200 and app.largest < 70_000

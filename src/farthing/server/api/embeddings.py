@@ -31,6 +31,7 @@ from farthing.server.formats import made_for
 from farthing.server.jobs import Job
 from farthing.server.schema import Body, FieldNames, Strict, words
 from farthing.server.service import Service
+from farthing.server.stream import PiecedAnswer, Pieces
 from farthing.server.work import check_length, encode, submit
 
 log = logging.getLogger("farthing.server")
@@ -235,6 +236,14 @@ def _written(vector: NDArray[np.float32], encoding: str) -> str | list[float]:
     return cast("list[float]", vector.tolist())
 
 
+def _pieced(service: Service, request: Request, document: dict[str, Any]) -> Response:
+    """Embeddings: writing a million numbers at once would hold the event loop for a second."""
+    seconds, client = service.config.request_timeout, request.scope["client_name"]
+    answer = PiecedAnswer(document, service.piece_writer, client, seconds)
+    answer.headers.update(warning(service, "embed", "embeddings"))
+    return answer
+
+
 def add_routes(api: FastAPI, service: Service) -> None:
     """Add these routes."""
     errors: Documented = {status: {"model": OllamaError} for status in STATUSES}
@@ -244,13 +253,13 @@ def add_routes(api: FastAPI, service: Service) -> None:
         await service.unknown_fields.check(body, request.scope)
         model = service.check_model(body.model)
         vectors, tokens = await embed(service, request, _inputs(body), body.dimensions)
-        data = [
+        data = (
             {"object": "embedding", "index": index, "embedding": _written(vector, body.encoding_format)}
             for index, vector in enumerate(vectors)
-        ]
+        )
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        document = {"object": "list", "data": data, "model": model, "usage": usage}
-        return JSONResponse(document, headers=warning(service, "embed", "embeddings"))
+        document = {"object": "list", "data": Pieces(data), "model": model, "usage": usage}
+        return _pieced(service, request, document)
 
     @api.post("/rerank", include_in_schema=False)
     @api.post("/v1/rerank", summary="Order documents by their relevance to a query")
@@ -281,15 +290,15 @@ def add_routes(api: FastAPI, service: Service) -> None:
             raise ApiError(
                 400, "input: got an empty text; expected text", param="input", code="invalid_value"
             )
-        headers = warning(service, "embed", "embeddings")
         if not texts:
             return JSONResponse({"model": body.model, "embeddings": []})
         vectors, tokens = await embed(service, request, texts, body.dimensions)
         if older:
-            return JSONResponse({"embedding": vectors[0].tolist()}, headers=headers)
+            return _pieced(service, request, {"embedding": Pieces(vectors[0].tolist())})
         took = {
             "total_duration": time.monotonic_ns() - began,
             "load_duration": 0,
             "prompt_eval_count": tokens,
         }
-        return JSONResponse({"model": body.model, "embeddings": vectors.tolist()} | took, headers=headers)
+        written = Pieces(vector.tolist() for vector in vectors)
+        return _pieced(service, request, {"model": body.model, "embeddings": written, **took})
