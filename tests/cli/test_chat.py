@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPResponse
@@ -29,8 +30,18 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from farthing.cli.app import app
-from farthing.cli.chat import Screen, _account, _one_line, obey, printable, reply, split_blocks
-from farthing.cli.conversation import Conversation, Piece, Server, _lines, find, started
+from farthing.cli.chat import (
+    Screen,
+    _account,
+    _one_line,
+    described,
+    escaped,
+    obey,
+    printable,
+    reply,
+    split_blocks,
+)
+from farthing.cli.conversation import Call, Conversation, Piece, Server, _is_own, _lines, find, started
 from farthing.cli.mcp import McpServers
 from farthing.planner.estimate import published_config
 from farthing.server.config import KeyRing
@@ -303,6 +314,44 @@ def test_keys_and_servers_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert find("other", "sk-1") is None
 
 
+@pytest.mark.parametrize(
+    ("owner", "sent"), [("own", True), ("root", True), ("another", False), ("unknown", False)]
+)
+def test_key_is_for_the_users_own_server_unless_its_address_is_named(
+    owner: str, sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(ScriptedEngine(["ok"]), keys=KeyRing(["me:sk-1"])) as server:
+        user = {"own": os.getuid(), "root": 0, "another": 4321}.get(owner)
+        sockets = tmp_path / "tcp"
+        local, rest = f"0100007F:{server.port:04X}", "00000000:0000 0A 0:0 0:0 0"
+        line = f"   0: {local} {rest} {user} 0"
+        sockets.write_text("header\n" + (f"{line}\n" if user is not None else ""))
+        monkeypatch.setattr("farthing.cli.conversation._SOCKETS", (sockets, tmp_path / "absent"))
+        monkeypatch.setattr("farthing.cli.conversation.ADDRESS", server.url)
+        monkeypatch.setattr("os.getuid", lambda: user if owner == "own" else 4320)
+        monkeypatch.delenv("FARTHING_URL", raising=False)
+        if sent:
+            found = find(None, "sk-1")
+            assert found is not None and not found[0].withholds
+        else:
+            with pytest.raises(
+                ValueError, match=f"api_key: not sent to {server.url}.*farthing chat {server.url}"
+            ):
+                find(None, "sk-1")
+        assert find(None, None) is None  # it wants a key, and there is none to send
+        monkeypatch.setenv("FARTHING_URL", server.url)
+        assert find(None, "sk-1") is not None
+        assert Server(server.url, "sk-1").model(None) == "tiny"
+
+
+def test_owner_of_a_port_is_known() -> None:
+    with running(ScriptedEngine(["ok"])) as server:
+        assert _is_own(server.port)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert not _is_own(port)
+
+
 def test_run_fits_serves_answers_and_ends_the_server() -> None:
     command = [sys.executable, "-m", "farthing", "run", "mite", "def f(", "--max-tokens", "4"]
     done = subprocess.run(command, text=True, capture_output=True, timeout=120, env=ENVIRONMENT)
@@ -384,6 +433,56 @@ def test_tools_of_mcp_servers_are_called_after_a_question(
     results = [m["content"] for m in talk.messages if m["role"] == "tool"]
     assert results == ["5", "error: the user does not allow this call"] and len(asked) == 2
     assert talk.messages[-1]["content"] == "five" and Scripted.bodies[0]["tools"] == servers.tools
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=9),
+        st.recursive(
+            st.text(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner)
+        ),
+        max_size=4,
+    ),
+    st.booleans(),
+)
+def test_arguments_are_shown_as_a_tool_gets_them(fields: dict[str, object], ascii_only: bool) -> None:
+    """One line per field, whose characters are all visible, and from which the value can be read back."""
+    lines = described(json.dumps(fields, ensure_ascii=ascii_only))
+    assert len(lines) == len(fields)
+    for (name, value), line in zip(fields.items(), lines, strict=True):
+        assert line.isprintable() and len(line.splitlines()) == 1
+        assert line == f"{escaped(name)}: {escaped(json.dumps(value, ensure_ascii=False))}"
+        assert all(unicodedata.category(each)[0] != "C" for each in line)
+
+
+TRICKS = {
+    "line breaks": '{"command": "rm -rf ~\\n\\n\\n\\n", "path": "README.md"}',
+    "reversed": '{"command": "rm -rf ~ \u202egnp.txt", "path": "README.md"}',
+    "white space": '{"command":' + " \n" * 200 + '"rm -rf ~"}',
+    "escapes": '{"command": "rm -rf ~\\u001b[1A\\u001b[2K"}',
+    "twice": '{"command": "ls", "command": "rm -rf ~"}',
+    "no JSON": "rm -rf ~\u2028\x1b[2J",
+    "blanks": '{"command": "rm -rf ~' + "\u3164\u200b\u2800" * 100 + '"}',
+    "long": '{"command": "rm -rf ~; ' + "x" * 10_000 + '; rm -rf /"}',
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_question_hides_nothing(trick: str) -> None:
+    lines = described(TRICKS[trick])
+    assert all(line.isprintable() for line in lines) and len(lines) <= 2
+    assert any("rm -rf ~" in line for line in lines) and sum(map(len, lines)) < 6000
+    if trick == "long":
+        assert "[… " in lines[0] and lines[0].endswith('; rm -rf /"')
+    assert not any(each in line for line in lines for each in "\u202e\u2028\x1b\u3164\u200b\u2800")
+
+
+def test_always_is_of_a_server_and_a_tool(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, screen = iter(["a", "n", "n"]), Screen()
+    monkeypatch.setattr("builtins.input", lambda _: next(answers))
+    call = Call("1", "delete", "{}")
+    assert screen.allowed(call, "files") and screen.allowed(call, "files")
+    assert not screen.allowed(call, "other") and not screen.allowed(Call("2", "read", "{}"), "files")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"mcpServers": []}', '{"mcpServers": {"x": {"args": []}}}'])

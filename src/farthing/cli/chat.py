@@ -43,6 +43,8 @@ HELP = """\
 Ctrl-C           stops an answer"""
 _FENCE = "```"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without a shape
+_SHOWN = 2000  # characters at each end of a long value
 _MOST_CALLS = 25  # rounds of tool calls per message
 
 
@@ -52,7 +54,7 @@ class Screen:
     def __init__(self) -> None:
         self.console = Console(highlight=False)
         self.formatted = self.console.is_terminal
-        self._always: set[str] = set()  # tools that need no question any more
+        self._always: set[tuple[str, str]] = set()  # servers and tools that need no question any more
 
     def read(self) -> str:
         """A message or a command. Raises EOFError at the end."""
@@ -106,23 +108,49 @@ class Screen:
     def _thought(seconds: float) -> str:
         return f"thought for {seconds:.1f} s (/thoughts shows it)"
 
-    def allowed(self, call: Call) -> bool:
-        """Whether the user lets a tool run."""
-        self.console.print(Text(printable(f"{call.name} {call.arguments}"), style="yellow"), soft_wrap=True)
-        if call.name in self._always:
+    def allowed(self, call: Call, server: str) -> bool:
+        """Whether the user lets a tool of a server run. Shows what it gets, not how that was written."""
+        lines = [f"{escaped(call.name)} of {escaped(server)}", *described(call.arguments)]
+        self.console.print(Text("\n  ".join(lines), style="yellow"), soft_wrap=True)
+        if (server, call.name) in self._always:
             return True
         try:
             said = input("call it? [y]es, [n]o, [a]lways: ").strip().lower()
         except EOFError:
             return False
         if said.startswith("a"):
-            self._always.add(call.name)
+            self._always.add((server, call.name))
         return said.startswith(("y", "a"))
 
 
 def printable(text: str) -> str:
     """A text without control characters, with which a model or a tool could change the terminal."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
+
+
+def escaped(text: str) -> str:
+    """A text in one line whose characters are all visible: nothing in it moves, hides or reverses others."""
+    return "".join(each if each.isprintable() and each not in _BLANK else ascii(each)[1:-1] for each in text)
+
+
+def described(arguments: str) -> list[str]:
+    """The fields of a call's arguments, one a line, as a tool gets them. Of very long values the middle is
+    left out, and it is said."""
+    try:
+        fields = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return [f"no JSON: {_shortened(escaped(arguments))}"]
+    if not isinstance(fields, dict):
+        return [f"no object: {_shortened(escaped(arguments))}"]
+    return [
+        f"{_shortened(escaped(name))}: {_shortened(escaped(json.dumps(value, ensure_ascii=False)))}"
+        for name, value in fields.items()
+    ]
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - 2 * _SHOWN
+    return text if left_out <= 0 else f"{text[:_SHOWN]} [… {left_out} characters …] {text[-_SHOWN:]}"
 
 
 def split_blocks(text: str) -> tuple[str, str]:
@@ -217,10 +245,7 @@ def reply(talk: Conversation, said: str, screen: Screen, servers: McpServers | N
             screen.show(pieces)
             if not (calls := talk.calls) or servers is None:
                 break
-            results = [
-                (c, servers.call(c.name, c.arguments) if screen.allowed(c) else _REFUSED) for c in calls
-            ]
-            talk.add_results(results)
+            talk.add_results([(call, _result(call, servers, screen)) for call in calls])
             pieces = talk.answer()
     except KeyboardInterrupt:
         pieces.close()  # type: ignore[attr-defined]  # a generator, which ends the request
@@ -236,6 +261,13 @@ def reply(talk: Conversation, said: str, screen: Screen, servers: McpServers | N
 
 
 _REFUSED = "error: the user does not allow this call"
+
+
+def _result(call: Call, servers: McpServers, screen: Screen) -> str:
+    server = servers.server_of(call.name)
+    if server is not None and not screen.allowed(call, server):
+        return _REFUSED
+    return servers.call(call.name, call.arguments)
 
 
 def _forget_calls(talk: Conversation) -> None:

@@ -15,10 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import urlsplit
 
 Message = dict[str, Any]
+_SOCKETS = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6"))
 ADDRESS = "http://127.0.0.1:8000"  # where `farthing serve` listens
 _CONNECT_SECONDS = 5.0
 _START_SECONDS = 3600.0  # of a large model that is packed first
@@ -42,18 +44,22 @@ class Call:
     arguments: str
 
 
-class Server:
-    """An OpenAI-compatible server. url: with or without /v1."""
+class Unauthorized(ValueError):
+    """The server wants a key, or another one."""
 
-    def __init__(self, url: str, key: str | None = None) -> None:
+
+class Server:
+    """An OpenAI-compatible server."""
+
+    def __init__(self, url: str, key: str | None = None, named: bool = True) -> None:
+        """url: with or without /v1. named: by the user; otherwise any user of the machine may listen there,
+        and the key is for processes of this one."""
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"server: got {url!r}; expected an address such as {ADDRESS}")
         self._parts = parts
         self._base = parts.path.rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {key}"} if key else {}
-        )
+        self._key, self._named = key, named
         self.url = f"{parts.scheme}://{parts.netloc}{self._base}"
         self._stopped = False  # by Ctrl-C
 
@@ -100,6 +106,15 @@ class Server:
                     raise ValueError(str(event["error"].get("message", event["error"])))
                 yield event
 
+    @property
+    def withholds(self) -> bool:
+        """Whether it has a key that is not sent, because somebody else listens at the address."""
+        return bool(self._key) and not (self._named or _is_own(self._parts.port or 80))
+
+    def _headers(self) -> dict[str, str]:
+        key = {} if self._key is None or self.withholds else {"Authorization": f"Bearer {self._key}"}
+        return {"Content-Type": "application/json", **key}
+
     @contextmanager
     def _answer(
         self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
@@ -111,12 +126,11 @@ class Server:
             connection.connect()
             with self._until_stopped(connection.sock):
                 text = None if body is None else json.dumps(body)
-                connection.request(method, self._base + path, text, self._headers)
+                connection.request(method, self._base + path, text, self._headers())
                 answer = connection.getresponse()
                 if answer.status != 200:
-                    raise ValueError(
-                        _message(answer.read(), f"{self.url}{path}: {answer.status} {answer.reason}")
-                    )
+                    said = _message(answer.read(), f"{self.url}{path}: {answer.status} {answer.reason}")
+                    raise Unauthorized(said) if answer.status == 401 else ValueError(said)
                 yield answer
         except http.client.HTTPException as error:
             raise ConnectionError(f"{self.url}: {error!r}") from error
@@ -269,13 +283,39 @@ def _pieces(
 
 
 def find(model: str | None, key: str | None) -> tuple[Server, str] | None:
-    """A server that listens at the usual address (FARTHING_URL) and serves the model, and its name there."""
-    server = Server(os.environ.get("FARTHING_URL") or ADDRESS, key)
-    with suppress(OSError, ValueError, KeyError):
+    """A server that listens at the usual address (FARTHING_URL) and serves the model, and its name there.
+
+    Raises Unauthorized if it wants the key, and is not a process of this user.
+    """
+    named = os.environ.get("FARTHING_URL")
+    server = Server(named or ADDRESS, key, named=bool(named))
+    try:
         name = server.model(model)
-        if server.ready():
-            return server, name
-    return None
+        return (server, name) if server.ready() else None
+    except Unauthorized:
+        if not server.withholds:
+            return None
+        raise Unauthorized(
+            f"api_key: not sent to {server.url}, where another user's process may listen; to send it, name "
+            f"the address: farthing chat {server.url}"
+        ) from None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+_LISTENING = "0A"  # the state of a socket in /proc/net/tcp
+
+
+def _is_own(port: int) -> bool:
+    """Whether all sockets that listen on a port are this user's or the system's; False if nothing tells."""
+    owners: set[int] = set()
+    for table in _SOCKETS:
+        with suppress(OSError, ValueError, IndexError):
+            for line in table.read_text(encoding="ascii").splitlines()[1:]:
+                _, local, _, state, _, _, _, user, *_ = line.split()
+                if state == _LISTENING and int(local.rpartition(":")[2], 16) == port:
+                    owners.add(int(user))
+    return bool(owners) and owners <= {0, os.getuid()}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class McpServers:
         """Raises ValueError for a file that is none, OSError for one that cannot be read."""
         self._targets = {name: _target(file, name, each) for name, each in _read(file).items()}
         self._stack = ExitStack()
-        self._owners: dict[str, Client] = {}
+        self._owners: dict[str, tuple[str, Client]] = {}  # by tool: the name of its server
         self.tools: list[dict[str, Any]] = []  # as chat completions take them
 
     def __enter__(self) -> Self:
@@ -42,7 +42,7 @@ class McpServers:
             for name, target in self._targets.items():
                 try:
                     client = stack.enter_context(self._portal.wrap_async_context_manager(Client(target)))
-                    self._offer(client)
+                    self._offer(name, client)
                 except Exception as error:  # whatever its transport raises
                     raise RuntimeError(f"MCP server {name!r}: {_first(error)}") from error
             self._stack = stack.pop_all()
@@ -57,18 +57,22 @@ class McpServers:
             return f"error: no tool {name!r}; expected one of {', '.join(self._owners)}"
         try:
             given = json.loads(arguments or "{}")
-            result = self._portal.call(self._owners[name].call_tool, name, given)
+            result = self._portal.call(self._owners[name][1].call_tool, name, given)
         except Exception as error:  # of the arguments, the tool or the connection
             return f"error: {_first(error)}"
         content = (part.model_dump() for part in result.content)
         return "\n".join(part.get("text") or f"[{part['type']}]" for part in content)
 
-    def _offer(self, client: Client) -> None:
+    def server_of(self, tool: str) -> str | None:
+        """The name of the server that has a tool; None if there is no such tool."""
+        return self._owners[tool][0] if tool in self._owners else None
+
+    def _offer(self, server: str, client: Client) -> None:
         for tool in self._portal.call(client.list_tools).tools:
             described = tool.model_dump(by_alias=True)
             if tool.name in self._owners:
                 raise ValueError(f"tool {tool.name!r} is offered by two servers; expected different names")
-            self._owners[tool.name] = client
+            self._owners[tool.name] = server, client
             function = {"name": tool.name, "description": described.get("description") or ""}
             function["parameters"] = described["inputSchema"]
             self.tools.append({"type": "function", "function": function})
