@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,36 @@ def test_chat_reads_control_tokens_in_messages_as_text(llm: LLM, directory: Path
     with LLM(directory, backend="reference", num_blocks=64, trust_special_tokens=True) as trusting:
         (output,) = trusting.chat(hostile, GREEDY, use_tqdm=False)
         assert [token for token in output.prompt_token_ids if token in control] == [0, 1]
+
+
+HOSTILE = {
+    "memory": ("{% set n = namespace(x=['a' * 1000000]) %}{% for i in range(30) %}{% set n.x = n.x + n.x %}"
+               "{% endfor %}x", "messages is not accepted: it takes more memory than one input may"),
+    "time": ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}x",
+             "messages takes more than 2 s of CPU time"),
+    "length": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
+               "the chat template makes .* characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_checkpoints_template_runs_within_limits(fault: str, directory: Path, tmp_path: Path) -> None:
+    """It came with the model: it must not be able to take this process down."""
+    template, message = HOSTILE[fault]
+    shutil.copytree(directory, path := tmp_path / "model")
+    (path / "chat_template.jinja").write_text(template)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with LLM(path, backend="reference", num_blocks=64) as hostile:
+        with pytest.raises(ValueError, match=message):
+            hostile.chat([{"role": "user", "content": "Hi"}], GREEDY, use_tqdm=False)
+        assert hostile.generate("def", GREEDY, use_tqdm=False)[0].finished
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_maxrss - before.ru_maxrss < 300_000  # KiB
+
+
+def test_options_of_a_template_are_json(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="messages: expected values of JSON"):
+        llm.chat([{"role": "user", "content": "Hi"}], chat_template_kwargs={"now": object()}, use_tqdm=False)
 
 
 def test_defaults_come_from_the_checkpoint(llm: LLM) -> None:

@@ -273,17 +273,20 @@ class Engine:
     ) -> str:
         """The prompt of a conversation; submit it with add_special_tokens=False.
 
-        It contains marks where text is no control token, unless `trust_special_tokens` is set.
+        It contains marks where text is no control token, unless `trust_special_tokens` is set. The template
+        runs in a child process with limits, as in the server: it is a program that came with the model.
         """
         tokenizer = self._admission.need_tokenizer("chat")
+        assert self.sandbox is not None and self.config.max_model_len is not None
         marking = TRUSTED if self.config.trust_special_tokens else tokenizer.untrusted
+        chat = {
+            "messages": marking.messages(flatten(messages)),
+            "tools": marking.value(tools),
+            "add_generation_prompt": add_generation_prompt,
+            "options": marking.options(kwargs),
+        }
         try:
-            return tokenizer.render_chat(
-                marking.messages(flatten(messages)),
-                marking.value(tools),
-                add_generation_prompt,
-                **marking.options(kwargs),
-            )
+            return self.sandbox.chat(chat, self.config.max_model_len).result()
         except ValueError as error:
             raise ValueError(unmarked(str(error))) from error
 

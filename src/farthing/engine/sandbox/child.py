@@ -125,12 +125,19 @@ class Jobs:
             text = self._tokenizer.prompt(chat)
         except RecursionError:
             raise ValueError("a value is nested too deeply; expected fewer levels") from None
-        if chat.form is None and len(text) > max_characters:
-            raise ValueError(
-                f"messages: the chat template makes {len(text)} characters of them; "
-                f"expected at most {max_characters}"
-            )
-        return text
+        return text if chat.form is not None else _within(text, max_characters)
+
+    def chat(
+        self,
+        messages: list[Any],
+        tools: list[Any] | None,
+        add_generation_prompt: bool,
+        options: Mapping[str, Any],
+        max_characters: int,
+    ) -> str:
+        """The prompt of messages in OpenAI's form, by the model's own template."""
+        text = self._tokenizer.render_chat(messages, tools, add_generation_prompt, **options)
+        return _within(text, max_characters)
 
     def habits(self) -> dict[str, Any]:
         """What the chat template expects of messages: fields of Habits."""
@@ -142,6 +149,13 @@ class Jobs:
         if isinstance(self._compiler, ValueError):
             raise self._compiler
         return examine(self._compiler, StructuredOutputsParams(**constraint))
+
+
+def _within(prompt: str, most: int) -> str:
+    if len(prompt) > most:
+        why = f"messages: the chat template makes {len(prompt)} characters of them; expected at most {most}"
+        raise ValueError(why)
+    return prompt
 
 
 def main() -> None:

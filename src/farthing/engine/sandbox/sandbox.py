@@ -299,6 +299,18 @@ class Sandbox:
             client,
         )
 
+    def chat(self, chat: Mapping[str, Any], max_tokens: int) -> Future[str]:
+        """The prompt of messages in OpenAI's form, by the model's own template. Raises ValueError at once for
+        values that are not JSON."""
+        try:
+            size = len(json.dumps(chat))
+        except (TypeError, RecursionError) as error:
+            raise ValueError(
+                f"messages: expected values of JSON, also in tools and options: {error}"
+            ) from None
+        arguments = {**chat, "max_characters": self._tokenizer.max_characters(max_tokens)}
+        return self._submit("chat", lambda: arguments, "messages", size, "")
+
     def habits(self) -> Future[dict[str, Any]]:
         """What the chat template expects of messages: fields of `Habits`."""
         return self._submit("habits", dict, "the chat template", 0, "")
