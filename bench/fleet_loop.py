@@ -1,11 +1,9 @@
-"""How fast the fleet reacts: from a latency breach to the scale request, and from a decision to a ready
-replica.
+"""How fast the fleet reacts: from a backlog to the scale request, and from a decision to a ready replica.
 
-The first is measured from the moment a server's metrics show a queue time above 200 ms until the Kubernetes
-API receives the patch of /scale, over real HTTP on both sides, with the settings of local mode: one turn per
-second, and the breach must last `--lasting` seconds. The second starts replicas of the embedded model with
-`farthing serve`, as `farthing fleet up` does. Limits: the rule itself waits `--lasting` seconds; the printed
-"import torch" is the time of a Python process that only imports torch.
+The first is measured from the moment a server's metrics show waiting requests until the Kubernetes API
+receives the patch of /scale, over real HTTP on both sides, with the settings of local mode: one turn per
+second. The second starts replicas of the embedded model with `farthing serve`, as `farthing fleet up` does.
+Limit: the printed "import torch" is the time of a Python process that only imports torch.
 
     python bench/fleet_loop.py [--runs 5] [--json]
 """
@@ -35,21 +33,21 @@ from farthing_fleet.up import STANDBY, serve_command
 
 
 class World:
-    """A server's /metrics with a controllable queue time, and the /scale that is patched for it."""
+    """A server's /metrics with a controllable queue, and the /scale that is patched for it."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self.breach_at: float | None = None
+        self.queued_at: float | None = None
         self.patched_at: float | None = None
         self.replicas = 4
 
     async def metrics(self, request: web.Request) -> web.Response:
         now = time.monotonic()
         good = 10 * (now - self.began)  # requests, at 10 per second
-        waited = 0.01 * good + (10 * 0.5 * (now - self.breach_at) if self.breach_at else 0.0)
+        waited = 0.01 * good
         names = {
             "vllm:num_requests_running": 5,
-            "vllm:num_requests_waiting": 0,
+            "vllm:num_requests_waiting": 200 if self.queued_at else 0,
             "vllm:request_queue_time_seconds_sum": waited,
             "vllm:request_queue_time_seconds_count": good,
             "vllm:time_to_first_token_seconds_sum": waited,
@@ -74,8 +72,8 @@ class World:
         )
 
 
-async def breach_to_request(lasting: float, interval: float) -> float:
-    """Seconds from the breach to the patch."""
+async def backlog_to_request(interval: float) -> float:
+    """Seconds from the backlog to the patch."""
     world = World()
     app = web.Application()
     app.router.add_get("/metrics", world.metrics)
@@ -84,9 +82,7 @@ async def breach_to_request(lasting: float, interval: float) -> float:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-    policy = PolicyConfig(
-        capacity=16.0, interval_s=interval, latency_for_s=lasting, cold_start_s=5.0, stale_after_s=10.0
-    )
+    policy = PolicyConfig(capacity=16.0, interval_s=interval, cold_start_s=5.0, stale_after_s=10.0)
     with tempfile.TemporaryDirectory() as folder:
         signals = SignalsConfig(window_s=5.0)
         source = ScrapeSource(lambda: dict.fromkeys("abcd", url), signals, latency_window_s=2.0)
@@ -95,15 +91,15 @@ async def breach_to_request(lasting: float, interval: float) -> float:
         stop = asyncio.Event()
         task = asyncio.create_task(controller.run(stop))
         await asyncio.sleep(6.0)  # a full window of good values
-        assert world.patched_at is None, "scaled before the breach"
-        world.breach_at = time.monotonic()
+        assert world.patched_at is None, "scaled before the backlog"
+        world.queued_at = time.monotonic()
         while world.patched_at is None:
             await asyncio.sleep(0.01)
         stop.set()
         await task
         await source.close()
     await runner.cleanup()
-    return world.patched_at - world.breach_at
+    return world.patched_at - world.queued_at
 
 
 async def decision_to_ready() -> tuple[float, float]:
@@ -137,16 +133,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--lasting", type=float, default=2.0, help="seconds a breach must last")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between decisions")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    names = ("breach to request", "first replica ready", "decision to ready", "import torch")
+    names = ("backlog to request", "first replica ready", "decision to ready", "import torch")
     rows: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(arguments.runs):
-        rows["breach to request"].append(
-            asyncio.run(breach_to_request(arguments.lasting, arguments.interval))
-        )
+        rows["backlog to request"].append(asyncio.run(backlog_to_request(arguments.interval)))
         first, second = asyncio.run(decision_to_ready())
         rows["first replica ready"].append(first)
         rows["decision to ready"].append(second)
@@ -157,7 +150,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(result, indent=2))
         return
-    print(f"{arguments.runs} runs, interleaved; a breach must last {arguments.lasting:g} s (seconds)")
+    print(f"{arguments.runs} runs, interleaved (seconds)")
     for name, row in result.items():
         print(f"{name:20} median {row['median_s']:6.2f}   worst {row['worst_s']:6.2f}")
 

@@ -5,10 +5,13 @@ rho = prefill · P + decode · D of every second. At the limit of its latency ta
 
     capacity = 1 / (prefill · (prompt tokens per request, not cached) + decode · (output tokens per request))
 
-requests per second: a shift in lengths changes it before any queue grows. Learning moves the two costs only
-as far as a snapshot contradicts them: rho is 1 with a lasting queue, where P is what was processed rather
-than what arrived; it is at most 1 within all targets, and at least 1 with TTFT or TPOT above its target.
-With a target of TPOT, which grows as 1 / (1 - rho), rho is known at any load.
+requests per second: a shift in lengths changes it before any queue grows. All of this is work that was done,
+never what arrived: when a burst ends, its last requests are still answered while nothing arrives.
+
+Learning moves the two costs only as far as a snapshot contradicts them: rho is 1 while every replica has a
+queue; it is at most 1 within all targets, and at least 1 with TTFT or TPOT above its target though nothing
+queued. With a target of TPOT, which grows as 1 / (1 - rho), rho is known at any load. Rates are means over a
+window, so a snapshot counts only if the same replicas worked, and queued or did not, for all of it.
 Where no lengths are reported, a request counts as one prompt token.
 """
 
@@ -49,59 +52,66 @@ class Targets:
 class OnlineCapacity:
     """Learns the capacity from snapshots; starts from `guess`, within a factor of four of it."""
 
-    def __init__(self, guess: float, unit: str = "requests", targets: Targets | None = None) -> None:
+    def __init__(
+        self, guess: float, unit: str = "requests", targets: Targets | None = None, window_s: float = 0.0
+    ) -> None:
+        """window_s: over which the snapshots' rates are means."""
         if not guess > 0:
             raise ValueError(f"OnlineCapacity.guess: got {guess}; expected a number above 0")
         self.guess, self.unit = guess, unit
-        self.targets = targets or Targets()
+        self.targets, self._window = targets or Targets(), window_s
         self._costs = (1.0 / guess, 0.0)  # seconds per uncached prompt token and per output token
-        self._computed: tuple[float, float] | None = None  # tokens per request, without cached ones
-        self._lengths = (0.0, 0.0)  # with cached ones
+        self._seen = (0.0, 0.0, 0.0, 0.0)  # recent requests, prompt tokens, uncached ones and output tokens
         self._sums, self._measured = (0.0, 0.0, 0.0), 0  # load units and tokens of the first snapshots
         self._anchor = (1.0, 0.0)  # tokens per load unit at the guess
         self._light: float | None = None  # seconds per output token of an idle replica
-        self._last: Snapshot | None = None
+        self._state: tuple[int, bool] | None = None  # ready replicas, and whether each has a queue,
+        self._state_since = 0.0  # since when
 
     @property
     def estimate(self) -> float:
         """Load units per second of one replica, at the latest request lengths."""
-        if self._computed is None:
+        requests, prompt, uncached, output = self._seen
+        if not output:
             return 1.0 / self._costs[0]
-        return self._per_request / max(self._busy(*self._computed), 1e-12)
+        units = requests if self.unit == "requests" else prompt + output
+        return units / max(self._busy(uncached, output), 1e-12)
 
     @property
     def costs(self) -> tuple[float, float] | None:
         """Seconds per uncached prompt token and per output token; None while lengths are unknown."""
-        return self._costs if self._computed is not None else None
+        return self._costs if self._seen[3] else None
 
     def observe(self, snapshot: Snapshot) -> float:
-        """Update from one snapshot; returns the estimate.
-
-        Snapshots that are stale, or across which replicas became ready or failed, are ignored.
-        """
-        last, self._last = self._last, snapshot
-        load, ready, queue = snapshot.load(self.unit), snapshot.ready, snapshot.queue_time_s
-        if snapshot.stale or load is None or not ready or queue is None:
+        """Update from one snapshot; returns the estimate. Ignores stale and incomplete ones."""
+        served, ready, queue = snapshot.served_rate, snapshot.ready, snapshot.queue_time_s
+        if snapshot.stale or served is None or not ready or queue is None:
             return self.estimate
-        self._measure(snapshot)
-        if last is not None and last.ready != ready:
+        self._measure(snapshot, served)
+        waiting = snapshot.backlog or 0.0
+        if not self._lasts(snapshot.time, ready, waiting >= ready):
             return self.estimate
-        queued = bool(snapshot.backlog) and queue > self.targets.queue_s
-        processed = self._processed(last, snapshot) if queued else 1.0
-        prompt, output = load * processed / ready, 0.0
-        if self._computed is not None:
-            cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
-            prompt = (snapshot.prompt_token_rate or 0.0) * (1 - cached) * processed / ready
-            output = (snapshot.output_token_rate or 0.0) / ready
+        prompt, output = served / ready, 0.0
+        if self._seen[3]:
+            prompt, output = _uncached(snapshot) / ready, (snapshot.output_token_rate or 0.0) / ready
         busy = self._busy(prompt, output)
         told = self._told_by_tpot(snapshot.tpot_s, busy)
-        if queued:
+        if waiting >= ready and queue > self.targets.queue_s:
             self._move(prompt, output, 1.0, QUEUE_RATE)
+        elif waiting or queue > self.targets.queue_s:
+            pass  # some replicas have a queue: neither are all busy, nor is a late token due to the load
         elif self.targets.breached(snapshot):
             self._move(prompt, output, max(busy, 1.0), BOUND_RATE)
-        elif told is not None or (busy > 1 and not snapshot.backlog):
+        elif told is not None or busy > 1:
             self._move(prompt, output, told if told is not None else 1.0, BOUND_RATE)
         return self.estimate
+
+    def _lasts(self, time: float, ready: int, queued: bool) -> bool:
+        """Whether the same replicas have had a queue, or none, for all of the window before `time`."""
+        if self._state != (ready, queued):
+            known, self._state, self._state_since = self._state is not None, (ready, queued), time
+            return not known
+        return time - self._state_since >= self._window
 
     def _told_by_tpot(self, tpot: float | None, busy: float) -> float | None:
         """How busy the replicas are, by their time per output token: it grows as 1 / (1 - rho)."""
@@ -119,39 +129,23 @@ class OnlineCapacity:
     def _busy(self, prompt: float, output: float) -> float:
         return self._costs[0] * prompt + self._costs[1] * output
 
-    @property
-    def _per_request(self) -> float:
-        """Load units per request at the latest lengths."""
-        prompt, output = self._lengths
-        return 1.0 if self.unit == "requests" else prompt + output
+    def _measure(self, snapshot: Snapshot, served: float) -> None:
+        """Update the mean lengths; those of the first snapshots turn the guess into two costs.
 
-    def _processed(self, last: Snapshot | None, snapshot: Snapshot) -> float:
-        """The share of the arrivals that the replicas took out of the queue, which may exceed 1."""
-        arriving, passed = snapshot.request_rate, snapshot.time - last.time if last is not None else 0.0
-        if last is None or last.backlog is None or snapshot.backlog is None or passed <= 0 or not arriving:
-            return 1.0
-        return max(0.0, 1 - (snapshot.backlog - last.backlog) / (passed * arriving))
-
-    def _measure(self, snapshot: Snapshot) -> None:
-        """Update the mean lengths; those of the first snapshots turn the guess into two costs."""
-        requests, prompt, output = (
-            snapshot.request_rate,
-            snapshot.prompt_token_rate,
-            snapshot.output_token_rate,
-        )
-        if not requests or prompt is None or not output:
+        They are quotients of sums that fade with the requests that are served, not with time: the tokens that
+        follow a burst belong to its requests, which are few per second by then.
+        """
+        prompt, output = snapshot.prompt_token_rate, snapshot.output_token_rate
+        if prompt is None or output is None:
             return
-        cached = min(max(snapshot.cached_share or 0.0, 0.0), 0.99)
-        lengths = prompt / requests, output / requests
-        computed = lengths[0] * (1 - cached), lengths[1]
-        if self._computed is None:
-            self._lengths, self._computed = lengths, computed
-        rate = max(LENGTH_RATE, 1 / (self._measured + 1))
-        self._lengths = _nearer(self._lengths, lengths, rate)
-        self._computed = _nearer(self._computed, computed, rate)
-        if self._measured < FIRST:
-            units = requests if self.unit == "requests" else prompt + output
-            self._settle((units, prompt * (1 - cached), output))
+        fades = min(LENGTH_RATE, served / self._seen[0]) if self._seen[0] else 1.0
+        new = served, prompt, _uncached(snapshot), output
+        requests, tokens, uncached, generated = (
+            (1 - fades) * old + more for old, more in zip(self._seen, new, strict=True)
+        )
+        self._seen = requests, tokens, uncached, generated
+        if self._measured < FIRST and served and output:
+            self._settle((served if self.unit == "requests" else prompt + output, new[2], output))
 
     def _settle(self, seen: tuple[float, float, float]) -> None:
         """The guess is that of the mean request so far: both costs follow, what was learned stays."""
@@ -176,5 +170,6 @@ class OnlineCapacity:
         self._costs = moved[0] * back, moved[1] * back
 
 
-def _nearer(mean: tuple[float, float], seen: tuple[float, float], rate: float) -> tuple[float, float]:
-    return mean[0] + rate * (seen[0] - mean[0]), mean[1] + rate * (seen[1] - mean[1])
+def _uncached(snapshot: Snapshot) -> float:
+    """Prompt tokens per second that were not found in a cache."""
+    return (snapshot.prompt_token_rate or 0.0) * (1 - min(max(snapshot.cached_share or 0.0, 0.0), 0.99))

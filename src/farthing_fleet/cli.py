@@ -95,6 +95,9 @@ class FleetOptions:
     capacity: float | None = _option(
         None, "Requests/s per replica, as `farthing bench capacity` measures; default: 1"
     )
+    rule: str | None = _option(
+        None, "How replicas are ordered: rehearsed (default), published, lstm, regression or prophet"
+    )
     command: str | None = _option(
         None, "Replica command instead of `farthing serve MODEL`; {port}, {model} and {served} are replaced"
     )
@@ -116,7 +119,7 @@ class FleetOptions:
     @property
     def policy(self) -> dict[str, Any]:
         """The fields of PolicyConfig that are set."""
-        names = ("min_replicas", "max_replicas", "capacity")
+        names = ("min_replicas", "max_replicas", "capacity", "rule")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
@@ -202,7 +205,6 @@ async def _up(config: Any) -> None:
     async with LocalFleet(config) as fleet:
         ports = ", ".join(str(model.metrics_port) for model in fleet.models)
         _say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {ports}")
-        forecasters = [asyncio.create_task(model.load_estimates()) for model in fleet.models]
         scaling = asyncio.create_task(fleet.run(stop))
         waits = (m.wait_ready(m.replicas.config.ready_timeout_s, _say) for m in fleet.models)
         ready: asyncio.Future[list[bool]] = asyncio.gather(*waits)
@@ -218,7 +220,6 @@ async def _up(config: Any) -> None:
             _say("ready")
         ready.cancel()
         await scaling
-        await asyncio.gather(*forecasters)
         _say("shutting down: in-flight requests finish first")
 
 

@@ -13,6 +13,7 @@ import yaml
 from farthing.files import read
 from farthing_fleet.gateway.config import GatewayConfig as GatewayConfig  # for those who import the others
 from farthing_fleet.signals import dialect
+from farthing_fleet.types import Snapshot
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class SloConfig:
         _check("slo.tpot_s", tpot_s, "a number above 0, or none", tpot_s is None or tpot_s > 0)
 
 
+RULES = ("rehearsed", "published", "lstm", "regression", "prophet")
 LATENCY_METRICS = ("queue_time", "ttft", "tpot", "none")
 UNITS = ("requests", "tokens")
 _PLAUSIBLE_S = 900.0  # measured cold starts up to this are always believed
@@ -41,17 +43,16 @@ class PolicyConfig:
 
     capacity: float  # load units per second of one replica within its latency targets
     unit: str = "requests"  # unit of load and capacity, see UNITS
-    target_utilization: float = 0.7  # until a load has been observed
+    rule: str = "rehearsed"  # what orders replicas, see RULES; the last three are forecasters
+    target_utilization: float = 0.7  # of forecasters, and until a load has been observed
     slo: SloConfig = field(default_factory=SloConfig)
     min_replicas: int = 1
     max_replicas: int = 1000
     cooldown_s: float = 0.0  # no scale-down within this time after any change
     interval_s: float = 15.0  # time between decisions
     cold_start_s: float = 600.0  # launch to ready, if the signals do not report it
-    latency_metric: str = "queue_time"  # or "ttft", "tpot"; "none" disables the latency rule
-    latency_threshold_s: float = 0.2
-    latency_for_s: float = 30.0
-    latency_factor: float = 1.5  # of the ready replicas
+    latency_metric: str = "queue_time"  # or "ttft", "tpot": no scale-down without it; "none": none is needed
+    latency_threshold_s: float = 0.2  # of queue times that mean saturation, and of `published`
     drain_s: float = 60.0  # target time to process a backlog
     stale_after_s: float = 60.0  # signals older than this count as missing
 
@@ -60,7 +61,7 @@ class PolicyConfig:
         for name in positive:
             value = getattr(self, name)
             _check(name, value, "a number above 0", math.isfinite(value) and value > 0)
-        for name in ("cooldown_s", "cold_start_s", "latency_for_s"):
+        for name in ("cooldown_s", "cold_start_s"):
             value = getattr(self, name)
             _check(name, value, "seconds, 0 or more", math.isfinite(value) and value >= 0)
         _check("unit", self.unit, f"one of {UNITS}", self.unit in UNITS)
@@ -69,13 +70,18 @@ class PolicyConfig:
         most, metric = self.max_replicas, self.latency_metric
         _check("max_replicas", most, "at least min_replicas", most >= max(1, self.min_replicas))
         _check("latency_metric", metric, f"one of {LATENCY_METRICS}", metric in LATENCY_METRICS)
-        _check("latency_factor", self.latency_factor, "above 1", self.latency_factor > 1)
+        _check("rule", self.rule, f"one of {RULES}", self.rule in RULES)
 
     def lead_s(self, measured: float | None) -> float:
         """Seconds from launch to ready: measured, up to `longest_lead_s`; configured if there is none."""
         if measured is None or not math.isfinite(measured) or measured < 0:
             return self.cold_start_s
         return min(measured, self.longest_lead_s)
+
+    def latency(self, snapshot: Snapshot) -> float | None:
+        """The mean time of `latency_metric`, if measured."""
+        metric = self.latency_metric
+        return getattr(snapshot, f"{metric}_s") if metric != "none" else None
 
     @property
     def longest_lead_s(self) -> float:
@@ -180,7 +186,6 @@ def load(path: Path) -> FleetConfig:
 _LOCAL = {
     "interval_s": 1.0,
     "cold_start_s": 5.0,
-    "latency_for_s": 2.0,
     "stale_after_s": 10.0,
     "drain_s": 5.0,
     "cooldown_s": 60.0,

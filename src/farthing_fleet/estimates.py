@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import subprocess
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +17,16 @@ import numpy as np
 from farthing.files import read
 from farthing_fleet.capacity import OnlineCapacity, Targets
 from farthing_fleet.config import FleetConfig
-from farthing_fleet.forecast.base import DAY_S
-from farthing_fleet.forecast.learned import GAIN, GRID_S, LEAST_S, NAMES, TRAIN_S, WEEKS_S, Learned, make
+from farthing_fleet.forecast.learned import (
+    GRID_S,
+    NEEDS,
+    TRAIN_S,
+    WEEKS_S,
+    ForecastRule,
+    Learned,
+    check_installed,
+    make,
+)
 from farthing_fleet.forecast.prophet import ProphetConfig
 from farthing_fleet.rehearsal import Pinned, PinnedRule, Plan, Rehearsal, Settings
 from farthing_fleet.types import Snapshot
@@ -30,32 +36,43 @@ log = logging.getLogger(__name__)
 REHEARSED_STEPS = 3 * 5760  # of the recorded load that a new rehearsal replays: three days of 15 s
 LEAD_CHANGE = 1.2  # the rehearsal is repeated when the measured lead differs by this factor,
 LEAD_CHANGE_S = 3600.0  # at most this often
-TRIAL_S = DAY_S
 TUNED = "tuned.json"  # in the state directory: what `farthing fleet tune` chose, as a `Pinned`
 _GAP = 20  # steps without a load after which the present one does not stand for the gap
 
 
 @dataclass(frozen=True)
 class ForecastConfig:
-    """The `forecast` section: learned forecasters that may be tried, and Prophet's holidays and events."""
+    """The `forecast` section: Prophet's holidays and events."""
 
-    learned: tuple[str, ...] = NAMES  # empty: none
     prophet: ProphetConfig = field(default_factory=ProphetConfig)
 
-    def __post_init__(self) -> None:
-        unknown = set(self.learned) - set(NAMES)
-        if unknown:
-            raise ValueError(f"forecast.learned: got {sorted(unknown)[0]!r}; expected {', '.join(NAMES)}")
+
+Rule = Rehearsal | PinnedRule | ForecastRule
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What a new rule is made from."""
+
+    load: float  # now
+    past: list[float]  # recorded, a minute each
+    capacity: float
+    cold_start_s: float
+    pinned: Pinned
 
 
 class LiveEstimates:
-    """Feeds the rehearsal and the capacity model with every snapshot, and records the load per minute."""
+    """Feeds the rule and the capacity model with every snapshot, and records the load per minute.
+
+    `observe` and `plan` take microseconds. A new rule first follows the recorded load, or a made-up day, for
+    seconds; `maintain` does this in another thread, and until then the previous rule decides, or none.
+    """
 
     def __init__(self, config: FleetConfig) -> None:
         self._policy = policy = config.policy
         slo = policy.slo
         targets = Targets(policy.latency_threshold_s, slo.ttft_s, slo.tpot_s, 1 - slo.target)
-        self._capacity = OnlineCapacity(policy.capacity, policy.unit, targets)
+        self._capacity = OnlineCapacity(policy.capacity, policy.unit, targets, config.signals.window_s)
         self._forecast = read(ForecastConfig, config.forecast, "forecast")
         self._path = config.state / "load.csv"
         self._points = read_loads(self._path)  # (time, load) a minute
@@ -63,10 +80,15 @@ class LiveEstimates:
         self._lead_changed = -math.inf
         self._tuned = config.state / TUNED
         self._pinned, self._stamp = Pinned(), 0
-        self._rehearsal: Rehearsal | PinnedRule | None = None
-        self._learned: tuple[str, Learned] | None = None
+        self._rule: Rule | None = None
+        self._due: _Start | None = None  # the latest rule that was asked for
+        self._made: tuple[_Start | None, Rule | None] = (None, None)  # the latest one that was made
+        self._since: list[float] | None = None  # the loads since the latest one was asked for, until it rules
+        if policy.rule in NEEDS:
+            check_installed(policy.rule)
+        self._learned: Learned | None = None
         self._learned_plan: tuple[float, float] = (-math.inf, 0.0)  # (time, load)
-        self._trained = self._tried = -math.inf
+        self._trained, self._begin = -math.inf, 0.0  # times of the last training, and of its first load
         self._plan: Plan | None = None
         self._last: Snapshot | None = None
         self._minute: list[float] = []
@@ -93,14 +115,37 @@ class LiveEstimates:
         load = snapshot.load(self._policy.unit)
         if load is None or snapshot.stale or snapshot.ready is None or not np.isfinite(load) or load < 0:
             return
-        measured = self._policy.lead_s(snapshot.cold_start_s)
-        if self._retuned() or self._rehearsal is None or self._changed(measured, now):
-            self._cold_start, self._lead_changed = measured, now
-            self._rehearsal = self._rehearsed(load)
-            last = None
-        for _ in range(self._steps(last, snapshot)):
-            self._plan = self._rehearsal.observe(load / self._capacity.estimate, self._learned_load(now))
+        if self._policy.rule != "published":  # it needs no past
+            self._renew(now, load, self._policy.lead_s(snapshot.cold_start_s))
+            self._follow(now, [load] * self._steps(last, snapshot))
         self._keep(now, load)
+
+    def _renew(self, now: float, load: float, cold_start_s: float) -> None:
+        """Ask for another rule where this one is out of date, and take over one that was made."""
+        first = self._rule is None and self._since is None
+        if self._retuned() or first or self._changed(cold_start_s, now):
+            self._cold_start, self._lead_changed = cold_start_s, now
+            minutes = REHEARSED_STEPS // max(1, round(GRID_S / self._policy.interval_s))
+            past = [value for _, value in self._points[-minutes:]]
+            self._due, self._since = (
+                _Start(load, past, self._capacity.estimate, cold_start_s, self._pinned),
+                [],
+            )
+            return
+        start, made = self._made
+        if self._since is not None and start is self._due:
+            self._rule, missed, self._since = made, self._since, None
+            self._follow(now, missed)
+
+    def _follow(self, now: float, loads: list[float]) -> None:
+        """Steps with these loads."""
+        if self._since is not None:
+            self._since += loads
+        if isinstance(self._rule, ForecastRule):
+            self._rule.expect(self._learned_load(now))
+        for load in loads:
+            if self._rule is not None:
+                self._plan = self._rule.observe(load / self._capacity.estimate)
 
     def _changed(self, cold_start_s: float, now: float) -> bool:
         """Whether the measured cold start asks for another rehearsal."""
@@ -133,18 +178,20 @@ class LiveEstimates:
         passed = round((snapshot.time - last.time) / self._policy.interval_s)
         return max(1, passed) if passed <= _GAP else 1
 
-    def _rehearsed(self, load: float) -> Rehearsal | PinnedRule:
-        """A rehearsal, or the pinned rule, that has seen the last recorded loads."""
-        capacity, every = self._capacity.estimate, max(1, round(GRID_S / self._policy.interval_s))
-        past = [value for _, value in self._points[-(REHEARSED_STEPS // every) :]]
-        first = float(np.mean(past[:5])) if past else load
-        learned = self._learned[0] if self._learned else None
-        told = Settings.of(self._policy, self._cold_start, learned)
-        pinned = self._pinned != Pinned()
-        made = PinnedRule(told, self._pinned) if pinned else Rehearsal(told, first / capacity)
-        for value in past:
-            for _ in range(every):
-                self._plan = made.observe(value / capacity)
+    def _following(self, start: _Start) -> Rule:
+        """A rule that has followed the recorded load."""
+        policy, told = self._policy, Settings.of(self._policy, start.cold_start_s)
+        first = float(np.mean(start.past[:5])) if start.past else start.load
+        made: Rule
+        if policy.rule in NEEDS:
+            made = ForecastRule(policy.rule, policy.interval_s, policy.target_utilization)
+        elif start.pinned != Pinned():
+            made = PinnedRule(told, start.pinned)
+        else:
+            made = Rehearsal(told, first / start.capacity)
+        for value in start.past:
+            for _ in range(max(1, round(GRID_S / policy.interval_s))):
+                made.observe(value / start.capacity)
         return made
 
     def _learned_load(self, now: float) -> float | None:
@@ -178,56 +225,27 @@ class LiveEstimates:
         return self._capacity.estimate
 
     def maintain(self, now: float) -> None:
-        """Try the learned forecasters once a day, and keep the admitted one up to date."""
-        if self._learned is not None:
-            loads = np.array([load for _, load in self._points[-round(WEEKS_S / GRID_S) :]])
-            if now - self._trained >= TRAIN_S:
-                self._learned[1].fit(loads)
-                self._trained = now
-            if now - self._learned_plan[0] >= GRID_S and len(loads):
-                self._learned_plan = now, float(self._learned[1].plans(loads, 1)[0])
-        if now - self._tried >= TRIAL_S and self._forecast.learned:
-            self._tried = now
-            self._admit(self._trials(), now)
+        """What takes seconds: make a rule that is due, and train a chosen forecaster. Blocks."""
+        start = self._due
+        if start is not None and start is not self._made[0]:
+            self._made = start, self._following(start)
+        if self._policy.rule in NEEDS:
+            self._forecast_load(now)
 
-    def _trials(self) -> dict[str, float]:
-        """The saved share of the cost by forecaster, computed in another process."""
-        points = self._points[-round(WEEKS_S / GRID_S) :]
-        if len(points) * GRID_S < LEAST_S:
-            return {}
-        task = {
-            "names": self._forecast.learned,
-            "points": points,
-            "settings": asdict(Settings.of(self._policy, self._cold_start)),
-            "capacity": self._capacity.estimate,
-            "prophet": asdict(self._forecast.prophet),
-        }
-        path = self._path.with_name("trial.json")
-        path.write_text(json.dumps(task))
-        command = [sys.executable, "-m", "farthing_fleet.forecast.learned", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3 * 3600)
-        path.unlink(missing_ok=True)
-        if done.returncode:
-            log.warning("learned forecasters were not tried: %s", done.stderr.strip()[-300:])
-            return {}
-        return {found["name"]: found["saved"] for found in json.loads(done.stdout)}
-
-    def _admit(self, saved: dict[str, float], now: float) -> None:
-        """Use the forecaster that saves most, if it saves enough."""
-        if not saved:
+    def _forecast_load(self, now: float) -> None:
+        """Train the forecaster twice a day, and ask it once a minute."""
+        if len(self._points) < 2 or now - self._learned_plan[0] < GRID_S:
             return
-        told = ", ".join(f"{name} {share:+.1%}" for name, share in saved.items())
-        best = max(saved, key=lambda name: saved[name])
-        admitted = best if saved[best] >= GAIN else None
-        log.info("learned forecasters would have saved: %s; %s is admitted", told, admitted or "none")
-        if admitted == (self._learned[0] if self._learned else None):
-            return
-        self._learned = None
-        if admitted is not None:
-            begin = self._points[-round(WEEKS_S / GRID_S) :][0][0]
+        times, values = np.array(self._points).T
+        learned = self._learned
+        if learned is None or now - self._trained >= TRAIN_S:
             lead_s = self._cold_start + self._policy.interval_s
-            self._learned = admitted, make(admitted, lead_s, begin, self._forecast.prophet)
-        self._trained, self._rehearsal = -math.inf, None  # the next observation rehearses again
+            self._begin = max(times[0], times[-1] - WEEKS_S)
+            learned = make(self._policy.rule, lead_s, self._begin, self._forecast.prophet)
+            learned.fit(np.interp(np.arange(self._begin, times[-1] + 1, GRID_S), times, values))
+            self._learned, self._trained = learned, now
+        loads = np.interp(np.arange(self._begin, times[-1] + 1, GRID_S), times, values)
+        self._learned_plan = now, float(learned.plans(loads, 1)[0])
 
 
 def append_load(path: Path, time: float, load: float) -> None:

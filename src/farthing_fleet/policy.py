@@ -1,12 +1,12 @@
 """Computes the number of replicas from signals and a plan.
 
-    short      what the rules weighted by rehearsal want (`farthing_fleet.rehearsal`); without any,
-               load / (utilization · capacity)
-    realtime   the load and the backlog, and the latency rule "above the threshold for N seconds: factor × the
-               ready replicas", one step per cold start
+    short      what the plan wants (`farthing_fleet.rehearsal`, or a forecaster that was chosen by name);
+               without any, load / (utilization · capacity)
+    realtime   the load and the backlog
 
-The larger one counts, at once, up or down. Down only with all signals, not within a cold start of a start or
-a jump of the clock, and never while the load is steady and the fleet within the tolerances for noise.
+The rule `published` has levels of its own. The larger one counts, at once, up or down. Down only with all
+signals, not within a cold start of a start or a jump of the clock, and never while the load is steady and the
+fleet within the tolerances for noise.
 
 Every answer is a total that includes the replicas which are starting, so no need is ordered twice.
 
@@ -25,11 +25,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from farthing_fleet.config import PolicyConfig
+from farthing_fleet.published import Published
 from farthing_fleet.rehearsal import Noise, Plan, drain
-from farthing_fleet.types import Action, Decision, Level, Levels, PolicyState, Snapshot
+from farthing_fleet.types import Action, Decision, Level, Levels, Need, PolicyState, Snapshot, whole
 
 # With a steady load a replica goes only if the fleet without it is larger than the need by this factor.
 SPARE = 1.2
+_ROUNDING = 1e-6  # a smaller backlog is none
 _SETTLE = 4  # intervals without scale-down after a start, if a cold start is not longer
 _FRESH_S = 5.0  # older reports are ignored: gateways report every second
 
@@ -85,29 +87,14 @@ def wake(now: float, current: int, snapshot: Snapshot | None, config: PolicyConf
     )
 
 
-@dataclass(frozen=True)
-class Need:
-    """The result of one level with its reason."""
-
-    exact: float  # replicas before rounding up
-    reason: str
-
-    @property
-    def replicas(self) -> int:
-        """Whole replicas."""
-        return whole(self.exact)
-
-
 class Needs:
     """Evaluates the levels; see the module."""
 
-    def __init__(self, config: PolicyConfig, state: PolicyState) -> None:
-        self.config, self.state = config, state
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
 
-    def levels(self, now: float, snapshot: Snapshot, plan: Plan | None, rate: float) -> dict[Level, Need]:
+    def levels(self, snapshot: Snapshot, plan: Plan | None, load: float, rate: float) -> dict[Level, Need]:
         """The replicas required by each level; `rate` is one replica's capacity."""
-        load = snapshot.load(self.config.unit)
-        assert load is not None  # the policy holds if it is missing
         unit = f"{self.config.unit}/s"
         if plan is not None:
             rule = plan.rule if plan.rules == 1 else f"the mean of {plan.rules} rules, led by {plan.rule},"
@@ -117,79 +104,33 @@ class Needs:
             need = load / (self.config.target_utilization * rate)
             short = Need(need, f"load is {load:.4g} {unit}, needs {whole(need)}")
         answers: dict[Level, Need] = {"short": short}
-        realtime = self._realtime(now, snapshot, load, rate)
-        if realtime is not None:
-            answers["realtime"] = realtime
-        return answers
-
-    def _realtime(self, now: float, snapshot: Snapshot, load: float, rate: float) -> Need | None:
         backlog = self._backlog(snapshot, load, rate)
-        step = self._latency_step(now, snapshot)
-        found = [need for need in (backlog, step) if need is not None]
-        return max(found, key=lambda need: need.exact) if found else None
+        if backlog is not None:
+            answers["realtime"] = backlog
+        return answers
 
     def _backlog(self, snapshot: Snapshot, load: float, rate: float) -> Need | None:
         """Replicas for the load and the backlog.
 
         Replicas that are starting are not deducted from the backlog: they are part of the answer, a total.
         """
-        work = self._backlog_work(snapshot, load)
-        if work <= 0:
+        work = self.backlog_work(snapshot, load)
+        if work <= _ROUNDING:
             return None
-        extra = float(
-            drain(load / rate, work / rate, self.config.drain_s, self.lead(snapshot) + self.config.interval_s)
-        )
+        lead_s = self.config.lead_s(snapshot.cold_start_s) + self.config.interval_s
+        extra = float(drain(load / rate, work / rate, self.config.drain_s, lead_s))
         need = load / rate + extra
         requests = "1 request" if snapshot.backlog == 1 else f"{snapshot.backlog:.4g} requests"
         text = f"backlog of {requests} besides {load:.4g} {self.config.unit}/s"
         return Need(need, f"{text}, needs {whole(need)} to process it in {work / rate / extra:.0f} s")
 
-    def _latency_step(self, now: float, snapshot: Snapshot) -> Need | None:
-        """A lasting latency breach multiplies the replicas by the factor, one step per cold start."""
-        state, config = self.state, self.config
-        lead = self.lead(snapshot)
-        latency = self.latency(snapshot)
-        if latency is None or latency <= config.latency_threshold_s:
-            state.breach_since = None
-        elif state.breach_since is None:
-            state.breach_since = now
-        stepped = state.step_time is not None and now - state.step_time < lead
-        lasting = state.breach_since is not None and now - state.breach_since >= config.latency_for_s
-        if lasting and not stepped:
-            # starting replicas already respond to the breach; multiplying them would count them twice
-            number = snapshot.current if snapshot.ready is None else snapshot.ready
-            state.step_time, state.step_target = now, whole(config.latency_factor * max(1, number))
-            stepped = True
-        if not stepped:
-            return None
-        text = (
-            f"{config.latency_metric} above {config.latency_threshold_s:g} s for {config.latency_for_s:g} s"
-        )
-        return Need(
-            state.step_target, f"{text}: {config.latency_factor:g} × the replicas, {state.step_target}"
-        )
-
-    def lead(self, snapshot: Snapshot) -> float:
-        """Seconds from launch to ready: measured if known and plausible, else configured."""
-        return self.config.lead_s(snapshot.cold_start_s)
-
-    def _backlog_work(self, snapshot: Snapshot, load: float) -> float:
+    def backlog_work(self, snapshot: Snapshot, load: float) -> float:
         """The backlog in units of the load (requests, or their tokens at the current mean)."""
         if not snapshot.backlog or not 0 < snapshot.backlog < math.inf:
             return 0.0
         if self.config.unit == "requests":
             return snapshot.backlog
         return snapshot.backlog * load / snapshot.request_rate if snapshot.request_rate else 0.0
-
-    def latency(self, snapshot: Snapshot) -> float | None:
-        """The mean time that the latency rule observes, if measured."""
-        metric = self.config.latency_metric
-        return getattr(snapshot, f"{metric}_s") if metric != "none" else None
-
-
-def whole(exact: float) -> int:
-    """Replicas for a need: the ceiling, tolerating rounding of the division (2.0000000001 needs two)."""
-    return math.ceil(exact - 1e-9)
 
 
 class Policy:
@@ -198,7 +139,8 @@ class Policy:
     def __init__(self, config: PolicyConfig, state: PolicyState | None = None) -> None:
         self.config = config
         self.state = state if state is not None else PolicyState()
-        self._needs = Needs(config, self.state)
+        self._published = Published(config, self.state) if config.rule == "published" else None
+        self._needs = Needs(config)
 
     def decide(
         self,
@@ -229,11 +171,18 @@ class Policy:
             return self._hold(now, count, snapshot, (*alarms, *missing))
         snapshot = replace(snapshot, current=count)
         rate = capacity if capacity is not None and capacity > 0 else self.config.capacity
-        answers = self._needs.levels(now, snapshot, plan, rate)
+        load = snapshot.load(self.config.unit)
+        assert load is not None  # else it is missing
+        if self._published is not None:
+            answers, wait_s = self._published.levels(now, snapshot, load, rate), 0.0
+        else:
+            answers = self._needs.levels(snapshot, plan, load, rate)
+            wait_s = self._needs.backlog_work(snapshot, load) / (rate * max(1, snapshot.ready or 0))
         decided_by, best = max(answers.items(), key=lambda item: item[1].exact)
         alarms += self._incomplete(snapshot) + self._implausible(snapshot)
         steady = plan.steady if plan is not None else None
-        target, held_by, why = self._bounded(now, best, snapshot, steady, now_needed=decided_by == "realtime")
+        now_needed = decided_by == "realtime"
+        target, held_by, why = self._bounded(now, best, snapshot, steady, wait_s, now_needed=now_needed)
         if target != count:
             self.state.last_change = now
         return Decision(
@@ -252,9 +201,16 @@ class Policy:
     # ---- bounds: noise, missing signals, cool-down, limits ----
 
     def _bounded(
-        self, now: float, need: Need, snapshot: Snapshot, steady: Noise | None, *, now_needed: bool
+        self,
+        now: float,
+        need: Need,
+        snapshot: Snapshot,
+        steady: Noise | None,
+        wait_s: float,
+        *,
+        now_needed: bool,
     ) -> tuple[int, str, str]:
-        """Target, the bound that applied ("" if none), and the reason in words."""
+        """Target, the bound that applied ("" if none), and the reason in words. wait_s: of the backlog."""
         config, state, current, target = self.config, self.state, snapshot.current, need.replicas
         held_by = why = ""
         if (
@@ -268,7 +224,7 @@ class Policy:
                 held_by, why = "steady", f"the load is steady and needs {steady.need:.4g} on average"
             target = current
         elif target < current:
-            held_by, why = self._held(now, snapshot)
+            held_by, why = self._held(now, snapshot, wait_s)
             target = current if held_by else target
         bounded = min(max(target, config.min_replicas), config.max_replicas)
         if bounded != target:
@@ -277,11 +233,13 @@ class Policy:
             state.settle_until = None
         return bounded, held_by, why
 
-    def _held(self, now: float, snapshot: Snapshot) -> tuple[str, str]:
+    def _held(self, now: float, snapshot: Snapshot, wait_s: float) -> tuple[str, str]:
         """What forbids to scale down now, and why; empty if nothing does."""
         config, state = self.config, self.state
         if self._incomplete(snapshot):
             return "missing", "no scale-down while a signal is missing"
+        if wait_s > config.slo.ttft_s:
+            return "backlog", f"no scale-down while the backlog takes the ready replicas {wait_s:.0f} s"
         if state.settle_until is not None and now < state.settle_until:
             return "settling", "no scale-down until a cold start is observed"
         if state.last_change is not None and now - state.last_change < config.cooldown_s:
@@ -305,7 +263,6 @@ class Policy:
         state.settle_until = now + max(window, config.stale_after_s)
         state.breach_since = None
         state.last_change = now if state.last_change is not None else None
-        state.step_time = now if state.step_time is not None and now < state.step_time else state.step_time
         return (f"clock: {now - last:+.0f} s since the last decision; windows restart",)
 
     def _missing(self, now: float, snapshot: Snapshot | None) -> tuple[str, ...]:
@@ -328,7 +285,7 @@ class Policy:
         if snapshot.ready is None:
             gaps.append("ready")
         if self.config.latency_metric != "none":
-            if self._needs.latency(snapshot) is None:
+            if self.config.latency(snapshot) is None:
                 gaps.append(self.config.latency_metric)
             if snapshot.backlog is None:
                 gaps.append("backlog")
@@ -339,7 +296,7 @@ class Policy:
         measured, longest = snapshot.cold_start_s, self.config.longest_lead_s
         if measured is None or not measured > longest:
             return ()
-        return (f"cold start: measured {measured:.0f} s, counted as {self._needs.lead(snapshot):.0f} s",)
+        return (f"cold start: measured {measured:.0f} s, counted as {self.config.lead_s(measured):.0f} s",)
 
     def _hold(self, now: float, current: int, snapshot: Snapshot | None, alarms: tuple[str, ...]) -> Decision:
         self.state.breach_since = None

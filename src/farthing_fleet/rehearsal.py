@@ -2,7 +2,7 @@
 
 A load does not depend on the fleet that serves it, so what any other rule would have cost, and how many
 requests it would have made wait, is known exactly. A *rule* is a plan of `farthing_fleet.forecast.recent`, a
-window whose highest plan counts, a bound by the highest load of two days (records are rare), and a margin:
+window whose highest plan counts, and a margin:
 
     replicas = ceil(margin · highest plan of the window)
              or, if more, load + what drains the backlog (`drain`)
@@ -19,7 +19,7 @@ whose costs differ by less than chance share the decision, so that it does not j
 starts with the evidence of two hours of a made-up day (`made_up_day`). Loads are in replicas: load units per
 second over one replica's capacity.
 
-Shapes: P = plans, W = windows, B = bounds, M = margins.
+Shapes: P = plans, W = windows, M = margins.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ Floats = NDArray[np.float64]
 
 WINDOWS = (0.25, 1, 3, 12, 48, 144)  # in leads, at most
 LONGEST_S = 7200.0
-BOUNDS = (math.inf, 1.25)  # of the highest five-minute mean of two days, before the margin is exceeded
 MARGINS = np.geomspace(0.9, 2.8, 40)
 PRICE = 20.0  # replica-seconds per request-second that is late
 SPREAD = 0.1  # a rule that costs this share more than the cheapest has no weight
@@ -46,6 +45,7 @@ HALF_LIFE_S = 2 * DAY_S
 EVERY_S = 600.0  # between weighings
 START_S, START_MARGIN = 600.0, 1.25  # the least margin while too little has been seen to measure noise
 PRIOR_S = 2 * 3600.0  # weight of the made-up day
+MADE_UP_STEP_S = 15.0  # its least step: a fleet that decides more often follows the same loads in less time
 TERMINATION_S = 30.0  # a removed replica finishes its requests
 SHARE_OF_BUDGET = 0.8  # of the permitted late requests that a rule may have
 
@@ -61,10 +61,9 @@ class Settings:
     drain_s: float = 60.0  # a backlog is processed at most this fast
     least: int = 1
     most: int = 1_000_000
-    learned: str | None = None  # the name of a forecaster whose plan is observed, too
 
     @classmethod
-    def of(cls, policy: PolicyConfig, cold_start_s: float | None = None, learned: str | None = None) -> Self:
+    def of(cls, policy: PolicyConfig, cold_start_s: float | None = None) -> Self:
         """Those of a policy; `cold_start_s` is measured, if not the configured one."""
         return cls(
             policy.interval_s,
@@ -74,7 +73,6 @@ class Settings:
             drain_s=policy.drain_s,
             least=policy.min_replicas,
             most=policy.max_replicas,
-            learned=learned,
         )
 
     @property
@@ -130,7 +128,7 @@ class PinnedRule:
     def __init__(self, settings: Settings, pinned: Pinned) -> None:
         self._pinned, self._load = pinned, FiveMinutes(settings.step_s)
 
-    def observe(self, load: float, learned: float | None = None) -> Plan:
+    def observe(self, load: float) -> Plan:
         """The plan after a step with this mean load."""
         now, planned = self._load.add(load)
         need = float(self._pinned.replicas or planned / (self._pinned.utilization or 1.0))
@@ -283,23 +281,20 @@ class Rehearsal:
     def __init__(self, settings: Settings, first: float, *, prior: bool = True) -> None:
         """`first` is the load at the start, in replicas."""
         self.settings = settings
-        self.names = PLANS + ((settings.learned,) if settings.learned else ())
         step_s, lead_s = settings.step_s, settings.lead_s
         steps = {max(1, round(min(LONGEST_S, w * lead_s) / step_s)) for w in WINDOWS}
         self._windows = sorted(steps)
         self._plans = RecentPlans(step_s, lead_s)
-        self._highest = [[Highest(steps) for steps in self._windows] for _ in self.names]
-        self._five, self._record = Mean(max(1, round(300 / step_s))), Highest(round(2 * DAY_S / step_s))
-        self._bounds, self._tops = np.array(BOUNDS), np.zeros(len(BOUNDS))
-        self._planned = np.full((len(self.names), len(self._windows)), max(first, 0.0))
-        shape = (len(self.names), len(self._windows), len(BOUNDS), len(MARGINS))
+        self._highest = [[Highest(steps) for steps in self._windows] for _ in PLANS]
+        self._planned = np.full((len(PLANS), len(self._windows)), max(first, 0.0))
+        shape = (len(PLANS), len(self._windows), len(MARGINS))
         start = np.broadcast_to(np.clip(np.ceil(first * MARGINS), settings.least, settings.most), shape)
         self._fleets = Fleets(settings, start)
         self._every, self._steps = max(1, round(EVERY_S / step_s)), 0
         self._late, self._hours = np.zeros(shape), np.zeros(shape)
         self._time = self._arrived = self._arriving = 0.0
         self._weights, self._margins = np.zeros(shape[:-1]), np.full(shape[:-1], 1.25)
-        self._weights[2, 1, 0] = 1.0
+        self._weights[2, 1] = 1.0
         self._share_late = 0.0
         self._steady = Steady(step_s)
         if prior:
@@ -308,7 +303,7 @@ class Rehearsal:
     def _imagine(self, scale: float) -> None:
         """Start with the evidence of a made-up day, at this mean load."""
         other = Rehearsal(self.settings, scale, prior=False)
-        for load in made_up_day(self.settings.step_s) * scale:
+        for load in made_up_day(max(self.settings.step_s, MADE_UP_STEP_S)) * scale:
             other.observe(float(load))
         weight = min(1.0, PRIOR_S / max(other._time, 1e-9))
         self._late, self._hours = other._late * weight, other._hours * weight
@@ -316,47 +311,36 @@ class Rehearsal:
         self._weights, self._margins = other._weights, other._margins
         self._plans.growth = other._plans.growth
 
-    def observe(self, load: float, learned: float | None = None) -> Plan:
-        """The plan after a step with this mean load; `learned` is the learned forecaster's."""
-        settings = self.settings
+    def observe(self, load: float) -> Plan:
+        """The plan after a step with this mean load."""
         if self._steps:
             self._fleets.serve(load)
-            self._arriving += load * settings.step_s
+            self._arriving += load * self.settings.step_s
         plans = self._plans.add(load)
-        if settings.learned:
-            plans = (*plans, plans[0] if learned is None else learned)
         for row, plan in enumerate(plans):
             for column, highest in enumerate(self._highest[row]):
                 self._planned[row, column] = highest.add(plan)
-        record = self._record.add(self._five.add(load))
-        self._tops = self._bounds * record if record > 0 else self._bounds * 1e-9
-        self._fleets.order(self._bounded(self._planned[:, :, None, None], MARGINS), plans[0])
+        self._fleets.order(self._planned[:, :, None] * MARGINS, plans[0])
         self._steps += 1
         if self._steps % self._every == 0:
             self._weigh()
         return self._plan(load, plans[0])
 
-    def _bounded(self, planned: Floats, margins: Floats) -> Floats:
-        """Replicas for these loads, by margin and within each bound; [P, W, B] or [P, W, B, M]."""
-        tops = self._tops if planned.ndim == 3 else self._tops[:, None]
-        return np.minimum(planned * margins, np.maximum(tops, planned * 0.9))
-
     def _plan(self, load: float, now: float) -> Plan:
-        loads = self._planned[:, :, None]
-        wanted = self._bounded(loads, self._margins)
-        row, column, bound = np.unravel_index(int(self._weights.argmax()), self._weights.shape)
-        ended = wanted[row, column, bound] <= 0  # the longest windows of other rules last for hours
+        loads, wanted = self._planned, self._planned * self._margins
+        row, column = np.unravel_index(int(self._weights.argmax()), self._weights.shape)
+        ended = wanted[row, column] <= 0  # the longest windows of other rules last for hours
         planned, need = (0.0 if ended else float((self._weights * part).sum()) for part in (loads, wanted))
         if self._steps * self.settings.step_s < max(START_S, self.settings.lead_s):
             need = max(need, START_MARGIN * planned)
-        name, window_s = self.names[row], self._windows[column] * self.settings.step_s
+        name, window_s = PLANS[row], self._windows[column] * self.settings.step_s
         window = f"{window_s / 60:.0f} min" if window_s >= 90 else f"{window_s:.0f} s"
         return Plan(
             need=need,
             load=planned,
             now=now,
             margin=need / planned if planned > 0 else START_MARGIN,
-            rule=f"highest of {window} by {SAYS.get(name, name)}",
+            rule=f"highest of {window} by {SAYS[name]}",
             steady=self._steady.add(load, need),
             late=self._share_late,
             rules=int(np.count_nonzero(self._weights)),
@@ -379,16 +363,16 @@ class Rehearsal:
         self._share_late = float((self._weights * shares).sum())
 
     def costs(self) -> tuple[Floats, Floats]:
-        """([P, W, B, M] cost, [P, W, B, M] share of late requests) of every rule."""
+        """([P, W, M] cost, [P, W, M] share of late requests) of every rule."""
         shares = np.minimum.accumulate(self._late / max(self._arrived, 1e-9), axis=-1)
         budget = SHARE_OF_BUDGET * (1 - self.settings.target)
         hours = self._hours / max(self._arrived, 1e-9)
         return hours + PRICE * np.maximum(0.0, shares - budget), shares
 
     def cheapest(self) -> dict[str, float]:
-        """The cost of each plan with its best window, bound and margin."""
-        cost = self.costs()[0].reshape(len(self.names), -1).min(axis=1)
-        return dict(zip(self.names, cost.tolist(), strict=True))
+        """The cost of each plan with its best window and margin."""
+        cost = self.costs()[0].reshape(len(PLANS), -1).min(axis=1)
+        return dict(zip(PLANS, cost.tolist(), strict=True))
 
 
 def made_up_day(step_s: float, seed: int = 3) -> Floats:

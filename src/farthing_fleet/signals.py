@@ -50,7 +50,8 @@ def _vllm_style(prefix: str) -> Dialect:
 
 
 DIALECTS: dict[str, Dialect] = {
-    "farthing": _vllm_style("farthing"),
+    # its prompt tokens are those that were computed, so none of them is to be deducted as cached
+    "farthing": replace(_vllm_style("farthing"), cache_hits=None, cache_queries=None),
     "vllm": _vllm_style("vllm"),
     "sglang": replace(
         _vllm_style("sglang"),

@@ -122,6 +122,7 @@ class PrometheusSource:
             "ready": f"count({self._of(d.waiting)})",
             "lately": f"count(count_over_time({self._of(d.waiting)}[{self._stale_after:g}s]))",
             "request_rate": self._arrivals(d),
+            "served_rate": self._rate(f"{d.ttft}_count"),
             "prompt_token_rate": self._rate(f"{d.prompt_tokens}_total"),
             "output_token_rate": self._rate(f"{d.output_tokens}_total"),
             "backlog": f"sum({self._of(d.waiting)})",

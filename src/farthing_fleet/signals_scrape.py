@@ -179,6 +179,7 @@ class ScrapeSource:
             current=current,
             ready=len(samples) if len(samples) == len(fresh) else None,
             request_rate=self._arrivals(),
+            served_rate=self._rate("ttft_count"),
             prompt_token_rate=self._rate("prompt"),
             output_token_rate=self._rate("output"),
             cached_share=self._cached(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -16,8 +17,9 @@ class PolicyState:
     last_time: float | None = None
     last_change: float | None = None
     settle_until: float | None = None  # no scale-down before this: after a start or a jump of the clock
+    # of the rule `published`:
     breach_since: float | None = None  # start of uninterrupted latency above the threshold
-    step_time: float | None = None  # last step of the latency rule, and its target
+    step_time: float | None = None  # its last step, and what it asked for
     step_target: int = 0
 
     def to_json(self) -> str:
@@ -38,6 +40,26 @@ class PolicyState:
 # The policy's decisions, with everything needed to explain them later.
 
 Level = Literal["short", "realtime"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one level requires, and why."""
+
+    exact: float  # replicas before rounding up
+    reason: str
+
+    @property
+    def replicas(self) -> int:
+        """Whole replicas."""
+        return whole(self.exact)
+
+
+def whole(exact: float) -> int:
+    """Replicas for a need: the ceiling, tolerating rounding of the division (2.0000000001 needs two)."""
+    return math.ceil(exact - 1e-9)
+
+
 Action = Literal["up", "down", "hold"]
 
 
@@ -107,7 +129,8 @@ class Snapshot:
     current: int  # requested replicas: ready plus starting
     ready: int | None = None  # serving replicas
     request_rate: float | None = None  # requests/s arriving
-    prompt_token_rate: float | None = None  # tokens/s arriving
+    served_rate: float | None = None  # requests/s whose first token was generated
+    prompt_token_rate: float | None = None  # tokens/s of their prompts
     output_token_rate: float | None = None  # tokens/s generated
     backlog: float | None = None  # waiting requests
     queue_time_s: float | None = None  # mean queue time of a request
@@ -126,7 +149,7 @@ class Snapshot:
         return max(0, self.current - self.ready) if self.ready is not None else 0
 
     def load(self, unit: str) -> float | None:
-        """The load in `unit`, per second: arriving "requests", or "tokens" of prompts and outputs."""
+        """The load in `unit`, per second: arriving "requests", or "tokens" processed."""
         if unit == "requests":
             return self.request_rate
         if self.prompt_token_rate is None or self.output_token_rate is None:

@@ -1,6 +1,6 @@
 """`farthing fleet up`: a local fleet of a gateway and the replicas of each model, scaled by its controller.
 
-The gateway is a separate process, so that forecasters never delay a token. Its listening socket belongs to
+The gateway is a separate process, so that rehearsals never delay a token. Its listening socket belongs to
 this process, so no connection is refused while a gateway is replaced.
 """
 
@@ -189,7 +189,7 @@ class LocalModel:
             cold_starts=self.replicas.cold_starts,
         )
         stack.push_async_callback(source.close)
-        self.controller = make_controller(fleet, source, self.replicas)
+        self.controller = make_controller(fleet, source, self.replicas, make_estimates(fleet))
         self.metrics_port = await serve_metrics(fleet, self.controller, stack)
 
     @property
@@ -209,14 +209,6 @@ class LocalModel:
                 return False
             tell(f"{self.name}: waiting for the first replica, {time.monotonic() - began:.0f} s")
         return False
-
-    async def load_estimates(self) -> None:
-        """Load the forecasters; their imports take seconds, during which replicas start.
-
-        Raises ValueError if the `forecast` section of the configuration is invalid.
-        """
-        assert self.controller is not None
-        self.controller.estimates = await asyncio.to_thread(make_estimates, self.fleet)
 
 
 class LocalFleet:

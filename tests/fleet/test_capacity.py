@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from farthing_fleet.types import Snapshot
 
 
 def carried(rate: float, queue: float, backlog: float = 0.0, ready: int = 2, current: int = 2) -> Snapshot:
-    return Snapshot(0.0, current, ready, rate, backlog=backlog, queue_time_s=queue)
+    return Snapshot(0.0, current, ready, rate, rate, backlog=backlog, queue_time_s=queue)
 
 
 def test_capacity_rises_with_load_within_the_targets() -> None:
@@ -27,7 +28,7 @@ def queued(learner: OnlineCapacity, arriving: float, throughput: float, current:
     """300 snapshots of two replicas whose queue grows by what they do not process."""
     for second in range(300):
         backlog = 50 + (arriving - throughput) * second
-        seen = Snapshot(second, current, 2, arriving, backlog=backlog, queue_time_s=5.0)
+        seen = Snapshot(second, current, 2, arriving, throughput, backlog=backlog, queue_time_s=5.0)
         learner.observe(seen)
 
 
@@ -49,8 +50,8 @@ def test_a_queue_counts_what_was_processed_not_what_arrived() -> None:
     """Two replicas that get 9 requests/s and process 4: their prompts are those of 4."""
     learner = OnlineCapacity(guess=4.0)
     for second in range(300):
-        seen = tokens(9.0, 1000, 100 * 4 / 9, backlog=50 + 5.0 * second)
-        learner.observe(Snapshot(**{**vars(seen), "time": float(second)}))
+        seen = tokens(4.0, 1000, 100, backlog=50 + 5.0 * second)
+        learner.observe(replace(seen, request_rate=9.0, time=float(second)))
     assert learner.costs is not None
     assert learner.costs[0] * 2000 + learner.costs[1] * 200 == pytest.approx(1.0, rel=0.01)
 
@@ -66,7 +67,7 @@ def test_snapshots_across_a_start_and_stale_ones_are_ignored() -> None:
     learner = OnlineCapacity(guess=1.0)
     learner.observe(carried(1.0, 0.01, ready=1, current=2))
     learner.observe(carried(6.0, 0.01, ready=2, current=2))
-    learner.observe(Snapshot(0.0, 2, 2, 6.0, backlog=0.0, queue_time_s=0.0, stale=True))
+    learner.observe(Snapshot(0.0, 2, 2, 6.0, 6.0, backlog=0.0, queue_time_s=0.0, stale=True))
     assert learner.estimate == 1.0
 
 
@@ -92,12 +93,12 @@ def test_capacity_falls_to_the_load_at_which_the_targets_are_missed() -> None:
     plain = OnlineCapacity(guess=4.0, targets=Targets(ttft_s=1.0))
     costs = OnlineCapacity(guess=4.0, targets=Targets(tpot_s=0.05))
     for _ in range(300):
-        plain.observe(Snapshot(0.0, 2, 2, 3.0, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
+        plain.observe(Snapshot(0.0, 2, 2, 3.0, 3.0, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
         costs.observe(tokens(3.0, 1000, 100, tpot=0.2))
     assert plain.costs is None and costs.costs is not None
     assert plain.estimate == pytest.approx(1.5, rel=0.01)
     assert costs.estimate == pytest.approx(1.5, rel=0.01)
-    plain.observe(Snapshot(0.0, 2, 2, 7.0, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
+    plain.observe(Snapshot(0.0, 2, 2, 7.0, 7.0, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
     costs.observe(tokens(7.0, 1000, 100, tpot=0.2))  # a breach is no evidence of a larger capacity
     assert (plain.estimate, costs.estimate) == pytest.approx((1.5, 1.5), rel=0.01)
 
@@ -133,6 +134,7 @@ def tokens(
         2,
         2,
         rate,
+        rate,
         rate * prompt,
         rate * output,
         backlog=backlog,
@@ -165,7 +167,7 @@ def test_both_costs_are_learned_from_saturated_replicas() -> None:
         learner.observe(tokens(2 * truth(prompt, output), prompt, output, backlog=10))
     assert learner.costs == pytest.approx((PREFILL, DECODE), rel=0.1)
     for prompt, output in ((500, 500), (6000, 50)):
-        for _ in range(40):
+        for _ in range(1000):  # lengths fade with the requests that are served
             learner.observe(tokens(0.1, prompt, output))
         assert learner.estimate == pytest.approx(truth(prompt, output), rel=0.15)
 
@@ -192,7 +194,7 @@ def test_capacity_does_not_rise_while_tpot_is_above_its_target() -> None:
     assert watched.estimate <= 2.0
     plain = OnlineCapacity(guess=2.0, targets=Targets(ttft_s=1.0))
     for _ in range(400):
-        plain.observe(Snapshot(0.0, 2, 2, 11.6, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
+        plain.observe(Snapshot(0.0, 2, 2, 11.6, 11.6, backlog=0.0, queue_time_s=0.0, ttft_s=3.0))
     assert plain.estimate <= 2.0
 
 
@@ -201,7 +203,7 @@ def test_cached_prompts_cost_nothing() -> None:
     for share, lengths in ((0.0, (4000, 100)), (0.9, (4000, 100))):
         for _ in range(60):
             seen = tokens(1.0, *lengths)
-            learner.observe(Snapshot(**{**vars(seen), "cached_share": share}))
+            learner.observe(replace(seen, cached_share=share))
         if share == 0:
             cold = learner.estimate
     assert learner.estimate > 2 * cold
@@ -212,7 +214,7 @@ def test_learning_does_not_count_cached_prompts() -> None:
     cached, short = OnlineCapacity(guess=2.0), OnlineCapacity(guess=2.0)
     for _ in range(100):
         seen = tokens(6.0, 4000, 100, backlog=10)
-        cached.observe(Snapshot(**{**vars(seen), "cached_share": 0.9}))
+        cached.observe(replace(seen, cached_share=0.9))
         short.observe(tokens(6.0, 400, 100, backlog=10))
     assert cached.costs == pytest.approx(short.costs)
 

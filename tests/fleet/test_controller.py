@@ -26,7 +26,7 @@ from tests.fleet.doubles.kubernetes import FakeKubernetes
 from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port
 
-POLICY = PolicyConfig(capacity=1.0, interval_s=0.05, cold_start_s=1.0, latency_for_s=0.1, stale_after_s=5.0)
+POLICY = PolicyConfig(capacity=1.0, interval_s=0.05, cold_start_s=1.0, stale_after_s=5.0)
 
 
 class Source:
@@ -282,7 +282,7 @@ async def test_run_scales_a_deployment_by_replica_metrics(tmp_path: Path) -> Non
         config = read(
             FleetConfig,
             {
-                "policy": {"capacity": 1.0, "interval_s": 0.1, "latency_for_s": 0.2, "cold_start_s": 1.0},
+                "policy": {"capacity": 1.0, "interval_s": 0.1, "cold_start_s": 1.0},
                 "signals": {"replicas": [replica.url], "window_s": 1.0},
                 "kubernetes": {"api": api.url, "namespace": "prod", "target": "deployment/deepseek"},
                 "state": str(tmp_path),

@@ -1,23 +1,31 @@
-"""Production estimates: the rehearsal, state after a restart, learned forecasters, queries to Prometheus."""
+"""Production estimates: rules and when they are made, state after a restart, queries to Prometheus."""
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing.files import read
 from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig
-from farthing_fleet.estimates import LiveEstimates, append_load, make_estimates, read_loads
-from farthing_fleet.forecast.recent import PLANS
+from farthing_fleet.controller import Controller
+from farthing_fleet.estimates import TUNED, LiveEstimates, append_load, make_estimates, read_loads
 from farthing_fleet.policy import Policy
+from farthing_fleet.rehearsal import Plan, Rehearsal
 from farthing_fleet.run import recall
 from farthing_fleet.signals_prometheus import PrometheusSource
 from farthing_fleet.types import Snapshot
+from tests.fleet.test_controller import Recorder, Source
 
 DAY = 86400.0
 BEGIN = 20_000 * DAY
@@ -54,6 +62,7 @@ def observe(estimates: LiveEstimates, begin: float, seconds: int, rate: float, s
     for second in range(0, seconds, step):
         now = begin + second
         estimates.observe(now, Snapshot(time=now, current=20, ready=20, request_rate=rate))
+        estimates.maintain(now)
 
 
 def test_restart_restores_the_load(tmp_path: Path) -> None:
@@ -64,8 +73,8 @@ def test_restart_restores_the_load(tmp_path: Path) -> None:
     second = make_estimates(config(tmp_path))
     assert second.remembers_until == BEGIN + 480  # the last complete minute
     assert second.plan(BEGIN + 600) is None  # before the first load
-    observe(second, BEGIN + 600, 15, 7.0)
-    plan = second.plan(BEGIN + 615)
+    observe(second, BEGIN + 600, 30, 7.0)
+    plan = second.plan(BEGIN + 630)
     assert plan is not None and plan.load == pytest.approx(7.0, rel=0.3)
 
 
@@ -86,8 +95,10 @@ def test_rehearses_the_measured_cold_start(tmp_path: Path) -> None:
     def cold_start(second: int, measured: float | None) -> float:
         now = BEGIN + second
         estimates.observe(now, Snapshot(now, 20, ready=20, request_rate=7.0, cold_start_s=measured))
-        assert estimates._rehearsal is not None
-        return estimates._rehearsal.settings.cold_start_s
+        estimates.maintain(now)
+        estimates.observe(now, Snapshot(now, 20, ready=20, request_rate=7.0, cold_start_s=measured))
+        assert isinstance(estimates._rule, Rehearsal)
+        return estimates._rule.settings.cold_start_s
 
     assert cold_start(0, None) == 600.0
     assert cold_start(3615, 660.0) == 600.0
@@ -137,12 +148,8 @@ def test_past_is_read_from_prometheus_once(tmp_path: Path, monkeypatch: pytest.M
 def test_forecast_section_is_checked(tmp_path: Path) -> None:
     events = [{"name": "sale", "dates": ["2026-11-27"]}]
     make_estimates(config(tmp_path, forecast={"prophet": {"country": "DE", "events": events}}))
-    with pytest.raises(ValueError, match=r"forecast.arima: unknown field; expected one of learned, prophet"):
+    with pytest.raises(ValueError, match=r"forecast.arima: unknown field; expected one of prophet"):
         make_estimates(config(tmp_path, forecast={"arima": {}}))
-    with pytest.raises(
-        ValueError, match=r"forecast.learned: got 'arima'; expected lstm, regression, prophet"
-    ):
-        make_estimates(config(tmp_path, forecast={"learned": ["arima"]}))
 
 
 def test_fleets_reach_zero_after_the_traffic_ends(tmp_path: Path) -> None:
@@ -153,38 +160,101 @@ def test_fleets_reach_zero_after_the_traffic_ends(tmp_path: Path) -> None:
         load = 2.0 + 0.2 * math.sin(tick) if tick < 360 else 0.0
         seen = Snapshot(now, current, ready=current, request_rate=load, backlog=0.0, queue_time_s=0.0)
         estimates.observe(now, seen)
+        estimates.maintain(now)
         current = policy.decide(now, seen, estimates.plan(now), current=current).target
         assert current > 0 or tick > 360
     assert current == 0
 
 
-def test_admits_the_forecaster_that_saves_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And neither torch nor pandas is imported where none does."""
-    estimates = make_estimates(config(tmp_path))
-    observe(estimates, BEGIN, 600, 7.0)
-    made: list[str] = []
+def test_a_rule_is_made_outside_of_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rehearsing takes seconds: until it is done the controller decides without, and misses no load."""
+    made, go = threading.Event(), threading.Event()
+    threads: list[int] = []
 
-    class Flat:
-        def fit(self, loads: object) -> None: ...
+    class Slow(Rehearsal):
+        def __init__(self, *arguments: object) -> None:
+            threads.append(threading.get_ident())
+            made.set()
+            go.wait(60)
+            super().__init__(*arguments)  # type: ignore[arg-type]
 
-        def plans(self, loads: object, count: int) -> list[float]:
-            return [9.0] * count
+    monkeypatch.setattr("farthing_fleet.estimates.Rehearsal", Slow)
 
-    def make(name: str, *rest: object) -> Flat:
-        made.append(name)
-        return Flat()
+    async def run() -> None:
+        fleet = config(tmp_path, policy={"capacity": 1.0, "interval_s": 15.0})
+        source, actuator = Source(request_rate=7.0), Recorder()
+        estimates = make_estimates(fleet)
+        loop = Controller(
+            Policy(fleet.policy),
+            source,
+            actuator,
+            log_path=fleet.state / "d.jsonl",
+            estimates=estimates,
+            wall=lambda: source.time,
+        )
+        for _ in range(5):
+            decision = await loop.turn()
+            assert decision is not None and decision.target == 10 and "plan" not in decision.inputs
+            source.time += 15.0
+        await asyncio.to_thread(made.wait, 60)
+        go.set()
+        assert loop._maintenance is not None
+        await loop._maintenance
+        decision = await loop.turn()
+        assert decision is not None and "plan" in decision.inputs
+        assert isinstance(estimates._rule, Slow) and estimates._rule._steps == 6
+        assert threading.get_ident() not in threads
 
-    monkeypatch.setattr("farthing_fleet.estimates.make", make)
-    monkeypatch.setattr(estimates, "_trials", lambda: {"lstm": 0.005, "prophet": -0.02})
-    estimates.maintain(BEGIN + 600)
-    assert made == [] and estimates._learned is None
-    monkeypatch.setattr(estimates, "_trials", lambda: {"lstm": 0.03, "prophet": 0.02})
-    estimates.maintain(BEGIN + 600 + DAY)
-    assert made == ["lstm"]
-    estimates.maintain(BEGIN + 615 + DAY)
-    observe(estimates, BEGIN + 630 + DAY, 60, 7.0)
-    assert estimates._rehearsal is not None and estimates._rehearsal.names[-1] == "lstm"
-    monkeypatch.setattr(estimates, "_trials", lambda: {"lstm": -0.01})
-    estimates.maintain(BEGIN + 700 + 2 * DAY)
-    observe(estimates, BEGIN + 700 + 2 * DAY, 60, 7.0)
-    assert estimates._rehearsal.names == PLANS
+    asyncio.run(run())
+
+
+class Counts:
+    """A rule that counts its steps."""
+
+    def __init__(self, told: object, *rest: object) -> None:
+        self.steps = 0
+
+    def observe(self, load: float) -> Plan:
+        self.steps += 1
+        return Plan(load, load, load, 1.0, "counts")
+
+
+@given(st.lists(st.sampled_from(["observe", "maintain", "lead", "tune"]), max_size=40))
+def test_every_load_reaches_the_rule_in_whatever_order_rules_are_made(events: list[str]) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("farthing_fleet.estimates.Rehearsal", Counts),
+        mock.patch("farthing_fleet.estimates.PinnedRule", Counts),
+    ):
+        estimates, tuned = make_estimates(config(Path(folder))), Path(folder) / "state" / TUNED
+        now, lead, since = BEGIN, 600.0, 0
+        for number, event in enumerate([*events, "observe", "maintain", "observe"]):
+            if event == "maintain":
+                estimates.maintain(now)
+                continue
+            if event == "lead":
+                lead, now = 2700.0 - lead, now + 3600.0
+            if event == "tune":
+                tuned.write_text(f'{{"utilization": 0.{50 + number}}}')
+                os.utime(tuned, ns=(number + 1, number + 1))
+            now, before = now + 15.0, estimates._due
+            estimates.observe(now, Snapshot(now, 20, ready=20, request_rate=7.0, cold_start_s=lead))
+            since = 1 if estimates._due is not before else since + 1
+        assert estimates.plan(now) is not None and estimates._since is None and estimates._due is not None
+        past = 4 * len(estimates._due.past)
+        assert isinstance(estimates._rule, Counts) and estimates._rule.steps == past + since
+
+
+@pytest.mark.parametrize("name", ["lstm", "regression"])
+def test_a_chosen_forecaster_decides_without_a_trial(tmp_path: Path, name: str) -> None:
+    estimates = make_estimates(config(tmp_path, policy={"capacity": 1.0, "rule": name}))
+    observe(estimates, BEGIN, 900, 7.0)
+    plan = estimates.plan(BEGIN + 900)
+    assert plan is not None and plan.rule == name and plan.need >= 7.0 / 0.7 - 1e-6
+
+
+def test_published_needs_no_plan(tmp_path: Path) -> None:
+    estimates = make_estimates(config(tmp_path, policy={"capacity": 1.0, "rule": "published"}))
+    observe(estimates, BEGIN, 900, 7.0)
+    assert estimates.plan(BEGIN + 900) is None and estimates._due is None
+    assert len(read_loads(tmp_path / "state" / "load.csv")) == 14

@@ -31,9 +31,7 @@ from tests.fleet.doubles.services import prometheus
 
 KEY = ("deployments", "prod", "deepseek")
 TARGET = Target.parse("deployment/deepseek", "prod")
-POLICY = PolicyConfig(
-    capacity=1.0, interval_s=0.1, cold_start_s=1.0, latency_for_s=0.2, stale_after_s=3.0, drain_s=5.0
-)
+POLICY = PolicyConfig(capacity=1.0, interval_s=0.1, cold_start_s=1.0, stale_after_s=3.0, drain_s=5.0)
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -54,7 +54,7 @@ def test_rules_share_the_decision_by_their_costs() -> None:
     assert weights.sum() == pytest.approx(1.0) and plan.rules == np.count_nonzero(weights) > 1
     assert ((weights > 0) == (cost < (1 + SPREAD) * cost.min())).all()
     assert weights.argmax() == cost.argmin()
-    wanted = rehearsal._bounded(rehearsal._planned[:, :, None], rehearsal._margins)[weights > 0]
+    wanted = (rehearsal._planned * rehearsal._margins)[weights > 0]
     assert wanted.min() <= plan.need <= wanted.max()
 
 
@@ -102,15 +102,6 @@ def test_the_growth_at_this_time_of_day_is_ordered_before_it_comes() -> None:
     last = needs[-1440:]
     assert max(last[:560]) < 20.0 or rehearsal.cheapest()["day"] > min(rehearsal.cheapest().values())
     assert rehearsal.cheapest()["day"] == min(rehearsal.cheapest().values())
-
-
-def test_a_learned_forecaster_that_knows_the_future_is_cheapest() -> None:
-    loads = 10.0 * made_up_day(60.0)
-    rehearsal = Rehearsal(Settings(60.0, 600.0, learned="oracle"), float(loads[0]))
-    for at, load in enumerate(loads):
-        rehearsal.observe(float(load), float(loads[at : at + 12].max()))
-    costs = rehearsal.cheapest()
-    assert costs["oracle"] < 0.95 * min(cost for name, cost in costs.items() if name != "oracle")
 
 
 def test_margins_order_fleets_by_size() -> None:

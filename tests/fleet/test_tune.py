@@ -91,6 +91,8 @@ def test_running_controller_reads_the_choice_and_ignores_a_bad_file(tmp_path: Pa
 
     def plan(at: float) -> str:
         estimates.observe(at, snapshot(at, 10.0))
+        estimates.maintain(at)
+        estimates.observe(at, snapshot(at, 10.0))
         found = estimates.plan(at)
         assert found is not None
         return f"{found.need:g} {found.rule}"

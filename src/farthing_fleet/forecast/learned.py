@@ -1,35 +1,28 @@
-"""Learned forecasters, admitted where a rehearsal of the recorded weeks says that they save hours.
+"""Learned forecasters, each a rule of its own: `policy.rule: lstm`, `regression` or `prophet`.
 
-`trial` replays the load that this service recorded: the forecaster is trained twice a day on what was known
-then, its plans join those of `forecast.recent` in a `Rehearsal`, and their cheapest rule is compared with the
-cheapest one without them, at the same price of lateness. The controller runs it once a day in a process of
-its own (`python -m farthing_fleet.forecast.learned`), so torch and pandas are never resident unless a
-forecaster was admitted.
+They forecast the load's peak within a lead: `lstm` and `regression` from the last hours, ten minutes and more
+ahead, `prophet` from the seasons of day and week. They train twice a day on the load that this service
+recorded. None is part of the default, because none saves it hours that count
+(docs/lab/learned-forecasts.md), and neither torch nor pandas is loaded unless one is chosen.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from importlib.util import find_spec
+from typing import Protocol
 
 import numpy as np
 
-from farthing.files import read
 from farthing_fleet.forecast.base import DAY_S, Floats
 from farthing_fleet.forecast.history import History
 from farthing_fleet.forecast.prophet import ProphetConfig, ProphetForecaster
-from farthing_fleet.rehearsal import Rehearsal, Settings
+from farthing_fleet.forecast.recent import Mean
+from farthing_fleet.rehearsal import Plan
 
-NAMES = ("lstm", "regression", "prophet")
+NEEDS = {"lstm": "torch", "regression": "torch", "prophet": "prophet"}  # forecaster -> module
 GRID_S = 60.0
 TRAIN_S = DAY_S / 2
-LEAST_S = 3 * DAY_S  # no trial with less
 WEEKS_S = 14 * DAY_S  # older loads are ignored
-GAIN = 0.01  # share of the cost that an admitted forecaster saves
 _REACH = 146  # leads before an origin that the features use
 
 
@@ -97,10 +90,21 @@ class Seasonal:
 
 
 def make(name: str, lead_s: float, start: float, config: ProphetConfig | None = None) -> Learned:
-    """A forecaster by name; `start` is the time of the first load. Raises ValueError with the known names."""
-    if name not in NAMES:
-        raise ValueError(f"forecaster {name!r}: expected one of {', '.join(NAMES)}")
+    """A forecaster by name; `start` is the time of the first load.
+
+    Raises ValueError with the known names, or if its library is not installed.
+    """
+    check_installed(name)
     return Seasonal(lead_s, start, config) if name == "prophet" else Neural(name, lead_s)
+
+
+def check_installed(name: str) -> None:
+    """Raises ValueError for an unknown forecaster and for one whose library is missing."""
+    if name not in NEEDS:
+        raise ValueError(f"forecaster {name!r}: expected one of {', '.join(NEEDS)}")
+    if find_spec(NEEDS[name]) is None:
+        extra = "torch" if NEEDS[name] == "torch" else "fleet"
+        raise ValueError(f"{name} needs {NEEDS[name]}; install farthing[{extra}], or choose another rule")
 
 
 def walk(forecaster: Learned, loads: Floats) -> Floats:
@@ -113,61 +117,21 @@ def walk(forecaster: Learned, loads: Floats) -> Floats:
     return plans
 
 
-@dataclass(frozen=True)
-class Trial:
-    """Whether a forecaster pays: the share of the cost that it saves, negative if it costs."""
+class ForecastRule:
+    """What a forecaster alone wants: its load at a fixed utilization. The interface of `Rehearsal`."""
 
-    name: str
-    saved: float
+    def __init__(self, name: str, step_s: float, utilization: float) -> None:
+        self._name, self._margin = name, 1 / utilization
+        self._minute = Mean(max(1, round(GRID_S / step_s)))
+        self._expected: float | None = None
 
-    @property
-    def admitted(self) -> bool:
-        return self.saved >= GAIN
+    def expect(self, load: float | None) -> None:
+        """Set the forecast, in replicas; None: there is none, and the last minute counts."""
+        self._expected = load
 
-
-def trial(name: str, forecaster: Learned, loads: Floats, settings: Settings, capacity: float) -> Trial:
-    """Rehearse `loads` [n minutes] with and without the forecaster; the first half is not judged."""
-    plans = walk(forecaster, loads) / capacity
-    told = replace(settings, step_s=GRID_S, learned=name)
-    rehearsal = Rehearsal(told, max(float(loads[0]) / capacity, 0.5))
-    for load, plan in zip(loads / capacity, plans, strict=True):
-        rehearsal.observe(float(load), None if np.isnan(plan) else float(plan))
-    costs = rehearsal.cheapest()
-    others = min(cost for plan, cost in costs.items() if plan != name)
-    return Trial(name, 1 - min(costs[name], others * 2) / others)
-
-
-def trials(
-    names: Sequence[str],
-    points: Sequence[tuple[float, float]],
-    settings: Settings,
-    capacity: float,
-    prophet: ProphetConfig | None = None,
-) -> list[Trial]:
-    """Try forecasters on recorded loads (time, load). Empty with less than `LEAST_S` of them."""
-    if len(points) < 2 or points[-1][0] - points[0][0] < LEAST_S:
-        return []
-    times, values = np.array(points, dtype=np.float64).T
-    begin = max(times[0], times[-1] - WEEKS_S)
-    loads = np.interp(np.arange(begin, times[-1], GRID_S), times, values)
-    made = []
-    for name in names:
-        try:
-            forecaster = make(name, settings.lead_s, float(begin), prophet)
-        except ImportError as missing:
-            print(f"{name}: not tried, {missing}", file=sys.stderr)
-            continue
-        made.append(trial(name, forecaster, loads, settings, capacity))
-    return made
-
-
-def main() -> None:
-    """Read {"points": …, "settings": …, "capacity": …} from a file; print [{"name": …, "saved": …}]."""
-    task: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
-    prophet = read(ProphetConfig, task["prophet"], "forecast.prophet")
-    done = trials(task["names"], task["points"], Settings(**task["settings"]), task["capacity"], prophet)
-    print(json.dumps([{"name": found.name, "saved": found.saved} for found in done]))
-
-
-if __name__ == "__main__":
-    main()
+    def observe(self, load: float) -> Plan:
+        """The plan after a step with this mean load."""
+        now = self._minute.add(load)
+        planned = max(now, self._expected or 0.0)
+        told = self._name if self._expected is not None else f"{self._name} (no forecast yet)"
+        return Plan(need=planned * self._margin, load=planned, now=now, margin=self._margin, rule=told)

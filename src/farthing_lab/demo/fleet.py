@@ -132,7 +132,7 @@ PEAK_REPLICAS = 1.7  # replicas needed at the peak, before headroom
 ANSWER = 16  # tokens
 # Five minutes of the policy on the demo's clock: outlasts a dip, yet shows the scale-down.
 POLICY = {
-    "interval_s": 1.0, "cold_start_s": 5.0, "latency_for_s": 2.0, "stale_after_s": 10.0, "drain_s": 5.0,
+    "interval_s": 1.0, "cold_start_s": 5.0, "stale_after_s": 10.0, "drain_s": 5.0,
     "cooldown_s": 4.0, "max_replicas": 3, "capacity": CAPACITY,
 }  # fmt: skip
 

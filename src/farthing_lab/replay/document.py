@@ -12,7 +12,7 @@ from farthing_lab.replay.requests import replay_requests
 from farthing_lab.replay.run import POLICIES, SHORT_RULES, Progress, Replay, ReplayConfig, base_of, replay
 from farthing_lab.replay.trace import EXAMPLE, RequestTrace, read_trace
 
-REQUEST_POLICIES = ("farthing", *SHORT_RULES, "static")
+REQUEST_POLICIES = ("farthing", "published", *SHORT_RULES, "static")
 
 
 def replay_file(

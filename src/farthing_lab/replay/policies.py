@@ -1,19 +1,22 @@
-"""Scaling rules over lanes: the controller's policy, and the short rules that it has to beat.
+"""Scaling rules over lanes: the controller's policy with each of its rules, and the short rules to beat.
 
 Shapes: T = ticks, B = lanes. `load` is the trailing 60 s rate at each tick, as a metrics server reports it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from farthing_fleet.config import PolicyConfig
 from farthing_fleet.forecast.history import trailing_mean
+from farthing_fleet.forecast.learned import GRID_S, NEEDS, ForecastRule, make, walk
 from farthing_fleet.policy import Policy
-from farthing_fleet.rehearsal import Rehearsal, Settings
+from farthing_fleet.rehearsal import Plan, Rehearsal, Settings
 from farthing_fleet.types import Snapshot
 from farthing_lab.replay.rate import View
 from farthing_lab.replay.trace import Floats, Ints
@@ -24,8 +27,44 @@ def needed(load: Floats, utilization: Floats | float, capacity: float) -> Ints:
     return np.ceil(load / (utilization * capacity) - 1e-9).astype(np.int64)
 
 
+class Planned(Protocol):
+    """What makes a policy's plans, as in the controller."""
+
+    def observe(self, load: float) -> Plan: ...
+
+
+class Told:
+    """A chosen forecaster: at each tick it expects what it was asked at the last full minute."""
+
+    def __init__(self, seen: Floats, config: PolicyConfig) -> None:
+        self._rule = ForecastRule(config.rule, config.interval_s, config.target_utilization)
+        self._every = max(1, round(GRID_S / config.interval_s))
+        ticks = seen[1:]  # of the tick before the first nothing is known
+        minutes = ticks[: len(ticks) // self._every * self._every].reshape(-1, self._every).mean(axis=1)
+        forecaster = make(config.rule, config.lead_s(None) + config.interval_s, 0.0)
+        self._expected = walk(forecaster, minutes) / config.capacity
+        self._tick = 0
+
+    def observe(self, load: float) -> Plan:
+        minute = self._tick // self._every - 1
+        self._tick += 1
+        expected = float(self._expected[minute]) if 0 <= minute < len(self._expected) else math.nan
+        self._rule.expect(None if math.isnan(expected) else expected)
+        return self._rule.observe(load)
+
+
+def planned(seen: Floats, config: PolicyConfig) -> Planned | None:
+    """The plans of one lane [T] for the policy's rule; None for a rule without any."""
+    if config.rule == "published":
+        return None
+    if config.rule in NEEDS:
+        return Told(seen, config)
+    few = seen[: max(1, round(300 / config.interval_s))]  # a running service
+    return Rehearsal(Settings.of(config), float(few.mean()) / config.capacity)
+
+
 class FarthingRule:
-    """The controller's policy: one `Policy` and one `Rehearsal` per lane.
+    """The controller's policy: one `Policy` per lane, and what makes its plans.
 
     `seen` [T, B] is the mean load of the tick before each tick.
     """
@@ -34,8 +73,8 @@ class FarthingRule:
         self._seen, self._config = seen, config
         tick_s, capacity = config.interval_s, config.capacity
         first = seen[: max(1, round(300 / tick_s))].mean(axis=0) / capacity  # a running service
-        settings = Settings.of(config)
-        self.rehearsals = [Rehearsal(settings, float(load)) for load in first]
+        self._rate = trailing_mean(seen, round(60 / tick_s))
+        self._plans = [planned(lane, config) for lane in seen.T]
         self._policies = [Policy(config) for _ in first]
         start = np.ceil(1.25 * first - 1e-9).astype(np.int64)
         self.start: Ints = np.clip(start, config.min_replicas, config.max_replicas)
@@ -52,13 +91,15 @@ class FarthingRule:
 
     def _one(self, view: View, lane: int) -> int:
         load = float(self._seen[view.tick, lane])
-        plan = self.rehearsals[lane].observe(load / self._config.capacity)
-        self._rules[plan.rule] += 1
+        rule = self._plans[lane]
+        plan = rule.observe(load / self._config.capacity) if rule is not None else None
+        if plan is not None:
+            self._rules[plan.rule] += 1
         snapshot = Snapshot(
             time=view.now,
             current=int(view.current[lane]),
             ready=int(view.ready[lane]),
-            request_rate=plan.now * self._config.capacity,
+            request_rate=plan.now * self._config.capacity if plan else float(self._rate[view.tick, lane]),
             backlog=float(view.backlog[lane]),
             queue_time_s=float(view.wait[lane]),
         )

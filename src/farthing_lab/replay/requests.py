@@ -15,11 +15,12 @@ import numpy as np
 
 from farthing_fleet.capacity import OnlineCapacity, Targets
 from farthing_fleet.config import PolicyConfig
+from farthing_fleet.forecast.learned import NEEDS
 from farthing_fleet.policy import Policy
 from farthing_fleet.rehearsal import Rehearsal, Settings
 from farthing_fleet.types import Snapshot
 from farthing_lab.replay.rate import View
-from farthing_lab.replay.run import Progress, Replay, ReplayConfig, base_of
+from farthing_lab.replay.run import CONTROLLED, Progress, Replay, ReplayConfig, base_of
 from farthing_lab.replay.servers import ReplayedRequest, Replica, Times
 from farthing_lab.replay.trace import RequestTrace, binned
 
@@ -129,13 +130,14 @@ class Controlled:
     """The controller: rehearsal, capacity model and policy on the signals of a fleet."""
 
     def __init__(self, config: PolicyConfig, jobs: Sequence[ReplayedRequest], *, learns: bool) -> None:
-        """learns: the capacity follows the signals, else it is known."""
+        """learns: the capacity follows the signals, else it is known. The rest is as in `LiveEstimates`."""
         self.interval_s, self._config, self._jobs = config.interval_s, config, jobs
         targets = Targets(config.latency_threshold_s, config.slo.ttft_s, config.slo.tpot_s)
         self._capacity = OnlineCapacity(config.capacity, config.unit, targets)
         self._policy, self._learns = Policy(config), learns
         self._rehearsal: Rehearsal | None = None
         self._arrived = self._finished = self._generated = 0
+        self._unanswered: Jobs = []
 
     def target(self, now: float, fleet: Fleet) -> int:
         snapshot = self._signals(now, fleet)
@@ -143,9 +145,11 @@ class Controlled:
         if self._learns:
             self._capacity.observe(snapshot)
         rate = self._capacity.estimate
-        if self._rehearsal is None:
-            self._rehearsal = Rehearsal(Settings.of(config), load / rate)
-        plan = self._rehearsal.observe(load / rate)
+        plan = None
+        if config.rule != "published":
+            if self._rehearsal is None:
+                self._rehearsal = Rehearsal(Settings.of(config), load / rate)
+            plan = self._rehearsal.observe(load / rate)
         return self._policy.decide(now, snapshot, plan, capacity=rate).target
 
     def _signals(self, now: float, fleet: Fleet) -> Snapshot:
@@ -156,21 +160,24 @@ class Controlled:
         done = fleet.done[self._finished :]
         self._finished = len(fleet.done)
         arrived, passed = self._jobs[first:last], self.interval_s if now > 0 else 1.0
+        asked = [*self._unanswered, *arrived]
+        served = [job for job in asked if job.first <= now]
+        self._unanswered = [job for job in asked if job.first > now]
         waits = [now - job.arrival for r in fleet.replicas for job in r.waiting]
         waits += [now - job.arrival for job in fleet.unrouted]
         times = [job.ttft_s for job in done]
         ready, generated = len(fleet.ready(now)), self._generated
-        prompt = sum(job.prompt for job in arrived)
+        prompt = sum(job.prompt for job in served)
         self._generated = sum(job.output for job in fleet.done) + sum(r.generated for r in fleet.replicas)
         return Snapshot(
             time=now,
             current=fleet.current,
             ready=ready,
             request_rate=len(arrived) / passed,
+            served_rate=len(served) / passed,
             prompt_token_rate=prompt / passed,
             output_token_rate=(self._generated - generated) / passed,
-            cached_share=1
-            - sum(job.uncached for job in arrived) / max(1, sum(job.prompt for job in arrived)),
+            cached_share=1 - sum(job.uncached for job in served) / max(1, prompt),
             backlog=float(len(waits)),
             queue_time_s=float(np.mean(waits)) if waits else 0.0,
             ttft_s=float(np.mean(times)) if times else None,
@@ -207,10 +214,10 @@ def replay_requests(
     rows: dict[str, Any] = {}
     for name in names:
         progress(name)
-        if base_of(name) != name:
+        if base_of(name) != name or name in NEEDS:
             raise ValueError(f"policy {name!r}: got single requests; expected a rate trace for it")
         row = _run(trace, name, config, capacity, times)
-        parameters = "" if name == "farthing" else f"u {config.utilization:g}"
+        parameters = "" if name in CONTROLLED else f"u {config.utilization:g}"
         rows[name] = {**row, "parameters": parameters}
     return {
         "trace": trace.name,
@@ -238,7 +245,8 @@ def _run(
     single = replace(config, capacity=capacity, seeds=1, noise=0.0)
     made, jobs = Replay(binned(trace), single), requests_of(trace)
     laned = _Laned(made, name, config.utilization)
-    scaler: Scaler = Controlled(made.policy(), jobs, learns=False) if name == "farthing" else laned
+    ours = name in CONTROLLED
+    scaler: Scaler = Controlled(made.policy(name), jobs, learns=False) if ours else laned
     fleet = Fleet(times, config.load_time_s, times.chunk(0.1))
     fleet.start(int(laned.rule.start[0]))
     billed = simulate(jobs, scaler, fleet, made.ticks * made.setting.tick_s)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from farthing_fleet.config import PolicyConfig, SloConfig
+from farthing_fleet.config import RULES, PolicyConfig, SloConfig
 from farthing_fleet.forecast.history import trailing_max, trailing_mean
 from farthing_lab.replay.policies import FarthingRule, FixedRule, HpaRule, deviations, needed
 from farthing_lab.replay.rate import Result, Rule, Setting, View, simulate
@@ -20,7 +20,11 @@ from farthing_lab.series import Series
 
 # Rules of twenty lines. Their parameters may be chosen in hindsight: `best-NAME`.
 SHORT_RULES = ("keda", "hpa", "deviations", "highest")
-POLICIES = ("farthing", *SHORT_RULES, *(f"best-{name}" for name in SHORT_RULES), "static")
+CONTROLLED = (
+    "farthing",
+    *(rule for rule in RULES if rule != "rehearsed"),
+)  # the controller, by `policy.rule`
+POLICIES = ("farthing", "published", *SHORT_RULES, *(f"best-{name}" for name in SHORT_RULES), "static")
 WINDOWS_S = (300.0, 600.0, 1800.0, 3600.0, 7200.0)
 WINDOW_S = 3600.0  # of `deviations` and `highest` if it is not chosen in hindsight
 GRID = tuple(round(0.3 + 0.025 * k, 3) for k in range(37))  # utilizations
@@ -54,8 +58,9 @@ class ReplayConfig:
 
 def base_of(name: str) -> str:
     """The policy's name without `best-`. Raises ValueError with the known policies."""
-    if name not in POLICIES:
-        raise ValueError(f"policy {name!r}: expected one of {', '.join(POLICIES)}")
+    known = tuple(dict.fromkeys((*CONTROLLED, *POLICIES)))
+    if name not in known:
+        raise ValueError(f"policy {name!r}: expected one of {', '.join(known)}")
     return name.removeprefix("best-")
 
 
@@ -101,9 +106,10 @@ class Replay:
         self.rate = trailing_mean(self.seen, round(60 / self.setting.tick_s))
         self._curve: list[tuple[str, str, float, float]] = []
 
-    def policy(self) -> PolicyConfig:
-        """The controller's default policy for this fleet."""
+    def policy(self, name: str = "farthing") -> PolicyConfig:
+        """The controller's policy for this fleet: the default, or with the rule of this name."""
         return PolicyConfig(
+            rule="rehearsed" if name == "farthing" else name,
             capacity=self.setting.capacity,
             interval_s=self.setting.tick_s,
             cold_start_s=self.config.load_time_s,
@@ -114,8 +120,8 @@ class Replay:
     def rule(self, name: str, utilization: Floats | float, window_s: float = WINDOW_S) -> Rule:
         """The policy; with `utilization` [U], over U lanes for each seed."""
         capacity, tick_s, rate = self.setting.capacity, self.setting.tick_s, self.rate
-        if name == "farthing":
-            return FarthingRule(self.seen, self.policy())
+        if name in CONTROLLED:
+            return FarthingRule(self.seen, self.policy(name))
         used = np.atleast_1d(np.asarray(utilization, dtype=np.float64))
         rate, used = np.tile(rate, (1, len(used))), np.repeat(used, rate.shape[1])
         if name == "hpa":
@@ -173,9 +179,9 @@ class Replay:
             "instance_hours": float(result.instance_hours.mean()),
             "slo": float(result.slo.mean()),
             "changes": float(result.changes.mean()),
-            "parameters": "" if name == "farthing" else f"u {config.utilization:g}",
+            "parameters": "" if name in CONTROLLED else f"u {config.utilization:g}",
         }
-        if isinstance(rule, FarthingRule):
+        if name == "farthing" and isinstance(rule, FarthingRule):
             row["rules"] = rule.rules()
         return row, result
 

@@ -1,27 +1,27 @@
-"""Learned forecasters: their trial on recorded loads, and no resident torch without one."""
+"""Learned forecasters: rules by name, trained on what was known, and no resident torch without one."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing_fleet.forecast.history import FEATURES, History
-from farthing_fleet.forecast.learned import GRID_S, make, trial, trials, walk
-from farthing_fleet.rehearsal import Settings, made_up_day
+from farthing_fleet.forecast.learned import GRID_S, ForecastRule, make, walk
+from farthing_fleet.rehearsal import made_up_day
 
 MINUTES = np.concatenate([10.0 * made_up_day(GRID_S, seed) for seed in (1, 2)])
 
 
 class Knows:
-    """Forecasts from loads that it was given; `blind` is what it says instead."""
+    """Forecasts from loads that it was given."""
 
-    def __init__(self, loads: np.ndarray, blind: float | None = None) -> None:
-        self.loads, self.blind, self.fitted = loads, blind, [0]
+    def __init__(self, loads: np.ndarray) -> None:
+        self.loads, self.fitted = loads, [0]
 
     def fit(self, loads: np.ndarray) -> None:
         self.fitted.append(len(loads))
@@ -29,20 +29,31 @@ class Knows:
     def plans(self, loads: np.ndarray, count: int) -> np.ndarray:
         assert len(loads) - count == self.fitted[-1]  # trained on what was known
         at = np.arange(len(loads) - count, len(loads))
-        made = np.array([self.loads[i : i + 12].max() for i in at])
-        return made if self.blind is None else np.full(count, self.blind)
+        return np.array([self.loads[i : i + 12].max() for i in at])
 
 
-def test_admits_who_knows_the_future_and_nobody_who_repeats_a_number() -> None:
-    settings = Settings(15.0, 600.0)
-    knows = trial("knows", Knows(MINUTES), MINUTES, settings, 1.0)
-    assert knows.admitted and knows.saved > 0.03
-    assert not trial("blind", Knows(MINUTES, 40.0), MINUTES, settings, 1.0).admitted
+@given(
+    st.floats(0, 50),
+    st.one_of(st.none(), st.floats(0, 100)),
+    st.floats(0.1, 1.0),
+    st.sampled_from([1.0, 15.0]),
+)
+def test_a_chosen_forecaster_is_followed_and_never_below_the_load(
+    load: float, expected: float | None, utilization: float, step_s: float
+) -> None:
+    rule = ForecastRule("lstm", step_s, utilization)
+    rule.expect(expected)
+    for _ in range(100):
+        plan = rule.observe(load)
+    assert plan.need == pytest.approx(max(load, expected or 0.0) / utilization, abs=1e-6)
+    assert plan.rule.startswith("lstm") and plan.now == pytest.approx(load, abs=1e-6)
 
 
-def test_no_trial_without_three_days() -> None:
-    points = [(60.0 * minute, 5.0) for minute in range(3 * 1440)]
-    assert trials(("lstm",), points, Settings(15.0, 600.0), 1.0) == []
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farthing_fleet.forecast.learned.find_spec", lambda name: None)
+    for name, extra in (("lstm", "torch"), ("prophet", "fleet")):
+        with pytest.raises(ValueError, match=rf"{name} needs .*; install farthing\[{extra}\]"):
+            make(name, 600.0, 0.0)
 
 
 def test_unknown_forecasters_are_named() -> None:
@@ -70,15 +81,6 @@ def test_features_are_scale_free() -> None:
     assert one.features.shape == (600, FEATURES)
     assert np.allclose(one.features, two.features)
     assert np.allclose(one.target, two.target)
-
-
-def test_trials_run_in_a_process_of_their_own(tmp_path: Path) -> None:
-    task = {"names": [], "points": [], "settings": {"step_s": 15.0, "cold_start_s": 600.0}}
-    path = tmp_path / "task.json"
-    path.write_text(json.dumps({**task, "capacity": 1.0, "prophet": {}}))
-    command = [sys.executable, "-m", "farthing_fleet.forecast.learned", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == []
 
 
 def test_the_controller_imports_neither_torch_nor_pandas() -> None:
