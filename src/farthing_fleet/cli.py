@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -219,6 +219,8 @@ async def _up(config: Any) -> None:
         if ready.done():
             _say("ready")
         ready.cancel()
+        with suppress(asyncio.CancelledError):
+            await ready
         await scaling
         _say("shutting down: in-flight requests finish first")
 

@@ -57,6 +57,11 @@ log = logging.getLogger(__name__)
 
 _LATENCY_WINDOW_S = 2.0  # a mean over the whole window would detect a breach later
 _GATEWAY_PAUSE_S = 0.5  # before a restart, so that a failing gateway does not spin
+_YOUNG_S, _YOUNG = (
+    10.0,
+    3,
+)  # so many gateways in a row that lived for less: another one would not serve either
+_INVALID = 2  # exit status for a missing extra or an invalid option, which no restart mends
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,15 @@ def local_config(command: tuple[str, ...], directory: Path, *, standby: bool, **
 
 
 class GatewayProcess:
-    """The gateway as a child process, restarted when it dies."""
+    """The gateway as a child process, restarted when it dies, unless it cannot start."""
 
     def __init__(self, sock: socket.socket, arguments: tuple[str, ...], log_file: Path) -> None:
         self._sock, self._arguments, self._log = sock, arguments, log_file
         self.process: asyncio.subprocess.Process | None = None
         self.restarts = 0
+        self.failed = asyncio.Event()  # no gateway can start, for this reason:
+        self.reason = ""
+        self._launched, self._young = 0.0, 0
         self._task: asyncio.Task[None] | None = None
         self._closing = False
 
@@ -128,6 +136,7 @@ class GatewayProcess:
             str(fd),
             *self._arguments,
         )
+        self._launched = time.monotonic()
         return await launch(command, self._log, {}, pass_fds=(fd,))
 
     async def _watch(self) -> None:
@@ -137,7 +146,13 @@ class GatewayProcess:
             code = await process.wait()
             if self._closing or process is not self.process:
                 continue
-            log.error("gateway exited with %d%s; restarting it", code, last_lines(self._log))
+            self._young = self._young + 1 if time.monotonic() - self._launched < _YOUNG_S else 0
+            told = f"gateway exited with {code}{last_lines(self._log)}"
+            if code == _INVALID or self._young >= _YOUNG:
+                self.reason = told
+                self.failed.set()
+                return
+            log.error("%s; restarting it", told)
             await asyncio.sleep(_GATEWAY_PAUSE_S)
             self.restarts += 1
             self.process = await self._launch()
@@ -281,9 +296,18 @@ class LocalFleet:
         return tuple(arguments)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Scale until `stop` is set."""
+        """Scale until `stop` is set. Raises ValueError if no gateway can start."""
+        assert self.gateway is not None
         controllers = [model.controller for model in self.models if model.controller is not None]
-        await asyncio.gather(*(controller.run(stop) for controller in controllers))
+        scaling = asyncio.gather(*(controller.run(stop) for controller in controllers))
+        failed = asyncio.ensure_future(self.gateway.failed.wait())
+        await asyncio.wait((scaling, failed), return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            stop.set()
+        failed.cancel()
+        await scaling
+        if self.gateway.reason:
+            raise ValueError(self.gateway.reason)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -217,3 +218,28 @@ async def test_up_rejects_invalid_models(tmp_path: Path, models: str, message: s
     _, said = await process.communicate()
     assert process.returncode == 2
     assert message in said.decode()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        ("raise ModuleNotFoundError('absent', name='aiohttp')", "'aiohttp' is not installed; pip install "),
+        ("import os\nos.write(2, b'broken\\n')\nos._exit(7)", "exited with 7; last lines: broken"),
+    ],
+)
+async def test_a_gateway_that_cannot_start_ends_the_command(tmp_path: Path, module: str, told: str) -> None:
+    """It was restarted for ever, and the command looked as if it served."""
+    (tmp_path / "modules" / "aiohttp").mkdir(parents=True)
+    (tmp_path / "modules" / "aiohttp" / "__init__.py").write_text(module)
+    options = ("--command", "sleep 60 {port}", "--port", str(free_port()), "--metrics", "127.0.0.1:0")
+    words = ("-m", "farthing.cli.app", "fleet", "up", *options, "--state", str(tmp_path / "state"))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "modules")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *words, stderr=asyncio.subprocess.PIPE, env=environment
+    )
+    _, said = await asyncio.wait_for(process.communicate(), 120)
+    last = said.decode().strip().splitlines()[-1]
+    assert process.returncode == 2
+    assert last.startswith("farthing fleet: gateway exited with ") and told in last
+    assert children(tmp_path / "state") == []
