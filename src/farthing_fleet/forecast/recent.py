@@ -72,6 +72,7 @@ class Mean:
     def __init__(self, steps: int) -> None:
         self._values: deque[float] = deque(maxlen=steps)
         self._sum = self._squares = 0.0
+        self._exact = steps  # additions until the sums are computed again
 
     def add(self, value: float) -> float:
         """The mean with `value`."""
@@ -82,6 +83,11 @@ class Mean:
         self._values.append(value)
         self._sum += value
         self._squares += value * value
+        self._exact -= 1
+        if not self._exact:  # else what rounding left of a load that ended would need a replica for ever
+            self._exact = self._values.maxlen or 1
+            self._sum = math.fsum(self._values)
+            self._squares = math.fsum(value * value for value in self._values)
         return self.value
 
     def reset(self) -> None:

@@ -64,3 +64,12 @@ def test_a_batch_that_came_once_is_not_expected_again() -> None:
     plans = RecentPlans(10.0, 130.0)
     made = [plans.add(50.0 if 5 * 360 <= step < 5 * 360 + 48 else 5.0)[4] for step in range(7 * 360)]
     assert max(made[6 * 360 - 30 :]) == 5.0
+
+
+@given(st.lists(st.floats(0, 1e4), max_size=60), st.integers(1, 20))
+def test_a_load_that_ended_leaves_nothing(loads: list[float], steps: int) -> None:
+    """A residue of 1e-8 requests/s kept a replica for ever."""
+    mean = Mean(steps)
+    for load in [*loads, *[0.0] * (2 * steps)]:
+        mean.add(load)
+    assert mean.value == 0 and mean.deviation == 0
