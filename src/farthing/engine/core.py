@@ -205,7 +205,8 @@ class EngineCore:
     def step(self) -> bool:
         """Compute one step and deliver its outputs. False if there is nothing to do. The caller turns
         gradients off. Raises EngineFailed if no further step can be computed."""
-        self._planned = ()
+        nothing: Seq[Scheduled[Generation]] = ()
+        self._planned = nothing
         try:
             computed = self._step()
         except EngineFailed:
