@@ -145,6 +145,34 @@ def test_generate_with_and_without_a_template() -> None:
         check_end(raw)
 
 
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_a_limit_ends_an_answer_with_its_reason(tiny: Running, limit: int) -> None:
+    """Whole and streamed, in both routes: so many tokens, and the word for why it ended."""
+    options = {"num_predict": limit, "temperature": 0}
+    for path, body in (("generate", {"prompt": "a"}), ("chat", {"messages": USER})):
+        for stream in (False, True):
+            answer = post(tiny, path, options=options, stream=stream, **body)
+            end = lines(answer)[-1] if stream else answer.json()
+            check_end(end)
+            assert end["eval_count"] <= limit
+            assert end["done_reason"] == ("length" if end["eval_count"] == limit else "stop")
+
+
+def test_an_answer_that_ends_by_itself_says_stop() -> None:
+    with running(ScriptedEngine(["ok"])) as server:
+        for path, body in (("generate", {"prompt": "a"}), ("chat", {"messages": USER})):
+            answer = post(server, path, options={"num_predict": 50}, stream=False, **body)
+            assert answer.json()["done_reason"] == "stop"
+
+
+def test_a_raw_prompt_has_no_system_text() -> None:
+    engine = ScriptedEngine(["ok"])
+    with running(engine) as server:
+        for system in (None, "Be brief."):
+            post(server, "generate", prompt="Capital?", raw=True, stream=False, system=system)
+        assert engine.prompts[0] == engine.prompts[1] and "Be brief." not in engine.prompts[1]
+
+
 def test_format_constrains_the_answer(tiny: Running) -> None:
     options = {"num_predict": 300, "seed": 1}
     body = {"messages": USER, "options": options, "stream": False}
