@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from aiohttp import web
@@ -61,6 +62,7 @@ class FakeReplica:
         models: Sequence[str] = ("m",),
     ) -> None:
         self.port, self.dialect, self.tokens, self.interval_s = port, dialect, tokens, interval_s
+        self.slots: asyncio.Semaphore | None = None  # requests that run at once; others wait. None: all run
         self.ready_at = time.monotonic() + ready_after_s
         self.name, self.models = name, list(models)
         self.key = ""  # without which /v1/models is a 401
@@ -157,13 +159,33 @@ class FakeReplica:
         if self.status != 200:
             document = {"error": {"message": "set by the test"}}
             return web.json_response(document, status=self.status, headers=self.extra)
+        arrived = time.monotonic()
+        async with self._slot():
+            return await self._run(request, body, arrived)
+
+    @asynccontextmanager
+    async def _slot(self) -> AsyncIterator[None]:
+        if self.slots is None:
+            yield
+            return
+        self.signals["waiting"] += 1
+        try:
+            await self.slots.acquire()
+        finally:
+            self.signals["waiting"] -= 1
+        try:
+            yield
+        finally:
+            self.slots.release()
+
+    async def _run(self, request: web.Request, body: dict[str, Any], arrived: float) -> web.StreamResponse:
         self.running += 1
         start = time.monotonic()
         try:
             response = await (
                 self._stream(request, body) if body.get("stream") else self._whole(request, body)
             )
-            self._account(start, body)
+            self._account(start, body, start - arrived)
             return response
         except (asyncio.CancelledError, ConnectionResetError):
             self.disconnects += 1
@@ -176,13 +198,13 @@ class FakeReplica:
             await asyncio.sleep(0.2)  # so that others are in flight
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _account(self, start: float, body: dict[str, Any]) -> None:
+    def _account(self, start: float, body: dict[str, Any], queued: float) -> None:
         self.totals["prompt"] += len(json.dumps(body)) // 4
         self.totals["output"] += self.tokens
         took = time.monotonic() - start
         for key, seconds in (
-            ("queue", 0.0),
-            ("ttft", self.interval_s),
+            ("queue", queued),
+            ("ttft", queued + self.interval_s),
             ("tpot", self.interval_s),
             ("e2e", took),
         ):
@@ -263,6 +285,7 @@ async def _main(arguments: argparse.Namespace) -> None:
         name=arguments.name or f"pid-{os.getpid()}",
         models=(arguments.model,),
     )
+    replica.slots = asyncio.Semaphore(arguments.slots) if arguments.slots else None
     replica.dies_of, replica.dies_late = arguments.dies_of, arguments.dies_late
     await replica.start()
     await stop.wait()
@@ -280,6 +303,7 @@ if __name__ == "__main__":
     parser.add_argument("--ready-after", type=float, default=0.0)
     parser.add_argument("--name", default="")
     parser.add_argument("--model", default="m")
+    parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--dies-of", default="")
     parser.add_argument("--dies-late", action="store_true")
     parser.add_argument("--die-at-start", action="store_true")
