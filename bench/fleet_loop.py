@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -90,7 +91,7 @@ async def backlog_to_request(interval: float) -> float:
         controller = Controller(Policy(policy), source, actuator, log_path=Path(folder) / "d.jsonl")
         stop = asyncio.Event()
         task = asyncio.create_task(controller.run(stop))
-        await asyncio.sleep(6.0)  # a full window of good values
+        await asyncio.sleep(6.0 + random.uniform(0, interval))  # a full window of good values, and any phase
         assert world.patched_at is None, "scaled before the backlog"
         world.queued_at = time.monotonic()
         while world.patched_at is None:
