@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from farthing.conversation.arguments import kinds_of
+from farthing.conversation.arguments import ObjectText, as_object, kinds_of, object_of
 from farthing.conversation.forced import schema as forced_schema
 from farthing.conversation.select import CALLS
 from farthing.conversation.strict import MAX_CHARACTERS, call_grammar, forced_grammar
@@ -85,3 +85,34 @@ def test_references_within_reason_are_followed() -> None:
     assert kinds_of(schema, "p7") == {"string", "integer"}
     for syntax in SYNTAXES.values():
         assert call_grammar(conversation(schema, "auto"), syntax, lambda _: None) is not None
+
+
+ARGUMENTS: dict[str, Callable[[int], str]] = {
+    "escapes": lambda size: '{"a": "' + "\\n" * size,
+    "quotes": lambda size: '{"a": "' + '\\"' * size,
+    "control characters": lambda size: '{"a": "' + "\n" * size,
+    "key without end": lambda size: '{"' + "a" * size,
+    "escapes in a key": lambda size: '{"' + "\\n" * size,
+    "digits": lambda size: '{"a": ' + "1" * size,
+    "space": lambda size: '{"a":' + " " * size,
+    "members": lambda size: "{" + ", ".join(f'"k{at}": [1, {{}}]' for at in range(size // 8)),
+    "brackets": lambda size: '{"a": ' + "[" * size,
+    "words": lambda size: '{"a": [' + "true, " * size,
+}
+
+
+@pytest.mark.parametrize("text", ARGUMENTS)
+@pytest.mark.parametrize("pieces", [1, 7, None])
+def test_arguments_are_read_in_linear_time(text: str, pieces: int | None) -> None:
+    """However a model writes them, in pieces or at once."""
+
+    def read(size: int) -> None:
+        whole, writer = texts[size], ObjectText()
+        for start in range(0, len(whole), pieces or len(whole)):
+            writer.push(whole[start : start + (pieces or len(whole))])
+        writer.close()
+        as_object(whole)
+        object_of(whole)
+
+    texts = {size: ARGUMENTS[text](size) for size in (20_000, 80_000)}
+    assert excess(read, 20_000, noticed=0.2) is None

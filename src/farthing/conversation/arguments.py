@@ -154,7 +154,7 @@ def _refuse(constant: str) -> Any:
 # For clients whose calls hold an object instead of text.
 
 RAW = "_raw"  # the member with the model's text, if that is no JSON object
-_SPACE = " \t\r\n"
+_SPACES = re.compile(r"[ \t\r\n]+")
 _KEY_TEXT = r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*'
 _KEY = re.compile(_KEY_TEXT + '"')
 _CUT_KEY = re.compile(_KEY_TEXT + r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?")
@@ -164,6 +164,7 @@ _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?")
 _WORD = re.compile(r"[-+.\w]+")
 _SCALAR = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?|true|false|null")
 _CLOSERS = {"{": "}", "[": "]"}
+_LONGEST = 4096  # characters of a key or a word that is not complete
 _MAX_DEPTH = 100  # clients send the object back within a body, whose depth is limited, too
 
 
@@ -184,7 +185,7 @@ class ObjectText:
 
     def __init__(self) -> None:
         self._pieces: list[str] = []  # all text
-        self._rest = ""  # not yet checked
+        self._rest, self._at = "", 0  # the text from `_at` on is not yet checked
         self._held = ""  # a comma and a key, until their value begins
         self._out: list[str] = []
         self._stack = ""  # the open brackets
@@ -197,15 +198,16 @@ class ObjectText:
         """Take the next piece; returns the text to pass on."""
         self._pieces.append(text)
         if not self._broken:
-            self._rest += text
-            while self._rest and not self._broken and self._step():
+            self._rest, self._at = self._rest[self._at :] + text, 0
+            while self._at < len(self._rest) and not self._broken and self._step():
                 pass
         return self._taken()
 
     def close(self) -> str:
         """The end of the object; empty if there was no text."""
-        if not self._broken and self._expect.startswith("value") and _is_scalar(self._rest):
-            self._value(self._rest)
+        rest = self._rest[self._at :]
+        if not self._broken and self._expect.startswith("value") and _is_scalar(rest):
+            self._value(rest)
         if not self._broken and self._expect == "object":
             return ""
         if not self._stack:
@@ -219,6 +221,11 @@ class ObjectText:
         self._out.append("}")
         return self._taken()
 
+    @property
+    def _is_short(self) -> bool:
+        """Whether a key or a word without its end may go on: it is read again with every piece."""
+        return len(self._rest) - self._at <= _LONGEST
+
     def _taken(self) -> str:
         text, self._out = "".join(self._out), []
         return text
@@ -227,11 +234,10 @@ class ObjectText:
         """Check the next token; False if more text is needed."""
         if self._quoted:
             return self._string()
-        char, expect = self._rest[0], self._expect
-        if char in _SPACE:
-            body = self._rest.lstrip(_SPACE)
-            self._pass(self._rest[: len(self._rest) - len(body)])
-            self._rest = body
+        char, expect = self._rest[self._at], self._expect
+        if (space := _SPACES.match(self._rest, self._at)) is not None:
+            self._pass(space[0])
+            self._at = space.end()
         elif expect == "object":
             self._open("{") if char == "{" else self._break()
         elif expect.startswith("key"):
@@ -249,13 +255,13 @@ class ObjectText:
         return True
 
     def _key(self) -> bool:
-        if self._expect == "key or end" and self._rest[0] == "}":
+        if self._expect == "key or end" and self._rest[self._at] == "}":
             self._close_bracket("}")
-        elif match := _KEY.match(self._rest):
+        elif match := _KEY.match(self._rest, self._at):
             self._held += match[0]
-            self._rest = self._rest[match.end() :]
+            self._at = match.end()
             self._expect = "colon"
-        elif _CUT_KEY.fullmatch(self._rest):
+        elif self._is_short and _CUT_KEY.fullmatch(self._rest, self._at):
             return False
         else:
             self._break()
@@ -263,35 +269,36 @@ class ObjectText:
 
     def _begin_value(self, char: str) -> bool:
         if char == '"':
-            self._rest = self._rest[1:]
+            self._at += 1
             self._value('"')
             self._quoted = True
         elif char in _CLOSERS:
             self._open(char)
         elif char == "]" and self._expect == "value or end":
             self._close_bracket(char)
-        elif (match := _WORD.match(self._rest)) is None:
+        elif (match := _WORD.match(self._rest, self._at)) is None:
             self._break()
-        elif match.end() == len(self._rest):
+        elif match.end() == len(self._rest) and self._is_short:
             return False
         elif _is_scalar(match[0]):
-            self._rest = self._rest[match.end() :]
+            self._at = match.end()
             self._value(match[0])
         else:
             self._break()
         return True
 
     def _string(self) -> bool:
-        if match := _PLAIN.match(self._rest) or _ESCAPE.match(self._rest):
+        char = self._rest[self._at]
+        if match := _PLAIN.match(self._rest, self._at) or _ESCAPE.match(self._rest, self._at):
             self._out.append(match[0])
-            self._rest = self._rest[match.end() :]
-        elif self._rest[0] == '"':
+            self._at = match.end()
+        elif char == '"':
             self._out.append('"')
-            self._rest, self._quoted = self._rest[1:], False
-        elif self._rest[0] != "\\":
-            self._out.append(json.dumps(self._rest[0])[1:-1])
-            self._rest = self._rest[1:]
-        elif _CUT_ESCAPE.fullmatch(self._rest):
+            self._at, self._quoted = self._at + 1, False
+        elif char != "\\":
+            self._out.append(json.dumps(char)[1:-1])
+            self._at += 1
+        elif _CUT_ESCAPE.fullmatch(self._rest, self._at):
             return False
         else:
             self._break()
@@ -315,7 +322,7 @@ class ObjectText:
         if len(self._stack) == _MAX_DEPTH:
             self._break()
             return
-        self._rest = self._rest[1:]
+        self._at += 1
         self._value(bracket)
         if not self._stack:
             self._members = False
@@ -323,18 +330,18 @@ class ObjectText:
         self._expect = "key or end" if bracket == "{" else "value or end"
 
     def _punctuation(self, mark: str, then: str) -> None:
-        if self._rest[0] != mark:
+        if self._rest[self._at] != mark:
             self._break()
             return
         self._held += mark
-        self._rest, self._expect = self._rest[1:], then
+        self._at, self._expect = self._at + 1, then
 
     def _close_bracket(self, char: str) -> None:
         """The last one is passed on by `close`, as there may be more text."""
         if char != _CLOSERS[self._stack[-1]]:
             self._break()
             return
-        self._rest = self._rest[1:]
+        self._at += 1
         if len(self._stack) == 1:
             self._expect = "end"
             return
@@ -342,7 +349,7 @@ class ObjectText:
         self._stack, self._expect = self._stack[:-1], "comma"
 
     def _break(self) -> None:
-        self._broken, self._rest = True, ""
+        self._broken, self._rest, self._at = True, "", 0
 
 
 def as_object(text: str) -> str:
@@ -392,7 +399,8 @@ def _attempts(text: str) -> Iterator[str]:
     yield text
     closers: list[str] = []
     quoted, escape = False, -2  # whether inside a string, and where its last escape begins
-    whole, after = 0, ""
+    whole = 0
+    closed: list[str] = []  # brackets since then
     for match in _MARK.finditer(text):
         at, mark = match.start(), match[0]
         if at == escape + 1:
@@ -404,15 +412,15 @@ def _attempts(text: str) -> Iterator[str]:
         elif mark == '"':
             quoted = True
         elif mark == ",":
-            whole, after = at, "".join(reversed(closers))
+            whole, closed = at, []
         elif mark in _CLOSERS:
             closers.append(_CLOSERS[mark])
-            whole, after = at + 1, "".join(reversed(closers))
+            whole, closed = at + 1, []
         elif closers:
-            closers.pop()
+            closed.append(closers.pop())
     if not closers:
         return  # nothing is missing
     end = escape if escape >= 0 and _ESCAPE_AT_THE_END.fullmatch(text, escape) else len(text)
-    closed = text[:end] + '"' if quoted else text
-    yield closed + "".join(reversed(closers))
-    yield text[:whole] + after
+    missing = "".join(reversed(closers))
+    yield (text[:end] + '"' if quoted else text) + missing
+    yield text[:whole] + "".join(closed) + missing
