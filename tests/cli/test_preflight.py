@@ -41,7 +41,7 @@ def said(*arguments: str) -> str:
 @pytest.mark.usefixtures("no_port")
 def test_errors_of_a_model_come_before_the_port(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(V3 | {"model_type": "cohere2"}))
-    assert "grouped-query attention is not served yet" in said("serve", str(tmp_path))
+    assert "form of layers is not served yet" in said("serve", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(V3 | {"hidden_size": -1}))
     assert "hidden_size: got -1" in said("serve", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(V3))

@@ -148,7 +148,7 @@ def test_wrong_query_scaling_is_found(
 
 def test_unknown_type_is_named_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "cohere2"}))
-    assert "grouped-query attention is not served yet" in states(tmp_path)["configuration"][1]
+    assert "form of layers is not served yet" in states(tmp_path)["configuration"][1]
 
 
 def test_layers_without_experts_and_large_ones_are_reported(
@@ -173,7 +173,7 @@ def test_broken_weights_and_unknown_types_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "cohere2"}))
     found = states(tmp_path)
     assert found["configuration"][0] == "failed"
-    assert "grouped-query attention is not served yet" in found["configuration"][1]
+    assert "form of layers is not served yet" in found["configuration"][1]
     assert "first layers" not in found
 
 
