@@ -104,7 +104,7 @@ def check_installed(name: str) -> None:
         raise ValueError(f"forecaster {name!r}: expected one of {', '.join(NEEDS)}")
     if find_spec(NEEDS[name]) is None:
         extra = "torch" if NEEDS[name] == "torch" else "fleet"
-        raise ValueError(f"{name} needs {NEEDS[name]}; install farthing[{extra}], or choose another rule")
+        raise ValueError(f"{name} needs {NEEDS[name]}; install the extra {extra!r}, or choose another rule")
 
 
 def walk(forecaster: Learned, loads: Floats) -> Floats:
