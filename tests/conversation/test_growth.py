@@ -60,6 +60,7 @@ def conversation(schema: dict[str, Any], mode: Any) -> Conversation:
     return Conversation((Turn("user", "hi"),), (Tool("f", None, schema, True),), ToolChoice(mode))
 
 
+@pytest.mark.slow  # by the clock; unions without members are near the limit
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("form", SYNTAXES)
 def test_grammars_grow_with_the_schema(form: str, shape: str) -> None:
