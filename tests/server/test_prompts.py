@@ -147,18 +147,22 @@ def talk(client: Client, random: Random, server: Running, engine: Splitting, fol
         client.messages, client.open = before, opened
 
 
+def has_tools(name: str) -> bool:
+    return name.startswith(PACKAGED) or SHAPES[name].tools
+
+
 def sessions(name: str, api: str, seeds: Sequence[int], folder: Path) -> Splitting:
     """Several sessions of one client, of eight turns each."""
     with serving(name, folder / "identity") as (server, engine):
         for seed in seeds:
             random = engine.random = Random(seed)
-            client = Client(server, api, tools=random.random() < 0.6)
+            client = Client(server, api, tools=has_tools(name) and random.random() < 0.6)
             if random.random() < 0.5:
                 client.messages.append({"role": "user", "content": "Hello"})
                 client.send()
             for _ in range(8):
                 talk(client, random, server, engine, folder / "identity")
-    assert len(engine.asked) >= 4 * len(seeds)
+    assert len(engine.asked) >= 2 * len(seeds)
     return engine
 
 
@@ -174,7 +178,7 @@ def test_prompts_are_the_templates_text(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds=st.lists(st.integers(0, 1 << 32), min_size=1, max_size=3))
 def test_prompts_of_any_session(name: str, api: str, seeds: list[int], tmp_path: Path) -> None:
     sessions(name, api, seeds, tmp_path)
@@ -210,10 +214,9 @@ PARTIAL = {
 )
 def test_twenty_turns_compute_only_what_is_new(name: str, splits: bool, tmp_path: Path) -> None:
     """A fresh server would get the same prompts from a model that splits text as the tokenizer does."""
-    tools = name.startswith(PACKAGED) or SHAPES[name].tools
     with serving(name, tmp_path / "identity") as (server, engine):
         engine.steady, engine.splits = True, splits
-        client = Client(server, "chat", tools)
+        client = Client(server, "chat", has_tools(name))
         client.messages.append({"role": "system", "content": "You work in a repository. " * 40})
         while len(engine.asked) < 20:
             client.ask(f"{len(engine.asked)}: {engine.words()}")
