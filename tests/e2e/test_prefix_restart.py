@@ -67,8 +67,8 @@ def test_a_conversation_goes_on_after_a_restart(tmp_path: Path) -> None:
     turns: list[Any] = []
 
     def talk(url: str, text: str, key: str = "sk-1") -> tuple[int, int, int]:
-        """Tokens of the prompt, how many were cached, and tokens of the answer, which has whole characters and
-        no blanks around it: the text that comes back says nothing else."""
+        """Tokens of the prompt, how many were cached, and tokens of the answer, which has whole characters
+        and no blanks around it: the text that comes back says nothing else."""
         asked = {"role": "user", "content": text}
         client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
         for seed in range(100 * len(turns), 100 * len(turns) + 20):
