@@ -125,14 +125,14 @@ def settled(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("call", [1, 2, 7])
-@pytest.mark.parametrize("stage", ["schedule", "prepare", "forward", "account"])
+@pytest.mark.parametrize("stage", ["schedule", "prepare", "forward", "report"])
 def test_a_step_that_fails_ends_its_own_requests(make_engine: MakeEngine, stage: str, call: int) -> None:
     """They may be all; whoever did not take part answers as if nothing had happened."""
     expected = answered(make_engine())
     engine = make_engine(max_num_seqs=8, max_num_batched_tokens=16)  # so that some wait
     core = engine._core
-    owner: Any = {"schedule": core.scheduler, "account": core}.get(stage, core.runner)
-    name = "_account" if stage == "account" else stage
+    owner: Any = {"schedule": core.scheduler, "report": core}.get(stage, core.runner)
+    name = "_report" if stage == "report" else stage
     fault = Fault(getattr(owner, name), call)
     setattr(owner, name, fault)
     taking_part: list[set[int]] = []

@@ -81,7 +81,8 @@ class Admission:
         limits = params.structured_outputs, params.calls, params.reasoning, params.bad_words
         if any(limits) or params.allowed_token_ids is not None:
             matcher = self._constraint(params, client)
-        self._check_first_token(params, matcher)
+        if matcher is not None or params.min_tokens > 0:
+            self._check_first_token(params, matcher)
         number = next(self._numbers)
         request = Request(
             request_id=request_id or f"request-{number}",

@@ -226,28 +226,36 @@ class EngineCore:
         if self.scheduler.others:
             self.scheduler.copy_states(self.runner.copy_states)
         several = len(self.scheduler.shares.present) > 1  # before requests of this step end
-        self._admitted(plan)
+        now = time.time()
+        for seq in (item.seq for item in plan if item.first):
+            metrics = seq.parent.metrics
+            self.stats.prefix_cache_queries += len(seq.tokens)
+            self.stats.prefix_cache_hits += seq.num_cached
+            if metrics.first_scheduled_time == 0.0:
+                metrics.first_scheduled_time = now
+                metrics.cached_tokens, metrics.missed = seq.num_cached, seq.missed
+                self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
         # The scheduler marks a prompt as busy in the step that plans it first: several steps compute its
         # layers, beginning below, so only the other entries have results in this step.
-        now = [item for item in plan if not item.seq.busy]
-        if len(now) < len(plan):
+        whole = [item for item in plan if not item.seq.busy]
+        if len(whole) < len(plan):
             self._divide([item for item in plan if item.seq.busy])
-        if now:
-            step = self.runner.prepare(now)
-            self._complete(now, step, self.runner.forward(step), began)
+        if whole:
+            step = self.runner.prepare(whole)
+            self._complete(whole, step, self.runner.forward(step), began)
         self._planned = () if self._divided is None else self._divided.plan
         interference = self.scheduler.interference
         if self._divided is not None:
             # A divided prompt advances after this step's own work, unless that used the time that decoding
             # can wait, or its client has delayed others. One that no request wants any more is never put
             # off: its blocks stay reserved until it is settled.
-            paused = interference.paused({item.seq.client for item in now})
-            if not (self._divided.wanted and self._divided.waits(now, paused)):
-                now = [*now, *self._divided.plan]
-                self._advance(self._divided, decodes=sum(item.decode for item in now))
+            paused = interference.paused({item.seq.client for item in whole})
+            if not (self._divided.wanted and self._divided.waits(whole, paused)):
+                whole = [*whole, *self._divided.plan]
+                self._advance(self._divided, decodes=sum(item.decode for item in whole))
         # Layers that delayed this step's decoding are charged to the divided prompts' clients as well.
         if several or interference.owed:  # one client delays nobody else
-            self._owe(now, time.perf_counter() - began)
+            self._owe(whole, time.perf_counter() - began)
         return True
 
     def _complete(
@@ -271,9 +279,21 @@ class EngineCore:
         if self._speculator is not None:
             self._speculate(self._speculator, plan, step, hidden, began, whole)
         seconds = time.perf_counter() - began
+        decoding, prompts = sum(i.decode for i in plan), sum(i.count for i in plan if not i.decode)
         if whole and self._pace is not None:
-            self._pace.observe(*_counts(plan), seconds)
-        self._account(plan, seconds)
+            self._pace.observe(decoding, prompts, seconds)
+        # The step's wall time is attributed to its tokens.
+        self.stats.steps += 1
+        self.stats.busy_seconds += seconds
+        self.stats.prompt_tokens += prompts
+        share = seconds / sum(item.num_tokens for item in plan)
+        for item in plan:
+            metrics = item.seq.parent.metrics
+            if item.decode:
+                metrics.decode_seconds += share * item.num_tokens
+            else:
+                metrics.prefill_seconds += share * item.num_tokens
+                metrics.prefill_tokens += item.count
         self._report(moved)
         for gen, error in faults.items():  # after they were charged for the step
             self._fault(gen.parent, error)
@@ -415,20 +435,6 @@ class EngineCore:
             self.stats.integrity_failures += 1
             self._renew(self.live())
 
-    def _admitted(self, plan: list[Scheduled[Generation]]) -> None:
-        now = time.time()
-        for item in plan:
-            if not item.first:
-                continue
-            seq = item.seq
-            metrics = seq.parent.metrics
-            self.stats.prefix_cache_queries += len(seq.tokens)
-            self.stats.prefix_cache_hits += seq.num_cached
-            if metrics.first_scheduled_time == 0.0:
-                metrics.first_scheduled_time = now
-                metrics.cached_tokens, metrics.missed = seq.num_cached, seq.missed
-                self.stats.queue.observe(max(0.0, now - metrics.arrival_time))
-
     def _commit(
         self,
         plan: list[Scheduled[Generation]],
@@ -448,8 +454,13 @@ class EngineCore:
             if not item.sample:
                 self.scheduler.commit(item, [])
                 continue
+            taken: list[int] = []
             try:
-                taken = self._take(item, tokens[first:row], logprobs[first:row])
+                for token, entry in zip(tokens[first:row], logprobs[first:row], strict=True):
+                    draft = item.drafts[len(taken)] if len(taken) < len(item.drafts) else None
+                    taken.append(token)
+                    if gen.push(token, entry) or token != draft:
+                        break
             except Exception as error:
                 faults[gen] = error
                 continue
@@ -460,15 +471,6 @@ class EngineCore:
                 self._count_drafts(item, len(taken) - 1)
             moved.append(gen)
         return moved
-
-    def _take(
-        self, item: Scheduled[Generation], tokens: list[int], logprobs: list[Position | None]
-    ) -> list[int]:
-        """Give a completion its tokens, up to the first rejected draft or its end."""
-        for ahead, (token, entry) in enumerate(zip(tokens, logprobs, strict=True)):
-            if item.seq.push(token, entry) or ahead == len(item.drafts) or token != item.drafts[ahead]:
-                return tokens[: ahead + 1]
-        raise AssertionError("a step samples a token more than it has drafts")
 
     def _count_drafts(self, item: Scheduled[Generation], accepted: int) -> None:
         metrics = item.seq.parent.metrics
@@ -511,24 +513,10 @@ class EngineCore:
             entries.extend(positions(table, [top] * (end - p), self._text))
         return max(0, stop - first)
 
-    def _account(self, plan: list[Scheduled[Generation]], seconds: float) -> None:
-        """Attribute the step's wall time to its tokens."""
-        self.stats.steps += 1
-        self.stats.busy_seconds += seconds
-        self.stats.prompt_tokens += _counts(plan)[1]
-        share = seconds / sum(item.num_tokens for item in plan)
-        for item in plan:
-            metrics = item.seq.parent.metrics
-            if item.decode:
-                metrics.decode_seconds += share * item.num_tokens
-            else:
-                metrics.prefill_seconds += share * item.num_tokens
-                metrics.prefill_tokens += item.count
-
     def _owe(self, plan: list[Scheduled[Generation]], seconds: float) -> None:
         """Note how long a step's prompts delayed its decoding."""
         if self._pace is not None:
-            alone = self._pace.decode_seconds(_counts(plan)[0])
+            alone = self._pace.decode_seconds(sum(item.decode for item in plan))
             self.scheduler.interference.observe(plan, seconds, alone)
 
     def _report(self, moved: list[Generation]) -> None:
@@ -595,8 +583,3 @@ class EngineCore:
         if longest > 1 and metrics.first_token_time:
             self.stats.tpot.observe((metrics.finished_time - metrics.first_token_time) / (longest - 1))
         self._on_finish(state)
-
-
-def _counts(plan: list[Scheduled[Generation]]) -> tuple[int, int]:
-    """(decoding sequences, prompt tokens) of a plan."""
-    return sum(item.decode for item in plan), sum(item.count for item in plan if not item.decode)

@@ -498,8 +498,15 @@ class Scheduler(Generic[S]):
         """Give back what a sequence holds. whole: False if its last step was given up half-way."""
         if seq.tainted:
             self._forget(seq)
-        else:
-            self._leave(seq, whole)
+        else:  # what is needed to continue a sequence at its end stays in the prefix cache
+            full = seq.num_registered
+            tail = seq.tokens[full * self.block_size : seq.num_computed]
+            others: list[tuple[Known, int]] = []
+            if self.others:
+                kept, others = self.kinds.leave(seq, whole)
+                self.prefetch.kept(seq.hashes, kept)
+            if self.prefix.enabled and tail and (whole or not (self.others and self.kinds.whole_tails)):
+                self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
         if self.others:
@@ -510,17 +517,6 @@ class Scheduler(Generic[S]):
             self._give_up(seq)
         self._rows.append(seq.row)
         seq.row = -1
-
-    def _leave(self, seq: S, whole: bool) -> None:
-        """Leave in the prefix cache what is needed to continue a sequence at its end."""
-        full = seq.num_registered
-        tail = seq.tokens[full * self.block_size : seq.num_computed]
-        others: list[tuple[Known, int]] = []
-        if self.others:
-            kept, others = self.kinds.leave(seq, whole)
-            self.prefetch.kept(seq.hashes, kept)
-        if self.prefix.enabled and tail and (whole or not (self.others and self.kinds.whole_tails)):
-            self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
 
     def _forget(self, seq: S) -> None:
         """Leave nothing: no later prompt finds a block that this sequence computed, or read."""

@@ -121,20 +121,23 @@ class AnswerMemory:
         if entries and entries[-1] == written:
             return False
         entries.append(written)
-        self._count(client, size)
+        self._used += size
+        self._shares.charge(client, size)
         while len(entries) > _SAME:
-            self._count(client, -len(entries.pop(0).tokens) - _PER_ANSWER)
+            self._drop(client, entries.pop(0))
         while self._used > self._room:
             greediest = self._shares.greediest(self._kept)
             _, oldest = self._kept[greediest].popitem(last=False)
             if not self._kept[greediest]:
                 del self._kept[greediest]
-            self._count(greediest, -sum(len(entry.tokens) + _PER_ANSWER for entry in oldest))
+            for entry in oldest:
+                self._drop(greediest, entry)
         return True
 
-    def _count(self, client: str, tokens: int) -> None:
-        self._used += tokens
-        self._shares.charge(client, tokens)
+    def _drop(self, client: str, written: Written) -> None:
+        size = len(written.tokens) + _PER_ANSWER
+        self._used -= size
+        self._shares.charge(client, -size)
 
 
 @dataclass(frozen=True, slots=True)

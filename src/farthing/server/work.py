@@ -101,7 +101,8 @@ async def _within_limits(
     sandbox = engine.sandbox
     if sandbox is None:
         raise ApiError(400, "the model is served without a tokenizer; expected token ids", param=param)
-    check_length(engine, characters, param)
+    if characters > (engine.config.max_model_len or 0):  # as a token has at least one character
+        check_length(engine, characters, param)
     if service.quotas is not None:
         service.quotas.admit_work(client, sandbox.seconds_of(client))
     try:
@@ -117,8 +118,6 @@ async def _within_limits(
 
 def check_length(engine: Engine, characters: int, param: str) -> None:
     """Raises ApiError (400) for a text of so many characters that it cannot fit the model's context."""
-    if characters <= (engine.config.max_model_len or 0):  # as a token has at least one character
-        return
     assert engine.tokenizer is not None and engine.config.max_model_len is not None
     longest = engine.tokenizer.max_characters(engine.config.max_model_len)
     if characters > longest:

@@ -435,7 +435,8 @@ class _Writer:
             for update in updates:
                 if update.index not in begun:
                     begun.add(update.index)
-                    entries.append(_entry(update.index, {"role": "assistant", "content": ""}))
+                    role = {"role": "assistant", "content": ""}
+                    entries.append({"index": update.index, "delta": role, **_OPEN})
                 entries += self._entries(update)
             if self._body.logprobs:
                 events = chain.from_iterable(event(writer.document(entry)) for entry in entries)
@@ -452,12 +453,12 @@ class _Writer:
         logprobs = self._logprobs(update) if self._body.logprobs and update.tokens else None
         if logprobs is not None and not deltas:
             deltas = [{"content": ""}]  # tokens whose text is held back already have probabilities
-        entries = [_entry(update.index, delta) for delta in deltas]
+        entries = [{"index": update.index, "delta": delta, **_OPEN} for delta in deltas]
         if entries:
             entries[0]["logprobs"] = logprobs
         if update.finish is not None:
             end = {"finish_reason": self._finish_reason(update), "stop_reason": update.stop_reason}
-            entries.append(_entry(update.index, {}) | end)
+            entries.append({"index": update.index, "delta": {}, **_OPEN, **end})
         return entries
 
     def _delta(self, delta: Delta) -> dict[str, Any] | None:
@@ -497,8 +498,7 @@ class _Writer:
         return chat_logprobs(update.logprobs or [], top, self._service.token_texts())
 
 
-def _entry(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+_OPEN: dict[str, Any] = {"logprobs": None, "finish_reason": None}  # of an entry before a choice's last one
 
 
 # the routes
