@@ -29,7 +29,7 @@ from torch import Tensor
 import glm_dsa_gguf
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource, WeightSource
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.torch_util import make_batch

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from farthing.checkpoint.floats import quantize_blocks
 from farthing.model.config import ModelConfig
-from farthing.model.load import parameter_shapes
+from farthing.model.parameters import parameter_shapes
 from farthing.model.types import type_named
 
 HEADS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}

@@ -19,7 +19,8 @@ from farthing.config import EngineConfig
 from farthing.engine.build import runs_on_arrays
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import model_of, random_model, random_parameters
+from farthing.model.load import model_of, random_model
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch

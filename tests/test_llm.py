@@ -30,7 +30,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.torch import save_file
 
     from farthing.model.config import ModelConfig
-    from farthing.model.load import random_parameters
+    from farthing.model.parameters import random_parameters
 
     path = tmp_path_factory.mktemp("model")
     (path / "config.json").write_text(json.dumps(CONFIG))

@@ -22,7 +22,8 @@ from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.layout import format_of, integers
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model.deepseek import gated
-from farthing.model.load import config_of, load, parameter_shapes, source_of
+from farthing.model.load import config_of, load, source_of
+from farthing.model.parameters import parameter_shapes
 from farthing.ops.api import Ops
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch

@@ -19,7 +19,7 @@ from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from farthing.planner.fit import weight_bytes
 from tests.tiny import DEEPSEEK_V4, V3, tiny
 

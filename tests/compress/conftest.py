@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from farthing.checkpoint.writer import CheckpointWriter
 from farthing.compress.evaluate import Corpus, load_corpus
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from tests.tiny import tiny
 
 # Fields beyond the tiny model's are required by transformers.

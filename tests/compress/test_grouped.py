@@ -11,7 +11,7 @@ import torch
 from farthing.compress.api import Options, compress
 from farthing.compress.recipe import known_recipes
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from tests.tiny import GLM4
 
 from .conftest import write_model

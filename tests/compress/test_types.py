@@ -18,7 +18,8 @@ from farthing.compress.layerwise import baseline
 from farthing.compress.recipe import known_recipes
 from farthing.compress.source import PlainCheckpoint
 from farthing.model.config import ModelConfig
-from farthing.model.load import config_of, load, parameter_shapes, random_parameters
+from farthing.model.load import config_of, load
+from farthing.model.parameters import parameter_shapes, random_parameters
 from farthing.model.types import type_named
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch

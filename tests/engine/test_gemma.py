@@ -16,7 +16,8 @@ from farthing import _native
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek import moe_weights, router_spec
-from farthing.model.load import parameter_shapes, random_model, random_parameters
+from farthing.model.load import random_model
+from farthing.model.parameters import parameter_shapes, random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.api import CacheDtype, Ops
 from farthing.ops.cpu.backend import CpuOps

@@ -18,7 +18,8 @@ from farthing import LLM, _native
 from farthing.checkpoint.shards import CheckpointError
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import load, random_model, random_parameters
+from farthing.model.load import load, random_model
+from farthing.model.parameters import random_parameters
 from farthing.ops.api import CacheDtype
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps

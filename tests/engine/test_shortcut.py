@@ -12,7 +12,8 @@ pytest.importorskip("farthing._native")
 
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model, random_parameters
+from farthing.model.load import random_model
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch

@@ -17,7 +17,8 @@ from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_model, random_parameters
+from farthing.model.load import random_model
+from farthing.model.parameters import random_parameters
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
 

@@ -18,14 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 import farthing
 from farthing.checkpoint.gguf import ARCHITECTURES
-from farthing.model import ModelConfig, cache_kinds
+from farthing.model import ModelConfig, Parameters, cache_kinds
 from farthing.model.inspect import model_cost
 from farthing.model.kinds import cache_place
 from farthing.model.types import type_named
-from farthing.parallel.plan import Layout, PlanError, ShardPlan
+from farthing.parallel.plan import Layout, PlanError, ShardPlan, representatives
 from farthing.planner.buffers import Serving
 from farthing.planner.footprint import Holder, stored_by_config
 from farthing.planner.memory import PlannedModel, memory
@@ -76,9 +75,7 @@ def _file() -> dict[str, Any]:
 
 
 def _parameters(config: ModelConfig) -> list[tuple[str, tuple[int, ...], int]]:
-    from farthing.parallel.plan import representatives
-
-    return list(representatives(config))
+    return [(tensor.name, tensor.shape, count) for tensor, count in representatives(config)]
 
 
 def _cuts(config: ModelConfig, names: list[str]) -> Iterator[str]:
@@ -95,16 +92,12 @@ def _cuts(config: ModelConfig, names: list[str]) -> Iterator[str]:
 
 
 def _inputs(config: ModelConfig, names: list[str]) -> Iterator[str]:
-    from farthing.checkpoint.reader import shared_input
-    from farthing.compress.layer import input_name, is_matrix
-
-    first: dict[str, str] = {}
+    first, parameters = dict[str, str](), Parameters(config)
     for name in names:
         module = name.removesuffix(".weight")
-        if is_matrix(module):
-            alike = [
-                first.setdefault(key, module) for key in (input_name(module), f"of {shared_input(module)}")
-            ]
+        if parameters.rounds(module):
+            keys = parameters.reads(module), f"of {parameters.scaled_with(module)}"
+            alike = [first.setdefault(key, module) for key in keys]
             yield f"{module} reads what {alike[0]} reads, and shares a scale with {alike[1]}"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError
-from farthing.model.load import parameter_shapes
+from farthing.model.parameters import parameter_shapes
 from farthing.planner.estimate import SAME, published, published_config
 from farthing.planner.footprint import stored_by_config
 

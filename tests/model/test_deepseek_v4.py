@@ -21,8 +21,9 @@ from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek_v4 import DeepseekV4
 from farthing.model.inspect import model_cost
 from farthing.model.kinds import cache_kinds
-from farthing.model.load import load, model_of, random_model, random_parameters
+from farthing.model.load import load, model_of, random_model
 from farthing.model.pack import pack_checkpoint
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
 from farthing.model.types import type_named
 from farthing.ops.api import CacheDtype

@@ -23,7 +23,8 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import load, parameter_shapes, random_parameters, source_of
+from farthing.model.load import load, source_of
+from farthing.model.parameters import parameter_shapes, random_parameters
 from farthing.model.source import MemorySource
 from farthing.model.types import type_of
 from farthing.ops.select import select

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model.config import ModelConfig
 from farthing.model.inspect import checkpoint_cost, model_cost, routing_report
-from farthing.model.load import random_model, random_parameters
+from farthing.model.load import random_model
+from farthing.model.parameters import random_parameters
 from farthing.ops.select import select
 from farthing.planner.footprint import stored_by_checkpoint
 from tests.tiny import SMALL_V3, V3

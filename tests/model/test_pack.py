@@ -22,8 +22,9 @@ pytest.importorskip("farthing._native")
 from farthing.cli.check import pack_app
 from farthing.cli.errors import Exit
 from farthing.model.config import ModelConfig
-from farthing.model.load import load, random_parameters
+from farthing.model.load import load
 from farthing.model.pack import pack_checkpoint
+from farthing.model.parameters import random_parameters
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.packed import PackedWriter
 from farthing.ops.select import select

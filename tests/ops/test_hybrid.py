@@ -18,7 +18,8 @@ from farthing.config import EngineConfig
 from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
 from farthing.model.config import ModelConfig
-from farthing.model.load import load, random_model, random_parameters
+from farthing.model.load import load, random_model
+from farthing.model.parameters import random_parameters
 from farthing.ops.api import Ops
 from farthing.ops.hybrid import DECIDE_EVERY, MARGIN, ExpertCache, HybridMoE, HybridOps, rows_of
 from farthing.ops.reference import ReferenceOps

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from farthing.model.config import ModelConfig
-from farthing.model.load import model_of, random_parameters
+from farthing.model.load import model_of
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch

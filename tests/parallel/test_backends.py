@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from farthing.engine.request import SamplingParams
 from farthing.llm import LLM
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from farthing.ops.select import select
 from tests.tiny import SMALL_V3
 

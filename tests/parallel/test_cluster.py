@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import load, random_parameters
+from farthing.model.load import load
+from farthing.model.parameters import random_parameters
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.parallel.cluster import ParallelModel, RankFailed

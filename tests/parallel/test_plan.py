@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from farthing.model.config import ModelConfig
 from farthing.model.kinds import cache_kinds
-from farthing.model.load import parameter_shapes, random_model, random_parameters
+from farthing.model.load import random_model
+from farthing.model.parameters import parameter_shapes, random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.select import select
@@ -38,7 +39,7 @@ def test_every_element_is_read_once_per_replica(numbers: tuple[int, int, int], t
     layout = Layout(tp, pp, ep)
     plan = ShardPlan.build(config, layout)
     assert [i for stage in plan.stages for i in stage] == list(range(config.num_hidden_layers))
-    for name, shape in plan.shapes.items():
+    for name, shape in parameter_shapes(plan.config):
         read = torch.zeros(shape, dtype=torch.int32)
         holders = 0
         for rank in range(layout.world):
@@ -65,9 +66,16 @@ def test_mtp_layers_that_read_streams_are_on_the_last_stage() -> None:
 def test_v3_on_32_ranks() -> None:
     layout = Layout(tp=8, pp=4, ep=8)
     plan = ShardPlan.build(ModelConfig.from_json(V3), layout)
-    whole = sum(2 * prod(s) for s in plan.shapes.values())
-    heaviest = max(plan.weight_bytes(layout.place(r)) for r in range(layout.world))
-    assert heaviest < 1.2 * whole / 32
+    names, shapes = zip(*parameter_shapes(plan.config), strict=True)
+    cuts = ([plan.cut(name, layout.place(rank)) for name in names] for rank in range(layout.world))
+
+    def read(cut: Cut | None, shape: tuple[int, ...]) -> int:
+        if cut is None:
+            return 0
+        return 2 * prod(shape) if cut.dim is None else 2 * prod(shape) * cut.size // shape[cut.dim]
+
+    heaviest = max(sum(map(read, own, shapes)) for own in cuts)
+    assert heaviest < 1.2 * sum(2 * prod(shape) for shape in shapes) / 32
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,7 @@ def test_parts_have_the_shapes_of_a_ranks_model(raw: dict[str, Any]) -> None:
             cut = plan.cut(name, layout.place(rank))
             assert cut is not None
             if "expert" not in name:
-                assert tuple(cut.of(torch.empty(plan.shapes[name])).shape) == shape, name
+                assert tuple(cut.of(torch.empty(plan.parameters[name].shape)).shape) == shape, name
     states = [kind.state_bytes for kind in cache_kinds(config) if kind.state]
     assert [2 * kind.state_bytes for kind in cache_kinds(config, 2) if kind.state] == states
 

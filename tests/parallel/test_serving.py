@@ -20,7 +20,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import EngineError, SamplingParams
 from farthing.llm import LLM
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from farthing.parallel.cluster import ParallelModel
 from tests.tiny import SMALL_V3
 

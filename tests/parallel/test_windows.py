@@ -15,7 +15,7 @@ from farthing.engine.drafters import MtpDrafter
 from farthing.engine.request import SamplingParams
 from farthing.engine.speculation import Gate
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from farthing.model.types import type_named
 from tests.engine.conftest import Always
 from tests.engine.test_forgetting import MODELS, prompt

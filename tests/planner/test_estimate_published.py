@@ -15,7 +15,7 @@ from farthing.cli.app import app
 from farthing.cli.errors import Exit
 from farthing.model.config import ModelConfig
 from farthing.model.inspect import context_cost, model_cost
-from farthing.model.load import parameter_shapes
+from farthing.model.parameters import parameter_shapes
 from farthing.model.types import type_named
 from farthing.planner.estimate import file_bytes, published, published_config
 from farthing.planner.footprint import Stored, stored_by_checkpoint, stored_by_config

@@ -24,7 +24,8 @@ from farthing.config import parse_bytes
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.kinds import Sizing, cache_kinds
-from farthing.model.load import config_of, random_parameters
+from farthing.model.load import config_of
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.parallel import rank as rank_module

@@ -12,7 +12,7 @@ import torch
 from farthing.config import halves_of_rank
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch

@@ -8,7 +8,6 @@ from farthing.checkpoint.reader import (
     quantization_in,
     read_config,
     read_quantization,
-    shared_input,
 )
 from farthing.checkpoint.shards import CheckpointError
 from farthing.checkpoint.writer import CheckpointWriter, copy_companions
@@ -25,5 +24,4 @@ __all__ = [
     "quantization_in",
     "read_config",
     "read_quantization",
-    "shared_input",
 ]

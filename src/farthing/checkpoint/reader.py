@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -126,20 +126,6 @@ def read_quantization(quantization: Any) -> Layout | None:
 
 
 SUFFIX = ".input_scale"
-_EXPERT = re.compile(r"\.experts\.\d+\.(gate|up)_proj$")
-_SIBLINGS = {
-    "gate_proj": "gate_up", "up_proj": "gate_up",
-    "q_a_proj": "qkv_a", "q_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
-    "k_proj": "qkv_a", "v_proj": "qkv_a",
-}  # fmt: skip
-
-
-def shared_input(module: str) -> str:
-    """A name for the tensor a module reads, equal for all modules that read it."""
-    if _EXPERT.search(module):
-        return _EXPERT.sub(".experts.*.gate_up", module)
-    parent, _, leaf = module.rpartition(".")
-    return f"{parent}.{_SIBLINGS.get(leaf, leaf)}"
 
 
 class InputScales:
@@ -154,18 +140,23 @@ class InputScales:
     def __init__(self, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
         self._read = read
         self._scales: dict[str, float] = {}
-        self._sharing: dict[str, list[str]] = {}
-        for name in names:
-            if name.endswith(SUFFIX):
-                self._sharing.setdefault(shared_input(name.removesuffix(SUFFIX)), []).append(name)
+        self._modules = [name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)]
+        self.alike: Callable[[str], str] = str  # a name for what a module reads, as all that read it have
+
+    @cached_property
+    def _sharing(self) -> dict[str, list[str]]:
+        sharing: dict[str, list[str]] = {}
+        for module in self._modules:
+            sharing.setdefault(self.alike(module), []).append(module)
+        return sharing
 
     def __getitem__(self, module: str) -> float:
         """The scale of a module's input. Raises CheckpointError without the file; the reader adds it."""
-        key = shared_input(module)
+        key = self.alike(module)
         if key not in self._scales:
-            if f"{module}{SUFFIX}" not in self._sharing.get(key, ()):
+            if module not in self._sharing.get(key, ()):
                 raise CheckpointError("input_scale is missing, but input_activations are static")
-            self._scales[key] = max(self._one(name) for name in self._sharing[key])
+            self._scales[key] = max(self._one(f"{each}{SUFFIX}") for each in self._sharing[key])
         return self._scales[key]
 
     def _one(self, name: str) -> float:
@@ -225,7 +216,7 @@ class Checkpoint:
         self._shards = shards
         self._used: set[str] = set()
         self._layout: Layout | None = None
-        self._input_scales = InputScales(shards.file_of, shards.read)
+        self.input_scales = InputScales(shards.file_of, shards.read)
         if quantization := quantization_in(config):
             self._resolve(quantization)
 
@@ -414,7 +405,7 @@ class Checkpoint:
 
     def input_scale(self, module: str) -> float:
         """The calibrated scale of a module's input, and of all that read the same."""
-        return self._input_scales[module]
+        return self.input_scales[module]
 
     def _quantized(self, module: str, scheme: Scheme) -> Weight:
         try:

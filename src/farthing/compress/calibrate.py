@@ -161,7 +161,7 @@ class Wanted:
 
 
 class Recorder(TracedOps):
-    """TracedOps that record inputs by name (see `trace.input_name`).
+    """TracedOps that record inputs by name (see `Layer.reads`).
 
     Legend: t tokens that reach a matrix; K columns of the matrix; D hidden size; E experts.
     """

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from farthing.compress.export import Stored, expected_bytes, for_export
-from farthing.compress.layer import Matrix, TracedOps, bfloat16_products, input_name
+from farthing.compress.layer import Matrix, TracedOps, bfloat16_products
 from farthing.compress.native import short_products
 from farthing.compress.needs import free_disk, memory_needed
 from farthing.compress.recipe import Recipe
@@ -24,7 +24,7 @@ from farthing.compress.sensitivity import FORMATS, SAMPLE
 from farthing.compress.source import PlainCheckpoint
 from farthing.compress.transform import round_piece
 from farthing.memory import available_memory
-from farthing.model import ModelConfig, parameter_shapes
+from farthing.model import ModelConfig, Parameters, parameter_shapes
 from farthing.ops import SILU
 from farthing.ops.weights import Format
 
@@ -166,14 +166,14 @@ def _work(config: ModelConfig, recipe: Recipe, layer: int, matrices: _Matrices) 
         rounds = 1 + len(FORMATS)
         passes += 1 + (_PARTS * len(FORMATS) + layer) * SAMPLE // tokens
     products = rounding = 0.0
-    inputs: dict[str, tuple[int, float]] = {}
+    inputs, parameters = dict[str, tuple[int, float]](), Parameters(config)
     gram = recipe.needs_gram
     routed = config.num_experts_per_tok / (config.at(layer).n_routed_experts or 1)
     for module, (n, k) in matrices:
         share = routed if ".experts." in module else 1.0
         products += passes * tokens * share * n * k
         rounding += rounds * n * k * (k if gram else _SIDE)
-        inputs[input_name(module)] = k, tokens * share
+        inputs[parameters.reads(module)] = k, tokens * share
     width = 0 if config.is_recurrent(layer) else config.heads(layer).cache_width
     seen = min(recipe.window, config.window(layer) or recipe.window)
     return Work(

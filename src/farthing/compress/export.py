@@ -11,10 +11,10 @@ from torch import Tensor
 from farthing.checkpoint import Checkpoint
 from farthing.checkpoint import compressed_tensors as ct
 from farthing.checkpoint.compressed_tensors import EXPERTS, GroupKey
-from farthing.compress.layer import group_columns, is_matrix
+from farthing.compress.layer import group_columns
 from farthing.compress.recipe import Recipe
 from farthing.compress.transform import GROUPED, group_for, stored_format, wanted_group
-from farthing.model import AdaptiveExperts, ModelConfig
+from farthing.model import AdaptiveExperts, ModelConfig, Parameters
 from farthing.ops.weights import FP8_BLOCK, Format, Weight
 
 
@@ -170,7 +170,7 @@ def expected_limits(export: str, checkpoint: Checkpoint, config: ModelConfig, re
     """`transformers_limits` before compressing. An automatic plan is known only after it is made."""
     keys = {
         module: key_in(export, module, _expected_key(checkpoint, config, module, recipe))
-        for module in _matrices(checkpoint)
+        for module in _matrices(checkpoint, config)
     }
     limits = transformers_limits(export, checkpoint, keys)
     if recipe.adaptive:
@@ -199,7 +199,7 @@ def expected_bytes(export: str, checkpoint: Stored, config: ModelConfig, recipe:
     what is stored."""
     if recipe.resizes:
         return None
-    matrices = _matrices(checkpoint)
+    matrices = _matrices(checkpoint, config)
     parts = {f"{module}.{part}" for module in matrices for part in _PARTS}
     total = sum(checkpoint.nbytes(name) for name in checkpoint.names() if name not in parts)
     for module in matrices:
@@ -223,10 +223,10 @@ _WEIGHT_BYTES = {"dense": 2.0, "int8": 1.0, "fp8": 1.0, "q5_0": 0.625, "int4": 0
 _SCALE_BYTES = {"dense": 0, "int8": 4, "fp8": 4, "q5_0": 2, "int4": 2, "nl4": 2}
 
 
-def _matrices(checkpoint: Stored) -> list[str]:
+def _matrices(checkpoint: Stored, config: ModelConfig) -> list[str]:
     """Every matrix whose format a recipe may change."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint.names())
-    return [m for m in modules if is_matrix(m)]
+    return list(filter(Parameters(config).rounds, modules))
 
 
 def _expected_key(checkpoint: Stored, config: ModelConfig, module: str, recipe: Recipe) -> GroupKey | None:

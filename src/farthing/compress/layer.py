@@ -6,6 +6,7 @@ Legend: D hidden size; E experts; T calibration tokens.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,14 @@ from farthing.model import (
     LayerSource,
     MemorySource,
     ModelConfig,
+    Parameters,
     WeightSource,
     form_of,
     router_spec,
 )
 from farthing.model.attention import RopeTable
+from farthing.model.parameters import of_layer
+from farthing.model.spec import COMPRESSED, GATED
 from farthing.ops import (
     SILU,
     AttentionSpec,
@@ -43,22 +47,6 @@ from farthing.ops import (
 from farthing.ops.reference import ReferenceOps, capped, gated_by, route, shared_weight
 
 Gated = tuple[Weight, Weight, Weight]
-STACKED = (  # products of matrices that share their input
-    "qkv_a",  # q_a_proj (or q_proj) and kv_a_proj_with_mqa, or k_proj and v_proj
-    "first",  # q_a_proj and kv_proj, with what entries of a compressed past are made of
-)
-
-
-def input_name(module: str) -> str:
-    """The name under which a module's input is reported; modules that share an input share a name."""
-    parent, _, leaf = module.rpartition(".")
-    if leaf in ("q_a_proj", "q_proj", "k_proj", "v_proj", "kv_proj", *STACKED):
-        return f"{parent}.kv_a_proj_with_mqa"
-    if parent.endswith(".o_a_proj"):  # a group of heads, whose statistics are those of all groups
-        return parent
-    if leaf in ("in_proj_qkvz", "in_proj_z", "qkvz"):
-        return f"{parent}.in_proj_qkv"
-    return f"{parent}.gate_proj" if leaf == "up_proj" else module
 
 
 @dataclass(slots=True)
@@ -88,6 +76,9 @@ def bfloat16_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+_PIECE = re.compile(r"\.\d+$")  # of a matrix that is packed in pieces, whose inputs are counted as one
+
+
 class TracedOps(ReferenceOps):
     """float32. Subclasses override `before` (may replace the input) and `after_expert`.
 
@@ -115,15 +106,16 @@ class TracedOps(ReferenceOps):
         whole = values[0] if len(values) == 1 else torch.cat(values)
         if short_products():
             whole = whole.bfloat16()
-        return Matrix(input_name(numbered(name, self.first)), whole, quantized, weights[0].bias)
+        return Matrix(_PIECE.sub("", numbered(name, self.first)), whole, quantized, weights[0].bias)
 
     def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
         return self._matrix(name, *weights())
 
     def pack_mlp(self, name: str, weights: Callable[[], Gated], activation: Gate = SILU) -> Any:
         gate, up, down = weights()
-        parts = (("gate_proj", gate), ("up_proj", up), ("down_proj", down))
-        return activation, *(self._matrix(f"{name}.{part}", w) for part, w in parts)
+        first, _, last = GATED
+        inputs = ((first, gate), (first, up), (last, down))
+        return activation, *(self._matrix(f"{name}.{module}", w) for module, w in inputs)
 
     def pack_moe(self, name: str, spec: RouterSpec, weights: Callable[[], MoEWeights]) -> Any:
         w = weights()
@@ -202,35 +194,6 @@ class TracedOps(ReferenceOps):
         return capped(self.linear(x, head, norm), norm)
 
 
-ATTENTION = (
-    "q_a_proj",
-    "q_b_proj",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "kv_a_proj_with_mqa",
-    "kv_b_proj",
-    "kv_proj",
-    "compressor.indexer.q_b_proj",
-    "o_proj",
-    "o_a_proj",
-    "o_b_proj",
-)
-DELTA = ("in_proj_qkvz", "in_proj_qkv", "in_proj_z", "out_proj")  # b and a are small and decide the decay
-DENSE = (  # linear modules that stay as they are
-    *("in_proj_ba", "in_proj_b", "in_proj_a", "shared_expert_gate", "scorer.weights_proj"),
-    *(f"{pool}.{name}" for pool in ("compressor", "indexer") for name in ("kv_proj", "gate_proj")),
-)
-MLP = ("gate_proj", "up_proj", "down_proj")
-JOINS = ("eh_proj", "e_proj", "h_proj")  # of an MTP layer's inputs
-MATRICES = tuple(f".{name}" for name in (*ATTENTION, *DELTA, *MLP, *JOINS))
-
-
-def is_matrix(module: str) -> bool:
-    """Whether a recipe may compress a module, by its name."""
-    return module.startswith("model.layers.") and module.endswith(MATRICES) and not module.endswith(DENSE)
-
-
 _STREAMS = ("attn_hc", "ffn_hc", "hc_head")  # hyper-connections, which have a scale always
 SMALLEST_GROUP = 32  # 4-bit weights that share a scale
 
@@ -244,6 +207,10 @@ class Layer:
     tensors: dict[str, Tensor]
     stored: dict[str, torch.dtype] = field(default_factory=dict)  # dtype of plain tensors in the source
     formats: dict[str, str] = field(default_factory=dict)  # storage of each matrix in the source
+    parameters: Parameters = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = Parameters(self.config)
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, config: ModelConfig, index: int) -> Layer:
@@ -291,7 +258,7 @@ class Layer:
         return (self.config.n_routed_experts or 0) if self.is_moe else 0
 
     def mlps(self) -> list[str]:
-        """Every gated MLP: the dense one, or routed experts and then the shared one."""
+        """Every gated MLP that is compressed: the dense one, or routed experts and then the shared one."""
         mlp = f"{self.prefix}mlp"
         if not self.is_moe:
             return [mlp]
@@ -300,11 +267,15 @@ class Layer:
 
     def modules(self) -> list[str]:
         """Every linear matrix that may be compressed: attention, MLPs, an MTP layer's; not the router."""
-        attention = [f"{self.prefix}self_attn.{a}" for a in ATTENTION]
-        attention += [f"{self.prefix}linear_attn.{a}" for a in DELTA]
-        mlps = [f"{m}.{p}" for m in self.mlps() for p in MLP]
-        candidates = [*attention, *mlps, *(f"{self.prefix}{name}" for name in JOINS)]
-        return [m for m in candidates if f"{m}.weight" in self.tensors]
+        own = [t for t in of_layer(self.config, self.index) if t.role in COMPRESSED]
+        found = [t.module for t in own if t.part == "mixer"]
+        found += [f"{mlp}.{name}" for mlp in self.mlps() for name in GATED]
+        found += [t.module for t in own if t.part == "layer"]
+        return [module for module in found if f"{module}.weight" in self.tensors]
+
+    def reads(self, module: str) -> str:
+        """The name under which a module's input is reported; modules that share an input share a name."""
+        return self.parameters.reads(module)
 
     def group_columns(self, module: str) -> int:
         """Columns that the groups of a matrix must divide."""

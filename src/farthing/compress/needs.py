@@ -11,11 +11,10 @@ from math import prod
 from pathlib import Path
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.compress.layer import input_name
 from farthing.compress.recipe import Recipe
 from farthing.compress.sensitivity import ROWS, SAMPLE
 from farthing.memory import available_memory, gigabytes
-from farthing.model.config import ModelConfig
+from farthing.model import ModelConfig, Parameters
 
 Shapes = Iterable[tuple[str, tuple[int, ...]]]  # of tensors, by name
 
@@ -65,13 +64,14 @@ def memory_needed(shapes: Shapes, config: ModelConfig, recipe: Recipe) -> int:
     states and the embedding."""
     weights: dict[str, int] = defaultdict(int)
     inputs: dict[str, dict[str, int]] = defaultdict(dict)
+    parameters = Parameters(config)
     for name, shape in shapes:
         layer = _LAYER.search(name)
         if layer and name.endswith(("weight", "weight_packed")):
             packed = 8 if name.endswith("weight_packed") else 1
             weights[layer[1]] += prod(shape) * packed
             if len(shape) == 2:
-                inputs[layer[1]][input_name(name.rpartition(".")[0])] = shape[1] * packed
+                inputs[layer[1]][parameters.reads(name.rpartition(".")[0])] = shape[1] * packed
     gram = recipe.needs_data and recipe.needs_gram
 
     def of_layer(index: str) -> float:

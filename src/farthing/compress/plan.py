@@ -19,13 +19,12 @@ from typing import Any, TypeVar
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.compress.evaluate import Corpus
-from farthing.compress.layer import is_matrix
 from farthing.compress.recipe import Recipe
 from farthing.compress.sensitivity import Notes, Option, measure, part_of
 from farthing.compress.size import Measure, Sizes, head_in_8_bits, reads_of, sizes_of
 from farthing.compress.source import PlainCheckpoint
 from farthing.compress.stream import STATE, Progress, fingerprint
-from farthing.model.config import ModelConfig
+from farthing.model import ModelConfig, Parameters
 
 # The multiple-choice knapsack: one option per row, least total value within a cost limit.
 
@@ -149,6 +148,7 @@ def whole_model(
     following: dict[str, int] = {}  # of MTP layers that copy it
     alone = 0  # bytes of matrices in MTP layers that copy none, at 8 bits
     shape = 16 if recipe.activations == "none" else 0  # stored with packed integers: two of 64 bits
+    is_matrix = Parameters(config).rounds
     matrices = [m for m in _modules(checkpoint) if is_matrix(m)]
     for module in matrices:
         n, k = checkpoint.weight(module).shape
@@ -176,7 +176,7 @@ def whole_model(
 def _least(checkpoint: Checkpoint, config: ModelConfig) -> list[Option]:
     """Every part at 4 bits with the fewest scales, which no measured option is smaller than."""
     reads, sizes = reads_of(config), dict[str, Sizes]()
-    for module in filter(is_matrix, _modules(checkpoint)):
+    for module in filter(Parameters(config).rounds, _modules(checkpoint)):
         if int(module.split(".")[2]) < config.num_hidden_layers:
             n, k = checkpoint.stored_as(module)[1]
             own = n * k // 2 + 2 * n * -(-k // _LARGEST_GROUP)

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from farthing.checkpoint.reader import MXFP4_GROUP, Checkpoint
 from farthing.checkpoint.shards import Shards
-from farthing.model import ModelConfig, Names, WeightSource, names_in, parameter_shapes, stack_of, unstacked
+from farthing.model import (
+    ModelConfig,
+    Names,
+    Parameters,
+    WeightSource,
+    names_in,
+    parameter_shapes,
+    stack_of,
+    unstacked,
+)
 from farthing.ops.weights import FP8_BLOCK, Format, Weight
 
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")  # of the main ones, in MTP layers
@@ -30,6 +39,7 @@ class PlainCheckpoint(Checkpoint):
         model, own = ModelConfig.from_json(config), Checkpoint(path, config, shards)
         self._names: Names = names_in(own, model)
         self._shards = _PlainShards(shards, own, model, self._names)
+        self.input_scales.alike = Parameters(model).scaled_with
 
     def stored(self, name: str) -> str:
         return self._names.stored(name)

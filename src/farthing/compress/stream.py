@@ -22,7 +22,7 @@ from farthing.checkpoint.compressed_tensors import MARK, VALUES
 from farthing.checkpoint.reader import unquantized
 from farthing.compress.evaluate import Corpus
 from farthing.compress.export import encode, key_in, quantization_config
-from farthing.compress.layer import DENSE, Layer, Stream, TracedOps, bfloat16_products, check_finite
+from farthing.compress.layer import Layer, Stream, TracedOps, bfloat16_products, check_finite
 from farthing.compress.recipe import Recipe
 from farthing.compress.source import PlainCheckpoint, embedded, final_norm
 from farthing.compress.transform import Plan, compress_layer
@@ -236,7 +236,7 @@ def _write_layer(
         if name.removesuffix(".weight") in result.modules:
             continue
         module = name.removesuffix(".weight")
-        if module.endswith(DENSE):
+        if (own := layer.parameters.find(module)) is not None and own.role == "linear":
             state.keys[module] = None
         dtype = layer.stored.get(name, torch.float32)
         exact = torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)

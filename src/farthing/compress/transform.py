@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farthing.checkpoint.compressed_tensors import key_of
 from farthing.compress.calibrate import InputStats, Recorder, with_fallbacks
-from farthing.compress.layer import Layer, input_name
+from farthing.compress.layer import Layer
 from farthing.compress.quantize import (
     Feedback,
     Grid,
@@ -101,9 +101,9 @@ def parts_of(layer: Layer, family: list[str]) -> Iterator[list[str]]:
         yield from (family[i : i + size] for i in range(0, len(family), size))
 
 
-def grams_of(stats: Stats, family: list[str]) -> Tensor | None:
+def grams_of(layer: Layer, stats: Stats, family: list[str]) -> Tensor | None:
     """Second moments [B, K, K], None if one is missing."""
-    known = [s.gram for m in family if (s := stats.get(input_name(m))) is not None and s.gram is not None]
+    known = [s.gram for m in family if (s := stats.get(layer.reads(m))) is not None and s.gram is not None]
     return torch.stack(known) if len(known) == len(family) else None
 
 
@@ -135,7 +135,7 @@ def _units(layer: Layer) -> list[Unit]:
     units: dict[tuple[str, ...], Unit] = {}
     for family in layer.families():
         for part in parts_of(layer, family):
-            units.setdefault(tuple(map(input_name, part)), []).append(part)
+            units.setdefault(tuple(map(layer.reads, part)), []).append(part)
     return list(units.values())
 
 
@@ -158,7 +158,7 @@ def _compress_unit(
     masks: Mapping[str, Tensor],
 ) -> dict[str, Done]:
     """Compress parts that read the same inputs, whose second moments are factored once."""
-    gram = grams_of(stats, unit[0])
+    gram = grams_of(layer, stats, unit[0])
     sweeps = recipe.algorithm == "gptq" and gram is not None
     back = Feedback.of(gram, recipe.act_order, recipe.damp) if sweeps and gram is not None else None
     done: dict[str, Done] = {}
@@ -180,7 +180,7 @@ def _compress_part(
 ) -> dict[str, Done]:
     done: dict[str, Done] = {}
     w = torch.stack([layer.weight(m) for m in family])
-    inputs = [stats.get(input_name(m)) for m in family]
+    inputs = [stats.get(layer.reads(m)) for m in family]
     energy = torch.stack([s.mean_energy() for s in inputs if s]) if all(inputs) else None
     keep = torch.stack([masks[m] for m in family]) if family[0] in masks else None
     formats = {

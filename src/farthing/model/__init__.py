@@ -1,4 +1,4 @@
-"""The DeepSeek-V3 model, one concept per file."""
+"""Models: what config.json says, what tensors and caches its layers have, and how they are computed."""
 
 from farthing.model.attention import CACHE_SCALES
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig
@@ -15,11 +15,18 @@ from farthing.model.load import (
     load,
     model_of,
     names_in,
-    parameter_shapes,
     random_model,
     routers_for,
     source_of,
     unstacked,
+)
+from farthing.model.parameters import (
+    Parameters,
+    each_kind,
+    experts_in,
+    layer_of,
+    parameter_shapes,
+    tensors_of,
 )
 from farthing.model.source import LayerSource, MemorySource, WeightSource, stack_of
 from farthing.model.types import Names
@@ -39,13 +46,17 @@ __all__ = [
     "MemorySource",
     "ModelConfig",
     "Names",
+    "Parameters",
     "RopeConfig",
     "Sizing",
     "WeightSource",
     "cache_kinds",
     "claim",
     "config_of",
+    "each_kind",
+    "experts_in",
     "form_of",
+    "layer_of",
     "load",
     "model_of",
     "moe_weights",
@@ -57,5 +68,6 @@ __all__ = [
     "routers_of",
     "source_of",
     "stack_of",
+    "tensors_of",
     "unstacked",
 ]

@@ -26,7 +26,8 @@ from farthing.cpus import usable_cpus
 from farthing.lazy import gguf, np, torch
 from farthing.model.config import LatentHeads
 from farthing.model.gguf_metadata import architecture_of, rotary_factors
-from farthing.model.load import config_of, parameter_shapes, source_of
+from farthing.model.load import config_of, source_of
+from farthing.model.parameters import parameter_shapes
 from farthing.model.types import type_named
 from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.weights import FP8_BLOCK, Weight

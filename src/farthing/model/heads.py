@@ -6,16 +6,15 @@ Grouped-query attention caches one row per token, layer and key-value head: the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, ClassVar, Literal
 
 from farthing.model import fields as checked
 from farthing.model.fields import RopeConfig, wrong
+from farthing.model.spec import Share, Tensor, Tensors
 from farthing.ops.specs import DeltaSpec
-
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +81,21 @@ class LatentHeads:
             self, num_attention_heads=_divided("num_attention_heads", self.num_attention_heads, tp)
         )
 
-    def shapes(self, p: str, d: int) -> Shapes:
-        """Name and shape of the parameters; p: prefix of the module."""
+    def tensors(self, p: str, d: int) -> Tensors:
+        """The parameters; p: prefix of the module, d: hidden size."""
+        first, by_head = p + "qkv_a", Share(0, self.num_attention_heads)
         if self.q_lora_rank:
-            yield p + "q_a_proj.weight", (self.q_lora_rank, d)
-            yield p + "q_a_layernorm.weight", (self.q_lora_rank,)
-            yield p + "q_b_proj.weight", (self.query_width, self.q_lora_rank)
+            yield Tensor(p + "q_a_proj.weight", (self.q_lora_rank, d), "matrix", reads=first)
+            yield Tensor(p + "q_a_layernorm.weight", (self.q_lora_rank,), "norm")
+            yield Tensor(p + "q_b_proj.weight", (self.query_width, self.q_lora_rank), "matrix", by_head)
         else:
-            yield p + "q_proj.weight", (self.query_width, d)
-        yield p + "kv_a_proj_with_mqa.weight", (self.cache_width, d)
-        yield p + "kv_a_layernorm.weight", (self.kv_lora_rank,)
+            yield Tensor(p + "q_proj.weight", (self.query_width, d), "matrix", by_head, first)
+        yield Tensor(p + "kv_a_proj_with_mqa.weight", (self.cache_width, d), "matrix", reads=first)
+        yield Tensor(p + "kv_a_layernorm.weight", (self.kv_lora_rank,), "norm")
         expanded = self.num_attention_heads * (self.qk_nope_head_dim + self.v_head_dim)
-        yield p + "kv_b_proj.weight", (expanded, self.kv_lora_rank)
-        yield p + "o_proj.weight", (d, self.output_width)
+        yield Tensor(p + "kv_b_proj.weight", (expanded, self.kv_lora_rank), "heads", by_head)
+        o_share = Share(1, self.num_attention_heads)
+        yield Tensor(p + "o_proj.weight", (d, self.output_width), "matrix", o_share)
 
     def check(self) -> None:
         """Raise ValueError for sizes that no model has."""
@@ -184,25 +185,29 @@ class GroupedHeads:
         heads = _divided("num_attention_heads", self.num_attention_heads, tp)
         return replace(self, num_attention_heads=heads, num_key_value_heads=max(1, groups // tp))
 
-    def shapes(self, p: str, d: int) -> Shapes:
-        """Name and shape of the parameters; p: prefix of the module."""
-        widths = {"q": self.query_width, "k": self.key_width, "v": self.key_width}
-        for name, width in widths.items():
+    def tensors(self, p: str, d: int) -> Tensors:
+        """The parameters; p: prefix of the module, d: hidden size."""
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        keys = self.key_width, groups
+        widths = {"q": (self.query_width, heads), "k": keys, "v": keys}
+        for name, (width, units) in widths.items():
             if name == "v" and self.shared_kv:
                 continue
-            rows = 2 * width if name == "q" and self.output_gate else width
-            yield f"{p}{name}_proj.weight", (rows, d)
+            rows, share = 2 * width if name == "q" and self.output_gate else width, Share(0, units)
+            yield Tensor(f"{p}{name}_proj.weight", (rows, d), "matrix", share, p + "qkv_a")
             if self.qkv_bias:
-                yield f"{p}{name}_proj.bias", (rows,)
-        if self.qk_norm is not None:
-            for name in ("q", "k"):
-                whole = self.qk_norm == "whole"
-                yield f"{p}{name}_norm.weight", (widths[name] if whole else self.head_dim,)
+                yield Tensor(f"{p}{name}_proj.bias", (rows,), "bias", share)
+        for name in ("q", "k") if self.qk_norm is not None else ():
+            width, units = widths[name]
+            if self.qk_norm == "whole":
+                yield Tensor(f"{p}{name}_norm.weight", (width,), "norm", Share(0, units))
+            else:
+                yield Tensor(f"{p}{name}_norm.weight", (self.head_dim,), "norm")
         if self.sinks:
-            yield p + "sinks", (self.num_attention_heads,)
-        yield p + "o_proj.weight", (d, self.output_width)
-        if self.o_bias:
-            yield p + "o_proj.bias", (d,)
+            yield Tensor(p + "sinks", (heads,), share=Share(0, heads))
+        yield Tensor(p + "o_proj.weight", (d, self.output_width), "matrix", Share(1, heads))
+        if self.o_bias:  # added once, after the ranks' sum
+            yield Tensor(p + "o_proj.bias", (d,), "bias")
 
     def check(self) -> None:
         """Raise ValueError for sizes that no model has."""
@@ -225,40 +230,29 @@ class DeltaHeads:
     spec: DeltaSpec
     fused: bool = False  # projections are stored key head by key head, as in Qwen3-Next
 
-    def shapes(self, p: str, d: int) -> Shapes:
-        """Name and shape of the parameters; p: prefix of the module."""
-        s = self.spec
+    def tensors(self, p: str, d: int) -> Tensors:
+        """The parameters; p: prefix of the module, d: hidden size."""
+        s, by_head, reads = self.spec, Share(0, self.spec.key_heads), p + "qkvz"
+        keys = s.key_heads * s.key_dim
+        mixed = Share(0, s.key_heads, (keys, keys, s.values))  # queries, keys and values one after another
         if self.fused:
-            yield p + "in_proj_qkvz.weight", (s.channels + s.values, d)
-            yield p + "in_proj_ba.weight", (2 * s.value_heads, d)
+            yield Tensor(p + "in_proj_qkvz.weight", (s.channels + s.values, d), "matrix", by_head, reads)
+            yield Tensor(p + "in_proj_ba.weight", (2 * s.value_heads, d), "linear", by_head)
         else:
-            yield p + "in_proj_qkv.weight", (s.channels, d)
-            yield p + "in_proj_z.weight", (s.values, d)
-            yield p + "in_proj_b.weight", (s.value_heads, d)
-            yield p + "in_proj_a.weight", (s.value_heads, d)
-        yield p + "conv1d.weight", (s.channels, 1, s.width)
-        yield p + "dt_bias", (s.value_heads,)
-        yield p + "A_log", (s.value_heads,)
-        yield p + "norm.weight", (s.value_dim,)
-        yield p + "out_proj.weight", (d, s.values)
+            yield Tensor(p + "in_proj_qkv.weight", (s.channels, d), "matrix", mixed, reads)
+            yield Tensor(p + "in_proj_z.weight", (s.values, d), "matrix", by_head, reads)
+            yield Tensor(p + "in_proj_b.weight", (s.value_heads, d), "linear", by_head)
+            yield Tensor(p + "in_proj_a.weight", (s.value_heads, d), "linear", by_head)
+        yield Tensor(p + "conv1d.weight", (s.channels, 1, s.width), share=mixed)
+        yield Tensor(p + "dt_bias", (s.value_heads,), "bias", by_head)
+        yield Tensor(p + "A_log", (s.value_heads,), "bias", by_head)
+        yield Tensor(p + "norm.weight", (s.value_dim,), "scale")
+        yield Tensor(p + "out_proj.weight", (d, s.values), "matrix", Share(1, s.value_heads))
 
     def per_rank(self, tp: int) -> DeltaHeads:
         """The heads of one of `tp` ranks. Raises ValueError."""
         keys = _divided("linear_num_key_heads", self.spec.key_heads, tp)
         return replace(self, spec=replace(self.spec, key_heads=keys, value_heads=self.spec.value_heads // tp))
-
-    def divided(self, name: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]] | None:
-        """The dimension of a parameter that ranks divide, and the widths along it of the matrices of which
-        each rank has a part; None: the parameter is of every head. name: without the prefix."""
-        module = name.split(".")[0]
-        if module == "norm":
-            return None
-        if module == "out_proj":
-            return 1, shape[1:]
-        if module in ("in_proj_qkv", "conv1d"):
-            keys = self.spec.key_heads * self.spec.key_dim
-            return 0, (keys, keys, self.spec.values)
-        return 0, shape[:1]
 
     @property
     def state(self) -> tuple[tuple[int, ...], ...]:
@@ -344,11 +338,6 @@ class CompressedHeads:
             raise ValueError(f"tp: got {tp}; expected a divisor of o_groups = {self.o_groups}")
         return replace(self, num_attention_heads=self.num_attention_heads // tp, o_groups=self.o_groups // tp)
 
-    def divided(self, name: str) -> int | None:
-        """The dimension along which ranks share a parameter of a layer, by its name; None: all have it."""
-        module = name.removesuffix(".weight").rpartition(".self_attn.")[2]
-        return {"q_b_proj": 0, "sinks": 0, "o_a_proj": 0, "o_b_proj": 1}.get(module)
-
     def part(self, layers: range, drafts: int = 0) -> CompressedHeads:
         """Of some layers alone, and of MTP layers, which have a window alone."""
         return replace(self, rates=(*(self.rates[i] for i in layers), *[0] * drafts))
@@ -357,25 +346,27 @@ class CompressedHeads:
         """Of one layer alone."""
         return self.part(range(layer, layer + 1))
 
-    def shapes(self, p: str, d: int) -> Shapes:
-        """Name and shape of a layer's parameters (`at`); p: prefix of the module."""
-        (rate,), h = self.rates, self.head_dim
-        yield p + "q_a_proj.weight", (self.q_lora_rank, d)
-        yield p + "q_a_norm.weight", (self.q_lora_rank,)
-        yield p + "q_b_proj.weight", (self.query_width, self.q_lora_rank)
-        yield p + "kv_proj.weight", (h, d)
-        yield p + "kv_norm.weight", (h,)
-        yield p + "sinks", (self.num_attention_heads,)
+    def tensors(self, p: str, d: int) -> Tensors:
+        """A layer's parameters (`at`); p: prefix of the module, d: hidden size."""
+        (rate,), h, first, by_group = self.rates, self.head_dim, p + "first", Share(0, self.o_groups)
+        yield Tensor(p + "q_a_proj.weight", (self.q_lora_rank, d), "matrix", reads=first)
+        yield Tensor(p + "q_a_norm.weight", (self.q_lora_rank,), "norm")
+        yield Tensor(p + "q_b_proj.weight", (self.query_width, self.q_lora_rank), "matrix", by_group)
+        yield Tensor(p + "kv_proj.weight", (h, d), "matrix", reads=first)
+        yield Tensor(p + "kv_norm.weight", (h,), "norm")
+        yield Tensor(p + "sinks", (self.num_attention_heads,), share=by_group)
         if rate:
-            yield from _pool_shapes(p + "compressor.", d, h, rate, rate == self.indexed)
+            yield from _pool(p + "compressor.", d, h, rate, rate == self.indexed)
         if rate == self.indexed:
             q = p + "compressor.indexer."
-            yield from _pool_shapes(q, d, self.index_head_dim, rate, True)
-            yield q + "q_b_proj.weight", (self.index_n_heads * self.index_head_dim, self.q_lora_rank)
-            yield q + "scorer.weights_proj.weight", (self.index_n_heads, d)
+            yield from _pool(q, d, self.index_head_dim, rate, True)
+            rows = self.index_n_heads * self.index_head_dim
+            yield Tensor(q + "q_b_proj.weight", (rows, self.q_lora_rank), "matrix")
+            yield Tensor(q + "scorer.weights_proj.weight", (self.index_n_heads, d), "linear")
         group = self.query_width // self.o_groups
-        yield p + "o_a_proj.weight", (self.output_width, group)
-        yield p + "o_b_proj.weight", (d, self.output_width)
+        yield Tensor(p + "o_a_proj.weight", (self.output_width, group), "matrix", by_group)
+        columns = Share(1, widths=(self.output_width,))  # of groups, each mixed: no heads to sum apart
+        yield Tensor(p + "o_b_proj.weight", (d, self.output_width), "matrix", columns)
 
     def check(self) -> None:
         """Raise ValueError for sizes that no model has."""
@@ -392,12 +383,12 @@ class CompressedHeads:
                 )
 
 
-def _pool_shapes(p: str, d: int, width: int, rate: int, overlapped: bool) -> Shapes:
+def _pool(p: str, d: int, width: int, rate: int, overlapped: bool) -> Tensors:
     columns = 2 * width if overlapped else width
-    yield p + "kv_proj.weight", (columns, d)
-    yield p + "gate_proj.weight", (columns, d)
-    yield p + "position_bias", (rate, columns)
-    yield p + "kv_norm.weight", (width,)
+    yield Tensor(p + "kv_proj.weight", (columns, d), "linear")
+    yield Tensor(p + "gate_proj.weight", (columns, d), "linear")
+    yield Tensor(p + "position_bias", (rate, columns), "bias")
+    yield Tensor(p + "kv_norm.weight", (width,), "norm")
 
 
 Heads = LatentHeads | GroupedHeads | CompressedHeads

@@ -6,7 +6,7 @@ token, except for an untied embedding, of which a token reads one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,11 +16,11 @@ from farthing.lazy import torch
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.kinds import cache_kinds
-from farthing.model.load import names_in, parameter_shapes
+from farthing.model.load import names_in
+from farthing.model.parameters import each_kind, experts_in, layer_of
 from farthing.model.source import stack_of
+from farthing.model.spec import Tensor, of_expert
 from farthing.ops.torch_util import make_batch
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,45 +49,55 @@ class ModelCost:
 
 def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) -> ModelCost:
     """Figures from config.json; `nbytes(parameter name)` gives stored bytes, else bf16 is assumed."""
-    shapes = dict(parameter_shapes(config))
-    size = nbytes or (lambda name: 2 * prod(shapes[name]))
-    main = [n for n in shapes if not _is_mtp(n, config)]
-    routed = [n for n in main if ".experts." in n]
-    always = [n for n in main if ".experts." not in n and n != EMBEDDING]
-
-    def share(name: str) -> float:  # share of a layer's routed experts read per token
-        return config.num_experts_per_tok / config.at(int(name.split(".")[2])).router_size
-
-    def count(names: Iterable[str]) -> int:
-        return sum(prod(shapes[n]) for n in names)
-
+    kinds = [_Counted(t, config, nbytes) for t in each_kind(config)]
+    main = [k for k in kinds if k.layer is None or k.layer < config.num_hidden_layers]
+    routed = [k for k in main if k.tensor.expert is not None]
+    embedding, *rest = main
+    always = [k for k in rest if k.tensor.expert is None]
+    tied = config.tie_word_embeddings
     # A tied embedding is read whole as the head; of an untied one, one row is read.
-    head_rows = config.vocab_size if config.tie_word_embeddings else 1
-    active_routed = round(sum(prod(shapes[n]) * share(n) for n in routed))
-    matrices = [n for n in main if len(shapes[n]) == 2 and (n != EMBEDDING or config.tie_word_embeddings)]
-    dense = count(matrices)
+    head_rows = config.vocab_size if tied else 1
+    active_routed = round(sum(k.numbers * k.read for k in routed))
+    matrices = [k for k in (main if tied else rest) if len(k.tensor.shape) == 2]
+    dense = sum(k.numbers for k in matrices)
+    total, of_experts = (sum(k.numbers for k in group) for group in (main, routed))
     hidden = range(config.num_hidden_layers)
     first, *others = (kind.held_by(hidden) for kind in cache_kinds(config))
     first = replace(first, index_rows=sum(map(config.has_indexer, hidden)))
     return ModelCost(
-        total_parameters=count(main),
-        active_parameters=count(always) + active_routed + head_rows * config.hidden_size,
+        total_parameters=total,
+        active_parameters=sum(k.numbers for k in always) + active_routed + head_rows * config.hidden_size,
         head_parameters=config.vocab_size * config.hidden_size,
-        mtp_parameters=count(shapes) - count(main),
-        routed_parameters=count(routed),
+        mtp_parameters=sum(k.numbers for k in kinds) - total,
+        routed_parameters=of_experts,
         active_routed_parameters=active_routed,
-        weight_bytes=sum(map(size, shapes)),
-        active_bytes=sum(map(size, always))
-        + round(sum(size(n) * share(n) for n in routed))
-        + size(EMBEDDING) * head_rows // config.vocab_size,
+        weight_bytes=sum(k.nbytes for k in kinds),
+        active_bytes=sum(k.nbytes for k in always)
+        + round(sum(k.nbytes * k.read for k in routed))
+        + embedding.nbytes * head_rows // config.vocab_size,
         kv_bytes_per_token=first.token_bytes("bfloat16"),
         kv_bytes_per_sequence=sum(
             (kind.window or 0) * kind.token_bytes("bfloat16") + kind.state_bytes for kind in others
         ),
-        flops_per_token=2 * (dense - count(routed) + active_routed),
+        flops_per_token=2 * (dense - of_experts + active_routed),
         attention_flops_per_context_token=_flops_added(config),
         dense_flops_per_token=2 * dense,
     )
+
+
+class _Counted:
+    """A parameter of a layer, and of all routed experts that have one like it."""
+
+    def __init__(self, tensor: Tensor, config: ModelConfig, nbytes: Callable[[str], int] | None) -> None:
+        self.tensor, self.layer, self.read, count = tensor, layer_of(tensor.name), 1.0, 1
+        if tensor.expert is not None:
+            assert self.layer is not None
+            count = experts_in(config, self.layer)
+            self.read = config.num_experts_per_tok / config.at(self.layer).router_size  # share per token
+        self.numbers = prod(tensor.shape) * count
+        self.nbytes = 2 * self.numbers
+        if nbytes is not None:
+            self.nbytes = sum(nbytes(of_expert(tensor, e).name if e else tensor.name) for e in range(count))
 
 
 def attending(config: ModelConfig) -> list[int]:
@@ -103,10 +113,6 @@ def _flops_added(config: ModelConfig, context: int = 1 << 20) -> int:
 def _attention_flops(config: ModelConfig, layer: int) -> int:
     """Per pair of tokens."""
     return 2 * config.num_attention_heads * config.heads(layer).dot_width
-
-
-def _is_mtp(name: str, config: ModelConfig) -> bool:
-    return ".layers." in name and int(name.split(".")[2]) >= config.num_hidden_layers
 
 
 def checkpoint_cost(path: Path) -> ModelCost:

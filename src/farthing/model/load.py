@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from farthing.checkpoint.reader import Checkpoint
-from farthing.lazy import torch
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek_v4 import DeepseekV4
 from farthing.model.heads import GroupedHeads
+from farthing.model.parameters import random_parameters, tensors_of
 from farthing.model.source import (
     InterleavedExperts,
     MemorySource,
@@ -24,14 +24,11 @@ from farthing.model.source import (
     StackedExperts,
     WeightSource,
 )
+from farthing.model.spec import COMPRESSED
 from farthing.model.types import Names, type_named
 from farthing.ops.api import Ops
 from farthing.ops.specs import RouterSpec
 from farthing.process import Progress, unseen
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 EXPECTED = "expected 'auto', 'all' or 'adaptive:p[,min=2,max=8]' with 0 < p <= 1"
 
@@ -197,13 +194,26 @@ def source_of(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
 
 def unstacked(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     """The checkpoint's tensors under V3's names, single experts of stacks among them."""
-    source = RenamedSource(checkpoint, names_in(checkpoint, config))
+    names = names_in(checkpoint, config)
+    source = RenamedSource(checkpoint, names)
+    checkpoint.input_scales.alike = _sharing(config, names)
     hidden, last = config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers
     first = (next(filter(config.is_moe, each), None) for each in (range(hidden), range(hidden, last)))
     stacks = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in first]
     if not any(source.has(f"{stack}{suffix}") for stack in stacks for suffix in ("", "_blocks")):
         return source
     return InterleavedExperts(source) if config.expert_bias else StackedExperts(source)
+
+
+def _sharing(config: ModelConfig, names: Names) -> Callable[[str], str]:
+    """Of a stored module, a name for what it reads (`InputScales`)."""
+
+    @cache
+    def known() -> dict[str, str]:
+        matrices = (t for t in tensors_of(config) if t.role in COMPRESSED)
+        return {names.stored(t.name).removesuffix(".weight"): t.scaled_with for t in matrices}
+
+    return lambda module: known().get(module, module)
 
 
 def claim(ops: Ops, source: str, path: str | Path) -> None:
@@ -238,123 +248,6 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
         bias = names.stored(f"model.layers.{first}.mlp.gate.e_score_correction_bias")
         config = replace(config, router_bias=checkpoint.has(bias))
     return config
-
-
-def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter of a checkpoint, in forward-pass order."""
-    c, d, v = config, config.hidden_size, config.vocab_size
-    yield "model.embed_tokens.weight", (v, d)
-    for i in range(c.num_hidden_layers + c.num_nextn_predict_layers):
-        p = f"model.layers.{i}."
-        if i >= c.num_hidden_layers:
-            yield p + "enorm.weight", (d,)
-            yield p + "hnorm.weight", (d,)
-            for name in ("e_proj", "h_proj") if c.streams else ():
-                yield f"{p}{name}.weight", (d, d)
-            if c.streams:
-                yield from _stream_shapes(c, p + "hc_head.hc_", ends=True)
-            else:
-                yield p + "eh_proj.weight", (d, 2 * d)
-            yield p + "shared_head.norm.weight", (d,)
-        yield p + "input_layernorm.weight", (d,)
-        if c.is_recurrent(i):
-            assert c.recurrent is not None
-            yield from c.recurrent.shapes(p + "linear_attn.", d)
-        else:
-            yield from c.heads(i).shapes(p + "self_attn.", d)
-        if c.post_norms:
-            yield p + "self_attn.post_norm.weight", (d,)
-        if c.has_indexer(i):
-            yield from _indexer_shapes(c, p + "self_attn.indexer.")
-        yield p + "post_attention_layernorm.weight", (d,)
-        yield from _feed_forward_shapes(c.at(i), p + "mlp.", c.is_moe(i), i in c.hashed_layers)
-        for half in ("attn_hc.", "ffn_hc.") if c.streams else ():
-            yield from _stream_shapes(c, p + half)
-        if c.layer_scalar:
-            yield p + "layer_scalar", (1,)
-    if c.streams:
-        yield from _stream_shapes(c, "model.hc_head.hc_", ends=True)
-    yield "model.norm.weight", (d,)
-    if not c.tie_word_embeddings:
-        yield "lm_head.weight", (v, d)
-
-
-def _indexer_shapes(c: ModelConfig, p: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    assert c.latent.q_lora_rank is not None
-    yield p + "wq_b.weight", (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
-    yield p + "wk.weight", (c.index_head_dim, c.hidden_size)
-    yield p + "k_norm.weight", (c.index_head_dim,)
-    yield p + "k_norm.bias", (c.index_head_dim,)
-    yield p + "weights_proj.weight", (c.index_n_heads, c.hidden_size)
-
-
-def _stream_shapes(c: ModelConfig, p: str, ends: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-    assert c.streams is not None
-    n = c.streams.count
-    rows = n if ends else n * (n + 2)
-    yield p + "fn", (rows, n * c.hidden_size)
-    yield p + "base", (rows,)
-    yield p + "scale", (1 if ends else 3,)
-
-
-def _feed_forward_shapes(
-    c: ModelConfig, p: str, moe: bool, hashed: bool = False
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    d = c.hidden_size
-
-    def gated(prefix: str, i: int, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for name, shape in (("gate_proj", (i, d)), ("up_proj", (i, d)), ("down_proj", (d, i))):
-            yield f"{prefix}{name}.weight", shape
-            if bias:
-                yield f"{prefix}{name}.bias", shape[:1]
-
-    if not moe or c.shortcut_experts or c.parallel_mlp:
-        yield from gated(p, c.intermediate_size)
-    if c.post_norms or (moe and c.post_mlp_norm):
-        yield p + "post_mlp_layernorm.weight", (d,)
-    if not moe:
-        return
-    if c.parallel_mlp:
-        for name in ("expert_norm", "dense_post_norm", "expert_post_norm"):
-            yield f"{p}{name}.weight", (d,)
-    assert c.n_routed_experts is not None
-    yield p + "gate.weight", (c.router_size, d)
-    if hashed:
-        yield p + "gate.tid2eid", (c.vocab_size, c.num_experts_per_tok)
-    elif c.has_router_bias:
-        yield p + "gate.e_score_correction_bias", (c.router_size,)
-    if c.expert_bias:
-        yield p + "gate.bias", (c.router_size,)
-    if c.scaled_router:
-        yield p + "gate.input_scale", (d,)
-        yield p + "gate.expert_scale", (c.router_size,)
-    for e in range(c.n_routed_experts):
-        yield from gated(f"{p}experts.{e}.", c.moe_intermediate_size, c.expert_bias)
-    if c.n_shared_experts:
-        yield from gated(p + "shared_experts.", c.shared_size)
-        if c.shared_gate:
-            yield p + "shared_expert_gate.weight", (1, d)
-
-
-def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Random float32 parameters of plausible scale, for tests and benchmarks."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {}
-    for name, shape in parameter_shapes(config):
-        noise = torch.randn(shape, generator=generator)
-        if name.endswith("tid2eid"):
-            ranks = torch.rand(shape[0], config.router_size, generator=generator)
-            parameters[name] = ranks.argsort()[:, : shape[1]]
-        elif name.endswith(("bias", "A_log", "base")):
-            parameters[name] = 0.1 * noise
-        elif "norm" in name or name.endswith("scale") or name.endswith("scalar"):
-            offset = 0.0 if ".linear_attn." in name else config.norm_offset
-            parameters[name] = 1 - offset + 0.1 * noise
-        elif name == "model.embed_tokens.weight":
-            parameters[name] = noise
-        else:
-            parameters[name] = noise / math.sqrt(shape[-1])
-    return parameters
 
 
 def random_model(

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from math import prod
-from types import MappingProxyType
 
 from farthing.cpus import own_cpus
 from farthing.lazy import torch
-from farthing.model import GroupedHeads, ModelConfig, parameter_shapes
-from farthing.ops import Batch, Blocks, Cut, bounds
+from farthing.model import ModelConfig, Parameters, each_kind, experts_in, layer_of
+from farthing.model.spec import Tensor
+from farthing.ops import Batch, Blocks, Cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +201,6 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
 
 EMBEDDING = "model.embed_tokens.weight"
 VOCABULARY = (EMBEDDING, "lm_head.weight")
-# The dimension tensor parallelism cuts, by last component of the module's name.
-ROWS = ("q_b_proj", "q_proj", "kv_b_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-COLUMNS = ("o_proj", "down_proj")
-NORMS = ("q_norm", "k_norm")  # along the rows, if they have a weight per head
 
 
 class PlanError(ValueError):
@@ -285,7 +281,7 @@ class ShardPlan:
     config: ModelConfig
     layout: Layout
     stages: tuple[range, ...]  # layers of each stage
-    shapes: Mapping[str, tuple[int, ...]]  # shape of every parameter of the checkpoint
+    parameters: Parameters = field(compare=False)
 
     @classmethod
     def build(
@@ -293,29 +289,28 @@ class ShardPlan:
     ) -> ShardPlan:
         """Balance stages by bytes (2 per parameter unless `nbytes` is given). Raises PlanError."""
         _check(config, layout)
-        return cls(config, layout, _stages(config, layout, nbytes), _shapes(config))
+        return cls(config, layout, _stages(config, layout, nbytes), Parameters(config))
 
     @classmethod
     def spread(cls, config: ModelConfig, gpus: int) -> ShardPlan:
         """Experts over any number of ranks, each with its own attention: for estimates, not for serving."""
         layers = range(config.num_hidden_layers)
-        return cls(config, Layout(ep=gpus, dp_attention=gpus > 1), (layers,), _shapes(config))
+        return cls(config, Layout(ep=gpus, dp_attention=gpus > 1), (layers,), Parameters(config))
 
     def cut(self, name: str, place: Place) -> Cut | None:
         """The part of a parameter that a rank reads; None if it reads none of it."""
-        layer = layer_of(name)
-        if name in VOCABULARY:
+        layer, tensor = layer_of(name), self.parameters[name]
+        if tensor.role in ("embedding", "head"):
             return self.vocabulary(place)
-        if layer is None or name.endswith("shared_head.norm.weight"):
+        if layer is None or tensor.part == "ends":
             return Cut(None)  # the norms before a head, whose slices are on every rank
         if not self.holds_layer(layer, place):
             return None
-        if ".shared_experts." in name and place.copy and not self.layout.dp_attention:
+        if tensor.part == "shared" and place.copy and not self.layout.dp_attention:
             return None  # copies are summed, so only one of them adds the shared expert
-        shape = self.shapes[name]
-        if ".experts." in name:
-            return self._expert_cut(name, shape, place)
-        return _tp_cut(self.config, name, shape, self.layout.tp, place.tp)
+        if tensor.expert is not None and self.layout.ep > 1:
+            return Cut(None) if tensor.expert in self.experts(place) else None
+        return tensor.cut(self.layout.tp, place.tp)
 
     def vocabulary(self, place: Place) -> Cut:
         """Rows of embedding and head on a rank."""
@@ -340,77 +335,14 @@ class ShardPlan:
         index = place.local if self.layout.ep > 1 else 0
         return range(index * count, (index + 1) * count)
 
-    def weight_bytes(self, place: Place, nbytes: Callable[[str], int] | None = None) -> int:
-        """Bytes a rank reads."""
-        total = 0
-        for name, shape in self.shapes.items():
-            cut = self.cut(name, place)
-            if cut is None:
-                continue
-            size = nbytes(name) if nbytes else 2 * prod(shape)
-            total += size if cut.dim is None else size * cut.size // shape[cut.dim]
-        return total
-
-    def _expert_cut(self, name: str, shape: tuple[int, ...], place: Place) -> Cut | None:
-        if self.layout.ep == 1:
-            return _tp_cut(self.config, name, shape, self.layout.tp, place.tp)
-        expert = int(name.split(".experts.")[1].split(".")[0])
-        return Cut(None) if expert in self.experts(place) else None
-
 
 @lru_cache(maxsize=4)
-def _shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    return MappingProxyType(dict(parameter_shapes(config)))
-
-
-@lru_cache(maxsize=4)
-def representatives(config: ModelConfig) -> tuple[tuple[str, tuple[int, ...], int], ...]:
-    """(name, shape, multiplicity): the first routed expert of a layer represents all of them."""
-    experts = config.n_routed_experts or 1
+def representatives(config: ModelConfig) -> tuple[tuple[Tensor, int], ...]:
+    """(parameter, multiplicity): the first routed expert of a layer represents all of them."""
     return tuple(
-        (name, shape, experts if ".experts." in name else 1)
-        for name, shape in _shapes(config).items()
-        if ".experts." not in name or ".experts.0." in name
+        (tensor, 1 if tensor.expert is None else experts_in(config, layer_of(tensor.name) or 0))
+        for tensor in each_kind(config)
     )
-
-
-def layer_of(name: str) -> int | None:
-    """The layer of a parameter; None for the top level."""
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
-
-
-def _tp_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
-    if ".self_attn." in name and config.compressed is not None:
-        dim = config.compressed.divided(name)
-        return Cut(None) if dim is None or tp == 1 else Cut(dim, *bounds(shape[dim], tp, index))
-    if ".linear_attn." in name:
-        return _delta_cut(config, name, shape, tp, index)
-    layer, module = layer_of(name), name.split(".")[-2]
-    heads = config.attention if layer is None else config.heads(layer)
-    whole_norm = isinstance(heads, GroupedHeads) and heads.qk_norm == "whole"
-    rows = (*ROWS, *NORMS) if whole_norm else ROWS
-    dim = 0 if module in rows or name.endswith(".sinks") else 1 if module in COLUMNS else None
-    if dim is None or tp == 1 or len(shape) <= dim:  # o_proj's bias is added once, after the sum
-        return Cut(None)
-    if ".self_attn." in name:  # heads are never split, and key-value heads shared by ranks if there are fewer
-        parts = min(tp, heads.cache_rows) if module in ("k_proj", "v_proj", "k_norm") else tp
-        size, at = shape[dim] // parts, index * parts // tp
-        return Cut(dim, at * size, (at + 1) * size)
-    return Cut(dim, *bounds(shape[dim], tp, index))
-
-
-def _delta_cut(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, index: int) -> Cut:
-    assert config.recurrent is not None
-    divided = config.recurrent.divided(name.rpartition(".linear_attn.")[2], shape)
-    if divided is None or tp == 1:
-        return Cut(None)
-    dim, widths = divided
-    starts = itertools.accumulate(widths[:-1], initial=0)
-    first, *more = (
-        (at + width * index // tp, at + width * (index + 1) // tp)
-        for at, width in zip(starts, widths, strict=True)
-    )
-    return Cut(dim, *first, more=tuple(more))
 
 
 def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | None) -> tuple[range, ...]:
@@ -423,13 +355,13 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
         for i in range(layers)
     ]
     last = 0  # MTP layers, which are on the last stage
-    for name, shape, count in representatives(config):
-        size = count * (nbytes(name) if nbytes else 2 * prod(shape))
-        layer = layer_of(name)
-        if ".experts." in name and layout.ep > 1:
+    for tensor, count in representatives(config):
+        size = count * (nbytes(tensor.name) if nbytes else 2 * prod(tensor.shape))
+        layer = layer_of(tensor.name)
+        if tensor.expert is not None and layout.ep > 1:
             size //= layout.ep
-        elif layer is not None and (cut := _tp_cut(config, name, shape, layout.tp, 0)).dim is not None:
-            size = size * cut.size // shape[cut.dim]
+        elif layer is not None and (cut := tensor.cut(layout.tp, 0)).dim is not None:
+            size = size * cut.size // tensor.shape[cut.dim]
         if layer is not None and layer < layers:
             weight[layer] += size
         elif layer is not None:

@@ -20,6 +20,7 @@ from farthing.model import (
     WeightSource,
     claim,
     config_of,
+    layer_of,
     model_of,
     moe_weights,
     routers_for,
@@ -48,7 +49,6 @@ from farthing.parallel.plan import (
     Placements,
     ShardPlan,
     in_order,
-    layer_of,
     micro_batches,
     own_sequences,
     place,
@@ -80,7 +80,7 @@ class ShardedSource:
             return self._source.has(name)
         return (
             self._source.has(name)
-            and name in self._plan.shapes
+            and self._plan.parameters.find(name) is not None
             and self._plan.cut(name, self._place) is not None
         )
 
@@ -102,13 +102,13 @@ class ShardedSource:
         if name.endswith(_SHARED):
             return self._source.tensor(self._global(name), shape)
         name, cut = self._cut(name)
-        value = self._source.tensor(name, self._plan.shapes[name])
+        value = self._source.tensor(name, self._plan.parameters[name].shape)
         return cut.of(value)
 
     def weight(self, module: str, shape: tuple[int, int] | None = None) -> Weight:
         """A matrix, or its slice, in its stored format if the slice allows it."""
         name, cut = self._cut(f"{module}.weight")
-        rows, columns = self._plan.shapes[name]
+        rows, columns = self._plan.parameters[name].shape
         module = name.removesuffix(".weight")
         weight = self._source.weight(module, (rows, columns))
         if cut.dim is None:
@@ -129,7 +129,7 @@ class ShardedSource:
 
     def _cut(self, name: str) -> tuple[str, Cut]:
         name = self._global(name)
-        if ".experts." in name and self._plan.layout.ep > 1:
+        if self._plan.parameters[name].expert is not None and self._plan.layout.ep > 1:
             return name, Cut(None)  # experts are never sliced, and only read by ranks that hold them
         cut = self._plan.cut(name, self._place)
         assert cut is not None, f"rank {self._place.rank} does not hold {name}"

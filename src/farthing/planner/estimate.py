@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.model.config import ModelConfig
+from farthing.model.spec import FEED, Tensor
 from farthing.ops.weights import FP8_BLOCK, INTEGERS
 from farthing.parallel.plan import MICRO_ROWS, Layout, ShardPlan
 from farthing.planner.buffers import Serving
@@ -90,7 +91,7 @@ def estimate(
 ) -> CpuEstimate:
     """Decoding within `workload`, and chunks of its prompts. Raises ValueError for weights other than
     integers, whose products have other ceilings than INT8's."""
-    floats = sorted({s.kind for n, s in model.matrices if not _is_integer(holder, n, s)})
+    floats = sorted({s.kind for t, s in model.matrices if not _is_integer(holder, t, s)})
     if floats:
         raise ValueError(
             f"quantization: got {holder.quantization!r} for weights in {', '.join(floats)}; expected int4 or "
@@ -116,8 +117,8 @@ def estimate(
     return CpuEstimate(tuple(steps), most, reached, JOINS * model.config.num_hidden_layers)
 
 
-def _is_integer(holder: Holder, name: str, stored: Stored) -> bool:
-    return holder.rounded(stored, 64, mlp=".mlp." in name).kind in INTEGERS
+def _is_integer(holder: Holder, tensor: Tensor, stored: Stored) -> bool:
+    return holder.rounded(stored, 64, mlp=tensor.part in FEED).kind in INTEGERS
 
 
 class _Server:

@@ -24,8 +24,9 @@ from farthing.checkpoint.reader import (
     quantization_in,
     read_quantization,
 )
-from farthing.model import ModelConfig, names_in, stack_of
+from farthing.model import ModelConfig, Parameters, names_in, stack_of
 from farthing.model.fields import optional_section, wrong
+from farthing.model.spec import PUBLISHED
 from farthing.model.types import type_of
 from farthing.ops.weights import FP8_BLOCK, INTEGERS, WIDER, Format, int4_group, loaded_as
 
@@ -50,14 +51,6 @@ class Stored:
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_QUANTIZED = (
-    *("_proj.weight", "_proj_with_mqa.weight", ".indexer.wq_b.weight", ".indexer.wk.weight"),
-    *("in_proj_qkv.weight", "in_proj_z.weight", "in_proj_qkvz.weight"),
-)
-_KEPT = (  # published checkpoints keep these in bfloat16
-    *("eh_proj.weight", ".indexer.weights_proj.weight", ".scorer.weights_proj.weight"),
-    *(f".{of}.{part}_proj.weight" for of in ("compressor", "indexer") for part in ("kv", "gate")),
-)
 StoredOf = Callable[[str], Stored]
 
 
@@ -92,12 +85,15 @@ def stored_by_config(raw: Mapping[str, Any]) -> StoredOf:
         return of_one(_EXPERT.sub(".experts.0.", name) if alike else name)
 
     @cache
+    def parameters() -> Parameters:
+        return Parameters(ModelConfig.from_json(raw))
+
+    @cache
     def of_one(name: str) -> Stored:
-        matrix = name.endswith(_QUANTIZED) and not name.endswith(_KEPT)
-        if not quantization or not matrix:
+        if not quantization or (tensor := parameters().find(name)) is None or tensor.role not in PUBLISHED:
             return plain
         if method_of(quantization) == MXFP4:
-            return Stored("mxfp4", MXFP4_GROUP) if ".experts." in name else plain
+            return Stored("mxfp4", MXFP4_GROUP) if tensor.expert is not None else plain
         module = name.removesuffix(".weight")
         scheme = layout.scheme(stored_name(module)) if layout else None
         # Mistral's files name ignored modules as Hugging Face does, although tensors have Mistral's names.

@@ -8,17 +8,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds
+from farthing.model import CacheKind, ModelConfig, Sizing, cache_kinds, layer_of
+from farthing.model.spec import FEED, ROUNDED, Tensor
 from farthing.ops.cut import Cut, share_of
-from farthing.parallel.plan import (
-    EMBEDDING,
-    Layout,
-    Place,
-    PlanError,
-    ShardPlan,
-    layer_of,
-    representatives,
-)
+from farthing.parallel.plan import Layout, Place, PlanError, ShardPlan, representatives
 from farthing.planner.buffers import Serving, buffers
 from farthing.planner.footprint import Holder, Stored, StoredOf, held_by_experts
 
@@ -48,7 +41,7 @@ class PlannedModel:
 
     config: ModelConfig
     stored_of: StoredOf
-    parameters: tuple[tuple[str, tuple[int, ...], Stored], ...]
+    parameters: tuple[tuple[Tensor, Stored], ...]
     # of matrices of experts that differ: the share of each format
     mixed: Mapping[str, Mapping[Stored, float]]
 
@@ -56,9 +49,11 @@ class PlannedModel:
     def of(cls, plan: ShardPlan, stored_of: StoredOf) -> PlannedModel:
         """Build from any plan of the model."""
         kept = representatives(plan.config)
-        parameters = tuple((n, s, stored_of(n)) for n, s, _ in kept)
+        parameters = tuple((tensor, stored_of(tensor.name)) for tensor, _ in kept)
         counts = {
-            n: held_by_experts(n, stored_of, count) for n, s, count in kept if count > 1 and len(s) == 2
+            t.name: held_by_experts(t.name, stored_of, count)
+            for t, count in kept
+            if count > 1 and len(t.shape) == 2
         }
         mixed = {n: shares for n, shares in counts.items() if shares.keys() != {stored_of(n)}}
         return cls(plan.config, stored_of, parameters, mixed)
@@ -68,22 +63,15 @@ class PlannedModel:
         return self.mixed.get(name, {stored: 1.0})
 
     @property
-    def matrices(self) -> list[tuple[str, Stored]]:
+    def matrices(self) -> list[tuple[Tensor, Stored]]:
         """The layers' matrices that backends may round."""
-        apart = (".gate.weight", ".eh_proj.weight", ".embed_tokens.weight", ".head.weight")
-        return [
-            (n, s)
-            for n, shape, s in self.parameters
-            if len(shape) == 2 and layer_of(n) is not None and not n.endswith(apart)
-        ]
+        return [(t, stored) for t, stored in self.parameters if t.role in ROUNDED]
 
     @property
     def projections(self) -> Stored:
         """Storage format of the layers' matrices."""
         return next(
-            stored
-            for name, _, stored in self.parameters
-            if name.endswith(("o_proj.weight", "o_b_proj.weight"))
+            stored for t, stored in self.parameters if t.part == "mixer" and t.share and t.share.dim == 1
         )
 
 
@@ -139,12 +127,12 @@ def experts_per_rank(config: ModelConfig, layout: Layout, redundant: int) -> int
 def shares_by_format(model: PlannedModel, holder: Holder) -> dict[str, float]:
     """Share of the parameters in each format that the backend holds, largest first."""
     counts: dict[str, float] = {}
-    multiplicity = {name: n for name, _, n in representatives(model.config)}
-    for name, shape, stored in model.parameters:
-        matrix = len(shape) == 2 and name != EMBEDDING
-        for each, share in model.formats(name, stored).items():
-            kind = holder.rounded(each, shape[1], ".mlp." in name).kind if matrix else each.kind
-            counts[kind] = counts.get(kind, 0) + share * prod(shape) * multiplicity[name]
+    multiplicity = {tensor.name: n for tensor, n in representatives(model.config)}
+    for t, stored in model.parameters:
+        matrix = len(t.shape) == 2 and t.role != "embedding"
+        for each, share in model.formats(t.name, stored).items():
+            kind = holder.rounded(each, t.shape[1], t.part in FEED).kind if matrix else each.kind
+            counts[kind] = counts.get(kind, 0) + share * prod(t.shape) * multiplicity[t.name]
     total = sum(counts.values())
     return {kind: n / total for kind, n in sorted(counts.items(), key=lambda item: -item[1])}
 
@@ -237,32 +225,30 @@ def _rank(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, se
 def _all_experts(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
     """Weight bytes of every layer on this rank."""
     return sum(
-        round(share * _experts(name, shape, each, plan, place, holder, experts))
-        for name, shape, stored in model.parameters
-        if ".experts." in name
-        for each, share in model.formats(name, stored).items()
+        round(share * _experts(tensor, each, plan, place, holder, experts))
+        for tensor, stored in model.parameters
+        if tensor.expert is not None
+        for each, share in model.formats(tensor.name, stored).items()
     )
 
 
 def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder, experts: int) -> int:
     total = _all_experts(model, plan, place, holder, experts)
-    for name, shape, stored in model.parameters:
-        if ".experts." in name:
-            continue
-        cut = plan.cut(name, place)
+    for tensor, stored in model.parameters:
+        cut = None if tensor.expert is not None else plan.cut(tensor.name, place)
         if cut is None:
             continue
-        local = local_shape(shape, cut)
-        if name == EMBEDDING:
+        local = local_shape(tensor.shape, cut)
+        if tensor.role == "embedding":
             tied, head = plan.config.tie_word_embeddings, _head_stored(plan.config, holder, stored)
             if not (tied and holder.backend == "cpu" and (holder.quantization or not head.is_float)):
                 total += prod(local) * _item(stored)  # embeddings are read in their stored format
             if tied:
                 total += holder.matrix(local[0], local[1], head)
-        elif name == "lm_head.weight":
-            total += held_bytes(name, local, _head_stored(plan.config, holder, stored), plan, holder)
+        elif tensor.role == "head":
+            total += held_bytes(tensor, local, _head_stored(plan.config, holder, stored), plan, holder)
         else:
-            total += held_bytes(name, local, stored, plan, holder)
+            total += held_bytes(tensor, local, stored, plan, holder)
     if holder.backend == "cpu" and plan.layout.world == 1 and plan.config.num_nextn_predict_layers:
         # A single rank uses a separate int8 head for drafts.
         c = plan.config
@@ -276,56 +262,44 @@ def _head_stored(config: ModelConfig, holder: Holder, stored: Stored) -> Stored:
 
 
 def _experts(
-    name: str,
-    shape: tuple[int, ...],
-    stored: Stored,
-    plan: ShardPlan,
-    place: Place,
-    holder: Holder,
-    experts: int,
+    tensor: Tensor, stored: Stored, plan: ShardPlan, place: Place, holder: Holder, experts: int
 ) -> int:
     """Bytes of one matrix or bias over all experts of a layer on this rank."""
-    if not plan.holds_layer(layer_of(name) or 0, place):
+    if not plan.holds_layer(layer_of(tensor.name) or 0, place):
         return 0
-    local = local_shape(shape, plan.cut(name, place) or Cut(None)) if plan.layout.ep == 1 else shape
+    local = local_shape(tensor.shape, tensor.cut(plan.layout.tp if plan.layout.ep == 1 else 1, place.tp))
     if len(local) == 1:  # a bias
         return 4 * local[0] * experts
-    return _packed_bytes(name, local, stored, plan, holder) * experts
+    return _packed_bytes(tensor, local, stored, plan, holder) * experts
 
 
-def held_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
+def held_bytes(
+    tensor: Tensor, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder
+) -> int:
     """Bytes of this rank's part of a parameter, as the backend holds it."""
     if len(local) != 2:
         return 4 * prod(local)
-    if name.endswith(".gate.weight"):
+    if tensor.role == "router":
         return holder.gate(local[0], local[1], stored)
-    if name.endswith("kv_b_proj.weight"):
+    if tensor.role == "heads":
         a = plan.config.latent
         heads = local[0] // (a.qk_nope_head_dim + a.v_head_dim)
         return holder.heads(heads, a.qk_nope_head_dim, a.v_head_dim, a.kv_lora_rank, stored)
-    return _packed_bytes(name, local, stored, plan, holder)
+    return _packed_bytes(tensor, local, stored, plan, holder)
 
 
-def _packed_bytes(name: str, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder) -> int:
+def _packed_bytes(
+    tensor: Tensor, local: tuple[int, ...], stored: Stored, plan: ShardPlan, holder: Holder
+) -> int:
     """Bytes of a projection, of each of its halves if the backend sums those apart."""
-    n, k = local
-    module, count, mlp = name.split(".")[-2], holder.parts, ".mlp." in name
+    (n, k), share, count = local, tensor.share, holder.parts
     shapes = [(n, k)]
-    if count > 1 and module == "down_proj":
-        shapes = [(n, share_of(k, count, i)) for i in range(count)]
-    elif count > 1 and module in ("gate_proj", "up_proj"):
-        shapes = [(share_of(n, count, i), k) for i in range(count)]
-    elif count > 1 and module in ("o_proj", "out_proj") and _heads(name, plan) % count == 0:
+    if count > 1 and share is not None and tensor.part in FEED:
+        parts = [share_of(local[share.dim], count, i) for i in range(count)]
+        shapes = [(n, part) if share.dim else (part, k) for part in parts]
+    elif share is not None and share.dim == 1 and share.heads and not share.heads // plan.layout.tp % count:
         shapes = [(n, k // count)] * count
-    return sum(holder.matrix(*shape, stored, mlp=mlp) for shape in shapes)
-
-
-def _heads(name: str, plan: ShardPlan) -> int:
-    """Heads of a layer's attention or recurrence on a rank."""
-    config = plan.config.per_rank(plan.layout.tp)
-    if ".linear_attn." in name and config.recurrent is not None:
-        return config.recurrent.spec.value_heads
-    return config.num_attention_heads
+    return sum(holder.matrix(*shape, stored, mlp=tensor.part in FEED) for shape in shapes)
 
 
 def local_shape(shape: tuple[int, ...], cut: Cut) -> tuple[int, ...]:

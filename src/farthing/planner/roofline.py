@@ -17,7 +17,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from farthing.parallel.plan import Place, ShardPlan, layer_of
+from farthing.model import layer_of
+from farthing.model.spec import FEED, Tensor
+from farthing.parallel.plan import Place, ShardPlan
 from farthing.planner.footprint import Holder, Stored
 from farthing.planner.memory import PlannedModel, cache_row_bytes, held_bytes, local_shape
 
@@ -81,6 +83,7 @@ def _device(name: str, row: Mapping[str, Any]) -> Ceilings:
 NODE = 8  # GPUs connected by NVLink
 FP8, BF16 = 1, 2  # bytes
 Part = Literal["attention", "dense", "shared", "expert"]
+_PARTS: dict[str, Part] = {"mixer": "attention", "router": "shared", "shared": "shared", "expert": "expert"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +132,10 @@ class RankRoofline:
     def parts(self) -> dict[int, dict[Part, tuple[Product, ...]]]:
         """The matrices of every hidden layer of this rank; "expert" is one expert."""
         products: dict[int, dict[Part, list[Product]]] = {i: {} for i in self.layers}
-        for name, shape, stored in self._model.parameters:
-            layer = layer_of(name)
-            if layer is not None and layer in products and len(shape) == 2:
-                part, product = self._product(name, shape, stored)
+        for tensor, stored in self._model.parameters:
+            layer = layer_of(tensor.name)
+            if layer is not None and layer in products and len(tensor.shape) == 2:
+                part, product = self._product(tensor, stored)
                 if product is not None:
                     products[layer].setdefault(part, []).append(product)
         return {i: {p: _merged(many) for p, many in of.items()} for i, of in products.items()}
@@ -140,28 +143,19 @@ class RankRoofline:
     @cached_property
     def head(self) -> tuple[Product, ...]:
         """This rank's slice of the head."""
-        names = ("lm_head.weight", "model.embed_tokens.weight")  # tied: the embedding
-        name, shape, stored = next(p for n in names for p in self._model.parameters if p[0] == n)
-        return tuple(p for p in [self._product(name, shape, stored)[1]] if p is not None)
+        head, stored = self._model.parameters[0 if self.config.tie_word_embeddings else -1]
+        return tuple(p for p in [self._product(head, stored)[1]] if p is not None)
 
-    def _product(self, name: str, shape: tuple[int, ...], stored: Stored) -> tuple[Part, Product | None]:
-        part: Part = (
-            "expert"
-            if ".experts." in name
-            else "attention"
-            if ".self_attn." in name or ".linear_attn." in name
-            else "shared"
-            if ".shared_experts." in name or name.endswith("gate.weight")
-            else "dense"
-        )
+    def _product(self, tensor: Tensor, stored: Stored) -> tuple[Part, Product | None]:
+        part = _PARTS.get(tensor.part, "dense")
         whole = part == "expert" and self.layout.ep > 1  # experts are undivided
-        cut = None if whole else self._plan.cut(name, self._place)
+        cut = None if whole else self._plan.cut(tensor.name, self._place)
         if cut is None and not whole:
             return part, None
-        local = shape if cut is None else local_shape(shape, cut)
-        rounded = self._holder.rounded(stored, local[1], mlp=".mlp." in name)
-        expanded = name.endswith(("kv_b_proj.weight", ".gate.weight"))  # these are not multiplied in FP8
-        size = held_bytes(name, local, stored, self._plan, self._holder)
+        local = tensor.shape if cut is None else local_shape(tensor.shape, cut)
+        rounded = self._holder.rounded(stored, local[1], mlp=tensor.part in FEED)
+        expanded = tensor.role in ("heads", "router")  # these are not multiplied in FP8
+        size = held_bytes(tensor, local, stored, self._plan, self._holder)
         return part, Product(prod(local), size, rounded.kind == "fp8" and not expanded)
 
     @property

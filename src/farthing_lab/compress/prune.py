@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from farthing.compress.calibrate import InputStats
-from farthing.compress.layer import MLP, Layer, TracedOps, input_name
+from farthing.compress.layer import Layer, TracedOps
 from farthing.compress.quantize import Feedback, sweep
 from farthing.compress.transform import Stats, grams_of, parts_of
 from farthing.compress.work import LayerWork
 from farthing.model import FeedForward, LayerSource, MemorySource, router_spec
+from farthing.model.spec import GATED
 from farthing_lab.compress.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing_lab.compress.ranges import StudyRecorder
 from farthing_lab.compress.settings import Prune, Settings
@@ -79,7 +80,7 @@ def keep_experts(layer: Layer, ids: list[int]) -> None:
         del layer.tensors[name]
         layer.formats.pop(name.rpartition(".")[0], None)
     for new, e in enumerate(ids):
-        for part in MLP:
+        for part in GATED:
             source, target = f"{mlp}.experts.{e}.{part}", f"{mlp}.experts.{new}.{part}"
             layer.tensors[f"{target}.weight"] = old[f"{source}.weight"]
             if source in formats:
@@ -333,7 +334,9 @@ def prune_layer(layer: Layer, stats: Stats, recipe: Settings) -> dict[str, Tenso
         for part in parts_of(layer, [m for m in family if m in masks]):
             w = torch.stack([layer.weight(m) for m in part])
             keep = torch.stack([masks[m] for m in part])
-            for module, value in zip(part, _remaining(w, keep, grams_of(stats, part), recipe), strict=True):
+            for module, value in zip(
+                part, _remaining(w, keep, grams_of(layer, stats, part), recipe), strict=True
+            ):
                 layer.set(module, value)
     return masks
 
@@ -373,7 +376,7 @@ def _traced(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
     for family in targets_of(layer, p):
         entries = []
         for part in parts_of(layer, family):
-            w, gram = torch.stack([layer.weight(m) for m in part]), grams_of(stats, part)
+            w, gram = torch.stack([layer.weight(m) for m in part]), grams_of(layer, stats, part)
             if gram is None:
                 raise ValueError(f"{part[0]} has no input statistics; score 'obs' needs calibration text")
             if any(size % cell for size, cell in zip(w.shape[1:], cells, strict=True)):
@@ -409,7 +412,7 @@ def _scored(layer: Layer, stats: Stats, p: Prune) -> dict[str, Tensor]:
     budgets = _budgets(layer, stats, p)
     per_row = p.score in ("wanda", "obs") and p.pattern == "unstructured"
     return {
-        m: mask(_score(layer.weight(m), stats.get(input_name(m)), p, mean=True), share, p.pattern, per_row)
+        m: mask(_score(layer.weight(m), stats.get(layer.reads(m)), p, mean=True), share, p.pattern, per_row)
         for m, share in budgets.items()
     }
 
@@ -439,7 +442,7 @@ def _budgets(layer: Layer, stats: Stats, p: Prune) -> dict[str, float]:
             continue
         cells = BLOCKS.get(p.pattern, (1, 1))
         blocks = {
-            m: block_scores(_score(layer.weight(m), stats.get(input_name(m)), p, mean=False), cells)
+            m: block_scores(_score(layer.weight(m), stats.get(layer.reads(m)), p, mean=False), cells)
             for m in targets
         }
         average = torch.cat([b.flatten() for b in blocks.values()]).mean().clamp_min(1e-30)

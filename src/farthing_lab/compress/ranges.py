@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farthing.checkpoint import key_of, shared_input
+from farthing.checkpoint import key_of
 from farthing.compress.calibrate import Recorder, Wanted, round_tensor, round_token
-from farthing.compress.layer import Matrix, input_name
+from farthing.compress.layer import Layer, Matrix
 from farthing.compress.transform import Stats
 from farthing.compress.work import LayerResult, LayerWork
 from farthing_lab.compress.settings import Observer, Settings
@@ -317,10 +317,10 @@ def choose_ranges(work: LayerWork, stats: Stats, recipe: Settings, result: Layer
     shared: dict[str, list[str]] = {}
     for module, done in result.modules.items():
         if done.weight.format in ("int8", "int4"):
-            shared.setdefault(shared_input(module), []).append(module)
+            shared.setdefault(work.layer.parameters.scaled_with(module), []).append(module)
     for modules in shared.values():
         scale: float | None = None
-        if (sample := _sample(modules, stats, work.recorder)) is not None:
+        if (sample := _sample(work.layer, modules, stats, work.recorder)) is not None:
             assert work.originals is not None
             observers = OBSERVER_NAMES if recipe.observer == "auto" else (recipe.observer,)
             pairs = [(work.originals[m], result.modules[m].weight.dequantize()) for m in sample.modules]
@@ -343,14 +343,14 @@ class _Sample:
     modules: list[str]
 
 
-def _sample(modules: Sequence[str], stats: Stats, recorder: Recorder | None) -> _Sample | None:
+def _sample(layer: Layer, modules: Sequence[str], stats: Stats, recorder: Recorder | None) -> _Sample | None:
     """The input that `modules` read, or None if calibration did not reach it.
 
     Routed experts read parts of one tensor: their counts are added up, and the busiest few decide the
     rounding.
     """
     histograms = recorder.histograms if isinstance(recorder, StudyRecorder) else {}
-    names = dict.fromkeys(map(input_name, modules))
+    names = dict.fromkeys(map(layer.reads, modules))
     seen = {n: stats[n] for n in names if n in histograms and n in stats and len(stats[n].rows)}
     if not seen:
         return None
@@ -360,4 +360,4 @@ def _sample(modules: Sequence[str], stats: Stats, recorder: Recorder | None) -> 
     for name in seen:
         histogram.merge(histograms[name])
     rows = torch.cat([seen[name].rows for name in busiest])
-    return _Sample(histogram, rows, [m for m in modules if input_name(m) in busiest])
+    return _Sample(histogram, rows, [m for m in modules if layer.reads(m) in busiest])

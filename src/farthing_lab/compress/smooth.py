@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farthing.compress.calibrate import InputStats
-from farthing.compress.layer import Layer, input_name
+from farthing.compress.layer import Layer
 from farthing.compress.transform import Stats, grid_of
 from farthing_lab.compress.settings import Settings
 
@@ -34,7 +34,7 @@ def scale_inputs(layer: Layer, stats: Stats, recipe: Settings) -> dict[str, floa
         layer.set(f"{mlp}.up_proj", layer.weight(f"{mlp}.up_proj") / s.unsqueeze(1))
         chosen[f"{mlp}.down_proj"] = alpha
     for norm, modules, plain in norm_groups(layer):
-        known = [(m, stats[input_name(m)]) for m in modules if input_name(m) in stats]
+        known = [(m, stats[layer.reads(m)]) for m in modules if layer.reads(m) in stats]
         if not known:
             continue
         whole = max((st for _, st in known), key=lambda st: st.tokens)

@@ -22,7 +22,7 @@ from farthing.config import EngineConfig
 from farthing.engine.build import build_engine
 from farthing.engine.engine import Engine
 from farthing.model.config import ModelConfig
-from farthing.model.load import random_parameters
+from farthing.model.parameters import random_parameters
 from tests.server.clients.drivers.common import RESULT, THOUGHT
 from tests.server.clients.model import FORMATS, answer
 from tests.server.clients.test_matrix import CLIENTS, drive, need

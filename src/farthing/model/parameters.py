@@ -1,0 +1,211 @@
+"""The parameters of a whole model, in the order of the forward pass (see `farthing.model.spec`)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Literal
+
+from farthing.lazy import torch
+from farthing.model.config import ModelConfig
+from farthing.model.spec import COMPRESSED, Tensor, Tensors, gated, of_expert
+
+if TYPE_CHECKING:
+    from torch import Tensor as Values
+
+
+def each_kind(config: ModelConfig) -> Tensors:
+    """Every parameter, of routed experts those of each layer's first alone."""
+    d, v = config.hidden_size, config.vocab_size
+    yield Tensor("model.embed_tokens.weight", (v, d), "embedding", part="ends")
+    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
+        yield from of_layer(config, layer)
+    if config.streams:
+        yield from _streams(config, "model.hc_head.hc_", "ends", ends=True)
+    yield Tensor("model.norm.weight", (d,), "norm", part="ends")
+    if not config.tie_word_embeddings:
+        yield Tensor("lm_head.weight", (v, d), "head", part="ends")
+
+
+def of_layer(config: ModelConfig, layer: int) -> Tensors:
+    """The parameters of a layer, of routed experts those of the first alone."""
+    c, d, p = config, config.hidden_size, f"model.layers.{layer}."
+    if layer >= c.num_hidden_layers:
+        yield from _joins(c, p)
+    yield Tensor(p + "input_layernorm.weight", (d,), "norm", part="layer")
+    if c.is_recurrent(layer):
+        assert c.recurrent is not None
+        yield from c.recurrent.tensors(p + "linear_attn.", d)
+    else:
+        yield from c.heads(layer).tensors(p + "self_attn.", d)
+    if c.post_norms:
+        yield Tensor(p + "self_attn.post_norm.weight", (d,), "norm")
+    if c.has_indexer(layer):
+        yield from _indexer(c, p + "self_attn.indexer.")
+    yield Tensor(p + "post_attention_layernorm.weight", (d,), "norm", part="layer")
+    yield from _feed_forward(c.at(layer), p + "mlp.", c.is_moe(layer), layer in c.hashed_layers)
+    for half in ("attn_hc.", "ffn_hc.") if c.streams else ():
+        yield from _streams(c, p + half, "layer")
+    if c.layer_scalar:
+        yield Tensor(p + "layer_scalar", (1,), "scale", part="layer")
+
+
+def experts_in(config: ModelConfig, layer: int) -> int:
+    """Routed experts of a layer."""
+    return (config.at(layer).n_routed_experts or 0) if config.is_moe(layer) else 0
+
+
+def tensors_of(config: ModelConfig) -> Tensors:
+    """Every parameter of a checkpoint."""
+    stack: list[Tensor] = []  # of a layer's first expert, until all of it are known
+    for tensor in each_kind(config):
+        if tensor.expert is not None:
+            stack.append(tensor)
+            continue
+        yield from _experts(config, stack)
+        yield tensor
+    yield from _experts(config, stack)
+
+
+def _experts(config: ModelConfig, stack: list[Tensor]) -> Tensors:
+    for expert in range(experts_in(config, layer_of(stack[0].name) or 0) if stack else 0):
+        yield from (of_expert(tensor, expert) if expert else tensor for tensor in stack)
+    stack.clear()
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a parameter; None for the top level."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def parameter_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter of a checkpoint."""
+    return ((tensor.name, tensor.shape) for tensor in tensors_of(config))
+
+
+class Parameters:
+    """The parameters of a model, found by their names or modules."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._layers: dict[int | None, dict[str, Tensor]] = {}
+
+    def find(self, name: str) -> Tensor | None:
+        """The parameter of a name or module; None: the model has none."""
+        layer, expert = layer_of(name), _EXPERT.search(name)
+        if layer not in self._layers:
+            own = each_kind(self._config) if layer is None else of_layer(self._config, layer)
+            self._layers[layer] = {tensor.module: tensor for tensor in own}
+        first = _EXPERT.sub(".experts.0.", name).removesuffix(".weight")
+        tensor = self._layers[layer].get(first)
+        return of_expert(tensor, int(expert[1])) if tensor and expert else tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The same. Raises KeyError if there is none."""
+        if (tensor := self.find(name)) is None:
+            raise KeyError(name)
+        return tensor
+
+    def rounds(self, module: str) -> bool:
+        """Whether a recipe may round a module."""
+        return (tensor := self.find(module)) is not None and tensor.role in COMPRESSED
+
+    def reads(self, module: str) -> str:
+        """A name for a module's input; modules that share an input share a name."""
+        tensor = self.find(module)
+        return module if tensor is None else tensor.input
+
+    def scaled_with(self, module: str) -> str:
+        """The same where experts that read parts of one input share its scale."""
+        tensor = self.find(module)
+        return module if tensor is None else tensor.scaled_with
+
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+
+
+def _joins(c: ModelConfig, p: str) -> Tensors:
+    """What joins the two inputs of an MTP layer, and the norm before its head."""
+    d = c.hidden_size
+    yield Tensor(p + "enorm.weight", (d,), "norm", part="layer")
+    yield Tensor(p + "hnorm.weight", (d,), "norm", part="layer")
+    if c.streams:
+        for name in ("e_proj", "h_proj"):
+            yield Tensor(f"{p}{name}.weight", (d, d), "matrix", part="layer")
+        yield from _streams(c, p + "hc_head.hc_", "layer", ends=True)
+    else:
+        yield Tensor(p + "eh_proj.weight", (d, 2 * d), "join", part="layer")
+    yield Tensor(p + "shared_head.norm.weight", (d,), "norm", part="ends")
+
+
+def _indexer(c: ModelConfig, p: str) -> Tensors:
+    assert c.latent.q_lora_rank is not None
+    rows = c.index_n_heads * c.index_head_dim
+    yield Tensor(p + "wq_b.weight", (rows, c.latent.q_lora_rank), "index")
+    yield Tensor(p + "wk.weight", (c.index_head_dim, c.hidden_size), "index")
+    yield Tensor(p + "k_norm.weight", (c.index_head_dim,), "norm")
+    yield Tensor(p + "k_norm.bias", (c.index_head_dim,), "bias")
+    yield Tensor(p + "weights_proj.weight", (c.index_n_heads, c.hidden_size), "linear")
+
+
+def _streams(c: ModelConfig, p: str, part: Literal["ends", "layer"], ends: bool = False) -> Tensors:
+    assert c.streams is not None
+    n = c.streams.count
+    rows = n if ends else n * (n + 2)
+    yield Tensor(p + "fn", (rows, n * c.hidden_size), part=part)
+    yield Tensor(p + "base", (rows,), "bias", part=part)
+    yield Tensor(p + "scale", (1 if ends else 3,), "scale", part=part)
+
+
+def _feed_forward(c: ModelConfig, p: str, moe: bool, hashed: bool) -> Tensors:
+    d = c.hidden_size
+    if not moe or c.shortcut_experts or c.parallel_mlp:
+        yield from gated(p, d, c.intermediate_size, "dense")
+    if c.post_norms or (moe and c.post_mlp_norm):
+        yield Tensor(p + "post_mlp_layernorm.weight", (d,), "norm", part="layer")
+    if not moe:
+        return
+    for name in ("expert_norm", "dense_post_norm", "expert_post_norm") if c.parallel_mlp else ():
+        yield Tensor(f"{p}{name}.weight", (d,), "norm", part="layer")
+    yield from _router(c, p + "gate.", hashed)
+    yield from gated(p + "experts.0.", d, c.moe_intermediate_size, "expert", c.expert_bias, expert=0)
+    if c.n_shared_experts:
+        yield from gated(p + "shared_experts.", d, c.shared_size, "shared")
+        if c.shared_gate:
+            yield Tensor(p + "shared_expert_gate.weight", (1, d), "linear", part="router")
+
+
+def _router(c: ModelConfig, p: str, hashed: bool) -> Tensors:
+    size = (c.router_size,)
+    yield Tensor(p + "weight", (*size, c.hidden_size), "router", part="router")
+    if hashed:
+        yield Tensor(p + "tid2eid", (c.vocab_size, c.num_experts_per_tok), "table", part="router")
+    elif c.has_router_bias:
+        yield Tensor(p + "e_score_correction_bias", size, "bias", part="router")
+    if c.expert_bias:
+        yield Tensor(p + "bias", size, "bias", part="router")
+    if c.scaled_router:
+        yield Tensor(p + "input_scale", (c.hidden_size,), "scale", part="router")
+        yield Tensor(p + "expert_scale", size, "scale", part="router")
+
+
+def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Values]:
+    """Random float32 parameters of plausible scale, for tests and benchmarks."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {}
+    for tensor in tensors_of(config):
+        noise = torch.randn(tensor.shape, generator=generator)
+        if tensor.role == "table":
+            ranks = torch.rand(tensor.shape[0], config.router_size, generator=generator)
+            parameters[tensor.name] = ranks.argsort()[:, : tensor.shape[1]]
+        elif tensor.role == "bias":
+            parameters[tensor.name] = 0.1 * noise
+        elif tensor.role in ("norm", "scale"):
+            offset = config.norm_offset if tensor.role == "norm" else 0.0
+            parameters[tensor.name] = 1 - offset + 0.1 * noise
+        elif tensor.role == "embedding":
+            parameters[tensor.name] = noise
+        else:
+            parameters[tensor.name] = noise / math.sqrt(tensor.shape[-1])
+    return parameters
