@@ -19,7 +19,6 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +178,7 @@ def agreement(binary: Path, prompt: int = 700, new: int = 16) -> dict[str, dict[
     ops = ReferenceOps(torch.float32)
     models = {
         "sparse": DecoderModel(config, ops, MemorySource(parameters)),
-        "dense": DecoderModel(replace(config, index_topk=None), ops, MemorySource(parameters)),
+        "dense": DecoderModel(config.selecting(None), ops, MemorySource(parameters)),
     }
     ids = torch.randint(259, 320, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
     found: dict[str, dict[str, float]] = {}

@@ -19,7 +19,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -154,7 +153,7 @@ def built(experts: int, ops: CpuOps) -> dict[str, DecoderModel]:
     sparse = DecoderModel(slice_of_v32(experts), ops, RandomSource())
     dense = object.__new__(DecoderModel)
     dense.__dict__.update(sparse.__dict__)
-    dense.config = replace(sparse.config, index_topk=None)
+    dense.config = sparse.config.selecting(None)
     dense.layers = [(_without_indexer(attention), feed) for attention, feed in sparse.layers]
     return {"sparse": sparse, "dense": dense}
 

@@ -126,7 +126,7 @@ def _cache(config: ModelConfig) -> Iterator[str]:
         except ValueError as error:
             yield f"{tp}: {error}"
     for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
-        yield f"{layer} {cache_place(config, layer)} {config.rope_of(layer)}"
+        yield f"{layer} {cache_place(config, layer)} {config.mixer(layer).rope}"
 
 
 def _bytes(config: ModelConfig, raw: dict[str, Any]) -> Iterator[str]:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from farthing.model.attention import RopeTable, frequencies, score_scale
-from farthing.model.config import GroupedHeads, ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.model.decoder import Rotations
 from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
+from farthing.model.forms import GroupedHeads
 from farthing.model.types import TYPES
 from farthing.model.types.unserved import FILE, unserved
 from farthing.ops.arrays import host

@@ -19,6 +19,7 @@ from farthing.checkpoint.floats import dequantize_blocks, quantize_blocks
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek_v4 import DeepseekV4
+from farthing.model.forms import CompressedHeads
 from farthing.model.inspect import model_cost
 from farthing.model.kinds import cache_kinds
 from farthing.model.load import load, model_of, random_model
@@ -256,8 +257,8 @@ def test_tokens_that_are_not_in_the_table_of_experts_are_refused() -> None:
 def drafted(p: dict[str, torch.Tensor], x: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """The MTP layer as published, in float64, for a whole sequence: streams x [T, n, D] -> logits [T, V].
     p: its parameters, without their prefix, and `embed` and `head`."""
-    a, s, eps = CONFIG.compressed, CONFIG.streams, CONFIG.rms_norm_eps
-    assert a is not None and s is not None
+    a, s, eps = CONFIG.attention, CONFIG.streams, CONFIG.rms_norm_eps
+    assert isinstance(a, CompressedHeads) and s is not None
     T, n, r = len(x), s.count, a.rotary_width
 
     def unit(x: torch.Tensor, weight: str | None = None) -> torch.Tensor:

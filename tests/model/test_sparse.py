@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -44,7 +42,7 @@ def test_context_that_fits_equals_v3_attention(backend: str) -> None:
     ids = torch.randint(0, 64, (40,), generator=torch.manual_seed(1))
     whole, some = (
         DecoderModel(c, select(backend, dtype=torch.float32), parameters)
-        for c in (replace(sparse, index_topk=None), sparse)
+        for c in (sparse.selecting(None), sparse)
     )
     chunks = [10, 5, 1, 24]
     dense, chosen = logits(whole, ids, chunks), logits(some, ids, chunks)
@@ -59,7 +57,7 @@ def test_context_that_fits_equals_v3_attention(backend: str) -> None:
 def test_index_rows_and_types() -> None:
     glm = TINY | dict(model_type="glm_moe_dsa", num_hidden_layers=6, num_nextn_predict_layers=1)
     config = ModelConfig.from_json(glm | dict(index_topk_freq=2))
-    assert config.indexer_types == ("full", "full", "shared", "full", "shared", "full")
+    assert [i for i in range(6) if not config.has_indexer(i)] == [2, 4]
     assert config.index_rows == 5  # four of the hidden layers, and the MTP layer's own
     assert ModelConfig.from_json(glm | dict(index_topk_pattern="FSSFSS")).index_rows == 3
     with pytest.raises(ConfigError, match=r"indexer_types\[0\]: got 'shared'"):

@@ -148,7 +148,7 @@ def inspect(
         return
 
     print_cost(model, cost)
-    print_contexts(contexts, config.index_sizes[2])
+    print_contexts(contexts, config.index.top_k if config.index else None)
     if report is not None:
         print_routing(report)
 

@@ -174,11 +174,11 @@ def _work(config: ModelConfig, recipe: Recipe, layer: int, matrices: _Matrices) 
         products += passes * tokens * share * n * k
         rounding += rounds * n * k * (k if gram else _SIDE)
         inputs[parameters.reads(module)] = k, tokens * share
-    width = 0 if config.is_recurrent(layer) else config.heads(layer).cache_width
-    seen = min(recipe.window, config.window(layer) or recipe.window)
+    mixer = config.mixer(layer)
+    seen = min(recipe.window, mixer.window or recipe.window)
     return Work(
         products=products,
-        attention=passes * tokens * seen * width * config.attention.num_attention_heads,
+        attention=passes * tokens * seen * mixer.cache_width * config.num_attention_heads,
         moments=sum(t * k * k for k, t in inputs.values()) * gram,
         factors=sum(k**3 for k, _ in inputs.values()) * gram * rounds,
         sorting=sum(k**2 for k, _ in inputs.values()) * gram * rounds,

@@ -19,7 +19,7 @@ from farthing.engine.tokenizer import Tokenizer, generation_defaults
 from farthing.files import replace
 from farthing.lazy import gguf, np
 from farthing.memory import gigabytes
-from farthing.model.config import ModelConfig
+from farthing.model import DeltaHeads, ModelConfig
 from farthing.model.gguf import ENDS, SAMPLING
 from farthing.model.gguf_metadata import architecture_of, metadata_of, read_back
 from farthing.model.gguf_write import GgufTensors, Kept, Stored
@@ -98,8 +98,9 @@ def _not_in_llama_cpp(config: ModelConfig, architecture: str, names: Set[str]) -
     if biased != (architecture == "gpt-oss") and architecture != "llama":  # there it is optional
         has = "has" if biased else "lacks"
         yield f"refuses {architecture} files whose attention {has} a bias on its output, as this model's"
-    if (r := config.recurrent) is not None and r.spec.key_dim != r.spec.value_dim:
-        dims = f"{r.spec.key_dim} and {r.spec.value_dim}"
+    deltas = (mixer.spec for mixer in config.mixers if isinstance(mixer, DeltaHeads))
+    if (s := next(deltas, None)) is not None and s.key_dim != s.value_dim:
+        dims = f"{s.key_dim} and {s.value_dim}"
         yield f"refuses {architecture} files whose keys and values of Gated DeltaNet differ in width ({dims})"
     if config.n_group > 1 and config.topk_method == "group_limited_greedy":
         yield "ranks groups of experts by their best two, not their best one, and so chooses other experts"

@@ -194,7 +194,7 @@ def check(path: Path, ops: Ops, layers: int | None = None, tokens: int = 16) -> 
         config = facts["config"] = config_of(checkpoint)
         shown = facts["shown"] = shortened(config, layers)
         if shown.index_topk is not None:
-            facts["shown"] = replace(shown, index_topk=max(min(shown.index_topk, tokens // 2), 1))
+            facts["shown"] = shown.selecting(max(min(shown.index_topk, tokens // 2), 1))
         kind = type_named(config.model_type)
         return f"model_type {kind.name!r} ({kind.models}), {config.num_hidden_layers} layers"
 
@@ -254,7 +254,7 @@ def _part(name: str, run: Callable[[], str]) -> Finding:
 def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
     """The model's first layers, without MTP layers; by default up to the first with experts, and the first
     with attention if others have none."""
-    attends = next((i for i in range(config.num_hidden_layers) if not config.is_recurrent(i)), 0)
+    attends = next((i for i in range(config.num_hidden_layers) if config.mixer(i).cache_rows), 0)
     dense = next(filter(config.is_moe, range(config.num_hidden_layers)), config.num_hidden_layers)
     unit = config.moe_layer_freq if config.shortcut_experts else 1  # layers that belong together
     wanted = -(-min(layers or max(dense, attends) + 1, config.num_hidden_layers) // unit) * unit

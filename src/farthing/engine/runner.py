@@ -298,7 +298,7 @@ class Runner:
         self._table = np.zeros(shape, dtype=np.int32)
         self._windows = {size: np.zeros(shape, dtype=np.int32) for size in _windows_of(model.config)}
         self._states = any(kind.state for kind in cache_kinds(model.config))
-        self._continues = model.config.recurrent is not None and model.ops.continues_states
+        self._continues = any(m.states for m in model.config.mixers) and model.ops.continues_states
         self._decoding: _Decoding | None = None
         config = model.config
         shape = (model.cache_layers, config.router_size)

@@ -4,7 +4,7 @@ from farthing.model.attention import CACHE_SCALES
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek import FeedForward, MTPLayer, moe_weights, router_spec
-from farthing.model.heads import GroupedHeads
+from farthing.model.forms import DeltaHeads, Mixer
 from farthing.model.kinds import CacheKind, CacheSizes, Sizing, cache_kinds
 from farthing.model.load import (
     IGNORED,
@@ -39,11 +39,12 @@ __all__ = [
     "CacheSizes",
     "ConfigError",
     "DecoderModel",
+    "DeltaHeads",
     "FeedForward",
-    "GroupedHeads",
     "LayerSource",
     "MTPLayer",
     "MemorySource",
+    "Mixer",
     "ModelConfig",
     "Names",
     "Parameters",

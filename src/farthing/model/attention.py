@@ -7,14 +7,15 @@ q the query latent.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from farthing.checkpoint.shards import CheckpointError
 from farthing.lazy import np
-from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
+from farthing.model.config import ModelConfig, RopeConfig
 from farthing.model.delta import GatedDelta
-from farthing.model.heads import GroupedHeads
+from farthing.model.forms import DeltaHeads, GroupedHeads, LatentHeads, Mixer
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
     AttentionSpec,
@@ -53,10 +54,11 @@ class RopeTable:
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        rope, width = config.rope_of(layer), config.heads(layer).rotary_width
+        mixer = config.mixer(layer)
+        rope, width = mixer.rope, mixer.rotary_width
         self._turns = frequencies(rope, width)
         self._magnitude = 1.0
-        if layer in config.unrotated:
+        if not mixer.rotated:
             self._turns = np.zeros_like(self._turns)
         elif rope.factor is not None and rope.kind == "yarn":
             self._magnitude = _cos_sin_factor(rope)
@@ -166,7 +168,7 @@ def cache_scales(weights: WeightSource, p: str) -> tuple[float, float] | None:
 
 
 def grouped_spec(
-    config: ModelConfig, heads: GroupedHeads, layer: int, scales: tuple[float, float] | None = None
+    config: ModelConfig, heads: GroupedHeads, scales: tuple[float, float] | None = None
 ) -> GroupedSpec:
     """The head layout for the op; scales: `cache_scales`.
 
@@ -182,10 +184,10 @@ def grouped_spec(
         scale=heads.scale,
         turning=heads.turning,
         gated=heads.output_gate,
-        interleaved=config.rope.interleaved,
+        interleaved=heads.rope.interleaved,
         whole_norm=heads.qk_norm == "whole",
         norm_eps=config.rms_norm_eps,
-        window=config.window(layer),
+        window=heads.window,
         cache_scales=scales,
     )
 
@@ -200,9 +202,9 @@ class GroupedAttention:
     def __init__(self, at: LayerSource) -> None:
         config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
         p, d = at.prefix + "self_attn.", config.hidden_size
-        a = config.heads(layer)
+        a = config.mixer(layer)
         assert isinstance(a, GroupedHeads)
-        self.ops, self.rows, self.window = ops, a.cache_rows, config.window(layer)
+        self.ops, self.rows, self.window = ops, a.cache_rows, a.window
         self.norm = norm_of(config, weights, at.prefix + "input_layernorm")
         widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
         self.q_width = a.query_width
@@ -239,7 +241,7 @@ class GroupedAttention:
                 bias = [query, *bias[1:], gate]
             return GroupedParts(ops.tensor(np.concatenate(bias)), q_norm, k_norm, sinks, ones)
 
-        spec = grouped_spec(config, a, layer, cache_scales(weights, p))
+        spec = grouped_spec(config, a, cache_scales(weights, p))
         self.heads = ops.pack_grouped(spec, parts(), at.rope)
         o_shape = (d, a.output_width)
         self.o = ops.pack_output(
@@ -275,42 +277,37 @@ def _gated_rows(a: GroupedHeads) -> tuple[list[tuple[int, int]], list[tuple[int,
     return [(at, at + d) for at in starts], [(at + d, at + 2 * d) for at in starts]
 
 
-def indexer_spec(config: ModelConfig) -> IndexerSpec:
+def indexer_spec(heads: LatentHeads) -> IndexerSpec:
     """The indexer layout for the op.
 
     Key selection for sparse attention: the lightning indexer (DeepSeek-V3.2-Exp section 2.1).
 
     Legend: T tokens; D hidden size; q the query latent; H index heads of size d; K selected positions.
     """
-    assert config.index_topk is not None
-    return IndexerSpec(
-        num_heads=config.index_n_heads,
-        head_dim=config.index_head_dim,
-        rope_dim=config.latent.qk_rope_head_dim,
-        top_k=config.index_topk,
-        interleaved=config.index_rope_interleaved,
-    )
+    index = heads.index
+    assert index is not None
+    return IndexerSpec(index.heads, index.width, heads.qk_rope_head_dim, index.top_k, index.interleaved)
 
 
 class Indexer:
     """One layer's indexer, over the normed hidden state and query latent of its layer's attention."""
 
-    def __init__(self, at: LayerSource) -> None:
-        c, ops, weights = at.config, at.ops, at.weights
+    def __init__(self, at: LayerSource, heads: LatentHeads) -> None:
+        c, ops, weights, index = at.config, at.ops, at.weights, heads.index
         p, d = at.prefix + "self_attn.indexer.", c.hidden_size
-        assert c.latent.q_lora_rank is not None
+        assert index is not None and heads.q_lora_rank is not None
         self.ops = ops
         self.row = sum(map(c.has_indexer, range(at.layer)))  # row in the index cache
-        q_shape = (c.index_n_heads * c.index_head_dim, c.latent.q_lora_rank)
+        q_shape = (index.heads * index.width, heads.q_lora_rank)
         self.q = ops.pack_linear(p + "wq_b", lambda: [weights.weight(p + "wq_b", q_shape)])
-        self.k = ops.pack_linear(p + "wk", lambda: [weights.weight(p + "wk", (c.index_head_dim, d))])
+        self.k = ops.pack_linear(p + "wk", lambda: [weights.weight(p + "wk", (index.width, d))])
         self.w = ops.pack_linear(
-            p + "weights_proj", lambda: [weights.weight(p + "weights_proj", (c.index_n_heads, d))]
+            p + "weights_proj", lambda: [weights.weight(p + "weights_proj", (index.heads, d))]
         )
-        shape = (c.index_head_dim,)
+        shape = (index.width,)
         self.keys = ops.pack_indexer(
             p + "k_norm",
-            indexer_spec(c),
+            indexer_spec(heads),
             lambda: (weights.tensor(p + "k_norm.weight", shape), weights.tensor(p + "k_norm.bias", shape)),
             at.rope,
         )
@@ -362,9 +359,9 @@ class LatentAttention:
     post_norm: Norm | None = None
 
     def __init__(self, at: LayerSource) -> None:
-        c, ops, weights = at.config, at.ops, at.weights
-        p, a, d = at.prefix + "self_attn.", c.latent, c.hidden_size
-        heads = a.num_attention_heads
+        c, ops, weights, a = at.config, at.ops, at.weights, at.config.mixer(at.layer)
+        assert isinstance(a, LatentHeads)
+        p, d, heads = at.prefix + "self_attn.", c.hidden_size, a.num_attention_heads
         self.ops = ops
         self.norm = norm_of(c, weights, at.prefix + "input_layernorm")
         self.q_width = a.q_lora_rank or heads * a.qk_head_dim
@@ -383,8 +380,8 @@ class LatentAttention:
             self.q_norm = replace(q_norm, eps=LATENT_EPS)
             q_shape = (heads * a.qk_head_dim, a.q_lora_rank)
             self.q_b = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
-        self.sparse = c.index_topk is not None
-        self.indexer = Indexer(at) if c.has_indexer(at.layer) else None
+        self.sparse = a.index is not None
+        self.indexer = Indexer(at, a) if c.has_indexer(at.layer) else None
         kv_shape = (heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank)
         kv_norm = as_float32(weights.tensor(p + "kv_a_layernorm.weight", (a.kv_lora_rank,))) * a.latent_scale
         self.query_scale = query_scale(c, ops)
@@ -418,10 +415,13 @@ class LatentAttention:
 
 
 AnyAttention = LatentAttention | GroupedAttention | GatedDelta
+COMPUTED_BY: dict[type[Mixer], Callable[[LayerSource], AnyAttention]] = {
+    LatentHeads: LatentAttention,
+    GroupedHeads: GroupedAttention,
+    DeltaHeads: lambda at: GatedDelta(at, norm_of(at.config, at.weights, at.prefix + "input_layernorm")),
+}
 
 
 def attention_of(at: LayerSource) -> AnyAttention:
-    """A layer's attention, or what it has instead, in the form that the model has."""
-    if at.config.is_recurrent(at.layer):
-        return GatedDelta(at, norm_of(at.config, at.weights, at.prefix + "input_layernorm"))
-    return LatentAttention(at) if isinstance(at.config.attention, LatentHeads) else GroupedAttention(at)
+    """A layer's first half, in its form."""
+    return COMPUTED_BY[type(at.config.mixer(at.layer))](at)

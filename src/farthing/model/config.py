@@ -21,27 +21,14 @@ from farthing.model.fields import (
     absent,
     optional_section,
     read_query_scaling,
-    read_rope,
     wrong,
 )
-from farthing.model.heads import (
-    CompressedHeads,
-    DeltaHeads,
-    GroupedHeads,
-    Heads,
-    LatentHeads,
-    read_compressed,
-    read_delta,
-    read_grouped,
-    read_latent,
-)
+from farthing.model.forms import Index, LatentHeads, Mixer, read_mixers
 from farthing.model.types import type_named, type_of
 from farthing.ops.specs import SILU, Gate, StreamSpec
 
 __all__ = [
     "ConfigError",
-    "GroupedHeads",
-    "LatentHeads",
     "LayerSizes",
     "ModelConfig",
     "QueryScaling",
@@ -72,15 +59,8 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
-    attention: Heads
+    mixers: tuple[Mixer, ...]  # the first half of each hidden layer, then that of MTP layers
     max_position_embeddings: int
-    rope: RopeConfig
-    windows: tuple[int, ...] = ()  # per hidden layer, how many tokens one attends to; 0, or no entry: all
-    windowed: GroupedHeads | None = None  # of layers with a window; None: the same
-    windowed_rope: RopeConfig | None = None
-    unrotated: tuple[int, ...] = ()  # hidden layers whose queries and keys are not rotated
-    recurrent: DeltaHeads | None = None  # of the layers that have a recurrent state instead of attention
-    recurrent_layers: tuple[int, ...] = ()
     streams: StreamSpec | None = None  # of the residual; None: one, to which outputs are added
     query_scaling: QueryScaling | None = None
     rms_norm_eps: float = 1e-6
@@ -113,12 +93,6 @@ class ModelConfig:
     routed_scaling_factor: float = 1.0
     shared_gate: bool = False  # the shared expert's output x sigmoid of a learned product with its input
     shared_intermediate_size: int | None = None  # None: n_shared_experts * moe_intermediate_size
-    # sparse attention; index_topk None: every layer attends to all cached tokens
-    index_topk: int | None = None
-    index_n_heads: int = 0
-    index_head_dim: int = 0
-    index_rope_interleaved: bool = False
-    indexer_types: tuple[Literal["full", "shared"], ...] = ()  # per hidden layer; empty: all "full"
     post_mlp_norm: bool = False  # norm on the MoE output before the residual add
     post_norms: bool = False  # norms on the outputs of attention and of every feed-forward, likewise
     parallel_mlp: bool = False  # MoE layers have a dense MLP too, each with norms of input and output
@@ -130,6 +104,16 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
+    def mixer(self, layer: int) -> Mixer:
+        """The first half of a layer."""
+        return self.mixers[min(layer, self.num_hidden_layers)]
+
+    @property
+    def attention(self) -> Mixer:
+        """The first half of a layer that sees the whole context, if there is one, or else a window."""
+        attending = [m for m in self.mixers if m.cache_rows]
+        return next((m for m in attending if m.index or m.window is None), attending[0])
+
     @property
     def latent(self) -> LatentHeads:
         """The heads of latent attention. Raises ConfigError if attention is of another form."""
@@ -139,29 +123,35 @@ class ModelConfig:
             )
         return self.attention
 
-    def heads(self, layer: int) -> Heads:
-        """The attention heads of a layer."""
-        if isinstance(self.attention, CompressedHeads):
-            return self.attention.at(layer)
-        return self.attention if self.windowed is None or self.window(layer) is None else self.windowed
-
-    def rope_of(self, layer: int) -> RopeConfig:
-        """The rotary embedding of a layer."""
-        if isinstance(self.attention, CompressedHeads) and not self.attention.rates[layer]:
-            return self.attention.window_rope
-        own = None if self.window(layer) is None else self.windowed_rope
-        return own or self.rope
+    @property
+    def rope(self) -> RopeConfig:
+        """The rotation of layers that see the whole context."""
+        return self.attention.rope
 
     def per_rank(self, tp: int) -> ModelConfig:
         """This config with the heads of one of `tp` ranks. Raises ValueError."""
-        parts = {"attention": self.attention, "windowed": self.windowed, "recurrent": self.recurrent}
-        own: dict[str, Any] = {name: part and part.per_rank(tp) for name, part in parts.items()}
-        return replace(self, **own)
+        return replace(self, mixers=tuple(mixer.per_rank(tp) for mixer in self.mixers))
+
+    def selecting(self, top_k: int | None) -> ModelConfig:
+        """This config with indexers that select so many keys; None: none does."""
+        return replace(self, mixers=tuple(mixer.selecting(top_k) for mixer in self.mixers))
+
+    @property
+    def index(self) -> Index | None:
+        """The indexer of layers that have one; None: no layer has."""
+        return next((mixer.index for mixer in self.mixers if mixer.index is not None), None)
+
+    @property
+    def index_topk(self) -> int | None:
+        """Keys that the indexers of sparse attention select for their own and later layers; None: there are
+        none."""
+        index = self.attention.index
+        return None if index is None or self.attention.independent else index.top_k
 
     @property
     def num_attention_heads(self) -> int:
         """Query heads."""
-        return self.attention.num_attention_heads
+        return self.attention.query_heads
 
     @property
     def is_v3(self) -> bool:
@@ -171,37 +161,27 @@ class ModelConfig:
     @property
     def is_plain(self) -> bool:
         """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
-        more = self.recurrent is not None or self.shared_gate or self.norm_offset > 0 or self.expert_bias
-        more = more or self.post_norms
+        more = any(m.states for m in self.mixers) or self.shared_gate or self.norm_offset > 0
+        more = more or self.expert_bias or self.post_norms
         stored = type_named(self.model_type).names.stored
         return self.runs_by_layer and not more and all(stored(name) == name for name in _SAMPLES)
 
     @property
     def runs_by_layer(self) -> bool:
         """Whether a layer is attention (or a recurrence) and one feed-forward that need nothing of others."""
-        more = self.post_mlp_norm or self.query_scaling is not None or self.index_topk is not None
+        more = self.post_mlp_norm or self.query_scaling is not None or not self.attention.independent
         more = more or self.parallel_mlp or self.layer_scalar
         return not (more or self.shortcut_experts or self.n_identity_experts > 0)
-
-    def is_recurrent(self, layer: int) -> bool:
-        """Whether a layer has a recurrent state instead of attention. MTP layers have attention."""
-        return layer in self.recurrent_layers
-
-    @property
-    def compressed(self) -> CompressedHeads | None:
-        """The heads of attention to a compressed past, if the model has it."""
-        return self.attention if isinstance(self.attention, CompressedHeads) else None
 
     @property
     def block_tokens(self) -> int:
         """A block of the cache has a multiple of this many tokens, so that entries do not cross its edge."""
-        return 1 if self.compressed is None else lcm(*filter(None, self.compressed.rates))
+        return lcm(*(mixer.entry_tokens for mixer in self.mixers))
 
     def has_indexer(self, layer: int) -> bool:
         """Whether a layer has an indexer; others attend to all tokens or an earlier layer's selection."""
-        if self.index_topk is None:
-            return False
-        return layer >= len(self.indexer_types) or self.indexer_types[layer] == "full"
+        index = self.mixer(layer).index
+        return index is not None and not index.shared
 
     @property
     def index_rows(self) -> int:
@@ -245,37 +225,6 @@ class ModelConfig:
             return self.shared_intermediate_size
         return self.n_shared_experts * self.moe_intermediate_size
 
-    def window(self, layer: int) -> int | None:
-        """How many tokens, up to its own, one attends to in a layer; None for all of them."""
-        if self.compressed is not None:
-            return self.compressed.sliding_window
-        return (self.windows[layer] if layer < len(self.windows) else 0) or None
-
-    def keys_read(self, layer: int, context: int, dense: bool = False) -> int:
-        """Cached keys and entries that a token behind so many attends to in a layer; dense: without what an
-        indexer saves."""
-        if self.compressed is not None:
-            at = self.compressed.at(layer)
-            return (replace(at, index_topk=context) if dense else at).most_keys(context)
-        most = context if dense or self.index_topk is None else self.index_topk
-        return min(context, self.window(layer) or context, most)
-
-    def keys_scanned(self, layer: int, context: int) -> int:
-        """Index keys that a token behind so many scores in a layer: none where it would select all."""
-        if self.compressed is None:
-            keys, most = context * self.has_indexer(layer), self.index_sizes[2] or 0
-        else:
-            c, rate = self.compressed, self.compressed.rates[layer]
-            keys, most = context // rate if rate and rate == c.indexed else 0, c.index_topk
-        return keys if keys > most else 0
-
-    @property
-    def index_sizes(self) -> tuple[int, int, int | None]:
-        """Heads and width of an indexer, and how many keys or entries it selects; None: there is none."""
-        if (c := self.compressed) is None:
-            return self.index_n_heads, self.index_head_dim, self.index_topk
-        return c.index_n_heads, c.index_head_dim, c.index_topk if c.indexed in c.rates else None
-
     def at(self, layer: int) -> ModelConfig:
         """This config with the sizes of one layer."""
         if not self.layer_sizes:
@@ -301,14 +250,8 @@ class ModelConfig:
         return replace(
             self,
             num_hidden_layers=len(layers),
-            indexer_types=tuple(self.indexer_types[i] for i in layers if self.indexer_types),
-            unrotated=tuple(i - layers.start for i in self.unrotated if i in layers),
-            windows=tuple(self.windows[i] for i in layers if self.windows),
-            recurrent_layers=tuple(i - layers.start for i in self.recurrent_layers if i in layers),
+            mixers=(*(self.mixers[i] for i in layers), self.mixers[-1]),
             hashed_layers=tuple(i - layers.start for i in self.hashed_layers if i in layers),
-            attention=self.attention
-            if self.compressed is None
-            else self.compressed.part(layers, self.num_nextn_predict_layers),
         )
 
     @classmethod
@@ -333,16 +276,11 @@ class ModelConfig:
         try:
             rounded = _rounds_head(raw)
             raw = {MARK: raw.get(MARK), **kind.fields(raw)}  # beside text_config, if that is nested
-            read = read_compressed if kind.compressed else read_grouped if kind.grouped else read_latent
-            heads: Heads = read(raw)
             values = _checked(cls, raw) | _derived(raw)
-            if raw.get("recurrent_layers"):
-                values["recurrent"] = read_delta(raw)
-            if raw.get("windowed"):
-                own = {**raw, **raw["windowed"]}
-                values |= {"windowed": read_grouped(own), "windowed_rope": read_rope(own)}
-            values["max_position_embeddings"] = _stretched(values["max_position_embeddings"], values["rope"])
-            config = cls(**{**values, "attention": heads, "model_type": kind.name, "rounded_head": rounded})
+            values["mixers"] = read_mixers(raw, kind.attention, values["num_hidden_layers"])
+            config = cls(**{**values, "model_type": kind.name, "rounded_head": rounded})
+            positions = _stretched(config.max_position_embeddings, config.rope)
+            config = replace(config, max_position_embeddings=positions)
             check_config(config)
         except ValueError as error:
             message = kind.in_own_words(str(error))
@@ -420,14 +358,9 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise absent("n_routed_experts", "a positive integer, or null for a model without experts")
     drafts = next((n for n in ("num_nextn_predict_layers", "num_mtp_layers") if raw.get(n) is not None), None)
     derived = {
-        "rope": read_rope(raw),
         "query_scaling": read_query_scaling(raw),
         "n_routed_experts": None if raw[experts] is None else checked.integer(raw, experts),
         "num_nextn_predict_layers": 0 if drafts is None else checked.in_range(drafts, raw[drafts], 0, 64),
-        "indexer_types": tuple(raw.get("indexer_types") or ()),
-        "unrotated": tuple(raw.get("unrotated") or ()),
-        "windows": tuple(raw.get("windows") or ()),
-        "recurrent_layers": tuple(raw.get("recurrent_layers") or ()),
         "dense_layers": tuple(raw.get("dense_layers") or ()),
         "layer_sizes": _layer_sizes(raw.get("layer_sizes")),
         "hashed_layers": tuple(raw.get("hashed_layers") or ()),
@@ -482,9 +415,8 @@ def check_config(c: ModelConfig) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name}: got {value!r}; expected a positive integer")
     try:
-        c.attention.check()
-        if c.windowed is not None:
-            c.windowed.check()
+        for mixer in dict.fromkeys(c.mixers):
+            mixer.check()
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if c.topk_method not in ("noaux_tc", "greedy", "group_limited_greedy"):
@@ -493,8 +425,6 @@ def check_config(c: ModelConfig) -> None:
         )
     if c.scoring_func not in SCORING:
         raise ConfigError(f"scoring_func: got {c.scoring_func!r}; expected {', '.join(SCORING)}")
-    if c.index_topk is not None:
-        _check_indexer(c)
     if c.n_identity_experts < 0:
         raise ConfigError(f"n_identity_experts: got {c.n_identity_experts}; expected 0 or more")
     if c.shortcut_experts and c.is_moe(c.num_hidden_layers - 1):
@@ -518,23 +448,4 @@ def check_config(c: ModelConfig) -> None:
         raise ConfigError(
             f"topk_group: got {c.topk_group}; expected 1…{c.n_group}, the n_group, with at least "
             f"num_experts_per_tok = {c.num_experts_per_tok} experts in the kept groups"
-        )
-
-
-def _check_indexer(c: ModelConfig) -> None:
-    for name in ("index_topk", "index_n_heads", "index_head_dim"):
-        if not isinstance(getattr(c, name), int) or getattr(c, name) < 1:
-            raise ConfigError(f"{name}: got {getattr(c, name)!r}; expected a positive integer")
-    if c.index_head_dim < c.latent.qk_rope_head_dim:
-        raise ConfigError(
-            f"index_head_dim: got {c.index_head_dim}; "
-            f"expected at least qk_rope_head_dim = {c.latent.qk_rope_head_dim}"
-        )
-    if not c.latent.q_lora_rank:
-        raise ConfigError("q_lora_rank is absent; expected a positive integer where index_topk is set")
-    if unknown := set(c.indexer_types) - {"full", "shared"}:
-        raise ConfigError(f"indexer_types has {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
-    if c.indexer_types and c.indexer_types[0] != "full":
-        raise ConfigError(
-            "indexer_types[0]: got 'shared'; expected 'full': no earlier layer selects keys to share"
         )

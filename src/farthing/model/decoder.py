@@ -53,7 +53,8 @@ class Rotations:
     def __init__(self, config: ModelConfig, ops: Ops | None = None) -> None:
         """ops: whose device reads them; None: nothing does."""
         layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-        keys = [(i in config.unrotated, config.rope_of(i), config.heads(i).rotary_width) for i in layers]
+        mixers = [config.mixer(i) for i in layers]
+        keys = [(m.rotated, m.rope, m.rotary_width) for m in mixers]
         self._own = {key: RopeTable(config, layer) for key, layer in zip(keys, layers, strict=True)}
         self.length, self.reached = config.max_position_embeddings, 0
         if ops is not None and ops.device.type != "cpu":
@@ -196,10 +197,10 @@ class DecoderModel:
             if kind.window is not None:
                 blocks = num_blocks if windows is None else windows[kind.window]
                 cache.windows[kind.window] = paged(kind, blocks)
-        if config.recurrent is not None:
-            layers, spec = len(config.recurrent_layers), config.recurrent.spec
-            cache.state = ops.new_state(layers, num_blocks if slots is None else slots, spec)
-        if config.index_topk is not None:
+            elif kind.state:
+                spec = config.mixer(kind.layers[0]).spec  # type: ignore[attr-defined]
+                cache.state = ops.new_state(len(kind.layers), num_blocks if slots is None else slots, spec)
+        if first.index_rows:
             cache.index = ops.new_index_cache(cache, first.index_rows, first.index_width)
         return cache
 

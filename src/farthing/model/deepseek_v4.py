@@ -16,6 +16,7 @@ from farthing.model.attention import norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek import FeedForward, MTPLayer
+from farthing.model.forms import CompressedHeads
 from farthing.model.kinds import cache_kinds, cache_place
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
@@ -66,18 +67,17 @@ class CompressedAttention:
 
     def __init__(self, at: LayerSource) -> None:
         config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
-        p, d, a = at.prefix + "self_attn.", config.hidden_size, config.compressed
-        assert a is not None
+        p, d, a = at.prefix + "self_attn.", config.hidden_size, _form(config, layer)
         self.ops = ops
         self.streams = streams_of(config, ops, weights, at.prefix + "attn_hc.")
         self.norm = norm_of(config, weights, at.prefix + "input_layernorm")
-        pools = [p + "compressor."] if a.rates[layer] else []
-        if indexed := a.rates[layer] == a.indexed:
+        pools, index = [p + "compressor."] if a.rate else [], a.index
+        if index is not None:
             pools.append(p + "compressor.indexer.")
         modules = [p + "q_a_proj", p + "kv_proj"]
         modules += [pool + name for pool in pools for name in ("kv_proj", "gate_proj")]
-        modules += [pools[1] + "scorer.weights_proj"] if indexed else []
-        widths = a.q_lora_rank, a.head_dim, *a.pooled(layer)
+        modules += [pools[1] + "scorer.weights_proj"] if index is not None else []
+        widths = a.q_lora_rank, a.head_dim, *a.pooled
         # One product over the hidden state computes the queries' latent and all that is kept of a token.
         self.first = ops.pack_linear(
             p + "first",
@@ -88,34 +88,26 @@ class CompressedAttention:
         q_shape = a.query_width, a.q_lora_rank
         self.q = ops.pack_linear(p + "q_b_proj", lambda: [weights.weight(p + "q_b_proj", q_shape)])
         self.index_q = None
-        if indexed:
-            i_shape = a.index_n_heads * a.index_head_dim, a.q_lora_rank
+        if index is not None:
+            i_shape = index.heads * index.width, a.q_lora_rank
             self.index_q = ops.pack_linear(
                 pools[1] + "q_b_proj", lambda: [weights.weight(pools[1] + "q_b_proj", i_shape)]
             )
         self.heads = ops.pack_compressed(
             p + "heads",
-            compressed_spec(config, layer),
-            lambda: _parts(config, weights, layer, pools),
+            compressed_spec(config, a),
+            lambda: _parts(a, weights, p, pools),
             at.rope,
         )
         group = a.query_width // a.o_groups
         self.ends = list(accumulate([group] * a.o_groups, initial=0))
         self.o_a = [
-            ops.pack_linear(f"{p}o_a_proj.{g}", lambda rows=rows: [self._group(weights, p, config, rows)])  # type: ignore[misc]
+            ops.pack_linear(f"{p}o_a_proj.{g}", lambda rows=rows: [_group(weights, p, a, rows)])  # type: ignore[misc]
             for g, rows in enumerate(pairwise(range(0, a.output_width + 1, a.o_lora_rank)))
         ]
         o_shape = d, a.output_width
-        self.rate, self.row = a.rates[layer], cache_place(config, layer)[1]
+        self.rate, self.row = a.rate, cache_place(config, layer)[1]
         self.o_b = ops.pack_linear(p + "o_b_proj", lambda: [weights.weight(p + "o_b_proj", o_shape)])
-
-    @staticmethod
-    def _group(weights: WeightSource, p: str, config: ModelConfig, rows: tuple[int, int]) -> Weight:
-        """A group's rows of o_a_proj."""
-        a = config.compressed
-        assert a is not None
-        shape = a.output_width, a.query_width // a.o_groups
-        return cut_weight(weights.weight(p + "o_a_proj", shape), Cut(0, *rows))
 
     def __call__(self, x: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, None]:
         """x [T, n D] -> [T, n D]; writes what is kept of the tokens to the cache."""
@@ -138,40 +130,45 @@ class CompressedAttention:
         )  # fmt: skip
 
 
-def compressed_spec(config: ModelConfig, layer: int) -> CompressedSpec:
+def _form(config: ModelConfig, layer: int) -> CompressedHeads:
+    form = config.mixer(layer)
+    assert isinstance(form, CompressedHeads)
+    return form
+
+
+def _group(weights: WeightSource, p: str, a: CompressedHeads, rows: tuple[int, int]) -> Weight:
+    """A group's rows of o_a_proj."""
+    shape = a.output_width, a.query_width // a.o_groups
+    return cut_weight(weights.weight(p + "o_a_proj", shape), Cut(0, *rows))
+
+
+def compressed_spec(config: ModelConfig, a: CompressedHeads) -> CompressedSpec:
     """The head layout for the op."""
-    a = config.compressed
-    assert a is not None
     index = None
-    if a.rates[layer] == a.indexed:
-        index = IndexerSpec(a.index_n_heads, a.index_head_dim, a.rotary_width, a.index_topk, interleaved=True)
+    if a.index is not None:
+        index = IndexerSpec(a.index.heads, a.index.width, a.rotary_width, a.index.top_k, a.index.interleaved)
     return CompressedSpec(
         num_heads=a.num_attention_heads,
         head_dim=a.head_dim,
         rope_dim=a.rotary_width,
-        window=a.sliding_window,
-        rate=a.rates[layer],
+        window=a.window,
+        rate=a.rate,
         index=index,
         norm_eps=config.rms_norm_eps,
     )
 
 
-def _parts(config: ModelConfig, weights: WeightSource, layer: int, pools: list[str]) -> CompressedParts:
-    p, a = f"model.layers.{layer}.self_attn.", config.compressed
-    assert a is not None
-
+def _parts(a: CompressedHeads, weights: WeightSource, p: str, pools: list[str]) -> CompressedParts:
     def vector(name: str, *shape: int) -> Tensor:
         return as_float32(weights.tensor(name, shape))
 
-    columns = a.pooled(layer)[::2]  # of the values of each pool
-    dims = a.head_dim, a.index_head_dim
+    columns = a.pooled[::2]  # of the values of each pool
+    dims = a.head_dim, a.index.width if a.index else 0
     return CompressedParts(
         vector(p + "kv_norm.weight", a.head_dim),
         vector(p + "sinks", a.num_attention_heads),
         tuple(
-            PoolParts(
-                vector(pool + "position_bias", a.rates[layer], width), vector(pool + "kv_norm.weight", dim)
-            )
+            PoolParts(vector(pool + "position_bias", a.rate, width), vector(pool + "kv_norm.weight", dim))
             for pool, width, dim in zip(pools, columns, dims, strict=False)
         ),
     )
@@ -309,7 +306,7 @@ class DeepseekV4(DecoderModel):
                 cache.index = ops.new_index_cache(found[0], len(e.layers), e.index_width)
         count = num_blocks if slots is None else slots
         shapes = [each for kind in opened for each in kind.state]
-        rates = config.compressed.rates if config.compressed else ()
+        rates = {layer: _form(config, layer).rate for kind in opened for layer in kind.layers}
         if shapes:
             rows = {rates[e.layers[0]]: ops.new_open(len(e.layers), count, *e.shape) for e in shapes}  # type: ignore[call-arg]
             cache.open = OpenCache(rows)

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from farthing.lazy import np
-from farthing.model.heads import DeltaHeads
+from farthing.model.forms import DeltaHeads
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops.api import Norm, Place
 from farthing.ops.arrays import as_float32, contiguous, host, like
@@ -31,9 +31,9 @@ class GatedDelta:
     sparse = False
 
     def __init__(self, at: LayerSource, norm: Norm) -> None:
-        ops, weights, heads = at.ops, at.weights, at.config.recurrent
+        ops, weights, heads = at.ops, at.weights, at.config.mixer(at.layer)
         p, d = at.prefix + "linear_attn.", at.config.hidden_size
-        assert heads is not None
+        assert isinstance(heads, DeltaHeads)
         self.ops, self.norm = ops, norm
         self.qkvz = ops.pack_linear(p + "qkvz", lambda: _qkvz(weights, p, heads, d))
         self.gates = ops.pack_linear(p + "ba", lambda: _gates(weights, p, heads, d))

@@ -127,6 +127,9 @@ class RopeConfig:
     interleaved: bool = True
 
 
+UNSCALED = RopeConfig()
+
+
 @dataclass(frozen=True, slots=True)
 class QueryScaling:
     """Position-dependent query scale: q (1 + beta ln(1 + floor(position / original_max_position)))."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from farthing.checkpoint.gguf import ARCHITECTURES
 from farthing.lazy import np
 from farthing.model.attention import frequencies
-from farthing.model.config import GroupedHeads, LatentHeads, ModelConfig
+from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError, RopeConfig
+from farthing.model.forms import DeltaHeads, GroupedHeads
 from farthing.model.gguf import Metadata, config_of
 
 if TYPE_CHECKING:
@@ -41,14 +42,13 @@ def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
         "feed_forward_length": c.intermediate_size,
         "vocab_size": c.vocab_size,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
-        **_heads(c),
+        **_mixers(c),
         **_rope(c.rope),
         **(_experts(c) if c.n_routed_experts else {}),
-        **_recurrence(c),
         **(_multipliers(c) if architecture.startswith("granite") else {}),
     }
-    if any(c.windows):
-        own["attention.sliding_window"] = max(c.windows)
+    if windows := [mixer.window for mixer in c.mixers if mixer.window]:
+        own["attention.sliding_window"] = max(windows)
     if architecture in (
         "qwen35",
         "qwen35moe",
@@ -60,7 +60,7 @@ def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
 
 def _multipliers(c: ModelConfig) -> dict[str, Any]:
     """Granite's, as for branches of the residual that are not scaled: see `farthing.model.types.llama`."""
-    assert isinstance(c.attention, GroupedHeads)
+    assert isinstance(c.attention, GroupedHeads), "as every type that is written so has"
     return {
         "embedding_scale": c.embedding_scale,
         "residual_scale": 1.0,
@@ -69,24 +69,12 @@ def _multipliers(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _heads(c: ModelConfig) -> dict[str, Any]:
-    heads = c.attention
-    found = {"attention.head_count": heads.num_attention_heads, "rope.dimension_count": heads.rotary_width}
-    if not isinstance(heads, LatentHeads):
-        return found | {
-            "attention.head_count_kv": heads.num_key_value_heads,
-            "attention.key_length": heads.head_dim,
-            "attention.value_length": heads.head_dim,
-        }
-    return found | {
-        "attention.q_lora_rank": heads.q_lora_rank or 0,
-        "attention.head_count_kv": 1,
-        "attention.kv_lora_rank": heads.kv_lora_rank,
-        "attention.key_length": heads.cache_width,
-        "attention.value_length": heads.kv_lora_rank,
-        "attention.key_length_mla": heads.qk_head_dim,
-        "attention.value_length_mla": heads.v_head_dim,
-    }  # fmt: skip
+def _mixers(c: ModelConfig) -> dict[str, Any]:
+    found = dict(item for mixer in dict.fromkeys(c.mixers) for item in mixer.gguf().items())
+    if any(mixer.states for mixer in c.mixers):
+        hidden = range(c.num_hidden_layers)
+        found["attention.recurrent_layers"] = [bool(c.mixer(i).states) for i in hidden]
+    return found | c.attention.gguf()
 
 
 def _rope(rope: RopeConfig) -> dict[str, Any]:
@@ -123,20 +111,6 @@ def _experts(c: ModelConfig) -> dict[str, Any]:
     return found
 
 
-def _recurrence(c: ModelConfig) -> dict[str, Any]:
-    if c.recurrent is None:
-        return {}
-    s = c.recurrent.spec
-    return {
-        "ssm.conv_kernel": s.width,
-        "ssm.state_size": s.key_dim,
-        "ssm.group_count": s.key_heads,
-        "ssm.time_step_rank": s.value_heads,
-        "ssm.inner_size": s.values,
-        "attention.recurrent_layers": [c.is_recurrent(i) for i in range(c.num_hidden_layers)],
-    }
-
-
 def rotary_factors(rope: RopeConfig, width: int) -> NDArray[np.float32] | None:
     """The tensor of factors by which Llama 3 scales the frequencies of pairs; None for other scalings."""
     if rope.factor is None or rope.kind != "llama3":
@@ -145,9 +119,15 @@ def rotary_factors(rope: RopeConfig, width: int) -> NDArray[np.float32] | None:
     return factors
 
 
-# Not compared: what the tokenizer's fields have, projections that are read as if they were not fused, and a
-# head that the file has rounded.
-_UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "recurrent", "rounded_head")
+# Not compared: what the tokenizer's fields have, and a head that the file has rounded.
+_UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "rounded_head")
+
+
+def _unfused(value: Any) -> Any:
+    """The value of a field, projections of recurrences as if they were not fused."""
+    if not isinstance(value, tuple):
+        return value
+    return tuple(replace(each, fused=False) if isinstance(each, DeltaHeads) else each for each in value)
 
 
 def read_back(
@@ -163,7 +143,7 @@ def read_back(
     if all(map(config.is_moe, range(config.num_hidden_layers))):  # no layer has an MLP of this width
         config = replace(config, intermediate_size=found.intermediate_size)
     for field in fields(ModelConfig):
-        own, read = getattr(config, field.name), getattr(found, field.name)
+        own, read = (_unfused(getattr(each, field.name)) for each in (config, found))
         if own != read and field.name not in _UNCOMPARED:
             raise ConfigError(
                 f"model: its {field.name} is {str(own)[:200]}, and GGUF of the architecture "

@@ -24,7 +24,7 @@ from farthing.checkpoint.gguf_types import BLOCK, BLOCKS, PLAIN, encode, kind_fo
 from farthing.checkpoint.reader import Checkpoint
 from farthing.cpus import usable_cpus
 from farthing.lazy import gguf, np, torch
-from farthing.model.config import LatentHeads
+from farthing.model.forms import DeltaHeads
 from farthing.model.gguf_metadata import architecture_of, rotary_factors
 from farthing.model.load import config_of, source_of
 from farthing.model.parameters import parameter_shapes
@@ -98,8 +98,8 @@ class GgufTensors:
         self._kind, self._source = kind, source_of(checkpoint, self.config)
         self._names = ARCHITECTURES[self.architecture]
         self._values = None
-        if self.config.recurrent is not None:
-            s = self.config.recurrent.spec
+        if delta := next((m for m in self.config.mixers if isinstance(m, DeltaHeads)), None):
+            s = delta.spec
             self._values = ValueHeads(s.key_heads, s.value_heads // s.key_heads, s.key_dim, s.value_dim)
         self.factors = rotary_factors(self.config.rope, self.config.attention.rotary_width)
         self._stored = type_named(self.config.model_type).names.stored
@@ -140,15 +140,11 @@ class GgufTensors:
 
     def _changes(self, name: str) -> dict[str, Any]:
         """Of a tensor by GGUF's name, as `farthing.checkpoint.gguf.describe` finds them."""
-        heads = self.config.attention
-        groups = heads.num_attention_heads if isinstance(heads, LatentHeads) else heads.num_key_value_heads
+        said = self.config.attention.gguf()
         stem, _, suffix = name.rpartition(".")
         part = stem.rpartition(".")[2]
 
-        def count(which: str) -> int:
-            return groups if which.endswith("_kv") else heads.num_attention_heads
-
-        return changes_of(self._names, suffix if part.isdecimal() else part, count, self._values)
+        return changes_of(self._names, suffix if part.isdecimal() else part, said.__getitem__, self._values)
 
     def _kind_of(self, weight: Weight, module: str) -> str:
         head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"

@@ -102,7 +102,7 @@ class _Counted:
 
 def attending(config: ModelConfig) -> list[int]:
     """The hidden layers with attention."""
-    return [i for i in range(config.num_hidden_layers) if not config.is_recurrent(i)]
+    return [i for i in range(config.num_hidden_layers) if config.mixer(i).cache_rows]
 
 
 def _flops_added(config: ModelConfig, context: int = 1 << 20) -> int:
@@ -112,7 +112,7 @@ def _flops_added(config: ModelConfig, context: int = 1 << 20) -> int:
 
 def _attention_flops(config: ModelConfig, layer: int) -> int:
     """Per pair of tokens."""
-    return 2 * config.num_attention_heads * config.heads(layer).dot_width
+    return 2 * config.num_attention_heads * config.mixer(layer).dot_width
 
 
 def checkpoint_cost(path: Path) -> ModelCost:
@@ -154,18 +154,19 @@ class ContextCost:
 def context_cost(config: ModelConfig, context: int) -> ContextCost:
     """Decode, of latent attention in absorbed form: scores and values; the scan of index keys."""
     c = config
-    heads, width, _ = c.index_sizes
-    scanned = sum(c.keys_scanned(i, context) for i in range(c.num_hidden_layers))
+    heads, width = (c.index.heads, c.index.width) if c.index else (0, 0)
+    mixers = c.mixers[: c.num_hidden_layers]
+    scanned = sum(mixer.keys_scanned(context) for mixer in mixers)
     index = 2 * width * scanned  # FLOPs per head, and bytes
 
     def over(dense: bool, each: Callable[[int], int]) -> int:
-        return sum(each(i) * c.keys_read(i, context, dense) for i in attending(c))
+        return sum(each(i) * c.mixer(i).keys_read(context, dense) for i in attending(c))
 
     def flops(layer: int) -> int:
         return _attention_flops(c, layer)
 
     def size(layer: int) -> int:
-        of = c.heads(layer)
+        of = c.mixer(layer)
         return 2 * of.cache_rows * of.cache_width
 
     return ContextCost(

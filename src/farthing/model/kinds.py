@@ -8,12 +8,12 @@ kind.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from farthing.model.heads import CompressedHeads
+from farthing.model.forms import CompressedHeads
 
 if TYPE_CHECKING:
     from farthing.model.config import ModelConfig
@@ -99,14 +99,12 @@ def cache_place(config: ModelConfig, layer: int) -> tuple[int | None, int]:
 
     A layer with a compressed past gets the whole cache, and its row among those of its rate.
     """
-    if config.compressed is not None:
-        rates = config.compressed.rates
-        return None, rates[:layer].count(rates[layer])
-    if config.is_recurrent(layer):
-        return None, sum(map(config.is_recurrent, range(layer)))
-    window = config.window(layer)
-    same = sum(config.window(i) == window and not config.is_recurrent(i) for i in range(layer))
-    return window, config.heads(layer).cache_rows * same
+    own, before = config.mixer(layer), [config.mixer(i) for i in range(layer)]
+    if isinstance(own, CompressedHeads):
+        return None, sum(m.entry_tokens == own.entry_tokens for m in before)
+    if own.states:
+        return None, sum(bool(m.states) for m in before)
+    return own.window, own.cache_rows * sum(m.window == own.window and not m.states for m in before)
 
 
 def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
@@ -117,46 +115,48 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     """
     config = config.per_rank(tp)
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
-    if isinstance(config.attention, CompressedHeads):
-        return _compressed(config.attention.part(layers))
+    mixers = {layer: config.mixer(layer) for layer in layers}
+    past = {layer: m for layer, m in mixers.items() if isinstance(m, CompressedHeads)}
+    if past:
+        return _compressed(past)
     found: dict[int | None, list[int]] = {None: []}
-    for layer in layers:
-        if not config.is_recurrent(layer):
-            found.setdefault(config.window(layer), []).append(layer)
-    paged = tuple(
+    for layer, mixer in mixers.items():
+        if not mixer.states:
+            found.setdefault(mixer.window, []).append(layer)
+    index = config.attention.index
+    paged = [
         CacheKind(
             tuple(held),
-            (heads := config.attention if window is None else config.heads(held[0])).cache_rows,
-            heads.cache_width,
+            (form := mixers[held[0]] if held else config.attention).cache_rows,
+            form.cache_width,
             config.index_rows if window is None else 0,
-            config.index_head_dim,
+            index.width if index else 0,
             window,
         )
         for window, held in found.items()
-    )
-    if config.recurrent is None:
-        return paged
-    own, shapes = config.recurrent_layers, config.recurrent.state
-    return *paged, CacheKind(own, state=tuple(StateShape(own, shape) for shape in shapes))
+    ]
+    own = tuple(layer for layer, mixer in mixers.items() if mixer.states)
+    if own:
+        state = tuple(StateShape(own, shape) for shape in mixers[own[0]].states)
+        paged.append(CacheKind(own, state=state))
+    return tuple(paged)
 
 
-def _compressed(heads: CompressedHeads) -> tuple[CacheKind, ...]:
+def _compressed(mixers: Mapping[int, CompressedHeads]) -> tuple[CacheKind, ...]:
     """Entries of all tokens, a window, and the tokens of which there will be entries."""
     by_rate = {
-        rate: tuple(i for i, each in enumerate(heads.rates) if each == rate)
-        for rate in sorted({*heads.rates})
+        rate: tuple(layer for layer, mixer in mixers.items() if mixer.rate == rate)
+        for rate in sorted({mixer.rate for mixer in mixers.values()})
     }
-    past, opened = [], []
+    past, opened, own = [], [], []
     for rate, layers in by_rate.items():
-        if not rate:
-            continue
-        indexed = rate == heads.indexed
-        past.append(Entries(layers, rate, rate, heads.head_dim, heads.index_head_dim if indexed else 0))
-        columns = sum(heads.pooled(layers[0])) - (heads.index_n_heads if indexed else 0)
-        opened.append(StateShape(layers, (rate * (2 if indexed else 1), columns)))
-    own = tuple(Entries(layers, rate, 1, heads.head_dim) for rate, layers in by_rate.items())
-    every = tuple(range(len(heads.rates)))
-    kinds = [CacheKind((), entries=tuple(past)), CacheKind(every, window=heads.sliding_window, entries=own)]
+        form = mixers[layers[0]]
+        own.append(Entries(layers, rate, 1, form.head_dim))
+        if rate:
+            past.append(Entries(layers, rate, rate, form.head_dim, form.index.width if form.index else 0))
+            opened.append(StateShape(layers, form.open_tokens))
+    window = next(iter(mixers.values())).window
+    kinds = [CacheKind((), entries=tuple(past)), CacheKind(tuple(mixers), window=window, entries=tuple(own))]
     if opened:
         kinds.append(CacheKind(tuple(sorted(i for e in past for i in e.layers)), state=tuple(opened)))
     return tuple(kinds)

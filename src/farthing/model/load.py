@@ -15,7 +15,6 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.model.config import ConfigError, ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek_v4 import DeepseekV4
-from farthing.model.heads import GroupedHeads
 from farthing.model.parameters import random_parameters, tensors_of
 from farthing.model.source import (
     InterleavedExperts,
@@ -151,7 +150,7 @@ def _say_cache_scales(checkpoint: Checkpoint, config: ModelConfig) -> None:
     names = [n for n in checkpoint.names() if n.endswith(("k_scale", "v_scale")) and ".self_attn." in n]
     if not names:
         return
-    if not isinstance(config.attention, GroupedHeads):
+    if not config.attention.scaled_keys:
         said = "are not applied, because the cache holds latents, and every row has a scale of its own"
     elif any(prod(checkpoint.shape(name)) != 1 for name in names):
         said = "are not applied, because heads have scales of their own; every row of an 8-bit cache has one"
@@ -171,7 +170,7 @@ def model_of(
 
 def form_of(config: ModelConfig) -> type[DecoderModel]:
     """The class of a config's model."""
-    return DecoderModel if config.compressed is None else DeepseekV4
+    return DecoderModel if config.streams is None else DeepseekV4
 
 
 def unread(config: ModelConfig) -> tuple[str, ...]:

@@ -34,15 +34,10 @@ def of_layer(config: ModelConfig, layer: int) -> Tensors:
     if layer >= c.num_hidden_layers:
         yield from _joins(c, p)
     yield Tensor(p + "input_layernorm.weight", (d,), "norm", part="layer")
-    if c.is_recurrent(layer):
-        assert c.recurrent is not None
-        yield from c.recurrent.tensors(p + "linear_attn.", d)
-    else:
-        yield from c.heads(layer).tensors(p + "self_attn.", d)
+    mixer = c.mixer(layer)
+    yield from mixer.tensors(f"{p}{mixer.module}.", d)
     if c.post_norms:
         yield Tensor(p + "self_attn.post_norm.weight", (d,), "norm")
-    if c.has_indexer(layer):
-        yield from _indexer(c, p + "self_attn.indexer.")
     yield Tensor(p + "post_attention_layernorm.weight", (d,), "norm", part="layer")
     yield from _feed_forward(c.at(layer), p + "mlp.", c.is_moe(layer), layer in c.hashed_layers)
     for half in ("attn_hc.", "ffn_hc.") if c.streams else ():
@@ -137,16 +132,6 @@ def _joins(c: ModelConfig, p: str) -> Tensors:
     else:
         yield Tensor(p + "eh_proj.weight", (d, 2 * d), "join", part="layer")
     yield Tensor(p + "shared_head.norm.weight", (d,), "norm", part="ends")
-
-
-def _indexer(c: ModelConfig, p: str) -> Tensors:
-    assert c.latent.q_lora_rank is not None
-    rows = c.index_n_heads * c.index_head_dim
-    yield Tensor(p + "wq_b.weight", (rows, c.latent.q_lora_rank), "index")
-    yield Tensor(p + "wk.weight", (c.index_head_dim, c.hidden_size), "index")
-    yield Tensor(p + "k_norm.weight", (c.index_head_dim,), "norm")
-    yield Tensor(p + "k_norm.bias", (c.index_head_dim,), "bias")
-    yield Tensor(p + "weights_proj.weight", (c.index_n_heads, c.hidden_size), "linear")
 
 
 def _streams(c: ModelConfig, p: str, part: Literal["ends", "layer"], ends: bool = False) -> Tensors:

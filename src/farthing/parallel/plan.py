@@ -350,7 +350,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
     layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
     alone = [
-        (not config.indexer_types or config.has_indexer(i))
+        not ((index := config.mixer(i).index) and index.shared)
         and not (config.shortcut_experts and i > 0 and config.is_moe(i - 1))
         for i in range(layers)
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from farthing.config import CPU_STEP_TOKENS
 from farthing.model import ModelConfig
-from farthing.model.heads import CompressedHeads, GroupedHeads, Heads, LatentHeads
+from farthing.model.forms import Mixer
 from farthing.ops.cut import share_of
 from farthing.ops.weights import loaded_as
 from farthing.parallel.plan import MICRO_ROWS, Layout, Place, ShardPlan, threads_of_rank
@@ -36,7 +36,7 @@ class Shard:
     """The sizes of a model on one rank."""
 
     config: ModelConfig
-    kinds: tuple[Heads, ...]  # of attention, on this rank
+    kinds: tuple[Mixer, ...]  # first halves of layers, on this rank
     dense: int  # I of the dense layers on this rank; 0 if there are none
     expert: int
     shared: int
@@ -53,7 +53,7 @@ class Shard:
         beside = c.shortcut_experts or c.parallel_mlp
         return cls(
             own,
-            tuple(dict.fromkeys(own.heads(i) for i in layers)),
+            tuple(dict.fromkeys(own.mixer(i) for i in layers)),
             share_of(c.intermediate_size, layout.tp, place.tp)
             if beside or any(not c.is_moe(i) for i in layers)
             else 0,
@@ -67,7 +67,7 @@ class Shard:
     @property
     def heads(self) -> int:
         """Query heads."""
-        return self.kinds[0].num_attention_heads
+        return self.config.num_attention_heads
 
 
 _UNEVEN = 1.125  # rows of routed experts on a rank relative to an even share; an estimate
@@ -89,7 +89,9 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
     sequences = min(serving.max_num_seqs, budget)
     each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))
     for step in (_Step(1, budget, max(serving.max_model_len, budget)), _Step(sequences, 1, each)):
-        _attention(sizes, s, holder, step)
+        counted = _Counted(sizes, s, holder, step)
+        for mixer in s.kinds:
+            mixer.workspace(counted)
         _feeds(sizes, s, holder, step.total)
         _head(sizes, s, holder, step.sequences)
     return int(sizes.workspace_bytes)
@@ -127,76 +129,65 @@ def _head(sizes: Any, s: Shard, holder: Holder, sequences: int) -> None:
         sizes.greedy((head.format, head.group), s.vocabulary, columns, sequences)
 
 
-def _attention(sizes: Any, s: Shard, holder: Holder, step: _Step) -> None:
-    """Each kind of heads, and recurrent layers."""
-    c = s.config
+@dataclass(slots=True)
+class _Counted:
+    """The workspace of a form's ops, as the native module reports it (`farthing.model.forms.Workspace`)."""
 
-    def linear(n: int, k: int) -> None:
-        sizes.linear(_storage(holder, s.stored, k), n, k, step.total)
+    sizes: Any
+    shard: Shard
+    holder: Holder
+    step: _Step
 
-    def output(columns: int, heads: int) -> None:
-        halved = holder.parts > 1 and heads % holder.parts == 0
-        k = columns // holder.parts if halved else columns
-        sizes.linear(_storage(holder, s.stored, k), c.hidden_size, k, step.total, halved)
+    @property
+    def tokens(self) -> int:
+        return self.step.total
 
-    if c.recurrent is not None:
-        spec = c.recurrent.spec
-        linear(spec.channels + spec.values, c.hidden_size)
-        output(spec.values, spec.value_heads)
-    for heads in s.kinds:
-        linear(heads.first_width, c.hidden_size)
-        output(heads.output_width, 1 if isinstance(heads, CompressedHeads) else s.heads)
-        if isinstance(heads, GroupedHeads):
-            d, groups = heads.head_dim, heads.num_key_value_heads
-            one, key = _storage(holder, s.stored, d), heads.turning or d
-            sizes.mla(one, s.heads, 0, key, d, d, step.sequences, step.tokens, step.keys, groups)
-        elif isinstance(heads, CompressedHeads):
-            linear(heads.query_width, heads.q_lora_rank)
-            linear(heads.o_lora_rank, heads.query_width // heads.o_groups)
-            _past(sizes, s, heads, holder, step)
+    @property
+    def keys(self) -> int:
+        return self.step.keys
+
+    def storage(self, columns: int) -> tuple[Any, int]:
+        return _storage(self.holder, self.shard.stored, columns)
+
+    def linear(self, rows: int, columns: int) -> None:
+        """columns 0: the hidden size."""
+        k = columns or self.shard.config.hidden_size
+        self.sizes.linear(self.storage(k), rows, k, self.tokens)
+
+    def output(self, columns: int, heads: int) -> None:
+        parts = self.holder.parts
+        halved = parts > 1 and heads % parts == 0
+        k = columns // parts if halved else columns
+        self.sizes.linear(self.storage(k), self.shard.config.hidden_size, k, self.tokens, halved)
+
+    def attend(self, key: int, value: int, groups: int) -> None:
+        step = self.step
+        shape = self.shard.heads, 0, key, value, value, step.sequences, step.tokens, step.keys
+        self.sizes.mla(self.storage(value), *shape, groups)
+
+    def attend_rows(self, width: int, keys: int) -> None:
+        at_once = min(self.tokens, _selected_at_once())
+        self.sizes.mla(self.storage(width), self.shard.heads, 0, width, width, width, at_once, 1, keys, 1)
+
+    def attend_latents(self, nope: int, rope: int, value: int, latent: int, most: int | None) -> None:
+        stored, step = self.shard.stored, self.step
+        packed = Stored("int8") if self.holder.quantization or not stored.is_float else stored
+        heads = _storage(self.holder, packed, latent), self.shard.heads, nope, rope, value, latent
+        if most is None:
+            self.sizes.mla(*heads, step.sequences, step.tokens, step.keys)
         else:
-            _latent_attention(sizes, s, heads, holder, step)
+            self.sizes.mla(*heads, min(self.tokens, _selected_at_once()), 1, most)
 
+    def score(self, heads: int, width: int, selected: int, keys: int) -> None:
+        from farthing.ops.cpu.stack import MOST_SCORES
 
-def _past(sizes: Any, s: Shard, a: CompressedHeads, holder: Holder, step: _Step) -> None:
-    """Each token reads a window and entries as a separate sequence, a few tokens at once."""
-    entries = step.keys // a.indexed
-    if a.indexed in a.rates and entries > a.index_topk:
-        scored = _scored_at_once(step, entries)
-        index = a.index_n_heads, a.index_head_dim, a.index_topk
-        sizes.index(*index, scored, entries)
-    d, keys = a.head_dim, min(step.keys, a.most_keys(step.keys))
-    one, at_once = _storage(holder, s.stored, d), min(step.total, _selected_at_once())
-    sizes.mla(one, s.heads, 0, d, d, d, at_once, 1, keys, 1)
-
-
-def _scored_at_once(step: _Step, keys: int) -> int:
-    from farthing.ops.cpu.stack import MOST_SCORES
-
-    return min(step.total, max(1, MOST_SCORES // keys))
+        self.sizes.index(heads, width, selected, min(self.tokens, max(1, MOST_SCORES // keys)), keys)
 
 
 def _selected_at_once() -> int:
     from farthing.ops.cpu.backend import SELECTED_AT_ONCE
 
     return SELECTED_AT_ONCE
-
-
-def _latent_attention(sizes: Any, s: Shard, a: LatentHeads, holder: Holder, step: _Step) -> None:
-    """Sparse attention reads each token's selected keys as a separate sequence, a few tokens at once."""
-    c = s.config
-    if a.q_lora_rank:
-        sizes.linear(_storage(holder, s.stored, a.q_lora_rank), a.query_width, a.q_lora_rank, step.total)
-    packed = Stored("int8") if holder.quantization or not s.stored.is_float else s.stored
-    widths = (a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim, a.kv_lora_rank)
-    heads = (_storage(holder, packed, a.kv_lora_rank), s.heads, *widths)
-    if c.index_topk is None or step.keys <= c.index_topk:
-        sizes.mla(*heads, step.sequences, step.tokens, step.keys)
-    else:
-        scored = _scored_at_once(step, step.keys)
-        index = (c.index_n_heads, c.index_head_dim, c.index_topk)
-        sizes.index(*index, scored, step.keys)
-        sizes.mla(*heads, min(step.total, _selected_at_once()), 1, c.index_topk)
 
 
 def _feeds(sizes: Any, s: Shard, holder: Holder, tokens: int) -> None:
@@ -232,7 +223,7 @@ def buffers(plan: ShardPlan, place: Place, holder: Holder, serving: Serving, sto
     size.
     """
     c, layout = plan.config, plan.layout
-    tables = {(c.rope_of(i), c.heads(i).rotary_width) for i in plan.layers_of(place)}
+    tables = {(m.rope, m.rotary_width) for m in map(c.mixer, plan.layers_of(place))}
     positions = c.max_position_embeddings
     if holder.backend != "gpu":
         positions = min(positions, serving.max_model_len)
@@ -279,14 +270,9 @@ def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
     """Scores are stored three times (raw, masked, as weights) and dominate everything else."""
     c, t = s.config, tokens
 
-    def attention(a: Heads) -> int:
-        if isinstance(a, CompressedHeads):
-            return _reference_past(s, a, item, t, keys)
-        # Per query head and token: the query as it meets a cached row, and what it reads.
-        width, read = a.cache_width, a.dot_width - a.cache_width if isinstance(a, LatentHeads) else a.head_dim
-        activations = item * t * (c.hidden_size + a.first_width + a.query_width + s.heads * read)
-        cached = t * s.heads * (width + read) + keys * width * a.cache_rows
-        return activations + _FLOAT * (cached + 3 * t * s.heads * keys)
+    def attention(a: Mixer) -> int:
+        own, floats = a.reference(t, keys, c.hidden_size, c.state_width + c.mixed_width)
+        return item * own + _FLOAT * floats
 
     mlp = item * t * (3 * c.hidden_size + 3 * s.dense)
     routed = t * c.num_experts_per_tok if s.expert else 0
@@ -296,17 +282,6 @@ def _reference(s: Shard, item: int, tokens: int, keys: int) -> int:
     return max(*map(attention, s.kinds), mlp, moe)
 
 
-def _reference_past(s: Shard, a: CompressedHeads, item: int, tokens: int, keys: int) -> int:
-    """A window and every entry are read; the sink has a column of the weights."""
-    c = s.config
-    index = 2 * a.index_n_heads * a.index_head_dim if a.indexed in a.rates else 0
-    columns = c.state_width + c.hidden_size + c.mixed_width + a.first_width + 3 * a.query_width + index
-    past = max((keys // rate for rate in a.rates if rate), default=0)
-    read = min(keys, tokens + a.sliding_window - 1) + past
-    masks, scores = 2 * tokens * read, tokens * a.num_attention_heads * (3 * read + 2)
-    return item * tokens * columns + _FLOAT * (scores + read * a.head_dim) + masks
-
-
 def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
     """Tensors passed between ops, and the workspace of the largest op."""
     workspace = workspace_bytes(s, holder, serving, threads)
@@ -314,17 +289,7 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
         return _estimate(s, holder.item, serving.max_num_batched_tokens)
     c, t = s.config, serving.max_num_batched_tokens
 
-    def outputs_of(a: Heads) -> int:
-        if isinstance(a, CompressedHeads):  # attention's queries and outputs, an indexer's, and rows to read
-            index = a.index_n_heads * a.index_head_dim if a.indexed in a.rates else 0
-            rows = a.most_keys(max(serving.max_model_len, t))
-            return a.first_width + 2 * a.query_width + index + a.output_width + rows
-        own_query = a.query_width if isinstance(a, LatentHeads) and a.q_lora_rank else 0
-        return a.first_width + own_query + a.output_width
-
-    outputs = max(map(outputs_of, s.kinds))
-    if c.recurrent is not None:
-        outputs = max(outputs, c.recurrent.spec.channels + 2 * c.recurrent.spec.values)
+    outputs = max(a.passed(max(serving.max_model_len, t)) for a in s.kinds)
     # Of all layers in one call; experts that are added a layer later are held until then.
     hidden = (3 + (c.shortcut_experts or c.parallel_mlp)) * c.hidden_size
     if c.streams is not None:  # before the layers and after each of them

@@ -425,9 +425,9 @@ def _estimate(replica: _Replica, prefill: Phase, workload: Workload, price: floa
 def _assumptions(replica: _Replica, w: Workload) -> tuple[str, ...]:
     t, c = replica.target, replica.target.config
     device, shares, separate = t.device, t.shares, isinstance(replica, _Group)
-    most = c.index_sizes[2]
+    most, kept = c.index and c.index.top_k, "entries" if c.block_tokens > 1 else "keys"
     sparse = most and (
-        f"sparse attention: a token attends to at most {most:,} {'entries' if c.compressed else 'keys'} that "
+        f"sparse attention: a token attends to at most {most:,} {kept} that "
         f"an indexer selects; in longer contexts, all index keys ({t.serving.cache_dtype}) are scored"
     )
     kind = "measured" if device.measured else "declared"

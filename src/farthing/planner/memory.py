@@ -113,9 +113,9 @@ def _kinds(plan: ShardPlan, place: Place) -> tuple[CacheKind, ...]:
 def cache_row_bytes(config: ModelConfig, layer: int, cache_dtype: str, tp: int) -> tuple[int, int]:
     """Bytes per token of a layer on one of tp ranks: of latents, or keys and values, and of the index key;
     scales included."""
-    heads = config.heads(layer).per_rank(tp)
-    rows = CacheKind((0,), heads.cache_rows, heads.cache_width)
-    index = CacheKind((), index_rows=1, index_width=config.index_sizes[1])
+    mixer = config.mixer(layer).per_rank(tp)
+    rows = CacheKind((0,), mixer.cache_rows, mixer.cache_width)
+    index = CacheKind((), index_rows=1, index_width=mixer.index.width) if mixer.index else CacheKind(())
     return rows.token_bytes(cache_dtype), index.token_bytes(cache_dtype)
 
 

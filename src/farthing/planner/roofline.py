@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from farthing.model import layer_of
+from farthing.model.forms import Mixer
 from farthing.model.spec import FEED, Tensor
 from farthing.parallel.plan import Place, ShardPlan
 from farthing.planner.footprint import Holder, Stored
@@ -202,49 +203,25 @@ class RankRoofline:
         return seconds + read * self.products(parts["expert"], rows / read, self.shares.grouped)
 
     def decode_attention(self, layer: int, tokens: float, context: float) -> float:
-        """Absorbed MLA: the slower of reading the cache and the arithmetic of this rank's heads."""
-        c = self.config
-        if c.recurrent is not None and c.is_recurrent(layer):  # a state is read and written
-            return tokens * 2 * c.recurrent.state_bytes / self.bandwidth
-        attended, scanned = c.keys_read(layer, int(context)), c.keys_scanned(layer, int(context))
-        latent, index = cache_row_bytes(c, layer, self.cache_dtype, self.layout.tp)
-        read = tokens * (attended * latent + scanned * index) / self.bandwidth
-        flops = tokens * (attended * self._absorbed(layer) + scanned * self._scored)
-        return max(read, flops / self.attention_flops)
+        """The slower of reading the cache, or a state that is also written, and of this rank's arithmetic."""
+        c, mixer = self.config, self.config.mixer(layer)
+        attended, scanned = mixer.keys_read(int(context)), mixer.keys_scanned(int(context))
+        row, index = cache_row_bytes(c, layer, self.cache_dtype, self.layout.tp)
+        read = tokens * (attended * row + scanned * index + 2 * mixer.state_bytes)
+        flops = tokens * (attended * self._heads * 2 * mixer.dot_width + scanned * _scored(mixer))
+        return max(read / self.bandwidth, flops / self.attention_flops)
 
     def prefill_attention(self, layer: int, tokens: float, past: float, new: float) -> float:
-        """Expanded heads, causal: each of `new` prompt tokens attends to `past` and half of the new ones.
-
-        Sparse attention also scores the index keys of every token behind the first `index_topk`, then either
-        masks expanded heads or reads the selected keys in absorbed form, whichever is faster.
-        """
-        c = self.config
-        if c.recurrent is not None and c.is_recurrent(layer):  # four multiplications per element of the state
-            return tokens * 2 * c.recurrent.state_bytes / self.attention_flops
-        seen, each = int(past + new / 2), 2 * self._heads * c.heads(layer).expanded_width
-        if c.index_topk is None or past + new <= c.index_topk:
-            scored = c.keys_scanned(layer, seen) * self._scored
-            return tokens * (c.keys_read(layer, seen) * each + scored) / self.attention_flops
-        dense = c.keys_read(layer, seen, dense=True) * each
-        first = max(c.index_topk - past, 0)  # new tokens that select nothing
-        attended = (first * (past + first / 2) + (new - first) * c.index_topk) / new
-        scanned = (new - first) * (past + (first + new) / 2) / new * c.has_indexer(layer)
-        work = min(dense, attended * self._absorbed(layer)) + scanned * self._scored
+        """Causal: each of `new` prompt tokens attends to `past` and half of the new ones. A state takes four
+        multiplications per element."""
+        mixer = self.config.mixer(layer)
+        each, scanned = mixer.prompt_keys(past, new)
+        work = 2 * self._heads * each + scanned * _scored(mixer) + 2 * mixer.state_bytes
         return tokens * work / self.attention_flops
 
     @property
     def _heads(self) -> int:
         return self.config.num_attention_heads // self.layout.tp
-
-    def _absorbed(self, layer: int) -> int:
-        """Operations per query and key on the latent, all heads of this rank."""
-        return 2 * self._heads * self.config.heads(layer).dot_width
-
-    @property
-    def _scored(self) -> int:
-        """Operations per query and index key; every rank computes all index heads."""
-        heads, width, _ = self.config.index_sizes
-        return 2 * heads * width
 
     def link(self, ranks: int) -> float:
         """Bytes per second between GPUs of a group: one network card per GPU, NVLink within a node."""
@@ -255,6 +232,11 @@ class RankRoofline:
         """Seconds of a ring all-reduce of bf16 hidden states."""
         moved = 2 * (ranks - 1) / ranks * tokens * self.config.hidden_size * BF16
         return moved / self.link(ranks)
+
+
+def _scored(mixer: Mixer) -> int:
+    """Operations per query and index key; every rank computes all index heads."""
+    return 2 * mixer.index.heads * mixer.index.width if mixer.index else 0
 
 
 def _merged(products: list[Product]) -> tuple[Product, ...]:

@@ -66,7 +66,8 @@ class Study(Settings):
                 f"rotate: got true for model_type {config.model_type!r}; expected false: only latent "
                 "attention is rotated"
             )
-        plain = not (config.recurrent or config.shared_gate or config.norm_offset or config.expert_bias)
+        recurrent = any(mixer.states for mixer in config.mixers)
+        plain = not (recurrent or config.shared_gate or config.norm_offset or config.expert_bias)
         for name in ("scaling", "experts", "neurons"):
             if not plain and getattr(self, name) not in ("none", 0):
                 raise ValueError(

@@ -25,12 +25,12 @@ from farthing_lab.train.model import DeepSeekLM, MoE
 
 def model_of(cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> DeepSeekLM:
     """An untrained model of the architecture."""
-    return DeepSeekLM(cfg, dtype) if cfg.compressed is None else v4.DeepSeekV4LM(cfg, dtype)
+    return DeepSeekLM(cfg, dtype) if cfg.streams is None else v4.DeepSeekV4LM(cfg, dtype)
 
 
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
-    return v3.to_json(cfg) if cfg.compressed is None else v4.to_json(cfg)
+    return v3.to_json(cfg) if cfg.streams is None else v4.to_json(cfg)
 
 
 def _names(model: DeepSeekLM) -> Iterator[tuple[str, Tensor]]:
@@ -140,9 +140,9 @@ def pack(tensors: dict[str, Tensor], fp8: bool = True) -> dict[str, Tensor]:
 
 
 def _architecture(cfg: ModelConfig) -> str:
-    if cfg.compressed is not None:
+    if cfg.streams is not None:
         return "DeepseekV4ForCausalLM"
-    return "DeepseekV3ForCausalLM" if cfg.index_topk is None else "DeepseekV32ForCausalLM"
+    return "DeepseekV3ForCausalLM" if cfg.index is None else "DeepseekV32ForCausalLM"
 
 
 def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [_architecture(cfg)],
         **to_json(cfg),
-        "num_key_value_heads": cfg.num_attention_heads if cfg.compressed is None else 1,
+        "num_key_value_heads": cfg.num_attention_heads if cfg.streams is None else 1,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
@@ -166,7 +166,7 @@ def config_json(cfg: ModelConfig, fp8: bool = True) -> dict[str, Any]:
             "activation_scheme": "dynamic",
             "weight_block_size": [BLOCK, BLOCK],
         }
-        if cfg.compressed is not None:
+        if cfg.streams is not None:
             config["quantization_config"]["scale_fmt"] = "ue8m0"
     return config
 

@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from farthing.memory import keep_freed_memory
-from farthing.model.config import LatentHeads, ModelConfig, RopeConfig
+from farthing.model.config import ModelConfig
+from farthing.model.forms import LatentHeads
 from farthing.tokenizer_file import read_tokenizer
 from farthing_lab.train import data
 from farthing_lab.train.evaluate import evaluate
@@ -42,13 +43,16 @@ MITE = ModelConfig(
     moe_intermediate_size=64,
     num_hidden_layers=5,
     first_k_dense_replace=1,
-    attention=LatentHeads(
-        num_attention_heads=4,
-        q_lora_rank=128,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
+    mixers=6
+    * (
+        LatentHeads(
+            num_attention_heads=4,
+            q_lora_rank=128,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=64,
+        ),
     ),
     n_routed_experts=32,
     n_shared_experts=1,
@@ -58,7 +62,6 @@ MITE = ModelConfig(
     routed_scaling_factor=2.5,
     num_nextn_predict_layers=1,
     max_position_embeddings=2048,
-    rope=RopeConfig(),
     tie_word_embeddings=True,
     bos_token_id=0,
     eos_token_ids=(1,),

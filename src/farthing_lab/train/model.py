@@ -40,10 +40,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 }
 # Fields that DeepSeek's config.json lacks or names differently.
 _OTHER = {
-    *("rope", "query_scaling", "attention", "router_bias", "post_mlp_norm", "unrotated", "dense_layers"),
-    *("embedding_scale", "logit_scale", "norm_offset", "windows", "recurrent", "recurrent_layers"),
-    *("gate", "shared_gate", "expert_bias"),
-    *("index_rope_interleaved", "indexer_types", "n_identity_experts", "shortcut_experts"),
+    *("mixers", "query_scaling", "router_bias", "post_mlp_norm", "dense_layers"),
+    *("embedding_scale", "logit_scale", "norm_offset", "gate", "shared_gate", "expert_bias"),
+    *("n_identity_experts", "shortcut_experts"),
     *("shared_intermediate_size", "layer_sizes", "eos_token_ids"),
 }
 
@@ -58,8 +57,8 @@ def check_trainable(cfg: ModelConfig) -> None:
     for name, value in needed.items():
         if not value:
             raise ConfigError(f"{name}: got {value!r}; expected a positive integer for training")
-    dense = dataclasses.replace(cfg, index_topk=None)
-    if not dense.is_v3 or cfg.indexer_types or cfg.index_rope_interleaved:
+    alike = len({*cfg.mixers}) == 1 and not (cfg.index and cfg.index.interleaved)
+    if not cfg.selecting(None).is_v3 or not alike:
         raise ConfigError(
             f"model_type: got {cfg.model_type!r}; expected DeepSeek-V3's or V3.2's layers for training"
         )
@@ -72,11 +71,12 @@ def check_trainable(cfg: ModelConfig) -> None:
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
     fields: dict[str, Any] = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _OTHER}
-    scales = ("query_latent_scale", "latent_scale")  # of other types
-    fields |= {k: v for k, v in dataclasses.asdict(cfg.latent).items() if k not in scales}
+    others = ("query_latent_scale", "latent_scale", "index", "rope")
+    fields |= {k: v for k, v in dataclasses.asdict(cfg.latent).items() if k not in others}
+    if (index := cfg.index) is not None:
+        sizes = index.heads, index.width, index.top_k
+        fields |= dict(zip(("index_n_heads", "index_head_dim", "index_topk"), sizes, strict=True))
     fields |= {"rope_theta": cfg.rope.theta, "rope_scaling": None, "eos_token_id": cfg.eos_token_ids[0]}
-    if cfg.index_topk is None:
-        fields = {k: v for k, v in fields.items() if not k.startswith("index_")}
     if cfg.shared_intermediate_size is not None:
         fields["shared_intermediate_size"] = cfg.shared_intermediate_size
     if cfg.layer_sizes:
@@ -220,8 +220,9 @@ class Indexer(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        assert cfg.latent.q_lora_rank is not None and cfg.index_topk is not None
-        self.heads, self.top_k, d = cfg.index_n_heads, cfg.index_topk, cfg.index_head_dim
+        index = cfg.index
+        assert cfg.latent.q_lora_rank is not None and index is not None
+        self.heads, self.top_k, d = index.heads, index.top_k, index.width
         self.wq_b = Linear(cfg.latent.q_lora_rank, self.heads * d)
         self.wk = Linear(cfg.hidden_size, d)
         self.k_norm = nn.LayerNorm(d, eps=1e-6)
@@ -260,7 +261,7 @@ class Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(a.kv_lora_rank, cfg.rms_norm_eps)
         self.kv_b_proj = Linear(a.kv_lora_rank, H * (a.qk_nope_head_dim + a.v_head_dim))
         self.o_proj = Linear(H * a.v_head_dim, D, std=0.0)
-        self.indexer = None if cfg.index_topk is None else Indexer(cfg)
+        self.indexer = None if cfg.index is None else Indexer(cfg)
 
     def forward(self, x: Tensor, turn: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farthing.model.config import ConfigError, ModelConfig
+from farthing.model.forms import CompressedHeads
 from farthing.ops.indexer import top_positions
 from farthing.ops.specs import StreamSpec
 from farthing_lab.train.model import (
@@ -34,25 +35,37 @@ from farthing_lab.train.model import (
 KINDS = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
 
 
+def form_of(cfg: ModelConfig, layer: int | None = None) -> CompressedHeads:
+    """The sizes of a layer's attention; None: of one that selects entries."""
+    form = cfg.attention if layer is None else cfg.mixer(layer)
+    assert isinstance(form, CompressedHeads)
+    return form
+
+
+def _rates(cfg: ModelConfig) -> list[int]:
+    return [form_of(cfg, layer).rate for layer in range(cfg.num_hidden_layers)]
+
+
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
-    a, s = cfg.compressed, cfg.streams
-    assert a is not None and s is not None
+    a, s, index = form_of(cfg), cfg.streams, cfg.index
+    assert s is not None and index is not None
     own = [
         *("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "n_routed_experts"),
         *("n_shared_experts", "num_experts_per_tok", "routed_scaling_factor", "max_position_embeddings"),
         *("tie_word_embeddings", "rms_norm_eps", "bos_token_id"),
     ]
-    heads = [
-        *("num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window"),
-        *("index_n_heads", "index_head_dim", "index_topk"),
-    ]
+    heads = ("num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank")
     return {
         "model_type": "deepseek_v4",
         **{name: getattr(cfg, name) for name in own},
         **{name: getattr(a, name) for name in heads},
         "qk_rope_head_dim": a.rotary_width,
-        "compress_ratios": list(a.rates),
+        "sliding_window": a.window,
+        "index_n_heads": index.heads,
+        "index_head_dim": index.width,
+        "index_topk": index.top_k,
+        "compress_ratios": _rates(cfg),
         "num_hash_layers": len(cfg.hashed_layers),
         "hc_mult": s.count,
         "hc_sinkhorn_iters": s.steps,
@@ -66,13 +79,12 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
 
 def check_trainable(cfg: ModelConfig) -> None:
     """Raise ConfigError with the field whose value the training model does not implement."""
-    a = cfg.compressed
-    assert a is not None
-    if cfg.rope != a.window_rope:
+    a, rates = form_of(cfg), {*_rates(cfg)}
+    if len({mixer.rope for mixer in cfg.mixers}) > 1:
         raise ConfigError("compress_rope_theta: got another rotation than rope_theta's; expected the same")
-    if a.sliding_window != BLOCK or set(a.rates) - KINDS.keys():
+    if a.window != BLOCK or rates - KINDS.keys():
         raise ConfigError(
-            f"sliding_window, compress_ratios: got {a.sliding_window}, {sorted(set(a.rates))}; expected "
+            f"sliding_window, compress_ratios: got {a.window}, {sorted(rates)}; expected "
             f"{BLOCK}, and rates of 0, 4 or 128"
         )
     if cfg.hashed_layers != tuple(range(len(cfg.hashed_layers))):
@@ -171,10 +183,10 @@ class Index(Pool):
     """The lightning indexer of entries. Its inputs are detached: it only learns from attention."""
 
     def __init__(self, cfg: ModelConfig, rate: int) -> None:
-        a = cfg.compressed
-        assert a is not None
-        super().__init__(cfg.hidden_size, a.index_head_dim, rate, True, cfg.rms_norm_eps)
-        self.heads, self.size = a.index_n_heads, a.index_head_dim
+        a, index = form_of(cfg), cfg.index
+        assert index is not None
+        super().__init__(cfg.hidden_size, index.width, rate, True, cfg.rms_norm_eps)
+        self.heads, self.size = index.heads, index.width
         self.q_b_proj = Linear(a.q_lora_rank, self.heads * self.size)
         self.scorer = nn.ModuleDict({"weights_proj": Linear(cfg.hidden_size, self.heads)})
         self.divergence: Tensor | None = None  # from attention, for the last training forward
@@ -196,17 +208,17 @@ class WindowAttention(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
-        a, D, eps = cfg.compressed, cfg.hidden_size, cfg.rms_norm_eps
-        assert a is not None
-        self.heads, self.eps, self.groups, self.top_k = a.num_attention_heads, eps, a.o_groups, a.index_topk
-        self.rate = rate = a.rates[layer]
+        a, D, eps = form_of(cfg, layer), cfg.hidden_size, cfg.rms_norm_eps
+        self.heads, self.eps, self.groups = a.num_attention_heads, eps, a.o_groups
+        self.top_k = a.index.top_k if a.index else 0
+        self.rate = rate = a.rate
         self.q_a_proj = Linear(D, a.q_lora_rank)
         self.q_a_norm = RMSNorm(a.q_lora_rank, eps)
         self.q_b_proj = Linear(a.q_lora_rank, a.query_width)
         self.kv_proj = Linear(D, a.head_dim)
         self.kv_norm = RMSNorm(a.head_dim, eps)
         self.sinks = nn.Parameter(torch.zeros(a.num_attention_heads))
-        self.compressor = Pool(D, a.head_dim, rate, rate == a.indexed, eps) if rate else None
+        self.compressor = Pool(D, a.head_dim, rate, a.index is not None, eps) if rate else None
         if self.compressor is not None and self.compressor.overlaps:
             self.compressor.indexer = Index(cfg, rate)
         self.o_a_proj = Linear(a.query_width // a.o_groups, a.output_width)
@@ -348,9 +360,8 @@ class DeepSeekV4LM(DeepSeekLM):
         return StreamedBlock(cfg, layer)
 
     def turns(self, cfg: ModelConfig) -> Tensor:
-        assert cfg.compressed is not None
         length = -(-cfg.max_position_embeddings // BLOCK) * BLOCK
-        return rope_table(cfg.rope.theta, cfg.compressed.rotary_width, length)
+        return rope_table(cfg.rope.theta, form_of(cfg).rotary_width, length)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] -> hidden states after the final norm [B, T, D] in `compute_dtype`."""

@@ -72,7 +72,9 @@ def sources(tmp_path: Path) -> Path:
 def changed(config: ModelConfig, **change: Any) -> ModelConfig:
     """The config with other values of its fields or those of its heads."""
     heads = {k: change.pop(k) for k in list(change) if hasattr(config.latent, k)}
-    return dataclasses.replace(config, attention=dataclasses.replace(config.latent, **heads), **change)
+    mixers = tuple(dataclasses.replace(mixer, **heads) for mixer in config.mixers)
+    layers = change.get("num_hidden_layers", config.num_hidden_layers)
+    return dataclasses.replace(config, mixers=(mixers * layers)[: layers + 1], **change)
 
 
 @pytest.fixture

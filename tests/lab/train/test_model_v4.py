@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,9 +83,7 @@ def test_logits_equal_the_engines(length: int) -> None:
 
 def test_selection_drops_the_entry_with_the_lowest_score() -> None:
     """As the engine's does, where one of 65 entries has to go."""
-    a = TINY.compressed
-    assert a is not None
-    cfg = replace(TINY, attention=replace(a, index_topk=64))
+    cfg = TINY.selecting(64)
     model, ids = randomized(cfg), torch.arange(262) * 11 % cfg.vocab_size
     with torch.no_grad():
         mine, dense = model.logits(model(ids[None]))[0], randomized().logits(randomized()(ids[None]))[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from farthing.model.fields import flag, in_range, integer, optional_section, wrong
 
@@ -73,8 +73,8 @@ class ModelType:
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
     own_words: Mapping[str, str] = field(default_factory=dict)  # V3's field -> the file's, for messages
-    grouped: bool = False  # grouped-query attention, with Llama's fields and tensor names; else latent
-    compressed: bool = False  # or attention to a compressed past, with DeepSeek-V4's
+    # Grouped-query attention has Llama's fields and tensor names, that to a compressed past DeepSeek-V4's.
+    attention: Literal["latent", "grouped", "compressed"] = "latent"
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
 
     def in_own_words(self, message: str) -> str:

@@ -176,5 +176,5 @@ TYPE = ModelType(
         variants=(_saved, lambda name: name),
         drafts=_draft,
     ),
-    compressed=True,
+    attention="compressed",
 )

@@ -201,22 +201,24 @@ _TEXT = Names(_stored, variants=(_in_language_model, _under_language_model))
 _WRAPPED = Names(_in_language_model, _TOWERS, _TEXT_ONLY, variants=(_under_language_model, _stored))
 _OWN = {"num_experts_per_tok": "top_k_experts", "logit_cap": "final_logit_softcapping"}
 TYPES = (
-    ModelType("gemma3_text", "Gemma 3 270M, 1B", _gemma3, _TEXT, _OWN, grouped=True),
+    ModelType("gemma3_text", "Gemma 3 270M, 1B", _gemma3, _TEXT, _OWN, attention="grouped"),
     ModelType(
         "gemma3",
         "Gemma 3 4B, 12B, 27B (text)",
         _nested(_gemma3, "gemma3_text"),
         _WRAPPED,
         _OWN,
-        grouped=True,
+        attention="grouped",
     ),
-    ModelType("gemma4_text", "the text model of gemma4 on its own", _gemma4, _TEXT, _OWN, grouped=True),
+    ModelType(
+        "gemma4_text", "the text model of gemma4 on its own", _gemma4, _TEXT, _OWN, attention="grouped"
+    ),
     ModelType(
         "gemma4",
         "Gemma 4 26B-A4B, 31B (text)",
         _nested(_gemma4, "gemma4_text"),
         _WRAPPED,
         _OWN,
-        grouped=True,
+        attention="grouped",
     ),
 )

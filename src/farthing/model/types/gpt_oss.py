@@ -51,4 +51,4 @@ def _stored(name: str) -> str:
     return _GATE.sub(r"\1.router.\2", name)
 
 
-TYPE = ModelType("gpt_oss", "gpt-oss-20b, gpt-oss-120b", _fields, Names(_stored), grouped=True)
+TYPE = ModelType("gpt_oss", "gpt-oss-20b, gpt-oss-120b", _fields, Names(_stored), attention="grouped")

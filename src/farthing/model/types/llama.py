@@ -94,11 +94,11 @@ def _headless(name: str) -> str:
 _QWEN3_NAMES = Names(variants=(_headless,))
 
 TYPES = (
-    ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, grouped=True),
-    ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, grouped=True),
-    ModelType("qwen2", "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1", _qwen2, grouped=True),
-    ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, grouped=True),
-    ModelType("smollm3", "SmolLM3", _smollm3, grouped=True),
-    ModelType("seed_oss", "Seed-OSS 36B", _seed_oss, grouped=True),
-    ModelType("granite", "Granite 3.x, dense", _granite, grouped=True),
+    ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, attention="grouped"),
+    ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, attention="grouped"),
+    ModelType("qwen2", "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1", _qwen2, attention="grouped"),
+    ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, attention="grouped"),
+    ModelType("smollm3", "SmolLM3", _smollm3, attention="grouped"),
+    ModelType("seed_oss", "Seed-OSS 36B", _seed_oss, attention="grouped"),
+    ModelType("granite", "Granite 3.x, dense", _granite, attention="grouped"),
 )

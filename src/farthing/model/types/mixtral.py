@@ -91,14 +91,16 @@ def _granitemoe(raw: Fields) -> Fields:
 
 _MTP = ("model.mtp.*", "mtp.*")
 TYPES = (
-    ModelType("mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored, variants=_TOOLS), grouped=True),
+    ModelType(
+        "mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored, variants=_TOOLS), attention="grouped"
+    ),
     ModelType(
         "minimax_m2",
         "MiniMax-M2",
         _minimax_m2,
         Names(_stored, _MTP, "the MTP layers of this type are not supported", _TOOLS),
         own_words={"partial_rotary_factor": "rotary_dim"},
-        grouped=True,
+        attention="grouped",
     ),
-    ModelType("granitemoe", "Granite 3.x mixtures", _granitemoe, Names(_granite_stored), grouped=True),
+    ModelType("granitemoe", "Granite 3.x mixtures", _granitemoe, Names(_granite_stored), attention="grouped"),
 )

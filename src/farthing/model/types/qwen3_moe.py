@@ -121,11 +121,16 @@ def _solar_open(raw: Fields) -> Fields:
 OWN_WORDS = {"shared_intermediate_size": "shared_expert_intermediate_size"}
 TYPES = (
     ModelType(
-        "qwen2_moe", "Qwen1.5-MoE, Qwen2-57B-A14B", _qwen2_moe, Names(shared_stored), OWN_WORDS, grouped=True
+        "qwen2_moe",
+        "Qwen1.5-MoE, Qwen2-57B-A14B",
+        _qwen2_moe,
+        Names(shared_stored),
+        OWN_WORDS,
+        attention="grouped",
     ),
-    ModelType("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B", _qwen3_moe, grouped=True),
-    ModelType("glm4_moe", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _glm4_moe, grouped=True),
-    ModelType("olmoe", "OLMoE", _olmoe, grouped=True),
-    ModelType("dots1", "dots.llm1", _dots1, grouped=True),
-    ModelType("solar_open", "Solar Open 100B", _solar_open, grouped=True),
+    ModelType("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B", _qwen3_moe, attention="grouped"),
+    ModelType("glm4_moe", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _glm4_moe, attention="grouped"),
+    ModelType("olmoe", "OLMoE", _olmoe, attention="grouped"),
+    ModelType("dots1", "dots.llm1", _dots1, attention="grouped"),
+    ModelType("solar_open", "Solar Open 100B", _solar_open, attention="grouped"),
 )
