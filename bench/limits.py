@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from farthing.model.config import ModelConfig
+from farthing.model.forms import Mixer
 from farthing.ops.cpu.formats import PLANES_FROM
 from random_model import EMBEDDING, TABLES, active_parameters, config, head_parameters, tensors
 
@@ -77,16 +78,9 @@ def experts_touched(c: ModelConfig, tokens: int) -> float:
     return float(experts * (1 - (1 - k / max(experts, 1)) ** tokens))
 
 
-def with_attention(c: ModelConfig) -> list[int]:
-    """The layers that have attention."""
-    return [i for i in range(c.num_hidden_layers) if not c.is_recurrent(i)]
-
-
-def seen(c: ModelConfig, layer: int, tokens: int) -> int:
-    """How many of `tokens`, or entries, a token behind them reads in a layer with attention."""
-    if c.compressed is not None:
-        return c.compressed.at(layer).most_keys(tokens)
-    return min(c.window(layer) or tokens, tokens)
+def mixers(c: ModelConfig) -> list[Mixer]:
+    """The first half of every hidden layer."""
+    return list(c.mixers[: c.num_hidden_layers])
 
 
 class Work(NamedTuple):
@@ -110,37 +104,27 @@ def work(raw: dict[str, Any], point: Point) -> Work:
     """The same by unit."""
     c = ModelConfig.from_json(raw)
     body = active_parameters(raw, c.num_experts_per_tok) - head_parameters(raw)
-    state = 0
-    if c.recurrent is not None:
-        state = 4 * math.prod(c.recurrent.state[0]) * len(c.recurrent_layers)
+    state = sum(math.prod(mixer.states[0]) for mixer in mixers(c) if mixer.states)
     if point.kind == "prefill":
-        attention = sum(
-            c.heads(i).num_attention_heads * c.heads(i).expanded_width * _pairs(c, i, point.context)
-            for i in with_attention(c)
-        )
+        attention = sum(m.query_heads * m.expanded_width * _pairs(m, point.context) for m in mixers(c))
         tokens = point.context
-        return Work(2 * (tokens * body + head_parameters(raw)), 2 * attention, 2 * tokens * state)
-    attention = sum(  # decoding does not expand keys
-        c.heads(i).num_attention_heads * c.heads(i).dot_width * seen(c, i, point.context + 1)
-        for i in with_attention(c)
-    )
-    if (past := c.compressed) is not None:
-        keys = sum(scored(c, i, point.context) for i in with_attention(c))
-        attention += past.index_n_heads * past.index_head_dim * keys
-    return Work(*(2 * point.batch * each for each in (body + head_parameters(raw), attention, state)))
+        return Work(2 * (tokens * body + head_parameters(raw)), 2 * attention, 2 * tokens * 4 * state)
+    # Decoding does not expand keys.
+    attention = sum(m.query_heads * m.dot_width * m.keys_read(point.context + 1) for m in mixers(c))
+    attention += sum(m.index.heads * m.index.width * scored(m, point.context) for m in mixers(c) if m.index)
+    return Work(*(2 * point.batch * each for each in (body + head_parameters(raw), attention, 4 * state)))
 
 
-def scored(c: ModelConfig, layer: int, tokens: int) -> int:
-    """Index keys that a token behind so many is scored against."""
-    past = c.compressed
-    return tokens // past.indexed if past is not None and past.rates[layer] == past.indexed else 0
+def scored(mixer: Mixer, tokens: int) -> int:
+    """Index keys of entries that a token behind so many is scored against."""
+    return tokens // mixer.entry_tokens if mixer.index is not None and mixer.entry_tokens > 1 else 0
 
 
-def _pairs(c: ModelConfig, layer: int, tokens: int) -> float:
+def _pairs(mixer: Mixer, tokens: int) -> float:
     """Queries of a prompt times the keys that they see in one layer."""
-    if c.compressed is not None:
-        return float(sum(seen(c, layer, at) for at in range(1, tokens + 1)))
-    most = seen(c, layer, tokens)
+    if mixer.entry_tokens > 1:
+        return float(sum(mixer.keys_read(at) for at in range(1, tokens + 1)))
+    most = mixer.keys_read(tokens)
     return most * (most + 1) / 2 + (tokens - most) * most
 
 
@@ -185,13 +169,10 @@ def bytes_read(raw: dict[str, Any], weights: str, point: Point) -> float:
     touched = weight_bytes(raw, each, experts_touched(c, point.tokens))
     if point.kind == "prefill":
         return touched
-    layers = with_attention(c)
-    values = (c.heads(i).cache_rows * c.heads(i).cache_width * seen(c, i, point.context) for i in layers)
-    indexed = sum(scored(c, i, point.context) for i in layers)
-    width = c.compressed.index_head_dim if c.compressed is not None else 0
-    cached = BYTES_PER_CACHED * (sum(values) + width * indexed)
-    state = 2 * c.recurrent.state_bytes * len(c.recurrent_layers) if c.recurrent is not None else 0
-    return touched + point.batch * (cached + state)
+    values = (m.cache_rows * m.cache_width * m.keys_read(point.context) for m in mixers(c))
+    indexed = sum(m.index.width * scored(m, point.context) for m in mixers(c) if m.index)
+    state = sum(2 * m.state_bytes for m in mixers(c))
+    return touched + point.batch * (BYTES_PER_CACHED * (sum(values) + indexed) + state)
 
 
 def limit(size: str, weights: str, point: Point, machine: dict[str, float]) -> float:

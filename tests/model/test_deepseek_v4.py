@@ -282,7 +282,7 @@ def drafted(p: dict[str, torch.Tensor], x: torch.Tensor, following: torch.Tensor
         angle = (
             sign
             * torch.arange(T).double()[:, None]
-            * a.window_rope.theta ** (-torch.arange(0, r, 2).double() / r)
+            * CONFIG.mixers[-1].rope.theta ** (-torch.arange(0, r, 2).double() / r)
         )
         pairs = torch.view_as_complex(x[..., -r:].unflatten(-1, (-1, 2)).contiguous())
         pairs = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
@@ -297,7 +297,7 @@ def drafted(p: dict[str, torch.Tensor], x: torch.Tensor, following: torch.Tensor
         k = turned(unit(u @ p["self_attn.kv_proj.weight"].T, "self_attn.kv_norm")[:, None])[:, 0]
         gap = torch.arange(T)[:, None] - torch.arange(T)
         scores = torch.einsum("thd,sd->hts", q, k) * a.head_dim**-0.5
-        scores = scores.masked_fill((gap < 0) | (gap >= a.sliding_window), float("-inf"))
+        scores = scores.masked_fill((gap < 0) | (gap >= a.window), float("-inf"))
         sinks = p["self_attn.sinks"].view(-1, 1, 1).expand(-1, T, 1)
         weights = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
         out = turned(torch.einsum("hts,sd->thd", weights, k), -1.0).flatten(1).chunk(a.o_groups, 1)

@@ -14,11 +14,10 @@ from farthing.cli.errors import errors_as_one_line, log_lines, one_line_errors
 from farthing.cli.tables import print_contexts, print_cost, print_routing, step_progress
 from farthing.config import Quantization
 from farthing.hub import resolve_model, resolve_shapes
-from farthing.model.config import ModelConfig
+from farthing.model import ModelConfig, parameter_shapes
 from farthing.model.inspect import checkpoint_cost, context_cost, model_cost, routing_report
 from farthing.model.load import load
 from farthing.model.pack import pack_checkpoint
-from farthing.model.parameters import parameter_shapes
 from farthing.ops.select import select
 from farthing.planner.estimate import file_bytes, published_config, unknown
 from farthing.planner.footprint import stored_by_config

@@ -37,9 +37,8 @@ from farthing.compress.size import Sizes, head_in_8_bits, measured_shares, reads
 from farthing.compress.source import PlainCheckpoint
 from farthing.compress.stream import Compression, Progress, Progressed, finish, refuse_finished, run
 from farthing.config import Quantization
-from farthing.model import DecoderModel, ModelConfig
+from farthing.model import DecoderModel, ModelConfig, parameter_shapes
 from farthing.model.load import load
-from farthing.model.parameters import parameter_shapes
 from farthing.ops.select import known_backends, select
 
 

@@ -22,7 +22,9 @@ from farthing.ops import (
     Cut,
     GroupedParts,
     GroupedSpec,
+    Handle,
     IndexerSpec,
+    LayerHandles,
     Norm,
     Ops,
     Place,
@@ -195,10 +197,6 @@ def grouped_spec(
 class GroupedAttention:
     """One layer's attention with its input norm and residual."""
 
-    query_scale = None
-    sparse = False
-    q_norm, q_b = None, None
-
     def __init__(self, at: LayerSource) -> None:
         config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
         p, d = at.prefix + "self_attn.", config.hidden_size
@@ -268,6 +266,13 @@ class GroupedAttention:
         # Ranks sum their products where there is a residual.
         out = ops.linear(out, self.o, residual=h * 0)
         return h + ops.rms_norm(out, self.post_norm), None
+
+    def handles(self, feed_norm: Norm, feed: Handle) -> LayerHandles:
+        """Of the layer, for `Ops.stack`."""
+        return LayerHandles(
+            self.norm, self.qkv_a, self.q_width, None, None, self.heads, self.o, feed_norm, feed,
+            o_bias=self.o_bias, rows=self.rows, window=self.window, attention_post=self.post_norm,
+        )  # fmt: skip
 
 
 def _gated_rows(a: GroupedHeads) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -353,11 +358,6 @@ def query_scale(config: ModelConfig, ops: Ops) -> Tensor | None:
 class LatentAttention:
     """One layer's attention with its input norm and residual."""
 
-    rows = 1  # of the cache
-    window: int | None = None
-    o_bias: Tensor | None = None
-    post_norm: Norm | None = None
-
     def __init__(self, at: LayerSource) -> None:
         c, ops, weights, a = at.config, at.ops, at.weights, at.config.mixer(at.layer)
         assert isinstance(a, LatentHeads)
@@ -412,6 +412,15 @@ class LatentAttention:
             q = q * self.query_scale[place.batch.positions.long()].unsqueeze(1).to(q.dtype)
         out = ops.mla(q, kv, self.heads, place, select)  # [T, H v]
         return ops.linear(out, self.o, residual=h), select
+
+    def handles(self, feed_norm: Norm, feed: Handle) -> LayerHandles | None:
+        """Of the layer, for `Ops.stack`; None for what a stack does not compute: scaled queries, attention to
+        what an indexer selects."""
+        if self.query_scale is not None or self.sparse:
+            return None
+        return LayerHandles(
+            self.norm, self.qkv_a, self.q_width, self.q_norm, self.q_b, self.heads, self.o, feed_norm, feed
+        )
 
 
 AnyAttention = LatentAttention | GroupedAttention | GatedDelta

@@ -23,7 +23,7 @@ from farthing.model.fields import (
     read_query_scaling,
     wrong,
 )
-from farthing.model.forms import Index, LatentHeads, Mixer, read_mixers
+from farthing.model.forms import Index, LatentHeads, Mixer
 from farthing.model.types import type_named, type_of
 from farthing.ops.specs import SILU, Gate, StreamSpec
 
@@ -277,7 +277,7 @@ class ModelConfig:
             rounded = _rounds_head(raw)
             raw = {MARK: raw.get(MARK), **kind.fields(raw)}  # beside text_config, if that is nested
             values = _checked(cls, raw) | _derived(raw)
-            values["mixers"] = read_mixers(raw, kind.attention, values["num_hidden_layers"])
+            values["mixers"] = kind.mixers(raw, values["num_hidden_layers"])
             config = cls(**{**values, "model_type": kind.name, "rounded_head": rounded})
             positions = _stretched(config.max_position_embeddings, config.rope)
             config = replace(config, max_position_embeddings=positions)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from farthing.lazy import torch
 from farthing.model.attention import AnyAttention, attention_of, norm_of
 from farthing.model.config import ModelConfig
-from farthing.model.delta import GatedDelta
 from farthing.model.kinds import cache_place
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
@@ -172,24 +171,14 @@ def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router:
 
 def stacked(ops: Ops, layers: Sequence[tuple[AnyAttention, FeedForward]]) -> Handle | None:
     """`Ops.stack` of these layers; None if the backend has none or does not support one of the layers."""
-    packed = [handles(*layer) for layer in layers]
+    packed = [_handles(*layer) for layer in layers]
     plain = [h for h in packed if h is not None]
     return ops.stack(plain) if len(plain) == len(packed) else None
 
 
-def handles(attention: AnyAttention, feed: FeedForward) -> LayerHandles | None:
-    """The handles of one layer for `Ops.stack`; None if it cannot represent the layer."""
-    a = attention
-    if a.query_scale is not None or a.sparse or feed.beside is not None:
-        return None
-    if isinstance(a, GatedDelta):
-        packed = a.norm, a.qkvz, 0, None, None, a.delta, a.o, feed.norm, feed.packed
-        return LayerHandles(*packed, rows=0, gates=a.gates)
-    return LayerHandles(
-        a.norm, a.qkv_a, a.q_width, a.q_norm, a.q_b, a.heads, a.o, feed.norm, feed.packed,
-        o_bias=a.o_bias, rows=a.rows, window=a.window, attention_post=a.post_norm,
-        feed_post=feed.post_norm, beside=feed.parallel, scale=feed.scale,
-    )  # fmt: skip
+def _handles(first: AnyAttention, feed: FeedForward) -> LayerHandles | None:
+    found = None if feed.beside is not None else first.handles(feed.norm, feed.packed)
+    return found and replace(found, feed_post=feed.post_norm, beside=feed.parallel, scale=feed.scale)
 
 
 class MTPLayer:

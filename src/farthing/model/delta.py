@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from farthing.lazy import np
 from farthing.model.forms import DeltaHeads
 from farthing.model.source import LayerSource, WeightSource
-from farthing.ops.api import Norm, Place
+from farthing.ops.api import Handle, LayerHandles, Norm, Place
 from farthing.ops.arrays import as_float32, contiguous, host, like
 from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.specs import DeltaParts
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 
 class GatedDelta:
     """One layer's recurrence with its input norm and residual."""
-
-    rows = 0  # of the paged cache
-    query_scale = window = None
-    sparse = False
 
     def __init__(self, at: LayerSource, norm: Norm) -> None:
         ops, weights, heads = at.ops, at.weights, at.config.mixer(at.layer)
@@ -50,6 +46,12 @@ class GatedDelta:
         gates = ops.linear(h, self.gates, self.norm)  # [T, 2 Hv]
         out = ops.delta(x, gates, self.delta, place)  # [T, Hv dv]
         return ops.linear(out, self.o, residual=h), select
+
+    def handles(self, feed_norm: Norm, feed: Handle) -> LayerHandles:
+        """Of the layer, for `Ops.stack`."""
+        return LayerHandles(
+            self.norm, self.qkvz, 0, None, None, self.delta, self.o, feed_norm, feed, rows=0, gates=self.gates
+        )
 
 
 def _qkvz(weights: WeightSource, p: str, heads: DeltaHeads, d: int) -> list[Weight]:

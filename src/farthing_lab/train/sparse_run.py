@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from farthing.files import replace_json
+from farthing.model.forms import Index
 from farthing_lab.train.data import Ids
 from farthing_lab.train.export import from_tensors, load_checkpoint, save_checkpoint, to_tensors
 from farthing_lab.train.finetune import Settings, Sources, Text, adam, determining, provenance, weights_sha256
@@ -66,8 +67,9 @@ def configured(overrides: Sequence[str]) -> tuple[SparseConfig, dict[str, int]]:
 def with_indexer(dense: DeepSeekLM, config: SparseConfig, seed: int) -> DeepSeekLM:
     """The same model with untrained indexers."""
     torch.manual_seed(seed)
-    own = {f: getattr(config, f) for f in ("index_topk", "index_n_heads", "index_head_dim")}
-    model = DeepSeekLM(dataclasses.replace(dense.cfg, model_type="deepseek_v32", **own))
+    index = Index(config.index_n_heads, config.index_head_dim, config.index_topk)
+    mixers = (dataclasses.replace(dense.cfg.latent, index=index),) * len(dense.cfg.mixers)  # all are alike
+    model = DeepSeekLM(dataclasses.replace(dense.cfg, model_type="deepseek_v32", mixers=mixers))
     indexers = {k: v for k, v in to_tensors(model).items() if ".indexer." in k}
     from_tensors(model, to_tensors(dense) | indexers)
     model.set_compute_dtype(dense.compute_dtype)

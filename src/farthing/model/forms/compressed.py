@@ -177,6 +177,21 @@ _SIZES = (
 )  # fmt: skip
 
 
+def compressed_layers(raw: Mapping[str, Any], hidden: int) -> tuple[Mixer, ...]:
+    """The first half of every hidden layer, and of MTP layers, which have a window alone, from a config.json
+    with DeepSeek-V4's fields, and `rates`, `indexed` and `window_rope` as the type sets them.
+
+    Raises ValueError naming the field.
+    """
+    common, rope, alone = read_compressed(raw), checked.read_rope(raw), raw["window_rope"]
+
+    def at(rate: int) -> Mixer:
+        index = common.index if rate == common.rate else None
+        return replace(common, rate=rate, index=index, rope=rope if rate else alone)
+
+    return tuple(map(at, [*raw["rates"][:hidden], 0]))
+
+
 def read_compressed(raw: Mapping[str, Any]) -> CompressedHeads:
     """Of the layers with an indexer, from a config.json with DeepSeek-V4's fields, and `indexed`, their rate,
     as the type sets it. Raises ValueError naming the field."""

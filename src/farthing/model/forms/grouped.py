@@ -9,6 +9,7 @@ from typing import Any, Literal
 from farthing.model import fields as checked
 from farthing.model.fields import UNSCALED, RopeConfig
 from farthing.model.forms.base import Mixer, Workspace, divided
+from farthing.model.forms.delta import read_delta
 from farthing.model.spec import Share, Tensor, Tensors
 
 
@@ -159,6 +160,30 @@ class GroupedHeads(Mixer):
             "attention.key_length": self.head_dim,
             "attention.value_length": self.head_dim,
         }
+
+
+def grouped_layers(raw: Mapping[str, Any], hidden: int) -> tuple[Mixer, ...]:
+    """The first half of every hidden layer, and of MTP layers, from a config.json with Llama's fields as the
+    type sets them. Raises ValueError naming the field.
+
+    `windows` has how many tokens each layer's attend to, `windowed` what else is different with a window, and
+    `unrotated` the layers that do not rotate; `recurrent_layers` are Gated DeltaNet.
+    """
+    common = replace(read_grouped(raw), rope=checked.read_rope(raw))
+    own = {**raw, **(raw.get("windowed") or {})}
+    narrow = replace(read_grouped(own), rope=checked.read_rope(own))
+    windows, still, recurrent = (
+        tuple(raw.get(name) or ()) for name in ("windows", "unrotated", "recurrent_layers")
+    )
+    delta = read_delta(raw) if recurrent else None
+
+    def at(layer: int) -> Mixer:
+        if delta is not None and layer in recurrent:
+            return delta
+        window = (windows[layer] if layer < len(windows) else 0) or None
+        return replace(narrow if window else common, window=window, rotated=layer not in still)
+
+    return tuple(map(at, range(hidden + 1)))
 
 
 def read_grouped(raw: Mapping[str, Any]) -> GroupedHeads:

@@ -191,6 +191,25 @@ _LATENT_SIZES = ("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_
 _INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_topk")
 
 
+def latent_layers(raw: Mapping[str, Any], hidden: int) -> tuple[Mixer, ...]:
+    """The first half of every hidden layer, and of MTP layers, from a config.json with V3's fields;
+    `indexer_types` tells layers apart. Raises ValueError naming the field."""
+    common, kinds = (
+        replace(read_latent(raw), rope=checked.read_rope(raw)),
+        tuple(raw.get("indexer_types") or ()),
+    )
+    if unknown := {*kinds} - {"full", "shared"}:
+        raise ValueError(f"indexer_types has {sorted(unknown)[0]!r}; expected 'full' or 'shared'")
+    if common.index is None:
+        return (common,) * (hidden + 1)
+    if kinds[:1] == ("shared",):
+        raise ValueError(
+            "indexer_types[0]: got 'shared'; expected 'full': no earlier layer selects keys to share"
+        )
+    sharing = replace(common, index=replace(common.index, shared=True))
+    return tuple(sharing if kinds[i : i + 1] == ("shared",) else common for i in range(hidden + 1))
+
+
 def read_latent(raw: Mapping[str, Any]) -> LatentHeads:
     """From a config.json with V3's fields. Raises ValueError naming the field."""
     if raw.get("attention_bias") not in (None, False):

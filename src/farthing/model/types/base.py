@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, optional_section, wrong
+from farthing.model.forms.base import Mixer
+from farthing.model.forms.latent import latent_layers
 
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = "model.layers.0.mlp.experts.0.down_proj."  # with what files of toolkits have of a matrix
@@ -73,8 +75,8 @@ class ModelType:
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
     own_words: Mapping[str, str] = field(default_factory=dict)  # V3's field -> the file's, for messages
-    # Grouped-query attention has Llama's fields and tensor names, that to a compressed past DeepSeek-V4's.
-    attention: Literal["latent", "grouped", "compressed"] = "latent"
+    # The first half of every hidden layer and of MTP layers, from the fields above and the number of layers.
+    mixers: Callable[[Fields, int], tuple[Mixer, ...]] = latent_layers
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
 
     def in_own_words(self, message: str) -> str:

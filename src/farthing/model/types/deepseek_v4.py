@@ -17,6 +17,7 @@ from farthing.model.fields import (
     section,
     wrong,
 )
+from farthing.model.forms.compressed import compressed_layers
 from farthing.model.types.base import Fields, ModelType, Names, layer_count, per_layer, present
 from farthing.ops.specs import Gate, StreamSpec
 
@@ -176,5 +177,5 @@ TYPE = ModelType(
         variants=(_saved, lambda name: name),
         drafts=_draft,
     ),
-    attention="compressed",
+    mixers=compressed_layers,
 )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from farthing.model.fields import flag, integer, number, optional_section, section, wrong
+from farthing.model.forms.grouped import grouped_layers
 from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding, tied
 from farthing.model.types.llama import DENSE
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
@@ -201,17 +202,17 @@ _TEXT = Names(_stored, variants=(_in_language_model, _under_language_model))
 _WRAPPED = Names(_in_language_model, _TOWERS, _TEXT_ONLY, variants=(_under_language_model, _stored))
 _OWN = {"num_experts_per_tok": "top_k_experts", "logit_cap": "final_logit_softcapping"}
 TYPES = (
-    ModelType("gemma3_text", "Gemma 3 270M, 1B", _gemma3, _TEXT, _OWN, attention="grouped"),
+    ModelType("gemma3_text", "Gemma 3 270M, 1B", _gemma3, _TEXT, _OWN, mixers=grouped_layers),
     ModelType(
         "gemma3",
         "Gemma 3 4B, 12B, 27B (text)",
         _nested(_gemma3, "gemma3_text"),
         _WRAPPED,
         _OWN,
-        attention="grouped",
+        mixers=grouped_layers,
     ),
     ModelType(
-        "gemma4_text", "the text model of gemma4 on its own", _gemma4, _TEXT, _OWN, attention="grouped"
+        "gemma4_text", "the text model of gemma4 on its own", _gemma4, _TEXT, _OWN, mixers=grouped_layers
     ),
     ModelType(
         "gemma4",
@@ -219,6 +220,6 @@ TYPES = (
         _nested(_gemma4, "gemma4_text"),
         _WRAPPED,
         _OWN,
-        attention="grouped",
+        mixers=grouped_layers,
     ),
 )

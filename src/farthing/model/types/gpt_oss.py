@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from farthing.model.fields import integer, number
+from farthing.model.forms.grouped import grouped_layers
 from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding
 from farthing.model.types.qwen3_moe import SOFTMAX, experts
 from farthing.ops.specs import Gate
@@ -51,4 +52,4 @@ def _stored(name: str) -> str:
     return _GATE.sub(r"\1.router.\2", name)
 
 
-TYPE = ModelType("gpt_oss", "gpt-oss-20b, gpt-oss-120b", _fields, Names(_stored), attention="grouped")
+TYPE = ModelType("gpt_oss", "gpt-oss-20b, gpt-oss-120b", _fields, Names(_stored), mixers=grouped_layers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, number, wrong
+from farthing.model.forms.grouped import grouped_layers
 from farthing.model.types.base import Fields, ModelType, Names, half_split, present, sliding
 
 _INV_FREQ = Names(skipped=("*.rotary_emb.inv_freq",))
@@ -94,11 +95,11 @@ def _headless(name: str) -> str:
 _QWEN3_NAMES = Names(variants=(_headless,))
 
 TYPES = (
-    ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, attention="grouped"),
-    ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, attention="grouped"),
-    ModelType("qwen2", "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1", _qwen2, attention="grouped"),
-    ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, attention="grouped"),
-    ModelType("smollm3", "SmolLM3", _smollm3, attention="grouped"),
-    ModelType("seed_oss", "Seed-OSS 36B", _seed_oss, attention="grouped"),
-    ModelType("granite", "Granite 3.x, dense", _granite, attention="grouped"),
+    ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, mixers=grouped_layers),
+    ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, mixers=grouped_layers),
+    ModelType("qwen2", "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1", _qwen2, mixers=grouped_layers),
+    ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, mixers=grouped_layers),
+    ModelType("smollm3", "SmolLM3", _smollm3, mixers=grouped_layers),
+    ModelType("seed_oss", "Seed-OSS 36B", _seed_oss, mixers=grouped_layers),
+    ModelType("granite", "Granite 3.x, dense", _granite, mixers=grouped_layers),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from farthing.model.fields import integer
+from farthing.model.forms.grouped import grouped_layers
 from farthing.model.types.base import (
     Fields,
     ModelType,
@@ -92,7 +93,7 @@ def _granitemoe(raw: Fields) -> Fields:
 _MTP = ("model.mtp.*", "mtp.*")
 TYPES = (
     ModelType(
-        "mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored, variants=_TOOLS), attention="grouped"
+        "mixtral", "Mixtral 8x7B, 8x22B", _mixtral, Names(_stored, variants=_TOOLS), mixers=grouped_layers
     ),
     ModelType(
         "minimax_m2",
@@ -100,7 +101,9 @@ TYPES = (
         _minimax_m2,
         Names(_stored, _MTP, "the MTP layers of this type are not supported", _TOOLS),
         own_words={"partial_rotary_factor": "rotary_dim"},
-        attention="grouped",
+        mixers=grouped_layers,
     ),
-    ModelType("granitemoe", "Granite 3.x mixtures", _granitemoe, Names(_granite_stored), attention="grouped"),
+    ModelType(
+        "granitemoe", "Granite 3.x mixtures", _granitemoe, Names(_granite_stored), mixers=grouped_layers
+    ),
 )

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from farthing.model.fields import flag, in_range, integer, wrong
+from farthing.model.forms.grouped import grouped_layers
 from farthing.model.types.base import (
     Fields,
     ModelType,
@@ -126,11 +127,11 @@ TYPES = (
         _qwen2_moe,
         Names(shared_stored),
         OWN_WORDS,
-        attention="grouped",
+        mixers=grouped_layers,
     ),
-    ModelType("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B", _qwen3_moe, attention="grouped"),
-    ModelType("glm4_moe", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _glm4_moe, attention="grouped"),
-    ModelType("olmoe", "OLMoE", _olmoe, attention="grouped"),
-    ModelType("dots1", "dots.llm1", _dots1, attention="grouped"),
-    ModelType("solar_open", "Solar Open 100B", _solar_open, attention="grouped"),
+    ModelType("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B", _qwen3_moe, mixers=grouped_layers),
+    ModelType("glm4_moe", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _glm4_moe, mixers=grouped_layers),
+    ModelType("olmoe", "OLMoE", _olmoe, mixers=grouped_layers),
+    ModelType("dots1", "dots.llm1", _dots1, mixers=grouped_layers),
+    ModelType("solar_open", "Solar Open 100B", _solar_open, mixers=grouped_layers),
 )

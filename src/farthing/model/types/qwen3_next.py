@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from farthing.model.fields import in_range, integer, section, wrong
+from farthing.model.forms.grouped import grouped_layers
 from farthing.model.types.base import (
     Fields,
     ModelType,
@@ -108,34 +109,34 @@ TYPES = (
         _qwen3_next,
         Names(shared_stored, drafts=_drafts),
         own_words=OWN_WORDS,
-        attention="grouped",
+        mixers=grouped_layers,
     ),
     ModelType(
         "qwen3_5_moe",
         "Qwen3.5 and 3.6 mixtures: 35B-A3B, 122B-A10B, 397B-A17B (text)",
         _nested(_qwen3_5_moe, "qwen3_5_moe_text"),
         Names(_under_language_model, _VISION, _TEXT_ONLY, variants=(shared_stored,), drafts=_drafts),
-        attention="grouped",
+        mixers=grouped_layers,
     ),
     ModelType(
         "qwen3_5_moe_text",
         "the text model of qwen3_5_moe on its own",
         _qwen3_5_moe,
         Names(shared_stored, _VISION, _TEXT_ONLY, variants=(_under_language_model,), drafts=_drafts),
-        attention="grouped",
+        mixers=grouped_layers,
     ),
     ModelType(
         "qwen3_5",
         "Qwen3.5 and 3.6, dense: 0.8B to 27B (text)",
         _nested(_qwen3_5, "qwen3_5_text"),
         Names(_under_language_model, _VISION, _TEXT_ONLY, variants=(shared_stored,), drafts=_drafts),
-        attention="grouped",
+        mixers=grouped_layers,
     ),
     ModelType(
         "qwen3_5_text",
         "the text model of qwen3_5 on its own",
         _qwen3_5,
         Names(shared_stored, _VISION, _TEXT_ONLY, variants=(_under_language_model,), drafts=_drafts),
-        attention="grouped",
+        mixers=grouped_layers,
     ),
 )
