@@ -1,43 +1,44 @@
 """What rounding the inputs of integer matrices costs, and what not rounding them does (`--compute`).
 
-    python bench/inputs.py MODEL … [--tokens 8192] [--rounds 3] [--quantization int8] [--json]
+    python bench/inputs.py MODEL … [--tokens 8192] [--rounds 5] [--quantization int8] [--json]
 
 Every row is one way of the CPU kernels, with a float32 cache, against the reference ops in float32 on the
 same weights: KL divergence and perplexity on this documentation in windows of 512 tokens; and of 200 chats,
-how many greedy answers of 32 tokens are the same, and how many first tokens. Speeds are those of
-`farthing.LLM` with its default cache; rounds alternate between the rows, and figures are medians with their
-spread.
+how many greedy answers of 32 tokens are the same, and how many first tokens. Speeds are of one thread with a
+bfloat16 cache, in seconds of the processor, which other work on the machine changes less than the clock's;
+rounds alternate between the rows, and figures are medians, and of each round's ratio to int8.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from operator import truediv
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from decode import generating
 from farthing import LLM, SamplingParams
 from farthing.compress.evaluate import Corpus, compare_with, load_corpus, remember
 from farthing.files import to_json
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
+from farthing.model.decoder import DecoderModel
 from farthing.model.load import load
 from farthing.ops.select import select
-from limits import Point
-from peers import by_generating
+from farthing.ops.torch_util import make_batch
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("int8", "exact")
 ANSWER = 32  # tokens
 WINDOW = 512
-POINTS = (Point("decode", 1, 128), Point("decode", 8, 128), Point("prefill", 1, 512))
 CAPITALS = (
     "France", "Japan", "Italy", "Egypt", "Canada", "Peru", "Norway", "India", "Kenya", "Spain", "Greece",
     "Cuba", "Chile", "Poland", "Turkey", "Nepal", "Ghana", "Iran", "Austria", "Ireland",
@@ -91,31 +92,60 @@ def quality(model: str, tokens: int, quantization: Any) -> dict[str, dict[str, A
     return rows
 
 
+def decoded(model: DecoderModel, batch: int, steps: int = 12) -> float:
+    """Tokens per second of steps with one token of each of `batch` sequences, logits included."""
+    cache, ids = model.new_cache(2 * batch, 16, "bfloat16"), torch.full((batch,), 100)
+    tables = [[2 * i, 2 * i + 1] for i in range(batch)]
+    start = time.process_time()
+    for at in range(steps):
+        hidden = model.forward(ids, make_batch([1] * batch, [at] * batch, tables, 16), cache)
+        model.top_logits(hidden, 1)
+    return batch * steps / (time.process_time() - start)
+
+
+def prompted(model: DecoderModel) -> float:
+    """Tokens per second of a prompt."""
+    cache, ids = model.new_cache(WINDOW // 16, 16, "bfloat16"), torch.arange(100, 100 + WINDOW)
+    start = time.process_time()
+    hidden = model.forward(ids, make_batch([WINDOW], [0], [list(range(WINDOW // 16))], 16), cache)
+    model.top_logits(hidden[-1:], 1)
+    return WINDOW / (time.process_time() - start)
+
+
+POINTS: dict[str, Callable[[DecoderModel], float]] = {
+    "batch 1": partial(decoded, batch=1),
+    "batch 2": partial(decoded, batch=2),
+    "batch 8": partial(decoded, batch=8),
+    f"prompt of {WINDOW}": prompted,
+}
+
+
 def speeds(model: str, rounds: int, quantization: Any) -> dict[str, dict[str, list[float]]]:
-    """Of each way: tokens/s at every point, round by round."""
-    measures = {}
-    for way in WAYS:
-        llm = LLM(
-            model, backend="cpu", compute=way, quantization=quantization, skip_tokenizer_init=True,
-            max_model_len=1024, max_num_seqs=8, kv_cache_memory=1 << 30,
-        )  # fmt: skip
-        measures[way] = by_generating(generating(llm, {128}, 20000))
-    found: dict[str, dict[str, list[float]]] = {way: {str(p): [] for p in POINTS} for way in WAYS}
-    for turn in range(rounds):
-        for point in POINTS:
-            for way in WAYS if turn % 2 else reversed(WAYS):
-                found[way][str(point)].append(measures[way](point) or 0.0)
+    """Of each way: tokens per second of one core at every point, round by round after an untimed one."""
+    path = resolve_model(model)
+    models = {
+        way: load(path, select("cpu", None, 1, quantization, compute=way))  # type: ignore[arg-type]
+        for way in WAYS
+    }
+    found: dict[str, dict[str, list[float]]] = {way: {name: [] for name in POINTS} for way in WAYS}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            for name, measure in POINTS.items():
+                for way in WAYS if turn % 2 else WAYS[::-1]:
+                    rate = measure(models[way])
+                    found[way][name] += [rate] if turn else []
     return found
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown, a row per model and way."""
-    names = [f"{p}, tokens/s" for p in POINTS]
+    names = [f"{name}, tokens/s" for name in POINTS]
     yield f"| model | compute | KL, nats | perplexity | same answers | first tokens | {' | '.join(names)} |"
     yield "|---" * (6 + len(names)) + "|"
     for row in rows:
         rates = [
-            f"{statistics.median(r):.0f} ({min(r):.0f}–{max(r):.0f})" for r in row["speeds"].values() if r
+            f"{median(found):.0f} ({median(map(truediv, found, row['base'][name])):.2f}x)"
+            for name, found in row["speeds"].items()
         ]
         name, grown = Path(row["model"]).name, row["relative_increase"]
         yield (
@@ -137,7 +167,8 @@ def main() -> None:
     for model in given.models:
         timed = speeds(model, given.rounds, given.quantization) if given.rounds else {w: {} for w in WAYS}
         for way, found in quality(model, given.tokens, given.quantization).items():
-            rows.append({"model": model, "compute": way, "speeds": timed[way], **found})
+            own = {"speeds": timed[way], "base": timed["int8"]}
+            rows.append({"model": model, "compute": way, **own, **found})
     print(to_json(rows) if given.json else "\n".join(table(rows)))
 
 

@@ -237,6 +237,7 @@ struct Sizes {
   CacheType cache;
   bool invariant = false;
   int input_terms = 1;  // see Matrix::act_terms
+  bool blocks() const { return !invariant && input_terms == 1; }
   Workspace work{Workspace::Memory::none};
 
   void linear(const Matrix& w, const Matrix* further, int tokens);  // or null: columns packed apart

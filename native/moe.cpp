@@ -459,7 +459,7 @@ int routed_rows(const Moe& w, int tokens) { return w.gate ? tokens * w.router.to
 
 void Sizes::moe(const Moe& w, int tokens, int rows) {
   for (const int least : {0, kTileTokens}) {
-    if (invariant && least) continue;
+    if (least && !blocks()) continue;
     work.reset();
     Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads, least);
   }
