@@ -228,14 +228,16 @@ constexpr int kExpandTokens = 192;  // tokens of a sequence in a step from which
 // average.
 constexpr int kTileTokens = 32, kTileExpertRows = 12;
 
-// What an op takes from a workspace, without running it: the most of what its forms take. exact: of those
+// What an op takes from a workspace, without running it: the most of what its forms take. invariant: of those
 // whose rounding does not depend on the size of a step. `rows`: rows of routed experts, all of which one rank
 // may get; the weights' matrices need no data.
 struct Sizes {
   const Kernels& kernels;
   int threads;
   CacheType cache;
-  bool exact = false;
+  bool invariant = false;
+  int input_terms = 1;  // see Matrix::act_terms
+  bool blocks() const { return !invariant && input_terms == 1; }
   Workspace work{Workspace::Memory::none};
 
   void linear(const Matrix& w, const Matrix* further, int tokens);  // or null: columns packed apart
@@ -277,6 +279,7 @@ class Backend {
   std::shared_ptr<Arena> arena;
   int expand_tokens = kExpandTokens;  // see expanded.h; 0: never
   int tile_tokens = kTileTokens;      // 0: never
+  int input_terms = 1;                // of matrices of integers, from now on: see Matrix::act_terms
 
  private:
   // Norms and rotates queries and keys, and writes keys, entries and what later entries need.

@@ -28,6 +28,11 @@ namespace {
 using SourceTuple =
     std::tuple<Source::Kind, uint64_t, uint64_t, uint64_t, int, int, int, uint64_t, uint64_t, uint64_t, int>;
 
+std::shared_ptr<Packed> with_inputs(const Backend& b, std::shared_ptr<Packed> p) {
+  if (p->m.quantized()) p->m.act_terms = b.input_terms;
+  return p;
+}
+
 std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bool interleave,
                              const BlockCosts& costs, const std::vector<SourceTuple>& tuples) {
   std::vector<Source> sources;
@@ -35,7 +40,8 @@ std::shared_ptr<Packed> pack(Backend& b, Format format, int group, bool zero, bo
     sources.push_back({kind, at<void>(data), at<float>(scale), at<int8_t>(zeros), n, k, g, at<float>(minimum),
                        at<float>(units), at<float>(minimum_units), rows});
   const nb::gil_scoped_release release;
-  return Packed::pack(b.pool, b.kernels, b.arena, format, group, zero, interleave, costs, sources);
+  return with_inputs(
+      b, Packed::pack(b.pool, b.kernels, b.arena, format, group, zero, interleave, costs, sources));
 }
 
 // late: milliseconds by which thread 1 comes late, as if it had no core.
@@ -354,6 +360,12 @@ NB_MODULE(_native, module) {
       .def_prop_ro("nodes", [](const Backend& b) { return b.pool.nodes(); })
       .def_rw("expand_tokens", &Backend::expand_tokens)
       .def_rw("tile_tokens", &Backend::tile_tokens)
+      .def_prop_rw(
+          "input_terms", [](const Backend& b) { return b.input_terms; },
+          [](Backend& b, int terms) {
+            if (terms != 1 && terms != 2) throw std::invalid_argument("an input is one integer or two");
+            b.input_terms = terms;
+          })
       .def_prop_ro("workspace_bytes", &Backend::workspace_bytes)
       .def_prop_ro("node_memory", [](const Backend& b) { return b.arena->used(); })
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })
@@ -361,7 +373,7 @@ NB_MODULE(_native, module) {
       .def(
           "view",
           [](Backend& b, uint64_t address, uint64_t size, uint64_t name) {
-            return Packed::view(b.pool, b.arena, at<uint8_t>(address), size, name);
+            return with_inputs(b, Packed::view(b.pool, b.arena, at<uint8_t>(address), size, name));
           },
           "address"_a, "size"_a, "name"_a)
       .def_prop_ro("yields_at_once", [](const Backend& b) { return b.pool.yields_at_once(); })

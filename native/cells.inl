@@ -171,16 +171,17 @@ void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, 
 #if defined(__AVX512VNNI__)
   if (sparse_many(w, panel, count, x, rows, out, ldo)) return;
 #endif
-  const int blocks = (rows + kSparseRows - 1) / kSparseRows;
+  const int terms = w.act_terms, at_once = kSparseRows / terms, blocks = (rows + at_once - 1) / at_once;
   size_t bytes = 0;
   for (int i = 0; i < count; ++i) bytes += w.panel_bytes(panel + i);
   for (int b = 0, m = 0; b < blocks; ++b) {
     const int some = (rows - m + blocks - b - 1) / (blocks - b);
-    const PanelKernel kernel = sparse_of(w, some);
+    const PanelKernel kernel = sparse_of(w, some * terms);
     for (int i = 0; i < count; ++i) {
       const int cells = blocks == 1 ? kMostCells : cells_of(w, w.record(panel + i)).count;
       const Ahead ahead{bytes, cells * b / blocks, cells * (b + 1) / blocks};
-      kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+      add_terms(terms, some, kPanel, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
+                [&](float* to, int ld) { kernel(w, panel + i, row(x, m), ahead, to, ld); });
     }
     m += some;
   }

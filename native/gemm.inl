@@ -418,6 +418,21 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
   return panel_of<M, P>(w, std::make_index_sequence<std::size(kFormats)>());
 }
 
+// Rows whose inputs are sums of several integers: `multiply(out, ldo)` takes each of them as a row, and
+// their products are added. Few rows at a time: what waits is on the stack.
+template <class Multiply>
+[[gnu::always_inline]] inline void add_terms(int terms, int rows, int columns, float* out, int ldo,
+                                             Multiply&& multiply) {
+  if (terms == 1) return multiply(out, ldo);
+  alignas(64) float products[kLongRows * kPanelsAtOnce * kPanel];
+  multiply(products, columns);
+  for (int m = 0; m < rows; ++m)
+    for (int c = 0; c < columns; c += kPanel) {
+      const float* from = products + m * terms * columns + c;
+      store(out + m * ldo + c, loadf(from) + loadf(from + columns));
+    }
+}
+
 // cells.inl, fp8_pairs.inl
 void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
 PanelKernel pairs_kernel(int panels, int rows);
@@ -429,15 +444,16 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
                   ldo);
     return;
   }
-  const bool stream = rows <= stream_rows(w.format);
+  const int terms = w.act_terms;
+  const bool stream = rows * terms <= stream_rows(w.format);
   const bool pairs = x.pairs && w.format == Format::fp8;
   // Not where that is no larger: floats and planes.
   const int most = pairs ? kLongRows : long_rows(w.format);
-  const bool tall = one_product_a_cycle && rows > kRowsAtOnce && most > kRowsAtOnce && !w.zero;
-  const int at_once = tall ? most : kRowsAtOnce;
+  const bool tall = one_product_a_cycle && rows * terms > kRowsAtOnce && most > kRowsAtOnce && !w.zero;
+  const int at_once = (tall ? most : kRowsAtOnce) / terms;
   const int blocks = stream ? 1 : (rows + at_once - 1) / at_once;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
-  const bool close = stream && rows <= prefetch_distances.rows_of(in_bytes(w.format));
+  const bool close = stream && rows * terms <= prefetch_distances.rows_of(in_bytes(w.format));
   const size_t distance = prefetch_distances.of(traits(w.format).nibbles());
   PanelKernel kernel = nullptr;
   int before = 0;  // its shape
@@ -447,14 +463,15 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
       if (const int shape = some * kPanelsAtOnce + together; shape != before) {
         kernel = pairs           ? pairs_kernel(together, some)
-                 : together == 1 ? panel_kernel<1, kLongRows>(w, some)
-                                 : panel_kernel<kPanelsAtOnce>(w, some);
+                 : together == 1 ? panel_kernel<1, kLongRows>(w, some * terms)
+                                 : panel_kernel<kPanelsAtOnce>(w, some * terms);
         before = shape;
       }
       const int parts = groups * together;
       const Ahead ahead{close ? distance : w.stride * together, parts * b / blocks, parts * (b + 1) / blocks,
                         groups};
-      kernel(w, panel + i, row(x, m), ahead, out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+      add_terms(terms, some, 16 * together, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
+                [&](float* to, int ld) { kernel(w, panel + i, row(x, m), ahead, to, ld); });
       m += some;
     }
     i += together;

@@ -102,7 +102,7 @@ struct Space {
 
 void Sizes::linear(const Matrix& w, const Matrix* further, int tokens) {
   for (const int least : {0, kTileTokens}) {
-    if (exact && least) continue;
+    if (least && !blocks()) continue;
     work.reset();
     Space(work, kernels, w, further, tokens, threads, least);
   }

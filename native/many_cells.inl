@@ -122,21 +122,22 @@ void many_rows(const Matrix& w, int panel, int count, const Act& x, int rows, fl
     bytes += w.panel_bytes(panel + i);
   }
   const uint8_t* next = w.record(panel) + bytes;
-  const int blocks = (rows + kTogether - 1) / kTogether;
+  const int terms = w.act_terms, at_once = kTogether / terms, blocks = (rows + at_once - 1) / at_once;
   for (int b = 0, m = 0; b < blocks; ++b) {
     const int some = (rows - m + blocks - b - 1) / (blocks - b);
-    const ManyKernel kernel = many_of<F>(some);
+    const ManyKernel kernel = many_of<F>(some * terms);
     for (size_t at = bytes * b / blocks / 64 * 64; at < bytes * (b + 1) / blocks; at += 64)
       prefetch_far(next + at);
     for (int i = 0; i < count; ++i)
-      kernel(w, cells[i], sums[i], row(x, m), out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+      add_terms(terms, some, kPanel, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
+                [&](float* to, int ld) { kernel(w, cells[i], sums[i], row(x, m), to, ld); });
     m += some;
   }
 }
 
 // Panels times the rows if they are many, else nothing and false.
 bool sparse_many(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
-  if (rows < kManyFrom || w.kp / cell_columns(w) > kManyCells) return false;
+  if (rows * w.act_terms < kManyFrom || w.kp / cell_columns(w) > kManyCells) return false;
   if (w.format == Format::q8) many_rows<Format::q8>(w, panel, count, x, rows, out, ldo);
   else if (w.format == Format::q4) many_rows<Format::q4>(w, panel, count, x, rows, out, ldo);
   else many_rows<Format::nl4>(w, panel, count, x, rows, out, ldo);

@@ -39,6 +39,7 @@ struct Matrix {
   const int32_t* order = nullptr;     // [k] column of the input that each column multiplies, or -1: none; …
   int ordered = 0;                    // … of so many; null: the same
   float act_scale = 0.0f;             // above 0: one calibrated scale for every input, none measured (q8)
+  int act_terms = 1;                  // integers whose sum is an input: 2 where what one leaves is kept too
   size_t stride = 0;                  // bytes of a dense record, without low nibbles of planes
   const uint64_t* offsets = nullptr;  // [panels + 1] of a sparse matrix, from base[0]
   int parts = 1;                      // NUMA nodes
@@ -96,10 +97,13 @@ struct Matrix {
   size_t plane_bytes() const { return has_planes() ? static_cast<size_t>(kp) * (kPanel / 2) : 0; }
   int block_bytes() const { return kBlock * format_traits().bytes_a_column(); }  // of a sparsity block
   bool quantized() const { return format_traits().quantized(); }
+  // Whether the checkpoint itself rounds inputs, so that nothing is left to keep.
+  bool rounds_inputs() const { return act_top != 127.0f || act_clip != 1.0f || act_scale > 0.0f; }
   // Whether rows in blocks may multiply it: inputs of 4 bits are rounded group by group.
   bool fits_blocks() const {
     if (!quantized()) return format_traits().halves;
-    return !sparse && format_traits().planes == Planes::none && act_top == 127.0f && act_clip == 1.0f;
+    return !sparse && format_traits().planes == Planes::none && act_top == 127.0f && act_clip == 1.0f &&
+           act_terms == 1;
   }
   // Whether a column can be read without scales of groups or blocks (Kernels::unpack).
   bool has_plain_columns() const {
@@ -146,6 +150,9 @@ inline int block_columns(int k) {
   return round_up((k + blocks - 1) / blocks, 64);
 }
 
+// What integers leave of a value is at most half of their scale, and held as integers up to 127.
+constexpr float kLeftLevels = 254.0f;
+
 // What kernels read of a row of activations for one cell of a sparse matrix, besides q.
 struct CellInput {
   int32_t comp[kCellBlocks];  // -offset * sum of the columns of each block: takes the offset back out
@@ -155,12 +162,17 @@ struct CellInput {
 
 // M rows of activations in the forms the kernels of one format read. Rows are padded with zeros.
 //
+// With two terms, a row has two of q, scale, comp, cells and flipped, one after the other: integers, and what
+// they leave, in units of 1 / kLeftLevels of their scale. Kernels multiply both as if they were two rows, and
+// `tile` adds the products.
+//
 // In blocks of ld columns, for tiles: [blocks][M][ld] of q or hi, with a scale and comp of every block, and
 // `rest` with as many further ones: what is left of a row's block that has outliers; scale 0: it has none.
 struct Act {
   int ld = 0;              // row stride, elements
   int groups = 0;          // row stride of scale and comp
   int cell_count = 0;      // row stride of cells
+  int terms = 1;           // rows of integers per row
   int blocks = 0;          // of columns; 0: rows are whole
   size_t block = 0;        // from one block to the next, elements
   float* f32 = nullptr;    // the others
@@ -182,15 +194,15 @@ struct Split {
 
 inline Act row(const Act& a, int m) {
   Act r = a;
-  const size_t i = static_cast<size_t>(m), at = i * a.ld;
+  const size_t i = static_cast<size_t>(m), at = i * a.ld, term = i * a.terms;
   if (a.f32) r.f32 = a.f32 + at;
   if (a.hi) r.hi = a.hi + at;
   if (a.lo) r.lo = a.lo + at;
   if (a.pairs) r.pairs = a.pairs + at;
-  if (a.q) r.q = a.q + at, r.scale = a.scale + i * a.groups, r.comp = a.comp + i * a.groups;
+  if (a.q) r.q = a.q + term * a.ld, r.scale = a.scale + term * a.groups, r.comp = a.comp + term * a.groups;
   if (a.rest) r.rest = a.rest + at;
-  if (a.cells) r.cells = a.cells + i * a.cell_count;
-  if (a.flipped) r.flipped = a.flipped + at;
+  if (a.cells) r.cells = a.cells + term * a.cell_count;
+  if (a.flipped) r.flipped = a.flipped + term * a.ld;
   return r;
 }
 

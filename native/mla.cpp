@@ -507,7 +507,7 @@ void Sizes::mla(const Attention& w, const Batch& batch) {
   in.cache.type = cache;
   const Kernels::Keys form = KeyReader::form(kernels, in.cache, w.shape());
   for (const int least : {0, kExpandTokens}) {  // a step of as many tokens may take either attention
-    if (exact && least) continue;
+    if (invariant && least) continue;
     const WideTokens wide(batch, in.tokens, least);
     const Units units(batch, wide, w, form, threads);
     work.reset();

@@ -90,20 +90,21 @@ struct Kind {
 
 void copy_row(const Act& from, int i, const Act& to, int j) {
   const Act a = row(from, i), b = row(to, j);
-  const auto columns = [&](auto* x, auto* y) {
+  const size_t terms = a.terms;
+  const auto columns = [&](auto* x, auto* y, size_t rows = 1) {
     for (int n = 0; x && n < std::max(a.blocks, 1); ++n)
-      std::memcpy(y + n * b.block, x + n * a.block, sizeof *x * a.ld);
+      std::memcpy(y + n * b.block, x + n * a.block, sizeof *x * a.ld * rows);
   };
   columns(a.f32, b.f32);
   columns(a.hi, b.hi);
   columns(a.lo, b.lo);
   columns(a.pairs, b.pairs);
-  columns(a.q, b.q);
+  columns(a.q, b.q, terms);
   columns(a.rest, b.rest);
-  columns(a.flipped, b.flipped);
-  if (a.q) std::memcpy(b.scale, a.scale, sizeof(float) * a.groups);
-  if (a.q) std::memcpy(b.comp, a.comp, sizeof(int32_t) * a.groups);
-  if (a.cells) std::memcpy(b.cells, a.cells, sizeof(CellInput) * a.cell_count);
+  columns(a.flipped, b.flipped, terms);
+  if (a.q) std::memcpy(b.scale, a.scale, sizeof(float) * a.groups * terms);
+  if (a.q) std::memcpy(b.comp, a.comp, sizeof(int32_t) * a.groups * terms);
+  if (a.cells) std::memcpy(b.cells, a.cells, sizeof(CellInput) * a.cell_count * terms);
 }
 
 // The beginning of a panel that will be read next but does not follow the one being read.
@@ -458,7 +459,7 @@ int routed_rows(const Moe& w, int tokens) { return w.gate ? tokens * w.router.to
 
 void Sizes::moe(const Moe& w, int tokens, int rows) {
   for (const int least : {0, kTileTokens}) {
-    if (exact && least) continue;
+    if (least && !blocks()) continue;
     work.reset();
     Space(work, kernels, w, tokens, std::min(rows, routed_rows(w, tokens)), threads, least);
   }

@@ -132,49 +132,73 @@ inline void sum_cell(const int8_t* q, int columns, int offset, CellInput& cell) 
   }
 }
 
-void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
-  const int offset = w.format_traits().offset(), compensation = w.format_traits().compensation();
-  int8_t* q = x.q + static_cast<size_t>(row) * x.ld;
-  for (int done = 0; done < k; done += w.group) {
-    const int n = k - done < w.group ? k - done : w.group, padded = round_up(n, 16);
-    const int g = (at + done) / w.group;
-    float tail[kActGroup * 4];
-    const float* from = values + done;
-    if (padded != n) {
-      for (int i = 0; i < padded; ++i) tail[i] = i < n ? from[i] : 0.0f;
-      from = tail;
-    }
-    x.scale[static_cast<size_t>(row) * x.groups + g] = quantize_input(w, from, padded, q + at + done);
-    x.comp[static_cast<size_t>(row) * x.groups + g] = compensation * sum_bytes(q + at + done, padded);
-    if (x.flipped) flip(q + at + done, padded, x.flipped + static_cast<size_t>(row) * x.ld + at + done);
-    if (!x.cells) continue;
-    const int width = cell_columns(w);
-    CellInput* cell = x.cells + static_cast<size_t>(row) * x.cell_count + (at + done) / width;
-    for (int c = 0; c < padded; c += width, ++cell) {
-      sum_cell(q + at + done + c, padded - c < width ? padded - c : width, offset, *cell);
-      cell->scale = x.scale[static_cast<size_t>(row) * x.groups + g];
-    }
-  }
-}
-
 // Zeros after the last column, as far as the kernels read.
 template <class T>
 inline void pad(T* row, int from, int to) {
   for (int i = from; i < to; ++i) row[i] = 0;
 }
 
+// What q leaves of x, in units of scale / kLeftLevels, whose integers are kept; returns that unit.
+inline float quantize_left(const float* x, int k, const int8_t* q, float scale, int8_t* left) {
+  const float inverse = scale > 1e-30f ? kLeftLevels / scale : 0.0f;
+  const f32x16 magic = splat(12582912.0f);
+  for_lanes(k, [&](int i) {
+    const f32x16 v = fma(to_float(widen(q + i)), splat(-scale), loadf(x + i));
+    const f32x16 r = fma(v, splat(inverse), magic);
+    store(left + i, narrow(load<i32x16>(&r) - 0x4b400000));
+  });
+  return scale / kLeftLevels;
+}
+
+// What kernels read next to the integers of n columns from `at`, which share a scale. row: of integers.
+void describe_group(const Matrix& w, const Act& x, size_t row, int at, int n, float scale) {
+  const int offset = w.format_traits().offset();
+  const int8_t* q = x.q + row * x.ld + at;
+  x.scale[row * x.groups + at / w.group] = scale;
+  x.comp[row * x.groups + at / w.group] = w.format_traits().compensation() * sum_bytes(q, n);
+  if (x.flipped) flip(q, n, x.flipped + row * x.ld + at);
+  if (!x.cells) return;
+  const int width = cell_columns(w);
+  CellInput* cell = x.cells + row * x.cell_count + at / width;
+  for (int c = 0; c < n; c += width, ++cell) {
+    sum_cell(q + c, n - c < width ? n - c : width, offset, *cell);
+    cell->scale = scale;
+  }
+}
+
+void quantize(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
+  const size_t first = static_cast<size_t>(row) * x.terms;
+  for (int done = 0; done < k; done += w.group) {
+    const int n = k - done < w.group ? k - done : w.group, padded = round_up(n, 16);
+    float tail[kActGroup * 4];
+    const float* from = values + done;
+    if (padded != n) {
+      for (int i = 0; i < padded; ++i) tail[i] = i < n ? from[i] : 0.0f;
+      from = tail;
+    }
+    int8_t* q = x.q + first * x.ld + at + done;
+    const float scale = quantize_input(w, from, padded, q);
+    describe_group(w, x, first, at + done, padded, scale);
+    if (x.terms == 1) continue;
+    const float unit = w.rounds_inputs() ? 0.0f : quantize_left(from, padded, q, scale, q + x.ld);
+    if (w.rounds_inputs()) pad(q + x.ld, 0, padded);
+    describe_group(w, x, first + 1, at + done, padded, unit);
+  }
+}
+
 void store_act(const Matrix& w, const Act& x, int row, int at, const float* values, int k) {
   const bool last = at + k >= w.k;
   const int to = round_up(w.k, 64);
-  const size_t start = static_cast<size_t>(row) * x.ld;
   if (w.quantized()) {
     quantize(w, x, row, at, values, k);
-    if (last) {
+    for (int t = 0; last && t < x.terms; ++t) {
+      const size_t start = (static_cast<size_t>(row) * x.terms + t) * x.ld;
       pad(x.q + start, round_up(w.k, 16), to);
       if (x.flipped) pad(x.flipped + start, round_up(w.k, 16), to);
     }
     return;
   }
+  const size_t start = static_cast<size_t>(row) * x.ld;
 #if defined(__AVX512BF16__)
   if (x.pairs && w.format == Format::fp8)
     return split_pairs(values, k, last ? to - at : k, x.pairs + start + at);

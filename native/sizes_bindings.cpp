@@ -20,17 +20,18 @@ using Storage = std::tuple<Format, int>;  // and the group, if matrices choose i
 // Of an MLP that is summed in parts, each of them: the storage of its down projection, and its width.
 using Parts = std::vector<std::tuple<Storage, int>>;
 
-std::shared_ptr<Packed> packed(const Storage& storage, int n, int k) {
+std::shared_ptr<Packed> packed(const Sizes& s, const Storage& storage, int n, int k) {
   auto p = std::make_shared<Packed>();
   p->m = Matrix::describe(std::get<0>(storage), n, k, std::get<1>(storage));
+  if (p->m.quantized()) p->m.act_terms = s.input_terms;
   return p;
 }
 
-std::vector<Mlp> mlp(const Storage& storage, const Parts& parts, int hidden) {
+std::vector<Mlp> mlp(const Sizes& s, const Storage& storage, const Parts& parts, int hidden) {
   std::vector<Mlp> all;
   for (const auto& [down, width] : parts)
     all.push_back(
-        {packed(storage, 2 * round_up(width, kPanel), hidden), packed(down, hidden, width), {}, {}});
+        {packed(s, storage, 2 * round_up(width, kPanel), hidden), packed(s, down, hidden, width), {}, {}});
   return all;
 }
 
@@ -47,11 +48,11 @@ void size_moe(Sizes& s, const Storage& storage, int hidden, int experts, int top
   if (experts) {
     m.router.experts = experts;
     m.router.top_k = top_k;
-    m.gate = packed({Format::f32, 0}, experts, hidden);
-    const std::vector<Mlp> one = mlp(storage, routed, hidden);
+    m.gate = packed(s, {Format::f32, 0}, experts, hidden);
+    const std::vector<Mlp> one = mlp(s, storage, routed, hidden);
     for (int e = 0; e < experts; ++e) m.experts.insert(m.experts.end(), one.begin(), one.end());
   }
-  const std::vector<Mlp> beside = mlp(storage, shared, hidden);
+  const std::vector<Mlp> beside = mlp(s, storage, shared, hidden);
   m.experts.insert(m.experts.end(), beside.begin(), beside.end());
   s.moe(m, tokens, rows);
 }
@@ -64,8 +65,8 @@ void size_mla(Sizes& s, const Storage& storage, int heads, int nope, int rope, i
   if (groups) {
     a.groups = groups, a.rotated = rope;
   } else {
-    a.w_uk.push_back(packed(storage, latent, nope));
-    a.w_uv.push_back(packed(storage, value, latent));
+    a.w_uk.push_back(packed(s, storage, latent, nope));
+    a.w_uv.push_back(packed(s, storage, value, latent));
   }
   std::vector<int32_t> start, positions;
   for (int i = 0; i <= sequences; ++i) start.push_back(i * tokens);
@@ -83,15 +84,16 @@ void bind_sizes(nb::module_& module) {
   nb::class_<Sizes>(module, "Sizes")
       .def(
           "__init__",
-          [](Sizes* self, int threads, CacheType cache, bool exact, const std::string& isa) {
-            new (self) Sizes{select_kernels(isa.c_str()), threads, cache, exact};
+          [](Sizes* self, int threads, CacheType cache, bool invariant, const std::string& isa,
+             int input_terms) {
+            new (self) Sizes{select_kernels(isa.c_str()), threads, cache, invariant, input_terms};
           },
-          "threads"_a, "cache"_a, "exact"_a = false, "isa"_a = "auto")
+          "threads"_a, "cache"_a, "invariant"_a = false, "isa"_a = "auto", "input_terms"_a = 1)
       .def_prop_ro("workspace_bytes", [](const Sizes& s) { return s.work.most_used(); })
       .def(
           "linear",
           [](Sizes& s, const Storage& storage, int n, int k, int tokens, bool halved) {
-            const auto w = packed(storage, n, k);
+            const auto w = packed(s, storage, n, k);
             s.linear(w->m, halved ? &w->m : nullptr, tokens);
           },
           "storage"_a, "n"_a, "k"_a, "tokens"_a, "halved"_a = false)  // halved: k are the columns of a half
@@ -110,13 +112,13 @@ void bind_sizes(nb::module_& module) {
       .def(
           "top_logits",
           [](Sizes& s, const Storage& storage, int n, int k, int tokens, int top) {
-            s.top_logits(packed(storage, n, k)->m, tokens, top);
+            s.top_logits(packed(s, storage, n, k)->m, tokens, top);
           },
           "storage"_a, "n"_a, "k"_a, "tokens"_a, "top"_a)
       .def(
           "greedy",
           [](Sizes& s, const Storage& storage, int n, int k, int tokens) {
-            s.greedy(packed(storage, n, k)->m, tokens);
+            s.greedy(packed(s, storage, n, k)->m, tokens);
           },
           "storage"_a, "n"_a, "k"_a, "tokens"_a);
 }

@@ -72,19 +72,20 @@ Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, Split split, 
     halves |= split.halves && w->format_traits().halves;
     if (!w->quantized()) continue;
     a.groups = std::max(a.groups, w->groups());
+    a.terms = std::max(a.terms, w->act_terms);
     if (sparse) a.cell_count = std::max(a.cell_count, round_up(w->k, 64) / cell_columns(*w));
   }
-  const size_t cells = static_cast<size_t>(rows) * a.ld;
+  const size_t cells = static_cast<size_t>(rows) * a.ld, terms = static_cast<size_t>(rows) * a.terms;
   if (halves) a.hi = take<uint16_t>(cells), a.lo = take<uint16_t>(cells);
   if (pairs) a.pairs = take<uint32_t>(cells);
   if (a.groups) {
-    a.q = take<int8_t>(cells);
-    a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
-    a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
+    a.q = take<int8_t>(terms * a.ld);
+    a.scale = take<float>(terms * a.groups);
+    a.comp = take<int32_t>(terms * a.groups);
   }
   if (a.cell_count) {
-    a.flipped = take<uint8_t>(cells);
-    a.cells = take<CellInput>(static_cast<size_t>(rows) * a.cell_count);
+    a.flipped = take<uint8_t>(terms * a.ld);
+    a.cells = take<CellInput>(terms * a.cell_count);
   }
   if (floats) a.f32 = take<float>(cells);
   return a;

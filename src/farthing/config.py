@@ -200,6 +200,7 @@ def parse_bytes(name: str, value: Any) -> int:
 
 KvCacheDtype = Literal["auto", "float32", "bfloat16", "fp8", "int8"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Compute = Literal["auto", "int8", "exact"]
 Quantization = Literal["int8", "int4"]
 Transport = Literal["auto", "shared", "gloo"]
 ExpertsOn = Literal["cpu"]
@@ -223,6 +224,10 @@ class EngineConfig:
         "mite", "The embedded model, a directory, a GGUF file, a hub id, or a short name", argument=True
     )
     dtype: Dtype = _engine("auto", "Activation dtype")
+    compute: Compute = _engine(
+        "auto",
+        "Inputs of integer matrices on a CPU: int8, or exact, as two integers; auto: exact with float32",
+    )
     backend: str = _engine(
         "auto", "Backend: auto, reference, cpu[/ISA], gpu, torch[/DEVICE], or a farthing.ops entry point"
     )
@@ -431,9 +436,19 @@ class EngineConfig:
         return kind in ("cpu", "reference") or (kind == "auto" and not _GPU.exists())
 
     @property
+    def exact(self) -> bool:
+        """`is_exact` of the CPU kernels."""
+        return is_exact(self.compute, self.dtype)
+
+    @property
     def sizes(self) -> tuple[int, int, int]:
         """Ranks by tensor, pipeline and expert parallelism."""
         return self.tensor_parallel_size, self.pipeline_parallel_size, self.expert_parallel_size
+
+
+def is_exact(compute: Compute, dtype: str | None) -> bool:
+    """Whether CPU kernels take inputs of integer matrices as two integers, not one of 8 bits."""
+    return compute == "exact" or (compute == "auto" and dtype == "float32")
 
 
 DEFAULT_DRAFTS = 4  # maximum drafts per step; the MTP layer stops earlier where it is unsure

@@ -70,7 +70,7 @@ def test_experts_on_the_host_give_the_same_logits(expected: torch.Tensor) -> Non
 
 
 def test_long_prompts_take_expanded_attention_with_the_same_result() -> None:
-    found = [logits(random_model(CONFIG, CpuOps(2, exact=e), seed=7), length=1400) for e in (False, True)]
+    found = [logits(random_model(CONFIG, CpuOps(2, invariant=e), seed=7), length=1400) for e in (False, True)]
     assert not torch.equal(*found)
     assert distance(*found) < 1e-5
 

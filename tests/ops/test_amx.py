@@ -39,7 +39,7 @@ BLOCK = 512  # kBlockColumns in native/matrix.h
 @pytest.fixture
 def both() -> tuple[CpuOps, CpuOps]:
     torch.manual_seed(0)
-    return CpuOps(1, isa="amx", exact=True), CpuOps(1, isa="avx512_vnni")
+    return CpuOps(1, isa="amx", invariant=True), CpuOps(1, isa="avx512_vnni")
 
 
 def in_blocks(threads: int = 1, least: int = 2, parts: int = 1) -> CpuOps:
@@ -187,7 +187,7 @@ def test_outliers_do_not_round_their_neighbours_away(columns: list[int]) -> None
 @pytest.mark.parametrize(("width", "shared"), [(96, 96), (600, 160), (96, None)])
 def test_experts_in_blocks(name: str, width: int, shared: int | None) -> None:
     spec = RouterSpec(8, 3, num_groups=4, top_k_groups=2)
-    ops, exact = in_blocks(2), CpuOps(1, isa="amx", exact=True)
+    ops, exact = in_blocks(2), CpuOps(1, isa="amx", invariant=True)
     width -= width % 32
     parts, scale = experts(spec, name, 96, width, shared), norm(96)
     tiles, vectors = (o.pack_moe("m", spec, lambda: parts) for o in (ops, exact))
@@ -202,7 +202,7 @@ def test_experts_in_blocks(name: str, width: int, shared: int | None) -> None:
 
 def test_experts_with_orders_and_parts_in_blocks() -> None:
     spec, scale, x = RouterSpec(8, 3, num_groups=4, top_k_groups=2), norm(128), torch.randn(50, 128)
-    ops, exact, halves = in_blocks(2), CpuOps(1, isa="amx", exact=True), in_blocks(parts=2)
+    ops, exact, halves = in_blocks(2), CpuOps(1, isa="amx", invariant=True), in_blocks(parts=2)
     ordered = ordered_experts(spec, "int4", 128, 128)
     for o, whole in ((ops, ordered), (halves, experts(spec, "int8", 128, 128, 256))):
         found, expected = (
@@ -216,7 +216,7 @@ def test_experts_with_orders_and_parts_in_blocks() -> None:
 def test_experts_take_one_form_by_the_tokens_of_a_step() -> None:
     """Few rows an expert: the exact form for all of them, as its weights' bytes would not pay."""
     spec, scale = RouterSpec(32, 2), norm(64)
-    ops, exact = CpuOps(1, isa="amx"), CpuOps(1, isa="amx", exact=True)
+    ops, exact = CpuOps(1, isa="amx"), CpuOps(1, isa="amx", invariant=True)
     torch.manual_seed(0)
     parts = experts(spec, "int4", 64, 64, None)
     handles = [o.pack_moe("m", spec, lambda: parts) for o in (ops, exact)]
@@ -250,7 +250,7 @@ def test_two_ranks_with_half_of_the_experts_take_the_form_of_one() -> None:
 
 
 def test_further_columns_in_blocks() -> None:
-    ops, exact = in_blocks(parts=2), CpuOps(1, isa="amx", exact=True, parts=2)
+    ops, exact = in_blocks(parts=2), CpuOps(1, isa="amx", invariant=True, parts=2)
     w, x = weight("int8", 300, 1024), torch.randn(70, 1024)
     y, expected = (o.linear(x, o.pack_output("o", lambda: w, 4)) for o in (ops, exact))
     assert 0 < distance(y, expected) < 1e-4
@@ -264,7 +264,7 @@ def test_threads_change_no_bit_in_blocks() -> None:
 
 
 def test_steps_below_the_least_tokens_are_exact() -> None:
-    ops, exact = CpuOps(1, isa="amx"), CpuOps(1, isa="amx", exact=True)
+    ops, exact = CpuOps(1, isa="amx"), CpuOps(1, isa="amx", invariant=True)
     assert exact._native.tile_tokens == 0 < ops._native.tile_tokens
     w, least = weight("int4", 64, 256), ops._native.tile_tokens
     handles, x = [packed(o, "int4", w) for o in (ops, exact)], torch.randn(least, 256)

@@ -35,7 +35,7 @@ CACHES = ["bfloat16", "fp8", "int8"]
 
 
 def tiles(threads: int = 1) -> CpuOps:
-    return CpuOps(threads, isa="amx", exact=True)
+    return CpuOps(threads, isa="amx", invariant=True)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -89,7 +89,7 @@ class Latents:
 @pytest.mark.parametrize("heads", [1, 8, 16, 17, 40, 64, 100])
 def test_queries_and_weights_are_rounded_once_as_on_avx512_bf16(heads: int) -> None:
     layer = Latents(heads, 60)  # in one block of keys on both
-    found, expected = (layer.run(CpuOps(1, isa=isa, exact=True), 57) for isa in ("amx", "avx512_bf16"))
+    found, expected = (layer.run(CpuOps(1, isa=isa, invariant=True), 57) for isa in ("amx", "avx512_bf16"))
     assert distance(found, expected) < 1e-8  # rounding alone is 1e-6
 
 

@@ -210,7 +210,7 @@ def test_threads_and_long_sequences() -> None:
     rope, blocks = torch.stack((angles.cos(), angles.sin())), list(range(-(-length // BLOCK)))
     results = []
     for threads, isa in ((1, "auto"), (3, "auto")):
-        ops = CpuOps(threads, isa=isa, exact=True)
+        ops = CpuOps(threads, isa=isa, invariant=True)
         handle = ops.pack_attention("a", spec, lambda: (w, torch.ones(32)), rope)
         cache = ops.new_cache(1, len(blocks), BLOCK, 40, "bfloat16")
         whole = ops.mla(q, kv, handle, Place(cache, 0, make_batch([length], [0], [blocks], BLOCK)))

@@ -32,7 +32,7 @@ KINDS = {"value": float("nan"), "value ": float("inf"), "key": float("nan"), "ke
 
 
 def native(isa: str, threads: int, least: int) -> CpuOps:
-    ops = CpuOps(threads, isa=isa, exact=True)
+    ops = CpuOps(threads, isa=isa, invariant=True)
     ops._native.expand_tokens = least
     return ops
 

@@ -73,7 +73,8 @@ def measure(
     rank_module.DistGroup = lambda ranks, timeout: Silent()  # type: ignore[assignment,misc]
     config = ModelConfig.from_json(raw)
     source = MemorySource(random_parameters(config))
-    ops = select(backend, torch.float32, 1, quantization, parts=halves)  # type: ignore[arg-type]
+    compute = "int8" if backend == "cpu" else "auto"
+    ops = select(backend, torch.float32, 1, quantization, parts=halves, compute=compute)  # type: ignore[arg-type]
     # One rank has no groups: the engine drives the model itself.
     alone = layout.world == 1
     model: Any = model_of(config, ops, source) if alone else Rank(config, source, layout, rank, ops)

@@ -77,20 +77,29 @@ def test_planned_workspace_of_other_caches(tokens: int, cache_dtype: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("stored", "quantization"), [("float32", None), ("bfloat16", "int8"), ("bfloat16", None)]
+    ("stored", "quantization", "compute"),
+    [
+        ("float32", None, "int8"),
+        ("bfloat16", "int8", "int8"),
+        ("bfloat16", "int8", "exact"),
+        ("bfloat16", None, "int8"),
+        ("bfloat16", None, "exact"),
+    ],
 )
 @pytest.mark.parametrize(("tokens", "threads"), [(1, 2), (7, 1), (200, 2)])
 @pytest.mark.parametrize("name", MODELS)
 def test_planned_workspace_is_the_backends(
-    name: str, tokens: int, stored: Any, quantization: Any, threads: int
+    name: str, tokens: int, stored: Any, quantization: Any, compute: Any, threads: int
 ) -> None:
     config = ModelConfig.from_json(MODELS[name])
     parameters = {n: t.to(getattr(torch, stored)) for n, t in random_parameters(config).items()}
-    serving = Serving(5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens)
+    serving = Serving(
+        5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens, exact=compute == "exact"
+    )
     taken = []
-    for exact in (False, True):
-        ops: Any = select("cpu", torch.float32, threads, quantization)
-        if exact:
+    for blocks in (True, False):
+        ops: Any = select("cpu", torch.float32, threads, quantization, compute=compute)
+        if not blocks:
             ops._native.tile_tokens = 0
         with torch.inference_mode():
             steps(DecoderModel(config, ops, MemorySource(parameters)), serving)
@@ -130,7 +139,7 @@ def test_planned_workspace_with_deterministic(
     parameters = {n: t.to(torch.bfloat16) for n, t in random_parameters(config).items()}
     serving = Serving(5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens)
     halves, layout = halves_of_rank(tp, 1), Layout(tp)
-    ops: Any = select("cpu", torch.float32, 2, quantization, parts=halves)
+    ops: Any = select("cpu", torch.bfloat16, 2, quantization, parts=halves)
     rank = Rank(config, MemorySource(parameters), layout, 0, ops)
     with torch.inference_mode():
         steps(rank.model, serving)

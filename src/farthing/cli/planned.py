@@ -12,6 +12,7 @@ from farthing.checkpoint.reader import Checkpoint, has_weights, method_of, read_
 from farthing.config import (
     CPU_STEP_TOKENS,
     GPU_STEP_TOKENS,
+    Compute,
     Dtype,
     EngineConfig,
     ExpertsOn,
@@ -19,6 +20,7 @@ from farthing.config import (
     check,
     halves_of_rank,
     inherited,
+    is_exact,
     option,
     parse_bytes,
 )
@@ -70,6 +72,7 @@ class PlanOptions:
     gpu: str | None = _main(None, "GPU whose memory and ceilings to use, such as h100")
     backend: Backend | None = _main(None, "Backend; default: gpu with --gpu, else cpu")
     dtype: Dtype = _served("dtype", group="Options")
+    compute: Compute = _served("compute", group="Options")
     deterministic: bool = _served("deterministic", group="Options")
 
     quantization: Quantization | None = _served("quantization", group="Memory")
@@ -143,6 +146,11 @@ class PlanOptions:
                 raise ValueError(f"{options[0].replace('_', '-')} is set without --cores; expected both")
         elif self.gpu or self.price is not None or self.layout.world > 1:
             raise ValueError("cores is set; expected no --gpu, --price, --tp, --pp and --ep with it")
+        elif is_exact(self.compute, self.dtype):
+            raise ValueError(
+                f"compute: got {self.compute!r} with dtype {self.dtype!r} and --cores; expected int8, whose "
+                "throughput is estimated"
+            )
 
     @property
     def layout(self) -> Layout:
@@ -232,6 +240,7 @@ def _serving(options: PlanOptions, backend: str, config: ModelConfig) -> Serving
         redundant_experts=options.redundant_experts,
         experts_on_host=options.experts_on == "cpu",
         hot_experts=options.hot_experts,
+        exact=is_exact(options.compute, options.dtype),
     )
 
 

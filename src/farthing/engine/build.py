@@ -95,11 +95,15 @@ def _ops(config: EngineConfig, arrays: bool) -> Ops:
     dtype, threads = config.dtype, config.threads
     if config.experts_on is None:
         rounding, file = config.quantization, config.packed
-        return select(config.ops, dtype, threads, rounding, file, config.verify, config.halves, arrays)
+        kernels = config.verify, config.halves, arrays, config.compute
+        return select(config.ops, dtype, threads, rounding, file, *kernels)
     from farthing.ops.hybrid import HybridOps
 
     # Quantization and the packed file apply to the routed experts, which hold most of the weights.
-    host = select(config.experts_on, None, threads, config.quantization, config.packed, config.verify)
+    host = select(
+        config.experts_on, None, threads, config.quantization, config.packed, config.verify,
+        compute="exact" if config.exact else "int8",
+    )  # fmt: skip
     return HybridOps(select(config.ops, dtype, threads), host, config.hot_experts)
 
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
-from farthing.config import Dtype, Quantization
+from farthing.config import Compute, Dtype, Quantization
 from farthing.extras import has_torch
 from farthing.lazy import torch
 from farthing.ops.api import Ops
@@ -42,6 +42,7 @@ def select(
     verify: bool = False,
     parts: int | None = None,
     arrays: bool = False,
+    compute: Compute = "auto",
 ) -> Ops:
     """Resolve `backend` ('auto', 'reference', 'cpu', 'gpu', 'torch' or an entry point) and log the choice.
 
@@ -50,6 +51,8 @@ def select(
     dense weights to nearest while packing. packed: a file written by `Ops.save_packed`, mapped instead of
     packing again; verify: compare its checksums first.
     parts: with `--deterministic`, how many halves of a row-parallel product this process computes.
+    compute: what the CPU kernels round inputs of integer matrices to: `int8`, or `exact`, two integers; auto:
+    exact with dtype float32.
     arrays: tensors are numpy arrays and torch is not imported (backend 'cpu' only; others ignore it).
     Raises ValueError for an unknown name, RuntimeError if the backend cannot run on this machine.
     """
@@ -62,6 +65,10 @@ def select(
         raise ValueError(f"deterministic: got True with backend {backend!r}; expected backend 'cpu'")
     if parts is not None:
         more["parts"] = parts
+    if compute != "auto" and name != "cpu":
+        raise ValueError(f"compute: got {compute!r} with backend {backend!r}; expected backend 'cpu'")
+    if name == "cpu":
+        more["compute"] = compute
     if arrays and name == "cpu":
         more["arrays"] = True
     if isinstance(dtype, str):

@@ -147,7 +147,8 @@ class RankOptions:
         threads = threads_of_rank(c.threads, len(neighbours))
         file = self.packed_file(rank)
         packed = str(file) if file and file.exists() else None
-        return select(c.ops, c.dtype, threads, c.quantization, packed, c.verify, c.halves)
+        rounding = c.quantization
+        return select(c.ops, c.dtype, threads, rounding, packed, c.verify, c.halves, compute=c.compute)
 
     @property
     def device(self) -> str:

@@ -29,6 +29,7 @@ class Serving:
     threads: int | None = None  # threads per rank; None: its share of this machine's cores
     experts_on_host: bool = False
     hot_experts: int = 0  # experts per layer cached on the device
+    exact: bool = False  # CPU kernels take inputs of integer matrices as two integers
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ def workspace_bytes(s: Shard, holder: Holder, serving: Serving, threads: int) ->
         from farthing.ops.cpu.stack import cache_type
     except ImportError:
         return None
-    sizes = _native.Sizes(threads, cache_type(serving.cache_dtype), holder.halves is not None)
+    sizes = _native.Sizes(
+        threads, cache_type(serving.cache_dtype), holder.halves is not None, input_terms=1 + serving.exact
+    )
     budget = serving.max_num_batched_tokens
     sequences = min(serving.max_num_seqs, budget)
     each = max(1, min(serving.max_model_len, serving.cache_tokens // sequences))

@@ -97,7 +97,9 @@ class Preset:
         caches = _CACHES
         while True:
             sequences = min(engine.max_num_seqs, 64)
-            serving = Serving(caches * context, context, sequences, threads=engine.threads)
+            serving = Serving(
+                caches * context, context, sequences, threads=engine.threads, exact=engine.exact
+            )
             ranks = needed(path, engine.quantization, serving, engine.sizes, engine.halves)
             cache = engine.kv_cache_memory or sum(rank.cache for rank in ranks)
             size = cache + sum(rank.total - rank.cache + _PROCESS for rank in ranks)

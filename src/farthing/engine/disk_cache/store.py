@@ -419,7 +419,7 @@ def identity(config: EngineConfig, model: Model, tensors: Sequence[Tensor], kind
         model.ops.source,
         model.ops.name.partition(",")[0],  # without the number of threads
         *(sample(file) for file in (*model.ops.weight_files, *packed)),
-        *(config.dtype, config.quantization, config.experts, config.deterministic),
+        *(config.dtype, config.exact, config.quantization, config.experts, config.deterministic),
         *(config.experts_on, config.hot_experts),  # results differ between devices
         "mtp" in (config.speculate or ""),  # only then its layer's rows are filled
         kind,

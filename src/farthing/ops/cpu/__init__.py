@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from farthing.config import Compute, is_exact
 from farthing.cpus import own_cpus
 from farthing.lazy import torch
 from farthing.ops.arrays import dtype_name
@@ -31,12 +32,15 @@ def create(
     isa: str = "auto",
     parts: int | None = None,
     arrays: bool = False,
+    compute: Compute = "auto",
 ) -> CpuOps:
     """The backend's factory (see `farthing.ops.select`).
 
-    Activations are always float32: kernels read float32, and bfloat16 would only add rounding. `dtype` sets
-    the dtype of the latent cache: float32 if requested, else bfloat16, which halves the bytes that attention
-    reads. `threads` defaults to the cores this process may use. `arrays`, `parts`: see `farthing.ops.select`.
+    Activations are always float32: kernels read float32, and bfloat16 would only add rounding. Matrices of
+    integers round their inputs to 8 bits, or with `compute` "exact" to two integers, as it is with float32
+    unless it says otherwise. `dtype` sets the dtype of the latent cache: float32 if requested, else bfloat16,
+    which halves the bytes that attention reads. `threads` defaults to the cores this process may use.
+    `arrays`, `parts`: see `farthing.ops.select`.
     Raises ImportError if `farthing._native` is not built, ValueError for a bad argument.
     """
     from farthing.ops.cpu.backend import CpuOps
@@ -50,7 +54,7 @@ def create(
         torch.set_num_threads(1)
     ops = CpuOps(
         threads or own_cpus().threads(), quantization, packed, isa,
-        parts=parts or 1, exact=parts is not None, arrays=arrays,
+        parts=parts or 1, invariant=parts is not None, arrays=arrays, exact=is_exact(compute, kind),
     )  # fmt: skip
     ops.cache_dtype = "float32" if kind == "float32" else "bfloat16"
     return ops

@@ -157,14 +157,16 @@ class PackingOps(HostOps):
         isa: str = "auto",
         topology: str = "",
         parts: int = 1,
-        exact: bool = False,
+        invariant: bool = False,
         arrays: bool = False,
+        exact: bool = False,
     ) -> None:
         """parts: halves of the columns of row-parallel products (o_proj, down_proj) summed separately.
 
         topology: simulated memory nodes; by default the real ones. arrays: tensors are numpy arrays.
-        exact: with no form whose rounding depends on the size of a step: neither expanded attention
-        (`native/expanded.h`) nor blocks of columns on AMX tiles (`native/amx_blocks.inl`).
+        invariant: with no form whose rounding depends on the size of a step: neither expanded attention
+        (`native/expanded.h`) nor blocks of columns on AMX tiles (`native/amx_blocks.inl`), which `exact` does
+        not take either: with it, an input of integer matrices is two integers (Act in `native/matrix.h`).
         """
         self.arrays = arrays
         self.device = HOST if arrays else torch.device("cpu")  # type: ignore[assignment]
@@ -176,9 +178,12 @@ class PackingOps(HostOps):
             self._native = _native.Backend(threads, isa, topology)
         else:
             self._native = _native.Backend(threads, isa, cpus.topology, cpus.pinned)
-        if exact:
+        if invariant:
             self._native.expand_tokens = self._native.tile_tokens = 0
-        self.name = f"cpu/{self._native.isa}, {threads} thread{'s' if threads > 1 else ''}"
+        if exact:
+            self._native.tile_tokens, self._native.input_terms = 0, 2
+        form = f"cpu/{self._native.isa}{' exact' if exact else ''}"
+        self.name = f"{form}, {threads} thread{'s' if threads > 1 else ''}"
         self._parts = parts
         self._file = PackedFile(packed) if packed else None
         if self._file and quantization not in (None, self._file.quantization):
