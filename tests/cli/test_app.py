@@ -64,21 +64,17 @@ def test_positional_arguments_are_upper_case_in_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "argv", "extra"),
+    ("module", "argv"),
     [
-        ("aiohttp", ["fleet", "gateway", "--replica", "http://127.0.0.1:1", "--port", "0"], "fleet"),
-        ("triton", ["generate", "--prompt", "x", "--backend", "gpu"], "gpu"),
-        ("matplotlib", ["train", "mite", "--tokens", "1000"], "train"),
-        ("yaml", ["compress", "--recipe", "recipe.yaml", "--out", "out"], "compress"),
+        ("aiohttp", ["fleet", "gateway", "--replica", "http://127.0.0.1:1", "--port", "0"]),
+        ("triton", ["generate", "--prompt", "x", "--backend", "gpu"]),
+        ("matplotlib", ["train", "mite", "--tokens", "1000"]),
     ],
 )
-def test_missing_extra_is_one_line(module: str, argv: list[str], extra: str, tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("{}")
+def test_a_missing_package_is_one_line(module: str, argv: list[str], tmp_path: Path) -> None:
     result = run("-c", WITHOUT.format(module=module, argv=argv), cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert (
-        result.stderr.strip().splitlines()[-1].endswith(f"pip install '.[{extra}]' in a checkout of Farthing")
-    )
+    assert re.search(r": .*pip install .*\b" + module, result.stderr.strip().splitlines()[-1])
 
 
 def test_every_field_is_an_option_with_help() -> None:

@@ -90,7 +90,7 @@ def _missing(error: ImportError, command: str) -> str | None:
         return needs_torch() if extra is None else f"needs PyTorch: {how_to_install(extra)}"
     if extra is None:
         return f"the Python package {package!r} is not installed; pip install {package}"
-    return f"{package!r} is not installed; {how_to_install(extra)}"
+    return f"{package!r} is not installed: {how_to_install(extra)}"
 
 
 class Exit(IntEnum):

@@ -35,7 +35,6 @@ Examples:
 
   farthing serve --host 0.0.0.0 --api-key-file keys.txt --tokens-per-minute 100000
 """
-_SERVING_EXTRAS = ("fast", "structured")
 # What `--help` shows: most users never need another option.
 _COMMON = frozenset({
     "model", "packed", "quantization", "backend", "threads", "max_model_len", "max_num_seqs",
@@ -117,7 +116,6 @@ def serve(
             require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
 
-        _suggest_extras()
         raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, model)))
 
 
@@ -134,11 +132,3 @@ def _load(config: EngineConfig, model: Found) -> Engine:
             packed = with_packed(config, path, progress)
             engine = build_engine(replace(packed, model=str(path)), progress)
     return engine
-
-
-def _suggest_extras() -> None:
-    """Log the extras missing for serving, with the command that installs them."""
-    absent = [extra for extra in _SERVING_EXTRAS if extras.missing(extra)]
-    if absent:
-        gains = ", ".join(extras.EXTRAS[extra] for extra in absent)
-        log.info("not installed: %s; %s", gains, extras.how_to_install(*absent))

@@ -314,11 +314,6 @@ class Ops(ABC):
         log.warning("%s is decoded from %s to %s", name, table.format, self.dtype)
         return table.dequantize(self.dtype)
 
-    def is_table(self, head: Handle | None, stored: str = "dense") -> bool:
-        """Whether `embed` reads the packed head instead of a table of this format with the same weights: it
-        has the same values, or those of a dense table in 8 bits."""
-        return False
-
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
         """Pack an output head [V, D], for `logits`, `top_logits` and `greedy`."""
         return self.pack_linear(name, lambda: [weight()])

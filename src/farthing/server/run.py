@@ -149,7 +149,7 @@ def _events(config: ServerConfig) -> Iterator[Callable[[Engine], None]]:
     try:
         from farthing.server.kv_events import KvEvents
     except ImportError as problem:
-        raise ValueError(f"kv_events requires {problem.name}: {how_to_install('events')}") from problem
+        raise ValueError(f"kv_events requires {problem.name}: {how_to_install('fleet')}") from problem
     with contextlib.closing(KvEvents(config.kv_events)) as events:
         yield events.follow
 
