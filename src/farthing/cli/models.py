@@ -14,6 +14,7 @@ import typer
 from farthing import hub, stores
 from farthing.checkpoint.reader import has_config, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
+from farthing.cli.offered import all_offers, table
 from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
 from farthing.memory import available_memory
@@ -120,6 +121,25 @@ def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+models_app = typer.Typer(add_completion=False)
+
+
+@models_app.command("models")
+def offered(as_json: _Json = False) -> None:
+    """The models that people start with, the most worth having first: each with the file that suits this
+    machine, its memory in a conversation, and the speed to expect (an estimate).
+    """
+    with one_line_errors("models"):
+        found = all_offers()
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    from rich.console import Console
+
+    Console().print(table(found))
+    typer.echo("farthing run MODEL  |  any other model of the hub: farthing run OWNER/NAME")
+
+
 show_app = typer.Typer(add_completion=False)
 
 
@@ -139,8 +159,8 @@ def show(model: _Model, as_json: _Json = False) -> None:
 
 
 def _shown(model: str) -> dict[str, Any]:
-    name = hub.short_names().get(model.lower(), model)
-    here = Path(model).expanduser().exists() or any(each.model == name for each in hub.cached())
+    name = hub.hub_id(model)
+    here = Path(model).expanduser().exists() or any(each.model == _plain(name) for each in hub.cached())
     packaged = None if here else published_config(model)
     if packaged is None:
         path = hub.resolve_config(model)
@@ -150,6 +170,11 @@ def _shown(model: str) -> dict[str, Any]:
         path.mkdir()
         (path / "config.json").write_text(json.dumps(packaged), encoding="utf-8")
         return _described(name, path, "not downloaded")
+
+
+def _plain(name: str) -> str:
+    """A hub id without the file behind it."""
+    return name if Path(name).exists() else name.partition(":")[0]
 
 
 def _described(name: str, path: Path, where: str) -> dict[str, Any]:
@@ -186,7 +211,7 @@ def rm(
     with one_line_errors("rm"), errors_as_one_line():
         if program := stores.program_of(model):
             raise ValueError(f"model: got {model!r}, which belongs to {program}; remove it there")
-        name = hub.short_names().get(model.lower(), model)
+        name = _plain(hub.hub_id(model))
         found = next((each for each in hub.cached() if each.model == name), None)
         if found is None:
             raise FileNotFoundError(

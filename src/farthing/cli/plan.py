@@ -201,7 +201,7 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
     assert o.cores is not None
     bandwidth, core, sources = o.socket_bandwidth, o.core_int8, {"bandwidth": "given", "int8": "given"}
     if bandwidth is None or core is None:
-        here, together, measured_core = _measure()
+        here, together, measured_core = measure()
         how = f"measured on this machine with {here} threads"
         if bandwidth is None:
             if o.sockets * o.cores != here:
@@ -215,7 +215,7 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
     return Machine(o.sockets, o.cores, bandwidth, core), sources
 
 
-def _measure() -> tuple[int, float, float]:
+def measure() -> tuple[int, float, float]:
     """Threads that would serve here; GB/s that they read; INT8 GOP/s of each with all busy."""
     try:
         from farthing import _native

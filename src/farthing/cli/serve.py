@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
+from click.core import ParameterSource
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
+from farthing.cli.offered import named
 from farthing.cli.packed import read_packed, with_packed
 from farthing.cli.preflight import preflight, with_fit
 from farthing.config import AUTO, EngineConfig
@@ -91,6 +94,8 @@ def serve(
     log_lines()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it repeats what the server says
     with one_line_errors("serve"):
+        if _is_default("model") and models is None:
+            engine["model"] = named(None)
         engine_config = EngineConfig(**engine)
         server_config = ServerConfig(
             **server,
@@ -117,6 +122,11 @@ def serve(
         from farthing.server.run import serve as run
 
         raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, model)))
+
+
+def _is_default(parameter: str) -> bool:
+    """Whether the user gave no value for it."""
+    return click.get_current_context().get_parameter_source(parameter) == ParameterSource.DEFAULT
 
 
 def _load(config: EngineConfig, model: Found) -> Engine:

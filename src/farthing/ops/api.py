@@ -129,6 +129,11 @@ class LatentCache:
         return [self.tensors(), *(own.tensors() for own in self.windows.values()), *states]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of this process, also those that nothing was written to."""
+        return sum(t.nbytes for kind in self.by_kind() for t in kind)
+
+    @property
     def num_blocks(self) -> int:
         """Blocks in the pool."""
         return self.data.shape[1]
