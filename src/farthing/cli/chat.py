@@ -46,7 +46,7 @@ _FENCE = "```"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without a shape
 _SHOWN = 2000  # characters at each end of a long value
-_SEQUENCES = 4  # of one person's conversations; `farthing serve` has room for many
+_SEQUENCES = 2  # of one person's conversations; `farthing serve` has room for many
 _OPTIONS = ("--fit", "--max-num-seqs", str(_SEQUENCES))
 _MOST_CALLS = 25  # rounds of tool calls per message
 
@@ -337,7 +337,7 @@ def chat(
     /? lists the commands in it.
     """
     with one_line_errors("chat"), ExitStack() as stack:
-        key = api_key.rpartition(":")[2] if api_key else None
+        key, base = api_key.rpartition(":")[2] if api_key else None, False
         if model is not None and model.startswith(("http://", "https://")):
             server = Server(model, key)
             served = server.model(name)
@@ -347,8 +347,8 @@ def chat(
             server, served = found
         else:
             served = named(model)
-            server = stack.enter_context(_started(served))
-        talk = Conversation(server, served, system=system)
+            server, base = stack.enter_context(_started(served))
+        talk = Conversation(server, served, system=system, base=base)
         talk.sampling = {"temperature": temperature, "max_tokens": max_tokens}
         _talk(stack, talk, prompt, think, mcp)
 
@@ -371,15 +371,18 @@ def run(
     """Download MODEL if it is not here, serve it with the options that fit, and talk to it."""
     with one_line_errors("run"), ExitStack() as stack:
         model = named(model)
-        server = stack.enter_context(_started(model))
-        talk = Conversation(server, model, system=system)
+        server, base = stack.enter_context(_started(model))
+        talk = Conversation(server, model, system=system, base=base)
         talk.sampling = {"temperature": temperature, "max_tokens": max_tokens}
         _talk(stack, talk, prompt, think, mcp)
 
 
 @contextlib.contextmanager
-def _started(model: str) -> Iterator[Server]:
-    """A server of a model, downloaded first. Raises ValueError if it does not fit, before the download."""
+def _started(model: str) -> Iterator[tuple[Server, bool]]:
+    """A server of a model, downloaded first, and whether the model continues texts instead of answering.
+
+    Raises ValueError if it does not fit, before the download.
+    """
     console = Console(stderr=True)
     found = find_model(model)
     if EngineConfig(model=model).on_this_cpu:
@@ -393,9 +396,10 @@ def _started(model: str) -> Iterator[Server]:
                 started(model, _OPTIONS, lambda line: status.update(_one_line(line, console)))
             )
         said = f"{model} is served on {server.url} while this runs"
-        for line in filter(None, (said, base_note(model, found.path))):
+        note = base_note(model, found.path)
+        for line in filter(None, (said, note)):
             console.print(Text(line, style="dim"), soft_wrap=True)
-        yield server
+        yield server, note is not None
 
 
 def _one_line(text: str, console: Console) -> Text:

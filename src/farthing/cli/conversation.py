@@ -23,6 +23,7 @@ Message = dict[str, Any]
 _SOCKETS = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6"))
 ADDRESS = "http://127.0.0.1:8000"  # where `farthing serve` listens
 _CONNECT_SECONDS = 5.0
+_CONTINUED = 200  # tokens that a base model writes
 _START_SECONDS = 3600.0  # of a large model that is packed first
 _END_SECONDS = 40.0
 
@@ -86,13 +87,13 @@ class Server:
             return True
         return False
 
-    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed chat completion; leaving the loop ends the request.
+    def stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> Iterator[dict[str, Any]]:
+        """The events of a streamed completion; leaving the loop ends the request.
 
         Raises OSError for a connection, ValueError with the server's message for an error, and
         KeyboardInterrupt after Ctrl-C.
         """
-        with self._answer("POST", "/v1/chat/completions", body, None) as answer:
+        with self._answer("POST", path, body, None) as answer:
             for line in _lines(answer):
                 if self._stopped:
                     return
@@ -183,6 +184,7 @@ class Conversation:
     model: str
     tools: Sequence[dict[str, Any]] = ()
     system: str = ""
+    base: bool = False  # the model continues texts: every message is one, on its own
     effort: str | None = None  # reasoning_effort; None: the model's own
     sampling: dict[str, float | int | None] = field(default_factory=dict)  # None: the model's own
     messages: list[Message] = field(default_factory=list)
@@ -202,10 +204,11 @@ class Conversation:
         whole = False
         self.usage = {}
         try:
-            for event in self.server.stream(self._body()):
+            for event in self.server.stream(*self._request()):
                 self.usage = event.get("usage") or self.usage
                 for choice in event.get("choices", ())[:1]:
-                    yield from _pieces(choice.get("delta") or {}, parts, calls)
+                    delta = {"content": choice.get("text")} if self.base else choice.get("delta")
+                    yield from _pieces(delta or {}, parts, calls)
             whole = True
         finally:
             self._keep("".join(parts["text"]), "".join(parts["reasoning"]), calls if whole else {})
@@ -237,12 +240,18 @@ class Conversation:
     def _all(self) -> list[Message]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
-    def _body(self) -> dict[str, Any]:
+    def _request(self) -> tuple[dict[str, Any], str]:
+        """Body and path."""
         options = {"stream_options": {"include_usage": True}, "x_farthing": True}
-        body = {"model": self.model, "messages": self._all(), "stream": True, **options}
+        body = {"model": self.model, "stream": True, **options}
         body |= {name: value for name, value in self.sampling.items() if value is not None}
+        if self.base:
+            text = {"prompt": self.messages[-1]["content"]}
+            return {"max_tokens": _CONTINUED} | body | text, "/v1/completions"
+        body |= {"messages": self._all()}
         body |= {"tools": list(self.tools)} if self.tools else {}
-        return body | ({"reasoning_effort": self.effort} if self.effort else {})
+        body |= {"reasoning_effort": self.effort} if self.effort else {}
+        return body, "/v1/chat/completions"
 
     def _keep(self, text: str, reasoning: str, calls: dict[int, dict[str, str]]) -> None:
         self.reasoning = reasoning
@@ -327,6 +336,8 @@ def started(model: str, options: Sequence[str], say: Callable[[str], object]) ->
     command = [sys.executable, "-m", "farthing", "serve", model, "--port", "0", *options]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal ends the server, too
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             yield _when_ready(process, lambda: _read(log), say)
         finally:

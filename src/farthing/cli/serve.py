@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
-from click.core import ParameterSource
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
@@ -17,6 +15,7 @@ from farthing.cli.offered import named
 from farthing.cli.packed import read_packed, with_packed
 from farthing.cli.preflight import preflight, with_fit
 from farthing.config import AUTO, EngineConfig
+from farthing.hub import EMBEDDED
 from farthing.server.config import ADMIN_ENVIRONMENT, Given, KeyRing, ServerConfig, gather_keys
 
 if TYPE_CHECKING:
@@ -59,6 +58,13 @@ def _several(help: str, metavar: str | None = None) -> Any:
 def serve(
     engine: dict[str, Any],
     server: dict[str, Any],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A directory, a GGUF file, a hub id, or a name of `farthing models`; default: ask which.",
+        ),
+    ] = None,
     fit: Annotated[
         bool,
         typer.Option(
@@ -94,8 +100,7 @@ def serve(
     log_lines()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it repeats what the server says
     with one_line_errors("serve"):
-        if _is_default("model") and models is None:
-            engine["model"] = named(None)
+        engine["model"] = named(model) if models is None else model or EMBEDDED
         engine_config = EngineConfig(**engine)
         server_config = ServerConfig(
             **server,
@@ -108,11 +113,11 @@ def serve(
 
             given = Given(engine, server, api_key or (), admin_api_key or (), api_key_file)
             raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after))
-        model = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
+        found = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
         if fit:
-            engine_config = with_fit(engine_config, model.path)
-        if not model.absent:
-            engine_config = with_packed(engine_config, model.path, progress=None)
+            engine_config = with_fit(engine_config, found.path)
+        if not found.absent:
+            engine_config = with_packed(engine_config, found.path, progress=None)
         read_packed(engine_config)
         if not extras.has_torch():  # otherwise the import waits until the server listens
             from farthing.engine.build import require_torch
@@ -121,12 +126,7 @@ def serve(
             require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
 
-        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, model)))
-
-
-def _is_default(parameter: str) -> bool:
-    """Whether the user gave no value for it."""
-    return click.get_current_context().get_parameter_source(parameter) == ParameterSource.DEFAULT
+        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, found)))
 
 
 def _load(config: EngineConfig, model: Found) -> Engine:

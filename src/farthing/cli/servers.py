@@ -42,11 +42,13 @@ def ps(as_json: Annotated[bool, typer.Option("--json", help="One JSON document o
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("pid", "model", "address", "memory", "weights", "cache", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("pid", "model", "address", "weights", "cache"):
+        table.add_column(name, no_wrap=name != "model")
     for server, memory in found:
         cache = f"{size(memory['cache_used'])} of {size(memory['cache'])}" if "cache" in memory else "-"
-        weights = size(memory["weights"]) if "weights" in memory else "-"
-        table.add_row(str(server.pid), server.model, server.url, size(memory["memory"]), weights, cache)
+        weights = size(memory.get("weights", memory["memory"]))
+        table.add_row(str(server.pid), server.model, server.url, weights, cache)
     console = Console()
     console.print(table)
     console.print(f"free: {size(available_memory())}", highlight=False)

@@ -1,4 +1,4 @@
-"""What the catalogue's models would be on this machine, before anything is downloaded. ESTIMATE, not measured."""
+"""What the catalogue's models would do on this machine, before anything is downloaded: an ESTIMATE."""
 
 from __future__ import annotations
 
@@ -22,11 +22,6 @@ class Offer:
     tokens_per_second: float
     first_answer: float  # seconds to the first token, once the model is loaded
     fits: bool
-
-    @property
-    def worth(self) -> bool:
-        """Whether it is offered: it fits, and is not slow."""
-        return self.fits and self.tokens_per_second >= SLOW
 
 
 def offers(machine: Machine, memory: int) -> Iterator[Offer]:
