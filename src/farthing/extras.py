@@ -23,10 +23,12 @@ _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
 _DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "zmq": "pyzmq"}
 
 
-def how_to_install(extra: str) -> str:
+def how_to_install(extra: str, module: str = "") -> str:
     """The command that installs what is missing of an extra, by its packages' names: `farthing` on PyPI is
-    not this project's."""
+    not this project's. module: one that could not be imported."""
     packages = missing(extra) or declared().get(extra, [extra])
+    if module and (name := _DISTRIBUTIONS.get(module, module)) not in map(_bare, packages):
+        packages = [name, *packages]
     command = " ".join(("pip install", *(f"'{_ranges().get(name, name)}'" for name in packages)))
     if "torch" in packages and not has_torch():
         command += f" (without CUDA: add --extra-index-url {CPU_WHEELS})"

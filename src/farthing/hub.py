@@ -52,7 +52,6 @@ from farthing.quants import SUFFIX, Variant, choose, parts_of
 
 log = logging.getLogger(__name__)
 EMBEDDED = "mite"
-BUNDLED = (EMBEDDED, "mite-v4")  # models that are parts of the package
 _ASSETS = Path(__file__).parent / "assets"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # "./x" and "../x" are paths
@@ -166,8 +165,8 @@ def _place(model: str | Path) -> Path | str:
         return path
     if (file := _gguf_in(path)) is not None:
         return open_gguf(file)
-    if str(model) in BUNDLED:
-        return _bundled(str(model))
+    if str(model) == EMBEDDED:
+        return _embedded()
     if stores.program_of(str(model)):
         found = stores.find(str(model))
         return open_gguf(found) if found.is_file() else found
@@ -211,8 +210,8 @@ def _defect(path: Path) -> str:
     return unread_format(names, expected) or f"it has no {CONFIG}; {expected}"
 
 
-def _bundled(name: str) -> Path:
-    path = _ASSETS / name
+def _embedded() -> Path:
+    path = _ASSETS / EMBEDDED
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"the embedded model is not installed ({path} has no config.json); pass a directory or a hub id, "

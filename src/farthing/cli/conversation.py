@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 Message = dict[str, Any]
@@ -87,12 +87,13 @@ class Server:
             return True
         return False
 
-    def stream(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> Iterator[dict[str, Any]]:
+    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed completion; leaving the loop ends the request.
 
         Raises OSError for a connection, ValueError with the server's message for an error, and
         KeyboardInterrupt after Ctrl-C.
         """
+        path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
         with self._answer("POST", path, body, None) as answer:
             for line in _lines(answer):
                 if self._stopped:
@@ -204,7 +205,7 @@ class Conversation:
         whole = False
         self.usage = {}
         try:
-            for event in self.server.stream(*self._request()):
+            for event in self.server.stream(self._body()):
                 self.usage = event.get("usage") or self.usage
                 for choice in event.get("choices", ())[:1]:
                     delta = {"content": choice.get("text")} if self.base else choice.get("delta")
@@ -240,18 +241,15 @@ class Conversation:
     def _all(self) -> list[Message]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.messages
 
-    def _request(self) -> tuple[dict[str, Any], str]:
-        """Body and path."""
+    def _body(self) -> dict[str, Any]:
         options = {"stream_options": {"include_usage": True}, "x_farthing": True}
         body = {"model": self.model, "stream": True, **options}
         body |= {name: value for name, value in self.sampling.items() if value is not None}
         if self.base:
-            text = {"prompt": self.messages[-1]["content"]}
-            return {"max_tokens": _CONTINUED} | body | text, "/v1/completions"
+            return {"max_tokens": _CONTINUED} | body | {"prompt": self.messages[-1]["content"]}
         body |= {"messages": self._all()}
         body |= {"tools": list(self.tools)} if self.tools else {}
-        body |= {"reasoning_effort": self.effort} if self.effort else {}
-        return body, "/v1/chat/completions"
+        return body | ({"reasoning_effort": self.effort} if self.effort else {})
 
     def _keep(self, text: str, reasoning: str, calls: dict[int, dict[str, str]]) -> None:
         self.reasoning = reasoning
@@ -336,17 +334,23 @@ def started(model: str, options: Sequence[str], say: Callable[[str], object]) ->
     command = [sys.executable, "-m", "farthing", "serve", model, "--port", "0", *options]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
-        for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal ends the server, too
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             yield _when_ready(process, lambda: _read(log), say)
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             process.terminate()
             try:
                 process.wait(_END_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    """Ends the server, too, where the terminal is closed."""
+    sys.exit(128 + number)
 
 
 def _read(log: IO[str]) -> str:

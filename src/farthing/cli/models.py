@@ -12,12 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from farthing import hub, stores
+from farthing.catalogue import catalogue
 from farthing.checkpoint.reader import has_config, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
 from farthing.cli.offered import all_offers, table
 from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
-from farthing.memory import available_memory
+from farthing.memory import available_memory, gigabytes, machine_memory
 from farthing.model import ModelConfig
 from farthing.planner.estimate import published_config
 from farthing.planner.fit import fit
@@ -89,9 +90,8 @@ def list_models(as_json: _Json = False) -> None:
 
 
 def _listed() -> Iterator[Listed]:
-    for name in hub.BUNDLED:
-        bundled = hub.resolve_model(name)
-        yield Listed(name, _bytes_in(bundled), *_state(bundled, whole=True), str(bundled))
+    embedded = hub.resolve_model(hub.EMBEDDED)
+    yield Listed(hub.EMBEDDED, _bytes_in(embedded), *_state(embedded, whole=True), str(embedded))
     for each in hub.cached():
         state = _state(each.path, each.whole) if has_config(each.path) else ("gguf", _incomplete(each.whole))
         yield Listed(each.model, each.size, *state, str(each.path))
@@ -169,7 +169,21 @@ def _shown(model: str) -> dict[str, Any]:
         path = Path(folder) / model.lower()
         path.mkdir()
         (path / "config.json").write_text(json.dumps(packaged), encoding="utf-8")
-        return _described(name, path, "not downloaded")
+        return _described(name, path, "not downloaded") | _download(model)
+
+
+def _download(model: str) -> dict[str, Any]:
+    """What `farthing run` would download of a name of the catalogue, and whether it fits this machine."""
+    if (entry := catalogue().get(model.lower())) is None:
+        return {}
+    memory = machine_memory()
+    file = entry.best(memory)
+    fits = "" if entry.fits(file, memory) else "no: "
+    return {
+        "weights": file.type,
+        "download": f"about {gigabytes(file.size)}" + (", gated" if entry.gated else ""),
+        "fit": f"{fits}a conversation takes {gigabytes(entry.memory(file))} of {gigabytes(memory)}",
+    }
 
 
 def _plain(name: str) -> str:

@@ -17,7 +17,7 @@ from farthing import hub, packages
 from farthing.catalogue import catalogue
 from farthing.cli.plan import measure
 from farthing.engine.tokenizer import has_chat_template
-from farthing.hub import BUNDLED, EMBEDDED
+from farthing.hub import EMBEDDED
 from farthing.memory import gigabytes, machine_memory
 from farthing.planner.estimate import Machine
 from farthing.planner.offers import SLOW, Offer, offers
@@ -131,7 +131,7 @@ def _reachable() -> bool:
 
 def base_note(model: str, path: Path) -> str | None:
     """What a user is told of a model that does not answer but continues texts; None of others."""
-    if model in BUNDLED:
+    if model == EMBEDDED:
         return f"{model} is a small model of Python code: it continues what you write, and does not answer"
     if not has_chat_template(path):
         return f"{model} has no chat template: a base model, which continues what you write"

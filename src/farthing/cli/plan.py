@@ -14,7 +14,7 @@ from farthing.cli.errors import Exit, errors_as_one_line, with_options
 from farthing.cli.planned import Planned, PlanOptions, device_of, plan_of
 from farthing.cli.tables import size
 from farthing.cpus import own_cpus
-from farthing.hub import BUNDLED
+from farthing.hub import EMBEDDED
 from farthing.memory import available_memory
 from farthing.planner.estimate import (
     BANDWIDTH,
@@ -117,7 +117,7 @@ def _command(planned: Planned, e: Estimate) -> str | None:
     if layout is None:
         return None
     # Others are configurations only.
-    servable = o.model in BUNDLED or "/" in o.model or Path(o.model).exists()
+    servable = o.model == EMBEDDED or "/" in o.model or Path(o.model).exists()
     words = [f"farthing serve {o.model if servable else 'MODEL'} --backend gpu"]
     words += [f"--{n} {getattr(layout, n)}" for n in ("tp", "pp", "ep") if getattr(layout, n) > 1]
     words += ["--dp-attention --no-enable-prefix-caching"] if layout.dp_attention else []
