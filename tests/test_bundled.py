@@ -1,6 +1,8 @@
-"""The models in the package: what they answer, and how well they predict held-out text."""
+"""The embedded model, and one of DeepSeek-V4's architecture: what they answer, how well they predict text."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +10,11 @@ pytest.importorskip("farthing._native")
 
 from farthing import LLM, SamplingParams
 from farthing.compress.evaluate import evaluate, load_corpus
-from farthing.hub import BUNDLED, EMBEDDED, resolve_model
+from farthing.hub import EMBEDDED, resolve_model
 from farthing.model.load import load
 from farthing.ops.select import select
 
+BUNDLED = (EMBEDDED, str(Path(__file__).parent / "assets" / "mite-v4"))
 PROMPT = "class Stack:\n    def __init__(self, items):\n        self.items ="
 
 

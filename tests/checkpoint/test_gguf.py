@@ -116,11 +116,11 @@ def write(path: Path, architecture: str, kind: str, layers: int = 2, **changes: 
             w.add_tensor(p + "attn_k_norm.weight", np.full(HEAD, 0.8, np.float32))
         if architecture == "qwen3moe":
             add(p + "ffn_gate_inp.weight", 4, WIDTH, stored="F32")
-            add(p + "ffn_gate_exps.weight", 4, EXPERT, WIDTH)
+            add(p + "ffn_gate_exps.weight", 4, EXPERT, WIDTH, stored=changes.get("gate", kind))
             add(p + "ffn_up_exps.weight", 4, EXPERT, WIDTH)
             add(p + "ffn_down_exps.weight", 4, WIDTH, EXPERT)
         else:
-            add(p + "ffn_gate.weight", INNER, WIDTH)
+            add(p + "ffn_gate.weight", INNER, WIDTH, stored=changes.get("gate", kind))
             add(p + "ffn_up.weight", INNER, WIDTH)
             add(p + "ffn_down.weight", WIDTH, INNER)
     w.write_header_to_file()
@@ -228,7 +228,7 @@ def test_gpus_hold_the_librarys_values(kind: str) -> None:
     from farthing.ops.gpu.matrix import pack
 
     data = matrix(kind, 16, 512, seed=1)
-    weight = BLOCKS[kind](data.reshape(16, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1]))
+    weight = BLOCKS[kind](data.reshape(16, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1])).on_torch()
     held = pack(weight, torch.bfloat16, torch.device("cpu"))
     if held.format != "int8_groups":
         assert held.format == {"q4_k": "q4_1"}.get(weight.format, weight.format)
@@ -243,7 +243,7 @@ def test_gpus_hold_the_librarys_values(kind: str) -> None:
 def test_value_heads_are_put_in_order(kind: str) -> None:
     """Of a recurrence with 4 key heads, 2 value heads of each, 64 wide: columns of the output projection."""
     data = matrix(kind, 8, 512, seed=0)
-    weight = BLOCKS[kind](data.reshape(8, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1]))
+    weight = BLOCKS[kind](data.reshape(8, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1])).on_torch()
     order = np.arange(512).reshape(2, 4, 64).swapaxes(0, 1).reshape(-1)
     found, expected = columns_in_order(weight, order).dequantize(), weight.dequantize()[:, order]
     assert torch.equal(found, expected)
@@ -280,14 +280,16 @@ def test_what_is_decoded_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert [r.message for r in caplog.records] == ["model.embed_tokens is decoded from q5_1 to torch.float32"]
 
 
-def test_an_embedding_that_is_also_the_head_is_held_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arrays", [False, True])
+def test_an_embedding_that_is_also_the_head_is_held_once(tmp_path: Path, arrays: bool) -> None:
     path = resolve_model(write(tmp_path / "model.gguf", "llama", "Q6_K", tied=True))
-    ops = select("cpu")
+    ops: Any = select("cpu", arrays=arrays)
     model = load(path, ops)
     assert model.embedding is model.head
     value = torch.from_numpy(GgufShards(path).exact("model.embed_tokens.weight"))
     ids = torch.tensor([0, 17, VOCABULARY - 1])
-    assert torch.equal(ops.embed(ids, model.embedding), value[ids])
+    found = ops.embed(ids.numpy() if arrays else ids, model.embedding)
+    assert torch.equal(torch.as_tensor(found), value[ids])
 
 
 def test_projections_of_different_types_are_stacked(tmp_path: Path) -> None:
@@ -510,3 +512,22 @@ def test_smollm2_as_shipped() -> None:
     tokenizer, model = Tokenizer.from_directory(path), load(path, select("cpu"))
     logits = run(model, torch.tensor(tokenizer.encode("The capital of France is")), [5])
     assert tokenizer.backend.decode([int(logits[-1].argmax())]) == " Paris"
+
+
+def packed_bytes(path: Path, file: Path, arrays: bool) -> bytes:
+    """The packed file of a model that was loaded as torch's tensors or as numpy arrays."""
+    ops = select("cpu", threads=1, arrays=arrays)
+    load(path, ops)
+    ops.save_packed(str(file))
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *QUANTIZED, *FROM_BYTES])
+def test_kernels_get_the_same_bytes_without_torch(tmp_path: Path, kind: str) -> None:
+    """Also where values have another type than queries, and gate another one than up."""
+    architecture = "qwen3moe" if kind in ("Q4_K", "MXFP4") else "llama"
+    path = resolve_model(write(tmp_path / "model.gguf", architecture, kind, values="Q6_K", gate="Q5_0"))
+    ours, theirs = (
+        packed_bytes(path, tmp_path / f"{name}.bin", name == "numpy") for name in ("numpy", "torch")
+    )
+    assert ours == theirs

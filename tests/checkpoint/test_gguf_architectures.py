@@ -17,7 +17,9 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
 from farthing.checkpoint.gguf import _OUTER, ARCHITECTURES  # noqa: E402
+from farthing.engine.build import runs_on_arrays  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
+from farthing.model.config import ModelConfig  # noqa: E402
 from farthing.model.load import load  # noqa: E402
 from farthing.ops.select import select  # noqa: E402
 from tests.checkpoint.test_gguf import ALPHABET  # noqa: E402
@@ -348,6 +350,15 @@ def test_logits_are_those_of_the_directory(
         for path in (resolve_model(tmp_path / "model.gguf"), folder)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    path = resolve_model(tmp_path / "model.gguf")
+    if runs_on_arrays(ModelConfig.from_directory(path)):
+        packed = []
+        for arrays in (False, True):
+            ops = select("cpu", threads=1, arrays=arrays)
+            load(path, ops)
+            ops.save_packed(str(tmp_path / "packed"))
+            packed.append((tmp_path / "packed").read_bytes())
+        assert packed[0] == packed[1], family
 
 
 def _plain(config: Any) -> bool:

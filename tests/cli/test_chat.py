@@ -359,6 +359,28 @@ def test_run_fits_serves_answers_and_ends_the_server() -> None:
     assert done.stderr.startswith("fit: weights fp8, ")
     url = re.search(r"mite is served on (\S+) while this runs", done.stderr)
     assert url and not Server(url[1]).ready()
+    assert "mite is a small model of Python code: it continues what you write" in done.stderr
+
+
+def test_a_base_model_continues_every_message_on_its_own() -> None:
+    asked = list[dict[str, Any]]()
+
+    class Base(Server):
+        def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+            asked.append(body)
+            yield {"choices": [{"text": " 1"}], "usage": {"completion_tokens": 1}}
+
+    talk = Conversation(Base("x:1"), "m", base=True)
+    for text in ("a =", "b ="):
+        assert [(piece.kind, piece.text) for piece in talk.say(text)] == [("text", " 1")]
+    talk.sampling = {"max_tokens": 7}
+    list(talk.say("c ="))
+    assert [(body["prompt"], body["max_tokens"]) for body in asked] == [
+        ("a =", 200),
+        ("b =", 200),
+        ("c =", 7),
+    ]
+    assert not any("messages" in body for body in asked)
 
 
 def test_a_server_that_cannot_start_says_why() -> None:

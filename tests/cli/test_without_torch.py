@@ -102,7 +102,7 @@ def test_one_line_names_the_extra_and_the_index_of_wheels_without_cuda(
 ) -> None:
     assert results[line].status == 2 and "listening" not in results[line].err
     (said,) = [text for text in results[line].err.splitlines() if " INFO " not in text]
-    assert re.match(r"error: needs PyTorch: pip install '\.\[\w+\]' in a checkout of Farthing", said)
+    assert re.match(r"error: needs PyTorch: pip install .*'torch>=2\.9'", said)
     assert said.endswith(f"(without CUDA: add --extra-index-url {extras.CPU_WHEELS})")
 
 

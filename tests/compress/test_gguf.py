@@ -183,7 +183,7 @@ def test_values_of_a_type_are_written_as_they_were_read(kind: str) -> None:
     ats = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()}
     for at in ats.get(kind, (0, 2)):
         data[..., at : at + 2] = np.frombuffer(np.float16(0.0078125).tobytes(), np.uint8)
-    weight = BLOCKS[kind](data)
+    weight = BLOCKS[kind](data).on_torch()
     written, exact = encode(weight, kind_for(weight))
     target = gguf.GGMLQuantizationType[kind_for(weight)]
     found = torch.from_numpy(gguf.quants.dequantize(written, target))
@@ -205,7 +205,7 @@ def test_rounding_stays_within_half_a_step(seed: int, kind: str, exponent: float
     assert torch.equal(found[0], values[0])
     bound = {"Q8_0": 0.01, "Q4_0": 0.1, "IQ4_NL": 0.09, "MXFP4": 0.15}[kind]
     assert float((found - values).norm() / values.norm()) < bound + (0.01 if exponent < -10 else 0)
-    again, exact = encode(BLOCKS[kind](data.reshape(4, 2, -1)), kind)
+    again, exact = encode(BLOCKS[kind](data.reshape(4, 2, -1)).on_torch(), kind)
     assert exact and np.array_equal(again, data)
 
 
@@ -288,7 +288,7 @@ def test_values_that_a_type_lacks(tmp_path: Path) -> None:
     row = quantize_int8(values)
     assert kind_for(row) == "Q8_0" and not encode(row, "Q8_0")[1]
     shifted = replace(
-        BLOCKS["Q4_0"](encode(Weight("dense", values), "Q4_0")[0].reshape(16, 4, -1)),
+        BLOCKS["Q4_0"](encode(Weight("dense", values), "Q4_0")[0].reshape(16, 4, -1)).on_torch(),
         zero_point=torch.full((16, 4), 3, dtype=torch.int8),
     )
     data, exact = encode(shifted, kind_for(shifted))

@@ -34,7 +34,7 @@ def states(path: Path, layers: int | None = None) -> dict[str, tuple[str, str]]:
     return {f.name: (f.state, f.detail) for f in found}
 
 
-@pytest.mark.parametrize(("name", "layers"), [("mite", 2), ("mite-v4", 1)])
+@pytest.mark.parametrize(("name", "layers"), [("mite", 2), ("tests/assets/mite-v4", 1)])
 def test_the_embedded_models_pass(name: str, layers: int) -> None:
     found = states(resolve_model(name), layers)
     names = ("configuration", "tokenizer", "chat format", "tensors", "first layers")

@@ -64,7 +64,7 @@ def test_float_weights_are_refused(v3: PlannedModel) -> None:
 
 
 def test_command_says_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_measure", lambda: (2, 40.0, 450.0))
+    monkeypatch.setattr(plan, "measure", lambda: (2, 40.0, 450.0))
     run = CliRunner().invoke
     result = run(app, ["deepseek-v3", "--quantization", "int4", *OPTIONS])
     assert result.exit_code == 0, result.output
@@ -76,7 +76,7 @@ def test_command_says_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bandwidth_measured_here_is_that_of_all_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "_measure", lambda: (8, 40.0, 450.0))
+    monkeypatch.setattr(plan, "measure", lambda: (8, 40.0, 450.0))
     words = ["deepseek-v3", "--quantization", "int4", "--cores", "4", "--sockets", "2", "--json"]
     document = json.loads(CliRunner().invoke(app, words).output)
     assert document["machine"] == {"sockets": 2, "cores": 4, "bandwidth": 20.0, "int8": 450.0}
@@ -113,7 +113,7 @@ def test_bandwidth_measured_here_is_that_of_all_sockets(monkeypatch: pytest.Monk
 def test_options_that_cannot_be_honoured(
     words: list[str], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_measure", lambda: (2, 40.0, 450.0))
+    monkeypatch.setattr(plan, "measure", lambda: (2, 40.0, 450.0))
     result = CliRunner().invoke(app, ["deepseek-v3", *words])
     assert result.exit_code == Exit.INPUT
     assert error in " ".join(result.output.split())

@@ -22,7 +22,8 @@ from farthing.checkpoint.gguf_types import BLOCKS, FORMATS, HELD_AS, PLAIN, bits
 from farthing.checkpoint.shards import CheckpointError, Shards, read_json
 from farthing.lazy import gguf, np, torch
 from farthing.memory import gigabytes
-from farthing.ops import Format, Weight, dtype_name, numpy_dtype
+from farthing.ops import Format, Weight, all_finite, dtype_name, numpy_dtype
+from farthing.ops.arrays import cast, contiguous, like
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -325,6 +326,7 @@ class GgufShards(Shards):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.arrays = False
         self._index: dict[str, dict[str, Any]] = read_json(path / INDEX)
         for name in [name for name in self._index if "/" in name]:
             whole, _, part = name.partition("/")
@@ -377,12 +379,11 @@ class GgufShards(Shards):
         weight = BLOCKS[entry["type"]](rows.reshape(len(rows), -1, _block(entry)[1]))
         if entry.get("order", (0,))[0]:
             weight = columns_in_order(weight, _columns_of(entry))
-        assert weight.scale is not None
-        if not all(bool(t.isfinite().all()) for t in (weight.scale, weight.minimum) if t is not None):
+        if not all(all_finite(t) for t in (weight.scale, weight.minimum) if t is not None):
             raise CheckpointError(
                 f"{self._where(name, entry)}: expected finite scales, found NaN or infinity"
             )
-        return weight
+        return weight if self.arrays else weight.on_torch()
 
     def _say_held(self) -> None:
         """Log once what the kernels hold in the form of another type, and what that takes."""
@@ -491,17 +492,17 @@ def columns_in_order(weight: Weight, order: NDArray[np.int64]) -> Weight:
     if weight.format == "fp8":
         weight = Weight("dense", weight.dequantize())
     if weight.format in ("dense", "int8"):
-        return replace(weight, data=weight.data[:, torch.from_numpy(order)])
+        return replace(weight, data=weight.data[:, like(order, weight.data)])
     size = weight.group_size
     groups = order.reshape(-1, size) if len(order) % size == 0 else order[None]
     moved = np.array_equal(groups, groups[:, :1] + np.arange(groups.shape[1])) and bool(
         (groups[:, 0] % size == 0).all()
     )
     if weight.units is not None or not moved:
-        return replace(weight, order=torch.from_numpy(order).argsort())
-    at = torch.from_numpy(groups[:, 0] // size)
-    packed = size // 2 if weight.nibbles else size
-    data = weight.data.unflatten(1, (-1, packed))[:, at].flatten(1).contiguous()
+        return replace(weight, order=like(order.argsort(), weight.data))
+    at = like(groups[:, 0] // size, weight.data)
+    n, packed = len(weight.data), size // 2 if weight.nibbles else size
+    data = contiguous(weight.data.reshape(n, -1, packed)[:, at].reshape(n, -1))
     scale, minimum, zero_point = (
         None if t is None else t[:, at] for t in (weight.scale, weight.minimum, weight.zero_point)
     )
@@ -533,6 +534,4 @@ def _to_bfloat16(where: str, values: NDArray[np.float32]) -> NDArray[Any]:
     """Rounded to the nearest, half to even."""
     if not np.isfinite(values).all():
         raise CheckpointError(f"{where}: expected finite values, found NaN or infinity")
-    bits = values.view(np.uint32)
-    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    return rounded.astype("<u2").view(numpy_dtype("bfloat16"))
+    return cast(values, "bfloat16")  # type: ignore[arg-type, return-value]

@@ -1,7 +1,7 @@
 """GGUF's block types as our stored formats: the same integers and scales, so nothing is rounded; and back.
 
-A type's function takes the blocks of a matrix, uint8 [N, B, bytes of a block]. Legend: N rows; B blocks of a
-row; g columns that share a scale.
+A type's function takes the blocks of a matrix, uint8 [N, B, bytes of a block], and returns numpy arrays.
+Legend: N rows; B blocks of a row; g columns that share a scale.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ def _made(
         scale = scale * units[0][..., None]
         minimum = None if minimum is None or units[1] is None else minimum * units[1][..., None]
 
-    def tensor(x: Floats | None) -> Any:
-        return None if x is None else torch.from_numpy(np.ascontiguousarray(x.reshape(n, -1), np.float32))
+    def rows(x: Floats | None) -> Any:
+        return None if x is None else np.ascontiguousarray(x.reshape(n, -1), np.float32)
 
     return Weight(
-        name, torch.from_numpy(np.ascontiguousarray(data)), tensor(scale), minimum=tensor(minimum),
-        units=None if units is None else (tensor(units[0]), tensor(units[1])),
+        name, np.ascontiguousarray(data), rows(scale), minimum=rows(minimum),  # type: ignore[arg-type]
+        units=None if units is None else (rows(units[0]), rows(units[1])),
     )  # fmt: skip
 
 

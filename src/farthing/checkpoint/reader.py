@@ -208,8 +208,6 @@ class Checkpoint:
     the tensor's type, and else the matrix as stored: bf16, f16 or f32.
     """
 
-    arrays = False
-
     def __init__(self, path: Path, config: dict[str, Any], shards: Shards) -> None:
         self.path = path
         self.config = config
@@ -230,6 +228,15 @@ class Checkpoint:
         opened = cls(path, config, GgufShards(path) if (path / GGUF_INDEX).is_file() else Shards(path))
         opened.arrays = arrays
         return opened
+
+    @property
+    def arrays(self) -> bool:
+        """Whether tensors are numpy's, and torch is not imported."""
+        return self._shards.arrays
+
+    @arrays.setter
+    def arrays(self, value: bool) -> None:
+        self._shards.arrays = value
 
     def stored(self, name: str) -> str:
         """A tensor's or module's name in the files; this class reads by that name."""
@@ -281,9 +288,11 @@ class Checkpoint:
         return tensor  # type: ignore[no-any-return]
 
     def plain(self) -> bool:
-        """Whether numpy arrays suffice for all of it: floats, and FP8 in the blocks that kernels read."""
-        files = not isinstance(self._shards, GgufShards) and self._layout in (None, Fp8())
-        return files and all(self.dtype(name) in DTYPES for name in self.names())
+        """Whether numpy arrays suffice for all of it: GGUF, floats, and FP8 in the blocks that kernels
+        read."""
+        if isinstance(self._shards, GgufShards):
+            return True
+        return self._layout in (None, Fp8()) and all(self.dtype(name) in DTYPES for name in self.names())
 
     def _claim(self, name: str) -> None:
         if not self.has(name):

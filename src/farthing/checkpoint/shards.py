@@ -299,6 +299,7 @@ class Shards:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.arrays = False  # whether `weight` is made of numpy arrays
         self._open: dict[str, Any] = {}
         self._names: dict[str, set[str]] = {}
         self._arrays: dict[str, ArrayFile] = {}

@@ -21,10 +21,11 @@ from rich.text import Text
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.errors import one_line_errors
 from farthing.cli.mcp import McpServers, default_file
+from farthing.cli.offered import base_note, named
 from farthing.cli.tables import step_progress
 from farthing.config import EngineConfig
 from farthing.files import replace_text
-from farthing.hub import EMBEDDED, find_model
+from farthing.hub import find_model
 from farthing.memory import available_memory
 from farthing.planner.fit import fit
 
@@ -45,6 +46,8 @@ _FENCE = "```"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without a shape
 _SHOWN = 2000  # characters at each end of a long value
+_SEQUENCES = 2  # of one person's conversations; `farthing serve` has room for many
+_OPTIONS = ("--fit", "--max-num-seqs", str(_SEQUENCES))
 _MOST_CALLS = 25  # rounds of tool calls per message
 
 
@@ -334,7 +337,7 @@ def chat(
     /? lists the commands in it.
     """
     with one_line_errors("chat"), ExitStack() as stack:
-        key = api_key.rpartition(":")[2] if api_key else None
+        key, base = api_key.rpartition(":")[2] if api_key else None, False
         if model is not None and model.startswith(("http://", "https://")):
             server = Server(model, key)
             served = server.model(name)
@@ -343,9 +346,9 @@ def chat(
         elif found := find(model := model or name, key):
             server, served = found
         else:
-            served = model or EMBEDDED
-            server = stack.enter_context(_started(served))
-        talk = Conversation(server, served, system=system)
+            served = named(model)
+            server, base = stack.enter_context(_started(served))
+        talk = Conversation(server, served, system=system, base=base)
         talk.sampling = {"temperature": temperature, "max_tokens": max_tokens}
         _talk(stack, talk, prompt, think, mcp)
 
@@ -354,9 +357,10 @@ def chat(
     epilog='Examples:  farthing run qwen3-8b  |  farthing run gpt-oss-20b "Why is the sky blue?"'
 )
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model, as `farthing serve` takes it.")] = (
-        EMBEDDED
-    ),
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model, as `farthing serve` takes it; default: ask which."),
+    ] = None,
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="Answer this and end.")] = None,
     system: _System = "",
     think: _Think = None,
@@ -366,30 +370,36 @@ def run(
 ) -> None:
     """Download MODEL if it is not here, serve it with the options that fit, and talk to it."""
     with one_line_errors("run"), ExitStack() as stack:
-        server = stack.enter_context(_started(model))
-        talk = Conversation(server, model, system=system)
+        model = named(model)
+        server, base = stack.enter_context(_started(model))
+        talk = Conversation(server, model, system=system, base=base)
         talk.sampling = {"temperature": temperature, "max_tokens": max_tokens}
         _talk(stack, talk, prompt, think, mcp)
 
 
 @contextlib.contextmanager
-def _started(model: str) -> Iterator[Server]:
-    """A server of a model, downloaded first. Raises ValueError if it does not fit, before the download."""
+def _started(model: str) -> Iterator[tuple[Server, bool]]:
+    """A server of a model, downloaded first, and whether the model continues texts instead of answering.
+
+    Raises ValueError if it does not fit, before the download.
+    """
     console = Console(stderr=True)
     found = find_model(model)
     if EngineConfig(model=model).on_this_cpu:
-        chosen = fit(found.path, available_memory())
+        chosen = fit(found.path, available_memory(), sequences=_SEQUENCES)
         console.print(Text(f"fit: {chosen}", style="dim"), soft_wrap=True)
     with step_progress(f"downloading {model}") as progress:
         found.fetch(progress)
     with ExitStack() as stack:
         with console.status(_one_line(f"starting {model}", console)) as status:
             server = stack.enter_context(
-                started(model, ("--fit",), lambda line: status.update(_one_line(line, console)))
+                started(model, _OPTIONS, lambda line: status.update(_one_line(line, console)))
             )
         said = f"{model} is served on {server.url} while this runs"
-        console.print(Text(said, style="dim"), soft_wrap=True)
-        yield server
+        note = base_note(model, found.path)
+        for line in filter(None, (said, note)):
+            console.print(Text(line, style="dim"), soft_wrap=True)
+        yield server, note is not None
 
 
 def _one_line(text: str, console: Console) -> Text:

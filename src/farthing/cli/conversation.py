@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NoReturn
 from urllib.parse import urlsplit
 
 Message = dict[str, Any]
 _SOCKETS = tuple(Path("/proc/net", name) for name in ("tcp", "tcp6"))
 ADDRESS = "http://127.0.0.1:8000"  # where `farthing serve` listens
 _CONNECT_SECONDS = 5.0
+_CONTINUED = 200  # tokens that a base model writes
 _START_SECONDS = 3600.0  # of a large model that is packed first
 _END_SECONDS = 40.0
 
@@ -87,12 +88,13 @@ class Server:
         return False
 
     def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events of a streamed chat completion; leaving the loop ends the request.
+        """The events of a streamed completion; leaving the loop ends the request.
 
         Raises OSError for a connection, ValueError with the server's message for an error, and
         KeyboardInterrupt after Ctrl-C.
         """
-        with self._answer("POST", "/v1/chat/completions", body, None) as answer:
+        path = "/v1/completions" if "prompt" in body else "/v1/chat/completions"
+        with self._answer("POST", path, body, None) as answer:
             for line in _lines(answer):
                 if self._stopped:
                     return
@@ -183,6 +185,7 @@ class Conversation:
     model: str
     tools: Sequence[dict[str, Any]] = ()
     system: str = ""
+    base: bool = False  # the model continues texts: every message is one, on its own
     effort: str | None = None  # reasoning_effort; None: the model's own
     sampling: dict[str, float | int | None] = field(default_factory=dict)  # None: the model's own
     messages: list[Message] = field(default_factory=list)
@@ -205,7 +208,8 @@ class Conversation:
             for event in self.server.stream(self._body()):
                 self.usage = event.get("usage") or self.usage
                 for choice in event.get("choices", ())[:1]:
-                    yield from _pieces(choice.get("delta") or {}, parts, calls)
+                    delta = {"content": choice.get("text")} if self.base else choice.get("delta")
+                    yield from _pieces(delta or {}, parts, calls)
             whole = True
         finally:
             self._keep("".join(parts["text"]), "".join(parts["reasoning"]), calls if whole else {})
@@ -239,8 +243,11 @@ class Conversation:
 
     def _body(self) -> dict[str, Any]:
         options = {"stream_options": {"include_usage": True}, "x_farthing": True}
-        body = {"model": self.model, "messages": self._all(), "stream": True, **options}
+        body = {"model": self.model, "stream": True, **options}
         body |= {name: value for name, value in self.sampling.items() if value is not None}
+        if self.base:
+            return {"max_tokens": _CONTINUED} | body | {"prompt": self.messages[-1]["content"]}
+        body |= {"messages": self._all()}
         body |= {"tools": list(self.tools)} if self.tools else {}
         return body | ({"reasoning_effort": self.effort} if self.effort else {})
 
@@ -327,15 +334,23 @@ def started(model: str, options: Sequence[str], say: Callable[[str], object]) ->
     command = [sys.executable, "-m", "farthing", "serve", model, "--port", "0", *options]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        before = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             yield _when_ready(process, lambda: _read(log), say)
         finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
             process.terminate()
             try:
                 process.wait(_END_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    """Ends the server, too, where the terminal is closed."""
+    sys.exit(128 + number)
 
 
 def _read(log: IO[str]) -> str:

@@ -87,10 +87,10 @@ def _missing(error: ImportError, command: str) -> str | None:
         return None
     extra = extra_for(package, command)
     if package == "torch":
-        return needs_torch() if extra is None else f"needs PyTorch: {how_to_install(extra)}"
+        return needs_torch() if extra is None else f"needs PyTorch: {how_to_install(extra, package)}"
     if extra is None:
         return f"the Python package {package!r} is not installed; pip install {package}"
-    return f"{package!r} is not installed; {how_to_install(extra)}"
+    return f"{package!r} is not installed: {how_to_install(extra, package)}"
 
 
 class Exit(IntEnum):

@@ -12,11 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from farthing import hub, stores
+from farthing.catalogue import catalogue
 from farthing.checkpoint.reader import has_config, method_of, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
+from farthing.cli.offered import all_offers, table
 from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
-from farthing.memory import available_memory
+from farthing.memory import available_memory, gigabytes, machine_memory
 from farthing.model import ModelConfig
 from farthing.planner.estimate import published_config
 from farthing.planner.fit import fit
@@ -88,9 +90,8 @@ def list_models(as_json: _Json = False) -> None:
 
 
 def _listed() -> Iterator[Listed]:
-    for name in hub.BUNDLED:
-        bundled = hub.resolve_model(name)
-        yield Listed(name, _bytes_in(bundled), *_state(bundled, whole=True), str(bundled))
+    embedded = hub.resolve_model(hub.EMBEDDED)
+    yield Listed(hub.EMBEDDED, _bytes_in(embedded), *_state(embedded, whole=True), str(embedded))
     for each in hub.cached():
         state = _state(each.path, each.whole) if has_config(each.path) else ("gguf", _incomplete(each.whole))
         yield Listed(each.model, each.size, *state, str(each.path))
@@ -120,6 +121,25 @@ def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+models_app = typer.Typer(add_completion=False)
+
+
+@models_app.command("models")
+def offered(as_json: _Json = False) -> None:
+    """The models that people start with, the most worth having first: each with the file that suits this
+    machine, its memory in a conversation, and the speed to expect (an estimate).
+    """
+    with one_line_errors("models"):
+        found = all_offers()
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    from rich.console import Console
+
+    Console().print(table(found))
+    typer.echo("farthing run MODEL  |  any other model of the hub: farthing run OWNER/NAME")
+
+
 show_app = typer.Typer(add_completion=False)
 
 
@@ -139,8 +159,8 @@ def show(model: _Model, as_json: _Json = False) -> None:
 
 
 def _shown(model: str) -> dict[str, Any]:
-    name = hub.short_names().get(model.lower(), model)
-    here = Path(model).expanduser().exists() or any(each.model == name for each in hub.cached())
+    name = hub.hub_id(model)
+    here = Path(model).expanduser().exists() or any(each.model == _plain(name) for each in hub.cached())
     packaged = None if here else published_config(model)
     if packaged is None:
         path = hub.resolve_config(model)
@@ -149,7 +169,26 @@ def _shown(model: str) -> dict[str, Any]:
         path = Path(folder) / model.lower()
         path.mkdir()
         (path / "config.json").write_text(json.dumps(packaged), encoding="utf-8")
-        return _described(name, path, "not downloaded")
+        return _described(name, path, "not downloaded") | _download(model)
+
+
+def _download(model: str) -> dict[str, Any]:
+    """What `farthing run` would download of a name of the catalogue, and whether it fits this machine."""
+    if (entry := catalogue().get(model.lower())) is None:
+        return {}
+    memory = machine_memory()
+    file = entry.best(memory)
+    fits = "" if entry.fits(file, memory) else "no: "
+    return {
+        "weights": file.type,
+        "download": f"about {gigabytes(file.size)}" + (", gated" if entry.gated else ""),
+        "fit": f"{fits}a conversation takes {gigabytes(entry.memory(file))} of {gigabytes(memory)}",
+    }
+
+
+def _plain(name: str) -> str:
+    """A hub id without the file behind it."""
+    return name if Path(name).exists() else name.partition(":")[0]
 
 
 def _described(name: str, path: Path, where: str) -> dict[str, Any]:
@@ -186,7 +225,7 @@ def rm(
     with one_line_errors("rm"), errors_as_one_line():
         if program := stores.program_of(model):
             raise ValueError(f"model: got {model!r}, which belongs to {program}; remove it there")
-        name = hub.short_names().get(model.lower(), model)
+        name = _plain(hub.hub_id(model))
         found = next((each for each in hub.cached() if each.model == name), None)
         if found is None:
             raise FileNotFoundError(

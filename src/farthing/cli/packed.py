@@ -13,7 +13,7 @@ from farthing import __version__
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import AUTO, EngineConfig, Quantization
 from farthing.files import BeingWritten
-from farthing.hub import BUNDLED
+from farthing.hub import EMBEDDED
 from farthing.process import Progress, cache_dir, page_in, unseen
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 def with_packed(config: EngineConfig, path: Path, progress: Progress | None = unseen) -> EngineConfig:
     """The configuration with the packed file that `--packed auto`, the default of the embedded models, means;
     without one where packed weights cannot serve. progress: of writing a missing file; None leaves it."""
-    wanted = config.packed == AUTO or (config.packed is None and config.model in BUNDLED)
+    wanted = config.packed == AUTO or (config.packed is None and config.model == EMBEDDED)
     if not wanted:
         return config
     if config.deterministic or config.num_ranks > 1 or not (config.on_this_cpu and _packs(config.backend)):

@@ -14,7 +14,8 @@ from farthing.cli.errors import Exit, errors_as_one_line, with_options
 from farthing.cli.planned import Planned, PlanOptions, device_of, plan_of
 from farthing.cli.tables import size
 from farthing.cpus import own_cpus
-from farthing.hub import BUNDLED
+from farthing.hub import EMBEDDED
+from farthing.memory import available_memory
 from farthing.planner.estimate import (
     BANDWIDTH,
     INT8,
@@ -116,7 +117,7 @@ def _command(planned: Planned, e: Estimate) -> str | None:
     if layout is None:
         return None
     # Others are configurations only.
-    servable = o.model in BUNDLED or "/" in o.model or Path(o.model).exists()
+    servable = o.model == EMBEDDED or "/" in o.model or Path(o.model).exists()
     words = [f"farthing serve {o.model if servable else 'MODEL'} --backend gpu"]
     words += [f"--{n} {getattr(layout, n)}" for n in ("tp", "pp", "ep") if getattr(layout, n) > 1]
     words += ["--dp-attention --no-enable-prefix-caching"] if layout.dp_attention else []
@@ -201,7 +202,7 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
     assert o.cores is not None
     bandwidth, core, sources = o.socket_bandwidth, o.core_int8, {"bandwidth": "given", "int8": "given"}
     if bandwidth is None or core is None:
-        here, together, measured_core = _measure()
+        here, together, measured_core = measure()
         how = f"measured on this machine with {here} threads"
         if bandwidth is None:
             if o.sockets * o.cores != here:
@@ -215,7 +216,7 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
     return Machine(o.sockets, o.cores, bandwidth, core), sources
 
 
-def _measure() -> tuple[int, float, float]:
+def measure() -> tuple[int, float, float]:
     """Threads that would serve here; GB/s that they read; INT8 GOP/s of each with all busy."""
     try:
         from farthing import _native
@@ -329,11 +330,12 @@ def _advice(planned: Planned) -> str:
     if layout is None:
         fits = f"{options} would fit" if options else "use --quantization, fewer cache tokens, or more memory"
         return f"no layout of up to 64 ranks fits {limit / 1e9:.1f} GB per rank; {fits}"
+    spread = f"--tp {layout.tp} --pp {layout.pp} --ep {layout.ep} ({layout.world} ranks)"
+    if planned.alone:
+        instead = f"{options} would fit; so would {spread}" if options else f"{spread} would fit"
+        return f"the model exceeds {limit / 1e9:.1f} GB; {instead}"
     alone = f", as would {options} on one" if options else ""
-    return (
-        f"the largest rank exceeds {limit / 1e9:.1f} GB; "
-        f"--tp {layout.tp} --pp {layout.pp} --ep {layout.ep} ({layout.world} ranks) would fit{alone}"
-    )
+    return f"the largest rank exceeds {limit / 1e9:.1f} GB; {spread} would fit{alone}"
 
 
 def _document(planned: Planned, advice: str) -> dict[str, Any]:
@@ -351,11 +353,37 @@ def _document(planned: Planned, advice: str) -> dict[str, Any]:
     }
 
 
+def _print_machine(planned: Planned) -> None:
+    """The memory of one process, which no other shares the model with."""
+    from rich.console import Console
+    from rich.table import Table
+
+    (r,) = planned.ranks
+    own = planned.holder.backend == "cpu" and planned.limit is None
+    table = Table("weights", "cache", "buffers", "total", title=f"{planned.options.model}: memory")
+    table.add_row(*map(size, (r.weights, r.cache, r.buffers, r.total)))
+    console = Console()
+    console.print(table)
+    if planned.holder.backend != "gpu":
+        console.print("not counted: Python and PyTorch, about 0.3 GB", highlight=False)
+    if r.host:
+        console.print(f"host memory for routed experts: {size(r.host)}", highlight=False)
+    limit = available_memory() if own else planned.limit
+    if limit is not None:
+        where = "this machine has" if own else "limit"
+        more = f"; room for {planned.room:,} more cache tokens" if planned.room else ""
+        small = "" if r.total <= limit else ", which is not enough"
+        console.print(f"{where} {size(limit)}{' available' * own}{small}{more}", highlight=False)
+
+
 def _print_ranks(planned: Planned) -> None:
     from rich.console import Console
     from rich.table import Table
 
     ranks, dp, limit, room = planned.ranks, planned.options.dp, planned.limit, planned.room
+    if planned.alone:
+        _print_machine(planned)
+        return
     title = f"{planned.options.model}: planned memory of {len(ranks)} rank{'s' * (len(ranks) > 1)}" + (
         f", {dp} replicas" if dp > 1 else ""
     )

@@ -177,6 +177,12 @@ class Planned:
         return self.limit is None or max(r.total for r in self.ranks) <= self.limit
 
     @property
+    def alone(self) -> bool:
+        """Whether one process serves the model, and no layout was asked for."""
+        o = self.options
+        return o.dp == len(self.ranks) == 1 and not any((o.tp, o.pp, o.ep))
+
+    @property
     def room(self) -> int | None:
         """Additional cache tokens that fit on the fullest rank."""
         if self.limit is None or not self.fits:

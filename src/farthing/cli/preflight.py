@@ -66,7 +66,7 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     if not config.on_this_cpu or config.num_ranks > 1:
         log.info("fit: chooses for one rank on a CPU; the options stay as they are")
         return config
-    found = fit(path, available_memory(), config.quantization, config.halves)
+    found = fit(path, available_memory(), config.quantization, config.halves, config.max_num_seqs)
     log.info("fit: %s", found)
     chosen: dict[str, Any] = {}
     if config.packed in (None, AUTO):
@@ -76,9 +76,7 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     if config.kv_cache_memory is None and config.num_blocks is None:
         chosen |= {"kv_cache_memory": found.kv_cache_memory}
         chosen |= {"max_model_len": found.max_model_len} if config.max_model_len is None else {}
-    if config.max_num_seqs == EngineConfig().max_num_seqs:
-        chosen["max_num_seqs"] = found.max_num_seqs
-    return replace(config, **chosen)
+    return replace(config, max_num_seqs=found.max_num_seqs, **chosen)
 
 
 def _check_memory(config: EngineConfig, path: Path) -> None:

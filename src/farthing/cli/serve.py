@@ -11,9 +11,11 @@ import typer
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
+from farthing.cli.offered import named
 from farthing.cli.packed import read_packed, with_packed
 from farthing.cli.preflight import preflight, with_fit
 from farthing.config import AUTO, EngineConfig
+from farthing.hub import EMBEDDED
 from farthing.server.config import ADMIN_ENVIRONMENT, Given, KeyRing, ServerConfig, gather_keys
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ Examples:
 
   farthing serve --host 0.0.0.0 --api-key-file keys.txt --tokens-per-minute 100000
 """
-_SERVING_EXTRAS = ("fast", "structured")
 # What `--help` shows: most users never need another option.
 _COMMON = frozenset({
     "model", "packed", "quantization", "backend", "threads", "max_model_len", "max_num_seqs",
@@ -57,6 +58,13 @@ def _several(help: str, metavar: str | None = None) -> Any:
 def serve(
     engine: dict[str, Any],
     server: dict[str, Any],
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="A directory, a GGUF file, a hub id, or a name of `farthing models`; default: ask which.",
+        ),
+    ] = None,
     fit: Annotated[
         bool,
         typer.Option(
@@ -92,6 +100,7 @@ def serve(
     log_lines()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it repeats what the server says
     with one_line_errors("serve"):
+        engine["model"] = named(model) if models is None else model or EMBEDDED
         engine_config = EngineConfig(**engine)
         server_config = ServerConfig(
             **server,
@@ -104,11 +113,11 @@ def serve(
 
             given = Given(engine, server, api_key or (), admin_api_key or (), api_key_file)
             raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after))
-        model = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
+        found = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
         if fit:
-            engine_config = with_fit(engine_config, model.path)
-        if not model.absent:
-            engine_config = with_packed(engine_config, model.path, progress=None)
+            engine_config = with_fit(engine_config, found.path)
+        if not found.absent:
+            engine_config = with_packed(engine_config, found.path, progress=None)
         read_packed(engine_config)
         if not extras.has_torch():  # otherwise the import waits until the server listens
             from farthing.engine.build import require_torch
@@ -117,8 +126,7 @@ def serve(
             require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
 
-        _suggest_extras()
-        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, model)))
+        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, found)))
 
 
 def _load(config: EngineConfig, model: Found) -> Engine:
@@ -134,11 +142,3 @@ def _load(config: EngineConfig, model: Found) -> Engine:
             packed = with_packed(config, path, progress)
             engine = build_engine(replace(packed, model=str(path)), progress)
     return engine
-
-
-def _suggest_extras() -> None:
-    """Log the extras missing for serving, with the command that installs them."""
-    absent = [extra for extra in _SERVING_EXTRAS if extras.missing(extra)]
-    if absent:
-        gains = ", ".join(extras.EXTRAS[extra] for extra in absent)
-        log.info("not installed: %s; %s", gains, extras.how_to_install(*absent))

@@ -293,7 +293,7 @@ def check_native() -> Iterator[Check]:
         problem = ""
     except ImportError as error:
         module, problem = None, str(error)
-    hint = extras.how_to_install(options="--force-reinstall --no-deps")
+    hint = "pip install --force-reinstall --no-deps . in a checkout of Farthing"
     hint += "" if compiler else " (needs a C++ compiler)"
     yield Check(
         group="software",

@@ -176,6 +176,7 @@ class Engine:
         self._model = model
         self._admission = Admission(c, model.config, tokenizer, self.sandbox)
         cache, second = new_cache(model, c, sizes)
+        self.cache_bytes = cache.nbytes
         runner = Runner(model, cache, c.max_num_seqs, c.max_model_len)
         self.stats.experts = lambda: _expert_tokens(model, runner)
         speculator = build_speculator(c.speculate, runner)

@@ -30,7 +30,6 @@ from farthing.conversation.strict import MAX_CHARACTERS
 from farthing.engine.constraints import Constraint, Masks, Refused
 from farthing.engine.request import StructuredOutputsParams
 from farthing.engine.tokenizer import Tokenizer
-from farthing.extras import how_to_install
 from farthing.shares import Shares
 
 # Limits the time that one client's grammars may take on the engine's thread, which computes all masks.
@@ -189,6 +188,9 @@ class Matcher:
         return Matcher(self._matcher.deep_copy(), self._words, self._cost)
 
 
+_INSTALL = "pip install --upgrade llguidance"
+
+
 class GrammarCompiler:
     """Compiles constraints for one tokenizer. Thread-safe."""
 
@@ -198,9 +200,7 @@ class GrammarCompiler:
         try:
             from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
-            raise ValueError(
-                f"structured_outputs needs llguidance, not installed here: {how_to_install('structured')}"
-            ) from error
+            raise ValueError(f"structured_outputs needs llguidance: {_INSTALL}") from error
         if not tokenizer.eos_token_ids:
             raise ValueError("structured_outputs needs an end-of-sequence token; the tokenizer names none")
         size = max(vocab_size, tokenizer.vocab_size)
@@ -215,7 +215,7 @@ class GrammarCompiler:
         except (TypeError, AttributeError) as error:  # its interface has changed with its versions
             raise ValueError(
                 f"structured_outputs does not work with llguidance {version('llguidance')} ({error}): "
-                f"{how_to_install('structured')}"
+                f"{_INSTALL}"
             ) from error
 
     def compile(self, params: StructuredOutputsParams) -> Matcher:

@@ -479,6 +479,11 @@ def _ids(value: Any, file: Path) -> list[int]:
     return ids
 
 
+def has_chat_template(path: Path) -> bool:
+    """Whether a model directory has one; a base model has none. Raises ValueError for a damaged one."""
+    return _chat_template(path, _json(path / "tokenizer_config.json")) is not None
+
+
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     file = path / "chat_template.jinja"
     if file.is_file():

@@ -38,8 +38,6 @@ EMBEDDING = "model.embed_tokens"
 def table_of(config: ModelConfig, ops: Ops, weights: WeightSource, head: Handle | None = None) -> Any:
     """The embedding for `Ops.embed`; head: the packed head, if it has the same weights."""
     shape = (config.vocab_size, config.hidden_size)
-    if ops.arrays:
-        return head if ops.is_table(head) else weights.tensor(f"{EMBEDDING}.weight", shape)
     return ops.pack_table(EMBEDDING, lambda: weights.weight(EMBEDDING, shape), head)
 
 

@@ -28,6 +28,7 @@ from farthing.ops import (
     folded,
     same,
 )
+from farthing.ops.arrays import cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +119,7 @@ _ALMOST_ZERO = 1e-20
 def expert_norm(config: ModelConfig, weights: WeightSource, prefix: str) -> Norm:
     """The norm before experts that have a parallel MLP. No weight is 0: a scaled router divides by them."""
     norm = norm_of(config, weights, f"{prefix}.expert_norm")
-    return replace(norm, weight=norm.weight + (norm.weight == 0) * _ALMOST_ZERO)
+    return replace(norm, weight=norm.weight + cast(norm.weight == 0, "float32") * _ALMOST_ZERO)
 
 
 def router_matrix(config: ModelConfig, weights: WeightSource, prefix: str, experts: int) -> Tensor:

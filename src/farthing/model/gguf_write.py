@@ -290,4 +290,4 @@ def _squares(values: Any) -> float:
 def _decoded(data: Bytes, kind: str) -> Any:
     if kind in PLAIN:
         return torch.from_numpy(data).view(getattr(torch, PLAIN[kind])).float()
-    return BLOCKS[kind](data.reshape(len(data), -1, block_of(kind)[1])).dequantize()
+    return BLOCKS[kind](data.reshape(len(data), -1, block_of(kind)[1])).on_torch().dequantize()

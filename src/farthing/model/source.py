@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from farthing.checkpoint.floats import BLOCK, fp8_scales
 from farthing.checkpoint.shards import CheckpointError
-from farthing.lazy import torch
+from farthing.lazy import np
 from farthing.model.types import Names
-from farthing.ops import Weight, all_finite, as_float32, dtype_name
+from farthing.ops import Weight, all_finite, as_float32, dtype_name, host
+from farthing.ops.arrays import like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,8 +218,8 @@ class InterleavedExperts(StackedExperts):
             blocks, scales = (self._source.tensor(f"{name}_{n}")[expert, rows] for n in ("blocks", "scales"))
             if bool((scales == 255).any()):  # NaN in E8M0
                 raise CheckpointError(f"{name}_scales: expected finite scales, found NaN")
-            factors = torch.exp2(scales.float() - _TWICE)
-            found = Weight("mxfp4", blocks.flatten(1), factors)
+            factors = like(np.ldexp(np.float32(1), host(scales).astype(np.int32) - _TWICE), scales)
+            found = Weight("mxfp4", blocks.reshape(len(blocks), -1), factors)
         else:
             self._only_plain(name)
             found = Weight("dense", self._source.tensor(name)[expert].T[rows])

@@ -129,6 +129,11 @@ class LatentCache:
         return [self.tensors(), *(own.tensors() for own in self.windows.values()), *states]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of this process, also those that nothing was written to."""
+        return sum(t.nbytes for kind in self.by_kind() for t in kind)
+
+    @property
     def num_blocks(self) -> int:
         """Blocks in the pool."""
         return self.data.shape[1]
@@ -313,11 +318,6 @@ class Ops(ABC):
             return table.data
         log.warning("%s is decoded from %s to %s", name, table.format, self.dtype)
         return table.dequantize(self.dtype)
-
-    def is_table(self, head: Handle | None, stored: str = "dense") -> bool:
-        """Whether `embed` reads the packed head instead of a table of this format with the same weights: it
-        has the same values, or those of a dense table in 8 bits."""
-        return False
 
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
         """Pack an output head [V, D], for `logits`, `top_logits` and `greedy`."""

@@ -54,6 +54,17 @@ def as_float32(x: Tensor) -> Tensor:
     return x_.astype(np.float32, copy=False)  # type: ignore[return-value]
 
 
+def cast(x: Tensor, kind: str) -> Tensor:
+    """The values in a dtype by its name; to bfloat16, of finite numbers, to the nearest, half to even."""
+    if not isinstance(x, np.ndarray):
+        return x.to(getattr(torch, kind))
+    if kind != "bfloat16":
+        return as_float32(x).astype(kind, copy=False)
+    bits = np.ascontiguousarray(as_float32(x)).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return rounded.astype("<u2").view(numpy_dtype(kind))  # type: ignore[no-any-return]
+
+
 def as_int64(x: Tensor) -> Tensor:
     """Integers as int64, without a copy if they are."""
     return x.astype(np.int64, copy=False) if isinstance(x, np.ndarray) else x.long()
@@ -129,6 +140,23 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 def host(x: Tensor) -> NDArray[Any]:
     """The values as a numpy array."""
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()
+
+
+def on_torch(x: Tensor | None) -> Tensor | None:
+    """A numpy array as torch's tensor of the same memory."""
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+def alternating(a: Tensor, b: Tensor) -> Tensor:
+    """Matrices [n, k] whose columns take turns, as [n, 2 k]."""
+    if isinstance(a, np.ndarray):
+        return np.stack((a, b), -1).reshape(len(a), -1)  # type: ignore[return-value]
+    return torch.stack((a, b), -1).flatten(1)
+
+
+def repeat_columns(x: Tensor, times: int) -> Tensor:
+    """Every column so many times: [n, k] -> [n, times k]."""
+    return x.repeat(times, 1) if isinstance(x, np.ndarray) else x.repeat_interleave(times, 1)
 
 
 def all_finite(x: Tensor) -> bool:

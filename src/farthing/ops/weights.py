@@ -13,7 +13,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.lazy import np, torch
-from farthing.ops.arrays import as_float32, dtype_name, like, same
+from farthing.ops.arrays import (
+    alternating,
+    as_float32,
+    as_int64,
+    cast,
+    dtype_name,
+    like,
+    on_torch,
+    repeat_columns,
+    same,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +171,7 @@ class Weight:
     def nbytes(self) -> int:
         """Bytes read per use of the matrix: data, scales and zero points."""
         parts = (self.data, self.scale, self.zero_point, self.minimum)
-        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+        return sum(t.nbytes for t in parts if t is not None)
 
     def quantized(self) -> Tensor:
         """The integers q, int8 [N, K]; or the codes that they are indices into."""
@@ -170,32 +180,38 @@ class Weight:
             raise ValueError(f"format {self.format!r} has no integers; expected one of {', '.join(INTEGERS)}")
         if stored.bits > 4:
             return self.data
-        u = torch.stack((self.data & 15, self.data >> 4), dim=-1).reshape(self.stored)
+        u = alternating(self.data & 15, self.data >> 4)
         if stored.codes:
-            return torch.tensor(stored.codes, dtype=torch.int8, device=u.device)[u.long()]
-        return u.to(torch.int8) - stored.offset
+            return like(np.array(stored.codes, np.int8), u)[as_int64(u)]
+        return cast(u, "int8") - stored.offset
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The value, [N, K], float32 by default."""
         if self.format == "dense":
-            return as_float32(self.data) if dtype is None else self.data.to(dtype)
+            return as_float32(self.data) if dtype is None else cast(self.data, dtype_name(dtype))
         assert self.scale is not None
         n, k = self.stored
         if self.format in INTEGERS:
-            q = self.quantized().float().view(n, -1, self.group_size)
+            q = as_float32(self.quantized()).reshape(n, -1, self.group_size)
             if self.zero_point is not None:
-                q = q - self.zero_point.float().unsqueeze(-1)
-            value = q * self.scale.unsqueeze(-1)
+                q = q - as_float32(self.zero_point)[..., None]
+            value = q * self.scale[..., None]
             if self.minimum is not None:
-                value = value + self.minimum.unsqueeze(-1)
-            value = value.view(n, k)
+                value = value + self.minimum[..., None]
+            value = value.reshape(n, k)
             if self.order is not None:
                 value = value[:, self.order.argsort()[-self.shape[1] :]]
         else:
             blocks = zip((n, k), self.fp8_block, strict=True)
             rows, columns = (like(np.arange(size) // block, self.scale) for size, block in blocks)
             value = as_float32(self.data) * self.scale[rows][:, columns]
-        return value if dtype is None else value.to(dtype)
+        return value if dtype is None else cast(value, dtype_name(dtype))
+
+    def on_torch(self) -> Weight:
+        """Of numpy arrays, the same with torch's tensors of the same memory."""
+        names = ("data", "scale", "zero_point", "minimum", "bias", "order")
+        fields: dict[str, Any] = {name: on_torch(getattr(self, name)) for name in names}
+        return replace(self, **fields, units=self.units and tuple(map(on_torch, self.units)))
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -231,10 +247,11 @@ def quantize_int8(w: Tensor) -> Weight:
 
 def quantize_int8_groups(w: Tensor, group_size: int = 32) -> Weight:
     """Symmetric round-to-nearest with one scale of 16 bits per group of columns."""
-    groups = w.float().unflatten(1, (-1, group_size))
-    scale = (groups.abs().amax(-1) / 127).half().float().clamp_min(2.0**-24)
-    q = (groups / scale.unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8)
-    return Weight("int8_groups", q.flatten(1), scale)
+    groups = as_float32(w).reshape(len(w), -1, group_size)
+    top = abs(groups).max(-1) if isinstance(w, np.ndarray) else groups.abs().amax(-1)
+    scale = as_float32(cast(top / 127, "float16")).clip(2.0**-24)
+    q = cast((groups / scale[..., None]).round().clip(-128, 127), "int8")
+    return Weight("int8_groups", q.reshape(len(w), -1), scale)
 
 
 WIDER = 32  # columns that share a scale in matrices that are rounded to 8 bits
@@ -256,17 +273,17 @@ def in_one_format(weights: Sequence[Weight]) -> Sequence[Weight]:
     if all(w.format in INTEGERS for w in weights) and first.shape[1] % WIDER == 0:
         _say_held(weights, f"rounded to 8 bits in groups of {WIDER}", 8.5)
         return [in_place_of(w, quantize_int8_groups(w.dequantize(), WIDER)) for w in weights]
-    floats = [w.data.dtype for w in weights if w.format == "dense"]
-    short = len(floats) < len(weights) and set(floats) <= {torch.bfloat16}
-    dtype = torch.bfloat16 if short else torch.float32
-    _say_held(weights, f"held in {dtype_name(dtype)}", 8 * dtype.itemsize)
-    return [in_place_of(w, Weight("dense", w.dequantize(dtype))) for w in weights]
+    floats = [dtype_name(w.data.dtype) for w in weights if w.format == "dense"]
+    short = len(floats) < len(weights) and set(floats) <= {"bfloat16"}
+    kind, bits = ("bfloat16", 16) if short else ("float32", 32)
+    _say_held(weights, f"held in {kind}", bits)
+    return [in_place_of(w, Weight("dense", cast(w.dequantize(), kind))) for w in weights]
 
 
 def _widened(w: Weight, group: int) -> Weight:
     assert w.scale is not None
     scale, zero = (
-        None if t is None else t.repeat_interleave(w.group_size // group, 1) for t in (w.scale, w.zero_point)
+        None if t is None else repeat_columns(t, w.group_size // group) for t in (w.scale, w.zero_point)
     )
     return replace(w, format="int8_groups", data=w.quantized(), scale=scale, zero_point=zero, units=None)
 

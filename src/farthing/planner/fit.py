@@ -104,14 +104,18 @@ class Fit:
 
 
 def fit(
-    path: Path, available: int, quantization: Quantization | None = None, halves: int | None = None
+    path: Path,
+    available: int,
+    quantization: Quantization | None = None,
+    halves: int | None = None,
+    sequences: int = _SEQUENCES[0],
 ) -> Fit:
     """The options with which a model suits the memory, by its files or else by config.json.
 
     Weights of 1 GB and more are rounded to int8, which costs 0.1 % of perplexity and halves the bytes of
     a token; to int4 where that is what leaves room for 8,192 tokens. Then the context is as long, and the
     sequences are as many, as the rest has room for. quantization: the only rounding to try. halves: of a
-    `Holder`.
+    `Holder`. sequences: the most.
 
     Raises ValueError if nothing fits.
     """
@@ -128,14 +132,14 @@ def fit(
     lengths = [longest, *(2**n for n in range(30, 8, -1) if 2**n < longest)]
     for least in (min(_LEAST, longest), lengths[-1]):
         for kind in kinds:
-            for sequences in _SEQUENCES:
-                if at(kind, least, least, sequences).total > usable:
+            for n in (sequences, *(s for s in _SEQUENCES if s < sequences)):
+                if at(kind, least, least, n).total > usable:
                     continue
-                context = next(n for n in lengths if at(kind, n, n, sequences).total <= usable)
-                whole = at(kind, context, context, sequences)
-                most = at(kind, context, context * sequences, sequences).cache
+                context = next(length for length in lengths if at(kind, length, length, n).total <= usable)
+                whole = at(kind, context, context, n)
+                most = at(kind, context, context * n, n).cache
                 cache = max(whole.cache, min(most, (usable - whole.total) // 4 + whole.cache))
-                return Fit(kind, context, sequences, cache, stored, longest, whole.weights, available)
+                return Fit(kind, context, n, cache, stored, longest, whole.weights, available)
     smallest = at(kinds[-1], lengths[-1], lengths[-1], 1)
     raise ValueError(
         f"model: {path.name} needs {gigabytes(smallest.total)} even with "

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import farthing
 from farthing.exchange import ReplicaLost, Upstream, end_to_end, holder, named, request_headers
 from farthing.process import loop_factory
+from farthing.running import Running, announced
 from farthing.server.api.ollama import document_of, running, seconds, shown, tag
 from farthing.server.app import guarded, misplaced, model_entry, model_list, reason
 from farthing.server.config import ADMIN_ENVIRONMENT, ENVIRONMENT, Given, ServerConfig
@@ -383,7 +384,11 @@ def serve_models(
     rings = {ENVIRONMENT: given.keys, ADMIN_ENVIRONMENT: given.admin_keys}
     environment = {name: "\n".join([*keys, os.environ.get(name, "")]) for name, keys in rings.items()}
     pool = Pool(models, PoolConfig(limit=limit, idle=unload_after), environment)
-    with listen(config.host, config.port) as listener, asyncio.Runner(loop_factory=loop_factory()) as runner:
+    with (
+        listen(config.host, config.port) as listener,
+        announced(Running(os.getpid(), url_of(listener), str(source), time.time())),
+        asyncio.Runner(loop_factory=loop_factory()) as runner,
+    ):
         front = Front(config, pool)
         log.info("listening on %s", url_of(listener))
         for model in pool.models.values():

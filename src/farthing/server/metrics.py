@@ -206,6 +206,18 @@ class ServerCollector(Collector):
             )
             cache.add_metric([model, str(config.block_size), str(config.num_blocks)], 1.0)
             yield cache
+            yield from _memory_families(service.engine.cache_bytes, service.written_at_ready, model)
+
+
+def _memory_families(cache: int, written: int, model: str) -> Iterator[Metric]:
+    sizes = {
+        "kv_cache_bytes": (cache, "Size of the cache of this process; it is resident as far as it is used."),
+        "written_at_ready_bytes": (written, "Memory written before the first request, without mapped files."),
+    }
+    for name, (value, text) in sizes.items():
+        gauge = GaugeMetricFamily(f"farthing:{name}", text, labels=["model_name"])
+        gauge.add_metric([model], float(value))
+        yield gauge
 
 
 def engine_families(snapshot: StatsSnapshot, model: str) -> Iterator[Metric]:

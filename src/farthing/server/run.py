@@ -27,8 +27,9 @@ from starlette.types import ASGIApp
 
 from farthing import process
 from farthing.extras import how_to_install
-from farthing.memory import resident
+from farthing.memory import resident, written
 from farthing.process import loop_factory
+from farthing.running import Running, announced
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
 from farthing.server.errors import ApiError
@@ -129,7 +130,8 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
     """
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    with contextlib.closing(listener), _events(config) as follow:
+    server = Running(os.getpid(), url_of(listener), model, time.time(), os.getppid())
+    with contextlib.closing(listener), announced(server), _events(config) as follow:
 
         def load_followed() -> Engine:
             engine = load()
@@ -149,7 +151,7 @@ def _events(config: ServerConfig) -> Iterator[Callable[[Engine], None]]:
     try:
         from farthing.server.kv_events import KvEvents
     except ImportError as problem:
-        raise ValueError(f"kv_events requires {problem.name}: {how_to_install('events')}") from problem
+        raise ValueError(f"kv_events requires {problem.name}: {how_to_install('fleet')}") from problem
     with contextlib.closing(KvEvents(config.kv_events)) as events:
         yield events.follow
 
@@ -293,7 +295,7 @@ async def _serve(
             loop.call_soon_threadsafe(lambda: setattr(server, "should_exit", True))  # once there is a server
             return
         gc.freeze()  # the model's objects are permanent: exclude them from GC
-        service.launch_to_ready = process.seconds()
+        service.launch_to_ready, service.written_at_ready = process.seconds(), written()
         service.engine = engine
         if engine.tokenizer is not None and engine.sandbox and not engine.tokenizer.trusted_template:
             engine.sandbox.start()  # chat templates come from the model, so they are rendered in the sandbox

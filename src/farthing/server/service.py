@@ -46,6 +46,7 @@ class Service:
         self.answers = AnswerMemory()
         self.accounts: Accounts | None = None  # set before the engine is
         self.launch_to_ready: float | None = None  # seconds
+        self.written_at_ready = 0  # bytes
         self.draining = False
         self.jobs: set[Job] = set()
         self.held = Shares()  # its pieces of work: sequences in flight

