@@ -48,7 +48,7 @@ serve: $(STAMP)
 MODELS     ?= V3S V2L L576
 PEERS      ?=
 BF16_PEERS ?=
-RESULTS    ?= build/bench.json
+RESULTS    ?= bench/results.json
 bench: $(STAMP)
 	set -e; for model in $(MODELS); do \
 	  $(BIN)/python bench/decode.py --model $$model --into $(RESULTS) $(PEERS); \
@@ -57,8 +57,8 @@ bench: $(STAMP)
 	$$run --weights int8 --prefill --batches 1; \
 	$$run --weights bf16 --prefill --batches 1 $(BF16_PEERS); \
 	$$run --prefill --batches 4 --cached 4096 --rounds 1
-	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)
-	$(BIN)/python bench/page.py $(RESULTS) docs/performance.md
+	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) $(PEERS)
+	$(BIN)/python bench/page.py $(RESULTS)
 
 # Writes each kernel's time, share of this GPU's measured ceiling, and torch's time into docs/performance.md.
 bench-gpu: $(STAMP)

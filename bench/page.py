@@ -1,177 +1,198 @@
-"""Write the results of bench/decode.py and bench/startup.py into a page: tables and a chart.
+"""Write every row that the front page and docs/performance.md show, and their picture, from one file.
 
-    python bench/page.py RESULTS.json docs/performance.md
+    python bench/page.py [bench/results.json]
 
-Replaces only the text between `<!-- measured: decode -->` and `<!-- end -->`, and draws
-`figures/performance.png` next to the page.
+bench/decode.py adds rows to the file (`--into bench/results.json`), of which each has the command that
+repeats it. Replaces only the text between `<!-- measured: NAME -->` and `<!-- end -->`, and draws
+docs/figures/performance.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from typing import Any
 
-BITS = {"int4": "4-bit", "int8": "8-bit", "bf16": "bf16"}
-PHASES = ["prefill", "decode"]
-# What readers know the models by, in the order of the table: real shapes first.
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results.json"
+PICTURE = Path("docs/figures/performance.svg")
+# What readers know the models by, in the order of the tables.
 NAMES = {
-    "qwen3.6-35b-a3b": "Qwen3.6-35B-A3B", "gpt-oss-20b": "gpt-oss-20b", "qwen3-30b-a3b": "Qwen3-30B-A3B",
-    "glm-4.5-air": "GLM-4.5-Air", "gemma-4-26b-a4b": "gemma-4-26B-A4B", "V3S": "V3 layer", "V2L": "V2-Lite",
-    "L576": "3B random", "S576": "0.3B random",
+    "qwen3.6-35b-a3b": "Qwen3.6-35B-A3B", "gpt-oss-20b": "gpt-oss-20b", "glm-4.5-air": "GLM-4.5-Air",
+    "qwen3-30b-a3b": "Qwen3-30B-A3B", "gemma-4-26b-a4b": "gemma-4-26B-A4B", "L576": "3B random",
+    "S576": "0.3B random", "V3S": "V3, two layers", "V2L": "DeepSeek-V2-Lite",
 }  # fmt: skip
-MODELS = list(NAMES)
-DEFAULT_CONTEXT = 128
-# Targets: (times the best peer, share of the limit) by (model, weights, phase, batch, context).
-Target = tuple[float, float | None]
-TARGETS: dict[tuple[str, str, str, int, int], Target] = {
-    ("V3S", "int4", "decode", 1, 128): (1.2, 0.85),
-    ("V3S", "int4", "decode", 8, 128): (1.5, 0.75),
-    ("V3S", "int4", "decode", 16, 128): (2.2, 0.75),
-    ("V2L", "int4", "decode", 1, 128): (1.2, 0.85),
-    ("V2L", "int4", "decode", 8, 128): (1.5, 0.75),
-    ("V2L", "int4", "decode", 16, 128): (2.2, 0.75),
-    ("L576", "int4", "decode", 1, 128): (1.2, 0.85),
-    ("L576", "int4", "decode", 8, 128): (1.35, 0.75),
-    ("L576", "int4", "decode", 16, 128): (2.2, 0.75),
-    ("L576", "int4", "decode", 4, 4096): (1.5, None),
-    ("L576", "int8", "decode", 1, 128): (1.3, 0.85),
-    ("L576", "bf16", "decode", 1, 128): (1.1, 0.85),
-    ("S576", "int4", "decode", 1, 128): (1.2, None),
-    ("S576", "int4", "decode", 8, 128): (1.5, None),
-    ("S576", "int4", "decode", 16, 128): (3.0, None),
-}
-PREFILL_TARGETS: dict[str, Target] = {
-    "V3S": (1.4, 0.7),
-    "V2L": (1.5, 0.7),
-    "L576": (1.6, 0.7),
-    "S576": (1.3, None),
-}
+FRONT = ("gpt-oss-20b", "qwen3.6-35b-a3b", "glm-4.5-air")
+FRONT_MACHINE, OTHER_MACHINE = "Zen 5", "Zen 4"
+PHASES = ("prefill", "decode")
+# The columns of the other machine's table, and the ratio below which a cell is bold.
+POINTS = (("prefill", 1, 512), ("prefill", 1, 2048), ("decode", 1, 64), ("decode", 8, 64), ("decode", 16, 64))
+BOLD_BELOW = {"prefill": 1.5, "decode": 1.2}
 Row = dict[str, Any]
+Key = tuple[Any, ...]
 
 
-def ordered(rows: list[Row]) -> list[Row]:
-    """Real shapes first, then fewer bits first, then prefill before decode."""
-    weights = list(BITS)
+def key(row: Row) -> Key:
+    """What a row measures, and where: a file has one row of each."""
+    return tuple(row[name] for name in ("machine", "model", "weights", "phase", "batch", "context"))
 
-    def place(r: Row) -> tuple[Any, ...]:
-        model = MODELS.index(r["model"]) if r["model"] in MODELS else len(MODELS)
-        phase = PHASES.index(r["phase"])
-        return model, r["model"], weights.index(r["weights"]), phase, r["context"], r["batch"]
+
+def text_of(stored: dict[str, Any]) -> str:
+    """The file's text: a row a line."""
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in stored["rows"])
+    peers = json.dumps(stored["peers"], indent=1, ensure_ascii=False)
+    return f'{{"peers": {peers},\n"rows": [\n{rows}\n]}}\n'
+
+
+def point(row: Row) -> Key:
+    """A row's phase, batch and context."""
+    return row["phase"], row["batch"], row["context"]
+
+
+def ordered(rows: Iterable[Row]) -> list[Row]:
+    """By model, in the order of the names, then weights, then prefill before decode."""
+    names = list(NAMES)
+
+    def place(r: Row) -> Key:
+        model = names.index(r["model"]) if r["model"] in names else len(names)
+        return model, r["model"], r["weights"], PHASES.index(r["phase"]), r["context"], r["batch"]
 
     return sorted(rows, key=place)
 
 
+def name_of(r: Row) -> str:
+    """What readers know a row's model by."""
+    return NAMES.get(r["model"], r["model"])
+
+
 def label(r: Row) -> str:
-    """The row's label."""
-    model = f"{NAMES.get(r['model'], r['model'])}, {BITS[r['weights']]}"
-    if r["phase"] == "prefill":
-        return f"{model}: prefill {r['context']:,}"
-    cached = "" if r["context"] == DEFAULT_CONTEXT else f", {r['context']:,} cached tokens each"
-    return f"{model}: decode, batch {r['batch']}{cached}"
+    """The row's label, with what is not as in most rows."""
+    about = "" if r["weights"] == "int4" else f", {r['weights']}"
+    about += "" if r["machine"] == FRONT_MACHINE else f" ({r['machine']})"
+    what = f"prefill {r['context']:,}" if r["phase"] == "prefill" else f"decode, batch {r['batch']}"
+    return f"{name_of(r)}{about}: {what}"
 
 
-def target(r: Row) -> tuple[float | None, float | None]:
-    """(times the best peer, share of the limit) targets of a row; None if unset."""
-    if r["phase"] == "prefill" and r["weights"] == "int4":
-        return PREFILL_TARGETS.get(r["model"], (None, None))
-    key = (r["model"], r["weights"], r["phase"], r["batch"], r["context"])
-    return TARGETS.get(key, (None, None))
+def best(r: Row) -> float | None:
+    """The fastest peer's tokens per second."""
+    return max(r["peers"].values(), default=None)
 
 
-def line(r: Row) -> str:
-    """A row of the table; ratios or shares below target are bold."""
-    wanted, share = target(r)
-    best, ratio, name = "–", "–", ""
-    if r["peers"]:
-        name = max(r["peers"], key=lambda peer: r["peers"][peer])
-        times = r["ours_tok_s"] / r["peers"][name]
-        low, high = r["peers_spread"][name]
-        best, ratio = f"{r['peers'][name]:,.1f} ({low:,.1f}–{high:,.1f}; {name})", f"{times:.2f}x"
-        ratio = f"**{ratio}**" if wanted and times < wanted else ratio
-    of_limit = f"{r['share_of_limit']:.0%}"
-    of_limit = f"**{of_limit}**" if share and r["share_of_limit"] < share else of_limit
-    targets = [f"{wanted}x" if wanted else "", f"{share:.0%}" if share else ""]
-    aims = ", ".join(filter(None, targets)) or "–"
-    low, high = r["ours_spread"]
-    ours = f"{r['ours_tok_s']:,.1f} ({low:,.1f}–{high:,.1f})"
-    steps = [r["step_bytes"], r.get("peers_step_bytes", {}).get(name)]
-    step = " / ".join(f"{b / 1e9:.3f}" for b in steps if b)
-    return f"| {label(r)} | {r['rounds']} | {ours} | {best} | {ratio} | {step} | {of_limit} | {aims} |"
+def ratio(r: Row) -> float | None:
+    """Our speed as a multiple of the fastest peer's; a row whose medians are stored rounded has its own."""
+    peer = best(r)
+    return r.get("ratio", r["ours_tok_s"] / peer) if peer else None
 
 
-def table(rows: list[Row]) -> str:
-    """All rows, headed by the machine's limits."""
-    m, dates = rows[-1]["machine"], sorted({r["date"] for r in rows})
-    reads = sorted(r["machine"]["read_gb_s"] for r in rows)
-    tiles = f", {m['amx_int8_gop_s']:,.0f} on tiles" if m["amx_int8_gop_s"] else ""
-    head = (
-        f"Measured {' and '.join(dates)}, {m['threads']:.0f} threads; memory reads {reads[0]:.1f} to "
-        f"{reads[-1]:.1f} GB/s in the same runs, INT8 {m['int8_gop_s']:,.0f} GOP/s on vectors{tiles}. "
-        "Medians (least–most). Bold: below target.\n\n"
-        "| | rounds | ours, tok/s | best peer | ratio | GB per step, ours / peer's | share of the limit "
-        "| target |\n"
-        "|---|---|---|---|---|---|---|---|\n"
-    )
-    return head + "\n".join(map(line, rows)) + "\n"
+def rate(value: float | None) -> str:
+    """Tokens per second, to three digits or the whole number."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def all_peers(rows: list[Row]) -> str:
-    """The other peers of every row with several."""
-    several = [r for r in rows if len(r["peers"]) > 1]
+def times(value: float | None, bold: bool = False) -> str:
+    """A ratio in a table."""
+    text = "–" if value is None else f"{value:.2f}x"
+    return f"**{text}**" if bold else text
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows of the main table; ratios below 1 are bold."""
     lines = [
-        f"- {label(r)}: " + ", ".join(f"{name} {rate:,.1f}" for name, rate in sorted(r["peers"].items()))
-        for r in several
+        "| | Farthing | ik_llama.cpp | ratio | GB per step, ours / peer's | share of the limit |",
+        "|---|---|---|---|---|---|",
     ]
-    return "\nEvery peer, where several ran (tok/s):\n\n" + "\n".join(lines) + "\n" if lines else ""
+    for r in rows:
+        fraction = ratio(r)
+        steps = [r.get("step_bytes"), *r.get("peers_step_bytes", {}).values()]
+        step = " / ".join(f"{b / 1e9:.3f}" for b in steps if b and r["phase"] == "decode") or "–"
+        share = f"{r['share_of_limit']:.0%}".replace("%", " %") if r.get("share_of_limit") else "–"
+        cells = [label(r), rate(r["ours_tok_s"]), rate(best(r)), times(fraction, (fraction or 1) < 1)]
+        lines.append(f"| {' | '.join([*cells, step, share])} |")
+    return "\n".join(lines)
 
 
-def start(section: dict[str, Any] | None) -> str:
-    """The section on time to first token and memory."""
-    if section is None:
-        return ""
-    lines = []
-    for r in section["rows"]:
-        cold = r.get("cold_first_token_s")
-        first = f"{r['first_token_s']:.2f} | {f'{cold:.2f}' if cold else '–'}"
-        memory = "– | – | –"
-        if "peak_bytes" in r:
-            peak, weights = r["peak_bytes"] / 1e9, r["weights_bytes"] / 1e9
-            memory = f"{peak:.2f} | {weights:.2f} | {peak / weights - 1:+.0%}"
-        lines.append(f"| {r['system']} | {first} | {memory} |")
+def ratios(rows: list[Row]) -> str:
+    """The other machine's table: a model a row."""
+    found = {(r["model"], *point(r)): r for r in rows}
+    heads = [f"prompt {p[2]:,}" if p[0] == "prefill" else f"batch {p[1]}" for p in POINTS]
+    lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for model in dict.fromkeys(r["model"] for r in rows):
+        cells = []
+        for where in POINTS:
+            row = found.get((model, *where))
+            fraction = ratio(row) if row else None
+            aim = BOLD_BELOW[where[0]] if where[1] == 1 else 0.0
+            cells.append(times(fraction, fraction is not None and fraction < aim))
+        lines.append(f"| {NAMES.get(model, model)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def front(rows: list[Row]) -> str:
+    """The front page's table, with two columns a model."""
+    found = {(r["model"], *point(r)): r for r in rows}
+    lines = [f"| | {' | | '.join(NAMES[model] for model in FRONT)} | |", "|---" * (2 * len(FRONT) + 1) + "|"]
+    for phase, batch, context in (p for p in POINTS if p[2] != 2048):
+        head = f"prefill, {context} tokens" if phase == "prefill" else f"decode, batch {batch}"
+        cells = []
+        for model in FRONT:
+            r = found[model, phase, batch, context]
+            ours, fraction = rate(r["ours_tok_s"]), ratio(r)
+            cells.append(f"{ours} against {rate(best(r))}" if fraction else f"{ours}, the peer aborts")
+            cells.append(times(fraction, (fraction or 0) > 1))
+        lines.append(f"| {head} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spans(rows: list[Row]) -> str:
+    """The front page's sentence on the other machine."""
+
+    def span(phase: str, batch: int, context: int) -> str:
+        found = [value for r in rows if point(r) == (phase, batch, context) and (value := ratio(r))]
+        return f"{min(found):.1f}x to {max(found):.1f}x"
+
     return (
-        f"\n{section['model']}, {BITS[section['weights']]}, `bench/startup.py`, {section['date']} (warm: "
-        "files in the page cache; memory: peak resident pages, including mapped files, after 16 sequences):"
-        "\n\n| | launch to first token, s | cold | peak memory, GB | file of weights, GB | above it |\n"
-        "|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"On two {OTHER_MACHINE} cores the ratios of {len({r['model'] for r in rows})} models are "
+        f"{span('decode', 1, 64)} at batch 1,\n{span('decode', 8, 64)} at 8 and {span('prefill', 1, 512)} "
+        "in prompts of 512 tokens ([each model](docs/performance.md))."
     )
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    """Draw our speed as a multiple of the best peer's, with both speeds next to each bar."""
-    import matplotlib
+def peers(stored: dict[str, Any]) -> str:
+    """The list of peers with their builds."""
+    return "\n".join(f"- {name} {p['version']}: `{p['build']}`" for name, p in stored["peers"].items())
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def picture(rows: list[Row]) -> str:
+    """An SVG of our speed as a multiple of the best peer's, with both speeds next to each bar."""
     rows = [r for r in rows if r["peers"]]
-    figure, axes = plt.subplots(figsize=(8, 0.34 * len(rows) + 1.1), layout="constrained")
+    step, top, left, wide = 22, 12, 235, 330
+    most = max((ratio(r) or 0 for r in rows), default=1)
+    bottom = top + step * len(rows) + 4
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="800" height="{bottom + 26}" '
+        'font-family="sans-serif" font-size="12">',
+        "<title>Farthing's speed as a multiple of the best peer's</title>",
+        '<rect width="100%" height="100%" fill="#ffffff"/>',
+    ]
     for i, r in enumerate(rows):
-        best = max(r["peers"].values())
-        times = r["ours_tok_s"] / best
-        axes.barh(i, times, 0.7, color="#1f6f54" if times >= 1 else "#c08a3e")
-        speeds = f"{times:.2f}x   {r['ours_tok_s']:,.4g} against {best:,.4g} tok/s"
-        axes.text(max(times, 1) + 0.03, i, speeds, va="center", fontsize=7)
-    axes.axvline(1, color="#a03020")
-    axes.set_yticks(range(len(rows)), [label(r) for r in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.45 * max((r["ours_tok_s"] / max(r["peers"].values()) for r in rows), default=1))
-    axes.set_xlabel("Farthing's speed as a multiple of the best peer's (line: equal)", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    file.parent.mkdir(exist_ok=True)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+        fraction, y = ratio(r) or 0, top + step * i
+        length, fill = wide * fraction / most, "#1f6f54" if fraction >= 1 else "#c08a3e"
+        speeds = f"{times(fraction)}: {rate(r['ours_tok_s'])} against {rate(best(r))} tok/s"
+        end = max(length, wide / most) + 6
+        parts += [
+            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label(r))}</text>',
+            f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="15" fill="{fill}"/>',
+            f'<text x="{left + end:.1f}" y="{y + 13}" font-size="11">{speeds}</text>',
+        ]
+    at = left + wide / most
+    note = "Farthing's speed as a multiple of the best peer's (line: equal)"
+    return "\n".join([
+        *parts, f'<path d="M{at:.1f} {top - 4}V{bottom}" stroke="#a03020" stroke-width="1.5"/>',
+        f'<text x="{left}" y="{bottom + 16}">{escape(note)}</text>', "</svg>\n",
+    ])  # fmt: skip
 
 
 def fill(page: Path, name: str, *parts: str) -> None:
@@ -184,29 +205,31 @@ def fill(page: Path, name: str, *parts: str) -> None:
     page.write_text(before + "\n\n".join((begin, *parts, end)) + rest.partition(end)[2])
 
 
-def write(results: Path, page: Path) -> None:
-    """Fill the page's decode section and draw its figure. SystemExit on a share above 100 %."""
+def write(results: Path, root: Path) -> None:
+    """Fill both pages below `root` and draw the picture. SystemExit on a share above 100 %."""
     stored = json.loads(results.read_text())
     rows = ordered(stored["rows"])
     for r in rows:
-        if r["share_of_limit"] > 1:
+        if (r.get("share_of_limit") or 0) > 1:
             raise SystemExit(
                 f"{label(r)}: share_of_limit is {r['share_of_limit']:.2f}; expected at most 1: the limit is "
                 "counted wrongly, or a ceiling was measured too low"
             )
-    picture = page.parent / "figures/performance.png"
-    parts = table(rows).strip(), (all_peers(rows) + start(stored.get("start"))).strip()
-    fill(page, "decode", parts[0], f"![Speed against the best peer](figures/{picture.name})", parts[1])
-    plot(rows, picture)
+    other = [r for r in rows if r["machine"] == OTHER_MACHINE and point(r) in POINTS]
+    shown = [r for r in rows if r not in other]
+    page = root / "docs/performance.md"
+    drawn = f"![Speed against the best peer]({PICTURE.relative_to('docs')})"
+    fill(page, "decode", table(shown), drawn, peers(stored))
+    fill(page, "other machine", ratios(other))
+    fill(root / "README.md", "front", front(shown), spans(other))
+    (root / PICTURE).write_text(picture(shown))
 
 
 def main() -> None:
     """Parse and write."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("results", type=Path)
-    p.add_argument("page", type=Path)
-    a = p.parse_args()
-    write(a.results, a.page)
+    p.add_argument("results", type=Path, nargs="?", default=RESULTS)
+    write(p.parse_args().results, ROOT)
 
 
 if __name__ == "__main__":

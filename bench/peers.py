@@ -1,8 +1,8 @@
 """The peers of bench/decode.py. Each is a `Measure`: a point of the table -> tokens/s, or None.
 
-llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench. vLLM and transformers run in
-separate processes (bench/peer_vllm.py, bench/peer_transformers.py), which answer "BATCH PROMPT NEW" with
-seconds, are measured like Farthing, and are paused between their turns.
+llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench, or, like vLLM and transformers,
+in separate processes (bench/peer), which answer "BATCH PROMPT NEW" with seconds, are measured like Farthing,
+and are paused between their turns.
 
 llama-batched-bench uses token 0 for every sequence and position, so all sequences select the same experts
 and its batch rows read fewer weights than ours, whose sequences differ. To give it random tokens, replace the
@@ -145,7 +145,7 @@ class LlamaCpp:
 class Child:
     """A peer in its own process, stopped while others are measured."""
 
-    def __init__(self, command: list[str | Path]) -> None:
+    def __init__(self, command: list[str | int | Path]) -> None:
         self._process = subprocess.Popen(
             [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,
@@ -154,10 +154,10 @@ class Child:
         self._read("ready")
         self._signal(signal.SIGSTOP)
 
-    def measure(self, point: Point) -> float | None:
+    def measure(self, point: Point, new: int = NEW) -> float | None:
         """Measure by generating; long cached contexts, which it would recompute every time, are skipped."""
         cached = point.kind == "decode" and point.context > PROMPT
-        return None if cached else by_generating(self._seconds)(point)
+        return None if cached else by_generating(self._seconds, new)(point)
 
     def _seconds(self, batch: int, prompt: int, new: int) -> float:
         assert self._process.stdin is not None

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode import GGUF_TYPES, keep_section, log, packed
+from decode import GGUF_TYPES, log, packed
 from page_cache import evict, files_of_python, resident
 from peers import NEW, PROMPT, LlamaCpp
 from random_model import MODELS, make_model
@@ -191,13 +191,10 @@ def main() -> None:
     p.add_argument("--cold", action="store_true", help="also launch with nothing in the page cache")
     p.add_argument("--llama-bench", action="append", default=[], metavar="NAME=PATH")
     p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=Path.home() / ".cache/farthing/bench")
-    p.add_argument("--into", type=Path, metavar="FILE", help="file to add the figures to, for bench/page.py")
     a = p.parse_args()
     model = make_model(a.model, a.cache)
     rows = measure(a, model)
     result = {"model": a.model, "weights": a.weights, "rows": rows}
-    if a.into:
-        keep_section(a.into, "start", result)
     print(json.dumps(result))
 
 

@@ -1,6 +1,6 @@
 """vLLM's side of bench/decode.py, run by vLLM's own interpreter: see peer_loop.py.
 
-python bench/peer_vllm.py MODEL THREADS
+python bench/peer/peer_vllm.py MODEL THREADS
 """
 
 import os

@@ -1,6 +1,6 @@
 """transformers' side of bench/decode.py: see peer_loop.py. Eager, bf16.
 
-python bench/peer_transformers.py MODEL THREADS
+python bench/peer/peer_transformers.py MODEL THREADS
 """
 
 import sys
