@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Many tests wait for servers and timers: three processes keep two cores busy.
 WORKERS ?= 3
-farthing_tests       := tests --ignore=tests/fleet --ignore=tests/lab
+farthing_tests       := tests --ignore=tests/fleet --ignore=tests/gpu --ignore=tests/lab
 farthing_fleet_tests := tests/fleet
+farthing_gpu_tests   := tests/gpu
 farthing_lab_tests   := tests/lab
 # `make test HOUSE=farthing_fleet` runs the tests of one house.
 HOUSE   ?=
-TESTS   := $(if $(HOUSE),$(or $($(HOUSE)_tests),$(error HOUSE: got $(HOUSE); expected farthing, farthing_fleet or farthing_lab)))
+TESTS   := $(if $(HOUSE),$(or $($(HOUSE)_tests),$(error HOUSE: got $(HOUSE); expected farthing, farthing_fleet, farthing_gpu or farthing_lab)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
 
@@ -37,8 +38,8 @@ test-isa: $(STAMP)
 # Kernel tests on the GPU instead of Triton's interpreter, and all other tests that need a GPU.
 test-gpu: $(STAMP)
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('test-gpu needs an NVIDIA GPU and a CUDA build of torch: torch.cuda.is_available() is False')"
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/ops/gpu -m "not slow"
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m "gpu and not slow" --ignore=tests/ops/gpu || test $$? -eq 5
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu -m "not slow"
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m "gpu and not slow" --ignore=tests/gpu || test $$? -eq 5
 
 serve: $(STAMP)
 	$(BIN)/farthing serve

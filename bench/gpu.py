@@ -1,7 +1,7 @@
 """Every kernel of the GPU backend: time, share of the GPU's measured ceilings, torch's own path, targets.
 
     python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--page docs/performance.md]
-    python bench/gpu.py --tune [--only decode]   # writes src/farthing/ops/gpu/configs/<card>.json
+    python bench/gpu.py --tune [--only decode]   # writes src/farthing_gpu/configs/<card>.json
 
 Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Our and torch's
 runs alternate; before each, 256 MiB are written so that no input is in L2. Times are medians. Without a GPU

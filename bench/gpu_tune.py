@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 import gpu_work
-from farthing.ops.gpu.launch import FOLDER, Config, file_name
+from farthing_gpu.launch import FOLDER, Config, file_name
 
 ROWS = {16: 16, 64: 64, 512: 4096}  # maximum rows of the entry -> tokens of the workload that decides
 FINALISTS = 3

@@ -18,16 +18,16 @@ from torch import Tensor
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.ops.api import Batch, Norm, Place
-from farthing.ops.gpu import GpuOps, gemm, route, sample, sparse
-from farthing.ops.gpu import attention as kernels
-from farthing.ops.gpu import gemm as grouped
-from farthing.ops.gpu import sample as fused_softmax
-from farthing.ops.gpu import sample as normalize
-from farthing.ops.gpu.matrix import Matrix, pack
 from farthing.ops.reference import route as reference_route
 from farthing.ops.specs import RouterSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
+from farthing_gpu import GpuOps, gemm, route, sample, sparse
+from farthing_gpu import attention as kernels
+from farthing_gpu import gemm as grouped
+from farthing_gpu import sample as fused_softmax
+from farthing_gpu import sample as normalize
+from farthing_gpu.matrix import Matrix, pack
 
 CUDA = torch.device("cuda")
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

@@ -11,7 +11,7 @@ from pathlib import Path
 import farthing
 
 SRC = Path(farthing.__file__).parents[1]
-HOUSES = ("farthing", "farthing_fleet", "farthing_lab")
+HOUSES = ("farthing", "farthing_fleet", "farthing_gpu", "farthing_lab")
 # The rooms of the product, lowest first; a room imports lower rooms, and itself.
 LEVELS = (
     {"cost", "conversation"},
@@ -53,7 +53,7 @@ WIDE: dict[str, int] = {
     "farthing.engine.build": 17,
     "farthing.engine.engine": 17,
     "farthing.model.types": 18,
-    "farthing.ops.gpu.backend": 14,
+    "farthing_gpu.backend": 14,
 }  # that put the others together
 ENTRY_POINTS = {"farthing.__main__"}
 

@@ -225,7 +225,7 @@ def test_what_is_held_in_another_form_is_said(
 def test_gpus_hold_the_librarys_values(kind: str) -> None:
     """Also 5 and 6 bits and IQ4 as 8 bits: integers are the same, scales and minimums float32."""
     pytest.importorskip("triton")
-    from farthing.ops.gpu.matrix import pack
+    from farthing_gpu.matrix import pack
 
     data = matrix(kind, 16, 512, seed=1)
     weight = BLOCKS[kind](data.reshape(16, -1, gguf.GGML_QUANT_SIZES[Type[kind]][1])).on_torch()

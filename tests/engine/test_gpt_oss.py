@@ -103,8 +103,8 @@ def test_torch_agrees_with_the_reference(dtype: CacheDtype, expected: dict[Cache
 
 def test_triton_agrees_with_the_reference(expected: dict[CacheDtype, torch.Tensor]) -> None:
     pytest.importorskip("triton")
-    from farthing.ops.gpu import GpuOps
-    from farthing.ops.gpu.launch import INTERPRETED
+    from farthing_gpu import GpuOps
+    from farthing_gpu.launch import INTERPRETED
 
     if not INTERPRETED:
         pytest.skip("interpreted where there is no GPU")

@@ -138,8 +138,8 @@ _INDICES = ("positions", "slots", "query_start", "context_lens", "block_table", 
 @pytest.mark.parametrize("ends", [False, True])
 def test_hyper_connections_of_any_size(count: int, hidden: int, ends: bool) -> None:
     pytest.importorskip("triton")
-    from farthing.ops.gpu import GpuOps
-    from tests.ops.gpu.parts import DEVICE
+    from farthing_gpu import GpuOps
+    from tests.gpu.parts import DEVICE
 
     spec = StreamSpec(count, 5, 1e-6, 1e-6)
     rows = count if ends else count * (count + 2)

@@ -55,7 +55,7 @@ def test_rounded_caches_agree_with_the_reference(dtype: CacheDtype) -> None:
 def test_other_backends_agree_with_the_reference(backend: str, expected: torch.Tensor) -> None:
     if backend == "gpu":
         pytest.importorskip("triton")
-        from farthing.ops.gpu import GpuOps
+        from farthing_gpu import GpuOps
 
         model = random_model(CONFIG, GpuOps(torch.float32, torch.device("cpu")), seed=7)
         expected = logits(built("reference"), length=12)

@@ -127,8 +127,8 @@ def test_torch_computes_the_recurrence(make: Any, s: DeltaSpec) -> None:
 @pytest.mark.parametrize("s", SPECS[:3], ids=str)
 def test_triton_computes_the_recurrence(s: DeltaSpec) -> None:
     pytest.importorskip("triton")
-    from farthing.ops.gpu import GpuOps
-    from farthing.ops.gpu.launch import INTERPRETED
+    from farthing_gpu import GpuOps
+    from farthing_gpu.launch import INTERPRETED
 
     if not INTERPRETED:
         pytest.skip("the kernels are not interpreted")

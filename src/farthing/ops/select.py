@@ -17,11 +17,11 @@ from farthing.ops.api import Ops
 log = logging.getLogger(__name__)
 
 # Name -> module with `create(dtype, threads, quantization, packed) -> Ops`, imported only if selected.
-# Packages for other devices register theirs under the entry-point group "farthing.ops".
+# Packages for other devices register theirs under the entry-point group "farthing.ops", as `farthing_gpu` does;
+# its `compiles()` says whether Triton compiles for the GPU at hand.
 BACKENDS = {
     "reference": "farthing.ops.reference",
     "cpu": "farthing.ops.cpu",
-    "gpu": "farthing.ops.gpu",
     "torch": "farthing.ops.torch_backend",
 }
 _PARTS = {"cpu": "isa", "torch": "device"}  # the meaning of what follows a backend's name and a slash
@@ -119,11 +119,9 @@ def _gpu() -> bool:
     """Whether Triton is installed and compiles for this GPU; interpreted kernels are for tests and never
     selected automatically."""
     try:
-        launch = import_module(f"{BACKENDS['gpu']}.launch")
-    except ImportError:
+        return bool(import_module(known_backends()["gpu"]).compiles())
+    except (ImportError, KeyError):
         return False
-    compiles = torch.cuda.get_device_capability() >= launch.LEAST_CAPABILITY
-    return compiles and not launch.INTERPRETED
 
 
 def _native() -> bool:
