@@ -113,6 +113,9 @@ def test_the_version_is_the_same_everywhere(metadata: Message) -> None:
 def test_workflows_call_scripts_that_exist(path: Path) -> None:
     jobs = yaml.safe_load(path.read_text())["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
+    for script in re.findall(r"python (\.ci/\w+)", " ".join(step.get("run", "") for step in steps)):
+        compile((ROOT / script).read_text(), script, "exec")
+        assert os.access(ROOT / script, os.X_OK)
     for script in re.findall(r"bash (\.ci/\w+)", " ".join(step.get("run", "") for step in steps)):
         assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
         assert os.access(ROOT / script, os.X_OK)
