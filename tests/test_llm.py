@@ -324,15 +324,6 @@ def test_a_misspelled_option_names_the_nearest(typed: str, meant: str) -> None:
         LLM("mite", **{typed: 1})  # type: ignore[misc]
 
 
-def test_a_misspelled_parameter_names_the_nearest() -> None:
-    with pytest.raises(TypeError, match="'temprature'; did you mean temperature"):
-        SamplingParams(temprature=1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="'wibble'; expected one of n, temperature, "):
-        SamplingParams(wibble=1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="positional"):
-        SamplingParams(1)  # type: ignore[misc]
-
-
 def test_the_package_lists_what_it_offers() -> None:
     public = [name for name in dir(farthing) if not name.startswith("_")]
     assert set(public) == set(farthing.__all__) - {"__version__"}

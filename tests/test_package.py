@@ -64,7 +64,7 @@ def test_links_of_the_readme_are_absolute(metadata: Message) -> None:
     assert len(links) > 10
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     for kind, path in re.findall(rf"\({re.escape(PLACEHOLDER)}/(blob|raw)/main/([^)#\s]+)", text):
-        assert (ROOT / path).exists() and (kind == "raw") == path.endswith(".png"), path
+        assert (ROOT / path).exists() and (kind == "raw") == path.endswith((".png", ".svg")), path
 
 
 def test_placeholders_are_in_one_file() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypedDict
 
-from farthing.config import Dtype, ExpertsOn, KvCacheDtype, Quantization, Transport
+from farthing.config import Compute, Dtype, ExpertsOn, KvCacheDtype, Quantization, Transport
 
 
 class EngineOptions(TypedDict, total=False):
     """As `EngineConfig` declares them; `farthing serve --help-all` describes each."""
 
     dtype: Dtype
+    compute: Compute
     backend: str
     device: str | None
     threads: int | None

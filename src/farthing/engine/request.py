@@ -15,7 +15,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from farthing.config import suggesting
 from farthing.conversation import ControlTokens, Conversation, Tags
 from farthing.engine.sequence import Missed
 
@@ -191,7 +190,6 @@ class CallParams:
         return StructuredOutputsParams(grammar=self.grammar)
 
 
-@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How to sample, when to stop, what to report. Raises ValueError naming the field at fault."""
