@@ -29,7 +29,7 @@ class _Engine:
         """options: fields of `EngineConfig`. ValueError names a field, TypeError an unknown option and the
         nearest one."""
         # Offline batches may be of any size, and throughput matters more than per-token latency.
-        settings: dict[str, Any] = {"max_queue": None, "max_step_ms": 0} | options
+        settings: dict[str, Any] = {"max_queue": None, "max_step_ms": 0, **options}
         for name in ("packed", "prefix_cache_dir"):
             if settings.get(name) is not None:
                 settings[name] = str(settings[name])

@@ -40,4 +40,5 @@ def embeddings(states: Sequence[NDArray[np.float32]], dimensions: int | None) ->
     """Hidden states, each [D], as embeddings [n, dimensions] of length one."""
     vectors = np.stack(states)[:, :dimensions].astype(np.float64)
     norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return (vectors / norms).astype(np.float32)
+    found: NDArray[np.float32] = (vectors / norms).astype(np.float32)
+    return found
