@@ -56,6 +56,27 @@ def test_a_base_installation_has_no_torch_and_extras_compose(metadata: Message) 
     assert not any("+" in line for line in wanted), "no build of a version is asked for"
 
 
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [
+        ("deploy/constraints.txt", {"fleet"}),
+        ("dev.lock", {"fleet", "compress", "train", "ray", "mcp", "dev"}),
+    ],
+)
+def test_locked_versions_are_of_everything_that_is_wanted(
+    file: str, extras: set[str], metadata: Message
+) -> None:
+    def name(line: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0]).lower()
+
+    locked = {name(line) for line in (ROOT / file).read_text().splitlines()}
+    assert all("==" in line for line in (ROOT / file).read_text().splitlines())
+    for line in metadata.get_all("Requires-Dist", []):
+        extra = line.partition('extra == "')[2].rstrip('")')
+        if (not extra or extra in extras) and not line.startswith("farthing["):
+            assert name(line) in locked, f"{line}: `make lock`"
+
+
 def test_links_of_the_readme_are_absolute(metadata: Message) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     text = metadata.get_payload()
