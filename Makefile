@@ -17,7 +17,7 @@ NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists
 
 SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
 
-.PHONY: demo test test-all test-slow test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize wheel clean
+.PHONY: demo test test-all test-slow test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize lock wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing_lab.demo
@@ -86,6 +86,13 @@ docs: $(STAMP)
 
 sanitize: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/sanitize
+
+# The versions that the image is built with, and those of a developer's environment: `pip install -c dev.lock …`.
+LOCK := uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --upgrade
+lock: $(STAMP)
+	$(BIN)/pip install --quiet uv
+	$(BIN)/$(LOCK) --extra fleet -o deploy/constraints.txt
+	$(BIN)/$(LOCK) --extra test -o dev.lock
 
 wheel: $(STAMP)
 	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist/raw .

@@ -501,7 +501,7 @@ def test_show_describes_a_published_model_without_the_hub(hub: Hub, monkeypatch:
     shown = json.loads(done.output)
     assert shown["model"].startswith("Qwen/Qwen3-8B-GGUF:") and shown["path"] == "not downloaded"
     assert shown["type"] == "qwen3" and shown["layers"] == 36 and not hub.asked and not hub.fetched
-    monkeypatch.setattr("farthing.cli.models.machine_memory", lambda: 10**9)
+    monkeypatch.setattr("farthing.cli.show.machine_memory", lambda: 10**9)
     small = json.loads(CliRunner().invoke(app, ["show", "qwen3-8b", "--json"]).output)
     assert small["fit"] == "no: a conversation takes 6.5 GB of 1.0 GB" and small["download"] == "about 5.0 GB"
     other = json.loads(CliRunner().invoke(app, ["show", "deepseek-v3", "--json"]).output)

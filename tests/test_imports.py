@@ -16,6 +16,7 @@ HOUSES = ("farthing", "farthing_fleet", "farthing_gpu", "farthing_lab")
 LEVELS = (
     {"cost", "conversation"},
     {"config", "process"},
+    {"catalogue", "options", "packages", "running"},
     {"ops"},
     {"checkpoint"},
     {"model"},
@@ -35,6 +36,7 @@ SHARED = {
     "farthing.cli.errors",
     "farthing.config",
     "farthing.exchange",
+    "farthing.extras",
     "farthing.files",
     "farthing.process",
     "farthing.prompts",

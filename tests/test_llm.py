@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import resource
 import shutil
@@ -9,18 +10,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from typer.testing import CliRunner
 
-from farthing import LLM, SamplingParams
+import farthing
+from farthing import LLM, AsyncLLM, SamplingParams
 from farthing.cli.generate import app as generate_app
 from farthing.config import EngineConfig
+from farthing.options import EngineOptions
 from tests.tiny import tiny
 
+ROOT = Path(__file__).parents[1]
 CONFIG = tiny(q_lora_rank=None)
 
 
@@ -202,7 +207,8 @@ def test_packed_model_answers_as_before_packing(directory: Path, tmp_path: Path)
 
 WITHOUT_TORCH = """
 import sys
-from farthing import LLM, SamplingParams
+import farthing
+from farthing import LLM, AsyncLLM, SamplingParams
 with LLM(sys.argv[1], backend="cpu", threads=1, packed=sys.argv[2], num_blocks=64) as llm:
     plain = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2, ignore_eos=True)
     drawn = SamplingParams(
@@ -298,3 +304,104 @@ def test_importing_farthing_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     core = "import sys, farthing.engine.scheduler; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", core], check=False).returncode == 0
+
+
+def test_options_are_the_fields_of_the_configuration() -> None:
+    fields, options = get_type_hints(EngineConfig), get_type_hints(EngineOptions)
+    del fields["model"]
+    assert list(options) == list(fields), "in the same order"
+    for name in ("packed", "prefix_cache_dir"):
+        options[name] = fields[name]  # which also take a path
+    assert options == fields
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("max_num_seq", "max_num_seqs"), ("quantisation", "quantization"), ("thread", "threads")],
+)
+def test_a_misspelled_option_names_the_nearest(typed: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=f"unknown option '{typed}'; did you mean {meant}\\?"):
+        LLM("mite", **{typed: 1})  # type: ignore[misc]
+
+
+def test_the_package_lists_what_it_offers() -> None:
+    public = [name for name in dir(farthing) if not name.startswith("_")]
+    assert set(public) == set(farthing.__all__) - {"__version__"}
+    assert all(getattr(farthing, name) is not None for name in public)
+
+
+def test_a_text_is_one_message(llm: LLM) -> None:
+    message = {"role": "user", "content": "def f"}
+    text, one, alone, several = (
+        llm.chat(given, GREEDY, use_tqdm=False)[0].outputs[0].token_ids  # type: ignore[arg-type]
+        for given in ("def f", [message], message, [[message]])
+    )
+    assert text == one == alone == several
+    for wrong in (["def f"], [1], [[message], "def f"]):
+        with pytest.raises(ValueError, match="expected a text, a list of messages such as"):
+            llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
+
+
+def test_embeddings_have_length_one_and_follow_the_text(llm: LLM) -> None:
+    found = llm.embed(["def f", "return x", "def f"])
+    assert found.shape == (3, CONFIG["hidden_size"]) and found.dtype == np.float32
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert np.allclose(found[0], found[2], atol=1e-6) and not np.allclose(found[0], found[1])
+    short = llm.embed("def f", dimensions=4)
+    assert short.shape == (1, 4) and np.allclose(
+        short[0] / found[0, :4], short[0, 0] / found[0, 0], atol=1e-4
+    )
+    with pytest.raises(ValueError, match="dimensions: got 100000; expected at most"):
+        llm.embed("def f", dimensions=100_000)
+
+
+def test_embeddings_of_a_model_that_pools_otherwise_are_refused(llm: LLM, directory: Path) -> None:
+    (directory / "1_Pooling").mkdir()
+    try:
+        (directory / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+        with pytest.raises(ValueError, match="pools by pooling_mode_mean_tokens; expected"):
+            llm.embed("def f")
+    finally:
+        shutil.rmtree(directory / "1_Pooling")
+
+
+def test_requests_of_an_event_loop_have_the_same_answers(llm: LLM, directory: Path) -> None:
+    prompts = ["def f", "return", "x x x"]
+    expected = [done.outputs[0].token_ids for done in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    chat = llm.chat("def f", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    vectors = llm.embed(prompts)
+
+    async def ask() -> None:
+        async with AsyncLLM(directory, backend="reference", num_blocks=64) as own:
+            done = await asyncio.gather(*(own.generate(prompt, GREEDY) for prompt in prompts))
+            assert [each.outputs[0].token_ids for each in done] == expected
+            assert (await own.chat("def f", GREEDY)).outputs[0].token_ids == chat
+            pieces = [piece async for piece in own.stream_chat("def f", GREEDY)]
+            assert [t for piece in pieces for t in piece.outputs[0].token_ids] == chat and len(pieces) > 1
+            assert np.allclose(await own.embed(prompts), vectors, atol=1e-6)
+            with pytest.raises(ValueError, match="expected a text"):
+                await own.chat(["def f"])  # type: ignore[list-item]
+            slow = asyncio.create_task(own.generate("def f", SamplingParams(max_tokens=100, ignore_eos=True)))
+            await asyncio.sleep(0.01)
+            slow.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await slow
+            for _ in range(200):
+                if own.engine.num_live == 0:
+                    break
+                await asyncio.sleep(0.01)
+            assert own.engine.num_live == 0, "a cancelled call ends its request"
+
+    asyncio.run(ask())
+
+
+def test_the_notebook_runs() -> None:
+    """Every cell, in order, as a notebook's kernel would."""
+    cells = json.loads((ROOT / "docs" / "guide" / "python.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) >= 5
+    names: dict[str, Any] = {}
+    for source in code:
+        if source.startswith("await "):
+            source = f"import asyncio\nasyncio.run({source.removeprefix('await ')})"
+        exec(compile(source, "python.ipynb", "exec"), names)

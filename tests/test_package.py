@@ -56,6 +56,27 @@ def test_a_base_installation_has_no_torch_and_extras_compose(metadata: Message) 
     assert not any("+" in line for line in wanted), "no build of a version is asked for"
 
 
+@pytest.mark.parametrize(
+    ("file", "extras"),
+    [
+        ("deploy/constraints.txt", {"fleet"}),
+        ("dev.lock", {"fleet", "compress", "train", "ray", "mcp", "dev"}),
+    ],
+)
+def test_locked_versions_are_of_everything_that_is_wanted(
+    file: str, extras: set[str], metadata: Message
+) -> None:
+    def name(line: str) -> str:
+        return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", line)[0]).lower()
+
+    locked = {name(line) for line in (ROOT / file).read_text().splitlines()}
+    assert all("==" in line for line in (ROOT / file).read_text().splitlines())
+    for line in metadata.get_all("Requires-Dist", []):
+        extra = line.partition('extra == "')[2].rstrip('")')
+        if (not extra or extra in extras) and not line.startswith("farthing["):
+            assert name(line) in locked, f"{line}: `make lock`"
+
+
 def test_links_of_the_readme_are_absolute(metadata: Message) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
     text = metadata.get_payload()
@@ -64,7 +85,7 @@ def test_links_of_the_readme_are_absolute(metadata: Message) -> None:
     assert len(links) > 10
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     for kind, path in re.findall(rf"\({re.escape(PLACEHOLDER)}/(blob|raw)/main/([^)#\s]+)", text):
-        assert (ROOT / path).exists() and (kind == "raw") == path.endswith(".png"), path
+        assert (ROOT / path).exists() and (kind == "raw") == path.endswith((".png", ".svg")), path
 
 
 def test_placeholders_are_in_one_file() -> None:
@@ -113,6 +134,9 @@ def test_the_version_is_the_same_everywhere(metadata: Message) -> None:
 def test_workflows_call_scripts_that_exist(path: Path) -> None:
     jobs = yaml.safe_load(path.read_text())["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
+    for script in re.findall(r"python (\.ci/\w+)", " ".join(step.get("run", "") for step in steps)):
+        compile((ROOT / script).read_text(), script, "exec")
+        assert os.access(ROOT / script, os.X_OK)
     for script in re.findall(r"bash (\.ci/\w+)", " ".join(step.get("run", "") for step in steps)):
         assert subprocess.run(["bash", "-n", str(ROOT / script)], check=False).returncode == 0
         assert os.access(ROOT / script, os.X_OK)

@@ -12,15 +12,33 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from farthing.engine.request import RequestOutput, SamplingParams, StructuredOutputsParams
-    from farthing.llm import LLM
+    from farthing.engine.request import (
+        CompletionOutput,
+        EngineError,
+        RequestOutput,
+        SamplingParams,
+        StructuredOutputsParams,
+    )
+    from farthing.llm import LLM, AsyncLLM
 
 __version__ = "0.2.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineError",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 # Imported on first use, so that `farthing --help` does not load torch.
 _LAZY = {
     "LLM": "farthing.llm",
+    "AsyncLLM": "farthing.llm",
+    "CompletionOutput": "farthing.engine.request",
+    "EngineError": "farthing.engine.request",
     "RequestOutput": "farthing.engine.request",
     "SamplingParams": "farthing.engine.request",
     "StructuredOutputsParams": "farthing.engine.request",
@@ -62,6 +80,10 @@ def _interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
     if pressed and callable(handler):
         handler(signal.SIGINT, None)
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> Any:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from difflib import get_close_matches
+from functools import lru_cache, partial, wraps
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 # Options declared once: a dataclass field carries its help, bounds and flags.
 #
@@ -216,6 +217,31 @@ _limit = partial(option, group="Limits")
 _ranks = partial(option, group="Parallelism")
 
 
+C = TypeVar("C")
+
+
+def suggesting(cls: type[C]) -> type[C]:
+    """A dataclass whose unknown keyword arguments raise a TypeError that names the nearest field."""
+    create: Callable[..., None] = cls.__init__
+
+    @wraps(create)
+    def init(self: C, *values: Any, **named: Any) -> None:
+        try:
+            create(self, *values, **named)
+        except TypeError:
+            known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+            unknown = next((name for name in named if name not in known), None)
+            if unknown is None:
+                raise
+            close = get_close_matches(unknown, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
+            raise TypeError(f"{cls.__name__}: got an unknown option {unknown!r}; {hint}") from None
+
+    cls.__init__ = init  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@suggesting
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything an engine is built from. None: chosen when the engine is built."""

@@ -157,6 +157,11 @@ def hub_id(model: str) -> str:
     return id_for(model) or short_names().get(model.lower(), model)
 
 
+def without_file(name: str) -> str:
+    """A hub id without the file behind it."""
+    return name if Path(name).exists() else name.partition(":")[0]
+
+
 def _place(model: str | Path) -> Path | str:
     """The directory of a model on this machine, or a hub id."""
     path = Path(model).expanduser()

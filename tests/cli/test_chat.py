@@ -363,10 +363,10 @@ def test_run_fits_serves_answers_and_ends_the_server() -> None:
 
 
 def test_a_base_model_continues_every_message_on_its_own() -> None:
-    asked = list[dict[str, Any]]()
+    asked = list[dict[str, object]]()
 
     class Base(Server):
-        def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        def stream(self, body: dict[str, object]) -> Iterator[dict[str, object]]:
             asked.append(body)
             yield {"choices": [{"text": " 1"}], "usage": {"completion_tokens": 1}}
 

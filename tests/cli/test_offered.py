@@ -96,7 +96,7 @@ def fits(offer: Offer) -> bool:
 
 
 def test_the_list_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farthing.cli.models.all_offers", lambda: FOUND)
+    monkeypatch.setattr("farthing.cli.offered.all_offers", lambda: FOUND)
     monkeypatch.setenv("COLUMNS", "120")
     done = CliRunner().invoke(app, ["models"])
     assert done.exit_code == 0 and all(name in done.output for name in catalogue())

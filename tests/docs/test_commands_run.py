@@ -33,6 +33,7 @@ ENVIRONMENT = os.environ | {
     "COLUMNS": "200",
     "TRITON_INTERPRET": "0",
     "HF_HUB_OFFLINE": "1",
+    "PIP_NO_INDEX": "1",
 }
 
 # Commands that run until they are stopped.
@@ -77,6 +78,8 @@ ELSEWHERE = {
     "--nodes 2": "ray",
     "vllm serve": "vllm",
     **{f"{verb} qwen3-8b": "hub" for verb in ("run", "--fit", "pull", "rm")},
+    "run smollm2-135m": "hub",
+    "stop": "no server runs here",
     "compress deepseek-ai/": "hub",
     "ollama:": "ollama",
 }
@@ -170,9 +173,14 @@ def process(words: list[str]) -> list[str]:
     return [sys.executable, "-m", "farthing.cli.app", *words]
 
 
+def own(workspace: Path) -> dict[str, str]:
+    """Variables with a cache of this test, so that no server of the user is listed, or stopped."""
+    return ENVIRONMENT | {"XDG_CACHE_HOME": str(workspace / "cache")}
+
+
 def finish(words: list[str], workspace: Path, command: Command, fails: bool = False) -> str:
     """Run a command. Returns its stderr."""
-    done = subprocess.run(process(words), cwd=workspace, env=ENVIRONMENT, text=True, capture_output=True)
+    done = subprocess.run(process(words), cwd=workspace, env=own(workspace), text=True, capture_output=True)
     assert (done.returncode != 0) == fails, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert "Traceback" not in done.stderr, f"{command}\n{done.stderr[-3000:]}"
     return done.stderr
@@ -183,7 +191,7 @@ def serving(words: list[str], workspace: Path, command: Command) -> Iterator[str
     """The command's URL once it is up; afterwards SIGTERM must end it with exit code 0."""
     log = workspace / "stderr.txt"
     with log.open("w") as stderr:
-        server = subprocess.Popen(process(words), cwd=workspace, env=ENVIRONMENT, stderr=stderr)
+        server = subprocess.Popen(process(words), cwd=workspace, env=own(workspace), stderr=stderr)
     try:
         yield ready(server, log, command)
         server.send_signal(signal.SIGTERM)

@@ -6,23 +6,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from farthing import hub, stores
-from farthing.catalogue import catalogue
-from farthing.checkpoint.reader import has_config, method_of, read_config
+from farthing.checkpoint.reader import has_config, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
-from farthing.cli.offered import all_offers, table
 from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
-from farthing.memory import available_memory, gigabytes, machine_memory
-from farthing.model import ModelConfig
-from farthing.planner.estimate import published_config
+from farthing.memory import available_memory
 from farthing.planner.fit import fit
-from farthing.planner.footprint import quantization_of
 from farthing.process import cache_dir
 
 pull_app = typer.Typer(add_completion=False)
@@ -121,98 +115,6 @@ def _bytes_in(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-models_app = typer.Typer(add_completion=False)
-
-
-@models_app.command("models")
-def offered(as_json: _Json = False) -> None:
-    """The models that people start with, the most worth having first: each with the file that suits this
-    machine, its memory in a conversation, and the speed to expect (an estimate).
-    """
-    with one_line_errors("models"):
-        found = all_offers()
-    if as_json:
-        typer.echo(json.dumps([asdict(each) for each in found]))
-        return
-    from rich.console import Console
-
-    Console().print(table(found))
-    typer.echo("farthing run MODEL  |  any other model of the hub: farthing run OWNER/NAME")
-
-
-show_app = typer.Typer(add_completion=False)
-
-
-@show_app.command()
-def show(model: _Model, as_json: _Json = False) -> None:
-    """What MODEL is, and how it would fit this machine. Of a hub id only its configuration is downloaded, of
-    a short name nothing.
-    """
-    with one_line_errors("show"):
-        shown = _shown(model)
-    if as_json:
-        typer.echo(json.dumps(shown))
-        return
-    width = max(map(len, shown))
-    for name, value in shown.items():
-        typer.echo(f"{name:<{width}}  {f'{value:,}' if isinstance(value, int) else value}")
-
-
-def _shown(model: str) -> dict[str, Any]:
-    name = hub.hub_id(model)
-    here = Path(model).expanduser().exists() or any(each.model == _plain(name) for each in hub.cached())
-    packaged = None if here else published_config(model)
-    if packaged is None:
-        path = hub.resolve_config(model)
-        return _described(name, path, str(path))
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / model.lower()
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(packaged), encoding="utf-8")
-        return _described(name, path, "not downloaded") | _download(model)
-
-
-def _download(model: str) -> dict[str, Any]:
-    """What `farthing run` would download of a name of the catalogue, and whether it fits this machine."""
-    if (entry := catalogue().get(model.lower())) is None:
-        return {}
-    memory = machine_memory()
-    file = entry.best(memory)
-    fits = "" if entry.fits(file, memory) else "no: "
-    return {
-        "weights": file.type,
-        "download": f"about {gigabytes(file.size)}" + (", gated" if entry.gated else ""),
-        "fit": f"{fits}a conversation takes {gigabytes(entry.memory(file))} of {gigabytes(memory)}",
-    }
-
-
-def _plain(name: str) -> str:
-    """A hub id without the file behind it."""
-    return name if Path(name).exists() else name.partition(":")[0]
-
-
-def _described(name: str, path: Path, where: str) -> dict[str, Any]:
-    raw = read_config(path)
-    config = ModelConfig.from_json(raw)
-    experts = config.n_routed_experts or 0
-    weights = method_of(quantization_of(raw))
-    try:
-        found = fit(path, available_memory())
-        fits, weights = str(found), found.stored
-    except ValueError as error:
-        fits = f"no: {str(error).partition('; ')[0]}"
-    return {
-        "model": name,
-        "path": where,
-        "type": config.model_type,
-        "weights": weights,
-        "layers": config.num_hidden_layers,
-        "experts": f"{config.num_experts_per_tok} of {experts} per token" if experts else "none",
-        "context": config.max_position_embeddings,
-        "fit": fits,
-    }
-
-
 rm_app = typer.Typer(add_completion=False)
 
 
@@ -225,7 +127,7 @@ def rm(
     with one_line_errors("rm"), errors_as_one_line():
         if program := stores.program_of(model):
             raise ValueError(f"model: got {model!r}, which belongs to {program}; remove it there")
-        name = _plain(hub.hub_id(model))
+        name = hub.without_file(hub.hub_id(model))
         found = next((each for each in hub.cached() if each.model == name), None)
         if found is None:
             raise FileNotFoundError(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from farthing import hub, packages
 from farthing.catalogue import catalogue
+from farthing.cli.errors import one_line_errors
 from farthing.cli.plan import measure
 from farthing.engine.tokenizer import has_chat_template
 from farthing.hub import EMBEDDED
@@ -24,6 +29,25 @@ from farthing.planner.offers import SLOW, Offer, offers
 
 _SHOWN = 6  # models of the catalogue that are offered
 _CONNECT_SECONDS = 3.0
+
+
+models_app = typer.Typer(add_completion=False)
+
+
+@models_app.command("models")
+def offered(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """The models that people start with, the most worth having first: each with the file that suits this
+    machine, its memory in a conversation, and the speed to expect (an estimate).
+    """
+    with one_line_errors("models"):
+        found = all_offers()
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    Console().print(table(found))
+    typer.echo("farthing run MODEL  |  any other model of the hub: farthing run OWNER/NAME")
 
 
 def named(model: str | None) -> str:

@@ -8,13 +8,17 @@ from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from farthing import __version__
 from farthing.checkpoint.reader import Checkpoint
 from farthing.config import AUTO, EngineConfig, Quantization
 from farthing.files import BeingWritten
-from farthing.hub import EMBEDDED
+from farthing.hub import EMBEDDED, Found
 from farthing.process import Progress, cache_dir, page_in, unseen
+
+if TYPE_CHECKING:
+    from farthing.engine.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -89,3 +93,19 @@ def _is_whole(file: Path) -> bool:
 def _packs(backend: str) -> bool:
     """Whether a backend's weights are packed."""
     return backend.partition("/")[0] in ("auto", "cpu") and find_spec("farthing._native") is not None
+
+
+def load(config: EngineConfig, model: Found) -> Engine:
+    """The engine of a model, which is fetched and packed first; progress is shown."""
+    from farthing.engine.build import build_engine  # imports torch
+
+    if config.packed not in (None, AUTO):  # mapped at once
+        engine = build_engine(replace(config, model=str(model.fetch())))
+    else:
+        from farthing.cli.tables import step_progress
+
+        with step_progress("starting", log.info) as progress:
+            path = model.fetch(progress)
+            packed = with_packed(config, path, progress)
+            engine = build_engine(replace(packed, model=str(path)), progress)
+    return engine

@@ -5,23 +5,18 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from farthing import extras
 from farthing.cli.errors import log_lines, one_line_errors, with_options
 from farthing.cli.offered import named
-from farthing.cli.packed import read_packed, with_packed
+from farthing.cli.packed import load, read_packed, with_packed
 from farthing.cli.preflight import preflight, with_fit
 from farthing.config import AUTO, EngineConfig
 from farthing.hub import EMBEDDED
 from farthing.server.config import ADMIN_ENVIRONMENT, Given, KeyRing, ServerConfig, gather_keys
-
-if TYPE_CHECKING:
-    from farthing.engine.engine import Engine
-    from farthing.hub import Found
-
 
 app = typer.Typer(add_completion=False)
 log = logging.getLogger("farthing.server")
@@ -126,19 +121,4 @@ def serve(
             require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
 
-        raise typer.Exit(run(server_config, engine_config.model, lambda: _load(engine_config, found)))
-
-
-def _load(config: EngineConfig, model: Found) -> Engine:
-    from farthing.engine.build import build_engine  # imports torch
-
-    if config.packed not in (None, AUTO):  # mapped at once
-        engine = build_engine(replace(config, model=str(model.fetch())))
-    else:
-        from farthing.cli.tables import step_progress
-
-        with step_progress("starting", log.info) as progress:
-            path = model.fetch(progress)
-            packed = with_packed(config, path, progress)
-            engine = build_engine(replace(packed, model=str(path)), progress)
-    return engine
+        raise typer.Exit(run(server_config, engine_config.model, lambda: load(engine_config, found)))

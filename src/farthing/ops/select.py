@@ -17,7 +17,7 @@ from farthing.ops.api import Ops
 log = logging.getLogger(__name__)
 
 # Name -> module with `create(dtype, threads, quantization, packed) -> Ops`, imported only if selected.
-# Packages for other devices register theirs under the entry-point group "farthing.ops", as `farthing_gpu` does;
+# Packages for other devices register theirs as entry points of "farthing.ops", as `farthing_gpu` does;
 # its `compiles()` says whether Triton compiles for the GPU at hand.
 BACKENDS = {
     "reference": "farthing.ops.reference",

@@ -211,7 +211,8 @@ class Weight:
         """Of numpy arrays, the same with torch's tensors of the same memory."""
         names = ("data", "scale", "zero_point", "minimum", "bias", "order")
         fields: dict[str, Any] = {name: on_torch(getattr(self, name)) for name in names}
-        return replace(self, **fields, units=self.units and tuple(map(on_torch, self.units)))
+        units: Any = self.units and tuple(map(on_torch, self.units))
+        return replace(self, **fields, units=units)
 
 
 def pack_int4(q: Tensor) -> Tensor:

@@ -28,7 +28,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import farthing
 from farthing.exchange import ReplicaLost, Upstream, end_to_end, holder, named, request_headers
 from farthing.process import loop_factory
-from farthing.running import Running, announced
 from farthing.server.api.ollama import document_of, running, seconds, shown, tag
 from farthing.server.app import guarded, misplaced, model_entry, model_list, reason
 from farthing.server.config import ADMIN_ENVIRONMENT, ENVIRONMENT, Given, ServerConfig
@@ -36,7 +35,7 @@ from farthing.server.dashboard.site import HEADERS, assets
 from farthing.server.errors import CODE_HEADER, ApiError, error_event, send_error
 from farthing.server.pool import Hosted, Pool, PoolConfig
 from farthing.server.presets import read_models
-from farthing.server.run import listen, say_where, server_of, url_of
+from farthing.server.run import listed, listen, say_where, server_of, url_of
 from farthing.server.schema import short, wrong_type
 
 log = logging.getLogger("farthing.server")
@@ -386,7 +385,7 @@ def serve_models(
     pool = Pool(models, PoolConfig(limit=limit, idle=unload_after), environment)
     with (
         listen(config.host, config.port) as listener,
-        announced(Running(os.getpid(), url_of(listener), str(source), time.time())),
+        listed(listener, str(source)),
         asyncio.Runner(loop_factory=loop_factory()) as runner,
     ):
         front = Front(config, pool)

@@ -130,8 +130,7 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
     """
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
-    server = Running(os.getpid(), url_of(listener), model, time.time(), os.getppid())
-    with contextlib.closing(listener), announced(server), _events(config) as follow:
+    with contextlib.closing(listener), listed(listener, model), _events(config) as follow:
 
         def load_followed() -> Engine:
             engine = load()
@@ -140,6 +139,11 @@ def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
 
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(_serve(config, model, load_followed, listener))
+
+
+def listed(listener: socket.socket, model: str) -> contextlib.AbstractContextManager[None]:
+    """In `farthing ps`, while the block runs."""
+    return announced(Running(os.getpid(), url_of(listener), model, time.time(), os.getppid()))
 
 
 @contextlib.contextmanager

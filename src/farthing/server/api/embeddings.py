@@ -7,13 +7,10 @@ of "yes", of "yes" and "no", after the prompt that Qwen3-Reranker was trained wi
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -24,6 +21,7 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from farthing.engine.embedding import HIDDEN, PROBE, check_dimensions, check_pooling, embeddings
 from farthing.engine.request import SamplingParams
 from farthing.server.api.openai_protocol import OllamaError, TokenIds
 from farthing.server.errors import STATUSES, ApiError, Documented
@@ -40,7 +38,6 @@ MOST_INPUTS = 1024  # of a request
 _BATCH = 65_536  # characters of documents that are joined with their query and tokenized at once
 WARNING_HEADER = "X-Farthing-Warning"
 _Text = Annotated[str, Field(min_length=1)]
-_PROBE = partial(SamplingParams, max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
 _INPUT = FieldNames(prompt="input")
 _DOCUMENTS = FieldNames(prompt="documents")
 
@@ -104,21 +101,18 @@ async def embed(
 ) -> tuple[NDArray[np.float32], int]:
     """The embeddings [n, D] of texts or token ids, and the number of tokens. Raises ApiError."""
     engine, client = service.require_engine(), request.scope["client_name"]
-    _check_pooling(engine.config.model)
-    width = engine.model_config.hidden_size
-    if dimensions is not None and dimensions > width:
-        raise ApiError(
-            400,
-            f"dimensions: got {dimensions}; expected at most {width}",
-            param="dimensions",
-            code="invalid_value",
-        )
+    try:
+        check_pooling(engine.config.model)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="model", code="unsupported_model") from error
+    try:
+        check_dimensions(dimensions, engine.model_config.hidden_size)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="dimensions", code="invalid_value") from error
     texts = [each for each in inputs if isinstance(each, str)]
     prompts = await encode(service, texts, True, client, "input") if texts else [*inputs]
-    states = await _probed(service, request, prompts, _PROBE(probe="hidden"), _INPUT)
-    vectors = states[:, :dimensions].astype(np.float64)
-    norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return (vectors / norms).astype(np.float32), sum(map(len, prompts))
+    states = await _probed(service, request, prompts, HIDDEN, _INPUT)
+    return embeddings(states, dimensions), sum(map(len, prompts))
 
 
 async def _probed(
@@ -127,7 +121,7 @@ async def _probed(
     prompts: Sequence[Any],
     params: SamplingParams,
     names: FieldNames,
-) -> NDArray[np.float32]:
+) -> list[NDArray[np.float32]]:
     """What the engine reports of every prompt's last token."""
     job = await submit(service, request.scope["client_name"], prompts, params, kind="final", names=names)
 
@@ -139,20 +133,7 @@ async def _probed(
         return found
 
     found = await job.guard(request.receive, collect(job))
-    return np.stack([found[position] for position in range(len(prompts))])
-
-
-def _check_pooling(model: str) -> None:
-    """Raises ApiError (400) for a model whose embeddings are not those of the last token."""
-    file = Path(model) / "1_Pooling" / "config.json"
-    if file.is_file():
-        pooling: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if not pooling.get("pooling_mode_lasttoken"):
-            used = [
-                name for name, value in pooling.items() if name.startswith("pooling_mode") and value is True
-            ]
-            why = f"the model pools by {', '.join(used) or 'another way'}; expected pooling_mode_lasttoken"
-            raise ApiError(400, why, param="model", code="unsupported_model")
+    return [found[position] for position in range(len(prompts))]
 
 
 def warning(service: Service, word: str, what: str) -> dict[str, str]:
@@ -190,8 +171,8 @@ async def scores(service: Service, request: Request, body: RerankRequest) -> tup
         for texts in _batches(head, body.texts)
         for ids in await encode(service, texts, False, client, "documents", plain=True)
     ]
-    probe = _PROBE(probe=tuple(token for token in answers if token is not None))
-    logits = (await _probed(service, request, prompts, probe, _DOCUMENTS)).astype(np.float64)
+    probe = PROBE(probe=tuple(token for token in answers if token is not None))
+    logits = np.stack(await _probed(service, request, prompts, probe, _DOCUMENTS)).astype(np.float64)
     return (1 / (1 + np.exp(logits[:, 1] - logits[:, 0]))).tolist(), sum(map(len, prompts))
 
 
