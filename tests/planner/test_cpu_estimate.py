@@ -88,6 +88,7 @@ def test_bandwidth_measured_here_is_that_of_all_sockets(monkeypatch: pytest.Monk
     [
         (["--sockets", "2"], "sockets is set without --cores"),
         (["--core-int8", "9"], "core-int8 is set without --cores"),
+        (["--cores", "4", "--dtype", "float32"], "compute: got 'auto' with dtype 'float32'"),
         (["--cores", "4", "--tp", "2"], "expected no --gpu, --price, --tp"),
         (["--cores", "4", "--core-int8", "9", "--socket-bandwidth", "9"], "quantization: got None"),
         (["--cores", "4", "--prompt", "200000"], "prompt and output: got 200000"),

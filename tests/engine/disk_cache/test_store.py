@@ -325,6 +325,7 @@ def test_file_is_told_apart_by_its_bytes_and_its_time(tmp_path: Path) -> None:
     "options",
     [
         {"deterministic": True},
+        {"compute": "exact"},
         {"dtype": "float32"},
         {"quantization": "int8"},
         {"experts": "all"},
