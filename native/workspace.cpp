@@ -82,8 +82,8 @@ Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, Split split, 
     a.scale = take<float>(static_cast<size_t>(rows) * a.groups);
     a.comp = take<int32_t>(static_cast<size_t>(rows) * a.groups);
   }
+  if (a.cell_count || (a.groups && split.flipped)) a.flipped = take<uint8_t>(cells);
   if (a.cell_count) {
-    a.flipped = take<uint8_t>(cells);
     a.cells = take<CellInput>(static_cast<size_t>(rows) * a.cell_count);
   }
   if (floats) a.f32 = take<float>(cells);
