@@ -12,7 +12,7 @@ namespace farthing {
 namespace {
 
 constexpr int kTogether = kVnni ? 6 : 4;  // rows whose sums fit in registers
-constexpr int kBlockRows = 32;            // rows that share a group's bytes
+constexpr int kBlockRows = 64;            // rows that share a group's bytes
 constexpr int kManyPanels = 2;            // panels that share what is made of the rows
 constexpr int kMostGroup = 128;           // columns of a group, at most
 
@@ -38,7 +38,7 @@ constexpr bool in_spans(Format f) { return !kVnni && span_columns(f) > 0; }
 constexpr bool in_words(Format f) { return !kVnni && span_columns(f) == 0; }
 
 // A group of a panel: bytes [K/4][16][4], and what the sums of each span start at. In words: columns 0 and 2
-// of every four, then 1 and 3, of eight rows, then of the others.
+// of every four, then 1 and 3.
 struct Unpacked {
   alignas(64) uint8_t w[kMostGroup * kPanel * (kVnni ? 1 : 2)];
   alignas(64) int16_t start[kVnni ? kPanel : kMostGroup / 16 * 2 * kPanel];
@@ -72,8 +72,8 @@ inline void unpack_quad(const uint8_t* data, uint8_t* to, __m256i* offset) {
   }
   const bytes64 v = signed_quad<F, I>(data);
   if constexpr (in_words(F)) {
-    at(to, 0) = even_bytes(v.a), at(to, 1) = odd_bytes(v.a);
-    at(to, 2) = even_bytes(v.b), at(to, 3) = odd_bytes(v.b);
+    at(to, 0) = even_bytes(v.a), at(to, 1) = even_bytes(v.b);
+    at(to, 2) = odd_bytes(v.a), at(to, 3) = odd_bytes(v.b);
     return;
   }
   const __m256i by = _mm256_set1_epi8(-128);  // 128, unsigned
@@ -119,42 +119,31 @@ template <int M, Format F>
   }
 }
 #else
+// Of one span: four columns in a step, or two in words.
 template <int M, Format F>
 [[gnu::always_inline]] inline void sum_span(const uint8_t* w, const int16_t* start, int columns,
                                             const uint8_t* x, size_t ld, const uint8_t* next,
                                             i32x16 (&sums)[M]) {
+  constexpr int step = in_words(F) ? 2 : 4;
   __m256i acc[2 * M];
-  EACH (int m = 0; m < 2 * M; ++m) acc[m] = at(start, m % 2);
-  for (int k = 0; k < columns; k += 4, w += 64) {
+  EACH (int m = 0; m < 2 * M; ++m) acc[m] = in_words(F) ? __m256i{} : at(start, m % 2);
+  for (int k = 0; k < columns; k += step, w += 64, x += 4) {
     prefetch_far(next + k * stream_bytes(F));
     const __m256i first = at(w, 0), second = at(w, 1);
     EACH (int m = 0; m < M; ++m) {
-      const __m256i row = four_bytes(x + m * ld + k);
-      acc[2 * m] = _mm256_add_epi16(acc[2 * m], _mm256_maddubs_epi16(row, first));
-      acc[2 * m + 1] = _mm256_add_epi16(acc[2 * m + 1], _mm256_maddubs_epi16(row, second));
-    }
-  }
-  const __m256i one = _mm256_set1_epi16(1);
-  EACH (int m = 0; m < M; ++m)
-    sums[m] = joined<i32x16>(_mm256_madd_epi16(acc[2 * m], one), _mm256_madd_epi16(acc[2 * m + 1], one));
-}
-
-// x: words, `columns` bytes of even ones and then as many of odd ones.
-template <int M, Format F>
-[[gnu::always_inline]] inline void sum_words(const uint8_t* w, int columns, const uint8_t* x, size_t ld,
-                                             const uint8_t* next, i32x16 (&sums)[M]) {
-  __m256i acc[2 * M] = {};
-  for (int k = 0; k < columns; k += 4, w += 128) {
-    prefetch_far(next + k * stream_bytes(F));
-    EACH (int m = 0; m < M; ++m) {
-      const __m256i even = four_bytes(x + m * ld + k), odd = four_bytes(x + m * ld + kMostGroup + k);
-      EACH (int i = 0; i < 2; ++i) {
-        const __m256i of_even = _mm256_madd_epi16(even, at(w, 2 * i));
-        const __m256i of_odd = _mm256_madd_epi16(odd, at(w, 2 * i + 1));
-        acc[2 * m + i] = _mm256_add_epi32(_mm256_add_epi32(acc[2 * m + i], of_even), of_odd);
+      const __m256i row = four_bytes(x + m * ld);
+      if constexpr (in_words(F)) {
+        acc[2 * m] = _mm256_add_epi32(acc[2 * m], _mm256_madd_epi16(row, first));
+        acc[2 * m + 1] = _mm256_add_epi32(acc[2 * m + 1], _mm256_madd_epi16(row, second));
+      } else {
+        acc[2 * m] = _mm256_add_epi16(acc[2 * m], _mm256_maddubs_epi16(row, first));
+        acc[2 * m + 1] = _mm256_add_epi16(acc[2 * m + 1], _mm256_maddubs_epi16(row, second));
       }
     }
   }
+  const __m256i one = _mm256_set1_epi16(1);
+  if constexpr (in_spans(F))
+    EACH (int m = 0; m < 2 * M; ++m) acc[m] = _mm256_madd_epi16(acc[m], one);
   EACH (int m = 0; m < M; ++m) sums[m] = joined<i32x16>(acc[2 * m], acc[2 * m + 1]);
 }
 
@@ -162,7 +151,6 @@ template <int M, Format F>
 [[gnu::always_inline]] inline void sum_group(const uint8_t* w, const int16_t* start, int columns,
                                              const uint8_t* x, size_t ld, const uint8_t* next,
                                              i32x16 (&sums)[M]) {
-  if constexpr (in_words(F)) return sum_words<M, F>(w, columns, x, ld, next, sums);
   constexpr int span = in_words(F) ? kMostGroup : span_columns(F);
   sum_span<M, F>(w, start, columns < span ? columns : span, x, ld, next, sums);
   for (int k = span; k < columns; k += span) {
@@ -205,13 +193,15 @@ auto group_kernel(int rows) {
   return add_group<M, F, Zero>;
 }
 
-// Rows at a group in words.
+// Rows at a group in words, in the order of the weights.
 inline void make_words(const Act& x, int rows, int k, int columns, uint8_t* words) {
   for (int m = 0; m < rows; ++m, words += 2 * kMostGroup) {
     const int8_t* q = x.q + static_cast<size_t>(m) * x.ld + k;
     for (int i = 0; i < columns; i += 32) {
-      const __m256i v = load<__m256i>(q + i);
-      store(words + i, even_bytes(v)), store(words + kMostGroup + i, odd_bytes(v));
+      const __m256i v = load<__m256i>(q + i), even = even_bytes(v), odd = odd_bytes(v);
+      const __m256i low = _mm256_unpacklo_epi32(even, odd), high = _mm256_unpackhi_epi32(even, odd);
+      store(words + 2 * i, _mm256_permute2x128_si256(low, high, 0x20));
+      store(words + 2 * i + 32, _mm256_permute2x128_si256(low, high, 0x31));
     }
   }
 }

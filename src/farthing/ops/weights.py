@@ -444,8 +444,7 @@ NEVER: Costs = (math.inf,) * 4  # also where nothing but zeros would be left out
 ALWAYS: Costs = (0.0, 0.0, 0.0, 0.0)
 # Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel, the most of several
 # numbers of rows, by instruction set (docs/lab/cpu-kernels.md). A matrix is stored block-sparse if this saves
-# time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all stay dense; so
-# they do with AVX2, whose cells have no form for many rows.
+# time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all stay dense.
 COSTS: dict[str, dict[str, Costs]] = {
     "amx": {},
     "avx512": {
@@ -453,8 +452,11 @@ COSTS: dict[str, dict[str, Costs]] = {
         "int4": (0.49, 0.76, 0.98, 1.18),
         "nl4": (0.50, 0.75, 0.94, 1.17),
     },
-    "avx2": {},
-    "avx_vnni": {},
+    "avx2": {
+        "int8": (0.65, 0.69, 0.85, 1.00),
+        "int4": (0.30, 0.45, 0.64, 1.00),
+        "nl4": (0.36, 0.56, 0.79, 1.14),
+    },
     "portable": {
         "int8": (0.34, 0.60, 0.86, 1.01),
         "int4": (0.32, 0.61, 0.86, 1.00),
