@@ -36,7 +36,7 @@ from rich.table import Table
 from farthing import LLM, SamplingParams, _native
 from farthing.checkpoint.shards import CheckpointError
 from farthing.model.pack import pack_checkpoint
-from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
+from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit, vector_peak
 from packed_layout import is_current, packed_file, stamp
 from page import key, text_of
 from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
@@ -52,7 +52,7 @@ def machine(threads: int) -> dict[str, float]:
     return {
         "threads": threads,
         "read_gb_s": _native.read_bandwidth(threads, 1 << 28),
-        "int8_gop_s": _native.peak_ops("vnni_int8", threads),
+        "int8_gop_s": vector_peak(threads),
         "amx_int8_gop_s": _native.peak_ops("amx_int8", threads),
     }
 

@@ -35,6 +35,7 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight, quantize_int4, quantize_int8
 from kernels_sparse import PATTERNS, CellRow, SparseRow, measure, measure_cells
 from kernels_tiles import crossing, measure_tiles, tile_table
+from limits import vector_peak
 from random_model import SIZES, config
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
@@ -64,7 +65,7 @@ class Bench:
         self.native = self.ops._native
         self.threads, self.passes, self.sizes = threads, passes, sizes
         self.read = _native.read_bandwidth(threads, 1 << 30)
-        self.int8 = _native.peak_ops("vnni_int8", threads)
+        self.int8 = vector_peak(threads, isa)
         self.rows: list[Row] = []
 
     def time(

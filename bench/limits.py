@@ -1,4 +1,4 @@
-"""The machine's limits: operations and bytes per step, computed from the model's shape.
+"""The machine's limits: its units' peaks, and operations and bytes per step, computed from the model's shape.
 
 T = tokens of a prompt, B = sequences that decode together, C = cached tokens of each.
 
@@ -21,6 +21,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from farthing import _native
 from farthing.model.config import ModelConfig
 from farthing.model.forms import Mixer
 from farthing.ops.cpu.formats import PLANES_FROM
@@ -56,6 +57,15 @@ PEER_BYTES = {
     "Q4_0": Bytes(18 / 32, 18 / 32, 210 / 256, keys=34 / 32, router=4.0),
 }
 BYTES_PER_CACHED = 2
+# The unit of each instruction set's vectors (`_native.peak_ops`); sets that are not named have AVX-512's.
+VECTORS = {"avx2": "avx2_int8", "avx_vnni": "avx_vnni_int8"}
+AVX512 = "vnni_int8"
+
+
+def vector_peak(threads: int, isa: str = "auto") -> float:
+    """INT8 GOP/s of the vectors of an instruction set, or of the best one of this processor."""
+    units = [AVX512, *VECTORS.values()] if isa == "auto" else [VECTORS.get(isa, AVX512)]
+    return max(_native.peak_ops(unit, threads) for unit in units)
 
 
 @dataclass(frozen=True, order=True)

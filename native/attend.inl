@@ -2,20 +2,39 @@
 namespace farthing {
 namespace {
 
-// 4 query rows against 4 keys, summed from `first` over the width.
+// Query rows, keys and vectors of values whose sums registers hold.
+#if defined(__AVX512F__)
+constexpr int kQueryRows = 4, kQueryKeys = 4, kMixVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kQueryRows = 3, kQueryKeys = 2, kMixVectors = 2;
+#else
+constexpr int kQueryRows = 2, kQueryKeys = 1, kMixVectors = 1;
+#endif
+
+// f.operator()<R>(first row) for every few query rows.
+template <int R = kQueryRows, class F>
+inline void for_query_rows(int rows, F&& f, int at = 0) {
+  for (; at + R <= rows; at += R) f.template operator()<R>(at);
+  if constexpr (R > 1)
+    if (at < rows) for_query_rows<R - 1>(rows, f, at);
+}
+
+// R query rows against some keys, summed from `first` over the width.
 template <int R>
 inline void dots(const float* q, const float* k, int first, int width, float* scores, int lds, int keys) {
-  f32x16 acc[R][4] = {};
+  f32x16 acc[R * kQueryKeys] = {};
   for (int i = first; i < width; i += 16) {
-    f32x16 key[4];
-    for (int s = 0; s < 4; ++s) key[s] = loadf(k + static_cast<size_t>(s < keys ? s : 0) * width + i);
-    for (int r = 0; r < R; ++r) {
+    f32x16 key[kQueryKeys];
+    EACH (int s = 0; s < kQueryKeys; ++s)
+      key[s] = loadf(k + static_cast<size_t>(s < keys ? s : 0) * width + i);
+    EACH (int r = 0; r < R; ++r) {
       const f32x16 v = loadf(q + static_cast<size_t>(r) * width + i);
-      for (int s = 0; s < 4; ++s) acc[r][s] = fma(v, key[s], acc[r][s]);
+      EACH (int s = 0; s < kQueryKeys; ++s) acc[r * kQueryKeys + s] = fma(v, key[s], acc[r * kQueryKeys + s]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < keys; ++s) scores[r * lds + s] = reduce_add(acc[r][s]);
+  EACH (int r = 0; r < R; ++r)
+    EACH (int s = 0; s < kQueryKeys; ++s)
+      if (s < keys) scores[r * lds + s] = reduce_add(acc[r * kQueryKeys + s]);
 }
 
 // How far scores may exceed a row's reference before it moves: weights up to e^8 lose nothing in float32 or
@@ -60,51 +79,43 @@ inline void online_softmax(const AttendBlock& b, float* scores) {
 template <int R, int C>
 inline void mix(const AttendBlock& b, const float* weights, const float* k, float* out) {
   const int latent = b.latent;
-  f32x16 acc[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c)
-      acc[r][c] = b.fresh ? f32x16{} : loadf(out + static_cast<size_t>(r) * latent + 16 * c);
-  for (int s = 0; s < b.keys; ++s, k += b.width)
-    for (int c = 0; c < C; ++c) {
+  f32x16 acc[R * C];
+  EACH (int r = 0; r < R; ++r)
+    EACH (int c = 0; c < C; ++c)
+      acc[r * C + c] = b.fresh ? f32x16{} : loadf(out + static_cast<size_t>(r) * latent + 16 * c);
+  for (int s = 0; s < b.keys; ++s, k += b.width) {
+    f32x16 weight[R];
+    EACH (int r = 0; r < R; ++r) weight[r] = splat(weights[r * kKeyBlock + s]);
+    EACH (int c = 0; c < C; ++c) {
       const f32x16 v = loadf(k + 16 * c);
-      for (int r = 0; r < R; ++r) acc[r][c] = fma(v, splat(weights[r * kKeyBlock + s]), acc[r][c]);
+      EACH (int r = 0; r < R; ++r) acc[r * C + c] = fma(v, weight[r], acc[r * C + c]);
     }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(out + static_cast<size_t>(r) * latent + 16 * c, acc[r][c]);
+  }
+  EACH (int r = 0; r < R; ++r)
+    EACH (int c = 0; c < C; ++c) store(out + static_cast<size_t>(r) * latent + 16 * c, acc[r * C + c]);
 }
 
 template <int R>
 void attend_rows(const AttendBlock& b, int first, float* scores) {
   float* o = b.out + static_cast<size_t>(first) * b.latent;
   int c = 0;
-  for (; c + 64 <= b.latent; c += 64) mix<R, 4>(b, scores, b.k32 + c, o + c);
+  for (; c + 16 * kMixVectors <= b.latent; c += 16 * kMixVectors)
+    mix<R, kMixVectors>(b, scores, b.k32 + c, o + c);
   for (; c < b.latent; c += 16) mix<R, 1>(b, scores, b.k32 + c, o + c);
 }
 
 void attend(const AttendBlock& b) {
   alignas(64) float scores[16 * kKeyBlock];
-  for (int r = 0; r < b.rows; r += 4)
-    for (int s = 0; s < b.keys; s += 4) {
-      const int keys = b.keys - s < 4 ? b.keys - s : 4;
-      const float *q = b.q + static_cast<size_t>(r) * b.width, *k = b.k32 + static_cast<size_t>(s) * b.width;
-      float* at = scores + r * kKeyBlock + s;
-      switch (b.rows - r) {
-        case 1: dots<1>(q, k, b.first, b.width, at, kKeyBlock, keys); break;
-        case 2: dots<2>(q, k, b.first, b.width, at, kKeyBlock, keys); break;
-        case 3: dots<3>(q, k, b.first, b.width, at, kKeyBlock, keys); break;
-        default: dots<4>(q, k, b.first, b.width, at, kKeyBlock, keys);
-      }
+  for_query_rows(b.rows, [&]<int R>(int r) {
+    const float* q = b.q + static_cast<size_t>(r) * b.width;
+    for (int s = 0; s < b.keys; s += kQueryKeys) {
+      const int keys = b.keys - s < kQueryKeys ? b.keys - s : kQueryKeys;
+      dots<R>(q, b.k32 + static_cast<size_t>(s) * b.width, b.first, b.width, scores + r * kKeyBlock + s,
+              kKeyBlock, keys);
     }
+  });
   online_softmax(b, scores);
-  for (int r = 0; r < b.rows; r += 4) {
-    float* at = scores + r * kKeyBlock;
-    switch (b.rows - r) {
-      case 1: attend_rows<1>(b, r, at); break;
-      case 2: attend_rows<2>(b, r, at); break;
-      case 3: attend_rows<3>(b, r, at); break;
-      default: attend_rows<4>(b, r, at);
-    }
-  }
+  for_query_rows(b.rows, [&]<int R>(int r) { attend_rows<R>(b, r, scores + r * kKeyBlock); });
 }
 
 }  // namespace

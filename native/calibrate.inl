@@ -6,9 +6,11 @@ inline f32x16 look_up(const float* table, i32x16 index) {
 #if defined(__AVX512F__)
   return _mm512_i32gather_ps((__m512i)index, table, 4);
 #else
-  f32x16 r;
-  for (int i = 0; i < 16; ++i) r[i] = table[index[i]];
-  return r;
+  int32_t at[16];
+  float found[16];
+  store(at, index);
+  for (int i = 0; i < 16; ++i) found[i] = table[at[i]];
+  return loadf(found);
 #endif
 }
 
@@ -16,7 +18,7 @@ inline f32x16 look_up(const float* table, i32x16 index) {
 inline f32x16 nearest(const Levels& levels, f32x16 x) {
   if (levels.codes) {
     const f32x16 at = min(max(x * 2.0f + kHalves, f32x16{}), splat(2 * kHalves - 1));
-    return look_up(levels.codes, __builtin_convertvector(at, i32x16));
+    return look_up(levels.codes, convert<i32x16>(at));
   }
   const f32x16 to_even = splat(0x1.8p23f);
   return min(max(x, splat(levels.low)), splat(levels.high)) + to_even - to_even;

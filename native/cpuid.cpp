@@ -21,6 +21,11 @@ bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -54,6 +59,7 @@ const Choice kChoices[] = {
     {&kernels_amx, has_amx},
     {&kernels_avx512_bf16, has_avx512_bf16},
     {&kernels_avx512, has_avx512},
+    {&kernels_avx_vnni, has_avx_vnni},
     {&kernels_avx2, has_avx2},
 #endif
     {&kernels_portable, [] { return true; }},

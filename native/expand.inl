@@ -24,22 +24,22 @@ inline void for_columns(int columns, F&& f) {
 
 template <int M, int V>
 inline void product_tile(const Product& p, int row, int column) {
-  f32x16 acc[M][V];
+  f32x16 acc[M * V];
   float* c = p.c + static_cast<size_t>(row) * p.ldc + column;
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = p.add ? loadf(c + m * p.ldc + 16 * v) : f32x16{};
+  EACH (int m = 0; m < M; ++m)
+    EACH (int v = 0; v < V; ++v) acc[m * V + v] = p.add ? loadf(c + m * p.ldc + 16 * v) : f32x16{};
   const float *a = static_cast<const float*>(p.a) + static_cast<size_t>(row) * p.lda,
               *b = static_cast<const float*>(p.b) + column;
   for (int k = 0; k < p.depth; ++k, b += p.columns) {
     f32x16 x[V];
-    for (int v = 0; v < V; ++v) x[v] = loadf(b + 16 * v);
-    for (int m = 0; m < M; ++m) {
+    EACH (int v = 0; v < V; ++v) x[v] = loadf(b + 16 * v);
+    EACH (int m = 0; m < M; ++m) {
       const f32x16 s = splat(a[static_cast<size_t>(m) * p.lda + k]);
-      for (int v = 0; v < V; ++v) acc[m][v] = fma(s, x[v], acc[m][v]);
+      EACH (int v = 0; v < V; ++v) acc[m * V + v] = fma(s, x[v], acc[m * V + v]);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) store(c + m * p.ldc + 16 * v, acc[m][v]);
+  EACH (int m = 0; m < M; ++m)
+    EACH (int v = 0; v < V; ++v) store(c + m * p.ldc + 16 * v, acc[m * V + v]);
 }
 
 void product(const Product& p) {
@@ -56,7 +56,7 @@ void pack_rows(const float* in, int depth, int columns, void* out) {
 // with them. Returns the references.
 inline f32x16 move_references(const Scores& s, int lane, f32x16 best) {
   const f32x16 before = loadf(s.max + lane);
-  const f32x16 now = best > before + kSlack ? best : before;
+  const f32x16 now = select(best > before + kSlack, best, before);
   if (reduce_max(now - before) > 0.0f) {
     const f32x16 shrink = exp(before - now);
     store(s.max + lane, now);
@@ -81,7 +81,7 @@ inline f32x16 mask_scores(const Scores& s, int lane) {
     for (int i = 0; i < 4; ++i, at += kTileQueries) {
       f32x16 v = loadf(at);
       if (Masked)
-        store(at, v = (visible > splati(key + i)) & (hidden <= splati(key + i)) ? v : splat(kHidden));
+        store(at, v = select((visible > splati(key + i)) & (hidden <= splati(key + i)), v, splat(kHidden)));
       most[i] = max(most[i], v);
     }
   return max(max(most[0], most[1]), max(most[2], most[3]));
@@ -158,7 +158,7 @@ inline f32x16 block_column(const uint8_t* block, f32x16 scale, int k) {
   constexpr FormatTraits format = traits(F);
   if constexpr (format.quantized()) {
     const u32x16 bytes = load<u32x16>(block + k / 4 * 64) >> (8 * (k % 4)) & 255u;
-    return to_float(load<i32x16>(&bytes) + format.offset()) * scale;
+    return to_float(as<i32x16>(bytes) + format.offset()) * scale;
   } else {
     f32x16 pair[2];
     load_pair<F>(block + k / 2 * 2 * format.bytes_a_column(), pair[0], pair[1]);

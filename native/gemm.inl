@@ -11,10 +11,19 @@ namespace {
 // with it, in integers of more than six rows.
 #if defined(__AVX512F__)
 constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kLongRows = 12, kSparseRows = 8, kByteRows = 8;
+#elif defined(__AVXVNNI__)
+constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 1, kLongRows = 6, kSparseRows = 4, kByteRows = 6;
 #elif defined(__AVX2__)
-constexpr int kRowsAtOnce = 4, kPanelsAtOnce = 1, kLongRows = 4, kSparseRows = 4, kByteRows = 4;
+constexpr int kRowsAtOnce = 3, kPanelsAtOnce = 1, kLongRows = 3, kSparseRows = 4, kByteRows = 3;
 #else
 constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kLongRows = 2, kSparseRows = 2, kByteRows = 2;
+#endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kFloatRows = 3;
+constexpr bool kFlipped = !kVnni;  // whether many rows are read as Act::flipped
+#else
+constexpr int kFloatRows = kRowsAtOnce;
+constexpr bool kFlipped = false;
 #endif
 constexpr int kSparsePanels = 2;  // that read a block of rows one after the other
 
@@ -29,9 +38,12 @@ constexpr bool in_bytes(Format f) {  // integers that need no unpacking
   return traits(f).quantized() && traits(f).bits == 8 && traits(f).planes == Planes::none;
 }
 
+// Rows of a tile.
+constexpr int rows_at_once(Format f) { return traits(f).quantized() ? kRowsAtOnce : kFloatRows; }
+
 // Rows of a tile of one panel. Bytes are as fast with rows that compilers can address by pointers.
 constexpr int long_rows(Format f) {
-  if (!traits(f).quantized() || traits(f).planes != Planes::none) return kRowsAtOnce;
+  if (!traits(f).quantized() || traits(f).planes != Planes::none) return rows_at_once(f);
   return in_bytes(f) && kLongRows > kRowsAtOnce ? 10 : kLongRows;
 }
 
@@ -105,9 +117,6 @@ inline void load_pair(const uint8_t* p, f32x16& a, f32x16& b) {
     b = load<f32x16>(p + 64);
   }
 }
-
-// Sums of M rows by P panels. Loops over them are unrolled early, so that they stay in registers.
-#define EACH _Pragma("GCC unroll 16") for
 
 #if defined(__AVX512VBMI__)
 // The bytes of |x| in bfloat16 by its 7 bits in FP8 (e4m3): low ones, and high ones without these bits, so
@@ -318,7 +327,7 @@ inline f32x16 of_group(const Matrix& w, const uint8_t* at, int g, int number) {
   constexpr bool units = traits(F).scales == Scales::units;
   if constexpr (traits(F).powers)
     if (w.has_powers())
-      return bits_to_float((u32x16)widen(reinterpret_cast<const int8_t*>(at) + g * kPanel) << 23);
+      return bits_to_float(as<u32x16>(widen(reinterpret_cast<const int8_t*>(at) + g * kPanel)) << 23);
   const int unit = (units ? g * w.group / kUnit : g) + number * w.units();
   const f32x16 found = half_to_float(reinterpret_cast<const uint16_t*>(at) + unit * kPanel);
   if constexpr (!units) return found;
@@ -404,7 +413,7 @@ template <int M, int P, size_t... I>
 PanelKernel panel_of(const Matrix& w, std::index_sequence<I...>) {
   PanelKernel found = nullptr;
   const auto look = [&]<Format F>() {
-    if constexpr (M <= kRowsAtOnce || (P == 1 && M <= long_rows(F)))
+    if constexpr (M <= rows_at_once(F) || (P == 1 && M <= long_rows(F)))
       if (w.format == F) found = panel_in<M, P, F>(w);
   };
   (look.template operator()<Format{I}>(), ...);
@@ -433,7 +442,10 @@ template <class Multiply>
     }
 }
 
-// cells.inl, fp8_pairs.inl
+// many_rows.inl, cells.inl, fp8_pairs.inl
+#if defined(__AVX2__) && !defined(__AVX512F__)
+bool many_rows(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
+#endif
 void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
 PanelKernel pairs_kernel(int panels, int rows);
 
@@ -445,12 +457,15 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     return;
   }
   const int terms = w.act_terms;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (terms == 1 && many_rows(w, panel, count, x, rows, out, ldo)) return;
+#endif
   const bool stream = rows * terms <= stream_rows(w.format);
   const bool pairs = x.pairs && w.format == Format::fp8;
   // Not where that is no larger: floats and planes.
   const int most = pairs ? kLongRows : long_rows(w.format);
   const bool tall = one_product_a_cycle && rows * terms > kRowsAtOnce && most > kRowsAtOnce && !w.zero;
-  const int at_once = (tall ? most : kRowsAtOnce) / terms;
+  const int at_once = (tall ? most : rows_at_once(w.format)) / terms;
   const int blocks = stream ? 1 : (rows + at_once - 1) / at_once;
   const int groups = w.group ? w.groups() : (w.kp + kActGroup - 1) / kActGroup;
   const bool close = stream && rows * terms <= prefetch_distances.rows_of(in_bytes(w.format));
@@ -482,7 +497,7 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
 }  // namespace farthing
 
 #include "cells.inl"
+#include "many_rows.inl"
 // It takes definitions of cells.inl.
 #include "fp8_pairs.inl"
 #undef EACH_BLOCK
-#undef EACH

@@ -186,7 +186,7 @@ struct Kernels {
     }
     store_act(w, act, row, 0, x, w.k);
   }
-  Split act_split() const { return {splits.halves, splits.pairs && fast_pairs}; }
+  Split act_split() const { return {splits.halves, splits.pairs && fast_pairs, splits.flipped}; }
   // out[m * ldo + 16 * i + lane] for `count` panels from `panel`, rows 0 … rows of x.
   void (*tile)(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
   void (*rms_norm)(const float* x, const float* weight, float eps, int k, float* out);
@@ -247,6 +247,7 @@ inline bool takes_blocks(const Kernels& kernels, int tokens, int least) {
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx_vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;

@@ -184,12 +184,13 @@ struct Act {
   float* scale = nullptr;
   int32_t* comp = nullptr;     // -offset * sum of a group: takes the weights' offset back out
   CellInput* cells = nullptr;  // for sparse matrices
-  uint8_t* flipped = nullptr;  // q + 128, for sparse matrices and many rows (many_cells.inl)
+  uint8_t* flipped = nullptr;  // q + 128, for many rows (many_rows.inl, many_cells.inl)
 };
 
-// Which matrices take activations as hi + lo: bfloat16 as halves, fp8 as pairs.
+// Which matrices take activations as hi + lo: bfloat16 as halves, fp8 as pairs. flipped: quantized ones as
+// q + 128 too.
 struct Split {
-  bool halves = false, pairs = false;
+  bool halves = false, pairs = false, flipped = false;
 };
 
 inline Act row(const Act& a, int m) {

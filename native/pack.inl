@@ -69,8 +69,8 @@ inline void pack_bf16(const Matrix& w, const PanelRows& p, uint8_t* data) {
   for (int at = 0; at < w.kp; at += kTileColumns) {
     load_tile(w, p, at, tile);
     for (int i = 0; i < kTileColumns && at + i < w.kp; i += 2) {
-      const u32x16 even = __builtin_convertvector(float_to_bf16(loadf(tile + 16 * i)), u32x16);
-      const u32x16 odd = __builtin_convertvector(float_to_bf16(loadf(tile + 16 * i + 16)), u32x16);
+      const u32x16 even = widen(float_to_bf16(loadf(tile + 16 * i)));
+      const u32x16 odd = widen(float_to_bf16(loadf(tile + 16 * i + 16)));
       store(data + static_cast<size_t>(at + i) * 32, even | odd << 16);
     }
   }
@@ -82,7 +82,7 @@ inline void pack_fp8(const Matrix& w, const PanelRows& p, uint8_t* data) {
     load_words(p, Source::fp8, at, w.k - at < 64 ? w.k - at : 64, 0, words);
     for (int i = 0; i < 64 && at + i < w.kp; ++i) {
       const u32x16 bytes = load<u32x16>(words + i / 4 * 16) >> (8 * (i % 4));
-      store(data + static_cast<size_t>(at + i) * 16, narrow(reinterpret_cast<const i32x16&>(bytes)));
+      store(data + static_cast<size_t>(at + i) * 16, narrow(as<i32x16>(bytes)));
     }
   }
 }
@@ -112,9 +112,6 @@ inline void round_rows(const Matrix& w, const PanelRows& p, float* scales, uint8
   }
 }
 
-typedef double f64x16 __attribute__((vector_size(128)));
-inline f64x16 to_double(f32x16 v) { return __builtin_convertvector(v, f64x16); }
-
 constexpr float kRanges[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f};
 
 // The best of the roundings of 16 groups that were tried.
@@ -129,8 +126,7 @@ struct Rounding {
   void compare(f32x16 tried, f64x16 dots, f32x16 squares) {
     alignas(64) double products[16];
     alignas(64) float t[16], s[16];
-    memcpy(products, &dots, sizeof products);
-    store(t, tried), store(s, squares);
+    store(products, dots), store(t, tried), store(s, squares);
     for (int i = 0; i < 16; ++i) {
       const double d = products[i], sq = static_cast<double>(s[i]);
       const double g = sq > 0.0 ? d * d / sq : 0.0;
@@ -167,7 +163,7 @@ struct Group {
   Group(const float* values, int columns) : x(values), n(columns), top{} {
     for (int i = 0; i < n; ++i) top = max(top, abs(loadf(x + 16 * i)));
     const u32x16 exponent = float_to_bits(top) >> 23, least = u32x16{} + 1u, most = u32x16{} + 253u;
-    const u32x16 kept = exponent < least ? least : exponent > most ? most : exponent;
+    const u32x16 kept = select(exponent < least, least, select(exponent > most, most, exponent));
     power = bits_to_float(kept << 23);
     const f32x16 inverse = bits_to_float((254u - kept) << 23);
     u32x16 any = {};
@@ -397,14 +393,15 @@ void pack_panel(const Matrix& w, const PanelRows& p, float* scales, uint8_t* dat
   if (w.format == Format::f32) return pack_f32(w, p, data);
   if (w.format == Format::bf16) return pack_bf16(w, p, data);
   if (w.format == Format::fp8) return pack_fp8(w, p, data);
-  u32x16 rounded = {};
+  uint32_t lanes[kPanel];
   bool any = false, all = true;
   for (int lane = 0; lane < kPanel; ++lane) {
     const bool is_rounded = p.row[lane] && is_float(w, p.kind[lane]);
-    rounded[lane] = is_rounded ? ~0u : 0u;
+    lanes[lane] = is_rounded ? ~0u : 0u;
     any |= is_rounded;
     all &= is_rounded;
   }
+  const u32x16 rounded = load<u32x16>(lanes);
   const FormatTraits& format = w.format_traits();
   if (format.above()) return copy_bits(w, p, data);
   const bool nibbles = format.nibbles();

@@ -47,6 +47,23 @@ double timed(int threads, F&& f) {
   return seconds_since(start);
 }
 
+struct Unit {
+  const char *name, *isa;
+  double (*loop)(long);
+};
+
+#if defined(__x86_64__)
+constexpr Unit kUnits[] = {{"avx2_int8", "avx2", avx2_int8_ops},
+                           {"avx_vnni_int8", "avx_vnni", avx_vnni_int8_ops},
+                           {"vnni_int8", "avx512_vnni", vnni_int8_ops},
+                           {"amx_int8", "amx", amx_int8_ops}};
+#else
+constexpr Unit kUnits[] = {{"avx2_int8", "", nullptr},
+                           {"avx_vnni_int8", "", nullptr},
+                           {"vnni_int8", "", nullptr},
+                           {"amx_int8", "", nullptr}};
+#endif
+
 double median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v[v.size() / 2];
@@ -74,20 +91,18 @@ double read_bandwidth(int threads, size_t bytes) {
 }
 
 double peak_ops(const char* what, int threads) {
-  const std::string name = what;
-  double (*loop)(long) = nullptr;
-#if defined(__x86_64__)
-  if (name == "vnni_int8") loop = has("avx512_vnni") ? vnni_int8_ops : nullptr;
-  else if (name == "amx_int8") loop = has("amx") ? amx_int8_ops : nullptr;
-  else
-#endif
-    throw std::invalid_argument("peak '" + name + "' is unknown; expected 'vnni_int8' or 'amx_int8'");
-  if (!loop) return 0.0;
+  const auto unit = std::find_if(std::begin(kUnits), std::end(kUnits),
+                                 [&](const Unit& u) { return std::string(u.name) == what; });
+  if (unit == std::end(kUnits))
+    throw std::invalid_argument(
+        "peak '" + std::string(what) +
+        "' is unknown; expected 'avx2_int8', 'avx_vnni_int8', 'vnni_int8' or 'amx_int8'");
+  if (!unit->loop || !has(unit->isa)) return 0.0;
   const long iterations = 4000000;
   std::vector<double> rates;
   for (int pass = 0; pass < kPasses; ++pass) {
     std::vector<double> done(threads);
-    const double time = timed(threads, [&](int t) { done[t] = loop(iterations); });
+    const double time = timed(threads, [&](int t) { done[t] = unit->loop(iterations); });
     double total = 0.0;
     for (double d : done) total += d;
     rates.push_back(total / time / 1e9);

@@ -67,13 +67,13 @@ inline float quantize_group(const float* x, int k, int8_t* q, float top_level, f
     for_lanes(k, [&](int i) {
       const f32x16 v = min(max(loadf(x + i) * inverse, splat(-top_level)), splat(top_level));
       const f32x16 r = v + magic;
-      store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
+      store(q + i, narrow(as<i32x16>(r) - 0x4b400000));
     });
     return scale;
   }
   for_lanes(k, [&](int i) {
     const f32x16 r = fma(loadf(x + i), splat(inverse), magic);
-    store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
+    store(q + i, narrow(as<i32x16>(r) - 0x4b400000));
   });
   return scale;
 }
@@ -86,7 +86,7 @@ inline float quantize_static(const float* x, int k, int8_t* q, float scale) {
   for_lanes(k, [&](int i) {
     const f32x16 v = min(max(loadf(x + i) / splat(scale), splat(-128.0f)), splat(127.0f));
     const f32x16 r = v + magic;
-    store(q + i, narrow(load<i32x16>(&r) - 0x4b400000));
+    store(q + i, narrow(as<i32x16>(r) - 0x4b400000));
     odd = fma(loadf(x + i), splat(0.0f), odd);
   });
   return scale + reduce_add(odd);
@@ -223,8 +223,8 @@ void gate_mul(const Gate& gate, const float* gate_up, const float* bias, int row
   const f32x16 most = splat(gate.limit), least = splat(-gate.limit);
   for (int m = 0; m < rows; ++m, gate_up += ld, out += ldo) {
     f32x16 g = loadf(gate_up) + of_gate, up = loadf(gate_up + 16) + of_up;
-    g = g > most ? most : g;  // NaN stays NaN
-    up = up > most ? most : up < least ? least : up;
+    g = select(g > most, most, g);  // NaN stays NaN
+    up = select(up > most, most, select(up < least, least, up));
     const f32x16 z = g * gate.alpha * (g * g * gate.cubic + 1.0f);
     store(out, g / (exp(-z) + 1.0f) * (up + gate.shift));
   }

@@ -64,7 +64,7 @@ constexpr Kernels table(const char* name) {
       .wide = {product, pack_rows, weigh},
       .wide_halves = {},
       .index_halves = false,
-      .splits = {.halves = false, .pairs = kPairs},
+      .splits = {.halves = false, .pairs = kPairs, .flipped = kFlipped},
       .blocks = false,
       .keys = Kernels::Keys::f32,
   };

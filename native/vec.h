@@ -1,144 +1,118 @@
-// Sixteen lanes in the compiler's own vectors: zmm, pairs of ymm, or four xmm or NEON registers.
+// Arithmetic of sixteen lanes (lanes.h): zmm, pairs of ymm, or four xmm or NEON registers.
 //
 // Included by the kernel sources only, each compiled for one instruction set; all in an unnamed
 // namespace, so that no copy compiled for a newer processor can be linked into code for an older one.
 #pragma once
-#include <stdint.h>
-#include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "lanes.h"
+
 namespace {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
+// Loops over vectors that are unrolled early, so that arrays of them stay in registers.
+#define EACH _Pragma("GCC unroll 16") for
 
-template <class V>
-inline V load(const void* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V>
-inline void store(void* p, V v) {
-  memcpy(p, &v, sizeof v);
-}
 inline f32x16 loadf(const float* p) { return load<f32x16>(p); }
-inline f32x16 splat(float x) { return f32x16{} + x; }
-inline i32x16 splati(int32_t x) { return i32x16{} + x; }
-inline f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
-inline f32x16 bits_to_float(u32x16 v) { return load<f32x16>(&v); }
-inline u32x16 float_to_bits(f32x16 v) { return load<u32x16>(&v); }
-#if defined(__AVX512F__)  // GCC does not always find these
-inline f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
-inline f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
-#elif defined(__AVX__)  // and compares vectors wider than a register lane by lane
-template <class F>
-inline f32x16 by_halves(f32x16 a, f32x16 b, F&& f) {
-  const float *pa = (const float*)&a, *pb = (const float*)&b;
-  const __m256 low = f(load<__m256>(pa), load<__m256>(pb)),
-               high = f(load<__m256>(pa + 8), load<__m256>(pb + 8));
-  f32x16 r;
-  memcpy(&r, &low, 32);
-  memcpy((char*)&r + 32, &high, 32);
-  return r;
-}
-inline f32x16 max(f32x16 a, f32x16 b) {
-  return by_halves(a, b, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
-}
-inline f32x16 min(f32x16 a, f32x16 b) {
-  return by_halves(a, b, [](__m256 x, __m256 y) { return _mm256_min_ps(x, y); });
-}
-inline u32x16 above(f32x16 a, f32x16 b) {
-  return (u32x16)by_halves(a, b, [](__m256 x, __m256 y) { return _mm256_cmp_ps(x, y, _CMP_GT_OQ); });
-}
-#else
-inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
-#endif
-#if !defined(__AVX__) || defined(__AVX512F__)
-inline u32x16 above(f32x16 a, f32x16 b) { return (u32x16)(a > b); }  // all ones where a > b
-#endif
+inline f32x16 splat(float x) { return fill<f32x16>(x); }
+inline i32x16 splati(int32_t x) { return fill<i32x16>(x); }
+inline f32x16 to_float(i32x16 v) { return convert<f32x16>(v); }
+inline f32x16 bits_to_float(u32x16 v) { return as<f32x16>(v); }
+inline u32x16 float_to_bits(f32x16 v) { return as<u32x16>(v); }
+inline u32x16 above(f32x16 a, f32x16 b) { return as<u32x16>(a > b); }  // all ones where a > b
 inline f32x16 abs(f32x16 a) { return bits_to_float(float_to_bits(a) & 0x7fffffffu); }
 
-// a * b + c, rounded once wherever the machine can.
-inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+// Of two operands, max and min return the second if one is NaN. fma: a * b + c, rounded once wherever the
+// machine can. Intrinsics, because compilers do not always find these.
 #if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
-  const float *pa = (const float*)&a, *pb = (const float*)&b, *pc = (const float*)&c;
-  const __m256 low = _mm256_fmadd_ps(load<__m256>(pa), load<__m256>(pb), load<__m256>(pc));
-  const __m256 high = _mm256_fmadd_ps(load<__m256>(pa + 8), load<__m256>(pb + 8), load<__m256>(pc + 8));
-  f32x16 r;
-  memcpy(&r, &low, 32);
-  memcpy((char*)&r + 32, &high, 32);
-  return r;
+inline f32x16 max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+inline f32x16 min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__)
+inline f32x16 max(f32x16 a, f32x16 b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+inline f32x16 min(f32x16 a, f32x16 b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+  return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
+}
 #else
-  return a * b + c;
+inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
+inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+#endif
+
+// Sixteen bytes, or numbers of two, to wider lanes; narrow and low_halves: the low bytes of wider ones.
+#if defined(__AVX512F__)
+inline i32x16 widen(const int8_t* p) { return (i32x16)_mm512_cvtepi8_epi32(load<__m128i>(p)); }
+inline i32x16 widen(const uint8_t* p) { return (i32x16)_mm512_cvtepu8_epi32(load<__m128i>(p)); }
+inline u32x16 widen(u16x16 v) { return __builtin_convertvector(v, u32x16); }
+inline i8x16 narrow(i32x16 v) { return (i8x16)_mm512_cvtepi32_epi8((__m512i)v); }
+inline u16x16 low_halves(u32x16 v) { return __builtin_convertvector(v, u16x16); }
+#elif defined(__AVX2__)
+inline __m128i eight_bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+template <class V>
+inline V joined(__m256i a, __m256i b) {
+  return {(decltype(V::a))a, (decltype(V::b))b};
+}
+inline i32x16 widen(const int8_t* p) {
+  return joined<i32x16>(_mm256_cvtepi8_epi32(eight_bytes(p)), _mm256_cvtepi8_epi32(eight_bytes(p + 8)));
+}
+inline i32x16 widen(const uint8_t* p) {
+  return joined<i32x16>(_mm256_cvtepu8_epi32(eight_bytes(p)), _mm256_cvtepu8_epi32(eight_bytes(p + 8)));
+}
+inline u32x16 widen(u16x16 v) {
+  return joined<u32x16>(_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)v)),
+                        _mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)v, 1)));
+}
+inline u16x16 low_halves(u32x16 v) {
+  v &= 0xffffu;
+  return (u16x16)_mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v.a, (__m256i)v.b), 0xd8);
+}
+inline i8x16 narrow(i32x16 v) {
+  const __m256i halves = (__m256i)low_halves(as<u32x16>(v & 255));
+  return (i8x16)_mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+#else
+inline i32x16 widen(const int8_t* p) { return of_numbers<i32x16>(p); }
+inline i32x16 widen(const uint8_t* p) { return of_numbers<i32x16>(p); }
+inline u32x16 widen(u16x16 v) { return of_numbers<u32x16>(reinterpret_cast<const uint16_t*>(&v)); }
+inline i8x16 narrow(i32x16 v) { return of_numbers<i8x16>(reinterpret_cast<const int32_t*>(&v)); }
+inline u16x16 low_halves(u32x16 v) { return of_numbers<u16x16>(reinterpret_cast<const uint32_t*>(&v)); }
+#endif
+inline u16x16 widen16(const uint8_t* p) {
+#if defined(__AVX2__)
+  return (u16x16)_mm256_cvtepu8_epi16(load<__m128i>(p));
+#else
+  return of_numbers<u16x16>(p);
+#endif
+}
+inline f64x16 to_double(f32x16 v) {
+#if defined(__AVX512F__)
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+#else
+  return of_numbers<f64x16>(reinterpret_cast<const float*>(&v));
 #endif
 }
 
-inline f32x16 bf16_to_float(const uint16_t* p) {
-  return bits_to_float(__builtin_convertvector(load<u16x16>(p), u32x16) << 16);
-}
+inline f32x16 bf16_to_float(const uint16_t* p) { return bits_to_float(widen(load<u16x16>(p)) << 16); }
 
 inline u16x16 float_to_bf16(f32x16 v) {  // to nearest even; what is not finite stays so
   const u32x16 b = float_to_bits(v);
   // All ones if the exponent is: rounding would carry a NaN with many ones into the sign, to 0.
-  const i32x16 special = (i32x16)((b & 0x7fffffffu) + 0x00800000u) >> 31;
-  return __builtin_convertvector((b + ((0x7fffu + ((b >> 16) & 1u)) & ~(u32x16)special)) >> 16, u16x16);
+  const i32x16 special = as<i32x16>((b & 0x7fffffffu) + 0x00800000u) >> 31;
+  return low_halves((b + ((0x7fffu + ((b >> 16) & 1u)) & ~as<u32x16>(special))) >> 16);
 }
 
 inline f32x16 half_to_float(const uint16_t* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(load<__m256i>(p));
 #elif defined(__F16C__)
-  const __m256 low = _mm256_cvtph_ps(load<__m128i>(p)), high = _mm256_cvtph_ps(load<__m128i>(p + 8));
-  f32x16 r;
-  memcpy(&r, &low, 32);
-  memcpy(reinterpret_cast<char*>(&r) + 32, &high, 32);
-  return r;
+  return {_mm256_cvtph_ps(load<__m128i>(p)), _mm256_cvtph_ps(load<__m128i>(p + 8))};
 #else
   // Exponent rebased by a multiplication, which also puts subnormals right.
-  const u32x16 h = __builtin_convertvector(load<u16x16>(p), u32x16);
+  const u32x16 h = widen(load<u16x16>(p));
   const f32x16 magnitude = bits_to_float((h & 0x7fffu) << 13) * 0x1p112f;
   return bits_to_float(float_to_bits(magnitude) | (h & 0x8000u) << 16);
-#endif
-}
-
-// Sixteen bytes to wider lanes. Written so that compilers do not split the conversion lane by lane.
-inline i32x16 widen(const int8_t* p) {
-#if defined(__AVX512F__)
-  return (i32x16)_mm512_cvtepi8_epi32(load<__m128i>(p));
-#elif defined(__AVX2__)
-  const __m256i a = _mm256_cvtepi8_epi32(load<__m128i>(p)),
-                b = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)));
-  i32x16 r;
-  memcpy(&r, &a, 32);
-  memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
-  return r;
-#else
-  return __builtin_convertvector(load<i8x16>(p), i32x16);
-#endif
-}
-inline u16x16 widen16(const uint8_t* p) {
-#if defined(__AVX2__)
-  return (u16x16)_mm256_cvtepu8_epi16(load<__m128i>(p));
-#else
-  return __builtin_convertvector(load<u8x16>(p), u16x16);
-#endif
-}
-// The low bytes of sixteen integers.
-inline i8x16 narrow(i32x16 v) {
-#if defined(__AVX512F__)
-  return (i8x16)_mm512_cvtepi32_epi8((__m512i)v);
-#else
-  return __builtin_convertvector(v, i8x16);
 #endif
 }
 
@@ -148,27 +122,34 @@ inline float reduce_add(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float reduce_max(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
 inline int reduce_add(i32x16 v) { return _mm512_reduce_add_epi32((__m512i)v); }
 #else
-template <class T, class V, class F>
-inline T reduce(const V& v, F&& f) {
-  T a[16];
-  memcpy(a, &v, 64);
-  for (int n = 8; n; n >>= 1)
-    for (int i = 0; i < n; ++i) a[i] = f(a[i], a[i + n]);
-  return a[0];
+template <class V, class F>
+inline auto reduce(const V& v, F&& f) {
+  if constexpr (is_pair<V>) {
+    return reduce(f(v.a, v.b), f);
+#if defined(__AVX2__)
+  } else if constexpr (sizeof(V) == 32) {
+    const __m256i bits = (__m256i)v;
+    typedef decltype(v[0] + 0) T;
+    typedef T half __attribute__((vector_size(16)));
+    return reduce((half)f((half)_mm256_castsi256_si128(bits), (half)_mm256_extracti128_si256(bits, 1)), f);
+#endif
+  } else {
+    const V two = f(v, __builtin_shufflevector(v, v, 2, 3, 2, 3));
+    return f(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
+  }
 }
 inline float reduce_add(f32x16 v) {
-  return reduce<float>(v, [](float a, float b) { return a + b; });
+  return reduce(v, [](auto a, auto b) { return a + b; });
 }
 inline float reduce_max(f32x16 v) {
-  return reduce<float>(v, [](float a, float b) { return a > b ? a : b; });
+  return reduce(v, [](auto a, auto b) { return select(a > b, a, b); });
 }
 inline int reduce_add(i32x16 v) {
-  return reduce<int>(v, [](int a, int b) { return a + b; });
+  return reduce(v, [](auto a, auto b) { return a + b; });
 }
 #endif
 
-// e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0, NaN NaN: of two
-// operands, max and min return the second if one is NaN.
+// e^x, relative error 2e-7: 2^n times a polynomial on [-ln2/2, ln2/2]. x below -87 gives 0, NaN NaN.
 inline f32x16 exp(f32x16 x) {
   const f32x16 floor = splat(-87.0f);
   const i32x16 dead = x < floor;
@@ -187,7 +168,7 @@ inline f32x16 exp(f32x16 x) {
   p = fma(p, r * r, r) + 1.0f;
   const u32x16 power = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
   const f32x16 y = p * bits_to_float(power);
-  return bits_to_float(float_to_bits(y) & ~reinterpret_cast<const u32x16&>(dead));
+  return bits_to_float(float_to_bits(y) & ~as<u32x16>(dead));
 }
 
 // e^x for x <= 0, relative error 4e-7 (2e-6 without FMA); x below -104 (-87 without AVX-512) gives 0, NaN
@@ -214,7 +195,7 @@ inline f32x16 exp_below(f32x16 x) {
 #else
   const u32x16 power = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
   const f32x16 y = p * bits_to_float(power);
-  return bits_to_float(float_to_bits(y) & ~reinterpret_cast<const u32x16&>(dead));
+  return bits_to_float(float_to_bits(y) & ~as<u32x16>(dead));
 #endif
 }
 
@@ -247,6 +228,11 @@ inline i32x16 dot4(i32x16 acc, bytes64 u, __m512i s) {
 }
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m512i s) { return dot4(acc, u, s); }
 #elif defined(__AVX2__)
+#if defined(__AVXVNNI__)
+constexpr bool kVnni = true;
+#else
+constexpr bool kVnni = false;
+#endif
 struct bytes64 {
   __m256i a, b;
 };
@@ -276,29 +262,30 @@ inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   const __m256i t = _mm256_broadcastsi128_si256(load<__m128i>(table));
   return {_mm256_shuffle_epi8(t, nibbles.a), _mm256_shuffle_epi8(t, nibbles.b)};
 }
-inline i32x16 join(__m256i a, __m256i b) {
-  i32x16 r;
-  memcpy(&r, &a, 32);
-  memcpy(reinterpret_cast<char*>(&r) + 32, &b, 32);
-  return r;
-}
-// 127 * 127 * 2 fits 16 bits; 255 * 127 * 2 does not, so there the bytes are widened.
 inline __m256i splat4(const int8_t* s) { return _mm256_set1_epi32(load<int32_t>(s)); }
-inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i x) {
-  const __m256i one = _mm256_set1_epi16(1);
-  return acc + join(_mm256_madd_epi16(_mm256_maddubs_epi16(u.a, x), one),
-                    _mm256_madd_epi16(_mm256_maddubs_epi16(u.b, x), one));
-}
-inline __m256i dot4_wide(__m256i u, __m256i x) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  return _mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(x, 8)));
-}
-inline i32x16 dot4(i32x16 acc, bytes64 u, __m256i x) {
-  return acc + join(dot4_wide(u.a, x), dot4_wide(u.b, x));
-}
+// Eight dot products of four. `Small`: u is at most 127; then two products fit in 16 bits, else the bytes are
+// widened.
+template <bool Small>
+inline __m256i dot4_half(__m256i acc, __m256i u, __m256i s) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(acc, u, s);
 #else
-typedef uint8_t bytes64 __attribute__((vector_size(64)));
+  if constexpr (Small)
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(u, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(u, 8), _mm256_srai_epi16(s, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+#endif
+}
+template <bool Small>
+inline i32x16 dot4_halves(i32x16 acc, __m256i u0, __m256i u1, __m256i s0, __m256i s1) {
+  return joined<i32x16>(dot4_half<Small>((__m256i)acc.a, u0, s0), dot4_half<Small>((__m256i)acc.b, u1, s1));
+}
+inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i s) { return dot4_halves<true>(acc, u.a, u.b, s, s); }
+inline i32x16 dot4(i32x16 acc, bytes64 u, __m256i s) { return dot4_halves<false>(acc, u.a, u.b, s, s); }
+#else
+typedef Lanes<uint8_t, 64> bytes64;
 inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
 inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
 inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
@@ -308,14 +295,15 @@ inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
   return nibbles | ((Left > 0 ? more << (Left > 0 ? Left : 0) : more >> (Left < 0 ? -Left : 0)) & bits);
 }
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
-  bytes64 found;
-  for (int i = 0; i < 64; ++i) found[i] = table[nibbles[i]];
-  return found;
+  uint8_t found[64];
+  store(found, nibbles);
+  for (uint8_t& f : found) f = table[f];
+  return load_bytes(found);
 }
 inline const int8_t* splat4(const int8_t* s) { return s; }
 inline i32x16 dot4(i32x16 acc, bytes64 u, const int8_t* s) {
-  const u32x16 w = load<u32x16>(&u);
-  for (int j = 0; j < 4; ++j) acc += (i32x16)((w >> (8 * j)) & 255u) * static_cast<int32_t>(s[j]);
+  const u32x16 w = as<u32x16>(u);
+  for (int j = 0; j < 4; ++j) acc += as<i32x16>((w >> (8 * j)) & 255u) * static_cast<int32_t>(s[j]);
   return acc;
 }
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, const int8_t* s) { return dot4(acc, u, s); }
@@ -352,8 +340,8 @@ inline void store_past_caches(float* p, f32x16 v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, v);
 #elif defined(__AVX__)
-  _mm256_stream_ps(p, load<__m256>(&v));
-  _mm256_stream_ps(p + 8, load<__m256>(reinterpret_cast<const float*>(&v) + 8));
+  _mm256_stream_ps(p, v.a);
+  _mm256_stream_ps(p + 8, v.b);
 #else
   store(p, v);
 #endif

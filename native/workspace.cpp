@@ -83,10 +83,8 @@ Act Workspace::act(const std::vector<const Matrix*>& ws, int rows, Split split, 
     a.scale = take<float>(terms * a.groups);
     a.comp = take<int32_t>(terms * a.groups);
   }
-  if (a.cell_count) {
-    a.flipped = take<uint8_t>(terms * a.ld);
-    a.cells = take<CellInput>(terms * a.cell_count);
-  }
+  if (a.cell_count || (a.groups && split.flipped)) a.flipped = take<uint8_t>(terms * a.ld);
+  if (a.cell_count) a.cells = take<CellInput>(terms * a.cell_count);
   if (floats) a.f32 = take<float>(cells);
   return a;
 }

@@ -30,20 +30,15 @@ struct signed64 {
 inline __m256i pixel4(const uint8_t* p) { return _mm256_set1_epi32(load<int32_t>(p)); }
 inline signed64 weights64(const int8_t* p) { return {load<__m256i>(p), load<__m256i>(p + 32)}; }
 template <bool Small>
-inline __m256i dot_half(__m256i x, __m256i w) {
-  if constexpr (Small) return _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1));
-  return dot4_wide(x, w);
-}
-template <bool Small>
 inline i32x16 dot_pixel(i32x16 acc, __m256i x, signed64 w) {
-  return acc + join(dot_half<Small>(x, w.a), dot_half<Small>(x, w.b));
+  return dot4_halves<Small>(acc, x, x, w.a, w.b);
 }
 #else
 inline const uint8_t* pixel4(const uint8_t* p) { return p; }
 inline u32x16 weights64(const int8_t* p) { return load<u32x16>(p); }
 template <bool Small>
 inline i32x16 dot_pixel(i32x16 acc, const uint8_t* x, u32x16 w) {
-  for (int j = 0; j < 4; ++j) acc += ((i32x16)(w << (24 - 8 * j)) >> 24) * static_cast<int32_t>(x[j]);
+  for (int j = 0; j < 4; ++j) acc += (as<i32x16>(w << (24 - 8 * j)) >> 24) * static_cast<int32_t>(x[j]);
   return acc;
 }
 #endif
@@ -53,22 +48,17 @@ inline f32x16 fma_exact(f32x16 a, f32x16 b, f32x16 c) {
 #if defined(__FMA__)
   return fma(a, b, c);
 #else
-  for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
-  return c;
+  float sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return loadf(sums);
 #endif
 }
 
-inline f32x16 bytes_to_float(const uint8_t* p) {
-#if defined(__AVX512F__)
-  return to_float((i32x16)_mm512_cvtepu8_epi32(load<__m128i>(p)));
-#else
-  return to_float(__builtin_convertvector(load<u8x16>(p), i32x16));
-#endif
-}
+inline f32x16 bytes_to_float(const uint8_t* p) { return to_float(widen(p)); }
 
 inline i32x16 round_clamped(f32x16 v, float top) {
   v = min(max(v, splat(0.0f)), splat(top)) + splat(12582912.0f);  // 1.5 * 2^23: to the nearest even integer
-  return (i32x16)float_to_bits(v) - 0x4b400000;
+  return as<i32x16>(v) - 0x4b400000;
 }
 
 // Where pixels of one strip and one group go; either may be null.
@@ -105,11 +95,12 @@ template <int Q>
 #else
   for (int p = 0; p < Q && p < count; ++p) {
     const i32x16 bytes = round_clamped(v[p], 255.0f);
-    if (to.wide) store(to.wide + 16 * p, __builtin_convertvector(bytes, u8x16));
+    if (to.wide) store(to.wide + 16 * p, narrow(bytes));
     if (!to.narrow) continue;
     i32x16 shifted = bytes + half;
-    shifted = (shifted > 255 ? splati(255) : shifted) >> l.shift;
-    store(to.narrow + 16 * p, __builtin_convertvector(shifted > l.top ? splati(l.top) : shifted, u8x16));
+    const i32x16 most = splati(255), top = splati(l.top);
+    shifted = select(shifted > most, most, shifted) >> l.shift;
+    store(to.narrow + 16 * p, narrow(select(shifted > top, top, shifted)));
   }
 #endif
 }
@@ -211,7 +202,7 @@ void conv_step(const ConvLayer& l, const ConvPair& pair, const Strip* strips, in
 }
 
 void conv(const ConvLayer& l, const ConvPair& pair, const Strip* strips, int count) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
   if (l.small_inputs) return conv_step<true>(l, pair, strips, count);
 #endif
   conv_step<false>(l, pair, strips, count);

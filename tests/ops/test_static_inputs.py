@@ -11,6 +11,7 @@ import torch
 from farthing.ops.api import Norm
 from farthing.ops.select import select
 from farthing.ops.weights import InputRounding, Weight, quantize_int8
+from tests.ops.test_cpu import ISAS
 
 
 def exact(x: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
@@ -20,15 +21,16 @@ def exact(x: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:
     return (q @ weight.data.double().t()) * (weight.scale.double().t() * scale)
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [1, 3, 17, 64])
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (48, 176), (96, 200), (32, 16)])
 @pytest.mark.parametrize("scale", [0.002, 0.03, 3.0])
-def test_linear_is_exact(tokens: int, n: int, k: int, scale: float) -> None:
+def test_linear_is_exact(isa: str, tokens: int, n: int, k: int, scale: float) -> None:
     """A narrow range clips, a wide one rounds most values to zero; both follow the file."""
     torch.manual_seed(n + k + tokens)
     weight = replace(quantize_int8(torch.randn(n, k)), inputs=InputRounding(8, scale=scale))
     x = torch.randn(tokens, k) * torch.tensor([1.0, 1e-3, 30.0]).repeat(k)[:k]
-    ops = select("cpu")
+    ops = select(f"cpu/{isa}")
     y = ops.linear(x, ops.pack_linear("w", lambda: [weight]))
     torch.testing.assert_close(y.double(), exact(x, weight, scale), rtol=1e-5, atol=1e-5)
 

@@ -226,7 +226,8 @@ def measure() -> tuple[int, float, float]:
             "--core-int8"
         ) from None
     cpus = own_cpus().threads()
-    peak = max(_native.peak_ops(kind, cpus) for kind in ("vnni_int8", "amx_int8"))
+    units = ("avx2_int8", "avx_vnni_int8", "vnni_int8", "amx_int8")
+    peak = max(_native.peak_ops(unit, cpus) for unit in units)
     return cpus, _native.read_bandwidth(cpus, PROBE), peak / cpus
 
 
