@@ -17,7 +17,7 @@ NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists
 
 SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
 
-.PHONY: demo test test-all test-slow test-isa test-gpu serve bench bench-gpu spills lint format docs sanitize lock wheel clean
+.PHONY: demo test test-all test-slow test-isa test-amx test-gpu serve bench bench-gpu spills lint format docs sanitize lock wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing_lab.demo
@@ -34,6 +34,10 @@ test-slow: $(STAMP)
 # Tests of kernels and backends with every instruction set in turn; AMX tiles are emulated (native/test-isa).
 test-isa: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/test-isa -n $(WORKERS) --dist loadfile
+
+# The tests of AMX tiles alone, on every push: of the build that `make test` uses, three files are compiled again.
+test-amx: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" FARTHING_ISA_DIR=$(lastword $(sort $(wildcard build/cp*))) bash native/test-isa amx -q -n $(WORKERS)
 
 # Kernel tests on the GPU instead of Triton's interpreter, and all other tests that need a GPU.
 test-gpu: $(STAMP)
