@@ -1,6 +1,7 @@
 """Measures how much one hostile client delays others: every known attack next to well-behaved clients.
 
     python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--gateway] [--json FILE]
+    python -m bench.hostile --dialect llama.cpp --command "llama-server -m FILE.gguf --port {port}"
 
 Starts `farthing serve` with two API keys. Two well-behaved clients share a key and send requests
 continuously, one for 8 tokens and one for an answer under a new grammar. With --gateway, all requests pass a
@@ -8,7 +9,9 @@ gateway. Windows with the attack, which uses the other key, alternate with windo
 attack's added latency is the difference of the worst latencies. The exit code is 1 if an attack adds more
 than 250 ms or makes a well-behaved request fail. The attacker runs in a separate process with SCHED_IDLE,
 since a real one has its own machine; at niceness 19 it would keep a core for milliseconds. `held` is the
-longest time that the event loop and an engine step took at once, measured in the server.
+longest time that the event loop and an engine step took at once, measured in the server. With --command it
+attacks another server, started by that command, beside one well-behaved client that asks for 8 tokens. A
+summary by class of attack follows.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,12 +29,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
-from bench.hostile.attacks import BAD, NUMBERS, Attack, attacks, url
+from bench.hostile.attacks import BAD, CLASSES, NUMBERS, SPOKEN, Attack, attacks, url
+from bench.hostile.peer import DIALECTS, Peer, spoken
+from bench.hostile.processes import free_port, resident
 
 BAR = 0.250  # seconds that an attack may add
 GOOD = "sk-good"
@@ -69,6 +74,8 @@ class Result:
     answers: str = ""
     held: dict[str, float] = field(default_factory=dict)  # with the attack
     held_alone: dict[str, float] = field(default_factory=dict)
+    ended: bool = False  # the server was no longer there, or no longer answered
+    memory: int = 0  # bytes afterwards
 
     def added(self, kind: str) -> float:
         """Seconds that the attack added to the worst latency."""
@@ -82,7 +89,7 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether the attack stays within the limit."""
-        return not self.failures and all(self.added(kind) <= BAR for kind in KINDS)
+        return not (self.failures or self.ended) and all(self.added(kind) <= BAR for kind in self.during)
 
     def to_json(self) -> dict[str, Any]:
         """The result for --json; times in seconds."""
@@ -90,6 +97,8 @@ class Result:
             "ok": self.ok,
             "failures": self.failures,
             "answers": self.answers,
+            "ended": self.ended,
+            "memory": self.memory,
             "held": self.held,
             "held_alone": self.held_alone,
         } | {
@@ -101,7 +110,7 @@ class Result:
                 "alone_median": self.alone[kind].median,
                 "requests": len(self.during[kind].seconds),
             }
-            for kind in KINDS
+            for kind in self.during
         }
 
 
@@ -164,9 +173,12 @@ class Server:
         return held
 
     def memory(self) -> int:
-        """Resident bytes, without children."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+        """Resident bytes, with children."""
+        return resident(self._process.pid)
+
+    def revive(self) -> bool:
+        """Whether an attack has ended it; it is not started again."""
+        return self._process.poll() is not None
 
     def stop(self) -> None:
         """Stop the server and the gateway."""
@@ -177,17 +189,12 @@ class Server:
         self._process.wait(60)
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 class Attacker:
     """A process that attacks between `begin` and `pause`."""
 
-    def __init__(self, port: int, name: str) -> None:
+    def __init__(self, port: int, name: str, dialect: str) -> None:
         command = [sys.executable, "-m", "bench.hostile", "--attack", name, "--port", str(port)]
+        command += ["--dialect", dialect]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -245,7 +252,7 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
             while time.monotonic() < deadline:
                 began = time.monotonic()
                 try:
-                    status = str(client.post("/v1/completions", json=KINDS[kind](), timeout=60).status_code)
+                    status = str(client.post("/v1/completions", json=KINDS[kind](), timeout=30).status_code)
                 except ERRORS as error:
                     status = type(error).__name__
                 into[kind].seconds.append(time.monotonic() - began)
@@ -253,29 +260,31 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
                     into[kind].failures[status] += 1
                 time.sleep(0.02)
 
-    clients = [threading.Thread(target=ask, args=(kind,)) for kind in KINDS]
+    clients = [threading.Thread(target=ask, args=(kind,)) for kind in into]
     for client in clients:
         client.start()
     for client in clients:
         client.join()
 
 
-def run(server: Server, attack: Attack, rounds: int, seconds: float) -> Result:
+def run(server: Server | Peer, attack: Attack, options: argparse.Namespace) -> Result:
     """Alternate windows without and with the attack."""
-    result = Result(attack.name, {k: Latencies() for k in KINDS}, {k: Latencies() for k in KINDS})
-    attacker = Attacker(server.entry, attack.name)
+    kinds = ["plain"] if options.command else list(KINDS)
+    result = Result(attack.name, {k: Latencies() for k in kinds}, {k: Latencies() for k in kinds})
+    attacker = Attacker(server.entry, attack.name, options.dialect)
     server.holds()
-    for _ in range(rounds):
-        measure(server.entry, result.alone, seconds)
+    for _ in range(options.rounds):
+        measure(server.entry, result.alone, options.seconds)
         keep_most(result.held_alone, server.holds())
         attacker.say("begin")
-        measure(server.entry, result.during, seconds)
+        measure(server.entry, result.during, options.seconds)
         attacker.say("pause")
         keep_most(result.held, server.holds())
         time.sleep(SETTLE)
         wait_idle(server.port)
         server.holds()
     result.answers = attacker.end()
+    result.memory, result.ended = server.memory(), server.revive()
     return result
 
 
@@ -287,7 +296,12 @@ def wait_idle(port: int) -> None:
             lines = httpx.get(f"{url(port)}/metrics", timeout=30).text.splitlines()
             names = ("vllm:num_requests_", "farthing:num_requests_")
             busy = [line for line in lines if line.startswith(names)]
-            if all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
+            if not busy:  # another server: it is idle if it answers as fast as ever
+                began = time.monotonic()
+                httpx.post(f"{url(port)}/v1/completions", json=PLAIN, timeout=30)
+                if time.monotonic() - began < 2 * SETTLE:
+                    return
+            elif all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
                 return
         time.sleep(0.2)
 
@@ -302,14 +316,14 @@ def print_result(result: Result) -> None:
     """Print one line: the added latency of each kind, the control, and the longest holds."""
     cells = " ".join(
         f"{1e3 * value:6.0f}"
-        for kind in KINDS
+        for kind in result.during
         for value in (result.during[kind].worst, result.alone[kind].worst, result.added(kind))
     )
     held = " ".join(
         f"{1e3 * result.held.get(name, 0.0):6.0f}"
         for name in ("loop cpu", "loop wall", "step cpu", "step wall")
     )
-    verdict = "" if result.ok else "  over the limit"
+    verdict = "  the server ended" if result.ended else "" if result.ok else "  over the limit"
     print(f"{result.name:36} {cells} {held} {result.failures:6d}{verdict}", flush=True)
 
 
@@ -317,6 +331,38 @@ HEAD = (
     f"{'':36} {'8 tokens':>20} {'new grammar':>20} {'held at once':>27}\n"
     f"{'attack (ms)':36} " + "  worst  alone  added" * 2 + "   loop   wall   step   wall failed"
 )
+
+
+def run_all(server: Server | Peer, options: argparse.Namespace) -> tuple[list[Result], int, int]:
+    """The results of all chosen attacks, and the memory before the first and after the last."""
+    server.wait()
+    if options.gateway and isinstance(server, Server):
+        server.put_gateway_in_front()
+    kinds = ["plain"] if options.command else list(KINDS)
+    measure(server.entry, {kind: Latencies() for kind in kinds}, 3.0)
+    before, results = server.memory(), []
+    print(HEAD)
+    for attack in attacks(options.only):
+        results.append(run(server, attack, options))
+        print_result(results[-1])
+        if results[-1].ended and isinstance(server, Server):
+            break
+    return results, before, server.memory()
+
+
+def summarize(results: list[Result]) -> None:
+    """Print a line for each class of attacks: what they added to eight tokens, and what ended the server."""
+    for name, made in CLASSES.items():
+        names = {attack.name for attack in made()}
+        some = [result for result in results if result.name in names]
+        if some:
+            added = sorted(result.added("plain") for result in some)
+            failed, ended = sum(r.failures for r in some), sum(r.ended for r in some)
+            print(
+                f"{name}: {len(some)} attacks, 8 tokens later by {median(added):.2f} s in the median, "
+                f"{added[-1]:.2f} at most; {failed} requests failed; the server ended in {ended}; "
+                f"at most {max(r.memory for r in some) / 2**20:,.0f} MiB"
+            )
 
 
 def main() -> None:
@@ -330,32 +376,29 @@ def main() -> None:
     parser.add_argument("--model", default="mite")
     parser.add_argument("--gateway", action="store_true", help="put a gateway in front of the server")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--command", help="start this server instead, on the port {port}")
+    parser.add_argument("--dialect", choices=DIALECTS, default="farthing", help="how it spells a grammar")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.attack:
+        SPOKEN[0] = partial(spoken, dialect=options.dialect)
         attack_here(next(each for each in attacks() if each.name == options.attack), options.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # also stops the server
-    results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
-        server = Server(options.model, Path(folder))
+        server = (
+            Peer(options.command, Path(folder) / "log")
+            if options.command
+            else Server(options.model, Path(folder))
+        )
         try:
-            server.wait()
-            if options.gateway:
-                server.put_gateway_in_front()
-            measure(server.entry, {kind: Latencies() for kind in KINDS}, 3.0)
-            before = server.memory()
-            print(HEAD)
-            for attack in attacks():
-                if options.only in attack.name:
-                    results.append(run(server, attack, options.rounds, options.seconds))
-                    print_result(results[-1])
-            after = server.memory()
+            results, before, after = run_all(server, options)
         finally:
             server.stop()
     print(f"memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
     over = [result.name for result in results if not result.ok]
     print(f"{len(results) - len(over)} of {len(results)} attacks within {1e3 * BAR:.0f} ms")
+    summarize(results)
     if options.json:
         figures = {"bar": BAR, "memory": [before, after], "attacks": {r.name: r.to_json() for r in results}}
         options.json.write_text(json.dumps(figures, indent=1))

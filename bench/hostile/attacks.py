@@ -23,6 +23,7 @@ CHAT, COMPLETE, RESPOND, MESSAGES = (
 USER = {"role": "user", "content": "x"}
 PART = {"type": "text", "text": "x"}
 NUMBERS = itertools.count()
+SPOKEN: list[Callable[[Any], Any]] = [lambda document: document]  # how the server spells a grammar
 
 Once = Callable[[int], str]  # port -> summary of the response
 
@@ -55,7 +56,7 @@ def fresh(path: str, make: Callable[[int], Any], timeout: float = 60.0) -> Once:
     """Send a body that no cache has: `make` gets an unused number."""
 
     def once(port: int) -> str:
-        document = make(next(NUMBERS) + time.time_ns() % 10**9 * 1000)
+        document = SPOKEN[0](make(next(NUMBERS) + time.time_ns() % 10**9 * 1000))
         return str(httpx.post(url(port) + path, json=document, headers=JSON, timeout=timeout).status_code)
 
     return once
@@ -72,7 +73,7 @@ def abandoned_grammar(make: Callable[[int], str]) -> Once:
 
     def once(port: int) -> str:
         document = {"prompt": "x", "max_tokens": 4, "guided_regex": make(next(NUMBERS))}
-        return abandoned(COMPLETE, document, 0)(port)
+        return abandoned(COMPLETE, SPOKEN[0](document), 0)(port)
 
     return once
 
@@ -362,6 +363,13 @@ def sockets() -> list[Attack]:
     ]
 
 
-def attacks() -> list[Attack]:
-    """All attacks."""
-    return [*grammars(), *bodies(), *work(), *sockets()]
+CLASSES: dict[str, Callable[[], list[Attack]]] = {
+    "grammars": grammars, "bodies": bodies, "work": work, "sockets": sockets
+}  # fmt: skip
+
+
+def attacks(only: str = "") -> list[Attack]:
+    """All attacks, those of a class, or those whose name contains `only`."""
+    if only in CLASSES:
+        return CLASSES[only]()
+    return [attack for made in CLASSES.values() for attack in made() if only in attack.name]

@@ -3,19 +3,94 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
+
+import httpx
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.hostile.__main__ import BAR, KINDS, Latencies, Result
-from bench.hostile.attacks import attacks
+from bench.hostile.attacks import CLASSES, attacks
+from bench.hostile.peer import Peer, spoken
+from bench.hostile.processes import resident
 from bench.hostile.serve import Holds
 
 
 def test_attack_names_are_unique() -> None:
     names = [attack.name for attack in attacks()]
     assert len(set(names)) == len(names) >= 40
+
+
+def test_attacks_are_chosen_by_class_or_by_part_of_a_name() -> None:
+    assert [attack.name for attack in attacks("sockets")] == [attack.name for attack in CLASSES["sockets"]()]
+    assert [attack.name for attack in attacks("150 MB")] == ["head: 150 MB"]
+    assert len(attacks()) == sum(len(made()) for made in CLASSES.values())
+
+
+def test_grammar_is_spelt_as_each_server_expects_it() -> None:
+    asked = {"prompt": "x", "guided_regex": "a+"}
+    assert spoken(asked, "farthing") == asked
+    assert spoken(asked, "vllm") == {"prompt": "x", "structured_outputs": {"regex": "a+"}}
+    pattern = {"type": "string", "pattern": "^a+$"}
+    assert spoken(asked, "llama.cpp") == {"prompt": "x", "json_schema": pattern}
+    assert spoken({"guided_choice": ["a", 'b"']}, "llama.cpp") == {"grammar": 'root ::= "a" | "b\\""'}
+    assert spoken({"guided_json": {"type": "object"}}, "llama.cpp") == {"json_schema": {"type": "object"}}
+    rules = spoken({"guided_grammar": 'start: r0\nr0: "x"'}, "llama.cpp")
+    assert rules == {"grammar": 'root ::= r0\nr0 ::= "x"'}
+    assert spoken(["not", "a", "body"], "vllm") == ["not", "a", "body"]
+
+
+HEALTHY = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/end":
+            sys.exit()
+
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+
+
+def test_server_that_an_attack_ended_is_started_again(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(HEALTHY)
+    peer = Peer(f"{sys.executable} {tmp_path / 'server.py'} {{port}}", tmp_path / "log")
+    try:
+        peer.wait()
+        assert peer.revive() is False and peer.memory() > 1 << 20 and peer.holds() == {}
+        httpx.get(f"http://127.0.0.1:{peer.port}/end")
+        peer._process.wait(30)
+        assert peer.revive() is True
+        assert httpx.get(f"http://127.0.0.1:{peer.port}/health").status_code == 200
+    finally:
+        peer.stop()
+
+
+def test_server_that_cannot_start_is_named(tmp_path: Path) -> None:
+    peer = Peer("false --port {port}", tmp_path / "log")
+    with pytest.raises(SystemExit, match="false did not start"):
+        peer.wait()
+
+
+def test_memory_counts_children() -> None:
+    code = "import subprocess, sys; subprocess.run(['sleep', '5']) if sys.argv[1] == '1' else input()"
+    with subprocess.Popen([sys.executable, "-c", code, "1"]) as parent:
+        deadline = time.monotonic() + 10
+        alone = 0
+        while time.monotonic() < deadline:
+            children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+            if children and (alone := resident(int(children[0]))):
+                break
+            time.sleep(0.02)
+        assert resident(parent.pid) > alone > 0
+        parent.terminate()
 
 
 def result(during: float, alone: float, failures: int = 0) -> Result:
