@@ -103,7 +103,7 @@ def main() -> None:
     p.add_argument("build", type=Path, help="directory of object files")
     p.add_argument("--all", action="store_true", help="also loops without spills")
     a = p.parse_args()
-    files = sorted(a.build.rglob("*.o"))
+    files = sorted(file for file in a.build.rglob("*.o") if "emulated.dir" not in file.parts)
     loops = [loop for file in files for loop in hot_loops(disassembly(file), file.stem)]
     spilled = [loop for loop in loops if loop.stores or loop.loads]
     print(f"{len(loops)} hot loops, {len(spilled)} with vector registers on the stack")

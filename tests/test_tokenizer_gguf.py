@@ -44,6 +44,14 @@ def test_sentencepiece_merges_the_best_score_first() -> None:
     assert [tokens[i] for i in bare.encode("ab", add_special_tokens=False).ids] == ["ab"]
 
 
+def test_control_tokens_are_special_and_those_of_users_are_text() -> None:
+    kinds = [2, 3, 3] + [6] * 256 + [1] * 8
+    for kind, shown in ((3, "a"), (4, "a<mark>")):
+        tokenizer, _ = tokenizer_of("file", sentencepiece(token_type=[*kinds, kind]))
+        ids = tokenizer.encode("a<mark>", add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == shown
+
+
 @pytest.mark.parametrize(
     ("pre", "text", "expected"),
     [

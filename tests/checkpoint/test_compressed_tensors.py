@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from farthing.checkpoint.compressed_tensors import stored_scale
 from farthing.checkpoint.floats import dequantize_blocks, quantize_blocks
 
 
@@ -66,3 +67,9 @@ def test_bad_input_is_named() -> None:
     w8, scale = quantize_blocks(torch.ones(130, 4))
     with pytest.raises(ValueError, match=r"expected \(2, 1\)"):
         dequantize_blocks(w8, scale[:1])
+
+
+@given(st.floats(2.0**-13, 4096.0))
+def test_scale_of_fitted_values_is_read_as_it_was_rounded(value: float) -> None:
+    scale = torch.tensor([[value]])
+    assert torch.equal(stored_scale(scale), scale.bfloat16().float())

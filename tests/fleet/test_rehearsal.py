@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing_fleet.rehearsal import MARGINS, SPREAD, Fleets, Rehearsal, Settings, Steady, drain, made_up_day
+from farthing_fleet.rehearsal import (
+    MARGINS,
+    PRICE,
+    SHARE_OF_BUDGET,
+    SPREAD,
+    Fleets,
+    Rehearsal,
+    Settings,
+    Steady,
+    drain,
+    made_up_day,
+)
 
 
 def test_a_replica_serves_after_it_was_wanted_for_a_cold_start() -> None:
@@ -56,6 +67,16 @@ def test_rules_share_the_decision_by_their_costs() -> None:
     assert weights.argmax() == cost.argmin()
     wanted = (rehearsal._planned * rehearsal._margins)[weights > 0]
     assert wanted.min() <= plan.need <= wanted.max()
+
+
+def test_late_requests_cost_only_beyond_the_error_budget() -> None:
+    rehearsal = Rehearsal(Settings(60.0, 600.0), 10.0)
+    rehearsal.observe(1.0)
+    budget = SHARE_OF_BUDGET * (1 - rehearsal.settings.target)
+    rehearsal._arrived, rehearsal._hours = 100.0, np.full_like(rehearsal._hours, 300.0)
+    for share, beyond in ((0.0, 0.0), (budget / 2, 0.0), (budget + 0.01, 0.01)):
+        rehearsal._late = np.full_like(rehearsal._late, 100.0 * share)
+        assert rehearsal.costs()[0] == pytest.approx(3.0 + PRICE * beyond)
 
 
 @settings(max_examples=25, deadline=None)
