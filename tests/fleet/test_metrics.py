@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 
@@ -68,3 +69,16 @@ def test_controller_loads_no_http_framework() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.anyio
+async def test_odd_length_of_a_body_is_answered_at_once_and_ends_the_connection() -> None:
+    server = MetricsServer(FleetMetrics())
+    port = await server.start("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: one\r\n\r\n")
+    async with asyncio.timeout(5):  # a server that waited for a body would wait for 10 s
+        answer = await reader.read()  # to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await server.close()
