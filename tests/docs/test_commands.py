@@ -23,7 +23,9 @@ def test_documented_command_parses(command: Command) -> None:
 
 
 def test_nonexistent_command_fails() -> None:
-    for words in (("serv",), ("serve", "--no-such-option"), ("bench", "serve", "--concurrency", "many")):
+    with pytest.raises(typer.Exit):
+        parse(typer.main.get_command(app), ("serv",))
+    for words in (("serve", "--no-such-option"), ("bench", "serve", "--concurrency", "many")):
         with pytest.raises(Exception, match=r"No such|Input should be"):
             parse(typer.main.get_command(app), words)
 
