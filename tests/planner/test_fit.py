@@ -70,3 +70,13 @@ def test_options_that_are_given_stay(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert with_fit(given, tmp_path) == given
     elsewhere = EngineConfig(model=str(tmp_path), backend="gpu")
     assert with_fit(elsewhere, tmp_path) == elsewhere
+
+
+def test_few_sequences_take_a_small_cache(tmp_path: Path) -> None:
+    """A person's conversations: the same context, and no more cache than they fill."""
+    path = model(tmp_path, "smollm2-135m")
+    many, few = fit(path, 24 * 10**9), fit(path, 24 * 10**9, sequences=2)
+    assert (many.max_num_seqs, few.max_num_seqs) == (64, 2)
+    assert few.max_model_len == many.max_model_len == few.longest
+    assert few.kv_cache_memory < 0.5 * 10**9 < 4 * 10**9 < many.kv_cache_memory
+    assert fit(path, 24 * 10**9, sequences=100).max_num_seqs == 100

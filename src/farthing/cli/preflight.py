@@ -76,7 +76,9 @@ def with_fit(config: EngineConfig, path: Path) -> EngineConfig:
     if config.kv_cache_memory is None and config.num_blocks is None:
         chosen |= {"kv_cache_memory": found.kv_cache_memory}
         chosen |= {"max_model_len": found.max_model_len} if config.max_model_len is None else {}
-    return replace(config, max_num_seqs=found.max_num_seqs, **chosen)
+    if config.max_num_seqs == EngineConfig().max_num_seqs:
+        chosen["max_num_seqs"] = found.max_num_seqs
+    return replace(config, **chosen)
 
 
 def _check_memory(config: EngineConfig, path: Path) -> None:
