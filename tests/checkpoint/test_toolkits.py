@@ -15,6 +15,7 @@ from farthing.checkpoint import toolkits
 from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.shards import CheckpointError
 from farthing.planner.footprint import stored_by_config
+from tests.checkpoint.sizes import QWEN3_MOE
 
 MODULE = "model.layers.0.mlp.down_proj"
 N, K = 32, 256
@@ -23,7 +24,7 @@ E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, 
 
 def opened(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Checkpoint:
     save_file({f"{MODULE}.{k}": v.contiguous() for k, v in tensors.items()}, path / "model.safetensors")
-    raw = {"model_type": "qwen3_moe", "quantization_config": config}
+    raw = QWEN3_MOE | {"quantization_config": config}
     (path / "config.json").write_text(json.dumps(raw))
     return Checkpoint.open(path)
 

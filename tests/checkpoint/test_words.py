@@ -16,6 +16,7 @@ from torch import Tensor
 from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.shards import CheckpointError
 from farthing.planner.footprint import stored_by_config
+from tests.checkpoint.sizes import QWEN3_MOE
 
 MODULE = "model.layers.0.mlp.down_proj"
 N, K = 32, 128
@@ -42,7 +43,7 @@ def integers(bits: int, group: int, symmetric: bool = True) -> tuple[Tensor, Ten
 
 def opened(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Checkpoint:
     save_file({f"{MODULE}.{k}": v.contiguous() for k, v in tensors.items()}, path / "model.safetensors")
-    raw = {"model_type": "qwen3_moe", "quantization_config": config}
+    raw = QWEN3_MOE | {"quantization_config": config}
     (path / "config.json").write_text(json.dumps(raw))
     return Checkpoint.open(path)
 
@@ -82,7 +83,7 @@ def test_gptq(tmp_path: Path, bits: int, symmetric: bool, version: str, group: i
     assert (weight.zero_point is None) == symmetric
     assert checkpoint.stored_as(MODULE) == (weight.format, (N, K))
     checkpoint.finish()
-    planned = stored_by_config(checkpoint.config)("model.layers.0.mlp.experts.0.up_proj.weight")
+    planned = stored_by_config(checkpoint.config)("model.layers.2.mlp.experts.0.up_proj.weight")
     assert (planned.kind, planned.group, planned.zero) == (weight.format, group, not symmetric)
 
 

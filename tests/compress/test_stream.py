@@ -233,11 +233,11 @@ def test_calibration_matches_a_plain_forward_pass(model_dir: Path, corpus: Corpu
     expected = plain.forward(ids, batch, plain.new_cache(blocks, 16, "float32"))
     torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
     first = plain.ops.rms_norm(plain.ops.embed(ids, plain.embedding), plain.layers[0][0].norm)
-    stats = recorder.inputs["model.layers.0.self_attn.kv_a_proj_with_mqa"]
+    stats = recorder.inputs["model.layers.0.self_attn.qkv_a"]
     torch.testing.assert_close(stats.gram, first.T @ first, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(stats.energy, first.square().sum(0), rtol=1e-3, atol=1e-3)
     assert stats.tokens == len(ids)
-    histogram = recorder.histograms["model.layers.0.self_attn.kv_a_proj_with_mqa"]
+    histogram = recorder.histograms["model.layers.0.self_attn.qkv_a"]
     assert histogram.absmax == pytest.approx(float(first.abs().max()))
     counts = recorder.experts["model.layers.1.mlp"]
     assert int(counts.sum()) == 2 * len(ids)

@@ -25,6 +25,8 @@ def test_every_tensor_is_found_by_its_name_and_its_module(name: str) -> None:
         if tensor.name.endswith(".weight"):
             assert parameters.find(tensor.module) == tensor
         assert parameters.rounds(tensor.module) == (tensor.role in COMPRESSED)
+        if tensor.role in COMPRESSED:
+            assert parameters.reader(tensor.input).input == tensor.input
     for absent in ("model.layers.0.self_attn.no_proj", "model.layers.99999.mlp.gate_proj.weight", "lm"):
         assert parameters.find(absent) is None or layer_of(absent) == 99999
 

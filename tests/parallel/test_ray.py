@@ -168,9 +168,7 @@ def test_missing_cluster(checkpoint: Path) -> None:
 
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(
-        ValueError, match=r"nodes is more than 1, which requires Ray: pip install '\.\[ray\]'"
-    ):
+    with pytest.raises(ValueError, match=r"nodes is more than 1, which requires Ray: pip install .*'ray\["):
         ray_workers.import_ray()
 
 

@@ -17,6 +17,7 @@ from farthing.checkpoint import compressed_tensors as ct
 from farthing.compress import native
 from farthing.compress.layer import Matrix, TracedOps
 from farthing.compress.source import PlainCheckpoint
+from farthing.model import ModelConfig, Parameters
 
 Rounding = Callable[[Tensor], Tensor]
 FP8_MAX = 448.0
@@ -92,7 +93,9 @@ class SimulatedOps(TracedOps):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.name = "reference float32, simulated activations"
-        self._activations = Activations.of(PlainCheckpoint.open(path))
+        checkpoint = PlainCheckpoint.open(path)
+        self._activations = Activations.of(checkpoint)
+        self._parameters = Parameters(ModelConfig.from_json(checkpoint.config))
         self._rounding: dict[str, Rounding | None] = {}
 
     def before(self, matrix: Matrix, x: Tensor) -> Tensor:
@@ -100,7 +103,8 @@ class SimulatedOps(TracedOps):
         if matrix.format == "dense":
             return x
         if matrix.name not in self._rounding:
-            self._rounding[matrix.name] = self._activations.rounding(matrix.name)
+            module = self._parameters.reader(matrix.name).module
+            self._rounding[matrix.name] = self._activations.rounding(module)
         rounding = self._rounding[matrix.name]
         return x if rounding is None else rounding(x)
 

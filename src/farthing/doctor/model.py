@@ -30,6 +30,7 @@ from farthing.model import (
     source_of,
     stack_of,
 )
+from farthing.model.attention import LatentAttention
 from farthing.model.types import type_named, type_of
 from farthing.ops import INTEGERS, Ops, make_batch
 
@@ -302,7 +303,7 @@ def logits_of(model: DecoderModel, ids: Tensor, first: int = 0) -> Tensor:
     positions that start at 0 with the query scales of later ones give the same logits.
     """
     for attention, _ in model.layers if first else []:
-        if attention.query_scale is not None:
+        if isinstance(attention, LatentAttention) and attention.query_scale is not None:
             attention.query_scale = attention.query_scale[first:]
     size = -(-16 // model.config.block_tokens) * model.config.block_tokens
     blocks = list(range(-(-len(ids) // size)))

@@ -88,13 +88,24 @@ class Parameters:
 
     def find(self, name: str) -> Tensor | None:
         """The parameter of a name or module; None: the model has none."""
-        layer, expert = layer_of(name), _EXPERT.search(name)
+        first = _EXPERT.sub(".experts.0.", name).removesuffix(".weight")
+        return _of_expert_in(name, self._layer(name).get(first))
+
+    def reader(self, name: str) -> Tensor:
+        """A matrix with an input of that name. Raises StopIteration if there is none."""
+        first = _EXPERT.sub(".experts.0.", name)
+        own = self._layer(name).values()
+        found = _of_expert_in(name, next(t for t in own if t.role in COMPRESSED and t.input == first))
+        assert found is not None
+        return found
+
+    def _layer(self, name: str) -> dict[str, Tensor]:
+        """The parameters of the layer of a name, by module."""
+        layer = layer_of(name)
         if layer not in self._layers:
             own = each_kind(self._config) if layer is None else of_layer(self._config, layer)
             self._layers[layer] = {tensor.module: tensor for tensor in own}
-        first = _EXPERT.sub(".experts.0.", name).removesuffix(".weight")
-        tensor = self._layers[layer].get(first)
-        return of_expert(tensor, int(expert[1])) if tensor and expert else tensor
+        return self._layers[layer]
 
     def __getitem__(self, name: str) -> Tensor:
         """The same. Raises KeyError if there is none."""
@@ -115,6 +126,11 @@ class Parameters:
         """The same where experts that read parts of one input share its scale."""
         tensor = self.find(module)
         return module if tensor is None else tensor.scaled_with
+
+
+def _of_expert_in(name: str, tensor: Tensor | None) -> Tensor | None:
+    expert = _EXPERT.search(name)
+    return of_expert(tensor, int(expert[1])) if tensor and expert else tensor
 
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
