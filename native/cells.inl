@@ -180,8 +180,8 @@ void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, 
     for (int i = 0; i < count; ++i) {
       const int cells = blocks == 1 ? kMostCells : cells_of(w, w.record(panel + i)).count;
       const Ahead ahead{bytes, cells * b / blocks, cells * (b + 1) / blocks};
-      add_terms(terms, some, kPanel, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
-                [&](float* to, int ld) { kernel(w, panel + i, row(x, m), ahead, to, ld); });
+      add_terms<kSparseRows>(terms, some, kPanel, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
+                             [&](float* to, int ld) { kernel(w, panel + i, row(x, m), ahead, to, ld); });
     }
     m += some;
   }

@@ -428,12 +428,12 @@ PanelKernel panel_kernel(const Matrix& w, int rows) {
 }
 
 // Rows whose inputs are sums of several integers: `multiply(out, ldo)` takes each of them as a row, and
-// their products are added. Few rows at a time: what waits is on the stack.
-template <class Multiply>
+// their products are added. `Most` products at a time: what waits is on the stack.
+template <int Most = kLongRows* kPanelsAtOnce, class Multiply>
 [[gnu::always_inline]] inline void add_terms(int terms, int rows, int columns, float* out, int ldo,
                                              Multiply&& multiply) {
   if (terms == 1) return multiply(out, ldo);
-  alignas(64) float products[kLongRows * kPanelsAtOnce * kPanel];
+  alignas(64) float products[Most * kPanel];
   multiply(products, columns);
   for (int m = 0; m < rows; ++m)
     for (int c = 0; c < columns; c += kPanel) {
@@ -458,7 +458,7 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
   }
   const int terms = w.act_terms;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  if (terms == 1 && many_rows(w, panel, count, x, rows, out, ldo)) return;
+  if (many_rows(w, panel, count, x, rows, out, ldo)) return;
 #endif
   const bool stream = rows * terms <= stream_rows(w.format);
   const bool pairs = x.pairs && w.format == Format::fp8;
@@ -485,8 +485,9 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
       const int parts = groups * together;
       const Ahead ahead{close ? distance : w.stride * together, parts * b / blocks, parts * (b + 1) / blocks,
                         groups};
-      add_terms(terms, some, 16 * together, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
-                [&](float* to, int ld) { kernel(w, panel + i, row(x, m), ahead, to, ld); });
+      add_terms<kLongRows * kPanelsAtOnce>(
+          terms, some, 16 * together, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
+          [&](float* to, int ld) { kernel(w, panel + i, row(x, m), ahead, to, ld); });
       m += some;
     }
     i += together;

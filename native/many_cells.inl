@@ -129,8 +129,8 @@ void many_rows(const Matrix& w, int panel, int count, const Act& x, int rows, fl
     for (size_t at = bytes * b / blocks / 64 * 64; at < bytes * (b + 1) / blocks; at += 64)
       prefetch_far(next + at);
     for (int i = 0; i < count; ++i)
-      add_terms(terms, some, kPanel, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
-                [&](float* to, int ld) { kernel(w, cells[i], sums[i], row(x, m), to, ld); });
+      add_terms<kTogether>(terms, some, kPanel, out + static_cast<size_t>(m) * ldo + 16 * i, ldo,
+                           [&](float* to, int ld) { kernel(w, cells[i], sums[i], row(x, m), to, ld); });
     m += some;
   }
 }

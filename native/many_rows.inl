@@ -263,16 +263,22 @@ BlockKernel block_kernel(const Matrix& w, std::index_sequence<I...>) {
 
 // Panels times the rows if this is the faster way, else nothing and false.
 bool many_rows(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo) {
-  if (rows <= kRowsAtOnce || !w.quantized() || w.group > kMostGroup || (!kVnni && !x.flipped)) return false;
+  if (rows * w.act_terms <= kRowsAtOnce || !w.quantized() || w.group > kMostGroup || (!kVnni && !x.flipped))
+    return false;
   const BlockKernel kernel = block_kernel(w, std::make_index_sequence<std::size(kFormats)>());
   if (!kernel) return false;
-  const int blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const int terms = w.act_terms, at_once = kBlockRows / terms, blocks = (rows + at_once - 1) / at_once;
   for (int i = 0; i < count; i += kManyPanels) {
     const int together = count - i < kManyPanels ? count - i : kManyPanels;
     for (int b = 0, m = 0; b < blocks; ++b) {
       const int some = (rows - m + blocks - b - 1) / (blocks - b);
-      kernel(w, panel + i, together, row(x, m), some, b ? 0 : w.stride * together,
-             out + static_cast<size_t>(m) * ldo + 16 * i, ldo);
+      Act block = row(x, m);
+      block.terms = 1;  // each is a row
+      add_terms<kBlockRows * kManyPanels>(
+          terms, some, kPanel * together, out + static_cast<size_t>(m) * ldo + kPanel * i, ldo,
+          [&](float* to, int ld) {
+            kernel(w, panel + i, together, block, some * terms, b ? 0 : w.stride * together, to, ld);
+          });
       m += some;
     }
   }

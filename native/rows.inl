@@ -145,7 +145,7 @@ inline float quantize_left(const float* x, int k, const int8_t* q, float scale, 
   for_lanes(k, [&](int i) {
     const f32x16 v = fma(to_float(widen(q + i)), splat(-scale), loadf(x + i));
     const f32x16 r = fma(v, splat(inverse), magic);
-    store(left + i, narrow(load<i32x16>(&r) - 0x4b400000));
+    store(left + i, narrow(as<i32x16>(r) - 0x4b400000));
   });
   return scale / kLeftLevels;
 }

@@ -8,7 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from tests.bench.test_page import BENCH, MACHINE
+from tests.bench.test_page import BENCH
+
+MACHINE = {"threads": 2, "read_gb_s": 33.0, "int8_gop_s": 900.0, "amx_int8_gop_s": 0.0}
 
 
 @pytest.fixture
@@ -87,3 +89,16 @@ def test_sizes(limits: ModuleType, size: str, total: float) -> None:
     model = import_module("random_model")
     count = sum(math.prod(shape) for _, shape in model.tensors(limits.config(size)))
     assert count == pytest.approx(total, rel=0.02)
+
+
+def test_peak_of_each_set_of_vectors(limits: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own unit; the best one where none is named."""
+    peaks = {"avx2_int8": 2.0, "avx_vnni_int8": 3.0, "vnni_int8": 0.0}
+    monkeypatch.setattr(limits._native, "peak_ops", lambda unit, threads: threads * peaks[unit])
+    assert [limits.vector_peak(2, isa) for isa in ("avx2", "avx_vnni", "avx512_bf16")] == [4, 6, 0]
+    assert limits.vector_peak(2) == 6
+
+
+def test_peak_of_an_unknown_unit(limits: ModuleType) -> None:
+    with pytest.raises(ValueError, match="peak 'mmx' is unknown; expected 'avx2_int8', 'avx_vnni_int8'"):
+        limits._native.peak_ops("mmx", 1)
