@@ -47,6 +47,11 @@ def test_quality_is_met_when_its_whole_interval_is_within_the_budget() -> None:
         assert found == {"budget": 0.01, "measured": change, "interval": [0.0, high], "met": met}
 
 
+def test_latency_is_the_time_between_tokens_of_a_request_after_its_first() -> None:
+    times = [at for token in range(5) for at in (2.0 + 0.5 * token, 2.0 + 0.5 * token)]  # of two requests
+    assert cost_probe._latency(times, 2) == pytest.approx(0.5)
+
+
 def test_cpu_time_is_finer_than_a_hundredth_of_a_second() -> None:
     assert len({cost_probe._cpu() for _ in range(1000)}) > 100  # a row of 64 tokens takes 20 ms
 
