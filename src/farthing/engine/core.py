@@ -223,7 +223,8 @@ class EngineCore:
         plan = self._planned = self.scheduler.schedule()
         if not plan and self._divided is None:
             return False
-        self.scheduler.copy_states(self.runner.copy_states)
+        if self.scheduler.others:
+            self.scheduler.copy_states(self.runner.copy_states)
         several = len(self.scheduler.shares.present) > 1  # before requests of this step end
         now = time.time()
         for seq in (item.seq for item in plan if item.first):
@@ -273,7 +274,8 @@ class EngineCore:
         moved = self._commit(plan, tokens, logprobs, faults)
         for gen in faults:
             gen.finish_reason = "error"  # so that nothing drafts for it
-        self.scheduler.copy_states(self.runner.copy_states)
+        if self.scheduler.others:
+            self.scheduler.copy_states(self.runner.copy_states)
         if self._speculator is not None:
             self._speculate(self._speculator, plan, step, hidden, began, whole)
         seconds = time.perf_counter() - began

@@ -50,7 +50,7 @@ class Window(Kind):
 
 
 class Kinds:
-    """All kinds but the one that keeps every token."""
+    """All kinds but the one that keeps every token. Falsy if there are none."""
 
     def __init__(
         self,
@@ -72,10 +72,16 @@ class Kinds:
         if slots and len(slots) < step[0]:
             raise ValueError(f"states: got {len(slots)} slots; expected max_num_seqs = {step[0]}")
         self.states = Kind(prefix, slots, step[0]) if slots else None
-        # Kinds 1, 2, …: windows, then states.
-        self.all: list[Kind] = [*self.windows, *([] if self.states is None else [self.states])]
         self.copies: dict[int, int] = {}  # of states, to make before the next step: source by target
         self._copied: list[bytes] = []  # hashes of checkpoints among them
+
+    def __bool__(self) -> bool:
+        return bool(self.all)
+
+    @property
+    def all(self) -> list[Kind]:
+        """Kinds 1, 2, …: windows, then states."""
+        return [*self.windows, *([] if self.states is None else [self.states])]
 
     @property
     def forms(self) -> tuple[dict[int, list[int]], list[int], int]:
@@ -87,8 +93,6 @@ class Kinds:
 
     def usable(self, seq: Sequence, hits: int, tails: bool = True) -> int:
         """The most of `hits` leading blocks after which `seq` can continue, in a tail if `tails`."""
-        if not self.all:
-            return hits
         for count in range(hits, 0, -1):
             first = count * self._size
             rest = seq.tokens[first:-1][: self._size] if tails and seq.read_cache else []
@@ -233,7 +237,7 @@ class Kinds:
 
     def _edges(self, seq: Sequence, before: int) -> list[int]:
         """Checkpoints after `before` tokens and up to those that are computed."""
-        if not self._prefix.enabled or not self.all:
+        if not self._prefix.enabled:
             return []
         edges = list(range((before // self.every + 1) * self.every, seq.num_computed + 1, self.every))
         if before < seq.checkpoint <= seq.num_computed and seq.checkpoint % self.every:

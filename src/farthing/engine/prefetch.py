@@ -146,7 +146,7 @@ class Prefetch(Generic[S]):
             if digest in self._load_of or not (digest in self._known[0] or self._stored(0, digest)):
                 break
             found += 1
-        if not self._kinds.all:
+        if not self._kinds:
             return found
         each = range(found, 0, -1)
         return next((n for n in each if self._kinds.missing(seq, hits + n, self._stored) is not None), 0)
@@ -160,8 +160,10 @@ class Prefetch(Generic[S]):
         known, count = self._known[0], len(hits) + len(wanted)
         new = [(0, digest) for digest in wanted if digest not in known]
         before = hits + [known[digest] for digest in wanted if digest in known]
-        new += self._kinds.missing(seq, count, self._stored) or []
-        present = [(kind, block) for kind, _, block in self._kinds.present(seq, count)]
+        present: list[tuple[int, int]] = []
+        if self._kinds:
+            new += self._kinds.missing(seq, count, self._stored) or []
+            present = [(kind, block) for kind, _, block in self._kinds.present(seq, count)]
         kinds, hashes = tuple(kind for kind, _ in new), [digest for _, digest in new]
         return Load(hashes, [], before, [seq], kinds, tuple(present), tuple(wanted))
 
