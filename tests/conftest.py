@@ -51,7 +51,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture
 def sparse_on_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zero blocks are left out as with AVX-512: on AMX, where no costs were measured, and AVX2's rarely pay."""
+    """Zero blocks are left out as with AVX-512: on AMX, never measured, and where AVX2 would gain nothing."""
     from farthing.ops import weights
 
     for isa in ("amx", "avx2"):
