@@ -113,7 +113,10 @@ def test_wrong_indexer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert states(tmp_path)["transformers"][0] == "ok"
 
     def wrong(checkpoint: Checkpoint) -> ModelConfig:
-        return replace(config_of(checkpoint), index_rope_interleaved=True)
+        config = config_of(checkpoint)
+        assert config.index is not None
+        heads = replace(config.latent, index=replace(config.index, interleaved=True))
+        return replace(config, mixers=(heads,) * len(config.mixers))
 
     monkeypatch.setattr("farthing.doctor.model.config_of", wrong)
     assert states(tmp_path)["transformers"][0] == "failed"

@@ -224,7 +224,7 @@ async def test_up_rejects_invalid_models(tmp_path: Path, models: str, message: s
 @pytest.mark.parametrize(
     ("module", "told"),
     [
-        ("raise ModuleNotFoundError('absent', name='aiohttp')", "'aiohttp' is not installed; pip install "),
+        ("raise ModuleNotFoundError('absent', name='aiohttp')", "'aiohttp' is not installed: pip install "),
         ("import os\nos.write(2, b'broken\\n')\nos._exit(7)", "exited with 7; last lines: broken"),
     ],
 )

@@ -46,6 +46,14 @@ def test_experts_have_the_tensors_of_the_first(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_routed_experts_of_a_layer_share_the_scale_of_their_input(name: str) -> None:
+    config = ModelConfig.from_json(FAMILIES[name])
+    first = (t for t in tensors_of(config) if t.expert is not None and t.reads)
+    scales = {(layer_of(t.name), t.scaled_with) for t in first}
+    assert len(scales) == len({layer for layer, _ in scales})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_what_reads_one_input_has_its_width(name: str) -> None:
     """Matrices that read the same have as many columns, and share a scale with all that read a part of it."""
     config = ModelConfig.from_json(FAMILIES[name])

@@ -121,7 +121,7 @@ class ScriptedEngine:
         self.sandbox = Sandbox(self.tokenizer, RAW["vocab_size"])
         self.config = EngineConfig(max_model_len=max_model_len, num_blocks=64, max_num_batched_tokens=64)
         self.model_config = ModelConfig.from_json(RAW)
-        self.backend, self.device = "scripted", torch.device("cpu")
+        self.backend, self.device, self.cache_bytes = "scripted", torch.device("cpu"), 0
         self.default_sampling: Mapping[str, Any] = {}
         self.stats = Stats()
         self.prompts: list[str] = []

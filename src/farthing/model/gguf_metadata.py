@@ -123,11 +123,19 @@ def rotary_factors(rope: RopeConfig, width: int) -> NDArray[np.float32] | None:
 _UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "rounded_head")
 
 
-def _unfused(value: Any) -> Any:
-    """The value of a field, projections of recurrences as if they were not fused."""
-    if not isinstance(value, tuple):
-        return value
-    return tuple(replace(each, fused=False) if isinstance(each, DeltaHeads) else each for each in value)
+def _difference(name: str, own: Any, read: Any) -> tuple[str, Any, Any]:
+    """What differs in a field, of the forms of layers the first size; projections of recurrences are compared
+    as if they were not fused."""
+    if name != "mixers":
+        return name, own, read
+    for a, b in zip(own, read, strict=True):
+        if isinstance(a, DeltaHeads) and isinstance(b, DeltaHeads):
+            a, b = replace(a, fused=False), replace(b, fused=False)
+        if a != b:
+            sizes = [each.name for each in fields(a)] if type(a) is type(b) else []
+            size = next((each for each in sizes if getattr(a, each) != getattr(b, each)), None)
+            return (size, getattr(a, size), getattr(b, size)) if size else (name, a, b)
+    return name, own, own
 
 
 def read_back(
@@ -143,10 +151,10 @@ def read_back(
     if all(map(config.is_moe, range(config.num_hidden_layers))):  # no layer has an MLP of this width
         config = replace(config, intermediate_size=found.intermediate_size)
     for field in fields(ModelConfig):
-        own, read = (_unfused(getattr(each, field.name)) for each in (config, found))
+        name, own, read = _difference(field.name, *(getattr(each, field.name) for each in (config, found)))
         if own != read and field.name not in _UNCOMPARED:
             raise ConfigError(
-                f"model: its {field.name} is {str(own)[:200]}, and GGUF of the architecture "
+                f"model: its {name} is {str(own)[:200]}, and GGUF of the architecture "
                 f"{described.architecture!r} can only say {str(read)[:200]}"
             )
     return found

@@ -90,7 +90,7 @@ class Tensor:
         """The same where a kernel quantizes an input once for all experts that read a part of it."""
         if self.expert is None or not self.reads:
             return self.input
-        return self.reads.replace(f".{self.expert}.", ".*.")
+        return self.reads.replace(f".experts.{self.expert}.", ".experts.*.")
 
     def cut(self, ranks: int, index: int) -> Cut:
         """The part of one of `ranks` that share it."""
