@@ -23,6 +23,7 @@ from torch import Tensor
 
 from farthing.checkpoint.reader import Checkpoint
 from farthing.model.config import ModelConfig
+from farthing.model.forms import Index
 from farthing.model.load import config_of, source_of
 from farthing.model.source import WeightSource
 
@@ -40,13 +41,19 @@ class Entry:
     kind: Any  # gguf.GGMLQuantizationType
 
 
+def _index(c: ModelConfig) -> Index:
+    assert c.index is not None
+    return c.index
+
+
 def rejected(c: ModelConfig) -> str | None:
     """Why `glm-dsa` cannot represent a model; None if it can."""
     full = [i <= 1 or i % 4 == 2 for i in range(c.num_hidden_layers)]
-    if c.index_topk is None or not c.index_rope_interleaved or c.latent.q_lora_rank is None:
+    if c.index_topk is None or not _index(c).interleaved or c.latent.q_lora_rank is None:
         return f"{c.model_type}: expected glm_moe_dsa (an indexer that rotates interleaved pairs)"
     if [c.has_indexer(i) for i in range(c.num_hidden_layers)] != full:
-        return f"indexer_types: got {c.indexer_types}; expected full at layers 0, 1, 2, 6, 10, …"
+        own = [i for i in range(c.num_hidden_layers) if c.has_indexer(i)]
+        return f"indexer_types: got full at layers {own}; expected 0, 1, 2, 6, 10, …"
     if c.rope.factor is not None or not c.rope.interleaved:
         return f"rope: got {c.rope}; expected plain interleaved rotation"
     if c.n_group != 1 or c.scoring_func != "sigmoid" or not c.has_router_bias or c.tie_word_embeddings:
@@ -95,13 +102,13 @@ def entries(c: ModelConfig, kind: Any) -> Iterator[Entry]:
 
 
 def _indexer(c: ModelConfig, b: str, p: str, kind: Any) -> Iterator[Entry]:
-    f32, d, width = gguf.GGMLQuantizationType.F32, c.hidden_size, c.index_head_dim
+    f32, d, width = gguf.GGMLQuantizationType.F32, c.hidden_size, _index(c).width
     assert c.latent.q_lora_rank is not None
     yield Entry(
-        b + "attn_q_b.weight", (p + "wq_b.weight",), (c.index_n_heads * width, c.latent.q_lora_rank), kind
+        b + "attn_q_b.weight", (p + "wq_b.weight",), (_index(c).heads * width, c.latent.q_lora_rank), kind
     )
     yield Entry(b + "attn_k.weight", (p + "wk.weight",), (width, d), kind)
-    yield Entry(b + "proj.weight", (p + "weights_proj.weight",), (c.index_n_heads, d), kind)
+    yield Entry(b + "proj.weight", (p + "weights_proj.weight",), (_index(c).heads, d), kind)
     for part in ("weight", "bias"):
         yield Entry(f"{b}k_norm.{part}", (f"{p}k_norm.{part}",), (width,), f32)
 
@@ -168,7 +175,8 @@ def _metadata(writer: Any, c: ModelConfig) -> None:
     writer.add_expert_weights_norm(c.norm_topk_prob)
     writer.add_uint32("glm-dsa.expert_gating_func", SIGMOID)
     writer.add_leading_dense_block_count(c.first_k_dense_replace)
-    indexer = {"head_count": c.index_n_heads, "key_length": c.index_head_dim, "top_k": c.index_topk}
+    index = _index(c)
+    indexer = {"head_count": index.heads, "key_length": index.width, "top_k": index.top_k}
     for field, value in indexer.items():
         writer.add_uint32(f"glm-dsa.attention.indexer.{field}", value)
     writer.add_vocab_size(c.vocab_size)
