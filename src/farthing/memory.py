@@ -7,6 +7,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+# Limit and use of a control group, in its second version and its first.
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
 
 def resident(pid: int | None = None) -> int:
     """Resident bytes of a process, by default of this one; 0 where the system does not say."""
@@ -30,10 +36,7 @@ def _pages(pid: int | None) -> tuple[int, int]:
 def available_memory() -> int:
     """Memory available to this process in bytes: the machine's, or its control group's if smaller."""
     free = _meminfo()
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit, used in _GROUPS:
         try:
             free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no such group, or "max"
@@ -44,7 +47,7 @@ def available_memory() -> int:
 def machine_memory() -> int:
     """All memory of the machine in bytes, or of this process's control group if smaller."""
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for limit, _ in _GROUPS:
         with suppress(OSError, ValueError):
             whole = min(whole, int(Path(limit).read_text()))
     return whole

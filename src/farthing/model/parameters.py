@@ -89,15 +89,14 @@ class Parameters:
     def find(self, name: str) -> Tensor | None:
         """The parameter of a name or module; None: the model has none."""
         first = _EXPERT.sub(".experts.0.", name).removesuffix(".weight")
-        return _of_expert_in(name, self._layer(name).get(first))
+        tensor = self._layer(name).get(first)
+        return tensor and _of_expert_in(name, tensor)
 
     def reader(self, name: str) -> Tensor:
         """A matrix with an input of that name. Raises StopIteration if there is none."""
         first = _EXPERT.sub(".experts.0.", name)
         own = self._layer(name).values()
-        found = _of_expert_in(name, next(t for t in own if t.role in COMPRESSED and t.input == first))
-        assert found is not None
-        return found
+        return _of_expert_in(name, next(t for t in own if t.role in COMPRESSED and t.input == first))
 
     def _layer(self, name: str) -> dict[str, Tensor]:
         """The parameters of the layer of a name, by module."""
@@ -128,9 +127,10 @@ class Parameters:
         return module if tensor is None else tensor.scaled_with
 
 
-def _of_expert_in(name: str, tensor: Tensor | None) -> Tensor | None:
+def _of_expert_in(name: str, first: Tensor) -> Tensor:
+    """The first expert's tensor as that of the expert in a name, if one is."""
     expert = _EXPERT.search(name)
-    return of_expert(tensor, int(expert[1])) if tensor and expert else tensor
+    return of_expert(first, int(expert[1])) if expert else first
 
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")

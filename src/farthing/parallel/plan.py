@@ -199,10 +199,6 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     )
 
 
-EMBEDDING = "model.embed_tokens.weight"
-VOCABULARY = (EMBEDDING, "lm_head.weight")
-
-
 class PlanError(ValueError):
     """A layout this model cannot be sharded into; the message names the value and what would fit."""
 

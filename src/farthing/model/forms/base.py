@@ -29,10 +29,6 @@ class Workspace(Protocol):
     """Where a form counts what native ops take in a step (`farthing.planner.buffers`)."""
 
     @property
-    def tokens(self) -> int:
-        """Of all sequences."""
-
-    @property
     def keys(self) -> int:
         """That the last token of each sequence sees."""
 
