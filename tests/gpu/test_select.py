@@ -19,13 +19,13 @@ def test_auto_selects_the_gpu_only_for_compiled_kernels(monkeypatch: pytest.Monk
     capability = (8, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
     monkeypatch.setattr(import_module("farthing.ops.select"), "_device", lambda: True)
     assert resolve("auto") == "gpu"
     capability = (7, 5)
     assert resolve("auto") != "gpu"
     capability = (9, 0)
-    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(gpu, "INTERPRETED", True)
     assert resolve("auto") != "gpu"
     assert resolve("gpu") == "gpu"
 

@@ -89,7 +89,7 @@ def _missing(error: ImportError, command: str) -> str | None:
     if package == "torch":
         return needs_torch() if extra is None else f"needs PyTorch: {how_to_install(extra, package)}"
     if extra is None:
-        return f"the Python package {package!r} is not installed; pip install {package}"
+        return f"{package!r} is not installed: pip install {package}"
     return f"{package!r} is not installed: {how_to_install(extra, package)}"
 
 
