@@ -1,4 +1,4 @@
-"""Train the bundled forecaster on the traces that docs/lab/load-traces.md allows.
+"""Train the bundled forecaster on the traces that docs/lab/fleet-rule.md allows.
 
     python bench/pretrain_load.py --traces DIR [--without r1] [--out FILE]
 
