@@ -461,8 +461,9 @@ Costs = tuple[float, float, float, float]
 NEVER: Costs = (math.inf,) * 4  # also where nothing but zeros would be left out
 ALWAYS: Costs = (0.0, 0.0, 0.0, 0.0)
 # Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel, the most of several
-# numbers of rows, by instruction set (docs/lab/cpu-kernels.md). A matrix is stored block-sparse if this saves
-# time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all stay dense.
+# numbers of rows, by instruction set (`bench/kernels.py --only cells`). A matrix is stored block-sparse if
+# this saves time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all
+# stay dense.
 COSTS: dict[str, dict[str, Costs]] = {
     "amx": {},
     "avx512": {

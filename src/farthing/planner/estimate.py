@@ -39,7 +39,7 @@ from farthing.quants import SUFFIX
 BANDWIDTH = (0.65, 0.85)
 INT8 = 0.60  # share of the INT8 peak with 512 rows: L576's
 MOST_ATTENTION = 0.5  # of the INT8 peak: bfloat16 has half the operations per instruction …
-ATTENTION = 0.4  # … of which expanded attention reaches 85 % (docs/lab/cpu-kernels.md)
+ATTENTION = 0.4  # … of which expanded attention reaches 80 to 87 %
 JOINS = 15  # times per layer that threads wait for each other (`barrier` and regions in native/)
 BATCHES = (1, 8, 16, 32, 64)
 CHUNK = 512  # prompt tokens per step

@@ -112,7 +112,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 log = logging.getLogger(__name__)
 
-SEGMENT_BYTES = 32 << 20  # largest file; bench/prefix_disk.py compares sizes
+SEGMENT_BYTES = 32 << 20  # largest file; docs/lab/prefix-caches.md compares sizes
 _PERIOD = 0.25  # seconds between checks for computed blocks
 _LINGER = 1.0  # seconds that a run waits for more blocks
 _RECOUNT = 60.0  # seconds between counts of the directory
