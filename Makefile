@@ -48,11 +48,10 @@ test-gpu: $(STAMP)
 serve: $(STAMP)
 	$(BIN)/farthing serve
 
-# No peers by default. PEERS="--llama-bench ik_llama.cpp=PATH/llama-bench", BF16_PEERS="--vllm PYTHON --transformers".
+# No peers by default. PEERS="--llama-bench ik_llama.cpp=PATH/llama-bench".
 # V3S and V2L each need 30 GB of disk, and memory for their packed files (7 and 9 GB).
 MODELS     ?= V3S V2L L576
 PEERS      ?=
-BF16_PEERS ?=
 RESULTS    ?= bench/results.json
 bench: $(STAMP)
 	set -e; for model in $(MODELS); do \
@@ -60,7 +59,7 @@ bench: $(STAMP)
 	done
 	set -e; run="$(BIN)/python bench/decode.py --model $(lastword $(MODELS)) --into $(RESULTS) $(PEERS)"; \
 	$$run --weights int8 --prefill --batches 1; \
-	$$run --weights bf16 --prefill --batches 1 $(BF16_PEERS); \
+	$$run --weights bf16 --prefill --batches 1; \
 	$$run --prefill --batches 4 --cached 4096 --rounds 1
 	$(BIN)/python bench/startup.py --model $(lastword $(MODELS)) $(PEERS)
 	$(BIN)/python bench/page.py $(RESULTS)

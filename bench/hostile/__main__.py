@@ -1,7 +1,6 @@
 """Measures how much one hostile client delays others: every known attack next to well-behaved clients.
 
     python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--gateway] [--json FILE]
-    python -m bench.hostile --dialect llama.cpp --command "llama-server -m FILE.gguf --port {port}"
 
 Starts `farthing serve` with two API keys. Two well-behaved clients share a key and send requests
 continuously, one for 8 tokens and one for an answer under a new grammar. With --gateway, all requests pass a
@@ -9,9 +8,7 @@ gateway. Windows with the attack, which uses the other key, alternate with windo
 attack's added latency is the difference of the worst latencies. The exit code is 1 if an attack adds more
 than 250 ms or makes a well-behaved request fail. The attacker runs in a separate process with SCHED_IDLE,
 since a real one has its own machine; at niceness 19 it would keep a core for milliseconds. `held` is the
-longest time that the event loop and an engine step took at once, measured in the server. With --command it
-attacks another server, started by that command, beside one well-behaved client that asks for 8 tokens. A
-summary by class of attack follows.
+longest time that the event loop and an engine step took at once, measured in the server.
 """
 
 from __future__ import annotations
@@ -27,17 +24,14 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import httpx
-from bench.hostile.attacks import BAD, CLASSES, NUMBERS, SPOKEN, Attack, attacks, url
-from bench.hostile.peer import DIALECTS, Peer, spoken
-from bench.hostile.processes import free_port, resident
+from bench.harness import answers, free_port, percentile, resident, running
+from bench.hostile.attacks import BAD, NUMBERS, Attack, attacks, url
 
 BAR = 0.250  # seconds that an attack may add
 GOOD = "sk-good"
@@ -58,11 +52,6 @@ class Latencies:
         """The longest latency."""
         return max(self.seconds, default=0.0)
 
-    @property
-    def median(self) -> float:
-        """The median latency."""
-        return median(self.seconds) if self.seconds else 0.0
-
 
 @dataclass(slots=True)
 class Result:
@@ -73,9 +62,6 @@ class Result:
     alone: dict[str, Latencies]
     answers: str = ""
     held: dict[str, float] = field(default_factory=dict)  # with the attack
-    held_alone: dict[str, float] = field(default_factory=dict)
-    ended: bool = False  # the server was no longer there, or no longer answered
-    memory: int = 0  # bytes afterwards
 
     def added(self, kind: str) -> float:
         """Seconds that the attack added to the worst latency."""
@@ -89,25 +75,17 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether the attack stays within the limit."""
-        return not (self.failures or self.ended) and all(self.added(kind) <= BAR for kind in self.during)
+        return not self.failures and all(self.added(kind) <= BAR for kind in self.during)
 
     def to_json(self) -> dict[str, Any]:
         """The result for --json; times in seconds."""
-        return {
-            "ok": self.ok,
-            "failures": self.failures,
-            "answers": self.answers,
-            "ended": self.ended,
-            "memory": self.memory,
-            "held": self.held,
-            "held_alone": self.held_alone,
-        } | {
+        own = {"ok": self.ok, "failures": self.failures, "answers": self.answers, "held": self.held}
+        return own | {
             kind: {
                 "added": self.added(kind),
                 "worst": self.during[kind].worst,
-                "median": self.during[kind].median,
+                "median": percentile(self.during[kind].seconds, 0.5),
                 "alone_worst": self.alone[kind].worst,
-                "alone_median": self.alone[kind].median,
                 "requests": len(self.during[kind].seconds),
             }
             for kind in self.during
@@ -128,73 +106,46 @@ def under_grammar() -> dict[str, Any]:
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {"plain": plain, "grammar": under_grammar}
 
 
+@dataclass(slots=True)
 class Server:
-    """`farthing serve` with measurements inside the process."""
+    """`farthing serve` with measurements inside the process, on a port of its own or behind a gateway."""
 
-    def __init__(self, model: str, folder: Path) -> None:
-        self.port = self.entry = free_port()  # entry: where clients connect
-        self._gateway: subprocess.Popen[bytes] | None = None
-        self._file = folder / "holds.json"
-        keys = ["--api-key", f"good:{GOOD}", "--api-key", f"bad:{BAD}"]
-        command = [sys.executable, "-m", "bench.hostile.serve", str(self._file), "serve", model]
-        self._process = subprocess.Popen([*command, "--port", str(self.port), *keys])
-
-    def wait(self) -> None:
-        """Wait until the server is ready. Raises SystemExit."""
-        deadline = time.monotonic() + 300
-        while self._process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(*ERRORS):
-                if httpx.get(f"{url(self.port)}/ready").status_code == 200:
-                    return
-            time.sleep(0.1)
-        raise SystemExit("the server did not start")
-
-    def put_gateway_in_front(self) -> None:
-        """Let clients connect to a gateway instead."""
-        self.entry = free_port()
-        command = [sys.executable, "-m", "farthing", "fleet", "gateway", "--port", str(self.entry)]
-        self._gateway = subprocess.Popen([*command, "--replica", url(self.port)])
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(*ERRORS):
-                if httpx.get(f"{url(self.entry)}/health").status_code == 200:
-                    return
-            time.sleep(0.1)
-        raise SystemExit("the gateway did not start")
+    process: subprocess.Popen[bytes]
+    port: int
+    entry: int  # where clients connect
+    file: Path
 
     def holds(self) -> dict[str, float]:
         """The longest holds since the last call."""
-        self._file.unlink(missing_ok=True)
-        os.kill(self._process.pid, signal.SIGUSR1)
+        self.file.unlink(missing_ok=True)
+        os.kill(self.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 30
-        while not self._file.exists() and time.monotonic() < deadline:
+        while not self.file.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        held: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        held: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
         return held
 
-    def memory(self) -> int:
-        """Resident bytes, with children."""
-        return resident(self._process.pid)
 
-    def revive(self) -> bool:
-        """Whether an attack has ended it; it is not started again."""
-        return self._process.poll() is not None
-
-    def stop(self) -> None:
-        """Stop the server and the gateway."""
-        if self._gateway is not None:
-            self._gateway.terminate()
-            self._gateway.wait(60)
-        self._process.terminate()
-        self._process.wait(60)
+@contextlib.contextmanager
+def served(model: str, gateway: bool) -> Iterator[Server]:
+    """A server that is ready, and stopped at the end."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        port, file = free_port(), Path(folder) / "holds.json"
+        keys = ["--api-key", f"good:{GOOD}", "--api-key", f"bad:{BAD}"]
+        command = [sys.executable, "-m", "bench.hostile.serve", file, "serve", model, "--port", port, *keys]
+        server = Server(stack.enter_context(running(command, answers(port), 300)), port, port, file)
+        if gateway:
+            server.entry = free_port()
+            command = [sys.executable, "-m", "farthing", "fleet", "gateway", "--port", server.entry]
+            stack.enter_context(running([*command, "--replica", url(port)], answers(server.entry, "/health")))
+        yield server
 
 
 class Attacker:
     """A process that attacks between `begin` and `pause`."""
 
-    def __init__(self, port: int, name: str, dialect: str) -> None:
+    def __init__(self, port: int, name: str) -> None:
         command = [sys.executable, "-m", "bench.hostile", "--attack", name, "--port", str(port)]
-        command += ["--dialect", dialect]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -267,24 +218,20 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
         client.join()
 
 
-def run(server: Server | Peer, attack: Attack, options: argparse.Namespace) -> Result:
+def run(server: Server, attack: Attack, options: argparse.Namespace) -> Result:
     """Alternate windows without and with the attack."""
-    kinds = ["plain"] if options.command else list(KINDS)
-    result = Result(attack.name, {k: Latencies() for k in kinds}, {k: Latencies() for k in kinds})
-    attacker = Attacker(server.entry, attack.name, options.dialect)
-    server.holds()
+    result = Result(attack.name, {k: Latencies() for k in KINDS}, {k: Latencies() for k in KINDS})
+    attacker = Attacker(server.entry, attack.name)
     for _ in range(options.rounds):
         measure(server.entry, result.alone, options.seconds)
-        keep_most(result.held_alone, server.holds())
+        server.holds()
         attacker.say("begin")
         measure(server.entry, result.during, options.seconds)
         attacker.say("pause")
         keep_most(result.held, server.holds())
         time.sleep(SETTLE)
         wait_idle(server.port)
-        server.holds()
     result.answers = attacker.end()
-    result.memory, result.ended = server.memory(), server.revive()
     return result
 
 
@@ -294,14 +241,8 @@ def wait_idle(port: int) -> None:
     while time.monotonic() < deadline:
         with contextlib.suppress(*ERRORS):
             lines = httpx.get(f"{url(port)}/metrics", timeout=30).text.splitlines()
-            names = ("vllm:num_requests_", "farthing:num_requests_")
-            busy = [line for line in lines if line.startswith(names)]
-            if not busy:  # another server: it is idle if it answers as fast as ever
-                began = time.monotonic()
-                httpx.post(f"{url(port)}/v1/completions", json=PLAIN, timeout=30)
-                if time.monotonic() - began < 2 * SETTLE:
-                    return
-            elif all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
+            busy = [line for line in lines if line.startswith("farthing:num_requests_")]
+            if all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
                 return
         time.sleep(0.2)
 
@@ -319,11 +260,9 @@ def print_result(result: Result) -> None:
         for kind in result.during
         for value in (result.during[kind].worst, result.alone[kind].worst, result.added(kind))
     )
-    held = " ".join(
-        f"{1e3 * result.held.get(name, 0.0):6.0f}"
-        for name in ("loop cpu", "loop wall", "step cpu", "step wall")
-    )
-    verdict = "  the server ended" if result.ended else "" if result.ok else "  over the limit"
+    names = ("loop cpu", "loop wall", "step cpu", "step wall")
+    held = " ".join(f"{1e3 * result.held.get(name, 0.0):6.0f}" for name in names)
+    verdict = "" if result.ok else "  over the limit"
     print(f"{result.name:36} {cells} {held} {result.failures:6d}{verdict}", flush=True)
 
 
@@ -333,38 +272,6 @@ HEAD = (
 )
 
 
-def run_all(server: Server | Peer, options: argparse.Namespace) -> tuple[list[Result], int, int]:
-    """The results of all chosen attacks, and the memory before the first and after the last."""
-    server.wait()
-    if options.gateway and isinstance(server, Server):
-        server.put_gateway_in_front()
-    kinds = ["plain"] if options.command else list(KINDS)
-    measure(server.entry, {kind: Latencies() for kind in kinds}, 3.0)
-    before, results = server.memory(), []
-    print(HEAD)
-    for attack in attacks(options.only):
-        results.append(run(server, attack, options))
-        print_result(results[-1])
-        if results[-1].ended and isinstance(server, Server):
-            break
-    return results, before, server.memory()
-
-
-def summarize(results: list[Result]) -> None:
-    """Print a line for each class of attacks: what they added to eight tokens, and what ended the server."""
-    for name, made in CLASSES.items():
-        names = {attack.name for attack in made()}
-        some = [result for result in results if result.name in names]
-        if some:
-            added = sorted(result.added("plain") for result in some)
-            failed, ended = sum(r.failures for r in some), sum(r.ended for r in some)
-            print(
-                f"{name}: {len(some)} attacks, 8 tokens later by {median(added):.2f} s in the median, "
-                f"{added[-1]:.2f} at most; {failed} requests failed; the server ended in {ended}; "
-                f"at most {max(r.memory for r in some) / 2**20:,.0f} MiB"
-            )
-
-
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(
@@ -372,33 +279,28 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="windows with and without each attack")
     parser.add_argument("--seconds", type=float, default=3.0, help="seconds per window")
-    parser.add_argument("--only", default="", help="only attacks whose name contains this text")
+    parser.add_argument("--only", default="", help="only attacks whose name contains this text, or a class")
     parser.add_argument("--model", default="mite")
     parser.add_argument("--gateway", action="store_true", help="put a gateway in front of the server")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    parser.add_argument("--command", help="start this server instead, on the port {port}")
-    parser.add_argument("--dialect", choices=DIALECTS, default="farthing", help="how it spells a grammar")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.attack:
-        SPOKEN[0] = partial(spoken, dialect=options.dialect)
         attack_here(next(each for each in attacks() if each.name == options.attack), options.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # also stops the server
-    with tempfile.TemporaryDirectory() as folder:
-        server = (
-            Peer(options.command, Path(folder) / "log")
-            if options.command
-            else Server(options.model, Path(folder))
-        )
-        try:
-            results, before, after = run_all(server, options)
-        finally:
-            server.stop()
+    results: list[Result] = []
+    with served(options.model, options.gateway) as server:
+        measure(server.entry, {kind: Latencies() for kind in KINDS}, 3.0)
+        before = resident(server.process.pid)
+        print(HEAD)
+        for attack in attacks(options.only):
+            results.append(run(server, attack, options))
+            print_result(results[-1])
+        after = resident(server.process.pid)
     print(f"memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
     over = [result.name for result in results if not result.ok]
     print(f"{len(results) - len(over)} of {len(results)} attacks within {1e3 * BAR:.0f} ms")
-    summarize(results)
     if options.json:
         figures = {"bar": BAR, "memory": [before, after], "attacks": {r.name: r.to_json() for r in results}}
         options.json.write_text(json.dumps(figures, indent=1))

@@ -23,7 +23,6 @@ CHAT, COMPLETE, RESPOND, MESSAGES = (
 USER = {"role": "user", "content": "x"}
 PART = {"type": "text", "text": "x"}
 NUMBERS = itertools.count()
-SPOKEN: list[Callable[[Any], Any]] = [lambda document: document]  # how the server spells a grammar
 
 Once = Callable[[int], str]  # port -> summary of the response
 
@@ -56,7 +55,7 @@ def fresh(path: str, make: Callable[[int], Any], timeout: float = 60.0) -> Once:
     """Send a body that no cache has: `make` gets an unused number."""
 
     def once(port: int) -> str:
-        document = SPOKEN[0](make(next(NUMBERS) + time.time_ns() % 10**9 * 1000))
+        document = make(next(NUMBERS) + time.time_ns() % 10**9 * 1000)
         return str(httpx.post(url(port) + path, json=document, headers=JSON, timeout=timeout).status_code)
 
     return once
@@ -73,22 +72,42 @@ def abandoned_grammar(make: Callable[[int], str]) -> Once:
 
     def once(port: int) -> str:
         document = {"prompt": "x", "max_tokens": 4, "guided_regex": make(next(NUMBERS))}
-        return abandoned(COMPLETE, SPOKEN[0](document), 0)(port)
+        return abandoned(COMPLETE, document, 0)(port)
 
     return once
 
 
-def abandoned(path: str, document: Any, read: int) -> Once:
-    """Send a request and disconnect after `read` bytes of the answer."""
+def raw(path: str, document: Any) -> bytes:
+    """A request as bytes."""
     body = json.dumps(document).encode()
-    head = (
+    return (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode()
+    ).encode() + body
+
+
+def connect(port: int) -> socket.socket:
+    """A connection to the server."""
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+def sent(port: int, data: bytes) -> str:
+    """The status line of the answer to these bytes, or that the server closed the connection."""
+    with connect(port) as connection:
+        try:
+            connection.sendall(data)
+        except ConnectionError:
+            return "closed"
+        return connection.recv(100).split(b"\r\n")[0].decode("latin-1")
+
+
+def abandoned(path: str, document: Any, read: int) -> Once:
+    """Send a request and disconnect after `read` bytes of the answer."""
+    request = raw(path, document)
 
     def once(port: int) -> str:
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-            connection.sendall(head + body)
+        with connect(port) as connection:
+            connection.sendall(request)
             got = connection.recv(read) if read else b""
             return got.split(b"\r\n")[0].decode("latin-1") or "left"
 
@@ -106,7 +125,7 @@ def many_headers(port: int) -> str:
 
 
 def _endless_head(port: int, start: bytes, piece: bytes, times: int) -> str:
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with connect(port) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + start)
         for _ in range(times):
             connection.sendall(piece)
@@ -116,7 +135,7 @@ def _endless_head(port: int, start: bytes, piece: bytes, times: int) -> str:
 def half_open(port: int) -> str:
     """Open 500 sockets that send the start of a request; the last 3,000 stay open."""
     for _ in range(500):
-        connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+        connection = connect(port)
         connection.sendall(b"GET /health HTT")
         _HELD.append(connection)
     while len(_HELD) > 3000:
@@ -130,7 +149,7 @@ _HELD: list[socket.socket] = []
 def slow_body(port: int) -> str:
     """Send a body one byte at a time."""
     head = f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+    with connect(port) as connection:
         connection.sendall(f"{head}Content-Length: 1000\r\n\r\n".encode())
         for _ in range(10):
             connection.sendall(b"x")
@@ -140,12 +159,7 @@ def slow_body(port: int) -> str:
 
 def tiny_chunks(port: int) -> str:
     """Send a body in 200,000 chunks of one byte."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        try:
-            connection.sendall(_TINY)
-        except ConnectionError:
-            return "closed"
-        return connection.recv(100).split(b"\r\n")[0].decode()
+    return sent(port, _TINY)
 
 
 _TINY = (
@@ -157,34 +171,23 @@ _TINY = (
 def trailers(port: int) -> str:
     """Send a million fields after a chunked body."""
     head = _TINY[: _TINY.index(b"\r\n\r\n") + 4]
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        try:
-            connection.sendall(head + b"2\r\n{}\r\n0\r\n" + b"x: y\r\n" * 1_000_000)
-        except ConnectionError:
-            return "closed"
-        return connection.recv(100).split(b"\r\n")[0].decode()
+    return sent(port, head + b"2\r\n{}\r\n0\r\n" + b"x: y\r\n" * 1_000_000)
 
 
 def pipelined(port: int) -> str:
     """Send 2,000 small requests in one write."""
     one = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n\r\n".encode()
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        connection.sendall(one * 2000)
-        return connection.recv(100).split(b"\r\n")[0].decode()
+    return sent(port, one * 2000)
 
 
 def burst(port: int) -> str:
     """500 requests on as many connections, sent at once."""
-    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
-    head = (
-        f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode()
+    request = raw(COMPLETE, {"prompt": "x", "max_tokens": 1})
     while len(_OPEN) < 500:
-        _OPEN.append(socket.create_connection(("127.0.0.1", port), timeout=30))
+        _OPEN.append(connect(port))
     try:
         for connection in _OPEN:
-            connection.sendall(head + body)
+            connection.sendall(request)
         return {connection.recv(65536)[9:12].decode() for connection in _OPEN}.__repr__()
     except OSError:
         _OPEN.clear()
@@ -330,14 +333,9 @@ def document(port: int) -> str:
 def silent(port: int) -> str:
     """Ask for a stream of 64 answers and read none of it; the last 16 connections stay open."""
     fields = {"prompt": "x", "n": 64, "max_tokens": 1500, "logprobs": 20, "stream": True, "ignore_eos": True}
-    body = json.dumps(fields).encode()
-    head = (
-        f"POST {COMPLETE} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {BAD}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    ).encode()
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = connect(port)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.sendall(head + body)
+    connection.sendall(raw(COMPLETE, fields))
     _SILENT.append(connection)
     while len(_SILENT) > 16:
         _SILENT.pop(0).close()

@@ -1,4 +1,5 @@
-"""The side of llama.cpp's or ik_llama.cpp's Python bindings in bench/decode.py: see peer_loop.py.
+"""The side of llama.cpp's or ik_llama.cpp's Python bindings in bench/decode.py: "BATCH PROMPT NEW" a line
+-> "seconds S".
 
 python bench/peer/peer_llama.py FILE.gguf THREADS CONTEXT SEQUENCES [repack]
 
@@ -15,8 +16,6 @@ try:
     import ik_llama_cpp._ctypes_api as api
 except ImportError:
     import llama_cpp as api
-
-from peer_loop import answer
 
 CHUNK = 2048  # tokens of a call at most
 
@@ -85,7 +84,10 @@ def main() -> None:
             feed(context, [(sequence, prompt + step, True) for sequence in range(batch)], numbers)
         return time.perf_counter() - start
 
-    answer(seconds)
+    seconds(1, 32, 4)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print("seconds", seconds(*map(int, line.split())), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-import pytest
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bench.harness import resident
 from bench.hostile.__main__ import BAR, KINDS, Latencies, Result
 from bench.hostile.attacks import CLASSES, attacks
-from bench.hostile.peer import Peer, spoken
-from bench.hostile.processes import resident
 from bench.hostile.serve import Holds
 
 
@@ -29,54 +25,6 @@ def test_attacks_are_chosen_by_class_or_by_part_of_a_name() -> None:
     assert [attack.name for attack in attacks("sockets")] == [attack.name for attack in CLASSES["sockets"]()]
     assert [attack.name for attack in attacks("150 MB")] == ["head: 150 MB"]
     assert len(attacks()) == sum(len(made()) for made in CLASSES.values())
-
-
-def test_grammar_is_spelt_as_each_server_expects_it() -> None:
-    asked = {"prompt": "x", "guided_regex": "a+"}
-    assert spoken(asked, "farthing") == asked
-    assert spoken(asked, "vllm") == {"prompt": "x", "structured_outputs": {"regex": "a+"}}
-    pattern = {"type": "string", "pattern": "^a+$"}
-    assert spoken(asked, "llama.cpp") == {"prompt": "x", "json_schema": pattern}
-    assert spoken({"guided_choice": ["a", 'b"']}, "llama.cpp") == {"grammar": 'root ::= "a" | "b\\""'}
-    assert spoken({"guided_json": {"type": "object"}}, "llama.cpp") == {"json_schema": {"type": "object"}}
-    rules = spoken({"guided_grammar": 'start: r0\nr0: "x"'}, "llama.cpp")
-    assert rules == {"grammar": 'root ::= r0\nr0 ::= "x"'}
-    assert spoken(["not", "a", "body"], "vllm") == ["not", "a", "body"]
-
-
-HEALTHY = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Answer(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        if self.path == "/end":
-            sys.exit()
-
-HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
-"""
-
-
-def test_server_that_an_attack_ended_is_started_again(tmp_path: Path) -> None:
-    (tmp_path / "server.py").write_text(HEALTHY)
-    peer = Peer(f"{sys.executable} {tmp_path / 'server.py'} {{port}}", tmp_path / "log")
-    try:
-        peer.wait()
-        assert peer.revive() is False and peer.memory() > 1 << 20 and peer.holds() == {}
-        httpx.get(f"http://127.0.0.1:{peer.port}/end")
-        peer._process.wait(30)
-        assert peer.revive() is True
-        assert httpx.get(f"http://127.0.0.1:{peer.port}/health").status_code == 200
-    finally:
-        peer.stop()
-
-
-def test_server_that_cannot_start_is_named(tmp_path: Path) -> None:
-    peer = Peer("false --port {port}", tmp_path / "log")
-    with pytest.raises(SystemExit, match="false did not start"):
-        peer.wait()
 
 
 def test_memory_counts_children() -> None:
