@@ -66,7 +66,7 @@ bench: $(STAMP)
 
 # Writes each kernel's time, share of this GPU's measured ceiling, and torch's time into docs/performance.md.
 bench-gpu: $(STAMP)
-	$(BIN)/python bench/gpu.py --page docs/performance.md
+	$(BIN)/python -m farthing_gpu.bench --page docs/performance.md
 
 # Vector registers that hot loops keep on the stack, by kernel; a report, from the object files of the build.
 spills: $(STAMP)

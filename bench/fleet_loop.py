@@ -10,17 +10,15 @@ Limit: the printed "import torch" is the time of a Python process that only impo
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -31,6 +29,7 @@ from farthing_fleet.controller import Controller
 from farthing_fleet.policy import Policy
 from farthing_fleet.signals_scrape import ScrapeSource
 from farthing_fleet.up import STANDBY, serve_command
+from harness import in_turns, parser, report
 
 
 class World:
@@ -60,17 +59,9 @@ class World:
         if request.method == "PATCH":
             self.replicas = (await request.json())["spec"]["replicas"]
             self.patched_at = self.patched_at or time.monotonic()
-        metadata = {"name": "d", "namespace": "n"}
         spec = {"replicas": self.replicas}
-        return web.json_response(
-            {
-                "kind": "Scale",
-                "apiVersion": "autoscaling/v1",
-                "metadata": metadata,
-                "spec": spec,
-                "status": spec,
-            }
-        )
+        about = {"kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": {"name": "d", "namespace": "n"}}
+        return web.json_response(about | {"spec": spec, "status": spec})
 
 
 async def backlog_to_request(interval: float) -> float:
@@ -130,30 +121,25 @@ def import_torch() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between decisions")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    names = ("backlog to request", "first replica ready", "decision to ready", "import torch")
-    rows: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(arguments.runs):
-        rows["backlog to request"].append(asyncio.run(backlog_to_request(arguments.interval)))
-        first, second = asyncio.run(decision_to_ready())
-        rows["first replica ready"].append(first)
-        rows["decision to ready"].append(second)
-        rows["import torch"].append(import_torch())
-    result: dict[str, Any] = {
-        name: {"median_s": statistics.median(values), "worst_s": max(values)} for name, values in rows.items()
+    """Parse, run, print."""
+    p = parser(__doc__)
+    p.add_argument("--runs", type=int, default=5)
+    p.add_argument("--interval", type=float, default=1.0, help="seconds between decisions")
+    a = p.parse_args()
+    replicas: list[tuple[float, float]] = []  # of each run: the first replica, and the second
+
+    def start() -> float:
+        replicas.append(asyncio.run(decision_to_ready()))
+        return replicas[-1][1]
+
+    runs: dict[str, Callable[[], float]] = {
+        "backlog to request": lambda: asyncio.run(backlog_to_request(a.interval)),
+        "decision to ready": start,
+        "import torch": import_torch,
     }
-    if arguments.json:
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{arguments.runs} runs, interleaved (seconds)")
-    for name, row in result.items():
-        print(f"{name:20} median {row['median_s']:6.2f}   worst {row['worst_s']:6.2f}")
+    found = in_turns(runs, a.runs, 0) | {"first replica ready": [first for first, _ in replicas]}
+    rows = [(name, statistics.median(values), max(values)) for name, values in found.items()]
+    report(found, a.json, f"{a.runs} runs, interleaved", ("", "median, s", "worst, s"), rows)
 
 
 if __name__ == "__main__":

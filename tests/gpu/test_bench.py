@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,26 +14,10 @@ from rich.console import Console
 
 pytest.importorskip("triton")
 
+from farthing_gpu.bench import __main__ as bench
+from farthing_gpu.bench import attention, products, tune
 from farthing_gpu.launch import FOLDER, INTERPRETED, Config, read_configs
 from tests.tiny import tiny
-
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-def script(name: str) -> ModuleType:
-    """Import a file of bench/, which is not a package."""
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def bench() -> ModuleType:
-    return script("gpu")
-
 
 SMALL = {
     "mla_decode": [(2, 64, 2, "bfloat16"), (1, 128, 3, "fp8")],
@@ -61,10 +43,10 @@ SMALL = {
 @pytest.mark.skipif(not INTERPRETED, reason="the bench itself is what runs on a GPU")
 @pytest.mark.parametrize("make", list(SMALL))
 def test_every_row_runs_at_a_small_size(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = script("gpu_work")
-    monkeypatch.setattr(work, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(products, "CUDA", torch.device("cpu"))
+    module = attention if hasattr(attention, make) else products
     for arguments in SMALL[make]:
-        row = getattr(work, make)(*arguments)
+        row = getattr(module, make)(*arguments)
         out = row.run()
         assert not isinstance(out, torch.Tensor) or not out.isnan().any()
         assert row.bytes > 0 or row.flops > 0
@@ -74,24 +56,20 @@ def test_every_row_runs_at_a_small_size(make: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(not INTERPRETED, reason="the bench itself is what runs on a GPU")
 def test_the_decode_step_runs_at_a_small_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    work = script("gpu_work")
-    monkeypatch.setattr(work, "CUDA", torch.device("cpu"))
+    monkeypatch.setattr(products, "CUDA", torch.device("cpu"))
     small = tiny(model_type="deepseek_v2", q_lora_rank=None, vocab_size=64)
-    monkeypatch.setattr(work, "V2_LITE", work.V2_LITE | small)
-    row = work.decode_step(2, 64)
+    monkeypatch.setattr(attention, "V2_LITE", attention.V2_LITE | small)
+    row = attention.decode_step(2, 64)
     (_, ids, _), (_, plain, _) = row.run(), row.peer()
     assert torch.equal(ids, plain)
 
 
-def test_every_row_of_the_table_is_known(bench: ModuleType) -> None:
-    assert {row.make for row in bench.ROWS} == {*SMALL, "decode_step"}
+def test_every_row_of_the_table_is_known() -> None:
+    assert {row.make.__name__ for row in bench.ROWS} == {*SMALL, "decode_step"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: rows would be measured")
-def test_without_a_gpu_only_the_reason_is_written(
-    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
+def test_without_a_gpu_only_the_reason_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     into, page = tmp_path / "gpu.json", tmp_path / "page.md"
     page.write_text("# A page\n\n<!-- measured: gpu -->\nold\n<!-- end -->\n\nrest\n")
     assert bench.main(["--page", str(page), "--into", str(into)]) == 0
@@ -104,7 +82,7 @@ def test_without_a_gpu_only_the_reason_is_written(
     assert document["rows"] == [] and "CUDA" in document["reason"]
 
 
-def test_targets_are_in_the_table(bench: ModuleType) -> None:
+def test_targets_are_in_the_table() -> None:
     targets = {r.kernel: bench.wanted(r) for r in bench.ROWS if bench.wanted(r) != "–"}
     assert targets == {
         "MLA decode, bf16 cache": "80% of the ceiling",
@@ -115,44 +93,37 @@ def test_targets_are_in_the_table(bench: ModuleType) -> None:
     }
 
 
-def test_measured_row_is_compared_with_its_target(bench: ModuleType) -> None:
+def test_measured_row_is_compared_with_its_target() -> None:
     row = bench.ROWS[0]
     result = bench.Result(row.kernel, row.size, 50.0, "2,700 GB/s", 0.79, "torch", 500.0, "", False)
     assert bench.cells(row, result)[-3:] == ["500 us (10.00x, torch)", "80% of the ceiling", "missed"]
 
 
-def test_unknown_kernel(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--only", "convolution"])
     assert "matches nothing" in capsys.readouterr().err
 
 
-def test_unavailable_peer_only_omits_its_own_result(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unavailable_peer_only_omits_its_own_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> None:
         raise RuntimeError("CUDA out of memory\nTried to allocate 40 GiB")
 
-    work = SimpleNamespace(
-        make=lambda: SimpleNamespace(
-            run=lambda: None, peer=fails, peer_name="torch", ceiling="copy", bytes=9e8, flops=0.0
-        )
-    )
-    monkeypatch.setitem(sys.modules, "gpu_work", work)
+    def make() -> Any:
+        return products.Work(lambda: None, "copy", 9e8, 0.0, fails, "torch")
+
     clock = SimpleNamespace(medians=lambda *runs: [1000.0] * len(runs))
-    row = bench.Row("FP8 GEMM", "", "make", (), share=0.55, times_peer=1.0)
+    row = bench.Row("FP8 GEMM", "", make, (), share=0.55, times_peer=1.0)
     result = bench.measure(row, clock, {"copy": 1e12}, None)
     assert (result.share, result.met) == (0.9, None)  # undecided: the peer did not run
     assert bench.cells(row, result)[5:] == ["torch: CUDA out of memory", "55% of the ceiling, 1x torch", "–"]
-    alone = bench.Row("FP8 GEMM", "", "make", (), share=0.55)
+    alone = bench.Row("FP8 GEMM", "", make, (), share=0.55)
     assert bench.measure(alone, clock, {"copy": 1e12}, None).met is True
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the bench itself is what runs on a GPU")
 def test_tuning_keeps_the_fastest_working_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real candidates, tiny workloads, and a clock that favors wide tiles of 4 warps."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    tune = script("gpu_tune")
     monkeypatch.setattr(tune, "FOLDER", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test 1")
     ran: list[Config] = []

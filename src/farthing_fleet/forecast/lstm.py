@@ -3,7 +3,7 @@
 It forecasts y = log(peak within a lead / current level) at 0.5 and 0.9 (see `history`) from a sequence of
 means and, next to its last state, the features of every member. Loss: pinball, weighted by the level. Nothing
 depends on the load's scale or the length of a lead, so one network works for any service. `fit` starts from
-the packaged weights and takes seconds on one core; `bench/pretrain_load.py` trains the packaged weights.
+the packaged weights and takes seconds on one core.
 
 Shapes: N = origins, W = length of a sequence, F = features, Q = quantiles (0.5, 0.9).
 """

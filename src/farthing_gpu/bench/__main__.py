@@ -1,7 +1,7 @@
 """Every kernel of the GPU backend: time, share of the GPU's measured ceilings, torch's own path, targets.
 
-    python bench/gpu.py [--only mla] [--rounds 30] [--into build/gpu.json] [--page docs/performance.md]
-    python bench/gpu.py --tune [--only decode]   # writes src/farthing_gpu/configs/<card>.json
+    python -m farthing_gpu.bench [--only mla] [--rounds 30] [--into gpu.json] [--page docs/performance.md]
+    python -m farthing_gpu.bench --tune [--only decode]   # writes configs/<card>.json next to the kernels
 
 Ceilings are measured first: a copy of 1 GiB, and products of 8192 x 8192 in bfloat16 and FP8. Our and torch's
 runs alternate; before each, 256 MiB are written so that no input is in L2. Times are medians. Without a GPU
@@ -26,44 +26,59 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from farthing_gpu.bench.attention import decode_step, mla_decode, mla_prefill, rotary
+from farthing_gpu.bench.products import (
+    Work,
+    dense_fp8,
+    experts,
+    linear,
+    norm_quantize,
+    routing,
+    sampling,
+    softmax,
+    softmax_fused,
+    sparse_product,
+)
+from farthing_gpu.bench.tune import tune
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of the table: the function of gpu_work that builds it, and its target."""
+    """A row of the table: the function that builds its work, and its target."""
 
     kernel: str
     size: str
-    make: str
+    make: Callable[..., Work]
     arguments: tuple[Any, ...]
     share: float | None = None  # target share of the ceiling
     of_dense: float | None = None  # target share of the dense FP8 product's rate
     times_peer: float | None = None  # target speedup over torch
 
 
-DENSE = Row("FP8 GEMM", "4096 x 7168 x 16384", "dense_fp8", (4096, 7168, 16384), share=0.55, times_peer=1.0)
+DENSE = Row("FP8 GEMM", "4096 x 7168 x 16384", dense_fp8, (4096, 7168, 16384), share=0.55, times_peer=1.0)
 ROWS = [
-    Row("MLA decode, bf16 cache", "16 x 8k, 16 heads", "mla_decode", (16, 8192, 16, "bfloat16"), share=0.8),
-    Row("MLA decode, bf16 cache", "16 x 8k, 128 heads", "mla_decode", (16, 8192, 128, "bfloat16"), share=0.8),
-    Row("MLA decode, fp8 cache", "16 x 8k, 16 heads", "mla_decode", (16, 8192, 16, "fp8")),
-    Row("MLA prefill", "4 x 4k, 16 heads", "mla_prefill", (4, 4096, 16)),
+    Row("MLA decode, bf16 cache", "16 x 8k, 16 heads", mla_decode, (16, 8192, 16, "bfloat16"), share=0.8),
+    Row("MLA decode, bf16 cache", "16 x 8k, 128 heads", mla_decode, (16, 8192, 128, "bfloat16"), share=0.8),
+    Row("MLA decode, fp8 cache", "16 x 8k, 16 heads", mla_decode, (16, 8192, 16, "fp8")),
+    Row("MLA prefill", "4 x 4k, 16 heads", mla_prefill, (4, 4096, 16)),
     DENSE,
-    Row("FP8 GEMM, few rows", "64 x 7168 x 16384", "dense_fp8", (64, 7168, 16384)),
-    Row("grouped FP8", "8 x 512 rows", "experts", ("fp8", 4096, 8, 1, 7168, 2048), of_dense=0.7),
-    Row("grouped FP8, decode", "64 tokens, 8 of 64", "experts", ("fp8", 64, 64, 8, 7168, 2048)),
-    Row("grouped INT8, decode", "64 tokens, 8 of 64", "experts", ("int8", 64, 64, 8, 7168, 2048)),
-    Row("grouped INT4, decode", "64 tokens, 8 of 64", "experts", ("int4", 64, 64, 8, 7168, 2048)),
-    Row("grouped bf16, decode", "64 tokens, 8 of 64", "experts", ("dense", 64, 64, 8, 2048, 1408)),
-    Row("INT4 GEMM", "1 x 7168 x 16384", "linear", ("int4", 1, 7168, 16384)),
-    Row("bf16 GEMM, few rows", "16 x 7168 x 16384", "linear", ("dense", 16, 7168, 16384)),
-    Row("softmax", "8192 x 8192", "softmax", (8192, 8192), times_peer=3.75),
-    Row("softmax, vocabulary", "64 x 129280", "softmax_fused", (64, 129280)),
-    Row("RMSNorm + quantize", "4096 x 7168", "norm_quantize", (4096, 7168)),
-    Row("routing + sort", "4096 tokens, 256 experts", "routing", (4096,)),
-    Row("rotary", "4096 tokens, 128 heads", "rotary", (4096, 128)),
-    Row("2:4 GEMM", "16 x 7168 x 7168", "sparse_product", ("2:4", 16, 7168, 7168)),
-    Row("block-sparse, 90 % zero", "16 x 7168 x 7168", "sparse_product", ("16x16", 16, 7168, 7168)),
-    Row("sampling", "64 x 129280", "sampling", (64, 129280)),
-    Row("decode step, V2-Lite shape", "16 x 1k", "decode_step", (16, 1024), share=0.6),
+    Row("FP8 GEMM, few rows", "64 x 7168 x 16384", dense_fp8, (64, 7168, 16384)),
+    Row("grouped FP8", "8 x 512 rows", experts, ("fp8", 4096, 8, 1, 7168, 2048), of_dense=0.7),
+    Row("grouped FP8, decode", "64 tokens, 8 of 64", experts, ("fp8", 64, 64, 8, 7168, 2048)),
+    Row("grouped INT8, decode", "64 tokens, 8 of 64", experts, ("int8", 64, 64, 8, 7168, 2048)),
+    Row("grouped INT4, decode", "64 tokens, 8 of 64", experts, ("int4", 64, 64, 8, 7168, 2048)),
+    Row("grouped bf16, decode", "64 tokens, 8 of 64", experts, ("dense", 64, 64, 8, 2048, 1408)),
+    Row("INT4 GEMM", "1 x 7168 x 16384", linear, ("int4", 1, 7168, 16384)),
+    Row("bf16 GEMM, few rows", "16 x 7168 x 16384", linear, ("dense", 16, 7168, 16384)),
+    Row("softmax", "8192 x 8192", softmax, (8192, 8192), times_peer=3.75),
+    Row("softmax, vocabulary", "64 x 129280", softmax_fused, (64, 129280)),
+    Row("RMSNorm + quantize", "4096 x 7168", norm_quantize, (4096, 7168)),
+    Row("routing + sort", "4096 tokens, 256 experts", routing, (4096,)),
+    Row("rotary", "4096 tokens, 128 heads", rotary, (4096, 128)),
+    Row("2:4 GEMM", "16 x 7168 x 7168", sparse_product, ("2:4", 16, 7168, 7168)),
+    Row("block-sparse, 90 % zero", "16 x 7168 x 7168", sparse_product, ("16x16", 16, 7168, 7168)),
+    Row("sampling", "64 x 129280", sampling, (64, 129280)),
+    Row("decode step, V2-Lite shape", "16 x 1k", decode_step, (16, 1024), share=0.6),
 ]
 
 
@@ -150,9 +165,7 @@ def ceilings(clock: Clock) -> dict[str, float]:
 
 def measure(row: Row, clock: Clock, limits: dict[str, float], dense: float | None) -> Result:
     """Time one row and torch's path; dense: the share reached by the dense FP8 product."""
-    import gpu_work
-
-    work: gpu_work.Work = getattr(gpu_work, row.make)(*row.arguments)
+    work = row.make(*row.arguments)
     runs, name = [work.run], work.peer_name
     if work.peer is not None:
         try:
@@ -240,6 +253,16 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def fill(page: Path, *parts: str) -> None:
+    """Put paragraphs between the page's markers `measured: gpu` and `end`. Raises SystemExit without them."""
+    begin, end = "<!-- measured: gpu -->", "<!-- end -->"
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    if not found or end not in rest:
+        raise SystemExit(f"{page}: expected {begin!r} and {end!r} after it")
+    after = rest.partition(end)[2]
+    page.write_text(before + "\n\n".join((begin, *parts, end)) + after, encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -257,8 +280,6 @@ def main(arguments: list[str] | None = None) -> int:
     if reason is not None:
         measured = Measured(None, reason, {}, {})
     elif options.tune:
-        from gpu_tune import tune
-
         return tune(Clock(options.rounds).medians, console, options.only)
     else:
         measured = run(rows, Clock(options.rounds), console)
@@ -270,9 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(shown)
     console.print(measured.about, highlight=False)
     if options.page is not None:
-        from page import fill
-
-        fill(options.page, "gpu", measured.about, *([markdown(table)] if table else []))
+        fill(options.page, measured.about, *([markdown(table)] if table else []))
     if options.into is not None:
         options.into.write_text(json.dumps(measured.document(), indent=1) + "\n")
     return 0

@@ -1,4 +1,4 @@
-"""Choose each kernel's configuration by measured time and write this GPU's file (`gpu.py --tune`).
+"""Choose each kernel's configuration by measured time and write this GPU's file: `--tune`.
 
 Candidates are compiled first, several at a time. Then all are timed, and the best of them again, interleaved.
 The file is updated after every kernel, so that an interrupted run keeps its results.
@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-import gpu_work
+from farthing_gpu.bench import attention, products
 from farthing_gpu.launch import FOLDER, Config, file_name
 
 ROWS = {16: 16, 64: 64, 512: 4096}  # maximum rows of the entry -> tokens of the workload that decides
@@ -35,7 +35,7 @@ class Job:
 
     kernel: str
     rows: int
-    make: Callable[[], gpu_work.Work]
+    make: Callable[[], products.Work]
     candidates: list[Config]
 
 
@@ -70,24 +70,24 @@ def jobs() -> dict[str, list[Job]]:
     for name in ("fp8", "dense", "int4"):
         for rows, tokens in ROWS.items():
             make = (
-                partial(gpu_work.dense_fp8, tokens, 7168, 7168)
+                partial(products.dense_fp8, tokens, 7168, 7168)
                 if name == "fp8"
-                else partial(gpu_work.linear, name, tokens, 7168, 7168)
+                else partial(products.linear, name, tokens, 7168, 7168)
             )
             tiles = product_candidates(rows, name, persistent=False)
             found.setdefault(f"gemm_{name}", []).append(Job(f"gemm_{name}", rows, make, tiles))
-            make = partial(gpu_work.experts, name, rows * 4, 16, 4, 7168, 2048)
+            make = partial(products.experts, name, rows * 4, 16, 4, 7168, 2048)
             tiles = product_candidates(rows, name, persistent=True)
             found.setdefault(f"grouped_{name}", []).append(Job(f"grouped_{name}", rows, make, tiles))
     for kernel, kind in (("decode", "bfloat16"), ("decode_8bit", "fp8")):
         found[kernel] = [
-            Job(kernel, heads, partial(gpu_work.mla_decode, 16, 8192, heads, kind), decode_candidates(heads))
+            Job(kernel, heads, partial(attention.mla_decode, 16, 8192, heads, kind), decode_candidates(heads))
             for heads in (16, 128)
         ]
     tiles = [
         Config(bm=bm, bk=bk, num_warps=w, num_stages=2) for bm, bk, w in product((64, 128), (32, 64), (4, 8))
     ]
-    found["prefill"] = [Job("prefill", 128, partial(gpu_work.mla_prefill, 2, 4096, 16), tiles)]
+    found["prefill"] = [Job("prefill", 128, partial(attention.mla_prefill, 2, 4096, 16), tiles)]
     return found
 
 
