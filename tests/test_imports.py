@@ -8,6 +8,8 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import farthing
 
 SRC = Path(farthing.__file__).parents[1]
@@ -167,3 +169,27 @@ def test_imports_are_at_the_top() -> None:
         if line
     ]
     assert len(deferred) <= DEFERRED, sorted(deferred)
+
+
+ROOT = Path(__file__).parents[1]
+# Sizes that were reached: words of the documentation (of a folder with all below it), and lines of Python.
+WORDS = {"docs": 55_000, "docs/guide": 22_000, "docs/design": 20_000, "docs/lab": 12_000}
+LINES = {"bench": 4_500, "src/farthing_lab": 10_260}
+
+
+@pytest.mark.parametrize("folder", WORDS)
+def test_documentation_stays_short(folder: str) -> None:
+    words = sum(len(page.read_text(encoding="utf-8").split()) for page in (ROOT / folder).rglob("*.md"))
+    assert words <= WORDS[folder], (
+        f"{folder} has {words:,} words; at most {WORDS[folder]:,}. Say a thing once, on the page that owns "
+        "it; in the lab, what we believe now, since older rounds are in the history"
+    )
+
+
+@pytest.mark.parametrize("folder", LINES)
+def test_benchmarks_and_laboratory_stay_small(folder: str) -> None:
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / folder).rglob("*.py"))
+    assert lines <= LINES[folder], (
+        f"{folder} has {lines:,} lines; at most {LINES[folder]:,}. Delete a study whose conclusion is in "
+        "docs/lab (its page names the commit that has it), or share more (bench/harness.py)"
+    )
