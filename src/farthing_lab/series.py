@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from farthing.bench.trace import check_span, columns, csv_rows, first_line
-from farthing_fleet.forecast.base import DAY_S, Floats
+from farthing_fleet.forecast.base import Floats
 
 _MAX_STEPS = 10_000_000  # 19 years of minutes; bounds the memory that one wrong time allocates
 _MAX_TIME_S, _MAX_VALUE = 1e11, 1e12
@@ -40,11 +40,6 @@ class Series:
 
     def __len__(self) -> int:
         return len(self.values)
-
-    @property
-    def per_day(self) -> int:
-        """Steps per day, at least 1."""
-        return max(1, round(DAY_S / self.step_s))
 
     def head(self, steps: int) -> Series:
         return Series(self.start, self.step_s, self.values[:steps], self.name)

@@ -55,29 +55,6 @@ def plot(
     plt.close(figure)
 
 
-def plot_tradeoff(
-    path: Path, latency: Mapping[str, Mapping[str, float]], lost: Mapping[str, tuple[float, float, float]]
-) -> None:
-    """One panel per latency {axis: {label: value}}, against perplexity lost (share, low, high)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, _ = plt.subplots(1, len(latency), figsize=(4.6 * len(latency), 3.6), dpi=90, sharey=True)
-    for axis, (xlabel, values) in zip(figure.axes, latency.items(), strict=True):
-        for label, (middle, low, high) in lost.items():
-            spread = [[100 * (middle - low)], [100 * (high - middle)]]
-            axis.errorbar(values[label], 100 * middle, yerr=spread, fmt="o", capsize=3, label=label)
-            axis.annotate(f" {label}", (values[label], 100 * middle), fontsize=8)
-        axis.set_xlabel(xlabel)
-        axis.margins(x=0.25)
-    figure.axes[0].set_ylabel("perplexity lost, % (95 %)")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def windows(ids: Ids, length: int, stride: int) -> Iterator[tuple[Ids, int]]:
     """(window of at most length + 1 ids, number of its targets already scored), covering every target once.
 
