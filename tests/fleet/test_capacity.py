@@ -6,6 +6,8 @@ import random
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing_fleet.capacity import OnlineCapacity, Targets
 from farthing_fleet.types import Snapshot
@@ -145,6 +147,23 @@ def tokens(
 
 def truth(prompt: float, output: float) -> float:
     return 1 / (PREFILL * prompt + DECODE * output)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.just(0.0) | st.floats(1e-3, 1e4),
+            st.sampled_from([0.0, 0.02, 0.0449, 0.045, 0.05, 0.0500001, 1.0, 1e3]) | st.floats(0, 10),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_no_time_per_token_breaks_the_estimate(seen: list[tuple[float, float]]) -> None:
+    """Not even that of an idle replica whose every token is late, with a target of 50 ms."""
+    learner = OnlineCapacity(guess=4.0, targets=Targets(tpot_s=0.05))
+    for rate, tpot in seen:
+        assert 1.0 <= learner.observe(tokens(rate, 1000, 100, tpot=tpot)) <= 16.0
 
 
 def test_the_guess_holds_for_the_mean_request_though_the_first_ones_still_run() -> None:

@@ -16,7 +16,7 @@ from farthing_fleet.cli import app
 from farthing_fleet.config import FleetConfig, PolicyConfig
 from farthing_fleet.estimates import TUNED, make_estimates
 from farthing_fleet.rehearsal import Pinned, PinnedRule, Settings
-from farthing_fleet.tune import Row, best, tune, write
+from farthing_fleet.tune import Row, best, outcomes, tune, write
 from farthing_fleet.types import Snapshot
 
 DAY = 1440  # minutes
@@ -47,6 +47,15 @@ def test_choice_is_behind_no_candidate(load: object, tmp_path: Path) -> None:
     assert all(found.chosen.hours <= row.hours for row in found.rows if row.share >= needed)
     assert {row.rule.utilization for row in found.rows} > {0.3, 0.65, 0.73, 1.0}
     assert any(row.rule.replicas for row in found.rows)
+    assert all(0 <= row.share <= 1 for row in found.rows)
+
+
+@pytest.mark.parametrize("step_s", [15.0, 60.0])
+def test_fleet_that_is_too_small_serves_nothing_in_time_after_its_first_hour(step_s: float) -> None:
+    """Its queue grows by half of what arrives; the share is one of requests, whatever a step takes."""
+    settings = replace(Settings(step_s, 120.0), most=5)
+    rows = outcomes(np.full(round(DAY * 60 / step_s), 10.0), settings)
+    assert all(0 <= row.share < 0.05 for row in rows)
 
 
 def test_constant_load_gets_a_fleet_that_just_carries_it(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from farthing.cli.preflight import with_fit
 from farthing.config import AUTO, EngineConfig
+from farthing.planner.buffers import Serving
 from farthing.planner.estimate import published_config
-from farthing.planner.fit import Fit, fit, weight_bytes
+from farthing.planner.fit import Fit, fit, needed, weight_bytes
 from tests.tiny import SMALL_V3
 
 GB = 10**9
@@ -51,6 +52,17 @@ def test_what_is_chosen_fits(tmp_path_factory: pytest.TempPathFactory, gigabytes
     assert found.weights + found.kv_cache_memory <= 0.9 * gigabytes * GB
     more = fit(path, 2 * gigabytes * GB)
     assert more.max_model_len >= found.max_model_len or more.quantization != found.quantization
+
+
+def test_exactly_the_memory_that_is_needed_suffices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farthing.planner.fit._USABLE", 1.0)
+    path = model(tmp_path, "smollm2-135m")
+    serving = Serving(cache_tokens=512, max_model_len=512, max_num_seqs=1)  # the least that `fit` chooses
+    (least,) = needed(path, "int4", serving)
+    found = fit(path, least.total, "int4")
+    assert (found.max_model_len, found.max_num_seqs) == (512, 1)
+    with pytest.raises(ValueError, match="expected a smaller model"):
+        fit(path, least.total - 1, "int4")
 
 
 def test_options_that_are_given_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

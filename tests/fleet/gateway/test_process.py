@@ -6,11 +6,14 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import pytest
 
 from farthing.server.config import KeyRing
 from farthing.server.dashboard.site import Dashboard
 from farthing_fleet.decision_log import DecisionLog, sentence
+from farthing_fleet.gateway import process
 from farthing_fleet.gateway.process import fleet_data, pages_of
 from farthing_fleet.gateway.server import Gateway
 from farthing_fleet.types import Decision, Levels
@@ -101,6 +104,28 @@ def test_without_a_controller_the_gateway_shows_its_own_traffic(tmp_path: Path) 
         assert data["decisions"] == [] and data["replicas"] == [] and data["gauges"]["ready"] == 0
         bounds, cumulative = data["histograms"]["ttfb"]["bounds"], data["histograms"]["ttfb"]["cumulative"]
         assert len(cumulative) == len(bounds) + 1
+
+
+def test_dashboard_is_sampled_again_after_its_source_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = 0
+
+    class Source:
+        def sample(self) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == 1:
+                raise OSError("the disk is full")
+
+    async def scenario() -> None:
+        sampling = asyncio.create_task(process._sample(cast(Dashboard, Source())))
+        async with asyncio.timeout(10):
+            while taken < 3:
+                await asyncio.sleep(0)
+        assert not sampling.done()
+        sampling.cancel()
+
+    monkeypatch.setattr(process, "_SAMPLE_S", 0)
+    asyncio.run(scenario())
 
 
 def test_page_is_public_and_its_data_requires_a_key() -> None:
