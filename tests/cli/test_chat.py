@@ -34,6 +34,7 @@ from farthing.cli.chat import (
     Screen,
     _account,
     _one_line,
+    _shortened,
     described,
     escaped,
     obey,
@@ -473,7 +474,10 @@ def test_arguments_are_shown_as_a_tool_gets_them(fields: dict[str, object], asci
     assert len(lines) == len(fields)
     for (name, value), line in zip(fields.items(), lines, strict=True):
         assert line.isprintable() and len(line.splitlines()) == 1
-        assert line == f"{escaped(name)}: {escaped(json.dumps(value, ensure_ascii=False))}"
+        assert (
+            line
+            == f"{_shortened(escaped(name))}: {_shortened(escaped(json.dumps(value, ensure_ascii=False)))}"
+        )
         assert all(unicodedata.category(each)[0] != "C" for each in line)
 
 
