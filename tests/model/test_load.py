@@ -90,3 +90,15 @@ def test_round_trip_through_config_json() -> None:
         AdaptiveExperts((0.5, 0.6)).routers(config)
     with pytest.raises(ConfigError, match="adaptive_experts: got"):
         AdaptiveExperts.from_json({"adaptive_experts": {"mass": 3}})
+
+
+@pytest.mark.parametrize(
+    ("rule", "leaves_out"),
+    [((0.6,), True), ((1.0,), False), ((1.0, 0.9), True)],
+)
+def test_a_rule_leaves_experts_out_if_it_may_have_fewer_than_most(
+    rule: tuple[float, ...], leaves_out: bool
+) -> None:
+    assert AdaptiveExperts(rule, 2, 8).leaves_out is leaves_out
+    assert AdaptiveExperts(rule, 2).leaves_out is leaves_out
+    assert not AdaptiveExperts(rule, 2, 2).leaves_out

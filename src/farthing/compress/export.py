@@ -127,7 +127,7 @@ def transformers_limits(export: str, checkpoint: Checkpoint, keys: Keys) -> list
     if checkpoint.config.get("layer_sizes"):
         limits.append("layers differ in size (layer_sizes)")
     rule = AdaptiveExperts.from_json(checkpoint.config)
-    if rule is not None and min(rule.mass) < 1:
+    if rule is not None and rule.leaves_out:
         limits.append("it computes all experts of every token, which the adaptive rule does not")
     blocks = [name for name, key in keys.items() if key is not None and key.format == "fp8"]
     if ragged := [name for name in blocks if _is_ragged(checkpoint.shape(f"{name}.weight"))]:

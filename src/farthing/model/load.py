@@ -55,6 +55,11 @@ class AdaptiveExperts:
                 f"adaptive experts: max: got {self.max_experts}; expected at least min = {self.min_experts}"
             )
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a token may have fewer than the most experts."""
+        return min(self.mass) < 1 and (self.max_experts is None or self.min_experts < self.max_experts)
+
     @classmethod
     def parse(cls, text: str) -> AdaptiveExperts | None:
         """'all' -> None; 'adaptive:0.9,min=2,max=6' -> the rule. Raises ConfigError."""
