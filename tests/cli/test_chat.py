@@ -31,10 +31,10 @@ from typer.testing import CliRunner
 
 from farthing.cli.app import app
 from farthing.cli.chat import (
+    _SHOWN,
     Screen,
     _account,
     _one_line,
-    _shortened,
     described,
     escaped,
     obey,
@@ -474,10 +474,15 @@ def test_arguments_are_shown_as_a_tool_gets_them(fields: dict[str, object], asci
     assert len(lines) == len(fields)
     for (name, value), line in zip(fields.items(), lines, strict=True):
         assert line.isprintable() and len(line.splitlines()) == 1
-        assert (
-            line
-            == f"{_shortened(escaped(name))}: {_shortened(escaped(json.dumps(value, ensure_ascii=False)))}"
-        )
+        whole = [escaped(name), escaped(json.dumps(value, ensure_ascii=False))]
+        if max(map(len, whole)) <= 2 * _SHOWN:
+            assert line == ": ".join(whole)
+        else:  # a longer text says how much of its middle is left out
+            left = [len(text) - 2 * _SHOWN for text in whole]
+            cut = [
+                f"{t[:_SHOWN]} [… {n} characters …] {t[-_SHOWN:]}" for t, n in zip(whole, left, strict=True)
+            ]
+            assert line == ": ".join(c if n > 0 else t for t, c, n in zip(whole, cut, left, strict=True))
         assert all(unicodedata.category(each)[0] != "C" for each in line)
 
 
