@@ -31,8 +31,9 @@ from typing import Any
 import torch
 
 from farthing import LLM, SamplingParams, _native
+from farthing.cpus import cpu_name
 from farthing.model.pack import pack_checkpoint
-from harness import CACHE, ceilings, log, medians, parser, processor, report
+from harness import CACHE, ceilings, log, medians, parser, report
 from limits import BYTES_PER_WEIGHT, PEER_BYTES, Point, bytes_read, limit
 from page import key, text_of
 from peers import GGUF_TYPES, NEW, PROMPT, WARM_UP, Child, LlamaCpp, Measure, Seconds, by_generating
@@ -228,7 +229,11 @@ def main() -> None:
     """Parse, run, print."""
     p = parser(__doc__)
     p.add_argument("--model", default="L576", help=f"{', '.join(MODELS)}, or a GGUF file")
-    p.add_argument("--machine", default=processor(), help="its name in the rows; default the processor's")
+    p.add_argument(
+        "--machine",
+        default=cpu_name() or "unknown processor",
+        help="its name in the rows; default the processor's",
+    )
     p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import math
-import re
 import socket
 import statistics
 import subprocess
@@ -23,6 +22,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from farthing import upstream
 
 HOST = "127.0.0.1"
 CACHE = Path.home() / ".cache/farthing/bench"
@@ -74,16 +75,9 @@ def ceilings(threads: int) -> dict[str, float]:
     }
 
 
-def processor() -> str:
-    """The name that the processor gives itself."""
-    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return found[1] if found else "unknown processor"
-
-
 def free_port() -> int:
     """A port that is free now."""
-    with socket.create_server((HOST, 0)) as probe:
-        return int(probe.getsockname()[1])
+    return upstream.free_port(HOST)
 
 
 def resident(pid: int) -> int:
