@@ -135,8 +135,11 @@ def test_chat_reads_control_tokens_in_messages_as_text(llm: LLM, directory: Path
 
 
 HOSTILE = {
-    "memory": ("{% set n = namespace(x=['a' * 1000000]) %}{% for i in range(30) %}{% set n.x = n.x + n.x %}"
-               "{% endfor %}x", "messages is not accepted: it takes more memory than one input may"),
+    # In one piece: what grows step by step may meet the limit of time first.
+    "memory": ("{% set n = namespace(x=10000000000) %}{{ 'a' * n.x }}",
+               "messages is not accepted: it takes more memory than one input may"),
+    "growth": ("{% set n = namespace(x=['a' * 1000000]) %}{% for i in range(30) %}{% set n.x = n.x + n.x %}"
+               "{% endfor %}x", "messages (is not accepted: it takes more memory|takes more than 2 s of CPU time)"),
     "time": ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}x",
              "messages takes more than 2 s of CPU time"),
     "length": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
