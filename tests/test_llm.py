@@ -139,7 +139,7 @@ HOSTILE = {
     "memory": ("{% set n = namespace(x=10000000000) %}{{ 'a' * n.x }}",
                "messages is not accepted: it takes more memory than one input may"),
     "growth": ("{% set n = namespace(x=['a' * 1000000]) %}{% for i in range(30) %}{% set n.x = n.x + n.x %}"
-               "{% endfor %}x", "messages (is not accepted: it takes more memory|takes more than 2 s of CPU time)"),
+               "{% endfor %}x", "messages (is not accepted: it takes more memory|takes more than 2 s)"),
     "time": ("{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}x",
              "messages takes more than 2 s of CPU time"),
     "length": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",

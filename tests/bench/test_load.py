@@ -6,6 +6,8 @@ import asyncio
 import gzip
 import json
 import math
+import os
+import re
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -31,6 +33,8 @@ from farthing.bench.load import (
 )
 from farthing.cli.bench import LoadOptions, SloOptions, app
 from farthing.cli.errors import Exit
+from farthing.server.config import KeyRing
+from tests.server.harness import ScriptedEngine, running
 
 SHAPE = Shape(input_tokens=8, output_tokens=3, shared_prefix=4, vocabulary=1000)
 
@@ -290,3 +294,27 @@ def test_a_server_that_does_not_run_is_one_line() -> None:
     assert result.stderr.strip() == (
         f"error: url: got {url!r} (Connection refused); expected a running OpenAI-compatible server"
     )
+
+
+@pytest.mark.parametrize("owner", ["own", "another", "unknown"])
+def test_key_is_sent_only_to_an_address_that_is_named_or_the_users_own(
+    owner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(ScriptedEngine(["ok"]), keys=KeyRing(["me:sk-1"])) as server:
+        user = {"own": os.getuid(), "another": os.getuid() + 1}.get(owner)
+        listens = f"   0: 0100007F:{server.port:04X} 00000000:0000 0A 0:0 0:0 0 {user} 0\n"
+        (tmp_path / "tcp").write_text("header\n" + listens * (user is not None))
+        monkeypatch.setattr("farthing.cli.conversation._SOCKETS", (tmp_path / "tcp",))
+        monkeypatch.setattr("farthing.cli.bench.ADDRESS", server.url)
+        monkeypatch.setenv("FARTHING_API_KEY", "sk-1")
+        brief = ["serve", "--requests", "2", "--json"]
+        named = CliRunner().invoke(app, [*brief, "--url", server.url])
+        assert named.exit_code == 0 and json.loads(named.stdout)["requests"] == 2 and not named.stderr.strip()
+        default = CliRunner().invoke(app, brief)
+        if owner == "own":
+            assert default.exit_code == 0 and json.loads(default.stdout)["requests"] == 2
+            return
+        assert default.exit_code == Exit.INPUT
+        told = f"api_key: not sent to {server.url}, where .* name the address: --url {server.url}"
+        assert re.match(told, default.stderr)
+        assert "expected a running OpenAI-compatible server" in default.stderr

@@ -1,4 +1,4 @@
-"""Grammars of tools' schemas take time in proportion to the schemas, whatever refers to what in them."""
+"""Grammars take time in proportion to their tools' schemas, and prompts of many calls to their number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from farthing.conversation.arguments import ObjectText, as_object, kinds_of, obj
 from farthing.conversation.forced import schema as forced_schema
 from farthing.conversation.select import CALLS
 from farthing.conversation.strict import MAX_CHARACTERS, call_grammar, forced_grammar
-from farthing.conversation.types import Conversation, Tool, ToolChoice, Turn
+from farthing.conversation.types import Conversation, Tool, ToolCall, ToolChoice, Turn
 from tests.growth import chained, excess
 
 SYNTAXES = {name: form.syntax for name, form in CALLS.items() if form.syntax is not None}
@@ -117,3 +117,17 @@ def test_arguments_are_read_in_linear_time(text: str, pieces: int | None) -> Non
 
     texts = {size: ARGUMENTS[text](size) for size in (20_000, 80_000)}
     assert excess(read, 20_000, noticed=0.2) is None
+
+
+@pytest.mark.parametrize("order", ["in order", "backwards", "one id", "unknown ids"])
+def test_calls_are_put_next_to_their_results_in_linear_time(order: str) -> None:
+    def talk(size: int) -> Conversation:
+        ids = ["a" if order == "one id" else f"{at}" for at in range(size)]
+        calls = tuple(ToolCall(each, "f", "{}") for each in ids)
+        answered = [f"{each}?" for each in ids] if order == "unknown ids" else ids
+        results = [Turn("tool", call_id=each) for each in answered]
+        return Conversation((Turn("assistant", calls=calls), *results[:: -1 if order == "backwards" else 1]))
+
+    asked = {size: talk(size) for size in (3000, 12000)}
+    assert excess(lambda size: asked[size].with_single_calls(), 3000) is None
+    assert excess(lambda size: asked[size].with_results_in_call_order(), 3000) is None

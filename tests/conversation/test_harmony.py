@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
+from random import Random
 from typing import Any
 
 import pytest
@@ -150,6 +152,30 @@ def test_other_templates_keep_their_turns() -> None:
         single = ordered.with_single_calls()
         assert [c for t in single.turns for c in t.calls] == [c for t in ordered.turns for c in t.calls]
         assert all(len(turn.calls) < 2 for turn in single.turns)
+
+
+@given(st.lists(st.integers(1, 5), max_size=3), st.randoms(use_true_random=False), st.booleans())
+def test_a_result_follows_its_own_call(sizes: list[int], random: Random, complete: bool) -> None:
+    """In whatever order the results arrive; calls without one stay behind the turn's other calls."""
+    turns: list[Turn] = []
+    for at, size in enumerate(sizes):
+        calls = tuple(ToolCall(f"{at}.{n}", "f", "{}") for n in range(size))
+        answered = list(calls) if complete else random.sample(calls, random.randint(0, size))
+        random.shuffle(answered)
+        turns += [Turn("assistant", calls=calls), *(Turn("tool", call_id=call.id) for call in answered)]
+        turns.append(Turn("user", f"{at}"))
+    single = Conversation(tuple(turns)).with_single_calls().turns
+    assert sorted(call.id for turn in single for call in turn.calls) == sorted(
+        call.id for turn in turns for call in turn.calls
+    )
+    assert [t for t in single if not t.calls] == [t for t in turns if not t.calls]
+    first = {f"{at}.0" for at in range(len(sizes))}  # it stays where its turn is
+    for before, turn in pairwise(single):
+        if turn.role == "tool" and turn.call_id not in first:
+            assert [call.id for call in before.calls] == [turn.call_id]
+    open_calls = [t.calls[0].id for t in single if t.calls and t.calls[0].id not in first]
+    unanswered = [i for i in open_calls if all(turn.call_id != i for turn in turns)]
+    assert unanswered == sorted(unanswered)
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])

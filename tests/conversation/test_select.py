@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from tokenizers import models
 from transformers import PreTrainedTokenizerFast
 
 from farthing.conversation.base import EFFORTS
-from farthing.conversation.jinja import compile_template, variables
+from farthing.conversation.jinja import check_template, compile_template, variables
 from farthing.conversation.select import Checkpoint, Habits, choose, probe
 from farthing.engine.tokenizer import Tokenizer
 from tests.conversation.published import SHAPES
@@ -236,3 +237,40 @@ def test_refusals_and_marks_of_training() -> None:
 def test_capabilities(model_type: str, template: str | None, tokens: str, expected: tuple[str, ...]) -> None:
     checkpoint = Checkpoint(model_type, template, lambda token: token == tokens)
     assert choose(checkpoint).capabilities == expected
+
+
+HUGE = ("'x' * 10**11", "'x' | center(10**11)", "[0] * 10**11", "10 ** 10 ** 10", "('%999999999999d' % 1)")
+
+
+@pytest.mark.parametrize("work", HUGE)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "{{ WORK }}",
+        "{% set c = WORK %}",
+        "{% for d in WORK %}{% endfor %}",
+        "{% if WORK %}{% endif %}",
+        "{% filter replace('a', WORK) %}a{% endfilter %}",
+        "{% macro m(d=WORK) %}{{ m(d) }}{% endmacro %}",
+        "{{ [WORK, {'d': WORK}][0] ~ (WORK if WORK else WORK) }}",
+    ],
+)
+def test_variables_are_found_without_computing_constants(place: str, work: str) -> None:
+    """Jinja computes them when it compiles, which the server's own process never does."""
+    began = time.thread_time()
+    source = "{{ a }}" + place.replace("WORK", work) + "{{ b }}"
+    assert variables(source) == {"a", "b"}
+    check_template(source)
+    assert time.thread_time() - began < 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ a | nothing }}", "{% if %}", "{{ 'a' }", "{% for a in b %}", "{{ " + "(" * 9999, "{% none %}"],
+)
+def test_check_of_a_template_refuses_what_does_not_compile(source: str) -> None:
+    with pytest.raises(ValueError, match="chat_template does not compile: ") as compiled:
+        compile_template(source)
+    with pytest.raises(ValueError) as checked:
+        check_template(source)
+    assert str(checked.value) == str(compiled.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -250,3 +251,19 @@ def test_chat_format_says_what_the_template_expects() -> None:
     silent = tokenizer(template="{% for m in messages %}<|user|>{{ m.content }}{% endfor %}")
     said = check_chat_format(silent, "deepseek_v3")
     assert said == "its own template, which prints no earlier calls; deepseek_v4 is used with tools"
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+LONG = "{{ 'x' * 10**10 }}"
+
+
+@pytest.mark.parametrize(("work", "when"), [(LOOPS, "later"), (LONG, "later"), (LONG, "always")])
+def test_work_of_a_template_is_bounded(work: str, when: str) -> None:
+    """Also of one that harms only prompts, and none of the conversations by which its habits are found."""
+    turns = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    hostile = work if when == "always" else "{% if 'fox' in messages[0].content %}" + work + "{% endif %}"
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(ValueError, match=r"template|messages"):
+        check_chat_format(tokenizer(template=turns + hostile), "deepseek_v3")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert after.ru_utime - before.ru_utime < 5 and after.ru_maxrss - before.ru_maxrss < 2**20  # KiB

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,6 +34,7 @@ from farthing.bench.load import (
     plot_latencies,
     poisson,
 )
+from farthing.cli.conversation import ADDRESS, Server
 from farthing.cli.errors import Exit, errors_as_one_line, with_options
 from farthing.cli.tables import print_percentiles, report, token_progress
 from farthing.config import check, inherited, option
@@ -60,9 +61,11 @@ _option = partial(option, group="Options")
 class ServerOptions:
     """The server to measure."""
 
-    url: str = _option("http://127.0.0.1:8000", "URL of an OpenAI-compatible server")
+    url: str | None = _option(None, f"URL of an OpenAI-compatible server; default: {ADDRESS}")
     model: str | None = _option(None, "Model name; default: the server's first")
-    api_key: str | None = _option(None, "API key", environment="FARTHING_API_KEY")
+    api_key: str | None = _option(
+        None, "API key, sent to --url or to a server of this user", environment="FARTHING_API_KEY"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,29 +287,22 @@ def _slo(options: dict[str, Any]) -> Slo:
 
 
 def _target(options: dict[str, Any]) -> Target:
-
-    server = ServerOptions(**options)
-    target = Target(server.url, server.model or "", server.api_key)
-    return target if server.model else replace(target, model=_first_model(target))
-
-
-def _first_model(target: Target) -> str:
-    import urllib.error
-    import urllib.request
-
-    request = urllib.request.Request(f"{target.url.rstrip('/')}/v1/models")
-    if target.api_key:
-        request.add_header("Authorization", f"Bearer {target.api_key}")
+    """The server, with a key only if the user named the address for it or owns what listens there."""
+    given = ServerOptions(**options)
+    with errors_as_one_line():
+        server = Server(given.url or ADDRESS, given.api_key, named=given.url is not None)
+    if withheld := server.withholds:
+        _say(f"api_key: {server.withheld(f'--url {server.url}')}")
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
-            return str(json.load(response)["data"][0]["id"])
-    except (urllib.error.URLError, OSError, KeyError, IndexError, ValueError) as error:
-        reason = getattr(error, "reason", error)  # of a URLError: the connection's error
-        said = getattr(reason, "strerror", None) or reason
+        model = given.model or server.model(None)
+    except (OSError, KeyError, ValueError) as error:
+        cause = error.__cause__ or error  # of the connection's error, the words without its number
+        said = getattr(cause, "strerror", None) or cause
         typer.echo(
-            f"error: url: got {target.url!r} ({said}); expected a running OpenAI-compatible server", err=True
+            f"error: url: got {server.url!r} ({said}); expected a running OpenAI-compatible server", err=True
         )
         raise typer.Exit(Exit.INPUT) from None
+    return Target(server.url, model, None if withheld else given.api_key)
 
 
 def _print_load(result: LoadResult) -> None:

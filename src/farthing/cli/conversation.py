@@ -113,6 +113,13 @@ class Server:
         """Whether it has a key that is not sent, because somebody else listens at the address."""
         return bool(self._key) and not (self._named or _is_own(self._parts.port or 80))
 
+    def withheld(self, naming: str) -> str:
+        """What the user is told of it. naming: how a command names the address."""
+        return (
+            f"not sent to {self.url}, where another user's process may listen; to send it, name the "
+            f"address: {naming}"
+        )
+
     def _headers(self) -> dict[str, str]:
         key = {} if self._key is None or self.withholds else {"Authorization": f"Bearer {self._key}"}
         return {"Content-Type": "application/json", **key}
@@ -302,10 +309,7 @@ def find(model: str | None, key: str | None) -> tuple[Server, str] | None:
     except Unauthorized:
         if not server.withholds:
             return None
-        raise Unauthorized(
-            f"api_key: not sent to {server.url}, where another user's process may listen; to send it, name "
-            f"the address: farthing chat {server.url}"
-        ) from None
+        raise Unauthorized(f"api_key: {server.withheld(f'farthing chat {server.url}')}") from None
     except (OSError, ValueError, KeyError):
         return None
 

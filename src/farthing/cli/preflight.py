@@ -52,10 +52,10 @@ def _check_architecture(config: EngineConfig, model: Found) -> None:
 
 def _check_template(option: str) -> None:
     """Raises ValueError for a chat template that cannot be read or compiled."""
-    from farthing.conversation.jinja import compile_template
+    from farthing.conversation.jinja import check_template
     from farthing.conversation.select import template_source
 
-    compile_template(template_source(option) or "")
+    check_template(template_source(option) or "")
 
 
 def with_fit(config: EngineConfig, path: Path) -> EngineConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from functools import cache, partial
 from typing import Any
@@ -14,6 +15,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_multi_attrgetter
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from farthing.conversation.scan import plain
 
@@ -99,22 +101,54 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+_CONSTANT = " constant"  # no name that a template can spell
+
+
+class _WithoutConstants(NodeTransformer):
+    """Replaces constants by a variable: Jinja computes expressions of constants when it compiles, however
+    large, and a template is somebody else's program."""
+
+    def visit_Const(self, node: nodes.Const) -> nodes.Name:  # named by Jinja
+        return nodes.Name(_CONSTANT, "load", lineno=node.lineno)
+
+
 def variables(source: str) -> frozenset[str]:
-    """The variables a template reads. Empty if it does not compile: rendering reports the error."""
-    environment = _environment()
+    """The variables a template reads, found without computing anything. Empty if it does not compile:
+    rendering reports the error."""
     try:
-        names = meta.find_undeclared_variables(environment.parse(source))
-    except (jinja2.TemplateError, RecursionError, OverflowError):
+        names = meta.find_undeclared_variables(_tree(source))
+    except _FAULTS:
         return frozenset()
-    return frozenset(names - environment.globals.keys())
+    return frozenset(names - _environment().globals.keys() - {_CONSTANT})
+
+
+def check_template(source: str) -> None:
+    """Raises ValueError for a template that does not compile, found without computing anything."""
+    with _compiling():
+        _environment().compile(_tree(source), raw=True)
+
+
+def _tree(source: str) -> nodes.Template:
+    tree = _WithoutConstants().visit(_environment().parse(source))
+    assert isinstance(tree, nodes.Template)
+    return tree
+
+
+_FAULTS = (jinja2.TemplateError, RecursionError, OverflowError)
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    try:
+        yield
+    except _FAULTS as error:
+        raise ValueError(f"chat_template does not compile: {error}") from error
 
 
 def compile_template(source: str) -> Callable[..., str]:
     """A function that renders the template; it raises ValueError where the template refuses its input."""
-    try:
+    with _compiling():
         template = _environment().from_string(source)
-    except (jinja2.TemplateError, RecursionError, OverflowError) as error:
-        raise ValueError(f"chat_template does not compile: {error}") from error
 
     def render(**values: Any) -> str:
         try:

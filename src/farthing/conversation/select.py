@@ -72,6 +72,11 @@ class Habits:
     leading: bool = False  # it refuses or leaves out a system turn that is not at the start
     drops: bool = False  # it leaves out the system turn after a tool's result
 
+    @classmethod
+    def of_document(cls, fields: dict[str, Any]) -> Habits:
+        """The habits that a child process found, which are the fields as JSON has them."""
+        return cls(**fields | {"efforts": tuple(fields["efforts"])})
+
     @property
     def described(self) -> str:
         """The habits in words, for logs and reports."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -210,21 +211,22 @@ class Conversation:
     def with_single_calls(self) -> Conversation:
         """The same conversation with one call in a turn, which its result follows."""
         turns: list[Turn] = []
-        waiting: list[Turn] = []  # later calls of a turn
+        waiting: dict[int, Turn] = {}  # later calls of a turn, by their number in it
+        numbers: dict[str | None, deque[int]] = {}  # of the waiting calls with an id
         for turn in self.turns:
             if turn.role == "tool":
-                owner = next((t for t in waiting if t.calls[0].id == turn.call_id), None)
-                if owner is not None:
-                    turns.append(owner)
-                    waiting.remove(owner)
+                if of_id := numbers.get(turn.call_id):
+                    turns.append(waiting.pop(of_id.popleft()))
             else:
-                turns += waiting
-                waiting = []
+                turns += waiting.values()
+                waiting, numbers = {}, {}
             if len(turn.calls) > 1:
-                waiting = [Turn("assistant", calls=(call,)) for call in turn.calls[1:]]
+                for number, call in enumerate(turn.calls[1:]):
+                    waiting[number] = Turn("assistant", calls=(call,))
+                    numbers.setdefault(call.id, deque()).append(number)
                 turn = replace(turn, calls=turn.calls[:1])
             turns.append(turn)
-        return replace(self, turns=(*turns, *waiting))
+        return replace(self, turns=(*turns, *waiting.values()))
 
     def with_results_in_call_order(self) -> Conversation:
         """The same conversation, with the results between two assistant turns in the order of their calls.

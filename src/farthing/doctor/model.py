@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Container, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
@@ -19,6 +20,7 @@ from farthing.checkpoint.reader import Checkpoint, has_config, quantization_in, 
 from farthing.conversation import ControlTokens, Conversation, Turn
 from farthing.conversation.select import Checkpoint as ChatFacts
 from farthing.conversation.select import Habits, choose
+from farthing.engine.sandbox.sandbox import Sandbox
 from farthing.engine.tokenizer import Tokenizer
 from farthing.model import (
     DecoderModel,
@@ -37,6 +39,7 @@ from farthing.ops import INTEGERS, Ops, make_batch
 # The parts of `farthing check` that run no layer: names and shapes of tensors, tokenizer, chat format.
 
 TEXT = "The quick brown fox: 17 × 3 = 51, naïve, 你好."
+MOST_TOKENS = 32_768  # that a template may make of one turn
 _FORMATS = {
     "F8_E4M3": "fp8",
     "BF16": "bfloat16",
@@ -136,14 +139,19 @@ def check_tokenizer(path: Path, config: ModelConfig | None) -> tuple[Tokenizer, 
 
 
 def check_chat_format(tokenizer: Tokenizer, model_type: str) -> str:
-    """Render a turn in the format that `farthing serve` would choose. Raises ValueError if the prompt lacks
-    the turn's text, or has marks that are no tokens."""
+    """Render a turn in the format that `farthing serve` would choose, and as it does: a checkpoint's own
+    template is a program, which runs in a child process with limits. Raises ValueError if it exceeds them,
+    or if the prompt lacks the turn's text or has marks that are no tokens."""
     own = None if tokenizer.trusted_template else tokenizer.chat_template
-    habits = Habits() if own is None else tokenizer.habits()
-    facts = ChatFacts(model_type, own, lambda token: tokenizer.backend.token_to_id(token) is not None, habits)
-    chosen = choose(facts)
+    with closing(Sandbox(tokenizer, tokenizer.vocab_size)) as sandbox:
+        habits = Habits() if own is None else Habits.of_document(sandbox.habits().result())
+        has = tokenizer.backend.token_to_id
+        chosen = choose(ChatFacts(model_type, own, lambda token: has(token) is not None, habits))
+        if chosen.template is not None:
+            turns = [{"role": "user", "content": TEXT}]
+            chat: dict[str, Any] = dict(messages=turns, tools=None, add_generation_prompt=True, options={})
+            prompt = sandbox.chat(chat, MOST_TOKENS).result()
     if chosen.template is not None:
-        prompt = tokenizer.render_chat([{"role": "user", "content": TEXT}])
         tools = "" if chosen.tools is chosen.plain else f"; {chosen.tools.name} is used with tools"
         shown = f"its own template, which {habits.described}{tools}"
     else:

@@ -126,11 +126,10 @@ async def _habits(engine: Engine) -> Habits:
     if engine.sandbox is None:
         return Habits()
     try:
-        habits = await asyncio.wrap_future(engine.sandbox.habits())
+        return Habits.of_document(await asyncio.wrap_future(engine.sandbox.habits()))
     except (ValueError, RuntimeError) as error:
         log.warning("the model's chat template failed: %s", error)
         return Habits()
-    return Habits(**habits | {"efforts": tuple(habits["efforts"])})
 
 
 def made_for(model: str, word: str) -> bool:
