@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Many tests wait for servers and timers: three processes keep two cores busy.
 WORKERS ?= 3
-farthing_tests       := tests --ignore=tests/fleet --ignore=tests/gpu --ignore=tests/lab
+farthing_tests       := tests --ignore=tests/fleet --ignore=tests/gpu --ignore=tests/lab --ignore=tests/ray
 farthing_fleet_tests := tests/fleet
 farthing_gpu_tests   := tests/gpu
 farthing_lab_tests   := tests/lab
+farthing_ray_tests   := tests/ray
 # `make test HOUSE=farthing_fleet` runs the tests of one house.
 HOUSE   ?=
-TESTS   := $(if $(HOUSE),$(or $($(HOUSE)_tests),$(error HOUSE: got $(HOUSE); expected farthing, farthing_fleet, farthing_gpu or farthing_lab)))
+TESTS   := $(if $(HOUSE),$(or $($(HOUSE)_tests),$(error HOUSE: got $(HOUSE); expected farthing, farthing_fleet, farthing_gpu, farthing_lab or farthing_ray)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
 

@@ -13,7 +13,7 @@ import pytest
 import farthing
 
 SRC = Path(farthing.__file__).parents[1]
-HOUSES = ("farthing", "farthing_fleet", "farthing_gpu", "farthing_lab")
+HOUSES = ("farthing", "farthing_fleet", "farthing_gpu", "farthing_ray", "farthing_lab")
 # The rooms of the product, lowest first; a room imports lower rooms, and itself.
 LEVELS = (
     {"cost", "conversation"},

@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,8 +25,6 @@ from farthing_fleet.gateway.config import GatewayOptions
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Run, scale and explain a fleet of replicas."
 )
-ray_app = typer.Typer(no_args_is_help=True, help="Replicas on a Ray cluster, by Ray Serve.")
-app.add_typer(ray_app, name="ray")
 
 _UP_EXAMPLES = """
 Examples:
@@ -39,13 +36,6 @@ Examples:
   farthing fleet up ./Qwen3-8B ./gpt-oss-20b --min-replicas 0
 
   farthing fleet up --command "vllm serve ./model --port {port}" --health-path /health --metrics-names vllm
-"""
-_RAY_EXAMPLES = """
-Examples:
-
-  farthing fleet ray up
-
-  farthing fleet ray up ./DeepSeek-V3 ./Mixtral --address auto --max-replicas 4 --gpus 1
 """
 _RUN_EXAMPLES = """
 Examples:
@@ -154,16 +144,6 @@ class UpOptions(FleetOptions):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RayOptions(FleetOptions):
-    """A fleet on a Ray cluster."""
-
-    address: str | None = _option(None, "HOST:PORT of a cluster, or auto; default: a new one on this machine")
-    cpus: float = _option(1.0, "CPUs that a replica reserves", minimum=0)
-    gpus: float = _option(0.0, "GPUs that a replica reserves", minimum=0)
-    drain: float = _option(60.0, "Seconds for in-flight requests of a replica that goes", minimum=0)
-
-
 @app.command(epilog=_UP_EXAMPLES)
 @with_options(options=UpOptions)
 def up(options: dict[str, Any]) -> None:
@@ -171,8 +151,8 @@ def up(options: dict[str, Any]) -> None:
     from farthing_fleet.config import local_fleet
     from farthing_fleet.up import UpConfig, local_config
 
-    _log_to_stderr()
-    with _errors_to_user():
+    log_to_stderr()
+    with errors_to_user():
         chosen = UpOptions(**options)
         fleet = local_fleet(
             chosen.config,
@@ -204,54 +184,25 @@ async def _up(config: Any) -> None:
     stop = stop_event()
     async with LocalFleet(config) as fleet:
         ports = ", ".join(str(model.metrics_port) for model in fleet.models)
-        _say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {ports}")
+        say(f"gateway: {fleet.url} (OpenAI API at {fleet.url}/v1), metrics on port {ports}")
         scaling = asyncio.create_task(fleet.run(stop))
-        waits = (m.wait_ready(m.replicas.config.ready_timeout_s, _say) for m in fleet.models)
+        waits = (m.wait_ready(m.replicas.config.ready_timeout_s, say) for m in fleet.models)
         ready: asyncio.Future[list[bool]] = asyncio.gather(*waits)
         either: list[asyncio.Future[Any]] = [ready, scaling]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if ready.done() and not all(ready.result()):
             lost = next(m for m, good in zip(fleet.models, ready.result(), strict=True) if not good)
-            _say(f"{lost.name}: no replica became ready: {lost.replicas.given_up or 'timed out'}")
+            say(f"{lost.name}: no replica became ready: {lost.replicas.given_up or 'timed out'}")
             stop.set()
             await scaling
             raise typer.Exit(1)
         if ready.done():
-            _say("ready")
+            say("ready")
         ready.cancel()
         with suppress(asyncio.CancelledError):
             await ready
         await scaling
-        _say("shutting down: in-flight requests finish first")
-
-
-@ray_app.command("up", epilog=_RAY_EXAMPLES)
-@with_options(options=RayOptions)
-def ray_up(options: dict[str, Any]) -> None:
-    """Serve models by Ray Serve, scaled by Farthing's policy, until Ctrl-C."""
-    from farthing_fleet.config import make_fleet
-
-    _log_to_stderr()
-    with _errors_to_user():
-        chosen = RayOptions(**options)
-        fleet = make_fleet(chosen.config, chosen.policy, state=chosen.state, advise=chosen.advise)
-        try:
-            from farthing_fleet.ray_serve import ServeConfig, serving
-        except ImportError as problem:
-            raise ValueError(f"Ray Serve needs the extra `ray`: {problem}") from problem
-        config = ServeConfig(
-            commands=chosen.commands,
-            fleet=fleet,
-            health_path=chosen.health_path,
-            ready_timeout_s=chosen.ready_timeout,
-            drain_s=chosen.drain,
-            cpus=chosen.cpus,
-            gpus=chosen.gpus,
-        )
-        with serving(config, chosen.address, chosen.host, chosen.port) as url:
-            _say(f"ready: OpenAI API at {url}/v1")
-            signal.sigwait((signal.SIGINT, signal.SIGTERM))
-            _say("shutting down: in-flight requests finish first")
+        say("shutting down: in-flight requests finish first")
 
 
 @app.command(epilog=_RUN_EXAMPLES)
@@ -266,12 +217,12 @@ def run(
     from farthing_fleet.estimates import make_estimates
     from farthing_fleet.run import run_controller, stop_event
 
-    _log_to_stderr()
+    log_to_stderr()
 
     async def main(fleet: Any) -> None:
         await run_controller(fleet, stop_event(), make_estimates(fleet))
 
-    with _errors_to_user():
+    with errors_to_user():
         loaded = load(config)
         asyncio.run(main(replace(loaded, advise=advise or loaded.advise)))
 
@@ -285,8 +236,8 @@ def gateway(
     """Serve one OpenAI-compatible address in front of many replicas."""
     from farthing_fleet.gateway.process import run
 
-    _log_to_stderr()
-    with _errors_to_user():
+    log_to_stderr()
+    with errors_to_user():
         run(GatewayOptions(**options), fd)
 
 
@@ -299,11 +250,11 @@ def tune(
     from farthing_fleet.config import load
     from farthing_fleet.tune import table, tune, write
 
-    with _errors_to_user():
+    with errors_to_user():
         fleet = load(config)
         found = tune(fleet)
         if found is None:
-            _say(f"{fleet.state}: less than a day of recorded load; the default stays")
+            say(f"{fleet.state}: less than a day of recorded load; the default stays")
             return
         _print(table(found))
         if not advise:
@@ -321,7 +272,7 @@ def explain(
 ) -> None:
     """Print the last decisions with their reasons."""
 
-    with _errors_to_user():
+    with errors_to_user():
         decisions = last_decisions(state, last, changes=changes)
     if as_json:
         typer.echo(json.dumps([json.loads(d.to_json()) for d in decisions], indent=2))
@@ -335,18 +286,18 @@ def _print(renderable: Any) -> None:
     Console().print(renderable, end="")
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s"
     )
 
 
 @contextmanager
-def _errors_to_user() -> Iterator[None]:
+def errors_to_user() -> Iterator[None]:
     """User errors become one line and exit status 2; bugs keep their traceback."""
     try:
         yield

@@ -434,7 +434,7 @@ def test_sentencepiece_is_written_as_scores() -> None:
         ),
         ({}, ["--type", "q4_k"], "type: got 'q4_k'; expected q8_0, q5_0, q4_0, iq4_nl, mxfp4, bf16"),
         ({"rope_interleave": False}, [], "can only say RopeConfig(theta=10000.0, factor=None"),
-        ({"layer_sizes": [{}] * 3}, [], "its layers differ in size"),
+        ({"layer_sizes": [{}, {"moe_intermediate_size": 16}, {}]}, [], "its layers differ in size"),
     ],
 )
 def test_refusals_come_before_any_work(

@@ -15,7 +15,7 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
-from farthing.model.deepseek import moe_weights, router_spec
+from farthing.model.deepseek import moe_weights
 from farthing.model.load import random_model
 from farthing.model.parameters import parameter_shapes, random_parameters
 from farthing.model.source import MemorySource
@@ -165,7 +165,8 @@ def test_router_reads_its_input_without_the_norm_of_the_experts() -> None:
     parameters = random_parameters(config, 3)
     parameters[f"{p}.expert_norm.weight"][:5] = 0
     parameters[f"{p}.gate.input_scale"][:] = torch.rand(config.hidden_size) + 0.5
-    spec = router_spec(config)
+    experts = config.experts
+    assert experts is not None
     source = MemorySource(parameters)
     x = torch.randn(7, config.hidden_size)
     plain = x * (x.square().mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
@@ -174,7 +175,7 @@ def test_router_reads_its_input_without_the_norm_of_the_experts() -> None:
     for backend in ("reference", "cpu"):
         model = DecoderModel(config, select(backend, torch.float32), source)
         _, feed = model.layers[0]
-        packed = model.ops.pack_moe("again", spec, lambda: moe_weights(config, source, p, spec))
+        packed = model.ops.pack_moe("again", experts.router, lambda: moe_weights(config, source, p, experts))
         ids, _ = model.ops.route(model.ops.rms_norm(x, feed.norm), packed)
         assert torch.equal(ids.sort(-1).values, wanted)
 

@@ -12,7 +12,6 @@ import pytest
 from farthing.model.attention import RopeTable, frequencies, score_scale
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import Rotations
-from farthing.model.deepseek import router_spec
 from farthing.model.fields import ConfigError
 from farthing.model.forms import GroupedHeads
 from farthing.model.types import TYPES
@@ -225,7 +224,8 @@ def test_routing_of_each_method(method: str, groups: int, kept: int, score: str)
     """Greedy routing has no groups, although the config has their fields."""
     model_type = "deepseek_v3" if method == "noaux_tc" else "deepseek_v2"
     config = ModelConfig.from_json(V3 | dict(model_type=model_type, topk_method=method))
-    spec = router_spec(config)
+    assert config.experts is not None
+    spec = config.experts.router
     assert (spec.num_groups, spec.top_k_groups, spec.group_score) == (groups, kept, score)
 
 

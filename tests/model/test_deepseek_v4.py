@@ -315,7 +315,7 @@ def drafted(p: dict[str, torch.Tensor], x: torch.Tensor, following: torch.Tensor
         scores = torch.nn.functional.softplus(u @ p["mlp.gate.weight"].T).sqrt()
         chosen = (scores + p["mlp.gate.e_score_correction_bias"]).topk(CONFIG.num_experts_per_tok).indices
         gates = torch.zeros_like(scores).scatter_(1, chosen, scores.gather(1, chosen))
-        gates = gates / gates.sum(1, keepdim=True) * CONFIG.routed_scaling_factor
+        gates = gates / gates.sum(1, keepdim=True) * CONFIG.experts.router.scale
         experts = [expert(u, f"mlp.experts.{e}") for e in range(gates.shape[1])]
         return expert(u, "mlp.shared_experts") + torch.einsum("te,etd->td", gates, torch.stack(experts))
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing.model import ModelConfig, Parameters, each_kind, experts_in, layer_of, tensors_of
+from farthing.model import ModelConfig, Parameters, each_kind, layer_of, tensors_of
 from farthing.model.spec import COMPRESSED, Share
 from tests.model.answers import configurations
 
@@ -42,7 +42,7 @@ def test_experts_have_the_tensors_of_the_first(name: str) -> None:
     first = [t for t in each_kind(config) if t.expert is not None]
     assert len(per_layer) == len(first)
     for (layer, *_), count in per_layer.items():
-        assert layer is not None and count == experts_in(config, layer)
+        assert layer is not None and count == config.experts_in(layer)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -83,7 +83,13 @@ def _one_line(error: BaseException) -> str:
 def _missing(error: ImportError, command: str) -> str | None:
     """The pip command for a missing module; None if the module is our own."""
     package = (error.name or "").partition(".")[0]
-    if not package or package in ("farthing", "farthing_fleet", "farthing_lab"):
+    if not package or package in (
+        "farthing",
+        "farthing_fleet",
+        "farthing_gpu",
+        "farthing_lab",
+        "farthing_ray",
+    ):
         return None
     extra = extra_for(package, command)
     if package == "torch":

@@ -305,7 +305,7 @@ def _result(checkpoint: PlainCheckpoint, compressed: _Made) -> Sizes:
     }
     if compressed.adaptive:
         for layer in filter(config.is_moe, range(config.num_hidden_layers)):
-            experts = config.at(layer).n_routed_experts or 1
+            experts = config.experts_in(layer) or 1
             routed[layer] = [compressed.adaptive.experts_after / experts] * experts
     saved = {m["module"]: m["zero_block_bytes"] for m in compressed.state.modules if m["zero_block_bytes"]}
     if config.rounded_head:

@@ -168,7 +168,7 @@ def _work(config: ModelConfig, recipe: Recipe, layer: int, matrices: _Matrices) 
     products = rounding = 0.0
     inputs, parameters = dict[str, tuple[int, float]](), Parameters(config)
     gram = recipe.needs_gram
-    routed = config.num_experts_per_tok / (config.at(layer).n_routed_experts or 1)
+    routed = config.num_experts_per_tok / (config.experts_in(layer) or 1)
     for module, (n, k) in matrices:
         share = routed if ".experts." in module else 1.0
         products += passes * tokens * share * n * k

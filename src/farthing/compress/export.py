@@ -232,7 +232,7 @@ def _matrices(checkpoint: Stored, config: ModelConfig) -> list[str]:
 def _expected_key(checkpoint: Stored, config: ModelConfig, module: str, recipe: Recipe) -> GroupKey | None:
     stored, (_, columns) = checkpoint.stored_as(module)
     scheme = "int8" if recipe.scheme == "auto" else recipe.scheme
-    columns = group_columns(config.at(int(module.split(".")[2])), module, columns)
+    columns = group_columns(config, module, columns)
     kind = stored_format(module, scheme, recipe, stored, columns)
     activations = recipe.activations if recipe.activations != "none" else None
     if kind.startswith(GROUPED):

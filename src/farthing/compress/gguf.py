@@ -37,7 +37,7 @@ def check_export(config: ModelConfig, out: Path, kind: str | None) -> None:
     if kind is not None and kind.upper() not in WRITTEN:
         raise ValueError(f"type: got {kind!r}; expected {', '.join(WRITTEN).lower()}")
     architecture_of(config)
-    if config.layer_sizes:
+    if config.uneven:
         raise ValueError("model: its layers differ in size (layer_sizes), which GGUF cannot say")
 
 
@@ -102,7 +102,8 @@ def _not_in_llama_cpp(config: ModelConfig, architecture: str, names: Set[str]) -
     if (s := next(deltas, None)) is not None and s.key_dim != s.value_dim:
         dims = f"{s.key_dim} and {s.value_dim}"
         yield f"refuses {architecture} files whose keys and values of Gated DeltaNet differ in width ({dims})"
-    if config.n_group > 1 and config.topk_method == "group_limited_greedy":
+    router = config.experts.router if config.experts else None
+    if router is not None and router.num_groups > 1 and router.group_score == "max":
         yield "ranks groups of experts by their best two, not their best one, and so chooses other experts"
 
 

@@ -27,10 +27,9 @@ from farthing.model import (
     Parameters,
     WeightSource,
     form_of,
-    router_spec,
 )
 from farthing.model.attention import RopeTable
-from farthing.model.parameters import of_layer
+from farthing.model.parameters import layer_of, of_layer
 from farthing.model.spec import COMPRESSED, GATED
 from farthing.ops import (
     SILU,
@@ -217,7 +216,7 @@ class Layer:
         """Read and dequantize one layer. Raises CheckpointError, or ValueError for NaN or infinity."""
         return_freed_memory()  # of the layer before
         prefix = f"model.layers.{index}."
-        layer = cls(config.at(index), index, {})
+        layer = cls(config, index, {})
         names = [n for n in checkpoint.names() if n.startswith(prefix)]
         modules = {n.rpartition(".")[0] for n in names} - {f"{prefix}{each}" for each in _STREAMS}
         quantized = set(filter(checkpoint.is_quantized, modules))
@@ -255,14 +254,15 @@ class Layer:
     @property
     def experts(self) -> int:
         """Current number of routed experts."""
-        return (self.config.n_routed_experts or 0) if self.is_moe else 0
+        return self.config.experts_in(self.index)
 
     def mlps(self) -> list[str]:
         """Every gated MLP that is compressed: the dense one, or routed experts and then the shared one."""
         mlp = f"{self.prefix}mlp"
         if not self.is_moe:
             return [mlp]
-        shared = [f"{mlp}.shared_experts"] if self.config.n_shared_experts else []
+        experts = self.config.feed(self.index).experts
+        shared = [f"{mlp}.shared_experts"] if experts and experts.shared else []
         return [f"{mlp}.experts.{e}" for e in range(self.experts)] + shared
 
     def modules(self) -> list[str]:
@@ -301,8 +301,9 @@ class Layer:
 def group_columns(config: ModelConfig, module: str, columns: int) -> int:
     """The columns that groups of 4-bit weights must divide: of a routed expert those of all three projections
     if any group size does, so that one scheme holds for every expert."""
-    common = math.gcd(config.hidden_size, config.moe_intermediate_size)
-    return common if ".mlp.experts." in module and common % SMALLEST_GROUP == 0 else columns
+    experts = config.feed(layer_of(module) or 0).experts if ".mlp.experts." in module else None
+    common = math.gcd(config.hidden_size, experts.width) if experts else columns
+    return common if common % SMALLEST_GROUP == 0 else columns
 
 
 def numbered(name: str, first: int) -> str:
@@ -372,7 +373,7 @@ def layers_of(
     config: ModelConfig, ops: Ops, source: WeightSource, span: range, routers: list[RouterSpec | None]
 ) -> DecoderModel:
     """Some hidden layers of a model alone, as it has them."""
-    part = replace(config.part(span), layer_sizes=config.layer_sizes[span.start : span.stop])
+    part = config.part(span)
     if isinstance(ops, TracedOps):
         ops.first = span.start
     return form_of(config)(part, ops, LayersFrom(source, span.start), routers, False, False)
@@ -387,7 +388,8 @@ def build(layer: Layer, ops: TracedOps, embedding: Tensor, final_norm: Tensor, p
     page: tokens of a block.
     """
     c, index = replace(layer.config, num_nextn_predict_layers=0), layer.index
-    router = router_spec(c) if layer.is_moe else None
+    experts = c.feed(index).experts
+    router = experts.router if experts else None
     if not layer.is_mtp:
         model = layers_of(c, ops, MemorySource(layer.tensors), range(index, index + 1), [router])
 

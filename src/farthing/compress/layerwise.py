@@ -39,7 +39,7 @@ def spans(config: ModelConfig) -> Iterator[range]:
     selection follow its layer, and experts that are added a layer later are in one span with all others."""
     layers = config.num_hidden_layers
     apart = [0, *range(1, layers)]
-    if config.shortcut_experts:
+    if any(feed.delayed for feed in config.feeds):
         apart = [0]
     elif config.index_topk is not None:
         apart = [0, *filter(config.has_indexer, range(1, layers))]
@@ -68,7 +68,7 @@ def baseline(
     config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
     source, routers = source_of(checkpoint, config), routers_of(config)
     steps = list(paged_batches(corpus.windows, config))
-    none, form = replace(config.part(range(0)), layer_sizes=()), form_of(config)
+    none, form = config.part(range(0)), form_of(config)
     with torch.inference_mode():
         table = form(none, ops, source, [], last=False)
         hidden = [table.embed(ids) for _, ids, _, _ in steps]

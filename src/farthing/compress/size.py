@@ -64,7 +64,7 @@ def reads_of(config: ModelConfig, routed: Mapping[int, Sequence[float]] | None =
             return 1.0
         if layer in shares:
             return shares[layer][int(pieces[5])]
-        return config.num_experts_per_tok / (config.at(layer).n_routed_experts or 1)
+        return config.num_experts_per_tok / (config.experts_in(layer) or 1)
 
     return reads
 

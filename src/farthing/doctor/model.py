@@ -120,7 +120,7 @@ def _stacked_shape(checkpoint: Checkpoint, config: ModelConfig, stack: str) -> t
     if not checkpoint.has(stack):
         return None
     experts, *inner = checkpoint.shape(stack)
-    return (experts, *(reversed(inner) if config.expert_bias else inner))
+    return (experts, *(reversed(inner) if config.experts and config.experts.biased else inner))
 
 
 def check_tokenizer(path: Path, config: ModelConfig | None) -> tuple[Tokenizer, str]:
@@ -265,14 +265,10 @@ def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
     with attention if others have none."""
     attends = next((i for i in range(config.num_hidden_layers) if config.mixer(i).cache_rows), 0)
     dense = next(filter(config.is_moe, range(config.num_hidden_layers)), config.num_hidden_layers)
-    unit = config.moe_layer_freq if config.shortcut_experts else 1  # layers that belong together
+    unit = 2 if any(feed.delayed for feed in config.feeds) else 1  # layers that belong together
     wanted = -(-min(layers or max(dense, attends) + 1, config.num_hidden_layers) // unit) * unit
     while True:
-        short = replace(
-            config.part(range(wanted)),
-            num_nextn_predict_layers=0,
-            layer_sizes=config.layer_sizes[:wanted],
-        )
+        short = replace(config.part(range(wanted)), num_nextn_predict_layers=0)
         if layers is not None or wanted == unit or float32_bytes(short) <= MOST_BYTES:
             return short
         wanted -= unit

@@ -3,7 +3,7 @@
 from farthing.model.attention import CACHE_SCALES
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig
 from farthing.model.decoder import DecoderModel, routers_of
-from farthing.model.deepseek import FeedForward, MTPLayer, moe_weights, router_spec
+from farthing.model.deepseek import FeedForward, MTPLayer, moe_weights
 from farthing.model.forms import DeltaHeads, Mixer
 from farthing.model.kinds import CacheKind, CacheSizes, Sizing, cache_kinds
 from farthing.model.load import (
@@ -23,7 +23,6 @@ from farthing.model.load import (
 from farthing.model.parameters import (
     Parameters,
     each_kind,
-    experts_in,
     layer_of,
     parameter_shapes,
     tensors_of,
@@ -55,7 +54,6 @@ __all__ = [
     "claim",
     "config_of",
     "each_kind",
-    "experts_in",
     "form_of",
     "layer_of",
     "load",
@@ -64,7 +62,6 @@ __all__ = [
     "names_in",
     "parameter_shapes",
     "random_model",
-    "router_spec",
     "routers_for",
     "routers_of",
     "source_of",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from farthing.lazy import np
 from farthing.model.attention import RopeTable, attention_of, norm_of
 from farthing.model.config import ModelConfig
-from farthing.model.deepseek import FeedForward, MTPLayer, router_spec, stacked
+from farthing.model.deepseek import FeedForward, MTPLayer, stacked
 from farthing.model.kinds import CacheKind, cache_kinds, cache_place
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
@@ -367,4 +367,5 @@ def _feed(
 def routers_of(config: ModelConfig) -> list[RouterSpec | None]:
     """The router of every layer (hidden, then MTP); None for dense layers."""
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return [router_spec(config.at(i)) if config.is_moe(i) else None for i in range(layers)]
+    experts = (config.feed(i).experts for i in range(layers))
+    return [e.router if e else None for e in experts]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from farthing.lazy import torch
 from farthing.model.attention import AnyAttention, attention_of, norm_of
 from farthing.model.config import ModelConfig
+from farthing.model.forms import Experts
 from farthing.model.kinds import cache_place
 from farthing.model.source import LayerSource, WeightSource
 from farthing.ops import (
@@ -22,7 +23,6 @@ from farthing.ops import (
     Norm,
     Ops,
     Place,
-    RouterSpec,
     Weight,
     as_float32,
     folded,
@@ -37,56 +37,34 @@ if TYPE_CHECKING:
 Gated = tuple[Weight, Weight, Weight]
 
 
-def router_spec(config: ModelConfig) -> RouterSpec:
-    """The routing rule of a config: noaux_tc, group_limited_greedy or greedy.
-
-    The feed-forward half of a layer: dense, or a mixture of experts (DeepSeek-V3 section 2.1.2).
-
-    Legend: T tokens; D hidden size; I intermediate size; E routed experts.
-    """
-    assert config.n_routed_experts is not None
-    grouped = config.topk_method != "greedy"
-    return RouterSpec(
-        num_experts=config.router_size,
-        top_k=config.num_experts_per_tok,
-        num_groups=config.n_group if grouped else 1,
-        top_k_groups=config.topk_group if grouped else 1,
-        scoring=config.scoring_func,
-        group_score="top2_sum" if config.topk_method == "noaux_tc" else "max",
-        normalize=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
-        identities=config.n_identity_experts,
-        gate=config.gate,
-    )
-
-
 class FeedForward:
     """One layer's MLP or mixture of experts, with its norm and residual."""
 
     def __init__(self, at: LayerSource) -> None:
-        config, ops, weights, router = at.config.at(at.layer), at.ops, at.weights, at.router
+        config, ops, weights, router = at.config, at.ops, at.weights, at.router
+        feed = config.feed(at.layer)
         self.ops = ops
         self.norm = norm_of(config, weights, at.prefix + "post_attention_layernorm")
         p = at.prefix + "mlp"
-        dense = gated(weights, p, config.hidden_size, config.intermediate_size)
+        dense = gated(weights, p, config.hidden_size, feed.width)
         self.is_moe = router is not None
         self.beside: Handle | None = None  # a dense MLP on the experts' input (`apart`)
         self.parallel: Beside | None = None  # one with its own norms
-        if router is None:
-            self.packed = ops.pack_mlp(p, dense, config.gate)
+        if router is None or (experts := feed.experts) is None:
+            self.packed = ops.pack_mlp(p, dense, feed.gate)
         else:
-            self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, router))
-            if config.shortcut_experts:
-                self.beside = ops.pack_mlp(f"{p}_beside", dense, config.gate)
-            if config.parallel_mlp:
+            self.packed = ops.pack_moe(p, router, lambda: moe_weights(config, weights, p, experts))
+            if feed.delayed:
+                self.beside = ops.pack_mlp(f"{p}_beside", dense, feed.gate)
+            if feed.parallel:
                 outputs = (norm_of(config, weights, f"{p}.{name}") for name in _PARALLEL_NORMS)
-                self.parallel = Beside(ops.pack_mlp(f"{p}_beside", dense, config.gate), self.norm, *outputs)
+                self.parallel = Beside(ops.pack_mlp(f"{p}_beside", dense, feed.gate), self.norm, *outputs)
                 self.norm = expert_norm(config, weights, p)
         self.post_norm: Norm | None = None
-        if config.post_norms or (self.is_moe and config.post_mlp_norm):
+        if feed.post_norm:
             self.post_norm = norm_of(config, weights, f"{p}.post_mlp_layernorm")
         self.scale = 1.0  # of the layer's output
-        if config.layer_scalar:
+        if feed.scaled:
             self.scale = float(as_float32(weights.tensor(at.prefix + "layer_scalar", (1,)))[0])
 
     def __call__(self, h: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -122,11 +100,12 @@ def expert_norm(config: ModelConfig, weights: WeightSource, prefix: str) -> Norm
     return replace(norm, weight=norm.weight + cast(norm.weight == 0, "float32") * _ALMOST_ZERO)
 
 
-def router_matrix(config: ModelConfig, weights: WeightSource, prefix: str, experts: int) -> Tensor:
+def router_matrix(config: ModelConfig, weights: WeightSource, prefix: str, experts: Experts) -> Tensor:
     """The router [E, D] float32, for the experts' input. A scaled one reads x / rms(x) times its own scales
     instead of the norm's weight: its columns have the quotient."""
-    gate = as_float32(weights.tensor(f"{prefix}.gate.weight", (experts, config.hidden_size)))
-    if not config.scaled_router:
+    shape = experts.router.num_experts, config.hidden_size
+    gate = as_float32(weights.tensor(f"{prefix}.gate.weight", shape))
+    if not experts.scaled:
         return gate
     own = as_float32(weights.tensor(f"{prefix}.gate.input_scale", (config.hidden_size,)))
     columns: Tensor = own * config.hidden_size**-0.5 / expert_norm(config, weights, prefix).weight
@@ -142,30 +121,28 @@ def gated(weights: WeightSource, prefix: str, d: int, i: int) -> Callable[[], Ga
     )
 
 
-def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, router: RouterSpec) -> MoEWeights:
+def moe_weights(config: ModelConfig, weights: WeightSource, prefix: str, experts: Experts) -> MoEWeights:
     """Router and experts of one layer; experts are read one at a time."""
-    e, d, i = router.num_experts, config.hidden_size, config.moe_intermediate_size
-    routed = e - router.identities
-    shared_size = config.shared_size
-    shared_here = shared_size > 0 and weights.holds(f"{prefix}.shared_experts")
+    e, d, i = experts.router.num_experts, config.hidden_size, experts.width
+    shared_here = experts.shared > 0 and weights.holds(f"{prefix}.shared_experts")
     return MoEWeights(
-        gate=router_matrix(config, weights, prefix, e),
+        gate=router_matrix(config, weights, prefix, experts),
         bias=as_float32(weights.tensor(f"{prefix}.gate.e_score_correction_bias", (e,)))
-        if config.has_router_bias and not weights.has(f"{prefix}.gate.tid2eid")
+        if experts.corrected
         else None,
         experts=[
             gated(weights, f"{prefix}.experts.{j}", d, i)
-            if j < routed and weights.holds(f"{prefix}.experts.{j}")
+            if j < experts.count and weights.holds(f"{prefix}.experts.{j}")
             else None
             for j in range(e)
         ],
-        shared=gated(weights, f"{prefix}.shared_experts", d, shared_size) if shared_here else None,
+        shared=gated(weights, f"{prefix}.shared_experts", d, experts.shared) if shared_here else None,
         shared_gate=weights.weight(f"{prefix}.shared_expert_gate", (1, d)).dequantize()
-        if config.shared_gate and shared_here
+        if experts.shared_gate and shared_here
         else None,
-        logit_bias=as_float32(weights.tensor(f"{prefix}.gate.bias", (e,))) if config.expert_bias else None,
+        logit_bias=as_float32(weights.tensor(f"{prefix}.gate.bias", (e,))) if experts.biased else None,
         expert_scale=as_float32(weights.tensor(f"{prefix}.gate.expert_scale", (e,)))
-        if config.scaled_router
+        if experts.scaled
         else None,
     )
 

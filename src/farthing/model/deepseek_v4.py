@@ -182,17 +182,18 @@ class StreamedFeedForward(FeedForward):
         config = at.config
         self.streams = streams_of(config, at.ops, at.weights, at.prefix + "ffn_hc.")
         self.table: Tensor | None = None
-        if at.layer in config.hashed_layers:
-            shape = config.vocab_size, config.num_experts_per_tok
+        experts = config.feed(at.layer).experts
+        if experts is not None and experts.hashed:
+            shape = config.vocab_size, experts.router.top_k
             name = at.prefix + "mlp.gate.tid2eid"
             table = at.weights.tensor(name, shape)
             if "int" not in (dtype := dtype_name(table.dtype)):
                 raise CheckpointError(f"{name}: found {dtype}; expected integers, such as int64")
             self.table = as_int64(table)
             least, most = int(self.table.min()), int(self.table.max())
-            if least < 0 or most >= config.router_size:
+            if least < 0 or most >= experts.count:
                 raise CheckpointError(
-                    f"{name}: found experts {least} to {most}; expected 0 to {config.router_size - 1}"
+                    f"{name}: found experts {least} to {most}; expected 0 to {experts.count - 1}"
                 )
 
     def __call__(self, x: Tensor, counts: Tensor | None = None, ids: Tensor | None = None) -> Tensor:

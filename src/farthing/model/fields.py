@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from reprlib import Repr
-from typing import Any, Literal
-
-# The error for model configurations.
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -86,6 +84,34 @@ def choice(name: str, value: object, accepted: Collection[str]) -> str:
     if not isinstance(value, str) or value not in accepted:
         raise wrong(name, value, " or ".join(map(repr, accepted)))
     return value
+
+
+def values(
+    kind: type, raw: Mapping[str, Any], positive: Collection[str] = (), nullable: Collection[str] = ()
+) -> dict[str, Any]:
+    """Of a dataclass, the integers, numbers, flags and choices that `raw` has under the same names.
+
+    An integer without a default is required; null is a missing field for those in `nullable` and those that
+    may be None. Raises ValueError for another type or range.
+    """
+    found: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        name, hint = field.name, hints[field.name]
+        value, optional = raw.get(name), type(None) in get_args(hint)
+        if hint is int and field.default is MISSING:
+            found[name] = integer(raw, name)
+        elif value is None and (name not in raw or optional or name in nullable):
+            continue
+        elif hint in (int, int | None):
+            found[name] = in_range(name, value, int(name in positive), MOST.get(name, LARGEST))
+        elif hint in (float, float | None):
+            found[name] = number(name, value, above=0.0)
+        elif hint is bool:
+            found[name] = flag(name, value)
+        elif get_origin(hint) is Literal:
+            found[name] = choice(name, value, get_args(hint))
+    return found
 
 
 def section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:

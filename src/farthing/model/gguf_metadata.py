@@ -13,7 +13,7 @@ from farthing.lazy import np
 from farthing.model.attention import frequencies
 from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError, RopeConfig
-from farthing.model.forms import DeltaHeads, GroupedHeads
+from farthing.model.forms import DeltaHeads, Experts, GroupedHeads
 from farthing.model.gguf import Metadata, config_of
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def metadata_of(c: ModelConfig, architecture: str) -> dict[str, Any]:
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
-        "feed_forward_length": c.intermediate_size,
+        "feed_forward_length": c.intermediate_size or c.moe_intermediate_size,
         "vocab_size": c.vocab_size,
         "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
         **_mixers(c),
         **_rope(c.rope),
-        **(_experts(c) if c.n_routed_experts else {}),
+        **(_experts(c, c.experts) if c.experts else {}),
         **(_multipliers(c) if architecture.startswith("granite") else {}),
     }
     if windows := [mixer.window for mixer in c.mixers if mixer.window]:
@@ -93,21 +93,22 @@ def _rope(rope: RopeConfig) -> dict[str, Any]:
     return found
 
 
-def _experts(c: ModelConfig) -> dict[str, Any]:
+def _experts(c: ModelConfig, e: Experts) -> dict[str, Any]:
     found: dict[str, Any] = {
-        "expert_count": c.n_routed_experts,
-        "expert_used_count": c.num_experts_per_tok,
-        "expert_feed_forward_length": c.moe_intermediate_size,
-        "expert_shared_count": c.n_shared_experts,
-        "expert_weights_scale": c.routed_scaling_factor,
-        "expert_weights_norm": c.norm_topk_prob,
-        "expert_gating_func": _GATING[c.scoring_func],
-        "leading_dense_block_count": c.first_k_dense_replace,
+        "expert_count": e.count,
+        "expert_used_count": e.router.top_k,
+        "expert_feed_forward_length": e.width,
+        "expert_shared_count": -(-e.shared // e.width),
+        "expert_weights_scale": e.router.scale,
+        "expert_weights_norm": e.router.normalize,
+        "expert_gating_func": _GATING[e.router.scoring],
+        "leading_dense_block_count": next(filter(c.is_moe, range(c.num_hidden_layers)), c.num_hidden_layers),
     }
-    if c.n_group > 1:
-        found |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
-    if c.shared_gate:
-        found["expert_shared_feed_forward_length"] = c.shared_size
+    if e.router.num_groups > 1:
+        groups = e.router.num_groups, e.router.top_k_groups
+        found |= dict(zip(("expert_group_count", "expert_group_used_count"), groups, strict=True))
+    if e.shared_gate:
+        found["expert_shared_feed_forward_length"] = e.shared
     return found
 
 
@@ -148,8 +149,6 @@ def read_back(
     """
     described = Metadata(out, {name: partial(metadata.get, name) for name in metadata})
     found = ModelConfig.from_json(config_of(described, tensors, factors))
-    if all(map(config.is_moe, range(config.num_hidden_layers))):  # no layer has an MLP of this width
-        config = replace(config, intermediate_size=found.intermediate_size)
     for field in fields(ModelConfig):
         name, own, read = _difference(field.name, *(getattr(each, field.name) for each in (config, found)))
         if own != read and field.name not in _UNCOMPARED:

@@ -89,9 +89,9 @@ class GgufTensors:
 
     def __init__(self, checkpoint: Checkpoint, kind: str | None = None) -> None:
         config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
-        if config.topk_group == config.n_group:  # llama.cpp refuses groups of experts that limit nothing
-            method = "greedy" if config.topk_method == "group_limited_greedy" else config.topk_method
-            config = replace(config, n_group=1, topk_group=1, topk_method=method)
+        if (e := config.experts) and e.router.num_groups == e.router.top_k_groups:
+            # llama.cpp refuses groups of experts that limit nothing.
+            config = config.with_experts(router=replace(e.router, num_groups=1, top_k_groups=1))
         self.config = config
         self.architecture = architecture_of(self.config)
         self.kept: dict[str, Kept] = {}
@@ -185,7 +185,7 @@ class GgufTensors:
 
     def _stack(self, name: str, expert: re.Match[str], shape: tuple[int, ...]) -> Stored:
         """A matrix of all experts of a layer, or their biases."""
-        count = self.config.n_routed_experts or 0
+        count = self.config.n_routed_experts
         modules = [f"{expert[1]}.{e}.{expert[3]}" for e in range(count)]
         if expert[4] == "bias":
             biases = (self._source.weight(module).bias for module in modules)

@@ -17,7 +17,7 @@ from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.kinds import cache_kinds
 from farthing.model.load import names_in
-from farthing.model.parameters import each_kind, experts_in, layer_of
+from farthing.model.parameters import each_kind, layer_of
 from farthing.model.source import stack_of
 from farthing.model.spec import Tensor, of_expert
 from farthing.ops.torch_util import make_batch
@@ -92,8 +92,9 @@ class _Counted:
         self.tensor, self.layer, self.read, count = tensor, layer_of(tensor.name), 1.0, 1
         if tensor.expert is not None:
             assert self.layer is not None
-            count = experts_in(config, self.layer)
-            self.read = config.num_experts_per_tok / config.at(self.layer).router_size  # share per token
+            experts = config.feed(self.layer).experts
+            assert experts is not None
+            count, self.read = experts.count, experts.per_token / experts.count
         self.numbers = prod(tensor.shape) * count
         self.nbytes = 2 * self.numbers
         if nbytes is not None:
@@ -133,7 +134,7 @@ def checkpoint_cost(path: Path) -> ModelCost:
             return by_module.get(module, 0)
         stack = stack_of(name)  # one tensor, or several, for all experts of the layer
         share, whole = 1 if stack.endswith("down_proj") else 2, stored(stack)
-        experts = config.at(int(name.split(".")[2])).n_routed_experts or 1
+        experts = config.experts_in(int(name.split(".")[2])) or 1
         parts = (whole + suffix for suffix in ("", "_blocks", "_scales", "_bias"))
         return sum(checkpoint.nbytes(p) for p in parts if checkpoint.has(p)) // (share * experts)
 

@@ -180,7 +180,7 @@ def form_of(config: ModelConfig) -> type[DecoderModel]:
 
 def unread(config: ModelConfig) -> tuple[str, ...]:
     """Patterns of tensors that are not computed. transformers saves projections of identity experts."""
-    identities = range(config.router_size - config.n_identity_experts, config.router_size)
+    identities = range(config.n_routed_experts, config.router_size)
     names = type_named(config.model_type).names
     unused = () if names.drafts is None or config.num_nextn_predict_layers else ("mtp.*",)
     return (*names.skipped, *unused, *(f"*.experts.{e}.*" for e in identities))
@@ -206,7 +206,8 @@ def unstacked(checkpoint: Checkpoint, config: ModelConfig) -> WeightSource:
     stacks = [f"model.layers.{layer}.mlp.experts.down_proj" for layer in first]
     if not any(source.has(f"{stack}{suffix}") for stack in stacks for suffix in ("", "_blocks")):
         return source
-    return InterleavedExperts(source) if config.expert_bias else StackedExperts(source)
+    biased = config.experts is not None and config.experts.biased
+    return InterleavedExperts(source) if biased else StackedExperts(source)
 
 
 def _sharing(config: ModelConfig, names: Names) -> Callable[[str], str]:
@@ -246,11 +247,10 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
             "%s: config declares an MTP layer but has no weights for it; MTP disabled", checkpoint.path
         )
         config = replace(config, num_nextn_predict_layers=0)
-    layers = range(config.num_hidden_layers)
-    if kind.may_lack_router_bias and config.router_bias and any(map(config.is_moe, layers)):
-        first = next(filter(config.is_moe, layers))
+    first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
+    if kind.may_lack_router_bias and config.experts and config.experts.corrected and first is not None:
         bias = names.stored(f"model.layers.{first}.mlp.gate.e_score_correction_bias")
-        config = replace(config, router_bias=checkpoint.has(bias))
+        config = config.with_experts(corrected=checkpoint.has(bias))
     return config
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from farthing.lazy import torch
 from farthing.model.config import ModelConfig
-from farthing.model.spec import COMPRESSED, Tensor, Tensors, gated, of_expert
+from farthing.model.spec import COMPRESSED, Tensor, Tensors, of_expert
 
 if TYPE_CHECKING:
     from torch import Tensor as Values
@@ -39,16 +39,12 @@ def of_layer(config: ModelConfig, layer: int) -> Tensors:
     if c.post_norms:
         yield Tensor(p + "self_attn.post_norm.weight", (d,), "norm")
     yield Tensor(p + "post_attention_layernorm.weight", (d,), "norm", part="layer")
-    yield from _feed_forward(c.at(layer), p + "mlp.", c.is_moe(layer), layer in c.hashed_layers)
+    feed = c.feed(layer)
+    yield from feed.tensors(p + "mlp.", d, c.vocab_size)
     for half in ("attn_hc.", "ffn_hc.") if c.streams else ():
         yield from _streams(c, p + half, "layer")
-    if c.layer_scalar:
+    if feed.scaled:
         yield Tensor(p + "layer_scalar", (1,), "scale", part="layer")
-
-
-def experts_in(config: ModelConfig, layer: int) -> int:
-    """Routed experts of a layer."""
-    return (config.at(layer).n_routed_experts or 0) if config.is_moe(layer) else 0
 
 
 def tensors_of(config: ModelConfig) -> Tensors:
@@ -64,7 +60,7 @@ def tensors_of(config: ModelConfig) -> Tensors:
 
 
 def _experts(config: ModelConfig, stack: list[Tensor]) -> Tensors:
-    for expert in range(experts_in(config, layer_of(stack[0].name) or 0) if stack else 0):
+    for expert in range(config.experts_in(layer_of(stack[0].name) or 0) if stack else 0):
         yield from (of_expert(tensor, expert) if expert else tensor for tensor in stack)
     stack.clear()
 
@@ -157,38 +153,6 @@ def _streams(c: ModelConfig, p: str, part: Literal["ends", "layer"], ends: bool 
     yield Tensor(p + "fn", (rows, n * c.hidden_size), part=part)
     yield Tensor(p + "base", (rows,), "bias", part=part)
     yield Tensor(p + "scale", (1 if ends else 3,), "scale", part=part)
-
-
-def _feed_forward(c: ModelConfig, p: str, moe: bool, hashed: bool) -> Tensors:
-    d = c.hidden_size
-    if not moe or c.shortcut_experts or c.parallel_mlp:
-        yield from gated(p, d, c.intermediate_size, "dense")
-    if c.post_norms or (moe and c.post_mlp_norm):
-        yield Tensor(p + "post_mlp_layernorm.weight", (d,), "norm", part="layer")
-    if not moe:
-        return
-    for name in ("expert_norm", "dense_post_norm", "expert_post_norm") if c.parallel_mlp else ():
-        yield Tensor(f"{p}{name}.weight", (d,), "norm", part="layer")
-    yield from _router(c, p + "gate.", hashed)
-    yield from gated(p + "experts.0.", d, c.moe_intermediate_size, "expert", c.expert_bias, expert=0)
-    if c.n_shared_experts:
-        yield from gated(p + "shared_experts.", d, c.shared_size, "shared")
-        if c.shared_gate:
-            yield Tensor(p + "shared_expert_gate.weight", (1, d), "linear", part="router")
-
-
-def _router(c: ModelConfig, p: str, hashed: bool) -> Tensors:
-    size = (c.router_size,)
-    yield Tensor(p + "weight", (*size, c.hidden_size), "router", part="router")
-    if hashed:
-        yield Tensor(p + "tid2eid", (c.vocab_size, c.num_experts_per_tok), "table", part="router")
-    elif c.has_router_bias:
-        yield Tensor(p + "e_score_correction_bias", size, "bias", part="router")
-    if c.expert_bias:
-        yield Tensor(p + "bias", size, "bias", part="router")
-    if c.scaled_router:
-        yield Tensor(p + "input_scale", (c.hidden_size,), "scale", part="router")
-        yield Tensor(p + "expert_scale", size, "scale", part="router")
 
 
 def random_parameters(config: ModelConfig, seed: int = 0) -> dict[str, Values]:

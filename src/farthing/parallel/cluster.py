@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from farthing.model import ModelConfig, config_of
 from farthing.ops.api import Batch, CacheDtype, LatentCache
 from farthing.parallel.plan import ShardPlan
 from farthing.parallel.rank import counted_layers
-from farthing.parallel.ray_workers import RayWorkers
 from farthing.parallel.shared import Arena, available
 from farthing.parallel.worker import (
     RankFailed,
@@ -206,13 +206,13 @@ class ParallelModel:
             raise RankFailed(failure) from error
 
 
-def _start(options: RankOptions, arena: Arena | None) -> tuple[Workers | RayWorkers, Arena | None]:
+def _start(options: RankOptions, arena: Arena | None) -> tuple[Any, Arena | None]:
     """Start every other rank's process, join them over torch.distributed if needed, and make the arena."""
     layout = options.layout
     if arena is not None:
         return Workers(options, arena, None), arena
     several = options.config.nodes > 1
-    ray = RayWorkers(options) if several else None
+    ray = _on_nodes(options) if several else None
     store = listen(ray.address if ray else Workers.address, layout)
     workers = ray or Workers(options, None, store.port)
     try:
@@ -229,6 +229,13 @@ def _start(options: RankOptions, arena: Arena | None) -> tuple[Workers | RayWork
         _leave()
         raise
     return workers, arena
+
+
+def _on_nodes(options: RankOptions) -> Any:
+    """The workers of ranks on several nodes, of whichever package registers them; like `Workers`."""
+    if (found := next(iter(entry_points(group="farthing.ranks")), None)) is None:
+        raise ValueError("nodes is more than 1; expected 1, as no package for several nodes is installed")
+    return found.load()(options)
 
 
 def _arena_name() -> str:

@@ -18,7 +18,7 @@ from math import prod
 
 from farthing.cpus import own_cpus
 from farthing.lazy import torch
-from farthing.model import ModelConfig, Parameters, each_kind, experts_in, layer_of
+from farthing.model import ModelConfig, Parameters, each_kind, layer_of
 from farthing.model.spec import Tensor
 from farthing.ops import Batch, Blocks, Cut
 
@@ -327,7 +327,7 @@ class ShardPlan:
 
     def experts(self, place: Place) -> range:
         """The routed experts of a rank."""
-        count = (self.config.n_routed_experts or 0) // self.layout.ep
+        count = self.config.n_routed_experts // self.layout.ep
         index = place.local if self.layout.ep > 1 else 0
         return range(index * count, (index + 1) * count)
 
@@ -336,7 +336,7 @@ class ShardPlan:
 def representatives(config: ModelConfig) -> tuple[tuple[Tensor, int], ...]:
     """(parameter, multiplicity): the first routed expert of a layer represents all of them."""
     return tuple(
-        (tensor, 1 if tensor.expert is None else experts_in(config, layer_of(tensor.name) or 0))
+        (tensor, 1 if tensor.expert is None else config.experts_in(layer_of(tensor.name) or 0))
         for tensor in each_kind(config)
     )
 
@@ -346,8 +346,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
     layers, pp = config.num_hidden_layers, layout.pp
     weight = [0] * layers
     alone = [
-        not ((index := config.mixer(i).index) and index.shared)
-        and not (config.shortcut_experts and i > 0 and config.is_moe(i - 1))
+        not ((index := config.mixer(i).index) and index.shared) and not (i > 0 and config.feed(i - 1).delayed)
         for i in range(layers)
     ]
     last = 0  # MTP layers, which are on the last stage
@@ -387,9 +386,7 @@ def _stages(config: ModelConfig, layout: Layout, nbytes: Callable[[str], int] | 
 
 def _check(config: ModelConfig, layout: Layout) -> None:
     c, tp = config, layout.tp
-    if c.layer_sizes and layout.tp * layout.ep * layout.pp > 1:
-        raise PlanError("this checkpoint's layers differ in size (layer_sizes); expected tp = ep = pp = 1")
-    if c.layer_sizes and layout.world > 1:
+    if c.uneven and layout.world > 1:
         raise PlanError(
             "layer_sizes is set: layers of different sizes are served by one rank; expected tp, pp, ep = 1"
         )
@@ -397,13 +394,13 @@ def _check(config: ModelConfig, layout: Layout) -> None:
         c.per_rank(tp)
     except ValueError as error:
         raise PlanError(str(error)) from None
-    parts = {"intermediate_size": c.intermediate_size}
-    if c.n_routed_experts:
-        parts["moe_intermediate_size"] = c.moe_intermediate_size
-    for name, size in parts.items():
-        if size < tp:
+    widths = {"intermediate_size": c.intermediate_size, "moe_intermediate_size": c.moe_intermediate_size}
+    for name, size in widths.items():
+        if 0 < size < tp:
             raise PlanError(f"tp: got {tp}; expected at most {name} = {size}")
-    if layout.ep > 1 and (not c.n_routed_experts or c.n_routed_experts % layout.ep):
+    if layout.ep > 1 and not c.n_routed_experts:
+        raise PlanError(f"ep: got {layout.ep}; expected 1: the model has no experts")
+    if c.n_routed_experts % layout.ep:
         raise PlanError(f"ep: got {layout.ep}; expected a divisor of n_routed_experts = {c.n_routed_experts}")
     if layout.pp > c.num_hidden_layers:
         raise PlanError(f"pp: got {layout.pp}; expected at most num_hidden_layers = {c.num_hidden_layers}")

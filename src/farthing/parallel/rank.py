@@ -154,10 +154,11 @@ def local_config(plan: ShardPlan, place: Place) -> ModelConfig:
     c, tp = plan.config, plan.layout.tp
     last = place.stage == plan.layout.pp - 1
     vocabulary = plan.vocabulary(place)
+    part = c.part(plan.stages[place.stage]).per_rank(tp)
     return replace(
-        c.part(plan.stages[place.stage]).per_rank(tp),
+        part,
         num_nextn_predict_layers=c.num_nextn_predict_layers if last else 0,
-        intermediate_size=share_of(c.intermediate_size, tp, place.tp),
+        feeds=tuple(replace(feed, width=share_of(feed.width, tp, place.tp)) for feed in part.feeds),
         vocab_size=vocabulary.stop - vocabulary.start,
     )
 
@@ -339,18 +340,20 @@ class Rank:
         p = f"model.layers.{index}.mlp"
         block.packed = None  # otherwise one layer's experts are in memory twice
         self.model.ops.forget(f"{p}.")
+        experts = self.model.config.feed(index).experts
+        assert experts is not None, "as its router is not"
         block.packed = self.model.ops.pack_moe(
-            p, router, lambda: moe_weights(self.model.config, self._source, p, router)
+            p, router, lambda: moe_weights(self.model.config, self._source, p, experts)
         )
 
     def _placement(self, layer: int) -> Placement:
-        return self.placements.get(layer) or in_order(self.plan.config.n_routed_experts or 0, self.layout.ep)
+        return self.placements.get(layer) or in_order(self.plan.config.n_routed_experts, self.layout.ep)
 
     def _shares(self, name: str) -> dict[tuple[int, int], tuple[int, ...]]:
         """The shares of the experts in `model.layers.<local>.mlp`."""
         layer = self._source.layer(int(name.split(".")[2]))
         if self.layout.ep == 1:
-            return {(1, 0): tuple(range(self.plan.config.n_routed_experts or 0))}
+            return {(1, 0): tuple(range(self.plan.config.n_routed_experts))}
         return self._placement(layer).shares(self.place.local)
 
     def _spread(self, rows: int, step: int | None, hidden: Tensor | None) -> tuple[Tensor, Norm]:

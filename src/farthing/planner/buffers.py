@@ -51,14 +51,13 @@ class Shard:
         c, layout, layers, head = plan.config, plan.layout, plan.stages[place.stage], plan.vocabulary(place)
         cut = layout.tp if layout.ep == 1 else 1
         own = c.per_rank(layout.tp)
-        beside = c.shortcut_experts or c.parallel_mlp
+        feeds = [c.feed(i) for i in layers]
+        experts = next((feed.experts for feed in feeds if feed.experts), None)
         return cls(
             own,
             tuple(dict.fromkeys(own.mixer(i) for i in layers)),
-            share_of(c.intermediate_size, layout.tp, place.tp)
-            if beside or any(not c.is_moe(i) for i in layers)
-            else 0,
-            share_of(c.moe_intermediate_size, cut, place.tp % cut) if any(map(c.is_moe, layers)) else 0,
+            share_of(max(feed.width for feed in feeds), layout.tp, place.tp),
+            share_of(experts.width, cut, place.tp % cut) if experts else 0,
             share_of(c.shared_size, layout.tp, place.tp),
             head.stop - head.start,
             stored,
@@ -294,7 +293,7 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
 
     outputs = max(a.passed(max(serving.max_model_len, t)) for a in s.kinds)
     # Of all layers in one call; experts that are added a layer later are held until then.
-    hidden = (3 + (c.shortcut_experts or c.parallel_mlp)) * c.hidden_size
+    hidden = (3 + any(f.width and f.experts for f in c.feeds)) * c.hidden_size
     if c.streams is not None:  # before the layers and after each of them
         hidden += 2 * c.state_width + c.mixed_width
     buffers = _FLOAT * t * (outputs + hidden)

@@ -128,7 +128,7 @@ class _Server:
         self, model: PlannedModel, holder: Holder, device: Ceilings, shares: Efficiency, cache_dtype: str
     ) -> None:
         plan = ShardPlan.build(model.config, Layout())
-        experts = model.config.n_routed_experts or 0
+        experts = model.config.n_routed_experts
         self._rank = RankRoofline(
             model, plan, plan.layout.place(0), holder, device, shares, cache_dtype, experts
         )
@@ -357,7 +357,7 @@ class _Replica:
         over = stage.summed(own, layout.tp)  # after attention
         if not c.is_moe(layer):
             return 2 * over
-        over *= 1 + c.shortcut_experts  # of the dense MLP
+        over *= 1 + c.feed(layer).delayed  # of the dense MLP
         if not layout.dp_attention:
             return over + stage.summed(rows, layout.stage_ranks)
         missed = float((1 - 1 / layout.ep) ** c.routed_per_token)
@@ -392,7 +392,8 @@ class _Group(_Replica):
         nodes = max(1, gpus // NODE)
         if nodes == 1:
             return min(c.routed_per_token, gpus) * (gpus - 1) / gpus
-        return min(c.topk_group if c.n_group > 1 else c.routed_per_token, nodes) * (nodes - 1) / nodes
+        groups = c.experts.router.top_k_groups if c.experts and c.experts.router.num_groups > 1 else None
+        return min(groups or c.routed_per_token, nodes) * (nodes - 1) / nodes
 
 
 def _phase(gpus: int, tokens: int, step: float, moved: float, bound: bool) -> Phase:

@@ -121,7 +121,7 @@ def cache_row_bytes(config: ModelConfig, layer: int, cache_dtype: str, tp: int) 
 
 def experts_per_rank(config: ModelConfig, layout: Layout, redundant: int) -> int:
     """Routed experts per layer on a rank, redundant copies included."""
-    return -(-((config.n_routed_experts or 0) + redundant) // layout.ep)
+    return -(-(config.n_routed_experts + redundant) // layout.ep)
 
 
 def shares_by_format(model: PlannedModel, holder: Holder) -> dict[str, float]:

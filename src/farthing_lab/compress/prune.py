@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ from farthing.compress.layer import Layer, TracedOps
 from farthing.compress.quantize import Feedback, sweep
 from farthing.compress.transform import Stats, grams_of, parts_of
 from farthing.compress.work import LayerWork
-from farthing.model import FeedForward, LayerSource, MemorySource, router_spec
+from farthing.model import FeedForward, LayerSource, MemorySource
+from farthing.model.forms import Experts
 from farthing.model.spec import GATED
 from farthing_lab.compress.masks import BLOCKS, block_scores, global_budgets, mask, scores
 from farthing_lab.compress.ranges import StudyRecorder
@@ -91,7 +92,14 @@ def keep_experts(layer: Layer, ids: list[int]) -> None:
     for leaf in ("weight", "e_score_correction_bias"):
         if f"{mlp}.gate.{leaf}" in layer.tensors:
             layer.tensors[f"{mlp}.gate.{leaf}"] = layer.tensors[f"{mlp}.gate.{leaf}"][index]
-    layer.config = replace(layer.config, n_routed_experts=len(ids))
+    _change(layer, lambda e: replace(e, router=replace(e.router, num_experts=len(ids) + e.router.identities)))
+
+
+def _change(layer: Layer, change: Callable[[Experts], Experts]) -> None:
+    """Give a layer other experts."""
+    feed = layer.config.feed(layer.index)
+    assert feed.experts is not None
+    layer.config = layer.config.with_feed(layer.index, replace(feed, experts=change(feed.experts)))
 
 
 # Retrain the remaining weights of a pruned layer with a few steps of gradient descent.
@@ -161,7 +169,8 @@ def _rate(step: int, steps: int) -> float:
 def _forward(layer: Layer, parameters: dict[str, Tensor], masks: Mapping[str, Tensor], x: Tensor) -> Tensor:
     changed = {f"{m}.weight": p * masks[m] for m, p in parameters.items()}
     source = MemorySource({**layer.tensors, **changed})
-    router = router_spec(layer.config) if layer.is_moe else None
+    experts = layer.config.feed(layer.index).experts
+    router = experts.router if experts else None
     return FeedForward(LayerSource(layer.config, TracedOps(), source, layer.index, router))(x)
 
 
@@ -498,16 +507,11 @@ def prune_structure(work: LayerWork, recipe: Settings) -> dict[str, int]:
     """Cut a layer's experts and neurons by its recorded inputs; returns what changes in config.json."""
     layer, recorder, changes = work.layer, work.recorder, {}
     assert isinstance(recorder, StudyRecorder)
-    c, inputs = layer.config, dict(recorder.inputs)
+    experts, inputs = layer.config.feed(layer.index).experts, dict(recorder.inputs)
     if recipe.experts:
-        grouped = c.topk_method != "greedy"
-        plan = plan_experts(
-            layer.experts,
-            recipe.experts,
-            c.n_group if grouped else 1,
-            c.topk_group if grouped else 1,
-            c.num_experts_per_tok,
-        )
+        assert experts is not None, "as `Settings.check` asks"
+        rule = experts.router
+        plan = plan_experts(layer.experts, recipe.experts, rule.num_groups, rule.top_k_groups, rule.top_k)
         name = f"{layer.prefix}mlp"
         pad = layer.experts - len(recorder.experts[name])
         saliency = torch.nn.functional.pad(recorder.saliency[name], (0, pad))
@@ -520,11 +524,13 @@ def prune_structure(work: LayerWork, recipe: Settings) -> dict[str, int]:
                 if before in recorder.inputs:
                     inputs[after] = recorder.inputs[before]
     if recipe.neurons:
-        width = kept_neurons(c.moe_intermediate_size, recipe.neurons)
+        assert experts is not None
+        width = kept_neurons(experts.width, recipe.neurons)
+        shared = experts.shared // experts.width  # experts in one
         for mlp in layer.mlps():  # the shared expert's width follows the routed experts'
-            shared = c.n_shared_experts if mlp.endswith("shared_experts") else 1
-            _prune_neurons(layer, mlp, inputs.get(f"{mlp}.down_proj"), width * shared)
-        layer.config = replace(layer.config, moe_intermediate_size=width)
+            times = shared if mlp.endswith("shared_experts") else 1
+            _prune_neurons(layer, mlp, inputs.get(f"{mlp}.down_proj"), width * times)
+        _change(layer, lambda e: replace(e, width=width, shared=width * shared))
         changes["moe_intermediate_size"] = width
     return changes
 

@@ -67,7 +67,8 @@ class Study(Settings):
                 "attention is rotated"
             )
         recurrent = any(mixer.states for mixer in config.mixers)
-        plain = not (recurrent or config.shared_gate or config.norm_offset or config.expert_bias)
+        special = any(f.experts.shared_gate or f.experts.biased for f in config.feeds if f.experts)
+        plain = not (recurrent or special or config.norm_offset)
         for name in ("scaling", "experts", "neurons"):
             if not plain and getattr(self, name) not in ("none", 0):
                 raise ValueError(
@@ -76,7 +77,7 @@ class Study(Settings):
                 )
         for name in ("experts", "neurons"):
             share = getattr(self, name)
-            if share and config.layer_sizes:
+            if share and config.uneven:
                 raise ValueError(
                     f"{name}: got {share}, but the layers of this model already differ in size (layer_sizes "
                     "in config.json); expected 0, or a model with equal layers"

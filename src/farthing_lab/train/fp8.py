@@ -2,9 +2,8 @@
 
 Weights are rounded in blocks of 128 x 128, activations and gradients in groups of 128 along the dimension
 that the product sums over. Scales are powers of two, so every rounded value is exact in bfloat16, and a
-bfloat16 product with float32 accumulation equals the FP8 product. Machines without FP8 units compute it that
-way. Master weights, optimizer state, norms, router, embedding, head, softmax and residual stream keep their
-precision.
+bfloat16 product with float32 accumulation equals the FP8 product, and is what runs here. Master weights,
+optimizer state, norms, router, embedding, head, softmax and residual stream keep their precision.
 
 Shapes: R rows (tokens), J and L columns, E experts (1 for a plain projection).
 """
@@ -19,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from farthing_lab.train.fp8_gpu import scaled_product
 from farthing_lab.train.functional import Routing, spans, sum_slots
 from farthing_lab.train.loop import BaseHook, Trainer
 from farthing_lab.train.model import DeepSeekLM, MoE
@@ -67,45 +65,32 @@ class Fp8Tensor:
     data: Tensor  # float8
     scale: Tensor  # float32 [..., R / r, J / c], powers of two
     tile: tuple[int, int]  # (r, c)
-    value: Tensor | None = None  # dequantized in bfloat16, kept if there are no FP8 units
+    value: Tensor  # dequantized in bfloat16, exact: what a product multiplies
 
     def rows(self, s: slice) -> Fp8Tensor:
         """Rows s of [R, J]; s must fall on tile boundaries unless one tile covers all rows."""
         r = self.tile[0]
         scale = self.scale if len(self.scale) == 1 else self.scale[s.start // r : -(-s.stop // r)]
-        return Fp8Tensor(self.data[s], scale, self.tile, None if self.value is None else self.value[s])
+        return Fp8Tensor(self.data[s], scale, self.tile, self.value[s])
 
     def take(self, index: Tensor) -> Fp8Tensor:
         """Rows of [R, J] by index; tiles must be one row or all rows high."""
         scale = self.scale if len(self.scale) == 1 else self.scale[index]
-        value = None if self.value is None else self.value[index]
-        return Fp8Tensor(self.data[index], scale, self.tile, value)
+        return Fp8Tensor(self.data[index], scale, self.tile, self.value[index])
 
     def matrix(self, e: int) -> Fp8Tensor:
         """Matrix e of [E, R, J]."""
-        return Fp8Tensor(
-            self.data[e], self.scale[e], self.tile, None if self.value is None else self.value[e]
-        )
+        return Fp8Tensor(self.data[e], self.scale[e], self.tile, self.value[e])
 
     @property
     def mT(self) -> Fp8Tensor:
         """The transpose."""
-        value = None if self.value is None else self.value.mT
-        return Fp8Tensor(self.data.mT, self.scale.mT, (self.tile[1], self.tile[0]), value)
+        return Fp8Tensor(self.data.mT, self.scale.mT, (self.tile[1], self.tile[0]), self.value.mT)
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads: one per element, four per scale."""
         return self.data.numel() + 4 * self.scale.numel()
-
-    def dequantize(self) -> Tensor:
-        """The value in bfloat16, exact."""
-        if self.value is not None:
-            return self.value
-        rows, columns = self.data.shape[-2:]
-        scale = self.scale.repeat_interleave(self.tile[0], -2)[..., :rows, :]
-        scale = scale.repeat_interleave(self.tile[1], -1)[..., :columns]
-        return decode(self.data) * scale.to(torch.bfloat16)
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -140,9 +125,7 @@ def quantize(x: Tensor, scale: Tensor, tile: tuple[int, int], dtype: torch.dtype
     spread = scale[..., :, None, :, None]
     largest = LARGEST[dtype]
     data = (tiles_of(x, tile) / spread.to(x.dtype)).clamp_(-largest, largest).to(dtype)
-    value = None
-    if not x.is_cuda:
-        value = _untile(decode(data) * spread.to(torch.bfloat16), rows, columns)
+    value = _untile(decode(data) * spread.to(torch.bfloat16), rows, columns)
     return Fp8Tensor(_untile(data, rows, columns), scale, tile, value)
 
 
@@ -244,7 +227,7 @@ class _Fp8Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         layer, wq, sizes = ctx.layer, ctx.wq, ctx.sizes
-        x, grad = ctx.xq.dequantize(), grad.contiguous()
+        x, grad = ctx.xq.value, grad.contiguous()
         dy = layer.dy.rows(grad)
         # This product sums over tokens: round again in groups of 128 tokens, as DeepSeek-V3 does.
         dy_tokens, x_tokens = layer.dy.columns(grad), layer.x.columns(x)
@@ -258,11 +241,8 @@ class _Fp8Product(torch.autograd.Function):
 
 
 def product(a: Fp8Tensor, b: Fp8Tensor) -> Tensor:
-    """a [M, K] b^T, b [N, K] -> [M, N] bfloat16, float32 sums: on FP8 units or emulated exactly."""
-    if a.value is not None and b.value is not None:
-        return a.value @ b.value.mT
-
-    return scaled_product(a.data, a.scale, b.data, b.scale)
+    """a [M, K] b^T, b [N, K] -> [M, N] bfloat16, float32 sums: what FP8 units compute, exactly."""
+    return a.value @ b.value.mT
 
 
 def use_fp8(model: DeepSeekLM, config: Fp8Config) -> dict[str, Fp8Projection]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from farthing.memory import keep_freed_memory
 from farthing.model.config import ModelConfig
-from farthing.model.forms import LatentHeads
 from farthing.tokenizer_file import read_tokenizer
 from farthing_lab.train import data
 from farthing_lab.train.evaluate import evaluate
@@ -35,36 +34,33 @@ from farthing_lab.train.loop import (
 )
 from farthing_lab.train.model import DeepSeekLM
 
-MITE = ModelConfig(
-    model_type="deepseek_v3",
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=640,
-    moe_intermediate_size=64,
-    num_hidden_layers=5,
-    first_k_dense_replace=1,
-    mixers=6
-    * (
-        LatentHeads(
-            num_attention_heads=4,
-            q_lora_rank=128,
-            kv_lora_rank=64,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=64,
-        ),
-    ),
-    n_routed_experts=32,
-    n_shared_experts=1,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-    routed_scaling_factor=2.5,
-    num_nextn_predict_layers=1,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-    bos_token_id=0,
-    eos_token_ids=(1,),
+MITE = ModelConfig.from_json(
+    {
+        "model_type": "deepseek_v3",
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 640,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "n_routed_experts": 32,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
 )
 
 

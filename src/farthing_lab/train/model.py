@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farthing.model.config import ConfigError, ModelConfig, RopeConfig, check_config
+from farthing.model.forms import SIZES, Experts
+from farthing.ops.specs import RouterSpec
 from farthing_lab.train.functional import (
     Product,
     Routing,
@@ -30,29 +32,19 @@ from farthing_lab.train.functional import (
 
 # The trainable architecture: DeepSeek-V3's, described by the engine's `ModelConfig`.
 
-# Fields of DeepSeek-V3's config.json with fixed values here.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "topk_method": ("noaux_tc",),
-    "scoring_func": ("sigmoid",),
-    "router_bias": (True,),
-    "moe_layer_freq": (1,),
-    "num_nextn_predict_layers": (0, 1),
-}
-# Fields that DeepSeek's config.json lacks or names differently.
+# Fields of `ModelConfig` that DeepSeek's config.json lacks or names differently.
 _OTHER = {
-    *("mixers", "query_scaling", "router_bias", "post_mlp_norm", "dense_layers"),
-    *("embedding_scale", "logit_scale", "norm_offset", "gate", "shared_gate", "expert_bias"),
-    *("n_identity_experts", "shortcut_experts"),
-    *("shared_intermediate_size", "layer_sizes", "eos_token_ids"),
+    *("mixers", "feeds", "query_scaling", "embedding_scale", "logit_scale", "norm_offset", "post_norms"),
+    *("eos_token_ids",),
 }
 
 
 def check_trainable(cfg: ModelConfig) -> None:
     """Raise ConfigError with the field whose value the training model does not implement."""
-    for name, accepted in _FIXED.items():
-        if getattr(cfg, name) not in accepted:
-            words = " or ".join(map(repr, accepted))
-            raise ConfigError(f"{name}: got {getattr(cfg, name)!r}; expected {words} for training")
+    if cfg.num_nextn_predict_layers > 1:
+        raise ConfigError(
+            f"num_nextn_predict_layers: got {cfg.num_nextn_predict_layers}; expected 0 or 1 for training"
+        )
     needed = {"q_lora_rank": cfg.latent.q_lora_rank, "n_routed_experts": cfg.n_routed_experts}
     for name, value in needed.items():
         if not value:
@@ -64,8 +56,18 @@ def check_trainable(cfg: ModelConfig) -> None:
         )
     if cfg.rope != RopeConfig(theta=cfg.rope.theta):
         raise ConfigError("rope_scaling is set; expected plain interleaved RoPE for training")
-    for layer in range(cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
-        check_config(cfg.at(layer))
+    check_config(cfg)
+    dense = _dense_prefix(cfg)
+    for layer in range(dense, cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
+        experts = cfg.feed(layer).experts
+        if experts is None:
+            raise ConfigError(f"moe_layer_freq: layer {layer} has no experts; expected some from {dense} on")
+        if not experts.corrected or experts.router.scoring != "sigmoid":
+            raise ConfigError("topk_method, scoring_func: expected 'noaux_tc' and 'sigmoid' for training")
+
+
+def _dense_prefix(cfg: ModelConfig) -> int:
+    return next(filter(cfg.is_moe, range(cfg.num_hidden_layers)), cfg.num_hidden_layers)
 
 
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
@@ -77,13 +79,43 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
         sizes = index.heads, index.width, index.top_k
         fields |= dict(zip(("index_n_heads", "index_head_dim", "index_topk"), sizes, strict=True))
     fields |= {"rope_theta": cfg.rope.theta, "rope_scaling": None, "eos_token_id": cfg.eos_token_ids[0]}
-    if cfg.shared_intermediate_size is not None:
-        fields["shared_intermediate_size"] = cfg.shared_intermediate_size
-    if cfg.layer_sizes:
-        fields["layer_sizes"] = [
-            {k: v for k, v in dataclasses.asdict(sizes).items() if v is not None} for sizes in cfg.layer_sizes
-        ]
-    return fields
+    return fields | _feed_forwards(cfg)
+
+
+def _feed_forwards(cfg: ModelConfig) -> dict[str, Any]:
+    experts = cfg.experts
+    assert experts is not None, "as `check_trainable` asks"
+    rule, width = experts.router, experts.width
+    fields: dict[str, Any] = {
+        "intermediate_size": cfg.intermediate_size or 4 * cfg.hidden_size,  # of no layer
+        "moe_intermediate_size": width,
+        "n_routed_experts": experts.count,
+        "n_shared_experts": -(-experts.shared // width),
+        "num_experts_per_tok": rule.top_k,
+        "n_group": rule.num_groups,
+        "topk_group": rule.top_k_groups,
+        "topk_method": "noaux_tc",
+        "scoring_func": rule.scoring,
+        "norm_topk_prob": rule.normalize,
+        "routed_scaling_factor": rule.scale,
+        "first_k_dense_replace": _dense_prefix(cfg),
+        "moe_layer_freq": 1,
+    }
+    if experts.shared % width:
+        fields["shared_intermediate_size"] = experts.shared
+    return fields | ({"layer_sizes": layer_sizes(cfg)} if cfg.uneven else {})
+
+
+def layer_sizes(cfg: ModelConfig) -> list[dict[str, int]]:
+    """The sizes of every layer's feed-forward, MTP layer last, as config.json has them where they differ."""
+    found: list[dict[str, int]] = []
+    for feed in cfg.feeds[: cfg.num_hidden_layers + cfg.num_nextn_predict_layers]:
+        if (e := feed.experts) is None:
+            found.append({"intermediate_size": feed.width})
+        else:
+            sizes = e.count, e.width, e.shared
+            found.append(dict(zip(SIZES[1:], sizes, strict=True)))
+    return found
 
 
 # Sparse attention for training (DeepSeek-V3.2-Exp section 2.1): scores, selection, and the indexer's loss
@@ -309,13 +341,12 @@ class Router(nn.Module):
     e_score_correction_bias: Tensor
     load: Tensor
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, dim: int, rule: RouterSpec) -> None:
         super().__init__()
-        assert cfg.n_routed_experts is not None
-        self.cfg = cfg
-        self.weight = nn.Parameter(torch.randn(cfg.n_routed_experts, cfg.hidden_size) * cfg.hidden_size**-0.5)
-        self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
-        self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)
+        self.rule, count = rule, rule.num_experts
+        self.weight = nn.Parameter(torch.randn(count, dim) * dim**-0.5)
+        self.register_buffer("e_score_correction_bias", torch.zeros(count))
+        self.register_buffer("load", torch.zeros(count), persistent=False)
 
     def scores(self, x: Tensor) -> Tensor:
         """x [N, D] -> [N, E] float32."""
@@ -323,26 +354,25 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x [N, D] -> weights [N, K] float32 (differentiable) and expert ids [N, K], chosen unless given."""
-        cfg = self.cfg
         scores = self.scores(x)
         ids = self.choose(scores.detach()) if ids is None else ids
         weights = scores.gather(1, ids)
-        if cfg.norm_topk_prob:
+        if self.rule.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         if self.training:
             self.load += torch.bincount(ids.flatten(), minlength=len(self.load))
-        return weights * cfg.routed_scaling_factor, ids
+        return weights * self.rule.scale, ids
 
     def choose(self, scores: Tensor) -> Tensor:
         """Group-limited top-k of the biased scores [N, E] -> ids [N, K]."""
-        cfg = self.cfg
+        rule = self.rule
         choice = scores + self.e_score_correction_bias
-        groups = choice.unflatten(-1, (cfg.n_group, -1))  # [N, G, E/G]
+        groups = choice.unflatten(-1, (rule.num_groups, -1))  # [N, G, E/G]
         group_score = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-        keep = group_score.topk(cfg.topk_group, dim=-1, sorted=False).indices
+        keep = group_score.topk(rule.top_k_groups, dim=-1, sorted=False).indices
         dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, keep, False)
         choice = groups.masked_fill(dropped[..., None], float("-inf")).flatten(1)
-        ids: Tensor = choice.topk(cfg.num_experts_per_tok, dim=-1, sorted=False).indices
+        ids: Tensor = choice.topk(rule.top_k, dim=-1, sorted=False).indices
         return ids
 
     @torch.no_grad()
@@ -361,15 +391,13 @@ class MoE(nn.Module):
     between them.
     """
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, dim: int, experts: Experts) -> None:
         super().__init__()
-        D, I = cfg.hidden_size, cfg.moe_intermediate_size  # noqa: E741
-        E = cfg.n_routed_experts
-        assert E is not None
-        self.gate = Router(cfg)
-        self.gate_up = nn.Parameter(torch.randn(E, 2, I, D) * (0.5 * D**-0.5))
-        self.down = nn.Parameter(torch.zeros(E, D, I))
-        self.shared_experts = MLP(D, cfg.shared_size)
+        E, I = experts.count, experts.width  # noqa: E741
+        self.gate = Router(dim, experts.router)
+        self.gate_up = nn.Parameter(torch.randn(E, 2, I, dim) * (0.5 * dim**-0.5))
+        self.down = nn.Parameter(torch.zeros(E, dim, I))
+        self.shared_experts = MLP(dim, experts.shared)
         self.compute_dtype = torch.float32
         self.products: tuple[Product, Product] | None = None
         self.tap: Callable[[Tensor, Routing, Tensor], None] | None = None  # neurons, routing, weights
@@ -401,12 +429,13 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward on a float32 residual stream."""
 
-    def __init__(self, cfg: ModelConfig, dense: bool) -> None:
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.self_attn = Attention(cfg)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size) if dense else MoE(cfg)
+        feed, D = cfg.feed(layer), cfg.hidden_size
+        self.mlp = MLP(D, feed.width) if feed.experts is None else MoE(D, feed.experts)
 
     def forward(self, h: Tensor, turn: Tensor) -> Tensor:
         """h [B, T, D] float32 -> [B, T, D] float32."""
@@ -424,7 +453,7 @@ class MTP(nn.Module):
         self.enorm = RMSNorm(D, cfg.rms_norm_eps)
         self.hnorm = RMSNorm(D, cfg.rms_norm_eps)
         self.eh_proj = Linear(2 * D, D)
-        self.block = Block(cfg, dense=False)
+        self.block = Block(cfg, cfg.num_hidden_layers)
         self.norm = RMSNorm(D, cfg.rms_norm_eps)
 
     def forward(self, h: Tensor, next_embedding: Tensor, turn: Tensor) -> Tensor:
@@ -447,7 +476,7 @@ class DeepSeekLM(nn.Module):
         self.layers = nn.ModuleList(self.block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
-        self.mtp = MTP(cfg.at(cfg.num_hidden_layers)) if cfg.num_nextn_predict_layers else None
+        self.mtp = MTP(cfg) if cfg.num_nextn_predict_layers else None
         self.register_buffer("turn", self.turns(cfg), persistent=False)
         self.set_compute_dtype(compute_dtype)
 
@@ -457,7 +486,7 @@ class DeepSeekLM(nn.Module):
 
     def block(self, cfg: ModelConfig, layer: int) -> nn.Module:
         """A layer of the trunk."""
-        return Block(cfg.at(layer), dense=layer < cfg.first_k_dense_replace)
+        return Block(cfg, layer)
 
     def turns(self, cfg: ModelConfig) -> Tensor:
         """The rotations of all positions, `rope_table`'s."""

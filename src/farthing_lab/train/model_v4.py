@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from farthing.model.config import ConfigError, ModelConfig
-from farthing.model.forms import CompressedHeads
+from farthing.model.forms import CompressedHeads, Experts
 from farthing.ops.indexer import top_positions
 from farthing.ops.specs import StreamSpec
 from farthing_lab.train.model import (
@@ -46,13 +46,18 @@ def _rates(cfg: ModelConfig) -> list[int]:
     return [form_of(cfg, layer).rate for layer in range(cfg.num_hidden_layers)]
 
 
+def _hashed(cfg: ModelConfig) -> list[bool]:
+    experts = (feed.experts for feed in cfg.feeds[: cfg.num_hidden_layers])
+    return [e is not None and e.hashed for e in experts]
+
+
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
-    a, s, index = form_of(cfg), cfg.streams, cfg.index
-    assert s is not None and index is not None
+    a, s, index, e = form_of(cfg), cfg.streams, cfg.index, cfg.experts
+    assert s is not None and index is not None and e is not None
     own = [
         *("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "n_routed_experts"),
-        *("n_shared_experts", "num_experts_per_tok", "routed_scaling_factor", "max_position_embeddings"),
+        *("num_experts_per_tok", "max_position_embeddings"),
         *("tie_word_embeddings", "rms_norm_eps", "bos_token_id"),
     ]
     heads = ("num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank")
@@ -66,11 +71,13 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
         "index_head_dim": index.width,
         "index_topk": index.top_k,
         "compress_ratios": _rates(cfg),
-        "num_hash_layers": len(cfg.hashed_layers),
+        "n_shared_experts": -(-cfg.shared_size // cfg.moe_intermediate_size),
+        "routed_scaling_factor": e.router.scale,
+        "num_hash_layers": sum(_hashed(cfg)),
         "hc_mult": s.count,
         "hc_sinkhorn_iters": s.steps,
         "hc_eps": s.eps,
-        "swiglu_limit": cfg.gate.limit,
+        "swiglu_limit": e.router.gate.limit,
         "rope_theta": cfg.rope.theta,
         "compress_rope_theta": cfg.rope.theta,
         "eos_token_id": cfg.eos_token_ids[0],
@@ -87,7 +94,7 @@ def check_trainable(cfg: ModelConfig) -> None:
             f"sliding_window, compress_ratios: got {a.window}, {sorted(rates)}; expected "
             f"{BLOCK}, and rates of 0, 4 or 128"
         )
-    if cfg.hashed_layers != tuple(range(len(cfg.hashed_layers))):
+    if (hashed := _hashed(cfg)) != sorted(hashed, reverse=True):
         raise ConfigError("mlp_layer_types: expected hashed layers before all others")
 
 
@@ -308,12 +315,12 @@ class RootRouter(Router):
 
     tid2eid: Tensor | None
 
-    def __init__(self, cfg: ModelConfig, hashed: bool) -> None:
-        super().__init__(cfg)
+    def __init__(self, cfg: ModelConfig, experts: Experts) -> None:
+        super().__init__(cfg.hidden_size, experts.router)
         table: Tensor | None = None
-        if hashed:
+        if experts.hashed:
             draws = torch.rand(cfg.vocab_size, len(self.load), generator=torch.Generator().manual_seed(4))
-            table = draws.topk(cfg.num_experts_per_tok).indices
+            table = draws.topk(self.rule.top_k).indices
         self.register_buffer("tid2eid", table)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -331,8 +338,10 @@ class StreamedBlock(nn.Module):
         self.attn_hc, self.ffn_hc = Streams(cfg.streams, D), Streams(cfg.streams, D)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, eps), RMSNorm(D, eps)
         self.self_attn = WindowAttention(cfg, layer)
-        self.mlp = MoE(cfg)
-        self.mlp.gate = RootRouter(cfg, layer in cfg.hashed_layers)
+        experts = cfg.feed(layer).experts
+        assert experts is not None, "as every layer of V4 has some"
+        self.mlp = MoE(D, experts)
+        self.mlp.gate = RootRouter(cfg, experts)
 
     def forward(self, h: Tensor, turn: Tensor, tokens: Tensor) -> Tensor:
         """h [B, T, n, D] float32 -> [B, T, n, D] float32; tokens [B, T]."""

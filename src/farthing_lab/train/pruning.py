@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from farthing.files import replace_json
-from farthing.model.config import LayerSizes
+from farthing.model.forms import Feed
 from farthing_lab.compress.masks import cubic_sparsity
 from farthing_lab.train.evaluate import distillation, plot
 from farthing_lab.train.export import load_checkpoint, save_checkpoint
@@ -40,7 +40,7 @@ from farthing_lab.train.finetune import (
     weights_sha256,
 )
 from farthing_lab.train.loop import BaseHook, LoopConfig, Schedule, Trainer, check_start
-from farthing_lab.train.model import MLP, DeepSeekLM, Linear, MoE
+from farthing_lab.train.model import MLP, DeepSeekLM, Linear, MoE, layer_sizes
 from farthing_lab.train.need import (
     Activity,
     Cut,
@@ -135,12 +135,12 @@ def candidates(model: DeepSeekLM, activities: dict[str, Activity], config: Prune
 
 def _experts_to_keep(module: MoE, activity: Activity) -> Tensor | None:
     """All but the lowest-energy expert of each group, or None if routing would need more."""
-    cfg, experts = module.gate.cfg, len(module.down)
-    left = experts // cfg.n_group - 1
-    if left < min(2, experts) or left * cfg.topk_group < cfg.num_experts_per_tok:
+    rule, experts = module.gate.rule, len(module.down)
+    left = experts // rule.num_groups - 1
+    if left < min(2, experts) or left * rule.top_k_groups < rule.top_k:
         return None
-    worth = activity.energy.sum(1).view(cfg.n_group, -1)
-    best = worth.topk(left, dim=1).indices + torch.arange(cfg.n_group)[:, None] * worth.shape[1]
+    worth = activity.energy.sum(1).view(rule.num_groups, -1)
+    best = worth.topk(left, dim=1).indices + torch.arange(rule.num_groups)[:, None] * worth.shape[1]
     return best.flatten().sort().values
 
 
@@ -178,8 +178,8 @@ def apply_cut(model: DeepSeekLM, cut: Cut, optimizers: list[torch.optim.Optimize
         gate = module.gate
         gate.e_score_correction_bias = gate.e_score_correction_bias[keep].clone()
         gate.load = gate.load[keep].clone()
-        gate.cfg = dataclasses.replace(gate.cfg, n_routed_experts=len(keep))
-    model.cfg = dataclasses.replace(model.cfg, layer_sizes=sizes_of(model))
+        gate.rule = dataclasses.replace(gate.rule, num_experts=len(keep))
+    model.cfg = dataclasses.replace(model.cfg, feeds=feeds_of(model))
 
 
 def _cut(p: Tensor, f: Callable[[Tensor], Tensor], optimizers: list[torch.optim.Optimizer]) -> None:
@@ -193,27 +193,27 @@ def _cut(p: Tensor, f: Callable[[Tensor], Tensor], optimizers: list[torch.optim.
     p.data = f(p.data).contiguous()
 
 
-def sizes_of(model: DeepSeekLM) -> tuple[LayerSizes, ...]:
-    """The current sizes of every layer, MTP layer last."""
+def feeds_of(model: DeepSeekLM) -> tuple[Feed, ...]:
+    """The feed-forwards of the model's config with the current sizes of every layer, MTP layer last."""
     blocks = [*model.layers, *([model.mtp.block] if model.mtp is not None else [])]
     found = []
-    for block in blocks:
+    for feed, block in zip(model.cfg.feeds, blocks, strict=False):
         mlp = block.mlp
         if isinstance(mlp, MoE):
-            experts, _, width, _ = mlp.gate_up.shape
             shared = mlp.shared_experts.gate_proj
             assert isinstance(shared, Linear)
-            found.append(
-                LayerSizes(
-                    n_routed_experts=experts,
-                    moe_intermediate_size=width,
-                    shared_intermediate_size=shared.weight.shape[0],
-                )
-            )
+            found.append(_sized(feed, mlp.gate_up.shape[0], mlp.gate_up.shape[2], shared.weight.shape[0]))
         else:
             assert isinstance(mlp, MLP)
-            found.append(LayerSizes(intermediate_size=mlp.gate_proj.weight.shape[0]))
-    return tuple(found)
+            found.append(dataclasses.replace(feed, width=mlp.gate_proj.weight.shape[0]))
+    return (*found, *model.cfg.feeds[len(found) :])
+
+
+def _sized(feed: Feed, count: int, width: int, shared: int) -> Feed:
+    assert feed.experts is not None
+    router = dataclasses.replace(feed.experts.router, num_experts=count)
+    experts = dataclasses.replace(feed.experts, router=router, width=width, shared=shared)
+    return dataclasses.replace(feed, experts=experts)
 
 
 class PruneHook(BaseHook):
@@ -368,16 +368,17 @@ def _with_sizes_of(settings: Settings, model: DeepSeekLM) -> DeepSeekLM:
     """A model with the sizes that the interrupted run had reached."""
     file = settings.out / "state.pt"
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["model"]
-    sizes = []
-    for i in range(model.cfg.num_hidden_layers + model.cfg.num_nextn_predict_layers):
+    feeds = []
+    for i, feed in enumerate(model.cfg.feeds):
         prefix = f"layers.{i}.mlp." if i < model.cfg.num_hidden_layers else "mtp.block.mlp."
         if f"{prefix}gate_up" in state:
             experts, _, width, _ = state[f"{prefix}gate_up"].shape
-            shared = len(state[f"{prefix}shared_experts.gate_proj.weight"])
-            sizes.append(LayerSizes(None, experts, width, shared))
+            feeds.append(_sized(feed, experts, width, len(state[f"{prefix}shared_experts.gate_proj.weight"])))
+        elif f"{prefix}gate_proj.weight" in state:
+            feeds.append(dataclasses.replace(feed, width=len(state[f"{prefix}gate_proj.weight"])))
         else:
-            sizes.append(LayerSizes(len(state[f"{prefix}gate_proj.weight"])))
-    return DeepSeekLM(dataclasses.replace(model.cfg, layer_sizes=tuple(sizes))).to(settings.device)
+            feeds.append(feed)  # of an MTP layer that the model does not have
+    return DeepSeekLM(dataclasses.replace(model.cfg, feeds=tuple(feeds))).to(settings.device)
 
 
 def train_prune(
@@ -419,7 +420,7 @@ def train_prune(
         "weights_bytes": save_checkpoint(model, text.tokenizer, out, source=settings.model),
         **provenance(settings, config, text, sources),
         "checkpoint_sha256": weights_sha256(out),
-        "layer_sizes": [dataclasses.asdict(s) for s in model.cfg.layer_sizes],
+        "layer_sizes": layer_sizes(model.cfg),
         "minutes": trainer.active_seconds / 60,
         "tokens": trainer.tokens,
         "budgets": trainer.budgets,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.checkpoint.writer import CheckpointWriter
 from farthing.model.config import ModelConfig
 from farthing_lab.train import data
-from farthing_lab.train.export import load_checkpoint, save_checkpoint
+from farthing_lab.train.export import load_checkpoint, save_checkpoint, to_json
 from farthing_lab.train.finetune import Settings, Text
 from farthing_lab.train.model import DeepSeekLM
 from tests.tiny import tiny as tiny_config
@@ -70,11 +69,8 @@ def sources(tmp_path: Path) -> Path:
 
 
 def changed(config: ModelConfig, **change: Any) -> ModelConfig:
-    """The config with other values of its fields or those of its heads."""
-    heads = {k: change.pop(k) for k in list(change) if hasattr(config.latent, k)}
-    mixers = tuple(dataclasses.replace(mixer, **heads) for mixer in config.mixers)
-    layers = change.get("num_hidden_layers", config.num_hidden_layers)
-    return dataclasses.replace(config, mixers=(mixers * layers)[: layers + 1], **change)
+    """The config with other values of its config.json."""
+    return ModelConfig.from_json(to_json(config) | change)
 
 
 @pytest.fixture

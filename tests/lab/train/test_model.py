@@ -61,7 +61,7 @@ def test_logits_equal_transformers(tiny: ModelConfig, change: dict[str, object])
 def fuse_experts(tensors: dict[str, torch.Tensor], cfg: ModelConfig) -> dict[str, torch.Tensor]:
     """Per-expert tensors to transformers 5's stacked parameters."""
     fused = {k: v for k, v in tensors.items() if ".mlp.experts." not in k}
-    for i in range(cfg.first_k_dense_replace, cfg.num_hidden_layers):
+    for i in filter(cfg.is_moe, range(cfg.num_hidden_layers)):
         p = f"model.layers.{i}.mlp.experts."
         each = range(cfg.n_routed_experts)
         both = [
@@ -193,7 +193,7 @@ def test_rms_norm_equals_torch() -> None:
 
 
 def test_rebalance_pushes_towards_the_idle_expert(tiny: ModelConfig) -> None:
-    router = Router(tiny)
+    router = Router(tiny.hidden_size, tiny.experts.router)
     router.load.copy_(torch.tensor([0.0, 9, 3, 3, 3, 3, 3, 0]))
     router.rebalance(0.1)
     assert router.e_score_correction_bias.tolist() == pytest.approx([0.1, -0.1, 0, 0, 0, 0, 0, 0.1])

@@ -31,11 +31,11 @@ from farthing_lab.train.pruning import (
     apply_cut,
     build,
     candidates,
+    feeds_of,
     mlp_parameters,
-    sizes_of,
     train_prune,
 )
-from tests.lab.train.conftest import learn, random_checkpoint, settings_of
+from tests.lab.train.conftest import changed, learn, random_checkpoint, settings_of
 
 QUIET = Console(quiet=True)
 
@@ -85,7 +85,7 @@ def test_dropping_neurons_without_weights_changes_nothing(model: DeepSeekLM) -> 
     before = model(tokens)
     apply_cut(model, Cut("layers.1.mlp", "neurons", keep, 0.0, 0), [])
     torch.testing.assert_close(model(tokens), before)
-    assert model.cfg.layer_sizes[1].moe_intermediate_size == 16
+    assert model.cfg.feed(1).experts.width == 16
 
 
 def test_dropping_experts_preserves_the_others(model: DeepSeekLM) -> None:
@@ -94,7 +94,7 @@ def test_dropping_experts_preserves_the_others(model: DeepSeekLM) -> None:
     gone = torch.tensor([1, 3, 4, 7])  # one of each of four groups
     moe = model.layers[2].mlp
     # Two experts per group: the group's score is their sum, so the excluded one must not sink its group.
-    model.layers[2].mlp.gate.cfg = dataclasses.replace(moe.gate.cfg, topk_group=4)
+    moe.gate.rule = dataclasses.replace(moe.gate.rule, top_k_groups=4)
     moe.gate.e_score_correction_bias[gone] = -100.0
     before = model(tokens)
     keep = torch.tensor([0, 2, 5, 6])
@@ -141,7 +141,7 @@ def test_a_cut_is_priced_as_it_will_be(
     tokens = torch.randint(0, model.cfg.vocab_size, (3, 19))
     module = model.get_submodule(name)
     if kind == "experts":
-        module.gate.cfg = dataclasses.replace(module.gate.cfg, topk_group=4)  # type: ignore[union-attr]
+        module.gate.rule = dataclasses.replace(module.gate.rule, top_k_groups=4)  # type: ignore[union-attr]
         keep = torch.tensor([0, 3, 4, 6])  # one of two in each group, which scores the sum of its two best
         module.gate.e_score_correction_bias.zero_()  # type: ignore[union-attr]
     else:
@@ -261,7 +261,7 @@ def test_harmful_pruning_backs_off(checkpoint: Path, tmp_path: Path, sources: Pa
 def test_whole_experts_are_removed_and_the_engine_routes_among_the_rest(
     wide: ModelConfig, tmp_path: Path, sources: Path
 ) -> None:
-    cfg = dataclasses.replace(wide, n_group=2, topk_group=2)  # four experts per group: two may be removed
+    cfg = changed(wide, n_group=2, topk_group=2)  # four experts per group: two may be removed
     model = random_checkpoint(cfg, tmp_path / "model", sources)
     config = PruneConfig(target=0.3, every=1, multiple=96, bound=10.0, calibration_windows=2)  # no neurons
     summary = train_prune(settings_of(model, tmp_path / "run", sources), config, console=QUIET)
@@ -310,7 +310,7 @@ def test_sizes_round_trip_through_the_checkpoint(model: DeepSeekLM, tmp_path: Pa
     tokenizer = data.train_tokenizer((d.text for d in data.find_sources(sources)), model.cfg.vocab_size)
     save_checkpoint(model, tokenizer, tmp_path / "out", fp8=False)
     again = load_checkpoint(tmp_path / "out")
-    assert again.cfg.layer_sizes == sizes_of(model) == model.cfg.layer_sizes
+    assert again.cfg.feeds == feeds_of(model) == model.cfg.feeds
     moe = again.layers[1].mlp
     assert isinstance(moe, MoE) and moe.shared_experts.down_proj.weight.shape[1] == 16
 
@@ -344,8 +344,10 @@ def test_inspect_counts_the_parameters_of_unequal_layers() -> None:
 def test_command_fails_if_the_result_exceeds_its_bound(
     checkpoint: Path, tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = ModelConfig.from_directory(checkpoint).feeds
+
     def measured(model: DeepSeekLM, *args: object) -> float:
-        return 10.34 if model.cfg.layer_sizes else 10.0
+        return 10.0 if model.cfg.feeds == whole else 10.34
 
     monkeypatch.setattr("farthing_lab.train.pruning.perplexity", measured)
     for i in range(200):  # one file in 25 is held out, by its hash

@@ -23,7 +23,7 @@ from farthing_fleet.config import FleetConfig, PolicyConfig
 from tests.fleet.doubles.services import free_port
 
 pytest.importorskip("ray.serve", exc_type=ImportError)
-from farthing_fleet.ray_serve import Prefix, Scaling, ServeConfig, reading_of, serving
+from farthing_ray.serve import Prefix, Scaling, ServeConfig, reading_of, serving
 
 ROOT = Path(__file__).parents[2]
 REPLICA = ROOT / "tests" / "fleet" / "doubles" / "replica.py"
@@ -70,7 +70,7 @@ def as_json(config: FleetConfig) -> str:
 @pytest.fixture
 def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rehearsing a made-up day in steps of a twentieth of a second takes minutes."""
-    monkeypatch.setattr("farthing_fleet.ray_serve.make_estimates", lambda fleet: None)
+    monkeypatch.setattr("farthing_ray.serve.make_estimates", lambda fleet: None)
 
 
 @pytest.mark.usefixtures("unrehearsed")

@@ -19,11 +19,12 @@ from farthing.engine.request import EngineFailed, SamplingParams
 from farthing.llm import LLM
 from farthing.model.load import load
 from farthing.ops.select import select
-from farthing.parallel import ray_workers, worker
+from farthing.parallel import worker
 from farthing.parallel.cluster import ParallelModel, RankFailed, RankOptions
 from farthing.parallel.plan import Layout
-from farthing.parallel.ray_workers import RayWorkers
 from farthing.parallel.worker import interface_of
+from farthing_ray import workers as ray_workers
+from farthing_ray.workers import RayWorkers
 from tests.parallel.ranks import rank_options
 from tests.parallel.test_cluster import check_rebalanced, checkpoint, greedy
 from tests.parallel.test_serving import until

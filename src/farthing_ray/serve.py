@@ -4,7 +4,7 @@
 
 Front relays answers as they arrive and ends a broken stream with an error event, like our own gateway. The
 number of replicas is decided by our controller, which runs in Serve's as its autoscaling policy. `farthing
-fleet ray up` runs the application; `serve deploy` and KubeRay build it with `build`.
+ray up` runs the application; `serve deploy` and KubeRay build it with `build`.
 
 Only this module imports Ray Serve (extra `ray`).
 """
@@ -23,8 +23,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import ray
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
@@ -32,6 +30,7 @@ from ray.serve.request_router import RequestRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+import ray
 from farthing.exchange import Upstream, end_to_end, request_headers
 from farthing.files import read
 from farthing.prompts import read_prompt
@@ -44,6 +43,7 @@ from farthing_fleet.gateway.replicas import PrefixIndex, cost
 from farthing_fleet.run import make_controller
 from farthing_fleet.signals_scrape import Reading, ScrapeSource, parse
 from farthing_fleet.types import Decision
+from ray import serve
 
 NAME = "farthing"  # of the application
 _TRIES = 2  # replicas per request; a second one only before the client has received a byte
@@ -340,7 +340,7 @@ def _deployment(name: str, command: tuple[str, ...], config: ServeConfig) -> Any
 
 
 def build(arguments: dict[str, Any]) -> Any:
-    """The application of a Serve configuration file: `import_path: farthing_fleet.ray_serve:build`, with the
+    """The application of a Serve configuration file: `import_path: farthing_ray.serve:build`, with the
     fields of `ServeConfig` as `args`. Raises ValueError."""
     config = read(ServeConfig, arguments)
     config.fleet.checked()

@@ -44,8 +44,9 @@ MISSED_BEATS = 16  # in a row: the rank is lost. A count, not a time, so that a 
 def import_ray() -> Any:
     """The ray package. Raises ValueError with the install command if it is missing."""
     try:
-        import ray
         import ray.util.scheduling_strategies
+
+        import ray
     except ImportError as error:
         raise ValueError(f"nodes is more than 1, which requires Ray: {how_to_install('ray')}") from error
     return ray

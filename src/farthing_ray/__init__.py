@@ -1,0 +1,1 @@
+"""Ranks on the nodes of a Ray cluster, and replicas by Ray Serve: everything here needs the extra `ray`."""
