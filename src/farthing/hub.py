@@ -7,6 +7,7 @@ downloaded that serving reads. A GGUF model of several in a folder or repository
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import os
 import re
@@ -21,10 +22,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from hashlib import file_digest, sha1
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
-from farthing import packages, stores
+from farthing import downloads, packages, stores
 from farthing.catalogue import catalogue, id_for
 from farthing.checkpoint.reader import (
     CONFIG,
@@ -46,7 +47,7 @@ from farthing.checkpoint.shards import (
 )
 from farthing.files import partial_of, replace_text
 from farthing.model.config import ModelConfig
-from farthing.model.gguf import header_size, open_gguf
+from farthing.model.gguf import described_in, header_size, open_gguf
 from farthing.process import Lines, Progress, cache_dir
 from farthing.quants import SUFFIX, Variant, choose, parts_of
 
@@ -242,7 +243,7 @@ def _find(named: str, weights: bool) -> Found:
             logging.getLogger(client).setLevel(logging.WARNING)
     disable_progress_bars(_BARS)
     try:
-        info = HfApi().model_info(model, files_metadata=True)
+        info = downloads.patiently(lambda: HfApi().model_info(model, files_metadata=True), model, first=True)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"model: got {model!r}, which the hub does not show; expected the id of a public model, or "
@@ -325,42 +326,31 @@ class _Repository:
         if not absent:
             path = open_gguf(self.folder / first)
         else:
-            headers = cache_dir() / "headers" / self.folder.parents[1].name / self.revision
+            self._check_disk(absent)
+            headers = _headers_of(self.model) / self.revision
             for name in chosen.files:
                 self._fetch_header(name, headers / name)
             path = open_gguf(headers / first)
         judge(path)
-        self._check_disk(absent)
         return Found(path, absent, self, self.folder / first)
 
     def _fetch_header(self, name: str, file: Path) -> None:
         """A file as long as the repository's, of which only what stands before the tensors is fetched."""
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
-        size, wanted = self.sizes[name], _HEADER
+        size, wanted, data = self.sizes[name], _HEADER, BytesIO()
+        url = hf_hub_url(self.model, name, revision=self.revision)
         while not file.exists():
             wanted = min(wanted, size)
             if wanted > _MOST_HEADER:
                 most = f"{_MOST_HEADER >> 20} MB"
                 raise self._refused(name, f"its header does not end within {most}; expected a GGUF file")
-            headers = build_hf_headers() | {"Range": f"bytes=0-{wanted - 1}"}
-            data = bytearray()
             with self._errors(name):
-                url = hf_hub_url(self.model, name, revision=self.revision)
-                with get_session().stream("GET", url, headers=headers) as answer:
-                    hf_raise_for_status(answer)
-                    for part in answer.iter_bytes():  # a server without ranges sends all of it
-                        data += part
-                        if len(data) >= wanted:
-                            break
-            if len(data) < wanted:
-                raise self._refused(name, f"got {len(data)} bytes; expected {wanted}")
+                downloads.receive(url, data, wanted, wanted, name, part=True)
             file.parent.mkdir(parents=True, exist_ok=True)
             draft = partial_of(file)
             with draft.open("wb") as stream:
-                stream.write(data[:wanted])
+                stream.write(data.getbuffer())
                 stream.truncate(size)
             if wanted == size or header_size(draft) <= wanted:
                 draft.replace(file)
@@ -445,14 +435,11 @@ class _Repository:
         return link
 
     def _fetch_blob(self, name: str) -> Path:
-        """The content of a file, from the byte on where an earlier run ended. The library itself begins
-        again, and a weight file takes minutes."""
+        """The content of a file, from the byte on where an earlier run ended."""
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils._headers import build_hf_headers
 
         url = hf_hub_url(self.model, name, revision=self.revision)
-        about = get_hf_file_metadata(url)
+        about = downloads.patiently(lambda: get_hf_file_metadata(url, timeout=downloads.SILENCE), name)
         digest = about.etag or ""
         if not _DIGEST.fullmatch(digest):
             raise self._refused(name, f"the hub calls it {digest[:80]!r}; expected a checksum in hexadecimal")
@@ -462,10 +449,7 @@ class _Repository:
             fcntl.flock(file, fcntl.LOCK_EX)  # another process may fetch the same
             if not blob.exists():
                 size = about.size or self.sizes.get(name)
-                bounded = cast("BinaryIO", _Bounded(file, size or _UNDECLARED))
-                http_get(
-                    url, bounded, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size
-                )
+                downloads.receive(url, file, size, size or _UNDECLARED, name)
                 file.flush()
                 if (found := _checksum(part, digest)) != digest:
                     part.unlink()
@@ -478,8 +462,8 @@ class _Repository:
         part.unlink(missing_ok=True)
         return blob
 
-    def _refused(self, name: str, why: str) -> _Refused:
-        return _Refused(f"model: {name} of {self.model}: {why}")
+    def _refused(self, name: str, why: str) -> downloads.Refused:
+        return downloads.Refused(f"model: {name} of {self.model}: {why}")
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -488,8 +472,10 @@ class _Repository:
 
         try:
             yield
-        except _Refused:
-            raise
+        except downloads.Refused as error:
+            if str(error).startswith("model: "):
+                raise
+            raise self._refused(name, str(error)) from error
         except GatedRepoError as error:
             raise ValueError(
                 f"model: got {self.model!r}, which is gated; expected HF_TOKEN set to a token of an account "
@@ -557,11 +543,29 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def remove_cached(model: Cached) -> None:
-    """Delete all revisions of a model. Raises OSError."""
-    from huggingface_hub import constants, scan_cache_dir
+def made_of(model: Cached) -> list[Path]:
+    """What there is of a model outside the hub's cache: headers and descriptions of its GGUF files, and what
+    was packed."""
+    headers = _headers_of(model.model)
+    revisions = [model.path.parent / revision for revision in model.revisions]
+    files = [file for folder in (headers, *revisions) for file in folder.rglob(f"*{SUFFIX}")]
+    described = [folder for file in files if (folder := described_in(file)) is not None]
+    names = {folder.name for folder in (*revisions, *described)}
+    packed = [file for name in names for file in (cache_dir() / "packed").glob(f"{glob.escape(name)}-*")]
+    return [path for path in dict.fromkeys((headers, *described, *packed)) if path.exists()]
 
-    scan_cache_dir(constants.HF_HUB_CACHE).delete_revisions(*model.revisions).execute()
+
+def remove_cached(model: Cached) -> None:
+    """Delete all revisions of a model, what an interrupted download left, and what was made of it. Raises
+    OSError."""
+    for path in made_of(model):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(model.path.parents[1])
+
+
+def _headers_of(model: str) -> Path:
+    """Where headers of a repository's GGUF files are kept."""
+    return cache_dir() / "headers" / f"models--{model.replace('/', '--')}"
 
 
 def _checksum(file: Path, like: str) -> str:
@@ -571,26 +575,6 @@ def _checksum(file: Path, like: str) -> str:
             return file_digest(content, "sha256").hexdigest()
         head = f"blob {file.stat().st_size}\0".encode()
         return sha1(head + content.read(), usedforsecurity=False).hexdigest()
-
-
-class _Refused(OSError):
-    """What a hub sent is not what it should be."""
-
-
-class _Bounded:
-    """A file of at most `most` bytes, whatever a server sends."""
-
-    def __init__(self, file: BinaryIO, most: int) -> None:
-        self._file, self._most = file, most
-
-    def write(self, data: bytes) -> int:
-        """Raises OSError for a byte more."""
-        if self._file.tell() + len(data) > self._most:
-            raise OSError(f"the hub sends more than the {self._most} bytes that it said")
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
 
 
 def _weights(model: str, names: Collection[str], path: Path) -> list[str]:

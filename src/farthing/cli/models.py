@@ -17,7 +17,6 @@ from farthing.cli.tables import size, step_progress
 from farthing.config import EngineConfig
 from farthing.memory import available_memory
 from farthing.planner.fit import fit
-from farthing.process import cache_dir
 
 pull_app = typer.Typer(add_completion=False)
 _Model = Annotated[
@@ -77,10 +76,16 @@ def list_models(as_json: _Json = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    if not console.is_terminal:  # whole names, in columns that `cut` and `awk` split
+        for each in models:
+            typer.echo("\t".join((each.model, size(each.size), each.type, each.state)))
+        return
     table = Table("model", "size", "type", "", box=None, pad_edge=False)
+    table.columns[0].overflow = "fold"
     for each in models:
         table.add_row(each.model, size(each.size), each.type, each.state)
-    Console().print(table)
+    console.print(table)
 
 
 def _listed() -> Iterator[Listed]:
@@ -111,8 +116,10 @@ def _incomplete(whole: bool) -> str:
     return "" if whole else "incomplete"
 
 
-def _bytes_in(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _bytes_in(path: Path) -> int:
+    """On the disk: a header's file is as long as the whole, and has its first bytes."""
+    files = [path, *path.rglob("*")]
+    return sum(512 * file.stat().st_blocks for file in files if file.is_file())
 
 
 rm_app = typer.Typer(add_completion=False)
@@ -123,7 +130,7 @@ def rm(
     model: _Model,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove MODEL from the hub's cache, with the files that were packed of it."""
+    """Remove MODEL from the hub's cache, with everything that was made of it."""
     with one_line_errors("rm"), errors_as_one_line():
         if program := stores.program_of(model):
             raise ValueError(f"model: got {model!r}, which belongs to {program}; remove it there")
@@ -133,12 +140,8 @@ def rm(
             raise FileNotFoundError(
                 f"model: got {model!r}; expected a model of the hub's cache, as `farthing list` shows it"
             )
-        folders = [found.path.parent / revision for revision in found.revisions]
-        packed = [file for each in folders for file in (cache_dir() / "packed").glob(f"{each.name}-*")]
-        total = found.size + sum(file.stat().st_size for file in packed)
+        total = found.size + sum(map(_bytes_in, hub.made_of(found)))
         if not (yes or typer.confirm(f"remove {name}, {size(total)}?")):
             raise typer.Exit(Exit.INPUT)
         hub.remove_cached(found)
-        for file in packed:
-            file.unlink()
         typer.echo(f"removed {name}, {size(total)}")

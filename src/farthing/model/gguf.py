@@ -47,7 +47,7 @@ def open_gguf(path: Path) -> Path:
     """The model directory of a GGUF file, or of all files of a split one. Raises CheckpointError or
     ConfigError, each naming the file and what is accepted."""
     files = _parts_of(path.absolute())  # not where links of the hub's cache point to
-    target = _cache() / f"{path.stem}-{_digest(files)}"
+    target = _place(files)
     if target.is_dir():
         return target
     readers = [_opened(file) for file in files]
@@ -96,6 +96,19 @@ def open_gguf(path: Path) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def described_in(path: Path) -> Path | None:
+    """The model directory that `open_gguf` made of a file; None: it made none, or another part is missing."""
+    try:
+        target = _place(_parts_of(path.absolute()))
+    except (OSError, ValueError):
+        return None
+    return target if target.is_dir() else None
+
+
+def _place(files: Sequence[Path]) -> Path:
+    return _cache() / f"{files[0].stem}-{_digest(files)}"
 
 
 class Metadata:
