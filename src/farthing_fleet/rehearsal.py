@@ -369,11 +369,6 @@ class Rehearsal:
         hours = self._hours / max(self._arrived, 1e-9)
         return hours + PRICE * np.maximum(0.0, shares - budget), shares
 
-    def cheapest(self) -> dict[str, float]:
-        """The cost of each plan with its best window and margin."""
-        cost = self.costs()[0].reshape(len(PLANS), -1).min(axis=1)
-        return dict(zip(PLANS, cost.tolist(), strict=True))
-
 
 def made_up_day(step_s: float, seed: int = 3) -> Floats:
     """[T] a day of a service with a mean of 1: a wave, drifts, jumps, spikes and noise."""

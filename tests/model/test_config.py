@@ -20,6 +20,7 @@ from farthing.ops.arrays import host
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.planner.estimate import published, published_config
+from tests.model.answers import configurations
 from tests.model.unserved_types import listed
 from tests.tiny import V3
 
@@ -256,3 +257,12 @@ def test_types_that_rotate_whole_heads_ignore_partial_rotary_factor(name: str, n
     heads = ModelConfig.from_json(raw).attention
     assert isinstance(heads, GroupedHeads)
     assert heads.rotary_width == heads.head_dim // (4 if name in PARTIAL else 1)
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", None])
+def test_a_rotation_that_transformers_does_not_compute_is_refused(place: str | None) -> None:
+    raw = configurations()["tiny solar_open"]
+    share = {"partial_rotary_factor": 0.5}
+    section = {place: {"rope_type": "default", "rope_theta": 1e4, **share}} if place else share
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor: got 0\.5; expected 1"):
+        ModelConfig.from_json(raw | section)

@@ -31,6 +31,27 @@ def test_a_folder_serves_what_can_be_served(tmp_path: Path, caplog: pytest.LogCa
     assert "two is left out" in caplog.text and "bert" in caplog.text
 
 
+def test_subfolders_are_searched_and_what_is_empty_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LM Studio and the hub's cache lay their folders out."""
+    monkeypatch.setattr("farthing.server.presets._preset", lambda name, options, _: SimpleNamespace(
+        name=name, type="tiny", path=options["model"]
+    ))  # fmt: skip
+    model(tmp_path / "org" / "directory")
+    files = ("pub/a/x.gguf", "pub/b/x.gguf", "pub/b/mmproj-x.gguf", "z-00001-of-00002.gguf",
+             "z-00002-of-00002.gguf", "hub/models--o--m/snapshots/0f/y.gguf", "a/b/c/d/e/f.gguf",
+             "notes/read.me", ".hidden/h.gguf")  # fmt: skip
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "pub" / "loop").symlink_to(tmp_path, target_is_directory=True)
+    names = {each.name for each in read_presets(tmp_path, Given({}, {}))}
+    assert names == {"directory", "x", "x.gguf", "y", "z"}
+    assert "a is left out: it has no config.json and no GGUF file" in caplog.text
+    assert "notes is left out" in caplog.text and "hidden" not in caplog.text
+
+
 def test_damaged_weights_and_shared_names_in_a_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

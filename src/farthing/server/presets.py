@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -42,6 +43,7 @@ _ELSEWHERE = ("device", "nodes", "experts_on", "disaggregate")
 _SHARE = 0.8  # of the available memory, for all models
 _CONTEXT = 32_768  # default tokens of context, where the model has as many and they fit
 _CACHES = 4  # caches of a whole context, where they fit
+_DEEPEST = 4  # folders between a folder of models and a file, as in the hub's cache
 _PROCESS = 300 << 20  # bytes of a server process besides weights, cache and buffers
 
 
@@ -166,8 +168,10 @@ def read_presets(source: Path, given: Given) -> list[Preset]:
         raise ValueError(f"model: got {model!r} with --models, which names all; expected none")
     if source.is_dir():
         found: dict[str, dict[str, Any]] = {}
-        for name, path in _models_in(source):  # a directory and a file may share a name
-            found[path.name if name in found else name] = {"model": str(path)}
+        for name, path in _models_in(source):  # several may share a name
+            inside = path.relative_to(source).as_posix()
+            name = next(each for each in (name, path.name, inside) if each not in found)
+            found[name] = {"model": str(path)}
     elif source.is_file():
         found = _tables(source)
     else:
@@ -199,14 +203,26 @@ def _some(models: list[_T], source: Path) -> list[_T]:
 
 
 def _models_in(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Directories with a configuration, and GGUF files; of a split one the first part."""
+    """All of a folder and of its subfolders; says which of these has none."""
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and has_config(path):
+        models = list(_models_at(path, _DEEPEST))
+        if not models and path.is_dir() and not path.name.startswith("."):
+            log.warning("models: %s is left out: it has no config.json and no GGUF file", path.name)
+        yield from models
+
+
+def _models_at(path: Path, depth: int) -> Iterator[tuple[str, Path]]:
+    """A directory with a configuration, a GGUF file, of a split one the first part, or those in a folder."""
+    if path.is_dir():
+        if has_config(path):
             yield path.name, path
-        elif path.suffix == ".gguf" and "mmproj" not in path.stem:
-            name, part, _ = path.stem.rpartition("-00001-of-")
-            if part or "-of-" not in path.stem:
-                yield name or path.stem, path
+        elif depth and not path.name.startswith(".") and not (depth < _DEEPEST and path.is_symlink()):
+            for inner in sorted(path.iterdir()) if os.access(path, os.R_OK | os.X_OK) else ():
+                yield from _models_at(inner, depth - 1)
+    elif path.suffix == ".gguf" and "mmproj" not in path.stem:
+        name, part, _ = path.stem.rpartition("-00001-of-")
+        if part or "-of-" not in path.stem:
+            yield name or path.stem, path
 
 
 def _tables(file: Path) -> dict[str, dict[str, Any]]:

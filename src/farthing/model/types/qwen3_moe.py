@@ -112,7 +112,9 @@ def _dots1(raw: Fields) -> Fields:
 
 
 def _solar_open(raw: Fields) -> Fields:
-    """GLM-4.5 without norms of heads; every layer has experts."""
+    """GLM-4.5 without norms of heads; every layer has experts, and whole heads are rotated."""
+    if (share := rotated_share(raw, 1.0)["partial_rotary_factor"]) != 1:
+        raise wrong("partial_rotary_factor", share, "1, as transformers computes no other")
     fixed: dict[str, Any] = {"o_bias": False, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     fixed["intermediate_size"] = integer(raw, "moe_intermediate_size")  # of no layer
     defaults = {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "n_shared_experts": 1}
