@@ -34,6 +34,8 @@ from farthing.ops.api import LatentCache
 from random_model import config
 
 VOCAB, BLOCKS, BLOCK_SIZE, LENGTH = 8192, 8192, 16, 2048
+_BASE = ModelConfig.from_json(config("S"))
+_DENSE = tuple(replace(feed, experts=None) for feed in _BASE.feeds)  # no counts of experts are kept
 
 
 class NoModel:
@@ -44,9 +46,7 @@ class NoModel:
         device=torch.device("cpu"), dtype=torch.float32, tensor=torch.from_numpy,
         no_gradients=torch.inference_mode,
     )  # fmt: skip
-    config = replace(
-        ModelConfig.from_json(config("S")), n_routed_experts=None, vocab_size=VOCAB, eos_token_ids=()
-    )
+    config = replace(_BASE, feeds=_DENSE, vocab_size=VOCAB, eos_token_ids=())
 
     def __init__(self) -> None:
         self.hidden = torch.zeros(1024, 8)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from farthing.conversation.base import THINK, CallParser, NoCalls
+from farthing.conversation.base import MAX_HEAD, THINK, CallParser, NoCalls
 from farthing.conversation.formats.deepseek_v3 import V3
 from farthing.conversation.formats.deepseek_v4 import V4
 from farthing.conversation.formats.deepseek_v31 import V31
@@ -315,6 +315,24 @@ def test_any_text_parses_the_same_in_any_chunking(
     whole = plain(answer(parser(), [text]))
     assert plain(answer(parser(), list(text))) == whole
     assert plain(answer(parser(), chunked(text, cuts))) == whole
+
+
+FEW = st.lists(st.sampled_from(MARKUP), max_size=3).map("".join)
+LONG = st.tuples(FEW, st.integers(-3, 6), FEW).map(lambda t: t[0] + "x" * (MAX_HEAD + t[1]) + t[2])
+
+
+@pytest.mark.parametrize("make", PARSERS)
+@settings(deadline=None, max_examples=60)
+@given(text=LONG, reasons=st.booleans())
+@example(text="<|channel>" + "x" * 513 + "a", reasons=False)
+@example(text="[TOOL_CALLS]" + "x" * 514 + "{", reasons=False)
+def test_a_name_beyond_its_bound_parses_the_same_in_any_chunking(
+    make: Callable[[], CallParser], text: str, reasons: bool
+) -> None:
+    def parser() -> OutputParser:
+        return OutputParser(make(), THINK if reasons else None)
+
+    assert plain(answer(parser(), list(text))) == plain(answer(parser(), [text]))
 
 
 @pytest.mark.parametrize("make", PARSERS[:4])

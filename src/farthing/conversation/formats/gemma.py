@@ -169,7 +169,9 @@ class GemmaCalls(Machine):
     def _channel(self) -> bool:
         """Its name, up to the end of a line."""
         text, mark = self._until_mark()
-        line, newline, rest = text.partition("\n")
+        room = MAX_HEAD + 1 - len(self._head)  # no name is so long: what follows is text, however it is cut
+        line, newline, beyond = text[:room].partition("\n")
+        rest = beyond + text[room:]
         self._head += line
         if newline or mark or len(self._head) > MAX_HEAD:
             self._thinks, self._blank = self._head.strip() == _THOUGHT, True
@@ -187,7 +189,8 @@ class GemmaCalls(Machine):
         if not (brace or mark or len(self._head) > MAX_HEAD):
             return False
         self._buffer = brace + rest + (mark or "") + self._buffer
-        if (brace or mark == CALL_END) and (name in self._known or _NAME.fullmatch(name)):
+        named = len(self._head) <= MAX_HEAD and (name in self._known or _NAME.fullmatch(name))
+        if named and (brace or mark == CALL_END):
             self._begin(name)
             self._call, self._state = Notation(), self._arguments_of
         else:  # the model wrote about calls

@@ -164,7 +164,11 @@ class NamedJsonCalls(Machine):
         name, brace, rest = text.partition("{")
         self._seen.append(name)
         head = "".join(self._seen)
-        if brace and self._callable((head if self._name is None else self._name).strip()):
+        if (
+            brace
+            and len(head) <= MAX_HEAD
+            and self._callable((head if self._name is None else self._name).strip())
+        ):
             self._open_object()
             self._start_call((head if self._name is None else self._name).strip())
             self._buffer = brace + rest + self._buffer
