@@ -84,6 +84,7 @@ MX = {"type": "float", "symmetric": True, "strategy": "group", "group_size": 32,
 SCHEMES = {
     "int-quantized": INT8,
     "int-quantized 2-bit groups": INT4 | {"num_bits": 2, "group_size": 32},
+    "int-quantized 4-bit asymmetric": INT4 | {"symmetric": False, "group_size": 32},
     "int-quantized 5-bit groups": INT4 | {"num_bits": 5, "group_size": 32},
     "int-quantized 6-bit": INT8 | {"num_bits": 6},
     "pack-symmetric": INT4 | {"group_size": 32},

@@ -24,8 +24,9 @@ from farthing.checkpoint.shards import CheckpointError  # noqa: E402
 from farthing.cli.app import app  # noqa: E402
 from farthing.engine.tokenizer import Tokenizer, generation_defaults  # noqa: E402
 from farthing.hub import resolve_model  # noqa: E402
+from farthing.model.config import ModelConfig  # noqa: E402
 from farthing.model.fields import ConfigError  # noqa: E402
-from farthing.model.gguf import _bounded  # noqa: E402
+from farthing.model.gguf import Metadata, _bounded, config_of  # noqa: E402
 from farthing.model.load import load  # noqa: E402
 from farthing.ops.cpu import CpuOps  # noqa: E402
 from farthing.ops.select import select  # noqa: E402
@@ -406,6 +407,25 @@ def test_metadata_must_describe_the_tensors(tmp_path: Path) -> None:
             resolve_model(patched(field, value))
     with pytest.raises(ConfigError, match=r"gguf: metadata: expected that of 'llama': .* NaN"):
         resolve_model(patched("attention.key_length", 0x7FC00000, kind=6))
+
+
+def test_what_a_file_may_lack_is_as_llama_cpp_takes_it(tmp_path: Path) -> None:
+    def config(architecture: str) -> ModelConfig:
+        fields = {
+            "block_count": 12, "embedding_length": 64, "feed_forward_length": 96, "context_length": 128,
+            "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": 16,
+            "attention.value_length": 16, "attention.sliding_window": 8, "expert_count": 4,
+            "expert_used_count": 2, "expert_feed_forward_length": 32, "expert_gating_func": 2,
+        }  # fmt: skip
+        named: dict[str, Any] = {f"{architecture}.{name}": value for name, value in fields.items()}
+        named["general.architecture"] = architecture
+        m = Metadata(tmp_path, {name: lambda value=value: value for name, value in named.items()})
+        return ModelConfig.from_json(config_of(m, {"model.embed_tokens.weight": {"shape": [96, 64]}}, None))
+
+    layers = range(12)
+    assert [config("smollm3").mixer(i).rotated for i in layers] == [(i + 1) % 4 != 0 for i in layers]
+    assert [config("gemma3").mixer(i).window is None for i in layers] == [(i + 1) % 6 == 0 for i in layers]
+    assert all(config("dots1").is_moe(i) for i in layers)
 
 
 def test_llama3_rotary_factors_become_its_fields(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from farthing.checkpoint.reader import Checkpoint
+from farthing.checkpoint.shards import CheckpointError
 
 READ = """
 import sys
@@ -24,6 +27,16 @@ assert found.plain() and found.tensor("a", (3, 4)).shape == (3, 4)
 assert len(found.fingerprint()) == 64
 assert "torch" not in sys.modules, "torch was imported"
 """
+
+
+@pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.bool])
+def test_arrays_suffice_only_where_numpy_reads_every_tensor(tmp_path: Path, other: torch.dtype) -> None:
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(3).to(other)}, str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    found = Checkpoint.open(tmp_path, arrays=True)
+    found.tensor("a")
+    with nullcontext() if found.plain() else pytest.raises(CheckpointError, match="b: found"):
+        found.tensor("b")
 
 
 def test_progress_counts_every_tensor_once_and_ends_with_the_file(tmp_path: Path) -> None:

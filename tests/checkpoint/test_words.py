@@ -225,6 +225,10 @@ def test_fp8_blocks_of_auto_round(tmp_path: Path) -> None:
             "got data_type 'mx_int' with 4 bits in groups of 32; expected int",
         ),
         (
+            {"quant_method": "auto-round", "bits": 4, "group_size": 32, "packing_format": "marlin"},
+            "packing_format: got 'marlin'; expected auto",
+        ),
+        (
             {"quant_method": "auto-round", "bits": 4, "group_size": 32, "rotation_config": {"a": 1}},
             "rotates activations",
         ),

@@ -48,6 +48,12 @@ def test_moments_of_any_number_of_tokens(tokens: int, k: int) -> None:
     torch.testing.assert_close(stats.gram, expected + x.T @ x, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("k", [0, 8, 15, 16, 17, 208])
+def test_only_whole_vectors_of_a_cpu_are_computed_natively(k: int) -> None:
+    assert native.runs(torch.empty(3, k)) == (k % 16 == 0)
+    assert not native.runs(torch.empty(3, k, device="meta"))
+
+
 GRIDS: dict[str, Callable[[Tensor, Tensor], Grid]] = {
     "fitted": lambda w, energy: fitted_grid(w, 32, energy),
     "int4": lambda w, energy: even_grid(w, 32, energy),

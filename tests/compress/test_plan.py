@@ -64,6 +64,7 @@ def test_auto_meets_a_budget_and_improves_with_a_larger_one(
     source = Checkpoint.open(model_dir)
     before = sizes_of(source, reads_of(ModelConfig.from_json(source.config)))
     auto, options = replace(AUTO, measure=measure), Options(calibration=data, data=data, window=64)
+    measured = json.loads((measurements / "sensitivity.json").read_text())["measured"]["options"]
     drops, sizes = [], []
     for share in (0.25, 0.35):
         budget = round(share * before.of(measure))
@@ -73,7 +74,13 @@ def test_auto_meets_a_budget_and_improves_with_a_larger_one(
         assert plan is not None and "least predicted loss" in plan["explanation"]
         # The plan matches the files exactly, except for the rounding of an MTP copy.
         assert plan["predicted"]["file"] == pytest.approx(stored(out), abs=10) == after["file"]
+        assert plan["predicted"]["memory"] == pytest.approx(after["memory"], abs=10)
         assert plan["predicted"]["token"] == pytest.approx(after["token"], rel=0.01)
+        for row in plan["choices"]:  # losses are scaled to those of a whole model, by layer
+            shown = {n[3:]: float(row[n]) for n in row if n.startswith("KL ") and row[n]}
+            own = {o["format"]: o["kl"] for o in measured if o["part"] == row["part"]}
+            unit = sum(shown.values()) / sum(own.values())
+            assert shown == pytest.approx({name: unit * kl for name, kl in own.items()}, abs=2e-6)
         assert after[measure] <= budget
         result = Checkpoint.open(out)
         head, rounded = head_in_8_bits(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -85,6 +86,8 @@ def test_rounded_inputs_of_transformers_are_no_difference(
     monkeypatch.setattr("farthing.doctor.model.logits_of", lambda *given: 1.005 * logits_of(*given))
     state, detail = states(tmp_path)["transformers"]
     assert (state, detail[-15:]) == ("failed", "less than 1e-03")
+    difference = re.search(r"differ by (\S+) of the largest", detail)
+    assert difference and float(difference[1]) == pytest.approx(0.005, rel=0.2)
 
 
 def test_inputs_that_auto_round_rounds_are_not_compared(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,7 @@ def test_aliases_of_newer_files() -> None:
         ),
         (dict(model_type="deepseek_v32"), r"index_topk is missing; expected a positive integer"),
         (dict(model_type="glm_moe_dsa", index_topk=None), r"index_topk: got null; expected a pos"),
+        (dict(farthing=dict(head="int4")), r"farthing\.head: got 'int4'; expected 'int8'"),
         (dict(scoring_func="tanh"), r"scoring_func: got 'tanh'; expected 'sigmoid' or 'softmax'"),
     ],
 )
@@ -239,6 +241,31 @@ def test_minimax_m2_is_released_with_a_field_of_shared_experts_that_it_lacks() -
     raw = published_config("minimax-m2")
     assert raw is not None and raw["shared_intermediate_size"] == 0
     assert ModelConfig.from_json(raw).shared_size == 0
+
+
+GEMMA = dict(
+    hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=8, vocab_size=96,
+    max_position_embeddings=128,
+)  # fmt: skip
+GEMMA_4 = GEMMA | dict(hidden_size_per_layer_input=0)
+MOE_4 = GEMMA_4 | dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("gemma3_text", GEMMA), ("gemma4_text", GEMMA_4), ("gemma4_text", MOE_4)]
+)
+def test_fields_that_gemma_leaves_out_are_those_of_transformers(name: str, given: dict[str, Any]) -> None:
+    auto: Any = pytest.importorskip("transformers").AutoConfig
+    whole = json.loads(auto.for_model(name, **given).to_json_string(use_diff=False))
+    tokens = {n: whole[n] for n in ("bos_token_id", "eos_token_id")}
+    assert ModelConfig.from_json({"model_type": name, **given, **tokens}) == ModelConfig.from_json(whole)
+
+
+@pytest.mark.parametrize("base", [5e4, None])
+def test_a_base_of_gemma_3_is_that_of_its_kind_of_layers(base: float | None) -> None:
+    raw = GEMMA | dict(model_type="gemma3_text", rope_theta=base, rope_local_base_freq=None)
+    thetas = {m.window is None: m.rope.theta for m in ModelConfig.from_json(raw).mixers}
+    assert thetas == {True: base or 1e6, False: 1e4}
 
 
 PARTIAL = {"glm-4.5", "minimax-m2"}

@@ -41,6 +41,16 @@ def test_largest_is_that_of_torch(n: int, vocabulary: int, k: int, seed: int) ->
         assert np.array_equal(array, tensor.numpy()) and arrays.dtype_name(array.dtype) in str(tensor.dtype)
 
 
+@given(dim=st.integers(0, 1), start=st.integers(0, 4), size=st.integers(0, 4))
+def test_narrow_is_that_of_torch_and_copies_nothing(dim: int, start: int, size: int) -> None:
+    x = np.arange(8 * 9, dtype=np.float32).reshape(8, 9)
+    expected = torch.from_numpy(x).narrow(dim, start, size)
+    for each in (x, torch.from_numpy(x)):
+        found = arrays.narrow(each, dim, start, size)  # type: ignore[arg-type]
+        assert np.array_equal(arrays.host(found), expected.numpy())
+        assert not size or np.shares_memory(arrays.host(found), x)
+
+
 def test_bfloat16_is_widened_exactly() -> None:
     value = torch.from_numpy(ARRAY).bfloat16()
     bits: Any = value.view(torch.int16).numpy().view(arrays.numpy_dtype("bfloat16"))

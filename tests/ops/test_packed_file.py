@@ -64,6 +64,14 @@ def test_experts_absent_from_a_rank(tmp_path: Path) -> None:
         CpuOps(2, packed=str(tmp_path / "lacking.packed")).pack_moe("m", spec, never)
 
 
+def test_a_plain_array_is_no_matrix(tmp_path: Path) -> None:
+    ops = CpuOps(1)
+    ops._keep("norm", torch.ones(64))
+    ops.save_packed(str(tmp_path / "m"))
+    with pytest.raises(ValueError, match="'norm' is a plain array; expected a matrix"):
+        CpuOps(1, packed=str(tmp_path / "m")).pack_linear("norm", never)  # type: ignore[arg-type]
+
+
 def test_checkpoint_is_not_read(tmp_path: Path) -> None:
     path, spec, layout = str(tmp_path / "m"), RouterSpec(8, 2), SPECS["small"]
     rope = torch.ones(2, 8, layout.rope_dim // 2)

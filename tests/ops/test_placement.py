@@ -89,7 +89,7 @@ def test_a_mapped_file_is_checked_where_a_machine_has_other_nodes(
     mapped.check_placement()
     if own_cpus().machine_nodes == 1:
         assert not log.records, "there is nothing to place"
-    monkeypatch.setattr(placement, "own_cpus", lambda: Cpus({9: ((0,),)}, machine_nodes=10))
+    monkeypatch.setattr(placement, "own_cpus", lambda: Cpus({9: ((0,),)}, machine_nodes=2))
     mapped.check_placement()
     (record,) = log.records
     assert "packed file" in record.message

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from farthing import _native
 from farthing.ops.api import Batch, CacheDtype, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
-from farthing.ops.selection import chosen
+from farthing.ops.selection import chosen, pieces, visible
 from farthing.ops.specs import AttentionSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch, read_cache, rotate
@@ -104,6 +106,24 @@ def test_slots_follow_each_sequences_blocks() -> None:
     assert found.slots[1, 0].item() == 8
     assert found.slots[2].tolist() == [13, 5]
     assert found.starts.tolist() == [0, 1, 2, 3]
+
+
+@given(
+    start=st.integers(0, 50),
+    tokens=st.integers(1, 300),
+    position=st.integers(0, 300),
+    window=st.none() | st.integers(1, 200),
+)
+def test_runs_have_every_token_once_and_no_other_keys_than_theirs(
+    start: int, tokens: int, position: int, window: int | None
+) -> None:
+    cached, covered = torch.arange(position + tokens), list[int]()
+    for run, keys in pieces(start, start + tokens, position, window):
+        own = torch.arange(run.start, run.stop)
+        covered += own.tolist()
+        seen = visible(cached, (own - start + position).unsqueeze(1), window).any(0)
+        assert cached[seen].tolist() == list(keys)
+    assert covered == list(range(start, start + tokens))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])

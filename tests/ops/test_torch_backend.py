@@ -46,6 +46,14 @@ def test_linear_and_mlp(ops: TorchOps, ref: ReferenceOps, name: str) -> None:
     assert distance(y, ref.mlp(x, ref.pack_mlp("m", lambda: parts), Norm(scale, EPS))) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int4", "fp8"])
+def test_rows_of_a_table_are_those_of_its_weight(ops: TorchOps, ref: ReferenceOps, name: str) -> None:
+    table, ids = weight(name, 48, 64), torch.tensor([0, 47, 7, 7])
+    for each in (ops, ref):
+        found = each.embed(ids, each.pack_table("t", lambda: table))
+        assert torch.equal(found.float(), table.dequantize()[ids].float())
+
+
 @pytest.mark.parametrize("router", list(ROUTERS))
 @pytest.mark.parametrize("tokens", [1, 2, 16, 70])
 def test_moe(ops: TorchOps, ref: ReferenceOps, router: str, tokens: int) -> None:
@@ -189,6 +197,14 @@ def test_device_that_torch_cannot_use_is_named() -> None:
 def test_packed_file_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^packed: got 'model.packed' with backend 'torch'; expected None"):
         create(None, None, None, "model.packed")
+
+
+def test_threads_are_those_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    for threads in (3, None):
+        create(None, threads, None, None, "cpu")
+    assert said == [3]
 
 
 def test_device_needs_the_torch_backend() -> None:

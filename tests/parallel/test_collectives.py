@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,6 +83,33 @@ def test_all_ranks_use_symmetric_memory_or_none(problem: str, monkeypatch: pytes
     assert isinstance(chosen, Made) if not problem else chosen is group
     # The same number of collectives whichever rank fails, so that no rank waits forever.
     assert len(group.said) == (1 if "unsuitable" in problem else 2)
+
+
+def test_a_sum_leaves_the_one_before_in_its_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slower rank may still read it: two slots take turns, and both lie in the buffer."""
+    import torch.distributed._symmetric_memory as symmetric
+
+    class OnDevice(torch.Tensor):
+        is_cuda = True
+
+    buffers: list[torch.Tensor] = []
+
+    def empty(size: int, **kept: Any) -> torch.Tensor:
+        buffers.append(torch.zeros(size, **kept))
+        return buffers[0]
+
+    peers = SimpleNamespace(buffer_ptrs=[0], barrier=lambda: None)
+    monkeypatch.setattr(symmetric, "empty", empty)
+    monkeypatch.setattr(symmetric, "rendezvous", lambda buffer, group: peers)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(collectives, "add_up", lambda pointers, start, out: None)
+    group: Any = SimpleNamespace(size=1, index=0, process_group=None)
+    ours = collectives.SymmetricGroup(group, torch.device("cpu"))
+    numbers = collectives.SLOT_BYTES // 4
+    for call in range(1, 6):
+        ours.all_reduce(torch.full((numbers,), float(call)).as_subclass(OnDevice))
+        slots = buffers[0].view(torch.float32).view(-1, numbers)
+        assert sorted({float(row.unique()) for row in slots}) == [call - 1, call]
 
 
 @pytest.mark.gpu

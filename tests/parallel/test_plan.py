@@ -22,7 +22,7 @@ from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import InputRounding, Weight, quantize_int4, quantize_int8
 from farthing.parallel import rank as rank_module
 from farthing.parallel.collectives import Alone
-from farthing.parallel.plan import Layout, PlanError, ShardPlan, in_order, place
+from farthing.parallel.plan import Layout, PlanError, ShardPlan, in_order, own_sequences, place
 from farthing.parallel.rank import Rank, ShardedSource
 from tests.tiny import DEEPSEEK_V4, GLM4, QWEN3_NEXT, SMALL_V3, V3
 
@@ -265,6 +265,24 @@ def test_micro_batches_compute_the_same_states() -> None:
         parts.append(model.forward(ids[a:b], plan.rows_of(batch, a, b), cache))
     torch.testing.assert_close(torch.cat(parts), whole)
     assert [rows for rows, _ in plan.micro_batches(batch, 4)] == [slice(0, 40)]  # too few rows to split
+
+
+@given(
+    blocks=st.permutations(range(7)),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    data=st.data(),
+)
+def test_every_row_is_in_one_group_of_ranks(
+    blocks: list[int], lengths: list[int], data: st.DataObject
+) -> None:
+    """A group without sequences has a batch all the same, of which no row is kept."""
+    copies = data.draw(st.integers(1, 4))
+    batch = make_batch(lengths, [0] * len(lengths), [[b] for b in blocks[: len(lengths)]], 16)
+    groups = [own_sequences(batch, copies, copy) for copy in range(copies)]
+    assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(sum(lengths)))
+    for rows, own in groups:
+        assert len(own.positions) == max(len(rows), 1)
+        assert torch.equal(own.positions[: len(rows)], batch.positions[rows])
 
 
 def test_scales_of_the_cache_are_those_of_every_rank() -> None:

@@ -35,7 +35,7 @@ from farthing.parallel.rank import Rank
 from farthing.planner.buffers import Serving
 from farthing.planner.footprint import Holder, Stored, stored_by_checkpoint, stored_by_config
 from farthing.planner.memory import PlannedModel, RankMemory, memory
-from tests.tiny import DEEPSEEK_V4, GLM4, QWEN3_NEXT, V3
+from tests.tiny import DEEPSEEK_V4, GLM4, GPT_OSS, QWEN3_NEXT, V3
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from random_model import config as bench_config
@@ -149,6 +149,17 @@ def test_rank_of_a_compressed_past_has_the_planned_bytes(
         weights, cache = held(rank)
         assert expected.weights == pytest.approx(weights, rel=0.05)
         assert expected.cache == pytest.approx(cache, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(1, 1, 2)], ids=repr)
+def test_experts_with_biases_have_the_planned_bytes(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_module, "DistGroup", lambda ranks, timeout: Alone())
+    config = ModelConfig.from_json(GPT_OSS)
+    source, plan = MemorySource(random_parameters(config)), ShardPlan.build(config, layout)
+    model = PlannedModel.of(plan, lambda name: Stored("float32"))
+    for expected in memory(model, plan, Holder("reference", 4), SERVING):
+        rank = Rank(config, source, layout, expected.rank, select("reference", torch.float32))
+        assert expected.weights == held(rank)[0]
 
 
 def test_float16_checkpoint_is_packed_in_float32(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ RAW = V3 | dict(
 )  # fmt: skip
 
 
+GROUPED = dict(
+    model_type="qwen3", vocab_size=512, hidden_size=512, intermediate_size=512, num_hidden_layers=2,
+    num_attention_heads=16, num_key_value_heads=4, head_dim=64, max_position_embeddings=2048,
+    rms_norm_eps=1e-6, rope_theta=1e4,
+)  # fmt: skip
 BACKENDS = [
     ("reference", None),
     ("cpu", "int8"),
@@ -111,6 +116,15 @@ def test_step_uses_the_planned_memory(
     taken = measured(RAW, layout, backend, quantization, TOKENS)
     print(backend, quantization, layout, planned / 1e6, taken / 1e6, planned / taken)
     assert planned == pytest.approx(taken, rel=0.1)
+
+
+@linux
+@pytest.mark.parametrize("layout", [Layout(), Layout(2)], ids=repr)
+def test_step_of_grouped_attention_uses_the_planned_memory(layout: Layout, measured: Measure) -> None:
+    plan = ShardPlan.build(ModelConfig.from_json(GROUPED), layout)
+    serving = Serving(TOKENS, TOKENS, 1, TOKENS, threads=1)
+    planned = step(plan, layout.place(0), Holder("cpu", 4, "int8"), serving, Stored("float32"))
+    assert planned == pytest.approx(measured(GROUPED, layout, "cpu", "int8", TOKENS), rel=0.1)
 
 
 @linux
