@@ -243,7 +243,6 @@ struct Sizes {
   void linear(const Matrix& w, const Matrix* further, int tokens);  // or null: columns packed apart
   void moe(const Moe& w, int tokens, int rows);
   void mla(const Attention& w, const Batch& batch);
-  void delta(const Delta& w);
   void index(const Indexer& s, int tokens, int keys);
   void top_logits(const Matrix& head, int tokens, int k);
   void greedy(const Matrix& head, int tokens);

@@ -167,11 +167,6 @@ void Delta::check() const {
                                 " tokens; expected 2 to " + std::to_string(kMostWidth));
 }
 
-void Sizes::delta(const Delta& w) {
-  work.reset();
-  Space(work, w, threads);
-}
-
 void Backend::delta(const Delta& w, const DeltaArgs& in) {
   work_.reset();
   const Space space(work_, w, pool.size());

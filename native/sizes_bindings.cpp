@@ -102,8 +102,6 @@ void bind_sizes(nb::module_& module) {
       .def("mla", &size_mla, "storage"_a, "heads"_a, "nope"_a, "rope"_a, "value"_a, "latent"_a, "sequences"_a,
            "tokens"_a, "keys"_a, "groups"_a = 0)
       .def(
-          "delta", [](Sizes& s, const Delta& w) { s.delta(w); }, "delta"_a)
-      .def(
           "index",
           [](Sizes& s, int heads, int dim, int top_k, int tokens, int keys) {
             s.index({heads, dim, 0, top_k}, tokens, keys);

@@ -103,6 +103,21 @@ def test_8_bit_caches_do_not_depend_on_steps(dtype: CacheDtype) -> None:
     assert torch.equal(*found)
 
 
+def test_entries_of_a_long_step_are_those_of_short_steps() -> None:
+    """Memory for scores is bounded: a step of so many tokens selects entries in runs of some of them."""
+    kinds = ["compressed_sparse_attention"]
+    raw = DEEPSEEK_V4 | {"num_hidden_layers": 1, "layer_types": kinds, "max_position_embeddings": 4096}
+    model = random_model(ModelConfig.from_json(raw), select("cpu", torch.float32, 1), seed=7)
+    ids, found = (torch.arange(3008) * 7) % CONFIG.vocab_size, []
+    for steps in (1, 4):
+        cache, out = model.new_cache(47, 64, "float32"), []
+        for at in range(0, 3008, count := 3008 // steps):
+            batch = make_batch([count], [at], [list(range(47))], 64)
+            out.append(model.forward(ids[at : at + count], batch, cache))
+        found.append(torch.cat(out))
+    assert torch.equal(*found)
+
+
 def test_torch_agrees_with_the_reference(expected: torch.Tensor) -> None:
     assert distance(logits(built("torch")), expected) < 1e-5
 

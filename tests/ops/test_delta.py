@@ -135,6 +135,15 @@ def test_triton_computes_the_recurrence(s: DeltaSpec) -> None:
     assert_exact(GpuOps(torch.float32, torch.device("cpu")), s, 5e-6)
 
 
+def test_a_step_takes_the_workspace_of_the_one_before() -> None:
+    ops, s = CpuOps(2), SPECS[0]
+    delta, state, taken = ops.pack_delta("d", s, lambda: parts_of(s)), ops.new_state(LAYERS, SLOTS, s), set()
+    for cached in range(0, 120, 40):
+        ops.delta(*inputs(s, 40, cached), delta, place(state, 1, [40], [cached], [3]))
+        taken.add(ops._native.workspace_bytes)
+    assert len(taken) == 1 and 0 not in taken
+
+
 @pytest.mark.parametrize("s", SPECS, ids=str)
 @pytest.mark.parametrize("isa", _native.instruction_sets().split())
 def test_kernels_compute_the_recurrence(isa: str, s: DeltaSpec) -> None:

@@ -49,9 +49,10 @@ def test_linear_and_mlp(ops: TorchOps, ref: ReferenceOps, name: str) -> None:
 @pytest.mark.parametrize("name", ["f32", "bf16", "int8", "int4", "fp8"])
 def test_rows_of_a_table_are_those_of_its_weight(ops: TorchOps, ref: ReferenceOps, name: str) -> None:
     table, ids = weight(name, 48, 64), torch.tensor([0, 47, 7, 7])
-    for each in (ops, ref):
+    for each in (ops, ref, select("cpu", torch.float32, 1)):
         found = each.embed(ids, each.pack_table("t", lambda: table))
-        assert torch.equal(found.float(), table.dequantize()[ids].float())
+        # Kernels have scales of 4 bits in half precision.
+        torch.testing.assert_close(found.float(), table.dequantize()[ids].float(), rtol=2**-10, atol=0.0)
 
 
 @pytest.mark.parametrize("router", list(ROUTERS))
