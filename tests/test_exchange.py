@@ -100,6 +100,33 @@ async def test_connection_is_closed_after_other_answers(data: bytes) -> None:
 
 
 @pytest.mark.anyio
+async def test_bytes_on_an_idle_connection_close_it() -> None:
+    async def reply(number: int, head: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK)
+        asyncio.get_running_loop().call_later(0.01, writer.write, OK)
+
+    async with upstream(reply) as (server, client):
+        for connections in (1, 2):
+            assert await ask(server, client) == b"ok"
+            assert server.connections == connections
+            await asyncio.sleep(0.05)  # the event loop reads them
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("kind", "events"),
+    [(b"text/event-stream", True), (b"Text/Event-Stream ; charset=utf-8", True), (b"text/plain", False)],
+)
+async def test_a_stream_of_events_is_known_by_its_type(kind: bytes, events: bool) -> None:
+    reply = always(b"HTTP/1.1 200 OK\r\ncontent-type: " + kind + b"\r\ncontent-length: 0\r\n\r\n")
+    async with upstream(reply) as (server, client):
+        answer = await client.send(server.url, "GET", "/", CIMultiDict())
+        await answer.opened()
+        assert answer.event_stream == events
+        answer.close()
+
+
+@pytest.mark.anyio
 async def test_body_without_a_length_ends_with_the_connection() -> None:
     async def reply(number: int, head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\nok")

@@ -164,6 +164,8 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
         (OK + b'data: {"choices": 5}\n\n', "malformed event"),
         (OK + b'data: {"choices": [{"text": "a", "finish_reason": "stop"}]}\n\n', None),
         (OK + b'data: {"choices": [{"text": "a"}]}\n\ndata: [DONE]\n\n', None),
+        (OK + b'data: {"error": {"message": "full"}}\n\n', '{"message": "full"}'),
+        (OK + b'data: {"error": "full"}\n\ndata: 5\n\n', '"full"'),  # the first one is the cause
     ],
 )
 def test_answer_that_is_cut_off_or_malformed_is_a_failure(answer: bytes, error: str | None) -> None:
@@ -210,6 +212,9 @@ def test_traces(tmp_path: Path) -> None:
         )
     )
     one, two = from_trace(mooncake, Shape(vocabulary=5000), max_len=4096)
+    clipped, other = from_trace(mooncake, Shape(vocabulary=5000), max_len=902)
+    assert clipped.prompt[:512] == other.prompt[:512] == one.prompt[:512]
+    assert clipped.prompt[512:] != one.prompt[512:900], "a block that is cut is no longer the same"
     assert two.at == 1.5
     assert one.prompt[:512] == two.prompt[:512]
     assert one.prompt[512:1024] != two.prompt[512:1024]

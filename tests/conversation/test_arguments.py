@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from farthing.conversation.arguments import ObjectText, as_object, parsed
+from farthing.conversation.arguments import Budget, ObjectText, as_object, kinds_of, parsed
 
 VALUES: Any = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -92,3 +92,28 @@ def test_nesting_that_no_client_could_send_back(end: str) -> None:
     found = json.loads(as_object(text))
     assert (found["ok"], found["_raw"]) == (1, text)
     assert as_object(text) == pushed(text, 7)
+
+
+@pytest.mark.parametrize(
+    ("schema", "kinds"),
+    [
+        ({"type": "integer"}, {"integer"}),
+        ({"type": ["string", "null"]}, {"string", "null"}),
+        ({"$ref": "#/$defs/n"}, {"number"}),
+        ({"anyOf": [{"const": 1}, {"enum": ["a", None]}]}, {"integer", "string", "null"}),
+        ({"oneOf": [{"type": "string"}, {"description": "anything"}]}, None),
+        ({"allOf": [{"description": "a number"}, {"$ref": "#/$defs/n"}]}, {"number"}),
+        ({"allOf": [{"$ref": "#/properties/p"}]}, None),
+        ({"anyOf": [{"$ref": "#/properties/p"}]}, None),
+        ({"$ref": "#/properties/p"}, None),
+        ({"enum": list(range(2000))}, None),
+    ],
+)
+def test_types_are_those_that_every_part_of_a_schema_allows(schema: Any, kinds: set[str] | None) -> None:
+    parameters = {"properties": {"p": schema}, "$defs": {"n": {"type": "number"}}}
+    assert kinds_of(parameters, "p") == kinds
+
+
+def test_schemas_beyond_their_budget_are_refused_with_it() -> None:
+    with pytest.raises(ValueError, match="more than 3 parts"):
+        kinds_of({"properties": {"p": {"enum": [1, 2, 3, 4]}}}, "p", Budget(3))

@@ -245,6 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def books(self) -> None:
         self.scheduler.check()
         assert {s.id for s in self.live} == {s.id for s in self.scheduler.running + self.scheduler.waiting}
+        assert self.scheduler.shares.present == {s.client for s in self.live}
 
     def teardown(self) -> None:
         """No starvation: without new arrivals every sequence finishes, and all blocks are free again.

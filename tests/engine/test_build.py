@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -221,3 +226,88 @@ def test_prefill_process_ends_when_its_engine_has_failed(monkeypatch: pytest.Mon
     prefill.connection.send(_Prompt(MOST_FAILURES, list(range(20)), "", 0))
     assert prefill.exited.wait(20)
     prefill.close()
+
+
+class InThread:
+    """A process that `_PrefillProcess` starts, as a thread of the test with its own end of the connection."""
+
+    exitcode = None
+
+    def __init__(self, target: Any, args: tuple[Any, ...], daemon: bool) -> None:
+        args = (*args[:-1], Connection(os.dup(args[-1].fileno())))
+        self._thread = threading.Thread(target=target, args=args, daemon=True)
+        self.start, self.join, self.is_alive = self._thread.start, self._thread.join, self._thread.is_alive
+
+    def kill(self) -> None:
+        raise AssertionError("it would have ended by itself")
+
+
+def started(
+    monkeypatch: pytest.MonkeyPatch, serve: Callable[[Any], object]
+) -> tuple[build._PrefillProcess, threading.Event]:
+    """A prefill process that runs `serve` over its connection, and whether it was lost."""
+    context = SimpleNamespace(Pipe=Pipe, Process=InThread)
+    monkeypatch.setattr("torch.multiprocessing.get_context", lambda method: context)
+    monkeypatch.setattr(build, "_serve_prompts", lambda config, cache, connection: serve(connection))
+    cache, lost = LatentCache(torch.zeros(1), None), threading.Event()
+    return build._PrefillProcess(EngineConfig(), cache, lambda *_: [(0, 4, 5)], lost.set), lost
+
+
+def test_the_prefill_process_learns_which_blocks_it_has_for_those_of_a_prompt(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: Queue[Any] = Queue()
+
+    def serve(connection: Any) -> None:
+        connection.send("ready")
+        connection.send(_Computed(connection.recv().number, []))
+        answers.put(connection.recv())
+        with suppress(EOFError):
+            connection.recv()
+
+    process, lost = started(monkeypatch, serve)
+    assert process.send(PROMPT)
+    assert answers.get(timeout=20) == [(0, 4, 5)]
+    process.close()
+    assert not lost.wait(0.1) and not caplog.records, "it has not failed"
+
+
+def remote(monkeypatch: pytest.MonkeyPatch, sent: bool) -> tuple[build.RemotePrefill, list[tuple[str, str]]]:
+    """Prefill of an engine of four tokens a block, and what it did. sent: its process is there."""
+    done: list[tuple[str, str]] = []
+    process = SimpleNamespace(send=lambda prompt: sent)
+    monkeypatch.setattr(build, "_PrefillProcess", lambda *_: process)
+    engine: Any = SimpleNamespace(
+        config=SimpleNamespace(block_size=4),
+        cache=None,
+        admit=lambda state: done.append(("admit", state.name)),
+        cancel=lambda state: done.append(("cancel", state.name)),
+    )
+    return build.RemotePrefill(engine), done
+
+
+def request(name: str, length: int, read_cache: bool = True) -> Any:
+    generation = SimpleNamespace(tokens=[1] * length, read_cache=read_cache, salt="")
+    return SimpleNamespace(name=name, generations=[generation], request=SimpleNamespace(priority=0))
+
+
+@pytest.mark.parametrize(
+    ("length", "read_cache", "taken"), [(5, True, True), (4, True, False), (5, False, False)]
+)
+def test_only_prompts_with_blocks_to_hand_over_are_computed_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, length: int, read_cache: bool, taken: bool
+) -> None:
+    prefill, done = remote(monkeypatch, sent=False)
+    assert prefill.take(request("a", length, read_cache)) == taken
+    assert done == [("admit", "a")] * taken, "the process is gone"
+
+
+def test_requests_cancelled_while_their_prompts_are_computed_end_when_they_are_admitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prefill, done = remote(monkeypatch, sent=True)
+    states = [request(name, 9) for name in "ab"]
+    assert all(map(prefill.take, states)) and not done
+    prefill.cancel(states[1])
+    prefill._lost()
+    assert done == [("admit", "a"), ("admit", "b"), ("cancel", "b")]

@@ -135,6 +135,7 @@ def test_cancelled_prompt_keeps_its_blocks_until_its_layers_are_done(watched: Wa
     alone = texts(kept.result())
     for stream in others:
         stream.result()
+    assert [first for _, first, _ in watched.spans] == list(range(DEPTH)), "each layer once"
     assert alone == texts(engine.submit(prompt(1, 20), ANSWER).result())
 
 

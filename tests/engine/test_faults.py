@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -158,6 +159,11 @@ STAGES: dict[str, tuple[type, str, Callable[..., bool]]] = {
         "output",
         lambda state, *_: state.request.prompt_token_ids == PROMPTS[VICTIM],
     ),
+    "last report": (
+        generation.RequestState,
+        "output",
+        lambda state, *_: state.request.prompt_token_ids == PROMPTS[VICTIM] and not state.unfinished,
+    ),
     "deliver": (
         RequestStream,
         "_put",
@@ -168,8 +174,9 @@ STAGES: dict[str, tuple[type, str, Callable[..., bool]]] = {
 }
 
 
-@pytest.mark.parametrize("call", [1, 2, 5])
-@pytest.mark.parametrize("stage", ["text", "report", "deliver"])
+@pytest.mark.parametrize(
+    ("stage", "call"), [*product(["text", "report", "deliver"], [1, 2, 5]), ("last report", 1)]
+)
 def test_an_exception_in_one_requests_part_ends_that_request(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, stage: str, call: int
 ) -> None:
@@ -184,6 +191,19 @@ def test_an_exception_in_one_requests_part_ends_that_request(
     settled(engine)
     assert engine.stats.snapshot().failed_steps == 0
     check_others(answered(engine), expected, set())
+
+
+def test_a_cancelled_request_without_an_output_ends_with_an_error(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    with together(engine):
+        stream = engine.submit(PROMPTS[VICTIM], PARAMS[VICTIM])
+        monkeypatch.setattr(generation.RequestState, "output", Fault(generation.RequestState.output, 1))
+        stream.cancel()
+    error = ending(stream)
+    assert isinstance(error, EngineError) and str(error) == INTERNAL
+    settled(engine)
 
 
 @pytest.mark.parametrize("error", [ValueError, IndexError, NotFinite, MemoryError])

@@ -276,12 +276,15 @@ def test_gate_survives_a_change_of_the_machines_speed(factor: float) -> None:
     assert count < 200
 
 
-def test_single_slow_step_changes_little() -> None:
+@pytest.mark.parametrize("drafts", [2, None])
+@pytest.mark.parametrize("plain", [1.0, 0.001])
+def test_single_slow_step_changes_little(plain: float, drafts: int | None) -> None:
+    """However long steps take, and whether the slow one has drafts."""
     gate = Gate()
-    feed(gate, 1, plain=1.0, drafted=1.2, gained=1.0, steps=50)
-    gate.observe(1, 1000.0, 2, 2)
+    feed(gate, 1, plain=plain, drafted=1.2 * plain, gained=1.0, steps=50)
+    gate.observe(1, 1000.0 * plain, drafts, 2)
     assert gate.price(1) < 0.5
-    count, _ = feed(gate, 1, plain=1.0, drafted=1.2, gained=1.0, steps=50)
+    count, _ = feed(gate, 1, plain=plain, drafted=1.2 * plain, gained=1.0, steps=50)
     assert count > 40 and gate.price(1) < 0.16
 
 

@@ -93,6 +93,10 @@ def test_tokens_of_a_file_enter_a_prompt_only_as_its_text(tmp_path: Path) -> Non
     memory.remember("me", memory.prompt("me", asked, TOKENIZER), text[len(asked) :])
     memory.close()
     ((client, key, own),) = AnswerLog(folder).read()
+    again = AnswerMemory()
+    again.persist(folder)
+    assert again.prompt("me", text, TOKENIZER).latest == "sampled"
+    again.close()
     hello = own.tokens.tolist()
     forged = [
         [(1 << 32) - 1, *hello], [*hello[:2], 5000, *hello[2:]], [*hello[:-1], 2, 3], [2, *hello], hello[1:],

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.server.api.openai_protocol import CompletionRequest
-from farthing.server.bodies import MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, check
+from farthing.server.bodies import _MANY, MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, _is_light, check
 from farthing.server.errors import ApiError
 from farthing.server.schema import HEAVY, UnknownFields
 from tests.server.harness import Running
@@ -56,6 +56,15 @@ def test_counts_equal_those_of_a_parser(value: Any, ascii_only: bool, separators
 @given(st.binary(max_size=200))
 def test_any_bytes_are_counted(body: bytes) -> None:
     check(body.replace(b"\0", b""))
+
+
+@given(st.binary(max_size=200) | st.text("[{,\0a", max_size=80).map(str.encode))
+def test_bodies_that_are_not_counted_would_pass(body: bytes) -> None:
+    assert not _is_light(body) or check(body) <= _MANY
+
+
+def test_short_bodies_are_not_counted() -> None:
+    assert _is_light(b'{"prompt": "hello", "stop": ["."]}') and not _is_light('{"a": 1}'.encode("utf-16-be"))
 
 
 def test_other_encodings_do_not_evade_the_limits() -> None:

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from farthing.server.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from farthing.server.metrics import COUNTERS, GAUGES, HISTOGRAMS, _is_refusal
 from tests.server.harness import Running, ScriptedEngine, running, tiny_engine
 
 
@@ -90,6 +91,20 @@ def test_before_the_model_is_loaded() -> None:
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] == "tiny"
         assert scrape(server)["farthing:ready"][LABEL] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "refused"),
+    [
+        ("/v1/completions", "429", True),
+        ("/v1/completions", "500", True),
+        ("/v1/completions", "200", False),
+        ("/v1/completions", "499", False),  # the client has left
+        ("/metrics", "403", False),
+    ],
+)
+def test_requests_to_the_api_that_got_an_error_are_refused(path: str, status: str, refused: bool) -> None:
+    assert _is_refusal({"path": path, "status": status}) == refused
 
 
 def test_unknown_paths_share_one_series() -> None:

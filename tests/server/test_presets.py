@@ -131,9 +131,17 @@ def test_context_and_cache_shrink_to_the_limit(tmp_path: Path) -> None:
     (preset,) = read_presets(model(tmp_path / "all" / "tiny").parent, Given({}, {}))
     whole = preset.sized(10**12)
     assert whole.engine.max_model_len == 4096 and whole.engine.kv_cache_memory
-    less = preset.sized(whole.size - 1)
-    assert less.size < whole.size and less.engine.kv_cache_memory
-    assert less.engine.kv_cache_memory < whole.engine.kv_cache_memory
+    less, sizes = whole, []
+    while True:  # first fewer contexts are cached at once, then each is shorter
+        try:
+            less = preset.sized(less.size - 1)
+        except ValueError:
+            break
+        assert less.engine.kv_cache_memory and less.engine.max_model_len
+        sizes.append((less.engine.max_model_len, whole.engine.kv_cache_memory / less.engine.kv_cache_memory))
+    lengths = [4096, 4096, 2048, 1024, 512]
+    assert [length for length, _ in sizes] == lengths
+    assert [times for _, times in sizes] == pytest.approx([2, 4, 8, 16, 32], rel=0.2)
     with pytest.raises(ValueError, match=r"tiny needs .* GB; expected at most the 0.0 GB of --models-memory"):
         preset.sized(10**6)
     (longer,) = read_presets(tmp_path / "all", Given({"max_model_len": 4097}, {}))

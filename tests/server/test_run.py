@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+from types import SimpleNamespace
 
 import pytest
 
-from farthing.server.run import MOST, PERIOD, LogLimit, Trimmer, resident
+from farthing.server import run as module
+from farthing.server.run import MOST, PERIOD, LogLimit, Trimmer, keep_trimmed, resident
 
 
 @pytest.fixture
@@ -72,6 +74,28 @@ def test_trims_after_growth_only() -> None:
     trimmer.check()  # 92
     trimmer.check()  # 93
     assert len(trims) == 2
+
+
+@pytest.mark.parametrize(("pause", "looked"), [(3600.0, False), (0.001, True)])
+def test_the_size_is_looked_at_after_each_pause(
+    monkeypatch: pytest.MonkeyPatch, pause: float, looked: bool
+) -> None:
+    checks: list[None] = []
+    monkeypatch.setattr(module, "_SECONDS", pause)
+    monkeypatch.setattr(module, "resident", lambda: 1)
+    monkeypatch.setattr(module, "Trimmer", lambda trim: SimpleNamespace(check=lambda: checks.append(None)))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(malloc_trim=print))
+
+    async def run() -> None:
+        trimming = asyncio.create_task(keep_trimmed())
+        while looked and not checks:
+            await asyncio.sleep(0.001)
+        for _ in range(5):
+            await asyncio.sleep(0.002)
+        trimming.cancel()
+
+    asyncio.run(run())
+    assert bool(checks) == looked
 
 
 def test_freed_chunks_between_live_ones_are_returned() -> None:

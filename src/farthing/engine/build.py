@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from multiprocessing.connection import Connection
@@ -275,6 +277,9 @@ class _PrefillProcess:
         """End the process."""
         self._closed = True
         with self._lock:
+            # Closing alone does not reach the other end while the listener waits to receive.
+            with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as end:
+                end.shutdown(socket.SHUT_RDWR)
             self._connection.close()
         self._process.join(2)
         if self._process.is_alive():

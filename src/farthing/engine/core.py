@@ -143,9 +143,8 @@ class EngineCore:
             self._deliver([(state, output)])
 
     def fail(self, state: RequestState, error: EngineError) -> None:
-        """End a request with an error."""
-        if state.unfinished == 0:
-            return
+        """End a request with an error. Also if its completions have ended: their last output may be what
+        failed, and a stream that has it reads nothing more."""
         for gen in state.generations:
             if gen.status is not Status.FINISHED:
                 gen.finish_reason = "error"

@@ -114,6 +114,7 @@ class IndexMachine(RuleBasedStateMachine):
         index = self.indexes[who]
         index.refresh()
         index.refresh()
+        assert all((self.folder / name).exists() for name in index._files)
         other = Index(self.root, FORM, CAPACITY)
         other.refresh()
         assert index._holders.keys() >= other._holders.keys(), "what a new process finds"
