@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
+import mmap
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +53,23 @@ def test_reads_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size:
     assert file.read_bytes() == content
 
 
+def test_every_part_is_let_go_before_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advice: list[tuple[int, int]] = []
+
+    def madvise(start: ctypes.c_void_p, size: ctypes.c_size_t, what: int) -> int:
+        advice.append((size.value, what))
+        return 0
+
+    monkeypatch.setattr(module, "STEP", 8192)
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: SimpleNamespace(madvise=madvise))
+    (tmp_path / "packed").write_bytes(bytes(8193))
+    module._read(tmp_path / "packed")
+    whats = (module.POPULATE_READ, mmap.MADV_DONTNEED)
+    assert advice == [(size, what) for size in (8192, 1) for what in whats]
+
+
 def test_files_larger_than_memory_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "packed"
     file.write_bytes(bytes(1001))
@@ -90,6 +110,14 @@ def test_requests_every_listed_file(cache: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_request", lambda paths: requested.extend(paths))
     read_ahead("serve")
     assert sorted(requested) == listed(cache)
+
+
+def test_files_are_requested_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda file, *range_: asked.append(range_), raising=False)
+    monkeypatch.setattr("os.POSIX_FADV_WILLNEED", 3, raising=False)
+    module._request([__file__])
+    assert asked == [(0, 0, 3)]
 
 
 def test_missing_files_and_lists_are_skipped(cache: Path) -> None:

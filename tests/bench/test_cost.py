@@ -20,6 +20,7 @@ from farthing.bench.cost import (
     claims,
     compare,
     levers,
+    ours,
     prompts_for,
     qualities,
     tiny_checkpoint,
@@ -144,6 +145,18 @@ def test_failing_row_is_named(tmp_path: Path) -> None:
     workload = Workload(model=str(tmp_path / "none"), prompts=((1, 2),), output_tokens=2)
     with pytest.raises(RuntimeError, match="a lever: exit status 1"):
         compare(workload, [Lever("a lever", {"backend": "reference"})], MACHINE, rounds=1)
+
+
+def test_every_token_of_the_engine_has_a_time() -> None:
+    request = {
+        "model": "mite",
+        "prompts": [[5, 6], [7, 8, 9]],
+        "output_tokens": 3,
+        "threads": 1,
+        "options": {},
+    }
+    with ours(request | {"options": {}}) as generate:
+        assert len(generate()) == 2 * 3
 
 
 def test_model_without_tokenizer_is_rejected(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import ClassVar, cast
@@ -35,6 +35,7 @@ from farthing.cli.chat import (
     Screen,
     _account,
     _one_line,
+    _started,
     described,
     escaped,
     obey,
@@ -391,6 +392,16 @@ def test_a_server_that_cannot_start_says_why() -> None:
         started("./none", (), lines.append),
     ):
         pass
+
+
+@pytest.mark.parametrize("note", [None, "a base model"])
+def test_the_started_model_says_whether_it_answers(
+    monkeypatch: pytest.MonkeyPatch, note: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("farthing.cli.chat.started", lambda *_: nullcontext(Server("x:1")))
+    monkeypatch.setattr("farthing.cli.chat.base_note", lambda *_: note)
+    with _started("mite") as (_, base):
+        assert base == (note is not None) == ("base model" in capsys.readouterr().err)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_the_download(

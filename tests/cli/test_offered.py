@@ -16,7 +16,7 @@ from farthing import packages
 from farthing.catalogue import catalogue
 from farthing.cli import offered
 from farthing.cli.app import app
-from farthing.hub import EMBEDDED, resolve_model
+from farthing.hub import EMBEDDED, Cached, resolve_model
 from farthing.planner.estimate import Machine
 from farthing.planner.offers import SLOW, Offer, offers
 
@@ -74,6 +74,19 @@ def test_models_of_this_machine_come_first(online: None, monkeypatch: pytest.Mon
     assert offered._chosen(Terminal([""])) == "owner/mine"
     monkeypatch.setattr(offered, "_reachable", lambda: False)
     assert offered._chosen(Terminal(["1"])) == "owner/mine"
+
+
+def test_models_of_this_machine_are_whole_and_can_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Cached(name, Path(name), 1, name != "cut", ()) for name in ("good", "cut", "foreign")]
+    monkeypatch.setattr("farthing.hub.cached", lambda: iter(found))
+    monkeypatch.setattr("farthing.hub.resolve_config", lambda path: path)
+
+    def judge(path: Path) -> None:
+        if path == Path("foreign"):
+            raise ValueError("model_type: got 'bert'")
+
+    monkeypatch.setattr("farthing.hub.judge", judge)
+    assert list(offered._local()) == ["good"]
 
 
 def test_without_a_network_it_says_so(online: None, monkeypatch: pytest.MonkeyPatch) -> None:

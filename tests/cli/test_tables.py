@@ -33,6 +33,7 @@ def test_lines_begin_at_once_and_say_how_long_is_left(
 
 def test_a_bar_says_how_long_is_left_where_steps_take_minutes() -> None:
     bar, now = _bar(TaskProgressColumn()), 0.0
+    assert bar.console.stderr, "results go to stdout"
     bar.get_time = lambda: now
     task = bar.add_task("layer 1 of 61", total=100)
     bar.start_task(task)

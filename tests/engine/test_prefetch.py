@@ -49,6 +49,7 @@ class FakeStore:
 
     def used(self, hashes: list[bytes]) -> None:
         assert hashes
+        self.last = hashes
 
     def fill(self, load: Load[Any], good: int) -> int:
         """Read the first `good` blocks that still exist."""
@@ -158,6 +159,8 @@ def test_others_continue_while_a_prefix_is_read() -> None:
     first = next(item for item in scheduler.schedule() if item.seq is stored)
     assert (first.start, first.count) == (20, 2)
     assert stored.num_cached == 20 and scheduler.num_waiting == 0
+    scheduler.finish(stored)
+    assert store.last == stored.hashes[:5], "what is read remains longer than what is not"
 
 
 def test_failed_read_is_computed_and_not_retried() -> None:

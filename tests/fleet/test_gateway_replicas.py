@@ -242,6 +242,16 @@ def test_poison_entries_are_bounded_and_expire() -> None:
     assert len(poison) <= 4096
 
 
+def test_the_request_whose_last_death_is_longest_ago_is_forgotten_first() -> None:
+    poison = Poison(10.0, clock=lambda: 0.0)
+    requests = [("POST", f"/{number}", b"") for number in range(4097)]
+    for request in requests[:-1]:
+        poison.strike(request, life=1)
+    for request, life in ((requests[0], 2), (requests[-1], 1), (requests[1], 2), (requests[-1], 2)):
+        poison.strike(request, life)
+    assert [poison.refuses(requests[at]) for at in (0, 1, -1)] == [True, False, True]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40))
 def test_a_text_is_refused_after_two_deaths_and_not_before(strikes: list[tuple[int, int]]) -> None:
     """strikes: (life, text) of every request that a death interrupts."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
 import pytest
 
+from farthing_fleet import up
 from farthing_fleet.cli import UpOptions
 from farthing_fleet.config import load, local_fleet
 from farthing_fleet.up import serve_command
@@ -158,10 +160,43 @@ def test_options_take_precedence_over_the_file_which_does_over_defaults(tmp_path
     assert (fleet.state, fleet.metrics) == (Path("there"), "0.0.0.0:9500")
     alone = local_fleet(None, UpOptions().policy, metrics_names="auto", state=tmp_path)
     assert (alone.policy.min_replicas, alone.policy.max_replicas, alone.policy.capacity) == (1, 2, 1)
-    assert (alone.policy.interval_s, alone.state) == (1.0, tmp_path)
+    assert (alone.policy.interval_s, alone.state, alone.advise) == (1.0, tmp_path, False)
     file.write_text("policy: {capacity: 3}\ngateway: {max_waiting: 7}\n")
     with pytest.raises(ValueError, match="gateway: unknown field"):  # no command would read it
         load(file)
+
+
+@pytest.mark.anyio
+async def test_what_a_model_has_opened_closes_with_its_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = list[str]()
+
+    async def nothing(*_: object) -> int:
+        return 0
+
+    class Part:
+        ready, cold_starts, start, scale = (), None, nothing, nothing
+
+        async def close(self) -> None:
+            closed.append(type(self).__name__)
+
+    class Source(Part):
+        pass
+
+    monkeypatch.setattr(up, "LocalReplicas", lambda *_, **__: Part())
+    monkeypatch.setattr(up, "ScrapeSource", lambda *_, **__: Source())
+    monkeypatch.setattr(up, "make_controller", lambda *_: None)
+    monkeypatch.setattr(up, "make_estimates", lambda _: None)
+    monkeypatch.setattr(up, "serve_metrics", nothing)
+    fleet = local_fleet(None, UpOptions().policy, metrics_names="auto", state=tmp_path)
+    model = up.LocalModel(
+        "m", fleet, up.local_config(("x", "{port}"), tmp_path, standby=False), lambda _: None
+    )
+    async with AsyncExitStack() as stack:
+        await model.start("", True, 1, stack)
+        assert not closed
+    assert closed == ["Source", "Part"]
 
 
 @pytest.mark.anyio

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from farthing.prompts import read_prompt
-from farthing_fleet.config import FleetConfig, PolicyConfig
+from farthing_fleet.config import FleetConfig, PolicyConfig, SloConfig
 from tests.fleet.doubles.services import free_port
 
 pytest.importorskip("ray.serve", exc_type=ImportError)
-from farthing_ray.serve import Prefix, Scaling, ServeConfig, reading_of, serving
+from farthing_ray.serve import Prefix, Replica, Scaling, ServeConfig, reading_of, serving
 
 ROOT = Path(__file__).parents[2]
 REPLICA = ROOT / "tests" / "fleet" / "doubles" / "replica.py"
@@ -97,6 +97,30 @@ def test_readings_pass_through_numbers() -> None:
     assert reading is not None and (reading.at, reading.waiting, reading.kv_usage) == (3.0, 2.0, None)
     assert reading.totals == {"prompt": 7.0}
     assert reading_of({"running": 1.0}) is None  # the server did not answer
+
+
+def test_what_a_server_tells_reaches_the_policy() -> None:
+    async def get(url: str, path: str) -> tuple[int, bytes]:
+        return 200, b"farthing:num_requests_running 2.0\nfarthing:num_requests_waiting 5.0\n"
+
+    server = SimpleNamespace(url="http://x")
+    replica: Any = SimpleNamespace(_upstream=SimpleNamespace(get=get), _server=server, _slo=SloConfig())
+    told = reading_of(asyncio.run(Replica.record_autoscaling_stats(replica)))
+    assert told is not None and (told.running, told.waiting) == (2.0, 5.0)
+
+
+def test_replicas_that_are_gone_are_forgotten_and_serve_knows_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known: list[list[Any]] = []
+    monkeypatch.setattr(Prefix.__base__, "update_replicas", lambda self, replicas: known.append(replicas))
+    monkeypatch.setattr(Prefix, "curr_replicas", {"a": None, "b": None})
+    router = Prefix.__new__(Prefix)
+    router.initialize_state()
+    for name in "ab":
+        router._prefixes.learn([b"block"], name)
+    router.update_replicas(left := [SimpleNamespace(replica_id="b")])
+    assert router._prefixes.depths([b"block"]).keys() == {"b"} and known == [left]
 
 
 def test_requests_that_arrive_together_choose_different_replicas(

@@ -158,13 +158,13 @@ class _Growth:
 class _ByMinute:
     """A figure from the means of the load of which one a minute is kept, computed again with each of them."""
 
-    def __init__(self, step_s: float, mean_s: float, kept_s: float, first: float) -> None:
-        """mean_s: the time of a mean; kept_s: the time of which they are kept; first: the figure before."""
+    def __init__(self, step_s: float, mean_s: float, kept_s: float) -> None:
+        """mean_s: the time of a mean; kept_s: the time of which they are kept."""
         self._minute = max(1, round(60 / step_s))  # steps
         self._minute_s = self._minute * step_s
         self._mean = Mean(max(1, round(mean_s / step_s)))
         self._history: deque[float] = deque(maxlen=self._minutes(kept_s) + 1)
-        self._value, self._count = first, 0
+        self._value, self._count = 0.0, 0  # it is computed with the first load
 
     def _minutes(self, seconds: float) -> int:
         return max(1, round(seconds / self._minute_s))
@@ -189,7 +189,7 @@ class _Days(_ByMinute):
     """How much the load grew within a lead at this time of the last days; 1 before the second day."""
 
     def __init__(self, step_s: float, lead_s: float) -> None:
-        super().__init__(step_s, 300.0, _KEPT_DAYS * DAY_S, 1.0)
+        super().__init__(step_s, 300.0, _KEPT_DAYS * DAY_S)
         self._day = self._minutes(DAY_S)
         self._ahead = math.ceil(lead_s / self._minute_s) + 2
 
@@ -209,7 +209,7 @@ class _Hours(_ByMinute):
     second hour its highest mean of a minute."""
 
     def __init__(self, step_s: float, lead_s: float) -> None:
-        super().__init__(step_s, 60.0, 3600.0 * _HOURS, 0.0)
+        super().__init__(step_s, 60.0, 3600.0 * _HOURS)
         self._hour = self._minutes(3600.0)
         self._ahead = min(self._hour, math.ceil(lead_s / self._minute_s) + 1)
 

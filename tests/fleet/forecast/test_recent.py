@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing_fleet.forecast.recent import PLANS, Highest, Mean, RecentPlans
+from farthing_fleet.forecast.recent import PLANS, Highest, Mean, RecentPlans, _Days, _Hours
 
 values = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)
 
@@ -29,6 +29,10 @@ def test_plans_are_finite_and_never_negative(loads: list[float], lead: float) ->
         made = plans.add(load)
         assert len(made) == len(PLANS)
         assert all(np.isfinite(plan) and plan >= 0 for plan in made)
+
+
+def test_figures_of_earlier_hours_and_days_are_there_from_the_first_step() -> None:
+    assert [each.add(7.0) for each in (_Hours(15.0, 60.0), _Days(15.0, 60.0))] == [7.0, 1.0]
 
 
 def test_growth_covers_nine_in_ten_peaks_of_the_next_lead() -> None:
