@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 
 from farthing_fleet import up
-from farthing_fleet.cli import UpOptions
+from farthing_fleet.cli import UpOptions, _up
 from farthing_fleet.config import load, local_fleet
 from farthing_fleet.up import serve_command
 from tests.fleet.doubles import replica as double
@@ -197,6 +199,30 @@ async def test_what_a_model_has_opened_closes_with_its_stack(
         await model.start("", True, 1, stack)
         assert not closed
     assert closed == ["Source", "Part"]
+
+
+@pytest.mark.anyio
+async def test_a_fleet_that_ends_before_it_is_ready_leaves_nothing_unsaid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither its reason nor, later, a message about a future that nobody looked at."""
+    told: list[object] = []
+
+    async def broken(_: object) -> None:
+        raise ValueError("no gateway")
+
+    replicas = SimpleNamespace(config=SimpleNamespace(ready_timeout_s=1.0))
+    model = SimpleNamespace(metrics_port=1, replicas=replicas, wait_ready=lambda *_: asyncio.sleep(60))
+    fleet = SimpleNamespace(url="http://x", models=[model], run=broken)
+    monkeypatch.setattr(up, "LocalFleet", lambda _: nullcontext(fleet))
+    monkeypatch.setattr("farthing_fleet.run.stop_event", asyncio.Event)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+    with pytest.raises(ValueError, match="no gateway"):
+        await _up(None)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not told
 
 
 @pytest.mark.anyio
