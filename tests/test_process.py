@@ -78,6 +78,12 @@ def test_files_larger_than_memory_are_left_alone(tmp_path: Path, monkeypatch: py
     assert page_in(tmp_path / "missing") is None
 
 
+def test_the_page_cache_counts_as_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "MemTotal: 900 kB\nSwapCached: 3 kB\nCached:  7 kB\nActive: 5 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: told)
+    assert module._cached() == 7 << 10
+
+
 def test_empty_files_do_not_stop_a_thread(tmp_path: Path) -> None:
     file = tmp_path / "packed"
     file.touch()

@@ -17,7 +17,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import ClassVar, cast
@@ -36,6 +36,7 @@ from farthing.cli.chat import (
     _account,
     _one_line,
     _started,
+    _talk,
     described,
     escaped,
     obey,
@@ -291,6 +292,20 @@ def test_the_thinking_switch(
     talk = Conversation(Server("x:1"), "m", effort="medium")
     obey(f"/think {think or ''}", talk, Screen())
     assert talk.effort == effort and talk._body().get("reasoning_effort") == effort
+
+
+@pytest.mark.parametrize(
+    ("think", "effort"), [("on", "high"), ("off", "none"), ("low", "low"), (None, "medium")]
+)
+def test_the_thinking_option_is_that_switch(
+    monkeypatch: pytest.MonkeyPatch, think: str | None, effort: str
+) -> None:
+    monkeypatch.setattr("farthing.cli.chat.reply", lambda *_: True)
+    monkeypatch.setattr("farthing.cli.chat.default_file", lambda: Path("absent"))
+    talk = Conversation(Server("x:1"), "m", effort="medium")
+    with ExitStack() as stack:
+        _talk(stack, talk, "hello", think, None)
+    assert talk.effort == effort
 
 
 def test_errors_are_said_and_take_the_message_back(capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,7 @@ def test_the_list_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     done = CliRunner().invoke(app, ["models"])
     assert done.exit_code == 0 and all(name in done.output for name in catalogue())
+    assert "farthing run OWNER/NAME" in done.output, "how to go on"
     assert done.output.count("needs more memory") == sum(not fits(offer) for offer in FOUND) > 0
     shown = json.loads(CliRunner().invoke(app, ["models", "--json"]).output)
     assert [each["entry"]["name"] for each in shown] == list(catalogue())
