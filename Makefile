@@ -18,7 +18,7 @@ NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists
 
 SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
 
-.PHONY: demo test test-all test-slow test-isa test-amx test-gpu serve bench bench-gpu spills lint format docs sanitize lock wheel clean
+.PHONY: demo test test-all test-slow test-isa test-amx test-gpu serve bench bench-gpu lint format docs sanitize lock wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m farthing_lab.demo
@@ -68,10 +68,6 @@ bench: $(STAMP)
 # Writes each kernel's time, share of this GPU's measured ceiling, and torch's time into docs/performance.md.
 bench-gpu: $(STAMP)
 	$(BIN)/python -m farthing_gpu.bench --page docs/performance.md
-
-# Vector registers that hot loops keep on the stack, by kernel; a report, from the object files of the build.
-spills: $(STAMP)
-	$(BIN)/python bench/spills.py build/cp*
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests bench

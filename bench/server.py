@@ -19,20 +19,8 @@ import sys
 import time
 from typing import Any
 
-from harness import (
-    FARTHING,
-    HOST,
-    answers,
-    cpu_seconds,
-    free_port,
-    in_turns,
-    log,
-    medians,
-    parser,
-    report,
-    resident,
-)
-from harness import running as running_process
+import harness
+from harness import FARTHING, HOST, cpu_seconds, in_turns, log, medians, parser, report
 
 
 def body(number: int, tokens: int) -> dict[str, Any]:
@@ -150,14 +138,14 @@ def main() -> None:
         engine_child(a.model, a.threads, a.packed)
         return
     options = [a.model, "--threads", a.threads, *(["--packed", a.packed] if a.packed else [])]
-    port, pipes = free_port(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    port, pipes = harness.free_port(), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     child = subprocess.Popen([str(w) for w in (sys.executable, __file__, *options, "--child")], **pipes)  # type: ignore[call-overload]
     serve = [*FARTHING, "serve", *options, "--port", port, "--max-model-len", 2048]
     try:
         assert child.stdout.readline() == "ready\n"
-        with running_process(serve, answers(port), stderr=subprocess.DEVNULL) as server:
+        with harness.running(serve, harness.answers(port), stderr=subprocess.DEVNULL) as server:
             rows = [measure(child, server, port, n, a.tokens, a.rounds) for n in a.streams]
-            log.print(f"server: {resident(server.pid) / 1e6:.0f} MB resident")
+            log.print(f"server: {harness.resident(server.pid) / 1e6:.0f} MB resident")
     finally:
         child.kill()
     report({"model": a.model, "rows": rows}, a.json, a.model, list(rows[0]), [list(r.values()) for r in rows])

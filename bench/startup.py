@@ -119,16 +119,7 @@ def systems(a: argparse.Namespace, model: Path) -> dict[str, System]:
         kind = GGUF_TYPES[a.weights][0]
         gguf = build.gguf(model, kind)
         for flags in ([], ["-rtr"]) if build.repacks else ([],):
-            command = [
-                build.binaries / "llama-batched-bench",
-                "-m",
-                gguf,
-                "-t",
-                a.threads,
-                "-c",
-                4096,
-                *flags,
-            ]
+            command = [build.binaries / "llama-batched-bench", "-m", gguf, *flags]
 
             def peer(prompt: int, new: int, batch: int, command: list[Any] = command) -> tuple[float, int]:
                 shape = ["-npp", prompt, "-ntg", new, "-npl", batch, "-b", 2048, "-ub", 512]
@@ -165,13 +156,8 @@ def main() -> None:
     rows = measure(a, make_model(a.model, a.cache))
     cells = [(r["system"], r["first_token_s"], r.get("peak_bytes", "–"), r["weights_bytes"]) for r in rows]
     headings = ("system", "first token, s", "peak, bytes", "weights, bytes")
-    report(
-        {"model": a.model, "weights": a.weights, "rows": rows},
-        a.json,
-        f"{a.model} {a.weights}",
-        headings,
-        cells,
-    )
+    document = {"model": a.model, "weights": a.weights, "rows": rows}
+    report(document, a.json, f"{a.model} {a.weights}", headings, cells)
 
 
 if __name__ == "__main__":
