@@ -109,11 +109,8 @@ def running(
     """A process once `up()` holds; terminated at the end. Raises SystemExit if it ends before, or is late."""
     process = subprocess.Popen([str(word) for word in command], **options)
     try:
-        deadline = time.monotonic() + within
-        while not _holds(up):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"{' '.join(map(str, command))} did not start; status {process.returncode}")
-            time.sleep(0.02)
+        if not holds_within(up, process, within):
+            raise SystemExit(f"{' '.join(map(str, command))} did not start; status {process.returncode}")
         yield process
     finally:
         process.terminate()
@@ -124,11 +121,15 @@ def running(
             process.wait()
 
 
-def _holds(up: Callable[[], bool]) -> bool:
-    try:
-        return up()
-    except OSError:
-        return False
+def holds_within(up: Callable[[], bool], process: Any, seconds: float) -> bool:
+    """Whether `up()` holds within so many seconds, in which the process does not end."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if up():
+                return True
+        time.sleep(0.02)
+    return False
 
 
 def answers(port: int, path: str = "/ready") -> Callable[[], bool]:

@@ -1,6 +1,7 @@
 """Measures how much one hostile client delays others: every known attack next to well-behaved clients.
 
     python -m bench.hostile [--rounds 3] [--seconds 3] [--only NAME] [--model mite] [--gateway] [--json FILE]
+    python -m bench.hostile --dialect llama.cpp --command "llama-server -m FILE.gguf --metrics --port {port}"
 
 Starts `farthing serve` with two API keys. Two well-behaved clients share a key and send requests
 continuously, one for 8 tokens and one for an answer under a new grammar. With --gateway, all requests pass a
@@ -9,6 +10,10 @@ attack's added latency is the difference of the worst latencies. The exit code i
 than 250 ms or makes a well-behaved request fail. The attacker runs in a separate process with SCHED_IDLE,
 since a real one has its own machine; at niceness 19 it would keep a core for milliseconds. `held` is the
 longest time that the event loop and an engine step took at once, measured in the server.
+
+--command attacks another server, which that command starts, beside one client that asks for 8 tokens. A
+server that has ended, or does not answer for a minute, is started again. A table by class of attack follows,
+in which an attack counts with the median of its rounds.
 """
 
 from __future__ import annotations
@@ -17,21 +22,23 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-from bench.harness import answers, free_port, percentile, resident, running
-from bench.hostile.attacks import BAD, NUMBERS, Attack, attacks, url
+from bench.harness import FARTHING, answers, free_port, holds_within, percentile, resident, running, show
+from bench.hostile.attacks import BAD, CLASSES, DIALECTS, NUMBERS, SPOKEN, Attack, attacks, release, url
 
 BAR = 0.250  # seconds that an attack may add
 GOOD = "sk-good"
@@ -46,6 +53,7 @@ class Latencies:
 
     seconds: list[float] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
+    windows: list[float] = field(default_factory=list)  # the longest of each
 
     @property
     def worst(self) -> float:
@@ -62,6 +70,13 @@ class Result:
     alone: dict[str, Latencies]
     answers: str = ""
     held: dict[str, float] = field(default_factory=dict)  # with the attack
+    ended: bool = False  # the server exited, or no longer answered
+    memory: int = 0  # bytes afterwards
+
+    def typical(self, kind: str) -> float:
+        """Seconds that the attack added to the worst latency of a round, the median of the rounds."""
+        rounds = zip(self.during[kind].windows, self.alone[kind].windows, strict=True)
+        return max(0.0, statistics.median(during - alone for during, alone in rounds))
 
     def added(self, kind: str) -> float:
         """Seconds that the attack added to the worst latency."""
@@ -75,21 +90,26 @@ class Result:
     @property
     def ok(self) -> bool:
         """Whether the attack stays within the limit."""
-        return not self.failures and all(self.added(kind) <= BAR for kind in self.during)
+        return not (self.failures or self.ended) and all(self.added(kind) <= BAR for kind in self.during)
 
     def to_json(self) -> dict[str, Any]:
         """The result for --json; times in seconds."""
         own = {"ok": self.ok, "failures": self.failures, "answers": self.answers, "held": self.held}
-        return own | {
-            kind: {
-                "added": self.added(kind),
-                "worst": self.during[kind].worst,
-                "median": percentile(self.during[kind].seconds, 0.5),
-                "alone_worst": self.alone[kind].worst,
-                "requests": len(self.during[kind].seconds),
+        return (
+            own
+            | {"ended": self.ended, "memory": self.memory}
+            | {
+                kind: {
+                    "added": self.added(kind),
+                    "typical": self.typical(kind),
+                    "worst": self.during[kind].worst,
+                    "median": percentile(self.during[kind].seconds, 0.5),
+                    "alone_worst": self.alone[kind].worst,
+                    "requests": len(self.during[kind].seconds),
+                }
+                for kind in self.during
             }
-            for kind in self.during
-        }
+        )
 
 
 def plain() -> dict[str, Any]:
@@ -106,17 +126,24 @@ def under_grammar() -> dict[str, Any]:
 KINDS: dict[str, Callable[[], dict[str, Any]]] = {"plain": plain, "grammar": under_grammar}
 
 
+def kinds(options: argparse.Namespace) -> list[str]:
+    """The well-behaved clients: beside another server only one."""
+    return ["plain"] if options.command else list(KINDS)
+
+
 @dataclass(slots=True)
 class Server:
-    """`farthing serve` with measurements inside the process, on a port of its own or behind a gateway."""
+    """A server on a port of its own or behind a gateway; `farthing serve` measures itself into a file."""
 
     process: subprocess.Popen[bytes]
     port: int
     entry: int  # where clients connect
-    file: Path
+    file: Path | None = None
 
     def holds(self) -> dict[str, float]:
-        """The longest holds since the last call."""
+        """The longest holds since the last call; of another server, nothing."""
+        if self.file is None:
+            return {}
         self.file.unlink(missing_ok=True)
         os.kill(self.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 30
@@ -127,25 +154,35 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(model: str, gateway: bool) -> Iterator[Server]:
-    """A server that is ready, and stopped at the end."""
+def served(options: argparse.Namespace) -> Iterator[Server]:
+    """A server that is ready and warm, and stopped at the end."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         port, file = free_port(), Path(folder) / "holds.json"
-        keys = ["--api-key", f"good:{GOOD}", "--api-key", f"bad:{BAD}"]
-        command = [sys.executable, "-m", "bench.hostile.serve", file, "serve", model, "--port", port, *keys]
-        server = Server(stack.enter_context(running(command, answers(port), 300)), port, port, file)
-        if gateway:
+        if options.command:
+            log, command = Path(folder) / "log", shlex.split(options.command.replace("{port}", str(port)))
+            output = {"stdout": stack.enter_context(log.open("wb")), "stderr": subprocess.STDOUT}
+            up = answers(port, "/ready" if options.dialect == "farthing" else "/health")
+            other = running(command, up, 600, **output)
+            server = Server(stack.enter_context(other), port, port)
+        else:
+            keys = ["--api-key", f"good:{GOOD}", "--api-key", f"bad:{BAD}"]
+            own = [sys.executable, "-m", "bench.hostile.serve", file, "serve", options.model, *keys]
+            process = running([*own, "--port", port], answers(port), 300)
+            server = Server(stack.enter_context(process), port, port, file)
+        if options.gateway:
             server.entry = free_port()
-            command = [sys.executable, "-m", "farthing", "fleet", "gateway", "--port", server.entry]
-            stack.enter_context(running([*command, "--replica", url(port)], answers(server.entry, "/health")))
+            gateway = [*FARTHING, "fleet", "gateway", "--port", server.entry, "--replica", url(port)]
+            stack.enter_context(running(gateway, answers(server.entry, "/health")))
+        measure(server.entry, {kind: Latencies() for kind in kinds(options)}, 3.0)
         yield server
 
 
 class Attacker:
     """A process that attacks between `begin` and `pause`."""
 
-    def __init__(self, port: int, name: str) -> None:
+    def __init__(self, port: int, name: str, dialect: str) -> None:
         command = [sys.executable, "-m", "bench.hostile", "--attack", name, "--port", str(port)]
+        command += ["--dialect", dialect]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
@@ -188,6 +225,7 @@ def attack_here(attack: Attack, port: int) -> None:
                 running.set()
             case "pause":
                 running.clear()
+                release()
             case _:
                 break
     print(dict(answers), flush=True)
@@ -199,6 +237,7 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
     deadline = time.monotonic() + seconds
 
     def ask(kind: str) -> None:
+        first = len(into[kind].seconds)
         with httpx.Client(base_url=url(port), headers={"authorization": f"Bearer {GOOD}"}) as client:
             while time.monotonic() < deadline:
                 began = time.monotonic()
@@ -210,6 +249,7 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
                 if status != "200":
                     into[kind].failures[status] += 1
                 time.sleep(0.02)
+        into[kind].windows.append(max(into[kind].seconds[first:]))
 
     clients = [threading.Thread(target=ask, args=(kind,)) for kind in into]
     for client in clients:
@@ -220,8 +260,11 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
 
 def run(server: Server, attack: Attack, options: argparse.Namespace) -> Result:
     """Alternate windows without and with the attack."""
-    result = Result(attack.name, {k: Latencies() for k in KINDS}, {k: Latencies() for k in KINDS})
-    attacker = Attacker(server.entry, attack.name)
+    during, alone = ({kind: Latencies() for kind in kinds(options)} for _ in range(2))
+    result, attacker = (
+        Result(attack.name, during, alone),
+        Attacker(server.entry, attack.name, options.dialect),
+    )
     for _ in range(options.rounds):
         measure(server.entry, result.alone, options.seconds)
         server.holds()
@@ -231,8 +274,22 @@ def run(server: Server, attack: Attack, options: argparse.Namespace) -> Result:
         keep_most(result.held, server.holds())
         time.sleep(SETTLE)
         wait_idle(server.port)
-    result.answers = attacker.end()
+    result.answers, result.memory = attacker.end(), resident(server.process.pid)
+    result.ended = not holds_within(answers(server.port, "/health"), server.process, 60)
     return result
+
+
+def run_all(options: argparse.Namespace) -> Iterator[Result]:
+    """The results of the chosen attacks. A server that one of them has ended is started again."""
+    waiting, ended = attacks(options.only), True
+    while waiting and ended:
+        with served(options) as server:
+            print(f"memory: {resident(server.process.pid) / 2**20:.0f} MiB")
+            ended = False
+            while waiting and not ended:
+                result = run(server, waiting.pop(0), options)
+                ended = result.ended
+                yield result
 
 
 def wait_idle(port: int) -> None:
@@ -241,10 +298,13 @@ def wait_idle(port: int) -> None:
     while time.monotonic() < deadline:
         with contextlib.suppress(*ERRORS):
             lines = httpx.get(f"{url(port)}/metrics", timeout=30).text.splitlines()
-            busy = [line for line in lines if line.startswith("farthing:num_requests_")]
+            busy = [line for line in lines if line.startswith(_RUNNING)]
             if all(float(line.rsplit(" ", 1)[1]) == 0 for line in busy):
                 return
         time.sleep(0.2)
+
+
+_RUNNING = ("farthing:num_requests_", "vllm:num_requests_", "llamacpp:requests_")
 
 
 def keep_most(into: dict[str, float], new: dict[str, float]) -> None:
@@ -262,7 +322,7 @@ def print_result(result: Result) -> None:
     )
     names = ("loop cpu", "loop wall", "step cpu", "step wall")
     held = " ".join(f"{1e3 * result.held.get(name, 0.0):6.0f}" for name in names)
-    verdict = "" if result.ok else "  over the limit"
+    verdict = "" if result.ok else "  the server ended" if result.ended else "  over the limit"
     print(f"{result.name:36} {cells} {held} {result.failures:6d}{verdict}", flush=True)
 
 
@@ -272,8 +332,20 @@ HEAD = (
 )
 
 
-def main() -> None:
-    """Run and print."""
+def summary(results: list[Result]) -> Iterator[list[object]]:
+    """A row for each class of attacks."""
+    for name, made in CLASSES.items():
+        names = {attack.name for attack in made()}
+        some = [result for result in results if result.name in names]
+        if some:
+            added = [result.typical("plain") for result in some]
+            failed, ended = sum(r.failures for r in some), sum(r.ended for r in some)
+            most = max(r.memory for r in some) / 2**20
+            yield [name, len(some), statistics.median(added), max(added), failed, ended, most]
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         prog="bench.hostile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -283,28 +355,33 @@ def main() -> None:
     parser.add_argument("--model", default="mite")
     parser.add_argument("--gateway", action="store_true", help="put a gateway in front of the server")
     parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--command", help="start this server instead, on the port {port}")
+    parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="how it spells a grammar")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run and print."""
+    options = parsed()
+    SPOKEN[0] = options.dialect
     if options.attack:
         attack_here(next(each for each in attacks() if each.name == options.attack), options.port)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # also stops the server
+    print(HEAD)
     results: list[Result] = []
-    with served(options.model, options.gateway) as server:
-        measure(server.entry, {kind: Latencies() for kind in KINDS}, 3.0)
-        before = resident(server.process.pid)
-        print(HEAD)
-        for attack in attacks(options.only):
-            results.append(run(server, attack, options))
-            print_result(results[-1])
-        after = resident(server.process.pid)
-    print(f"memory {before / 2**20:.0f} -> {after / 2**20:.0f} MiB")
+    for result in run_all(options):
+        results.append(result)
+        print_result(result)
+    headings = ("", "attacks", "added to 8 tokens, s: median", "most", "failed", "ended", "memory, MiB")
+    show("by class", headings, list(summary(results)))
     over = [result.name for result in results if not result.ok]
     print(f"{len(results) - len(over)} of {len(results)} attacks within {1e3 * BAR:.0f} ms")
     if options.json:
-        figures = {"bar": BAR, "memory": [before, after], "attacks": {r.name: r.to_json() for r in results}}
+        figures = {"bar": BAR, "attacks": {result.name: result.to_json() for result in results}}
         options.json.write_text(json.dumps(figures, indent=1))
-    raise SystemExit(1 if over else 0)
+    sys.exit(bool(over))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ CHAT, COMPLETE, RESPOND, MESSAGES = (
 USER = {"role": "user", "content": "x"}
 PART = {"type": "text", "text": "x"}
 NUMBERS = itertools.count()
+DIALECTS = ("farthing", "vllm", "llama.cpp")
+SPOKEN = [DIALECTS[0]]  # how the server under attack spells a grammar
 
 Once = Callable[[int], str]  # port -> summary of the response
 
@@ -55,10 +58,28 @@ def fresh(path: str, make: Callable[[int], Any], timeout: float = 60.0) -> Once:
     """Send a body that no cache has: `make` gets an unused number."""
 
     def once(port: int) -> str:
-        document = make(next(NUMBERS) + time.time_ns() % 10**9 * 1000)
+        document = spoken(make(next(NUMBERS) + time.time_ns() % 10**9 * 1000), SPOKEN[0])
         return str(httpx.post(url(port) + path, json=document, headers=JSON, timeout=timeout).status_code)
 
     return once
+
+
+def spoken(document: Any, dialect: str) -> Any:
+    """A body whose field `guided_…`, if it has one, is spelt as the server of this dialect expects it."""
+    guided = [name for name in document if name.startswith("guided_")] if isinstance(document, dict) else []
+    if dialect == "farthing" or not guided:
+        return document
+    rest = {name: value for name, value in document.items() if name not in guided}
+    kind, value = guided[0].removeprefix("guided_"), document[guided[0]]
+    if dialect == "vllm":
+        return rest | {"structured_outputs": {kind: value}}
+    if kind in ("json", "regex"):
+        pattern = {"type": "string", "pattern": f"^{value}$"}
+        return rest | {"json_schema": value if kind == "json" else pattern}
+    if kind == "choice":
+        return rest | {"grammar": "root ::= " + " | ".join(map(json.dumps, value))}
+    rules = re.sub(r"^(\w+):", r"\1 ::=", value, flags=re.M)  # of Lark, whose names and strings GBNF shares
+    return rest | {"grammar": rules.replace("start", "root", 1)}
 
 
 def guided(**fields: Callable[[int], Any]) -> Once:
@@ -72,7 +93,7 @@ def abandoned_grammar(make: Callable[[int], str]) -> Once:
 
     def once(port: int) -> str:
         document = {"prompt": "x", "max_tokens": 4, "guided_regex": make(next(NUMBERS))}
-        return abandoned(COMPLETE, document, 0)(port)
+        return abandoned(COMPLETE, spoken(document, SPOKEN[0]), 0)(port)
 
     return once
 
@@ -344,6 +365,13 @@ def silent(port: int) -> str:
 
 
 _SILENT: list[socket.socket] = []
+
+
+def release() -> None:
+    """Close what attacks hold open, which would delay others in the windows without an attack too."""
+    for held in (_HELD, _OPEN, _SILENT):
+        while held:
+            held.pop().close()
 
 
 def sockets() -> list[Attack]:
