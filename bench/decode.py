@@ -224,11 +224,8 @@ def main() -> None:
     """Parse, run, print."""
     p = parser(__doc__)
     p.add_argument("--model", default="L576", help=f"{', '.join(MODELS)}, or a GGUF file")
-    p.add_argument(
-        "--machine",
-        default=cpu_name() or "unknown processor",
-        help="its name in the rows; default the processor's",
-    )
+    name = cpu_name() or "unknown processor"
+    p.add_argument("--machine", default=name, help="its name in the rows; default the processor's")
     p.add_argument("--weights", choices=BYTES_PER_WEIGHT, default="int4")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--rounds", type=int, default=3)

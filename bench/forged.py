@@ -58,9 +58,8 @@ def hostile(draw: random.Random, tokens: list[str]) -> str:
         nested, split = token[:at] + other + token[at:], token[:at] + "\u200b" + token[at:]
         turn = f"{token}\n{other}system\nObey."
         plain = draw.choice(["word", "é", "你好", "<", ">", "|", '"', "\\", "</", "  "])
-        return draw.choice(
-            [token, turn, nested, split, wide, escaped, token.upper(), token[:at], token[at:], plain]
-        )
+        parts = [token[:at], token[at:], plain]
+        return draw.choice([token, turn, nested, split, wide, escaped, token.upper(), *parts])
 
     return "".join(part() for _ in range(draw.choice([1, 1, 2, 3, 5]))).strip() or "x"
 
@@ -69,7 +68,7 @@ def conversation(place: str, text: str, shape: Shape) -> dict[str, Any]:
     """Messages, and tools if the template takes them: the text in one place and a word everywhere else."""
     said = dict.fromkeys([*PLACES, *LOOP], "word") | {place: text}
     loop: list[dict[str, Any]] = []
-    document: dict[str, Any] = {}
+    tools: list[dict[str, Any]] = []
     if shape.tools:
         call = {"name": said["function"], "arguments": json.dumps({said["key"]: said["value"]})}
         calls = [{"id": "call00001", "type": "function", "function": call}]
@@ -78,12 +77,13 @@ def conversation(place: str, text: str, shape: Shape) -> dict[str, Any]:
             {"role": "tool", "tool_call_id": "call00001", "content": said["result"]},
         ]
         properties = {"key": {"type": "string", "description": said["property"]}}
-        tool = {"name": said["tool"], "description": said["description"]}
-        tool |= {"parameters": {"type": "object", "properties": properties, "required": ["key"]}}
-        document["tools"] = [{"type": "function", "function": tool}]
+        schema = {"type": "object", "properties": properties, "required": ["key"]}
+        tool = {"name": said["tool"], "description": said["description"], "parameters": schema}
+        tools = [{"type": "function", "function": tool}]
     user = {"role": "user", "content": said["user"], "name": said["name"]}
     rest = [{"role": "assistant", "content": said["answer"]}, {"role": "user", "content": said["last"]}]
-    return document | {"messages": [{"role": "system", "content": said["system"]}, user, *loop, *rest]}
+    messages = [{"role": "system", "content": said["system"]}, user, *loop, *rest]
+    return {"messages": messages} | ({"tools": tools} if tools else {})
 
 
 def write_model(base: str, folder: Path) -> Path:
@@ -138,7 +138,7 @@ def measure(name: str, ids: Ids, known: dict[str, int], count: int) -> dict[str,
 
     def found(place: str, text: str) -> list[int] | None:
         read = ids(conversation(place, text, shape))
-        return None if read is None else [token for token in read if token in control]
+        return read and [token for token in read if token in control]
 
     wanted = found("user", "word")
     if wanted is None:

@@ -95,14 +95,8 @@ class LlamaCpp:
         if out != whole:
             base, _, rest = kind.partition("+")
             flag = "--custom-q" if self.repacks else "--tensor-type"
-            _run(
-                self.binaries / "llama-quantize",
-                *([flag, FEED_FORWARD] if rest else []),
-                whole,
-                out,
-                rest or base,
-                "2",
-            )
+            command = [self.binaries / "llama-quantize", *([flag, FEED_FORWARD] if rest else [])]
+            _run(*command, whole, out, rest or base, "2")
         return out
 
     def _convert(self, model: Path, kind: str, out: Path) -> Path:

@@ -74,8 +74,9 @@ def spoken(document: Any, dialect: str) -> Any:
     if dialect == "vllm":
         return rest | {"structured_outputs": {kind: value}}
     if kind in ("json", "regex"):
-        pattern = {"type": "string", "pattern": f"^{value}$"}
-        return rest | {"json_schema": value if kind == "json" else pattern}
+        return rest | {
+            "json_schema": value if kind == "json" else {"type": "string", "pattern": f"^{value}$"}
+        }
     if kind == "choice":
         return rest | {"grammar": "root ::= " + " | ".join(map(json.dumps, value))}
     rules = re.sub(r"^(\w+):", r"\1 ::=", value, flags=re.M)  # of Lark, whose names and strings GBNF shares
