@@ -138,9 +138,10 @@ inline void pad(T* row, int from, int to) {
   for (int i = from; i < to; ++i) row[i] = 0;
 }
 
-// What q leaves of x, in units of scale / kLeftLevels, whose integers are kept; returns that unit.
+// What q leaves of x, in units of scale / kLeftLevels, whose integers are kept; returns that unit. Nothing
+// where q is zero because the largest input is not above quantize_group's bound, 127 times a scale.
 inline float quantize_left(const float* x, int k, const int8_t* q, float scale, int8_t* left) {
-  const float inverse = scale > 1e-30f ? kLeftLevels / scale : 0.0f;
+  const float inverse = scale > 8e-33f ? kLeftLevels / scale : 0.0f;
   const f32x16 magic = splat(12582912.0f);
   for_lanes(k, [&](int i) {
     const f32x16 v = fma(to_float(widen(q + i)), splat(-scale), loadf(x + i));
