@@ -217,7 +217,8 @@ def cells(r: dict[str, Any]) -> list[object]:
     )
     known = (r["limit_tok_s"], f"{r['share_of_limit']:.0%}") if "limit_tok_s" in r else ("–", "–")
     spread = "–".join(f"{rate:.1f}" for rate in r["ours_spread"])
-    return [*(r[name] for name in HEADINGS[:4]), r["ours_tok_s"], spread, *known, peers]
+    ours = [r[name] for name in ("phase", "batch", "context", "weights", "ours_tok_s")]
+    return [*ours, spread, *known, peers]
 
 
 def main() -> None:

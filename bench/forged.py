@@ -31,6 +31,7 @@ from typing import Any
 
 import httpx
 from bench.harness import FARTHING, HOST, answers, free_port, log, parser, report, running
+from bench.hostile.attacks import DIALECTS
 
 from tests.conversation.published import SHAPES, Shape
 
@@ -156,7 +157,6 @@ def served(command: str, dialect: str, folder: Path, names: list[str]) -> Iterat
     """Each template with a server that has it: one server for all where requests may name theirs."""
     port = free_port()
     file = folder / "chat_template.jinja"
-    path = "/ready" if dialect == "farthing" else "/health"
     words = command.format(folder=folder, gguf=folder / "model.gguf", template=file, port=port)
     with ExitStack() as stack, httpx.Client(base_url=f"http://{HOST}:{port}") as client:
         for name in names:
@@ -165,7 +165,9 @@ def served(command: str, dialect: str, folder: Path, names: list[str]) -> Iterat
                 file.write_text(SHAPES[name].source)
                 quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
                 try:
-                    stack.enter_context(running(shlex.split(words), answers(port, path), 600, **quiet))
+                    stack.enter_context(
+                        running(shlex.split(words), answers(port, DIALECTS[dialect]), 600, **quiet)
+                    )
                 except SystemExit as refusal:  # of the template
                     log.print(f"{name}: {refusal}")
                     continue
@@ -176,7 +178,7 @@ def main() -> None:
     """Parse, run, print."""
     p = parser(__doc__)
     p.add_argument("--command", required=True, help="of the server; {folder}, {gguf}, {template}, {port}")
-    p.add_argument("--dialect", choices=("farthing", "vllm", "llama.cpp"), default="farthing")
+    p.add_argument("--dialect", choices=DIALECTS, default="farthing")
     p.add_argument("--model", default="smollm2-135m", help="whose vocabulary is taken")
     p.add_argument("--texts", type=int, default=1000, help="of each template")
     p.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES))

@@ -95,21 +95,18 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """The result for --json; times in seconds."""
         own = {"ok": self.ok, "failures": self.failures, "answers": self.answers, "held": self.held}
-        return (
-            own
-            | {"ended": self.ended, "memory": self.memory}
-            | {
-                kind: {
-                    "added": self.added(kind),
-                    "typical": self.typical(kind),
-                    "worst": self.during[kind].worst,
-                    "median": percentile(self.during[kind].seconds, 0.5),
-                    "alone_worst": self.alone[kind].worst,
-                    "requests": len(self.during[kind].seconds),
-                }
-                for kind in self.during
+        own |= {"ended": self.ended, "memory": self.memory}
+        return own | {
+            kind: {
+                "added": self.added(kind),
+                "typical": self.typical(kind),
+                "worst": self.during[kind].worst,
+                "median": percentile(self.during[kind].seconds, 0.5),
+                "alone_worst": self.alone[kind].worst,
+                "requests": len(self.during[kind].seconds),
             }
-        )
+            for kind in self.during
+        }
 
 
 def plain() -> dict[str, Any]:
@@ -161,7 +158,7 @@ def served(options: argparse.Namespace) -> Iterator[Server]:
         if options.command:
             log, command = Path(folder) / "log", shlex.split(options.command.replace("{port}", str(port)))
             output = {"stdout": stack.enter_context(log.open("wb")), "stderr": subprocess.STDOUT}
-            up = answers(port, "/ready" if options.dialect == "farthing" else "/health")
+            up = answers(port, DIALECTS[options.dialect])
             other = running(command, up, 600, **output)
             server = Server(stack.enter_context(other), port, port)
         else:
@@ -261,10 +258,8 @@ def measure(port: int, into: dict[str, Latencies], seconds: float) -> None:
 def run(server: Server, attack: Attack, options: argparse.Namespace) -> Result:
     """Alternate windows without and with the attack."""
     during, alone = ({kind: Latencies() for kind in kinds(options)} for _ in range(2))
-    result, attacker = (
-        Result(attack.name, during, alone),
-        Attacker(server.entry, attack.name, options.dialect),
-    )
+    result = Result(attack.name, during, alone)
+    attacker = Attacker(server.entry, attack.name, options.dialect)
     for _ in range(options.rounds):
         measure(server.entry, result.alone, options.seconds)
         server.holds()
@@ -357,7 +352,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gateway", action="store_true", help="put a gateway in front of the server")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--command", help="start this server instead, on the port {port}")
-    parser.add_argument("--dialect", choices=DIALECTS, default=DIALECTS[0], help="how it spells a grammar")
+    parser.add_argument("--dialect", choices=DIALECTS, default="farthing", help="how it spells a grammar")
     parser.add_argument("--attack", help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

@@ -24,8 +24,8 @@ CHAT, COMPLETE, RESPOND, MESSAGES = (
 USER = {"role": "user", "content": "x"}
 PART = {"type": "text", "text": "x"}
 NUMBERS = itertools.count()
-DIALECTS = ("farthing", "vllm", "llama.cpp")
-SPOKEN = [DIALECTS[0]]  # how the server under attack spells a grammar
+DIALECTS = {"farthing": "/ready", "vllm": "/health", "llama.cpp": "/health"}  # and the path once they serve
+SPOKEN = ["farthing"]  # how the server under attack spells a grammar
 
 Once = Callable[[int], str]  # port -> summary of the response
 

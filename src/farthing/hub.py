@@ -327,7 +327,7 @@ class _Repository:
             path = open_gguf(self.folder / first)
         else:
             self._check_disk(absent)
-            headers = _headers_of(self.model) / self.revision
+            headers = _headers_of(self.folder) / self.revision
             for name in chosen.files:
                 self._fetch_header(name, headers / name)
             path = open_gguf(headers / first)
@@ -462,8 +462,8 @@ class _Repository:
         part.unlink(missing_ok=True)
         return blob
 
-    def _refused(self, name: str, why: str) -> downloads.Refused:
-        return downloads.Refused(f"model: {name} of {self.model}: {why}")
+    def _refused(self, name: str, why: str) -> _Refused:
+        return _Refused(f"model: {name} of {self.model}: {why}")
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -472,9 +472,9 @@ class _Repository:
 
         try:
             yield
+        except _Refused:
+            raise
         except downloads.Refused as error:
-            if str(error).startswith("model: "):
-                raise
             raise self._refused(name, str(error)) from error
         except GatedRepoError as error:
             raise ValueError(
@@ -546,7 +546,7 @@ def _is_whole(path: Path) -> bool:
 def made_of(model: Cached) -> list[Path]:
     """What there is of a model outside the hub's cache: headers and descriptions of its GGUF files, and what
     was packed."""
-    headers = _headers_of(model.model)
+    headers = _headers_of(model.path)
     revisions = [model.path.parent / revision for revision in model.revisions]
     files = [file for folder in (headers, *revisions) for file in folder.rglob(f"*{SUFFIX}")]
     described = [folder for file in files if (folder := described_in(file)) is not None]
@@ -563,9 +563,9 @@ def remove_cached(model: Cached) -> None:
     shutil.rmtree(model.path.parents[1])
 
 
-def _headers_of(model: str) -> Path:
-    """Where headers of a repository's GGUF files are kept."""
-    return cache_dir() / "headers" / f"models--{model.replace('/', '--')}"
+def _headers_of(revision: Path) -> Path:
+    """Where headers of a repository's GGUF files are kept. revision: the cache's folder of any of it."""
+    return cache_dir() / "headers" / revision.parents[1].name
 
 
 def _checksum(file: Path, like: str) -> str:
@@ -575,6 +575,10 @@ def _checksum(file: Path, like: str) -> str:
             return file_digest(content, "sha256").hexdigest()
         head = f"blob {file.stat().st_size}\0".encode()
         return sha1(head + content.read(), usedforsecurity=False).hexdigest()
+
+
+class _Refused(OSError):
+    """What a hub sent is not what it should be, by the names of the model and the file."""
 
 
 def _weights(model: str, names: Collection[str], path: Path) -> list[str]:

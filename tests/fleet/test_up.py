@@ -205,7 +205,7 @@ async def test_what_a_model_has_opened_closes_with_its_stack(
 async def test_a_fleet_that_ends_before_it_is_ready_leaves_nothing_unsaid(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Neither its reason nor, later, a message about a future that nobody looked at."""
+    """Its reason is said, and no message follows about a future whose result nobody took."""
     told: list[object] = []
 
     async def broken(_: object) -> None:

@@ -264,9 +264,8 @@ def shortened(config: ModelConfig, layers: int | None) -> ModelConfig:
     """The model's first layers, without MTP layers; by default up to the first with experts, and the first
     with attention if others have none."""
     attends = next((i for i in range(config.num_hidden_layers) if config.mixer(i).cache_rows), 0)
-    dense = next(filter(config.is_moe, range(config.num_hidden_layers)), config.num_hidden_layers)
     unit = 2 if any(feed.delayed for feed in config.feeds) else 1  # layers that belong together
-    wanted = -(-min(layers or max(dense, attends) + 1, config.num_hidden_layers) // unit) * unit
+    wanted = -(-min(layers or max(config.dense_prefix, attends) + 1, config.num_hidden_layers) // unit) * unit
     while True:
         short = replace(config.part(range(wanted)), num_nextn_predict_layers=0)
         if layers is not None or wanted == unit or float32_bytes(short) <= MOST_BYTES:
@@ -283,7 +282,7 @@ def _experts_in(shown: ModelConfig, config: ModelConfig) -> str:
     """How many of the layers that ran have experts and, if none, what the first of them takes."""
     if shown.moe_layers or not config.moe_layers:
         return f"{shown.moe_layers} with experts"
-    count = next(filter(config.is_moe, range(config.num_hidden_layers))) + 1
+    count = config.dense_prefix + 1
     first, before = (float32_bytes(shortened(config, n)) for n in (count, count - 1))
     size = (first - before) / 2**30
     return f"0 with experts: such a layer takes {size:.1f} GiB in float32; --layers {count} runs one"

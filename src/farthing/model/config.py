@@ -207,6 +207,11 @@ class ModelConfig:
         """Hidden layers with experts."""
         return sum(map(self.is_moe, range(self.num_hidden_layers)))
 
+    @property
+    def dense_prefix(self) -> int:
+        """Hidden layers before the first with experts."""
+        return next(filter(self.is_moe, range(self.num_hidden_layers)), self.num_hidden_layers)
+
     def is_moe(self, layer: int) -> bool:
         """Whether a layer has experts."""
         return self.feed(layer).experts is not None

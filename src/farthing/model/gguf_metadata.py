@@ -98,11 +98,11 @@ def _experts(c: ModelConfig, e: Experts) -> dict[str, Any]:
         "expert_count": e.count,
         "expert_used_count": e.router.top_k,
         "expert_feed_forward_length": e.width,
-        "expert_shared_count": -(-e.shared // e.width),
+        "expert_shared_count": e.shared_count,
         "expert_weights_scale": e.router.scale,
         "expert_weights_norm": e.router.normalize,
         "expert_gating_func": _GATING[e.router.scoring],
-        "leading_dense_block_count": next(filter(c.is_moe, range(c.num_hidden_layers)), c.num_hidden_layers),
+        "leading_dense_block_count": c.dense_prefix,
     }
     if e.router.num_groups > 1:
         groups = e.router.num_groups, e.router.top_k_groups

@@ -247,9 +247,9 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
             "%s: config declares an MTP layer but has no weights for it; MTP disabled", checkpoint.path
         )
         config = replace(config, num_nextn_predict_layers=0)
-    first = next(filter(config.is_moe, range(config.num_hidden_layers)), None)
-    if kind.may_lack_router_bias and config.experts and config.experts.corrected and first is not None:
-        bias = names.stored(f"model.layers.{first}.mlp.gate.e_score_correction_bias")
+    corrected = config.experts is not None and config.experts.corrected
+    if kind.may_lack_router_bias and corrected and config.moe_layers:
+        bias = names.stored(f"model.layers.{config.dense_prefix}.mlp.gate.e_score_correction_bias")
         config = config.with_experts(corrected=checkpoint.has(bias))
     return config
 

@@ -293,7 +293,7 @@ def _cpu(s: Shard, holder: Holder, serving: Serving, threads: int) -> int:
 
     outputs = max(a.passed(max(serving.max_model_len, t)) for a in s.kinds)
     # Of all layers in one call; experts that are added a layer later are held until then.
-    hidden = (3 + any(f.width and f.experts for f in c.feeds)) * c.hidden_size
+    hidden = (3 + any(feed.both for feed in c.feeds)) * c.hidden_size
     if c.streams is not None:  # before the layers and after each of them
         hidden += 2 * c.state_width + c.mixed_width
     buffers = _FLOAT * t * (outputs + hidden)

@@ -526,11 +526,10 @@ def prune_structure(work: LayerWork, recipe: Settings) -> dict[str, int]:
     if recipe.neurons:
         assert experts is not None
         width = kept_neurons(experts.width, recipe.neurons)
-        shared = experts.shared // experts.width  # experts in one
         for mlp in layer.mlps():  # the shared expert's width follows the routed experts'
-            times = shared if mlp.endswith("shared_experts") else 1
+            times = experts.shared_count if mlp.endswith("shared_experts") else 1
             _prune_neurons(layer, mlp, inputs.get(f"{mlp}.down_proj"), width * times)
-        _change(layer, lambda e: replace(e, width=width, shared=width * shared))
+        _change(layer, lambda e: replace(e, width=width, shared=width * e.shared_count))
         changes["moe_intermediate_size"] = width
     return changes
 

@@ -57,17 +57,13 @@ def check_trainable(cfg: ModelConfig) -> None:
     if cfg.rope != RopeConfig(theta=cfg.rope.theta):
         raise ConfigError("rope_scaling is set; expected plain interleaved RoPE for training")
     check_config(cfg)
-    dense = _dense_prefix(cfg)
+    dense = cfg.dense_prefix
     for layer in range(dense, cfg.num_hidden_layers + cfg.num_nextn_predict_layers):
         experts = cfg.feed(layer).experts
         if experts is None:
             raise ConfigError(f"moe_layer_freq: layer {layer} has no experts; expected some from {dense} on")
         if not experts.corrected or experts.router.scoring != "sigmoid":
             raise ConfigError("topk_method, scoring_func: expected 'noaux_tc' and 'sigmoid' for training")
-
-
-def _dense_prefix(cfg: ModelConfig) -> int:
-    return next(filter(cfg.is_moe, range(cfg.num_hidden_layers)), cfg.num_hidden_layers)
 
 
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
@@ -90,7 +86,7 @@ def _feed_forwards(cfg: ModelConfig) -> dict[str, Any]:
         "intermediate_size": cfg.intermediate_size or 4 * cfg.hidden_size,  # of no layer
         "moe_intermediate_size": width,
         "n_routed_experts": experts.count,
-        "n_shared_experts": -(-experts.shared // width),
+        "n_shared_experts": experts.shared_count,
         "num_experts_per_tok": rule.top_k,
         "n_group": rule.num_groups,
         "topk_group": rule.top_k_groups,
@@ -98,7 +94,7 @@ def _feed_forwards(cfg: ModelConfig) -> dict[str, Any]:
         "scoring_func": rule.scoring,
         "norm_topk_prob": rule.normalize,
         "routed_scaling_factor": rule.scale,
-        "first_k_dense_replace": _dense_prefix(cfg),
+        "first_k_dense_replace": cfg.dense_prefix,
         "moe_layer_freq": 1,
     }
     if experts.shared % width:

@@ -71,7 +71,7 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
         "index_head_dim": index.width,
         "index_topk": index.top_k,
         "compress_ratios": _rates(cfg),
-        "n_shared_experts": -(-cfg.shared_size // cfg.moe_intermediate_size),
+        "n_shared_experts": e.shared_count,
         "routed_scaling_factor": e.router.scale,
         "num_hash_layers": sum(_hashed(cfg)),
         "hc_mult": s.count,

@@ -164,13 +164,10 @@ class NamedJsonCalls(Machine):
         name, brace, rest = text.partition("{")
         self._seen.append(name)
         head = "".join(self._seen)
-        if (
-            brace
-            and len(head) <= MAX_HEAD
-            and self._callable((head if self._name is None else self._name).strip())
-        ):
+        called = (head if self._name is None else self._name).strip()
+        if brace and len(head) <= MAX_HEAD and self._callable(called):
             self._open_object()
-            self._start_call((head if self._name is None else self._name).strip())
+            self._start_call(called)
             self._buffer = brace + rest + self._buffer
         elif brace or len(head) > MAX_HEAD:  # the opener was only mentioned
             self._state = self._outside

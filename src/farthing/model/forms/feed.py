@@ -34,6 +34,11 @@ class Experts:
         return self.router.num_experts - self.router.identities
 
     @property
+    def shared_count(self) -> int:
+        """The shared expert in experts of a routed one's width, as config.json counts it."""
+        return -(-self.shared // self.width)
+
+    @property
     def per_token(self) -> float:
         """Routed experts per token: fewer than top_k if a balanced router picks identities."""
         return self.router.top_k * self.count / self.router.num_experts
@@ -95,15 +100,19 @@ class Feed:
     scaled: bool = False  # the layer's output is multiplied by a learned number
 
     @property
+    def both(self) -> bool:
+        """Whether there is an MLP beside experts."""
+        return self.width > 0 and self.experts is not None
+
+    @property
     def parallel(self) -> bool:
         """Whether an MLP and experts have norms of their own and are added."""
-        return self.width > 0 and self.experts is not None and not self.delayed
+        return self.both and not self.delayed
 
     @property
     def alone(self) -> bool:
         """Whether the half is either an MLP or experts whose output is added as it is."""
-        both = self.width > 0 and self.experts is not None
-        return not (both or self.scaled or (self.experts and self.experts.router.identities))
+        return not (self.both or self.scaled or (self.experts and self.experts.router.identities))
 
     def tensors(self, p: str, d: int, vocabulary: int) -> Tensors:
         """The parameters, of routed experts those of the first alone; p: prefix, d: hidden size."""
