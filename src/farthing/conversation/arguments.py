@@ -186,7 +186,7 @@ class ObjectText:
     def __init__(self) -> None:
         self._pieces: list[str] = []  # all text
         self._rest, self._at = "", 0  # the text from `_at` on is not yet checked
-        self._held = ""  # a comma and a key, until their value begins
+        self._held: list[str] = []  # a comma and a key, until their value begins
         self._out: list[str] = []
         self._stack = ""  # the open brackets
         self._expect = "object"
@@ -258,7 +258,7 @@ class ObjectText:
         if self._expect == "key or end" and self._rest[self._at] == "}":
             self._close_bracket("}")
         elif match := _KEY.match(self._rest, self._at):
-            self._held += match[0]
+            self._held.append(match[0])
             self._at = match.end()
             self._expect = "colon"
         elif self._is_short and _CUT_KEY.fullmatch(self._rest, self._at):
@@ -307,16 +307,13 @@ class ObjectText:
     # What the text is made of.
 
     def _pass(self, text: str) -> None:
-        if self._held:
-            self._held += text
-        else:
-            self._out.append(text)
+        (self._held or self._out).append(text)
 
     def _value(self, text: str) -> None:
         """A value, or its beginning: what was held back before it becomes part of the object."""
         self._members = self._members or len(self._stack) == 1
-        self._out += (self._held, text)
-        self._held, self._expect = "", "comma"
+        self._out += (*self._held, text)
+        self._held, self._expect = [], "comma"
 
     def _open(self, bracket: str) -> None:
         if len(self._stack) == _MAX_DEPTH:
@@ -333,7 +330,7 @@ class ObjectText:
         if self._rest[self._at] != mark:
             self._break()
             return
-        self._held += mark
+        self._held.append(mark)
         self._at, self._expect = self._at + 1, then
 
     def _close_bracket(self, char: str) -> None:

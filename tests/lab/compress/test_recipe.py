@@ -48,6 +48,7 @@ def test_dropping_experts_keeps_the_most_salient_of_each_group(data: Path, tmp_p
     ids = torch.cat([w.ids[:-1] for w in corpus.windows])
     batch, blocks = paged_batch([w.tokens for w in corpus.windows])
     cache = model.new_cache(blocks, 16, "float32")
+    model.rotations.reach(batch)
     h = model.ops.embed(ids, model.embedding)
     (attention, mlp), (attention1, moe) = model.layers[:2]
     h, _ = attention(h, Place(cache, 0, batch))
