@@ -175,7 +175,9 @@ def _place(model: str | Path) -> Path | str:
         return _embedded()
     if stores.program_of(str(model)):
         found = stores.find(str(model))
-        return open_gguf(found) if found.is_file() else found
+        if not found.path.is_file():
+            return found.path
+        return open_gguf(found.path, found.system(), found.generation())
     if path.exists():
         raise FileNotFoundError(f"model: got {str(model)!r}; {_defect(path)}")
     if str(model) == _FORMER_NAME:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 _PART = re.compile(r"(.*)-(\d{5})-of-\d{5}")
 _DIGEST = re.compile("sha256:([0-9a-f]{64})")
-_MODEL_LAYER = "application/vnd.ollama.image.model"
+_LAYER = re.compile(r"application/vnd\.ollama\.image\.(model|adapter|system|params)")
+# Of Ollama's parameters, those that generation_config.json has, and their names there.
+_PARAMETERS = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "presence_penalty")},
+    **{"frequency_penalty": "frequency_penalty", "repeat_penalty": "repetition_penalty"},
+    "stop": "stop_strings",
+}
+_MOST_SAID = 1 << 20  # bytes of a system prompt or of parameters
 _OLLAMA_HUB = "registry.ollama.ai"  # names of models from there begin after it
 
 
@@ -24,13 +31,42 @@ class Stored:
     name: str
     path: Path  # a GGUF file, the first one of a split model; or a directory with a configuration
     size: int  # bytes
+    layers: Mapping[str, Path] = field(default_factory=dict)  # of Ollama, by kind
+
+    def system(self) -> str:
+        """What the first turn of a conversation says that brings none of its own. Raises ValueError."""
+        return self._text("system")
+
+    def generation(self) -> dict[str, Any]:
+        """What the model adds to its generation_config.json. Raises ValueError naming the parameter."""
+        text = self._text("params")
+        try:
+            given = json.loads(text or "{}")
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError(f"{self.layers['params']}: expected a JSON object, Ollama's parameters")
+        for name, value in given.items():
+            texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if name in _PARAMETERS and not (texts if name == "stop" else number):
+                expected = "texts" if name == "stop" else "a number"
+                raise ValueError(f"{self.layers['params']}: {name}: got {value!r:.80}; expected {expected}")
+        return {ours: given[name] for name, ours in _PARAMETERS.items() if name in given}
+
+    def _text(self, kind: str) -> str:
+        if (blob := self.layers.get(kind)) is None:
+            return ""
+        if blob.stat().st_size > _MOST_SAID:
+            raise ValueError(f"{blob}: got {blob.stat().st_size} bytes; expected at most {_MOST_SAID}")
+        return blob.read_text(encoding="utf-8")
 
 
 def stored() -> Iterator[Stored]:
     """The models of all programs."""
     for program, models in _PROGRAMS.items():
-        for name, path, size in models():
-            yield Stored(f"{program}:{name}", path, size)
+        for name, *rest in models():
+            yield Stored(f"{program}:{name}", *rest)
 
 
 def program_of(name: str) -> str | None:
@@ -39,11 +75,14 @@ def program_of(name: str) -> str | None:
     return program if program in _PROGRAMS and ":" in name else None
 
 
-def find(name: str) -> Path:
-    """The file or directory of a model. Raises FileNotFoundError with the names that are closest."""
-    known = {model.name: model.path for model in stored() if program_of(model.name) == program_of(name)}
+def find(name: str) -> Stored:
+    """A model by its name. Raises FileNotFoundError with the names that are closest; ValueError for one
+    whose weights are in two files of which one changes the other."""
+    known = {model.name: model for model in stored() if program_of(model.name) == program_of(name)}
     for full in (name, f"{name}:latest"):
         if full in known:
+            if "adapter" in known[full].layers:
+                raise ValueError(f"model: got {name!r}, which has an adapter; expected a model of one piece")
             return known[full]
     close = get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)[:3]
     expected = f"expected a name that `farthing list` shows, such as {', '.join(close)}"
@@ -51,28 +90,32 @@ def find(name: str) -> Path:
     raise FileNotFoundError(f"model: got {name!r}; {expected if close else none}")
 
 
-def _ollama() -> Iterator[tuple[str, Path, int]]:
-    """By its manifests, each of which names the blob with the weights."""
+def _ollama() -> Iterator[tuple[str, Path, int, Mapping[str, Path]]]:
+    """By its manifests, each of which names the blobs of the weights and of what belongs to them."""
     user, service = Path.home() / ".ollama/models", Path("/usr/share/ollama/.ollama/models")
     given = os.environ.get("OLLAMA_MODELS")
     for home in (Path(given),) if given else (user, service):
         for file in sorted((home / "manifests").glob("*/*/*/*")):
-            layers = _layers(file)
-            weights = next((layer for layer in layers if layer.get("mediaType") == _MODEL_LAYER), None)
-            digest = _DIGEST.fullmatch(str((weights or {}).get("digest")))
-            if digest is None or not (blob := home / "blobs" / f"sha256-{digest[1]}").is_file():
+            layers = dict(_layers(file, home / "blobs"))
+            if (blob := layers.get("model")) is None:
                 continue
             host, owner, model, tag = file.parts[-4:]
             parts = [host] * (host != _OLLAMA_HUB) + [owner] * (owner != "library") + [model]
-            yield f"{'/'.join(parts)}:{tag}", blob, blob.stat().st_size
+            yield f"{'/'.join(parts)}:{tag}", blob, blob.stat().st_size, layers
 
 
-def _layers(manifest: Path) -> list[dict[str, Any]]:
+def _layers(manifest: Path, blobs: Path) -> Iterator[tuple[str, Path]]:
+    """The kind and the blob of each layer that is here; no other file, whatever the manifest says."""
     try:
         layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    for layer in layers if isinstance(layers, list) else []:
+        if isinstance(layer, dict):
+            kind = _LAYER.fullmatch(str(layer.get("mediaType")))
+            digest = _DIGEST.fullmatch(str(layer.get("digest")))
+            if kind and digest and (blob := blobs / f"sha256-{digest[1]}").is_file():
+                yield kind[1], blob
 
 
 def _lmstudio() -> Iterator[tuple[str, Path, int]]:
@@ -102,7 +145,7 @@ def _gguf_in(folder: Path) -> Iterator[tuple[str, Path, int]]:
         yield name, files[0], sum(file.stat().st_size for file in files)
 
 
-_PROGRAMS: dict[str, Callable[[], Iterator[tuple[str, Path, int]]]] = {
+_PROGRAMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "ollama": _ollama,
     "lmstudio": _lmstudio,
     "llama.cpp": _llama_cpp,

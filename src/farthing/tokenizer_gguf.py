@@ -141,6 +141,25 @@ def tokenizer_of(file: str, fields: Mapping[str, Any]) -> tuple[Tokenizer, dict[
     return backend, _described(tokens, fields)
 
 
+def led_by(system: str, described: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's description whose template begins conversations without a system turn with this one."""
+    if not system or (template := described.get("chat_template")) is None:
+        return described
+    turn = f'{{"role": "system", "content": {json.dumps(system, ensure_ascii=False)}}}'
+    led = "messages and messages[0].role not in ['system', 'developer']"
+    start = f"{{%- if {led} %}}{{%- set messages = [{turn}] + messages %}}{{%- endif -%}}"
+    return described | {"chat_template": start + template}
+
+
+def stops_apart(generation: dict[str, Any], backend: Tokenizer) -> dict[str, Any]:
+    """With the stops that are control tokens as ids: an answer's text never shows them."""
+    stops = generation.pop("stop_strings", [])
+    tokens = {token.content: id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+    ids = [tokens[stop] for stop in stops if stop in tokens]
+    texts = [stop for stop in stops if stop and stop not in tokens]
+    return generation | ({"stop_token_ids": ids} if ids else {}) | ({"stop_strings": texts} if texts else {})
+
+
 def _byte_level(vocabulary: dict[str, int], fields: Mapping[str, Any]) -> Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in fields.get("merges") or []]
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=fields["pre"] in _WHOLE))

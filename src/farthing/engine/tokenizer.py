@@ -435,8 +435,10 @@ class Tokenizer:
 def generation_defaults(path: Path) -> dict[str, Any]:
     """Sampling fields that generation_config.json recommends, under SamplingParams' names."""
     raw = _json(path / "generation_config.json")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return {name: raw[name] for name in names if raw.get(name) is not None}
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    names = {name: name for name in ("temperature", "top_k", "top_p", "min_p", *penalties)}
+    names |= {"stop_strings": "stop", "stop_token_ids": "stop_token_ids"}
+    return {ours: raw[name] for name, ours in names.items() if raw.get(name) is not None}
 
 
 _USED = ("bos_token", "eos_token", "add_bos_token", "chat_template")  # of tokenizer_config.json

@@ -26,7 +26,7 @@ from farthing.model.attention import frequencies
 from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError, read_rope
 from farthing.quants import parts_of
-from farthing.tokenizer_gguf import tokenizer_of
+from farthing.tokenizer_gguf import led_by, stops_apart, tokenizer_of
 
 _VERSION = 4  # of the directory's contents; those of another version are written again
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
@@ -43,11 +43,15 @@ _NEAR = 1e-3  # relative difference of stored rotary factors, float32, to those 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def open_gguf(path: Path) -> Path:
+def open_gguf(path: Path, system: str = "", generation: Mapping[str, Any] | None = None) -> Path:
     """The model directory of a GGUF file, or of all files of a split one. Raises CheckpointError or
-    ConfigError, each naming the file and what is accepted."""
+    ConfigError, each naming the file and what is accepted.
+
+    system: the first turn of conversations that bring none. generation: what is added to
+    generation_config.json.
+    """
     files = _parts_of(path.absolute())  # not where links of the hub's cache point to
-    target = _place(files)
+    target = _place(files, *([system, generation] if system or generation else []))
     if target.is_dir():
         return target
     readers = [_opened(file) for file in files]
@@ -84,10 +88,11 @@ def open_gguf(path: Path) -> Path:
         replace_json(draft / "config.json", config)
         replace_json(draft / INDEX, tensors, indent=None)
         replace_text(draft / "tokenizer.json", backend.to_str())
-        replace_json(draft / "tokenizer_config.json", described)
+        replace_json(draft / "tokenizer_config.json", led_by(system, described))
         sampling = {name: _shortest(metadata.get(*stated)) for name, stated in SAMPLING.items()}
         eos = {"eos_token_id": sorted(ends)} if ends else {}
-        replace_json(draft / "generation_config.json", sampling | eos)
+        given = stops_apart(dict(generation or {}), backend)
+        replace_json(draft / "generation_config.json", sampling | eos | given)
         draft.chmod(0o755)
         draft.rename(target)
     except OSError:
@@ -107,8 +112,8 @@ def described_in(path: Path) -> Path | None:
     return target if target.is_dir() else None
 
 
-def _place(files: Sequence[Path]) -> Path:
-    return _cache() / f"{files[0].stem}-{_digest(files)}"
+def _place(files: Sequence[Path], *added: Any) -> Path:
+    return _cache() / f"{files[0].stem}-{_digest(files, *added)}"
 
 
 class Metadata:
@@ -585,7 +590,7 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "farthing" / "gguf"
 
 
-def _digest(files: Sequence[Path]) -> str:
-    """Of the files' places, sizes and times."""
+def _digest(files: Sequence[Path], *added: Any) -> str:
+    """Of the files' places, sizes and times, and of what is added to what they say."""
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([_VERSION, stats]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([_VERSION, stats, *added]).encode()).hexdigest()[:16]
