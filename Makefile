@@ -27,10 +27,10 @@ test: $(STAMP)
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(PYTEST) -m "not gpu" --hypothesis-profile thorough
+	FARTHING_TEST_ISAS=all $(PYTEST) -m "not gpu" --hypothesis-profile thorough
 
 test-slow: $(STAMP)
-	$(PYTEST) -m "slow and not gpu"
+	FARTHING_TEST_ISAS=all $(PYTEST) -m "slow and not gpu"
 
 # Tests of kernels and backends with every instruction set in turn; AMX tiles are emulated (native/test-isa).
 test-isa: $(STAMP)

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.pairs import cover
+
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What the user's cache holds, such as packed models, decides nothing.
@@ -33,6 +35,23 @@ settings.register_profile("thorough", _SHARED)
 settings.register_profile("quick", _SHARED, max_examples=40, derandomize=True)
 settings.load_profile("quick")
 gc.disable()  # until all tests are imported
+
+
+@pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `pairs`, the cases that hold every pair of its parameters' values stay fast."""
+    tests: dict[Any, list[Any]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and {m.name for m in item.iter_markers()} & {"pairs", "slow"} == {
+            "pairs"
+        }:
+            tests.setdefault((item.parent, item.name.partition("[")[0]), []).append(item)
+    for cases in tests.values():
+        # A value of `parametrize` is one object in all cases that have it, and need not be hashable.
+        fast = cover([{k: id(v) for k, v in case.callspec.params.items()} for case in cases])
+        for i, case in enumerate(cases):
+            if i not in fast:
+                case.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:

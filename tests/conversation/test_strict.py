@@ -48,6 +48,8 @@ from tests.conversation.test_parse import (
 )
 from tests.conversation.test_token_ids import byte_tokenizer
 
+pytestmark = pytest.mark.pairs
+
 pytest.importorskip("llguidance")
 
 

@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel, routers_of
 from farthing.model.deepseek import moe_weights
@@ -23,6 +22,7 @@ from farthing.ops.api import CacheDtype, Ops
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
+from tests.isas import ISAS
 
 from .conftest import EOS, VOCAB
 from .test_grouped import distance, hidden
@@ -77,7 +77,7 @@ def expected(name: str) -> dict[CacheDtype, torch.Tensor]:
     return {dtype: hidden(reference, dtype) for dtype in DTYPES}
 
 
-@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_agree_with_the_reference(
     name: str, dtype: CacheDtype, isa: str, expected: dict[CacheDtype, torch.Tensor]
@@ -94,6 +94,7 @@ def test_torch_agrees_with_the_reference(name: str, expected: dict[CacheDtype, t
     assert distance(hidden(built(name, select("torch", torch.float32))), expected["float32"]) < 1e-5
 
 
+@pytest.mark.slow  # interpreted
 def test_triton_agrees_with_the_reference(name: str, expected: dict[CacheDtype, torch.Tensor]) -> None:
     pytest.importorskip("triton")
     from farthing_gpu import GpuOps

@@ -25,6 +25,7 @@ from farthing.ops.hybrid import HybridOps
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
+from tests.isas import ISAS
 from tests.served import served_model
 from tests.tiny import GPT_OSS
 
@@ -83,7 +84,7 @@ def expected() -> dict[CacheDtype, torch.Tensor]:
     return {dtype: hidden(reference, dtype) for dtype in kinds}
 
 
-@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
 def test_kernels_agree_with_the_reference(
     dtype: CacheDtype, isa: str, expected: dict[CacheDtype, torch.Tensor]
@@ -101,6 +102,7 @@ def test_torch_agrees_with_the_reference(dtype: CacheDtype, expected: dict[Cache
     assert distance(hidden(built("torch"), dtype), expected[dtype]) < (1e-5 if dtype == "float32" else 0.02)
 
 
+@pytest.mark.slow  # interpreted
 def test_triton_agrees_with_the_reference(expected: dict[CacheDtype, torch.Tensor]) -> None:
     pytest.importorskip("triton")
     from farthing_gpu import GpuOps

@@ -76,12 +76,13 @@ def inputs_of(spec: AttentionSpec) -> tuple[Weight, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("name", "cache_dtype", "dtype"),
     [
-        ("small", "float32", torch.float32),
         ("small", "fp8", torch.float32),
         ("small", "int8", torch.bfloat16),
         ("halves", "bfloat16", torch.float32),
-        ("halves", "int8", torch.float32),
-        ("many_heads", "float32", torch.float32),
+        *(
+            pytest.param(*case, torch.float32, marks=pytest.mark.slow)
+            for case in (("small", "float32"), ("halves", "int8"), ("many_heads", "float32"))
+        ),
     ],
 )
 def test_mla(name: str, cache_dtype: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

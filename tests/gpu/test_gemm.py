@@ -24,8 +24,17 @@ REF = ReferenceOps(torch.float32)
 ROUNDED = 1e-5  # results in bfloat16: half the square of 2^-9
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 48, 64), (17, 33, 192), (40, 150, 288)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "n", "k"),
+    [
+        *((name, 17, 33, 192) for name in FORMATS),
+        *(
+            pytest.param(name, *sizes, marks=() if name in ("bf16", "int4_zero") else pytest.mark.slow)
+            for name in FORMATS
+            for sizes in ((1, 48, 64), (40, 150, 288))
+        ),
+    ],
+)
 def test_linear(name: str, tokens: int, n: int, k: int) -> None:
     w, x, scale, residual = weight(name, n, k), torch.randn(tokens, k), norm(k), torch.randn(tokens, n)
     parts = [pack(w, torch.float32, DEVICE)]

@@ -112,8 +112,16 @@ def expected_of(x: Tensor, ids: Tensor, gates: Tensor, experts: Sequence[Gated])
     return out
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("tokens", "hidden", "inner"), [(1, 64, 32), (10, 160, 96)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "hidden", "inner"),
+    [
+        *((name, 1, 64, 32) for name in FORMATS),
+        *(
+            pytest.param(name, 10, 160, 96, marks=() if name in ("bf16", "int4_zero") else pytest.mark.slow)
+            for name in FORMATS
+        ),
+    ],
+)
 def test_grouped(name: str, tokens: int, hidden: int, inner: int) -> None:
     experts = [
         (weight(name, inner, hidden), weight(name, inner, hidden), weight(name, hidden, inner))

@@ -18,10 +18,10 @@ from farthing.ops.cut import columns_of, halves_of
 from farthing.ops.specs import RouterSpec
 from farthing.ops.torch_util import make_batch
 from farthing.ops.weights import Weight
+from tests.isas import ISAS, threads_of
 from tests.ops.parts import EPS, FORMATS, SPECS, experts, norm, weight
-from tests.ops.test_cpu import ISAS, threads_of
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 BLOCK = 16
 LENGTH = 600  # several chunks of keys

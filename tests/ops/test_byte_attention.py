@@ -12,7 +12,9 @@ from farthing.ops.api import CacheDtype, LatentCache, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.specs import GroupedParts, GroupedSpec
 from farthing.ops.torch_util import make_batch
-from tests.ops.test_cpu import ISAS
+from tests.isas import ISAS
+
+pytestmark = pytest.mark.pairs
 
 # Relative error of the arithmetic alone. Where keys become bfloat16 first it is about 4e-3.
 AS_CACHED = {("avx512_vnni", "int8"): 3e-4, ("avx512_bf16", "int8"): 3e-4}

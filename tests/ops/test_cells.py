@@ -10,17 +10,15 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
 from farthing.ops import weights
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.formats import pack, plan
 from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import NEVER, Weight, blocks_per_cell, costs_of, measured_for, saves_time
+from tests.isas import ALL, ISAS
 from tests.ops.parts import BOUNDS, distance, weight
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
-
-ISAS = _native.instruction_sets().split()
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 
 def pattern(n: int, k: int, block: tuple[int, int], zeros: float) -> Tensor:
@@ -125,7 +123,7 @@ def test_dense_matrix_stays_dense(ops: CpuOps, group: int) -> None:
 
 
 def test_every_instruction_set_has_costs() -> None:
-    for isa in (*ISAS, "amx"):
+    for isa in (*ALL, "amx"):
         assert isa == "amx" or measured_for(isa) in isa
         for kind in ("int8", "int4", "nl4"):
             costs = costs_of(kind, isa)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
 from farthing.ops.api import Batch, Norm, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import AttentionSpec, RouterSpec
 from farthing.ops.weights import Weight
+from tests.isas import ISAS, threads_of
 from tests.ops.parts import (
     BOUNDS,
     EPS,
@@ -32,14 +32,7 @@ from tests.ops.parts import (
     zero_blocks,
 )
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
-
-ISAS = _native.instruction_sets().split()
-
-
-def threads_of(isa: str) -> int:
-    """Two with the best kernels. `test_cpu_threads` compares thread counts with all of them."""
-    return 2 if isa == ISAS[0] else 1
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 
 @pytest.fixture(params=ISAS)

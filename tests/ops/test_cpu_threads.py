@@ -19,6 +19,7 @@ from farthing.ops.api import Norm, Place
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import quantize_int4
+from tests.isas import ISAS
 from tests.ops.parts import SPECS, batch_of, experts, weight
 
 pytestmark = pytest.mark.usefixtures("exact_on_amx")
@@ -56,7 +57,7 @@ def results(ops: CpuOps) -> list[Tensor]:
     return out
 
 
-@pytest.mark.parametrize("isa", native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 def test_threads_do_not_change_a_bit(isa: str) -> None:
     first = results(CpuOps(1, isa=isa))
     for threads in (2, 3):
@@ -96,7 +97,7 @@ def test_every_unit_is_computed_once(threads: int, units: int, topology: str) ->
         assert sorted(unit for _, _, unit, _ in backend.units_of_threads(units)) == list(range(units))
 
 
-@pytest.mark.parametrize("isa", [s for s in native.instruction_sets().split() if s != "portable"])
+@pytest.mark.parametrize("isa", [s for s in ISAS if s != "portable"])
 def test_row_does_not_depend_on_its_batch(isa: str) -> None:
     """Quantized projections of up to 32 rows: the same bits for a token alone and in a batch."""
     torch.manual_seed(2)

@@ -16,9 +16,11 @@ pytest.importorskip("farthing._native")
 from farthing.ops.api import GroupedParts, GroupedSpec, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.torch_util import make_batch
+from tests.isas import ISAS
 from tests.ops.parts import SPECS
-from tests.ops.test_cpu import ISAS
 from tests.ops.test_expanded import Layer, random_weight
+
+pytestmark = pytest.mark.pairs
 
 CACHES = ["float32", "bfloat16", "fp8", "int8"]
 GROUPED = {

@@ -12,13 +12,13 @@ import torch
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
 from farthing.ops.api import LatentCache, Ops, Place, StateCache
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import DeltaParts, DeltaSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch
+from tests.isas import ISAS
 
 SPECS = [
     DeltaSpec(2, 4, 16, 32, 4),
@@ -124,7 +124,9 @@ def test_torch_computes_the_recurrence(make: Any, s: DeltaSpec) -> None:
     assert_exact(make(torch.bfloat16), s, 2e-2)
 
 
-@pytest.mark.parametrize("s", SPECS[:3], ids=str)
+@pytest.mark.parametrize(  # interpreted
+    "s", [pytest.param(s, marks=pytest.mark.slow if s is not SPECS[1] else ()) for s in SPECS[:3]], ids=str
+)
 def test_triton_computes_the_recurrence(s: DeltaSpec) -> None:
     pytest.importorskip("triton")
     from farthing_gpu import GpuOps
@@ -145,7 +147,7 @@ def test_a_step_takes_the_workspace_of_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("s", SPECS, ids=str)
-@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 def test_kernels_compute_the_recurrence(isa: str, s: DeltaSpec) -> None:
     assert_exact(CpuOps(2, isa=isa), s, 2e-6)
 

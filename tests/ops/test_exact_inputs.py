@@ -21,8 +21,11 @@ from farthing.ops.reference import ReferenceOps
 from farthing.ops.select import select
 from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import InputRounding, Weight
+from tests.isas import ALL, ISAS, threads_of
 from tests.ops.parts import EPS, GROUPS, ROUTERS, SCALED, SPECS, UNITS, batch_of, experts, norm, weight
-from tests.ops.test_cpu import ISAS, run_mla, threads_of
+from tests.ops.test_cpu import run_mla
+
+pytestmark = pytest.mark.pairs
 
 INTEGERS = ["int8", "int4", "int4_zero", *GROUPS, *UNITS, *(n for n in SCALED if not n.startswith("fp8"))]
 BOUND = 1e-4  # of the exact mode, relative to the output's length
@@ -95,7 +98,7 @@ def test_row_does_not_depend_on_others_nor_on_the_instruction_set(name: str, spa
     torch.manual_seed(0)
     w, x = weight(name, 100, 256), torch.randn(70, 256)
     outputs = []
-    for isa in ISAS:
+    for isa in ALL:
         ops = backend(isa)
         handle = packed(ops, w, sparse)
         outputs.append(together := ops.linear(x, handle))
@@ -103,7 +106,7 @@ def test_row_does_not_depend_on_others_nor_on_the_instruction_set(name: str, spa
             assert torch.equal(ops.linear(x[:rows], handle), together[:rows])
             assert torch.equal(ops.linear(x[70 - rows :], handle), together[70 - rows :])
     # The portable kernels have no fused products and sums.
-    fused = [y for isa, y in zip(ISAS, outputs, strict=True) if isa != "portable"]
+    fused = [y for isa, y in zip(ALL, outputs, strict=True) if isa != "portable"]
     assert all(torch.equal(fused[0], other) for other in fused[1:])
 
 

@@ -17,8 +17,11 @@ from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import AttentionSpec
 from farthing.ops.torch_util import write_cache
 from farthing.ops.weights import Weight
+from tests.isas import ISAS
 from tests.ops.parts import SPECS, batch_of, distance, norm, weight
-from tests.ops.test_cpu import ISAS, MLA_BOUNDS
+from tests.ops.test_cpu import MLA_BOUNDS
+
+pytestmark = pytest.mark.pairs
 
 FROM = 1024  # kExpandFrom in native/expanded.h
 LEAST = 40  # tokens of a chunk that is expanded in these tests

@@ -20,8 +20,11 @@ from farthing.ops.reference import ReferenceOps, pack_grouped, prepared
 from farthing.ops.specs import GroupedParts, GroupedSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch
+from tests.isas import ISAS
 from tests.ops.parts import distance
-from tests.ops.test_cpu import ISAS, MLA_BOUNDS
+from tests.ops.test_cpu import MLA_BOUNDS
+
+pytestmark = pytest.mark.pairs
 
 SIZES = {
     "small": GroupedSpec(4, 2, 16, 8, 0.3),
@@ -186,7 +189,7 @@ def test_kernels(isa: str, window: int | None, name: str, cache_dtype: str, bloc
     ("name", "cache_dtype", "window"),
     [
         *(
-            (*case, window)
+            pytest.param(*case, window, marks=pytest.mark.slow if window in (30, 700) else ())
             for case in (
                 ("odd", "float32"), ("small", "bfloat16"), ("small", "int8"), ("K = V", "bfloat16"),
                 ("K = V, odd", "float32"),

@@ -19,10 +19,10 @@ from farthing.ops.cut import Cut, cut_weight
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import INTEGERS, Weight, quantize_int8
+from tests.isas import ISAS
 from tests.ops.parts import BOUNDS, EPS, GROUPS, SCALED, UNITS, distance, experts, norm, weight
-from tests.ops.test_cpu import ISAS
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 REF = ReferenceOps(torch.float32)
 

@@ -14,9 +14,8 @@ from farthing.ops.indexer import read_keys, top_positions
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import IndexerSpec
 from farthing.ops.torch_util import make_batch
-from tests.ops.test_cpu import threads_of
+from tests.isas import ISAS, threads_of
 
-CPUS = _native.instruction_sets().split()
 BLOCK = 4
 
 
@@ -100,7 +99,7 @@ def keys_of(step: Step) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.num_heads}x{s.head_dim}")
-@pytest.mark.parametrize("name", CPUS)
+@pytest.mark.parametrize("name", ISAS)
 def test_cpu_against_the_reference(name: str, spec: IndexerSpec, dtype: CacheDtype) -> None:
     args = (dtype, spec, [3, 70], [90, 11])
     ours, reference = Step(backend(name), *args), Step(backend("reference"), *args)
@@ -117,14 +116,14 @@ def test_cpu_against_the_reference(name: str, spec: IndexerSpec, dtype: CacheDty
     assert same / total > (0.999 if dtype == "float32" else 0.97)
 
 
-@pytest.mark.parametrize("name", ["reference", *CPUS])
+@pytest.mark.parametrize("name", ["reference", *ISAS])
 def test_nothing_is_scored_if_the_context_fits(name: str) -> None:
     step = Step(backend(name), "float32", SPECS[1], [3, 20], [20, 11])
     assert step.chosen is None
     assert keys_of(step)[1].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["reference", *CPUS])
+@pytest.mark.parametrize("name", ["reference", *ISAS])
 def test_ties_select_the_earlier_position(name: str) -> None:
     """All weights 0: every score is 0, or -0 for negative weights."""
     ops, spec = backend(name), SPECS[0]

@@ -26,7 +26,10 @@ from farthing.ops.weights import (
     rounded,
     to_codes,
 )
+from tests.isas import ISAS
 from tests.ops.parts import BOUNDS, distance
+
+pytestmark = pytest.mark.pairs
 
 
 def errors(w: torch.Tensor, value: torch.Tensor, group: int) -> torch.Tensor:
@@ -124,7 +127,7 @@ def test_codes_beat_even_spacing() -> None:
     assert float(errors(w, value(*to_codes(w)), 64).sum() / even) < 0.85
 
 
-@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("tokens", [1, 2, 5, 19, 40])
 @pytest.mark.parametrize(("hidden", "width"), [(64, 96), (96, 160), (256, 64)])
 def test_products_with_codes(isa: str, tokens: int, hidden: int, width: int) -> None:
@@ -142,7 +145,7 @@ def test_products_with_codes(isa: str, tokens: int, hidden: int, width: int) -> 
     assert distance(found, ref.mlp(x, expected, Norm(scale, 1e-6), residual=False)) < 3 * BOUNDS["int4"]
 
 
-@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 def test_stored_codes_are_kept(isa: str) -> None:
     q, scale = to_codes(random_rows(48, 256, "normal"))
     scale = scale.bfloat16().float()
@@ -162,7 +165,7 @@ def test_stored_codes_are_kept(isa: str) -> None:
 
 
 @pytest.mark.usefixtures("sparse_on_amx")
-@pytest.mark.parametrize("isa", _native.instruction_sets().split())
+@pytest.mark.parametrize("isa", ISAS)
 def test_blocks_of_zeros_are_left_out_of_codes(isa: str) -> None:
     w = random_rows(64, 256, "normal")
     w *= (torch.rand(4, 16) > 0.6).repeat_interleave(16, 0).repeat_interleave(16, 1)

@@ -12,8 +12,8 @@ pytest.importorskip("farthing._native")
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.weights import INTEGERS, Weight
+from tests.isas import ISAS
 from tests.ops.parts import GROUPS, SCALED, UNITS, distance, weight
-from tests.ops.test_cpu import ISAS
 
 pytestmark = pytest.mark.usefixtures("exact_on_amx")
 

@@ -18,8 +18,8 @@ from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import MoEWeights, RouterSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.weights import Weight
+from tests.isas import ISAS
 from tests.ops.parts import BOUNDS, EPS, FORMATS, SCALED, UNITS, distance, experts, norm, weight
-from tests.ops.test_cpu import ISAS
 from tests.ops.test_packed_file import never
 
 pytestmark = pytest.mark.usefixtures("exact_on_amx")

@@ -23,12 +23,12 @@ from farthing.ops.cut import Cut, columns_of, cut_weight
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import RouterSpec
 from farthing.ops.weights import Weight, folded
+from tests.isas import ISAS
 from tests.ops.parts import BOUNDS, EPS, distance, norm, ordered_experts, weight
-from tests.ops.test_cpu import ISAS
 from tests.ops.test_groups import values
 from tests.ops.test_packed_file import never
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 REF = ReferenceOps(torch.float32)
 NAMES = ["int4", "int4_zero", "int8_groups", "int8_zero", "q4_k"]

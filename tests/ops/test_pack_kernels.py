@@ -17,8 +17,10 @@ from farthing import _native
 from farthing.checkpoint.floats import quantize_blocks
 from farthing.ops.cpu.formats import Plan, pack
 from farthing.ops.weights import CODES, Weight, quantize_int4, quantize_int8, to_codes
+from tests.isas import ISAS
 
-ISAS = _native.instruction_sets().split()
+pytestmark = pytest.mark.pairs
+
 SHAPES = [(1, 64), (16, 128), (17, 192), (50, 320)]  # rows, columns
 HEADER = 64
 Bytes = NDArray[np.uint8]

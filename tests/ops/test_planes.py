@@ -16,10 +16,10 @@ from farthing.ops.api import Norm, NotFinite
 from farthing.ops.cpu import CpuOps, formats
 from farthing.ops.cpu.weights import Linear
 from farthing.ops.weights import Weight
+from tests.isas import ISAS, threads_of
 from tests.ops.parts import EPS, norm, weight
-from tests.ops.test_cpu import ISAS, threads_of
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 
 @pytest.fixture(params=ISAS)

@@ -12,8 +12,8 @@ pytest.importorskip("farthing._native")
 from farthing import _native
 from farthing.ops.cpu import CpuOps
 from farthing.ops.weights import Weight
+from tests.isas import ISAS, threads_of
 from tests.ops.parts import BOUNDS, distance, weight
-from tests.ops.test_cpu import ISAS, threads_of
 
 Distances = tuple[int, int, int, int, int]
 

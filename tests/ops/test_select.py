@@ -9,14 +9,12 @@ import sys
 import pytest
 import torch
 
-from farthing import _native
 from farthing.ops.cpu import CpuOps
 from farthing.ops.select import select
+from tests.isas import ALL
 
-ISAS = _native.instruction_sets().split()
 
-
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ALL)
 def test_backend_with_an_instruction_set(isa: str) -> None:
     assert select(f"cpu/{isa}", threads=1).name == f"cpu/{isa}, 1 thread"
 
@@ -28,11 +26,11 @@ def test_unknown_backends_are_rejected(backend: str) -> None:
         select(backend, threads=1)
 
 
-@pytest.mark.parametrize("isa", ["auto", *ISAS])
+@pytest.mark.parametrize("isa", ["auto", *ALL])
 def test_deterministic_sums_with_every_instruction_set(isa: str) -> None:
     ops = select("cpu" if isa == "auto" else f"cpu/{isa}", threads=1, parts=2)
     assert isinstance(ops, CpuOps)
-    assert ops.name == f"cpu/{ISAS[0] if isa == 'auto' else isa}, 1 thread"
+    assert ops.name == f"cpu/{ALL[0] if isa == 'auto' else isa}, 1 thread"
 
 
 def test_deterministic_sums_need_the_cpu_backend() -> None:
@@ -49,7 +47,7 @@ def run(isa: str) -> subprocess.CompletedProcess[str]:
 
 def test_environment_leaves_one_instruction_set() -> None:
     """As `make test-isa` does."""
-    assert run(ISAS[-1]).stdout.split() == [ISAS[-1]] * 2
+    assert run(ALL[-1]).stdout.split() == [ALL[-1]] * 2
     error = run("avx9").stderr
     assert "ValueError: FARTHING_ISA: got 'avx9'; expected an instruction set of this processor" in error
 

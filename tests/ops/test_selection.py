@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farthing import _native
 from farthing.ops.api import Batch, CacheDtype, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
@@ -16,12 +15,10 @@ from farthing.ops.specs import AttentionSpec
 from farthing.ops.torch_backend import TorchOps
 from farthing.ops.torch_util import make_batch, read_cache, rotate
 from farthing.ops.weights import Weight
+from tests.isas import ISAS
 
 SPEC = AttentionSpec(num_heads=3, nope_dim=16, rope_dim=8, value_dim=12, latent_dim=32, scale=0.2)
 BLOCK = 4
-
-
-CPUS = _native.instruction_sets().split()
 
 
 def backend(name: str) -> Ops:
@@ -62,7 +59,7 @@ def positions(batch: Batch, k: int | None, seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("name", ["reference", "torch", *CPUS])
+@pytest.mark.parametrize("name", ["reference", "torch", *ISAS])
 def test_all_positions_equal_dense_attention(name: str, dtype: CacheDtype) -> None:
     ops = backend(name)
     handle, cache, batch, q, kv = step(ops, dtype)
@@ -73,7 +70,7 @@ def test_all_positions_equal_dense_attention(name: str, dtype: CacheDtype) -> No
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("name", ["torch", *CPUS])
+@pytest.mark.parametrize("name", ["torch", *ISAS])
 def test_selected_positions_match_the_reference(name: str, dtype: CacheDtype, k: int) -> None:
     outs = []
     for each in (backend("reference"), backend(name)):
@@ -127,7 +124,7 @@ def test_runs_have_every_token_once_and_no_other_keys_than_theirs(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fp8", "int8"])
-@pytest.mark.parametrize("name", ["reference", "torch", *CPUS])
+@pytest.mark.parametrize("name", ["reference", "torch", *ISAS])
 def test_a_token_without_keys_attends_to_nothing(name: str, dtype: CacheDtype) -> None:
     """As where all scores of its keys are NaN. It had what an earlier step left in memory."""
     ops = backend(name)

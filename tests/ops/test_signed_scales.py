@@ -19,11 +19,11 @@ from farthing.ops.cpu import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import MoEWeights, RouterSpec
 from farthing.ops.weights import Weight, pack_int4
+from tests.isas import ISAS
 from tests.ops.models import logits_of, tiny_checkpoint
 from tests.ops.parts import BOUNDS, EPS, distance, norm, weight, zero_blocks
-from tests.ops.test_cpu import ISAS
 
-pytestmark = pytest.mark.usefixtures("exact_on_amx")
+pytestmark = [pytest.mark.pairs, pytest.mark.usefixtures("exact_on_amx")]
 
 
 @pytest.fixture(params=ISAS)

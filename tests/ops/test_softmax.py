@@ -8,15 +8,15 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
 from farthing.ops.cpu import CpuOps
 from farthing.ops.cpu.stack import native_rows
+from tests.isas import ISAS
 
 INF, NAN = float("inf"), float("nan")
 LARGEST = torch.finfo(torch.float32).max
 
 
-@pytest.fixture(params=_native.instruction_sets().split())
+@pytest.fixture(params=ISAS)
 def ops(request: pytest.FixtureRequest) -> CpuOps:
     torch.manual_seed(0)
     return CpuOps(1, isa=request.param)

@@ -11,7 +11,9 @@ import torch
 from farthing.ops.api import Norm
 from farthing.ops.select import select
 from farthing.ops.weights import InputRounding, Weight, quantize_int8
-from tests.ops.test_cpu import ISAS
+from tests.isas import ISAS
+
+pytestmark = pytest.mark.pairs
 
 
 def exact(x: torch.Tensor, weight: Weight, scale: float) -> torch.Tensor:

@@ -21,6 +21,8 @@ from farthing.ops.torch_util import make_batch
 from tests.ops.models import logits_of, tiny_checkpoint
 from tests.ops.parts import EPS, ROUTERS, SPECS, batch_of, distance, experts, norm, weight
 
+pytestmark = pytest.mark.pairs
+
 CPU = torch.device("cpu")
 
 

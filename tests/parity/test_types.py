@@ -22,9 +22,8 @@ from .families import FAMILIES, GROUPED, build, deepseek_v4, exact_logits, fill,
 from .paged import chunkings, continues_greedily, greedy, run
 
 CASES = [
-    pytest.param(name, seed, marks=[pytest.mark.slow] if seed >= quick else ())
+    pytest.param(name, seed, marks=pytest.mark.slow if seed else ())
     for name in FAMILIES
-    for quick in [2 if name in (*GROUPED, "deepseek_v4") else 4]
     for seed in range(24)
 ]
 LENGTH = 21

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ DEVICES, SHARES = load_devices()
 PUBLISHED = Workload(4383, 1210, 0.563, 1 / 21)
 
 
+@cache
+def planned(name: str) -> PlannedModel:
+    raw = published_config(name)
+    assert raw is not None
+    return PlannedModel.of(ShardPlan.build(ModelConfig.from_json(raw), Layout()), stored_by_config(raw))
+
+
 def target(
     name: str = "deepseek-v3",
     gpu: str = "h100",
@@ -45,10 +53,8 @@ def target(
     memory: float | None = None,
     **fields: Any,
 ) -> Target:
-    raw = published_config(name)
-    assert raw is not None
-    config, device = ModelConfig.from_json(raw), DEVICES[gpu]
-    model = PlannedModel.of(ShardPlan.build(config, Layout()), stored_by_config(raw))
+    model, device = planned(name), DEVICES[gpu]
+    config = model.config
     load = Serving(0, config.max_position_embeddings, 1, 8192, cache_dtype=cache, redundant_experts=redundant)
     limit = int((memory or device.memory) * 1e9 * 0.9)
     return Target(model, Holder("gpu", 2, quantization), load, limit, device, SHARES, **fields)

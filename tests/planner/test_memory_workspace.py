@@ -25,6 +25,8 @@ from farthing.planner.footprint import Holder, Stored
 from tests.planner.test_memory_buffers import RAW
 from tests.tiny import GLM4, QWEN3_NEXT
 
+pytestmark = pytest.mark.pairs
+
 pytest.importorskip("farthing._native")
 
 SPARSE = dict(index_topk=48, index_n_heads=4, index_head_dim=64, model_type="deepseek_v32")

@@ -11,10 +11,10 @@ from torch import Tensor
 
 pytest.importorskip("farthing._native")
 
-from farthing import _native
 from farthing_lab.vision import IMAGE_ZERO, ConvProgram, Output, Plane
+from tests.isas import ISAS
 
-ISAS = _native.instruction_sets().split()
+pytestmark = pytest.mark.pairs
 
 
 @pytest.fixture(params=[(isa, threads) for isa in ISAS for threads in (1, 2)], ids=str)
