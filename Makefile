@@ -14,9 +14,9 @@ farthing_ray_tests   := tests/ray
 HOUSE   ?=
 TESTS   := $(if $(HOUSE),$(or $($(HOUSE)_tests),$(error HOUSE: got $(HOUSE); expected farthing, farthing_fleet, farthing_gpu, farthing_lab or farthing_ray)))
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
-NATIVE := $(wildcard native/*.cpp native/*.h native/*.inl native/*/*) CMakeLists.txt
+NATIVE := $(wildcard native/*/*) CMakeLists.txt
 
-SOURCES := $(wildcard native/*.cpp native/*.h native/*.inl native/vision/*.cpp native/vision/*.h native/vision/*.inl)
+SOURCES := $(wildcard native/*/*.cpp native/*/*.h native/*/*.inl)
 
 .PHONY: demo test test-all test-slow test-isa test-amx test-gpu serve bench bench-gpu lint format docs sanitize lock wheel clean
 

@@ -2,7 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
-#include "conv.h"
+#include "vision/conv.h"
 
 namespace nb = nanobind;
 using namespace farthing;

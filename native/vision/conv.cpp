@@ -1,5 +1,5 @@
 // Packing and running a program of convolutions; the arithmetic is in conv.inl.
-#include "conv.h"
+#include "vision/conv.h"
 
 #include <algorithm>
 #include <chrono>
@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../spin.h"
+#include "threads/spin.h"
 
 namespace farthing {
 namespace {

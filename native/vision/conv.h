@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "../backend.h"
-#include "layer.h"
+#include "layers/backend.h"
+#include "vision/layer.h"
 
 namespace farthing {
 

@@ -1,6 +1,6 @@
 // Strips of pixels times pairs of output groups. Included by the kernel sources; see conv_layer.h for the
 // layouts.
-#include "layer.h"
+#include "vision/layer.h"
 
 namespace farthing {
 namespace {

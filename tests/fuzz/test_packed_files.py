@@ -36,7 +36,7 @@ NUMBERS = st.one_of(
 VALUES = st.one_of(
     NUMBERS, st.none(), st.booleans(), st.floats(), st.text(max_size=5), st.lists(NUMBERS, max_size=4)
 )
-SECTION_HEAD = struct.Struct("<IIiiiIII Q Q 16x")  # native/pack.cpp
+SECTION_HEAD = struct.Struct("<IIiiiIII Q Q 16x")  # native/pack/pack.cpp
 COMMON = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 INTEGERS = ["int8", "int4", "int4_zero", "nl4"]
 ROWS = 100
-BLOCK = 512  # kBlockColumns in native/matrix.h
+BLOCK = 512  # kBlockColumns in native/pack/matrix.h
 
 
 @pytest.fixture

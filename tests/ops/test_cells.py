@@ -1,4 +1,4 @@
-"""Block-sparse matrices (native/cells.h) on every instruction set, compared with float64."""
+"""Block-sparse matrices (native/linear/cells.h) on every instruction set, compared with float64."""
 
 from __future__ import annotations
 

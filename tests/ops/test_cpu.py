@@ -333,7 +333,7 @@ def test_mla(ops: CpuOps, ref: ReferenceOps, name: str, cache_dtype: str, block_
 
 @pytest.mark.parametrize("keys", [255, 257, 3839, 3841, 3900, 4096, 4097, 4352, 4353, 5400])
 def test_mla_where_chunks_of_keys_meet(ops: CpuOps, ref: ReferenceOps, keys: int) -> None:
-    """Contexts that end within, at and after the boundaries of `native/chunks.h`."""
+    """Contexts that end within, at and after the boundaries of `native/attention/chunks.h`."""
     spec = SPECS["small"]
     rows = spec.num_heads * (spec.nope_dim + spec.value_dim)
     w = Weight("dense", (torch.randn(rows, spec.latent_dim) / spec.latent_dim**0.5).bfloat16())

@@ -23,7 +23,7 @@ from tests.ops.test_cpu import MLA_BOUNDS
 
 pytestmark = pytest.mark.pairs
 
-FROM = 1024  # kExpandFrom in native/expanded.h
+FROM = 1024  # kExpandFrom in native/attention/expanded.h
 LEAST = 40  # tokens of a chunk that is expanded in these tests
 LONGEST = 1400
 

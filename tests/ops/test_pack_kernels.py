@@ -1,4 +1,4 @@
-"""Packing on every instruction set: the bytes of native/formats.h, built here with numpy."""
+"""Packing on every instruction set: the bytes of native/pack/formats.h, built here with numpy."""
 
 from __future__ import annotations
 

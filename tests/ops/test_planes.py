@@ -142,7 +142,7 @@ def test_packed_file_with_planes_of_an_earlier_version(
     heads(ops, weight("int8", 100, 64))
     ops.save_packed(str(path))
     file = bytearray(path.read_bytes())
-    file[file.index(b"GPCK") + 28] = 0  # Header::planes of native/packed_file.cpp
+    file[file.index(b"GPCK") + 28] = 0  # Header::planes of native/pack/packed_file.cpp
     path.write_bytes(file)
     with pytest.raises(ValueError, match="earlier version; pack the model again"):
         CpuOps(1, packed=str(path)).pack_head("planes", pytest.fail)

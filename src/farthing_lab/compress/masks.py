@@ -13,7 +13,7 @@ from torch import Tensor
 Pattern = Literal["unstructured", "2:4", "16x64", "16x16", "16x4", "4x1"]
 Score = Literal["magnitude", "wanda", "energy", "obs"]  # "obs": see `prune.py`
 BLOCKS: dict[str, tuple[int, int]] = {
-    "16x64": (16, 64),  # a cell of the CPU kernels (native/cells.h)
+    "16x64": (16, 64),  # a cell of the CPU kernels (native/linear/cells.h)
     "16x16": (16, 16),
     "16x4": (16, 4),
     "4x1": (4, 1),

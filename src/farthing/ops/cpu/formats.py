@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-PackedFormat, Kind = _native.Format, _native.Kind  # defined in native/formats.h and native/pack.h
+PackedFormat, Kind = _native.Format, _native.Kind  # defined in native/pack/formats.h and native/pack/pack.h
 HOLDING: dict[str, Any] = dict(_native.held_formats())  # stored format -> the packed one of the same values
 HELD = {packed: stored for stored, packed in HOLDING.items()}
 

@@ -1,6 +1,0 @@
-// The kernels compiled for avx2; the flags are in CMakeLists.txt.
-#include "table.inl"
-
-namespace farthing {
-extern constinit const Kernels kernels_avx2 = table("avx2");
-}  // namespace farthing
