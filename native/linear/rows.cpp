@@ -25,8 +25,8 @@ int stored(const FormatTraits& f, const uint8_t* data, const uint8_t* low, int k
 
 // What one group's integers become values with.
 struct Numbers {
-  float scale = 1.0f, minimum = 0.0f;
-  int zero = 0;
+  float scale, minimum;
+  int zero;
 };
 
 Numbers numbers(const Matrix& w, const uint8_t* record, int g, int lane) {
