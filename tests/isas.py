@@ -6,8 +6,8 @@ from farthing import _native
 
 ALL = tuple(_native.instruction_sets().split())
 # Every set shares the driving code of the others, so a push proves the best one, which this machine serves
-# with, that of most people's machines, and the portable one. `make test-isa` and `make test-slow` prove all of
-# them, once a week.
+# with, that of most people's machines, and the portable one. `make test-isa` and `make test-slow` prove all
+# of them, once a week.
 ISAS = tuple(
     name
     for name in ALL

@@ -50,7 +50,7 @@ class Integers:
 
 
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12)  # twice the values
-CODES = (-109, -85, -67, -51, -37, -24, -12, 0, 11, 23, 35, 48, 62, 78, 99, 127)  # native/pack/formats.h says why
+CODES = (-109, -85, -67, -51, -37, -24, -12, 0, 11, 23, 35, 48, 62, 78, 99, 127)  # formats.h says why
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 INTEGERS: dict[str, Integers] = {
     "int8": Integers(8),
@@ -494,7 +494,7 @@ def blocks_per_cell(keep: Tensor, group: int) -> Tensor:
 
     group: columns that share a scale, which limits the width of a cell. K is a multiple of 64.
 
-    A panel of 16 rows is cut into cells of 64 columns (native/linear/cells.h). Cells without weights are not stored;
+    A panel of 16 rows is cut into cells of 64 columns (linear/cells.h). Cells without weights are not stored;
     the others cost time that depends on their number of blocks.
     """
     n, k = keep.shape

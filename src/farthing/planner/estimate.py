@@ -75,7 +75,7 @@ class DecodeSpeed:
 class CpuEstimate:
     """One replica on all sockets.
 
-    Each socket reads its own panels of every matrix (`native/threads/threads.h`), so the bandwidths of the sockets
+    Each socket reads its own panels of every matrix (`threads.h`), so the bandwidths of the sockets
     add up, and so do the peaks of the cores. The shares of both ceilings that kernels reach are measured on
     two cores. Waiting for other threads is not counted; `joins` says how often a step does.
     """

@@ -55,12 +55,12 @@ class PackedFile:
     Layout: 64 bytes (magic, offset, length and checksum of the index), sections at multiples of 4096, the
     index as JSON: `{"version", "quantization", "source", "isa", "entries": {name: {"offset", "bytes",
     "checksum"[, "dtype", "shape"][, "sparse"]}}}`. An entry with a dtype is a plain array; one without is a
-    packed matrix as native/pack/pack.cpp writes it. `source` is the fingerprint of the checkpoint that was packed,
+    packed matrix as pack.cpp writes it. `source` is the fingerprint of the checkpoint that was packed,
     `isa` the key of `COSTS` (ops/weights.py) that decided which matrices are `sparse`, that is, stored
     without their zero blocks.
 
     The file is not trusted. The index is checked when the file is opened, the structure of a matrix when it
-    is mapped (native/pack/pack.cpp). Checksums are XXH3-64, seeded with the name of the section, so that sections
+    is mapped (pack.cpp). Checksums are XXH3-64, seeded with the name of the section, so that sections
     that changed places are found too; a background thread compares them at a bounded rate, `verify` all at
     once.
 

@@ -165,8 +165,8 @@ class PackingOps(HostOps):
 
         topology: simulated memory nodes; by default the real ones. arrays: tensors are numpy arrays.
         invariant: with no form whose rounding depends on the size of a step: neither expanded attention
-        (`native/attention/expanded.h`) nor blocks of columns on AMX tiles (`native/linear/amx_blocks.inl`), which `exact` does
-        not take either: with it, an input of integer matrices is two integers (Act in `native/pack/matrix.h`).
+        (`expanded.h`) nor blocks of columns on AMX tiles (`amx_blocks.inl`), which `exact` does
+        not take either: with it, an input of integer matrices is two integers (Act in `matrix.h`).
         """
         self.arrays = arrays
         self.device = HOST if arrays else torch.device("cpu")  # type: ignore[assignment]
