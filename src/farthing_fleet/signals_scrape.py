@@ -24,6 +24,8 @@ from farthing_fleet.types import Snapshot
 
 log = logging.getLogger(__name__)
 
+_MOST = 2.0**53  # a larger counter no longer counts by one
+
 Targets = Callable[[], Mapping[str, str]]  # {replica: base url}
 
 
@@ -83,14 +85,18 @@ def parse(
 ) -> Reading | None:
     """Parse one replica's /metrics text, of this form or a known one; None if none is recognized.
 
-    First tokens after `ttft_s`, and others after `tpot_s`, are counted as late. Raises ValueError for other
-    text.
+    First tokens after `ttft_s`, and others after `tpot_s`, are counted as late. What is no count or time,
+    such as NaN, is missing. Raises ValueError for other text.
     """
     values: dict[str, float] = {}
     buckets: dict[str, dict[float, float]] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
+            if not 0 <= sample.value <= _MOST:  # one NaN would stay in every mean that it enters
+                continue
             if sample.name.endswith("_bucket"):
+                if "le" not in sample.labels:
+                    continue
                 counts = buckets.setdefault(sample.name.removesuffix("_bucket"), {})
                 bound = bound_of(sample.labels["le"])
                 counts[bound] = counts.get(bound, 0.0) + sample.value
@@ -111,7 +117,7 @@ def parse(
             totals[key] = values[f"{name}_total"]
     tpot = next((name for name in form.tpot if f"{name}_count" in values), None)
     for key, histogram in (("queue", form.queue_time), ("ttft", form.ttft), ("tpot", tpot)):
-        if histogram and f"{histogram}_count" in values:
+        if histogram and {f"{histogram}_count", f"{histogram}_sum"} <= values.keys():
             totals[f"{key}_sum"] = values[f"{histogram}_sum"]
             totals[f"{key}_count"] = values[f"{histogram}_count"]
     for key, histogram, limit in (("ttft", form.ttft, ttft_s), ("tpot", tpot, tpot_s)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+import math
 import os
 import signal
 import time
@@ -10,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from aiohttp import BasicAuth, web
+from aiohttp import BasicAuth, ClientSession, web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +43,30 @@ def test_metrics_over_several_engines_of_one_server_are_summed() -> None:
     sample = parse(text, None, 0.0)
     assert sample is not None
     assert (sample.running, sample.waiting, sample.kv_usage) == (4.0, 6.0, None)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", DIALECTS)
+async def test_whatever_one_line_says_a_reading_has_numbers_alone(name: str) -> None:
+    """A replica whose metrics are broken takes away what it says, not the signals of all others."""
+    async with FakeReplica(dialect=name) as replica, ClientSession() as client:
+        replica.sums = {key: [3.0, 2.0] for key in replica.sums}
+        async with client.get(f"{replica.url}/metrics") as answer:
+            lines = (await answer.text()).splitlines()
+    changes = [lambda line: "", lambda line: line.replace("le=", "be=")]
+    changes += [
+        lambda line, value=value: f"{line.rpartition(' ')[0]} {value}"
+        for value in ("NaN", "+Inf", "-Inf", "-1", "1e300")
+    ]
+    for at, change in itertools.product(range(len(lines)), changes):
+        text = "\n".join([*lines[:at], change(lines[at]), *lines[at + 1 :], ""])
+        try:
+            told = parse(text, None, 0.0, 1.0, 1.0)
+        except ValueError:
+            continue  # the reader calls the replica silent
+        if told is not None:
+            numbers = [told.running, told.waiting, told.kv_usage, *told.totals.values()]
+            assert all(number is None or 0 <= number < math.inf for number in numbers), (lines[at], told)
 
 
 # ---- cold starts ----
