@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -14,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farthing.server.errors import CODE_HEADER
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.replicas import Poison, make_replica
 from farthing_fleet.gateway.server import Gateway
 from tests.fleet.doubles import replica as double
+from tests.fleet.doubles.replica import FakeReplica
 from tests.fleet.doubles.services import free_port
 from tests.fleet.test_gateway import CHAT, body
 
@@ -189,6 +192,63 @@ async def test_one_death_makes_no_text_unanswerable(count: int, stream: bool) ->
         assert dead() == 1
 
 
+@pytest.mark.anyio
+async def test_a_text_that_is_answered_is_not_what_two_replicas_died_of() -> None:
+    """However close together they die: a host that fails takes several replicas with it."""
+
+    async def ask(session: aiohttp.ClientSession) -> int:
+        async with session.post(CHAT, json=body("popular")) as answer:
+            await answer.text()
+            return answer.status
+
+    async with (
+        mortal(3, "--tokens", "20", "--interval", "0.05") as (urls, dead),
+        in_front_of(urls) as (gateway, session),
+    ):
+        crowd = [asyncio.create_task(ask(session)) for _ in range(12)]
+        replicas = list(gateway.balancer.replicas.values())
+        while sum(r.inflight for r in replicas) < len(crowd):
+            await asyncio.sleep(0.01)
+        assert all(r.inflight for r in replicas)
+        await asyncio.gather(*(ask_to_die(r.url) for r in replicas[:2]))
+        assert 200 in await asyncio.gather(*crowd)
+        assert [await ask(session) for _ in range(3)] == [200] * 3
+        assert dead() == 2
+
+
+@pytest.mark.anyio
+async def test_a_text_that_fails_the_engines_of_one_healthy_replica_is_refused() -> None:
+    """A server of several models starts another engine and stays healthy."""
+    async with FakeReplica() as replica, in_front_of({"r": replica.url}, wait_s=1.0) as (_, session):
+        replica.status, replica.extra = 503, {CODE_HEADER: "engine_failed"}
+        statuses = []
+        for _ in range(3):
+            async with session.post(CHAT, json=body("poison")) as answer:
+                statuses.append(answer.status)
+        assert statuses[-1] == 422
+        assert len(replica.requests) == 2
+
+
+@pytest.mark.anyio
+async def test_one_failure_of_an_engine_makes_no_text_unanswerable() -> None:
+    """Requests that arrive until its process ends meet the same failure."""
+
+    async def ask(session: aiohttp.ClientSession) -> int:
+        async with session.post(CHAT, json=body("popular")) as answer:
+            return answer.status
+
+    async with FakeReplica() as replica, in_front_of({"r": replica.url}, wait_s=2.0) as (_, session):
+        replica.status, replica.extra = 503, {CODE_HEADER: "engine_failed"}
+        replica.ready_at = math.inf  # its health says so too
+        asked = []
+        for _ in range(5):
+            asked.append(asyncio.create_task(ask(session)))
+            await asyncio.sleep(0.02)
+        replica.status, replica.ready_at = 200, 0.0
+        await asyncio.gather(*asked)
+        assert await ask(session) == 200
+
+
 async def ask_to_die(url: str) -> None:
     """Kill a replica by a request that the gateway does not see."""
     async with aiohttp.ClientSession(url) as direct:
@@ -252,15 +312,20 @@ def test_the_request_whose_last_death_is_longest_ago_is_forgotten_first() -> Non
     assert [poison.refuses(requests[at]) for at in (0, 1, -1)] == [True, False, True]
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), max_size=40))
-def test_a_text_is_refused_after_two_deaths_and_not_before(strikes: list[tuple[int, int]]) -> None:
-    """strikes: (life, text) of every request that a death interrupts."""
+@given(st.lists(st.tuples(st.none() | st.integers(0, 3), st.integers(0, 2)), max_size=40))
+def test_a_text_is_refused_after_two_deaths_and_not_before(events: list[tuple[int | None, int]]) -> None:
+    """events: (life, text) of every request that a death interrupts, or (None, text) that is answered."""
     poison = Poison(10.0, clock=lambda: 0.0)
-    for life, text in strikes:
-        poison.strike(("POST", "/", bytes([text])), life)
-    for text in range(3):
-        deaths = {life for life, other in strikes if other == text}
-        assert poison.refuses(("POST", "/", bytes([text]))) == (len(deaths) >= 2)
+    deaths: list[set[int]] = [set(), set(), set()]
+    for life, text in events:
+        if life is None:
+            poison.acquit(("POST", "/", bytes([text])))
+            deaths[text].clear()
+        else:
+            poison.strike(("POST", "/", bytes([text])), life)
+            deaths[text].add(life)
+    for text, lives in enumerate(deaths):
+        assert poison.refuses(("POST", "/", bytes([text]))) == (len(lives) >= 2)
 
 
 def test_each_death_ends_a_life() -> None:

@@ -38,6 +38,7 @@ from farthing_fleet.gateway.replicas import (
 
 BUSY: Final = 503  # answered before the first token by a replica that drains or is full
 _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely before relaying
+_ENGINE_FAILED = "engine_failed"  # code of a server's 503 once its engine has failed
 _REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
 _OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
 _TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
@@ -313,9 +314,12 @@ class Proxy:
         with active.interruptible():
             answer = await self._upstream.send(replica.url, sent.method, sent.target, sent.headers, sent.body)
         try:
-            if answer.status == BUSY and not self._last(course):
-                await self._busy(replica, course, active, answer)
-                return None
+            if answer.status == BUSY:
+                if answer.headers.get(CODE_HEADER) == _ENGINE_FAILED:
+                    self._engine_failed(replica, course, active)
+                if not self._last(course):
+                    await self._busy(replica, course, active, answer)
+                    return None
             self._first_byte(replica, active, course)
             if answer.status == 404:  # perhaps it was restarted with another model
                 replica.read = False
@@ -332,6 +336,8 @@ class Proxy:
             answer.close()
         replica.served += 1
         replica.breaker.succeeded()
+        if response.status < 500:
+            self._poison.acquit(course.outgoing.identity)
         self._metrics.count(replica.pool, replica.name, response.status)
         return response
 
@@ -395,10 +401,10 @@ class Proxy:
         """The replica answered 503: draining, full, or its engine failed."""
         with active.interruptible():
             code = await refusal(answer)
-        if code == "engine_failed":
+        if code == _ENGINE_FAILED:
             course.sent += 1
             course.reason = f"{replica.name}: its engine failed"
-            self._poison.strike(course.outgoing.identity, active.life)
+            self._engine_failed(replica, course, active)
         else:
             course.reason = f"{replica.name} is busy or draining"
             if course.held:
@@ -407,6 +413,13 @@ class Proxy:
                 course.sent += 1
         replica.served += 1
         replica.breaker.succeeded()
+
+    def _engine_failed(self, replica: Replica, course: _Course, active: Active) -> None:
+        """The next health check that succeeds begins another life: of another process, or of another engine
+        behind a server of several models, which stays healthy.
+        """
+        self._poison.strike(course.outgoing.identity, active.life)
+        replica.healthy = False
 
     def _interrupted(self, replica: Replica, course: _Course, active: Active, problem: Interrupted) -> None:
         course.sent += 1

@@ -82,7 +82,8 @@ class Poison:
     """Deaths per request digest; the oldest entries are evicted first, and each expires after `ttl_s`.
 
     A replica may die of a request or of anything else, so one death proves nothing, however many requests it
-    interrupts: each may be sent again. A request that was in flight at two deaths is refused.
+    interrupts: each may be sent again. A request that was in flight at two deaths is refused, unless one
+    answered it since the first.
     """
 
     def __init__(self, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -99,6 +100,11 @@ class Poison:
         self._deaths.move_to_end(key)
         while len(self._deaths) > _ENTRIES:
             self._deaths.popitem(last=False)
+
+    def acquit(self, identity: Identity) -> None:
+        """Record that a replica answered this request: others died of something else."""
+        if self._deaths:
+            self._deaths.pop(_digest(identity), None)
 
     def refuses(self, identity: Identity) -> bool:
         """Whether this request must not be sent to another replica."""
