@@ -153,9 +153,19 @@ class GatewayProcess:
                 self.failed.set()
                 return
             log.error("%s; restarting it", told)
+            await self._relaunch()
+
+    async def _relaunch(self) -> None:
+        """Start another one, once the machine has room for a process."""
+        while not self._closing:
             await asyncio.sleep(_GATEWAY_PAUSE_S)
-            self.restarts += 1
-            self.process = await self._launch()
+            try:
+                self.process = await self._launch()
+            except OSError as problem:
+                log.error("gateway: cannot be started: %s; trying again", problem)
+            else:
+                self.restarts += 1
+                return
 
     async def exchange(self) -> None:
         """Start a new gateway, then drain the old one: no connection is refused."""

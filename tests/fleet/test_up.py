@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import os
 import sys
 from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -279,6 +281,33 @@ async def test_up_rejects_invalid_models(tmp_path: Path, models: str, message: s
     _, said = await process.communicate()
     assert process.returncode == 2
     assert message in said.decode()
+
+
+@pytest.mark.anyio
+async def test_a_gateway_returns_though_the_machine_had_no_room_for_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error of a restart is its last: without a gateway the fleet serves nobody, and says nothing."""
+    launched: list[asyncio.subprocess.Process] = []
+    refused = [False, True, True]
+
+    async def launch(*_: Any, **__: Any) -> asyncio.subprocess.Process:
+        if refused and refused.pop(0):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        launched.append(await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True))
+        return launched[-1]
+
+    monkeypatch.setattr(up, "launch", launch)
+    monkeypatch.setattr(up, "_GATEWAY_PAUSE_S", 0.01)
+    with up.listen("127.0.0.1", 0) as sock:
+        gateway = up.GatewayProcess(sock, (), tmp_path / "gateway.log")
+        await gateway.start()
+        launched[0].kill()
+        async with asyncio.timeout(10):
+            while len(launched) < 2:
+                await asyncio.sleep(0.01)
+        assert launched[1].returncode is None and not gateway.failed.is_set()
+        await gateway.close()
 
 
 @pytest.mark.anyio
