@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,21 @@ def test_hpa_ignores_ten_percent_and_delays_scale_down() -> None:
         seen.append(current)
     assert set(seen[:50]) == {10}
     assert seen[-1] == 5
+
+
+@pytest.mark.slow
+def test_front_page_says_what_a_replay_gives_and_the_best_of_all_rules() -> None:
+    """The cheapest short rule that keeps the default's share is named beside it, also where it is cheaper."""
+    made = Replay(read_trace(EXAMPLE), ReplayConfig(load_time_s=120.0))
+    rows = {name: made.outcome(name, 0.0)[0] for name in ("farthing", "keda", "published")}
+    found = [(row["instance_hours"], row["slo"]) for row in rows.values()]
+    best = made.best(rows["farthing"]["slo"])
+    assert best is not None
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    told = " ".join(readme[readme.index("Scaling, by replay") :].split("\n\n")[0].split())
+    for hours, share in (*found, best[:0:-1]):
+        percent = f"{100 * share:.2f}".rstrip("0").rstrip(".")
+        assert re.search(rf"{hours:,.0f}( replica-hours)? at {percent} %", told), (hours, share)
 
 
 @pytest.mark.parametrize(("cold_start_s", "replicas"), [(10.0, 1), (120.0, 5), (600.0, 64), (1200.0, 20)])
