@@ -13,6 +13,7 @@ import numpy as np
 from farthing_fleet.forecast.base import DAY_S, Floats
 
 HISTORY_S = 42 * DAY_S  # older values are ignored
+_NONE = logging.NullHandler()
 DAILY_ORDER, WEEKLY_ORDER = 20, 60  # of its seasonal Fourier series
 
 
@@ -59,8 +60,10 @@ class ProphetForecaster:
         times = self._end - step_s * np.arange(len(values), 0, -1, dtype=np.float64)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logging.getLogger("prophet").setLevel(logging.ERROR)
-            logging.getLogger("cmdstanpy").setLevel(logging.ERROR)
+            logging.getLogger("prophet.plot").disabled = True  # it reports that plotly is not installed
+            for name in ("prophet", "cmdstanpy"):
+                logging.getLogger(name).setLevel(logging.ERROR)
+                logging.getLogger(name).addHandler(_NONE)  # without one, cmdstanpy sets its level again
             import pandas
             from prophet import Prophet
 

@@ -85,6 +85,16 @@ def test_features_are_scale_free() -> None:
     assert np.allclose(one.target, two.target)
 
 
+def test_prophet_fits_without_a_word() -> None:
+    """It fits twice a day beside the controller's log, and amid a replay's table."""
+    code = (
+        "import numpy; from farthing_fleet.forecast.prophet import ProphetForecaster;"
+        "ProphetForecaster().fit(0.0, 1800.0, 10 + numpy.sin(numpy.arange(96) / 8))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_the_controller_imports_neither_torch_nor_pandas() -> None:
     code = (
         "import sys, farthing_fleet.estimates, farthing_fleet.controller\n"
