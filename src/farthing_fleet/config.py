@@ -148,10 +148,10 @@ class FleetConfig:
         """The configuration of one of several models. Raises ValueError with an invalid field of `models`."""
         own = {**asdict(self.policy), **(self.models.get(model) or {})}
         try:
-            policy = read(PolicyConfig, own)
+            made = replace(self, policy=read(PolicyConfig, own), state=self.state / model, models={})
+            return made.checked()
         except ValueError as problem:
             raise ValueError(f"models.{model}: {problem}") from problem
-        return replace(self, policy=policy, state=self.state / model, models={})
 
     def checked(self) -> Self:
         """Itself. Raises ValueError if a rehearsal, which starts with a day of steps, would take minutes."""

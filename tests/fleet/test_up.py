@@ -270,6 +270,7 @@ async def test_up_serves_several_models(tmp_path: Path) -> None:
     [
         ("third: {capacity: 1}", "models: got 'third'; expected names of 'first', 'second'"),
         ("first: {capacity: -1}", "models.first: policy.capacity: got -1"),
+        ("first: {interval_s: 0.01}", "models.first: policy.interval_s: got 0.01"),
         ("first: {speed: 1}", "models.first: "),
     ],
 )
