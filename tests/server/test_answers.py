@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import anthropic
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from farthing.config import EngineConfig
 from farthing.engine.build import build_engine
 from farthing.server.memory import AnswerMemory, Prompt
+from tests.growth import cost
 from tests.server.api.loops import FORMATS, SCHEMA, THOUGHTLESS, result
 from tests.server.harness import EOS, Running, ScriptedEngine, running, tokenizer
 
@@ -154,6 +156,24 @@ def test_answers_to_one_prompt_are_bounded_and_one_that_repeats_is_kept_once() -
         (1499, "sampled"),
     ):
         assert prompt(memory, f"<｜User｜>one{ASSISTANT}{number}{EOS}").latest == found
+
+
+def test_a_prompt_costs_what_it_has_and_not_what_is_stored() -> None:
+    """A client stores long answers, or long beginnings of answers, at each turn of a short conversation."""
+    mark = ids("<｜User｜>")
+
+    def read(size: int) -> float:
+        memory, asked = AnswerMemory(tokens=1 << 30), list(mark)
+        for _ in range(16):
+            found = memory.prompt("me", asked, TOKENIZER)
+            for number in range(4):
+                begun = ids("ab") * (size // 2 + number)
+                memory.remember("me", replace(found, ids=asked + begun), ids(f"!{EOS}"))
+                memory.remember("me", found, ids(f"c{number}") * (size // 2))
+            asked += ids("ab") + mark
+        return min(cost(lambda: memory.prompt("me", asked, TOKENIZER)) for _ in range(5))
+
+    assert read(8_000) < 2 * read(80) + 0.002
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 30)), max_size=60))

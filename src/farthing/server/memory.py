@@ -170,13 +170,17 @@ def _changed(text: bytes, entries: list[Written], last: bool, tokenizer: Tokeniz
     the prompt, so it may be the opening of the next answer alone."""
     asked = False
     for entry in entries:
-        tokens = entry.tokens.tolist()
+        # A token has at least one byte. Only as much of an answer is read as the client sent: it may be far
+        # longer, and there may be answers at each place of a prompt.
+        if entry.prompt > len(text):
+            continue
+        tokens = entry.tokens[: len(text) + 2].tolist()
         tail = tokenizer.spelled(tokens[: entry.prompt])
         end = _end(tokens, 0, tokenizer)
         said = tokenizer.spelled(tokens[:end])
         if tail is None or said is None or not text.startswith(tail):
             continue
-        if text.startswith(said) and said != tail and end >= len(tokens) - 1:
+        if text.startswith(said) and said != tail and end >= len(entry.tokens) - 1:
             return False  # the same text, but no control token follows it
         asked = asked or text != tail or not last
     return asked
