@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing.server.api.openai_protocol import CompletionRequest
-from farthing.server.bodies import _MANY, MAX_DEPTH, MAX_NUMBERS, MAX_VALUES, Bodies, _is_light, check
+from farthing.server.bodies import (
+    _MANY,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    MAX_NUMBERS,
+    MAX_VALUES,
+    Bodies,
+    _is_light,
+    check,
+)
 from farthing.server.errors import ApiError
 from farthing.server.schema import HEAVY, UnknownFields
 from tests.server.harness import Running
@@ -61,6 +70,14 @@ def test_any_bytes_are_counted(body: bytes) -> None:
 @given(st.binary(max_size=200) | st.text("[{,\0a", max_size=80).map(str.encode))
 def test_bodies_that_are_not_counted_would_pass(body: bytes) -> None:
     assert not _is_light(body) or check(body) <= _MANY
+
+
+@pytest.mark.parametrize("number", ["{}", "-{}", "{}.5", "0.{}", "1e{}", "[{}]", '{{"a": {}}}', "1, {}"])
+def test_a_number_has_at_most_so_many_digits_and_a_text_any_number(number: str) -> None:
+    for digits, fails in ((MAX_DIGITS, False), (MAX_DIGITS + 1, True)):
+        written = number.format("1" * digits)
+        assert refuses(written.encode()) == fails
+        assert not refuses(json.dumps(written).encode())
 
 
 def test_short_bodies_are_not_counted() -> None:

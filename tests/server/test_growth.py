@@ -25,7 +25,7 @@ from farthing.server.api.responses_protocol import ResponsesRequest
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
 from farthing.server.service import Service
-from tests.growth import HARD, Grown, chained, excess, grown
+from tests.growth import HARD, Grown, chained, cost, excess, grown
 from tests.server.harness import BOS, EOS, ScriptedEngine
 
 USER = {"role": "user", "content": "hi"}
@@ -260,6 +260,25 @@ SHAPES: dict[str, tuple[str, Callable[[int], Any], int]] = {
 def test_known_shapes(app: App, shape: str) -> None:
     path, make, size = SHAPES[shape]
     check(app, path, make, (size,))
+
+
+@pytest.mark.parametrize("part", ["/a", "/v1", "/..", "/v1/chat/completions", "//", "/%2f"])
+def test_paths_that_are_not_served(app: App, part: str) -> None:
+    sent = {size: part * (size // len(part)) + "/x" for size in (7_000, 28_000)}
+    assert excess(lambda size: app.post(sent[size], b"{}"), 7_000) is None
+    assert app.status == 404
+
+
+def test_long_integers_cost_what_short_ones_do(app: App) -> None:
+    """Python's conversion of an integer takes quadratic time up to a limit of 4,300 digits."""
+    size = 2_000_000
+    sent = {digits: ",".join(["9" * digits] * (size // digits)) for digits in (64, 640, 4200)}
+    seconds = {}
+    for digits, numbers in sent.items():
+        body = f'{{"messages": [], "x": [{numbers}]}}'.encode()
+        seconds[digits] = min(cost(lambda body=body: app.post(CHAT, body)) for _ in range(3))
+        assert app.status == 400
+    assert max(seconds[640], seconds[4200]) < 2 * seconds[64] + 0.01, seconds
 
 
 def test_texts_are_joined_once() -> None:

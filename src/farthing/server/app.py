@@ -99,10 +99,13 @@ _REASONS = {
 }
 
 
+_LONGEST = 1 + max(path.count("/") for path in _REASONS)  # parts, the empty one before the path among them
+
+
 def reason(path: str) -> str | None:
     """Why an endpoint does not exist; None if it belongs to no known API."""
-    parts = path.rstrip("/").split("/")
-    for length in range(len(parts), 2, -1):
+    parts = path.rstrip("/").split("/", _LONGEST)  # a path of 30,000 parts has as many beginnings
+    for length in range(min(len(parts), _LONGEST), 2, -1):
         if (why := _REASONS.get("/".join(parts[:length]))) is not None:
             return f"{path} is not served: {why}"
     return None
@@ -111,6 +114,7 @@ def reason(path: str) -> str | None:
 def misplaced(path: str, known: Collection[str]) -> str | None:
     """A hint for a path that a client made from a wrong base URL; None if it ends in no known endpoint."""
     parts = [] if path in known else [part for part in path.split("/") if part]
+    parts = parts[-max((each.count("/") for each in known), default=1) :]  # the longest that can end in one
     right = (f"/v1/{'/'.join(parts[i:])}" for i in range(len(parts)))
     meant = next((each for each in right if each in known), None)
     if meant is None:

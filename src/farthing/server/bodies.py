@@ -23,6 +23,7 @@ from farthing.server.stream import FairLock, Gate
 MAX_DEPTH = 128
 MAX_VALUES = 32_768  # values other than numbers
 MAX_NUMBERS = 262_144  # numbers in lists, such as token ids
+MAX_DIGITS = 640  # in a row, outside strings: Python reads and writes an integer in quadratic time
 _LARGE = 65_536  # bytes; larger bodies are checked in a thread
 _MANY = 1_024  # values; larger bodies, and those with more values, are parsed one at a time
 # After parsing a heavy body, the event loop serves other requests for this many times as long.
@@ -131,9 +132,9 @@ def _is_light(body: bytes) -> bool:
 
 
 def check(body: bytes) -> int:
-    """The number of values in JSON, counting numbers for less. Raises ApiError (400) for too many values or
-    levels, and for UTF-16 and UTF-32, which Python parses but which would be counted wrongly. Ignores other
-    defects."""
+    """The number of values in JSON, counting numbers for less. Raises ApiError (400) for too many values,
+    levels or digits of a number, and for UTF-16 and UTF-32, which Python parses but which would be counted
+    wrongly. Ignores other defects."""
     if b"\0" in body:
         raise ApiError(400, "the body contains zero bytes; expected JSON in UTF-8")
     if b"\\" in body:
@@ -143,6 +144,10 @@ def check(body: bytes) -> int:
     commas = (data == ord(",")) & outside
     folded = data | 0x20  # [ becomes {, and ] becomes }
     opens = (folded == ord("{")) & outside
+    if _most_digits(data, outside) > MAX_DIGITS:
+        raise ApiError(
+            400, f"the body contains a number of more than {MAX_DIGITS} digits", code="invalid_value"
+        )
     numbers = _between_numbers(data, commas)
     values = int(np.count_nonzero(commas)) - numbers + int(np.count_nonzero(opens))
     if values > MAX_VALUES or numbers > MAX_NUMBERS:
@@ -161,6 +166,13 @@ def check(body: bytes) -> int:
             code="nested_too_deeply",
         )
     return values + numbers // _NUMBERS
+
+
+def _most_digits(data: NDArray[np.uint8], outside: NDArray[np.bool_]) -> int:
+    """The length of the longest run of digits outside strings."""
+    others = np.flatnonzero((data - ord("0") > 9) | ~outside)  # what is below "0" wraps around
+    ends = np.concatenate(([-1], others, [len(data)]))
+    return int(np.diff(ends).max()) - 1
 
 
 def _between_numbers(data: NDArray[np.uint8], commas: NDArray[np.bool_]) -> int:
