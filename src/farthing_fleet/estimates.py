@@ -189,9 +189,9 @@ class LiveEstimates:
             made = PinnedRule(told, start.pinned)
         else:
             made = Rehearsal(told, first / start.capacity)
-        for value in start.past:
-            for _ in range(max(1, round(GRID_S / policy.interval_s))):
-                made.observe(value / start.capacity)
+        # As long as the past was: a step is shorter than a point of the past, or longer.
+        for step in range(math.ceil(len(start.past) * GRID_S / policy.interval_s)):
+            made.observe(start.past[int(step * policy.interval_s // GRID_S)] / start.capacity)
         return made
 
     def _learned_load(self, now: float) -> float | None:

@@ -170,7 +170,8 @@ class PrometheusSource:
     async def _late_of(self, histogram: str, limit: float) -> float | None:
         rates = f"sum by (le) (rate({self._of(f'{histogram}_bucket')}[{self._window:g}s]))"
         data = await self._api("query", {"query": rates})
-        buckets = {bound_of(row["metric"]["le"]): float(row["value"][1]) for row in data["result"]}
+        read = [(bound_of(row["metric"].get("le", "nan")), float(row["value"][1])) for row in data["result"]]
+        buckets = {bound: rate for bound, rate in read if math.isfinite(rate) and not math.isnan(bound)}
         total = max(buckets.values(), default=0.0)
         return late_count(buckets, limit) / total if total > 0 else None
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from farthing.files import read
 from farthing_fleet.config import FleetConfig, PolicyConfig, SignalsConfig
 from farthing_fleet.controller import Controller
-from farthing_fleet.estimates import TUNED, LiveEstimates, append_load, make_estimates, read_loads
+from farthing_fleet.estimates import TUNED, LiveEstimates, _Start, append_load, make_estimates, read_loads
 from farthing_fleet.policy import Policy
-from farthing_fleet.rehearsal import Plan, Rehearsal
+from farthing_fleet.rehearsal import Pinned, Plan, Rehearsal
 from farthing_fleet.run import recall
 from farthing_fleet.signals_prometheus import PrometheusSource
 from farthing_fleet.types import Snapshot
@@ -76,6 +76,23 @@ def test_restart_restores_the_load(tmp_path: Path) -> None:
     observe(second, BEGIN + 600, 30, 7.0)
     plan = second.plan(BEGIN + 630)
     assert plan is not None and plan.load == pytest.approx(7.0, rel=0.3)
+
+
+@pytest.mark.parametrize("interval_s", [1.0, 7.0, 15.0, 45.0, 60.0, 100.0, 240.0])
+def test_a_new_rule_follows_the_past_for_as_long_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval_s: float
+) -> None:
+    """Whatever the step of the policy is to a minute, of which the record has one value each."""
+    seen: list[float] = []
+    monkeypatch.setattr(Rehearsal, "observe", lambda self, load: seen.append(load))
+    estimates = make_estimates(config(tmp_path, policy={"capacity": 1.0, "interval_s": interval_s}))
+    past = [float(minute) for minute in range(120)]
+    estimates._following(_Start(1.0, [], 1.0, 60.0, Pinned()))  # a made-up day
+    made_up = len(seen)
+    estimates._following(_Start(1.0, past, 1.0, 60.0, Pinned()))
+    seen = seen[2 * made_up :]
+    assert 7200 <= len(seen) * interval_s < 7200 + interval_s
+    assert all(load == step * interval_s // 60 for step, load in enumerate(seen))
 
 
 def test_missing_signals_are_ignored(tmp_path: Path) -> None:

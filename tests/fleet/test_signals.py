@@ -247,6 +247,26 @@ def test_late_tokens_count_where_their_time_has_a_target(tpot_s: float | None, s
 # ---- a real Prometheus ----
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "broken", [("1.0", "NaN"), ("+Inf", "NaN"), ("0.5", "+Inf"), ("nan", "3"), (None, "3")]
+)
+async def test_what_one_bucket_says_leaves_the_share_of_late_requests_a_share(
+    monkeypatch: pytest.MonkeyPatch, broken: tuple[str | None, str]
+) -> None:
+    label, value = broken
+    rows = [({"le": le}, str(count)) for le, count in (("2.0", 6.0), ("4.0", 8.0))]
+    rows.append(({"le": label} if label else {}, value))
+
+    async def answer(self: PrometheusSource, path: str, asked: dict[str, str]) -> dict[str, object]:
+        return {"resultType": "vector", "result": [{"metric": m, "value": [0, v]} for m, v in rows]}
+
+    monkeypatch.setattr(PrometheusSource, "_api", answer)
+    reader = PrometheusSource(SignalsConfig("http://127.0.0.1:9"), SloConfig(ttft_s=2.0))
+    assert await reader._late_of("ttft", 2.0) == pytest.approx(0.25)
+    await reader.close()
+
+
 async def eventually(read: Callable[[], Awaitable[Snapshot]], good: Callable[[Snapshot], bool]) -> Snapshot:
     for _ in range(200):
         snapshot = await read()
