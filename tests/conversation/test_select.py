@@ -239,6 +239,13 @@ def test_capabilities(model_type: str, template: str | None, tokens: str, expect
     assert choose(checkpoint).capabilities == expected
 
 
+@pytest.mark.parametrize("template", ["{{ tools }}", "{{ tools }}<｜tool▁call▁begin｜>"])
+@pytest.mark.parametrize("token", ["", "<｜tool▁call▁begin｜>"])
+def test_calls_of_an_unknown_model_are_known_by_its_template_or_its_tokens(template: str, token: str) -> None:
+    syntax = choose(Checkpoint("llama", template, lambda each: each == token)).plain.syntax
+    assert (syntax is not None) == ("<｜tool▁call▁begin｜>" in template + token)
+
+
 HUGE = ("'x' * 10**11", "'x' | center(10**11)", "[0] * 10**11", "10 ** 10 ** 10", "('%999999999999d' % 1)")
 
 
