@@ -169,6 +169,11 @@ def test_lease_times_must_be_in_order() -> None:
         LeaseConfig(name="l", namespace="n", identity="i", renew_s=20.0)
 
 
+def test_three_failed_renewals_in_a_row_cost_no_lead() -> None:
+    config = LeaseConfig(name="l", namespace="n", identity="i")
+    assert 4 * config.retry_s < config.renew_s  # the fourth succeeds in time
+
+
 def test_connect_errors_name_accepted_values() -> None:
     with pytest.raises(ActuatorError, match="expected auto, kubeconfig or a URL"):
         connect("cluster")
