@@ -76,6 +76,7 @@ SHORT_VALUES = {"--minutes": "0.05", "--tokens": "8192"}
 ELSEWHERE = {
     "--backend gpu": "gpu",
     "--nodes 2": "ray",
+    "--address auto": "ray",
     "vllm serve": "vllm",
     **{f"{verb} qwen3-8b": "hub" for verb in ("run", "--fit", "pull", "rm")},
     "run smollm2-135m": "hub",
@@ -93,7 +94,7 @@ def standins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(path / "DeepSeek-V2-Lite", **V2_LITE)
     # The tokenizer of bytes does not have the tokens that DeepSeek's own chat format writes.
     (path / "model" / "chat_template.jinja").write_text(TEMPLATE)
-    for name in ("DeepSeek-V3", "DeepSeek-V3.2", "Qwen3-30B-A3B"):
+    for name in ("DeepSeek-V3", "DeepSeek-V3.2", "Qwen3-30B-A3B", "Qwen3-8B", "gpt-oss-20b"):
         (path / name).symlink_to(path / "model")
     (path / "models").mkdir()
     (path / "models/one").symlink_to(path / "model")
