@@ -102,6 +102,7 @@ def test_licences_of_what_is_bundled_are_declared_and_included(metadata: Message
         "LICENSE",
         "nanobind.txt",
         "robin_map.txt",
+        "temml.LICENSE",
         "uPlot.LICENSE",
     }
     text = (ROOT / "licenses" / "nanobind.txt").read_text()

@@ -119,6 +119,7 @@ def test_wheel_has_everything_for_serving_and_no_sources(wheel: Path) -> None:
         "farthing/cost/prices.toml",
         "farthing/server/dashboard/static/index.html",
         "farthing/server/dashboard/static/vendor/uPlot.LICENSE",
+        "farthing/server/dashboard/static/vendor/temml.LICENSE",
         "farthing/assets/mite/model.safetensors",
         "farthing/assets/catalogue.toml",
         "farthing/py.typed",

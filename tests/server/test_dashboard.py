@@ -175,7 +175,7 @@ def test_page_and_assets_are_served_completely() -> None:
         for path in assets():
             assert client.get(path).content == assets()[path].body
             assert (f'"{path}"' in page.text) or path.endswith(
-                (".js", ".LICENSE", "index.html", "/", "/dashboard")
+                (".js", ".LICENSE", ".woff2", "index.html", "/", "/dashboard")
             )
         assert client.get("/dashboard/vendor/uPlot.LICENSE").text.startswith("The MIT License")
         assert client.get("/dashboard/../../etc/passwd").status_code == 404

@@ -198,7 +198,7 @@ RENDERED = [
     ("## T #\ntext", "<h4>T</h4><p>text</p>"),
     (
         "- a\n  - b\n- [x] c",
-        '<ul><li>a<ul><li>b</li></ul></li><li><input type="checkbox" disabled="">c</li></ul>',
+        '<ul><li>a<ul><li>b</li></ul></li><li><input type="checkbox" disabled="" aria-label="Done">c</li></ul>',
     ),
     ("3. a\n\n   b\n4. c", '<ol start="3"><li>a<p>b</p></li><li>c</li></ol>'),
     ("> a\n> - b", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>"),
@@ -209,6 +209,9 @@ RENDERED = [
     ),
     ("---", "<hr>"),
     ("an *open **end", "<p>an *open **end</p>"),
+    ("x\\,dx costs $5 and $6", "<p>x\\,dx costs $5 and $6</p>"),
+    ("`$a$` and \\$b\\$", "<p><code>$a$</code> and $b$</p>"),
+    ("$\\frac{$", "<p><code>$\\frac{$</code></p>"),
 ]
 
 
@@ -220,8 +223,52 @@ def test_markdown_is_rendered_whole_and_while_it_grows(page: Any, text: str, exp
     assert whole == growing == expected
 
 
+FORMULAS = """$\\int_0^1 x\\,dx$ and \\(a_1\\).
+
+$$
+- b \\pm \\sqrt{b^2}
+
++ c
+$$
+
+\\[ E = mc^2 \\]
+
+\\begin{align} a &= b \\\\ c &= d \\end{align}
+
+$\\href{javascript:window.hacked=1}{x}$ $\\style{color:red}{y}$ $<img src=x onerror=window.hacked=1>$
+"""
+
+
+def test_formulas_become_mathml_and_nothing_else(page: Any) -> None:
+    with chatting([FORMULAS]) as (server, _):
+        look(page, server.url, 360)
+        wait_for(page, "document.querySelector('.compose option')")
+        say(page, "formulas")
+        count = "document.querySelectorAll('.turn.assistant math').length"
+        assert page.execute_script(f"return {count}") >= 5
+        blocks = "document.querySelectorAll('.turn.assistant math[display=block]').length"
+        assert page.execute_script(f"return {blocks}") == 3
+        assert "," not in texts(page, ".turn.assistant p")[0].split("and")[0].split("\\int")[0]
+        assert page.execute_script("return document.querySelector('.turn.assistant msqrt') !== null")
+        assert page.execute_script("return document.querySelector('.turn.assistant :is(a, img)')") is None
+        assert not page.execute_script("return window.hacked")
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        assert complaints(page) == []
+
+
 @pytest.mark.parametrize(
-    "text", ["*" * 4000, "[" * 4000, "> " * 3000, "`" * 4001 + "a", "**a " * 3000, "_a" * 4000]
+    "text",
+    [
+        "$" * 4000,
+        "$a" * 2000,
+        "\\[" * 2000,
+        "*" * 4000,
+        "[" * 4000,
+        "> " * 3000,
+        "`" * 4001 + "a",
+        "**a " * 3000,
+        "_a" * 4000,
+    ],
 )
 def test_markdown_of_any_text_ends_and_is_the_same_while_it_grows(page: Any, text: str) -> None:
     with chatting(["ok"]) as (server, _):

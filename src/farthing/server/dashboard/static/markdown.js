@@ -1,6 +1,7 @@
 // Markdown as DOM nodes. Text only ever becomes text nodes: no markup in a model's answer is interpreted, no
 // image is loaded, and links are followed only to http, https and mail addresses.
 import { copyButton, h } from "./dom.js";
+import { MATHS, maths, wholeMaths } from "./maths.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|$)(.*)$/;
@@ -56,6 +57,8 @@ function endOf(lines, i) {
     return Math.min(end + 1, lines.length);
   }
   if (HEADING.test(lines[i]) || RULE.test(lines[i])) return end;
+  const close = wholeMaths(lines, i);
+  if (close) return close;
   const [quote, item] = [lines[i].startsWith(">"), ITEM.test(lines[i])];
   for (; end < lines.length; end += 1) {
     const line = lines[end];
@@ -68,7 +71,7 @@ function endOf(lines, i) {
   return end;
 }
 
-const begins = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || line.startsWith(">") || ITEM.test(line);
+const begins = (line) => FENCE.test(line) || /^ {0,3}(?:\$\$|\\\[)/.test(line) || HEADING.test(line) || RULE.test(line) || line.startsWith(">") || ITEM.test(line);
 const closes = (line, fence) => line.trim().startsWith(fence) && !line.trim().replaceAll(fence[0], "");
 
 function block(lines) {
@@ -81,6 +84,7 @@ function block(lines) {
   const heading = first.match(HEADING);
   if (heading) return h(`h${Math.min(6, heading[1].length + 2)}`, {}, ...inline(heading[2]));
   if (RULE.test(first)) return h("hr");
+  if (wholeMaths(lines, 0)) return h("div.scroll", { tabIndex: 0 }, maths(lines.join("\n").trim()));
   if (first.startsWith(">")) return h("blockquote", {}, ...nested(lines.map((line) => line.replace(/^> ?/, ""))));
   if (ITEM.test(first)) return list(lines);
   if (lines.length > 1 && CELLS.test(lines[1]) && first.includes("|")) return table(lines);
@@ -121,7 +125,7 @@ function item([first, ...rest]) {
   const body = nested([task ? task[2] : first, ...rest.map((line) => line.slice(Math.min(margin, line.search(/\S|$/))))]);
   const [head] = body;
   if (head?.tagName === "P") body.splice(0, 1, ...head.childNodes);
-  return h("li", {}, task ? h("input", { type: "checkbox", disabled: true, checked: task[1] !== " " }) : null, ...body);
+  return h("li", {}, task ? h("input", { type: "checkbox", disabled: true, checked: task[1] !== " ", ariaLabel: task[1] === " " ? "To do" : "Done" }) : null, ...body);
 }
 
 function table(lines) {
@@ -134,6 +138,7 @@ function table(lines) {
 
 // In the order in which they are tried at the same place. A group's text is Markdown itself, except of code.
 const SPANS = [
+  [MATHS, (m) => maths(m[0])],
   [/(`+)(?!`)([^]{0,4000}?[^`])\1(?!`)/, (m) => h("code", {}, m[2].replace(/^ (.*) $/s, "$1"))],
   [/!?\[((?:[^[\]]|\[[^[\]]*\])*)\]\(\s*<?([^\s<>()]*(?:\([^\s()]*\)[^\s<>()]*)*)>?(?:\s+"[^"]*")?\s*\)/, (m) => link(m[2], inline(m[1] || m[2]))],
   [/<((?:https?:\/\/|mailto:)[^\s<>]+)>/i, (m) => link(m[1], [m[1]])],
@@ -142,7 +147,7 @@ const SPANS = [
   [/\*(?=[^\s*])([^]{0,800}?[^\s*])\*(?!\*)|(?<!\w)_(?=[^\s_])([^]{0,800}?[^\s_])_(?!\w)/, (m) => h("em", {}, ...inline(m[1] ?? m[2]))],
   [/~~(?=\S)([^]{0,800}?\S)~~/, (m) => h("del", {}, ...inline(m[1]))],
   [/ {2,}\n|\\\n/, () => h("br")],
-  [/\\([!-/:-@[-`{-~])/, (m) => m[1]],
+  [/\\([!-+./<-@[-`{-~-])/, (m) => m[1]], // not spaces of maths, as in x\,dx
 ];
 
 /** Text as nodes: the earliest span that matches, then the rest. */
