@@ -27,7 +27,7 @@ from farthing.compress.evaluate import (
     ratio_interval,
     student_t,
 )
-from farthing.model import ModelConfig, decoder
+from farthing.model import AdaptiveExperts, ModelConfig, decoder, routers_of
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek import FeedForward
 from farthing.model.load import load
@@ -225,6 +225,20 @@ def test_bad_data(model_dir: Path, tmp_path: Path, text: str, words: str) -> Non
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
         corpus_of(tmp_path / "d.jsonl", model_dir, 10)
+
+
+def test_models_that_are_compared_choose_experts_as_they_do_when_served(
+    model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    adaptive = write_model(tmp_path / "adaptive", seed=1)
+    corpus, file = corpus_of(data, model_dir, 64), adaptive / "config.json"
+    config = ModelConfig.from_directory(adaptive)
+    given = api.compare_in_turn(model_dir, adaptive, corpus, ("reference", "reference"))
+    rule = AdaptiveExperts((0.3,) * len(routers_of(config)), 1).to_json(config)
+    file.write_text(json.dumps(json.loads(file.read_text()) | rule))
+    found = api.compare_in_turn(model_dir, adaptive, corpus, ("reference", "reference"))
+    models = (load(path, select("reference")) for path in (model_dir, adaptive))
+    assert found == compare(*models, corpus) != given
 
 
 def test_gate_is_exact_and_never_loads_both_models(

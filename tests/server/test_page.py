@@ -198,7 +198,8 @@ RENDERED = [
     ("## T #\ntext", "<h4>T</h4><p>text</p>"),
     (
         "- a\n  - b\n- [x] c",
-        '<ul><li>a<ul><li>b</li></ul></li><li><input type="checkbox" disabled="" aria-label="Done">c</li></ul>',
+        "<ul><li>a<ul><li>b</li></ul></li>"
+        '<li><input type="checkbox" disabled="" aria-label="Done">c</li></ul>',
     ),
     ("3. a\n\n   b\n4. c", '<ol start="3"><li>a<p>b</p></li><li>c</li></ol>'),
     ("> a\n> - b", "<blockquote><p>a</p><ul><li>b</li></ul></blockquote>"),

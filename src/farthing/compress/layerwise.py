@@ -18,8 +18,7 @@ from farthing.compress.evaluate import Baseline, Corpus, cache_for, paged_batche
 from farthing.compress.layer import layers_of
 from farthing.config import Quantization
 from farthing.model import ModelConfig, form_of
-from farthing.model.decoder import routers_of
-from farthing.model.load import config_of, source_of
+from farthing.model.load import config_of, routers_for, source_of
 from farthing.ops import Ops
 from farthing.ops.select import select
 
@@ -65,8 +64,10 @@ def baseline(
     checkpoint = Checkpoint.open(path)
     if not exact:
         checkpoint.config.pop(MARK, None)
-    config = replace(config_of(checkpoint), num_nextn_predict_layers=0)
-    source, routers = source_of(checkpoint, config), routers_of(config)
+    whole = config_of(checkpoint)
+    routers = routers_for(whole, checkpoint.config, "auto" if exact else "all")
+    config = replace(whole, num_nextn_predict_layers=0)
+    source = source_of(checkpoint, config)
     steps = list(paged_batches(corpus.windows, config))
     none, form = config.part(range(0)), form_of(config)
     with torch.inference_mode():

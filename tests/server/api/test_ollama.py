@@ -13,7 +13,7 @@ import pytest
 
 from farthing.engine.request import RequestMetrics
 from farthing.server.api.ollama import FOREVER, seconds
-from tests.server.harness import Running, ScriptedEngine, letters, running
+from tests.server.harness import Running, ScriptedEngine, letters, running, tiny_engine
 from tests.server.test_chat import CALL, PARAMETERS, THINKING, TOOLS, USER
 
 
@@ -43,6 +43,35 @@ def test_durations_are_those_of_the_engine() -> None:
         whole = post(server, "generate", prompt="a", stream=False).json()
         for end in (whole, lines(post(server, "generate", prompt="a"))[-1]):
             assert (end["prompt_eval_duration"], end["eval_duration"]) == (2 * 10**9, 5 * 10**9)
+
+
+@pytest.mark.parametrize("path", ["chat", "generate"])
+@pytest.mark.parametrize("top", [None, 0, 2])
+def test_log_probabilities_are_those_of_chat_completions_in_one_piece_and_in_many(
+    path: str, top: int | None
+) -> None:
+    with running(tiny_engine()) as server:
+        asked = {"messages": USER} if path == "chat" else {"prompt": "a"}
+        wish: dict[str, Any] = {"logprobs": True, **({} if top is None else {"top_logprobs": top})}
+        options = {"temperature": 0, "num_predict": 12}
+        whole = post(server, path, **asked, **wish, options=options, stream=False).json()
+        found = [
+            line.get("logprobs", []) for line in lines(post(server, path, **asked, **wish, options=options))
+        ]
+        body = {
+            "model": "tiny",
+            "messages": USER if path == "chat" else [{"role": "user", "content": "a"}],
+            "temperature": 0,
+            "max_tokens": 12,
+            **wish,
+        }
+        chat = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+        assert whole["logprobs"] == chat["choices"][0]["logprobs"]["content"] != []
+        assert [entry for entries in found for entry in entries] == whole["logprobs"]
+        assert {len(entry["top_logprobs"]) for entry in whole["logprobs"]} == {top or 0}
+        assert "logprobs" not in post(server, path, **asked, options=options, stream=False).json()
+        refused = post(server, path, **asked, top_logprobs=1)
+        assert refused.status_code == 400 and "needs logprobs" in refused.json()["error"]
 
 
 def test_only_web_pages_must_declare_json() -> None:

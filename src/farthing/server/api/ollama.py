@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from farthing.server.api.ollama_protocol import ApiRequest, ChatRequest, Generat
 from farthing.server.api.openai_protocol import OllamaError
 from farthing.server.errors import STATUSES, ApiError, Documented
 from farthing.server.formats import IGNORED_HEADER, ModelFormats, made_for
-from farthing.server.sampling import IssuedCalls, with_defaults
+from farthing.server.sampling import IssuedCalls, chat_logprobs, with_defaults
 from farthing.server.service import Service
-from farthing.server.stream import Ending, to_json
+from farthing.server.stream import Ending, texts, to_json
 from farthing.server.turn import Turn, TurnRequest, Update
 from farthing.server.work import encode
 
@@ -92,17 +93,20 @@ class _RawTurn(Turn):
 class _Writer:
     """Converts updates to Ollama's documents, one a line."""
 
-    ending, opening, pieced = _OLLAMA, None, False
+    ending, opening = _OLLAMA, None
 
-    def __init__(self, turn: Turn, model: str, chat: bool) -> None:
-        self._turn, self._model, self._chat = turn, model, chat
+    def __init__(self, turn: Turn, body: ApiRequest, service: Service) -> None:
+        self._turn, self._model, self._chat = turn, body.model, isinstance(body, ChatRequest)
+        self._probable, self._service = body.probable, service
+        self.pieced = body.probable is not None
         self._began = time.monotonic_ns()
 
     async def whole(self) -> dict[str, Any]:
         """The complete document."""
         (update,) = await self._turn.whole()
         answer = collect(update.deltas)
-        return self._document(answer.text, answer.reasoning, answer.calls) | self._end(update)
+        document = self._document(answer.text, answer.reasoning, answer.calls) | self._end(update)
+        return document | self._probabilities(update)
 
     async def stream(self) -> AsyncIterator[str]:
         """Lines, one string per engine output. Calls follow when they are complete."""
@@ -122,8 +126,21 @@ class _Writer:
                 if calls:
                     lines.append(self._document("", "", collect(calls).calls))
                 lines.append(self._document("") | self._end(update))
-            if lines:
+            if self.pieced and update.tokens:
+                lines = lines or [self._document("")]  # of tokens whose text is held back
+                lines[0] |= self._probabilities(update)
+            if self.pieced:
+                written = chain.from_iterable((*texts(line), "\n") for line in lines)
+                async for piece in self._service.piece_writer.pieces(written, self._turn.job.client):
+                    yield piece
+            elif lines:
                 yield "".join(f"{to_json(line)}\n" for line in lines)
+
+    def _probabilities(self, update: Update) -> dict[str, Any]:
+        if self._probable is None:
+            return {}
+        named = chat_logprobs(update.logprobs or [], self._probable, self._service.token_texts())
+        return {"logprobs": named["content"]}
 
     def _document(self, text: str, thinking: str = "", calls: Any = ()) -> dict[str, Any]:
         document: dict[str, Any] = {"model": self._model, "created_at": _now(), "done": False}
@@ -227,14 +244,14 @@ async def _answered(
         TurnRequest(
             conversation=conversation,
             sampling=with_defaults(body.options.sampling, engine.default_sampling)
-            | {"max_tokens": body.options.limit},
+            | {"max_tokens": body.options.limit, "logprobs": body.probable},
             structured=body.structured,
             stream=body.stream,
             names=body.names,
         ),
         client,
     )
-    writer = _Writer(turn, body.model, chat=isinstance(body, ChatRequest))
+    writer = _Writer(turn, body, service)
     await turn.begin()
     response = await turn.answer(request, writer)
     if ignored := [*filter(None, [response.headers.get(IGNORED_HEADER)]), *body.ignored]:

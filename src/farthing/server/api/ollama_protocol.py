@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -87,7 +87,7 @@ class ApiRequest(Body):
     """What bodies of /api/chat and /api/generate share. names: of its fields, in messages of errors."""
 
     names: ClassVar[FieldNames] = _CHAT
-    known = words("logprobs top_logprobs truncate shift")
+    known = words("truncate shift")
 
     model: str
     stream: bool = True
@@ -95,6 +95,19 @@ class ApiRequest(Body):
     format: Literal["", "json"] | dict[str, Any] = ""
     think: bool | Annotated[str, Field(max_length=64)] | None = None
     keep_alive: float | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _asks_for_probabilities(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs", problem=" needs logprobs = true")
+        return self
+
+    @property
+    def probable(self) -> int | None:
+        """Number of the likeliest tokens to name at each position; None without log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def structured(self) -> StructuredOutputsParams | None:
@@ -128,7 +141,7 @@ class GenerateRequest(ApiRequest):
     """Body of /api/generate."""
 
     names = replace(_CHAT, prompt="prompt")
-    known = words("context logprobs top_logprobs truncate shift")
+    known = words("context truncate shift")
 
     prompt: str = ""
     system: str = ""
