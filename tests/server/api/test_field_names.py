@@ -144,7 +144,7 @@ def test_another_content_type_is_named(server: Running, path: str, headers: dict
     [
         (b"\xff", "the body is not UTF-8: byte 0xff at offset 0"),
         ('{"model": "é"}'.encode("latin-1"), "the body is not UTF-8: byte 0xe9 at offset 11"),
-        (b'{"seed": ' + b"1" * 100_000 + b"}", "the body contains an integer of more than 4300 digits"),
+        (b'{"seed": ' + b"1" * 100_000 + b"}", "the body contains a number of more than 640 digits"),
         *(
             ('{"model": "x"}'.encode(encoding), "the body contains zero bytes; expected JSON in UTF-8")
             for encoding in ("utf-16", "utf-16-le", "utf-32-be")
