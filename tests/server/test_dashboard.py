@@ -239,14 +239,21 @@ PAINTED = """[...document.querySelectorAll("canvas")].filter((canvas) => canvas.
   canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.some(Boolean))"""
 
 
+@contextmanager
+def charts(browser: Any, kind: str, width: int, scheme: str) -> Iterator[None]:
+    """The charts of a server or gateway, drawn."""
+    with serving(application(Source() if kind == "server" else fleet)) as url:
+        look(browser, f"{url}#charts", width, scheme)
+        wait_for(browser, "document.querySelectorAll('.plot canvas').length >= 4")
+        yield
+
+
 @browser_only
 @pytest.mark.parametrize("width", [1440, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("kind", ["server", "gateway"])
 def test_page_renders_fits_and_logs_no_errors(browser: Any, kind: str, scheme: str, width: int) -> None:
-    with serving(application(Source() if kind == "server" else fleet)) as url:
-        look(browser, f"{url}#charts", width, scheme)
-        wait_for(browser, "document.querySelectorAll('.plot canvas').length >= 4")
+    with charts(browser, kind, width, scheme):
         wait_for(browser, PAINTED)
         assert wait_for(browser, "document.documentElement.dataset.theme") == scheme
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")

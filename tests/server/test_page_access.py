@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.server.browser import browser_only, look, wait_for
-from tests.server.test_dashboard import Source, application, fleet, serving
+from tests.server.test_dashboard import charts
 from tests.server.test_page import chatting, press, say
 
 pytestmark = browser_only
@@ -56,8 +56,6 @@ def test_chat_has_no_serious_faults(browser: Any, scheme: str, width: int) -> No
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("kind", ["server", "gateway"])
 def test_charts_have_no_serious_faults(browser: Any, kind: str, scheme: str, width: int) -> None:
-    with serving(application(Source() if kind == "server" else fleet)) as url:
-        look(browser, f"{url}#charts", width, scheme)
-        wait_for(browser, "document.querySelectorAll('.plot canvas').length >= 4")
+    with charts(browser, kind, width, scheme):
         assert faults(browser) == []
         browser.get("about:blank")

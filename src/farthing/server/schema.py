@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import Repr
@@ -321,9 +320,6 @@ def describe_unparsed(cause: BaseException | None) -> ApiError:
     if isinstance(cause, UnicodeDecodeError):
         byte = cause.object[cause.start]
         return ApiError(400, f"the body is not UTF-8: byte 0x{byte:02x} at offset {cause.start}")
-    if isinstance(cause, ValueError):  # Python's limit, as the conversion takes quadratic time
-        most = sys.get_int_max_str_digits()
-        return ApiError(400, f"the body contains an integer of more than {most} digits", code="invalid_value")
     return ApiError(400, "the body is not JSON")
 
 

@@ -9,7 +9,7 @@ import json
 import re
 import resource
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -126,11 +126,11 @@ class _Writer:
                 if calls:
                     lines.append(self._document("", "", collect(calls).calls))
                 lines.append(self._document("") | self._end(update))
-            if self.pieced and update.tokens:
-                lines = lines or [self._document("")]  # of tokens whose text is held back
-                lines[0] |= self._probabilities(update)
             if self.pieced:
-                written = chain.from_iterable((*texts(line), "\n") for line in lines)
+                if update.tokens:
+                    lines = lines or [self._document("")]  # of tokens whose text is held back
+                    lines[0] |= self._probabilities(update)
+                written = chain.from_iterable(map(_line, lines))
                 async for piece in self._service.piece_writer.pieces(written, self._turn.job.client):
                     yield piece
             elif lines:
@@ -169,6 +169,11 @@ class _Writer:
             "eval_count": usage.completion_tokens,
             "eval_duration": max(1, int(answer * 1e9)),
         }
+
+
+def _line(document: Any) -> Iterator[str]:
+    yield from texts(document)
+    yield "\n"
 
 
 def _object(arguments: str) -> Any:
