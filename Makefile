@@ -32,9 +32,11 @@ test-all: $(STAMP)
 test-slow: $(STAMP)
 	FARTHING_TEST_ISAS=all $(PYTEST) -m "slow and not gpu"
 
-# Tests of kernels and backends with every instruction set in turn; AMX tiles are emulated (native/test-isa).
+# Tests of kernels and backends with every instruction set in turn; AMX tiles are emulated (native/test-isa),
+# ARM's sets where a cross compiler and QEMU are installed (native/test-neon).
 test-isa: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/test-isa -n $(WORKERS) --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash native/test-neon
 
 # The tests of AMX tiles alone, on every push: of the build that `make test` uses, three files are compiled again.
 test-amx: $(STAMP)

@@ -54,6 +54,14 @@ def test_the_table_shows_every_finding_and_its_advice(monkeypatch: pytest.Monkey
         assert text in result.stdout
 
 
+def test_arm_lists_its_instruction_sets_as_features(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor : 0\nFeatures : fp asimd asimddp i8mm bf16 sve\n")
+    found = by_name(machine.check_processor(cpuinfo))["instruction sets"]
+    assert found.data["instruction_sets"] == ["asimddp", "i8mm", "bf16"]
+    assert found.status == "ok"
+
+
 def test_instruction_sets_are_read_from_the_system(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name : A Fine CPU\nflags : fpu avx2 fma avx512f avx512_vnni\n")

@@ -8,6 +8,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace farthing {
@@ -47,6 +51,25 @@ bool has_amx() {
   return bf16 && tile && int8 && syscall(SYS_arch_prctl, kRequestTilePermission, kTileData) == 0;
 }
 #endif
+#elif defined(__APPLE__)
+bool has_feature(const char* name) {
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname((std::string("hw.optional.arm.") + name).c_str(), &found, &size, nullptr, 0) == 0 &&
+         found;
+}
+
+bool has_dotprod() { return has_feature("FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has_feature("FEAT_I8MM"); }
+bool has_bf16() { return has_i8mm() && has_feature("FEAT_BF16"); }
+#elif defined(__aarch64__)
+// Bits of the kernel's interface, which older headers do not name.
+constexpr unsigned long kDotProducts = 1ul << 20;              // HWCAP_ASIMDDP
+constexpr unsigned long kI8mm = 1ul << 13, kBf16 = 1ul << 14;  // HWCAP2_I8MM, HWCAP2_BF16
+
+bool has_dotprod() { return getauxval(AT_HWCAP) & kDotProducts; }
+bool has_i8mm() { return has_dotprod() && (getauxval(AT_HWCAP2) & kI8mm); }
+bool has_bf16() { return has_i8mm() && (getauxval(AT_HWCAP2) & kBf16); }
 #endif
 
 struct Choice {
@@ -61,6 +84,10 @@ const Choice kChoices[] = {
     {&kernels_avx512, has_avx512},
     {&kernels_avx_vnni, has_avx_vnni},
     {&kernels_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {&kernels_neon_bf16, has_bf16},
+    {&kernels_neon_i8mm, has_i8mm},
+    {&kernels_neon_dotprod, has_dotprod},
 #endif
     {&kernels_portable, [] { return true; }},
 };

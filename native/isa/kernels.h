@@ -251,6 +251,10 @@ extern const Kernels kernels_avx_vnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512_bf16;
 extern const Kernels kernels_amx;
+#elif defined(__aarch64__)
+extern const Kernels kernels_neon_dotprod;
+extern const Kernels kernels_neon_i8mm;
+extern const Kernels kernels_neon_bf16;
 #endif
 
 const Kernels& select_kernels(const char* name);  // "auto" or a name; throws on an unknown or unsupported one

@@ -5,6 +5,8 @@
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "isa/lanes.h"
@@ -38,7 +40,9 @@ inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #else
 inline f32x16 max(f32x16 a, f32x16 b) { return select(a > b, a, b); }
 inline f32x16 min(f32x16 a, f32x16 b) { return select(a < b, a, b); }
+#if !defined(__ARM_FEATURE_DOTPROD)  // as of all below that neon.h replaces
 inline f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+#endif
 #endif
 
 // Sixteen bytes, or numbers of two, to wider lanes; narrow and low_halves: the low bytes of wider ones.
@@ -72,13 +76,16 @@ inline i8x16 narrow(i32x16 v) {
   const __m256i halves = (__m256i)low_halves(as<u32x16>(v & 255));
   return (i8x16)_mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
-#else
+#elif !defined(__ARM_FEATURE_DOTPROD)
 inline i32x16 widen(const int8_t* p) { return of_numbers<i32x16>(p); }
 inline i32x16 widen(const uint8_t* p) { return of_numbers<i32x16>(p); }
 inline u32x16 widen(u16x16 v) { return of_numbers<u32x16>(reinterpret_cast<const uint16_t*>(&v)); }
 inline i8x16 narrow(i32x16 v) { return of_numbers<i8x16>(reinterpret_cast<const int32_t*>(&v)); }
 inline u16x16 low_halves(u32x16 v) { return of_numbers<u16x16>(reinterpret_cast<const uint32_t*>(&v)); }
 #endif
+#if defined(__ARM_FEATURE_DOTPROD)
+#include "isa/neon.h"
+#else
 inline u16x16 widen16(const uint8_t* p) {
 #if defined(__AVX2__)
   return (u16x16)_mm256_cvtepu8_epi16(load<__m128i>(p));
@@ -93,6 +100,7 @@ inline f64x16 to_double(f32x16 v) {
   return of_numbers<f64x16>(reinterpret_cast<const float*>(&v));
 #endif
 }
+#endif
 
 inline f32x16 bf16_to_float(const uint16_t* p) { return bits_to_float(widen(load<u16x16>(p)) << 16); }
 
@@ -103,6 +111,7 @@ inline u16x16 float_to_bf16(f32x16 v) {  // to nearest even; what is not finite 
   return low_halves((b + ((0x7fffu + ((b >> 16) & 1u)) & ~as<u32x16>(special))) >> 16);
 }
 
+#if !defined(__ARM_FEATURE_DOTPROD)
 inline f32x16 half_to_float(const uint16_t* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(load<__m256i>(p));
@@ -115,6 +124,7 @@ inline f32x16 half_to_float(const uint16_t* p) {
   return bits_to_float(float_to_bits(magnitude) | (h & 0x8000u) << 16);
 #endif
 }
+#endif
 
 // Sums and maxima in one fixed tree, the same on every machine: halves are added until one lane is left.
 #if defined(__AVX512F__)
@@ -284,7 +294,7 @@ inline i32x16 dot4_halves(i32x16 acc, __m256i u0, __m256i u1, __m256i s0, __m256
 }
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i s) { return dot4_halves<true>(acc, u.a, u.b, s, s); }
 inline i32x16 dot4(i32x16 acc, bytes64 u, __m256i s) { return dot4_halves<false>(acc, u.a, u.b, s, s); }
-#else
+#elif !defined(__ARM_FEATURE_DOTPROD)
 typedef Lanes<uint8_t, 64> bytes64;
 inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
 inline bytes64 low_nibbles(bytes64 v) { return v & 15; }

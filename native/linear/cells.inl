@@ -90,7 +90,7 @@ template <int M, Format F, int Bytes>
 template <int M, Format F, int Blocks>
 [[gnu::always_inline]] inline void add_cells(const Matrix& w, const uint8_t* record, int count, const Act& x,
                                              Ahead ahead, CellCursor& c, f32x16 (&total)[M]) {
-  constexpr bool grouped = traits(F).grouped(), small = traits(F).small();
+  constexpr bool grouped = traits(F).grouped(), small = traits(F).small() || is_signed(F);
   constexpr int step = 8 * traits(F).bytes_a_column();
   const int width = cell_columns(w);
   const Strides q_by(x.ld), cells_by(x.cell_count * sizeof(CellInput));
@@ -102,7 +102,7 @@ template <int M, Format F, int Blocks>
     const auto of_row = [&](int m) -> const CellInput& { return *reinterpret_cast<const CellInput*>(in[m]); };
     const BlocksOf<Blocks> blocks(cell & 15);
     i32x16 acc[M], more[M] = {};
-    EACH (int m = 0; m < M; ++m) acc[m] = cell_comp(of_row(m), cell, blocks);
+    EACH (int m = 0; m < M; ++m) acc[m] = is_signed(F) ? i32x16{} : cell_comp(of_row(m), cell, blocks);
     EACH_BLOCK (int i = 0; i < Blocks; ++i) {
       const RowsAt<M> q(x.q + index * width + blocks.at[i] * kBlock, q_by);
       EACH_BLOCK (int j = 0; j < kBlock; j += 8, c.data += step) {

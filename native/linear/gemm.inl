@@ -5,8 +5,8 @@
 namespace farthing {
 namespace {
 
-// Tiles whose integer and float sums fit in the registers: 32 of 16 lanes, 16 of 8, or 16 of 4. Two panels by
-// six rows need half a load for each product; one panel by twelve needs a whole one, and processors that
+// Tiles whose integer and float sums fit in the registers: 32 of 16 lanes, 16 of 8, 32 or 16 of 4. Two panels
+// by six rows need half a load for each product; one panel by twelve needs a whole one, and processors that
 // start two products a cycle load no more than that. Those that start one have fewer instructions a product
 // with it, in integers of more than six rows.
 #if defined(__AVX512F__)
@@ -15,15 +15,28 @@ constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 2, kLongRows = 12, kSparseRows = 
 constexpr int kRowsAtOnce = 6, kPanelsAtOnce = 1, kLongRows = 6, kSparseRows = 4, kByteRows = 6;
 #elif defined(__AVX2__)
 constexpr int kRowsAtOnce = 3, kPanelsAtOnce = 1, kLongRows = 3, kSparseRows = 4, kByteRows = 3;
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr int kRowsAtOnce = 3, kPanelsAtOnce = 1, kLongRows = 3, kSparseRows = 3, kByteRows = 3;
 #else
 constexpr int kRowsAtOnce = 2, kPanelsAtOnce = 1, kLongRows = 2, kSparseRows = 2, kByteRows = 2;
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
+#define MANY_ROWS  // many_rows.inl
 constexpr int kFloatRows = 3;
 constexpr bool kFlipped = !kVnni;  // whether many rows are read as Act::flipped
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define MANY_ROWS
+constexpr int kFloatRows = 2;
+constexpr bool kFlipped = false;
 #else
 constexpr int kFloatRows = kRowsAtOnce;
 constexpr bool kFlipped = false;
+#endif
+// NEON's processors find a stream by themselves as far as is known; no distance was measured on one.
+#if defined(__ARM_FEATURE_DOTPROD)
+constexpr bool kFetchesStreams = false;
+#else
+constexpr bool kFetchesStreams = true;
 #endif
 constexpr int kSparsePanels = 2;  // that read a block of rows one after the other
 
@@ -68,6 +81,7 @@ struct Ahead {
 
 template <int M, Format F>
 inline void fetch(const uint8_t* p, size_t ahead) {
+  if constexpr (M <= stream_rows(F) && !kFetchesStreams) return;
   if constexpr (M <= stream_rows(F) && traits(F).nibbles()) prefetch(p + prefetch_distances.nibbles_near);
   prefetch_far(p + ahead);
 }
@@ -192,16 +206,28 @@ void panels_float(const Matrix& w, int panel, const Act& x, Ahead ahead, float* 
       store(out + m * ldo + 16 * i, blocks ? total[i * M + m] : even[i * M + m] + odd[i * M + m]);
 }
 
-// Nibbles as what is multiplied: q + 8, or a code and its bias.
+// Whether weights are multiplied as what they stand for, signed, because products with other bytes cost more.
+#if defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+constexpr bool is_signed(Format f) { return !traits(f).small(); }
+#else
+constexpr bool is_signed(Format) { return false; }
+#endif
+
+// What is stored as what is multiplied: q + 8 and q + 128, or a code and its bias; or signed.
 template <Format F>
-inline bytes64 factors(bytes64 nibbles) {
-  if constexpr (traits(F).codes != nullptr) return look_up(traits(F).codes->factors, nibbles);
-  else return nibbles;
+inline bytes64 factors(bytes64 stored) {
+  constexpr const Codes* codes = traits(F).codes;
+  if constexpr (codes != nullptr)
+    return look_up(is_signed(F) ? reinterpret_cast<const uint8_t*>(codes->of) : codes->factors, stored);
+#if defined(__ARM_FEATURE_DOTPROD)
+  if constexpr (is_signed(F)) return stored ^ 128;
+#endif
+  return stored;
 }
 
 template <Format F>
 inline i32x16 dot4_of(i32x16 acc, bytes64 u, const decltype(splat4(nullptr))& s) {
-  return traits(F).small() ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
+  return traits(F).small() || is_signed(F) ? dot4_nibble(acc, u, s) : dot4(acc, u, s);
 }
 
 // Whether a tile has more rows than there are registers for pointers to them. Row m is then at an address of
@@ -253,8 +279,8 @@ template <Format F, int I>
 inline bytes64 quad(const uint8_t* p, const uint8_t* low = nullptr) {
   if constexpr (traits(F).planes == Planes::both) {
     const bytes64 high = load_bytes(p), rest = load_bytes(low);
-    return I ? join_nibbles(high_nibbles(high), high_nibbles(rest))
-             : join_nibbles(low_nibbles(high), low_nibbles(rest));
+    return factors<F>(I ? join_nibbles(high_nibbles(high), high_nibbles(rest))
+                        : join_nibbles(low_nibbles(high), low_nibbles(rest)));
   } else {
     return factors<F>(stored_quad<F, I>(p));
   }
@@ -265,9 +291,9 @@ template <Format F, class Each, size_t... I>
 [[gnu::always_inline]] inline void for_quads(Each&& f, std::index_sequence<I...>) {
   (f.template operator()<I>(), ...);
 }
-template <Format F, class Each>
+template <Format F, int Columns = traits(F).step(), class Each>
 [[gnu::always_inline]] inline void for_quads(Each&& f) {
-  for_quads<F>(f, std::make_index_sequence<traits(F).step() / 4>());
+  for_quads<F>(f, std::make_index_sequence<Columns / 4>());
 }
 
 // Bytes of a column that are read as one stream: planes are two streams.
@@ -275,6 +301,37 @@ constexpr int stream_bytes(Format f) {
   return traits(f).planes == Planes::both ? kPanel / 2 : traits(f).bytes_a_column();
 }
 
+#if defined(__ARM_FEATURE_DOTPROD)
+// `columns` of a quantized panel. A register holds sixteen columns of a row, four of which a product takes as
+// they are; so many are a step, and the least that a group has. Two chains of sums for up to two rows.
+template <int M, int P, Format F>
+[[gnu::always_inline]] inline void dot_columns(const uint8_t* (&data)[P], const uint8_t* (&low)[P],
+                                               const int8_t* x, int ld, int columns, const size_t (&far)[P],
+                                               const size_t (&far_low)[P], i32x16 (&acc)[P * M],
+                                               i32x16 (&more)[P * M]) {
+  static_assert(P == 1);
+  constexpr bool planes = traits(F).planes == Planes::both;
+  constexpr int quads = in_bytes(F) ? 1 : traits(F).step() / 4, bytes = 4 * quads * stream_bytes(F);
+  constexpr int step = quads < 4 ? 16 : 4 * quads;
+  for (int k = 0; k < columns; k += step) {
+    int8x16_t s[M];
+    for_quads<F, step>([&]<int I>() __attribute__((always_inline)) {
+      if constexpr (I % 4 == 0)
+        EACH (int m = 0; m < M; ++m) s[m] = vld1q_s8(x + static_cast<size_t>(m) * ld + k + 4 * I);
+      const bytes64 u = quad<F, I % quads>(data[0], low[0]);
+      EACH (int m = 0; m < M; ++m) {
+        i32x16& sum = I % 2 && M <= 2 ? more[m] : acc[m];
+        sum = dot4_of_lane < I % 4, traits(F).small() || is_signed(F) > (sum, u, s[m]);
+      }
+      if constexpr (I % quads < quads - 1) return;
+      EACH (int at = 0; at < bytes; at += 64) fetch<M, F>(data[0] + at, far[0]);
+      data[0] += bytes;
+      asm("" : "+r"(data[0]));  // or loads would be of sums of addresses, each an instruction
+      if constexpr (planes) fetch<M, F>(low[0], far_low[0]), low[0] += bytes;
+    });
+  }
+}
+#else
 // `columns` (whole steps) of P quantized panels; two chains of sums where registers allow. `low`: the low
 // nibbles of panels in planes. `far`, `far_low`: what is prefetched ahead.
 template <int M, int P, Format F>
@@ -309,6 +366,7 @@ template <int M, int P, Format F>
     }
   }
 }
+#endif
 
 // Sums of high nibbles, as two times the sums of what their bytes are on average: 16 n + 7.5 - 128.
 inline i32x16 twice_expected(i32x16 sum, int32_t compensation) {
@@ -344,8 +402,10 @@ inline GroupNumbers group_numbers(const Matrix& w, const uint8_t* at, int g) {
   return n;
 }
 
-// Sums that begin at the compensation, unless minimums or `twice_expected` need it.
-constexpr bool starts_at_zero(Format f) { return traits(f).minimums || traits(f).planes == Planes::high; }
+// Sums that begin at the compensation, unless minimums or `twice_expected` need it, or there is none.
+constexpr bool starts_at_zero(Format f) {
+  return traits(f).minimums || traits(f).planes == Planes::high || is_signed(f);
+}
 
 // A row's integer sums of a group into its float sums.
 template <Format F, bool Zero>
@@ -443,7 +503,7 @@ template <int Most = kLongRows* kPanelsAtOnce, class Multiply>
 }
 
 // many_rows.inl, cells.inl, fp8_pairs.inl
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(MANY_ROWS)
 bool many_rows(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
 #endif
 void sparse_tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* out, int ldo);
@@ -457,7 +517,7 @@ void tile(const Matrix& w, int panel, int count, const Act& x, int rows, float* 
     return;
   }
   const int terms = w.act_terms;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(MANY_ROWS)
   if (many_rows(w, panel, count, x, rows, out, ldo)) return;
 #endif
   const bool stream = rows * terms <= stream_rows(w.format);

@@ -56,7 +56,7 @@ class Diagnosis:
         return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
 
 
-# Instruction sets used by the kernels, best last, with their /proc/cpuinfo names.
+# Instruction sets used by the kernels, best last of x86-64 and of ARM, with their /proc/cpuinfo names.
 INSTRUCTION_SETS = (
     "avx2",
     "fma",
@@ -70,6 +70,9 @@ INSTRUCTION_SETS = (
     "amx_tile",
     "amx_int8",
     "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
 )
 GIB = 1 << 30
 _PROBE_BYTES = 512 << 20  # larger than all but the largest caches
@@ -91,7 +94,10 @@ def check_processor(cpuinfo: Path = CPUINFO, cpus: Cpus | None = None) -> Iterat
     flags = [flag for flag in INSTRUCTION_SETS if flag in _flags(cpuinfo)]
     native = _native()
     kernels = str(native.instruction_sets()) if native is not None else ""
-    vector = any(flag.startswith(("avx512", "amx")) for flag in flags)
+    # Of macOS there is no list of flags, but the kernels have looked.
+    vector = any(flag.startswith(("avx512", "amx", "asimddp")) for flag in flags) or kernels.startswith(
+        "neon"
+    )
     yield Check(
         group="processor",
         name="instruction sets",
@@ -246,7 +252,9 @@ def _flags(cpuinfo: Path) -> set[str]:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return set(
+        next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split()
+    )
 
 
 def _meminfo(field: str) -> int:

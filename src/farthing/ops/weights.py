@@ -462,10 +462,10 @@ NEVER: Costs = (math.inf,) * 4  # also where nothing but zeros would be left out
 ALWAYS: Costs = (0.0, 0.0, 0.0, 0.0)
 # Time of a cell with 1, 2, 3 and 4 blocks relative to the same columns of a dense panel, the most of several
 # numbers of rows, by instruction set (`bench/kernels.py --only cells`). A matrix is stored block-sparse if
-# this saves time. On AMX it was not measured, and dense panels take tiles where cells take AVX-512, so all
-# stay dense.
+# this saves time. On AMX and NEON it was not measured, so all stay dense.
 COSTS: dict[str, dict[str, Costs]] = {
     "amx": {},
+    "neon": {},
     "avx512": {
         "int8": (0.51, 0.70, 0.95, 1.17),
         "int4": (0.49, 0.76, 0.98, 1.18),
