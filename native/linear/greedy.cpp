@@ -144,6 +144,7 @@ void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const flo
   const Space space(work_, w, tokens, pool.size());
   const Search search{kernels, w, w.high_plane(), head.uneven, tokens, pool.size(), space};
   std::fill_n(space.doubted, static_cast<size_t>(pool.size()) * tokens, false);
+  std::fill_n(space.found, static_cast<size_t>(pool.size()) * tokens, Best{});  // of threads that rest, too
   std::vector<Best> first(tokens);
   std::atomic<bool> finite{true};
   enum Phase { kPrepare, kMeasure, kBound, kReadBest, kReadDoubted };
@@ -154,7 +155,6 @@ void Backend::greedy_by_planes(const Packed& head, Rows x, int tokens, const flo
                    [&](int, int t) { space.spread[t] = kDeviation * length(of(t), w.kp, w.group); });
     Best* mine = space.found + team.id() * tokens;
     bool* doubted = space.doubted + team.id() * tokens;
-    std::fill_n(mine, tokens, Best{});
     team.barrier();
     float* tile = space.tiles + static_cast<size_t>(team.id()) * tokens * kColumns;
     team.for_units(kBound, 1, (w.panels + kChunk - 1) / kChunk, [&](int, int c) {

@@ -20,16 +20,21 @@ inline void relax() {
 }
 
 // Waits until done(), for at most `most` (zero: no limit), and after `impatient` yields to other threads.
-// Returns whether it is done.
+// Returns whether it is done. late: the time waited, if it was longer than a microsecond.
 template <class F>
-inline bool spin(F&& done, Clock::duration most, Clock::duration impatient = kImpatient) {
+inline bool spin(F&& done, Clock::duration most, Clock::duration impatient = kImpatient,
+                 Clock::duration* late = nullptr) {
   const Clock::time_point start = Clock::now();
-  for (;;) {
+  for (bool soon = true;; soon = false) {
     for (int i = 0; i < 16; ++i) {
-      if (done()) return true;
+      if (done()) {
+        if (late && !soon) *late = Clock::now() - start;
+        return true;
+      }
       relax();
     }
     const Clock::duration waited = Clock::now() - start;
+    if (late) *late = waited;
     if (most.count() && waited > most) return false;
     if (waited > impatient) std::this_thread::yield();
   }

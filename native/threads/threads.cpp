@@ -23,6 +23,9 @@ constexpr auto kAwake = std::chrono::milliseconds(2);
 // At a barrier. Longer than a turn of the scheduler; a thread that sleeps beside a busy process
 // gets its core back late.
 constexpr auto kPatience = std::chrono::milliseconds(20);
+// How long threads without cores rest before they are tried again; twice as long each time that they still
+// have none, as trying costs a few turns of the scheduler.
+constexpr Clock::duration kShortRest = std::chrono::milliseconds(100), kLongRest = std::chrono::seconds(2);
 
 // Cores in a list such as "0-3,5+13".
 std::vector<std::vector<int>> parse_cores(const std::string& list) {
@@ -165,6 +168,7 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
   }
   for (auto& set : counters_) set = std::vector<Counters>(size_);
   progress_ = std::vector<Progress>(size_);
+  active_ = size_;
   starts_ = std::vector<Gate>(nodes());
   barriers_ = std::vector<Gate>(nodes());
   node_groups_ = std::vector<Arrivals>(nodes());
@@ -202,6 +206,7 @@ Pool::Pool(int threads, const std::string& topology, bool pin) : size_(threads),
 void Pool::end() {
   stop_ = true;
   for (Gate& gate : starts_) gate.open();
+  resume_gate_.open();
   for (auto& w : workers_) w.join();
 }
 
@@ -252,6 +257,8 @@ bool Pool::take(int phase, int id, int set, int units, Taken& t) {
 void Pool::work(int id, uint32_t region) {
   Team team(*this, id, region);
   for (auto& taken : counters_[1 - team.set_][id].taken) taken.store(0, std::memory_order_relaxed);
+  for (int t = active_; id == 0 && t < size_; ++t)  // of those that rest
+    for (auto& taken : counters_[1 - team.set_][t].taken) taken.store(0, std::memory_order_relaxed);
   try {
     call_(data_, team);
     progress_[id].set(region, Progress::kDone);
@@ -279,8 +286,8 @@ void Pool::fail(const Team& team) {
 bool Pool::at_barrier(const Team& team) const {
   for (;; std::this_thread::yield()) {
     bool all_failed = true;
-    for (const Progress& other : progress_) {
-      const uint64_t at = other.at.load(std::memory_order_acquire);
+    for (int t = 0, active = active_; t < active; ++t) {
+      const uint64_t at = progress_[t].at.load(std::memory_order_acquire);
       const uint32_t region = static_cast<uint32_t>(at >> 32), barriers = static_cast<uint32_t>(at);
       const bool failed = region == team.region_ && barriers == Progress::kFailed;
       all_failed &= failed;
@@ -294,6 +301,7 @@ bool Pool::at_barrier(const Team& team) const {
 void Pool::start(void (*call)(void*, Team&), void* data) {
   if (pin_ && caller.pool != this)  // to the node alone: what the caller starts later inherits it
     caller.bind(this, all_cpus(nodes_[0]));
+  adapt();
   call_ = call;
   data_ = data;
   const uint32_t region = starts_[0].opened.load(std::memory_order_relaxed) + 1;
@@ -306,24 +314,68 @@ void Pool::start(void (*call)(void*, Team&), void* data) {
 }
 
 void Pool::loop(int id) {
-  for (uint32_t region = 0;; ++region) {
+  for (uint32_t region = 0;;) {
     starts_[node_of_[id]].wait(region, kAwake, impatient_);
     if (stop_) return;
-    work(id, region + 1);
+    if (id >= active_.load(std::memory_order_relaxed)) {
+      region = rest();
+      continue;
+    }
+    work(id, ++region);
     arrive(id);  // thread 0 alone waits for the others
   }
 }
 
+// Sleeps until the thread is wanted again; the region before that one.
+uint32_t Pool::rest() {
+  const uint32_t seen = resume_gate_.opened.load(std::memory_order_acquire);
+  resting_.fetch_add(1, std::memory_order_release);
+  while (!stop_ && resume_gate_.opened.load(std::memory_order_acquire) == seen)
+    resume_gate_.opened.wait(seen, std::memory_order_acquire);
+  return resume_;
+}
+
+void Pool::set_active(int threads) {
+  const int now = active_;
+  threads = nodes() > 1 ? size_ : std::min(std::max(threads, 1), size_);
+  if (threads == now || (threads > now && resting_.load(std::memory_order_acquire) < size_ - now)) return;
+  for (int g = 0; g < static_cast<int>(groups_.size()); ++g)
+    groups_[g].expected = std::min(std::max(threads - g * kGroup, 0), kGroup);
+  node_groups_[0].expected = (threads + kGroup - 1) / kGroup;
+  active_ = threads;
+  if (threads < now) return;
+  // Those that are still too many go back to rest at the next region.
+  resting_ = 0;
+  resume_ = starts_[0].opened.load(std::memory_order_relaxed);
+  resume_gate_.open();
+}
+
+// Between two regions.
+void Pool::adapt() {
+  const int now = active_;
+  if (now < size_ && Clock::now() >= rest_until_) return set_active(size_);
+  const int starved = nodes() == 1 ? starved_.count(workers_, now) : 0;
+  if (!starved) return;
+  const Clock::time_point time = Clock::now();
+  rest_ = time - rest_until_ > kLongRest ? kShortRest : std::min(2 * rest_, kLongRest);
+  rest_until_ = time + rest_;
+  set_active(now - starved);
+}
+
 bool Pool::Arrivals::last() {
-  if (arrived.fetch_add(1, std::memory_order_acq_rel) != expected - 1) return false;
+  const int before_last = expected - 1;  // which may change once all have arrived
+  if (arrived.fetch_add(1, std::memory_order_acq_rel) != before_last) return false;
   arrived.store(0, std::memory_order_relaxed);
   return true;
 }
 
 // Until the gate has opened since it was seen; after `most` the thread sleeps.
-void Pool::Gate::wait(uint32_t seen, Clock::duration most, Clock::duration impatient) const {
-  if (!spin([&] { return opened.load(std::memory_order_acquire) != seen; }, most, impatient))
-    opened.wait(seen, std::memory_order_acquire);
+void Pool::Gate::wait(uint32_t seen, Clock::duration most, Clock::duration impatient,
+                      Clock::duration* late) const {
+  if (spin([&] { return opened.load(std::memory_order_acquire) != seen; }, most, impatient, late)) return;
+  const Clock::time_point asleep = Clock::now();
+  opened.wait(seen, std::memory_order_acquire);
+  if (late) *late += Clock::now() - asleep;
 }
 
 void Pool::Gate::open() {
@@ -342,7 +394,10 @@ void Pool::meet(int id) {
   const Gate& gate = barriers_[node_of_[id]];
   const uint32_t seen = gate.opened.load(std::memory_order_acquire);
   arrive(id);
-  gate.wait(seen, kPatience, impatient_);
+  if (id) return gate.wait(seen, kPatience, impatient_);
+  Clock::duration late{};
+  gate.wait(seen, kPatience, impatient_, &late);
+  if (late > kImpatient) starved_.waited(late);
 }
 
 void Team::barrier() {

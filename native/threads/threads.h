@@ -4,7 +4,8 @@
 // stream; one that is done takes from the back of another's part, so that a thread that loses its core does
 // not delay the others. Every unit is computed whole by one thread and nothing is summed across threads, so
 // that the number of threads never changes a result. A thread that waits too long sleeps until it is woken,
-// so that one without a core gets one.
+// so that one without a core gets one. While other processes take the cores, fewer threads take part: the
+// last ones rest.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "threads/spin.h"
+#include "threads/starved.h"
 
 namespace farthing {
 
@@ -71,6 +73,10 @@ class Pool {
   void free_caller() const;
 
   int size() const { return size_; }
+  int active() const { return active_; }  // threads that take part
+  // Lets so many threads take part in the next regions, once those that rest can be woken; for tests. Threads
+  // of several nodes never rest.
+  void set_active(int threads);
   int nodes() const { return static_cast<int>(nodes_.size()); }
   int node_of(int thread) const { return node_of_[thread]; }
   bool pinned() const { return pin_; }
@@ -127,7 +133,8 @@ class Pool {
   struct alignas(64) Gate {
     std::atomic<uint32_t> opened{0};
     void open();
-    void wait(uint32_t seen, Clock::duration most, Clock::duration impatient) const;
+    void wait(uint32_t seen, Clock::duration most, Clock::duration impatient,
+              Clock::duration* late = nullptr) const;
   };
   [[noreturn]] static void throw_forked();
   void arrive(int id);
@@ -137,6 +144,8 @@ class Pool {
   void start(void (*call)(void*, Team&), void* data);
   void work(int id, uint32_t region);
   void loop(int id);
+  uint32_t rest();
+  void adapt();
   void end();
   bool take(int phase, int id, int set, int units, Taken& t);
 
@@ -157,6 +166,14 @@ class Pool {
   std::vector<Arrivals> node_groups_;  // of each node
   Arrivals all_nodes_;
   std::vector<Gate> starts_, barriers_;  // of each node
+  // Threads from active_ on rest. It grows only when all of them sleep, so that each knows in which region it
+  // is wanted: the one after resume_.
+  std::atomic<int> active_{1}, resting_{0};
+  Gate resume_gate_;
+  uint32_t resume_ = 0;
+  Starved starved_;
+  Clock::time_point rest_until_{};
+  Clock::duration rest_{};
   void (*call_)(void*, Team&) = nullptr;
   void* data_ = nullptr;
   std::vector<Progress> progress_;     // [thread]
