@@ -377,6 +377,8 @@ NB_MODULE(_native, module) {
           },
           "address"_a, "size"_a, "name"_a)
       .def_prop_ro("yields_at_once", [](const Backend& b) { return b.pool.yields_at_once(); })
+      .def_prop_ro("active", [](const Backend& b) { return b.pool.active(); })
+      .def("set_active", [](Backend& b, int threads) { b.pool.set_active(threads); })
       .def_prop_ro("meetings", [](const Backend& b) { return b.pool.meetings(); })
       .def("free_caller", [](const Backend& b) { b.pool.free_caller(); })
       .def("region_seconds", &region_seconds, "barriers"_a, "regions"_a, "memory"_a = std::vector<int>(),
