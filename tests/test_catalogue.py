@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing import hub, packages
-from farthing.catalogue import Entry, File, catalogue, id_for
+from farthing.catalogue import Entry, File, catalogue, hub_id, id_for, plain_name, short_names, suggestion
 from farthing.planner.estimate import Machine
 from farthing.planner.offers import offers
 
@@ -44,8 +44,8 @@ def test_a_name_stands_for_the_file_that_fits(monkeypatch: pytest.MonkeyPatch) -
     for memory, kind in ((8, "Q4_K_M"), (64, "Q8_0")):
         monkeypatch.setattr("farthing.catalogue.machine_memory", lambda memory=memory: memory << 30)
         assert id_for("Qwen3-30B-A3B") == f"Qwen/Qwen3-30B-A3B-GGUF:{kind}"
-    assert id_for("deepseek-v3") is None and hub.hub_id("deepseek-v3") == "deepseek-ai/DeepSeek-V3"
-    assert hub.hub_id("owner/name") == "owner/name"
+    assert id_for("deepseek-v3") is None and hub_id("deepseek-v3") == "deepseek-ai/DeepSeek-V3"
+    assert hub_id("owner/name") == "owner/name"
 
 
 def test_offers_are_in_the_order_of_worth_and_slower_for_larger_files() -> None:
@@ -108,3 +108,38 @@ def test_without_an_index_there_is_none(
 def test_files_keep_their_order() -> None:
     entry = Entry("a", "o/a", (File("Q8_0", 8), File("Q4_0", 4)), 1e-8, 1e-8, 1)
     assert entry.best(10**12).type == "Q8_0" and entry.best(1).type == "Q4_0"
+
+
+@pytest.mark.parametrize(
+    "before", ["https://huggingface.co/", "http://www.huggingface.co/", "hf.co/", "hf://"]
+)
+@pytest.mark.parametrize("after", ["", "/", "/tree/main"])
+def test_an_address_of_the_hub_is_the_id_in_it(before: str, after: str) -> None:
+    assert hub_id(f"{before}owner/name-1.5B{after}") == "owner/name-1.5B"
+    assert plain_name(f"{before}owner/name:Q4_K_M{after}") == "owner/name:Q4_K_M"
+
+
+@given(st.sampled_from(sorted({*catalogue(), *short_names()})), st.data())
+def test_a_misspelt_name_is_answered_with_one_that_exists(name: str, data: st.DataObject) -> None:
+    """One character of a name is left out: what is proposed exists, and is at least as close."""
+    at = data.draw(st.integers(0, len(name) - 1))
+    wrong = name[:at] + name[at + 1 :]
+    if wrong in {*catalogue(), *short_names()}:
+        return
+    proposed = suggestion(wrong).removeprefix("did you mean '").removesuffix("'? ")
+    known = {
+        *catalogue(),
+        *short_names(),
+        *(e.repository for e in catalogue().values()),
+        *short_names().values(),
+    }
+    assert proposed in known
+
+
+@pytest.mark.parametrize("name", ["", " ", "./missing.gguf", "/nowhere/at-all", "~/nothing", "asdfghjkl"])
+def test_what_is_no_name_of_a_model_is_refused_without_a_guess(name: str) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"model: got .*; expected|does not exist; expected"
+    ) as refused:
+        hub.find_model(name)
+    assert "did you mean" not in str(refused.value)

@@ -19,12 +19,13 @@ import pytest
 from typer.testing import CliRunner
 
 from farthing import process
+from farthing.catalogue import short_names
 from farthing.checkpoint.reader import has_weights
 from farthing.checkpoint.shards import CheckpointError
 from farthing.cli.app import app
 from farthing.cli.preflight import preflight
 from farthing.config import EngineConfig
-from farthing.hub import EMBEDDED, find_model, resolve_config, resolve_model, short_names
+from farthing.hub import EMBEDDED, find_model, resolve_config, resolve_model
 from farthing.model.fields import ConfigError
 from farthing.model.types.unserved import unserved
 from farthing.planner.estimate import published
@@ -489,10 +490,10 @@ def test_pull_compares_memory_before_the_download(hub: Hub, monkeypatch: pytest.
 
 def test_short_names_are_those_of_published_configurations(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(short_names()) == set(published())
-    monkeypatch.setattr("farthing.hub.short_names", lambda: {"small": ID})
+    monkeypatch.setattr("farthing.catalogue.short_names", lambda: {"small": ID})
     with_large(hub, 1000)
     assert resolve_model("Small") == resolve_model(ID)
-    with pytest.raises(FileNotFoundError, match=r"a short name such as small, or"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'small'\?"):
         resolve_model("smal")
 
 

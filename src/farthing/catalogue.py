@@ -1,15 +1,23 @@
-"""The models that people start with (`assets/catalogue.toml`), and the file of each that suits a machine."""
+"""The models that people start with (`assets/catalogue.toml`), the file of each that suits a machine, and
+what else is meant by a name that is typed."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from farthing.memory import machine_memory
 
-_FILE = Path(__file__).parent / "assets" / "catalogue.toml"
+_ASSETS = Path(__file__).parent / "assets"
+_FILE = _ASSETS / "catalogue.toml"
+# Addresses of a model's page, and what other programs put before an id.
+_ADDRESS = re.compile(
+    r"(?:(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://)([^/?#]+/[^/?#]+)(?:/tree/[^/]+)?/?"
+)
 CONTEXT = 8_192  # tokens of a conversation that has to fit
 _USABLE = 0.8  # of the machine's memory
 _FLUENT = 5_000_000_000  # bytes per token above which a smaller file is chosen, because it is faster
@@ -78,3 +86,31 @@ def id_for(name: str) -> str | None:
     """The hub id of a name of the catalogue, with the file that suits this machine; None for other names."""
     entry = catalogue().get(name.lower())
     return None if entry is None else entry.id_of(entry.best(machine_memory()))
+
+
+@cache
+def short_names() -> dict[str, str]:
+    """Names of released models, and their hub ids."""
+    names: dict[str, str] = tomllib.loads((_ASSETS / "models.toml").read_text(encoding="utf-8"))
+    return names
+
+
+def plain_name(model: str) -> str:
+    """The hub id within an address of the hub; other names unchanged."""
+    address = _ADDRESS.fullmatch(model)
+    return model if address is None else address[1]
+
+
+def hub_id(model: str) -> str:
+    """The id that a short name or an address stands for, with the file if the catalogue has it; other names
+    unchanged."""
+    name = plain_name(model)
+    return id_for(name) or short_names().get(name.lower(), name)
+
+
+def suggestion(name: str) -> str:
+    """A question for the name or hub id that is closest to `name`; "" if none is close."""
+    repositories = {entry.repository for entry in catalogue().values()} | set(short_names().values())
+    known = {each.lower(): each for each in (*catalogue(), *short_names(), *sorted(repositories))}
+    close = get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {known[close[0]]!r}? " if close else ""

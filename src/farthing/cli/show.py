@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from farthing import hub
-from farthing.catalogue import catalogue
+from farthing.catalogue import catalogue, hub_id
 from farthing.checkpoint.reader import method_of, read_config
 from farthing.cli.errors import one_line_errors
 from farthing.memory import available_memory, gigabytes, machine_memory
@@ -42,7 +42,7 @@ def show(model: _Model, as_json: _Json = False) -> None:
 
 
 def _shown(model: str) -> dict[str, Any]:
-    name = hub.hub_id(model)
+    name = hub_id(model)
     here = Path(model).expanduser().exists() or any(
         each.model == hub.without_file(name) for each in hub.cached()
     )

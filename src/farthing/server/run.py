@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import logging
@@ -173,7 +174,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)  # clients can connect while the application is built
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+        free = "; --port 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}{free}") from error
     return listener
 
 
