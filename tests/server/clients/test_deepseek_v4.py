@@ -56,9 +56,9 @@ class Given:
         self._sample = engine._core._sample
         engine._core._sample = self.sample  # type: ignore[method-assign]
 
-    def sample(self, plan: Any, step: Any, hidden: Any) -> Any:
+    def sample(self, plan: Any, step: Any, hidden: Any, faults: Any) -> Any:
         """Takes the place of `EngineCore._sample`."""
-        tokens, logprobs = self._sample(plan, step, hidden)
+        tokens, logprobs = self._sample(plan, step, hidden, faults)
         for row, item in enumerate(item for item in plan if item.sample and self.on):
             text, ids = self._ids(tuple(item.seq.tokens[: item.seq.num_prompt]))
             tokens[row] = ids[item.seq.num_output]
