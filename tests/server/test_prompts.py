@@ -20,11 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from farthing.engine.tokenizer import Tokenizer
 from farthing.server.memory import AnswerMemory
 from tests.conversation.published import SHAPES
 from tests.server.api.sessions import Cache, common
 from tests.server.harness import Running
-from tests.server.splitting import NAMES, PACKAGED, TOOL, Splitting, serving
+from tests.server.splitting import NAMES, PACKAGED, TOOL, Splitting, backend, serving
 
 
 class Client:
@@ -227,3 +228,21 @@ def test_twenty_turns_compute_only_what_is_new(name: str, splits: bool, tmp_path
     print(f"{name}: {share:.2%} computed again, {engine.reused} texts with the model's split")
     assert bool(engine.reused) == splits or name not in QUICK
     assert share <= (0.015 if name in PARTIAL else 0.005)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if has_tools(name)])
+@pytest.mark.parametrize("left_out", [("description",), ("parameters",), ("description", "parameters")])
+def test_a_tool_may_leave_out_what_clients_may_leave_out(name: str, left_out: tuple[str, ...]) -> None:
+    """Only where a template refuses such a tool, it gets what it lacks."""
+    shape = SHAPES[name]
+    own = Tokenizer(backend(name), {"bos_token": "<s>", "eos_token": "</s>"}, chat_template=shape.source)
+    function = {field: value for field, value in TOOL.items() if field not in left_out}
+    tools = [{"type": "function", "function": function}]
+    messages = [{"role": "user", "content": "Where?"}]
+    prompt = own.render_chat(messages, tools)
+    assert "look" in prompt
+    try:
+        assert prompt == own._render(messages=messages, tools=tools, add_generation_prompt=True)
+    except ValueError:
+        whole = {"description": "", "parameters": {"type": "object", "properties": {}}} | function
+        assert prompt == own.render_chat(messages, [{"type": "function", "function": whole}])

@@ -206,6 +206,13 @@ def _named(token: AddedToken, name: str) -> AddedToken:
     )
 
 
+def _whole(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool with the fields that clients may leave out and some templates need: gpt-oss's prints a
+    description."""
+    whole = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return {**tool, "function": whole | dict(tool["function"])} if "function" in tool else whole | dict(tool)
+
+
 class Tokenizer:
     """A `tokenizers` tokenizer with what tokenizer_config.json says about it. Thread-safe."""
 
@@ -375,7 +382,12 @@ class Tokenizer:
         if late or any(turn.get("tool_calls") for turn in turns):
             turns = self.habits().adapt(turns)
         values = {"tools": tools or None, "add_generation_prompt": add_generation_prompt, **kwargs}
-        prompt = printed(self._render(messages=turns, **values))
+        try:
+            prompt = printed(self._render(messages=turns, **values))
+        except ValueError:
+            if tools is None or (whole := list(map(_whole, tools))) == tools:
+                raise
+            prompt = printed(self._render(messages=turns, **values | {"tools": whole}))
         for tool in tools or ():
             name = tool.get("function", tool).get("name")
             if isinstance(name, str) and name not in prompt:
