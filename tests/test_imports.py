@@ -174,7 +174,7 @@ def test_imports_are_at_the_top() -> None:
 ROOT = Path(__file__).parents[1]
 # Sizes that were reached: words of the documentation (of a folder with all below it), and lines of Python.
 WORDS = {"docs": 55_000, "docs/guide": 22_000, "docs/design": 20_000, "docs/lab": 12_000}
-LINES = {"bench": 4_500, "src/farthing_lab": 10_228}
+LINES = {"bench": 4_500, "src/farthing_lab": 10_180}
 
 
 @pytest.mark.parametrize("folder", WORDS)

@@ -4,126 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
+from typing import Any, TypeVar
 
-from farthing.bench.load import LoadResult, Request, Slo, Target, Timing, complete, run_load, summarize
+from farthing.bench.load import LoadResult, Request, Slo, Target, run_load, summarize
 from farthing.cost.prices import Machine
-
-# Start and stop `farthing` server processes.
-
-READY_TIMEOUT = 120.0  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A running server."""
-
-    url: str
-    pid: int
-
-    def get(self, path: str) -> str:
-        """Body of a GET request."""
-        with urllib.request.urlopen(self.url + path, timeout=10) as response:
-            return str(response.read().decode())
-
-    def metric(self, name: str) -> float:
-        """Sum of a metric's samples on /metrics; 0 if absent."""
-        rows = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
-        return sum(map(float, rows))
-
-    def peak_memory(self) -> int:
-        """Peak resident set size so far, bytes."""
-        return int(_status(self.pid, "VmHWM")) * 1024
-
-    def cpu_seconds(self) -> float:
-        """Processor time so far, user and system, all threads."""
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def free_port() -> int:
-    """A port that is currently free."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@contextmanager
-def serve(model: str, options: Sequence[str] = ()) -> Iterator[Served]:
-    """Start `farthing serve MODEL OPTIONS` on a free port, wait until it is ready, and stop it on exit.
-
-    Raises RuntimeError with the server's last log lines if it does not become ready.
-    """
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    arguments = ["serve", model, "--port", str(port), *options]
-    with running(arguments, url, READY_TIMEOUT, signal.SIGTERM, 15) as process:
-        yield Served(url, process.pid)
-
-
-@contextmanager
-def running(
-    arguments: list[str], url: str, ready_timeout: float, stop: signal.Signals, stop_timeout: float
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `farthing ARGUMENTS` in a process and wait until `url` is ready. On exit, send the signal `stop`
-    and kill the process after stop_timeout seconds.
-
-    Raises RuntimeError with its last log lines if it is not ready within ready_timeout seconds.
-    """
-    command = [sys.executable, "-m", "farthing.cli.app", *arguments]
-    with tempfile.TemporaryFile("w+") as log:
-        deadline = time.perf_counter() + ready_timeout
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while not ready(url):
-                if process.poll() is not None or time.perf_counter() > deadline:
-                    log.seek(0)
-                    raise RuntimeError(f"`{' '.join(command)}` did not become ready:\n{log.read()[-2000:]}")
-                time.sleep(0.02)
-            yield process
-        finally:
-            process.send_signal(stop)
-            try:
-                process.wait(stop_timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def ready(url: str) -> bool:
-    """Whether a server accepts requests."""
-    try:
-        with urllib.request.urlopen(f"{url}/ready", timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _status(pid: int, field: str) -> str:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return line.split()[1]
-    raise RuntimeError(f"/proc/{pid}/status has no {field}")
-
+from farthing.upstream import free_port
+from farthing_lab.demo.processes import Say, Watch, fetch, running
 
 ANSWER = 96  # tokens per request
+USERS = 8
 ROUNDS = 3
-PROMPT_CHARACTERS = 400
+PROMPT = 400  # characters
+LONG = 5_000  # characters, of a prompt that is read and not answered: about 1,500 tokens
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,122 +38,129 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Measurements of one serving configuration."""
+    """Measurements of one serving configuration, of a round or the medians of several."""
 
-    name: str
-    single_tokens_per_second: float  # one user
-    batch_tokens_per_second: float  # eight users at once
+    single: float  # tokens per second of one user
+    batch: float  # tokens per second of eight users at once
+    prompt: float  # tokens of a long prompt per second
     ttft_ms: float  # median, eight users
     tpot_ms: float  # median, one user
-    memory_bytes: int  # peak resident
+    memory_bytes: float  # resident
     cpu_seconds_per_token: float
-    joules_per_token: float  # estimated: CPU seconds × declared watts
-    usd_per_million_tokens: float
-    quality: str
+
+    @classmethod
+    def medians(cls, rounds: Sequence[Measured]) -> Measured:
+        """Each figure's median."""
+        return cls(*(median(getattr(r, name) for r in rounds) for name in cls.__dataclass_fields__))
+
+    def joules_per_token(self, machine: Machine) -> float:
+        """Estimated: processor seconds × declared watts per core."""
+        return self.cpu_seconds_per_token * machine.hardware.watts
+
+    def usd_per_million(self, machine: Machine) -> float:
+        """Dollars per million tokens, of eight users."""
+        return machine.usd_per_second / self.batch * 1e6
+
+    def against(self, before: Measured) -> str:
+        """What differs from another row by 5 % or more, as multiples in which more is better."""
+        gains = {
+            "one user": self.single / before.single,
+            f"{USERS} users": self.batch / before.batch,
+            "prompts": self.prompt / before.prompt,
+            "memory": before.memory_bytes / self.memory_bytes,
+        }
+        different = {name: gain for name, gain in gains.items() if abs(gain - 1) >= 0.05}
+        return ", ".join(f"{name} {gain:.2f}x" for name, gain in different.items()) or "within 5 %"
 
 
-def prompts(count: int, seed: int = 0) -> list[str]:
+def prompts(count: int, seed: int = 0, characters: int = PROMPT) -> list[str]:
     """Beginnings of held-out Python files, cut at a line end."""
     from farthing.compress.api import held_out_sample
 
     rng = random.Random(seed)
     texts = [json.loads(line)["text"] for line in held_out_sample().read_text(encoding="utf-8").splitlines()]
+    texts = [text for text in texts if len(text) > characters] or ["".join(texts)]
     out: list[str] = []
     while len(out) < count:
         text = rng.choice(texts)
-        start = text.find("\n", rng.randrange(max(1, len(text) - PROMPT_CHARACTERS))) + 1
-        out.append(text[start : start + PROMPT_CHARACTERS])
+        start = text.find("\n", rng.randrange(max(1, len(text) - characters))) + 1
+        out.append(text[start : start + characters])
     return out
 
 
-class Trial:
-    """One served lever, measured a round at a time."""
+class Server:
+    """A running `farthing serve MODEL OPTIONS`, until the stack is left."""
 
-    def __init__(self, lever: Lever, served: Served, users: int) -> None:
-        self.lever, self.served, self._users = lever, served, users
-        self._target = Target(served.url, json.loads(served.get("/v1/models"))["data"][0]["id"])
-        self._single: list[LoadResult] = []
-        self._batch: list[LoadResult] = []
-        self._cpu_per_token: list[float] = []
-        _run(self._target, prompts(2, seed=99), 1)  # warm-up
-
-    def run(self, turn: int) -> None:
-        """Serve new prompts: one user, then several at once."""
-        cpu, before = self.served.cpu_seconds(), self._generated()
-        self._single.append(_run(self._target, prompts(2, seed=10 + turn), 1))
-        self._batch.append(_run(self._target, self._many(turn), self._users))
-        self._cpu_per_token.append((self.served.cpu_seconds() - cpu) / (self._generated() - before))
-
-    def measured(self, machine: Machine) -> Measured:
-        """Medians over the rounds."""
-        speed = median(r.output_tokens_per_second for r in self._batch)
-        cpu = median(self._cpu_per_token)
-        return Measured(
-            name=self.lever.name,
-            single_tokens_per_second=median(r.output_tokens_per_second for r in self._single),
-            batch_tokens_per_second=speed,
-            ttft_ms=median(r.ttft_ms["p50"] for r in self._batch),
-            tpot_ms=median(r.tpot_ms["p50"] for r in self._single),
-            memory_bytes=self.served.peak_memory(),
-            cpu_seconds_per_token=cpu,
-            joules_per_token=cpu * machine.hardware.watts,  # watts per core
-            usd_per_million_tokens=machine.usd_per_second / speed * 1e6,
-            quality=self.lever.quality,
+    def __init__(self, stack: ExitStack, model: str, say: Say, options: Sequence[str] = ()) -> None:
+        port = free_port("127.0.0.1")
+        self._url = f"http://127.0.0.1:{port}"
+        arguments = ["serve", model, "--port", str(port), *options]
+        self._pid = stack.enter_context(running(arguments, self._url, say, signal.SIGTERM)).pid
+        self._name, self._say = f"the server of {model}", say
+        # A request that nobody computes leaves its server without work, which `Watch` sees.
+        self.target = Target(
+            self._url, json.loads(fetch(f"{self._url}/v1/models"))["data"][0]["id"], timeout=3600
         )
 
-    def _generated(self) -> float:
-        return self.served.metric("farthing:generation_tokens_total")
+    def metric(self, name: str) -> float:
+        """Sum of a metric's samples on /metrics."""
+        rows = re.findall(rf"^{name}(?:\{{[^}}]*\}})? (\S+)$", fetch(f"{self._url}/metrics"), re.MULTILINE)
+        return sum(map(float, rows))
 
-    def _many(self, turn: int) -> list[str]:
-        return prompts(2 * self._users, seed=20 + turn)
+    def watched(self, work: Coroutine[Any, Any, T]) -> T:
+        """What requests return. Raises RuntimeError if the server does nothing any more."""
 
+        async def wait() -> T:
+            task, watch = asyncio.ensure_future(work), Watch(self._name, self._pid, self._say)
+            while not (await asyncio.wait([task], timeout=1))[0]:
+                watch.look()
+            return task.result()
 
-def measure(
-    levers: Sequence[Lever], machine: Machine, say: Callable[[str], None], users: int = 8
-) -> list[Measured]:
-    """Serve every lever in rounds, one after another in each, so that a change in the machine's speed affects
-    all of them; idle servers wait without using the processor."""
-    rows = []
-    with ExitStack() as stack:
-        trials = [
-            Trial(lever, stack.enter_context(serve(lever.model, lever.options)), users) for lever in levers
-        ]
-        for turn in range(ROUNDS):
-            say(f"round {turn + 1} of {ROUNDS}")
-            for trial in trials:
-                trial.run(turn)
-        for trial in trials:
-            row = trial.measured(machine)
-            say(
-                f"{row.name}: {row.single_tokens_per_second:,.0f} tokens/s for one user, "
-                f"{row.batch_tokens_per_second:,.0f} for {users}"
-            )
-            rows.append(row)
-    return rows
+        return asyncio.run(wait())
+
+    def send(self, texts: Sequence[str], users: int, answer: int = ANSWER) -> LoadResult:
+        """Raises RuntimeError if a request failed."""
+        workload = [Request(0.0, text, answer) for text in texts]
+        timings = self.watched(run_load(self.target, workload, users, ignore_eos=True, temperature=0))
+        result = summarize(timings, Slo())
+        if result.failed:
+            raise RuntimeError(f"{result.failed} of {result.requests} requests failed: {result.errors[0]}")
+        return result
 
 
-def stream_one(lever: Lever, prompt: str, write: Callable[[str], None]) -> Timing:
-    """Serve `lever` and stream one greedy answer to `write`."""
+class Trials:
+    """The levers' servers, started with the first round. A round takes all levers one after another, so that
+    a change in the machine's speed affects all of them; idle servers wait without the processor."""
 
-    async def answer(target: Target) -> Timing:
-        timing = Timing()
-        shown = 0
-        task = asyncio.create_task(complete(target, prompt, ANSWER, into=timing, temperature=0))
-        while not task.done() or shown < len(timing.text):
-            await asyncio.sleep(0.01)
-            write(timing.text[shown:])
-            shown = len(timing.text)
-        await task
-        return timing
+    def __init__(self, stack: ExitStack, levers: Sequence[Lever], say: Say) -> None:
+        self._stack, self._levers, self._say = stack, levers, say
+        self._servers: list[Server] = []
 
-    with serve(lever.model, lever.options) as served:
-        return asyncio.run(answer(Target(served.url, json.loads(served.get("/v1/models"))["data"][0]["id"])))
+    def round(self, turn: int) -> list[Measured]:
+        """Every lever's measurements."""
+        if not self._servers:
+            for lever in self._levers:
+                self._servers.append(Server(self._stack, lever.model, self._say, lever.options))
+                self._servers[-1].send(prompts(2, seed=99), 1)  # warm-up
+        return [self._measure(*pair, turn) for pair in zip(self._levers, self._servers, strict=True)]
 
-
-def _run(target: Target, texts: Sequence[str], concurrency: int) -> LoadResult:
-    workload = [Request(0.0, text, ANSWER) for text in texts]
-    timings = asyncio.run(run_load(target, workload, concurrency, ignore_eos=True, temperature=0))
-    result = summarize(timings, Slo())
-    if result.failed:
-        raise RuntimeError(f"{result.failed} of {result.requests} requests failed: {result.errors[0]}")
-    return result
+    def _measure(self, lever: Lever, server: Server, turn: int) -> Measured:
+        cpu = server.metric("process_cpu_seconds_total")
+        single = server.send(prompts(2, seed=10 + turn), 1)
+        batch = server.send(prompts(2 * USERS, seed=20 + turn), USERS)
+        cpu = server.metric("process_cpu_seconds_total") - cpu
+        long = server.send(prompts(3, seed=30 + turn, characters=LONG), 1, answer=1)
+        found = Measured(
+            single=single.output_tokens_per_second,
+            batch=batch.output_tokens_per_second,
+            prompt=(long.prompt_tokens - long.cached_tokens) / long.seconds,
+            ttft_ms=batch.ttft_ms["p50"],
+            tpot_ms=single.tpot_ms["p50"],
+            memory_bytes=server.metric("process_resident_memory_bytes"),
+            cpu_seconds_per_token=cpu / (single.output_tokens + batch.output_tokens),
+        )
+        self._say(
+            f"{lever.name}: {found.single:,.0f} tokens/s for one user, {found.batch:,.0f} for {USERS}, "
+            f"{found.prompt:,.0f} of a prompt"
+        )
+        return found

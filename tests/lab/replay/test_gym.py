@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from farthing_lab.replay.gym import CHUNK, COLD_START_S, MOST, SPAN_S, TIMES, WORKLOADS, Keda, score
 from farthing_lab.replay.requests import Fleet, simulate
 from farthing_lab.replay.servers import ReplayedRequest
+from tests.lab.replay.gym import CHUNK, COLD_START_S, MOST, SPAN_S, TIMES, WORKLOADS, Keda, score
 
 
 def test_workloads_are_repeatable_and_shaped_as_they_say() -> None:
