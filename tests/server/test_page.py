@@ -141,6 +141,18 @@ def test_no_request_leaves_the_origin(page: Any) -> None:
     assert seen and {url for url in seen if not url.startswith(f"{server.url}/")} == set()
 
 
+def test_charts_open_with_speed_cache_and_queue(page: Any) -> None:
+    with chatting(greet) as (server, _):
+        look(page, f"{server.url}/#charts", 1280)
+        wait_for(page, "document.querySelectorAll('.plot canvas').length >= 4")
+        names = texts(page, ".grid h2")
+        assert names[0] == "Tokens per second" and texts(page, ".tile .name")[-1] == "Cost per million tokens"
+        assert names.index("Dollars per million tokens") > max(map(names.index, ("Cache", "Requests")))
+        last = "document.querySelector('.tile:last-child').textContent"
+        assert wait_for(page, f"{last}.includes('idle now') && {last}") == "Cost per million tokens–idle now"
+        assert complaints(page) == []
+
+
 HOSTILE = """<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1">
 
 [a](javascript:window.hacked=1) [b](data:text/html,x) [c]( javascript:alert(1)) <javascript:alert(1)>
