@@ -32,7 +32,7 @@ DONE = f"{SEND}.textContent === 'Send' && document.querySelector('.turn:last-chi
 def chatting(script: Any, step: float = 0.0, **config: Any) -> Iterator[tuple[Running, ScriptedEngine]]:
     """A server whose answers follow a script, with prices."""
     engine = ScriptedEngine(script, step=step)
-    with running(engine, reasoning_parser="deepseek_r1", **config) as server:
+    with running(engine, **{"reasoning_parser": "deepseek_r1", **config}) as server:
         server.service.accounts = Accounts(engine, MACHINE, "tiny")  # type: ignore[arg-type]
         yield server, engine
 
@@ -63,6 +63,16 @@ def press(page: Any, label: str, within: str = "document") -> None:
     page.execute_script(
         f"[...{within}.querySelectorAll('button')].find((b) => b.textContent === '{label}').click()"
     )
+
+
+def fill(page: Any, **values: str) -> None:
+    """Enter values in the fields of the settings."""
+    for name, value in values.items():
+        page.execute_script(
+            "const field = document.querySelector(`.settings [name=${arguments[0]}]`);"
+            "field.value = arguments[1]; field.dispatchEvent(new Event('input'))",
+            *(name, value),
+        )
 
 
 def texts(page: Any, selector: str) -> list[str]:
@@ -329,13 +339,14 @@ CALL = (
 NOTICE = "document.querySelector('.compose .problem:not([hidden])')?.textContent"
 
 
-def bring(page: Any, text: str) -> None:
-    """Choose a file of that text to import."""
+def bring(page: Any, content: str | bytes, name: str = "chat.json", within: str = "aside") -> None:
+    """Choose a file: to import it, or to attach it to the message."""
     page.execute_script(
-        "const [input, files] = [document.querySelector('aside input[type=file]'), new DataTransfer()];"
-        "files.items.add(new File([arguments[0]], 'chat.json')); input.files = files.files;"
+        "const [inside, content, name] = arguments, files = new DataTransfer();"
+        "const input = document.querySelector(`${inside} input[type=file]`);"
+        "files.items.add(new File([new Uint8Array(content)], name)); input.files = files.files;"
         "input.dispatchEvent(new Event('change'))",
-        text,
+        *(within, list(content.encode() if isinstance(content, str) else content), name),
     )
 
 
@@ -367,16 +378,7 @@ def test_calls_settings_and_the_list(page: Any) -> None:
         look(page, server.url, 1280)
         wait_for(page, "document.querySelector('.compose option')")
         press(page, "Settings")
-        for field, value in (
-            ("textarea", "Be brief."),
-            ("input[min='0']", "0.5"),
-            (".mono", json.dumps([tool])),
-        ):
-            page.execute_script(
-                "const field = document.querySelector('.settings ' + arguments[0]);"
-                "field.value = arguments[1]; field.dispatchEvent(new Event('input'))",
-                *(field, value),
-            )
+        fill(page, system="Be brief.", temperature="0.5", tools=json.dumps([tool]))
         press(page, "Done")
         say(page, "How is the weather?")
         assert texts(page, ".call summary") == ["Calls weather"]
@@ -388,7 +390,7 @@ def test_calls_settings_and_the_list(page: Any) -> None:
 
         press(page, "Rename")
         page.execute_script(
-            "const input = document.querySelector('aside input'); input.value = 'Rome';"
+            "const input = document.querySelector('aside li input'); input.value = 'Rome';"
             "input.dispatchEvent(new Event('change')); input.blur()"
         )
         wait_for(page, "document.querySelector('aside .open')?.textContent === 'Rome'")

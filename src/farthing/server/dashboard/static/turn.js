@@ -1,5 +1,6 @@
 // How one turn of a conversation looks: what was said, thought and called, and what can be done with it.
 import { copyButton, h, seconds } from "./dom.js";
+import { folded } from "./files.js";
 import { Markdown } from "./markdown.js";
 import { used } from "./reply.js";
 
@@ -14,9 +15,9 @@ export class TurnView {
 
   #said() {
     const { turn } = this;
-    const text = turn.role === "tool" ? h("details", {}, h("summary", {}, `Result of ${turn.name}`), h("pre", {}, turn.text)) : h("div.bubble", {}, turn.text);
+    const text = turn.role === "tool" ? h("details", {}, h("summary", {}, `Result of ${turn.name}`), h("pre", {}, turn.text)) : h("div.bubble", { hidden: !turn.text }, turn.text);
     const edit = turn.role === "user" ? h("button", { type: "button", onclick: () => this.edit() }, "Edit") : null;
-    this.element.replaceChildren(text, h("footer", {}, this.#forks(), copyButton(() => turn.text), edit));
+    this.element.replaceChildren(...folded(turn.files), text, h("footer", {}, this.#forks(), copyButton(() => turn.text), edit));
   }
 
   edit() {
