@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from farthing.engine.request import RequestMetrics
 from tests.server.browser import browser_only, complaints, look, wait_for
+from tests.server.harness import ScriptedEngine, running
 from tests.server.test_page import DONE, NOTICE, SEND, bring, chatting, enter, fill, press, say, texts
+from tests.server.test_pool import Fake, served
 
 pytestmark = browser_only
 
@@ -171,3 +177,62 @@ def test_thinking_is_offered_where_the_model_can(page: Any, reasons: bool) -> No
         enter(page, "Hello")
         wait_for(page, DONE)
         assert ("thinking" in json.loads(page.execute_script("return window.sent"))) is reasons
+
+
+WAITING = ".waiting:not([hidden])"
+
+
+def test_a_loading_model_says_what_is_done_and_the_message_waits(page: Any) -> None:
+    with running(None) as server:
+        begin(page, server.url, 360)
+        above = f"document.querySelector('.compose {WAITING}')"
+        wait_for(page, f"{above}?.textContent.startsWith('The model is being loaded')")
+        server.service.loading = ("downloading a/b", 25, 100)
+        refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x"})
+        assert refused.json()["error"]["message"] == "the model is being loaded: downloading a/b, 25%"
+        said = wait_for(page, f"{above}?.querySelector('progress').value === 0.25 && {above}.textContent")
+        assert said == "The model is being loaded: downloading a/b25 %"
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        enter(page, "Good morning")
+        wait_for(page, f"{SEND}.textContent === 'Stop'")
+        enter(page, "")
+        page.execute_script(f"{SEND}.click()")
+        wait_for(page, f"{DONE} && document.querySelector('.used').textContent === 'stopped'")
+        press(page, "Regenerate")
+        wait_for(page, f"{SEND}.textContent === 'Stop'")
+        engine = ScriptedEngine(["Hello"])
+        server.service.engine = engine  # type: ignore[assignment]
+        wait_for(page, DONE)
+        assert texts(page, ".turn.assistant > .prose") == ["Hello"] and len(engine.prompts) == 1
+        assert texts(page, WAITING) == texts(page, ".turn .problem:not([hidden])") == []
+        engine.shutdown()
+
+
+def test_the_prompt_that_is_read_is_shown(page: Any) -> None:
+    with chatting(["<think>x</think>", "ok"], step=1.5) as (server, engine):
+        known = engine.metrics["scripted-1"] = RequestMetrics(cached_tokens=16, prefill_tokens=64)
+        begin(page, server.url, 360)
+        enter(page, "word " * 200)
+        bar = f"document.querySelector('.turn {WAITING} progress')"
+        first = wait_for(page, f"{bar}?.value")
+        assert 0.05 < first < 0.2 and texts(page, f".turn {WAITING}")[0].startswith(
+            "Reading the prompt of 1,0"
+        )
+        known.prefill_tokens = 640
+        assert wait_for(page, f"{bar}?.value > 0.5 && {bar}.value") < 0.7
+        wait_for(page, DONE)
+        assert texts(page, WAITING) == []
+
+
+def test_several_models_say_what_is_loaded_and_why_one_cannot_be(page: Any, tmp_path: Path) -> None:
+    with served(Fake("a", tmp_path, delay=30), Fake("b", tmp_path, problem="no room")) as server:
+        begin(page, server.url)
+        for name, said in (("a", "a is being loaded: starting"), ("b", "b could not be loaded: no room")):
+            page.execute_script(
+                "const models = document.querySelector('.compose select'); models.value = arguments[0];"
+                "models.dispatchEvent(new Event('change'))",
+                name,
+            )
+            with httpx.Client(base_url=server.url) as http, suppress(httpx.TimeoutException):
+                http.post("/models/load", json={"model": name}, timeout=1)
+            wait_for(page, f"document.querySelector('.compose {WAITING}')?.textContent === '{said}'")

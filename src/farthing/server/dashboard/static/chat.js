@@ -6,6 +6,7 @@ import { Files } from "./files.js";
 import { reply } from "./reply.js";
 import { Settings } from "./settings.js";
 import { TurnView } from "./turn.js";
+import { prompt, Waiting } from "./waiting.js";
 
 const SAVED_EVERY = 2000; // milliseconds, while an answer arrives
 
@@ -15,6 +16,7 @@ export class Chat {
     this.login = login;
     this.settings = new Settings(() => this.#notice("This browser has no room for more: settings hold until the page is left."));
     this.views = new Map();
+    this.held = []; // what continues when the server takes messages
     this.list = h("ul");
     this.search = h("input.search", { type: "search", ariaLabel: "Search the conversations", placeholder: "Search", oninput: () => this.#list() });
     this.side = h("aside", { id: "conversations", ariaLabel: "Conversations" }, h("button.primary", { type: "button", onclick: () => this.fresh() }, "New chat"), this.search, this.list, this.#importer());
@@ -25,7 +27,8 @@ export class Chat {
     this.notice = h("p.problem", { role: "alert", hidden: true });
     this.form = h("form.compose", { onsubmit: (event) => this.#submit(event) });
     this.files = new Files(this.form, (text) => this.#notice(text));
-    this.form.append(this.notice, this.files.list, this.input, h("div.row", {}, this.menu, ...this.settings.row, this.files.button, this.send));
+    this.waiting = new Waiting("The model");
+    this.form.append(this.waiting.element, this.notice, this.files.list, this.input, h("div.row", {}, this.menu, ...this.settings.row, this.files.button, this.send));
     this.element = element;
     element.append(this.side, h("div.shade", { onclick: () => this.#drawer(false) }), h("section.talk", {}, this.log, this.form));
     element.addEventListener("keydown", (event) => event.key === "Escape" && (this.abort ? this.abort.abort() : this.#drawer(false)));
@@ -49,6 +52,26 @@ export class Chat {
     } catch (error) {
       if (!(error instanceof Refused)) this.#notice(error.message);
     }
+  }
+
+  /** Say how far a model's loading is, or nothing. hold: until then the server takes no messages. */
+  loading(words, share = null, hold = false) {
+    this.waiting.show(words, share);
+    if (this.hold && !hold) {
+      this.ready();
+      for (const go of this.held.splice(0)) go();
+    }
+    this.hold = hold;
+  }
+
+  /** Resolves once the server takes messages. */
+  #taken(signal) {
+    return new Promise((done, fail) => {
+      if (!this.hold) return done();
+      this.held.push(done);
+      signal.addEventListener("abort", () => fail(signal.reason));
+      return undefined;
+    });
   }
 
   fresh() {
@@ -197,7 +220,11 @@ export class Chat {
     view.update(true);
     try {
       if (!this.settings.values.model) await this.settings.load();
-      await reply(turn, conversation.messages(parent, this.settings.values.system), this.settings.chosen, abort.signal, this.#pacer(conversation, view));
+      await this.#taken(abort.signal);
+      const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+      prompt(id, this.settings.values.model, () => abort.signal.aborted || turn.first || turn.done,
+        (...far) => (this.views.get(turn.id) ?? view).waiting.show(...far));
+      await reply(turn, id, conversation.messages(parent, this.settings.values.system), this.settings.chosen, abort.signal, this.#pacer(conversation, view));
     } catch (error) {
       if (error.name === "AbortError") turn.end = "stopped";
       else turn.problem = { message: error.message, status: error.status, code: error.code, wait: error.wait };

@@ -30,11 +30,11 @@ function body(messages, chosen) {
   };
 }
 
-/** Extend a turn by the answer until it ends; `changed` is called after every piece. Throws what ends it early. */
-export async function reply(turn, messages, chosen, signal, changed) {
+/** Extend a turn by the answer, whose request has an id, until it ends; `changed` is called after every piece. Throws what ends it early. */
+export async function reply(turn, id, messages, chosen, signal, changed) {
   const began = performance.now();
   const since = () => (performance.now() - began) / 1e3;
-  for await (const event of stream("/v1/chat/completions", body(messages, chosen), signal)) {
+  for await (const event of stream("/v1/chat/completions", { ...body(messages, chosen), request_id: id }, signal)) {
     turn.usage = event.usage ?? turn.usage;
     const choice = event.choices?.[0];
     const delta = choice?.delta ?? {};

@@ -3,6 +3,7 @@ import { copyButton, h, seconds } from "./dom.js";
 import { folded } from "./files.js";
 import { Markdown } from "./markdown.js";
 import { used } from "./reply.js";
+import { Waiting } from "./waiting.js";
 
 /** actions: edit(turn, text), again(turn), show(turn), results(turn, {id: text}), key(). */
 export class TurnView {
@@ -42,11 +43,12 @@ export class TurnView {
     this.summary = h("summary");
     this.folded = h("details.thoughts", { hidden: true }, this.summary, this.thoughts.element);
     this.text = new Markdown();
+    this.waiting = new Waiting("The prompt");
     this.calls = h("div.calls");
     this.problem = h("div.problem", { role: "alert", hidden: true });
     this.used = h("span.used");
     this.tools = h("footer", {});
-    this.element.append(this.folded, this.text.element, this.calls, this.problem, this.used, this.tools);
+    this.element.append(this.folded, this.waiting.element, this.text.element, this.calls, this.problem, this.used, this.tools);
     this.update(false);
   }
 
@@ -54,6 +56,7 @@ export class TurnView {
   update(running) {
     const { turn } = this;
     this.element.classList.toggle("running", running);
+    if (!running || turn.first) this.waiting.show("");
     this.folded.hidden = !turn.thoughts;
     if (turn.thoughts) {
       this.thoughts.show(turn.thoughts);
