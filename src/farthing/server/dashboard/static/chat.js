@@ -3,6 +3,7 @@ import { Refused } from "./api.js";
 import { all, Conversation } from "./conversations.js";
 import { h } from "./dom.js";
 import { Files } from "./files.js";
+import { Pulls } from "./pulls.js";
 import { reply } from "./reply.js";
 import { Settings } from "./settings.js";
 import { TurnView } from "./turn.js";
@@ -16,6 +17,7 @@ export class Chat {
     this.login = login;
     this.settings = new Settings(() => this.#notice("This browser has no room for more: settings hold until the page is left."));
     this.views = new Map();
+    this.pulls = new Pulls();
     this.held = []; // what continues when the server takes messages
     this.list = h("ul");
     this.search = h("input.search", { type: "search", ariaLabel: "Search the conversations", placeholder: "Search", oninput: () => this.#list() });
@@ -178,7 +180,8 @@ export class Chat {
     };
     this.views = new Map(conversation.path().map((turn) => [turn.id, new TurnView(conversation, turn, actions)]));
     const greeting = h("div.greeting", {}, h("h1", {}, this.settings.values.model ? `Talk to ${this.settings.values.model.split("/").at(-1)}` : "Talk to the model"),
-      h("p", {}, "Conversations stay in this browser. Under each answer you see its speed, the prompt tokens that were cached, and its price."));
+      h("p", {}, "Conversations stay in this browser. Under each answer you see its speed, the prompt tokens that were cached, and its price."),
+      this.settings.several ? null : this.pulls.element);
     this.log.replaceChildren(...(this.views.size ? [...this.views.values()].map((view) => view.element) : [greeting]));
   }
 

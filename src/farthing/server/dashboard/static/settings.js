@@ -37,6 +37,7 @@ export class Settings {
   async load() {
     const { data } = await get("/v1/models");
     const names = data.map((each) => each.id);
+    this.several = data.some((each) => each.state); // each loaded when it is asked for
     if (!names.includes(this.values.model)) this.values.model = names[0] ?? "";
     this.model.replaceChildren(...names.map((name) => h("option", { value: name, selected: name === this.values.model }, name)));
     this.#able();
