@@ -226,7 +226,7 @@ export class Chat {
       await this.#taken(abort.signal);
       const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
       prompt(id, this.settings.values.model, () => abort.signal.aborted || turn.first || turn.done,
-        (...far) => (this.views.get(turn.id) ?? view).waiting.show(...far));
+        (...far) => this.#stick(() => (this.views.get(turn.id) ?? view).waiting.show(...far)));
       await reply(turn, id, conversation.messages(parent, this.settings.values.system), this.settings.chosen, abort.signal, this.#pacer(conversation, view));
     } catch (error) {
       if (error.name === "AbortError") turn.end = "stopped";
