@@ -48,7 +48,7 @@ export class TurnView {
     this.problem = h("div.problem", { role: "alert", hidden: true });
     this.used = h("span.used");
     this.tools = h("footer", {});
-    this.element.append(this.folded, this.waiting.element, this.text.element, this.calls, this.problem, this.used, this.tools);
+    this.element.append(this.folded, this.text.element, this.calls, this.problem, this.used, this.tools);
     this.update(false);
   }
 
@@ -56,7 +56,8 @@ export class TurnView {
   update(running) {
     const { turn } = this;
     this.element.classList.toggle("running", running);
-    if (!running || turn.first) this.waiting.show("");
+    if (running && !turn.first) this.text.element.before(this.waiting.element);
+    else this.waiting.element.remove();
     this.folded.hidden = !turn.thoughts;
     if (turn.thoughts) {
       this.thoughts.show(turn.thoughts);
