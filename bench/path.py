@@ -105,7 +105,7 @@ def child(model: str, tokens: int) -> None:
     threading.Thread(target=client).start()
     run.listen = lambda host, port: listener  # the address is known before the server runs
     config = ServerConfig(host="127.0.0.1", port=port)
-    run.serve(config, model, lambda: build_engine(EngineConfig(model=model, threads=1)))
+    run.serve(config, model, lambda _: build_engine(EngineConfig(model=model, threads=1)))
     print(json.dumps(sorted(set.intersection(*found))))
 
 

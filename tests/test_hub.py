@@ -29,6 +29,7 @@ from farthing.hub import EMBEDDED, find_model, resolve_config, resolve_model
 from farthing.model.fields import ConfigError
 from farthing.model.types.unserved import unserved
 from farthing.planner.estimate import published
+from farthing.process import unseen
 from tests.tiny import SMALL_V3
 
 pytest.importorskip("huggingface_hub")
@@ -368,7 +369,7 @@ def test_serve_requests_the_repository_once(hub: Hub, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "farthing.engine.build.build_engine", lambda config, progress: built.append(config.model)
     )
-    monkeypatch.setattr("farthing.server.run.serve", lambda config, name, load: load() or 0)
+    monkeypatch.setattr("farthing.server.run.serve", lambda config, name, load: load(unseen) or 0)
     assert CliRunner().invoke(app, ["serve", ID]).exit_code == 0
     assert hub.asked == [f"/api/models/{ID}"] and sorted(hub.fetched) == sorted(hub.files)
     assert built == [str(resolve_model(ID))]

@@ -18,7 +18,7 @@ from farthing.cli import offered
 from farthing.cli.app import app
 from farthing.hub import EMBEDDED, Cached, resolve_model
 from farthing.planner.estimate import Machine
-from farthing.planner.offers import SLOW, Offer, offers
+from farthing.planner.offers import SLOW, Offer, offers, worth
 
 FOUND = list(offers(Machine(1, 2, 40.0, 450.0), 16 << 30))
 
@@ -44,7 +44,7 @@ class Terminal(Console):
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offered, "_reachable", lambda: True)
     monkeypatch.setattr(offered, "_local", lambda: iter(()))
-    monkeypatch.setattr(offered, "all_offers", lambda: FOUND)
+    monkeypatch.setattr(offered, "offers_here", lambda: FOUND)
 
 
 def test_without_a_terminal_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_enter_takes_the_first_of_those_that_suit_the_machine(online: None) -> N
 
 @pytest.mark.parametrize(("answers", "chosen"), [(["2"], 1), (["99", "1"], 0), (["other/name"], None)])
 def test_a_number_or_a_name_chooses(online: None, answers: list[str], chosen: int | None) -> None:
-    shown = offered._worth(FOUND)
+    shown = worth(FOUND)
     expected = answers[-1] if chosen is None else shown[chosen].entry.name
     terminal = Terminal(answers)
     assert offered._chosen(terminal) == expected
@@ -101,7 +101,7 @@ def test_without_a_network_it_says_so(online: None, monkeypatch: pytest.MonkeyPa
 def test_a_slow_machine_is_offered_its_quickest() -> None:
     slow = list(offers(Machine(1, 1, 0.1, 5.0), 16 << 30))
     assert all(offer.tokens_per_second < SLOW for offer in slow)
-    assert [offer.entry.name for offer in offered._worth(slow)] == list(catalogue())[-3:]
+    assert [offer.entry.name for offer in worth(slow)] == list(catalogue())[-3:]
 
 
 def fits(offer: Offer) -> bool:
@@ -109,7 +109,7 @@ def fits(offer: Offer) -> bool:
 
 
 def test_the_list_says_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("farthing.cli.offered.all_offers", lambda: FOUND)
+    monkeypatch.setattr("farthing.cli.offered.offers_here", lambda: FOUND)
     monkeypatch.setenv("COLUMNS", "120")
     done = CliRunner().invoke(app, ["models"])
     assert done.exit_code == 0 and all(name in done.output for name in catalogue())

@@ -153,7 +153,7 @@ class ScriptedEngine:
                 stop.set()
                 self.cancelled.append(request.request_id)
 
-        stream = RequestStream(request, cancel)
+        stream = RequestStream(request, cancel, self.metrics.get(request.request_id))
         self.running += 1
         threading.Thread(target=self._play, args=(stream, list(pieces), stop), daemon=True).start()
         return stream

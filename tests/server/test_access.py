@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farthing.cost.prices import Hardware, Machine
-from farthing.server.access import _host_name, _is_near, allowed_hosts
+from farthing.server.access import _host_name, allowed_hosts, is_near
 from farthing.server.config import KeyRing, ServerConfig
 from farthing.server.jobs import Accounts
 from tests.server.harness import Running, ScriptedEngine, running, tiny_engine, until
@@ -170,7 +170,7 @@ def test_any_host_header_is_parsed(host: bytes) -> None:
     ],
 )
 def test_local_requests_are_recognized(client: Any, headers: dict[bytes, bytes], near: bool) -> None:
-    assert _is_near({"client": client}, headers) is near
+    assert is_near({"client": client}, headers) is near
 
 
 def test_web_pages_need_cors_permission() -> None:

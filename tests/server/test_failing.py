@@ -34,7 +34,7 @@ class Served:
         until(lambda: httpx.get(f"{self.url}/ready").status_code == 200)
 
     def _run(self, engine: Engine) -> None:
-        self.status = asyncio.run(_serve(ServerConfig(), "tiny", lambda: engine, self.listener))
+        self.status = asyncio.run(_serve(ServerConfig(), "tiny", lambda _: engine, self.listener))
         self.listener.close()
 
     def post(self) -> httpx.Response:

@@ -129,4 +129,4 @@ def test_a_dropped_cache_is_announced(events: tuple[KvEvents, Subscriber]) -> No
 
 def test_a_bad_endpoint_is_an_error_before_the_model_is_loaded() -> None:
     with pytest.raises(ValueError, match="kv_events: got 'here'; expected an endpoint"):
-        serve(ServerConfig(port=0, kv_events="here"), "tiny", lambda: pytest.fail("loaded"))
+        serve(ServerConfig(port=0, kv_events="here"), "tiny", lambda _: pytest.fail("loaded"))

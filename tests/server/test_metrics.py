@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from farthing.server.config import KeyRing
 from farthing.server.metrics import COUNTERS, GAUGES, HISTOGRAMS, _is_refusal
 from tests.server.harness import Running, ScriptedEngine, running, tiny_engine
 
@@ -80,6 +82,29 @@ def test_tokens_of_each_expert_add_up() -> None:
         assert sum(experts.values()) == 2 * (
             7 + 5 - 1
         )  # two experts per token; the last token is not computed
+
+
+def test_how_much_of_a_prompt_is_read_is_told_to_its_client_alone() -> None:
+    with running(tiny_engine(), keys=KeyRing(["a:first", "b:second"])) as server:
+
+        def reading(key: str, chat: str) -> Any:
+            parameters = {"since": "1e12", "reading": chat}
+            headers = {"Authorization": f"Bearer {key}"}
+            found = httpx.get(f"{server.url}/dashboard/data", params=parameters, headers=headers)
+            return found.json()["reading"]
+
+        stream = server.client("first").chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "word " * 100}],
+            stream=True,
+            max_tokens=1000,
+            extra_body={"request_id": "mine", "ignore_eos": True},
+        )
+        assert next(iter(stream)).id == "chatcmpl-mine"
+        known = reading("first", "mine")
+        assert known["read"] == known["total"] > 500
+        assert reading("second", "mine") == reading("first", "other") == reading("first", "") == {}
+        stream.close()
 
 
 def test_before_the_model_is_loaded() -> None:

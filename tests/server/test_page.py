@@ -32,7 +32,7 @@ DONE = f"{SEND}.textContent === 'Send' && document.querySelector('.turn:last-chi
 def chatting(script: Any, step: float = 0.0, **config: Any) -> Iterator[tuple[Running, ScriptedEngine]]:
     """A server whose answers follow a script, with prices."""
     engine = ScriptedEngine(script, step=step)
-    with running(engine, reasoning_parser="deepseek_r1", **config) as server:
+    with running(engine, **{"reasoning_parser": "deepseek_r1", **config}) as server:
         server.service.accounts = Accounts(engine, MACHINE, "tiny")  # type: ignore[arg-type]
         yield server, engine
 
@@ -63,6 +63,16 @@ def press(page: Any, label: str, within: str = "document") -> None:
     page.execute_script(
         f"[...{within}.querySelectorAll('button')].find((b) => b.textContent === '{label}').click()"
     )
+
+
+def fill(page: Any, **values: str) -> None:
+    """Enter values in the fields of the settings."""
+    for name, value in values.items():
+        page.execute_script(
+            "const field = document.querySelector(`.settings [name=${arguments[0]}]`);"
+            "field.value = arguments[1]; field.dispatchEvent(new Event('input'))",
+            *(name, value),
+        )
 
 
 def texts(page: Any, selector: str) -> list[str]:
@@ -139,6 +149,18 @@ def test_no_request_leaves_the_origin(page: Any) -> None:
         say(page, "show me")
         seen = {url for url in requested(page) if not url.startswith("about:")}
     assert seen and {url for url in seen if not url.startswith(f"{server.url}/")} == set()
+
+
+def test_charts_open_with_speed_cache_and_queue(page: Any) -> None:
+    with chatting(greet) as (server, _):
+        look(page, f"{server.url}/#charts", 1280)
+        wait_for(page, "document.querySelectorAll('.plot canvas').length >= 4")
+        names = texts(page, ".grid h2")
+        assert names[0] == "Tokens per second" and texts(page, ".tile .name")[-1] == "Cost per million tokens"
+        assert names.index("Dollars per million tokens") > max(map(names.index, ("Cache", "Requests")))
+        last = "document.querySelector('.tile:last-child').textContent"
+        assert wait_for(page, f"{last}.includes('idle now') && {last}") == "Cost per million tokens–idle now"
+        assert complaints(page) == []
 
 
 HOSTILE = """<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1">
@@ -317,13 +339,14 @@ CALL = (
 NOTICE = "document.querySelector('.compose .problem:not([hidden])')?.textContent"
 
 
-def bring(page: Any, text: str) -> None:
-    """Choose a file of that text to import."""
+def bring(page: Any, content: str | bytes, name: str = "chat.json", within: str = "aside") -> None:
+    """Choose a file: to import it, or to attach it to the message."""
     page.execute_script(
-        "const [input, files] = [document.querySelector('aside input[type=file]'), new DataTransfer()];"
-        "files.items.add(new File([arguments[0]], 'chat.json')); input.files = files.files;"
+        "const [inside, content, name] = arguments, files = new DataTransfer();"
+        "const input = document.querySelector(`${inside} input[type=file]`);"
+        "files.items.add(new File([new Uint8Array(content)], name)); input.files = files.files;"
         "input.dispatchEvent(new Event('change'))",
-        text,
+        *(within, list(content.encode() if isinstance(content, str) else content), name),
     )
 
 
@@ -355,16 +378,7 @@ def test_calls_settings_and_the_list(page: Any) -> None:
         look(page, server.url, 1280)
         wait_for(page, "document.querySelector('.compose option')")
         press(page, "Settings")
-        for field, value in (
-            ("textarea", "Be brief."),
-            ("input[min='0']", "0.5"),
-            (".mono", json.dumps([tool])),
-        ):
-            page.execute_script(
-                "const field = document.querySelector('.settings ' + arguments[0]);"
-                "field.value = arguments[1]; field.dispatchEvent(new Event('input'))",
-                *(field, value),
-            )
+        fill(page, system="Be brief.", temperature="0.5", tools=json.dumps([tool]))
         press(page, "Done")
         say(page, "How is the weather?")
         assert texts(page, ".call summary") == ["Calls weather"]
@@ -376,7 +390,7 @@ def test_calls_settings_and_the_list(page: Any) -> None:
 
         press(page, "Rename")
         page.execute_script(
-            "const input = document.querySelector('aside input'); input.value = 'Rome';"
+            "const input = document.querySelector('aside li input'); input.value = 'Rome';"
             "input.dispatchEvent(new Event('change')); input.blur()"
         )
         wait_for(page, "document.querySelector('aside .open')?.textContent === 'Rome'")

@@ -20,14 +20,11 @@ from rich.table import Table
 from farthing import hub, packages
 from farthing.catalogue import catalogue
 from farthing.cli.errors import one_line_errors
-from farthing.cli.plan import measure
 from farthing.engine.tokenizer import has_chat_template
 from farthing.hub import EMBEDDED
-from farthing.memory import gigabytes, machine_memory
-from farthing.planner.estimate import Machine
-from farthing.planner.offers import SLOW, Offer, offers
+from farthing.memory import gigabytes
+from farthing.planner.offers import Offer, offers_here, worth
 
-_SHOWN = 6  # models of the catalogue that are offered
 _CONNECT_SECONDS = 3.0
 
 
@@ -42,7 +39,7 @@ def offered(
     machine, its memory in a conversation, and the speed to expect (an estimate).
     """
     with one_line_errors("models"):
-        found = all_offers()
+        found = offers_here()
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found]))
         return
@@ -57,12 +54,6 @@ def named(model: str | None) -> str:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return EMBEDDED
     return _chosen(Console(stderr=True))
-
-
-def all_offers() -> list[Offer]:
-    """The whole catalogue on this machine, whose memory and processor are measured. Raises ValueError."""
-    cpus, bandwidth, core = measure()
-    return list(offers(Machine(1, cpus, bandwidth, core), machine_memory()))
 
 
 def table(found: Sequence[Offer], numbered: int = 0) -> Table:
@@ -87,7 +78,7 @@ def _chosen(console: Console) -> str:
     local = list(_local())
     if not (online := _reachable()) and not local:
         return _offline(console)
-    found = _worth(all_offers()) if online else []
+    found = worth(offers_here()) if online else []
     for i, name in enumerate(local, 1):
         console.print(f"{i}  {name}  (on this machine)", highlight=False)
     if found:
@@ -110,13 +101,6 @@ def _offline(console: Console) -> str:
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return EMBEDDED
-
-
-def _worth(found: Sequence[Offer]) -> list[Offer]:
-    """A few that fit: the most worth having of those that are not slow, and the smallest."""
-    fitting = [offer for offer in found if offer.fits]
-    quick = [offer for offer in fitting if offer.tokens_per_second >= SLOW] or fitting[-3:]
-    return [*quick[: _SHOWN - 1], *quick[_SHOWN - 1 :][-1:]]
 
 
 def _read(console: Console, names: Sequence[str]) -> str:

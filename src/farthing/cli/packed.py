@@ -98,8 +98,8 @@ def _packs(backend: str) -> bool:
     return backend.partition("/")[0] in ("auto", "cpu") and find_spec("farthing._native") is not None
 
 
-def load(config: EngineConfig, model: Found) -> Engine:
-    """The engine of a model, which is fetched and packed first; progress is shown."""
+def load(config: EngineConfig, model: Found, told: Progress = unseen) -> Engine:
+    """The engine of a model, which is fetched and packed first; progress is shown, and `told`."""
     from farthing.engine.build import build_engine  # imports torch
 
     if config.packed not in (None, AUTO):  # mapped at once
@@ -107,7 +107,12 @@ def load(config: EngineConfig, model: Found) -> Engine:
     else:
         from farthing.cli.tables import step_progress
 
-        with step_progress("starting", log.info) as progress:
+        with step_progress("starting", log.info) as shown:
+
+            def progress(what: str, done: int, total: int) -> None:
+                shown(what, done, total)
+                told(what, done, total)
+
             path = model.fetch(progress)
             packed = with_packed(config, path, progress)
             engine = build_engine(replace(packed, model=str(path)), progress)

@@ -13,7 +13,6 @@ from farthing import no_collection
 from farthing.cli.errors import Exit, errors_as_one_line, with_options
 from farthing.cli.planned import Planned, PlanOptions, device_of, plan_of
 from farthing.cli.tables import size
-from farthing.cpus import own_cpus
 from farthing.hub import EMBEDDED
 from farthing.memory import available_memory
 from farthing.planner.estimate import (
@@ -31,6 +30,7 @@ from farthing.planner.memory import (
     most_hot_experts,
     smaller_options,
 )
+from farthing.planner.offers import measure
 from farthing.planner.roofline import Workload, load_devices
 
 if TYPE_CHECKING:
@@ -174,8 +174,6 @@ def _print_estimate(planned: Planned, e: Estimate, device: Ceilings) -> None:
 
 # The part of `farthing plan` that needs --cores: throughput of a CPU server.
 
-PROBE = 1 << 28  # bytes
-
 
 def print_cpu_estimate(planned: Planned, as_json: bool) -> None:
     """Print an estimate for the server that the options describe. Raises ValueError if there is none."""
@@ -214,21 +212,6 @@ def _machine(planned: Planned) -> tuple[Machine, dict[str, str]]:
         if core is None:
             core, sources["int8"] = measured_core, how
     return Machine(o.sockets, o.cores, bandwidth, core), sources
-
-
-def measure() -> tuple[int, float, float]:
-    """Threads that would serve here; GB/s that they read; INT8 GOP/s of each with all busy."""
-    try:
-        from farthing import _native
-    except ImportError:
-        raise ValueError(
-            "the CPU kernels are not built, so nothing can be measured; expected --socket-bandwidth and "
-            "--core-int8"
-        ) from None
-    cpus = own_cpus().threads()
-    units = ("avx2_int8", "avx_vnni_int8", "vnni_int8", "amx_int8")
-    peak = max(_native.peak_ops(unit, cpus) for unit in units)
-    return cpus, _native.read_bandwidth(cpus, PROBE), peak / cpus
 
 
 def _print_cpu(planned: Planned, machine: Machine, sources: dict[str, str], speeds: CpuEstimate) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,4 +122,4 @@ def serve(
             require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
 
-        raise typer.Exit(run(server_config, engine_config.model, lambda: load(engine_config, found)))
+        raise typer.Exit(run(server_config, engine_config.model, partial(load, engine_config, found)))

@@ -250,8 +250,8 @@ class Engine:
             prompt_text=prompt_text,
             client=client,
         )
-        stream = RequestStream(request, lambda: self.cancel(state))
         metrics = RequestMetrics(arrival_time=request.arrival_time)
+        stream = RequestStream(request, lambda: self.cancel(state), metrics)
         state = RequestState(request, stream, metrics, generations)
         for generation in generations:
             generation.parent = state

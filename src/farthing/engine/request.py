@@ -362,8 +362,11 @@ class RequestStream:
     Raises EngineError while iterating if the request failed.
     """
 
-    def __init__(self, request: Request, cancel: Callable[[], None]) -> None:
-        self.request = request
+    def __init__(
+        self, request: Request, cancel: Callable[[], None], metrics: RequestMetrics | None = None
+    ) -> None:
+        """metrics: what the engine keeps up to date while the request runs."""
+        self.request, self.metrics = request, metrics
         self._cancel = cancel
         self._queue: SimpleQueue[RequestOutput | EngineError] = SimpleQueue()
         self._lock = threading.Lock()

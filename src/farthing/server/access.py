@@ -67,7 +67,7 @@ class Access:
         scope["client_name"] = client or admin or ANONYMOUS
         everything = admin is not None or not self._needs_key
         if path in _NUMBERS:
-            near, scraper = _is_near(scope, headers), self._scrapers.check(header) is not None
+            near, scraper = is_near(scope, headers), self._scrapers.check(header) is not None
             if self._scrapers and not (scraper or near or admin):
                 raise _unknown_key(header)
             everything = scraper or near or everything
@@ -127,7 +127,7 @@ def _host_name(host: str) -> str:
     return (name if colon and port.isdigit() else host).lower().rstrip(".")
 
 
-def _is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+def is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
     """Whether the request comes directly from this machine, not through a local proxy."""
     client = scope.get("client")
     if not client or any(name in headers for name in _PROXIED):

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import farthing
+from farthing.server import pulls
 from farthing.server.access import Access
 from farthing.server.api.routes import ERRORS, add_routes
 from farthing.server.bodies import Bodies
@@ -145,6 +146,7 @@ def create_app(service: Service) -> ASGIApp:
     )
     _add_state_routes(api, service)
     _add_model_routes(api, service)
+    pulls.add_routes(api, service)  # before the page, whose route has all other paths
     metrics.add_routes(api)
     add_routes(api, service)
     _add_document(api)

@@ -144,6 +144,7 @@ class Job:
         loop = asyncio.get_running_loop()
         self.client, self.sequences = client, sequences
         self.streams: list[RequestStream] = []
+        self.identity = ""  # of a chat's answer
         self.generated = 0  # tokens
         self.costs: list[RequestCost] = []  # of finished streams
         self._charge = charge

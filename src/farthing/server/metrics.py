@@ -22,7 +22,7 @@ import farthing
 from farthing.cost.meter import samples
 from farthing.prompts import BLOCK
 from farthing.server.dashboard.site import DATA_PATH, HEADERS, PREFIX, Asset, Dashboard, assets
-from farthing.server.dashboard.source import service_data, visible_to
+from farthing.server.dashboard.source import reading, service_data, visible_to
 from farthing.server.errors import ApiError
 
 if TYPE_CHECKING:
@@ -115,8 +115,15 @@ class Metrics:
         mount(
             api,
             lambda: service_data(self._service, self._refused()),
-            lambda request, document: visible_to(request.scope["viewer"], document),
+            self._seen,
         )
+
+    def _seen(self, request: Request, document: dict[str, Any]) -> dict[str, Any]:
+        """What a request for the dashboard's data may see, with the progress of the prompt that it names."""
+        seen = visible_to(request.scope["viewer"], document)
+        if (request_id := request.query_params.get("reading")) is None:
+            return seen
+        return {**seen, "reading": reading(self._service, request.scope["client_name"], request_id)}
 
 
 def _is_refusal(labels: Mapping[str, str]) -> bool:

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 from farthing import process
 from farthing.extras import how_to_install
 from farthing.memory import resident, written
-from farthing.process import loop_factory
+from farthing.process import Progress, loop_factory
 from farthing.running import Running, announced
 from farthing.server.app import create_app
 from farthing.server.config import ServerConfig
@@ -122,19 +122,19 @@ _PATIENCE = 30.0  # seconds in which an engine may recover: a step ends late, a 
 _STOP_SECONDS = 10.0  # for a failed engine to end its thread and its processes
 
 
-def serve(config: ServerConfig, model: str, load: Callable[[], Engine]) -> int:
+def serve(config: ServerConfig, model: str, load: Callable[[Progress], Engine]) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit status. It is 1 if the engine failed: nothing in this
     process can answer any more, and whatever supervises it starts another.
 
-    `load` builds the engine in a separate thread while the socket already answers /health. Raises OSError
-    before loading the model if the address is in use.
+    `load` builds the engine in a separate thread while the socket already answers /health and the page says
+    what it is doing. Raises OSError before loading the model if the address is in use.
     """
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.closing(listener), listed(listener, model), _events(config) as follow:
 
-        def load_followed() -> Engine:
-            engine = load()
+        def load_followed(progress: Progress) -> Engine:
+            engine = load(progress)
             follow(engine)
             return engine
 
@@ -280,7 +280,7 @@ def connection_limit(config: ServerConfig) -> int:
 
 
 async def _serve(
-    config: ServerConfig, model: str, load: Callable[[], Engine], listener: socket.socket
+    config: ServerConfig, model: str, load: Callable[[Progress], Engine], listener: socket.socket
 ) -> int:
     service = Service(config, model)
     loop = asyncio.get_running_loop()
@@ -289,7 +289,7 @@ async def _serve(
 
     def load_engine() -> None:
         try:
-            engine = load()
+            engine = load(lambda *step: setattr(service, "loading", step))
             machine = machine_of(engine.device, config.prices, config.hardware)
             service.accounts = Accounts(engine, machine, service.names[0])
             if engine.tokenizer is not None:

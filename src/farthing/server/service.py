@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Service:
-    """Used only in the event loop, except that the loading thread sets `engine` and `accounts`."""
+    """Used only in the event loop, except that the loading thread sets `loading`, `engine` and `accounts`."""
 
     def __init__(self, config: ServerConfig, model: str) -> None:
         self.config = config
@@ -36,6 +36,7 @@ class Service:
         limits = config.requests_per_minute, config.tokens_per_minute, config.work_seconds_per_minute
         self.quotas = Quotas(*limits) if any(limits) else None
         self.engine: Engine | None = None
+        self.loading: tuple[str, int, int] | None = None  # what is done before there is one; see `Progress`
         self._formats: asyncio.Future[ModelFormats] | None = None
         self.chosen_formats: ModelFormats | None = None  # the result of `formats`, once it is known
         keys = (config.keys or KeyRing(())) | (config.admin_keys or KeyRing(()))
@@ -58,7 +59,8 @@ class Service:
     def unready(self) -> str | None:
         """The reason to reject requests now; None if there is none."""
         if self.engine is None:
-            return "the model is being loaded"
+            what, done, total = self.loading or ("", 0, 0)
+            return "the model is being loaded" + (f": {what}, {done / total:.0%}" if total else "")
         if self.draining:
             return "the server is shutting down"
         return self.broken()

@@ -248,7 +248,7 @@ async def chat(service: Service, body: ChatCompletionRequest, request: Request, 
         client,
     )
     await turn.begin()
-    identity = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
+    turn.job.identity = identity = f"chatcmpl-{body.request_id or uuid.uuid4().hex}"
     envelope = {"id": identity, "object": "", "created": int(time.time()), "model": model}
     return await turn.answer(request, _Writer(body, turn, envelope, service))
 

@@ -9,6 +9,7 @@ A source document is plain JSON:
     gauges      current numbers, drawn unchanged
     histograms  {name: {bounds, cumulative}}, drawn as name + _p50 and _p95
     experts     {layer: [tokens of each expert]}; layers: their number without those that draft
+    loading     {what, done, total}, "" and 0 at first: what a server without an engine is doing
     cost        {usd_per_hour, joules_source, declared, hardware, accounts: […]}
 
 A gateway adds `replicas`, `decisions`, `why` and `forecasts` (see docs/guide/observe.md).
@@ -176,7 +177,9 @@ def service_data(service: Service, refused: int = 0) -> dict[str, Any]:
     """The document of a server whose engine may still be loading. refused: requests answered by an error."""
     engine, accounts = service.engine, service.accounts
     if engine is None:
-        return server_data(service.names[0], facts={"state": "the model is being loaded"})
+        document = server_data(service.names[0], facts={"state": "the model is being loaded"})
+        what, done, total = service.loading or ("", 0, 0)
+        return {**document, "loading": {"what": what, "done": done, "total": total}}
     cost = accounts.report() if accounts else None
     document = server_data(service.names[0], engine.stats.snapshot(), cost, _facts(engine))
     document["layers"] = engine.model_config.num_hidden_layers
@@ -198,6 +201,18 @@ def _facts(engine: Engine) -> dict[str, str]:
         "speculation": config.speculate or "",
         "experts": config.experts if config.experts != "auto" else "",
     }
+
+
+def reading(service: Service, client: str, request_id: str) -> dict[str, int]:
+    """Tokens of a client's chat's prompt: those that are {read}, of the {total}; empty if none of that id
+    runs."""
+    for job in list(service.jobs):  # a copy: they change in the event loop
+        if job.identity == f"chatcmpl-{request_id}" and job.client == client and job.streams:
+            stream = job.streams[0]
+            known, total = stream.metrics, len(stream.request.prompt_token_ids)
+            read = known.cached_tokens + known.prefill_tokens if known else 0
+            return {"read": min(read, total), "total": total}
+    return {}
 
 
 def visible_to(viewer: Viewer, document: dict[str, Any]) -> dict[str, Any]:

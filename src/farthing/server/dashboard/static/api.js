@@ -41,6 +41,11 @@ export async function get(path, timeout = 10000) {
   return (await request(path, { signal: AbortSignal.timeout(timeout) })).json();
 }
 
+export async function post(path, body, timeout = 10000) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request(path, { method: "POST", headers, body: JSON.stringify(body), signal: AbortSignal.timeout(timeout) })).json();
+}
+
 /** The server-sent events of a streamed completion, as parsed JSON, one after the other. */
 export async function* stream(path, body, signal) {
   const headers = { "Content-Type": "application/json" };

@@ -7,7 +7,7 @@ import { ServerView } from "./server.js";
 import { setup } from "./theme.js";
 
 const KEEP = 900; // points
-const HIDDEN = 5000; // milliseconds between two questions while the charts are hidden
+const [HIDDEN, LOADING] = [5000, 1000]; // milliseconds between two questions: charts hidden, a model being loaded
 const $ = (id) => document.getElementById(id);
 
 /** The points of the last minutes, column by column. */
@@ -78,10 +78,16 @@ async function poll() {
     const data = await get(`/dashboard/data?since=${points.columns.t.at(-1) ?? 0}&model=${model}`);
     if (charts()) pause = data.interval * 1000;
     show(data);
+    const { what, done, total } = data.loading ?? {};
+    chat.loading(data.loading ? what ? `The model is being loaded: ${what}` : "The model is being loaded" : "", total ? done / total : null, Boolean(data.loading));
+    if (data.loading) pause = LOADING;
     state("live", data.uptime ? `up ${seconds(data.uptime)}` : data.facts?.state ?? "live");
     if (lost) chat.ready();
   } catch (error) {
-    if (error.code === "model_not_loaded") return unloaded();
+    if (error.code === "model_not_loaded") {
+      pause = await unloaded(chat.settings.values.model);
+      return;
+    }
     pause = 2000;
     const refused = error instanceof Refused;
     state("lost", refused ? "API key needed" : "no answer");
@@ -92,12 +98,15 @@ async function poll() {
   }
 }
 
-/** The server has several models, and the chosen one is not in memory: a message loads it. */
-function unloaded() {
+/** The server has several models, and the chosen one is not in memory: a message loads it. Returns when to ask again. */
+async function unloaded(model) {
+  const { state: now, progress, error } = await get(`/v1/models/${encodeURIComponent(model)}`).catch(() => ({}));
+  chat.loading(now === "loading" ? `${model} is being loaded: ${progress}` : now === "failed" ? `${model} could not be loaded: ${error}` : "");
   [view, points.columns] = [null, { t: [] }];
   $("title").replaceChildren();
   $("charts").replaceChildren(h("p.empty", {}, "The chosen model is not loaded. The next message loads it; its charts begin then."));
-  state("live", "model not loaded");
+  state("live", now === "loading" ? "model being loaded" : "model not loaded");
+  return now === "loading" ? LOADING : HIDDEN;
 }
 
 /** Show the view that the address names. */

@@ -2,9 +2,12 @@
 import { Refused } from "./api.js";
 import { all, Conversation } from "./conversations.js";
 import { h } from "./dom.js";
+import { Files } from "./files.js";
+import { Pulls } from "./pulls.js";
 import { reply } from "./reply.js";
 import { Settings } from "./settings.js";
 import { TurnView } from "./turn.js";
+import { prompt, Waiting } from "./waiting.js";
 
 const SAVED_EVERY = 2000; // milliseconds, while an answer arrives
 
@@ -14,14 +17,20 @@ export class Chat {
     this.login = login;
     this.settings = new Settings(() => this.#notice("This browser has no room for more: settings hold until the page is left."));
     this.views = new Map();
+    this.pulls = new Pulls();
+    this.held = []; // what continues when the server takes messages
     this.list = h("ul");
-    this.side = h("aside", { id: "conversations", ariaLabel: "Conversations" }, h("button.primary", { type: "button", onclick: () => this.fresh() }, "New chat"), this.list, this.#importer());
+    this.search = h("input.search", { type: "search", ariaLabel: "Search the conversations", placeholder: "Search", oninput: () => this.#list() });
+    this.side = h("aside", { id: "conversations", ariaLabel: "Conversations" }, h("button.primary", { type: "button", onclick: () => this.fresh() }, "New chat"), this.search, this.list, this.#importer());
     this.menu = h("button.quiet.menu", { type: "button", ariaExpanded: "false", "aria-controls": "conversations", onclick: () => this.#drawer(!element.classList.contains("drawer")) }, "Chats");
     this.log = h("div.log-of-chat", { role: "log", ariaLabel: "Conversation", tabIndex: 0 });
     this.input = h("textarea", { rows: 1, ariaLabel: "Message", placeholder: "Write a message", title: "Enter sends, Shift+Enter starts a new line", oninput: () => this.#grow(), onkeydown: (event) => this.#keys(event) });
     this.send = h("button.primary", { type: "submit" }, "Send");
     this.notice = h("p.problem", { role: "alert", hidden: true });
-    this.form = h("form.compose", { onsubmit: (event) => this.#submit(event) }, this.notice, this.input, h("div.row", {}, this.menu, ...this.settings.row, this.send));
+    this.form = h("form.compose", { onsubmit: (event) => this.#submit(event) });
+    this.files = new Files(this.form, (text) => this.#notice(text));
+    this.waiting = new Waiting("The model");
+    this.form.append(this.waiting.element, this.notice, this.files.list, this.input, h("div.row", {}, this.menu, ...this.settings.row, this.files.button, this.send));
     this.element = element;
     element.append(this.side, h("div.shade", { onclick: () => this.#drawer(false) }), h("section.talk", {}, this.log, this.form));
     element.addEventListener("keydown", (event) => event.key === "Escape" && (this.abort ? this.abort.abort() : this.#drawer(false)));
@@ -47,6 +56,26 @@ export class Chat {
     }
   }
 
+  /** Say how far a model's loading is, or nothing. hold: until then the server takes no messages. */
+  loading(words, share = null, hold = false) {
+    this.waiting.show(words, share);
+    if (this.hold && !hold) {
+      this.ready();
+      for (const go of this.held.splice(0)) go();
+    }
+    this.hold = hold;
+  }
+
+  /** Resolves once the server takes messages. */
+  #taken(signal) {
+    return new Promise((done, fail) => {
+      if (!this.hold) return done();
+      this.held.push(done);
+      signal.addEventListener("abort", () => fail(signal.reason));
+      return undefined;
+    });
+  }
+
   fresh() {
     this.#open(new Conversation());
     this.input.focus();
@@ -67,12 +96,13 @@ export class Chat {
   }
 
   #list() {
-    const stored = all();
-    const listed = JSON.stringify([this.conversation.id, ...stored.map(({ id, title }) => [id, title])]);
+    const sought = this.search.value.trim();
+    const stored = all().filter((each) => each.mentions(sought));
+    const listed = JSON.stringify([sought, this.conversation.id, ...stored.map(({ id, title }) => [id, title])]);
     if (listed === this.listed) return; // the keyboard's focus stays where it is
     this.listed = listed;
     this.list.replaceChildren(...stored.map((each) => this.#entry(each)));
-    if (!stored.length) this.list.replaceChildren(h("li.empty", {}, "No conversations yet. They are stored in this browser only."));
+    if (!stored.length) this.list.replaceChildren(h("li.empty", {}, sought ? "No conversation has this text." : "No conversations yet. They are stored in this browser only."));
   }
 
   #entry(conversation) {
@@ -142,7 +172,7 @@ export class Chat {
   #draw() {
     const { conversation } = this;
     const actions = {
-      edit: (turn, text) => this.#say(turn.parent, { role: "user", text }),
+      edit: (turn, text) => this.#say(turn.parent, { role: "user", text, files: turn.files }),
       again: (turn) => this.#answer(turn.parent),
       show: (turn) => { conversation.show(turn); this.#save(); this.#draw(); },
       results: (turn, found) => this.#answer(found.reduce((parent, each) => conversation.add(parent, { role: "tool", ...each }).id, turn.id)),
@@ -150,7 +180,8 @@ export class Chat {
     };
     this.views = new Map(conversation.path().map((turn) => [turn.id, new TurnView(conversation, turn, actions)]));
     const greeting = h("div.greeting", {}, h("h1", {}, this.settings.values.model ? `Talk to ${this.settings.values.model.split("/").at(-1)}` : "Talk to the model"),
-      h("p", {}, "Conversations stay in this browser. Under each answer you see its speed, the prompt tokens that were cached, and its price."));
+      h("p", {}, "Conversations stay in this browser. Under each answer you see its speed, the prompt tokens that were cached, and its price."),
+      this.settings.several ? null : this.pulls.element);
     this.log.replaceChildren(...(this.views.size ? [...this.views.values()].map((view) => view.element) : [greeting]));
   }
 
@@ -168,10 +199,10 @@ export class Chat {
     event.preventDefault();
     if (this.abort) return this.abort.abort();
     const text = this.input.value.trim();
-    if (!text) return undefined;
+    if (!text && !this.files.chosen.length) return undefined;
     this.input.value = "";
     this.#grow();
-    return this.#say(this.conversation.leaf, { role: "user", text });
+    return this.#say(this.conversation.leaf, { role: "user", text, files: this.files.take() });
   }
 
   #say(parent, turn) {
@@ -192,7 +223,11 @@ export class Chat {
     view.update(true);
     try {
       if (!this.settings.values.model) await this.settings.load();
-      await reply(turn, conversation.messages(parent, this.settings.values.system), this.settings.values, abort.signal, this.#pacer(conversation, view));
+      await this.#taken(abort.signal);
+      const id = crypto.getRandomValues(new Uint32Array(4)).join("-");
+      prompt(id, this.settings.values.model, () => abort.signal.aborted || turn.first || turn.done,
+        (...far) => this.#stick(() => (this.views.get(turn.id) ?? view).waiting.show(...far)));
+      await reply(turn, id, conversation.messages(parent, this.settings.values.system), this.settings.chosen, abort.signal, this.#pacer(conversation, view));
     } catch (error) {
       if (error.name === "AbortError") turn.end = "stopped";
       else turn.problem = { message: error.message, status: error.status, code: error.code, wait: error.wait };

@@ -1,9 +1,12 @@
 // Conversations in this browser's localStorage, one entry each. A conversation is a tree: editing or
 // regenerating a turn adds a sibling, and `leaf` says which path is shown.
 
+import { withFiles } from "./files.js";
+
 const PREFIX = "farthing.chat.";
 const SETTINGS = "farthing.settings";
-export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: "", temperature: "", top_p: "", seed: "", tools: "" };
+export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: "", temperature: "", top_p: "", seed: "", tools: "", other: "", stop: "",
+  top_k: "", min_p: "", min_tokens: "", repetition_penalty: "", presence_penalty: "", frequency_penalty: "", max_thinking_tokens: "" };
 
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);
 
@@ -74,7 +77,7 @@ export class Conversation {
     const added = { id: newId(), parent, ...turn };
     this.turns.push(added);
     this.leaf = added.id;
-    if (!this.title && turn.role === "user") this.title = turn.text.trim().replace(/\s+/g, " ").slice(0, 60);
+    if (!this.title && turn.role === "user") this.title = (turn.text.trim() || turn.files?.[0]?.name || "").replace(/\s+/g, " ").slice(0, 60);
     return added;
   }
 
@@ -87,6 +90,13 @@ export class Conversation {
     const found = [];
     for (let turn = this.turn(to); turn; turn = this.turn(turn.parent)) found.unshift(turn);
     return found;
+  }
+
+  /** Whether its title, a turn or a file has a text, in whatever case. */
+  mentions(text) {
+    const sought = text.toLowerCase();
+    const texts = this.turns.flatMap((each) => [each.text, ...(each.files ?? []).flatMap(({ name, text: content }) => [name, content])]);
+    return [this.title, ...texts].some((each) => each?.toLowerCase().includes(sought));
   }
 
   siblings(turn) {
@@ -107,8 +117,8 @@ export class Conversation {
   }
 }
 
-function message({ role, text, thoughts, calls, answers }) {
-  const found = { role, content: text };
+function message({ role, text, files, thoughts, calls, answers }) {
+  const found = { role, content: withFiles(text, files) };
   if (thoughts) found.reasoning_content = thoughts;
   if (calls?.length) found.tool_calls = calls;
   if (answers) found.tool_call_id = answers;

@@ -1,5 +1,6 @@
 // Markdown as DOM nodes. Text only ever becomes text nodes: no markup in a model's answer is interpreted, no
 // image is loaded, and links are followed only to http, https and mail addresses.
+import { coloured } from "./code.js";
 import { copyButton, h } from "./dom.js";
 import { MATHS, maths, wholeMaths } from "./maths.js";
 
@@ -102,8 +103,9 @@ function nested(lines) {
 }
 
 function code(text, language) {
-  return h("div.code", {}, h("div.bar", {}, h("span", {}, language.split(/\s/)[0].slice(0, 30) || "text"), copyButton(() => text)),
-    h("pre", { tabIndex: 0 }, h("code", {}, text)));
+  const name = language.split(/\s/)[0].slice(0, 30);
+  return h("div.code", {}, h("div.bar", {}, h("span", {}, name || "text"), copyButton(() => text)),
+    h("pre", { tabIndex: 0 }, h("code", {}, ...coloured(text, name))));
 }
 
 /** Items begin at the first one's indentation; what is indented further belongs to the item above. */

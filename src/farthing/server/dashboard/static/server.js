@@ -34,11 +34,11 @@ export class ServerView {
     this.facts = h("div.facts");
     this.tiles = {
       output: new Tile("Output", "tokens/s"),
-      price: new Tile("Cost per million tokens"),
       ttft: new Tile("Time to first token"),
       tpot: new Tile("Time per output token"),
       load: new Tile("Requests running"),
       kv: new Tile("KV cache", "", true),
+      price: new Tile("Cost per million tokens"),
     };
     this.charts = this.#charts();
     this.heat = new HeatMap();
@@ -82,7 +82,6 @@ export class ServerView {
         { name: "kv", label: "KV in use", color: "s1", fill: true },
         { name: "prefix_hit", label: "prefix hits", color: "s3" },
       ], { title: "Cache", format: percent, range: [0, 1] }),
-      new Chart([{ name: "usd_per_million", label: "idle time included", color: "s1" }], { title: "Dollars per million tokens", format: dollars }),
       new Chart([
         { name: "refused_ps", label: "refused", color: "s2" },
         { name: "errors_ps", label: "failed", color: "s4" },
@@ -91,6 +90,7 @@ export class ServerView {
       this.processors,
       this.memory,
       this.speculation,
+      new Chart([{ name: "usd_per_million", label: "idle time included", color: "s1" }], { title: "Dollars per million tokens", format: dollars }),
       this.power,
     ];
   }
@@ -116,8 +116,8 @@ export class ServerView {
     const last = (name) => points.last(name);
     t.output.show(short(last("generation_tps") ?? 0), `prompt ${rate(last("prompt_tps"))}`);
     const cost = data.cost;
-    t.price.show(dollars(last("usd_per_million") ?? cost?.usd_per_million_tokens),
-      cost ? `${dollars(cost.usd_per_million_tokens)} since the start` : "no prices");
+    const idle = !last("generation_tps") && !last("prompt_tps"); // then a price would be that of waiting
+    t.price.show(idle ? "–" : dollars(last("usd_per_million")), cost ? idle ? "idle now" : `${dollars(cost.usd_per_million_tokens)} since the start` : "no prices");
     t.ttft.show(seconds(last("ttft_p50")), `95 % within ${seconds(last("ttft_p95"))}`);
     t.tpot.show(seconds(last("tpot_p50")), `95 % within ${seconds(last("tpot_p95"))}`);
     t.load.show(short(data.gauges.running), `${short(data.gauges.waiting)} waiting`);

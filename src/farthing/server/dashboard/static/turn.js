@@ -1,7 +1,9 @@
 // How one turn of a conversation looks: what was said, thought and called, and what can be done with it.
 import { copyButton, h, seconds } from "./dom.js";
+import { folded } from "./files.js";
 import { Markdown } from "./markdown.js";
 import { used } from "./reply.js";
+import { Waiting } from "./waiting.js";
 
 /** actions: edit(turn, text), again(turn), show(turn), results(turn, {id: text}), key(). */
 export class TurnView {
@@ -14,9 +16,9 @@ export class TurnView {
 
   #said() {
     const { turn } = this;
-    const text = turn.role === "tool" ? h("details", {}, h("summary", {}, `Result of ${turn.name}`), h("pre", {}, turn.text)) : h("div.bubble", {}, turn.text);
+    const text = turn.role === "tool" ? h("details", {}, h("summary", {}, `Result of ${turn.name}`), h("pre", {}, turn.text)) : h("div.bubble", { hidden: !turn.text }, turn.text);
     const edit = turn.role === "user" ? h("button", { type: "button", onclick: () => this.edit() }, "Edit") : null;
-    this.element.replaceChildren(text, h("footer", {}, this.#forks(), copyButton(() => turn.text), edit));
+    this.element.replaceChildren(...folded(turn.files), text, h("footer", {}, this.#forks(), copyButton(() => turn.text), edit));
   }
 
   edit() {
@@ -41,6 +43,7 @@ export class TurnView {
     this.summary = h("summary");
     this.folded = h("details.thoughts", { hidden: true }, this.summary, this.thoughts.element);
     this.text = new Markdown();
+    this.waiting = new Waiting("The prompt");
     this.calls = h("div.calls");
     this.problem = h("div.problem", { role: "alert", hidden: true });
     this.used = h("span.used");
@@ -53,6 +56,8 @@ export class TurnView {
   update(running) {
     const { turn } = this;
     this.element.classList.toggle("running", running);
+    if (running && !turn.first) this.text.element.before(this.waiting.element);
+    else this.waiting.element.remove();
     this.folded.hidden = !turn.thoughts;
     if (turn.thoughts) {
       this.thoughts.show(turn.thoughts);
