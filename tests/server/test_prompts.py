@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -182,7 +183,8 @@ def test_prompts_are_the_templates_text(name: str, tmp_path: Path) -> None:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds=st.lists(st.integers(0, 1 << 32), min_size=1, max_size=3))
 def test_prompts_of_any_session(name: str, api: str, seeds: list[int], tmp_path: Path) -> None:
-    sessions(name, api, seeds, tmp_path)
+    with TemporaryDirectory(dir=tmp_path) as folder:  # no answers of another example's model
+        sessions(name, api, seeds, Path(folder))
 
 
 def repeats(engine: Splitting) -> list[tuple[int, int]]:
