@@ -15,6 +15,7 @@ from farthing.engine.engine import Engine
 from farthing.engine.request import INTERNAL
 from farthing.server import run
 from farthing.server.config import ServerConfig
+from farthing.server.jobs import Job
 from farthing.server.run import _serve, listen
 from tests.server.harness import running, tiny_engine, until
 
@@ -114,7 +115,7 @@ def test_an_engine_that_recovers_stays() -> None:
     assert served.status == 1
 
 
-@pytest.mark.parametrize(
+APIS = pytest.mark.parametrize(
     ("path", "body"),
     [
         ("/v1/completions", BODY),
@@ -125,6 +126,9 @@ def test_an_engine_that_recovers_stays() -> None:
         ("/api/generate", {"model": "tiny", "prompt": "x", "options": {"num_predict": 4}}),
     ],
 )
+
+
+@APIS
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_failed_step_is_one_500_in_every_api(path: str, body: dict[str, Any], stream: bool) -> None:
     """And the next request is answered."""
@@ -137,3 +141,24 @@ def test_one_failed_step_is_one_500_in_every_api(path: str, body: dict[str, Any]
         core.runner.forward = forward  # type: ignore[method-assign]
         assert httpx.get(f"{server.url}/ready").status_code == 200
         assert httpx.post(server.url + path, json=body | {"stream": stream}, timeout=60).status_code == 200
+
+
+@APIS
+def test_an_exception_within_a_stream_ends_it_with_an_error(
+    path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every API, as an event that clients read as an error and that names nothing internal."""
+    received, count = Job._received, 0
+
+    def third(job: Job, output: Any) -> None:
+        nonlocal count
+        count += 1
+        fail() if count == 3 else received(job, output)
+
+    monkeypatch.setattr(Job, "_received", third)
+    with running(tiny_engine(max_model_len=256)) as server:
+        answer = httpx.post(server.url + path, json=body | {"stream": True}, timeout=60)
+        assert answer.status_code == 200 and SECRET not in answer.text
+        last = [line for line in answer.text.splitlines() if line and line != "data: [DONE]"][-1]
+        assert INTERNAL in last and "error" in last
+        until(lambda: not server.service.jobs and not server.service.engine.num_live)  # type: ignore[union-attr]

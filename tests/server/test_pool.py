@@ -55,12 +55,13 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"model": name, "key": self.headers.get("Authorization"), "body": body})
             return
         self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
+        lines = self.path.startswith("/api/")
+        self.send_header("Content-Type", "application/x-ndjson" if lines else "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         try:
             while True:
-                self.wfile.write(b"8\\r\\ndata: x\\n\\r\\n")
+                self.wfile.write(b"3\\r\\n{}\\n\\r\\n" if lines else b"8\\r\\ndata: x\\n\\r\\n")
                 self.wfile.flush()
                 time.sleep(0.02)
         except OSError:
@@ -356,10 +357,10 @@ def test_a_client_that_leaves_ends_its_request_upstream(tmp_path: Path) -> None:
 
 
 @contextmanager
-def streaming(server: Served) -> Iterator[httpx.Response]:
+def streaming(server: Served, path: str = "/v1/completions") -> Iterator[httpx.Response]:
     """An answer of model `a` that has begun and does not end by itself."""
     body = {"model": "a", "slow": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=20) as answer:
+    with httpx.stream("POST", f"{server.url}{path}", json=body, timeout=20) as answer:
         while not server.front.pool.models["a"].users:
             time.sleep(0.01)
         yield answer
@@ -388,6 +389,17 @@ def test_a_process_killed_amid_a_stream_is_an_error_event(tmp_path: Path) -> Non
         kill(server)  # while idle
         assert http.post("/v1/completions", json={"model": "a"}).status_code == 200
         assert fake.starts == 3
+
+
+def test_a_process_killed_amid_a_stream_of_lines_is_an_error_line(tmp_path: Path) -> None:
+    """Each line is a document, as Ollama's clients read them."""
+    with served(Fake("a", tmp_path)) as server:
+        with streaming(server, "/api/chat") as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == "{}"
+            kill(server)
+            *_, last = map(json.loads, lines)
+        assert last == {"error": "the model's process ended"}
 
 
 def test_a_model_that_streams_is_neither_unloaded_nor_listed_as_expired(tmp_path: Path) -> None:
@@ -485,7 +497,8 @@ def running_as(pid: int) -> bool:
 def test_a_lost_process_is_an_error_of_its_request_alone(tmp_path: Path) -> None:
     with served(Fake("a", tmp_path)) as server, httpx.Client(base_url=server.url, timeout=20) as http:
         lost = http.post("/v1/completions", json={"model": "a", "die": True})
-        assert lost.status_code == 503 and "its process ended" in lost.json()["error"]["message"]
+        assert lost.status_code == 503
+        assert lost.json()["error"]["message"] == "model: a: its process ended"  # and no address of it
         assert lost.headers["Retry-After"] == "1"  # another process may answer; this request may end it, too
         deadline = time.monotonic() + 60
         while states(server.front.pool)["a"] != "available":  # until then it may take, and lose, another

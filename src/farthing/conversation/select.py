@@ -67,7 +67,7 @@ class Habits:
     empty: Literal["text", "null", "absent"] = "text"
     short_ids: bool = False
     efforts: tuple[str, ...] = ()
-    single: bool = False  # it prints only the first call of a turn
+    single: bool = False  # it prints only the first call of a turn, or refuses a second one
     apart: bool = False  # it refuses text and reasoning in one turn that calls
     leading: bool = False  # it refuses or leaves out a system turn that is not at the start
     drops: bool = False  # it leaves out the system turn after a tool's result
@@ -150,7 +150,7 @@ def _of_turns(render: Render, habits: Habits) -> Habits:
     text = loop(said={"content": "Probing."})
     both = loop(said={"content": "Probing.", **dict.fromkeys(REASONING, "Hm.")})
     led = loop(before=[{"role": "system", "content": "Led."}])
-    single = bool(two) and "probe_again" not in two
+    single = "probe_again" not in two
     return replace(
         habits, single=single, apart=bool(text) and not both, drops=bool(led) and "Led." not in led
     )

@@ -114,9 +114,11 @@ async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send
 
 def error_event(message: str, path: str) -> bytes:
     """The last event of an interrupted SSE stream. It starts with a blank line, which terminates a partial
-    event.
+    event. In Ollama's API, the last line of a stream of lines.
     """
     error = ApiError(502, message)
+    if path.startswith("/api/"):
+        return f"{json.dumps({'error': message})}\n".encode()
     named = "event: error\n" if is_anthropic(path) or path == "/v1/responses" else ""
     document = json.loads(error.body(is_anthropic(path))) | ({"type": "error"} if named else {})
     return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()

@@ -142,7 +142,9 @@ class _Forward:
                 return None
             except ReplicaLost as problem:
                 if problem.reached or attempt == _TRIES:
-                    why = f"model: {model.name}: its process ended: {problem}"
+                    # The problem names addresses of this machine, which are for the log alone.
+                    log.warning("%s: a request was lost: %s", model.name, problem)
+                    why = f"model: {model.name}: its process ended"
                     raise ApiError(503, why, code="model_lost", retry_after=1) from problem
             await self._front.pool.ended(model)
         return None
@@ -157,7 +159,8 @@ class _Forward:
         try:
             await self._relay(model, model.server.url, scope, target, passed, b"", write)
         except ReplicaLost as problem:
-            why = f"model: {model.name}: {problem}"
+            log.warning("%s: a request was lost: %s", model.name, problem)
+            why = f"model: {model.name}: its process ended"
             raise ApiError(503, why, code="model_lost", retry_after=1) from problem
 
     async def _relay(
@@ -177,14 +180,18 @@ class _Forward:
                 raw.append((b"content-length", length.encode()))
             await write({"type": "http.response.start", "status": answer.status, "headers": raw})
             try:
+                whole = True  # the last line
                 while data:
                     await write({"type": "http.response.body", "body": data, "more_body": True})
+                    whole = data.endswith(b"\n")
                     data = await answer.part()
             except ReplicaLost as problem:
                 log.warning("%s: an answer was cut off: %s", model.name, problem)
-                if not answer.event_stream:
+                if not (answer.event_stream or answer.line_stream):
                     raise ConnectionAbortedError(str(problem)) from problem
-                data = error_event(f"the model's process ended: {problem}", scope["path"])
+                data = error_event("the model's process ended", scope["path"])
+                if answer.line_stream and not whole:
+                    data = b"\n" + data
                 await write({"type": "http.response.body", "body": data, "more_body": True})
             await write({"type": "http.response.body", "body": b"", "more_body": False})
         finally:

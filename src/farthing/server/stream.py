@@ -15,6 +15,7 @@ import pydantic_core
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from farthing.engine.request import INTERNAL
 from farthing.server.errors import OPENING_HEADER, ApiError, ClientGone, ClientTooSlow, send_error
 from farthing.server.jobs import Job
 from farthing.shares import Shares
@@ -203,9 +204,16 @@ class EventStream(Response):
             if not self._begun:
                 await send_error(error, scope, receive, send)
                 return
-            event = self.ending.error(error).encode()
-            async with _within(_LAST_WORD):  # does not wait for a client that stopped reading
-                await send({"type": "http.response.body", "body": event, "more_body": False})
+            await self._send_error(error, send)
+        except Exception as error:
+            if self._begun and not isinstance(error, ClientTooSlow):
+                await self._send_error(ApiError(500, INTERNAL), send)
+            raise  # to the log, and to the handler that answers if nothing was sent
+
+    async def _send_error(self, error: ApiError, send: Send) -> None:
+        event = self.ending.error(error).encode()
+        async with _within(_LAST_WORD):  # does not wait for a client that stopped reading
+            await send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _pump(self, send: Send, scope: Scope) -> None:
         patience = self._every if self.opening is None else min(_OPENS_AFTER, self._every)
