@@ -188,7 +188,7 @@ class Prefill:
         assert self.connection.recv() == "ready"
 
     def compute(self, number: int) -> Any:
-        self.connection.send(_Prompt(number, list(range(20)), "", 0))
+        self.connection.send(_Prompt(number, list(range(number, number + 20)), "", 0))
         assert self.connection.poll(20)
         computed = self.connection.recv()
         self.connection.send([])
@@ -223,7 +223,7 @@ def test_prefill_process_ends_when_its_engine_has_failed(monkeypatch: pytest.Mon
     prefill = Prefill(engine, monkeypatch)
     for number in range(MOST_FAILURES - 1):
         assert prefill.compute(number) == _Computed(number, [])
-    prefill.connection.send(_Prompt(MOST_FAILURES, list(range(20)), "", 0))
+    prefill.connection.send(_Prompt(MOST_FAILURES, list(range(40, 60)), "", 0))
     assert prefill.exited.wait(20)
     prefill.close()
 

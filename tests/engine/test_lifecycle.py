@@ -13,7 +13,7 @@ import torch
 
 from farthing.config import EngineConfig
 from farthing.engine.constraints import Refused
-from farthing.engine.core import MOST_FAILURES
+from farthing.engine.core import MOST_FAILURES, MOST_REPEATED
 from farthing.engine.engine import Engine
 from farthing.engine.request import (
     INTERNAL,
@@ -24,6 +24,7 @@ from farthing.engine.request import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from farthing.engine.runner import Step
 from farthing.model.config import ModelConfig
 from farthing.model.decoder import DecoderModel
 from farthing.model.load import random_model
@@ -110,18 +111,43 @@ def test_shutdown_aborts_and_is_idempotent(make_engine: MakeEngine) -> None:
 def test_model_that_always_fails_ends_the_engine(model: DecoderModel) -> None:
     engine = Engine(model)
     engine._core.runner.forward = broken  # type: ignore[method-assign, assignment]
-    for _ in range(MOST_FAILURES - 1):
+    for prompt in range(4, 4 + MOST_FAILURES - 1):
         with pytest.raises(EngineError, match=f"^{re.escape(INTERNAL)}$"):
-            engine.submit([4]).result()
+            engine.submit([prompt]).result()
         engine.health()
     with pytest.raises(EngineFailed, match="3 steps in a row could not be computed"):
-        engine.submit([4]).result()
+        engine.submit([40]).result()
     engine._thread.join(10)
     assert engine.ended
     with pytest.raises(EngineFailed, match="3 steps in a row"):
         engine.health()
     with pytest.raises(EngineError):
         engine.submit([4])
+    engine.shutdown()
+
+
+def test_a_request_that_is_sent_again_does_not_end_the_engine(model: DecoderModel) -> None:
+    """Clients repeat a request that failed; only that one fails, unless nothing else is computed for long."""
+    engine = Engine(model)
+    forward = engine._core.runner.forward
+
+    def picky(step: Step) -> torch.Tensor:
+        if 7 in step.ids.tolist():
+            raise RuntimeError("a bad request")
+        return forward(step)
+
+    engine._core.runner.forward = picky  # type: ignore[method-assign, assignment]
+    one = SamplingParams(max_tokens=1, temperature=0)
+    for _ in range(3):
+        for _ in range(MOST_REPEATED):
+            with pytest.raises(EngineError, match=f"^{re.escape(INTERNAL)}$"):
+                engine.submit([7, 5], one).result()
+        assert len(engine.submit([4, 5], one).result().outputs[0].token_ids) == 1
+    with pytest.raises(EngineFailed, match=f"{MOST_REPEATED + 1} steps in a row"):
+        for _ in range(MOST_REPEATED + 1):
+            with pytest.raises(EngineError):
+                engine.submit([7, 5], one).result()
+            engine.health()
     engine.shutdown()
 
 
@@ -209,11 +235,11 @@ def test_logits_that_are_not_finite_name_the_layer(
     layer, part = int(where[6]), int("mlp" in where)
     broken.layers[layer][part].norm.weight[3] = float("nan")
     with Engine(broken, EngineConfig(max_num_seqs=4, num_blocks=64, block_size=4)) as engine:
-        for _ in range(MOST_FAILURES - 1):
+        for more in range(MOST_FAILURES - 1):
             with pytest.raises(EngineError, match=f"^{re.escape(INTERNAL)}$"):
-                engine.submit(list(range(20, 40)), params).result()
+                engine.submit(list(range(20, 40 + more)), params).result()
         with pytest.raises(EngineFailed):
-            engine.submit(list(range(20, 40)), params).result()
+            engine.submit(list(range(20, 60)), params).result()
     assert f"the first output that is not finite is that of {where}" in caplog.text
 
 

@@ -38,8 +38,8 @@ class Served:
         self.status = asyncio.run(_serve(ServerConfig(), "tiny", lambda _: engine, self.listener))
         self.listener.close()
 
-    def post(self) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/completions", json=BODY, timeout=60)
+    def post(self, **fields: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/completions", json=BODY | fields, timeout=60)
 
 
 def fail(*_: Any) -> Any:
@@ -51,11 +51,11 @@ def test_process_ends_when_its_engine_has_failed(caplog: pytest.LogCaptureFixtur
     served = Served(engine)
     assert served.post().status_code == 200
     engine._core.runner.forward = fail  # type: ignore[method-assign]
-    for _ in range(MOST_FAILURES - 1):
-        answer = served.post()
+    for token in range(4, 4 + MOST_FAILURES - 1):
+        answer = served.post(prompt=[token])
         assert answer.status_code == 500 and answer.json()["error"]["message"] == INTERNAL
         assert httpx.get(f"{served.url}/ready").status_code == 200
-    last = served.post()
+    last = served.post(prompt=[40])
     assert last.status_code == 503 and last.headers["x-error-code"] == "engine_failed"
     assert SECRET not in last.text
     served.thread.join(30)
@@ -109,8 +109,8 @@ def test_an_engine_that_recovers_stays() -> None:
         assert answer.result().status_code == 200
     assert httpx.get(f"{served.url}/ready").status_code == 200 and served.thread.is_alive()
     engine._core.runner.forward = fail  # type: ignore[method-assign]
-    for _ in range(MOST_FAILURES):
-        served.post()
+    for token in range(4, 4 + MOST_FAILURES):
+        served.post(prompt=[token])
     served.thread.join(30)
     assert served.status == 1
 

@@ -78,7 +78,9 @@ class Divided:
 log = logging.getLogger(__name__)
 
 _PROMPT_ROWS = 128  # prompt positions per chunk of logits
-MOST_FAILURES = 3  # steps in a row that fail before the engine ends
+# Steps in a row that fail before the engine ends. Those in which every request has failed before count only
+# for the second: a client that sends a bad request again must not end the engine for all.
+MOST_FAILURES, MOST_REPEATED = 3, 24
 
 Delivery = tuple[RequestState, RequestOutput | EngineError]
 Faults = dict[Generation, Exception]  # of a step, by the completion at whose turn they were raised
@@ -112,7 +114,8 @@ class EngineCore:
         self._live: dict[RequestState, None] = {}  # unfinished requests, in order of arrival
         self._probes = 0  # of them, those with a probe
         self._planned: Seq[Scheduled[Generation]] = ()  # what the step in progress computes
-        self._failures = 0  # steps in a row that failed
+        self._failures = self._repeated = 0  # steps in a row that failed
+        self._failed: set[int] = set()  # hashes of their prompts
         self._failed_drafts = 0  # times in a row that drafting failed
 
     def add(self, state: RequestState) -> None:
@@ -169,13 +172,15 @@ class EngineCore:
     def _recover(self, error: Exception, ended: Collection[RequestState]) -> None:
         """Go on after an exception that may have left plans, blocks and caches in any state, without the
         requests `ended`. Raises EngineFailed where that would not help."""
-        self._failures += 1
+        prompts = {hash(tuple(gen.tokens[: gen.num_prompt])) for state in ended for gen in state.generations}
+        again = bool(prompts) and prompts <= self._failed
+        self._failed |= prompts
+        self._failures, self._repeated = self._failures + (not again), self._repeated + again
         if (failure := self.runner.model.failure()) is not None:
             raise EngineFailed(f"engine failed: {failure}") from error
-        if self._failures >= MOST_FAILURES:
-            raise EngineFailed(
-                f"engine failed: {self._failures} steps in a row could not be computed"
-            ) from error
+        if self._failures >= MOST_FAILURES or self._repeated >= MOST_REPEATED:
+            steps = self._failures + self._repeated
+            raise EngineFailed(f"engine failed: {steps} steps in a row could not be computed") from error
         log.error("a step failed; its requests end, and others are computed again", exc_info=error)
         self.stats.failed_steps += 1
         # Whatever breaks the scheduler a second time waits or runs: nothing shows which one it is.
@@ -214,7 +219,8 @@ class EngineCore:
             self._recover(error, {item.seq.parent for item in self._planned})
             return True
         if computed:
-            self._failures = 0
+            self._failures = self._repeated = 0
+            self._failed.clear()
         return computed
 
     def _step(self) -> bool:
