@@ -130,10 +130,25 @@ TYPES = (
         Names(shared_stored),
         OWN_WORDS,
         mixers=grouped_layers,
+        defaults={"num_key_value_heads": 16},
     ),
-    ModelType("qwen3_moe", "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B", _qwen3_moe, mixers=grouped_layers),
-    ModelType("glm4_moe", "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7", _glm4_moe, mixers=grouped_layers),
+    ModelType(
+        "qwen3_moe",
+        "Qwen3-30B-A3B, Qwen3-Coder, Qwen3-235B-A22B",
+        _qwen3_moe,
+        mixers=grouped_layers,
+        defaults={"num_key_value_heads": 4},
+    ),
+    ModelType(
+        "glm4_moe",
+        "GLM-4.5, GLM-4.5-Air, GLM-4.6, GLM-4.7",
+        _glm4_moe,
+        mixers=grouped_layers,
+        defaults={"num_key_value_heads": 8, "n_shared_experts": 1},
+    ),
     ModelType("olmoe", "OLMoE", _olmoe, mixers=grouped_layers),
-    ModelType("dots1", "dots.llm1", _dots1, mixers=grouped_layers),
+    ModelType(
+        "dots1", "dots.llm1", _dots1, mixers=grouped_layers, defaults={"num_key_value_heads": 32}
+    ),
     ModelType("solar_open", "Solar Open 100B", _solar_open, mixers=grouped_layers),
 )
