@@ -5,7 +5,6 @@ from typing import Any
 from farthing.model.fields import integer
 from farthing.model.types.base import INTERLEAVED, Fields, ModelType, dense_prefix
 
-
 V3: dict[str, Any] = {
     "q_lora_rank": 1536,
     "n_shared_experts": 1,

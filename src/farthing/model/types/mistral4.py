@@ -9,7 +9,6 @@ from typing import Any
 from farthing.model.fields import section, wrong
 from farthing.model.types.base import Fields, ModelType, Names, tied
 
-
 _DEFAULTS: dict[str, Any] = {"q_lora_rank": 1024, "n_shared_experts": 1}
 _ROPE = {
     "rope_type": "yarn",

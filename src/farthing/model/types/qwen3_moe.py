@@ -147,8 +147,6 @@ TYPES = (
         defaults={"num_key_value_heads": 8, "n_shared_experts": 1},
     ),
     ModelType("olmoe", "OLMoE", _olmoe, mixers=grouped_layers),
-    ModelType(
-        "dots1", "dots.llm1", _dots1, mixers=grouped_layers, defaults={"num_key_value_heads": 32}
-    ),
+    ModelType("dots1", "dots.llm1", _dots1, mixers=grouped_layers, defaults={"num_key_value_heads": 32}),
     ModelType("solar_open", "Solar Open 100B", _solar_open, mixers=grouped_layers),
 )
