@@ -28,7 +28,7 @@ from farthing.model.fields import ConfigError, read_rope
 from farthing.quants import parts_of
 from farthing.tokenizer_gguf import led_by, stops_apart, tokenizer_of
 
-_VERSION = 4  # of the directory's contents; those of another version are written again
+_VERSION = 5  # of the directory's contents; those of another version are written again
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
 # By SamplingParams' names: the metadata, and what llama.cpp takes where a file does not state it.
 SAMPLING: Mapping[str, tuple[str, float]] = {
