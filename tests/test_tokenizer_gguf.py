@@ -87,3 +87,18 @@ def bytes_of(piece: str) -> str:
 
     decoded: str = ByteLevel().decode([piece])
     return decoded
+
+
+@pytest.mark.parametrize(("pre", "name"), [("qwen2", "Qwen2Tokenizer"), ("qwen35", "Qwen3_5Tokenizer")])
+def test_text_is_read_as_by_the_tokenizer_that_transformers_builds(pre: str, name: str) -> None:
+    """With composed and decomposed letters alike."""
+    alphabet = sorted(ByteLevel.alphabet())
+    fields = {"model": "gpt2", "pre": pre, "tokens": alphabet, "merges": []}
+    vocabulary = {token: i for i, token in enumerate(alphabet)}
+    theirs = getattr(pytest.importorskip("transformers"), name)(vocab=vocabulary, merges=[]).backend_tokenizer
+    ours, _ = tokenizer_of("file", fields)
+    for text in ("e\u0301a\u0308 é", "\u0958\u0929\u093c", "\u1112\u1161\u11ab 한", "it's 12 नमस्ते\r\n x"):
+        normal = [text if t.normalizer is None else t.normalizer.normalize_str(text) for t in (ours, theirs)]
+        assert normal[0] == normal[1]
+        cuts = (t.pre_tokenizer.pre_tokenize_str(normal[0]) for t in (ours, theirs))
+        assert next(cuts) == next(cuts)

@@ -83,6 +83,8 @@ LONGCAT: dict[str, Any] = dict(
     zero_expert_num=3,
     moe_topk=3,
     routed_scaling_factor=6.0,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
     max_position_embeddings=256,
 )
 
@@ -208,6 +210,9 @@ def tiny(**changes: Any) -> dict[str, Any]:
             n_routed_experts=4,
             n_shared_experts=1,
             num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=1.0,
             max_position_embeddings=128,
             bos_token_id=0,
             eos_token_id=1,

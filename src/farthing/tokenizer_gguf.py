@@ -103,7 +103,7 @@ _SAME = {
     "hunyuan": "stablelm2", "solar-open": "stablelm2", "hunyuan-dense": "deepseek-v3",
     "joyai-llm": "deepseek-v3", "llama4": "gpt-4o",
 }  # fmt: skip
-_COMPOSED = ("qwen2",)  # their text is put into Unicode's composed form
+_COMPOSED = ("qwen2", "qwen35")  # their text is put into Unicode's composed form
 _WHOLE = ("llama-bpe", "glm4", "tekken")  # a word that is a token is taken whole, whatever its merges
 
 

@@ -524,6 +524,17 @@ TRICKS = {
 }
 
 
+def test_no_character_without_a_shape_is_shown_as_it_is() -> None:
+    """Selectors of variants and joiners of marks are printable to Python, and nobody sees them."""
+    letters = "VARIATION SELECTOR", "GRAPHEME JOINER", "INHERENT", "SEONG FILLER", "HANGUL FILLER"
+    unseen = [
+        chr(i) for i in range(sys.maxunicode + 1) if any(n in unicodedata.name(chr(i), "") for n in letters)
+    ]
+    assert len(unseen) > 260
+    for each in unseen:
+        assert escaped(f"a{each}b").isascii(), hex(ord(each))
+
+
 @pytest.mark.parametrize("trick", TRICKS)
 def test_a_question_hides_nothing(trick: str) -> None:
     lines = described(TRICKS[trick])

@@ -355,6 +355,11 @@ def exported(family: str, folder: Path, accepts: Callable[[Any], bool]) -> dict[
     ("family", "accepts", "warning"),
     [
         ("minimax_m2", lambda c: c.tie_word_embeddings, "files without output.weight"),
+        ("olmoe", lambda c: c.tie_word_embeddings, "files without output.weight"),
+        ("dots1", lambda c: c.tie_word_embeddings, "files without output.weight"),
+        ("qwen2_moe", lambda c: c.tie_word_embeddings, "files without output.weight"),
+        ("olmoe", lambda c: c.num_key_value_heads < c.num_attention_heads, "fewer heads than queries"),
+        ("dots1", lambda c: c.num_key_value_heads < c.num_attention_heads, "fewer heads than queries"),
         ("gpt_oss", lambda c: not c.attention_bias, "whose attention lacks a bias on its output"),
         ("qwen3", lambda c: c.attention_bias, "whose attention has a bias on its output"),
         (
@@ -373,6 +378,17 @@ def test_what_llama_cpp_refuses_is_said(
 ) -> None:  # fmt: skip
     exported(family, tmp_path, accepts)
     assert (warning in caplog.text) if warning else "llama.cpp" not in caplog.text
+
+
+@pytest.mark.parametrize("family", ["granite", "granitemoe"])
+def test_multipliers_of_published_granites_are_written(family: str, tmp_path: Path) -> None:
+    """Quotients of them, which a file has as float32."""
+    found = exported(family, tmp_path, lambda c: c.residual_multiplier == 0.22 and c.logits_scaling == 6.0)
+    assert found[f"{family}.embedding_scale"] > 4 and found[f"{family}.logit_scale"] == 6.0
+    seed = max(int(each.name) for each in tmp_path.iterdir() if each.is_dir() and each.name.isdigit())
+    ids = torch.arange(12)
+    found_logits = logits(resolve_model(tmp_path / "m.gguf"), ids)
+    assert torch.allclose(found_logits, logits(tmp_path / str(seed), ids), rtol=1e-5, atol=1e-5)
 
 
 def test_rotated_pairs_take_turns_at_three_axes(tmp_path: Path) -> None:

@@ -420,7 +420,7 @@ def gemma(rng: random.Random) -> dict[str, Any]:
         kinds = ("full_attention", "sliding_attention")
         s |= dict(layer_types=[rng.choice(kinds) for _ in range(s["num_hidden_layers"])])
     else:
-        s |= dict(_sliding_window_pattern=rng.choice([1, 2, 6]))
+        s |= dict(sliding_window_pattern=rng.choice([1, 2, 6]))
     return s | dict(final_logit_softcapping=rng.choice([None, 2.0, 30.0]))
 
 

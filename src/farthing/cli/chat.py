@@ -44,7 +44,10 @@ HELP = """\
 Ctrl-C           stops an answer"""
 _FENCE = "```"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_BLANK = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without a shape
+# Letters, signs and marks without a shape: fillers, joiners, inherent vowels, selectors of variants.
+_BLANK = re.compile(
+    r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 _SHOWN = 2000  # characters at each end of a long value
 _SEQUENCES = 2  # of one person's conversations; `farthing serve` has room for many
 _OPTIONS = ("--fit", "--max-num-seqs", str(_SEQUENCES))
@@ -133,7 +136,8 @@ def printable(text: str) -> str:
 
 def escaped(text: str) -> str:
     """A text in one line whose characters are all visible: nothing in it moves, hides or reverses others."""
-    return "".join(each if each.isprintable() and each not in _BLANK else ascii(each)[1:-1] for each in text)
+    shown = (each.isprintable() and not _BLANK.match(each) for each in text)
+    return "".join(each if seen else ascii(each)[1:-1] for each, seen in zip(text, shown, strict=True))
 
 
 def described(arguments: str) -> list[str]:

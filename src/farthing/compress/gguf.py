@@ -90,10 +90,17 @@ def export_gguf(
     return dict(sorted(written.kept.items()))
 
 
+_OWN_HEAD = ("dots1", "gpt-oss", "minimax-m2", "olmoe", "qwen2moe")  # llama.cpp never ties it
+_WHOLE_HEADS = ("dots1", "olmoe")  # whose queries never share keys there
+
+
 def _not_in_llama_cpp(config: ModelConfig, architecture: str, names: Set[str]) -> Iterator[str]:
     """What llama.cpp refuses or computes otherwise of a model that GGUF can say; `names` of its tensors."""
-    if config.tie_word_embeddings and architecture in ("gpt-oss", "minimax-m2"):
+    if config.tie_word_embeddings and architecture in _OWN_HEAD:
         yield f"refuses {architecture} files without output.weight, and this model's head is its embedding"
+    heads = config.attention
+    if architecture in _WHOLE_HEADS and heads.cache_rows < heads.query_heads:
+        yield f"refuses {architecture} files whose keys have fewer heads than queries, as this model's"
     biased = "blk.0.attn_output.bias" in {re.sub(r"\d+", "0", name) for name in names}
     if biased != (architecture == "gpt-oss") and architecture != "llama":  # there it is optional
         has = "has" if biased else "lacks"

@@ -262,7 +262,8 @@ class ModelConfig:
         kind = type_of(raw)
         try:
             rounded = _rounds_head(raw)
-            raw = {MARK: raw.get(MARK), **kind.fields(raw)}  # beside text_config, if that is nested
+            # The mark is beside text_config, if that is nested.
+            raw = {MARK: raw.get(MARK), **kind.fields({**kind.defaults, **raw})}
             values = checked.values(cls, raw, nullable=_DRAFTS) | _derived(raw)
             hidden, drafts = values["num_hidden_layers"], values["num_nextn_predict_layers"]
             halves = {"mixers": kind.mixers(raw, hidden), "feeds": feed_layers(raw, hidden, drafts)}

@@ -28,7 +28,7 @@ from farthing.model.fields import ConfigError, read_rope
 from farthing.quants import parts_of
 from farthing.tokenizer_gguf import led_by, stops_apart, tokenizer_of
 
-_VERSION = 4  # of the directory's contents; those of another version are written again
+_VERSION = 5  # of the directory's contents; those of another version are written again
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
 # By SamplingParams' names: the metadata, and what llama.cpp takes where a file does not state it.
 SAMPLING: Mapping[str, tuple[str, float]] = {
@@ -237,7 +237,7 @@ def _v3_experts(m: Metadata) -> dict[str, Any]:
     return {
         **_experts(m, "n_routed_experts"),
         "moe_intermediate_size": m.whole("expert_feed_forward_length"),
-        "n_shared_experts": m.own("expert_shared_count") or None,
+        "n_shared_experts": m.own("expert_shared_count") or 0,
         "first_k_dense_replace": m.own("leading_dense_block_count", 0),
         "routed_scaling_factor": _shortest(m.own("expert_weights_scale", 1.0)),
         "norm_topk_prob": bool(m.own("expert_weights_norm", False)),
@@ -450,8 +450,8 @@ def config_of(m: Metadata, tensors: Mapping[str, Mapping[str, Any]], factors: An
         config["attention_k_eq_v"] = not any(values)
         config["rope_parameters"] = _proportional(config, factors)
         factors = None
-    config = {name: value for name, value in config.items() if value is not None}
-    return config | {"rope_scaling": _scaling(m, config, head, factors)}
+    stated = {name: value for name, value in config.items() if value is not None or name == "q_lora_rank"}
+    return stated | {"rope_scaling": _scaling(m, stated, head, factors)}
 
 
 def _proportional(config: Mapping[str, Any], factors: Any) -> dict[str, Any]:

@@ -7,12 +7,13 @@ bias.
 import re
 
 from farthing.model.types.base import Fields, ModelType, Names, dense_prefix
+from farthing.model.types.deepseek_v3 import V3
 
 _NORM = re.compile(r"(model\.layers\.\d+)\.mlp\.post_mlp_layernorm")
 
 
 def _fields(raw: Fields) -> Fields:
-    return {"first_k_dense_replace": 1, **raw, **dense_prefix(raw), "post_mlp_norm": True}
+    return {**raw, **dense_prefix(raw), "post_mlp_norm": True}
 
 
 TYPE = ModelType(
@@ -24,4 +25,5 @@ TYPE = ModelType(
         skipped=("*.post_mlp_layernorm.weight",),  # unused in dense layers
     ),
     may_lack_router_bias=True,
+    defaults={**V3, "first_k_dense_replace": 1},
 )

@@ -75,6 +75,8 @@ class ModelType:
     fields: Callable[[Fields], Fields] = lambda raw: raw  # to V3's fields
     names: Names = Names()
     own_words: Mapping[str, str] = field(default_factory=dict)  # V3's field -> the file's, for messages
+    # What an absent field means in files of this type, where that is not what the engine takes it for.
+    defaults: Fields = field(default_factory=dict)
     # The first half of every hidden layer and of MTP layers, from the fields above and the number of layers.
     mixers: Callable[[Fields, int], tuple[Mixer, ...]] = latent_layers
     may_lack_router_bias: bool = False  # some checkpoints of this type have no e_score_correction_bias
@@ -125,10 +127,11 @@ def sliding(raw: Fields, switch: bool = False, layers: Callable[[int], bool] | N
 _ATTENTION = ("full_attention", "sliding_attention")
 
 
-def tied(raw: Fields) -> Fields:
-    """tie_word_embeddings of a multimodal wrapper, where present: it wins over text_config's."""
-    value = raw.get("tie_word_embeddings")
-    return {} if value is None else {"tie_word_embeddings": flag("tie_word_embeddings", value)}
+def tied(raw: Fields, text: Fields, default: bool) -> Fields:
+    """tie_word_embeddings of a multimodal wrapper: its own wins over text_config's; default: of neither."""
+    given = (each.get("tie_word_embeddings") for each in (raw, text))
+    value = next((value for value in given if value is not None), default)
+    return {"tie_word_embeddings": flag("tie_word_embeddings", value)}
 
 
 def layer_count(raw: Fields, name: str = "num_hidden_layers") -> int:

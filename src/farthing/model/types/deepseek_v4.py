@@ -178,4 +178,5 @@ TYPE = ModelType(
         drafts=_draft,
     ),
     mixers=compressed_layers,
+    defaults={"n_shared_experts": 1},
 )

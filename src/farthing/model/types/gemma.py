@@ -45,10 +45,8 @@ def _common(raw: Fields) -> dict[str, Any]:
     }
 
 
-def _windows(raw: Fields, default: int) -> dict[str, Any]:
-    """Every sliding_window_pattern-th layer sees all tokens, unless layer_types says otherwise."""
-    pattern = next((n for n in ("sliding_window_pattern", "_sliding_window_pattern") if raw.get(n)), None)
-    every = 6 if pattern is None else integer(raw, pattern)
+def _windows(raw: Fields, default: int, every: int = 6) -> dict[str, Any]:
+    """Every so many-th layer sees all tokens, unless layer_types says otherwise."""
     return sliding({"sliding_window": default, **present(raw)}, layers=lambda i: bool((i + 1) % every))
 
 
@@ -69,9 +67,10 @@ def _gemma3(raw: Fields) -> Fields:
         raise wrong("attn_logit_softcapping", raw["attn_logit_softcapping"], "null, as in Gemma 3")
     scalar = number("query_pre_attn_scalar", raw.get("query_pre_attn_scalar", 256), above=0.0)
     defaults = {"num_key_value_heads": 4, "head_dim": 256, "rms_norm_eps": 1e-6}
+    every = integer({"sliding_window_pattern": 6, **present(raw)}, "sliding_window_pattern")
     fixed = {
         **_common(raw),
-        **_windows(raw, 4096),
+        **_windows(raw, 4096, every),
         "norm_offset": 1.0,
         "attention_multiplier": scalar**-0.5,
         "rope_parameters": _gemma3_rope(raw, _FULL),
@@ -155,7 +154,7 @@ def _nested(fields: Callable[[Fields], Fields], kind: str) -> Callable[[Fields],
         if text.get("model_type") not in (None, kind):
             raise wrong("text_config.model_type", text.get("model_type"), repr(kind))
         ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}
-        return fields({**text, **tied(raw), **ids})
+        return fields({**text, **tied(raw, text, default=True), **ids})
 
     return read
 

@@ -26,14 +26,28 @@ def _fields(raw: Fields) -> Fields:
         "index_topk": integer(raw, "index_topk"),
         **INTERLEAVED,
     }
-    return {"first_k_dense_replace": 3, **raw, **dense_prefix(raw), **fixed}
+    return {**raw, **dense_prefix(raw), **fixed}
 
 
 def _flash(raw: Fields) -> Fields:
-    return {"first_k_dense_replace": 1, **raw, **dense_prefix(raw)}
+    return {**raw, **dense_prefix(raw)}
 
 
+_DSA = {
+    "q_lora_rank": 2048,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 3,
+    "rms_norm_eps": 1e-5,
+}
+_FLASH = {
+    "q_lora_rank": 768,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.8,
+    "first_k_dense_replace": 1,
+    "rms_norm_eps": 1e-5,
+}
 TYPES = (
-    ModelType("glm_moe_dsa", "GLM-5", _fields),
-    ModelType("glm4_moe_lite", "GLM-4.7-Flash", _flash),
+    ModelType("glm_moe_dsa", "GLM-5", _fields, defaults=_DSA),
+    ModelType("glm4_moe_lite", "GLM-4.7-Flash", _flash, defaults=_FLASH),
 )

@@ -5,6 +5,7 @@ Only the language model is served; the experts of released checkpoints are INT4 
 
 from farthing.model.fields import section, wrong
 from farthing.model.types.base import Fields, ModelType, Names, tied
+from farthing.model.types.deepseek_v3 import V3
 
 _PREFIX = "language_model."
 
@@ -13,7 +14,8 @@ def _fields(raw: Fields) -> Fields:
     text = section(raw, "text_config")
     if (kind := text.get("model_type")) not in (None, "kimi_k2", "deepseek_v3"):
         raise wrong("text_config.model_type", kind, "'kimi_k2' or 'deepseek_v3'")
-    return {**{key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}, **text, **tied(raw)}
+    ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
+    return {**V3, **ids, **text, **tied(raw, text, default=True)}
 
 
 def _saved(name: str) -> str:

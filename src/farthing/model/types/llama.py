@@ -96,9 +96,28 @@ _QWEN3_NAMES = Names(variants=(_headless,))
 
 TYPES = (
     ModelType("llama", "Llama 2, 3.x; SmolLM2", _llama, _INV_FREQ, mixers=grouped_layers),
-    ModelType("mistral", "Mistral 7B, Nemo, Small (text)", _mistral, mixers=grouped_layers),
-    ModelType("qwen2", "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1", _qwen2, mixers=grouped_layers),
-    ModelType("qwen3", "Qwen3 0.6B to 32B, Embedding, Reranker", _qwen3, _QWEN3_NAMES, mixers=grouped_layers),
+    ModelType(
+        "mistral",
+        "Mistral 7B, Nemo, Small (text)",
+        _mistral,
+        mixers=grouped_layers,
+        defaults={"num_key_value_heads": 8},
+    ),
+    ModelType(
+        "qwen2",
+        "Qwen2 and 2.5 0.5B to 72B, QwQ, distillations of R1",
+        _qwen2,
+        mixers=grouped_layers,
+        defaults={"num_key_value_heads": 32},
+    ),
+    ModelType(
+        "qwen3",
+        "Qwen3 0.6B to 32B, Embedding, Reranker",
+        _qwen3,
+        _QWEN3_NAMES,
+        mixers=grouped_layers,
+        defaults={"num_key_value_heads": 32},
+    ),
     ModelType("smollm3", "SmolLM3", _smollm3, mixers=grouped_layers),
     ModelType("seed_oss", "Seed-OSS 36B", _seed_oss, mixers=grouped_layers),
     ModelType("granite", "Granite 3.x, dense", _granite, mixers=grouped_layers),

@@ -69,4 +69,5 @@ TYPE = ModelType(
     _fields,
     Names(_stored, ("model.mtp.*",), "the MTP layer of this type is not supported"),
     own_words={ours: theirs for theirs, ours in _RENAMED.items()},
+    defaults={"rms_norm_eps": 1e-5, "routed_scaling_factor": 6.0, "rope_theta": 1e7},
 )

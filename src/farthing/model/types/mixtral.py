@@ -101,6 +101,7 @@ TYPES = (
         _minimax_m2,
         Names(_stored, _MTP, "the MTP layers of this type are not supported", _TOOLS),
         own_words={"partial_rotary_factor": "rotary_dim"},
+        defaults={"num_key_value_heads": 8},
         mixers=grouped_layers,
     ),
     ModelType(

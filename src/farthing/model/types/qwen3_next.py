@@ -80,7 +80,7 @@ def _nested(fields: Callable[[Fields], Fields], kind: str) -> Callable[[Fields],
         if text.get("model_type") not in (None, kind):
             raise wrong("text_config.model_type", text.get("model_type"), repr(kind))
         ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
-        return fields({**ids, **text, **tied(raw)})
+        return fields({**ids, **text, **tied(raw, text, default=False)})
 
     return read
 

@@ -7,7 +7,7 @@ _ALIASES = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_e
 
 
 def _fields(raw: Fields) -> Fields:
-    fields = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, **raw}
+    fields = dict(raw)
     fields |= {ours: raw[theirs] for theirs, ours in _ALIASES.items() if raw.get(theirs) is not None}
     rope = optional_section(raw, "rope_scaling")
     if "deepseek_yarn" in (rope.get("type"), rope.get("rope_type")):
@@ -16,5 +16,9 @@ def _fields(raw: Fields) -> Fields:
 
 
 TYPE = ModelType(
-    "sarvam_mla", "Sarvam 105B", _fields, own_words={ours: theirs for theirs, ours in _ALIASES.items()}
+    "sarvam_mla",
+    "Sarvam 105B",
+    _fields,
+    own_words={ours: theirs for theirs, ours in _ALIASES.items()},
+    defaults={"n_shared_experts": 1, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1},
 )
