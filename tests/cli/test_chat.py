@@ -403,7 +403,7 @@ def test_a_base_model_continues_every_message_on_its_own() -> None:
 def test_a_server_that_cannot_start_says_why() -> None:
     lines = list[str]()
     with (
-        pytest.raises(ChildProcessError, match=r"model: got '\./none'; expected"),
+        pytest.raises(ChildProcessError, match=r"model: got '\./none', which does not exist"),
         started("./none", (), lines.append),
     ):
         pass
@@ -628,3 +628,8 @@ def test_the_servers_lines_stay_in_one_row_of_the_terminal() -> None:
     with console.status(_one_line("error: [/etc/x] is no " + "y" * 200, console)) as status:
         (row,) = console.render_lines(status.renderable)
     assert "".join(each.text for each in row)[2:] == "error: [/etc/x] is no…"
+
+
+def test_many_fields_leave_the_question_on_the_screen() -> None:
+    lines = described(json.dumps({f"field {at}": at for at in range(5000)}))
+    assert len(lines) == 21 and lines[10] == "[… 4980 fields …]" and lines[-1] == "field 4999: 4999"

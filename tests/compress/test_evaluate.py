@@ -27,6 +27,7 @@ from farthing.compress.evaluate import (
     ratio_interval,
     student_t,
 )
+from farthing.compress.recipe import RECIPES
 from farthing.model import AdaptiveExperts, ModelConfig, decoder, routers_of
 from farthing.model.decoder import DecoderModel
 from farthing.model.deepseek import FeedForward
@@ -198,7 +199,7 @@ def test_the_command(model_dir: Path, data: Path) -> None:
 
 def test_command_errors_name_the_problem(data: Path) -> None:
     for arguments, words in (
-        (["/nowhere"], "model: got '/nowhere'; expected 'mite', a directory"),
+        (["/nowhere"], "model: got '/nowhere', which does not exist; expected 'mite', a directory"),
         (["--max-drop", "much"], "max-drop: got 'much'; expected a share"),
         (["--data", "/nowhere"], "data: got '/nowhere', which does not exist"),
     ):
@@ -239,6 +240,18 @@ def test_models_that_are_compared_choose_experts_as_they_do_when_served(
     found = api.compare_in_turn(model_dir, adaptive, corpus, ("reference", "reference"))
     models = (load(path, select("reference")) for path in (model_dir, adaptive))
     assert found == compare(*models, corpus) != given
+
+
+def test_exact_comparisons_round_no_inputs(model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """What is said of a file is said of its values, not of the kernels that happen to compute it."""
+    small = tmp_path / "int8"
+    api.compress(model_dir, small, RECIPES["int8"], api.Options(gate=False, calibration=data))
+    corpus = corpus_of(data, model_dir, 64)
+    exact, rounded, expected = (
+        api.compare_in_turn(model_dir, small, corpus, (backend, backend)).kl
+        for backend in ("exact", "auto", "reference")
+    )
+    assert abs(exact - expected) < 0.5 * abs(rounded - expected)
 
 
 def test_gate_is_exact_and_never_loads_both_models(

@@ -49,6 +49,7 @@ _BLANK = re.compile(
     r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 _SHOWN = 2000  # characters at each end of a long value
+_FIELDS = 10  # at each end of many: what is asked about stays on the screen
 _SEQUENCES = 2  # of one person's conversations; `farthing serve` has room for many
 _OPTIONS = ("--fit", "--max-num-seqs", str(_SEQUENCES))
 _MOST_CALLS = 25  # rounds of tool calls per message
@@ -141,18 +142,20 @@ def escaped(text: str) -> str:
 
 
 def described(arguments: str) -> list[str]:
-    """The fields of a call's arguments, one a line, as a tool gets them. Of very long values the middle is
-    left out, and it is said."""
+    """The fields of a call's arguments, one a line, as a tool gets them. Of very long values and of very many
+    fields the middle is left out, and it is said."""
     try:
         fields = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         return [f"no JSON: {_shortened(escaped(arguments))}"]
     if not isinstance(fields, dict):
         return [f"no object: {_shortened(escaped(arguments))}"]
-    return [
+    lines = [
         f"{_shortened(escaped(name))}: {_shortened(escaped(json.dumps(value, ensure_ascii=False)))}"
         for name, value in fields.items()
     ]
+    more = len(lines) - 2 * _FIELDS
+    return lines if more <= 0 else [*lines[:_FIELDS], f"[… {more} fields …]", *lines[-_FIELDS:]]
 
 
 def _shortened(text: str) -> str:

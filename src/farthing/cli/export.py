@@ -58,7 +58,7 @@ def export(
             return
         corpus = load_corpus(held_out_sample(), path, ModelConfig.from_directory(path), _WINDOW, _TOKENS)
         with token_progress("comparing", 2 * corpus.tokens) as advance:
-            quality = compare_in_turn(path, resolve_model(out), corpus, progress=advance)
+            quality = compare_in_turn(path, resolve_model(out), corpus, ("exact", "exact"), advance)
         if "IQ4_NL" in kept and kept["IQ4_NL"].exact < kept["IQ4_NL"].matrices and kind is None:
             typer.echo(
                 "The fitted 4-bit values were rounded again; compress with --format llm-compressor, "

@@ -77,8 +77,8 @@ def compare_in_turn(
 ) -> Comparison:
     """Compare B with A, with one layer in memory at a time, and both models' norms and heads.
 
-    backends: of A and B; "simulate" is one. progress: called with tokens, twice the corpus in total.
-    quantization: of B's dense weights while loading.
+    backends: of A and B; "simulate" and "exact" are some. progress: called with tokens, twice the corpus in
+    total. quantization: of B's dense weights while loading.
     """
     first = baseline(a, corpus, backends[0], progress)
     return compare_with(first, baseline(b, corpus, backends[1], progress, quantization), corpus)

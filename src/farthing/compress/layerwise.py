@@ -24,8 +24,12 @@ from farthing.ops.select import select
 
 
 def ops_for(path: Path, backend: str, quantization: Quantization | None = None) -> Ops:
-    """The ops of a backend; "simulate": those that round inputs as the checkpoint at `path` specifies."""
-    return SimulatedOps(path) if backend == "simulate" else select(backend, quantization=quantization)
+    """The ops of a backend; "simulate": those that round inputs as the checkpoint at `path` specifies;
+    "exact": the best that round none."""
+    if backend == "simulate":
+        return SimulatedOps(path)
+    exact = backend == "exact"
+    return select("auto" if exact else backend, torch.float32 if exact else None, quantization=quantization)
 
 
 def has_fitted_values(path: Path) -> bool:
