@@ -268,6 +268,19 @@ def workers(box: Sandbox) -> list[int]:
     return found
 
 
+def test_killed_idle_workers_lose_no_job(sandbox: Sandbox) -> None:
+    """Whoever ends a worker, such as a system without memory, may end all that are idle."""
+    pool = sandbox._pool
+    for text in "ab":
+        sandbox.grammar(regex(text)).result(60)
+    while len(pool._idle[False]) < 3:
+        pool._add_idle()
+    for worker in pool._idle[False]:
+        os.kill(worker.pid, signal.SIGKILL)
+    for text in "cdef":
+        assert sandbox.grammar(regex(text)).result(60)
+
+
 def test_killed_fork_server_is_replaced(sandbox: Sandbox) -> None:
     sandbox.grammar(regex("a")).result(60)
     assert sandbox._pool._server is not None
