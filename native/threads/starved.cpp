@@ -6,8 +6,7 @@
 namespace farthing {
 namespace {
 
-constexpr auto kWindow = std::chrono::milliseconds(20);  // several turns of the scheduler
-constexpr int kMuch = 8;                                 // an eighth of the window
+constexpr auto kWindow = std::chrono::milliseconds(50);  // several turns of the scheduler
 constexpr double kShare = 0.75;
 
 // Processor time of a thread; where the system does not say, as if it always ran.
@@ -36,11 +35,12 @@ int Starved::count(std::vector<std::thread>& workers, int active) {
   const Clock::duration window = now - since_;
   if (window < kWindow) return 0;
   int starved = 0;
-  for (int i = 0; i + 1 < active && late_ * kMuch > window; ++i)
-    starved += ran(workers[i]) - ran_[i] < kShare * window;
+  for (int i = 0; i + 1 < active; ++i) starved += ran(workers[i]) - ran_[i] < kShare * window;
+  // The others would take active / (active - starved) times as long for the work between the waits.
+  const bool longer = late_ * active > window * starved;
   late_ = {};
   ran_.clear();
-  return starved;
+  return longer ? starved : 0;
 }
 
 }  // namespace farthing

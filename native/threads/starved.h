@@ -15,7 +15,8 @@ class Starved {
   void waited(Clock::duration time) { late_ += time; }
 
   // How many of the first `active` threads ran for less than kShare of the time since the caller began to
-  // wait for others, if it waited for much of it; 0 until that is known. To be asked between regions.
+  // wait for others, if it waits for longer than doing their work would take; 0 until that is known. To be
+  // asked between regions.
   int count(std::vector<std::thread>& workers, int active);
 
  private:
