@@ -69,15 +69,15 @@ def agrees(raw: dict[str, Any], kind: type[Any]) -> bool | None:
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 40))])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_absent_fields_are_read_as_in_transformers(name: str, seed: int) -> None:
-    rng = random.Random(f"{name}{seed}")
-    with torch.device("meta"):
-        config = FAMILIES[name](rng).config
-    for _ in range(DRAWS):
-        raw = plain(config)
-        absent = without(raw, rng)
-        assert agrees(raw, type(config)) is not False, absent
+def test_absent_fields_are_read_as_in_transformers(seed: int) -> None:
+    for name in FAMILIES:
+        rng = random.Random(f"{name}{seed}")
+        with torch.device("meta"):
+            config = FAMILIES[name](rng).config
+        for _ in range(DRAWS):
+            raw = plain(config)
+            absent = without(raw, rng)
+            assert agrees(raw, type(config)) is not False, (name, absent)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
