@@ -288,8 +288,8 @@ class Pool:
                 self._add_idle()
 
     def _run(self, job: Work, spent: bool) -> Outcome:
-        """Run a job in an idle or a new worker. A job whose worker was killed from outside is rerun once, in a
-        new one, as whoever killed it may have killed all that were idle."""
+        """Run a job in an idle or a new worker. A job whose worker was killed from outside is rerun once, in
+        a new one, as whoever killed it may have killed all that were idle."""
         error = RuntimeError("the sandbox could not start a process; retry later")
         for again in (False, True):
             worker = (None if again else self._take_idle(spent)) or self._spawn()
