@@ -58,18 +58,10 @@ inline f32x16 half_to_float(const uint16_t* p) {
   return {{at(0), at(4)}, {at(8), at(12)}};
 }
 
-typedef Lanes<uint8_t, 64> bytes64;
 inline bytes64 load_bytes(const uint8_t* p) {
   const uint8x16x4_t v = vld1q_u8_x4(p);
   typedef decltype(bytes64::a.a) quarter;
   return {{(quarter)v.val[0], (quarter)v.val[1]}, {(quarter)v.val[2], (quarter)v.val[3]}};
-}
-inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
-inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
-inline bytes64 join_nibbles(bytes64 high, bytes64 low) { return high << 4 | low; }
-template <int Left>
-inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
-  return nibbles | ((Left > 0 ? more << (Left > 0 ? Left : 0) : more >> (Left < 0 ? -Left : 0)) & bits);
 }
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   const uint8x16_t t = vld1q_u8(table);

@@ -83,6 +83,16 @@ inline u32x16 widen(u16x16 v) { return of_numbers<u32x16>(reinterpret_cast<const
 inline i8x16 narrow(i32x16 v) { return of_numbers<i8x16>(reinterpret_cast<const int32_t*>(&v)); }
 inline u16x16 low_halves(u32x16 v) { return of_numbers<u16x16>(reinterpret_cast<const uint32_t*>(&v)); }
 #endif
+#if !defined(__AVX2__)  // 64 bytes without instructions of their own for nibbles
+typedef Lanes<uint8_t, 64> bytes64;
+inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
+inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
+inline bytes64 join_nibbles(bytes64 high, bytes64 low) { return high << 4 | low; }
+template <int Left>
+inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
+  return nibbles | ((Left > 0 ? more << (Left > 0 ? Left : 0) : more >> (Left < 0 ? -Left : 0)) & bits);
+}
+#endif
 #if defined(__ARM_FEATURE_DOTPROD)
 #include "isa/neon.h"
 #else
@@ -295,15 +305,7 @@ inline i32x16 dot4_halves(i32x16 acc, __m256i u0, __m256i u1, __m256i s0, __m256
 inline i32x16 dot4_nibble(i32x16 acc, bytes64 u, __m256i s) { return dot4_halves<true>(acc, u.a, u.b, s, s); }
 inline i32x16 dot4(i32x16 acc, bytes64 u, __m256i s) { return dot4_halves<false>(acc, u.a, u.b, s, s); }
 #elif !defined(__ARM_FEATURE_DOTPROD)
-typedef Lanes<uint8_t, 64> bytes64;
 inline bytes64 load_bytes(const uint8_t* p) { return load<bytes64>(p); }
-inline bytes64 low_nibbles(bytes64 v) { return v & 15; }
-inline bytes64 high_nibbles(bytes64 v) { return v >> 4; }
-inline bytes64 join_nibbles(bytes64 high, bytes64 low) { return high << 4 | low; }
-template <int Left>
-inline bytes64 with_bits(bytes64 nibbles, bytes64 more, uint8_t bits) {
-  return nibbles | ((Left > 0 ? more << (Left > 0 ? Left : 0) : more >> (Left < 0 ? -Left : 0)) & bits);
-}
 inline bytes64 look_up(const uint8_t* table, bytes64 nibbles) {
   uint8_t found[64];
   store(found, nibbles);

@@ -155,10 +155,10 @@ def without_file(name: str) -> str:
 def _place(model: str | Path) -> Path | str:
     """The directory of a model on this machine, or a hub id."""
     model = plain_name(str(model))
-    path = Path(model).expanduser()
-    plain = any((path / name).is_file() for name in (SINGLE, INDEX, MISTRAL_INDEX))
     if not model.strip():
         raise _unknown(model)
+    path = Path(model).expanduser()
+    plain = any((path / name).is_file() for name in (SINGLE, INDEX, MISTRAL_INDEX))
     if has_config(path) and (plain or not any(path.glob(f"*{SUFFIX}"))):
         return path
     if (file := _gguf_in(path)) is not None:

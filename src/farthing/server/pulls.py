@@ -121,9 +121,8 @@ class Pulls:
             hub.find_model(pull.model).fetch(progress)
             self.last = replace(pull, what="")
             log.info("%s: downloaded", pull.model)
-        except (
-            Exception
-        ) as error:  # whatever the hub's library raises; a dead thread would block the next one
+        # Whatever the hub's library raises: a dead thread would block the next download.
+        except Exception as error:
             self.last = replace(pull, what="", error=str(error) or type(error).__name__)
             log.warning("%s: not downloaded: %s", pull.model, error)
 
