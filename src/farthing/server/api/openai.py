@@ -492,9 +492,8 @@ class _Writer:
         return "function_call" if self._body.functions else "tool_calls"
 
     def _logprobs(self, update: Update) -> dict[str, Any] | None:
-        if not self._body.logprobs:
+        if (top := self._body.probable) is None:
             return None
-        top = self._body.top_logprobs or 0
         return chat_logprobs(update.logprobs or [], top, self._service.token_texts())
 
 
