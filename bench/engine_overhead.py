@@ -43,8 +43,7 @@ class NoModel:
 
     cache_layers, mtp = 17, ()
     ops = SimpleNamespace(
-        device=torch.device("cpu"), dtype=torch.float32, tensor=torch.from_numpy,
-        no_gradients=torch.inference_mode,
+        device=torch.device("cpu"), dtype=torch.float32, tensor=torch.from_numpy, arrays=False,
     )  # fmt: skip
     config = replace(_BASE, feeds=_DENSE, vocab_size=VOCAB, eos_token_ids=())
 

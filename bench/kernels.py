@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from farthing import _native
-from farthing.ops.api import LatentCache, Norm, Place
+from farthing.ops.api import LatentCache, Norm, Place, StateCache
 from farthing.ops.cpu import CpuOps, create
 from farthing.ops.cpu.formats import pack, plan
 from farthing.ops.cpu.weights import Experts, Heads, Linear, router_of
@@ -212,7 +212,7 @@ def delta(b: Bench) -> None:
     state_bytes, inner = 4 * s.values * s.key_dim, s.channels + 2 * s.values
     for sequences, tokens in ((1, 1), (4, 1), (16, 1), (1, 16), (1, 512)):
         layers, rows = max(2, UNCACHED // (state_bytes * sequences)), sequences * tokens
-        state = b.ops.new_state(layers, sequences, s)
+        state = StateCache.new(b.ops, layers, sequences, s)
         for each in state.tensors():
             each.normal_()
         blocks, places = [[0] * 99] * sequences, list(range(sequences))

@@ -22,6 +22,7 @@ from farthing.model.decoder import DecoderModel
 from farthing.model.load import model_of, random_model
 from farthing.model.parameters import random_parameters
 from farthing.model.source import MemorySource
+from farthing.ops.api import no_gradients
 from farthing.ops.select import select
 from farthing.ops.torch_util import make_batch
 
@@ -75,6 +76,6 @@ def next_logits(model: DecoderModel, tokens: list[int]) -> torch.Tensor:
     if model.ops.arrays:
         held = {name: getattr(batch, name) for name in batch.__slots__}
         batch = replace(batch, **{n: v.numpy() for n, v in held.items() if isinstance(v, torch.Tensor)})
-    with model.ops.no_gradients():
+    with no_gradients(model.ops):
         hidden = model.forward(model.ops.tensor(np.array(tokens)), batch, cache)
         return torch.as_tensor(model.logits(hidden[-1:]))[0]

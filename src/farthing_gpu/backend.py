@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import ALL, Batch, CacheDtype, Handle, LatentCache, LayerHandles, Norm, Place
+from farthing.ops.api import (
+    ALL,
+    Batch,
+    CacheDtype,
+    Handle,
+    LatentCache,
+    LayerHandles,
+    Norm,
+    Place,
+    StreamedHandles,
+    plain_layers,
+)
 from farthing.ops.reference import (
     Grouped,
     capped,
@@ -37,7 +48,7 @@ from farthing.ops.specs import (
     MoEWeights,
     RouterSpec,
 )
-from farthing.ops.torch_util import DeviceCopies, empty_cache, torch_dtype
+from farthing.ops.torch_util import DeviceCopies
 from farthing.ops.weights import Weight, in_one_format, rounded, static_scale
 from farthing_gpu import delta as recurrence
 from farthing_gpu import gemm
@@ -99,6 +110,7 @@ class GpuOps(StreamedOps):
 
     def __init__(self, dtype: torch.dtype, device: torch.device, quantization: str | None = None) -> None:
         self.device, self.dtype = device, dtype
+        self.cache_dtype = "float32" if dtype is torch.float32 else "bfloat16"
         what = "interpreted on the CPU" if INTERPRETED else torch.cuda.get_device_name(device)
         self.name = f"gpu/triton {str(dtype).removeprefix('torch.')}, {what}"
         self._quantization = quantization
@@ -114,7 +126,7 @@ class GpuOps(StreamedOps):
         weight = rounded(weight, self._quantization, mlp=True, codes=False)
         return pack(weight, self.dtype, self.device, self._fp8, inputs, quantize)
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> list[Part]:
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]], heads: int = 1) -> list[Part]:
         parts: list[Part] = []
         run: list[Matrix] = []  # adjacent matrices that can be merged
         stacked = [rounded(w, self._quantization) for w in weights()]
@@ -222,7 +234,7 @@ class GpuOps(StreamedOps):
                 f"the cache's dtype is 'fp8', which {self.name} does not have (Ada and Hopper do); "
                 f"expected 'bfloat16' or 'int8'"
             )
-        return empty_cache((layers, num_blocks, block_size), width, torch_dtype(dtype), self.device)
+        return super().new_cache(layers, num_blocks, block_size, width, dtype)
 
     def _vector(self, weight: Tensor) -> Tensor:
         """A norm's weight, float32 and contiguous."""
@@ -299,14 +311,10 @@ class GpuOps(StreamedOps):
         )  # fmt: skip
 
     def moe(
-        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
-        return self._moe(x, weights, norm, counts, None, residual)
-
-    def moe_among(
-        self, x: Tensor, weights: Experts, norm: Norm, chosen: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
-        return self._moe(x, weights, norm, counts, None, False, chosen)
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        return self._moe(x, weights, norm, counts, None, residual, chosen)
 
     def _moe(
         self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None, live: Tensor | None,
@@ -343,10 +351,12 @@ class GpuOps(StreamedOps):
         logits = F.linear(n.float(), weights.gate, weights.logit_bias)
         return scaled_choice(*route(logits, weights.bias, weights.spec, live), weights.expert_scale)
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if len({layer.window for layer in layers}) > 1 or any(layer.is_special for layer in layers):
+    def stack(
+        self, layers: Sequence[LayerHandles | StreamedHandles], ending: Handle | None = None
+    ) -> Stack | None:
+        if (plain := plain_layers(layers)) is None:
             return None
-        return Stack(tuple(layers))
+        return Stack(tuple(plain))
 
     def run_stack(
         self, h: Tensor, stack: Stack, batch: Batch, cache: LatentCache, counts: Tensor | None,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import CacheDtype, LatentCache, OpenCache, Ops, Place
+from farthing.model.deepseek_v4 import new_past
+from farthing.ops.api import CacheDtype, IndexCache, LatentCache, OpenCache, Ops, Place
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.selection import sequences_of
 from farthing.ops.specs import CompressedParts, CompressedSpec, IndexerSpec, PoolParts
@@ -71,13 +72,13 @@ class Case:
         cache = ops.new_cache(0, blocks, self.block, s.head_dim, dtype)
         own = cache.windows[s.window] = ops.new_cache(0, blocks, self.block, s.head_dim, dtype)
         shape = (blocks, self.block // s.rate) if s.rate else (0, 0)
-        past, own.entries[s.rate] = ops.new_past(2, shape, (blocks, self.block), s.head_dim, dtype)
+        past, own.entries[s.rate] = new_past(ops, 2, shape, (blocks, self.block), s.head_dim, dtype)
         if s.rate:
             cache.entries[s.rate] = past
-            cache.open = OpenCache({s.rate: ops.new_open(2, 3, s.open_tokens, 2 * sum(s.pooled))})
+            cache.open = OpenCache({s.rate: ops.zeros("float32", 2, 3, s.open_tokens, 2 * sum(s.pooled))})
             cache.open.rows[s.rate] += torch.nan
         if s.index is not None:
-            cache.index = ops.new_index_cache(past, 2, s.index.head_dim)
+            cache.index = IndexCache.new(ops, past, 2, s.index.head_dim)
         return cache
 
     def run(

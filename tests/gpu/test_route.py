@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from farthing.ops.api import CacheDtype, Ops, Place
+from farthing.ops.api import CacheDtype, IndexCache, Ops, Place
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import AttentionSpec, IndexerSpec
 from farthing.ops.torch_util import make_batch
@@ -40,7 +40,7 @@ def run(ops: Ops, spec: IndexerSpec, dtype: CacheDtype) -> tuple[list[Tensor], l
     kv_b = Weight("dense", torch.randn(4 * 16, 32, generator=g) * 0.2)
     heads = ops.pack_attention("a", LAYOUT, lambda: (kv_b, torch.ones(32)), ropes[1])
     cache = ops.new_cache(1, 8, BLOCK, 40, dtype)
-    cache.index = ops.new_index_cache(cache, 2, spec.head_dim)
+    cache.index = IndexCache.new(ops, cache, 2, spec.head_dim)
     widths = spec.num_heads * spec.head_dim, spec.head_dim, spec.num_heads, 4 * 16, 40
     found, outs = [], []
     for step in STEPS:

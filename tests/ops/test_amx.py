@@ -252,7 +252,7 @@ def test_two_ranks_with_half_of_the_experts_take_the_form_of_one() -> None:
 def test_further_columns_in_blocks() -> None:
     ops, exact = in_blocks(parts=2), CpuOps(1, isa="amx", invariant=True, parts=2)
     w, x = weight("int8", 300, 1024), torch.randn(70, 1024)
-    y, expected = (o.linear(x, o.pack_output("o", lambda: w, 4)) for o in (ops, exact))
+    y, expected = (o.linear(x, o.pack_linear("o", lambda: [w], 4)) for o in (ops, exact))
     assert 0 < distance(y, expected) < 1e-4
 
 

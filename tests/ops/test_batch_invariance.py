@@ -104,7 +104,7 @@ def test_columns_of_two_ranks(ops: CpuOps, name: str) -> None:
     ranks = [ops.pack_moe(f"rank{r}", spec, lambda r=r: halves[r]) for r in range(2)]  # type: ignore[misc]
     dense = [ops.pack_mlp(f"dense{r}", halves[r].experts[0]) for r in range(2)]  # type: ignore[arg-type]
     output = weight(name, 100, 512)
-    o = one.pack_output("o", lambda: output, 4)
+    o = one.pack_linear("o", lambda: [output], 4)
     columns = columns_of(output, 256)
     parts = [ops.pack_linear(f"o{r}", lambda r=r: [columns[r]]) for r in range(2)]  # type: ignore[misc]
     heads, h = torch.randn(40, 512), torch.randn(40, 100)

@@ -259,8 +259,8 @@ def test_chosen_experts_that_do_not_exist(ops: CpuOps, tokens: int) -> None:
     y = ops.moe_chosen(x.clone(), handle, scale, bad, gates)
     assert torch.equal(y, ops.moe_chosen(x.clone(), handle, scale, none, gates)) and torch.equal(y, x)
     counts = torch.zeros(8, dtype=torch.int64)
-    among = ops.moe_among(x.clone(), handle, scale, bad, counts)
-    assert torch.equal(among, ops.moe_among(x.clone(), handle, scale, clamped))
+    among = ops.moe(x.clone(), handle, scale, counts, False, bad)
+    assert torch.equal(among, ops.moe(x.clone(), handle, scale, None, False, clamped))
     assert counts.tolist() == [tokens, 0, 0, 0, 0, 0, 0, 2 * tokens]
 
 

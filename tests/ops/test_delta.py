@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("farthing._native")
 
 from farthing.ops.api import LatentCache, Ops, Place, StateCache
+from farthing.ops.arrays import copy_slots
 from farthing.ops.cpu.backend import CpuOps
 from farthing.ops.reference import ReferenceOps
 from farthing.ops.specs import DeltaParts, DeltaSpec
@@ -76,7 +77,7 @@ def inputs(s: DeltaSpec, length: int, seed: int) -> tuple[torch.Tensor, torch.Te
 
 def dirty(ops: Ops, s: DeltaSpec) -> StateCache:
     """States that still hold another sequence's numbers."""
-    state = ops.new_state(LAYERS, SLOTS, s)
+    state = StateCache.new(ops, LAYERS, SLOTS, s)
     for each in state.tensors():
         each += torch.nan
     return state
@@ -139,7 +140,8 @@ def test_triton_computes_the_recurrence(s: DeltaSpec) -> None:
 
 def test_a_step_takes_the_workspace_of_the_one_before() -> None:
     ops, s = CpuOps(2), SPECS[0]
-    delta, state, taken = ops.pack_delta("d", s, lambda: parts_of(s)), ops.new_state(LAYERS, SLOTS, s), set()
+    delta, state = ops.pack_delta("d", s, lambda: parts_of(s)), StateCache.new(ops, LAYERS, SLOTS, s)
+    taken = set()
     for cached in range(0, 120, 40):
         ops.delta(*inputs(s, 40, cached), delta, place(state, 1, [40], [cached], [3]))
         taken.add(ops._native.workspace_bytes)
@@ -181,7 +183,8 @@ def test_copied_state_continues_as_the_original(backend: str) -> None:
     delta, state, (x, gates) = ops.pack_delta("d", s, lambda: parts_of(s)), dirty(ops, s), inputs(s, 12, 0)
     for layer in range(LAYERS):
         ops.delta(x[:10], gates[:10], delta, place(state, layer, [10], [0], [1]))
-    ops.copy_state(state, torch.tensor([1, 1], dtype=torch.int32), torch.tensor([4, 2], dtype=torch.int32))
+    for each in state.tensors():
+        copy_slots(each, [(1, 4), (1, 2)])
     assert all(bool(each[:, 3].isnan().all()) for each in state.tensors())
     for layer in range(LAYERS):
         results = [
@@ -195,11 +198,11 @@ def test_kernels_serve_numpy_arrays() -> None:
     ops = CpuOps(1, arrays=True)
     p, (x, gates) = parts_of(s), inputs(s, 6, 0)
     as_arrays: Any = DeltaParts(*(np.asarray(each) for each in (p.conv, p.rate, p.shift, p.norm)))
-    there = place(tensors.new_state(1, 2, s), 0, [6], [0], [1])
+    there = place(StateCache.new(tensors, 1, 2, s), 0, [6], [0], [1])
     expected = tensors.delta(x, gates, tensors.pack_delta("d", s, lambda: p), there)
     named = {n: getattr(there.batch, n) for n in there.batch.__slots__}
     fields: Any = {n: np.asarray(each) for n, each in named.items() if isinstance(each, torch.Tensor)}
-    cache = replace(there.cache, state=ops.new_state(1, 2, s))
+    cache = replace(there.cache, state=StateCache.new(ops, 1, 2, s))
     given: Any = np.asarray(x), np.asarray(gates)
     here = Place(cache, 0, replace(there.batch, **fields))
     y: Any = ops.delta(*given, ops.pack_delta("d", s, lambda: as_arrays), here)
@@ -216,7 +219,8 @@ def test_a_step_continues_another_slot_and_leaves_it(count: int) -> None:
     ops.delta(x[:7], gates[:7], delta, place(state, 1, [4, 3], [0, 0], [2, 0]))
     there = place(state, 1, [count, 1, count], [4, 3, 0], [4, 0, 3])
     copied = StateCache(*(each.clone() for each in state.tensors()))
-    ops.copy_state(copied, torch.tensor([2]), torch.tensor([4]))
+    for each in copied.tensors():
+        copy_slots(each, [(2, 4)])
     rows = slice(6, 7 + 2 * count)
     expected = ops.delta(
         x[rows], gates[rows], delta, replace(there, cache=replace(there.cache, state=copied))
@@ -233,6 +237,6 @@ def test_a_step_continues_another_slot_and_leaves_it(count: int) -> None:
 def test_batch_without_slots_is_refused() -> None:
     ops, s = CpuOps(1), SPECS[0]
     delta, (x, gates) = ops.pack_delta("d", s, lambda: parts_of(s)), inputs(s, 2, 0)
-    there = place(ops.new_state(1, 2, s), 0, [2], [0], [1])
+    there = place(StateCache.new(ops, 1, 2, s), 0, [2], [0], [1])
     with pytest.raises(ValueError, match="state_slots"):
         ops.delta(x, gates, delta, replace(there, batch=replace(there.batch, state_slots=None)))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farthing import _native
-from farthing.ops.api import Batch, CacheDtype, LatentCache, Ops, Place
+from farthing.ops.api import Batch, CacheDtype, IndexCache, LatentCache, Ops, Place
 from farthing.ops.cpu import CpuOps
 from farthing.ops.indexer import read_keys, top_positions
 from farthing.ops.reference import ReferenceOps
@@ -74,7 +74,7 @@ class Step:
         )
         self.handle = ops.pack_indexer("i", spec, lambda: norm, rope)
         self.cache = ops.new_cache(1, sum(blocks), BLOCK, 8, dtype)
-        self.cache.index = ops.new_index_cache(self.cache, 2, spec.head_dim)
+        self.cache.index = IndexCache.new(ops, self.cache, 2, spec.head_dim)
         for count, before in ((cached, [0, 0]), (new, cached)):
             if not all(count):
                 continue

@@ -71,8 +71,8 @@ def test_each_expert_computes_as_in_a_layer_of_its_format() -> None:
         alone, chosen = CpuOps(2), torch.full((9, 1), e)
         only = replace(w, experts=[load if i == e else None for i, load in enumerate(w.experts)])
         expected = alone.pack_moe("m", spec, lambda o=only: o)  # type: ignore[misc]
-        y = ops.moe_among(x.clone(), handle, scale, chosen)
-        assert torch.equal(y, alone.moe_among(x.clone(), expected, scale, chosen))
+        y = ops.moe(x.clone(), handle, scale, None, False, chosen)
+        assert torch.equal(y, alone.moe(x.clone(), expected, scale, None, False, chosen))
 
 
 def test_a_packed_file_of_a_mixture(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_halves_of_one_rank_have_orders_of_their_own() -> None:
     torch.manual_seed(0)
     w, x = shuffled(weight("int4", 48, 512, 64)), torch.randn(7, 512)
     both = CpuOps(2, parts=2)
-    whole = both.pack_output("o", lambda: w, 8)
+    whole = both.pack_linear("o", lambda: [w], 8)
     halves = columns_of(w, 256)
     one = CpuOps(2)
     expected = sum(

@@ -286,7 +286,7 @@ def test_stacked_matrices_are_float32_unless_all_are_bfloat16(exact: int) -> Non
 @pytest.mark.parametrize(("heads", "divided"), [(3, False), (4, True)])
 def test_output_projection_is_summed_in_halves_of_whole_heads(heads: int, divided: bool) -> None:
     ops = CpuOps(1, parts=2)
-    packed = ops.pack_output("o", lambda: weight("f32", 32, heads * 32), heads)
+    packed = ops.pack_linear("o", lambda: [weight("f32", 32, heads * 32)], heads)
     assert (packed.rest is not None) == divided
     assert set(dict(ops.packed_weights())) == ({"o.part0", "o.part1"} if divided else {"o"})
 

@@ -107,7 +107,7 @@ class TracedOps(ReferenceOps):
             whole = whole.bfloat16()
         return Matrix(_PIECE.sub("", numbered(name, self.first)), whole, quantized, weights[0].bias)
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Any:
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]], heads: int = 1) -> Any:
         return self._matrix(name, *weights())
 
     def pack_mlp(self, name: str, weights: Callable[[], Gated], activation: Gate = SILU) -> Any:
@@ -161,18 +161,16 @@ class TracedOps(ReferenceOps):
         return x + out if residual else out
 
     def moe(
-        self, x: Tensor, weights: Any, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
-        n = self.rms_norm(x, norm)
-        out = self._mixture(n, weights, *self.route(n, weights[1]), counts)
-        return x + out if residual else out
-
-    def moe_among(
-        self, x: Tensor, weights: Any, norm: Norm, chosen: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
+        self, x: Tensor, weights: Any, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         n, router = self.rms_norm(x, norm), weights[1]
-        routed = route(F.linear(n.float(), router.gate), None, router.spec, chosen)
-        return self._mixture(n, weights, *routed, counts)
+        if chosen is None:
+            routed = self.route(n, router)
+        else:
+            routed = route(F.linear(n.float(), router.gate), None, router.spec, chosen)
+        out = self._mixture(n, weights, *routed, counts)
+        return x + out if residual else out
 
     def _mixture(self, n: Tensor, weights: Any, ids: Tensor, gates: Tensor, counts: Tensor | None) -> Tensor:
         name, router, experts, shared = weights

@@ -69,7 +69,7 @@ from farthing.engine.speculation import build_speculator
 from farthing.engine.stats import Stats
 from farthing.engine.tokenizer import Tokenizer, flatten
 from farthing.model.config import ModelConfig
-from farthing.ops.api import LatentCache
+from farthing.ops.api import LatentCache, no_gradients
 
 # Limits on work in flight: sequences, and their prompt tokens in memory.
 
@@ -395,7 +395,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            with self._model.ops.no_gradients():
+            with no_gradients(self._model.ops):
                 while not self._stopping:
                     self._receive()
                     if self._core.scheduler.idle:

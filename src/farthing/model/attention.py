@@ -242,8 +242,8 @@ class GroupedAttention:
         spec = grouped_spec(config, a, cache_scales(weights, p))
         self.heads = ops.pack_grouped(spec, parts(), at.rope)
         o_shape = (d, a.output_width)
-        self.o = ops.pack_output(
-            p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), a.num_attention_heads
+        self.o = ops.pack_linear(
+            p + "o_proj", lambda: [weights.weight(p + "o_proj", o_shape)], a.num_attention_heads
         )
         self.o_bias = vector("o_proj.bias", d) if a.o_bias else None
         self.post_norm = norm_of(config, weights, p + "post_norm") if config.post_norms else None
@@ -392,7 +392,7 @@ class LatentAttention:
             at.rope,
         )
         o_shape = (d, heads * a.v_head_dim)
-        self.o = ops.pack_output(p + "o_proj", lambda: weights.weight(p + "o_proj", o_shape), heads)
+        self.o = ops.pack_linear(p + "o_proj", lambda: [weights.weight(p + "o_proj", o_shape)], heads)
 
     def __call__(self, h: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """h [T, D] -> h + attention(norm(h)) [T, D]; writes the tokens' (latent, k_pe) to the cache.

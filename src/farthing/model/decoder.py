@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from farthing.lazy import np
 from farthing.model.attention import RopeTable, attention_of, norm_of
 from farthing.model.config import ModelConfig
 from farthing.model.deepseek import FeedForward, MTPLayer, stacked
@@ -20,12 +19,15 @@ from farthing.ops import (
     Batch,
     CacheDtype,
     Handle,
+    IndexCache,
     LatentCache,
     Ops,
     Place,
     RouterSpec,
+    StateCache,
     Weight,
     all_finite,
+    copy_slots,
 )
 
 if TYPE_CHECKING:
@@ -197,17 +199,18 @@ class DecoderModel:
                 cache.windows[kind.window] = paged(kind, blocks)
             elif kind.state:
                 spec = config.mixer(kind.layers[0]).spec  # type: ignore[attr-defined]
-                cache.state = ops.new_state(len(kind.layers), num_blocks if slots is None else slots, spec)
+                states = num_blocks if slots is None else slots
+                cache.state = StateCache.new(ops, len(kind.layers), states, spec)
         if first.index_rows:
-            cache.index = ops.new_index_cache(cache, first.index_rows, first.index_width)
+            cache.index = IndexCache.new(ops, cache, first.index_rows, first.index_width)
         return cache
 
     def copy_states(self, cache: LatentCache, pairs: list[tuple[int, int]]) -> None:
         """Copy what slots hold: (source, target)."""
         kept = cache.state or cache.open
         assert kept is not None
-        source, target = (self.ops.tensor(np.array(slots, np.int32)) for slots in zip(*pairs, strict=True))
-        self.ops.copy_state(kept, source, target)
+        for tensor in kept.tensors():
+            copy_slots(tensor, pairs)
 
     def forward(self, ids: Tensor, batch: Batch, cache: LatentCache, counts: Tensor | None = None) -> Tensor:
         """ids [T] int64 -> hidden [T, D] before the final norm.

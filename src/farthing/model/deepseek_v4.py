@@ -26,6 +26,7 @@ from farthing.ops import (
     CompressedSpec,
     Cut,
     Handle,
+    IndexCache,
     IndexerSpec,
     LatentCache,
     Norm,
@@ -123,7 +124,7 @@ class CompressedAttention:
         return ops.spread(x, y, mix, self.streams), None
 
     def handles(self, feed: StreamedFeedForward) -> StreamedHandles:
-        """The layer for `Ops.stack_streamed`."""
+        """The layer for `Ops.stack`."""
         return StreamedHandles(
             self.streams, self.norm, self.first, self.q_norm, self.q, self.index_q, self.heads, self.o_a,
             self.o_b, feed.streams, feed.norm, feed.packed, feed.table, self.rate, self.row,
@@ -199,10 +200,8 @@ class StreamedFeedForward(FeedForward):
     def __call__(self, x: Tensor, counts: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
         """x [T, n D] -> [T, n D]; ids [T] int64, of a hashed layer."""
         u, mix = self.ops.collapse(x, self.streams)
-        if self.table is None:
-            y = self.ops.moe(u, self.packed, self.norm, counts, residual=False)
-        else:
-            y = self.ops.moe_among(u, self.packed, self.norm, self.table[ids], counts)
+        chosen = None if self.table is None else self.table[ids]
+        y = self.ops.moe(u, self.packed, self.norm, counts, False, chosen)
         return self.ops.spread(x, y, mix, self.streams)
 
 
@@ -226,7 +225,7 @@ class StreamedDraft(MTPLayer):
 
     def restack(self) -> None:
         """As in `MTPLayer`."""
-        self.stack = self.ops.stack_streamed([self.attention.handles(self.feed_forward)], None)
+        self.stack = self.ops.stack([self.attention.handles(self.feed_forward)])
 
     def __call__(
         self,
@@ -269,7 +268,7 @@ class DeepseekV4(DecoderModel):
         """As in `DecoderModel`."""
         layers = [a.handles(feed) for a, feed in self.layers]
         ending = None if self._apart else self.ending
-        self.stack = self.ops.stack_streamed(layers, ending) if layers else None
+        self.stack = self.ops.stack(layers, ending) if layers else None
         for mtp in self.mtp:
             mtp.restack()
 
@@ -299,17 +298,17 @@ class DeepseekV4(DecoderModel):
         for kept in window.entries:
             e = entries.get(kept.past)
             shape = (num_blocks, block_size // e.rate) if e else (0, 0)
-            found = ops.new_past(len(kept.layers), shape, (blocks, block_size), kept.width, dtype)
+            found = new_past(ops, len(kept.layers), shape, (blocks, block_size), kept.width, dtype)
             if e:
                 cache.entries[e.past] = found[0]
             own.entries[kept.past] = found[1]
             if e and e.index_width:
-                cache.index = ops.new_index_cache(found[0], len(e.layers), e.index_width)
+                cache.index = IndexCache.new(ops, found[0], len(e.layers), e.index_width)
         count = num_blocks if slots is None else slots
         shapes = [each for kind in opened for each in kind.state]
         rates = {layer: _form(config, layer).rate for kind in opened for layer in kind.layers}
         if shapes:
-            rows = {rates[e.layers[0]]: ops.new_open(len(e.layers), count, *e.shape) for e in shapes}  # type: ignore[call-arg]
+            rows = {rates[e.layers[0]]: ops.zeros("float32", len(e.layers), count, *e.shape) for e in shapes}
             cache.open = OpenCache(rows)
         return cache
 
@@ -348,3 +347,24 @@ class DeepseekV4(DecoderModel):
         if step is not None:
             return self.ops.collapse(hidden, self.drafting(step).ending)[0]
         return self.ops.collapse(hidden, self.ending)[0] if self._apart else hidden
+
+
+def new_past(
+    ops: Ops, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
+) -> tuple[LatentCache, LatentCache]:
+    """Empty entries and window of layers with a compressed past, each in so many blocks of so many.
+
+    Both are in one memory, so that a layer's rows have one numbering: those of the window come first.
+    """
+    own, past = tokens[0] * tokens[1], entries[0] * entries[1]
+    whole = ops.new_cache(rows, 1, own + past, width, dtype)
+
+    def part(at: slice, shape: tuple[int, int]) -> LatentCache:
+        data, scale = (
+            None if each is None else each[:, 0, at].reshape(rows, *shape, each.shape[-1])
+            for each in (whole.data, whole.scale)
+        )
+        assert data is not None
+        return LatentCache(data, scale)
+
+    return part(slice(own, None), entries), part(slice(0, own), tokens)

@@ -35,8 +35,8 @@ class GatedDelta:
         self.gates = ops.pack_linear(p + "ba", lambda: _gates(weights, p, heads, d))
         self.delta = ops.pack_delta(p + "delta", heads.spec, lambda: _parts(weights, p, heads))
         o_shape = (d, heads.spec.values)
-        self.o = ops.pack_output(
-            p + "out_proj", lambda: weights.weight(p + "out_proj", o_shape), heads.spec.value_heads
+        self.o = ops.pack_linear(
+            p + "out_proj", lambda: [weights.weight(p + "out_proj", o_shape)], heads.spec.value_heads
         )
 
     def __call__(self, h: Tensor, place: Place, select: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

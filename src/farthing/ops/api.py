@@ -12,13 +12,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from farthing.lazy import torch
-from farthing.ops.arrays import all_finite
+from farthing.lazy import np, torch
+from farthing.ops.arrays import all_finite, dtype_name
 from farthing.ops.sampling import Filters, sample
 from farthing.ops.specs import (
     SILU,
@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Handle = Any  # a backend's packed weight; opaque to other modules
 CacheDtype = Literal["float32", "bfloat16", "fp8", "int8"]
+CACHE_DTYPES: dict[str, str] = {  # names of dtypes
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "fp8": "float8_e4m3fn",
+    "int8": "int8",
+}
+CACHE_MAX = {"float8_e4m3fn": 448.0, "int8": 127.0}  # largest numbers
 
 
 @dataclass(slots=True)
@@ -53,6 +60,13 @@ class IndexCache:
 
     data: Tensor  # [rows, num_blocks, block_size, d]: one row per layer that has an indexer
     scale: Tensor | None  # [rows, num_blocks, block_size] float32 for fp8 and int8
+
+    @classmethod
+    def new(cls, ops: Ops, cache: LatentCache, rows: int, width: int) -> IndexCache:
+        """Empty keys for the blocks of a cache, in its dtype; width = d."""
+        shape = (rows, *cache.data.shape[1:3])
+        scale = None if cache.scale is None else ops.tensor(np.ones(shape, np.float32))
+        return cls(ops.zeros(dtype_name(cache.data.dtype), *shape, width), scale)
 
 
 @dataclass(slots=True)
@@ -65,6 +79,11 @@ class StateCache:
 
     data: Tensor  # [R, slots, Hv, dk, dv] float32: one row per recurrent layer
     tail: Tensor  # [R, slots, width - 1, C] float32
+
+    @classmethod
+    def new(cls, ops: Ops, layers: int, slots: int, spec: DeltaSpec) -> StateCache:
+        """Slots for sequences; they need no clearing before a sequence starts."""
+        return cls(*(ops.zeros("float32", layers, slots, *each) for each in spec.state))
 
     def tensors(self) -> list[Tensor]:
         """All tensors, each [R, slots, …]."""
@@ -196,6 +215,11 @@ class Norm:
     cap: float = 0.0  # before an output head: its logits z become cap tanh(z / cap); 0: they do not
 
 
+def no_gradients(ops: Ops) -> AbstractContextManager[Any]:
+    """A context for computing with a backend's tensors."""
+    return nullcontext() if ops.arrays else torch.inference_mode()
+
+
 class NotFinite(ArithmeticError):
     """Logits are NaN or infinite: broken weights, or the model overflows its activation type."""
 
@@ -250,7 +274,7 @@ class LayerHandles:
 
 @dataclass(frozen=True, slots=True)
 class StreamedHandles:
-    """The packed parts of a layer between hyper-connections, for `Ops.stack_streamed`."""
+    """The packed parts of a layer between hyper-connections, for `Ops.stack`."""
 
     attention_streams: Handle
     norm: Norm  # [D]
@@ -271,6 +295,12 @@ class StreamedHandles:
     feed_sum: SharedSum | None = None
 
 
+def plain_layers(layers: Sequence[LayerHandles | StreamedHandles]) -> list[LayerHandles] | None:
+    """The layers if all have one window and nothing but attention and a feed-forward; else None."""
+    plain = [layer for layer in layers if isinstance(layer, LayerHandles) and not layer.is_special]
+    return plain if len(plain) == len(layers) and len({layer.window for layer in plain}) <= 1 else None
+
+
 class Ops(ABC):
     """A backend. Activations are `dtype` on `device`; a row stride larger than the width is allowed."""
 
@@ -281,6 +311,7 @@ class Ops(ABC):
     weight_files: tuple[Path, ...] = ()  # of the checkpoint, set by `farthing.model.load`
     packed_from: str | None = None  # fingerprint stored in the mapped packed file, if any
     sums_in_stack: bool = False  # whether `stack` supports sums over ranks
+    cache_dtype: CacheDtype = "bfloat16"  # the default of cached latents: near that of the activations
     arrays: bool = False  # tensors are numpy arrays instead of torch's
     continues_states: bool = False  # whether `delta` knows `Batch.state_sources`
     routed_only: bool = False  # `pack_moe` skips shared experts, also those of a packed file
@@ -290,26 +321,20 @@ class Ops(ABC):
         tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
-    def no_gradients(self) -> AbstractContextManager[Any]:
-        """A context for computing with this backend's tensors."""
-        return torch.inference_mode()
-
     def coarse(self) -> Self:
         """This backend for weights whose results are verified, such as drafts: rounded more coarsely if that
         makes them faster to read."""
         return self
 
-    @property
-    def cache_dtype(self) -> CacheDtype:
-        """The default dtype of cached latents: that of the activations."""
-        return "float32" if self.dtype is torch.float32 else "bfloat16"
-
     # -- packing: `name` identifies the weight in a packed file; the callable is not called if the file
     #    already has it.
 
     @abstractmethod
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Handle:
-        """Pack one projection from matrices [N_i, K] stacked along their rows."""
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]], heads: int = 1) -> Handle:
+        """Pack one projection from matrices [N_i, K] stacked along their rows.
+
+        heads: of an o_proj [D, H v], whose columns tensor parallelism divides by them.
+        """
 
     def pack_table(self, name: str, weight: Callable[[], Weight], head: Handle | None = None) -> Any:
         """The table [V, D] for `embed`; head: the packed head, if it has the same weights."""
@@ -321,10 +346,6 @@ class Ops(ABC):
 
     def pack_head(self, name: str, weight: Callable[[], Weight]) -> Handle:
         """Pack an output head [V, D], for `logits`, `top_logits` and `greedy`."""
-        return self.pack_linear(name, lambda: [weight()])
-
-    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Handle:
-        """Pack o_proj [D, H v], whose columns tensor parallelism divides by heads."""
         return self.pack_linear(name, lambda: [weight()])
 
     @abstractmethod
@@ -369,50 +390,17 @@ class Ops(ABC):
         """The parameters of hyper-connections between streams of `hidden` columns."""
         raise NotImplementedError(f"backend {self.name!r} has no hyper-connections")
 
-    @abstractmethod
+    def zeros(self, dtype: str, *shape: int) -> Tensor:
+        """Zeros of a dtype by its name, for what a cache keeps."""
+        return torch.zeros(shape, dtype=getattr(torch, dtype), device=self.device)
+
     def new_cache(
         self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
     ) -> LatentCache:
         """An empty cache; width = c + r."""
-
-    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
-        """Empty index keys for the blocks of a latent cache, in its dtype; width = d."""
-        blocks, device = like.data.shape[1:3], like.data.device
-        scale = None if like.scale is None else torch.ones(rows, *blocks, device=device)
-        return IndexCache(torch.zeros(rows, *blocks, width, dtype=like.data.dtype, device=device), scale)
-
-    def new_state(self, layers: int, slots: int, spec: DeltaSpec) -> StateCache:
-        """Slots for sequences; they need no clearing before a sequence starts."""
-        return StateCache(*(torch.zeros(layers, slots, *each, device=self.device) for each in spec.state))
-
-    def new_past(
-        self, rows: int, entries: tuple[int, int], tokens: tuple[int, int], width: int, dtype: CacheDtype
-    ) -> tuple[LatentCache, LatentCache]:
-        """Empty entries and window of layers with a compressed past, each in so many blocks of so many.
-
-        Both are in one memory, so that a layer's rows have one numbering: those of the window come first.
-        """
-        own, past = tokens[0] * tokens[1], entries[0] * entries[1]
-        whole = self.new_cache(rows, 1, own + past, width, dtype)
-
-        def part(at: slice, shape: tuple[int, int]) -> LatentCache:
-            data, scale = (
-                None if each is None else each[:, 0, at].reshape(rows, *shape, each.shape[-1])
-                for each in (whole.data, whole.scale)
-            )
-            assert data is not None
-            return LatentCache(data, scale)
-
-        return part(slice(own, None), entries), part(slice(0, own), tokens)
-
-    def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
-        """Slots for sequences; they need no clearing before a sequence starts."""
-        return torch.zeros(layers, slots, tokens, columns, device=self.device)
-
-    def copy_state(self, state: StateCache | OpenCache, source: Tensor, target: Tensor) -> None:
-        """Copy the slots source [n] to the slots target [n], int32, in every layer; no slot is in both."""
-        for each in state.tensors():
-            each[:, target.long()] = each[:, source.long()]
+        kind, shape = CACHE_DTYPES[dtype], (layers, num_blocks, block_size)
+        scale = self.tensor(np.ones((*shape, 2), np.float32)) if kind in CACHE_MAX else None
+        return LatentCache(self.zeros(kind, *shape, width), scale)
 
     # -- computing
 
@@ -500,21 +488,17 @@ class Ops(ABC):
 
     @abstractmethod
     def moe(
-        self, x: Tensor, weights: Handle, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
+        self, x: Tensor, weights: Handle, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """x + sum of weighted experts(n) + shared(n), which its gate may scale, n = rms_norm(x); without x if
         `residual` is False.
 
         x may be overwritten if it is added.
 
-        counts [E] int64, if given, is increased by the tokens per expert.
+        counts [E] int64, if given, is increased by the tokens per expert. chosen [T, k] int64: the experts of
+        each token, which the router only weighs; None: it chooses them.
         """
-
-    def moe_among(
-        self, x: Tensor, weights: Handle, norm: Norm, chosen: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
-        """`moe` without the residual, of the experts chosen [T, k] int64, which the router weighs."""
-        raise NotImplementedError(f"backend {self.name!r} has no routing among chosen experts")
 
     @abstractmethod
     def reroute(self, weights: Handle, spec: RouterSpec) -> None:
@@ -524,16 +508,14 @@ class Ops(ABC):
     def route(self, n: Tensor, weights: Handle) -> tuple[Tensor, Tensor]:
         """n [T, D] -> (ids [T, k] int64, weights [T, k] float32); skipped experts have id -1, weight 0."""
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
+    def stack(
+        self, layers: Sequence[LayerHandles | StreamedHandles], ending: Handle | None = None
+    ) -> Handle | None:
         """Layers that `run_stack` computes in one call; None if the backend does not support them.
 
+        ending: the streams' last sum after layers between hyper-connections; None on a stage before the last.
         With ranks (`sums_in_stack`), the outputs of attention or feed-forward are summed over ranks.
         """
-        return None
-
-    def stack_streamed(self, layers: Sequence[StreamedHandles], ending: Handle | None) -> Handle | None:
-        """The same of layers between hyper-connections; ending: the streams' last sum, or None on a stage
-        before the last."""
         return None
 
     def run_stack(
@@ -573,9 +555,6 @@ class Ops(ABC):
 
     def forget(self, prefix: str) -> None:  # noqa: B027  (most backends keep no weights by name)
         """Allow repacking of weights whose names begin with `prefix`."""
-
-    def verify_packed(self) -> None:  # noqa: B027  (only backends that map packed files have some)
-        """Verify every checksum of a mapped packed file. Raises ValueError naming the first mismatch."""
 
     def check_placement(self) -> None:  # noqa: B027  (only backends that bind weights to memory nodes)
         """Log whether a loaded model's weights are in the memory nodes that read them. The thread that loaded

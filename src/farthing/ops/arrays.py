@@ -142,6 +142,17 @@ def host(x: Tensor) -> NDArray[Any]:
     return x if isinstance(x, np.ndarray) else x.cpu().numpy()
 
 
+def copy_slots(x: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy x[:, source] to x[:, target] for every pair; no slot is source and target."""
+    if not isinstance(x, np.ndarray) and x.device.type != "cpu":
+        source, target = torch.tensor(pairs, device=x.device).T
+        x[:, target] = x[:, source]
+        return
+    for layer in host(x):  # one slot at a time: a selection of several would be copied twice
+        for from_slot, to_slot in pairs:
+            layer[to_slot] = layer[from_slot]
+
+
 def on_torch(x: Tensor | None) -> Tensor | None:
     """A numpy array as torch's tensor of the same memory."""
     return torch.from_numpy(x) if isinstance(x, np.ndarray) else x

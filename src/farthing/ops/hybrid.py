@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from farthing.ops.api import CacheDtype, Handle, HostOps, Norm, Ops
+from farthing.ops.api import Handle, HostOps, Norm, Ops
 from farthing.ops.reference import gated_by, route, scaled_choice, shared_weight
 from farthing.ops.specs import Gate, MoEWeights, RouterSpec
 from farthing.ops.weights import Weight
@@ -54,33 +54,23 @@ class OpsWrapper(Ops):
 
     def __init__(self, inner: Ops, name: str) -> None:
         self._inner, self.name = inner, name
-        self.device, self.dtype = inner.device, inner.dtype
-
-    @property
-    def cache_dtype(self) -> CacheDtype:
-        """The inner backend's choice."""
-        return self._inner.cache_dtype
+        self.device, self.dtype, self.cache_dtype = inner.device, inner.dtype, inner.cache_dtype
 
     pack_linear = forwarded(Ops.pack_linear)
     pack_table = forwarded(Ops.pack_table)
     pack_head = forwarded(Ops.pack_head)
-    pack_output = forwarded(Ops.pack_output)
     pack_mlp = forwarded(Ops.pack_mlp)
     pack_attention = forwarded(Ops.pack_attention)
     pack_grouped = forwarded(Ops.pack_grouped)
     pack_indexer = forwarded(Ops.pack_indexer)
     new_cache = forwarded(Ops.new_cache)
-    new_index_cache = forwarded(Ops.new_index_cache)
+    zeros = forwarded(Ops.zeros)
     pack_delta = forwarded(Ops.pack_delta)
-    new_state = forwarded(Ops.new_state)
     pack_compressed = forwarded(Ops.pack_compressed)
     pack_streams = forwarded(Ops.pack_streams)
-    new_past = forwarded(Ops.new_past)
-    new_open = forwarded(Ops.new_open)
     compressed = forwarded(Ops.compressed)
     collapse = forwarded(Ops.collapse)
     spread = forwarded(Ops.spread)
-    copy_state = forwarded(Ops.copy_state)
     forget = forwarded(Ops.forget)
     embed = forwarded(Ops.embed)
     rms_norm = forwarded(Ops.rms_norm)
@@ -338,8 +328,12 @@ class HybridOps(OpsWrapper):
         )
 
     def moe(
-        self, x: Tensor, weights: HybridMoE, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
+        self, x: Tensor, weights: HybridMoE, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if chosen is not None:
+            y = self._among_chosen(x, weights, norm, chosen, counts)
+            return x + y if residual else y
         if not residual:
             return self.moe(x.clone(), weights, norm, counts) - x
         host_norm = weights.norm = weights.norm or Norm(norm.weight.cpu(), norm.eps)
@@ -354,8 +348,8 @@ class HybridOps(OpsWrapper):
         n = self._inner.rms_norm(x, norm)
         ids, gates = self.route(n, weights)
         if counts is not None:
-            chosen = ids.flatten()
-            counts.scatter_add_(0, chosen.clamp_min(0), (chosen >= 0).to(counts.dtype))
+            seen = ids.flatten()
+            counts.scatter_add_(0, seen.clamp_min(0), (seen >= 0).to(counts.dtype))
         here, hot = self._transfer.to_host(x=x, ids=ids, gates=gates), weights.hot.serving()
         computed = self._begin(self._cold, here, weights.routed, host_norm, hot)
         out = self._shared(x, weights, norm)
@@ -364,8 +358,8 @@ class HybridOps(OpsWrapper):
         out = out + self._on_device(n, gates, rows, hot, weights.spec.gate)
         return (out + self._transfer.to_device(computed())).to(self.dtype)
 
-    def moe_among(
-        self, x: Tensor, weights: HybridMoE, norm: Norm, chosen: Tensor, counts: Tensor | None = None
+    def _among_chosen(
+        self, x: Tensor, weights: HybridMoE, norm: Norm, chosen: Tensor, counts: Tensor | None
     ) -> Tensor:
         """Experts that tokens choose are used alike, so none of them is copied to the device."""
         host_norm = weights.norm = weights.norm or Norm(norm.weight.cpu(), norm.eps)
@@ -403,7 +397,7 @@ class HybridOps(OpsWrapper):
     @torch.inference_mode()
     def _among(self, here: HostCopies, routed: Handle, norm: Norm) -> Tensor:
         """The sum of the experts that tokens chose [T, D] float32."""
-        return self._host.moe_among(here["x"].float(), routed, norm, here["ids"]).float()
+        return self._host.moe(here["x"].float(), routed, norm, None, False, here["ids"]).float()
 
     @torch.inference_mode()
     def _cold(self, here: HostCopies, routed: Handle, norm: Norm, hot: Collection[int]) -> Tensor:

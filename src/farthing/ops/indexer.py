@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from farthing.ops.api import IndexCache, Place
+from farthing.ops.api import CACHE_MAX, IndexCache, Place
 from farthing.ops.arrays import dtype_name
 from farthing.ops.specs import IndexerSpec
-from farthing.ops.torch_util import CACHE_MAX, rotate
+from farthing.ops.torch_util import rotate
 
 
 @dataclass(frozen=True, slots=True)

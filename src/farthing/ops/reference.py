@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import compressed as past
-from farthing.ops.api import CacheDtype, HostOps, LatentCache, Norm, Place
+from farthing.ops.api import HostOps, LatentCache, Norm, Place
 from farthing.ops.delta import Delta, pack_delta
 from farthing.ops.delta import delta as advance
 from farthing.ops.indexer import Indexer, index
@@ -42,12 +42,10 @@ from farthing.ops.specs import (
 )
 from farthing.ops.torch_util import (
     cache_max,
-    empty_cache,
     quantized,
     read_cache,
     rotate,
     scaled,
-    torch_dtype,
     write_cache,
 )
 from farthing.ops.weights import InputRounding, Weight, inputs_of, rounded
@@ -252,6 +250,7 @@ class ReferenceOps(HostOps):
         self.name = f"reference {str(dtype).removeprefix('torch.')}"
         self.device = torch.device("cpu")
         self.dtype = dtype
+        self.cache_dtype = "float32" if dtype is torch.float32 else "bfloat16"
         self._quantization = quantization
 
     def _value(self, weight: Weight, mlp: bool = False) -> Tensor:
@@ -259,7 +258,7 @@ class ReferenceOps(HostOps):
 
     # -- packing
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Value:
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]], heads: int = 1) -> Value:
         parts = weights()
         return _ranged(torch.cat([self._value(w) for w in parts]), parts)
 
@@ -319,11 +318,6 @@ class ReferenceOps(HostOps):
         self, name: str, spec: StreamSpec, hidden: int, parts: Callable[[], StreamParts]
     ) -> past.Streams:
         return past.pack_streams(spec, parts(), lambda x: x)
-
-    def new_cache(
-        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
-    ) -> LatentCache:
-        return empty_cache((layers, num_blocks, block_size), width, torch_dtype(dtype), self.device)
 
     # -- computing
 
@@ -398,17 +392,15 @@ class ReferenceOps(HostOps):
         return x + out if residual else out
 
     def moe(
-        self, x: Tensor, weights: _MoE, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
+        self, x: Tensor, weights: _MoE, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         n = self.rms_norm(x, norm)
-        return self._experts(x if residual else None, n, weights, *self.route(n, weights), counts)
-
-    def moe_among(
-        self, x: Tensor, weights: _MoE, norm: Norm, chosen: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
-        n = self.rms_norm(x, norm)
-        routed = route(F.linear(n.float(), weights.gate), None, weights.spec, chosen)
-        return self._experts(None, n, weights, *routed, counts)
+        if chosen is None:
+            routed = self.route(n, weights)
+        else:
+            routed = route(F.linear(n.float(), weights.gate), None, weights.spec, chosen)
+        return self._experts(x if residual else None, n, weights, *routed, counts)
 
     def moe_chosen(self, x: Tensor, weights: _MoE, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
         return self._experts(x, self.rms_norm(x, norm), weights, ids, gates, None)

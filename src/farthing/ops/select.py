@@ -68,7 +68,7 @@ def select(
     if compute != "auto" and name != "cpu":
         raise ValueError(f"compute: got {compute!r} with backend {backend!r}; expected backend 'cpu'")
     if name == "cpu":
-        more["compute"] = compute
+        more |= {"compute": compute, "verify": verify}
     if arrays and name == "cpu":
         more["arrays"] = True
     if isinstance(dtype, str):
@@ -76,8 +76,6 @@ def select(
     ops: Ops = import_module(known_backends()[name]).create(
         dtype=dtype, threads=threads, quantization=quantization, packed=packed, **more
     )
-    if verify:
-        ops.verify_packed()
     log.info("ops: %s", ops.name)
     return ops
 

@@ -17,7 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.ops import reference
-from farthing.ops.api import ALL, Batch, LatentCache, LayerHandles, Norm, Place
+from farthing.ops.api import (
+    ALL,
+    Batch,
+    Handle,
+    LatentCache,
+    LayerHandles,
+    Norm,
+    Place,
+    StreamedHandles,
+    plain_layers,
+)
 from farthing.ops.delta import CHUNK, Delta, pack_delta
 from farthing.ops.delta import delta as advance
 from farthing.ops.indexer import Indexer
@@ -409,10 +419,12 @@ class TorchOps(ReferenceOps):
 
     # -- computing layers
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Stack | None:
-        if len({layer.window for layer in layers}) > 1 or any(layer.is_special for layer in layers):
+    def stack(
+        self, layers: Sequence[LayerHandles | StreamedHandles], ending: Handle | None = None
+    ) -> Stack | None:
+        if (plain := plain_layers(layers)) is None:
             return None
-        here = tuple(map(self._layer_here, layers))
+        here = tuple(map(self._layer_here, plain))
         return Stack(here, all(map(_compilable, here)))
 
     def _layer_here(self, layer: LayerHandles) -> LayerHandles:

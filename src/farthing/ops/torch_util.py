@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from farthing.lazy import np, torch
-from farthing.ops.api import Batch, LatentCache
+from farthing.ops.api import CACHE_MAX, Batch, LatentCache
 from farthing.ops.arrays import dtype_name
 
 if TYPE_CHECKING:
@@ -68,31 +68,10 @@ def make_batch(
 
 # Rows of the paged latent cache in torch. Legend: see `farthing.ops.api`.
 
-CACHE_DTYPES: dict[str, str] = {  # names of dtypes
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "fp8": "float8_e4m3fn",
-    "int8": "int8",
-}
-CACHE_MAX = {"float8_e4m3fn": 448.0, "int8": 127.0}
-
-
-def torch_dtype(dtype: str) -> torch.dtype:
-    """The torch dtype of a cache."""
-    return getattr(torch, CACHE_DTYPES[dtype])  # type: ignore[no-any-return]
-
 
 def cache_max(dtype: Any) -> float | None:
     """The largest number of an 8-bit cache, by the dtype of its tensor; None for others."""
     return CACHE_MAX.get(dtype_name(dtype))
-
-
-def empty_cache(
-    shape: tuple[int, int, int], width: int, dtype: torch.dtype, device: torch.device
-) -> LatentCache:
-    """Rows of zeros: shape (layers, blocks, block size); scales of 1 if the cache is 8-bit."""
-    scale = torch.ones(*shape, 2, device=device) if cache_max(dtype) else None
-    return LatentCache(torch.zeros(*shape, width, dtype=dtype, device=device), scale)
 
 
 def write_cache(cache: LatentCache, layer: int, slots: Tensor, latent: Tensor, k_pe: Tensor) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,6 @@ from farthing.ops.specs import GroupedParts, GroupedSpec, MoEWeights, RouterSpec
 from farthing.parallel.collectives import Group
 from farthing.parallel.shared import SharedGroup
 
-L = TypeVar("L", LayerHandles, StreamedHandles)
 Shares = Callable[[str], dict[tuple[int, int], tuple[int, ...]]]
 
 
@@ -117,17 +115,17 @@ class ParallelOps(OpsWrapper):
         adds = self._experts.index == 0 and share == (1, 0) and not self._groups.dispatch
         return spec if adds else replace(spec, identities=0)
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Handle | None:
+    def stack(
+        self, layers: Sequence[LayerHandles | StreamedHandles], ending: Handle | None = None
+    ) -> Handle | None:
         if any(isinstance(layer.heads, WholeNorm) for layer in layers):
             return None
         local = self._local_layers(layers)
-        return None if local is None else self._inner.stack(local)
+        return None if local is None else self._inner.stack(local, ending)
 
-    def stack_streamed(self, layers: Sequence[StreamedHandles], ending: Handle | None) -> Handle | None:
-        local = self._local_layers(layers)
-        return None if local is None else self._inner.stack_streamed(local, ending)
-
-    def _local_layers(self, layers: Sequence[L]) -> list[L] | None:
+    def _local_layers(
+        self, layers: Sequence[LayerHandles | StreamedHandles]
+    ) -> list[LayerHandles | StreamedHandles] | None:
         """Layers of the inner backend, if this is the only rank or the backend can synchronize ranks, and
         experts are one part."""
         groups = (self._tp, self._experts)
@@ -136,7 +134,7 @@ class ParallelOps(OpsWrapper):
         if self._groups.dispatch or not (alone or meets):
             return None
         attention, experts = (g.shared_sum() if isinstance(g, SharedGroup) else None for g in groups)
-        local: list[L] = []
+        local: list[LayerHandles | StreamedHandles] = []
         for layer in layers:
             feed, over = layer.feed, attention
             if isinstance(feed, Experts):
@@ -171,26 +169,22 @@ class ParallelOps(OpsWrapper):
         return x + total if residual else total
 
     def moe(
-        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         whole = weights.parts.get((1, 0))
         if self._experts.size == 1 and whole is not None and not self._groups.dispatch:
-            return self._inner.moe(x, whole, norm, counts, residual)
+            return self._inner.moe(x, whole, norm, counts, residual, chosen)
+        if self._groups.dispatch and chosen is not None:
+            raise ValueError("dp_attention: got True; expected False: tokens choose experts of this model")
         if self._groups.dispatch:
             total = self._moe_dispatched(x, weights, norm, counts)
         else:
-            total = self._moe_summed(x, weights, norm, counts)
+            total = self._moe_summed(x, weights, norm, counts, chosen)
         return x + total if residual else total
 
-    def moe_among(
-        self, x: Tensor, weights: Experts, norm: Norm, chosen: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
-        if self._groups.dispatch:
-            raise ValueError("dp_attention: got True; expected False: tokens choose experts of this model")
-        return self._moe_summed(x, weights, norm, counts, chosen)
-
     def _moe_summed(
-        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None, chosen: Tensor | None = None
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None, chosen: Tensor | None
     ) -> Tensor:
         """Each rank computes its experts for every row; the results are summed over ranks."""
         whole = weights.parts.get((1, 0))
@@ -199,10 +193,8 @@ class ParallelOps(OpsWrapper):
             rows = x[j::m]
             if len(rows):
                 counted = counts if part is whole else None
-                if chosen is None:
-                    total[j::m] += self._inner.moe(rows, part, norm, counted, residual=False)
-                else:
-                    total[j::m] += self._inner.moe_among(rows, part, norm, chosen[j::m], counted)
+                picked = None if chosen is None else chosen[j::m]
+                total[j::m] += self._inner.moe(rows, part, norm, counted, False, picked)
         if weights.shared is not None:
             total += shared_output(self._inner, x, weights.shared, weights.shared_gate, norm, False)
         if whole is None and self._experts.index == 0 and weights.spec.identities:

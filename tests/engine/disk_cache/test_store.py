@@ -23,9 +23,8 @@ from farthing.engine.sequence import PrefixCache
 from farthing.engine.stats import DiskStats
 from farthing.model.config import ModelConfig
 from farthing.model.load import random_model
-from farthing.ops.api import LatentCache
+from farthing.ops.api import CACHE_DTYPES, LatentCache
 from farthing.ops.select import select
-from farthing.ops.torch_util import torch_dtype
 from tests.engine.conftest import RAW
 
 BLOCKS, SIZE = 12, 4
@@ -33,7 +32,7 @@ BLOCKS, SIZE = 12, 4
 
 def cache_of(dtype: str = "bfloat16", index: bool = False) -> LatentCache:
     """A cache with random bytes in every part."""
-    kind = torch_dtype(dtype)
+    kind = getattr(torch, CACHE_DTYPES[dtype])
     random = torch.Generator().manual_seed(5)
 
     def tensor(*shape: int, kind: torch.dtype = kind) -> torch.Tensor:

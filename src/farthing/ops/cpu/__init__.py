@@ -33,6 +33,7 @@ def create(
     parts: int | None = None,
     arrays: bool = False,
     compute: Compute = "auto",
+    verify: bool = False,
 ) -> CpuOps:
     """The backend's factory (see `farthing.ops.select`).
 
@@ -40,7 +41,7 @@ def create(
     integers round their inputs to 8 bits, or with `compute` "exact" to two integers, as it is with float32
     unless it says otherwise. `dtype` sets the dtype of the latent cache: float32 if requested, else bfloat16,
     which halves the bytes that attention reads. `threads` defaults to the cores this process may use.
-    `arrays`, `parts`: see `farthing.ops.select`.
+    `arrays`, `parts`, `verify`: see `farthing.ops.select`.
     Raises ImportError if `farthing._native` is not built, ValueError for a bad argument.
     """
     from farthing.ops.cpu.backend import CpuOps
@@ -56,5 +57,7 @@ def create(
         threads or own_cpus().threads(), quantization, packed, isa,
         parts=parts or 1, invariant=parts is not None, arrays=arrays, exact=is_exact(compute, kind),
     )  # fmt: skip
+    if verify:
+        ops.verify_packed()
     ops.cache_dtype = "float32" if kind == "float32" else "bfloat16"
     return ops

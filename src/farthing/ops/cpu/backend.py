@@ -21,14 +21,11 @@ from farthing.ops.api import (
     ALL,
     Batch,
     CacheDtype,
-    IndexCache,
     LatentCache,
     LayerHandles,
     Norm,
     NotFinite,
-    OpenCache,
     Place,
-    StateCache,
     StreamedHandles,
 )
 from farthing.ops.arrays import (
@@ -67,8 +64,7 @@ from farthing.ops.cpu.weights import (
 )
 from farthing.ops.sampling import CANDIDATES, Filters
 from farthing.ops.selection import chosen, in_rows
-from farthing.ops.specs import DeltaSpec, RouterSpec
-from farthing.ops.torch_util import CACHE_DTYPES, CACHE_MAX
+from farthing.ops.specs import RouterSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,26 +153,17 @@ class CpuOps(PackingOps):
     sums_in_stack = True
     continues_states = True
 
-    def new_cache(
-        self, layers: int, num_blocks: int, block_size: int, width: int, dtype: CacheDtype
-    ) -> LatentCache:
-        shape, kind = (layers, num_blocks, block_size), CACHE_DTYPES[dtype]
-        scale = self.tensor(np.ones((*shape, 2), np.float32)) if kind in CACHE_MAX else None
-        return LatentCache(self._lazy(kind, *shape, width), scale)
-
-    def new_index_cache(self, like: LatentCache, rows: int, width: int) -> IndexCache:
-        shape = (rows, *like.data.shape[1:3])
-        scale = None if like.scale is None else self.tensor(np.ones(shape, np.float32))
-        return IndexCache(self._lazy(dtype_name(like.data.dtype), *shape, width), scale)
-
-    def new_state(self, layers: int, slots: int, spec: DeltaSpec) -> StateCache:
-        return StateCache(*(self._lazy("float32", layers, slots, *each) for each in spec.state))
-
-    def copy_state(self, state: StateCache | OpenCache, source: Tensor, target: Tensor) -> None:
-        pairs = list(zip(arrays.host(source).tolist(), arrays.host(target).tolist(), strict=True))
-        for layer in (row for each in state.tensors() for row in arrays.host(each)):
-            for s, t in pairs:
-                layer[t] = layer[s]
+    def zeros(self, dtype: str, *shape: int) -> Tensor:
+        """Zeros in small pages that are allocated on first write. torch would write all of them now, and
+        numpy would request huge pages, and each layer's last one would be mostly empty."""
+        kind = numpy_dtype(dtype)
+        if not prod(shape):  # a model whose layers all have windows
+            zeros = np.zeros(shape, kind)
+            return zeros if self.arrays else torch.zeros(shape, dtype=getattr(torch, dtype))  # type: ignore[return-value]
+        memory = mmap.mmap(-1, prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self.arrays:
+            return np.frombuffer(memory, kind).reshape(shape)  # type: ignore[return-value]
+        return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(*shape)
 
     def embed(self, ids: Tensor, table: Any) -> Tensor:
         if isinstance(table, Linear):
@@ -247,9 +234,6 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
-    def new_open(self, layers: int, slots: int, tokens: int, columns: int) -> Tensor:
-        return self._lazy("float32", layers, slots, tokens, columns)
-
     def compressed(
         self, q: Tensor, x: Tensor, index_q: Tensor | None, heads: Compressed, place: Place
     ) -> Tensor:
@@ -314,11 +298,13 @@ class CpuOps(PackingOps):
         )  # fmt: skip
         return out
 
-    def stack(self, layers: Sequence[LayerHandles]) -> Stack:
-        return pack_stack(layers)
-
-    def stack_streamed(self, layers: Sequence[StreamedHandles], ending: Streams | None) -> StreamedStack:
-        return pack_streamed(layers, ending)
+    def stack(
+        self, layers: Sequence[LayerHandles | StreamedHandles], ending: Streams | None = None
+    ) -> Stack | StreamedStack:
+        streamed = [layer for layer in layers if isinstance(layer, StreamedHandles)]
+        if streamed:
+            return pack_streamed(streamed, ending)
+        return pack_stack([layer for layer in layers if isinstance(layer, LayerHandles)])
 
     def run_stack(
         self, h: Tensor, stack: Stack | StreamedStack, batch: Batch, cache: LatentCache,
@@ -334,16 +320,12 @@ class CpuOps(PackingOps):
         return self._experts(x, weights, norm, residual=residual)
 
     def moe(
-        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True
-    ) -> Tensor:
+        self, x: Tensor, weights: Experts, norm: Norm, counts: Tensor | None = None, residual: bool = True,
+        chosen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         seen = 0 if counts is None else address(counts)
-        return self._experts(x, weights, norm, seen, residual=residual)
-
-    def moe_among(
-        self, x: Tensor, weights: Experts, norm: Norm, chosen: Tensor, counts: Tensor | None = None
-    ) -> Tensor:
-        seen, ids = 0 if counts is None else address(counts), contiguous(chosen)
-        return self._experts(x, weights, norm, seen, address(ids), residual=False)
+        ids = None if chosen is None else contiguous(chosen)
+        return self._experts(x, weights, norm, seen, 0 if ids is None else address(ids), residual=residual)
 
     def moe_chosen(self, x: Tensor, weights: Experts, norm: Norm, ids: Tensor, gates: Tensor) -> Tensor:
         assert weights.spec is not None
@@ -406,18 +388,6 @@ class CpuOps(PackingOps):
             drawn: Any = sample(np.asarray(logits), np.asarray(uniform), filters)
             return drawn  # type: ignore[no-any-return]
         return super().sample(logits, uniform, filters)
-
-    def _lazy(self, dtype: str, *shape: int) -> Tensor:
-        """Zeros in small pages that are allocated on first write. torch would write all of them now, and
-        numpy would request huge pages, and each layer's last one would be mostly empty."""
-        kind = numpy_dtype(dtype)
-        if not prod(shape):  # a model whose layers all have windows
-            zeros = np.zeros(shape, kind)
-            return zeros if self.arrays else torch.zeros(shape, dtype=getattr(torch, dtype))  # type: ignore[return-value]
-        memory = mmap.mmap(-1, prod(shape) * kind.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self.arrays:
-            return np.frombuffer(memory, kind).reshape(shape)  # type: ignore[return-value]
-        return torch.frombuffer(memory, dtype=getattr(torch, dtype)).view(*shape)
 
 
 def _sorted(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from farthing import _native
 from farthing.lazy import torch
-from farthing.ops.api import Batch, IndexCache, LatentCache, LayerHandles, Place
+from farthing.ops.api import CACHE_DTYPES, Batch, IndexCache, LatentCache, LayerHandles, Place
 from farthing.ops.arrays import address, as_float32, contiguous, dtype_name, empty, row_stride
 from farthing.ops.selection import Chosen, sequences_of
 from farthing.ops.specs import IndexerSpec
-from farthing.ops.torch_util import CACHE_DTYPES
 from farthing.ops.weights import PeerLost
 
 if TYPE_CHECKING:

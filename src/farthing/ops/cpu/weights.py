@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import astuple, dataclass, replace
 from functools import cache
@@ -207,10 +206,8 @@ class PackingOps(HostOps):
     def tensor(self, values: NDArray[Any]) -> Tensor:
         return values if self.arrays else torch.from_numpy(values)  # type: ignore[return-value]
 
-    def no_gradients(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.arrays else super().no_gradients()
-
     def verify_packed(self) -> None:
+        """Verify every checksum of a mapped packed file. Raises ValueError naming the first mismatch."""
         if self._file is not None:
             self._file.verify()
 
@@ -278,7 +275,12 @@ class PackingOps(HostOps):
             return self._keep(name, self.tensor(self._file.array(name)))  # type: ignore[no-any-return]
         return self._keep(name, vector(value()))  # type: ignore[no-any-return]
 
-    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]]) -> Linear:
+    def pack_linear(self, name: str, weights: Callable[[], Sequence[Weight]], heads: int = 1) -> Linear:
+        if self._parts > 1 and heads % self._parts == 0:
+            (whole,) = weights()
+            halves = columns_of(whole, whole.shape[1] // 2)
+            first, rest = (self._pack(f"{name}.part{p}", [half]) for p, half in enumerate(halves))
+            return Linear(first, *whole.shape, rest)
         packed = self._stored(name)
         if packed is None:
             packed = self._pack_rows(name, weights())
@@ -310,14 +312,6 @@ class PackingOps(HostOps):
             shared = plan([w], loaded_as(self._quantization, mlp=False))
             packed = self._pack_as(for_head(shared, *w.shape), name, [w])
         return Linear(packed, *packed.shape)
-
-    def pack_output(self, name: str, weight: Callable[[], Weight], heads: int) -> Linear:
-        if self._parts == 1 or heads % self._parts:
-            return self.pack_linear(name, lambda: [weight()])
-        whole = weight()
-        halves = columns_of(whole, whole.shape[1] // 2)
-        first, rest = (self._pack(f"{name}.part{p}", [half]) for p, half in enumerate(halves))
-        return Linear(first, *whole.shape, rest)
 
     def _mlp(self, name: str, weights: Callable[[], tuple[Weight, Weight, Weight]]) -> list[_Mlp]:
         """One per part."""
