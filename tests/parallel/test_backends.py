@@ -33,7 +33,7 @@ BACKEND = '''
             super().__init__(dtype)
             self.name = "numpy"
 
-        def pack_linear(self, name, weights):
+        def pack_linear(self, name, weights, heads=1):
             return np.concatenate([w.dequantize().numpy() for w in weights()])
 
         def linear(self, x, weight, norm=None, residual=None):
