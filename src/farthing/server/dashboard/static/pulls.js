@@ -1,6 +1,6 @@
 // Larger models that fit this machine, and a button that downloads one: where only this machine reaches the server.
 import { get, post } from "./api.js";
-import { bytes, h, seconds, short } from "./dom.js";
+import { bytes, h, LOCAL, seconds, short } from "./dom.js";
 import { Waiting } from "./waiting.js";
 
 const EVERY = 1000; // milliseconds between two questions about a download
@@ -11,7 +11,7 @@ export class Pulls {
     this.ask = h("button.quiet", { type: "button", onclick: () => this.#look() }, "Larger models that fit");
     this.list = h("ul.pulls", { ariaLabel: "Larger models that fit" });
     this.said = h("p", { role: "status" });
-    this.element = h("div.larger", { hidden: !/^(?:localhost|127(?:\.\d+){3}|\[::1\])$/.test(location.hostname) }, this.ask, this.list, this.said, this.waiting.element);
+    this.element = h("div.larger", { hidden: !LOCAL }, this.ask, this.list, this.said, this.waiting.element);
   }
 
   async #look() {
