@@ -39,7 +39,7 @@ export class Pulls {
     for (let now = pull; ; now = await get("/dashboard/pull")) {
       this.waiting.show(now.what && `${now.model}: ${now.what}`, now.total ? now.done / now.total : null);
       if (!now.what) {
-        this.#say(now.error ? `${now.model}: ${now.error}` : `${now.model} is on this machine now. Start it: farthing serve --fit ${now.model}`);
+        this.#say(now.error ? `${now.model}: ${now.error}` : `${now.model} is on this machine now. This server keeps the model that it has: end it (farthing stop), then type farthing serve --fit ${now.model}`);
         break;
       }
       this.said.textContent = "";
