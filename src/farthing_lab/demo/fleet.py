@@ -28,8 +28,8 @@ CAPACITY = 5.0  # declared requests per second per replica
 PEAK_REPLICAS = 1.7  # replicas needed at the peak, before headroom
 ANSWER = 16  # tokens
 HEIGHT = 240  # of the picture, where its width is 1,000
-# Five minutes of the policy on the demo's clock. The default rule's plans are means of one and of three minutes,
-# which here is most of the load, so that it never scales down: the published rule does.
+# Five minutes of the policy on the demo's clock. The default rule plans by means of one and of three minutes,
+# most of the load here, and never scales down: the published rule does.
 POLICY = {
     "rule": "published", "interval_s": 1.0, "cold_start_s": 5.0, "stale_after_s": 10.0, "drain_s": 5.0,
     "cooldown_s": 4.0, "max_replicas": 3, "capacity": CAPACITY,
