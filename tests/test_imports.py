@@ -37,6 +37,7 @@ SHARED = {
     "farthing.cli.app",
     "farthing.cli.errors",
     "farthing.config",
+    "farthing.cpus",
     "farthing.exchange",
     "farthing.extras",
     "farthing.files",

@@ -368,6 +368,9 @@ NB_MODULE(_native, module) {
           })
       .def_prop_ro("workspace_bytes", &Backend::workspace_bytes)
       .def_prop_ro("node_memory", [](const Backend& b) { return b.arena->used(); })
+      .def_prop_rw(
+          "copies_files", [](const Backend& b) { return b.arena->copies_files; },
+          [](Backend& b, bool copies) { b.arena->copies_files = copies; })
       .def_prop_ro("packed_bytes", [](const Backend& b) { return b.arena->bytes(); })
       .def("pack", &pack)
       .def(

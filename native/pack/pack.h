@@ -28,6 +28,10 @@ class Arena {
   // (number of the node, address, bytes) of what is used.
   std::vector<std::tuple<int, uint64_t, uint64_t>> used() const;
 
+  // Whether matrices of a mapped file are copied here even for one node. The page cache, which processes
+  // share, has each page on the node whose process read it first.
+  bool copies_files = false;
+
  private:
   struct Slab {
     uint8_t* at = nullptr;

@@ -110,7 +110,7 @@ std::shared_ptr<Packed> Packed::view(Pool& pool, std::shared_ptr<Arena> arena, c
     require(m.dense_bytes() == h.bytes, "size of its panels");
   }
   packed->arena_ = arena;
-  if (pool.nodes() > 1) {
+  if (pool.nodes() > 1 || arena->copies_files) {
     packed->place(pool, *arena, records);
   } else {
     m.first[1] = m.panels;

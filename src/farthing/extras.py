@@ -14,7 +14,7 @@ EXTRAS = {
     "train": "training and its curves",
     "fleet": "Prophet's forecasts, charts, Kubernetes, and cache events for routers",
     "ray": "ranks on several nodes, and Ray Serve",
-    "mcp": "tools of MCP servers in `farthing chat`",
+    "mcp": "tools of MCP servers in `farthing chat` and on the page",
 }
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"  # PyTorch's own index; PyPI's wheels for Linux have CUDA
 _NAME = re.compile(r"[A-Za-z0-9._-]+(\[[\w,-]+\])?")

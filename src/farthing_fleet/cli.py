@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 
 from farthing.cli.errors import with_options
 from farthing.config import check, option
+from farthing.cpus import own_cpus
 from farthing_fleet.actuators.base import ActuatorError
 from farthing_fleet.decision_log import last_decisions, report
 from farthing_fleet.gateway.config import GatewayOptions
@@ -34,6 +36,8 @@ Examples:
   farthing fleet up ./DeepSeek-V3 --max-replicas 4 --api-key-file keys.txt
 
   farthing fleet up ./Qwen3-8B ./gpt-oss-20b --min-replicas 0
+
+  farthing fleet up ./gpt-oss-120b --numa
 
   farthing fleet up --command "vllm serve ./model --port {port}" --health-path /health --metrics-names vllm
 """
@@ -137,7 +141,8 @@ class UpOptions(FleetOptions):
     """A local fleet."""
 
     metrics_names: str = _option("auto", "Metric names: auto, farthing, vllm or sglang")
-    standby: bool = _option(True, "Keep a pre-imported standby process; not with --command")
+    standby: bool = _option(True, "Keep a pre-imported standby process; not with --command or --numa")
+    numa: bool = _option(False, "Bind replicas to memory nodes in turn; by default one on each node")
     metrics: str | None = _option(
         None,
         "HOST:PORT of the controller's /metrics; default: 127.0.0.1:9400; further models take the next ports",
@@ -154,9 +159,12 @@ def up(options: dict[str, Any]) -> None:
     log_to_stderr()
     with errors_to_user():
         chosen = UpOptions(**options)
+        cores = own_cpus().nodes.values() if chosen.numa else ()
+        nodes = tuple(tuple(chain.from_iterable(each)) for each in cores)
+        one_each = {"min_replicas": len(nodes), "max_replicas": len(nodes)} if nodes else {}
         fleet = local_fleet(
             chosen.config,
-            chosen.policy,
+            one_each | chosen.policy,
             metrics_names=chosen.metrics_names,
             state=chosen.state,
             metrics=chosen.metrics,
@@ -167,10 +175,11 @@ def up(options: dict[str, Any]) -> None:
             name: local_config(
                 command,
                 fleet.state / "replicas",
-                standby=chosen.standby and not chosen.command,
+                standby=chosen.standby and not chosen.command and not nodes,
                 health_path=chosen.health_path,
                 ready_timeout_s=chosen.ready_timeout,
                 prefix=f"{name}-" if len(commands) > 1 else "r",
+                nodes=nodes,
             )
             for name, command in commands.items()
         }

@@ -31,21 +31,18 @@ from typer.testing import CliRunner
 
 from farthing.cli.app import app
 from farthing.cli.chat import (
-    _SHOWN,
     Screen,
     _account,
     _one_line,
     _started,
     _talk,
-    described,
-    escaped,
     obey,
     printable,
     reply,
     split_blocks,
 )
 from farthing.cli.conversation import Call, Conversation, Piece, Server, _is_own, _lines, find, started
-from farthing.cli.mcp import McpServers
+from farthing.mcp import _SHOWN, McpServers, described, escaped
 from farthing.planner.estimate import published_config
 from farthing.server.config import KeyRing
 from tests.server.harness import ScriptedEngine, letters, running

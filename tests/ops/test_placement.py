@@ -9,11 +9,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from farthing.cpus import Cpus, own_cpus
 from farthing.ops.cpu import CpuOps, placement, weights
-from farthing.ops.cpu.placement import SAMPLED, check_file, check_nodes
+from farthing.ops.cpu.placement import SAMPLED, check_nodes
 from tests.ops.parts import weight
 
 native = pytest.importorskip("farthing._native")
@@ -54,15 +55,15 @@ def test_a_system_that_refuses_is_unknown(log: pytest.LogCaptureFixture) -> None
     def refuse(addresses: list[int]) -> Sequence[int]:
         raise RuntimeError("move_pages: Operation not permitted")
 
-    check_file("m.packed", [4096], {0}, refuse)
+    check_nodes([(0, 4096, 1)], refuse)
     (record,) = log.records
     assert record.levelno == logging.INFO and "unknown" in record.message
     assert "Operation not permitted" in record.message
 
 
 def test_nothing_is_said_of_pages_that_were_never_touched(log: pytest.LogCaptureFixture) -> None:
-    check_file("m.packed", [4096], {0}, lambda pages: [-errno.ENOENT] * len(pages))
-    check_file("m.packed", [], {0}, lambda pages: [])
+    check_nodes([(0, 4096, 1)], lambda pages: [-errno.ENOENT] * len(pages))
+    check_nodes([])
     assert not log.records
 
 
@@ -78,22 +79,29 @@ def test_the_system_is_asked_about_real_pages() -> None:
     assert {first, second} <= own_cpus().nodes.keys() and untouched == -errno.ENOENT
 
 
-def test_a_mapped_file_is_checked_where_a_machine_has_other_nodes(
+def test_on_one_of_several_nodes_a_mapped_file_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
+    """Another node's process may have read the file first; a machine of one node has nothing to copy."""
     ops, path = CpuOps(1), str(tmp_path / "packed")
     ops.pack_linear("w", lambda: [weight("int8", 64, 64)])
     ops.save_packed(path)
-    mapped = CpuOps(1, packed=path)
-    mapped.pack_linear("w", pytest.fail)
-    mapped.check_placement()
-    if own_cpus().machine_nodes == 1:
-        assert not log.records, "there is nothing to place"
-    monkeypatch.setattr(placement, "own_cpus", lambda: Cpus({9: ((0,),)}, machine_nodes=2))
-    mapped.check_placement()
+    x = np.random.default_rng(0).standard_normal((2, 64), dtype=np.float32)
+    outputs = []
+    for nodes in (1, 2):
+        machine = Cpus({9: ((0,),)}, machine_nodes=nodes)
+        for module in (placement, weights):
+            monkeypatch.setattr(module, "own_cpus", lambda machine=machine: machine)
+        mapped = CpuOps(1, packed=path, arrays=True)
+        w = mapped.pack_linear("w", pytest.fail)
+        mapped.check_placement()
+        held = [(node, size >= w.packed.nbytes) for node, _, size in mapped._native.node_memory]
+        assert held == ([(9, True)] if nodes == 2 else [])
+        outputs.append(mapped.linear(x, w))
+    np.testing.assert_array_equal(*outputs)
     (record,) = log.records
-    assert "packed file" in record.message
-    assert "1 of 1 pages sampled are on other memory nodes" in record.message or "unknown" in record.message
+    assert "node 9's weights" in record.message  # of which this machine has none, if it tells
+    assert "on other memory nodes (" in record.message or "unknown" in record.message
 
 
 @pytest.mark.parametrize(("nodes", "threads"), [(2, 1), (17, 17)])

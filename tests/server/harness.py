@@ -45,6 +45,7 @@ from farthing.model.decoder import DecoderModel
 from farthing.server.config import ServerConfig
 from farthing.server.run import Server, listen, make_server
 from farthing.server.service import Service
+from farthing.server.tools import PageTools
 from tests.served import form_for, served_model
 from tests.tiny import tiny
 
@@ -255,9 +256,13 @@ class Running:
 
 
 @contextmanager
-def running(engine: Any, **config: Any) -> Iterator[Running]:
-    """Serve an engine (real, scripted, or None: still loading) as model 'tiny' within the context."""
-    service = Service(ServerConfig(**config), "tiny")
+def running(engine: Any, tools: Any = None, **config: Any) -> Iterator[Running]:
+    """Serve an engine (real, scripted, or None: still loading) as model 'tiny' within the context.
+
+    tools: those of MCP servers, for the page.
+    """
+    limits = ServerConfig(**config)
+    service = Service(limits, "tiny", PageTools(limits, tools).routes() if tools else ())
     service.engine = engine
     server = Running(service)
     try:

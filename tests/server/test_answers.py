@@ -47,7 +47,7 @@ def test_sampled_text_is_not_recomputed(mite: Running) -> None:
         if reason == "stop":
             added = usage["prompt_tokens"] - before
             assert added < 20  # tokens of the question and the turn markers
-            if said == said.lstrip():  # else the prompt has another text: it is written without the blanks
+            if said == said.strip():  # else the prompt has another text: it is written without the blanks
                 plain += 1
                 assert usage["prompt_tokens_details"]["cached_tokens"] >= before - BLOCK
         before, reason = usage["prompt_tokens"] + usage["completion_tokens"], choice["finish_reason"]

@@ -17,6 +17,7 @@ from farthing.server import run
 from farthing.server.config import ServerConfig
 from farthing.server.jobs import Job
 from farthing.server.run import _serve, listen
+from farthing.server.service import Service
 from tests.server.harness import running, tiny_engine, until
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 8, "ignore_eos": True, "temperature": 0}
@@ -35,7 +36,7 @@ class Served:
         until(lambda: httpx.get(f"{self.url}/ready").status_code == 200)
 
     def _run(self, engine: Engine) -> None:
-        self.status = asyncio.run(_serve(ServerConfig(), "tiny", lambda _: engine, self.listener))
+        self.status = asyncio.run(_serve(Service(ServerConfig(), "tiny"), lambda _: engine, self.listener))
         self.listener.close()
 
     def post(self, **fields: Any) -> httpx.Response:

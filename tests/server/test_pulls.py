@@ -136,7 +136,7 @@ def test_the_page_offers_larger_models_and_shows_the_download(
         wait_for(browser, f"{bar}?.value === 0.25 && document.querySelector('.pulls button').disabled")
         download.go.set()
         said = "document.querySelector('.larger p').textContent"
-        wait_for(browser, f"{said}.endsWith('farthing serve --fit qwen3-8b')")
+        wait_for(browser, f"{said}.endsWith('(farthing stop), then type farthing serve --fit qwen3-8b')")
         assert browser.execute_script(f"return !{bar} && !document.querySelector('.pulls button').disabled")
         browser.get("about:blank")
     assert complaints(browser) == []

@@ -20,12 +20,12 @@ from rich.text import Text
 
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
 from farthing.cli.errors import one_line_errors
-from farthing.cli.mcp import McpServers, default_file
 from farthing.cli.offered import base_note, named
 from farthing.cli.tables import step_progress
 from farthing.config import EngineConfig
 from farthing.files import replace_text
 from farthing.hub import find_model
+from farthing.mcp import REFUSED, McpServers, default_file, described, escaped
 from farthing.memory import available_memory
 from farthing.planner.fit import fit
 
@@ -44,12 +44,6 @@ HELP = """\
 Ctrl-C           stops an answer"""
 _FENCE = "```"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Letters, signs and marks without a shape: fillers, joiners, inherent vowels, selectors of variants.
-_BLANK = re.compile(
-    r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
-)
-_SHOWN = 2000  # characters at each end of a long value
-_FIELDS = 10  # at each end of many: what is asked about stays on the screen
 _SEQUENCES = 2  # of one person's conversations; `farthing serve` has room for many
 _OPTIONS = ("--fit", "--max-num-seqs", str(_SEQUENCES))
 _MOST_CALLS = 25  # rounds of tool calls per message
@@ -133,34 +127,6 @@ class Screen:
 def printable(text: str) -> str:
     """A text without control characters, with which a model or a tool could change the terminal."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r", ""))
-
-
-def escaped(text: str) -> str:
-    """A text in one line whose characters are all visible: nothing in it moves, hides or reverses others."""
-    shown = (each.isprintable() and not _BLANK.match(each) for each in text)
-    return "".join(each if seen else ascii(each)[1:-1] for each, seen in zip(text, shown, strict=True))
-
-
-def described(arguments: str) -> list[str]:
-    """The fields of a call's arguments, one a line, as a tool gets them. Of very long values and of very many
-    fields the middle is left out, and it is said."""
-    try:
-        fields = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return [f"no JSON: {_shortened(escaped(arguments))}"]
-    if not isinstance(fields, dict):
-        return [f"no object: {_shortened(escaped(arguments))}"]
-    lines = [
-        f"{_shortened(escaped(name))}: {_shortened(escaped(json.dumps(value, ensure_ascii=False)))}"
-        for name, value in fields.items()
-    ]
-    more = len(lines) - 2 * _FIELDS
-    return lines if more <= 0 else [*lines[:_FIELDS], f"[… {more} fields …]", *lines[-_FIELDS:]]
-
-
-def _shortened(text: str) -> str:
-    left_out = len(text) - 2 * _SHOWN
-    return text if left_out <= 0 else f"{text[:_SHOWN]} [… {left_out} characters …] {text[-_SHOWN:]}"
 
 
 def split_blocks(text: str) -> tuple[str, str]:
@@ -270,13 +236,10 @@ def reply(talk: Conversation, said: str, screen: Screen, servers: McpServers | N
     return True
 
 
-_REFUSED = "error: the user does not allow this call"
-
-
 def _result(call: Call, servers: McpServers, screen: Screen) -> str:
     server = servers.server_of(call.name)
     if server is not None and not screen.allowed(call, server):
-        return _REFUSED
+        return REFUSED
     return servers.call(call.name, call.arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +96,7 @@ def serve(
     """Serve MODEL over HTTP: chat completions, responses, messages and completions; metrics and health."""
     log_lines()
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # it repeats what the server says
-    with one_line_errors("serve"):
+    with one_line_errors("serve"), ExitStack() as stack:
         engine["model"] = named(model) if models is None else model or EMBEDDED
         engine_config = EngineConfig(**engine)
         server_config = ServerConfig(
@@ -106,9 +107,11 @@ def serve(
         )
         if models is not None:
             from farthing.server.front import serve_models  # imports an extra
+            from farthing.server.tools import page_routes
 
             given = Given(engine, server, api_key or (), admin_api_key or (), api_key_file)
-            raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after))
+            page = stack.enter_context(page_routes(server_config))
+            raise typer.Exit(serve_models(server_config, models, given, models_memory, unload_after, page))
         found = preflight(replace(engine_config, check_memory=engine_config.check_memory and not fit))
         if fit:
             engine_config = with_fit(engine_config, found.path)
@@ -121,5 +124,7 @@ def serve(
             packed = None if engine_config.packed == AUTO else engine_config.packed
             require_torch(replace(engine_config, packed=packed))  # to read or to pack the checkpoint
         from farthing.server.run import serve as run
+        from farthing.server.tools import page_routes
 
-        raise typer.Exit(run(server_config, engine_config.model, partial(load, engine_config, found)))
+        page = stack.enter_context(page_routes(server_config))
+        raise typer.Exit(run(server_config, engine_config.model, partial(load, engine_config, found), page))

@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farthing.server.config import ANONYMOUS, KeyRing, ServerConfig, is_loopback
@@ -136,6 +137,25 @@ def is_near(scope: Scope, headers: dict[bytes, bytes]) -> bool:
         return ipaddress.ip_address(client[0]).is_loopback
     except ValueError:
         return False
+
+
+def require_own_page(config: ServerConfig, request: Request, refusal: str, instead: str) -> None:
+    """Raises ApiError (403) unless the request comes from a page, or a program, of this machine, to a server
+    that only this machine can reach, without a proxy between them and, where there are keys, with an admin
+    key. refusal, instead: the error's beginning and end."""
+    origin, site = (request.headers.get(name) for name in ("origin", "sec-fetch-site"))
+    own = origin is None or origin.partition("://")[2] == request.headers.get("host")
+    if not is_loopback(config.host):
+        why = "this server's address is reachable from other machines"
+    elif not is_near(request.scope, dict(request.scope["headers"])):
+        why = "the request comes from another machine, or through a proxy"
+    elif not own or site not in (None, "same-origin", "none"):
+        why = "the request comes from another server's page"
+    elif not request.scope["viewer"].everything:
+        why = "it takes an admin key"
+    else:
+        return
+    raise ApiError(403, f"{refusal}: {why}; use {instead}", code="forbidden")
 
 
 def _unknown_key(header: str) -> ApiError:

@@ -147,6 +147,7 @@ def create_app(service: Service) -> ASGIApp:
     _add_state_routes(api, service)
     _add_model_routes(api, service)
     pulls.add_routes(api, service)  # before the page, whose route has all other paths
+    api.router.routes.extend(service.page)
     metrics.add_routes(api)
     add_routes(api, service)
     _add_document(api)

@@ -224,6 +224,9 @@ class ServerConfig:
         None, "ZeroMQ endpoint that publishes the prefix cache's blocks as vLLM does (tcp://127.0.0.1:5557)"
     )
     served_model_name: tuple[str, ...] = _http((), "Model name in the API (repeatable); default: MODEL")
+    mcp: str | None = _http(
+        None, "File of MCP servers whose tools the page offers, with a question before each call"
+    )
     root_path: str = _http("", "Path prefix behind a proxy that strips it")
     tool_call_parser: CallsMode = _http("auto", "Format of tool calls to parse; auto: by checkpoint")
     reasoning_parser: ReasoningMode = _http("auto", "Format of reasoning to parse; auto: by checkpoint")
@@ -252,6 +255,11 @@ class ServerConfig:
             raise ValueError(
                 f"host: got {self.host!r}, which other machines can reach, without an API key; "
                 f"set --api-key or --api-key-file, or allow it with --insecure"
+            )
+        if self.mcp is not None and not is_loopback(self.host):
+            raise ValueError(
+                f"mcp: got {self.mcp!r} with host {self.host!r}; expected an address that only this machine "
+                "can reach, since tools run as you"
             )
 
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,8 @@ _WATCHED = frozenset({"/metrics", "/openapi.json", "/dashboard/data", "/cache/di
 class Front:
     """The state of the server in front: what `run.Server` drains."""
 
-    def __init__(self, config: ServerConfig, pool: Pool) -> None:
-        self.config, self.pool = config, pool
+    def __init__(self, config: ServerConfig, pool: Pool, page: Sequence[Route] = ()) -> None:
+        self.config, self.pool, self.page = config, pool, page
         self.created = int(time.time())
         self.upstream = Upstream(_CONNECT, _SILENCE)
         self.draining = False
@@ -366,7 +366,7 @@ def create_front(front: Front) -> ASGIApp:
         yield
         front.upstream.close()
 
-    routes = [Route("/metrics", metrics), *_Answers(front).routes()]
+    routes = [Route("/metrics", metrics), *_Answers(front).routes(), *front.page]
     known = _FORWARDED | _WATCHED | {route.path for route in routes}
     forward = _Forward(front, known)
     routes.append(Route("/{path:path}", forward))
@@ -378,7 +378,12 @@ def create_front(front: Front) -> ASGIApp:
 
 
 def serve_models(
-    config: ServerConfig, source: Path, given: Given, memory: str | None, unload_after: float
+    config: ServerConfig,
+    source: Path,
+    given: Given,
+    memory: str | None,
+    unload_after: float,
+    page: Sequence[Route] = (),
 ) -> int:
     """Serve the models of a folder or a file until SIGTERM or Ctrl-C; returns the exit status.
 
@@ -395,7 +400,7 @@ def serve_models(
         listed(listener, str(source)),
         asyncio.Runner(loop_factory=loop_factory()) as runner,
     ):
-        front = Front(config, pool)
+        front = Front(config, pool, page)
         log.info("listening on %s", url_of(listener))
         for model in pool.models.values():
             log.info("model %s: %.1f GB", model.name, model.size / 1e9)

@@ -36,6 +36,7 @@ _IN_FRONT = {
     "root_path": "",
     "allowed_hosts": (),
     "allowed_origins": (),
+    "mcp": None,
 }
 _DEFAULTS = EngineConfig()
 # Options that take memory which is not counted.

@@ -4,7 +4,7 @@
     GET /dashboard/pull       the download: what is done, how much of it and of how much, and its error
     POST /dashboard/pull      {"model": NAME}: begin one
 
-A download fills a disk, so that strangers must not begin one; see `Pulls.check`.
+A download fills a disk, so that strangers must not begin one; see `require_own_page`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from farthing.catalogue import catalogue
 from farthing.checkpoint.reader import Checkpoint
 from farthing.memory import machine_memory
 from farthing.planner.offers import offers_here, worth
-from farthing.server.access import is_near
-from farthing.server.config import is_loopback
+from farthing.server.access import require_own_page
 from farthing.server.errors import ApiError
 from farthing.server.schema import Strict, short
 from farthing.server.service import Service
@@ -63,22 +62,9 @@ class Pulls:
         self.last: Pull | None = None
 
     def check(self, request: Request) -> None:
-        """Raises ApiError (403) unless the request comes from a page, or a program, of this machine, to a
-        server that only this machine can reach, without a proxy between them and, where there are keys, with
-        an admin key."""
-        origin, site = (request.headers.get(name) for name in ("origin", "sec-fetch-site"))
-        own = origin is None or origin.partition("://")[2] == request.headers.get("host")
-        if not is_loopback(self._service.config.host):
-            why = "this server's address is reachable from other machines"
-        elif not is_near(request.scope, dict(request.scope["headers"])):
-            why = "the request comes from another machine, or through a proxy"
-        elif not own or site not in (None, "same-origin", "none"):
-            why = "the request comes from another server's page"
-        elif not request.scope["viewer"].everything:
-            why = "it takes an admin key"
-        else:
-            return
-        raise ApiError(403, f"models are not downloaded here: {why}; use `farthing pull`", code="forbidden")
+        """Raises ApiError (403); see `require_own_page`."""
+        config = self._service.config
+        require_own_page(config, request, "models are not downloaded here", "`farthing pull`")
 
     def models(self) -> list[dict[str, Any]]:
         """A few that fit and are larger than the one that is served, the most worth having first. Measures

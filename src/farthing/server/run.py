@@ -18,12 +18,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import uvicorn
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from farthing import process
@@ -122,12 +123,14 @@ _PATIENCE = 30.0  # seconds in which an engine may recover: a step ends late, a 
 _STOP_SECONDS = 10.0  # for a failed engine to end its thread and its processes
 
 
-def serve(config: ServerConfig, model: str, load: Callable[[Progress], Engine]) -> int:
+def serve(
+    config: ServerConfig, model: str, load: Callable[[Progress], Engine], page: Sequence[Route] = ()
+) -> int:
     """Serve until SIGTERM or Ctrl-C; returns the exit status. It is 1 if the engine failed: nothing in this
     process can answer any more, and whatever supervises it starts another.
 
     `load` builds the engine in a separate thread while the socket already answers /health and the page says
-    what it is doing. Raises OSError before loading the model if the address is in use.
+    what it is doing. page: see `Service`. Raises OSError before loading the model if the address is in use.
     """
     listener = listen(config.host, config.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -139,7 +142,7 @@ def serve(config: ServerConfig, model: str, load: Callable[[Progress], Engine]) 
             return engine
 
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return runner.run(_serve(config, model, load_followed, listener))
+            return runner.run(_serve(Service(config, model, page), load_followed, listener))
 
 
 def listed(listener: socket.socket, model: str) -> contextlib.AbstractContextManager[None]:
@@ -279,10 +282,8 @@ def connection_limit(config: ServerConfig) -> int:
     return limit
 
 
-async def _serve(
-    config: ServerConfig, model: str, load: Callable[[Progress], Engine], listener: socket.socket
-) -> int:
-    service = Service(config, model)
+async def _serve(service: Service, load: Callable[[Progress], Engine], listener: socket.socket) -> int:
+    config = service.config
     loop = asyncio.get_running_loop()
     failure: list[BaseException] = []
     url = url_of(listener)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from starlette.routing import Route
 
 from farthing.server.cache_digest import CacheDigest
 from farthing.server.config import KeyRing, ServerConfig
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
 class Service:
     """Used only in the event loop, except that the loading thread sets `loading`, `engine` and `accounts`."""
 
-    def __init__(self, config: ServerConfig, model: str) -> None:
+    def __init__(self, config: ServerConfig, model: str, page: Sequence[Route] = ()) -> None:
+        """page: what the page alone asks; see `tools.page_routes`."""
+        self.page = page
         self.config = config
         self.names = config.served_model_name or (model,)
         self.created = int(time.time())

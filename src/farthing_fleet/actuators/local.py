@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +59,7 @@ class LocalConfig:
     standby: tuple[str, ...] = ()
     standby_skips: int = 0
     prefix: str = "r"  # of the replicas' names
+    nodes: tuple[tuple[int, ...], ...] = ()  # CPUs of each memory node, to which replicas are bound in turn
 
     @property
     def watch(self) -> Watch:
@@ -95,6 +98,7 @@ class LocalReplica(ServerProcess):
     """One replica process."""
 
     log: Path = field(kw_only=True)
+    node: int = field(kw_only=True, default=0)  # of `LocalConfig.nodes`
     task: asyncio.Task[None] | None = None
 
 
@@ -201,10 +205,23 @@ class LocalReplicas:
         except OSError as problem:
             self._failed(f"{self.config.command[0]} could not be started: {problem}")
             return
-        replica = LocalReplica(name, f"http://{self.config.host}:{port}", process, launched, log=log_file)
+        node = self._bind(process.pid)
+        url = f"http://{self.config.host}:{port}"
+        replica = LocalReplica(name, url, process, launched, log=log_file, node=node)
         log.info("replica %s: pid %d, port %d", name, process.pid, port)
         self.replicas.append(replica)
         replica.task = asyncio.create_task(self._live(replica))
+
+    def _bind(self, pid: int) -> int:
+        """Bind a process that has no threads yet to the node with the fewest replicas; returns the node."""
+        nodes = self.config.nodes
+        if not nodes:
+            return 0
+        held = Counter(replica.node for replica in self.replicas)
+        node = min(range(len(nodes)), key=held.__getitem__)
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.sched_setaffinity(pid, nodes[node])
+        return node
 
     async def _begin(self, port: int) -> tuple[str, Path, asyncio.subprocess.Process]:
         """Start a replica: use the spare if there is one, else a new process."""

@@ -70,6 +70,27 @@ async def test_scales_up_and_down_and_leaves_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
+async def test_replicas_are_bound_to_memory_nodes_in_turn(tmp_path: Path) -> None:
+    """A replica that replaces another takes its node; simulated: nodes of one CPU each."""
+    cpus = sorted(os.sched_getaffinity(0))[:2]
+    replicas = local(tmp_path, nodes=tuple((cpu,) for cpu in cpus))  # type: ignore[arg-type]
+    await replicas.start()
+    await replicas.scale(len(cpus))
+    assert await replicas.wait_ready(len(cpus), 20)
+
+    def bound() -> list[set[int]]:
+        alive = [r for r in replicas.replicas if r.state == "ready"]
+        return sorted((os.sched_getaffinity(r.process.pid) for r in alive), key=min)
+
+    assert bound() == [{cpu} for cpu in cpus]
+    first = replicas.replicas[0]
+    os.kill(first.process.pid, signal.SIGKILL)
+    await until(lambda: len(replicas.ready()) == len(cpus) and first not in replicas.replicas)
+    assert bound() == [{cpu} for cpu in cpus]
+    await replicas.close()
+
+
+@pytest.mark.anyio
 async def test_replica_finishes_its_requests_before_it_exits(tmp_path: Path) -> None:
     replicas = local(tmp_path, "--tokens", "20", "--interval", "0.05")
     url = await one_ready(replicas)

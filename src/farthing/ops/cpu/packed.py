@@ -142,10 +142,6 @@ class PackedFile:
             raise ValueError(f"packed file {str(self.path)!r}: {name!r} is a plain array; expected a matrix")
         return self._address + entry["offset"], entry["bytes"], name_hash(name)
 
-    def pages(self) -> list[int]:
-        """Addresses at which the matrices begin, which are read when they are mapped."""
-        return [self._address + entry["offset"] for entry in self._entries.values() if "dtype" not in entry]
-
     def array(self, name: str) -> NDArray[Any]:
         """A plain array, copied out; its checksum is compared at once."""
         entry = self._entries[name]

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from farthing import _native
 from farthing.cpus import own_cpus
-from farthing.ops.cpu.packed import PackedFile
 
 log = logging.getLogger(__name__)
 
 Query = Callable[[list[int]], Sequence[int]]  # addresses -> the node of each page; negative: an errno
-SAMPLED = 256  # pages of a node's memory, or of a file
+SAMPLED = 256  # pages of a node's memory
 _PAGE = 4096
 
 
-def check_placement(memory: Sequence[tuple[int, int, int]], file: PackedFile | None) -> None:
-    """Check weights: those packed into nodes' memory, (node, address, bytes), or else a mapped file."""
-    cpus = own_cpus()
-    if len({node for node, _, _ in memory}) > 1:
+def check_placement(memory: Sequence[tuple[int, int, int]]) -> None:
+    """Check weights in nodes' memory, (node, address, bytes), on a machine with several nodes."""
+    if len({node for node, _, _ in memory}) > 1 or own_cpus().machine_nodes > len(own_cpus().nodes):
         check_nodes(memory)
-    elif cpus.machine_nodes > 1 and file is not None:
-        check_file(str(file.path), file.pages(), cpus.nodes)
 
 
 def check_nodes(memory: Sequence[tuple[int, int, int]], query: Query = _native.nodes_of_pages) -> None:
@@ -33,34 +29,23 @@ def check_nodes(memory: Sequence[tuple[int, int, int]], query: Query = _native.n
     for node, begin, size in memory:
         pages[node] += range(begin, begin + size, step)
     for node, found in pages.items():
-        _check(
-            f"node {node}'s weights", {node}, found, "memory of a node was full, or bound elsewhere", query
-        )
+        _check(node, found, query)
 
 
-def check_file(
-    path: str, pages: Sequence[int], nodes: Collection[int], query: Query = _native.nodes_of_pages
-) -> None:
-    """The same for pages of a file that this process, on `nodes`, shares with others in the page cache."""
-    advice = (
-        "another process read the file first; drop it from the page cache and start this one first, or let "
-        "one process use all nodes, which copies it to each"
-    )
-    _check(f"packed file {path}", nodes, pages, advice, query)
-
-
-def _check(what: str, nodes: Collection[int], pages: Sequence[int], advice: str, query: Query) -> None:
+def _check(node: int, pages: Sequence[int], query: Query) -> None:
     try:
         found = query(list(pages[:: -(-len(pages) // SAMPLED) or 1]))
     except RuntimeError as error:
-        log.info("placement of %s: unknown, as the system refuses to tell (%s)", what, error)
+        log.info("placement of node %d's weights: unknown, as the system refuses to tell (%s)", node, error)
         return
-    known = [node for node in found if node >= 0]  # others were never read or written
-    away = [node for node in known if node not in nodes]
+    known = [at for at in found if at >= 0]  # others were never read or written
+    away = [at for at in known if at != node]
+    what = f"placement of node {node}'s weights"
     if away:
         log.warning(
-            "placement of %s: %d of %d pages sampled are on other memory nodes (%s): %s",
-            what, len(away), len(known), ", ".join(map(str, sorted(set(away)))), advice,
+            "%s: %d of %d pages sampled are on other memory nodes (%s): memory of a node was full, or bound "
+            "elsewhere",
+            what, len(away), len(known), ", ".join(map(str, sorted(set(away)))),
         )  # fmt: skip
     elif known:
-        log.info("placement of %s: all of %d pages sampled are where they are read", what, len(known))
+        log.info("%s: all of %d pages sampled are where they are read", what, len(known))

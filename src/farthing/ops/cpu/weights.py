@@ -177,6 +177,7 @@ class PackingOps(HostOps):
             self._native = _native.Backend(threads, isa, topology)
         else:
             self._native = _native.Backend(threads, isa, cpus.topology, cpus.pinned)
+            self._native.copies_files = len(cpus.nodes) < cpus.machine_nodes
         if invariant:
             self._native.expand_tokens = self._native.tile_tokens = 0
         if exact:
@@ -212,7 +213,7 @@ class PackingOps(HostOps):
             self._file.verify()
 
     def check_placement(self) -> None:
-        check_placement(self._native.node_memory, self._file)
+        check_placement(self._native.node_memory)
         self._native.free_caller()  # a thread that loads a model does not stay on the first node
 
     def coarse(self) -> Self:

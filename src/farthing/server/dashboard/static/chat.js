@@ -50,7 +50,8 @@ export class Chat {
     try {
       await this.settings.load();
       this.#notice("");
-      if (!this.conversation.turns.length) this.#draw();
+      const asks = this.conversation.path().at(-1)?.calls?.some((call) => this.settings.offered.has(call.function.name));
+      if (!this.conversation.turns.length || (asks && !this.log.querySelector(".question"))) this.#draw();
     } catch (error) {
       if (!(error instanceof Refused)) this.#notice(error.message);
     }
@@ -177,6 +178,7 @@ export class Chat {
       show: (turn) => { conversation.show(turn); this.#save(); this.#draw(); },
       results: (turn, found) => this.#answer(found.reduce((parent, each) => conversation.add(parent, { role: "tool", ...each }).id, turn.id)),
       key: () => this.login(true),
+      tools: this.settings.offered,
     };
     this.views = new Map(conversation.path().map((turn) => [turn.id, new TurnView(conversation, turn, actions)]));
     const greeting = h("div.greeting", {}, h("h1", {}, this.settings.values.model ? `Talk to ${this.settings.values.model.split("/").at(-1)}` : "Talk to the model"),

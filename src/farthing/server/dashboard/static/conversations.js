@@ -5,7 +5,7 @@ import { withFiles } from "./files.js";
 
 const PREFIX = "farthing.chat.";
 const SETTINGS = "farthing.settings";
-export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: "", temperature: "", top_p: "", seed: "", tools: "", other: "", stop: "",
+export const DEFAULTS = { model: "", system: "", thinking: "", max_tokens: "", temperature: "", top_p: "", seed: "", tools: "", mcp: "on", other: "", stop: "",
   top_k: "", min_p: "", min_tokens: "", repetition_penalty: "", presence_penalty: "", frequency_penalty: "", max_thinking_tokens: "" };
 
 const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 8);

@@ -1,5 +1,8 @@
 // Elements and numbers as text.
 
+/** Whether the page is one of this machine. */
+export const LOCAL = /^(?:localhost|127(?:\.\d+){3}|\[::1\])$/.test(location.hostname);
+
 /** An element: h("p.note", {title: "…"}, "text", child). Text is set as text, never as markup. */
 export function h(tag, properties = {}, ...children) {
   const [name, ...classes] = tag.split(".");

@@ -1,6 +1,6 @@
 // Larger models that fit this machine, and a button that downloads one: where only this machine reaches the server.
 import { get, post } from "./api.js";
-import { bytes, h, seconds, short } from "./dom.js";
+import { bytes, h, LOCAL, seconds, short } from "./dom.js";
 import { Waiting } from "./waiting.js";
 
 const EVERY = 1000; // milliseconds between two questions about a download
@@ -11,7 +11,7 @@ export class Pulls {
     this.ask = h("button.quiet", { type: "button", onclick: () => this.#look() }, "Larger models that fit");
     this.list = h("ul.pulls", { ariaLabel: "Larger models that fit" });
     this.said = h("p", { role: "status" });
-    this.element = h("div.larger", { hidden: !/^(?:localhost|127(?:\.\d+){3}|\[::1\])$/.test(location.hostname) }, this.ask, this.list, this.said, this.waiting.element);
+    this.element = h("div.larger", { hidden: !LOCAL }, this.ask, this.list, this.said, this.waiting.element);
   }
 
   async #look() {
@@ -39,7 +39,7 @@ export class Pulls {
     for (let now = pull; ; now = await get("/dashboard/pull")) {
       this.waiting.show(now.what && `${now.model}: ${now.what}`, now.total ? now.done / now.total : null);
       if (!now.what) {
-        this.#say(now.error ? `${now.model}: ${now.error}` : `${now.model} is on this machine now. Start it: farthing serve --fit ${now.model}`);
+        this.#say(now.error ? `${now.model}: ${now.error}` : `${now.model} is on this machine now. This server keeps the model that it has: end it (farthing stop), then type farthing serve --fit ${now.model}`);
         break;
       }
       this.said.textContent = "";

@@ -17,6 +17,7 @@ const number = (value) => (value === "" || value === null ? undefined : Number(v
 
 function body(messages, chosen) {
   const { thinking } = chosen;
+  const tools = [...(chosen.tools.trim() ? JSON.parse(chosen.tools) : []), ...chosen.offered];
   const stop = chosen.stop.split("\n").filter(Boolean);
   return {
     ...(chosen.other.trim() ? JSON.parse(chosen.other) : {}),
@@ -24,7 +25,7 @@ function body(messages, chosen) {
     stream_options: { include_usage: true, continuous_usage_stats: true }, // so that a stopped answer is counted
     ...Object.fromEntries(NUMBERS.map((name) => [name, number(chosen[name])])),
     stop: stop.length ? stop : undefined,
-    tools: chosen.tools.trim() ? JSON.parse(chosen.tools) : undefined,
+    tools: tools.length ? tools : undefined,
     thinking: thinking === "on" ? { type: "enabled" } : undefined,
     reasoning_effort: thinking && thinking !== "on" ? thinking : undefined,
   };

@@ -5,7 +5,9 @@ import { Markdown } from "./markdown.js";
 import { used } from "./reply.js";
 import { Waiting } from "./waiting.js";
 
-/** actions: edit(turn, text), again(turn), show(turn), results(turn, {id: text}), key(). */
+const MOST = 50; // turns after a message until tools that are always allowed need a question again
+
+/** actions: edit(turn, text), again(turn), show(turn), results(turn, [{answers, name, text}]), key(), tools. */
 export class TurnView {
   constructor(conversation, turn, actions) {
     Object.assign(this, { conversation, turn, actions });
@@ -55,6 +57,7 @@ export class TurnView {
   /** Show what the turn has become. */
   update(running) {
     const { turn } = this;
+    this.streamed ||= running; // now, and not in a conversation that is read again
     this.element.classList.toggle("running", running);
     if (running && !turn.first) this.text.element.before(this.waiting.element);
     else this.waiting.element.remove();
@@ -71,11 +74,15 @@ export class TurnView {
   #calls(running) {
     const answered = new Set(this.conversation.turns.filter((each) => each.role === "tool" && this.conversation.path().includes(each)).map((each) => each.answers));
     const open = running ? [] : this.turn.calls.filter((call) => !answered.has(call.id));
-    const inputs = open.map((call) => h("textarea", { rows: 2, name: call.id, placeholder: `Result of ${call.function.name}`, ariaLabel: `Result of ${call.function.name}` }));
+    const path = this.conversation.path();
+    const { tools } = this.actions;
+    const asks = (call) => path.at(-1) === this.turn && tools.has(call.function.name);
+    const always = this.streamed && path.length - path.findLastIndex((each) => each.role === "user") < MOST;
+    const inputs = open.map((call) => asks(call) ? tools.question(call, always, () => open.every(asks) && send()) : h("textarea", { rows: 2, name: call.id, placeholder: `Result of ${call.function.name}`, ariaLabel: `Result of ${call.function.name}` }));
     const shown = this.turn.calls.map((call) => h("details.call", { open: running || open.includes(call) },
       h("summary", {}, "Calls ", h("b", {}, call.function.name)), h("pre", { tabIndex: 0 }, pretty(call.function.arguments))));
-    const send = () => this.actions.results(this.turn, open.map((call, i) => ({ answers: call.id, name: call.function.name, text: inputs[i].value })));
-    this.calls.replaceChildren(...shown, ...inputs, ...(open.length ? [h("button.primary", { type: "button", onclick: send }, "Send results")] : []));
+    const send = () => inputs.every((each) => each.value !== null) && this.actions.results(this.turn, open.map((call, i) => ({ answers: call.id, name: call.function.name, text: inputs[i].value })));
+    this.calls.replaceChildren(...shown, ...inputs, ...(open.every(asks) ? [] : [h("button.primary", { type: "button", onclick: send }, "Send results")]));
   }
 
   #ended() {

@@ -1,8 +1,11 @@
-"""MCP servers of a configuration file, whose tools `farthing chat` offers to the model."""
+"""MCP servers of a configuration file, whose tools a model calls after a question: in the terminal, and on
+the page. Both show the arguments as `described` has them."""
 
 from __future__ import annotations
 
 import json
+import re
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +16,13 @@ if TYPE_CHECKING:
     from mcp import Client, StdioServerParameters
 
 _SECTION = "mcpServers"  # as in the files of other clients
+REFUSED = "error: the user does not allow this call"
+# Letters, signs and marks without a shape: fillers, joiners, inherent vowels, selectors of variants.
+_BLANK = re.compile(
+    r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+_SHOWN = 2000  # characters at each end of a long value
+_FIELDS = 10  # at each end of many: what is asked about stays on the screen
 
 
 def default_file() -> Path:
@@ -53,11 +63,17 @@ class McpServers:
 
     def call(self, name: str, arguments: str) -> str:
         """The text that a tool returns, or what went wrong, for the model to read."""
+        return self.start(name, arguments).result()
+
+    def start(self, name: str, arguments: str) -> Future[str]:
+        """`call`, of which nobody waits for the result; cancelling it ends the call."""
+        return self._portal.start_task_soon(self._call, name, arguments)
+
+    async def _call(self, name: str, arguments: str) -> str:
         if name not in self._owners:
             return f"error: no tool {name!r}; expected one of {', '.join(self._owners)}"
         try:
-            given = json.loads(arguments or "{}")
-            result = self._portal.call(self._owners[name][1].call_tool, name, given)
+            result = await self._owners[name][1].call_tool(name, json.loads(arguments or "{}"))
         except Exception as error:  # of the arguments, the tool or the connection
             return f"error: {_first(error)}"
         content = (part.model_dump() for part in result.content)
@@ -102,3 +118,34 @@ def _first(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):  # of the library's task groups
         error = error.exceptions[0]
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+# The question before a call.
+
+
+def escaped(text: str) -> str:
+    """A text in one line whose characters are all visible: nothing in it moves, hides or reverses others."""
+    shown = (each.isprintable() and not _BLANK.match(each) for each in text)
+    return "".join(each if seen else ascii(each)[1:-1] for each, seen in zip(text, shown, strict=True))
+
+
+def described(arguments: str) -> list[str]:
+    """The fields of a call's arguments, one a line, as a tool gets them. Of very long values and of very many
+    fields the middle is left out, and it is said."""
+    try:
+        fields = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return [f"no JSON: {_shortened(escaped(arguments))}"]
+    if not isinstance(fields, dict):
+        return [f"no object: {_shortened(escaped(arguments))}"]
+    lines = [
+        f"{_shortened(escaped(name))}: {_shortened(escaped(json.dumps(value, ensure_ascii=False)))}"
+        for name, value in fields.items()
+    ]
+    more = len(lines) - 2 * _FIELDS
+    return lines if more <= 0 else [*lines[:_FIELDS], f"[… {more} fields …]", *lines[-_FIELDS:]]
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - 2 * _SHOWN
+    return text if left_out <= 0 else f"{text[:_SHOWN]} [… {left_out} characters …] {text[-_SHOWN:]}"
