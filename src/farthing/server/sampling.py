@@ -46,7 +46,8 @@ def chat_sampling(body: ChatCompletionRequest, defaults: Mapping[str, Any]) -> d
     """Fields of SamplingParams, except structured output."""
     values = _common(body, defaults)
     values["max_tokens"] = body.max_completion_tokens or body.max_tokens
-    values["logprobs"] = body.probable
+    if body.logprobs:
+        values["logprobs"] = body.top_logprobs or 0
     values["prompt_logprobs"] = body.prompt_logprobs
     return values
 

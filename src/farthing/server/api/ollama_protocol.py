@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from farthing.engine.request import StructuredOutputsParams
-from farthing.server.api.openai_protocol import MAX_MESSAGES, Likely, StopString
+from farthing.server.api.openai_protocol import MAX_MESSAGES, StopString
 from farthing.server.api.openai_protocol import Tool as ToolField
 from farthing.server.schema import TEXT_ONLY, Body, FieldError, FieldNames, Strict, words
 
@@ -83,7 +83,7 @@ class Message(Strict):
     tool_call_id: str | None = None
 
 
-class ApiRequest(Likely):
+class ApiRequest(Body):
     """What bodies of /api/chat and /api/generate share. names: of its fields, in messages of errors."""
 
     names: ClassVar[FieldNames] = _CHAT
@@ -95,6 +95,19 @@ class ApiRequest(Likely):
     format: Literal["", "json"] | dict[str, Any] = ""
     think: bool | Annotated[str, Field(max_length=64)] | None = None
     keep_alive: float | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _asks_for_probabilities(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs", problem=" needs logprobs = true")
+        return self
+
+    @property
+    def probable(self) -> int | None:
+        """Number of the likeliest tokens to name at each position; None without log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def structured(self) -> StructuredOutputsParams | None:

@@ -492,8 +492,9 @@ class _Writer:
         return "function_call" if self._body.functions else "tool_calls"
 
     def _logprobs(self, update: Update) -> dict[str, Any] | None:
-        if (top := self._body.probable) is None:
+        if not self._body.logprobs:
             return None
+        top = self._body.top_logprobs or 0
         return chat_logprobs(update.logprobs or [], top, self._service.token_texts())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
@@ -169,24 +169,6 @@ class Sampling(Body):
         return self
 
 
-class Likely(Body):
-    """A request whose answer may name the likeliest tokens at each position."""
-
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-
-    @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise FieldError("top_logprobs", problem=" needs logprobs = true")
-        return self
-
-    @property
-    def probable(self) -> int | None:
-        """Number of the likeliest tokens to name at each position; None without log probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-
 class CompletionRequest(Sampling):
     """Body of /v1/completions."""
 
@@ -349,12 +331,14 @@ ChoiceObject = Annotated[
 ]
 
 
-class ChatCompletionRequest(Likely, Sampling):
+class ChatCompletionRequest(Sampling):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[Tokens | None, Limit] = None
     max_completion_tokens: Annotated[Tokens | None, Limit] = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChoiceObject | None = None
     functions: Annotated[list[Function], Field(max_length=128, fail_fast=True)] | None = (
@@ -398,6 +382,8 @@ class ChatCompletionRequest(Likely, Sampling):
         if self.chat_template is not None:
             problem = ": requests bring no template of their own; expected chat_template_kwargs, or a server "
             raise FieldError("chat_template", problem=problem + "with another --chat-template")
+        if self.top_logprobs and not self.logprobs:
+            raise FieldError("top_logprobs", problem=" needs logprobs = true")
         if self.continue_final_message and (
             self.add_generation_prompt or self.messages[-1].role != "assistant"
         ):
