@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 
 import farthing
+from farthing.ops import Ops
 
 SRC = Path(farthing.__file__).parents[1]
 HOUSES = ("farthing", "farthing_fleet", "farthing_gpu", "farthing_ray", "farthing_lab")
@@ -176,6 +178,11 @@ ROOT = Path(__file__).parents[1]
 # Sizes that were reached: words of the documentation (of a folder with all below it), and lines of Python.
 WORDS = {"docs": 55_000, "docs/guide": 22_000, "docs/design": 20_000, "docs/lab": 12_000}
 LINES = {"bench": 4_500, "src/farthing_lab": 10_180}
+
+
+def test_a_backend_has_few_methods() -> None:
+    methods = [n for n, v in vars(Ops).items() if n[0] != "_" and isinstance(v, FunctionType | property)]
+    assert len(methods) <= 38, "merge two forms of one idea, or compose what is there"
 
 
 @pytest.mark.parametrize("folder", WORDS)
