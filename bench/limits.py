@@ -158,7 +158,7 @@ def _attention_bytes(c: ModelConfig, each: Bytes, name: str) -> float:
 def weight_bytes(raw: dict[str, Any], each: Bytes, routed: float) -> float:
     """Bytes of the matrices of a step that touches `routed` experts per layer, without the embedding."""
     c = ModelConfig.from_json(raw)
-    total = head_parameters(raw) * each.head if c.tie_word_embeddings else 0.0
+    total = head_parameters(raw) * each.head if c.head.tie_word_embeddings else 0.0
     for name, shape in tensors(raw):
         if name == EMBEDDING or len(shape) != 2 or name.endswith(TABLES):
             continue

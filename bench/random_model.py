@@ -130,7 +130,7 @@ def active_parameters(c: dict[str, Any], routed: float) -> int:
     for name, shape in tensors(c):
         if len(shape) == 2 and name != EMBEDDING and not name.endswith(TABLES):  # a convolution has three
             total += math.prod(shape) * (routed / (model.n_routed_experts or 1) if ".experts." in name else 1)
-    return int(total + (head_parameters(c) if model.tie_word_embeddings else 0))
+    return int(total + (head_parameters(c) if model.head.tie_word_embeddings else 0))
 
 
 def value(name: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:

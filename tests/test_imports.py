@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import FunctionType
 import pytest
 
 import farthing
+from farthing.model import ModelConfig
 from farthing.ops import Ops
 
 SRC = Path(farthing.__file__).parents[1]
@@ -183,6 +185,10 @@ LINES = {"bench": 4_500, "src/farthing_lab": 10_180}
 def test_a_backend_has_few_methods() -> None:
     methods = [n for n, v in vars(Ops).items() if n[0] != "_" and isinstance(v, FunctionType | property)]
     assert len(methods) <= 38, "merge two forms of one idea, or compose what is there"
+
+
+def test_a_model_has_few_fields_of_its_own() -> None:
+    assert len(fields(ModelConfig)) <= 16, "a layer's first or second half has what belongs to it"
 
 
 @pytest.mark.parametrize("folder", WORDS)

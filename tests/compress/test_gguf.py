@@ -138,7 +138,7 @@ def test_every_recipe_is_exported(
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out).tensors}
     head = "token_embd.weight" if tied else "output.weight"
     assert stored["blk.2.ffn_down_exps.weight"] == expected
-    rounded = config_of(Checkpoint.open(small)).rounded_head
+    rounded = config_of(Checkpoint.open(small)).head.rounded_head
     assert stored[head] == ("Q8_0" if rounded else "F32")
     assert rounded == (name != "int8")
     found = re.findall(r"KL divergence from .*: (\d\.\d+) nats", done.output)

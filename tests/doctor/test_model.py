@@ -8,7 +8,7 @@ import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from farthing.checkpoint.reader import Checkpoint
 from farthing.doctor.model import MOST_BYTES, check, check_chat_format, float32_bytes, logits_of, shortened
 from farthing.hub import resolve_model
 from farthing.model.config import ModelConfig
+from farthing.model.forms import LatentHeads
 from farthing.model.load import config_of
 from farthing.ops.select import select
 from farthing.ops.weights import quantize_int8
@@ -144,9 +145,11 @@ def test_wrong_query_scaling_is_found(
 
     def changed(checkpoint: Checkpoint) -> ModelConfig:
         config = config_of(checkpoint)
-        assert config.query_scaling is not None
-        scaling = None if wrong is None else replace(config.query_scaling, **wrong)
-        return replace(config, query_scaling=scaling)
+        own = config.latent.query_scaling
+        assert own is not None
+        scaling = None if wrong is None else replace(own, **wrong)
+        mixers = (replace(cast(LatentHeads, mixer), query_scaling=scaling) for mixer in config.mixers)
+        return replace(config, mixers=tuple(mixers))
 
     monkeypatch.setattr("farthing.doctor.model.config_of", changed)
     state, detail = states(tmp_path)["transformers"]

@@ -198,8 +198,8 @@ def test_tied_embeddings_of_the_wrapper_win(name: str) -> None:
     text = V3 | dict(model_type=inner, tie_word_embeddings=False)
     for tied in (True, False):
         raw = dict(model_type=name, text_config=text | dict(tie_word_embeddings=not tied))
-        assert ModelConfig.from_json(raw).tie_word_embeddings is not tied
-        assert ModelConfig.from_json(raw | dict(tie_word_embeddings=tied)).tie_word_embeddings is tied
+        assert ModelConfig.from_json(raw).head.tie_word_embeddings is not tied
+        assert ModelConfig.from_json(raw | dict(tie_word_embeddings=tied)).head.tie_word_embeddings is tied
 
 
 def test_only_v3_layers_are_compressed() -> None:

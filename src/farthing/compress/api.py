@@ -308,7 +308,7 @@ def _result(checkpoint: PlainCheckpoint, compressed: _Made) -> Sizes:
             experts = config.experts_in(layer) or 1
             routed[layer] = [compressed.adaptive.experts_after / experts] * experts
     saved = {m["module"]: m["zero_block_bytes"] for m in compressed.state.modules if m["zero_block_bytes"]}
-    if config.rounded_head:
+    if config.head.rounded_head:
         head, rounded = head_in_8_bits(checkpoint)
         saved[head] = max(checkpoint.nbytes(f"{head}.weight") - rounded, 0)
     return sizes_of(checkpoint, reads_of(config, routed), saved)

@@ -96,7 +96,7 @@ _WHOLE_HEADS = ("dots1", "olmoe")  # whose queries never share keys there
 
 def _not_in_llama_cpp(config: ModelConfig, architecture: str, names: Set[str]) -> Iterator[str]:
     """What llama.cpp refuses or computes otherwise of a model that GGUF can say; `names` of its tensors."""
-    if config.tie_word_embeddings and architecture in _OWN_HEAD:
+    if config.head.tie_word_embeddings and architecture in _OWN_HEAD:
         yield f"refuses {architecture} files without output.weight, and this model's head is its embedding"
     heads = config.attention
     if architecture in _WHOLE_HEADS and heads.cache_rows < heads.query_heads:

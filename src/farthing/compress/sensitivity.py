@@ -90,12 +90,12 @@ class Judge:
 
     def divergences(self) -> list[float]:
         """Mean KL(model || model with one layer in PROBE) for every layer, nats per token."""
-        tied = self.config.tie_word_embeddings
+        tied = self.config.head.tie_word_embeddings
         head = self._embedding.float() if tied else self._checkpoint.weight("lm_head").dequantize()
 
         def log_probs(hidden: Tensor) -> Tensor:  # [t, D] -> [t, V]
             normed = F.rms_norm(hidden, hidden.shape[-1:], self._norm, self.config.rms_norm_eps)
-            return (F.linear(normed, head) * self.config.logit_scale).log_softmax(-1)
+            return (F.linear(normed, head) * self.config.head.logit_scale).log_softmax(-1)
 
         totals = [0.0] * (len(self.states) - 1)
         for rows in range(0, self.states.shape[1], ROWS):

@@ -54,7 +54,7 @@ def reads_of(config: ModelConfig, routed: Mapping[int, Sequence[float]] | None =
     def reads(module: str) -> float:
         pieces = module.split(".")
         if pieces[-1] == "embed_tokens" and len(pieces) == 2:
-            return 1.0 if config.tie_word_embeddings else 1 / config.vocab_size
+            return 1.0 if config.head.tie_word_embeddings else 1 / config.vocab_size
         if len(pieces) < 3 or pieces[1] != "layers":
             return 1.0
         layer = int(pieces[2])

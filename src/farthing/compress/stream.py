@@ -206,7 +206,7 @@ def _write_top(
         writer.add(checkpoint.stored(name), checkpoint.tensor(name))
     for name, tensor in checkpoint.skipped():
         writer.add(name, tensor)
-    if not config.tie_word_embeddings:
+    if not config.head.tie_word_embeddings:
         head = checkpoint.weight("lm_head")
         value = head.data if head.format == "dense" else head.dequantize(torch.bfloat16)
         check_finite("lm_head.weight", value)

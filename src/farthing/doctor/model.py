@@ -293,7 +293,7 @@ def later_position(config: ModelConfig, tokens: int) -> int:
 
     There query scales change. Models without them are compared as well: transformers could have them.
     """
-    scaling, rope = config.query_scaling, config.rope
+    scaling, rope = config.attention.query_scaling, config.rope
     original = scaling.original_max_position if scaling else rope.original_max_position if rope.factor else 0
     fits = 0 < original <= config.max_position_embeddings - tokens
     return max(original - tokens // 2, 1) if fits else 0

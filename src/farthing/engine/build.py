@@ -91,7 +91,7 @@ def _without_torch(path: Path, config: EngineConfig) -> bool:
 def runs_on_arrays(model: ModelConfig) -> bool:
     """Whether every layer is part of one native call, so that tensors can be numpy arrays."""
     plain = not any(f.delayed or f.post_norm != model.post_norms for f in model.feeds)
-    return plain and not (model.query_scaling or model.index_topk)
+    return plain and model.attention.independent
 
 
 def _ops(config: EngineConfig, arrays: bool) -> Ops:

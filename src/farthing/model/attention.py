@@ -348,7 +348,7 @@ def attention_spec(config: ModelConfig) -> AttentionSpec:
 
 def query_scale(config: ModelConfig, ops: Ops) -> Tensor | None:
     """The query scale of every position, float32 [max_len]; None if all are 1."""
-    s = config.query_scaling
+    s = config.attention.query_scaling
     if s is None:
         return None
     periods = np.arange(config.max_position_embeddings) // s.original_max_position

@@ -15,10 +15,8 @@ from farthing.model import fields as checked
 from farthing.model.fields import (
     MOST,
     ConfigError,
-    QueryScaling,
     RopeConfig,
     optional_section,
-    read_query_scaling,
     wrong,
 )
 from farthing.model.forms import Experts, Feed, Index, LatentHeads, Mixer, feed_layers
@@ -27,11 +25,21 @@ from farthing.ops.specs import StreamSpec
 
 __all__ = [
     "ConfigError",
+    "Head",
     "ModelConfig",
-    "QueryScaling",
     "RopeConfig",
     "check_config",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The product that gives the logits, which are scaled and then capped. Names follow config.json."""
+
+    tie_word_embeddings: bool = False  # its matrix is the embedding's
+    logit_scale: float = 1.0
+    logit_cap: float | None = None  # logits z become cap tanh(z / cap)
+    rounded_head: bool = False  # it was meant to be served in 8 bits, where the backend has them
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +54,10 @@ class ModelConfig:
     feeds: tuple[Feed, ...]  # the second half of each hidden layer, then those of MTP layers
     max_position_embeddings: int
     streams: StreamSpec | None = None  # of the residual; None: one, to which outputs are added
-    query_scaling: QueryScaling | None = None
     rms_norm_eps: float = 1e-6
     norm_offset: float = 0.0  # added to the weights of norms, but for those of recurrent layers' outputs
-    tie_word_embeddings: bool = False
-    embedding_scale: float = 1.0  # of the embedding's output, and of the logits
-    logit_scale: float = 1.0
-    rounded_head: bool = False  # the head was meant to be served in 8 bits, where the backend has them
-    logit_cap: float | None = None  # logits z become cap tanh(z / cap)
+    embedding_scale: float = 1.0  # of the embedding's output
+    head: Head = Head()
     post_norms: bool = False  # norms on the outputs of first halves; `feeds` tell of second ones
     num_nextn_predict_layers: int = 0
     bos_token_id: int | None = None
@@ -134,7 +138,7 @@ class ModelConfig:
     def runs_by_layer(self) -> bool:
         """Whether a layer is attention (or a recurrence) and one feed-forward that need nothing of others."""
         alone = all(feed.alone and feed.post_norm == self.post_norms for feed in self.feeds)
-        return alone and self.query_scaling is None and self.attention.independent
+        return alone and self.attention.independent
 
     @property
     def uneven(self) -> bool:
@@ -267,7 +271,8 @@ class ModelConfig:
             values = checked.values(cls, raw, nullable=_DRAFTS) | _derived(raw)
             hidden, drafts = values["num_hidden_layers"], values["num_nextn_predict_layers"]
             halves = {"mixers": kind.mixers(raw, hidden), "feeds": feed_layers(raw, hidden, drafts)}
-            config = cls(**{**values, **halves, "model_type": kind.name, "rounded_head": rounded})
+            head = Head(**checked.values(Head, raw) | {"rounded_head": rounded})
+            config = cls(**{**values, **halves, "model_type": kind.name, "head": head})
             positions = _stretched(config.max_position_embeddings, config.rope)
             config = replace(config, max_position_embeddings=positions)
             check_config(config)
@@ -290,7 +295,6 @@ def _derived(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise wrong("mlp_bias", raw["mlp_bias"], "false: matrices have no bias")
     drafts = next((n for n in _DRAFTS if raw.get(n) is not None), None)
     return {
-        "query_scaling": read_query_scaling(raw),
         "num_nextn_predict_layers": 0 if drafts is None else checked.in_range(drafts, raw[drafts], 0, 64),
         "streams": raw.get("streams"),
         "eos_token_ids": _ids(raw.get("eos_token_id")),

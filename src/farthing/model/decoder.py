@@ -109,16 +109,16 @@ class DecoderModel:
             self.embedding = table_of(config, ops, weights) if first else None
             return
         # Logits are scaled by the norm before the head.
-        norm = norm_of(config, weights, "model.norm", scale=config.logit_scale)
-        self.norm = replace(norm, cap=config.logit_cap or 0.0)
+        norm = norm_of(config, weights, "model.norm", scale=config.head.logit_scale)
+        self.norm = replace(norm, cap=config.head.logit_cap or 0.0)
 
         def head() -> Weight:
-            if config.tie_word_embeddings:
+            if config.head.tie_word_embeddings:
                 return weights.weight(EMBEDDING, shape)
             return weights.weight("lm_head", shape)
 
         self.head = head_ops(config, ops).pack_head("lm_head", head)
-        tied = config.tie_word_embeddings
+        tied = config.head.tie_word_embeddings
         if first or tied or config.num_nextn_predict_layers:
             self.embedding = table_of(config, ops, weights, self.head if tied else None)
         self.mtp = [
@@ -354,7 +354,7 @@ class DecoderModel:
 
 def head_ops(config: ModelConfig, ops: Ops) -> Ops:
     """The backend that packs the head."""
-    return ops.coarse() if config.rounded_head else ops
+    return ops.coarse() if config.head.rounded_head else ops
 
 
 def _feed(

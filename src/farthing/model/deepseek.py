@@ -195,10 +195,10 @@ class MTPLayer:
             self.embedding = embedding if same(own, embedding) else own
         if weights.has(p + "shared_head.head.weight"):
             own = weights.tensor(p + "shared_head.head.weight", shape)
-            main = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+            main = "model.embed_tokens.weight" if config.head.tie_word_embeddings else "lm_head.weight"
             if own_head := not same(own, weights.tensor(main, shape)):
                 head_weight = partial(Weight, "dense", own)
-        if own_head or (ops is not at.ops and not config.rounded_head):
+        if own_head or (ops is not at.ops and not config.head.rounded_head):
             head = ops.pack_head(p + "shared_head.head", head_weight)
         self.head = head
 

@@ -65,7 +65,7 @@ def _multipliers(c: ModelConfig) -> dict[str, Any]:
         "embedding_scale": c.embedding_scale,
         "residual_scale": 1.0,
         "attention.scale": c.attention.scale,
-        "logit_scale": 1.0 / c.logit_scale,
+        "logit_scale": 1.0 / c.head.logit_scale,
     }
 
 
@@ -120,8 +120,9 @@ def rotary_factors(rope: RopeConfig, width: int) -> NDArray[np.float32] | None:
     return factors
 
 
-# Not compared: what the tokenizer's fields have, and a head that the file has rounded.
-_UNCOMPARED = ("model_type", "bos_token_id", "eos_token_ids", "rounded_head")
+# Not compared: what the tokenizer's fields have, and a head that the file has rounded; the fields of
+# the head are compared by themselves.
+_UNCOMPARED = ("model_type", "head", "bos_token_id", "eos_token_ids", "rounded_head")
 
 
 def _difference(name: str, own: Any, read: Any) -> tuple[str, Any, Any]:
@@ -151,8 +152,10 @@ def read_back(
     """
     described = Metadata(out, {name: partial(metadata.get, name) for name in metadata})
     found = ModelConfig.from_json(config_of(described, tensors, factors))
-    for field in fields(ModelConfig):
-        name, own, read = _difference(field.name, *(getattr(each, field.name) for each in (config, found)))
+    of = {each: (config, found) for each in fields(config)}
+    of |= {each: (config.head, found.head) for each in fields(config.head)}
+    for field, both in of.items():
+        name, own, read = _difference(field.name, *(getattr(each, field.name) for each in both))
         if own != read and field.name not in _UNCOMPARED:
             raise ConfigError(
                 f"model: its {name} is {str(own)[:200]}, and GGUF of the architecture "

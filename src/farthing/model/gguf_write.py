@@ -147,8 +147,8 @@ class GgufTensors:
         return changes_of(self._names, suffix if part.isdecimal() else part, said.__getitem__, self._values)
 
     def _kind_of(self, weight: Weight, module: str) -> str:
-        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        if self.config.rounded_head and module == head and not weight.shape[1] % BLOCK:
+        head = "model.embed_tokens" if self.config.head.tie_word_embeddings else "lm_head"
+        if self.config.head.rounded_head and module == head and not weight.shape[1] % BLOCK:
             return _PRECISE  # as it is served
         if self._kind is None or weight.format not in ("dense", "fp8"):
             return kind_for(weight)

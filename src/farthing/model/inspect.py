@@ -54,7 +54,7 @@ def model_cost(config: ModelConfig, nbytes: Callable[[str], int] | None = None) 
     routed = [k for k in main if k.tensor.expert is not None]
     embedding, *rest = main
     always = [k for k in rest if k.tensor.expert is None]
-    tied = config.tie_word_embeddings
+    tied = config.head.tie_word_embeddings
     # A tied embedding is read whole as the head; of an untied one, one row is read.
     head_rows = config.vocab_size if tied else 1
     active_routed = round(sum(k.numbers * k.read for k in routed))

@@ -116,7 +116,7 @@ def parts(config: ModelConfig, source: WeightSource) -> Iterator[tuple[str, Call
         return build
 
     def head_weight() -> Weight:
-        if config.tie_word_embeddings:
+        if config.head.tie_word_embeddings:
             return source.weight(EMBEDDING, shape)
         return source.weight("lm_head", shape)
 

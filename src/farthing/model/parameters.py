@@ -24,7 +24,7 @@ def each_kind(config: ModelConfig) -> Tensors:
     if config.streams:
         yield from _streams(config, "model.hc_head.hc_", "ends", ends=True)
     yield Tensor("model.norm.weight", (d,), "norm", part="ends")
-    if not config.tie_word_embeddings:
+    if not config.head.tie_word_embeddings:
         yield Tensor("lm_head.weight", (v, d), "head", part="ends")
 
 

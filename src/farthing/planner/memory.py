@@ -240,7 +240,7 @@ def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder,
             continue
         local = local_shape(tensor.shape, cut)
         if tensor.role == "embedding":
-            tied, head = plan.config.tie_word_embeddings, _head_stored(plan.config, holder, stored)
+            tied, head = plan.config.head.tie_word_embeddings, _head_stored(plan.config, holder, stored)
             if not (tied and holder.backend == "cpu" and (holder.quantization or not head.is_float)):
                 total += prod(local) * _item(stored)  # embeddings are read in their stored format
             if tied:
@@ -252,13 +252,13 @@ def _weights(model: PlannedModel, plan: ShardPlan, place: Place, holder: Holder,
     if holder.backend == "cpu" and plan.layout.world == 1 and plan.config.num_nextn_predict_layers:
         # A single rank uses a separate int8 head for drafts.
         c = plan.config
-        rounded = holder.quantization or c.rounded_head
+        rounded = holder.quantization or c.head.rounded_head
         total += 0 if rounded else holder.matrix(c.vocab_size, c.hidden_size, Stored("int8"))
     return total
 
 
 def _head_stored(config: ModelConfig, holder: Holder, stored: Stored) -> Stored:
-    return Stored("int8") if config.rounded_head and holder.backend == "cpu" else stored
+    return Stored("int8") if config.head.rounded_head and holder.backend == "cpu" else stored
 
 
 def _experts(

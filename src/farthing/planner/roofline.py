@@ -144,7 +144,7 @@ class RankRoofline:
     @cached_property
     def head(self) -> tuple[Product, ...]:
         """This rank's slice of the head."""
-        head, stored = self._model.parameters[0 if self.config.tie_word_embeddings else -1]
+        head, stored = self._model.parameters[0 if self.config.head.tie_word_embeddings else -1]
         return tuple(p for p in [self._product(head, stored)[1]] if p is not None)
 
     def _product(self, tensor: Tensor, stored: Stored) -> tuple[Part, Product | None]:

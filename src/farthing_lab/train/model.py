@@ -33,10 +33,7 @@ from farthing_lab.train.functional import (
 # The trainable architecture: DeepSeek-V3's, described by the engine's `ModelConfig`.
 
 # Fields of `ModelConfig` that DeepSeek's config.json lacks or names differently.
-_OTHER = {
-    *("mixers", "feeds", "query_scaling", "embedding_scale", "logit_scale", "norm_offset", "post_norms"),
-    *("eos_token_ids",),
-}
+_OTHER = {"mixers", "feeds", "embedding_scale", "head", "norm_offset", "post_norms", "eos_token_ids"}
 
 
 def check_trainable(cfg: ModelConfig) -> None:
@@ -69,11 +66,12 @@ def check_trainable(cfg: ModelConfig) -> None:
 def to_json(cfg: ModelConfig) -> dict[str, Any]:
     """Fields of config.json that describe a trainable architecture, for `ModelConfig.from_json`."""
     fields: dict[str, Any] = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in _OTHER}
-    others = ("query_latent_scale", "latent_scale", "index", "rope")
+    others = ("query_latent_scale", "latent_scale", "index", "rope", "query_scaling")
     fields |= {k: v for k, v in dataclasses.asdict(cfg.latent).items() if k not in others}
     if (index := cfg.index) is not None:
         sizes = index.heads, index.width, index.top_k
         fields |= dict(zip(("index_n_heads", "index_head_dim", "index_topk"), sizes, strict=True))
+    fields |= {"tie_word_embeddings": cfg.head.tie_word_embeddings}
     fields |= {"rope_theta": cfg.rope.theta, "rope_scaling": None, "eos_token_id": cfg.eos_token_ids[0]}
     return fields | _feed_forwards(cfg)
 
@@ -471,7 +469,7 @@ class DeepSeekLM(nn.Module):
         self.embed_tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.hidden_size) * 0.03)
         self.layers = nn.ModuleList(self.block(cfg, i) for i in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.lm_head = None if cfg.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
+        self.lm_head = None if cfg.head.tie_word_embeddings else Linear(cfg.hidden_size, cfg.vocab_size)
         self.mtp = MTP(cfg) if cfg.num_nextn_predict_layers else None
         self.register_buffer("turn", self.turns(cfg), persistent=False)
         self.set_compute_dtype(compute_dtype)

@@ -57,14 +57,14 @@ def to_json(cfg: ModelConfig) -> dict[str, Any]:
     assert s is not None and index is not None and e is not None
     own = [
         *("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "n_routed_experts"),
-        *("num_experts_per_tok", "max_position_embeddings"),
-        *("tie_word_embeddings", "rms_norm_eps", "bos_token_id"),
+        *("num_experts_per_tok", "max_position_embeddings", "rms_norm_eps", "bos_token_id"),
     ]
     heads = ("num_attention_heads", "head_dim", "q_lora_rank", "o_groups", "o_lora_rank")
     return {
         "model_type": "deepseek_v4",
         **{name: getattr(cfg, name) for name in own},
         **{name: getattr(a, name) for name in heads},
+        "tie_word_embeddings": cfg.head.tie_word_embeddings,
         "qk_rope_head_dim": a.rotary_width,
         "sliding_window": a.window,
         "index_n_heads": index.heads,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Protocol, Self
 
-from farthing.model.fields import UNSCALED, RopeConfig
+from farthing.model.fields import UNSCALED, QueryScaling, RopeConfig
 from farthing.model.spec import Tensors
 
 
@@ -118,6 +118,11 @@ class Mixer:
         return UNSCALED
 
     @property
+    def query_scaling(self) -> QueryScaling | None:
+        """The scale of queries by position; None: they are not scaled."""
+        return None
+
+    @property
     def rotated(self) -> bool:
         """Whether queries and keys are rotated."""
         return True
@@ -134,7 +139,7 @@ class Mixer:
 
     @property
     def independent(self) -> bool:
-        """Whether the layer needs nothing that another layer selects, nor selects anything for one."""
+        """Whether the layer needs nothing but the last one's output, nor selects anything for another."""
         return True
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from farthing.model import fields as checked
-from farthing.model.fields import UNSCALED, RopeConfig, wrong
+from farthing.model.fields import UNSCALED, QueryScaling, RopeConfig, wrong
 from farthing.model.forms.base import Index, Mixer, Workspace, divided
 from farthing.model.spec import Share, Tensor, Tensors
 
@@ -26,6 +26,7 @@ class LatentHeads(Mixer):
     latent_scale: float = 1.0
     index: Index | None = None  # sparse attention (V3.2); None: to all cached tokens
     rope: RopeConfig = UNSCALED
+    query_scaling: QueryScaling | None = None
 
     @property
     def cache_rows(self) -> int:
@@ -82,7 +83,7 @@ class LatentHeads(Mixer):
 
     @property
     def independent(self) -> bool:
-        return self.index is None
+        return self.index is None and self.query_scaling is None
 
     def selecting(self, top_k: int | None) -> LatentHeads:
         index = None if self.index is None or top_k is None else replace(self.index, top_k=top_k)
@@ -230,4 +231,5 @@ def read_latent(raw: Mapping[str, Any]) -> LatentHeads:
         q_lora_rank=None if rank is None else checked.in_range("q_lora_rank", rank, 1),
         query_latent_scale=query,
         latent_scale=latent,
+        query_scaling=checked.read_query_scaling(raw),
     )
