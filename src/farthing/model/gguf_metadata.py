@@ -152,7 +152,7 @@ def read_back(
     """
     described = Metadata(out, {name: partial(metadata.get, name) for name in metadata})
     found = ModelConfig.from_json(config_of(described, tensors, factors))
-    of = {each: (config, found) for each in fields(config)}
+    of: dict[Any, tuple[Any, Any]] = {each: (config, found) for each in fields(config)}
     of |= {each: (config.head, found.head) for each in fields(config.head)}
     for field, both in of.items():
         name, own, read = _difference(field.name, *(getattr(each, field.name) for each in both))
