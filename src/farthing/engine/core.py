@@ -228,7 +228,7 @@ class EngineCore:
         plan = self._planned = self.scheduler.schedule()
         if not plan and self._divided is None:
             return False
-        if self.scheduler.others:
+        if self.scheduler.kinds.copies:
             self.scheduler.copy_states(self.runner.copy_states)
         several = len(self.scheduler.shares.present) > 1  # before requests of this step end
         now = time.time()
@@ -279,7 +279,7 @@ class EngineCore:
         moved = self._commit(plan, tokens, logprobs, faults)
         for gen in faults:
             gen.finish_reason = "error"  # so that nothing drafts for it
-        if self.scheduler.others:
+        if self.scheduler.kinds.copies:
             self.scheduler.copy_states(self.runner.copy_states)
         if self._speculator is not None:
             self._speculate(self._speculator, plan, step, hidden, began, whole)

@@ -50,7 +50,7 @@ class Window(Kind):
 
 
 class Kinds:
-    """All kinds but the one that keeps every token. Falsy if there are none."""
+    """All kinds but the one that keeps every token; of none, everything is usable and nothing is kept."""
 
     def __init__(
         self,
@@ -72,16 +72,10 @@ class Kinds:
         if slots and len(slots) < step[0]:
             raise ValueError(f"states: got {len(slots)} slots; expected max_num_seqs = {step[0]}")
         self.states = Kind(prefix, slots, step[0]) if slots else None
+        # Kinds 1, 2, …: windows, then states.
+        self.all: list[Kind] = [*self.windows, *([] if self.states is None else [self.states])]
         self.copies: dict[int, int] = {}  # of states, to make before the next step: source by target
         self._copied: list[bytes] = []  # hashes of checkpoints among them
-
-    def __bool__(self) -> bool:
-        return bool(self.all)
-
-    @property
-    def all(self) -> list[Kind]:
-        """Kinds 1, 2, …: windows, then states."""
-        return [*self.windows, *([] if self.states is None else [self.states])]
 
     @property
     def forms(self) -> tuple[dict[int, list[int]], list[int], int]:
@@ -93,6 +87,8 @@ class Kinds:
 
     def usable(self, seq: Sequence, hits: int, tails: bool = True) -> int:
         """The most of `hits` leading blocks after which `seq` can continue, in a tail if `tails`."""
+        if not self.all:
+            return hits
         for count in range(hits, 0, -1):
             first = count * self._size
             rest = seq.tokens[first:-1][: self._size] if tails and seq.read_cache else []
@@ -118,10 +114,8 @@ class Kinds:
 
         stored: whether a kind's block is on disk.
         """
-        all_ = self.all
-        wanted = [
-            (all_.index(k) + 1, digest) for k, digest in self._needed(seq, count) if digest not in k.known
-        ]
+        needed = [(k, digest) for k, digest in self._needed(seq, count) if digest not in k.known]
+        wanted = [(self.all.index(k) + 1, digest) for k, digest in needed]
         return wanted if all(stored(*each) for each in wanted) else None
 
     def present(self, seq: Sequence, count: int) -> list[tuple[int, bytes, int]]:
@@ -206,9 +200,8 @@ class Kinds:
         return target
 
     def settle_drafts(self, seq: Sequence, accepted: bool) -> bool:
-        """Drafts were computed. False if the state is again that before them."""
-        if self.states is None or seq.backup < 0:
-            return True
+        """Drafts after `guard` were computed. False if the state is again that before them."""
+        assert self.states is not None
         wrong, seq.backup = seq.backup, -1
         if not accepted:
             wrong, seq.slot = seq.slot, wrong
@@ -220,6 +213,8 @@ class Kinds:
 
         Returns the blocks that were kept: (kind, first, end).
         """
+        if not self.all:
+            return []
         kept = [each for edge in self._edges(seq, before) for each in self._keep(seq, edge)]
         last = seq.num_computed // self._size * self._size
         longest = -(-len(seq.tokens) // self._size)

@@ -89,7 +89,6 @@ class Scheduler(Generic[S]):
         self.pool = BlockPool(num_blocks, self.prefix.forget, self.prefix.contains_block, blocks)
         step = max_num_seqs, max_num_batched_tokens, num_lookahead
         self.kinds = Kinds(self.prefix, windows or {}, slots, step, every)
-        self.others = bool(self.kinds)  # whether there are any besides the blocks of `pool`
         self.pools = [self.pool, *(kind.pool for kind in self.kinds.all)]
         self.known: list[Known] = [self.prefix, *(kind.known for kind in self.kinds.all)]
         self.prefetch: Prefetch[S] = Prefetch(store, self.pools, self.known, self.kinds)
@@ -199,12 +198,11 @@ class Scheduler(Generic[S]):
     def copy_states(self, copy: Callable[[list[tuple[int, int]]], None]) -> None:
         """Have the states copied that checkpoints, prefix hits and drafts need: (source, target) slots.
 
-        To be called before each step and after its tokens are committed.
+        To be called, if there are any, before each step and after its tokens are committed.
         """
         copies, kept = self.kinds.take_copies()
-        if copies:
-            copy(copies)
-            self.prefetch.copied(kept)
+        copy(copies)
+        self.prefetch.copied(kept)
 
     def cached(self, tokens: list[int], salt: str) -> list[tuple[int, bytes, int]]:
         """Kind, hash and block of what the prefix cache has to continue a prompt, without its tails."""
@@ -262,11 +260,9 @@ class Scheduler(Generic[S]):
         seq.num_computed += item.count + max(0, len(new_tokens) - 1)
         seq.tokens.extend(new_tokens)
         seq.drafts = []
-        if self.others:
-            accepted = len(new_tokens) > len(item.drafts)
-            seq.redo = 0
-            if not self.kinds.settle_drafts(seq, accepted):
-                seq.num_computed, seq.redo = before, seq.num_computed - before
+        seq.redo = 0
+        if seq.backup >= 0 and not self.kinds.settle_drafts(seq, len(new_tokens) > len(item.drafts)):
+            seq.num_computed, seq.redo = before, seq.num_computed - before
         full = min(seq.num_computed, len(seq.tokens)) // self.block_size
         if self.prefix.enabled and full > seq.num_registered:
             self.prefix.extend(seq.hashes, seq.tokens, seq.salt, full)
@@ -277,8 +273,8 @@ class Scheduler(Generic[S]):
             if self.prefetch.store is not None:
                 self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full
-        if self.others:
-            self.prefetch.kept(seq.hashes, self.kinds.commit(seq, before))
+        if kept := self.kinds.commit(seq, before):
+            self.prefetch.kept(seq.hashes, kept)
 
     def check(self) -> None:
         """Raise IntegrityError if blocks leaked or invariants are violated."""
@@ -320,7 +316,7 @@ class Scheduler(Generic[S]):
                 drafts = ()
                 if not self._make_room(seq, order):
                     continue
-            if drafts and self.others and not self.kinds.guard(seq):
+            if drafts and not self.kinds.guard(seq):
                 drafts = ()
             spare -= len(drafts) + redo
             budget -= self._add(plan, seq, 1 + redo, 1, drafts)
@@ -346,7 +342,7 @@ class Scheduler(Generic[S]):
             client = self.shares.next(begun.keys() | queued, self._urgency)
             seq = next(begun[client], None) if client in begun else None
             if seq is not None:
-                pending, most = seq.num_pending, self.kinds.until(seq) if self.others else None
+                pending, most = seq.num_pending, self.kinds.until(seq)
                 if count := room.take(pending, seq.scored, most):
                     self._add(plan, seq, count, pending)
                 continue
@@ -361,7 +357,7 @@ class Scheduler(Generic[S]):
             elif not room.offers(pending, head.scored) or (self._computing and self._awaits(head, len(hits))):
                 queued.discard(client)
             elif self._admit(head, hits):
-                pending, most = head.num_pending, self.kinds.until(head) if self.others else None
+                pending, most = head.num_pending, self.kinds.until(head)
                 count = room.take(pending, head.scored, most) or 1
                 self._add(plan, head, count, pending, first=True)
             else:
@@ -380,8 +376,7 @@ class Scheduler(Generic[S]):
         self._queues.drop(seq)
         shared, cached, others = list(hits), len(hits) * self.block_size, list[int]()
         rest = seq.tokens[cached:-1][: self.block_size] if seq.read_cache else []
-        whole = self.others and self.kinds.whole_tails
-        if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest, whole):
+        if tail := self.prefix.take_tail(seq.hashes[: len(hits)], seq.salt, rest, self.kinds.whole_tails):
             (block, *others), count = tail
             shared, cached = [*hits, block], cached + count
         if shared:
@@ -390,10 +385,8 @@ class Scheduler(Generic[S]):
         seq.num_computed = seq.num_cached = cached
         seq.num_registered = len(hits)
         if self.prefix.enabled and seq.read_cache and not seq.preemptions:
-            found = self.prefix.match(seq.hashes) if self.others else hits
-            seq.missed = self.prefix.missed(seq, len(found))
-        if self.others:
-            self.kinds.admit(seq, len(hits), cached, others)
+            seq.missed = self.prefix.missed(seq, len(self.prefix.match(seq.hashes)))
+        self.kinds.admit(seq, len(hits), cached, others)
         for digest in seq.hashes[len(hits) :]:
             self._computing.setdefault(digest, seq)
         seq.row, seq.row_filled = self._rows.pop(), 0
@@ -403,7 +396,7 @@ class Scheduler(Generic[S]):
 
     def _fits(self, seq: S, hits: list[int]) -> bool:
         """Whether there are free blocks for all tokens besides the cached ones, and a slot."""
-        if self.others and not self.kinds.fits():
+        if not self.kinds.fits():
             return False
         need = self._blocks_for(len(seq.tokens)) - len(hits)
         revived = sum(self.pool.refs(block) == 0 for block in hits)
@@ -451,7 +444,7 @@ class Scheduler(Generic[S]):
         count = (len(seq.tokens) - 1) // self.block_size
         self.prefix.extend(seq.hashes, seq.tokens, seq.salt, count)
         hits = self.prefix.match(seq.hashes[:count])
-        return hits[: self.kinds.usable(seq, len(hits))] if self.others else hits
+        return hits[: self.kinds.usable(seq, len(hits))]
 
     def _awaits(self, seq: S, num_hits: int) -> bool:
         """Whether running sequences will compute enough of the prefix after the blocks that were found."""
@@ -501,16 +494,13 @@ class Scheduler(Generic[S]):
         else:  # what is needed to continue a sequence at its end stays in the prefix cache
             full = seq.num_registered
             tail = seq.tokens[full * self.block_size : seq.num_computed]
-            others: list[tuple[Known, int]] = []
-            if self.others:
-                kept, others = self.kinds.leave(seq, whole)
-                self.prefetch.kept(seq.hashes, kept)
-            if self.prefix.enabled and tail and (whole or not (self.others and self.kinds.whole_tails)):
+            kept, others = self.kinds.leave(seq, whole)
+            self.prefetch.kept(seq.hashes, kept)
+            if self.prefix.enabled and tail and (whole or not self.kinds.whole_tails):
                 self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
-        if self.others:
-            self.kinds.release(seq)
+        self.kinds.release(seq)
         if self.prefetch.store is not None and not seq.tainted:
             self.prefetch.used(seq.hashes[: seq.num_registered])
         if self._computing:
@@ -546,7 +536,7 @@ class Scheduler(Generic[S]):
         """Plan `count` of a sequence's tokens; pending: those that were never in the cache."""
         decode = pending == 1 and seq.num_output > 0
         sample = count == pending + seq.redo
-        if self.others:
+        if seq.held:
             self.kinds.grow(seq, seq.num_computed + count + len(drafts) + self.num_lookahead)
         plan.append(Scheduled(seq, seq.num_computed, count, drafts, sample, decode, first))
         self.shares.charge(seq.client, count + len(drafts))
