@@ -114,6 +114,14 @@ template <int M, Format F>
   }
 }
 #else
+// sum + product. As intrinsics, GCC adds into the product's register and moves the sum back, in every step.
+template <bool Words>
+[[gnu::always_inline]] inline __m256i added(__m256i sum, __m256i product) {
+  if constexpr (Words) asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
+  else asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
+  return sum;
+}
+
 // Of one span: four columns in a step, or two in words.
 template <int M, Format F>
 [[gnu::always_inline]] inline void sum_span(const uint8_t* w, const int16_t* start, int columns,
@@ -127,13 +135,11 @@ template <int M, Format F>
     const __m256i first = at(w, 0), second = at(w, 1);
     EACH (int m = 0; m < M; ++m) {
       const __m256i row = four_bytes(x + m * ld);
-      if constexpr (in_words(F)) {
-        acc[2 * m] = _mm256_add_epi32(acc[2 * m], _mm256_madd_epi16(row, first));
-        acc[2 * m + 1] = _mm256_add_epi32(acc[2 * m + 1], _mm256_madd_epi16(row, second));
-      } else {
-        acc[2 * m] = _mm256_add_epi16(acc[2 * m], _mm256_maddubs_epi16(row, first));
-        acc[2 * m + 1] = _mm256_add_epi16(acc[2 * m + 1], _mm256_maddubs_epi16(row, second));
-      }
+      const auto product = [&](__m256i weights) {
+        return in_words(F) ? _mm256_madd_epi16(row, weights) : _mm256_maddubs_epi16(row, weights);
+      };
+      acc[2 * m] = added<in_words(F)>(acc[2 * m], product(first));
+      acc[2 * m + 1] = added<in_words(F)>(acc[2 * m + 1], product(second));
     }
   }
   const __m256i one = _mm256_set1_epi16(1);
