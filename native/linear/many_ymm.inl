@@ -148,19 +148,27 @@ template <int M, Format F>
   EACH (int m = 0; m < M; ++m) sums[m] = joined<i32x16>(acc[2 * m], acc[2 * m + 1]);
 }
 
+// Of several spans; apart, as their sums would push those of a single one out of the registers.
 template <int M, Format F>
-[[gnu::always_inline]] inline void sum_group(const uint8_t* w, const int16_t* start, int columns,
-                                             const uint8_t* x, size_t ld, const uint8_t* next,
-                                             i32x16 (&sums)[M]) {
-  constexpr int span = in_words(F) ? kMostGroup : span_columns(F);
-  sum_span<M, F>(w, start, columns < span ? columns : span, x, ld, next, sums);
-  for (int k = span; k < columns; k += span) {
+[[gnu::noinline]] void sum_spans(const uint8_t* w, const int16_t* start, int columns, const uint8_t* x,
+                                 size_t ld, const uint8_t* next, i32x16 (&sums)[M]) {
+  constexpr int span = span_columns(F);
+  EACH (int m = 0; m < M; ++m) sums[m] = i32x16{};
+  for (int k = 0; k < columns; k += span, start += 2 * kPanel) {
     i32x16 more[M];
-    start += 2 * kPanel;
     sum_span<M, F>(w + k * kPanel, start, columns - k < span ? columns - k : span, x + k, ld,
                    next + k * stream_bytes(F), more);
     EACH (int m = 0; m < M; ++m) sums[m] += more[m];
   }
+}
+
+template <int M, Format F>
+[[gnu::always_inline]] inline void sum_group(const uint8_t* w, const int16_t* start, int columns,
+                                             const uint8_t* x, size_t ld, const uint8_t* next,
+                                             i32x16 (&sums)[M]) {
+  if constexpr (in_spans(F))
+    if (columns > span_columns(F)) return sum_spans<M, F>(w, start, columns, x, ld, next, sums);
+  sum_span<M, F>(w, start, columns, x, ld, next, sums);
 }
 #endif
 
