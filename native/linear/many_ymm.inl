@@ -114,6 +114,14 @@ template <int M, Format F>
   }
 }
 #else
+// sum + product. As intrinsics, GCC adds into the product's register and moves the sum back, in every step.
+template <bool Words>
+[[gnu::always_inline]] inline __m256i added(__m256i sum, __m256i product) {
+  if constexpr (Words) asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
+  else asm("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product));
+  return sum;
+}
+
 // Of one span: four columns in a step, or two in words.
 template <int M, Format F>
 [[gnu::always_inline]] inline void sum_span(const uint8_t* w, const int16_t* start, int columns,
@@ -127,13 +135,11 @@ template <int M, Format F>
     const __m256i first = at(w, 0), second = at(w, 1);
     EACH (int m = 0; m < M; ++m) {
       const __m256i row = four_bytes(x + m * ld);
-      if constexpr (in_words(F)) {
-        acc[2 * m] = _mm256_add_epi32(acc[2 * m], _mm256_madd_epi16(row, first));
-        acc[2 * m + 1] = _mm256_add_epi32(acc[2 * m + 1], _mm256_madd_epi16(row, second));
-      } else {
-        acc[2 * m] = _mm256_add_epi16(acc[2 * m], _mm256_maddubs_epi16(row, first));
-        acc[2 * m + 1] = _mm256_add_epi16(acc[2 * m + 1], _mm256_maddubs_epi16(row, second));
-      }
+      const auto product = [&](__m256i weights) {
+        return in_words(F) ? _mm256_madd_epi16(row, weights) : _mm256_maddubs_epi16(row, weights);
+      };
+      acc[2 * m] = added<in_words(F)>(acc[2 * m], product(first));
+      acc[2 * m + 1] = added<in_words(F)>(acc[2 * m + 1], product(second));
     }
   }
   const __m256i one = _mm256_set1_epi16(1);
@@ -142,19 +148,27 @@ template <int M, Format F>
   EACH (int m = 0; m < M; ++m) sums[m] = joined<i32x16>(acc[2 * m], acc[2 * m + 1]);
 }
 
+// Of several spans; apart, as their sums would push those of a single one out of the registers.
 template <int M, Format F>
-[[gnu::always_inline]] inline void sum_group(const uint8_t* w, const int16_t* start, int columns,
-                                             const uint8_t* x, size_t ld, const uint8_t* next,
-                                             i32x16 (&sums)[M]) {
-  constexpr int span = in_words(F) ? kMostGroup : span_columns(F);
-  sum_span<M, F>(w, start, columns < span ? columns : span, x, ld, next, sums);
-  for (int k = span; k < columns; k += span) {
+[[gnu::noinline]] void sum_spans(const uint8_t* w, const int16_t* start, int columns, const uint8_t* x,
+                                 size_t ld, const uint8_t* next, i32x16 (&sums)[M]) {
+  constexpr int span = span_columns(F);
+  EACH (int m = 0; m < M; ++m) sums[m] = i32x16{};
+  for (int k = 0; k < columns; k += span, start += 2 * kPanel) {
     i32x16 more[M];
-    start += 2 * kPanel;
     sum_span<M, F>(w + k * kPanel, start, columns - k < span ? columns - k : span, x + k, ld,
                    next + k * stream_bytes(F), more);
     EACH (int m = 0; m < M; ++m) sums[m] += more[m];
   }
+}
+
+template <int M, Format F>
+[[gnu::always_inline]] inline void sum_group(const uint8_t* w, const int16_t* start, int columns,
+                                             const uint8_t* x, size_t ld, const uint8_t* next,
+                                             i32x16 (&sums)[M]) {
+  if constexpr (in_spans(F))
+    if (columns > span_columns(F)) return sum_spans<M, F>(w, start, columns, x, ld, next, sums);
+  sum_span<M, F>(w, start, columns, x, ld, next, sums);
 }
 #endif
 
