@@ -213,8 +213,6 @@ class Kinds:
 
         Returns the blocks that were kept: (kind, first, end).
         """
-        if not self.all:
-            return []
         kept = [each for edge in self._edges(seq, before) for each in self._keep(seq, edge)]
         last = seq.num_computed // self._size * self._size
         longest = -(-len(seq.tokens) // self._size)

@@ -273,7 +273,7 @@ class Scheduler(Generic[S]):
             if self.prefetch.store is not None:
                 self.prefetch.computed(seq.hashes, seq.num_registered, full)
             seq.num_registered = full
-        if kept := self.kinds.commit(seq, before):
+        if (seq.held or seq.slot >= 0) and (kept := self.kinds.commit(seq, before)):
             self.prefetch.kept(seq.hashes, kept)
 
     def check(self) -> None:
