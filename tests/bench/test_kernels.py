@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from argparse import Namespace
 from importlib import import_module
+from types import ModuleType
 
 import pytest
 
@@ -18,10 +20,19 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("only", ["linear", "moe", "mla", "head"])
-def test_every_kernel_of_every_format(monkeypatch: pytest.MonkeyPatch, only: str) -> None:
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The bench's module, whether or not transformers has imported the package of the same name."""
     monkeypatch.syspath_prepend(str(BENCH))
-    kernels = import_module("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", ModuleType("kernels"))  # put back when the test ends
+    del sys.modules["kernels"]
+    return import_module("kernels")
+
+
+@pytest.mark.parametrize("only", ["linear", "moe", "mla", "head"])
+def test_every_kernel_of_every_format(
+    monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, only: str
+) -> None:
     monkeypatch.setattr(kernels, "config", lambda size: TINY)
     monkeypatch.setattr(kernels, "UNCACHED", 1)
     monkeypatch.setattr(kernels, "CONTEXTS", (128,))
@@ -33,9 +44,7 @@ def test_every_kernel_of_every_format(monkeypatch: pytest.MonkeyPatch, only: str
     assert all(row.microseconds > 0 for row in bench.rows)
 
 
-def test_weights_take_the_bytes_of_their_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    kernels = import_module("kernels")
+def test_weights_take_the_bytes_of_their_format(kernels: ModuleType) -> None:
     bench = kernels.Bench(1, "auto", 1, [1])
     for name, bits in {"nl4": 4.25, "int4": 4.25, "int8": 8, "fp8": 8, "bf16": 16}.items():
         packed = bench.packed(name, [kernels.weight(name, 512, 2048)])
@@ -43,9 +52,10 @@ def test_weights_take_the_bytes_of_their_format(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("only", ["sparse", "cells"])
-def test_forms_of_a_product_take_turns(monkeypatch: pytest.MonkeyPatch, only: str) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    kernels, forms = import_module("kernels"), import_module("kernels_forms")
+def test_forms_of_a_product_take_turns(
+    monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, only: str
+) -> None:
+    forms = import_module("kernels_forms")
     monkeypatch.setattr(kernels, "UNCACHED", 1)
     monkeypatch.setattr(forms, "SHAPES", ((64, 128),))
     monkeypatch.setattr(forms, "WIDTH", 128)

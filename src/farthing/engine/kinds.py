@@ -72,6 +72,7 @@ class Kinds:
         if slots and len(slots) < step[0]:
             raise ValueError(f"states: got {len(slots)} slots; expected max_num_seqs = {step[0]}")
         self.states = Kind(prefix, slots, step[0]) if slots else None
+        self.whole_tails = self.states is not None  # whether a tail must be continued at its end
         # Kinds 1, 2, …: windows, then states.
         self.all: list[Kind] = [*self.windows, *([] if self.states is None else [self.states])]
         self.copies: dict[int, int] = {}  # of states, to make before the next step: source by target
@@ -122,11 +123,6 @@ class Kinds:
         """(kind, hash, block) of what is in memory to continue after `count` blocks."""
         needed = [(k, digest) for k, digest in self._needed(seq, count) if digest in k.known]
         return [(self.all.index(k) + 1, digest, k.known[digest]) for k, digest in needed]
-
-    @property
-    def whole_tails(self) -> bool:
-        """Whether a tail must be continued at its end."""
-        return self.states is not None
 
     def fits(self) -> bool:
         """Whether another sequence can get a slot."""

@@ -494,13 +494,16 @@ class Scheduler(Generic[S]):
         else:  # what is needed to continue a sequence at its end stays in the prefix cache
             full = seq.num_registered
             tail = seq.tokens[full * self.block_size : seq.num_computed]
-            kept, others = self.kinds.leave(seq, whole)
-            self.prefetch.kept(seq.hashes, kept)
+            others: list[tuple[Known, int]] = []
+            if seq.held or seq.slot >= 0:
+                kept, others = self.kinds.leave(seq, whole)
+                self.prefetch.kept(seq.hashes, kept)
             if self.prefix.enabled and tail and (whole or not self.kinds.whole_tails):
                 self.prefix.keep_tail(seq.hashes[:full], seq.salt, tail, seq.blocks[full], others)
         self.pool.release(reversed(seq.blocks))
         seq.blocks = []
-        self.kinds.release(seq)
+        if seq.held or seq.slot >= 0:
+            self.kinds.release(seq)
         if self.prefetch.store is not None and not seq.tainted:
             self.prefetch.used(seq.hashes[: seq.num_registered])
         if self._computing:
