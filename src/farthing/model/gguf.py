@@ -509,7 +509,7 @@ def _opened(file: Path) -> Any:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # the library raises whatever a damaged header leads to
-        raise CheckpointError(f"{file}: not a whole GGUF file: {_printable(error)}") from error
+        raise CheckpointError(f"{file}: not a whole GGUF file; get it again: {_printable(error)}") from error
     if reader.byte_order == "S":
         raise CheckpointError(f"{file}: found the byte order of other machines; expected this one's")
     return reader
