@@ -203,10 +203,10 @@ def test_tied_embeddings_of_the_wrapper_win(name: str) -> None:
 
 
 def test_only_v3_layers_are_compressed() -> None:
-    assert ModelConfig.from_json(V3).is_v3
-    assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_v3
-    assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_v3
-    assert not ModelConfig.from_json(dict(model_type="kimi_k25", text_config=V3)).is_v3
+    assert ModelConfig.from_json(V3).is_plain
+    assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_plain
+    assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_plain
+    assert not ModelConfig.from_json(dict(model_type="kimi_k25", text_config=V3)).is_plain
 
 
 @pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
