@@ -330,7 +330,7 @@ def check_config(c: ModelConfig) -> None:
     try:
         for mixer in dict.fromkeys(c.mixers):
             mixer.check()
-        for feed in dict.fromkeys(c.feeds):
+        for feed in dict.fromkeys(c.feeds[: c.num_hidden_layers + c.num_nextn_predict_layers]):
             feed.check()
     except ValueError as error:
         raise ConfigError(str(error)) from error
