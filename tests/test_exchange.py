@@ -113,20 +113,6 @@ async def test_bytes_on_an_idle_connection_close_it() -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("kind", "events"),
-    [(b"text/event-stream", True), (b"Text/Event-Stream ; charset=utf-8", True), (b"text/plain", False)],
-)
-async def test_a_stream_of_events_is_known_by_its_type(kind: bytes, events: bool) -> None:
-    reply = always(b"HTTP/1.1 200 OK\r\ncontent-type: " + kind + b"\r\ncontent-length: 0\r\n\r\n")
-    async with upstream(reply) as (server, client):
-        answer = await client.send(server.url, "GET", "/", CIMultiDict())
-        await answer.opened()
-        assert answer.event_stream == events
-        answer.close()
-
-
-@pytest.mark.anyio
 async def test_body_without_a_length_ends_with_the_connection() -> None:
     async def reply(number: int, head: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\nok")

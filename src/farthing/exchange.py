@@ -129,20 +129,6 @@ class Answer:
         self.headers: CIMultiDict[str] = CIMultiDict()
         connection.answer = self
 
-    @property
-    def event_stream(self) -> bool:
-        """Whether the body is a stream of server-sent events."""
-        return self._type == "text/event-stream"
-
-    @property
-    def line_stream(self) -> bool:
-        """Whether the body is a stream of JSON documents, one a line, as Ollama's API has it."""
-        return self._type == "application/x-ndjson"
-
-    @property
-    def _type(self) -> str:
-        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-
     async def opened(self) -> None:
         """Wait for the head. Raises ReplicaLost."""
         while not self._opened:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from multidict import CIMultiDict
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
@@ -34,7 +35,7 @@ import ray
 from farthing.exchange import Upstream, end_to_end, request_headers
 from farthing.files import read
 from farthing.prompts import read_prompt
-from farthing.server.errors import ApiError, error_event
+from farthing.server.errors import ApiError, Passage
 from farthing.upstream import ServerProcess, Watch, free_port, launch
 from farthing_fleet.config import FleetConfig, GatewayConfig, PolicyConfig, SloConfig
 from farthing_fleet.estimates import make_estimates
@@ -168,7 +169,8 @@ class Front:
             except _LOST as problem:
                 reason = str(problem).strip().splitlines()[-1]
                 continue
-            response = StreamingResponse(_relay(parts, headers, outgoing.target), status)
+            passage = Passage(CIMultiDict(headers), outgoing.target)
+            response = StreamingResponse(_relay(parts, passage), status)
             response.raw_headers = [
                 (name.lower().encode(), value.encode("latin-1", "replace"))
                 for name, value in headers
@@ -189,14 +191,16 @@ class Front:
         ]
 
 
-async def _relay(parts: Any, headers: list[tuple[str, str]], path: str) -> AsyncIterator[bytes]:
+async def _relay(parts: Any, passage: Passage) -> AsyncIterator[bytes]:
     try:
         async for part in parts:
+            passage.passed(part)
             yield part
     except _LOST:
-        if not any(k.lower() == "content-type" and v.startswith("text/event-stream") for k, v in headers):
+        ending = passage.ending("the replica was lost before the answer was complete")
+        if ending is None:
             raise  # breaks the connection
-        yield error_event("the replica was lost before the answer was complete", path)
+        yield ending
 
 
 def _id(request: Any) -> str:

@@ -187,6 +187,14 @@ def test_layer_lists_of_newer_files_become_prefixes() -> None:
         ModelConfig.from_json(raw)
 
 
+def test_a_dense_model_may_have_any_groups_of_experts() -> None:
+    """As transformers writes the file of one: its defaults are those of a router."""
+    raw = V3 | dict(first_k_dense_replace=61, num_nextn_predict_layers=0, n_group=1, topk_group=4)
+    assert not ModelConfig.from_json(raw).moe_layers
+    with pytest.raises(ConfigError, match="topk_group: got 4"):
+        ModelConfig.from_json(raw | dict(num_nextn_predict_layers=1))
+
+
 def test_wrapper_of_another_language_model_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"text_config.model_type: got 'mistral'; expected 'mistral4'"):
         ModelConfig.from_json(dict(model_type="mistral3", text_config=dict(model_type="mistral")))
@@ -203,10 +211,10 @@ def test_tied_embeddings_of_the_wrapper_win(name: str) -> None:
 
 
 def test_only_v3_layers_are_compressed() -> None:
-    assert ModelConfig.from_json(V3).is_v3
-    assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_v3
-    assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_v3
-    assert not ModelConfig.from_json(dict(model_type="kimi_k25", text_config=V3)).is_v3
+    assert ModelConfig.from_json(V3).is_plain
+    assert ModelConfig.from_json(V3 | dict(model_type="kimi_k2")).is_plain
+    assert not ModelConfig.from_json(V3 | dict(model_type="axk1")).is_plain
+    assert not ModelConfig.from_json(dict(model_type="kimi_k25", text_config=V3)).is_plain
 
 
 @pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])

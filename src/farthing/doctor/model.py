@@ -32,7 +32,6 @@ from farthing.model import (
     source_of,
     stack_of,
 )
-from farthing.model.attention import LatentAttention
 from farthing.model.types import type_named, type_of
 from farthing.ops import INTEGERS, Ops, make_batch
 
@@ -305,8 +304,8 @@ def logits_of(model: DecoderModel, ids: Tensor, first: int = 0) -> Tensor:
     first: position of the first token, without tokens before it. Rotation depends only on distances, so
     positions that start at 0 with the query scales of later ones give the same logits.
     """
-    for attention, _ in model.layers if first else []:
-        if isinstance(attention, LatentAttention) and attention.query_scale is not None:
+    for layer, (attention, _) in enumerate(model.layers if first else []):
+        if model.config.mixer(layer).query_scaling is not None:
             attention.query_scale = attention.query_scale[first:]
     size = -(-16 // model.config.block_tokens) * model.config.block_tokens
     blocks = list(range(-(-len(ids) // size)))

@@ -197,11 +197,9 @@ def grouped_spec(
 class GroupedAttention:
     """One layer's attention with its input norm and residual."""
 
-    def __init__(self, at: LayerSource) -> None:
-        config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
+    def __init__(self, at: LayerSource, a: GroupedHeads) -> None:
+        config, ops, weights = at.config, at.ops, at.weights
         p, d = at.prefix + "self_attn.", config.hidden_size
-        a = config.mixer(layer)
-        assert isinstance(a, GroupedHeads)
         self.ops, self.rows, self.window = ops, a.cache_rows, a.window
         self.norm = norm_of(config, weights, at.prefix + "input_layernorm")
         widths = {"q": a.query_width, "k": a.key_width, "v": a.key_width}
@@ -358,9 +356,8 @@ def query_scale(config: ModelConfig, ops: Ops) -> Tensor | None:
 class LatentAttention:
     """One layer's attention with its input norm and residual."""
 
-    def __init__(self, at: LayerSource) -> None:
-        c, ops, weights, a = at.config, at.ops, at.weights, at.config.mixer(at.layer)
-        assert isinstance(a, LatentHeads)
+    def __init__(self, at: LayerSource, a: LatentHeads) -> None:
+        c, ops, weights = at.config, at.ops, at.weights
         p, d, heads = at.prefix + "self_attn.", c.hidden_size, a.num_attention_heads
         self.ops = ops
         self.norm = norm_of(c, weights, at.prefix + "input_layernorm")
@@ -424,13 +421,16 @@ class LatentAttention:
 
 
 AnyAttention = LatentAttention | GroupedAttention | GatedDelta
-COMPUTED_BY: dict[type[Mixer], Callable[[LayerSource], AnyAttention]] = {
+COMPUTED_BY: dict[type[Mixer], Callable[[LayerSource, Any], AnyAttention]] = {
     LatentHeads: LatentAttention,
     GroupedHeads: GroupedAttention,
-    DeltaHeads: lambda at: GatedDelta(at, norm_of(at.config, at.weights, at.prefix + "input_layernorm")),
+    DeltaHeads: lambda at, heads: GatedDelta(
+        at, heads, norm_of(at.config, at.weights, at.prefix + "input_layernorm")
+    ),
 }
 
 
 def attention_of(at: LayerSource) -> AnyAttention:
     """A layer's first half, in its form."""
-    return COMPUTED_BY[type(at.config.mixer(at.layer))](at)
+    mixer = at.config.mixer(at.layer)
+    return COMPUTED_BY[type(mixer)](at, mixer)

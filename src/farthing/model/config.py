@@ -122,11 +122,6 @@ class ModelConfig:
         return self.attention.query_heads
 
     @property
-    def is_v3(self) -> bool:
-        """Whether layers have only V3's tensors under V3's names (V2's are a subset)."""
-        return isinstance(self.attention, LatentHeads) and self.is_plain
-
-    @property
     def is_plain(self) -> bool:
         """Whether layers are attention, then an MLP or V3's mixture of experts, under V3's names."""
         more = any(m.states for m in self.mixers) or self.norm_offset > 0 or self.post_norms
@@ -335,7 +330,7 @@ def check_config(c: ModelConfig) -> None:
     try:
         for mixer in dict.fromkeys(c.mixers):
             mixer.check()
-        for feed in dict.fromkeys(c.feeds):
+        for feed in dict.fromkeys(c.feeds[: c.num_hidden_layers + c.num_nextn_predict_layers]):
             feed.check()
     except ValueError as error:
         raise ConfigError(str(error)) from error

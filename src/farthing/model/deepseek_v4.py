@@ -68,7 +68,8 @@ class CompressedAttention:
 
     def __init__(self, at: LayerSource) -> None:
         config, ops, weights, layer = at.config, at.ops, at.weights, at.layer
-        p, d, a = at.prefix + "self_attn.", config.hidden_size, _form(config, layer)
+        p, d, a = at.prefix + "self_attn.", config.hidden_size, config.mixer(layer)
+        assert isinstance(a, CompressedHeads)
         self.ops = ops
         self.streams = streams_of(config, ops, weights, at.prefix + "attn_hc.")
         self.norm = norm_of(config, weights, at.prefix + "input_layernorm")
@@ -129,12 +130,6 @@ class CompressedAttention:
             self.streams, self.norm, self.first, self.q_norm, self.q, self.index_q, self.heads, self.o_a,
             self.o_b, feed.streams, feed.norm, feed.packed, feed.table, self.rate, self.row,
         )  # fmt: skip
-
-
-def _form(config: ModelConfig, layer: int) -> CompressedHeads:
-    form = config.mixer(layer)
-    assert isinstance(form, CompressedHeads)
-    return form
 
 
 def _group(weights: WeightSource, p: str, a: CompressedHeads, rows: tuple[int, int]) -> Weight:
@@ -306,7 +301,7 @@ class DeepseekV4(DecoderModel):
                 cache.index = IndexCache.new(ops, found[0], len(e.layers), e.index_width)
         count = num_blocks if slots is None else slots
         shapes = [each for kind in opened for each in kind.state]
-        rates = {layer: _form(config, layer).rate for kind in opened for layer in kind.layers}
+        rates = {layer: e.past for e in past.entries for layer in e.layers}
         if shapes:
             rows = {rates[e.layers[0]]: ops.zeros("float32", len(e.layers), count, *e.shape) for e in shapes}
             cache.open = OpenCache(rows)

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 class GatedDelta:
     """One layer's recurrence with its input norm and residual."""
 
-    def __init__(self, at: LayerSource, norm: Norm) -> None:
-        ops, weights, heads = at.ops, at.weights, at.config.mixer(at.layer)
+    def __init__(self, at: LayerSource, heads: DeltaHeads, norm: Norm) -> None:
+        ops, weights = at.ops, at.weights
         p, d = at.prefix + "linear_attn.", at.config.hidden_size
-        assert isinstance(heads, DeltaHeads)
         self.ops, self.norm = ops, norm
         self.qkvz = ops.pack_linear(p + "qkvz", lambda: _qkvz(weights, p, heads, d))
         self.gates = ops.pack_linear(p + "ba", lambda: _gates(weights, p, heads, d))

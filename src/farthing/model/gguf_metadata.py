@@ -13,7 +13,7 @@ from farthing.lazy import np
 from farthing.model.attention import frequencies
 from farthing.model.config import ModelConfig
 from farthing.model.fields import ConfigError, RopeConfig
-from farthing.model.forms import DeltaHeads, Experts, GroupedHeads
+from farthing.model.forms import Experts, GroupedHeads
 from farthing.model.gguf import Metadata, config_of
 
 if TYPE_CHECKING:
@@ -133,8 +133,7 @@ def _difference(name: str, own: Any, read: Any) -> tuple[str, Any, Any]:
     if name != "mixers":
         return name, own, read
     for a, b in zip(own, read, strict=True):
-        if isinstance(a, DeltaHeads) and isinstance(b, DeltaHeads):
-            a, b = replace(a, fused=False), replace(b, fused=False)
+        a, b = a.apart(), b.apart()
         if a != b:
             sizes = [each.name for each in fields(a)] if type(a) is type(b) else []
             size = next((each for each in sizes if getattr(a, each) != getattr(b, each)), None)

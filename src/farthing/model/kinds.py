@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import TYPE_CHECKING
 
-from farthing.model.forms import CompressedHeads
+from farthing.model.forms import CompressedHeads, Mixer
 
 if TYPE_CHECKING:
     from farthing.model.config import ModelConfig
@@ -100,7 +100,7 @@ def cache_place(config: ModelConfig, layer: int) -> tuple[int | None, int]:
     A layer with a compressed past gets the whole cache, and its row among those of its rate.
     """
     own, before = config.mixer(layer), [config.mixer(i) for i in range(layer)]
-    if isinstance(own, CompressedHeads):
+    if _past({layer: own}):
         return None, sum(m.entry_tokens == own.entry_tokens for m in before)
     if own.states:
         return None, sum(bool(m.states) for m in before)
@@ -116,8 +116,7 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
     config = config.per_rank(tp)
     layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
     mixers = {layer: config.mixer(layer) for layer in layers}
-    past = {layer: m for layer, m in mixers.items() if isinstance(m, CompressedHeads)}
-    if past:
+    if past := _past(mixers):
         return _compressed(past)
     found: dict[int | None, list[int]] = {None: []}
     for layer, mixer in mixers.items():
@@ -140,6 +139,11 @@ def cache_kinds(config: ModelConfig, tp: int = 1) -> tuple[CacheKind, ...]:
         state = tuple(StateShape(own, shape) for shape in mixers[own[0]].states)
         paged.append(CacheKind(own, state=state))
     return tuple(paged)
+
+
+def _past(mixers: Mapping[int, Mixer]) -> dict[int, CompressedHeads]:
+    """The layers with a compressed past."""
+    return {layer: mixer for layer, mixer in mixers.items() if isinstance(mixer, CompressedHeads)}
 
 
 def _compressed(mixers: Mapping[int, CompressedHeads]) -> tuple[CacheKind, ...]:

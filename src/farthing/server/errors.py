@@ -8,6 +8,7 @@ code or this server's own reason, for gateways and operators.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -26,6 +27,7 @@ _ANTHROPIC_TYPES = {
 _CODES = {405: "method_not_supported", 429: "rate_limit_exceeded"}  # of OpenAI's errors that give no other
 ANTHROPIC_PATH = "/v1/messages"
 CODE_HEADER = "X-Error-Code"
+_TAIL = 32  # bytes kept from the end of a stream
 OPENING_HEADER = "X-Farthing-Opens-After"  # of requests: the seconds in which a gateway can retry
 UNAUTHORIZED_HEADERS = {"WWW-Authenticate": "Bearer"}
 
@@ -112,13 +114,37 @@ async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send
     await error.response(scope)(scope, receive, send)
 
 
-def error_event(message: str, path: str) -> bytes:
-    """The last event of an interrupted SSE stream. It starts with a blank line, which terminates a partial
-    event. In Ollama's API, the last line of a stream of lines.
+class Passage:
+    """The body of an answer that a proxy passes on, and what ends it if its server is lost on the way.
+
+    The client of a stream is told by an error, as the last event or, in Ollama's API, line. Any other body
+    can only be broken off.
     """
-    error = ApiError(502, message)
-    if path.startswith("/api/"):
-        return f"{json.dumps({'error': message})}\n".encode()
-    named = "event: error\n" if is_anthropic(path) or path == "/v1/responses" else ""
-    document = json.loads(error.body(is_anthropic(path))) | ({"type": "error"} if named else {})
-    return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()
+
+    def __init__(self, headers: Mapping[str, str], target: str) -> None:
+        """headers: of the answer; names are found in any case. target: of the request."""
+        kind = headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        self.events, self._lines = kind == "text/event-stream", kind == "application/x-ndjson"
+        self._path, self._tail = target.partition("?")[0], b""
+
+    def passed(self, data: bytes) -> None:
+        """The client received these bytes."""
+        self._tail = data[-_TAIL:] if len(data) >= _TAIL else (self._tail + data)[-_TAIL:]
+
+    @property
+    def done(self) -> bool:
+        """Whether the stream ended as OpenAI's do."""
+        return b"[DONE]" in self._tail
+
+    def ending(self, message: str) -> bytes | None:
+        """What tells the client that no more will come; None for a body that has no place for it."""
+        if self._lines:
+            line = f"{json.dumps({'error': message})}\n".encode()
+            return line if self._tail[-1:] in (b"", b"\n") else b"\n" + line
+        if not self.events:
+            return None
+        anthropic = is_anthropic(self._path)
+        named = "event: error\n" if anthropic or self._path == "/v1/responses" else ""
+        document = json.loads(ApiError(502, message).body(anthropic)) | ({"type": "error"} if named else {})
+        # The blank line ends an event of which only a part was passed on.
+        return f"\n\n{named}data: {json.dumps(document)}\n\n".encode()

@@ -32,7 +32,7 @@ from farthing.server.api.ollama import document_of, running, seconds, shown, tag
 from farthing.server.app import guarded, misplaced, model_entry, model_list, reason
 from farthing.server.config import ADMIN_ENVIRONMENT, ENVIRONMENT, Given, ServerConfig
 from farthing.server.dashboard.site import HEADERS, assets
-from farthing.server.errors import CODE_HEADER, ApiError, error_event, send_error
+from farthing.server.errors import CODE_HEADER, ApiError, Passage, send_error
 from farthing.server.pool import Hosted, Pool, PoolConfig
 from farthing.server.presets import read_models
 from farthing.server.run import listed, listen, say_where, server_of, url_of
@@ -179,20 +179,18 @@ class _Forward:
             if (length := answer.headers.get("Content-Length")) is not None:
                 raw.append((b"content-length", length.encode()))
             await write({"type": "http.response.start", "status": answer.status, "headers": raw})
+            passage = Passage(answer.headers, scope["path"])
             try:
-                whole = True  # the last line
                 while data:
                     await write({"type": "http.response.body", "body": data, "more_body": True})
-                    whole = data.endswith(b"\n")
+                    passage.passed(data)
                     data = await answer.part()
             except ReplicaLost as problem:
                 log.warning("%s: an answer was cut off: %s", model.name, problem)
-                if not (answer.event_stream or answer.line_stream):
+                ending = passage.ending("the model's process ended")
+                if ending is None:
                     raise ConnectionAbortedError(str(problem)) from problem
-                data = error_event("the model's process ended", scope["path"])
-                if answer.line_stream and not whole:
-                    data = b"\n" + data
-                await write({"type": "http.response.body", "body": data, "more_body": True})
+                await write({"type": "http.response.body", "body": ending, "more_body": True})
             await write({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             answer.close()

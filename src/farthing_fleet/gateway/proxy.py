@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 
 from farthing.exchange import Answer, ReplicaLost, Upstream, end_to_end, holder, named, request_headers
 from farthing.prompts import Prompt, read_prompt
-from farthing.server.errors import CODE_HEADER, OPENING_HEADER, error_event
+from farthing.server.errors import CODE_HEADER, OPENING_HEADER, Passage
 from farthing_fleet.gateway.config import GatewayConfig
 from farthing_fleet.gateway.errors import Refused
 from farthing_fleet.gateway.guard import guard_of
@@ -41,7 +41,6 @@ _WHOLE = 1 << 20  # bytes; shorter answers of known length are read completely b
 _ENGINE_FAILED = "engine_failed"  # code of a server's 503 once its engine has failed
 _REFUSAL = 16 << 10  # maximum bytes of an error answer to inspect
 _OPENS_AFTER = "15"  # seconds of a long prompt in which the request can still go to another replica
-_TAIL = 32  # bytes kept from the end of a stream to check for [DONE]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Relay:
         self._write_timeout_s = write_timeout_s
         self._clock = asyncio.get_running_loop().time
         self._length = _content_length(answer)
-        self.event_stream = answer.event_stream
+        self._passage = Passage(answer.headers, request.path)
         self.response: web.StreamResponse | None = None  # set once the head is sent to the client
 
     async def whole(self) -> web.Response | None:
@@ -111,7 +110,7 @@ class Relay:
 
         Raises ReplicaLost, Interrupted.
         """
-        if self.event_stream or self._length is None or self._length > _WHOLE:
+        if self._passage.events or self._length is None or self._length > _WHOLE:
             return None
         with self._active.interruptible():
             body = await self._answer.read(self._length)
@@ -128,11 +127,10 @@ class Relay:
             response.content_length = self._length
         await response.prepare(self._request)
         self.response = response
-        tail = b""
         while data := await self._read():
-            tail = (tail + data)[-_TAIL:] if len(data) < _TAIL else data[-_TAIL:]
             await self._write(response, data)
-        if self.event_stream and self._unframed() and b"[DONE]" not in tail:
+            self._passage.passed(data)
+        if self._passage.events and self._unframed() and not self._passage.done:
             raise ReplicaLost("the stream ended without [DONE]", reached=True)
         await response.write_eof()
         return response
@@ -140,9 +138,10 @@ class Relay:
     async def break_off(self, reason: str) -> None:
         """Tell the client that a started answer will not be completed."""
         guard = guard_of(self._request)
-        if self.response is not None and self.event_stream:
+        ending = self._passage.ending(reason)
+        if self.response is not None and ending is not None:
             self.response.force_close()
-            await self.response.write(error_event(reason, self._request.path))
+            await self.response.write(ending)
             await self.response.write_eof()
         elif guard is not None:
             guard.abort()

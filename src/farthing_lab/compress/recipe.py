@@ -14,6 +14,7 @@ from farthing.compress.recipe import Recipe
 from farthing.compress.transform import layer_stats
 from farthing.compress.work import LayerResult, LayerWork
 from farthing.model.config import ModelConfig
+from farthing.model.forms import LatentHeads
 from farthing_lab.compress import prune as pruning
 from farthing_lab.compress.ranges import StudyRecorder, choose_ranges
 from farthing_lab.compress.rotate import rotate
@@ -61,7 +62,7 @@ class Study(Settings):
 
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError for a model whose structure does not admit the rotation or the cuts."""
-        if self.rotate and not config.is_v3:
+        if self.rotate and not (isinstance(config.attention, LatentHeads) and config.is_plain):
             raise ValueError(
                 f"rotate: got true for model_type {config.model_type!r}; expected false: only latent "
                 "attention is rotated"

@@ -47,7 +47,7 @@ def check_trainable(cfg: ModelConfig) -> None:
         if not value:
             raise ConfigError(f"{name}: got {value!r}; expected a positive integer for training")
     alike = len({*cfg.mixers}) == 1 and not (cfg.index and cfg.index.interleaved)
-    if not cfg.selecting(None).is_v3 or not alike:
+    if not cfg.selecting(None).is_plain or not alike:
         raise ConfigError(
             f"model_type: got {cfg.model_type!r}; expected DeepSeek-V3's or V3.2's layers for training"
         )

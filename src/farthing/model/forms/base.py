@@ -160,6 +160,10 @@ class Mixer:
         """The form of one of `tp` ranks that share its heads. Raises ValueError."""
         raise NotImplementedError
 
+    def apart(self) -> Self:
+        """The form with projections that are not stored as one."""
+        return self
+
     def selecting(self, top_k: int | None) -> Self:
         """The form with an indexer that selects so many keys; None: without one."""
         return self

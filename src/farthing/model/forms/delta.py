@@ -46,6 +46,9 @@ class DeltaHeads(Mixer):
         keys = divided("linear_num_key_heads", self.spec.key_heads, tp)
         return replace(self, spec=replace(self.spec, key_heads=keys, value_heads=self.spec.value_heads // tp))
 
+    def apart(self) -> DeltaHeads:
+        return replace(self, fused=False)
+
     @property
     def states(self) -> tuple[tuple[int, ...], ...]:
         """Of the state, and of the convolution's tail."""
