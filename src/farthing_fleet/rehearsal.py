@@ -294,7 +294,7 @@ class Rehearsal:
         self._late, self._hours = np.zeros(shape), np.zeros(shape)
         self._time = self._arrived = self._arriving = 0.0
         self._weights, self._margins = np.zeros(shape[:-1]), np.full(shape[:-1], 1.25)
-        self._weights[2, 1] = 1.0
+        self._weights[PLANS.index("growth"), 1] = 1.0
         self._share_late = 0.0
         self._steady = Steady(step_s)
         if prior:

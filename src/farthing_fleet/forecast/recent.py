@@ -4,7 +4,6 @@ Every plan answers "for which load should replicas be ordered now?", and none kn
 `farthing_fleet.rehearsal` tries every plan with several windows and margins and chooses.
 
     last       the mean of the last minute
-    deviation  the mean of the last minutes and two of their deviations
     growth     the smoothed load, moved along a steep slope, times the 0.9 quantile of how far the peak of
                the next lead exceeded such a forecast during the last day
     day        the last minute times the growth within a lead at this time of the last days
@@ -23,16 +22,14 @@ from statistics import median
 import numpy as np
 
 DAY_S = 86_400.0
-PLANS = ("last", "deviation", "growth", "day", "hour")
+PLANS = ("last", "growth", "day", "hour")
 SAYS = {  # in a reason
     "last": "the last minute",
-    "deviation": "mean and two deviations",
     "growth": "the growth of the last day",
     "day": "the growth at this time of day",
     "hour": "the same minutes of the last hours",
 }
 
-_DEVIATIONS = 2.0
 _QUANTILE = 0.9
 _GROWTH = 1.25  # assumed until enough has been seen
 _ENOUGH = 360  # samples of the growth
@@ -67,33 +64,29 @@ class Highest:
 
 
 class Mean:
-    """The mean and deviation of the last `steps` values."""
+    """The mean of the last `steps` values."""
 
     def __init__(self, steps: int) -> None:
         self._values: deque[float] = deque(maxlen=steps)
-        self._sum = self._squares = 0.0
+        self._sum = 0.0
         self._exact = steps  # additions until the sums are computed again
 
     def add(self, value: float) -> float:
         """The mean with `value`."""
         if len(self._values) == self._values.maxlen:
-            oldest = self._values[0]
-            self._sum -= oldest
-            self._squares -= oldest * oldest
+            self._sum -= self._values[0]
         self._values.append(value)
         self._sum += value
-        self._squares += value * value
         self._exact -= 1
         if not self._exact:  # else what rounding left of a load that ended would need a replica for ever
             self._exact = self._values.maxlen or 1
             self._sum = math.fsum(self._values)
-            self._squares = math.fsum(value * value for value in self._values)
         return self.value
 
     def reset(self) -> None:
         """Forget all values."""
         self._values.clear()
-        self._sum = self._squares = 0.0
+        self._sum = 0.0
 
     def __len__(self) -> int:
         return len(self._values)
@@ -102,12 +95,6 @@ class Mean:
     def value(self) -> float:
         """The mean; 0 without values."""
         return max(0.0, self._sum / len(self._values)) if self._values else 0.0
-
-    @property
-    def deviation(self) -> float:
-        """The standard deviation."""
-        count = len(self._values)
-        return math.sqrt(max(0.0, self._squares / count - (self._sum / count) ** 2)) if count else 0.0
 
 
 class _Growth:
@@ -223,7 +210,6 @@ class RecentPlans:
 
     def __init__(self, step_s: float, lead_s: float) -> None:
         self._last = Mean(max(1, round(min(60.0, 2 * lead_s) / step_s)))
-        self._window = Mean(max(1, round((300.0 if lead_s < 300 else 600.0) / step_s)))
         self._growth, self._days = _Growth(step_s, lead_s), _Days(step_s, lead_s)
         self._hours = _Hours(step_s, lead_s)
 
@@ -239,10 +225,8 @@ class RecentPlans:
     def add(self, load: float) -> tuple[float, ...]:
         """The loads to plan for after a step with the mean `load`, in the order of `PLANS`."""
         last = self._last.add(load)
-        mean = self._window.add(load)
         return (
             last,
-            mean + _DEVIATIONS * self._window.deviation,
             self._growth.add(load),
             last * self._days.add(load),
             max(last, self._hours.add(load)),
