@@ -87,8 +87,15 @@ def test_rejection_is_cached(sandbox: Sandbox) -> None:
     constraint = StructuredOutputsParams(json=chained(3000))
     with pytest.raises(ValueError):
         sandbox.grammar(constraint).result(30)
-    known = sandbox.grammar(StructuredOutputsParams(json=chained(3000)))
-    assert known.done() and known.exception()
+    errors, depths = set(), set()
+    for _ in range(1_000):
+        known = sandbox.grammar(StructuredOutputsParams(json=chained(3000)))
+        assert known.done()
+        with pytest.raises(ValueError) as refused:
+            known.result()
+        errors.add(refused.value)
+        depths.add(len(refused.traceback))
+    assert len(errors) == 1_000 and len(depths) == 1  # each caller's own: none grows with the others
 
 
 def test_many_choices_options_and_special_literals(make_engine: Callable[..., Engine]) -> None:

@@ -533,6 +533,7 @@ def test_bytes_of_a_long_sequence_are_those_that_are_told(dtype: CacheDtype, dra
         (dict(mlp_layer_types=["dense"] * 4), "mlp_layer_types: got"),
         (dict(hc_mult=0), "hc_mult: got 0"),
         (dict(index_topk=0), "index_topk: got 0"),
+        (dict(partial_rotary_factor=0.9), "qk_rope_head_dim: got"),
         (
             dict(compress_rates={"compressed_sparse_attention": 0}),
             "compress_rates.compressed_sparse_attention: got 0",

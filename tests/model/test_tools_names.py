@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from farthing.checkpoint.shards import CheckpointError
+from farthing.compress.source import PlainCheckpoint
 from farthing.model.load import load
 from farthing.ops.select import select
 from tests.parity.families import build
@@ -95,3 +96,18 @@ def test_the_gate_of_a_shared_expert_may_be_quantized(tmp_path: Path) -> None:
         quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
     )
     assert torch.equal(logits(tmp_path), expected)
+
+
+def test_a_stored_head_is_the_models_own_whatever_its_configuration_says(tmp_path: Path) -> None:
+    """As transformers reads it; a compressed file would not say which is meant."""
+    build("mixtral", 0, tmp_path)
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"])
+
+    rewrite(tmp_path, add, tie_word_embeddings=False)
+    own = logits(tmp_path)
+    rewrite(tmp_path, lambda tensors: None, tie_word_embeddings=True)
+    assert torch.equal(logits(tmp_path), own)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings: true; expected false"):
+        PlainCheckpoint.open(tmp_path)

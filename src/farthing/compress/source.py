@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from farthing.checkpoint.reader import MXFP4_GROUP, Checkpoint
-from farthing.checkpoint.shards import Shards
+from farthing.checkpoint.shards import CheckpointError, Shards
 from farthing.model import (
     ModelConfig,
     Names,
@@ -38,6 +38,10 @@ class PlainCheckpoint(Checkpoint):
         super().__init__(path, config, shards)
         model, own = ModelConfig.from_json(config), Checkpoint(path, config, shards)
         self._names: Names = names_in(own, model)
+        if model.head.tie_word_embeddings and own.has(self._names.stored("lm_head.weight")):
+            raise CheckpointError(
+                f"{path}: tie_word_embeddings: true; expected false: lm_head.weight is stored"
+            )
         self._shards = _PlainShards(shards, own, model, self._names)
         self.input_scales.alike = Parameters(model).scaled_with
 

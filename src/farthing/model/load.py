@@ -238,6 +238,9 @@ def config_of(checkpoint: Checkpoint) -> ModelConfig:
     config = ModelConfig.from_json(checkpoint.config)
     kind = type_named(config.model_type)
     names = names_in(checkpoint, config)
+    if config.head.tie_word_embeddings and checkpoint.has(names.stored("lm_head.weight")):
+        own = replace(config.head, tie_word_embeddings=False)  # as transformers: a stored head is the model's
+        config = replace(config, head=own)
     mtp = names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
     if not config.num_nextn_predict_layers and names.drafts is not None and checkpoint.has(mtp):
         config = replace(config, num_nextn_predict_layers=1)  # of Qwen3-Next, whose config does not tell

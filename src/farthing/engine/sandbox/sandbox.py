@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import dataclass, field, fields
 from functools import partial
 from hashlib import sha256
@@ -30,6 +31,16 @@ _MAX_BYTES, _MAX_VERDICTS = 16 << 20, 1024
 _MAX_CALLERS = 1024  # of one client
 
 
+def _settle(mine: Future[str], done: Future[str]) -> None:
+    """Settle a caller's future as another one is. An exception is copied: every raise adds to its traceback,
+    which would grow with each caller and keep what their frames hold."""
+    error = done.exception()
+    if error is None:
+        mine.set_result(done.result())
+    else:
+        mine.set_exception(copy(error))
+
+
 class Verdicts:
     """Remembers what was decided, bounded in number and bytes."""
 
@@ -39,12 +50,15 @@ class Verdicts:
         self._bytes = 0
 
     def get(self, key: bytes) -> Future[str] | None:
-        """The verdict on an input: a future that is done."""
+        """The verdict on an input: a future that is done, of the caller's own."""
         with self._lock:
             if key not in self._known:
                 return None
             self._known.move_to_end(key)
-            return self._known[key][0]
+            known = self._known[key][0]
+        mine: Future[str] = Future()
+        _settle(mine, known)
+        return mine
 
     def put(self, key: bytes, verdict: Future[str]) -> None:
         """Remember a future that is done."""
@@ -54,9 +68,10 @@ class Verdicts:
         if error is not None and not isinstance(error, ValueError):
             return  # not the input's fault: try again next time
         size = len(verdict.result()) if error is None else len(str(error))
-        if error is not None:  # a traceback would keep the input alive
-            verdict = Future()
-            verdict.set_exception(type(error)(*error.args))
+        if error is not None:  # its traceback would keep the input alive
+            refused: Future[str] = Future()
+            _settle(refused, verdict)
+            verdict = refused
         with self._lock:
             self._drop(key)
             self._known[key] = (verdict, size)
@@ -126,10 +141,8 @@ class InFlight:
                 continue
             if work.future.cancelled():
                 caller.set_exception(RuntimeError("the sandbox is closed"))
-            elif (error := work.future.exception()) is not None:
-                caller.set_exception(error)
             else:
-                caller.set_result(work.future.result())
+                _settle(caller, work.future)
 
 
 # Short work in threads of the engine's process, in the same fair order as the work of child processes.

@@ -84,10 +84,13 @@ def _fields(raw: Fields) -> Fields:
     raw = {**_DEFAULTS, **present(raw)}
     rates, indexed = _rates(raw)
     rotated, plain = _ropes(raw)
-    width = raw.get("qk_rope_head_dim")
-    if width is None:
-        share = number("partial_rotary_factor", raw.get("partial_rotary_factor", 0.125), above=0.0)
-        width = int(integer(raw, "head_dim") * share)
+    width, share = raw.get("qk_rope_head_dim"), raw.get("partial_rotary_factor")
+    if width is None or share is not None:
+        share = number("partial_rotary_factor", 0.125 if share is None else share, above=0.0)
+        rotary = int(integer(raw, "head_dim") * share)
+        if width is not None and width != rotary:
+            raise wrong("qk_rope_head_dim", width, f"head_dim · partial_rotary_factor = {rotary}")
+        width = rotary
     kinds = per_layer(raw, "mlp_layer_types", ("hash_moe", "moe"))
     if not kinds:
         hashed = in_range("num_hash_layers", raw.get("num_hash_layers", 3), 0)
