@@ -32,7 +32,7 @@ def logits(path: Path, packed: Path | None) -> tuple[torch.Tensor, dict[str, obj
     return model.logits(model.forward(ids, batch, cache)).clone(), model.ops._blobs  # type: ignore[attr-defined]
 
 
-@pytest.mark.usefixtures("sparse_on_amx")
+@pytest.mark.usefixtures("sparse_on_amx", "exact_on_amx")
 def test_block_sparse_weights_survive_packing_and_are_served(
     model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from farthing import LLM, SamplingParams
 pytestmark = pytest.mark.usefixtures("exact_on_amx")
 
 PROMPTS = ["def fibonacci(n):\n", "import os\nimport sys\n\nclass Path"]
-TIE = 1e-2  # logit difference below which the order of two tokens depends on rounding
+TIE = 0.04  # more than a unit in the last place of the reference's logits, which are bfloat16 up to 8
 
 
 def generate(backend: str) -> list[tuple[list[int], list[list[tuple[int, float]]]]]:

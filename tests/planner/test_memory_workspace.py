@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -52,6 +53,21 @@ def steps(model: DecoderModel, serving: Serving) -> None:
         model.top_logits(model.forward(ids, batch, cache)[-sequences:], 1)
 
 
+def most_taken(
+    config: ModelConfig, parameters: dict[str, Any], serving: Serving, make: Callable[[], Any]
+) -> int:
+    """What a backend took, with rows in blocks where tiles want them, and without."""
+    taken = []
+    for blocks in (True, False):
+        ops = make()
+        if not blocks:
+            ops._native.tile_tokens = 0
+        with torch.inference_mode():
+            steps(DecoderModel(config, ops, MemorySource(parameters)), serving)
+        taken.append(ops._native.workspace_bytes)
+    return max(taken)
+
+
 def test_planned_workspace_covers_expanded_attention() -> None:
     config = ModelConfig.from_json(RAW | dict(num_hidden_layers=2))
     ops: Any = select("cpu", torch.bfloat16, 2)
@@ -68,14 +84,12 @@ def test_planned_workspace_covers_expanded_attention() -> None:
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_planned_workspace_of_other_caches(tokens: int, cache_dtype: str) -> None:
     config = ModelConfig.from_json(RAW)
-    ops: Any = select("cpu", torch.float32, 2)
     serving = Serving(208, 208, max_num_seqs=1, max_num_batched_tokens=tokens, cache_dtype=cache_dtype)
-    with torch.inference_mode():
-        steps(DecoderModel(config, ops, MemorySource(random_parameters(config))), serving)
     plan = ShardPlan.build(config, Layout())
     shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
     planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)
-    assert planned == ops._native.workspace_bytes
+    parameters = random_parameters(config)
+    assert planned == most_taken(config, parameters, serving, lambda: select("cpu", torch.float32, 2))
 
 
 @pytest.mark.parametrize(
@@ -98,18 +112,14 @@ def test_planned_workspace_is_the_backends(
     serving = Serving(
         5 * 208, 208, max_num_seqs=min(5, tokens), max_num_batched_tokens=tokens, exact=compute == "exact"
     )
-    taken = []
-    for blocks in (True, False):
-        ops: Any = select("cpu", torch.float32, threads, quantization, compute=compute)
-        if not blocks:
-            ops._native.tile_tokens = 0
-        with torch.inference_mode():
-            steps(DecoderModel(config, ops, MemorySource(parameters)), serving)
-        taken.append(ops._native.workspace_bytes)
     plan = ShardPlan.build(config, Layout())
     shard = Shard.of(plan, plan.layout.place(0), Stored(stored))
     planned = workspace_bytes(shard, Holder("cpu", 4, quantization), serving, threads)
-    assert planned == max(taken)
+
+    def ops() -> Any:
+        return select("cpu", torch.float32, threads, quantization, compute=compute)
+
+    assert planned == most_taken(config, parameters, serving, ops)
 
 
 # Widths whose halves differ: blocks of 128 columns stay whole.

@@ -24,6 +24,7 @@ from farthing.model import (
     names_in,
     parameter_shapes,
     stack_of,
+    stores_head,
     unstacked,
 )
 from farthing.ops.weights import FP8_BLOCK, Format, Weight
@@ -38,7 +39,7 @@ class PlainCheckpoint(Checkpoint):
         super().__init__(path, config, shards)
         model, own = ModelConfig.from_json(config), Checkpoint(path, config, shards)
         self._names: Names = names_in(own, model)
-        if model.head.tie_word_embeddings and own.has(self._names.stored("lm_head.weight")):
+        if model.head.tie_word_embeddings and stores_head(own, self._names):
             raise CheckpointError(
                 f"{path}: tie_word_embeddings: true; expected false: lm_head.weight is stored"
             )

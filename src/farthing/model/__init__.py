@@ -18,6 +18,7 @@ from farthing.model.load import (
     random_model,
     routers_for,
     source_of,
+    stores_head,
     unstacked,
 )
 from farthing.model.parameters import (
@@ -66,6 +67,7 @@ __all__ = [
     "routers_of",
     "source_of",
     "stack_of",
+    "stores_head",
     "tensors_of",
     "unstacked",
 ]

@@ -233,14 +233,19 @@ def names_in(checkpoint: Checkpoint, config: ModelConfig) -> Names:
     return type_named(config.model_type).names.used_in(checkpoint.has).in_model(config.num_hidden_layers)
 
 
+def stores_head(checkpoint: Checkpoint, names: Names) -> bool:
+    """Whether the output head is a tensor of its own. Some names have the embedding's in its place."""
+    head = names.stored("lm_head.weight")
+    return head != names.stored("model.embed_tokens.weight") and checkpoint.has(head)
+
+
 def config_of(checkpoint: Checkpoint) -> ModelConfig:
     """The architecture of a checkpoint, without a declared MTP layer whose weights are missing."""
     config = ModelConfig.from_json(checkpoint.config)
     kind = type_named(config.model_type)
     names = names_in(checkpoint, config)
-    if config.head.tie_word_embeddings and checkpoint.has(names.stored("lm_head.weight")):
-        own = replace(config.head, tie_word_embeddings=False)  # as transformers: a stored head is the model's
-        config = replace(config, head=own)
+    if config.head.tie_word_embeddings and stores_head(checkpoint, names):  # it is used, as by transformers
+        config = replace(config, head=replace(config.head, tie_word_embeddings=False))
     mtp = names.stored(f"model.layers.{config.num_hidden_layers}.enorm.weight")
     if not config.num_nextn_predict_layers and names.drafts is not None and checkpoint.has(mtp):
         config = replace(config, num_nextn_predict_layers=1)  # of Qwen3-Next, whose config does not tell

@@ -219,17 +219,14 @@ class Sandbox:
     """The untrusted work of one engine. Thread-safe; processes start when they are needed.
 
     Each method takes the client that its work is for: clients take turns (`turns.py`). All raise Busy for a
-    client with too much waiting. Futures raise ValueError where the input is refused or exceeds its limits,
-    and RuntimeError where the machine is at fault. The future of a text that takes no longer than waking up
-    a thread is done at once.
+    client with too much waiting. Futures raise ValueError for an input that is refused or exceeds its limits,
+    RuntimeError where the machine is at fault. That of a text shorter than waking up a thread is done at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._lock = threading.Lock()
-        self._here: defaultdict[str, float] = defaultdict(
-            float
-        )  # CPU seconds in the callers' threads, by client
+        self._here: defaultdict[str, float] = defaultdict(float)  # CPU seconds in the callers' threads
 
         def setup() -> dict[str, Any]:
             return {"tokenizer": tokenizer.state(), "vocab_size": vocab_size}
