@@ -226,7 +226,7 @@ struct IndexBatch;
 constexpr int kExpandTokens = 192;  // tokens of a sequence in a step from which expanding its keys pays
 // Tokens of a step from which matrices take activations in blocks, and rows that an expert must have on
 // average.
-constexpr int kTileTokens = 32, kTileExpertRows = 12;
+constexpr int kTileTokens = 32, kTileExpertRows = 20;
 
 // What an op takes from a workspace, without running it: the most of what its forms take. invariant: of those
 // whose rounding does not depend on the size of a step. `rows`: rows of routed experts, all of which one rank

@@ -168,11 +168,8 @@ class Blocks {
       if (i + 1 < steps) begin(i + 1);
       else tiles_ = done_ = 0;
       for (int r = 0; r < row_blocks; ++r) {
-        const Input* behind = r + 1 < row_blocks ? rows(s, r + 1)
-                              : i + 1 < steps    ? rows(step(i + 1), 0)
-                                                 : nullptr;
-        multiply(s, now, r, false, behind);
-        if (has_rest(s, r)) multiply(s, now, r, true, behind);
+        multiply(s, now, r, false);
+        if (has_rest(s, r)) multiply(s, now, r, true);
         ready(tiles_ * (r + 1) / row_blocks);
       }
     }
@@ -282,18 +279,15 @@ class Blocks {
   }
 
   // Products of 32 rows, and meanwhile the sums of the rows before.
-  void multiply(const Step& s, const Panels& w, int row_block, bool rest, const Input* behind) {
+  void multiply(const Step& s, const Panels& w, int row_block, bool rest) {
     const bool both = rows_ - row_block * 32 > 16;
     if (s.panels == 2)
-      both ? multiply_rows<2, 2>(s, w, row_block, rest, behind)
-           : multiply_rows<1, 2>(s, w, row_block, rest, behind);
-    else
-      both ? multiply_rows<2, 1>(s, w, row_block, rest, behind)
-           : multiply_rows<1, 1>(s, w, row_block, rest, behind);
+      both ? multiply_rows<2, 2>(s, w, row_block, rest) : multiply_rows<1, 2>(s, w, row_block, rest);
+    else both ? multiply_rows<2, 1>(s, w, row_block, rest) : multiply_rows<1, 1>(s, w, row_block, rest);
   }
 
   template <int M, int N>
-  void multiply_rows(const Step& s, const Panels& w, int row_block, bool rest, const Input* behind) {
+  void multiply_rows(const Step& s, const Panels& w, int row_block, bool rest) {
     const Pending before = pending_;
     const size_t ld = x_.ld, stride = ld * sizeof(Input);
     const int steps = (s.columns + kStepColumns - 1) / kStepColumns, left = rows_ - row_block * 32;
@@ -314,12 +308,6 @@ class Blocks {
       if (M == 2) _tile_loadd(5, a + 16 * ld, stride);
       if (M == 2) DOT(2, 5, 6);
       if (M == 2 && N == 2) DOT(3, 5, 7);
-      const auto* ahead = reinterpret_cast<const uint8_t*>(
-          i + 2 < steps ? a + 2 * kStepColumns : behind + (i + 2 - steps) * kStepColumns);
-      if (i + 2 < steps || behind) {
-#pragma GCC unroll 8
-        for (int m = 0; m < 16 * M; ++m, ahead += stride) prefetch(ahead);
-      }
       const int until = flushed + share < before.rows ? flushed + share : before.rows;
       flush(before, flushed, until);
       flushed = until;

@@ -84,7 +84,9 @@ def test_planned_workspace_covers_expanded_attention() -> None:
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_planned_workspace_of_other_caches(tokens: int, cache_dtype: str) -> None:
     config = ModelConfig.from_json(RAW)
-    serving = Serving(208, 208, max_num_seqs=1, max_num_batched_tokens=tokens, cache_dtype=cache_dtype)
+    serving = Serving(
+        208, 208, max_num_seqs=1, max_num_batched_tokens=tokens, cache_dtype=cache_dtype, exact=True
+    )  # as the backend is with float32, unless it is told otherwise
     plan = ShardPlan.build(config, Layout())
     shard = Shard.of(plan, plan.layout.place(0), Stored("float32"))
     planned = workspace_bytes(shard, Holder("cpu", 4, None), serving, 2)

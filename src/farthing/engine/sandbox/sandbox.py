@@ -220,7 +220,7 @@ class Sandbox:
 
     Each method takes the client that its work is for: clients take turns (`turns.py`). All raise Busy for a
     client with too much waiting. Futures raise ValueError for an input that is refused or exceeds its limits,
-    RuntimeError where the machine is at fault. That of a text shorter than waking up a thread is done at once.
+    RuntimeError where the machine is at fault. That of a text that takes less than a thread is done at once.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
