@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_ranks_and_drafts_are_checked_before_the_port(
     assert f"tp: got 3; expected a divisor of {size} = {raw[size]}" in said(*served, "--tp", "3")
     refused = said(*served, "--speculate", "mtp")
     assert "speculate: got 'mtp', but the model has no MTP layer; expected 'ngram' or None" in refused
+
+
+@pytest.mark.usefixtures("no_port")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "mite", "x", "--temperature", "-3"), "Invalid value for '--temperature'"),
+        (("chat", "mite", "--max-tokens", "0"), "Invalid value for '--max-tokens'"),
+        (("generate", "mite", "--top-p", "3"), "Invalid value for '--top-p'"),
+        (("generate", "mite", "-n", "-1"), "Invalid value for '-n'"),
+        (("serve", "mite", "--api-key-file", "gone"), "gone', which cannot be read (No such file"),
+        (("serve", "mite", "--api-key-file", "/dev/null"), "which has no key; expected `name:key` or a key"),
+    ],
+)
+def test_a_mistake_is_named_before_a_model_is_loaded(arguments: tuple[str, ...], message: str) -> None:
+    assert message in re.sub(r"[│╭╰─╮╯\s]+", " ", said(*arguments))
 
 
 @pytest.mark.usefixtures("no_port")

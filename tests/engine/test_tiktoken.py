@@ -96,7 +96,7 @@ def test_error_for_a_broken_file_names_the_line(tmp_path: Path) -> None:
 
 def test_empty_vocabulary_and_list_as_configuration_are_rejected(directory: Path) -> None:
     (directory / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tokenizer_config.json contains list; expected an object"):
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: expected a JSON object, found list"):
         convert_directory(directory)
     (directory / "tokenizer_config.json").unlink()
     (directory / "tiktoken.model").write_bytes(b"\n")

@@ -171,7 +171,7 @@ def test_directory_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
         ModelConfig.from_directory(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(ValueError, match=r"not valid JSON.*copy it again"):
         ModelConfig.from_directory(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(V3))
     assert ModelConfig.from_directory(tmp_path).hidden_size == 7168

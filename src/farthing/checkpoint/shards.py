@@ -262,7 +262,9 @@ def read_json(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{file}: nested too deeply; expected the JSON of a model directory") from None
     except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+        raise CheckpointError(
+            f"{file}: not valid JSON ({error}); if it was cut short, download or copy it again"
+        ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, found {type(value).__name__}")
     return value

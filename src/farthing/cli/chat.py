@@ -19,7 +19,7 @@ from rich.markdown import Markdown
 from rich.text import Text
 
 from farthing.cli.conversation import Conversation, Piece, Server, find, started
-from farthing.cli.errors import one_line_errors
+from farthing.cli.errors import one_line_errors, sampling_option
 from farthing.cli.offered import base_note, named
 from farthing.cli.tables import step_progress
 from farthing.config import EngineConfig
@@ -272,9 +272,10 @@ _Key = Annotated[
 _System = Annotated[str, typer.Option("--system", help="System prompt.")]
 _Think = Annotated[str | None, typer.Option("--think", help="on, off, or an effort such as low.")]
 _Temperature = Annotated[
-    float | None, typer.Option(help="Sampling temperature, 0 for greedy; default: the checkpoint's.")
+    float | None,
+    sampling_option("temperature", "Sampling temperature, 0 for greedy; default: the checkpoint's."),
 ]
-_Most = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Maximum tokens of an answer.")]
+_Most = Annotated[int | None, sampling_option("max_tokens", "Maximum tokens of an answer.", "--max-tokens")]
 _Mcp = Annotated[
     Path | None,
     typer.Option("--mcp", help="File of MCP servers; default: ~/.config/farthing/mcp.json, if it exists."),

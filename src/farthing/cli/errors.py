@@ -150,6 +150,14 @@ def exit_on_verdict(answer: str, said: str | None = None) -> None:
 Command = Callable[..., None]
 
 
+def sampling_option(name: str, says: str, *flags: str) -> Any:
+    """The option of a sampling parameter, whose bounds are checked before a model is loaded."""
+    from farthing.engine.request import RANGES  # numpy, which other commands do without
+
+    low, high = next((low, high) for field, low, high, _ in RANGES if field == name)
+    return typer.Option(*flags, min=low, max=high, help=says)
+
+
 def with_options(
     *, skip: Collection[str] = (), common: Collection[str] | None = None, **configs: type
 ) -> Callable[[Command], Command]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farthing import LLM
-from farthing.cli.errors import one_line_errors, with_options
+from farthing.cli.errors import one_line_errors, sampling_option, with_options
 from farthing.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -37,19 +37,22 @@ def generate(
         list[str] | None, typer.Option(help="Text to complete; '-' reads stdin (repeatable).")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Prompts as user messages, through the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of output tokens.")] = 128,
+    max_tokens: Annotated[int, sampling_option("max_tokens", "Maximum number of output tokens.")] = 128,
     temperature: Annotated[
-        float | None, typer.Option(help="Sampling temperature, 0 for greedy; default: the checkpoint's.")
+        float | None,
+        sampling_option("temperature", "Sampling temperature, 0 for greedy; default: the checkpoint's."),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Probability mass of the tokens to sample from.")
+        float | None, sampling_option("top_p", "Probability mass of the tokens to sample from.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Number of most likely tokens to sample from.")] = None,
+    top_k: Annotated[
+        int | None, sampling_option("top_k", "Number of most likely tokens to sample from.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Sampling seed; the same seed gives the same tokens.")
+        int | None, sampling_option("seed", "Sampling seed; the same seed gives the same tokens.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text to stop before (repeatable).")] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of completions per prompt.")] = 1,
+    n: Annotated[int, sampling_option("n", "Number of completions per prompt.", "-n")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Complete prompts, streaming to the terminal or as one JSON document."""

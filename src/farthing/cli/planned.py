@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from farthing.checkpoint.reader import Checkpoint, has_weights, method_of, read_config
+from farthing.checkpoint.shards import read_json
 from farthing.config import (
     CPU_STEP_TOKENS,
     GPU_STEP_TOKENS,
@@ -265,13 +265,10 @@ def _read(model: str) -> tuple[ModelConfig, StoredOf, dict[str, Any]]:
     if file.is_dir() and (file / "config.json").is_file() and not has_weights(file):
         file = file / "config.json"
     if file.is_file() and file.suffix != ".gguf":
-        try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        raw = read_json(file)
         return ModelConfig.from_json(raw), stored_by_config(raw), raw
-    if not file.exists() and (raw := published_config(model)) is not None:
-        return ModelConfig.from_json(raw), stored_by_config(raw), raw
+    if not file.exists() and (published := published_config(model)) is not None:
+        return ModelConfig.from_json(published), stored_by_config(published), published
     if file.suffix == ".json":
         raise ValueError(f"model: got {model!r}, not a file; expected the path of a config.json")
     try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from farthing.checkpoint.shards import read_json
 from farthing.engine.request import SamplingParams
 
 PROBE = partial(SamplingParams, max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
@@ -22,7 +21,7 @@ def check_pooling(model: str) -> None:
     file = Path(model) / "1_Pooling" / "config.json"
     if not file.is_file():
         return
-    pooling: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    pooling = read_json(file)
     if not pooling.get("pooling_mode_lasttoken"):
         used = [name for name, value in pooling.items() if name.startswith("pooling_mode") and value is True]
         raise ValueError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import sys
 from collections.abc import Mapping
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from farthing.checkpoint.shards import read_json
 from farthing.tokenizer_gguf import KIMI
 
 VOCABULARY = "tiktoken.model"
@@ -87,9 +87,7 @@ def convert(ranks: Mapping[bytes, int], named: Mapping[int, tuple[str, bool]]) -
 def convert_directory(path: Path) -> Path:
     """Write tokenizer.json next to tiktoken.model; returns it. Raises FileNotFoundError, ValueError."""
     config = path / "tokenizer_config.json"
-    listed = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if not isinstance(listed, dict):
-        raise ValueError(f"{config} contains {type(listed).__name__}; expected an object")
+    listed = read_json(config) if config.is_file() else {}
     named = {int(i): _added(config, i, t) for i, t in (listed.get("added_tokens_decoder") or {}).items()}
     out = path / "tokenizer.json"
     convert(read_ranks(path / VOCABULARY), named).save(str(out))

@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Tokenizer
 
+from farthing.checkpoint.shards import read_json
 from farthing.conversation.formats import template
 from farthing.conversation.scan import MARK, alternatives, plain
 from farthing.conversation.select import PACKAGED, Habits, probe
@@ -467,17 +468,7 @@ _BYTE_OF = _byte_alphabet()
 
 
 def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    except RecursionError:
-        raise ValueError(f"{file} is nested too deeply; expected a configuration file") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} contains {type(value).__name__}; expected an object")
-    return value
+    return read_json(file) if file.is_file() else {}
 
 
 def _content(token: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import lcm
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from farthing.checkpoint.compressed_tensors import MARK
-from farthing.checkpoint.reader import has_config, read_config
+from farthing.checkpoint.reader import CONFIG, has_config, read_config
 from farthing.model import fields as checked
 from farthing.model.fields import (
     MOST,
@@ -242,16 +241,12 @@ class ModelConfig:
 
     @classmethod
     def from_directory(cls, path: Path) -> ModelConfig:
-        """Read `path`/config.json. Raises ConfigError or FileNotFoundError, each naming the fix."""
-        if has_config(path) and not (path / "config.json").is_file():
-            return cls.from_json(read_config(path))
-        file = path / "config.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; expected a Hugging Face model directory")
-        try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{file} is not valid JSON: {error}") from error
+        """Read a directory. Raises ConfigError, CheckpointError or FileNotFoundError, naming the fix."""
+        if not has_config(path):
+            raise FileNotFoundError(
+                f"{path / CONFIG} does not exist; expected a Hugging Face model directory"
+            )
+        return cls.from_json(read_config(path))
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> ModelConfig:

@@ -56,11 +56,15 @@ class KeyRing:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
             warn_if_public(path)
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"API key file {str(path)!r} cannot be read: {error}") from error
+            why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ValueError(
+                f"--api-key-file: got {str(path)!r}, which cannot be read ({why}); expected `name:key` or a "
+                "key per line"
+            ) from error
         ring = cls(line for raw in lines if (line := raw.strip()) and not line.startswith("#"))
         if not ring:
             raise ValueError(
-                f"API key file {str(path)!r} contains no key; expected `name:key` or a key per line"
+                f"--api-key-file: got {str(path)!r}, which has no key; expected `name:key` or a key per line"
             )
         return ring
 
